@@ -52,7 +52,6 @@ _PICKLE = (
     "a pickle of torch.save, which may run code when it is read, and isn't read here: get the adapter as "
     "safetensors, or write it as such by safetensors.torch.save_file(torch.load(path, weights_only=True), …)"
 )
-_HUB = {"user_agent": {"file_type": "nara_weights", "framework": "pytorch"}}
 
 
 @dataclass(frozen=True)
@@ -107,14 +106,14 @@ class AdapterFile:
             ValueError: there is no file, or it is damaged or of another kind. OSError: the Hub's error.
         """
         if isinstance(source, Mapping):
-            return cls(_unpacked({key: _copy(tensor) for key, tensor in source.items()}, metadata, "The dict"))
+            return cls(_of_pipeline({key: _copy(tensor) for key, tensor in source.items()}, metadata, "The dict"))
         if metadata is not None:
             raise ValueError("metadata is for a dict of tensors: a file has its own.")
         path = _locate(source, weight_name, subfolder, hub)
         tensors, metadata = read_tensors(path)
         if path.name == PEFT_WEIGHTS_NAME:
             return cls({component: _of_peft(path, tensors)}, path)
-        return cls(_unpacked(tensors, metadata, f"'{path}'"), path)
+        return cls(_of_pipeline(tensors, metadata, f"'{path}'"), path)
 
     def save(self, path: Path, save_function: Callable[..., Any] | None = None) -> None:
         """Write a pipeline's file, whole or not at all, as `save_file` of safetensors does.
@@ -171,7 +170,6 @@ def _locate(source: Any, weight_name: str | None, subfolder: str | None, hub: Ma
         return _in_folder(path / subfolder if subfolder else path, weight_name)
     if isinstance(source, Path) or str(source).startswith((".", "/", "~")) or path.suffix == ".safetensors":
         raise ValueError(f"There is no file or folder '{source}': pass what save_nara_weights or PEFT wrote.")
-
     try:
         return _download(source, weight_name or WEIGHTS_NAME, subfolder, hub)
     except OSError as error:
@@ -185,8 +183,9 @@ def _locate(source: Any, weight_name: str | None, subfolder: str | None, hub: Ma
 
 
 def _download(repository: Any, name: str, subfolder: str | None, hub: Mapping[str, Any]) -> Path:
+    agent = {"file_type": "nara_weights", "framework": "pytorch"}
     try:
-        return Path(_get_model_file(str(repository), weights_name=name, subfolder=subfolder, **_HUB, **hub))
+        return Path(_get_model_file(str(repository), weights_name=name, subfolder=subfolder, user_agent=agent, **hub))
     except OSError as error:
         if not is_out_of_reach(error):
             raise
@@ -197,26 +196,26 @@ def _download(repository: Any, name: str, subfolder: str | None, hub: Mapping[st
 
 
 def _in_folder(folder: Path, weight_name: str | None) -> Path:
-    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    others = [path.name for path in files if path.suffix == ".safetensors"]
     names = [WEIGHTS_NAME, PEFT_WEIGHTS_NAME, *(others if len(others) == 1 else [])]
     for name in names if weight_name is None else [weight_name]:
         if (folder / name).is_file():
             return folder / name
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
-    found = f"pass weight_name, one of {listed(others)}" if others else "it has no safetensors file"
-    if pickles and not others:
-        found += f", but {listed(pickles)}, {_PICKLE}"
+    pickles = [path.name for path in files if path.suffix in (".bin", ".pt", ".pth", ".ckpt")]
+    found = "it has no safetensors file" + (f", but {listed(pickles)}, {_PICKLE}" if pickles else "")
+    found = f"pass weight_name, one of {listed(others)}" if others else found
     raise ValueError(f"There is no '{weight_name or WEIGHTS_NAME}' in '{folder}': {found}.")
 
 
-# ---------------------------------------------------------------------- reading them
+# ---------------------------------------------------------------------- tensors
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str] | None]:
     """Tensors and metadata of a safetensors file, copied, so that the file may be overwritten afterwards.
 
     Raises:
-        ValueError: it is cut off or of another format.
+        ValueError: it is cut off or of another format, such as a pickle.
     """
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
@@ -237,17 +236,17 @@ def read_peft_tensors(source: str | Path, **options: Any) -> dict[str, Tensor]:
         source: folder or repository. options: `revision`, `subfolder`, ….
 
     Raises:
-        ValueError: nothing is there, or it is damaged.
+        ValueError: nothing is there, or it is damaged. OSError: the Hub's error.
     """
     folder = Path(source, options.get("subfolder") or "")
     if (folder / PEFT_WEIGHTS_NAME).is_file():
         return read_tensors(folder / PEFT_WEIGHTS_NAME)[0]
-    if (folder / PEFT_CONFIG_NAME).is_file() and not (folder / "adapter_model.bin").is_file():
-        raise ValueError(f"There is no '{PEFT_WEIGHTS_NAME}' beside '{PEFT_CONFIG_NAME}' in '{folder}': copy both.")
     if not folder.is_dir():
         return read_tensors(_download(source, PEFT_WEIGHTS_NAME, options.pop("subfolder", None), options))[0]
+    if (folder / PEFT_CONFIG_NAME).is_file() and not (folder / "adapter_model.bin").is_file():
+        raise ValueError(f"There is no '{PEFT_WEIGHTS_NAME}' beside '{PEFT_CONFIG_NAME}' in '{folder}': copy both.")
     with naming_source(folder, PEFT_CONFIG_NAME, "an adapter of PEFT's"):
-        return load_peft_weights(str(source), device="cpu", **options)
+        return load_peft_weights(str(source), device="cpu", **options)  # a pickle, of weights only
 
 
 def save_tensors(
@@ -270,11 +269,11 @@ def save_tensors(
 
 
 def _copy(tensor: Any) -> Any:
-    """A copy of `tensor` that shares no memory and is aligned like a model's weights.
-
-    (The last bits of a product depend on the alignment of its factors, which is arbitrary in a mapped file.)
-    """
+    """A copy that shares no memory and is aligned like a model's weights, on which the last bits of products depend."""
     return tensor.detach().clone() if isinstance(tensor, Tensor) else tensor
+
+
+# ---------------------------------------------------------------------- the two formats
 
 
 def _of_peft(path: Path, tensors: dict[str, Tensor]) -> AdapterPart:
@@ -294,10 +293,15 @@ def _of_peft(path: Path, tensors: dict[str, Tensor]) -> AdapterPart:
     return part
 
 
-def _unpacked(tensors: Mapping[str, Any], metadata: Mapping[str, str] | None, origin: str) -> dict[str, AdapterPart]:
+def _of_pipeline(tensors: Mapping[str, Any], metadata: Mapping[str, str] | None, origin: str) -> dict[str, AdapterPart]:
     """The parts of a pipeline's file. `origin` names it in messages."""
     if not metadata or METADATA_KEY not in metadata:
-        raise ValueError(_what_it_is_instead(list(tensors), origin))
+        kind = f"no NaRA adapter: it holds {listed(tensors) or 'no tensor'}. Pass what save_nara_weights wrote"
+        if any(map(is_core_key, tensors)):
+            kind = "a NaRA's, but its configuration is missing: pass safe_open(file, 'pt').metadata() as metadata="
+        elif any(".lora" in key for key in tensors):
+            kind = "a LoRA, without core: load it by pipe.load_lora_weights(…)"
+        raise ValueError(f"{origin} is {kind}.")
     configs = _configs(metadata[METADATA_KEY], origin)
     split: dict[str, dict[str, Tensor]] = {name: {} for name in configs}
     for key, tensor in with_current_names(tensors).items():
@@ -309,32 +313,20 @@ def _unpacked(tensors: Mapping[str, Any], metadata: Mapping[str, str] | None, or
 
 
 def _configs(text: str, origin: str) -> dict[str, NaraConfig]:
-    where = f"The configuration in the metadata of {origin}"
     try:
         content = dict(json.loads(text))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{where} can't be read ({error}): damaged.") from None
-    version, components = content.get("format_version"), content.get("components")
-    if version != FORMAT_VERSION:
+        version, components = (
+            content["format_version"],
+            {name: dict(own) for name, own in content["components"].items()},
+        )
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"The configuration in the metadata of {origin} can't be read ({error!r}): damaged.") from None
+    if (version := content.get("format_version")) != FORMAT_VERSION:
         raise ValueError(
             f"{origin} has format_version {version!r}, this nara-diffusion reads {FORMAT_VERSION}: update the package, "
             "or save the adapter again with this one."
         )
-    if not isinstance(components, dict) or not all(isinstance(own, dict) for own in components.values()):
-        raise ValueError(f"{where} has no components with a configuration each: damaged.")
     return {name: config_from_fields(own, f"{origin}, '{name}'") for name, own in components.items()}
-
-
-def _what_it_is_instead(keys: list[str], origin: str) -> str:
-    if any(is_core_key(str(key)) for key in keys):
-        return (
-            f"{origin} holds the cores of a NaRA without its configuration (η, α, λ's convention), which stands in the "
-            "metadata of the file that save_nara_weights writes: pass that file, or, with a dict, "
-            "metadata=safetensors.safe_open(file, 'pt').metadata()."
-        )
-    if any("lora" in str(key) for key in keys):
-        return f"{origin} is a LoRA, without core: load it by pipe.load_lora_weights(…)."
-    return f"{origin} is no NaRA adapter: it holds {listed(keys) or 'no tensor'}. Pass what save_nara_weights wrote."
 
 
 # ---------------------------------------------------------------------- models that are loaded whole

@@ -6,7 +6,6 @@ makes the scales tensors, so that adapters with other lora_alpha don't recompile
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,13 +15,7 @@ from torch import nn
 from nara_diffusion.config import NaraConfig
 from nara_diffusion.cores.registry import CustomCore, rebuild_core
 from nara_diffusion.tuner.holder import holder_of
-from nara_diffusion.tuner.strength import (
-    check_strength,
-    for_all_layers,
-    give_strength,
-    has_strength,
-    layers_of,
-)
+from nara_diffusion.tuner.strength import check_strength, for_all_layers, give_strength, has_strength, layers_of
 
 from .file import AdapterPart, by_pattern, configured_scaling
 from .insertion import adapters_of, nara_adapters_of, part_of
@@ -45,43 +38,33 @@ def prepare_for_hotswap(model: Any) -> None:
     """Make scales tensors, and pad the LoRAs, if `enable_lora_hotswap` was called since the last load.
 
     Raises:
-        ValueError: a NaRA has another rank than the target. RuntimeError: the model is compiled already.
+        ValueError: a NaRA has another rank than the target, to which PEFT pads. RuntimeError: the model is compiled.
     """
     request = getattr(model, REQUEST, None)
     if request is None:
         return
-    check_target_rank(model, request["target_rank"])
+    for name, config in adapters_of(model).items():
+        ranks = {config.r, *(config.rank_pattern or {}).values()}
+        if ranks != {request["target_rank"]} and (isinstance(config, NaraConfig) or has_strength(model, name)):
+            raise ValueError(
+                f"enable_lora_hotswap was given target_rank={request['target_rank']}, but '{name}', whose update "
+                f"depends on λ, has rank {', '.join(map(str, sorted(ranks)))}: it is swapped at equal rank alone, so "
+                "pass that as target_rank, or load without enable_lora_hotswap."
+            )
     prepare_model_for_compiled_hotswap(model, **request)
     setattr(model, REQUEST, None)
 
 
-def check_target_rank(model: nn.Module, target: int) -> None:
-    """Raises ValueError if an adapter of the model reads a C of another rank than `target`, which PEFT would pad to."""
-    for name, config in adapters_of(model).items():
-        if not isinstance(config, NaraConfig) and not has_strength(model, name):
-            continue
-        ranks = {config.r, *(config.rank_pattern or {}).values()}
-        if ranks != {target}:
+def check_swappable(model: nn.Module, component: str, adapter_name: str, part: AdapterPart | None) -> None:
+    """Raises ValueError if the part, None for none, cannot take the place of the adapter of that name."""
+    if part is None:
+        if adapter_name in adapters_of(model):
             raise ValueError(
-                f"enable_lora_hotswap was given target_rank={target}, but '{name}', whose update depends on λ, has "
-                f"rank {', '.join(map(str, sorted(ranks)))}: it is swapped at equal rank alone, so pass that as "
-                "target_rank, or load without enable_lora_hotswap."
+                f"The new adapter has no part for '{component}', where '{adapter_name}' has one that would stay, so "
+                f"that both would be mixed: remove it by pipe.delete_adapters('{adapter_name}'), then load without "
+                "hotswap."
             )
-
-
-def check_no_part_stays(held: Iterable[str], parts: Iterable[str], adapter_name: str) -> None:
-    """Raises ValueError if the existing adapter is in a component (of `held`) for which the new one has no part."""
-    staying = sorted(set(held) - set(parts))
-    if staying:
-        raise ValueError(
-            f"The new adapter has no part for {', '.join(map(repr, staying))}, where '{adapter_name}' has one that "
-            f"would stay, so that both would be mixed: remove it by pipe.delete_adapters('{adapter_name}'), then load "
-            "without hotswap."
-        )
-
-
-def check_swappable(model: nn.Module, component: str, adapter_name: str, part: AdapterPart) -> None:
-    """Raises ValueError if the part cannot take the place of the adapter of that name."""
+        return
     old = nara_adapters_of(model).get(adapter_name)
     if old is None:
         raise ValueError(
@@ -93,13 +76,11 @@ def check_swappable(model: nn.Module, component: str, adapter_name: str, part: A
                 f"{field} is {getattr(part.config, field)!r} in the new adapter, and {getattr(old, field)!r} in "
                 f"'{adapter_name}' of {component}, whose modules hotswap keeps: {_REMEDY}"
             )
-    holder = holder_of(model)
-    assert holder is not None
+    holder: Any = holder_of(model)
     holder.complete(adapter_name, part.config)
     check_strength(model, adapter_name, for_all_layers(model, adapter_name, part.config.strength))
     there = part_of(model, adapter_name).tensors
-    if there.keys() != part.tensors.keys():
-        different = sorted(there.keys() ^ part.tensors.keys())
+    if different := sorted(there.keys() ^ part.tensors.keys()):
         raise ValueError(
             f"The new adapter and '{adapter_name}' of {component} adapt different modules ('{different[0]}' is in one "
             f"of them only), which hotswap cannot change: {_REMEDY}"
@@ -112,8 +93,8 @@ def check_swappable(model: nn.Module, component: str, adapter_name: str, part: A
 @torch.no_grad()
 def swap(model: Any, adapter_name: str, part: AdapterPart) -> None:
     """Replace the adapter's tensors, scales, η and convention of λ by those of `part`, in place."""
-    config = part.config
-    there = part_of(model, adapter_name).tensors
+    config, there = part.config, part_of(model, adapter_name).tensors
+    holder: Any = holder_of(model)
     for key, tensor in part.tensors.items():
         there[key].copy_(tensor)
     for name, layer in layers_of(model, adapter_name).items():
@@ -121,18 +102,12 @@ def swap(model: Any, adapter_name: str, part: AdapterPart) -> None:
         rank = by_pattern(config.rank_pattern, name, config.r)
         _update_scaling(layer, adapter_name=adapter_name, scaling=configured_scaling(config, name, rank))
         layer.lora_alpha[adapter_name] = by_pattern(config.alpha_pattern, name, config.lora_alpha)
-    holder = holder_of(model)
-    assert holder is not None
-    _follow(holder.cores[adapter_name], config)
-    config = holder.complete(adapter_name, config)
-    holder.reconfigure(adapter_name, config)
-    give_strength(model, adapter_name, for_all_layers(model, adapter_name, config.strength))
-
-
-def _follow(cores: Any, config: NaraConfig) -> None:
-    """Apply those fields of `config` to the cores that are not in their tensors."""
+    cores = holder.cores[adapter_name]
     for group, core in cores.items():
         if isinstance(core, CustomCore):  # only its factory knows what it reads of the configuration
             cores[group] = rebuild_core(core, config)
         else:
             core.scale = config.core_scale
+    config = holder.complete(adapter_name, config)
+    holder.reconfigure(adapter_name, config)
+    give_strength(model, adapter_name, for_all_layers(model, adapter_name, config.strength))

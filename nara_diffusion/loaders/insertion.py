@@ -1,11 +1,15 @@
-"""One component of a pipeline: insert an adapter, and remove it."""
+"""Components of a pipeline: insert an adapter, remove it, and suspend offloading meanwhile."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from peft import inject_adapter_in_model, set_peft_model_state_dict
+from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
+from diffusers.loaders.lora_base import _func_optionally_disable_offloading
+from peft import PeftModel, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -13,6 +17,7 @@ from torch import Tensor, nn
 from nara_diffusion.config import NaraConfig, changes_base
 from nara_diffusion.cores.registry import needs_noise
 from nara_diffusion.layers.dispatch import factor_dtype
+from nara_diffusion.layers.offloading import groups_of
 from nara_diffusion.tuner.holder import drop_idle_holder
 
 from .file import AdapterPart
@@ -20,8 +25,6 @@ from .strict import held_tensors, is_core_key
 
 TEXT_ENCODER = "text_encoder"
 """The beginning of the names of the text encoders' components."""
-
-
 LOADED_FLAG = "_hf_peft_config_loaded"
 """The attribute by which Diffusers and Transformers know that a model has adapters."""
 
@@ -41,6 +44,29 @@ def nara_adapters_of(model: nn.Module) -> dict[str, NaraConfig]:
     return {name: config for name, config in adapters_of(model).items() if isinstance(config, NaraConfig)}
 
 
+def part_of(model: nn.Module, adapter_name: str) -> AdapterPart:
+    """The adapter's configuration and tensors, as saved in a file."""
+    return AdapterPart(nara_adapters_of(model)[adapter_name], held_tensors(model, adapter_name))
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The base model, adapters included, of a PeftModel; any other model as it is."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+# ---------------------------------------------------------------------- refused
+
+
+def check_not_wrapped(model: nn.Module, component: str, method: str) -> None:
+    """Raises ValueError if `model`, the pipeline's `component`, is a PeftModel, for which `method` does not work."""
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            f"{component} is a PeftModel, whose adapters pipe.{method} cannot change. Put its base model, adapters "
+            f"included, into the pipeline first, pipe.{component} = pipe.{component}.get_base_model(), or use its own "
+            "methods (load_adapter, set_adapter, delete_adapter, unload)."
+        )
+
+
 def check_storable(config: NaraConfig, component: str) -> None:
     """Raises ValueError if the adapter cannot run in `component`, or if unloading it could not restore the base."""
     if component.startswith(TEXT_ENCODER) and needs_noise(config):
@@ -50,14 +76,44 @@ def check_storable(config: NaraConfig, component: str) -> None:
         )
     fields = {"bias": "none", "modules_to_save": None, "trainable_token_indices": None, "target_parameters": None}
     wrong = [name for name, default in fields.items() if (getattr(config, name, None) or default) != default]
-    if changes_base(config.init_lora_weights):
-        wrong.append("init_lora_weights")
+    wrong += ["init_lora_weights"] if changes_base(config.init_lora_weights) else []
     if wrong:
         raise ValueError(
             f"The adapter of {component} has {wrong[0]}={getattr(config, wrong[0])!r}, which changes the base model "
             "itself, so that unloading could not give it back: train without it, or use peft.PeftModel's "
             "save_pretrained and from_pretrained on the component."
         )
+
+
+# ---------------------------------------------------------------------- changes
+
+
+@contextmanager
+def offloading_suspended(pipe: Any) -> Iterator[None]:
+    """Remove accelerate's offloading hooks from `pipe` inside the context, and restore them afterwards, as for a LoRA.
+
+    Raises:
+        ValueError: group offloading keeps weights on disk.
+    """
+    parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    for name, part in parts.items():
+        if any(group.offload_to_disk_path is not None for module in part.modules() for group in groups_of(module)):
+            raise ValueError(
+                f"Group offloading keeps the weights of {name} on disk, in files that do not follow a change of "
+                "adapters: load, save or unload adapters first, then call enable_group_offload(…)."
+            )
+    model, sequential, grouped = _func_optionally_disable_offloading(pipe)
+    device = {"device": pipe._offload_device} if hasattr(pipe, "_offload_device") else {}
+    try:
+        yield
+    finally:
+        if model:
+            pipe.enable_model_cpu_offload(**device)
+        elif sequential:
+            pipe.enable_sequential_cpu_offload(**device)
+        elif grouped:
+            for part in parts.values():
+                _maybe_remove_and_reapply_group_offloading(part)
 
 
 def insert(model: nn.Module, adapter_name: str, part: AdapterPart, low_cpu_mem_usage: bool = True) -> None:
@@ -86,22 +142,14 @@ def insert(model: nn.Module, adapter_name: str, part: AdapterPart, low_cpu_mem_u
 
 def _in_dtypes_of_layers(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """A, B and magnitudes in the dtypes for factors of their layers; all else as it is, for the strict check."""
-    layers: dict[str, Any] = {
-        name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)
-    }
+    layers: dict[str, Any] = dict(model.named_modules())
     found = dict(tensors)
     for key, tensor in tensors.items():
         layer = layers.get(key.partition(".lora_")[0])
-        if layer is not None and not is_core_key(key) and tensor.is_floating_point():
-            weight = getattr(layer.get_base_layer(), "weight", None)
-            dtype = factor_dtype(getattr(weight, "dtype", None))
+        if isinstance(layer, BaseTunerLayer) and not is_core_key(key) and tensor.is_floating_point():
+            dtype = factor_dtype(getattr(getattr(layer.get_base_layer(), "weight", None), "dtype", None))
             found[key] = tensor if dtype is None else tensor.to(dtype)
     return found
-
-
-def part_of(model: nn.Module, adapter_name: str) -> AdapterPart:
-    """The adapter's configuration and tensors, as saved in a file."""
-    return AdapterPart(nara_adapters_of(model)[adapter_name], held_tensors(model, adapter_name))
 
 
 def remove(model: nn.Module, adapter_names: list[str]) -> None:
@@ -118,13 +166,6 @@ def remove(model: nn.Module, adapter_names: list[str]) -> None:
     for name in adapter_names:
         adapters_of(model).pop(name, None)
     drop_idle_holder(model)
-    unwrap(model)
-    for parameter, requires_grad in trainable:
-        parameter.requires_grad = requires_grad
-
-
-def unwrap(model: nn.Module) -> None:
-    """Restore base layers that have no adapter left, and, without any adapter, the attributes of the model."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if isinstance(child, LoraLayer) and not child.r:
@@ -132,3 +173,5 @@ def unwrap(model: nn.Module) -> None:
     if not adapters_of(model):
         for name in ("peft_config", LOADED_FLAG):
             model.__dict__.pop(name, None)
+    for parameter, requires_grad in trainable:
+        parameter.requires_grad = requires_grad

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +21,7 @@ from nara_diffusion.noise.prediction import carried_scheduler, how_to_set, predi
 from nara_diffusion.tuner.conventions import REPLACED
 from nara_diffusion.tuner.holder import holder_of
 
-from .guards import unwrapped
+from .insertion import unwrapped
 
 logger = logging.getLogger(__name__)
 
@@ -50,13 +50,9 @@ def build_scheduler(fields: Mapping[str, Any]) -> Any:
             "update it, or load with set_scheduler=False and set a scheduler of the same prediction."
         )
     try:
-        scheduler = kind.from_config(dict(fields))
+        return kind.from_config(dict(fields))
     except Exception as error:  # whatever its constructor says of values from a file
         raise ValueError(f"The adapter's scheduler {name} refuses its configuration: {error}: damaged.") from error
-    for values in (getattr(scheduler, "betas", None), getattr(scheduler, "alphas_cumprod", None)):
-        if values is not None and not (len(values) and bool(((values >= 0) & (values <= 1)).all())):
-            raise ValueError(f"The adapter's scheduler {name} has no noise schedule, by its betas: damaged.")
-    return scheduler
 
 
 def check_schedulers(pipe: Any, parts: Mapping[str, Any]) -> None:
@@ -130,8 +126,7 @@ def _carried(pipe: Any) -> dict[str, Any] | None:
     """The fields of the scheduler that the active or merged adapters were trained for."""
     for model in _denoisers(pipe):
         holder = holder_of(model)
-        names: Iterable[str] = () if holder is None else [*holder.reading(), *holder.merged_names()]
-        fields = carried_scheduler(getattr(model, "peft_config", {}), names)
-        if fields is not None:
+        names = [] if holder is None else [*holder.reading(), *holder.merged_names()]
+        if fields := carried_scheduler(getattr(model, "peft_config", {}), names):
             return fields
     return None

@@ -16,9 +16,19 @@ from nara_diffusion.tuner.snapshot import restored_on_error
 from nara_diffusion.tuner.strength import has_strength
 
 from .file import WEIGHTS_NAME, AdapterFile, AdapterPart, naming
-from .guards import check_none_left_out, check_not_wrapped, offloading_suspended, unwrapped
-from .hotswap import check_no_part_stays, check_swappable, prepare_for_hotswap, swap
-from .insertion import TEXT_ENCODER, adapters_of, check_storable, insert, nara_adapters_of, part_of, remove
+from .hotswap import check_swappable, prepare_for_hotswap, swap
+from .insertion import (
+    TEXT_ENCODER,
+    adapters_of,
+    check_not_wrapped,
+    check_storable,
+    insert,
+    nara_adapters_of,
+    offloading_suspended,
+    part_of,
+    remove,
+    unwrapped,
+)
 from .schedulers import DENOISERS, adopt_schedulers, check_schedulers, removing_adapters
 
 logger = logging.getLogger(__name__)
@@ -86,12 +96,14 @@ def load_nara_weights(
     parts = AdapterFile.read(source, component, **where, **hub).parts
     carrying = parts if set_scheduler else {}
     with naming(source):
-        _check_parts(self, models, parts)
+        _check_parts(models, parts)
         adapter_name = _name_to_load(models, adapter_name, hotswap)
         check_schedulers(self, carrying)
-        fits = {name: (model, parts[name]) for name, model in models.items() if name in parts}
         with offloading_suspended(self):
-            (_swap_all if hotswap else _insert_all)(models, fits, adapter_name, low_cpu_mem_usage)
+            if hotswap:
+                _swap_all(models, parts, adapter_name)
+            else:
+                _insert_all(models, parts, adapter_name, low_cpu_mem_usage)
     adopt_schedulers(self, carrying)
 
 
@@ -125,9 +137,7 @@ def save_nara_weights(
         raise ValueError("NaRA adapters are saved as safetensors only: leave safe_serialization out.")
     models = {component: unwrapped(model) for component, model in adaptable_models(self).items()}
     name = _name_to_save(models, adapter_name)
-    check_none_left_out(self, models, name)
-    weight_name = WEIGHTS_NAME if weight_name is None else weight_name
-    folder = Path(save_directory)
+    weight_name, folder = WEIGHTS_NAME if weight_name is None else weight_name, Path(save_directory)
     if not weight_name.endswith(".safetensors") or Path(weight_name).name != weight_name:
         raise ValueError(f"weight_name is {weight_name!r}: pass the name of a .safetensors file, without a folder.")
     with offloading_suspended(self):
@@ -177,37 +187,37 @@ def _denoiser_name(pipe: Any) -> str:
     )
 
 
-def _check_parts(pipe: Any, models: Mapping[str, nn.Module], parts: Mapping[str, AdapterPart]) -> None:
+def _check_parts(models: Mapping[str, nn.Module], parts: Mapping[str, AdapterPart]) -> None:
     for component, part in parts.items():
         if component not in models:
             raise ValueError(
-                f"It has a part for '{component}', but this {type(pipe).__name__} has {', '.join(map(repr, models))}: "
-                "load it into the pipeline that it was trained on."
+                f"It has a part for '{component}', but this pipeline has {', '.join(map(repr, models))}: load it into "
+                "the one that it was trained on."
             )
         check_not_wrapped(models[component], component, "load_nara_weights")
         check_storable(part.config, component)
 
 
-def _insert_all(models: Any, fits: Mapping[str, tuple[nn.Module, AdapterPart]], name: str, low_memory: bool) -> None:
+def _insert_all(
+    models: Mapping[str, nn.Module], parts: Mapping[str, AdapterPart], name: str, low_cpu_mem_usage: bool
+) -> None:
     """Insert the parts into all components, or, after an error, into none."""
     with ExitStack() as undo:
-        for component, (model, part) in fits.items():
-            undo.enter_context(restored_on_error(model))
-            try:
-                insert(model, name, part, low_memory)
-            except ValueError as error:
-                raise ValueError(f"{component}: {error}") from error
-            prepare_for_hotswap(model)
+        for component, model in models.items():
+            if component in parts:
+                undo.enter_context(restored_on_error(model))
+                try:
+                    insert(model, name, parts[component], low_cpu_mem_usage)
+                except ValueError as error:
+                    raise ValueError(f"{component}: {error}") from error
+                prepare_for_hotswap(model)
 
 
-def _swap_all(
-    models: Mapping[str, nn.Module], fits: Mapping[str, tuple[nn.Module, AdapterPart]], name: str, low_memory: bool
-) -> None:
-    check_no_part_stays([component for component, model in models.items() if name in adapters_of(model)], fits, name)
-    for component, (model, part) in fits.items():
-        check_swappable(model, component, name, part)
-    for model, part in fits.values():
-        swap(model, name, part)
+def _swap_all(models: Mapping[str, nn.Module], parts: Mapping[str, AdapterPart], name: str) -> None:
+    for component, model in models.items():
+        check_swappable(model, component, name, parts.get(component))
+    for component, part in parts.items():
+        swap(models[component], name, part)
 
 
 # ---------------------------------------------------------------------- names

@@ -135,7 +135,7 @@ def broken(folder: Path, target: Path, change: Any) -> Path:
     [
         (lambda parts: parts["text_encoder_2"].tensors.popitem(), "The checkpoint lacks '.*Was it trained on another"),
         (lambda parts: parts["text_encoder"].tensors.clear(), "The checkpoint lacks|lora_"),
-        (lambda parts: parts.update(vae=parts.pop("text_encoder")), "has a part for 'vae', but this"),
+        (lambda parts: parts.update(vae=parts.pop("text_encoder")), "has a part for 'vae', but this pipeline"),
     ],
     ids=["last tensor of the last part", "a part without tensors", "a part for no denoiser"],
 )
