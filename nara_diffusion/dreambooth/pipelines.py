@@ -57,6 +57,17 @@ def model_index(name: str, **hub: Any) -> dict[str, Any]:
         return dict(diffusers.DiffusionPipeline.load_config(name, **hub))  # type: ignore[arg-type]
 
 
+def native_resolution(name: str, family: Family, **hub: Any) -> int | None:
+    """The side, in pixels, of the images that a model was made for; None where its configuration doesn't say."""
+    read: Any = diffusers.AutoencoderKL.load_config  # of any model's configuration
+    try:
+        side = read(name, subfolder=family.denoiser, **hub).get("sample_size")
+        blocks = read(name, subfolder="vae", **hub).get("block_out_channels")
+    except OSError:
+        return None
+    return side * 2 ** (len(blocks) - 1) if isinstance(side, int) and blocks else None
+
+
 def load_pipeline(
     name: str,
     *,

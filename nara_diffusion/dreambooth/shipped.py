@@ -10,10 +10,12 @@ from nara_diffusion.training.command import ASSETS, shipped
 
 from .families import SD3
 from .image_arguments import UNET_TARGETS
-from .pipelines import family_of_model
+from .pipelines import family_of_model, native_resolution
 
 logger = logging.getLogger(__name__)
 
+STEPS = 500
+"""Of a run on a named model: a pass over five images is two steps."""
 # What a run does where no images are named, and where no model is.
 SHIPPED_DATA: dict[str, Any] = {
     "instance_data_dir": str(ASSETS / "subject"),
@@ -78,9 +80,14 @@ def shipped_run(given: Mapping[str, Any], values: Mapping[str, Any] = SHIPPED_RU
 
 
 def family_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments that suit the family of the model that was `given`, in place of the script's own defaults."""
-    name = given["pretrained_model_name_or_path"]
+    """The arguments that suit the model that was `given` and its family, in place of the script's own defaults."""
+    name, hub = given["pretrained_model_name_or_path"], {"revision": given.get("model_options", {}).get("revision")}
     if not name:
         return {}  # which the arguments refuse
-    family = family_of_model(name, revision=given.get("model_options", {}).get("revision"))
-    return {"target_modules": list(family.targets), **family.defaults}
+    family = family_of_model(name, **hub)
+    defaults = {"target_modules": list(family.targets), **family.defaults}
+    if "num_train_epochs" not in given:
+        defaults["max_train_steps"] = STEPS
+    if (resolution := native_resolution(name, family, **hub)) is not None:
+        defaults["resolution"] = resolution
+    return defaults

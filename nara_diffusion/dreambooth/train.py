@@ -25,6 +25,7 @@ config.yaml, validation/step-N.png, and checkpoint-N folders to resume from.
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -153,16 +154,20 @@ class FineTuning:
     def _buckets(self) -> list[Size]:
         """The sizes to train at. Raises ValueError for one that doesn't fit the model."""
         args, divisor = self.args, self.family.divisor(self.pipe)
-        if args.aspect_ratio_buckets == "auto":
-            return generate_aspect_ratio_buckets(args.resolution, max(divisor, min(64, args.resolution // 4)))
-        sizes = [(args.resolution, args.resolution)]
-        if args.aspect_ratio_buckets is not None:
+        if args.aspect_ratio_buckets is None:
+            sizes = [(args.resolution, args.resolution)]
+        elif args.aspect_ratio_buckets == "auto":
+            sizes = generate_aspect_ratio_buckets(args.resolution, max(divisor, min(64, args.resolution // 4)))
+        else:
             sizes = parse_buckets_string(args.aspect_ratio_buckets)
+        places = self.step.model.config.get("pos_embed_max_size")  # of patches, on a side, in Stable Diffusion 3
+        limit = math.inf if places is None else places * divisor
         for height, width in sizes:
-            if height % divisor or width % divisor:
+            if height % divisor or width % divisor or max(height, width) > limit:
+                at_most = "" if places is None else f", at most {limit}"
                 raise ValueError(
                     f"a training size of {height} x {width} pixels doesn't fit this model: both sides have to be "
-                    f"multiples of {divisor}."
+                    f"multiples of {divisor}{at_most}; see --resolution."
                 )
         return sizes
 

@@ -1,0 +1,114 @@
+"""A run's defaults on a named model, what it refuses, and what a resumed one may do otherwise."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from nara_diffusion.dreambooth.shipped import family_defaults
+from tests.acceptance._commands import metrics, results, run, tensors
+from tests.acceptance._runs import ASSETS, image_flags
+from tests.dreambooth.pictures import folder_of
+from tests.helpers.small_pipelines import small_sd3, small_sdxl
+
+NAMED = "pretrained_model_name_or_path"
+
+
+@pytest.fixture(scope="module")
+def sdxl(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """At a constant rate, so that a longer schedule changes nothing."""
+    flags = image_flags(tmp_path_factory.mktemp("sdxl"), small_sdxl())
+    return flags | {"lr_scheduler": "constant", "max_train_steps": 4, "logging_steps": 1}
+
+
+@pytest.fixture(scope="module")
+def ended(sdxl: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ended") / "out"
+    run("dreambooth_sdxl.py", **sdxl, output_dir=folder)
+    return folder
+
+
+def resumed(ended: Path, flags: dict[str, Any], folder: Path, **changes: Any) -> Path:
+    shutil.copytree(ended, folder)
+    run("dreambooth_sdxl.py", **{**flags, **changes}, output_dir=folder, resume_from_checkpoint="latest")
+    return folder
+
+
+def test_run_goes_on_for_more_steps_with_other_prompts_to_the_bits_of_one_run(
+    sdxl: dict[str, Any], ended: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    asked = {"validation_prompts": ["a toy on grass", "a toy"], "num_validation_images": 2, "validation_steps": 3}
+    longer = resumed(ended, sdxl, tmp_path / "longer", max_train_steps=6, **asked)
+    assert "the schedule now has 6 steps instead of 4" in caplog.text
+    run("dreambooth_sdxl.py", **sdxl | {"max_train_steps": 6}, output_dir=tmp_path / "whole")
+    one, other = tensors(longer), tensors(tmp_path / "whole")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    assert [line["loss"] for line in metrics(longer) if "loss" in line] == [
+        line["loss"] for line in metrics(tmp_path / "whole") if "loss" in line
+    ]
+    lines = (longer / "samples-after" / "metadata.jsonl").read_text().splitlines()
+    assert [json.loads(line)["text"] for line in lines] == ["a toy on grass"] * 2 + ["a toy"] * 2
+    assert (results(longer)["n"], (longer / "validation" / "step-6.png").exists()) == (4, True)
+
+
+def test_run_goes_on_with_other_images_and_another_prompt(
+    sdxl: dict[str, Any], ended: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pictures = folder_of(tmp_path / "others", [(20, 24), (24, 20)])
+    changes = {"instance_data_dir": pictures, "instance_prompt": "a photo of a cube", "max_train_steps": 5}
+    other = resumed(ended, sdxl, tmp_path / "other", **changes)
+    assert "written with other training data: their order starts anew at step 4" in caplog.text
+    assert "trained on images of “a photo of a cube”" in (other / "README.md").read_text()
+    same = resumed(ended, sdxl, tmp_path / "same", max_train_steps=5)
+    losses = [[line["loss"] for line in metrics(folder) if "loss" in line] for folder in (other, same)]
+    assert losses[0][:4] == losses[1][:4]
+    assert losses[0][4] != losses[1][4]
+
+
+@pytest.mark.parametrize("change", [{"snr_gamma": 5.0}, {"resolution": 32}, {"rank": 2}], ids=str)
+def test_run_that_would_learn_something_else_is_not_gone_on_with(
+    sdxl: dict[str, Any], ended: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    name, value = next(iter(change.items()))
+    with pytest.raises(SystemExit, match=rf"belongs to a run of another configuration \({name}: .* {value} now"):
+        resumed(ended, sdxl, tmp_path / "out", **change)
+
+
+def test_card_counts_one_prompt_as_one(ended: Path) -> None:
+    assert "Over 1 sample of 1 prompt." in (ended / "README.md").read_text()
+
+
+def test_defaults_on_a_named_model_are_its_own_size_and_hundreds_of_steps(tmp_path: Path) -> None:
+    """A pass over five images would be two steps, and a model of 64 pixels at 1024 would show noise."""
+    for name in ("sdxl-tiny", "sd-tiny-flow"):
+        found = family_defaults({NAMED: str(ASSETS / name)})
+        assert (found["resolution"], found["max_train_steps"]) == (64, 500)
+    assert "max_train_steps" not in family_defaults({NAMED: str(ASSETS / "sdxl-tiny"), "num_train_epochs": 3.0})
+    small_sdxl().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "unet" / "config.json").read_text())
+    (tmp_path / "unet" / "config.json").write_text(json.dumps({**config, "sample_size": None}))
+    assert "resolution" not in family_defaults({NAMED: str(tmp_path)})
+
+
+def test_images_larger_than_the_model_has_positions_for_are_refused(tmp_path: Path) -> None:
+    pipe = small_sd3()
+    limit = pipe.transformer.config.pos_embed_max_size * pipe.vae_scale_factor * pipe.transformer.config.patch_size
+    flags = image_flags(tmp_path, pipe) | {"resolution": 2 * limit, "model_options": {"max_sequence_length": 5}}
+    message = f"a training size of {2 * limit} x {2 * limit} pixels doesn't fit this model: .*, at most {limit}"
+    with pytest.raises(SystemExit, match=message):
+        run("dreambooth.py", **flags, output_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_files_of_published_models_name_steps_and_size() -> None:
+    folder = Path(__file__).parents[2] / "train_scripts" / "configs"
+    for path in folder.glob("*dreambooth.yaml"):
+        assert {"max_train_steps", "resolution", "similarity_model"} <= yaml.safe_load(path.read_text()).keys(), path
