@@ -3,8 +3,8 @@
 PEFT           PeftModel.from_pretrained       a NaRA that is refused would stay on the base model, half loaded
                PeftModel.load_adapter          the same, beside other adapters
 transformers   PeftAdapterMixin.load_adapter   reads A and B by its own names, and leaves a core a fresh draw
-Diffusers      PeftAdapterMixin.set_adapters   takes numbers: a StrengthSchedule may be among the weights
-               …save_lora_adapter              would write a NaRA into a file that is described as a LoRA's
+Diffusers      LoraBaseMixin.set_adapters      takes numbers: a StrengthSchedule may be among the weights
+               PeftAdapterMixin.save_lora_adapter  would write a NaRA into a file that is described as a LoRA's
                lora_base._get_model_file       finds the files of LoRAs: a NaRA's is refused by name
 """
 
@@ -30,7 +30,7 @@ from transformers.utils.loading_report import LoadStateDictInfo
 
 from nara_diffusion.config import NaraConfig, NaraPeftType
 from nara_diffusion.loaders.file import METADATA_KEY
-from nara_diffusion.loaders.insertion import adapters_of
+from nara_diffusion.loaders.insertion import TEXT_ENCODER, adapters_of
 from nara_diffusion.loaders.schedulers import follow_adapters
 from nara_diffusion.loaders.strict import is_core_key
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
@@ -53,7 +53,7 @@ def wrap_other_libraries() -> None:
     _around(PeftModel, "from_pretrained", _from_pretrained)
     _around(PeftModel, "load_adapter", _load_adapter)
     _around(TransformersAdapterMixin, "load_adapter", _load_into_transformers)
-    _around(PeftAdapterMixin, "set_adapters", _set_adapters)
+    _around(lora_base.LoraBaseMixin, "set_adapters", _set_adapters)
     _around(PeftAdapterMixin, "save_lora_adapter", _save_lora_adapter)
     _around(lora_base, "_get_model_file", _find_lora_file)
 
@@ -173,22 +173,42 @@ class _Carrier(float):
         return self.of(self.schedule, float(self) / other)
 
 
-def _set_adapters(original: Any, model: Any, adapter_names: list[str] | str, weights: Any = None) -> None:
+def _set_adapters(original: Any, pipe: Any, adapter_names: list[str] | str, adapter_weights: Any = None) -> None:
     names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-    given = weights if isinstance(weights, list) else [weights] * len(names)
-    own = [(name, weight) for name, weight in zip(names, given, strict=False) if name in adapters_of(model)]
-    for name, weight in own:  # where lengths differ, Diffusers has an error
-        found = _schedules(weight)
+    weights = adapter_weights if isinstance(adapter_weights, list) else [adapter_weights] * len(names)
+    models = {part: getattr(pipe, part, None) for part in pipe._lora_loadable_modules}
+    for part, model in models.items():
+        if _holds_nara(getattr(model, "_orig_mod", None)):
+            raise ValueError(
+                f"{part} is what torch.compile returned, in which Diffusers finds no adapter: take the model out, "
+                f"pipe.{part} = pipe.{part}._orig_mod, and compile it in place, pipe.{part}.compile()."
+            )
+    given = [  # where lengths differ, Diffusers has an error
+        (part, model, name, _schedules(weight.get(part) if isinstance(weight, Mapping) else weight))
+        for part, model in models.items()
+        for name, weight in zip(names, weights, strict=False)
+        if name in adapters_of(model)  # type: ignore[arg-type]
+    ]
+    for part, model, name, found in given:
+        if found and part.startswith(TEXT_ENCODER):
+            raise ValueError(
+                f"adapter_weights has {found[0]} for {part}, which runs before there is a λ: give '{name}' a weight by "
+                f"component, {{'{part}': 1.0, …}}."
+            )
         if found or has_strength(model, name):
             check_strength(model, name, dict.fromkeys(layers_of(model, name), found[0]) if found else {})
-    with restored_on_error(model) if _schedules(weights) else nullcontext():
-        original(model, names, _carrying(weights))
-        for name, weight in own:
-            if _schedules(weight):
-                _take_schedules(model, name, _schedules(weight))
-    holder = holder_of(model)
-    for pipe in [] if holder is None else holder.present_pipelines():
-        follow_adapters(pipe)
+    scheduled = [each for each in given if each[3]]
+    with restored_on_error(*(model for _, model, _, _ in scheduled)):
+        original(pipe, names, _carrying(adapter_weights))
+        for _, model, name, found in scheduled:
+            _take_schedules(model, name, found)
+    for holder in filter(None, map(holder_of, models.values())):
+        for each in holder.present_pipelines():
+            follow_adapters(each)
+
+
+def _holds_nara(model: Any) -> bool:
+    return any(isinstance(config, NaraConfig) for config in adapters_of(model).values())
 
 
 def _take_schedules(model: Any, name: str, given: list[StrengthSchedule]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,8 @@ from nara_diffusion.tuner.holder import drop_idle_holder
 
 from .file import AdapterPart
 from .strict import held_tensors, is_core_key
+
+logger = logging.getLogger(__name__)
 
 TEXT_ENCODER = "text_encoder"
 """The beginning of the names of the text encoders' components."""
@@ -127,6 +130,15 @@ def insert(model: nn.Module, adapter_name: str, part: AdapterPart, low_cpu_mem_u
     """
     if any(parameter.dtype.is_floating_point and parameter.dtype.itemsize == 1 for parameter in model.parameters()):
         low_cpu_mem_usage = False  # by which PEFT converts A and B to the dtype of the base layer, float8
+    layers = tuner_layers(model)
+    if layers and all(layer.disable_adapters for layer in layers):
+        logger.warning(
+            "the adapters of %s were off, by disable_lora(): loading '%s' switches it on. pipe.set_adapters chooses.",
+            type(model).__name__,
+            adapter_name,
+        )
+    for layer in layers:
+        layer._disable_adapters = False
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")  # several are meant
         warnings.filterwarnings("ignore", message="The following .* keys did not match")  # the strict check says more
@@ -134,7 +146,6 @@ def insert(model: nn.Module, adapter_name: str, part: AdapterPart, low_cpu_mem_u
     tensors = _in_dtypes_of_layers(model, part.tensors)
     set_peft_model_state_dict(model, tensors, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
     for layer in tuner_layers(model):
-        layer._disable_adapters = False
         if isinstance(layer, LoraLayer) and adapter_name in layer.lora_dropout:  # a new module is in training mode
             layer.lora_dropout[adapter_name].train(model.training)
     setattr(model, LOADED_FLAG, True)

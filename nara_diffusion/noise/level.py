@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ContextDecorator
 from contextvars import ContextVar
 from typing import Any, NamedTuple, Protocol
 
@@ -129,12 +129,14 @@ present: ContextVar[Entry | None] = ContextVar("nara_noise_level", default=None)
 """The innermost entered context, whatever model it is for."""
 
 
-@contextmanager
-def noise_level(model: nn.Module, value: Level, *, mask_density: Level | None = None) -> Iterator[None]:
+class noise_level(ContextDecorator):
     """Inside the context, forwards of `model` and of its parts run at noise level λ = `value`, whatever its source.
 
-    Contexts nest. The previous value is restored on exit, also after an exception. Other threads and async tasks do not
-    see it. (`value` is copied; a tensor that requires a gradient receives one.)
+        with noise_level(model, 0.3):
+            model(x)
+
+    Contexts nest, and one may be entered again. The previous value is restored on exit, also after an exception. Other
+    threads and async tasks do not see it. (`value` is copied; a tensor that requires a gradient receives one.)
 
     Args:
         model: an adapted model, wrapped (PeftModel, DDP, `torch.compile`) or not.
@@ -146,12 +148,18 @@ def noise_level(model: nn.Module, value: Level, *, mask_density: Level | None = 
         ValueError: `value` is not in [0, 1], NaN or misshapen, or `model` holds no NaRA adapter.
         RuntimeError: on exit, if another context is the innermost.
     """
-    entry = Entry(present.get(), frozenset(core_holders(model)), as_signals(value, mask_density))
-    present.set(entry)
-    try:
-        yield
-    finally:
-        innermost = present.get()
+
+    def __init__(self, model: nn.Module, value: Level, *, mask_density: Level | None = None) -> None:
+        self._model, self._values = model, (value, mask_density)
+        self._entries: list[Entry] = []
+
+    def __enter__(self) -> None:
+        entry = Entry(present.get(), frozenset(core_holders(self._model)), as_signals(*self._values))
+        self._entries.append(entry)
+        present.set(entry)
+
+    def __exit__(self, *error: object) -> None:
+        entry, innermost = self._entries.pop(), present.get()
         entry.signals = None
         present.set(entry.parent if innermost is entry else None)
         if innermost is not entry:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from difflib import get_close_matches
 from itertools import pairwise
 from typing import Any
 
@@ -36,6 +38,8 @@ from .holder import HOLDER_NAME, CoreHolder, drop_idle_holder, holder_of
 from .merging import MergesAtOneLevel
 from .snapshot import restored_on_error
 from .strength import for_all_layers, give_strength
+
+logger = logging.getLogger(__name__)
 
 _STATE_DICT_REMEDY = "leave state_dict out, or convert A and B alone and give the core as model.state_dict() has it"
 
@@ -104,13 +108,20 @@ class NaraModel(MergesAtOneLevel):
                 states = [module.disable_adapters for module in model.modules() if isinstance(module, BaseTunerLayer)]
                 layers = self._injected = {}
                 self._channel = holder.channel
-                with _without_holder(model):
+                with _without_holder(model), _suggesting_targets(model, config):
                     super().inject_adapter(
                         model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, layers_only or None
                     )
                 self._add_cores(holder, adapter_name, config, layers, low_cpu_mem_usage)
                 holder.attach()
                 _check_names(model, set(self.peft_config))
+                if states and all(states):
+                    logger.warning(
+                        "the adapters of %s are off, as disable_lora() or disable_adapters() has left them, and so is "
+                        "'%s': call enable_lora() or enable_adapters() to switch them on.",
+                        type(model).__name__,
+                        adapter_name,
+                    )
                 for layer in layers.values():
                     layer._disable_adapters = bool(states) and all(states)
                 holder.follow_factors()
@@ -278,6 +289,21 @@ def _without_holder(root: nn.Module) -> Iterator[None]:
     finally:
         if holder is not None:
             root._modules[HOLDER_NAME] = holder
+
+
+@contextmanager
+def _suggesting_targets(model: nn.Module, config: NaraConfig) -> Iterator[None]:
+    """Inside, PEFT's error about `target_modules` that match nothing names the nearest modules."""
+    try:
+        yield
+    except ValueError as error:
+        if "not found in the base model" not in str(error):
+            raise
+        known = {name.lower(): name for path, _ in model.named_modules() for name in [path.rpartition(".")[2]]}
+        targets = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules or ()
+        nearest = [get_close_matches(target.rpartition(".")[2].lower(), known, 1) for target in targets]
+        names = sorted({repr(known[name]) for found in nearest for name in found})
+        raise type(error)(f"{error} Did you mean {', '.join(names)}?" if names else str(error)) from None
 
 
 def _check_names(model: nn.Module, names: set[str]) -> None:

@@ -1,0 +1,114 @@
+"""What a user is told who named a module wrongly, compiled a part, disabled adapters, or reused a context."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model, inject_adapter_in_model
+from torch.utils.checkpoint import checkpoint
+
+from nara_diffusion import StrengthSchedule, noise_level, set_strength
+from nara_diffusion.tuner.checkpointing import CheckpointWithCore
+from tests.acceptance._lives import add_nara, assert_near, frozen_sd, predict, save_nara
+from tests.helpers.adapted import TwoLayers, adapted, lora_config, nara_config
+from tests.helpers.pipelines.unet import tiny_unet
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute"),
+    pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time"),
+]
+SCHEDULE = StrengthSchedule([(0.0, 1.0), (1.0, 0.2)])
+
+
+def loaded(folder: Path, name: str = "a") -> Any:
+    pipe: Any = frozen_sd()
+    pipe.load_nara_weights(save_nara(folder), adapter_name=name)
+    return pipe
+
+
+@pytest.mark.parametrize("targets", [["to_Q"], ["attn1.to_Q"], "to_Q"], ids=str)
+def test_targets_that_match_nothing_get_the_nearest_names(targets: Any) -> None:
+    unet = tiny_unet()
+    with pytest.raises(ValueError, match=r"to_Q.* not found in the base model.* Did you mean 'to_q'\?$"):
+        unet.add_adapter(nara_config(target_modules=targets))
+    assert not hasattr(unet, "nara_core")
+    with pytest.raises(
+        ValueError, match=r"not found in the base model\. Please check the target modules and try again"
+    ):
+        get_peft_model(TwoLayers(), nara_config(target_modules=["xxxxxx"]))
+
+
+def test_set_adapters_of_a_compiled_part_names_compiling_in_place(tmp_path: Path) -> None:
+    pipe = loaded(tmp_path)
+    pipe.unet = torch.compile(pipe.unet)
+    with pytest.raises(ValueError, match=r"unet is what torch.compile returned.* pipe\.unet\.compile\(\)"):
+        pipe.set_adapters("a", 0.5)
+    pipe.unet = pipe.unet._orig_mod
+    pipe.set_adapters("a", 0.5)
+
+
+def test_schedule_for_a_text_encoder_is_refused_before_anything_changes(tmp_path: Path) -> None:
+    pipe = add_nara(frozen_sd())
+    inject_adapter_in_model(lora_config(target_modules=["q_proj"]), pipe.text_encoder)
+    before = predict(pipe)
+    with pytest.raises(ValueError, match=r"for text_encoder, which runs before there is a λ.*\{'text_encoder': 1\.0"):
+        pipe.set_adapters("default", SCHEDULE)
+    assert torch.equal(predict(pipe), before)
+    pipe.set_adapters("default", {"unet": SCHEDULE, "text_encoder": 1.0})
+    assert not torch.allclose(predict(pipe), before)
+
+
+def test_loading_after_disabling_says_what_is_on(tmp_path: Path, caplog: Any) -> None:
+    pipe, alone = loaded(tmp_path), loaded(tmp_path, "b")
+    pipe.disable_lora()
+    off = predict(pipe)
+    pipe.load_nara_weights(tmp_path, adapter_name="b")
+    assert "were off, by disable_lora(): loading 'b' switches it on" in caplog.text
+    assert "are off" not in caplog.text
+    assert pipe.get_active_adapters() == ["b"]
+    assert_near(predict(pipe), predict(alone), pipe.unet)
+    pipe.disable_lora()
+    pipe.unet.add_adapter(nara_config(target_modules=["to_k", "conv1"]), "c")
+    assert "are off, as disable_lora() or disable_adapters() has left them, and so is 'c'" in caplog.text
+    assert torch.equal(predict(pipe), off)
+
+
+def test_a_context_may_be_entered_again_also_inside_of_itself() -> None:
+    model, x = adapted(TwoLayers(), target_modules=["first"]), torch.randn(2, 7)
+    with noise_level(model, 0.3):
+        expected = model(x)
+    context = noise_level(model, 0.3)
+    for _ in range(2):
+        with context, noise_level(model, 0.9), context:
+            assert torch.equal(model(x), expected)
+        with pytest.raises(ValueError, match="λ is not known"):
+            model(x)
+    assert torch.equal(context(model)(x), expected)  # as a decorator
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"bias": "lora_only"}, {"lora_bias": True}, {"modules_to_save": ["second"]}, {"init_lora_weights": "pissa"}],
+    ids=str,
+)
+def test_strength_over_lambda_of_a_lora_that_changes_more_than_its_update_is_refused(options: Any) -> None:
+    model = get_peft_model(TwoLayers(), lora_config(target_modules=["first"], **options))
+    with pytest.raises(ValueError, match=f"would not reach what {next(iter(options))} changes in the model: give"):
+        set_strength(model, "default", SCHEDULE)
+    set_strength(model, "default", 0.5)
+
+
+def test_checkpoint_functions_are_wrapped_once_a_model(tiny_llama: Any) -> None:
+    inner = adapted(tiny_llama, target_modules=["q_proj"]).base_model.model
+    outer = get_peft_model(torch.nn.Sequential(inner), nara_config(target_modules=["v_proj"]))
+    inner.model.layers[0]._gradient_checkpointing_func = checkpoint
+    for _ in range(3):
+        with noise_level(outer, 0.3):
+            outer(torch.tensor([[3, 4, 5]]))
+    wrapped = inner.model.layers[0]._gradient_checkpointing_func
+    assert isinstance(wrapped, CheckpointWithCore)
+    assert isinstance(wrapped.checkpoint, CheckpointWithCore)
+    assert wrapped.checkpoint.checkpoint is checkpoint
