@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from nara_diffusion.layers.channel import Key
 from nara_diffusion.layers.offloading import is_offloaded
-from nara_diffusion.noise.level import Level, NoiseSignals, NoiseSource, as_signals, backward_pass, entry_for
+from nara_diffusion.noise.level import Level, NoiseSignals, as_signals, backward_pass, entry_for
 from nara_diffusion.noise.level import noise_level as at_noise_level
 
 logger = logging.getLogger(__name__)
@@ -29,12 +29,12 @@ class MergesCores:
 
     root: Any
     needs_noise: bool
-    merged_at: Callable[[], NoiseSignals | None]
-    merged_names: Callable[[], list[str]]
-    matrix: Callable[[Key, NoiseSignals | None], Tensor]
-    depends_on_noise: Callable[[str], bool]
-    check_known: Callable[..., None]
-    present_source: Callable[[], NoiseSource | None]
+    merged_at: Any
+    merged_names: Any
+    matrix: Any
+    depends_on_noise: Any
+    check_known: Any
+    present_source: Any
     _warned_of: NoiseSignals | None = None
 
     @property
@@ -51,8 +51,7 @@ class MergesCores:
         """The signals (1,) at which these adapters are merged or exported; None if they need none.
 
         Args:
-            signals: None takes those of `noise_level(…)`, or of merged layers.
-            purpose: the end of the error if λ is not known.
+            signals: None takes those of `noise_level(…)`, or of merged layers. purpose: the end of the error.
 
         Raises:
             ValueError: λ or the mask density is not known, or differs between samples.
@@ -67,26 +66,18 @@ class MergesCores:
         for name, signal in zip(NoiseSignals._fields, signals, strict=True):
             if signal is not None and signal.unique().numel() > 1:
                 raise ValueError(f"{name} is {signal.tolist()}: pass a single value to merge or export.")
-        level, density = signals
-        return NoiseSignals(level[:1].detach(), None if density is None else density[:1].detach())
+        return NoiseSignals(*(None if signal is None else signal[:1].detach() for signal in signals))  # type: ignore[arg-type]
 
     def signals_to_export(
         self, name: str, noise_level: Level | None, mask_density: Level | None = None
     ) -> NoiseSignals | None:
-        """The signals of one sample at which the adapter is exported; see `one_level`.
-
-        Args:
-            noise_level: λ in [0, 1]; None takes that of `noise_level(…)`, or of merged layers.
-        """
+        """The signals at which the adapter is exported; a λ of None is that of `noise_level(…)`, or of merged layers."""
         purpose = "a plain LoRA is exact at one λ alone. Pass noise_level=…, or export inside `with noise_level(…):`."
         return self.one_level([name], None if noise_level is None else as_signals(noise_level, mask_density), purpose)
 
     def signals_to_merge(self, names: list[str]) -> NoiseSignals | None:
-        """The signals of one sample at which these adapters are merged; see `one_level`.
-
-        Raises:
-            ValueError: besides, another λ than that of what is merged already; or weights are offloaded.
-        """
+        """The signals at which these adapters are merged: not others than what is merged already, and no weights are
+        offloaded."""
         if is_offloaded(self.root):
             raise ValueError(
                 f"Adapters cannot be merged while weights of {type(self.root).__name__} are offloaded, since they "
@@ -161,10 +152,7 @@ class MergesAtOneLevel(LoraModel):
     """PEFT's merging at one λ. It merges all layers or none; without a λ it raises."""
 
     def merge_adapter(
-        self,
-        adapter_names: list[str] | None = None,
-        safe_merge: bool = False,
-        noise_level: float | None = None,
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False, noise_level: float | None = None
     ) -> None:
         """Merge the update of one λ into the base weights, until `unmerge_adapter`.
 
