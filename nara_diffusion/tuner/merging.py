@@ -71,7 +71,7 @@ class MergesCores:
     def signals_to_export(
         self, name: str, noise_level: Level | None, mask_density: Level | None = None
     ) -> NoiseSignals | None:
-        """The signals at which the adapter is exported; a λ of None is that of `noise_level(…)`, or of merged layers."""
+        """The signals at which the adapter is exported. λ None is that of `noise_level(…)`, or of merged layers."""
         purpose = "a plain LoRA is exact at one λ alone. Pass noise_level=…, or export inside `with noise_level(…):`."
         return self.one_level([name], None if noise_level is None else as_signals(noise_level, mask_density), purpose)
 
