@@ -12,6 +12,7 @@ from nara_diffusion.training.adapters import method_of
 from nara_diffusion.training.arguments import schedule_of, window_of
 from nara_diffusion.training.report import (
     core_import,
+    counted,
     format_table,
     needs_schedule,
     plot_noise_level_curves,
@@ -175,8 +176,3 @@ def _figures(before: Measurement, after: Measurement) -> list[list[str]]:
         [_MEASURES[name], *("not measured" if value is None else f"{value:.3f}" for value in values)]
         for name, values in sides.items()
     ]
-
-
-def counted(number: int, what: str) -> str:
-    """ "1 image", "5 images"."""
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"

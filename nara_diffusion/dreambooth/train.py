@@ -48,7 +48,7 @@ from nara_diffusion.training.command import run_command
 from nara_diffusion.training.loop import train
 from nara_diffusion.training.measures import before_and_after
 from nara_diffusion.training.optimization import build_optimizer, build_scheduler
-from nara_diffusion.training.report import publish, window_facts
+from nara_diffusion.training.report import counted, publish, window_facts
 from nara_diffusion.training.run import Run, start_run
 from nara_diffusion.training.stream import stream_loader
 
@@ -61,7 +61,7 @@ from .denoiser import AdaptedDenoiser
 from .draws import drawable_levels
 from .image_arguments import DreamBoothArguments, run_family
 from .image_records import ImageRecord, Size, class_records, records_from_folder
-from .image_report import counted, results_table, window_note, write_run_report
+from .image_report import results_table, window_note, write_run_report
 from .objectives import build_objective
 from .pipelines import folders_of, load_pipeline, sharing_pipeline
 from .samples import SampleSettings, generate_class_images, sample_call

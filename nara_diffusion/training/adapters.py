@@ -13,7 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,27 +36,11 @@ from nara_diffusion.noise.level import MASKED_SHARE
 from .parser import hint
 
 ALL_LINEAR = "all-linear"
-CORE_FIELDS = {field.name for field in dataclasses.fields(NaraConfig)} - {
-    field.name for field in dataclasses.fields(LoraConfig)
+CORE_FIELDS = {each.name for each in dataclasses.fields(NaraConfig)} - {
+    each.name for each in dataclasses.fields(LoraConfig)
 }
 """What NaraConfig adds to LoraConfig."""
 
-_NARA = "arXiv 2605.29716"
-_KNOTS = {"core_type": "knots", "core_sharing": "layer", "core_scale": 1.0}
-NAMED: dict[str, tuple[str, dict[str, Any], str, str]] = {
-    "nara": ("nara", {}, "NaRA", _NARA),
-    "nara_dora": ("nara", {"use_dora": True}, "NaRA-DoRA", _NARA),
-    "nara_c": ("nara", {"core_type": "constant"}, "NaRA-C", _NARA),
-    "nara_knots": ("nara", _KNOTS, "NaRA-Knots", "RESULTS.md"),
-    "tlora": ("nara", {"core_type": "rank_mask"}, "T-LoRA", "arXiv 2507.05964"),
-    "multi_lora": ("nara", {"core_type": "bins"}, "Multi-LoRA", _NARA),
-    "lora": ("lora", {}, "LoRA", "arXiv 2106.09685"),
-    "dora": ("lora", {"use_dora": True}, "DoRA", "arXiv 2402.09353"),
-    "hira": ("hira", {}, "HiRA", "ICLR 2025"),
-    "prompt_tuning": ("prompt_tuning", {}, "Prompt tuning", "arXiv 2104.08691"),
-    "p_tuning": ("p_tuning", {}, "P-tuning", "arXiv 2103.10385"),
-}
-"""{name: (method, fields that it fixes, what people call it, where it was published)}."""
 _REFUSED = {
     "adalora": "drops directions by a step of its own after each optimizer step, which this trainer doesn't take",
     "xlora": "mixes adapters that are trained already",
@@ -75,14 +59,17 @@ class Method:
     title: what people call it.
     source: where it was published; of other methods of PEFT, "PEFT".
     fixed: fields of the configuration that its name decides.
-    config: the class of its configuration; None for all weights.
     """
 
     name: str
     title: str
-    source: str
-    fixed: Mapping[str, Any]
-    config: Any
+    source: str = "PEFT"
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def config(self) -> Any:
+        """The class of its configuration; None for all weights, and for a name that is no method."""
+        return NaraConfig if self.name == "nara" else PEFT_TYPE_TO_CONFIG_MAPPING.get(self.name.upper())  # type: ignore[call-overload]
 
     @property
     def family(self) -> Literal["nara", "lora", "other", "prompt", "full"]:
@@ -92,23 +79,35 @@ class Method:
         return "prompt" if issubclass(self.config, PromptLearningConfig) else "other"
 
 
-def method_of(args: Any) -> Method:
-    """The method that `args.adapter` names.
+_NARA = "arXiv 2605.29716"
+_KNOTS = {"core_type": "knots", "core_sharing": "layer", "core_scale": 1.0}
+NAMED = {
+    "nara": Method("nara", "NaRA", _NARA),
+    "nara_dora": Method("nara", "NaRA-DoRA", _NARA, {"use_dora": True}),
+    "nara_c": Method("nara", "NaRA-C", _NARA, {"core_type": "constant"}),
+    "nara_knots": Method("nara", "NaRA-Knots", "RESULTS.md", _KNOTS),
+    "tlora": Method("nara", "T-LoRA", "arXiv 2507.05964", {"core_type": "rank_mask"}),
+    "multi_lora": Method("nara", "Multi-LoRA", _NARA, {"core_type": "bins"}),
+    "lora": Method("lora", "LoRA", "arXiv 2106.09685"),
+    "dora": Method("lora", "DoRA", "arXiv 2402.09353", {"use_dora": True}),
+    "hira": Method("hira", "HiRA", "ICLR 2025"),
+    "prompt_tuning": Method("prompt_tuning", "Prompt tuning", "arXiv 2104.08691"),
+    "p_tuning": Method("p_tuning", "P-tuning", "arXiv 2103.10385"),
+    "full": Method("full", "full fine-tuning", "all weights"),
+}
+"""The methods by the names that --adapter takes; others of PEFT's go by their own."""
 
-    Raises:
-        ValueError: there is none of that name, or it can't be trained here.
-    """
+
+def method_of(args: Any) -> Method:
+    """The method that `args.adapter` names. Raises ValueError if there is none, or it can't be trained here."""
     chosen = args.adapter
-    if chosen == "full":
-        return Method("full", "full fine-tuning", "all weights", {}, None)
-    name, fixed, title, source = NAMED.get(chosen, (chosen, {}, chosen.replace("_", " "), "PEFT"))
-    config = NaraConfig if name == "nara" else PEFT_TYPE_TO_CONFIG_MAPPING.get(name.upper())  # type: ignore[call-overload]
-    if name in _REFUSED:
-        raise ValueError(f"adapter {chosen} can't be trained here: it {_REFUSED[name]}. Give nara, lora or dora.")
-    if config is None or chosen != chosen.lower():
-        known = [*NAMED, "full", *(str(kind.value).lower() for kind in PEFT_TYPE_TO_CONFIG_MAPPING)]
+    method = NAMED.get(chosen, Method(chosen, chosen.replace("_", " ")))
+    if chosen in _REFUSED:
+        raise ValueError(f"adapter {chosen} can't be trained here: it {_REFUSED[chosen]}. Give nara, lora or dora.")
+    if chosen != "full" and (method.config is None or chosen != chosen.lower()):
+        known = [*NAMED, *(str(kind.value).lower() for kind in PEFT_TYPE_TO_CONFIG_MAPPING)]
         raise ValueError(f"adapter is {chosen!r}, which is no method: {hint(chosen, dict.fromkeys(known))}")
-    return Method(name, title, source, fixed, config)
+    return method
 
 
 def title_of(args: Any) -> str:
@@ -162,7 +161,7 @@ def adapter_config(
     method = method_of(args)
     own = method.family == "nara"
     options = {name: value for name, value in args.adapter_options.items() if own or name not in CORE_FIELDS}
-    known = [] if method.config is None else [field.name for field in dataclasses.fields(method.config) if field.init]
+    known = [] if method.config is None else [each.name for each in dataclasses.fields(method.config) if each.init]
     for name, value in options.items():
         if name not in known:
             raise ValueError(f"adapter_options holds {name!r}, which adapter {args.adapter} lacks: {hint(name, known)}")
@@ -207,11 +206,8 @@ def _values(args: Any, method: Method, options: Mapping[str, Any]) -> dict[str, 
 
 
 def import_core_module(name: str) -> None:
-    """Import the module `name`, or, where it ends in .py, the file of that path, whose folder joins `sys.path`.
-
-    Raises:
-        ValueError: there is no such module or file, it fails, or no core is registered then.
-    """
+    """Import the module `name`, or, where it ends in .py, the file of that path, whose folder joins `sys.path`. Raises
+    ValueError if there is none, it fails, or no core is registered then."""
     folder = str(Path(name).resolve().parent)
     if name.endswith(".py") and folder not in sys.path:
         sys.path.append(folder)
@@ -238,18 +234,8 @@ def build_adapter(
     noise_convention: str | None = MASKED_SHARE,
     strength: StrengthSchedule | None = None,
 ) -> nn.Module:
-    """Prepare the language model `model` for `--adapter`: only what is trained requires a gradient.
-
-    Args:
-        args: an AdapterArguments.
-        noise_convention, strength: see `adapter_config`.
-
-    Returns:
-        A PeftModel around `model`, or `model` itself with all its weights trainable (`adapter` "full").
-
-    Raises:
-        ValueError: a name in `target_modules` matches nothing.
-    """
+    """A PeftModel around the language model `model`, by `adapter_config`, of which only the adapter requires a gradient;
+    or `model` itself with all its weights trainable (`adapter` "full"). Raises as `add_adapter`."""
     options: dict[str, Any] = {}
     if method_of(args).family == "prompt":
         # what PEFT prepends the tokens in; encoders have no `generate`

@@ -55,13 +55,18 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
+def counted(number: int, what: str) -> str:
+    """1 prompt, 4 prompts."""
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table of text, the first column flush left, the others flush right."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = []
-    for row in (header, ["-" * width for width in widths], *rows):
-        others = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join([row[0].ljust(widths[0]), *others]).rstrip())
+    for first, *others in (header, ["-" * width for width in widths], *rows):
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
     return "\n".join(lines)
 
 
@@ -69,17 +74,12 @@ def write_samples(
     path: Path, title: str, header: Sequence[str], rows: Sequence[Sequence[tuple[str, bool | None]]]
 ) -> None:
     """Write an HTML page with a table; each cell is (text, True for right, False for wrong, None for neither)."""
-    names = {True: ' class="right"', False: ' class="wrong"', None: ""}
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
-    body = "\n".join(
-        "<tr>" + "".join(f"<td{names[right]}>{html.escape(text)}</td>" for text, right in row) + "</tr>" for row in rows
-    )
-    write_text(
-        path,
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{_STYLE}</style></head>\n<body><h1>{html.escape(title)}</h1>\n"
-        f"<table><tr>{head}</tr>\n{body}\n</table></body></html>\n",
-    )
+    kinds = {True: ' class="right"', False: ' class="wrong"', None: ""}
+    lines = [[f"<th>{html.escape(name)}</th>" for name in header]]
+    lines += [[f"<td{kinds[right]}>{html.escape(text)}</td>" for text, right in row] for row in rows]
+    table, title = "\n".join(f"<tr>{''.join(line)}</tr>" for line in lines), html.escape(title)
+    head = f'<meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
+    write_text(path, f"<!doctype html>{head}\n<h1>{title}</h1>\n<table>\n{table}\n</table>\n")
 
 
 def plot_noise_level_curves(
@@ -95,11 +95,8 @@ def plot_noise_level_curves(
     adapted.
 
     Args:
-        path: the file to write.
         noise_levels: λ of each point, in [0, 1].
-        base, adapted: the losses there.
-        title: what was measured, on what.
-        unit: unit of the losses, for the axes.
+        base, adapted: the losses there, in `unit`.
         window: that was trained, to be shaded.
     """
     figure = Figure(figsize=(10, 4), layout="constrained")
@@ -110,14 +107,13 @@ def plot_noise_level_curves(
     left.set(xlabel="noise level λ (1 = pure noise)", ylabel=f"loss ({unit})", xlim=(0, 1.02), yscale="log")
     left.yaxis.set_major_formatter("{x:g}")
     left.yaxis.set_minor_formatter(LogFormatter())
-    gains = [before - after for before, after in zip(base, adapted, strict=True)]
     right.axhline(0, color="tab:gray", linewidth=1)
+    gains = [before - after for before, after in zip(base, adapted, strict=True)]
     right.plot(noise_levels, gains, marker="o", color="tab:green")
     right.set(xlabel="noise level λ (1 = pure noise)", ylabel=f"gain ({unit})", xlim=(0, 1.02))
     right.set_title("base model − adapted model", fontsize="medium")
-    if not window.is_everything:
-        for axes in (left, right):
-            axes.axvspan(window.low, window.high, color="tab:blue", alpha=0.1, label="trained")
+    for axes in () if window.is_everything else (left, right):
+        axes.axvspan(window.low, window.high, color="tab:blue", alpha=0.1, label="trained")
     left.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
     figure.suptitle(title)
     with atomic_write(path) as partial:
@@ -145,19 +141,16 @@ def write_run_card(
         facts: {what: value} of the run, such as the number of trainable parameters.
         name: what people call the base model.
         about: the end of the card's first sentence: the purpose of the adapter, and its training data.
-        figures: rows of (what, before, after).
-        how_good: the texts before and after these rows.
+        figures: rows of (what, before, after); `how_good` has the texts before and after these rows.
         loading: the code that loads the adapter.
-        tags, library, others: for the front matter that the Hub reads, such as `instance_prompt` and `widget`; those
-            that are None are left out.
+        tags, library, others: of the front matter that the Hub reads; those that are None are left out.
     """
     method, title = method_of(args), title_of(args)
     tags = ["nara" if method.family == "nara" else args.adapter.replace("_", "-"), *tags]
-    known = {name: value for name, value in others.items() if value is not None}
     if not Path(args.pretrained_model_name_or_path).exists():  # an id of the Hub, and no path of this disk
-        known["base_model"] = args.pretrained_model_name_or_path
-        known["base_model_relation"] = "finetune" if method.family == "full" else "adapter"
-    front = ModelCardData(library_name=library, tags=tags, **known).to_yaml().strip()
+        relation = "finetune" if method.family == "full" else "adapter"
+        others |= {"base_model": args.pretrained_model_name_or_path, "base_model_relation": relation}
+    front = ModelCardData(library_name=library, tags=tags, **others).to_yaml().strip()
     rows = "\n".join(f"| {' | '.join(row)} |" for row in figures)
     table = f"| | before | after |\n|---|---|---|\n{rows}"
     training = "\n".join(f"- {what}: {value}" for what, value in facts.items())

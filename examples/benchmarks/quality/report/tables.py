@@ -94,7 +94,7 @@ def title(arm: Arm) -> str:
 
 
 def _method_title(method: str) -> str:
-    return NAMED[method][2] if method in NAMED else _TITLES.get(method, method)
+    return NAMED[method].title if method in NAMED else _TITLES.get(method, method)
 
 
 def ordered(arms: Sequence[Arm]) -> list[Arm]:
