@@ -36,9 +36,8 @@ from nara_diffusion.noise.level import MASKED_SHARE
 from .parser import hint
 
 ALL_LINEAR = "all-linear"
-CORE_FIELDS = {each.name for each in dataclasses.fields(NaraConfig)} - {
-    each.name for each in dataclasses.fields(LoraConfig)
-}
+_NARAS, _LORAS = ({each.name for each in dataclasses.fields(cls)} for cls in (NaraConfig, LoraConfig))
+CORE_FIELDS = _NARAS - _LORAS
 """What NaraConfig adds to LoraConfig."""
 
 _REFUSED = {
@@ -234,8 +233,8 @@ def build_adapter(
     noise_convention: str | None = MASKED_SHARE,
     strength: StrengthSchedule | None = None,
 ) -> nn.Module:
-    """A PeftModel around the language model `model`, by `adapter_config`, of which only the adapter requires a gradient;
-    or `model` itself with all its weights trainable (`adapter` "full"). Raises as `add_adapter`."""
+    """A PeftModel around the language model `model`, by `adapter_config`, of which only the adapter is trainable; or
+    `model` itself with all its weights trainable (`adapter` "full"). Raises as `add_adapter`."""
     options: dict[str, Any] = {}
     if method_of(args).family == "prompt":
         # what PEFT prepends the tokens in; encoders have no `generate`

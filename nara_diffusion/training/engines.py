@@ -49,11 +49,8 @@ SHARDED = {  # engines whose forward runs on all processes or hangs: (what asks 
 
 
 def start_accelerator(args: Any) -> Accelerator:
-    """The engine that the launcher asked for. What `args` say of accumulation and clipping is set over its own files.
-
-    Raises:
-        ValueError: FSDP1, or an engine that needs a GPU without one; a global batch that can't be divided; an
-            adapter, optimizer or precision that the engine would compute otherwise.
+    """The engine that the launcher asked for; what `args` say of accumulation and clipping wins over its own files.
+    Raises ValueError for FSDP1, an engine that needs a GPU without one, and as `accumulation_steps`, `check_sharded`.
     """
     for variable, name in SHARDED.values():
         if os.environ.get(variable, "").lower() not in ("true", "1"):
@@ -80,11 +77,7 @@ def start_accelerator(args: Any) -> Accelerator:
 
 def accumulation_steps(args: Any, processes: int) -> int:
     """Forwards of one process that make an optimizer step: --gradient_accumulation_steps, or what --global_batch_size
-    leaves to each of `processes`.
-
-    Raises:
-        ValueError: the global batch can't be divided evenly among processes and forwards.
-    """
+    leaves to each of `processes`. Raises ValueError if it can't be divided evenly."""
     if args.global_batch_size is None:
         return args.gradient_accumulation_steps
     together = args.train_batch_size * processes

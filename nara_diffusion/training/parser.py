@@ -110,10 +110,7 @@ def gathered(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 def spread_options(args: Any) -> None:
     """Set the fields that are declared `within` a dict from that dict. Arguments call it first in `__post_init__`.
-
-    Raises:
-        ValueError: a dict has another name in it, or a value of another type.
-    """
+    Raises ValueError for another name in a dict, or a value of another type."""
     hints = typing.get_type_hints(type(args))
     fields = {field.name: field for field in dataclasses.fields(args) if field.metadata["within"]}
     for container in {field.metadata["within"]: 0 for field in fields.values()}:
@@ -172,11 +169,8 @@ class ArgumentParser(argparse.ArgumentParser):
         self.add_argument("--help_all", action="help", help="Show all options and exit; --help shows the common ones.")
 
     def given(self, words: Sequence[str]) -> dict[str, Any]:
-        """{argument: value} of the command line `words`, over those of the file that it names.
-
-        Raises:
-            ValueError: an unknown flag or key, or a value of another type.
-        """
+        """{argument: value} of the command line `words`, over those of the file that it names. Raises ValueError for an
+        unknown flag or key, or a value of another type."""
         found, unknown = self.parse_known_args([_with_underscores(word) for word in words])
         if unknown:
             flags = [self._advice(word[2:].partition("=")[0]) for word in unknown if word.startswith("--")]
@@ -189,10 +183,8 @@ class ArgumentParser(argparse.ArgumentParser):
     def _read(self, path: str) -> dict[str, Any]:
         try:
             content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ValueError(f"--config {path} can't be read: {error.strerror}") from error
-        except yaml.YAMLError as error:
-            raise ValueError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from error
+        except (OSError, yaml.YAMLError) as error:
+            raise ValueError(f"--config {path} can't be read as YAML: {' '.join(str(error).split())}") from error
         if not isinstance(content, dict):
             raise ValueError(f"--config {path} must hold `key: value` lines, got {type(content).__name__}")
         for key in content:
@@ -206,15 +198,13 @@ class ArgumentParser(argparse.ArgumentParser):
     def _advice(self, name: str) -> str:
         """What to do about an unknown flag or key."""
         old = name.removeprefix("no_")
-        if old in self._fields:
-            return f"--{old}: give --{self._fields[old].metadata['within']} {old}=VALUE."
+        if old in self._fields and (container := self._fields[old].metadata["within"]):
+            return f"--{old}: give --{container} {old}=VALUE."
         if old in RENAMED:
             return f"--{old}: {RENAMED[old]}"
         flags = [flag[2:] for flag in self._option_string_actions if flag.startswith("--")]
         near = [USUAL[name]] if USUAL.get(name) in flags else difflib.get_close_matches(name, flags, n=1)
-        return f"unrecognized --{name}: " + (
-            f"did you mean --{near[0]}?" if near else "--help_all lists the known ones."
-        )
+        return f"unrecognized --{name}: {f'did you mean --{near[0]}?' if near else '--help_all lists the known ones.'}"
 
     def _add_options(self, cls: type, show_all: bool) -> None:
         groups: dict[str, Any] = {}

@@ -91,6 +91,7 @@ def test_flags_are_read(argv: list[str], expected: dict[str, Any]) -> None:
         (["--more", "depth"], "expected NAME=VALUE, got 'depth'"),
         (["--use_8bit_adam"], "--use_8bit_adam: give --optimizer AdamW8bit."),
         (["--no-upcast_vae"], "--upcast_vae: has gone"),
+        (["--no_rank"], "unrecognized --no_rank: did you mean --rank?"),
         (["stray"], "unrecognized arguments: stray"),
     ],
 )
@@ -113,7 +114,7 @@ def test_file_is_read_as_the_flags_that_it_stands_for(tmp_path: Path, capsys: py
         "rnk: 1": "did you mean --rank",
         "prodigy_beta3: 0.9": "give --optimizer_options beta3=VALUE",
         "- rank": "must hold `key: value` lines, got list",
-        "rank: [": "is not valid YAML",
+        "rank: [": "can't be read as YAML",
     }.items():
         file.write_text(content)
         with pytest.raises(SystemExit):

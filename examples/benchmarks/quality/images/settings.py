@@ -18,7 +18,7 @@ from quality.running import RANK
 
 BASE = "base"
 """The backbone as it is."""
-NAMES = [BASE, *(name for name in NAMED if not name.endswith("_tuning")), "vera", "oft", "full"]
+NAMES = [BASE, *(name for name in NAMED if not name.endswith("_tuning")), "vera", "oft"]
 """Of the methods that a UNet can have."""
 NOISE_AWARE = ("nara", "nara_dora", "nara_knots")
 
