@@ -14,7 +14,6 @@ from nara_diffusion.training.arguments import (
     RunArguments,
     WindowArguments,
     check_arguments,
-    check_schedule,
     require,
     window_of,
 )
@@ -123,7 +122,6 @@ class Arguments(
         if not self.pretrained_model_name_or_path:
             raise ValueError("pretrained_model_name_or_path is empty: name the model to adapt.")
         check_arguments(self)
-        check_schedule(self)
         check_drawable(window_of(self), self.complementary)
         counts = ("max_length", "eval_batch_size", "gen_length", "curve_points", "validation_samples")
         counts += ("test_samples", "max_train_samples")

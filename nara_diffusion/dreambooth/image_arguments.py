@@ -13,7 +13,6 @@ from nara_diffusion.training.arguments import (
     RunArguments,
     WindowArguments,
     check_arguments,
-    check_schedule,
     require,
 )
 from nara_diffusion.training.parser import option, spread_options
@@ -200,7 +199,6 @@ class DreamBoothArguments(
         if not self.pretrained_model_name_or_path:
             raise ValueError("pretrained_model_name_or_path is empty: name the model to adapt.")
         check_arguments(self)
-        check_schedule(self)
         counts = ("num_validation_images", "num_inference_steps", "sample_batch_size", "curve_points")
         require(self, "at least 1", lambda value: value >= 1, *counts, "crops_per_image", "num_class_images")
         require(self, "at least 8", lambda value: value >= 8, "resolution")

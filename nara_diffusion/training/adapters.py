@@ -124,9 +124,9 @@ def title_of(args: Any) -> str:
 # ---------------------------------------------------------------- configurations
 
 
-def check_adapter(args: Any) -> None:
-    """Raises ValueError for settings that contradict the method."""
-    method, config = method_of(args), adapter_config(args)
+def check_adapter(args: Any, config: PeftConfig | None) -> None:
+    """Raises ValueError for settings that contradict the method, or its `config`."""
+    method = method_of(args)
     meant = method.fixed.get("core_type", args.core_type if method.family == "nara" else "none")
     if args.core_type not in ("hypernetwork", meant):
         raise ValueError(f"core_type is {args.core_type!r}, but that of adapter {args.adapter} is {meant}.")

@@ -177,22 +177,18 @@ def window_of(args: Any) -> NoiseWindow:
 
 def check_arguments(args: Any) -> None:
     """Raises ValueError for values that no run can use. Each script's arguments call it in `__post_init__`."""
-    require(args, "at least 1", lambda value: value >= 1, "rank", "train_batch_size", "gradient_accumulation_steps")
-    require(args, "at least 1", lambda value: value >= 1, "global_batch_size", "max_train_steps", "logging_steps")
-    require(args, "at least 1", lambda value: value >= 1, "validation_steps", "checkpointing_steps")
-    require(args, "at least 1", lambda value: value >= 1, "checkpoints_total_limit")
-    require(args, "above 0", lambda value: value > 0, "learning_rate", "core_learning_rate", "num_train_epochs")
-    require(args, "above 0", lambda value: value > 0, "max_grad_norm")
+    counts = ("rank", "train_batch_size", "gradient_accumulation_steps", "global_batch_size", "max_train_steps")
+    counts += ("logging_steps", "validation_steps", "checkpointing_steps", "checkpoints_total_limit")
+    require(args, "at least 1", lambda value: value >= 1, *counts)
+    rates = ("learning_rate", "core_learning_rate", "num_train_epochs", "max_grad_norm")
+    require(args, "above 0", lambda value: value > 0, *rates)
     require(args, "at least 0", lambda value: value >= 0, "core_start_step", "lr_warmup_steps", "weight_decay")
     require(args, "from 0 to 4294967295, as NumPy's generator takes it", lambda value: 0 <= value < 2**32, "seed")
     require(args, "in [0, 1)", lambda value: 0 <= value < 1, "lora_dropout")
-    levels = ("min_noise_level", "max_noise_level")
-    require(args, "in [0, 1], λ, for which timestep 700 of 1000 is 0.7", lambda value: 0 <= value <= 1, *levels)
-    if (args.min_noise_level or 0.0) >= (1.0 if args.max_noise_level is None else args.max_noise_level):
-        raise ValueError(
-            f"min_noise_level is {args.min_noise_level} and max_noise_level {args.max_noise_level}, so that no noise "
-            "level lies between: min_noise_level has to be the smaller one."
-        )
+    try:
+        window_of(args)
+    except ValueError as error:
+        raise ValueError(f"min_noise_level and max_noise_level: {error}") from error
     if args.global_batch_size is not None and args.gradient_accumulation_steps != 1:
         raise ValueError(
             f"gradient_accumulation_steps is {args.gradient_accumulation_steps} and global_batch_size "
@@ -201,27 +197,18 @@ def check_arguments(args: Any) -> None:
     if args.core_module is not None:
         import_core_module(args.core_module)
     check_core_type(args.core_type)
-    check_adapter(args)
+    check_adapter(args, adapter_config(args, strength=schedule_of(args)))
     check_optimizer(args)
-    if args.init_adapter is not None:
-        _check_start(args)
-    if args.check and (
-        method_of(args).family in ("prompt", "full")
-        or args.resume_from_checkpoint
-        or args.hub_model_id
-        or args.init_adapter
-    ):
+    family, start = method_of(args).family, args.init_adapter
+    if start is not None and not Path(start).expanduser().exists():
+        raise ValueError(f"init_adapter is {start!r}: there is no such file or folder.")
+    if start is not None and family not in ("nara", "lora"):
+        raise ValueError(f"init_adapter starts from a LoRA or a NaRA, which adapter {args.adapter} is not: give nara.")
+    if args.check and (family in ("prompt", "full") or args.resume_from_checkpoint or args.hub_model_id or start):
         raise ValueError(
             "check measures what λ tells a low-rank adapter before its training: leave resume_from_checkpoint, "
             "hub_model_id and init_adapter out, and give adapter nara or lora."
         )
-
-
-def _check_start(args: Any) -> None:
-    if not Path(args.init_adapter).expanduser().exists():
-        raise ValueError(f"init_adapter is {args.init_adapter!r}: there is no such file or folder.")
-    if method_of(args).family not in ("nara", "lora"):
-        raise ValueError(f"init_adapter starts from a LoRA or a NaRA, which adapter {args.adapter} is not: give nara.")
 
 
 def require(args: Any, expected: str, holds: Any, *names: str) -> None:
@@ -231,9 +218,3 @@ def require(args: Any, expected: str, holds: Any, *names: str) -> None:
         value = getattr(args, name)
         if value is not None and not holds(value):
             raise ValueError(f"{name} must be {expected}, got {value}.")
-
-
-def check_schedule(args: Any) -> None:
-    """Refuse a window whose strength the adapter's file can't hold. Raises ValueError."""
-    if schedule_of(args) is not None:
-        adapter_config(args, strength=schedule_of(args))

@@ -112,7 +112,7 @@ def test_options_are_fields_of_the_configuration() -> None:
         ({"global_batch_size": 8, "gradient_accumulation_steps": 2}, r"give one of the two"),
         ({"optimizer_options": {"beta": 1}}, r"optimizer_options holds 'beta', which AdamW lacks: did you mean betas"),
         ({"lr_scheduler": "constant", "lr_warmup_steps": 5}, r"lr_scheduler 'constant' has no warm-up"),
-        ({"min_noise_level": 0.8, "max_noise_level": 0.2}, r"no noise level lies between"),
+        ({"min_noise_level": 0.8, "max_noise_level": 0.2}, r"min_noise_level and max_noise_level: low is 0.8"),
         ({"core_module": "nowhere.py"}, r"core_module 'nowhere.py' can't be imported"),
     ],
 )
