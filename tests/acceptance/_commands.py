@@ -136,7 +136,8 @@ class Moment:
     def __init__(self, what: str, number: int, signal: signal.Signals = signal.SIGKILL) -> None:
         self.what, self.number, self.signal = what, number, signal
 
-    def arm(self, folder: Path) -> None:
+    def arm(self, folder: Path, calls: int = 1) -> None:
+        """`calls` of the optimizer make a step: DeepSpeed calls it for each group of parameters."""
         steps = 0
         folder = folder.resolve()
         fired: list[bool] = []
@@ -149,11 +150,11 @@ class Moment:
         def step(*_: Any) -> None:
             nonlocal steps
             steps += 1
-            if self.what == "step" and steps == self.number:
+            if self.what == "step" and steps == self.number * calls:
                 fire()
 
         def event(name: str, args: tuple[Any, ...]) -> None:
-            if steps != self.number:
+            if steps != self.number * calls:
                 return
             if self.what == "name" and name == "os.rename":
                 if Path(os.fsdecode(args[1])).name == f"checkpoint-{self.number}":
