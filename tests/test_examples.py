@@ -40,6 +40,17 @@ def test_example_of_text_prints_what_it_shows(name, tmp_path, capsys):
     assert not draws or (tmp_path / f"{name}.png").stat().st_size > 0
 
 
+def test_preferences_go_where_imitation_does_not(capsys):
+    """A run of 20 steps of the 80: on held-out pairs, and in what is written."""
+    found = import_module("08_preferences").main(steps=20, n=40, batch_size=8)
+    (base, _), (imitated, few), (preferred, many) = found.values()
+    assert base < 0.35
+    assert imitated < 0.5
+    assert preferred > 0.6
+    assert many > few + 0.2
+    assert f"preferences: prefers the chosen copy in {preferred:.0%}" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PICTURES)
 def test_example_of_images_prints_what_it_shows(name, tmp_path, capsys):
