@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerBase
 
 import nara_diffusion  # noqa: F401 (registers NaRA with PEFT)
 from nara_diffusion.dllm import load_backbone, log_likelihood, stop_token_ids
-from nara_diffusion.dllm.evaluation.exact_match import answer_prompts, text_before_end
+from nara_diffusion.dllm.evaluation.exact_match import answer_prompts, decode_answer
 from nara_diffusion.dllm.models.backbone import Backbone
 from nara_diffusion.loaders.file import load_peft_adapter
 from nara_diffusion.utils.naming import naming_source
@@ -173,7 +173,7 @@ class NaraDLLM(LM):
                     options = {"chat": chat, "eos_token_id": ends, **sampling}
                     found = answer_prompts(self.model, [prompts[i] for i in batch], **options)
                     for i, answer in zip(batch, found.answers.tolist(), strict=True):
-                        answers[i] = cut(text_before_end(self.tokenizer, answer, ends), until)
+                        answers[i] = cut(decode_answer(self.tokenizer, answer, ends, strip=False), until)
                         self.cache_hook.add_partial("generate_until", requests[i].args, answers[i])
                     bar.update(len(batch))
         return answers

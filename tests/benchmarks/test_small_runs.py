@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 
 import benchmark_alternatives
+import benchmark_decoding
 import benchmark_dreambooth_step
 import benchmark_export
 import benchmark_load
@@ -34,6 +35,7 @@ RUNS = {
     benchmark_speed: {"rounds": 2, "shape": (4, 8, 32), "rank": 5},
     benchmark_export: {"counts": (5,), "cores": ("knots",)},
     benchmark_loss_memory: {"vocabulary": 4096, "batch": 2, "length": 256},
+    benchmark_decoding: {"questions": 2, "steps": 2},
     benchmark_loss_variance: {"questions": 2, "draws": 4, "steps": 2},
     benchmark_load: {"rounds": 2, "rank": 3, "swaps": 2, **NARROW},
     benchmark_dreambooth_step: {"rounds": 2, "batches": [1], "rank": 2},

@@ -32,54 +32,32 @@ class Found(NamedTuple):
     is_right: bool
 
 
-Rule = Callable[[str, str], Found]
-"""(generated text, right answer) → `Found`."""
+def compare(extract: str | Callable[[str], str], text: str, answer: str) -> Found:
+    """What a generated `text` names by the rule `extract`, and whether that is the right `answer`.
 
-
-def rule_of(extract: str | Callable[[str], str]) -> Rule:
-    """The rule of the name `extract`; of a function from text to text: its values for both have to be equal.
+    Args:
+        extract: "text", "number", "letter" or "choice"; or a function from text to text, whose values for both texts
+            have to be equal.
 
     Raises:
         ValueError: an unknown name.
     """
-    if callable(extract):
-        return lambda text, answer: _compared(extract(text), extract(answer))
-    if extract not in _RULES:
-        raise ValueError(f"extract is {extract!r}, expected one of {', '.join(map(repr, _RULES))}, or a function")
-    return _RULES[extract]
+    if extract == "number":
+        named, right = ([float(n) for n in _NUMBER.findall(words.replace(",", ""))][-1:] for words in (text, answer))
+        is_right = bool(named and right) and abs(named[0] - right[0]) <= TOLERANCE
+        return Found(format(named[0], ".15g") if named else "", is_right)
+    if extract == "choice" and (wanted := _CHOICE.search(answer)):
+        kinds = {"true": "truth", "false": "truth"}
+        kind = lambda choice: kinds.get(choice, choice[:-1])  # noqa: E731
+        right, choices = wanted[0].lower(), [choice.lower() for choice in _CHOICE.findall(text)]
+        return _equal(next((choice for choice in choices if kind(choice) == kind(right)), ""), right)
+    if extract in ("letter", "choice"):
+        return _equal(*("".join(_LETTER.findall(words)[-1:]) for words in (text, answer)))
+    if not callable(extract) and extract != "text":
+        raise ValueError(f"extract is {extract!r}, expected 'text', 'number', 'letter', 'choice', or a function")
+    find = extract if callable(extract) else lambda words: " ".join(words.split())
+    return _equal(find(text), find(answer))
 
 
-def by_text(text: str, answer: str) -> Found:
-    """Compare the texts, with runs of white space as one space."""
-    return _compared(*(" ".join(words.split()) for words in (text, answer)))
-
-
-def by_number(text: str, answer: str) -> Found:
-    """Compare the last number of the text with the answer's last one."""
-    named, right = ([float(number) for number in _NUMBER.findall(words.replace(",", ""))] for words in (text, answer))
-    is_right = bool(named and right) and abs(named[-1] - right[-1]) <= TOLERANCE
-    return Found(format(named[-1], ".15g") if named else "", is_right)
-
-
-def by_letter(text: str, answer: str) -> Found:
-    """Compare the last letter A … E of the text with the answer's last one."""
-    return _compared(*(next(iter(_LETTER.findall(words)[-1:]), "") for words in (text, answer)))
-
-
-def by_choice(text: str, answer: str) -> Found:
-    """Compare the first choice of the answer's kind in the text with the answer's first one."""
-    named, right = ([choice.lower() for choice in _CHOICE.findall(words)] for words in (text, answer))
-    if not right:
-        return by_letter(text, answer)
-    return _compared(next((choice for choice in named if _kind(choice) == _kind(right[0])), ""), right[0])
-
-
-_RULES: dict[str, Rule] = {"text": by_text, "number": by_number, "letter": by_letter, "choice": by_choice}
-
-
-def _compared(named: str, right: str) -> Found:
+def _equal(named: str, right: str) -> Found:
     return Found(named, named == right and right != "")
-
-
-def _kind(choice: str) -> str:
-    return "truth" if choice in ("true", "false") else choice[:-1]

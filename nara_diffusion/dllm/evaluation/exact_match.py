@@ -16,7 +16,7 @@ from nara_diffusion.dllm.data.encoding import end_token_id
 from nara_diffusion.dllm.models.backbone import Backbone
 from nara_diffusion.dllm.sampler import Generation, generate
 
-from .answers import rule_of
+from .answers import compare
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +63,7 @@ def exact_match(
     Raises:
         ValueError: an unknown `extract`.
     """
-    rule = rule_of(extract)
-    nameless = [row["answer"] for row in rows if not rule(row["answer"], row["answer"]).is_right]
+    nameless = [row["answer"] for row in rows if not compare(extract, row["answer"], row["answer"]).is_right]
     if nameless:
         logger.warning(
             "%d of %d right answers name nothing by the rule %r, the first of them %r: nothing that is generated will "
@@ -74,7 +73,7 @@ def exact_match(
     ends = stop_token_ids(model, tokenizer)
     sampling = {"chat": bool(tokenizer.chat_template), "eos_token_id": ends, "gen_length": gen_length, **sampling}
     by_length = sorted(range(len(rows)), key=lambda i: rows[i]["prompt_length"])
-    generations: dict[int, dict[str, Any]] = {}
+    generations: list[dict[str, Any]] = [{}] * len(rows)
     forwards = 0
     with tqdm(total=len(rows), desc="generate", unit="row", disable=not progress) as bar:
         for start in range(0, len(rows), batch_size):
@@ -84,13 +83,12 @@ def exact_match(
             forwards += result.forwards
             for i, answer in zip(indices, result.answers.tolist(), strict=True):
                 row, text = rows[i], decode_answer(tokenizer, answer, ends)
-                found = rule(text, row["answer"])
-                generations[i] = {"instruction": row["instruction"], "generation": text, "extracted": found.named}
-                generations[i] |= {"answer": row["answer"], "correct": found.is_right}
+                named, is_right = compare(extract, text, row["answer"])
+                generations[i] = {"instruction": row["instruction"], "generation": text, "extracted": named}
+                generations[i] |= {"answer": row["answer"], "correct": is_right}
             bar.update(len(indices))
-    correct = sum(generation["correct"] for generation in generations.values())
-    ordered = [generations[i] for i in range(len(rows))]
-    return ExactMatch(correct / len(rows), correct, len(rows), ordered, forwards)
+    correct = sum(generation["correct"] for generation in generations)
+    return ExactMatch(correct / len(rows), correct, len(rows), generations, forwards)
 
 
 def answer_prompts(
@@ -116,12 +114,10 @@ def stop_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list
     return sorted({token for token in ids if token is not None})
 
 
-def decode_answer(tokenizer: PreTrainedTokenizerBase, answer: Sequence[int], ends: Sequence[int]) -> str:
-    """The text before the first end token, without white space around it."""
-    return text_before_end(tokenizer, answer, ends).strip()
-
-
-def text_before_end(tokenizer: PreTrainedTokenizerBase, answer: Sequence[int], ends: Sequence[int]) -> str:
-    """The text before the first end token, with white space: a program's first line may be indented."""
+def decode_answer(
+    tokenizer: PreTrainedTokenizerBase, answer: Sequence[int], ends: Sequence[int], *, strip: bool = True
+) -> str:
+    """The text before the first end token; white space around it stays without `strip`, as a program's indentation."""
     length = next((j for j, token in enumerate(answer) if token in ends), len(answer))
-    return str(tokenizer.decode(list(answer[:length]), skip_special_tokens=True))
+    text = str(tokenizer.decode(list(answer[:length]), skip_special_tokens=True))
+    return text.strip() if strip else text

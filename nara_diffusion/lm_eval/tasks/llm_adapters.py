@@ -15,11 +15,12 @@ DIR/AddSub/test.json and so on, as in its dataset/ folder.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from datasets import Dataset, load_dataset
 
-from nara_diffusion.dllm.evaluation.answers import rule_of
+from nara_diffusion.dllm.evaluation.answers import compare
 
 SOURCE = "https://raw.githubusercontent.com/AGI-Edgerunners/LLM-Adapters/main/dataset"
 
@@ -42,20 +43,9 @@ def _row(record: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def score_number(doc: Mapping[str, str], results: Sequence[str]) -> dict[str, float]:
-    """{"acc": 1 or 0}: whether the last number of the text equals the answer's last one."""
-    return _score("number", doc, results)
-
-
-def score_letter(doc: Mapping[str, str], results: Sequence[str]) -> dict[str, float]:
-    """{"acc": 1 or 0}: whether the last letter A … E of the text is the answer."""
-    return _score("letter", doc, results)
-
-
-def score_choice(doc: Mapping[str, str], results: Sequence[str]) -> dict[str, float]:
-    """{"acc": 1 or 0}: whether the first choice of the answer's kind in the text is the answer."""
-    return _score("choice", doc, results)
-
-
 def _score(rule: str, doc: Mapping[str, str], results: Sequence[str]) -> dict[str, float]:
-    return {"acc": float(rule_of(rule)(results[0], doc["answer"]).is_right)}
+    """{"acc": 1 or 0}: whether the text names the answer by the rule."""
+    return {"acc": float(compare(rule, results[0], doc["answer"]).is_right)}
+
+
+score_number, score_letter, score_choice = (partial(_score, rule) for rule in ("number", "letter", "choice"))
