@@ -7,7 +7,6 @@ far training shows it: `data.collator`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -16,19 +15,6 @@ from torch import nn
 from .models.backbone import Backbone
 
 _MAX_LENGTH = 512
-
-
-@dataclass(frozen=True)
-class Canvas:
-    """Attributes:
-    sequences: (b, l) int64 token ids: prompt, masks, padding; l is the longest prompt + gen_length.
-    starts: (b,) where the answers start.
-    real: (b, l) bool, False on padding.
-    """
-
-    sequences: torch.Tensor
-    starts: torch.Tensor
-    real: torch.Tensor
 
 
 def place_prompts(
@@ -40,13 +26,17 @@ def place_prompts(
     *,
     prompt_lengths: torch.Tensor | Sequence[int] | None = None,
     attention_mask: torch.Tensor | None = None,
-) -> Canvas:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Put `gen_length` masks behind each prompt; an empty one becomes a BOS token where the model needs one.
 
     Args:
         input_ids: (b, p) prompts of any integer type.
         prompt_lengths: (b,), lengths of prompts that are padded on the right.
         attention_mask: (b, p), instead of them: 0 on padding, which may stand on the right or on the left.
+
+    Returns:
+        (b, l) int64 token ids, prompt, masks, padding, l being the longest prompt + gen_length; (b,) where the answers
+        start; and (b, l) bool, False on padding.
 
     Raises:
         ValueError: shapes that don't agree, a canvas longer than the model's positions, a prompt that holds the mask
@@ -77,7 +67,7 @@ def place_prompts(
     sequences = torch.full((b, longest), pad_token_id, device=device)
     sequences[real] = mask_token_id
     sequences[positions < starts[:, None]] = input_ids[is_prompt]  # both run through rows in order, and tokens in order
-    return Canvas(sequences, starts, real)
+    return sequences, starts, real
 
 
 def mask_in_a_text(mask_token_id: int) -> str:

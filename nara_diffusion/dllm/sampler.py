@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .canvas import Canvas, place_prompts
+from .canvas import place_prompts
 from .decoding import Sampling, chat_settings
 from .masked_share import conditioned
 from .models.backbone import Backbone, evaluating, without_ddp
@@ -126,49 +126,55 @@ def generate(
     padding = pad_token_id if pad_token_id is not None else backbone.configured("pad_token_id")
     lengths: dict[str, Any] = {"prompt_lengths": prompt_lengths, "attention_mask": attention_mask}
     padding = mask if padding is None else padding
-    canvas = place_prompts(backbone, input_ids, sampling.gen_length, mask, padding, **lengths)
+    placed = place_prompts(backbone, input_ids, sampling.gen_length, mask, padding, **lengths)
     eos, ends = (
         torch.as_tensor([] if ids is None else ids, dtype=torch.long, device=input_ids.device).reshape(-1)
         for ids in (eos, eos if eos_token_id is None else eos_token_id)
     )
-    state = _State(backbone, canvas, sampling, mask, generator)
-    state.ends = ends if stop_at_eos else ends[:0]
-    state.last = ends if sampling.confidence_eos_eot_inf else ends[:0]
-    state.never = torch.cat([eos if sampling.logits_eos_inf else eos[:0], eos.new_tensor([mask])])
+    never = torch.cat([eos if sampling.logits_eos_inf else eos[:0], eos.new_tensor([mask])])
+    last = ends if sampling.confidence_eos_eot_inf else ends[:0]
+    state = _State(backbone, sampling, mask, ends if stop_at_eos else ends[:0], last, never, *placed)
+    state.seed(generator)
     with evaluating(backbone.model):
         state.fill(on_step_end)
     result = Generation(state.sequences, state.answers, state.starts, state.forwards)
     return result if return_stats else result.sequences
 
 
+@dataclass
 class _State:
     """The state of the sampler: the sequences, and the step that fills some of their masks.
 
     Attributes:
         ends: (e,) the tokens that end an answer.
         last, never: the tokens that are placed after all others, and those that are never predicted.
+        sequences, starts, real: what `place_prompts` returned.
     """
 
+    backbone: Backbone
+    sampling: Sampling
+    mask_token_id: int
     ends: torch.Tensor
     last: torch.Tensor
     never: torch.Tensor
+    sequences: torch.Tensor
+    starts: torch.Tensor
+    real: torch.Tensor
+    forwards: int = 0
 
-    def __init__(
-        self, backbone: Backbone, canvas: Canvas, sampling: Sampling, mask: int, generator: torch.Generator | None
-    ) -> None:
-        self.backbone, self.sampling, self.mask_token_id = backbone, sampling, mask
-        self.sequences, self.starts = canvas.sequences, canvas.starts
-        self.attention_mask = None if canvas.real.all() else canvas.real.long()  # (b, l)
-        self.columns = torch.arange(sampling.gen_length, device=self.starts.device)  # (g,)
+    def __post_init__(self) -> None:
+        self.attention_mask = None if self.real.all() else self.real.long()  # (b, l)
+        self.columns = torch.arange(self.sampling.gen_length, device=self.starts.device)  # (g,)
         self.positions = self.starts[:, None] + self.columns  # (b, g)
         self.masked = torch.ones_like(self.positions, dtype=torch.bool)  # (b, g)
-        self.answer = torch.zeros_like(canvas.real).scatter(1, self.positions, True)  # (b, l)
-        self.streams: list[torch.Generator] = []  # one a row
-        if sampling.is_random:
+        self.answer = torch.zeros_like(self.real).scatter(1, self.positions, True)  # (b, l)
+
+    def seed(self, generator: torch.Generator | None) -> None:
+        """Give each row its own stream of random numbers."""
+        if self.sampling.is_random:
             source = "cpu" if generator is None else generator.device
             seeds = torch.randint(2**62, (len(self.starts),), generator=generator, device=source).tolist()
             self.streams = [torch.Generator(self.starts.device).manual_seed(seed) for seed in seeds]
-        self.forwards = 0
 
     @property
     def answers(self) -> torch.Tensor:

@@ -42,7 +42,6 @@ def exact_match(
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Mapping[str, Any]],
     *,
-    gen_length: int,
     batch_size: int = 16,
     extract: str | Callable[[str], str] = "text",
     progress: bool = True,
@@ -57,8 +56,7 @@ def exact_match(
     Args:
         model: the outermost module.
         rows: of `encode_records`: `input_ids`, `prompt_length`, `answer`.
-        gen_length: tokens of an answer, at most.
-        **sampling: further arguments of `generate`.
+        **sampling: arguments of `generate`, gen_length first of all.
 
     Raises:
         ValueError: an unknown `extract`.
@@ -71,7 +69,7 @@ def exact_match(
             *(len(nameless), len(rows), extract, nameless[0]),
         )
     ends = stop_token_ids(model, tokenizer)
-    sampling = {"chat": bool(tokenizer.chat_template), "eos_token_id": ends, "gen_length": gen_length, **sampling}
+    sampling = {"chat": bool(tokenizer.chat_template), "eos_token_id": ends, **sampling}
     by_length = sorted(range(len(rows)), key=lambda i: rows[i]["prompt_length"])
     generations: list[dict[str, Any]] = [{}] * len(rows)
     forwards = 0
