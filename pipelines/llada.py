@@ -91,12 +91,10 @@ class LLaDAPipeline(LoraBaseMixin, DiffusionPipeline):
         """Activate adapters at strengths: numbers or StrengthSchedules, one for all or one each; None is 1."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         weights = adapter_weights if isinstance(adapter_weights, list) else [adapter_weights] * len(names)
-        pairs = list(zip(names, weights, strict=True))
-        if unknown := [name for name in names if name not in adapters_of(self.transformer)]:
-            raise ValueError(
-                f"There is no adapter {unknown[0]!r}: expected one of {list(adapters_of(self.transformer))}."
-            )
-        for name, weight in pairs:
+        known = list(adapters_of(self.transformer))
+        if unknown := [name for name in names if name not in known]:
+            raise ValueError(f"There is no adapter {unknown[0]!r}: expected one of {known}.")
+        for name, weight in list(zip(names, weights, strict=True)):
             set_strength(self.transformer, name, 1.0 if weight is None else weight)
         for layer in tuner_layers(self.transformer):
             layer.set_adapter(names)

@@ -163,10 +163,7 @@ def read_noise_from_input_ids(
 ) -> Iterator[InputIdsNoise]:
     """Inside, `model` reads λ from the masks in its input; afterwards from its former source, if it had one.
 
-    Arguments are `InputIdsNoise`'s. To let it read λ so for good: set_noise_source(model, InputIdsNoise(…)).
-
-    Raises:
-        ValueError: `model` has no NaRA adapter or no mask token, or see `InputIdsNoise`.
+    Arguments, and what is refused, as of `InputIdsNoise`. For good: set_noise_source(model, InputIdsNoise(…)).
     """
     before = [(holder, holder.given_source) for holder in core_holders(model)]
     mask = Backbone(model).mask_token_id(mask_token_id)
@@ -179,8 +176,7 @@ def read_noise_from_input_ids(
             holder.given_source = former
 
 
-_HIDDEN = -1e4
-"""A bias of attention from which on a token isn't seen; libraries add this, a dtype's smallest number or −∞."""
+_HIDDEN = -1e4  # a bias of attention from which on a token isn't seen; libraries add this, a dtype's smallest or −∞
 
 
 def _tokens_that_count(attention_mask: Any, rows: int, width: int) -> torch.Tensor:

@@ -199,15 +199,12 @@ def check_drawable(window: NoiseWindow, complementary: bool = False) -> None:
     top = 1 - MIN_NOISE_LEVEL if complementary else 1.0
     given = f"min_noise_level is {window.low} and max_noise_level {window.high}"
     if window.low >= top or window.high <= MIN_NOISE_LEVEL:
-        raise ValueError(
-            f"{given}, but masked shares are drawn from {MIN_NOISE_LEVEL} to {top:g}, and none lies between: widen the "
-            "window."
-        )
+        raise ValueError(f"{given}, and masked shares are drawn from {MIN_NOISE_LEVEL} to {top:g}: widen the window.")
     if complementary and abs(window.low + window.high - 1) > 1e-9:
         low = min(window.low, 1 - window.high)
         raise ValueError(
-            f"{given}, but complementary masks have a λ of 1 − λ beside each λ, which this window doesn't hold: leave "
-            f"complementary out, or take a window that is the same from both ends, as from {low:g} to {1 - low:g}."
+            f"{given}, and complementary masks need 1 − λ beside each λ: leave complementary out, or take a window that "
+            f"is the same from both ends, as from {low:g} to {1 - low:g}."
         )
 
 

@@ -2,13 +2,6 @@
 
     nara-eval --model_args pretrained=GSAI-ML/LLaDA-8B-Instruct,peft=outputs/dllm-1 --tasks llm_adapters_math
 
-| module         | what is in it                                                                      |
-|----------------|------------------------------------------------------------------------------------|
-| `__main__`     | the command: registers the model class and this package's tasks, then runs lm-eval |
-| `harness_model`| `NaraDLLM`, lm-eval's interface: generation and likelihood, λ set at each forward  |
-| `harness_text` | texts → token ids, as in training; gen_kwargs → arguments of `generate`            |
-| `load_model`   | --model_args → model, tokenizer, adapter                                           |
-| `tasks/`       | the task files and their scoring; `execution` runs programs                        |
-
-Needs the extra `eval`. Nothing else in the package imports lm-eval.
+`__main__` is the command, `harness_model` lm-eval's interface, `harness_text` its texts as token ids; presets.yaml has
+the settings of published results, tasks/ the paper's test sets. Needs the extra `eval`; nothing else imports lm-eval.
 """

@@ -101,9 +101,7 @@ class NaraDLLM(LM):
             raise ValueError("the model's configuration has no limit of positions: add max_length=N to --model_args")
         self.max_length = int(max_length or limit or 0)
         if limit is not None and self.max_length > limit:
-            raise ValueError(
-                f"max_length is {max_length} and the model has {limit} positions: lower it, or leave it out"
-            )
+            raise ValueError(f"max_length is {max_length} and the model has {limit} positions: leave it out")
         self.ends = stop_token_ids(self.model, self.tokenizer)
         # Dream's own evaluation opens each text by a BOS token, since it predicts the next token
         bos: Any = self.tokenizer.bos_token_id
@@ -142,9 +140,8 @@ class NaraDLLM(LM):
         """The last tokens of each prompt, as many as there is room for."""
         longer = sum(len(prompt) > room for prompt, room in zip(prompts, rooms, strict=True))
         if longer:
-            logger.warning(
-                "%d prompts don't fit into %d tokens with their answers, and lose their start", longer, self.max_length
-            )
+            counts = (longer, len(prompts), self.max_length)
+            logger.warning("%d of %d prompts lose their start: with the answer they exceed %d tokens", *counts)
         return [prompt[max(len(prompt) - room, 0) :] for prompt, room in zip(prompts, rooms, strict=True)]
 
     # generation
@@ -155,10 +152,8 @@ class NaraDLLM(LM):
         how = [read_gen_kwargs(gen_kwargs) for _, gen_kwargs in given]
         longest = max((sampling["gen_length"] for _, sampling in how), default=0)
         if longest >= self.max_length:
-            raise ValueError(
-                f"gen_length is {longest} and the model has {self.max_length} positions for prompt and answer "
-                "together: lower it with --gen_kwargs gen_length=N"
-            )
+            has = f"the model has {self.max_length} positions for prompt and answer together"
+            raise ValueError(f"gen_length is {longest} and {has}: lower it with --gen_kwargs gen_length=N")
         prompts = [self._opened(encode(self.tokenizer, prompt, has_template=self.has_template)) for prompt, _ in given]
         prompts = self._fitting(prompts, [self.max_length - sampling["gen_length"] for _, sampling in how])
         answers: list[str] = [""] * len(requests)
@@ -256,8 +251,6 @@ class NaraDLLM(LM):
 
     def _progress(self, total: int, what: str) -> tqdm:
         return tqdm(total=total, desc=what, unit="request", disable=self.rank != 0)
-
-    # several processes
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         return gather(tensor)  # type: ignore[return-value]

@@ -84,7 +84,7 @@ def test_prompts_too_long_lose_their_start(harness: NaraDLLM, caplog: pytest.Log
     long = "copy: " + "x" * 100
     with caplog.at_level(logging.WARNING, logger="nara_diffusion"):
         (text,) = harness.generate_until(requests("generate_until", (long, {"gen_length": 4})))
-    assert caplog.messages[-1:] == ["1 prompts don't fit into 64 tokens with their answers, and lose their start"]
+    assert caplog.messages[-1:] == ["1 of 1 prompts lose their start: with the answer they exceed 64 tokens"]
     tokens = encode(harness.tokenizer, long, has_template=False)[-60:]
     options = {"gen_length": 4, "block_length": 4, "ends": tuple(harness.ends)}
     answer, _ = greedy(AtLevel(harness), tokens, mask=MASK, **options)  # type: ignore[arg-type]

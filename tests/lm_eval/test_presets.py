@@ -101,7 +101,7 @@ class Metric:
     """`evaluate`'s code_eval, which would come from the Hub."""
 
     def compute(self, references: Any, predictions: Any, k: Any) -> Any:
-        passed = [run_program(f"{p[0]}\n\n{test}").passed for p, test in zip(predictions, references, strict=True)]
+        passed = [run_program(f"{p[0]}\n\n{test}") == "passed" for p, test in zip(predictions, references, strict=True)]
         return [{"pass@1": sum(passed) / len(passed)}]
 
 

@@ -33,7 +33,7 @@ from nara_diffusion.training.report import (
 )
 
 from .exact_match import exact_match
-from .noise_curve import noise_level_curve
+from .noise_curve import batches_of, noise_level_curve
 
 _SAMPLES = 40  # generations on the page
 
@@ -86,14 +86,7 @@ def measure(
     extract: str,
     sampling: Sampling,
 ) -> Measurement:
-    """Measure `model` with its adapter enabled or disabled, as it is now.
-
-    Args:
-        model: without DDP's wrapper, whose forward has to run equally often on all processes.
-        curve_points: the number of λ, equally spaced up to 1.
-        extract: the rule of `exact_match`.
-        sampling: the settings of `generate`.
-    """
+    """Measure `model`, without DDP's wrapper, with its adapter as it is; the curve's λ are equally spaced up to 1."""
     options: dict[str, Any] = {"batch_size": batch_size, "progress": accelerator.is_main_process}
     levels = [(i + 1) / curve_points for i in range(curve_points)]
 
@@ -132,9 +125,7 @@ def validation_losses(
 
     def losses(indices: Sequence[int]) -> list[tuple[float, float]]:
         pairs: list[tuple[float, float]] = []
-        for start in range(0, len(indices), batch_size):
-            batch = collator([{**rows[i], "position": i} for i in indices[start : start + batch_size]])
-            batch = {name: value.to(accelerator.device) for name, value in batch.items()}
+        for batch in batches_of(rows, indices, collator, batch_size, accelerator.device):  # type: ignore[arg-type]
             # another seed than that of training, whose draws have the same indices
             loss = masked_diffusion_loss(model, **batch, seed=seed + 1, group_size=len(rows))
             pairs += zip(loss.per_sample.tolist(), loss.noise_level.tolist(), strict=True)
@@ -166,28 +157,15 @@ def _figures(before: Measurement, after: Measurement) -> list[list[str]]:
 def write_run_report(
     folder: Path, args: Any, facts: Mapping[str, str], before: Measurement, after: Measurement, load_from: str
 ) -> None:
-    """Write noise_level_curve.png, samples.html and README.md into `folder`.
-
-    Args:
-        args: the run's arguments.
-        facts: {what: value} of the run for the card, such as the number of trainable parameters.
-        before, after: the measurements of the base model and of the trained one.
-        load_from: the path or the repository in the card's code.
-    """
+    """Write noise_level_curve.png, samples.html and README.md into `folder`; the card's code loads `load_from`."""
     base = args.pretrained_model_name_or_path
     name = Path(base).name
     title, unit = f"{name}: loss over the noise level, held-out records", "nats per masked token"
     curves = (after.noise_levels, before.curve, after.curve)
     plot_noise_level_curves(folder / "noise_level_curve.png", *curves, title, unit, window_of(args))
     pairs = list(zip(before.generations, after.generations, strict=True))[:_SAMPLES]
-    rows = [
-        [
-            (old["instruction"], None),
-            (old["answer"], None),
-            *((one["generation"], one["correct"]) for one in (old, new)),
-        ]
-        for old, new in pairs
-    ]
+    cells = lambda pair: [(one["generation"], one["correct"]) for one in pair]  # noqa: E731
+    rows = [[(pair[0]["instruction"], None), (pair[0]["answer"], None), *cells(pair)] for pair in pairs]
     write_samples(folder / "samples.html", f"{name}: samples", ["question", "answer", "before", "after"], rows)
     write_run_card(
         folder,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,6 @@ def noise_level_curve(
     *,
     collator: AnswerCollator | None = None,
     batch_size: int = 16,
-    repeats: int = 1,
     seed: int = 0,
     mask_token_id: int | None = None,
     progress: bool = True,
@@ -42,7 +41,6 @@ def noise_level_curve(
         rows: of `encode_records`.
         noise_levels: λ in (0, 1].
         collator: how rows become a batch; padding that is trained on counts. Default: each answer and its end alone.
-        repeats: sets of masks to average over.
 
     Returns:
         One loss a noise level; NaN where no token got masked.
@@ -54,21 +52,25 @@ def noise_level_curve(
     backbone = Backbone(model)
     mask, device = backbone.mask_token_id(mask_token_id), backbone.device
     collate = collator or AnswerCollator(backbone.configured("pad_token_id") or 0, trained_padding=0)
-    starts = range(0, len(rows), batch_size)
     losses = []
-    bar = tqdm(total=len(noise_levels) * repeats * len(starts), desc="loss over λ", unit="batch", disable=not progress)
+    bar = tqdm(total=len(noise_levels) * len(rows), desc="loss over λ", unit="row", disable=not progress)
     with evaluating(model), bar:
         for level in noise_levels:
             total = count = 0.0
-            for repeat in range(repeats):
-                for start in starts:
-                    indices = range(start, min(start + batch_size, len(rows)))
-                    batch = collate([{**rows[i], "position": repeat * len(rows) + i} for i in indices])
-                    batch = {name: value.to(device) for name, value in batch.items()}
-                    masked = mask_answers(**batch, mask_token_id=mask, noise_level=level, seed=seed)
-                    lengths = masked.answer.sum(1)
-                    total += (masked_cross_entropy(model, masked).double().sum(1) / lengths).sum().item()
-                    count += (masked.masked.double().sum(1) / lengths).sum().item()
-                    bar.update()
+            for batch in batches_of(rows, range(len(rows)), collate, batch_size, device):
+                masked = mask_answers(**batch, mask_token_id=mask, noise_level=level, seed=seed)
+                lengths = masked.answer.sum(1)
+                total += (masked_cross_entropy(model, masked).double().sum(1) / lengths).sum().item()
+                count += (masked.masked.double().sum(1) / lengths).sum().item()
+                bar.update(len(lengths))
             losses.append(total / count if count else float("nan"))
     return losses
+
+
+def batches_of(
+    rows: Sequence[Mapping[str, Any]], indices: Sequence[int], collator: AnswerCollator, batch_size: int, device: Any
+) -> Iterator[dict[str, torch.Tensor]]:
+    """The rows at `indices` as batches on `device`; their random numbers are keyed by the index."""
+    for start in range(0, len(indices), batch_size):
+        batch = collator([{**rows[i], "position": i} for i in indices[start : start + batch_size]])
+        yield {name: value.to(device) for name, value in batch.items()}

@@ -58,5 +58,5 @@ def mbpp_score(doc: Mapping[str, Any], results: Sequence[Any]) -> dict[str, floa
 
 
 def _pass_at_1(programs: Sequence[str], tests: str) -> dict[str, float]:
-    passed = [run_program(f"{program}\n\n{tests}").passed for program in programs]
+    passed = [run_program(f"{program}\n\n{tests}") == "passed" for program in programs]
     return {"pass@1": sum(passed) / len(passed)}

@@ -55,30 +55,23 @@ class Limits:
     file_size: int = 16 * 2**20
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """Attributes:
-    passed: whether the program reached its end, or made it look so.
-    reason: "passed", "timed out", or the last line that the program wrote to stderr.
+def run_program(program: str, limits: Limits = Limits()) -> str:
+    """Run `program` until it ends or exceeds its limits. Its output is not kept.
+
+    Returns:
+        "passed", if it reached its end or made it look so; else "timed out", or the last line that it wrote to stderr.
     """
-
-    passed: bool
-    reason: str
-
-
-def run_program(program: str, limits: Limits = Limits()) -> Outcome:
-    """Run `program` until it ends or exceeds its limits. Its output is not kept."""
     with tempfile.TemporaryDirectory(prefix="nara-eval-", ignore_cleanup_errors=True) as folder:
         file, errors, end = Path(folder) / "program.py", Path(folder) / "stderr", Path(folder) / secrets.token_hex(8)
         # a program that leaves early, by sys.exit(0) say, hasn't run its tests
         file.write_text(f"{program}\n\nopen({str(end)!r}, 'w').close()\n", encoding="utf-8", errors="replace")
         status = _wait(file, errors, limits)
         if status == 0 and end.exists():
-            return Outcome(True, "passed")
+            return "passed"
         if status is None or -status == getattr(signal, "SIGXCPU", None):
-            return Outcome(False, "timed out")
+            return "timed out"
         lines = errors.read_text("utf-8", "replace").strip().splitlines()
-        return Outcome(False, lines[-1][:200] if lines else f"ended early, with status {status}")
+        return lines[-1][:200] if lines else f"ended early, with status {status}"
 
 
 def _wait(file: Path, errors: Path, limits: Limits) -> int | None:
