@@ -203,8 +203,8 @@ def check_drawable(window: NoiseWindow, complementary: bool = False) -> None:
     if complementary and abs(window.low + window.high - 1) > 1e-9:
         low = min(window.low, 1 - window.high)
         raise ValueError(
-            f"{given}, and complementary masks need 1 − λ beside each λ: leave complementary out, or take a window that "
-            f"is the same from both ends, as from {low:g} to {1 - low:g}."
+            f"{given}, and complementary masks need 1 − λ beside each λ: leave complementary out, or take a window "
+            f"that is the same from both ends, as from {low:g} to {1 - low:g}."
         )
 
 
