@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 
 from nara_diffusion import noise_level
 from nara_diffusion.dllm import load_backbone
 from tests.acceptance._commands import LAST_RESORT, ROOT, metrics, results, run, tensors, words
-from tests.acceptance._engines import in_two_processes, needs_deepspeed, needs_gloo
+from tests.acceptance._engines import in_two_processes, needs_deepspeed, needs_gloo, refused_in_two_processes
 from tests.acceptance._runs import image_flags, text_flags
 from tests.helpers.small_pipelines import small_sdxl
 
@@ -156,9 +158,54 @@ def test_run_under_deepspeed_trains_the_adapter_of_one_process(
     whole, options = tmp_path / "whole", flags | TWO | BF16
     in_two_processes([(engine, "dllm.py", options | {"output_dir": whole})], tmp_path)
     assert deviation(whole, one["bf16"], one["bf16"]) < 0.3
+    for name, value in tensors(whole).items():
+        assert "frequencies" in name or (value != value.bfloat16()).any(), f"{name} was rounded to bfloat16"
     check_loads(whole, flags)
     check_leaves_the_base_out(whole / "checkpoint-2", flags)
     if engine == "zero-3":  # whose parameters are sharded
         latest = options | {"output_dir": tmp_path / "resumed", "resume_from_checkpoint": whole / "checkpoint-2"}
         in_two_processes([(engine, "dllm.py", latest)], tmp_path)
         check_resumed(tmp_path / "resumed", whole)
+
+
+@needs_deepspeed
+def test_zero_3_in_bf16_trains_all_weights_in_float32(flags: dict[str, Any], tmp_path: Path) -> None:
+    full = {"adapter": "full", "learning_rate": 1e-3, "core_learning_rate": None, "adapter_options": {}}
+    options = flags | TWO | BF16 | full | {"lora_alpha": None, "max_train_steps": 2, "output_dir": tmp_path / "run"}
+    in_two_processes([("zero-3", "dllm.py", options)], tmp_path)
+    saved = tensors(tmp_path / "run")
+    assert {value.dtype for value in saved.values()} == {torch.float32}
+    assert all((value != value.bfloat16()).any() for value in saved.values())
+
+
+@pytest.mark.parametrize(
+    ("written", "engine", "changes", "message"),
+    [
+        (
+            "ddp",
+            "fsdp2",
+            {},
+            "was written under one process or DDP and this run is under FSDP2 with SHARDED_STATE_DICT",
+        ),
+        ("zero-2", "ddp", {}, "was written under DeepSpeed ZeRO-2 and this run is under one process or DDP"),
+        (None, "zero-2", {"mixed_precision": "fp16"}, "mixed_precision is fp16, in which DeepSpeed would round"),
+        (None, "zero-2", {"core_start_step": 1}, "core_start_step is 1, but DeepSpeed steps as soon as"),
+        ("zero-3", "zero-3", {"other base": True}, "checkpoint-1 belongs to a run with another base model"),
+    ],
+)
+def test_engine_refuses_by_name_what_it_would_do_otherwise(
+    flags: dict[str, Any], tmp_path: Path, written: str | None, engine: str, changes: dict[str, Any], message: str
+) -> None:
+    if "zero" in f"{written} {engine}":
+        pytest.importorskip("deepspeed")
+    base = shutil.copytree(flags["pretrained_model_name_or_path"], tmp_path / "base")
+    values = flags | TWO | {"pretrained_model_name_or_path": base, "output_dir": tmp_path / "run"}
+    values |= {"max_train_steps": 2, "checkpointing_steps": 1, "checkpoints_total_limit": None}
+    if written is not None:
+        in_two_processes([(written, "dllm.py", values)], tmp_path)
+        values |= {"resume_from_checkpoint": tmp_path / "run" / "checkpoint-1"}
+    if changes.pop("other base", False):
+        weights = load_file(base / "model.safetensors")
+        weights["model.transformer.blocks.1.q_proj.weight"][3, 5] += 1e-3
+        save_file(weights, base / "model.safetensors")
+    assert message in refused_in_two_processes((engine, "dllm.py", values | changes), tmp_path)

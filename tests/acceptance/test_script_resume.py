@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 from collections.abc import Callable
@@ -139,6 +140,23 @@ def changed_weights(flags: dict[str, Any]) -> None:
     save_file(weights, file)
 
 
+def changed_field(name: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    def change(flags: dict[str, Any]) -> None:
+        file = flags["pretrained_model_name_or_path"] / "config.json"
+        fields = json.loads(file.read_text())
+        assert fields[name] != value
+        file.write_text(json.dumps(fields | {name: value}))
+
+    return change
+
+
+def of_version_0_1(flags: dict[str, Any]) -> None:
+    manifest = flags["output_dir"] / "checkpoint-1" / "checkpoint.json"
+    fields = json.loads(manifest.read_text())
+    del fields["format"]
+    manifest.write_text(json.dumps(fields))
+
+
 def cut_off(flags: dict[str, Any]) -> None:
     file = flags["output_dir"] / "checkpoint-1" / TEXT
     file.write_bytes(file.read_bytes()[:-10])
@@ -154,6 +172,9 @@ def without_random_states(flags: dict[str, Any]) -> None:
         (lambda flags: None, {"rank": 4}, ["rank", "3", "4"]),
         (lambda flags: None, {"learning_rate": 2e-2}, ["learning_rate"]),
         (changed_weights, {}, ["base model"]),
+        (changed_field("rope_theta", 20000.0), {}, ["base model configuration config.json"]),
+        (changed_field("mask_token_id", 282), {}, ["base model configuration config.json"]),
+        (of_version_0_1, {}, ["checkpoint-1 is of version 0.1", "finish it with version 0.1"]),
         (cut_off, {}, ["checkpoint-1", TEXT]),
         (without_random_states, {}, ["checkpoint-1", "random_states"]),
     ],
@@ -198,3 +219,18 @@ def test_checkpoint_holds_the_adapter_and_not_the_base(stopped: dict[str, Any]) 
     adapter = load_file(stopped["output_dir"] / "checkpoint-1" / TEXT)
     final = load_file(stopped["output_dir"] / TEXT)
     assert all(torch.equal(value, final[name]) for name, value in adapter.items())
+
+
+def test_image_run_resumes_only_on_the_configurations_it_began_with(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    flags = image_flags(tmp_path, small_sdxl()) | {"max_train_steps": 1, "checkpointing_steps": 1}
+    run("dreambooth_sdxl.py", **flags, output_dir=tmp_path / "run")
+    flags |= {"output_dir": tmp_path / "run", "resume_from_checkpoint": tmp_path / "run" / "checkpoint-1"}
+    for name, field, value in (("unet/config", "norm_eps", 1e-3), ("scheduler/scheduler_config", "beta_end", 1)):
+        file = tmp_path / "model" / f"{name}.json"
+        before = file.read_text()
+        file.write_text(json.dumps(json.loads(before) | {field: value}))
+        said = refusal(capsys, "dreambooth_sdxl.py", **flags)
+        assert f"belongs to a run with another base model configuration {name}.json" in said
+        file.write_text(before)

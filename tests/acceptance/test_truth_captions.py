@@ -34,23 +34,21 @@ def refusal(capsys: pytest.CaptureFixture[str], pictures: Path) -> str:
     return _commands.refusal(capsys, "dreambooth_sdxl.py", **run)
 
 
-@pytest.mark.parametrize("value", ['["a", "b"]', "0", "NaN", "false"])
-def test_caption_that_is_no_text_is_refused_by_file_and_line(pictures: Path, capsys, value: str) -> None:
-    path = write_lines(pictures, FIRST, "", f'{{"file_name": "1.png", "text": {value}}}')
-    assert f"{path}, line 3: 'text' is {value}, expected a text in quotes" in refusal(capsys, pictures)
-
-
-def test_two_lines_of_one_image_are_refused_with_both_numbers(pictures: Path, capsys) -> None:
-    path = write_lines(pictures, FIRST, '{"file_name": "1.png", "text": "a cube"}', FIRST)
-    assert f"{path}, line 3: 0.png has a caption in line 1 already" in refusal(capsys, pictures)
-
-
 @pytest.mark.parametrize(
-    "line", [r'{"file_name": "1.png", "text": "a \ud83d toy"}', r'{"file_name": "1\udc00.png", "text": "a toy"}']
+    ("line", "said"),
+    [
+        *(
+            (f'{{"file_name": "1.png", "text": {value}}}', f", line 3: 'text' is {value}, expected a text in quotes")
+            for value in ('["a", "b"]', "0", "NaN", "false")
+        ),
+        (FIRST, ", line 3: 0.png has a caption in line 1 already"),
+        (r'{"file_name": "1.png", "text": "a \ud83d toy"}', ", line 3 holds half a character, \\ud"),
+        (r'{"file_name": "1\udc00.png", "text": "a toy"}', ", line 3 holds half a character, \\ud"),
+    ],
 )
-def test_half_a_character_is_refused_by_file_and_line(pictures: Path, capsys, line: str) -> None:
-    path = write_lines(pictures, FIRST, line)
-    assert f"{path}, line 2 holds half a character, \\ud" in refusal(capsys, pictures)
+def test_line_that_is_no_caption_is_refused_by_file_and_number(pictures: Path, capsys, line: str, said: str) -> None:
+    path = write_lines(pictures, FIRST, "", line)
+    assert f"{path}{said}" in refusal(capsys, pictures)
 
 
 def test_whole_characters_in_two_escapes_and_null_stay_captions(pictures: Path) -> None:
