@@ -128,52 +128,27 @@ class Named(nn.Module):
             place.add_module(last, module)
 
 
-RESNET = {
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
-OUTSIDE = {
-    "conv_in": "input_blocks.0.0",
-    "conv_out": "out.2",
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-}
-BLOCKS = {
-    "down_blocks.0.resnets.0": "input_blocks.1.0",
-    "down_blocks.0.resnets.1": "input_blocks.2.0",
-    "down_blocks.0.downsamplers.0.conv": "input_blocks.3.0.op",
-    "down_blocks.1.resnets.0": "input_blocks.4.0",
-    "down_blocks.1.attentions.0": "input_blocks.4.1",
-    "down_blocks.1.resnets.1": "input_blocks.5.0",
-    "down_blocks.1.attentions.1": "input_blocks.5.1",
-    "mid_block.resnets.0": "middle_block.0",
-    "mid_block.attentions.0": "middle_block.1",
-    "mid_block.resnets.1": "middle_block.2",
-    "up_blocks.0.resnets.0": "output_blocks.0.0",
-    "up_blocks.0.attentions.0": "output_blocks.0.1",
-    "up_blocks.0.resnets.1": "output_blocks.1.0",
-    "up_blocks.0.attentions.1": "output_blocks.1.1",
-    "up_blocks.0.resnets.2": "output_blocks.2.0",
-    "up_blocks.0.attentions.2": "output_blocks.2.1",
-    "up_blocks.0.upsamplers.0.conv": "output_blocks.2.2.conv",
-    "up_blocks.1.resnets.0": "output_blocks.3.0",
-    "up_blocks.1.resnets.1": "output_blocks.4.0",
-    "up_blocks.1.resnets.2": "output_blocks.5.0",
-}
-"""{Diffusers' name: Stability's} in a UNet of two levels with two ResNet blocks each."""
+RESNET = {"conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "conv2": "out_layers.3"}
+RESNET["conv_shortcut"] = "skip_connection"
+OUTSIDE = {"conv_in": "input_blocks.0.0", "conv_out": "out.2"}
+OUTSIDE |= {f"time_embedding.linear_{i}": f"time_embed.{2 * i - 2}" for i in (1, 2)}
 
 
 def stability_name(name: str) -> str | None:
-    """Stability's name of a module of the small UNet, None for one that the adapters leave alone."""
-    if name in OUTSIDE or name in BLOCKS:
-        return OUTSIDE.get(name) or BLOCKS[name]
-    block = re.match(r"(?:mid_block|(?:down|up)_blocks\.\d)\.(?:resnets|attentions)\.\d", name)
-    if block is None or block[0] not in BLOCKS:
+    """Stability's name of a module of a UNet with two ResNet blocks a level, None for one that isn't adapted."""
+    if name in OUTSIDE:
+        return OUTSIDE[name]
+    found = re.match(r"(mid|down|up)_blocks?\.?(\d?)\.(resnets|attentions|downsamplers|upsamplers)\.(\d)\.(.*)", name)
+    if found is None:
         return None
-    rest = name.removeprefix(f"{block[0]}.")
-    return f"{BLOCKS[block[0]]}.{RESNET[rest] if 'resnets' in block[0] else rest}"
+    where, level, kind, i, rest = found[1], int(found[2] or 0), found[3], int(found[4]), found[5]
+    if kind == "downsamplers":
+        return f"input_blocks.{3 * level + 3}.0.op"
+    if kind == "upsamplers":
+        return f"output_blocks.{3 * level + 2}.2.conv"
+    block = {"down": f"input_blocks.{3 * level + i + 1}", "up": f"output_blocks.{3 * level + i}", "mid": "middle_block"}
+    place = (1 if kind == "attentions" else 2 * i) if where == "mid" else int(kind == "attentions")
+    return f"{block[where]}.{place}.{RESNET[rest] if kind == 'resnets' else rest}"
 
 
 def named_as_stability_does(unet: nn.Module) -> Named:

@@ -6,6 +6,7 @@ A child process is forked from a server that has imported the libraries, since i
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 import os
 import re
@@ -13,7 +14,8 @@ import runpy
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from io import StringIO
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -50,6 +52,21 @@ def run(script: str, *line: str, **flags: Any) -> None:
             runpy.run_path(str(ROOT / "train_scripts" / script), run_name="__main__")
         finally:
             fresh_accelerate()
+
+
+def printed(script: str, **flags: Any) -> str:
+    """All that the script logs and prints."""
+    log, root = StringIO(), logging.getLogger()
+    handler, level = logging.StreamHandler(log), root.level
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    try:
+        with redirect_stdout(log), redirect_stderr(log):
+            run(script, **flags)
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(level)
+    return log.getvalue()
 
 
 def fresh_accelerate() -> None:

@@ -91,23 +91,6 @@ def test_fourier_frequencies_have_the_configured_deviation_and_stay_as_drawn():
     assert torch.equal(own_tensors(model)["embeddings.noise_level.frequencies"], frequencies)
 
 
-def test_bins_core_serves_each_bin_with_its_own_block_and_level_one_with_the_last():
-    model = small(core_type="bins", core_bins=3, r=6)
-    levels = torch.tensor([0.0, 0.33, 333 / 1000, 0.34, 0.5, 0.66, 0.67, 0.999, 1.0])
-    blocks = [0, 0, 0, 1, 1, 1, 2, 2, 2]
-    expected = torch.stack([torch.diag(torch.tensor([i // 2 == block for i in range(6)]).float()) for block in blocks])
-    assert torch.equal(core_matrix(model, levels), expected)
-
-
-@pytest.mark.parametrize(("rank", "given", "least"), [(4, 1, 1), (51, 1, 1), (64, None, 32)])
-def test_rank_mask_core_serves_tloras_directions_at_every_timestep(rank, given, least):
-    model = small(core_type="rank_mask", r=rank, rank_mask_min=given)
-    timesteps = torch.arange(1001)
-    count = torch.tensor([(rank - least) * (1000 - t) // 1000 + least for t in timesteps.tolist()])  # exact integers
-    expected = torch.diag_embed((torch.arange(rank) < count[:, None]).float())
-    assert torch.equal(core_matrix(model, timesteps / 1000), expected)
-
-
 @pytest.mark.parametrize("sharing", ["global", "module_type", "layer"])
 def test_core_sharing_gives_each_group_of_modules_its_own_core(sharing):
     model = small(core_sharing=sharing)

@@ -209,14 +209,6 @@ def test_file_with_text_encoders_is_refused_without_a_clip(comfy) -> None:
         comfy.load(sdxl(), "sdxl_float32.safetensors", "sdxl", 1.0)
 
 
-def test_node_declares_what_comfyui_reads(comfy) -> None:
-    declared = comfy.node.INPUT_TYPES()
-    assert "sdxl_float32.safetensors" in declared["required"]["nara_name"][0]
-    assert {"sd15", "sdxl", "sd3", "flux"} <= set(declared["required"]["base"][0])
-    assert declared["required"]["strength"][1]["default"] == 1.0
-    assert comfy.node.RETURN_TYPES == ("MODEL", "CLIP")
-
-
 # ---------------------------------------------------------------- other samplings
 
 

@@ -44,9 +44,6 @@ def _small_layers_are_fused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nara_diffusion.layers.fused.MIN_ELEMENTS", 0)
 
 
-half = pytest.mark.parametrize("dtype", HALVES, ids=["bfloat16", "float16"])
-
-
 def sensitive(kinds: list[str], dtype: torch.dtype, alike: str, use_dora: bool) -> tuple[PeftModel, ByHand]:
     """Layers with small base weights and a core of two knots whose sums are small; `alike` "A" or "B" reads them."""
     base = Kinds(kinds)
@@ -75,61 +72,42 @@ def sensitive(kinds: list[str], dtype: torch.dtype, alike: str, use_dora: bool) 
     return model.to(dtype), by_hand
 
 
-def assert_outputs_follow_formula(model: PeftModel, by_hand: ByHand, inputs: dict[str, Tensor], dtype: Any) -> None:
-    config, tensors = model.peft_config["default"], leaves(tensors_of(model))
-    for name, output in model(inputs).items():
-        kind = name.split(".")[1]
-        weights = by_hand.weights(name, config, tensors, LEVELS, scaling=12 / 8)
-        assert_near(output, by_hand.output(name, weights, inputs[kind]), name, terms=1, sums=8, dtype=dtype)
-
-
 def of_dtype(inputs: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     return {kind: x.detach().to(dtype).requires_grad_() if x.is_floating_point() else x for kind, x in inputs.items()}
 
 
-@half
+@pytest.mark.parametrize("alike", ["A", "B"])
+@pytest.mark.parametrize("kind", ["bfloat16", "float16", "autocast"])
 @dora
-def test_core_in_half_precision_layers_multiplies_in_float32(dtype, use_dora):
-    kinds = WITH_DORA if use_dora else SMALL
-    model, by_hand = sensitive(kinds, dtype, "A", use_dora)
-    with noise_level(model, LEVELS):
-        assert_outputs_follow_formula(model, by_hand, of_dtype(draw_inputs(kinds), dtype), dtype)
-
-
-@half
-@dora
-def test_core_in_half_precision_layers_carries_gradients_in_float32(dtype, use_dora):
-    kinds = WITH_DORA if use_dora else SMALL
-    model, by_hand = sensitive(kinds, dtype, "B", use_dora)
+def test_core_in_half_precision_layers_is_multiplied_in_float32_and_so_are_gradients(use_dora, kind, alike):
+    dtype, kinds = torch.float16 if kind == "float16" else torch.bfloat16, WITH_DORA if use_dora else SMALL
+    model, by_hand = sensitive(kinds, dtype, alike, use_dora)
     inputs = of_dtype(draw_inputs(kinds), dtype)
+    if kind == "autocast":
+        model.float()  # with values that bfloat16 has
+        inputs = of_dtype(inputs, torch.float32)
     config, tensors, losses = model.peft_config["default"], leaves(tensors_of(model)), []
     xs = leaves({kind: x for kind, x in inputs.items() if x.is_floating_point()})
-    with noise_level(model, LEVELS):
+    with noise_level(model, LEVELS), torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
         outputs = model(inputs)
+    bound: dict[str, Any] = {"terms": 1, "sums": 8, "dtype": dtype}
     for name, output in outputs.items():
-        kind = name.split(".")[1]
+        of_kind = name.split(".")[1]
         weighting = torch.randn(output.shape).to(dtype)
         (output * weighting).sum().backward(retain_graph=True)
         weights = by_hand.weights(name, config, tensors, LEVELS, scaling=12 / 8)
-        losses.append((by_hand.output(name, weights, xs.get(kind, inputs[kind])) * weighting.double()).sum())
+        expected = by_hand.output(name, weights, xs.get(of_kind, inputs[of_kind]))
+        losses.append((expected * weighting.double()).sum())
+        if alike == "A":
+            assert_near(output, expected, name, **bound)
     sum(losses).backward()
-    for name, gradient in tensors_of(model, gradients=True).items():
-        if "_A" in name:
-            assert_near(gradient, tensors[name].grad, f"gradient of {name}", terms=1, sums=8, dtype=dtype)
-        elif "nara_core" in name:
-            assert gradient.dtype == torch.float32
-    for kind, x in xs.items():
-        assert_near(inputs[kind].grad, x.grad, f"gradient of the input of {kind}", terms=1, sums=8, dtype=dtype)
-
-
-@dora
-def test_core_under_autocast_multiplies_in_float32(use_dora):
-    kinds = WITH_DORA if use_dora else SMALL
-    model, by_hand = sensitive(kinds, torch.bfloat16, "A", use_dora)
-    inputs = of_dtype(of_dtype(draw_inputs(kinds), torch.bfloat16), torch.float32)
-    model.float()  # with values that bfloat16 has
-    with noise_level(model, LEVELS), torch.autocast("cpu", torch.bfloat16):
-        assert_outputs_follow_formula(model, by_hand, inputs, torch.bfloat16)
+    gradients = tensors_of(model, gradients=True)
+    assert {gradient.dtype for name, gradient in gradients.items() if "nara_core" in name} == {torch.float32}
+    if alike == "B" and kind != "autocast":
+        for name in [name for name in gradients if "_A" in name]:
+            assert_near(gradients[name], tensors[name].grad, f"gradient of {name}", **bound)
+        for of_kind, x in xs.items():
+            assert_near(inputs[of_kind].grad, x.grad, f"gradient of the input of {of_kind}", **bound)
 
 
 def test_core_matrix_under_autocast_is_that_without():

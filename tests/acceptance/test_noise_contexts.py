@@ -24,20 +24,14 @@ PATIENCE = 60
 
 
 @pytest.fixture(scope="module")
-def both() -> tuple[Any, Stock]:
+def stock() -> Stock:
     torch.manual_seed(0)
-    model, stock = adapt(TwoLayers(), LAYERS)
-    return model, stock.double()
+    return adapt(TwoLayers(), LAYERS)[1].double()
 
 
 @pytest.fixture
-def model(both: tuple[Any, Stock]) -> Any:
-    return both[0]
-
-
-@pytest.fixture
-def stock(both: tuple[Any, Stock]) -> Stock:
-    return both[1]
+def model(stock: Stock) -> Any:
+    return stock.adapted
 
 
 def assert_at(model: Any, stock: Stock, levels: Any, x: Tensor = X) -> None:
@@ -95,12 +89,9 @@ def test_noise_level_of_a_model_without_adapter_raises() -> None:
 # ---------------------------------------------------------------------- missing, stale
 
 
-def test_forward_without_a_level_names_both_remedies(model: Any) -> None:
+def test_forward_after_a_context_or_a_failure_finds_no_level_and_names_both_remedies(model: Any, stock: Stock) -> None:
     with pytest.raises(ValueError, match=r"(?s)noise_level\(model.*set_noise_source\(model"):
         model(X)
-
-
-def test_forward_after_a_context_or_a_failure_finds_no_level(model: Any, stock: Stock) -> None:
     with noise_level(model, 0.3):
         assert_at(model, stock, 0.3)
     assert_unknown(model)
@@ -213,9 +204,8 @@ def test_generator_that_is_used_up_has_its_level_and_leaves_none(model: Any, sto
 # ---------------------------------------------------------------------- threads and tasks
 
 
-def test_threads_inside_one_forward_at_a_time_have_their_own_levels(both: tuple[Any, Stock]) -> None:
+def test_threads_inside_one_forward_at_a_time_have_their_own_levels(model: Any, stock: Stock) -> None:
     """Both threads are between the first layer and the second when either goes on."""
-    model, stock = both
     barrier = threading.Barrier(2, timeout=PATIENCE)
 
     def work(level: float) -> Tensor:
@@ -234,13 +224,8 @@ def test_threads_inside_one_forward_at_a_time_have_their_own_levels(both: tuple[
         handle.remove()
     for level, output in zip((0.2, 0.8), outputs, strict=True):
         assert_near(output, stock.each(level, X.double()), model)
-
-
-def test_thread_started_inside_a_context_has_no_level(model: Any, stock: Stock) -> None:
-    with noise_level(model, 0.3), ThreadPoolExecutor(1) as pool:
-        with pytest.raises(ValueError, match=UNKNOWN):
-            pool.submit(run, model, X).result()
-        assert_at(model, stock, 0.3)
+    with noise_level(model, 0.3), ThreadPoolExecutor(1) as pool, pytest.raises(ValueError, match=UNKNOWN):
+        pool.submit(run, model, X).result()  # one that is started inside a context has no λ
 
 
 def test_tasks_that_take_turns_have_their_own_levels(model: Any, stock: Stock) -> None:

@@ -25,11 +25,8 @@ TIMESTEPS = (torch.tensor([950, 30]), torch.tensor([200, 700]))
 LEVELS = (torch.tensor([0.95, 0.03]), torch.tensor([0.2, 0.7]))
 IDS = torch.randint(0, 50, (2, 6), generator=torch.Generator().manual_seed(0))
 
-Prepare = Callable[[Any], None]
-
-
-def nothing(_: Any) -> None:
-    """No checkpointing."""
+Prepare = Callable[[Any], Any]
+"""Switches checkpointing on; `id` does nothing."""
 
 
 def by_diffusers(reentrant: bool) -> Prepare:
@@ -57,7 +54,7 @@ def by_transformers(reentrant: bool) -> Prepare:
     return prepare
 
 
-def unet_gradients(before: Prepare = nothing, after: Prepare = nothing) -> dict[str, Tensor]:
+def unet_gradients(before: Prepare = id, after: Prepare = id) -> dict[str, Tensor]:
     unet = small_unet(TEXT)
     before(unet)
     unet, _ = adapt(unet, UNET_TARGETS, scale=0.3)
@@ -72,7 +69,7 @@ def unet_gradients(before: Prepare = nothing, after: Prepare = nothing) -> dict[
     return gradients(unet, loss)
 
 
-def llama_gradients(before: Prepare = nothing, after: Prepare = nothing) -> dict[str, Tensor]:
+def llama_gradients(before: Prepare = id, after: Prepare = id) -> dict[str, Tensor]:
     config = LlamaConfig(
         vocab_size=50, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, use_cache=False
     )

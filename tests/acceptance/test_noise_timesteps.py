@@ -21,19 +21,13 @@ X = torch.randn(3, 7, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(scope="module")
-def both() -> tuple[Any, Stock]:
-    unet, stock = adapt(small_unet(TEXT), UNET_TARGETS, scale=0.3)
-    return unet, stock.double()
+def stock() -> Stock:
+    return adapt(small_unet(TEXT), UNET_TARGETS, scale=0.3)[1].double()
 
 
 @pytest.fixture
-def unet(both: tuple[Any, Stock]) -> Any:
-    return both[0]
-
-
-@pytest.fixture
-def stock(both: tuple[Any, Stock]) -> Stock:
-    return both[1]
+def unet(stock: Stock) -> Any:
+    return stock.adapted
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +47,7 @@ def by_hand(stock: Stock, timesteps: Any, inputs: tuple[Tensor, Tensor], levels:
 # ---------------------------------------------------------------------- a UNet of Diffusers
 
 
-def test_unet_timestep_of_any_form_tells_each_sample_its_level(
+def test_unet_timestep_of_any_form_tells_each_sample_its_level_unless_a_context_does(
     unet: Any, stock: Stock, inputs: tuple[Tensor, Tensor]
 ) -> None:
     latents, text = inputs
@@ -62,6 +56,10 @@ def test_unet_timestep_of_any_form_tells_each_sample_its_level(
         expected = by_hand(stock, timestep, inputs)
         assert_near(run(unet, latents, timestep, text), expected, unet)
         assert_near(run(unet, latents, encoder_hidden_states=text, timestep=timestep), expected, unet)
+        with noise_level(unet, torch.tensor([0.3, 0.9, 0.0])):
+            assert_near(run(unet, latents, timestep, text), by_hand(stock, timestep, inputs, [0.3, 0.9, 0.0]), unet)
+    with pytest.raises(ValueError, match=r"1200.*TimestepNoise"):
+        run(unet, latents, 1200, text)
 
 
 def test_unet_batch_doubled_by_guidance_has_the_level_of_each_row(
@@ -74,14 +72,6 @@ def test_unet_batch_doubled_by_guidance_has_the_level_of_each_row(
     assert_near(run(unet, twice[0], timesteps, twice[1]), expected, unet)
     with noise_level(unet, torch.tensor(TIMESTEPS) / 1000), pytest.raises(ValueError, match=r"3 values.*batch.*6"):
         run(unet, twice[0], timesteps, twice[1])
-
-
-def test_context_beats_the_timestep_until_it_is_left(unet: Any, stock: Stock, inputs: tuple[Tensor, Tensor]) -> None:
-    latents, text = inputs
-    with noise_level(unet, torch.tensor([0.3, 0.9, 0.0])):
-        told = run(unet, latents, 431, text)
-    assert_near(told, by_hand(stock, 431, inputs, [0.3, 0.9, 0.0]), unet)
-    assert_near(run(unet, latents, 431, text), by_hand(stock, 431, inputs), unet)
 
 
 @pytest.mark.parametrize(
@@ -97,11 +87,6 @@ def test_unet_fractional_timestep_that_may_be_log_sigma_raises_until_it_is_decla
         run(unet, latents, 0.4, text)
     set_noise_source(unet, TimestepNoise(meaning))
     assert_near(run(unet, latents, 0.4, text), by_hand(stock, 0.4, inputs, level), unet)
-
-
-def test_unet_timestep_beyond_the_schedule_raises(unet: Any, inputs: tuple[Tensor, Tensor]) -> None:
-    with pytest.raises(ValueError, match=r"1200.*TimestepNoise"):
-        run(unet, inputs[0], 1200, inputs[1])
 
 
 def test_video_unet_repeats_each_level_for_the_frames_of_its_sample() -> None:
@@ -199,10 +184,6 @@ def test_timestep_of_a_forward_is_not_left_for_a_part_called_alone(two: tuple[An
         run(model.base_model.model.first, X)
 
 
-class AcceptanceReversedFlow(TwoLayers):
-    """Told t = 1 − σ."""
-
-
 class AcceptanceFrames(TwoLayers):
     """Its layers see (b · frames, d), its timestep is (b,)."""
 
@@ -212,8 +193,9 @@ class AcceptanceFrames(TwoLayers):
 
 @pytest.mark.usefixtures("_registry")
 def test_registered_denoiser_reads_its_timestep(two: tuple[Any, Stock]) -> None:
+    kind = type("AcceptanceReversedFlow", (TwoLayers,), {})
     register_denoiser("AcceptanceReversedFlow", "data")
-    model, stock = adapt(AcceptanceReversedFlow(), LAYERS)
+    model, stock = adapt(kind(), LAYERS)
     stock.double()
     timesteps = torch.tensor([0.1, 0.75, 0.998])
     assert_near(run(model, X, timesteps), stock.each(1 - timesteps.double(), X.double()), model)
@@ -266,9 +248,5 @@ def test_custom_source_tells_the_level(how: str) -> None:
     set_noise_source(model, None)
     with pytest.raises(ValueError, match=r"set_noise_source\(model"):
         run(model, X, progress)
-
-
-def test_source_of_another_convention_than_the_adapter_raises() -> None:
-    model, _ = adapt(TwoLayers(), LAYERS, noise_convention="masked_share")
-    with pytest.raises(ValueError, match="masked_share"):
-        set_noise_source(model, TimestepNoise("sigma"))
+    with pytest.raises(ValueError, match="acceptance_progress"):  # that of the adapter
+        set_noise_source(adapt(TwoLayers(), LAYERS, noise_convention="acceptance_progress")[0], TimestepNoise("sigma"))

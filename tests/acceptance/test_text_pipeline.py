@@ -88,20 +88,6 @@ def test_pipeline_saves_itself_and_its_adapter(adapter: Path, tmp_path: Path) ->
     assert torch.equal(again(QUESTIONS, **LENGTH).sequences, expected)
 
 
-def test_pipeline_step_is_told_the_level_and_may_stop() -> None:
-    pipe = pipeline()
-    seen: list[list[float]] = []
-
-    def step_end(pipe: Any, step: int, level: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        seen.append(level.tolist())
-        pipe._interrupt = step == 2
-        return tensors
-
-    ids = pipe(QUESTIONS[:1], **LENGTH, stop_at_eos=False, callback_on_step_end=step_end).answers
-    assert [level for (level,) in seen] == pytest.approx([1, 11 / 12, 10 / 12])
-    assert int((ids == pipe.transformer.config.mask_token_id).sum()) == 9
-
-
 def rows_of(answers: list[str]) -> list[dict[str, Any]]:
     tokenizer = load_backbone(SHIPPED)[1]
     prompts = encode_prompts(tokenizer, [prompt_text(tokenizer, question) for question in QUESTIONS])

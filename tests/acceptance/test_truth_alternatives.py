@@ -1,7 +1,5 @@
 """What benchmark_alternatives.py compares NaRA with: Bayes' rule by enumeration, λ as a token, and its records."""
 
-import math
-
 import benchmark_alternatives as alternatives
 import pytest
 import report_quality
@@ -38,26 +36,6 @@ def test_bayes_rule_is_that_of_all_characters_and_tokens_of_the_noise(batches):
             p = kept[x, z] / sum(kept[other, z] for other in characters())
             assert found[row, place].exp().item() == pytest.approx(1 / p, rel=1e-6)
         assert found[row, places[-1]] == 0  # the end, which no answer lacks
-
-
-def test_bayes_rule_that_is_not_told_weighs_each_level_by_what_the_answer_shows(batches):
-    batch, known = batches[6], set(characters())
-    n, k = len(noise_tokens(load("uniform-tiny")[1])), len(known)
-    found = alternatives.bayes_losses(batch, is_told=False)
-    levels = [(i + 0.5) / 200 for i in range(200)]
-    for row in range(4):
-        places = batch.answer[row].nonzero()[:, 0].tolist()
-        pairs = [(batch.targets[row, i].item(), batch.input_ids[row, i].item()) for i in places]
-        weights = []
-        for level in levels:
-            seen = [level / n + (1 - level) * (z in known) / k for _, z in pairs[:-1]]
-            seen.append(level / n + (1 - level) * (pairs[-1][0] == pairs[-1][1]))
-            weights.append(math.prod(seen))
-        for place, (x, z) in zip(places[:-1], pairs[:-1], strict=True):
-            p = [((1 - level) * (x == z) + level / n) / (1 - level + k * level / n) for level in levels]
-            p = p if z in known else [1 / k] * 200
-            expected = sum(w * each for w, each in zip(weights, p, strict=True)) / sum(weights)
-            assert found[row, place].exp().item() == pytest.approx(1 / expected, rel=1e-6)
 
 
 @pytest.mark.parametrize(("is_told", "score"), [(True, "1.977"), (False, "2.078")])

@@ -7,10 +7,9 @@ import pytest
 from PIL import Image
 
 from tests.acceptance import _commands
+from tests.acceptance.test_truth_images import FEW
 
 FIRST = '{"file_name": "0.png", "text": "a toy"}'
-FEW = "--max_train_steps 1 --train_batch_size 1 --num_inference_steps 1 --num_validation_images 1 "
-FEW += "--evaluation_options curve_points=1 --similarity_model none --alignment_model none --validation_steps none"
 
 
 @pytest.fixture
@@ -54,6 +53,6 @@ def test_line_that_is_no_caption_is_refused_by_file_and_number(pictures: Path, c
 def test_whole_characters_in_two_escapes_and_null_stay_captions(pictures: Path) -> None:
     whole = r'{"file_name": "0.png", "text": "a \ud83d\ude00 toy"}'
     write_lines(pictures, whole, '{"file_name": "1.png", "text": null}')
-    words = ["--instance_data_dir", str(pictures), "--output_dir", str(pictures.parent / "run"), *FEW.split()]
-    _commands.run("dreambooth_sdxl.py", *words, "--instance_prompt", "a photo")
+    flags = {"instance_data_dir": pictures, "output_dir": pictures.parent / "run", "instance_prompt": "a photo"}
+    _commands.run("dreambooth_sdxl.py", **FEW, **flags)
     assert _commands.results(pictures.parent / "run")["n"] == 1

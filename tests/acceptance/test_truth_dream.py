@@ -140,25 +140,3 @@ def test_a_template_s_prompt_stays_that_of_training(harness: Any, stock: Any, mo
     prompt, answer = (harness.tokenizer(text).input_ids for text in (context, "ab"))
     assert BOS not in prompt
     assert value == pytest.approx(bound(stock, prompt[-62:], answer), rel=1e-5)
-
-
-def test_the_bos_token_takes_one_of_the_positions(harness: Any, stock: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness, "max_length", 4)
-    lengths = []
-    handle = harness.model.register_forward_pre_hook(
-        lambda module, args, kwargs: lengths.append((args[0] if args else kwargs["input_ids"]).shape[1]),
-        with_kwargs=True,
-    )
-    ids = harness.tokenizer("copy: abcd").input_ids
-    (total,) = harness.loglikelihood_rolling(requests("loglikelihood_rolling", ("copy: abcd",)))
-    ((fits, _),) = harness.loglikelihood(requests("loglikelihood", ("copy:", "abc")))
-    handle.remove()
-    assert max(lengths) == 4
-    first, rest = ids[:3], [(ids[max(start - 2, 0) : start], ids[start : start + 2]) for start in range(3, len(ids), 2)]
-    expected = bound(stock, [BOS], first) + sum(bound(stock, context, part) for context, part in rest)
-    assert total == pytest.approx(expected, rel=1e-5)
-    abc = harness.tokenizer("abc").input_ids
-    assert len(abc) == 3
-    assert fits == pytest.approx(bound(stock, harness.tokenizer("copy:").input_ids[-1:], abc), rel=1e-5)
-    with pytest.raises(ValueError, match=r"a continuation has 4 tokens, .* 3 positions beside the BOS token"):
-        harness.loglikelihood(requests("loglikelihood", ("copy:", "abcd")))

@@ -1,8 +1,7 @@
 """Tiny random denoisers of Diffusers with a NaRA adapter: what they predict, and the λ that their core is told.
 
-`DENOISERS` has each class whose layers may see several rows a sample, or samples on another axis, or which is told the
-noise by another argument than `timestep`: there a wrong entry in the package's table could give a sample the λ of
-another. A wrong number of rows is an error everywhere else. One class stands for those whose entries are alike.
+`DENOISERS` has each class whose layers may see several rows a sample: there a wrong entry in the package's table could
+give a sample the λ of another. A wrong number of rows is an error everywhere else, where some classes stand for all.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers.models.transformers.transformer_wan_animate_2 import WanAnimate2KVCache
 from peft import inject_adapter_in_model
 from torch import Tensor, nn
 
@@ -59,20 +57,6 @@ COGVIDEO = {"sample_width": 4, "sample_height": 4, "sample_frames": 5, "max_text
 VIDEO = {"hidden_states": (4, 2, 4, 4)}
 FRAMES = {"hidden_states": (2, 4, 4, 4)}
 SIZE = {"num_frames": 2, "height": 2, "width": 2}
-
-
-class Reference(WanAnimate2KVCache):
-    """Keys and values (b, 8, heads, d) of what is given, which have no λ."""
-
-    def __init__(self, key: Tensor, value: Tensor) -> None:
-        super().__init__(1)
-        self.get(0).store(key, value)
-
-    def __len__(self) -> int:
-        return len(self.get(0).key)
-
-    def __getitem__(self, rows: slice) -> Reference:
-        return Reference(*(part[rows] for part in self.get(0).get()))
 
 
 def _listed(*shape: int) -> Callable[[int], list[Tensor]]:
@@ -126,28 +110,6 @@ DENOISERS: dict[str, tuple[dict[str, Any], Inputs]] = {
         {"dim": 16, "n_layers": 1, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2}
         | {"axes_dims": [4, 2, 2], "axes_lens": [128, 16, 16]},
         {"x": _listed(4, 1, 4, 4), "cap_feats": _listed(5, 8)},
-    ),
-    "RFD4ProteinaTransformer": (
-        {"nlayers": 1, "token_dim": 16, "nheads": 2, "dim_cond": 8, "pair_repr_dim": 8, "latent_dim": 4}
-        | {"t_emb_dim": 6, "xt_pair_dist_dim": 5, "tri_mult_c": 4, "update_pair_repr_every_n": 1}
-        | {"feats_seq": ("xt_bb_ca", "xt_local_latents"), "feats_pair_repr": ("xt_bb_ca_pair_dists",)}
-        | {"feats_cond_seq": ("time_emb_bb_ca", "time_emb_local_latents")},
-        {"bb_ca": (5, 3), "local_latents": (5, 4), "local_latents_time": torch.tensor(1.0)}
-        | {"padding_mask": torch.ones(5, dtype=torch.bool)}
-        | {
-            "conditioning": lambda b: {
-                "is_in_context_conditioning": torch.zeros(b, 5),
-                "supports_local_latent": torch.ones(b, 5),
-            }
-        },
-    ),
-    "WanAnimate2Transformer3DModel": (
-        {"text_len": 5, "in_dim": 6, "dim": 24, "ffn_dim": 16, "freq_dim": 8, "out_dim": 4, "num_heads": 2}
-        | {"use_img_emb": False},
-        {"hidden_states": _listed(4, 2, 4, 4), "encoder_hidden_states": _listed(*TEXT)}
-        | {"condition_latents": _listed(2, 2, 4, 4), "kv_cache_mode": "cached", "seq_len": 8, "origin_len": 5}
-        | {"kv_cache": lambda b: Reference(torch.randn(b, 8, 2, 12), torch.randn(b, 8, 2, 12))}
-        | {"reference_grid_sizes": torch.tensor([2, 2, 2]), "origin_area": [32, 32]},
     ),
     # of several rows a sample
     "UNet3DConditionModel": (_unet("3D"), {"sample": (4, 4, 8, 8)}),
@@ -254,26 +216,6 @@ DENOISERS: dict[str, tuple[dict[str, Any], Inputs]] = {
         {**VIDEO, "encoder_attention_mask": torch.ones(5, dtype=torch.bool)},
     ),
     # of layers that see tokens of all samples, or one sample alone
-    "Cosmos3OmniTransformer": (
-        {"dtype": "float32", "head_dim": 12, "hidden_size": 24, "intermediate_size": 16, "latent_channel": 4}
-        | {"num_hidden_layers": 1, "num_key_value_heads": 1, "patch_latent_dim": 16, "vocab_size": 9}
-        | {"rope_scaling": {"mrope_section": [2, 2, 2]}, "sound_dim": 3, "sound_gen": True},
-        {"und_len": 3, "sequence_length": 9, "vision_token_shapes": [(2, 2, 1)], "sound_token_shapes": [(2, 1, 1)]}
-        | {
-            "input_ids": lambda b: torch.arange(1, 4),
-            "text_indexes": lambda b: torch.arange(3),
-            "position_ids": lambda b: torch.arange(27).view(3, 9),
-            "vision_tokens": lambda b: [torch.randn(1, 4, 2, 4, 2)],
-            "vision_sequence_indexes": lambda b: torch.arange(3, 7),
-            "vision_mse_loss_indexes": lambda b: torch.arange(5, 7),
-            "vision_noisy_frame_indexes": lambda b: [torch.tensor([1])],
-            "sound_tokens": lambda b: [torch.randn(3, 2)],
-            "sound_sequence_indexes": lambda b: torch.arange(7, 9),
-            "sound_mse_loss_indexes": lambda b: torch.arange(7, 9),
-            "sound_timesteps": lambda b: torch.zeros(2),
-            "sound_noisy_frame_indexes": lambda b: [torch.arange(2)],
-        },
-    ),
     "ErnieImageTransformer2DModel": (
         {"hidden_size": 24, "ffn_hidden_size": 20, "text_in_dim": 8, "rope_axes_dim": (4, 4, 4)},
         {"hidden_states": (4, 4, 4), "text_bth": TEXT, "text_lens": torch.tensor(5)},
@@ -305,7 +247,6 @@ TARGETS = {
 SHAPES: dict[str, Callable[[Tensor], Tensor]] = {
     "AnyFlowFARTransformer3DModel": lambda t: t[:, None].expand(-1, 2),
     "AnyFlowTransformer3DModel": lambda t: t[:, None].expand(-1, 2),
-    "Cosmos3OmniTransformer": lambda t: t[:1].expand(2),
     "SanaWMLTX2RefinerTransformer3DModel": lambda t: t[:, None].expand(-1, 8),
     "SanaWMTransformer3DModel": lambda t: t[:, None, None].expand(-1, 1, 2),
 }
@@ -315,7 +256,6 @@ WARNINGS_OF_DIFFUSERS = [
     pytest.mark.filterwarnings("ignore:`Transformer2DModelOutput` is deprecated:FutureWarning"),  # Stable Audio
     pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning"),
     pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning"),  # AnyFlow
-    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),  # Wan Animate 2
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # Karras sigmas
 ]
 """The `pytestmark` of files that run these models."""
@@ -378,9 +318,7 @@ def sample_of(inputs: Inputs, index: int, batch: int) -> Inputs:
             return value[:, index : index + 1]
         if key == "video_rotary_emb":
             return tuple(part("", own) for own in value)
-        if isinstance(value, dict):
-            return {name: part(name, own) for name, own in value.items()}
-        if key == "image_rotary_emb" or not isinstance(value, (Tensor, list, Reference)) or len(value) % batch:
+        if key == "image_rotary_emb" or not isinstance(value, (Tensor, list)) or len(value) % batch:
             return value
         rows = len(value) // batch
         return value[index * rows : (index + 1) * rows]

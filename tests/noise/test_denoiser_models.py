@@ -20,18 +20,13 @@ from tests.helpers.denoisers import (
 from tests.noise.test_denoisers import NAMES
 
 pytestmark = [pytest.mark.slow, *WARNINGS_OF_DIFFUSERS]
-ONE_LEVEL = {"Cosmos3OmniTransformer", "ErnieImageTransformer2DModel", "MiniMaxH3Transformer3DModel"}
+ONE_LEVEL = {"ErnieImageTransformer2DModel", "MiniMaxH3Transformer3DModel"}
 """Their layers see the tokens of all samples, or one sample alone."""
 
 
-def test_every_class_whose_layers_may_see_other_rows_than_samples_has_a_model() -> None:
-    special = {
-        name
-        for name, entry in _DENOISERS.items()
-        if entry.sample_major or entry.one_level or entry.packed or entry.also or entry.pinned
-    }
-    assert special <= DENOISERS.keys() <= _DENOISERS.keys()
-    assert {entry.argument for entry in _DENOISERS.values()} == {_DENOISERS[name].argument for name in DENOISERS}
+def test_every_class_whose_layers_may_see_several_rows_a_sample_has_a_model() -> None:
+    assert {name for name, entry in _DENOISERS.items() if entry.sample_major or entry.one_level} <= DENOISERS.keys()
+    assert DENOISERS.keys() <= _DENOISERS.keys()
 
 
 @pytest.mark.parametrize("name", [name for name in DENOISERS if name not in ONE_LEVEL])
