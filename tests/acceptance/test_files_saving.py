@@ -77,9 +77,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("row", SAVES)
-def test_save_on_a_full_disk_leaves_the_files_of_before_and_no_new_one(
-    row: str, folder: Path, capsys
-) -> None:
+def test_save_on_a_full_disk_leaves_the_files_of_before_and_no_new_one(row: str, folder: Path, capsys) -> None:
     save, before = SAVES[row](), content(folder)
     for target in (folder, folder.parent / "new"):
         with pytest.raises(FAILURES), full_disk(3000):
