@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -14,12 +15,7 @@ from typing import Any
 import torch
 from diffusers.loaders.peft import PeftAdapterMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from peft import (
-    LoraConfig,
-    PeftModel,
-    get_peft_model,
-    inject_adapter_in_model,
-)
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
 
 from nara_diffusion.config import NaraConfig
@@ -45,15 +41,7 @@ _STARTS_ANYWAY = ("gaussian", "orthogonal", "eva", "mica")
 """Initialisations that don't change the base weights, so the LoRA's tensors may replace theirs."""
 
 
-def from_lora(
-    lora: Any,
-    model: Any,
-    adapter_name: str = "default",
-    *,
-    config: LoraConfig | None = None,
-    source_adapter: str = "default",
-    **core: Any,
-) -> Any:
+def from_lora(lora: str | os.PathLike[str], model: Any, adapter_name: str = "default", **core: Any) -> Any:
     """Add a NaRA to `model` that equals the given LoRA (or DoRA) at step 0: the same tensors, and C(λ) = I.
 
         model = from_lora("folder of a PEFT LoRA", backbone, core_type="hypernetwork")
@@ -63,13 +51,11 @@ def from_lora(
     a pipeline uses it from then on.
 
     Args:
-        lora: a folder in PEFT's format; a file that Diffusers reads (Diffusers' names, kohya's, …), or a folder with
-            one; a dict of such tensors; a PeftModel or another model with a LoRA; or a `PlainLora`.
+        lora: a folder in PEFT's format, as `save_pretrained` of a PeftModel or of `to_lora(…)` writes it; or, for a
+            pipeline, a file that Diffusers reads (Diffusers' names, kohya's, …), or a folder with one.
         model: the base: a module, which is wrapped in a PeftModel; a Diffusers model, into which the adapter is
             injected; or a pipeline, whose text encoders get their part as plain LoRAs (core_type "identity").
         adapter_name: the name of the new adapter.
-        config: for a dict in PEFT's format, its LoraConfig: the tensors don't tell lora_alpha.
-        source_adapter: if `lora` is a model, the name of its adapter.
         core: fields of NaraConfig, such as core_type, core_sharing, noise_convention, lora_dropout.
 
     Returns:
@@ -82,7 +68,7 @@ def from_lora(
     """
     if decided := sorted(_DECIDED & core.keys()):
         raise ValueError(f"{', '.join(decided)} can't be given, but come from the LoRA: leave them out.")
-    parts, origin = read_lora(lora, model, config=config, source_adapter=source_adapter)
+    parts, origin = read_lora(lora, model)
     with ExitStack() as undo:
         if not isinstance(model, DiffusionPipeline):
             return _insert(parts[""], model, adapter_name, core, origin, undo, isinstance(model, PeftAdapterMixin))

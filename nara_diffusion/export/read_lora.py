@@ -1,4 +1,4 @@
-"""Reading a LoRA: a folder of PEFT, a model with one, or, for a pipeline, a file or dict that Diffusers reads.
+"""Reading a LoRA: a folder of PEFT, or, for a pipeline, a file that Diffusers reads.
 
 Files are converted by `lora_state_dict` of the pipeline (Diffusers' own names, kohya's, …). What that drops with a
 warning or without one is an error here: keys of DoRA in kohya's files, and layers that match no module.
@@ -28,15 +28,11 @@ from nara_diffusion.loaders.schedulers import DENOISERS
 from nara_diffusion.loaders.strict import PEFT_PREFIX
 from nara_diffusion.utils.naming import listed
 
-from .adapter_factors import adapter_of_model
 from .host_files import SCHEDULER_KEY, with_text_model
 from .plain_lora import SCHEDULER, PlainLora, PlainLoraLayer, config_of_layers, layers_of_tensors, others_of
-from .to_lora import assembled
 
 
-def read_lora(
-    lora: Any, model: Any, *, config: LoraConfig | None = None, source_adapter: str = "default"
-) -> tuple[dict[str, PlainLora], str]:
+def read_lora(lora: str | os.PathLike[str], model: Any) -> tuple[dict[str, PlainLora], str]:
     """{component: its LoRA} ({"": the LoRA} if `model` is no pipeline), and the name of the source in messages.
 
     Raises:
@@ -44,10 +40,12 @@ def read_lora(
     """
     if not isinstance(model, (nn.Module, DiffusionPipeline)):
         raise ValueError(f"model is a {type(model).__name__}: pass a torch.nn.Module or a Diffusers pipeline.")
-    origin = f"'{lora}'" if isinstance(lora, (str, os.PathLike)) else f"The {type(lora).__name__}"
+    if not isinstance(lora, (str, os.PathLike)):
+        raise ValueError(f"lora is a {type(lora).__name__}: pass a path; save_pretrained(folder) writes one.")
+    path, origin = Path(lora).expanduser(), f"'{lora}'"
     try:
-        whole = _of_peft(lora, config, source_adapter)
-        parts = _of_file(lora, model) if whole is None else {_denoiser_of(model): whole}
+        is_pefts = (path / CONFIG_NAME).is_file()
+        parts = {_denoiser_of(model): _of_folder(path)} if is_pefts else _of_file(_found(path), model)
         for part in parts.values():
             if part.others or part.config.lora_bias:
                 extra = next(iter(part.others), "biases of B")
@@ -74,39 +72,16 @@ def _scheduler(folder: Path, text: str | None = None) -> dict[str, Any] | None:
     return fields or None
 
 
-# ---------------------------------------------------------------------- PEFT's form
-
-
-def _of_peft(lora: Any, config: LoraConfig | None, source_adapter: str) -> PlainLora | None:
-    """The LoRA of a `PlainLora`, a model, a dict with its `config`, or a folder of PEFT's; None of anything else."""
-    if isinstance(lora, PlainLora):
-        return lora
-    if isinstance(lora, nn.Module):
-        with adapter_of_model(lora, source_adapter) as adapter:
-            if any(key is not None for key in adapter.keys.values()):
-                raise ValueError(
-                    f"Adapter '{source_adapter}' depends on λ by its core or its strength: it is a NaRA already. For "
-                    "its LoRA at one λ pass to_lora(model, noise_level=λ)."
-                )
-            return assembled(adapter, {name: C[0] for name, C in adapter.cores(None).items()})
-    if isinstance(lora, Mapping):
-        if config is None and any(key.startswith(PEFT_PREFIX) for key in lora):
-            raise ValueError("the dict has PEFT's keys, but no lora_alpha: pass config=, its LoraConfig.")
-        return None if config is None else _of_tensors(config, lora)
-    if not isinstance(lora, (str, os.PathLike)):
-        raise ValueError("this is no LoRA: pass a path, a dict of tensors, a model or a PlainLora.")
-    folder = Path(lora).expanduser()
-    if not (folder / CONFIG_NAME).is_file():
-        return None
+def _of_folder(folder: Path) -> PlainLora:
     if is_naras(read_config_file(folder / CONFIG_NAME)):
         raise ValueError(
             "it is a NaRA already: load it by PeftModel.from_pretrained(model, folder) or "
             "pipe.load_nara_weights(folder)."
         )
-    own = PeftConfig.from_pretrained(str(folder))
-    if type(own) is not LoraConfig:
-        raise ValueError(f"it is a {type(own).__name__.removesuffix('Config')}, which is no LoRA.")
-    return replace(_of_tensors(own, read_peft_tensors(folder)), scheduler=_scheduler(folder))
+    config = PeftConfig.from_pretrained(str(folder))
+    if type(config) is not LoraConfig:
+        raise ValueError(f"it is a {type(config).__name__.removesuffix('Config')}, which is no LoRA.")
+    return replace(_of_tensors(config, read_peft_tensors(folder)), scheduler=_scheduler(folder))
 
 
 def _of_tensors(config: LoraConfig, tensors: Mapping[str, Tensor]) -> PlainLora:
@@ -120,15 +95,10 @@ def _of_tensors(config: LoraConfig, tensors: Mapping[str, Tensor]) -> PlainLora:
 # ---------------------------------------------------------------------- by Diffusers' converters
 
 
-def _of_file(lora: Any, pipe: Any) -> dict[str, PlainLora]:
-    """{component: its LoRA} of a file, or a dict of its tensors."""
-    if isinstance(lora, Mapping):
-        tensors, metadata, scheduler = lora, {}, None
-    else:
-        path = _found(Path(lora).expanduser())
-        tensors, metadata = read_tensors(path)
-        metadata = metadata or {}
-        scheduler = _scheduler(path.parent, metadata.get(SCHEDULER_KEY))
+def _of_file(path: Path, pipe: Any) -> dict[str, PlainLora]:
+    """{component: its LoRA}."""
+    tensors, metadata = read_tensors(path)
+    scheduler = _scheduler(path.parent, (metadata or {}).get(SCHEDULER_KEY))
     if not isinstance(pipe, DiffusionPipeline):
         raise ValueError(
             f"it isn't in PEFT's form, and is read for a pipeline: pass the pipeline, instead of {type(pipe).__name__}."
@@ -139,7 +109,7 @@ def _of_file(lora: Any, pipe: Any) -> dict[str, PlainLora]:
             "doesn't read: convert it to PEFT's format with the program that wrote it, or start from another LoRA."
         )
     state, alphas = _converted(tensors, pipe)
-    configs, parts = _configs(metadata), {}
+    configs, parts = _configs(metadata or {}), {}
     for component in dict.fromkeys(key.partition(".")[0] for key in state):
         if not isinstance(getattr(pipe, component, None), nn.Module):
             raise ValueError(
