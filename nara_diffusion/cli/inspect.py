@@ -17,7 +17,6 @@ from typing import Any
 
 from nara_diffusion.export.adapter_factors import adapter_of_part
 from nara_diffusion.loaders.file import AdapterFile, AdapterPart, naming
-from nara_diffusion.loaders.strict import is_core_key
 
 _CORE_FIELDS = {
     "hypernetwork": ("core_scale", "core_hidden_dims", "core_sharing", "core_input", "noise_embedding"),
@@ -43,27 +42,19 @@ def described(file: AdapterFile) -> dict[str, Any]:
 
 def _described_part(part: AdapterPart) -> dict[str, Any]:
     adapter_of_part(part)  # raises if it is damaged
-    config, modules, core = part.config, part.modules, part.core
-
-    def last_word(name: str) -> str:  # that is no number
-        return [word for word in name.split(".") if not word.isdigit()][-1]
-
-    factors = sum(tensor.numel() for key, tensor in part.tensors.items() if not is_core_key(key))
-    fields = _CORE_FIELDS.get(config.core_type, ("core_sharing",))
+    config, modules = part.config, part.modules
+    kinds = Counter(next(word for word in reversed(name.split(".")) if not word.isdigit()) for name in modules)
+    sizes = {"core": sum(tensor.numel() for tensor in part.core.values())}
+    sizes["factors"] = sum(tensor.numel() for tensor in part.tensors.values()) - sizes["core"]
+    fields = ("base_model_name_or_path", "lora_alpha", "use_rslora", "core_type", "noise_convention", "strength")
     return {
         "method": "NaRA-DoRA" if config.use_dora else "NaRA",
-        "base_model": config.base_model_name_or_path,
         "modules": len(modules),
-        "module_kinds": dict(Counter(last_word(name) for name in modules)),
+        "module_kinds": dict(kinds),
         "ranks": sorted(set(modules.values())),
-        "lora_alpha": config.lora_alpha,
-        "use_rslora": config.use_rslora,
-        "core_type": config.core_type,
-        "core": {name: getattr(config, name) for name in fields},
-        "noise_convention": config.noise_convention,
-        "strength": config.strength,
-        "scheduler": config.scheduler,
-        "parameters": {"factors": factors, "core": sum(tensor.numel() for tensor in core.values())},
+        **{name.removesuffix("_name_or_path"): getattr(config, name) for name in (*fields, "scheduler")},
+        "core": {name: getattr(config, name) for name in _CORE_FIELDS.get(config.core_type, ("core_sharing",))},
+        "parameters": sizes,
         "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in part.tensors.values()}),
     }
 

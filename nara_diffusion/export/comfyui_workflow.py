@@ -8,7 +8,7 @@ ComfyUI's percent is the model's own time, 0 at pure noise, 1 at the image:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -24,11 +24,7 @@ _STEP = 1e-6
 
 
 def percent_of(level: float, shift: float | None = None) -> float:
-    """ComfyUI's percent at λ, in [0, 1], 0 = pure noise.
-
-    Args:
-        level: λ in [0, 1]. shift: the shift a ≥ 1 of a flow model; None for a discrete schedule.
-    """
+    """ComfyUI's percent at λ, in [0, 1], 0 = pure noise; `shift` a ≥ 1 of a flow, None for a discrete schedule."""
     if shift is None:
         return min(max(1 - level * LEVELS / (LEVELS - 1), 0.0), 1.0)
     return 1 - level / (shift - (shift - 1) * level)
@@ -36,10 +32,8 @@ def percent_of(level: float, shift: float | None = None) -> float:
 
 def level_of(percent: float, shift: float | None = None) -> float:
     """λ at ComfyUI's percent: the inverse of `percent_of`."""
-    if shift is None:
-        return (1 - percent) * (LEVELS - 1) / LEVELS
     share = 1 - percent
-    return shift * share / (1 + (shift - 1) * share)
+    return share * (LEVELS - 1) / LEVELS if shift is None else shift * share / (1 + (shift - 1) * share)
 
 
 def keyframes(schedule: StrengthSchedule, shift: float | None = None, count: int = KEYFRAMES) -> list[list[float]]:
@@ -72,49 +66,36 @@ def comfyui_workflow(
         always: a file in models/loras with LoRAs of the text encoders, which have strength 1 at each step; None: none.
         patch: the node that sets what the model predicts, and its inputs, as of `comfyui_node`; None: as its base.
     """
-    nodes: dict[str, Any] = {"1": _node("CheckpointLoaderSimple", ckpt_name=checkpoint)}
-    model, clip = ["1", 0], ["1", 1]
+    nodes: dict[str, Any] = {}
+
+    def node(kind: str, **inputs: Any) -> str:
+        nodes[str(len(nodes) + 1)] = {"class_type": kind, "inputs": inputs}
+        return str(len(nodes))
+
+    base = node("CheckpointLoaderSimple", ckpt_name=checkpoint)
+    model, clip = [base, 0], [base, 1]
     if always is not None:
-        nodes["2"] = _node(
-            "LoraLoader", model=model, clip=clip, lora_name=always, strength_model=0.0, strength_clip=1.0
-        )
-        model, clip = ["2", 0], ["2", 1]
+        both = node("LoraLoader", model=model, clip=clip, lora_name=always, strength_model=0.0, strength_clip=1.0)
+        model, clip = [both, 0], [both, 1]
     if patch is not None:
-        nodes["3"] = _node(patch[0], model=model, **patch[1])
-        model = ["3", 0]
-    hooks: list[Any] = []
+        model = [node(patch[0], model=model, **patch[1]), 0]
+    hooks = None
     for name, schedule in schedules.items():
-        nodes |= (own := _scheduled(len(nodes) + 10, name, keyframes(schedule, shift)))
-        hooks.append([list(own)[-1], 0])
-    while len(hooks) > 1:
-        key = str(len(nodes) + 10)
-        nodes[key] = _node("CombineHooks2", hooks_A=hooks[0], hooks_B=hooks[1])
-        hooks = [[key, 0], *hooks[2:]]
-    first = len(nodes) + 10
-    hooked, positive, negative, latent, sampled, decoded, saved = (str(first + index) for index in range(7))
-    nodes[hooked] = _node("SetClipHooks", clip=clip, hooks=hooks[0], apply_to_conds=True, schedule_clip=False)
-    nodes[positive] = _node("CLIPTextEncode", clip=[hooked, 0], text="a photo of sks dog")
-    nodes[negative] = _node("CLIPTextEncode", clip=[hooked, 0], text="")
-    nodes[latent] = _node("EmptyLatentImage", width=1024, height=1024, batch_size=1)
-    sampling = {"seed": 0, "steps": 30, "cfg": 5.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
-    ends = {"positive": [positive, 0], "negative": [negative, 0], "latent_image": [latent, 0]}
-    nodes[sampled] = _node("KSampler", model=model, **ends, **sampling)
-    nodes[decoded] = _node("VAEDecode", samples=[sampled, 0], vae=["1", 2])
-    nodes[saved] = _node("SaveImage", images=[decoded, 0], filename_prefix="nara")
+        lora, previous = node("CreateHookLoraModelOnly", lora_name=name, strength_model=1.0), {}
+        for start, strength in keyframes(schedule, shift):
+            frame = node("CreateHookKeyframe", strength_mult=strength, start_percent=start, **previous)
+            previous = {"prev_hook_kf": [frame, 0]}
+        own = [node("SetHookKeyframes", hooks=[lora, 0], hook_kf=previous["prev_hook_kf"]), 0]
+        hooks = own if hooks is None else [node("CombineHooks2", hooks_A=hooks, hooks_B=own), 0]
+    clip = [node("SetClipHooks", clip=clip, hooks=hooks, apply_to_conds=True, schedule_clip=False), 0]
+    sampled = node(
+        "KSampler",
+        model=model,
+        positive=[node("CLIPTextEncode", clip=clip, text="a photo of sks dog"), 0],
+        negative=[node("CLIPTextEncode", clip=clip, text=""), 0],
+        latent_image=[node("EmptyLatentImage", width=1024, height=1024, batch_size=1), 0],
+        **{"seed": 0, "steps": 30, "cfg": 5.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0},
+    )
+    decoded = node("VAEDecode", samples=[sampled, 0], vae=[base, 2])
+    node("SaveImage", images=[decoded, 0], filename_prefix="nara")
     return nodes
-
-
-def _scheduled(first: int, name: str, frames: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """The nodes of one LoRA with its keyframes; the last of them gives its hooks."""
-    nodes: dict[str, Any] = {str(first): _node("CreateHookLoraModelOnly", lora_name=name, strength_model=1.0)}
-    previous: dict[str, Any] = {}
-    for index, (start, strength) in enumerate(frames, start=first + 1):
-        nodes[str(index)] = _node("CreateHookKeyframe", strength_mult=strength, start_percent=start, **previous)
-        previous = {"prev_hook_kf": [str(index), 0]}
-    last = str(first + 1 + len(frames))
-    nodes[last] = _node("SetHookKeyframes", hooks=[str(first), 0], hook_kf=previous["prev_hook_kf"])
-    return nodes
-
-
-def _node(kind: str, **inputs: Any) -> dict[str, Any]:
-    return {"class_type": kind, "inputs": inputs}

@@ -1,4 +1,4 @@
-"""Adapters on the small pipelines, as training leaves them, and what a test compares pipelines by."""
+"""Adapters on the small pipelines, as training leaves them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 from peft import inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
+from torch import nn
 
 from tests.helpers.adapted import nara_config
 from tests.helpers.small_pipelines import small_sdxl
@@ -15,7 +14,6 @@ from tests.helpers.small_pipelines import small_sdxl
 UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "time_emb_proj"]
 TEXT_TARGETS = ["q_proj", "v_proj", "fc1"]
 FILE = "pytorch_nara_weights.safetensors"
-COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "vae")
 
 
 def shake(model: nn.Module, seed: int, scale: float = 0.2) -> None:
@@ -42,65 +40,3 @@ def trained(pipe: Any = None, *, seed: int = 1, name: str = "default", text: boo
             )
             shake(model, seed + 10 + index)
     return pipe
-
-
-def predict(pipe: Any) -> Tensor:
-    """What SDXL's UNet says for two samples at different timesteps: all that an adapter of the UNet can change."""
-    generator = torch.Generator().manual_seed(9)
-    sample, text = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 5, 40, generator=generator)
-    condition = {
-        "text_embeds": torch.randn(2, 24, generator=generator),
-        "time_ids": torch.tensor([[16.0, 16, 0, 4, 16, 16], [32.0, 20, 0, 0, 16, 16]]),
-    }
-    with torch.no_grad():
-        return pipe.unet(sample, torch.tensor([33, 870]), text, added_cond_kwargs=condition).sample
-
-
-class State:
-    """All that loading an adapter could change in a pipeline: modules, tensors, hooks, attributes, flags."""
-
-    def __init__(self, pipe: Any) -> None:
-        self.pipe = set(pipe.__dict__)
-        self.parts = {name: _state(part) for name in COMPONENTS if (part := getattr(pipe, name, None)) is not None}
-
-    def __eq__(self, other: object) -> bool:
-        assert isinstance(other, State)
-        assert self.pipe == other.pipe
-        assert self.parts.keys() == other.parts.keys()
-        for name, part in self.parts.items():
-            for kind, value in part.items():
-                assert _same(value, other.parts[name][kind]), f"{name}: {kind} differ"
-        return True
-
-
-_OF_THE_FIRST_RUN = {"_output_capturing_hooks_installed"}
-"""What a forward of Transformers leaves on its model, adapted or not."""
-
-
-def _state(model: nn.Module) -> dict[str, Any]:
-    return {
-        "modules": {name: type(module) for name, module in model.named_modules()},
-        "identities": {name: id(module) for name, module in model.named_modules()},
-        "tensors": {name: tensor.clone() for name, tensor in model.state_dict().items()},
-        "trainable": {name: parameter.requires_grad for name, parameter in model.named_parameters()},
-        "training": {name: module.training for name, module in model.named_modules()},
-        "attributes": {name: set(module.__dict__) - _OF_THE_FIRST_RUN for name, module in model.named_modules()},
-        "hooks": {
-            name: (len(module._forward_pre_hooks), len(module._forward_hooks), len(module._forward_hooks_with_kwargs))
-            for name, module in model.named_modules()
-        },
-        "adapters": {
-            name: (list(module.active_adapters), module.disable_adapters)
-            for name, module in model.named_modules()
-            if isinstance(module, BaseTunerLayer)
-        },
-        "configurations": dict(getattr(model, "peft_config", {})),
-    }
-
-
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(_same(value, other[key]) for key, value in one.items())
-    if isinstance(one, Tensor):
-        return one.dtype == other.dtype and torch.equal(one, other)
-    return one == other
