@@ -11,16 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from nara_command import COMMANDS, OWN, main
-from nara_diffusion import StrengthSchedule, core_matrix, to_lora
+from nara_diffusion import core_matrix, to_lora
 from nara_diffusion.cli.plot import core_curves
 from nara_diffusion.export.adapter_factors import adapter_of_part
 from nara_diffusion.export.to_lora import lora_of
 from nara_diffusion.loaders.file import AdapterFile
+from tests.acceptance import _bases
 from tests.acceptance.test_files_saving import full_disk
 from tests.helpers.adapted import TwoLayers, disturb, lora_config, nara_config
 
@@ -30,20 +30,8 @@ ROOT = Path(__file__).parents[2]
 FILES = ROOT / "tests" / "acceptance" / "files"
 pytestmark = [
     pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups"),
-    pytest.mark.filterwarnings("ignore:Could not find a config file in some/base"),
+    pytest.mark.filterwarnings("ignore:Could not find a config file in (some/base|tiny-language)"),
 ]
-
-
-class Mixed(nn.Module):
-    """Every kind of layer that has an adapter; no two sizes alike."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(7, 11)
-        self.conv1 = nn.Conv1d(3, 4, 2)
-        self.conv3 = nn.Conv3d(2, 3, (1, 2, 3))
-        self.grouped = nn.Conv2d(8, 6, 3, groups=2)
-        self.deeper = nn.ModuleDict({"embedding": nn.Embedding(13, 9)})
 
 
 @pytest.fixture
@@ -55,28 +43,15 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "adapter"
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"core_type": "knots", "core_sharing": "layer"},
-        {"core_type": "bins", "core_bins": 2, "rank_pattern": {"linear": 6}},
-        {"strength": StrengthSchedule([(0, 1.0), (0.6, 0.2)]), "alpha_pattern": {"conv1": 9}, "use_rslora": True},
-        {"use_dora": True, "target_modules": ["linear", "conv3"]},
-    ],
-    ids=str,
-)
-def test_fold_of_a_file_is_that_of_the_adapted_model(tmp_path, changes):
-    targets = ["linear", "conv1", "conv3", "grouped", "embedding"]
-    model = get_peft_model(Mixed(), nara_config(**{"target_modules": targets, **changes}))
-    disturb(model)
-    model.save_pretrained(tmp_path)
-    wanted, found = to_lora(model, LEVEL), lora_of(adapter_of_part(AdapterFile.read(tmp_path).parts["model"]), LEVEL)
-    tensors, expected = found.state_dict(), wanted.state_dict()
-    assert tensors.keys() == expected.keys()
-    for key, tensor in expected.items():
-        torch.testing.assert_close(tensors[key], tensor, rtol=0, atol=0)
-    for name, layer in wanted.layers.items():
-        assert found.layers[name].scaling == pytest.approx(layer.scaling, rel=1e-12)
+@pytest.mark.parametrize("name", ["nara_dora", "knots", "bins", "rank_mask", "strength", "layer", "mixed"])
+def test_fold_of_a_file_is_that_of_the_adapted_model(name):
+    source = FILES / "peft" / name
+    base = _bases.mixed_model() if name == "mixed" else _bases.language_model()
+    wanted = to_lora(PeftModel.from_pretrained(base, source), LEVEL)
+    found = lora_of(adapter_of_part(AdapterFile.read(source).parts["model"]), LEVEL)
+    torch.testing.assert_close(found.state_dict(), wanted.state_dict(), rtol=0, atol=0)
+    for module, layer in wanted.layers.items():
+        assert found.layers[module].scaling == pytest.approx(layer.scaling, rel=1e-12)
 
 
 def test_fold_counts_the_strength_of_the_file_and_says_so(tmp_path, capsys):
@@ -125,17 +100,15 @@ def ended(*words: Any) -> str:
     ],
     ids=["half a layer", "another rank", "half a core"],
 )  # fmt: skip
-@pytest.mark.parametrize("words", [["inspect"], ["fold", "--noise_level", "0.5", "--form", "peft"]], ids=lambda w: w[0])
-def test_a_damaged_file_ends_in_one_line_and_writes_nothing(words, change, message, folder, tmp_path):
+def test_a_damaged_file_ends_in_one_line_and_writes_nothing(change, message, folder, tmp_path):
     file = folder / "adapter_model.safetensors"
     tensors = load_file(file)
     change(tensors)
     save_file(tensors, file)
-    command, *options = words
-    output = [] if command == "inspect" else [tmp_path / "out"]
-    found = ended(command, folder, *output, *options)
-    assert message in found
-    assert str(folder) in found
+    for words in (["inspect", folder], ["fold", folder, tmp_path / "out", "--noise_level", "0.5", "--form", "peft"]):
+        found = ended(*words)
+        assert message in found
+        assert str(folder) in found
     assert not (tmp_path / "out").exists()
 
 

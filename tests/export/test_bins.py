@@ -22,51 +22,42 @@ def base() -> TwoLayers:
     return TwoLayers()
 
 
-def played(bins: LoraBins, name: str, levels: torch.Tensor = LEVELS) -> torch.Tensor:
+def played(bins: LoraBins, name: str) -> torch.Tensor:
     """Σ φ_k(λ) ΔW_k (n, d_out, d_in) of a module, in float64."""
     layers = [lora.layers[name] for lora in bins.loras]
     dense = torch.stack([layer.scaling * layer.B.double() @ layer.A.double() for layer in layers])
-    shares = torch.stack([schedule(levels) for schedule in bins.schedules]).double()
+    shares = torch.stack([schedule(LEVELS) for schedule in bins.schedules]).double()
     return torch.einsum("kn,koi->noi", shares, dense)
-
-
-def by_hand(model: Any, name: str, levels: torch.Tensor = LEVELS) -> torch.Tensor:
-    cores = core_matrix(model, levels, module=name).detach().expand(len(levels), -1, -1)
-    return torch.stack([update_of(getattr(model.base_model.model, name), core=core) for core in cores])
 
 
 @pytest.mark.parametrize(
     ("options", "ranks"),
     [
         ({"core_type": "knots", "core_knots": 3, "core_sharing": "layer"}, [4, 4, 4]),
-        ({"core_type": "bins", "core_bins": 2, "r": 8}, [4, 4]),
         ({"core_type": "rank_mask", "rank_mask_min": 1}, [4, 3, 2, 1]),
         ({"core_type": "constant"}, [4]),
     ],
     ids=str,
 )
-def test_knots_and_masks_are_sums_of_loras_exactly(options, ranks):
+def test_knots_and_masks_are_sums_of_loras_of_the_directions_in_use(options, ranks):
     model = adapted(base(), target_modules=TARGETS, **options)
     bins = to_lora_bins(model)
     assert [lora.layers["first"].rank for lora in bins.loras] == ranks
     assert bins.error.worst_update < 1e-6
     for name in TARGETS:
-        assert relative_error(played(bins, name), by_hand(model, name)) < 1e-5
+        cores = core_matrix(model, LEVELS, module=name).detach().expand(len(LEVELS), -1, -1)
+        updates = [update_of(getattr(model.base_model.model, name), core=core) for core in cores]
+        assert relative_error(played(bins, name), torch.stack(updates)) < 1e-5
 
 
-@pytest.mark.parametrize("options", [{"core_sharing": "layer"}, {"rank_pattern": {"second": 2}}], ids=str)
-def test_a_hypernetwork_is_fitted_and_the_error_is_that_of_dense_matrices(options):
-    model = adapted(base(), target_modules=TARGETS, fourier_scale=3.0, **options)
+def test_more_loras_are_nearer_to_a_hypernetwork_and_at_most_two_play_at_once():
+    """(tests/acceptance measures the error by dense matrices.)"""
+    model = adapted(base(), target_modules=TARGETS, fourier_scale=3.0, rank_pattern={"second": 2})
     bins = to_lora_bins(model, 6)
     levels = torch.tensor(bins.error.noise_levels)
     shares = torch.stack([schedule(levels) for schedule in bins.schedules])
     torch.testing.assert_close(shares.sum(0), torch.ones(len(levels)), rtol=0, atol=1e-6)
     assert int((shares > 0).sum(0).max()) <= 2
-    pairs = [(played(bins, name, levels), by_hand(model, name, levels)) for name in TARGETS]
-    wrong = sum((found - own).square().sum((1, 2)) for found, own in pairs)
-    sizes = sum(own.square().sum((1, 2)) for _, own in pairs)
-    expected = wrong.sqrt() / (torch.tensor(bins.error.weights) * sizes).sum().sqrt()
-    torch.testing.assert_close(torch.tensor(bins.error.update).double(), expected, rtol=1e-4, atol=1e-6)
     assert to_lora_bins(model, 9).error.mean_update < bins.error.mean_update
 
 

@@ -160,17 +160,15 @@ def test_diffusers_reads_the_names_of_sdxls_unet_back():
         assert key == name.replace(".", "_")
 
 
-@pytest.mark.parametrize(
-    ("kohya", "name"),
-    [
-        ("input_blocks.8.1.transformer_blocks.9.ff.net.2", "down_blocks.2.attentions.1.transformer_blocks.9.ff.net.2"),
-        ("input_blocks.6.0.op", "down_blocks.1.downsamplers.0.conv"),
-        ("output_blocks.2.2.conv", "up_blocks.0.upsamplers.0.conv"),
-        ("label_emb.0.2", "add_embedding.linear_2"),
-    ],
-)
-def test_names_of_files_that_kohya_has_written_for_sdxl(kohya, name):
-    assert parts_of([name], "sdxl") == {kohya: [name]}
+def test_names_of_files_that_kohya_has_written_for_sdxl():
+    blocks = {"down_blocks.2.attentions.1": "input_blocks.8.1", "mid_block.attentions.0": "middle_block.1"}
+    names = {
+        f"{own}.transformer_blocks.9.ff.net.2": f"{theirs}.transformer_blocks.9.ff.net.2"
+        for own, theirs in blocks.items()
+    }
+    names |= {"down_blocks.1.downsamplers.0.conv": "input_blocks.6.0.op", "add_embedding.linear_2": "label_emb.0.2"}
+    names |= {"up_blocks.0.upsamplers.0.conv": "output_blocks.2.2.conv"}
+    assert parts_of(names, "sdxl") == {theirs: [own] for own, theirs in names.items()}
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,6 @@ from tests.helpers.exported import EXACT, assert_same_update, loaded, update_of
 from tests.helpers.rounding import rounding_of
 
 TARGETS = ["first", "second"]
-PATTERNS: dict[str, Any] = {"rank_pattern": {"second": 2}, "alpha_pattern": {"second": 5}}
 LEVEL = 0.37
 
 
@@ -39,26 +38,6 @@ def assert_same_forward(plain: nn.Module, model: nn.Module) -> None:
     assert relative_error(run(plain, x), run(model, x, LEVEL)) < 4 * rounding_of(model)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"core_sharing": "module_type", "use_rslora": True},
-        {"core_type": "knots", "core_sharing": "layer"},
-        {"core_type": "rank_mask", "rank_mask_min": 1},
-        {"core_type": "constant"},
-    ],
-    ids=str,
-)
-def test_rank_and_alpha_patterns_fold_with_each_sharing(tmp_path, options):
-    model = adapted(base(), target_modules=TARGETS, **PATTERNS, **options)
-    lora = to_lora(model, LEVEL)
-    assert {name: layer.rank for name, layer in lora.layers.items()} == {"first": 4, "second": 2}
-    for name, layer in lora.layers.items():
-        scaling = getattr(model.base_model.model, name).scaling["default"]
-        assert layer.scaling == pytest.approx(scaling, rel=1e-12)
-    assert_same_forward(loaded(lora, tmp_path, base()), model)
-
-
 def test_a_custom_core_folds(tmp_path):
     register_core("affine of export", Affine)
     model = adapted(base(), target_modules=TARGETS, core_type="affine of export")
@@ -77,18 +56,17 @@ def test_factors_of_half_precision_fold_in_float32_and_share_nothing_with_the_mo
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize("kind", ["NaRA", "plain LoRA"])
-def test_a_strength_that_depends_on_the_level_is_part_of_the_lora(tmp_path, kind):
-    config = lora_config if kind == "plain LoRA" else nara_config
-    model = get_peft_model(base(), config(target_modules=TARGETS, **PATTERNS))
+def test_a_plain_lora_has_its_strength_over_the_level(tmp_path):
+    """(tests/acceptance has that of a NaRA.)"""
+    patterns: dict[str, Any] = {"rank_pattern": {"second": 2}, "alpha_pattern": {"second": 5}}
+    model = get_peft_model(base(), lora_config(target_modules=TARGETS, **patterns))
     disturb(model)
     set_strength(model, "default", StrengthSchedule([(0.1, 1.5), (0.6, -0.4)]))
     plain = loaded(to_lora(model, LEVEL), tmp_path, base())
     strength = 1.5 - 1.9 * (LEVEL - 0.1) / 0.5
-    core = default_core(model, torch.tensor([LEVEL]))[0] if kind == "NaRA" else torch.eye(4, dtype=torch.float64)
     for name in TARGETS:
         layers = (getattr(each.base_model.model, name) for each in (plain, model))
-        assert_same_update(*layers, strength * core)
+        assert_same_update(*layers, strength * torch.eye(4, dtype=torch.float64))
 
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
