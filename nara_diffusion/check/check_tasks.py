@@ -68,7 +68,7 @@ def image_task(
     args = published(args)
     config = adapter_config(args, noise_convention=step.objective.source.convention)
     family = run_family(args, pipe)
-    model = AdaptedDenoiser(pipe, config, gradient_checkpointing=args.gradient_checkpointing, family=family)
+    model = AdaptedDenoiser(pipe, config, gradient_checkpointing=args.gradient_checkpointing, family=family)  # type: ignore[arg-type]
     own = replace(step, model=model.train(), prompts=step.prompts or PromptCache(pipe, family))
 
     def loss_of(images: DreamBoothDataset) -> Callable[[Sequence[int]], DreamBoothLoss]:

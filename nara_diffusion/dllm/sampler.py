@@ -31,7 +31,7 @@ from torch import nn
 from .canvas import place_prompts
 from .decoding import Sampling, chat_settings
 from .masked_share import conditioned
-from .models.backbone import Backbone, evaluating, without_ddp
+from .models.backbone import Backbone, evaluating, guided, without_ddp
 
 
 @dataclass(frozen=True)
@@ -222,10 +222,7 @@ class _State:
         padding = None if self.attention_mask is None else self.attention_mask[rows]
         with conditioned(self.backbone.model, self.masked[rows].float().mean(1), masked=masked, answer=answer):
             logits = self.backbone.logits(sequences, padding, at=positions).clone()
-        if w > 0:
-            conditional, unconditional = logits.chunk(2)
-            return unconditional + (w + 1) * (conditional - unconditional)
-        return logits
+        return guided(logits.unflatten(0, (2 if w > 0 else 1, -1)), w)
 
     def _uniform(self, rows: torch.Tensor, *shape: int, dtype: torch.dtype) -> torch.Tensor:
         """The next random numbers of `rows` (a,), each from its own stream: (a, *shape)."""

@@ -96,19 +96,14 @@ class Backbone:
         return 0
 
     @property
-    def position_table(self) -> int | None:
-        """The number of positions in the table of learned positions; None if there is none."""
-        for name, module in self.model.named_modules():
-            if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-                reserved = 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa counts from there
-                return module.num_embeddings - reserved
-        return None
-
-    @property
     def position_limit(self) -> int | None:
         """The longest text, in tokens, whose positions the model can tell apart; None if unknown."""
-        limits = (self.position_table, self.configured("max_position_embeddings"))
-        known = [limit for limit in limits if limit is not None]  # tables can have more rows than positions
+        limits = [self.configured("max_position_embeddings")]
+        for name, module in self.model.named_modules():
+            if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):  # tables can have more rows
+                reserved = 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa counts from there
+                limits.append(module.num_embeddings - reserved)
+        known = [limit for limit in limits if limit is not None]
         return min(known) - self.virtual_tokens if known else None
 
     # forwards
