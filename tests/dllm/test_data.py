@@ -143,11 +143,6 @@ def test_given_names_choose_the_form(tmp_path: Path) -> None:
     assert read_records(file, {"messages": "said"})["output"][:] == ["w9 w10"]
 
 
-def prompt_of(*turns: tuple[str, int | list[int]]) -> list[int]:
-    """By hand: each turn of the template, and what opens the answer."""
-    return [*(token for turn in turns for token in turn), BOT]
-
-
 def test_each_answer_of_a_conversation_ends_a_row_with_everything_before_it(tmp_path: Path) -> None:
     file = write(
         tmp_path / "own.jsonl", {"messages": messages(*CHAT, ("user", "w11"))}, {"messages": messages(*CHAT[:2])}

@@ -62,25 +62,22 @@ def read_records(
         ValueError: it can't be read, is empty or broken (with the line); the first record has no known form; another
             lacks a field, or holds something there that is no text (with its number, which is that of its line).
     """
+    from datasets import load_dataset
+
     path = Path(name).expanduser()
     if not path.exists() and (str(name).startswith((".", "/", "~")) or re.match(r"\.[A-Za-z]", path.suffix)):
         raise ValueError(f"there is no file {path}")
+    kind, _, split = str(path).partition(":")
+    options: dict[str, Any] = {"name": config, "split": split or "train"}
+    source = str(path) if path.exists() else f"{path} on the Hub"
     if path.is_file():
-        kind, split, source = "parquet" if path.suffix == ".parquet" else "text", "", str(path)
-        options = {"data_files": glob.escape(str(path.absolute()))}
-    else:
-        kind, _, split = str(path).partition(":")
-        options, source = {"name": config}, str(path) if path.is_dir() else f"{path} on the Hub"
-    return _records(_load(source, kind, split=split or "train", **options), fields or {}, source, limit, kind == "text")
-
-
-def _load(source: str, path: str, **options: Any) -> Any:
-    from datasets import load_dataset
-
+        kind = "parquet" if path.suffix == ".parquet" else "text"
+        options = {"data_files": glob.escape(str(path.absolute())), "split": "train"}
     try:
-        return load_dataset(path, **options)
+        rows = load_dataset(kind, **options)
     except Exception as error:  # whatever `datasets` raises: it has a dozen classes for "not found" alone
         raise ValueError(f"{source} can't be read: {error.__cause__ or error}") from error
+    return _records(rows, fields or {}, source, limit, is_json=kind == "text")  # type: ignore[arg-type]
 
 
 def load_records(args: Any) -> tuple[Dataset, Dataset, Dataset]:
@@ -107,37 +104,34 @@ def load_records(args: Any) -> tuple[Dataset, Dataset, Dataset]:
     return records, validation, test.select(range(min(len(test), args.test_samples or len(test))))
 
 
-def normalized(
-    records: Iterable[Mapping[str, Any]], fields: Mapping[str, str] | None = None, *, source: str
-) -> Dataset:
+def normalized(records: Iterable[Mapping[str, Any]], *, source: str) -> Dataset:
     """`records` as those of a file, which messages call `source`. Raises ValueError as `read_records`."""
     from datasets import Dataset
 
-    return _records(Dataset.from_dict({"text": [json.dumps(one) for one in records]}), fields or {}, source, None, True)
+    lines = [json.dumps(record) for record in records]
+    return _records(Dataset.from_dict({"text": lines}), {}, source, None, is_json=True)
 
 
-def _records(rows: Dataset, fields: Mapping[str, str], source: str, limit: int | None, is_json: bool) -> Dataset:
+def _records(rows: Dataset, fields: Mapping[str, str], source: str, limit: int | None, *, is_json: bool) -> Dataset:
     """What `datasets` has loaded, tables of the fields or lines of JSON, as records."""
     from datasets import Features, List, Value
 
-    head = rows[:BATCH]
-    kind = "lines" if is_json else "table"
-    if is_json and "".join(head["text"]).lstrip("\ufeff \t").startswith("["):
-        kind, head = "list", rows[:]
-    elif limit is not None:
+    is_list = is_json and "".join(rows[:BATCH]["text"]).lstrip("\ufeff \t").startswith("[")
+    kind = "list" if is_list else "lines" if is_json else "table"
+    if limit is not None and not is_list:
         rows = rows.select(range(min(limit, len(rows))))
-    first = next(_Reader(source, kind, {}).numbered(head, range(len(rows))), None)
+    size = len(rows) if is_list else BATCH
+    first = next(_Reader(source, kind, {}).numbered(rows[:size], range(size)), None)
     if first is None:
         raise ValueError(f"{source} holds no records")
-    reader = _Reader(source, kind, _form(first[1], fields, first[0]), limit)
+    reader = _Reader(source, kind, _form(first[1], fields, first[0]))
     features: dict[str, Any] = dict.fromkeys(_TEXTS, Value("string"))
     if "messages" in reader.names:
         features["turns"] = List({"role": Value("string"), "content": Value("string")})
-    size = len(rows) if kind == "list" else BATCH
     records = mapped(rows, reader, vars(reader), Features(features), batch_size=size, desc="read")
     named = (name if name == what else f"{name} as {what}" for what, name in reader.names.items())
     records.info.description = f"{source} (fields {', '.join(named)})"
-    return records
+    return records if limit is None else records.select(range(min(limit, len(records))))
 
 
 def _form(record: Any, given: Mapping[str, str], where: str) -> dict[str, str]:
@@ -147,7 +141,7 @@ def _form(record: Any, given: Mapping[str, str], where: str) -> dict[str, str]:
     for needed, more in _FORMS.items():
         names = {what: given.get(what, usual[what]) for what in (*needed, *more)}
         if given.keys() <= names.keys() and all(names[what] in present for what in needed):
-            return {what: names[what] for what in _USUAL if names.get(what)}
+            return {what: name for what in _USUAL if (name := names.get(what))}
     raise ValueError(
         f"{where} has the fields {', '.join(map(str, present)) or f'none, it is {repr(record)[:60]}'}; expected "
         f"{dict(given) or 'messages, or prompt and completion, or instruction and output, or text'}: name them by "
@@ -179,13 +173,11 @@ class _Reader:
     Attributes:
         kind: "table" of the fields; "lines" of text with an object of JSON each; "list", which its lines are together.
         names: {what: the name of its field}.
-        limit: the number of records to take of a list.
     """
 
     source: str
     kind: str
     names: Mapping[str, str]
-    limit: int | None = None
 
     def __call__(self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> dict[str, list[Any]]:
         rows = [self.row(record, where) for where, record in self.numbered(batch, indices)]
@@ -194,7 +186,7 @@ class _Reader:
     def numbered(self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> Iterator[tuple[str, Any]]:
         """(what messages call it, record)"""
         if self.kind == "list":
-            found = enumerate(self.parsed("\n".join(batch["text"]), 1)[: self.limit])
+            found = enumerate(self.parsed("\n".join(batch["text"]), 1))
         elif self.kind == "lines":
             lines = zip(indices, batch["text"], strict=False)
             found = ((i, self.parsed(line, i + 1)) for i, line in lines if line.strip("\ufeff \t"))
