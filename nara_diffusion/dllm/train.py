@@ -119,7 +119,7 @@ def fine_tune(args: Arguments, run: Run) -> dict[str, Any]:
         prepare_quantised(backbone)
     run.record_base_digests({"": local_folder(args.pretrained_model_name_or_path, revision=args.revision)})
     max_length = checked_lengths(backbone, args.max_length, args.gen_length)
-    settings = {name: getattr(args, name) for name in SAMPLING} | {"steps": args.generation_steps}
+    settings: dict[str, Any] = {name: getattr(args, name) for name in SAMPLING} | {"steps": args.generation_steps}
     sampling = Sampling(**(chat_settings(backbone, settings) if tokenizer.chat_template else settings))
     with run.accelerator.main_process_first():
         encode = partial(encode_records, tokenizer=tokenizer, max_length=max_length, train_on=args.train_on)

@@ -69,7 +69,7 @@ def noise_level_curve(
 
 def batches_of(
     rows: Sequence[Mapping[str, Any]], indices: Sequence[int], collator: AnswerCollator, batch_size: int, device: Any
-) -> Iterator[dict[str, torch.Tensor]]:
+) -> Iterator[dict[str, Any]]:
     """The rows at `indices` as batches on `device`; their random numbers are keyed by the index."""
     for start in range(0, len(indices), batch_size):
         batch = collator([{**rows[i], "position": i} for i in indices[start : start + batch_size]])
