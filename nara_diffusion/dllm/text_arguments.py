@@ -100,14 +100,15 @@ class ObjectiveArguments:
     evaluation_options: dict[str, Any] = option({}, "How answers are generated and losses measured:", rare=True)
     temperature: float = option(0.0, "of sampling; 0 takes the likeliest token", within="evaluation_options")
     cfg_scale: float = option(0.0, "classifier-free guidance; 0 disables it", within="evaluation_options")
-    top_p: float | None = option(
-        None,
-        "of sampling; the likeliest tokens with this probability together; none takes all",
-        within="evaluation_options",
-    )
+    top_p: float | None = option(None, "of sampling; none draws from all tokens", within="evaluation_options")
     remasking: str = option(
         "low_confidence", "the order of placing tokens", choices=REMASKING, within="evaluation_options"
     )
+    confidence_threshold: float | None = option(None, "instead of generation_steps", within="evaluation_options")
+    factor: float | None = option(None, "instead of generation_steps", within="evaluation_options")
+    entropy_bound: float | None = option(None, "instead of generation_steps", within="evaluation_options")
+    logits_eos_inf: bool = option(False, "never predict the end token", within="evaluation_options")
+    confidence_eos_eot_inf: bool = option(False, "place end tokens last", within="evaluation_options")
     curve_points: int = option(
         10, "noise levels at which the picture shows the loss", unit="points", within="evaluation_options"
     )

@@ -20,7 +20,7 @@ import logging
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import partial
 from typing import Any
 
@@ -63,8 +63,6 @@ from .text_arguments import Arguments
 
 logger = logging.getLogger(__name__)
 
-# Arguments that `generate` takes under the same name.
-SAMPLING = ("gen_length", "block_length", "temperature", "top_p", "cfg_scale", "remasking")
 
 # What a run does where no model is named; the flags' own defaults suit models of some billion parameters.
 SHIPPED_DATA = {
@@ -119,7 +117,8 @@ def fine_tune(args: Arguments, run: Run) -> dict[str, Any]:
         prepare_quantised(backbone)
     run.record_base_digests({"": local_folder(args.pretrained_model_name_or_path, revision=args.revision)})
     max_length = checked_lengths(backbone, args.max_length, args.gen_length)
-    settings: dict[str, Any] = {name: getattr(args, name) for name in SAMPLING} | {"steps": args.generation_steps}
+    settings: dict[str, Any] = {field.name: getattr(args, field.name, None) for field in fields(Sampling)}
+    settings["steps"] = args.generation_steps
     sampling = Sampling(**(chat_settings(backbone, settings) if tokenizer.chat_template else settings))
     with run.accelerator.main_process_first():
         encode = partial(encode_records, tokenizer=tokenizer, max_length=max_length, train_on=args.train_on)

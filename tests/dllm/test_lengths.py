@@ -65,3 +65,15 @@ def test_report_and_card_have_the_block_length_of_the_models_own_chat(
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"generate(model, prompt, gen_length=12, block_length={block})" in card
     assert f"gen_length 12 in {12 // block} blocks" in card
+
+
+def test_report_is_made_with_the_evaluation_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(
+        before_after, "exact_match", lambda *args, **how: asked.append(how) or exact_match(*args, **how)
+    )
+    given = {"remasking": "entropy", "entropy_bound": 0.1, "top_p": 0.9, "confidence_eos_eot_inf": True}
+    main(arguments(tmp_path, evaluation_options={"curve_points": 1, **given}))
+    assert [{name: how[name] for name in given} for how in asked] == [given, given]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "top_p=0.9, remasking='entropy', entropy_bound=0.1, confidence_eos_eot_inf=True)" in card
