@@ -16,10 +16,12 @@ from transformers import get_scheduler
 
 from nara_diffusion.dllm import train as dllm
 from nara_diffusion.dllm.text_arguments import Arguments
+from nara_diffusion.dreambooth import train as dreambooth
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
 from nara_diffusion.training.checkpoints import MAY_CHANGE
 from tests.acceptance._commands import assert_same_bits, fresh_accelerate, metrics, names
-from tests.acceptance._runs import TEXT, text_arguments
+from tests.acceptance._runs import TEXT, image_arguments, image_flags, text_arguments
+from tests.helpers.small_pipelines import small_sdxl
 
 SHORT: dict[str, Any] = {"max_train_steps": 2, "checkpointing_steps": 1, "test_samples": 1, "curve_points": 1}
 LATEST: dict[str, Any] = {"resume_from_checkpoint": "latest"}
@@ -230,3 +232,23 @@ def test_first_loss_after_a_resume_is_that_of_its_whole_window(tmp_path: Path) -
     train(tmp_path, **options, resume_from_checkpoint=str(folder))
     assert metrics(tmp_path / "run") == metrics(whole)
     assert [line["step"] for line in metrics(whole)] == [3, 5]
+
+
+# ---------------------------------------------------------------- images
+
+
+@pytest.mark.parametrize("average", [False, True])
+def test_image_run_goes_on_longer_with_other_prompts_and_intervals(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, average: bool
+) -> None:
+    flags = image_flags(tmp_path, small_sdxl()) | {"lr_scheduler": "constant", "curve_points": 1, "use_ema": average}
+    longer: dict[str, Any] = {"max_train_steps": 3, "validation_prompts": ["a toy on grass"], "logging_steps": 1}
+    for folder, steps in (
+        ("run", {"max_train_steps": 2, "checkpointing_steps": 2}),
+        ("run", longer),
+        ("whole", longer),
+    ):
+        dreambooth.main(image_arguments(flags, tmp_path / folder, **LATEST, **steps))
+        fresh_accelerate()
+    assert_same_bits(tmp_path / "run", tmp_path / "whole")
+    assert "the schedule now has 3 steps instead of 2" in caplog.messages
