@@ -22,7 +22,6 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,6 @@ from .parser import given_arguments
 
 logger = logging.getLogger(__name__)
 
-_WEIGHTS = ("diffusion_pytorch_model", "model", "pytorch_model")  # of Diffusers and transformers
 MANIFEST = "checkpoint.json"
 FORMAT = 2
 _RUN = ("step", "total_steps", "data_start", "window", "batch", "processes", "engine", "arguments", "digests")
@@ -276,12 +274,9 @@ def digest_base(folders: Mapping[str, Path], variant: str | None = None) -> dict
 
 
 def _weight_files(folder: Path, variant: str | None) -> list[Path]:
-    """The files that `from_pretrained` reads weights from: those of `variant`, else those of none."""
-    for part, ending, stem in product((f".{variant}" if variant else "", ""), ("safetensors", "bin"), _WEIGHTS):
-        names = (f"{stem}{part}", f"{stem}{part}-*-of-*", f"{stem}-*-of-*{part}")
-        if files := {file for name in names for file in folder.glob(f"{name}.{ending}")}:
-            return sorted(files)
-    return []
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    named = [file for file in files if variant and f".{variant}" in file.stem]
+    return named or [file for file in files if "." not in file.stem]
 
 
 def local_folder(name: str, *, revision: str | None = None) -> Path:
