@@ -37,13 +37,7 @@ from nara_diffusion.noise.strength_schedule import StrengthSchedule
 from nara_diffusion.tuner.holder import holder_of
 from nara_diffusion.tuner.model import NaraModel
 from nara_diffusion.tuner.snapshot import restored_on_error
-from nara_diffusion.tuner.strength import (
-    check_strength,
-    give_strength,
-    has_strength,
-    layers_of,
-    live_strengths,
-)
+from nara_diffusion.tuner.strength import check_strength, give_strength, strength_of
 
 _HUB = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download")
 
@@ -155,24 +149,6 @@ def _load_into_transformers(original: Any, self: Any, *args: Any, **kwargs: Any)
 # ---------------------------------------------------------------------- Diffusers
 
 
-class _Carrier(float):
-    """The number 1, which keeps a schedule through Diffusers' way to a layer, and PEFT's `scale · α / r` in it."""
-
-    schedule: StrengthSchedule
-
-    @classmethod
-    def of(cls, schedule: StrengthSchedule, value: float = 1.0) -> _Carrier:
-        carrier = cls(value)
-        carrier.schedule = schedule
-        return carrier
-
-    def __mul__(self, other: float) -> _Carrier:
-        return self.of(self.schedule, float(self) * other)
-
-    def __truediv__(self, other: float) -> _Carrier:
-        return self.of(self.schedule, float(self) / other)
-
-
 def _set_adapters(original: Any, pipe: Any, adapter_names: list[str] | str, adapter_weights: Any = None) -> None:
     names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
     weights = adapter_weights if isinstance(adapter_weights, list) else [adapter_weights] * len(names)
@@ -184,24 +160,26 @@ def _set_adapters(original: Any, pipe: Any, adapter_names: list[str] | str, adap
                 f"pipe.{part} = pipe.{part}._orig_mod, and compile it in place, pipe.{part}.compile()."
             )
     given = [  # where lengths differ, Diffusers has an error
-        (part, model, name, _schedules(weight.get(part) if isinstance(weight, Mapping) else weight))
+        (part, model, name, weight.get(part) if isinstance(weight, Mapping) else weight)
         for part, model in models.items()
         for name, weight in zip(names, weights, strict=False)
         if name in adapters_of(model)  # type: ignore[arg-type]
     ]
-    for part, model, name, found in given:
-        if found and part.startswith(TEXT_ENCODER):
+    scheduled = [(model, name, weight) for _, model, name, weight in given if isinstance(weight, StrengthSchedule)]
+    for part, model, name, weight in given:
+        is_schedule = isinstance(weight, StrengthSchedule)
+        if _holds_schedule(weight) and (part.startswith(TEXT_ENCODER) or not is_schedule):
             raise ValueError(
-                f"adapter_weights has {found[0]} for {part}, which runs before there is a λ: give '{name}' a weight by "
-                f"component, {{'{part}': 1.0, …}}."
+                f"adapter_weights has a StrengthSchedule for {part}, of which "
+                f"{'there is no λ' if is_schedule else 'each block has a number'}: a schedule is for an adapter, or "
+                "for its part in the denoiser, {'unet': schedule, 'text_encoder': 1.0}."
             )
-        if found or has_strength(model, name):
-            check_strength(model, name, dict.fromkeys(layers_of(model, name), found[0]) if found else {})
-    scheduled = [each for each in given if each[3]]
-    with restored_on_error(*(model for _, model, _, _ in scheduled)):
-        original(pipe, names, _carrying(adapter_weights))
-        for _, model, name, found in scheduled:
-            _take_schedules(model, name, found)
+        if is_schedule or strength_of(model, name) is not None:
+            check_strength(model, name, weight if is_schedule else None)
+    with restored_on_error(*(model for model, _, _ in scheduled)):
+        original(pipe, names, _numbers(adapter_weights))
+        for model, name, weight in scheduled:
+            give_strength(model, name, weight)
     for holder in filter(None, map(holder_of, models.values())):
         for each in holder.present_pipelines():
             follow_adapters(each)
@@ -211,35 +189,18 @@ def _holds_nara(model: Any) -> bool:
     return any(isinstance(config, NaraConfig) for config in adapters_of(model).values())
 
 
-def _take_schedules(model: Any, name: str, given: list[StrengthSchedule]) -> None:
-    """Give the layers the schedules that have reached them."""
-    found = {}
-    for layer_name, layer in layers_of(model, name).items():
-        scale = layer.scaling[name]
-        if isinstance(scale, _Carrier):
-            found[layer_name], layer.scaling[name] = scale.schedule, float(scale)
-    lost = [schedule for schedule in given if schedule not in found.values()]
-    if lost:
-        raise ValueError(
-            f"adapter_weights has {lost[0]} for a block of {type(model).__name__} in which adapter '{name}' adapts no "
-            "layer: name blocks as Diffusers' set_adapters does."
-        )
-    give_strength(model, name, live_strengths(model, name) | found)
+def _holds_schedule(weight: Any) -> bool:
+    inner = weight.values() if isinstance(weight, Mapping) else weight if isinstance(weight, list) else ()
+    return isinstance(weight, StrengthSchedule) or any(map(_holds_schedule, inner))
 
 
-def _schedules(weights: Any) -> list[StrengthSchedule]:
-    if isinstance(weights, StrengthSchedule):
-        return [weights]
-    inner = weights.values() if isinstance(weights, Mapping) else weights if isinstance(weights, list) else ()
-    return [schedule for weight in inner for schedule in _schedules(weight)]
-
-
-def _carrying(weights: Any) -> Any:
-    if isinstance(weights, StrengthSchedule):
-        return _Carrier.of(weights)
+def _numbers(weights: Any) -> Any:
+    """The weights with 1 in the place of each schedule."""
     if isinstance(weights, Mapping):
-        return {key: _carrying(weight) for key, weight in weights.items()}
-    return [_carrying(weight) for weight in weights] if isinstance(weights, list) else weights
+        return {key: _numbers(weight) for key, weight in weights.items()}
+    if isinstance(weights, list):
+        return [_numbers(weight) for weight in weights]
+    return 1.0 if isinstance(weights, StrengthSchedule) else weights
 
 
 def _save_lora_adapter(

@@ -30,7 +30,7 @@ from nara_diffusion.noise.level import Level, NoiseSignals, as_signals
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
 from nara_diffusion.tuner.holder import holder_of
 from nara_diffusion.tuner.inspection import onloaded_cores
-from nara_diffusion.tuner.strength import layers_of, live_strengths, roots_of
+from nara_diffusion.tuner.strength import layers_of, roots_of, strength_of
 
 from .plain_lora import PlainLora, PlainLoraLayer, layers_of_tensors, others_of
 
@@ -96,7 +96,7 @@ def adapter_of_model(model: nn.Module, adapter_name: str) -> Iterator[Adapter]:
     extra = {key: _copied(t, key) for key, t in others_of(held_tensors(root, adapter_name)).items()}
     lora = PlainLora(_plain_config(config, root), factors, extra, scheduler=getattr(config, "scheduler", None))
     with onloaded_cores(model):
-        yield Adapter(config, lora, keys, make, signals_of, set(live_strengths(root, adapter_name).values()))
+        yield Adapter(config, lora, keys, make, signals_of, set(filter(None, [strength_of(root, adapter_name)])))
 
 
 def _factors(name: str, layer: Any, adapter_name: str) -> PlainLoraLayer:

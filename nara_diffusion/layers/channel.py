@@ -21,7 +21,7 @@ from torch import Tensor
 from nara_diffusion.noise.level import Entry, present
 
 Key = tuple[str, str]
-"""(adapter, label of the core among that adapter's)"""
+"""(adapter, group of layers that share a core)"""
 
 
 class CoreChannel:

@@ -35,7 +35,7 @@ class NaraVariant(LoraVariant):
         layer_name: for error messages. rows: the meaning of the rows of the layer's input.
 
     Attributes:
-        key: of C in the channel: (adapter_name, group), or another label if layers of the group differ in strength.
+        key: of C in the channel, (adapter_name, group).
         merged_at: the λ at which the layer is merged, if it depends on λ.
     """
 
@@ -48,7 +48,6 @@ class NaraVariant(LoraVariant):
         rows: Rows = "samples",
     ) -> None:
         self.channel = channel
-        self.group = group
         self.key = (adapter_name, group)
         self.layer_name = layer_name
         self.rows: Rows = rows

@@ -15,7 +15,7 @@ from torch import nn
 from nara_diffusion.config import NaraConfig
 from nara_diffusion.cores.registry import CustomCore, rebuild_core
 from nara_diffusion.tuner.holder import holder_of
-from nara_diffusion.tuner.strength import check_strength, for_all_layers, give_strength, has_strength, layers_of
+from nara_diffusion.tuner.strength import check_strength, give_strength, layers_of, strength_of
 
 from .file import AdapterPart, by_pattern, configured_scaling
 from .insertion import adapters_of, nara_adapters_of, part_of
@@ -45,7 +45,7 @@ def prepare_for_hotswap(model: Any) -> None:
         return
     for name, config in adapters_of(model).items():
         ranks = {config.r, *(config.rank_pattern or {}).values()}
-        if ranks != {request["target_rank"]} and (isinstance(config, NaraConfig) or has_strength(model, name)):
+        if ranks != {request["target_rank"]} and (isinstance(config, NaraConfig) or strength_of(model, name)):
             raise ValueError(
                 f"enable_lora_hotswap was given target_rank={request['target_rank']}, but '{name}', whose update "
                 f"depends on λ, has rank {', '.join(map(str, sorted(ranks)))}: it is swapped at equal rank alone, so "
@@ -78,7 +78,7 @@ def check_swappable(model: nn.Module, component: str, adapter_name: str, part: A
             )
     holder: Any = holder_of(model)
     holder.complete(adapter_name, part.config)
-    check_strength(model, adapter_name, for_all_layers(model, adapter_name, part.config.strength))
+    check_strength(model, adapter_name, part.config.strength)
     there = part_of(model, adapter_name).tensors
     if different := sorted(there.keys() ^ part.tensors.keys()):
         raise ValueError(
@@ -110,4 +110,4 @@ def swap(model: Any, adapter_name: str, part: AdapterPart) -> None:
             core.scale = config.core_scale
     config = holder.complete(adapter_name, config)
     holder.reconfigure(adapter_name, config)
-    give_strength(model, adapter_name, for_all_layers(model, adapter_name, config.strength))
+    give_strength(model, adapter_name, config.strength)

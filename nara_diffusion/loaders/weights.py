@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 
 from nara_diffusion.config import NaraConfig
 from nara_diffusion.tuner.snapshot import restored_on_error
-from nara_diffusion.tuner.strength import has_strength
 
 from .file import WEIGHTS_NAME, AdapterFile, AdapterPart, naming
 from .hotswap import check_swappable, prepare_for_hotswap, swap
@@ -30,8 +28,6 @@ from .insertion import (
     unwrapped,
 )
 from .schedulers import DENOISERS, adopt_schedulers, check_schedulers, removing_adapters
-
-logger = logging.getLogger(__name__)
 
 
 def load_nara_weights(
@@ -267,8 +263,4 @@ def _part_to_save(model: nn.Module, component: str, name: str) -> AdapterPart:
             'NaraConfig(core_type="identity", …), which is the same.'
         )
     check_storable(config, component)
-    if config.strength is None and has_strength(model, name):
-        logger.warning(
-            "'%s' of %s has strengths over λ by block, which no file can hold: it is saved without.", name, component
-        )
     return part_of(model, name)

@@ -9,7 +9,7 @@ core is trainable while the A of its adapter is, wherever parameters are listed.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -32,13 +32,6 @@ HOLDER_NAME = "nara_core"
 """The attribute of the root that holds the cores: parameters are `nara_core.cores.{adapter}.{group}.…`."""
 
 
-class Reader(NamedTuple):
-    """What layers read by one label: the core of a group, times a strength over λ, if they have one."""
-
-    group: str
-    schedule: StrengthSchedule | None = None
-
-
 class CoreHolder(HasSource, MergesCores, ReadOutsideForwards, nn.Module):
     """Owns `cores[adapter][group]` of one adapted model.
 
@@ -50,7 +43,7 @@ class CoreHolder(HasSource, MergesCores, ReadOutsideForwards, nn.Module):
     Attributes:
         configs: adapter → the configuration that its cores were made for.
         layers: adapter → the layers that it adapts, as PEFT made them.
-        readers: adapter → label → what layers read by it.
+        schedules: adapter → its strength over λ, if it has one.
         channel: hands C(λ) to the layers.
     """
 
@@ -61,7 +54,7 @@ class CoreHolder(HasSource, MergesCores, ReadOutsideForwards, nn.Module):
         self.cores = nn.ModuleDict()
         self.configs: dict[str, Any] = {}
         self.layers: dict[str, list[Any]] = {}
-        self.readers: dict[str, dict[str, Reader]] = {}
+        self.schedules: dict[str, StrengthSchedule] = {}
         self.channel = CoreChannel(
             self,
             sample_major=denoiser is not None and denoiser.sample_major,
@@ -89,15 +82,7 @@ class CoreHolder(HasSource, MergesCores, ReadOutsideForwards, nn.Module):
         """Add an adapter, or replace one. `layers`: those that it adapts."""
         self.cores[name] = cores
         self.configs[name], self.layers[name] = config, layers
-        self.readers[name] = {}
-        for group in cores:
-            self.key_of(name, group)
-
-    def key_of(self, name: str, group: str, schedule: StrengthSchedule | None = None) -> Key:
-        """The key by which layers read the core of a group, times a strength over λ."""
-        label = group if schedule is None else f"{group} at {schedule}"
-        self.readers[name][label] = Reader(group, schedule)
-        return name, label
+        self.schedules.pop(name, None)
 
     def drop_deleted(self) -> None:
         """Forget the adapters that have left `peft_config`, also if another one has come in their place."""
@@ -110,7 +95,8 @@ class CoreHolder(HasSource, MergesCores, ReadOutsideForwards, nn.Module):
         if name in self.merged_names() and getattr(self.configs[name], "scheduler", None):
             for pipe in self.present_pipelines():
                 vars(pipe).pop(REPLACED, None)
-        del self.cores[name], self.configs[name], self.layers[name], self.readers[name]
+        self.schedules.pop(name, None)
+        del self.cores[name], self.configs[name], self.layers[name]
 
     def reconfigure(self, name: str, config: Any) -> None:
         """Make `config` the configuration of an adapter that stays."""
@@ -119,12 +105,7 @@ class CoreHolder(HasSource, MergesCores, ReadOutsideForwards, nn.Module):
     def reading(self) -> list[str]:
         """The adapters whose C some layer would read now."""
         self.drop_deleted()
-        mixed = self.mixed_batch()
-        return [
-            name
-            for name, layers in self.layers.items()
-            if (name in mixed if mixed else any(_reads(layer, name) for layer in layers))
-        ]
+        return [name for name, layers in self.layers.items() if any(_reads(layer, name) for layer in layers)]
 
     def merged_at(self) -> NoiseSignals | None:
         """λ and mask density (1,) of merged layers; None if none is merged at a C that depends on λ."""
@@ -135,10 +116,6 @@ class CoreHolder(HasSource, MergesCores, ReadOutsideForwards, nn.Module):
     def merged_names(self) -> list[str]:
         """The adapters that are merged into the base weights."""
         return [name for name, layers in self.layers.items() if layers and name in layers[0].merged_adapters]
-
-    def mixed_batch(self) -> list[str] | None:
-        """PEFT's `adapter_names`, the adapter of each sample, in this thread."""
-        return getattr(self.channel.local, "adapter_names", None)
 
     def follow_factors(self) -> None:
         """Make each core trainable if the A of its adapter is."""
@@ -166,7 +143,7 @@ class CoreHolder(HasSource, MergesCores, ReadOutsideForwards, nn.Module):
         if name not in self.cores:
             return False
         cores: Any = self.cores[name]
-        return cores.needs_noise or any(reader.schedule is not None for reader in self.readers[name].values())
+        return cores.needs_noise or name in self.schedules
 
     @property
     def needs_noise(self) -> bool:
@@ -237,22 +214,22 @@ class CoreHolder(HasSource, MergesCores, ReadOutsideForwards, nn.Module):
         """Key → C (b or 1, r, r) for these adapters; layers read no C where it is I."""
         found = {}
         for name in names:
-            own, made = self.of_adapter(name, signals), {}
             cores: Any = self.cores[name]
-            for label, (group, schedule) in self.readers[name].items():
-                if schedule is None and isinstance(cores[group], IdentityCore):
-                    continue
-                if group not in made:
-                    made[group] = cores.matrix(group, own)
-                found[name, label] = _scaled(made[group], schedule, own)
+            for group, core in cores.items():
+                if name in self.schedules or not isinstance(core, IdentityCore):
+                    found[name, group] = self.matrix((name, group), signals)
         return found
 
     def matrix(self, key: Key, signals: NoiseSignals | None) -> Tensor:
         """C (b or 1, r, r), times the strength, float32, of the layers that read by `key`."""
-        name, label = key
-        group, schedule = self.readers[name][label]
+        name, group = key
         cores: Any = self.cores[name]
-        return _scaled(cores.matrix(group, signals), schedule, signals)
+        core, schedule = cores.matrix(group, signals), self.schedules.get(name)
+        if schedule is None or signals is None:
+            return core
+        level = signals.noise_level
+        core = core.to(level.device) if core.device.type == "cpu" else core  # an identity has no weights
+        return schedule.at(level.to(core.device))[:, None, None] * core
 
 
 def holder_of(root: Any) -> CoreHolder | None:
@@ -292,16 +269,6 @@ def _is_trainable(layer: Any, name: str) -> bool:
     if name in layer.lora_A:
         return any(parameter.requires_grad for parameter in layer.lora_A[name].parameters())
     return name in layer.lora_embedding_A and layer.lora_embedding_A[name].requires_grad
-
-
-def _scaled(core: Tensor, schedule: StrengthSchedule | None, signals: NoiseSignals | None) -> Tensor:
-    """s(λ) C: (b or 1, r, r)."""
-    if schedule is None:
-        return core
-    assert signals is not None
-    level = signals.noise_level
-    core = core.to(level.device) if core.device.type == "cpu" else core  # an identity has no weights
-    return schedule.at(level.to(core.device))[:, None, None] * core
 
 
 def _beside_inputs(cores: dict[Key, Tensor], args: Any, kwargs: Any) -> dict[Key, Tensor]:

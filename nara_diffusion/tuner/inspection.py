@@ -13,7 +13,7 @@ from nara_diffusion.cores.registry import CoreSet
 from nara_diffusion.layers.channel import CoreChannel, Key
 from nara_diffusion.layers.offloading import groups_of
 from nara_diffusion.loaders.strict import PEFT_PREFIX
-from nara_diffusion.noise.level import NoiseSignals, as_signals, backward_pass, core_holders, entry_for, find_holders
+from nara_diffusion.noise.level import as_signals, backward_pass, core_holders, entry_for, find_holders
 
 
 class ReadOutsideForwards:
@@ -24,7 +24,6 @@ class ReadOutsideForwards:
     matrix: Any
     depends_on_noise: Any
     check_known: Any
-    mixed_batch: Any
 
     @torch.compiler.disable(recursive=True)
     def core_alone(self, key: Key) -> Tensor:
@@ -52,17 +51,7 @@ class ReadOutsideForwards:
                 "called by itself, so that its samples cannot be told apart: pass one value, or call the whole model."
             )
         with self.in_memory():
-            return self.matrix(key, self.of_adapter(name, signals))
-
-    def of_adapter(self, adapter_name: str, signals: NoiseSignals | None) -> NoiseSignals | None:
-        """The signals of the samples whose adapter this is, in a mixed batch; else all."""
-        names = self.mixed_batch()
-        if names is None or signals is None or len(signals.noise_level) == 1:
-            return signals
-        if len(signals.noise_level) != len(names):
-            raise ValueError(f"noise_level has {len(signals.noise_level)} values, but adapter_names has {len(names)}.")
-        rows = [index for index, name in enumerate(names) if name == adapter_name]
-        return NoiseSignals(*(None if signal is None else signal[rows] for signal in signals))  # type: ignore[arg-type]
+            return self.matrix(key, signals)
 
     @contextmanager
     def in_memory(self) -> Iterator[None]:
@@ -134,7 +123,7 @@ def _group_of(model: nn.Module, module: str | None, adapter_name: str, groups: l
         if name == module or name == f"{PEFT_PREFIX}{module}":
             variant = getattr(layer, "lora_variant", {}).get(adapter_name)
             if variant is not None:
-                return variant.group
+                return variant.key[1]
             if adapter_name in getattr(layer, "scaling", {}):  # an identity, whose layers have no variant
                 return groups[0]
     raise ValueError(f"'{module}' is not a module adapted by '{adapter_name}'.")

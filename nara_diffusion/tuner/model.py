@@ -10,7 +10,6 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import (
     BaseTunerLayer,
     _filter_state_dict_by_key_prefixes,
@@ -37,7 +36,7 @@ from nara_diffusion.noise.level import find_holders
 from .holder import HOLDER_NAME, CoreHolder, drop_idle_holder, holder_of
 from .merging import MergesAtOneLevel
 from .snapshot import restored_on_error
-from .strength import for_all_layers, give_strength
+from .strength import give_strength
 
 logger = logging.getLogger(__name__)
 
@@ -59,21 +58,13 @@ class NaraModel(MergesAtOneLevel):
     """Name → layer of the adapter that is being injected."""
     _channel: Any = None
 
-    def __init__(
-        self,
-        model: nn.Module,
-        peft_config: Any,
-        adapter_name: str,
-        low_cpu_mem_usage: bool = False,
-        state_dict: dict[str, Tensor] | None = None,
-    ) -> None:
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         if adapter_name in getattr(model, "peft_config", {}):
             raise ValueError(
                 f"{type(model).__name__} has an adapter '{adapter_name}', which would stay beside the new one of that "
-                "name: call unload() of the PeftModel that has it before, or give the new one a name of its own, "
-                "adapter_name=…."
+                "name: call unload() of the PeftModel that has it before, or give the new one another adapter_name."
             )
-        super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
     # ------------------------------------------------------------------ injection
 
@@ -125,7 +116,7 @@ class NaraModel(MergesAtOneLevel):
                 for layer in layers.values():
                     layer._disable_adapters = bool(states) and all(states)
                 holder.follow_factors()
-                give_strength(model, adapter_name, for_all_layers(model, adapter_name, config.strength))
+                give_strength(model, adapter_name, config.strength)
         except BaseException:
             getattr(model, "peft_config", {}).pop(adapter_name, None)
             raise
@@ -182,27 +173,13 @@ class NaraModel(MergesAtOneLevel):
             holder.detach()
         return base
 
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """PEFT's, for `adapter_names`, the adapter of each sample; C is then made for the samples of each adapter."""
-        holder, names = holder_of(self.model), kwargs.get("adapter_names")
-        if names is None or holder is None:
-            with super()._enable_peft_forward_hooks(*args, **kwargs):
-                yield
-            return
-        _check_mixed_batch(self.model, names)
-        failure, local = None, holder.channel.local
-        with super()._enable_peft_forward_hooks(*args, **kwargs):
-            # as `generate` repeats the batch
-            local.adapter_names = [name for name in names for _ in range(kwargs.get("num_beams") or 1)]
-            try:
-                yield
-            except BaseException as error:  # PEFT takes its hooks away only if nothing is raised here
-                failure = error
-            finally:
-                del local.adapter_names
-        if failure is not None:
-            raise failure
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
+        """PEFT's; an adapter for each sample is refused, where each would need C of its own samples."""
+        if kwargs.get("adapter_names") is not None and holder_of(self.model) is not None:
+            raise ValueError(
+                "adapter_names, one adapter a sample, is nothing for NaRA: activate one with set_adapter, a batch each."
+            )
+        return super()._enable_peft_forward_hooks(*args, **kwargs)
 
     # ------------------------------------------------------------------ refused, or right only for some adapters
 
@@ -318,12 +295,3 @@ def _check_names(model: nn.Module, names: set[str]) -> None:
                     f"adapter '{name}' is named like a part of '{key}': beside another adapter it would make PEFT "
                     "leave tensors out when saving. Choose another name."
                 )
-
-
-def _check_mixed_batch(model: nn.Module, adapter_names: list[str]) -> None:
-    for name, layer in model.named_modules():
-        if isinstance(layer, LoraLayer) and set(layer.lora_embedding_A) & set(layer.lora_variant) & set(adapter_names):
-            raise ValueError(
-                f"adapter_names cannot be used while the embedding '{name}' is adapted with NaRA: PEFT would apply it "
-                "without its core. Use one adapter a batch."
-            )

@@ -57,13 +57,12 @@ def set_strength(model: nn.Module, adapter_name: str, strength: StrengthSchedule
             adapter (see `check_strength`).
     """
     checked = _checked(strength)
-    schedule = checked if isinstance(checked, StrengthSchedule) else None
-    schedules = {root: for_all_layers(root, adapter_name, schedule) for root in roots_of(model, adapter_name)}
-    for root, by_layer in schedules.items():
-        check_strength(root, adapter_name, by_layer)
-    for root, by_layer in schedules.items():
-        if strength is None or by_layer:
-            give_strength(root, adapter_name, by_layer)
+    schedule, roots = checked if isinstance(checked, StrengthSchedule) else None, roots_of(model, adapter_name)
+    for root in roots:
+        check_strength(root, adapter_name, schedule)
+    for root in roots:
+        if strength is None or schedule is not None:
+            give_strength(root, adapter_name, schedule)
         for layer in layers_of(root, adapter_name).values():
             layer.set_scale(adapter_name, 1.0 if isinstance(checked, StrengthSchedule) else checked)
 
@@ -104,91 +103,53 @@ def layers_of(root: nn.Module, adapter_name: str) -> dict[str, Any]:
     return {name: layer for name, layer in layers.items() if adapter_name in layer._all_available_adapter_names()}
 
 
-def for_all_layers(root: nn.Module, adapter_name: str, strength: Any) -> dict[str, StrengthSchedule]:
-    """A strength over λ, or its points, for `give_strength`: for all layers of the adapter; empty if it is None."""
-    if strength is None:
-        return {}
-    schedule = strength if isinstance(strength, StrengthSchedule) else StrengthSchedule(strength)
-    return dict.fromkeys(layers_of(root, adapter_name), schedule)
-
-
-def live_strengths(root: nn.Module, adapter_name: str) -> dict[str, StrengthSchedule]:
-    """Name of a layer → its strength as a function of λ, for the layers of the adapter that have one."""
-    if not has_strength(root, adapter_name):
-        return {}
-    holder: Any = holder_of(root)
-    readers = holder.readers[adapter_name]
-    found = {name: readers[variant.key[1]].schedule for name, variant in _variants(root, adapter_name, holder).items()}
-    return {name: schedule for name, schedule in found.items() if schedule is not None}
-
-
-def has_strength(root: nn.Module, adapter_name: str) -> bool:
-    """Whether the strength of the adapter depends on λ."""
+def strength_of(root: nn.Module, adapter_name: str) -> StrengthSchedule | None:
+    """The strength of the adapter as a function of λ, if it has one."""
     holder = holder_of(root)
     if holder is None:
-        return False
+        return None
     holder.drop_deleted()
-    return any(reader.schedule is not None for reader in holder.readers.get(adapter_name, {}).values())
-
-
-def _variants(root: nn.Module, adapter_name: str, holder: CoreHolder) -> dict[str, NaraVariant]:
-    """Name of a layer → the variant by which it reads its core from this holder."""
-    layers = layers_of(root, adapter_name).items()
-    found = {name: getattr(layer, "lora_variant", {}).get(adapter_name) for name, layer in layers}
-    return {
-        name: variant
-        for name, variant in found.items()
-        if isinstance(variant, NaraVariant) and variant.channel is holder.channel
-    }
+    return holder.schedules.get(adapter_name)
 
 
 # ---------------------------------------------------------------------- giving and taking
 
 
-def give_strength(root: Any, adapter_name: str, by_layer: Mapping[str, StrengthSchedule]) -> None:
-    """Set the strengths over λ of the layers of an adapter; they replace all previous ones. A NaRA's configuration has
-    the one that all of its layers share.
-
-    Args:
-        by_layer: name of a layer of `root` → its strength, checked by `check_strength`.
-    """
-    _take_strength(root, adapter_name)
+def give_strength(root: Any, adapter_name: str, strength: Any) -> None:
+    """Replace the strength over λ of an adapter by another, checked by `check_strength`, its points, or None. The
+    configuration of a NaRA has it too."""
     config, layers = root.peft_config[adapter_name], layers_of(root, adapter_name)
-    holder = _holder_with(root, adapter_name, layers) if by_layer else holder_of(root)
-    if holder is None or adapter_name not in holder.cores:
-        return
-    for name in by_layer:
-        variants = layers[name].lora_variant
-        if not isinstance(variants.get(adapter_name), NaraVariant):
-            variants[adapter_name] = _variant_for(root, config, holder, layers[name], name, adapter_name)
-    if by_layer:
-        holder.readers[adapter_name] = {}
-        for name, variant in _variants(root, adapter_name, holder).items():
-            variant.key = holder.key_of(adapter_name, variant.group, by_layer.get(name))
-    if isinstance(config, NaraConfig):
-        config = copy(config)  # the caller's may serve several models
-        shared = len(by_layer) == len(layers) and len(set(by_layer.values())) == 1
-        config.strength = next(iter(by_layer.values())).as_lists() if shared else None
+    if strength is None:
+        _take_strength(root, adapter_name, config, layers)
+    else:
+        holder = _holder_with(root, adapter_name, layers)
+        for name, layer in layers.items():
+            if not isinstance(layer.lora_variant.get(adapter_name), NaraVariant):
+                layer.lora_variant[adapter_name] = _variant_for(root, config, holder, layer, name, adapter_name)
+        schedule = strength if isinstance(strength, StrengthSchedule) else StrengthSchedule(strength)
+        holder.schedules[adapter_name] = schedule
+    holder = holder_of(root)
+    if holder is not None and isinstance(config, NaraConfig):
+        config, schedule = copy(config), strength_of(root, adapter_name)  # the caller's may serve several models
+        config.strength = None if schedule is None else schedule.as_lists()
         holder.reconfigure(adapter_name, holder.complete(adapter_name, config))
 
 
-def _take_strength(root: Any, adapter_name: str) -> None:
+def _take_strength(root: Any, adapter_name: str, config: Any, layers: Mapping[str, Any]) -> None:
     """Undo `give_strength`. Harmless when repeated."""
     holder = holder_of(root)
-    if holder is None or not has_strength(root, adapter_name):
+    if holder is None or strength_of(root, adapter_name) is None:
         return
-    config, cores = root.peft_config[adapter_name], holder.cores[adapter_name]
-    is_plain = all(isinstance(core, IdentityCore) for core in cores.values())  # type: ignore[operator]
-    layers, holder.readers[adapter_name] = layers_of(root, adapter_name), {}
-    for group in cores:  # type: ignore[union-attr]
-        holder.key_of(adapter_name, group)
-    for name, variant in _variants(root, adapter_name, holder).items():
-        variant.key = holder.key_of(adapter_name, variant.group)
-        if is_plain:
-            del layers[name].lora_variant[adapter_name]
-            own = layers[name].resolve_lora_variant(config=config)
+    del holder.schedules[adapter_name]
+    cores: Any = holder.cores[adapter_name]
+    is_plain = all(isinstance(core, IdentityCore) for core in cores.values())
+    for layer in layers.values() if is_plain else ():
+        variant = layer.lora_variant.get(adapter_name)
+        if isinstance(variant, NaraVariant) and variant.channel is holder.channel:
+            del layer.lora_variant[adapter_name]
+            own = layer.resolve_lora_variant(config=config)
             if own is not None:
-                layers[name].lora_variant[adapter_name] = own
+                layer.lora_variant[adapter_name] = own
     if not isinstance(config, NaraConfig):
         holder.remove(adapter_name)
         if holder.source_is_default:  # a source that a user has set serves the next strength too
@@ -219,18 +180,19 @@ def _variant_for(
     return variant_class(holder.channel, adapter_name, group, name, rows_of(root, name))
 
 
-def check_strength(root: Any, adapter_name: str, by_layer: Mapping[str, StrengthSchedule]) -> None:
-    """Refuse strengths that come after merging, or that would scale only a part of the adapter: it has layers without
-    LoRA variants, biases, or modules of its own."""
+def check_strength(root: Any, adapter_name: str, strength: Any) -> None:
+    """Refuse what comes after merging, and a strength over λ that would scale only a part of the adapter: it has layers
+    without LoRA variants, biases, or modules of its own."""
     layers = layers_of(root, adapter_name)
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
         raise ValueError(
             f"Adapter '{adapter_name}' is merged, at the strength that it had: call pipe.unfuse_lora(), or "
             "unmerge_adapter() of the PeftModel, before you change its strength."
         )
-    fields = unscaled_fields(root.peft_config[adapter_name]) if by_layer else []
-    missed = [f"what {name} changes in the model" for name in fields]
-    missed = missed or list(filter(None, (_missed(layers[name], name, adapter_name) for name in by_layer)))
+    if strength is None:
+        return
+    missed = [f"what {name} changes in the model" for name in unscaled_fields(root.peft_config[adapter_name])]
+    missed = missed or list(filter(None, (_missed(layer, name, adapter_name) for name, layer in layers.items())))
     if missed:
         raise ValueError(
             f"Adapter '{adapter_name}' cannot have a strength that depends on λ, which would not reach {missed[0]}: "

@@ -129,22 +129,22 @@ def test_a_file_holds_the_live_schedule_and_never_a_number(kind: str, tmp_path: 
     assert torch.equal(again.output(), plain)
 
 
-def test_blocks_are_not_saved_which_saving_says_and_keep_their_schedule_with_a_number(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    one, other = Loaded("images", "NaRA"), Loaded("images", "NaRA")
+@pytest.mark.parametrize("method", ["NaRA", "LoRA"])
+def test_numbers_by_block_multiply_the_live_schedule(method: str) -> None:
+    one, other = Loaded("images", method), Loaded("images", method)
     one.pipe.set_adapters("toy", SCHEDULE)
-    one.pipe.set_adapters("toy", {"unet": {"mid": 0.5, "up": OTHER}})
-    other.pipe.set_adapters("toy", {"unet": {"down": SCHEDULE, "mid": HALF, "up": OTHER}})
-    assert_near(one.output(), other.output())
-    one.pipe.save_nara_weights(tmp_path / "blocks", adapter_name="toy")
-    assert "'toy' of unet has strengths over λ by block, which no file can hold" in caplog.text
+    one.pipe.set_adapters("toy", {"unet": {"mid": 0.5, "up": -0.2}})
+    for level in (0.1, 0.7):
+        live = float(SCHEDULE(level))
+        other.pipe.set_adapters("toy", {"unet": {"down": live, "mid": 0.5 * live, "up": -0.2 * live}})
+        with noise_level(one.model, level), noise_level(other.model, level):
+            assert_near(one.output(), other.output())
 
 
-def test_a_schedule_for_a_block_without_layers_is_refused_and_changes_nothing() -> None:
+def test_a_schedule_for_a_block_is_refused_and_changes_nothing() -> None:
     one = Loaded("images", "LoRA")
     one.pipe.set_adapters("toy", 0.7)
     before = one.output()
-    with pytest.raises(ValueError, match="adapts no layer"):
+    with pytest.raises(ValueError, match="for unet, of which each block has a number: a schedule is for an adapter"):
         one.pipe.set_adapters("toy", {"unet": {"down": {"block_0": SCHEDULE}, "mid": 0.3}})
     assert torch.equal(one.output(), before)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from nara_diffusion import NaraConfig, noise_level
-from tests.helpers.adapted import disturb
+from tests.helpers.adapted import adapted, disturb
 
 IDS = torch.randint(2, 49, (3, 14), generator=torch.Generator().manual_seed(0))
 LEVELS = torch.tensor([0.05, 0.5, 0.93])
@@ -126,3 +126,17 @@ def test_an_adapter_isnt_swapped(base, tmp_path):
     with pytest.raises(ValueError, match=r"has an adapter 'default', and load_adapter swaps no NaRA"):
         model.load_adapter(folder, hotswap=True)
     assert torch.equal(output(model), before)
+
+
+def test_generation_reads_the_level_of_the_context(tiny_llama):
+    model = adapted(tiny_llama, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
+    ids = torch.randint(1, 49, (2, 4))
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    with noise_level(model, torch.tensor([0.1, 0.9])):
+        both = model.generate(input_ids=ids, **options)
+    options["attention_mask"] = options["attention_mask"][:1]
+    for i, level in enumerate((0.1, 0.9)):
+        with noise_level(model, level):
+            assert torch.equal(model.generate(input_ids=ids[i : i + 1], **options), both[i : i + 1])
+    with pytest.raises(ValueError, match="λ is not known"):
+        model.generate(input_ids=ids[:1], **options)
