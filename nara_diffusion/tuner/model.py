@@ -177,7 +177,7 @@ class NaraModel(MergesAtOneLevel):
         """PEFT's; an adapter for each sample is refused, where each would need C of its own samples."""
         if kwargs.get("adapter_names") is not None and holder_of(self.model) is not None:
             raise ValueError(
-                "adapter_names, one adapter a sample, is nothing for NaRA: activate one with set_adapter, a batch each."
+                "adapter_names, an adapter for each sample, is not supported with NaRA: activate one, a batch for each."
             )
         return super()._enable_peft_forward_hooks(*args, **kwargs)
 

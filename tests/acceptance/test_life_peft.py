@@ -88,7 +88,7 @@ def test_of_two_adapters_the_active_ones_count() -> None:
     assert_near(run(model), by_hand(model, DEFAULT))
     model.set_adapter("other")
     assert_near(run(model), by_hand(model, [["other"]] * 3))
-    with pytest.raises(ValueError, match="adapter_names, one adapter a sample, is nothing for NaRA"):
+    with pytest.raises(ValueError, match="adapter_names, an adapter for each sample, is not supported"):
         run(model, adapter_names=["other", "__base__", "default"])
     model.base_model.set_adapter(["default", "other"])
     assert_near(run(model), by_hand(model, [["default", "other"]] * 3))
