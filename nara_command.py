@@ -23,6 +23,7 @@ from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 OWN = ("inspect", "plot", "fold", "convert")
 """The commands whose flags are defined here; `nara_diffusion.cli.COMMAND.run(args)` returns what they print."""
@@ -60,11 +61,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         if command not in OWN:
             raise
-        output, nameless = (
-            getattr(args, "output", None),
-            isinstance(error, OSError) and error.errno and not error.filename,
-        )
-        sys.exit(f"error: OUTPUT {output}: {error}" if output and nameless else f"error: {error}")
+        nameless = isinstance(error, OSError) and error.errno and not error.filename  # of a disk that is full
+        sys.exit(f"error: OUTPUT {args.output}: {error}" if nameless else f"error: {error}")
 
 
 check, evaluate = (partial(lambda name: main([name, *sys.argv[1:]]), name) for name in ("check", "eval"))
@@ -91,16 +89,16 @@ def parser_of(command: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _inspect(add, parser) -> None:
+def _inspect(add: Any, parser: Any) -> None:
     add("--json", action="store_true", help="print JSON")
 
 
-def _plot(add, parser) -> None:
+def _plot(add: Any, parser: Any) -> None:
     add("--output", type=Path, help="the PNG file (default: FILE's name with .png, in this folder)")
     add("--points", type=int, default=101, help="number of λ, evenly from 0 to 1, at least 2 (default: %(default)s)")
 
 
-def _fold(add, parser) -> None:
+def _fold(add: Any, parser: Any) -> None:
     add("output", metavar="OUTPUT", type=Path, help="a .safetensors file; a folder with --bins or --form peft")
     amount = parser.add_mutually_exclusive_group(required=True)
     amount.add_argument("--noise_level", type=float, help="one LoRA, of this λ in [0, 1], 1 = pure noise")
@@ -119,7 +117,7 @@ def _fold(add, parser) -> None:
     add("--checkpoint", help="the file in models/checkpoints that ComfyUI's workflow loads (default: SDXL's)")
 
 
-def _convert(add, parser) -> None:
+def _convert(add: Any, parser: Any) -> None:
     add("output", metavar="OUTPUT", type=Path, help="the folder to write")
     add("--to", choices=("peft", "pipeline"), required=True, help="the format to write")
     add("--component", help="the part of a pipeline: unet, transformer, text_encoder, …")
