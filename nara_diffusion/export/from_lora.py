@@ -18,7 +18,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
 
-from nara_diffusion.config import NaraConfig
+from nara_diffusion.config import NaraConfig, changes_base
 from nara_diffusion.loaders.file import AdapterPart
 from nara_diffusion.loaders.insertion import LOADED_FLAG, TEXT_ENCODER
 from nara_diffusion.loaders.schedulers import adopt_schedulers, check_schedulers
@@ -37,8 +37,6 @@ _DECIDED = {
     "lora_bias", "fan_in_fan_out", "layers_to_transform", "layers_pattern", "modules_to_save", "strength",
 }  # fmt: skip
 """Fields of NaraConfig that are taken from the LoRA, or with which the NaRA would not start as the LoRA."""
-_STARTS_ANYWAY = ("gaussian", "orthogonal", "eva", "mica")
-"""Initialisations that don't change the base weights, so the LoRA's tensors may replace theirs."""
 
 
 def from_lora(lora: str | os.PathLike[str], model: Any, adapter_name: str = "default", **core: Any) -> Any:
@@ -118,9 +116,8 @@ def _nara_config(lora: PlainLora, core: Mapping[str, Any]) -> NaraConfig:
     given = {name: copy.copy(getattr(lora.config, name)) for name in names}
     for name in ("peft_type", "auto_mapping", "inference_mode"):
         del given[name]
-    start = given["init_lora_weights"]
-    if not isinstance(start, str) or start.lower() in _STARTS_ANYWAY:
-        given["init_lora_weights"] = True
+    if not changes_base(given["init_lora_weights"]):
+        given["init_lora_weights"] = True  # the LoRA's tensors replace what it draws
     if lora.scheduler is not None:
         given["scheduler"] = dict(lora.scheduler)
     config = NaraConfig(**given | dict(core))

@@ -11,7 +11,7 @@ import diffusers
 import pytest
 import torch
 
-from nara_diffusion import from_lora, noise_level, to_lora, to_lora_bins
+from nara_diffusion import from_lora, noise_level, to_lora
 from nara_diffusion.export import save_host_file
 from nara_diffusion.loaders.schedulers import scheduler_fields
 from tests.helpers.rounding import rounding_of
@@ -58,29 +58,18 @@ def test_a_host_draws_the_naras_pixels_with_the_scheduler_that_the_warning_names
     torch.testing.assert_close(pixels(other), wanted, rtol=0, atol=rounding_of(pipe.unet))
 
 
-@pytest.mark.parametrize("form", ["kohya", "peft", "folder of the script"])
+@pytest.mark.parametrize("form", ["kohya", "peft"])
 def test_from_lora_brings_the_scheduler_along(form, tmp_path: Path):
     pipe = converted("flow")
     lora = to_lora(pipe.unet, LEVEL, "toy")
     source = tmp_path / "lora.safetensors" if form == "kohya" else tmp_path
     if form == "peft":
         lora.save_pretrained(tmp_path)
-    elif form == "kohya":
-        save_host_file({"unet": lora}, source, "kohya", "sdxl", 1)
     else:
-        save_host_file({"unet": lora}, tmp_path / "pytorch_lora_weights.safetensors", "diffusers", "sdxl", 1)
-        pipe.scheduler.save_pretrained(tmp_path / "scheduler")
+        save_host_file({"unet": lora}, source, "kohya", "sdxl", 1)
     other = from_lora(source, small_sdxl())
     config = other.unet.peft_config["default"]
     assert config.scheduler == scheduler_fields(pipe.scheduler) == scheduler_fields(other.scheduler)
     assert config.noise_convention == "flow"
     with noise_level(pipe.unet, LEVEL):
         torch.testing.assert_close(pixels(other), pixels(pipe), rtol=0, atol=rounding_of(pipe.unet))
-
-
-def test_each_lora_of_several_keeps_the_scheduler_and_one_warning_says_so(caplog):
-    pipe = converted("v", core_type="knots")
-    with caplog.at_level(logging.WARNING):
-        loras = to_lora_bins(pipe.unet, adapter_name="toy").loras
-    assert len([record for record in caplog.records if "scheduler" in record.getMessage()]) == 1
-    assert all(lora.scheduler == scheduler_fields(pipe.scheduler) for lora in loras)
