@@ -60,7 +60,7 @@ class LatentCache:
     """Latents of training samples by an autoencoder that has a posterior, each distinct crop encoded once.
 
     Args:
-        vae: frozen, in its own dtype and on its own device; it may be moved to the CPU when `fill` is done.
+        vae: frozen, in its own dtype and on its own device.
         memory_mib: bound on memory; 0 encodes each time. An SDXL latent at 1024² takes 512 KiB in float32.
     """
 

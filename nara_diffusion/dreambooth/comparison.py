@@ -39,45 +39,28 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Measurement:
-    """Attributes:
-    images: samples, one for each (prompt, seed).
-    similarity: of the samples to the subject's images, mean cosine; None without an encoder.
-    text_alignment: of the samples to their prompts; None without an encoder.
-    noise_levels, curve: λ, and the mean squared error there.
-    validation_loss: its mean over λ.
-    """
+    """Mean cosines are None without an encoder."""
 
-    images: list[Image]
-    similarity: float | None
-    text_alignment: float | None
-    noise_levels: list[float]
-    curve: list[float]
-    validation_loss: float
+    images: list[Image]  # samples, one for each (prompt, seed)
+    similarity: float | None  # of the samples to the subject's images
+    text_alignment: float | None  # of the samples to their prompts
+    noise_levels: list[float]  # λ
+    curve: list[float]  # the mean squared error there
+    validation_loss: float  # its mean over λ
 
 
 @dataclass(frozen=True)
 class ValidationLoss:
-    """The objective without weights, at equally spaced noise levels, on the same noise at every call.
+    """The objective without weights, at equally spaced noise levels, on the same noise at every call."""
 
-    Attributes:
-        objective: built without min-SNR.
-        latents: the cache.
-        samples: images to measure on.
-        family: of the pipeline, with the conditions of the run.
-        seed: of the noise.
-        points: noise levels.
-        batch_size: images of one forward.
-        reading: how the pipeline's prediction is read as the objective's; None takes it as it is.
-    """
-
-    objective: Objective
+    objective: Objective  # with weights of 1
     latents: LatentCache
-    samples: Sequence[TrainingSample]
-    family: Family
-    seed: int
-    points: int
+    samples: Sequence[TrainingSample]  # images to measure on
+    family: Family  # with the conditions of the run
+    seed: int  # of the noise
+    points: int  # noise levels
     batch_size: int
-    reading: IdentityReading | None = None
+    reading: IdentityReading | None = None  # how the pipeline's prediction is read as the objective's
 
     @property
     def indices(self) -> list[int]:
@@ -130,24 +113,15 @@ class ValidationLoss:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Measures `pipe`, which has no adapters, with those of a folder; all processes share the work.
-
-    Attributes:
-        run: of the training.
-        pipe: the base model's pipeline, which samples.
-        settings: of the samples.
-        loss: over λ.
-        references: images of the subject.
-        similarity, alignment: the encoders that compare samples with the subject and with their prompts, or None.
-    """
+    """Measures `pipe`, which has no adapters, with those of a folder; all processes share the work."""
 
     run: Run
-    pipe: Any
+    pipe: Any  # the base model's pipeline, which samples
     settings: SampleSettings
     loss: ValidationLoss
-    references: Sequence[Image] = ()
-    similarity: Encoder | None = None
-    alignment: Encoder | None = None
+    references: Sequence[Image] = ()  # images of the subject
+    similarity: Encoder | None = None  # compares samples with the subject
+    alignment: Encoder | None = None  # compares samples with their prompts
 
     def measure(self, folder: Path | None, name: str) -> Measurement:
         """With the adapter in `folder`, loaded as a user loads it, or without one; `name` is for the progress bar."""
@@ -195,11 +169,8 @@ class Evaluation:
                 tracker.log_images(shown, step=step, **options)
 
     def identity_loss(self, loss: str) -> float:
-        """The validation loss of a conversion's base, read by the identity; logged with that of the base as it is.
-
-        Args:
-            loss: what the log calls it, which says of which images it is.
-        """
+        """The validation loss of a conversion's base, read by the identity; logged as `loss`, with that of the base as
+        it is."""
         read = replace(self.loss, reading=IdentityReading(self.pipe.scheduler, self.loss.objective))
         identity, as_it_is = (each.curve(self.pipe, self.run.accelerator).mean().item() for each in (read, self.loss))
         what = f"{loss} {identity:.3f}; as it is, where a new adapter starts: {as_it_is:.3f}"

@@ -42,10 +42,9 @@ CONVERSIONS = ("epsilon", "v_prediction", FLOW)
 
 
 def converted_scheduler(scheduler: Any, prediction_type: str | None, rescale_betas_zero_snr: bool) -> Any:
-    """The scheduler of the converted model; `scheduler` itself where it does all that is asked for.
+    """The scheduler of the converted model; the base's `scheduler` itself where it does all that is asked for.
 
     Args:
-        scheduler: the base's.
         prediction_type: what is to be predicted; None what the base predicts.
         rescale_betas_zero_snr: on a schedule that ends in pure noise.
 
@@ -113,22 +112,12 @@ class IdentityReading:
         self._scale = torch.hypot(objective.p, objective.q).reciprocal()
 
     def base_inputs(self, model_input: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """z (b, c, h, w) and t (b,), which the base takes.
-
-        Args:
-            model_input: x_i (b, c, h, w), as `objective.corrupt` makes it.
-            indices: (b,), as `objective.corrupt` takes them.
-        """
+        """z (b, c, h, w) and t (b,), which the base takes, of x_i (b, c, h, w) and its indices (b,)."""
         timestep = self.timesteps[indices.cpu()].to(model_input.device)
         return rows(self._scale, indices, model_input) * model_input, timestep
 
     def prediction(self, model_input: Tensor, base_prediction: Tensor, indices: Tensor) -> Tensor:
-        """α x̂ + β ε̂ (b, c, h, w) float32, differentiable in the base's prediction.
-
-        Args:
-            model_input, indices: as for `base_inputs`.
-            base_prediction: (b, c, h, w), what the base says of `base_inputs`, in any dtype.
-        """
+        """α x̂ + β ε̂ (b, c, h, w) float32, differentiable in `base_prediction`, what the base says of `base_inputs`."""
         z, said = self.base_inputs(model_input, indices)[0].float(), base_prediction.float()
         values = (self.angles.cos(), self.angles.sin(), self.objective.alpha, self.objective.beta)
         cos, sin, alpha, beta = (rows(each, indices, model_input) for each in values)

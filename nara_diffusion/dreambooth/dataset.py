@@ -31,26 +31,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainingSample:
-    """One training sample, without its pixels.
+    """One training sample, without its pixels."""
 
-    Attributes:
-        image: the record that it is cut from.
-        target: (h, w).
-        top, left: where the cut begins, in the scaled and mirrored image.
-        flip: whether the image is mirrored.
-        position: in the training stream; with `role`, the key of its random numbers.
-        role: "instance" or "class".
-        prompt: its caption, or "" where that is dropped.
-    """
-
-    image: ImageRecord
-    target: Size
-    top: int
+    image: ImageRecord  # that it is cut from
+    target: Size  # (h, w)
+    top: int  # where the cut begins, in the scaled and mirrored image
     left: int
-    flip: bool
-    position: int
-    role: str
-    prompt: str
+    flip: bool  # whether the image is mirrored
+    position: int  # in the training stream; with `role`, the key of its random numbers
+    role: str  # "instance" or "class"
+    prompt: str  # its caption, or "" where that is dropped
 
     @property
     def time_ids(self) -> tuple[int, int, int, int, int, int]:

@@ -37,17 +37,11 @@ class AdaptedDenoiser(nn.Module):
     Args:
         pipe: a pipeline of a known family with frozen weights.
         config: of the denoiser's adapter, PEFT's or NaRA's; see `text_config` for that of the text encoders.
-        train_text_encoder: also train the text encoders, in families where they can be.
-        gradient_checkpointing: recompute activations in the backward.
         scheduler: of the model that it is converted to; None where it isn't.
         family: of `pipe`, with the conditions of the run; None takes its defaults.
 
-    Attributes:
-        average: Diffusers' moving average of the trained weights, in the order of `trained`; None without one.
-
     Raises:
-        ValueError: a target module that the denoiser lacks, or that the method can't adapt; a NaRA that a pipeline
-            couldn't save and load.
+        ValueError: a target module that the denoiser lacks; a NaRA that a pipeline couldn't save and load.
     """
 
     def __init__(
@@ -66,7 +60,7 @@ class AdaptedDenoiser(nn.Module):
             check_storable(config, self.family.denoiser)
         self.pipe = pipe  # not a module: it saves the adapter, and holds the tokenizers
         self.config, self.scheduler = config, scheduler
-        self.average: EMAModel | None = None
+        self.average: EMAModel | None = None  # of the trained weights, in the order of `trained`
         base = getattr(pipe, self.family.denoiser)
         if gradient_checkpointing:
             base.enable_gradient_checkpointing()
@@ -130,15 +124,8 @@ class AdaptedDenoiser(nn.Module):
         prompts: list[str] | None = None,
         embeddings: Embeddings | None = None,
     ) -> Tensor:
-        """The prediction (b, c, h, w), in the objective's terms.
-
-        Args:
-            sample: (b, c, h, w), corrupted latents.
-            timestep: (b,).
-            time_ids: (b, 6).
-            prompts: b texts, for text encoders that are trained; or instead
-            embeddings: of frozen ones, as the family makes them.
-        """
+        """The prediction (b, c, h, w), in the objective's terms, of corrupted latents (b, c, h, w), timestep (b,) and
+        time_ids (b, 6); of b `prompts`, for text encoders that are trained, or of the `embeddings` of frozen ones."""
         if embeddings is None:
             assert prompts is not None
             embeddings = self.family.encode(self.pipe, prompts)

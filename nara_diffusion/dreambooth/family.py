@@ -22,70 +22,44 @@ TRANSFORMER_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a denoiser, in the objective's terms.
+    """One call of a denoiser, in the objective's terms."""
 
-    Attributes:
-        sample: x_λ (b, c, h, w), in the denoiser's dtype.
-        timestep: (b,).
-        embeddings: of the prompts, each (b, …); those that are floating point in the denoiser's dtype.
-        time_ids: (b, 6), the (H, W, top, left, h, w) of each `TrainingSample`, in pixels.
-        family: with the settings of the run.
-    """
-
-    sample: Tensor
-    timestep: Tensor
-    embeddings: Embeddings
-    time_ids: Tensor
-    family: Family
+    sample: Tensor  # x_λ (b, c, h, w), in the denoiser's dtype
+    timestep: Tensor  # (b,)
+    embeddings: Embeddings  # of the prompts, each (b, …), in the denoiser's dtype where they are floating point
+    time_ids: Tensor  # (b, 6), the (H, W, top, left, h, w) of each `TrainingSample`, in pixels
+    family: Family  # with the settings of the run
 
 
 @dataclass(frozen=True)
 class Family:
-    """See the module's docstring. A run changes the settings by `dataclasses.replace`.
+    """See the module's docstring. A run changes the settings by `dataclasses.replace`."""
 
-    Attributes:
-        name: the Hub's tag of its models.
-        title: for messages.
-        pipelines: names of the pipelines' classes, as in `model_index.json`.
-        encoder: (pipe, prompts, max_sequence_length) → embeddings, by the pipeline's own `encode_prompt`.
-        inputs: `Call` → arguments of the denoiser's forward.
-        output: (what it returns, `Call`) → prediction.
-        divisor: pipe → the number that the sides of images have to be multiples of; patches of 2 × 2 latents.
-        denoiser: the name of the component.
-        text_encoders: the components that can be trained too.
-        cut_short: those of `text_encoders` whose last layer isn't used.
-        targets: the default of target_modules.
-        defaults: further arguments whose default isn't that of the script.
-        is_flow: whether the model is a rectified flow; its scheduler has to be one too.
-        fit: (pipe, family) → the family with the settings of this pipeline; raises ValueError if it can't be trained.
-        sampling: (arguments, number of images) → arguments of the pipeline's call.
-        images_of: output of the pipeline's call → b PIL images.
-        picked: the code that takes the first image from that output, for model cards.
-        max_sequence_length: a setting, the tokens of a prompt; None where CLIP's own length is all that there is.
-        guidance: a setting, what a denoiser with distilled guidance is given; None for others.
-        timestep_of_tokens: a setting, whether the denoiser takes one timestep for each token.
-    """
-
-    name: str
-    title: str
-    pipelines: tuple[str, ...]
+    name: str  # the Hub's tag of its models
+    title: str  # for messages
+    pipelines: tuple[str, ...]  # names of the pipelines' classes, as in `model_index.json`
+    # (pipe, prompts, max_sequence_length) → embeddings, by the pipeline's own `encode_prompt`
     encoder: Callable[[Any, list[str], int | None], Embeddings]
-    inputs: Callable[[Call], dict[str, Any]]
-    output: Callable[[Any, Call], Tensor] = lambda output, call: output
+    inputs: Callable[[Call], dict[str, Any]]  # arguments of the denoiser's forward
+    output: Callable[[Any, Call], Tensor] = lambda output, call: output  # what the denoiser returns → prediction
+    # the number that the sides of images have to be multiples of; with patches of 2 × 2 latents
     divisor: Callable[[Any], int] = lambda pipe: pipe.vae_scale_factor * 2
-    denoiser: str = "transformer"
-    text_encoders: tuple[str, ...] = ()
-    cut_short: tuple[str, ...] = ()
-    targets: tuple[str, ...] = TRANSFORMER_TARGETS
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    is_flow: bool = True
+    denoiser: str = "transformer"  # the name of the component
+    text_encoders: tuple[str, ...] = ()  # the components that can be trained too
+    cut_short: tuple[str, ...] = ()  # those of `text_encoders` whose last layer isn't used
+    targets: tuple[str, ...] = TRANSFORMER_TARGETS  # the default of target_modules
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # further arguments that aren't the script's default
+    is_flow: bool = True  # whether model and scheduler are a rectified flow
+    # the family with the settings of this pipeline; raises ValueError if it can't be trained
     fit: Callable[[Any, Family], Family] = lambda pipe, family: family
+    # (arguments, number of images) → arguments of the pipeline's call
     sampling: Callable[[dict[str, Any], int], dict[str, Any]] = lambda call, count: call
-    images_of: Callable[[Any], Any] = lambda output: output.images
-    picked: str = ".images[0]"
-    max_sequence_length: int | None = None
-    guidance: float | None = None
-    timestep_of_tokens: bool = False
+    images_of: Callable[[Any], Any] = lambda output: output.images  # output of the pipeline's call → b PIL images
+    picked: str = ".images[0]"  # the code that takes the first image from that output, for model cards
+    # settings:
+    max_sequence_length: int | None = None  # tokens of a prompt; None where CLIP's own length is all that there is
+    guidance: float | None = None  # what a denoiser with distilled guidance is given; None for others
+    timestep_of_tokens: bool = False  # whether the denoiser takes one timestep for each token
 
     @property
     def sample_call(self) -> dict[str, Any]:

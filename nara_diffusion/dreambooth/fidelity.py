@@ -41,11 +41,7 @@ class Encoder:
     """
 
     def __init__(
-        self,
-        model_path: str | Path,
-        *,
-        device: str | torch.device | None = None,
-        batch_size: int = 32,
+        self, model_path: str | Path, *, device: str | torch.device | None = None, batch_size: int = 32
     ) -> None:
         self.name, self.batch_size = str(model_path), batch_size
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -73,11 +69,7 @@ class Encoder:
         return self._embed(images, embed)
 
     def texts(self, texts: Sequence[str]) -> torch.Tensor:
-        """(n, d) float32 on the CPU, each row of length 1, to be compared with those of images.
-
-        Raises:
-            ValueError: the model has no text tower.
-        """
+        """(n, d) float32 on the CPU, each row of length 1, to be compared with those of images; CLIP's alone."""
         self.check_text()
         tokenizer = AutoTokenizer.from_pretrained(self.name)
         length = self.model.config.text_config.max_position_embeddings
@@ -111,9 +103,6 @@ def text_alignment(encoder: Encoder, images: Images, prompts: Sequence[str], ide
     Args:
         encoder: a CLIP.
         identifier: words left out of the prompts, such as the subject's rare token, which CLIP doesn't know.
-
-    Raises:
-        ValueError: `encoder` has no text tower.
     """
     texts = encoder.texts([without_words(prompt, identifier) for prompt in prompts])
     return (encoder.images(images) * texts).sum(1).mean().item()

@@ -36,21 +36,13 @@ METADATA_FILE = "metadata.jsonl"
 
 @dataclass(frozen=True)
 class ImageRecord:
-    """One image of the training data.
+    """One image of the training data."""
 
-    Attributes:
-        name: for messages.
-        read: returns the bytes of its file.
-        size: (H, W), upright.
-        prompt: its caption.
-        key: a digest of its bytes, for caches.
-    """
-
-    name: str
-    read: Callable[[], bytes]
-    size: Size
-    prompt: str
-    key: str
+    name: str  # for messages
+    read: Callable[[], bytes]  # returns the bytes of its file
+    size: Size  # (H, W), upright
+    prompt: str  # its caption
+    key: str  # a digest of its bytes, for caches
 
     def load(self) -> Image.Image:
         """The image, upright, in mode RGB. Raises ValueError if it can't be decoded."""
@@ -84,11 +76,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def image_files(folder: str | Path) -> list[Path]:
-    """The image files directly in `folder`, by name; a warning lists what else lies there.
-
-    Raises:
-        ValueError: no images, or subfolders as kohya's scripts name them, such as "10_sks dog".
-    """
+    """The image files directly in `folder`, by name; a warning lists what else lies there. Raises ValueError for no
+    images, and for subfolders as kohya's scripts name them, such as "10_sks dog"."""
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"the image folder {folder} doesn't exist: name a folder of .png or .jpg files.")
@@ -138,10 +127,7 @@ def make_records(
     sources: Sequence[tuple[str, Callable[[], bytes]]], prompts: Sequence[str], *, progress: bool = True
 ) -> list[ImageRecord]:
     """The record of each (name, function that returns its bytes), decoded once for its size and to see it is whole.
-
-    Raises:
-        ValueError: naming all images that are broken.
-    """
+    Raises ValueError that names all images that are broken."""
     records, broken = [], []
     bar = tqdm(sources, desc="check images", unit="image", disable=not progress or len(sources) < 50)
     for (name, read), prompt in zip(bar, prompts, strict=True):
@@ -175,8 +161,7 @@ def own_captions(images: Sequence[Path], column: str | None = None) -> list[str]
         column: the key in metadata.jsonl; None takes "text".
 
     Raises:
-        ValueError: a metadata.jsonl that is broken, has other values than texts, or two lines for one image (with the
-            file and the line); a file that isn't UTF-8; `column` without a metadata.jsonl.
+        ValueError: a caption that can't be read, with the file and the line; `column` without a metadata.jsonl.
     """
     metadata = images[0].parent / METADATA_FILE
     if metadata.exists():

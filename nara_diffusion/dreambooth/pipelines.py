@@ -46,13 +46,7 @@ def family_of_model(name: str, **hub: Any) -> Family:
 
 def model_index(name: str, **hub: Any) -> dict[str, Any]:
     """The `model_index.json` of a folder, or of a repository on the Hub: classes of the pipeline and its components.
-
-    Args:
-        hub: revision, token, ….
-
-    Raises:
-        ValueError: there is none, or the Hub can't be reached.
-    """
+    Raises ValueError if there is none, or the Hub can't be reached."""
     with naming_source(name, "model_index.json", "a model of Diffusers"):
         return dict(diffusers.DiffusionPipeline.load_config(name, **hub))  # type: ignore[arg-type]
 
@@ -83,8 +77,7 @@ def load_pipeline(
         name: folder, or id on the Hub.
         dtype: of all components but the autoencoder.
         vae_name: folder or id of another autoencoder; None takes the pipeline's own.
-        vae_dtype: of the autoencoder.
-        revision, variant: of the pipeline, and of its own autoencoder; variant is for example "fp16".
+        revision, variant: of the pipeline, and of its own autoencoder.
 
     Raises:
         ValueError: there is no such pipeline or autoencoder, or its family can't be trained.

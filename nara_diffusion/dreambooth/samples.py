@@ -31,21 +31,13 @@ PROMPT_KEY = "class_prompt"  # of a class image's metadata
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """What is sampled.
-
-    Attributes:
-        prompts: the texts.
-        images_per_prompt: image j of each prompt has the seed `seed` + j.
-        batch_size: images at once.
-        call: further arguments of the pipeline's call: height, width, num_inference_steps, guidance_scale, …, by these
-            names in every family.
-    """
+    """What is sampled."""
 
     prompts: Sequence[str]
-    images_per_prompt: int
+    images_per_prompt: int  # image j of each prompt has the seed `seed` + j
     seed: int
     batch_size: int
-    call: dict[str, Any]
+    call: dict[str, Any]  # height, width, num_inference_steps, guidance_scale, …, by these names in every family
 
     @property
     def pairs(self) -> list[tuple[str, int]]:
@@ -68,13 +60,7 @@ def sample_call(args: Any, family: Family) -> dict[str, Any]:
 def render(
     pipe: Any, prompts: Sequence[str], generators: Sequence[torch.Generator], call: Mapping[str, Any]
 ) -> list[Image.Image]:
-    """An image for each prompt.
-
-    Args:
-        pipe: a pipeline of a family; any other callable gets `call` unchanged.
-        prompts: (b). generators: one for each image.
-        call: see `SampleSettings`.
-    """
+    """An image for each of b prompts, by a pipeline of a family; any other callable gets `call` unchanged."""
     family = BY_PIPELINE.get(type(pipe).__name__)
     options = dict(call) if family is None else family.sampling(dict(call), len(prompts))
     output = pipe(prompt=list(prompts), generator=list(generators), **options)
@@ -121,7 +107,6 @@ def write_grid(
     """Writes a PNG: images of the subject, then for each prompt its images of each column, beside each other.
 
     Args:
-        path: the file.
         prompts: one for each row, drawn above it with the titles of the columns.
         columns: {title: images}, such as before and after: all of one prompt after those of another, equally many each.
         references: images of the subject, for the row on top.
@@ -185,7 +170,6 @@ def generate_class_images(
 
     Raises:
         ValueError: an empty prompt, or a folder with images made for another prompt.
-        OSError: the folder can't be written.
     """
     prompt, folder = check_prompt(prompt, "class_prompt"), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

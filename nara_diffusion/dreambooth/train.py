@@ -30,6 +30,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ from nara_diffusion.loaders.schedulers import scheduler_fields
 from nara_diffusion.noise.prediction import prediction_by
 from nara_diffusion.training.adapter_weights import start_from
 from nara_diffusion.training.adapters import adapter_config, check_target_modules, title_of
-from nara_diffusion.training.arguments import schedule_of, window_of
+from nara_diffusion.training.arguments import schedule_of
 from nara_diffusion.training.checkpoints import save_adapter
 from nara_diffusion.training.command import run_command
 from nara_diffusion.training.loop import train
@@ -53,20 +54,17 @@ from nara_diffusion.training.run import Run, start_run
 from nara_diffusion.training.stream import stream_loader
 
 from .adapter_files import read_average, read_checkpoint, write_adapter, write_checkpoint
-from .cache import LatentCache, PromptCache
 from .comparison import Evaluation, ValidationLoss, load_encoders
 from .conversion import converted_scheduler
 from .dataset import DreamBoothDataset, collate_samples
 from .denoiser import AdaptedDenoiser
-from .draws import drawable_levels
 from .image_arguments import DreamBoothArguments, run_family
 from .image_records import ImageRecord, Size, class_records, records_from_folder
 from .image_report import results_table, window_note, write_run_report
-from .objectives import build_objective
 from .pipelines import folders_of, load_pipeline, sharing_pipeline
 from .samples import SampleSettings, generate_class_images, sample_call
 from .shipped import shipped_run
-from .training_step import TrainingStep
+from .training_step import training_step
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +98,7 @@ class FineTuning:
         self.family = run_family(args, self.pipe)
         target = converted_scheduler(self.pipe.scheduler, args.prediction_type, args.rescale_betas_zero_snr)
         self.converted = None if target is self.pipe.scheduler else target
-        self.step = self._training_step(target)
+        self.step = training_step(args, self.pipe, self.family, target, run.accelerator.device, run.global_batch)
         self.config: Any = adapter_config(
             args,
             noise_convention=self.step.objective.source.convention,
@@ -130,26 +128,6 @@ class FineTuning:
         hub = {"revision": args.revision, "variant": args.variant}
         vae = {"vae_name": args.pretrained_vae_model_name_or_path, "vae_dtype": vae_dtype}
         return load_pipeline(args.pretrained_model_name_or_path, dtype=dtype, **vae, **hub)
-
-    def _training_step(self, scheduler: Any) -> TrainingStep:
-        """The loss, of a model that is sampled by `scheduler`."""
-        args = self.args
-        weights = {"snr_gamma": args.snr_gamma, "shift": args.flow_shift, "weighting_scheme": args.weighting_scheme}
-        objective = build_objective(scheduler, **weights)
-        density = {name: getattr(args, name) for name in ("logit_mean", "logit_std", "mode_scale")}
-        return TrainingStep(
-            model=getattr(self.pipe, self.family.denoiser),
-            objective=objective,
-            latents=LatentCache(self.pipe.vae, **({} if args.cache_latents else {"memory_mib": 0})),
-            prompts=None if args.train_text_encoder else PromptCache(self.pipe, self.family),
-            device=self.run.accelerator.device,
-            seed=args.seed,
-            group_size=self.run.global_batch,
-            stratified=args.stratified_timesteps,
-            noise_offset=args.noise_offset,
-            prior_loss_weight=args.prior_loss_weight,
-            drawable=drawable_levels(objective.noise_levels, window_of(args), args.weighting_scheme, **density),
-        )
 
     def _buckets(self) -> list[Size]:
         """The sizes to train at. Raises ValueError for one that doesn't fit the model."""
@@ -239,11 +217,7 @@ class FineTuning:
         }
         run.open(self.facts)
         self.identity = self._identity_loss()
-        loss = replace(self.step, model=denoiser)
-
-        def validate() -> dict[str, float]:
-            return self.evaluation.validate(denoiser)
-
+        loss, validate = replace(self.step, model=denoiser), partial(self.evaluation.validate, denoiser)
         train(run, denoiser, optimizer, scheduler, loader, loss, validate, on_step=model.update_average)
         save_adapter(run.accelerator, denoiser, run.folder, write_adapter)
 

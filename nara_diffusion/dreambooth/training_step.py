@@ -4,61 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from nara_diffusion.training.arguments import window_of
+
 from .cache import LatentCache, PromptCache
 from .dataset import TrainingSample
-from .draws import draw_indices, draw_noise
-from .objectives import Corrupted, Objective, squared_errors
+from .draws import draw_indices, draw_noise, drawable_levels
+from .family import Family
+from .objectives import Corrupted, Objective, build_objective, squared_errors
 
 
-@dataclass(frozen=True)
-class DreamBoothLoss:
-    """A `StepLoss` of b samples.
+class DreamBoothLoss(NamedTuple):
+    """A `StepLoss` of b samples."""
 
-    Attributes:
-        loss: the scalar to differentiate, the mean of `per_sample`.
-        per_sample: (b,), with the weighted loss of each sample's class image added, if there are any.
-        noise_level: (b,), λ of the instance images.
-    """
-
-    loss: Tensor
-    per_sample: Tensor
-    noise_level: Tensor
+    loss: Tensor  # the scalar to differentiate, the mean of `per_sample`
+    per_sample: Tensor  # (b,), with the weighted loss of each sample's class image added, if there are any
+    noise_level: Tensor  # (b,), λ of the instance images
 
 
 @dataclass(frozen=True)
 class TrainingStep:
-    """`step(batch)` is the loss of a batch that `collate_samples` made.
+    """`step(batch)` is the loss of a batch that `collate_samples` made."""
 
-    Attributes:
-        model: an `AdaptedDenoiser`, as accelerate wrapped it.
-        objective: what is learnt.
-        latents: the cache of the images' latents.
-        prompts: the cache of embeddings of frozen text encoders; None where they are trained.
-        device: where `model` runs.
-        seed: of noise levels, noise and posterior samples.
-        group_size: samples of an optimizer step, for `stratified`.
-        stratified: spread the noise levels of each optimizer step evenly.
-        noise_offset: κ, see `draw_noise`.
-        prior_loss_weight: what class images count.
-        drawable: the noise levels to draw from, of class images too, (k,) of `drawable_levels`; None draws from all.
-    """
-
-    model: nn.Module
+    model: nn.Module  # an `AdaptedDenoiser`, as accelerate wrapped it
     objective: Objective
     latents: LatentCache
-    prompts: PromptCache | None
-    device: torch.device
-    seed: int
-    group_size: int = 1
-    stratified: bool = False
-    noise_offset: float = 0.0
+    prompts: PromptCache | None  # None where text encoders are trained
+    device: torch.device  # where `model` runs
+    seed: int  # of noise levels, noise and posterior samples
+    group_size: int = 1  # samples of an optimizer step
+    stratified: bool = False  # spread the noise levels of each optimizer step evenly
+    noise_offset: float = 0.0  # κ of `draw_noise`
     prior_loss_weight: float = 1.0
-    drawable: Tensor | None = None
+    drawable: Tensor | None = None  # the noise levels to draw from, (k,) of `drawable_levels`; None: all
 
     def __call__(self, batch: Mapping[str, Any]) -> DreamBoothLoss:
         samples = batch["samples"]
@@ -89,3 +71,29 @@ class TrainingStep:
             indices.append(draw_indices(positions, levels, seed=self.seed, role=role, **spread))
             noise.append(draw_noise(positions, latents.shape[1:], seed=self.seed, offset=self.noise_offset, role=role))
         return self.objective.corrupt(latents.to(self.device), torch.cat(noise).to(self.device), torch.cat(indices))
+
+
+def training_step(
+    args: Any, pipe: Any, family: Family, scheduler: Any, device: torch.device, group_size: int
+) -> TrainingStep:
+    """The loss of a run, of the denoiser of `pipe`, as a model that is sampled by `scheduler`.
+
+    Raises:
+        ValueError: an objective that doesn't fit the scheduler, or a window without one of its noise levels.
+    """
+    weights = {"snr_gamma": args.snr_gamma, "shift": args.flow_shift, "weighting_scheme": args.weighting_scheme}
+    objective = build_objective(scheduler, **weights)
+    density = {name: getattr(args, name) for name in ("logit_mean", "logit_std", "mode_scale")}
+    return TrainingStep(
+        model=getattr(pipe, family.denoiser),
+        objective=objective,
+        latents=LatentCache(pipe.vae) if args.cache_latents else LatentCache(pipe.vae, memory_mib=0),
+        prompts=None if args.train_text_encoder else PromptCache(pipe, family),
+        device=device,
+        seed=args.seed,
+        group_size=group_size,
+        stratified=args.stratified_timesteps,
+        noise_offset=args.noise_offset,
+        prior_loss_weight=args.prior_loss_weight,
+        drawable=drawable_levels(objective.noise_levels, window_of(args), args.weighting_scheme, **density),
+    )

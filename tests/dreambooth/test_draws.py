@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import compute_density_for_timestep_sampling
 
 from nara_diffusion.dreambooth.draws import (
@@ -52,14 +52,6 @@ def test_stratified_indices_take_one_stratum_of_the_window_each(low: float, high
     assert levels.tolist() == list(range(first, first + count))
     for group in draw_indices(range(40 * n), levels, **STRATIFIED, group_size=n).reshape(40, n):
         assert sorted(((group - first) * n // count).tolist()) == list(range(n))
-
-
-def test_window_of_an_edm_schedule_is_of_its_own_noise_level() -> None:
-    objective = build_objective(EDMEulerScheduler())
-    sigma = objective.q / objective.p
-    inside = ((sigma / (1 + sigma) >= 0.2) & (sigma / (1 + sigma) < 0.8)).nonzero().flatten()
-    assert drawable_levels(objective.noise_levels, NoiseWindow(0.2, 0.8)).tolist() == inside.tolist()
-    assert 0 < len(inside) < objective.levels
 
 
 def test_window_without_a_noise_level_is_refused_with_the_schedules() -> None:
