@@ -58,6 +58,7 @@ from nara_diffusion.training.report import publish, window_facts
 from nara_diffusion.training.run import Run, start_run
 from nara_diffusion.training.stream import stream_loader
 from nara_diffusion.utils.atomic_write import atomic_write_files
+from nara_diffusion.utils.naming import counted
 
 from .text_arguments import Arguments
 
@@ -165,11 +166,12 @@ def fine_tune(args: Arguments, run: Run) -> dict[str, Any]:
     hardest: Any = max(test_rows, key=lambda row: row["prompt_length"])  # type: ignore[index]
     exact_match(adapted, tokenizer, [hardest], **asdict(sampling), progress=False)  # what can't be shows now
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    sources = [part.info.description for part in records]
     facts = {
         "adapter": title_of(args),
-        "optimizer steps": f"{steps} of {run.global_batch} samples",
-        "training data": f"{len(stream.samples)} records of {records[0].info.description}, train_on {args.train_on}",
-        "validation data": f"{len(validation_rows)} rows of {records[1].info.description}",
+        "optimizer steps": f"{steps} of {counted(run.global_batch, 'sample')}",
+        "training data": f"{counted(len(stream.samples), 'record')} of {sources[0]}, train_on {args.train_on}",
+        "validation data": f"{counted(len(validation_rows), 'row')} of {sources[1]}",
         "canvas": canvas,
         "trainable parameters": f"{trainable:,}",
         "hardware": run.hardware,

@@ -12,7 +12,6 @@ from nara_diffusion.training.adapters import method_of
 from nara_diffusion.training.arguments import schedule_of, window_of
 from nara_diffusion.training.report import (
     core_import,
-    counted,
     format_table,
     needs_schedule,
     plot_noise_level_curves,
@@ -20,6 +19,7 @@ from nara_diffusion.training.report import (
     schedule_note,
     write_run_card,
 )
+from nara_diffusion.utils.naming import counted
 
 from .comparison import Evaluation, Measurement
 from .family import Family

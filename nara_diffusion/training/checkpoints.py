@@ -32,6 +32,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.utils.sha import sha_fileobj
 
 from nara_diffusion.utils.atomic_write import atomic_write_files, delete_folder, partial_name, put_in_place
+from nara_diffusion.utils.naming import counted
 
 from .engines import engine_name, global_batch, save_state, trained_state
 from .parser import given_arguments
@@ -204,7 +205,7 @@ def check_same_run(checkpoint: Path, args: Any, accelerator: Accelerator) -> Non
         if manifest["batch"] != batch:
             why = f"which makes a global batch of {batch} instead of {manifest['batch']}"
         raise ValueError(
-            f"{checkpoint} was written by {manifest['processes']} processes and this run has {processes}, "
+            f"{checkpoint} was written by {counted(manifest['processes'], 'process')} and this run has {processes}, "
             f"{why}: launch as many, or start a new run from its adapter by --init_adapter."
         )
     changed = changed_arguments(args, manifest["arguments"])

@@ -34,6 +34,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from nara_diffusion.noise.level import find_holders
+from nara_diffusion.utils.naming import counted
 
 from .adapters import method_of
 
@@ -85,8 +86,8 @@ def accumulation_steps(args: Any, processes: int) -> int:
     if rest:
         raise ValueError(
             f"global_batch_size {args.global_batch_size} isn't a multiple of the {together} samples of one forward "
-            f"(train_batch_size {args.train_batch_size}, {processes} processes): launch another number of processes "
-            f"(--num_processes), or change one of the two."
+            f"(train_batch_size {args.train_batch_size}, {counted(processes, 'process')}): launch another number "
+            "(--num_processes), or change one of the two."
         )
     return steps
 

@@ -55,11 +55,6 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-def counted(number: int, what: str) -> str:
-    """1 prompt, 4 prompts."""
-    return f"{number} {what}{'s' * (number != 1)}"
-
-
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table of text, the first column flush left, the others flush right."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]

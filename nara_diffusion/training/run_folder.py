@@ -50,7 +50,7 @@ def claimed_folder(args: Any, name: str, accelerator: Accelerator) -> Iterator[t
                     check_same_run(answer[1], args, accelerator)
                 for left in folder.glob(".partial-*"):  # by a run that was killed while it wrote
                     shutil.rmtree(left, ignore_errors=True)
-            except ValueError as error:
+            except (ValueError, OSError, yaml.YAMLError) as error:
                 answer[2] = str(error)
         folder, checkpoint, refusal = broadcast_object_list(answer)
         if refusal:
@@ -127,7 +127,7 @@ def _same_start(args: Any, folder: Path) -> bool:
     if not (folder / CONFIG).is_file() or (folder / RESULTS).exists():
         return False
     saved = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
-    return not changed_arguments(args, saved).keys() - MAY_CHANGE
+    return isinstance(saved, dict) and not changed_arguments(args, saved).keys() - MAY_CHANGE
 
 
 def _remove_empty(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Names in messages: lists of them, and the folder or repository that a user gave."""
+"""Names and numbers in messages: lists of them, and the folder or repository that a user gave."""
 
 from __future__ import annotations
 
@@ -13,6 +13,11 @@ def listed(names: Collection[str], kind: str = "") -> str:
     """The first three of `names`, quoted, and the number of the others, which are of this `kind`."""
     shown = ", ".join(f"'{name}'" for name in list(names)[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more {kind}".rstrip()
+
+
+def counted(number: int, what: str) -> str:
+    """1 prompt, 4 prompts; 2 processes."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}{'es' if what.endswith('s') else 's'}"
 
 
 @contextmanager

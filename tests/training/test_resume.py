@@ -194,10 +194,11 @@ def test_latest_refuses_a_folder_of_other_files_and_of_a_run_that_has_ended(tmp_
         train(tmp_path, **LATEST, checkpointing_steps=None)
     assert {path: path.read_bytes() for path in run.iterdir()} == before
     (tmp_path / "others" / "run").mkdir(parents=True)
-    (tmp_path / "others" / "run" / "thesis.txt").write_text("")
-    fresh_accelerate()
-    with pytest.raises(ValueError, match=r"other files \(thesis.txt\)"):
-        train(tmp_path / "others", **LATEST)
+    for name, content in {"thesis.txt": "", "config.yaml": "[rank"}.items():
+        (tmp_path / "others" / "run" / name).write_text(content)
+        fresh_accelerate()
+        with pytest.raises(ValueError, match=r"other files \(thesis.txt\)|while parsing"):
+            train(tmp_path / "others", **LATEST)
 
 
 @pytest.mark.parametrize("damage", ["cut", "missing", "manifest"])
