@@ -94,8 +94,6 @@ class InputIdsNoise:
             again, as guidance does by torch.cat; "interleaved", each row m times in a row. Needed only if lengths
             differ.
 
-    Raises:
-        ValueError: an unknown `repeated`.
     """
 
     convention = MASKED_SHARE
@@ -110,22 +108,15 @@ class InputIdsNoise:
         self.repeated = repeated
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoiseSignals:
-        """λ (B,) for a forward of `module`.
-
-        Raises:
-            ValueError: no input_ids, a part of the sequence only (with a cache), a batch of unknown make-up, rows
-                without an answer, or an attention_mask that doesn't say what is padding.
-        """
+        """λ (B,) for a forward of `module`; a ValueError where its arguments don't say it."""
         input_ids = kwargs.get("input_ids", args[0] if args else None)
         if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point():
-            raise ValueError(
-                "λ can't be read: this forward has no input_ids of shape (batch, length); use noise_level(…)"
-            )
+            raise ValueError("λ can't be read: this forward has no input_ids (batch, length): use noise_level(…)")
         cache = kwargs.get("past_key_values")
         if cache is not None and cache.get_seq_length() > 0:
             raise ValueError(
-                "λ can't be read from input_ids that continue a cache, since they are a part of the sequence only: "
-                "use noise_level(model, masked share of the whole answer)"
+                "λ can't be read from input_ids that continue a cache, a part of the sequence: use noise_level(model, "
+                "masked share of the whole answer)"
             )
         rows, width = input_ids.shape
         starts = self._starts(rows).to(input_ids.device)[:, None]

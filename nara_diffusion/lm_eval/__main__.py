@@ -43,9 +43,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     setup_logging()
     if MODEL not in model_registry:
         model_registry.register(MODEL, target="nara_diffusion.lm_eval.harness_model:NaraDLLM")
-    flags = with_defaults(sys.argv[1:] if argv is None else list(argv))
+    flags = sys.argv[1:] if argv is None else list(argv)
     if not flags or flags[0] in HELP:
         sys.stdout.write(f"{__doc__}\n")
+    elif flags[0] not in ("run", "ls", "validate"):
+        flags = ["run", *flags]
     with patch.object(sys, "argv", ["nara-eval", *flags]):  # which lm-eval's command reads and changes
         command = HarnessCLI()
         args = command.parse_args()
@@ -55,15 +57,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             if os.environ.get("LMEVAL_LOG_LEVEL", "").upper() == "DEBUG":
                 raise
             sys.exit(f"nara-eval: {error.args[0] if isinstance(error, KeyError) else error}")
-
-
-def with_defaults(argv: list[str]) -> list[str]:
-    """Add the subcommand and --model to `argv` where they are missing."""
-    if not argv or argv[0] in (*HELP, "ls", "validate"):
-        return argv
-    flags = argv[1:] if argv[0] == "run" else argv
-    given = {flag.partition("=")[0] for flag in flags} & {"--model", "-M", "--config", "-C", *HELP}
-    return ["run", *([] if given else ["--model", MODEL]), *flags]
 
 
 def adjusted(args: argparse.Namespace) -> argparse.Namespace:

@@ -14,7 +14,7 @@ import yaml
 from lm_eval._cli import HarnessCLI
 from lm_eval.config.evaluate_config import EvaluatorConfig
 
-from nara_diffusion.lm_eval.__main__ import TASKS, adjusted, main, with_defaults
+from nara_diffusion.lm_eval.__main__ import TASKS, adjusted, main
 
 from .conftest import LLADA_TINY, ROWS
 
@@ -73,18 +73,6 @@ def test_shipped_tasks_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert [name for name in names if f"|{name}" not in listed] == []
 
 
-def test_what_is_left_out_is_filled_in() -> None:
-    for given, expected in [
-        (["--tasks", "x"], ["run", "--model", "nara_dllm", "--tasks", "x"]),
-        (["run", "--tasks", "x"], ["run", "--model", "nara_dllm", "--tasks", "x"]),
-        (["--model=hf", "--tasks", "x"], ["run", "--model=hf", "--tasks", "x"]),
-        (["run", "--help"], ["run", "--help"]),
-        (["ls", "tasks"], ["ls", "tasks"]),
-        ([], []),
-    ]:
-        assert with_defaults(given) == expected
-
-
 @pytest.mark.parametrize(
     ("settings", "flags", "expected"),
     [
@@ -100,7 +88,7 @@ def test_a_file_of_arguments_has_our_model_and_flags_win(
 ) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump({"tasks": ["llm_adapters_math"], "model_args": "pretrained=x", **settings}))
-    monkeypatch.setattr("sys.argv", ["nara-eval", *with_defaults(["--config", str(file), *flags])])
+    monkeypatch.setattr("sys.argv", ["nara-eval", "run", "--config", str(file), *flags])
     found = EvaluatorConfig.from_cli(adjusted(HarnessCLI().parse_args()))
     model, device, paths = expected
     assert (found.model, found.device, found.include_path) == (model, device, [str(TASKS), *paths])
@@ -108,7 +96,7 @@ def test_a_file_of_arguments_has_our_model_and_flags_win(
 
 def test_a_preset_is_named_and_flags_win_entry_by_entry(monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ["--config", "llada_base_generation", "--model_args", "peft=mine", "--gen_kwargs", "steps=256"]
-    monkeypatch.setattr("sys.argv", ["nara-eval", *with_defaults([*flags, "--tasks", "gsm8k"])])
+    monkeypatch.setattr("sys.argv", ["nara-eval", "run", *flags, "--tasks", "gsm8k"])
     found = EvaluatorConfig.from_cli(adjusted(HarnessCLI().parse_args()))
     assert found.model_args == {"pretrained": "GSAI-ML/LLaDA-8B-Base", "peft": "mine"}
     assert found.gen_kwargs == {"gen_length": 1024, "steps": 256, "block_length": 1024}
