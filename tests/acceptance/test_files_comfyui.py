@@ -33,12 +33,8 @@ from tests.acceptance._comfyui import (
 )
 from tests.acceptance._comfyui import named_as_stability_does as renamed
 
+OUTPUTS = _files.expected("pipelines")
 PIPELINES = _files.FILES / "pipelines"
-
-
-@pytest.fixture(scope="module")
-def outputs() -> dict[str, Tensor]:
-    return _files.expected("pipelines")
 
 
 @pytest.fixture(scope="module")
@@ -89,13 +85,13 @@ def saved(comfy: SimpleNamespace, **changes: Any) -> tuple[Any, str]:
 
 
 @pytest.mark.parametrize("name", ["sdxl_float32", "sdxl_bfloat16"])
-def test_node_gives_the_pipelines_output_at_each_rows_noise_level(name: str, comfy, outputs) -> None:
+def test_node_gives_the_pipelines_output_at_each_rows_noise_level(name: str, comfy) -> None:
     unet = _bases.unet()
     model = sdxl(unet)
     patched, clip = comfy.load(model, f"{name}.safetensors", "sdxl", 1.0, "a CLIP")
-    _files.assert_near(sampled(patched), outputs[f"{name}.unet"], unet)
+    _files.assert_near(sampled(patched), OUTPUTS[f"{name}.unet"], unet)
     assert clip == "a CLIP with a LoRA"
-    _files.assert_near(sampled(model), outputs["base.sdxl.unet"], unet)
+    _files.assert_near(sampled(model), OUTPUTS["base.sdxl.unet"], unet)
 
 
 def test_strength_of_the_node_is_that_of_set_adapters(comfy) -> None:
@@ -106,7 +102,7 @@ def test_strength_of_the_node_is_that_of_set_adapters(comfy) -> None:
     _files.assert_near(sampled(patched), _bases.sdxl_outputs(pipe)["unet"], pipe.unet)
 
 
-def test_two_nodes_add_up_around_a_wrapper_of_another_node(comfy, outputs) -> None:
+def test_two_nodes_add_up_around_a_wrapper_of_another_node(comfy) -> None:
     model, calls = sdxl(), []
 
     def other(apply_model: Any, args: dict[str, Any]) -> Tensor:
@@ -116,7 +112,7 @@ def test_two_nodes_add_up_around_a_wrapper_of_another_node(comfy, outputs) -> No
     model.set_model_unet_function_wrapper(other)
     half, _ = comfy.load(model, "sdxl_float32.safetensors", "sdxl", 0.5, "a CLIP")
     whole, _ = comfy.load(half, "sdxl_float32.safetensors", "sdxl", 0.5, "a CLIP")
-    _files.assert_near(sampled(whole), outputs["sdxl_float32.unet"], _bases.unet())
+    _files.assert_near(sampled(whole), OUTPUTS["sdxl_float32.unet"], _bases.unet())
     assert len(calls) == 1
 
 
@@ -130,7 +126,7 @@ def test_text_encoders_go_to_clip_as_the_loras_that_fold_writes(comfy) -> None:
     torch.testing.assert_close({key: torch.as_tensor(value) for key, value in tensors.items()}, wanted)
 
 
-def test_the_three_projections_of_flux_in_one_matrix_have_each_its_core(comfy, outputs) -> None:
+def test_the_three_projections_of_flux_in_one_matrix_have_each_its_core(comfy) -> None:
     pipe = _bases.flux()
     double = pipe.transformer.transformer_blocks[0].attn
     single = pipe.transformer.single_transformer_blocks[0]

@@ -1,20 +1,24 @@
-"""Every kind of layer, with NaRA and NaRA-DoRA and every type of core, follows the formula in float64.
+"""Every kind of layer, with NaRA and NaRA-DoRA and every type of core, follows the formula, with LoRA's options.
 
 One forward covers two layers of each kind. The cases are pairs of core type and variant; each type meets two or three
-ways of sharing.
+ways of sharing. A new core is PEFT's LoRA; scales, ranks, dropout and several adapters are PEFT's.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from peft import PeftModel
-from torch import Tensor
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
 
-from nara_diffusion import noise_level
+from nara_diffusion import core_matrix, noise_level
 from tests.acceptance._by_hand import (
+    ALPHA,
     CORES,
     LEVELS,
+    RANK,
     SMALL,
     WIDE,
     WITH_DORA,
@@ -22,9 +26,13 @@ from tests.acceptance._by_hand import (
     Kinds,
     adapted,
     assert_near,
+    core_by_hand,
+    disturb,
     draw_inputs,
     leaves,
+    nara_config,
     tensors_of,
+    write,
 )
 
 pytestmark = [
@@ -113,3 +121,150 @@ def test_layers_with_one_level_for_the_batch_follow_the_formula_forward_and_back
 def test_large_layers_follow_the_formula_forward_and_backward(use_dora, level):
     model, by_hand = make(WIDE, use_dora=use_dora)
     assert_follows_formula(model, by_hand, level, terms=896)
+
+
+KINDS = ["linear", "bare", "conv1d", "conv2d"]
+dora = pytest.mark.parametrize("use_dora", [False, True], ids=["LoRA", "DoRA"])
+
+
+def loss_of(outputs: dict[str, Tensor]) -> Tensor:
+    return sum((y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum() for y in outputs.values())
+
+
+def pair(disturbed: bool, **options: Any) -> tuple[nn.Module, nn.Module]:
+    """PEFT's adapter, and a NaRA with C = I, of equal weights."""
+    base, other = Kinds(KINDS), Kinds(KINDS)
+    other.load_state_dict(base.state_dict())
+    theirs = get_peft_model(base, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=KINDS, **options))
+    ours = get_peft_model(other, nara_config(target_modules=KINDS, **options))
+    if disturbed:
+        disturb(theirs)
+    write(ours, tensors_of(theirs))
+    return theirs, ours
+
+
+@dora
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_new_core_gives_the_outputs_and_gradients_of_pefts_adapter(use_dora, dropout):
+    theirs, ours = pair(True, use_dora=use_dora, lora_dropout=dropout)
+    inputs, found = draw_inputs(KINDS), []
+    for model in (theirs.train(), ours.train()):
+        xs = {kind: x.detach().clone().requires_grad_() for kind, x in inputs.items()}
+        torch.manual_seed(4)
+        with noise_level(ours, LEVELS):
+            outputs = model(xs)
+        loss_of(outputs).backward()
+        gradients = {n: g for n, g in tensors_of(model, gradients=True).items() if "nara_core" not in n}
+        found.append({**outputs, **gradients, **{f"input of {kind}": x.grad for kind, x in xs.items()}})
+    assert found[0].keys() == found[1].keys()
+    for name, expected in found[0].items():
+        assert_near(found[1][name], expected, name, sums=20)
+
+
+@dora
+def test_first_steps_of_training_are_those_of_pefts_adapter(use_dora):
+    theirs, ours = pair(False, use_dora=use_dora)
+    inputs, held = draw_inputs(KINDS), {}
+    with torch.no_grad(), theirs.disable_adapter():
+        base = theirs(inputs)
+    for model in (theirs, ours):
+        with noise_level(ours, LEVELS):
+            outputs = model(inputs)
+            for name, y in outputs.items():
+                assert_near(y, base[name], f"{name} at step 0")
+            loss_of(outputs).backward()
+            torch.optim.SGD(model.parameters(), lr=0.1).step()
+        held[model] = tensors_of(model)
+    for name, expected in held[theirs].items():
+        assert_near(held[ours][name], expected, name, sums=20)
+    assert torch.equal(core_matrix(ours, LEVELS), torch.eye(RANK).expand(3, -1, -1))  # B was zero: no gradient yet
+
+
+@pytest.mark.parametrize("core", ["hypernetwork", "knots", "rank_mask", "bins"])
+def test_patterns_and_rslora_scale_each_layer_and_a_smaller_rank_reads_the_leading_block(core):
+    base = Kinds(["linear", "conv1d"])
+    by_hand, inputs = ByHand(base), draw_inputs(["linear", "conv1d"])
+    ranks, alphas = {"one.linear": 2, "two.conv1d": 6}, {"two.linear": 3, "one.linear": 5}
+    model = adapted(
+        base,
+        target_modules=["linear", "conv1d"],
+        use_rslora=True,
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
+        **CORES[core],
+    )
+    config, tensors = model.peft_config["default"], leaves(tensors_of(model))
+    own = {n.removeprefix("nara_core.shared."): t for n, t in tensors.items() if "nara_core" in n}
+    with noise_level(model, LEVELS):
+        outputs = model(inputs)
+    for name, output in outputs.items():
+        rank = ranks.get(name, RANK)
+        if core in ("rank_mask", "bins"):  # a mask of that rank
+            C = core_by_hand(config, own, LEVELS, rank)
+        else:
+            C = core_by_hand(config, own, LEVELS, 6)[:, :rank, :rank]
+        scaling = alphas.get(name, ALPHA) / rank**0.5
+        weights = by_hand.weights(name, config, tensors, LEVELS, scaling=scaling, core=C)
+        assert_near(output, by_hand.output(name, weights, inputs[name.split(".")[1]]), name)
+
+
+def test_several_active_adapters_add_up_each_with_its_own_core_scale_and_gradients():
+    kinds = ["linear", "conv2d", "wide"]
+    base = Kinds(kinds)
+    by_hand, inputs = ByHand(base), draw_inputs(kinds)
+    model = adapted(base, target_modules=kinds)
+    others = {"knots": {"r": 2, **CORES["knots"]}, "plain": {"r": 3, **CORES["identity"]}, "idle": {}}
+    for seed, (name, options) in enumerate(others.items()):
+        model.add_adapter(name, nara_config(target_modules=kinds, **options))
+        disturb(model, name, seed=seed)
+    active = ["default", "knots", "plain"]
+    model.base_model.set_adapter(active)
+    with noise_level(model, LEVELS):
+        outputs = model(inputs)
+    loss_of(outputs).backward()
+    held, expected = {name: leaves(tensors_of(model, name)) for name in active}, {}
+    xs = leaves(inputs)
+    for layer, output in outputs.items():
+        plain = by_hand.layers[layer].weight
+        weights = plain.expand(len(LEVELS), *plain.shape)
+        for name, tensors in held.items():
+            config = model.peft_config[name]
+            weights = weights + by_hand.weights(layer, config, tensors, LEVELS, scaling=ALPHA / config.r) - plain
+        expected[layer] = by_hand.output(layer, weights, xs[layer.split(".")[1]])
+        assert_near(output, expected[layer], layer, terms=896)
+    loss_of(expected).backward()
+    for name, tensors in held.items():
+        gradients = tensors_of(model, name, gradients=True)
+        assert gradients.keys() == {n for n, t in tensors.items() if t.grad is not None and "freq" not in n}
+        for key, gradient in gradients.items():
+            assert_near(gradient, tensors[key].grad, f"gradient of {key} of {name}", terms=896, sums=20)
+    for kind, x in xs.items():
+        assert_near(inputs[kind].grad, x.grad, f"gradient of the input of {kind}", terms=896, sums=20)
+
+
+@pytest.mark.parametrize("use_dora", [(True, False), (False, True), (True, True)], ids=str)
+def test_adapters_with_and_without_dora_combine_as_in_peft(use_dora):
+    inputs, found = draw_inputs(KINDS), []
+    state = Kinds(KINDS).state_dict()
+    for kind in (LoraConfig, nara_config):
+        base = Kinds(KINDS)
+        base.load_state_dict(state)
+        first, second = (
+            kind(r=r, lora_alpha=5, target_modules=KINDS, use_dora=d) for r, d in zip((4, 2), use_dora, strict=True)
+        )
+        model = get_peft_model(base, first).eval()
+        model.add_adapter("second", second)
+        if kind is LoraConfig:
+            disturb(model)
+            disturb(model, "second", seed=2)
+            held = {name: tensors_of(model, name) for name in ("default", "second")}
+        for name, tensors in held.items():
+            write(model, tensors, name)
+        model.base_model.set_adapter(["default", "second"])
+        if kind is LoraConfig:
+            found.append(model(inputs))
+        else:
+            with noise_level(model, LEVELS):
+                found.append(model(inputs))
+    for name, expected in found[0].items():
+        assert_near(found[1][name], expected, name)

@@ -76,11 +76,7 @@ OFFLOADS: dict[str, Callable[[Any, Path], Any]] = {
     "blocks on disk": groups("block_level", True),
     "leaves on disk": groups("leaf_level", True),
 }
-PAIRS = [
-    *[("nara", how) for how in OFFLOADS],
-    *[("dora", how) for how in ("sequential", "blocks on disk", "leaves on disk")],
-    *[("layers", how) for how in ("leaves", "blocks on disk")],
-]
+PAIRS = [*[("nara", how) for how in OFFLOADS], ("dora", "sequential"), ("dora", "leaves on disk"), ("layers", "leaves")]
 
 
 @pytest.mark.parametrize(("adapter", "how"), PAIRS)
@@ -133,21 +129,10 @@ def test_layerwise_casting_rounds_the_base_and_neither_the_core_nor_a_and_b(root
     lives.load(root / "nara", "toy")
     if first == "the adapter":
         lives.nara.unet.enable_layerwise_casting(FLOAT8, torch.float32)
-    lives.check()
-    lives.check()
+    for _ in range(2):
+        lives.check()
     in_float8 = {name for name, tensor in lives.nara.unet.state_dict().items() if tensor.dtype == FLOAT8}
     assert {name.replace("base_layer.", "") for name in in_float8} == stored
-
-
-def test_an_adapter_that_is_added_after_layerwise_casting_trains_in_float32(tmp_path: Path) -> None:
-    pipe, again = frozen_sd(), frozen_sd()
-    for each in (pipe, again):
-        each.unet.enable_layerwise_casting(FLOAT8, torch.float32)
-    add_nara(pipe)
-    assert {parameter.dtype for parameter in pipe.unet.parameters() if parameter.requires_grad} == {torch.float32}
-    pipe.save_nara_weights(tmp_path)  # type: ignore[attr-defined]
-    again.load_nara_weights(tmp_path)  # type: ignore[attr-defined]
-    torch.testing.assert_close(predict(pipe), predict(again))
 
 
 def test_layerwise_casting_that_computes_in_bfloat16_gives_the_outputs_of_float32(root: Path) -> None:
@@ -157,6 +142,10 @@ def test_layerwise_casting_that_computes_in_bfloat16_gives_the_outputs_of_float3
     for name, parameter in exact.unet.named_parameters():
         parameter.data = parameter.data.to(torch.bfloat16).to(FLOAT8 if name in stored else torch.bfloat16).float()
     base = predict(exact)
+    trained = frozen_sd()
+    trained.unet.enable_layerwise_casting(FLOAT8, torch.bfloat16)
+    add_nara(trained)
+    assert {p.dtype for p in trained.unet.parameters() if p.requires_grad} == {torch.float32}
     for each in (pipe, exact):
         each.load_nara_weights(root / "nara", adapter_name="toy")  # type: ignore[attr-defined]
     found, expected = predict(pipe, dtype=torch.bfloat16).float(), predict(exact)

@@ -73,6 +73,8 @@ def test_saved_and_loaded_into_another_model_it_is_the_same_adapter(tmp_path: Pa
     loaded = PeftModel.from_pretrained(base, tmp_path)
     assert_near(run(loaded), expected)
     assert_far(run(loaded), run(loaded, LEVELS.roll(1)))
+    again = PeftModel.from_pretrained(two(), tmp_path, is_trainable=True)
+    assert ids_of_trainable(again) == {name for name, _ in again.named_parameters() if ".default." in name}
     loaded.load_adapter(tmp_path, "again")
     loaded.set_adapter("again")
     assert_near(run(loaded), expected)

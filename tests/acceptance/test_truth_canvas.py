@@ -44,7 +44,7 @@ def arguments(tmp_path: Path) -> Callable[..., Arguments]:
         "gradient_accumulation_steps": 4,
         "max_train_steps": 2,
         "checkpointing_steps": None,
-        "max_length": 1024,
+        "max_length": 64,
         "gen_length": 12,
         "generation_steps": None,
     }

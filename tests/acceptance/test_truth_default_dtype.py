@@ -18,13 +18,11 @@ from nara_diffusion import (
     TimestepNoise,
     core_matrix,
     noise_level,
-    set_noise_source,
     set_strength,
     to_lora,
     to_lora_bins,
 )
 from nara_diffusion.dllm import masked_diffusion_loss, read_noise_from_input_ids
-from nara_diffusion.noise.level import NoiseSignals
 from tests.helpers.adapted import TwoLayers, adapted
 
 OTHERS = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
@@ -42,25 +40,10 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-class Source:
-    """Tells λ as a Python number."""
-
-    convention = "mine"
-
-    def __call__(self, module: Any, args: Any, kwargs: Any) -> NoiseSignals:
-        return NoiseSignals(0.3)  # type: ignore[arg-type]
-
-
 @torch.no_grad()
 def in_context(model: Any, level: Any = 0.3) -> Tensor:
     with noise_level(model, level):
         return model(X)
-
-
-@torch.no_grad()
-def by_source(model: Any) -> Tensor:
-    set_noise_source(model, Source())
-    return model(X)
 
 
 def at_a_step(model: Any) -> Tensor:
@@ -84,7 +67,6 @@ WAYS: dict[str, Callable[[Any], Tensor]] = {
     "a number": in_context,
     "a list": lambda model: in_context(model, [0.3, 0.7, 0.1]),
     "a list with tensors": lambda model: in_context(model, [0.3, torch.tensor(0.7, dtype=torch.float32), 0.1]),
-    "a source": by_source,
     "a step of the strength": at_a_step,
     "core_matrix": lambda model: core_matrix(model, 0.3),
     "merging": merged,

@@ -64,8 +64,8 @@ def test_what_is_drawn_is_at_strength_1_and_all_else_at_0(low: float, high: floa
 # ---------------------------------------------------------------------- text
 
 
-def config_of(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "adapter_config.json").read_text())
+def strength_of(folder: Path) -> Any:
+    return json.loads((folder / "adapter_config.json").read_text())["strength"]
 
 
 def card_of(folder: Path) -> str:
@@ -80,7 +80,7 @@ def logits(model: Any, level: float) -> Tensor:
 def test_a_text_adapter_carries_its_window(arguments, tmp_path):
     dllm.main(arguments(**WINDOW))
     folder = tmp_path / "run"
-    assert config_of(folder)["strength"] == POINTS
+    assert strength_of(folder) == POINTS
     assert "noise levels: 0.3 ≤ λ < 0.8; the adapter is off outside, by the strength in its file" in card_of(folder)
     assert "In `generate` the adapter runs at λ" in card_of(folder)
     base, _ = load_backbone(arguments().pretrained_model_name_or_path)
@@ -103,7 +103,7 @@ def test_a_window_is_still_there_after_a_resume(arguments, tmp_path):
     dllm.main(arguments(**options, resume_from_checkpoint=str(folder / "checkpoint-4")))
     resumed = load_file(folder / "adapter_model.safetensors")
     assert all(torch.equal(tensor, whole[name]) for name, tensor in resumed.items())
-    assert config_of(folder)["strength"] == POINTS
+    assert strength_of(folder) == POINTS
 
 
 def test_a_run_starts_from_an_adapter_of_the_same_window_alone(arguments, tmp_path):
@@ -111,7 +111,7 @@ def test_a_run_starts_from_an_adapter_of_the_same_window_alone(arguments, tmp_pa
     fresh_accelerate()
     start = {"init_adapter": str(tmp_path / "run"), "output_dir": str(tmp_path / "second")}
     dllm.main(arguments(**WINDOW, **start))
-    assert config_of(tmp_path / "second")["strength"] == POINTS
+    assert strength_of(tmp_path / "second") == POINTS
     fresh_accelerate()
     for options in ({"min_noise_level": 0.3}, {}):
         with pytest.raises(ValueError, match=r"has the strength .* give the same --min_noise_level and --max_noise"):

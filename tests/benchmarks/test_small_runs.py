@@ -7,11 +7,6 @@ from dataclasses import replace
 
 import benchmark_alternatives
 import benchmark_decoding
-import benchmark_dreambooth_step
-import benchmark_export
-import benchmark_load
-import benchmark_loss_memory
-import benchmark_loss_variance
 import benchmark_quality
 import benchmark_regimes
 import benchmark_seen_noise
@@ -19,26 +14,12 @@ import benchmark_speed
 import measure_house
 import pytest
 from quality import results
-from quality.regimes.checked import check_row
 from quality.regimes.runs import REGIMES, Cell, Run, record_of
 
-from nara_diffusion.check.trials import CheckSettings
-
 pytestmark = pytest.mark.slow
-NARROW = {
-    "block_out_channels": (32, 32, 32),
-    "attention_head_dim": 4,
-    "transformer_layers_per_block": 1,
-    "layers_per_block": 1,
-}
 RUNS = {
     benchmark_speed: {"rounds": 2, "shape": (4, 8, 32), "rank": 5},
-    benchmark_export: {"counts": (5,), "cores": ("knots",)},
-    benchmark_loss_memory: {"vocabulary": 4096, "batch": 2, "length": 256},
     benchmark_decoding: {"questions": 2, "steps": 2},
-    benchmark_loss_variance: {"questions": 2, "draws": 4, "steps": 2},
-    benchmark_load: {"rounds": 2, "rank": 3, "swaps": 2, **NARROW},
-    benchmark_dreambooth_step: {"rounds": 2, "batches": [1], "rank": 2},
 }
 MADE_WITH = {"command", "hardware", "versions", "commit"}
 
@@ -95,12 +76,6 @@ def test_each_regime_trains_a_step_and_is_measured(regime):
 def test_benchmark_regimes_counts_what_is_left(tmp_path, capsys):
     assert benchmark_regimes.run(["--dry_run", "--regimes", "eps_to_v", "--output", str(tmp_path / "none.jsonl")]) == 0
     assert "120 runs of eps_to_v, attention, rank 4, 200 steps" in capsys.readouterr().out
-
-
-def test_benchmark_check_judges_a_regime():
-    record = check_row("eps_to_v", 0, CheckSettings(steps=1, samples=5, repeats=3))
-    assert record.keys() > MADE_WITH
-    assert set(record["differences"]) == {"lora", "untold"}
 
 
 def test_benchmark_alternatives_trains_an_arm(tmp_path, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""Dream, whose logits are those of the next token, without a context: a BOS token stands in front.
+"""Dream, whose logits are those of the next token, begins an empty context with BOS; nara-eval's 4 bits are QLoRA's.
 
 The reference is stock Qwen2 with the same weights, whose logits at position i are token i + 1's.
 """
@@ -140,3 +140,20 @@ def test_a_template_s_prompt_stays_that_of_training(harness: Any, stock: Any, mo
     prompt, answer = (harness.tokenizer(text).input_ids for text in (context, "ab"))
     assert BOS not in prompt
     assert value == pytest.approx(bound(stock, prompt[-62:], answer), rel=1e-5)
+
+
+LLADA_TINY = str(Path(__file__).parents[2] / "examples" / "assets" / "llada-tiny")
+
+
+def test_weights_are_rounded_to_nf4_with_double_quantisation() -> None:
+    pytest.importorskip("lm_eval")
+    bnb = pytest.importorskip("bitsandbytes.functional")
+    from nara_diffusion.lm_eval.harness_model import NaraDLLM
+
+    small: Any = NaraDLLM(LLADA_TINY, device="cpu", load_in_4bit=True, dtype="float32").model
+    whole, _ = load_backbone(LLADA_TINY)
+    for name in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"):
+        rounded, weight = small.get_submodule(name).weight, whole.get_submodule(name).weight.detach()
+        expected = bnb.dequantize_4bit(*bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=True))
+        assert torch.equal(bnb.dequantize_4bit(rounded.data, rounded.quant_state), expected)
+        assert (rounded.quant_state.quant_type, rounded.quant_state.nested) == ("nf4", True)

@@ -1,0 +1,199 @@
+"""Files that version 0.1 wrote, in PEFT's and pipelines' form: each loads by its user's call and gives what it gave."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import AutoPeftModel, AutoPeftModelForCausalLM, PeftModel
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
+
+from nara_diffusion.dllm import load_backbone
+from tests.acceptance import _bases, _files
+
+PEFT = _files.FILES / "peft"
+OUTPUTS = _files.expected("peft")
+SHIPPED = _files.ROOT / "examples" / "assets" / "llada-tiny"
+OF_TEXT = ["nara", "nara_dora", "knots", "constant", "rank_mask", "bins", "module_type", "layer", "strength", "mixed"]
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups:UserWarning"),
+    # PEFT's, of a base that it can't look up on the Hub
+    pytest.mark.filterwarnings("ignore:Could not find a config file in tiny-language:UserWarning"),
+]
+
+
+@pytest.fixture
+def base_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the adapters' configurations say that their base is: in tiny-language, of the present directory."""
+    monkeypatch.chdir(tmp_path)
+    _bases.language_model().save_pretrained("tiny-language")
+    return tmp_path / "tiny-language"
+
+
+def loaded(name: str) -> PeftModel:
+    """With another draw at hand, should anything of the adapter be drawn anew."""
+    torch.manual_seed(4321)
+    base = _bases.mixed_model() if name == "mixed" else _bases.language_model()
+    return PeftModel.from_pretrained(base, PEFT / name).eval()
+
+
+@pytest.mark.parametrize("name", _bases.BASES)
+def test_base_of_the_files_has_the_same_bytes_as_when_they_were_written(name: str) -> None:
+    stored = json.loads((_files.FILES / "bases.json").read_text())["sha256"]
+    assert _bases.digest(_bases.BASES[name]()) == stored[name]
+
+
+@pytest.mark.parametrize("name", OF_TEXT)
+def test_peft_folder_of_0_1_computes_the_stored_outputs_and_is_saved_as_it_was(name: str, tmp_path) -> None:
+    model = loaded(name)
+    _files.assert_near(_bases.text_output(model), OUTPUTS[name], model)
+    held = {layer.removeprefix("base_model.model.") for layer in _files.adapted_layers(model)}
+    assert held == _files.layers_of(load_file(PEFT / name / _files.PEFT_WEIGHTS), "base_model.model.")
+    model.save_pretrained(tmp_path)
+    _files.assert_same_tensors(tmp_path / _files.PEFT_WEIGHTS, PEFT / name / _files.PEFT_WEIGHTS)
+    fields = [json.loads((folder / _files.PEFT_CONFIG).read_text()) for folder in (tmp_path, PEFT / name)]
+    _files.assert_same_fields(*fields)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("nara", AutoPeftModelForCausalLM), ("knots", AutoPeftModel)], ids=["causal", "by its class"]
+)
+def test_auto_class_of_peft_finds_base_and_adapter(name, kind, base_folder: Path) -> None:
+    model = kind.from_pretrained(str(PEFT / name)).eval()
+    assert isinstance(model.base_model.model, LlamaForCausalLM)
+    _files.assert_near(_bases.text_output(model), OUTPUTS[name], model)
+
+
+@pytest.mark.parametrize("name", ["nara_dora", "layer"])
+def test_load_adapter_of_transformers_computes_the_stored_outputs(name: str) -> None:
+    model = _bases.language_model()
+    model.load_adapter(PEFT / name, adapter_name="mine")
+    _files.assert_near(_bases.text_output(model), OUTPUTS[name], model)
+    tensors = load_file(PEFT / name / _files.PEFT_WEIGHTS)
+    assert _files.adapted_layers(model, "mine") == _files.layers_of(tensors, "base_model.model.")
+
+
+def test_from_pretrained_of_transformers_takes_an_adapters_folder(base_folder: Path) -> None:
+    model = LlamaForCausalLM.from_pretrained(PEFT / "nara")
+    _files.assert_near(_bases.text_output(model), OUTPUTS["nara"], model)
+
+
+def test_adapter_of_a_checkpoint_loads_into_the_backbone_of_its_run() -> None:
+    base, _ = load_backbone(str(SHIPPED))
+    model = PeftModel.from_pretrained(base, PEFT / "checkpoint-2").eval()
+    found = _bases.shipped_output(model)
+    _files.assert_near(found, OUTPUTS["checkpoint-2"], model)
+    with model.disable_adapter():
+        assert (_bases.shipped_output(model) - found).abs().max() > 0.1
+
+
+def test_peft_folder_of_a_unet_loads_into_a_pipeline_with_its_scheduler() -> None:
+    pipe = _bases.sdxl()
+    before = pipe.scheduler
+    pipe.load_nara_weights(PEFT / "converted", adapter_name="v")
+    _files.assert_near(_bases.sdxl_outputs(pipe)["unet"], OUTPUTS["converted"], pipe.unet)
+    assert type(pipe.scheduler) is type(before)
+    assert pipe.scheduler.config.prediction_type == "v_prediction"
+    pipe.unload_nara_weights()
+    assert pipe.scheduler is before
+    assert pipe.scheduler.config.prediction_type == "epsilon"
+
+
+def test_peft_folder_of_a_unet_loads_into_the_unet_alone(tmp_path: Path) -> None:
+    model = PeftModel.from_pretrained(_bases.unet(), PEFT / "converted").eval()
+    pipe: Any = _bases.sdxl()
+    pipe.unet = model.base_model.model
+    _files.assert_near(_bases.sdxl_outputs(pipe)["unet"], OUTPUTS["converted"], pipe.unet)
+    model.save_pretrained(tmp_path)
+    _files.assert_same_tensors(tmp_path / _files.PEFT_WEIGHTS, PEFT / "converted" / _files.PEFT_WEIGHTS)
+    stored, found = (json.loads((path / _files.PEFT_CONFIG).read_text()) for path in (PEFT / "converted", tmp_path))
+    assert found["scheduler"] == stored["scheduler"]
+    assert found["noise_convention"] == "timestep"
+
+
+PIPELINES = _files.FILES / "pipelines"
+OF_PIPELINES = _files.expected("pipelines")
+NAMES = [f"{name}_{kind}" for name in _bases.PIPELINES for kind in ("float32", "bfloat16")]
+
+
+def base(name: str) -> Any:
+    return _bases.PIPELINES[name.rpartition("_")[0]][0]()
+
+
+def say(pipe: Any, name: str) -> dict[str, torch.Tensor]:
+    return _bases.PIPELINES[name.rpartition("_")[0]][1](pipe)
+
+
+def in_dtype(name: str) -> Any:
+    """The pipeline in the dtype in which the file was written."""
+    pipe = base(name)
+    if name.endswith("bfloat16"):
+        for part in ("unet", "transformer", "text_encoder", "text_encoder_2"):
+            if getattr(pipe, part, None) is not None:
+                getattr(pipe, part).bfloat16()
+    return pipe
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pipeline_file_of_0_1_computes_the_stored_outputs(name: str) -> None:
+    pipe = base(name)
+    torch.manual_seed(4321)
+    pipe.load_nara_weights(PIPELINES / name, adapter_name="mine")
+    tensors = load_file(PIPELINES / name / _files.PIPELINE_WEIGHTS)
+    for part, value in say(pipe, name).items():
+        _files.assert_near(value, OF_PIPELINES[f"{name}.{part}"], getattr(pipe, part))
+        assert _files.adapted_layers(getattr(pipe, part), "mine") == _files.layers_of(tensors, f"{part}.")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pipeline_file_of_0_1_saved_again_has_the_same_tensors_and_fields(name: str, tmp_path: Path) -> None:
+    pipe = in_dtype(name)
+    pipe.load_nara_weights(PIPELINES / name, adapter_name="mine")
+    pipe.save_nara_weights(tmp_path, adapter_name="mine")
+    found, stored = tmp_path / _files.PIPELINE_WEIGHTS, PIPELINES / name / _files.PIPELINE_WEIGHTS
+    _files.assert_same_tensors(found, stored)
+    fields, of_0_1 = (_files.header(path)[_files.METADATA] for path in (found, stored))
+    assert fields["format_version"] == of_0_1["format_version"]
+    assert fields["components"].keys() == of_0_1["components"].keys()
+    for part, config in of_0_1["components"].items():
+        _files.assert_same_fields(fields["components"][part], config)
+
+
+@pytest.mark.parametrize("name", ["sdxl_bfloat16", "sdxl_unet_bfloat16"])
+def test_file_in_bfloat16_keeps_its_core_in_float32_in_a_pipeline_in_bfloat16(name: str) -> None:
+    pipe = in_dtype(name)
+    pipe.load_nara_weights(PIPELINES / name)
+    for part, value in say(pipe, name).items():
+        assert value.dtype == torch.bfloat16
+        wanted = OF_PIPELINES[f"{name}.{part}"]
+        torch.testing.assert_close(value.float(), wanted, rtol=0, atol=0.1 * wanted.abs().max().item())
+        assert (value.float() - wanted).abs().mean() < 0.02 * wanted.abs().max()
+        held = {n: p.dtype for n, p in getattr(pipe, part).named_parameters()}
+        assert {dtype for n, dtype in held.items() if "core" not in n} == {torch.bfloat16}
+        assert {dtype for n, dtype in held.items() if "core" in n} <= {torch.float32}
+
+
+def test_convert_to_peft_and_back_keeps_each_tensor_of_a_component(tmp_path: Path, capsys) -> None:
+    nara = _files.command()
+    nara(["convert", str(PIPELINES / "sdxl_unet_float32"), str(tmp_path / "peft"), "--to", "peft"])
+    model = PeftModel.from_pretrained(_bases.unet(), tmp_path / "peft").eval()
+    pipe = _bases.sdxl()
+    pipe.unet = model.base_model.model
+    _files.assert_near(_bases.sdxl_outputs(pipe)["unet"], OF_PIPELINES["sdxl_unet_float32.unet"], pipe.unet)
+    nara(["convert", str(tmp_path / "peft"), str(tmp_path / "back"), "--to", "pipeline", "--component", "unet"])
+    stored = PIPELINES / "sdxl_unet_float32" / _files.PIPELINE_WEIGHTS
+    _files.assert_same_tensors(tmp_path / "back" / _files.PIPELINE_WEIGHTS, stored)
+
+
+def test_convert_takes_one_of_several_components(tmp_path: Path, capsys) -> None:
+    source, words = str(PIPELINES / "sdxl_float32"), ["--to", "peft", "--component", "text_encoder_2"]
+    _files.command()(["convert", source, str(tmp_path), *words])
+    pipe = _bases.sdxl()
+    pipe.text_encoder_2 = PeftModel.from_pretrained(pipe.text_encoder_2, tmp_path).eval()
+    found = _bases.sdxl_outputs(pipe)["text_encoder_2"]
+    _files.assert_near(found, OF_PIPELINES["sdxl_float32.text_encoder_2"], pipe.text_encoder_2)
