@@ -190,11 +190,12 @@ def build(
         before = gr.State()
         loaded = [state, table, curves, before, preset, *images]
         hidden: dict[str, Any] = {"show_progress": "hidden"}
-        on_adapters = or_blank(on_adapters, [[], None, None, OWN, None, None, None])
+        blank: list[Any] = [[], None, None, OWN, None, None, None]
+        on_adapters = or_blank(on_adapters, blank)
         on_strengths = or_blank(on_strengths, [None])
         page.load(on_adapters, [*source, before], loaded, api_visibility="private", **hidden)
         for box in (pipeline, sources):
-            box.change(lambda: (None,) * 3, None, images, api_visibility="private", **hidden)
+            box.change(lambda: blank, None, loaded[1:], api_visibility="private", **hidden)
             box.blur(on_adapters, [*source, before], loaded, api_visibility="private", **hidden)
         choose = or_blank(on_preset, [[], None])
         preset.input(choose, [*source, preset], [state, table, curves], api_visibility="private", **hidden)
