@@ -171,7 +171,8 @@ def fine_tune(args: Arguments, run: Run) -> dict[str, Any]:
         "adapter": title_of(args),
         "optimizer steps": f"{steps} of {counted(run.global_batch, 'sample')}",
         "training data": f"{counted(len(stream.samples), 'record')} of {sources[0]}, train_on {args.train_on}",
-        "validation data": f"{counted(len(validation_rows), 'row')} of {sources[1]}",
+        "validation data": f"{counted(len(validation_rows), 'row')} of {sources[1]}"
+        + ("" if args.validation_file else ", held out of the training data"),
         "canvas": canvas,
         "trainable parameters": f"{trainable:,}",
         "hardware": run.hardware,

@@ -88,6 +88,13 @@ def test_numbers_are_texts_as_the_file_writes_them(tmp_path: Path) -> None:
     assert read_records(tmp_path / "own.jsonl")["answer"][:] == ["1.50", "18", "x", "true", "1e3"]
 
 
+@pytest.mark.parametrize("content", ["", "\n\n", "[]", "\ufeff"])
+def test_file_without_records_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "own.json").write_text(content)
+    with pytest.raises(ValueError, match=r"own\.json holds no records"):
+        read_records(tmp_path / "own.json")
+
+
 def test_folder_and_names_that_begin_as_paths_are_not_asked_of_the_hub(tmp_path: Path, monkeypatch) -> None:
     asked: list[Any] = []
 

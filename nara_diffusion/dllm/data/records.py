@@ -67,9 +67,11 @@ def read_records(
     path = Path(name).expanduser()
     if not path.exists() and (str(name).startswith((".", "/", "~")) or re.match(r"\.[A-Za-z]", path.suffix)):
         raise ValueError(f"there is no file {path}")
+    if path.is_file() and not path.stat().st_size:
+        raise ValueError(f"{path} holds no records")
     kind, _, split = str(path).partition(":")
     options: dict[str, Any] = {"name": config, "split": split or "train"}
-    source = str(path) if path.exists() else f"{path} on the Hub"
+    source = str(path) if path.exists() else f"{path} on the Hub (there is no {path} here)"
     if path.is_file():
         kind = "parquet" if path.suffix == ".parquet" else "text"
         options = {"data_files": glob.escape(str(path.absolute())), "split": "train"}
@@ -95,8 +97,8 @@ def load_records(args: Any) -> tuple[Dataset, Dataset, Dataset]:
         held_out = args.validation_samples or max(1, min(_MOST_HELD_OUT, len(records) // 10))
         if len(records) - held_out < held_out:
             raise ValueError(
-                f"{len(records)} training records can't spare {held_out} for validation, which leaves "
-                f"{max(len(records) - held_out, 0)} to train on: lower validation_samples, or give a validation_file."
+                f"training records: {len(records)}, of which {held_out} can't be spared for validation, since that "
+                f"leaves {max(len(records) - held_out, 0)}: lower validation_samples, or give a validation_file"
             )
         parts = records.train_test_split(test_size=held_out, seed=args.seed)
         records, validation = parts["train"], parts["test"]
