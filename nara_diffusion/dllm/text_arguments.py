@@ -79,8 +79,8 @@ class ObjectiveArguments:
 
     trained_padding: str = option(
         "gen_length",
-        "How far end tokens after an answer are trained on: gen_length, as far as generation goes; longest, the "
-        "longest sample of the global batch; max_length; or a number of tokens.",
+        "End tokens after an answer that are trained on: gen_length, as far as generation goes; longest, as far as the "
+        "longest sample of the global batch; or a number.",
         unit="tokens",
         rare=True,
     )
@@ -135,9 +135,8 @@ class Arguments(
                 "load_in_4bit and load_in_8bit round the weights beside which an adapter is trained: give one of them, "
                 f"and an adapter, not {self.adapter}."
             )
-        words = ("gen_length", "longest", "max_length")
-        if self.trained_padding not in words and not self.trained_padding.isdecimal():
-            raise ValueError(f"trained_padding is {self.trained_padding!r}, expected {', '.join(words)} or a number.")
+        if self.trained_padding not in ("gen_length", "longest") and not self.trained_padding.isdecimal():
+            raise ValueError(f"trained_padding is {self.trained_padding!r}, expected gen_length, longest or a number.")
 
     @property
     def is_quantised(self) -> bool:

@@ -103,7 +103,7 @@ def test_card_s_code_loads_the_model_that_was_measured(finished: Path, flags: di
     )
     found, found_curve = results(finished), {}
     end = tokenizer.eos_token_id
-    collator = AnswerCollator(end, "gen_length", max_length=40, gen_length=8)
+    collator = AnswerCollator(end, "gen_length", gen_length=8)
     options: dict[str, Any] = {"collator": collator, "batch_size": 4, "seed": 0, "progress": False}
     for when in ("after", "before"):
         share = exact_match(model, tokenizer, test, gen_length=8, steps=4, progress=False).score

@@ -59,7 +59,7 @@ def test_gen_length_trains_each_answer_to_gen_length_after_its_prompt() -> None:
         {"input_ids": [5, 6, 7, 8, 9], "prompt_length": 3},  # cut at max_length: it doesn't end there
         {"input_ids": [5, 6, 7, 8, END], "prompt_length": 4},
     ]
-    batch = AnswerCollator(END, "gen_length", max_length=5, gen_length=6)(rows)
+    batch = AnswerCollator(END, "gen_length", gen_length=6)(rows)
     assert batch["answer_lengths"].tolist() == [6, 8, 2, 6]
     assert batch["input_ids"].tolist() == [row["input_ids"] + [END] * (10 - len(row["input_ids"])) for row in rows]
 

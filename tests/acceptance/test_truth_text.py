@@ -51,9 +51,7 @@ def test_a_tenth_of_the_records_is_held_out_and_128_at_most(
 def test_holding_out_more_than_is_left_to_train_on_is_refused(
     tmp_path: Path, records: int, given: int | None, left: int
 ) -> None:
-    message = (
-        rf"^training records: {records}, of which \d+ can't be spared for validation, since .* {left}: lower"
-    )
+    message = rf"^training records: {records}, of which \d+ can't be spared for validation, since .* {left}: lower"
     with pytest.raises(ValueError, match=message):
         divided(tmp_path, records, given)
 

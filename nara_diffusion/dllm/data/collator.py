@@ -20,8 +20,7 @@ from nara_diffusion.training.stream import ShuffledStream
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_SAMPLE = 1000  # samples of the training stream that `TrainedCanvas` looks at
-_WORDS = ("gen_length", "longest", "max_length")
+_SAMPLE = 1000  # samples of the training stream that `trained_canvas` looks at
 
 
 @dataclass(frozen=True)
@@ -37,28 +36,14 @@ class AnswerCollator:
             "gen_length" as far as `gen_length` tokens after the prompt, which is what generation fills;
             "longest" as far as the longest row of the global batch, as LLaDA does, which rows name under "longest"
                 (see `GlobalBatchStream`); rows without it go as far as the longest that is given;
-            "max_length" as far as `max_length` tokens, prompt included;
-            a number: that many tokens at most, within `max_length`.
+            a number: that many tokens.
             Under all but "longest", a row's loss doesn't depend on the rows beside it.
-        max_length: length of the rows under "max_length", and not exceeded under a number.
         gen_length: length of the answers under "gen_length".
-
-    Raises:
-        ValueError: an unknown `trained_padding`, or one without the length that it names.
     """
 
     end_token_id: int
     trained_padding: str | int = "longest"
-    max_length: int | None = None
     gen_length: int | None = None
-
-    def __post_init__(self) -> None:
-        padding = self.trained_padding
-        if isinstance(padding, str) and (padding not in _WORDS or getattr(self, padding, 0) is None):
-            known = ", ".join(map(repr, _WORDS))
-            raise ValueError(
-                f"trained_padding is {padding!r}, expected a number or one of {known}, with the length that it names"
-            )
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         answer_lengths = torch.tensor(self.answer_lengths(rows))
@@ -86,11 +71,9 @@ class AnswerCollator:
 
     def padded_length(self, length: int, prompt: int, longest: int) -> int:
         """The length of a row with its trained padding, beside a row of `longest` tokens."""
-        ends = {"gen_length": prompt + (self.gen_length or 0), "max_length": self.max_length, "longest": longest}
-        if self.trained_padding in ends:
-            return max(length, ends[self.trained_padding])
-        padded = length + int(self.trained_padding)
-        return padded if self.max_length is None else max(length, min(padded, self.max_length))
+        if self.trained_padding == "gen_length":
+            return max(length, prompt + self.gen_length)  # type: ignore[operator]
+        return longest if self.trained_padding == "longest" else length + int(self.trained_padding)
 
 
 class GlobalBatchStream(ShuffledStream):
