@@ -127,12 +127,11 @@ def fine_tune(args: Arguments, run: Run) -> dict[str, Any]:
     for what, part in zip(("training data", "validation data"), encoded, strict=False):
         run.record_data_digest(what, [part.digest()])
     train_rows, validation_rows, test_rows = (part.rows for part in encoded)
-    collator = AnswerCollator(end_token_id(tokenizer), padding, max_length, args.gen_length)
+    collator = AnswerCollator(end_token_id(tokenizer), args.trained_padding, args.gen_length)
     validation_rows = with_longest(validation_rows, run.global_batch)
     longest, longest_prompt = (max(getattr(part, name) for part in encoded) for name in ("longest", "longest_prompt"))
-    canvas_prompt = (
-        longest_prompt if args.trained_padding == "gen_length" else encoded[-1].longest_prompt
-    )  # of the test records
+    whose = encoded if args.trained_padding == "gen_length" else encoded[-1:]  # else of the test records
+    canvas_prompt = max(part.longest_prompt for part in whose)
     check_canvas(backbone, canvas_prompt, args.gen_length)
     if args.gradient_checkpointing:
         recompute_activations(backbone)
