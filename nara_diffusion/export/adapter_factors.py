@@ -2,15 +2,20 @@
 
     ΔW(λ) = s · B · C(λ) · A          A (r, d_in …), B (d_out, r …), C (b, r, r), s a number
 
-C includes a strength that depends on λ. It is I in a layer that reads no core.
+C includes a strength that depends on λ. It is I in a layer that reads no core. C at one λ is multiplied into B:
+
+    s · B · C(λ) · A  =  α/r · B' · A,        B' = (s r / α) · B · C(λ)
+
+α and r are those of the configuration. s differs from α/r where a strength was set, which then goes into B' too. In a
+grouped convolution B is block-diagonal and C is not, so there A' = (s r / α) · C(λ) · A.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -24,7 +29,7 @@ from nara_diffusion.config import NaraConfig
 from nara_diffusion.cores.registry import CoreSet, core_group, make_cores
 from nara_diffusion.layers.offloading import onloaded
 from nara_diffusion.layers.variants import NaraVariant
-from nara_diffusion.loaders.file import AdapterPart
+from nara_diffusion.loaders.file import AdapterPart, configured_scaling
 from nara_diffusion.loaders.strict import held_tensors
 from nara_diffusion.noise.level import Level, NoiseSignals, as_signals
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
@@ -62,6 +67,35 @@ class Adapter:
         ranks = {name: layer.rank for name, layer in self.lora.layers.items()}
         made[None] = torch.eye(max(ranks.values(), default=0))[None]
         return {name: made[self.keys[name]][:, :rank, :rank] for name, rank in ranks.items()}
+
+    def folded(self, cores: Mapping[str, Tensor]) -> PlainLora:
+        """The plain LoRA s · B · C · A with that C (r, r) of each module."""
+        if self.config.lora_bias:
+            raise ValueError("The adapter has biases of B (lora_bias=True): save it by save_pretrained.")
+        layers = {name: _folded(name, layer, cores[name], self.lora.config) for name, layer in self.lora.layers.items()}
+        return replace(self.lora, layers=layers)
+
+
+def _folded(name: str, layer: PlainLoraLayer, core: Tensor, config: LoraConfig) -> PlainLoraLayer:
+    """s · B · C · A of one layer as α/r · B' · A'; products in float64, which are kept in float32 or better."""
+    scaling = configured_scaling(config, name, layer.rank)
+    if scaling == 0 != layer.scaling:
+        raise ValueError(
+            f"Layer '{name}' has lora_alpha 0 in the configuration, but its scaling is {layer.scaling:g}: set "
+            "lora_alpha in the configuration to what it was in training."
+        )
+    gain = 1.0 if scaling == layer.scaling else layer.scaling / scaling
+    plain = replace(layer, alpha=scaling * layer.rank)
+    if gain == 1.0 and torch.equal(core, torch.eye(layer.rank, dtype=core.dtype)):
+        return plain
+    core = gain * core.double()
+    if layer.groups > 1 and not layer.is_embedding:
+        return replace(plain, A=_kept(core @ layer.A.double().flatten(1), layer.A))
+    return replace(plain, B=_kept(layer.B.double().flatten(1) @ core, layer.B))
+
+
+def _kept(product: Tensor, like: Tensor) -> Tensor:
+    return product.view(like.shape).to(torch.promote_types(like.dtype, torch.float32))
 
 
 # ---------------------------------------------------------------------- of a model

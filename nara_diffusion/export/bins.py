@@ -32,9 +32,8 @@ from nara_diffusion.noise.strength_schedule import StrengthSchedule
 from nara_diffusion.utils.atomic_write import atomic_write_files
 
 from .adapter_factors import Adapter, adapter_of_model
-from .core_samples import CoreSamples
 from .plain_lora import ExportError, PlainLora, PlainLoraLayer, config_of_layers, warn_of_scheduler
-from .to_lora import assembled
+from .to_lora import CoreSamples
 
 SCHEDULE_FILE = "lora_bins.json"
 _MOST = 64
@@ -144,7 +143,7 @@ def _check_summable(adapter: Adapter) -> None:
 
 
 def _lora(adapter: Adapter, cores: Mapping[str, Tensor]) -> PlainLora:
-    lora = assembled(adapter, cores)
+    lora = adapter.folded(cores)
     layers = {name: _without_unused(layer) for name, layer in lora.layers.items()}
     if all(layer.rank == lora.layers[name].rank for name, layer in layers.items()):
         return lora
