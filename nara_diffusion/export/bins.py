@@ -120,11 +120,11 @@ def bins_of(adapter: Adapter, bins: int | None, mask_density: Level | None = Non
         raise ValueError(f"bins is {bins!r}: pass a number of LoRAs, an int from 1 to {_MOST}.")
     _check_summable(adapter)
     samples = CoreSamples(adapter, mask_density)
-    blend = _blend(samples, bins)
-    cores = samples.mixed(blend.mixing)
-    loras = [_lora(adapter, {name: C[index] for name, C in cores.items()}) for index in range(len(blend.schedules))]
+    played, mixing = _blend(samples, bins)
+    cores = samples.mixed(mixing)
+    loras = [_lora(adapter, {name: C[index] for name, C in cores.items()}) for index in range(len(mixing))]
     warn_of_scheduler(adapter.lora.scheduler)
-    return LoraBins(loras, blend.schedules, blend.noise_levels, blend.error)
+    return replace(played, loras=loras)
 
 
 def _check_summable(adapter: Adapter) -> None:
@@ -162,35 +162,29 @@ def _without_unused(layer: PlainLoraLayer) -> PlainLoraLayer:
 # ---------------------------------------------------------------------- which strengths
 
 
-@dataclass(frozen=True)
-class _Blend:
-    """K cores C_k = Σ_i T_ki C(λ_i), their strengths, the λ_k (K,) at which these are 1, and the error."""
-
-    noise_levels: list[float]
-    schedules: list[StrengthSchedule]
-    mixing: Tensor
-    error: ExportError
+_Blend = tuple[LoraBins, Tensor]
+"""What is played, without its LoRAs, and T (K, n) of their cores C_k = Σ_i T_ki C(λ_i)."""
 
 
 def _blend(samples: CoreSamples, bins: int | None) -> _Blend:
     """The exact blend, if it has at most `bins` LoRAs; else the best of `bins` LoRAs that was found."""
-    exact = _of_knots(samples, samples.breakpoints)
-    if exact.error.worst_update <= _EXACT and (bins is None or len(exact.schedules) <= bins):
-        return exact
+    exact, mixing = _of_knots(samples, samples.breakpoints)
+    if exact.error.worst_update <= _EXACT and (bins is None or len(mixing) <= bins):
+        return exact, mixing
     if bins is None:
-        raise ValueError(f"The adapter is not exactly a sum of {len(exact.schedules)} LoRAs: pass bins, their number.")
+        raise ValueError(f"The adapter is not exactly a sum of {len(mixing)} LoRAs: pass bins, their number.")
     wanted = torch.linspace(0, 1, bins, dtype=torch.float32) if bins > 1 else torch.tensor([0.5])
     uniform = (samples.levels[:, None] - wanted).abs().argmin(0).tolist()
     starts = (samples.breakpoints, [0, len(samples.levels) - 1])
     placements = [uniform, *(_grown(samples, start, bins) for start in starts)]
     fits = [_of_knots(samples, knots, fitted=True) for knots in placements if knots is not None]
-    return min(fits, key=lambda blend: blend.error.mean_update)
+    return min(fits, key=lambda blend: blend[0].error.mean_update)
 
 
 def _grown(samples: CoreSamples, knots: list[int], number: int) -> list[int] | None:
     """Add knots where the interpolation of C is farthest from C(λ), until they have `number` φ; None if they can't."""
     while len(_runs(samples, knots)) < number:
-        errors = torch.tensor(_of_knots(samples, knots).error.update)
+        errors = torch.tensor(_of_knots(samples, knots)[0].error.update)
         errors[knots] = 0
         if not errors.any():
             return None
@@ -208,7 +202,7 @@ def _of_knots(samples: CoreSamples, knots: list[int], fitted: bool = False) -> _
         mixing = torch.linalg.pinv(root[:, None] * shares) * root
     else:
         mixing = torch.eye(len(samples.levels), dtype=torch.float64)[chosen]
-    return _Blend(samples.levels[chosen].tolist(), schedules, mixing, samples.error(shares, mixing))
+    return LoraBins([], schedules, samples.levels[chosen].tolist(), samples.error(shares, mixing)), mixing
 
 
 def _runs(samples: CoreSamples, knots: list[int]) -> list[list[int]]:

@@ -26,75 +26,69 @@ from .plain_lora import PlainLoraLayer
 MLP_RATIO = 4  # of FLUX: proj_mlp has four times the rows of q
 
 _FLUX = {
-    "transformer_blocks.*.attn.to_out.0": "double_blocks.*.img_attn.proj",
-    "transformer_blocks.*.attn.to_add_out": "double_blocks.*.txt_attn.proj",
-    "transformer_blocks.*.ff.net.0.proj": "double_blocks.*.img_mlp.0",
-    "transformer_blocks.*.ff.net.2": "double_blocks.*.img_mlp.2",
-    "transformer_blocks.*.ff_context.net.0.proj": "double_blocks.*.txt_mlp.0",
-    "transformer_blocks.*.ff_context.net.2": "double_blocks.*.txt_mlp.2",
-    "transformer_blocks.*.norm1.linear": "double_blocks.*.img_mod.lin",
-    "transformer_blocks.*.norm1_context.linear": "double_blocks.*.txt_mod.lin",
-    "single_transformer_blocks.*.proj_out": "single_blocks.*.linear2",
-    "single_transformer_blocks.*.norm.linear": "single_blocks.*.modulation.lin",
-    "x_embedder": "img_in",
-    "context_embedder": "txt_in",
-    "time_text_embed.timestep_embedder.linear_1": "time_in.in_layer",
-    "time_text_embed.timestep_embedder.linear_2": "time_in.out_layer",
-    "time_text_embed.text_embedder.linear_1": "vector_in.in_layer",
-    "time_text_embed.text_embedder.linear_2": "vector_in.out_layer",
-    "time_text_embed.guidance_embedder.linear_1": "guidance_in.in_layer",
-    "time_text_embed.guidance_embedder.linear_2": "guidance_in.out_layer",
-    "proj_out": "final_layer.linear",
+    "double_blocks.*.img_attn.qkv": [f"transformer_blocks.*.attn.to_{x}" for x in "qkv"],
+    "double_blocks.*.txt_attn.qkv": [f"transformer_blocks.*.attn.add_{x}_proj" for x in "qkv"],
+    "single_blocks.*.linear1": (
+        *(f"single_transformer_blocks.*.attn.to_{x}" for x in "qkv"),
+        "single_transformer_blocks.*.proj_mlp",
+    ),
+    "double_blocks.*.img_attn.proj": ["transformer_blocks.*.attn.to_out.0"],
+    "double_blocks.*.txt_attn.proj": ["transformer_blocks.*.attn.to_add_out"],
+    "double_blocks.*.img_mlp.0": ["transformer_blocks.*.ff.net.0.proj"],
+    "double_blocks.*.img_mlp.2": ["transformer_blocks.*.ff.net.2"],
+    "double_blocks.*.txt_mlp.0": ["transformer_blocks.*.ff_context.net.0.proj"],
+    "double_blocks.*.txt_mlp.2": ["transformer_blocks.*.ff_context.net.2"],
+    "double_blocks.*.img_mod.lin": ["transformer_blocks.*.norm1.linear"],
+    "double_blocks.*.txt_mod.lin": ["transformer_blocks.*.norm1_context.linear"],
+    "single_blocks.*.linear2": ["single_transformer_blocks.*.proj_out"],
+    "single_blocks.*.modulation.lin": ["single_transformer_blocks.*.norm.linear"],
+    "img_in": ["x_embedder"],
+    "txt_in": ["context_embedder"],
+    "time_in.in_layer": ["time_text_embed.timestep_embedder.linear_1"],
+    "time_in.out_layer": ["time_text_embed.timestep_embedder.linear_2"],
+    "vector_in.in_layer": ["time_text_embed.text_embedder.linear_1"],
+    "vector_in.out_layer": ["time_text_embed.text_embedder.linear_2"],
+    "guidance_in.in_layer": ["time_text_embed.guidance_embedder.linear_1"],
+    "guidance_in.out_layer": ["time_text_embed.guidance_embedder.linear_2"],
+    "final_layer.linear": ["proj_out"],
 }
 _SD3 = {
-    "transformer_blocks.*.attn.to_out.0": "joint_blocks.*.x_block.attn.proj",
-    "transformer_blocks.*.attn.to_add_out": "joint_blocks.*.context_block.attn.proj",
-    "transformer_blocks.*.attn2.to_out.0": "joint_blocks.*.x_block.attn2.proj",
-    "transformer_blocks.*.ff.net.0.proj": "joint_blocks.*.x_block.mlp.fc1",
-    "transformer_blocks.*.ff.net.2": "joint_blocks.*.x_block.mlp.fc2",
-    "transformer_blocks.*.ff_context.net.0.proj": "joint_blocks.*.context_block.mlp.fc1",
-    "transformer_blocks.*.ff_context.net.2": "joint_blocks.*.context_block.mlp.fc2",
-    "transformer_blocks.*.norm1.linear": "joint_blocks.*.x_block.adaLN_modulation.1",
-    "transformer_blocks.*.norm1_context.linear": "joint_blocks.*.context_block.adaLN_modulation.1",
-    "context_embedder": "context_embedder",
-    "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
-    "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
-    "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
-    "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
-    "proj_out": "final_layer.linear",
+    "joint_blocks.*.x_block.attn.qkv": [f"transformer_blocks.*.attn.to_{x}" for x in "qkv"],
+    "joint_blocks.*.context_block.attn.qkv": [f"transformer_blocks.*.attn.add_{x}_proj" for x in "qkv"],
+    "joint_blocks.*.x_block.attn2.qkv": [f"transformer_blocks.*.attn2.to_{x}" for x in "qkv"],
+    "joint_blocks.*.x_block.attn.proj": ["transformer_blocks.*.attn.to_out.0"],
+    "joint_blocks.*.context_block.attn.proj": ["transformer_blocks.*.attn.to_add_out"],
+    "joint_blocks.*.x_block.attn2.proj": ["transformer_blocks.*.attn2.to_out.0"],
+    "joint_blocks.*.x_block.mlp.fc1": ["transformer_blocks.*.ff.net.0.proj"],
+    "joint_blocks.*.x_block.mlp.fc2": ["transformer_blocks.*.ff.net.2"],
+    "joint_blocks.*.context_block.mlp.fc1": ["transformer_blocks.*.ff_context.net.0.proj"],
+    "joint_blocks.*.context_block.mlp.fc2": ["transformer_blocks.*.ff_context.net.2"],
+    "joint_blocks.*.x_block.adaLN_modulation.1": ["transformer_blocks.*.norm1.linear"],
+    "joint_blocks.*.context_block.adaLN_modulation.1": ["transformer_blocks.*.norm1_context.linear"],
+    "context_embedder": ["context_embedder"],
+    "t_embedder.mlp.0": ["time_text_embed.timestep_embedder.linear_1"],
+    "t_embedder.mlp.2": ["time_text_embed.timestep_embedder.linear_2"],
+    "y_embedder.mlp.0": ["time_text_embed.text_embedder.linear_1"],
+    "y_embedder.mlp.2": ["time_text_embed.text_embedder.linear_2"],
+    "final_layer.linear": ["proj_out"],
 }
 _WAN = {
-    **{f"blocks.*.attn1.to_{x}": f"blocks.*.self_attn.{x}" for x in "qkv"},
-    "blocks.*.attn1.to_out.0": "blocks.*.self_attn.o",
-    **{f"blocks.*.attn2.to_{x}": f"blocks.*.cross_attn.{x}" for x in "qkv"},
-    "blocks.*.attn2.to_out.0": "blocks.*.cross_attn.o",
-    **{f"blocks.*.attn2.add_{x}_proj": f"blocks.*.cross_attn.{x}_img" for x in "kv"},
-    "blocks.*.ffn.net.0.proj": "blocks.*.ffn.0",
-    "blocks.*.ffn.net.2": "blocks.*.ffn.2",
-    "condition_embedder.time_proj": "time_projection.1",
-    "condition_embedder.time_embedder.linear_1": "time_embedding.0",
-    "condition_embedder.time_embedder.linear_2": "time_embedding.2",
-    "condition_embedder.text_embedder.linear_1": "text_embedding.0",
-    "condition_embedder.text_embedder.linear_2": "text_embedding.2",
-    "proj_out": "head.head",
+    **{f"blocks.*.self_attn.{x}": [f"blocks.*.attn1.to_{x}"] for x in "qkv"},
+    "blocks.*.self_attn.o": ["blocks.*.attn1.to_out.0"],
+    **{f"blocks.*.cross_attn.{x}": [f"blocks.*.attn2.to_{x}"] for x in "qkv"},
+    "blocks.*.cross_attn.o": ["blocks.*.attn2.to_out.0"],
+    **{f"blocks.*.cross_attn.{x}_img": [f"blocks.*.attn2.add_{x}_proj"] for x in "kv"},
+    "blocks.*.ffn.0": ["blocks.*.ffn.net.0.proj"],
+    "blocks.*.ffn.2": ["blocks.*.ffn.net.2"],
+    "time_projection.1": ["condition_embedder.time_proj"],
+    "time_embedding.0": ["condition_embedder.time_embedder.linear_1"],
+    "time_embedding.2": ["condition_embedder.time_embedder.linear_2"],
+    "text_embedding.0": ["condition_embedder.text_embedder.linear_1"],
+    "text_embedding.2": ["condition_embedder.text_embedder.linear_2"],
+    "head.head": ["proj_out"],
 }
 _TABLES = {"flux": _FLUX, "sd3": _SD3, "wan": _WAN}
-_FUSED = {
-    "flux": {
-        "double_blocks.*.img_attn.qkv": [f"transformer_blocks.*.attn.to_{x}" for x in "qkv"],
-        "double_blocks.*.txt_attn.qkv": [f"transformer_blocks.*.attn.add_{x}_proj" for x in "qkv"],
-        "single_blocks.*.linear1": [
-            *(f"single_transformer_blocks.*.attn.to_{x}" for x in "qkv"),
-            "single_transformer_blocks.*.proj_mlp",
-        ],
-    },
-    "sd3": {
-        "joint_blocks.*.x_block.attn.qkv": [f"transformer_blocks.*.attn.to_{x}" for x in "qkv"],
-        "joint_blocks.*.context_block.attn.qkv": [f"transformer_blocks.*.attn.add_{x}_proj" for x in "qkv"],
-        "joint_blocks.*.x_block.attn2.qkv": [f"transformer_blocks.*.attn2.to_{x}" for x in "qkv"],
-    },
-}
-"""{base: {matrix of the original code: Diffusers' modules, from top to bottom}}."""
+"""{base: {matrix of the original code: Diffusers' modules in it, from top to bottom}}."""
 _OUTSIDE = {
     "conv_in": "input_blocks.0.0",
     "conv_out": "out.2",
@@ -129,15 +123,14 @@ def parts_of(names: Collection[str], base: str, layers_per_block: int = 2) -> di
     found: dict[str, list[str | None]] = {}
     for name in names:
         pattern, block = re.sub(r"blocks\.\d+\.", "blocks.*.", name, count=1), re.search(r"blocks\.(\d+)\.", name)
-        matrix = next((key for key, parts in _FUSED.get(base, {}).items() if pattern in parts), None)
-        other = matrix or _TABLES[base].get(pattern)
-        if other is None:
+        entry = next((entry for entry in _TABLES[base].items() if pattern in entry[1]), None)
+        if entry is None:
             raise ValueError(
                 f"'{name}' has no name in {base}'s original code: save the adapter for Diffusers or PEFT, or choose "
                 "the base that it is for."
             )
-        own = [part.replace("*", block[1]) for part in _FUSED[base][matrix]] if matrix and block else [name]
-        found[other.replace("*", block[1] if block else "")] = [part if part in names else None for part in own]
+        other, *own = (each.replace("*", block[1]) if block else each for each in (entry[0], *entry[1]))
+        found[other] = [part if part in names else None for part in own]
     return found
 
 
