@@ -112,6 +112,7 @@ def test_without_lm_eval_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> 
 PROGRAM = """
 import json, sys
 from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
 from nara_diffusion.lm_eval.harness_model import NaraDLLM
 
 def evaluate(pretrained, peft, tasks, output):
