@@ -1,17 +1,14 @@
 """Losses and figures against those that are computed by hand; samples against the pipeline's own call; the sheet."""
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from diffusers import DDPMScheduler
-from PIL import Image
 
 from nara_diffusion.dreambooth import DreamBoothDataset, LatentCache, records_from_folder
 from nara_diffusion.dreambooth.comparison import Evaluation, ValidationLoss
@@ -19,7 +16,7 @@ from nara_diffusion.dreambooth.draws import draw_noise
 from nara_diffusion.dreambooth.families import SDXL
 from nara_diffusion.dreambooth.fidelity import Encoder, image_similarity, text_alignment
 from nara_diffusion.dreambooth.objectives import build_objective
-from nara_diffusion.dreambooth.samples import CELL, SampleSettings, sample_images, write_grid, write_images
+from nara_diffusion.dreambooth.samples import SampleSettings
 from tests.dreambooth.pictures import folder_of
 from tests.helpers.small_pipelines import small_sdxl
 
@@ -81,39 +78,3 @@ def test_a_measurement_holds_samples_losses_and_figures(pipe, loss, accelerator)
     assert found.text_alignment == pytest.approx(text_alignment(encoder, found.images, ["a cube"] * 2))
     assert found.curve == blind.curve
     assert found.validation_loss == pytest.approx(sum(found.curve) / 3)
-
-
-def test_samples_are_those_of_the_pipeline_s_own_call(pipe, tmp_path) -> None:
-    settings = SampleSettings(["a red toy", "a cube"], 3, seed=7, batch_size=3, call=CALL)
-    images = sample_images(pipe, settings)
-    for i, prompt in enumerate(settings.prompts):
-        generators = [torch.Generator().manual_seed(7 + j) for j in range(3)]
-        theirs = pipe([prompt] * 3, generator=generators, **CALL).images
-        for mine, other in zip(images[3 * i : 3 * i + 3], theirs, strict=True):
-            np.testing.assert_array_equal(np.asarray(mine), np.asarray(other))
-    write_images(tmp_path / "samples", images, settings)
-    lines = [json.loads(line) for line in (tmp_path / "samples" / "metadata.jsonl").read_text().splitlines()]
-    assert lines[4] == {"file_name": "01-seed-8.png", "text": "a cube", "seed": 8}
-    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "samples" / "01-seed-8.png")), np.asarray(images[4]))
-
-
-def test_each_image_is_on_the_sheet_where_its_prompt_and_seed_say(tmp_path) -> None:
-    def colours(count: int, blue: int) -> list[Image.Image]:
-        return [Image.new("RGB", (32, 32), (10 + 20 * i, 200 - 20 * i, blue)) for i in range(count)]
-
-    columns = {"before": colours(6, 40), "after": colours(6, 90), "references": colours(3, 250)}
-    shown = {title: columns[title] for title in ("before", "after")}
-    write_grid(tmp_path / "sheet.png", ["one", "two", "three"], shown, columns["references"])
-    sheet, seen = np.asarray(Image.open(tmp_path / "sheet.png")), {}
-    for title, images in columns.items():
-        for i, image in enumerate(images):
-            found = np.argwhere((sheet == image.getpixel((0, 0))).all(-1))[:, ::-1]
-            assert len(found) == CELL * CELL
-            seen[title, i] = found.min(0)
-    for prompt in range(3):
-        assert len({seen[title, 2 * prompt + j][1] for title in shown for j in (0, 1)}) == 1
-        assert seen["before", 2 * prompt + 1][0] >= seen["before", 2 * prompt][0] + CELL
-        assert seen["after", 2 * prompt][0] > seen["before", 2 * prompt + 1][0] + CELL
-    assert seen["references", 0][1] < seen["before", 0][1] < seen["before", 2][1] < seen["before", 4][1]
-    assert (sheet.astype(int).sum(-1)[: seen["before", 0][1]] < 300).sum() > 20  # letters above the images
-    assert [path.name for path in tmp_path.iterdir()] == ["sheet.png"]

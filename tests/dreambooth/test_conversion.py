@@ -72,7 +72,6 @@ def test_class_without_the_option_gives_way_to_euler() -> None:
         (EulerDiscreteScheduler(**BETAS), "epsilon", False),
         (EulerDiscreteScheduler(**BETAS, prediction_type="v_prediction", rescale_betas_zero_snr=True), None, True),
         (FLOW, "flow_prediction", False),
-        (EDMEulerScheduler(), None, False),
         (FlowMatchEulerDiscreteScheduler(), None, False),
     ],
 )

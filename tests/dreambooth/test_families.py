@@ -195,7 +195,7 @@ def test_latents_are_what_the_pipeline_decodes_to_the_same_z(name: str, monkeypa
     torch.testing.assert_close(found[:, :, 0] if found.dim() == 5 else found, z, rtol=tolerance, atol=tolerance)
 
 
-def trained(name: str, **options: Any) -> AdaptedDenoiser:
+def trained(name: str) -> AdaptedDenoiser:
     """With an adapter whose weights all differ from those of their start."""
     pipe = FAMILY_PIPELINES[name]()
     convention = build_objective(pipe.scheduler).source.convention
@@ -205,11 +205,11 @@ def trained(name: str, **options: Any) -> AdaptedDenoiser:
             module.requires_grad_(False)
     torch.manual_seed(2)
     config = NaraConfig(r=2, target_modules=["to_q", "to_v"], **core)  # type: ignore[arg-type]
-    model = AdaptedDenoiser(pipe, config, family=configured(name, pipe), **options)
+    model = AdaptedDenoiser(pipe, config, family=configured(name, pipe))
     generator = torch.Generator().manual_seed(3)
     for parameter in model.trained.values():
         parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
-    return model.train()
+    return model.eval()
 
 
 def inputs(model: AdaptedDenoiser) -> tuple[dict[str, Any], Tensor]:
@@ -225,16 +225,10 @@ def inputs(model: AdaptedDenoiser) -> tuple[dict[str, Any], Tensor]:
     return call, corrupted.target
 
 
-def gradients(model: AdaptedDenoiser) -> dict[str, Tensor]:
-    call, target = inputs(model)
-    (model(**call) - target).square().mean().backward()
-    return {name: parameter.grad for name, parameter in model.trained.items() if parameter.grad is not None}
-
-
 @pytest.mark.parametrize("name", FAMILY_PIPELINES)
 def test_family_trains_at_the_objectives_noise_levels(name: str) -> None:
-    """A batch is its samples one by one, and recomputing activations leaves gradients as they are."""
-    model = trained(name).eval()
+    """A batch is its samples one by one."""
+    model = trained(name)
     call, target = inputs(model)
     outputs: list[Tensor] = []
     with torch.no_grad():
@@ -245,11 +239,8 @@ def test_family_trains_at_the_objectives_noise_levels(name: str) -> None:
             torch.testing.assert_close(single, outputs[0][i : i + 1], rtol=2e-4, atol=2e-4)
     assert levels == pytest.approx(build_objective(model.pipe.scheduler).noise_levels[INDICES].tolist(), abs=1e-6)
     assert outputs[0].shape == target.shape
-    plain, again = gradients(model.train()), gradients(trained(name, gradient_checkpointing=True))
-    assert plain.keys() == again.keys() == model.trained.keys()
-    for key, value in plain.items():
-        torch.testing.assert_close(again[key], value, rtol=1e-4, atol=1e-5 * value.abs().max().item())
-        assert value.abs().max() > 0
+    (model(**call) - target).square().mean().backward()
+    assert all(parameter.grad is not None and parameter.grad.abs().max() > 0 for parameter in model.trained.values())
 
 
 def test_time_ids_are_whole_numbers_in_bf16_too(monkeypatch) -> None:

@@ -124,10 +124,12 @@ def files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.png"))
 
 
-def test_each_seed_is_measured_and_then_their_interval(tmp_path, clip, dino) -> None:
+def test_program_measures_each_seed_and_then_their_interval(tmp_path, clip, dino, capsys) -> None:
     seeds = [fill(tmp_path / f"seed-{seed}", 3, 5 * seed, PROMPTS) for seed in range(3)]
-    reference = fill(tmp_path / "subject", 3, 20)
-    figures = evaluate(seeds, reference, clip=clip, dino=dino)
+    reference, output = fill(tmp_path / "subject", 3, 20), tmp_path / "results.json"
+    words = ["--generated", *map(str, seeds), "--reference", str(reference), "--clip", clip.name]
+    main([*words, "--dino", dino.name, "--device", "cpu", "--output", str(output)])
+    figures, shown = json.loads(output.read_text()), capsys.readouterr().out
     expected = {
         "dino_similarity": [image_similarity(dino, files(seed), files(reference)) for seed in seeds],
         "clip_similarity": [image_similarity(clip, files(seed), files(reference)) for seed in seeds],
@@ -140,7 +142,11 @@ def test_each_seed_is_measured_and_then_their_interval(tmp_path, clip, dino) -> 
     assert [(seed["folder"], seed["images"]) for seed in figures["seeds"]] == [(str(seed), 3) for seed in seeds]
     own = fmean(cosine(x, y) for x, y in combinations(dino.images(files(reference)), 2))
     assert figures["reference"]["dino_similarity"] == pytest.approx(own, abs=1e-6)
-    assert f"among themselves: DINO image similarity {own:.3f}, CLIP" in table(figures)
+    assert f"among themselves: DINO image similarity {own:.3f}, CLIP" in shown
+    assert f"{figures['text_alignment']['low']:.4f} to {figures['text_alignment']['high']:.4f}" in shown
+    with pytest.raises(SystemExit):
+        main(words[:-2])
+    assert "name at least one model to measure with: --clip, --dino" in capsys.readouterr().err
 
 
 def test_without_prompts_alignment_is_not_measured(tmp_path, clip) -> None:
@@ -152,31 +158,3 @@ def test_without_prompts_alignment_is_not_measured(tmp_path, clip) -> None:
     (folder / "0.txt").write_text("a red car")
     with pytest.raises(ValueError, match="has prompts of 1 of its 2 images"):
         evaluate([folder], reference, clip=clip)
-
-
-def test_the_command_writes_its_figures_and_shows_them(tmp_path, clip, dino, capsys) -> None:
-    seeds = [str(fill(tmp_path / f"seed-{seed}", 3, 5 * seed, PROMPTS)) for seed in range(2)]
-    reference, output = fill(tmp_path / "subject", 2, 20), tmp_path / "results.json"
-    words = ["--generated", *seeds, "--reference", str(reference), "--clip", clip.name, "--dino", dino.name]
-    main([*words, "--device", "cpu", "--output", str(output)])
-    written, expected = json.loads(output.read_text()), evaluate(seeds, reference, clip=clip, dino=dino)
-    for key in ("dino_similarity", "clip_similarity", "text_alignment"):
-        assert written[key]["mean"] == pytest.approx(expected[key]["mean"], abs=1e-6)
-    assert written["arguments"]["generated"] == seeds
-    bounds = f"{written['text_alignment']['low']:.4f} to {written['text_alignment']['high']:.4f}"
-    assert bounds in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ([], "--generated, --reference"),
-        (["--generated", "a", "--reference", "b"], "name at least one model to measure with: --clip, --dino"),
-        (["--generated", "a", "--reference", "b", "--dino", "/no/model"], "/no/model"),
-    ],
-)
-def test_the_command_refuses_in_one_line(words, message, capsys) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main([*words])
-    assert stop.value.code == 2
-    assert message in capsys.readouterr().err

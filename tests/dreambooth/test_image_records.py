@@ -1,5 +1,6 @@
-"""Folders and data sets as records: every kind of image is read right or refused by name."""
+"""Folders as records: every kind of image is read right or refused by name, and so are captions."""
 
+import json
 import pickle
 from pathlib import Path
 
@@ -8,8 +9,11 @@ import pytest
 from PIL import Image
 
 from nara_diffusion.dreambooth.image_records import (
+    check_prompt,
     class_records,
+    fill_captions,
     load_image,
+    own_captions,
     records_from_folder,
 )
 from tests.dreambooth.pictures import folder_of, gradient, noise
@@ -32,14 +36,11 @@ def test_exif_rotation_is_applied(tmp_path, orientation: int) -> None:
     assert np.array_equal(pixels(loaded), pixels(upright))
 
 
-@pytest.mark.parametrize("mode", ["CMYK", "P", "L", "1"])
-def test_other_modes_become_rgb(tmp_path, mode: str) -> None:
-    stored = gradient(40, 30).convert(mode)
-    stored.save(tmp_path / "a.tif")
-    assert np.array_equal(pixels(load_image(tmp_path / "a.tif")), pixels(stored.convert("RGB")))
-
-
-def test_transparent_parts_become_white(tmp_path) -> None:
+def test_other_modes_become_rgb_and_transparent_parts_white(tmp_path) -> None:
+    for mode in ("CMYK", "P", "L", "1"):
+        stored = gradient(40, 30).convert(mode)
+        stored.save(tmp_path / f"{mode}.tif")
+        assert np.array_equal(pixels(load_image(tmp_path / f"{mode}.tif")), pixels(stored.convert("RGB")))
     picture = gradient(40, 30).convert("RGBA")
     alpha = np.full((30, 40), 255, dtype=np.uint8)
     alpha[:, :5], alpha[:, 5:20] = 128, 0
@@ -51,22 +52,14 @@ def test_transparent_parts_become_white(tmp_path) -> None:
     assert np.abs(loaded[:, :5] - (stored[:, :5] * 128 / 255 + 127)).max() <= 1
 
 
-def truncated(path: Path) -> None:
-    noise(64, 48).save(path)
-    path.write_bytes(path.read_bytes()[:3000])
-
-
-def of_unknown_range(path: Path) -> None:
-    Image.fromarray(np.full((5, 5), 40000, dtype=np.uint16)).save(path)
-
-
-@pytest.mark.parametrize("make", [truncated, of_unknown_range, lambda path: path.write_bytes(b"<html>404</html>")])
-def test_images_that_cannot_be_used_are_named_all_at_once(tmp_path, make) -> None:
-    folder = folder_of(tmp_path, [(20, 20)] * 3)
-    make(folder / "00.png")
-    (folder / "02.png").write_bytes(b"")
-    message = r"(?s)2 of 3 images can't be used:\n.*00\.png can't be decoded.*\n.*02\.png can't be decoded"
-    with pytest.raises(ValueError, match=message):
+def test_images_that_cannot_be_used_are_named_all_at_once(tmp_path) -> None:
+    folder = folder_of(tmp_path, [(64, 48)] * 5)
+    (folder / "00.png").write_bytes((folder / "00.png").read_bytes()[:3000])
+    Image.fromarray(np.full((5, 5), 40000, dtype=np.uint16)).save(folder / "01.png")  # of an unknown range
+    (folder / "02.png").write_bytes(b"<html>404</html>")
+    (folder / "04.png").write_bytes(b"")
+    names = "".join(rf".*\n.*{name}\.png can't be decoded" for name in ("00", "01", "02", "04"))
+    with pytest.raises(ValueError, match=f"(?s)4 of 5 images can't be used:{names}"):
         records_from_folder(folder, prompt=PROMPT)
 
 
@@ -91,22 +84,73 @@ def test_what_is_no_image_is_left_out_with_a_warning(tmp_path, caplog) -> None:
     (folder / "old").mkdir()
     assert [record.prompt for record in records_from_folder(folder, prompt=PROMPT)] == ["x", PROMPT]
     assert "left out what isn't an image: clip.mp4, notes.txt, old" in caplog.text
+    assert [record.prompt for record in class_records(folder, prompt=" a toy ")] == ["a toy"] * 2
 
 
 def test_folders_without_images_of_their_own_are_refused(tmp_path) -> None:
-    with pytest.raises(ValueError, match=r"the image folder .*nowhere doesn't exist"):
-        records_from_folder(tmp_path / "nowhere", prompt=PROMPT)
-    with pytest.raises(ValueError, match=r"the image folder .* holds no images: put"):
-        records_from_folder(tmp_path, prompt=PROMPT)
+    def refused(folder: Path, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            records_from_folder(folder, prompt=PROMPT)
+
+    refused(tmp_path / "nowhere", "the image folder .*nowhere doesn't exist")
+    refused(tmp_path, "the image folder .* holds no images: put")
     (tmp_path / "IMG_1.HEIC").write_bytes(b"x")
-    with pytest.raises(ValueError, match=r"holds no images, only IMG_1\.HEIC: put"):
-        records_from_folder(tmp_path, prompt=PROMPT)
+    refused(tmp_path, r"holds no images, only IMG_1\.HEIC: put")
     folder_of(tmp_path / "10_sks dog", [(8, 8)])
-    with pytest.raises(ValueError, match=r"holds '10_sks dog': repeats and a prompt in a folder's name aren't read"):
-        records_from_folder(tmp_path, prompt=PROMPT)
+    refused(tmp_path, "holds '10_sks dog': repeats and a prompt in a folder's name aren't read")
 
 
-def test_class_images_all_have_the_class_prompt(tmp_path) -> None:
-    folder = folder_of(tmp_path, [(8, 8)] * 3)
-    (folder / "00.txt").write_text("not for class images")
-    assert [record.prompt for record in class_records(folder, prompt=" a toy ")] == ["a toy"] * 3
+# ---------------------------------------------------------------------- captions
+
+
+@pytest.fixture
+def images(tmp_path) -> list[Path]:
+    """Three names; captions don't read pixels."""
+    return [tmp_path / name for name in ("a.png", "b.jpg", "c.png")]
+
+
+def captions_of(images: list[Path], prompt: str | None, column: str | None = None) -> list[str]:
+    return fill_captions(own_captions(images, column), [image.name for image in images], prompt)
+
+
+def test_captions_come_from_text_files_else_from_one_prompt(images, caplog) -> None:
+    assert captions_of(images, f" {PROMPT}\n") == [PROMPT] * 3
+    assert not caplog.text
+    for image, text in zip(images, ("first", "second,\n with a line break \n", "dritte über"), strict=True):
+        image.with_suffix(".txt").write_text(text, encoding="utf-8")
+    assert captions_of(images, None) == ["first", "second, with a line break", "dritte über"]
+    images[1].with_suffix(".txt").write_text(" \n")
+    assert captions_of(images, PROMPT) == ["first", PROMPT, "dritte über"]
+    assert f"1 of 3 images (b.jpg) have no caption: they get {PROMPT!r}" in caplog.text
+    with pytest.raises(ValueError, match=r"1 of 3 images \(b.jpg\) have no caption: give --instance_prompt"):
+        captions_of(images, None)
+
+
+def test_metadata_wins_over_text_files(images) -> None:
+    images[0].with_suffix(".txt").write_text("from a file")
+    rows = [{"file_name": image.name, "text": image.name, "said": f" {image.stem} "} for image in images]
+    lines = [json.dumps(row) for row in (*rows, {"file_name": "gone.png", "text": None, "said": ""})]
+    (images[0].parent / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8-sig")
+    assert captions_of(images, None) == ["a.png", "b.jpg", "c.png"]
+    assert captions_of(images, None, "said") == ["a", "b", "c"]
+
+
+def test_captions_that_cannot_be_read_are_refused_by_file_and_line(images) -> None:
+    def refused(message: str, column: str | None = None) -> None:
+        with pytest.raises(ValueError, match=message):
+            own_captions(images, column)
+
+    refused("caption_column 'said' is a key of metadata.jsonl, which .* lacks", "said")
+    images[1].with_suffix(".txt").write_bytes("über".encode("latin-1"))
+    refused(r"b\.txt isn't UTF-8 text")
+    lines = {
+        '{"file_name": "a.png", "text": "a"': "expected .* found .*delimiter",
+        "[1]": "expected",
+        '{"text": "a"}': r"expected \{\"file_name\": …, \"text\": …\}, found .*'file_name'",
+        '{"file_name": "a.png", "caption": "a"}': "expected .*'text'",
+    }
+    for line, message in lines.items():
+        (images[0].parent / "metadata.jsonl").write_text(f'{{"file_name": "b.jpg", "text": "b"}}\n\n{line}\n')
+        refused(f"line 3: {message}")
+    with pytest.raises(ValueError, match="class_prompt is empty"):
+        check_prompt(" \n", "class_prompt")

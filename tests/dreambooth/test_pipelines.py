@@ -41,21 +41,18 @@ def test_twin_shares_weights_and_nothing_that_comes_later(folder: Path) -> None:
     assert not other.unet.is_gradient_checkpointing
 
 
-def test_twin_in_half_precision_is_what_a_user_loads(folder: Path) -> None:
+def test_twin_in_half_precision_is_what_a_user_loads(folder: Path, tmp_path: Path) -> None:
+    vae = small_sdxl().vae
+    vae.register_to_config(scaling_factor=0.5)
+    vae.save_pretrained(tmp_path / "vae")
+    other = load_pipeline(str(folder), dtype=torch.float32, vae_name=str(tmp_path / "vae"))
+    assert other.vae.config.scaling_factor == 0.5
     pipe = load_pipeline(str(folder), dtype=torch.bfloat16, vae_dtype=torch.float32)
     assert (pipe.unet.dtype, pipe.vae.dtype) == (torch.bfloat16, torch.float32)
     user = StableDiffusionXLPipeline.from_pretrained(folder, dtype=torch.bfloat16)
     user.set_progress_bar_config(disable=True)
     torch.testing.assert_close(pixels(sharing_pipeline(pipe, torch.bfloat16)), pixels(user), rtol=0, atol=0)
     assert pipe.vae.dtype == torch.float32
-
-
-def test_another_autoencoder_is_loaded(folder: Path, tmp_path: Path) -> None:
-    vae = small_sdxl().vae
-    vae.register_to_config(scaling_factor=0.5)
-    vae.save_pretrained(tmp_path / "vae")
-    pipe = load_pipeline(str(folder), dtype=torch.float32, vae_name=str(tmp_path / "vae"))
-    assert pipe.vae.config.scaling_factor == 0.5
 
 
 def test_half_downloaded_part_is_refused_by_the_models_name(folder: Path) -> None:

@@ -1,5 +1,6 @@
-"""Class images: the right number, reproducible, completed after an interruption, by one process or several."""
+"""Samples and their sheet; class images: reproducible, completed after an interruption, by one process or several."""
 
+import json
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,14 @@ import torch
 from PIL import Image
 
 from nara_diffusion.dreambooth.draws import torch_generator
-from nara_diffusion.dreambooth.samples import generate_class_images
+from nara_diffusion.dreambooth.samples import (
+    CELL,
+    SampleSettings,
+    generate_class_images,
+    sample_images,
+    write_grid,
+    write_images,
+)
 from tests.dreambooth.pictures import folder_of
 from tests.helpers.small_pipelines import small_sdxl
 
@@ -62,6 +70,8 @@ def test_an_interrupted_set_is_completed_to_the_same_files_at_any_batch_size(tmp
     assert contents(tmp_path / "class") == whole
     generate(tmp_path / "other", seed=4)
     assert not set(contents(tmp_path / "other").values()) & set(whole.values())
+    with pytest.raises(ValueError, match=r"class-3-00000\.png shows 'ein Spielzeug, größer ✓', but .* is 'a cube'"):
+        generate(tmp_path / "whole", prompt="a cube")
 
 
 def test_enough_images_of_the_user_s_own_need_no_pipeline(tmp_path) -> None:
@@ -92,14 +102,6 @@ def test_processes_share_the_work(tmp_path) -> None:
     assert contents(tmp_path / "shared") == contents(tmp_path / "alone")
 
 
-def test_what_cannot_be_used_is_refused(tmp_path) -> None:
-    generate(tmp_path)
-    with pytest.raises(ValueError, match=r"class-3-00000\.png shows 'ein Spielzeug, größer ✓', but .* is 'a cube'"):
-        generate(tmp_path, prompt="a cube")
-    with pytest.raises(ValueError, match="class_prompt is empty"):
-        generate(tmp_path, prompt=" ")
-
-
 def test_a_true_pipeline_makes_them(tmp_path) -> None:
     """Files hold the pipeline's own pixels for the image's generator."""
     call, prompt = {"num_inference_steps": 2, "guidance_scale": 3.0}, "a photo of toy"
@@ -109,3 +111,45 @@ def test_a_true_pipeline_makes_them(tmp_path) -> None:
         expected = small_sdxl()(prompt=[prompt], generator=[generator], **call).images[0]
         with Image.open(tmp_path / f"class-1-{number:05d}.png") as image:
             assert np.array_equal(np.asarray(image), np.asarray(expected))
+
+
+# ---------------------------------------------------------------------- samples
+
+CALL = {"height": 16, "width": 16, "num_inference_steps": 2, "guidance_scale": 3.0}
+
+
+def test_samples_are_those_of_the_pipeline_s_own_call(tmp_path) -> None:
+    pipe = small_sdxl()
+    settings = SampleSettings(["a red toy", "a cube"], 3, seed=7, batch_size=3, call=CALL)
+    images = sample_images(pipe, settings)
+    for i, prompt in enumerate(settings.prompts):
+        generators = [torch.Generator().manual_seed(7 + j) for j in range(3)]
+        theirs = pipe([prompt] * 3, generator=generators, **CALL).images
+        for mine, other in zip(images[3 * i : 3 * i + 3], theirs, strict=True):
+            np.testing.assert_array_equal(np.asarray(mine), np.asarray(other))
+    write_images(tmp_path / "samples", images, settings)
+    lines = [json.loads(line) for line in (tmp_path / "samples" / "metadata.jsonl").read_text().splitlines()]
+    assert lines[4] == {"file_name": "01-seed-8.png", "text": "a cube", "seed": 8}
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "samples" / "01-seed-8.png")), np.asarray(images[4]))
+
+
+def test_each_image_is_on_the_sheet_where_its_prompt_and_seed_say(tmp_path) -> None:
+    def colours(count: int, blue: int) -> list[Image.Image]:
+        return [Image.new("RGB", (32, 32), (10 + 20 * i, 200 - 20 * i, blue)) for i in range(count)]
+
+    columns = {"before": colours(6, 40), "after": colours(6, 90), "references": colours(3, 250)}
+    shown = {title: columns[title] for title in ("before", "after")}
+    write_grid(tmp_path / "sheet.png", ["one", "two", "three"], shown, columns["references"])
+    sheet, seen = np.asarray(Image.open(tmp_path / "sheet.png")), {}
+    for title, images in columns.items():
+        for i, image in enumerate(images):
+            found = np.argwhere((sheet == image.getpixel((0, 0))).all(-1))[:, ::-1]
+            assert len(found) == CELL * CELL
+            seen[title, i] = found.min(0)
+    for prompt in range(3):
+        assert len({seen[title, 2 * prompt + j][1] for title in shown for j in (0, 1)}) == 1
+        assert seen["before", 2 * prompt + 1][0] >= seen["before", 2 * prompt][0] + CELL
+        assert seen["after", 2 * prompt][0] > seen["before", 2 * prompt + 1][0] + CELL
+    assert seen["references", 0][1] < seen["before", 0][1] < seen["before", 2][1] < seen["before", 4][1]
+    assert (sheet.astype(int).sum(-1)[: seen["before", 0][1]] < 300).sum() > 20  # letters above the images
+    assert [path.name for path in tmp_path.iterdir()] == ["sheet.png"]
