@@ -19,9 +19,9 @@ What is written to the output folder stands in nara_diffusion/dreambooth/train.p
 
 from functools import partial
 
-from nara_diffusion.dreambooth.shipped import SHIPPED_SDXL, shipped_run
+from nara_diffusion.dreambooth.shipped import CONFIGS, shipped_run
 from nara_diffusion.dreambooth.train import DreamBoothArguments, main
 from nara_diffusion.training.command import run_command
 
 if __name__ == "__main__":
-    run_command(main, DreamBoothArguments, __doc__, partial(shipped_run, values=SHIPPED_SDXL))
+    run_command(main, DreamBoothArguments, __doc__, partial(shipped_run, config=CONFIGS / "sdxl_tiny.yaml"))

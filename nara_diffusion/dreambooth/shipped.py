@@ -4,69 +4,32 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from nara_diffusion.training.command import ASSETS, shipped
 
-from .families import SD3
-from .image_arguments import UNET_TARGETS
 from .pipelines import family_of_model, native_resolution
 
 logger = logging.getLogger(__name__)
 
+CONFIGS = ASSETS.parents[1] / "train_scripts" / "configs"
 STEPS = 500
 """Of a run on a named model: a pass over five images is two steps."""
-# What a run does where no images are named, and where no model is.
-SHIPPED_DATA: dict[str, Any] = {
-    "instance_data_dir": str(ASSETS / "subject"),
-    "instance_prompt": "a photo of sks toy",
-    "validation_prompts": [
-        "a photo of sks toy",
-        "a photo of sks toy on the beach",
-        "a photo of sks toy in the snow",
-        "a photo of sks toy in the city",
-    ],
-    "identifier": ["sks"],
-}
-_TOY: dict[str, Any] = {
-    "similarity_model": str(ASSETS / "clip-tiny"),
-    "alignment_model": str(ASSETS / "clip-tiny"),
-    "resolution": 64,
-    "rank": 16,
-    "train_batch_size": 5,
-    "learning_rate": 2e-3,
-    "core_learning_rate": 1e-3,
-    "lr_scheduler": "cosine",
-    "stratified_timesteps": True,
-    "guidance_scale": 2.5,
-    "sample_batch_size": 8,
-}
-SHIPPED_RUN: dict[str, Any] = {
-    **_TOY,
-    "pretrained_model_name_or_path": str(ASSETS / "sd-tiny-flow"),
-    "max_sequence_length": 0,
-    "weighting_scheme": "logit_normal",
-    "target_modules": [*SD3.targets, "ff.net.0.proj", "ff.net.2"],
-    "max_train_steps": 500,
-    "num_inference_steps": 25,
-    "validation_steps": 250,
-    "checkpointing_steps": 250,
-}
-SHIPPED_SDXL: dict[str, Any] = {
-    **_TOY,
-    "pretrained_model_name_or_path": str(ASSETS / "sdxl-tiny"),
-    "target_modules": [*UNET_TARGETS, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2"],
-    "max_train_steps": 700,
-    "num_inference_steps": 20,
-    "validation_steps": 350,
-    "checkpointing_steps": 350,
-}
+_DATA = ("instance_data_dir", "instance_prompt", "validation_prompts", "identifier")
 
 
-def shipped_run(given: Mapping[str, Any], values: Mapping[str, Any] = SHIPPED_RUN) -> dict[str, Any]:
-    """The arguments of the shipped run, or what suits the family of the model that was `given`."""
+def shipped_run(given: Mapping[str, Any], config: Path = CONFIGS / "sd_tiny_flow.yaml") -> dict[str, Any]:
+    """The arguments of the shipped run, which `config` holds, or what suits the model that was `given`."""
     if "pretrained_model_name_or_path" in given:
         return family_defaults(given)
+    if not config.is_file():
+        return shipped({"pretrained_model_name_or_path": config})  # which refuses it
+    values = yaml.safe_load(config.read_text(encoding="utf-8"))
+    places = {name: value for name, value in values.items() if str(value).startswith("examples/")}
+    values |= {name: str(ASSETS.parents[1] / value) for name, value in places.items()}
     if "instance_data_dir" in given:
         logger.info(
             "no model was named: your images teach %s, a toy of %d pixels; for SDXL at 1024 add "
@@ -75,8 +38,8 @@ def shipped_run(given: Mapping[str, Any], values: Mapping[str, Any] = SHIPPED_RU
             values["pretrained_model_name_or_path"],
             values["resolution"],
         )
-        return shipped(values)
-    return shipped({**values, **SHIPPED_DATA})
+        values = {name: value for name, value in values.items() if name not in _DATA}
+    return shipped(values)
 
 
 def family_defaults(given: Mapping[str, Any]) -> dict[str, Any]:

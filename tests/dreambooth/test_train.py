@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from nara_diffusion.dreambooth.shipped import family_defaults
+from nara_diffusion.dreambooth.shipped import CONFIGS, family_defaults, shipped_run
 from tests.acceptance._commands import metrics, results, run, tensors
 from tests.acceptance._runs import ASSETS, image_flags
 from tests.dreambooth.pictures import folder_of
@@ -112,3 +112,14 @@ def test_settings_files_of_published_models_name_steps_and_size() -> None:
     folder = Path(__file__).parents[2] / "train_scripts" / "configs"
     for path in folder.glob("*dreambooth.yaml"):
         assert {"max_train_steps", "resolution", "similarity_model"} <= yaml.safe_load(path.read_text()).keys(), path
+
+
+def test_shipped_run_is_a_settings_file_without_its_images_for_own_ones(tmp_path: Path) -> None:
+    found = shipped_run({}, CONFIGS / "sdxl_tiny.yaml")
+    assert [found[name] for name in ("resolution", "max_train_steps", "learning_rate", "rank")] == [64, 700, 2e-3, 16]
+    places = (NAMED, "similarity_model", "alignment_model", "instance_data_dir")
+    assert all(Path(found[name]).is_dir() for name in places)
+    own = shipped_run({"instance_data_dir": "dog"}, CONFIGS / "sdxl_tiny.yaml")
+    assert found.keys() - own.keys() == {"instance_data_dir", "instance_prompt", "validation_prompts", "identifier"}
+    with pytest.raises(ValueError, match="shipped models are in a clone of the repository only"):
+        shipped_run({}, tmp_path / "none.yaml")
