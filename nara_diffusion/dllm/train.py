@@ -94,116 +94,139 @@ def shipped_run(given: Mapping[str, Any]) -> dict[str, Any]:
 def main(args: Arguments) -> dict[str, Any]:
     """Trains, measures before and after, saves; returns what results.json holds."""
     with start_run(args, "dllm", write_checkpoint) as run:
-        return fine_tune(args, run)
+        tuning = FineTuning(args, run)
+        if args.check:
+            return tuning.check()
+        tuning.train()
+        return tuning.report()
 
 
-def fine_tune(args: Arguments, run: Run) -> dict[str, Any]:
-    """The run from its data to its report."""
-    started = time.perf_counter()
+class FineTuning:
+    """One run. Made, it has its rows and the base model, and whatever can be refused has been; then `check`, or `train`
+    and `report`."""
 
-    # Data
-    with run.accelerator.main_process_first():  # the others read its cache
-        records = load_records(args)
+    def __init__(self, args: Arguments, run: Run) -> None:
+        self.args, self.run, self.started = args, run, time.perf_counter()
+        with run.accelerator.main_process_first():  # the others read its cache
+            self.records = load_records(args)
+        options: dict[str, Any] = {"mask_token": args.mask_token}
+        options |= {} if args.revision is None else {"revision": args.revision}
+        if args.is_quantised:
+            bits = {"load_in_4bit": args.load_in_4bit, "load_in_8bit": args.load_in_8bit}
+            options |= {**bits, "device_map": {"": str(run.accelerator.device)}}
+        self.load = partial(load_backbone, args.pretrained_model_name_or_path, **options)
+        with loading_in(run.accelerator, run.weights_dtype):
+            self.backbone, self.tokenizer = self.load(dtype=run.weights_dtype)
+        if args.is_quantised:
+            prepare_quantised(self.backbone)
+        run.record_base_digests({"": local_folder(args.pretrained_model_name_or_path, revision=args.revision)})
+        settings: dict[str, Any] = {field.name: getattr(args, field.name, None) for field in fields(Sampling)}
+        settings["steps"] = args.generation_steps
+        chat = self.tokenizer.chat_template is not None
+        self.sampling = Sampling(**(chat_settings(self.backbone, settings) if chat else settings))
+        self._encode()
+        if args.gradient_checkpointing:
+            recompute_activations(self.backbone)
+        self.objective: dict[str, Any] = {"seed": args.seed, "group_size": run.global_batch}
+        self.objective |= {"complementary": args.complementary, "window": window_of(args)}
 
-    # Model
-    options: dict[str, Any] = {"mask_token": args.mask_token}
-    options |= {} if args.revision is None else {"revision": args.revision}
-    if args.is_quantised:
-        bits = {"load_in_4bit": args.load_in_4bit, "load_in_8bit": args.load_in_8bit}
-        options |= {**bits, "device_map": {"": str(run.accelerator.device)}}
-    load = partial(load_backbone, args.pretrained_model_name_or_path, **options)
-    with loading_in(run.accelerator, run.weights_dtype):
-        backbone, tokenizer = load(dtype=run.weights_dtype)
-    if args.is_quantised:
-        prepare_quantised(backbone)
-    run.record_base_digests({"": local_folder(args.pretrained_model_name_or_path, revision=args.revision)})
-    max_length = checked_lengths(backbone, args.max_length, args.gen_length)
-    settings: dict[str, Any] = {field.name: getattr(args, field.name, None) for field in fields(Sampling)}
-    settings["steps"] = args.generation_steps
-    sampling = Sampling(**(chat_settings(backbone, settings) if tokenizer.chat_template else settings))
-    with run.accelerator.main_process_first():
-        encode = partial(encode_records, tokenizer=tokenizer, max_length=max_length, train_on=args.train_on)
-        encoded = [encode(part) for part in records]
-    for what, part in zip(("training data", "validation data"), encoded, strict=False):
-        run.record_data_digest(what, [part.digest()])
-    train_rows, validation_rows, test_rows = (part.rows for part in encoded)
-    collator = AnswerCollator(end_token_id(tokenizer), args.trained_padding, args.gen_length)
-    validation_rows = with_longest(validation_rows, run.global_batch)
-    longest, longest_prompt = (max(getattr(part, name) for part in encoded) for name in ("longest", "longest_prompt"))
-    whose = encoded if args.trained_padding == "gen_length" else encoded[-1:]  # else of the test records
-    canvas_prompt = max(part.longest_prompt for part in whose)
-    check_canvas(backbone, canvas_prompt, args.gen_length)
-    if args.gradient_checkpointing:
-        recompute_activations(backbone)
-    objective: dict[str, Any] = {"seed": args.seed, "group_size": run.global_batch}
-    objective |= {"complementary": args.complementary, "window": window_of(args)}
-    if args.check:
-        device = run.accelerator.device
-        task = text_task(backbone, args, train_rows, validation_rows, collator, objective, device)
-        results, shown = check_training(task, args, run)
+    def _encode(self) -> None:
+        """Records to rows."""
+        args, run = self.args, self.run
+        max_length = checked_lengths(self.backbone, args.max_length, args.gen_length)
+        with run.accelerator.main_process_first():
+            encode = partial(encode_records, tokenizer=self.tokenizer, max_length=max_length, train_on=args.train_on)
+            encoded = [encode(part) for part in self.records]
+        for what, part in zip(("training data", "validation data"), encoded, strict=False):
+            run.record_data_digest(what, [part.digest()])
+        self.train_rows, validation_rows, self.test_rows = (part.rows for part in encoded)
+        self.validation_rows = with_longest(validation_rows, run.global_batch)
+        self.collator = AnswerCollator(end_token_id(self.tokenizer), args.trained_padding, args.gen_length)
+        longest, longest_prompt = (max(getattr(part, n) for part in encoded) for n in ("longest", "longest_prompt"))
+        self.padded = self.collator.padded_length(longest, longest_prompt, longest)
+        prolonged = encoded if args.trained_padding == "gen_length" else encoded[-1:]  # -1: the test records
+        self.canvas_prompt = max(part.longest_prompt for part in prolonged)
+        check_canvas(self.backbone, self.canvas_prompt, args.gen_length)
+
+    def check(self) -> dict[str, Any]:
+        """The step checked on these data, without training."""
+        parts = (self.train_rows, self.validation_rows, self.collator, self.objective, self.run.accelerator.device)
+        results, shown = check_training(text_task(self.backbone, self.args, *parts), self.args, self.run)
         sys.stdout.write(f"{shown}\n")
         return results
-    stream = GlobalBatchStream(train_rows, args.seed, run.global_batch)
-    steps = run.plan(len(stream.samples))
-    model = build_adapter(backbone, args, strength=schedule_of(args))
-    check_canvas(model, canvas_prompt, args.gen_length)  # once more: the adapter may take some positions
-    padded = collator.padded_length(longest, longest_prompt, longest)
-    check_positions(model, padded, f"samples have up to {padded} tokens", "lower --max_length")
-    if run.checkpoint is not None:
-        load_checkpoint(model, run.checkpoint)
-    elif args.init_adapter is not None:
-        start_from({"": backbone}, args.init_adapter, backbone)
 
-    # Train
-    optimizer = build_optimizer(model, args, fused=run.fuses_optimizer)
-    scheduler = build_scheduler(optimizer, args, steps)
-    canvas, warning = trained_canvas(stream, collator, args.gen_length, sampling.block)
-    if run.is_main and warning:
-        logger.warning("%s", warning)
-    loader = stream_loader(stream, collator, **run.batches)
-    model, optimizer, scheduler, loader = prepare(run.accelerator, model, optimizer, scheduler, loader)
-    adapted: Any = run.accelerator.unwrap_model(model)
-    hardest: Any = max(test_rows, key=lambda row: row["prompt_length"])  # type: ignore[index]
-    exact_match(adapted, tokenizer, [hardest], **asdict(sampling), progress=False)  # what can't be shows now
-    trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    sources = [part.info.description for part in records]
-    facts = {
-        "adapter": title_of(args),
-        "optimizer steps": f"{steps} of {counted(run.global_batch, 'sample')}",
-        "training data": f"{counted(len(stream.samples), 'record')} of {sources[0]}, train_on {args.train_on}",
-        "validation data": f"{counted(len(validation_rows), 'row')} of {sources[1]}"
-        + ("" if args.validation_file else ", held out of the training data"),
-        "canvas": canvas,
-        "trainable parameters": f"{trainable:,}",
-        "hardware": run.hardware,
-        **window_facts(args),
-    }
-    run.open(facts)
-    held_out: dict[str, Any] = {"collator": collator, "seed": args.seed, "batch_size": args.eval_batch_size}
-    loss = partial(masked_diffusion_loss, model, **objective)
-    validate = partial(
-        validation_losses, run.accelerator, adapted, validation_rows, **held_out, window=objective["window"]
-    )
-    train(run, model, optimizer, scheduler, loader, lambda batch: loss(**batch), validate)
+    def train(self) -> None:
+        """Train the adapter, from the run's checkpoint if it has one, and save it."""
+        args, run = self.args, self.run
+        stream = GlobalBatchStream(self.train_rows, args.seed, run.global_batch)
+        steps = run.plan(len(stream.samples))
+        model = build_adapter(self.backbone, args, strength=schedule_of(args))
+        check_canvas(model, self.canvas_prompt, args.gen_length)  # once more: the adapter may take some positions
+        check_positions(model, self.padded, f"samples have up to {self.padded} tokens", "lower --max_length")
+        if run.checkpoint is not None:
+            load_checkpoint(model, run.checkpoint)
+        elif args.init_adapter is not None:
+            start_from({"": self.backbone}, args.init_adapter, self.backbone)
+        optimizer = build_optimizer(model, args, fused=run.fuses_optimizer)
+        scheduler = build_scheduler(optimizer, args, steps)
+        loader = stream_loader(stream, self.collator, **run.batches)
+        model, optimizer, scheduler, loader = prepare(run.accelerator, model, optimizer, scheduler, loader)
+        self.adapted: Any = run.accelerator.unwrap_model(model)
+        hardest: Any = max(self.test_rows, key=lambda row: row["prompt_length"])  # type: ignore[index]
+        exact_match(self.adapted, self.tokenizer, [hardest], **asdict(self.sampling), progress=False)  # what fails, now
+        self.trainable = sum(p.numel() for p in self.adapted.parameters() if p.requires_grad)
+        self.facts = self._facts(stream, steps)
+        run.open(self.facts)
+        loss = partial(masked_diffusion_loss, model, **self.objective)
+        parts = (run.accelerator, self.adapted, self.validation_rows)
+        validate = partial(validation_losses, *parts, **self._held_out, window=self.objective["window"])
+        train(run, model, optimizer, scheduler, loader, lambda batch: loss(**batch), validate)
+        save_adapter(run.accelerator, model, run.folder, write_adapter)
+        if args.adapter == "full" and run.is_main:
+            with atomic_write_files(run.folder) as unfinished:
+                self.tokenizer.save_pretrained(unfinished)  # a model folder has one
 
-    # Save
-    save_adapter(run.accelerator, model, run.folder, write_adapter)
-    if args.adapter == "full" and run.is_main:
-        with atomic_write_files(run.folder) as unfinished:
-            tokenizer.save_pretrained(unfinished)  # a model folder has one
-    parts = (tokenizer, validation_rows, test_rows)
-    options = {**held_out, "curve_points": args.curve_points, "extract": args.extract, "sampling": sampling}
-    load_base = partial(load_whole, run.accelerator, lambda: load(dtype=run.dtype)[0].to(run.accelerator.device))
-    with base_model(adapted, load_base) as base:
-        before = measure(run.accelerator, base, *parts, **options)
-    after = measure(run.accelerator, adapted, *parts, **options)
-    results = {"seconds": round(time.perf_counter() - started, 1), "n": len(test_rows), **compare(before, after)}
-    results |= {"adapter": args.adapter, "trainable_parameters": trainable}
-    if run.is_main:
-        facts |= {"time": f"{results['seconds']:.0f} s, evaluation included"}
-        write_run_report(run.folder, args, facts, before, after, load_from=run.hub_id or str(run.folder))
-        publish(run, results, results_table(before, after), window_note(args))
-    return results
+    def _facts(self, stream: GlobalBatchStream, steps: int) -> dict[str, str]:
+        """{what: value} of the run, for its log and its card."""
+        args, sources = self.args, [part.info.description for part in self.records]
+        canvas, warning = trained_canvas(stream, self.collator, args.gen_length, self.sampling.block)
+        if self.run.is_main and warning:
+            logger.warning("%s", warning)
+        return {
+            "adapter": title_of(args),
+            "optimizer steps": f"{steps} of {counted(self.run.global_batch, 'sample')}",
+            "training data": f"{counted(len(stream.samples), 'record')} of {sources[0]}, train_on {args.train_on}",
+            "validation data": f"{counted(len(self.validation_rows), 'row')} of {sources[1]}"
+            + ("" if args.validation_file else ", held out of the training data"),
+            "canvas": canvas,
+            "trainable parameters": f"{self.trainable:,}",
+            "hardware": self.run.hardware,
+            **window_facts(args),
+        }
+
+    @property
+    def _held_out(self) -> dict[str, Any]:
+        """How losses are measured."""
+        return {"collator": self.collator, "seed": self.args.seed, "batch_size": self.args.eval_batch_size}
+
+    def report(self) -> dict[str, Any]:
+        """Measure the base and the adapted model, and write what is found."""
+        args, run, load = self.args, self.run, self.load
+        parts = (self.tokenizer, self.validation_rows, self.test_rows)
+        options = {**self._held_out, "curve_points": args.curve_points, "extract": args.extract}
+        options["sampling"] = self.sampling
+        load_base = partial(load_whole, run.accelerator, lambda: load(dtype=run.dtype)[0].to(run.accelerator.device))
+        with base_model(self.adapted, load_base) as base:
+            before = measure(run.accelerator, base, *parts, **options)
+        after = measure(run.accelerator, self.adapted, *parts, **options)
+        seconds = round(time.perf_counter() - self.started, 1)
+        results = {"seconds": seconds, "n": len(self.test_rows), **compare(before, after)}
+        results |= {"adapter": args.adapter, "trainable_parameters": self.trainable}
+        if run.is_main:
+            facts = self.facts | {"time": f"{seconds:.0f} s, evaluation included"}
+            write_run_report(run.folder, args, facts, before, after, load_from=run.hub_id or str(run.folder))
+            publish(run, results, results_table(before, after), window_note(args))
+        return results
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def test_full_disk_leaves_earlier_checkpoints_and_no_part_of_a_new_one(tmp_path:
 
         patch.setattr(run, "write", full)
         with pytest.raises(OSError, match=r"checkpoint-3 could not be written .* --resume_from_checkpoint .*-2$"):
-            dllm.fine_tune(args, run)
+            dllm.FineTuning(args, run).train()
     assert names(tmp_path / "run") == {"checkpoint-1", "checkpoint-2", "config.yaml", "metrics.jsonl"}
     model = torch.nn.Linear(2, 2)
     with pytest.raises(OSError, match="the adapter could not be written"):
