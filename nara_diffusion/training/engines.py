@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -39,7 +39,6 @@ from nara_diffusion.utils.naming import counted
 from .adapters import method_of
 
 DEEPSPEED_FOLDER = "deepspeed"
-T = TypeVar("T")
 SHARDED = {  # engines whose forward runs on all processes or hangs: (what asks for them, their name)
     DistributedType.FSDP: ("ACCELERATE_USE_FSDP", "FSDP"),
     DistributedType.DEEPSPEED: ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
@@ -60,7 +59,8 @@ def start_accelerator(args: Any) -> Accelerator:
             raise ValueError("accelerate is set to FSDP1, which PyTorch gives up: launch with --fsdp_version 2.")
         if not torch.accelerator.is_available() and "ACCELERATE_TORCH_DEVICE" not in os.environ:
             raise ValueError(f"{name} was asked for, which accelerate has on GPUs only, and there is none here.")
-    steps = accumulation_steps(args, int(os.environ.get("WORLD_SIZE", 1)))
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    steps = accumulation_steps(args, launched)
     accelerator = Accelerator(
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=steps),
         mixed_precision=args.mixed_precision,
@@ -68,6 +68,11 @@ def start_accelerator(args: Any) -> Accelerator:
         project_config=ProjectConfiguration(logging_dir="."),  # asked for by trackers; `Run.open` gives the true one
         step_scheduler_with_optimizer=False,  # the loop steps the schedule once an optimizer step
     )
+    if launched != accelerator.num_processes:
+        raise ValueError(
+            f"{launched} processes were launched, and accelerate runs each alone: it finds no GPU. On CPU, launch with "
+            "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu."
+        )
     if accelerator.distributed_type in SHARDED:
         check_sharded(accelerator, args)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -209,7 +214,7 @@ def loading_in(accelerator: Accelerator, dtype: torch.dtype) -> Iterator[None]:
         yield
 
 
-def load_whole(accelerator: Accelerator, load: Callable[[], T]) -> T:
+def load_whole(accelerator: Accelerator, load: Callable[[], Any]) -> Any:
     """Call `load` so that `from_pretrained` gives each process the whole model, whatever the engine: no
     parts of one (ZeRO-3), nor an empty one in all processes but the main (--fsdp_cpu_ram_efficient_loading)."""
     variable = "FSDP_CPU_RAM_EFFICIENT_LOADING"

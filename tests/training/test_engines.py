@@ -43,6 +43,12 @@ def test_engine_that_cannot_run_here_is_refused_by_its_name_at_once(
     assert not (tmp_path / "run").exists()
 
 
+def test_processes_that_do_not_see_each_other_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")  # without a rank, accelerate starts one process
+    with pytest.raises(ValueError, match="2 processes were launched, and accelerate runs each alone"):
+        dllm.main(text_arguments(tmp_path))
+
+
 @pytest.mark.parametrize(("batch", "processes", "steps"), [(32, 2, 4), (8, 2, 1)])
 def test_global_batch_is_divided_among_processes(batch: int, processes: int, steps: int) -> None:
     args = SimpleNamespace(global_batch_size=batch, train_batch_size=4, gradient_accumulation_steps=1)
