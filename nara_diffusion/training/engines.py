@@ -130,9 +130,8 @@ def engine_name(accelerator: Accelerator) -> str:
 
 def zero_stage(accelerator: Accelerator) -> int:
     """DeepSpeed's ZeRO stage, 1 to 3; 0 under other engines."""
-    if accelerator.distributed_type != DistributedType.DEEPSPEED:
-        return 0
-    return accelerator.state.deepspeed_plugin.zero_stage  # type: ignore[union-attr]
+    is_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    return accelerator.state.deepspeed_plugin.zero_stage if is_deepspeed else 0  # type: ignore[union-attr]
 
 
 def split_across_processes(
