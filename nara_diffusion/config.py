@@ -18,19 +18,14 @@ from nara_diffusion.cores.registry import BUILT_IN, check_core_type
 from nara_diffusion.noise.strength_schedule import StrengthSchedule, is_number
 from nara_diffusion.utils.atomic_write import atomic_write_files
 
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "core_init": ("zero_last", "kaiming", "zero_all"),
-    "core_input": ("noise_level", "mask_density", "both"),
-    "core_sharing": ("global", "module_type", "layer"),
-    "lora_a_init": ("peft", "orthogonal"),
-    "noise_embedding": ("fourier", "mlp", "raw"),
+_CHOICES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "core_init": (("zero_last", "kaiming", "zero_all"), ("hypernetwork", "constant")),
+    "core_input": (("noise_level", "mask_density", "both"), ("hypernetwork",)),
+    "core_sharing": (("global", "module_type", "layer"), BUILT_IN),
+    "lora_a_init": (("peft", "orthogonal"), BUILT_IN),
+    "noise_embedding": (("fourier", "mlp", "raw"), ("hypernetwork",)),
 }
-_READERS = {
-    "core_init": ("hypernetwork", "constant"),
-    "core_input": ("hypernetwork",),
-    "noise_embedding": ("hypernetwork",),
-}
-"""Choices, and the built-in types of core that read them; custom cores may read all."""
+"""Field → its choices, and the built-in types of core that read it; custom cores may read all."""
 _SIZES = ("noise_embedding_dim", "mask_density_radius", "core_bins", "core_knots")
 _SCALES = ("core_scale", "fourier_scale")
 _REFUSED = (
@@ -130,10 +125,12 @@ class NaraConfig(LoraConfig):
         super().__post_init__()
         self.peft_type = NaraPeftType.NARA  # type: ignore[assignment]
         self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
+        check_core_type(self.core_type)
         self._check_choices()
         self._check_numbers()
         self._check_masks()
-        self._check_strength()
+        if self.strength is not None:
+            self._check_strength(self.strength)
         if self.reads_core:
             self._check_lora_fields()
 
@@ -158,48 +155,47 @@ class NaraConfig(LoraConfig):
         """Whether its layers read a C: one that is not I, or that is scaled by a strength."""
         return self.core_type != "identity" or self.strength is not None
 
+    def _refuse(self, name: str, expected: str) -> None:
+        raise ValueError(f"{name} is {getattr(self, name)!r}{expected}")
+
+    def _check_choices(self) -> None:
+        for name, (choices, readers) in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                self._refuse(name, f": choose one of {', '.join(map(repr, choices))}.")
+            if self.core_type in set(BUILT_IN) - set(readers) and value != choices[0]:
+                self._refuse(
+                    name,
+                    f", which core_type {self.core_type!r} doesn't read: leave it at {choices[0]!r}, or use core_type "
+                    f"{' or '.join(map(repr, readers))}.",
+                )
+
     def _check_numbers(self) -> None:
         widths = self.core_hidden_dims if isinstance(self.core_hidden_dims, (list, tuple)) else ()
         if not widths or not all(map(_is_size, widths)):
-            raise ValueError(
-                f"core_hidden_dims is {self.core_hidden_dims!r}: pass one positive integer a hidden layer."
-            )
+            self._refuse("core_hidden_dims", ": pass one positive integer a hidden layer.")
         self.core_hidden_dims = tuple(widths)  # JSON has a list
         for name in _SIZES:
             if not _is_size(getattr(self, name)):
-                raise ValueError(f"{name} is {getattr(self, name)!r}: pass a positive integer.")
+                self._refuse(name, ": pass a positive integer.")
         for name in _SCALES:
             if not is_number(getattr(self, name)) or getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)!r}: pass a finite number greater than 0.")
+                self._refuse(name, ": pass a finite number greater than 0.")
         if self.noise_embedding == "fourier" and self.noise_embedding_dim % 2:
-            raise ValueError(
-                f"noise_embedding_dim is {self.noise_embedding_dim}: Fourier features are sine and cosine pairs, so "
-                "pass an even number."
-            )
+            self._refuse("noise_embedding_dim", ": Fourier features are sine and cosine pairs, so pass an even number.")
         if self.core_type == "knots" and self.core_knots < 2:
-            raise ValueError(f"core_knots is {self.core_knots}: interpolation needs one at either end, so 2 or more.")
+            self._refuse("core_knots", ": interpolation needs one at either end, so 2 or more.")
         if self.scheduler is not None and not (isinstance(self.scheduler, dict) and "_class_name" in self.scheduler):
-            raise ValueError(f"scheduler is {self.scheduler!r}: pass a scheduler's configuration with its _class_name.")
-
-    def _check_choices(self) -> None:
-        check_core_type(self.core_type)
-        for name, choices in _CHOICES.items():
-            value, readers = getattr(self, name), _READERS.get(name, (self.core_type,))
-            if value not in choices:
-                raise ValueError(f"{name} is {value!r}: choose one of {', '.join(map(repr, choices))}.")
-            if self.core_type in BUILT_IN and self.core_type not in readers and value != choices[0]:
-                raise ValueError(
-                    f"{name} is {value!r}, which core_type {self.core_type!r} doesn't read: leave it at "
-                    f"{choices[0]!r}, or use core_type {' or '.join(map(repr, readers))}."
-                )
+            self._refuse("scheduler", ": pass a scheduler's configuration with its _class_name.")
 
     def _check_masks(self) -> None:
         ranks = {self.r, *self.rank_pattern.values()}  # type: ignore[union-attr]
         least = self.rank_mask_min
         if least is not None and not (self.core_type == "rank_mask" and _is_size(least) and least <= min(ranks)):
-            raise ValueError(
-                f"rank_mask_min is {least!r}, with core_type={self.core_type!r} and r={min(ranks)}: it is for "
-                "core_type='rank_mask', an integer from 1 to r, or None for half of r."
+            self._refuse(
+                "rank_mask_min",
+                f", with core_type={self.core_type!r} and r={min(ranks)}: it is for core_type='rank_mask', an integer "
+                "from 1 to r, or None for half of r.",
             )
         uneven = sorted(rank for rank in ranks if self.core_type == "bins" and rank % self.core_bins)
         if uneven:
@@ -208,14 +204,11 @@ class NaraConfig(LoraConfig):
                 "rank of all bins together, so pass core_bins times the rank of one."
             )
 
-    def _check_strength(self) -> None:
-        if self.strength is None:
-            return
-        given = self.strength
+    def _check_strength(self, given: Any) -> None:
         try:
             self.strength = (given if isinstance(given, StrengthSchedule) else StrengthSchedule(given)).as_lists()
         except ValueError as error:
-            raise ValueError(f"strength is {given!r}: {error}") from None
+            self._refuse("strength", f": {error}")
         for name in unscaled_fields(self):
             raise ValueError(
                 f"strength depends on λ, but would not reach what {name}={getattr(self, name)!r} changes in the model: "
@@ -232,9 +225,10 @@ class NaraConfig(LoraConfig):
                 )
         start = self.init_lora_weights
         if self.lora_a_init != "peft" and (self.core_type == "identity" or start is not True):
-            raise ValueError(
-                f"lora_a_init is {self.lora_a_init!r}, with core_type={self.core_type!r} and init_lora_weights="
-                f"{start!r}: it needs a core, and init_lora_weights=True."
+            self._refuse(
+                "lora_a_init",
+                f", with core_type={self.core_type!r} and init_lora_weights={start!r}: it needs a core, and "
+                "init_lora_weights=True.",
             )
         if isinstance(start, bool) or start == "gaussian" or self.core_type == "identity":
             return
@@ -275,11 +269,7 @@ def is_naras(given: Mapping[str, Any]) -> bool:
 
 
 def read_config_file(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The fields of an adapter_config.json, of any kind of adapter.
-
-    Raises:
-        ValueError: it is no JSON object; the message names the file.
-    """
+    """The fields of an adapter_config.json, of any kind of adapter; an error names the file."""
     try:
         return dict(json.loads(Path(path).read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
@@ -294,11 +284,8 @@ def config_to_fields(config: NaraConfig) -> dict[str, Any]:
 
 
 def config_from_fields(given: Mapping[str, Any], origin: str) -> NaraConfig:
-    """A configuration from `config_to_fields`, or from the adapter_config.json that PEFT writes.
-
-    Raises:
-        ValueError: NaraConfig refuses a field; the message names it and `origin`.
-    """
+    """A configuration from `config_to_fields`, or from the adapter_config.json that PEFT writes; an error names the
+    `origin`."""
     known = {own.name for own in fields(NaraConfig)} - _OF_ONE_MACHINE
     own = {key: value for key, value in given.items() if key in known or (value and key not in _OF_ONE_MACHINE)}
     try:

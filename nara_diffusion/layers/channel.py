@@ -51,11 +51,7 @@ class CoreChannel:
         self.__dict__.update(state, local=threading.local())
 
     def read(self, key: Key) -> Tensor:
-        """C (b or 1, r, r), float32, for a layer: of the running forward, or of the context around a part alone.
-
-        Raises:
-            RuntimeError: there is none.
-        """
+        """C (b or 1, r, r), float32, for a layer: of the running forward, or of the context around a part alone."""
         pushed = getattr(self.local, "pushed", None)
         if pushed is not None and (torch.compiler.is_compiling() or pushed[0] is present.get()):
             core = pushed[2].get(key)

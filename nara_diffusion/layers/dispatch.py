@@ -18,11 +18,8 @@ _QUANTISED = ("Linear8bitLt", "Linear4bit", "GPTQLoraLinear", "HqqLoraLinear")
 
 
 def check_target(target: Any, use_dora: bool, name: str) -> None:
-    """Refuse modules that no LoRA variant covers, before PEFT adapts them; `name` is for messages.
-
-    Raises:
-        ValueError: `target` is an attention module, or NaRA-DoRA's norm cannot be had for it.
-    """
+    """Refuse modules that no LoRA variant covers, or of which NaRA-DoRA cannot have the norm, before PEFT adapts them.
+    `name` is for messages."""
     base = target.get_base_layer() if isinstance(target, LoraLayer) else target
     weight, why = getattr(base, "weight", None), ""
     if isinstance(base, nn.MultiheadAttention):
@@ -45,11 +42,7 @@ def check_target(target: Any, use_dora: bool, name: str) -> None:
 
 def check_convolution(target: Any, name: str) -> None:
     """Refuse convolutions whose update PEFT's layer doesn't compute as W0's: its A has neither their dilation nor their
-    padding mode. `name` is for messages.
-
-    Raises:
-        ValueError: `target` has another dilation than 1, or another padding mode than zeros.
-    """
+    padding mode. `name` is for messages."""
     base = target.get_base_layer() if isinstance(target, LoraLayer) else target
     if not isinstance(base, nn.modules.conv._ConvNd):
         return
@@ -64,11 +57,7 @@ def check_convolution(target: Any, name: str) -> None:
 
 
 def variant_for(layer: Any, use_dora: bool, name: str) -> type[NaraVariant]:
-    """The LoRA variant for `layer`, which PEFT has made; `name` is for messages.
-
-    Raises:
-        ValueError: PEFT's class of this layer does not call LoRA variants.
-    """
+    """The LoRA variant for `layer`, which PEFT has made; refused if PEFT's class of it does not call variants."""
     if type(layer).forward not in _FORWARDS and type(layer).__name__ not in _QUANTISED:
         raise ValueError(
             f"NaRA cannot adapt '{name}' ({type(layer.get_base_layer()).__name__}, adapted by PEFT's "
@@ -91,10 +80,8 @@ def keep_out_of_float8(layer: Any, adapter_name: str) -> None:
 
 
 def factor_dtype(weight_dtype: torch.dtype | None) -> torch.dtype | None:
-    """The dtype for loaded A and B: that of the base weight, float32 if that is float8.
-
-    None, for a quantised base weight, keeps the dtype of the file.
-    """
+    """The dtype for loaded A and B: that of the base weight, float32 if that is float8, None (the file's) if it is
+    quantised."""
     if weight_dtype is None or not weight_dtype.is_floating_point:
         return None
     return torch.float32 if _is_float8(weight_dtype) else weight_dtype

@@ -50,7 +50,8 @@ def base_weight(base_layer: Any) -> Tensor:
     if type(weight) is nn.Parameter and not hasattr(base_layer, "W_q"):
         return weight  # PEFT's function would break a compiled graph
     if type(weight).__name__ == "Int8Params":
-        return _int8_weight(base_layer)
+        held = weight if weight.SCB is not None else base_layer.state  # where the first forward moves both
+        return held.CB.float() * (held.SCB.float()[:, None] / 127)
     if not _is_packed(base_layer):
         return dequantize_module_weight(base_layer)
     with torch.no_grad():
@@ -59,25 +60,14 @@ def base_weight(base_layer: Any) -> Tensor:
         return (product if base_layer.bias is None else product - base_layer.bias).T
 
 
-def _int8_weight(base_layer: Any) -> Tensor:
-    """W0 from int8 codes and the largest value of each row; the first forward moves both from weight to state."""
-    weight, state = base_layer.weight, base_layer.state
-    codes, largest = (weight.CB, weight.SCB) if weight.SCB is not None else (state.CB, state.SCB)
-    return codes.float() * (largest.float()[:, None] / 127)
-
-
 def _is_packed(base_layer: Any) -> bool:
     weight = getattr(base_layer, "weight", None)
     return bool(getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False))
 
 
 def check_mergeable(layer: Any, adapter_name: str, layer_name: str) -> None:
-    """Refuse layers that PEFT would merge wrongly, before anything is changed.
-
-    Raises:
-        ValueError: a bias of B without a bias to add it to, or on a quantised layer, where PEFT forgets its scale; or
-            a 4-bit weight that bitsandbytes has reordered.
-    """
+    """Refuse layers that PEFT would merge wrongly, before anything is changed: with a bias of B, without one to add it
+    to, or on a quantised layer, where PEFT forgets its scale; or a 4-bit weight that bitsandbytes has reordered."""
     base_layer = layer.get_base_layer()
     is_quantised = type(base_layer.weight).__name__ in ("Params4bit", "Int8Params")
     if layer.lora_bias[adapter_name] and (base_layer.bias is None or is_quantised):

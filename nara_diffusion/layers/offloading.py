@@ -52,10 +52,7 @@ def is_dispatched_by_layers(model: nn.Module) -> bool:
 
 
 def _hooks_of(module: nn.Module) -> list[Any]:
-    """The hooks around the forward of `module`, the outermost first, in the order in which its call would run them.
-
-    It includes all hooks of Diffusers' registry: one of them counts calls, to prefetch weights.
-    """
+    """The hooks around the forward of `module`, the outermost first: all of Diffusers', one of which counts calls."""
     registry = getattr(module, "_diffusers_hook", None)
     theirs = [] if registry is None else list(reversed(registry.hooks.values()))
     return [*_accelerates(module), *theirs]

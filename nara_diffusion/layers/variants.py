@@ -10,11 +10,11 @@ loosely to check.)
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora.layer import LoraVariant
+from peft.tuners.lora.layer import Embedding, LoraVariant
 from torch import Tensor, nn
 
 from . import fused
@@ -23,7 +23,14 @@ from .functional import apply_core, apply_core_to_channels, times_core
 from .fused import can_fuse, fused_linear
 from .matrices import base_weight, check_mergeable, delta_weight, factors
 from .offloading import is_managed, onloaded
-from .rows import Rows, check_rows
+
+Rows = Literal["samples", "tokens", "positions"]
+"""The meaning of the rows of a layer's input. Normally they are samples, and each has its value of λ. Where they are
+something else, shapes don't show it, since their number may equal b by chance: `rows_of` lists what is known.
+
+    "tokens"      (n, d) inside of what has experts: the tokens of all samples, or those that one expert gets
+    "positions"   (l, b, d): beside PyTorch's attention unless `batch_first`; and ids (l, l) of relative positions
+"""
 
 
 class NaraVariant(LoraVariant):
@@ -62,11 +69,7 @@ class NaraVariant(LoraVariant):
     # ------------------------------------------------------------------ forward
 
     def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
-        """Return `result` plus the update of `x`; PEFT calls it. A sample without batch axis is a batch of one.
-
-        Raises:
-            ValueError: `x` has another number of samples than λ.
-        """
+        """Return `result` plus the update of `x`; PEFT calls it. A sample without batch axis is a batch of one."""
         if not getattr(module, "cast_input_dtype_enabled", True) and x.is_floating_point():
             A = module.lora_A[active_adapter]  # layerwise casting has turned off PEFT's own conversion
             x = x if is_managed(A) else x.to(A.weight.dtype)
@@ -89,8 +92,14 @@ class NaraVariant(LoraVariant):
         samples, batch = core.shape[0], x.shape[0]
         if samples == 1:
             return core
-        if self.rows != "samples":
-            check_rows(self.rows, x, samples, self.layer_name)
+        if (self.rows == "tokens" and x.dim() == 2) or (
+            self.rows == "positions" and x.dim() > x.is_floating_point() + 1
+        ):
+            raise ValueError(
+                f"noise_level has {samples} values, but the rows that layer '{self.layer_name}' sees, "
+                f"{tuple(x.shape)}, are {self.rows}, not samples: one value belongs to each row of a layer's input "
+                "(b, …). Pass one value for the whole batch, or leave the layer out by `exclude_modules`."
+            )
         if samples == batch:
             return core
         if batch == 0:  # an expert without tokens: A and B get gradients of zero
@@ -185,3 +194,22 @@ class NaraEmbedding(NaraVariant):
 
 def is_dropout_free(module: Any, adapter_name: str) -> bool:
     return isinstance(module.lora_dropout[adapter_name], nn.Identity) or not module.training
+
+
+def rows_of(root: nn.Module, name: str) -> Rows:
+    """The meaning of the rows of the input of layer `name` below `root`, from the modules around it."""
+    module: Any = root
+    around = []
+    for part in name.split("."):
+        around.append(module)
+        module = getattr(module, part)
+    if any(hasattr(outer, "experts") or "Experts" in type(outer).__name__ for outer in around):
+        return "tokens"
+    if isinstance(module, (nn.Embedding, Embedding)):
+        return "positions" if name.endswith(("relative_attention_bias", "distance_embedding")) else "samples"
+    return "positions" if any(map(_is_length_first, around)) else "samples"
+
+
+def _is_length_first(module: Any) -> bool:
+    attentions = (one for one in module._modules.values() if isinstance(one, nn.MultiheadAttention))
+    return any(getattr(one, "batch_first", None) is False for one in (module, *attentions))

@@ -176,11 +176,8 @@ class HasSource:
         return {name: each for name, each in conventions.items() if each is not None and name != but}
 
     def complete(self, name: str, config: Any) -> Any:
-        """A copy of `config` of an adapter to be added, or to take the place of that of this name, with its definition.
-
-        Raises:
-            ValueError: it has another than the source.
-        """
+        """A copy of `config` of an adapter to be added, or to take the place of that of this name, with its definition,
+        which has to be that of the source."""
         others, own = self._defined(but=name), config.noise_convention
         first = next(iter(others.values()), own)
         source = first_source(self.denoiser, first) if self.source_is_default else self.given_source
@@ -195,11 +192,8 @@ class HasSource:
         return config
 
     def adopt_convention(self, convention: str) -> dict[str, str]:
-        """Give the active, λ-dependent adapters whose definition is assumed this one, unless one of them has another.
-
-        Returns:
-            Adapter → its other definition; empty if they now agree.
-        """
+        """Give the active, λ-dependent adapters whose definition is assumed this one, unless some have another: returns
+        these, adapter → its definition."""
         configs = {name: self.configs[name] for name in self.reading() if self.depends_on_noise(name)}
         sure = {n: getattr(c, "noise_convention", None) for n, c in configs.items() if not is_assumed(c)}
         others = {name: each for name, each in sure.items() if each not in (None, convention)}

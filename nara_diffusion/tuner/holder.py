@@ -179,12 +179,7 @@ class CoreHolder(HasSource, MergesCores, ReadOutsideForwards, nn.Module):
         self.root._modules.pop(HOLDER_NAME, None)
 
     def begin(self, args: Any, kwargs: Any) -> None:
-        """Push C(λ) of what the layers will read in this forward of the root.
-
-        Raises:
-            ValueError: λ is needed and not known, or not that of merged layers; or a pipeline's scheduler expects
-                another prediction.
-        """
+        """Push C(λ) of what the layers will read in this forward of the root."""
         self.channel.local.pushed = None
         self.drop_deleted()
         is_disabled = all(layer.disable_adapters for layers in self.layers.values() for layer in layers[:1])

@@ -27,11 +27,7 @@ class ReadOutsideForwards:
 
     @torch.compiler.disable(recursive=True)
     def core_alone(self, key: Key) -> Tensor:
-        """C for a layer that finds none: of the running forward, or made at λ of the context around a part alone.
-
-        Raises:
-            RuntimeError: there is neither, or C was made for other samples than the part sees.
-        """
+        """C for a layer that finds none: of the running forward, or made at λ of the context around a part alone."""
         entry, pushed = entry_for(self), self.channel.pushed()
         if pushed is not None and pushed[1] is entry and key in pushed[2]:
             return pushed[2][key]  # a context of another model has been entered since

@@ -28,7 +28,7 @@ from nara_diffusion.layers.dispatch import (
     variant_for,
 )
 from nara_diffusion.layers.offloading import is_dispatched_by_layers
-from nara_diffusion.layers.rows import rows_of
+from nara_diffusion.layers.variants import rows_of
 from nara_diffusion.loaders.strict import PEFT_PREFIX, check_core_precision, check_tensors
 from nara_diffusion.noise.denoisers import denoiser_of
 from nara_diffusion.noise.level import find_holders
@@ -184,11 +184,7 @@ class NaraModel(MergesAtOneLevel):
     # ------------------------------------------------------------------ refused, or right only for some adapters
 
     def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
-        """PEFT's, for adapters with `core_type="identity"` alone.
-
-        Raises:
-            ValueError: one of `adapters` has a core, whose update no weighted sum of A's and B's can express.
-        """
+        """PEFT's, for adapters with `core_type="identity"` alone: no weighted sum of A's and B's expresses a core."""
         for name in adapters:
             if getattr(self.peft_config.get(name), "core_type", "identity") != "identity":
                 raise ValueError(

@@ -23,8 +23,7 @@ from nara_diffusion.config import NaraConfig, unscaled_fields
 from nara_diffusion.cores.registry import SHARED, CoreSet, core_group
 from nara_diffusion.cores.simple import IdentityCore
 from nara_diffusion.layers.dispatch import check_target, variant_for
-from nara_diffusion.layers.rows import rows_of
-from nara_diffusion.layers.variants import NaraVariant
+from nara_diffusion.layers.variants import NaraVariant, rows_of
 from nara_diffusion.noise.denoisers import denoiser_of
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
 
