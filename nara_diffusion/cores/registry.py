@@ -18,19 +18,15 @@ CoreFactory = Callable[[Any, int], nn.Module]
 """(the NaraConfig, r) → a module λ (b,) → C (b, r, r)."""
 
 
-def _make_hypernetwork(config: Any, rank: int) -> HypernetworkCore:
-    return HypernetworkCore(
+_BUILT_IN: dict[str, CoreFactory] = {
+    "hypernetwork": lambda config, rank: HypernetworkCore(
         rank,
         scale=config.core_scale,
         hidden_dims=config.core_hidden_dims,
         init=config.core_init,
         core_input=config.core_input,
         embedding=lambda: make_embedding(config.noise_embedding, config.noise_embedding_dim, config.fourier_scale),
-    )
-
-
-_BUILT_IN: dict[str, CoreFactory] = {
-    "hypernetwork": _make_hypernetwork,
+    ),
     "constant": lambda config, rank: ConstantCore(rank, scale=config.core_scale, init=config.core_init),
     "identity": lambda config, rank: IdentityCore(rank),
     "rank_mask": lambda config, rank: RankMaskCore(rank, config.rank_mask_min),

@@ -68,11 +68,7 @@ def as_signals(noise_level: Level, mask_density: Level | None = None) -> NoiseSi
 
 
 def as_signal(value: Level, name: str = "noise_level") -> Tensor:
-    """`value` as a new float32 tensor (1,) or (b,), with the gradient of a tensor.
-
-    Raises:
-        ValueError: not a number or one-dimensional, or an element that is NaN or outside [0, 1].
-    """
+    """`value` as a new float32 tensor (1,) or (b,) in [0, 1], with the gradient of a tensor."""
     try:
         signal = as_tensor(value)
     except (TypeError, ValueError, RuntimeError):
@@ -107,11 +103,9 @@ def as_tensor(value: Any) -> Tensor:
 
 
 class Entry:
-    """One entered context.
+    """One entered context: the one that it was entered in, and the holders of cores that it is for.
 
     Attributes:
-        parent: the entry that it was entered in.
-        holders: the holders of cores that it is for.
         signals: λ and the mask density; None once the context is left, as copies of the `ContextVar` may remain.
         backward: `backward_pass()` when it was entered.
     """
@@ -119,8 +113,7 @@ class Entry:
     __slots__ = ("backward", "holders", "parent", "signals")
 
     def __init__(self, parent: Entry | None, holders: frozenset[nn.Module], signals: NoiseSignals) -> None:
-        self.parent = parent
-        self.holders = holders
+        self.parent, self.holders = parent, holders
         self.signals: NoiseSignals | None = signals
         self.backward = backward_pass()
 
@@ -208,11 +201,7 @@ def outer_modules(root: nn.Module) -> Iterator[nn.Module]:
 
 
 def core_holders(model: nn.Module) -> list[Any]:
-    """The holders of cores at or below `model`, of which there has to be one.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """The holders of cores at or below `model`, of which there has to be one."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"{type(model).__name__} is no torch.nn.Module: pass the model itself, e.g. pipe.unet.")
     found = find_holders(model)

@@ -58,7 +58,6 @@ class HasSource:
         self.denoiser = denoiser
         self.given_source: Any = _DEFAULT
         self.length: int | None = None
-        self._made: tuple[Any, NoiseSource | None] | None = None
         self.pipelines: list[weakref.ref[Any]] = []
 
     @property
@@ -70,19 +69,12 @@ class HasSource:
         present schedulers; None if nothing does."""
         if not self.source_is_default:
             return self.given_source
-        convention, schedulers = next(iter(self._defined().values()), None), self.schedulers()
-        lengths = [scheduler.config.get("num_train_timesteps") for scheduler in schedulers]
-        state = (convention, [*map(id, schedulers)], lengths, self.length)
-        if self._made is not None and self._made[0] == state:  # as in the forward before
-            return self._made[1]
-        source = first_source(self.denoiser, convention)
-        if isinstance(source, Denoiser):
-            if schedulers:
-                source = source.under(schedulers)
-                self.length = source.num_train_timesteps
-            elif self.length is not None:
-                source = replace(source, num_train_timesteps=self.length)
-        self._made = ((*state[:3], self.length), source)
+        source, schedulers = first_source(self.denoiser, next(iter(self._defined().values()), None)), self.schedulers()
+        if isinstance(source, Denoiser) and schedulers:
+            source = source.under(schedulers)
+            self.length = source.num_train_timesteps
+        elif isinstance(source, Denoiser) and self.length is not None:
+            source = replace(source, num_train_timesteps=self.length)
         return source
 
     def set_source(self, source: NoiseSource | None) -> None:

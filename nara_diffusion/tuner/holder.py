@@ -65,7 +65,7 @@ class CoreHolder(HasSource, MergesCores, ReadOutsideForwards, nn.Module):
         self.init_source(denoiser)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "pipelines": [], "_made": None}  # which are not those of a copy
+        return {**self.__dict__, "pipelines": []}  # which are not those of a copy
 
     @property
     def root(self) -> Any:
@@ -82,7 +82,6 @@ class CoreHolder(HasSource, MergesCores, ReadOutsideForwards, nn.Module):
         """Add an adapter, or replace one. `layers`: those that it adapts."""
         self.cores[name] = cores
         self.configs[name], self.layers[name] = config, layers
-        self.schedules.pop(name, None)
 
     def drop_deleted(self) -> None:
         """Forget the adapters that have left `peft_config`, also if another one has come in their place."""
@@ -220,8 +219,9 @@ class CoreHolder(HasSource, MergesCores, ReadOutsideForwards, nn.Module):
         name, group = key
         cores: Any = self.cores[name]
         core, schedule = cores.matrix(group, signals), self.schedules.get(name)
-        if schedule is None or signals is None:
+        if schedule is None:
             return core
+        assert signals is not None
         level = signals.noise_level
         core = core.to(level.device) if core.device.type == "cpu" else core  # an identity has no weights
         return schedule.at(level.to(core.device))[:, None, None] * core

@@ -89,37 +89,27 @@ def core_matrix(
     Raises:
         ValueError: no NaRA adapter of that name, or several; λ out of range, or `module` missing or not adapted.
     """
-    cores = _cores_of(model, adapter_name)
-    groups = list(cores)
-    group = groups[0] if len(groups) == 1 and module is None else _group_of(model, module, adapter_name, groups)
+    holders = core_holders(model)
+    found = [holder.cores[adapter_name] for holder in holders if adapter_name in holder.cores]
+    if len(found) != 1:
+        names = ", ".join(sorted({repr(name) for holder in holders for name in holder.cores}))
+        raise ValueError(
+            f"There {f'are {len(found)} adapters' if found else 'is no adapter'} '{adapter_name}': the model has "
+            f"{names}. Of several models below this one, pass the one that is meant."
+        )
+    cores: CoreSet = found[0]
+    group = next(iter(cores)) if len(cores) == 1 and module is None else _group_of(model, module, adapter_name, cores)
     if cores.needs_density and mask_density is None:
         raise ValueError(f"Adapter '{adapter_name}' reads the mask density too: pass mask_density=….")
     with onloaded_cores(model):
         return cores.matrix(group, as_signals(noise_level, mask_density))
 
 
-def _cores_of(model: nn.Module, adapter_name: str) -> CoreSet:
-    holders = core_holders(model)
-    found = [holder.cores[adapter_name] for holder in holders if adapter_name in holder.cores]
-    if not found:
-        names = sorted({repr(name) for holder in holders for name in holder.cores})
-        raise ValueError(f"There is no adapter '{adapter_name}': the model has {', '.join(names)}.")
-    if len(found) > 1:
-        raise ValueError(
-            f"{len(found)} models below {type(model).__name__} have an adapter '{adapter_name}': pass the one that is "
-            "meant."
-        )
-    return found[0]
-
-
-def _group_of(model: nn.Module, module: str | None, adapter_name: str, groups: list[str]) -> str:
+def _group_of(model: nn.Module, module: str | None, adapter_name: str, cores: CoreSet) -> str:
     if module is None:
-        raise ValueError(f'The adapter has {len(groups)} cores: pass module="name of an adapted module".')
+        raise ValueError(f'The adapter has {len(cores)} cores: pass module="name of an adapted module".')
     for name, layer in model.named_modules():
-        if name == module or name == f"{PEFT_PREFIX}{module}":
-            variant = getattr(layer, "lora_variant", {}).get(adapter_name)
-            if variant is not None:
-                return variant.key[1]
-            if adapter_name in getattr(layer, "scaling", {}):  # an identity, whose layers have no variant
-                return groups[0]
+        if name in (module, f"{PEFT_PREFIX}{module}") and adapter_name in getattr(layer, "scaling", {}):
+            variant: Any = getattr(layer, "lora_variant", {}).get(adapter_name)
+            return next(iter(cores)) if variant is None else variant.key[1]  # an identity's layers have no variant
     raise ValueError(f"'{module}' is not a module adapted by '{adapter_name}'.")

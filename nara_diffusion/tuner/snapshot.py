@@ -18,14 +18,15 @@ def restored_on_error(*roots: nn.Module) -> Iterator[None]:
     Containers are restored in place, since handles of hooks refer to them. Values that were changed in place are not
     restored; PEFT's initialisations that change the base give its weights new ones.
     """
-    states = {id(module): (module, _state(module)) for root in roots for module in root.modules()}
+    modules = {id(module): module for root in roots for module in root.modules()}.values()
+    states = [(module, [(*each, _copied(each[1])) for each in vars(module).items()]) for module in modules]
     values = [(p, p.data, p.requires_grad) for root in roots for p in root.parameters()]
     try:
         yield
     except BaseException:
-        for module, state in states.values():
+        for module, state in states:
             vars(module).clear()
-            for name, (value, before) in state.items():
+            for name, value, before in state:
                 if isinstance(value, list):
                     value[:] = before
                 elif before is not None:
@@ -37,9 +38,5 @@ def restored_on_error(*roots: nn.Module) -> Iterator[None]:
         raise
 
 
-def _state(module: nn.Module) -> dict[str, tuple[Any, Any]]:
-    """Attribute → (its value, a copy of it if it is a container)."""
-    return {
-        name: (value, copy(value) if type(value) in (dict, list, set, OrderedDict) else None)
-        for name, value in vars(module).items()
-    }
+def _copied(value: Any) -> Any:
+    return copy(value) if type(value) in (dict, list, set, OrderedDict) else None

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nara_diffusion import StrengthSchedule, noise_level, set_strength
 from nara_diffusion.tuner.checkpointing import CheckpointWithCore
+from nara_diffusion.tuner.strength import strength_of
 from tests.acceptance._lives import add_nara, assert_near, frozen_sd, predict, save_nara
 from tests.helpers.adapted import TwoLayers, adapted, lora_config, nara_config
 from tests.helpers.pipelines.unet import tiny_unet
@@ -112,3 +113,13 @@ def test_checkpoint_functions_are_wrapped_once_a_model(tiny_llama: Any) -> None:
     assert isinstance(wrapped, CheckpointWithCore)
     assert isinstance(wrapped.checkpoint, CheckpointWithCore)
     assert wrapped.checkpoint.checkpoint is checkpoint
+
+
+def test_schedule_goes_with_its_adapter_also_where_a_lora_takes_its_name(tmp_path: Path) -> None:
+    pipe = loaded(tmp_path)
+    set_strength(pipe.unet, "a", SCHEDULE)
+    pipe.load_nara_weights(tmp_path, adapter_name="b")
+    pipe.delete_adapters("a")
+    inject_adapter_in_model(lora_config(target_modules=["to_k"]), pipe.unet, "a")
+    assert strength_of(pipe.unet, "a") is None
+    set_strength(pipe.unet, "a", None)
