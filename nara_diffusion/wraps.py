@@ -152,7 +152,7 @@ def _load_into_transformers(original: Any, self: Any, *args: Any, **kwargs: Any)
 def _set_adapters(original: Any, pipe: Any, adapter_names: list[str] | str, adapter_weights: Any = None) -> None:
     names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
     weights = adapter_weights if isinstance(adapter_weights, list) else [adapter_weights] * len(names)
-    models = {part: getattr(pipe, part, None) for part in pipe._lora_loadable_modules}
+    models: dict[str, Any] = {part: getattr(pipe, part, None) for part in pipe._lora_loadable_modules}
     for part, model in models.items():
         if _holds_nara(getattr(model, "_orig_mod", None)):
             raise ValueError(
@@ -163,7 +163,7 @@ def _set_adapters(original: Any, pipe: Any, adapter_names: list[str] | str, adap
         (part, model, name, weight.get(part) if isinstance(weight, Mapping) else weight)
         for part, model in models.items()
         for name, weight in zip(names, weights, strict=False)
-        if name in adapters_of(model)  # type: ignore[arg-type]
+        if name in adapters_of(model)
     ]
     scheduled = [(model, name, weight) for _, model, name, weight in given if isinstance(weight, StrengthSchedule)]
     for part, model, name, weight in given:

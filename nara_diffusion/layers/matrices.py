@@ -50,7 +50,7 @@ def base_weight(base_layer: Any) -> Tensor:
     if type(weight) is nn.Parameter and not hasattr(base_layer, "W_q"):
         return weight  # PEFT's function would break a compiled graph
     if type(weight).__name__ == "Int8Params":
-        held = weight if weight.SCB is not None else base_layer.state  # where the first forward moves both
+        held: Any = weight if getattr(weight, "SCB", None) is not None else base_layer.state  # after a first forward
         return held.CB.float() * (held.SCB.float()[:, None] / 127)
     if not _is_packed(base_layer):
         return dequantize_module_weight(base_layer)

@@ -166,7 +166,8 @@ def denoiser_of(model: nn.Module) -> Denoiser | None:
     name = next((kind.__name__ for kind in type(model).__mro__ if kind.__name__ in _DENOISERS), None)
     if name is None:
         return None
-    denoiser, config = _DENOISERS[name], getattr(model, "config", None)
+    denoiser: Denoiser = _DENOISERS[name]
+    config: Any = getattr(model, "config", None)
     if name == "SanaTransformer2DModel":  # SanaSprint, which alone is conditioned on guidance, is given σ
         changes = {"meaning": "sigma"} if config.guidance_embeds else {"scale": config.timestep_scale}
         return replace(denoiser, **changes)

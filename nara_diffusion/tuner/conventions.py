@@ -225,12 +225,8 @@ class HasSource:
         merged, were trained for; or two of these were trained for different ones."""
         if not self.pipelines:
             return
-        configs, pipes = getattr(self.root, "peft_config", {}), self.present_pipelines()
-        carries = any(getattr(config, "scheduler", None) for config in configs.values())
-        if not carries and not any(REPLACED in vars(pipe) for pipe in pipes):
-            return
-        fields = carried_scheduler(configs, names)
-        for pipe in pipes:
+        fields = carried_scheduler(getattr(self.root, "peft_config", {}), names)
+        for pipe in self.present_pipelines():
             own = vars(pipe).get(REPLACED)
             wanted = prediction_by(own) if fields is None else prediction_in(fields)
             scheduler = getattr(pipe, "scheduler", None)
