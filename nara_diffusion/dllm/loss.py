@@ -21,24 +21,18 @@ from .models.backbone import Backbone
 
 
 @dataclass(frozen=True)
-class MaskedDiffusionLoss:
-    """The loss of a batch and its parts; b' is 2b with complementary masks, else b.
+class MaskedDiffusionLoss(MaskedBatch):
+    """The loss of a masked batch of b' rows, 2b with complementary masks, else b.
 
     Attributes:
         loss: scalar, the mean of `per_sample`.
         per_sample: (b',) each sequence's share, divided by its λ and its answer's length.
-        noise_level: (b',) float32, λ.
-        masked: (b', l) bool.
         token_loss: (b', l) cross-entropy in nats; zero where nothing is masked.
-        answer: (b', l) bool.
     """
 
     loss: torch.Tensor
     per_sample: torch.Tensor
-    noise_level: torch.Tensor
-    masked: torch.Tensor
     token_loss: torch.Tensor
-    answer: torch.Tensor
 
 
 def masked_diffusion_loss(
@@ -73,14 +67,7 @@ def masked_diffusion_loss(
     batch = mask_answers(input_ids, prompt_lengths, mask_token_id=mask, **masking)
     token_loss = masked_cross_entropy(model, batch, chunk_size=chunk_size)  # (b', l)
     per_sample = token_loss.sum(1) / batch.noise_level / batch.answer.sum(1)
-    return MaskedDiffusionLoss(
-        loss=per_sample.mean(),
-        per_sample=per_sample,
-        noise_level=batch.noise_level,
-        masked=batch.masked,
-        token_loss=token_loss,
-        answer=batch.answer,
-    )
+    return MaskedDiffusionLoss(**vars(batch), loss=per_sample.mean(), per_sample=per_sample, token_loss=token_loss)
 
 
 def masked_cross_entropy(

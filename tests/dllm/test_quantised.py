@@ -21,6 +21,7 @@ from tests.acceptance._commands import (
     assert_same_bits,
     by_the_card,
     ended_early,
+    fresh_accelerate,
     metrics,
     results,
     run,
@@ -79,6 +80,7 @@ def test_run_that_is_killed_goes_on_to_the_same_bits(
 ) -> None:
     flags = text_flags(tmp_path) | {f"load_in_{bits}bit": True, "optimizer": "PagedAdamW", **precision}
     flags |= {"validation_steps": 2}
+    fresh_accelerate()  # other tests leave one
     run("dllm.py", **flags, output_dir=tmp_path / "whole")
     assert "PagedAdamW moves its states between the memory of GPU and CPU, and there is no GPU" in caplog.text
     out, log = tmp_path / "out", tmp_path / "log"
