@@ -121,3 +121,7 @@ def _convert(add: Any, parser: Any) -> None:
     add("output", metavar="OUTPUT", type=Path, help="the folder to write")
     add("--to", choices=("peft", "pipeline"), required=True, help="the format to write")
     add("--component", help="the part of a pipeline: unet, transformer, text_encoder, …")
+
+
+if __name__ == "__main__":
+    main()

@@ -61,11 +61,11 @@ def test_a_host_draws_the_naras_pixels_with_the_scheduler_that_the_warning_names
 @pytest.mark.parametrize("form", ["kohya", "peft"])
 def test_from_lora_brings_the_scheduler_along(form, tmp_path: Path):
     pipe = converted("flow")
-    lora = to_lora(pipe.unet, LEVEL, "toy")
-    source = tmp_path / "lora.safetensors" if form == "kohya" else tmp_path
+    lora, source = to_lora(pipe.unet, LEVEL, "toy"), tmp_path
     if form == "peft":
         lora.save_pretrained(tmp_path)
     else:
+        source = tmp_path / "lora.safetensors"
         save_host_file({"unet": lora}, source, "kohya", "sdxl", 1)
     other = from_lora(source, small_sdxl())
     config = other.unet.peft_config["default"]

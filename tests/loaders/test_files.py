@@ -35,11 +35,10 @@ def nara_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def repositories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nara_folder: Path) -> None:
     """me/toy and me/peft, in place of the Hub."""
-    peft = tmp_path / "peft"
-    AdapterFile({"unet": AdapterFile.read(nara_folder).parts["unet"]}).save_peft(peft)
+    AdapterFile({"unet": AdapterFile.read(nara_folder).parts["unet"]}).save_peft(tmp_path / "peft")
 
     def download(repository: str, *, weights_name: str, **options: Any) -> str:
-        path = {"me/toy": nara_folder, "me/peft": peft}.get(repository, Path("nowhere")) / weights_name
+        path = {"me/toy": nara_folder, "me/peft": tmp_path / "peft"}.get(repository, tmp_path) / weights_name
         if not path.is_file():
             raise OSError(f"{repository} does not appear to have a file named {weights_name}.")
         return str(path)
@@ -47,17 +46,11 @@ def repositories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nara_folder: P
     monkeypatch.setattr(files, "_get_model_file", download)
 
 
-@pytest.mark.parametrize("name", ["me/toy", "me/peft"])
-def test_a_repository_of_either_format_is_loaded(name: str, repositories: None) -> None:
-    pipe: Any = small_sdxl()
-    pipe.load_nara_weights(name)
-    assert set(pipe.get_list_adapters()) == {"unet"} | (
-        {"text_encoder", "text_encoder_2"} if name == "me/toy" else set()
-    )
-
-
-def test_what_is_nowhere_is_named(repositories: None, tmp_path: Path, nara_folder: Path) -> None:
-    pipe: Any = small_sdxl()
+def test_repositories_of_either_format_are_loaded_and_what_is_nowhere_is_named(repositories, tmp_path, nara_folder):
+    for name, parts in (("me/toy", {"unet", "text_encoder", "text_encoder_2"}), ("me/peft", {"unet"})):
+        pipe: Any = small_sdxl()
+        pipe.load_nara_weights(name)
+        assert set(pipe.get_list_adapters()) == parts
     with pytest.raises(OSError, match=r"me/other .*pytorch_nara_weights\.safetensors"):
         pipe.load_nara_weights("me/other")
     for source in ("./nowhere", tmp_path / "nowhere", "toy.safetensors"):
