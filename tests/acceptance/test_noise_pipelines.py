@@ -13,37 +13,44 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, EDMEulerScheduler
+from diffusers import (
+    ControlNetModel,
+    DDIMScheduler,
+    EDMEulerScheduler,
+    StableDiffusionXLControlNetPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLPAGPipeline,
+)
 from torch import Tensor
 
-from nara_diffusion import TimestepNoise, noise_level, set_noise_source
+from nara_diffusion import TimestepNoise, noise_level, register_denoiser, set_noise_source
 from tests.helpers.rounding import rounding_of
-from tests.helpers.small_pipelines import small_flux, small_sd3, small_sdxl
+from tests.helpers.small_pipelines import small_flux, small_sd, small_sd3, small_sdxl
 
 from ._noise_models import UNET_TARGETS, Stock, adapt, assert_near, distance, run, tensor_of
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*PAG.*deprecated:FutureWarning")
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-FLUX_TARGETS = ["to_q", "to_out.0", "add_k_proj", "proj_mlp", "norm1.linear"]
-SD3_TARGETS = ["to_v", "add_q_proj", "net.2"]
-LevelOf = Callable[[Any, int], float]
-"""(scheduler, step) → λ."""
+IMAGE = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+LevelOf = Callable[[Any, int, float], float]
+"""(scheduler, step, timestep as the denoiser gets it) → λ."""
 
 
-def share_of(scheduler: Any, step: int) -> float:
-    return float(scheduler.timesteps[step]) / scheduler.config.num_train_timesteps
+def share_of(scheduler: Any, step: int, timestep: float) -> float:
+    return timestep / scheduler.config.num_train_timesteps
 
 
-def sigma_of(scheduler: Any, step: int) -> float:
+def sigma_of(scheduler: Any, step: int, timestep: float) -> float:
     return float(scheduler.sigmas[step])
 
 
-def edm_level_of(scheduler: Any, step: int) -> float:
-    sigma = float(scheduler.sigmas[step])
-    return sigma / (1 + sigma)
+def edm_level_of(scheduler: Any, step: int, timestep: float) -> float:
+    return float(scheduler.sigmas[step] / (1 + scheduler.sigmas[step]))
 
 
 def latents(pipe: Any, prompt: Any = ("a photo of a toy", "red"), **options: Any) -> Tensor:
-    call = {"num_inference_steps": 3, "guidance_scale": 4.0, "height": 16, "width": 16, "output_type": "latent"}
+    call = {"num_inference_steps": 3, "guidance_scale": 4.0, "output_type": "latent"}
+    call |= {} if "image" in options else {"height": 16, "width": 16}
     return pipe(list(prompt), generator=torch.Generator().manual_seed(0), **{**call, **options}).images
 
 
@@ -55,8 +62,11 @@ def compared_calls(pipe: Any, stock: Stock, level: LevelOf) -> Iterator[list[flo
     """
     errors: list[float] = []
 
-    def compare(_: Any, args: Any, kwargs: Any, output: Any) -> None:
-        expected = run(stock.at(level(pipe.scheduler, len(errors))), *args, **kwargs)
+    def compare(denoiser: Any, args: Any, kwargs: Any, output: Any) -> None:
+        if hasattr(denoiser, "attn_processors"):  # pipelines set some when they are called
+            stock.model.set_attn_processor(dict(denoiser.attn_processors))
+        timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
+        expected = run(stock.at(level(pipe.scheduler, len(errors), float(timestep.flatten()[0]))), *args, **kwargs)
         errors.append(distance(tensor_of(output), expected))
 
     handle = stock.adapted.register_forward_hook(compare, with_kwargs=True)
@@ -64,31 +74,114 @@ def compared_calls(pipe: Any, stock: Stock, level: LevelOf) -> Iterator[list[flo
     handle.remove()
 
 
-def assert_all_right(errors: list[float], denoiser: Any, steps: int = 3, roundings: float = 2) -> None:
+def assert_all_right(errors: list[float], denoiser: Any, steps: int = 3, roundings: float = 4) -> None:
     assert len(errors) == steps
     assert max(errors) < roundings * rounding_of(denoiser), errors
 
 
-@pytest.mark.parametrize(
-    ("make", "targets", "level", "options"),
-    [
-        (small_sdxl, UNET_TARGETS, share_of, {"num_images_per_prompt": 2}),
-        (small_sd3, SD3_TARGETS, sigma_of, {}),
-        (small_flux, FLUX_TARGETS, sigma_of, {"max_sequence_length": 12}),
-    ],
-    ids=["SDXL", "SD3", "Flux"],
-)
-def test_pipeline_tells_the_level_of_each_step(
-    make: Callable[[], Any], targets: list[str], level: LevelOf, options: dict[str, Any]
-) -> None:
-    pipe = make()
+def controlnet(unet: Any) -> ControlNetModel:
+    """With the sizes of `unet`; its zero convolutions are random, so that it has a say."""
+    torch.manual_seed(2)
+    model = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 16)).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape)
+    return model
+
+
+class OwnProcessor:
+    """A custom attention processor in the manner of xFormers': heads in the batch, an attention of one's own."""
+
+    def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Any = None, **_: Any) -> Tensor:
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        query, key, value = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
+        query, key, value = (attn.head_to_batch_dim(part).contiguous() for part in (query, key, value))
+        attended = torch.softmax(query @ key.transpose(1, 2) * attn.scale, dim=-1) @ value
+        return attn.to_out[1](attn.to_out[0](attn.batch_to_head_dim(attended)))
+
+
+def of_kind(kind: Any, **more: Any) -> Any:
+    pipe = kind(**{name: part for name, part in small_sdxl().components.items() if part is not None}, **more)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def with_control() -> Any:
+    return of_kind(StableDiffusionXLControlNetPipeline, controlnet=controlnet(small_sdxl().unet))
+
+
+SDXL: tuple[Any, ...] = (UNET_TARGETS, share_of)
+PIPELINES: dict[str, tuple[Callable[[], Any], list[str], LevelOf, dict[str, Any]]] = {
+    "SDXL, two images a prompt": (small_sdxl, *SDXL, {"num_images_per_prompt": 2}),
+    "SDXL, an end before the last step": (small_sdxl, *SDXL, {"denoising_end": 0.5}),
+    "SDXL, from an image": (
+        lambda: of_kind(StableDiffusionXLImg2ImgPipeline),
+        *SDXL,
+        {"image": IMAGE, "strength": 0.7},
+    ),
+    "SDXL, perturbed attention": (
+        lambda: of_kind(StableDiffusionXLPAGPipeline, pag_applied_layers=["mid"]),
+        *SDXL,
+        {"pag_scale": 2.0},
+    ),
+    "SDXL, a ControlNet": (with_control, *SDXL, {"image": IMAGE, "guess_mode": True}),
+    "SD3": (small_sd3, ["to_v", "add_q_proj", "net.2"], sigma_of, {}),
+    "Flux": (
+        small_flux,
+        ["to_q", "to_out.0", "add_k_proj", "proj_mlp", "norm1.linear"],
+        sigma_of,
+        {"max_sequence_length": 12},
+    ),
+}
+STEPS = {"SDXL, an end before the last step": 1, "SDXL, from an image": 2}
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_pipeline_tells_the_level_of_each_step(name: str) -> None:
+    make, targets, level, options = PIPELINES[name]
+    pipe, steps = make(), STEPS.get(name, 3)
     denoiser, stock = adapt(pipe.unet if hasattr(pipe, "unet") else pipe.transformer, targets)
     with compared_calls(pipe, stock, level) as errors:
         latents(pipe, **options)
-    assert_all_right(errors, denoiser)
+    assert_all_right(errors, denoiser, steps)
     with compared_calls(pipe, stock, lambda *step: abs(level(*step) - 0.01)) as wrong:
         latents(pipe, **options)
     assert min(wrong) > 4 * rounding_of(denoiser)  # a λ that is off by a hundredth is seen at every step
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "sliced attention": lambda unet: unet.set_attention_slice("auto"),
+    "a processor of one's own": lambda unet: unet.set_attn_processor(OwnProcessor()),
+    "channels last": lambda unet: unet.to(memory_format=torch.channels_last),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_unet_that_computes_otherwise_has_the_level_of_each_step(change: str) -> None:
+    pipe = small_sdxl()
+    unet, stock = adapt(pipe.unet, UNET_TARGETS)
+    for model in (unet, stock.model):
+        CHANGES[change](model)
+    with compared_calls(pipe, stock, share_of) as errors:
+        latents(pipe)
+    assert_all_right(errors, unet)
+
+
+@pytest.mark.usefixtures("_registry")
+def test_controlnet_with_an_adapter_of_its_own_reads_its_timestep_once_it_is_registered() -> None:
+    inputs = torch.randn(3, 4, 8, 8), torch.tensor([20, 500, 900]), torch.randn(3, 5, 16), IMAGE.expand(3, -1, -1, -1)
+    model, _ = adapt(controlnet(small_sd().unet), ["to_q", "to_v"])
+    with pytest.raises(ValueError, match=r"register_denoiser\('ControlNetModel', meaning\) before adding adapters"):
+        model(*inputs)
+    register_denoiser("ControlNetModel")
+    model, stock = adapt(controlnet(small_sd().unet), ["to_q", "to_v"])
+    found = model(*inputs)[1]
+    for i, level in enumerate((0.02, 0.5, 0.9)):
+        with torch.no_grad():
+            expected = stock.at(level)(*(each[i : i + 1] for each in inputs))[1]
+        assert distance(found[i : i + 1], expected) < rounding_of(model)
+
+
+# ---------------------------------------------------------------------- the scheduler
 
 
 @pytest.fixture(scope="module")
@@ -111,18 +204,17 @@ def loaded(folder: Path) -> tuple[Any, Stock]:
 def test_pipeline_scheduler_swapped_tells_its_own_length(loaded: tuple[Any, Stock]) -> None:
     pipe, stock = loaded
     first, shorter = pipe.scheduler, DDIMScheduler(**BETAS, num_train_timesteps=400)
-    with compared_calls(pipe, stock, lambda scheduler, call: share_of(scheduler, call % 3)) as errors:
+    with compared_calls(pipe, stock, share_of) as errors:
         for pipe.scheduler in (first, shorter, first):
             latents(pipe)
     assert_all_right(errors, pipe.unet, 9, roundings=10)  # at timestep 0 the stock UNet alone is off by 3 or 4
 
 
 def test_pipeline_loaded_with_another_length_tells_it_to_the_denoiser_alone(folder: Path) -> None:
-    held, plain = [small_sdxl()], small_sdxl().unet
-    held[0].scheduler = DDIMScheduler(**BETAS, num_train_timesteps=400)
-    held[0].load_nara_weights(folder, adapter_name="default")
-    unet = held[0].unet
-    stock = Stock(plain, unet).double()
+    pipe, plain = small_sdxl(), small_sdxl().unet
+    pipe.scheduler = DDIMScheduler(**BETAS, num_train_timesteps=400)
+    pipe.load_nara_weights(folder, adapter_name="default")
+    unet, stock = pipe.unet, Stock(plain, pipe.unet).double()
     latents, text = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 40)
     added = {"text_embeds": torch.randn(1, 24), "time_ids": torch.ones(1, 6)}
     doubled = {name: tensor.double() for name, tensor in added.items()}
@@ -130,14 +222,21 @@ def test_pipeline_loaded_with_another_length_tells_it_to_the_denoiser_alone(fold
     assert_near(run(unet, latents, 100, text, added_cond_kwargs=added), expected, unet)
 
 
-def test_pipeline_of_edm_tells_its_level_once_that_is_declared() -> None:
-    pipe = small_sdxl()
-    pipe.scheduler = EDMEulerScheduler(sigma_min=0.002, sigma_max=80.0)
-    unet, stock = adapt(pipe.unet, UNET_TARGETS)
+def test_pipeline_of_edm_tells_its_level_once_that_is_declared_or_the_adapter_says_so(tmp_path: Path) -> None:
+    pipe, again, plain = small_sdxl(), small_sdxl(), small_sdxl().unet
+    unet, stock = adapt(pipe.unet, UNET_TARGETS, noise_convention="edm")
+    pipe.save_nara_weights(tmp_path)
+    again.load_nara_weights(tmp_path, adapter_name="default")
+    with pytest.raises(ValueError, match=r"timestep is 999.* as 'edm' is no λ"):
+        latents(again)
+    with pytest.raises(ValueError, match="trained with λ defined as 'edm', but the source of λ tells 'timestep'"):
+        set_noise_source(again.unet, TimestepNoise())
     set_noise_source(unet, TimestepNoise("edm"))
-    with compared_calls(pipe, stock, edm_level_of) as errors:
-        latents(pipe)
-    assert_all_right(errors, unet)
+    for each, reference in ((pipe, stock), (again, Stock(plain, again.unet))):
+        each.scheduler = EDMEulerScheduler(sigma_min=0.002, sigma_max=80.0)
+        with compared_calls(each, reference, edm_level_of) as errors:
+            latents(each)
+        assert_all_right(errors, each.unet)
 
 
 def test_context_around_a_pipeline_beats_its_timesteps(loaded: tuple[Any, Stock]) -> None:

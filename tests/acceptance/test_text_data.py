@@ -43,29 +43,6 @@ def test_file_in_each_form_holds_the_same_records(tmp_path: Path, name: str) -> 
     assert list(read_records(tmp_path / name)) == READ
 
 
-def test_fields_under_other_names_are_read_and_an_answer_is_the_output_by_default(tmp_path: Path) -> None:
-    (tmp_path / "data.jsonl").write_text(json.dumps({"question": "q", "context": "c", "response": " r", "id": 3}))
-    names = {"instruction": "question", "input": "context", "output": "response"}
-    expected = {"instruction": "q", "input": "c", "output": " r", "answer": " r"}
-    assert list(read_records(tmp_path / "data.jsonl", names)) == [expected]
-
-
-@pytest.mark.parametrize(
-    ("second", "named"),
-    [
-        ('{"instruction": "a", "outp', ["line 2"]),
-        ('{"instruction": "a"}', ["record 2", "output"]),
-        ('{"instruction": " ", "output": "b"}', ["record 2", "instruction"]),
-        ('{"instruction": "a", "output": ["b"]}', ["record 2", "output"]),
-    ],
-)
-def test_broken_record_is_refused_with_file_and_place(tmp_path: Path, second: str, named: list[str]) -> None:
-    (tmp_path / "data.jsonl").write_text('{"instruction": "a", "output": "b"}\n' + second + "\n")
-    with pytest.raises(ValueError, match=r"data\.jsonl") as refusal:
-        read_records(tmp_path / "data.jsonl")
-    assert all(name in str(refusal.value) for name in named)
-
-
 def records(tmp_path: Path, *pairs: tuple[str, str]):
     lines = [json.dumps({"instruction": question, "output": answer}) for question, answer in pairs]
     (tmp_path / "records.jsonl").write_text("\n".join(lines))
