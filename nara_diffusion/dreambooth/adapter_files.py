@@ -79,12 +79,12 @@ def write_checkpoint(model: AdaptedDenoiser, folder: Path, state: dict[str, Any]
 
 
 def read_checkpoint(model: AdaptedDenoiser, folder: Path) -> None:
-    """Put what a checkpoint holds into `model`, before accelerate wraps it; raises ValueError as `check_tensors`."""
+    """Put what a checkpoint holds into `model`, before accelerate wraps it."""
     _copy(load_file(folder / TRAINABLE), _training_state(model))
 
 
 def read_average(model: AdaptedDenoiser, folder: Path) -> None:
-    """Put a checkpoint's average into that of `model`, after `start_average`; raises ValueError as `check_tensors`."""
+    """Put a checkpoint's average into that of `model`, after `start_average`."""
     average: Any = model.average
     tensors = load_file(folder / AVERAGE)
     average.optimization_step = int(tensors.pop(_STEPS))
@@ -115,11 +115,8 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
 
 @contextmanager
 def adapter_loaded(pipe: Any, folder: Path | None) -> Iterator[None]:
-    """Inside, `pipe` has what lies in `folder`, loaded as a user loads it; None leaves it the base model.
-
-    Raises:
-        ValueError: something in the folder isn't loaded whole.
-    """
+    """Inside, `pipe` has what lies in `folder`, loaded as a user loads it; None leaves it the base model. Raises
+    ValueError if something in the folder isn't loaded whole."""
     if folder is None:
         yield
         return

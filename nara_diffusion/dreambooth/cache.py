@@ -25,33 +25,27 @@ from .pipelines import family_of
 
 logger = logging.getLogger(__name__)
 
-Entry = dict[str, Tensor]
-
 
 class TensorCache:
-    """`cache.get(key, make)` returns the entry of `key`, on the CPU, and calls `make()` only if it isn't known.
+    """`cache.get(key, make)` are the tensors of `key`, on the CPU; it calls `make()` only if they aren't known.
 
     Args:
         memory_mib: bound on what is kept, in MiB; what comes after that is made at each use.
-
-    Attributes:
-        full: whether an entry had no room.
     """
 
     def __init__(self, memory_mib: float) -> None:
         self.free, self.full = memory_mib * 2**20, False
-        self._entries: dict[str, Entry] = {}
+        self._entries: dict[str, tuple[Tensor, ...]] = {}
 
     @torch.no_grad()
-    def get(self, key: str, make: Callable[[], Entry]) -> Entry:
-        """The entry of `key`: from memory, else made."""
+    def get(self, key: str, make: Callable[[], Iterable[Tensor]]) -> tuple[Tensor, ...]:
+        """From memory, else made."""
         if key in self._entries:
             return self._entries[key]
-        entry = {name: tensor.detach().cpu().contiguous() for name, tensor in make().items()}
-        size = sum(tensor.nbytes for tensor in entry.values())
-        if size > self.free:
-            self.full = True
-        else:
+        entry = tuple(tensor.detach().cpu().contiguous() for tensor in make())
+        size = sum(tensor.nbytes for tensor in entry)
+        self.full = self.full or size > self.free
+        if size <= self.free:
             self._entries[key], self.free = entry, self.free - size
         return entry
 
@@ -89,16 +83,15 @@ class LatentCache:
                 break
             self._posterior([sample])
 
-    def _posterior(self, samples: Sequence[TrainingSample]) -> tuple[Tensor, Tensor]:
+    def _posterior(self, samples: Sequence[TrainingSample]) -> tuple[Tensor, ...]:
         """μ and σ (b, c, h', w'), float32 on the CPU."""
         entries = [self.cache.get(sample.key, partial(self._encode, sample)) for sample in samples]
-        mean, std = (torch.stack([entry[name].float() for entry in entries]) for name in ("mean", "std"))
-        return mean, std
+        return tuple(torch.stack(parts).float() for parts in zip(*entries, strict=True))
 
-    def _encode(self, sample: TrainingSample) -> Entry:
+    def _encode(self, sample: TrainingSample) -> list[Tensor]:
         weight = next(self.vae.parameters())
-        mean, std = posterior_of(self.vae, sample.pixel_values()[None].to(weight.device, weight.dtype))
-        return {"mean": mean[0], "std": std[0]}
+        pixels = sample.pixel_values()[None].to(weight.device, weight.dtype)
+        return [part[0] for part in posterior_of(self.vae, pixels)]
 
 
 class PromptCache:
@@ -116,11 +109,10 @@ class PromptCache:
     def get(self, prompts: Sequence[str]) -> Embeddings:
         """What the family makes of b prompts, each part (b, …), on the CPU, in the encoders' dtype."""
         entries = [self.cache.get(prompt, partial(self._encode, prompt)) for prompt in prompts]
-        return tuple(stack_padded([entry[part] for entry in entries]) for part in sorted(entries[0]))
+        return tuple(stack_padded(parts) for parts in zip(*entries, strict=True))
 
-    def _encode(self, prompt: str) -> Entry:
-        embeddings = self.family.encode(self.pipe, [prompt])
-        return {str(number): part[0] for number, part in enumerate(embeddings)}
+    def _encode(self, prompt: str) -> list[Tensor]:
+        return [part[0] for part in self.family.encode(self.pipe, [prompt])]
 
 
 def posterior_of(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:

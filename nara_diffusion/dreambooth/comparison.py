@@ -89,18 +89,13 @@ class ValidationLoss:
             positions = [sample.position for sample in batch]
             noise = draw_noise(positions, latents.shape[1:], seed=self.seed, role="validation")
             corrupted = self.objective.corrupt(latents.to(device), noise.to(device), indices)
-            embeddings = self.family.encode(pipe, [sample.prompt for sample in batch])
-            conditions = (
-                torch.tensor([sample.time_ids for sample in batch], device=device),
-                tuple(part.to(device) for part in embeddings),
-            )
-            seen = corrupted.model_input
-            if self.reading is None:
-                prediction = self.family.predict(denoiser, seen, corrupted.timestep, *conditions)
-            else:
-                inputs = self.reading.base_inputs(seen, indices)
-                prediction = self.family.predict(denoiser, *inputs, *conditions)
-                prediction = self.reading.prediction(seen, prediction, indices)
+            embeddings = tuple(t.to(device) for t in self.family.encode(pipe, [sample.prompt for sample in batch]))
+            time_ids = torch.tensor([sample.time_ids for sample in batch], device=device)
+            seen, reading = corrupted.model_input, self.reading
+            inputs = (seen, corrupted.timestep) if reading is None else reading.base_inputs(seen, indices)
+            prediction = self.family.predict(denoiser, *inputs, time_ids, embeddings)
+            if reading is not None:
+                prediction = reading.prediction(seen, prediction, indices)
             losses += squared_errors(prediction, corrupted).tolist()
         return losses
 

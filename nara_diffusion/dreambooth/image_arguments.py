@@ -44,9 +44,7 @@ class ModelArguments:
         None, "tokens of a prompt, where there is a choice; none means what its pipeline does", within="model_options"
     )
     training_guidance_scale: float | None = option(
-        None,
-        "what distilled guidance (FLUX) reads in training; none: its samples' default",
-        within="model_options",
+        None, "what distilled guidance (FLUX) reads in training; none: its samples' default", within="model_options"
     )
 
 

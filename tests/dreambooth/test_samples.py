@@ -11,7 +11,6 @@ import pytest
 import torch
 from PIL import Image
 
-from nara_diffusion.dreambooth.draws import torch_generator
 from nara_diffusion.dreambooth.samples import (
     CELL,
     SampleSettings,
@@ -100,17 +99,6 @@ def test_processes_share_the_work(tmp_path) -> None:
         thread.join()
     assert [sum(painter.batches) for painter in painters] == [3, 2, 2]
     assert contents(tmp_path / "shared") == contents(tmp_path / "alone")
-
-
-def test_a_true_pipeline_makes_them(tmp_path) -> None:
-    """Files hold the pipeline's own pixels for the image's generator."""
-    call, prompt = {"num_inference_steps": 2, "guidance_scale": 3.0}, "a photo of toy"
-    assert generate_class_images(small_sdxl, tmp_path, prompt, 2, seed=1, batch_size=1, progress=False, **call) == 2
-    for number in range(2):
-        generator = torch_generator(1, "class image", number)
-        expected = small_sdxl()(prompt=[prompt], generator=[generator], **call).images[0]
-        with Image.open(tmp_path / f"class-1-{number:05d}.png") as image:
-            assert np.array_equal(np.asarray(image), np.asarray(expected))
 
 
 # ---------------------------------------------------------------------- samples

@@ -17,6 +17,7 @@ from nara_diffusion.dreambooth.objectives import build_objective
 from nara_diffusion.dreambooth.training_step import TrainingStep
 from nara_diffusion.loaders.schedulers import scheduler_fields
 from nara_diffusion.noise.strength_schedule import NoiseWindow
+from tests.dreambooth.pictures import folder_of
 from tests.helpers.denoisers import told
 from tests.helpers.small_pipelines import small_sdxl
 
@@ -33,8 +34,11 @@ def disturbed(pipe: Any, config: NaraConfig, **options: Any) -> AdaptedDenoiser:
 
 
 def batch_of(folder: Path, prior: bool) -> dict[str, Any]:
-    instances = records_from_folder(folder / "instance", prompt="a photo of a toy", progress=False)
-    others = records_from_folder(folder / "class", prompt="a toy", progress=False) if prior else []
+    """Of pictures of 22 × 26."""
+    sizes = {"instance": [(26, 22)] * 3, "class": [(26, 22)] * 4}
+    folders = {name: folder_of(folder / name, size) for name, size in sizes.items()}
+    instances = records_from_folder(folders["instance"], prompt="a photo of a toy", progress=False)
+    others = records_from_folder(folders["class"], prompt="a toy", progress=False) if prior else []
     dataset = DreamBoothDataset(
         instances, [(16, 16)], batch_size=2, seed=1, class_images=others, crop="random", flip=True
     )
@@ -42,10 +46,10 @@ def batch_of(folder: Path, prior: bool) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("prior", "train_text_encoder"), [(False, True), (True, False)])
-def test_step_is_the_one_that_is_written_out(folder: Path, prior: bool, train_text_encoder: bool) -> None:
+def test_step_is_the_one_that_is_written_out(tmp_path: Path, prior: bool, train_text_encoder: bool) -> None:
     pipe = small_sdxl()
     model = disturbed(pipe, NaraConfig(**CONFIG), train_text_encoder=train_text_encoder)
-    batch = batch_of(folder, prior)
+    batch = batch_of(tmp_path, prior)
     step = TrainingStep(
         model=model,
         objective=build_objective(pipe.scheduler, snr_gamma=5.0),
@@ -96,9 +100,9 @@ SCHEDULERS = {
 
 
 @pytest.mark.parametrize("convention", SCHEDULERS)
-def test_step_with_another_number_of_timesteps_has_its_noise_levels(folder: Path, convention: str) -> None:
+def test_step_with_another_number_of_timesteps_has_its_noise_levels(tmp_path: Path, convention: str) -> None:
     """Of a flow the adapter carries the scheduler."""
-    pipe, batch = small_sdxl(), batch_of(folder, prior=False)
+    pipe, batch = small_sdxl(), batch_of(tmp_path, prior=False)
     pipe.scheduler = SCHEDULERS["timestep"]
     flow = SCHEDULERS["flow"] if convention == "flow" else None
     carried = None if flow is None else scheduler_fields(flow)
