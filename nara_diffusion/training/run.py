@@ -134,12 +134,11 @@ class Run:
         run resumes a checkpoint with others."""
         digests = [digest_base(folders, variant) if self.is_main else {}]
         self.digests |= broadcast_object_list(digests)[0]
-        saved = self.resumed.get("digests", {})
-        for what in (what for what in self.digests if what.startswith("base model")):
-            if saved.get(what, self.digests[what]) != self.digests[what]:
+        saved = self.resumed.get("digests", self.digests)
+        for what, digest in self.digests.items():
+            if what.startswith("base model") and saved.get(what, digest) != digest:
                 raise ValueError(
-                    f"{self.checkpoint} belongs to a run with another {what}: bring it back as it was, or start a new "
-                    "run."
+                    f"{self.checkpoint} belongs to a run with another {what}: bring it back, or start a new run."
                 )
 
     def plan(self, samples: int) -> int:
@@ -188,10 +187,7 @@ class Run:
         if not self.is_main:
             return
         logger.info("goes on from %s", checkpoint)
-        changed = changed_arguments(self.args, self.resumed["arguments"])
-        if changed := {
-            name: pair for name, pair in changed.items() if name not in ("output_dir", "resume_from_checkpoint")
-        }:
+        if changed := changed_arguments(self.args, self.resumed["arguments"]):
             logger.info("changed arguments: %s", listed(changed))
         if before != self.total_steps:
             logger.info("the schedule now has %d steps instead of %d", self.total_steps, before)
