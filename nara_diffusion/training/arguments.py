@@ -149,7 +149,8 @@ class RunArguments:
     )
     resume_from_checkpoint: str | None = option(
         None,
-        "Continue from this checkpoint-N, a folder or one of --output_dir; latest: the one there written last.",
+        "Continue from this checkpoint-N, a folder or one of --output_dir; latest: the one there written last, or the "
+        "start where there is none. A longer --max_train_steps and other data are allowed; docs/runs.md.",
     )
     report_to: list[str] | None = option(
         None,

@@ -3,7 +3,7 @@
 Position p of the endless stream is sample π_e[p mod n] of epoch e = ⌊p / n⌋, π_e a permutation drawn from (seed, e).
 Optimizer step k takes the G positions k·G … (k+1)·G − 1, G the global batch, whatever the number of processes or of
 accumulated forwards; an epoch's last batch is filled from the next epoch, so that each step averages over exactly G
-samples. To resume, start at k.
+samples. To resume, start at k. With other data, k counts from the step at which these began.
 """
 
 from __future__ import annotations
