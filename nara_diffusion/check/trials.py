@@ -47,8 +47,7 @@ class CheckTask:
         args: the arguments of learning rates and optimizer, as `published` returns them.
         loss: of positions in the stream of samples, as in training.
         held_out: the same for samples, or for noise, that aren't trained on.
-        batch_size: the number of samples of a forward.
-        step_samples: the number of samples of an optimizer step, a multiple of batch_size.
+        step_samples: the number of samples of an optimizer step, a multiple of args.train_batch_size, a forward's.
     """
 
     model: nn.Module
@@ -56,8 +55,11 @@ class CheckTask:
     args: Any
     loss: Loss
     held_out: Loss
-    batch_size: int
     step_samples: int
+
+    def batches(self, positions: range) -> list[range]:
+        """The positions of each forward."""
+        return chunks(positions, self.args.train_batch_size)
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,8 @@ def trials(task: CheckTask, settings: CheckSettings, progress: bool = True) -> I
         ValueError: a loss is NaN or infinite.
     """
     trained = settings.steps * task.step_samples
-    measured = math.ceil(settings.samples / task.batch_size) * task.batch_size
+    size = task.args.train_batch_size
+    measured = math.ceil(settings.samples / size) * size
     total = len(ARMS) * trained + (1 + len(ARMS)) * measured  # samples in the forwards of a repeat
     for number in range(settings.repeats):
         training = range(number * trained, (number + 1) * trained)
@@ -140,8 +143,8 @@ def _train(task: CheckTask, settings: CheckSettings, positions: range, arm: str,
     optimizer = build_optimizer(task.model, task.args)
     schedule = build_scheduler(optimizer, task.args, settings.steps)
     bar.set_postfix_str(arm)
-    for group in _chunks(positions, task.step_samples):
-        for chosen in _chunks(group, task.batch_size):
+    for group in chunks(positions, task.step_samples):
+        for chosen in task.batches(group):
             (task.loss(chosen).loss * len(chosen) / len(group)).backward()
             bar.update(len(chosen))
         if arm == "lora":
@@ -158,7 +161,7 @@ def _measure(task: CheckTask, positions: range, bar: tqdm) -> tuple[Tensor, Tens
     """λ (n,) and the losses (n,) of held-out samples."""
     steps = []
     task.model.eval()
-    for chosen in _chunks(positions, task.batch_size):
+    for chosen in task.batches(positions):
         steps.append(task.held_out(chosen))
         bar.update(len(chosen))
     task.model.train()
@@ -170,5 +173,5 @@ def _measure(task: CheckTask, positions: range, bar: tqdm) -> tuple[Tensor, Tens
     return torch.cat([step.noise_level for step in steps]).float().cpu(), losses
 
 
-def _chunks(positions: range, size: int) -> list[range]:
+def chunks(positions: range, size: int) -> list[range]:
     return [positions[start : start + size] for start in range(0, len(positions), size)]

@@ -11,6 +11,7 @@ differences between trainings and those between samples.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -144,9 +145,9 @@ def described(difference: Interval) -> str:
     return f"{percent(difference.mean)} ({percent(difference.low)} to {percent(difference.high)})"
 
 
-def check_training(task: CheckTask, args: Any, run: Run) -> tuple[dict[str, Any], str]:
-    """Repeat the short trainings of a train script's run until the verdict is clear, and write check.json and
-    check.png into its folder. Returns the content of check.json, and the text to show."""
+def check_training(task: CheckTask, run: Run) -> dict[str, Any]:
+    """Repeat the short trainings of a train script's run until the verdict is clear, print it, and write check.json and
+    check.png into the run's folder. Returns the content of check.json."""
     if run.accelerator.num_processes > 1:
         raise ValueError(
             f"--check runs in one process, got {run.accelerator.num_processes}: start it by python, not accelerate "
@@ -160,8 +161,8 @@ def check_training(task: CheckTask, args: Any, run: Run) -> tuple[dict[str, Any]
         "verdict": verdict.answer,
         "reason": verdict.reason,
         "thresholds": THRESHOLDS,
-        "model": args.pretrained_model_name_or_path,
-        **{name: getattr(args, name) for name in ABOUT},
+        "model": run.args.pretrained_model_name_or_path,
+        **{name: getattr(run.args, name) for name in ABOUT},
         "settings": asdict(settings),
         "repeats": len(repeats),
         "differences": {other: _known(difference) for other, difference in differences.items()},
@@ -175,7 +176,8 @@ def check_training(task: CheckTask, args: Any, run: Run) -> tuple[dict[str, Any]
     write_json(numbers, content)
     _draw(picture, bins, verdict.answer)
     files = f"all numbers are in {numbers}, drawn in {picture}"
-    return content, f"{table}\n\n{verdict.answer}: {verdict.reason}\n{files}"
+    sys.stdout.write(f"{table}\n\n{verdict.answer}: {verdict.reason}\n{files}\n")
+    return content
 
 
 def _row(name: str, losses: Mapping[str, float], difference: Interval) -> list[str]:

@@ -17,15 +17,13 @@ noise_level_curve.png, samples.html, and checkpoint-N folders to resume from.
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from functools import partial
 from typing import Any
 
-from nara_diffusion.check.check_tasks import text_task
-from nara_diffusion.check.verdict import check_training
+from nara_diffusion.check.check_tasks import check_text
 from nara_diffusion.dllm import AnswerCollator, encode_records, exact_match, load_backbone, masked_diffusion_loss
 from nara_diffusion.dllm.canvas import check_canvas, check_positions, checked_lengths
 from nara_diffusion.dllm.data.collator import GlobalBatchStream, trained_canvas, with_longest
@@ -96,14 +94,14 @@ def main(args: Arguments) -> dict[str, Any]:
     with start_run(args, "dllm", write_checkpoint) as run:
         tuning = FineTuning(args, run)
         if args.check:
-            return tuning.check()
+            return check_text(tuning)
         tuning.train()
         return tuning.report()
 
 
 class FineTuning:
-    """One run. Made, it has its rows and the base model, and whatever can be refused has been; then `check`, or `train`
-    and `report`."""
+    """One run. Made, it has its rows and the base model, and whatever can be refused has been; then `train` and
+    `report`."""
 
     def __init__(self, args: Arguments, run: Run) -> None:
         self.args, self.run, self.started = args, run, time.perf_counter()
@@ -147,13 +145,6 @@ class FineTuning:
         prolonged = encoded if args.trained_padding == "gen_length" else encoded[-1:]  # -1: the test records
         self.canvas_prompt = max(part.longest_prompt for part in prolonged)
         check_canvas(self.backbone, self.canvas_prompt, args.gen_length)
-
-    def check(self) -> dict[str, Any]:
-        """The step checked on these data, without training."""
-        parts = (self.train_rows, self.validation_rows, self.collator, self.objective, self.run.accelerator.device)
-        results, shown = check_training(text_task(self.backbone, self.args, *parts), self.args, self.run)
-        sys.stdout.write(f"{shown}\n")
-        return results
 
     def train(self) -> None:
         """Train the adapter, from the run's checkpoint if it has one, and save it."""

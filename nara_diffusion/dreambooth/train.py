@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -37,8 +36,7 @@ import torch
 from accelerate.utils import DistributedType
 from diffusers.training_utils import generate_aspect_ratio_buckets, parse_buckets_string
 
-from nara_diffusion.check.check_tasks import image_task
-from nara_diffusion.check.verdict import check_training
+from nara_diffusion.check.check_tasks import check_images
 from nara_diffusion.loaders.schedulers import scheduler_fields
 from nara_diffusion.noise.prediction import prediction_by
 from nara_diffusion.training.adapter_weights import start_from
@@ -75,7 +73,7 @@ def main(args: DreamBoothArguments) -> dict[str, Any]:
     with start_run(args, "dreambooth", write_checkpoint) as run:
         tuning = FineTuning(args, run)
         if args.check:
-            return tuning.check()
+            return check_images(tuning)
         tuning.train()
         return tuning.report()
 
@@ -184,13 +182,6 @@ class FineTuning:
             flip=args.random_flip,
             caption_dropout=args.caption_dropout,
         )
-
-    def check(self) -> dict[str, Any]:
-        """What check.json holds (docs/check.md)."""
-        task = image_task(self.pipe, self.args, self.step, self.dataset, self.measured_on)
-        results, shown = check_training(task, self.args, self.run)
-        sys.stdout.write(f"{shown}\n")
-        return results
 
     def train(self) -> None:
         """From the start or a checkpoint to the last step; the adapter is written to the run's folder."""

@@ -56,10 +56,11 @@ def linear_task(needed: Callable[[Tensor], Tensor], rest: float = 0.0, **rates: 
     inject_adapter_in_model(config, model)
     loss = linear_loss(model, needed, rest)
     rates = {"learning_rate": 0.03, "core_learning_rate": 0.01, "max_grad_norm": None} | rates
+    rates["train_batch_size"] = BATCH
     options = OptimizationArguments(**rates)
     adapter = AdapterArguments(adapter="lora", rank=RANK, target_modules=["0"])
     args = published(SimpleNamespace(**vars(adapter), **vars(options), seed=0))
-    return CheckTask(model, config, args, loss, loss, BATCH, STEP)
+    return CheckTask(model, config, args, loss, loss, STEP)
 
 
 def turning(levels: Tensor) -> Tensor:
