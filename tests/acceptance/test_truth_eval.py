@@ -132,16 +132,6 @@ def test_nara_eval_puts_a_bos_before_texts_as_dream_s_own_evaluation(harness: An
         assert answer == harness.tokenizer.decode(expected[:length], skip_special_tokens=True)
 
 
-def test_a_template_s_prompt_stays_that_of_training(harness: Any, stock: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness, "has_template", True)
-    monkeypatch.setattr(harness.tokenizer, "chat_template", None)  # Alpaca's form, which has no BOS
-    context = harness.apply_chat_template([{"role": "user", "content": "ab"}])
-    ((value, _),) = harness.loglikelihood(requests("loglikelihood", (context, "ab")))
-    prompt, answer = (harness.tokenizer(text).input_ids for text in (context, "ab"))
-    assert BOS not in prompt
-    assert value == pytest.approx(bound(stock, prompt[-62:], answer), rel=1e-5)
-
-
 LLADA_TINY = str(Path(__file__).parents[2] / "examples" / "assets" / "llada-tiny")
 
 

@@ -14,11 +14,9 @@ from statistics import fmean
 import benchmark_alternatives as alternatives
 import pytest
 import report_quality
-import torch
 from quality import results
 from quality.regimes import runs
-from quality.regimes.text.corruption import REPLACED, noise_tokens
-from quality.regimes.text.data import open_data
+from quality.regimes.text.corruption import noise_tokens
 from quality.regimes.text.models import load
 from quality.report.blocks import block
 from quality.results import read
@@ -166,20 +164,6 @@ def test_bayes_rule_has_on_the_held_out_questions_what_the_record_says(batches, 
     (record,) = (each for each in results.read(RECORDS) if each["arm"] == title)
     assert losses == pytest.approx(record["losses"], rel=1e-5)
     assert f"{sum(losses) / 10:.3f}" == score
-
-
-def test_the_token_says_tenths_of_the_noise_level_in_place_of_the_first_digit():
-    rows, level = open_data().held_out, torch.tensor([0.04, 0.31, 0.999, 1.0])
-    options = {"seed": 3, "sample_indices": range(4), "noise_level": level}
-    ways = (REPLACED.corrupt, alternatives.told)
-    untold, told = (corrupt(rows.batch(torch.arange(4)), **options) for corrupt in ways)
-    tokenizer = load("uniform-tiny")[1]
-    for row, digit in enumerate("0399"):
-        before, after = (tokenizer.decode(batch.input_ids[row]) for batch in (untold, told))
-        first = before.index("code ") + len("code ")
-        assert after == before[:first] + digit + before[first + 1 :]
-    for name in ("targets", "masked", "answer", "noise_level", "attention_mask"):
-        assert torch.equal(getattr(told, name), getattr(untold, name)), name
 
 
 def test_each_regime_has_its_alternatives_among_the_committed_records():

@@ -59,6 +59,12 @@ def clip_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_TOKENS)
 
 
+def letters_of_t5(length: int = 512) -> T5Tokenizer:
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("▁", -2.0)]
+    letters = [(chr(code), -3.0) for code in range(ord("a"), ord("z") + 1)]
+    return T5Tokenizer(vocab=pieces + letters, extra_ids=0, model_max_length=length)
+
+
 def text_encoder(tokenizer: CLIPTokenizer, width: int, *, projection: bool = False, seed: int = 1) -> nn.Module:
     """A CLIP text encoder of two layers; with `projection`, the class whose pooled output SDXL and SD3 read."""
     config = CLIPTextConfig(
@@ -73,7 +79,7 @@ def text_encoder(tokenizer: CLIPTokenizer, width: int, *, projection: bool = Fal
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return _random(CLIPTextModelWithProjection if projection else CLIPTextModel, seed, config)
+    return random_model(CLIPTextModelWithProjection if projection else CLIPTextModel, seed, config)
 
 
 def small_vae(latent_channels: int = 4, **changes: Any) -> AutoencoderKL:
@@ -87,7 +93,7 @@ def small_vae(latent_channels: int = 4, **changes: Any) -> AutoencoderKL:
         "layers_per_block": 1,
         "norm_num_groups": 4,
     }
-    return _random(AutoencoderKL, 2, **{**options, **changes})
+    return random_model(AutoencoderKL, 2, **{**options, **changes})
 
 
 def small_unet(cross_attention_dim: int, **changes: Any) -> UNet2DConditionModel:
@@ -105,7 +111,7 @@ def small_unet(cross_attention_dim: int, **changes: Any) -> UNet2DConditionModel
         "cross_attention_dim": cross_attention_dim,
         "use_linear_projection": True,
     }
-    return _random(UNet2DConditionModel, 3, **{**options, **changes})
+    return random_model(UNet2DConditionModel, 3, **{**options, **changes})
 
 
 def small_sdxl(**unet_changes: Any) -> StableDiffusionXLPipeline:
@@ -128,7 +134,7 @@ def small_sdxl(**unet_changes: Any) -> StableDiffusionXLPipeline:
         scheduler=EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
         add_watermarker=False,
     )
-    return _quiet(pipe)
+    return quiet(pipe)
 
 
 def small_sd(**unet_changes: Any) -> StableDiffusionPipeline:
@@ -146,14 +152,14 @@ def small_sd(**unet_changes: Any) -> StableDiffusionPipeline:
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    return _quiet(pipe)
+    return quiet(pipe)
 
 
 def small_sd3() -> StableDiffusion3Pipeline:
     """A pipeline of the true Stable Diffusion 3 classes, without the T5 encoder, which it can do without."""
     tokenizer = clip_tokenizer()
     first, second = TEXT_WIDTHS
-    transformer = _random(
+    transformer = random_model(
         SD3Transformer2DModel,
         6,
         sample_size=8,
@@ -177,20 +183,15 @@ def small_sd3() -> StableDiffusion3Pipeline:
         text_encoder_3=None,
         tokenizer_3=None,
     )
-    return _quiet(pipe)
+    return quiet(pipe)
 
 
 def small_flux() -> FluxPipeline:
     """A pipeline of the true FLUX.1-dev classes (distilled guidance)."""
     tokenizer = clip_tokenizer()
-    t5_tokenizer = T5Tokenizer(
-        vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("▁", -2.0)]
-        + [(chr(code), -3.0) for code in range(ord("a"), ord("z") + 1)],
-        extra_ids=0,
-        model_max_length=MAX_TOKENS,
-    )
+    t5_tokenizer = letters_of_t5(MAX_TOKENS)
     t5 = T5Config(vocab_size=len(t5_tokenizer), d_model=12, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
-    transformer = _random(
+    transformer = random_model(
         FluxTransformer2DModel,
         7,
         patch_size=1,
@@ -209,11 +210,11 @@ def small_flux() -> FluxPipeline:
         vae=small_vae(shift_factor=0.0),
         text_encoder=text_encoder(tokenizer, TEXT_WIDTHS[0], seed=4),
         tokenizer=tokenizer,
-        text_encoder_2=_random(T5EncoderModel, 8, t5),
+        text_encoder_2=random_model(T5EncoderModel, 8, t5),
         tokenizer_2=t5_tokenizer,
         transformer=transformer,
     )
-    return _quiet(pipe)
+    return quiet(pipe)
 
 
 def pixels(pipe: Any, prompt: str | list[str] = "a photo of a toy", *, seed: int = 0, **options: Any) -> Tensor:
@@ -225,16 +226,17 @@ def pixels(pipe: Any, prompt: str | list[str] = "a photo of a toy", *, seed: int
     return torch.from_numpy(pipe(prompt, generator=generator, **{**call, **options}).images)
 
 
-def _random(kind: Any, seed: int, *args: Any, **options: Any) -> Any:
+def random_model(kind: Any, seed: int, *args: Any, scale: float = 0.1, **options: Any) -> Any:
     """A model in evaluation mode whose parameters all differ from zero; the global generator stays where it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = kind(*args, **options).eval()
         for parameter in model.parameters():
-            parameter.data += (0.1 if parameter.dim() > 1 else 0.05) * torch.randn(parameter.shape)
+            parameter.data += (scale if parameter.dim() > 1 else 0.05) * torch.randn(parameter.shape)
     return model
 
 
-def _quiet(pipe: Any) -> Any:
+def quiet(pipe: Any) -> Any:
+    """`pipe` without a progress bar."""
     pipe.set_progress_bar_config(disable=True)
     return pipe

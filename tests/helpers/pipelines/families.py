@@ -29,13 +29,21 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
-    T5Tokenizer,
     UMT5Config,
     UMT5EncoderModel,
 )
 
 from tests.helpers.denoisers import class_of
-from tests.helpers.small_pipelines import small_flux, small_sd, small_sd3, small_sdxl, small_vae
+from tests.helpers.small_pipelines import (
+    letters_of_t5,
+    quiet,
+    random_model,
+    small_flux,
+    small_sd,
+    small_sd3,
+    small_sdxl,
+    small_vae,
+)
 
 _CHAT = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -57,25 +65,8 @@ def qwen_tokenizer() -> Qwen2Tokenizer:
     return Qwen2Tokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], chat_template=_CHAT)
 
 
-def t5_tokenizer() -> T5Tokenizer:
-    """Letters."""
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("▁", -2.0)]
-    letters = [(chr(code), -3.0) for code in range(ord("a"), ord("z") + 1)]
-    return T5Tokenizer(vocab=pieces + letters, extra_ids=0, model_max_length=512)
-
-
-def random_model(kind: Any, *args: Any, seed: int = 7, scale: float = 0.1, **options: Any) -> Any:
-    """A frozen model in evaluation mode none of whose parameters is zero; the global generator stays where it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = kind(*args, **options).eval()
-        for parameter in model.parameters():
-            parameter.data += scale * torch.randn(parameter.shape)
-    return model
-
-
 def _transformer(name: str, **options: Any) -> nn.Module:
-    return random_model(class_of(name), seed=3, **options)
+    return random_model(class_of(name), 3, **options)
 
 
 def small_z_image() -> ZImagePipeline:
@@ -97,11 +88,11 @@ def small_z_image() -> ZImagePipeline:
     pipe = ZImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=small_vae(shift_factor=0.1, scaling_factor=0.4),
-        text_encoder=random_model(Qwen3Model, config),
+        text_encoder=random_model(Qwen3Model, 7, config),
         tokenizer=tokenizer,
         transformer=transformer,
     )
-    return _quiet(pipe)
+    return quiet(pipe)
 
 
 def small_qwen_image() -> QwenImagePipeline:
@@ -125,16 +116,17 @@ def small_qwen_image() -> QwenImagePipeline:
     pipe = QwenImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         vae=_video_vae(AutoencoderKLQwenImage),
-        text_encoder=random_model(Qwen2_5_VLForConditionalGeneration, config),
+        text_encoder=random_model(Qwen2_5_VLForConditionalGeneration, 7, config),
         tokenizer=tokenizer,
         transformer=transformer,
     )
-    return _quiet(pipe)
+    return quiet(pipe)
 
 
 def _video_vae(kind: Any) -> Any:
     return random_model(
         kind,
+        7,
         scale=0.05,
         base_dim=4,
         z_dim=4,
@@ -148,7 +140,7 @@ def _video_vae(kind: Any) -> Any:
 
 def small_wan_images(**options: Any) -> WanPipeline:
     """Wan 2.1, with UMT5."""
-    tokenizer = t5_tokenizer()
+    tokenizer = letters_of_t5()
     config = UMT5Config(vocab_size=len(tokenizer), d_model=8, d_kv=4, d_ff=12, num_layers=1, num_heads=2)
     transformer = _transformer(
         "WanTransformer3DModel",
@@ -165,13 +157,13 @@ def small_wan_images(**options: Any) -> WanPipeline:
     )
     pipe = WanPipeline(
         tokenizer=tokenizer,
-        text_encoder=random_model(UMT5EncoderModel, config),
+        text_encoder=random_model(UMT5EncoderModel, 7, config),
         vae=_video_vae(AutoencoderKLWan),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         transformer=transformer,
         **options,
     )
-    return _quiet(pipe)
+    return quiet(pipe)
 
 
 def small_flux2_klein() -> Flux2KleinPipeline:
@@ -180,6 +172,7 @@ def small_flux2_klein() -> Flux2KleinPipeline:
     config = Qwen3Config(vocab_size=len(tokenizer), head_dim=4, **{**_TEXT, "num_hidden_layers": 28})
     vae = random_model(
         AutoencoderKLFlux2,
+        7,
         block_out_channels=(8, 16),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
@@ -194,11 +187,11 @@ def small_flux2_klein() -> Flux2KleinPipeline:
     pipe = Flux2KleinPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         vae=vae,
-        text_encoder=random_model(Qwen3ForCausalLM, config),
+        text_encoder=random_model(Qwen3ForCausalLM, 7, config),
         tokenizer=tokenizer,
         transformer=_transformer("Flux2Transformer2DModel", **flux2_options(guidance_embeds=False)),
     )
-    return _quiet(pipe)
+    return quiet(pipe)
 
 
 def small_flux2_dev() -> Flux2Pipeline:
@@ -212,11 +205,11 @@ def small_flux2_dev() -> Flux2Pipeline:
     pipe = Flux2Pipeline(
         scheduler=klein.scheduler,
         vae=klein.vae,
-        text_encoder=random_model(Qwen3ForCausalLM, Qwen3Config(vocab_size=len(tokenizer), head_dim=4, **sizes)),
+        text_encoder=random_model(Qwen3ForCausalLM, 7, Qwen3Config(vocab_size=len(tokenizer), head_dim=4, **sizes)),
         tokenizer=tokenizer,
         transformer=_transformer("Flux2Transformer2DModel", **flux2_options()),
     )
-    return _quiet(pipe)
+    return quiet(pipe)
 
 
 def flux2_options(**changes: Any) -> dict[str, Any]:
@@ -232,11 +225,6 @@ def flux2_options(**changes: Any) -> dict[str, Any]:
         "timestep_guidance_channels": 8,
     }
     return {**options, **changes}
-
-
-def _quiet(pipe: Any) -> Any:
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 FAMILY_PIPELINES: dict[str, Callable[[], Any]] = {
