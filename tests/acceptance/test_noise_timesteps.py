@@ -118,16 +118,19 @@ def test_video_unet_repeats_each_level_for_the_frames_of_its_sample() -> None:
 # ---------------------------------------------------------------------- what a user declares
 
 
-MEANINGS = {
-    "discrete": ([998.0, 2.0, 437.5], lambda t: t / 1000),
-    "ratio": ([0.998, 0.002, 0.4], lambda t: t),
-    "sigma_1000": ([998.0, 2.0, 437.5], lambda t: t / 1000),
-    "sigma": ([0.998, 0.002, 0.4], lambda t: t),
-    "data_1000": ([998.0, 2.0, 437.5], lambda t: 1 - t / 1000),
-    "data": ([0.998, 0.002, 0.4], lambda t: 1 - t),
-    "edm": ([-1.5, 1.1, 0.1], lambda t: math.exp(4 * t) / (1 + math.exp(4 * t))),
-    "angle": ([0.02, 0.6, 0.98], lambda t: math.tan(t * math.pi / 2) / (1 + math.tan(t * math.pi / 2))),
+ANGLES = [0.02, 0.6, 0.98]
+MEANINGS: dict[str, tuple[str, Any, list[float]]] = {
+    "discrete": ("discrete", [998.0, 2.0, 437.5], [0.998, 0.002, 0.4375]),
+    "ratio": ("ratio", [0.998, 0.002, 0.4], [0.998, 0.002, 0.4]),
+    "sigma_1000": ("sigma_1000", [998.0, 2.0, 437.5], [0.998, 0.002, 0.4375]),
+    "sigma": ("sigma", [0.998, 0.002, 0.4], [0.998, 0.002, 0.4]),
+    "data_1000": ("data_1000", [998.0, 2.0, 437.5], [0.002, 0.998, 0.5625]),
+    "data": ("data", [0.998, 0.002, 0.4], [0.002, 0.998, 0.6]),
+    "edm": ("edm", [-1.5, 1.1, 0.1], [1 / (1 + math.exp(-4 * t)) for t in (-1.5, 1.1, 0.1)]),
+    "angle": ("angle", ANGLES, [1 / (1 + 1 / math.tan(t * math.pi / 2)) for t in ANGLES]),
+    "the noisiest of frames": ("sigma_1000", [[0.0, 700.0], [20.0, 0.0], [0.0, 0.0]], [0.7, 0.02, 0.0]),
 }
+"""{what: (meaning, timesteps, λ)}."""
 
 
 @pytest.fixture
@@ -136,13 +139,11 @@ def two() -> tuple[Any, Stock]:
     return model, stock.double()
 
 
-@pytest.mark.parametrize("meaning", MEANINGS)
-def test_timestep_noise_meaning_gives_its_formula(two: tuple[Any, Stock], meaning: str) -> None:
-    model, stock = two
-    timesteps, level = MEANINGS[meaning]
+@pytest.mark.parametrize("what", MEANINGS)
+def test_timestep_noise_meaning_gives_its_formula(two: tuple[Any, Stock], what: str) -> None:
+    (model, stock), (meaning, timesteps, levels) = two, MEANINGS[what]
     set_noise_source(model, TimestepNoise(meaning))
-    expected = stock.each([level(t) for t in timesteps], X.double())
-    assert_near(run(model, X, torch.tensor(timesteps)), expected, model)
+    assert_near(run(model, X, torch.tensor(timesteps)), stock.each(levels, X.double()), model)
 
 
 def test_timestep_noise_of_another_schedule_argument_and_scale(two: tuple[Any, Stock]) -> None:
@@ -163,25 +164,16 @@ def test_timestep_noise_of_another_schedule_argument_and_scale(two: tuple[Any, S
     assert_near(run(model, X, when=timesteps), torch.cat(rows), model)
 
 
-def test_timestep_with_a_value_a_frame_counts_its_noisiest(two: tuple[Any, Stock]) -> None:
-    model, stock = two
-    set_noise_source(model, TimestepNoise("sigma_1000"))
-    timesteps = torch.tensor([[0.0, 700.0, 600.0], [20.0, 0.0, 10.0], [0.0, 0.0, 0.0]])
-    assert_near(run(model, X, timesteps), stock.each([0.7, 0.02, 0.0], X.double()), model)
-
-
-@pytest.mark.parametrize("ends", ["well", "by an error"])
-def test_timestep_of_a_forward_is_not_left_for_a_part_called_alone(two: tuple[Any, Stock], ends: str) -> None:
+def test_timestep_of_a_forward_is_not_left_for_a_part_called_alone(two: tuple[Any, Stock]) -> None:
     model, _ = two
     set_noise_source(model, TimestepNoise("sigma"))
-    if ends == "well":
-        run(model, X, 0.3)
-    else:
+    run(model, X, 0.3)
+    for _ in range(2):
+        with pytest.raises((RuntimeError, ValueError), match=r"noise_level\(model"):
+            run(model.base_model.model.first, X)
         model.base_model.model.second.register_forward_pre_hook(lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(model, X, 0.3)
-    with pytest.raises((RuntimeError, ValueError), match=r"noise_level\(model"):
-        run(model.base_model.model.first, X)
 
 
 class AcceptanceFrames(TwoLayers):

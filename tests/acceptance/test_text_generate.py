@@ -50,10 +50,6 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "two blocks, uneven steps": ("left", {"gen_length": 8, "block_length": 4, "steps": 6}),
     "guidance": ("right", {"gen_length": 6, "block_length": 3, "steps": 4, "cfg_scale": 1.5}),
     "threshold": ("left", {"gen_length": 8, "block_length": 4, "confidence_threshold": 0.6}),
-    "threshold, guidance": (
-        "right",
-        {"gen_length": 6, "block_length": 2, "confidence_threshold": 0.8, "cfg_scale": 0.7},
-    ),
 }
 
 

@@ -103,20 +103,3 @@ def test_two_step_is_what_its_maker_makes(tmp_path):
     make_two_step.main(tmp_path)
     for name in make_two_step.SPLITS:
         assert (tmp_path / f"{name}.jsonl").read_bytes() == (ASSETS / "two-step" / f"{name}.jsonl").read_bytes()
-
-
-def test_two_step_answers_follow_from_their_instructions():
-    steps = {
-        "shift": lambda letters: "".join(chr((ord(c) - 96) % 26 + 97) for c in letters),
-        "unshift": lambda letters: "".join(chr((ord(c) - 98) % 26 + 97) for c in letters),
-        "upper": str.upper,
-        "swap": lambda letters: "".join(letters[i : i + 2][::-1] for i in range(0, len(letters), 2)),
-        "rotate": lambda letters: letters[1:] + letters[:1],
-        "reverse": lambda letters: letters[::-1],
-    }
-    for line in (ASSETS / "two-step" / "test.jsonl").read_text().splitlines():
-        record = json.loads(line)
-        tasks, letters = record["instruction"].split(": ")
-        for task in tasks.split(" then "):
-            letters = steps[task](letters)
-        assert record["answer"] == letters
