@@ -70,7 +70,7 @@ def test_shipped_settings_for_text_are_read(capsys: pytest.CaptureFixture[str], 
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """{settings: a tiny pipeline of the classes that they are for}."""
     kinds: dict[str, Any] = {"sd3_dreambooth": small_sd3, "flux_dreambooth": small_flux, "sdxl_dreambooth": small_sdxl}
-    kinds["sd_tiny_flow"] = small_sd3
+    kinds |= {"sd_tiny_flow": small_sd3, "sdxl_tiny": small_sdxl}
     folders = {}
     for name, make in kinds.items():
         folders[name] = tmp_path_factory.mktemp(name)
@@ -83,7 +83,7 @@ def test_shipped_settings_for_images_are_read(
     capsys: pytest.CaptureFixture[str], path: Path, models: dict[str, Path]
 ) -> None:
     """As far as the folder of images."""
-    script = "dreambooth_sdxl.py" if path.stem == "sdxl_dreambooth" else "dreambooth.py"
+    script = "dreambooth_sdxl.py" if path.stem.startswith("sdxl") else "dreambooth.py"
     flags = {"pretrained_model_name_or_path": models[path.stem], "instance_data_dir": "nowhere"}
     said = refusal(capsys, script, "--config", str(path), **flags, instance_prompt="a photo of sks dog")
     assert "nowhere" in said
