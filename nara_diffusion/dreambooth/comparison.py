@@ -21,7 +21,7 @@ from torch import Tensor
 from nara_diffusion.training.arguments import window_of
 from nara_diffusion.training.checkpoints import save_adapter
 from nara_diffusion.training.engines import split_across_processes
-from nara_diffusion.training.measures import validation_means
+from nara_diffusion.training.report import validation_means
 from nara_diffusion.training.run import Run
 
 from .adapter_files import adapter_loaded, write_adapter

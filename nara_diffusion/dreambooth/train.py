@@ -45,9 +45,8 @@ from nara_diffusion.training.arguments import schedule_of
 from nara_diffusion.training.checkpoints import save_adapter
 from nara_diffusion.training.command import run_command
 from nara_diffusion.training.loop import train
-from nara_diffusion.training.measures import before_and_after
 from nara_diffusion.training.optimization import build_optimizer, build_scheduler
-from nara_diffusion.training.report import publish, window_facts
+from nara_diffusion.training.report import before_and_after, publish, window_facts
 from nara_diffusion.training.run import Run, start_run
 from nara_diffusion.training.stream import stream_loader
 from nara_diffusion.utils.naming import counted

@@ -89,7 +89,7 @@ def train(
             if run.step % args.logging_steps == 0 or run.step == run.total_steps:
                 _report(run, bar, optimizer)
             if _due(run.step, args.validation_steps):
-                run.log.write(run.step, validate())
+                run.log(validate())
             if number := _signal_of_any_process(run, interrupt.signal):
                 _stop(run, number)
             if _due(run.step, args.checkpointing_steps):
@@ -122,7 +122,7 @@ def _report(run: Run, bar: tqdm, optimizer: Any) -> None:
     values["learning_rate"] = rates["adapter"]
     if "core" in rates:
         values["core_learning_rate"] = rates["core"]
-    run.log.write(run.step, values)
+    run.log(values)
     bar.set_postfix(loss=f"{values['loss']:.3g}", lr=f"{values['learning_rate']:.3g}")
 
 

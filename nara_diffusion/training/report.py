@@ -14,6 +14,7 @@ from huggingface_hub import ModelCardData
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
+from torch import Tensor
 
 from nara_diffusion.cores.registry import BUILT_IN, needs_noise
 from nara_diffusion.noise.strength_schedule import EVERYTHING, NoiseWindow
@@ -22,7 +23,7 @@ from nara_diffusion.utils.atomic_write import atomic_write
 from .adapters import adapter_config, method_of, module_name, title_of
 from .arguments import schedule_of, window_of
 from .parser import given_arguments
-from .run import Run
+from .run import LossWindow, Run
 
 _STYLE = (
     "body{font-family:system-ui,sans-serif;margin:2em}table{border-collapse:collapse}"
@@ -75,6 +76,26 @@ def write_samples(
     table, title = "\n".join(f"<tr>{''.join(line)}</tr>" for line in lines), html.escape(title)
     head = f'<meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
     write_text(path, f"<!doctype html>{head}\n<h1>{title}</h1>\n<table>\n{table}\n</table>\n")
+
+
+def validation_means(losses: Tensor, noise_levels: Tensor, window: NoiseWindow) -> dict[str, float]:
+    """{"validation_loss", "validation_loss_low", …} of losses (b,) at λ (b,); with a window also the means inside and
+    outside of it, "validation_loss_inside" and "validation_loss_outside"."""
+    collected = LossWindow()
+    collected.add(losses, noise_levels)
+    means = collected.means()
+    if not window.is_everything:
+        inside = window.contains(noise_levels)
+        parts = {"loss_inside": losses[inside], "loss_outside": losses[~inside]}
+        means |= {name: part.mean().item() for name, part in parts.items() if len(part)}
+    return {f"validation_{name}": value for name, value in means.items()}
+
+
+def before_and_after(before: Any, after: Any, names: Sequence[str]) -> dict[str, Any]:
+    """{"NAME_before", "NAME_after", …, "noise_levels"} of two measurements, for results.json."""
+    sides = {"before": before, "after": after}
+    values = {f"{name}_{side}": getattr(of, name) for name in names for side, of in sides.items()}
+    return {**values, "noise_levels": after.noise_levels}
 
 
 def plot_noise_level_curves(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,6 +18,7 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, broadcast_object_list, set_seed
 from huggingface_hub import HfApi
+from torch import Tensor
 
 from nara_diffusion.utils.atomic_write import atomic_write
 
@@ -31,11 +33,38 @@ from .checkpoints import (
     read_manifest,
 )
 from .engines import engine_name, global_batch, load_state, start_accelerator
-from .measures import LossWindow, MetricLog
 from .parser import given_arguments
 from .run_folder import CONFIG, LOCK, claimed_folder
 
+METRICS = "metrics.jsonl"
+# all, and thirds of [0, 1]: an adapter's gain depends on λ, so one mean over all λ hides it
+NOISE_BINS = {"loss": (0.0, 1.0), "loss_low": (0.0, 1 / 3), "loss_mid": (1 / 3, 2 / 3), "loss_high": (2 / 3, 1.0)}
+
 logger = logging.getLogger(__name__)
+
+
+class LossWindow:
+    """Sums of per-sample losses, of all and of each third of λ, until `means`, which starts the next window.
+
+    Args:
+        sums: {name: [sum, number]} of a window that goes on.
+    """
+
+    def __init__(self, sums: Mapping[str, Any] | None = None) -> None:
+        self.sums: dict[str, Any] = dict(sums or {})
+
+    def add(self, losses: Tensor, noise_levels: Tensor) -> None:
+        """Add losses (b,) at λ (b,)."""
+        losses, levels = losses.double().cpu(), noise_levels.cpu()
+        for name, (low, high) in NOISE_BINS.items():
+            rows = (levels >= low) & ((levels < high) | (high == 1.0))
+            total, number = self.sums.get(name, (0.0, 0))
+            self.sums[name] = [total + losses[rows].sum().item(), number + int(rows.sum())]
+
+    def means(self) -> dict[str, float]:
+        """{"loss", "loss_low", "loss_mid", "loss_high"}: means of all, and of each third of λ that isn't empty."""
+        sums, self.sums = self.sums, {}
+        return {name: total / number for name, (total, number) in sums.items() if number}
 
 
 @dataclass
@@ -54,7 +83,6 @@ class Run:
         total_steps: optimizer steps to do; set by `plan`.
         data_start: the step at which the training data began: 0, unless a resumed run was given others.
         losses: of the steps that aren't logged yet.
-        log: metrics.jsonl and the trackers; set by `open`.
         hub_id: the repository to upload to, on the main process; else None.
         digests: {content: digest}, set by `record_data_digest` and `record_base_digests`.
     """
@@ -69,7 +97,6 @@ class Run:
     hub_id: str | None = None
     digests: dict[str, str] = dataclasses.field(default_factory=dict)
     total_steps: int = 0
-    log: MetricLog = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
         self.step, self.data_start = self.resumed.get("step", 0), self.resumed.get("data_start", 0)
@@ -164,12 +191,12 @@ class Run:
     def open(self, facts: Mapping[str, str] | None = None) -> None:
         """Save the configuration in the run's folder, restore a checkpoint's optimizer and random states, and log
         `facts`. Called when data and model have proved usable, and `accelerator.prepare` has seen what is restored."""
-        self.log = MetricLog(self.accelerator, self.folder, self.step)
         settings = given_arguments(self.args)
         if self.is_main:
             with atomic_write(self.folder / CONFIG) as partial:
                 content = settings | {"output_dir": str(self.folder)}
                 partial.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
+            self._forget_later_steps()
         self.accelerator.project_configuration.set_directories(str(self.folder))
         self.accelerator.project_configuration.logging_dir = str(self.folder)
         if self.args.report_to:
@@ -191,6 +218,21 @@ class Run:
             logger.info("changed arguments: %s", listed(changed))
         if before != self.total_steps:
             logger.info("the schedule now has %d steps instead of %d", self.total_steps, before)
+
+    def _forget_later_steps(self) -> None:
+        """Drop the lines of steps that are taken again, and one that a killed run left half-written."""
+        if (path := self.folder / METRICS).exists():
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= self.step]
+            with atomic_write(path) as partial:
+                partial.write_text("".join(kept), encoding="utf-8")
+
+    def log(self, values: Mapping[str, Any]) -> None:
+        """Append `values` of the step to metrics.jsonl, and hand them to the trackers, from the main process."""
+        if self.is_main:
+            with (self.folder / METRICS).open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": self.step, **values}) + "\n")
+        self.accelerator.log(dict(values), step=self.step)
 
     def facts_of_checkpoint(self) -> dict[str, Any]:
         """What a checkpoint's manifest says of the run."""

@@ -167,7 +167,13 @@ def test_latest_begins_anew_where_the_run_was_killed_before_its_first_checkpoint
 ) -> None:
     (tmp_path / "whole").mkdir()
     whole = train(tmp_path / "whole")
-    monkeypatch.setattr(dllm, "train", lambda run, *parts: run.log.write(1, {"loss": 9.0}) or 1 / 0)
+
+    def killed(run: Any, *parts: Any) -> None:
+        run.step = 1
+        run.log({"loss": 9.0})
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(dllm, "train", killed)
     with pytest.raises(ZeroDivisionError):
         train(tmp_path)
     monkeypatch.undo()

@@ -20,14 +20,15 @@ from nara_diffusion.dllm.models.backbone import evaluating
 from nara_diffusion.noise.strength_schedule import EVERYTHING, NoiseWindow
 from nara_diffusion.training.arguments import schedule_of, window_of
 from nara_diffusion.training.engines import split_across_processes
-from nara_diffusion.training.measures import before_and_after, validation_means
 from nara_diffusion.training.report import (
+    before_and_after,
     core_import,
     format_table,
     needs_schedule,
     plot_noise_level_curves,
     reads_noise,
     schedule_note,
+    validation_means,
     write_run_card,
     write_samples,
 )
