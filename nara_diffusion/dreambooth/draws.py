@@ -56,9 +56,6 @@ def drawable_levels(
         noise_levels: λ (N,) of the schedule, least noise first.
         scheme: Diffusers' weighting_scheme, which counts its timesteps from the noisy end.
         density: logit_mean, logit_std and mode_scale of `compute_density_for_timestep_sampling`.
-
-    Raises:
-        ValueError: none of them lies in the window.
     """
     levels = torch.arange(len(noise_levels))
     if scheme in ("logit_normal", "mode"):

@@ -94,15 +94,17 @@ def _fit_guidance(pipe: Any, family: Family) -> Family:
 
 def _packed(call: Call) -> dict[str, Any]:
     """Tokens (b, h w / 4, 4 c) and σ."""
+    b, c, h, w = call.sample.shape
     return {
-        "hidden_states": FluxPipeline._pack_latents(call.sample, *call.sample.shape),
+        "hidden_states": FluxPipeline._pack_latents(call.sample, b, c, h, w),
         "timestep": call.timestep.float() / N,
         "encoder_hidden_states": call.embeddings[0],
     }
 
 
 def _unpacked(tokens: Tensor, call: Call) -> Tensor:
-    return FluxPipeline._unpack_latents(tokens, *call.sample.shape[2:], 1)
+    height, width = call.sample.shape[2:]
+    return FluxPipeline._unpack_latents(tokens, height, width, 1)
 
 
 ATTENTION_TARGETS = (

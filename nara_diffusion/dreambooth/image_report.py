@@ -48,11 +48,6 @@ _IMPORTS = {
     "other": "from peft import PeftModel\n",
 }
 _NOISE = "\n\nThe adapter reads the noise level λ from the timestep of each step."
-_MEASURES = {
-    "similarity": "similarity to the subject",
-    "text_alignment": "alignment with the prompt",
-    "validation_loss": "validation loss",
-}
 
 
 def results_table(before: Measurement, after: Measurement) -> str:
@@ -61,21 +56,13 @@ def results_table(before: Measurement, after: Measurement) -> str:
 
 
 def write_run_report(
-    evaluation: Evaluation,
-    facts: Mapping[str, str],
-    before: Measurement,
-    after: Measurement,
-    pipe: Any,
-    converted: Any = None,
+    evaluation: Evaluation, facts: Mapping[str, str], before: Measurement, after: Measurement, pipe: Any, converted: Any
 ) -> None:
     """Writes samples.png, samples-before, samples-after, noise_level_curve.png and README.md into the run's folder.
 
     Args:
-        evaluation: of the run.
         facts: {what: value} of the run for the card, such as the number of trainable parameters.
-        before, after: of the base model, and of the same after training.
-        pipe: the base model's pipeline.
-        converted: the scheduler of the model that the base was converted to, if it was.
+        converted: the scheduler of the model that the base `pipe` was converted to, or None.
     """
     run, settings = evaluation.run, evaluation.settings
     folder, args = run.folder, run.args
@@ -171,8 +158,9 @@ def _schedule_line(args: Any, family: Family) -> str:
 
 
 def _figures(before: Measurement, after: Measurement) -> list[list[str]]:
-    sides = {name: (getattr(before, name), getattr(after, name)) for name in _MEASURES}
-    return [
-        [_MEASURES[name], *("not measured" if value is None else f"{value:.3f}" for value in values)]
-        for name, values in sides.items()
-    ]
+    rows = {
+        "similarity to the subject": (before.similarity, after.similarity),
+        "alignment with the prompt": (before.text_alignment, after.text_alignment),
+        "validation loss": (before.validation_loss, after.validation_loss),
+    }
+    return [[name, *("not measured" if n is None else f"{n:.3f}" for n in row)] for name, row in rows.items()]

@@ -14,6 +14,7 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from safetensors import SafetensorError
 from torch import nn
 
@@ -53,7 +54,7 @@ def model_index(name: str, **hub: Any) -> dict[str, Any]:
 
 def native_resolution(name: str, family: Family, **hub: Any) -> int | None:
     """The side, in pixels, of the images that a model was made for; None where its configuration doesn't say."""
-    read: Any = diffusers.AutoencoderKL.load_config  # of any model's configuration
+    read: Any = AutoencoderKL.load_config  # of any model's configuration
     try:
         side = read(name, subfolder=family.denoiser, **hub).get("sample_size")
         blocks = read(name, subfolder="vae", **hub).get("block_out_channels")
@@ -129,10 +130,8 @@ def folders_of(args: Any, pipe: Any) -> dict[str, Path]:
 
 
 def sharing_pipeline(pipe: Any, dtype: torch.dtype) -> Any:
-    """A pipeline with its own modules around the parameters of `pipe`, and the autoencoder in `dtype`.
-
-    Call it before an adapter is added to `pipe`. It computes the same bits as a pipeline that is loaded in `dtype`.
-    """
+    """A pipeline with its own modules around the parameters of `pipe`, which has no adapter yet, and the autoencoder in
+    `dtype`. It computes the same bits as a pipeline that is loaded in `dtype`."""
     own = modules_of(pipe)
     memo = {id(t): t for module in own.values() for t in (*module.parameters(), *module.buffers())}
     modules = {name: copy.deepcopy(module, memo) for name, module in own.items()}

@@ -101,7 +101,7 @@ def write_images(folder: Path, images: Sequence[Image.Image], settings: SampleSe
 def write_grid(
     path: Path,
     prompts: Sequence[str],
-    columns: dict[str, Sequence[Image.Image]],
+    columns: Mapping[str, Sequence[Image.Image]],
     references: Sequence[Image.Image] = (),
 ) -> None:
     """Writes a PNG: images of the subject, then for each prompt its images of each column, beside each other.

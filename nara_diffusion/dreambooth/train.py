@@ -123,9 +123,9 @@ class FineTuning:
 
     def _load(self, dtype: torch.dtype, vae_dtype: torch.dtype) -> Any:
         args = self.args
-        hub = {"revision": args.revision, "variant": args.variant}
-        vae = {"vae_name": args.pretrained_vae_model_name_or_path, "vae_dtype": vae_dtype}
-        return load_pipeline(args.pretrained_model_name_or_path, dtype=dtype, **vae, **hub)
+        hub: dict[str, Any] = {"revision": args.revision, "variant": args.variant}
+        vae = args.pretrained_vae_model_name_or_path
+        return load_pipeline(args.pretrained_model_name_or_path, dtype=dtype, vae_name=vae, vae_dtype=vae_dtype, **hub)
 
     def _buckets(self) -> list[Size]:
         """The sizes to train at. Raises ValueError for one that doesn't fit the model."""
@@ -136,7 +136,8 @@ class FineTuning:
             sizes = generate_aspect_ratio_buckets(args.resolution, max(divisor, min(64, args.resolution // 4)))
         else:
             sizes = parse_buckets_string(args.aspect_ratio_buckets)
-        places = self.step.model.config.get("pos_embed_max_size")  # of patches, on a side, in Stable Diffusion 3
+        denoiser: Any = self.step.model
+        places = denoiser.config.get("pos_embed_max_size")  # of patches, on a side, in Stable Diffusion 3
         limit = math.inf if places is None else places * divisor
         for height, width in sizes:
             if height % divisor or width % divisor or max(height, width) > limit:
@@ -218,8 +219,8 @@ class FineTuning:
         if args.cache_latents:
             drawn = self.dataset.distinct_samples(positions)
             self.step.latents.fill([*drawn, *samples], progress=self.run.is_main)
-        points = {"seed": args.seed, "points": args.curve_points, "batch_size": args.train_batch_size}
-        loss = ValidationLoss(self.step.objective.unweighted, self.step.latents, samples, self.family, **points)
+        measured = (self.step.objective.unweighted, self.step.latents, samples, self.family)
+        loss = ValidationLoss(*measured, args.seed, args.curve_points, args.train_batch_size)
         prompts = args.prompts or list(dict.fromkeys(record.prompt for record in self.instances))[:4]
         call = sample_call(args, self.family)
         settings = SampleSettings(prompts, args.num_validation_images, args.seed, args.sample_batch_size, call)

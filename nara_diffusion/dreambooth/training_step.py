@@ -76,13 +76,9 @@ class TrainingStep:
 def training_step(
     args: Any, pipe: Any, family: Family, scheduler: Any, device: torch.device, group_size: int
 ) -> TrainingStep:
-    """The loss of a run, of the denoiser of `pipe`, as a model that is sampled by `scheduler`.
-
-    Raises:
-        ValueError: an objective that doesn't fit the scheduler, or a window without one of its noise levels.
-    """
-    weights = {"snr_gamma": args.snr_gamma, "shift": args.flow_shift, "weighting_scheme": args.weighting_scheme}
-    objective = build_objective(scheduler, **weights)
+    """The loss of a run, of the denoiser of `pipe`, as a model that is sampled by `scheduler`."""
+    scheme = args.weighting_scheme
+    objective = build_objective(scheduler, snr_gamma=args.snr_gamma, shift=args.flow_shift, weighting_scheme=scheme)
     density = {name: getattr(args, name) for name in ("logit_mean", "logit_std", "mode_scale")}
     return TrainingStep(
         model=getattr(pipe, family.denoiser),
@@ -95,5 +91,5 @@ def training_step(
         stratified=args.stratified_timesteps,
         noise_offset=args.noise_offset,
         prior_loss_weight=args.prior_loss_weight,
-        drawable=drawable_levels(objective.noise_levels, window_of(args), args.weighting_scheme, **density),
+        drawable=drawable_levels(objective.noise_levels, window_of(args), scheme, **density),
     )
