@@ -116,15 +116,6 @@ def test_to_lora_includes_the_strength_that_was_set(strength: Any, tmp_path: Pat
         _files.assert_near(_bases.plain_text_output(host), wanted, host)
 
 
-def test_folded_adapter_of_another_prediction_tells_its_scheduler(tmp_path: Path, caplog, capsys) -> None:
-    pipe, output = _bases.sdxl(), tmp_path / "lora.safetensors"
-    pipe.load_nara_weights(PEFT / "converted")
-    pipe.save_nara_weights(tmp_path)
-    _files.command()(["fold", str(tmp_path), str(output), "--noise_level", "0.5", "--form", "kohya", "--base", "sdxl"])
-    assert "v_prediction" in caplog.text
-    assert _files.header(output)["nara_scheduler"]["prediction_type"] == "v_prediction"
-
-
 # ---------------------------------------------------------------------- from a LoRA
 
 
@@ -234,3 +225,21 @@ def test_loras_and_strengths_of_knots_bins_and_masks_are_the_nara(name: str, num
         lora.save_pretrained(tmp_path / str(index))
     host = played([tmp_path / str(index) for index in range(number)], parts.schedules)
     _files.assert_near(_bases.text_output(host), _files.expected("peft")[name], host)
+
+
+def test_loras_of_a_hypernetwork_tell_the_error_of_their_sum(tmp_path: Path) -> None:
+    model = language("nara")
+    parts = to_lora_bins(model, bins=4)
+    parts.save_pretrained(tmp_path)
+    entries = json.loads((tmp_path / "lora_bins.json").read_text())["loras"]
+    assert len(entries) == len(parts.loras) <= 4
+    strengths = [StrengthSchedule(entry["strength"]).at(GRID).double() for entry in entries]
+    torch.testing.assert_close(sum(strengths), torch.ones(256).double())
+    wanted, found = naras_updates(model, GRID), dict[str, Any]()
+    for entry, strength in zip(entries, strengths, strict=True):
+        for name, update in loras_updates(tmp_path / entry["folder"]).items():
+            found[name] = found.get(name, 0) + strength[:, None, None] * update
+    measured = error(found, wanted)
+    assert parts.error.worst_update == pytest.approx(measured.max().item(), rel=0.05)
+    assert parts.error.mean_update == pytest.approx(measured.square().mean().sqrt().item(), rel=0.02)
+    assert parts.error.mean_update < to_lora(model, noise_level="best").error.mean_update

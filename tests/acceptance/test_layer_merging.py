@@ -59,6 +59,8 @@ def make(core: str, sharing: str, use_dora: bool) -> tuple[Kinds, list[str], Pef
     kinds = [kind for kind in (WITH_DORA if use_dora else SMALL) if kind != "grouped"]  # which PEFT doesn't merge
     base = Kinds(kinds)
     options = {"target_modules": kinds, "core_sharing": sharing, "use_dora": use_dora, **CORES[core]}
+    if core == "knots":
+        options |= {"use_rslora": True, "rank_pattern": {"one.linear": 2}, "alpha_pattern": {"two.conv2d": 3}}
     return copy.deepcopy(base), kinds, adapted(base, **options)
 
 
