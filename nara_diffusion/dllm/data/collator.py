@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from nara_diffusion.training.stream import ShuffledStream
+from nara_diffusion.utils.naming import counted
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -123,17 +124,18 @@ def trained_canvas(
     prompts = [row["prompt_length"] for row in rows]
     answers = [len(row["input_ids"]) - row["prompt_length"] for row in rows]
     trained, padding = collator.answer_lengths(rows), f"(trained_padding {collator.trained_padding})"
-    blocks = gen_length // (block_length or gen_length)
+    blocks = counted(gen_length // (block_length or gen_length), "block")
     fact = (
         f"prompts of {_span(prompts)} tokens, answers of {_span(answers)} tokens with their end, trained to "
         f"{_span(trained)} tokens {padding}, {round(sum(prompts + trained) / len(rows))} positions a sample; "
-        f"generated: gen_length {gen_length} in {blocks} block{'s' * (blocks > 1)}"
+        f"generated: gen_length {gen_length} in {blocks}"
     )
     short = [n for n, row in zip(trained, rows, strict=True) if n < gen_length and collator.is_whole(row)]
     warning = (
-        f"gen_length is {gen_length}, and {len(short)} of {len(rows)} samples end before that, the shortest after "
-        f"{min(short, default=0)} tokens {padding}: what follows an answer there is not trained, and generated answers "
-        "can become worse than the base model's while the validation loss falls; give --trained_padding gen_length"
+        f"gen_length is {gen_length}, and {len(short)} of {counted(len(rows), 'sample')} end before that, the shortest "
+        f"after {min(short, default=0)} tokens {padding}: what follows an answer there is not trained, and generated "
+        "answers can become worse than the base model's while the validation loss falls; "
+        "give --trained_padding gen_length"
     )
     return fact, warning if short else None
 
