@@ -18,7 +18,7 @@ from torch import Tensor
 from . import fused
 from .functional import apply_core, apply_core_to_channels, factored_row_norm, times_core
 from .fused import can_fuse, fused_linear
-from .matrices import base_matrix, factors
+from .matrices import base_matrix
 from .offloading import is_managed, onloaded
 from .variants import NaraVariant, is_dropout_free
 
@@ -29,22 +29,25 @@ class NaraDoraLinear(NaraVariant):
     With dropout, the dropped input is also used for the base product that the magnitude scales, as in PEFT.
     """
 
-    def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
-        A, B = module.lora_A[active_adapter], module.lora_B[active_adapter]
-        read = (A, B, module.get_base_layer(), module.lora_magnitude_vector[active_adapter])
-        if not any(map(is_managed, read)):
-            return super().forward(module, active_adapter, x, result)
-        with onloaded(*read):  # whose weights are read for the norm
-            return super().forward(module, active_adapter, x, result)
-
     def update(self, module: Any, active_adapter: str, x: Tensor, result: Tensor) -> Tensor:
         A, B, base_layer = module.lora_A[active_adapter], module.lora_B[active_adapter], module.get_base_layer()
+        read = (A, B, base_layer, module.lora_magnitude_vector[active_adapter])
+        if not any(map(is_managed, read)):
+            return self._update(module, active_adapter, x, result, *read)
+        with onloaded(*read):  # whose weights are read for the norm
+            return self._update(module, active_adapter, x, result, *read)
+
+    def _update(
+        self, module: Any, active_adapter: str, x: Tensor, result: Tensor, A: Any, B: Any, base_layer: Any, m: Any
+    ) -> Tensor:
         core, scaling = self.batch_core(module.r[active_adapter], x), module.scaling[active_adapter]
-        weight = base_matrix(module)
-        gain = self._gain(module, active_adapter, weight, core).to(x.dtype)
+        weight, A_weight, B_weight = base_matrix(module), A.weight, B.weight
+        K = times_core(B_weight.detach().flatten(1), core)
+        norm = factored_row_norm(weight, A_weight.detach().flatten(1), K, scaling)
+        gain = (m.weight.view(1, -1) / norm).to(x.dtype)  # (b or 1, d_out)
         dropout_free = is_dropout_free(module, active_adapter)
         if dropout_free and result.numel() >= fused.MIN_ELEMENTS and can_fuse(module, base_layer, A, B, x, result):
-            return fused_linear(x, result, base_layer, A.weight, core, B.weight, scaling, gain)
+            return fused_linear(x, result, base_layer, A_weight, core, B_weight, scaling, gain)
         gain, bias = self._aligned(gain, result), base_layer.bias
         bias = None if bias is None else self._aligned(bias[None], result)
         if dropout_free:
@@ -53,12 +56,6 @@ class NaraDoraLinear(NaraVariant):
         dropped = module.lora_dropout[active_adapter](x)
         base = self._base(base_layer, weight, dropped)
         return result + (gain - 1) * base + scaling * gain * self._rise(core, A, B, dropped)
-
-    def _gain(self, module: Any, active_adapter: str, weight: Tensor, core: Tensor) -> Tensor:
-        """g (b or 1, d_out) for W0 (d_out, k) and C (b or 1, r, r), float32 at least."""
-        A, B = factors(module, active_adapter)
-        norm = factored_row_norm(weight, A, times_core(B, core), module.scaling[active_adapter])
-        return module.lora_magnitude_vector[active_adapter].weight.view(1, -1) / norm
 
     def _rise(self, core: Tensor, A: Any, B: Any, x: Tensor) -> Tensor:
         """B C A x (b, …, d_out)."""

@@ -5,9 +5,18 @@ Shapes: A (r, d_in), C (b, r, r), or (1, r, r) where the batch shares it, B (d_o
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[None]:
+    """Inside, nothing is converted on the device of `tensor`. Entering `torch.autocast` costs more than small products,
+    so that it is done only where autocast is on."""
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def apply_core(core: Tensor, h: Tensor) -> Tensor:
@@ -19,7 +28,7 @@ def apply_core(core: Tensor, h: Tensor) -> Tensor:
     if core.dtype == h.dtype and core.device == h.device and not torch.is_autocast_enabled(h.device.type):
         return _apply(core, h)
     dtype = torch.promote_types(h.dtype, torch.float32)
-    with torch.autocast(h.device.type, enabled=False):
+    with without_autocast(h):
         return _apply(core.to(h.device, dtype), h.to(dtype)).to(h.dtype)
 
 
@@ -34,7 +43,7 @@ def _apply(core: Tensor, h: Tensor) -> Tensor:
 def apply_core_to_channels(core: Tensor, h: Tensor) -> Tensor:
     """The same where the r features are channels: (b or 1, r, r), (b, r, …) → (b, r, …)."""
     dtype = torch.promote_types(h.dtype, torch.float32)
-    with torch.autocast(h.device.type, enabled=False):
+    with without_autocast(h):
         mixed = torch.matmul(core.to(h.device, dtype), h.to(dtype).flatten(2))
     return mixed.view(h.shape).to(h.dtype)
 
@@ -47,7 +56,7 @@ def times_core(B: Tensor, core: Tensor) -> Tensor:
     batch, rank, _ = core.shape
     B, core = B.detach(), core.detach()
     dtype = torch.promote_types(B.dtype, torch.float32)
-    with torch.autocast(B.device.type, enabled=False):
+    with without_autocast(B):
         rows = core.to(B.device, dtype).transpose(1, 2).reshape(batch * rank, rank)
         return (rows @ B.to(dtype).T).view(batch, rank, -1).transpose(1, 2)
 
@@ -65,7 +74,7 @@ def factored_row_norm(weight: Tensor, A: Tensor, K: Tensor, scaling: float) -> T
     """
     dtype = torch.promote_types(weight.dtype, K.dtype)  # float32 or float64
     weight, A, K = weight.detach(), A.detach(), K.detach()
-    with torch.autocast(weight.device.type, enabled=False):
+    with without_autocast(weight):
         P = (A.to(weight.dtype) @ weight.T).to(dtype)  # transposed like all that follows: sums run along d_out
         A, K = A.to(dtype), K.to(dtype).transpose(1, 2)  # (b, r, d_out)
         G = (A @ A.T).expand(K.shape[0], -1, -1)

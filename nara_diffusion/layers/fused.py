@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import Function
 
-from .functional import apply_core
+from .functional import apply_core, without_autocast
 
 MIN_ELEMENTS = 2**17
 """Numbers in a layer's output, below which Python's share of the time is more than what fusing saves."""
@@ -106,7 +106,7 @@ class _FusedLinear(Function):
         x, weight, bias, A, core, B, h, mixed, z, g = ctx.saved_tensors
         needs_x, needs_A, needs_core, needs_B = (ctx.needs_input_grad[i] for i in (0, 4, 5, 6))
         grad_x = grad_A = grad_core = grad_B = grad_g = None
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             if torch.is_grad_enabled():  # for second derivatives
                 h, mixed = _narrow(x, A, core)
                 z = F.linear(x, weight, bias) + ctx.scaling * F.linear(mixed, B).view(*x.shape[:-1], -1)

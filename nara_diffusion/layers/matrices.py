@@ -47,7 +47,7 @@ def base_weight(base_layer: Any) -> Tensor:
     W0ᵀ = layer(I) − b. PEFT's function for 8-bit weights breaks later forwards, so that they are dequantised here.
     """
     weight = getattr(base_layer, "weight", None)
-    if type(weight) is nn.Parameter and not hasattr(base_layer, "W_q"):
+    if type(weight) is nn.Parameter and (type(base_layer) is nn.Linear or not hasattr(base_layer, "W_q")):
         return weight  # PEFT's function would break a compiled graph
     if type(weight).__name__ == "Int8Params":
         held: Any = weight if getattr(weight, "SCB", None) is not None else base_layer.state  # after a first forward

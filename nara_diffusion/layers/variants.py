@@ -155,10 +155,10 @@ class NaraLinear(NaraVariant):
     def update(self, module: Any, active_adapter: str, x: Tensor, result: Tensor) -> Tensor:
         A, B = module.lora_A[active_adapter], module.lora_B[active_adapter]
         core, scaling = self.batch_core(module.r[active_adapter], x), module.scaling[active_adapter]
-        base_layer = module.get_base_layer()
-        is_large = result.numel() >= fused.MIN_ELEMENTS
-        if is_large and is_dropout_free(module, active_adapter) and can_fuse(module, base_layer, A, B, x, result):
-            return fused_linear(x, result, base_layer, A.weight, core, B.weight, scaling)
+        if result.numel() >= fused.MIN_ELEMENTS and is_dropout_free(module, active_adapter):
+            base_layer = module.get_base_layer()
+            if can_fuse(module, base_layer, A, B, x, result):
+                return fused_linear(x, result, base_layer, A.weight, core, B.weight, scaling)
         return torch.add(result, B(apply_core(core, A(module.lora_dropout[active_adapter](x)))), alpha=scaling)
 
 

@@ -17,7 +17,7 @@ around the call. Only forwards of the whole model ask a source.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ContextDecorator
 from contextvars import ContextVar
 from typing import Any, NamedTuple, Protocol
@@ -181,23 +181,29 @@ def backward_pass() -> int:
 
 def find_holders(model: nn.Module) -> list[Any]:
     """The holders of cores at or below `model`."""
-    children = (child for module in outer_modules(model) for child in module._modules.values())
-    return [child for child in children if getattr(type(child), "is_core_holder", False)]
+    return [
+        child
+        for module in outer_modules(model)
+        for child in module._modules.values()
+        if getattr(type(child), "is_core_holder", False)
+    ]
 
 
-def outer_modules(root: nn.Module) -> Iterator[nn.Module]:
+def outer_modules(root: nn.Module) -> list[nn.Module]:
     """`root` and the modules below it, in any order, without the insides of adapted layers and of holders.
 
     These are five sixths of an adapted SDXL UNet, and samplers look for holders at every step.
     """
-    seen, left = set(), [root]
+    found: dict[int, nn.Module] = {}
+    left: list[nn.Module | None] = [root]
     while left:
         module = left.pop()
-        if id(module) in seen or "lora_A" in module._modules or getattr(type(module), "is_core_holder", False):
+        if module is None or id(module) in found or "lora_A" in module._modules:
             continue
-        seen.add(id(module))
-        left.extend(child for child in module._modules.values() if child is not None)
-        yield module
+        if "cores" not in module._modules or not getattr(type(module), "is_core_holder", False):
+            found[id(module)] = module
+            left.extend(module._modules.values())
+    return list(found.values())
 
 
 def core_holders(model: nn.Module) -> list[Any]:
