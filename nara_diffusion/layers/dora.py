@@ -82,8 +82,7 @@ class NaraDoraLinear(NaraVariant):
 class NaraDoraConv(NaraDoraLinear):
     """NaRA-DoRA on a convolution: rows are output channels, over input channels and kernel."""
 
-    def batched_dims(self, module: Any) -> int:
-        return module._kernel_dim
+    is_conv = True
 
     def _rise(self, core: Tensor, A: Any, B: Any, x: Tensor) -> Tensor:
         return B(apply_core_to_channels(core, A(x)))

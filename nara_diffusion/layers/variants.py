@@ -46,13 +46,10 @@ class NaraVariant(LoraVariant):
         merged_at: the λ at which the layer is merged, if it depends on λ.
     """
 
+    is_conv = False
+
     def __init__(
-        self,
-        channel: CoreChannel,
-        adapter_name: str,
-        group: str,
-        layer_name: str,
-        rows: Rows = "samples",
+        self, channel: CoreChannel, adapter_name: str, group: str, layer_name: str, rows: Rows = "samples"
     ) -> None:
         self.channel = channel
         self.key = (adapter_name, group)
@@ -73,13 +70,9 @@ class NaraVariant(LoraVariant):
         if not getattr(module, "cast_input_dtype_enabled", True) and x.is_floating_point():
             A = module.lora_A[active_adapter]  # layerwise casting has turned off PEFT's own conversion
             x = x if is_managed(A) else x.to(A.weight.dtype)
-        if x.dim() < self.batched_dims(module):
+        if x.dim() < (module._kernel_dim if self.is_conv else 2):
             return self.update(module, active_adapter, x[None], result[None])[0]
         return self.update(module, active_adapter, x, result)
-
-    def batched_dims(self, module: Any) -> int:
-        """The least number of axes of an input with a batch axis."""
-        return 2
 
     def update(self, module: Any, active_adapter: str, x: Tensor, result: Tensor) -> Tensor:
         """`forward` for x (b, …)."""
@@ -165,8 +158,7 @@ class NaraLinear(NaraVariant):
 class NaraConv(NaraVariant):
     """The same with A a convolution and B of kernel 1, on any number of spatial axes."""
 
-    def batched_dims(self, module: Any) -> int:
-        return module._kernel_dim
+    is_conv = True
 
     def update(self, module: Any, active_adapter: str, x: Tensor, result: Tensor) -> Tensor:
         A, B = module.lora_A[active_adapter], module.lora_B[active_adapter]
