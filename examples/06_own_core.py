@@ -23,7 +23,7 @@ from shipped_task import GEN_LENGTH, fine_tune, load_rows, load_shipped_model, m
 from torch import nn
 
 from nara_diffusion import NaraConfig, core_matrix, noise_level, register_core
-from nara_diffusion.cores.hypernetwork import HypernetworkCore, make_embedding
+from nara_diffusion.cores.hypernetwork import HypernetworkCore, NoiseEmbedding
 from nara_diffusion.dllm import exact_match
 
 
@@ -52,7 +52,7 @@ class ConstantNormCore(nn.Module):
             hidden_dims=config.core_hidden_dims,
             init=config.core_init,
             core_input="noise_level",
-            embedding=lambda: make_embedding(config.noise_embedding, config.noise_embedding_dim, config.fourier_scale),
+            embedding=lambda: NoiseEmbedding(config.noise_embedding, config.noise_embedding_dim, config.fourier_scale),
         )
 
     def forward(self, noise_level: torch.Tensor) -> torch.Tensor:

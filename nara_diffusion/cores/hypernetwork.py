@@ -24,51 +24,32 @@ CoreInput = Literal["noise_level", "mask_density", "both"]
 CoreInit = Literal["zero_last", "kaiming", "zero_all"]
 
 
-class FourierEmbedding(Float32Module):
-    """e(λ) = [sin(λ w), cos(λ w)], w ~ N(0, scale²) frozen. (b,) → (b, dim). No factor 2π, as in the reference."""
+class NoiseEmbedding(Float32Module):
+    """e(λ): (b,) → (b, out_dim).
+
+    fourier   [sin(λ w), cos(λ w)] with frozen w ~ N(0, scale²), dim / 2 of them; no factor 2π, as in the reference
+    mlp       SiLU(w λ + b) of width dim, learnable
+    raw       λ itself, of width 1
+    """
 
     frequencies: Tensor
 
-    def __init__(self, dim: int, scale: float) -> None:
+    def __init__(self, kind: str, dim: int, scale: float) -> None:
         super().__init__()
-        self.out_dim = dim
-        self.register_buffer("frequencies", torch.randn(dim // 2, dtype=torch.float32) * scale)
+        self.kind = kind
+        self.out_dim = 1 if kind == "raw" else dim
+        if kind == "fourier":
+            self.register_buffer("frequencies", torch.randn(dim // 2, dtype=torch.float32) * scale)
+        elif kind == "mlp":
+            self.projection = Dense(1, dim)
+            self.projection.reset(zero=False)
 
     def forward(self, noise_level: Tensor) -> Tensor:
-        angle = noise_level[:, None] * self.frequencies.float()  # (b, dim / 2)
-        return torch.cat([angle.sin(), angle.cos()], dim=-1)
-
-
-class MlpEmbedding(Float32Module):
-    """e(λ) = SiLU(w λ + b), learnable. (b,) → (b, dim)."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.out_dim = dim
-        self.projection = Dense(1, dim)
-        self.projection.reset(zero=False)
-
-    def forward(self, noise_level: Tensor) -> Tensor:
-        return F.silu(self.projection(noise_level[:, None]))
-
-
-class RawEmbedding(Float32Module):
-    """e(λ) = λ. (b,) → (b, 1)."""
-
-    out_dim = 1
-
-    def forward(self, noise_level: Tensor) -> Tensor:
-        return noise_level[:, None]
-
-
-Embedding = FourierEmbedding | MlpEmbedding | RawEmbedding
-
-
-def make_embedding(kind: str, dim: int, scale: float) -> Embedding:
-    """The embedding named `kind`: "fourier", "mlp" or "raw"."""
-    if kind == "fourier":
-        return FourierEmbedding(dim, scale)
-    return MlpEmbedding(dim) if kind == "mlp" else RawEmbedding()
+        level = noise_level[:, None]
+        if self.kind == "fourier":
+            angle = level * self.frequencies.float()  # (b, dim / 2)
+            return torch.cat([angle.sin(), angle.cos()], dim=-1)
+        return F.silu(self.projection(level)) if self.kind == "mlp" else level
 
 
 class HypernetworkCore(Core):
@@ -91,7 +72,7 @@ class HypernetworkCore(Core):
         hidden_dims: Sequence[int],
         init: CoreInit,
         core_input: CoreInput,
-        embedding: Callable[[], Embedding],
+        embedding: Callable[[], NoiseEmbedding],
     ) -> None:
         super().__init__(rank)
         self.scale = scale

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .float32 import Core
-from .hypernetwork import HypernetworkCore, make_embedding
+from .hypernetwork import HypernetworkCore, NoiseEmbedding
 from .simple import BinsCore, ConstantCore, IdentityCore, KnotsCore, RankMaskCore
 
 CoreFactory = Callable[[Any, int], nn.Module]
@@ -25,7 +25,7 @@ _BUILT_IN: dict[str, CoreFactory] = {
         hidden_dims=config.core_hidden_dims,
         init=config.core_init,
         core_input=config.core_input,
-        embedding=lambda: make_embedding(config.noise_embedding, config.noise_embedding_dim, config.fourier_scale),
+        embedding=lambda: NoiseEmbedding(config.noise_embedding, config.noise_embedding_dim, config.fourier_scale),
     ),
     "constant": lambda config, rank: ConstantCore(rank, scale=config.core_scale, init=config.core_init),
     "identity": lambda config, rank: IdentityCore(rank),

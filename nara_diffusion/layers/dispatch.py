@@ -17,42 +17,42 @@ _QUANTISED = ("Linear8bitLt", "Linear4bit", "GPTQLoraLinear", "HqqLoraLinear")
 """Of PEFT's layers, those that call LoRA variants: by their forward, and by name where a library may be absent."""
 
 
-def check_target(target: Any, use_dora: bool, name: str) -> None:
-    """Refuse modules that no LoRA variant covers, or of which NaRA-DoRA cannot have the norm, before PEFT adapts them.
-    `name` is for messages."""
+def check_target(target: Any, config: Any, name: str) -> None:
+    """Refuse modules, before PEFT adapts them, of which its layer doesn't compute the update as W0's (its convolution A
+    has neither dilation nor padding mode), that no LoRA variant covers, or of which NaRA-DoRA cannot have the norm.
+
+    Args: config: a NaraConfig. name: for messages.
+    """
     base = target.get_base_layer() if isinstance(target, LoraLayer) else target
-    weight, why = getattr(base, "weight", None), ""
-    if isinstance(base, nn.MultiheadAttention):
+    is_convolution, kind = isinstance(base, nn.modules.conv._ConvNd), type(base).__name__
+    if is_convolution and (base.padding_mode != "zeros" or any(step != 1 for step in base.dilation)):
+        option = f"padding_mode={base.padding_mode!r}" if base.padding_mode != "zeros" else f"dilation={base.dilation}"
+        raise ValueError(
+            f"NaRA cannot adapt '{name}' ({kind} with {option}): PEFT's convolution A has dilation 1 and pads with "
+            "zeros, so that the forward wouldn't be that of W0 + s·B·C·A. Leave it out by `exclude_modules`."
+        )
+    if config.reads_core and isinstance(base, nn.MultiheadAttention):
         raise ValueError(
             f"NaRA cannot adapt '{name}' (MultiheadAttention): PEFT merges its update before each forward, at no λ. "
             'Leave it out by `exclude_modules`, or use core_type="identity".'
         )
+    if config.reads_core and config.use_dora:
+        check_norm(base, name)
+
+
+def check_norm(base: nn.Module, name: str) -> None:
+    """Refuse a base layer of which NaRA-DoRA's norm cannot be had."""
+    weight, why = getattr(base, "weight", None), ""
     if isinstance(base, nn.Embedding):
         why = "an embedding, of which the norm of a whole vocabulary would be needed for each sample"
     elif isinstance(weight, Tensor) and _is_float8(weight.dtype):
         why = f"stored as {weight.dtype}, and its norm is needed: add the adapter before enable_layerwise_casting()"
     elif isinstance(base, nn.modules.conv._ConvNd) and base.groups > 1:
         why = "a convolution with groups"
-    if use_dora and why:
+    if why:
         raise ValueError(
             f"NaRA-DoRA cannot adapt '{name}' ({type(base).__name__}), which is {why}. Leave it out by "
             "`exclude_modules`, or set use_dora=False."
-        )
-
-
-def check_convolution(target: Any, name: str) -> None:
-    """Refuse convolutions whose update PEFT's layer doesn't compute as W0's: its A has neither their dilation nor their
-    padding mode. `name` is for messages."""
-    base = target.get_base_layer() if isinstance(target, LoraLayer) else target
-    if not isinstance(base, nn.modules.conv._ConvNd):
-        return
-    dilated = any(step != 1 for step in base.dilation)
-    if dilated or base.padding_mode != "zeros":
-        option = f"dilation={base.dilation}" if dilated else f"padding_mode={base.padding_mode!r}"
-        raise ValueError(
-            f"NaRA cannot adapt '{name}' ({type(base).__name__} with {option}): PEFT's convolution A has dilation 1 "
-            "and pads with zeros, so that the forward wouldn't be that of W0 + s·B·C·A. Leave it out by "
-            "`exclude_modules`."
         )
 
 

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from nara_diffusion.config import NaraConfig
 from nara_diffusion.cores.registry import BUILT_IN, core_group, make_cores, with_current_names
 from nara_diffusion.layers.dispatch import (
-    check_convolution,
     check_target,
     keep_out_of_float8,
     make_directions_orthonormal,
@@ -141,9 +140,7 @@ class NaraModel(MergesAtOneLevel):
     def _create_and_replace(  # type: ignore[override]
         self, lora_config: NaraConfig, adapter_name: str, target, target_name, parent, current_key, **kwargs: Any
     ) -> None:
-        check_convolution(target, current_key)
-        if lora_config.reads_core:
-            check_target(target, lora_config.use_dora, current_key)
+        check_target(target, lora_config, current_key)
         super()._create_and_replace(
             lora_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
         )

@@ -22,7 +22,7 @@ from torch import nn
 from nara_diffusion.config import NaraConfig, unscaled_fields
 from nara_diffusion.cores.registry import SHARED, CoreSet, core_group
 from nara_diffusion.cores.simple import IdentityCore
-from nara_diffusion.layers.dispatch import check_target, variant_for
+from nara_diffusion.layers.dispatch import check_norm, variant_for
 from nara_diffusion.layers.variants import NaraVariant, rows_of
 from nara_diffusion.noise.denoisers import denoiser_of
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
@@ -206,7 +206,8 @@ def _missed(layer: Any, name: str, adapter_name: str) -> str | None:
         return None
     if not isinstance(layer, LoraLayer) or not isinstance(variant, (*_DORA, type(None))):
         return f"layer '{name}', which is adapted by PEFT's {type(layer).__name__}"
-    check_target(layer, variant is not None, name)
+    if variant is not None:
+        check_norm(layer.get_base_layer(), name)
     variant_for(layer, variant is not None, name)
     A: Any = layer.lora_A[adapter_name].weight if adapter_name in layer.lora_A else None
     if A is not None and len(A) != layer.r[adapter_name]:
