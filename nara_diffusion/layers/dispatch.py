@@ -23,7 +23,7 @@ def check_target(target: Any, config: Any, name: str) -> None:
 
     Args: config: a NaraConfig. name: for messages.
     """
-    base = target.get_base_layer() if isinstance(target, LoraLayer) else target
+    base: Any = target.get_base_layer() if isinstance(target, LoraLayer) else target
     is_convolution, kind = isinstance(base, nn.modules.conv._ConvNd), type(base).__name__
     if is_convolution and (base.padding_mode != "zeros" or any(step != 1 for step in base.dilation)):
         option = f"padding_mode={base.padding_mode!r}" if base.padding_mode != "zeros" else f"dilation={base.dilation}"

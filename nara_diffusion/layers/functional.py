@@ -6,13 +6,14 @@ Shapes: A (r, d_in), C (b, r, r), or (1, r, r) where the batch shares it, B (d_o
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def without_autocast(tensor: Tensor) -> AbstractContextManager[None]:
+def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     """Inside, nothing is converted on the device of `tensor`. Entering `torch.autocast` costs more than small products,
     so that it is done only where autocast is on."""
     kind = tensor.device.type

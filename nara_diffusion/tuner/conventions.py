@@ -122,11 +122,10 @@ class HasSource:
                 f"noise_level has {values} values, but the layers of {kind} see tokens where others see samples, so "
                 "that each cannot get its own C: let the batch share one λ, or run its samples one by one."
             )
-        if self.denoiser is None or not self.channel.sample_major:
+        if not self.channel.sample_major:
             return
-        arguments = arguments_of(self.root, args, kwargs)
-        arguments.pop(self.denoiser.argument, None)
-        batch = next((len(one) for one in arguments.values() if isinstance(one, Tensor) and one.dim() > 0), None)
+        given = arguments_of(self.root, args, kwargs).values()
+        batch = next((len(one) for one in given if isinstance(one, Tensor) and one.dim() > 0), None)
         if values != batch:
             raise ValueError(
                 f"noise_level has {values} values, but the batch is {batch}: pass one value, or one a sample of the "
