@@ -59,39 +59,29 @@ def test_flow_scheduler_follows_the_exact_velocity_from_noise_to_data() -> None:
     torch.testing.assert_close(sample, noise / 2, rtol=0, atol=0.02)
 
 
-def test_class_without_the_option_gives_way_to_euler() -> None:
+def test_class_without_the_option_gives_way_to_euler_and_what_does_it_already_stays() -> None:
     scheduler = converted_scheduler(PNDMScheduler(**BETAS), "v_prediction", True)
     assert isinstance(scheduler, EulerDiscreteScheduler)
     assert {name: scheduler.config[name] for name in BETAS} == BETAS
     assert scheduler.config.rescale_betas_zero_snr
+    zero_snr = EulerDiscreteScheduler(**BETAS, prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    for base, kind in ((EulerDiscreteScheduler(**BETAS), "epsilon"), (FLOW, "flow_prediction"), (zero_snr, None)):
+        assert converted_scheduler(base, kind, base is zero_snr) is base
 
 
-@pytest.mark.parametrize(
-    ("base", "prediction_type", "zero_snr"),
-    [
-        (EulerDiscreteScheduler(**BETAS), "epsilon", False),
-        (EulerDiscreteScheduler(**BETAS, prediction_type="v_prediction", rescale_betas_zero_snr=True), None, True),
-        (FLOW, "flow_prediction", False),
-        (FlowMatchEulerDiscreteScheduler(), None, False),
-    ],
-)
-def test_base_that_does_it_already_keeps_its_scheduler(base, prediction_type, zero_snr: bool) -> None:
-    assert converted_scheduler(base, prediction_type, zero_snr) is base
-
-
-@pytest.mark.parametrize(
-    ("base", "prediction_type", "zero_snr", "message"),
-    [
+def test_base_that_cannot_be_converted_is_refused() -> None:
+    flow = FlowMatchEulerDiscreteScheduler()
+    assert converted_scheduler(flow, None, False) is flow
+    rows = [
         (EulerDiscreteScheduler(**BETAS), None, True, "not 'epsilon': .* Add --prediction_type v_pred"),
         (EulerDiscreteScheduler(**BETAS), "flow_prediction", True, "not 'flow_prediction'"),
         (EDMEulerScheduler(), "v_prediction", False, "EDMEulerScheduler has no betas"),
-        (FlowMatchEulerDiscreteScheduler(), "epsilon", False, "FlowMatchEulerDiscreteScheduler has no betas"),
+        (flow, "epsilon", False, "FlowMatchEulerDiscreteScheduler has no betas"),
         (FLOW, "v_prediction", False, "DPMSolverMultistepScheduler has no betas to convert the model to: leave pre"),
-    ],
-)
-def test_base_that_cannot_be_converted_is_refused(base, prediction_type, zero_snr: bool, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        converted_scheduler(base, prediction_type, zero_snr)
+    ]
+    for base, prediction_type, zero_snr, message in rows:
+        with pytest.raises(ValueError, match=message):
+            converted_scheduler(base, prediction_type, zero_snr)
 
 
 # ------------------------------------------------------------------ the identity

@@ -50,15 +50,8 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize(
-    "core",
-    [
-        {"core_sharing": "layer", "noise_embedding": "raw", "use_dora": True},
-        {"core_type": "knots", "use_rslora": True},
-    ],
-    ids=str,
-)
-def test_text_encoders_have_the_options_of_the_unet_but_those_of_a_core(core: dict[str, Any]) -> None:
+def test_text_encoders_have_the_options_of_the_unet_but_those_of_a_core() -> None:
+    core = {"core_sharing": "layer", "noise_embedding": "raw", "use_dora": True, "use_rslora": True}
     lora = text_config(LoraConfig(r=2, target_modules=TARGETS, **OPTIONS))
     nara = text_config(NaraConfig(**NARA, **OPTIONS, **core))
     assert (type(lora), type(nara)) == (LoraConfig, NaraConfig)
