@@ -16,7 +16,7 @@ from nara_diffusion.dllm import train as dllm
 from nara_diffusion.training.engines import accumulation_steps, split_across_processes
 from tests.acceptance._commands import Moment, assert_same_bits, names
 from tests.acceptance._engines import in_two_processes, needs_deepspeed, needs_gloo, refused_in_two_processes
-from tests.acceptance._runs import text_arguments, text_flags
+from tests.acceptance._runs import TEXT, text_arguments, text_flags
 
 TWO: dict[str, Any] = {"train_batch_size": 2, "max_train_steps": 4, "logging_steps": 3, "test_samples": 1}
 
@@ -93,26 +93,24 @@ def test_two_processes_killed_in_a_write_go_on_to_the_same_bits(tmp_path: Path, 
 
 @pytest.mark.slow
 @needs_gloo
-def test_two_processes_begin_anew_go_on_longer_and_name_another_number(tmp_path: Path) -> None:
-    """A run that is killed before its first checkpoint; the same command again; a longer one; one process."""
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_processes_begin_anew_and_go_on_longer(tmp_path: Path, engine: str) -> None:
+    """A run that is killed before its first checkpoint; the same command again; a longer one; another number."""
     flags = text_flags(tmp_path) | TWO | {"lr_scheduler": "constant", "checkpointing_steps": 3}
     flags |= {"resume_from_checkpoint": "latest", "output_dir": tmp_path / "run"}
     with pytest.raises(mp.ProcessExitedException):
-        in_two_processes([("ddp", "dllm.py", flags)], tmp_path, moment=Moment("step", 2))
+        in_two_processes([(engine, "dllm.py", flags)], tmp_path, moment=Moment("step", 2))
     assert "config.yaml" in names(tmp_path / "run")
     longer = flags | {"max_train_steps": 6}
     whole = longer | {"output_dir": tmp_path / "whole"}
-    in_two_processes([("ddp", "dllm.py", each) for each in (flags, longer, whole)], tmp_path)
-    assert_same_bits_of_adapters(tmp_path / "run", tmp_path / "whole")
-    one = {**flags, "train_batch_size": 4}
-    with pytest.raises(ValueError, match="written by 2 processes and this run has 1, each of which has random states"):
-        dllm.main(text_arguments(tmp_path, **one))
-    with pytest.raises(ValueError, match="which makes a global batch of 2 instead of 4"):
-        dllm.main(text_arguments(tmp_path, **flags))
-
-
-def assert_same_bits_of_adapters(one: Path, other: Path) -> None:
-    assert (one / "adapter_model.safetensors").read_bytes() == (other / "adapter_model.safetensors").read_bytes()
+    for each in (flags, longer, whole):
+        in_two_processes([(engine, "dllm.py", each)], tmp_path)
+    assert (tmp_path / "run" / TEXT).read_bytes() == (tmp_path / "whole" / TEXT).read_bytes()
+    if engine == "ddp":
+        with pytest.raises(ValueError, match="by 2 processes and this run has 1, each of which has random states"):
+            dllm.main(text_arguments(tmp_path, **{**flags, "train_batch_size": 4}))
+        with pytest.raises(ValueError, match="which makes a global batch of 2 instead of 4"):
+            dllm.main(text_arguments(tmp_path, **flags))
 
 
 @pytest.mark.slow
