@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tests.helpers.adapted import adapted, nara_config
 from tests.helpers.files.saved_adapters import TARGETS, WEIGHTS, base_model, output, reseeded_base
+from tests.helpers.small_pipelines import small_unet
 
 CORE = "base_model.model.nara_core.shared."
 A_KEY = "base_model.model.first.lora_A.weight"
@@ -107,13 +108,11 @@ def test_a_model_with_adapters_is_as_it_was_after_a_refused_file(tmp_path, besid
 
 
 def test_the_tensors_of_an_adapter_are_not_taken_for_a_lora(tmp_path):
-    from tests.helpers.pipelines.unet import tiny_unet
-
-    unet = tiny_unet()
+    unet = small_unet(12)
     unet.add_adapter(nara_config(target_modules=["to_q"]))
     save_file(get_peft_model_state_dict(unet), tmp_path / "pytorch_lora_weights.safetensors")
     with pytest.raises(ValueError, match=r"holds a NaRA adapter, .* load it by pipe.load_nara_weights"):
-        tiny_unet().load_lora_adapter(tmp_path, prefix=None, weight_name="pytorch_lora_weights.safetensors")
+        small_unet(12).load_lora_adapter(tmp_path, prefix=None, weight_name="pytorch_lora_weights.safetensors")
 
 
 # ---------------------------------------------------------------- numbers of another kind
