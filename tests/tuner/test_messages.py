@@ -15,7 +15,7 @@ from nara_diffusion.tuner.checkpointing import CheckpointWithCore
 from nara_diffusion.tuner.strength import strength_of
 from tests.acceptance._lives import add_nara, assert_near, frozen_sd, predict, save_nara
 from tests.helpers.adapted import TwoLayers, adapted, lora_config, nara_config
-from tests.helpers.pipelines.unet import tiny_unet
+from tests.helpers.small_pipelines import small_unet
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute"),
@@ -32,7 +32,7 @@ def loaded(folder: Path, name: str = "a") -> Any:
 
 @pytest.mark.parametrize("targets", [["to_Q"], ["attn1.to_Q"], "to_Q"], ids=str)
 def test_targets_that_match_nothing_get_the_nearest_names(targets: Any) -> None:
-    unet = tiny_unet()
+    unet = small_unet(12)
     with pytest.raises(ValueError, match=r"to_Q.* not found in the base model.* Did you mean 'to_q'\?$"):
         unet.add_adapter(nara_config(target_modules=targets))
     assert not hasattr(unet, "nara_core")
