@@ -179,6 +179,12 @@ def backward_pass() -> int:
 # ---------------------------------------------------------------------- adapted models
 
 
+def checked_module(model: Any) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{type(model).__name__} is no torch.nn.Module: pass the model itself, e.g. pipe.unet.")
+    return model
+
+
 def find_holders(model: nn.Module) -> list[Any]:
     """The holders of cores at or below `model`."""
     return [
@@ -208,9 +214,7 @@ def outer_modules(root: nn.Module) -> list[nn.Module]:
 
 def core_holders(model: nn.Module) -> list[Any]:
     """The holders of cores at or below `model`, of which there has to be one."""
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"{type(model).__name__} is no torch.nn.Module: pass the model itself, e.g. pipe.unet.")
-    found = find_holders(model)
+    found = find_holders(checked_module(model))
     if not found:
         raise ValueError(
             f"{type(model).__name__} holds no NaRA adapter: add one first, e.g. get_peft_model(model, NaraConfig(…))."

@@ -214,13 +214,12 @@ class NaraModel(MergesAtOneLevel):
             for key, like in core.items():
                 ending = f"{HOLDER_NAME}.cores.{adapter_name}.{key}"
                 found = next((name for name in state_dict if name.endswith(ending)), None)
-                if found is not None:
-                    selected[found] = state_dict[found]
-                else:
+                if found is None:
                     raise ValueError(
-                        f"'{key}' of the core of adapter '{adapter_name}' is missing from what would be saved. Is "
-                        f"another adapter named like a part of it ({', '.join(unwanted_adapter_names)})? Rename that."
+                        f"'{key}' of the core of adapter '{adapter_name}' is missing from what would be saved: "
+                        f"{_STATE_DICT_REMEDY}."
                     )
+                selected[found] = state_dict[found]
                 check_core_precision(found, selected[found], like, "in the state_dict to be saved", _STATE_DICT_REMEDY)
         return selected
 

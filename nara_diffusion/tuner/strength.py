@@ -25,6 +25,7 @@ from nara_diffusion.cores.simple import IdentityCore
 from nara_diffusion.layers.dispatch import check_norm, variant_for
 from nara_diffusion.layers.variants import NaraVariant, rows_of
 from nara_diffusion.noise.denoisers import denoiser_of
+from nara_diffusion.noise.level import checked_module
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
 
 from .holder import CoreHolder, drop_idle_holder, holder_of
@@ -55,36 +56,27 @@ def set_strength(model: nn.Module, adapter_name: str, strength: StrengthSchedule
         ValueError: there is no such adapter; `strength` is none of these; or a schedule would scale only a part of the
             adapter (see `check_strength`).
     """
-    checked = _checked(strength)
-    schedule, roots = checked if isinstance(checked, StrengthSchedule) else None, roots_of(model, adapter_name)
-    for root in roots:
-        check_strength(root, adapter_name, schedule)
-    for root in roots:
-        if strength is None or schedule is not None:
-            give_strength(root, adapter_name, schedule)
-        for layer in layers_of(root, adapter_name).values():
-            layer.set_scale(adapter_name, 1.0 if isinstance(checked, StrengthSchedule) else checked)
-
-
-def _checked(strength: Any) -> StrengthSchedule | float:
-    if strength is None:
-        return 1.0
-    if isinstance(strength, StrengthSchedule):
-        return strength
-    if not isinstance(strength, Real) or isinstance(strength, bool) or not math.isfinite(strength):
+    is_schedule = isinstance(strength, StrengthSchedule)
+    number: Any = 1.0 if strength is None or is_schedule else strength
+    if not isinstance(number, Real) or isinstance(number, bool) or not math.isfinite(number):
         raise ValueError(
             f"strength is {strength!r}: pass StrengthSchedule([(λ, strength), …]), a finite number, or None for 1."
         )
-    return float(strength)
+    roots = roots_of(model, adapter_name)
+    for root in roots:
+        check_strength(root, adapter_name, strength if is_schedule else None)
+    for root in roots:
+        if strength is None or is_schedule:
+            give_strength(root, adapter_name, strength)
+        for layer in layers_of(root, adapter_name).values():
+            layer.set_scale(adapter_name, float(number))
 
 
 def roots_of(model: Any, adapter_name: str) -> list[Any]:
     """The models at or below `model` that have the adapter, without PEFT's wrappers; at least one."""
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"{type(model).__name__} is no torch.nn.Module: pass the model itself, e.g. pipe.unet.")
     roots: list[Any] = [
         module
-        for module in model.modules()
+        for module in checked_module(model).modules()
         if isinstance(vars(module).get("peft_config"), dict) and not isinstance(module, (PeftModel, BaseTuner))
     ]
     found = [root for root in roots if adapter_name in root.peft_config]
