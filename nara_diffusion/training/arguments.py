@@ -142,7 +142,7 @@ class RunArguments:
         100, "Measure the validation loss every so often; none never.", unit="optimizer steps"
     )
     checkpointing_steps: int | None = option(
-        500, "Write a checkpoint-N folder every so often; none never.", unit="optimizer steps"
+        500, "Write a checkpoint-N folder every so often, and at the end; none never.", unit="optimizer steps"
     )
     checkpoints_total_limit: int | None = option(
         2, "Checkpoints to keep, oldest deleted first; none keeps all.", unit="folders", rare=True

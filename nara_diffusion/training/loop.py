@@ -92,7 +92,8 @@ def train(
                 run.log(validate())
             if number := _signal_of_any_process(run, interrupt.signal):
                 _stop(run, number)
-            if _due(run.step, args.checkpointing_steps):
+            is_last = args.checkpointing_steps is not None and run.step == run.total_steps
+            if is_last or _due(run.step, args.checkpointing_steps):
                 save_checkpoint(run)
 
 

@@ -279,7 +279,13 @@ def test_run_on_every_answer_of_conversations_resumes_to_the_same_bits(
     turns = [("user" if j % 2 == 0 else "assistant", f"word {j}") for j in range(6)]
     many = [{"messages": messages(*turns[: 2 + 2 * (i % 3)])} for i in range(12)]
     data = {"train_file": write(tmp_path / "many.jsonl", *many), "validation_file": None, "test_file": None}
-    options: dict[str, Any] = {"train_on": "all", "max_train_steps": 5, "max_length": 64, "trained_padding": "longest"}
+    options: dict[str, Any] = {
+        "train_on": "all",
+        "max_train_steps": 5,
+        "checkpoints_total_limit": None,
+        "max_length": 64,
+        "trained_padding": "longest",
+    }
     with caplog.at_level("INFO"):
         main(text_arguments(tmp_path, **data, **options))
     fresh_accelerate()

@@ -60,6 +60,13 @@ def test_longer_run_at_a_constant_rate_is_one_that_was_never_shorter(
     assert any("max_train_steps: 2 there, 5 now" in message for message in caplog.messages)
 
 
+def test_run_shorter_than_its_interval_of_checkpoints_can_go_on(tmp_path: Path) -> None:
+    run = train(tmp_path, checkpointing_steps=500)
+    assert "checkpoint-2" in names(run)
+    train(tmp_path, **LATEST, checkpointing_steps=500, max_train_steps=3)
+    assert metrics(run)[-1]["step"] == 3
+
+
 def test_longer_run_has_the_rates_of_the_longer_schedule(tmp_path: Path) -> None:
     train(tmp_path)
     run = train(tmp_path, **LATEST, max_train_steps=6)
