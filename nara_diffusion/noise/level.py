@@ -152,7 +152,9 @@ class noise_level(ContextDecorator):
         present.set(entry)
 
     def __exit__(self, *error: object) -> None:
-        entry, innermost = self._entries.pop(), present.get()
+        innermost = present.get()
+        entry = innermost if innermost in self._entries else self._entries[-1]  # other threads may have entered it too
+        self._entries.remove(entry)
         entry.signals = None
         present.set(entry.parent if innermost is entry else None)
         if innermost is not entry:

@@ -228,6 +228,28 @@ def test_threads_inside_one_forward_at_a_time_have_their_own_levels(model: Any, 
         pool.submit(run, model, X).result()  # one that is started inside a context has no λ
 
 
+def test_decorated_function_has_its_level_in_threads_that_overlap(model: Any, stock: Stock) -> None:
+    entered = [threading.Event(), threading.Event()]
+    first_left = threading.Event()
+
+    @noise_level(model, 0.37)
+    def forward(number: int) -> None:
+        entered[number].set()
+        assert (entered[1] if number == 0 else first_left).wait(PATIENCE)  # the first leaves while the second is inside
+        assert_at(model, stock, 0.37)
+
+    def first() -> None:
+        forward(0)
+        first_left.set()
+
+    with ThreadPoolExecutor(2) as threads:
+        runs = [threads.submit(first)]
+        assert entered[0].wait(PATIENCE)
+        runs.append(threads.submit(forward, 1))
+        for run_ in runs:
+            run_.result(PATIENCE)
+
+
 def test_tasks_that_take_turns_have_their_own_levels(model: Any, stock: Stock) -> None:
     async def work(level: float) -> list[Tensor]:
         outputs = []
