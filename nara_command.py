@@ -101,7 +101,8 @@ def _plot(add: Any, parser: Any) -> None:
 def _fold(add: Any, parser: Any) -> None:
     add("output", metavar="OUTPUT", type=Path, help="a .safetensors file; a folder with --bins or --form peft")
     amount = parser.add_mutually_exclusive_group(required=True)
-    amount.add_argument("--noise_level", type=float, help="one LoRA, of this λ in [0, 1], 1 = pure noise")
+    one = "one LoRA, of this λ in [0, 1], 1 = pure noise; best: the nearest over all λ"
+    amount.add_argument("--noise_level", type=_level, help=one)
     amount.add_argument("--bins", type=int, help="several LoRAs: their largest number, 1 to 64")
     add(
         "--form",
@@ -115,6 +116,13 @@ def _fold(add: Any, parser: Any) -> None:
     add("--layers_per_block", type=int, default=2, help="of the UNet's configuration (default: %(default)s)")
     add("--shift", type=float, help="of a flow model's scheduler, for ComfyUI's workflow (SD3 3, FLUX e^1.15 = 3.16)")
     add("--checkpoint", help="the file in models/checkpoints that ComfyUI's workflow loads (default: SDXL's)")
+
+
+def _level(text: str) -> float | str:
+    try:
+        return text if text == "best" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number in [0, 1], or best, got {text!r}") from None
 
 
 def _convert(add: Any, parser: Any) -> None:

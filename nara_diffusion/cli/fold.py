@@ -3,6 +3,7 @@
     nara fold my-toy toy.safetensors --noise_level 0.4 --form kohya --base sdxl      # A1111, Forge, InvokeAI, ComfyUI
     nara fold my-toy toy.safetensors --noise_level 0.4 --form comfyui --base flux    # ComfyUI, by its own keys
     nara fold my-toy toy.safetensors --noise_level 0.4                               # Diffusers; not ComfyUI with SDXL
+    nara fold my-toy toy.safetensors --noise_level best                              # the LoRA nearest over all λ
     nara fold outputs/dllm-1 lora --noise_level 0.4 --form peft                      # a folder for PeftModel
     nara fold my-toy toys --bins 4 --form kohya --base sdxl                          # four LoRAs and their strengths
     nara fold my-toy toys --bins 8 --form comfyui --base flux --shift 3.16           # of a flow model
@@ -64,9 +65,12 @@ def _fold(file: AdapterFile, adapters: Mapping[str, Adapter], args: Any) -> str:
         next(iter(loras.values())).save_pretrained(args.output)
     else:
         _save(loras, args.output, args)
+    modules = sum(len(lora.layers) for lora in loras.values())
+    if args.noise_level == "best":
+        errors = [lora.error.worst_update for lora in loras.values() if lora.error is not None]
+        return f"{modules} modules, nearest over all λ, the largest relative error of ΔW is {max(errors):.2%}"
     level = torch.tensor([args.noise_level])
     own = ", ".join(f"{each.at(level).item():g}" for adapter in adapters.values() for each in adapter.schedules)
-    modules = sum(len(lora.layers) for lora in loras.values())
     return f"{modules} modules, λ = {args.noise_level:g}{f', at its strength of {own} there' if own else ''}"
 
 

@@ -15,7 +15,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from nara_diffusion.export.adapter_factors import adapter_of_part
+from nara_diffusion.export.adapter_factors import adapter_of_part, cores_of
 from nara_diffusion.loaders.file import AdapterFile, AdapterPart, naming
 
 _CORE_FIELDS = {
@@ -44,8 +44,8 @@ def _described_part(part: AdapterPart) -> dict[str, Any]:
     adapter_of_part(part)  # raises if it is damaged
     config, modules = part.config, part.modules
     kinds = Counter(next(word for word in reversed(name.split(".")) if not word.isdigit()) for name in modules)
-    sizes = {"core": sum(tensor.numel() for tensor in part.core.values())}
-    sizes["factors"] = sum(tensor.numel() for tensor in part.tensors.values()) - sizes["core"]
+    factors = sum(tensor.numel() for tensor in part.tensors.values()) - sum(t.numel() for t in part.core.values())
+    core = sum(parameter.numel() for parameter in cores_of(part).parameters())  # without Fourier frequencies, …
     fields = ("base_model_name_or_path", "lora_alpha", "use_rslora", "core_type", "noise_convention", "strength")
     return {
         "method": "NaRA-DoRA" if config.use_dora else "NaRA",
@@ -54,7 +54,7 @@ def _described_part(part: AdapterPart) -> dict[str, Any]:
         "ranks": sorted(set(modules.values())),
         **{name.removesuffix("_name_or_path"): getattr(config, name) for name in (*fields, "scheduler")},
         "core": {name: getattr(config, name) for name in _CORE_FIELDS.get(config.core_type, ("core_sharing",))},
-        "parameters": sizes,
+        "parameters": {"core": core, "factors": factors},
         "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in part.tensors.values()}),
     }
 
@@ -66,6 +66,7 @@ def text_of(found: dict[str, Any]) -> str:
         sizes = part["parameters"]
         total = f"{sum(sizes.values()):,}: A and B {sizes['factors']:,}, core {sizes['core']:,}"
         rows = {**part, "parameters": total, "noise_convention": part["noise_convention"] or "not stated"}
+        rows["base_model"] = part["base_model"] or "not stored in this file"
         lines += ["", f"{name}: {part['method']}"]
         lines += [f"  {label:<17} {_words(value)}" for label, value in rows.items() if value and label != "method"]
     return "\n".join(lines)

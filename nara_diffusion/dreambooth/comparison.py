@@ -23,6 +23,7 @@ from nara_diffusion.training.checkpoints import save_adapter
 from nara_diffusion.training.engines import split_across_processes
 from nara_diffusion.training.report import validation_means
 from nara_diffusion.training.run import Run
+from nara_diffusion.utils.naming import is_out_of_reach
 
 from .adapter_files import adapter_loaded, write_adapter
 from .cache import LatentCache
@@ -176,8 +177,20 @@ class Evaluation:
 def load_encoders(args: Any, device: torch.device) -> dict[str, Encoder | None]:
     """The encoders of an `Evaluation` that a run's arguments name; one that both name is loaded once."""
     names = {name for name in (args.similarity_model, args.alignment_model) if name is not None}
-    encoders: dict[str | None, Encoder] = {name: Encoder(name, device=device) for name in sorted(names)}
+    encoders: dict[str | None, Encoder] = {name: _load_encoder(args, name, device) for name in sorted(names)}
     alignment = encoders.get(args.alignment_model)
     if alignment is not None:
         alignment.check_text()
     return {"similarity": encoders.get(args.similarity_model), "alignment": alignment}
+
+
+def _load_encoder(args: Any, name: str, device: torch.device) -> Encoder:
+    try:
+        return Encoder(name, device=device)
+    except OSError as error:
+        flags = [flag for flag in ("similarity_model", "alignment_model") if getattr(args, flag) == name]
+        why = "the Hub can't be reached" if is_out_of_reach(error) else str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"--{' and --'.join(flags)} {name} can't be loaded ({why}): name a folder, or train without these figures "
+            "by --similarity_model none --alignment_model none."
+        ) from error

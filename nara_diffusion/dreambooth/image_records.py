@@ -23,6 +23,8 @@ from pathlib import Path
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
+from nara_diffusion.utils.naming import counted, listed
+
 logger = logging.getLogger(__name__)
 
 Size = tuple[int, int]
@@ -204,7 +206,7 @@ def fill_captions(captions: Sequence[str], names: Sequence[str], prompt: str | N
     """`captions` with the instance prompt where one is empty. Raises ValueError if there is no prompt for those."""
     captions = [caption.strip() for caption in captions]
     missing = [name for name, caption in zip(names, captions, strict=True) if not caption]
-    which = f"{len(missing)} of {len(names)} images ({', '.join(missing[:4])}) have no caption"
+    which = f"{len(missing)} of {len(names)} images ({listed(missing)}) have no caption"
     if missing and prompt is None:
         raise ValueError(
             f"{which}: give --instance_prompt 'a photo of sks dog', or write a caption for each, in a .txt file beside "
@@ -213,6 +215,16 @@ def fill_captions(captions: Sequence[str], names: Sequence[str], prompt: str | N
     if 0 < len(missing) < len(names):
         logger.warning("%s: they get %r", which, prompt)
     return [caption or check_prompt(str(prompt), "instance_prompt") for caption in captions]
+
+
+def trained_on(records: Sequence[ImageRecord], folder: str | Path, prompt: str | None) -> str:
+    """The number of images, and what they were said to show: captions of their own, or the instance prompt."""
+    own = sum(record.prompt != (prompt or "").strip() for record in records)
+    images, file = counted(len(records), "image"), "metadata.jsonl" if Path(folder, METADATA_FILE).exists() else ".txt"
+    if not own:
+        return f"{images} of “{prompt}”"
+    others = "" if own == len(records) else f", the others as “{prompt}”"
+    return f"{images}, {own} with captions of their own ({file}){others}"
 
 
 def _read(path: Path) -> str:

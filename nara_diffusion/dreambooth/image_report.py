@@ -93,7 +93,7 @@ def write_run_report(
         args,
         facts,
         name=name,
-        about=f"for `{args.pretrained_model_name_or_path}`{f', trained on images of “{prompt}”' if prompt else ''}.",
+        about=f"for `{args.pretrained_model_name_or_path}`, trained on {facts['trained on']}.",
         figures=_figures(before, after),
         how_good=(f"![training images, and samples before and after]({GRID})", ending),
         loading=_loading(args, settings, run.hub_id or str(folder), pipe, converted),

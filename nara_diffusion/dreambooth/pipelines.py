@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ from torch import nn
 
 from nara_diffusion.noise.prediction import FLOW, prediction_by
 from nara_diffusion.training.checkpoints import local_folder
-from nara_diffusion.utils.naming import naming_source
+from nara_diffusion.utils.naming import is_out_of_reach, naming_source
 
 from .families import BY_PIPELINE, FAMILIES
 from .family import Family
+
+logger = logging.getLogger(__name__)
 
 
 def family_named(pipeline: str) -> Family:
@@ -78,7 +81,8 @@ def load_pipeline(
         name: folder, or id on the Hub.
         dtype: of all components but the autoencoder.
         vae_name: folder or id of another autoencoder; None takes the pipeline's own.
-        revision, variant: of the pipeline, and of its own autoencoder.
+        revision, variant: of the pipeline, and of its own autoencoder; a model without files of the variant is loaded
+            from the others, with a warning.
 
     Raises:
         ValueError: there is no such pipeline or autoencoder, or its family can't be trained.
@@ -97,8 +101,15 @@ def load_pipeline(
         pipe: Any = kind.from_pretrained(name, vae=vae, dtype=dtype, **hub, **absent)
         _check_scheduler(family.fit(pipe, family), pipe.scheduler)
     except (OSError, ValueError, TypeError, AttributeError, KeyError, SafetensorError) as error:
+        unreached = is_out_of_reach(error)
+        if variant and not unreached and any(each in str(error) for each in (f".{variant}.", f"variant={variant}")):
+            logger.warning("%s has no files of the variant %s: those without one are loaded", name, variant)
+            sources: dict[str, Any] = {"vae_name": vae_name, "vae_dtype": vae_dtype, "revision": revision}
+            return load_pipeline(name, dtype=dtype, **sources)
         what = f"pretrained_model_name_or_path {name}" + (f" with the autoencoder {vae_name}" if vae_name else "")
-        raise ValueError(f"{what} can't be loaded as {family.title}: {error}") from error
+        why = "the Hub can't be reached: look at the connection, or name folders" if unreached else error
+        cure = "; --pretrained_vae_model_name_or_path none takes the model's own autoencoder" if vae_name else ""
+        raise ValueError(f"{what} can't be loaded as {family.title}: {why}{cure}") from error
     for module in modules_of(pipe).values():
         module.requires_grad_(False).eval()
     pipe.set_progress_bar_config(disable=True)

@@ -57,7 +57,7 @@ from .conversion import converted_scheduler
 from .dataset import DreamBoothDataset, collate_samples
 from .denoiser import AdaptedDenoiser
 from .image_arguments import DreamBoothArguments, run_family
-from .image_records import ImageRecord, Size, class_records, records_from_folder
+from .image_records import ImageRecord, Size, class_records, records_from_folder, trained_on
 from .image_report import results_table, window_note, write_run_report
 from .pipelines import folders_of, load_pipeline, sharing_pipeline
 from .samples import SampleSettings, generate_class_images, sample_call
@@ -198,11 +198,13 @@ class FineTuning:
             if run.checkpoint is not None:
                 read_average(model, run.checkpoint)
         self.trainable = sum(parameter.numel() for parameter in model.trained.values())
-        images = counted(len(self.instances), "image")
+        held_out = f"on {counted(len(self.measured_on.instances), 'image')} held out"
         self.facts = {
             "base": f"{args.pretrained_model_name_or_path} at {args.resolution} pixels",
             "adapter": title_of(args),
-            "optimizer steps": f"{steps} of {counted(run.global_batch, 'sample')}, from {images}",
+            "trained on": trained_on(self.instances, str(args.instance_data_dir), args.instance_prompt),
+            "validation loss": "on the training images" if self.measured_on is self.dataset else held_out,
+            "optimizer steps": f"{steps} of {counted(run.global_batch, 'sample')}",
             "trainable parameters": f"{self.trainable:,}",
             "hardware": run.hardware,
             **window_facts(args),

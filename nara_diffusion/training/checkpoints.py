@@ -148,17 +148,21 @@ def last_checkpoint(folder: Path) -> str:
 def latest_whole(folder: Path) -> Path | None:
     """The checkpoint in `folder` that was written last and is whole; damaged ones after it are named. None where there
     is no checkpoint at all. Raises ValueError if all are damaged."""
-    damage = None
+    damaged: list[str] = []
     for path in reversed(find_checkpoints(folder)):
         try:
             check_files(path)
         except ValueError as error:
-            damage = error
-            logger.warning("%s The one before it is taken.", error)
+            damaged.append(str(error))
             continue
+        if damaged:
+            logger.warning("%s The one before it is taken.", " ".join(damaged))
         return path
-    if damage is not None:
-        raise ValueError(f"--resume_from_checkpoint latest: no checkpoint in {folder} is whole. {damage}")
+    if damaged:
+        raise ValueError(
+            f"--resume_from_checkpoint latest: no checkpoint in {folder} is whole. {' '.join(damaged)} Bring the files "
+            "back, or start a new run in a fresh --output_dir."
+        )
     return None
 
 
@@ -212,7 +216,8 @@ def check_same_run(checkpoint: Path, args: Any, accelerator: Accelerator) -> Non
     if refused := {name: values for name, values in changed.items() if name not in MAY_CHANGE}:
         raise ValueError(
             f"{checkpoint} belongs to a run of another configuration ({listed(refused)}). Give the same arguments "
-            f"(--config {checkpoint.parent / 'config.yaml'} holds them), or start a new run."
+            f"(--config {checkpoint.parent / 'config.yaml'} holds them), or start a new run, from its adapter by "
+            "--init_adapter."
         )
 
 

@@ -96,7 +96,7 @@ def _checkpoint(args: Any, folder: Path) -> Path | None:
     given, checkpoint = args.resume_from_checkpoint, None
     if given == "latest":
         if (checkpoint := latest_whole(folder)) is None and not _same_start(args, folder):
-            check_empty(folder)
+            check_empty(folder, "It has no checkpoint to continue from: name the run's own folder, or a fresh one.")
         if checkpoint is None:
             logger.info("--resume_from_checkpoint latest: %s holds no checkpoint, so the run starts anew", folder)
     elif given is not None:
@@ -113,13 +113,14 @@ def _checkpoint(args: Any, folder: Path) -> Path | None:
     return checkpoint
 
 
-def check_empty(folder: Path) -> None:
-    """Raises ValueError, with what was found, for a folder that holds something."""
+_ANEW = "Name a fresh folder, or continue the run in it with --resume_from_checkpoint latest and the same arguments."
+
+
+def check_empty(folder: Path, advice: str = _ANEW) -> None:
+    """Raises ValueError, with what was found and `advice`, for a folder that holds something."""
     if found := sorted(path.name for path in folder.iterdir() if path.name != LOCK):
-        raise ValueError(
-            f"--output_dir {folder} already holds another run or other files ({', '.join(found[:4])}). Name a fresh "
-            "folder, or continue the run in it with --resume_from_checkpoint latest and the same arguments."
-        )
+        what = ", ".join(found[:4]) + ", …" * (len(found) > 4)
+        raise ValueError(f"--output_dir {folder} already holds another run or other files ({what}). {advice}")
 
 
 def _same_start(args: Any, folder: Path) -> bool:

@@ -65,6 +65,28 @@ def test_fold_counts_the_strength_of_the_file_and_says_so(tmp_path, capsys):
     assert config["auto_mapping"]["base_model_class"] == "TwoLayers"
 
 
+def test_best_fold_is_the_lora_nearest_over_all_levels_and_says_its_error(folder, tmp_path, capsys):
+    main(["fold", str(folder), str(tmp_path / "lora"), "--noise_level", "best", "--form", "peft"])
+    wanted = lora_of(adapter_of_part(AdapterFile.read(folder).parts["model"]), "best")
+    assert f"the largest relative error of ΔW is {wanted.error.worst_update:.2%}" in capsys.readouterr().out
+    found = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    with pytest.raises(SystemExit):
+        main(["fold", str(folder), str(tmp_path / "lora"), "--noise_level", "bst", "--form", "peft"])
+    assert "expected a number in [0, 1], or best, got 'bst'" in capsys.readouterr().err
+    key = "first.lora_B.weight"
+    torch.testing.assert_close(found[f"{PREFIX}{key}"], wanted.state_dict()[key], rtol=0, atol=0)
+
+
+def test_inspect_counts_what_is_trained_and_says_that_no_base_is_named(tmp_path, capsys):
+    """Frequencies of a Fourier embedding are in the file, and aren't trained."""
+    model = get_peft_model(TwoLayers(), nara_config(target_modules=["first"], noise_embedding="fourier"))
+    model.save_pretrained(tmp_path)
+    main(["inspect", str(tmp_path)])
+    said = capsys.readouterr().out
+    assert f"{model.get_nb_trainable_parameters()[0]:,}: A and B" in said
+    assert "not stored in this file" in said
+
+
 @pytest.mark.parametrize("changes", [{"core_sharing": "layer"}, {"core_type": "bins", "core_bins": 2}], ids=str)
 def test_curves_are_those_of_the_adapted_model(tmp_path, changes):
     model = get_peft_model(TwoLayers(), nara_config(target_modules=["first", "second"], **changes))

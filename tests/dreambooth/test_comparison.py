@@ -11,7 +11,7 @@ from accelerate.state import AcceleratorState, GradientState
 from diffusers import DDPMScheduler
 
 from nara_diffusion.dreambooth import DreamBoothDataset, LatentCache, records_from_folder
-from nara_diffusion.dreambooth.comparison import Evaluation, ValidationLoss
+from nara_diffusion.dreambooth.comparison import Evaluation, ValidationLoss, load_encoders
 from nara_diffusion.dreambooth.draws import draw_noise
 from nara_diffusion.dreambooth.families import SDXL
 from nara_diffusion.dreambooth.fidelity import Encoder, image_similarity, text_alignment
@@ -78,3 +78,10 @@ def test_a_measurement_holds_samples_losses_and_figures(pipe, loss, accelerator)
     assert found.text_alignment == pytest.approx(text_alignment(encoder, found.images, ["a cube"] * 2))
     assert found.curve == blind.curve
     assert found.validation_loss == pytest.approx(sum(found.curve) / 3)
+
+
+def test_encoder_out_of_reach_is_named_with_its_flag_and_the_way_without() -> None:
+    args = SimpleNamespace(similarity_model="some/dino", alignment_model=None)
+    message = r"--similarity_model some/dino can't be loaded \(the Hub can't be reached\): .* --alignment_model none\.$"
+    with pytest.raises(ValueError, match=message):
+        load_encoders(args, torch.device("cpu"))

@@ -121,9 +121,11 @@ def test_captions_come_from_text_files_else_from_one_prompt(images, caplog) -> N
     assert captions_of(images, None) == ["first", "second, with a line break", "dritte über"]
     images[1].with_suffix(".txt").write_text(" \n")
     assert captions_of(images, PROMPT) == ["first", PROMPT, "dritte über"]
-    assert f"1 of 3 images (b.jpg) have no caption: they get {PROMPT!r}" in caplog.text
-    with pytest.raises(ValueError, match=r"1 of 3 images \(b.jpg\) have no caption: give --instance_prompt"):
+    assert f"1 of 3 images ('b.jpg') have no caption: they get {PROMPT!r}" in caplog.text
+    with pytest.raises(ValueError, match=r"1 of 3 images \('b.jpg'\) have no caption: give --instance_prompt"):
         captions_of(images, None)
+    with pytest.raises(ValueError, match=r"5 of 5 images \('a.png', 'b.jpg', 'c.png' and 2 more\) have no caption"):
+        fill_captions([""] * 5, ["a.png", "b.jpg", "c.png", "d.png", "e.png"], None)
 
 
 def test_metadata_wins_over_text_files(images) -> None:

@@ -55,6 +55,18 @@ def test_twin_in_half_precision_is_what_a_user_loads(folder: Path, tmp_path: Pat
     assert pipe.vae.dtype == torch.float32
 
 
+def test_model_without_files_of_the_variant_is_loaded_from_the_others(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    small_sdxl().vae.save_pretrained(tmp_path / "vae")
+    for vae in (None, str(tmp_path / "vae")):
+        caplog.clear()
+        pipe = load_pipeline(str(folder), dtype=torch.float32, vae_name=vae, variant="fp16")
+        assert f"{folder} has no files of the variant fp16: those without one are loaded" in caplog.text
+    own = StableDiffusionXLPipeline.from_pretrained(folder)
+    torch.testing.assert_close(pixels(pipe), pixels(own), rtol=0, atol=0)
+
+
 def test_half_downloaded_part_is_refused_by_the_models_name(folder: Path) -> None:
     (weights,) = (folder / "text_encoder").glob("*.safetensors")
     os.truncate(weights, weights.stat().st_size // 2)
@@ -62,6 +74,7 @@ def test_half_downloaded_part_is_refused_by_the_models_name(folder: Path) -> Non
         load_pipeline(str(folder), dtype=torch.float32)
 
 
+@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument:UserWarning")  # of Diffusers' download
 def test_model_that_cannot_be_trained_is_refused(folder: Path, tmp_path: Path) -> None:
     refiner, wrong = small_sdxl(), small_sd3()
     refiner.register_modules(text_encoder=None, tokenizer=None)
@@ -76,8 +89,11 @@ def test_model_that_cannot_be_trained_is_refused(folder: Path, tmp_path: Path) -
     for name, message in messages.items():
         with pytest.raises(ValueError, match=message):
             load_pipeline(str(tmp_path / name), dtype=torch.float32)
-    with pytest.raises(ValueError, match=r"with the autoencoder .*no-vae can't be loaded"):
-        load_pipeline(str(folder), dtype=torch.float32, vae_name=str(tmp_path / "no-vae"))
+    unreached = "some/vae can't be loaded as .* the Hub can't be reached: .*--pretrained_vae_model_name_or_path none"
+    messages = {str(tmp_path / "no-vae"): "with the autoencoder .*no-vae can't be loaded", "some/vae": unreached}
+    for name, message in messages.items():
+        with pytest.raises(ValueError, match=message):
+            load_pipeline(str(folder), dtype=torch.float32, vae_name=name)
     index = json.loads((folder / "model_index.json").read_text()) | {"_class_name": "StableCascadeDecoderPipeline"}
     (folder / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match=r"StableCascadeDecoderPipeline is no class .* expected Stable Diffusion 1"):

@@ -66,7 +66,7 @@ def test_run_goes_on_with_other_images_and_another_prompt(
     changes = {"instance_data_dir": pictures, "instance_prompt": "a photo of a cube", "max_train_steps": 5}
     other = resumed(ended, sdxl, tmp_path / "other", **changes)
     assert "written with other training data: their order starts anew at step 4" in caplog.text
-    assert "trained on images of “a photo of a cube”" in (other / "README.md").read_text()
+    assert "trained on 2 images of “a photo of a cube”" in (other / "README.md").read_text()
     same = resumed(ended, sdxl, tmp_path / "same", max_train_steps=5)
     losses = [[line["loss"] for line in metrics(folder) if "loss" in line] for folder in (other, same)]
     assert losses[0][:4] == losses[1][:4]
@@ -80,6 +80,20 @@ def test_run_that_would_learn_something_else_is_not_gone_on_with(
     name, value = next(iter(change.items()))
     with pytest.raises(SystemExit, match=rf"belongs to a run of another configuration \({name}: .* {value} now"):
         resumed(ended, sdxl, tmp_path / "out", **change)
+
+
+def test_card_says_what_the_images_were_said_to_show_and_where_the_loss_was_measured(
+    sdxl: dict[str, Any], ended: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert "- validation loss: on the training images\n" in (ended / "README.md").read_text()
+    caplog.set_level("INFO")
+    pictures, held_out = folder_of(tmp_path / "others", [(20, 24), (24, 20)]), folder_of(tmp_path / "held", [(20, 24)])
+    next(iter(sorted(pictures.glob("*.png")))).with_suffix(".txt").write_text("a cube on grass")
+    changes = {"instance_data_dir": pictures, "validation_data_dir": held_out, "max_train_steps": 4}
+    card = (resumed(ended, sdxl, tmp_path / "out", **changes) / "README.md").read_text()
+    said = "2 images, 1 with captions of their own (.txt), the others as “a photo of a toy”"
+    assert f"trained on {said}." in card
+    assert f"trained on: {said}; validation loss: on 1 image held out; " in caplog.text
 
 
 def test_card_counts_one_prompt_as_one(ended: Path) -> None:
