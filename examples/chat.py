@@ -33,9 +33,7 @@ def readable(tokenizer: Any, tokens: torch.Tensor, masked: torch.Tensor) -> str:
 
 def answer(model: Any, tokenizer: Any, turns: list[dict[str, str]], **sampling: Any) -> str:
     """The model's answer to the conversation `turns`, {"role": …, "content": …} each."""
-    prompt = prompt_text(tokenizer, turns[-1]["content"])  # what a model without a chat template reads
-    if tokenizer.chat_template:
-        prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    prompt = prompt_text(tokenizer, turns if tokenizer.chat_template else turns[-1]["content"])
     ids = torch.tensor(encode_prompts(tokenizer, [prompt]), device=next(model.parameters()).device)  # (1, p)
 
     def show(step: GenerationStep) -> None:
@@ -69,8 +67,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     turns: list[dict[str, str]] = []
     for line in filter(None, map(str.strip, sys.stdin)):
         turns = [] if line == "/clear" else [*turns, {"role": "user", "content": line}]
-        if turns:
+        if not turns:
+            continue
+        try:
             turns.append({"role": "assistant", "content": answer(model, tokenizer, turns, **sampling)})
+        except ValueError as error:
+            if len(turns) == 1:
+                raise
+            turns.pop()
+            print(f"error: {error}; /clear starts a new conversation", file=sys.stderr, flush=True)
+        else:
             print(turns[-1]["content"], flush=True)
 
 

@@ -67,6 +67,15 @@ def test_chat_answers_each_line_by_the_conversation_so_far(capsys, monkeypatch):
     assert capsys.readouterr().out.rstrip("\n").split("\n") == ["PLANET", "tenalp"]
 
 
+def test_chat_goes_on_after_a_turn_for_which_the_model_has_no_positions_left(capsys, monkeypatch):
+    lines = ["upper: planet", "upper: one word that is too long", "/clear", "reverse: planet"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+    import_module("chat").main([str(EXAMPLES / "assets" / "llada-tiny"), "--gen_length", "12"])
+    said = capsys.readouterr()
+    assert said.out.rstrip("\n").split("\n") == ["PLANET", "tenalp"]
+    assert re.search("^error: .* 64 positions: .*; /clear starts a new conversation$", said.err, re.MULTILINE)
+
+
 @pytest.mark.slow
 def test_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
     import matplotlib.pyplot as plt

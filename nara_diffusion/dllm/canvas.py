@@ -89,11 +89,12 @@ def check_positions(model: nn.Module, length: int, what: str, remedy: str) -> No
         raise ValueError(f"{what}, and the model has {limit} positions: {remedy}")
 
 
-def check_canvas(model: nn.Module, longest_prompt: int, gen_length: int) -> None:
-    """Refuse a canvas beyond the model's positions; see `check_positions`."""
+def check_canvas(model: nn.Module, longest_prompt: int, gen_length: int, record: str = "") -> None:
+    """Refuse a canvas beyond the model's positions; see `check_positions`. `record` names the longest prompt's."""
     length = longest_prompt + gen_length
     what = f"the longest prompt has {longest_prompt} tokens and gen_length is {gen_length}, together {length}"
-    check_positions(model, length, what, "lower gen_length, or leave out long prompts")
+    found = f" (the longest is {record})" if record else ""
+    check_positions(model, length, what, f"lower gen_length, or take shorter prompts and conversations{found}")
 
 
 def checked_lengths(model: nn.Module, max_length: int | None, gen_length: int) -> int:

@@ -86,7 +86,14 @@ def shipped_run(given: Mapping[str, Any]) -> dict[str, Any]:
     if "pretrained_model_name_or_path" in given:
         return {}
     data = {} if {"train_file", "dataset_name"} & given.keys() else SHIPPED_DATA
-    return shipped(SHIPPED_RUN | data)
+    values = shipped(SHIPPED_RUN | data)
+    if not data:
+        logger.info(
+            "no model was named: your records teach %s, a toy of 64 positions; for LLaDA-8B add "
+            "--pretrained_model_name_or_path GSAI-ML/LLaDA-8B-Instruct",
+            values["pretrained_model_name_or_path"],
+        )
+    return values
 
 
 def main(args: Arguments) -> dict[str, Any]:
@@ -134,7 +141,9 @@ class FineTuning:
         max_length = checked_lengths(self.backbone, args.max_length, args.gen_length)
         with run.accelerator.main_process_first():
             encode = partial(encode_records, tokenizer=self.tokenizer, max_length=max_length, train_on=args.train_on)
-            encoded = [encode(part) for part in self.records]
+            training, validation, test = self.records
+            encoded = [encode(training, name="training data"), encode(validation, name="validation data")]
+            encoded.append(encoded[1] if test is validation else encode(test, name="test data"))
         for what, part in zip(("training data", "validation data"), encoded, strict=False):
             run.record_data_digest(what, [part.digest()])
         self.train_rows, validation_rows, self.test_rows = (part.rows for part in encoded)
@@ -143,8 +152,9 @@ class FineTuning:
         longest, longest_prompt = (max(getattr(part, n) for part in encoded) for n in ("longest", "longest_prompt"))
         self.padded = self.collator.padded_length(longest, longest_prompt, longest)
         prolonged = encoded if args.trained_padding == "gen_length" else encoded[-1:]  # -1: the test records
-        self.canvas_prompt = max(part.longest_prompt for part in prolonged)
-        check_canvas(self.backbone, self.canvas_prompt, args.gen_length)
+        hardest = max(prolonged, key=lambda part: part.longest_prompt)
+        self.canvas = (hardest.longest_prompt, args.gen_length, hardest.longest_prompt_in)
+        check_canvas(self.backbone, *self.canvas)
 
     def train(self) -> None:
         """Train the adapter, from the run's checkpoint if it has one, and save it."""
@@ -152,7 +162,7 @@ class FineTuning:
         stream = GlobalBatchStream(self.train_rows, args.seed, run.global_batch)
         steps = run.plan(len(stream.samples))
         model = build_adapter(self.backbone, args, strength=schedule_of(args))
-        check_canvas(model, self.canvas_prompt, args.gen_length)  # once more: the adapter may take some positions
+        check_canvas(model, *self.canvas)  # once more: the adapter may take some positions
         check_positions(model, self.padded, f"samples have up to {self.padded} tokens", "lower --max_length")
         if run.checkpoint is not None:
             load_checkpoint(model, run.checkpoint)
@@ -180,13 +190,15 @@ class FineTuning:
     def _facts(self, stream: GlobalBatchStream, steps: int) -> dict[str, str]:
         """{what: value} of the run, for its log and its card."""
         args, sources = self.args, [part.info.description for part in self.records]
-        canvas, warning = trained_canvas(stream, self.collator, args.gen_length, self.sampling.block)
-        if self.run.is_main and warning:
+        canvas, warnings = trained_canvas(stream, self.collator, args.gen_length, self.sampling.block)
+        for warning in warnings if self.run.is_main else []:
             logger.warning("%s", warning)
+        train_on = f", train_on {args.train_on}" if "turns" in self.records[0].column_names else ""
         return {
             "adapter": title_of(args),
+            "base": str(args.pretrained_model_name_or_path),
             "optimizer steps": f"{steps} of {counted(self.run.global_batch, 'sample')}",
-            "training data": f"{counted(len(stream.samples), 'record')} of {sources[0]}, train_on {args.train_on}",
+            "training data": f"{counted(len(stream.samples), 'record')} of {sources[0]}{train_on}",
             "validation data": f"{counted(len(self.validation_rows), 'row')} of {sources[1]}"
             + ("" if args.validation_file else ", held out of the training data"),
             "canvas": canvas,
@@ -215,7 +227,10 @@ class FineTuning:
         results |= {"adapter": args.adapter, "trainable_parameters": self.trainable}
         if run.is_main:
             facts = self.facts | {"time": f"{seconds:.0f} s, evaluation included"}
-            write_run_report(run.folder, args, facts, before, after, load_from=run.hub_id or str(run.folder))
+            asked = (self.records[2][place].get("turns") for place in self.test_rows["record"])
+            question: Any = next(filter(None, asked), self.test_rows[0]["instruction"])
+            load_from = run.hub_id or str(run.folder)
+            write_run_report(run.folder, args, facts, before, after, load_from=load_from, question=question)
             publish(run, results, results_table(before, after), window_note(args))
         return results
 

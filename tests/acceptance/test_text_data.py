@@ -62,6 +62,15 @@ def test_chat_template_frames_prompt_and_answer(tmp_path: Path) -> None:
     assert encode_prompts(tokenizer, texts) == prompts  # what generation starts from
 
 
+def test_turns_of_a_conversation_are_a_prompt_by_the_chat_template() -> None:
+    turns = [{"role": role, "content": text} for role, text in [("user", "w7"), ("assistant", "w8"), ("user", "w9")]]
+    tokenizer = word_tokenizer(40, chat=True)
+    prompt = [USER, 7, TURN, BOT, 8, TURN, USER, 9, TURN, BOT]
+    assert encode_prompts(tokenizer, [prompt_text(tokenizer, turns)]) == [prompt]
+    with pytest.raises(ValueError, match="needs a chat template"):
+        prompt_text(word_tokenizer(40, chat=False), turns)
+
+
 def test_without_a_chat_template_a_prompt_has_alpaca_s_form(tmp_path: Path) -> None:
     head = "Below is an instruction that describes a task"
     more = ", paired with an input that provides further context"
@@ -90,7 +99,8 @@ def test_long_answer_is_cut_and_a_prompt_that_fills_the_length_is_dropped(
         encoded = encode_records(records(tmp_path, *pairs), word_tokenizer(40, chat=True), max_length=8)
     rows = [row["input_ids"] for row in encoded.rows]
     assert rows == [[USER, 7, TURN, BOT, 8, 9, TURN, END], [USER, 7, TURN, BOT, 8, 9, 10, 11]]
-    assert "records: 3, 1 of them dropped; rows: 2, 1 of them cut" in caplog.text
+    (message,) = caplog.messages
+    assert message.startswith("records: 1 of 3 records are dropped, whose prompts alone fill max_length, and 1 of 2 ")
 
 
 def test_batch_is_padded_with_end_tokens_of_which_a_number_is_trained(tmp_path: Path) -> None:

@@ -104,35 +104,44 @@ def test_a_run_says_what_canvas_it_trains_and_generates_on(arguments, caplog: py
     assert canvas_warnings(caplog) == []
     (facts,) = [message for message in caplog.messages if message.startswith("adapter: ")]
     assert "prompts of " in facts
+    assert f"base: {args.pretrained_model_name_or_path}" in facts
+    assert f"{args.train_file} (fields instruction, output, answer); " in facts  # no train_on
     assert "answers of 5 to 9 tokens with their end, trained to 12 tokens (trained_padding gen_length)" in facts
     assert "gen_length 12 in 3 blocks" in facts
     assert "canvas: " in (Path(args.output_dir) / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
-    ("padding", "told"),
+    ("padding", "gen_length", "told", "remedy"),
     [
-        ("0", r"gen_length is 12, and 40 of 40 samples end before that, the shortest after 5 tokens"),
-        ("6", r"of 40 samples end before that, the shortest after 11 tokens"),
-        ("longest", r"gen_length is 12, and \d+ of 40 samples end before that"),
-        ("7", None),
-        ("gen_length", None),
+        (
+            "0",
+            12,
+            r"gen_length is 12, and 40 of 40 samples end before that, the shortest after 5 tokens",
+            "--trained_padding gen_length",
+        ),
+        ("6", 12, r"of 40 samples end before that, the shortest after 11 tokens", "--trained_padding gen_length"),
+        ("longest", 12, r"gen_length is 12, and \d+ of 40 samples end before that", "--trained_padding gen_length"),
+        ("7", 12, None, ""),
+        ("gen_length", 12, None, ""),
+        ("gen_length", 8, None, ""),
+        ("gen_length", 6, r"gen_length is 6, and \d+ of 40 samples have longer answers, up to 8 ", "--gen_length 8"),
     ],
 )
-def test_generating_beyond_the_trained_canvas_is_warned_of_before_training(
-    arguments, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, padding: str, told: str | None
+def test_generating_beyond_the_trained_canvas_or_less_than_an_answer_is_warned_of_before_training(
+    arguments, caplog: Any, monkeypatch: Any, padding: str, gen_length: int, told: str | None, remedy: str
 ) -> None:
     def stop(*args: Any) -> None:
         raise InterruptedError
 
     monkeypatch.setattr("nara_diffusion.dllm.train.train", stop)
     with pytest.raises(InterruptedError):
-        main(arguments(trained_padding=padding, max_length=40))
+        main(arguments(trained_padding=padding, gen_length=gen_length, max_length=40))
     found = canvas_warnings(caplog)
     assert len(found) == (told is not None)
     if told is not None:
         assert re.search(told, found[0])
-        assert found[0].endswith("give --trained_padding gen_length")
+        assert found[0].endswith(f"give {remedy}")
 
 
 @pytest.mark.parametrize(("gen_length", "lengths"), [(60, (3, 7)), (30, (33, 36))])
@@ -142,6 +151,7 @@ def test_a_canvas_beyond_the_models_positions_is_refused_before_training(
     train_file = write_reversals(tmp_path / "own.jsonl", 9, lengths)
     args = arguments(gen_length=gen_length, train_file=train_file)
     message = rf"the longest prompt has \d+ tokens and gen_length is {gen_length}, together \d+, and the model has 64"
+    message += r".* \(the longest is record [1-9] of .*own\.jsonl\)$"
     with pytest.raises(ValueError, match=message):
         main(args)
     assert not Path(args.output_dir).exists()

@@ -49,7 +49,8 @@ def test_a_tenth_of_the_records_is_held_out_and_128_at_most(
 
 @pytest.mark.parametrize(("records", "given", "left"), [(130, 128, 2), (130, 66, 64), (20, 30, 0), (1, None, 0)])
 def test_holding_out_more_than_is_left_is_refused(tmp_path: Path, records: int, given: int | None, left: int) -> None:
-    message = rf"^training records: {records}, of which \d+ can't be spared for validation, since .* {left}: lower"
+    remedy = "lower validation_samples, or give" if records > 1 else "give"
+    message = rf"^training records: {records}, of which \d+ can't be spared for validation, since .* {left}: {remedy}"
     with pytest.raises(ValueError, match=message):
         divided(tmp_path, records, given)
 
@@ -63,7 +64,7 @@ def test_an_end_token_inside_an_answer_is_warned_of(
         tokenizer.chat_template = template
         encode_records(read_records(write_records(tmp_path / "own.jsonl", outputs)), tokenizer, max_length=500)
         (message,) = [message for message in caplog.messages if "the end token" in message]
-        assert "2 of 4 outputs have the end token '<|endoftext|>' inside them" in message
+        assert "records: 2 of 4 outputs have the end token '<|endoftext|>' inside them" in message
         assert "answers 'upper: ab<|endoftext|>cd'" in message
 
 

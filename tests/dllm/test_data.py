@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import os
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from nara_diffusion.dllm.data import encoding
 from nara_diffusion.dllm.data.collator import GlobalBatchStream
 from nara_diffusion.dllm.data.records import load_records
 from nara_diffusion.dllm.text_arguments import Arguments
-from nara_diffusion.dllm.train import main
+from nara_diffusion.dllm.train import main, shipped_run
 from tests.acceptance._commands import fresh_accelerate
 from tests.acceptance._runs import TEXT, text_arguments
 from tests.acceptance._tokenizers import SPECIAL, word_tokenizer
@@ -124,6 +125,11 @@ def test_folder_and_names_that_begin_as_paths_are_not_asked_of_the_hub(tmp_path:
         ({"prompt": "a"}, {}, ["record 2", "output, field 'completion'", "it has prompt", "output_field=NAME"]),
         ({"prompt": "a", "completion": ["b"]}, {}, ["record 2", "field 'completion'", "['b']", "a text or a number"]),
         (["a"], {}, ["record 2", "expected an object"]),
+        (
+            {"messages": messages(("user", "w7"))},
+            {},
+            ["record 2", "is missing or empty; it has messages, and the first record decides the form"],
+        ),
         ({"prompt": "a"}, {"output": "reply"}, ["record 1", "prompt, completion", "'reply'", "output_field=NAME"]),
     ],
 )
@@ -141,6 +147,61 @@ def test_conversation_without_a_question_and_an_answer_is_refused(tmp_path: Path
     file = write(tmp_path / "own.jsonl", {"messages": messages(*CHAT)}, {"messages": turns})
     with pytest.raises(ValueError, match=r"record 2 of .*own\.jsonl, field 'messages': expected"):
         read_records(file)
+
+
+@pytest.mark.parametrize(
+    ("second", "told"),
+    [
+        ({"prompt": "a", "completion": "b"}, "has no messages, it has prompt, completion: the first record decides"),
+        ({"messages": [{"role": "user", "content": ["w7"]}]}, "content has to be a text"),
+        ({"messages": messages(("robot", "w6"), *CHAT)}, "role 'robot' is unknown, expected one of system, .*, user"),
+    ],
+)
+def test_record_that_is_no_conversation_of_texts_among_them_is_told_why(tmp_path: Path, second: Any, told: str) -> None:
+    file = write(tmp_path / "own.jsonl", {"messages": messages(*CHAT)}, second)
+    with pytest.raises(ValueError, match=rf"record 2 of .*own\.jsonl.* {told}"):
+        read_records(file)
+
+
+def test_record_without_a_known_form_is_told_of_all(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"messages or conversations, .*question\) .*response or answer\), or text"):
+        read_records(write(tmp_path / "own.jsonl", {"q": "a"}))
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_error_in_a_record_that_was_held_out_has_its_number_in_the_file(tmp_path: Path, chat: bool) -> None:
+    many = [{"messages": messages(*CHAT)} for _ in range(12)]
+    file = write(tmp_path / "own.jsonl", *many)
+    args = Arguments(pretrained_model_name_or_path="none", train_file=str(file))
+    held = load_records(args)[1]["number"][0]
+    many[held] = {"messages": messages(("user", "w6"), ("assistant", "w7"), ("user", "<mask> w20"), CHAT[1])}
+    write(file, *many)
+    told = r" has '<mask>' in its text, and so holds the mask" if chat else r": the conversation .* … needs a chat"
+    with pytest.raises(ValueError, match=rf"^record {held + 1} of {file}{told}"):
+        encode_records(load_records(args)[1], word_tokenizer(40, chat=chat), max_length=64)
+
+
+def test_each_data_set_is_warned_of_once_by_its_name(tmp_path: Path, caplog: Any, monkeypatch: Any) -> None:
+    def stopped(*_: Any) -> None:
+        raise InterruptedError
+
+    turns = messages(*CHAT[:2], ("user", "w" * 60), CHAT[3])
+    file = write(tmp_path / "own.jsonl", *[{"messages": messages(*CHAT)}, {"messages": turns}] * 12)
+    monkeypatch.setattr("nara_diffusion.dllm.train.FineTuning.train", stopped)
+    with pytest.raises(InterruptedError):
+        main(text_arguments(tmp_path, train_file=file, validation_file=file, test_file=None, max_length=64))
+    fresh_accelerate()
+    found = [message.partition(":")[0] for message in caplog.messages if "12 of 24 records are dropped" in message]
+    assert found == ["training data", "validation data"]
+
+
+def test_own_records_without_a_model_are_told_that_they_teach_the_shipped_toy(caplog: Any) -> None:
+    with caplog.at_level("INFO"):
+        assert "train_file" not in shipped_run({"train_file": "own.jsonl"})
+        assert "train_file" in shipped_run({})
+    (message,) = caplog.messages
+    assert message.startswith("no model was named: your records teach ")
+    assert "llada-tiny, a toy of 64 positions; for LLaDA-8B add --pretrained_model_name_or_path" in message
 
 
 def test_given_names_choose_the_form(tmp_path: Path) -> None:
@@ -278,7 +339,8 @@ def test_run_on_every_answer_of_conversations_resumes_to_the_same_bits(
 ) -> None:
     turns = [("user" if j % 2 == 0 else "assistant", f"word {j}") for j in range(6)]
     many = [{"messages": messages(*turns[: 2 + 2 * (i % 3)])} for i in range(12)]
-    data = {"train_file": write(tmp_path / "many.jsonl", *many), "validation_file": None, "test_file": None}
+    data = {"train_file": write(tmp_path / "many.jsonl", *many), "validation_file": None}
+    data |= {"test_file": write(tmp_path / "few.jsonl", *many[:2])}
     options: dict[str, Any] = {
         "train_on": "all",
         "max_train_steps": 5,
@@ -291,6 +353,8 @@ def test_run_on_every_answer_of_conversations_resumes_to_the_same_bits(
     fresh_accelerate()
     said = f"training data: 11 records of {data['train_file']} (fields messages), train_on all"
     assert any(said in message for message in caplog.messages)
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert re.search(r"prompt_text\(tokenizer, \[\{'role': 'user', 'content': 'word 0'\}, .*\]\)", card)
     found = (tmp_path / "run" / TEXT).read_bytes()
     (tmp_path / "run" / TEXT).unlink()
     resumed = text_arguments(tmp_path, **data, **options, resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))

@@ -114,11 +114,11 @@ def with_longest(rows: Dataset, global_batch: int) -> Dataset:
 
 def trained_canvas(
     stream: ShuffledStream, collator: AnswerCollator, gen_length: int, block_length: int | None
-) -> tuple[str, str | None]:
+) -> tuple[str, list[str]]:
     """What training shows of the canvas that generation fills, by the first samples of its `stream`.
 
     Returns:
-        One line for the run's facts; a warning where generation goes beyond what training shows, else None.
+        One line for the run's facts; warnings where generation goes beyond what training shows, or ends before answers.
     """
     rows = [stream[position] for position in range(min(len(stream.samples), _SAMPLE))]
     prompts = [row["prompt_length"] for row in rows]
@@ -131,13 +131,20 @@ def trained_canvas(
         f"generated: gen_length {gen_length} in {blocks}"
     )
     short = [n for n, row in zip(trained, rows, strict=True) if n < gen_length and collator.is_whole(row)]
-    warning = (
+    beyond = (
         f"gen_length is {gen_length}, and {len(short)} of {counted(len(rows), 'sample')} end before that, the shortest "
         f"after {min(short, default=0)} tokens {padding}: what follows an answer there is not trained, and generated "
         "answers can become worse than the base model's while the validation loss falls; "
         "give --trained_padding gen_length"
     )
-    return fact, warning if short else None
+    lengths = [n - collator.is_whole(row) for n, row in zip(answers, rows, strict=True)]  # without the end token
+    long = [n for n in lengths if n > gen_length]
+    before = (
+        f"gen_length is {gen_length}, and {len(long)} of {counted(len(rows), 'sample')} have longer answers, up to "
+        f"{max(long, default=0)} tokens: a generated answer is cut there, and exact match counts it as wrong; "
+        f"give --gen_length {max(long, default=0)}"
+    )
+    return fact, [beyond] * bool(short) + [before] * bool(long)
 
 
 def _span(numbers: Sequence[int]) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from nara_diffusion.dllm.canvas import mask_in_a_text
+from nara_diffusion.utils.naming import counted
 
 from .records import BATCH, mapped
 
@@ -42,11 +44,13 @@ class EncodedRecords:
     rows: Dataset of `input_ids` (prompt, answer, end), `prompt_length`, `instruction` and `answer`; and `record`, the
         number of the record, which the pairs of a conversation share.
     longest, longest_prompt: the tokens of the longest row, and of the longest prompt.
+    longest_prompt_in: what messages call the record with the longest prompt.
     """
 
     rows: Dataset
     longest: int
     longest_prompt: int
+    longest_prompt_in: str
 
     def digest(self) -> str:
         """SHA-256 of the tokens of all rows, and of where rows, answers and records begin."""
@@ -60,15 +64,22 @@ class EncodedRecords:
 
 
 def encode_records(
-    records: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int, train_on: str = "last"
+    records: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    train_on: str = "last",
+    name: str = "records",
 ) -> EncodedRecords:
     """Tokenise what `read_records` returned; `datasets` caches the rows.
 
     Args:
-        records: with `instruction`, `input`, `output`, `answer`, and `turns` of conversations.
+        records: with `instruction`, `input`, `output`, `answer`, and `turns` of conversations; perhaps `number`, from
+            0, in their file.
         max_length: tokens of prompt, answer and end together. A longer answer is cut, a prompt that fills
             `max_length` by itself drops its record; both are counted and logged.
         train_on: the answers of a conversation that become rows, "last" or "all".
+        name: what the log calls the records.
 
     Raises:
         ValueError: no record is left; a text holds the mask token; the chat template refuses a conversation, or begins
@@ -80,24 +91,34 @@ def encode_records(
     features |= {name: Value("string") for name in ("instruction", "answer")}
     vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer  # type: ignore[attr-defined]
     key = [vocabulary, tokenizer.chat_template, tokenizer.special_tokens_map, max_length, train_on]
-    encoder = _Encoder(tokenizer, max_length, train_on)
+    encoder = _Encoder(tokenizer, max_length, train_on, (records.info.description or "").rpartition(" (fields ")[0])
     rows = mapped(records, encoder, key, Features(features), batch_size=BATCH, desc="tokenise")
     columns: Any = rows.with_format("numpy")
     prompts, numbers, lengths, inside = (columns[name][:] for name in _NUMBERS)
     cut, dropped = int((lengths > max_length).sum()), len(records) - len(set(numbers))
-    summary = f"records: {len(records)}, {dropped} of them dropped; rows: {len(rows)}, {cut} of them cut"
     if not len(rows):
-        raise ValueError(f"nothing is left to train on: the prompts alone fill max_length, {max_length} ({summary})")
+        raise ValueError(
+            f"{name}: nothing is left of {counted(len(records), 'record')}, since the prompts alone fill max_length, "
+            f"{max_length}: raise it, as far as the model has positions, or take shorter prompts and conversations"
+        )
     most = sorted(lengths)[int(0.9 * (len(rows) - 1))]
-    summary += f"; of 10 rows 9 have {most} tokens or fewer, and max_length is {max_length}"
-    logger.log(logging.WARNING if cut or dropped else logging.INFO, "%s", summary)
+    summary = f"of 10 rows 9 have {most} tokens or fewer, and max_length is {max_length}"
+    losses = [f"{dropped} of {len(records)} records are dropped, whose prompts alone fill max_length"] * bool(dropped)
+    losses += [f"{cut} of {counted(len(rows), 'row')} are cut"] * bool(cut)
+    if losses:
+        remedy = "raise it, as far as the model has positions, or take shorter records"
+        logger.warning("%s: %s; %s: %s", name, ", and ".join(losses), summary, remedy)
+    else:
+        logger.info("%s: %s", name, summary)
     if inside.any():
         logger.warning(
-            "%d of %d outputs have the end token %r inside them: an answer ends there, and the model learns no "
+            "%s: %d of %d outputs have the end token %r inside them: an answer ends there, and the model learns no "
             "more than that of it; take the token out, or write it otherwise. The first of them answers %r",
-            *(inside.sum(), len(rows), encoder.end_text, rows[int(inside.argmax())]["instruction"][:100]),
+            *(name, inside.sum(), len(rows), encoder.end_text, rows[int(inside.argmax())]["instruction"][:100]),
         )
-    return EncodedRecords(rows, int(lengths.clip(max=max_length).max()), int(prompts.max()))
+    place = int(numbers[prompts.argmax()])
+    hardest = encoder.name_of(records[place], place)
+    return EncodedRecords(rows, int(lengths.clip(max=max_length).max()), int(prompts.max()), hardest)
 
 
 @dataclass(frozen=True)
@@ -107,6 +128,11 @@ class _Encoder:
     tokenizer: PreTrainedTokenizerBase
     max_length: int
     train_on: str
+    source: str
+
+    def name_of(self, record: Mapping[str, Any], place: int) -> str:
+        """What messages call a record: its number, and its file."""
+        return f"record {record.get('number', place) + 1}" + (f" of {self.source}" if self.source else "")
 
     @property
     def end_text(self) -> str:
@@ -119,7 +145,11 @@ class _Encoder:
         records = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
         pairs: list[dict[str, Any]] = []
         for number, record in zip(indices, records, strict=True):
-            pairs += [pair | {"record": number} for pair in self.pairs(record)]
+            named = {"record": number, "name": self.name_of(record, number)}
+            try:
+                pairs += [pair | named for pair in self.pairs(record)]
+            except ValueError as error:
+                raise ValueError(f"{named['name']}: {error}") from error
         prompts = encode_prompts(tokenizer, [pair["prompt"] for pair in pairs])
         answers = _ids(tokenizer, [pair["closed"] for pair in pairs], add_special_tokens=False)
         rows: list[dict[str, Any]] = []
@@ -127,7 +157,8 @@ class _Encoder:
             opening = prompt or [token for token in [tokenizer.bos_token_id] if token is not None]
             whole = [*opening, *answer] if answer[-1:] == [end] else [*opening, *answer, end]
             if mask in whole:
-                raise ValueError(f"the record {pair['instruction'][:100]!r} {mask_in_a_text(mask)}")
+                written = f"{pair['name']} has {tokenizer.mask_token!r} in its text, and so"
+                raise ValueError(f"{written} {mask_in_a_text(mask)}")
             pair |= {"length": len(whole), "ends_inside": inside.search(pair["output"]) is not None}
             if len(opening) < self.max_length:
                 rows.append(pair | {"input_ids": whole[: self.max_length], "prompt_length": len(opening)})
@@ -164,8 +195,16 @@ class _Encoder:
         return {"prompt": prompt, "closed": whole.removeprefix(prompt)}
 
 
-def prompt_text(tokenizer: PreTrainedTokenizerBase, instruction: str, input: str = "") -> str:
-    """The text that the model reads before it answers: the chat template's, or Alpaca's form."""
+def prompt_text(
+    tokenizer: PreTrainedTokenizerBase, instruction: str | Sequence[Mapping[str, str]], input: str = ""
+) -> str:
+    """The text that the model reads before it answers: the chat template's, or Alpaca's form.
+
+    Args:
+        instruction: a question, or the turns of a conversation, {role, content} each, which need a chat template.
+    """
+    if not isinstance(instruction, str):
+        return chat_text(tokenizer, instruction)
     if tokenizer.chat_template:
         return chat_text(tokenizer, _turn(instruction, input))
     more = ", paired with an input that provides further context" if input else ""
@@ -205,8 +244,8 @@ def chat_text(
     """
     if not tokenizer.chat_template:
         raise ValueError(
-            f"the conversation {str(turns)[:100]} needs a chat template: take an instruct model, or set the "
-            "tokenizer's chat_template"
+            f"the conversation {textwrap.shorten(str(turns), 100, placeholder=' …')} needs a chat template: take an "
+            "instruct model, or set the tokenizer's chat_template"
         )
     try:
         text: Any = tokenizer.apply_chat_template(

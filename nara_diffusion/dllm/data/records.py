@@ -38,8 +38,13 @@ _USUAL = {
     "text": ("text",),
 }
 _FORMS = {("messages",): ("answer",), ("instruction", "output"): ("input", "answer"), ("text",): ()}  # needed: may be
+_EXPECTED = (
+    "messages or conversations, or a question (instruction, prompt or question) and its answer (output, completion, "
+    "response or answer), or text"
+)
 _TEXTS = ("instruction", "input", "output", "answer")
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
+_KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool", *_ROLES)
 
 
 def read_records(
@@ -91,19 +96,23 @@ def load_records(args: Any) -> tuple[Dataset, Dataset, Dataset]:
     fields = {what: name for what in _USUAL if (name := getattr(args, f"{what}_field")) is not None}
     options: dict[str, Any] = {"fields": fields, "config": args.dataset_config_name}
     records = read_records(args.dataset_name or args.train_file, **options, limit=args.max_train_samples)
+    records = records.add_column("number", range(len(records)))  # type: ignore[call-arg]
     if args.validation_file is not None:
         validation = read_records(args.validation_file, **options)
     else:
         held_out = args.validation_samples or max(1, min(_MOST_HELD_OUT, len(records) // 10))
         if len(records) - held_out < held_out:
+            remedy = "lower validation_samples, or " if len(records) > 1 else ""
             raise ValueError(
                 f"training records: {len(records)}, of which {held_out} can't be spared for validation, since that "
-                f"leaves {max(len(records) - held_out, 0)}: lower validation_samples, or give a validation_file"
+                f"leaves {max(len(records) - held_out, 0)}: {remedy}give a validation_file"
             )
         parts = records.train_test_split(test_size=held_out, seed=args.seed)
         records, validation = parts["train"], parts["test"]
     test = validation if args.test_file is None else read_records(args.test_file, **options)
-    return records, validation, test.select(range(min(len(test), args.test_samples or len(test))))
+    if args.test_samples is not None:
+        test = test.select(range(min(len(test), args.test_samples)))
+    return records, validation, test
 
 
 def normalized(records: Iterable[Mapping[str, Any]], *, source: str) -> Dataset:
@@ -146,7 +155,7 @@ def _form(record: Any, given: Mapping[str, str], where: str) -> dict[str, str]:
             return {what: name for what in _USUAL if (name := names.get(what))}
     raise ValueError(
         f"{where} has the fields {', '.join(map(str, present)) or f'none, it is {repr(record)[:60]}'}; expected "
-        f"{dict(given) or 'messages, or prompt and completion, or instruction and output, or text'}: name them by "
+        f"{dict(given) or _EXPECTED}: name them by "
         "--data_options messages_field=NAME, or instruction_field=NAME output_field=NAME, or text_field=NAME"
     )
 
@@ -211,6 +220,11 @@ class _Reader:
         """A record as one of `read_records`."""
         if not isinstance(record, Mapping):
             raise ValueError(f"{where}: expected an object, found {repr(record)[:60]}")
+        if "messages" in self.names and record.get(self.names["messages"]) is None:
+            raise ValueError(
+                f"{where} has no {self.names['messages']}, it has {', '.join(record)}: the first record decides the "
+                "form of all, so put other forms into files of their own"
+            )
         if "messages" in self.names:
             row = _conversation(record.get(self.names["messages"]), f"{where}, field {self.names['messages']!r}")
         elif "text" in self.names:
@@ -228,8 +242,8 @@ class _Reader:
         text = "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
         if not text.strip() and what != "input":
             raise ValueError(
-                f"{where}: its {what}, field {name!r}, is missing or empty; it has {', '.join(record)}: "
-                f"--data_options {what}_field=NAME gives another name"
+                f"{where}: its {what}, field {name!r}, is missing or empty; it has {', '.join(record)}, and "
+                f"the first record decides the form: --data_options {what}_field=NAME gives another name"
             )
         return text
 
@@ -241,7 +255,11 @@ def _conversation(messages: Any, where: str) -> dict[str, Any]:
         known = message if isinstance(message, Mapping) else {}
         role, content = known.get("role", known.get("from")), known.get("content", known.get("value"))
         if not isinstance(role, str) or not isinstance(content, str):
-            raise ValueError(f"{where}: expected a list of {{role, content}} or {{from, value}}, found {message!r:.60}")
+            why = ": content has to be a text" if isinstance(role, str) else ""
+            expected = "expected a list of {role, content} or {from, value}"
+            raise ValueError(f"{where}: {expected}, found {message!r:.60}{why}")
+        if role not in _KNOWN_ROLES:
+            raise ValueError(f"{where}: the role {role!r} is unknown, expected one of {', '.join(_KNOWN_ROLES)}")
         turns.append({"role": _ROLES.get(role, role), "content": content})
     while turns and turns[-1]["role"] != "assistant":
         turns.pop()

@@ -45,7 +45,7 @@ import torch
 from nara_diffusion.dllm import encode_prompts, generate, load_backbone, prompt_text
 
 {loading}
-prompt = torch.tensor(encode_prompts(tokenizer, [prompt_text(tokenizer, {instruction!r})]))
+prompt = torch.tensor(encode_prompts(tokenizer, [prompt_text(tokenizer, {question!r})]))
 tokens = generate(model, prompt, {sampling})
 print(tokenizer.decode(tokens[0, prompt.shape[1] :], skip_special_tokens=True))
 ```"""
@@ -156,9 +156,17 @@ def _figures(before: Measurement, after: Measurement) -> list[list[str]]:
 
 
 def write_run_report(
-    folder: Path, args: Any, facts: Mapping[str, str], before: Measurement, after: Measurement, load_from: str
+    folder: Path,
+    args: Any,
+    facts: Mapping[str, str],
+    before: Measurement,
+    after: Measurement,
+    *,
+    load_from: str,
+    question: str | list[dict[str, str]],
 ) -> None:
-    """Write noise_level_curve.png, samples.html and README.md into `folder`; the card's code loads `load_from`."""
+    """Write noise_level_curve.png, samples.html and README.md into `folder`; the card's code loads `load_from`, and
+    asks `question`, a text or the turns of a conversation."""
     base = args.pretrained_model_name_or_path
     name = Path(base).name
     title, unit = f"{name}: loss over the noise level, held-out records", "nats per masked token"
@@ -176,13 +184,13 @@ def write_run_report(
         about=f"for the masked-diffusion language model `{base}`, trained on `{args.dataset_name or args.train_file}`.",
         figures=_figures(before, after),
         how_good=("", _ENDING),
-        loading=_loading(args, after, load_from),
+        loading=_loading(args, after, load_from, question),
         tags=["masked-diffusion", "text-generation"],
         library="transformers" if args.adapter == "full" else "peft",
     )
 
 
-def _loading(args: Any, measured: Measurement, folder: str) -> str:
+def _loading(args: Any, measured: Measurement, folder: str, question: str | list[dict[str, str]]) -> str:
     """The code in the card that loads the adapter."""
     is_whole = args.adapter == "full"
     names = ("mask_token",) if is_whole else ("mask_token", "revision", "load_in_4bit", "load_in_8bit")
@@ -197,7 +205,7 @@ def _loading(args: Any, measured: Measurement, folder: str) -> str:
     code = _LOADING.format(
         imports=imports,
         loading=core_import(args) + "\n".join(lines),
-        instruction=measured.generations[0]["instruction"],
+        question=question,
         sampling=", ".join(f"{name}={value!r}" for name, value in measured.sampling.changed().items()),
     )
     if reads_noise(args) or needs_schedule(args):
