@@ -81,8 +81,8 @@ def load_pipeline(
         name: folder, or id on the Hub.
         dtype: of all components but the autoencoder.
         vae_name: folder or id of another autoencoder; None takes the pipeline's own.
-        revision, variant: of the pipeline, and of its own autoencoder; a model without files of the variant is loaded
-            from the others, with a warning.
+        revision, variant: of the pipeline, and of its own autoencoder; a model that lacks files of the variant is
+            loaded from the others, with a warning.
 
     Raises:
         ValueError: there is no such pipeline or autoencoder, or its family can't be trained.
@@ -103,7 +103,7 @@ def load_pipeline(
     except (OSError, ValueError, TypeError, AttributeError, KeyError, SafetensorError) as error:
         unreached = is_out_of_reach(error)
         if variant and not unreached and any(each in str(error) for each in (f".{variant}.", f"variant={variant}")):
-            logger.warning("%s has no files of the variant %s: those without one are loaded", name, variant)
+            logger.warning("%s lacks files of the variant %s: those without one are loaded", name, variant)
             sources: dict[str, Any] = {"vae_name": vae_name, "vae_dtype": vae_dtype, "revision": revision}
             return load_pipeline(name, dtype=dtype, **sources)
         what = f"pretrained_model_name_or_path {name}" + (f" with the autoencoder {vae_name}" if vae_name else "")

@@ -62,7 +62,7 @@ def test_model_without_files_of_the_variant_is_loaded_from_the_others(
     for vae in (None, str(tmp_path / "vae")):
         caplog.clear()
         pipe = load_pipeline(str(folder), dtype=torch.float32, vae_name=vae, variant="fp16")
-        assert f"{folder} has no files of the variant fp16: those without one are loaded" in caplog.text
+        assert f"{folder} lacks files of the variant fp16: those without one are loaded" in caplog.text
     own = StableDiffusionXLPipeline.from_pretrained(folder)
     torch.testing.assert_close(pixels(pipe), pixels(own), rtol=0, atol=0)
 
