@@ -144,6 +144,12 @@ def test_generating_beyond_the_trained_canvas_or_less_than_an_answer_is_warned_o
         assert found[0].endswith(f"give {remedy}")
 
 
+def test_texts_without_a_prompt_may_be_longer_than_gen_length(arguments, tmp_path: Path, caplog: Any) -> None:
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": f"{n} is a number"}) + "\n" for n in range(9)))
+    main(arguments(train_file=str(tmp_path / "texts.jsonl"), gen_length=9))
+    assert canvas_warnings(caplog) == []
+
+
 @pytest.mark.parametrize(("gen_length", "lengths"), [(60, (3, 7)), (30, (33, 36))])
 def test_a_canvas_beyond_the_models_positions_is_refused_before_training(
     arguments, tmp_path: Path, gen_length: int, lengths: tuple[int, int]

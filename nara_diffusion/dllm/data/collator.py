@@ -137,7 +137,8 @@ def trained_canvas(
         "answers can become worse than the base model's while the validation loss falls; "
         "give --trained_padding gen_length"
     )
-    lengths = [n - collator.is_whole(row) for n, row in zip(answers, rows, strict=True)]  # without the end token
+    asked = ((n, row) for n, row in zip(answers, rows, strict=True) if row["instruction"])  # no texts without a prompt
+    lengths = [n - collator.is_whole(row) for n, row in asked]  # without the end token
     long = [n for n in lengths if n > gen_length]
     before = (
         f"gen_length is {gen_length}, and {len(long)} of {counted(len(rows), 'sample')} have longer answers, up to "
