@@ -50,7 +50,7 @@ SHARDED = {  # engines whose forward runs on all processes or hangs: (what asks 
 
 def start_accelerator(args: Any) -> Accelerator:
     """The engine that the launcher asked for; what `args` say of accumulation and clipping wins over its own files.
-    Raises ValueError for FSDP1, an engine that needs a GPU without one, and as `accumulation_steps`, `check_sharded`.
+    Raises ValueError for FSDP1, an engine or fp16 that needs a GPU, and as `accumulation_steps`, `check_sharded`.
     """
     for variable, name in SHARDED.values():
         if os.environ.get(variable, "").lower() not in ("true", "1"):
@@ -73,6 +73,8 @@ def start_accelerator(args: Any) -> Accelerator:
             f"{launched} processes were launched, and accelerate runs each alone: it finds no GPU. On CPU, launch with "
             "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu."
         )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would leave out scaling
+        raise ValueError("mixed_precision is fp16, which needs a GPU, and accelerate finds none: give bf16 or no.")
     if accelerator.distributed_type in SHARDED:
         check_sharded(accelerator, args)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:

@@ -14,7 +14,7 @@ from torch import multiprocessing as mp
 
 from nara_diffusion.dllm import train as dllm
 from nara_diffusion.training.engines import accumulation_steps, split_across_processes
-from tests.acceptance._commands import Moment, assert_same_bits, names
+from tests.acceptance._commands import Moment, assert_same_bits, fresh_accelerate, names
 from tests.acceptance._engines import in_two_processes, needs_deepspeed, needs_gloo, refused_in_two_processes
 from tests.acceptance._runs import TEXT, text_arguments, text_flags
 
@@ -41,6 +41,14 @@ def test_engine_that_cannot_run_here_is_refused_by_its_name_at_once(
         dllm.main(args)
     assert time.perf_counter() - start < 5
     assert not (tmp_path / "run").exists()
+
+
+def test_fp16_without_a_gpu_is_refused(tmp_path: Path) -> None:
+    args = text_arguments(tmp_path, mixed_precision="fp16")
+    with pytest.raises(ValueError, match="mixed_precision is fp16, which needs a GPU, and accelerate finds none"):
+        dllm.main(args)
+    fresh_accelerate()  # of its fp16
+    assert not Path(args.output_dir).exists()
 
 
 def test_processes_that_do_not_see_each_other_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
