@@ -315,13 +315,13 @@ def _of_pipeline(tensors: Mapping[str, Any], metadata: Mapping[str, str] | None,
 def _configs(text: str, origin: str) -> dict[str, NaraConfig]:
     try:
         content = dict(json.loads(text))
-        version, components = (
-            content["format_version"],
-            {name: dict(own) for name, own in content["components"].items()},
+        version = content["format_version"]
+        components = (
+            {name: dict(own) for name, own in content["components"].items()} if version == FORMAT_VERSION else {}
         )
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"The configuration in the metadata of {origin} can't be read ({error!r}): damaged.") from None
-    if (version := content.get("format_version")) != FORMAT_VERSION:
+    if version != FORMAT_VERSION:
         raise ValueError(
             f"{origin} has format_version {version!r}, this nara-diffusion reads {FORMAT_VERSION}: update the package, "
             "or save the adapter again with this one."

@@ -50,11 +50,14 @@ SHARDED = {  # engines whose forward runs on all processes or hangs: (what asks 
 
 def start_accelerator(args: Any) -> Accelerator:
     """The engine that the launcher asked for; what `args` say of accumulation and clipping wins over its own files.
-    Raises ValueError for FSDP1, an engine or fp16 that needs a GPU, and as `accumulation_steps`, `check_sharded`.
-    """
-    for variable, name in SHARDED.values():
-        if os.environ.get(variable, "").lower() not in ("true", "1"):
-            continue
+    Raises ValueError for FSDP1, an engine or fp16 that needs a GPU, one that accelerate replaces, and as
+    `accumulation_steps`, `check_sharded`."""
+    asked = {
+        kind: name
+        for kind, (variable, name) in SHARDED.items()
+        if os.environ.get(variable, "").lower() in ("true", "1")
+    }
+    for name in asked.values():
         if name == "FSDP" and os.environ.get("FSDP_VERSION", "1") != "2":
             raise ValueError("accelerate is set to FSDP1, which PyTorch gives up: launch with --fsdp_version 2.")
         if not torch.accelerator.is_available() and "ACCELERATE_TORCH_DEVICE" not in os.environ:
@@ -73,6 +76,9 @@ def start_accelerator(args: Any) -> Accelerator:
             f"{launched} processes were launched, and accelerate runs each alone: it finds no GPU. On CPU, launch with "
             "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu."
         )
+    for kind, name in asked.items():
+        if accelerator.distributed_type != kind:
+            raise ValueError(f"{name} was asked for, and accelerate runs without it: launch several processes.")
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would leave out scaling
         raise ValueError("mixed_precision is fp16, which needs a GPU, and accelerate finds none: give bf16 or no.")
     if accelerator.distributed_type in SHARDED:

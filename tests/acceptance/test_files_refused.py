@@ -216,6 +216,14 @@ def test_file_that_is_not_whole_is_refused_and_changes_nothing(row: str, form: s
     refused(loading(form, models[form], tmp_path), models[form], str(tmp_path))
 
 
+def test_pipeline_file_of_a_newer_format_is_refused_as_that(models, tmp_path: Path) -> None:
+    path = copied("pipeline", tmp_path)
+    save_file(load_file(path), path, metadata={"format": "pt", _files.METADATA: json.dumps({"format_version": 2})})
+    refused(
+        loading("pipeline", models["pipeline"], tmp_path), models["pipeline"], "format_version 2", "update the package"
+    )
+
+
 def test_pipeline_file_without_its_metadata_is_refused(models, tmp_path: Path) -> None:
     path = copied("pipeline", tmp_path)
     save_file(load_file(path), path, metadata={"format": "pt"})

@@ -43,6 +43,16 @@ def test_engine_that_cannot_run_here_is_refused_by_its_name_at_once(
     assert not (tmp_path / "run").exists()
 
 
+def test_engine_that_accelerate_replaces_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"USE_FSDP": "true", "TORCH_DEVICE": "cpu"}.items():
+        monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    with pytest.raises(ValueError, match="FSDP was asked for, and accelerate runs without it"):
+        dllm.main(text_arguments(tmp_path))
+    fresh_accelerate()
+    assert not (tmp_path / "run").exists()
+
+
 def test_fp16_without_a_gpu_is_refused(tmp_path: Path) -> None:
     args = text_arguments(tmp_path, mixed_precision="fp16")
     with pytest.raises(ValueError, match="mixed_precision is fp16, which needs a GPU, and accelerate finds none"):
