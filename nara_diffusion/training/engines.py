@@ -79,10 +79,10 @@ def start_accelerator(args: Any) -> Accelerator:
     for kind, name in asked.items():
         if accelerator.distributed_type != kind:
             raise ValueError(f"{name} was asked for, and accelerate runs without it: launch several processes.")
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would leave out scaling
-        raise ValueError("mixed_precision is fp16, which needs a GPU, and accelerate finds none: give bf16 or no.")
     if accelerator.distributed_type in SHARDED:
         check_sharded(accelerator, args)
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would leave out scaling
+        raise ValueError("mixed_precision is fp16, which needs a GPU, and accelerate finds none: give bf16 or no.")
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         config: dict[str, Any] = accelerator.state.deepspeed_plugin.deepspeed_config  # type: ignore[union-attr]
         config |= {"gradient_accumulation_steps": steps, "gradient_clipping": args.max_grad_norm or 0.0}
