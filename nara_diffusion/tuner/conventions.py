@@ -224,9 +224,13 @@ class HasSource:
         merged, were trained for; or two of these were trained for different ones."""
         if not self.pipelines:
             return
-        fields = carried_scheduler(getattr(self.root, "peft_config", {}), names)
+        configs, names = getattr(self.root, "peft_config", {}), tuple(names)
+        carries = any(getattr(configs.get(name), "scheduler", None) is not None for name in names)
+        fields = carried_scheduler(configs, names) if carries else None
         for pipe in self.present_pipelines():
             own = vars(pipe).get(REPLACED)
+            if own is None and fields is None:
+                continue
             wanted = prediction_by(own) if fields is None else prediction_in(fields)
             scheduler = getattr(pipe, "scheduler", None)
             found = None if wanted is None else prediction_by(scheduler)
