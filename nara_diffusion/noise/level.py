@@ -152,8 +152,10 @@ class noise_level(ContextDecorator):
         present.set(entry)
 
     def __exit__(self, *error: object) -> None:
-        innermost = present.get()
-        entry = innermost if innermost in self._entries else self._entries[-1]  # other threads may have entered it too
+        innermost = entry = present.get()
+        while entry is not None and entry not in self._entries:  # which may hold entries of other threads
+            entry = entry.parent
+        entry = self._entries[-1] if entry is None else entry
         self._entries.remove(entry)
         entry.signals = None
         present.set(entry.parent if innermost is entry else None)

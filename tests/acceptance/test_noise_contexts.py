@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
@@ -248,6 +249,32 @@ def test_decorated_function_has_its_level_in_threads_that_overlap(model: Any, st
         runs.append(threads.submit(forward, 1))
         for run_ in runs:
             run_.result(PATIENCE)
+
+
+def test_context_that_a_thread_leaves_in_the_wrong_order_stays_in_another(model: Any, stock: Stock) -> None:
+    shared, other = noise_level(model, 0.37), noise_level(model, 0.8)
+    inside, left = threading.Event(), threading.Event()
+
+    def wrong_order() -> None:
+        shared.__enter__()
+        other.__enter__()
+        assert inside.wait(PATIENCE)  # the second thread has entered the same context after this one
+        with pytest.raises(RuntimeError, match="another one is the innermost"):
+            shared.__exit__()
+        left.set()
+
+    def second() -> None:
+        with shared:
+            inside.set()
+            assert left.wait(PATIENCE)
+            assert_at(model, stock, 0.37)
+
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(wrong_order)
+        while not other._entries:
+            time.sleep(0.001)
+        for run_ in (threads.submit(second), first):
+            run_.result(2 * PATIENCE)
 
 
 def test_tasks_that_take_turns_have_their_own_levels(model: Any, stock: Stock) -> None:
