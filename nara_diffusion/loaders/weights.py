@@ -133,6 +133,12 @@ def save_nara_weights(
         raise ValueError("NaRA adapters are saved as safetensors only: leave safe_serialization out.")
     models = {component: unwrapped(model) for component, model in adaptable_models(self).items()}
     name = _name_to_save(models, adapter_name)
+    others = {key: part for key, part in self.components.items() if isinstance(part, nn.Module) and key not in models}
+    if left_out := [key for key, part in others.items() if name in nara_adapters_of(unwrapped(part))]:
+        raise ValueError(
+            f"Adapter '{name}' is in {', '.join(map(repr, left_out))} too, which a pipeline's file has no place for: "
+            f"save that part by peft.PeftModel, or remove it first, pipe.{left_out[0]}.delete_adapters('{name}')."
+        )
     weight_name, folder = WEIGHTS_NAME if weight_name is None else weight_name, Path(save_directory)
     if not weight_name.endswith(".safetensors") or Path(weight_name).name != weight_name:
         raise ValueError(f"weight_name is {weight_name!r}: pass the name of a .safetensors file, without a folder.")

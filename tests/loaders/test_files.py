@@ -17,6 +17,7 @@ from torch import nn
 from nara_diffusion.dreambooth.pipelines import model_index
 from nara_diffusion.loaders import file as files
 from nara_diffusion.loaders.file import AdapterFile, load_whole_model
+from nara_diffusion.loaders.insertion import remove
 from nara_diffusion.loaders.strict import check_loaded
 from tests.acceptance.test_files_refused import refused
 from tests.helpers.adapted import TwoLayers, disturb, lora_config, nara_config
@@ -141,6 +142,10 @@ def test_what_cannot_be_saved_is_refused(tmp_path: Path) -> None:
         pipe.save_nara_weights(tmp_path, weight_name="toy.bin")
     with pytest.raises(ValueError, match="There is no NaRA adapter 'other' to save: the pipeline has 'default'"):
         pipe.save_nara_weights(tmp_path, "other")
+    inject_adapter_in_model(nara_config(core_type="identity", target_modules=["conv_in"]), pipe.vae, "default")
+    with pytest.raises(ValueError, match="'default' is in 'vae' too, which a pipeline's file has no place for"):
+        pipe.save_nara_weights(tmp_path)
+    remove(pipe.vae, ["default"])
     inject_adapter_in_model(lora_config(target_modules=["q_proj"]), pipe.text_encoder, "default")
     with pytest.raises(ValueError, match="is a plain LoRA, which a NaRA's file cannot hold"):
         pipe.save_nara_weights(tmp_path)
