@@ -89,6 +89,22 @@ def test_numbers_are_texts_as_the_file_writes_them(tmp_path: Path) -> None:
     assert read_records(tmp_path / "own.jsonl")["answer"][:] == ["1.50", "18", "x", "true", "1e3"]
 
 
+@pytest.mark.parametrize(
+    ("output", "named"), [("NaN", "its output, field 'output', is missing"), ('"a \\ud83d b"', "half a character")]
+)
+def test_output_that_is_no_text_is_refused_with_its_record(tmp_path: Path, output: str, named: str) -> None:
+    lines = ['{"instruction": "q", "output": "whole"}', f'{{"instruction": "q", "output": {output}}}']
+    (tmp_path / "own.jsonl").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=rf"record 2 of .*own\.jsonl.*{named}"):
+        read_records(tmp_path / "own.jsonl")
+
+
+def test_limit_counts_records_and_not_blank_lines(tmp_path: Path) -> None:
+    lines = [json.dumps({"instruction": "q", "output": str(i)}) for i in range(4)]
+    (tmp_path / "own.jsonl").write_text("\n\n\n".join(lines))
+    assert read_records(tmp_path / "own.jsonl", limit=3)["output"][:] == ["0", "1", "2"]
+
+
 @pytest.mark.parametrize("content", ["", "\n\n", "[]", "\ufeff"])
 def test_file_without_records_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "own.json").write_text(content)

@@ -102,7 +102,7 @@ def encode_records(
             f"{max_length}: raise it, as far as the model has positions, or take shorter prompts and conversations"
         )
     most = sorted(lengths)[int(0.9 * (len(rows) - 1))]
-    summary = f"of 10 rows 9 have {most} tokens or fewer, and max_length is {max_length}"
+    summary = f"9 of 10 of its {counted(len(rows), 'row')} have {most} tokens or fewer, and max_length is {max_length}"
     losses = [f"{dropped} of {len(records)} records are dropped, whose prompts alone fill max_length"] * bool(dropped)
     losses += [f"{cut} of {counted(len(rows), 'row')} are cut"] * bool(cut)
     if losses:

@@ -20,6 +20,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 
 BATCH = 1000  # records of one call
 _MOST_HELD_OUT = 128  # records for validation, of which a tenth is taken where no number is given
-_JSON = json.JSONDecoder(parse_float=str)  # fractions stay as the file writes them
+# fractions stay as the file writes them, and NaN counts as missing
+_JSON = json.JSONDecoder(parse_float=str, parse_constant=lambda _: None)
 _USUAL = {
     "messages": ("messages", "conversations"),
     "instruction": ("instruction", "prompt", "question"),
@@ -130,7 +132,9 @@ def _records(rows: Dataset, fields: Mapping[str, str], source: str, limit: int |
     is_list = is_json and "".join(rows[:BATCH]["text"]).lstrip("\ufeff \t").startswith("[")
     kind = "list" if is_list else "lines" if is_json else "table"
     if limit is not None and not is_list:
-        rows = rows.select(range(min(limit, len(rows))))
+        lines = rows["text"] if is_json else ()
+        records = (i for i, line in enumerate(lines) if line.strip("\ufeff \t")) if is_json else range(len(rows))
+        rows = rows.select(range(1 + next(islice(records, limit - 1, None), len(rows) - 1)))
     size = len(rows) if is_list else BATCH
     first = next(_Reader(source, kind, {}).numbered(rows[:size], range(size)), None)
     if first is None:
@@ -231,7 +235,12 @@ class _Reader:
             row = {"instruction": "", "input": "", "output": self.text(record, "text", where)}
         else:
             row = {what: self.text(record, what, where) for what in ("instruction", "input", "output")}
-        return row | {"answer": self.text(record, "answer", where).strip() if "answer" in self.names else row["output"]}
+        row |= {"answer": self.text(record, "answer", where).strip() if "answer" in self.names else row["output"]}
+        try:
+            "".join((*map(row.get, _TEXTS), *(turn["content"] for turn in row.get("turns", ())))).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{where} has half a character, {error.object[error.start]!r}: write it whole") from None
+        return row
 
     def text(self, record: Mapping[str, Any], what: str, where: str) -> str:
         """The text of a field, unchanged: white space at the start of an output can be Python's."""
