@@ -229,6 +229,7 @@ class _Reader:
                 f"{where} has no {self.names['messages']}, it has {', '.join(record)}: the first record decides the "
                 "form of all, so put other forms into files of their own"
             )
+        row: dict[str, Any]
         if "messages" in self.names:
             row = _conversation(record.get(self.names["messages"]), f"{where}, field {self.names['messages']!r}")
         elif "text" in self.names:
@@ -236,8 +237,9 @@ class _Reader:
         else:
             row = {what: self.text(record, what, where) for what in ("instruction", "input", "output")}
         row |= {"answer": self.text(record, "answer", where).strip() if "answer" in self.names else row["output"]}
+        texts = [row.get(name) or "" for name in _TEXTS]
         try:
-            "".join((*map(row.get, _TEXTS), *(turn["content"] for turn in row.get("turns", ())))).encode()
+            "".join([*texts, *(turn["content"] for turn in row.get("turns", []))]).encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"{where} has half a character, {error.object[error.start]!r}: write it whole") from None
         return row
