@@ -57,7 +57,7 @@ class NaraDLLM(LM):
         greedy: whether loglikelihood also checks if greedy sampling gives the text, which costs one forward for each
             token; some tasks report it (LAMBADA's acc), most don't.
         device: of the model, unless there is a device_map.
-        **backbone: further arguments of `load_backbone`: dtype, load_in_8bit, load_in_4bit, mask_token, shift_logits,
+        **backbone: further arguments of `load_backbone`: dtype, load_in_8bit, load_in_4bit, mask_token,
             revision, attn_implementation, device_map, ….
 
     Raises:

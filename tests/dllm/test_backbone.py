@@ -28,9 +28,8 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from nara_diffusion.dllm import generate, load_backbone, masked_diffusion_loss
-from nara_diffusion.dllm.canvas import check_canvas
 from nara_diffusion.dllm.models.backbone import Backbone
-from nara_diffusion.dllm.models.shifted_logits import ShiftedLlamaForCausalLM, ShiftedQwen2ForCausalLM
+from nara_diffusion.dllm.models.shifted_logits import ShiftedQwen2ForCausalLM
 from tests.acceptance._text import backbone, nara
 from tests.acceptance._tokenizers import save_tokenizer
 
@@ -152,25 +151,6 @@ def test_virtual_tokens_change_neither_positions_nor_shapes() -> None:
         generate(model, IDS, gen_length=48)
 
 
-@pytest.mark.parametrize(
-    "model",
-    [
-        lambda: BertForMaskedLM(BertConfig(**SIZES, max_position_embeddings=19)),
-        lambda: RobertaForMaskedLM(RobertaConfig(**SIZES, max_position_embeddings=20, pad_token_id=0)),
-    ],
-    ids=["bert", "roberta"],
-)
-def test_table_of_positions_ends_where_the_model_does(model: Any) -> None:
-    model = model().eval()
-    assert Backbone(model).position_limit == 19
-    model(torch.full((2, 19), 7))
-    with pytest.raises((IndexError, RuntimeError)):
-        model(torch.full((2, 20), 7))
-    check_canvas(model, 10, 9)
-    with pytest.raises(ValueError, match=r"prompt has 11 tokens and gen_length is 9, together 20, .* has 19 positions"):
-        check_canvas(model, 11, 9)
-
-
 # ---------------------------------------------------------------------- loading
 
 
@@ -204,14 +184,21 @@ def test_encoders_are_loaded_as_they_are(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("model_class", [LlamaForCausalLM, Qwen2ForCausalLM])
-def test_causal_models_become_bidirectional_and_shifted_on_demand(tmp_path: Path, model_class: Any) -> None:
+def test_causal_models_become_bidirectional_and_qwen2_shifted_by_its_configuration(
+    tmp_path: Path, model_class: Any
+) -> None:
     stock = model_class(model_class.config_class(**SIZES, **HEADS))
     folder = saved(tmp_path, stock)
     model, _ = load_backbone(folder)
     stock.config.is_causal = False
     torch.testing.assert_close(logits(model), logits(stock))
-    shifted, _ = load_backbone(folder, shift_logits=True)
-    assert isinstance(shifted, ShiftedLlamaForCausalLM | ShiftedQwen2ForCausalLM)
+    saved(tmp_path, stock, shifted_logits=True)
+    if model_class is LlamaForCausalLM:
+        with pytest.raises(ValueError, match="has shifted_logits, which Dream and Qwen2 have alone"):
+            load_backbone(folder)
+        return
+    shifted, _ = load_backbone(folder)
+    assert isinstance(shifted, ShiftedQwen2ForCausalLM)
     torch.testing.assert_close(logits(shifted)[:, 1:], logits(stock)[:, :-1])
 
 

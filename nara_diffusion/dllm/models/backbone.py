@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from .shifted_logits import ShiftedLogits
+from .shifted_logits import ShiftedQwen2ForCausalLM
 
 # Configuration fields of transformers under which a model changes its logits after the head.
 _LOGIT_FIELDS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier_scale")
@@ -45,7 +45,7 @@ class Backbone:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.language_model = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
-        self.is_shifted = isinstance(self.language_model, ShiftedLogits)
+        self.is_shifted = isinstance(self.language_model, ShiftedQwen2ForCausalLM)
 
     def configured(self, name: str) -> Any:
         """The value of a field in the language model's configuration; None if there is none."""
@@ -98,13 +98,8 @@ class Backbone:
     @property
     def position_limit(self) -> int | None:
         """The longest text, in tokens, whose positions the model can tell apart; None if unknown."""
-        limits = [self.configured("max_position_embeddings")]
-        for name, module in self.model.named_modules():
-            if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):  # tables can have more rows
-                reserved = 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa counts from there
-                limits.append(module.num_embeddings - reserved)
-        known = [limit for limit in limits if limit is not None]
-        return min(known) - self.virtual_tokens if known else None
+        limit = self.configured("max_position_embeddings")
+        return None if limit is None else limit - self.virtual_tokens
 
     # forwards
 

@@ -42,7 +42,7 @@ from transformers.utils import CONFIG_NAME
 from nara_diffusion.utils.naming import naming_source
 
 from .llada_format import KEY_MAPPING, checkpoint_name, llama_config
-from .shifted_logits import ShiftedLlamaForCausalLM, ShiftedQwen2ForCausalLM
+from .shifted_logits import ShiftedQwen2ForCausalLM
 
 # Arguments of from_pretrained that say where files come from: the configuration and the tokenizer need them too.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -62,7 +62,6 @@ def load_backbone(
     *,
     mask_token_id: int | None = None,
     mask_token: str | None = None,
-    shift_logits: bool | None = None,
     load_in_4bit: bool = False,
     load_in_8bit: bool = False,
     **kwargs: Any,
@@ -76,8 +75,6 @@ def load_backbone(
         pretrained_model_name_or_path: a folder or a repository on the Hub.
         mask_token_id: which token stands for a masked one, where the checkpoint doesn't say.
         mask_token: the same by its text.
-        shift_logits: whether position i of the checkpoint predicts token i + 1. Default: known for Dream, False
-            otherwise.
         load_in_4bit, load_in_8bit: quantise the weights of the linear layers by bitsandbytes. 4 bits are NF4 with
             double quantisation, computed in `dtype`; further settings are those of a `quantization_config`.
         **kwargs: as for `from_pretrained`: dtype, device_map, quantization_config, attn_implementation, revision,
@@ -93,7 +90,7 @@ def load_backbone(
         fields, _ = PreTrainedConfig.get_config_dict(name, **hub)
         if not fields:
             raise ValueError(f"it has no {CONFIG_NAME}")
-    model_class, config, is_renamed = _class_and_config(name, fields, shift_logits, hub)
+    model_class, config, is_renamed = _class_and_config(name, fields, hub)
     tokenizer = _load_tokenizer(name, family=fields.get("model_type", ""), **hub)
     mask = _mask_token(name, tokenizer, fields, config.vocab_size, mask_token_id, mask_token)
     if is_renamed:
@@ -113,21 +110,18 @@ def load_backbone(
     return model, tokenizer
 
 
-def _class_and_config(
-    name: str, fields: dict[str, Any], shift_logits: bool | None, hub: dict[str, Any]
-) -> tuple[Any, PreTrainedConfig, bool]:
+def _class_and_config(name: str, fields: dict[str, Any], hub: dict[str, Any]) -> tuple[Any, PreTrainedConfig, bool]:
     """(class, configuration, whether the tensors have LLaDA's names) for the config.json `fields`."""
     family = fields.get("model_type", "").lower()
-    shifted = fields.get("shifted_logits", family == "dream") if shift_logits is None else shift_logits
-    if family in ("llada", "illada", "llama"):
-        config = llama_config(fields) if "d_model" in fields else _stock_config(LlamaConfig, fields)
-        model_class = ShiftedLlamaForCausalLM if shifted else LlamaForCausalLM
-        return model_class, _bidirectional(config, shifted), family != "llama"
+    shifted = fields.get("shifted_logits", family == "dream")
     if family in ("dream", "qwen2"):
         model_class = ShiftedQwen2ForCausalLM if shifted else Qwen2ForCausalLM
         return model_class, _bidirectional(_stock_config(Qwen2Config, fields), shifted), False
     if shifted:
-        raise ValueError(f"shift_logits is for Llama and Qwen2 models, and {name} has model_type {family!r}")
+        raise ValueError(f"{name} has shifted_logits, which Dream and Qwen2 have alone, and model_type {family!r}")
+    if family in ("llada", "illada", "llama"):
+        config = llama_config(fields) if "d_model" in fields else _stock_config(LlamaConfig, fields)
+        return LlamaForCausalLM, _bidirectional(config), family != "llama"
     if family in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not fields.get("is_encoder_decoder"):
         return AutoModelForMaskedLM, AutoConfig.from_pretrained(name, trust_remote_code=False, **hub), False
     raise ValueError(
@@ -143,7 +137,7 @@ def _stock_config(config_class: type[PreTrainedConfig], fields: dict[str, Any]) 
     return config_class(**{key: value for key, value in fields.items() if key not in foreign})
 
 
-def _bidirectional(config: PreTrainedConfig, shifted: bool) -> PreTrainedConfig:
+def _bidirectional(config: PreTrainedConfig, shifted: bool = False) -> PreTrainedConfig:
     config.is_causal = False  # what transformers' masks and attention functions go by
     config.use_cache = False
     config.pad_token_id = None  # nn.Embedding would give that token's row no gradient; _set_special_tokens sets it

@@ -1,5 +1,4 @@
-"""Models trained to predict the next token at each position (Dream, DiffuLLaMA), read so that position i predicts
-token i.
+"""Dream: trained to predict the next token at each position, and read so that position i predicts token i.
 
 The output head works position by position, so shifting the hidden states before it is the same as shifting the logits
 after it, and cheaper:  head(cat(h[:, :1], h[:, :-1])) = cat(logits[:, :1], logits[:, :-1]).
@@ -13,16 +12,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import LlamaForCausalLM, PreTrainedModel, Qwen2ForCausalLM
+from transformers import PreTrainedModel, Qwen2ForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 # Diffusers looks for this class beside those of a pipeline's component, to learn how they are loaded.
-__all__ = ["PreTrainedModel", "ShiftedLlamaForCausalLM", "ShiftedQwen2ForCausalLM"]
+__all__ = ["PreTrainedModel", "ShiftedQwen2ForCausalLM"]
 
 
-class ShiftedLogits:
-    """Mixed into a causal language model of transformers: the same weights, the logits moved one position on."""
+class ShiftedQwen2ForCausalLM(Qwen2ForCausalLM):
+    """Qwen2 with the same weights, and the logits moved one position on."""
 
     @can_return_tuple
     def forward(
@@ -41,7 +40,7 @@ class ShiftedLogits:
         """
         if labels is not None:
             raise ValueError("this model doesn't take labels: use nara_diffusion.dllm.masked_diffusion_loss")
-        outputs = self.model(  # type: ignore[attr-defined]
+        outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -51,15 +50,7 @@ class ShiftedLogits:
         hidden = outputs.last_hidden_state  # (b, l, d)
         shifted = torch.cat([hidden[:, :1], hidden[:, :-1]], dim=1)
         return CausalLMOutputWithPast(
-            logits=self.lm_head(shifted),  # type: ignore[attr-defined]
+            logits=self.lm_head(shifted),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-
-class ShiftedQwen2ForCausalLM(ShiftedLogits, Qwen2ForCausalLM):
-    """Dream: Qwen2 with the logits of token i at position i."""
-
-
-class ShiftedLlamaForCausalLM(ShiftedLogits, LlamaForCausalLM):
-    """Llama with the logits of token i at position i."""
