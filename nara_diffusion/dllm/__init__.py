@@ -10,7 +10,7 @@ from nara_diffusion.dllm.models.pretrained import load_backbone
 
 from .decoding import Sampling
 from .loss import MaskedDiffusionLoss, masked_cross_entropy, masked_diffusion_loss
-from .masked_share import InputIdsNoise, mask_density, read_noise_from_input_ids
+from .masked_share import InputIdsNoise, read_noise_from_input_ids
 from .masking import MaskedBatch, mask_answers
 from .sampler import Generation, GenerationStep, generate
 
@@ -31,7 +31,6 @@ __all__ = [
     "load_backbone",
     "log_likelihood",
     "mask_answers",
-    "mask_density",
     "masked_cross_entropy",
     "masked_diffusion_loss",
     "noise_level_curve",

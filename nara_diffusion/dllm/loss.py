@@ -95,9 +95,8 @@ def masked_cross_entropy(
     if cfg_scale > 0:
         prompt = batch.answer.cumsum(1) == 0  # (b, l)
         rows, copies = torch.cat([rows, rows.masked_fill(prompt, backbone.mask_token_id(mask_token_id))]), 2
-    levels, masked, answer = (torch.cat([own] * copies) for own in (batch.noise_level, batch.masked, batch.answer))
     padding = None if batch.attention_mask is None else torch.cat([batch.attention_mask] * copies)
-    with conditioned(model, levels, masked=masked, answer=answer):
+    with conditioned(model, torch.cat([batch.noise_level] * copies)):
         return backbone.token_losses(
             rows, batch.targets, batch.masked, padding, chunk_size=chunk_size, cfg_scale=cfg_scale
         )

@@ -20,11 +20,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from nara_diffusion.noise.denoisers import set_noise_source
-from nara_diffusion.noise.level import MASKED_SHARE, NoiseSignals, core_holders, find_holders, mask_density_radius
+from nara_diffusion.noise.level import MASKED_SHARE, NoiseSignals, core_holders, find_holders
 from nara_diffusion.noise.level import noise_level as noise_level_of
 
 from .models.backbone import Backbone
@@ -32,9 +31,7 @@ from .models.backbone import Backbone
 REPETITIONS = ("tiled", "interleaved")
 
 
-def conditioned(
-    model: nn.Module, noise_level: torch.Tensor, *, masked: torch.Tensor, answer: torch.Tensor
-) -> AbstractContextManager:
+def conditioned(model: nn.Module, noise_level: torch.Tensor) -> AbstractContextManager:
     """The context `noise_level(model, λ)` for a noise-aware model; a context that does nothing for any other.
 
     Adapters that were made without a `noise_convention` have the masked share's from now on.
@@ -42,7 +39,6 @@ def conditioned(
     Args:
         model: the outermost module.
         noise_level: (b,) float32, λ.
-        masked, answer: (b, l) bool; they give the mask density.
 
     Raises:
         ValueError: an adapter that needs λ was trained with another definition of it.
@@ -57,35 +53,11 @@ def conditioned(
                 "share of the answer: use an adapter that was trained with that, or call the model yourself inside "
                 "`with noise_level(model, value):`."
             )
-    radius = mask_density_radius(model)
-    density = None if radius is None else mask_density(masked, answer, radius)
-    return noise_level_of(model, noise_level, mask_density=density)
-
-
-def mask_density(masked: torch.Tensor, answer: torch.Tensor, radius: int) -> torch.Tensor:
-    """The mask density of each row: (b,) float32 in [0, 1].
-
-    For each masked token the share of masked ones among its neighbours, the answer's tokens at distance 1 … radius
-    to either side, and then the mean over the masked tokens of a row. A token without neighbours, and a row
-    without masks, count 0.
-
-    Args:
-        masked: (b, l) bool.
-        answer: (b, l) bool; positions outside of it are no neighbours.
-        radius: R ≥ 1, in tokens.
-    """
-    window = torch.ones(1, 1, 2 * radius + 1, dtype=torch.float32, device=masked.device)
-    window[..., radius] = 0  # itself excluded
-
-    def count(flags: torch.Tensor) -> torch.Tensor:
-        return F.conv1d(flags.float()[:, None], window, padding=radius)[:, 0]  # (b, l)
-
-    share = count(masked & answer) / count(answer).clamp(min=1)  # (b, l)
-    return (share * masked).sum(1) / masked.sum(1).clamp(min=1)
+    return noise_level_of(model, noise_level)
 
 
 class InputIdsNoise:
-    """A noise source (`nara_diffusion.set_noise_source`): λ, and the mask density, from the masks in `input_ids`.
+    """A noise source (`nara_diffusion.set_noise_source`): λ from the masks in `input_ids`.
 
     Args:
         prompt_lengths: columns before each answer, padding on the left included: one number for all rows, or (b,).
@@ -128,9 +100,7 @@ class InputIdsNoise:
             row = int((~answer.any(1)).nonzero()[0])
             raise ValueError(f"λ can't be read: row {row} of input_ids has {width} tokens, and none of an answer")
         masked = answer & (input_ids == self.mask_token_id)
-        radius = mask_density_radius(module)
-        density = None if radius is None else mask_density(masked, answer, radius)
-        return NoiseSignals(masked.sum(1).float() / answer.sum(1), density)
+        return NoiseSignals(masked.sum(1).float() / answer.sum(1))
 
     def _starts(self, rows: int) -> torch.Tensor:
         lengths = self.prompt_lengths

@@ -167,7 +167,6 @@ class _State:
         self.columns = torch.arange(self.sampling.gen_length, device=self.starts.device)  # (g,)
         self.positions = self.starts[:, None] + self.columns  # (b, g)
         self.masked = torch.ones_like(self.positions, dtype=torch.bool)  # (b, g)
-        self.answer = torch.zeros_like(self.real).scatter(1, self.positions, True)  # (b, l)
 
     def seed(self, generator: torch.Generator | None) -> None:
         """Give each row its own stream of random numbers."""
@@ -217,10 +216,8 @@ class _State:
             prompt = torch.arange(sequences.shape[1], device=rows.device) < self.starts[rows, None]
             sequences = torch.cat([sequences, sequences.masked_fill(prompt, self.mask_token_id)])  # (2a, l)
             rows, positions = rows.repeat(2), positions.repeat(2, 1)
-        answer = self.answer[rows]
-        masked = torch.zeros_like(answer).scatter(1, self.positions[rows], self.masked[rows])
         padding = None if self.attention_mask is None else self.attention_mask[rows]
-        with conditioned(self.backbone.model, self.masked[rows].float().mean(1), masked=masked, answer=answer):
+        with conditioned(self.backbone.model, self.masked[rows].float().mean(1)):
             logits = self.backbone.logits(sequences, padding, at=positions).clone()
         return guided(logits.unflatten(0, (2 if w > 0 else 1, -1)), w)
 

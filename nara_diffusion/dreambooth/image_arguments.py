@@ -229,9 +229,6 @@ def _check_combinations(args: Any) -> None:
         f"adapter {args.adapter} trains all weights, which Diffusers' scripts do for images: choose another.": (
             method == "full"
         ),
-        "core_input is for text: images have no masks. Leave it out of adapter_options.": (
-            args.adapter_options.get("core_input", "noise_level") != "noise_level"
-        ),
         "prior preservation needs class_data_dir and class_prompt: give both, or neither.": (
             (args.class_data_dir is None) != (args.class_prompt is None)
         ),

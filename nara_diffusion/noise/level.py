@@ -224,13 +224,3 @@ def core_holders(model: nn.Module) -> list[Any]:
             f"{type(model).__name__} holds no NaRA adapter: add one first, e.g. get_peft_model(model, NaraConfig(…))."
         )
     return found
-
-
-def mask_density_radius(model: nn.Module) -> int | None:
-    """The radius R, in tokens, of the mask density that the active adapters of `model` read; None if they don't."""
-    radii = {radius for holder in find_holders(model) for radius in holder.density_radii}
-    if len(radii) > 1:
-        raise ValueError(
-            f"Active adapters read mask densities of different radii, {sorted(radii)}: activate one at a time."
-        )
-    return radii.pop() if radii else None

@@ -149,11 +149,6 @@ class CoreHolder(HasSource, MergesCores, ReadOutsideForwards, nn.Module):
         """Whether a layer would read a C that depends on λ."""
         return any(map(self.depends_on_noise, self.reading()))
 
-    @property
-    def density_radii(self) -> set[int]:
-        """The radii of the mask densities that are read."""
-        return {self.configs[name].mask_density_radius for name in self.reading() if self.needs_density(name)}
-
     def needs_density(self, name: str) -> bool:
         cores: Any = self.cores[name]
         return cores.needs_density

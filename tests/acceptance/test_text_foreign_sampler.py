@@ -19,7 +19,6 @@ from nara_diffusion.dllm import (
     encode_records,
     generate,
     log_likelihood,
-    mask_density,
     read_noise_from_input_ids,
 )
 from nara_diffusion.dllm.data.records import normalized
@@ -143,26 +142,6 @@ def test_context_beats_the_source_and_an_inner_source_ends(pair: Any) -> None:
         assert torch.equal(model(ids).logits, outer)
         with noise_level(model, 0.9):
             assert torch.equal(model(ids).logits, at_the_end)
-
-
-@torch.no_grad()
-def test_mask_density_is_read_too() -> None:
-    model = nara(backbone(VOCABULARY), core_input="both", mask_density_radius=2)
-    answer = (torch.arange(14) >= torch.tensor(PROMPTS)[:, None]) & REAL.bool()
-    masked = answer & (torch.rand(3, 14, generator=torch.Generator().manual_seed(1)) < 0.5)
-    ids = IDS.masked_fill(masked, MASK)
-    density = mask_density(masked, answer, 2)
-    neighbours = [j for j in range(14) if answer[0, j]]  # by hand, of the first row
-    shares = [
-        sum(bool(masked[0, k]) for k in near) / len(near)
-        for j in range(14)
-        if masked[0, j] and (near := [k for k in neighbours if 0 < abs(k - j) <= 2])
-    ]
-    assert float(density[0]) == pytest.approx(sum(shares) / len(shares))
-    with noise_level(model, masked.sum(1) / answer.sum(1), mask_density=density):
-        expected = model(ids, attention_mask=REAL).logits
-    with read_noise_from_input_ids(model, PROMPTS):
-        assert torch.equal(model(ids, attention_mask=REAL).logits, expected)
 
 
 def test_what_cannot_be_known_is_an_error() -> None:

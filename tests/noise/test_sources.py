@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nara_diffusion import StrengthSchedule, noise_level, register_noise_source, set_noise_source
 from nara_diffusion.noise import denoisers
-from nara_diffusion.noise.level import NoiseSignals, as_signals, find_holders, mask_density_radius
+from nara_diffusion.noise.level import NoiseSignals, as_signals, find_holders
 from tests.helpers.adapted import TwoLayers, adapted, default_core, disturb, nara_config, relative_error
 
 TARGETS = ["first", "second"]
@@ -155,16 +155,10 @@ def _needs_noise(model: nn.Module) -> bool:
 def test_model_says_what_its_active_adapters_read() -> None:
     assert not _needs_noise(TwoLayers())
     assert not _needs_noise(adapted(TwoLayers(), target_modules=TARGETS, core_type="constant"))
-    model = adapted(TwoLayers(), target_modules=TARGETS, core_input="both", mask_density_radius=3)
+    model = adapted(TwoLayers(), target_modules=TARGETS, core_input="both")
     assert _needs_noise(model)
-    assert mask_density_radius(model) == 3
     with model.disable_adapter():
         assert not _needs_noise(model)
-        assert mask_density_radius(model) is None
-    model.add_adapter("far", nara_config(target_modules=TARGETS, core_input="both", mask_density_radius=9))
-    model.base_model.set_adapter(["default", "far"])
-    with pytest.raises(ValueError, match=r"different radii, \[3, 9\]"):
-        mask_density_radius(model)
 
 
 def test_schedule_of_wrong_points_is_refused() -> None:
