@@ -4,8 +4,7 @@
 
 Each φ is a hat function between knots, 1 at its own and 0 at the others, so it is a `StrengthSchedule`; neighbouring
 knots with the same C share one φ, which is 1 from the first to the last. All LoRAs have the same A. core_type "knots"
-is such a sum exactly, and so are Multi-LoRA ("bins") and T-LoRA ("rank_mask"), with φ that are 0 or 1 and LoRAs of only
-the directions that are in use. For other cores the C_k are fitted by least squares on a grid of λ_i with weights w_i:
+is such a sum exactly. For other cores the C_k are fitted by least squares on a grid of λ_i with weights w_i:
 
     min over C_1 … C_K of Σ_i w_i ‖s B (Σ_k φ_k(λ_i) C_k − C(λ_i)) A‖²,      C_k = Σ_i T_ki C(λ_i),  T = (√w Φ)⁺ √w
 
@@ -18,7 +17,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -32,7 +31,7 @@ from nara_diffusion.noise.strength_schedule import StrengthSchedule
 from nara_diffusion.utils.atomic_write import atomic_write_files
 
 from .adapter_factors import Adapter, adapter_of_model
-from .plain_lora import ExportError, PlainLora, PlainLoraLayer, config_of_layers, warn_of_scheduler
+from .plain_lora import ExportError, PlainLora, warn_of_scheduler
 from .to_lora import CoreSamples
 
 SCHEDULE_FILE = "lora_bins.json"
@@ -98,8 +97,8 @@ def to_lora_bins(
 ) -> LoraBins:
     """The adapter of `model` as K plain LoRAs and the strength of each over λ; the model stays as it is.
 
-    Cores of type "knots", "bins" and "rank_mask", and adapters that don't depend on λ, need no `bins` and are exact up
-    to rounding. Other cores are approximated by least squares over λ.
+    Cores of type "knots", and adapters that don't depend on λ, need no `bins` and are exact up to rounding. Other cores
+    are approximated by least squares over λ.
 
     Args:
         model: as for `to_lora`. adapter_name: the name of the adapter.
@@ -107,8 +106,8 @@ def to_lora_bins(
         mask_density: for `core_input` "mask_density" or "both": one value in [0, 1], the same at each λ.
 
     Raises:
-        ValueError: as `to_lora`; the adapter can't be a sum of LoRAs (DoRA, modules_to_save, an
-            initialisation that changes the base); no `bins` where it is needed.
+        ValueError: as `to_lora`; the adapter can't be a sum of LoRAs (DoRA, masks that change in steps,
+            modules_to_save, an initialisation that changes the base); no `bins` where it is needed.
     """
     with adapter_of_model(model, adapter_name) as adapter:
         return bins_of(adapter, bins, mask_density)
@@ -122,14 +121,16 @@ def bins_of(adapter: Adapter, bins: int | None, mask_density: Level | None = Non
     samples = CoreSamples(adapter, mask_density)
     played, mixing = _blend(samples, bins)
     cores = samples.mixed(mixing)
-    loras = [_lora(adapter, {name: C[index] for name, C in cores.items()}) for index in range(len(mixing))]
+    loras = [adapter.folded({name: C[index] for name, C in cores.items()}) for index in range(len(mixing))]
     warn_of_scheduler(adapter.lora.scheduler)
     return replace(played, loras=loras)
 
 
 def _check_summable(adapter: Adapter) -> None:
     config, others, why = adapter.config, adapter.lora.others, None
-    if config.use_dora:
+    if (kind := getattr(config, "core_type", None)) in ("bins", "rank_mask"):
+        why = f"core_type {kind!r}, a mask that changes in steps between the λ at which errors are measured"
+    elif config.use_dora:
         why = "DoRA, whose norm is not linear in the update"
     elif changes_base(config.init_lora_weights):
         why = f"init_lora_weights={config.init_lora_weights!r}, which has changed the base"
@@ -140,23 +141,6 @@ def _check_summable(adapter: Adapter) -> None:
             f"The adapter can't be a sum of LoRAs, since it has {why}: use to_lora(model, noise_level=λ), the LoRA of "
             "one λ."
         )
-
-
-def _lora(adapter: Adapter, cores: Mapping[str, Tensor]) -> PlainLora:
-    lora = adapter.folded(cores)
-    layers = {name: _without_unused(layer) for name, layer in lora.layers.items()}
-    if all(layer.rank == lora.layers[name].rank for name, layer in layers.items()):
-        return lora
-    return replace(lora, config=config_of_layers(layers, lora.config), layers=layers)
-
-
-def _without_unused(layer: PlainLoraLayer) -> PlainLoraLayer:
-    """Remove the directions whose columns of B are zero, since a mask has switched them off; at least one stays."""
-    used = layer.B.transpose(0, 1).flatten(1).any(1).nonzero().flatten()
-    if layer.groups > 1 or len(used) in (0, layer.rank):
-        return layer
-    A, B = layer.A[used], layer.B[:, used].contiguous()
-    return replace(layer, A=A, B=B, alpha=layer.scaling * len(used), rank=len(used))
 
 
 # ---------------------------------------------------------------------- which strengths

@@ -182,14 +182,12 @@ def others_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key: tensor for key, tensor in tensors.items() if ".lora_" not in key and not is_core_key(key)}
 
 
-def config_of_layers(layers: Mapping[str, PlainLoraLayer], like: LoraConfig | None = None) -> LoraConfig:
-    """A LoraConfig that names each module in full, with its rank and α; its other fields are those of `like`."""
+def config_of_layers(layers: Mapping[str, PlainLoraLayer]) -> LoraConfig:
+    """A LoraConfig that names each module in full, with its rank and α."""
     first = next(iter(layers.values()))
     ranks = {name: layer.rank for name, layer in layers.items()}
     alphas = {name: layer.alpha for name, layer in layers.items()}
     r, alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0]
-    kept = ("base_model_name_or_path", "task_type", "auto_mapping")
-    given: dict[str, Any] = {} if like is None else {name: getattr(like, name) for name in kept}
     return LoraConfig(
         r=r,
         lora_alpha=alpha,  # type: ignore[arg-type]
@@ -198,7 +196,6 @@ def config_of_layers(layers: Mapping[str, PlainLoraLayer], like: LoraConfig | No
         target_modules="|".join(map(re.escape, sorted(layers))),  # in a list, a name is the end of others too
         rank_pattern={f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != r},
         alpha_pattern={f"^{re.escape(name)}": value for name, value in alphas.items() if value != alpha},
-        **given,
     )
 
 

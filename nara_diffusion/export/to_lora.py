@@ -11,7 +11,7 @@ at λ_i is (E M Eᵀ)_ii. M is computed from r × r matrices, so the dense ΔW (
     ⟨s B C A, s B C' A⟩ = Σ (Bᵀ B C s² A Aᵀ) ⊙ C'
 
 The grid of λ_i has 257 equal steps, and all points between which the cores are linear in λ, or constant: the knots of
-"knots"; both sides of each step of a mask, neighbouring float32 numbers; the points of a strength.
+"knots"; the points of a strength, both sides of each of its steps, which are neighbouring float32 numbers.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def lora_of(
 
 # ---------------------------------------------------------------------- C over all λ, and errors
 
-_GRID, _SCAN = 257, 4097
+_GRID = 257
 
 
 class CoreSamples:
@@ -139,26 +139,6 @@ def _breakpoints(adapter: Adapter) -> Tensor:
         levels = torch.tensor([level for level, _ in schedule.points], dtype=torch.float32)
         steps = levels[1:][levels.diff() == 0]
         found += [levels, steps.nextafter(torch.zeros_like(steps))]
-    kind = getattr(config, "core_type", None)
-    if kind == "knots":
+    if getattr(config, "core_type", None) == "knots":
         found.append(torch.arange(config.core_knots, dtype=torch.float32) / (config.core_knots - 1))
-    if kind in ("rank_mask", "bins"):
-        found.append(_steps_of_masks(adapter))
     return torch.cat(found).unique()
-
-
-def _steps_of_masks(adapter: Adapter) -> Tensor:
-    """Both sides of each λ at which a mask changes, by bisection."""
-
-    def differ(one: Tensor, other: Tensor) -> Tensor:
-        pairs = (adapter.cores(NoiseSignals(levels)).values() for levels in (one, other))
-        zeros = ((mine == 0) != (theirs == 0) for mine, theirs in zip(*pairs, strict=True))
-        return torch.stack([changed.flatten(1).any(1) for changed in zeros]).any(0)
-
-    scan = torch.linspace(0, 1, _SCAN, dtype=torch.float32)
-    changes = differ(scan[:-1], scan[1:])
-    low, high = scan[:-1][changes], scan[1:][changes]
-    while bool(((middle := (low + high) / 2) != low).logical_and(middle != high).any()):
-        above = differ(low, middle)
-        low, high = torch.where(above, low, middle), torch.where(above, middle, high)
-    return torch.cat([low, high])
