@@ -189,8 +189,11 @@ def _load_encoder(args: Any, name: str, device: torch.device) -> Encoder:
         return Encoder(name, device=device)
     except OSError as error:
         flags = [flag for flag in ("similarity_model", "alignment_model") if getattr(args, flag) == name]
-        why = "the Hub can't be reached" if is_out_of_reach(error) else str(error).strip().partition("\n")[0]
+        why, without = str(error).strip().partition("\n")[0], "--similarity_model none --alignment_model none"
+        if is_out_of_reach(error):
+            why = "the Hub can't be reached"
+            without += " --pretrained_vae_model_name_or_path none" * bool(args.pretrained_vae_model_name_or_path)
         raise ValueError(
             f"--{' and --'.join(flags)} {name} can't be loaded ({why}): name a folder, or train without these figures "
-            "by --similarity_model none --alignment_model none."
+            f"by {without}."
         ) from error

@@ -159,8 +159,9 @@ def _schedule_line(args: Any, family: Family) -> str:
 
 def _figures(before: Measurement, after: Measurement) -> list[list[str]]:
     rows = {
-        "similarity to the subject": (before.similarity, after.similarity),
-        "alignment with the prompt": (before.text_alignment, after.text_alignment),
-        "validation loss": (before.validation_loss, after.validation_loss),
+        "similarity to the subject": (before.similarity, after.similarity, "similarity_model"),
+        "alignment with the prompt": (before.text_alignment, after.text_alignment, "alignment_model"),
+        "validation loss": (before.validation_loss, after.validation_loss, ""),
     }
-    return [[name, *("not measured" if n is None else f"{n:.3f}" for n in row)] for name, row in rows.items()]
+    written = lambda value, flag: f"not measured (--{flag})" if value is None else f"{value:.3f}"  # noqa: E731
+    return [[name, *(written(value, flag) for value in values)] for name, (*values, flag) in rows.items()]

@@ -229,10 +229,31 @@ def core_import(args: Any) -> str:
     return f"import {module_name(args.core_module)}  # registers core_type {args.core_type!r}\n"
 
 
+_ADVICE = {
+    "validation_loss": "The validation loss didn't fall: by it the base alone is as good or better. Try a lower "
+    "--learning_rate, fewer steps, or more and more varied data.",
+    "exact_match": "Exact match didn't rise; samples.html has what was generated. A small file needs more "
+    "--num_train_epochs or a higher --learning_rate. Long answers are seldom equal word for word: --extract compares a "
+    "part.",
+    "similarity": "The samples came no nearer to the subject: try more --max_train_steps or a higher --learning_rate.",
+}
+
+
+def advice(results: Mapping[str, Any]) -> list[str]:
+    """What a run says of figures that training didn't improve: losses that didn't fall, shares that didn't rise."""
+    lines = []
+    for name, line in _ADVICE.items():
+        before, after = results.get(f"{name}_before"), results.get(f"{name}_after")
+        if before is not None and after is not None:
+            improved = after < before if name == "validation_loss" else after > min(before, 0.99)
+            lines += [] if improved else [line]
+    return lines
+
+
 def publish(run: Run, results: Mapping[str, Any], table: str, note: str = "") -> None:
-    """Write results.json, upload the folder if asked to, and print `table` and `note`."""
+    """Write results.json, upload the folder if asked to, and print `table`, advice and `note`."""
     write_json(run.folder / "results.json", dict(results))
     run.upload()
     lines = [f"\n{table}\n", f"{results['seconds']:.0f} s; everything is in {run.folder}"]
     lines += [] if run.hub_id is None else [f"pushed to https://huggingface.co/{run.hub_id}"]
-    sys.stdout.write("\n".join([*lines, note] if note else lines) + "\n")
+    sys.stdout.write("\n".join([*lines, *advice(results), *filter(None, [note])]) + "\n")

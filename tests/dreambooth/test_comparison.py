@@ -82,6 +82,8 @@ def test_a_measurement_holds_samples_losses_and_figures(pipe, loss, accelerator)
 
 def test_encoder_out_of_reach_is_named_with_its_flag_and_the_way_without() -> None:
     args = SimpleNamespace(similarity_model="some/dino", alignment_model=None)
-    message = r"--similarity_model some/dino can't be loaded \(the Hub can't be reached\): .* --alignment_model none\.$"
+    args.pretrained_vae_model_name_or_path = "some/vae"  # not loaded yet, and out of reach, too
+    message = r"--similarity_model some/dino can't be loaded \(the Hub can't be reached\): .* --alignment_model none"
+    message += r" --pretrained_vae_model_name_or_path none\.$"
     with pytest.raises(ValueError, match=message):
         load_encoders(args, torch.device("cpu"))
