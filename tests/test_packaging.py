@@ -15,7 +15,7 @@ else:
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "examples" / "README.md"]
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md"), *ROOT.glob("comfyui/*.md")]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 SOURCES = ("nara_diffusion", "train_scripts", "pipelines", "comfyui", "examples")
 OTHERS_FLAGS = {
@@ -72,8 +72,10 @@ def missing_of(page: Path, identifiers: set[str]) -> list[str]:
     missing = [link for link in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", prose) if not (page.parent / link).exists()]
     if page.name not in FORMER:
         code = "\n".join(re.findall(r"```.*?```|^    .*?$|`[^`\n]*`", text, flags=re.DOTALL | re.MULTILINE))
-        paths = re.findall(r"(?<![\w/.-])(?:train_scripts|examples|pipelines|comfyui|docs)/[\w/.-]*\w", code)
-        missing += [path for path in paths if not (ROOT / path).exists()]
+        paths = re.findall(r"(?<![\w/.-])(?:train_scripts|examples|pipelines|comfyui|docs)/[\w/.-]*\w(?![\w*])", code)
+        paths += re.findall(r"`([\w-]+/[\w/-]+\.py)`", text)
+        places = (ROOT, ROOT / "nara_diffusion", page.parent / "assets" / "makers")
+        missing += [path for path in paths if not any((place / path).exists() for place in places)]
         flags = set(re.findall(r"(?<![\w-])--([a-z][a-z0-9]*(?:_[a-z0-9]+)+)", code)) - OTHERS_FLAGS
         missing += sorted(flags - identifiers)
     return missing
