@@ -11,7 +11,7 @@ a part of the noise levels (docs/strength.md).
 
 Written to the output folder: adapter_config.json and adapter_model.safetensors (a model folder, for --adapter full),
 README.md (the model card, which says how to load them), config.yaml, results.json, metrics.jsonl,
-noise_level_curve.png, samples.html, and checkpoint-N folders to resume from.
+noise_level_curve.png, samples.jsonl, and checkpoint-N folders to resume from.
 """
 
 from __future__ import annotations

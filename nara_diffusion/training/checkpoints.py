@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "checkpoint.json"
 FORMAT = 2
-_RUN = ("step", "total_steps", "data_start", "window", "batch", "processes", "engine", "arguments", "digests")
+_RUN = ("step", "total_steps", "data_start", "unlogged", "batch", "processes", "engine", "arguments", "digests")
 KEYS = (*_RUN, "written", "files")
 Writer = Callable[[Any, Path, dict[str, Any]], None]
 """Writes an adapter's files: (the model without wrappers, the folder, the model's whole state dict)."""

@@ -30,14 +30,12 @@ _ECHO = 2.0  # seconds in which a second SIGINT is that of the launcher, which p
 
 
 class StepLoss(Protocol):
-    """The value of a loss function: the scalar to differentiate, the losses (b,) and λ (b,) of its samples."""
+    """The value of a loss function: the scalar to differentiate, and the losses (b,) of its samples."""
 
     @property
     def loss(self) -> Tensor: ...
     @property
     def per_sample(self) -> Tensor: ...
-    @property
-    def noise_level(self) -> Tensor: ...
 
 
 class TrainingDiverged(ArithmeticError):
@@ -99,11 +97,11 @@ def train(
 
 def _collect(run: Run, step: StepLoss) -> None:
     """Gather the losses of all processes, and raise if one isn't finite, before it can reach the weights."""
-    mine = torch.stack([step.per_sample.detach().float(), step.noise_level.detach().float()], dim=1)  # (b, 2)
-    losses, levels = cast(Tensor, run.accelerator.gather(mine)).unbind(1)
+    losses = cast(Tensor, run.accelerator.gather(step.per_sample.detach().float()))
     if not losses.isfinite().all():
         raise _diverged(run, f"the loss became {losses[~losses.isfinite()][0].item()}")
-    run.losses.add(losses, levels)
+    total, number = run.unlogged
+    run.unlogged = [total + losses.double().sum().item(), number + len(losses)]
 
 
 def _prepare_gradients(run: Run, model: torch.nn.Module, optimizer: Any) -> None:
@@ -118,7 +116,8 @@ def _prepare_gradients(run: Run, model: torch.nn.Module, optimizer: Any) -> None
 
 
 def _report(run: Run, bar: tqdm, optimizer: Any) -> None:
-    values = run.losses.means()
+    (total, number), run.unlogged = run.unlogged, [0.0, 0]
+    values = {"loss": total / number}
     rates = {group.get("name", "adapter"): group["lr"] for group in optimizer.param_groups}
     values["learning_rate"] = rates["adapter"]
     if "core" in rates:

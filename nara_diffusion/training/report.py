@@ -1,8 +1,7 @@
-"""What a run writes for people: a table on the screen, a page of samples, a plot over λ, model card, results.json."""
+"""What a run writes for people: a table on the screen, a plot over λ, model card, results.json."""
 
 from __future__ import annotations
 
-import html
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -23,14 +22,8 @@ from nara_diffusion.utils.atomic_write import atomic_write
 from .adapters import adapter_config, method_of, module_name, title_of
 from .arguments import schedule_of, window_of
 from .parser import given_arguments
-from .run import LossWindow, Run
+from .run import Run
 
-_STYLE = (
-    "body{font-family:system-ui,sans-serif;margin:2em}table{border-collapse:collapse}"
-    "td,th{border:1px solid #ccc;padding:.4em .7em;text-align:left;vertical-align:top}"
-    "td{white-space:pre-wrap;font-family:ui-monospace,monospace;max-width:40em}"
-    ".right{background:#e6f4ea}.wrong{background:#fce8e6}"
-)
 _WHAT_IT_IS = {
     "nara": "A noise-aware low-rank adapter",
     "lora": "A low-rank adapter",
@@ -66,29 +59,14 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def write_samples(
-    path: Path, title: str, header: Sequence[str], rows: Sequence[Sequence[tuple[str, bool | None]]]
-) -> None:
-    """Write an HTML page with a table; each cell is (text, True for right, False for wrong, None for neither)."""
-    kinds = {True: ' class="right"', False: ' class="wrong"', None: ""}
-    lines = [[f"<th>{html.escape(name)}</th>" for name in header]]
-    lines += [[f"<td{kinds[right]}>{html.escape(text)}</td>" for text, right in row] for row in rows]
-    table, title = "\n".join(f"<tr>{''.join(line)}</tr>" for line in lines), html.escape(title)
-    head = f'<meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
-    write_text(path, f"<!doctype html>{head}\n<h1>{title}</h1>\n<table>\n{table}\n</table>\n")
-
-
 def validation_means(losses: Tensor, noise_levels: Tensor, window: NoiseWindow) -> dict[str, float]:
-    """{"validation_loss", "validation_loss_low", …} of losses (b,) at λ (b,); with a window also the means inside and
-    outside of it, "validation_loss_inside" and "validation_loss_outside"."""
-    collected = LossWindow()
-    collected.add(losses, noise_levels)
-    means = collected.means()
+    """{"validation_loss"} of losses (b,) at λ (b,); with a window also the means inside and outside of it,
+    "validation_loss_inside" and "validation_loss_outside"."""
+    parts = {"validation_loss": losses}
     if not window.is_everything:
         inside = window.contains(noise_levels)
-        parts = {"loss_inside": losses[inside], "loss_outside": losses[~inside]}
-        means |= {name: part.mean().item() for name, part in parts.items() if len(part)}
-    return {f"validation_{name}": value for name, value in means.items()}
+        parts |= {"validation_loss_inside": losses[inside], "validation_loss_outside": losses[~inside]}
+    return {name: part.double().mean().item() for name, part in parts.items() if len(part)}
 
 
 def before_and_after(before: Any, after: Any, names: Sequence[str]) -> dict[str, Any]:

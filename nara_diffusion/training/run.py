@@ -18,7 +18,6 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, broadcast_object_list, set_seed
 from huggingface_hub import HfApi
-from torch import Tensor
 
 from nara_diffusion.utils.atomic_write import atomic_write
 
@@ -37,34 +36,8 @@ from .parser import given_arguments
 from .run_folder import CONFIG, LOCK, claimed_folder
 
 METRICS = "metrics.jsonl"
-# all, and thirds of [0, 1]: an adapter's gain depends on λ, so one mean over all λ hides it
-NOISE_BINS = {"loss": (0.0, 1.0), "loss_low": (0.0, 1 / 3), "loss_mid": (1 / 3, 2 / 3), "loss_high": (2 / 3, 1.0)}
 
 logger = logging.getLogger(__name__)
-
-
-class LossWindow:
-    """Sums of per-sample losses, of all and of each third of λ, until `means`, which starts the next window.
-
-    Args:
-        sums: {name: [sum, number]} of a window that goes on.
-    """
-
-    def __init__(self, sums: Mapping[str, Any] | None = None) -> None:
-        self.sums: dict[str, Any] = dict(sums or {})
-
-    def add(self, losses: Tensor, noise_levels: Tensor) -> None:
-        """Add losses (b,) at λ (b,)."""
-        losses, levels = losses.double().cpu(), noise_levels.cpu()
-        for name, (low, high) in NOISE_BINS.items():
-            rows = (levels >= low) & ((levels < high) | (high == 1.0))
-            total, number = self.sums.get(name, (0.0, 0))
-            self.sums[name] = [total + losses[rows].sum().item(), number + int(rows.sum())]
-
-    def means(self) -> dict[str, float]:
-        """{"loss", "loss_low", "loss_mid", "loss_high"}: means of all, and of each third of λ that isn't empty."""
-        sums, self.sums = self.sums, {}
-        return {name: total / number for name, (total, number) in sums.items() if number}
 
 
 @dataclass
@@ -82,7 +55,7 @@ class Run:
         step: optimizer steps done.
         total_steps: optimizer steps to do; set by `plan`.
         data_start: the step at which the training data began: 0, unless a resumed run was given others.
-        losses: of the steps that aren't logged yet.
+        unlogged: the sum of the samples' losses since they were last logged, and their number.
         hub_id: the repository to upload to, on the main process; else None.
         digests: {content: digest}, set by `record_data_digest` and `record_base_digests`.
     """
@@ -100,7 +73,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.step, self.data_start = self.resumed.get("step", 0), self.resumed.get("data_start", 0)
-        self.losses = LossWindow(self.resumed.get("window"))
+        self.unlogged: list[float] = list(self.resumed.get("unlogged", (0.0, 0)))
 
     @property
     def is_main(self) -> bool:
@@ -240,7 +213,7 @@ class Run:
             "step": self.step,
             "total_steps": self.total_steps,
             "data_start": self.data_start,
-            "window": self.losses.sums,
+            "unlogged": self.unlogged,
             "batch": self.global_batch,
             "processes": self.accelerator.num_processes,
             "engine": engine_name(self.accelerator),

@@ -245,7 +245,7 @@ def test_first_loss_after_a_resume_is_that_of_its_whole_window(tmp_path: Path) -
     options: dict[str, Any] = {"max_train_steps": 5, "logging_steps": 3, "checkpoints_total_limit": None}
     whole = train(tmp_path / "whole", **options)
     folder = whole / "checkpoint-2"  # two of three steps into the first window
-    assert json.loads((folder / "checkpoint.json").read_text())["window"]["loss"][1] == 8
+    assert json.loads((folder / "checkpoint.json").read_text())["unlogged"][1] == 8
     train(tmp_path, **options, resume_from_checkpoint=str(folder))
     assert metrics(tmp_path / "run") == metrics(whole)
     assert [line["step"] for line in metrics(whole)] == [3, 5]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,13 +31,11 @@ from nara_diffusion.training.report import (
     schedule_note,
     validation_means,
     write_run_card,
-    write_samples,
+    write_text,
 )
 
 from .exact_match import exact_match
 from .noise_curve import batches_of, noise_level_curve
-
-_SAMPLES = 40  # generations on the page
 
 _LOADING = """\
 ```python
@@ -50,7 +49,7 @@ tokens = generate(model, prompt, {sampling})
 print(tokenizer.decode(tokens[0, prompt.shape[1] :], skip_special_tokens=True))
 ```"""
 _ENDING = """\
-Exact match compares generated answers. [Samples](samples.html). The loss at each noise level:
+Exact match compares generated answers. [Samples](samples.jsonl). The loss at each noise level:
 
 ![loss over the noise level](noise_level_curve.png)"""
 
@@ -119,7 +118,7 @@ def validation_losses(
     batch_size: int,
     window: NoiseWindow = EVERYTHING,
 ) -> dict[str, float]:
-    """{"validation_loss", "validation_loss_low", …}: the training objective, at the same λ and masks at each call.
+    """{"validation_loss"}: the training objective, at the same λ and masks at each call.
 
     λ is stratified over all `rows`; with a `window` the means inside and outside of it are there too.
     """
@@ -165,17 +164,19 @@ def write_run_report(
     load_from: str,
     question: str | list[dict[str, str]],
 ) -> None:
-    """Write noise_level_curve.png, samples.html and README.md into `folder`; the card's code loads `load_from`, and
+    """Write noise_level_curve.png, samples.jsonl and README.md into `folder`; the card's code loads `load_from`, and
     asks `question`, a text or the turns of a conversation."""
     base = args.pretrained_model_name_or_path
     name = Path(base).name
     title, unit = f"{name}: loss over the noise level, held-out records", "nats per masked token"
     curves = (after.noise_levels, before.curve, after.curve)
     plot_noise_level_curves(folder / "noise_level_curve.png", *curves, title, unit, window_of(args))
-    pairs = list(zip(before.generations, after.generations, strict=True))[:_SAMPLES]
-    cells = lambda pair: [(one["generation"], one["correct"]) for one in pair]  # noqa: E731
-    rows = [[(pair[0]["instruction"], None), (pair[0]["answer"], None), *cells(pair)] for pair in pairs]
-    write_samples(folder / "samples.html", f"{name}: samples", ["question", "answer", "before", "after"], rows)
+    lines = [
+        {"instruction": one["instruction"], "answer": one["answer"], "before": one["generation"]}
+        | {"after": other["generation"], "correct_before": one["correct"], "correct_after": other["correct"]}
+        for one, other in zip(before.generations, after.generations, strict=True)
+    ]
+    write_text(folder / "samples.jsonl", "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines))
     write_run_card(
         folder,
         args,
