@@ -17,7 +17,6 @@ noise_level_curve.png, samples.jsonl, and checkpoint-N folders to resume from.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from functools import partial
@@ -31,12 +30,11 @@ from nara_diffusion.dllm.data.encoding import end_token_id
 from nara_diffusion.dllm.data.records import load_records
 from nara_diffusion.dllm.decoding import Sampling, chat_settings
 from nara_diffusion.dllm.evaluation.before_after import (
-    compare,
+    figures,
     measure,
-    results_table,
+    schedule_line,
     validation_losses,
-    window_note,
-    write_run_report,
+    write_report,
 )
 from nara_diffusion.dllm.models.pretrained import prepare_quantised
 from nara_diffusion.training.adapter_weights import load_checkpoint, start_from, write_adapter, write_checkpoint
@@ -49,12 +47,10 @@ from nara_diffusion.training.adapters import (
 from nara_diffusion.training.arguments import schedule_of, window_of
 from nara_diffusion.training.checkpoints import local_folder, save_adapter
 from nara_diffusion.training.command import ASSETS, run_command, shipped
-from nara_diffusion.training.engines import load_whole, loading_in, prepare
-from nara_diffusion.training.loop import train
-from nara_diffusion.training.optimization import build_optimizer, build_scheduler
-from nara_diffusion.training.report import publish, window_facts
+from nara_diffusion.training.engines import load_whole, loading_in
+from nara_diffusion.training.loop import prepare_training, train
+from nara_diffusion.training.report import finish, window_facts
 from nara_diffusion.training.run import Run, start_run
-from nara_diffusion.training.stream import stream_loader
 from nara_diffusion.utils.atomic_write import atomic_write_files
 from nara_diffusion.utils.naming import counted
 
@@ -111,7 +107,7 @@ class FineTuning:
     `report`."""
 
     def __init__(self, args: Arguments, run: Run) -> None:
-        self.args, self.run, self.started = args, run, time.perf_counter()
+        self.args, self.run = args, run
         with run.accelerator.main_process_first():  # the others read its cache
             self.records = load_records(args)
         options: dict[str, Any] = {"mask_token": args.mask_token}
@@ -168,10 +164,8 @@ class FineTuning:
             load_checkpoint(model, run.checkpoint)
         elif args.init_adapter is not None:
             start_from({"": self.backbone}, args.init_adapter, self.backbone)
-        optimizer = build_optimizer(model, args, fused=run.fuses_optimizer)
-        scheduler = build_scheduler(optimizer, args, steps)
-        loader = stream_loader(stream, self.collator, **run.batches)
-        model, optimizer, scheduler, loader = prepare(run.accelerator, model, optimizer, scheduler, loader)
+        parts = prepare_training(run, model, stream, self.collator)
+        model = parts[0]
         self.adapted: Any = run.accelerator.unwrap_model(model)
         hardest: Any = max(self.test_rows, key=lambda row: row["prompt_length"])  # type: ignore[index]
         exact_match(self.adapted, self.tokenizer, [hardest], **asdict(self.sampling), progress=False)  # what fails, now
@@ -179,9 +173,9 @@ class FineTuning:
         self.facts = self._facts(stream, steps)
         run.open(self.facts)
         loss = partial(masked_diffusion_loss, model, **self.objective)
-        parts = (run.accelerator, self.adapted, self.validation_rows)
-        validate = partial(validation_losses, *parts, **self._held_out, window=self.objective["window"])
-        train(run, model, optimizer, scheduler, loader, lambda batch: loss(**batch), validate)
+        measured: dict[str, Any] = {**self._held_out, "window": self.objective["window"]}
+        validate = partial(validation_losses, run.accelerator, self.adapted, self.validation_rows, **measured)
+        train(run, parts, lambda batch: loss(**batch), validate)
         save_adapter(run.accelerator, model, run.folder, write_adapter)
         if args.adapter == "full" and run.is_main:
             with atomic_write_files(run.folder) as unfinished:
@@ -222,17 +216,20 @@ class FineTuning:
         with base_model(self.adapted, load_base) as base:
             before = measure(run.accelerator, base, *parts, **options)
         after = measure(run.accelerator, self.adapted, *parts, **options)
-        seconds = round(time.perf_counter() - self.started, 1)
-        results = {"seconds": seconds, "n": len(self.test_rows), **compare(before, after)}
-        results |= {"adapter": args.adapter, "trainable_parameters": self.trainable}
-        if run.is_main:
-            facts = self.facts | {"time": f"{seconds:.0f} s, evaluation included"}
-            asked = (self.records[2][place].get("turns") for place in self.test_rows["record"])
-            question: Any = next(filter(None, asked), self.test_rows[0]["instruction"])
-            load_from = run.hub_id or str(run.folder)
-            write_run_report(run.folder, args, facts, before, after, load_from=load_from, question=question)
-            publish(run, results, results_table(before, after), window_note(args))
-        return results
+        asked = (self.records[2][place].get("turns") for place in self.test_rows["record"])
+        question: Any = next(filter(None, asked), self.test_rows[0]["instruction"])
+        return finish(
+            run,
+            before,
+            after,
+            names=("exact_match", "validation_loss", "curve"),
+            figures=figures(before, after),
+            facts=self.facts,
+            schedule_line=schedule_line(args),
+            write_report=partial(write_report, run, before, after, question),
+            n=len(self.test_rows),
+            trainable_parameters=self.trainable,
+        )
 
 
 if __name__ == "__main__":

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from nara_diffusion.export.plain_lora import SCHEDULER
 from nara_diffusion.noise.prediction import prediction_by
 from nara_diffusion.training.adapters import method_of
-from nara_diffusion.training.arguments import schedule_of, window_of
+from nara_diffusion.training.arguments import schedule_of
 from nara_diffusion.training.report import (
     core_import,
-    format_table,
     needs_schedule,
-    plot_noise_level_curves,
     reads_noise,
-    schedule_note,
-    write_run_card,
+    write_run_report,
 )
 from nara_diffusion.utils.naming import counted
 
@@ -50,19 +46,14 @@ _IMPORTS = {
 _NOISE = "\n\nThe adapter reads the noise level λ from the timestep of each step."
 
 
-def results_table(before: Measurement, after: Measurement) -> str:
-    """Similarity, alignment and validation loss, before and after, as text."""
-    return format_table(["", "before", "after"], _figures(before, after))
-
-
-def write_run_report(
-    evaluation: Evaluation, facts: Mapping[str, str], before: Measurement, after: Measurement, pipe: Any, converted: Any
+def write_report(
+    evaluation: Evaluation, before: Measurement, after: Measurement, pipe: Any, converted: Any, facts: Mapping[str, str]
 ) -> None:
-    """Writes samples.png, samples-before, samples-after, noise_level_curve.png and README.md into the run's folder.
+    """Write samples.png, samples-before, samples-after, noise_level_curve.png and README.md into the run's folder.
 
     Args:
-        facts: {what: value} of the run for the card, such as the number of trainable parameters.
         converted: the scheduler of the model that the base `pipe` was converted to, or None.
+        facts: {what: value} of the run for the card, such as the number of trainable parameters.
     """
     run, settings = evaluation.run, evaluation.settings
     folder, args = run.folder, run.args
@@ -70,43 +61,28 @@ def write_run_report(
     write_grid(folder / GRID, settings.prompts, columns, evaluation.references)
     for when, images in columns.items():
         write_images(folder / f"samples-{when}", images, settings)
-    name, prompt = Path(args.pretrained_model_name_or_path).name, args.instance_prompt
-    images = "training" if args.validation_data_dir is None else "held-out"
-    plot_noise_level_curves(
-        folder / "noise_level_curve.png",
-        after.noise_levels,
-        before.curve,
-        after.curve,
-        f"{name}: loss over the noise level, {images} images of the subject",
-        "mean squared error",
-        window_of(args),
-    )
     ending = (
         f"Over {counted(len(after.images), 'sample')} of {counted(len(settings.prompts), 'prompt')}. Similarity is "
         "the mean cosine of samples and images of the subject, alignment that of samples and their prompts; figures of "
-        "other encoders can't be compared. The loss at each noise level:\n\n"
-        "![loss over the noise level](noise_level_curve.png)"
+        "other encoders can't be compared."
     )
     shown = zip(settings.prompts, settings.names[:: settings.images_per_prompt], strict=True)
-    write_run_card(
-        folder,
-        args,
+    write_run_report(
+        run,
         facts,
-        name=name,
+        before,
+        after,
+        measured_on=f"{'training' if args.validation_data_dir is None else 'held-out'} images of the subject",
+        unit="mean squared error",
         about=f"for `{args.pretrained_model_name_or_path}`, trained on {facts['trained on']}.",
-        figures=_figures(before, after),
+        figures=figures(before, after),
         how_good=(f"![training images, and samples before and after]({GRID})", ending),
         loading=_loading(args, settings, run.hub_id or str(folder), pipe, converted),
         tags=["text-to-image", family_of(pipe).name, "diffusers", "dreambooth"],
         library="diffusers",
-        instance_prompt=prompt,
+        instance_prompt=args.instance_prompt,
         widget=[{"text": text, "output": {"url": f"samples-after/{name}"}} for text, name in shown],
     )
-
-
-def window_note(args: Any, family: Family) -> str:
-    """What is said at the end of a LoRA's run in a window; nothing of other runs."""
-    return schedule_note(_schedule_line(args, family)) if needs_schedule(args) else ""
 
 
 def _loading(args: Any, settings: SampleSettings, load_from: str, pipe: Any, converted: Any) -> str:
@@ -115,7 +91,7 @@ def _loading(args: Any, settings: SampleSettings, load_from: str, pipe: Any, con
     method, family, classes = method_of(args).family, family_of(pipe), [type(pipe).__name__]
     imports, ending = _IMPORTS.get(method, ""), _NOISE if reads_noise(args) or needs_schedule(args) else ""
     if needs_schedule(args):
-        lines = [f"pipe.load_lora_weights({load_from!r}, adapter_name={_NAME!r})", _schedule_line(args, family)]
+        lines = [f"pipe.load_lora_weights({load_from!r}, adapter_name={_NAME!r})", schedule_line(args, family)]
         imports += "\nfrom nara_diffusion import StrengthSchedule\n"
     elif method in ("nara", "lora"):
         lines = [f"pipe.load_{method}_weights({load_from!r})"]
@@ -149,7 +125,8 @@ def _loading(args: Any, settings: SampleSettings, load_from: str, pipe: Any, con
     return code + ending
 
 
-def _schedule_line(args: Any, family: Family) -> str:
+def schedule_line(args: Any, family: Family) -> str:
+    """The code that gives a LoRA its strength over λ."""
     schedule = repr(schedule_of(args))
     if args.train_text_encoder:  # which runs before there is a λ
         parts = {family.denoiser: schedule, **dict.fromkeys(family.text_encoders, "1.0")}
@@ -157,7 +134,8 @@ def _schedule_line(args: Any, family: Family) -> str:
     return f"pipe.set_adapters({_NAME!r}, adapter_weights={schedule})"
 
 
-def _figures(before: Measurement, after: Measurement) -> list[list[str]]:
+def figures(before: Measurement, after: Measurement) -> list[list[str]]:
+    """Similarity, alignment and validation loss: rows of (what, before, after)."""
     rows = {
         "similarity to the subject": (before.similarity, after.similarity, "similarity_model"),
         "alignment with the prompt": (before.text_alignment, after.text_alignment, "alignment_model"),

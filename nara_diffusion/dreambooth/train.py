@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -44,11 +43,9 @@ from nara_diffusion.training.adapters import adapter_config, check_target_module
 from nara_diffusion.training.arguments import schedule_of
 from nara_diffusion.training.checkpoints import save_adapter
 from nara_diffusion.training.command import run_command
-from nara_diffusion.training.loop import train
-from nara_diffusion.training.optimization import build_optimizer, build_scheduler
-from nara_diffusion.training.report import before_and_after, publish, window_facts
+from nara_diffusion.training.loop import prepare_training, train
+from nara_diffusion.training.report import finish, window_facts
 from nara_diffusion.training.run import Run, start_run
-from nara_diffusion.training.stream import stream_loader
 from nara_diffusion.utils.naming import counted
 
 from .adapter_files import read_average, read_checkpoint, write_adapter, write_checkpoint
@@ -58,7 +55,7 @@ from .dataset import DreamBoothDataset, collate_samples
 from .denoiser import AdaptedDenoiser
 from .image_arguments import DreamBoothArguments, run_family
 from .image_records import ImageRecord, Size, class_records, records_from_folder, trained_on
-from .image_report import results_table, window_note, write_run_report
+from .image_report import figures, schedule_line, write_report
 from .pipelines import folders_of, load_pipeline, sharing_pipeline
 from .samples import SampleSettings, generate_class_images, sample_call
 from .shipped import shipped_run
@@ -82,7 +79,7 @@ class FineTuning:
     or `train` and `report`."""
 
     def __init__(self, args: DreamBoothArguments, run: Run) -> None:
-        self.args, self.run, self.started = args, run, time.perf_counter()
+        self.args, self.run = args, run
         self._refuse_sharding()
         run_family(args)  # before the model is loaded
         captions: dict[str, Any] = {"prompt": args.instance_prompt, "caption_column": args.caption_column}
@@ -189,10 +186,8 @@ class FineTuning:
         steps = run.plan(len(self.instances))
         self.evaluation = self._evaluation(range(run.batches["first"], run.batches["stop"]))
         model = self._model()
-        optimizer = build_optimizer(model, args, fused=run.fuses_optimizer)
-        scheduler = build_scheduler(optimizer, args, steps)
-        loader = stream_loader(self.dataset, collate_samples, **run.batches)
-        denoiser, optimizer, scheduler, loader = run.accelerator.prepare(model, optimizer, scheduler, loader)
+        parts = prepare_training(run, model, self.dataset, collate_samples)
+        denoiser = parts[0]
         if args.use_ema:
             model.start_average()
             if run.checkpoint is not None:
@@ -212,7 +207,7 @@ class FineTuning:
         run.open(self.facts)
         self.identity = self._identity_loss()
         loss, validate = replace(self.step, model=denoiser), partial(self.evaluation.validate, denoiser)
-        train(run, denoiser, optimizer, scheduler, loader, loss, validate, on_step=model.update_average)
+        train(run, parts, loss, validate, on_step=model.update_average)
         save_adapter(run.accelerator, denoiser, run.folder, write_adapter)
 
     def _evaluation(self, positions: range) -> Evaluation:
@@ -261,21 +256,26 @@ class FineTuning:
         """Measures, and writes the report; what results.json holds."""
         args, run = self.args, self.run
         before, after = self.evaluation.measure(None, "before"), self.evaluation.measure(run.folder, "after")
-        results = {"seconds": round(time.perf_counter() - self.started, 1), "n": len(after.images)}
-        results |= before_and_after(before, after, ("similarity", "text_alignment", "validation_loss", "curve"))
-        results |= {"adapter": args.adapter, "trainable_parameters": self.trainable}
-        results |= {"base_model": args.pretrained_model_name_or_path, "resolution": args.resolution}
-        if self.identity is not None:
-            results["identity_loss"] = self.identity
-            if self.identity < after.validation_loss:
-                what = f"{self.identity:.3f}, is better than what the training reached, {after.validation_loss:.3f}"
-                advice = "where no host needs the new form, read the base so and leave the adapter out"
-                logger.info("the base read by the identity, %s: %s (docs/conversion.md)", what, advice)
-        if run.is_main:
-            self.facts["time"] = f"{results['seconds']:.0f} s, evaluation included"
-            write_run_report(self.evaluation, self.facts, before, after, self.pipe, self.converted)
-            publish(run, results, results_table(before, after), window_note(args, self.family))
-        return results
+        others = {} if self.identity is None else {"identity_loss": self.identity}
+        if self.identity is not None and self.identity < after.validation_loss:
+            what = f"{self.identity:.3f}, is better than what the training reached, {after.validation_loss:.3f}"
+            advice = "where no host needs the new form, read the base so and leave the adapter out"
+            logger.info("the base read by the identity, %s: %s (docs/conversion.md)", what, advice)
+        return finish(
+            run,
+            before,
+            after,
+            names=("similarity", "text_alignment", "validation_loss", "curve"),
+            figures=figures(before, after),
+            facts=self.facts,
+            schedule_line=schedule_line(args, self.family),
+            write_report=partial(write_report, self.evaluation, before, after, self.pipe, self.converted),
+            n=len(after.images),
+            trainable_parameters=self.trainable,
+            base_model=args.pretrained_model_name_or_path,
+            resolution=args.resolution,
+            **others,
+        )
 
 
 def digested(records: Sequence[ImageRecord]) -> list[str]:

@@ -12,7 +12,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any, Protocol, cast
 
@@ -21,8 +21,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .checkpoints import last_checkpoint, save_checkpoint
-from .optimization import hold_core
+from .engines import prepare
+from .optimization import build_optimizer, build_scheduler, hold_core
 from .run import Run
+from .stream import stream_loader
 
 logger = logging.getLogger(__name__)
 
@@ -30,29 +32,40 @@ _ECHO = 2.0  # seconds in which a second SIGINT is that of the launcher, which p
 
 
 class StepLoss(Protocol):
-    """The value of a loss function: the scalar to differentiate, and the losses (b,) of its samples."""
+    """The value of a loss function: the scalar to differentiate, the losses (b,) and λ (b,) of its samples."""
 
     @property
     def loss(self) -> Tensor: ...
     @property
     def per_sample(self) -> Tensor: ...
+    @property
+    def noise_level(self) -> Tensor: ...
 
 
 class TrainingDiverged(ArithmeticError):
     """The loss or its gradient is no longer a finite number."""
 
 
+def prepare_training(run: Run, model: torch.nn.Module, samples: Any, collate: Callable[[list[dict]], Any]) -> list[Any]:
+    """Model, optimizer, schedule and loader of a planned run, as `accelerator.prepare` returns them.
+
+    Args:
+        samples: a `stream.ShuffledStream`, of which `collate` makes batches.
+    """
+    optimizer = build_optimizer(model, run.args, fused=run.fuses_optimizer)
+    scheduler = build_scheduler(optimizer, run.args, run.total_steps)
+    return prepare(run.accelerator, model, optimizer, scheduler, stream_loader(samples, collate, **run.batches))
+
+
 def train(
     run: Run,
-    model: torch.nn.Module,
-    optimizer: Any,
-    scheduler: Any,
-    loader: Iterable[Any],
+    parts: Sequence[Any],
     compute_loss: Callable[[Any], StepLoss],
     validate: Callable[[], dict[str, float]],
     on_step: Callable[[], None] = lambda: None,
 ) -> None:
-    """Take the optimizer steps from `run.step` to `run.total_steps`, with what `accelerator.prepare` returned.
+    """Take the optimizer steps from `run.step` to `run.total_steps`, with the `parts` that
+    `prepare_training` returned.
 
     Args:
         compute_loss: batch → `StepLoss`, through `model`'s own `__call__`.
@@ -64,7 +77,7 @@ def train(
         TrainingDiverged: the loss or the gradient's norm isn't finite; the weights are still those of the step before.
         SystemExit: code 130 after Ctrl-C, 143 after SIGTERM, once a checkpoint is written.
     """
-    accelerator, args = run.accelerator, run.args
+    accelerator, args, (model, optimizer, scheduler, loader) = run.accelerator, run.args, parts
     bar = tqdm(total=run.total_steps, initial=run.step, desc="train", unit="step", disable=not run.is_main)
     model.train()
     with InterruptRequest() as interrupt, bar:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from .arguments import schedule_of, window_of
 from .parser import given_arguments
 from .run import Run
 
+CURVE = "noise_level_curve.png"
+_SIDES = ("before", "after")
 _WHAT_IT_IS = {
     "nara": "A noise-aware low-rank adapter",
     "lora": "A low-rank adapter",
@@ -69,13 +72,6 @@ def validation_means(losses: Tensor, noise_levels: Tensor, window: NoiseWindow) 
     return {name: part.double().mean().item() for name, part in parts.items() if len(part)}
 
 
-def before_and_after(before: Any, after: Any, names: Sequence[str]) -> dict[str, Any]:
-    """{"NAME_before", "NAME_after", …, "noise_levels"} of two measurements, for results.json."""
-    sides = {"before": before, "after": after}
-    values = {f"{name}_{side}": getattr(of, name) for name in names for side, of in sides.items()}
-    return {**values, "noise_levels": after.noise_levels}
-
-
 def plot_noise_level_curves(
     path: Path,
     noise_levels: Sequence[float],
@@ -114,12 +110,14 @@ def plot_noise_level_curves(
         figure.savefig(partial, dpi=120)
 
 
-def write_run_card(
-    folder: Path,
-    args: Any,
+def write_run_report(
+    run: Run,
     facts: Mapping[str, str],
+    before: Any,
+    after: Any,
     *,
-    name: str,
+    measured_on: str,
+    unit: str,
     about: str,
     figures: Sequence[Sequence[str]],
     how_good: tuple[str, str],
@@ -128,18 +126,20 @@ def write_run_card(
     library: str = "peft",
     **others: Any,
 ) -> None:
-    """Write the model card, README.md, into `folder`.
+    """Write noise_level_curve.png and the model card, README.md, into the run's folder.
 
     Args:
-        args: the run's arguments.
         facts: {what: value} of the run, such as the number of trainable parameters.
-        name: what people call the base model.
+        before, after: measurements: the loss `curve` over `noise_levels`, `measured_on`, in `unit`.
         about: the end of the card's first sentence: the purpose of the adapter, and its training data.
         figures: rows of (what, before, after); `how_good` has the texts before and after these rows.
         loading: the code that loads the adapter.
         tags, library, others: of the front matter that the Hub reads; those that are None are left out.
     """
-    method, title = method_of(args), title_of(args)
+    args = run.args
+    method, title, name = method_of(args), title_of(args), Path(args.pretrained_model_name_or_path).name
+    path, curves = run.folder / CURVE, (after.noise_levels, before.curve, after.curve)
+    plot_noise_level_curves(path, *curves, f"{name}: loss over the noise level, {measured_on}", unit, window_of(args))
     tags = ["nara" if method.family == "nara" else args.adapter.replace("_", "-"), *tags]
     if not Path(args.pretrained_model_name_or_path).exists():  # an id of the Hub, and no path of this disk
         relation = "finetune" if method.family == "full" else "adapter"
@@ -149,7 +149,8 @@ def write_run_card(
     table = f"| | before | after |\n|---|---|---|\n{rows}"
     training = "\n".join(f"- {what}: {value}" for what, value in facts.items())
     settings = yaml.safe_dump(given_arguments(args), sort_keys=False, allow_unicode=True).strip()
-    good = (how_good[0], table, how_good[1], _BESIDE_LORA if reads_noise(args) else "")
+    curve = f"The loss at each noise level:\n\n![loss over the noise level]({CURVE})"
+    good = (how_good[0], table, f"{how_good[1]} {curve}", _BESIDE_LORA if reads_noise(args) else "")
     parts = [
         f"---\n{front}\n---",
         f"# {name} with {title}",
@@ -159,7 +160,7 @@ def write_run_card(
         f"## How to load it\n\n{loading}",
         f"## How it was trained\n\n{training}\n\nAll arguments:\n\n```yaml\n{settings}\n```",
     ]
-    write_text(folder / "README.md", "\n\n".join(part.strip() for part in parts) + "\n")
+    write_text(run.folder / "README.md", "\n\n".join(part.strip() for part in parts) + "\n")
 
 
 def reads_noise(args: Any) -> bool:
@@ -190,14 +191,6 @@ def window_facts(args: Any) -> dict[str, str]:
     return {"noise levels": f"{window.low:g} {until}; {outside}"}
 
 
-def schedule_note(line: str) -> str:
-    """The end of a LoRA's run in a window; `line` is the code that gives it its schedule."""
-    return (
-        "This adapter was trained in a window of noise levels, which its file can't hold. Whenever it is loaded, "
-        f"switch it off outside: {line}"
-    )
-
-
 def core_import(args: Any) -> str:
     """The line of a model card's code that registers a custom core; nothing for other adapters."""
     if method_of(args).family != "nara" or args.core_type in BUILT_IN:
@@ -210,7 +203,7 @@ def core_import(args: Any) -> str:
 _ADVICE = {
     "validation_loss": "The validation loss didn't fall: by it the base alone is as good or better. Try a lower "
     "--learning_rate, fewer steps, or more and more varied data.",
-    "exact_match": "Exact match didn't rise; samples.html has what was generated. A small file needs more "
+    "exact_match": "Exact match didn't rise; samples.jsonl has what was generated. A small file needs more "
     "--num_train_epochs or a higher --learning_rate. Long answers are seldom equal word for word: --extract compares a "
     "part.",
     "similarity": "The samples came no nearer to the subject: try more --max_train_steps or a higher --learning_rate.",
@@ -228,10 +221,42 @@ def advice(results: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def publish(run: Run, results: Mapping[str, Any], table: str, note: str = "") -> None:
-    """Write results.json, upload the folder if asked to, and print `table`, advice and `note`."""
-    write_json(run.folder / "results.json", dict(results))
-    run.upload()
-    lines = [f"\n{table}\n", f"{results['seconds']:.0f} s; everything is in {run.folder}"]
-    lines += [] if run.hub_id is None else [f"pushed to https://huggingface.co/{run.hub_id}"]
-    sys.stdout.write("\n".join([*lines, *advice(results), *filter(None, [note])]) + "\n")
+def finish(
+    run: Run,
+    before: Any,
+    after: Any,
+    *,
+    names: Sequence[str],
+    figures: Sequence[Sequence[str]],
+    facts: Mapping[str, str],
+    schedule_line: str,
+    write_report: Callable[[Mapping[str, str]], None],
+    **others: Any,
+) -> dict[str, Any]:
+    """Write report and results.json of a run, upload the folder if asked to, and print the table; returns the results.
+
+    Args:
+        before, after: two measurements; `names` are the attributes of theirs that results.json has.
+        figures: rows of the table, (what, before, after).
+        facts: see `write_run_report`; `write_report` is called with these and the time.
+        schedule_line: the code that gives an adapter its strength over λ, printed where its file can't hold that.
+        **others: further results.
+    """
+    seconds = round(time.perf_counter() - run.started, 1)
+    results = {"seconds": seconds, "adapter": run.args.adapter, **others, "noise_levels": after.noise_levels}
+    for side, measured in zip(_SIDES, (before, after), strict=True):
+        results |= {f"{name}_{side}": getattr(measured, name) for name in names}
+    if run.is_main:
+        write_report({**facts, "time": f"{seconds:.0f} s, evaluation included"})
+        write_json(run.folder / "results.json", results)
+        run.upload()
+        lines = [f"\n{format_table(['', *_SIDES], figures)}\n", f"{seconds:.0f} s; everything is in {run.folder}"]
+        lines += [] if run.hub_id is None else [f"pushed to https://huggingface.co/{run.hub_id}"]
+        lines += advice(results)
+        if needs_schedule(run.args):
+            lines.append(
+                "This adapter was trained in a window of noise levels, which its file can't hold. Whenever it is "
+                f"loaded, switch it off outside: {schedule_line}"
+            )
+        sys.stdout.write("\n".join(lines) + "\n")
+    return results

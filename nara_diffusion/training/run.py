@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import math
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,6 +53,7 @@ class Run:
         checkpoint: the folder that the run continues from, or None.
         folder: where the run writes.
         resumed: the manifest of `checkpoint`; empty without one.
+        started: when, by `time.perf_counter`.
         step: optimizer steps done.
         total_steps: optimizer steps to do; set by `plan`.
         data_start: the step at which the training data began: 0, unless a resumed run was given others.
@@ -72,6 +74,7 @@ class Run:
     total_steps: int = 0
 
     def __post_init__(self) -> None:
+        self.started = time.perf_counter()
         self.step, self.data_start = self.resumed.get("step", 0), self.resumed.get("data_start", 0)
         self.unlogged: list[float] = list(self.resumed.get("unlogged", (0.0, 0)))
 

@@ -86,7 +86,7 @@ def test_first_step_of_a_longer_run_is_taken_at_the_longer_schedule_s_rate(
     """The step after the resume, whose rate the checkpoint's optimizer has as the shorter schedule said: 0."""
     train(tmp_path)
     rates: list[float] = []
-    prepare = dllm.prepare
+    prepare = dllm.prepare_training
 
     def watched(*parts: Any) -> list[Any]:
         prepared = prepare(*parts)
@@ -94,7 +94,7 @@ def test_first_step_of_a_longer_run_is_taken_at_the_longer_schedule_s_rate(
         optimizer.register_step_pre_hook(lambda *_: rates.append(optimizer.param_groups[0]["lr"]))
         return prepared
 
-    monkeypatch.setattr(dllm, "prepare", watched)
+    monkeypatch.setattr(dllm, "prepare_training", watched)
     train(tmp_path, **LATEST, max_train_steps=4)
     assert rates[0] == pytest.approx(0.5e-2)
 

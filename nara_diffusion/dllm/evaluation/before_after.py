@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,20 +18,17 @@ from nara_diffusion.dllm.decoding import Sampling
 from nara_diffusion.dllm.loss import masked_diffusion_loss
 from nara_diffusion.dllm.models.backbone import evaluating
 from nara_diffusion.noise.strength_schedule import EVERYTHING, NoiseWindow
-from nara_diffusion.training.arguments import schedule_of, window_of
+from nara_diffusion.training.arguments import schedule_of
 from nara_diffusion.training.engines import split_across_processes
 from nara_diffusion.training.report import (
-    before_and_after,
     core_import,
-    format_table,
     needs_schedule,
-    plot_noise_level_curves,
     reads_noise,
-    schedule_note,
     validation_means,
-    write_run_card,
+    write_run_report,
     write_text,
 )
+from nara_diffusion.training.run import Run
 
 from .exact_match import exact_match
 from .noise_curve import batches_of, noise_level_curve
@@ -48,10 +44,6 @@ prompt = torch.tensor(encode_prompts(tokenizer, [prompt_text(tokenizer, {questio
 tokens = generate(model, prompt, {sampling})
 print(tokenizer.decode(tokens[0, prompt.shape[1] :], skip_special_tokens=True))
 ```"""
-_ENDING = """\
-Exact match compares generated answers. [Samples](samples.jsonl). The loss at each noise level:
-
-![loss over the noise level](noise_level_curve.png)"""
 
 
 @dataclass(frozen=True)
@@ -136,17 +128,8 @@ def validation_losses(
     return validation_means(pairs[:, 0], pairs[:, 1], window)
 
 
-def compare(before: Measurement, after: Measurement) -> dict[str, Any]:
-    """The content of results.json: both measurements, without the generations."""
-    return before_and_after(before, after, ("exact_match", "validation_loss", "curve"))
-
-
-def results_table(before: Measurement, after: Measurement) -> str:
-    """Exact match and validation loss, before and after, as text."""
-    return format_table(["", "before", "after"], _figures(before, after))
-
-
-def _figures(before: Measurement, after: Measurement) -> list[list[str]]:
+def figures(before: Measurement, after: Measurement) -> list[list[str]]:
+    """Exact match and validation loss: rows of (what, before, after)."""
     shares, losses = (
         [format_.format(getattr(one, name)) for one in (before, after)]
         for name, format_ in (("exact_match", "{:.1%}"), ("validation_loss", "{:.3f}"))
@@ -154,38 +137,34 @@ def _figures(before: Measurement, after: Measurement) -> list[list[str]]:
     return [[f"exact match (n = {len(after.generations)})", *shares], ["validation loss", *losses]]
 
 
-def write_run_report(
-    folder: Path,
-    args: Any,
-    facts: Mapping[str, str],
+def write_report(
+    run: Run,
     before: Measurement,
     after: Measurement,
-    *,
-    load_from: str,
     question: str | list[dict[str, str]],
+    facts: Mapping[str, str],
 ) -> None:
-    """Write noise_level_curve.png, samples.jsonl and README.md into `folder`; the card's code loads `load_from`, and
-    asks `question`, a text or the turns of a conversation."""
-    base = args.pretrained_model_name_or_path
-    name = Path(base).name
-    title, unit = f"{name}: loss over the noise level, held-out records", "nats per masked token"
-    curves = (after.noise_levels, before.curve, after.curve)
-    plot_noise_level_curves(folder / "noise_level_curve.png", *curves, title, unit, window_of(args))
+    """Write noise_level_curve.png, samples.jsonl and README.md into the run's folder; the card's code asks `question`,
+    a text or the turns of a conversation."""
     lines = [
         {"instruction": one["instruction"], "answer": one["answer"], "before": one["generation"]}
         | {"after": other["generation"], "correct_before": one["correct"], "correct_after": other["correct"]}
         for one, other in zip(before.generations, after.generations, strict=True)
     ]
-    write_text(folder / "samples.jsonl", "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines))
-    write_run_card(
-        folder,
-        args,
+    write_text(run.folder / "samples.jsonl", "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines))
+    args = run.args
+    base, data = args.pretrained_model_name_or_path, args.dataset_name or args.train_file
+    write_run_report(
+        run,
         facts,
-        name=name,
-        about=f"for the masked-diffusion language model `{base}`, trained on `{args.dataset_name or args.train_file}`.",
-        figures=_figures(before, after),
-        how_good=("", _ENDING),
-        loading=_loading(args, after, load_from, question),
+        before,
+        after,
+        measured_on="held-out records",
+        unit="nats per masked token",
+        about=f"for the masked-diffusion language model `{base}`, trained on `{data}`.",
+        figures=figures(before, after),
+        how_good=("", "Exact match compares generated answers. [Samples](samples.jsonl)."),
+        loading=_loading(args, after, run.hub_id or str(run.folder), question),
         tags=["masked-diffusion", "text-generation"],
         library="transformers" if args.adapter == "full" else "peft",
     )
@@ -202,7 +181,7 @@ def _loading(args: Any, measured: Measurement, folder: str, question: str | list
     imports = "" if is_whole else "from peft import PeftModel\n"
     if needs_schedule(args):
         imports += "\nfrom nara_diffusion import StrengthSchedule, set_strength"
-        lines.append(_schedule_line(args))
+        lines.append(schedule_line(args))
     code = _LOADING.format(
         imports=imports,
         loading=core_import(args) + "\n".join(lines),
@@ -214,10 +193,6 @@ def _loading(args: Any, measured: Measurement, folder: str, question: str | list
     return code
 
 
-def window_note(args: Any) -> str:
-    """What is said at the end of a LoRA's run in a window; nothing of other runs."""
-    return schedule_note(_schedule_line(args)) if needs_schedule(args) else ""
-
-
-def _schedule_line(args: Any) -> str:
+def schedule_line(args: Any) -> str:
+    """The code that gives a LoRA its strength over λ."""
     return f'set_strength(model, "default", {schedule_of(args)!r})'
