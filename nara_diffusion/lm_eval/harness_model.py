@@ -2,7 +2,6 @@
 
     generate_until          answers by `nara_diffusion.dllm.generate`
     loglikelihood           the bound of `nara_diffusion.dllm.log_likelihood`, and whether greedy sampling agrees
-    loglikelihood_rolling   the same bound for whole texts, in windows of `max_length` tokens
 
 λ is the masked share of the answer, which those functions set at each forward for each sample. Requests are sorted by
 length; a result doesn't depend on the other requests of its batch. Under `accelerate launch` each process has all of
@@ -35,7 +34,7 @@ from nara_diffusion.dllm.models.backbone import Backbone
 from nara_diffusion.loaders.file import load_peft_adapter
 from nara_diffusion.utils.naming import naming_source
 
-from .harness_text import ALPACA, SETTINGS, cut, encode, encode_pair, read_gen_kwargs, templated, windows_of
+from .harness_text import ALPACA, SETTINGS, cut, encode, encode_pair, read_gen_kwargs, templated
 
 logger = logging.getLogger(__name__)
 
@@ -205,20 +204,11 @@ class NaraDLLM(LM):
         return results
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-        """The log-likelihood in nats of each request's text: the sum over windows of `max_length` tokens.
-
-        The first window is scored whole; of each further one the second half is scored, with the first half as context.
-        """
-        totals = []
-        with self._progress(len(requests), "likelihood of texts") as bar:
-            for request in requests:
-                (text,) = request.args
-                opening, tokens = encode_pair(self.tokenizer, "", text, has_template=False) if text else ([], [])
-                windows = windows_of(self._opened(opening), tokens, self.max_length)
-                totals.append(sum(self._log_likelihoods(windows)) if text else 0.0)
-                self.cache_hook.add_partial("loglikelihood_rolling", request.args, totals[-1])
-                bar.update()
-        return totals
+        """Refused, as in LLaDA's own evaluation."""
+        raise ValueError(
+            "perplexities of whole texts (loglikelihood_rolling) aren't measured: the likelihood of a masked-diffusion "
+            "model is a bound, and a text's depends on how it is cut into windows. Leave the task out."
+        )
 
     def _log_likelihoods(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[float]:
         """The likelihood bound of each (prompt, answer), in nats."""

@@ -126,12 +126,3 @@ def cut(text: str, until: Sequence[str]) -> str:
     """`text` up to the first occurrence of any text in `until`."""
     places = [text.find(stop) for stop in until if stop]
     return text[: min((place for place in places if place >= 0), default=len(text))]
-
-
-def windows_of(opening: list[int], tokens: list[int], size: int) -> list[tuple[list[int], list[int]]]:
-    """Pairs (context, tokens to score) that score each token once; `opening` is the context of the first."""
-    first = size - len(opening)
-    step = max(size - size // 2, 1)
-    later = range(first, len(tokens), step)
-    pairs = [(tokens[max(start + step - size, 0) : start], tokens[start : start + step]) for start in later]
-    return [(opening, tokens[:first]), *pairs]

@@ -41,12 +41,6 @@ TASKS: dict[str, dict[str, Any]] = {
         "target_delimiter": " ",
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
     },
-    "tiny_texts": {
-        "output_type": "loglikelihood_rolling",
-        "doc_to_text": "",
-        "doc_to_target": "{{instruction}}",
-        "metric_list": [{"metric": "bits_per_byte"}],
-    },
 }
 
 

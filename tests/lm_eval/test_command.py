@@ -26,14 +26,14 @@ def results_in(folder: Path) -> dict[str, Any]:
     return json.loads(file.read_text())
 
 
-def test_three_kinds_of_request_in_one_run(
+def test_both_kinds_of_request_in_one_run(
     adapter: str, tasks: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = ["--model_args", f"pretrained={LLADA_TINY},peft={adapter},samples=8", "--include_path", tasks]
-    argv += ["--tasks", "tiny_answers,tiny_choices,tiny_texts", "--output_path", str(tmp_path), "--log_samples"]
+    argv += ["--tasks", "tiny_answers,tiny_choices", "--output_path", str(tmp_path), "--log_samples"]
     main([*argv, "--apply_chat_template", "--gen_kwargs", "gen_length=6,steps=3", "--device", "cpu"])
     found = results_in(tmp_path)
-    assert {*found["results"]} == {"tiny_answers", "tiny_choices", "tiny_texts"}
+    assert {*found["results"]} == {"tiny_answers", "tiny_choices"}
     assert found["config"]["model"] == "nara_dllm"
     assert found["chat_template"].startswith("{% for message in messages %}")
     assert "|tiny_answers|" in capsys.readouterr().out

@@ -124,17 +124,6 @@ def test_loglikelihood_is_guided_by_cfg_scale(harness: NaraDLLM, monkeypatch: py
     assert value == pytest.approx(expected, rel=1e-4)
 
 
-def test_loglikelihood_rolling_scores_windows_that_see_what_stands_before(harness: NaraDLLM) -> None:
-    harness.max_length = 6
-    ids = harness.tokenizer("abcdefghij").input_ids
-    opening = 1 if ids[0] == harness.tokenizer.bos_token_id else 0
-    expected = bound(harness, ids[:opening], ids[opening:6])
-    for start in range(6, len(ids), 3):
-        expected += bound(harness, ids[start - 3 : start], ids[start : start + 3])
-    found = harness.loglikelihood_rolling(requests("loglikelihood_rolling", ("abcdefghij",), ("",)))
-    assert found == [pytest.approx(expected, rel=1e-5), 0.0]
-
-
 @pytest.mark.parametrize("has_chat_template", [True, False])
 def test_template_makes_prompt_and_answer_of_training(
     harness: NaraDLLM, has_chat_template: bool, monkeypatch: pytest.MonkeyPatch
