@@ -6,10 +6,9 @@
     of a converted model,   scheduler/scheduler_config.json      type(…).from_pretrained(folder, subfolder="scheduler")
       all but NaRA's family, whose file carries it
 
-A COMPONENT is what was trained, by its name in the pipeline: unet, transformer, text_encoder, …. Of an average
-of the weights, it is what these files hold. A checkpoint has the same, and, for training to go on,
-trainable.safetensors, what is trained and the adapters' buffers by their names in the model, and ema.safetensors, the
-average likewise.
+A COMPONENT is what was trained, by its name in the pipeline: unet, transformer, text_encoder, …. A checkpoint has the
+same, and, for training to go on, trainable.safetensors, what is trained and the adapters' buffers by their names in the
+model.
 """
 
 from __future__ import annotations
@@ -37,21 +36,18 @@ from .pipelines import family_of
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 TRAINABLE = "trainable.safetensors"
-AVERAGE = "ema.safetensors"
-_STEPS = "optimizer_steps"
 
 
 def write_adapter(model: AdaptedDenoiser, folder: Path, state: dict[str, Any]) -> None:
-    """An `AdapterWriter`: what a user loads into a pipeline. The weights are the model's own, or their average."""
-    with model.averaged():
-        if isinstance(model.config, NaraConfig):
-            model.pipe.save_nara_weights(folder, adapter_name=ADAPTER)
-            return
-        if type(model.config) is LoraConfig:
-            _write_lora(model, folder)
-        else:
-            for name, component in model.components.items():
-                component.save_pretrained(str(folder / name))
+    """An `AdapterWriter`: what a user loads into a pipeline."""
+    if isinstance(model.config, NaraConfig):
+        model.pipe.save_nara_weights(folder, adapter_name=ADAPTER)
+        return
+    if type(model.config) is LoraConfig:
+        _write_lora(model, folder)
+    else:
+        for name, component in model.components.items():
+            component.save_pretrained(str(folder / name))
     if model.scheduler is not None:
         model.scheduler.save_pretrained(folder / SCHEDULER)
 
@@ -72,23 +68,17 @@ def _write_lora(model: AdaptedDenoiser, folder: Path) -> None:
 def write_checkpoint(model: AdaptedDenoiser, folder: Path, state: dict[str, Any]) -> None:
     """An `AdapterWriter`: what `read_checkpoint` reads."""
     write_adapter(model, folder, state)
-    _save(_training_state(model), folder / TRAINABLE)
-    if model.average is not None:
-        average = dict(zip(model.trained, model.average.shadow_params, strict=True))
-        _save({**average, _STEPS: torch.tensor(model.average.optimization_step)}, folder / AVERAGE)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _training_state(model).items()}
+    save_file(tensors, folder / TRAINABLE)
 
 
+@torch.no_grad()
 def read_checkpoint(model: AdaptedDenoiser, folder: Path) -> None:
     """Put what a checkpoint holds into `model`, before accelerate wraps it."""
-    _copy(load_file(folder / TRAINABLE), _training_state(model))
-
-
-def read_average(model: AdaptedDenoiser, folder: Path) -> None:
-    """Put a checkpoint's average into that of `model`, after `start_average`."""
-    average: Any = model.average
-    tensors = load_file(folder / AVERAGE)
-    average.optimization_step = int(tensors.pop(_STEPS))
-    _copy(tensors, dict(zip(model.trained, average.shadow_params, strict=True)))
+    given, own = load_file(folder / TRAINABLE), _training_state(model)
+    check_tensors(given, own)
+    for name, tensor in own.items():
+        tensor.copy_(given[name])
 
 
 def _training_state(model: AdaptedDenoiser) -> dict[str, Tensor]:
@@ -100,17 +90,6 @@ def _training_state(model: AdaptedDenoiser) -> dict[str, Tensor]:
             state[name] = tensor
             seen.add(tensor.data_ptr())
     return state
-
-
-@torch.no_grad()
-def _copy(given: dict[str, Tensor], own: dict[str, Tensor]) -> None:
-    check_tensors(given, own)
-    for name, tensor in own.items():
-        tensor.copy_(given[name])
-
-
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
 
 
 @contextmanager

@@ -7,13 +7,10 @@ adapters have C = I.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import fields, replace
 from typing import Any
 
-from diffusers.training_utils import EMAModel
 from peft import LoraConfig, PeftConfig, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 
@@ -60,7 +57,6 @@ class AdaptedDenoiser(nn.Module):
             check_storable(config, self.family.denoiser)
         self.pipe = pipe  # not a module: it saves the adapter, and holds the tokenizers
         self.config, self.scheduler = config, scheduler
-        self.average: EMAModel | None = None  # of the trained weights, in the order of `trained`
         base = getattr(pipe, self.family.denoiser)
         if gradient_checkpointing:
             base.enable_gradient_checkpointing()
@@ -90,31 +86,6 @@ class AdaptedDenoiser(nn.Module):
     def trained(self) -> dict[str, nn.Parameter]:
         """The parameters that are trained, by name."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
-
-    def start_average(self, decay: float = 0.9999) -> None:
-        """Keep an average of what is trained from here on, w̄ ← d w̄ + (1 − d) w with d = min(decay, n / (n + 9)) after
-        step n. Called when accelerate has put the weights where they stay.
-        """
-        self.average = EMAModel(self.trained.values(), decay=decay, foreach=True)
-
-    def update_average(self) -> None:
-        """Take an optimizer step's weights into the average, if there is one."""
-        if self.average is not None:
-            self.average.step(self.trained.values())
-
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Within, the weights are the average's, if there is one."""
-        if self.average is None:
-            yield
-            return
-        weights = list(self.trained.values())
-        self.average.store(weights)
-        self.average.copy_to(weights)
-        try:
-            yield
-        finally:
-            self.average.restore(weights)
 
     def forward(
         self,

@@ -103,9 +103,6 @@ class ImageAdapterArguments(AdapterArguments):
         rare=True,
     )
     text_encoder_lr: float | None = option(None, "Learning rate of those; none means --learning_rate.", rare=True)
-    use_ema: bool = option(
-        False, "Save, sample and measure a moving average of what is trained (Diffusers' EMAModel).", rare=True
-    )
 
 
 @dataclass

@@ -48,7 +48,7 @@ from nara_diffusion.training.report import finish, window_facts
 from nara_diffusion.training.run import Run, start_run
 from nara_diffusion.utils.naming import counted
 
-from .adapter_files import read_average, read_checkpoint, write_adapter, write_checkpoint
+from .adapter_files import read_checkpoint, write_adapter, write_checkpoint
 from .comparison import Evaluation, ValidationLoss, load_encoders
 from .conversion import converted_scheduler
 from .dataset import DreamBoothDataset, collate_samples
@@ -188,10 +188,6 @@ class FineTuning:
         model = self._model()
         parts = prepare_training(run, model, self.dataset, collate_samples)
         denoiser = parts[0]
-        if args.use_ema:
-            model.start_average()
-            if run.checkpoint is not None:
-                read_average(model, run.checkpoint)
         self.trainable = sum(parameter.numel() for parameter in model.trained.values())
         held_out = f"on {counted(len(self.measured_on.instances), 'image')} held out"
         self.facts = {
@@ -207,7 +203,7 @@ class FineTuning:
         run.open(self.facts)
         self.identity = self._identity_loss()
         loss, validate = replace(self.step, model=denoiser), partial(self.evaluation.validate, denoiser)
-        train(run, parts, loss, validate, on_step=model.update_average)
+        train(run, parts, loss, validate)
         save_adapter(run.accelerator, denoiser, run.folder, write_adapter)
 
     def _evaluation(self, positions: range) -> Evaluation:

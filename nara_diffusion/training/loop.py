@@ -62,7 +62,6 @@ def train(
     parts: Sequence[Any],
     compute_loss: Callable[[Any], StepLoss],
     validate: Callable[[], dict[str, float]],
-    on_step: Callable[[], None] = lambda: None,
 ) -> None:
     """Take the optimizer steps from `run.step` to `run.total_steps`, with the `parts` that
     `prepare_training` returned.
@@ -71,7 +70,6 @@ def train(
         compute_loss: batch → `StepLoss`, through `model`'s own `__call__`.
         validate: {name: value} to log every `--validation_steps` steps; leaves the model's mode and
             the global random state alone.
-        on_step: called after each optimizer step that wasn't skipped for an overflow of fp16.
 
     Raises:
         TrainingDiverged: the loss or the gradient's norm isn't finite; the weights are still those of the step before.
@@ -91,7 +89,6 @@ def train(
                 optimizer.step()
                 if accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
                     scheduler.step()
-                    on_step()
                 optimizer.zero_grad()
             if not accelerator.sync_gradients:
                 continue

@@ -16,7 +16,6 @@ from nara_diffusion.dreambooth.adapter_files import (
     LORA_WEIGHTS,
     TRAINABLE,
     adapter_loaded,
-    read_average,
     read_checkpoint,
     write_adapter,
     write_checkpoint,
@@ -107,38 +106,3 @@ def test_checkpoint_of_another_rank_is_refused_and_changes_nothing(tmp_path: Pat
     with pytest.raises(ValueError, match=r"lora_A\.default\.weight' has shape \(3, 16\)"):
         read_checkpoint(other, tmp_path)
     assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
-
-
-def test_average_is_what_is_written_and_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
-    model = trained("nara")
-    model.start_average(0.9999)
-    by_hand = {name: parameter.detach().clone() for name, parameter in model.trained.items()}
-    for step in range(1, 5):
-        disturb(model, seed=step)
-        model.update_average()
-        decay = (step / (step + 9)) if step > 1 else 0.0
-        for name, parameter in model.trained.items():
-            by_hand[name] = decay * by_hand[name] + (1 - decay) * parameter.detach()
-    raw = {name: parameter.detach().clone() for name, parameter in model.trained.items()}
-    with model.averaged():
-        for name, parameter in model.trained.items():
-            torch.testing.assert_close(parameter.detach(), by_hand[name], rtol=1e-5, atol=1e-6)
-    assert all(torch.equal(parameter, raw[name]) for name, parameter in model.trained.items())
-
-    write_checkpoint(model, tmp_path, {})
-    other = trained("nara", seed=7)
-    read_checkpoint(other, tmp_path)
-    other.start_average(0.9999)
-    read_average(other, tmp_path)
-    for each in (model, other):
-        disturb(each, seed=9)
-        each.update_average()
-    pairs = zip(model.average.shadow_params, other.average.shadow_params, strict=True)  # type: ignore[union-attr]
-    assert all(torch.equal(one, two) for one, two in pairs)
-    sampler = small_sdxl()
-    sampler.load_nara_weights(tmp_path)
-    with torch.no_grad():
-        found = sampler.unet.state_dict()
-        key = next(name for name in by_hand if "lora_B" in name and name.startswith("unet"))
-        stored = found[key.removeprefix("unet.").replace(".default.", f".{sampler.get_active_adapters()[0]}.")]
-        torch.testing.assert_close(stored, by_hand[key], rtol=1e-5, atol=1e-6)
