@@ -2,7 +2,7 @@
 
 PEFT           PeftModel.from_pretrained       a NaRA that is refused would stay on the base model, half loaded
                PeftModel.load_adapter          the same, beside other adapters
-transformers   PeftAdapterMixin.load_adapter   would leave a core a fresh draw: a NaRA is refused by name
+transformers   PeftAdapterMixin.load_adapter   reads A and B by its own names, and leaves a core a fresh draw
 Diffusers      LoraBaseMixin.set_adapters      takes numbers: a StrengthSchedule may be among the weights
                PeftAdapterMixin.save_lora_adapter  would write a NaRA into a file that is described as a LoRA's
                lora_base._get_model_file       finds the files of LoRAs: a NaRA's is refused by name
@@ -10,18 +10,23 @@ Diffusers      LoraBaseMixin.set_adapters      takes numbers: a StrengthSchedule
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from copy import copy
 from typing import Any
 
 import diffusers.loaders.lora_base as lora_base
 from diffusers.loaders.peft import PeftAdapterMixin
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.save_and_load import load_peft_weights
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.integrations.peft import PeftAdapterMixin as TransformersAdapterMixin
+from transformers.utils.loading_report import LoadStateDictInfo
 
 from nara_diffusion.config import NaraConfig, NaraPeftType
 from nara_diffusion.loaders.file import METADATA_KEY
@@ -109,7 +114,7 @@ def _is_naras(model_id: Any, options: Mapping[str, Any]) -> bool:
 # ---------------------------------------------------------------------- transformers
 
 
-def _load_into_transformers(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+def _load_into_transformers(original: Any, self: Any, *args: Any, **kwargs: Any) -> LoadStateDictInfo:
     given = dict(inspect.signature(original).bind(self, *args, **kwargs).arguments)
     given |= given.pop("kwargs", {})
     load_config = given.get("load_config")
@@ -120,10 +125,25 @@ def _load_into_transformers(original: Any, self: Any, *args: Any, **kwargs: Any)
     config = given.get("peft_config")
     if not (isinstance(config, NaraConfig) if config is not None else model_id and _is_naras(model_id, hub)):
         return original(self, *args, **kwargs)
-    raise ValueError(
-        f"{model_id or 'The configuration'} is a NaRA's, and transformers' own loading would leave its core a fresh "
-        "draw: load the base model, then PeftModel.from_pretrained(model, folder), of peft."
-    )
+    name = given.get("adapter_name") or "default"
+    if name in getattr(self, "peft_config", {}):
+        raise ValueError(
+            f"The model has an adapter '{name}', and load_adapter swaps no NaRA into its place: pass another "
+            "adapter_name, or call delete_adapter of it before."
+        )
+    with nullcontext() if model_id is None else _named(model_id, hub), restored_on_error(self):
+        config = copy(config or PeftConfig.from_pretrained(model_id, **hub))  # type: ignore[arg-type]
+        config.inference_mode = not given.get("is_trainable", False)
+        tensors = given.get("adapter_state_dict") or load_peft_weights(model_id, device="cpu", **hub)  # type: ignore[arg-type]
+        inject_adapter_in_model(config, self, name)
+        set_peft_model_state_dict(self, tensors, name)
+        self._hf_peft_config_loaded = True
+    if config.inference_mode:
+        self.eval()
+        for module in (module for module in self.modules() if isinstance(module, BaseTunerLayer)):
+            nn.Module.requires_grad_(module, False)  # type: ignore[arg-type]
+    empty: dict[str, Any] = {"error_msgs": [], "conversion_errors": {}}  # a report that nothing was left out
+    return LoadStateDictInfo(**{f.name: empty.get(f.name, set()) for f in dataclasses.fields(LoadStateDictInfo)})
 
 
 # ---------------------------------------------------------------------- Diffusers

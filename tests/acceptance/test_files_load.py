@@ -69,6 +69,20 @@ def test_auto_class_of_peft_finds_base_and_adapter(name, kind, base_folder: Path
     _files.assert_near(_bases.text_output(model), OUTPUTS[name], model)
 
 
+@pytest.mark.parametrize("name", ["nara_dora", "layer"])
+def test_load_adapter_of_transformers_computes_the_stored_outputs(name: str) -> None:
+    model = _bases.language_model()
+    model.load_adapter(PEFT / name, adapter_name="mine")
+    _files.assert_near(_bases.text_output(model), OUTPUTS[name], model)
+    tensors = load_file(PEFT / name / _files.PEFT_WEIGHTS)
+    assert _files.adapted_layers(model, "mine") == _files.layers_of(tensors, "base_model.model.")
+
+
+def test_from_pretrained_of_transformers_takes_an_adapters_folder(base_folder: Path) -> None:
+    model = LlamaForCausalLM.from_pretrained(PEFT / "nara")
+    _files.assert_near(_bases.text_output(model), OUTPUTS["nara"], model)
+
+
 def test_adapter_of_a_checkpoint_loads_into_the_backbone_of_its_run() -> None:
     base, _ = load_backbone(str(SHIPPED))
     model = PeftModel.from_pretrained(base, PEFT / "checkpoint-2").eval()

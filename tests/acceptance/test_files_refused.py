@@ -253,6 +253,12 @@ def test_pickle_is_refused_and_not_run(suffix: str, form: str, models, tmp_path:
     assert not (tmp_path / "was run").exists()
 
 
+@pytest.mark.parametrize("row", ["core missing", "B of a layer missing", "layer too many"])
+def test_load_adapter_of_transformers_refuses_the_same(row: str, models, tmp_path: Path) -> None:
+    parts, model = change_tensors(copied("peft", tmp_path), TENSORS[row]), models["peft"]
+    refused(lambda: model.load_adapter(tmp_path, adapter_name="mine"), model, *parts)
+
+
 def test_second_adapter_that_is_broken_leaves_the_first_as_it_was(tmp_path: Path) -> None:
     parts = change_tensors(copied("peft", tmp_path), TENSORS["A of a layer missing"])
     model = PeftModel.from_pretrained(_bases.language_model(), GOOD["peft"]).eval()

@@ -47,7 +47,7 @@ def _nothing_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     def called(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("is for a NaRA alone")
 
-    for name in ("_named", "give_strength", "check_strength"):
+    for name in ("inject_adapter_in_model", "give_strength", "check_strength"):
         monkeypatch.setattr(wraps, name, called)
 
 
