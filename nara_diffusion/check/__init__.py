@@ -1,6 +1,6 @@
 """nara-check: short trainings that measure whether an adapter gains by knowing the noise level λ (docs/check.md)."""
 
-from .trials import CheckSettings, CheckTask, Repeat, published, trials
+from .trials import CheckTask, Repeat, published, trials
 from .verdict import THRESHOLDS, Verdict, decide, judge
 
-__all__ = ["THRESHOLDS", "CheckSettings", "CheckTask", "Repeat", "Verdict", "decide", "judge", "published", "trials"]
+__all__ = ["THRESHOLDS", "CheckTask", "Repeat", "Verdict", "decide", "judge", "published", "trials"]

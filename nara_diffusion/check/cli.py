@@ -7,9 +7,8 @@ MODEL is an image model that train_scripts/dreambooth.py can train, or a masked-
 repository on the Hub. DATA is a folder of images, or a JSON or JSON Lines file with records of instruction and output.
 Further flags are those of that train script, whose --check this is, with defaults for short trainings of rank 4.
 
-It repeats short trainings of LoRA, of NaRA, and of NaRA that reads the same λ for every sample, from the same start on
-the same samples, noise levels and noise. The verdict rests on the relative differences of their losses on held-out
-samples, with 95 % intervals: λ is likely to pay, λ is unlikely to pay, or can't say. docs/check.md explains it.
+It repeats short trainings of LoRA, of NaRA, of NaRA that reads the same λ for every sample, and of a cheaper way of
+telling λ; their held-out losses say whether λ is likely to pay, and by which way. docs/check.md explains it.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -45,17 +45,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 def check(model: str, data: str, flags: Sequence[str]) -> dict[str, Any]:
     """Run the check of the train script that `data` is for, and return what check.json holds."""
     own: dict[str, Any] = {**SHORT, "pretrained_model_name_or_path": model}
-    arguments: Any
     if Path(data).is_file():
-        from nara_diffusion.dllm.train import Arguments as arguments
-        from nara_diffusion.dllm.train import main as run
-
-        own |= {"train_file": data, "target_modules": ["all-linear"]}
+        script: Any = import_module("nara_diffusion.dllm.train")
+        arguments, own = script.Arguments, own | {"train_file": data, "target_modules": ["all-linear"]}
     elif Path(data).is_dir():
-        from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments as arguments
         from nara_diffusion.dreambooth.shipped import family_defaults
-        from nara_diffusion.dreambooth.train import main as run
 
+        script = import_module("nara_diffusion.dreambooth.train")
+        arguments = script.DreamBoothArguments
         own = {"instance_data_dir": data, "instance_prompt": "a photo", **family_defaults(own), **own}
     else:
         raise ValueError(f"DATA {data} doesn't exist: name a folder of images, or a file of records.")
@@ -63,4 +60,4 @@ def check(model: str, data: str, flags: Sequence[str]) -> dict[str, Any]:
     def defaults(given: Mapping[str, Any]) -> dict[str, Any]:
         return own | {"core_learning_rate": given.get("learning_rate", own["learning_rate"]) / 4}
 
-    return run(parse_arguments(arguments, flags, description=__doc__, defaults=defaults))
+    return script.main(parse_arguments(arguments, flags, description=__doc__, defaults=defaults))

@@ -1,137 +1,134 @@
-"""Is λ likely to pay? The relative differences of held-out losses, rules in their order (docs/check.md), and a report.
+"""Is λ likely to pay, and which way of telling it? Differences of held-out losses, rules (docs/check.md), a report.
 
     d_k = mean over bins of λ of  (ℓ − ℓ') / max(ℓ, ℓ')        in repeat k
 
-ℓ is NaRA's mean loss on the held-out samples in a bin, ℓ' another arm's. d lies between −1 and 1, so that one training
-that fails doesn't decide the result. All bins count alike, since losses differ by orders of magnitude: an ε-model's
-loss at much noise is a hundredth of that at little noise. The 95 % interval over the repeats (Student's t) covers the
-differences between trainings and those between samples.
+ℓ is an arm's mean loss on the held-out samples in a bin, ℓ' another's. d lies between −1 and 1, so that one training
+that fails doesn't decide the result. Its 95 % interval is Student's t over the repeats.
 """
 
 from __future__ import annotations
 
-import math
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from pathlib import Path
-from statistics import fmean
+import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from nara_diffusion.training.report import format_table, write_json
 from nara_diffusion.training.run import Run
-from nara_diffusion.utils.atomic_write import atomic_write
 from nara_diffusion.utils.statistics import Interval, interval
 
-from .trials import ARMS, CheckSettings, CheckTask, Repeat, trials
+from .trials import TITLES, WAYS, CheckTask, Repeat, trials
 
-TITLES = {"base": "base", "lora": "LoRA", "untold": "without λ", "nara": "NaRA"}
 BINS = 10  # equal parts of [0, 1], where λ is
-ABOUT = ("rank", "target_modules", "learning_rate", "core_learning_rate", "seed")  # arguments in check.json
-ROUNDING = 1e-10  # losses up to this are float32 rounding
+ABOUT = "rank target_modules learning_rate core_learning_rate seed train_batch_size"  # arguments in check.json
 LIKELY, UNLIKELY, UNKNOWN = "λ is likely to pay", "λ is unlikely to pay", "can't say"
-CHEAPER = (
-    "NaRA isn't the only way of telling λ: try first, since this check doesn't, LoRA or DoRA on the time layers too, "
-    "λ as a token of the prompt, or for a conversion the base as it is, read in the other form (docs/conversion.md)."
-)
+NO_CHEAP = " No cheap way of telling λ was tried: no time layers are left to adapt, and no place for a token."
 THRESHOLDS = {"pays": 0.02, "nothing": 0.005, "learnt": 0.02, "fewest": 3}
-"""The relative gain of NaRA's loss from which on λ pays; the largest mean gain at which λ is said not to pay, since a
+"""The relative gain of a loss from which on it pays; the largest mean gain at which λ is said not to pay, since a
 larger one may grow with more steps; the gain of the lowest loss over the base's without which the trainings show
 nothing; and the least number of repeats for a verdict."""
 
 
 class Verdict(NamedTuple):
-    """LIKELY, UNLIKELY or UNKNOWN; and the numbers, with what to do if it is UNKNOWN."""
+    """LIKELY, UNLIKELY or UNKNOWN; what to do, and the numbers; the arm that tells λ, None while that isn't clear."""
 
     answer: str
     reason: str
+    way: str | None = None
 
 
-class BinLosses(NamedTuple):
-    """The bin of λ from `low` to `high`: {arm: mean loss}, and NaRA's relative difference from LoRA."""
-
-    low: float
-    high: float
-    losses: dict[str, float]
-    difference: Interval
-
-
-def decide(task: CheckTask, settings: CheckSettings, progress: bool) -> tuple[list[Repeat], Verdict]:
-    """Repeat the short trainings until the verdict is clear, or `settings.repeats` times."""
+def decide(task: CheckTask, progress: bool) -> tuple[list[Repeat], Verdict]:
+    """Repeat the short trainings until the verdict is clear, or `task.repeats` times."""
     repeats: list[Repeat] = []
-    for repeat in trials(task, settings, progress):
+    started = time.perf_counter()
+    for repeat in trials(task, progress):
         repeats.append(repeat)
-        if len(repeats) >= THRESHOLDS["fewest"] and (verdict := judge(repeats)).answer != UNKNOWN:
-            return repeats, verdict
+        if len(repeats) == 1 and progress:
+            tqdm.write(time_left(time.perf_counter() - started, task.repeats))
+        if len(repeats) >= THRESHOLDS["fewest"] and ((found := judge(repeats)).way or found.answer == UNLIKELY):
+            break
     return repeats, judge(repeats)
+
+
+def time_left(seconds: float, repeats: int) -> str:
+    """What the first of at most `repeats` repeats, which took `seconds`, says of the others."""
+    least, most = (f"{(count - 1) * seconds:.0f} s" for count in (THRESHOLDS["fewest"], repeats))
+    return f"the first repeat took {seconds:.0f} s: the verdict comes in {least} at least, {most} at most."
 
 
 def judge(repeats: Sequence[Repeat]) -> Verdict:
     """The verdict of the first rule that applies."""
-    losses, pays, learnt = mean_losses(repeats), percent(-THRESHOLDS["pays"]), THRESHOLDS["learnt"]
-    change = min(losses[arm] for arm in ARMS) / losses["base"] - 1
-    if change > -learnt:
+    losses, found = mean_losses(repeats), differences(repeats)
+    change = min(loss for arm, loss in losses.items() if arm != "base") / losses["base"] - 1
+    if change > -THRESHOLDS["learnt"]:
+        remedy = "lower --learning_rate." if change > 0 else "raise --learning_rate."
         return Verdict(
-            UNKNOWN,
-            f"the lowest loss differs from the base model's by {percent(change)}, and {percent(-learnt)} is needed to "
-            "show anything: raise the learning rate or the steps, or lower the rate if the loss rose.",
+            UNKNOWN, f"too little was learnt, the lowest loss is {percent(change)} from the base's: {remedy}"
         )
-    lora, untold = differences = [relative_difference(repeats, other) for other in ("lora", "untold")]
-    found = f"NaRA's held-out loss differs from LoRA's by {described(lora)} and from that of NaRA without λ by "
-    found += f"{described(untold)}, in {len(repeats)} repeats"
-    is_lower = all(difference.high < 0 for difference in differences)
-    if is_lower and all(difference.mean <= -THRESHOLDS["pays"] for difference in differences):
-        return Verdict(LIKELY, f"{found}: both intervals are below zero, and both means are {pays} or lower. {CHEAPER}")
-    if is_lower:
-        more = "take more steps, with which the gain may grow"
-        return Verdict(UNKNOWN, f"{found}: both intervals are below zero, but not both means are {pays}: {more}.")
+    answer, advice, way = _decision(found)
+    each = (f"{TITLES[a]} against {TITLES[b]} {described(d)}" for a in found for b, d in found[a].items())
+    numbers = f"Held-out losses in {len(repeats)} repeats: {'; '.join(each)}."
+    return Verdict(answer, f"{advice}. {numbers}{'' if {*WAYS} & {*found} else NO_CHEAP}", way)
+
+
+def _decision(found: dict[str, dict[str, Interval]]) -> tuple[str, str, str | None]:
+    """Answer, advice and way of the first rule that applies to the differences."""
+    cheap = next((arm for arm in WAYS if arm in found), "")
+    both = lora, untold = found["nara"]["lora"], found["nara"]["untold"]
+    pays, gains = is_below(lora) and is_below(untold), bool(cheap) and is_below(found[cheap]["lora"])
+    name, needed = TITLES.get(cheap), percent(-THRESHOLDS["pays"])
+    if pays and (not cheap or is_below(found["nara"][cheap])):
+        return LIKELY, f"take NaRA, which is better than {name} too" if cheap else "take NaRA", "nara"
+    if pays and gains:
+        return LIKELY, f"the cheapest way that gets it is {name}", cheap
+    if pays:
+        return LIKELY, f"NaRA gets it; whether {name} does isn't clear: try that first", None
+    take = f"take {name}, better than LoRA by its size if not by λ" if gains else "take LoRA"
+    if lora.high < 0 and untold.high < 0:
+        return UNKNOWN, f"NaRA is better, but not by {needed}: {take}, or train both, since a gain may grow", None
     # an interval that excludes a gain that pays and includes none, whose mean shows no gain that may grow
-    if any(d.low > -THRESHOLDS["pays"] and d.mean > -THRESHOLDS["nothing"] and d.high >= 0 for d in differences):
-        return Verdict(UNLIKELY, f"{found}: one interval is above {pays} and not below zero.")
-    return Verdict(UNKNOWN, f"{found}: the intervals allow both {pays} and no gain: take more repeats.")
+    if any(d.low > -THRESHOLDS["pays"] and d.mean > -THRESHOLDS["nothing"] and d.high >= 0 for d in both):
+        return UNLIKELY, take, None
+    if max(lora.mean, untold.mean) >= 0:
+        other = TITLES["lora" if lora.mean >= 0 else "untold"]
+        return UNKNOWN, f"NaRA isn't better than {other} in the mean: {take}", None
+    return UNKNOWN, f"the intervals allow both {needed} and no gain: {take}, or raise --train_batch_size", None
 
 
-def relative_difference(repeats: Sequence[Repeat], other: str) -> Interval:
-    """The mean and the interval of d from the arm `other`; see the module's docstring."""
-    return interval(_differences(_bin_means(repeats), other).nanmean(1).tolist())
+def is_below(difference: Interval) -> bool:
+    """Whether a loss is lower, clear of zero, and by so much that it pays."""
+    return difference.high < 0 and difference.mean <= -THRESHOLDS["pays"]
+
+
+def differences(repeats: Sequence[Repeat]) -> dict[str, dict[str, Interval]]:
+    """{arm: {other: d}}, of NaRA from all others, and of a cheap way of telling λ from LoRA."""
+    cheap = [arm for arm in WAYS if arm in repeats[0].losses]
+    pairs = {"nara": ("lora", "untold", *cheap), **dict.fromkeys(cheap, ("lora",))}
+    means = bin_means(repeats)
+    return {a: {b: relative_difference(means[a], means[b]) for b in others} for a, others in pairs.items()}
+
+
+def relative_difference(means: Tensor, others: Tensor) -> Interval:
+    """Mean and interval of d, of two arms' means (repeats, BINS); d is 0 in bins where both are but rounding."""
+    larger = torch.maximum(means, others)
+    return interval(((means - others) / larger).masked_fill(larger <= 1e-10, 0.0).nanmean(1).tolist())
 
 
 def mean_losses(repeats: Sequence[Repeat]) -> dict[str, float]:
     """{arm: its loss}, over all held-out samples."""
-    return {arm: fmean(repeat.losses[arm].mean().item() for repeat in repeats) for arm in TITLES}
+    return {arm: torch.cat([each.losses[arm] for each in repeats]).mean().item() for arm in repeats[0].losses}
 
 
-def by_bins(repeats: Sequence[Repeat]) -> list[BinLosses]:
-    """The losses of each bin of λ that has samples."""
-    rows = []
-    for number, means in enumerate(_bin_means(repeats).unbind(1)):
-        inside = means[~means[:, 0].isnan()]  # (repeats that have samples there, arms)
-        if len(inside):
-            losses = dict(zip(TITLES, inside.mean(0).tolist(), strict=True))
-            difference = interval(_differences(inside, "lora").tolist())
-            rows.append(BinLosses(number / BINS, (number + 1) / BINS, losses, difference))
-    return rows
-
-
-def _bin_means(repeats: Sequence[Repeat]) -> Tensor:
-    """Mean losses (repeats, BINS, arms, the base's first); NaN in bins without samples."""
-    tables = []
-    for repeat in repeats:
-        numbers = (repeat.noise_level * BINS).long().clamp(0, BINS - 1)  # (n,)
-        losses = torch.stack([repeat.losses[arm].double() for arm in TITLES], 1)  # (n, arms)
-        sums = losses.new_zeros(BINS, len(TITLES)).index_add(0, numbers, losses)
-        tables.append(sums / numbers.bincount(minlength=BINS)[:, None])
-    return torch.stack(tables)
-
-
-def _differences(means: Tensor, other: str) -> Tensor:
-    """NaRA's relative differences (…) of `means` (…, arms); 0 where the losses are no more than rounding."""
-    nara, against = means[..., -1], means[..., list(TITLES).index(other)]
-    larger = torch.maximum(nara, against)
-    return ((nara - against) / larger).masked_fill(larger <= ROUNDING, 0.0)
+def bin_means(repeats: Sequence[Repeat]) -> dict[str, Tensor]:
+    """{arm: mean losses (repeats, BINS)}; NaN in bins without samples."""
+    numbers = torch.stack([(repeat.noise_level * BINS).long().clamp(0, BINS - 1) for repeat in repeats])  # (repeats, n)
+    inside = (numbers[:, None] == torch.arange(BINS)[:, None]).double()  # (repeats, BINS, n)
+    losses = {arm: torch.stack([repeat.losses[arm].double() for repeat in repeats]) for arm in repeats[0].losses}
+    return {arm: (inside * each[:, None]).sum(2) / inside.sum(2) for arm, each in losses.items()}
 
 
 def percent(share: float) -> str:
@@ -139,72 +136,33 @@ def percent(share: float) -> str:
 
 
 def described(difference: Interval) -> str:
-    """A relative difference and its 95 % interval, if it has one."""
-    if math.isnan(difference.low):
-        return percent(difference.mean)
+    """A relative difference and its 95 % interval."""
     return f"{percent(difference.mean)} ({percent(difference.low)} to {percent(difference.high)})"
 
 
 def check_training(task: CheckTask, run: Run) -> dict[str, Any]:
-    """Repeat the short trainings of a train script's run until the verdict is clear, print it, and write check.json and
-    check.png into the run's folder. Returns the content of check.json."""
+    """Repeat the short trainings of a train script's run until the verdict is clear, print it and write check.json into
+    the run's folder. Returns the content of that."""
     if run.accelerator.num_processes > 1:
-        raise ValueError(
-            f"--check runs in one process, got {run.accelerator.num_processes}: start it by python, not accelerate "
-            "launch."
-        )
-    settings = CheckSettings()
-    repeats, verdict = decide(task, settings, run.is_main)
-    bins, losses = by_bins(repeats), mean_losses(repeats)
-    differences = {other: relative_difference(repeats, other) for other in ("lora", "untold")}
+        raise ValueError(f"--check runs in one process, got {run.accelerator.num_processes}: start it by python.")
+    repeats, verdict = decide(task, run.is_main)
+    means = {arm: table.nanmean(0) for arm, table in bin_means(repeats).items()}
+    bins = {f"{n / BINS:.1f} to {(n + 1) / BINS:.1f}": n for n in range(BINS) if not means["base"][n].isnan()}
+    losses = {row: {arm: each[n].item() for arm, each in means.items()} for row, n in bins.items()}
+    losses["all"] = mean_losses(repeats)
     content = {
         "verdict": verdict.answer,
         "reason": verdict.reason,
-        "thresholds": THRESHOLDS,
+        "way": verdict.way,
         "model": run.args.pretrained_model_name_or_path,
-        **{name: getattr(run.args, name) for name in ABOUT},
-        "settings": asdict(settings),
+        **{name: getattr(run.args, name) for name in ABOUT.split()},
         "repeats": len(repeats),
-        "differences": {other: _known(difference) for other, difference in differences.items()},
+        "differences": {a: {b: d._asdict() for b, d in each.items()} for a, each in differences(repeats).items()},
         "losses": losses,
-        "bins": [row._asdict() | {"difference": _known(row.difference)} for row in bins],
     }
-    rows = [_row(f"{row.low:.1f} to {row.high:.1f}", row.losses, row.difference) for row in bins]
-    rows.append(_row("all", losses, differences["lora"]))
-    table = format_table(("λ", *TITLES.values(), "NaRA against LoRA"), rows)
-    numbers, picture = run.folder / "check.json", run.folder / "check.png"
-    write_json(numbers, content)
-    _draw(picture, bins, verdict.answer)
-    files = f"all numbers are in {numbers}, drawn in {picture}"
-    sys.stdout.write(f"{table}\n\n{verdict.answer}: {verdict.reason}\n{files}\n")
+    path = run.folder / "check.json"
+    write_json(path, content)
+    cells = [[row, *(f"{loss:.4g}" for loss in each.values())] for row, each in losses.items()]
+    table = format_table(("λ", *(TITLES[arm] for arm in means)), cells)
+    sys.stdout.write(f"{table}\n\n{verdict.answer}: {verdict.reason}\nall numbers are in {path}\n")
     return content
-
-
-def _row(name: str, losses: Mapping[str, float], difference: Interval) -> list[str]:
-    return [name, *(f"{losses[arm]:.4g}" for arm in TITLES), described(difference)]
-
-
-def _known(values: Interval) -> dict[str, float | None]:
-    """None in place of nan, which JSON lacks."""
-    return {name: None if math.isnan(value) else value for name, value in values._asdict().items()}
-
-
-def _draw(path: Path, bins: Sequence[BinLosses], title: str) -> None:
-    """Write a PNG of the losses over λ, and of NaRA's relative difference from LoRA with its intervals."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    losses, differences = figure.subplots(1, 2)
-    centres = [(row.low + row.high) / 2 for row in bins]
-    for arm, name in TITLES.items():
-        losses.plot(centres, [row.losses[arm] for row in bins], "o-", label=name)
-    losses.set(xlabel="noise level λ", ylabel="held-out loss", xlim=(0, 1))
-    losses.legend()
-    means = [100 * row.difference.mean for row in bins]
-    reach = [100 * (row.difference.high - row.difference.mean) for row in bins]
-    differences.errorbar(centres, means, [0 if math.isnan(each) else each for each in reach], fmt="o", capsize=4)
-    differences.axhline(0, color="gray", linewidth=1)
-    differences.set(xlabel="noise level λ", ylabel="NaRA against LoRA, %", xlim=(0, 1))
-    figure.suptitle(title)
-    with atomic_write(path) as partial:
-        figure.savefig(partial, dpi=110)

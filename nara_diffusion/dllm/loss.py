@@ -64,7 +64,11 @@ def masked_diffusion_loss(
             another λ than the masked share; or an answer without a prompt, for a model that predicts the next token.
     """
     mask = Backbone(model).mask_token_id(mask_token_id)
-    batch = mask_answers(input_ids, prompt_lengths, mask_token_id=mask, **masking)
+    return batch_loss(model, mask_answers(input_ids, prompt_lengths, mask_token_id=mask, **masking), chunk_size)
+
+
+def batch_loss(model: nn.Module, batch: MaskedBatch, chunk_size: int | None = 256) -> MaskedDiffusionLoss:
+    """The loss of a batch that is masked already; see `masked_diffusion_loss`."""
     token_loss = masked_cross_entropy(model, batch, chunk_size=chunk_size)  # (b', l)
     per_sample = token_loss.sum(1) / batch.noise_level / batch.answer.sum(1)
     return MaskedDiffusionLoss(**vars(batch), loss=per_sample.mean(), per_sample=per_sample, token_loss=token_loss)

@@ -22,7 +22,7 @@ hold 1 − λ with each λ.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -118,6 +118,24 @@ def mask_answers(
         targets, answer = targets.repeat(2, 1), answer.repeat(2, 1)
         attention_mask = None if attention_mask is None else attention_mask.repeat(2, 1)
     return MaskedBatch(targets.masked_fill(masked, mask_token_id), targets, masked, answer, levels, attention_mask)
+
+
+def with_level_token(batch: MaskedBatch, digits: Sequence[int]) -> MaskedBatch:
+    """`batch` with a token that says λ at the end of each prompt, so that rows are one token longer.
+
+    Args:
+        digits: ten ids, of which a row gets number ⌊10 λ⌋.
+    """
+    b, length = batch.input_ids.shape
+    place = (batch.answer.cumsum(1) == 0).sum(1, keepdim=True)  # (b, 1)
+    places = torch.arange(length + 1, device=place.device).expand(b, -1)  # (b, l + 1)
+    source = (places - (places > place).long()).clamp(max=length - 1)
+    names = ("input_ids", "targets", "masked", "answer", "attention_mask")
+    parts = {name: part.gather(1, source) for name in names if (part := getattr(batch, name)) is not None}
+    level = torch.tensor(digits, device=place.device)[(10 * batch.noise_level).long().clamp(max=9)][:, None]  # (b, 1)
+    parts |= {name: parts[name].scatter(1, place, level) for name in ("input_ids", "targets")}
+    parts |= {name: parts[name].scatter(1, place, False) for name in ("masked", "answer")}
+    return replace(batch, **parts)
 
 
 def answer_positions(

@@ -103,16 +103,16 @@ class AdaptedDenoiser(nn.Module):
         return self.family.predict(self.denoiser, sample, timestep, time_ids, embeddings)
 
 
-def adapt(model: Any, config: PeftConfig) -> Any:
+def adapt(model: Any, config: PeftConfig, name: str = ADAPTER) -> Any:
     """`model` with the adapter; itself changed; wrapped where PEFT keeps state.
 
     Adapters are float32: what PEFT injects has the dtype of its base layer, in which small steps are lost.
     """
     check_target_modules(model, getattr(config, "target_modules", None))
     if isinstance(config, LoraConfig):
-        inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+        inject_adapter_in_model(config, model, adapter_name=name)
     else:
-        model = get_peft_model(model, config, adapter_name=ADAPTER)
+        model = get_peft_model(model, config, adapter_name=name)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

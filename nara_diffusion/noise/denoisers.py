@@ -11,6 +11,7 @@ by a model whose source has another. Registering a source under that name says h
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -176,6 +177,18 @@ def denoiser_of(model: nn.Module) -> Denoiser | None:
     if name == "SanaWMLTX2RefinerTransformer3DModel":  # it is given σ · timestep_scale_multiplier
         return replace(denoiser, scale=config.timestep_scale_multiplier)
     return denoiser
+
+
+_TIME_LAYERS = re.compile(
+    r"(.*\.)?(time_embedding\.linear_\d|time_emb_proj|time(step)?_embedder\.linear_\d|t_embedder\.mlp\.\d|time_proj"
+    r"|norm\w*\.linear|\w*mod(ulation\w*)?\.(linear|\d))"
+)
+
+
+def time_layers(model: nn.Module) -> list[str]:
+    """The names of the linear layers of a denoiser, of those without an adapter, that read the timestep's embedding."""
+    named = model.named_modules()
+    return [name for name, each in named if isinstance(each, nn.Linear) and _TIME_LAYERS.fullmatch(name)]
 
 
 # ---------------------------------------------------------------------- sources that users register or set

@@ -135,7 +135,7 @@ class RunArguments:
     seed: int = option(0, "Seed of the weights, the order of the data, masks and dropout.")
     check: bool = option(
         False,
-        "Measure whether λ can help this training, write check.json and check.png, and stop before it; docs/check.md.",
+        "Measure whether λ can help this training, write check.json, and stop before it; docs/check.md.",
     )
     logging_steps: int = option(10, "Write to metrics.jsonl every so often.", unit="optimizer steps", rare=True)
     validation_steps: int | None = option(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,20 +14,26 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup
 
 from nara_diffusion import NaraConfig, core_matrix, noise_level
-from nara_diffusion.check import Repeat, decide, judge, published, trials, verdict
+from nara_diffusion.check import Repeat, check_tasks, decide, judge, published, trials
+from nara_diffusion.check.check_tasks import add_cheap
 from nara_diffusion.check.cli import main
-from nara_diffusion.check.trials import CheckSettings, CheckTask, restart
-from nara_diffusion.check.verdict import LIKELY, UNKNOWN, UNLIKELY, by_bins, relative_difference
+from nara_diffusion.check.trials import CHEAP, CheckTask, restart
+from nara_diffusion.check.verdict import LIKELY, NO_CHEAP, UNKNOWN, UNLIKELY, bin_means, differences, time_left
+from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser
+from nara_diffusion.noise.denoisers import time_layers
 from nara_diffusion.training.arguments import AdapterArguments, OptimizationArguments
-from tests.helpers.small_pipelines import small_sdxl
+from tests.helpers.pipelines.families import small_flux2_dev, small_qwen_image, small_wan_images, small_z_image
+from tests.helpers.small_pipelines import small_flux, small_sd, small_sd3, small_sdxl
 
 ASSETS = Path(__file__).parents[2] / "examples" / "assets"
 D_IN, D_OUT, RANK, BATCH, STEP = 7, 5, 3, 10, 20
-SHORT = CheckSettings(steps=4, samples=25, repeats=2)
+SHORT = {"steps": 4, "samples": 25, "repeats": 2}
+LONG = {"steps": 80, "samples": 100, "repeats": 4}
 
 
 def drawn(*shape: int, seed: int, uniform: bool = False) -> Tensor:
@@ -49,7 +56,9 @@ def linear_loss(model: nn.Module, needed: Callable[[Tensor], Tensor], rest: floa
     return loss
 
 
-def linear_task(needed: Callable[[Tensor], Tensor], rest: float = 0.0, **rates: Any) -> CheckTask:
+def linear_task(
+    needed: Callable[[Tensor], Tensor], rest: float = 0.0, settings: dict[str, int] = SHORT, **rates: Any
+) -> CheckTask:
     model = nn.Sequential(nn.Linear(D_IN, D_OUT, bias=False)).requires_grad_(False)
     model[0].weight.data = drawn(D_OUT, D_IN, seed=1)
     config = NaraConfig(r=RANK, lora_alpha=RANK, target_modules=["0"])
@@ -60,7 +69,7 @@ def linear_task(needed: Callable[[Tensor], Tensor], rest: float = 0.0, **rates: 
     options = OptimizationArguments(**rates)
     adapter = AdapterArguments(adapter="lora", rank=RANK, target_modules=["0"])
     args = published(SimpleNamespace(**vars(adapter), **vars(options), seed=0))
-    return CheckTask(model, config, args, loss, loss, STEP)
+    return CheckTask(model, config, args, loss, loss, STEP, **settings)
 
 
 def turning(levels: Tensor) -> Tensor:
@@ -69,22 +78,23 @@ def turning(levels: Tensor) -> Tensor:
 
 def test_decide_of_an_update_that_turns_with_the_level_is_likely():
     """A static update can do nothing; C(λ) can turn the sign."""
-    repeats, verdict = decide(linear_task(turning), CheckSettings(80, 100, 4), progress=False)
-    assert verdict.answer == LIKELY
+    repeats, verdict = decide(linear_task(turning, settings=LONG), progress=False)
+    assert (verdict.answer, verdict.way) == (LIKELY, "nara")
+    assert verdict.reason.endswith(NO_CHEAP)
     for losses in ({name: each.mean().item() for name, each in repeat.losses.items()} for repeat in repeats):
         assert losses["lora"] == pytest.approx(losses["base"], rel=0.1)
         assert losses["nara"] < 0.5 * min(losses["lora"], losses["untold"])
 
 
 def test_decide_of_a_static_update_is_unlikely_after_three_repeats():
-    repeats, verdict = decide(linear_task(torch.ones_like, rest=5), CheckSettings(80, 100, 4), progress=False)
+    repeats, verdict = decide(linear_task(torch.ones_like, rest=5, settings=LONG), progress=False)
     assert (verdict.answer, len(repeats)) == (UNLIKELY, 3)
 
 
 def test_trials_lora_equals_a_lora_of_peft():
     """From the same A, on the same samples, by the same optimizer and schedule, clipped alike."""
     task = linear_task(turning, max_grad_norm=0.5)
-    repeat = next(trials(task, SHORT, progress=False))
+    repeat = next(trials(task, progress=False))
     restart(task, 0)
     assert torch.equal(core_matrix(task.model, 0.3)[0], torch.eye(RANK))
     plain = nn.Sequential(nn.Linear(D_IN, D_OUT, bias=False))
@@ -93,15 +103,15 @@ def test_trials_lora_equals_a_lora_of_peft():
     plain[0].lora_A["default"].weight.data.copy_(task.model[0].lora_A["default"].weight)
     parameters = [parameter for parameter in plain.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=0.03, weight_decay=0)
-    schedule = get_cosine_schedule_with_warmup(optimizer, 0, SHORT.steps)
+    schedule = get_cosine_schedule_with_warmup(optimizer, 0, task.steps)
     loss = linear_loss(plain, turning, tell=False)
-    for number in range(SHORT.steps):
+    for number in range(task.steps):
         optimizer.zero_grad()
         loss(range(number * STEP, (number + 1) * STEP)).loss.backward()
         nn.utils.clip_grad_norm_(parameters, 0.5)
         optimizer.step()
         schedule.step()
-    first = SHORT.repeats * SHORT.steps * STEP
+    first = task.repeats * task.steps * STEP
     with torch.no_grad():
         expected = loss(range(first, first + 30)).per_sample.double()
     torch.testing.assert_close(repeat.losses["lora"], expected, rtol=1e-5, atol=1e-7)
@@ -109,48 +119,153 @@ def test_trials_lora_equals_a_lora_of_peft():
 
 def test_trials_refuses_a_loss_that_is_not_finite():
     with pytest.raises(ValueError, match="the loss is no longer a finite number: lower the learning rate"):
-        next(trials(linear_task(lambda levels: levels / 0), SHORT, progress=False))
+        next(trials(linear_task(lambda levels: levels / 0), progress=False))
 
 
-def repeats_of(nara: Sequence[float], untold: Sequence[float], lora: float = 1.0, base: float = 2.0) -> list[Repeat]:
-    """A repeat for each NaRA's loss, alike at two noise levels."""
-    levels = torch.tensor([0.05, 0.95])
-    means = ({"base": base, "lora": lora, "untold": u, "nara": n} for n, u in zip(nara, untold, strict=True))
-    return [Repeat(levels, {arm: torch.full((2,), float(value)) for arm, value in each.items()}) for each in means]
+def test_trials_of_the_token_train_and_measure_on_its_own_losses():
+    """`told` here is a task that a LoRA can learn; the other arms' it can't."""
+    task = linear_task(turning, settings={"steps": 30, "samples": 50, "repeats": 1}, learning_rate=1e-3)
+    add_cheap(task.model, task.config)
+    easy = linear_loss(task.model, torch.ones_like)
+    losses = next(trials(replace(task, told=(easy, easy)), progress=False)).losses
+    assert list(losses) == ["base", "lora", "untold", "token", "nara"]
+    assert losses["token"].mean() < 0.7 * min(losses["lora"].mean(), losses["base"].mean())
 
 
-def test_judge_takes_the_first_rule_that_holds():
-    for nara, untold, base, answer, reason in [
-        ([0.8, 0.81, 0.82], [1, 1, 1], 2, LIKELY, "both means are −2.0 % or lower"),
-        ([0.99, 0.99, 0.991], [1, 1, 1], 2, UNKNOWN, "take more steps"),
-        ([1, 1.001, 0.999], [1, 1, 1], 2, UNLIKELY, "one interval is above −2.0 % and not below zero"),
-        ([0.8, 0.81, 0.82], [0.8, 0.81, 0.82], 2, UNLIKELY, "in 3 repeats"),  # a core that hastens without λ
-        ([0.9, 1.1, 1], [1, 1, 1], 2, UNKNOWN, "take more repeats"),
-        ([0.8, 0.8, 0.8], [1, 1, 1], 0.81, UNKNOWN, "raise the learning rate or the steps"),
-    ]:
-        verdict = judge(repeats_of(nara, untold, base=base))
-        assert verdict.answer == answer
-        assert reason in verdict.reason
+def test_cheap_lora_leaves_the_other_arms_as_they_are():
+    alone, beside = linear_task(turning), linear_task(turning)
+    add_cheap(beside.model, beside.config)
+    expected, found = (next(trials(task, progress=False)).losses for task in (alone, beside))
+    assert set(found) - set(expected) == {"time"}
+    for arm, losses in expected.items():
+        assert torch.equal(found[arm], losses), arm
 
 
-def test_relative_difference_counts_each_bin_alike():
-    repeat = Repeat(
-        torch.tensor([0.05, 0.06, 0.95]),
-        {
-            "base": torch.ones(3),
-            "lora": torch.tensor([1.0, 3.0, 0.01]),
-            "untold": torch.ones(3),
-            "nara": torch.tensor([1.0, 1.0, 0.02]),
-        },
+TIME = {
+    small_sd: {"time_embedding.linear_1", "time_embedding.linear_2", "mid_block.resnets.1.time_emb_proj"},
+    small_sdxl: {"time_embedding.linear_1", "down_blocks.0.resnets.0.time_emb_proj"},
+    small_sd3: {"time_text_embed.timestep_embedder.linear_2", "transformer_blocks.1.norm1_context.linear"},
+    small_flux: {"single_transformer_blocks.0.norm.linear", "transformer_blocks.0.norm1.linear", "norm_out.linear"},
+    small_flux2_dev: {"time_guidance_embed.timestep_embedder.linear_1", "double_stream_modulation_img.linear"},
+    small_z_image: {"t_embedder.mlp.0", "layers.0.adaLN_modulation.0", "all_final_layer.2-1.adaLN_modulation.1"},
+    small_qwen_image: {"time_text_embed.timestep_embedder.linear_1", "transformer_blocks.0.txt_mod.1"},
+    small_wan_images: {"condition_embedder.time_embedder.linear_1", "condition_embedder.time_proj"},
+}
+OTHERS = ("text_embedder", "guidance_embedder", "context_embedder", "proj_out", "to_q", "proj_in", "ff", "mlp")
+
+
+@pytest.mark.parametrize("make", TIME, ids=lambda make: make.__name__)
+def test_time_layers_of_each_family_get_a_lora_of_naras_size(make):
+    pipe = make()
+    config: Any = NaraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=["to_q", "to_k"])
+    model = AdaptedDenoiser(pipe, config)
+    found = time_layers(model.denoiser)
+    assert TIME[make] <= set(found)
+    assert not [name for name in found for other in OTHERS if other in name.replace("t_embedder.mlp", "")]
+    nara = trainable(model)
+    add_cheap(model, config, found)
+    restart(SimpleNamespace(model=model, config=config, args=SimpleNamespace(seed=0)), 0, CHEAP)
+    layers = {name: each for name, each in model.denoiser.named_modules() if isinstance(each, LoraLayer)}
+    attention = {name for name in layers if name.endswith(("to_q", "to_k"))}
+    assert {name for name, each in layers.items() if CHEAP in each.lora_A} == attention | set(found)
+    assert {name for name, each in layers.items() if "default" in each.lora_A} == attention
+    (rank,) = {each.r[CHEAP] for each in layers.values()}
+    assert {each.scaling[CHEAP] for each in layers.values()} == {2}
+    assert abs(trainable(model) - nara) <= trainable(model) / rank / 2 or rank == 1
+    assert not [name for name, each in model.named_parameters() if each.requires_grad and CHEAP not in name]
+    assert time_layers(model.denoiser) == []  # adapted already
+
+
+def trainable(model: nn.Module) -> int:
+    return sum(each.numel() for each in model.parameters() if each.requires_grad)
+
+
+LEVELS = torch.tensor([0.05, 0.95])
+
+
+def repeats_of(**losses: Sequence[float]) -> list[Repeat]:
+    """Repeats of these losses of each arm, alike at two noise levels; those of `base` and `lora` are 2 and 1."""
+    losses = {"base": [2.0] * 3, "lora": [1.0] * 3, "untold": [1.0] * 3} | losses
+    rows = (dict(zip(losses, row, strict=True)) for row in zip(*losses.values(), strict=True))
+    return [Repeat(LEVELS, {arm: torch.full((2,), float(value)) for arm, value in row.items()}) for row in rows]
+
+
+LOW, LEVEL, NOISY = [0.8, 0.81, 0.82], [1, 1.001, 0.999], [0.9, 1.1, 1.03]
+
+
+@pytest.mark.parametrize(
+    ("losses", "answer", "way", "reason"),
+    [
+        ({"nara": LOW}, LIKELY, "nara", "take NaRA. Held-out losses in 3 repeats: NaRA against LoRA −19.0 % ("),
+        ({"nara": LOW, "time": LEVEL}, LIKELY, "nara", "take NaRA, which is better than LoRA + time layers too"),
+        ({"nara": LOW, "time": LOW}, LIKELY, "time", "the cheapest way that gets it is LoRA + time layers"),
+        ({"nara": LOW, "token": [0.7, 0.7, 0.7]}, LIKELY, "token", "the cheapest way that gets it is LoRA + λ token"),
+        (
+            {"nara": LOW, "token": [0.7, 0.9, 1.1]},
+            LIKELY,
+            None,
+            "whether LoRA + λ token does isn't clear: try that first",
+        ),
+        ({"nara": [0.99, 0.99, 0.991]}, UNKNOWN, None, "better, but not by −2.0 %: take LoRA, or train both"),
+        ({"nara": LEVEL}, UNLIKELY, None, "take LoRA. Held-out"),
+        ({"nara": LEVEL, "time": LEVEL}, UNLIKELY, None, "take LoRA. Held-out"),
+        ({"nara": LEVEL, "time": LOW}, UNLIKELY, None, "take LoRA + time layers, better than LoRA by its size if not"),
+        ({"nara": LOW, "untold": LOW}, UNLIKELY, None, "in 3 repeats"),  # a core that hastens without λ
+        ({"nara": NOISY}, UNKNOWN, None, "NaRA isn't better than LoRA in the mean: take LoRA. Held"),
+        ({"nara": LOW, "untold": [0.9, 0.7, 0.8]}, UNKNOWN, None, "isn't better than NaRA without λ in the mean"),
+        (
+            {"nara": [0.9, 1.05, 0.98]},
+            UNKNOWN,
+            None,
+            "allow both −2.0 % and no gain: take LoRA, or raise --train_batch_size",
+        ),
+        (
+            {"nara": [1.99] * 3, "lora": [1.99] * 3, "untold": [1.99] * 3},
+            UNKNOWN,
+            None,
+            "−0.5 % from the base's: raise",
+        ),
+        (
+            {"nara": [3] * 3, "lora": [3] * 3, "untold": [3] * 3},
+            UNKNOWN,
+            None,
+            "+50.0 % from the base's: lower --learn",
+        ),
+    ],
+)
+def test_judge_takes_the_first_rule_that_holds(losses, answer, way, reason):
+    verdict = judge(repeats_of(**losses))
+    assert (verdict.answer, verdict.way) == (answer, way)
+    assert reason in verdict.reason
+    assert (NO_CHEAP in verdict.reason) == (not {"time", "token"} & set(losses) and "from the base's" not in reason)
+
+
+def test_differences_are_those_of_nara_and_of_the_cheap_way_from_lora():
+    found = differences(repeats_of(nara=[0.8] * 3, time=[0.9] * 3))
+    means = {(arm, other): each.mean for arm, others in found.items() for other, each in others.items()}
+    assert means == pytest.approx(
+        {("nara", "lora"): -0.2, ("nara", "untold"): -0.2, ("nara", "time"): -1 / 9, ("time", "lora"): -0.1}
     )
-    assert relative_difference([repeat], "lora").mean == pytest.approx((-0.5 + 0.5) / 2)
-    assert [(row.low, row.losses["lora"]) for row in by_bins([repeat])] == [(0.0, 2.0), (0.9, pytest.approx(0.01))]
+
+
+def test_differences_count_each_bin_alike():
+    arms = {"lora": [1.0, 3.0, 0.01], "nara": [1.0, 1.0, 0.02], "untold": [1.0] * 3, "base": [1.0] * 3}
+    repeat = Repeat(torch.tensor([0.05, 0.06, 0.95]), {arm: torch.tensor(values) for arm, values in arms.items()})
+    assert differences([repeat] * 2)["nara"]["lora"].mean == pytest.approx((-0.5 + 0.5) / 2)
+    means = bin_means([repeat])["lora"][0]
+    assert [(n, round(each, 6)) for n, each in enumerate(means.tolist()) if each == each] == [(0, 2.0), (9, 0.01)]
+
+
+def test_decide_says_after_the_first_repeat_how_long_the_rest_takes(capsys):
+    assert time_left(62.4, 6) == "the first repeat took 62 s: the verdict comes in 125 s at least, 312 s at most."
+    decide(linear_task(turning, settings=SHORT | {"repeats": 3}), progress=True)
+    assert capsys.readouterr().out.count("the first repeat took 0 s: the verdict comes in 0 s at least") == 1
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["images", "text"])
-def test_command_writes_numbers_and_a_picture(kind, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(verdict, "CheckSettings", partial(CheckSettings, steps=2, samples=20, repeats=3))
+def test_command_writes_numbers(kind, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(check_tasks, "CheckTask", partial(CheckTask, steps=2, samples=20, repeats=3))
     if kind == "images":
         small_sdxl().save_pretrained(tmp_path / "sdxl")
         words = [str(tmp_path / "sdxl"), str(ASSETS / "subject"), "--resolution", "16"]
@@ -162,9 +277,12 @@ def test_command_writes_numbers_and_a_picture(kind, tmp_path, capsys, monkeypatc
     main([*words, "--rank", "2", "--output_dir", str(tmp_path / "out")])
     found = json.loads((tmp_path / "out" / "check.json").read_text())
     assert (found["rank"], found["learning_rate"], found["core_learning_rate"]) == (2, 1e-2, 2.5e-3)
-    assert 0 < found["losses"]["nara"] != found["losses"]["lora"] > 0
-    assert f"{found['verdict']}: {found['reason']}" in capsys.readouterr().out
-    assert (tmp_path / "out" / "check.png").read_bytes().startswith(b"\x89PNG")
+    way = "time" if kind == "images" else "token"
+    assert 0 < found["losses"]["all"]["nara"] != found["losses"]["all"]["lora"] != found["losses"]["all"][way] > 0
+    assert set(found["differences"]) == {"nara", way}
+    shown = capsys.readouterr().out
+    assert f"{found['verdict']}: {found['reason']}" in shown
+    assert "the first repeat took" in shown
 
 
 def test_command_refuses_in_one_line(capsys):

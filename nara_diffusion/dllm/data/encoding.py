@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
+import string
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -257,6 +258,11 @@ def chat_text(
             f"({error}): leave out the system message, and let turns of user and assistant alternate"
         ) from error
     return text
+
+
+def digit_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids of the ten digits, which are equal where the tokenizer doesn't know them."""
+    return [ids[-1] for ids in tokenizer(list(string.digits), add_special_tokens=False)["input_ids"]]  # type: ignore[union-attr]
 
 
 def end_token_id(tokenizer: PreTrainedTokenizerBase) -> int:

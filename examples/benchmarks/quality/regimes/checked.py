@@ -6,24 +6,18 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from nara_diffusion.check.trials import TITLES, WAYS
 from nara_diffusion.check.verdict import LIKELY, UNLIKELY
 from quality.regimes.plan import PLAN
 from quality.regimes.report import Confirmed, confirmed
-from quality.regimes.runs import Cell
-from quality.report.data import below_zero, table
+from quality.regimes.runs import REGIMES, Cell
+from quality.report.data import NOTHING, below_zero, table
 
 ROWS = {
-    name: Cell(
-        name.partition(":")[0],
-        "all" if name.endswith(":all") else "attention",
-        *((16, 400) if name == "one_image" else (4, 200)),
-    )
-    for name in (
-        *("eps_to_v", "eps_to_v:all", "eps_to_flow", "zero_snr", "subject", "subject_low", "subject_high"),
-        *("two_conditions", "one_image", "blind_open", "blind_determined", "seen_open", "seen_determined"),
-    )
+    name: Cell(name.partition(":")[0], "all" if ":" in name else "attention", 4, 200)
+    for name in (*REGIMES, "eps_to_v:all")
 }
-"""{name: what was checked}, in the table's order; what isn't in `REGIMES` any more has records alone."""
+"""{name: what was checked}, in the table's order."""
 
 Record = Mapping[str, Any]
 RIGHT, WRONG, OPEN = "right", "**wrong**", "–"
@@ -35,16 +29,19 @@ def check_table(records: Sequence[Record], known: Sequence[Record]) -> str:
     """A line a record, in the order of `ROWS`."""
     order = list(ROWS)
     rows = [_row(record, known) for record in sorted(records, key=lambda r: (order.index(r["row"]), r["seed"]))]
-    header = ["regime", "seed", "known", "against LoRA", "against NaRA without λ", "repeats", "verdict", "is it?"]
-    return table(header, rows)
+    header = ["regime, seed", "known", "NaRA − LoRA", "NaRA − NaRA without λ", "NaRA − cheap way", "cheap way − LoRA"]
+    return table([*header, "repeats", "verdict", "is it?"], rows)
 
 
 def _row(record: Record, known: Sequence[Record]) -> list[str]:
-    cell = _confirmed(record["row"], known)
-    differences = [_described(record["differences"][other]) for other in ("lora", "untold")]
-    verdict, pays = record["verdict"], _pays(record["row"], cell)
-    named = [record["row"], str(record["seed"]), _known(record["row"], cell), *differences, str(record["repeats"])]
-    return [*named, verdict, _judged(verdict, pays)]
+    cell, found = _confirmed(record["row"], known), record["differences"]
+    cheap = next((way for way in WAYS if way in found), None)
+    pairs = [("nara", "lora"), ("nara", "untold"), ("nara", cheap), (cheap, "lora")]
+    differences = [_described(found[arm][other]) if arm and other else NOTHING for arm, other in pairs]
+    named = [f"{record['row']}, {record['seed']}", _known(record["row"], cell), *differences, str(record["repeats"])]
+    verdict, way = record["verdict"], record["way"]
+    judged = _judged(verdict, _pays(record["row"], cell))
+    return [*named, f"{verdict}: {TITLES[way]}" if way else verdict, judged]
 
 
 def _judged(verdict: str, pays: bool | None) -> str:
