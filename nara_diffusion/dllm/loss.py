@@ -55,7 +55,7 @@ def masked_diffusion_loss(
         chunk_size: masked positions whose logits exist at one time, made again in backward; None makes them everywhere
             at once, as most trainers do. The values are the same. Models whose head is adapted or can't be reached
             (`Backbone.head` is None) always do the latter.
-        **masking: of `mask_answers`: attention_mask (b, l) or answer_lengths (b,); noise_level, λ in (0, 1], (b,) or
+        **masking: of `mask_answers`: answer_lengths (b,); noise_level, λ in (0, 1], (b,) or
             one number, instead of drawing it; generator, or seed with sample_indices (b,); group_size; complementary;
             window.
 

@@ -3,8 +3,8 @@
     t ~ U(ε, 1), one a sequence;   masked_j ~ Bernoulli(t) for every j of the answer;   λ = t
 
 as in LLaDA's supervised fine-tuning (arXiv 2502.09992, algorithm 2). The prompt is never masked. A sequence is laid
-out as prompt, answer, padding: `prompt_lengths` (b,) says where the answer starts, `answer_lengths` (b,) or a
-right-padded `attention_mask` (b, l) where it ends (at l if neither is given).
+out as prompt, answer, padding: `prompt_lengths` (b,) says where the answer starts, `answer_lengths` (b,) where it ends
+(at l if they aren't given).
 
 Random numbers are a function of (seed, index of the sample in the training stream), nothing else: a sample has the
 same λ and the same masks at any number of processes, at any batch size, in any order and at any padding, and a
@@ -66,7 +66,6 @@ def mask_answers(
     prompt_lengths: Lengths,
     *,
     mask_token_id: int,
-    attention_mask: torch.Tensor | None = None,
     answer_lengths: Lengths | None = None,
     noise_level: torch.Tensor | float | None = None,
     generator: torch.Generator | None = None,
@@ -82,8 +81,7 @@ def mask_answers(
         input_ids: (b, l) clean tokens: prompt, answer, padding on the right.
         prompt_lengths: (b,) tokens before the answer.
         mask_token_id: the token that stands for a masked one.
-        attention_mask: (b, l), 1 on prompt and answer, 0 on the padding to their right.
-        answer_lengths: (b,), instead of `attention_mask`; without both, answers end at l.
+        answer_lengths: (b,) tokens of each answer; without them, answers end at l.
         noise_level: λ in (0, 1], (b,) or one number; drawn if None.
         generator: draws the seed if `seed` is None.
         seed: key of the random numbers, with `sample_indices`.
@@ -94,12 +92,12 @@ def mask_answers(
         window: the window that λ is drawn from.
 
     Raises:
-        ValueError: lengths that leave a row without an answer or exceed l, padding on the left, λ outside (0, 1],
-            indices without a seed, a window without λ (see `check_drawable`).
+        ValueError: lengths that leave a row without an answer or exceed l, λ outside (0, 1], indices without a seed, a
+            window without λ (see `check_drawable`).
     """
     b, device = len(input_ids), input_ids.device
-    answer = answer_positions(input_ids, prompt_lengths, attention_mask=attention_mask, answer_lengths=answer_lengths)
-    if attention_mask is None and answer_lengths is not None:
+    answer, attention_mask = answer_positions(input_ids, prompt_lengths, answer_lengths=answer_lengths), None
+    if answer_lengths is not None:
         attention_mask = (answer.flip(1).cumsum(1).flip(1) > 0).long()  # up to the end of the answer
     seed, indices = _key(seed, sample_indices, generator, b)
     if noise_level is None:
@@ -142,28 +140,19 @@ def answer_positions(
     input_ids: torch.Tensor,
     prompt_lengths: Lengths,
     *,
-    attention_mask: torch.Tensor | None = None,
     answer_lengths: Lengths | None = None,
 ) -> torch.Tensor:
     """The positions of the answers: (b, l) bool.
 
     Raises:
-        ValueError: lengths that are not one whole number a row, or disagree; padding on the left; an answer that is
-            empty or longer than the row.
+        ValueError: lengths that are not one whole number a row; an answer that is empty or longer than the row.
     """
     width = input_ids.shape[1]
     positions = torch.arange(width, device=input_ids.device)
     starts = _lengths("prompt_lengths", prompt_lengths, input_ids)
     ends = torch.full_like(starts, width)
-    if attention_mask is not None:
-        ends = attention_mask.bool().sum(1)
-        if not torch.equal(attention_mask.bool(), positions < ends[:, None]):
-            raise ValueError("attention_mask has padding on the left or within a row: pad sequences on the right")
     if answer_lengths is not None:
-        stated = starts + _lengths("answer_lengths", answer_lengths, input_ids)
-        if attention_mask is not None and not torch.equal(stated, ends):
-            raise ValueError("prompt_lengths + answer_lengths isn't what attention_mask counts: pass one of the two")
-        ends = stated
+        ends = starts + _lengths("answer_lengths", answer_lengths, input_ids)
     bad = (starts < 0) | (ends <= starts) | (ends > width)
     if bad.any():
         row = int(bad.nonzero()[0])

@@ -40,8 +40,8 @@ def batch(rows: list[int] | None = None) -> dict[str, Any]:
     rows = list(range(len(ROWS))) if rows is None else rows
     width = max(len(ROWS[i]) for i in rows)
     ids = torch.tensor([ROWS[i] + [PAD] * (width - len(ROWS[i])) for i in rows])
-    real = torch.tensor([[1] * len(ROWS[i]) + [0] * (width - len(ROWS[i])) for i in rows])
-    return {"input_ids": ids, "prompt_lengths": [PROMPTS[i] for i in rows], "attention_mask": real}
+    prompts, answers = [PROMPTS[i] for i in rows], [len(ROWS[i]) - PROMPTS[i] for i in rows]
+    return {"input_ids": ids, "prompt_lengths": prompts, "answer_lengths": answers}
 
 
 @contextmanager

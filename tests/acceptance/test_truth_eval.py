@@ -69,8 +69,6 @@ def test_the_likelihood_of_an_answer_without_a_prompt(dream: Any, stock: Any) ->
         bound(stock, [BOS], [73]),
     ]
     assert actual.tolist() == pytest.approx(expected, rel=1e-5)
-    padded = torch.tensor([[1] * 3 + [0] * 2, [1] * 5, [1] + [0] * 4])
-    assert torch.equal(log_likelihood(dream, rows, [0, 2, 0], attention_mask=padded), actual)
 
 
 def test_an_answer_to_an_empty_prompt(dream: Any, stock: Any) -> None:

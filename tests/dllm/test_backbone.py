@@ -42,7 +42,7 @@ IDS = torch.randint(6, MASK, (3, 14), generator=torch.Generator().manual_seed(0)
 BATCH: dict[str, Any] = {
     "input_ids": IDS,
     "prompt_lengths": [3, 6, 1],
-    "attention_mask": torch.tensor([[1] * 14, [1] * 9 + [0] * 5, [1] * 12 + [0] * 2]),
+    "answer_lengths": [11, 3, 11],
     "seed": 2,
 }
 

@@ -31,7 +31,6 @@ def log_likelihood(
     input_ids: torch.Tensor,
     prompt_lengths: torch.Tensor | Sequence[int],
     *,
-    attention_mask: torch.Tensor | None = None,
     answer_lengths: torch.Tensor | Sequence[int] | None = None,
     samples: int = 128,
     batch_size: int = 16,
@@ -49,8 +48,7 @@ def log_likelihood(
         input_ids: (b, l) prompt, answer, padding on the right.
         prompt_lengths: (b,) tokens before the answer; 0 if there are none, where a model that predicts the next token
             (Dream) sees a BOS token in front.
-        attention_mask: (b, l), as for `masked_diffusion_loss`.
-        answer_lengths: (b,), instead of `attention_mask`.
+        answer_lengths: (b,) tokens of each answer; without them, answers end at l.
         samples: S, the number of masks of an answer.
         batch_size: masked sequences of one forward; they may belong to several answers.
         seed: the seed of the masks.
@@ -66,7 +64,7 @@ def log_likelihood(
     model = model if differentiable else without_ddp(model)
     backbone = Backbone(model)
     mask = backbone.mask_token_id(mask_token_id)
-    answers = answer_positions(input_ids, prompt_lengths, attention_mask=attention_mask, answer_lengths=answer_lengths)
+    answers = answer_positions(input_ids, prompt_lengths, answer_lengths=answer_lengths)
     _refuse_masks(input_ids, answers, mask)
     input_ids, answers = _opened(backbone, input_ids, answers)
     indices = range(len(input_ids)) if sample_indices is None else sample_indices
