@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nara_diffusion.layers.channel import CoreChannel, Key
+from nara_diffusion.layers.variants import CoreChannel, Key
 from nara_diffusion.noise.level import outer_modules
 
 _ATTRIBUTES = ("_gradient_checkpointing_func", "checkpoint_fn")

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from nara_diffusion.cores.registry import needs_noise
-from nara_diffusion.layers.channel import CoreChannel
+from nara_diffusion.layers.variants import CoreChannel
 from nara_diffusion.noise.denoisers import Denoiser, first_source
 from nara_diffusion.noise.level import (
     NoiseSignals,

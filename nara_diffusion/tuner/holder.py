@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from nara_diffusion.cores.registry import CoreSet
 from nara_diffusion.cores.simple import IdentityCore
-from nara_diffusion.layers.channel import CoreChannel, Key
 from nara_diffusion.layers.offloading import groups_of
+from nara_diffusion.layers.variants import CoreChannel, Key
 from nara_diffusion.noise.denoisers import Denoiser
 from nara_diffusion.noise.level import NoiseSignals, entry_for
 from nara_diffusion.noise.strength_schedule import StrengthSchedule

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from nara_diffusion.cores.registry import CoreSet
-from nara_diffusion.layers.channel import CoreChannel, Key
 from nara_diffusion.layers.offloading import groups_of
+from nara_diffusion.layers.variants import CoreChannel, Key
 from nara_diffusion.loaders.strict import PEFT_PREFIX
 from nara_diffusion.noise.level import as_signals, backward_pass, core_holders, entry_for, find_holders
 

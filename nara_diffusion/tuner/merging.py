@@ -16,8 +16,8 @@ from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from nara_diffusion.layers.channel import Key
 from nara_diffusion.layers.offloading import is_offloaded
+from nara_diffusion.layers.variants import Key
 from nara_diffusion.noise.level import Level, NoiseSignals, as_signals, backward_pass, entry_for
 from nara_diffusion.noise.level import noise_level as at_noise_level
 
