@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from nara_diffusion.noise.level import core_holders
 from nara_diffusion.training.report import format_table, write_json
 from nara_diffusion.training.run import Run
 from nara_diffusion.utils.statistics import Interval, interval
 
-from .trials import TITLES, WAYS, CheckTask, Repeat, trials
+from .trials import CHEAP, TITLES, WAYS, CheckTask, Repeat, trials
 
 BINS = 10  # equal parts of [0, 1], where λ is
 ABOUT = "rank target_modules learning_rate core_learning_rate seed train_batch_size"  # arguments in check.json
@@ -156,6 +157,7 @@ def check_training(task: CheckTask, run: Run) -> dict[str, Any]:
         "way": verdict.way,
         "model": run.args.pretrained_model_name_or_path,
         **{name: getattr(run.args, name) for name in ABOUT.split()},
+        "cheap_rank": getattr(core_holders(task.model)[0].configs.get(CHEAP), "r", None),
         "repeats": len(repeats),
         "differences": {a: {b: d._asdict() for b, d in each.items()} for a, each in differences(repeats).items()},
         "losses": losses,

@@ -280,6 +280,7 @@ def test_command_writes_numbers(kind, tmp_path, capsys, monkeypatch):
     way = "time" if kind == "images" else "token"
     assert 0 < found["losses"]["all"]["nara"] != found["losses"]["all"]["lora"] != found["losses"]["all"][way] > 0
     assert set(found["differences"]) == {"nara", way}
+    assert found["cheap_rank"] > 2
     shown = capsys.readouterr().out
     assert f"{found['verdict']}: {found['reason']}" in shown
     assert "the first repeat took" in shown
