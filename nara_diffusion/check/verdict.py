@@ -88,7 +88,7 @@ def _decision(found: dict[str, dict[str, Interval]]) -> tuple[str, str, str | No
         return LIKELY, f"the cheapest way that gets it is {name}", cheap
     if pays:
         return LIKELY, f"NaRA gets it; whether {name} does isn't clear: try that first", None
-    take = f"take {name}, better than LoRA by its size if not by λ" if gains else "take LoRA"
+    take = f"take a larger LoRA ({name} is better, by its size if not by λ)" if gains else "take LoRA"
     if lora.high < 0 and untold.high < 0:
         return UNKNOWN, f"NaRA is better, but not by {needed}: {take}, or train both, since a gain may grow", None
     # an interval that excludes a gain that pays and includes none, whose mean shows no gain that may grow

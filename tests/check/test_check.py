@@ -209,7 +209,7 @@ LOW, LEVEL, NOISY = [0.8, 0.81, 0.82], [1, 1.001, 0.999], [0.9, 1.1, 1.03]
         ({"nara": [0.99, 0.99, 0.991]}, UNKNOWN, None, "better, but not by −2.0 %: take LoRA, or train both"),
         ({"nara": LEVEL}, UNLIKELY, None, "take LoRA. Held-out"),
         ({"nara": LEVEL, "time": LEVEL}, UNLIKELY, None, "take LoRA. Held-out"),
-        ({"nara": LEVEL, "time": LOW}, UNLIKELY, None, "take LoRA + time layers, better than LoRA by its size if not"),
+        ({"nara": LEVEL, "time": LOW}, UNLIKELY, None, "take a larger LoRA (LoRA + time layers is better, by its"),
         ({"nara": LOW, "untold": LOW}, UNLIKELY, None, "in 3 repeats"),  # a core that hastens without λ
         ({"nara": NOISY}, UNKNOWN, None, "NaRA isn't better than LoRA in the mean: take LoRA. Held"),
         ({"nara": LOW, "untold": [0.9, 0.7, 0.8]}, UNKNOWN, None, "isn't better than NaRA without λ in the mean"),
