@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .dataset import TrainingSample
 from .draws import seeded_normal
@@ -44,9 +43,11 @@ class TensorCache:
             return self._entries[key]
         entry = tuple(tensor.detach().cpu().contiguous() for tensor in make())
         size = sum(tensor.nbytes for tensor in entry)
-        self.full = self.full or size > self.free
         if size <= self.free:
             self._entries[key], self.free = entry, self.free - size
+        elif not self.full:
+            self.full = True
+            logger.warning("latents or prompts don't fit into memory: the rest is encoded at each use")
         return entry
 
 
@@ -55,7 +56,7 @@ class LatentCache:
 
     Args:
         vae: frozen, in its own dtype and on its own device.
-        memory_mib: bound on memory; 0 encodes each time. An SDXL latent at 1024² takes 512 KiB in float32.
+        memory_mib: bound on memory. An SDXL latent at 1024² takes 512 KiB in float32.
     """
 
     def __init__(self, vae: Any, *, memory_mib: float = 1024.0) -> None:
@@ -74,14 +75,6 @@ class LatentCache:
     def mode(self, samples: Sequence[TrainingSample]) -> Tensor:
         """What `sample` gives with ε = 0; a validation loss uses it."""
         return scale_latents(self.vae, self._posterior(samples)[0])
-
-    def fill(self, samples: Iterable[TrainingSample], *, progress: bool = True) -> None:
-        """Encodes all `samples` that aren't known; see `DreamBoothDataset.distinct_samples`."""
-        for sample in tqdm(list(samples), desc="encode images", unit="crop", disable=not progress):
-            if self.cache.full:
-                logger.warning("the latents don't fit into memory: the rest is encoded at each use")
-                break
-            self._posterior([sample])
 
     def _posterior(self, samples: Sequence[TrainingSample]) -> tuple[Tensor, ...]:
         """μ and σ (b, c, h', w'), float32 on the CPU."""

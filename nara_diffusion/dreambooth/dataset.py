@@ -11,7 +11,7 @@ counted in the scaled, already mirrored image. All that position p holds is a fu
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,15 +155,6 @@ class DreamBoothDataset(Dataset):
             TrainingSample(image, target, *_middle(image, target), False, number, "instance", image.prompt)
             for number, (image, target) in enumerate(zip(self.instances, self.targets, strict=True))
         ]
-
-    def distinct_samples(self, positions: Iterable[int]) -> Iterator[TrainingSample]:
-        """The samples at `positions`, each crop of an image once: to fill a latent cache with what a run will need."""
-        seen = set()
-        for position in positions:
-            for sample in self.samples_at(position):
-                if sample.key not in seen:
-                    seen.add(sample.key)
-                    yield sample
 
     def _sample(self, image: ImageRecord, target: Size, position: int, role: str, prompt: str) -> TrainingSample:
         generator = numpy_generator(self.seed, f"crop {role}", position)

@@ -62,9 +62,6 @@ class DataArguments:
     crops_per_image: int | None = option(
         4, "places of random crops, to bound the cache of latents; none means anywhere", within="data_options"
     )
-    cache_latents: bool = option(
-        True, "keep what the autoencoder says of each crop instead of running it each step", within="data_options"
-    )
     resolution: int = option(1024, "Side of the square that images are scaled and cut to.", unit="pixels")
     aspect_ratio_buckets: str | None = option(
         None,

@@ -184,7 +184,7 @@ class FineTuning:
         """From the start or a checkpoint to the last step; the adapter is written to the run's folder."""
         args, run = self.args, self.run
         steps = run.plan(len(self.instances))
-        self.evaluation = self._evaluation(range(run.batches["first"], run.batches["stop"]))
+        self.evaluation = self._evaluation()
         model = self._model()
         parts = prepare_training(run, model, self.dataset, collate_samples)
         denoiser = parts[0]
@@ -206,12 +206,9 @@ class FineTuning:
         train(run, parts, loss, validate)
         save_adapter(run.accelerator, denoiser, run.folder, write_adapter)
 
-    def _evaluation(self, positions: range) -> Evaluation:
-        """Of the base's pipeline; called before it has an adapter. Fills the cache of latents for `positions`, too."""
+    def _evaluation(self) -> Evaluation:
+        """Of the base's pipeline; called before it has an adapter."""
         args, samples = self.args, self.measured_on.plain_samples()
-        if args.cache_latents:
-            drawn = self.dataset.distinct_samples(positions)
-            self.step.latents.fill([*drawn, *samples], progress=self.run.is_main)
         measured = (self.step.objective.unweighted, self.step.latents, samples, self.family)
         loss = ValidationLoss(*measured, args.seed, args.curve_points, args.train_batch_size)
         prompts = args.prompts or list(dict.fromkeys(record.prompt for record in self.instances))[:4]

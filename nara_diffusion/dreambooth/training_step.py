@@ -83,7 +83,7 @@ def training_step(
     return TrainingStep(
         model=getattr(pipe, family.denoiser),
         objective=objective,
-        latents=LatentCache(pipe.vae) if args.cache_latents else LatentCache(pipe.vae, memory_mib=0),
+        latents=LatentCache(pipe.vae),
         prompts=None if args.train_text_encoder else PromptCache(pipe, family),
         device=device,
         seed=args.seed,

@@ -77,21 +77,22 @@ def test_neither_bounds_nor_batches_nor_a_resume_change_a_bit(data) -> None:
     assert not LatentCache(vae()).sample(batch["samples"], seed=5).equal(expected[0])
 
 
-def test_after_filling_nothing_is_encoded_while_there_is_room(data, monkeypatch, caplog) -> None:
+def test_each_crop_is_encoded_once_while_there_is_room(data, monkeypatch, caplog) -> None:
     model, calls = vae(), []
     encode = model.encode
     monkeypatch.setattr(model, "encode", lambda pixels: calls.append(len(pixels)) or encode(pixels))
-    needed = list(data.distinct_samples(range(40)))
     cache = LatentCache(model)
-    cache.fill(needed, progress=False)
-    assert calls == [1] * len(needed)
-    for batch in batches(data, stop=40):
-        cache.sample(batch["samples"], seed=0)
-    assert len(calls) == len(needed)
-    room = 2 * 2 * 3 * 12 * 16 * 4 / 2**20  # two posteriors of (3, 12, 16)
-    LatentCache(model, memory_mib=room).fill(needed, progress=False)
-    assert len(calls) == len(needed) + 3
-    assert "the latents don't fit into memory" in caplog.text
+    for _ in range(2):
+        for batch in batches(data, stop=40):
+            cache.sample(batch["samples"], seed=0)
+    crops = {sample.key for batch in batches(data, stop=40) for sample in batch["samples"]}
+    assert calls == [1] * len(crops)
+    (room, samples), calls[:] = (2 * 2 * 3 * 12 * 16 * 4 / 2**20, data.plain_samples()), []  # two posteriors
+    bounded = LatentCache(model, memory_mib=room)
+    for sample in [*samples, *samples]:
+        bounded.mode([sample])
+    assert len(calls) == 4
+    assert caplog.text.count("don't fit into memory") == 1
 
 
 def test_embeddings_are_those_of_the_pipeline_each_encoded_once(monkeypatch) -> None:

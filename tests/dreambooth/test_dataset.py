@@ -149,15 +149,6 @@ def test_captions_are_dropped_as_often_as_asked_and_nothing_else_changes(instanc
     assert all(sample.prompt for sample in data.plain_samples())
 
 
-def test_distinct_samples_are_those_of_the_positions(instances, class_images) -> None:
-    data = dataset(instances, class_images=class_images, crops_per_image=2)
-    pixels = {sample.key: sample.pixel_values() for sample in data.distinct_samples(range(10, 34))}
-    assert len({values.numpy().tobytes() for values in pixels.values()}) == len(pixels)
-    occurring = [sample for position in range(10, 34) for sample in data.samples_at(position)]
-    assert {sample.key for sample in occurring} == pixels.keys()
-    assert all(sample.pixel_values().equal(pixels[sample.key]) for sample in occurring[:9])
-
-
 def rows_of(batches: Any) -> list[list[tuple]]:
     return [[(s.position, s.key, s.prompt, s.role) for s in batch["samples"]] for batch in batches]
 

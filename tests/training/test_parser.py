@@ -165,7 +165,7 @@ def test_answers_to_old_flags_name_what_the_script_has() -> None:
         titles = [group.title for group in parser._action_groups]
         assert len(titles) == len(set(titles))
     assert parser._advice("lr") == "unrecognized --lr: did you mean --learning_rate?"
-    advice = {name: parser._advice(name) for name in ("huber_c", "clip_skip", "cache_latents")}
+    advice = {name: parser._advice(name) for name in ("huber_c", "clip_skip", "crops_per_image")}
     assert "has gone" in advice["huber_c"]
     assert "has gone" in advice["clip_skip"]
-    assert advice["cache_latents"] == "--cache_latents: give --data_options cache_latents=VALUE."
+    assert advice["crops_per_image"] == "--crops_per_image: give --data_options crops_per_image=VALUE."
