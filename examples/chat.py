@@ -1,6 +1,7 @@
 """Talk with a masked-diffusion language model (LLaDA, Dream, …) in the terminal, with or without an adapter.
 
-    python examples/chat.py GSAI-ML/LLaDA-8B-Instruct --adapter outputs/dllm-1 --strength 0.8 --steps 64
+    python examples/chat.py GSAI-ML/LLaDA-8B-Instruct --adapter my-answers --strength 0.8 --steps 64
+    python examples/chat.py examples/assets/llada-tiny --adapter outputs/dllm-1 --system "Answer in a word."
     echo "reverse: planet" | python examples/chat.py examples/assets/llada-tiny --gen_length 12
 
 Each line is a turn; the conversation so far is part of the prompt. A terminal shows how the masks (▒) of an answer are
@@ -13,9 +14,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from peft import PeftModel
 
 from nara_diffusion import set_strength
@@ -46,13 +49,20 @@ def answer(model: Any, tokenizer: Any, turns: list[dict[str, str]], **sampling: 
     return tokenizer.decode(sequences[0, ids.shape[1] :], skip_special_tokens=True).strip()
 
 
+def trained_gen_length(adapter: str | None) -> int | None:
+    """The --gen_length of the run that made the adapter, if its folder has that run's config.yaml."""
+    config = None if adapter is None else Path(adapter) / "config.yaml"
+    return yaml.safe_load(config.read_text(encoding="utf-8")).get("gen_length") if config and config.is_file() else None
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Answer each line of the standard input."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a folder, or a repository on the Hub")
     parser.add_argument("--adapter", help="folder or repository of any adapter that PEFT loads")
     parser.add_argument("--strength", type=float, help="factor of the adapter's update (default: 1)")
-    parser.add_argument("--gen_length", type=int, default=128, help="tokens of an answer (default: 128)")
+    parser.add_argument("--system", help="a system message, for a chat template that knows it")
+    parser.add_argument("--gen_length", type=int, help="tokens of an answer (default: as the adapter's run, else 128)")
     parser.add_argument("--steps", type=int, help="forwards of an answer (default: one for each token)")
     parser.add_argument("--block_length", type=int, help="tokens of a block (default: as in the model's own chat)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default: 0)")
@@ -63,16 +73,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.strength is not None:
             set_strength(model, "default", args.strength)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()  # type: ignore[arg-type]
-    sampling = {name: getattr(args, name) for name in ("gen_length", "steps", "block_length", "temperature")}
-    turns: list[dict[str, str]] = []
+    sampling = {name: getattr(args, name) for name in ("steps", "block_length", "temperature")}
+    sampling["gen_length"] = args.gen_length or trained_gen_length(args.adapter) or 128
+    opening = [] if args.system is None else [{"role": "system", "content": args.system}]
+    turns = list(opening)
     for line in filter(None, map(str.strip, sys.stdin)):
-        turns = [] if line == "/clear" else [*turns, {"role": "user", "content": line}]
-        if not turns:
+        if line == "/clear":
+            turns = list(opening)
             continue
+        turns.append({"role": "user", "content": line})
         try:
             turns.append({"role": "assistant", "content": answer(model, tokenizer, turns, **sampling)})
         except ValueError as error:
-            if len(turns) == 1:
+            if len(turns) == len(opening) + 1:
                 raise
             turns.pop()
             print(f"error: {error}; /clear starts a new conversation", file=sys.stderr, flush=True)

@@ -76,6 +76,18 @@ def test_chat_goes_on_after_a_turn_for_which_the_model_has_no_positions_left(cap
     assert re.search("^error: .* 64 positions: .*; /clear starts a new conversation$", said.err, re.MULTILINE)
 
 
+def test_chat_keeps_the_system_message_and_takes_the_length_of_the_adapter_s_run(tmp_path, capsys, monkeypatch):
+    chat, seen = import_module("chat"), []
+    (tmp_path / "config.yaml").write_text("gen_length: 12\n")
+    monkeypatch.setattr(chat.PeftModel, "from_pretrained", lambda model, folder: model)
+    monkeypatch.setattr(chat, "answer", lambda model, tokenizer, turns, **kept: seen.append((list(turns), kept)) or "A")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\n/clear\ntwo"))
+    chat.main([str(EXAMPLES / "assets" / "llada-tiny"), "--adapter", str(tmp_path), "--system", "be short"])
+    told = [[turn["content"] for turn in turns] for turns, _ in seen]
+    assert told == [["be short", "one"], ["be short", "two"]]
+    assert {kept["gen_length"] for _, kept in seen} == {12}
+
+
 @pytest.mark.slow
 def test_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
     import matplotlib.pyplot as plt

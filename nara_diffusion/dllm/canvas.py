@@ -93,8 +93,13 @@ def check_canvas(model: nn.Module, longest_prompt: int, gen_length: int, record:
     """Refuse a canvas beyond the model's positions; see `check_positions`. `record` names the longest prompt's."""
     length = longest_prompt + gen_length
     what = f"the longest prompt has {longest_prompt} tokens and gen_length is {gen_length}, together {length}"
-    found = f" (the longest is {record})" if record else ""
-    check_positions(model, length, what, f"lower gen_length, or take shorter prompts and conversations{found}")
+    remedy = "lower gen_length, or take shorter prompts and conversations"
+    limit = Backbone(model).position_limit
+    if record and limit is not None and limit > gen_length:
+        remedy += (
+            f" (the longest is {record}); --max_length {limit - gen_length} leaves longer ones out, and cuts answers"
+        )
+    check_positions(model, length, what, remedy)
 
 
 def checked_lengths(model: nn.Module, max_length: int | None, gen_length: int) -> int:

@@ -67,7 +67,7 @@ SHIPPED_RUN = {
     "pretrained_model_name_or_path": str(ASSETS / "llada-tiny"),
     "target_modules": ["all-linear"],
     "train_batch_size": 32,
-    "num_train_epochs": 3.2,  # 400 steps
+    "max_train_steps": 400,  # 3.2 epochs of its data
     "learning_rate": 1e-2,
     "core_learning_rate": 1e-3,
     "lr_scheduler": "cosine",
@@ -75,6 +75,7 @@ SHIPPED_RUN = {
     "eval_batch_size": 64,
     "gen_length": 12,
 }
+_TOLD = ("max_train_steps", "train_batch_size", "learning_rate", "gen_length", "checkpointing_steps")
 
 
 def shipped_run(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -83,11 +84,15 @@ def shipped_run(given: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     data = {} if {"train_file", "dataset_name"} & given.keys() else SHIPPED_DATA
     values = shipped(SHIPPED_RUN | data)
+    if "num_train_epochs" in given:
+        del values["max_train_steps"]
     if not data:
         logger.info(
-            "no model was named: your records teach %s, a toy of 64 positions; for LLaDA-8B add "
-            "--pretrained_model_name_or_path GSAI-ML/LLaDA-8B-Instruct",
+            "no model was named: your records teach %s, a toy of 64 positions (about 8 of them a message, and one a "
+            "letter), with its own settings (%s); for LLaDA-8B add --pretrained_model_name_or_path "
+            "GSAI-ML/LLaDA-8B-Instruct",
             values["pretrained_model_name_or_path"],
+            ", ".join(f"{name} {values[name]}" for name in _TOLD if name in values and name not in given),
         )
     return values
 

@@ -132,8 +132,8 @@ class DreamBoothDataset(Dataset):
         pairs = zip(self.instances, self.targets, strict=True)
         small = [image.name for image, (h, w) in pairs if image.size[0] < h or image.size[1] < w]
         if small:
-            of = f"{len(small)} of {len(self.instances)}"
-            logger.warning("%s images are enlarged, and teach blur (%s): lower --resolution", of, small[0])
+            of = f"{len(small)} of {len(self.instances)} images, such as {small[0]}"
+            logger.warning("enlarged, which teaches blur: %s; lower --resolution, or leave small images out", of)
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         return {"samples": self.samples_at(position)}

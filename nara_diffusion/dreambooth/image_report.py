@@ -64,7 +64,8 @@ def write_report(
     ending = (
         f"Over {counted(len(after.images), 'sample')} of {counted(len(settings.prompts), 'prompt')}. Similarity is "
         "the mean cosine of samples and images of the subject, alignment that of samples and their prompts; figures of "
-        "other encoders can't be compared."
+        "other encoders can't be compared. Alignment often falls a little while similarity rises; where samples no "
+        "longer show what prompts ask for, take an earlier checkpoint, or a strength below 1."
     )
     shown = zip(settings.prompts, settings.names[:: settings.images_per_prompt], strict=True)
     write_run_report(

@@ -109,6 +109,7 @@ def load_pipeline(
         what = f"pretrained_model_name_or_path {name}" + (f" with the autoencoder {vae_name}" if vae_name else "")
         why = "the Hub can't be reached: look at the connection, or name folders" if unreached else error
         cure = "; --pretrained_vae_model_name_or_path none takes the model's own autoencoder" if vae_name else ""
+        cure += ", --similarity_model none --alignment_model none do without encoders" if vae_name and unreached else ""
         raise ValueError(f"{what} can't be loaded as {family.title}: {why}{cure}") from error
     for module in modules_of(pipe).values():
         module.requires_grad_(False).eval()

@@ -53,4 +53,6 @@ def family_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
         defaults["max_train_steps"] = STEPS
     if (resolution := native_resolution(name, family, **hub)) is not None:
         defaults["resolution"] = resolution
+        if given.get("resolution", resolution) > 2 * resolution:
+            logger.warning("%s was made for %d pixels, and resolution is %d", name, resolution, given["resolution"])
     return defaults

@@ -247,7 +247,8 @@ def finish(
     for side, measured in zip(_SIDES, (before, after), strict=True):
         results |= {f"{name}_{side}": getattr(measured, name) for name in names}
     if run.is_main:
-        write_report({**facts, "time": f"{seconds:.0f} s, evaluation included"})
+        since = "" if run.checkpoint is None else " since it was resumed"
+        write_report({**facts, "time": f"{seconds:.0f} s{since}, evaluation included"})
         write_json(run.folder / "results.json", results)
         run.upload()
         lines = [f"\n{format_table(['', *_SIDES], figures)}\n", f"{seconds:.0f} s; everything is in {run.folder}"]

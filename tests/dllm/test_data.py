@@ -211,13 +211,24 @@ def test_each_data_set_is_warned_of_once_by_its_name(tmp_path: Path, caplog: Any
     assert found == ["training data", "validation data"]
 
 
+def test_late_answers_whose_prompts_fill_the_length_are_counted(tmp_path: Path, caplog: Any) -> None:
+    long = {"messages": messages(*CHAT[:2], ("user", "w8 " * 60), CHAT[3])}
+    records = read_records(write(tmp_path / "own.jsonl", {"messages": messages(*CHAT)}, long, long))
+    rows = encode_records(records, word_tokenizer(40, chat=True), max_length=64, train_on="all").rows
+    assert rows["record"][:] == [0, 0, 1, 2]
+    assert "left out likewise: 2 late answers of other conversations" in caplog.text
+
+
 def test_own_records_without_a_model_are_told_that_they_teach_the_shipped_toy(caplog: Any) -> None:
     with caplog.at_level("INFO"):
         assert "train_file" not in shipped_run({"train_file": "own.jsonl"})
         assert "train_file" in shipped_run({})
     (message,) = caplog.messages
+    assert shipped_run({})["max_train_steps"] == 400
+    assert "max_train_steps" not in shipped_run({"num_train_epochs": 3})
     assert message.startswith("no model was named: your records teach ")
-    assert "llada-tiny, a toy of 64 positions; for LLaDA-8B add --pretrained_model_name_or_path" in message
+    assert "llada-tiny, a toy of 64 positions" in message
+    assert "its own settings (max_train_steps 400, train_batch_size 32, learning_rate 0.01, gen_length 12" in message
 
 
 def test_given_names_choose_the_form(tmp_path: Path) -> None:

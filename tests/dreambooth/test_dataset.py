@@ -172,4 +172,4 @@ def test_images_that_are_too_small_are_named(instances, caplog) -> None:
     dataset(instances)
     assert not caplog.text
     dataset(instances, buckets=[(64, 64)])
-    assert f"3 of 5 images are enlarged, and teach blur ({instances[0].name})" in caplog.text
+    assert f"enlarged, which teaches blur: 3 of 5 images, such as {instances[0].name};" in caplog.text

@@ -36,7 +36,7 @@ _ALPACA = (
     "Below is an instruction that describes a task{more}. Write a response that appropriately completes the request."
     "\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
 )
-_NUMBERS = ("prompt_length", "record", "length", "ends_inside")
+_NUMBERS = ("prompt_length", "record", "pairs", "length", "ends_inside")
 
 
 @dataclass(frozen=True)
@@ -95,19 +95,21 @@ def encode_records(
     encoder = _Encoder(tokenizer, max_length, train_on, (records.info.description or "").rpartition(" (fields ")[0])
     rows = mapped(records, encoder, key, Features(features), batch_size=BATCH, desc="tokenise")
     columns: Any = rows.with_format("numpy")
-    prompts, numbers, lengths, inside = (columns[name][:] for name in _NUMBERS)
-    cut, dropped = int((lengths > max_length).sum()), len(records) - len(set(numbers))
+    prompts, numbers, pairs, lengths, inside = (columns[name][:] for name in _NUMBERS)
+    kept = dict(zip(numbers.tolist(), pairs.tolist(), strict=True))  # {record: its pairs}
+    cut, dropped, partly = int((lengths > max_length).sum()), len(records) - len(kept), sum(kept.values()) - len(rows)
     if not len(rows):
         raise ValueError(
             f"{name}: nothing is left of {counted(len(records), 'record')}, since the prompts alone fill max_length, "
-            f"{max_length}: raise it, as far as the model has positions, or take shorter prompts and conversations"
+            f"{max_length}: raise it if the model has more positions, or take shorter prompts and conversations"
         )
     most = sorted(lengths)[int(0.9 * (len(rows) - 1))]
     summary = f"9 of 10 of its {counted(len(rows), 'row')} have {most} tokens or fewer, and max_length is {max_length}"
     losses = [f"{dropped} of {len(records)} records are dropped, whose prompts alone fill max_length"] * bool(dropped)
+    losses += [f"left out likewise: {counted(partly, 'late answer')} of other conversations"] * bool(partly)
     losses += [f"{cut} of {counted(len(rows), 'row')} are cut"] * bool(cut)
     if losses:
-        remedy = "raise it, as far as the model has positions, or take shorter records"
+        remedy = "raise it if the model has more positions, or take shorter records"
         logger.warning("%s: %s; %s: %s", name, ", and ".join(losses), summary, remedy)
     else:
         logger.info("%s: %s", name, summary)
@@ -146,11 +148,12 @@ class _Encoder:
         records = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
         pairs: list[dict[str, Any]] = []
         for number, record in zip(indices, records, strict=True):
-            named = {"record": number, "name": self.name_of(record, number)}
+            name = self.name_of(record, number)
             try:
-                pairs += [pair | named for pair in self.pairs(record)]
+                found = self.pairs(record)
             except ValueError as error:
-                raise ValueError(f"{named['name']}: {error}") from error
+                raise ValueError(f"{name}: {error}") from error
+            pairs += [pair | {"record": number, "name": name, "pairs": len(found)} for pair in found]
         prompts = encode_prompts(tokenizer, [pair["prompt"] for pair in pairs])
         answers = _ids(tokenizer, [pair["closed"] for pair in pairs], add_special_tokens=False)
         rows: list[dict[str, Any]] = []
