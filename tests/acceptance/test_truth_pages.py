@@ -47,7 +47,7 @@ MEASURES = ("score", "inside", "drift", "alignment")
 
 @pytest.fixture(scope="module")
 def figures():
-    """{(regime, method): its figures}: means over the ten confirmation seeds."""
+    """{(regime, method): its figures}: means over ten confirmation seeds; of two earlier ones each and both."""
     values = defaultdict(list)  # of each seed
     for record in read(report_quality.RESULTS / "regimes.jsonl"):
         cell = [record[name] for name in ("targets", "rank", "steps")]
@@ -57,9 +57,9 @@ def figures():
                     values[(record["regime"], method, record["arm"], measure, *cell)].append(measured[measure])
     for record in read(report_quality.RESULTS / "alternatives.jsonl"):
         regime = re.sub("_(told|read|bias|gain)$", "", record["regime"])
-        if record["seed"] is None or record["stage"] == "confirm":
-            cell = [record.get(name) for name in ("targets", "rank", "steps")]
-            values[(regime, record["arm"], record["regime"], *cell)].append(record["score"])
+        cell = [record.get(name) for name in ("targets", "rank", "steps")]
+        for seed in {"confirm": ["ten seeds"], "alternatives": [record["seed"], "both seeds"]}.get(record["stage"], []):
+            values[(regime, record["arm"], record["regime"], seed, *cell)].append(record["score"])
     found = defaultdict(list)
     for (regime, method, *_), each in values.items():
         if None not in each:
@@ -168,6 +168,14 @@ def test_bayes_rule_has_on_the_held_out_questions_what_the_record_says(batches, 
     (record,) = (each for each in results.read(RECORDS) if each["arm"] == title)
     assert losses == pytest.approx(record["losses"], rel=1e-5)
     assert f"{sum(losses) / 10:.3f}" == score
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("regime", ["eps_to_v", "zero_snr", "eps_to_flow"])
+def test_the_base_read_by_the_identity_has_what_the_record_says(regime):
+    read = runs.FURTHER[f"{regime}_read"]
+    (record,) = (each for each in results.read(RECORDS) if each["regime"] == regime and each["seed"] is None)
+    assert read.figures(read.load().pipe.unet)["losses"] == pytest.approx(record["losses"], rel=1e-4)
 
 
 def test_the_front_table_shows_the_groups_whose_seeds_are_all_there():

@@ -6,14 +6,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from quality.regimes import runs
 from quality.regimes.alternatives import GROUPS, Arm, Group, next_run, registered_rates, untried
 from quality.regimes.alternatives_report import confirmed
 from quality.regimes.image_regimes import Batch, GainedOffset, Offset, batches, build_conversion, conversion_data
 from quality.regimes.plan import CONFIRM
-from quality.regimes.runs import ARMS, REGIMES, Cell, build, trainable_parameters
+from quality.regimes.runs import ARMS, Cell, build, trainable_parameters
 from quality.regimes.text.models import Biased, load, logits_of
 
 from nara_diffusion.dreambooth.draws import draw_noise, seeded_normal
+
+REGIMES = runs.REGIMES | runs.FURTHER
 
 
 def counted(regime, targets, rank, arm):

@@ -133,12 +133,15 @@ REGIMES: dict[str, Regime] = {
     "blind_determined": Denoising(REPLACED, determined_data),
     "seen_open": Denoising(MASKED, open_data),
     "seen_determined": Denoising(MASKED, determined_data),
+}
+FURTHER: dict[str, Regime] = {
     **{f"{name}_read": ReadConversion(name) for name in CONVERSIONS},
     "noise_offset": Offset(),
     "noise_offset_gain": GainedOffset(),
     "blind_open_told": Denoising(TOLD, open_data),
     "blind_open_bias": Denoising(REPLACED, open_data, BiasedBackbone),
 }
+"""Other forms of them, and another: of the alternatives' plan."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,7 @@ class Cell:
     """What is compared by itself: in it all arms have the same data, targets and rank, and as many steps.
 
     Attributes:
-        regime: of `REGIMES`.
+        regime: of `REGIMES` or `FURTHER`.
         targets: of `methods.TARGETS`.
         rank, steps: of every arm, if its definition doesn't say otherwise.
     """
@@ -199,7 +202,7 @@ def _figures(run: Run, with_mean_core: bool) -> dict[str, Any]:
     Raises:
         ArithmeticError: training diverged.
     """
-    arm, regime, cell = ARMS[run.arm], REGIMES[run.cell.regime], run.cell
+    arm, regime, cell = ARMS[run.arm], (REGIMES | FURTHER)[run.cell.regime], run.cell
     options = {"targets": cell.targets, "rank": cell.rank, "steps": cell.steps}
     args = arm_arguments(run.arm, **options, seed=run.seed, backbone=regime.backbone, **run.rates)
     torch.manual_seed(run.seed)
