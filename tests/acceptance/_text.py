@@ -84,6 +84,14 @@ class ByHand:
         return logits
 
 
+def adapted_pair(vocab_size: int) -> tuple[Any, ByHand]:
+    """An adapted model, and its logits by hand."""
+    base = backbone(vocab_size)
+    before = copy.deepcopy(base)
+    adapted = nara(base)
+    return adapted, ByHand(before, adapted)
+
+
 def greedy(
     model: ByHand,
     prompt: list[int],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import logging
 from pathlib import Path
@@ -23,24 +22,7 @@ RECORDS = [
     {"instruction": "w7 w8", "input": "w9", "output": "w10 w11", "answer": "w11"},
     {"instruction": "w12", "output": "  w13 w14 w15", "answer": 7},
 ]
-READ = [
-    {"instruction": "w7 w8", "input": "w9", "output": "w10 w11", "answer": "w11"},
-    {"instruction": "w12", "input": "", "output": "  w13 w14 w15", "answer": "7"},
-]
 LINES = "".join(json.dumps(record) + "\n" for record in RECORDS)
-FORMS = {
-    "data.json": json.dumps(RECORDS, indent=2).encode(),
-    "data.jsonl": LINES.encode(),
-    "crlf.jsonl": LINES.replace("\n", "\r\n\r\n").encode(),
-    "bom.jsonl": b"\xef\xbb\xbf" + LINES.encode(),
-    "data.jsonl.gz": gzip.compress(LINES.encode()),
-}
-
-
-@pytest.mark.parametrize("name", FORMS)
-def test_file_in_each_form_holds_the_same_records(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_bytes(FORMS[name])
-    assert list(read_records(tmp_path / name)) == READ
 
 
 def records(tmp_path: Path, *pairs: tuple[str, str]):

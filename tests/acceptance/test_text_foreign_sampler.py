@@ -5,7 +5,6 @@ The reference is the adapted model by hand, a row at a time, at the masked share
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from nara_diffusion.dllm import (
 )
 from nara_diffusion.dllm.data.records import normalized
 from pipelines.llada import LLaDAPipeline
-from tests.acceptance._text import ByHand, backbone, nara
+from tests.acceptance._text import ByHand, adapted_pair
 
 VOCABULARY = 40
 MASK = VOCABULARY - 1
@@ -37,10 +36,7 @@ SHARES = (3 / 11, 1 / 3, 5 / 11)
 
 @pytest.fixture(scope="module")
 def pair() -> tuple[Any, ByHand]:
-    base = backbone(VOCABULARY)
-    before = copy.deepcopy(base)
-    adapted = nara(base)
-    return adapted, ByHand(before, adapted)
+    return adapted_pair(VOCABULARY)
 
 
 def test_level_is_the_masked_share_without_prompt_and_padding(pair: Any) -> None:

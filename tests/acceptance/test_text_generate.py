@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nara_diffusion.dllm import generate
-from tests.acceptance._text import END, PAD, ByHand, backbone, greedy, nara, two_tokens
+from tests.acceptance._text import END, PAD, ByHand, adapted_pair, backbone, greedy, nara, two_tokens
 
 VOCABULARY, FEW = 40, 7
 PROMPTS = [[5, 9, 11], [7, 7, 30, 8, 21, 3], [12]]
@@ -20,10 +20,7 @@ PROMPTS = [[5, 9, 11], [7, 7, 30, 8, 21, 3], [12]]
 @pytest.fixture(scope="module")
 def pair() -> tuple[Any, ByHand]:
     """An adapted model, and its logits by hand."""
-    base = backbone(VOCABULARY)
-    before = copy.deepcopy(base)
-    adapted = nara(base)
-    return adapted, ByHand(before, adapted)
+    return adapted_pair(VOCABULARY)
 
 
 @pytest.fixture(scope="module")

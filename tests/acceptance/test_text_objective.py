@@ -7,7 +7,6 @@ n_i is the length of answer i. The masks are read off the model's own input.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise, product
@@ -19,7 +18,7 @@ import torch
 
 from nara_diffusion import noise_level
 from nara_diffusion.dllm import log_likelihood, masked_diffusion_loss, noise_level_curve
-from tests.acceptance._text import END, PAD, ByHand, backbone, nara
+from tests.acceptance._text import END, PAD, ByHand, adapted_pair
 
 VOCABULARY = 30
 MASK = VOCABULARY - 1
@@ -29,10 +28,7 @@ PROMPTS = [3, 2, 4]
 
 @pytest.fixture(scope="module")
 def pair() -> tuple[Any, ByHand]:
-    base = backbone(VOCABULARY)
-    before = copy.deepcopy(base)
-    adapted = nara(base)
-    return adapted, ByHand(before, adapted)
+    return adapted_pair(VOCABULARY)
 
 
 def batch(rows: list[int] | None = None) -> dict[str, Any]:

@@ -66,7 +66,7 @@ TEXTS = ["1.50", "007", "2024-01-02", "2024-01-02 03:04:05", "1e3", "true", "nul
 
 
 @pytest.mark.parametrize(
-    "name", ["own.jsonl", "own.json", "own.jsonl.gz", "own.json.gz", "own.parquet", "own[1].jsonl"]
+    "name", ["own.jsonl", "own.json", "own.jsonl.gz", "own.json.gz", "own.parquet", "own[1].jsonl", "bom.jsonl"]
 )
 def test_texts_are_read_as_they_are_whatever_they_look_like(tmp_path: Path, name: str) -> None:
     rows = [{"prompt": text, "completion": text} for text in TEXTS]
@@ -78,6 +78,7 @@ def test_texts_are_read_as_they_are_whatever_they_look_like(tmp_path: Path, name
         if name.endswith("parquet"):
             Dataset.from_list(part).to_parquet(file)
         else:
+            content = b"\xef\xbb\xbf" * name.startswith("bom") + content
             file.write_bytes(gzip.compress(content) if name.endswith("gz") else content)
         assert [row["output"] for row in read_records(file)] == [row["completion"] for row in part]  # type: ignore[index]
 

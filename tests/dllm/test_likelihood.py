@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from itertools import product
 from math import comb
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from nara_diffusion import noise_level
 from nara_diffusion.dllm import log_likelihood
-from tests.acceptance._text import PAD, ByHand, backbone, nara
+from tests.acceptance._text import PAD, ByHand, adapted_pair, backbone, nara
 
 VOCABULARY = 30
 MASK = VOCABULARY - 1
@@ -26,10 +25,7 @@ IDS = torch.tensor([row + [PAD] * (9 - len(row)) for row in ROWS])
 
 @pytest.fixture(scope="module")
 def pair() -> tuple[Any, ByHand]:
-    base = backbone(VOCABULARY)
-    before = copy.deepcopy(base)
-    adapted = nara(base)
-    return adapted, ByHand(before, adapted)
+    return adapted_pair(VOCABULARY)
 
 
 def bound(row: list[int], prompt: int, log_p: Callable[[list[int], list[int], float], Tensor]) -> Any:
