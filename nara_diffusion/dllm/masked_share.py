@@ -41,7 +41,7 @@ def conditioned(model: nn.Module, noise_level: torch.Tensor) -> AbstractContextM
         noise_level: (b,) float32, λ.
 
     Raises:
-        ValueError: an adapter that needs λ was trained with another definition of it.
+        ValueError: an adapter that needs λ was trained with another definition of it, or reads a mask density too.
     """
     holders = find_holders(model)
     if not any(holder.needs_noise or holder.binds_level for holder in holders):
@@ -52,6 +52,11 @@ def conditioned(model: nn.Module, noise_level: torch.Tensor) -> AbstractContextM
                 f"Adapter '{name}' was trained with λ defined as {other!r}, and this is {MASKED_SHARE!r}, the masked "
                 "share of the answer: use an adapter that was trained with that, or call the model yourself inside "
                 "`with noise_level(model, value):`."
+            )
+        if dense := list(filter(holder.needs_density, holder.reading())):
+            raise ValueError(
+                f"Adapter '{dense[0]}' reads a mask density, which losses and samplers here don't tell: call the model "
+                "yourself inside `with noise_level(model, λ, mask_density=…):`."
             )
     return noise_level_of(model, noise_level)
 

@@ -103,7 +103,7 @@ def test_timesteps_and_schedules_read_numbers_in_float32(dtype: torch.dtype) -> 
 @OTHERS
 def test_a_counted_share_of_masks_is_not_rounded(dtype: torch.dtype, tiny_llama: Any) -> None:
     """3 of 10, and a loss at a number."""
-    model = adapted(tiny_llama, target_modules=["q_proj"], core_input="both")
+    model = adapted(tiny_llama, target_modules=["q_proj"])
     mask = model.config.mask_token_id
     ids = torch.tensor([[5, 6, mask, 7, mask, 8, 9, mask, 3, 2, 4, 11], [5, 6, mask, 7, 1, 8, 9, 3, 3, 2, 4, 11]])
 
