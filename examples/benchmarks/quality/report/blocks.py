@@ -19,6 +19,7 @@ from quality.regimes.alternatives import development
 from quality.regimes.checked import check_table
 from quality.regimes.plan import PLAN
 from quality.regimes.report import summary
+from quality.report import front
 from quality.report.data import Grid, Record, distinct, read_records, select
 from quality.report.tables import (
     FURTHER,
@@ -28,7 +29,6 @@ from quality.report.tables import (
     domains_table,
     loss_of,
     quality_table,
-    summary_table,
 )
 from quality.results import read
 from quality.running import SEEDS
@@ -53,6 +53,8 @@ KINDS: dict[str, Callable[[Grid, str], str]] = {
 """{kind: the table of one backbone, of its runs and the suite's name}."""
 OF_REGIMES: dict[str, Callable[[Path], str]] = {
     "regimes": lambda folder: summary(PLAN, read(folder / "regimes.jsonl")),
+    "asked": front.asked_table,
+    "ordinary": front.ordinary_table,
     "alternatives": lambda folder: alternatives_report.front(read(folder / "alternatives.jsonl")),
     "alternatives_all": lambda folder: alternatives_report.report(read(folder / "alternatives.jsonl")),
     "alternatives_rates": lambda folder: alternatives_report.rates_table(development(folder)),
@@ -72,15 +74,13 @@ def filled(page: str, results: Path) -> str:
 
 
 def block(name: str, results: Path) -> str | None:
-    """The table "loss text llada-tiny", "summary text", "regimes", "alternatives_all"; None of an unknown kind."""
+    """The table "loss text llada-tiny", "regimes", "alternatives_all"; None of an unknown kind."""
     kind, *where = name.split()
     if kind in OF_REGIMES:
         return OF_REGIMES[kind](results)
-    if kind not in (*KINDS, "summary"):
+    if kind not in KINDS:
         return None
     records = read_records([results / f"{where[0]}.jsonl"])
-    if kind == "summary":
-        return summary_table(records)
     main = main_runs(records, where[1])
     if not main:
         raise ValueError(f"{where[0]}.jsonl has no record of {where[1]!r}, which the table {name!r} is about.")

@@ -1,0 +1,106 @@
+"""The two tables of RESULTS.md, made from the records: regimes by what they ask, and ordinary fine-tuning. All others
+lie in docs/results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from quality.regimes import alternatives_report
+from quality.regimes.alternatives import GROUPS
+from quality.regimes.plan import PLAN, is_deciding
+from quality.regimes.report import Confirmed, confirmed
+from quality.report.data import NOTHING, Arm, Grid, Record, difference, read_records, select, table
+from quality.report.tables import closed, loss_of, title
+from quality.results import read
+from quality.running import SEEDS
+
+# ---------------------------------------------------------------------- regimes by what they ask
+
+SHOWN = {
+    "lora": "LoRA",
+    "lora_params": "LoRA, NaRA's parameters",
+    "dora": "DoRA",
+    "nara": "NaRA",
+    "nara_knots": "NaRA-Knots",
+}
+"""{arm: its column}."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Attributes:
+    what: is asked.
+    regime: whose cell on attention has the figures.
+    simplest: the cheapest thing that was found to do as well as any adapter that knows λ, or better.
+    arm: its runs: an arm of the regime's first plan, or the title of one in the plan of the alternatives.
+    """
+
+    what: str
+    regime: str
+    simplest: str
+    arm: str
+
+
+_IDENTITY, _BIAS = "the base, read by the identity", "LoRA and b(λ) on the input token's logit, r 4"
+ASKED = (
+    Asked("sample an ε-model as a v-model", "eps_to_v", "read ε̂ as v; no training", _IDENTITY),
+    Asked("… of a schedule that ends in pure noise", "zero_snr", "the same", _IDENTITY),
+    Asked("… as a rectified flow", "eps_to_flow", "the same", _IDENTITY),
+    Asked("random tokens for masks, open answers", "blind_open", "LoRA and a bias b(λ), ten numbers", _BIAS),
+    Asked("… answers that follow from the prompt", "blind_determined", "LoRA, NaRA's parameters", "lora_params"),
+    Asked("masks that can be counted, open answers", "seen_open", "LoRA", "lora"),
+    Asked("a subject at λ < 0.5, the base elsewhere", "subject_low", "LoRA, off outside", "lora_gated"),
+    Asked("two subjects, by λ", "two_conditions", "two LoRAs, switched", "lora_switched"),
+)
+
+
+def asked_table(folder: Path) -> str:
+    """A row a regime: held-out losses on attention at rank 4, over ten seeds."""
+    records, alternatives = read(folder / "regimes.jsonl"), read(folder / "alternatives.jsonl")
+    cells = {p.cell.regime: confirmed(p, records) for p in PLAN if is_deciding(p.cell) and not p.label}
+    rows = []
+    for row in ASKED:
+        cell = cells[row.regime]
+        own = [_mean(cell, arm) for arm in SHOWN]
+        rows.append([row.what, row.simplest, _simplest(cell, row, alternatives), *own])
+    return table(["what is asked", "simplest that does as well", "it", *SHOWN.values()], rows)
+
+
+def _mean(cell: Confirmed, arm: str) -> str:
+    score = cell.score(arm)
+    return NOTHING if score is None else f"{score.mean:.3f}"
+
+
+def _simplest(cell: Confirmed, row: Asked, alternatives: Sequence[Record]) -> str:
+    if row.arm in cell.planned.arms:
+        return _mean(cell, row.arm)
+    group = next(group for group in GROUPS if group.regime == row.regime)
+    score = alternatives_report.confirmed(group, alternatives).mean(row.arm)
+    return NOTHING if score is None else f"{score.mean:.3f}"
+
+
+# ---------------------------------------------------------------------- ordinary fine-tuning
+
+METHODS = ("full", "dora", "nara", "nara_dora", "nara_knots", "nara_c", "multi_lora", "tlora")
+
+
+def ordinary_table(folder: Path) -> str:
+    """A row a method: its loss less LoRA's, and the share of the gap to training all weights that it closes."""
+    header, columns = ["method"], []
+    for name in ("text", "images"):
+        records = select(read_records([folder / f"{name}.jsonl"]), stage="main")
+        main = [record for record in records if record["seed"] in SEEDS]
+        for backbone in dict.fromkeys(each["backbone"] for each in main):
+            header += [f"{backbone}: loss − LoRA", "gap closed"]
+            columns.append((Grid.of(select(main, backbone=backbone)), loss_of(name)))
+    rows = []
+    for method in METHODS:
+        arm, cells = Arm(method), []
+        for grid, loss in columns:
+            known = arm in grid.arms
+            cells += [difference(grid.difference(arm, Arm("lora"), loss), loss.digits) if known else NOTHING]
+            cells += [closed(grid, arm) if known else NOTHING]
+        rows.append([title(arm), *cells])
+    return table(header, rows)
