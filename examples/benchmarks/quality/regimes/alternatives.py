@@ -53,7 +53,7 @@ class Group:
         regime: whose held-out set is the measure.
         arms: what is trained.
         pairs: of titles; the differences that are looked at, the first less the second.
-        front: those of them that the front page shows.
+        front: those of them that the first table of docs/results/alternatives.md shows.
     """
 
     name: str
