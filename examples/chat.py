@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--adapter", help="folder or repository of any adapter that PEFT loads")
     parser.add_argument("--strength", type=float, help="factor of the adapter's update (default: 1)")
     parser.add_argument("--system", help="a system message, for a chat template that knows it")
-    parser.add_argument("--gen_length", type=int, help="tokens of an answer (default: as the adapter's run, else 128)")
+    parser.add_argument("--gen_length", type=int, help="tokens of an answer (default: as the adapter's run, or 128)")
     parser.add_argument("--steps", type=int, help="forwards of an answer (default: one for each token)")
     parser.add_argument("--block_length", type=int, help="tokens of a block (default: as in the model's own chat)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default: 0)")
@@ -74,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             set_strength(model, "default", args.strength)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()  # type: ignore[arg-type]
     sampling = {name: getattr(args, name) for name in ("steps", "block_length", "temperature")}
-    sampling["gen_length"] = args.gen_length or trained_gen_length(args.adapter) or 128
+    positions = getattr(model.config, "max_position_embeddings", 512)
+    sampling["gen_length"] = args.gen_length or trained_gen_length(args.adapter) or min(128, positions // 4)
     opening = [] if args.system is None else [{"role": "system", "content": args.system}]
     turns = list(opening)
     for line in filter(None, map(str.strip, sys.stdin)):

@@ -14,7 +14,9 @@ base read by the identity between the two, which is what an adapter has to beat 
     accelerate launch train_scripts/dreambooth_sdxl.py --config train_scripts/configs/sdxl_dreambooth.yaml \\
         --instance_data_dir photos --prediction_type flow_prediction --max_train_steps 5000 --output_dir sdxl-flow
 
-What is written to the output folder stands in nara_diffusion/dreambooth/train.py.
+The small SDXL has settings of its own, not the defaults below: the log says them.
+Written to the output folder: the weights (for pipe.load_nara_weights), README.md (the model card, which says how to
+load them), samples.png, config.yaml, results.json, metrics.jsonl, noise_level_curve.png, checkpoint-N to resume from.
 """
 
 from functools import partial

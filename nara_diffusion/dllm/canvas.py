@@ -97,7 +97,7 @@ def check_canvas(model: nn.Module, longest_prompt: int, gen_length: int, record:
     limit = Backbone(model).position_limit
     if record and limit is not None and limit > gen_length:
         remedy += (
-            f" (the longest is {record}); --max_length {limit - gen_length} leaves longer ones out, and cuts answers"
+            f" (the longest is {record}); --data_options max_prompt_length={limit - gen_length} leaves longer ones out"
         )
     check_positions(model, length, what, remedy)
 

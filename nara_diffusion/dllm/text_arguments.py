@@ -65,6 +65,7 @@ class ModelArguments:
     output_field: str | None = option(None, "field with what the model learns to write", within="data_options")
     text_field: str | None = option(None, "field with a text that has no prompt", within="data_options")
     answer_field: str | None = option(None, "field that a generation is compared with", within="data_options")
+    max_prompt_length: int | None = option(None, "tokens; longer prompts are left out", within="data_options")
     max_length: int | None = option(
         None,
         "Length of prompt and answer together, without padding; longer answers are cut. None takes 512, or the "
@@ -125,7 +126,7 @@ class Arguments(
         check_arguments(self)
         check_drawable(window_of(self), self.complementary)
         counts = ("max_length", "eval_batch_size", "gen_length", "curve_points", "validation_samples")
-        counts += ("test_samples", "max_train_samples")
+        counts += ("test_samples", "max_train_samples", "max_prompt_length")
         require(self, "at least 1", lambda value: value >= 1, *counts)
         if (self.train_file is None) == (self.dataset_name is None):
             got = "neither" if self.train_file is None else "both"

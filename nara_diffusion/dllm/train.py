@@ -12,6 +12,8 @@ a part of the noise levels (docs/strength.md).
 Written to the output folder: adapter_config.json and adapter_model.safetensors (a model folder, for --adapter full),
 README.md (the model card, which says how to load them), config.yaml, results.json, metrics.jsonl,
 noise_level_curve.png, samples.jsonl, and checkpoint-N folders to resume from.
+
+The shipped model has settings of its own, not the defaults below: the log says them.
 """
 
 from __future__ import annotations
@@ -141,7 +143,8 @@ class FineTuning:
         args, run = self.args, self.run
         max_length = checked_lengths(self.backbone, args.max_length, args.gen_length)
         with run.accelerator.main_process_first():
-            encode = partial(encode_records, tokenizer=self.tokenizer, max_length=max_length, train_on=args.train_on)
+            options = {"max_prompt_length": args.max_prompt_length, "train_on": args.train_on}
+            encode = partial(encode_records, tokenizer=self.tokenizer, max_length=max_length, **options)
             training, validation, test = self.records
             encoded = [encode(training, name="training data"), encode(validation, name="validation data")]
             encoded.append(encoded[1] if test is validation else encode(test, name="test data"))

@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 CONFIGS = ASSETS.parents[1] / "train_scripts" / "configs"
 STEPS = 500
 """Of a run on a named model: a pass over five images is two steps."""
+_TOLD = ("max_train_steps", "learning_rate", "rank", "num_inference_steps", "guidance_scale")
 _DATA = ("instance_data_dir", "instance_prompt", "validation_prompts", "identifier")
 
 
@@ -32,11 +33,12 @@ def shipped_run(given: Mapping[str, Any], config: Path = CONFIGS / "sd_tiny_flow
     values |= {name: str(ASSETS.parents[1] / value) for name, value in places.items()}
     if "instance_data_dir" in given:
         logger.info(
-            "no model was named: your images teach %s, a toy of %d pixels; for SDXL at 1024 add "
-            "--config train_scripts/configs/sdxl_dreambooth.yaml, or with settings of your own "
+            "no model was named: your images teach %s, a toy of %d pixels, with its own settings (%s); for SDXL at "
+            "1024 add --config train_scripts/configs/sdxl_dreambooth.yaml, or with settings of your own "
             "--pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0",
             values["pretrained_model_name_or_path"],
             values["resolution"],
+            ", ".join(f"{name} {values[name]}" for name in _TOLD if name in values and name not in given),
         )
         values = {name: value for name, value in values.items() if name not in _DATA}
     return shipped(values)

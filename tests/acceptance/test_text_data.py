@@ -82,7 +82,11 @@ def test_long_answer_is_cut_and_a_prompt_that_fills_the_length_is_dropped(
     rows = [row["input_ids"] for row in encoded.rows]
     assert rows == [[USER, 7, TURN, BOT, 8, 9, TURN, END], [USER, 7, TURN, BOT, 8, 9, 10, 11]]
     (message,) = caplog.messages
-    assert message.startswith("records: 1 of 3 records are dropped, whose prompts alone fill max_length, and 1 of 2 ")
+    assert message.startswith("records: 1 of 3 records are dropped, whose prompts have more than 7 tokens, and 1 of 2 ")
+    long = [*pairs[:2], ("w7 w7", "w8 w9 w10"), ("w7 w7 w7", "w8")]  # prompts of 4, 4, 5 and 6 tokens
+    tokenizer = word_tokenizer(40, chat=True)
+    kept = encode_records(records(tmp_path, *long), tokenizer, max_length=64, max_prompt_length=5).rows
+    assert kept["record"][:] == [0, 1, 2]
 
 
 def test_batch_is_padded_with_end_tokens_of_which_a_number_is_trained(tmp_path: Path) -> None:

@@ -69,6 +69,7 @@ def encode_records(
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int,
+    max_prompt_length: int | None = None,
     train_on: str = "last",
     name: str = "records",
 ) -> EncodedRecords:
@@ -79,6 +80,7 @@ def encode_records(
             0, in their file.
         max_length: tokens of prompt, answer and end together. A longer answer is cut, a prompt that fills
             `max_length` by itself drops its record; both are counted and logged.
+        max_prompt_length: drops records with a longer prompt, too.
         train_on: the answers of a conversation that become rows, "last" or "all".
         name: what the log calls the records.
 
@@ -91,8 +93,10 @@ def encode_records(
     features = {name: Value("int32") for name in _NUMBERS} | {"input_ids": List(Value("int32"))}
     features |= {name: Value("string") for name in ("instruction", "answer")}
     vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer  # type: ignore[attr-defined]
-    key = [vocabulary, tokenizer.chat_template, tokenizer.special_tokens_map, max_length, train_on]
-    encoder = _Encoder(tokenizer, max_length, train_on, (records.info.description or "").rpartition(" (fields ")[0])
+    longest = min(max_length - 1, max_length if max_prompt_length is None else max_prompt_length)
+    key = [vocabulary, tokenizer.chat_template, tokenizer.special_tokens_map, max_length, longest, train_on]
+    source = (records.info.description or "").rpartition(" (fields ")[0]
+    encoder = _Encoder(tokenizer, max_length, longest, train_on, source)
     rows = mapped(records, encoder, key, Features(features), batch_size=BATCH, desc="tokenise")
     columns: Any = rows.with_format("numpy")
     prompts, numbers, pairs, lengths, inside = (columns[name][:] for name in _NUMBERS)
@@ -100,12 +104,13 @@ def encode_records(
     cut, dropped, partly = int((lengths > max_length).sum()), len(records) - len(kept), sum(kept.values()) - len(rows)
     if not len(rows):
         raise ValueError(
-            f"{name}: nothing is left of {counted(len(records), 'record')}, since the prompts alone fill max_length, "
-            f"{max_length}: raise it if the model has more positions, or take shorter prompts and conversations"
+            f"{name}: nothing is left of {counted(len(records), 'record')}, as their prompts have more than {longest} "
+            f"tokens, and max_length is {max_length}: raise it if the model has more positions, or take shorter prompts"
         )
     most = sorted(lengths)[int(0.9 * (len(rows) - 1))]
-    summary = f"9 of 10 of its {counted(len(rows), 'row')} have {most} tokens or fewer, and max_length is {max_length}"
-    losses = [f"{dropped} of {len(records)} records are dropped, whose prompts alone fill max_length"] * bool(dropped)
+    summary = f"90 % of its {counted(len(rows), 'row')} have {most} tokens or fewer, and max_length is {max_length}"
+    why = f"whose prompts have more than {longest} tokens"
+    losses = [f"{dropped} of {len(records)} records are dropped, {why}"] * bool(dropped)
     losses += [f"left out likewise: {counted(partly, 'late answer')} of other conversations"] * bool(partly)
     losses += [f"{cut} of {counted(len(rows), 'row')} are cut"] * bool(cut)
     if losses:
@@ -130,6 +135,7 @@ class _Encoder:
 
     tokenizer: PreTrainedTokenizerBase
     max_length: int
+    max_prompt_length: int
     train_on: str
     source: str
 
@@ -164,7 +170,7 @@ class _Encoder:
                 written = f"{pair['name']} has {tokenizer.mask_token!r} in its text, and so"
                 raise ValueError(f"{written} {mask_in_a_text(mask)}")
             pair |= {"length": len(whole), "ends_inside": inside.search(pair["output"]) is not None}
-            if len(opening) < self.max_length:
+            if len(opening) <= self.max_prompt_length:
                 rows.append(pair | {"input_ids": whole[: self.max_length], "prompt_length": len(opening)})
         return {name: [row[name] for row in rows] for name in ("input_ids", "instruction", "answer", *_NUMBERS)}
 
