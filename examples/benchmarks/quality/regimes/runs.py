@@ -19,13 +19,15 @@ from typing import Any, Protocol
 
 import torch
 
+from nara_diffusion.training.optimization import is_core_parameter
 from quality import results
 from quality.images.settings import BASE
 from quality.images.training import optimize
-from quality.regimes.image_regimes import CONVERSIONS, UNET, Backbone, Conversion, subject_data
-from quality.regimes.text.corruption import MASKED, REPLACED
+from quality.regimes.image_regimes import CONVERSIONS, UNET, Backbone, Conversion, ReadConversion, subject_data
+from quality.regimes.text.corruption import MASKED, REPLACED, TOLD
 from quality.regimes.text.data import determined_data, open_data
 from quality.regimes.text.denoising import Denoising
+from quality.regimes.text.models import BiasedBackbone
 from quality.wrong_noise import while_evaluating
 
 # ---------------------------------------------------------------------- methods
@@ -86,9 +88,10 @@ def equal_rank(targets: str, rank: int, backbone: Backbone = UNET) -> int:
     return math.ceil(counts["nara"] / counts["lora"])
 
 
-def trainable_parameters(model: Any) -> int:
-    """Numbers that are trained."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+def trainable_parameters(model: Any, of_core: bool = False) -> int:
+    """Numbers that are trained, all or those of the core."""
+    trained = [(name, p.numel()) for name, p in model.named_parameters() if p.requires_grad]
+    return sum(count for name, count in trained if not of_core or is_core_parameter(name))
 
 
 def _settings(arm: Arm, targets: str, rank: int, backbone: Backbone) -> dict[str, Any]:
@@ -120,6 +123,9 @@ REGIMES: dict[str, Regime] = {
     "blind_determined": Denoising(REPLACED, determined_data),
     "seen_open": Denoising(MASKED, open_data),
     "seen_determined": Denoising(MASKED, determined_data),
+    **{f"{name}_read": ReadConversion(name) for name in CONVERSIONS},
+    "blind_open_told": Denoising(TOLD, open_data),
+    "blind_open_bias": Denoising(REPLACED, open_data, BiasedBackbone),
 }
 
 
@@ -158,14 +164,14 @@ class Run:
         return {**asdict(self.cell), "arm": self.arm, "seed": self.seed, "rates": dict(self.rates)}
 
 
-def record_of(run: Run, stage: str) -> dict[str, Any]:
+def record_of(run: Run, stage: str, with_mean_core: bool = True) -> dict[str, Any]:
     """Trains, measures, and says what it was made with.
 
     Training that diverges has a record too, whose figures are None.
     """
     wall, core = time.perf_counter(), time.process_time()
     try:
-        figures = _figures(run)
+        figures = _figures(run, with_mean_core)
     except ArithmeticError:
         figures = {"score": None, "losses": None}
     seconds, core_seconds = time.perf_counter() - wall, time.process_time() - core
@@ -175,7 +181,7 @@ def record_of(run: Run, stage: str) -> dict[str, Any]:
     return {"stage": stage, **run.named, **rounded(figures), **cost, **made_with}
 
 
-def _figures(run: Run) -> dict[str, Any]:
+def _figures(run: Run, with_mean_core: bool) -> dict[str, Any]:
     """Of the model of `run`, trained.
 
     Raises:
@@ -193,10 +199,11 @@ def _figures(run: Run) -> dict[str, Any]:
     rank = None if arm.method in (BASE, "full") else args.rank
     with while_evaluating(model, arm.control):
         figures = regime.figures(model)
-    if arm.has_core:
+    if arm.has_core and with_mean_core:
         with while_evaluating(model, MEAN_CORE):
             figures[MEAN_CORE] = regime.figures(model)
-    return {**figures, "trainable_parameters": trainable_parameters(model), "own_rank": rank}
+    sizes = {"trainable_parameters": trainable_parameters(model), "core_parameters": trainable_parameters(model, True)}
+    return {**figures, **sizes, "own_rank": rank}
 
 
 def rounded(value: Any) -> Any:

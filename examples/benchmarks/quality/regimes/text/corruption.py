@@ -8,11 +8,13 @@ The first is the objective that uniform-tiny was pre-trained with (tiny_text/uni
 
 from __future__ import annotations
 
+import string
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from nara_diffusion.dllm.masking import MaskedBatch, mask_answers
@@ -67,5 +69,22 @@ def _masked(rows: dict[str, Tensor], **options: Any) -> MaskedBatch:
     return mask_answers(**rows, mask_token_id=model.config.mask_token_id, **options)
 
 
+def _told(rows: dict[str, Tensor], **options: Any) -> MaskedBatch:
+    """As `_replaced`, with ⌊10 λ⌋ in place of the first digit of each prompt."""
+    batch = _replaced(rows, **options)
+    digits = token_ids(string.digits)  # (10,)
+    first = (torch.isin(batch.input_ids, digits) & ~batch.answer).int().argmax(1)  # (b,)
+    input_ids = batch.input_ids.clone()
+    input_ids[torch.arange(len(first)), first] = digits[(10 * batch.noise_level).long().clamp(max=9)]
+    return replace(batch, input_ids=input_ids)
+
+
+def token_ids(characters: str) -> Tensor:
+    """Of each character (n,)."""
+    tokenizer = load(REPLACED.backbone)[1]
+    return torch.tensor(tokenizer(list(characters), add_special_tokens=False)["input_ids"])[:, 0]
+
+
 REPLACED = Corruption("uniform-tiny", REPLACED_SHARE, _replaced, counts_all=True)
+TOLD = replace(REPLACED, corrupt=_told)
 MASKED = Corruption("llada-tiny", MASKED_SHARE, _masked, counts_all=False)

@@ -27,14 +27,16 @@ class Denoising:
     """Attributes:
     corruption: what is done to answers.
     load: of the questions.
+    kind: of backbone.
     """
 
     corruption: Corruption
     load: Callable[[], TextData]
+    kind: type[LanguageBackbone] = LanguageBackbone
 
     @property
     def backbone(self) -> LanguageBackbone:
-        return LanguageBackbone(self.corruption.backbone, self.corruption.convention)
+        return self.kind(self.corruption.backbone, self.corruption.convention)
 
     def loss(self, denoiser: ControlledLanguageModel, args: Any) -> Callable[[int], Tensor]:
         """The loss of step number n, whose questions and noise follow from the seed and the number."""

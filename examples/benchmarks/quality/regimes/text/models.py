@@ -21,6 +21,7 @@ from nara_diffusion.training.adapters import build_adapter
 from nara_diffusion.training.arguments import AdapterArguments, OptimizationArguments
 from nara_diffusion.training.parser import option
 from quality.assets import ASSETS
+from quality.images.held_out import BINS
 from quality.images.settings import BASE
 from quality.options import arguments_of
 from quality.wrong_noise import changed_noise, constant_noise, exchanged_noise
@@ -63,6 +64,32 @@ class LanguageBackbone:
         return ControlledLanguageModel(model, control, seed)
 
 
+@dataclass(frozen=True)
+class BiasedBackbone(LanguageBackbone):
+    """With b(λ) beside the adapter."""
+
+    def adapted(self, method: str, args: Any) -> Any:
+        return Biased(super().adapted(method, args))
+
+
+class Biased(nn.Module):
+    """Adds b(λ) to the logit of the token that is seen in each place: a number for each of `BINS` bins of λ."""
+
+    step = 10.0
+    """b = `step` · a parameter: a rate that suits LoRA moves it as far as Bayes' rule needs."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.bias = nn.Parameter(torch.zeros(BINS))
+
+    def forward(self, batch: MaskedBatch) -> Tensor:
+        """Logits (b, l, v)."""
+        logits = logits_of(self.model, batch)
+        own = self.step * self.bias[(BINS * batch.noise_level).long().clamp(max=BINS - 1)]  # (b,)
+        return logits + own[:, None, None] * nn.functional.one_hot(batch.input_ids, logits.shape[-1])
+
+
 class ControlledLanguageModel(nn.Module):
     """A language model that is told the λ of a control in training."""
 
@@ -83,6 +110,8 @@ class ControlledLanguageModel(nn.Module):
 
 def logits_of(model: Any, batch: MaskedBatch) -> Tensor:
     """Logits (b, l, v) of `model`, which is told the batch's λ if it is noise-aware."""
+    if isinstance(model, Biased):
+        return model(batch)
     with _told(model, batch.noise_level):
         return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
 
