@@ -25,7 +25,8 @@ from nara_diffusion.utils.atomic_write import atomic_write
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
 DRAWN = ("images.jsonl", "text.jsonl")  # those with pictures
-PAGES = ("RESULTS.md", "docs/check.md", *(f"docs/results/{name}.md" for name in ("text", "images", "rank4")))
+RESULT_PAGES = ("text", "images", "rank4", "alternatives", "alternatives_plan")
+PAGES = ("RESULTS.md", "docs/check.md", *(f"docs/results/{name}.md" for name in RESULT_PAGES))
 
 
 def filled(page: Path, results: Path = RESULTS) -> str:

@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 from quality import results
@@ -65,6 +66,7 @@ class Group:
         regime: whose held-out set is the measure.
         arms: what is trained.
         pairs: of titles; the differences that are looked at, the first less the second.
+        front: those of them that the front page shows.
     """
 
     name: str
@@ -72,6 +74,7 @@ class Group:
     regime: str
     arms: tuple[Arm, ...]
     pairs: tuple[tuple[str, str], ...]
+    front: tuple[tuple[str, str], ...]
 
     def arm(self, title: str) -> Arm | None:
         """Of that title; None of what isn't trained."""
@@ -100,7 +103,8 @@ def _conversion(regime: str) -> Group:
         *((knots, each) for each in (small, nara)),
         *((knots_large, each) for each in (IDENTITY, read, large, nara)),
     )
-    return Group(regime, "an ε-model learns to predict v", regime, arms, pairs)
+    about = "an ε-model learns to predict v" + ", with zero terminal SNR" * (regime == "zero_snr")
+    return Group(regime, about, regime, arms, pairs, ((attention, IDENTITY), (nara, large), (knots_large, read)))
 
 
 def _blind() -> Group:
@@ -119,21 +123,28 @@ def _blind() -> Group:
         *((knots, each) for each in (token, bias, nara)),
         *((knots_large, each) for each in (token_large, bias, nara)),
     )
-    return Group(regime, "answers that nothing determines, of a model of random tokens", regime, arms, pairs)
+    front = ((nara, token), (knots_large, token_large))
+    return Group(regime, "a model of random tokens learns answers that nothing foretells", regime, arms, pairs, front)
 
 
-def _large() -> Group:
-    tried = _rates(0.002, 0.003, 0.005, 0.01, 0.02)
-    wide, long = Cell("eps_to_v", "attention", 16, 200), Cell("eps_to_v", "attention", 4, 800)
+def _equal(name: str, about: str, cell: Cell) -> Group:
     arms = (
-        Arm("LoRA, NaRA's parameters, r 16", wide, "lora_params", tried),
-        Arm("NaRA, r 16", wide, "nara"),
-        Arm("LoRA, NaRA's parameters, r 4, 800 steps", long, "lora_params", tried),
-        Arm("NaRA, r 4, 800 steps", long, "nara"),
+        Arm("LoRA, NaRA's parameters", cell, "lora_params", _rates(0.002, 0.003, 0.005, 0.01, 0.02)),
+        Arm(f"NaRA, r {cell.rank}", cell, "nara"),
     )
-    wide_lora, wide_nara, long_lora, long_nara = (arm.title for arm in arms)
-    pairs = ((wide_nara, wide_lora), (long_nara, long_lora))
-    return Group("eps_to_v_large", "… at rank 16, and in 800 steps", "eps_to_v", arms, pairs)
+    return Group(name, about, "eps_to_v", arms, ((arms[1].title, arms[0].title),), ())
+
+
+def _offset() -> Group:
+    of = [("LoRA, r 14", "lora", 14, STATIC), ("DoRA, r 14", "dora", 14, STATIC), ("NaRA, r 4", "nara", 4, NARA)]
+    of += [("NaRA-Knots, r 11", "nara_knots", 11, KNOTS)]
+    arms = [Arm(title, Cell("noise_offset", "attention_time", r, 200), arm, grid) for title, arm, r, grid in of]
+    gain = "a gain of each channel's mean, by bins of λ"
+    arms.append(Arm(gain, Cell("noise_offset_gain", "output", 0, 200), "gain", STATIC_TEXT))
+    lora, dora, nara, knots, _ = (arm.title for arm in arms)
+    pairs = [(form, each) for form in (nara, knots) for each in (lora, dora, gain)]
+    about = "ε under --noise_offset 0.3, attention and time layers; share of the base's loss"
+    return Group("noise_offset", about, "noise_offset", tuple(arms), (*pairs, (knots, nara)), ((knots, dora),))
 
 
 def _ordinary() -> Group:
@@ -142,15 +153,24 @@ def _ordinary() -> Group:
     arms = tuple(Arm(title, Cell("eps_to_v_read", "all", r, 200), arm, grid) for title, arm, r, grid in all_of)
     pairs = tuple(("NaRA-Knots, r 4", each) for each in ("LoRA, r 4", "LoRA, r 5", "DoRA, r 4"))
     about = "ordinary tuning: ε, weighted by 1 / ᾱ, all layers"
-    return Group("ordinary", about, "eps_to_v", arms, pairs)
+    return Group("ordinary", about, "eps_to_v", arms, pairs, pairs[-1:])
 
 
 def _flow() -> Group:
     arm = Arm("LoRA, read by the identity, r 4", Cell("eps_to_flow_read", "attention", 4, 200), "lora", STATIC)
-    return Group("eps_to_flow", "an ε-model becomes a flow", "eps_to_flow", (arm,), ((arm.title, IDENTITY),))
+    return Group("eps_to_flow", "an ε-model becomes a flow", "eps_to_flow", (arm,), ((arm.title, IDENTITY),), ())
 
 
-GROUPS = (_conversion("eps_to_v"), _blind(), _conversion("zero_snr"), _large(), _ordinary(), _flow())
+GROUPS = (
+    _conversion("eps_to_v"),
+    _blind(),
+    _conversion("zero_snr"),
+    _equal("eps_to_v_wide", "eps_to_v on attention, at rank 16", Cell("eps_to_v", "attention", 16, 200)),
+    _offset(),
+    _ordinary(),
+    _equal("eps_to_v_long", "eps_to_v on attention, in 800 steps", Cell("eps_to_v", "attention", 4, 800)),
+    _flow(),
+)
 NAMES = tuple(group.name for group in GROUPS)
 
 
@@ -209,9 +229,9 @@ def registered_rates(arm: Arm, records: Sequence[Record]) -> Rates:
 # ---------------------------------------------------------------------- runs
 
 
-def development() -> list[Record]:
-    """The committed trials, those of the first plan too."""
-    return [*results.read(RESULTS / "regimes.jsonl"), *results.read(RECORDS)]
+def development(folder: Path = RESULTS) -> list[Record]:
+    """The records, those of the first plan too."""
+    return [*results.read(folder / "regimes.jsonl"), *results.read(folder / RECORDS.name)]
 
 
 def registered() -> list[str]:

@@ -6,6 +6,7 @@
     eps_to_flow   u = ε − x                       on x_σ = (1 − σ) x + σ ε, timestep 1000 σ: a rectified flow
     zero_snr      v                               on that schedule rescaled so that ᾱ of the last timestep is 0
     eps           ε                               what the base was trained for
+    noise_offset  ε + 0.3 δ, δ of a channel       the same under Diffusers' --noise_offset, as a share of the base's
 
 The denoiser's argument stays a timestep of [0, 1000], so that λ = timestep / 1000 in each of them. In `ReadConversion`
 the model keeps predicting ε, and the identity reads its prediction as what the regime asks for (nara_diffusion's
@@ -15,7 +16,8 @@ same noise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from statistics import fmean
@@ -31,7 +33,7 @@ from nara_diffusion.dreambooth import collate_samples
 from nara_diffusion.dreambooth.cache import LatentCache, PromptCache
 from nara_diffusion.dreambooth.conversion import IdentityReading
 from nara_diffusion.dreambooth.dataset import DreamBoothDataset
-from nara_diffusion.dreambooth.draws import draw_indices, draw_noise
+from nara_diffusion.dreambooth.draws import draw_indices, draw_noise, seeded_normal
 from nara_diffusion.dreambooth.image_records import ImageRecord, records_from_folder
 from nara_diffusion.dreambooth.objectives import Corrupted, Objective, build_objective, squared_errors
 from nara_diffusion.dreambooth.pipelines import load_pipeline
@@ -189,6 +191,24 @@ class UNetBackbone:
         return ControlledDenoiser(model, control)
 
 
+class GainedBackbone(UNetBackbone):
+    """The UNet as it is, but that the mean of each channel of its prediction has a gain, 1 + g(λ) of forty numbers."""
+
+    def adapted(self, method: str, args: Any) -> Any:
+        unet = copy.deepcopy(base_pipeline().unet).requires_grad_(False)
+        unet.gain = nn.Parameter(torch.zeros(BINS, unet.config.out_channels))
+        unet.register_forward_hook(_gained, with_kwargs=True)
+        return unet
+
+
+def _gained(unet: Any, args: tuple[Any, ...], options: Mapping[str, Any], output: Any) -> Any:
+    said = output[0] if isinstance(output, tuple) else output.sample  # (b, c, h, w)
+    timestep = options["timestep"] if "timestep" in options else args[1]
+    gain = unet.gain[(BINS * timestep / LEVELS).long()]  # (b, c)
+    said = said + (gain * said.mean((2, 3)))[..., None, None]
+    return (said, *output[1:]) if isinstance(output, tuple) else type(output)(sample=said)
+
+
 UNET = UNetBackbone()
 
 
@@ -218,11 +238,12 @@ class Batch:
         return self.corrupted.model_input, self.corrupted.timestep, self.time_ids, self.embeddings
 
 
-def batches(data: RegimeData, objective: Objective, args: Any) -> Callable[[int], Batch]:
+def batches(data: RegimeData, objective: Objective, args: Any, offset: float = 0.0) -> Callable[[int], Batch]:
     """The batch of step number n.
 
     Args:
         args: of train_scripts/dreambooth_sdxl.py; `seed` and `train_batch_size` are read.
+        offset: of the noise.
     """
     size, seed = args.train_batch_size, args.seed
     dataset = DreamBoothDataset(data.instances, [SIZE], batch_size=size, seed=seed)
@@ -233,7 +254,7 @@ def batches(data: RegimeData, objective: Objective, args: Any) -> Callable[[int]
         latents = data.latents.sample(samples["samples"], seed=seed)  # (b, c, h, w)
         levels = torch.arange(objective.levels)
         indices = draw_indices(positions, levels, seed=seed, stratified=True, group_size=size)
-        noise = draw_noise(positions, latents.shape[1:], seed=seed)
+        noise = draw_noise(positions, latents.shape[1:], seed=seed, offset=offset)
         return Batch(
             objective.corrupt(latents, noise, indices),
             samples["time_ids"],
@@ -252,16 +273,18 @@ class Conversion:
     """Attributes:
     objective_name: one of `CONVERSIONS`, what the model is converted to.
     load: of the pictures.
+    offset: of the noise.
     """
 
     backbone: ClassVar[Backbone] = UNET
     objective_name: str
     load: Callable[[], RegimeData] = conversion_data
+    offset: float = 0.0
 
     def loss(self, denoiser: ControlledDenoiser, args: Any) -> Callable[[int], Tensor]:
         """The loss of step number n."""
         data = self.load()
-        batch_of = batches(data, build_conversion(self.objective_name, data.pipe.scheduler), args)
+        batch_of = batches(data, build_conversion(self.objective_name, data.pipe.scheduler), args, self.offset)
 
         def loss(number: int) -> Tensor:
             batch = batch_of(number)
@@ -274,12 +297,47 @@ class Conversion:
         """One batch a bin of λ, the same for every method and seed."""
         data = self.load()
         objective = build_conversion(self.objective_name, data.pipe.scheduler)
-        return [each.corrupted(objective) for each in data.held_out]
+        return [each.corrupted(objective) for each in with_offset(data.held_out, self.offset)]
 
     def figures(self, unet: Any) -> dict[str, Any]:
         """losses: of each bin; score: their mean, by which rates are chosen."""
         losses = [fmean(held_out_losses(unet, each)) for each in self.held_out()]
         return {"losses": losses, "score": fmean(losses)}
+
+
+def with_offset(held_out: Sequence[CleanBin], offset: float) -> list[CleanBin]:
+    """`held_out` with `offset` of a normal number of each picture and channel added to its noise."""
+    bins = []
+    for number, each in enumerate(held_out):
+        count, channels = each.noise.shape[:2]
+        drawn_by = {"seed": 0, "stream": f"held-out offset {number}", "indices": range(count)}
+        bins.append(replace(each, noise=each.noise + offset * seeded_normal((channels, 1, 1), **drawn_by)))
+    return bins
+
+
+@dataclass(frozen=True)
+class Offset(Conversion):
+    """ε under a noise offset; losses are shares of the base's, in each bin."""
+
+    objective_name: str = "eps"
+    offset: float = 0.3
+
+    def figures(self, unet: Any) -> dict[str, Any]:
+        """losses: of each bin, as shares; score: their mean."""
+        losses = super().figures(unet)["losses"]
+        shares = [loss / base for loss, base in zip(losses, _base_losses(self), strict=True)]
+        return {"losses": shares, "score": fmean(shares)}
+
+
+@cache
+def _base_losses(regime: Offset) -> list[float]:
+    return Conversion.figures(regime, base_pipeline().unet)["losses"]
+
+
+class GainedOffset(Offset):
+    """By gains of the prediction's channels in place of an adapter."""
+
+    backbone = GainedBackbone()
 
 
 # ---------------------------------------------------------------------- reading

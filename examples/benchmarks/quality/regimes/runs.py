@@ -23,7 +23,16 @@ from nara_diffusion.training.optimization import is_core_parameter
 from quality import results
 from quality.images.settings import BASE
 from quality.images.training import optimize
-from quality.regimes.image_regimes import CONVERSIONS, UNET, Backbone, Conversion, ReadConversion, subject_data
+from quality.regimes.image_regimes import (
+    CONVERSIONS,
+    UNET,
+    Backbone,
+    Conversion,
+    GainedOffset,
+    Offset,
+    ReadConversion,
+    subject_data,
+)
 from quality.regimes.text.corruption import MASKED, REPLACED, TOLD
 from quality.regimes.text.data import determined_data, open_data
 from quality.regimes.text.denoising import Denoising
@@ -58,6 +67,7 @@ ARMS: dict[str, Arm] = {
     BASE: Arm(BASE),
     **{name: Arm(name) for name in ("lora", "dora", "nara", "nara_dora", "nara_knots", "multi_lora", "tlora", "full")},
     "lora_params": Arm("lora", equal_parameters=True),
+    "gain": Arm("full"),  # of what noise_offset_gain has beside the base
     "nara_constant": Arm("nara", control="constant"),
     "nara_shuffled": Arm("nara", control="shuffled"),
 }
@@ -124,6 +134,8 @@ REGIMES: dict[str, Regime] = {
     "seen_open": Denoising(MASKED, open_data),
     "seen_determined": Denoising(MASKED, determined_data),
     **{f"{name}_read": ReadConversion(name) for name in CONVERSIONS},
+    "noise_offset": Offset(),
+    "noise_offset_gain": GainedOffset(),
     "blind_open_told": Denoising(TOLD, open_data),
     "blind_open_bias": Denoising(REPLACED, open_data, BiasedBackbone),
 }

@@ -14,8 +14,8 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmark_alternatives import report as alternatives_table
-
+from quality.regimes import alternatives_report
+from quality.regimes.alternatives import development
 from quality.regimes.checked import check_table
 from quality.regimes.plan import PLAN
 from quality.regimes.report import summary
@@ -53,7 +53,9 @@ KINDS: dict[str, Callable[[Grid, str], str]] = {
 """{kind: the table of one backbone, of its runs and the suite's name}."""
 OF_REGIMES: dict[str, Callable[[Path], str]] = {
     "regimes": lambda folder: summary(PLAN, read(folder / "regimes.jsonl")),
-    "alternatives": lambda folder: alternatives_table(read(folder / "alternatives.jsonl")),
+    "alternatives": lambda folder: alternatives_report.front(read(folder / "alternatives.jsonl")),
+    "alternatives_all": lambda folder: alternatives_report.report(read(folder / "alternatives.jsonl")),
+    "alternatives_rates": lambda folder: alternatives_report.rates_table(development(folder)),
     "check": lambda folder: check_table(read(folder / "check.jsonl"), read(folder / "regimes.jsonl")),
 }
 
@@ -70,7 +72,7 @@ def filled(page: str, results: Path) -> str:
 
 
 def block(name: str, results: Path) -> str | None:
-    """The table "loss text llada-tiny", "summary text", "regimes", "alternatives", "check"; None of an unknown kind."""
+    """The table "loss text llada-tiny", "summary text", "regimes", "alternatives_all"; None of an unknown kind."""
     kind, *where = name.split()
     if kind in OF_REGIMES:
         return OF_REGIMES[kind](results)
