@@ -1,0 +1,140 @@
+"""The arms of the second plan are what it says, and nothing of a fresh seed runs before it is registered."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from quality.regimes import alternatives
+from quality.regimes.alternatives import GROUPS, Arm, Group, next_run, registered_rates, untried
+from quality.regimes.alternatives_report import confirmed
+from quality.regimes.image_regimes import Batch, GainedOffset, Offset, batches, build_conversion, conversion_data
+from quality.regimes.plan import CONFIRM
+from quality.regimes.runs import ARMS, REGIMES, Cell, build, trainable_parameters
+from quality.regimes.text.models import Biased, load, logits_of
+
+from nara_diffusion.dreambooth.draws import draw_noise, seeded_normal
+
+
+def counted(regime, targets, rank, arm):
+    backbone = REGIMES[regime].backbone
+    options = {"rank": rank, "target_modules": list(backbone.targets[targets])}
+    return trainable_parameters(build(arm, backbone.arguments(ARMS[arm].method, 0, options), backbone))
+
+
+@pytest.mark.parametrize(
+    ("regime", "targets", "static", "rank", "knots"),
+    [
+        ("eps_to_v", "attention_time", "lora", 14, 11),
+        ("noise_offset", "attention_time", "dora", 14, 11),
+        ("blind_open", "attention", "lora", 43, 27),
+    ],
+)
+def test_ranks_at_equal_parameters_are_the_smallest(regime, targets, static, rank, knots):
+    nara = counted(regime, targets, 4, "nara")
+    assert counted(regime, targets, rank - 1, static) < nara <= counted(regime, targets, rank, static)
+    assert counted(regime, targets, knots, "nara_knots") <= counted(regime, targets, rank, static)
+    arms = {(arm.cell.rank, arm.arm) for group in GROUPS if group.regime == regime for arm in group.arms}
+    assert {(rank, static), (knots, "nara_knots"), (4, "nara")} <= arms
+
+
+def test_bias_enters_at_the_token_that_is_seen_in_its_bin():
+    batch = list(REGIMES["blind_open"].held_out())[3]  # λ from 0.3 to 0.4
+    biased = Biased(load("uniform-tiny")[0])
+    plain = logits_of(biased.model, batch)
+    with torch.no_grad():
+        biased.bias.copy_(torch.arange(10.0) / 10)
+    difference = (logits_of(biased, batch) - plain).detach()  # (b, l, v)
+    seen = difference.gather(2, batch.input_ids[..., None])
+    torch.testing.assert_close(seen, torch.full_like(seen, 3.0), atol=1e-4, rtol=0)
+    torch.testing.assert_close(difference.scatter(2, batch.input_ids[..., None], 0.0).abs().max(), torch.tensor(0.0))
+    assert REGIMES["blind_open_bias"].backbone.adapted("base", None).bias.shape == (10,)
+
+
+def test_token_says_the_bin_in_place_of_the_first_digit():
+    plain, told = (list(REGIMES[name].held_out())[7] for name in ("blind_open", "blind_open_told"))
+    changed = plain.input_ids != told.input_ids
+    assert not (changed & plain.answer).any()
+    assert changed.sum(1).max() == 1
+    tokenizer = load("uniform-tiny")[1]
+    prompts = tokenizer.batch_decode(told.input_ids.where(~told.answer, tokenizer.pad_token_id))
+    assert all("code7" in prompt.replace(" ", "") for prompt in prompts)
+
+
+class Zero(torch.nn.Module):
+    """A denoiser that says 0, and keeps what it was shown."""
+
+    def forward(self, sample, *_):
+        self.seen = sample
+        return torch.zeros_like(sample)
+
+
+def test_offset_objective_is_that_of_noise_with_a_number_of_each_channel_and_sample():
+    args, denoiser, data = SimpleNamespace(seed=5, train_batch_size=3), Zero(), conversion_data()
+    loss = Offset().loss(denoiser, args)(2)
+    noise = draw_noise(range(6, 9), denoiser.seen.shape[1:], seed=5)
+    shift = seeded_normal((4, 1, 1), seed=5, stream="offset noise instance", indices=range(6, 9))
+    noise = noise + 0.3 * shift
+    assert loss.item() == pytest.approx(noise.square().mean().item(), rel=1e-6)
+    plain: Batch = batches(data, build_conversion("eps", data.pipe.scheduler), args)(2)
+    q = (1 - data.pipe.scheduler.alphas_cumprod[plain.corrupted.timestep]).sqrt()[:, None, None, None]
+    torch.testing.assert_close(denoiser.seen - plain.corrupted.model_input, (q * 0.3 * shift).expand_as(denoiser.seen))
+    shown = (Offset().held_out()[4].batch.target - REGIMES["eps_to_v"].load().held_out[4].noise) / 0.3  # (b, c, h, w)
+    torch.testing.assert_close(shown, shown[..., :1, :1].expand_as(shown), atol=1e-5, rtol=0)
+    assert shown.std() == pytest.approx(1, abs=0.2)
+
+
+def test_gain_changes_the_mean_of_a_channel_of_its_bin_alone():
+    unet = GainedOffset().backbone.adapted("full", None)
+    assert trainable_parameters(unet) == 40
+    held_out = Offset().held_out()[6].rows(slice(0, 2))
+    inputs = (held_out.batch.model_input, held_out.batch.timestep, held_out.time_ids, held_out.embeddings)
+    denoiser = GainedOffset().backbone.controlled(unet, None, 0)
+    before = denoiser(*inputs)
+    with torch.no_grad():
+        unet.gain[6, 2] = 0.5
+        unet.gain[5] = 9
+    expected = before.clone()
+    expected[:, 2] += 0.5 * before[:, 2].mean((1, 2), keepdim=True)
+    torch.testing.assert_close(denoiser(*inputs), expected)
+
+
+ARM = Arm("LoRA", Cell("eps_to_v", "attention", 4, 200), "lora", alternatives.STATIC)
+
+
+def trial(rate, score, stage="dev", seed=100):
+    named = {"regime": "eps_to_v", "targets": "attention", "rank": 4, "steps": 200, "arm": "lora"}
+    return {**named, "stage": stage, "seed": seed, "rates": {"learning_rate": rate}, "score": score}
+
+
+def test_a_best_rate_at_an_end_is_followed_outward():
+    records = [trial(rate, score) for rate, score in [(0.002, 0.5), (0.005, 0.4), (0.01, 0.3)]]
+    assert untried(ARM, records) == [{"learning_rate": 0.02}]
+    records.append(trial(0.02, 0.2))
+    assert untried(ARM, records) == [{"learning_rate": 0.04}]
+    with pytest.raises(ValueError, match="no trial yet"):
+        registered_rates(ARM, records)
+    records.append(trial(0.04, None))  # diverged
+    assert untried(ARM, records) == []
+    assert registered_rates(ARM, records) == {"learning_rate": 0.02}
+
+
+def test_an_unregistered_group_isnt_confirmed():
+    group = Group("new", "", "eps_to_v", (ARM,), (), ())
+    with pytest.raises(ValueError, match="new: not registered"):
+        next_run([group], CONFIRM)
+
+
+def test_a_group_is_whole_with_ten_seeds_and_its_differences_are_paired():
+    other = Arm("other", Cell("eps_to_v", "all", 4, 200), "lora", alternatives.STATIC)
+    group = Group("new", "", "eps_to_v", (ARM, other), (("LoRA", "other"),), ())
+    records = []
+    for seed in range(300, 310):
+        one = trial(0.01, seed, CONFIRM, seed)
+        records += [one, one | {"targets": "all", "score": seed + 1 + seed % 2}]
+    assert not confirmed(group, records[:-1]).is_whole
+    assert confirmed(group, records).is_whole
+    found = confirmed(group, records).difference("LoRA", "other")
+    assert found.mean == pytest.approx(-1.5)
+    assert found.high - found.mean == pytest.approx(2.262157 * (10 / 9) ** 0.5 * 0.5 / 10**0.5)
