@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from quality.regimes import alternatives
 from quality.regimes.alternatives import GROUPS, Arm, Group, next_run, registered_rates, untried
 from quality.regimes.alternatives_report import confirmed
 from quality.regimes.image_regimes import Batch, GainedOffset, Offset, batches, build_conversion, conversion_data
@@ -100,7 +99,8 @@ def test_gain_changes_the_mean_of_a_channel_of_its_bin_alone():
     torch.testing.assert_close(denoiser(*inputs), expected)
 
 
-ARM = Arm("LoRA", Cell("eps_to_v", "attention", 4, 200), "lora", alternatives.STATIC)
+GRID = [{"learning_rate": rate} for rate in (0.002, 0.005, 0.01, 0.02)]
+ARM = Arm("LoRA", Cell("eps_to_v", "attention", 4, 200), "lora", GRID)
 
 
 def trial(rate, score, stage="dev", seed=100):
@@ -121,14 +121,14 @@ def test_a_best_rate_at_an_end_is_followed_outward():
 
 
 def test_an_unregistered_group_isnt_confirmed():
-    group = Group("new", "", "eps_to_v", (ARM,), (), ())
+    group = Group("new", "", "eps_to_v", [ARM], [])
     with pytest.raises(ValueError, match="new: not registered"):
         next_run([group], CONFIRM)
 
 
 def test_a_group_is_whole_with_ten_seeds_and_its_differences_are_paired():
-    other = Arm("other", Cell("eps_to_v", "all", 4, 200), "lora", alternatives.STATIC)
-    group = Group("new", "", "eps_to_v", (ARM, other), (("LoRA", "other"),), ())
+    other = Arm("other", Cell("eps_to_v", "all", 4, 200), "lora", GRID)
+    group = Group("new", "", "eps_to_v", [ARM, other], [("LoRA", "other")])
     records = []
     for seed in range(300, 310):
         one = trial(0.01, seed, CONFIRM, seed)

@@ -13,6 +13,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from quality import results
 from quality.regimes.plan import CONFIRM, Record, cell_of, key_of, rates_of
 from quality.regimes.runs import Cell, Run
@@ -28,33 +30,18 @@ RECORDS = RESULTS / "alternatives.jsonl"
 Rates = Mapping[str, float]
 
 
-def _rates(*rates: float, core: Sequence[float] = ()) -> tuple[Rates, ...]:
-    if not core:
-        return tuple({"learning_rate": rate} for rate in rates)
-    return tuple({"learning_rate": rate, "core_learning_rate": own} for rate, own in product(rates, core))
-
-
-STATIC = _rates(0.002, 0.005, 0.01, 0.02)
-NARA = _rates(0.005, 0.01, core=(0.001, 0.0025))
-KNOTS = _rates(0.005, 0.01, core=(0.0025, 0.01))
-STATIC_TEXT = _rates(0.005, 0.01, 0.02, 0.04)
-KNOTS_TEXT = _rates(0.01, 0.02, core=(0.003, 0.01))
-FIRST_PLAN = ()
-"""Rates are those that the first plan registered, by as many trials on the same development seed."""
-
-
 @dataclass(frozen=True)
 class Arm:
     """Attributes:
     title: in tables, unique in its group.
     cell, arm: as regimes train them.
-    grid: the rates that are tried.
+    grid: the rates that are tried; none of an arm that keeps those of the first plan.
     """
 
     title: str
     cell: Cell
     arm: str
-    grid: tuple[Rates, ...] = FIRST_PLAN
+    grid: Sequence[Rates] = ()
 
 
 @dataclass(frozen=True)
@@ -72,105 +59,33 @@ class Group:
     name: str
     about: str
     regime: str
-    arms: tuple[Arm, ...]
-    pairs: tuple[tuple[str, str], ...]
-    front: tuple[tuple[str, str], ...]
-
-    def arm(self, title: str) -> Arm | None:
-        """Of that title; None of what isn't trained."""
-        return next((arm for arm in self.arms if arm.title == title), None)
+    arms: Sequence[Arm]
+    pairs: Sequence[tuple[str, str]]
+    front: Sequence[tuple[str, str]] = ()
 
 
-IDENTITY = "the base, read by the identity"
-TOLD, UNTOLD = "Bayes' rule, told λ", "Bayes' rule, not told λ"
+def _groups() -> tuple[Group, ...]:
+    planned = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+    grids = {
+        name: [dict(zip(("learning_rate", "core_learning_rate"), each, strict=False)) for each in product(*grid)]
+        for name, grid in planned["grids"].items()
+    }
+
+    def arm(title: str, fields: Sequence[Any]) -> Arm:
+        *cell, trained, grid = fields if len(fields) == 6 else (*fields, None)
+        return Arm(title, Cell(*cell), trained, grids.get(grid, ()))
+
+    def group(name: str, fields: Mapping[str, Any]) -> Group:
+        arms = [arm(title, each) for title, each in fields["arms"].items()]
+        pairs = {
+            key: [(a, b) for a, others in fields.get(key, {}).items() for b in others] for key in ("pairs", "front")
+        }
+        return Group(name, fields["about"], fields["regime"], arms, **pairs)
+
+    return tuple(group(name, fields) for name, fields in planned["groups"].items())
 
 
-def _conversion(regime: str) -> Group:
-    on = "attention and time layers"
-    arms = (
-        Arm("LoRA, read by the identity, r 4", Cell(f"{regime}_read", "attention", 4, 200), "lora", STATIC),
-        Arm("NaRA, r 4", Cell(regime, "attention", 4, 200), "nara"),
-        Arm(f"LoRA, {on}, r 4", Cell(regime, "attention_time", 4, 200), "lora", STATIC),
-        Arm(f"LoRA, {on}, r 14", Cell(regime, "attention_time", 14, 200), "lora", STATIC),
-        Arm(f"NaRA, {on}, r 4", Cell(regime, "attention_time", 4, 200), "nara", NARA),
-        Arm(f"NaRA-Knots, {on}, r 4", Cell(regime, "attention_time", 4, 200), "nara_knots", KNOTS),
-        Arm(f"NaRA-Knots, {on}, r 11", Cell(regime, "attention_time", 11, 200), "nara_knots", KNOTS),
-    )
-    read, attention, small, large, nara, knots, knots_large = (arm.title for arm in arms)
-    pairs = (
-        *((attention, each) for each in (IDENTITY, read, small, large)),
-        *((nara, each) for each in (IDENTITY, read, small, large)),
-        *((knots, each) for each in (small, nara)),
-        *((knots_large, each) for each in (IDENTITY, read, large, nara)),
-    )
-    about = "an ε-model learns to predict v" + ", with zero terminal SNR" * (regime == "zero_snr")
-    return Group(regime, about, regime, arms, pairs, ((attention, IDENTITY), (nara, large), (knots_large, read)))
-
-
-def _blind() -> Group:
-    regime, told, biased = "blind_open", "blind_open_told", "blind_open_bias"
-    arms = (
-        Arm("LoRA, λ as a token, r 4", Cell(told, "attention", 4, 200), "lora", STATIC_TEXT),
-        Arm("LoRA, λ as a token, r 43", Cell(told, "attention", 43, 200), "lora", STATIC_TEXT),
-        Arm("LoRA and b(λ) on the input token's logit, r 4", Cell(biased, "attention", 4, 200), "lora", STATIC_TEXT),
-        Arm("NaRA, r 4", Cell(regime, "attention", 4, 200), "nara"),
-        Arm("NaRA-Knots, r 4", Cell(regime, "attention", 4, 200), "nara_knots"),
-        Arm("NaRA-Knots, r 27", Cell(regime, "attention", 27, 200), "nara_knots", KNOTS_TEXT),
-    )
-    token, token_large, bias, nara, knots, knots_large = (arm.title for arm in arms)
-    pairs = (
-        *((nara, each) for each in (token, token_large, bias)),
-        *((knots, each) for each in (token, bias, nara)),
-        *((knots_large, each) for each in (token_large, bias, nara)),
-    )
-    front = ((nara, token), (knots_large, token_large))
-    return Group(regime, "a model of random tokens learns answers that nothing foretells", regime, arms, pairs, front)
-
-
-def _equal(name: str, about: str, cell: Cell) -> Group:
-    arms = (
-        Arm("LoRA, NaRA's parameters", cell, "lora_params", _rates(0.002, 0.003, 0.005, 0.01, 0.02)),
-        Arm(f"NaRA, r {cell.rank}", cell, "nara"),
-    )
-    return Group(name, about, "eps_to_v", arms, ((arms[1].title, arms[0].title),), ())
-
-
-def _offset() -> Group:
-    of = [("LoRA, r 14", "lora", 14, STATIC), ("DoRA, r 14", "dora", 14, STATIC), ("NaRA, r 4", "nara", 4, NARA)]
-    of += [("NaRA-Knots, r 11", "nara_knots", 11, KNOTS)]
-    arms = [Arm(title, Cell("noise_offset", "attention_time", r, 200), arm, grid) for title, arm, r, grid in of]
-    gain = "a gain of each channel's mean, by bins of λ"
-    arms.append(Arm(gain, Cell("noise_offset_gain", "output", 0, 200), "gain", STATIC_TEXT))
-    lora, dora, nara, knots, _ = (arm.title for arm in arms)
-    pairs = [(form, each) for form in (nara, knots) for each in (lora, dora, gain)]
-    about = "ε under --noise_offset 0.3, attention and time layers; share of the base's loss"
-    return Group("noise_offset", about, "noise_offset", tuple(arms), (*pairs, (knots, nara)), ((knots, dora),))
-
-
-def _ordinary() -> Group:
-    all_of = [("LoRA, r 4", "lora", 4, STATIC), ("LoRA, r 5", "lora", 5, STATIC), ("DoRA, r 4", "dora", 4, STATIC)]
-    all_of += [("NaRA-Knots, r 4", "nara_knots", 4, KNOTS)]
-    arms = tuple(Arm(title, Cell("eps_to_v_read", "all", r, 200), arm, grid) for title, arm, r, grid in all_of)
-    pairs = tuple(("NaRA-Knots, r 4", each) for each in ("LoRA, r 4", "LoRA, r 5", "DoRA, r 4"))
-    about = "ordinary tuning: ε, weighted by 1 / ᾱ, all layers"
-    return Group("ordinary", about, "eps_to_v", arms, pairs, pairs[-1:])
-
-
-def _flow() -> Group:
-    arm = Arm("LoRA, read by the identity, r 4", Cell("eps_to_flow_read", "attention", 4, 200), "lora", STATIC)
-    return Group("eps_to_flow", "an ε-model becomes a flow", "eps_to_flow", (arm,), ((arm.title, IDENTITY),), ())
-
-
-GROUPS = (
-    _conversion("eps_to_v"),
-    _blind(),
-    _conversion("zero_snr"),
-    _equal("eps_to_v_wide", "eps_to_v on attention, at rank 16", Cell("eps_to_v", "attention", 16, 200)),
-    _offset(),
-    _ordinary(),
-    _equal("eps_to_v_long", "eps_to_v on attention, in 800 steps", Cell("eps_to_v", "attention", 4, 800)),
-    _flow(),
-)
+GROUPS = _groups()
 NAMES = tuple(group.name for group in GROUPS)
 
 
@@ -205,7 +120,7 @@ def untried(arm: Arm, records: Sequence[Record]) -> list[Rates]:
     known = [rates for rates, _ in made]
     if left := [rates for rates in arm.grid if rates not in known]:
         return left
-    if len(arm.grid[0] if arm.grid else NARA[0]) > 1:
+    if not arm.grid or len(arm.grid[0]) > 1:
         return []
     best = min(range(len(made)), key=lambda index: made[index][1])
     if 0 < best < len(made) - 1:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from nara_diffusion.utils.statistics import Interval, interval
-from quality.regimes.alternatives import GROUPS, SEEDS, Arm, Group, described, registered_rates, trials, untried
+from quality.regimes.alternatives import GROUPS, SEEDS, Group, described, registered_rates, trials, untried
 from quality.regimes.plan import CONFIRM, Record, cell_of
 from quality.report.data import NOTHING, change, spread, table
 
@@ -88,8 +88,7 @@ def _section(cell: Confirmed) -> str:
     title = f"### {cell.group.name}: {cell.group.about}"
     if not cell.is_whole:
         return f"{title}\n\nOpen: {cell.done} of {len(cell.group.arms) * len(SEEDS)} runs are there."
-    arms = [cell.group.arm(title) for title in cell.scores]
-    rows = [_row(cell, name, arm) for name, arm in zip(cell.scores, arms, strict=True)]
+    rows = [_row(cell, title) for title in cell.scores]
     pairs = [[one, other, change(cell.difference(one, other), DIGITS)] for one, other in cell.group.pairs]
     return "\n\n".join(
         [
@@ -100,8 +99,8 @@ def _section(cell: Confirmed) -> str:
     )
 
 
-def _row(cell: Confirmed, title: str, arm: Arm | None) -> list[str]:
-    if arm is None:
+def _row(cell: Confirmed, title: str) -> list[str]:
+    if title not in cell.examples:
         return [title, "0", NOTHING, f"{cell.scores[title][SEEDS[0]]:.{DIGITS}f}"]
     return [title, cell.size(title), described(cell.examples[title]["rates"]), spread(cell.mean(title), DIGITS)]
 
