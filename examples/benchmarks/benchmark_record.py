@@ -34,10 +34,12 @@ def processor() -> str:
 
 
 def commit() -> str | None:
-    """The commit of this checkout, with "+" if tracked files were changed since; None outside a git checkout."""
+    """The commit of this checkout, with "+" if tracked files but records were changed since; None outside of git."""
     try:
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
-        changes = subprocess.run(["git", "diff", "--quiet", "HEAD"], cwd=ROOT, capture_output=True)
+        changes = subprocess.run(
+            ["git", "diff", "--quiet", "HEAD", "--", ".", ":!*.jsonl"], cwd=ROOT, capture_output=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
     return head.stdout.strip() + ("+" if changes.returncode else "")
