@@ -37,9 +37,8 @@ def commit() -> str | None:
     """The commit of this checkout, with "+" if tracked files but records were changed since; None outside of git."""
     try:
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
-        changes = subprocess.run(
-            ["git", "diff", "--quiet", "HEAD", "--", ".", ":!*.jsonl"], cwd=ROOT, capture_output=True
-        )
+        diff = ["git", "diff", "--quiet", "HEAD", "--", ".", ":!*.jsonl"]
+        changes = subprocess.run(diff, cwd=ROOT, capture_output=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return head.stdout.strip() + ("+" if changes.returncode else "")
