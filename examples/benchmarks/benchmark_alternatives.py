@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from functools import partial
 
 from quality import results
-from quality.regimes.alternatives import DEV, NAMES, chosen, make_runs
+from quality.regimes import alternatives
+from quality.regimes.alternatives import DEV
 from quality.regimes.plan import CONFIRM
 from quality.regimes.runs import record_of
 
@@ -26,11 +27,13 @@ def main(argv: Sequence[str] | None = None) -> int | str:
     """Makes the runs that the records lack; returns what `sys.exit` takes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=(DEV, CONFIRM), required=True, help="trials of rates, or fresh seeds")
-    parser.add_argument("--groups", nargs="+", default=NAMES, help=f"of {' '.join(NAMES)}, one after another")
+    names = [group.name for group in alternatives.GROUPS]
+    parser.add_argument("--groups", nargs="+", choices=names, default=names, help="in the plan's order")
     args = parser.parse_args(argv)
     results.provenance()  # the commit at the start
+    groups = [group for group in alternatives.GROUPS if group.name in args.groups]
     try:
-        make_runs(chosen(args.groups), args.stage, partial(record_of, with_mean_core=False))
+        alternatives.make_runs(groups, args.stage, partial(record_of, with_mean_core=False))
     except ValueError as error:
         return f"error: {error}"
     return 0

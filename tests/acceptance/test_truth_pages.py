@@ -11,11 +11,13 @@ import re
 from collections import defaultdict
 from statistics import fmean
 
-import benchmark_alternatives as alternatives
 import pytest
 import report_quality
 from quality import results
 from quality.regimes import runs
+from quality.regimes.alternatives import GROUPS
+from quality.regimes.alternatives_report import confirmed
+from quality.regimes.text.bayes import bayes_losses
 from quality.regimes.text.corruption import noise_tokens
 from quality.regimes.text.models import load
 from quality.report.blocks import block
@@ -36,6 +38,7 @@ REGIMES = {
     "one_image": r"one_image|[Oo]ne image",
     "seen_determined": r"seen_determined|shows its masks",
     "seen_open": r"seen_open|leaves open",
+    "noise_offset": r"noise_offset|noise offset",
 }
 """{regime: how a paragraph names it}; a paragraph that names none is about those of the one before, up to a heading."""
 NUMBER = r"(?<![\d.\w+−])(?<!± )(?P<number>\d?\.\d{3,5})(?![\d%]| %)"
@@ -44,7 +47,7 @@ MEASURES = ("score", "inside", "drift", "alignment")
 
 @pytest.fixture(scope="module")
 def figures():
-    """{(regime, method): its figures}: means over the ten confirmation seeds; of the alternatives single seeds too."""
+    """{(regime, method): its figures}: means over the ten confirmation seeds."""
     values = defaultdict(list)  # of each seed
     for record in read(report_quality.RESULTS / "regimes.jsonl"):
         cell = [record[name] for name in ("targets", "rank", "steps")]
@@ -53,13 +56,10 @@ def figures():
                 if record["stage"] == "confirm" and measure in measured:
                     values[(record["regime"], method, record["arm"], measure, *cell)].append(measured[measure])
     for record in read(report_quality.RESULTS / "alternatives.jsonl"):
-        if record["stage"] == "alternatives":
-            regime, cell = (
-                re.sub("_(told|read)$", "", record["regime"]),
-                [record.get(name) for name in ("targets", "rank")],
-            )
-            for seed in (record["seed"], "all seeds"):
-                values[(regime, record["arm"], record["regime"], seed, *cell)].append(record["score"])
+        regime = re.sub("_(told|read|bias|gain)$", "", record["regime"])
+        if record["seed"] is None or record["stage"] == "confirm":
+            cell = [record.get(name) for name in ("targets", "rank", "steps")]
+            values[(regime, record["arm"], record["regime"], *cell)].append(record["score"])
     found = defaultdict(list)
     for (regime, method, *_), each in values.items():
         if None not in each:
@@ -127,7 +127,11 @@ def test_a_wrong_rounding_is_found(figures):
 
 def test_the_records_have_the_figures_that_the_pages_are_compared_with(figures):
     assert f"{figures['subject_low', 'lora_params'][0]:.5f}" == "0.88247"
-    assert all(figures[regime, "lora"] and figures[regime, "nara"] for regime in REGIMES if regime != "one_image")
+    assert all(
+        figures[regime, "lora"] and figures[regime, "nara"]
+        for regime in REGIMES
+        if regime not in ("one_image", "noise_offset")
+    )
 
 
 RECORDS = report_quality.RESULTS / "alternatives.jsonl"
@@ -145,7 +149,7 @@ def characters():
 def test_bayes_rule_is_that_of_all_characters_and_tokens_of_the_noise(batches):
     batch = batches[4]
     noise = noise_tokens(load("uniform-tiny")[1]).tolist()
-    found = alternatives.bayes_losses(batch)
+    found = bayes_losses(batch)
     for row in range(5):
         level = batch.noise_level[row].item()
         kept = {(x, z): (1 - level) * (x == z) + level / len(noise) for x in characters() for z in noise}  # p(z | x)
@@ -159,20 +163,26 @@ def test_bayes_rule_is_that_of_all_characters_and_tokens_of_the_noise(batches):
 
 @pytest.mark.parametrize(("is_told", "score"), [(True, "1.977"), pytest.param(False, "2.078", marks=pytest.mark.slow)])
 def test_bayes_rule_has_on_the_held_out_questions_what_the_record_says(batches, is_told, score):
-    losses = [alternatives.bayes_losses(batch, is_told)[batch.answer].mean().item() for batch in batches]
+    losses = [bayes_losses(batch, is_told)[batch.answer].mean().item() for batch in batches]
     title = "Bayes' rule, told λ" if is_told else "Bayes' rule, not told λ"
     (record,) = (each for each in results.read(RECORDS) if each["arm"] == title)
     assert losses == pytest.approx(record["losses"], rel=1e-5)
     assert f"{sum(losses) / 10:.3f}" == score
 
 
-def test_each_regime_has_its_alternatives_among_the_committed_records():
+def test_the_front_table_shows_the_groups_whose_seeds_are_all_there():
     lines = block("alternatives", report_quality.RESULTS).splitlines()
-    assert lines[0] == "| regime | method | parameters | rate | seed 20 | seed 21 |"
-    rows = {tuple(line.strip("| ").split(" | ")[:2]): line.strip("| ").split(" | ")[4:] for line in lines[2:]}
-    trained = {(arm.regime, arm.title) for arm in alternatives.trained(200)}
-    assert set(rows) == trained | set(alternatives.UNTRAINED)
-    assert all(float(score) for scores in rows.values() for score in scores)
-    for regime in ("eps_to_v", "zero_snr"):  # nothing trained on attention reaches what needs no training
-        identity, nara = (rows[regime, title] for title in ("the base, read by the identity", "NaRA, r 4"))
-        assert max(map(float, identity)) < min(map(float, nara))
+    groups = [confirmed(group, results.read(RECORDS)) for group in GROUPS]
+    shown = [group.group.name for group in groups if group.is_whole for _ in group.group.front]
+    assert [line.split(" | ")[0].strip("| ") for line in lines[2:]] == shown
+    assert 0 < len(shown) <= 10
+    assert {"eps_to_v", "blind_open"} <= set(shown)
+
+
+def test_nothing_trained_on_attention_reaches_what_needs_no_training():
+    of_conversion = [
+        confirmed(group, results.read(RECORDS)) for group in GROUPS if group.name in ("eps_to_v", "zero_snr")
+    ]
+    for group in of_conversion:
+        if group.is_whole:
+            assert group.difference("NaRA, r 4", "the base, read by the identity").low > 0

@@ -14,6 +14,8 @@ import benchmark_speed
 import measure_house
 import pytest
 from quality import results
+from quality.regimes import alternatives
+from quality.regimes.alternatives import Arm, Group
 from quality.regimes.runs import REGIMES, Cell, Run, record_of
 
 pytestmark = pytest.mark.slow
@@ -78,12 +80,21 @@ def test_benchmark_regimes_counts_what_is_left(tmp_path, capsys):
     assert "120 runs of eps_to_v, attention, rank 4, 200 steps" in capsys.readouterr().out
 
 
-def test_benchmark_alternatives_trains_an_arm(tmp_path, monkeypatch, capsys):
-    (token,) = [arm for arm in benchmark_alternatives.trained(1) if arm.title == "LoRA, λ as a token, r 4"]
-    monkeypatch.setattr(benchmark_alternatives, "trained", lambda steps: [token])
-    monkeypatch.setattr(benchmark_alternatives, "UNTRAINED", {})
-    benchmark_alternatives.main(["--seeds", "3", "--steps", "1", "--output", str(tmp_path / "records.jsonl")])
-    assert "| blind_open | LoRA, λ as a token, r 4 | 16384 |" in capsys.readouterr().out
+def test_benchmark_alternatives_runs_what_is_missing_once(tmp_path, monkeypatch):
+    token = Arm("token", Cell("blind_open_told", "attention", 4, 1), "lora", [{"learning_rate": 0.01}])
+    monkeypatch.setattr(alternatives, "GROUPS", [Group("new", "", "blind_open", [token], [])])
+    monkeypatch.setattr(alternatives, "RECORDS", tmp_path / "records.jsonl")
+    monkeypatch.setattr(alternatives, "development", lambda: results.read(tmp_path / "records.jsonl"))
+    monkeypatch.setattr(alternatives, "registered", lambda: ["new"])
+    monkeypatch.setattr(alternatives, "SEEDS", (3, 4))
+    monkeypatch.setattr(alternatives, "untried", lambda arm, known: [] if known else arm.grid)
+    for stage in ("dev", "confirm", "confirm"):
+        assert benchmark_alternatives.main(["--stage", stage, "--groups", "new"]) == 0
+    made = results.read(tmp_path / "records.jsonl")
+    assert [(record["stage"], record["seed"]) for record in made] == [("dev", 100), ("confirm", 3), ("confirm", 4)]
+    assert {record["trainable_parameters"] for record in made} == {16384}
+    monkeypatch.setattr(alternatives, "registered", lambda: ["none"])
+    assert "not registered" in str(benchmark_alternatives.main(["--stage", "confirm"]))
 
 
 def test_measure_house_counts_the_library(tmp_path):

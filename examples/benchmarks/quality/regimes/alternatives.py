@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -86,18 +86,6 @@ def _groups() -> tuple[Group, ...]:
 
 
 GROUPS = _groups()
-NAMES = tuple(group.name for group in GROUPS)
-
-
-def chosen(names: Sequence[str]) -> list[Group]:
-    """The groups of these names.
-
-    Raises:
-        ValueError: there is none of such a name.
-    """
-    if unknown := sorted(set(names) - set(NAMES)):
-        raise ValueError(f"--groups has {', '.join(unknown)}, expected of {', '.join(NAMES)}")
-    return [next(group for group in GROUPS if group.name == name) for name in names]
 
 
 # ---------------------------------------------------------------------- rates
@@ -156,7 +144,7 @@ def registered() -> list[str]:
     return line.removeprefix("Registered: ").partition(" (")[0].split(", ")
 
 
-def next_run(groups: Sequence[Group], stage: str, seeds: Sequence[int] = SEEDS) -> Run | None:
+def next_run(groups: Sequence[Group], stage: str) -> Run | None:
     """The first that is missing: group after group, and in a group seed after seed.
 
     Raises:
@@ -171,7 +159,7 @@ def next_run(groups: Sequence[Group], stage: str, seeds: Sequence[int] = SEEDS) 
     done = {key_of(record) for record in known if record["stage"] == CONFIRM}
     for group in groups:
         rated = [(arm, registered_rates(arm, known)) for arm in group.arms]
-        for seed in seeds:
+        for seed in SEEDS:
             for arm, rates in rated:
                 run = Run(arm.cell, arm.arm, seed, rates)
                 if key_of(run.named) not in done:
@@ -188,8 +176,5 @@ def make_runs(groups: Sequence[Group], stage: str, make: Any) -> None:
     while run := next_run(groups, stage):
         record = make(run, stage)
         results.append(RECORDS, [record])
-        print(
-            f"{record['date']} {stage} {run.cell.regime} {run.cell.targets} r{run.cell.rank} {run.arm} {run.seed}",
-            end=" ",
-        )
-        print(f"{described(run.rates)}: {record['score']} in {record['core_seconds']} s", flush=True)
+        named = " ".join(map(str, (stage, *astuple(run.cell), run.arm, run.seed, described(run.rates))))
+        print(f"{record['date']} {named}: {record['score']} in {record['core_seconds']} s", flush=True)
