@@ -222,12 +222,14 @@ Inputs = tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]
 class Batch:
     """Attributes:
     corrupted: of b samples.
+    indices: (b,), of their noise levels.
     time_ids: (b, 6).
     embeddings: (b, l, d) and (b, p).
     shuffled: λ (b,) of other samples, for the ablation of that name.
     """
 
     corrupted: Corrupted
+    indices: Tensor
     time_ids: Tensor
     embeddings: tuple[Tensor, Tensor]
     shuffled: Tensor
@@ -257,6 +259,7 @@ def batches(data: RegimeData, objective: Objective, args: Any, offset: float = 0
         noise = draw_noise(positions, latents.shape[1:], seed=seed, offset=offset)
         return Batch(
             objective.corrupt(latents, noise, indices),
+            indices,
             samples["time_ids"],
             data.prompts.get(samples["prompts"]),
             shuffled_noise_levels(positions, seed, objective.levels, size),
@@ -343,17 +346,6 @@ class GainedOffset(Offset):
 # ---------------------------------------------------------------------- reading
 
 
-class Noting:
-    """An objective that keeps the indices of its last batch, which the reading needs beside it."""
-
-    def __init__(self, objective: Objective) -> None:
-        self.objective, self.levels = objective, objective.levels
-
-    def corrupt(self, clean: Tensor, noise: Tensor, indices: Tensor) -> Corrupted:
-        self.indices = indices
-        return self.objective.corrupt(clean, noise, indices)
-
-
 @dataclass(frozen=True)
 class ReadConversion(Conversion):
     """The regime `objective_name`, by a model that predicts ε."""
@@ -366,12 +358,11 @@ class ReadConversion(Conversion):
     def loss(self, denoiser: ControlledDenoiser, args: Any) -> Callable[[int], Tensor]:
         """The loss of step number n."""
         objective, reading = self._reading()
-        noting = Noting(objective)
-        batch_of = batches(self.load(), noting, args)  # type: ignore[arg-type]
+        batch_of = batches(self.load(), objective, args)
 
         def loss(number: int) -> Tensor:
             batch = batch_of(number)
-            shown, indices = batch.corrupted.model_input, noting.indices
+            shown, indices = batch.corrupted.model_input, batch.indices
             said = denoiser(*reading.base_inputs(shown, indices), batch.time_ids, batch.embeddings)
             return squared_errors(reading.prediction(shown, said, indices), batch.corrupted).mean()
 
