@@ -66,7 +66,7 @@ class Group:
 
 def _groups() -> tuple[Group, ...]:
     planned = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
-    grids = {
+    grids: dict[str | None, Sequence[Rates]] = {
         name: [dict(zip(("learning_rate", "core_learning_rate"), each, strict=False)) for each in product(*grid)]
         for name, grid in planned["grids"].items()
     }

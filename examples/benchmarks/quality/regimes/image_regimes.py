@@ -340,7 +340,7 @@ def _base_losses(regime: Offset) -> list[float]:
 class GainedOffset(Offset):
     """By gains of the prediction's channels in place of an adapter."""
 
-    backbone = GainedBackbone()
+    backbone: ClassVar[Backbone] = GainedBackbone()
 
 
 # ---------------------------------------------------------------------- reading

@@ -35,7 +35,8 @@ def bayes_losses(batch: MaskedBatch, is_told: bool = True) -> Tensor:
     else:
         levels = (torch.arange(LEVELS, dtype=torch.double) + 0.5) / LEVELS
         weights = torch.stack([_evidence(batch, level).sum(1) for level in levels]).softmax(0)  # (LEVELS, b)
-        p = sum(weight[:, None] * _character(batch, level) for weight, level in zip(weights, levels, strict=True))
+        of_levels = [weight[:, None] * _character(batch, level) for weight, level in zip(weights, levels, strict=True)]
+        p = torch.stack(of_levels).sum(0)
     return -p.log() * torch.isin(batch.targets, token_ids(CHARACTERS))
 
 
