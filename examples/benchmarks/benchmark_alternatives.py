@@ -29,11 +29,15 @@ def main(argv: Sequence[str] | None = None) -> int | str:
     parser.add_argument("--stage", choices=(DEV, CONFIRM), required=True, help="trials of rates, or fresh seeds")
     names = [group.name for group in alternatives.GROUPS]
     parser.add_argument("--groups", nargs="+", choices=names, default=names, help="in the plan's order")
+    few = "those of fresh seeds: part of the ten, for a second process"
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, choices=alternatives.SEEDS, default=alternatives.SEEDS, help=few
+    )
     args = parser.parse_args(argv)
     results.provenance()  # the commit at the start
     groups = [group for group in alternatives.GROUPS if group.name in args.groups]
     try:
-        alternatives.make_runs(groups, args.stage, partial(record_of, with_mean_core=False))
+        alternatives.make_runs(groups, args.stage, args.seeds, partial(record_of, with_mean_core=False))
     except ValueError as error:
         return f"error: {error}"
     return 0

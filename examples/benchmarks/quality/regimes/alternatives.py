@@ -144,7 +144,7 @@ def registered() -> list[str]:
     return line.removeprefix("Registered: ").partition(" (")[0].split(", ")
 
 
-def next_run(groups: Sequence[Group], stage: str) -> Run | None:
+def next_run(groups: Sequence[Group], stage: str, seeds: Sequence[int] = SEEDS) -> Run | None:
     """The first that is missing: group after group, and in a group seed after seed.
 
     Raises:
@@ -159,7 +159,7 @@ def next_run(groups: Sequence[Group], stage: str) -> Run | None:
     done = {key_of(record) for record in known if record["stage"] == CONFIRM}
     for group in groups:
         rated = [(arm, registered_rates(arm, known)) for arm in group.arms]
-        for seed in SEEDS:
+        for seed in seeds:
             for arm, rates in rated:
                 run = Run(arm.cell, arm.arm, seed, rates)
                 if key_of(run.named) not in done:
@@ -171,9 +171,9 @@ def described(rates: Rates) -> str:
     return " / ".join(f"{value:g}" for value in rates.values())
 
 
-def make_runs(groups: Sequence[Group], stage: str, make: Any) -> None:
+def make_runs(groups: Sequence[Group], stage: str, seeds: Sequence[int], make: Any) -> None:
     """Makes the missing runs one after another; each is on the disk before the next begins."""
-    while run := next_run(groups, stage):
+    while run := next_run(groups, stage, seeds):
         record = make(run, stage)
         results.append(RECORDS, [record])
         named = " ".join(map(str, (stage, *astuple(run.cell), run.arm, run.seed, described(run.rates))))
