@@ -39,10 +39,12 @@ class Backbone(Protocol):
 
 
 class UNetBackbone:
-    """The UNet of sdxl-tiny; its targets "all" have the time embedding, where a static adapter reads λ by itself."""
+    """The UNet of sdxl-tiny; its targets "all" and "attention_time" have the time embedding, where a static adapter
+    reads λ by itself."""
 
     targets: Mapping[str, tuple[str, ...]] = {
         "attention": _ATTENTION,
+        "attention_time": (*_ATTENTION, *_TIME),
         "all": (*_ATTENTION, *_LINEAR, *_CONVOLUTIONS, *_TIME),
     }
 
