@@ -4,6 +4,7 @@ from .build import build_objective
 from .discrete import PREDICTION_TYPES, DiscreteObjective
 from .errors import squared_errors, weighted_errors, with_prior
 from .flow import FlowObjective
+from .identity import IdentityReading
 from .preconditioned import PreconditionedObjective, is_edm
 from .terms import Corrupted, Objective
 
@@ -12,6 +13,7 @@ __all__ = [
     "Corrupted",
     "DiscreteObjective",
     "FlowObjective",
+    "IdentityReading",
     "Objective",
     "PreconditionedObjective",
     "build_objective",
