@@ -4,7 +4,8 @@
     python examples/benchmarks/benchmark_alternatives.py --seeds 20 21 22 --steps 200
 
 eps_to_v, zero_snr, eps_to_flow
-    identity      the untrained base, whose ε is read as what the regime asks for; nothing is trained
+    identity      the untrained base, whose ε is read as what the regime asks for: v = (ε̂ − √(1 − ᾱ) x) / √ᾱ at the
+                  same timestep; elsewhere at that of the base whose SNR is nearest (nara_diffusion's IdentityReading)
 eps_to_v, zero_snr
     time layers   LoRA, of about as many parameters as NaRA has, and NaRA, on attention and on the layers that bring
                   the timestep to the ResNet blocks (time_embedding.linear_1, linear_2 and time_emb_proj)
@@ -35,6 +36,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -42,6 +44,8 @@ from unittest.mock import patch
 
 import torch
 from quality import results
+from quality.images.held_out import predicted
+from quality.regimes.images.objectives import CONVERSIONS, build_conversion
 from quality.regimes.methods import MEAN_CORE
 from quality.regimes.plan import PLAN
 from quality.regimes.rates import chosen_rates, key_of
@@ -57,6 +61,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from nara_diffusion.dllm.masking import MaskedBatch
+from nara_diffusion.dreambooth.objectives import IdentityReading, squared_errors
 
 RESULTS = Path(__file__).parent / "results"
 TUNE, MEASURE = "tune", "alternatives"
@@ -98,6 +103,21 @@ def _token_ids(characters: str) -> Tensor:
 def bayes() -> list[float]:
     """The loss of each bin of λ."""
     return [bayes_losses(batch)[batch.answer].mean().item() for batch in REGIMES[TEXT].held_out()]
+
+
+def identity(regime: str) -> list[float]:
+    """The loss of each bin of λ, of the base whose ε is read as what `regime` asks for."""
+    data = REGIMES[regime].load()
+    objective = build_conversion(regime, data.pipe.scheduler)
+    reading, losses = IdentityReading(data.pipe.scheduler, objective), []
+    for clean in data.held_out:
+        held_out = clean.corrupted(objective)
+        shown = held_out.batch.model_input
+        sample, timestep = reading.base_inputs(shown, clean.indices)
+        seen = replace(held_out, batch=replace(held_out.batch, model_input=sample, timestep=timestep))
+        said = reading.prediction(shown, predicted(data.pipe.unet, seen), clean.indices)
+        losses.append(squared_errors(said, held_out.batch).mean().item())
+    return losses
 
 
 @dataclass(frozen=True)
@@ -148,7 +168,10 @@ def trained(steps: int) -> list[Trained]:
     ]
 
 
-UNTRAINED: dict[tuple[str, str], Callable[[], list[float]]] = {(TEXT, "Bayes' rule, told λ"): bayes}
+UNTRAINED: dict[tuple[str, str], Callable[[], list[float]]] = {
+    **{(regime, "the base, read by the identity"): partial(identity, regime) for regime in CONVERSIONS},
+    (TEXT, "Bayes' rule, told λ"): bayes,
+}
 """{(regime, title): the loss of each bin}, the same for all seeds."""
 
 
