@@ -90,7 +90,7 @@ def shipped_run(given: Mapping[str, Any]) -> dict[str, Any]:
         del values["max_train_steps"]
     if not data:
         logger.info(
-            "no model was named: your records teach %s, a toy of 64 positions (about 8 of them a message, and one a "
+            "no model was named: your records teach %s, a toy of 64 positions (5 of them a message, and one a "
             "letter), with its own settings (%s); for LLaDA-8B add --pretrained_model_name_or_path "
             "GSAI-ML/LLaDA-8B-Instruct",
             values["pretrained_model_name_or_path"],
