@@ -157,7 +157,8 @@ def test_a_canvas_beyond_the_models_positions_is_refused_before_training(
     train_file = write_reversals(tmp_path / "own.jsonl", 9, lengths)
     args = arguments(gen_length=gen_length, train_file=train_file)
     message = rf"the longest prompt has \d+ tokens and gen_length is {gen_length}, together \d+, and the model has 64"
-    message += r".* \(the longest is record [1-9] of .*own\.jsonl\)$"
+    message += r".* \(the longest is record [1-9] of .*own\.jsonl\); "
+    message += rf"--data_options max_prompt_length={64 - gen_length} leaves longer ones out$"
     with pytest.raises(ValueError, match=message):
         main(args)
     assert not Path(args.output_dir).exists()
