@@ -48,7 +48,7 @@ from nara_diffusion.training.adapters import (
 )
 from nara_diffusion.training.arguments import schedule_of, window_of
 from nara_diffusion.training.checkpoints import local_folder, save_adapter
-from nara_diffusion.training.command import ASSETS, run_command, shipped
+from nara_diffusion.training.command import ASSETS, own_settings, run_command, shipped
 from nara_diffusion.training.engines import load_whole, loading_in
 from nara_diffusion.training.loop import prepare_training, train
 from nara_diffusion.training.report import finish, window_facts
@@ -77,7 +77,7 @@ SHIPPED_RUN = {
     "eval_batch_size": 64,
     "gen_length": 12,
 }
-_TOLD = ("max_train_steps", "train_batch_size", "learning_rate", "gen_length", "checkpointing_steps")
+_TOLD = "max_train_steps train_batch_size learning_rate gen_length checkpointing_steps"
 
 
 def shipped_run(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def shipped_run(given: Mapping[str, Any]) -> dict[str, Any]:
             "letter), with its own settings (%s); for LLaDA-8B add --pretrained_model_name_or_path "
             "GSAI-ML/LLaDA-8B-Instruct",
             values["pretrained_model_name_or_path"],
-            ", ".join(f"{name} {values[name]}" for name in _TOLD if name in values and name not in given),
+            own_settings(values, given, _TOLD),
         )
     return values
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from nara_diffusion.training.command import ASSETS, shipped
+from nara_diffusion.training.command import ASSETS, own_settings, shipped
 
 from .pipelines import family_of_model, native_resolution
 
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 CONFIGS = ASSETS.parents[1] / "train_scripts" / "configs"
 STEPS = 500
 """Of a run on a named model: a pass over five images is two steps."""
-_TOLD = ("max_train_steps", "learning_rate", "rank", "num_inference_steps", "guidance_scale")
+_TOLD = "max_train_steps learning_rate rank num_inference_steps guidance_scale"
 _DATA = ("instance_data_dir", "instance_prompt", "validation_prompts", "identifier")
 
 
@@ -38,7 +38,7 @@ def shipped_run(given: Mapping[str, Any], config: Path = CONFIGS / "sd_tiny_flow
             "--pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0",
             values["pretrained_model_name_or_path"],
             values["resolution"],
-            ", ".join(f"{name} {values[name]}" for name in _TOLD if name in values and name not in given),
+            own_settings(values, given, _TOLD),
         )
         values = {name: value for name, value in values.items() if name not in _DATA}
     return shipped(values)

@@ -71,6 +71,11 @@ def _terminate(*_: object) -> None:
     raise Terminated
 
 
+def own_settings(values: Mapping[str, Any], given: Mapping[str, Any], names: str) -> str:
+    """What is said of a shipped run's own settings: those of `names` that weren't `given`."""
+    return ", ".join(f"{name} {values[name]}" for name in names.split() if name in values and name not in given)
+
+
 def shipped(values: Mapping[str, Any]) -> dict[str, Any]:
     """`values`, the arguments of the shipped run.
 
