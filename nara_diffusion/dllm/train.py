@@ -86,8 +86,6 @@ def shipped_run(given: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     data = {} if {"train_file", "dataset_name"} & given.keys() else SHIPPED_DATA
     values = shipped(SHIPPED_RUN | data)
-    if "num_train_epochs" in given:
-        del values["max_train_steps"]
     if not data:
         logger.info(
             "no model was named: your records teach %s, a toy of 64 positions (5 of them a message, and one a "

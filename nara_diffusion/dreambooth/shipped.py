@@ -50,9 +50,7 @@ def family_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
     if not name:
         return {}  # which the arguments refuse
     family = family_of_model(name, **hub)
-    defaults = {"target_modules": list(family.targets), **family.defaults}
-    if "num_train_epochs" not in given:
-        defaults["max_train_steps"] = STEPS
+    defaults = {"target_modules": list(family.targets), **family.defaults, "max_train_steps": STEPS}
     if (resolution := native_resolution(name, family, **hub)) is not None:
         defaults["resolution"] = resolution
         if given.get("resolution", resolution) > 2 * resolution:

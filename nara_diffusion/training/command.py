@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from .loop import TrainingDiverged
-from .parser import parse_arguments
+from .parser import merged, parse_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,8 @@ def _terminate(*_: object) -> None:
 
 def own_settings(values: Mapping[str, Any], given: Mapping[str, Any], names: str) -> str:
     """What is said of a shipped run's own settings: those of `names` that weren't `given`."""
-    return ", ".join(f"{name} {values[name]}" for name in names.split() if name in values and name not in given)
+    own = merged(values, given)
+    return ", ".join(f"{name} {own[name]}" for name in names.split() if name in own and name not in given)
 
 
 def shipped(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -149,7 +149,7 @@ def parse_arguments(
     parser = ArgumentParser(cls, description, show_all="--help_all" in words)
     try:
         given = parser.given(words)
-        return cls(**_merged(gathered(cls, defaults(given)), given))
+        return cls(**merged(gathered(cls, defaults(given)), given))
     except ValueError as error:
         parser.error(str(error))
 
@@ -179,7 +179,7 @@ class ArgumentParser(argparse.ArgumentParser):
         flags = vars(found)
         file = flags.pop("config", None)
         values = {name: self._value(f"argument --{name}", name, value) for name, value in flags.items()}
-        return values if file is None else _merged(self._read(file), values)
+        return values if file is None else merged(self._read(file), values)
 
     def _read(self, path: str) -> dict[str, Any]:
         try:
@@ -239,8 +239,11 @@ def _with_underscores(word: str) -> str:
     return f"--{flag[2:].replace('-', '_')}{equals}{value}" if flag.startswith("--") else word
 
 
-def _merged(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
-    """`high` over `low`; where both have a dict of the same name, its entries one by one."""
+def merged(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
+    """`high` over `low`; where both have a dict of the same name, its entries one by one. Epochs take the place of
+    steps, which would win over them."""
+    if "num_train_epochs" in high:
+        low = {name: value for name, value in low.items() if name != "max_train_steps"}
     both = {name for name in low.keys() & high.keys() if isinstance(low[name], dict)}
     return {**low, **high, **{name: {**low[name], **high[name]} for name in both}}
 

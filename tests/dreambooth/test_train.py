@@ -100,12 +100,16 @@ def test_card_counts_one_prompt_as_one(ended: Path) -> None:
     assert "Over 1 sample of 1 prompt." in (ended / "README.md").read_text()
 
 
-def test_defaults_on_a_named_model_are_its_own_size_and_hundreds_of_steps(tmp_path: Path) -> None:
+def test_defaults_on_a_named_model_are_its_own_size_and_hundreds_of_steps(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """A pass over five images would be two steps, and a model of 64 pixels at 1024 would show noise."""
     for name in ("sdxl-tiny", "sd-tiny-flow"):
         found = family_defaults({NAMED: str(ASSETS / name)})
         assert (found["resolution"], found["max_train_steps"]) == (64, 500)
-    assert "max_train_steps" not in family_defaults({NAMED: str(ASSETS / "sdxl-tiny"), "num_train_epochs": 3.0})
+    assert "pixels" not in caplog.text
+    family_defaults({NAMED: str(ASSETS / "sdxl-tiny"), "resolution": 1024})
+    assert "was made for 64 pixels, and resolution is 1024" in caplog.text
     small_sdxl().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "unet" / "config.json").read_text())
     (tmp_path / "unet" / "config.json").write_text(json.dumps({**config, "sample_size": None}))

@@ -169,3 +169,15 @@ def test_answers_to_old_flags_name_what_the_script_has() -> None:
     assert "has gone" in advice["huber_c"]
     assert "has gone" in advice["clip_skip"]
     assert advice["crops_per_image"] == "--crops_per_image: give --data_options crops_per_image=VALUE."
+
+
+def test_epochs_that_are_given_take_the_place_of_steps_from_below(tmp_path: Path) -> None:
+    """A file or a shipped run with max_train_steps would otherwise win over --num_train_epochs without a word."""
+    steps = {"max_train_steps": 9, "train_file": "own.jsonl", "pretrained_model_name_or_path": "none"}
+    file = tmp_path / "own.yaml"
+    file.write_text(yaml.safe_dump(steps))
+    epochs, both = ["--num_train_epochs", "2"], ["--num_train_epochs", "2", "--max_train_steps", "5"]
+    for more, expected in (([], (9, 1.0)), (epochs, (None, 2.0)), (both, (5, 2.0))):
+        of_defaults = parse_arguments(Arguments, more, defaults=lambda _: steps)
+        of_file = parse_arguments(Arguments, ["--config", str(file), *more])
+        assert [(args.max_train_steps, args.num_train_epochs) for args in (of_defaults, of_file)] == [expected] * 2
