@@ -62,6 +62,9 @@ def test_token_says_the_bin_in_place_of_the_first_digit():
     tokenizer = load("uniform-tiny")[1]
     prompts = tokenizer.batch_decode(told.input_ids.where(~told.answer, tokenizer.pad_token_id))
     assert all("code7" in prompt.replace(" ", "") for prompt in prompts)
+    plain, told = (list(REGIMES[name].held_out())[7] for name in ("blind_determined", "blind_determined_told"))
+    assert tokenizer.batch_decode(told.input_ids[:, :1]) == ["7"] * len(told.input_ids)  # sums keep their digits
+    torch.testing.assert_close(told.input_ids[:, 1:], plain.input_ids[:, 1:])
 
 
 class Zero(torch.nn.Module):

@@ -33,7 +33,7 @@ from quality.regimes.image_regimes import (
     ReadConversion,
     subject_data,
 )
-from quality.regimes.text.corruption import MASKED, REPLACED, TOLD
+from quality.regimes.text.corruption import MASKED, REPLACED, TOLD, TOLD_AT_START
 from quality.regimes.text.data import determined_data, open_data
 from quality.regimes.text.denoising import Denoising
 from quality.regimes.text.models import BiasedBackbone
@@ -140,6 +140,8 @@ FURTHER: dict[str, Regime] = {
     "noise_offset_gain": GainedOffset(),
     "blind_open_told": Denoising(TOLD, open_data),
     "blind_open_bias": Denoising(REPLACED, open_data, BiasedBackbone),
+    "blind_determined_told": Denoising(TOLD_AT_START, determined_data),
+    "blind_determined_bias": Denoising(REPLACED, determined_data, BiasedBackbone),
 }
 """Other forms of them, and another: of the alternatives' plan."""
 

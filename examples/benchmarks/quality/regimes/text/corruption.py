@@ -12,6 +12,7 @@ import string
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -69,13 +70,13 @@ def _masked(rows: dict[str, Tensor], **options: Any) -> MaskedBatch:
     return mask_answers(**rows, mask_token_id=model.config.mask_token_id, **options)
 
 
-def _told(rows: dict[str, Tensor], **options: Any) -> MaskedBatch:
-    """As `_replaced`, with ⌊10 λ⌋ in place of the first digit of each prompt."""
+def _told(rows: dict[str, Tensor], *, at_start: bool = False, **options: Any) -> MaskedBatch:
+    """As `_replaced`, with ⌊10 λ⌋ in place of the first digit of each prompt, or of the token that starts it."""
     batch = _replaced(rows, **options)
     digits = token_ids(string.digits)  # (10,)
-    first = (torch.isin(batch.input_ids, digits) & ~batch.answer).int().argmax(1)  # (b,)
     input_ids = batch.input_ids.clone()
-    input_ids[torch.arange(len(first)), first] = digits[(10 * batch.noise_level).long().clamp(max=9)]
+    first = 0 if at_start else (torch.isin(input_ids, digits) & ~batch.answer).int().argmax(1)  # (b,)
+    input_ids[torch.arange(len(input_ids)), first] = digits[(10 * batch.noise_level).long().clamp(max=9)]
     return replace(batch, input_ids=input_ids)
 
 
@@ -87,4 +88,5 @@ def token_ids(characters: str) -> Tensor:
 
 REPLACED = Corruption("uniform-tiny", REPLACED_SHARE, _replaced, counts_all=True)
 TOLD = replace(REPLACED, corrupt=_told)
+TOLD_AT_START = replace(REPLACED, corrupt=partial(_told, at_start=True))
 MASKED = Corruption("llada-tiny", MASKED_SHARE, _masked, counts_all=False)
