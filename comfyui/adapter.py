@@ -23,7 +23,6 @@ from nara_diffusion.export.plain_lora import flow_shift
 from nara_diffusion.export.to_lora import lora_of
 from nara_diffusion.loaders.file import AdapterFile
 from nara_diffusion.loaders.insertion import TEXT_ENCODER
-from nara_diffusion.noise.level import NoiseSignals
 
 CONVENTIONS = {"sd15": ("timestep", "edm"), "sdxl": ("timestep", "edm")}
 """{base: definitions of λ that it can have}; "flow" for all others."""
@@ -44,7 +43,7 @@ class LiveAdapter:
 
     Raises:
         ValueError: a file that is none, a part that isn't the base's or that is neither a denoiser's nor a text
-            encoder's, DoRA, a core that reads the mask density.
+            encoder's, DoRA.
     """
 
     def __init__(self, path: str, base: str, layers_per_block: int = 2) -> None:
@@ -74,11 +73,8 @@ class LiveAdapter:
 
     def _convention(self, base: str, path: str) -> str | None:
         config = self.config
-        try:
-            if self.adapter.signals_of(0.5, None) is None:
-                return None
-        except ValueError:
-            raise ValueError(f"'{path}' reads a mask density, which images don't have.") from None
+        if self.adapter.level_of(0.5) is None:
+            return None
         is_flow = self.scheduler is not None and flow_shift(self.scheduler) is not None
         allowed = ("flow",) if is_flow else CONVENTIONS.get(base, ("flow",))
         if config.noise_convention not in allowed:
@@ -114,9 +110,9 @@ class LiveAdapter:
 
     def matrices(self, level: Tensor, strength: float) -> dict[str, Tensor]:
         """{module: strength · M(λ) (b, r, r)} of λ (b,), on its device."""
-        signals, adapter, layers = NoiseSignals(level.float().cpu()), self.adapter, self.adapter.lora.layers
+        own, adapter, layers = level.float().cpu(), self.adapter, self.adapter.lora.layers
         with torch.no_grad():
-            cores = {key: adapter.make(key, signals) for key in set(adapter.keys.values()) if key is not None}
+            cores = {key: adapter.make(key, own) for key in set(adapter.keys.values()) if key is not None}
         cores[None] = torch.eye(max(layer.rank for layer in layers.values()))[None]
         cores = {key: (strength * core).to(level.device) for key, core in cores.items()}
 

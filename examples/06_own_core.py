@@ -51,8 +51,7 @@ class ConstantNormCore(nn.Module):
             scale=config.core_scale,
             hidden_dims=config.core_hidden_dims,
             init=config.core_init,
-            core_input="noise_level",
-            embedding=lambda: NoiseEmbedding(config.noise_embedding, config.noise_embedding_dim, config.fourier_scale),
+            embedding=NoiseEmbedding(config.noise_embedding, config.noise_embedding_dim, config.fourier_scale),
         )
 
     def forward(self, noise_level: torch.Tensor) -> torch.Tensor:

@@ -4,24 +4,18 @@
     python examples/app.py                                      # the small SDXL and adapter of this project, on a CPU
     python examples/app.py --adapter outputs/dreambooth-1       # yours; --adapter again for another one beside it
     python examples/app.py --model stabilityai/stable-diffusion-xl-base-1.0 --adapter my-toy
-    python examples/app.py --host 0.0.0.0 --login ann:secret    # for others too, who have to log in
 
 A pipeline is a folder or a repository on the Hub, and so is an adapter, which may also be a file: a NaRA, or a LoRA
 that Diffusers reads. The table holds points (λ, strength) of each adapter, between which its strength is linear; two
 points at one λ are a step. They become `pipe.set_adapters(names, adapter_weights=[StrengthSchedule(…)])`.
 
-A page that others can open (--share, or --host other than this machine) asks for a login, by default `nara` with a
-password that is drawn at the start and shown in the terminal; it opens what was named here and repositories, no other
-files. As a Space on Hugging Face: examples/space/README.md has the front matter, and says what to copy.
+This machine alone can open the page, since who can have it load any file of its user.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
-import os
-import secrets
-import sys
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
@@ -101,24 +95,9 @@ def points_of(rows: Sequence[Row], adapters: Sequence[Adapter]) -> list[Points]:
     return [StrengthSchedule(own or adapter.points).points for own, adapter in zip(ordered, adapters, strict=True)]
 
 
-def named(places: Sequence[str]) -> dict[str, str]:
-    """{what the page shows: place}: the names of folders and files here, and repositories as they are."""
-    found: dict[str, str] = {}
-    for place in dict.fromkeys(places):
-        path = Path(place).expanduser()
-        parts = path.resolve().parts[1:] if path.exists() else (place,)
-        depth = next(n for n in range(1, len(parts) + 1) if "/".join(parts[-n:]) not in found)
-        found["/".join(parts[-depth:])] = place
-    return found
-
-
-def build(
-    model: str = str(MODEL), adapters: Sequence[str] = (str(ADAPTER),), prompt: str = PROMPT, is_public: bool = False
-) -> gr.Blocks:
+def build(model: str = str(MODEL), adapters: Sequence[str] = (str(ADAPTER),), prompt: str = PROMPT) -> gr.Blocks:
     """The page, with these values to start from."""
-    places = named([model, *adapters])
-    names = {place: name for name, place in places.items()}
-    session = Session(places, is_public)
+    session = Session()
 
     def load(model: str, sources: str) -> list[Adapter]:
         return session.load(model.strip(), [line.strip() for line in sources.splitlines() if line.strip()])
@@ -173,10 +152,9 @@ def build(
                     seed = gr.Number(1, label="seed", precision=0, minimum=0, min_width=80)
                     steps = gr.Slider(1, 100, 25, step=1, label="steps", min_width=160)
                 guidance = gr.Slider(0, 20, 4.0, step=0.5, label="guidance")
-                pipeline = gr.Textbox(names[model], label="pipeline", info="a folder or a repository")
+                pipeline = gr.Textbox(model, label="pipeline", info="a folder or a repository")
                 what = "NaRA or LoRA, one a line: a file, a folder or a repository"
-                shown = "\n".join(names[adapter] for adapter in dict.fromkeys(adapters))
-                sources = gr.Textbox(shown, lines=2, label="adapters", info=what)
+                sources = gr.Textbox("\n".join(dict.fromkeys(adapters)), lines=2, label="adapters", info=what)
             with gr.Column(min_width=320):
                 preset = gr.Radio([OWN, *PRESETS], value=OWN, label="strength over λ")
                 constant = gr.Slider(0, 1, 0.5, step=0.05, label="constant λ, of the sample in the middle")
@@ -209,42 +187,15 @@ def build(
     return page
 
 
-def login(host: str | None, share: bool, given: str | None) -> tuple[str, str] | None:
-    """(user, password) of a page that others can open; None of a page for this machine alone, if none was `given`.
-
-    Raises:
-        ValueError: `given` isn't USER:PASSWORD.
-    """
-    user, _, password = (given or "").partition(":")
-    if given is not None and not (user and password):
-        raise ValueError("--login takes USER:PASSWORD.")
-    if given is not None:
-        return user, password
-    is_local = host in (None, "127.0.0.1", "localhost", "::1") and not share
-    return None if is_local else ("nara", secrets.token_urlsafe(9))
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(MODEL), help="pipeline: a folder or a repository (default: sdxl-tiny)")
     parser.add_argument("--adapter", action="append", help="a file, a folder or a repository (default: toy-nara)")
     parser.add_argument("--prompt", default=PROMPT, help="to start from (default: %(default)s)")
-    parser.add_argument("--host", help="address to listen at (default: 127.0.0.1, or GRADIO_SERVER_NAME)")
     parser.add_argument("--port", type=int, help="port to listen at (default: the first free one from 7860 on)")
-    parser.add_argument("--share", action="store_true", help="a public address, through Gradio's servers")
-    parser.add_argument("--login", metavar="USER:PASSWORD", help="asked for (default: APP_LOGIN, or see above)")
     args = parser.parse_args(arguments)
-    host = args.host or os.environ.get("GRADIO_SERVER_NAME")
-    share = args.share or os.environ.get("GRADIO_SHARE", "").lower() == "true"
-    try:
-        auth = login(host, share, args.login or os.environ.get("APP_LOGIN"))
-    except ValueError as error:
-        parser.error(str(error))
-    if auth is not None:
-        shown = f"the page asks for a login: user {auth[0]}" + ("" if args.login else f", password {auth[1]}")
-        sys.stdout.write(f"{shown}\n")
-    page = build(args.model, args.adapter or [str(ADAPTER)], args.prompt, is_public=auth is not None)
-    page.launch(server_name=host, server_port=args.port, share=share or None, css=CSS, auth=auth)
+    page = build(args.model, args.adapter or [str(ADAPTER)], args.prompt)
+    page.launch(server_name="127.0.0.1", server_port=args.port, share=False, css=CSS)
 
 
 if __name__ == "__main__":

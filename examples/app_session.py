@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,15 +50,9 @@ class Adapter:
 
 
 class Session:
-    """Keeps the last pipeline with its adapters, and the last sample without them. One call at a time: others wait.
+    """Keeps the last pipeline with its adapters, and the last sample without them. One call at a time: others wait."""
 
-    Args:
-        places: {name: folder or repository} of what the page names.
-        is_public: whether others can open the page, who may then name repositories of the Hub, and no files here.
-    """
-
-    def __init__(self, places: Mapping[str, str] | None = None, is_public: bool = False) -> None:
-        self._places, self._is_public = dict(places or {}), is_public
+    def __init__(self) -> None:
         self._turn = threading.RLock()
         self._model: str | None = None
         self._pipe: Any = None
@@ -76,33 +70,20 @@ class Session:
             if model != self._model:
                 self._model = self._pipe = self._base = None  # frees its memory before the next one takes some
                 self._adapters = []
-                self._pipe, self._model = self._attempt(load_pipeline, model, "a pipeline"), model
+                self._pipe, self._model = _attempt(load_pipeline, model, "a pipeline"), model
             if [adapter.source for adapter in self._adapters] != list(sources):
                 self._adapters = []
                 self._pipe.unload_lora_weights()
                 found: list[Adapter] = []
                 try:
                     for number, source in enumerate(sources, start=1):
-                        add_it = lambda place, s=source, n=number: add(self._pipe, place, s, f"adapter_{n}")  # noqa: E731
-                        found.append(self._attempt(add_it, source, "an adapter of this pipeline"))
+                        add_it = lambda place, n=number: add(self._pipe, place, f"adapter_{n}")  # noqa: E731
+                        found.append(_attempt(add_it, source, "an adapter of this pipeline"))
                 except BaseException:
                     self._pipe.unload_lora_weights()
                     raise
                 self._adapters = found
             return self._adapters
-
-    def _attempt(self, load: Callable[[str], Any], source: str, what: str) -> Any:
-        """What `load` returns for the place of `source`."""
-        place = self._places.get(source, source)
-        path = Path(place).expanduser()
-        if self._is_public and source not in self._places and (path.exists() or not _is_repository(source)):
-            names = ", ".join(self._places)
-            raise ValueError(f"'{source}' is not open to this page: name one of {names}, or a repository OWNER/NAME.")
-        try:
-            return load(str(path) if path.exists() else place)
-        except (ValueError, OSError, ImportError, RuntimeError, KeyError) as error:
-            logger.warning("%s: %s", source, error)
-            raise ValueError(f"'{Path(source).name}' can't be loaded as {what}: the terminal says why.") from error
 
     def sample(
         self, prompt: str, points: Sequence[Points], constant: float, progress: Progress, **call: Any
@@ -137,9 +118,14 @@ class Session:
         return self._pipe(prompt, generator=generator, callback_on_step_end=step_done, **call).images[0]
 
 
-def _is_repository(name: str) -> bool:
-    owner, _, own = name.partition("/")
-    return all(part.replace("-", "").replace("_", "").replace(".", "").isalnum() for part in (owner, own))
+def _attempt(load: Callable[[str], Any], source: str, what: str) -> Any:
+    """What `load` returns for a folder, file or repository."""
+    path = Path(source).expanduser()
+    try:
+        return load(str(path) if path.exists() else source)
+    except (ValueError, OSError, ImportError, RuntimeError, KeyError) as error:
+        logger.warning("%s: %s", source, error)
+        raise ValueError(f"'{path.name}' can't be loaded as {what}: the terminal says why.") from error
 
 
 def denoiser(pipe: Any) -> Any:
@@ -157,13 +143,13 @@ def load_pipeline(name: str) -> Any:
     return pipe.to(device)
 
 
-def add(pipe: Any, place: str, source: str, name: str) -> Adapter:
+def add(pipe: Any, source: str, name: str) -> Adapter:
     """Load a NaRA, or else a LoRA that Diffusers reads, into the pipeline."""
     try:
-        pipe.load_nara_weights(place, adapter_name=name)
+        pipe.load_nara_weights(source, adapter_name=name)
     except ValueError as error:
         try:
-            pipe.load_lora_weights(place, adapter_name=name)
+            pipe.load_lora_weights(source, adapter_name=name)
         except Exception:
             raise error from None
         return Adapter(source, name, "LoRA: C(λ) = I", [0.0] * len(LEVELS), [(0.0, 1.0), (1.0, 1.0)])

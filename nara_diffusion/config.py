@@ -20,13 +20,13 @@ from nara_diffusion.utils.atomic_write import atomic_write_files
 
 _CHOICES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "core_init": (("zero_last", "kaiming", "zero_all"), ("hypernetwork", "constant")),
-    "core_input": (("noise_level", "mask_density", "both"), ("hypernetwork",)),
+    "core_input": (("noise_level",), BUILT_IN),
     "core_sharing": (("global", "module_type", "layer"), BUILT_IN),
     "lora_a_init": (("peft", "orthogonal"), BUILT_IN),
     "noise_embedding": (("fourier", "mlp", "raw"), ("hypernetwork",)),
 }
 """Field → its choices, and the built-in types of core that read it; custom cores may read all."""
-_SIZES = ("noise_embedding_dim", "mask_density_radius", "core_bins", "core_knots")
+_SIZES = ("noise_embedding_dim", "core_bins", "core_knots")
 _SCALES = ("core_scale", "fourier_scale")
 _REFUSED = (
     "target_parameters", "layer_replication", "megatron_config", "alora_invocation_tokens", "arrow_config",
@@ -70,7 +70,7 @@ class NaraConfig(LoraConfig):
         core_hidden_dims: widths of the hidden layers of the hypernetwork F.
         core_init: of F. "zero_last" (last layer zero, so that C = I at step 0), "zero_all" (all zero: only the last
             bias receives a gradient at first), "kaiming" (C is not I at step 0).
-        core_input: what F reads: λ, the mask density around masked tokens (masked LMs only), or both.
+        core_input, mask_density_radius: fields of version 0.1, which files have; one choice is left.
         core_sharing: which adapted modules share one F: all, those of one name such as q_proj, or none ("layer").
         noise_embedding: e(λ): frozen Gaussian Fourier features, a learnable Linear and SiLU, or λ itself.
         noise_embedding_dim: width of e(λ); even for "fourier", unused by "raw".
@@ -80,7 +80,6 @@ class NaraConfig(LoraConfig):
             direction repeats what a masked one knows (T-LoRA's idea).
         core_knots: for "knots": how many, at equal distances from λ = 0 to λ = 1; 2 or more.
         core_bins: for "bins": the number K of equal bins of λ; r is the rank of all together, a multiple of K.
-        mask_density_radius: radius R, in tokens, of the neighbourhood whose masked share is the mask density.
         noise_convention: name of λ's definition in training, e.g. "masked_share"; a source of λ with another name is
             refused. None is unknown.
         scheduler: class (`_class_name`) and configuration of the Diffusers scheduler that an adapter was trained for
@@ -96,7 +95,7 @@ class NaraConfig(LoraConfig):
     core_scale: float = 0.1
     core_hidden_dims: tuple[int, ...] = (256, 512)
     core_init: Literal["zero_last", "kaiming", "zero_all"] = "zero_last"
-    core_input: Literal["noise_level", "mask_density", "both"] = "noise_level"
+    core_input: Literal["noise_level"] = "noise_level"
     core_sharing: Literal["global", "module_type", "layer"] = "global"
     noise_embedding: Literal["fourier", "mlp", "raw"] = "fourier"
     noise_embedding_dim: int = 64

@@ -19,7 +19,7 @@ from nara_diffusion.export.adapter_factors import adapter_of_part, cores_of
 from nara_diffusion.loaders.file import AdapterFile, AdapterPart, naming
 
 _CORE_FIELDS = {
-    "hypernetwork": ("core_scale", "core_hidden_dims", "core_sharing", "core_input", "noise_embedding"),
+    "hypernetwork": ("core_scale", "core_hidden_dims", "core_sharing", "noise_embedding"),
     "constant": ("core_scale", "core_sharing"),
     "knots": ("core_scale", "core_knots", "core_sharing"),
     "bins": ("core_bins",),

@@ -18,22 +18,14 @@ from torch import Tensor
 
 from nara_diffusion.export.adapter_factors import cores_of, schedule_of
 from nara_diffusion.loaders.file import AdapterFile, AdapterPart, naming
-from nara_diffusion.noise.level import NoiseSignals
 from nara_diffusion.utils.atomic_write import atomic_write
 
 
 def core_curves(part: AdapterPart, levels: Tensor) -> tuple[Tensor, Tensor]:
-    """(‖C − I‖ / ‖I‖ (g, n), singular values of C (g, n, r)) of the g cores at λ (n,).
-
-    Raises:
-        ValueError: the core reads the mask density too, so it is no function of λ alone.
-    """
+    """(‖C − I‖ / ‖I‖ (g, n), singular values of C (g, n, r)) of the g cores at λ (n,)."""
     cores = cores_of(part)
-    if cores.needs_density:
-        raise ValueError("the core reads the mask density beside λ, so it can't be drawn over λ alone.")
     with torch.no_grad():
-        signals = NoiseSignals(levels, None)
-        matrices = [cores.matrix(group, signals).expand(len(levels), -1, -1).double() for group in cores]
+        matrices = [cores.matrix(group, levels).expand(len(levels), -1, -1).double() for group in cores]
     rank = max(C.shape[-1] for C in matrices)
     distances = [(C - torch.eye(C.shape[-1])).flatten(1).norm(dim=1) / C.shape[-1] ** 0.5 for C in matrices]
     values = [

@@ -25,29 +25,27 @@ class Float32Module(nn.Module):
 
 
 class Core(Float32Module):
-    """λ (b,), mask density (b,) or None → C (b, r, r), or (1, r, r) where all samples share it; float32.
+    """λ (b,) → C (b, r, r), or (1, r, r) where all samples share it; float32.
 
     Attributes:
         rank: r, the largest rank that reads this core. A layer of smaller rank r' reads C[:r', :r'].
         needs_noise: whether it reads λ; it is called without arguments if not.
-        needs_density: whether it reads the mask density too.
     """
 
     needs_noise: bool = True
-    needs_density: bool = False
 
     def __init__(self, rank: int) -> None:
         super().__init__()
         self.rank = rank
 
-    def at(self, noise_level: Tensor | None = None, mask_density: Tensor | None = None) -> Tensor:
-        """C (b or 1, r, r), float32, at λ and mask density on any device; a core without noise input reads neither."""
+    def at(self, noise_level: Tensor | None = None) -> Tensor:
+        """C (b or 1, r, r), float32, at λ on any device; a core without noise input doesn't read it."""
         if not self.needs_noise:
             return self()
         assert noise_level is not None
         tensors = (*self.parameters(), *self.buffers())
         device = next((tensor.device for tensor in tensors if not tensor.is_meta), noise_level.device)
-        return self(noise_level.to(device), None if mask_density is None else mask_density.to(device))
+        return self(noise_level.to(device))
 
 
 class Dense(Float32Module):

@@ -11,7 +11,7 @@ paper (the reference computes B·Cᵀ·A); every core stores float32 and compute
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from .float32 import Core, Dense, Float32Module
 
-CoreInput = Literal["noise_level", "mask_density", "both"]
 CoreInit = Literal["zero_last", "kaiming", "zero_all"]
 
 
@@ -60,8 +59,7 @@ class HypernetworkCore(Core):
         scale: η, `core_scale`.
         hidden_dims: widths of F's hidden layers.
         init: "zero_last" and "zero_all" give C = I exactly at step 0; "kaiming" does not.
-        core_input: which signals are embedded: λ, the mask density (b,), or both (embeddings concatenated).
-        embedding: makes one embedding of a signal; called once a signal.
+        embedding: e(λ).
     """
 
     def __init__(
@@ -71,27 +69,21 @@ class HypernetworkCore(Core):
         scale: float,
         hidden_dims: Sequence[int],
         init: CoreInit,
-        core_input: CoreInput,
-        embedding: Callable[[], NoiseEmbedding],
+        embedding: NoiseEmbedding,
     ) -> None:
         super().__init__(rank)
         self.scale = scale
-        self.needs_density = core_input != "noise_level"
-        signals = ("noise_level", "mask_density") if core_input == "both" else (core_input,)
-        embeddings = {signal: embedding() for signal in signals}
-        widths = [sum(e.out_dim for e in embeddings.values()), *hidden_dims, rank * rank]
+        widths = [embedding.out_dim, *hidden_dims, rank * rank]
         dense = [Dense(i, o) for i, o in itertools.pairwise(widths)]
         for layer in dense:
             layer.reset(zero=init == "zero_all" or (init == "zero_last" and layer is dense[-1]))
-        self.embeddings = nn.ModuleDict(embeddings)
+        self.embeddings = nn.ModuleDict({"noise_level": embedding})  # as files name it
         self.layers = nn.ModuleList(dense)
 
-    def forward(self, noise_level: Tensor, mask_density: Tensor | None = None) -> Tensor:
-        """λ (b,), density (b,) or None → C (b, r, r), float32."""
-        given = {"noise_level": noise_level, "mask_density": mask_density}
+    def forward(self, noise_level: Tensor) -> Tensor:
+        """λ (b,) → C (b, r, r), float32."""
         with torch.autocast(noise_level.device.type, enabled=False):
-            signals = {name: given[name].float() for name in self.embeddings}  # type: ignore[union-attr]
-            h = torch.cat([embed(signals[name]) for name, embed in self.embeddings.items()], dim=-1)  # (b, e)
+            h = self.embeddings["noise_level"](noise_level.float())  # (b, e)
             for layer in self.layers[:-1]:
                 h = F.silu(layer(h))
             deviation = self.layers[-1](h).unflatten(-1, (self.rank, self.rank))  # F, (b, r, r)

@@ -24,8 +24,7 @@ _BUILT_IN: dict[str, CoreFactory] = {
         scale=config.core_scale,
         hidden_dims=config.core_hidden_dims,
         init=config.core_init,
-        core_input=config.core_input,
-        embedding=lambda: NoiseEmbedding(config.noise_embedding, config.noise_embedding_dim, config.fourier_scale),
+        embedding=NoiseEmbedding(config.noise_embedding, config.noise_embedding_dim, config.fourier_scale),
     ),
     "constant": lambda config, rank: ConstantCore(rank, scale=config.core_scale, init=config.core_init),
     "identity": lambda config, rank: IdentityCore(rank),
@@ -43,10 +42,9 @@ def register_core(name: str, factory: CoreFactory) -> None:
         register_core("mine", MyCore)
 
     The factory returns a module. Each forward calls it once as `core(noise_level)`, with λ (b,) float32 in [0, 1], and
-    it returns C (b, r, r), or (1, r, r) for all samples. Two attributes change that: with `needs_noise = False` it is
-    called without arguments, and the adapter runs without λ; with `needs_density = True` it is called as
-    `core(noise_level, mask_density)`. Its parameters are trained, saved and loaded with the adapter, in float32. A
-    layer of smaller rank r' reads C[:r', :r'].
+    it returns C (b, r, r), or (1, r, r) for all samples. With an attribute `needs_noise = False` it is called without
+    arguments, and the adapter runs without λ. Its parameters are trained, saved and loaded with the adapter, in
+    float32. A layer of smaller rank r' reads C[:r', :r'].
 
     An adapter is saved with the name, not with the code: register the core in each program, before you make or load
     such an adapter. The factory is also called under `torch.device("meta")`, so that it must not read values of
@@ -105,15 +103,13 @@ class CustomCore(Core):
         self.core = core.float()
         self.name = name
         self.needs_noise = bool(getattr(core, "needs_noise", True))
-        self.needs_density = self.needs_noise and bool(getattr(core, "needs_density", False))
 
-    def forward(self, noise_level: Tensor | None = None, mask_density: Tensor | None = None) -> Tensor:
-        """λ (b,), density (b,) or None → C (b or 1, r, r), float32."""
-        signals = (noise_level, mask_density) if self.needs_density else (noise_level,) if self.needs_noise else ()
-        device = "cpu" if noise_level is None else noise_level.device.type
+    def forward(self, *noise_level: Tensor) -> Tensor:
+        """λ (b,), or nothing for a core that doesn't read it → C (b or 1, r, r), float32."""
+        device = noise_level[0].device.type if noise_level else "cpu"
         with torch.autocast(device, enabled=False):
-            found = self.core(*(None if signal is None else signal.float() for signal in signals))
-        batches = (1,) if noise_level is None else (1, len(noise_level))
+            found = self.core(*(level.float() for level in noise_level))
+        batches = (1, *map(len, noise_level))
         shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
         if shape not in [(batch, self.rank, self.rank) for batch in batches]:
             raise ValueError(
@@ -144,13 +140,9 @@ class CoreSet(nn.ModuleDict):
     def needs_noise(self) -> bool:
         return any(bool(core.needs_noise) for core in self.values())
 
-    @property
-    def needs_density(self) -> bool:
-        return any(bool(core.needs_density) for core in self.values())
-
-    def matrix(self, group: str, signals: tuple[Tensor, Tensor | None] | None) -> Tensor:
-        """C (b or 1, r, r), float32, of one group at λ (b,) and density, which a core without noise input ignores."""
-        return self[group].at(*(signals or ()))  # type: ignore[operator]
+    def matrix(self, group: str, noise_level: Tensor | None) -> Tensor:
+        """C (b or 1, r, r), float32, of one group at λ (b,), which a core without noise input ignores."""
+        return self[group].at(noise_level)  # type: ignore[operator]
 
 
 def make_cores(config: Any, ranks: dict[str, int]) -> CoreSet:

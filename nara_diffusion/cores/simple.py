@@ -34,7 +34,7 @@ class ConstantCore(Core):
         if init == "kaiming":
             nn.init.kaiming_uniform_(self.deviation, a=math.sqrt(5))
 
-    def forward(self, noise_level: Tensor | None = None, mask_density: Tensor | None = None) -> Tensor:
+    def forward(self) -> Tensor:
         """→ C (1, r, r), float32."""
         identity = torch.eye(self.rank, dtype=torch.float32, device=self.deviation.device)
         return (identity + self.scale * self.deviation.float())[None]
@@ -45,7 +45,7 @@ class IdentityCore(Core):
 
     needs_noise = False
 
-    def forward(self, noise_level: Tensor | None = None, mask_density: Tensor | None = None) -> Tensor:
+    def forward(self) -> Tensor:
         """→ I (1, r, r), float32."""
         return torch.eye(self.rank, dtype=torch.float32)[None]
 
@@ -64,7 +64,7 @@ class KnotsCore(Core):
         self.scale = scale
         self.deviation = nn.Parameter(torch.zeros(knots, rank, rank, dtype=torch.float32))
 
-    def forward(self, noise_level: Tensor, mask_density: Tensor | None = None) -> Tensor:
+    def forward(self, noise_level: Tensor) -> Tensor:
         """λ (b,) → C (b, r, r), float32."""
         knots = len(self.deviation)
         with torch.autocast(noise_level.device.type, enabled=False):
@@ -88,7 +88,7 @@ class RankMaskCore(Core):
         super().__init__(rank)
         self.min_rank = max(1, rank // 2) if min_rank is None else min(min_rank, rank)
 
-    def forward(self, noise_level: Tensor, mask_density: Tensor | None = None) -> Tensor:
+    def forward(self, noise_level: Tensor) -> Tensor:
         """λ (b,) → C (b, r, r), float32."""
         directions = torch.arange(self.rank, device=noise_level.device)  # (r,)
         return torch.diag_embed((directions < self.active_rank(noise_level)[:, None]).float())
@@ -113,7 +113,7 @@ class BinsCore(Core):
         super().__init__(rank)
         self.bins = bins
 
-    def forward(self, noise_level: Tensor, mask_density: Tensor | None = None) -> Tensor:
+    def forward(self, noise_level: Tensor) -> Tensor:
         """λ (b,) → C (b, r, r), float32."""
         block = torch.arange(self.rank, device=noise_level.device) // (self.rank // self.bins)  # (r,)
         return torch.diag_embed((block == self.chosen_bin(noise_level)[:, None]).float())

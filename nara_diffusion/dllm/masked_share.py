@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from nara_diffusion.noise.denoisers import set_noise_source
-from nara_diffusion.noise.level import MASKED_SHARE, NoiseSignals, core_holders, find_holders
+from nara_diffusion.noise.level import MASKED_SHARE, core_holders, find_holders
 from nara_diffusion.noise.level import noise_level as noise_level_of
 
 from .models.backbone import Backbone
@@ -41,7 +41,7 @@ def conditioned(model: nn.Module, noise_level: torch.Tensor) -> AbstractContextM
         noise_level: (b,) float32, λ.
 
     Raises:
-        ValueError: an adapter that needs λ was trained with another definition of it, or reads a mask density too.
+        ValueError: an adapter that needs λ was trained with another definition of it.
     """
     holders = find_holders(model)
     if not any(holder.needs_noise or holder.binds_level for holder in holders):
@@ -52,11 +52,6 @@ def conditioned(model: nn.Module, noise_level: torch.Tensor) -> AbstractContextM
                 f"Adapter '{name}' was trained with λ defined as {other!r}, and this is {MASKED_SHARE!r}, the masked "
                 "share of the answer: use an adapter that was trained with that, or call the model yourself inside "
                 "`with noise_level(model, value):`."
-            )
-        if dense := list(filter(holder.needs_density, holder.reading())):
-            raise ValueError(
-                f"Adapter '{dense[0]}' reads a mask density, which losses and samplers here don't tell: call the model "
-                "yourself inside `with noise_level(model, λ, mask_density=…):`."
             )
     return noise_level_of(model, noise_level)
 
@@ -84,7 +79,7 @@ class InputIdsNoise:
         self.mask_token_id = mask_token_id
         self.repeated = repeated
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoiseSignals:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
         """λ (B,) for a forward of `module`; a ValueError where its arguments don't say it."""
         input_ids = kwargs.get("input_ids", args[0] if args else None)
         if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point():
@@ -105,7 +100,7 @@ class InputIdsNoise:
             row = int((~answer.any(1)).nonzero()[0])
             raise ValueError(f"λ can't be read: row {row} of input_ids has {width} tokens, and none of an answer")
         masked = answer & (input_ids == self.mask_token_id)
-        return NoiseSignals(masked.sum(1).float() / answer.sum(1))
+        return masked.sum(1).float() / answer.sum(1)
 
     def _starts(self, rows: int) -> torch.Tensor:
         lengths = self.prompt_lengths

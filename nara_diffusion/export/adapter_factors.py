@@ -31,7 +31,7 @@ from nara_diffusion.layers.offloading import onloaded
 from nara_diffusion.layers.variants import NaraVariant
 from nara_diffusion.loaders.file import AdapterPart, configured_scaling
 from nara_diffusion.loaders.strict import held_tensors
-from nara_diffusion.noise.level import Level, NoiseSignals, as_signals
+from nara_diffusion.noise.level import Level, as_level
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
 from nara_diffusion.tuner.holder import holder_of
 from nara_diffusion.tuner.inspection import onloaded_cores
@@ -48,22 +48,22 @@ class Adapter:
         config: its configuration.
         lora: its modules, ranks, factors and further tensors as those of a LoRA, without C.
         keys: {module: what its core is made by}; None for layers that read no core.
-        make: (key, signals of b samples) → C (b or 1, r, r), float32.
-        signals_of: (λ, mask density) → the signals that the cores need, None if they need none.
+        make: (key, λ (b,)) → C (b or 1, r, r), float32.
+        level_of: λ as given → λ (1,) or (b,), None if the cores need none.
         schedules: the strengths over λ that are part of C.
     """
 
     config: LoraConfig
     lora: PlainLora
     keys: dict[str, Any]
-    make: Callable[[Any, NoiseSignals | None], Tensor]
-    signals_of: Callable[[Level | None, Level | None], NoiseSignals | None]
+    make: Callable[[Any, Tensor | None], Tensor]
+    level_of: Callable[[Level | None], Tensor | None]
     schedules: set[StrengthSchedule]
 
-    def cores(self, signals: NoiseSignals | None) -> dict[str, Tensor]:
+    def cores(self, level: Tensor | None) -> dict[str, Tensor]:
         """{module: C (b or 1, r, r)} at λ (b,), float32, on the CPU. Layers that share a core share its memory."""
         with torch.no_grad():
-            made = {key: self.make(key, signals).cpu() for key in dict.fromkeys(self.keys.values()) if key is not None}
+            made = {key: self.make(key, level).cpu() for key in dict.fromkeys(self.keys.values()) if key is not None}
         ranks = {name: layer.rank for name, layer in self.lora.layers.items()}
         made[None] = torch.eye(max(ranks.values(), default=0))[None]
         return {name: made[self.keys[name]][:, :rank, :rank] for name, rank in ranks.items()}
@@ -124,13 +124,13 @@ def adapter_of_model(model: nn.Module, adapter_name: str) -> Iterator[Adapter]:
     variants = {name: layer.lora_variant.get(adapter_name) for name, layer in layers.items()}
     keys = {name: each.key if isinstance(each, NaraVariant) else None for name, each in variants.items()}
     make: Any = None
-    signals_of: Any = lambda *_: None  # noqa: E731
+    level_of: Any = lambda _: None  # noqa: E731
     if holder is not None and adapter_name in holder.cores:
-        make, signals_of = holder.matrix, partial(holder.signals_to_export, adapter_name)
+        make, level_of = holder.matrix, partial(holder.level_to_export, adapter_name)
     extra = {key: _copied(t, key) for key, t in others_of(held_tensors(root, adapter_name)).items()}
     lora = PlainLora(_plain_config(config, root), factors, extra, scheduler=getattr(config, "scheduler", None))
     with onloaded_cores(model):
-        yield Adapter(config, lora, keys, make, signals_of, set(filter(None, [strength_of(root, adapter_name)])))
+        yield Adapter(config, lora, keys, make, level_of, set(filter(None, [strength_of(root, adapter_name)])))
 
 
 def _factors(name: str, layer: Any, adapter_name: str) -> PlainLoraLayer:
@@ -187,19 +187,19 @@ def adapter_of_part(part: AdapterPart) -> Adapter:
     layers = layers_of_tensors(config, tensors)
     keys = {name: core_group(config, name, layer.rank) if config.reads_core else None for name, layer in layers.items()}
 
-    def make(group: str, signals: NoiseSignals | None) -> Tensor:
-        C = cores.matrix(group, signals)
-        return C if schedule is None or signals is None else schedule.at(signals.noise_level)[:, None, None] * C
+    def make(group: str, level: Tensor | None) -> Tensor:
+        C = cores.matrix(group, level)
+        return C if schedule is None or level is None else schedule.at(level)[:, None, None] * C
 
-    def signals_of(level: Level | None, density: Level | None) -> NoiseSignals | None:
+    def level_of(level: Level | None) -> Tensor | None:
         if not cores.needs_noise and schedule is None:
             return None
-        if level is None or (cores.needs_density and density is None):
-            raise ValueError(f"the adapter depends on {'λ' if level is None else 'the mask density'}: name it.")
-        return as_signals(level, density)
+        if level is None:
+            raise ValueError("the adapter depends on λ: name it.")
+        return as_level(level)
 
     lora = PlainLora(_plain_config(config), layers, others_of(part.tensors), scheduler=config.scheduler)
-    return Adapter(config, lora, keys, make, signals_of, set() if schedule is None else {schedule})
+    return Adapter(config, lora, keys, make, level_of, set() if schedule is None else {schedule})
 
 
 def schedule_of(config: NaraConfig) -> StrengthSchedule | None:

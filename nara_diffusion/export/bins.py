@@ -26,7 +26,6 @@ import torch
 from torch import Tensor, nn
 
 from nara_diffusion.config import changes_base
-from nara_diffusion.noise.level import Level
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
 from nara_diffusion.utils.atomic_write import atomic_write_files
 
@@ -92,8 +91,6 @@ def to_lora_bins(
     model: nn.Module,
     bins: int | None = None,
     adapter_name: str = "default",
-    *,
-    mask_density: Level | None = None,
 ) -> LoraBins:
     """The adapter of `model` as K plain LoRAs and the strength of each over λ; the model stays as it is.
 
@@ -103,22 +100,21 @@ def to_lora_bins(
     Args:
         model: as for `to_lora`. adapter_name: the name of the adapter.
         bins: K, the largest number of LoRAs, 1 to 64; fewer are returned if they are exact.
-        mask_density: for `core_input` "mask_density" or "both": one value in [0, 1], the same at each λ.
 
     Raises:
         ValueError: as `to_lora`; the adapter can't be a sum of LoRAs (DoRA, masks that change in steps,
             modules_to_save, an initialisation that changes the base); no `bins` where it is needed.
     """
     with adapter_of_model(model, adapter_name) as adapter:
-        return bins_of(adapter, bins, mask_density)
+        return bins_of(adapter, bins)
 
 
-def bins_of(adapter: Adapter, bins: int | None, mask_density: Level | None = None) -> LoraBins:
+def bins_of(adapter: Adapter, bins: int | None) -> LoraBins:
     """As `to_lora_bins`, of an adapter of a model or of a file."""
     if bins is not None and not (isinstance(bins, int) and 1 <= bins <= _MOST):
         raise ValueError(f"bins is {bins!r}: pass a number of LoRAs, an int from 1 to {_MOST}.")
     _check_summable(adapter)
-    samples = CoreSamples(adapter, mask_density)
+    samples = CoreSamples(adapter)
     played, mixing = _blend(samples, bins)
     cores = samples.mixed(mixing)
     loras = [adapter.folded({name: C[index] for name, C in cores.items()}) for index in range(len(mixing))]

@@ -23,7 +23,6 @@ from nara_diffusion.loaders.file import AdapterPart
 from nara_diffusion.loaders.insertion import LOADED_FLAG, TEXT_ENCODER
 from nara_diffusion.loaders.schedulers import adopt_schedulers, check_schedulers
 from nara_diffusion.loaders.strict import check_tensors
-from nara_diffusion.noise.level import NoiseSignals
 from nara_diffusion.tuner.snapshot import restored_on_error
 from nara_diffusion.tuner.strength import layers_of
 from nara_diffusion.utils.naming import listed
@@ -172,7 +171,7 @@ def check_identity(root: nn.Module, adapter_name: str, config: NaraConfig) -> No
     """Raises ValueError if C(λ) is not I."""
     level = torch.tensor([0.0, 0.2, 0.5, 0.7, 1.0])
     with adapter_of_model(root, adapter_name) as adapter:
-        for core in adapter.cores(NoiseSignals(level, level)).values():
+        for core in adapter.cores(level).values():
             if not torch.equal(core, torch.eye(core.shape[-1]).expand_as(core)):
                 raise ValueError(
                     f"core_type {config.core_type!r} (core_init {config.core_init!r}) has a C that is not I at first, "

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from nara_diffusion.noise.level import Level, NoiseSignals, as_signal, as_signals
+from nara_diffusion.noise.level import Level, as_level
 
 from .adapter_factors import Adapter, adapter_of_model
 from .plain_lora import ExportError, PlainLora, warn_of_scheduler
@@ -32,8 +32,6 @@ def to_lora(
     model: nn.Module,
     noise_level: Level | Literal["best"] | None = None,
     adapter_name: str = "default",
-    *,
-    mask_density: Level | None = None,
 ) -> PlainLora:
     """The adapter of `model` at one λ as a plain LoRA (a DoRA, if it is a NaRA-DoRA); the model stays as it is.
 
@@ -51,7 +49,6 @@ def to_lora(
             doesn't depend on λ needs none. "best" gives the one LoRA whose update is nearest over all λ, for hosts
             without schedules, with its `error`; of a DoRA, the update inside of the norm.
         adapter_name: the name of the adapter.
-        mask_density: for `core_input` "mask_density" or "both": one value in [0, 1].
 
     Raises:
         ValueError: there is no such adapter; λ is missing, or differs between samples; the adapter can't be a plain
@@ -60,21 +57,19 @@ def to_lora(
     if isinstance(noise_level, str) and noise_level != "best":
         raise ValueError(f'noise_level is {noise_level!r}: pass a number in [0, 1], or "best".')
     if noise_level is not None and not isinstance(noise_level, str):
-        as_signals(noise_level, mask_density)  # a λ out of range is an error for adapters that need none, too
+        as_level(noise_level)  # a λ out of range is an error for adapters that need none, too
     with adapter_of_model(model, adapter_name) as adapter:
-        return lora_of(adapter, noise_level, mask_density)
+        return lora_of(adapter, noise_level)
 
 
-def lora_of(
-    adapter: Adapter, noise_level: Level | Literal["best"] | None, mask_density: Level | None = None
-) -> PlainLora:
+def lora_of(adapter: Adapter, noise_level: Level | Literal["best"] | None) -> PlainLora:
     """As `to_lora`, of an adapter of a model or of a file."""
     if isinstance(noise_level, str):
-        samples = CoreSamples(adapter, mask_density)
+        samples = CoreSamples(adapter)
         mean = samples.weights[None]  # T (1, n)
         cores, error = samples.mixed(mean), samples.error(torch.ones_like(mean).T, mean)
     else:
-        cores, error = adapter.cores(adapter.signals_of(noise_level, mask_density)), None
+        cores, error = adapter.cores(adapter.level_of(noise_level)), None
     lora = adapter.folded({name: C[0] for name, C in cores.items()})
     warn_of_scheduler(lora.scheduler)
     return replace(lora, error=error)
@@ -94,13 +89,11 @@ class CoreSamples:
         products: M (n, n), over all layers, float64.
     """
 
-    def __init__(self, adapter: Adapter, mask_density: Level | None) -> None:
-        adapter.signals_of(0.5, mask_density)  # raises if the mask density is missing
+    def __init__(self, adapter: Adapter) -> None:
         points = _breakpoints(adapter)
         self.levels = torch.cat([torch.linspace(0, 1, _GRID, dtype=torch.float32), points]).unique()
         self.breakpoints: list[int] = torch.searchsorted(self.levels, points).tolist()
-        density = None if mask_density is None else as_signal(mask_density, "mask_density").expand_as(self.levels)
-        self.cores = adapter.cores(NoiseSignals(self.levels, density))
+        self.cores = adapter.cores(self.levels)
         half, zero = self.levels.double().diff() / 2, torch.zeros(1, dtype=torch.float64)
         self.weights = torch.cat([half, zero]) + torch.cat([zero, half])
         self.products = torch.zeros(len(self.levels), len(self.levels), dtype=torch.float64)

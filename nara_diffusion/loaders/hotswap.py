@@ -25,8 +25,8 @@ REQUEST = "_prepare_lora_hotswap_kwargs"
 """The attribute in which `enable_lora_hotswap` stores its arguments until the next load."""
 
 _HAS_TO_AGREE = (
-    "r", "rank_pattern", "core_type", "core_hidden_dims", "core_input", "core_sharing", "rank_mask_min", "core_bins",
-    "core_knots", "noise_embedding", "noise_embedding_dim", "mask_density_radius", "use_dora", "lora_bias",
+    "r", "rank_pattern", "core_type", "core_hidden_dims", "core_sharing", "rank_mask_min", "core_bins",
+    "core_knots", "noise_embedding", "noise_embedding_dim", "use_dora", "lora_bias",
     "lora_dropout",
 )  # fmt: skip
 """Fields that define the modules, which hotswap keeps. All else of an adapter is tensors, scales and η."""

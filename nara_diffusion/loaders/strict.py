@@ -22,7 +22,7 @@ CORE = "nara_core"
 """The part of a key by which a file names the core's tensors."""
 
 _HINT = (
-    "Was it trained on another base model, or saved with another core_type, core_sharing, core_input, noise_embedding, "
+    "Was it trained on another base model, or saved with another core_type, core_sharing, noise_embedding, "
     "rank or target_modules?"
 )
 _OTHER_BASE = (

@@ -203,7 +203,7 @@ def register_noise_source(source: NoiseSource) -> None:
         register_noise_source(ShareOfFrames())  # whose `convention` is "share_of_frames"
         pipe.load_nara_weights("adapter")       # trained with NaraConfig(noise_convention="share_of_frames")
 
-    It is a callable (module, args, kwargs) → NoiseSignals, λ (1,) or (b,) in [0, 1]. It holds for models that are
+    It is a callable (module, args, kwargs) → λ (1,) or (b,) in [0, 1]. It holds for models that are
     adapted afterwards, and takes precedence over the default of their class. All of them share the one source.
 
     Raises:
@@ -212,8 +212,8 @@ def register_noise_source(source: NoiseSource) -> None:
     name = getattr(source, "convention", None)
     if not (isinstance(name, str) and name and callable(source)):
         raise ValueError(
-            f"{source!r} is no source of λ: expected a callable (module, args, kwargs) → NoiseSignals whose attribute "
-            "`convention` names λ's definition."
+            f"{source!r} is no source of λ: expected a callable (module, args, kwargs) → λ (1,) or (b,) whose "
+            "attribute `convention` names its definition."
         )
     if name in (*CONVENTIONS, MASKED_SHARE):
         raise ValueError(

@@ -20,7 +20,7 @@ import inspect
 from collections.abc import Sequence
 from contextlib import ContextDecorator
 from contextvars import ContextVar
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -33,19 +33,12 @@ Level = float | Tensor | np.ndarray | Sequence[float]
 """One number in [0, 1], or one a sample."""
 
 
-class NoiseSignals(NamedTuple):
-    """The noise of a batch, as a core may read it: λ (b,) or (1,), and the mask density, likewise, or None."""
-
-    noise_level: Tensor
-    mask_density: Tensor | None = None
-
-
 class NoiseSource(Protocol):
-    """Computes λ from the arguments of a forward. `convention` names the definition of λ, e.g. "masked_share"."""
+    """Computes λ (1,) or (b,) from a forward's arguments. `convention` names its definition, e.g. "masked_share"."""
 
     convention: str
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoiseSignals: ...
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor: ...
 
 
 def arguments_of(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
@@ -54,39 +47,28 @@ def arguments_of(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
     return dict(list(given.items())[1:])
 
 
-def as_signals(noise_level: Level, mask_density: Level | None = None) -> NoiseSignals:
-    """Both by `as_signal`, with one length: a value for the whole batch is repeated to match one value a sample."""
-    level = as_signal(noise_level)
-    if mask_density is None:
-        return NoiseSignals(level)
-    density = as_signal(mask_density, "mask_density").to(level.device)
-    if len(level) != len(density) and 1 not in (len(level), len(density)):
-        raise ValueError(
-            f"mask_density has {len(density)} values, noise_level {len(level)}: pass one value, or one a sample."
-        )
-    return NoiseSignals(*torch.broadcast_tensors(level, density))
-
-
-def as_signal(value: Level, name: str = "noise_level") -> Tensor:
+def as_level(value: Level) -> Tensor:
     """`value` as a new float32 tensor (1,) or (b,) in [0, 1], with the gradient of a tensor."""
     try:
-        signal = as_tensor(value)
+        level = as_tensor(value)
     except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"{name} is {value!r}: pass a number in [0, 1], or a tensor or list, one a sample.") from None
-    if signal.is_complex() or signal.dtype == torch.bool or signal.dim() > 1 or signal.numel() == 0:
         raise ValueError(
-            f"{name} has shape {tuple(signal.shape)} and dtype {signal.dtype}: "
+            f"noise_level is {value!r}: pass a number in [0, 1], or a tensor or list, one a sample."
+        ) from None
+    if level.is_complex() or level.dtype == torch.bool or level.dim() > 1 or level.numel() == 0:
+        raise ValueError(
+            f"noise_level has shape {tuple(level.shape)} and dtype {level.dtype}: "
             "pass one number, or a tensor of shape (batch,)."
         )
-    signal = signal.clone().float().reshape(-1)  # a later write to `value` does not change λ
-    _check_range(signal, name)
-    return signal
+    level = level.clone().float().reshape(-1)  # a later write to `value` does not change λ
+    _check_range(level)
+    return level
 
 
 @torch.compiler.disable(recursive=True)
-def _check_range(signal: Tensor, name: str) -> None:
-    if not bool(((signal >= 0) & (signal <= 1)).all()):
-        raise ValueError(f"{name} is {signal.tolist()}: every value has to lie in [0, 1], where 1 is pure noise.")
+def _check_range(level: Tensor) -> None:
+    if not bool(((level >= 0) & (level <= 1)).all()):
+        raise ValueError(f"noise_level is {level.tolist()}: every value has to lie in [0, 1], where 1 is pure noise.")
 
 
 def as_tensor(value: Any) -> Tensor:
@@ -106,15 +88,15 @@ class Entry:
     """One entered context: the one that it was entered in, and the holders of cores that it is for.
 
     Attributes:
-        signals: λ and the mask density; None once the context is left, as copies of the `ContextVar` may remain.
+        level: λ; None once the context is left, as copies of the `ContextVar` may remain.
         backward: `backward_pass()` when it was entered.
     """
 
-    __slots__ = ("backward", "holders", "parent", "signals")
+    __slots__ = ("backward", "holders", "level", "parent")
 
-    def __init__(self, parent: Entry | None, holders: frozenset[nn.Module], signals: NoiseSignals) -> None:
+    def __init__(self, parent: Entry | None, holders: frozenset[nn.Module], level: Tensor) -> None:
         self.parent, self.holders = parent, holders
-        self.signals: NoiseSignals | None = signals
+        self.level: Tensor | None = level
         self.backward = backward_pass()
 
 
@@ -135,19 +117,18 @@ class noise_level(ContextDecorator):
         model: an adapted model, wrapped (PeftModel, DDP, `torch.compile`) or not.
         value: λ in [0, 1], 1 = pure noise: a float, or a tensor, array or list (b,) with one value a sample, where the
             adapted layers see the batch first, (b, …): in a model that gives them (length, b, …), pass a float.
-        mask_density: for `core_input` "mask_density" or "both": a float or (b,), in [0, 1].
 
     Raises:
         ValueError: `value` is not in [0, 1], NaN or misshapen, or `model` holds no NaRA adapter.
         RuntimeError: on exit, if another context is the innermost.
     """
 
-    def __init__(self, model: nn.Module, value: Level, *, mask_density: Level | None = None) -> None:
-        self._model, self._values = model, (value, mask_density)
+    def __init__(self, model: nn.Module, value: Level) -> None:
+        self._model, self._value = model, value
         self._entries: list[Entry] = []
 
     def __enter__(self) -> None:
-        entry = Entry(present.get(), frozenset(core_holders(self._model)), as_signals(*self._values))
+        entry = Entry(present.get(), frozenset(core_holders(self._model)), as_level(self._value))
         self._entries.append(entry)
         present.set(entry)
 
@@ -157,7 +138,7 @@ class noise_level(ContextDecorator):
             entry = entry.parent
         entry = self._entries[-1] if entry is None else entry
         self._entries.remove(entry)
-        entry.signals = None
+        entry.level = None
         present.set(entry.parent if innermost is entry else None)
         if innermost is not entry:
             raise RuntimeError(
@@ -170,7 +151,7 @@ class noise_level(ContextDecorator):
 def entry_for(holder: Any) -> Entry | None:
     """The innermost open context for the model of `holder`; None if there is none."""
     entry = present.get()
-    while entry is not None and (entry.signals is None or holder not in entry.holders):
+    while entry is not None and (entry.level is None or holder not in entry.holders):
         entry = entry.parent
     return entry
 

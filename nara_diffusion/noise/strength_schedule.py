@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .level import Level, as_signal
+from .level import Level, as_level
 
 _EXAMPLE = "StrengthSchedule([(0, 1.0), (0.7, 0.3)])"
 
@@ -54,7 +54,7 @@ class StrengthSchedule:
         Raises:
             ValueError: λ is not in [0, 1], NaN or misshapen.
         """
-        return self.at(as_signal(noise_level))
+        return self.at(as_level(noise_level))
 
     def at(self, noise_level: Tensor) -> Tensor:
         """s(λ) (b,) of λ (b,), float32 in [0, 1]."""

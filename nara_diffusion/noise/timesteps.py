@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .level import NoiseSignals, arguments_of, as_tensor
+from .level import arguments_of, as_tensor
 
 LARGEST_LOG_SIGMA = math.log(1e6)
 """σ beyond 10⁶ is nobody's, but a timestep ¼ ln σ beyond 3.5 is a discrete schedule's."""
@@ -115,7 +115,7 @@ class TimestepNoise:
     def check(self, timestep: float | Tensor) -> None:
         """Accept any timestep: the user has declared its meaning. `Denoiser` refuses ambiguous ones."""
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoiseSignals:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """λ of one forward of `module`: (b,), or (1,) if all samples have the same."""
         arguments = arguments_of(module, args, kwargs)
         given = [t for name in (self.argument, *self.also) if (t := arguments.get(name)) is not None]
@@ -130,4 +130,4 @@ class TimestepNoise:
         self.check(given[0])
         # one C for all, where pipelines expand a timestep to the batch: parts of the batch, as PAG's, may see it too
         is_shared = not level.requires_grad and bool((level == level[0]).all())
-        return NoiseSignals(level[:1] if is_shared else level)
+        return level[:1] if is_shared else level

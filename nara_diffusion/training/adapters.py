@@ -130,8 +130,6 @@ def check_adapter(args: Any, config: PeftConfig | None) -> None:
     meant = method.fixed.get("core_type", args.core_type if method.family == "nara" else "none")
     if args.core_type not in ("hypernetwork", meant):
         raise ValueError(f"core_type is {args.core_type!r}, but that of adapter {args.adapter} is {meant}.")
-    if (signal := getattr(config, "core_input", "noise_level")) != "noise_level":
-        raise ValueError(f"core_input is {signal!r}, and a training tells a core λ alone: leave it out.")
     if args.core_start_step and getattr(config, "core_init", None) == "kaiming":
         raise ValueError(
             "core_start_step trains A and B with C = I first, but core_init 'kaiming' starts from another C: "

@@ -39,13 +39,13 @@ _METAVARS: dict[Any, str] = {int: "N", float: "X", list: "TEXT", dict: "NAME=VAL
 
 USUAL = {"lr": "learning_rate", "epochs": "num_train_epochs", "steps": "max_train_steps"}
 """{name in other programs: ours}."""
-_CORE = "core_scale use_rslora num_virtual_tokens core_hidden_dims core_init core_input core_sharing lora_a_init "
-_CORE += "rank_mask_min core_bins core_knots noise_embedding noise_embedding_dim fourier_scale mask_density_radius"
+_CORE = "core_scale use_rslora num_virtual_tokens core_hidden_dims core_init core_sharing lora_a_init "
+_CORE += "rank_mask_min core_bins core_knots noise_embedding noise_embedding_dim fourier_scale"
 _GONE = "lr_num_cycles lr_power scale_lr allow_tf32 dataloader_num_workers logging_dir hold_base_outside ema_decay "
 _GONE += "hold_base_share timestep_bias_strategy timestep_bias_multiplier timestep_bias_portion timestep_bias_begin "
 _GONE += "timestep_bias_end shuffle_caption keep_tokens repeats caption_source cache_memory upcast_vae loss_type "
 _GONE += "prior_generation_precision do_edm_style_training huber_c clip_skip adam_weight_decay_text_encoder "
-_GONE += "open_window cache_folder use_ema cache_latents"
+_GONE += "open_window cache_folder use_ema cache_latents core_input mask_density_radius"
 _PRODIGY = ("beta3", "decouple", "use_bias_correction", "safeguard_warmup")
 RENAMED: dict[str, str] = {
     **{name: f"give --adapter_options {name}=VALUE." for name in _CORE.split()},

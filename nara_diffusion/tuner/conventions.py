@@ -20,10 +20,9 @@ from nara_diffusion.cores.registry import needs_noise
 from nara_diffusion.layers.variants import CoreChannel
 from nara_diffusion.noise.denoisers import Denoiser, first_source
 from nara_diffusion.noise.level import (
-    NoiseSignals,
     NoiseSource,
     arguments_of,
-    as_signals,
+    as_level,
     backward_pass,
     entry_for,
     outer_modules,
@@ -52,7 +51,6 @@ class HasSource:
     channel: CoreChannel
     reading: Any
     depends_on_noise: Any
-    needs_density: Any
 
     def init_source(self, denoiser: Denoiser | None) -> None:
         self.denoiser = denoiser
@@ -93,8 +91,8 @@ class HasSource:
 
     # ------------------------------------------------------------------ λ of a forward
 
-    def signals_of_forward(self, names: list[str], args: Any, kwargs: Any) -> NoiseSignals | None:
-        """λ and the mask density for a forward of the root; None where none of these adapters needs them."""
+    def level_of_forward(self, names: list[str], args: Any, kwargs: Any) -> Tensor | None:
+        """λ (1,) or (b,) for a forward of the root; None where none of these adapters needs it."""
         entry = entry_for(self)
         if not any(map(self.depends_on_noise, names)):
             return None
@@ -105,13 +103,13 @@ class HasSource:
                 "checkpointed function, or use the model's own `gradient_checkpointing_enable()`."
             )
         source = self.present_source() if entry is None else None
-        signals = entry.signals if entry is not None else None
+        level = entry.level if entry is not None else None
         if source is not None:
-            signals = as_signals(*source(self.root, args, kwargs))
-        self.check_known(names, signals)
-        if signals is not None and len(signals.noise_level) > 1:
-            self._check_rows(len(signals.noise_level), args, kwargs)
-        return signals
+            level = as_level(source(self.root, args, kwargs))
+        self.check_known(names, level)
+        if level is not None and len(level) > 1:
+            self._check_rows(len(level), args, kwargs)
+        return level
 
     def _check_rows(self, values: int, args: Any, kwargs: Any) -> None:
         """Refuse several values of λ which layers of this class of models can't tell apart: these see no samples first,
@@ -138,12 +136,9 @@ class HasSource:
                 "or turn that off (chunking along dim=1 is fine)."
             )
 
-    def check_known(self, names: list[str], signals: NoiseSignals | None, remedy: str | None = None) -> None:
-        """Raises ValueError if λ or the mask density is not known, and these adapters need it.
-
-        `remedy`: the end of the message, if not the usual.
-        """
-        noisy = [name for name in names if self.depends_on_noise(name)] if signals is None else []
+    def check_known(self, names: list[str], level: Tensor | None, remedy: str | None = None) -> None:
+        """Raises ValueError if λ is not known, and these adapters need it; `remedy`: the end, if not the usual."""
+        noisy = [name for name in names if self.depends_on_noise(name)] if level is None else []
         if noisy:
             usual = (
                 "call the model inside `with noise_level(model, value):`, or let it read λ from its own inputs by "
@@ -151,12 +146,6 @@ class HasSource:
             )
             raise ValueError(
                 f"λ is not known, but adapter(s) {', '.join(map(repr, noisy))} depend on it: {remedy or usual}"
-            )
-        known = signals is not None and signals.mask_density is not None
-        if dense := [] if known else list(filter(self.needs_density, names)):
-            raise ValueError(
-                f"The mask density is not known, but adapter(s) {', '.join(map(repr, dense))} read it: pass "
-                "noise_level(model, value, mask_density=…), or set a source that tells it."
             )
 
     # ------------------------------------------------------------------ the adapters' definitions of λ

@@ -20,7 +20,7 @@ from nara_diffusion.cores.simple import IdentityCore
 from nara_diffusion.layers.offloading import groups_of
 from nara_diffusion.layers.variants import CoreChannel, Key
 from nara_diffusion.noise.denoisers import Denoiser
-from nara_diffusion.noise.level import NoiseSignals, entry_for
+from nara_diffusion.noise.level import entry_for
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
 
 from .checkpointing import checkpoint_with_core, checkpoint_without_core
@@ -106,8 +106,8 @@ class CoreHolder(HasSource, MergesCores, ReadOutsideForwards, nn.Module):
         self.drop_deleted()
         return [name for name, layers in self.layers.items() if any(_reads(layer, name) for layer in layers)]
 
-    def merged_at(self) -> NoiseSignals | None:
-        """λ and mask density (1,) of merged layers; None if none is merged at a C that depends on λ."""
+    def merged_at(self) -> Tensor | None:
+        """λ (1,) of merged layers; None if none is merged at a C that depends on λ."""
         variants = (layers[0].lora_variant.get(name) for name, layers in self.layers.items() if layers)
         levels = (getattr(variant, "merged_at", None) for variant in variants)
         return next((level for level in levels if level is not None), None)
@@ -148,10 +148,6 @@ class CoreHolder(HasSource, MergesCores, ReadOutsideForwards, nn.Module):
     def needs_noise(self) -> bool:
         """Whether a layer would read a C that depends on λ."""
         return any(map(self.depends_on_noise, self.reading()))
-
-    def needs_density(self, name: str) -> bool:
-        cores: Any = self.cores[name]
-        return cores.needs_density
 
     # ------------------------------------------------------------------ hooks of the root
 
@@ -194,30 +190,29 @@ class CoreHolder(HasSource, MergesCores, ReadOutsideForwards, nn.Module):
                 group.onload_()
         if torch.is_grad_enabled():
             checkpoint_with_core(self.root, self.channel)
-        cores = self.make_cores(names, self.signals_of_forward(names, args, kwargs))
+        cores = self.make_cores(names, self.level_of_forward(names, args, kwargs))
         self.channel.push(entry_for(self), _beside_inputs(cores, args, kwargs))
 
     # ------------------------------------------------------------------ C(λ)
 
-    def make_cores(self, names: list[str], signals: NoiseSignals | None) -> dict[Key, Tensor]:
+    def make_cores(self, names: list[str], level: Tensor | None) -> dict[Key, Tensor]:
         """Key → C (b or 1, r, r) for these adapters; layers read no C where it is I."""
         found = {}
         for name in names:
             cores: Any = self.cores[name]
             for group, core in cores.items():
                 if name in self.schedules or not isinstance(core, IdentityCore):
-                    found[name, group] = self.matrix((name, group), signals)
+                    found[name, group] = self.matrix((name, group), level)
         return found
 
-    def matrix(self, key: Key, signals: NoiseSignals | None) -> Tensor:
+    def matrix(self, key: Key, level: Tensor | None) -> Tensor:
         """C (b or 1, r, r), times the strength, float32, of the layers that read by `key`."""
         name, group = key
         cores: Any = self.cores[name]
-        core, schedule = cores.matrix(group, signals), self.schedules.get(name)
+        core, schedule = cores.matrix(group, level), self.schedules.get(name)
         if schedule is None:
             return core
-        assert signals is not None
-        level = signals.noise_level
+        assert level is not None
         core = core.to(level.device) if core.device.type == "cpu" else core  # an identity has no weights
         return schedule.at(level.to(core.device))[:, None, None] * core
 

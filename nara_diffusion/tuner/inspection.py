@@ -13,7 +13,7 @@ from nara_diffusion.cores.registry import CoreSet
 from nara_diffusion.layers.offloading import groups_of
 from nara_diffusion.layers.variants import CoreChannel, Key
 from nara_diffusion.loaders.strict import PEFT_PREFIX
-from nara_diffusion.noise.level import as_signals, backward_pass, core_holders, entry_for, find_holders
+from nara_diffusion.noise.level import as_level, backward_pass, core_holders, entry_for, find_holders
 
 
 class ReadOutsideForwards:
@@ -23,7 +23,6 @@ class ReadOutsideForwards:
     channel: CoreChannel
     matrix: Any
     depends_on_noise: Any
-    check_known: Any
 
     @torch.compiler.disable(recursive=True)
     def core_alone(self, key: Key) -> Tensor:
@@ -31,23 +30,22 @@ class ReadOutsideForwards:
         entry, pushed = entry_for(self), self.channel.pushed()
         if pushed is not None and pushed[1] is entry and key in pushed[2]:
             return pushed[2][key]  # a context of another model has been entered since
-        name, signals = key[0], None if entry is None else entry.signals
-        if self.depends_on_noise(name) and (entry is None or signals is None or entry.backward != backward_pass()):
+        name, level = key[0], None if entry is None else entry.level
+        if self.depends_on_noise(name) and (entry is None or level is None or entry.backward != backward_pass()):
             raise RuntimeError(
                 f"No C(λ) has reached a layer for adapter '{name}'. The forward of the whole adapted model makes C: "
                 "call that forward, or call a part of the model inside `with noise_level(model, value):`, and do not "
                 "recompute a part of it by a checkpoint other than the model's own "
                 "(`model.gradient_checkpointing_enable()`)."
             )
-        self.check_known([name], signals)
-        values = 1 if signals is None else len(signals.noise_level)
+        values = 1 if level is None else len(level)
         if values > 1 and (self.channel.sample_major or self.channel.one_level):
             raise RuntimeError(
                 f"noise_level has {values} values, but a part of a model whose layers may see several rows a sample is "
                 "called by itself, so that its samples cannot be told apart: pass one value, or call the whole model."
             )
         with self.in_memory():
-            return self.matrix(key, signals)
+            return self.matrix(key, level)
 
     @contextmanager
     def in_memory(self) -> Iterator[None]:
@@ -77,14 +75,12 @@ def core_matrix(
     adapter_name: str = "default",
     *,
     module: str | None = None,
-    mask_density: float | Tensor | None = None,
 ) -> Tensor:
     """C(λ) of one adapter: (b, r, r) for λ (b,), (1, r, r) for a float or a core without noise input.
 
     Args:
         model: an adapted model. noise_level: λ in [0, 1], a float or (b,).
         module: for `core_sharing` other than "global", the name of an adapted module (as in `named_modules()`).
-        mask_density: for `core_input` "mask_density" or "both".
 
     Raises:
         ValueError: no NaRA adapter of that name, or several; λ out of range, or `module` missing or not adapted.
@@ -99,10 +95,8 @@ def core_matrix(
         )
     cores: CoreSet = found[0]
     group = next(iter(cores)) if len(cores) == 1 and module is None else _group_of(model, module, adapter_name, cores)
-    if cores.needs_density and mask_density is None:
-        raise ValueError(f"Adapter '{adapter_name}' reads the mask density too: pass mask_density=….")
     with onloaded_cores(model):
-        return cores.matrix(group, as_signals(noise_level, mask_density))
+        return cores.matrix(group, as_level(noise_level))
 
 
 def _group_of(model: nn.Module, module: str | None, adapter_name: str, cores: CoreSet) -> str:

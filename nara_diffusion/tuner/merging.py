@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from nara_diffusion.layers.offloading import is_offloaded
 from nara_diffusion.layers.variants import Key
-from nara_diffusion.noise.level import Level, NoiseSignals, as_signals, backward_pass, entry_for
+from nara_diffusion.noise.level import Level, as_level, backward_pass, entry_for
 from nara_diffusion.noise.level import noise_level as at_noise_level
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class MergesCores:
     depends_on_noise: Any
     check_known: Any
     present_source: Any
-    _warned_of: NoiseSignals | None = None
+    _warned_of: Tensor | None = None
 
     @property
     def is_fused(self) -> bool:
@@ -47,36 +47,33 @@ class MergesCores:
         """Whether a sampler that has another λ than that of merged layers must not run."""
         return self.merged_at() is not None and not self.is_fused
 
-    def one_level(self, names: list[str], signals: NoiseSignals | None, purpose: str) -> NoiseSignals | None:
-        """The signals (1,) at which these adapters are merged or exported; None if they need none.
+    def one_level(self, names: list[str], level: Tensor | None, purpose: str) -> Tensor | None:
+        """λ (1,) at which these adapters are merged or exported; None if they need none.
 
         Args:
-            signals: None takes those of `noise_level(…)`, or of merged layers. purpose: the end of the error.
+            level: None takes that of `noise_level(…)`, or of merged layers. purpose: the end of the error.
 
         Raises:
-            ValueError: λ or the mask density is not known, or differs between samples.
+            ValueError: λ is not known, or differs between samples.
         """
         if not any(map(self.depends_on_noise, names)):
             return None
         entry = entry_for(self)
-        if signals is None:
-            signals = self.merged_at() if entry is None else entry.signals
-        self.check_known(names, signals, purpose)
-        assert signals is not None
-        for name, signal in zip(NoiseSignals._fields, signals, strict=True):
-            if signal is not None and signal.unique().numel() > 1:
-                raise ValueError(f"{name} is {signal.tolist()}: pass a single value to merge or export.")
-        return NoiseSignals(*(None if signal is None else signal[:1].detach() for signal in signals))  # type: ignore[arg-type]
+        if level is None:
+            level = self.merged_at() if entry is None else entry.level
+        self.check_known(names, level, purpose)
+        assert level is not None
+        if level.unique().numel() > 1:
+            raise ValueError(f"noise_level is {level.tolist()}: pass a single value to merge or export.")
+        return level[:1].detach()
 
-    def signals_to_export(
-        self, name: str, noise_level: Level | None, mask_density: Level | None = None
-    ) -> NoiseSignals | None:
-        """The signals at which the adapter is exported. λ None is that of `noise_level(…)`, or of merged layers."""
+    def level_to_export(self, name: str, noise_level: Level | None) -> Tensor | None:
+        """λ (1,) at which the adapter is exported. None is that of `noise_level(…)`, or of merged layers."""
         purpose = "a plain LoRA is exact at one λ alone. Pass noise_level=…, or export inside `with noise_level(…):`."
-        return self.one_level([name], None if noise_level is None else as_signals(noise_level, mask_density), purpose)
+        return self.one_level([name], None if noise_level is None else as_level(noise_level), purpose)
 
-    def signals_to_merge(self, names: list[str]) -> NoiseSignals | None:
-        """The signals at which these adapters are merged: not others than what is merged already, and no weights are
+    def level_to_merge(self, names: list[str]) -> Tensor | None:
+        """λ (1,) at which these adapters are merged: not another than what is merged already, and no weights are
         offloaded."""
         if is_offloaded(self.root):
             raise ValueError(
@@ -85,63 +82,63 @@ class MergesCores:
             )
         remedy = "Pass noise_level=…, or merge inside `with noise_level(model, value):`."
         purpose = f"a λ-dependent update can only be merged at one λ. {remedy}"
-        signals, merged = self.one_level(names, None, purpose), self.merged_at()
-        if signals is not None and merged is not None and signals.noise_level.item() != merged.noise_level.item():
+        level, merged = self.one_level(names, None, purpose), self.merged_at()
+        if level is not None and merged is not None and level.item() != merged.item():
             raise ValueError(
-                f"Adapters are merged at noise_level {merged.noise_level.item():.6g}, not "
-                f"{signals.noise_level.item():.6g}: call unmerge_adapter() first."
+                f"Adapters are merged at noise_level {merged.item():.6g}, not {level.item():.6g}: call "
+                "unmerge_adapter() first."
             )
-        return signals
+        return level
 
     @torch.no_grad()
-    def core_to_merge(self, key: Key, layer: Any) -> tuple[Tensor, NoiseSignals | None]:
+    def core_to_merge(self, key: Key, layer: Any) -> tuple[Tensor, Tensor | None]:
         """C (1, r, r) for a `layer` that is being merged, and the only λ to run at until it is unmerged."""
         merged = self.merged_at()
         if key[0] in self.merged_names() and merged is not None:  # into layers before this one
             return self.matrix(key, merged), merged
         try:
-            signals = self.signals_to_merge([key[0]])
+            level = self.level_to_merge([key[0]])
         except ValueError:
             if self.is_fused:  # Diffusers has multiplied the layer by this before it merges
                 layer.unscale_layer(self.root.lora_scale)
             raise
-        if signals is not None and self.is_fused:
+        if level is not None and self.is_fused:
             logger.warning(
                 "%s: '%s' is fused at noise_level %.6g: until unfuse_lora() every step runs at the C of that λ, "
                 "whatever its own is.",
                 type(self.root).__name__,
                 key[0],
-                signals.noise_level.item(),
+                level.item(),
             )
-        return self.matrix(key, signals), None if signals is None else merged or signals
+        return self.matrix(key, level), level if merged is None else merged
 
-    def check_merged(self, merged: NoiseSignals) -> None:
+    def check_merged(self, merged: Tensor) -> None:
         """Raises ValueError if `noise_level(…)` gives another λ than `merged`; beside what is fused it may."""
         entry = entry_for(self)
-        if entry is None or entry.signals is None or backward_pass() != -1 or (self.is_fused and self.needs_noise):
+        given = None if entry is None else entry.level
+        if given is None or backward_pass() != -1 or (self.is_fused and self.needs_noise):
             return
-        for name, given, fixed in zip(NoiseSignals._fields, entry.signals, merged, strict=True):
-            if given is not None and fixed is not None and not bool((given == fixed.to(given.device)).all()):
-                raise ValueError(
-                    f"The adapter is merged at {name} {fixed.item():.6g}, but this forward asks for "
-                    f"{given.tolist()}: call unmerge_adapter() first."
-                )
+        if not bool((given == merged.to(given.device)).all()):
+            raise ValueError(
+                f"The adapter is merged at noise_level {merged.item():.6g}, but this forward asks for "
+                f"{given.tolist()}: call unmerge_adapter() first."
+            )
 
-    def warn_of_merged(self, merged: NoiseSignals, args: Any, kwargs: Any) -> None:
+    def warn_of_merged(self, merged: Tensor, args: Any, kwargs: Any) -> None:
         """Say once a merge if the source of λ gives this forward another λ than that of merged layers."""
         if self._warned_of is merged or self.is_fused or entry_for(self) is not None:
             return
         try:
             source = self.present_source()
-            found = merged if source is None else as_signals(*source(self.root, args, kwargs))
+            found = merged if source is None else as_level(source(self.root, args, kwargs))
         except ValueError:  # a source that can't tell λ here is needed by none
             return
-        if bool((found.noise_level == merged.noise_level.to(found.noise_level.device)).all()):
+        if bool((found == merged.to(found.device)).all()):
             return
         self._warned_of = merged
-        levels = ", ".join(f"{level:.6g}" for level in found.noise_level.tolist())
+        levels = ", ".join(f"{level:.6g}" for level in found.tolist())
         warnings.warn(
-            f"The adapter is merged at noise_level {merged.noise_level.item():.6g}, at which every forward runs, but "
+            f"The adapter is merged at noise_level {merged.item():.6g}, at which every forward runs, but "
             f"the source tells [{levels}]: call unmerge_adapter() to run at that.",
             UserWarning,
             stacklevel=2,
@@ -171,7 +168,7 @@ class MergesAtOneLevel(LoraModel):
         names = self.active_adapters if adapter_names is None else adapter_names
         level = nullcontext() if noise_level is None else at_noise_level(self.model, noise_level)
         with level, _unmerged_on_error(self.model):
-            holder.signals_to_merge([name for name in names if name in holder.cores])
+            holder.level_to_merge([name for name in names if name in holder.cores])
             super().merge_adapter(adapter_names, safe_merge)
 
     def merge_and_unload(

@@ -29,7 +29,6 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from nara_diffusion import noise_level
 
 LEVELS = torch.tensor([0.0625, 0.5, 0.90625])  # exact in float32
-DENSITIES = torch.tensor([0.25, 0.75, 0.875])
 TIMESTEPS = torch.tensor([33, 500, 870])
 
 # ---------------------------------------------------------------------- values
@@ -116,7 +115,7 @@ def tokens(below: int) -> Tensor:
 @torch.no_grad()
 def text_output(model: nn.Module) -> Tensor:
     """What a language model, or the mixed one, says at `LEVELS`, a row each."""
-    with noise_level(model, LEVELS, mask_density=DENSITIES):
+    with noise_level(model, LEVELS):
         return plain_text_output(model)
 
 

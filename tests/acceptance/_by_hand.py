@@ -149,10 +149,8 @@ def group_of(config: NaraConfig, module: str) -> str:
     return {"global": "shared", "module_type": last, "layer": module.replace(".", "-")}[config.core_sharing]
 
 
-def core_by_hand(
-    config: NaraConfig, own: Mapping[str, Tensor], level: Tensor, rank: int = RANK, density: Tensor | None = None
-) -> Tensor:
-    """C (b, r, r) in float64 from the tensors of one core, by their names below its own; λ and the density are (b,)."""
+def core_by_hand(config: NaraConfig, own: Mapping[str, Tensor], level: Tensor, rank: int = RANK) -> Tensor:
+    """C (b, r, r) in float64 from the tensors of one core, by their names below its own, at λ (b,)."""
     identity, level = torch.eye(rank, dtype=torch.float64), level.double()
     if getattr(config, "core_type", "identity") == "identity":  # as of a LoRA
         return identity.expand(len(level), -1, -1)
@@ -168,23 +166,21 @@ def core_by_hand(
         places = [(x * last, min(math.floor(x * last), last - 1)) for x in level.tolist()]
         between = [(k + 1 - place) * D[k] + (place - k) * D[k + 1] for place, k in places]
         return identity + config.core_scale * torch.stack(between)
-    given = {"noise_level": level, "mask_density": density}
-    signals = ["noise_level", "mask_density"] if config.core_input == "both" else [config.core_input]
-    h = torch.cat([_embedded(config, own, signal, given[signal].double()) for signal in signals], dim=1)
+    h = _embedded(config, own, level)
     for i in range(len(config.core_hidden_dims) + 1):
         h = h * torch.sigmoid(h) if i else h
         h = torch.einsum("bi,oi->bo", h, own[f"layers.{i}.weight"]) + own[f"layers.{i}.bias"]
     return identity + config.core_scale * h.reshape(len(level), rank, rank)
 
 
-def _embedded(config: NaraConfig, own: Mapping[str, Tensor], signal: str, value: Tensor) -> Tensor:
+def _embedded(config: NaraConfig, own: Mapping[str, Tensor], level: Tensor) -> Tensor:
     if config.noise_embedding == "fourier":
-        angle = torch.einsum("b,w->bw", value, own[f"embeddings.{signal}.frequencies"])
+        angle = torch.einsum("b,w->bw", level, own["embeddings.noise_level.frequencies"])
         return torch.cat([angle.sin(), angle.cos()], dim=1)
     if config.noise_embedding == "raw":
-        return value[:, None]
-    weight, bias = (own[f"embeddings.{signal}.projection.{name}"] for name in ("weight", "bias"))
-    h = torch.einsum("b,w->bw", value, weight[:, 0]) + bias
+        return level[:, None]
+    weight, bias = (own[f"embeddings.noise_level.projection.{name}"] for name in ("weight", "bias"))
+    h = torch.einsum("b,w->bw", level, weight[:, 0]) + bias
     return h / (1 + torch.exp(-h))
 
 

@@ -14,14 +14,11 @@ from tests.acceptance._by_hand import (
     CORES,
     LEVELS,
     RANK,
-    ByHand,
     Kinds,
     adapted,
     assert_near,
     core_by_hand,
-    draw_inputs,
     group_of,
-    leaves,
     nara_config,
     tensors_of,
 )
@@ -31,8 +28,6 @@ VALUES: dict[str, dict[str, Any]] = {
     "fourier": {},
     "mlp": {"noise_embedding": "mlp", "core_hidden_dims": (9,)},
     "raw": {"noise_embedding": "raw", "core_hidden_dims": (9, 10, 11)},
-    "density": {"core_input": "mask_density"},
-    "both": {"core_input": "both", "noise_embedding": "mlp"},
     "constant": CORES["constant"],
     "knots": CORES["knots"],
     "custom": CORES["custom"],
@@ -58,25 +53,11 @@ def own_tensors(model: nn.Module, module: str = MODULES[0]) -> dict[str, torch.T
 def test_core_values_of_disturbed_cores_are_those_of_the_formula(options):
     model = small(**options)
     levels = torch.tensor([0.0, 0.2, 1 / 3, 0.5, 2 / 3, 0.9, 1.0])  # of four knots: on each, and between
-    density = torch.linspace(0.9, 0.1, len(levels))
-    actual = core_matrix(model, levels, mask_density=density)
-    expected = core_by_hand(model.peft_config["default"], own_tensors(model), levels, density=density)
+    actual = core_matrix(model, levels)
+    expected = core_by_hand(model.peft_config["default"], own_tensors(model), levels)
     assert len(actual) == (1 if "constant" in options.values() else len(levels))
     assert_near(actual, expected[: len(actual)], terms=10)
     assert (actual[1:] - actual[:-1]).abs().amax(dim=(1, 2)).gt(1e-3).all(), "too alike to show an error"
-
-
-def test_forward_with_a_mask_density_reads_the_core_of_both_signals():
-    base = Kinds(["linear"])
-    by_hand, inputs, density = ByHand(base), draw_inputs(["linear"]), torch.tensor([0.9, 0.2, 0.6])
-    model = adapted(base, target_modules=["linear"], core_input="both")
-    config, tensors = model.peft_config["default"], leaves(tensors_of(model))
-    core = core_by_hand(config, own_tensors(model), LEVELS, density=density)
-    with noise_level(model, LEVELS, mask_density=density):
-        outputs = model(inputs)
-    for name, output in outputs.items():
-        weights = by_hand.weights(name, config, tensors, LEVELS, core=core)
-        assert_near(output, by_hand.output(name, weights, inputs["linear"]), name)
 
 
 def test_fourier_frequencies_have_the_configured_deviation_and_stay_as_drawn():

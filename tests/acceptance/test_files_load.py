@@ -18,7 +18,7 @@ from tests.acceptance import _bases, _files
 PEFT = _files.FILES / "peft"
 OUTPUTS = _files.expected("peft")
 SHIPPED = _files.ROOT / "examples" / "assets" / "llada-tiny"
-OF_TEXT = ["nara", "nara_dora", "knots", "constant", "rank_mask", "bins", "module_type", "layer", "strength", "mixed"]
+OF_TEXT = ["nara", "nara_dora", "knots", "constant", "rank_mask", "bins", "layer", "strength", "mixed"]
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups:UserWarning"),
@@ -58,6 +58,14 @@ def test_peft_folder_of_0_1_computes_the_stored_outputs_and_is_saved_as_it_was(n
     _files.assert_same_tensors(tmp_path / _files.PEFT_WEIGHTS, PEFT / name / _files.PEFT_WEIGHTS)
     fields = [json.loads((folder / _files.PEFT_CONFIG).read_text()) for folder in (tmp_path, PEFT / name)]
     _files.assert_same_fields(*fields)
+
+
+def test_what_read_a_mask_density_is_refused_by_name_and_leaves_the_base_as_it_was() -> None:
+    base = _bases.language_model()
+    before, modules = _bases.digest(base), [name for name, _ in base.named_modules()]
+    with pytest.raises(ValueError, match="module_type/' is refused: core_input is 'both': choose one of 'noise_level'"):
+        PeftModel.from_pretrained(base, PEFT / "module_type")
+    assert (_bases.digest(base), [name for name, _ in base.named_modules()]) == (before, modules)
 
 
 @pytest.mark.parametrize(

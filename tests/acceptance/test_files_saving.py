@@ -48,7 +48,7 @@ def another_pipeline() -> Any:
 
 
 def another_model() -> PeftModel:
-    return PeftModel.from_pretrained(_bases.language_model(), _files.FILES / "peft" / "module_type")
+    return PeftModel.from_pretrained(_bases.language_model(), _files.FILES / "peft" / "layer")
 
 
 def fold(source: Path, output: Path, *words: str) -> None:
@@ -57,7 +57,7 @@ def fold(source: Path, output: Path, *words: str) -> None:
 
 SAVES: dict[str, Callable[[], Callable[[Path], Any]]] = {
     "save_nara_weights": lambda: another_pipeline().save_nara_weights,
-    "to_lora": lambda: to_lora(another_model(), 0.5, mask_density=0.5).save_pretrained,
+    "to_lora": lambda: to_lora(another_model(), 0.5).save_pretrained,
     "nara fold": lambda: lambda folder: fold(PIPELINE, folder / "lora.safetensors"),
     "nara fold to PEFT": lambda: lambda folder: fold(PEFT, folder, "--form", "peft"),
     "nara convert": lambda: lambda folder: _files.command()(["convert", str(PIPELINE), str(folder), "--to", "peft"]),

@@ -22,7 +22,7 @@ from nara_diffusion.dllm import (
 )
 from nara_diffusion.dllm.data.records import normalized
 from pipelines.llada import LLaDAPipeline
-from tests.acceptance._text import ByHand, adapted_pair, backbone, nara
+from tests.acceptance._text import ByHand, adapted_pair
 
 VOCABULARY = 40
 MASK = VOCABULARY - 1
@@ -138,14 +138,6 @@ def test_context_beats_the_source_and_an_inner_source_ends(pair: Any) -> None:
         assert torch.equal(model(ids).logits, outer)
         with noise_level(model, 0.9):
             assert torch.equal(model(ids).logits, at_the_end)
-
-
-def test_mask_density_is_told_by_nobody_here() -> None:
-    model = nara(backbone(VOCABULARY), core_input="both")
-    with pytest.raises(ValueError, match=r"reads a mask density, .* noise_level\(model, λ, mask_density=…\)"):
-        generate(model, IDS, gen_length=2)
-    with read_noise_from_input_ids(model, PROMPTS), pytest.raises(ValueError, match="mask density is not known"):
-        model(IDS.masked_fill(MASKED, MASK))
 
 
 def test_what_cannot_be_known_is_an_error() -> None:

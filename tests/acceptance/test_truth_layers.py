@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from nara_diffusion import NaraConfig, noise_level, set_noise_source, set_strength
 from nara_diffusion.dllm import read_noise_from_input_ids
-from nara_diffusion.noise.level import NoiseSignals
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
 from tests.acceptance._lives import FILE, add_nara, frozen_sd, predict, save_nara
 from tests.helpers.adapted import TwoLayers, adapted, disturb, lora_config
@@ -109,10 +108,10 @@ class Source:
     def __init__(self, levels: Any) -> None:
         self.levels = levels
 
-    def __call__(self, module: Any, args: Any, kwargs: Any) -> NoiseSignals:
+    def __call__(self, module: Any, args: Any, kwargs: Any) -> Tensor:
         if self.levels is None:
             raise ValueError("λ can't be read")
-        return NoiseSignals(torch.tensor(self.levels))
+        return torch.tensor(self.levels)
 
 
 def run(model: Any) -> Tensor:

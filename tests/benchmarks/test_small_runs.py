@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import benchmark_alternatives
 import benchmark_decoding
 import benchmark_quality
 import benchmark_regimes
-import benchmark_seen_noise
 import benchmark_speed
 import measure_house
 import pytest
@@ -31,15 +29,6 @@ def test_benchmark_writes_a_record(benchmark, tmp_path):
     assert benchmark.main(**RUNS[benchmark], output_dir=tmp_path)
     record = json.loads((tmp_path / f"{benchmark.__name__}.json").read_text(encoding="utf-8"))
     assert record.keys() > MADE_WITH
-
-
-def test_benchmark_seen_noise_measures_each_layer(tmp_path, monkeypatch):
-    whole = benchmark_seen_noise.load_task("llada-tiny", "commonsense")
-    few = replace(whole, validation=replace(whole.validation, batches=whole.validation.batches[:6]))
-    monkeypatch.setattr(benchmark_seen_noise, "load_task", lambda *_: few)
-    monkeypatch.setattr(benchmark_seen_noise, "SUBJECTS", ("toy", "car"))
-    pixels = benchmark_seen_noise.main(output_dir=tmp_path)["sdxl-tiny"]["self-attention"]
-    assert max(pixels.values()) > 0.5
 
 
 @pytest.mark.parametrize(

@@ -27,13 +27,6 @@ class Affine(nn.Module):
         return torch.eye(len(self.P)) + noise_level[:, None, None] * self.P + self.Q
 
 
-class Density(Affine):
-    needs_density = True
-
-    def forward(self, noise_level: Tensor, mask_density: Tensor) -> Tensor:
-        return super().forward(noise_level * mask_density)
-
-
 class Still(Affine):
     """It reads nothing."""
 
@@ -46,7 +39,7 @@ class Still(Affine):
 @pytest.fixture(autouse=True)
 def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_custom", {})
-    for kind in (Affine, Density, Still):
+    for kind in (Affine, Still):
         register_core(kind.__name__.lower(), kind)
 
 
@@ -63,14 +56,10 @@ def by_hand(model: PeftModel, x: Tensor, level: Tensor) -> Tensor:
     return layer.get_base_layer()(x).double() + update
 
 
-def test_custom_core_is_read_per_sample_with_the_mask_density_if_it_says_so() -> None:
-    x, density = torch.randn(3, 7), torch.tensor([0.2, 0.9, 0.4])
-    affine, both = one_layer("affine"), one_layer("density")
-    with noise_level(affine, LEVELS), noise_level(both, LEVELS, mask_density=density):
+def test_custom_core_is_read_per_sample() -> None:
+    x, affine = torch.randn(3, 7), one_layer("affine")
+    with noise_level(affine, LEVELS):
         assert relative_error(affine(x), by_hand(affine, x, LEVELS)) < 2e-6
-        assert relative_error(both(x), by_hand(both, x, LEVELS * density)) < 2e-6
-    with noise_level(both, LEVELS), pytest.raises(ValueError, match="mask density"):
-        both(x)
 
 
 def test_custom_core_needs_lambda_unless_it_says_otherwise() -> None:

@@ -49,7 +49,7 @@ def assert_same_tensors(nara: Any, lora: Any, adapter_name: str = "default") -> 
     [
         ({"use_dora": True}, {"core_type": "constant"}),
         ({"use_rslora": True}, {"core_type": "knots", "core_sharing": "layer"}),
-        ({}, {"core_input": "both"}),
+        ({}, {"noise_embedding": "mlp"}),
         ({"init_lora_weights": "pissa"}, {}),
     ],
     ids=str,
@@ -61,7 +61,7 @@ def test_a_folder_of_peft_becomes_a_nara_with_its_tensors_and_forward(tmp_path, 
     assert_same_tensors(model, lora)
     x = torch.randn(3, 7)
     for level in (0.0, 0.4, 1.0):
-        with torch.no_grad(), noise_level(model, level, mask_density=0.6):
+        with torch.no_grad(), noise_level(model, level):
             assert relative_error(model(x), lora(x)) < 4 * rounding_of(lora)
 
 

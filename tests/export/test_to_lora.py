@@ -100,7 +100,6 @@ def test_the_level_of_the_context_and_that_of_a_merge_count():
         ({}, {"noise_level": 1.5}, "1.5"),
         ({}, {"noise_level": "mean"}, "best"),
         ({}, {"noise_level": LEVEL, "adapter_name": "other"}, "has no adapter 'other'"),
-        ({"core_input": "both"}, {"noise_level": LEVEL}, "mask density"),
         ({"lora_bias": True}, {"noise_level": LEVEL}, "biases of B"),
     ],
 )

@@ -147,7 +147,7 @@ class Omni(nn.Module):
 
 
 def told(source: TimestepNoise, **given: Any) -> list[float]:
-    return source(Omni(), (None,), given).noise_level.tolist()
+    return source(Omni(), (None,), given).tolist()
 
 
 def test_noisiest_of_several_timesteps_counts_and_a_pinned_one_beats_all() -> None:

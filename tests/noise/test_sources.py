@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nara_diffusion import StrengthSchedule, noise_level, register_noise_source, set_noise_source
 from nara_diffusion.noise import denoisers
-from nara_diffusion.noise.level import NoiseSignals, as_signals, find_holders
+from nara_diffusion.noise.level import as_level, find_holders
 from tests.helpers.adapted import TwoLayers, adapted, default_core, disturb, nara_config, relative_error
 
 TARGETS = ["first", "second"]
@@ -49,8 +49,8 @@ class Share:
         self.convention = convention
         self.gives = gives
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoiseSignals:
-        return NoiseSignals((args[0] > 0).float().mean(1) if self.gives is None else self.gives)
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        return (args[0] > 0).float().mean(1) if self.gives is None else self.gives
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +81,7 @@ def test_source_of_another_convention_is_refused_on_all_models_at_once() -> None
         get_peft_model(TwoLayers(), nara_config(target_modules=TARGETS, noise_convention=convention))
         for convention in (None, "masked_share")
     )
-    for source in (Share(), Share(None), lambda module, args, kwargs: NoiseSignals(args[0][:, 0])):
+    for source in (Share(), Share(None), lambda module, args, kwargs: args[0][:, 0]):
         with pytest.raises(ValueError, match=r"'default' was trained with λ defined as 'masked_share', but the source"):
             set_noise_source(pair, source)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"set_noise_source\(model"):  # neither has one
@@ -118,19 +118,11 @@ def test_source_without_a_definition_of_its_own_is_not_registered() -> None:
 # ---------------------------------------------------------------------- values
 
 
-def test_level_and_density_may_each_be_shared_by_the_batch_and_are_copies() -> None:
-    level, density = LEVELS.clone(), LEVELS.flip(0)
-    found = as_signals(level, 0.25)
+def test_level_is_a_copy() -> None:
+    level = LEVELS.clone()
+    found = as_level(level)
     level.fill_(7.0)
-    assert torch.equal(found.noise_level, LEVELS)
-    assert found.mask_density is not None
-    assert found.mask_density.tolist() == [0.25] * 3
-    found = as_signals(0.5, density)
-    assert found.noise_level.tolist() == [0.5] * 3
-    with pytest.raises(ValueError, match="mask_density has 2 values, noise_level 3"):
-        as_signals(LEVELS, torch.rand(2))
-    with pytest.raises(ValueError, match=r"mask_density is \[1.5\]"):
-        as_signals(0.3, 1.5)
+    assert torch.equal(found, LEVELS)
 
 
 def test_level_that_requires_a_gradient_gets_that_of_finite_differences(model: PeftModel) -> None:
@@ -155,7 +147,7 @@ def _needs_noise(model: nn.Module) -> bool:
 def test_model_says_what_its_active_adapters_read() -> None:
     assert not _needs_noise(TwoLayers())
     assert not _needs_noise(adapted(TwoLayers(), target_modules=TARGETS, core_type="constant"))
-    model = adapted(TwoLayers(), target_modules=TARGETS, core_input="both")
+    model = adapted(TwoLayers(), target_modules=TARGETS)
     assert _needs_noise(model)
     with model.disable_adapter():
         assert not _needs_noise(model)

@@ -107,7 +107,7 @@ def test_options_are_fields_of_the_configuration() -> None:
         ({"adapter": "lora", "adapter_options": {"init_lora_weights": "pissa"}}, r"init_lora_weights=pissa changes"),
         ({"adapter": "lora", "adapter_options": {"init_lora_weights": "eva"}}, r"init_lora_weights=eva needs a pass"),
         ({"core_start_step": 3, "adapter_options": {"core_init": "kaiming"}}, r"core_start_step trains A and B"),
-        ({"adapter_options": {"core_input": "both"}}, r"core_input is 'both', and a training tells a core λ alone"),
+        ({"adapter_options": {"core_input": "both"}}, r"core_input is 'both': choose one of 'noise_level'"),
         ({"rank": 0}, r"rank must be at least 1, got 0"),
         ({"seed": -1}, r"seed must be from 0"),
         ({"global_batch_size": 8, "gradient_accumulation_steps": 2}, r"give one of the two"),

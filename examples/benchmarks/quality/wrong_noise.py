@@ -24,7 +24,7 @@ EVALUATED = ("mean_core", "reversed")
 """Ablations of the trained adapter."""
 GRID = (torch.arange(100) + 0.5) / 100
 Change = Callable[[Tensor], Tensor]
-"""From a signal of a batch, λ (b,) or the mask density (b,), to what cores read in its place."""
+"""From λ (b,) of a batch to what cores read in its place."""
 
 
 def cores_of(model: nn.Module) -> list[Core]:
@@ -38,10 +38,10 @@ def cores_of(model: nn.Module) -> list[Core]:
 
 @contextmanager
 def changed_noise(model: nn.Module, change: Change) -> Iterator[None]:
-    """Inside, the cores of `model` read `change(λ)` and `change(density)`: see `constant_noise`, `reversed_noise`."""
+    """Inside, the cores of `model` read `change(λ)`: see `constant_noise`, `reversed_noise`."""
 
-    def replace(core: nn.Module, signals: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tuple(None if signal is None else change(signal) for signal in signals)
+    def replace(core: nn.Module, levels: tuple[Tensor]) -> tuple[Tensor]:
+        return (change(levels[0]),)
 
     handles = [core.register_forward_pre_hook(replace) for core in cores_of(model)]
     try:
@@ -53,7 +53,7 @@ def changed_noise(model: nn.Module, change: Change) -> Iterator[None]:
 
 @contextmanager
 def mean_core(model: nn.Module, noise_levels: Tensor) -> Iterator[None]:
-    """Inside, every core of `model` is its mean over `noise_levels` (n,), which a mask density goes along with.
+    """Inside, every core of `model` is its mean over `noise_levels` (n,).
 
     The mean is taken at each forward, from the parameters as they are then, and has their gradients.
     """
@@ -63,30 +63,30 @@ def mean_core(model: nn.Module, noise_levels: Tensor) -> Iterator[None]:
 
     handles = [core.register_forward_hook(average) for core in cores_of(model)]
     try:
-        with changed_noise(model, lambda signal: noise_levels.to(signal)):
+        with changed_noise(model, lambda level: noise_levels.to(level)):
             yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def constant_noise(signal: Tensor) -> Tensor:
-    """λ, and the mask density, are 0.5 for every sample."""
-    return torch.full_like(signal, 0.5)
+def constant_noise(level: Tensor) -> Tensor:
+    """λ is 0.5 for every sample."""
+    return torch.full_like(level, 0.5)
 
 
-def reversed_noise(signal: Tensor) -> Tensor:
-    """1 − λ, and one minus the mask density."""
-    return 1 - signal
+def reversed_noise(level: Tensor) -> Tensor:
+    """1 − λ."""
+    return 1 - level
 
 
 def exchanged_noise(generator: torch.Generator) -> Change:
     """Each sample has the λ of another one than itself, by a random cycle through the batch for each core's call."""
 
-    def change(signal: Tensor) -> Tensor:
-        cycle = torch.randperm(len(signal), generator=generator)
-        result = torch.empty_like(signal)
-        result[cycle] = signal[cycle.roll(1)]
+    def change(level: Tensor) -> Tensor:
+        cycle = torch.randperm(len(level), generator=generator)
+        result = torch.empty_like(level)
+        result[cycle] = level[cycle.roll(1)]
         return result
 
     return change
