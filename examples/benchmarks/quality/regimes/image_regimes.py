@@ -178,6 +178,7 @@ class UNetBackbone:
     targets: Mapping[str, tuple[str, ...]] = {
         "attention": _ATTENTION,
         "attention_time": (*_ATTENTION, *_TIME),
+        "convolutions_time": (*_CONVOLUTIONS, *_TIME),
         "all": (*_ATTENTION, *_LINEAR, *_CONVOLUTIONS, *_TIME),
     }
 
