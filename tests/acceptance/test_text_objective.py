@@ -7,7 +7,7 @@ n_i is the length of answer i. The masks are read off the model's own input.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise, product
 from math import comb
@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from nara_diffusion import noise_level
 from nara_diffusion.dllm import log_likelihood, masked_diffusion_loss, noise_level_curve
@@ -52,10 +53,13 @@ def inputs_of(model: Any) -> Iterator[list[list[int]]]:
         handle.remove()
 
 
+def masked_ids(row: list[int], masked: list[int]) -> list[int]:
+    return [MASK if j in masked else token for j, token in enumerate(row)]
+
+
 def surprise(by_hand: ByHand, row: list[int], masked: list[int], level: float) -> float:
     """Σ − log p of the tokens at the `masked` positions."""
-    ids = [MASK if j in masked else token for j, token in enumerate(row)]
-    log_p = by_hand([ids], level)[0].log_softmax(-1)
+    log_p = by_hand([masked_ids(row, masked)], level)[0].log_softmax(-1)
     return -float(sum(log_p[j, row[j]] for j in masked))
 
 
@@ -131,18 +135,72 @@ def test_loss_with_complementary_masks_trains_each_token_of_an_answer_once(pair:
     check_loss(by_hand, result, [0, 1, 2, 0, 1, 2])
 
 
-def test_likelihood_of_a_short_answer_is_the_sum_over_all_masks(pair: Any) -> None:
+def bound(row: int, log_p: Callable[[list[int], float], Tensor]) -> Any:
+    """The sum over all masks of an answer, by the log-probabilities (l, v) of (ids, λ)."""
+    ids, places, total = ROWS[row], range(PROMPTS[row], len(ROWS[row])), 0.0
+    for bits in product((False, True), repeat=len(places)):
+        masked = [j for j, bit in zip(places, bits, strict=True) if bit]
+        if k := len(masked):
+            own = log_p(masked_ids(ids, masked), k / len(places))
+            total = total + sum(own[j, ids[j]] for j in masked) / k / comb(len(places), k)
+    return total
+
+
+@pytest.mark.parametrize(("scale", "cap"), [(0.0, None), (1.5, None), (1.5, 1e9)])
+def test_likelihood_of_a_short_answer_is_the_sum_over_all_masks(
+    pair: Any, scale: float, cap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guided, too, in the head and by all logits: under a cap, which is too high to change a thing, `head` is None."""
     model, by_hand = pair
-    found = log_likelihood(model, **batch(), samples=70, batch_size=5)
-    assert found.dtype == torch.float64
-    for i, value in zip(range(3), found.tolist(), strict=True):
-        places = range(PROMPTS[i], len(ROWS[i]))
-        n, expected = len(places), 0.0
-        for bits in product((False, True), repeat=n):
-            masked = [j for j, bit in zip(places, bits, strict=True) if bit]
-            if k := len(masked):
-                expected -= surprise(by_hand, ROWS[i], masked, k / n) * n / k / (n * comb(n, k))
-        assert value == pytest.approx(expected, rel=1e-4)
+    monkeypatch.setattr(model.get_base_model().config, "final_logit_softcapping", cap, raising=False)
+    found = log_likelihood(model, **batch(), samples=70, batch_size=5, cfg_scale=scale)
+    assert (found.dtype, found.requires_grad) == (torch.float64, False)
+    for i, prompt in enumerate(PROMPTS):
+
+        def log_p(ids: list[int], level: float, prompt: int = prompt) -> Tensor:
+            told, blind = by_hand([ids, [MASK] * prompt + ids[prompt:]], level)  # (l, v) each
+            return ((1 + scale) * told - scale * blind).log_softmax(-1)
+
+        assert float(found[i]) == pytest.approx(float(bound(i, log_p)), rel=1e-4)
+
+
+def test_differentiable_likelihood_has_the_gradients_of_plain_forwards(pair: Any) -> None:
+    model, _ = pair
+    trained = [p for p in model.parameters() if p.requires_grad]
+    weighting = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    found = log_likelihood(model, **batch(), samples=70, batch_size=5, differentiable=True)
+
+    def log_p(ids: list[int], level: float) -> Tensor:
+        with noise_level(model, level):
+            return model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+
+    expected = torch.stack([bound(i, log_p) for i in range(3)])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
+    for mine, theirs in zip(
+        torch.autograd.grad((weighting * found).sum(), trained),
+        torch.autograd.grad((weighting * expected).sum(), trained),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
+
+
+def test_differentiable_likelihood_leaves_the_model_in_training_with_stratified_counts(pair: Any) -> None:
+    """So that dropout and checkpointing act; 12 tokens and 4 samples: one count in each quarter of 1 … 12."""
+    model, _ = pair
+    ids, modes, counts = torch.randint(3, MASK, (2, 14)), [], set()
+    handle = model.register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    model.train()
+    with inputs_of(model) as seen:
+        for seed in range(3):
+            log_likelihood(model, ids, [2, 2], samples=4, seed=seed, differentiable=True)
+    model.eval()
+    handle.remove()
+    assert all(modes)
+    for start in range(0, len(seen), 4):
+        quarters = [row.count(MASK) for row in seen[start : start + 4]]
+        assert sorted((count - 1) // 3 for count in quarters) == [0, 1, 2, 3]
+        counts |= {*quarters}
+    assert len(counts) > 4
 
 
 def test_likelihood_of_a_longer_answer_is_the_mean_over_its_masks_of_each_size(pair: Any) -> None:
