@@ -28,23 +28,35 @@ RANK, ALPHA, D_IN, BATCH, IDS = 4, 6, 6, 3, 13
 LEVELS = torch.tensor([0.05, 0.5, 0.93])
 PREFIX = "base_model.model."
 
+
+class Scaled(nn.Embedding):
+    """As Gemma 3 has it: what is looked up is multiplied by a constant."""
+
+    embed_scale = 3.0
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) * self.embed_scale
+
+
 KINDS: dict[str, tuple[Callable[[int], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda width: nn.Linear(D_IN, width), (BATCH, 4, D_IN)),
     "bare": (lambda width: nn.Linear(D_IN, width, bias=False), (BATCH, D_IN)),
     "trained": (lambda width: nn.Linear(D_IN, width), (BATCH, 2, 4, D_IN)),
+    "deep": (lambda width: nn.Linear(D_IN, width), (BATCH, 2, 4, D_IN)),
     "conv1d": (lambda width: nn.Conv1d(D_IN, width, 3, stride=2, padding=1), (BATCH, D_IN, 7)),
     "conv2d": (lambda width: nn.Conv2d(D_IN, width, (3, 2), stride=(2, 1), padding=(1, 0)), (BATCH, D_IN, 5, 4)),
     "conv3d": (lambda width: nn.Conv3d(D_IN, width, (1, 3, 2), bias=False), (BATCH, D_IN, 2, 4, 3)),
     "gpt2": (lambda width: Conv1D(width, D_IN), (BATCH, 4, D_IN)),
     "grouped": (lambda width: nn.Conv2d(D_IN, 2 * width, 3, padding=1, groups=2), (BATCH, D_IN, 4, 3)),
-    "embedding": (lambda width: nn.Embedding(IDS, width), (BATCH, 5)),
+    "embedding": (lambda width: Scaled(IDS, width) if width == 7 else nn.Embedding(IDS, width), (BATCH, 5)),
+    "padded_embedding": (lambda width: nn.Embedding(IDS, width, padding_idx=2), (BATCH, 9)),
     "wide": (lambda width: nn.Linear(24, 128 * width), (BATCH, 70, 24)),
     "wide_trained": (lambda width: nn.Linear(24, 128 * width, bias=False), (BATCH, 70, 24)),
 }
 """Name of a kind of layer → how to make one of a width, and the shape of its input."""
 WIDE = ["wide", "wide_trained"]
 """More than 2^17 outputs a layer, the size from which the package computes some layers as one function."""
-SMALL = [name for name in KINDS if name not in WIDE]
+SMALL = [name for name in KINDS if name not in (*WIDE, "deep", "padded_embedding")]
 WITH_DORA = [name for name in SMALL if name not in ("grouped", "embedding")]
 
 
@@ -65,7 +77,7 @@ def draw_inputs(kinds: Iterable[str]) -> dict[str, Tensor]:
     """{kind: x}, with gradients where x is no ids."""
     shapes = {kind: KINDS[kind][1] for kind in kinds}
     return {
-        kind: torch.randint(IDS, shape) if kind == "embedding" else torch.randn(shape, requires_grad=True)
+        kind: torch.randint(IDS, shape) if "embedding" in kind else torch.randn(shape, requires_grad=True)
         for kind, shape in shapes.items()
     }
 
