@@ -89,7 +89,7 @@ def test_diffusers_own_loader_gives_the_naras_output_at_that_level(name: str) ->
         _files.assert_near(value, wanted[part], getattr(host, part))
 
 
-@pytest.mark.parametrize("name", ["nara", "nara_dora", "knots", "constant", "bins", "layer", "strength", "mixed"])
+@pytest.mark.parametrize("name", ["nara_dora", "knots", "bins", "layer", "strength", "mixed"])
 def test_to_lora_read_by_peft_alone_gives_the_naras_output_at_that_level(name: str, tmp_path: Path) -> None:
     nara = language(name)
     wanted, before = at_level(nara), {key: tensor.clone() for key, tensor in nara.state_dict().items()}
@@ -148,7 +148,7 @@ def test_from_lora_reads_a_hosts_file_into_a_pipeline_which_saves_a_nara(form: s
             _files.assert_near(_bases.sdxl_outputs(nara)[part], wanted, getattr(nara, part))
 
 
-PEFT = _files.FILES / "peft"
+# ---------------------------------------------------------------------- all λ
 
 
 @torch.no_grad()
@@ -200,27 +200,6 @@ def test_nearest_lora_over_all_levels_tells_its_measured_error(tmp_path: Path) -
     assert measured.square().mean() == pytest.approx(error(mean, wanted).square().mean().item(), rel=1e-3)
     report = json.loads((tmp_path / "export_error.json").read_text())
     assert report["worst_update"] == pytest.approx(lora.error.worst_update)
-
-
-def played(folders: list[Path], schedules: list[StrengthSchedule]) -> PeftModel:
-    """Several LoRAs in PEFT, each at its strength over λ."""
-    model = PeftModel.from_pretrained(_bases.language_model(), folders[0], adapter_name="0")
-    for index, folder in enumerate(folders[1:], start=1):
-        model.load_adapter(str(folder), adapter_name=str(index))
-    model.base_model.set_adapter([str(index) for index in range(len(folders))])
-    for index, schedule in enumerate(schedules):
-        set_strength(model, str(index), schedule)
-    return model.eval()
-
-
-def test_loras_and_strengths_of_knots_are_the_nara(tmp_path: Path) -> None:
-    parts = to_lora_bins(language("knots"))
-    assert len(parts.loras) == len(parts.schedules) == 4
-    assert parts.error.worst_update < 1e-5
-    for index, lora in enumerate(parts.loras):
-        lora.save_pretrained(tmp_path / str(index))
-    host = played([tmp_path / str(index) for index in range(4)], parts.schedules)
-    _files.assert_near(_bases.text_output(host), _files.expected("peft")["knots"], host)
 
 
 def test_loras_of_a_hypernetwork_tell_the_error_of_their_sum(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`to_lora`: the plain LoRA of one λ, loaded by stock PEFT, against the update by hand in float64."""
+"""`to_lora` and `to_lora_bins`: plain LoRAs, of one λ or with strengths over λ, against the update by hand."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 from peft import get_peft_model, inject_adapter_in_model
 from torch import nn
 
-from nara_diffusion import StrengthSchedule, core_matrix, noise_level, register_core, set_strength, to_lora
+from nara_diffusion import StrengthSchedule, core_matrix, noise_level, set_strength, to_lora, to_lora_bins
+from nara_diffusion.export import read_lora_bins
 from tests.helpers.adapted import TwoLayers, adapted, default_core, disturb, lora_config, nara_config, relative_error
-from tests.helpers.core_types import Affine
-from tests.helpers.exported import EXACT, assert_same_update, loaded, update_of
+from tests.helpers.exported import EXACT, loaded, update_of
 from tests.helpers.rounding import rounding_of
 
 TARGETS = ["first", "second"]
@@ -33,12 +33,6 @@ def assert_same_forward(plain: nn.Module, model: nn.Module) -> None:
     assert relative_error(plain(x), wanted) < 4 * rounding_of(model)
 
 
-def test_a_custom_core_folds(tmp_path):
-    register_core("affine of export", Affine)
-    model = adapted(base(), target_modules=TARGETS, core_type="affine of export")
-    assert_same_forward(loaded(to_lora(model, LEVEL), tmp_path, base()), model)
-
-
 def test_factors_of_half_precision_fold_in_float32_and_share_nothing_with_the_model():
     model = adapted(base(), target_modules=TARGETS).to(torch.bfloat16)
     before = copy.deepcopy(model.state_dict())
@@ -49,19 +43,6 @@ def test_factors_of_half_precision_fold_in_float32_and_share_nothing_with_the_mo
     assert relative_error(update, update_of(model.base_model.model.first, core=core)) < EXACT
     folded.A.zero_()
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
-
-
-def test_a_plain_lora_has_its_strength_over_the_level(tmp_path):
-    """(tests/acceptance has that of a NaRA.)"""
-    patterns: dict[str, Any] = {"rank_pattern": {"second": 2}, "alpha_pattern": {"second": 5}}
-    model = get_peft_model(base(), lora_config(target_modules=TARGETS, **patterns))
-    disturb(model)
-    set_strength(model, "default", StrengthSchedule([(0.1, 1.5), (0.6, -0.4)]))
-    plain = loaded(to_lora(model, LEVEL), tmp_path, base())
-    strength = 1.5 - 1.9 * (LEVEL - 0.1) / 0.5
-    for name in TARGETS:
-        layers = (getattr(each.base_model.model, name) for each in (plain, model))
-        assert_same_update(*layers, strength * torch.eye(4, dtype=torch.float64))
 
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
@@ -106,3 +87,68 @@ def test_the_level_of_the_context_and_that_of_a_merge_count():
 def test_what_is_no_lora_of_one_level_is_refused(options, arguments, message):
     with pytest.raises(ValueError, match=message):
         to_lora(adapted(base(), **{"target_modules": TARGETS, **options}), **arguments)
+
+
+# ---------------------------------------------------------------------- several LoRAs
+
+LEVELS = torch.tensor([0.0, 0.013, 0.2, 0.25, 0.3333, 0.4, 0.5, 0.6, 0.75, 0.8, 0.987, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("options", "points", "number"),
+    [
+        ({"core_type": "knots", "core_knots": 3, "core_sharing": "layer"}, [(0, 1.0)], 3),
+        ({"core_type": "constant"}, [(0, 1.0)], 1),
+        (None, [(0.2, 1.5), (0.7, -0.5)], 2),
+        (None, [(0.5, 1.0), (0.5, 0.25)], 2),
+    ],
+    ids=["knots", "constant", "a LoRA's strength with points", "with a step"],
+)
+def test_exact_sums_of_loras_are_the_update_at_every_level(options, points, number):
+    schedule = StrengthSchedule(points)
+    if options is None:
+        model: Any = get_peft_model(base(), lora_config(target_modules=TARGETS)).eval()
+        disturb(model)
+        set_strength(model, "default", schedule)
+    else:
+        model = adapted(base(), target_modules=TARGETS, **options)
+    bins = to_lora_bins(model)
+    assert len(bins.loras) == number
+    assert bins.error.worst_update < 1e-6
+    shares = torch.stack([each(LEVELS) for each in bins.schedules]).double()
+    for name in TARGETS:
+        layers = [lora.layers[name] for lora in bins.loras]
+        dense = torch.stack([layer.scaling * layer.B.double() @ layer.A.double() for layer in layers])
+        cores = torch.eye(4)[None] if options is None else core_matrix(model, LEVELS, module=name).detach()
+        expected = [update_of(model.base_model.model.get_submodule(name), core=C) for C in cores.expand(12, -1, -1)]
+        expected = schedule(LEVELS).double()[:, None, None] * torch.stack(expected)
+        assert relative_error(torch.einsum("kn,koi->noi", shares, dense), expected) < 1e-5
+
+
+def test_the_folder_lists_the_loras_and_their_strengths_of_which_two_play_at_once(tmp_path):
+    bins = to_lora_bins(adapted(base(), target_modules=TARGETS, rank_pattern={"second": 2}), 4)
+    bins.save_pretrained(tmp_path)
+    found = read_lora_bins(tmp_path)
+    assert [path.name for path, _ in found] == ["lora-0", "lora-1", "lora-2", "lora-3"]
+    assert [schedule for _, schedule in found] == bins.schedules
+    shares = torch.stack([schedule(LEVELS) for schedule in bins.schedules])
+    assert int((shares > 0).sum(0).max()) == 2
+    with pytest.raises(ValueError, match=r"pass a folder that LoraBins\.save_pretrained wrote"):
+        read_lora_bins(tmp_path / "lora-0")
+
+
+@pytest.mark.parametrize(
+    ("options", "arguments", "message"),
+    [
+        ({}, {}, "is not exactly a sum of 2 LoRAs: pass bins, their number"),
+        ({}, {"bins": 65}, "bins is 65: pass a number of LoRAs, an int from 1 to 64"),
+        ({"use_dora": True}, {"bins": 3}, "it has DoRA, whose norm"),
+        ({"core_type": "bins", "core_bins": 2}, {"bins": 3}, "core_type 'bins', a mask that changes in steps"),
+        ({"init_lora_weights": "pissa"}, {"bins": 3}, "which has changed the base"),
+        ({"target_modules": ["first"], "modules_to_save": ["second"]}, {"bins": 3}, "which each LoRA would add again"),
+    ],
+)
+def test_what_is_no_sum_of_loras_is_refused(options, arguments, message):
+    model = adapted(base(), **{"target_modules": TARGETS, **options})
+    with pytest.raises(ValueError, match=message):
+        to_lora_bins(model, **arguments)

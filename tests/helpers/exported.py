@@ -10,7 +10,6 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from nara_diffusion.export import PlainLora
-from tests.helpers.adapted import relative_error
 
 EXACT = 1e-6
 """Of the update, as DESIGN.md promises."""
@@ -41,8 +40,3 @@ def update_of(layer: Any, adapter_name: str = "default", core: Tensor | None = N
     A, B = A.detach().double().flatten(1), B.detach().double().flatten(1)
     core = torch.eye(len(A), dtype=torch.float64) if core is None else core.double()[: len(A), : len(A)]
     return layer.scaling[adapter_name] * torch.einsum("or,rs,si->oi", B, core, A)
-
-
-def assert_same_update(plain: Any, layer: Any, core: Tensor | None) -> None:
-    """The plain LoRA's layer updates as the NaRA's layer with that C, to EXACT."""
-    assert relative_error(update_of(plain), update_of(layer, core=core)) < EXACT

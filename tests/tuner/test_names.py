@@ -9,37 +9,8 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 
-from tests.helpers.adapted import adapted, disturb, nara_config
-from tests.helpers.files.saved_adapters import TARGETS, WEIGHTS, base_model, output, reseeded_base, saved
-
-
-def test_two_adapters_save_each_its_own_and_load_under_any_name(tmp_path):
-    model = saved(tmp_path / "unused")
-    model.add_adapter("other", nara_config(r=2, core_hidden_dims=(5,), target_modules=["first"]))
-    disturb(model, seed=3)
-    model.save_pretrained(tmp_path)
-    tensors = load_file(tmp_path / "other" / WEIGHTS)
-    assert len(tensors) == 2 + 2 * 2 + 1
-    assert len(load_file(tmp_path / WEIGHTS)) == 2 * 2 + 7
-    loaded = PeftModel.from_pretrained(reseeded_base(), tmp_path / "other", adapter_name="renamed")
-    loaded.load_adapter(tmp_path, adapter_name="another")
-    x = torch.randn(3, 7)
-    for theirs, ours in (("renamed", "other"), ("another", "default")):
-        loaded.set_adapter(theirs)
-        model.set_adapter(ours)
-        assert torch.equal(output(loaded, x), output(model, x))
-    loaded.base_model.set_adapter(["renamed", "another"])
-    model.base_model.set_adapter(["other", "default"])
-    assert torch.equal(output(loaded, x), output(model, x))
-
-
-def test_selected_adapters_alone_are_saved(tmp_path):
-    model = adapted(base_model(), target_modules=TARGETS)
-    model.add_adapter("other", nara_config(target_modules=["first"]))
-    model.save_pretrained(tmp_path, selected_adapters=["other"])
-    assert (tmp_path / "other" / WEIGHTS).exists()
-    assert not (tmp_path / WEIGHTS).exists()
-
+from tests.helpers.adapted import disturb, nara_config
+from tests.helpers.files.saved_adapters import TARGETS, WEIGHTS, base_model, output, reseeded_base
 
 PARTS_OF_A_KEY = ["nara_core", "shared", "weight", "first", "lora_A"]
 
@@ -79,3 +50,7 @@ def test_a_name_that_begins_like_another_is_not_confused_with_it(tmp_path):
         other = PeftModel.from_pretrained(reseeded_base(), tmp_path / name)
         model.set_adapter(name)
         assert torch.equal(output(other, x), output(model, x))
+    other.load_adapter(tmp_path / "x", adapter_name="renamed")
+    other.base_model.set_adapter(["renamed", "default"])
+    model.base_model.set_adapter(["x", "y_x"])
+    assert torch.equal(output(other, x), output(model, x))

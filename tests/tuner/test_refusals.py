@@ -1,4 +1,4 @@
-"""A file that is not this adapter's is refused by key, and leaves the model as it was; NaRA and LoRA are told apart."""
+"""A file that is not this adapter's is refused by key, and leaves the model as it was."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tests.helpers.adapted import adapted, nara_config
+from tests.helpers.adapted import adapted
 from tests.helpers.files.saved_adapters import TARGETS, WEIGHTS, base_model, output, reseeded_base
-from tests.helpers.small_pipelines import small_unet
 
 CORE = "base_model.model.nara_core.shared."
 A_KEY = "base_model.model.first.lora_A.weight"
@@ -93,7 +92,7 @@ def test_a_base_model_is_as_it_was_after_a_refused_file_and_takes_a_good_one(tmp
 
 @pytest.mark.parametrize(
     ("beside", "core_type"),
-    [("alone", "hypernetwork"), ("DoRA", "identity"), ("a trained module", "hypernetwork"), ("alone", "identity")],
+    [("alone", "hypernetwork"), ("DoRA", "identity"), ("a trained module", "hypernetwork")],
 )
 def test_a_model_with_adapters_is_as_it_was_after_a_refused_file(tmp_path, beside, core_type):
     adapted(base_model(), **{"target_modules": TARGETS, **BESIDE[beside]}).save_pretrained(tmp_path)
@@ -105,14 +104,6 @@ def test_a_model_with_adapters_is_as_it_was_after_a_refused_file(tmp_path, besid
     _assert_same(before, _frozen(model))
     assert list(model.peft_config) == ["default"]
     assert model.active_adapters == ["default"]
-
-
-def test_the_tensors_of_an_adapter_are_not_taken_for_a_lora(tmp_path):
-    unet = small_unet(12)
-    unet.add_adapter(nara_config(target_modules=["to_q"]))
-    save_file(get_peft_model_state_dict(unet), tmp_path / "pytorch_lora_weights.safetensors")
-    with pytest.raises(ValueError, match=r"holds a NaRA adapter, .* load it by pipe.load_nara_weights"):
-        small_unet(12).load_lora_adapter(tmp_path, prefix=None, weight_name="pytorch_lora_weights.safetensors")
 
 
 # ---------------------------------------------------------------- numbers of another kind

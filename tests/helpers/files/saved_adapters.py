@@ -1,16 +1,12 @@
-"""Adapters on two layers, saved, and base models into which they load."""
+"""Two layers into which saved adapters load."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
 from nara_diffusion import noise_level
-from tests.helpers.adapted import TwoLayers, adapted
+from tests.helpers.adapted import TwoLayers
 
 LEVELS = torch.tensor([0.05, 0.5, 0.93])
 TARGETS = ["first", "second"]
@@ -20,12 +16,6 @@ WEIGHTS = "adapter_model.safetensors"
 def base_model() -> TwoLayers:
     torch.manual_seed(7)
     return TwoLayers()
-
-
-def saved(path: Path, **options: Any) -> PeftModel:
-    model = adapted(base_model(), target_modules=TARGETS, **options)
-    model.save_pretrained(path)
-    return model
 
 
 def reseeded_base() -> TwoLayers:
