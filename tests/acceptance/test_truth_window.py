@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,12 @@ def test_what_is_drawn_is_at_strength_1_and_all_else_at_0(low: float, high: floa
     monkeypatch.setattr("nara_diffusion.dllm.masking.stratified_uniform", lambda *args, **kwargs: uniform)
     assert schedule(draw_noise_levels([0, 1, 2, 3], seed=0, window=window)).tolist() == [1.0] * 4
     assert NoiseWindow().as_schedule() is None
+
+
+def test_window_without_a_noise_level_is_refused() -> None:
+    for ends in [(0.6, 0.2), (0.5, 0.5), (300, 700), (-0.1, 0.5), (0.0, 1.5), (math.nan, 1.0), (0.0, math.nan)]:
+        with pytest.raises(ValueError, match=rf"low is {ends[0]} and high {ends[1]}, expected 0 ≤ low < high ≤ 1"):
+            NoiseWindow(*ends)
 
 
 # ---------------------------------------------------------------------- text
