@@ -162,8 +162,6 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     "convert_to_lora": (lambda model: peft.convert_to_lora(model, rank=2), "LoRA conversion"),
     "save_as_lora": (lambda model: peft.save_as_lora("somewhere", model, rank=2), "LoRA conversion"),
-    "merge_adapter": (lambda model: model.merge_adapter(), "noise_level"),
-    "merge_and_unload": (lambda model: model.merge_and_unload(), "noise_level"),
 }
 
 

@@ -8,14 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import (
-    Qwen2MoeConfig,
-    Qwen2MoeModel,
-    SwitchTransformersConfig,
-    SwitchTransformersEncoderModel,
-    T5Config,
-    T5EncoderModel,
-)
+from transformers import Qwen2MoeConfig, Qwen2MoeModel, T5Config, T5EncoderModel
 
 from nara_diffusion import noise_level
 from tests.helpers.adapted import adapted, disturb, relative_error
@@ -71,16 +64,6 @@ MODELS: dict[str, tuple[Callable[[], Any], list[str], str]] = {
     "PyTorch": (lambda: LengthFirst(False), ["linear1"], "positions"),
     "an embedding of positions": (Positions, ["positions"], "the batch inside layer .*positions' is 1"),
     "experts": (Experts, ["0", "1", "2"], "tokens"),
-    "Switch": (
-        lambda: SwitchTransformersEncoderModel(
-            SwitchTransformersConfig(
-                vocab_size=49, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=2, num_experts=3,
-                num_sparse_encoder_layers=1, dropout_rate=0.0,
-            )
-        ),
-        ["wi"],
-        "tokens",
-    ),
     "Qwen2Moe": (
         lambda: Qwen2MoeModel(
             Qwen2MoeConfig(
