@@ -102,7 +102,7 @@ def test_adapter_of_a_checkpoint_loads_into_the_backbone_of_its_run() -> None:
 
 def test_peft_folder_of_a_unet_loads_into_a_pipeline_with_its_scheduler() -> None:
     pipe = _bases.sdxl()
-    before = pipe.scheduler
+    before, attributes = pipe.scheduler, set(vars(pipe))
     pipe.load_nara_weights(PEFT / "converted", adapter_name="v")
     _files.assert_near(_bases.sdxl_outputs(pipe)["unet"], OUTPUTS["converted"], pipe.unet)
     assert type(pipe.scheduler) is type(before)
@@ -110,6 +110,7 @@ def test_peft_folder_of_a_unet_loads_into_a_pipeline_with_its_scheduler() -> Non
     pipe.unload_nara_weights()
     assert pipe.scheduler is before
     assert pipe.scheduler.config.prediction_type == "epsilon"
+    assert set(vars(pipe)) == attributes
 
 
 def test_peft_folder_of_a_unet_loads_into_the_unet_alone(tmp_path: Path) -> None:
