@@ -48,7 +48,7 @@ def sensitive(kinds: list[str], dtype: torch.dtype, alike: str, use_dora: bool) 
     """Layers with small base weights and a core of two knots whose sums are small; `alike` "A" or "B" reads them."""
     base = Kinds(kinds)
     for parameter in base.parameters():
-        size = 1e-3 * (0.5 + torch.rand(parameter.shape))  # as small as the update, and no row of W0 nearly zero
+        size = 4e-3 * (0.5 + torch.rand(parameter.shape))  # so that no row of W0 + s B C A is nearly zero
         parameter.data = torch.where(torch.rand(parameter.shape) < 0.5, size, -size)
     by_hand = ByHand(copy.deepcopy(base).to(dtype))
     options = {"r": 8, "lora_alpha": 12, "core_type": "knots", "core_knots": 2, "core_scale": 1.0}
