@@ -16,12 +16,16 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from nara_diffusion import NaraConfig, register_core
+from tests.helpers.adapted import adapted as adapted
+from tests.helpers.adapted import disturb as disturb
+from tests.helpers.adapted import nara_config as nara_config
+from tests.helpers.adapted import relative_error
 from tests.helpers.rounding import rounding
 
 RANK, ALPHA, D_IN, BATCH, IDS = 4, 6, 6, 3, 13
@@ -108,19 +112,6 @@ CORES: dict[str, dict[str, Any]] = {
 }
 
 
-def nara_config(**changes: Any) -> NaraConfig:
-    """A small configuration with α ≠ r, whose core is far from I once it has been disturbed."""
-    options = {"core_scale": 0.7, "core_hidden_dims": (9, 10), "noise_embedding_dim": 8, "fourier_scale": 2.0}
-    return NaraConfig(**{"r": RANK, "lora_alpha": ALPHA, **options, **changes})
-
-
-def adapted(model: nn.Module, **changes: Any) -> PeftModel:
-    """`model` with one NaRA adapter, disturbed, in evaluation mode."""
-    peft_model = get_peft_model(model, nara_config(**changes))
-    disturb(peft_model)
-    return peft_model.eval()
-
-
 def tensors_of(model: nn.Module, adapter: str = "default", *, gradients: bool = False) -> dict[str, Tensor]:
     """{name in the file, without PEFT's prefix: tensor}; with `gradients`, those of the parameters that have one."""
     state: dict[str, Tensor] = dict(model.state_dict())
@@ -142,17 +133,6 @@ def write(model: nn.Module, tensors: Mapping[str, Tensor], adapter: str = "defau
     state = {f"{prefix}{name}": tensor for name, tensor in {**tensors_of(model, adapter), **tensors}.items()}
     result = set_peft_model_state_dict(model, state, adapter)
     assert not result.unexpected_keys
-
-
-def disturb(model: nn.Module, adapter: str = "default", seed: int = 1) -> None:
-    """Overwrite all that training could have changed, so that no zero and no identity hides."""
-    generator = torch.Generator().manual_seed(seed)
-    drawn = {}
-    for name, tensor in tensors_of(model, adapter).items():
-        if "freq" not in name:
-            noise = 0.4 * torch.randn(tensor.shape, generator=generator)
-            drawn[name] = noise.abs() + 0.5 if "magnitude" in name else noise
-    write(model, drawn, adapter)
 
 
 def group_of(config: NaraConfig, module: str) -> str:
@@ -183,6 +163,13 @@ def core_by_hand(config: NaraConfig, own: Mapping[str, Tensor], level: Tensor, r
         h = h * torch.sigmoid(h) if i else h
         h = torch.einsum("bi,oi->bo", h, own[f"layers.{i}.weight"]) + own[f"layers.{i}.bias"]
     return identity + config.core_scale * h.reshape(len(level), rank, rank)
+
+
+def default_core(model: PeftModel, level: Tensor) -> Tensor:
+    """C (b, r, r) of the default adapter, which is shared by all layers."""
+    own = {name.removeprefix("nara_core.shared."): tensor.double() for name, tensor in tensors_of(model).items()}
+    config: Any = model.peft_config["default"]
+    return core_by_hand(config, own, level, config.r)
 
 
 def _embedded(config: NaraConfig, own: Mapping[str, Tensor], level: Tensor) -> Tensor:
@@ -298,8 +285,5 @@ def assert_near(
     dtype: torch.dtype = torch.float32,
 ) -> None:
     """Full tensors are equal but for `sums` sums of `terms` products, one after the other, in `dtype`."""
-    assert actual.shape == expected.shape, (what, actual.shape, expected.shape)
-    largest = float(expected.detach().abs().max())
-    error = float((actual.detach().double() - expected.detach().double()).abs().max())
-    bound = rounding(terms, sums, dtype)
-    assert error <= bound * largest, f"{what}: off by {error:.3g}, of {largest:.3g}; {bound * largest:.3g} is allowed"
+    error, bound = relative_error(actual, expected), rounding(terms, sums, dtype)
+    assert error <= bound, f"{what}: off by {error:.3g}, {bound:.3g} is allowed"

@@ -18,12 +18,12 @@ import torch
 from diffusers import StableDiffusionPipeline
 from peft import LoraConfig, inject_adapter_in_model
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from nara_diffusion import NaraConfig
 from tests.acceptance._by_hand import core_by_hand
-from tests.acceptance._by_hand import nara_config as small_config
-from tests.acceptance._noise_models import disturb
+from tests.helpers import adapted as tiny
+from tests.helpers.adapted import disturb as fill
 from tests.helpers.rounding import assert_far, assert_near
 from tests.helpers.small_pipelines import pixels, small_sd
 
@@ -39,12 +39,7 @@ Call = Callable[[Any], Any]
 
 
 def nara_config(**changes: Any) -> NaraConfig:
-    return small_config(**{"target_modules": TARGETS, **changes})
-
-
-def fill(model: nn.Module, seed: int) -> None:
-    """Give all that trains other values, so that no zero and no identity hides."""
-    disturb(model, seed, scale=0.3)
+    return tiny.nara_config(**{"target_modules": TARGETS, **changes})
 
 
 def frozen_sd() -> StableDiffusionPipeline:
@@ -57,7 +52,7 @@ def frozen_sd() -> StableDiffusionPipeline:
 def add_nara(pipe: Any, name: str = "default", seed: int = 1, **changes: Any) -> Any:
     """Add an adapter to the UNet, as training does, and leave it filled."""
     pipe.unet.add_adapter(nara_config(**changes), name)
-    fill(pipe.unet, seed)
+    fill(pipe.unet, name, seed=seed)
     return pipe
 
 
@@ -68,7 +63,7 @@ def save_nara(folder: Path, *, seed: int = 1, text: bool = False, **changes: Any
     if text:
         static = nara_config(core_type="identity", r=3, lora_alpha=4, target_modules=TEXT_TARGETS)
         inject_adapter_in_model(static, pipe.text_encoder)
-        fill(pipe.text_encoder, seed + 10)
+        fill(pipe.text_encoder, seed=seed + 10)
     pipe.save_nara_weights(folder)
     return folder
 
@@ -164,7 +159,7 @@ def save_lora(folder: Path, seed: int = 5, **changes: Any) -> dict[str, Tensor]:
     """The tensors of a plain LoRA of the UNet, by Diffusers' names, with α = r."""
     pipe = frozen_sd()
     pipe.unet.add_adapter(LoraConfig(**{"r": 3, "lora_alpha": 3, "target_modules": FEW_TARGETS, **changes}))
-    fill(pipe.unet, seed)
+    fill(pipe.unet, seed=seed)
     pipe.unet.save_lora_adapter(folder)
     with safe_open(folder / "pytorch_lora_weights.safetensors", "pt") as file:
         return {f"unet.{name}": file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -274,7 +274,7 @@ def test_a_name_that_was_deleted_and_is_added_again_gets_a_fresh_core(root: Path
     assert not [name for name in pipe.unet.state_dict() if "toy" in name]
     pipe.unet.add_adapter(nara_config(r=3, target_modules=FEW_TARGETS), "toy")
     assert torch.equal(core_matrix(pipe.unet, 0.5, adapter_name="toy")[0], torch.eye(3))
-    fill(pipe.unet, seed=8)
+    fill(pipe.unet, "toy", seed=8)
     expected = predict(pipe)
     pipe.save_nara_weights(tmp_path, adapter_name="toy")
     assert_near(Lives().load(tmp_path, "toy").check(), expected, pipe.unet)

@@ -57,7 +57,7 @@ def with_encoders(pipe: Any) -> dict[str, Any]:
         if encoder is not None:
             config = lora_config(target_modules=["q_proj", "k_proj", "v_proj", "out_proj"], rank_pattern={"k_proj": 3})
             inject_adapter_in_model(config, encoder, "toy")
-            disturb(encoder, seed)
+            disturb(encoder, seed=seed)
             loras[name] = to_lora(encoder, adapter_name="toy")
     return loras
 

@@ -12,7 +12,8 @@ from torch import nn
 
 from nara_diffusion import StrengthSchedule, core_matrix, noise_level, set_strength, to_lora, to_lora_bins
 from nara_diffusion.export import read_lora_bins
-from tests.helpers.adapted import TwoLayers, adapted, default_core, disturb, lora_config, nara_config, relative_error
+from tests.acceptance._by_hand import default_core
+from tests.helpers.adapted import TwoLayers, adapted, disturb, lora_config, nara_config, relative_error
 from tests.helpers.exported import EXACT, loaded, update_of
 from tests.helpers.rounding import rounding_of
 
