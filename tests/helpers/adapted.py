@@ -44,7 +44,7 @@ def lora_config(**changes: Any) -> LoraConfig:
     return LoraConfig(**{"r": 4, "lora_alpha": 6, **changes})
 
 
-def disturb(model: nn.Module, adapter: str = "", *, seed: int = 1, scale: float = 0.4) -> None:
+def disturb(model: nn.Module, adapter: str = "", seed: int = 1, *, scale: float = 0.4) -> None:
     """Overwrite all that training could have changed in one adapter, or in all, so that no zero or identity hides."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
