@@ -27,13 +27,11 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ("script", "line", "named"),
     [
         ("dllm.py", ["--lerning_rate", "1e-3"], ["--lerning_rate", "--learning_rate"]),
-        ("dreambooth.py", ["--instance_promt", "a toy"], ["--instance_promt", "--instance_prompt"]),
         (
             "dllm.py",
             ["--evaluation_options", "remasking=low_confidense"],
             ["remasking", "low_confidense", "low_confidence", "random"],
         ),
-        ("dllm.py", ["--mixed_precision", "bf17"], ["mixed_precision", "bf17", "bf16"]),
         ("dreambooth_sdxl.py", ["--prediction_type", "v"], ["prediction_type", "v_prediction"]),
         ("dllm.py", ["--min_noise_level", "0.8", "--max_noise_level", "0.2"], ["min_noise_level", "max_noise_level"]),
         ("dllm.py", ["--config", "none.yaml"], ["none.yaml"]),
