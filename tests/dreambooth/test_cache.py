@@ -4,33 +4,17 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
 
-from nara_diffusion.dreambooth.cache import LatentCache, PromptCache, scale_latents
+from nara_diffusion.dreambooth.cache import LatentCache, PromptCache
 from nara_diffusion.dreambooth.dataset import DreamBoothDataset, collate_samples
 from nara_diffusion.dreambooth.draws import torch_generator
 from nara_diffusion.dreambooth.image_records import records_from_folder
 from nara_diffusion.training.stream import stream_loader
 from tests.dreambooth.pictures import folder_of
-from tests.helpers.small_pipelines import small_sdxl
+from tests.helpers.small_pipelines import small_sdxl, small_vae
 
-SHIFTED = {"scaling_factor": 0.5, "latents_mean": [0.1, -0.2, 0.3], "latents_std": [0.5, 2.0, 1.5]}
+MEAN, STD = [0.1, -0.2, 0.3], [0.5, 2.0, 1.5]
 PROMPTS = ["a photo of toy", "a red cube on grass", "a photo of toy"]
-
-
-def vae(seed: int = 1, **changes: Any) -> AutoencoderKL:
-    """Random weights, all of them disturbed; the same at each call; 2 × 2 pixels a latent."""
-    options = {"layers_per_block": 1, "norm_num_groups": 4, "sample_size": 32, "block_out_channels": (8, 12)}
-    blocks = {
-        f"{way}_block_types": (f"{way.title()}{kind}Block2D",) * 2
-        for way, kind in (("down", "Encoder"), ("up", "Decoder"))
-    }
-    torch.manual_seed(seed)
-    model = AutoencoderKL(latent_channels=3, **{**options, **blocks, **changes})
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return model.eval().requires_grad_(False)
 
 
 @pytest.fixture
@@ -44,41 +28,38 @@ def batches(data: DreamBoothDataset, first: int = 0, stop: int = 20) -> list[dic
     return list(stream_loader(data, collate_samples, batch_size=2, first=first, stop=stop))
 
 
-@pytest.mark.parametrize("config", [{"scaling_factor": 0.13025}, SHIFTED])
-def test_latents_are_drawn_from_the_posterior_and_scaled(data, config: dict[str, Any]) -> None:
-    model = vae(**config)
+@pytest.mark.parametrize("shifted", [False, True])
+def test_latents_are_drawn_from_the_posterior_and_scaled(data, shifted: bool) -> None:
+    model = small_vae(3, scaling_factor=0.5, **({"latents_mean": MEAN, "latents_std": STD} if shifted else {}))
+    m, d = torch.tensor([MEAN, STD] if shifted else [[0.0] * 3, [1.0] * 3])[:, :, None, None]
     cache = LatentCache(model)
-    m, d = (
-        torch.tensor(config.get(name, [default] * 3)).view(3, 1, 1)
-        for name, default in (("latents_mean", 0.0), ("latents_std", 1.0))
-    )
     for batch in batches(data):
         latents = cache.sample(batch["samples"], seed=11)
         for sample, latent in zip(batch["samples"], latents, strict=True):
             posterior = model.encode(sample.pixel_values()[None]).latent_dist
             generator = torch_generator(11, f"posterior {sample.role}", sample.position)
             z = posterior.mean[0] + posterior.std[0] * torch.randn(latent.shape, generator=generator)
-            torch.testing.assert_close(latent, (z - m) * config["scaling_factor"] / d)
+            torch.testing.assert_close(latent, (z - m) * 0.5 / d)
     samples = data.plain_samples()[:1]
     mode = model.encode(samples[0].pixel_values()[None]).latent_dist.mode()
-    assert cache.mode(samples).equal(scale_latents(model, mode))
+    torch.testing.assert_close(cache.mode(samples), (mode - m) * 0.5 / d)
 
 
 def test_neither_bounds_nor_batches_nor_a_resume_change_a_bit(data) -> None:
-    expected = [LatentCache(vae(), memory_mib=0).sample(batch["samples"], seed=4) for batch in batches(data)]
+    expected = [LatentCache(small_vae(), memory_mib=0).sample(batch["samples"], seed=4) for batch in batches(data)]
     for bound in (1024.0, 0.01):
-        cache = LatentCache(vae(), memory_mib=bound)
+        cache = LatentCache(small_vae(), memory_mib=bound)
         found = [cache.sample(batch["samples"], seed=4) for batch in batches(data)]
         assert all(one.equal(other) for one, other in zip(found, expected, strict=True))
-        resumed = LatentCache(vae()).sample(batches(data, first=10)[0]["samples"], seed=4)
+        resumed = LatentCache(small_vae()).sample(batches(data, first=10)[0]["samples"], seed=4)
         assert resumed.equal(expected[5])
     batch = batches(data)[0]
-    assert LatentCache(vae()).sample(batch["samples"][1:2], seed=4).equal(expected[0][1:2])
-    assert not LatentCache(vae()).sample(batch["samples"], seed=5).equal(expected[0])
+    assert LatentCache(small_vae()).sample(batch["samples"][1:2], seed=4).equal(expected[0][1:2])
+    assert not LatentCache(small_vae()).sample(batch["samples"], seed=5).equal(expected[0])
 
 
 def test_each_crop_is_encoded_once_while_there_is_room(data, monkeypatch, caplog) -> None:
-    model, calls = vae(), []
+    model, calls = small_vae(), []
     encode = model.encode
     monkeypatch.setattr(model, "encode", lambda pixels: calls.append(len(pixels)) or encode(pixels))
     cache = LatentCache(model)
@@ -87,7 +68,7 @@ def test_each_crop_is_encoded_once_while_there_is_room(data, monkeypatch, caplog
             cache.sample(batch["samples"], seed=0)
     crops = {sample.key for batch in batches(data, stop=40) for sample in batch["samples"]}
     assert calls == [1] * len(crops)
-    (room, samples), calls[:] = (2 * 2 * 3 * 12 * 16 * 4 / 2**20, data.plain_samples()), []  # two posteriors
+    (room, samples), calls[:] = (2 * 2 * 4 * 12 * 16 * 4 / 2**20, data.plain_samples()), []  # two posteriors
     bounded = LatentCache(model, memory_mib=room)
     for sample in [*samples, *samples]:
         bounded.mode([sample])
