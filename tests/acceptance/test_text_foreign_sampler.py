@@ -64,11 +64,9 @@ def columns(minimum: float | None = None) -> Tensor:
 
 PAIRS = columns() & (columns().mT | torch.eye(14, dtype=torch.bool)) | torch.eye(14, dtype=torch.bool) & columns().mT
 ATTENTION: dict[str, Tensor] = {
-    "rows": REAL,
     "columns": columns(),
     "columns, one row": columns()[:, :, :1],
     "pairs, a head each": PAIRS.expand(3, 4, 14, 14),
-    "smallest": columns(torch.finfo(torch.float32).min),
     "infinite": columns(-torch.inf),
     "-10000": columns(-10000.0),
 }
