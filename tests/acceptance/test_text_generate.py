@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from itertools import groupby
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nara_diffusion.dllm import generate
-from tests.acceptance._text import END, PAD, ByHand, adapted_pair, backbone, greedy, nara, two_tokens
+from tests.acceptance._text import END, PAD, ByHand, adapted_pair, greedy, two_tokens
 
 VOCABULARY, FEW = 40, 7
 PROMPTS = [[5, 9, 11], [7, 7, 30, 8, 21, 3], [12]]
@@ -27,10 +26,7 @@ def pair() -> tuple[Any, ByHand]:
 @pytest.fixture(scope="module")
 def few() -> tuple[Any, ByHand]:
     """The same with a vocabulary of seven tokens, the mask included, so that all answers can be counted."""
-    base = backbone(FEW, seed=2)
-    before = copy.deepcopy(base)
-    adapted = nara(base, seed=3)
-    return adapted, ByHand(before, adapted)
+    return adapted_pair(FEW)
 
 
 def padded(side: str) -> dict[str, Any]:
@@ -126,18 +122,27 @@ def test_generate_draws_by_the_generator_alone(few: Any) -> None:
     assert not torch.equal(counted(model, [3, 5], 200, seed=8, **options), first)
 
 
-def test_logits_eos_inf_never_predicts_the_end_token_of_the_configuration(
-    pair: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("setting", ["logits_eos_inf", "confidence_eos_eot_inf"])
+def test_end_token_of_the_configuration_is_never_predicted_or_placed_last(
+    pair: Any, setting: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, by_hand = pair
     options: dict[str, Any] = {"gen_length": 6, "block_length": 6}
-    end = greedy(by_hand, PROMPTS[0], mask=VOCABULARY - 1, **options)[0][4]
+    whole, _ = greedy(by_hand, PROMPTS[1], mask=VOCABULARY - 1, **options)
+    end = whole[1]
     monkeypatch.setattr(model.get_base_model().config, "eos_token_id", end)
-    without: Any = SimpleNamespace(guided=lambda *given: by_hand.guided(*given).index_fill(1, torch.tensor(end), -1e9))
-    expected, _ = greedy(without, PROMPTS[0], mask=VOCABULARY - 1, **options)
-    found: Any = generate(model, torch.tensor(PROMPTS[:1]), **options, stop_at_eos=False, logits_eos_inf=True)
-    assert found[0, 3:].tolist() == expected
-    assert end not in expected
+
+    def guided(*given: Any) -> Tensor:
+        free = by_hand.guided(*given)
+        never, token = free.index_fill(1, torch.tensor(end), -torch.inf), free.argmax(1)
+        least_sure = 1e-9 * torch.nn.functional.one_hot(token, VOCABULARY)  # but for its first place still `token`
+        is_last = (token == end) & (setting == "confidence_eos_eot_inf")
+        return torch.where(is_last[:, None], least_sure, never)
+
+    expected, _ = greedy(SimpleNamespace(guided=guided), PROMPTS[1], mask=VOCABULARY - 1, **options)  # type: ignore[arg-type]
+    found: Any = generate(model, torch.tensor(PROMPTS[1:2]), **options, stop_at_eos=False, **{setting: True})
+    assert found[0, 6:].tolist() == expected != whole
+    assert (end in expected) is (setting == "confidence_eos_eot_inf")
 
 
 @pytest.mark.parametrize(

@@ -184,39 +184,31 @@ def test_differentiable_likelihood_has_the_gradients_of_plain_forwards(pair: Any
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
 
 
-def test_differentiable_likelihood_leaves_the_model_in_training_with_stratified_counts(pair: Any) -> None:
-    """So that dropout and checkpointing act; 12 tokens and 4 samples: one count in each quarter of 1 … 12."""
-    model, _ = pair
-    ids, modes, counts = torch.randint(3, MASK, (2, 14)), [], set()
-    handle = model.register_forward_pre_hook(lambda module, _: modes.append(module.training))
+@pytest.mark.parametrize("differentiable", [False, True])
+def test_likelihood_of_a_longer_answer_is_the_mean_over_masks_of_stratified_sizes(
+    pair: Any, differentiable: bool
+) -> None:
+    """10 tokens and 5 masks: a size in each fifth of 1 … 10. The model stays in training where dropout is to act."""
+    model, by_hand = pair
+    row, prompt, n, modes, sizes = [5, 9, 4, 6, 20, 8, 11, 3, 25, 16, END, END], 2, 10, set(), set()
+    options: dict[str, Any] = {"samples": 5, "differentiable": differentiable}
+    handle = model.register_forward_pre_hook(lambda module, _: modes.add(module.training))
     model.train()
-    with inputs_of(model) as seen:
-        for seed in range(3):
-            log_likelihood(model, ids, [2, 2], samples=4, seed=seed, differentiable=True)
+    for seed in range(3):
+        with inputs_of(model) as seen:
+            found = log_likelihood(model, torch.tensor([row]), [prompt], batch_size=4, seed=seed, **options).detach()
+        masks = [[j for j, token in enumerate(ids) if token == MASK] for ids in seen]
+        assert sorted((len(masked) - 1) // 2 for masked in masks) == [0, 1, 2, 3, 4]
+        assert all(min(masked) >= prompt for masked in masks)
+        terms = [surprise(by_hand, row, masked, len(masked) / n) * n / len(masked) for masked in masks]
+        assert float(found) == pytest.approx(-sum(terms) / 5, rel=1e-4)
+        sizes |= {*map(len, masks)}
+    again = log_likelihood(model, torch.tensor([row, row]), [prompt] * 2, seed=2, sample_indices=[0, 1], **options)
     model.eval()
     handle.remove()
-    assert all(modes)
-    for start in range(0, len(seen), 4):
-        quarters = [row.count(MASK) for row in seen[start : start + 4]]
-        assert sorted((count - 1) // 3 for count in quarters) == [0, 1, 2, 3]
-        counts |= {*quarters}
-    assert len(counts) > 4
-
-
-def test_likelihood_of_a_longer_answer_is_the_mean_over_its_masks_of_each_size(pair: Any) -> None:
-    """As many masks as the answer has tokens, one of each number of them: k is stratified."""
-    model, by_hand = pair
-    row, prompt, n = [5, 9, 4, 6, 20, 8, 11, 3, 25, 16, END, END], 2, 10
-    with inputs_of(model) as seen:
-        found = log_likelihood(model, torch.tensor([row]), [prompt], samples=n, batch_size=4, seed=3)
-    masks = [[j for j, token in enumerate(ids) if token == MASK] for ids in seen]
-    assert sorted(map(len, masks)) == list(range(1, n + 1))
-    assert all(min(masked) >= prompt for masked in masks)
-    terms = [surprise(by_hand, row, masked, len(masked) / n) * n / len(masked) for masked in masks]
-    assert float(found) == pytest.approx(-sum(terms) / n, rel=1e-4)
-    again = log_likelihood(model, torch.tensor([row, row]), [prompt] * 2, samples=n, seed=3, sample_indices=[0, 1])
-    assert float(again[0]) == pytest.approx(float(found), rel=1e-5)
-    assert float(again[1]) != pytest.approx(float(found), rel=1e-5)
+    assert modes == {differentiable}
+    assert len(sizes) > 5
+    assert [value == pytest.approx(float(found), rel=1e-5) for value in again.tolist()] == [True, False]
 
 
 def test_curve_at_each_level_is_the_ratio_by_hand(pair: Any) -> None:

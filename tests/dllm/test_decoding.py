@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -120,32 +119,6 @@ def test_top_p_draws_from_the_nucleus_alone_in_its_shares() -> None:
     assert expected.count(0.0) == 3
     assert shares.tolist() == pytest.approx(expected, abs=0.015)
     assert shares[2:].sum() == 0
-
-
-class Fixed(torch.nn.Module):
-    """The same logits (l, v) whatever it sees; its configuration names an end token and a mask."""
-
-    def __init__(self, logits: torch.Tensor) -> None:
-        super().__init__()
-        self.logits = torch.nn.Parameter(logits)
-
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return self.logits.expand(len(input_ids), -1, -1)
-
-
-def test_confidence_eos_eot_inf_places_end_tokens_after_all_others() -> None:
-    """Tokens 1 and 2 end; they are the surest, and without the setting they are placed first."""
-    logits = torch.zeros(5, 6)
-    for place, (token, sure) in enumerate([(3, 9.0), (1, 8.0), (4, 2.0), (2, 7.0), (3, 1.0)]):
-        logits[place, token] = sure
-    model = Fixed(logits)
-    for given, order in [({}, [1, 3, 2, 4]), ({"confidence_eos_eot_inf": True}, [2, 4, 1, 3])]:
-        seen: list[list[int]] = []
-        options: dict[str, Any] = {"gen_length": 4, "mask_token_id": 5, "eos_token_id": [1, 2], "stop_at_eos": False}
-        watch = lambda step, seen=seen: seen.append(step.masked[0].tolist())  # noqa: E731
-        generate(model, torch.tensor([[3]]), **options, **given, on_step_end=watch)
-        placed = [[j for j in range(4) if not masked[j]] for masked in seen]
-        assert [placed[0][0], *(next(iter({*b} - {*a})) for a, b in pairwise(placed))] == [place - 1 for place in order]
 
 
 def test_chat_takes_the_block_length_of_the_models_own_chat(monkeypatch: pytest.MonkeyPatch) -> None:
