@@ -12,7 +12,6 @@ from accelerate.data_loader import prepare_data_loader
 from PIL import Image, ImageOps
 
 from nara_diffusion.dreambooth.dataset import (
-    BucketOrder,
     DreamBoothDataset,
     TrainingSample,
     collate_samples,
@@ -94,7 +93,9 @@ def test_no_flip_and_the_middle_where_they_are_asked_for(instances) -> None:
     assert [sample.key for sample in data.plain_samples()] == [samples[image.key].key for image in instances]
 
 
-def test_a_batch_holds_one_bucket_and_its_class_images(instances, class_images) -> None:
+def test_a_batch_holds_one_bucket_and_its_class_images_and_a_round_each_image_equally_often(
+    instances, class_images
+) -> None:
     data = dataset(instances, class_images=class_images)
     keys = [data.samples_at(position)[1].image.key for position in range(12)]
     assert all(len(set(keys[start : start + 3])) == 3 for start in range(0, 12, 3))  # each before one comes again
@@ -109,25 +110,9 @@ def test_a_batch_holds_one_bucket_and_its_class_images(instances, class_images) 
         assert len({sample.target for sample in samples}) == 1
         assert batch["time_ids"].dtype == torch.float32
         assert batch["time_ids"].tolist() == [list(sample.time_ids) for sample in samples]
-
-
-@pytest.mark.parametrize("batch_size", [1, 3])
-def test_a_round_shows_every_image_equally_often_in_batches_of_one_bucket(batch_size: int) -> None:
-    buckets = [BUCKETS[number] for number in (0, 2, 0, 1, 0, 2, 0)]
-    order = BucketOrder(buckets, batch_size, seed=3)
-    rounds = []
-    for number in range(4):
-        seen: Counter[int] = Counter()
-        rounds.append([])
-        for batch in range(number * 7, (number + 1) * 7):
-            images = [order[batch * batch_size + offset] for offset in range(batch_size)]
-            (bucket,) = {buckets[image] for image in images}
-            rounds[-1].append(bucket)
-            seen.update(images)
-        assert seen == Counter(dict.fromkeys(range(7), batch_size))
+    rounds = [[data.samples_at(10 * number + p)[0].image.key for p in range(10)] for number in range(4)]
+    assert all(Counter(keys) == dict.fromkeys([image.key for image in instances], 2) for keys in rounds)
     assert any(one != other for one, other in pairwise(rounds))
-    later = BucketOrder(buckets, batch_size, seed=3)
-    assert [later[position] for position in range(30, 40)] == [order[position] for position in range(30, 40)]
 
 
 def test_captions_are_dropped_as_often_as_asked_and_nothing_else_changes(instances, class_images) -> None:
