@@ -242,14 +242,13 @@ def test_several_active_adapters_add_up_each_with_its_own_core_scale_and_gradien
         outputs = model(inputs)
     loss_of(outputs).backward()
     held, expected = {name: leaves(tensors_of(model, name)) for name in active}, {}
-    xs = leaves(inputs)
     for layer, output in outputs.items():
         plain = by_hand.layers[layer].weight
         weights = plain.expand(len(LEVELS), *plain.shape)
         for name, tensors in held.items():
             config = model.peft_config[name]
             weights = weights + by_hand.weights(layer, config, tensors, LEVELS, scaling=ALPHA / config.r) - plain
-        expected[layer] = by_hand.output(layer, weights, xs[layer.split(".")[1]])
+        expected[layer] = by_hand.output(layer, weights, inputs[layer.split(".")[1]])
         assert_near(output, expected[layer], layer, terms=896)
     loss_of(expected).backward()
     for name, tensors in held.items():
@@ -257,5 +256,3 @@ def test_several_active_adapters_add_up_each_with_its_own_core_scale_and_gradien
         assert gradients.keys() == {n for n, t in tensors.items() if t.grad is not None and "freq" not in n}
         for key, gradient in gradients.items():
             assert_near(gradient, tensors[key].grad, f"gradient of {key} of {name}", terms=896, sums=20)
-    for kind, x in xs.items():
-        assert_near(inputs[kind].grad, x.grad, f"gradient of the input of {kind}", terms=896, sums=20)
