@@ -165,13 +165,6 @@ def core_by_hand(config: NaraConfig, own: Mapping[str, Tensor], level: Tensor, r
     return identity + config.core_scale * h.reshape(len(level), rank, rank)
 
 
-def default_core(model: PeftModel, level: Tensor) -> Tensor:
-    """C (b, r, r) of the default adapter, which is shared by all layers."""
-    own = {name.removeprefix("nara_core.shared."): tensor.double() for name, tensor in tensors_of(model).items()}
-    config: Any = model.peft_config["default"]
-    return core_by_hand(config, own, level, config.r)
-
-
 def _embedded(config: NaraConfig, own: Mapping[str, Tensor], level: Tensor) -> Tensor:
     if config.noise_embedding == "fourier":
         angle = torch.einsum("b,w->bw", level, own["embeddings.noise_level.frequencies"])
