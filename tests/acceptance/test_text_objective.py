@@ -74,6 +74,13 @@ def check_loss(by_hand: ByHand, result: Any, rows: list[int]) -> None:
     assert float(result.loss.detach()) == pytest.approx(sum(expected) / len(expected), rel=1e-4)
 
 
+def check_gradients(model: Any, found: Tensor, expected: Tensor) -> None:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for mine, theirs in zip(*(torch.autograd.grad(loss, trained) for loss in (found, expected)), strict=True):
+        assert theirs.abs().max() > 0
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
+
+
 @pytest.mark.parametrize("chunk_size", [3, None])
 def test_loss_at_given_levels_is_the_sum_by_hand(pair: Any, chunk_size: int | None) -> None:
     model, by_hand = pair
@@ -94,11 +101,7 @@ def test_loss_has_the_gradients_of_a_plain_forward_of_each_row(pair: Any) -> Non
             log_p = model(ids.masked_fill(masked, MASK)).logits.log_softmax(-1)
         of_tokens = log_p.gather(-1, ids[..., None])[0, masked].sum()
         plain = plain - of_tokens / level / (len(ROWS[i]) - PROMPTS[i]) / 3
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    found, expected = (torch.autograd.grad(loss, list(trained.values())) for loss in (result.loss, plain))
-    for name, mine, theirs in zip(trained, found, expected, strict=True):
-        assert theirs.abs().max() > 0, name
-        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
+    check_gradients(model, result.loss, plain)
 
 
 def test_loss_draws_one_level_of_each_stratum_however_the_batch_is_split(pair: Any) -> None:
@@ -166,8 +169,6 @@ def test_likelihood_of_a_short_answer_is_the_sum_over_all_masks(
 
 def test_differentiable_likelihood_has_the_gradients_of_plain_forwards(pair: Any) -> None:
     model, _ = pair
-    trained = [p for p in model.parameters() if p.requires_grad]
-    weighting = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
     found = log_likelihood(model, **batch(), samples=70, batch_size=5, differentiable=True)
 
     def log_p(ids: list[int], level: float) -> Tensor:
@@ -176,12 +177,8 @@ def test_differentiable_likelihood_has_the_gradients_of_plain_forwards(pair: Any
 
     expected = torch.stack([bound(i, log_p) for i in range(3)])
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
-    for mine, theirs in zip(
-        torch.autograd.grad((weighting * found).sum(), trained),
-        torch.autograd.grad((weighting * expected).sum(), trained),
-        strict=True,
-    ):
-        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
+    weighting = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    check_gradients(model, (weighting * found).sum(), (weighting * expected).sum())
 
 
 @pytest.mark.parametrize("differentiable", [False, True])
