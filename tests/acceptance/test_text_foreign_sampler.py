@@ -89,7 +89,6 @@ def test_an_attention_mask_that_can_t_tell_is_refused(pair: Any) -> None:
     for mask in [
         REAL.bool()[:, None, :] & REAL.bool()[:, :, None],
         torch.zeros(3, 1, 14, 14) - 3.5,
-        torch.ones(3, 1, 14, 14),
         torch.stack([REAL.bool(), ~REAL.bool()], 1)[:, :, None, :],
         torch.ones(3, 1, 14, 17, dtype=torch.bool),
         {"full_attention": None},
