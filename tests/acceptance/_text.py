@@ -24,10 +24,10 @@ RANK, ALPHA = 3, 5
 
 
 def backbone(vocab_size: int, seed: int = 0, **changes: Any) -> LlamaForCausalLM:
-    """A bidirectional Llama with grouped heads, whose last token is the mask."""
+    """A bidirectional Llama of two layers with grouped heads, whose last token is the mask."""
     sizes = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "max_position_embeddings": 64}
-    options = {"num_attention_heads": 4, "num_key_value_heads": 2, "eos_token_id": END, "pad_token_id": PAD}
-    config = LlamaConfig(vocab_size=vocab_size, **sizes, **{**options, **changes})
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "eos_token_id": END, "pad_token_id": PAD}
+    config = LlamaConfig(vocab_size=vocab_size, **{**sizes, **changes})
     config.is_causal, config.mask_token_id = False, vocab_size - 1
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
