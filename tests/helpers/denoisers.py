@@ -267,19 +267,26 @@ def class_of(name: str) -> Any:
     return getattr(importlib.import_module(home if name == "WuerstchenPrior" else "diffusers"), name)
 
 
-def denoiser(name: str, **changes: Any) -> nn.Module:
-    """A random model of the Diffusers class `name`, in evaluation mode; no parameter is zero."""
+def denoiser(name: str, *, scale: float = 0.3, **changes: Any) -> Any:
+    """A `random_model` of the Diffusers class `name`."""
     if name.startswith("Cosmos"):
         pytest.importorskip("torchvision", reason="Diffusers' Cosmos resizes its padding mask with torchvision")
-    torch.manual_seed(3)
     kind = class_of(name)
     given = inspect.signature(kind.__init__).parameters
     common = {key: value for key, value in OPTIONS.items() if key in given}
-    model = kind(**{**common, **DENOISERS[name][0], **changes}).eval()
-    generator = torch.Generator().manual_seed(4)
-    for parameter in model.parameters():  # gates and last layers start at zero, which hides adapters
-        scale = 0.3 if parameter.dim() > 1 else 0.1
-        parameter.data += scale * torch.randn(parameter.shape, generator=generator)
+    return random_model(kind, 3, scale=scale, **{**common, **DENOISERS[name][0], **changes})
+
+
+def random_model(kind: Any, seed: int, *args: Any, scale: float = 0.1, **options: Any) -> Any:
+    """A model in evaluation mode; the global generator stays where it was.
+
+    No parameter is zero, as gates and last layers are at first, which would hide adapters.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = kind(*args, **options).eval()
+        for parameter in model.parameters():
+            parameter.data += (scale if parameter.dim() > 1 else 0.05) * torch.randn(parameter.shape)
     return model
 
 

@@ -14,9 +14,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
-    FluxTransformer2DModel,
     PNDMScheduler,
-    SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
@@ -32,6 +30,8 @@ from transformers import (
     T5EncoderModel,
     T5Tokenizer,
 )
+
+from tests.helpers.denoisers import denoiser, random_model
 
 TEXT_WIDTHS = (16, 24)
 """Widths of SDXL's two text encoders; the UNet's cross-attention sees their sum."""
@@ -159,21 +159,9 @@ def small_sd3() -> StableDiffusion3Pipeline:
     """A pipeline of the true Stable Diffusion 3 classes, without the T5 encoder, which it can do without."""
     tokenizer = clip_tokenizer()
     first, second = TEXT_WIDTHS
-    transformer = random_model(
-        SD3Transformer2DModel,
-        6,
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        caption_projection_dim=16,
-        joint_attention_dim=first + second,
-        pooled_projection_dim=first + second,
-    )
+    widths = {"joint_attention_dim": first + second, "pooled_projection_dim": first + second}
     pipe = StableDiffusion3Pipeline(
-        transformer=transformer,
+        transformer=denoiser("SD3Transformer2DModel", scale=0.1, num_layers=2, **widths),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=small_vae(shift_factor=0.0),
         text_encoder=text_encoder(len(tokenizer), first, projection=True),
@@ -186,10 +174,9 @@ def small_sd3() -> StableDiffusion3Pipeline:
     return quiet(pipe)
 
 
-def flux_transformer(**options: Any) -> FluxTransformer2DModel:
-    sizes = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2}
-    sizes |= {"in_channels": 16, "joint_attention_dim": 12, "axes_dims_rope": (4, 4, 8)}
-    return random_model(FluxTransformer2DModel, 7, guidance_embeds=True, **sizes, **options)
+def flux_transformer(**options: Any) -> Any:
+    sizes = {"in_channels": 16, "out_channels": None, "joint_attention_dim": 12, "guidance_embeds": True}
+    return denoiser("FluxTransformer2DModel", scale=0.1, **sizes, **options)
 
 
 def small_flux() -> FluxPipeline:
@@ -216,16 +203,6 @@ def pixels(pipe: Any, prompt: str | list[str] = "a photo of a toy", *, seed: int
         call["max_sequence_length"] = MAX_TOKENS
     generator = torch.Generator().manual_seed(seed)
     return torch.from_numpy(pipe(prompt, generator=generator, **{**call, **options}).images)
-
-
-def random_model(kind: Any, seed: int, *args: Any, scale: float = 0.1, **options: Any) -> Any:
-    """A model in evaluation mode whose parameters all differ from zero; the global generator stays where it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = kind(*args, **options).eval()
-        for parameter in model.parameters():
-            parameter.data += (scale if parameter.dim() > 1 else 0.05) * torch.randn(parameter.shape)
-    return model
 
 
 def quiet(pipe: Any) -> Any:
