@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from nara_diffusion.dllm.masking import draw_noise_levels
 from nara_diffusion.dreambooth import train as dreambooth
 from nara_diffusion.dreambooth.draws import drawable_levels
 from nara_diffusion.noise.strength_schedule import NoiseWindow
-from tests.acceptance._commands import by_the_card, fresh_accelerate
+from tests.acceptance._commands import by_the_card
 from tests.acceptance._runs import TEXT, image_arguments, image_flags, text_arguments
 from tests.helpers.small_pipelines import small_sdxl
 
@@ -32,9 +32,8 @@ IDS = torch.randint(2, 90, (2, 9), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture
-def arguments(tmp_path: Path) -> Iterator[Callable[..., Any]]:
-    yield lambda **changes: text_arguments(tmp_path, **changes)
-    fresh_accelerate()
+def arguments(tmp_path: Path) -> Callable[..., Any]:
+    return lambda **changes: text_arguments(tmp_path, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +81,6 @@ def logits(model: Any, level: float) -> Tensor:
 def test_a_text_adapter_carries_its_window_also_after_a_resume(arguments, tmp_path):
     folder, options = tmp_path / "run", WINDOW | {"max_train_steps": 2, "checkpointing_steps": 1}
     dllm.main(arguments(**options))
-    fresh_accelerate()
     whole = (folder / TEXT).read_bytes()
     (folder / TEXT).unlink()
     dllm.main(arguments(**options, resume_from_checkpoint=str(folder / "checkpoint-1")))
@@ -154,7 +152,6 @@ def test_an_image_adapter_is_off_outside_as_its_card_loads_it(
     if adapter != "nara":
         args.core_learning_rate = None
     dreambooth.main(args)
-    fresh_accelerate()
     told = capsys.readouterr().out
     assert ("switch it off" in told) == (adapter != "nara")
     if adapter != "nara":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,23 +26,16 @@ from nara_diffusion.training.checkpoints import (
 )
 from nara_diffusion.training.loop import InterruptRequest, TrainingDiverged
 from nara_diffusion.training.parser import given_arguments, parse_arguments
-from tests.acceptance._commands import fresh_accelerate, names
+from tests.acceptance._commands import names
 from tests.acceptance._runs import TEXT, text_arguments
 
 SHORT: dict[str, Any] = {"max_train_steps": 4, "checkpointing_steps": 1, "test_samples": 1, "curve_points": 1}
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    yield
-    fresh_accelerate()
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     dllm.main(text_arguments(folder, **SHORT))
-    fresh_accelerate()
     return folder / "run"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +12,11 @@ from safetensors.torch import load_file
 from nara_diffusion.dllm import train as dllm
 from nara_diffusion.dreambooth.train import main
 from nara_diffusion.loaders.file import AdapterFile
-from tests.acceptance._commands import fresh_accelerate
 from tests.acceptance._runs import IMAGES, TEXT, image_arguments, image_flags, text_arguments
 from tests.helpers.small_pipelines import small_sdxl
 
 STILL: dict[str, Any] = {"learning_rate": 1e-30, "core_learning_rate": 1e-30, "max_train_steps": 1, "seed": 8}
 """A step by which no float32 changes."""
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    yield
-    fresh_accelerate()
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +30,6 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def start(flags: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("start") / "run"
     main(image_arguments(flags, folder, max_train_steps=2, learning_rate=0.05))
-    fresh_accelerate()
     return folder
 
 
@@ -53,7 +44,6 @@ def check_starts(found: Path, given: Path) -> None:
 def test_run_begins_where_the_file_ends(flags: dict[str, Any], start: Path, tmp_path: Path) -> None:
     for run, init in (("again", str(start / IMAGES)), ("fresh", None)):
         main(image_arguments(flags, tmp_path / run, init_adapter=init, **STILL))
-        fresh_accelerate()
     check_starts(tmp_path / "again" / IMAGES, start / IMAGES)
     given, fresh = load_file(start / IMAGES), load_file(tmp_path / "fresh" / IMAGES)
     changed = [key for key, tensor in given.items() if not torch.allclose(fresh[key], tensor, atol=1e-6)]
@@ -65,7 +55,6 @@ def test_run_begins_where_the_file_ends(flags: dict[str, Any], start: Path, tmp_
 def test_text_run_begins_where_the_folder_ends(tmp_path: Path) -> None:
     short: dict[str, Any] = {"checkpointing_steps": None, "test_samples": 1, "curve_points": 1}
     dllm.main(text_arguments(tmp_path, **short, max_train_steps=2))
-    fresh_accelerate()
     start = {"init_adapter": str(tmp_path / "run"), "output_dir": str(tmp_path / "again")}
     dllm.main(text_arguments(tmp_path, **short, **start, **STILL))
     check_starts(tmp_path / "again" / TEXT, tmp_path / "run" / TEXT)

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import logging
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from nara_diffusion.dllm import train as dllm
 from nara_diffusion.dllm.text_arguments import Arguments
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
 from nara_diffusion.training.checkpoints import MAY_CHANGE
-from tests.acceptance._commands import assert_same_bits, fresh_accelerate, metrics, names
+from tests.acceptance._commands import assert_same_bits, metrics, names
 from tests.acceptance._runs import TEXT, text_arguments
 
 SHORT: dict[str, Any] = {"max_train_steps": 2, "checkpointing_steps": 1, "test_samples": 1, "curve_points": 1}
@@ -26,16 +25,13 @@ LATEST: dict[str, Any] = {"resume_from_checkpoint": "latest"}
 
 
 @pytest.fixture(autouse=True)
-def _fresh(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+def _facts(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    yield
-    fresh_accelerate()
 
 
 def train(folder: Path, **changes: Any) -> Path:
     folder.mkdir(exist_ok=True)
     dllm.main(text_arguments(folder, **SHORT | changes))
-    fresh_accelerate()
     return folder / "run"
 
 
@@ -162,10 +158,8 @@ def test_latest_begins_anew_in_no_folder_and_where_the_run_was_killed_before_its
     (run / ".partial-checkpoint-1").mkdir()
     assert names(run) == {"config.yaml", "metrics.jsonl", ".partial-checkpoint-1"}
     for changes in ({}, LATEST | {"rank": 4}):
-        fresh_accelerate()
         with pytest.raises(ValueError, match=r"already holds another run"):
             train(tmp_path, **changes)
-    fresh_accelerate()
     train(tmp_path, **LATEST)
     assert_same_bits(run, ended)
     assert ".partial-checkpoint-1" not in names(run)
@@ -181,7 +175,6 @@ def test_latest_refuses_a_folder_of_other_files_and_of_a_run_that_has_ended(tmp_
     (tmp_path / "others" / "run").mkdir(parents=True)
     for name, content in {"thesis.txt": "", "config.yaml": "[rank"}.items():
         (tmp_path / "others" / "run" / name).write_text(content)
-        fresh_accelerate()
         with pytest.raises(ValueError, match=r"other files \(thesis.txt\)|while parsing"):
             train(tmp_path / "others", **LATEST)
 
