@@ -106,13 +106,9 @@ def test_prose_has_the_digits_of_the_tables_on_its_page(page):
     parts = re.split(r"(?s)<!-- table:(.*?)<!-- end of table -->", text)  # prose, table, prose, …
     prose, tables = "".join(parts[::2]), "".join(parts[1::2])
     number = r"(?<![\d.\w])\d\.\d{3,6}(?!\d)"
-    shown = [(float(each), 10.0 ** -len(each[2:])) for each in re.findall(number, tables)]  # value, unit of last digit
+    shown = re.findall(number, tables)
     for each in re.findall(number, prose):
-        unit = 10.0 ** -len(each[2:])
-        finer = [(abs(value - float(each)), own) for value, own in shown if own <= unit]
-        gaps = [(gap, (unit + own) / 2 if own < unit else 0) for gap, own in finer]
-        agrees = any(gap <= allowed + 1e-9 for gap, allowed in gaps)
-        assert agrees or all(gap > 1.5 * unit for gap, _ in gaps), each
+        assert not is_wrong(each, [float(value) for value in shown if len(value) >= len(each)]), each
 
 
 def test_a_wrong_rounding_is_found(figures):
