@@ -103,13 +103,6 @@ def test_forward_after_a_context_or_a_failure_finds_no_level_and_names_both_reme
         run(model.base_model.model.first, X)
 
 
-def test_part_called_alone_has_the_level_around_it(model: Any, stock: Stock) -> None:
-    with noise_level(model, torch.tensor(LEVELS)):
-        part = run(model.base_model.model.first, X)
-    expected = [stock.at(level).first(x[None].double()) for level, x in zip(LEVELS, X, strict=True)]
-    assert_near(part, torch.cat(expected), model)
-
-
 # ---------------------------------------------------------------------- nesting
 
 
@@ -144,7 +137,7 @@ def test_contexts_of_two_models_do_not_meet(model: Any, stock: Stock) -> None:
     assert_unknown(other)
 
 
-def test_forward_that_ctrl_c_ended_leaves_no_core_to_a_part_at_another_level(model: Any, stock: Stock) -> None:
+def test_part_alone_has_the_level_around_it_and_none_of_a_forward_that_ctrl_c_ended(model: Any, stock: Stock) -> None:
     inner = model.base_model.model
 
     def stop(*_: Any) -> None:
@@ -154,10 +147,10 @@ def test_forward_that_ctrl_c_ended_leaves_no_core_to_a_part_at_another_level(mod
     with suppress(KeyboardInterrupt), noise_level(model, 0.2):  # no hook of the forward runs after this
         run(model, X)
     handle.remove()
-    with noise_level(model, 0.8):
+    with noise_level(model, torch.tensor(LEVELS)):
         part = run(inner.first, X)
-    with torch.no_grad():
-        assert_near(part, stock.at(0.8).first(X.double()), model)
+    expected = [stock.at(level).first(x[None].double()) for level, x in zip(LEVELS, X, strict=True)]
+    assert_near(part, torch.cat(expected), model)
 
 
 def test_context_left_that_is_not_the_innermost_raises_and_no_level_remains(model: Any, stock: Stock) -> None:
