@@ -63,43 +63,28 @@ class State:
         assert all(torch.equal(found[name], tensor) for name, tensor in self.tensors.items())
 
 
-@pytest.mark.parametrize("form", ["folder", "folder and weight name", "file", "dict"])
-def test_load_of_each_form_gives_the_same_adapter(folder: Path, tmp_path: Path, form: str) -> None:
+def test_each_form_loads_under_the_name_of_a_lora_and_is_saved_as_it_was(folder, with_text, tmp_path: Path) -> None:
     metadata, state = content(folder)
-    calls: dict[str, tuple[Any, dict[str, Any]]] = {
-        "folder": (folder, {}),
-        "folder and weight name": (str(folder), {"weight_name": FILE}),
-        "file": (folder / FILE, {}),
-        "dict": (state, {"metadata": metadata}),
-    }
-    source, options = calls[form]
+    forms: list[tuple[Any, dict[str, Any]]] = [
+        (folder, {}),
+        (str(folder), {"weight_name": FILE}),
+        (folder / FILE, {}),
+        (state, {"metadata": metadata}),
+        (with_text, {}),  # one name for all components
+    ]
     pipe: Any = frozen_sd()
-    pipe.load_nara_weights(source, adapter_name="toy", **options)
-    assert pipe.get_list_adapters() == {"unet": ["toy"]}
-    pipe.save_nara_weights(tmp_path, "toy")
-    assert_same_file(tmp_path, folder)
-
-
-def test_names_that_are_not_given_are_those_of_loras(folder: Path, with_text: Path) -> None:
-    lives = Lives().load(folder).load(folder)
-    lives.check_names()
-    assert lives.nara.get_list_adapters() == {"unet": ["default_0", "default_1"]}
-    lives.nara.load_nara_weights(with_text)  # one name for all components
-    found = lives.nara.get_list_adapters()
-    assert found == {"unet": ["default_0", "default_1", "default_2"], "text_encoder": ["default_2"]}
-
-
-def test_a_taken_name_raises_and_each_adapter_saves_its_own_file(folder: Path, with_text: Path, tmp_path: Path) -> None:
-    pipe: Any = frozen_sd()
-    pipe.load_nara_weights(folder, adapter_name="a")
+    for source, options in forms:
+        pipe.load_nara_weights(source, **options)
+    pipe.load_lora_weights(save_lora(tmp_path))
+    names = [f"default_{number}" for number in range(6)]
+    assert pipe.get_list_adapters() == {"unet": names, "text_encoder": names[4:5]}
+    for name in names[:5]:
+        pipe.save_nara_weights(tmp_path / name, name)
+        assert_same_file(tmp_path / name, with_text if name == names[4] else folder)
     before = State(pipe)
-    with pytest.raises(ValueError, match=r"'a'.*(duplicate|already)"):
-        pipe.load_nara_weights(with_text, adapter_name="a")
+    with pytest.raises(ValueError, match=r"'default_0'.*(duplicate|already)"):
+        pipe.load_nara_weights(with_text, adapter_name="default_0")
     before.assert_is(pipe)
-    pipe.load_nara_weights(with_text, adapter_name="b")
-    for name, source in (("a", folder), ("b", with_text)):
-        pipe.save_nara_weights(tmp_path / name, adapter_name=name)
-        assert_same_file(tmp_path / name, source)
 
 
 def test_trained_and_saved_as_a_nara_and_no_lora_it_gives_the_same_outputs_elsewhere(folder, tmp_path: Path) -> None:

@@ -226,12 +226,3 @@ def test_numbers_by_block_multiply_the_live_schedule(method: str) -> None:
         other.pipe.set_adapters("toy", {"unet": {"down": live, "mid": 0.5 * live, "up": -0.2 * live}})
         with noise_level(one.model, level), noise_level(other.model, level):
             assert_same(one.output(), other.output())
-
-
-def test_a_schedule_for_a_block_is_refused_and_changes_nothing() -> None:
-    one = Loaded("images", "LoRA")
-    one.pipe.set_adapters("toy", 0.7)
-    before = one.output()
-    with pytest.raises(ValueError, match="for unet, of which each block has a number: a schedule is for an adapter"):
-        one.pipe.set_adapters("toy", {"unet": {"down": {"block_0": SCHEDULE}, "mid": 0.3}})
-    assert torch.equal(one.output(), before)
