@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft import PeftConfig, PeftModel, get_peft_model
 from peft.utils.save_and_load import load_peft_weights
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -77,25 +76,6 @@ def test_tensors_and_a_configuration_to_be_trained_further_or_refused(base, tmp_
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained == {name for name, _ in model.named_parameters() if "lora_" in name or "nara_core" in name}
     assert config.inference_mode  # the caller's own, as it was
-
-
-def test_a_second_adapter_beside_a_lora_of_transformers(base, tmp_path):
-    nara = save_adapter(base, tmp_path / "nara")
-    plain = get_peft_model(LlamaForCausalLM.from_pretrained(base), LoraConfig(r=2, target_modules=["o_proj"]))
-    disturb(plain)
-    plain.save_pretrained(tmp_path / "lora")
-    with torch.no_grad():
-        of_lora = plain(input_ids=IDS).logits
-    model = LlamaForCausalLM.from_pretrained(base)
-    model.load_adapter(tmp_path / "lora", adapter_name="lora")
-    with torch.no_grad():
-        assert torch.allclose(model(input_ids=IDS).logits, of_lora, atol=1e-6)
-    with pytest.warns(UserWarning, match="multiple adapters"):  # PEFT's, of a second LoRA too
-        model.load_adapter(nara, adapter_name="nara")
-    for module in model.modules():
-        if isinstance(module, BaseTunerLayer):
-            module.set_adapter("nara")
-    assert torch.equal(output(model), peft_output(base, nara))
 
 
 def test_generation_reads_the_level_of_the_context(tiny_llama):
