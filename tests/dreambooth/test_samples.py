@@ -2,6 +2,7 @@
 
 import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,10 +26,6 @@ from tests.helpers.small_pipelines import small_sdxl
 PROMPT = "ein Spielzeug, größer ✓"
 
 
-def noise_of(generator: torch.Generator) -> np.ndarray:
-    return torch.randint(0, 256, (8, 8, 3), generator=generator, dtype=torch.uint8).numpy()
-
-
 class Painter:
     """Stands for a pipeline: each image is noise of its generator. Remembers the sizes of its batches."""
 
@@ -41,7 +38,8 @@ class Painter:
             raise KeyboardInterrupt
         self.batches.append(len(prompt))
         self.call = call
-        return SimpleNamespace(images=[Image.fromarray(noise_of(g)) for g in generator])
+        pixels = [torch.randint(0, 256, (8, 8, 3), generator=one, dtype=torch.uint8) for one in generator]
+        return SimpleNamespace(images=[Image.fromarray(one.numpy()) for one in pixels])
 
 
 def generate(folder: Path, count: int = 5, painter: Painter | None = None, **options: Any) -> int:
@@ -75,11 +73,7 @@ def test_an_interrupted_set_is_completed_to_the_same_files_at_any_batch_size(tmp
 
 def test_enough_images_of_the_user_s_own_need_no_pipeline(tmp_path) -> None:
     folder = folder_of(tmp_path / "class", [(8, 8)] * 3)
-
-    def never() -> None:
-        raise AssertionError
-
-    assert generate_class_images(never, folder, PROMPT, 3, seed=0) == 0
+    assert generate_class_images(lambda: pytest.fail("loaded"), folder, PROMPT, 3, seed=0) == 0
     assert generate(folder, count=5) == 2
     assert list(contents(folder)) == ["00.png", "01.png", "02.png", "class-3-00000.png", "class-3-00001.png"]
 
@@ -92,11 +86,8 @@ def test_processes_share_the_work(tmp_path) -> None:
         accelerator = SimpleNamespace(process_index=rank, num_processes=3, wait_for_everyone=barrier.wait)
         generate(tmp_path / "shared", count=7, painter=painters[rank], accelerator=accelerator)
 
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(run, range(3)))
     assert [sum(painter.batches) for painter in painters] == [3, 2, 2]
     assert contents(tmp_path / "shared") == contents(tmp_path / "alone")
 
