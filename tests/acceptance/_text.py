@@ -5,7 +5,6 @@ The reference of a forward at λ is the stock Llama whose weights have s · B C(
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from functools import cache
 from itertools import product
@@ -37,12 +36,12 @@ def backbone(vocab_size: int, seed: int = 0, **changes: Any) -> LlamaForCausalLM
     return model
 
 
-def nara(model: LlamaForCausalLM, seed: int = 1, **changes: Any) -> PeftModel:
+def nara(model: LlamaForCausalLM, **changes: Any) -> PeftModel:
     """`model` with an adapter whose A, B and C(λ) have moved far from their start."""
     core: dict[str, Any] = {"core_scale": 0.7, "core_hidden_dims": (9, 10), "fourier_scale": 2.0}
     options = {"r": RANK, "lora_alpha": ALPHA, "target_modules": ["q_proj", "v_proj", "down_proj"], **core}
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(1)
         adapted = get_peft_model(model, NaraConfig(**{**options, **changes}))
         for parameter in adapted.parameters():
             if parameter.requires_grad:
@@ -53,9 +52,8 @@ def nara(model: LlamaForCausalLM, seed: int = 1, **changes: Any) -> PeftModel:
 class ByHand:
     """Logits in float64 of an adapted Llama (RANK, ALPHA), for tokens without padding."""
 
-    def __init__(self, base: LlamaForCausalLM, adapted: PeftModel, shifted: bool = False) -> None:
-        """`base`: a copy from before the adapter came."""
-        self.base, self.adapted, self.shifted = copy.deepcopy(base).double(), adapted, shifted
+    def __init__(self, base: LlamaForCausalLM, adapted: PeftModel) -> None:
+        self.base, self.adapted = base.double(), adapted
         self.weights = cache(self._weights)
 
     def _weights(self, level: float) -> dict[str, Tensor]:
@@ -72,8 +70,7 @@ class ByHand:
     @torch.no_grad()
     def __call__(self, rows: Sequence[Sequence[int]], level: float) -> Tensor:
         """(n, l, v) of n rows of one length."""
-        logits = functional_call(self.base, self.weights(level), (torch.tensor(rows),)).logits
-        return torch.cat([logits[:, :1], logits[:, :-1]], 1) if self.shifted else logits
+        return functional_call(self.base, self.weights(level), (torch.tensor(rows),)).logits
 
     def guided(self, prompt: list[int], answer: list[int], scale: float, mask: int) -> Tensor:
         """(g, v) at the answer, λ being its masked share; the mask itself is no prediction."""
@@ -86,10 +83,8 @@ class ByHand:
 
 def adapted_pair(vocab_size: int) -> tuple[Any, ByHand]:
     """An adapted model, and its logits by hand."""
-    base = backbone(vocab_size)
-    before = copy.deepcopy(base)
-    adapted = nara(base)
-    return adapted, ByHand(before, adapted)
+    adapted = nara(backbone(vocab_size))
+    return adapted, ByHand(backbone(vocab_size), adapted)
 
 
 def greedy(

@@ -27,7 +27,7 @@ from transformers import (
 
 from nara_diffusion.dllm import load_backbone
 from tests.acceptance._text import backbone
-from tests.acceptance._tokenizers import TEMPLATE, save_tokenizer
+from tests.acceptance._tokenizers import TEMPLATE, word_tokenizer
 from tests.helpers.rounding import rounding_of
 
 VOCABULARY = 40
@@ -90,8 +90,8 @@ def llada_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> str:
-    save_tokenizer(folder, VOCABULARY)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    word_tokenizer(VOCABULARY, chat=True).save_pretrained(folder)
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config))
     return str(folder)
 
@@ -190,11 +190,7 @@ def test_files_that_the_stock_class_is_not_are_refused_by_name(
 
 
 def saved(folder: Path, model: PreTrainedModel, **changes: Any) -> str:
-    for name, value in changes.items():
-        setattr(model.config, name, value)
-    model.eval().save_pretrained(folder)
-    save_tokenizer(folder, VOCABULARY)
-    return str(folder)
+    return write(folder, model.eval().state_dict(), model.config.to_dict() | changes)
 
 
 def plain_logits(model: nn.Module) -> Tensor:
