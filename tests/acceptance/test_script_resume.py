@@ -26,11 +26,14 @@ from tests.acceptance._commands import (
 from tests.acceptance._runs import TEXT, image_flags, text_flags
 from tests.helpers.small_pipelines import small_sd3, small_sdxl
 
-KILLED = {
-    "at a step": Moment("step", 3),
-    "at a checkpoint's first file": Moment("first file", 4),
-    "before a checkpoint has its name": Moment("name", 4),
-}
+ENDS = [
+    Moment("step", 3),
+    Moment("first file", 4),
+    Moment("name", 4),
+    Moment("step", 3, signal.SIGTERM),
+    Moment("step", 3, signal.SIGINT),
+]
+"""When a text run ends: at a step, at a checkpoint's first file, before the checkpoint has its name; or is asked to."""
 
 
 @pytest.fixture(scope="module")
@@ -46,40 +49,32 @@ def undisturbed(text: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) 
     return folder
 
 
+def check_ended(script: str, moment: Moment, log: Path, **flags: Any) -> bool:
+    """Run the script until the moment. Returns whether it could save, as it can where a signal asks it to stop."""
+    code, said = ended_early(script, moment, log, **flags), log.read_text()
+    stops = moment.signal != signal.SIGKILL
+    assert code == (128 + moment.signal if stops else -signal.SIGKILL), said[-2000:]
+    assert ("--resume_from_checkpoint" in said) >= stops
+    there = names(flags["output_dir"])
+    assert (f"checkpoint-{moment.number}" if stops else "checkpoint-2") in there
+    assert stops or "checkpoint-4" not in there
+    assert not [name for name in there if name.endswith((".safetensors", "results.json"))]
+    return stops
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", KILLED)
-def test_text_run_that_was_killed_goes_on_to_the_same_bits(
-    text: dict[str, Any], undisturbed: Path, tmp_path: Path, moment: str
+@pytest.mark.parametrize("moment", ENDS, ids=lambda moment: f"{moment.signal.name} at {moment.what}")
+def test_text_run_that_ended_early_goes_on_to_the_same_bits(
+    text: dict[str, Any], undisturbed: Path, tmp_path: Path, moment: Moment
 ) -> None:
     out = tmp_path / "out"
-    code = ended_early("dllm.py", KILLED[moment], tmp_path / "log", **text, output_dir=out)
-    assert code == -signal.SIGKILL, (tmp_path / "log").read_text()[-2000:]
-    assert "checkpoint-2" in names(out)
-    assert not {"checkpoint-4", TEXT, "results.json"} & names(out)
+    stops = check_ended("dllm.py", moment, tmp_path / "log", **text, output_dir=out)
     with counted_steps() as steps:
         run("dllm.py", **text, output_dir=out, resume_from_checkpoint="latest")  # the same command and one more flag
-    assert len(steps) == 4
+    assert len(steps) == 6 - (moment.number if stops else 2)
     assert_same_bits(out, undisturbed)
-    found, expected = results(out) | {"seconds": 0}, results(undisturbed) | {"seconds": 0}
-    assert found == expected
+    assert results(out) | {"seconds": 0} == results(undisturbed) | {"seconds": 0}
     assert {name for name in names(out) if "checkpoint" in name} == {"checkpoint-4", "checkpoint-6"}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_text_run_that_was_asked_to_stop_saves_and_goes_on(
-    text: dict[str, Any], undisturbed: Path, tmp_path: Path, number: signal.Signals
-) -> None:
-    out, log = tmp_path / "out", tmp_path / "log"
-    code = ended_early("dllm.py", Moment("step", 3, number), log, **text, output_dir=out)
-    assert code == 128 + number, log.read_text()[-2000:]
-    assert {"checkpoint-2", "checkpoint-3"} <= names(out)
-    assert "--resume_from_checkpoint" in log.read_text()
-    assert TEXT not in names(out)
-    with counted_steps() as steps:
-        run("dllm.py", **text, output_dir=out, resume_from_checkpoint="latest")
-    assert len(steps) == 3
-    assert_same_bits(out, undisturbed)
 
 
 IMAGES: dict[str, Any] = {"gradient_accumulation_steps": 2, "lora_dropout": 0.2, "caption_dropout": 0.3}
@@ -102,14 +97,11 @@ def test_image_run_that_ended_early_goes_on_to_the_same_bits(
     make = small_sdxl if script == "dreambooth_sdxl.py" else small_sd3
     flags = image_flags(tmp_path, make()) | IMAGES | changes
     run(script, **flags, output_dir=tmp_path / "whole")
-    out, log = tmp_path / "out", tmp_path / "log"
-    code = ended_early(script, moment, log, **flags, output_dir=out)
-    expected = -signal.SIGKILL if moment.signal == signal.SIGKILL else 128 + moment.signal
-    assert code == expected, log.read_text()[-2000:]
-    assert not [name for name in names(out) if name.endswith(".safetensors")]
+    out = tmp_path / "out"
+    stops = check_ended(script, moment, tmp_path / "log", **flags, output_dir=out)
     with counted_steps() as steps:
         run(script, **flags, output_dir=out, resume_from_checkpoint="latest")
-    assert len(steps) == 6 - (5 if moment.signal == signal.SIGTERM else 2)
+    assert len(steps) == 6 - (moment.number if stops else 2)
     assert_same_bits(out, tmp_path / "whole")
 
 
