@@ -209,11 +209,11 @@ class ByHand:
         tensors: Mapping[str, Tensor],
         level: Tensor,
         *,
-        scaling: float = ALPHA / RANK,
+        scaling: float | None = None,
         core: Tensor | None = None,
     ) -> Tensor:
         """W(λ) (b, …) of one layer, in the layout of its weight; `core` (b, r, r) stands in for C(λ)."""
-        layer = self.layers[name]
+        layer, scaling = self.layers[name], config.lora_alpha / config.r if scaling is None else scaling
         A, B = (_factor(tensors, name, which) for which in "AB")
         A = A.flatten(1)
         B = torch.block_diag(*B.flatten(1).chunk(getattr(layer, "split", 1)))

@@ -39,7 +39,7 @@ class Stock:
     def __init__(self, plain: Any, adapted: nn.Module) -> None:
         self.model, self.adapted, self.base = plain, adapted, ByHand(plain)
 
-    def double(self) -> Stock:
+    def double(self) -> Any:
         self.model.double()
         return self
 
