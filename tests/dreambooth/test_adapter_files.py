@@ -141,3 +141,9 @@ def test_checkpoint_gives_every_tensor_back(method: str, tmp_path: Path) -> None
     assert len(changed) >= len(model.trained)
     assert any("freq" in name for name in changed) is (method == "nara")
     assert {value.dtype for value in load_file(tmp_path / TRAINABLE).values()} == {torch.float32}
+    tensors = load_file(tmp_path / TRAINABLE)
+    save_file(tensors | {"unet.another.lora_A.default.weight": torch.zeros(1)}, tmp_path / TRAINABLE)
+    with pytest.raises(
+        ValueError, match="holds 'unet.another.lora_A.default.weight', which this adapter does not have"
+    ):
+        read_checkpoint(other, tmp_path)
