@@ -129,7 +129,7 @@ def test_end_token_of_the_configuration_is_never_predicted_or_placed_last(
 ) -> None:
     model, by_hand = pair
     options: dict[str, Any] = {"gen_length": 6, "block_length": 6}
-    whole, _ = greedy(by_hand, PROMPTS[1], mask=VOCABULARY - 1, **options)
+    whole, _ = greedy(by_hand, PROMPTS[0], mask=VOCABULARY - 1, **options)
     end = whole[1]
     monkeypatch.setattr(model.get_base_model().config, "eos_token_id", end)
 
@@ -140,9 +140,9 @@ def test_end_token_of_the_configuration_is_never_predicted_or_placed_last(
         is_last = (token == end) & (setting == "confidence_eos_eot_inf")
         return torch.where(is_last[:, None], least_sure, never)
 
-    expected, _ = greedy(SimpleNamespace(guided=guided), PROMPTS[1], mask=VOCABULARY - 1, **options)  # type: ignore[arg-type]
-    found: Any = generate(model, torch.tensor(PROMPTS[1:2]), **options, stop_at_eos=False, **{setting: True})
-    assert found[0, 6:].tolist() == expected != whole
+    expected, _ = greedy(SimpleNamespace(guided=guided), PROMPTS[0], mask=VOCABULARY - 1, **options)  # type: ignore[arg-type]
+    found: Any = generate(model, torch.tensor(PROMPTS[:1]), **options, stop_at_eos=False, **{setting: True})
+    assert found[0, len(PROMPTS[0]) :].tolist() == expected != whole
     assert (end in expected) is (setting == "confidence_eos_eot_inf")
 
 
