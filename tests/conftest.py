@@ -17,12 +17,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from nara_diffusion.noise.denoisers import _DENOISERS
+from tests.acceptance._text import backbone
 from tests.helpers.process_state import fail_if_left, process_state
-
-MASK_TOKEN_ID = 49
 
 
 @pytest.fixture(autouse=True)
@@ -52,21 +51,7 @@ def _same_draws_in_every_test() -> None:
 
 @pytest.fixture
 def tiny_llama() -> LlamaForCausalLM:
-    """A bidirectional Llama: 2 layers, d 24, 4 heads over 2 key-value ones, 50 tokens of which the mask is the last."""
-    config = LlamaConfig(
-        vocab_size=MASK_TOKEN_ID + 1,
-        hidden_size=24,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=False,
-        pad_token_id=0,
-    )
-    config.is_causal = False
-    config.mask_token_id = MASK_TOKEN_ID
-    return LlamaForCausalLM(config).eval()
+    return backbone(50)
 
 
 @pytest.fixture

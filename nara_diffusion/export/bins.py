@@ -164,7 +164,7 @@ def _blend(samples: CoreSamples, bins: int | None) -> _Blend:
 def _grown(samples: CoreSamples, knots: list[int], number: int) -> list[int] | None:
     """Add knots where the interpolation of C is farthest from C(λ), until they have `number` φ; None if they can't."""
     while len(_runs(samples, knots)) < number:
-        errors = torch.tensor(_of_knots(samples, knots)[0].error.update)
+        errors = torch.tensor(_of_knots(samples, knots)[0].error.update, dtype=torch.float64)
         errors[knots] = 0
         if not errors.any():
             return None

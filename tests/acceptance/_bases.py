@@ -19,14 +19,15 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
-    FluxTransformer2DModel,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from nara_diffusion import noise_level
+from tests.acceptance._text import backbone
+from tests.helpers.small_pipelines import flux_transformer, small_unet, text_encoder
 
 LEVELS = torch.tensor([0.0625, 0.5, 0.90625])  # exact in float32
 TIMESTEPS = torch.tensor([33, 500, 870])
@@ -71,19 +72,8 @@ def digest(model: nn.Module) -> str:
 
 
 def language_model() -> LlamaForCausalLM:
-    """Two layers of width 16 without a causal mask."""
-    config = LlamaConfig(
-        vocab_size=29,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=32,
-        tie_word_embeddings=False,
-    )
-    config.is_causal = False
-    model = LlamaForCausalLM(config)
+    """Width 16, without a causal mask."""
+    model = backbone(29, hidden_size=16, intermediate_size=24)
     model.name_or_path = "tiny-language"  # what the adapters' configurations say, a relative path
     return filled(model, "language")
 
@@ -136,48 +126,18 @@ def shipped_output(model: nn.Module) -> Tensor:
 # ---------------------------------------------------------------------- pipelines
 
 
-def text_encoder(kind: type, width: int, seed: str) -> nn.Module:
-    config = CLIPTextConfig(
-        vocab_size=23,
-        hidden_size=width,
-        intermediate_size=2 * width,
-        projection_dim=width,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=8,
-        bos_token_id=21,
-        eos_token_id=22,
-        pad_token_id=22,
-    )
-    return filled(kind(config), seed)
-
-
 def unet(**changes: Any) -> UNet2DConditionModel:
     """A UNet of SDXL's kind: two levels, as many ResNet blocks a level, attention in the first level up."""
-    options = {
-        "sample_size": 8,
-        "block_out_channels": (8, 16),
-        "layers_per_block": 2,
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-        "norm_num_groups": 4,
-        "attention_head_dim": (2, 4),
-        "cross_attention_dim": 20,
-        "use_linear_projection": True,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 4,
-        "projection_class_embeddings_input_dim": 6 * 4 + 12,
-        "transformer_layers_per_block": (1, 1),
-    }
-    return filled(UNet2DConditionModel(**{**options, **changes}), "unet")
+    options = {"layers_per_block": 2, "transformer_layers_per_block": (1, 1)}
+    return filled(small_unet(20, pooled=12, **{**options, **changes}), "unet")
 
 
 def sdxl(**unet_changes: Any) -> StableDiffusionXLPipeline:
     """SDXL's pipeline, as far as its adapters need it: UNet, text encoders, scheduler."""
     return StableDiffusionXLPipeline(
         vae=None,
-        text_encoder=text_encoder(CLIPTextModel, 8, "text_encoder"),
-        text_encoder_2=text_encoder(CLIPTextModelWithProjection, 12, "text_encoder_2"),
+        text_encoder=filled(text_encoder(23, 8, length=8), "text_encoder"),
+        text_encoder_2=filled(text_encoder(23, 12, length=8, projection=True), "text_encoder_2"),
         tokenizer=None,
         tokenizer_2=None,
         unet=unet(**unet_changes),
@@ -188,18 +148,6 @@ def sdxl(**unet_changes: Any) -> StableDiffusionXLPipeline:
 
 def flux() -> FluxPipeline:
     """FLUX.1-dev's pipeline, as far as an adapter of its transformer needs it."""
-    transformer = FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=12,
-        pooled_projection_dim=8,
-        axes_dims_rope=(4, 4, 8),
-        guidance_embeds=True,
-    )
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=None,
@@ -207,7 +155,7 @@ def flux() -> FluxPipeline:
         tokenizer=None,
         text_encoder_2=None,
         tokenizer_2=None,
-        transformer=filled(transformer, "flux"),
+        transformer=filled(flux_transformer(pooled_projection_dim=8), "flux"),
     )
 
 

@@ -16,35 +16,51 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from nara_diffusion import NaraConfig, register_core
+from tests.helpers.adapted import adapted as adapted
+from tests.helpers.adapted import disturb as disturb
+from tests.helpers.adapted import nara_config as nara_config
+from tests.helpers.adapted import relative_error
 from tests.helpers.rounding import rounding
 
 RANK, ALPHA, D_IN, BATCH, IDS = 4, 6, 6, 3, 13
 LEVELS = torch.tensor([0.05, 0.5, 0.93])
 PREFIX = "base_model.model."
 
+
+class Scaled(nn.Embedding):
+    """As Gemma 3 has it: what is looked up is multiplied by a constant."""
+
+    embed_scale = 3.0
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) * self.embed_scale
+
+
 KINDS: dict[str, tuple[Callable[[int], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda width: nn.Linear(D_IN, width), (BATCH, 4, D_IN)),
     "bare": (lambda width: nn.Linear(D_IN, width, bias=False), (BATCH, D_IN)),
     "trained": (lambda width: nn.Linear(D_IN, width), (BATCH, 2, 4, D_IN)),
+    "deep": (lambda width: nn.Linear(D_IN, width), (BATCH, 2, 4, D_IN)),
     "conv1d": (lambda width: nn.Conv1d(D_IN, width, 3, stride=2, padding=1), (BATCH, D_IN, 7)),
     "conv2d": (lambda width: nn.Conv2d(D_IN, width, (3, 2), stride=(2, 1), padding=(1, 0)), (BATCH, D_IN, 5, 4)),
     "conv3d": (lambda width: nn.Conv3d(D_IN, width, (1, 3, 2), bias=False), (BATCH, D_IN, 2, 4, 3)),
     "gpt2": (lambda width: Conv1D(width, D_IN), (BATCH, 4, D_IN)),
     "grouped": (lambda width: nn.Conv2d(D_IN, 2 * width, 3, padding=1, groups=2), (BATCH, D_IN, 4, 3)),
-    "embedding": (lambda width: nn.Embedding(IDS, width), (BATCH, 5)),
+    "embedding": (lambda width: Scaled(IDS, width) if width == 7 else nn.Embedding(IDS, width), (BATCH, 5)),
+    "padded_embedding": (lambda width: nn.Embedding(IDS, width, padding_idx=2), (BATCH, 9)),
     "wide": (lambda width: nn.Linear(24, 128 * width), (BATCH, 70, 24)),
     "wide_trained": (lambda width: nn.Linear(24, 128 * width, bias=False), (BATCH, 70, 24)),
 }
 """Name of a kind of layer → how to make one of a width, and the shape of its input."""
 WIDE = ["wide", "wide_trained"]
 """More than 2^17 outputs a layer, the size from which the package computes some layers as one function."""
-SMALL = [name for name in KINDS if name not in WIDE]
+SMALL = [name for name in KINDS if name not in (*WIDE, "deep", "padded_embedding")]
 WITH_DORA = [name for name in SMALL if name not in ("grouped", "embedding")]
 
 
@@ -65,7 +81,7 @@ def draw_inputs(kinds: Iterable[str]) -> dict[str, Tensor]:
     """{kind: x}, with gradients where x is no ids."""
     shapes = {kind: KINDS[kind][1] for kind in kinds}
     return {
-        kind: torch.randint(IDS, shape) if kind == "embedding" else torch.randn(shape, requires_grad=True)
+        kind: torch.randint(IDS, shape) if "embedding" in kind else torch.randn(shape, requires_grad=True)
         for kind, shape in shapes.items()
     }
 
@@ -96,19 +112,6 @@ CORES: dict[str, dict[str, Any]] = {
 }
 
 
-def nara_config(**changes: Any) -> NaraConfig:
-    """A small configuration with α ≠ r, whose core is far from I once it has been disturbed."""
-    options = {"core_scale": 0.7, "core_hidden_dims": (9, 10), "noise_embedding_dim": 8, "fourier_scale": 2.0}
-    return NaraConfig(**{"r": RANK, "lora_alpha": ALPHA, **options, **changes})
-
-
-def adapted(model: nn.Module, **changes: Any) -> PeftModel:
-    """`model` with one NaRA adapter, disturbed, in evaluation mode."""
-    peft_model = get_peft_model(model, nara_config(**changes))
-    disturb(peft_model)
-    return peft_model.eval()
-
-
 def tensors_of(model: nn.Module, adapter: str = "default", *, gradients: bool = False) -> dict[str, Tensor]:
     """{name in the file, without PEFT's prefix: tensor}; with `gradients`, those of the parameters that have one."""
     state: dict[str, Tensor] = dict(model.state_dict())
@@ -130,17 +133,6 @@ def write(model: nn.Module, tensors: Mapping[str, Tensor], adapter: str = "defau
     state = {f"{prefix}{name}": tensor for name, tensor in {**tensors_of(model, adapter), **tensors}.items()}
     result = set_peft_model_state_dict(model, state, adapter)
     assert not result.unexpected_keys
-
-
-def disturb(model: nn.Module, adapter: str = "default", seed: int = 1) -> None:
-    """Overwrite all that training could have changed, so that no zero and no identity hides."""
-    generator = torch.Generator().manual_seed(seed)
-    drawn = {}
-    for name, tensor in tensors_of(model, adapter).items():
-        if "freq" not in name:
-            noise = 0.4 * torch.randn(tensor.shape, generator=generator)
-            drawn[name] = noise.abs() + 0.5 if "magnitude" in name else noise
-    write(model, drawn, adapter)
 
 
 def group_of(config: NaraConfig, module: str) -> str:
@@ -217,11 +209,11 @@ class ByHand:
         tensors: Mapping[str, Tensor],
         level: Tensor,
         *,
-        scaling: float = ALPHA / RANK,
+        scaling: float | None = None,
         core: Tensor | None = None,
     ) -> Tensor:
         """W(λ) (b, …) of one layer, in the layout of its weight; `core` (b, r, r) stands in for C(λ)."""
-        layer = self.layers[name]
+        layer, scaling = self.layers[name], config.lora_alpha / config.r if scaling is None else scaling
         A, B = (_factor(tensors, name, which) for which in "AB")
         A = A.flatten(1)
         B = torch.block_diag(*B.flatten(1).chunk(getattr(layer, "split", 1)))
@@ -286,8 +278,5 @@ def assert_near(
     dtype: torch.dtype = torch.float32,
 ) -> None:
     """Full tensors are equal but for `sums` sums of `terms` products, one after the other, in `dtype`."""
-    assert actual.shape == expected.shape, (what, actual.shape, expected.shape)
-    largest = float(expected.detach().abs().max())
-    error = float((actual.detach().double() - expected.detach().double()).abs().max())
-    bound = rounding(terms, sums, dtype)
-    assert error <= bound * largest, f"{what}: off by {error:.3g}, of {largest:.3g}; {bound * largest:.3g} is allowed"
+    error, bound = relative_error(actual, expected), rounding(terms, sums, dtype)
+    assert error <= bound, f"{what}: off by {error:.3g}, {bound:.3g} is allowed"

@@ -8,7 +8,6 @@ then each row of the NaRA's UNet, at its own timestep, has to be that of the LoR
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,13 +16,15 @@ from typing import Any
 import torch
 from diffusers import StableDiffusionPipeline
 from peft import LoraConfig, inject_adapter_in_model
-from safetensors import safe_open
-from torch import Tensor, nn
+from safetensors.torch import load_file
+from torch import Tensor
 
 from nara_diffusion import NaraConfig
 from tests.acceptance._by_hand import core_by_hand
-from tests.acceptance._by_hand import nara_config as small_config
-from tests.acceptance._noise_models import disturb
+from tests.acceptance._files import METADATA, header
+from tests.acceptance._files import PIPELINE_WEIGHTS as FILE
+from tests.helpers import adapted as tiny
+from tests.helpers.adapted import disturb as fill
 from tests.helpers.rounding import assert_far, assert_near
 from tests.helpers.small_pipelines import pixels, small_sd
 
@@ -33,18 +34,12 @@ FEW_TARGETS = ["to_q", "to_v", "proj_out"]
 TEXT_TARGETS = ["q_proj", "fc1"]
 LEVELS = [0.37, 0.9]
 TIMESTEPS = torch.tensor([370, 900, 370])
-FILE = "pytorch_nara_weights.safetensors"
 
 Call = Callable[[Any], Any]
 
 
 def nara_config(**changes: Any) -> NaraConfig:
-    return small_config(**{"target_modules": TARGETS, **changes})
-
-
-def fill(model: nn.Module, seed: int) -> None:
-    """Give all that trains other values, so that no zero and no identity hides."""
-    disturb(model, seed, scale=0.3)
+    return tiny.nara_config(**{"target_modules": TARGETS, **changes})
 
 
 def frozen_sd() -> StableDiffusionPipeline:
@@ -57,7 +52,7 @@ def frozen_sd() -> StableDiffusionPipeline:
 def add_nara(pipe: Any, name: str = "default", seed: int = 1, **changes: Any) -> Any:
     """Add an adapter to the UNet, as training does, and leave it filled."""
     pipe.unet.add_adapter(nara_config(**changes), name)
-    fill(pipe.unet, seed)
+    fill(pipe.unet, name, seed=seed)
     return pipe
 
 
@@ -68,7 +63,7 @@ def save_nara(folder: Path, *, seed: int = 1, text: bool = False, **changes: Any
     if text:
         static = nara_config(core_type="identity", r=3, lora_alpha=4, target_modules=TEXT_TARGETS)
         inject_adapter_in_model(static, pipe.text_encoder)
-        fill(pipe.text_encoder, seed + 10)
+        fill(pipe.text_encoder, seed=seed + 10)
     pipe.save_nara_weights(folder)
     return folder
 
@@ -76,18 +71,11 @@ def save_nara(folder: Path, *, seed: int = 1, text: bool = False, **changes: Any
 # ---------------------------------------------------------------- the equal LoRA, by hand
 
 
-def read(folder: Path) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-    """The file's tensors in float64, and the configuration of each component."""
-    with safe_open(folder / FILE, "pt") as file:
-        tensors = {name: file.get_tensor(name).double() for name in file.keys()}  # noqa: SIM118
-        return tensors, json.loads(file.metadata()["nara_adapter_metadata"])["components"]
-
-
 def as_lora(folder: Path, level: float) -> dict[str, Tensor]:
     """The tensors of the LoRA that the NaRA in `folder` is at λ = `level`, at α = r."""
-    tensors, configs = read(folder)
+    tensors = {name: tensor.double() for name, tensor in load_file(folder / FILE).items()}
     lora = {}
-    for component, config in configs.items():
+    for component, config in header(folder / FILE)[METADATA]["components"].items():
         prefix = f"{component}.nara_core.shared."
         own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         core = core_by_hand(SimpleNamespace(**config), own, torch.tensor([level]), config["r"])  # type: ignore[arg-type]
@@ -164,7 +152,6 @@ def save_lora(folder: Path, seed: int = 5, **changes: Any) -> dict[str, Tensor]:
     """The tensors of a plain LoRA of the UNet, by Diffusers' names, with α = r."""
     pipe = frozen_sd()
     pipe.unet.add_adapter(LoraConfig(**{"r": 3, "lora_alpha": 3, "target_modules": FEW_TARGETS, **changes}))
-    fill(pipe.unet, seed)
+    fill(pipe.unet, seed=seed)
     pipe.unet.save_lora_adapter(folder)
-    with safe_open(folder / "pytorch_lora_weights.safetensors", "pt") as file:
-        return {f"unet.{name}": file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return {f"unet.{name}": t for name, t in load_file(folder / "pytorch_lora_weights.safetensors").items()}

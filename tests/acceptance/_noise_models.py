@@ -9,23 +9,14 @@ import torch
 from peft import get_peft_model
 from torch import Tensor, nn
 
-from tests.acceptance._by_hand import ByHand, leaves, nara_config, tensors_of
-from tests.helpers.adapted import TwoLayers
+from tests.acceptance._by_hand import ByHand, leaves, tensors_of
+from tests.helpers.adapted import TwoLayers, disturb, nara_config
 from tests.helpers.adapted import relative_error as distance
 from tests.helpers.rounding import assert_near
 
 __all__ = ["LAYERS", "UNET_TARGETS", "Stock", "TwoLayers", "adapt", "assert_near", "distance", "run", "tensor_of"]
 UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "conv1", "time_emb_proj"]
 LAYERS = ["first", "second"]
-
-
-def disturb(model: nn.Module, seed: int = 1, scale: float = 0.4) -> None:
-    """Overwrite all that is trained, so that no zero and no identity hides."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            noise = scale * torch.randn(parameter.shape, generator=generator)
-            parameter.data.copy_(noise.abs() + 0.5 if "magnitude" in name else noise)
 
 
 def adapt(model: Any, targets: list[str], *, scale: float = 0.4, **changes: Any) -> tuple[Any, Stock]:
@@ -48,7 +39,7 @@ class Stock:
     def __init__(self, plain: Any, adapted: nn.Module) -> None:
         self.model, self.adapted, self.base = plain, adapted, ByHand(plain)
 
-    def double(self) -> Stock:
+    def double(self) -> Any:
         self.model.double()
         return self
 

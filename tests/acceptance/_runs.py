@@ -17,6 +17,20 @@ from tests.acceptance._commands import ROOT
 TEXT = "adapter_model.safetensors"
 IMAGES = "pytorch_nara_weights.safetensors"
 ASSETS = ROOT / "examples" / "assets"
+COMMON: dict[str, Any] = {
+    "rank": 3,
+    "lora_alpha": 5.0,
+    "adapter_options": {"core_hidden_dims": [8, 7]},
+    "max_train_steps": 6,
+    "learning_rate": 1e-2,
+    "core_learning_rate": 1e-3,
+    "lr_scheduler": "cosine",
+    "logging_steps": 1,
+    "validation_steps": None,
+    "checkpointing_steps": 2,
+    "evaluation_options": {"curve_points": 2},
+}
+"""Flags of six steps in either script."""
 
 
 def records(count: int, seed: int) -> list[dict[str, str]]:
@@ -33,27 +47,16 @@ def text_flags(folder: Path) -> dict[str, Any]:
         path = folder / f"{name}.jsonl"
         path.write_text("".join(json.dumps(record) + "\n" for record in records(count, seed=count)))
         files[f"{name}_file"] = path
-    return {
+    return COMMON | {
         "pretrained_model_name_or_path": ASSETS / "llada-tiny",
         **files,
-        "rank": 3,
-        "lora_alpha": 5.0,
         "lora_dropout": 0.2,
         "target_modules": ["q_proj", "v_proj", "down_proj"],
-        "adapter_options": {"core_hidden_dims": [8, 7]},
         "train_batch_size": 4,
-        "max_train_steps": 6,
         "max_length": 40,
-        "learning_rate": 1e-2,
-        "core_learning_rate": 1e-3,
-        "lr_scheduler": "cosine",
-        "logging_steps": 1,
-        "validation_steps": None,
-        "checkpointing_steps": 2,
         "eval_batch_size": 4,
         "gen_length": 8,
         "generation_steps": 4,
-        "evaluation_options": {"curve_points": 2},
     }
 
 
@@ -65,26 +68,15 @@ def image_flags(folder: Path, pipe: Any) -> dict[str, Any]:
         blocks = np.random.default_rng(number).integers(0, 256, (4, 4, 3), dtype=np.uint8)
         picture = Image.fromarray(blocks).resize((20, 24), Image.Resampling.BICUBIC)
         picture.save(folder / "pictures" / f"{number}.png")
-    return {
+    return COMMON | {
         "pretrained_model_name_or_path": folder / "model",
         "instance_data_dir": folder / "pictures",
         "instance_prompt": "a photo of a toy",
         "resolution": 16,
         "random_flip": True,
-        "rank": 3,
-        "lora_alpha": 5.0,
-        "adapter_options": {"core_hidden_dims": [8, 7]},
         "train_batch_size": 2,
-        "max_train_steps": 6,
-        "learning_rate": 1e-2,
-        "core_learning_rate": 1e-3,
-        "lr_scheduler": "cosine",
         "num_validation_images": 1,
         "num_inference_steps": 2,
-        "evaluation_options": {"curve_points": 2},
-        "logging_steps": 1,
-        "validation_steps": None,
-        "checkpointing_steps": 2,
         "similarity_model": None,
         "alignment_model": None,
     }

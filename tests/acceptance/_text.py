@@ -1,33 +1,27 @@
-"""A small masked-diffusion Llama with a NaRA adapter, and LLaDA's sampler for it by hand, in float64.
-
-The reference of a forward at λ is the stock Llama whose weights have s · B C(λ) A, with A and B from PEFT's state dict.
-"""
+"""A small masked-diffusion Llama with a NaRA adapter, and LLaDA's sampler for it by hand, in float64."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
-from functools import cache
 from itertools import product
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import PeftModel
 from torch import Tensor
-from torch.func import functional_call
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from nara_diffusion import NaraConfig, core_matrix
+from tests.acceptance._noise_models import Stock
+from tests.helpers.adapted import adapted
 
 END, PAD = 1, 2
-RANK, ALPHA = 3, 5
 
 
 def backbone(vocab_size: int, seed: int = 0, **changes: Any) -> LlamaForCausalLM:
-    """A bidirectional Llama with grouped heads, whose last token is the mask."""
+    """A bidirectional Llama of two layers with grouped heads, whose last token is the mask."""
     sizes = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "max_position_embeddings": 64}
-    options = {"num_attention_heads": 4, "num_key_value_heads": 2, "eos_token_id": END, "pad_token_id": PAD}
-    config = LlamaConfig(vocab_size=vocab_size, **sizes, **{**options, **changes})
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "eos_token_id": END, "pad_token_id": PAD}
+    config = LlamaConfig(vocab_size=vocab_size, **{**sizes, **changes})
     config.is_causal, config.mask_token_id = False, vocab_size - 1
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -37,43 +31,21 @@ def backbone(vocab_size: int, seed: int = 0, **changes: Any) -> LlamaForCausalLM
     return model
 
 
-def nara(model: LlamaForCausalLM, seed: int = 1, **changes: Any) -> PeftModel:
+def nara(model: LlamaForCausalLM, **changes: Any) -> PeftModel:
     """`model` with an adapter whose A, B and C(λ) have moved far from their start."""
-    core: dict[str, Any] = {"core_scale": 0.7, "core_hidden_dims": (9, 10), "fourier_scale": 2.0}
-    options = {"r": RANK, "lora_alpha": ALPHA, "target_modules": ["q_proj", "v_proj", "down_proj"], **core}
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        adapted = get_peft_model(model, NaraConfig(**{**options, **changes}))
-        for parameter in adapted.parameters():
-            if parameter.requires_grad:
-                parameter.data += 0.4 * torch.randn(parameter.shape)
-    return adapted.eval()
+        torch.manual_seed(1)
+        options = {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "v_proj", "down_proj"]}
+        return adapted(model, **{**options, **changes})
 
 
-class ByHand:
-    """Logits in float64 of an adapted Llama (RANK, ALPHA), for tokens without padding."""
-
-    def __init__(self, base: LlamaForCausalLM, adapted: PeftModel, shifted: bool = False) -> None:
-        """`base`: a copy from before the adapter came."""
-        self.base, self.adapted, self.shifted = copy.deepcopy(base).double(), adapted, shifted
-        self.weights = cache(self._weights)
-
-    def _weights(self, level: float) -> dict[str, Tensor]:
-        core = core_matrix(self.adapted, level)[0].double()
-        factors = {name: value.double() for name, value in get_peft_model_state_dict(self.adapted).items()}
-        weights = dict(self.base.state_dict())
-        for name, A in factors.items():
-            if name.endswith("lora_A.weight"):
-                B = factors[name.replace("lora_A", "lora_B")]
-                target = name.removeprefix("base_model.model.").replace("lora_A.", "")
-                weights[target] = weights[target] + ALPHA / RANK * B @ core @ A
-        return weights
+class ByHand(Stock):
+    """Logits in float64 of an adapted Llama, for tokens without padding."""
 
     @torch.no_grad()
     def __call__(self, rows: Sequence[Sequence[int]], level: float) -> Tensor:
         """(n, l, v) of n rows of one length."""
-        logits = functional_call(self.base, self.weights(level), (torch.tensor(rows),)).logits
-        return torch.cat([logits[:, :1], logits[:, :-1]], 1) if self.shifted else logits
+        return self.at(level)(torch.tensor(rows)).logits
 
     def guided(self, prompt: list[int], answer: list[int], scale: float, mask: int) -> Tensor:
         """(g, v) at the answer, λ being its masked share; the mask itself is no prediction."""
@@ -86,10 +58,8 @@ class ByHand:
 
 def adapted_pair(vocab_size: int) -> tuple[Any, ByHand]:
     """An adapted model, and its logits by hand."""
-    base = backbone(vocab_size)
-    before = copy.deepcopy(base)
-    adapted = nara(base)
-    return adapted, ByHand(before, adapted)
+    model = nara(backbone(vocab_size))
+    return model, ByHand(backbone(vocab_size), model).double()
 
 
 def greedy(

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -16,10 +13,9 @@ SPECIAL = ["<unk>", "<end>", "<pad>", "<user>", "<bot>", "<turn>"]
 MASK = "<mask>"
 
 
-def word_tokenizer(size: int, *, chat: bool, words: Sequence[str] | None = None) -> PreTrainedTokenizerBase:
-    """Ids 0 to 5 are SPECIAL, the last is <mask>, and "w6", "w7", …, or the given `words`, lie between."""
-    between = [f"w{i}" for i in range(6, size - 1)] if words is None else words
-    vocabulary = {word: i for i, word in enumerate([*SPECIAL, *between, MASK])}
+def word_tokenizer(size: int, *, chat: bool) -> PreTrainedTokenizerBase:
+    """Ids 0 to 5 are SPECIAL, the last is <mask>, and "w6", "w7", … lie between."""
+    vocabulary = {word: i for i, word in enumerate([*SPECIAL, *(f"w{i}" for i in range(6, size - 1)), MASK])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = {"unk_token": "<unk>", "eos_token": "<end>", "pad_token": "<pad>", "mask_token": MASK}
@@ -27,7 +23,3 @@ def word_tokenizer(size: int, *, chat: bool, words: Sequence[str] | None = None)
     if chat:
         tokenizer.chat_template = TEMPLATE
     return tokenizer
-
-
-def save_tokenizer(folder: Path, size: int, *, chat: bool = True) -> None:
-    word_tokenizer(size, chat=chat).save_pretrained(folder)

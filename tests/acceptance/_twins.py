@@ -10,9 +10,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from nara_diffusion import NaraConfig, noise_level
-from tests.acceptance._by_hand import LEVELS, ByHand, disturb, leaves, tensors_of
-from tests.acceptance._by_hand import nara_config as small_config
-from tests.helpers.adapted import TwoLayers
+from tests.acceptance._by_hand import LEVELS, ByHand, leaves, tensors_of
+from tests.helpers import adapted as tiny
+from tests.helpers.adapted import TwoLayers, disturb
 
 X = torch.randn(3, 2, 7, generator=torch.Generator().manual_seed(3))
 LAYERS = ["first", "second"]
@@ -24,11 +24,11 @@ def two(seed: int = 0) -> Any:
 
 
 def nara_config(**changes: Any) -> NaraConfig:
-    return small_config(**{"target_modules": LAYERS, **changes})
+    return tiny.nara_config(**{"target_modules": LAYERS, **changes})
 
 
 def lora_config(**changes: Any) -> LoraConfig:
-    return LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": LAYERS, **changes})
+    return tiny.lora_config(**{"target_modules": LAYERS, **changes})
 
 
 def adapted(config: Any = None, seed: int = 1) -> PeftModel:

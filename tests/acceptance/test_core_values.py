@@ -23,11 +23,12 @@ from tests.acceptance._by_hand import (
     tensors_of,
 )
 
-MODULES = ["one.linear", "two.linear", "one.bare", "two.bare"]
+MODULE = "two.bare"
 VALUES: dict[str, dict[str, Any]] = {
     "fourier": {},
     "mlp": {"noise_embedding": "mlp", "core_hidden_dims": (9,)},
     "raw": {"noise_embedding": "raw", "core_hidden_dims": (9, 10, 11)},
+    "identity": CORES["identity"],
     "constant": CORES["constant"],
     "knots": CORES["knots"],
     "custom": CORES["custom"],
@@ -39,7 +40,7 @@ def small(**options: Any) -> nn.Module:
     return adapted(Kinds(["linear", "bare"]), target_modules=["linear", "bare"], **options)
 
 
-def own_tensors(model: nn.Module, module: str = MODULES[0]) -> dict[str, torch.Tensor]:
+def own_tensors(model: nn.Module, module: str = "one.linear") -> dict[str, torch.Tensor]:
     """The tensors, in float64, of the core that a module reads, by their names below that core."""
     prefix = f"nara_core.{group_of(model.peft_config['default'], module)}."
     return {
@@ -51,11 +52,11 @@ def own_tensors(model: nn.Module, module: str = MODULES[0]) -> dict[str, torch.T
 
 @pytest.mark.parametrize("options", VALUES.values(), ids=VALUES)
 def test_core_values_of_disturbed_cores_are_those_of_the_formula(options):
-    model = small(**options)
+    model = small(core_sharing="layer", **options)
     levels = torch.tensor([0.0, 0.2, 1 / 3, 0.5, 2 / 3, 0.9, 1.0])  # of four knots: on each, and between
-    actual = core_matrix(model, levels)
-    expected = core_by_hand(model.peft_config["default"], own_tensors(model), levels)
-    assert len(actual) == (1 if "constant" in options.values() else len(levels))
+    actual = core_matrix(model, levels, module=MODULE)
+    expected = core_by_hand(model.peft_config["default"], own_tensors(model, MODULE), levels)
+    assert len(actual) == (1 if options.get("core_type") in ("constant", "identity") else len(levels))
     assert_near(actual, expected[: len(actual)], terms=10)
     assert (actual[1:] - actual[:-1]).abs().amax(dim=(1, 2)).gt(1e-3).all(), "too alike to show an error"
 
@@ -70,19 +71,6 @@ def test_fourier_frequencies_have_the_configured_deviation_and_stay_as_drawn():
         sum(y.sum() for y in model({"linear": torch.randn(3, 6), "bare": torch.randn(3, 6)}).values()).backward()
     optimizer.step()
     assert torch.equal(own_tensors(model)["embeddings.noise_level.frequencies"], frequencies)
-
-
-@pytest.mark.parametrize("sharing", ["global", "module_type", "layer"])
-def test_core_sharing_gives_each_group_of_modules_its_own_core(sharing):
-    model = small(core_sharing=sharing)
-    matrices = {}
-    for module in MODULES:
-        matrices[module] = core_matrix(model, LEVELS, module=module)
-        expected = core_by_hand(model.peft_config["default"], own_tensors(model, module), LEVELS)
-        assert_near(matrices[module], expected, module, terms=10)
-    same = [[torch.equal(matrices[a], matrices[b]) for b in MODULES] for a in MODULES]
-    alike = {"global": lambda a, b: True, "module_type": lambda a, b: a[4:] == b[4:], "layer": lambda a, b: a == b}
-    assert same == [[alike[sharing](a, b) for b in MODULES] for a in MODULES]
 
 
 def started(**options: Any) -> nn.Module:
@@ -110,11 +98,6 @@ def test_kaiming_cores_do_not_start_as_the_identity():
     for core in ("hypernetwork", "constant"):
         deviation = core_matrix(started(core_init="kaiming", **CORES[core]), LEVELS) - torch.eye(RANK)
         assert deviation.abs().amax(dim=(1, 2)).min() > 0.01, core
-
-
-def test_core_matrix_of_an_identity_shared_by_layer_is_found_by_module():
-    found = core_matrix(started(core_type="identity", core_sharing="layer"), 0.5, module="one.linear")
-    assert torch.equal(found, torch.eye(RANK)[None])
 
 
 def test_default_hypernetwork_at_rank_32_has_the_papers_number_of_parameters():

@@ -5,7 +5,9 @@ A sampling whose σ tells no λ is refused.
 
 from __future__ import annotations
 
+import gc
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nara_diffusion import NaraConfig, StrengthSchedule, noise_level
 from tests.acceptance import _bases, _files
@@ -92,14 +95,6 @@ def test_node_gives_the_pipelines_output_at_each_rows_noise_level(name: str, com
     _files.assert_near(sampled(patched), OUTPUTS[f"{name}.unet"], unet)
     assert clip == "a CLIP with a LoRA"
     _files.assert_near(sampled(model), OUTPUTS["base.sdxl.unet"], unet)
-
-
-def test_strength_of_the_node_is_that_of_set_adapters(comfy) -> None:
-    pipe = _bases.sdxl()
-    pipe.load_nara_weights(PIPELINES / "sdxl_float32", "toy")
-    pipe.set_adapters("toy", 0.375)
-    patched, _ = comfy.load(sdxl(), "sdxl_float32.safetensors", "sdxl", 0.375, "a CLIP")
-    _files.assert_near(sampled(patched), _bases.sdxl_outputs(pipe)["unet"], pipe.unet)
 
 
 def test_two_nodes_add_up_around_a_wrapper_of_another_node(comfy) -> None:
@@ -187,22 +182,18 @@ def test_a_converted_model_is_sampled_by_its_prediction_alone(comfy) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "base", "make", "message"),
+    ("name", "base", "make", "clip", "message"),
     [
-        ("sdxl_unet_float32", "sdxl", sdxl, "DoRA"),
-        ("sdxl_float32", "sd3", sdxl, "timestep"),
-        ("sdxl_float32", "sdxl", lambda: sdxl(_bases.unet(block_out_channels=(8, 24))), "weight"),
-        ("flux_float32", "flux", sdxl, "modules"),
+        ("sdxl_unet_float32", "sdxl", sdxl, ("a CLIP",), "DoRA"),
+        ("sdxl_float32", "sd3", sdxl, ("a CLIP",), "timestep"),
+        ("sdxl_float32", "sdxl", lambda: sdxl(_bases.unet(block_out_channels=(8, 24))), ("a CLIP",), "weight"),
+        ("sdxl_float32", "sdxl", sdxl, (), "text_encoder.*clip"),
+        ("flux_float32", "flux", sdxl, ("a CLIP",), "modules"),
     ],
 )
-def test_file_that_does_not_fit_the_model_is_refused(name, base, make, message, comfy) -> None:
+def test_file_that_does_not_fit_the_model_is_refused(name, base, make, clip, message, comfy) -> None:
     with pytest.raises(ValueError, match=message):
-        comfy.load(make(), f"{name}.safetensors", base, 1.0, "a CLIP")
-
-
-def test_file_with_text_encoders_is_refused_without_a_clip(comfy) -> None:
-    with pytest.raises(ValueError, match=r"text_encoder.*clip"):
-        comfy.load(sdxl(), "sdxl_float32.safetensors", "sdxl", 1.0)
+        comfy.load(make(), f"{name}.safetensors", base, 1.0, *clip)
 
 
 # ---------------------------------------------------------------- other samplings
@@ -226,20 +217,19 @@ def test_lcm_has_the_noise_level_of_its_timestep_not_of_its_fifty_sigmas(changes
     _files.assert_near(found, wanted, pipe.unet)
 
 
-@pytest.mark.parametrize("schedule", [ContinuousEDM, DiscreteEDM, StableCascade])
-def test_a_sampling_without_timesteps_is_refused(schedule: type, comfy) -> None:
-    patched, _ = comfy.load(sdxl(None, schedule, V_PREDICTION), saved(comfy)[1], "sdxl", 1.0)
-    with pytest.raises(ValueError, match=rf"{schedule.__name__}.*choose the node ModelSamplingDiscrete"):
-        sampled(patched, torch.tensor([0.5, 1.0, 2.0]))
-
-
 @pytest.mark.parametrize(
-    ("convention", "message"),
-    [("edm", r"σ / \(1 \+ σ\).*Flow"), ("timestep", "λ is")],
+    ("schedule", "kind", "convention", "message"),
+    [
+        (ContinuousEDM, V_PREDICTION, None, "ContinuousEDM.*choose the node ModelSamplingDiscrete"),
+        (DiscreteEDM, V_PREDICTION, None, "DiscreteEDM.*choose the node ModelSamplingDiscrete"),
+        (StableCascade, V_PREDICTION, None, "StableCascade.*choose the node ModelSamplingDiscrete"),
+        (Flow, CONST, "edm", r"σ / \(1 \+ σ\).*Flow"),
+        (Flow, CONST, "timestep", "λ is"),
+    ],
 )
-def test_sigma_of_another_kind_of_model_is_refused(convention, message, comfy) -> None:
+def test_a_sampling_whose_sigma_tells_no_level_is_refused(schedule, kind, convention, message, comfy) -> None:
     file = saved(comfy, noise_convention=convention)[1]
-    patched, _ = comfy.load(sdxl(None, Flow, CONST), file, "sdxl", 1.0)
+    patched, _ = comfy.load(sdxl(None, schedule, kind), file, "sdxl", 1.0)
     with pytest.raises(ValueError, match=message):
         sampled(patched, torch.tensor([0.1, 0.5, 0.9]))
 
@@ -255,3 +245,41 @@ def test_a_model_that_changed_after_loading_is_refused(what: str, comfy) -> None
         model.model.diffusion_model = nn.Sequential(model.model.diffusion_model)
     with pytest.raises(ValueError, match=r"is compiled|modules aren't in this model"):
         sampled(patched)
+
+
+class Counting(TorchDispatchMode):
+    """Counts operations, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def hooks(model: nn.Module) -> list[int]:
+    return [count for module in model.modules() if (count := len(module._forward_hooks))]
+
+
+def test_hooks_and_factors_stay_between_calls_and_leave_with_the_node(comfy) -> None:
+    model = sdxl(_bases.unet().to(torch.bfloat16))
+    patched, _ = comfy.load(model, "sdxl_float32.safetensors", "sdxl", 1.0, "a CLIP")
+    x, context, y = (each.to(torch.bfloat16) for each in _bases.unet_inputs())
+
+    def sample(patcher: Any) -> Counter[str]:
+        with Counting() as found:
+            patcher.sample(x, patcher.model.model_sampling.sigmas[[700, 300, 20]], context=context, y=y)
+        return found.counts
+
+    plain = sample(model)
+    first, second = sample(patched), sample(patched)
+    adapted = hooks(model.model.diffusion_model)
+    assert set(adapted) == {1}
+    # of the factors of float32, which the first call converts
+    assert first["_to_copy"] - second["_to_copy"] == 2 * len(adapted)
+    assert sample(model) == plain  # the same model without the node
+    del patched
+    gc.collect()
+    assert hooks(model.model.diffusion_model) == []

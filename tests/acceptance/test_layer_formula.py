@@ -40,22 +40,18 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to"),
 ]
 
-CASES = [
-    ("hypernetwork", "global", False),
-    ("hypernetwork", "module_type", True),
-    ("hypernetwork", "layer", False),
-    ("constant", "module_type", False),
-    ("constant", "layer", True),
-    ("identity", "global", True),
-    ("identity", "layer", False),
-    ("knots", "layer", True),
-    ("knots", "global", False),
-    ("rank_mask", "global", True),
-    ("rank_mask", "layer", False),
-    ("bins", "module_type", False),
-    ("bins", "global", True),
-    ("custom", "global", True),
-    ("custom", "module_type", False),
+CASES: list[tuple[str, str, bool, Any]] = [
+    ("hypernetwork", "global", False, LEVELS),
+    ("hypernetwork", "module_type", True, LEVELS),
+    ("hypernetwork", "layer", False, 0.4),
+    ("constant", "layer", True, LEVELS),
+    ("identity", "global", False, LEVELS),
+    ("knots", "layer", True, 0.4),
+    ("knots", "module_type", False, LEVELS),
+    ("rank_mask", "global", True, LEVELS),
+    ("bins", "layer", False, LEVELS),
+    ("bins", "global", True, LEVELS),
+    ("custom", "module_type", False, LEVELS),
 ]
 
 
@@ -103,68 +99,91 @@ def assert_follows_formula(model: PeftModel, by_hand: ByHand, level: Tensor | fl
             assert_near(own, layer.weight.grad, f"gradient of W0 of {name}", terms=terms, sums=20)
 
 
-@pytest.mark.parametrize(("core", "sharing", "use_dora"), CASES, ids=str)
-def test_layers_with_a_level_per_sample_follow_the_formula_forward_and_backward(core, sharing, use_dora):
+@pytest.mark.parametrize(("core", "sharing", "use_dora", "level"), CASES, ids=str)
+def test_layers_follow_the_formula_forward_and_backward(core, sharing, use_dora, level):
     kinds = WITH_DORA if use_dora else SMALL
     model, by_hand = make(kinds, use_dora=use_dora, core_sharing=sharing, **CORES[core])
-    assert_follows_formula(model, by_hand, LEVELS, terms=64)
-
-
-@pytest.mark.parametrize("use_dora", [False, True], ids=["NaRA", "NaRA-DoRA"])
-def test_layers_with_one_level_for_the_batch_follow_the_formula_forward_and_backward(use_dora):
-    model, by_hand = make(WITH_DORA if use_dora else SMALL, use_dora=use_dora)
-    assert_follows_formula(model, by_hand, 0.4, terms=64)
+    assert_follows_formula(model, by_hand, level, terms=64)
 
 
 @pytest.mark.parametrize("use_dora", [False, True], ids=["NaRA", "NaRA-DoRA"])
 @pytest.mark.parametrize("level", [0.4, LEVELS], ids=["one level", "a level per sample"])
-def test_large_layers_follow_the_formula_forward_and_backward(use_dora, level):
-    model, by_hand = make(WIDE, use_dora=use_dora)
+def test_fused_layers_follow_the_formula_forward_and_backward(use_dora, level, monkeypatch):
+    """Large ones, and others as if they were."""
+    kinds = [*WIDE, "linear", "bare", "deep"]
+    model, by_hand = make(kinds, use_dora=use_dora)
+    monkeypatch.setattr("nara_diffusion.layers.fused.MIN_ELEMENTS", 0)
     assert_follows_formula(model, by_hand, level, terms=896)
 
 
+def test_sample_without_batch_axis_is_a_batch_of_one():
+    for kinds in (["bare", "conv1d", "conv2d"], ["grouped", "conv3d"]):
+        model, inputs = adapted(Kinds(kinds), target_modules=kinds, use_dora="bare" in kinds), draw_inputs(kinds)
+        with noise_level(model, 0.3):
+            found, whole = model({kind: x[0] for kind, x in inputs.items()}), model(inputs)
+        for name, output in found.items():
+            assert_near(output, whole[name][0], name)
+
+
 KINDS = ["linear", "bare", "conv1d", "conv2d"]
-dora = pytest.mark.parametrize("use_dora", [False, True], ids=["LoRA", "DoRA"])
+PADDED = "padded_embedding"
 
 
 def loss_of(outputs: dict[str, Tensor]) -> Tensor:
     return sum((y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum() for y in outputs.values())
 
 
-def pair(disturbed: bool, **options: Any) -> tuple[nn.Module, nn.Module]:
-    """PEFT's adapter, and a NaRA with C = I, of equal weights."""
-    base, other = Kinds(KINDS), Kinds(KINDS)
-    other.load_state_dict(base.state_dict())
-    theirs = get_peft_model(base, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=KINDS, **options))
-    ours = get_peft_model(other, nara_config(target_modules=KINDS, **options))
-    if disturbed:
-        disturb(theirs)
-    write(ours, tensors_of(theirs))
-    return theirs, ours
+def pair(*options: dict[str, Any], disturbed: bool = True) -> tuple[nn.Module, nn.Module]:
+    """PEFT's adapters, and NaRAs with C = I, of equal weights, all active."""
+    bases, names, models = (Kinds([*KINDS, PADDED]), Kinds([*KINDS, PADDED])), ["default", "second"][: len(options)], []
+    bases[1].load_state_dict(bases[0].state_dict())
+    for base, kind in zip(bases, (LoraConfig, nara_config), strict=True):
+        configs = [kind(**{"r": RANK, "lora_alpha": ALPHA, "target_modules": KINDS, **each}) for each in options]
+        models.append(get_peft_model(base, configs[0]))
+        for name, config in zip(names[1:], configs[1:], strict=True):
+            models[-1].add_adapter(name, config)
+        models[-1].base_model.set_adapter(names)
+    for seed, name in enumerate(names, start=1):
+        if disturbed:
+            disturb(models[0], name, seed)
+        write(models[1], tensors_of(models[0], name), name)
+    return tuple(models)
 
 
-@dora
-@pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_new_core_gives_the_outputs_and_gradients_of_pefts_adapter(use_dora, dropout):
-    theirs, ours = pair(True, use_dora=use_dora, lora_dropout=dropout)
-    inputs, found = draw_inputs(KINDS), []
+DORA, DROPOUT = {"use_dora": True}, {"lora_dropout": 0.4}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        (DROPOUT | {"target_modules": [*KINDS, PADDED]},),
+        (DORA | DROPOUT,),
+        (DORA, {"r": 2}),
+        ({}, DORA | {"r": 2}),
+        (DORA, DORA | {"r": 2}),
+    ],
+    ids=str,
+)
+def test_new_cores_give_the_outputs_and_gradients_of_pefts_adapters(options):
+    theirs, ours = pair(*options)
+    ids, inputs, found = draw_inputs([PADDED]), draw_inputs(KINDS), []
     for model in (theirs.train(), ours.train()):
         xs = {kind: x.detach().clone().requires_grad_() for kind, x in inputs.items()}
         torch.manual_seed(4)
         with noise_level(ours, LEVELS):
-            outputs = model(xs)
+            outputs = model(xs | ids)
         loss_of(outputs).backward()
-        gradients = {n: g for n, g in tensors_of(model, gradients=True).items() if "nara_core" not in n}
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None and "nara_core" not in n}
         found.append({**outputs, **gradients, **{f"input of {kind}": x.grad for kind, x in xs.items()}})
     assert found[0].keys() == found[1].keys()
     for name, expected in found[0].items():
         assert_near(found[1][name], expected, name, sums=20)
 
 
-@dora
+@pytest.mark.parametrize("use_dora", [False, True], ids=["LoRA", "DoRA"])
 def test_first_steps_of_training_are_those_of_pefts_adapter(use_dora):
-    theirs, ours = pair(False, use_dora=use_dora)
-    inputs, held = draw_inputs(KINDS), {}
+    theirs, ours = pair({"use_dora": use_dora}, disturbed=False)
+    inputs, held = draw_inputs([*KINDS, PADDED]), {}
     with torch.no_grad(), theirs.disable_adapter():
         base = theirs(inputs)
     for model in (theirs, ours):
@@ -223,14 +242,13 @@ def test_several_active_adapters_add_up_each_with_its_own_core_scale_and_gradien
         outputs = model(inputs)
     loss_of(outputs).backward()
     held, expected = {name: leaves(tensors_of(model, name)) for name in active}, {}
-    xs = leaves(inputs)
     for layer, output in outputs.items():
         plain = by_hand.layers[layer].weight
         weights = plain.expand(len(LEVELS), *plain.shape)
         for name, tensors in held.items():
             config = model.peft_config[name]
             weights = weights + by_hand.weights(layer, config, tensors, LEVELS, scaling=ALPHA / config.r) - plain
-        expected[layer] = by_hand.output(layer, weights, xs[layer.split(".")[1]])
+        expected[layer] = by_hand.output(layer, weights, inputs[layer.split(".")[1]])
         assert_near(output, expected[layer], layer, terms=896)
     loss_of(expected).backward()
     for name, tensors in held.items():
@@ -238,33 +256,3 @@ def test_several_active_adapters_add_up_each_with_its_own_core_scale_and_gradien
         assert gradients.keys() == {n for n, t in tensors.items() if t.grad is not None and "freq" not in n}
         for key, gradient in gradients.items():
             assert_near(gradient, tensors[key].grad, f"gradient of {key} of {name}", terms=896, sums=20)
-    for kind, x in xs.items():
-        assert_near(inputs[kind].grad, x.grad, f"gradient of the input of {kind}", terms=896, sums=20)
-
-
-@pytest.mark.parametrize("use_dora", [(True, False), (False, True), (True, True)], ids=str)
-def test_adapters_with_and_without_dora_combine_as_in_peft(use_dora):
-    inputs, found = draw_inputs(KINDS), []
-    state = Kinds(KINDS).state_dict()
-    for kind in (LoraConfig, nara_config):
-        base = Kinds(KINDS)
-        base.load_state_dict(state)
-        first, second = (
-            kind(r=r, lora_alpha=5, target_modules=KINDS, use_dora=d) for r, d in zip((4, 2), use_dora, strict=True)
-        )
-        model = get_peft_model(base, first).eval()
-        model.add_adapter("second", second)
-        if kind is LoraConfig:
-            disturb(model)
-            disturb(model, "second", seed=2)
-            held = {name: tensors_of(model, name) for name in ("default", "second")}
-        for name, tensors in held.items():
-            write(model, tensors, name)
-        model.base_model.set_adapter(["default", "second"])
-        if kind is LoraConfig:
-            found.append(model(inputs))
-        else:
-            with noise_level(model, LEVELS):
-                found.append(model(inputs))
-    for name, expected in found[0].items():
-        assert_near(found[1][name], expected, name)

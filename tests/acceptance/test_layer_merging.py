@@ -114,8 +114,9 @@ def test_merging_in_a_context_and_unloading_leaves_the_stock_model_with_the_weig
 def test_merging_without_a_level_or_running_at_another_one_is_refused():
     _, kinds, model = make("hypernetwork", "global", False)
     inputs = draw_inputs(kinds)
-    with pytest.raises(ValueError, match="only be merged at one λ"):
-        model.merge_adapter()
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match=r"only be merged at one λ.*noise_level"):
+            merge()
     model.merge_adapter(noise_level=LEVEL)
     for part in (model, model.base_model.model.one["linear"]):
         x = inputs if part is model else inputs["linear"]
@@ -133,6 +134,34 @@ def test_merging_one_of_two_adapters_leaves_the_other_to_be_merged_beside_it():
     model.merge_adapter(adapter_names=["knots"], noise_level=LEVEL)
     model.merge_adapter(adapter_names=["default"], noise_level=LEVEL)
     assert_all_near(run(model, inputs), expected)
+
+
+@pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
+@pytest.mark.parametrize(
+    ("why", "options", "message"),
+    [
+        ("grouped", {}, "groups > 1"),
+        ("conv1d", {"safe_merge": True}, "NaNs detected"),
+        ("bare", {}, "which is quantised or has no bias"),
+    ],
+    ids=["a layer of PEFT's", "not a number", "a bias of B without a place to go"],
+)
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed but the targeted layer")
+def test_a_merge_that_one_layer_refuses_touches_none(why, options, message, merge):
+    kinds = ["linear", why]
+    model, inputs = adapted(Kinds(kinds), target_modules=kinds, lora_bias=why == "bare"), draw_inputs(kinds)
+    expected, before = run(model, inputs, LEVEL), base_weights(model)
+    weight = model.base_model.model.two[why].lora_B["default"].weight
+    whole = weight.detach().clone()
+    if "NaN" in message:
+        weight.data[0, 0] = torch.nan
+    with pytest.raises((ValueError, NotImplementedError), match=message):
+        getattr(model, merge)(noise_level=LEVEL, **options)
+    assert_all_near(base_weights(model), before)
+    with pytest.raises(ValueError, match="λ is not known"):  # nothing counts as merged
+        model(inputs)
+    weight.data.copy_(whole)
+    assert_all_near(run(model, inputs, LEVEL), expected)
 
 
 def test_merging_into_half_precision_rounds_the_weights_of_the_formula_once():

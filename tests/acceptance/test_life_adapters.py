@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline
-from safetensors.torch import load_file
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
@@ -18,7 +17,6 @@ from nara_diffusion import core_matrix, noise_level
 from tests.acceptance._lives import (
     FEW_TARGETS,
     LEVELS,
-    TIMESTEPS,
     Call,
     Lives,
     add_nara,
@@ -43,18 +41,17 @@ BLOCKS = {"unet": {"down": 0.2, "mid": 1.4, "up": {"block_0": [0.5, -0.7]}}}
 HALF = {"cross_attention_kwargs": {"scale": 0.5}}
 
 LIVES: dict[str, tuple[Call, ...]] = {
-    "weight": (lambda pipe: pipe.set_adapters("a", 0.3),),
     "weight, then none": (lambda pipe: pipe.set_adapters("a", 0.3), lambda pipe: pipe.set_adapters("a")),
     "weights of blocks": (lambda pipe: pipe.set_adapters("b", BLOCKS),),
-    "two": (lambda pipe: pipe.set_adapters(["a", "b"]),),
-    "two weights": (lambda pipe: pipe.set_adapters(["b", "a"], [0.4, -0.6]),),
+    "two, then weights": (
+        lambda pipe: pipe.set_adapters(["a", "b"]),
+        lambda pipe: pipe.set_adapters(["b", "a"], [0.4, -0.6]),
+    ),
     "the model's own": (lambda pipe: pipe.unet.set_adapters(["a", "b"], [{"mid": 0.3, "up": 1.1}, 0.8]),),
     "the other one": (lambda pipe: pipe.unet.set_adapter("a"),),
-    "the model's disabled": (lambda pipe: pipe.unet.disable_adapters(),),
-    "the model's enabled": (
+    "the model's disabled, then enabled": (
         lambda pipe: pipe.unet.disable_adapters(),
-        lambda pipe: pipe.unet.enable_adapters(),
-        lambda pipe: pipe.set_adapters("a"),
+        lambda pipe: pipe.unet.enable_adapters() or pipe.set_adapters("a"),
     ),
 }
 
@@ -86,7 +83,8 @@ def two(loaded: Lives) -> Lives:
 def test_adapters_after_set_adapters_equal_the_loras(two: Lives, calls: tuple[Call, ...]) -> None:
     before = two.check()
     assert_far(before, predict(two.loras[0], torch.tensor([900, 370, 900])))  # the λ of another sample is seen
-    assert_far(two.call(*calls).check(), before)
+    for each in calls:
+        assert_far(two.call(each).check(), before)
 
 
 def test_scale_of_one_call_multiplies_the_update_of_that_call(two: Lives) -> None:
@@ -251,44 +249,20 @@ LISTS: dict[str, Callable[[Any], Iterable[torch.nn.Parameter]]] = {
 """The ways by which programs list the parameters of a model."""
 
 
-def content(unet: Any, tmp: Path) -> dict[str, dict[str, Tensor]]:
-    """{adapter: {name: tensor}} as each is saved."""
-    pipe: Any = frozen_sd()
-    pipe.unet = unet
-    for name in unet.peft_config:
-        pipe.save_nara_weights(tmp, adapter_name=name, weight_name=f"{name}.safetensors")
-    return {name: load_file(tmp / f"{name}.safetensors") for name in unet.peft_config}
-
-
-def test_what_trains_after_set_adapter_is_the_same_however_it_is_listed() -> None:
+@pytest.mark.parametrize("how", ["set_adapter", "set_adapters"])
+def test_an_adapter_and_its_core_alone_train_however_parameters_are_listed(how: str) -> None:
     unet = two_naras()
     for listed, parameters in LISTS.items():
         found = []
         for active in ("b", "a", ["a", "b"]):
-            unet.set_adapter(active)
+            getattr(unet, how)(active)
             found.append({id(parameter) for parameter in parameters(unet) if parameter.requires_grad})
         of_b, of_a, both = found
         assert both == of_a | of_b, listed
         assert not of_a & of_b
-        names = [name for name, parameter in unet.named_parameters() if id(parameter) in of_a]
+        names = {name for name, parameter in unet.named_parameters() if id(parameter) in of_a}
+        assert names == {name for name, _ in unet.named_parameters() if "freq" not in name and ".a." in name}
         assert len([name for name in names if "core." in name]) == 6  # three layers of F
-        assert len([name for name in names if "lora_" in name]) == len(names) - 6 > 30
-
-
-@pytest.mark.parametrize("how", ["set_adapter", "set_adapters"])
-def test_an_optimiser_after_set_adapter_trains_that_adapter_and_its_core_alone(how: str, tmp_path: Path) -> None:
-    unet = two_naras()
-    getattr(unet, how)("a")
-    before = content(unet, tmp_path)
-    trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
-    assert len(trained) == sum("freq" not in name for name in before["a"])
-    optimizer = torch.optim.SGD(trained, lr=1e-2)
-    unet(torch.randn(3, 4, 8, 8), TIMESTEPS, torch.randn(3, 5, 16)).sample.square().mean().backward()
-    optimizer.step()
-    after = content(unet, tmp_path)
-    for adapter, tensors in before.items():
-        changed = {name for name, tensor in tensors.items() if not torch.equal(tensor, after[adapter][name])}
-        assert changed == ({name for name in tensors if "freq" not in name} if adapter == "a" else set())
 
 
 def test_a_name_that_was_deleted_and_is_added_again_gets_a_fresh_core(root: Path, tmp_path: Path) -> None:
@@ -300,11 +274,7 @@ def test_a_name_that_was_deleted_and_is_added_again_gets_a_fresh_core(root: Path
     assert not [name for name in pipe.unet.state_dict() if "toy" in name]
     pipe.unet.add_adapter(nara_config(r=3, target_modules=FEW_TARGETS), "toy")
     assert torch.equal(core_matrix(pipe.unet, 0.5, adapter_name="toy")[0], torch.eye(3))
-    fill(pipe.unet, seed=8)
+    fill(pipe.unet, "toy", seed=8)
     expected = predict(pipe)
     pipe.save_nara_weights(tmp_path, adapter_name="toy")
-    lives = Lives().load(root / "a", "keep").load(tmp_path, "toy")
-    assert_near(lives.check(), expected, pipe.unet)
-    pipe.set_adapters("keep")
-    lives.call(lambda pipe: pipe.set_adapters("keep"))
-    assert_near(predict(pipe), lives.check(), pipe.unet)
+    assert_near(Lives().load(tmp_path, "toy").check(), expected, pipe.unet)

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.acceptance._lives import FILE, Lives, add_nara, assert_near, fill, frozen_sd, predict, save_lora, save_nara
+from tests.acceptance._lives import FILE, Lives, assert_near, fill, frozen_sd, predict, save_lora, save_nara
 from tests.helpers.small_pipelines import pixels
 
 pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")  # PEFT, at a second LoRA
@@ -63,54 +63,41 @@ class State:
         assert all(torch.equal(found[name], tensor) for name, tensor in self.tensors.items())
 
 
-@pytest.mark.parametrize("form", ["folder", "folder and weight name", "file", "dict"])
-def test_load_of_each_form_gives_the_same_adapter(folder: Path, tmp_path: Path, form: str) -> None:
+def test_each_form_loads_under_the_name_of_a_lora_and_is_saved_as_it_was(folder, with_text, tmp_path: Path) -> None:
     metadata, state = content(folder)
-    calls: dict[str, tuple[Any, dict[str, Any]]] = {
-        "folder": (folder, {}),
-        "folder and weight name": (str(folder), {"weight_name": FILE}),
-        "file": (folder / FILE, {}),
-        "dict": (state, {"metadata": metadata}),
-    }
-    source, options = calls[form]
+    forms: list[tuple[Any, dict[str, Any]]] = [
+        (folder, {}),
+        (str(folder), {"weight_name": FILE}),
+        (folder / FILE, {}),
+        (state, {"metadata": metadata}),
+        (with_text, {}),  # one name for all components
+    ]
     pipe: Any = frozen_sd()
-    pipe.load_nara_weights(source, adapter_name="toy", **options)
-    assert pipe.get_list_adapters() == {"unet": ["toy"]}
-    pipe.save_nara_weights(tmp_path, "toy")
-    assert_same_file(tmp_path, folder)
-
-
-def test_names_that_are_not_given_are_those_of_loras(folder: Path, with_text: Path) -> None:
-    lives = Lives().load(folder).load(folder)
-    lives.check_names()
-    assert lives.nara.get_list_adapters() == {"unet": ["default_0", "default_1"]}
-    lives.nara.load_nara_weights(with_text)  # one name for all components
-    found = lives.nara.get_list_adapters()
-    assert found == {"unet": ["default_0", "default_1", "default_2"], "text_encoder": ["default_2"]}
-
-
-def test_a_taken_name_raises_and_each_adapter_saves_its_own_file(folder: Path, with_text: Path, tmp_path: Path) -> None:
-    pipe: Any = frozen_sd()
-    pipe.load_nara_weights(folder, adapter_name="a")
+    for source, options in forms:
+        pipe.load_nara_weights(source, **options)
+    pipe.load_lora_weights(save_lora(tmp_path))
+    names = [f"default_{number}" for number in range(6)]
+    assert pipe.get_list_adapters() == {"unet": names, "text_encoder": names[4:5]}
+    for name in names[:5]:
+        pipe.save_nara_weights(tmp_path / name, name)
+        assert_same_file(tmp_path / name, with_text if name == names[4] else folder)
     before = State(pipe)
-    with pytest.raises(ValueError, match=r"'a'.*(duplicate|already)"):
-        pipe.load_nara_weights(with_text, adapter_name="a")
+    with pytest.raises(ValueError, match=r"'default_0'.*(duplicate|already)"):
+        pipe.load_nara_weights(with_text, adapter_name="default_0")
     before.assert_is(pipe)
-    pipe.load_nara_weights(with_text, adapter_name="b")
-    for name, source in (("a", folder), ("b", with_text)):
-        pipe.save_nara_weights(tmp_path / name, adapter_name=name)
-        assert_same_file(tmp_path / name, source)
 
 
-def test_saved_and_loaded_into_another_pipeline_gives_the_same_outputs(folder: Path, tmp_path: Path) -> None:
-    first, second = frozen_sd(), frozen_sd()
-    first.load_nara_weights(folder, adapter_name="toy")  # type: ignore[attr-defined]
-    fill(first.unet, seed=3)  # by its trainable tensors, as training does
-    expected = predict(first)
-    first.save_nara_weights(tmp_path, adapter_name="toy")  # type: ignore[attr-defined]
+def test_trained_and_saved_as_a_nara_and_no_lora_it_gives_the_same_outputs_elsewhere(folder, tmp_path: Path) -> None:
+    pipe: Any = frozen_sd()
+    pipe.load_nara_weights(folder, adapter_name="toy")
+    fill(pipe.unet, seed=3)  # by its trainable tensors, as training does
+    with pytest.raises(ValueError, match="save_nara_weights"):
+        pipe.unet.save_lora_adapter(tmp_path, adapter_name="toy")
+    assert not list(tmp_path.iterdir())
+    expected = predict(pipe)
+    pipe.save_nara_weights(tmp_path, adapter_name="toy")
     torch.manual_seed(77)
-    second.load_nara_weights(tmp_path, adapter_name="other")  # type: ignore[attr-defined]
-    assert_near(predict(second), expected, second.unet)
+    assert_near(Lives().load(tmp_path, "other").check(), expected, pipe.unet)
     changed, original = load_file(tmp_path / FILE), load_file(folder / FILE)
     same = {name for name, tensor in original.items() if torch.equal(tensor, changed[name])}
     assert same == {name for name in original if "freq" in name}
@@ -151,13 +138,3 @@ def test_unload_nara_weights_keeps_a_lora_beside_and_saving_then_raises(folder: 
     with pytest.raises(ValueError, match="toy"):
         pipe.save_nara_weights(tmp_path / "out", adapter_name="toy")  # type: ignore[attr-defined]
     assert not (tmp_path / "out" / FILE).exists()
-
-
-def test_a_trained_adapter_is_saved_without_having_been_loaded_and_not_as_a_lora(tmp_path: Path) -> None:
-    pipe: Any = add_nara(frozen_sd(), "mine", seed=4)
-    expected = predict(pipe)
-    with pytest.raises(ValueError, match="save_nara_weights"):
-        pipe.unet.save_lora_adapter(tmp_path, adapter_name="mine")
-    assert not list(tmp_path.iterdir())
-    pipe.save_nara_weights(tmp_path, "mine")
-    assert_near(Lives().load(tmp_path, "toy").check(), expected, pipe.unet)

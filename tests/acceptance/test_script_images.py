@@ -146,7 +146,6 @@ def test_run_of_each_other_family_resumes_and_is_loaded_by_its_card(name: str, t
 PLAIN: dict[str, Any] = {"core_learning_rate": None, "adapter_options": {}}
 ADAPTERS: dict[str, dict[str, Any]] = {
     "lora": PLAIN | {"train_text_encoder": True},
-    "dora": PLAIN,
     "nara_dora": {"train_text_encoder": True},
 }
 

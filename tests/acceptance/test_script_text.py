@@ -95,8 +95,11 @@ def test_trained_adapter_is_peft_s_folder_of_a_nara(finished: Path, flags: dict[
     assert (logits(model, 0.1) - logits(model, 0.9)).abs().max() > 0  # its core has moved
 
 
-def test_card_s_code_loads_the_model_that_was_measured(finished: Path, flags: dict[str, Any]) -> None:
-    scope = by_the_card(finished, until="prompt =")
+def test_card_s_code_runs_as_it_stands_on_the_model_that_was_measured(
+    finished: Path, flags: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    scope = by_the_card(finished, until="(nothing)")
+    assert capsys.readouterr().out.strip() != ""
     model, tokenizer = scope["model"], scope["tokenizer"]
     test, validation = (
         encode_records(read_records(flags[name]), tokenizer, max_length=40).rows
@@ -116,17 +119,11 @@ def test_card_s_code_loads_the_model_that_was_measured(finished: Path, flags: di
     assert found_curve["after"] != pytest.approx(found_curve["before"], rel=1e-3)
 
 
-def test_card_s_code_runs_as_it_stands(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    by_the_card(finished, until="(nothing)")
-    assert capsys.readouterr().out.strip() != ""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("adapter", "changes", "kind"),
     [
         ("lora", {"core_learning_rate": None, "adapter_options": {}}, "LORA"),
-        ("dora", {"core_learning_rate": None, "adapter_options": {}}, "LORA"),
         ("nara_dora", {}, "NARA"),
         ("full", {"core_learning_rate": None, "adapter_options": {}, "lora_alpha": None}, None),
     ],

@@ -1,4 +1,4 @@
-"""`load_backbone` reads LLaDA's, Dream's and iLLaDA's files into stock classes, without code from the checkpoint.
+"""`load_backbone` reads LLaDA's, Dream's, iLLaDA's and others' files into stock classes, without code from the files.
 
 The reference is the stock class, bidirectional, whose tensors were written to the folder under the names of that
 family; the names were taken from the published checkpoints.
@@ -13,13 +13,21 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForPreTraining,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from nara_diffusion.dllm import load_backbone
 from tests.acceptance._text import backbone
-from tests.acceptance._tokenizers import TEMPLATE, save_tokenizer
+from tests.acceptance._tokenizers import TEMPLATE, word_tokenizer
 from tests.helpers.rounding import rounding_of
 
 VOCABULARY = 40
@@ -63,6 +71,10 @@ LLADA_CONFIG = {
 SPECIAL = {"mask_token_id": VOCABULARY - 1, "eos_token_id": 1, "pad_token_id": 1}
 
 
+SIZES: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2}
+SIZES |= {"num_attention_heads": 4}
+
+
 def stock_llama(**changes: Any) -> LlamaForCausalLM:
     rope = {"rope_type": "default", "rope_theta": 5000.0}
     return backbone(VOCABULARY, rms_norm_eps=1e-5, rope_parameters=rope, **changes)
@@ -78,8 +90,8 @@ def llada_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> str:
-    save_tokenizer(folder, VOCABULARY)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    word_tokenizer(VOCABULARY, chat=True).save_pretrained(folder)
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config))
     return str(folder)
 
@@ -106,20 +118,15 @@ def test_llada_s_files_give_the_logits_of_a_bidirectional_llama(tmp_path: Path) 
     assert model.config.pad_token_id == tokenizer.pad_token_id == 2
     assert tokenizer.padding_side == "right"
     assert tokenizer.chat_template == TEMPLATE
-
-
-def test_every_position_sees_the_whole_text(tmp_path: Path) -> None:
-    model, _ = load_backbone(write(tmp_path, llada_names(stock_llama().state_dict()), LLADA_CONFIG | SPECIAL))
     changed = IDS.clone()
     changed[:, -1] = 6 + (changed[:, -1] - 5) % 30
     with torch.no_grad():
         difference = (model(IDS).logits - model(changed).logits).abs().amax(-1)  # (b, l)
-    assert (difference > 1e-4).all()
+    assert (difference > 1e-4).all()  # every position sees the whole text
 
 
 def test_dream_s_files_give_qwen_s_logits_one_position_on(tmp_path: Path) -> None:
-    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
-    stock = Qwen2ForCausalLM(Qwen2Config(vocab_size=VOCABULARY, **sizes, num_key_value_heads=2)).eval()
+    stock = Qwen2ForCausalLM(Qwen2Config(**SIZES, num_key_value_heads=2)).eval()
     for parameter in stock.parameters():
         parameter.data += 0.3 * torch.randn(parameter.shape)  # its biases start at zero
     names = {"model_type": "Dream", "architectures": ["DreamModel"]}
@@ -156,24 +163,108 @@ def test_loading_takes_from_pretrained_s_arguments(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "named"),
+    ("change", "more", "named"),
     [
-        ({"alibi": True}, "alibi"),
-        ({"include_bias": True}, "include_bias"),
-        ({"block_type": "sequential"}, "block_type"),
-        ({"model_type": "mamba"}, "mamba"),
-        ({"n_layers": 3}, "blocks.2"),
+        ({"alibi": True}, {}, "alibi"),
+        ({"include_bias": True}, {}, "include_bias"),
+        ({"block_type": "sequential"}, {}, "block_type"),
+        ({"model_type": "mamba"}, {}, "mamba"),
+        ({"n_layers": 3}, {}, r"missing: model\.transformer\.blocks\.2"),
+        (
+            {},
+            {"model.transformer.blocks.0.q_proj.bias": torch.ones(24)},
+            r"model\.transformer\.blocks\.0\.q_proj\.bias",
+        ),
     ],
 )
 def test_files_that_the_stock_class_is_not_are_refused_by_name(
-    tmp_path: Path, change: dict[str, Any], named: str
+    tmp_path: Path, change: dict[str, Any], more: dict[str, Tensor], named: str
 ) -> None:
-    folder = write(tmp_path, llada_names(stock_llama().state_dict()), LLADA_CONFIG | SPECIAL | change)
+    """Tensors by their names in the files."""
+    folder = write(tmp_path, llada_names(stock_llama().state_dict()) | more, LLADA_CONFIG | SPECIAL | change)
     with pytest.raises(ValueError, match=named):
         load_backbone(folder)
 
 
-def test_a_tensor_too_many_is_refused_by_its_name_in_the_files(tmp_path: Path) -> None:
-    tensors = llada_names(stock_llama().state_dict()) | {"model.transformer.blocks.0.q_proj.bias": torch.ones(24)}
-    with pytest.raises(ValueError, match=r"model\.transformer\.blocks\.0\.q_proj\.bias"):
-        load_backbone(write(tmp_path, tensors, LLADA_CONFIG | SPECIAL))
+# ---------------------------------------------------------------------- other models
+
+
+def saved(folder: Path, model: PreTrainedModel, **changes: Any) -> str:
+    return write(folder, model.eval().state_dict(), model.config.to_dict() | changes)
+
+
+def plain_logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+@pytest.mark.parametrize("model_class", [LlamaForCausalLM, Qwen2ForCausalLM])
+def test_causal_models_become_bidirectional_and_qwen2_shifted_by_its_configuration(
+    tmp_path: Path, model_class: Any
+) -> None:
+    stock = model_class(model_class.config_class(**SIZES, num_key_value_heads=2))
+    folder = saved(tmp_path, stock)
+    model, _ = load_backbone(folder)
+    stock.config.is_causal = False
+    torch.testing.assert_close(plain_logits(model), plain_logits(stock))
+    saved(tmp_path, stock, shifted_logits=True)
+    if model_class is LlamaForCausalLM:
+        with pytest.raises(ValueError, match="has shifted_logits, which Dream and Qwen2 have alone"):
+            load_backbone(folder)
+        return
+    shifted, _ = load_backbone(folder)
+    torch.testing.assert_close(plain_logits(shifted)[:, 1:], plain_logits(stock)[:, :-1])
+    saved(tmp_path, stock, use_sliding_window=True, sliding_window=4)
+    with pytest.raises(ValueError, match="use_sliding_window=True isn't supported"):
+        load_backbone(folder)
+
+
+def test_mask_token_is_named_by_id_or_by_text(tmp_path: Path) -> None:
+    folder = saved(tmp_path, backbone(VOCABULARY))
+    model, tokenizer = load_backbone(folder, mask_token_id=7)
+    assert (model.config.mask_token_id, tokenizer.mask_token) == (7, "w7")
+    model, tokenizer = load_backbone(folder, mask_token="w9")
+    assert (model.config.mask_token_id, tokenizer.mask_token_id) == (9, 9)
+    for options, message in (
+        ({"mask_token": "nothing"}, "'nothing' isn't a token"),
+        ({"mask_token_id": 40}, "outside the vocabulary"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_backbone(folder, **options)
+
+
+def test_encoders_are_loaded_without_heads_of_other_tasks_and_other_tensors_are_refused(tmp_path: Path) -> None:
+    folder = saved(tmp_path, BertForPreTraining(BertConfig(**SIZES)))
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {"classifier.weight": torch.ones(3, 24)}, file, metadata={"format": "pt"})
+    model, tokenizer = load_backbone(folder)
+    assert type(model) is BertForMaskedLM
+    assert torch.equal(plain_logits(model), plain_logits(BertForMaskedLM.from_pretrained(folder).eval()))
+    assert model.config.mask_token_id == tokenizer.mask_token_id == VOCABULARY - 1
+    save_file(tensors | {"other.weight": torch.ones(3, 24)}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"1 not known to the model: other\.weight"):
+        load_backbone(folder)
+    del tensors["cls.predictions.transform.dense.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"1 missing: cls\.predictions\.transform\.dense\.weight"):
+        load_backbone(folder)
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ("model.safetensors", r"The weights of .* are cut off or damaged \(.*\): download them again"),
+        ("tokenizer.json", r"The tokenizer of .* can't be loaded: "),
+        ("config.json", r"There is no 'config\.json' in the folder '.*': name a folder of a model"),
+    ],
+)
+def test_half_downloaded_model_is_named(tmp_path: Path, broken: str, message: str) -> None:
+    folder = saved(tmp_path, backbone(VOCABULARY))
+    file = tmp_path / broken
+    content = file.read_bytes()
+    file.unlink() if broken == "config.json" else file.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=message):
+        load_backbone(folder)
+    with pytest.raises(ValueError, match=r"^There is no folder 'gone/model', and the Hub, .* can't be reached"):
+        load_backbone("gone/model")

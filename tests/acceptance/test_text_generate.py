@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from itertools import groupby
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nara_diffusion.dllm import generate
-from tests.acceptance._text import END, PAD, ByHand, adapted_pair, backbone, greedy, nara, two_tokens
+from tests.acceptance._text import END, PAD, ByHand, adapted_pair, greedy, two_tokens
 
 VOCABULARY, FEW = 40, 7
 PROMPTS = [[5, 9, 11], [7, 7, 30, 8, 21, 3], [12]]
@@ -26,10 +27,7 @@ def pair() -> tuple[Any, ByHand]:
 @pytest.fixture(scope="module")
 def few() -> tuple[Any, ByHand]:
     """The same with a vocabulary of seven tokens, the mask included, so that all answers can be counted."""
-    base = backbone(FEW, seed=2)
-    before = copy.deepcopy(base)
-    adapted = nara(base, seed=3)
-    return adapted, ByHand(before, adapted)
+    return adapted_pair(FEW)
 
 
 def padded(side: str) -> dict[str, Any]:
@@ -52,29 +50,23 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_generate_by_confidence_writes_the_answers_by_hand(pair: Any, setting: str) -> None:
+    """And its forwards run at λ by hand."""
     model, by_hand = pair
     side, options = SETTINGS[setting]
-    result = generate(model, **padded(side), **options, stop_at_eos=False, return_stats=True)
+    told: list[list[float]] = []
+    watched: dict[str, Any] = {"on_step_end": lambda step: told.append(step.noise_level.tolist()), "return_stats": True}
+    result = generate(model, **padded(side), **options, stop_at_eos=False, **watched)
     answers, levels = zip(*(greedy(by_hand, p, mask=VOCABULARY - 1, **options) for p in PROMPTS), strict=True)
     assert result.answers.tolist() == list(answers)
     assert result.forwards == max(map(len, levels))
+    for row, column in zip(levels, zip(*told, strict=True), strict=True):
+        assert [level for level, _ in groupby(column) if level > 0] == pytest.approx(row)  # a row may wait for others
     longest = max(map(len, PROMPTS)) + options["gen_length"]
     rows = [prompt + answer for prompt, answer in zip(PROMPTS, answers, strict=True)]
     assert result.sequences.tolist() == [row + [PAD] * (longest - len(row)) for row in rows]
-    constant = ByHand(by_hand.base, model)
-    constant.weights = lambda level, at=constant.weights: at(0.0)
+    constant = copy.copy(by_hand)
+    constant.at = lambda level: by_hand.at(0.0)
     assert any(greedy(constant, p, mask=VOCABULARY - 1, **options)[0] not in answers for p in PROMPTS)  # λ matters
-
-
-def test_generate_tells_each_step_the_masked_share_of_each_answer(pair: Any) -> None:
-    model, by_hand = pair
-    told: list[list[float]] = []
-    options: dict[str, Any] = {"gen_length": 8, "block_length": 4, "confidence_threshold": 0.6}
-    shown = lambda step: told.append(step.noise_level.tolist())  # noqa: E731
-    generate(model, **padded("right"), **options, stop_at_eos=False, on_step_end=shown)
-    for prompt, column in zip(PROMPTS, zip(*told, strict=True), strict=True):
-        changes = [level for level, _ in groupby(column) if level > 0]  # a row that is done waits for the others
-        assert changes == pytest.approx(greedy(by_hand, prompt, mask=VOCABULARY - 1, **options)[1])
 
 
 def test_generate_fills_an_answer_that_has_ended_with_its_end_token(pair: Any) -> None:
@@ -131,13 +123,50 @@ def test_generate_draws_by_the_generator_alone(few: Any) -> None:
     assert not torch.equal(counted(model, [3, 5], 200, seed=8, **options), first)
 
 
-def test_generate_refuses_impossible_settings_by_name(pair: Any) -> None:
-    for options, named in [
-        ({"gen_length": 8, "block_length": 3}, "block_length"),
-        ({"gen_length": 8, "block_length": 4, "steps": 3}, "steps"),
-        ({"gen_length": 8, "remasking": "low_confidense"}, "remasking"),
-        ({"gen_length": 8, "temperature": -1.0}, "temperature"),
+@pytest.mark.parametrize("setting", ["logits_eos_inf", "confidence_eos_eot_inf"])
+def test_end_token_of_the_configuration_is_never_predicted_or_placed_last(
+    pair: Any, setting: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, by_hand = pair
+    options: dict[str, Any] = {"gen_length": 6, "block_length": 6}
+    whole, _ = greedy(by_hand, PROMPTS[0], mask=VOCABULARY - 1, **options)
+    end = whole[1]
+    monkeypatch.setattr(model.get_base_model().config, "eos_token_id", end)
+
+    def guided(*given: Any) -> Tensor:
+        free = by_hand.guided(*given)
+        never, token = free.index_fill(1, torch.tensor(end), -torch.inf), free.argmax(1)
+        least_sure = 1e-9 * torch.nn.functional.one_hot(token, VOCABULARY)  # but for its first place still `token`
+        is_last = (token == end) & (setting == "confidence_eos_eot_inf")
+        return torch.where(is_last[:, None], least_sure, never)
+
+    expected, _ = greedy(SimpleNamespace(guided=guided), PROMPTS[0], mask=VOCABULARY - 1, **options)  # type: ignore[arg-type]
+    found: Any = generate(model, torch.tensor(PROMPTS[:1]), **options, stop_at_eos=False, **{setting: True})
+    assert found[0, len(PROMPTS[0]) :].tolist() == expected != whole
+    assert (end in expected) is (setting == "confidence_eos_eot_inf")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"block_length": 3}, "block_length 3 doesn't divide"),
+        ({"block_length": 4, "steps": 3}, "steps is 3 and there are 2 blocks"),
+        ({"remasking": "entropie"}, "remasking is 'entropie', expected one of 'low_confidence', .*'entropy'"),
+        ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"top_p": 0.0}, "top_p is 0.0, expected more than 0"),
         ({"gen_length": 62}, "positions"),
-    ]:
-        with pytest.raises(ValueError, match=named):
-            generate(pair[0], torch.tensor([[5, 9, END]]), **options)
+        ({"steps": 4, "factor": 1.0}, "steps and factor each say how many tokens a step places: give one"),
+        ({"confidence_threshold": 0.9, "entropy_bound": 0.1}, "confidence_threshold and entropy_bound each"),
+        ({"factor": 1.0, "remasking": "random"}, "factor goes with remasking low_confidence or maskgit_plus"),
+        ({"entropy_bound": 1.0, "remasking": "random"}, "entropy_bound goes with remasking .* or entropy, .* 'random'"),
+    ],
+)
+def test_generate_refuses_impossible_settings_by_name(pair: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        generate(pair[0], torch.tensor([[5, 9, END]]), **{"gen_length": 8, **options})
+
+
+@pytest.mark.parametrize("given", ["a text", [[1, 2]], torch.ones(1, 3), torch.tensor([1, 2])])
+def test_generate_of_what_is_no_batch_of_tokens_says_how_to_encode_it(pair: Any, given: Any) -> None:
+    with pytest.raises(ValueError, match=r"^input_ids is .*expected a tensor \(b, p\) of token ids: .*encode_prompts"):
+        generate(pair[0], given)

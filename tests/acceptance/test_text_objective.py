@@ -7,7 +7,7 @@ n_i is the length of answer i. The masks are read off the model's own input.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise, product
 from math import comb
@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from nara_diffusion import noise_level
 from nara_diffusion.dllm import log_likelihood, masked_diffusion_loss, noise_level_curve
@@ -52,10 +53,13 @@ def inputs_of(model: Any) -> Iterator[list[list[int]]]:
         handle.remove()
 
 
+def masked_ids(row: list[int], masked: list[int]) -> list[int]:
+    return [MASK if j in masked else token for j, token in enumerate(row)]
+
+
 def surprise(by_hand: ByHand, row: list[int], masked: list[int], level: float) -> float:
     """Σ − log p of the tokens at the `masked` positions."""
-    ids = [MASK if j in masked else token for j, token in enumerate(row)]
-    log_p = by_hand([ids], level)[0].log_softmax(-1)
+    log_p = by_hand([masked_ids(row, masked)], level)[0].log_softmax(-1)
     return -float(sum(log_p[j, row[j]] for j in masked))
 
 
@@ -68,6 +72,13 @@ def check_loss(by_hand: ByHand, result: Any, rows: list[int]) -> None:
         expected.append(surprise(by_hand, ROWS[i], masked, level) / level / (len(ROWS[i]) - PROMPTS[i]))
     assert result.per_sample.tolist() == pytest.approx(expected, rel=1e-4)
     assert float(result.loss.detach()) == pytest.approx(sum(expected) / len(expected), rel=1e-4)
+
+
+def check_gradients(model: Any, found: Tensor, expected: Tensor) -> None:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for mine, theirs in zip(*(torch.autograd.grad(loss, trained) for loss in (found, expected)), strict=True):
+        assert theirs.abs().max() > 0
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
 
 
 @pytest.mark.parametrize("chunk_size", [3, None])
@@ -90,11 +101,7 @@ def test_loss_has_the_gradients_of_a_plain_forward_of_each_row(pair: Any) -> Non
             log_p = model(ids.masked_fill(masked, MASK)).logits.log_softmax(-1)
         of_tokens = log_p.gather(-1, ids[..., None])[0, masked].sum()
         plain = plain - of_tokens / level / (len(ROWS[i]) - PROMPTS[i]) / 3
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    found, expected = (torch.autograd.grad(loss, list(trained.values())) for loss in (result.loss, plain))
-    for name, mine, theirs in zip(trained, found, expected, strict=True):
-        assert theirs.abs().max() > 0, name
-        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
+    check_gradients(model, result.loss, plain)
 
 
 def test_loss_draws_one_level_of_each_stratum_however_the_batch_is_split(pair: Any) -> None:
@@ -131,34 +138,74 @@ def test_loss_with_complementary_masks_trains_each_token_of_an_answer_once(pair:
     check_loss(by_hand, result, [0, 1, 2, 0, 1, 2])
 
 
-def test_likelihood_of_a_short_answer_is_the_sum_over_all_masks(pair: Any) -> None:
-    model, by_hand = pair
-    found = log_likelihood(model, **batch(), samples=70, batch_size=5)
-    assert found.dtype == torch.float64
-    for i, value in zip(range(3), found.tolist(), strict=True):
-        places = range(PROMPTS[i], len(ROWS[i]))
-        n, expected = len(places), 0.0
-        for bits in product((False, True), repeat=n):
-            masked = [j for j, bit in zip(places, bits, strict=True) if bit]
-            if k := len(masked):
-                expected -= surprise(by_hand, ROWS[i], masked, k / n) * n / k / (n * comb(n, k))
-        assert value == pytest.approx(expected, rel=1e-4)
+def bound(row: int, log_p: Callable[[list[int], float], Tensor]) -> Any:
+    """The sum over all masks of an answer, by the log-probabilities (l, v) of (ids, λ)."""
+    ids, places, total = ROWS[row], range(PROMPTS[row], len(ROWS[row])), 0.0
+    for bits in product((False, True), repeat=len(places)):
+        masked = [j for j, bit in zip(places, bits, strict=True) if bit]
+        if k := len(masked):
+            own = log_p(masked_ids(ids, masked), k / len(places))
+            total = total + sum(own[j, ids[j]] for j in masked) / k / comb(len(places), k)
+    return total
 
 
-def test_likelihood_of_a_longer_answer_is_the_mean_over_its_masks_of_each_size(pair: Any) -> None:
-    """As many masks as the answer has tokens, one of each number of them: k is stratified."""
+@pytest.mark.parametrize(("scale", "cap"), [(0.0, None), (1.5, None), (1.5, 1e9)])
+def test_likelihood_of_a_short_answer_is_the_sum_over_all_masks(
+    pair: Any, scale: float, cap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guided, too, in the head and by all logits: under a cap, which is too high to change a thing, `head` is None."""
     model, by_hand = pair
-    row, prompt, n = [5, 9, 4, 6, 20, 8, 11, 3, 25, 16, END, END], 2, 10
-    with inputs_of(model) as seen:
-        found = log_likelihood(model, torch.tensor([row]), [prompt], samples=n, batch_size=4, seed=3)
-    masks = [[j for j, token in enumerate(ids) if token == MASK] for ids in seen]
-    assert sorted(map(len, masks)) == list(range(1, n + 1))
-    assert all(min(masked) >= prompt for masked in masks)
-    terms = [surprise(by_hand, row, masked, len(masked) / n) * n / len(masked) for masked in masks]
-    assert float(found) == pytest.approx(-sum(terms) / n, rel=1e-4)
-    again = log_likelihood(model, torch.tensor([row, row]), [prompt] * 2, samples=n, seed=3, sample_indices=[0, 1])
-    assert float(again[0]) == pytest.approx(float(found), rel=1e-5)
-    assert float(again[1]) != pytest.approx(float(found), rel=1e-5)
+    monkeypatch.setattr(model.get_base_model().config, "final_logit_softcapping", cap, raising=False)
+    found = log_likelihood(model, **batch(), samples=70, batch_size=5, cfg_scale=scale)
+    assert (found.dtype, found.requires_grad) == (torch.float64, False)
+    for i, prompt in enumerate(PROMPTS):
+
+        def log_p(ids: list[int], level: float, prompt: int = prompt) -> Tensor:
+            told, blind = by_hand([ids, [MASK] * prompt + ids[prompt:]], level)  # (l, v) each
+            return ((1 + scale) * told - scale * blind).log_softmax(-1)
+
+        assert float(found[i]) == pytest.approx(float(bound(i, log_p)), rel=1e-4)
+
+
+def test_differentiable_likelihood_has_the_gradients_of_plain_forwards(pair: Any) -> None:
+    model, _ = pair
+    found = log_likelihood(model, **batch(), samples=70, batch_size=5, differentiable=True)
+
+    def log_p(ids: list[int], level: float) -> Tensor:
+        with noise_level(model, level):
+            return model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+
+    expected = torch.stack([bound(i, log_p) for i in range(3)])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
+    weighting = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    check_gradients(model, (weighting * found).sum(), (weighting * expected).sum())
+
+
+@pytest.mark.parametrize("differentiable", [False, True])
+def test_likelihood_of_a_longer_answer_is_the_mean_over_masks_of_stratified_sizes(
+    pair: Any, differentiable: bool
+) -> None:
+    """10 tokens and 5 masks: a size in each fifth of 1 … 10. The model stays in training where dropout is to act."""
+    model, by_hand = pair
+    row, prompt, n, modes, sizes = [5, 9, 4, 6, 20, 8, 11, 3, 25, 16, END, END], 2, 10, set(), set()
+    options: dict[str, Any] = {"samples": 5, "differentiable": differentiable}
+    handle = model.register_forward_pre_hook(lambda module, _: modes.add(module.training))
+    model.train()
+    for seed in range(3):
+        with inputs_of(model) as seen:
+            found = log_likelihood(model, torch.tensor([row]), [prompt], batch_size=4, seed=seed, **options).detach()
+        masks = [[j for j, token in enumerate(ids) if token == MASK] for ids in seen]
+        assert sorted((len(masked) - 1) // 2 for masked in masks) == [0, 1, 2, 3, 4]
+        assert all(min(masked) >= prompt for masked in masks)
+        terms = [surprise(by_hand, row, masked, len(masked) / n) * n / len(masked) for masked in masks]
+        assert float(found) == pytest.approx(-sum(terms) / 5, rel=1e-4)
+        sizes |= {*map(len, masks)}
+    again = log_likelihood(model, torch.tensor([row, row]), [prompt] * 2, seed=2, sample_indices=[0, 1], **options)
+    model.eval()
+    handle.remove()
+    assert modes == {differentiable}
+    assert len(sizes) > 5
+    assert [value == pytest.approx(float(found), rel=1e-5) for value in again.tolist()] == [True, False]
 
 
 def test_curve_at_each_level_is_the_ratio_by_hand(pair: Any) -> None:

@@ -7,19 +7,21 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from nara_diffusion.dllm import encode_prompts, exact_match, generate, load_backbone, prompt_text
+from nara_diffusion.dllm import Sampling, encode_prompts, exact_match, generate, load_backbone, prompt_text
+from nara_diffusion.dllm.decoding import CHAT_BLOCK_LENGTHS
+from nara_diffusion.dllm.evaluation.answers import compare
 from pipelines.llada import LLaDAPipeline
 from tests.acceptance._text import nara
-from tests.acceptance._tokenizers import SPECIAL, word_tokenizer
 
 SHIPPED = str(Path(__file__).parents[2] / "examples" / "assets" / "llada-tiny")
 QUESTIONS = ["reverse: planet", "upper: planet", "sort: zebra"]
 ANSWERS = ["tenalp", "PLANET", "aberz"]
-LENGTH = {"gen_length": 12}
+LENGTH: dict[str, Any] = {"gen_length": 12}
+USER = {"role": "user", "content": QUESTIONS[0]}
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +38,11 @@ def pipeline(folder: str | Path = SHIPPED, **options: Any) -> LLaDAPipeline:
     return pipe
 
 
+@pytest.fixture(scope="module")
+def shared() -> LLaDAPipeline:
+    return pipeline()
+
+
 def sequences(model: Any, tokenizer: Any, questions: list[str] = QUESTIONS, **options: Any) -> Tensor:
     """By `generate` itself."""
     prompts = encode_prompts(tokenizer, [prompt_text(tokenizer, question) for question in questions])
@@ -46,17 +53,88 @@ def sequences(model: Any, tokenizer: Any, questions: list[str] = QUESTIONS, **op
     return generate(model, ids, prompt_lengths=lengths, eos_token_id=ends, **LENGTH, **options)
 
 
-def test_pipeline_answers_questions_and_chats() -> None:
-    pipe = pipeline()
-    result = pipe(QUESTIONS, **LENGTH)
-    assert result.texts == ANSWERS
-    assert torch.equal(result.sequences, sequences(*load_backbone(SHIPPED)))
-    assert pipe([{"role": "user", "content": QUESTIONS[1]}], **LENGTH).texts == ANSWERS[1:2]
-    texts, ids = pipe(QUESTIONS, **LENGTH, return_dict=False)
-    assert texts == ANSWERS
-    assert torch.equal(ids, result.sequences)
-    with pytest.raises(ValueError, match="empty"):
-        pipe(["upper: ab", " "], **LENGTH)
+def test_pipeline_answers_questions_and_chats_alone_and_together(shared: LLaDAPipeline) -> None:
+    texts, ids = shared(QUESTIONS, **LENGTH, return_dict=False)
+    assert texts == shared(QUESTIONS, **LENGTH).texts == ANSWERS
+    assert torch.equal(ids, sequences(*load_backbone(SHIPPED)))
+    turns = [{"role": "user", "content": "upper: planet"}, {"role": "assistant", "content": "PLANET"}, USER]
+    chat = shared.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    expected = shared(chat, **LENGTH, apply_template=False)
+    assert torch.equal(shared(turns, **LENGTH).sequences, expected.sequences)
+    assert shared([turns, [USER]], **LENGTH).texts == [*expected.texts, "tenalp"]
+
+
+def test_several_answers_a_prompt_differ_at_a_temperature(shared: LLaDAPipeline) -> None:
+    options = {**LENGTH, "temperature": 3.0, "num_answers_per_prompt": 2}
+    result = shared(QUESTIONS[1:], **options, generator=torch.Generator().manual_seed(0))
+    starts = result.prompt_lengths.tolist()
+    assert starts[0] == starts[1] != starts[2] == starts[3]
+    assert not torch.equal(result.answers[0], result.answers[1])
+
+
+def test_a_chat_prompt_is_answered_in_the_blocks_of_the_models_own_chat(
+    shared: LLaDAPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, steps = [], Sampling.tokens_per_step
+    monkeypatch.setitem(CHAT_BLOCK_LENGTHS, "llama", 3)
+    monkeypatch.setattr(Sampling, "tokens_per_step", lambda self: asked.append(self.block) or steps(self))
+    for template, settings, block in ((True, {}, 3), (False, {}, 12), (True, {"block_length": 6}, 6)):
+        shared(QUESTIONS[0], **LENGTH, apply_template=template, **settings)
+        assert {*asked} == {block}
+        asked.clear()
+
+
+def test_callback_sees_each_step_and_changes_it(shared: LLaDAPipeline) -> None:
+    seen = []
+
+    def callback(given: Any, step: int, noise_level: Tensor, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        seen.append((step, noise_level.item(), tensors["masked"].float().mean().item()))
+        tensors["sequences"][:, -1] = shared.tokenizer.eos_token_id  # the last place of the answer
+        return {"sequences": tensors["sequences"]}
+
+    names = ["sequences", "masked"]
+    options = {**LENGTH, "callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": names}
+    result = shared(QUESTIONS[0], **options)
+    assert [step for step, _, _ in seen] == list(range(result.forwards))
+    assert seen[0][1] == 1
+    assert seen[1][1] == pytest.approx(seen[0][2] - 1 / 12)  # the token put in by hand is no mask any more
+    assert result.answers[0, -1] == shared.tokenizer.eos_token_id
+    assert shared(QUESTIONS[1], **{**options, "callback_on_step_end": lambda *_: None}).texts == ["PLANET"]
+
+
+def test_without_a_chat_template_the_prompt_is_that_of_training() -> None:
+    other = pipeline()
+    other.tokenizer.chat_template = None
+    assert other.prompt_text(QUESTIONS[2]) == prompt_text(other.tokenizer, QUESTIONS[2])
+    with pytest.raises(ValueError, match="without a chat template"):
+        other([USER], **LENGTH)
+
+
+def test_prompts_and_arguments_are_refused(shared: LLaDAPipeline) -> None:
+    for prompt, arguments, message in [
+        ([], {}, r"prompt is \[\], expected a text"),
+        (["a", " \n"], {}, r"prompt ' \\n' is empty"),
+        ([{"role": "assistant", "content": "a"}], {}, "doesn't end with the user's turn"),
+        ([USER], {"apply_template": False}, "without a chat template"),
+        ("a", {"gen_length": 65}, "gen_length is 65, .* and the model has 64 positions"),
+        ("a" * 100, {}, r"the longest prompt has \d+ tokens and gen_length is 12, .* and the model has 64 positions"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            shared(prompt, **{**LENGTH, **arguments})
+
+
+def test_models_that_cannot_unmask_are_refused(shared: LLaDAPipeline, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 4}
+    causal = LlamaForCausalLM(LlamaConfig(vocab_size=284, **sizes))
+    wrapped = get_peft_model(load_backbone(SHIPPED)[0], LoraConfig(target_modules=["q_proj"]))
+    for model, message in ((causal, "LlamaForCausalLM, expected"), (wrapped, r"PeftModel.*pipe\.load_nara_weights")):
+        with pytest.raises(ValueError, match=message):
+            LLaDAPipeline(model, shared.tokenizer)
+    causal.config.is_causal = False
+    with pytest.raises(ValueError, match="no mask_token_id"):
+        LLaDAPipeline(causal, shared.tokenizer)
+    with pytest.raises(ValueError, match=r"There is no 'config\.json' in the folder"):
+        LLaDAPipeline.from_pretrained(tmp_path)
 
 
 def test_pipeline_with_an_adapter_answers_as_peft_does(adapter: Path) -> None:
@@ -104,42 +182,25 @@ def test_exact_match_is_the_share_of_right_answers() -> None:
     assert (result.correct, result.total, result.score) == (2, 3, pytest.approx(2 / 3))
     assert [generation["generation"] for generation in result.generations] == ANSWERS
     assert [generation["correct"] for generation in result.generations] == [True, False, True]
+    rows[0]["answer"] = "other"
+    own = exact_match(model, tokenizer, rows, **LENGTH, extract=str.lower, progress=False)
+    assert [generation["correct"] for generation in own.generations] == [False, True, False]
 
 
-class Parrot(nn.Module):
-    """Says texts[i] where the prompt is the one token FIRST + i."""
-
-    def __init__(self, texts: list[str], tokenizer: PreTrainedTokenizerBase) -> None:
-        super().__init__()
-        end = tokenizer.eos_token_id
-        self.one_hot = nn.Embedding.from_pretrained(torch.eye(len(tokenizer)))
-        encoded = [tokenizer(text)["input_ids"] for text in texts]
-        width = 1 + max(map(len, encoded))
-        self.said = torch.tensor([[0, *ids, *[end] * (width - len(ids))] for ids in encoded])
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        return 9 * self.one_hot(self.said[input_ids[:, 0] - FIRST, : input_ids.shape[1]])
-
-
-FIRST = len(SPECIAL)
-
-
-def test_exact_match_compares_what_the_rule_finds() -> None:
-    for rule, pairs, right in [
-        ("text", [("A  or B", "A or B"), ("a or B", "A or B")], [True, False]),
-        ("number", [("12 or 1,000.0 then", "1000"), ("12 or 13", "12"), ("A", "12")], [True, False, False]),
-        ("choice", [("A or B", "B"), ("B or A", "B"), ("A", "B")], [True, False, False]),
-        ("choice", [("option2 or option1", "option2"), ("option1 or option2", "option2")], [True, False]),
-        (str.lower, [("A or B", "a OR b"), ("A", "B")], [True, False]),
-    ]:
-        words = ["q0", "q1", "q2", *sorted({word for said, _ in pairs for word in said.split()})]
-        tokenizer = word_tokenizer(0, chat=False, words=words)
-        rows = [
-            {"input_ids": [FIRST + i, 0], "prompt_length": 1, "instruction": f"q{i}", "answer": answer}
-            for i, (_, answer) in enumerate(pairs)
-        ]
-        model = Parrot([said for said, _ in pairs], tokenizer)
-        options: dict[str, Any] = {"gen_length": 4, "mask_token_id": tokenizer.mask_token_id, "progress": False}
-        result = exact_match(model, tokenizer, rows, extract=rule, **options)
-        assert [generation["correct"] for generation in result.generations] == right
-        assert result.score == pytest.approx(sum(right) / len(right))
+@pytest.mark.parametrize(
+    ("rule", "text", "answer", "right"),
+    [
+        ("text", "A  or B", "A or B", True),
+        ("text", "a or B", "A or B", False),
+        ("number", "12 or 1,000.0 then", "1000", True),
+        ("number", "12 or 13", "12", False),
+        ("number", "A", "12", False),
+        ("choice", "A or B", "B", True),
+        ("choice", "B or A", "B", False),
+        ("choice", "A", "B", False),
+        ("choice", "option2 or option1", "option2", True),
+        ("choice", "option1 or option2", "option2", False),
+    ],
+)
+def test_rules_find_the_answer_in_a_text(rule: str, text: str, answer: str, right: bool) -> None:
+    assert compare(rule, text, answer).is_right is right

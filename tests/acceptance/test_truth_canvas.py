@@ -16,8 +16,7 @@ import yaml
 
 from nara_diffusion.dllm import AnswerCollator
 from nara_diffusion.dllm.text_arguments import Arguments
-from nara_diffusion.dllm.train import main, shipped_run
-from nara_diffusion.training.parser import parse_arguments
+from nara_diffusion.dllm.train import main
 from tests.acceptance._commands import ROOT, metrics
 from tests.acceptance._runs import text_arguments
 
@@ -66,11 +65,11 @@ def test_gen_length_trains_each_answer_to_gen_length_after_its_prompt() -> None:
 
 def test_longest_pads_over_the_global_batch_whatever_a_forward_holds(arguments, tmp_path: Path) -> None:
     """The losses of 1 x 4 samples are those of 4 x 1: both train the padding to the longest of the four."""
-    lines = []
+    lines, short = [], {"max_train_steps": 1, "validation_steps": 1, "test_samples": 1, "curve_points": 1}
     for size, accumulation in ((1, 4), (4, 1)):
         folder = tmp_path / f"{size}x{accumulation}"
         batches = {"train_batch_size": size, "gradient_accumulation_steps": accumulation, "eval_batch_size": size}
-        main(arguments(trained_padding="longest", validation_steps=1, output_dir=folder, **batches))
+        main(arguments(trained_padding="longest", output_dir=folder, **short, **batches))
         lines.append([line.get("loss", line.get("validation_loss")) for line in metrics(folder)])
     torch.testing.assert_close(*lines, rtol=1e-4, atol=1e-6)
 
@@ -91,6 +90,17 @@ def test_more_training_of_what_the_base_knows_makes_it_no_worse(arguments, tmp_p
         )
     )
     assert results["exact_match_after"] >= max(results["exact_match_before"], 0.9)
+
+
+@pytest.fixture
+def stopped(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A context that a run leaves where its training would begin."""
+
+    def stop(*args: Any) -> None:
+        raise InterruptedError
+
+    monkeypatch.setattr("nara_diffusion.dllm.train.train", stop)
+    return pytest.raises(InterruptedError)
 
 
 def canvas_warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -114,28 +124,17 @@ def test_a_run_says_what_canvas_it_trains_and_generates_on(arguments, caplog: py
 @pytest.mark.parametrize(
     ("padding", "gen_length", "told", "remedy"),
     [
-        (
-            "0",
-            12,
-            r"gen_length is 12, and 40 of 40 samples end before that, the shortest after 5 tokens",
-            "--trained_padding gen_length",
-        ),
         ("6", 12, r"of 40 samples end before that, the shortest after 11 tokens", "--trained_padding gen_length"),
         ("longest", 12, r"gen_length is 12, and \d+ of 40 samples end before that", "--trained_padding gen_length"),
         ("7", 12, None, ""),
-        ("gen_length", 12, None, ""),
         ("gen_length", 8, None, ""),
         ("gen_length", 6, r"gen_length is 6, and \d+ of 40 samples have longer answers, up to 8 ", "--gen_length 8"),
     ],
 )
 def test_generating_beyond_the_trained_canvas_or_less_than_an_answer_is_warned_of_before_training(
-    arguments, caplog: Any, monkeypatch: Any, padding: str, gen_length: int, told: str | None, remedy: str
+    arguments, caplog: Any, stopped: Any, padding: str, gen_length: int, told: str | None, remedy: str
 ) -> None:
-    def stop(*args: Any) -> None:
-        raise InterruptedError
-
-    monkeypatch.setattr("nara_diffusion.dllm.train.train", stop)
-    with pytest.raises(InterruptedError):
+    with stopped:
         main(arguments(trained_padding=padding, gen_length=gen_length, max_length=40))
     found = canvas_warnings(caplog)
     assert len(found) == (told is not None)
@@ -144,29 +143,25 @@ def test_generating_beyond_the_trained_canvas_or_less_than_an_answer_is_warned_o
         assert found[0].endswith(f"give {remedy}")
 
 
-def test_texts_without_a_prompt_may_be_longer_than_gen_length(arguments, tmp_path: Path, caplog: Any) -> None:
+def test_texts_without_a_prompt_may_be_longer_than_gen_length(arguments, tmp_path: Path, caplog: Any, stopped) -> None:
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": f"{n} is a number"}) + "\n" for n in range(9)))
-    main(arguments(train_file=str(tmp_path / "texts.jsonl"), gen_length=9))
+    with stopped:
+        main(arguments(train_file=str(tmp_path / "texts.jsonl"), gen_length=9))
     assert canvas_warnings(caplog) == []
 
 
-@pytest.mark.parametrize(("gen_length", "lengths"), [(60, (3, 7)), (30, (33, 36))])
-def test_a_canvas_beyond_the_models_positions_is_refused_before_training(
-    arguments, tmp_path: Path, gen_length: int, lengths: tuple[int, int]
-) -> None:
-    train_file = write_reversals(tmp_path / "own.jsonl", 9, lengths)
-    args = arguments(gen_length=gen_length, train_file=train_file)
-    message = rf"the longest prompt has \d+ tokens and gen_length is {gen_length}, together \d+, and the model has 64"
+def test_a_canvas_beyond_the_models_positions_is_refused_before_training(arguments, tmp_path: Path) -> None:
+    args = arguments(gen_length=30, train_file=write_reversals(tmp_path / "own.jsonl", 9, (33, 36)))
+    message = r"the longest prompt has \d+ tokens and gen_length is 30, together \d+, and the model has 64"
     message += r".* \(the longest is record [1-9] of .*own\.jsonl\); "
-    message += rf"--data_options max_prompt_length={64 - gen_length} leaves longer ones out$"
+    message += r"--data_options max_prompt_length=34 leaves longer ones out$"
     with pytest.raises(ValueError, match=message):
         main(args)
     assert not Path(args.output_dir).exists()
 
 
-def test_the_canvas_of_generation_is_the_default_everywhere() -> None:
-    assert Arguments.trained_padding == "gen_length"
-    assert parse_arguments(Arguments, [], defaults=shipped_run).trained_padding == "gen_length"
+def test_the_canvas_of_generation_is_that_of_the_shipped_settings() -> None:
+    """(By default too, as the facts above say.)"""
     configs = ROOT / "train_scripts" / "configs"
     files = [*configs.glob("llada_*.yaml"), *configs.glob("dream_*.yaml")]
     assert len(files) == 7

@@ -30,7 +30,7 @@ def saved(pipe, folder, component, **changes):
 def with_encoder(pipe, component, targets, seed):
     encoder = getattr(pipe, component)
     inject_adapter_in_model(nara_config(core_type="identity", target_modules=targets), encoder, "toy")
-    disturb(encoder, seed)
+    disturb(encoder, seed=seed)
 
 
 def folded(folder, *words):

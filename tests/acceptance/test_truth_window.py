@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,17 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
 from torch import Tensor
 
-from nara_diffusion import StrengthSchedule, TimestepNoise, noise_level
+from nara_diffusion import TimestepNoise, noise_level
 from nara_diffusion.dllm import load_backbone
 from nara_diffusion.dllm import train as dllm
 from nara_diffusion.dllm.masking import draw_noise_levels
 from nara_diffusion.dreambooth import train as dreambooth
 from nara_diffusion.dreambooth.draws import drawable_levels
 from nara_diffusion.noise.strength_schedule import NoiseWindow
-from tests.acceptance._commands import by_the_card, fresh_accelerate
-from tests.acceptance._runs import image_arguments, image_flags, text_arguments
+from tests.acceptance._commands import by_the_card
+from tests.acceptance._runs import TEXT, image_arguments, image_flags, text_arguments
 from tests.helpers.small_pipelines import small_sdxl
 
 POINTS = [[0.3, 0.0], [0.3, 1.0], [0.8, 1.0], [0.8, 0.0]]
@@ -32,9 +32,8 @@ IDS = torch.randint(2, 90, (2, 9), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture
-def arguments(tmp_path: Path) -> Iterator[Callable[..., Any]]:
-    yield lambda **changes: text_arguments(tmp_path, **changes)
-    fresh_accelerate()
+def arguments(tmp_path: Path) -> Callable[..., Any]:
+    return lambda **changes: text_arguments(tmp_path, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -61,11 +60,13 @@ def test_what_is_drawn_is_at_strength_1_and_all_else_at_0(low: float, high: floa
     assert NoiseWindow().as_schedule() is None
 
 
+def test_window_without_a_noise_level_is_refused() -> None:
+    for ends in [(0.6, 0.2), (0.5, 0.5), (300, 700), (-0.1, 0.5), (0.0, 1.5), (math.nan, 1.0), (0.0, math.nan)]:
+        with pytest.raises(ValueError, match=rf"low is {ends[0]} and high {ends[1]}, expected 0 ≤ low < high ≤ 1"):
+            NoiseWindow(*ends)
+
+
 # ---------------------------------------------------------------------- text
-
-
-def strength_of(folder: Path) -> Any:
-    return json.loads((folder / "adapter_config.json").read_text())["strength"]
 
 
 def card_of(folder: Path) -> str:
@@ -77,50 +78,28 @@ def logits(model: Any, level: float) -> Tensor:
         return model(IDS).logits
 
 
-def test_a_text_adapter_carries_its_window(arguments, tmp_path):
-    dllm.main(arguments(**WINDOW))
-    folder = tmp_path / "run"
-    assert strength_of(folder) == POINTS
+def test_a_text_adapter_carries_its_window_also_after_a_resume(arguments, tmp_path):
+    folder, options = tmp_path / "run", WINDOW | {"max_train_steps": 2, "checkpointing_steps": 1}
+    dllm.main(arguments(**options))
+    whole = (folder / TEXT).read_bytes()
+    (folder / TEXT).unlink()
+    dllm.main(arguments(**options, resume_from_checkpoint=str(folder / "checkpoint-1")))
+    assert (folder / TEXT).read_bytes() == whole
+    assert json.loads((folder / "adapter_config.json").read_text())["strength"] == POINTS
     assert "noise levels: 0.3 ≤ λ < 0.8; the adapter is off outside, by the strength in its file" in card_of(folder)
     assert "In `generate` the adapter runs at λ" in card_of(folder)
     base, _ = load_backbone(arguments().pretrained_model_name_or_path)
     with torch.no_grad():
         expected = base(IDS).logits
     model = PeftModel.from_pretrained(base, folder)
-    assert eval(LINE, {"StrengthSchedule": StrengthSchedule}).as_lists() == POINTS
     for level in (0.0, 0.29, 0.8, 1.0):
         torch.testing.assert_close(logits(model, level), expected)
     for level in (0.3, 0.79):
         assert not torch.allclose(logits(model, level), expected, atol=1e-3)
 
 
-def test_a_window_is_still_there_after_a_resume(arguments, tmp_path):
-    folder, options = tmp_path / "run", {**WINDOW, "checkpointing_steps": 2}
-    dllm.main(arguments(**options))
-    fresh_accelerate()
-    whole = load_file(folder / "adapter_model.safetensors")
-    (folder / "adapter_model.safetensors").unlink()
-    dllm.main(arguments(**options, resume_from_checkpoint=str(folder / "checkpoint-4")))
-    resumed = load_file(folder / "adapter_model.safetensors")
-    assert all(torch.equal(tensor, whole[name]) for name, tensor in resumed.items())
-    assert strength_of(folder) == POINTS
-
-
-def test_a_run_starts_from_an_adapter_of_the_same_window_alone(arguments, tmp_path):
-    dllm.main(arguments(**WINDOW))
-    fresh_accelerate()
-    start = {"init_adapter": str(tmp_path / "run"), "output_dir": str(tmp_path / "second")}
-    dllm.main(arguments(**WINDOW, **start))
-    assert strength_of(tmp_path / "second") == POINTS
-    fresh_accelerate()
-    for options in ({"min_noise_level": 0.3}, {}):
-        with pytest.raises(ValueError, match=r"has the strength .* give the same --min_noise_level and --max_noise"):
-            dllm.main(arguments(**{**start, "output_dir": str(tmp_path / "third")}, **options))
-        fresh_accelerate()
-
-
 def test_other_methods_say_that_they_stay_on(arguments, tmp_path, capsys):
-    dllm.main(arguments(**WINDOW, adapter="oft", adapter_options={"r": 0, "oft_block_size": 8}))
+    dllm.main(arguments(**WINDOW, adapter="oft", adapter_options={"r": 0, "oft_block_size": 8}, max_train_steps=1))
     assert "outside, oft stays on, where it was not trained" in card_of(tmp_path / "run")
     assert "switch it off" not in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"would not reach .* leave --min_noise_level and"):
@@ -137,7 +116,7 @@ def without_update(model: Any) -> Any:
 
 @pytest.mark.parametrize("adapter", ["lora", "dora"])
 def test_a_text_lora_says_what_it_must_be_told(arguments, tmp_path, capsys, adapter):
-    dllm.main(arguments(**WINDOW, adapter=adapter))
+    dllm.main(arguments(**WINDOW, adapter=adapter, max_train_steps=2))
     line = f'set_strength(model, "default", {LINE})'
     said = capsys.readouterr().out
     assert f"switch it off outside: {line}" in said
@@ -173,7 +152,6 @@ def test_an_image_adapter_is_off_outside_as_its_card_loads_it(
     if adapter != "nara":
         args.core_learning_rate = None
     dreambooth.main(args)
-    fresh_accelerate()
     told = capsys.readouterr().out
     assert ("switch it off" in told) == (adapter != "nara")
     if adapter != "nara":

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import make_clip_tiny
 import make_sd_tiny_flow
 import make_sdxl_tiny
@@ -54,16 +52,6 @@ def test_make_uniform_tiny_writes_a_backbone(tmp_path):
     assert load_backbone(tmp_path)[0].config.mask_token_id is not None
 
 
-@pytest.fixture(scope="module")
-def clips(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Two CLIPs of unequal widths, after a few steps."""
-    folders = {name: tmp_path_factory.mktemp(name) for name in ("clip", "clip_smaller")}
-    make_clip_tiny.main(make_clip_tiny.Arguments(output_dir=folders["clip"], max_train_steps=4, **CLIP))
-    wide = {**CLIP, "text_width": 48}
-    make_clip_tiny.main(make_clip_tiny.Arguments(output_dir=folders["clip_smaller"], max_train_steps=2, **wide))
-    return {"clip": folders["clip_smaller"], "clip_smaller": folders["clip"]}
-
-
 def test_training_stopped_and_resumed_gives_the_same_weights(tmp_path):
     def run(file: str, stop: int, resume: bool = False) -> torch.nn.Module:
         torch.manual_seed(0)
@@ -85,12 +73,16 @@ def test_training_stopped_and_resumed_gives_the_same_weights(tmp_path):
         assert torch.equal(ours, theirs)
 
 
-def test_make_sdxl_tiny_writes_a_pipeline(tmp_path, clips):
+def test_make_sdxl_tiny_writes_a_pipeline_on_two_clips_of_unequal_widths(tmp_path):
+    clips = {"clip_smaller": tmp_path / "smaller", "clip": tmp_path / "clip"}
+    for width, folder in zip((32, 48), clips.values(), strict=True):
+        options = {**CLIP, "text_width": width, "output_dir": folder, "max_train_steps": 2}
+        make_clip_tiny.main(make_clip_tiny.Arguments(**options))
     steps = {"vae_steps": 2, "decoder_steps": 2, "vae_batch_size": 2, "unet_steps": 4, "unet_batch_size": 4}
     sizes = {**steps, "unet_late_batch_size": 6, "unet_decay_steps": 2}
-    results = make_sdxl_tiny.main(make_sdxl_tiny.Arguments(output_dir=tmp_path, **clips, **sizes, **LESS))
+    results = make_sdxl_tiny.main(make_sdxl_tiny.Arguments(output_dir=tmp_path / "sdxl", **clips, **sizes, **LESS))
     assert results["validation_loss"] > 0
-    assert DiffusionPipeline.from_pretrained(tmp_path).text_encoder_2.config.hidden_size == 48
+    assert DiffusionPipeline.from_pretrained(tmp_path / "sdxl").text_encoder_2.config.hidden_size == 48
 
 
 def test_make_sd_tiny_flow_writes_a_pipeline(tmp_path):

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,9 +33,10 @@ from tests.helpers.small_pipelines import small_flux, small_sd, small_sd3, small
 ASSETS = Path(__file__).parents[2] / "examples" / "assets"
 D_IN, D_OUT, RANK, BATCH, STEP = 7, 5, 3, 10, 20
 SHORT = {"steps": 4, "samples": 25, "repeats": 2}
-LONG = {"steps": 80, "samples": 100, "repeats": 4}
+LONG = {"steps": 60, "samples": 50, "repeats": 4}
 
 
+@cache  # the arms see the same samples
 def drawn(*shape: int, seed: int, uniform: bool = False) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return (torch.rand if uniform else torch.randn)(shape, generator=generator)
@@ -193,44 +194,27 @@ def repeats_of(**losses: Sequence[float]) -> list[Repeat]:
 LOW, LEVEL, NOISY = [0.8, 0.81, 0.82], [1, 1.001, 0.999], [0.9, 1.1, 1.03]
 
 
+def alike(loss: float) -> dict[str, list[float]]:
+    """The loss of every arm that is trained."""
+    return dict.fromkeys(("lora", "untold", "nara"), [loss] * 3)
+
+
 @pytest.mark.parametrize(
     ("losses", "answer", "way", "reason"),
     [
         ({"nara": LOW}, LIKELY, "nara", "take NaRA. Held-out losses in 3 repeats: NaRA against LoRA −19.0 % ("),
         ({"nara": LOW, "time": LEVEL}, LIKELY, "nara", "take NaRA, which is better than LoRA + time layers too"),
-        ({"nara": LOW, "time": LOW}, LIKELY, "time", "the cheapest way that gets it is LoRA + time layers"),
         ({"nara": LOW, "token": [0.7, 0.7, 0.7]}, LIKELY, "token", "the cheapest way that gets it is LoRA + λ token"),
-        (
-            {"nara": LOW, "token": [0.7, 0.9, 1.1]},
-            LIKELY,
-            None,
-            "whether LoRA + λ token does isn't clear: try that first",
-        ),
+        ({"nara": LOW, "token": [0.7, 0.9, 1.1]}, LIKELY, None, "LoRA + λ token does isn't clear: try that first"),
         ({"nara": [0.99, 0.99, 0.991]}, UNKNOWN, None, "better, but not by −2.0 %: take LoRA, or train both"),
         ({"nara": LEVEL}, UNLIKELY, None, "take LoRA. Held-out"),
-        ({"nara": LEVEL, "time": LEVEL}, UNLIKELY, None, "take LoRA. Held-out"),
         ({"nara": LEVEL, "time": LOW}, UNLIKELY, None, "take a larger LoRA (LoRA + time layers is better, by its"),
         ({"nara": LOW, "untold": LOW}, UNLIKELY, None, "in 3 repeats"),  # a core that hastens without λ
         ({"nara": NOISY}, UNKNOWN, None, "NaRA isn't better than LoRA in the mean: take LoRA. Held"),
         ({"nara": LOW, "untold": [0.9, 0.7, 0.8]}, UNKNOWN, None, "isn't better than NaRA without λ in the mean"),
-        (
-            {"nara": [0.9, 1.05, 0.98]},
-            UNKNOWN,
-            None,
-            "allow both −2.0 % and no gain: take LoRA, or raise --train_batch_size",
-        ),
-        (
-            {"nara": [1.99] * 3, "lora": [1.99] * 3, "untold": [1.99] * 3},
-            UNKNOWN,
-            None,
-            "−0.5 % from the base's: raise",
-        ),
-        (
-            {"nara": [3] * 3, "lora": [3] * 3, "untold": [3] * 3},
-            UNKNOWN,
-            None,
-            "+50.0 % from the base's: lower --learn",
-        ),
+        ({"nara": [0.9, 1.05, 0.98]}, UNKNOWN, None, "no gain: take LoRA, or raise --train_batch_size"),
+        (alike(1.99), UNKNOWN, None, "−0.5 % from the base's: raise"),
+        (alike(3), UNKNOWN, None, "+50.0 % from the base's: lower --learn"),
     ],
 )
 def test_judge_takes_the_first_rule_that_holds(losses, answer, way, reason):
@@ -240,18 +224,12 @@ def test_judge_takes_the_first_rule_that_holds(losses, answer, way, reason):
     assert (NO_CHEAP in verdict.reason) == (not {"time", "token"} & set(losses) and "from the base's" not in reason)
 
 
-def test_differences_are_those_of_nara_and_of_the_cheap_way_from_lora():
-    found = differences(repeats_of(nara=[0.8] * 3, time=[0.9] * 3))
-    means = {(arm, other): each.mean for arm, others in found.items() for other, each in others.items()}
-    assert means == pytest.approx(
-        {("nara", "lora"): -0.2, ("nara", "untold"): -0.2, ("nara", "time"): -1 / 9, ("time", "lora"): -0.1}
-    )
-
-
-def test_differences_count_each_bin_alike():
-    arms = {"lora": [1.0, 3.0, 0.01], "nara": [1.0, 1.0, 0.02], "untold": [1.0] * 3, "base": [1.0] * 3}
+def test_differences_count_each_bin_alike_and_have_the_cheap_way_from_lora():
+    arms = {"lora": [1.0, 3.0, 0.01], "nara": [1.0, 1.0, 0.02], "time": [1.0, 1.0, 0.01], "untold": [1.0, 3.0, 0.04]}
     repeat = Repeat(torch.tensor([0.05, 0.06, 0.95]), {arm: torch.tensor(values) for arm, values in arms.items()})
-    assert differences([repeat] * 2)["nara"]["lora"].mean == pytest.approx((-0.5 + 0.5) / 2)
+    found = {arm: {other: d.mean for other, d in others.items()} for arm, others in differences([repeat] * 2).items()}
+    of_nara = {"lora": (-0.5 + 0.5) / 2, "untold": (-0.5 - 0.5) / 2, "time": (0 + 0.5) / 2}
+    assert found == {"nara": pytest.approx(of_nara), "time": pytest.approx({"lora": (-0.5 + 0) / 2})}
     means = bin_means([repeat])["lora"][0]
     assert [(n, round(each, 6)) for n, each in enumerate(means.tolist()) if each == each] == [(0, 2.0), (9, 0.01)]
 
@@ -259,7 +237,7 @@ def test_differences_count_each_bin_alike():
 def test_decide_says_after_the_first_repeat_how_long_the_rest_takes(capsys):
     assert time_left(62.4, 6) == "the first repeat took 62 s: the verdict comes in 125 s at least, 312 s at most."
     decide(linear_task(turning, settings=SHORT | {"repeats": 3}), progress=True)
-    assert capsys.readouterr().out.count("the first repeat took 0 s: the verdict comes in 0 s at least") == 1
+    assert capsys.readouterr().out.count("the first repeat took ") == 1
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Custom cores: what `register_core` and their answers have to be, and what they may read."""
+"""Custom cores: what `register_core` and their answers have to be, and what they may read; which modules have cores."""
 
 from __future__ import annotations
 
@@ -13,68 +13,55 @@ from nara_diffusion import core_matrix, noise_level, register_core
 from nara_diffusion.cores import registry
 from tests.helpers.adapted import OneLayer, TwoLayers, adapted, nara_config, relative_error
 
-LEVELS = torch.tensor([0.05, 0.5, 0.93])
 
-
-class Affine(nn.Module):
-    """C(λ) = I + λ P + Q."""
-
-    def __init__(self, config: Any, rank: int) -> None:
-        super().__init__()
-        self.P, self.Q = (nn.Parameter(0.1 * torch.randn(rank, rank)) for _ in range(2))
-
-    def forward(self, noise_level: Tensor) -> Tensor:
-        return torch.eye(len(self.P)) + noise_level[:, None, None] * self.P + self.Q
-
-
-class Still(Affine):
+class Still(nn.Module):
     """It reads nothing."""
 
     needs_noise = False
 
+    def __init__(self, config: Any, rank: int) -> None:
+        super().__init__()
+        self.P = nn.Parameter(0.1 * torch.randn(rank, rank))
+
     def forward(self) -> Tensor:
-        return super().forward(torch.tensor([0.5]))
+        return self.P[None]
+
+
+class Answering(nn.Module):
+    def __init__(self, answer: Any) -> None:
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, noise_level: Tensor) -> Any:
+        return self.answer
 
 
 @pytest.fixture(autouse=True)
 def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_custom", {})
-    for kind in (Affine, Still):
-        register_core(kind.__name__.lower(), kind)
 
 
-def one_layer(core_type: str) -> PeftModel:
-    return adapted(OneLayer(nn.Linear(7, 5)), target_modules=["layer"], core_type=core_type)
-
-
-def by_hand(model: PeftModel, x: Tensor, level: Tensor) -> Tensor:
-    layer, state = model.base_model.model.layer, model.state_dict()
-    A, B = (factor["default"].weight.double() for factor in (layer.lora_A, layer.lora_B))
-    P, Q = (state[f"base_model.model.nara_core.cores.default.shared.core.{name}"].double() for name in "PQ")
-    core = torch.eye(4, dtype=torch.float64) + level.double()[:, None, None] * P + Q
-    update = 6 / 4 * torch.einsum("or,brq,qi,bi->bo", B, core.expand(len(x), -1, -1), A, x.double())
-    return layer.get_base_layer()(x).double() + update
-
-
-def test_custom_core_is_read_per_sample() -> None:
-    x, affine = torch.randn(3, 7), one_layer("affine")
-    with noise_level(affine, LEVELS):
-        assert relative_error(affine(x), by_hand(affine, x, LEVELS)) < 2e-6
+def one_layer(core: Any) -> PeftModel:
+    register_core("mine", core)
+    return adapted(OneLayer(nn.Linear(7, 5)), target_modules=["layer"], core_type="mine")
 
 
 def test_custom_core_needs_lambda_unless_it_says_otherwise() -> None:
-    x, still = torch.randn(3, 7), one_layer("still")
-    assert relative_error(still(x), by_hand(still, x, torch.tensor([0.5]))) < 2e-6
+    x, model = torch.randn(3, 7), one_layer(Still)
+    layer, (P,) = model.base_model.model.layer, (t for name, t in model.named_parameters() if name.endswith("core.P"))
+    A, B = (factor["default"].weight.double() for factor in (layer.lora_A, layer.lora_B))
+    expected = layer.get_base_layer()(x).double() + 6 / 4 * x.double() @ (B @ P.double() @ A).T
+    assert relative_error(model(x), expected) < 2e-6
     with pytest.raises((ValueError, RuntimeError), match=r"noise_level\(model"):
-        one_layer("affine")(x)
+        one_layer(lambda config, rank: Answering(torch.eye(rank)[None]))(x)
 
 
 def test_name_may_be_registered_again_but_no_built_in_one() -> None:
-    register_core("affine", lambda config, rank: Still(config, rank))
-    assert one_layer("affine")(torch.randn(3, 7)).shape == (3, 5)
+    register_core("mine", lambda config, rank: Answering(3))
+    assert one_layer(Still)(torch.randn(3, 7)).shape == (3, 5)
     for name in ("hypernetwork", "bins", "", 3):
         with pytest.raises(ValueError, match=f"^name is {name!r}: choose a text other than 'hypernetwork'"):
-            register_core(name, Affine)  # type: ignore[arg-type]
+            register_core(name, Still)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="factory is 3: pass a class or function"):
         register_core("other", 3)  # type: ignore[arg-type]
 
@@ -89,20 +76,14 @@ def test_name_may_be_registered_again_but_no_built_in_one() -> None:
     ids=["of another rank", "of another batch", "no tensor"],
 )
 def test_answer_of_another_shape_is_refused(answer: Any, message: str) -> None:
-    class Wrong(nn.Module):
-        def forward(self, noise_level: Tensor) -> Any:
-            return answer
-
-    register_core("wrong", lambda config, rank: Wrong())
-    model = one_layer("wrong")
-    with noise_level(model, LEVELS), pytest.raises(ValueError, match=f"core_type 'wrong' {message}"):
+    model = one_layer(lambda config, rank: Answering(answer))
+    with noise_level(model, torch.rand(3)), pytest.raises(ValueError, match=f"core_type 'mine' {message}"):
         model(torch.randn(3, 7))
 
 
 def test_factory_that_makes_no_module_is_refused() -> None:
-    register_core("wrong", lambda config, rank: torch.eye(rank))  # type: ignore[arg-type, return-value]
-    with pytest.raises(ValueError, match=r"factory of core_type 'wrong' returned Tensor: return a torch\.nn\.Module"):
-        one_layer("wrong")
+    with pytest.raises(ValueError, match=r"factory of core_type 'mine' returned Tensor: return a torch\.nn\.Module"):
+        one_layer(lambda config, rank: torch.eye(rank))
 
 
 def test_core_of_modules_named_like_methods_of_a_dictionary_is_their_own() -> None:
@@ -117,12 +98,13 @@ def test_core_of_modules_named_like_methods_of_a_dictionary_is_their_own() -> No
 
 def test_core_matrix_refuses_a_missing_module_and_adapter_by_name() -> None:
     model = adapted(TwoLayers(), target_modules=["first", "second"], core_sharing="layer")
-    with pytest.raises(ValueError, match="2 cores: pass module="):
-        core_matrix(model, 0.4)
-    with pytest.raises(ValueError, match=r"'third' is not a module adapted by 'default'"):
-        core_matrix(model, 0.4, module="third")
-    with pytest.raises(ValueError, match="no adapter 'other': the model has 'default'"):
-        core_matrix(model, 0.4, "other", module="first")
+    for arguments, message in [
+        ({}, "2 cores: pass module="),
+        ({"module": "third"}, "'third' is not a module adapted by 'default'"),
+        ({"adapter_name": "other"}, "no adapter 'other': the model has 'default'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            core_matrix(model, 0.4, **arguments)
 
 
 def test_all_linear_never_adapts_a_core() -> None:

@@ -1,10 +1,8 @@
-"""The rules by which a step places tokens, against the papers' sentences in plain Python, and whole answers by hand."""
+"""The rules by which a step places tokens, against the papers' sentences in plain Python."""
 
 from __future__ import annotations
 
-import copy
 import math
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +10,7 @@ import pytest
 import torch
 
 from nara_diffusion.dllm import Sampling, generate, load_backbone
-from tests.acceptance._text import ByHand, backbone, nara
 
-VOCABULARY = 40
-MASK = VOCABULARY - 1
-PROMPT = [5, 9, 11]
 LLADA_TINY, DREAM_TINY = (
     str(Path(__file__).parents[2] / "examples" / "assets" / name) for name in ("llada-tiny", "dream-tiny")
 )
@@ -111,30 +105,6 @@ def test_place_chooses_what_the_rule_by_hand_does(rule: dict[str, Any], last: tu
     assert numbers == {2} or len(numbers) > 1
 
 
-@pytest.mark.parametrize("rule", RULES[1:], ids=str)
-def test_generate_by_a_rule_writes_the_answer_by_hand_at_the_level_of_each_step(rule: dict[str, Any]) -> None:
-    base = backbone(VOCABULARY)
-    before = copy.deepcopy(base)
-    model = nara(base)
-    by_hand = ByHand(before, model)
-    answer, levels = [MASK] * 8, []
-    for block in (range(4), range(4, 8)):
-        while MASK in (open_ := [answer[j] for j in block]):
-            places = [j for j, token in zip(block, open_, strict=True) if token == MASK]
-            levels.append(answer.count(MASK) / 8)
-            logits = by_hand.guided(PROMPT, answer, 0.0, MASK).clamp(min=-50)
-            for place, token in chosen_by_hand(logits[places].tolist(), 1, **rule).items():
-                answer[places[place]] = token
-    told: list[float] = []
-    options: dict[str, Any] = {"gen_length": 8, "block_length": 4, "stop_at_eos": False, "return_stats": True, **rule}
-    result: Any = generate(
-        model, torch.tensor([PROMPT]), on_step_end=lambda step: told.append(step.noise_level.item()), **options
-    )
-    assert result.answers[0].tolist() == answer
-    assert told == pytest.approx(levels)
-    assert result.forwards == len(levels)
-
-
 def test_top_p_draws_from_the_nucleus_alone_in_its_shares() -> None:
     logits = torch.tensor([2.0, 1.0, 0.5, -0.5, -1.0])
     sampling = Sampling(gen_length=1, temperature=0.7, top_p=0.8)
@@ -149,50 +119,6 @@ def test_top_p_draws_from_the_nucleus_alone_in_its_shares() -> None:
     assert expected.count(0.0) == 3
     assert shares.tolist() == pytest.approx(expected, abs=0.015)
     assert shares[2:].sum() == 0
-
-
-class Fixed(torch.nn.Module):
-    """The same logits (l, v) whatever it sees; its configuration names an end token and a mask."""
-
-    def __init__(self, logits: torch.Tensor) -> None:
-        super().__init__()
-        self.logits = torch.nn.Parameter(logits)
-
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return self.logits.expand(len(input_ids), -1, -1)
-
-
-def test_confidence_eos_eot_inf_places_end_tokens_after_all_others() -> None:
-    """Tokens 1 and 2 end; they are the surest, and without the setting they are placed first."""
-    logits = torch.zeros(5, 6)
-    for place, (token, sure) in enumerate([(3, 9.0), (1, 8.0), (4, 2.0), (2, 7.0), (3, 1.0)]):
-        logits[place, token] = sure
-    model = Fixed(logits)
-    for given, order in [({}, [1, 3, 2, 4]), ({"confidence_eos_eot_inf": True}, [2, 4, 1, 3])]:
-        seen: list[list[int]] = []
-        options: dict[str, Any] = {"gen_length": 4, "mask_token_id": 5, "eos_token_id": [1, 2], "stop_at_eos": False}
-        watch = lambda step, seen=seen: seen.append(step.masked[0].tolist())  # noqa: E731
-        generate(model, torch.tensor([[3]]), **options, **given, on_step_end=watch)
-        placed = [[j for j in range(4) if not masked[j]] for masked in seen]
-        assert [placed[0][0], *(next(iter({*b} - {*a})) for a, b in pairwise(placed))] == [place - 1 for place in order]
-
-
-def test_logits_eos_inf_never_predicts_the_end_token_of_the_configuration() -> None:
-    model = backbone(VOCABULARY)
-    options: dict[str, Any] = {"gen_length": 6, "stop_at_eos": False}
-    free: Any = generate(model, torch.tensor([PROMPT]), **options)
-    end = int(free[0, 4])
-    model.config.eos_token_id = end
-    without: Any = generate(model, torch.tensor([PROMPT]), **options, logits_eos_inf=True)
-    answer = [MASK] * 6
-    while MASK in answer:  # by hand
-        logits = model(torch.tensor([PROMPT + answer])).logits[0, 3:].detach()
-        logits[:, [MASK, end]] = -torch.inf
-        p, tokens = logits.softmax(-1).max(-1)
-        place = max((j for j in range(6) if answer[j] == MASK), key=lambda j: p[j])
-        answer[place] = int(tokens[place])
-    assert without[0, 3:].tolist() == answer
-    assert end not in answer
 
 
 def test_chat_takes_the_block_length_of_the_models_own_chat(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,25 +140,3 @@ def test_chat_takes_the_block_length_of_the_models_own_chat(monkeypatch: pytest.
         asked.clear()
     generate(llada, torch.tensor([[65, 66]]), gen_length=64)
     assert asked[0] == 64
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"steps": 4, "factor": 1.0}, "steps and factor each say how many tokens a step places: give one"),
-        ({"confidence_threshold": 0.9, "entropy_bound": 0.1}, "confidence_threshold and entropy_bound each"),
-        ({"factor": 1.0, "remasking": "random"}, "factor goes with remasking low_confidence or maskgit_plus"),
-        ({"entropy_bound": 1.0, "remasking": "random"}, "entropy_bound goes with remasking .* or entropy, .* 'random'"),
-        ({"top_p": 0.0}, "top_p is 0.0, expected more than 0"),
-        ({"remasking": "entropie"}, "remasking is 'entropie', expected one of 'low_confidence', .*'entropy'"),
-    ],
-)
-def test_settings_that_contradict_each_other_are_refused(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Sampling(gen_length=8, **settings)
-
-
-@pytest.mark.parametrize("given", ["a text", [[1, 2]], torch.ones(1, 3), torch.tensor([1, 2])])
-def test_generate_of_what_is_no_batch_of_tokens_says_how_to_encode_it(given: Any) -> None:
-    with pytest.raises(ValueError, match=r"^input_ids is .*expected a tensor \(b, p\) of token ids: .*encode_prompts"):
-        generate(backbone(VOCABULARY), given)

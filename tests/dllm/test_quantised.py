@@ -71,9 +71,9 @@ def test_gradients_are_those_of_the_rounded_weights_also_after_an_evaluation(bit
         torch.testing.assert_close(gradients[name], reference, rtol=0, atol=precision * float(reference.abs().max()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("bits", "precision"),
-    [pytest.param(4, {"mixed_precision": "bf16"}, marks=pytest.mark.slow), (8, {"gradient_checkpointing": True})],
+    ("bits", "precision"), [(4, {"mixed_precision": "bf16"}), (8, {"gradient_checkpointing": True})]
 )
 def test_run_that_is_killed_goes_on_to_the_same_bits(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, bits: int, precision: dict[str, Any]

@@ -1,4 +1,4 @@
-"""The files that a fine-tuning leaves, read by Diffusers; checkpoints; the average of the weights."""
+"""Adapters of a UNet and its text encoders: what is trained, and the files, which Diffusers reads; checkpoints."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from peft import HiraConfig, LoraConfig
+from peft import HiraConfig, LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 
 from nara_diffusion import NaraConfig
@@ -20,7 +20,7 @@ from nara_diffusion.dreambooth.adapter_files import (
     write_adapter,
     write_checkpoint,
 )
-from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser
+from nara_diffusion.dreambooth.denoiser import TEXT_TARGETS, AdaptedDenoiser, text_config
 from nara_diffusion.dreambooth.image_arguments import UNET_TARGETS
 from tests.helpers.small_pipelines import pixels, small_sdxl
 
@@ -48,6 +48,50 @@ def disturb(model: AdaptedDenoiser, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.trained.values():
         parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_everything_that_is_trained_gets_a_gradient_in_float32(method: str) -> None:
+    pipe = small_sdxl()
+    pipe.to(dtype=torch.bfloat16)
+    for part in (pipe.unet, pipe.text_encoder, pipe.text_encoder_2):
+        part.requires_grad_(False)
+    base = set(map(id, [*pipe.unet.parameters(), *pipe.text_encoder.parameters(), *pipe.text_encoder_2.parameters()]))
+    model = AdaptedDenoiser(pipe, CONFIGS[method](), train_text_encoder=True)
+    generator = torch.Generator().manual_seed(4)
+    ids = torch.tensor([[16.0, 16, 0, 0, 16, 16]]).expand(2, -1)
+    sample = torch.randn(2, 4, 8, 8, generator=generator)
+    prediction = model(sample, torch.tensor([100, 700]), ids, prompts=["a photo of a toy", "a toy"])
+    prediction.float().square().mean().backward()
+    assert {p.dtype for p in model.trained.values()} == {torch.float32}
+    # DistributedDataParallel waits for ever for one that never gets a gradient
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == model.trained.keys()
+    assert {name.partition(".")[0] for name in model.trained} == {"unet", "text_encoder", "text_encoder_2"}
+    assert not any(id(p) in base for p in model.trained.values())
+    assert isinstance(model.unet, PeftModel) is (method == "hira")
+
+
+def test_text_encoders_have_the_options_of_the_unet_but_those_of_a_core() -> None:
+    shared: dict[str, Any] = PATTERNS | {"lora_dropout": 0.1, "init_lora_weights": "gaussian", "use_dora": True}
+    shared |= {"use_rslora": True, "r": 3, "lora_alpha": 5.0}
+    core: dict[str, Any] = {"core_sharing": "layer", "noise_embedding": "raw", "noise_convention": "timestep"}
+    assert text_config(LoraConfig(**shared, target_modules=["to_q"])) == LoraConfig(
+        **shared, target_modules=TEXT_TARGETS
+    )
+    expected = NaraConfig(**shared, target_modules=TEXT_TARGETS, core_type="identity")
+    assert text_config(NaraConfig(**shared, **core, target_modules=["to_q"])) == expected
+
+
+@pytest.mark.parametrize("option", [{"init_lora_weights": "pissa"}, {"bias": "all"}], ids=str)
+def test_adapter_that_no_other_copy_of_the_base_could_load_is_refused(option: dict[str, Any]) -> None:
+    pipe = small_sdxl()
+    names = {name for name, _ in pipe.unet.named_modules()}
+    with pytest.raises(ValueError, match="changes the base model"):
+        AdaptedDenoiser(pipe, NaraConfig(**SIZES, **option))
+    assert {name for name, _ in pipe.unet.named_modules()} == names
+
+
+# ---------------------------------------------------------------------- files
 
 
 @pytest.mark.parametrize("method", CONFIGS)
@@ -97,12 +141,9 @@ def test_checkpoint_gives_every_tensor_back(method: str, tmp_path: Path) -> None
     assert len(changed) >= len(model.trained)
     assert any("freq" in name for name in changed) is (method == "nara")
     assert {value.dtype for value in load_file(tmp_path / TRAINABLE).values()} == {torch.float32}
-
-
-def test_checkpoint_of_another_rank_is_refused_and_changes_nothing(tmp_path: Path) -> None:
-    write_checkpoint(trained("lora"), tmp_path, {})
-    other = AdaptedDenoiser(small_sdxl(), LoraConfig(**SIZES | {"r": 4}), train_text_encoder=True)
-    before = {name: value.clone() for name, value in other.state_dict().items()}
-    with pytest.raises(ValueError, match=r"lora_A\.default\.weight' has shape \(3, 16\)"):
+    tensors = load_file(tmp_path / TRAINABLE)
+    save_file(tensors | {"unet.another.lora_A.default.weight": torch.zeros(1)}, tmp_path / TRAINABLE)
+    with pytest.raises(
+        ValueError, match="holds 'unet.another.lora_A.default.weight', which this adapter does not have"
+    ):
         read_checkpoint(other, tmp_path)
-    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())

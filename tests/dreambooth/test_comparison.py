@@ -1,4 +1,4 @@
-"""Losses and figures against those that are computed by hand; samples against the pipeline's own call; the sheet."""
+"""Losses and figures against those that are computed by hand."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from diffusers import DDPMScheduler
 
 from nara_diffusion.dreambooth import DreamBoothDataset, LatentCache, records_from_folder
@@ -17,6 +16,7 @@ from nara_diffusion.dreambooth.families import SDXL
 from nara_diffusion.dreambooth.fidelity import Encoder, image_similarity, text_alignment
 from nara_diffusion.dreambooth.objectives import build_objective
 from nara_diffusion.dreambooth.samples import SampleSettings
+from tests.acceptance._commands import fresh_accelerate
 from tests.dreambooth.pictures import folder_of
 from tests.helpers.small_pipelines import small_sdxl
 
@@ -26,8 +26,7 @@ CALL = {"height": 16, "width": 16, "num_inference_steps": 2, "guidance_scale": 3
 @pytest.fixture
 def accelerator():
     yield Accelerator()
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
+    fresh_accelerate()
 
 
 @pytest.fixture(scope="module")

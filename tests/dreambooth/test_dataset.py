@@ -1,4 +1,7 @@
-"""Samples: crops, what a position holds, how often, and that neither workers, processes nor a resume change it."""
+"""Samples: crops, what a position holds, how often, and that neither workers, processes nor a resume change it.
+
+And caches, against the autoencoder's own posterior and the pipeline's own embeddings; a cache changes no bit.
+"""
 
 import io
 from collections import Counter
@@ -11,19 +14,23 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from PIL import Image, ImageOps
 
+from nara_diffusion.dreambooth.cache import LatentCache, PromptCache
 from nara_diffusion.dreambooth.dataset import (
-    BucketOrder,
     DreamBoothDataset,
     TrainingSample,
     collate_samples,
     scaled_size,
 )
+from nara_diffusion.dreambooth.draws import torch_generator
 from nara_diffusion.dreambooth.image_records import ImageRecord, class_records, records_from_folder
 from nara_diffusion.training.stream import stream_loader
-from tests.dreambooth.pictures import folder_of, gradient, noise
+from tests.dreambooth.pictures import folder_of, noise
+from tests.helpers.small_pipelines import small_sdxl, small_vae
 
 SIZES = [(80, 60), (60, 80), (70, 70), (90, 50), (66, 64)]  # (width, height)
 BUCKETS = [(24, 40), (32, 32), (40, 24)]
+MEAN, STD = [0.1, -0.2, 0.3], [0.5, 2.0, 1.5]
+PROMPTS = ["a photo of toy", "a red cube on grass", "a photo of toy"]
 
 
 @pytest.fixture(scope="module")
@@ -70,14 +77,6 @@ def test_one_resampling_gives_the_pixels_of_three_steps(original, target, flip: 
         assert np.abs(cut(picture, target, top, left, flip) - expected).max() <= 1.01
 
 
-@pytest.mark.parametrize("flip", [False, True])
-def test_top_and_left_say_where_the_cut_lies(flip: bool) -> None:
-    """In a gradient, a pixel's colour is its place: the cut's first pixel has to be the one that top and left name."""
-    red = cut(gradient(200, 100), (40, 50), top=0, left=21, flip=flip)[..., 0]  # scaled to 40 × 80
-    whole = ((np.arange(80) + 0.5) / 80 * 200 - 0.5) / 199 * 255
-    assert np.abs(red - (whole[::-1] if flip else whole)[21:71]).max() < 4
-
-
 def test_random_crops_reach_every_position_or_a_bounded_number(instances) -> None:
     wide = instances[3].key  # 90 × 50, scaled to 58 × 32
 
@@ -102,7 +101,9 @@ def test_no_flip_and_the_middle_where_they_are_asked_for(instances) -> None:
     assert [sample.key for sample in data.plain_samples()] == [samples[image.key].key for image in instances]
 
 
-def test_a_batch_holds_one_bucket_and_its_class_images(instances, class_images) -> None:
+def test_a_batch_holds_one_bucket_and_its_class_images_and_a_round_each_image_equally_often(
+    instances, class_images
+) -> None:
     data = dataset(instances, class_images=class_images)
     keys = [data.samples_at(position)[1].image.key for position in range(12)]
     assert all(len(set(keys[start : start + 3])) == 3 for start in range(0, 12, 3))  # each before one comes again
@@ -117,25 +118,9 @@ def test_a_batch_holds_one_bucket_and_its_class_images(instances, class_images) 
         assert len({sample.target for sample in samples}) == 1
         assert batch["time_ids"].dtype == torch.float32
         assert batch["time_ids"].tolist() == [list(sample.time_ids) for sample in samples]
-
-
-@pytest.mark.parametrize("batch_size", [1, 3])
-def test_a_round_shows_every_image_equally_often_in_batches_of_one_bucket(batch_size: int) -> None:
-    buckets = [BUCKETS[number] for number in (0, 2, 0, 1, 0, 2, 0)]
-    order = BucketOrder(buckets, batch_size, seed=3)
-    rounds = []
-    for number in range(4):
-        seen: Counter[int] = Counter()
-        rounds.append([])
-        for batch in range(number * 7, (number + 1) * 7):
-            images = [order[batch * batch_size + offset] for offset in range(batch_size)]
-            (bucket,) = {buckets[image] for image in images}
-            rounds[-1].append(bucket)
-            seen.update(images)
-        assert seen == Counter(dict.fromkeys(range(7), batch_size))
+    rounds = [[data.samples_at(10 * number + p)[0].image.key for p in range(10)] for number in range(4)]
+    assert all(Counter(keys) == dict.fromkeys([image.key for image in instances], 2) for keys in rounds)
     assert any(one != other for one, other in pairwise(rounds))
-    later = BucketOrder(buckets, batch_size, seed=3)
-    assert [later[position] for position in range(30, 40)] == [order[position] for position in range(30, 40)]
 
 
 def test_captions_are_dropped_as_often_as_asked_and_nothing_else_changes(instances, class_images) -> None:
@@ -173,3 +158,79 @@ def test_images_that_are_too_small_are_named(instances, caplog) -> None:
     assert not caplog.text
     dataset(instances, buckets=[(64, 64)])
     assert f"enlarged, which teaches blur: 3 of 5 images, such as {instances[0].name};" in caplog.text
+
+
+# ---------------------------------------------------------------------- caches
+
+
+@pytest.fixture
+def data(instances, class_images) -> DreamBoothDataset:
+    buckets = [(24, 32), (32, 24)]
+    return dataset(instances, buckets=buckets, class_images=class_images[:2], crops_per_image=2)
+
+
+def batches(data: DreamBoothDataset, first: int = 0, stop: int = 20) -> list[dict[str, Any]]:
+    return list(stream_loader(data, collate_samples, batch_size=2, first=first, stop=stop))
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+def test_latents_are_drawn_from_the_posterior_and_scaled(data, shifted: bool) -> None:
+    model = small_vae(3, scaling_factor=0.5, **({"latents_mean": MEAN, "latents_std": STD} if shifted else {}))
+    m, d = torch.tensor([MEAN, STD] if shifted else [[0.0] * 3, [1.0] * 3])[:, :, None, None]
+    cache = LatentCache(model)
+    for batch in batches(data):
+        latents = cache.sample(batch["samples"], seed=11)
+        for sample, latent in zip(batch["samples"], latents, strict=True):
+            posterior = model.encode(sample.pixel_values()[None]).latent_dist
+            generator = torch_generator(11, f"posterior {sample.role}", sample.position)
+            z = posterior.mean[0] + posterior.std[0] * torch.randn(latent.shape, generator=generator)
+            torch.testing.assert_close(latent, (z - m) * 0.5 / d)
+    samples = data.plain_samples()[:1]
+    mode = model.encode(samples[0].pixel_values()[None]).latent_dist.mode()
+    torch.testing.assert_close(cache.mode(samples), (mode - m) * 0.5 / d)
+
+
+def test_neither_bounds_nor_batches_nor_a_resume_change_a_bit(data) -> None:
+    expected = [LatentCache(small_vae(), memory_mib=0).sample(batch["samples"], seed=4) for batch in batches(data)]
+    for bound in (1024.0, 0.01):
+        cache = LatentCache(small_vae(), memory_mib=bound)
+        found = [cache.sample(batch["samples"], seed=4) for batch in batches(data)]
+        assert all(one.equal(other) for one, other in zip(found, expected, strict=True))
+        resumed = LatentCache(small_vae()).sample(batches(data, first=10)[0]["samples"], seed=4)
+        assert resumed.equal(expected[5])
+    batch = batches(data)[0]
+    assert LatentCache(small_vae()).sample(batch["samples"][1:2], seed=4).equal(expected[0][1:2])
+    assert not LatentCache(small_vae()).sample(batch["samples"], seed=5).equal(expected[0])
+
+
+def test_each_crop_is_encoded_once_while_there_is_room(data, monkeypatch, caplog) -> None:
+    model, calls = small_vae(), []
+    encode = model.encode
+    monkeypatch.setattr(model, "encode", lambda pixels: calls.append(len(pixels)) or encode(pixels))
+    cache = LatentCache(model)
+    for _ in range(2):
+        for batch in batches(data, stop=40):
+            cache.sample(batch["samples"], seed=0)
+    crops = {sample.key for batch in batches(data, stop=40) for sample in batch["samples"]}
+    assert calls == [1] * len(crops)
+    (room, samples), calls[:] = (2 * 2 * 4 * 12 * 16 * 4 / 2**20, data.plain_samples()[:3]), []  # two posteriors
+    bounded = LatentCache(model, memory_mib=room)
+    for sample in [*samples, *samples]:
+        bounded.mode([sample])
+    assert len(calls) == 4
+    assert caplog.text.count("don't fit into memory") == 1
+
+
+def test_embeddings_are_those_of_the_pipeline_each_encoded_once(monkeypatch) -> None:
+    pipe, calls = small_sdxl(), []
+    forward = pipe.text_encoder.forward
+    monkeypatch.setattr(pipe.text_encoder, "forward", lambda ids, **o: calls.append(len(ids)) or forward(ids, **o))
+    cache = PromptCache(pipe)
+    embeds, pooled = cache.get(PROMPTS)
+    cache.get(PROMPTS)
+    assert calls == [1, 1]
+    for row, prompt in enumerate(PROMPTS):
+        expected, _, pooled_alone, _ = pipe.encode_prompt(prompt, do_classifier_free_guidance=False)
+        assert embeds[row : row + 1].equal(expected)
+        assert pooled[row : row + 1].equal(pooled_alone)
+    assert not embeds.requires_grad

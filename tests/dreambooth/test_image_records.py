@@ -16,7 +16,7 @@ from nara_diffusion.dreambooth.image_records import (
     own_captions,
     records_from_folder,
 )
-from tests.dreambooth.pictures import folder_of, gradient, noise
+from tests.dreambooth.pictures import folder_of, noise
 
 PROMPT = "a photo of sks toy"
 
@@ -38,10 +38,10 @@ def test_exif_rotation_is_applied(tmp_path, orientation: int) -> None:
 
 def test_other_modes_become_rgb_and_transparent_parts_white(tmp_path) -> None:
     for mode in ("CMYK", "P", "L", "1"):
-        stored = gradient(40, 30).convert(mode)
+        stored = noise(40, 30).convert(mode)
         stored.save(tmp_path / f"{mode}.tif")
         assert np.array_equal(pixels(load_image(tmp_path / f"{mode}.tif")), pixels(stored.convert("RGB")))
-    picture = gradient(40, 30).convert("RGBA")
+    picture = noise(40, 30).convert("RGBA")
     alpha = np.full((30, 40), 255, dtype=np.uint8)
     alpha[:, :5], alpha[:, 5:20] = 128, 0
     picture.putalpha(Image.fromarray(alpha))

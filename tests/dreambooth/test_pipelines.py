@@ -67,13 +67,6 @@ def test_model_without_files_of_the_variant_is_loaded_from_the_others(
     torch.testing.assert_close(pixels(pipe), pixels(own), rtol=0, atol=0)
 
 
-def test_half_downloaded_part_is_refused_by_the_models_name(folder: Path) -> None:
-    (weights,) = (folder / "text_encoder").glob("*.safetensors")
-    os.truncate(weights, weights.stat().st_size // 2)
-    with pytest.raises(ValueError, match=rf"{folder} can't be loaded as Stable Diffusion XL: "):
-        load_pipeline(str(folder), dtype=torch.float32)
-
-
 @pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument:UserWarning")  # of Diffusers' download
 def test_model_that_cannot_be_trained_is_refused(folder: Path, tmp_path: Path) -> None:
     refiner, wrong = small_sdxl(), small_sd3()
@@ -81,19 +74,24 @@ def test_model_that_cannot_be_trained_is_refused(folder: Path, tmp_path: Path) -
     refiner.save_pretrained(tmp_path / "refiner")
     wrong.register_modules(scheduler=DDPMScheduler())
     wrong.save_pretrained(tmp_path / "wrong")
-    messages = {
-        "nothing": r"There is no folder '.*nothing', and a model of Diffusers in a repository",
-        "refiner": "name SDXL's base model, not its refiner",
-        "wrong": r"wrong can't be loaded as .*: DDPMScheduler is no scheduler that Stable Diffusion 3 and 3.5 is",
-    }
-    for name, message in messages.items():
-        with pytest.raises(ValueError, match=message):
-            load_pipeline(str(tmp_path / name), dtype=torch.float32)
     unreached = "some/vae can't be loaded as .* the Hub can't be reached: .*--pretrained_vae_model_name_or_path none"
-    messages = {str(tmp_path / "no-vae"): "with the autoencoder .*no-vae can't be loaded", "some/vae": unreached}
-    for name, message in messages.items():
+    for name, vae, message in [
+        ("nothing", None, r"There is no folder '.*nothing', and a model of Diffusers in a repository"),
+        ("refiner", None, "name SDXL's base model, not its refiner"),
+        (
+            "wrong",
+            None,
+            r"wrong can't be loaded as .*: DDPMScheduler is no scheduler that Stable Diffusion 3 and 3.5 is",
+        ),
+        ("sdxl", str(tmp_path / "no-vae"), "with the autoencoder .*no-vae can't be loaded"),
+        ("sdxl", "some/vae", unreached),
+    ]:
         with pytest.raises(ValueError, match=message):
-            load_pipeline(str(folder), dtype=torch.float32, vae_name=name)
+            load_pipeline(str(tmp_path / name), dtype=torch.float32, vae_name=vae)
+    (weights,) = (folder / "text_encoder").glob("*.safetensors")
+    os.truncate(weights, weights.stat().st_size // 2)  # half downloaded
+    with pytest.raises(ValueError, match=rf"{folder} can't be loaded as Stable Diffusion XL: "):
+        load_pipeline(str(folder), dtype=torch.float32)
     index = json.loads((folder / "model_index.json").read_text()) | {"_class_name": "StableCascadeDecoderPipeline"}
     (folder / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match=r"StableCascadeDecoderPipeline is no class .* expected Stable Diffusion 1"):

@@ -6,11 +6,11 @@ give a sample the λ of another. A wrong number of rows is an error everywhere e
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from peft import inject_adapter_in_model
@@ -76,36 +76,7 @@ DENOISERS: dict[str, tuple[dict[str, Any], Inputs]] = {
         {"hidden_states": (8, 4), "pooled_projections": (10,)}
         | {"img_ids": lambda b: torch.arange(24.0).view(8, 3), "txt_ids": lambda b: torch.zeros(5, 3)},
     ),
-    "Lumina2Transformer2DModel": (
-        {"sample_size": 4, "hidden_size": 24, "num_refiner_layers": 1, "num_attention_heads": 3, "num_kv_heads": 1}
-        | {"multiple_of": 2, "axes_dim_rope": (4, 2, 2), "axes_lens": (16, 16, 16)},
-        {"hidden_states": (4, 4, 4), "encoder_attention_mask": torch.ones(5, dtype=torch.bool)},
-    ),
-    "StableAudioDiTModel": (
-        {"sample_size": 6, "num_key_value_attention_heads": 1, "cross_attention_dim": 10, "time_proj_dim": 8}
-        | {"global_states_input_dim": 5, "cross_attention_input_dim": 8},
-        {"hidden_states": (4, 6), "global_hidden_states": (1, 5)}
-        | {"rotary_embedding": lambda b: (torch.ones(7, 4), torch.zeros(7, 4))},
-    ),
-    # told the noise by another argument
-    "StableCascadeUNet": (
-        {"timestep_ratio_embedding_dim": 8, "conditioning_dim": 8, "block_out_channels": (8, 16)}
-        | {"num_attention_heads": (2, 2), "down_num_layers_per_block": (1, 1), "up_num_layers_per_block": (1, 1)}
-        | {"clip_text_in_channels": 6, "clip_text_pooled_in_channels": 5, "clip_image_in_channels": 5, "clip_seq": 2}
-        | {"switch_level": (False,)},
-        {"sample": (4, 4, 4), "clip_text_pooled": (1, 5), "clip_text": (3, 6), "clip_img": (1, 5)},
-    ),
-    "WuerstchenPrior": (
-        {"c_in": 4, "c": 8, "c_cond": 6, "c_r": 8, "depth": 1, "nhead": 2},
-        {"x": (4, 4, 4), "c": (3, 6)},
-    ),
-    "HiDreamImageTransformer2DModel": (
-        {"patch_size": 2, "num_single_layers": 1, "caption_channels": [8, 6], "text_emb_dim": 10}
-        | {"num_routed_experts": 2, "num_activated_experts": 1, "axes_dims_rope": (4, 2, 2), "max_resolution": (8, 8)}
-        | {"llama_layers": (0, 1), "force_inference_output": True},
-        {"hidden_states": (4, 8, 8), "encoder_hidden_states_t5": TEXT, "pooled_embeds": (10,)}
-        | {"encoder_hidden_states": None, "encoder_hidden_states_llama3": lambda b: torch.randn(2, b, 5, 6)},
-    ),
+    # told the noise by another argument than `timestep`
     "ZImageTransformer2DModel": (
         {"dim": 16, "n_layers": 1, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2}
         | {"axes_dims": [4, 2, 2], "axes_lens": [128, 16, 16]},
@@ -253,7 +224,6 @@ SHAPES: dict[str, Callable[[Tensor], Tensor]] = {
 """Timesteps (b,) → what a class takes, where it takes no (b,)."""
 WARNINGS_OF_DIFFUSERS = [
     pytest.mark.filterwarnings("ignore:In CPU autocast, but the target dtype:UserWarning"),  # Mochi
-    pytest.mark.filterwarnings("ignore:`Transformer2DModelOutput` is deprecated:FutureWarning"),  # Stable Audio
     pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning"),
     pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning"),  # AnyFlow
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # Karras sigmas
@@ -261,25 +231,26 @@ WARNINGS_OF_DIFFUSERS = [
 """The `pytestmark` of files that run these models."""
 
 
-def class_of(name: str) -> Any:
-    """Of Diffusers, which has no name of its own for Würstchen's."""
-    home = "diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_prior"
-    return getattr(importlib.import_module(home if name == "WuerstchenPrior" else "diffusers"), name)
-
-
-def denoiser(name: str, **changes: Any) -> nn.Module:
-    """A random model of the Diffusers class `name`, in evaluation mode; no parameter is zero."""
+def denoiser(name: str, *, scale: float = 0.3, **changes: Any) -> Any:
+    """A `random_model` of the Diffusers class `name`."""
     if name.startswith("Cosmos"):
         pytest.importorskip("torchvision", reason="Diffusers' Cosmos resizes its padding mask with torchvision")
-    torch.manual_seed(3)
-    kind = class_of(name)
+    kind = getattr(diffusers, name)
     given = inspect.signature(kind.__init__).parameters
     common = {key: value for key, value in OPTIONS.items() if key in given}
-    model = kind(**{**common, **DENOISERS[name][0], **changes}).eval()
-    generator = torch.Generator().manual_seed(4)
-    for parameter in model.parameters():  # gates and last layers start at zero, which hides adapters
-        scale = 0.3 if parameter.dim() > 1 else 0.1
-        parameter.data += scale * torch.randn(parameter.shape, generator=generator)
+    return random_model(kind, 3, scale=scale, **{**common, **DENOISERS[name][0], **changes})
+
+
+def random_model(kind: Any, seed: int, *args: Any, scale: float = 0.1, **options: Any) -> Any:
+    """A model in evaluation mode; the global generator stays where it was.
+
+    No parameter is zero, as gates and last layers are at first, which would hide adapters.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = kind(*args, **options).eval()
+        for parameter in model.parameters():
+            parameter.data += (scale if parameter.dim() > 1 else 0.05) * torch.randn(parameter.shape)
     return model
 
 
@@ -294,9 +265,9 @@ def adapted_denoiser(name: str) -> nn.Module:
 def inputs_of(name: str, batch: int = 2) -> Inputs:
     """What `denoiser(name)` takes beside its timestep."""
     torch.manual_seed(5)
-    takes_text = "encoder_hidden_states" in inspect.signature(class_of(name).forward).parameters
+    takes_text = "encoder_hidden_states" in inspect.signature(getattr(diffusers, name).forward).parameters
     inputs = {**({"encoder_hidden_states": TEXT} if takes_text else {}), **DENOISERS[name][1]}
-    return {key: _input(value, batch) for key, value in inputs.items() if value is not None}
+    return {key: _input(value, batch) for key, value in inputs.items()}
 
 
 def _input(value: Any, batch: int) -> Any:
@@ -314,8 +285,6 @@ def sample_of(inputs: Inputs, index: int, batch: int) -> Inputs:
     """
 
     def part(key: str, value: Any) -> Any:
-        if key == "encoder_hidden_states_llama3":  # (layers, b, l, d)
-            return value[:, index : index + 1]
         if key == "video_rotary_emb":
             return tuple(part("", own) for own in value)
         if key == "image_rotary_emb" or not isinstance(value, (Tensor, list)) or len(value) % batch:

@@ -14,9 +14,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
-    FluxTransformer2DModel,
     PNDMScheduler,
-    SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
@@ -32,6 +30,8 @@ from transformers import (
     T5EncoderModel,
     T5Tokenizer,
 )
+
+from tests.helpers.denoisers import denoiser, random_model
 
 TEXT_WIDTHS = (16, 24)
 """Widths of SDXL's two text encoders; the UNet's cross-attention sees their sum."""
@@ -65,19 +65,21 @@ def letters_of_t5(length: int = 512) -> T5Tokenizer:
     return T5Tokenizer(vocab=pieces + letters, extra_ids=0, model_max_length=length)
 
 
-def text_encoder(tokenizer: CLIPTokenizer, width: int, *, projection: bool = False, seed: int = 1) -> nn.Module:
+def text_encoder(
+    tokens: int, width: int, *, projection: bool = False, seed: int = 4, length: int = MAX_TOKENS
+) -> nn.Module:
     """A CLIP text encoder of two layers; with `projection`, the class whose pooled output SDXL and SD3 read."""
     config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=tokens,
         hidden_size=width,
         intermediate_size=2 * width,
         projection_dim=width,
         num_hidden_layers=2,
         num_attention_heads=2,
-        max_position_embeddings=MAX_TOKENS,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        max_position_embeddings=length,
+        bos_token_id=tokens - 2,
+        eos_token_id=tokens - 1,
+        pad_token_id=tokens - 1,
     )
     return random_model(CLIPTextModelWithProjection if projection else CLIPTextModel, seed, config)
 
@@ -96,12 +98,13 @@ def small_vae(latent_channels: int = 4, **changes: Any) -> AutoencoderKL:
     return random_model(AutoencoderKL, 2, **{**options, **changes})
 
 
-def small_unet(cross_attention_dim: int, **changes: Any) -> UNet2DConditionModel:
-    """Attention in the second of two levels, in the middle, and in the first of two levels up."""
+def small_unet(cross_attention_dim: int, *, pooled: int | None = None, **changes: Any) -> UNet2DConditionModel:
+    """Attention in the second of two levels, in the middle, and in the first of two levels up.
+
+    With `pooled`, the width of the pooled text, it is conditioned as SDXL's.
+    """
     options = {
         "sample_size": 8,
-        "in_channels": 4,
-        "out_channels": 4,
         "block_out_channels": (8, 16),
         "layers_per_block": 1,
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
@@ -111,6 +114,9 @@ def small_unet(cross_attention_dim: int, **changes: Any) -> UNet2DConditionModel
         "cross_attention_dim": cross_attention_dim,
         "use_linear_projection": True,
     }
+    if pooled is not None:
+        options |= {"addition_embed_type": "text_time", "addition_time_embed_dim": 4}
+        options["projection_class_embeddings_input_dim"] = 6 * 4 + pooled
     return random_model(UNet2DConditionModel, 3, **{**options, **changes})
 
 
@@ -118,19 +124,13 @@ def small_sdxl(**unet_changes: Any) -> StableDiffusionXLPipeline:
     """A pipeline of the true SDXL classes: text_time conditioning, two text encoders, AutoencoderKL."""
     tokenizer = clip_tokenizer()
     first, second = TEXT_WIDTHS
-    conditioning = {
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 4,
-        "projection_class_embeddings_input_dim": 6 * 4 + second,
-        "transformer_layers_per_block": (1, 2),
-    }
     pipe = StableDiffusionXLPipeline(
         vae=small_vae(force_upcast=False),
-        text_encoder=text_encoder(tokenizer, first, seed=4),
-        text_encoder_2=text_encoder(tokenizer, second, projection=True, seed=5),
+        text_encoder=text_encoder(len(tokenizer), first),
+        text_encoder_2=text_encoder(len(tokenizer), second, projection=True, seed=5),
         tokenizer=tokenizer,
         tokenizer_2=clip_tokenizer(),
-        unet=small_unet(first + second, **{**conditioning, **unet_changes}),
+        unet=small_unet(first + second, pooled=second, **{"transformer_layers_per_block": (1, 2), **unet_changes}),
         scheduler=EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
         add_watermarker=False,
     )
@@ -142,7 +142,7 @@ def small_sd(**unet_changes: Any) -> StableDiffusionPipeline:
     tokenizer = clip_tokenizer()
     pipe = StableDiffusionPipeline(
         vae=small_vae(),
-        text_encoder=text_encoder(tokenizer, TEXT_WIDTHS[0], seed=4),
+        text_encoder=text_encoder(len(tokenizer), TEXT_WIDTHS[0]),
         tokenizer=tokenizer,
         unet=small_unet(TEXT_WIDTHS[0], **unet_changes),
         scheduler=PNDMScheduler(
@@ -159,26 +159,14 @@ def small_sd3() -> StableDiffusion3Pipeline:
     """A pipeline of the true Stable Diffusion 3 classes, without the T5 encoder, which it can do without."""
     tokenizer = clip_tokenizer()
     first, second = TEXT_WIDTHS
-    transformer = random_model(
-        SD3Transformer2DModel,
-        6,
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        caption_projection_dim=16,
-        joint_attention_dim=first + second,
-        pooled_projection_dim=first + second,
-    )
+    widths = {"joint_attention_dim": first + second, "pooled_projection_dim": first + second}
     pipe = StableDiffusion3Pipeline(
-        transformer=transformer,
+        transformer=denoiser("SD3Transformer2DModel", scale=0.1, num_layers=2, **widths),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=small_vae(shift_factor=0.0),
-        text_encoder=text_encoder(tokenizer, first, projection=True, seed=4),
+        text_encoder=text_encoder(len(tokenizer), first, projection=True),
         tokenizer=tokenizer,
-        text_encoder_2=text_encoder(tokenizer, second, projection=True, seed=5),
+        text_encoder_2=text_encoder(len(tokenizer), second, projection=True, seed=5),
         tokenizer_2=clip_tokenizer(),
         text_encoder_3=None,
         tokenizer_3=None,
@@ -186,33 +174,24 @@ def small_sd3() -> StableDiffusion3Pipeline:
     return quiet(pipe)
 
 
+def flux_transformer(**options: Any) -> Any:
+    sizes = {"in_channels": 16, "out_channels": None, "joint_attention_dim": 12, "guidance_embeds": True}
+    return denoiser("FluxTransformer2DModel", scale=0.1, **sizes, **options)
+
+
 def small_flux() -> FluxPipeline:
     """A pipeline of the true FLUX.1-dev classes (distilled guidance)."""
     tokenizer = clip_tokenizer()
     t5_tokenizer = letters_of_t5(MAX_TOKENS)
     t5 = T5Config(vocab_size=len(t5_tokenizer), d_model=12, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
-    transformer = random_model(
-        FluxTransformer2DModel,
-        7,
-        patch_size=1,
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=12,
-        pooled_projection_dim=TEXT_WIDTHS[0],
-        axes_dims_rope=(4, 4, 8),
-        guidance_embeds=True,
-    )
     pipe = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=small_vae(shift_factor=0.0),
-        text_encoder=text_encoder(tokenizer, TEXT_WIDTHS[0], seed=4),
+        text_encoder=text_encoder(len(tokenizer), TEXT_WIDTHS[0]),
         tokenizer=tokenizer,
         text_encoder_2=random_model(T5EncoderModel, 8, t5),
         tokenizer_2=t5_tokenizer,
-        transformer=transformer,
+        transformer=flux_transformer(pooled_projection_dim=TEXT_WIDTHS[0]),
     )
     return quiet(pipe)
 
@@ -224,16 +203,6 @@ def pixels(pipe: Any, prompt: str | list[str] = "a photo of a toy", *, seed: int
         call["max_sequence_length"] = MAX_TOKENS
     generator = torch.Generator().manual_seed(seed)
     return torch.from_numpy(pipe(prompt, generator=generator, **{**call, **options}).images)
-
-
-def random_model(kind: Any, seed: int, *args: Any, scale: float = 0.1, **options: Any) -> Any:
-    """A model in evaluation mode whose parameters all differ from zero; the global generator stays where it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = kind(*args, **options).eval()
-        for parameter in model.parameters():
-            parameter.data += (scale if parameter.dim() > 1 else 0.05) * torch.randn(parameter.shape)
-    return model
 
 
 def quiet(pipe: Any) -> Any:

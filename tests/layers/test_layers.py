@@ -1,4 +1,4 @@
-"""Adapted layers beside the formula: biases of B, odd batches, refused kinds, orthonormal starts, DoRA's norm."""
+"""Adapted layers beside the formula: biases of B, idle experts, refused kinds, orthonormal starts, DoRA's norm."""
 
 from __future__ import annotations
 
@@ -12,41 +12,37 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nara_diffusion import core_matrix, noise_level
+from nara_diffusion import noise_level
 from nara_diffusion.layers.functional import factored_row_norm
-from tests.helpers.adapted import OneLayer, TwoLayers, adapted, disturb, lora_config, nara_config, relative_error
+from tests.acceptance._by_hand import (
+    ALPHA,
+    LEVELS,
+    RANK,
+    Kinds,
+    adapted,
+    disturb,
+    draw_inputs,
+    nara_config,
+    tensors_of,
+    write,
+)
+from tests.helpers.adapted import OneLayer, relative_error
 
-LEVELS = torch.tensor([0.05, 0.5, 0.93])
 DORA = pytest.mark.parametrize("use_dora", [False, True], ids=["NaRA", "NaRA-DoRA"])
 
 
-@pytest.mark.parametrize(
-    ("layer", "shape"), [(nn.Linear(7, 5), (3, 6, 7)), (nn.Conv2d(7, 5, 3), (3, 7, 6, 5))], ids=str
-)
-def test_bias_of_b_is_scaled_and_not_turned_by_the_core(layer: nn.Module, shape: tuple[int, ...]) -> None:
-    model, x = adapted(OneLayer(layer), target_modules=["layer"], lora_bias=True), torch.randn(shape)
-    bias = model.base_model.model.layer.lora_B["default"].bias
+def test_bias_of_b_is_scaled_and_not_turned_by_the_core() -> None:
+    kinds = ["linear", "conv2d"]
+    model, inputs = adapted(Kinds(kinds), target_modules=kinds, lora_bias=True), draw_inputs(kinds)
+    biases = {name: tensor.clone() for name, tensor in tensors_of(model).items() if name.endswith("lora_B.bias")}
     with noise_level(model, LEVELS):
-        with_bias = model(x)
-        expected = 6 / 4 * bias.detach().clone().view(-1, *(1,) * (len(shape) - 3 if len(shape) == 4 else 0))
-        bias.data.zero_()
-        difference = with_bias - model(x)
-    rows = expected.view(1, 5, 1, 1) if len(shape) == 4 else expected
-    torch.testing.assert_close(difference, rows.expand_as(difference), rtol=1e-4, atol=1e-5)
-
-
-@DORA
-def test_sample_without_batch_axis_is_a_batch_of_one(use_dora: bool) -> None:
-    for layer, shape in [(nn.Linear(7, 5), (7,)), (nn.Conv2d(7, 5, 3), (7, 6, 6)), (nn.Conv1d(7, 5, 3), (7, 6))]:
-        model, x = adapted(OneLayer(layer), target_modules=["layer"], use_dora=use_dora), torch.randn(shape)
-        with noise_level(model, 0.3):
-            torch.testing.assert_close(model(x), model(x[None])[0], rtol=1e-5, atol=1e-6)
-
-
-def test_batch_that_the_layer_sees_otherwise_is_refused_by_name() -> None:
-    model = adapted(TwoLayers(), target_modules=["first"])
-    with noise_level(model, LEVELS), pytest.raises(ValueError, match=r"3 values, but the batch.*'first' is 6"):
-        model(torch.randn(6, 7))
+        found = model(inputs)
+        write(model, {name: 0 * bias for name, bias in biases.items()})
+        without = model(inputs)
+    for name, output in found.items():
+        bias = ALPHA / RANK * biases[f"{name}.lora_B.bias"]
+        expected = bias.view(-1, 1, 1) if "conv" in name else bias
+        torch.testing.assert_close(output - without[name], expected.expand_as(output), rtol=1e-4, atol=1e-5)
 
 
 class Mixture(nn.Module):
@@ -71,53 +67,6 @@ def test_idle_expert_beside_layers_with_a_level_per_sample_gets_gradients_of_zer
         layer = getattr(model.base_model.model, name)
         for factor in (layer.lora_A, layer.lora_B):
             assert (factor["default"].weight.grad.count_nonzero() == 0) == is_zero, name
-
-
-class ScaledEmbedding(nn.Embedding):
-    """As Gemma 3 has it: what is looked up is multiplied by a constant."""
-
-    embed_scale = 3.0
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return super().forward(ids) * self.embed_scale
-
-
-def test_scaled_and_padded_embedding_with_a_new_core_is_pefts() -> None:
-    ids, found = torch.randint(13, (3, 6)), []
-    for config in (lora_config, nara_config):
-        torch.manual_seed(2)
-        model = get_peft_model(OneLayer(ScaledEmbedding(13, 5, padding_idx=2)), config(target_modules=["layer"]))
-        generator = torch.Generator().manual_seed(1)
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
-        if config is nara_config:
-            with noise_level(model, LEVELS):
-                output = model(ids)
-        else:
-            output = model(ids)
-        output.square().sum().backward()
-        found.append([output, *(p.grad for name, p in model.named_parameters() if "lora_" in name)])
-    for ours, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-
-
-@DORA
-@pytest.mark.parametrize(("layer", "shape"), [(nn.Linear(7, 5), (3, 4, 7)), (nn.Conv1d(7, 5, 3), (3, 7, 6))], ids=str)
-def test_float64_model_computes_in_float64_beside_the_float32_core(layer: Any, shape: Any, use_dora: bool) -> None:
-    model, x = (
-        adapted(OneLayer(layer.double()), target_modules=["layer"], use_dora=use_dora),
-        torch.randn(shape).double(),
-    )
-    own: Any = model.base_model.model.layer
-    A, B = (factor["default"].weight.flatten(1) for factor in (own.lora_A, own.lora_B))
-    W = layer.weight.flatten(1) + 6 / 4 * B @ core_matrix(model, LEVELS).double() @ A
-    if use_dora:
-        W = own.lora_magnitude_vector["default"].weight.view(-1, 1) * W / W.norm(dim=2, keepdim=True)
-    apply = nn.functional.linear if isinstance(layer, nn.Linear) else nn.functional.conv1d
-    rows = [apply(x[i : i + 1], W[i].view(layer.weight.shape), layer.bias) for i in range(3)]
-    with noise_level(model, LEVELS):
-        assert relative_error(model(x), torch.cat(rows)) < 1e-14
 
 
 # ---------------------------------------------------------------------- kinds that are refused, and starts
@@ -152,24 +101,19 @@ def test_layer_that_can_have_no_variant_is_refused_by_name_and_left(layer: Any, 
     assert [name for name, _ in base.named_modules()] == [name for name, _ in OneLayer(layer).named_modules()]
 
 
-@pytest.mark.parametrize(
-    ("make", "shape"),
-    [
-        (lambda: nn.Linear(7, 5), (3, 7)),
-        (lambda: nn.Conv2d(7, 5, 3), (3, 7, 6, 6)),
-        (lambda: nn.Embedding(13, 5), None),
-    ],
-    ids=["linear", "convolution", "embedding"],
-)
-def test_orthogonal_start_has_orthonormal_directions_and_is_the_base_at_every_level(make: Any, shape: Any) -> None:
-    base, x = OneLayer(make()), torch.randint(13, (3, 6)) if shape is None else torch.randn(shape)
-    expected = base(x)
-    model = get_peft_model(base, nara_config(target_modules=["layer"], core_type="rank_mask", lora_a_init="orthogonal"))
-    own = model.base_model.model.layer
-    rows = own.lora_embedding_B["default"].T if shape is None else own.lora_A["default"].weight.flatten(1)
-    torch.testing.assert_close(rows @ rows.T, torch.eye(4), rtol=0, atol=1e-6)
+def test_orthogonal_start_has_orthonormal_directions_and_is_the_base_at_every_level() -> None:
+    kinds = ["linear", "conv2d", "embedding"]
+    base, inputs = Kinds(kinds), draw_inputs(kinds)
+    expected = base(inputs)
+    model = get_peft_model(base, nara_config(target_modules=kinds, core_type="rank_mask", lora_a_init="orthogonal"))
+    directions = {name: t for name, t in tensors_of(model).items() if name.endswith(("lora_A.weight", "embedding_B"))}
+    assert len(directions) == 6
+    for name, tensor in directions.items():
+        rows = tensor.T if "embedding" in name else tensor.flatten(1)
+        torch.testing.assert_close(rows @ rows.T, torch.eye(4), rtol=0, atol=1e-6)
     with noise_level(model, torch.tensor([0.0, 0.5, 1.0])):
-        assert torch.equal(model(x), expected)
+        outputs = model(inputs)
+    assert all(torch.equal(output, expected[name]) for name, output in outputs.items())
 
 
 # ---------------------------------------------------------------------- DoRA's norm
@@ -190,14 +134,11 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
-def test_dora_makes_no_update_matrix_of_each_sample(training: bool) -> None:
+def test_dora_makes_no_update_matrix_of_each_sample() -> None:
     model = adapted(OneLayer(nn.Linear(96, 80)), target_modules=["layer"], use_dora=True)
     x = torch.randn(4, 3, 96, requires_grad=True)
     with noise_level(model, torch.linspace(0.1, 0.9, 4)), LargestTensor() as largest:
-        output = model.train(training)(x)
-        if training:
-            output.sum().backward()
+        model.train()(x).sum().backward()
     assert math.prod(largest.shape) <= 80 * 96, largest.shape
 
 

@@ -1,4 +1,4 @@
-"""An adapter whose output depends on λ, its logits at one λ, and task files that need no network."""
+"""An adapter whose output depends on λ, and task files that need no network."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 
-from nara_diffusion import noise_level
 from nara_diffusion.dllm import load_backbone
 from tests.acceptance._text import nara
 
@@ -21,7 +19,6 @@ if importlib.util.find_spec("lm_eval") is None:
     collect_ignore_glob = ["test_*.py"]  # they need the extra eval
 
 LLADA_TINY = str(Path(__file__).parents[2] / "examples" / "assets" / "llada-tiny")
-MASK = 283
 ROWS = [
     {"instruction": "reverse: planet", "answer": "tenalp", "choices": ["tenalp", "planet", "x"], "gold": 0},
     {"instruction": "upper: house", "answer": "HOUSE", "choices": ["HOUSE", "esuoh"], "gold": 0},
@@ -42,23 +39,6 @@ TASKS: dict[str, dict[str, Any]] = {
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
     },
 }
-
-
-class AtLevel:
-    """Logits of the harness's model, one row at one λ, as `greedy` of the acceptance suite asks for them."""
-
-    def __init__(self, harness: Any) -> None:
-        self.model = harness.model
-
-    @torch.no_grad()
-    def __call__(self, tokens: list[int], level: float) -> torch.Tensor:
-        with noise_level(self.model, level):
-            return self.model(torch.tensor([tokens])).logits[0].double()
-
-    def guided(self, prompt: list[int], answer: list[int], scale: float, mask: int) -> torch.Tensor:
-        logits = self(prompt + answer, answer.count(mask) / len(answer))[len(prompt) :]
-        logits[:, mask] = -torch.inf
-        return logits
 
 
 @pytest.fixture(scope="session")

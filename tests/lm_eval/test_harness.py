@@ -1,25 +1,23 @@
-"""lm-eval's requests to a model with an adapter, against λ and masks worked out by hand."""
+"""lm-eval's requests to a model with an adapter, against the sampler and the likelihood of each alone."""
 
 from __future__ import annotations
 
 import logging
-from itertools import combinations
-from math import comb
 from typing import Any
 
 import pytest
 import torch
 from lm_eval.api.instance import Instance
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer
 
-from nara_diffusion.dllm import encode_records, load_backbone
+from nara_diffusion.dllm import encode_records, generate, load_backbone, log_likelihood
 from nara_diffusion.dllm.data.records import normalized
 from nara_diffusion.lm_eval.harness_model import NaraDLLM
 from nara_diffusion.lm_eval.harness_text import encode, encode_pair, read_gen_kwargs, templated
-from tests.acceptance._text import greedy, nara
+from tests.acceptance._text import nara
 
-from .conftest import LLADA_TINY, MASK, AtLevel
+from .conftest import LLADA_TINY
 
 QUESTIONS = ["reverse: planet", "upper: a", "copy: abcdefgh", "sort: zebra", "swap: tea"]
 
@@ -40,15 +38,15 @@ def requests(kind: str, *arguments: tuple) -> list[Instance]:
     return [Instance(kind, doc={}, arguments=args, idx=i, metadata=("t", i, 1)) for i, args in enumerate(arguments)]
 
 
-def bound(harness: NaraDLLM, prompt: list[int], answer: list[int]) -> float:
-    """Σ over all masks of the answer, λ being the masked share of it."""
-    n, total = len(answer), 0.0
-    for k in range(1, n + 1):
-        for subset in combinations(range(n), k):
-            shown = [MASK if j in subset else token for j, token in enumerate(answer)]
-            log_p = AtLevel(harness)(prompt + shown, k / n).log_softmax(-1)
-            total += sum(log_p[len(prompt) + j, answer[j]].item() for j in subset) / k / comb(n, k)
-    return total
+def bound(harness: NaraDLLM, prompt: list[int], answer: list[int], **options: Any) -> float:
+    return log_likelihood(harness.model, torch.tensor([prompt + answer]), [len(prompt)], **options).item()
+
+
+def answer_of(harness: NaraDLLM, prompt: list[int], **options: Any) -> list[int]:
+    """By the sampler alone, the end and what stands behind it included."""
+    return generate(harness.model, torch.tensor([prompt]), eos_token_id=harness.ends, **options)[
+        0, len(prompt) :
+    ].tolist()
 
 
 def test_generate_until_answers_each_question_as_the_sampler_does_alone(harness: NaraDLLM) -> None:
@@ -57,13 +55,11 @@ def test_generate_until_answers_each_question_as_the_sampler_does_alone(harness:
     asked = [(question, settings) for question in QUESTIONS] + [(QUESTIONS[0], shorter)]
     for (question, how), text in zip(asked, harness.generate_until(requests("generate_until", *asked)), strict=True):
         length = how.get("gen_length", 4)
-        options = {"gen_length": length, "steps": 4, "block_length": 4, "ends": tuple(harness.ends)}
         prompt = encode(harness.tokenizer, question, has_template=False)
-        answer, levels = greedy(AtLevel(harness), prompt, mask=MASK, **options)  # type: ignore[arg-type]
+        answer = answer_of(harness, prompt, gen_length=length, steps=4, block_length=4)
         end = next((j for j, token in enumerate(answer) if token in harness.ends), length)
         expected = harness.tokenizer.decode(answer[:end], skip_special_tokens=True)
         assert text == (expected.split("\n")[0] if how is shorter else expected)
-        assert levels[0] == 1
 
 
 @pytest.mark.parametrize(
@@ -86,9 +82,7 @@ def test_prompts_too_long_lose_their_start(harness: NaraDLLM, caplog: pytest.Log
         (text,) = harness.generate_until(requests("generate_until", (long, {"gen_length": 4})))
     assert caplog.messages[-1:] == ["1 of 1 prompts lose their start: with the answer they exceed 64 tokens"]
     tokens = encode(harness.tokenizer, long, has_template=False)[-60:]
-    options = {"gen_length": 4, "block_length": 4, "ends": tuple(harness.ends)}
-    answer, _ = greedy(AtLevel(harness), tokens, mask=MASK, **options)  # type: ignore[arg-type]
-    assert text == harness.tokenizer.decode(answer, skip_special_tokens=True)
+    assert text == harness.tokenizer.decode(answer_of(harness, tokens, gen_length=4), skip_special_tokens=True)
     with pytest.raises(ValueError, match=r"gen_length is 64 and the model has 64 positions"):
         harness.generate_until(requests("generate_until", ("q", {"gen_length": 64})))
 
@@ -101,9 +95,7 @@ def test_loglikelihood_is_the_bound_at_the_level_of_each_mask(harness: NaraDLLM)
         length = len(encode(harness.tokenizer, context.rstrip(), has_template=False))
         prompt, answer = whole[:length], whole[length:]
         assert value == pytest.approx(bound(harness, prompt, answer), rel=1e-5)
-        options = {"gen_length": len(answer), "block_length": len(answer)}
-        sampled, _ = greedy(AtLevel(harness), prompt, mask=MASK, **options)  # type: ignore[arg-type]
-        assert is_greedy is (sampled == answer)
+        assert is_greedy is (answer_of(harness, prompt, gen_length=len(answer), stop_at_eos=False) == answer)
     with pytest.raises(ValueError, match=r"a continuation has 8[0-9] tokens, and the model 64 positions"):
         harness.loglikelihood(requests("loglikelihood", ("a", " " + "b" * 80)))
 
@@ -113,15 +105,7 @@ def test_loglikelihood_is_guided_by_cfg_scale(harness: NaraDLLM, monkeypatch: py
     monkeypatch.setattr(harness, "greedy", False)
     ((value, _),) = harness.loglikelihood(requests("loglikelihood", ("upper: house", " H")))
     whole = encode(harness.tokenizer, "upper: house H", has_template=False)
-    prompt, answer = whole[:-2], whole[-2:]
-    blind, at = [MASK] * len(prompt), AtLevel(harness)
-    expected = 0.0
-    for places, weight in (([0], 0.5), ([1], 0.5), ([0, 1], 0.5)):  # 1 / (k · C(2, k)), a mask each
-        shown = [MASK if j in places else token for j, token in enumerate(answer)]
-        told, free = (at(before + shown, len(places) / 2)[-2:] for before in (prompt, blind))
-        log_p = (2.5 * told - 1.5 * free).log_softmax(-1)
-        expected += weight * sum(log_p[j, answer[j]].item() for j in places)
-    assert value == pytest.approx(expected, rel=1e-4)
+    assert value == pytest.approx(bound(harness, whole[:-2], whole[-2:], cfg_scale=1.5), rel=1e-5)
 
 
 @pytest.mark.parametrize("has_chat_template", [True, False])
@@ -142,10 +126,7 @@ def test_template_makes_prompt_and_answer_of_training(
 
 def test_encode_pair_is_the_whole_text_divided() -> None:
     tokenizer = AutoTokenizer.from_pretrained(LLADA_TINY)
-    for context, rest, start in (("copy: ", "ab", "copy: "), ("copy: ab ", "cd", "copy: ab"), ("", "ab", "")):
-        prompt, answer = encode_pair(tokenizer, context, rest, has_template=False)
-        assert prompt + answer == tokenizer(context + rest).input_ids
-        assert tokenizer.decode(prompt, skip_special_tokens=True) == start
+    assert encode_pair(tokenizer, "", "ab", has_template=False) == ([], tokenizer("ab").input_ids)
     with pytest.raises(ValueError, match="the continuation '' adds no token"):
         encode_pair(tokenizer, "one", "", has_template=False)
     question = [{"role": "user", "content": "copy: ab"}]
@@ -162,11 +143,6 @@ def test_read_gen_kwargs() -> None:
         ({"max_gen_toks": 8, "until": "x", "temperature": 0.7, "do_sample": False}, ("x",), {"gen_length": 8}),
         ({"gen_length": 6, "max_gen_toks": 8, "steps": 3.0, "top_k": 9}, (), {"gen_length": 6, "steps": 3}),
         ({"max_tokens": 4, "temperature": 0.5, "top_p": 0.9}, (), {"gen_length": 4, "temperature": 0.5, "top_p": 0.9}),
-        (
-            {"max_tokens": 4, "logits_eos_inf": True, "remasking": "entropy"},
-            (),
-            {"gen_length": 4, "logits_eos_inf": True, "remasking": "entropy"},
-        ),
     ]:
         assert read_gen_kwargs(given) == (until, sampling)
 
@@ -177,7 +153,6 @@ def test_read_gen_kwargs_refuses_what_the_sampler_lacks() -> None:
         ({"beams": 3}, "gen_kwargs has beams"),
         ({"steps": "many"}, "gen_kwargs: .*'many'"),
         ({"temperature": "hot"}, "gen_kwargs: .*'str'"),
-        ({"gen_length": 8, "block_length": 4, "steps": 5}, "steps is 5 and there are 2 blocks"),
     ]:
         with pytest.raises(ValueError, match=message):
             read_gen_kwargs(given)
@@ -188,7 +163,6 @@ def test_impossible_arguments_are_refused_by_name() -> None:
         ({}, "names no model"),
         ({"pretrained": LLADA_TINY, "gen_length": 12}, "gen_length in --model_args: .* belong to --gen_kwargs"),
         ({"pretrained": LLADA_TINY, "max_length": 65}, "max_length is 65 and the model has 64 positions"),
-        ({"pretrained": LLADA_TINY, "batch_size": "auto"}, "--batch_size auto: .* name it"),
         ({"peft": "outputs/dllm-9"}, "There is no folder 'outputs/dllm-9', and the Hub, .* can't be reached"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -205,7 +179,7 @@ def test_adapter_with_another_noise_level_is_refused(tmp_path: Any) -> None:
 def test_adapter_names_its_base_and_a_plain_lora_is_evaluated(adapter: str, harness: NaraDLLM, tmp_path: Any) -> None:
     tokens = encode(harness.tokenizer, "upper: ab", has_template=False)
     alone = NaraDLLM(peft=adapter, batch_size="2", device="cpu")
-    assert torch.equal(AtLevel(alone)(tokens, 0.4), AtLevel(harness)(tokens, 0.4))
+    assert bound(alone, tokens[:-2], tokens[-2:]) == bound(harness, tokens[:-2], tokens[-2:])
     model = get_peft_model(
         load_backbone(LLADA_TINY)[0], LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
     ).eval()
@@ -213,23 +187,3 @@ def test_adapter_names_its_base_and_a_plain_lora_is_evaluated(adapter: str, harn
     lora = NaraDLLM(LLADA_TINY, str(tmp_path), device="cpu")
     with torch.no_grad():
         assert torch.equal(*(one(torch.tensor([tokens])).logits for one in (lora.model, model)))
-
-
-def test_virtual_tokens_stand_before_each_text(tmp_path: Any, harness: NaraDLLM) -> None:
-    """Prompt tuning: answers and likelihoods as the model with its tokens gives them."""
-    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
-    model = get_peft_model(load_backbone(LLADA_TINY)[0], config).eval()
-    model.save_pretrained(tmp_path)
-    tuned = NaraDLLM(LLADA_TINY, str(tmp_path), device="cpu")
-    assert tuned.max_length == 61
-
-    @torch.no_grad()
-    def logits(tokens: list[int]) -> torch.Tensor:
-        return model(torch.tensor([tokens])).logits[0, 3:].double()
-
-    ids = encode(harness.tokenizer, "upper: A", has_template=False)
-    ((value, is_greedy),) = tuned.loglikelihood(requests("loglikelihood", ("upper: ", "A")))
-    last = logits([*ids[:-1], MASK])[-1]
-    assert value == pytest.approx(last.log_softmax(-1)[ids[-1]].item(), rel=1e-5)
-    last[MASK] = -torch.inf
-    assert is_greedy is (int(last.argmax()) == ids[-1])

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import pickle
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from huggingface_hub.errors import OfflineModeIsEnabled
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
@@ -78,30 +76,6 @@ def test_a_hub_that_cannot_be_reached_is_told_as_that(monkeypatch: pytest.Monkey
         assert "me/toy" in str(caught.value)
 
 
-def test_a_pickle_is_called_one(tmp_path: Path) -> None:
-    pipe: Any = small_sdxl()
-    torch.save({"unet.to_q.lora_A.weight": torch.zeros(2)}, tmp_path / "toy.bin")
-    with open(tmp_path / "old.safetensors", "wb") as file:
-        pickle.dump({}, file)
-    for source in (tmp_path / "toy.bin", tmp_path / "old.safetensors"):
-        with pytest.raises(ValueError, match=f"'{source}' is a pickle .*torch.load\\(path, weights_only=True"):
-            pipe.load_nara_weights(source)
-    (tmp_path / "old.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"no safetensors file, but 'toy\.bin', a pickle"):
-        pipe.load_nara_weights(tmp_path)
-
-
-def test_layers_of_another_size_are_told_as_those_of_another_base(nara_folder: Path, tmp_path: Path) -> None:
-    pipe: Any = small_sdxl(block_out_channels=(8, 24))
-    with pytest.raises(ValueError, match=r"^The adapter in .* unet: .*most likely .* trained on another base model"):
-        pipe.load_nara_weights(nara_folder)
-    get_peft_model(TwoLayers(), nara_config(target_modules=["first"])).save_pretrained(tmp_path)
-    base = TwoLayers()
-    base.first = nn.Linear(9, 11)
-    with pytest.raises(ValueError, match="most likely the adapter was trained on another base model"):
-        PeftModel.from_pretrained(base, tmp_path)
-
-
 @pytest.mark.parametrize("subfolder", [None, "deeper"])
 def test_a_file_of_another_name_is_found(subfolder: str | None, tmp_path: Path, nara_folder: Path) -> None:
     folder = tmp_path / subfolder if subfolder else tmp_path
@@ -112,27 +86,20 @@ def test_a_file_of_another_name_is_found(subfolder: str | None, tmp_path: Path, 
     assert pipe.get_active_adapters() == ["default_0"]
 
 
-def large(parts: Any) -> None:
-    key = next(key for key in parts["unet"].tensors if "lora_B" in key)
-    parts["unet"].tensors[key] = parts["unet"].tensors[key] * 0 + 1e6
-
-
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         (lambda parts: parts["text_encoder_2"].tensors.popitem(), ["The checkpoint lacks", "trained on another base"]),
         (lambda parts: parts["text_encoder"].tensors.clear(), ["The checkpoint lacks"]),
         (lambda parts: parts.update(vae=parts.pop("text_encoder")), ["has a part for 'vae', but this pipeline"]),
-        (large, ["lora_B", "too large for its layer", "bfloat16 or float32"]),
     ],
-    ids=["last tensor of the last part", "a part without tensors", "a part for no denoiser", "values beyond float16"],
+    ids=["last tensor of the last part", "a part without tensors", "a part for no denoiser"],
 )
 def test_a_part_that_does_not_fit_leaves_no_component_changed(change, words, nara_folder, tmp_path) -> None:
     file = AdapterFile.read(nara_folder)
     change(file.parts)
     file.save(tmp_path / FILE)
     pipe: Any = small_sdxl()
-    pipe.unet.half()
     refused(lambda: pipe.load_nara_weights(tmp_path), pipe, *words)
 
 

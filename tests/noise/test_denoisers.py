@@ -15,7 +15,7 @@ from torch import nn
 
 from nara_diffusion import TimestepNoise
 from nara_diffusion.noise.denoisers import _DENOISERS, denoiser_of
-from tests.helpers.diffusers_sources import classes, is_a, told_the_time
+from tests.helpers.diffusers_sources import classes, forward_of, lineage, told_the_time
 
 DISCRETE = {0: 0.0, 250: 0.25, 1000: 1.0}
 RATIO = SIGMA = {0.0: 0.0, 0.25: 0.25, 1.0: 1.0}
@@ -78,8 +78,8 @@ UNDECLARED = {
 
 def test_every_class_of_diffusers_that_is_told_the_time_is_declared_or_known() -> None:
     """If this fails after an update of Diffusers: read what the new class's pipelines pass, and declare it."""
-    adapted = {name for name in classes() if is_a(name, "PeftAdapterMixin") and name != "PeftAdapterMixin"}
-    told = {name for name in classes() if is_a(name, "ModelMixin") and told_the_time(name)}
+    adapted = {name for name in classes() if "PeftAdapterMixin" in lineage(name) and name != "PeftAdapterMixin"}
+    told = {name for name in classes() if "ModelMixin" in lineage(name) and told_the_time(name)}
     assert len(adapted) > 60
     assert sorted((adapted | told) - _DENOISERS.keys() - UNDECLARED) == []
     if Version(diffusers.__version__) >= Version("0.42"):  # 0.41 lacks seven of them
@@ -89,12 +89,9 @@ def test_every_class_of_diffusers_that_is_told_the_time_is_declared_or_known() -
 
 def test_denoisers_read_arguments_that_their_forwards_have() -> None:
     for name in sorted(_DENOISERS.keys() & classes().keys()):
-        denoiser, lineage = _DENOISERS[name], [name]
-        for base in lineage:
-            lineage.extend(classes()[base].bases if base in classes() else ())
-        own = next(classes()[base].forward for base in lineage if base in classes() and classes()[base].forward)
+        denoiser = _DENOISERS[name]
         pinned = [] if denoiser.pinned is None else [denoiser.pinned[0]]
-        assert {denoiser.argument, *denoiser.also, *pinned} <= set(own), name
+        assert {denoiser.argument, *denoiser.also, *pinned} <= set(forward_of(name)), name
 
 
 def test_denoisers_timesteps_have_the_level_that_their_pipelines_mean() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -12,34 +13,11 @@ from torch import Tensor, nn
 
 from nara_diffusion import StrengthSchedule, noise_level, register_noise_source, set_noise_source
 from nara_diffusion.noise import denoisers
-from nara_diffusion.noise.level import as_level, find_holders
-from tests.helpers.adapted import TwoLayers, adapted, default_core, disturb, nara_config, relative_error
+from tests.acceptance._noise_models import adapt, assert_near, run
+from tests.helpers.adapted import TwoLayers, adapted, nara_config, relative_error
 
 TARGETS = ["first", "second"]
 LEVELS = torch.tensor([0.05, 0.5, 0.93])
-
-
-def run(model: nn.Module, x: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model(x)
-
-
-def by_hand(model: PeftModel, x: Tensor, core: Tensor) -> Tensor:
-    """The output of a TwoLayers in float64, from its state dict and C (b, r, r)."""
-    state = {name.removeprefix("base_model.model."): t.double() for name, t in model.state_dict().items()}
-    scaling = 6 / 4
-
-    def layer(name: str, x: Tensor) -> Tensor:
-        A, B = (state[f"{name}.lora_{factor}.default.weight"] for factor in "AB")
-        base = x @ state[f"{name}.base_layer.weight"].T + state[f"{name}.base_layer.bias"]
-        return base + scaling * torch.einsum("or,brs,si,bi->bo", B, core, A, x)
-
-    return layer("second", torch.tanh(layer("first", x.double())))
-
-
-def expect(model: PeftModel, x: Tensor, level: float | Tensor) -> Tensor:
-    levels = torch.as_tensor(level, dtype=torch.float32).expand(len(x))
-    return by_hand(model, x, default_core(model, levels))
 
 
 class Share:
@@ -96,15 +74,10 @@ def test_adapter_of_a_registered_definition_is_read_by_its_source_where_it_loads
     source = Share()
     register_noise_source(source)  # type: ignore[arg-type]
     register_noise_source(source)  # type: ignore[arg-type]
-    base = TwoLayers()
-    state = {name: tensor.clone() for name, tensor in base.state_dict().items()}
-    model = get_peft_model(base, nara_config(target_modules=TARGETS, noise_convention="positive_share"))
-    disturb(model)
+    model, stock = adapt(TwoLayers(), TARGETS, noise_convention="positive_share")
     model.save_pretrained(str(tmp_path))
-    again, x = TwoLayers(), torch.randn(3, 7)
-    again.load_state_dict(state)
-    loaded = PeftModel.from_pretrained(again, tmp_path)
-    assert relative_error(run(loaded, x), expect(model, x, (x > 0).float().mean(1))) < 2e-6
+    loaded, x = PeftModel.from_pretrained(copy.deepcopy(stock.model), tmp_path), torch.randn(3, 7)
+    assert_near(run(loaded, x), stock.double().each((x > 0).float().mean(1), x.double()), model)
     with pytest.raises(ValueError, match="'positive_share' has a source already"):
         register_noise_source(Share())  # type: ignore[arg-type]
 
@@ -116,13 +89,6 @@ def test_source_without_a_definition_of_its_own_is_not_registered() -> None:
 
 
 # ---------------------------------------------------------------------- values
-
-
-def test_level_is_a_copy() -> None:
-    level = LEVELS.clone()
-    found = as_level(level)
-    level.fill_(7.0)
-    assert torch.equal(found, LEVELS)
 
 
 def test_level_that_requires_a_gradient_gets_that_of_finite_differences(model: PeftModel) -> None:
@@ -138,19 +104,6 @@ def test_level_that_requires_a_gradient_gets_that_of_finite_differences(model: P
     with torch.no_grad():
         moved = [(loss(LEVELS + step * row) - loss(LEVELS - step * row)) / (2 * step) for row in torch.eye(3)]
     assert relative_error(leaf.grad, torch.stack(moved)) < 1e-2
-
-
-def _needs_noise(model: nn.Module) -> bool:
-    return any(holder.needs_noise for holder in find_holders(model))
-
-
-def test_model_says_what_its_active_adapters_read() -> None:
-    assert not _needs_noise(TwoLayers())
-    assert not _needs_noise(adapted(TwoLayers(), target_modules=TARGETS, core_type="constant"))
-    model = adapted(TwoLayers(), target_modules=TARGETS)
-    assert _needs_noise(model)
-    with model.disable_adapter():
-        assert not _needs_noise(model)
 
 
 def test_schedule_of_wrong_points_is_refused() -> None:

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import logging
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +15,36 @@ from transformers import get_scheduler
 
 from nara_diffusion.dllm import train as dllm
 from nara_diffusion.dllm.text_arguments import Arguments
-from nara_diffusion.dreambooth import train as dreambooth
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
 from nara_diffusion.training.checkpoints import MAY_CHANGE
-from tests.acceptance._commands import assert_same_bits, fresh_accelerate, metrics, names
-from tests.acceptance._runs import TEXT, image_arguments, image_flags, text_arguments
-from tests.helpers.small_pipelines import small_sdxl
+from tests.acceptance._commands import assert_same_bits, metrics, names
+from tests.acceptance._runs import TEXT, text_arguments
 
 SHORT: dict[str, Any] = {"max_train_steps": 2, "checkpointing_steps": 1, "test_samples": 1, "curve_points": 1}
 LATEST: dict[str, Any] = {"resume_from_checkpoint": "latest"}
 
 
 @pytest.fixture(autouse=True)
-def _fresh(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+def _facts(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    yield
-    fresh_accelerate()
 
 
 def train(folder: Path, **changes: Any) -> Path:
+    folder.mkdir(exist_ok=True)
     dllm.main(text_arguments(folder, **SHORT | changes))
-    fresh_accelerate()
     return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps at a falling rate, with a checkpoint of each."""
+    return train(tmp_path_factory.mktemp("ended"))
+
+
+def resumed(ended: Path, folder: Path, **changes: Any) -> Path:
+    """A copy of it that goes on."""
+    shutil.copytree(ended.parent, folder, dirs_exist_ok=True)
+    return train(folder, **LATEST | changes)
 
 
 # ---------------------------------------------------------------- longer
@@ -46,45 +53,24 @@ def train(folder: Path, **changes: Any) -> Path:
 def test_longer_run_at_a_constant_rate_is_one_that_was_never_shorter(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Its first logged loss too, of three steps, the first of which was taken before the checkpoint."""
     constant = {"lr_scheduler": "constant", "logging_steps": 3}
-    (tmp_path / "whole").mkdir()
-    whole = train(tmp_path / "whole", **constant, max_train_steps=5)
+    whole = train(tmp_path / "whole", **constant, max_train_steps=4)
     run = train(tmp_path, **constant)
     shutil.rmtree(run / "checkpoint-2")  # whose end has logged what the longer run logs at step 3
     caplog.clear()
-    train(tmp_path, **constant, **LATEST, max_train_steps=5, checkpointing_steps=2, checkpoints_total_limit=5)
+    train(tmp_path, **constant, **LATEST, max_train_steps=4, checkpointing_steps=2, checkpoints_total_limit=5)
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics(run) if line["step"] != 2))
     assert_same_bits(run, whole)
     assert names(run) >= {"checkpoint-1", "checkpoint-2", "checkpoint-4"}
-    assert "the schedule now has 5 steps instead of 2" in caplog.messages
-    assert any("max_train_steps: 2 there, 5 now" in message for message in caplog.messages)
+    assert "the schedule now has 4 steps instead of 2" in caplog.messages
+    assert any("max_train_steps: 2 there, 4 now" in message for message in caplog.messages)
 
 
-def test_run_shorter_than_its_interval_of_checkpoints_can_go_on(tmp_path: Path) -> None:
-    run = train(tmp_path, checkpointing_steps=500)
-    assert "checkpoint-2" in names(run)
-    train(tmp_path, **LATEST, checkpointing_steps=500, max_train_steps=3)
-    assert metrics(run)[-1]["step"] == 3
-
-
-def test_longer_run_has_the_rates_of_the_longer_schedule(tmp_path: Path) -> None:
-    train(tmp_path)
-    run = train(tmp_path, **LATEST, max_train_steps=6)
-    optimizer = SGD([{"params": [], "lr": 1e-2}])
-    schedule = get_scheduler("cosine", optimizer, num_warmup_steps=0, num_training_steps=6)
-    rates = []
-    for _ in range(6):
-        optimizer.step()
-        schedule.step()
-        rates.append(optimizer.param_groups[0]["lr"])
-    assert [line["learning_rate"] for line in metrics(run)][2:] == pytest.approx(rates[2:], rel=1e-12)
-
-
-def test_first_step_of_a_longer_run_is_taken_at_the_longer_schedule_s_rate(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_longer_run_takes_its_steps_at_the_rates_of_the_longer_schedule(
+    ended: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The step after the resume, whose rate the checkpoint's optimizer has as the shorter schedule said: 0."""
-    train(tmp_path)
+    """The first one too, whose rate the checkpoint's optimizer has as the shorter schedule said: 0."""
     rates: list[float] = []
     prepare = dllm.prepare_training
 
@@ -95,59 +81,49 @@ def test_first_step_of_a_longer_run_is_taken_at_the_longer_schedule_s_rate(
         return prepared
 
     monkeypatch.setattr(dllm, "prepare_training", watched)
-    train(tmp_path, **LATEST, max_train_steps=4)
-    assert rates[0] == pytest.approx(0.5e-2)
+    run = resumed(ended, tmp_path, max_train_steps=4)
+    optimizer = SGD([{"params": [], "lr": 1e-2}])
+    schedule = get_scheduler("cosine", optimizer, num_warmup_steps=0, num_training_steps=4)
+    expected = [1e-2]
+    for _ in range(4):
+        optimizer.step()
+        schedule.step()
+        expected.append(optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx(expected[2:4], rel=1e-12)
+    assert [line["learning_rate"] for line in metrics(run)][2:] == pytest.approx(expected[3:], rel=1e-12, abs=1e-18)
 
 
-def test_run_that_would_end_before_its_checkpoint_is_refused(tmp_path: Path) -> None:
-    train(tmp_path)
+def test_run_that_would_end_before_its_checkpoint_is_refused(ended: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"the run ends at step 1, and .*checkpoint-2 is past it"):
-        train(tmp_path, **LATEST, max_train_steps=1)
+        resumed(ended, tmp_path, max_train_steps=1)
 
 
-def test_other_data_start_anew_and_other_objectives_are_refused(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_other_data_start_anew_in_the_order_of_a_run_that_begins_with_them(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = train(tmp_path)
-    other = tmp_path / "other.jsonl"
-    other.write_text("".join(f'{{"instruction": "say {n}", "output": "{n}"}}\n' for n in range(8)))
-    options: dict[str, Any] = LATEST | {"train_file": str(other), "max_train_steps": None, "num_train_epochs": 1}
-    train(tmp_path, **options)  # 8 records in steps of 4
-    assert f"{run / 'checkpoint-2'} was written with other training data: their order starts anew at step 2" in (
-        caplog.messages
-    )
-    manifest = json.loads((run / "checkpoint-4" / "checkpoint.json").read_text())
-    assert (manifest["step"], manifest["total_steps"], manifest["data_start"]) == (4, 4, 2)
-    caplog.clear()
-    train(tmp_path, **options)
-    assert not [message for message in caplog.messages if "order starts anew" in message]
-    for name, value in {"seed": 5, "train_batch_size": 2, "max_length": 39, "gen_length": 7, "rank": 4}.items():
-        with pytest.raises(ValueError, match=f"another configuration \\({name}: .* there, {value} .*--init_adapter"):
-            train(tmp_path, **options, **{name: value})
-        fresh_accelerate()
-
-
-def test_order_of_other_data_is_that_of_a_run_that_begins_with_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[list[list[int]]] = []
+    """From the end of a run that is shorter than its interval of checkpoints."""
+    seen: list[list[int]] = []
     loss = dllm.masked_diffusion_loss
 
     def watched(*parts: Any, **options: Any) -> Any:
-        seen[-1] += options["input_ids"].tolist()
+        seen.extend(options["input_ids"].tolist())
         return loss(*parts, **options)
 
-    monkeypatch.setattr(dllm, "masked_diffusion_loss", watched)
     other = tmp_path / "other.jsonl"
     other.write_text("".join(f'{{"instruction": "say {n}", "output": "{n}"}}\n' for n in range(8)))
-    (tmp_path / "fresh").mkdir()
-    for folder, options in {tmp_path: {}, tmp_path / "fresh": {"train_file": str(other)}}.items():
-        seen.append([])
-        train(folder, **options)
-    seen.append([])
-    train(tmp_path, **LATEST, train_file=str(other), max_train_steps=4)
-    assert seen[2] == seen[1] != seen[0]
-    assert len(seen[2]) == 8
+    options: dict[str, Any] = {"train_file": str(other), "checkpointing_steps": 500}
+    run = train(tmp_path, checkpointing_steps=500)
+    monkeypatch.setattr(dllm, "masked_diffusion_loss", watched)
+    train(tmp_path / "fresh", **options)
+    options |= LATEST | {"max_train_steps": None, "num_train_epochs": 1}
+    train(tmp_path, **options)  # 8 records in steps of 4
+    assert seen[:8] == seen[8:]
+    said = f"{run / 'checkpoint-2'} was written with other training data: their order starts anew at step 2"
+    assert caplog.messages.count(said) == 1
+    manifest = json.loads((run / "checkpoint-4" / "checkpoint.json").read_text())
+    assert (manifest["step"], manifest["total_steps"], manifest["data_start"]) == (4, 4, 2)
+    train(tmp_path, **options)
+    assert caplog.text.count("order starts anew") == 1
 
 
 def test_names_that_may_change_are_arguments() -> None:
@@ -162,18 +138,13 @@ def test_names_that_may_change_are_arguments() -> None:
 # ---------------------------------------------------------------- anew, or from the one before
 
 
-def test_latest_begins_in_an_absent_or_empty_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    run = train(tmp_path, **LATEST, max_train_steps=1)
-    assert f"--resume_from_checkpoint latest: {run} holds no checkpoint, so the run starts anew" in caplog.messages
-    (tmp_path / "empty" / "run").mkdir(parents=True)
-    assert_same_bits(train(tmp_path / "empty", **LATEST, max_train_steps=1), run)
-
-
-def test_latest_begins_anew_where_the_run_was_killed_before_its_first_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_latest_begins_anew_in_no_folder_and_where_the_run_was_killed_before_its_first_checkpoint(
+    ended: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "whole").mkdir()
-    whole = train(tmp_path / "whole")
+    run = train(tmp_path, **LATEST)
+    assert f"--resume_from_checkpoint latest: {run} holds no checkpoint, so the run starts anew" in caplog.messages
+    assert_same_bits(run, ended)
+    shutil.rmtree(run)
 
     def killed(run: Any, *parts: Any) -> None:
         run.step = 1
@@ -184,18 +155,13 @@ def test_latest_begins_anew_where_the_run_was_killed_before_its_first_checkpoint
     with pytest.raises(ZeroDivisionError):
         train(tmp_path)
     monkeypatch.undo()
-    run = tmp_path / "run"
     (run / ".partial-checkpoint-1").mkdir()
     assert names(run) == {"config.yaml", "metrics.jsonl", ".partial-checkpoint-1"}
-    fresh_accelerate()
-    with pytest.raises(ValueError, match=r"already holds another run .* --resume_from_checkpoint latest"):
-        train(tmp_path)
-    fresh_accelerate()
-    with pytest.raises(ValueError, match="already holds another run"):
-        train(tmp_path, **LATEST, rank=4)
-    fresh_accelerate()
+    for changes in ({}, LATEST | {"rank": 4}):
+        with pytest.raises(ValueError, match=r"already holds another run"):
+            train(tmp_path, **changes)
     train(tmp_path, **LATEST)
-    assert_same_bits(run, whole)
+    assert_same_bits(run, ended)
     assert ".partial-checkpoint-1" not in names(run)
 
 
@@ -209,62 +175,34 @@ def test_latest_refuses_a_folder_of_other_files_and_of_a_run_that_has_ended(tmp_
     (tmp_path / "others" / "run").mkdir(parents=True)
     for name, content in {"thesis.txt": "", "config.yaml": "[rank"}.items():
         (tmp_path / "others" / "run" / name).write_text(content)
-        fresh_accelerate()
         with pytest.raises(ValueError, match=r"other files \(thesis.txt\)|while parsing"):
             train(tmp_path / "others", **LATEST)
 
 
 @pytest.mark.parametrize("damage", ["cut", "missing", "manifest"])
 def test_latest_names_a_damaged_checkpoint_and_goes_on_from_the_one_before(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
+    ended: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
-    run = train(tmp_path)
-    expected = (run / TEXT).read_bytes()
+    """To the same bits, in the log too, where a line is left half-written."""
+    run = Path(shutil.copytree(ended, tmp_path / "run"))
     broken = run / "checkpoint-2" / ("checkpoint.json" if damage == "manifest" else TEXT)
     if damage == "missing":
         broken.unlink()
     else:
         broken.write_bytes(broken.read_bytes()[:-10])
+    with (run / "metrics.jsonl").open("a") as log:
+        log.write('{"step": 2, "lo')
     train(tmp_path, **LATEST)
     (said,) = [record.message for record in caplog.records if "The one before it is taken" in record.message]
     assert "checkpoint-2" in said
     assert f"goes on from {run / 'checkpoint-1'}" in caplog.messages
-    assert (run / TEXT).read_bytes() == expected
+    assert_same_bits(run, ended)
+
+
+def test_latest_among_damaged_checkpoints_alone_is_refused(ended: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(ended, tmp_path / "run"))
     for number in (1, 2):
         (run / f"checkpoint-{number}" / "scheduler.bin").unlink()
-    fresh_accelerate()
-    caplog.clear()
     named = r"checkpoint-\d .*checkpoint-\d .* start a new run in a fresh --output_dir"
     with pytest.raises(ValueError, match=rf"no checkpoint in .* is whole\. .*{named}"):
         train(tmp_path, **LATEST)
-    assert "is taken" not in caplog.text
-
-
-def test_first_loss_after_a_resume_is_that_of_its_whole_window(tmp_path: Path) -> None:
-    (tmp_path / "whole").mkdir()
-    options: dict[str, Any] = {"max_train_steps": 5, "logging_steps": 3, "checkpoints_total_limit": None}
-    whole = train(tmp_path / "whole", **options)
-    folder = whole / "checkpoint-2"  # two of three steps into the first window
-    assert json.loads((folder / "checkpoint.json").read_text())["unlogged"][1] == 8
-    train(tmp_path, **options, resume_from_checkpoint=str(folder))
-    assert metrics(tmp_path / "run") == metrics(whole)
-    assert [line["step"] for line in metrics(whole)] == [3, 5]
-
-
-# ---------------------------------------------------------------- images
-
-
-def test_image_run_goes_on_longer_with_other_prompts_and_intervals(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    flags = image_flags(tmp_path, small_sdxl()) | {"lr_scheduler": "constant", "curve_points": 1}
-    longer: dict[str, Any] = {"max_train_steps": 3, "validation_prompts": ["a toy on grass"], "logging_steps": 1}
-    for folder, steps in (
-        ("run", {"max_train_steps": 2, "checkpointing_steps": 2}),
-        ("run", longer),
-        ("whole", longer),
-    ):
-        dreambooth.main(image_arguments(flags, tmp_path / folder, **LATEST, **steps))
-        fresh_accelerate()
-    assert_same_bits(tmp_path / "run", tmp_path / "whole")
-    assert "the schedule now has 3 steps instead of 2" in caplog.messages

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from nara_diffusion import StrengthSchedule, noise_level, set_strength
 from nara_diffusion.tuner.checkpointing import CheckpointWithCore
 from nara_diffusion.tuner.strength import strength_of
-from tests.acceptance._lives import add_nara, assert_near, frozen_sd, predict, save_nara
+from tests.acceptance._lives import assert_near, frozen_sd, predict, save_nara
 from tests.helpers.adapted import TwoLayers, adapted, lora_config, nara_config
 from tests.helpers.small_pipelines import small_unet
 
@@ -24,9 +24,16 @@ pytestmark = [
 SCHEDULE = StrengthSchedule([(0.0, 1.0), (1.0, 0.2)])
 
 
-def loaded(folder: Path, name: str = "a") -> Any:
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_nara(tmp_path_factory.mktemp("nara"))
+
+
+@pytest.fixture
+def pipe(folder: Path) -> Any:
+    """With an adapter "a"."""
     pipe: Any = frozen_sd()
-    pipe.load_nara_weights(save_nara(folder), adapter_name=name)
+    pipe.load_nara_weights(folder, adapter_name="a")
     return pipe
 
 
@@ -42,8 +49,7 @@ def test_targets_that_match_nothing_get_the_nearest_names(targets: Any) -> None:
         get_peft_model(TwoLayers(), nara_config(target_modules=["xxxxxx"]))
 
 
-def test_set_adapters_of_a_compiled_part_names_compiling_in_place(tmp_path: Path) -> None:
-    pipe = loaded(tmp_path)
+def test_set_adapters_of_a_compiled_part_names_compiling_in_place(pipe: Any) -> None:
     pipe.unet = torch.compile(pipe.unet)
     with pytest.raises(ValueError, match=r"unet is what torch.compile returned.* pipe\.unet\.compile\(\)"):
         pipe.set_adapters("a", 0.5)
@@ -51,26 +57,30 @@ def test_set_adapters_of_a_compiled_part_names_compiling_in_place(tmp_path: Path
     pipe.set_adapters("a", 0.5)
 
 
-def test_schedule_for_a_text_encoder_is_refused_before_anything_changes(tmp_path: Path) -> None:
-    pipe = add_nara(frozen_sd())
-    inject_adapter_in_model(lora_config(target_modules=["q_proj"]), pipe.text_encoder)
+def test_schedule_that_no_level_or_whole_adapter_belongs_to_is_refused_before_anything_changes(pipe: Any) -> None:
+    inject_adapter_in_model(lora_config(target_modules=["q_proj"]), pipe.text_encoder, "a")
+    pipe.set_adapters("a", 0.7)
     before = predict(pipe)
-    with pytest.raises(ValueError, match=r"for text_encoder, of which there is no λ: .*'text_encoder': 1\.0"):
-        pipe.set_adapters("default", SCHEDULE)
-    assert torch.equal(predict(pipe), before)
-    pipe.set_adapters("default", {"unet": SCHEDULE, "text_encoder": 1.0})
+    for weights, message in [
+        (SCHEDULE, r"for text_encoder, of which there is no λ: .*'text_encoder': 1\.0"),
+        ({"unet": {"down": {"block_0": SCHEDULE}, "mid": 0.3}}, "for unet, of which each block has a number: a sched"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            pipe.set_adapters("a", weights)
+        assert torch.equal(predict(pipe), before)
+    pipe.set_adapters("a", {"unet": SCHEDULE, "text_encoder": 1.0})
     assert not torch.allclose(predict(pipe), before)
 
 
-def test_loading_after_disabling_says_what_is_on(tmp_path: Path, caplog: Any) -> None:
-    pipe, alone = loaded(tmp_path), loaded(tmp_path, "b")
+def test_loading_after_disabling_says_what_is_on(pipe: Any, folder: Path, caplog: Any) -> None:
+    on = predict(pipe)
     pipe.disable_lora()
     off = predict(pipe)
-    pipe.load_nara_weights(tmp_path, adapter_name="b")
+    pipe.load_nara_weights(folder, adapter_name="b")
     assert "were off, by disable_lora(): loading 'b' switches it on" in caplog.text
     assert "are off" not in caplog.text
     assert pipe.get_active_adapters() == ["b"]
-    assert_near(predict(pipe), predict(alone), pipe.unet)
+    assert_near(predict(pipe), on, pipe.unet)
     pipe.disable_lora()
     pipe.unet.add_adapter(nara_config(target_modules=["to_k", "conv1"]), "c")
     assert "are off, as disable_lora() or disable_adapters() has left them, and so is 'c'" in caplog.text
@@ -115,10 +125,9 @@ def test_checkpoint_functions_are_wrapped_once_a_model(tiny_llama: Any) -> None:
     assert wrapped.checkpoint.checkpoint is checkpoint
 
 
-def test_schedule_goes_with_its_adapter_also_where_a_lora_takes_its_name(tmp_path: Path) -> None:
-    pipe = loaded(tmp_path)
+def test_schedule_goes_with_its_adapter_also_where_a_lora_takes_its_name(pipe: Any, folder: Path) -> None:
     set_strength(pipe.unet, "a", SCHEDULE)
-    pipe.load_nara_weights(tmp_path, adapter_name="b")
+    pipe.load_nara_weights(folder, adapter_name="b")
     pipe.delete_adapters("a")
     inject_adapter_in_model(lora_config(target_modules=["to_k"]), pipe.unet, "a")
     assert strength_of(pipe.unet, "a") is None

@@ -9,13 +9,7 @@ from pathlib import Path
 import pytest
 
 from nara_diffusion.utils.atomic_write import atomic_write, atomic_write_files, delete_folder
-from nara_diffusion.utils.naming import counted
 from nara_diffusion.utils.statistics import interval
-
-
-def test_counted_has_the_plural_of_all_numbers_but_one() -> None:
-    assert [counted(number, "prompt") for number in (0, 1, 2)] == ["0 prompts", "1 prompt", "2 prompts"]
-    assert counted(2, "process") == "2 processes"
 
 
 def content(folder: Path) -> dict[str, str]:

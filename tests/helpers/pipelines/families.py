@@ -16,12 +16,13 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Pipeline,
+    Flux2Transformer2DModel,
     QwenImagePipeline,
+    QwenImageTransformer2DModel,
     WanPipeline,
     ZImagePipeline,
 )
 from tokenizers.pre_tokenizers import ByteLevel
-from torch import nn
 from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -33,11 +34,10 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from tests.helpers.denoisers import class_of
+from tests.helpers.denoisers import denoiser, random_model
 from tests.helpers.small_pipelines import (
     letters_of_t5,
     quiet,
-    random_model,
     small_flux,
     small_sd,
     small_sd3,
@@ -65,32 +65,16 @@ def qwen_tokenizer() -> Qwen2Tokenizer:
     return Qwen2Tokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], chat_template=_CHAT)
 
 
-def _transformer(name: str, **options: Any) -> nn.Module:
-    return random_model(class_of(name), 3, **options)
-
-
 def small_z_image() -> ZImagePipeline:
     """Three axes of positions, one layer of each kind."""
     tokenizer = qwen_tokenizer()
     config = Qwen3Config(vocab_size=len(tokenizer), head_dim=4, **_TEXT)
-    transformer = _transformer(
-        "ZImageTransformer2DModel",
-        in_channels=4,
-        dim=16,
-        n_layers=1,
-        n_refiner_layers=1,
-        n_heads=2,
-        n_kv_heads=2,
-        cap_feat_dim=8,
-        axes_dims=[4, 2, 2],
-        axes_lens=[256, 16, 16],
-    )
     pipe = ZImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=small_vae(shift_factor=0.1, scaling_factor=0.4),
         text_encoder=random_model(Qwen3Model, 7, config),
         tokenizer=tokenizer,
-        transformer=transformer,
+        transformer=denoiser("ZImageTransformer2DModel", scale=0.1, axes_lens=[256, 16, 16]),
     )
     return quiet(pipe)
 
@@ -103,8 +87,9 @@ def small_qwen_image() -> QwenImagePipeline:
     config = Qwen2_5_VLConfig(
         text_config={"vocab_size": len(tokenizer), "rope_parameters": rope, **_TEXT}, vision_config=vision
     )
-    transformer = _transformer(
-        "QwenImageTransformer2DModel",
+    transformer = random_model(
+        QwenImageTransformer2DModel,
+        3,
         in_channels=16,
         out_channels=4,
         num_layers=1,
@@ -142,25 +127,12 @@ def small_wan_images(**options: Any) -> WanPipeline:
     """Wan 2.1, with UMT5."""
     tokenizer = letters_of_t5()
     config = UMT5Config(vocab_size=len(tokenizer), d_model=8, d_kv=4, d_ff=12, num_layers=1, num_heads=2)
-    transformer = _transformer(
-        "WanTransformer3DModel",
-        patch_size=(1, 2, 2),
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=8,
-        freq_dim=16,
-        ffn_dim=20,
-        num_layers=1,
-        rope_max_seq_len=32,
-    )
     pipe = WanPipeline(
         tokenizer=tokenizer,
         text_encoder=random_model(UMT5EncoderModel, 7, config),
         vae=_video_vae(AutoencoderKLWan),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        transformer=transformer,
+        transformer=denoiser("WanTransformer3DModel", scale=0.1, rope_max_seq_len=32),
         **options,
     )
     return quiet(pipe)
@@ -189,7 +161,7 @@ def small_flux2_klein() -> Flux2KleinPipeline:
         vae=vae,
         text_encoder=random_model(Qwen3ForCausalLM, 7, config),
         tokenizer=tokenizer,
-        transformer=_transformer("Flux2Transformer2DModel", **flux2_options(guidance_embeds=False)),
+        transformer=random_model(Flux2Transformer2DModel, 3, **flux2_options(guidance_embeds=False)),
     )
     return quiet(pipe)
 
@@ -207,7 +179,7 @@ def small_flux2_dev() -> Flux2Pipeline:
         vae=klein.vae,
         text_encoder=random_model(Qwen3ForCausalLM, 7, Qwen3Config(vocab_size=len(tokenizer), head_dim=4, **sizes)),
         tokenizer=tokenizer,
-        transformer=_transformer("Flux2Transformer2DModel", **flux2_options()),
+        transformer=random_model(Flux2Transformer2DModel, 3, **flux2_options()),
     )
     return quiet(pipe)
 

@@ -33,6 +33,7 @@ from quality.regimes.image_regimes import (
     ReadConversion,
     subject_data,
 )
+from quality.regimes.shift import ShiftedOffset
 from quality.regimes.text.corruption import MASKED, REPLACED, TOLD, TOLD_AT_START
 from quality.regimes.text.data import determined_data, open_data
 from quality.regimes.text.denoising import Denoising
@@ -138,6 +139,7 @@ FURTHER: dict[str, Regime] = {
     **{f"{name}_read": ReadConversion(name) for name in CONVERSIONS},
     "noise_offset": Offset(),
     "noise_offset_gain": GainedOffset(),
+    "noise_offset_shift": ShiftedOffset(),
     "blind_open_told": Denoising(TOLD, open_data),
     "blind_open_bias": Denoising(REPLACED, open_data, BiasedBackbone),
     "blind_determined_told": Denoising(TOLD_AT_START, determined_data),

@@ -1,4 +1,4 @@
-"""A file that is not this adapter's is refused by key, and leaves the model as it was; NaRA and LoRA are told apart."""
+"""Adapters in PEFT's folders: what is refused by key leaves the model as it was, and no name clashes with a key."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tests.helpers.adapted import adapted, nara_config
-from tests.helpers.files.saved_adapters import TARGETS, WEIGHTS, base_model, output, reseeded_base
-from tests.helpers.small_pipelines import small_unet
+from nara_diffusion import noise_level
+from tests.helpers.adapted import TwoLayers, adapted, disturb, nara_config
 
+LEVELS = torch.tensor([0.05, 0.5, 0.93])
+TARGETS = ["first", "second"]
+WEIGHTS = "adapter_model.safetensors"
 CORE = "base_model.model.nara_core.shared."
 A_KEY = "base_model.model.first.lora_A.weight"
 
@@ -27,6 +29,23 @@ BROKEN: dict[str, Callable[[dict[str, Tensor]], Any]] = {
     "no core": lambda tensors: [tensors.pop(key) for key in list(tensors) if key.startswith(CORE)],
     "a missing A": lambda tensors: tensors.pop(A_KEY),
 }
+
+
+def base_model() -> TwoLayers:
+    torch.manual_seed(7)
+    return TwoLayers()
+
+
+def reseeded_base() -> TwoLayers:
+    """The same base model, after which the generator is somewhere else."""
+    base = base_model()
+    torch.manual_seed(12345)
+    return base
+
+
+def output(model: nn.Module, x: Tensor) -> Tensor:
+    with noise_level(model, LEVELS), torch.no_grad():
+        return model(x)
 
 
 def rewrite(path: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
@@ -93,7 +112,7 @@ def test_a_base_model_is_as_it_was_after_a_refused_file_and_takes_a_good_one(tmp
 
 @pytest.mark.parametrize(
     ("beside", "core_type"),
-    [("alone", "hypernetwork"), ("DoRA", "identity"), ("a trained module", "hypernetwork"), ("alone", "identity")],
+    [("alone", "hypernetwork"), ("DoRA", "identity"), ("a trained module", "hypernetwork")],
 )
 def test_a_model_with_adapters_is_as_it_was_after_a_refused_file(tmp_path, beside, core_type):
     adapted(base_model(), **{"target_modules": TARGETS, **BESIDE[beside]}).save_pretrained(tmp_path)
@@ -105,14 +124,6 @@ def test_a_model_with_adapters_is_as_it_was_after_a_refused_file(tmp_path, besid
     _assert_same(before, _frozen(model))
     assert list(model.peft_config) == ["default"]
     assert model.active_adapters == ["default"]
-
-
-def test_the_tensors_of_an_adapter_are_not_taken_for_a_lora(tmp_path):
-    unet = small_unet(12)
-    unet.add_adapter(nara_config(target_modules=["to_q"]))
-    save_file(get_peft_model_state_dict(unet), tmp_path / "pytorch_lora_weights.safetensors")
-    with pytest.raises(ValueError, match=r"holds a NaRA adapter, .* load it by pipe.load_nara_weights"):
-        small_unet(12).load_lora_adapter(tmp_path, prefix=None, weight_name="pytorch_lora_weights.safetensors")
 
 
 # ---------------------------------------------------------------- numbers of another kind
@@ -133,3 +144,42 @@ def test_a_state_dict_with_a_converted_core_is_refused_before_a_file_is_written(
     loaded = PeftModel.from_pretrained(reseeded_base(), tmp_path / "adapter").state_dict()
     for name in (name for name in loaded if "nara_core" in name):
         assert torch.equal(loaded[name], model.state_dict()[name])
+
+
+# ---------------------------------------------------------------- several adapters, by their names
+
+
+@pytest.mark.parametrize("name", ["nara_core", "shared", "weight", "first", "lora_A"])
+def test_an_adapter_named_like_a_part_of_a_key_is_refused_beside_another_and_saved_alone(tmp_path, name):
+    for alone, added in ((name, "default"), ("default", name)):
+        model = get_peft_model(base_model(), nara_config(target_modules=TARGETS), adapter_name=alone)
+        disturb(model)
+        before = model.state_dict().keys()
+        with pytest.raises(ValueError, match=f"adapter '{name}' is named like a part of"):
+            model.add_adapter(added, nara_config(target_modules=["first"]))
+        assert model.state_dict().keys() == before
+        assert set(model.peft_config) == {alone}
+        model.save_pretrained(tmp_path)
+        folder, x = tmp_path / ("" if alone == "default" else name), torch.randn(3, 7)
+        assert len(load_file(folder / WEIGHTS)) == 2 * 2 + 7
+        for adapter_name in (name, "default"):
+            other = PeftModel.from_pretrained(reseeded_base(), folder, adapter_name=adapter_name)
+            assert torch.equal(output(other, x), output(model, x))
+
+
+def test_a_name_that_begins_like_another_is_not_confused_with_it(tmp_path):
+    model = get_peft_model(base_model(), nara_config(target_modules=TARGETS), adapter_name="x")
+    model.add_adapter("xy", nara_config(target_modules=TARGETS))
+    model.add_adapter("y_x", nara_config(target_modules=TARGETS, core_type="constant"))
+    disturb(model)
+    model.save_pretrained(tmp_path)
+    x = torch.randn(3, 7)
+    for name, count in (("x", 11), ("xy", 11), ("y_x", 5)):
+        assert len(load_file(tmp_path / name / WEIGHTS)) == count
+        other = PeftModel.from_pretrained(reseeded_base(), tmp_path / name)
+        model.set_adapter(name)
+        assert torch.equal(output(other, x), output(model, x))
+    other.load_adapter(tmp_path / "x", adapter_name="renamed")
+    other.base_model.set_adapter(["renamed", "default"])
+    model.base_model.set_adapter(["x", "y_x"])
+    assert torch.equal(output(other, x), output(model, x))

@@ -1,0 +1,96 @@
+"""The files of `pipelines/` as Diffusers' custom pipelines: SDXL's has the stock pipeline's pixels, in and out."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import diffusers.utils.dynamic_modules_utils as dynamic_modules
+import pytest
+import torch
+from diffusers import AutoPipelineForImage2Image, DiffusionPipeline, StableDiffusionXLImg2ImgPipeline
+
+from pipelines.llada import LLaDAPipeline
+from pipelines.stable_diffusion_xl_nara import StableDiffusionXLPipeline
+from tests.helpers.adapted import disturb, nara_config
+from tests.helpers.small_pipelines import pixels, small_sdxl
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _own_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A place of its own, for each test, to which Diffusers copies the file of a custom pipeline."""
+    monkeypatch.setattr(dynamic_modules, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield
+    for name in [name for name in sys.modules if name.partition(".")[0] == "diffusers_modules"]:
+        del sys.modules[name]
+
+
+def quiet(pipe: Any) -> Any:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def load(folder: Path, file: str, **options: Any) -> Any:
+    custom = {"custom_pipeline": str(ROOT / "pipelines" / file), "trust_remote_code": True}
+    return quiet(DiffusionPipeline.from_pretrained(folder, **custom, **options))
+
+
+def test_llada_s_saved_pipeline_is_read_by_diffusers(tmp_path: Path) -> None:
+    LLaDAPipeline.from_pretrained(ROOT / "examples" / "assets" / "llada-tiny").save_pretrained(tmp_path)
+    pipe = load(tmp_path, "llada.py", dtype=torch.bfloat16)
+    assert pipe.dtype == torch.bfloat16
+    assert pipe("upper: planet", gen_length=12).texts == ["PLANET"]
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    small_sdxl().save_pretrained(tmp_path / "sdxl")
+    return tmp_path / "sdxl"
+
+
+def test_sdxl_s_gives_the_stock_pixels_with_an_adapter_and_is_taken_over_by_another_task(
+    saved: Path, tmp_path: Path
+) -> None:
+    trained = small_sdxl()
+    trained.unet.add_adapter(nara_config(target_modules=["to_q", "to_v"]))
+    disturb(trained.unet)
+    trained.save_nara_weights(tmp_path / "adapter")
+    pipe = load(saved, "stable_diffusion_xl_nara.py")
+    stock = quiet(diffusers.StableDiffusionXLPipeline.from_pretrained(saved))
+    assert type(pipe).__module__.startswith("diffusers_modules.")
+    base = pixels(stock)
+    assert torch.equal(pixels(pipe), base)
+    for loaded in (pipe, stock):
+        loaded.load_nara_weights(tmp_path / "adapter", adapter_name="subject")
+    changed = pixels(stock)
+    assert torch.equal(pixels(pipe), changed)
+    assert not torch.equal(changed, base)
+    other = AutoPipelineForImage2Image.from_pipe(pipe)
+    assert type(other) is StableDiffusionXLImg2ImgPipeline
+    assert other.get_active_adapters() == ["subject"]
+    pipe.unload_nara_weights()
+    assert torch.equal(pixels(pipe), base)
+
+
+def test_what_sdxl_s_saves_is_a_stock_pipeline(saved: Path, tmp_path: Path) -> None:
+    own = StableDiffusionXLPipeline.from_pretrained(saved)
+    assert type(own) is StableDiffusionXLPipeline
+    for pipe in (own, load(saved, "stable_diffusion_xl_nara.py")):
+        pipe.save_pretrained(tmp_path / "again")
+        stock = quiet(DiffusionPipeline.from_pretrained(tmp_path / "again"))
+        assert type(stock) is diffusers.StableDiffusionXLPipeline
+        assert torch.equal(pixels(stock), pixels(small_sdxl()))
+
+
+def test_an_editor_sees_the_methods_with_their_arguments_and_texts() -> None:
+    for name in ["load_nara_weights", "save_nara_weights", "unload_nara_weights"]:
+        method = vars(StableDiffusionXLPipeline)[name]
+        assert inspect.signature(method) == inspect.signature(getattr(DiffusionPipeline, name))
+        assert method.__doc__
