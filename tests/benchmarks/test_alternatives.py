@@ -6,14 +6,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from quality.images.held_out import SIZE
 from quality.regimes import runs
 from quality.regimes.alternatives import GROUPS, Arm, Group, next_run, registered_rates, untried
 from quality.regimes.alternatives_report import confirmed
 from quality.regimes.image_regimes import Batch, GainedOffset, Offset, batches, build_conversion, conversion_data
 from quality.regimes.plan import CONFIRM
 from quality.regimes.runs import ARMS, Cell, build, trainable_parameters
+from quality.regimes.shift import ShiftedOffset, expected_shift
 from quality.regimes.text.models import Biased, load, logits_of
 
+from nara_diffusion.dreambooth.dataset import DreamBoothDataset
 from nara_diffusion.dreambooth.draws import draw_noise, seeded_normal
 
 REGIMES = runs.REGIMES | runs.FURTHER
@@ -145,3 +148,27 @@ def test_a_group_is_whole_with_ten_seeds_and_its_differences_are_paired():
     found = confirmed(group, records).difference("LoRA", "other")
     assert found.mean == pytest.approx(-1.5)
     assert found.high - found.mean == pytest.approx(2.262157 * (10 / 9) ** 0.5 * 0.5 / 10**0.5)
+
+
+def test_shift_is_the_regression_of_the_offset_on_the_mean_and_goes_around_the_unet():
+    data, index, number = conversion_data(), 700, torch.Generator().manual_seed(0)
+    samples = DreamBoothDataset(data.instances, [SIZE], batch_size=1, seed=0).plain_samples()
+    latents = data.latents.mode(samples).double()
+    means, pixels = latents.mean((2, 3)), latents[0, 0].numel()
+    alpha = data.pipe.scheduler.alphas_cumprod[index].double()
+    p, q = alpha.sqrt(), (1 - alpha).sqrt()
+    drawn = means[torch.randint(len(means), (400_000,), generator=number)]
+    offset, noise = (torch.randn(drawn.shape, generator=number, dtype=torch.float64) for _ in range(2))
+    seen = p * drawn + q * (0.3 * offset + noise / pixels**0.5)
+    wanted = torch.linalg.lstsq(torch.cat([seen, torch.ones(len(seen), 1)], 1), 0.3 * offset).solution  # (c + 1, c)
+    x = torch.randn(3, 4, *latents.shape[2:], generator=number) + 0.3
+    m, own_q = expected_shift(x, torch.tensor([index]))
+    expected = torch.cat([x.double().mean((2, 3)), torch.ones(3, 1)], 1) @ wanted
+    torch.testing.assert_close(m[..., 0, 0].double(), expected, atol=0.02 * float(expected.abs().max()), rtol=0)
+    assert own_q.flatten().tolist() == pytest.approx([q.item()] * 3)
+    held_out = Offset().held_out()[7].rows(slice(0, 2))
+    inputs = (held_out.batch.model_input, held_out.batch.timestep, held_out.time_ids, held_out.embeddings)
+    backbones = (ShiftedOffset().backbone, REGIMES["eps_to_v"].backbone)
+    shifted, plain = (each.controlled(each.adapted("base", None), None, 0) for each in backbones)
+    m, q = expected_shift(*inputs[:2])
+    torch.testing.assert_close(shifted(*inputs), plain(inputs[0] - q * m, *inputs[1:]) + m)

@@ -144,6 +144,6 @@ def test_checkpoint_gives_every_tensor_back(method: str, tmp_path: Path) -> None
     tensors = load_file(tmp_path / TRAINABLE)
     save_file(tensors | {"unet.another.lora_A.default.weight": torch.zeros(1)}, tmp_path / TRAINABLE)
     with pytest.raises(
-        ValueError, match="holds 'unet.another.lora_A.default.weight', which this adapter does not have"
+        ValueError, match=r"holds 'unet.another.lora_A.default.weight', which this adapter does not have"
     ):
         read_checkpoint(other, tmp_path)
