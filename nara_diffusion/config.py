@@ -18,11 +18,12 @@ from nara_diffusion.cores.registry import BUILT_IN, check_core_type
 from nara_diffusion.noise.strength_schedule import StrengthSchedule, is_number
 from nara_diffusion.utils.atomic_write import atomic_write_files
 
-_CHOICES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+_CHOICES: dict[str, tuple[tuple[Any, ...], tuple[str, ...]]] = {
     "core_init": (("zero_last", "kaiming", "zero_all"), ("hypernetwork", "constant")),
     "core_input": (("noise_level",), BUILT_IN),
     "core_sharing": (("global", "module_type", "layer"), BUILT_IN),
     "lora_a_init": (("peft", "orthogonal"), BUILT_IN),
+    "mask_density_radius": ((4,), BUILT_IN),
     "noise_embedding": (("fourier", "mlp", "raw"), ("hypernetwork",)),
 }
 """Field → its choices, and the built-in types of core that read it; custom cores may read all."""
@@ -70,7 +71,7 @@ class NaraConfig(LoraConfig):
         core_hidden_dims: widths of the hidden layers of the hypernetwork F.
         core_init: of F. "zero_last" (last layer zero, so that C = I at step 0), "zero_all" (all zero: only the last
             bias receives a gradient at first), "kaiming" (C is not I at step 0).
-        core_input, mask_density_radius: fields of version 0.1, which files have; one choice is left.
+        core_input, mask_density_radius: fields of version 0.1, which files have; each has one choice left.
         core_sharing: which adapted modules share one F: all, those of one name such as q_proj, or none ("layer").
         noise_embedding: e(λ): frozen Gaussian Fourier features, a learnable Linear and SiLU, or λ itself.
         noise_embedding_dim: width of e(λ); even for "fourier", unused by "raw".

@@ -36,6 +36,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"core_type": "rank_mask", "r": 4, "rank_mask_min": 5}, "rank_mask_min is 5, with .*r=4"),
     ({"rank_mask_min": 2}, "rank_mask_min is 2, with core_type='hypernetwork' .*it is for core_type='rank_mask'"),
     ({"core_input": "both"}, "core_input is 'both': choose one of 'noise_level'"),
+    ({"mask_density_radius": 8}, "mask_density_radius is 8: choose one of 4"),
     ({"core_type": "constant", "noise_embedding": "raw"}, "noise_embedding is 'raw', which core_type 'constant' does"),
     ({"strength": [[0.5, 1], [0.2, 1]]}, "strength is .*ascending"),
     ({"strength": [[0, 1]], "bias": "all"}, "strength depends on λ, but would not reach what bias='all'"),

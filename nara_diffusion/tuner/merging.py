@@ -110,7 +110,7 @@ class MergesCores:
                 key[0],
                 level.item(),
             )
-        return self.matrix(key, level), level if merged is None else merged
+        return self.matrix(key, level), level
 
     def check_merged(self, merged: Tensor) -> None:
         """Raises ValueError if `noise_level(…)` gives another λ than `merged`; beside what is fused it may."""

@@ -136,6 +136,19 @@ def test_merging_one_of_two_adapters_leaves_the_other_to_be_merged_beside_it():
     assert_all_near(run(model, inputs), expected)
 
 
+def test_an_adapter_without_a_level_that_is_merged_after_another_runs_at_any_level():
+    model = adapted(Kinds(["linear", "conv2d"]), target_modules=["two.conv2d"])
+    model.add_adapter("constant", nara_config(target_modules=["one.linear"], **CORES["constant"]))
+    disturb(model, "constant", seed=5)
+    inputs = draw_inputs(["linear", "conv2d"])
+    model.base_model.set_adapter(["default", "constant"])
+    expected = run(model, inputs, 0.8)
+    model.merge_adapter(adapter_names=["default"], noise_level=LEVEL)
+    model.merge_adapter(adapter_names=["constant"])
+    model.get_submodule("base_model.model.two.conv2d").unmerge()
+    assert_all_near(run(model, inputs, 0.8), expected)
+
+
 @pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
 @pytest.mark.parametrize(
     ("why", "options", "message"),
