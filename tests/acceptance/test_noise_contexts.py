@@ -7,6 +7,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
+from contextvars import copy_context
 from typing import Any
 
 import pytest
@@ -169,6 +170,12 @@ def test_context_left_that_is_not_the_innermost_raises_and_no_level_remains(mode
 
 
 # ---------------------------------------------------------------------- threads and tasks
+
+
+def test_copy_of_a_context_that_has_been_left_has_no_level(model: Any) -> None:
+    with noise_level(model, 0.5):
+        copied = copy_context()
+    copied.run(assert_unknown, model)
 
 
 def test_threads_inside_one_forward_at_a_time_have_their_own_levels(model: Any, stock: Stock) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft.tuners.lora import Linear
 
 from nara_diffusion import noise_level
 from nara_diffusion.noise.denoisers import _DENOISERS
@@ -51,3 +52,17 @@ def test_layers_that_see_tokens_of_all_samples_have_one_level(name: str) -> None
         assert told(model, lambda given=timesteps: run(model, inputs, given, argument)) == pytest.approx([level])
     with noise_level(model, torch.tensor([0.2, 0.7])), pytest.raises(ValueError, match="noise_level has 2 values, but"):
         run(model, inputs, timesteps, argument)
+
+
+def test_where_layers_may_see_several_rows_a_sample_the_batch_has_one_level_each_and_a_part_one_for_all() -> None:
+    name = "UNetSpatioTemporalConditionModel"
+    model, inputs = adapted_denoiser(name), inputs_of(name, 4)
+    layer = next(module for module in model.modules() if isinstance(module, Linear))
+    x = torch.randn(4, layer.in_features)
+    with noise_level(model, [0.2, 0.7]):
+        with pytest.raises(ValueError, match="noise_level has 2 values, but the batch is 4"):
+            run(model, inputs, torch.tensor(0.25), _DENOISERS[name].argument)
+        with pytest.raises(RuntimeError, match="noise_level has 2 values, but a part of a model"):
+            layer(x)
+    with noise_level(model, 0.2):
+        assert layer(x).shape == (4, layer.out_features)
