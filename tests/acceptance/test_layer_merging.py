@@ -124,6 +124,18 @@ def test_merging_without_a_level_or_running_at_another_one_is_refused():
             part(x)
 
 
+def test_merging_or_exporting_at_a_level_for_each_sample_is_refused():
+    model = adapted(Kinds(["linear"]), target_modules=["linear"])
+    before, message = base_weights(model), r"noise_level is \[0\.25, 0\.75\]: pass a single value"
+    for attempt in (
+        lambda: model.merge_adapter(noise_level=torch.tensor([0.25, 0.75])),
+        lambda: to_lora(model, [0.25, 0.75]),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attempt()
+    assert all(torch.equal(weight, before[name]) for name, weight in base_weights(model).items())
+
+
 def test_merging_one_of_two_adapters_leaves_the_other_to_be_merged_beside_it():
     _, kinds, model = make("hypernetwork", "layer", False)
     model.add_adapter("knots", nara_config(target_modules=kinds, r=2, **CORES["knots"]))
