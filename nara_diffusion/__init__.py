@@ -1,7 +1,5 @@
 """NaRA, noise-aware LoRA, as a PEFT and Diffusers plugin (arXiv 2605.29716)."""
 
-from diffusers.modular_pipelines.modular_pipeline import ModularPipeline
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 from .config import NaraConfig, NaraPeftType
@@ -16,7 +14,7 @@ from .noise.timesteps import TimestepNoise
 from .tuner.inspection import core_matrix
 from .tuner.model import NaraModel
 from .tuner.strength import set_strength
-from .wraps import wrap_other_libraries
+from .wraps import extend_pipelines, wrap_other_libraries
 
 __version__ = "0.2.0"
 __all__ = [
@@ -42,7 +40,5 @@ __all__ = [
 PEFT_TYPE_TO_CONFIG_MAPPING[NaraPeftType.NARA] = NaraConfig  # type: ignore[index]
 PEFT_TYPE_TO_TUNER_MAPPING[NaraPeftType.NARA] = NaraModel  # type: ignore[index]
 PEFT_TYPE_TO_PREFIX_MAPPING[NaraPeftType.NARA] = NaraModel.prefix  # type: ignore[index]
-for _method in (load_nara_weights, save_nara_weights, unload_nara_weights):
-    for _kind in (DiffusionPipeline, ModularPipeline):
-        setattr(_kind, _method.__name__, _method)
+extend_pipelines(load_nara_weights, save_nara_weights, unload_nara_weights)
 wrap_other_libraries()

@@ -1,4 +1,6 @@
-"""The six functions of other libraries that are replaced. On a model, or for a file, without NaRA each calls its own.
+"""What other libraries get from this package: three methods of pipelines, and six functions in place of their own.
+
+On a model, or for a file, without NaRA each of the six calls the library's own.
 
 PEFT           PeftModel.from_pretrained       a NaRA that is refused would stay on the base model, half loaded
                PeftModel.load_adapter          the same, beside other adapters
@@ -20,6 +22,7 @@ from typing import Any
 
 import diffusers.loaders.lora_base as lora_base
 from diffusers.loaders.peft import PeftAdapterMixin
+from diffusers.utils.hub_utils import PushToHubMixin
 from peft import PeftConfig, PeftModel, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.save_and_load import load_peft_weights
@@ -40,6 +43,24 @@ from nara_diffusion.tuner.snapshot import restored_on_error
 from nara_diffusion.tuner.strength import check_strength, give_strength, strength_of
 
 _HUB = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download")
+
+
+def extend_pipelines(*methods: Callable[..., Any]) -> None:
+    """Give `methods` to the two base classes of Diffusers' pipelines, as soon as there are those. To import them here
+    would take ten times as long as this package, and who trains text needs none."""
+
+    def extend(cls: type) -> None:
+        if cls.__name__ in ("DiffusionPipeline", "ModularPipeline"):
+            for method in methods:
+                setattr(cls, method.__name__, method)
+
+    def init_subclass(cls: type, **kwargs: Any) -> None:
+        super(PushToHubMixin, cls).__init_subclass__(**kwargs)
+        extend(cls)
+
+    for cls in PushToHubMixin.__subclasses__():
+        extend(cls)
+    PushToHubMixin.__init_subclass__ = classmethod(init_subclass)  # type: ignore[assignment]
 
 
 def wrap_other_libraries() -> None:

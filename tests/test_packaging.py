@@ -8,6 +8,8 @@ import sys
 import zipfile
 from pathlib import Path
 
+import pytest
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -79,3 +81,19 @@ def missing_of(page: Path, identifiers: set[str]) -> list[str]:
         flags = set(re.findall(r"(?<![\w-])--([a-z][a-z0-9]*(?:_[a-z0-9]+)+)", code)) - OTHERS_FLAGS
         missing += sorted(flags - identifiers)
     return missing
+
+
+ORDERS = ("import nara_diffusion, diffusers", "import diffusers; diffusers.ModularPipeline; import nara_diffusion")
+
+
+@pytest.mark.parametrize("imports", ORDERS)
+def test_pipelines_have_the_three_methods_whichever_is_imported_first(imports):
+    check = "for kind in (diffusers.DDPMPipeline, diffusers.StableDiffusionXLPipeline, diffusers.ModularPipeline):\n"
+    check += "    assert kind.load_nara_weights and kind.save_nara_weights and kind.unload_nara_weights\n"
+    check += "assert not hasattr(diffusers.UNet2DModel, 'load_nara_weights')"
+    subprocess.run([sys.executable, "-c", f"{imports}\n{check}"], cwd=ROOT, check=True)
+
+
+def test_import_leaves_diffusers_pipelines_to_who_uses_them():
+    check = "import sys, nara_diffusion\nassert 'diffusers.pipelines.pipeline_utils' not in sys.modules"
+    subprocess.run([sys.executable, "-c", check], cwd=ROOT, check=True)

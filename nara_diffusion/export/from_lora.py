@@ -12,9 +12,9 @@ from contextlib import ExitStack
 from dataclasses import fields
 from typing import Any
 
+import diffusers
 import torch
 from diffusers.loaders.peft import PeftAdapterMixin
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
 
@@ -67,7 +67,7 @@ def from_lora(lora: str | os.PathLike[str], model: Any, adapter_name: str = "def
         raise ValueError(f"{', '.join(decided)} can't be given, but come from the LoRA: leave them out.")
     parts, origin = read_lora(lora, model)
     with ExitStack() as undo:
-        if not isinstance(model, DiffusionPipeline):
+        if not isinstance(model, diffusers.DiffusionPipeline):
             return _insert(parts[""], model, adapter_name, core, origin, undo, isinstance(model, PeftAdapterMixin))
         for component, part in parts.items():
             own = {"core_type": "identity"} if component.startswith(TEXT_ENCODER) else core

@@ -14,8 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils.state_dict_utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
 from peft import LoraConfig, PeftConfig
 from peft.utils import CONFIG_NAME
@@ -38,7 +38,7 @@ def read_lora(lora: str | os.PathLike[str], model: Any) -> tuple[dict[str, Plain
     Raises:
         ValueError: see `from_lora`.
     """
-    if not isinstance(model, (nn.Module, DiffusionPipeline)):
+    if not isinstance(model, (nn.Module, diffusers.DiffusionPipeline)):
         raise ValueError(f"model is a {type(model).__name__}: pass a torch.nn.Module or a Diffusers pipeline.")
     if not isinstance(lora, (str, os.PathLike)):
         raise ValueError(f"lora is a {type(lora).__name__}: pass a path; save_pretrained(folder) writes one.")
@@ -56,7 +56,7 @@ def read_lora(lora: str | os.PathLike[str], model: Any) -> tuple[dict[str, Plain
 
 
 def _denoiser_of(model: Any) -> str:
-    if not isinstance(model, DiffusionPipeline):
+    if not isinstance(model, diffusers.DiffusionPipeline):
         return ""
     names = [name for name in DENOISERS if isinstance(getattr(model, name, None), nn.Module)]
     if not names:
@@ -99,7 +99,7 @@ def _of_file(path: Path, pipe: Any) -> dict[str, PlainLora]:
     """{component: its LoRA}."""
     tensors, metadata = read_tensors(path)
     scheduler = _scheduler(path.parent, (metadata or {}).get(SCHEDULER_KEY))
-    if not isinstance(pipe, DiffusionPipeline):
+    if not isinstance(pipe, diffusers.DiffusionPipeline):
         raise ValueError(
             f"it isn't in PEFT's form, and is read for a pipeline: pass the pipeline, instead of {type(pipe).__name__}."
         )
