@@ -54,7 +54,7 @@ def extend_pipelines(*methods: Callable[..., Any]) -> None:
             for method in methods:
                 setattr(cls, method.__name__, method)
 
-    def init_subclass(cls: type, **kwargs: Any) -> None:
+    def init_subclass(cls: type[PushToHubMixin], **kwargs: Any) -> None:
         super(PushToHubMixin, cls).__init_subclass__(**kwargs)
         extend(cls)
 

@@ -12,7 +12,6 @@ from contextlib import ExitStack
 from dataclasses import fields
 from typing import Any
 
-import diffusers
 import torch
 from diffusers.loaders.peft import PeftAdapterMixin
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
@@ -29,7 +28,7 @@ from nara_diffusion.utils.naming import listed
 
 from .adapter_factors import adapter_of_model
 from .plain_lora import PlainLora, flow_shift
-from .read_lora import read_lora
+from .read_lora import is_pipeline, read_lora
 
 _DECIDED = {
     "r", "lora_alpha", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora",
@@ -67,7 +66,7 @@ def from_lora(lora: str | os.PathLike[str], model: Any, adapter_name: str = "def
         raise ValueError(f"{', '.join(decided)} can't be given, but come from the LoRA: leave them out.")
     parts, origin = read_lora(lora, model)
     with ExitStack() as undo:
-        if not isinstance(model, diffusers.DiffusionPipeline):
+        if not is_pipeline(model):
             return _insert(parts[""], model, adapter_name, core, origin, undo, isinstance(model, PeftAdapterMixin))
         for component, part in parts.items():
             own = {"core_type": "identity"} if component.startswith(TEXT_ENCODER) else core

@@ -38,7 +38,7 @@ def read_lora(lora: str | os.PathLike[str], model: Any) -> tuple[dict[str, Plain
     Raises:
         ValueError: see `from_lora`.
     """
-    if not isinstance(model, (nn.Module, diffusers.DiffusionPipeline)):
+    if not isinstance(model, nn.Module) and not is_pipeline(model):
         raise ValueError(f"model is a {type(model).__name__}: pass a torch.nn.Module or a Diffusers pipeline.")
     if not isinstance(lora, (str, os.PathLike)):
         raise ValueError(f"lora is a {type(lora).__name__}: pass a path; save_pretrained(folder) writes one.")
@@ -55,8 +55,13 @@ def read_lora(lora: str | os.PathLike[str], model: Any) -> tuple[dict[str, Plain
         raise ValueError(f"{origin}: {error}") from error
 
 
+def is_pipeline(model: Any) -> bool:
+    """Whether `model` is a pipeline of Diffusers, of which this imports the base class."""
+    return isinstance(model, diffusers.DiffusionPipeline)  # type: ignore[attr-defined]
+
+
 def _denoiser_of(model: Any) -> str:
-    if not isinstance(model, diffusers.DiffusionPipeline):
+    if not is_pipeline(model):
         return ""
     names = [name for name in DENOISERS if isinstance(getattr(model, name, None), nn.Module)]
     if not names:
@@ -99,7 +104,7 @@ def _of_file(path: Path, pipe: Any) -> dict[str, PlainLora]:
     """{component: its LoRA}."""
     tensors, metadata = read_tensors(path)
     scheduler = _scheduler(path.parent, (metadata or {}).get(SCHEDULER_KEY))
-    if not isinstance(pipe, diffusers.DiffusionPipeline):
+    if not is_pipeline(pipe):
         raise ValueError(
             f"it isn't in PEFT's form, and is read for a pipeline: pass the pipeline, instead of {type(pipe).__name__}."
         )
