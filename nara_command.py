@@ -28,7 +28,7 @@ from typing import Any
 OWN = ("inspect", "plot", "fold", "convert")
 """The commands whose flags are defined here; `nara_diffusion.cli.COMMAND.run(args)` returns what they print."""
 COMMANDS = {name: f"nara_diffusion.cli.{name}" for name in OWN} | {
-    "check": "nara_diffusion.check.cli",
+    "check": "nara_diffusion.check.check_tasks",
     "eval": "nara_diffusion.lm_eval.__main__",
 }
 """{command: its module, whose docstring is its help}. The module is imported when the command runs."""

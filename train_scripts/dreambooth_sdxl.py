@@ -21,7 +21,7 @@ load them), samples.png, config.yaml, results.json, metrics.jsonl, noise_level_c
 
 from functools import partial
 
-from nara_diffusion.dreambooth.shipped import CONFIGS, shipped_run
+from nara_diffusion.dreambooth.pipelines import CONFIGS, shipped_run
 from nara_diffusion.dreambooth.train import DreamBoothArguments, main
 from nara_diffusion.training.command import run_command
 

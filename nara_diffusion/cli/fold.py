@@ -32,8 +32,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME as PEFT_WEIGHTS_NAME
 from nara_diffusion.config import NaraConfig
 from nara_diffusion.export.adapter_factors import Adapter, adapter_of_part
 from nara_diffusion.export.bins import LoraBins, bins_of
-from nara_diffusion.export.comfyui_workflow import comfyui_workflow
-from nara_diffusion.export.host_files import BASES, DENOISERS, save_host_file
+from nara_diffusion.export.host_files import BASES, DENOISERS, comfyui_workflow, save_host_file
 from nara_diffusion.export.plain_lora import PlainLora, comfyui_node, flow_shift
 from nara_diffusion.export.to_lora import lora_of
 from nara_diffusion.loaders.file import MODEL, AdapterFile, naming

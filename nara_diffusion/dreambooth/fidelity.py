@@ -1,24 +1,40 @@
-"""Subject fidelity and prompt fidelity of images, as in section 4.1 of DreamBooth's paper (arXiv 2208.12242).
+"""The figures before, during and after training: subject fidelity, prompt fidelity, and the loss over λ.
 
     image similarity    mean cosine between generated images and those of the subject; CLIP sees kinds of things, DINO
                         this very one
     text alignment      mean cosine between a generated image and its prompt, by CLIP
 
-Figures of different encoders can't be compared. `examples/subject_metrics.py` measures folders of several seeds.
+The first two are those of section 4.1 of DreamBooth's paper (arXiv 2208.12242); figures of different encoders can't be
+compared. `examples/subject_metrics.py` measures folders of several seeds. A training measures on a pipeline into which
+the saved adapter was loaded as a user loads it; all processes share the work.
 """
 
 from __future__ import annotations
 
+import logging
+import shutil
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL.Image import Image
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
+from nara_diffusion.training.arguments import window_of
+from nara_diffusion.training.checkpoints import save_adapter
+from nara_diffusion.training.report import validation_means
+from nara_diffusion.training.run import Run
+from nara_diffusion.utils.naming import is_out_of_reach
+
+from .denoiser import adapter_loaded, write_adapter
 from .image_records import load_image, to_rgb
+from .objectives import IdentityReading
+from .samples import SampleSettings, sample_images, write_grid
+from .training_step import ValidationLoss
 
 Images = Sequence[Image | str | Path]
 """PIL images, or files of images."""
@@ -112,3 +128,113 @@ def without_words(prompt: str, words: Iterable[str]) -> str:
     """`prompt` without `words`, whatever their case and the commas and full stops after them."""
     dropped = {word.lower() for word in words}
     return " ".join(word for word in prompt.split() if word.strip(",.").lower() not in dropped)
+
+
+logger = logging.getLogger(__name__)
+
+
+# ---------------------------------------------------------------------- of a training
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Mean cosines are None without an encoder."""
+
+    images: list[Image]  # samples, one for each (prompt, seed)
+    similarity: float | None  # of the samples to the subject's images
+    text_alignment: float | None  # of the samples to their prompts
+    noise_levels: list[float]  # λ
+    curve: list[float]  # the mean squared error there
+    validation_loss: float  # its mean over λ
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Measures `pipe`, which has no adapters, with those of a folder; all processes share the work."""
+
+    run: Run
+    pipe: Any  # the base model's pipeline, which samples
+    settings: SampleSettings
+    loss: ValidationLoss
+    references: Sequence[Image] = ()  # images of the subject
+    similarity: Encoder | None = None  # compares samples with the subject
+    alignment: Encoder | None = None  # compares samples with their prompts
+
+    def measure(self, folder: Path | None, name: str) -> Measurement:
+        """With the adapter in `folder`, loaded as a user loads it, or without one; `name` is for the progress bar."""
+        with adapter_loaded(self.pipe, folder):
+            images = sample_images(self.pipe, self.settings, self.run.accelerator, desc=f"sample {name}")
+            curve = self.loss.curve(self.pipe, self.run.accelerator).mean(1)
+        prompts, unread = [prompt for prompt, _ in self.settings.pairs], self.run.args.identifier or ()
+        return Measurement(
+            images=images,
+            similarity=self.similarity and image_similarity(self.similarity, images, self.references),
+            text_alignment=self.alignment and text_alignment(self.alignment, images, prompts, unread),
+            noise_levels=self.loss.noise_levels.tolist(),
+            curve=curve.tolist(),
+            validation_loss=curve.mean().item(),
+        )
+
+    def validate(self, model: torch.nn.Module) -> dict[str, float]:
+        """The figures of `model` in training, as accelerate wrapped it, to log; a sheet of samples is written."""
+        accelerator, folder = self.run.accelerator, self.run.folder / ".partial-validation"
+        folder.mkdir(exist_ok=True)
+        try:
+            save_adapter(accelerator, model, folder, write_adapter)
+            with torch.random.fork_rng([accelerator.device] if accelerator.device.type == "cuda" else []):
+                found = self.measure(folder, "for validation")
+            accelerator.wait_for_everyone()
+        finally:
+            if accelerator.is_main_process:
+                shutil.rmtree(folder, ignore_errors=True)
+        if accelerator.is_main_process:
+            self._show(found.images)
+        means = validation_means(torch.tensor(found.curve), self.loss.noise_levels, window_of(self.run.args))
+        figures = {"similarity": found.similarity, "text_alignment": found.text_alignment}
+        return means | {name: value for name, value in figures.items() if value is not None}
+
+    def _show(self, images: Sequence[Image]) -> None:
+        step, prompts = self.run.step, self.settings.prompts
+        path = self.run.folder / "validation" / f"step-{step}.png"
+        path.parent.mkdir(exist_ok=True)
+        write_grid(path, prompts, {f"step {step}": images}, self.references)
+        galleries = np.split(np.stack([np.asarray(image) for image in images]), len(prompts))  # (n, h, w, 3) each
+        shown = {f"validation: {prompt}": part for prompt, part in zip(prompts, galleries, strict=True)}
+        for tracker in self.run.accelerator.trackers:
+            if hasattr(tracker, "log_images"):
+                options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images(shown, step=step, **options)
+
+    def identity_loss(self, loss: str) -> float:
+        """The validation loss of a conversion's base, read by the identity; logged as `loss`, with that of the base as
+        it is."""
+        read = replace(self.loss, reading=IdentityReading(self.pipe.scheduler, self.loss.objective))
+        identity, as_it_is = (each.curve(self.pipe, self.run.accelerator).mean().item() for each in (read, self.loss))
+        what = f"{loss} {identity:.3f}; as it is, where a new adapter starts: {as_it_is:.3f}"
+        logger.info("the base, read by the identity (no training): %s", what)
+        return identity
+
+
+def load_encoders(args: Any, device: torch.device) -> dict[str, Encoder | None]:
+    """The encoders of an `Evaluation` that a run's arguments name; one that both name is loaded once."""
+    names = {name for name in (args.similarity_model, args.alignment_model) if name is not None}
+    encoders: dict[str | None, Encoder] = {name: _load_encoder(args, name, device) for name in sorted(names)}
+    alignment = encoders.get(args.alignment_model)
+    if alignment is not None:
+        alignment.check_text()
+    return {"similarity": encoders.get(args.similarity_model), "alignment": alignment}
+
+
+def _load_encoder(args: Any, name: str, device: torch.device) -> Encoder:
+    try:
+        return Encoder(name, device=device)
+    except OSError as error:
+        flags = [flag for flag in ("similarity_model", "alignment_model") if getattr(args, flag) == name]
+        why, without = str(error).strip().partition("\n")[0], "--similarity_model none --alignment_model none"
+        if is_out_of_reach(error):
+            why = "the Hub can't be reached"
+            without += " --pretrained_vae_model_name_or_path none" * bool(args.pretrained_vae_model_name_or_path)
+        raise ValueError(
+            f"--{' and --'.join(flags)} {name} can't be loaded ({why}): name a folder, or train without these figures "
+            f"by {without}."
+        ) from error

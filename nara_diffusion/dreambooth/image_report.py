@@ -17,8 +17,8 @@ from nara_diffusion.training.report import (
 )
 from nara_diffusion.utils.naming import counted
 
-from .comparison import Evaluation, Measurement
 from .family import Family
+from .fidelity import Evaluation, Measurement
 from .pipelines import family_of
 from .samples import SampleSettings, write_grid, write_images
 

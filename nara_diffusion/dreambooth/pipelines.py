@@ -1,4 +1,4 @@
-"""The pipeline that is trained, and the one that samples with the same frozen weights.
+"""The pipeline that is trained, and the one that samples with the same frozen weights; the shipped one, and defaults.
 
 The sampling pipeline has its own modules around the parameters of the trained one, so adapters and gradient
 checkpointing affect only one of them. `load_nara_weights` on it does what it does on a freshly loaded pipeline, without
@@ -10,23 +10,32 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
+import yaml
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from safetensors import SafetensorError
 from torch import nn
 
 from nara_diffusion.noise.prediction import FLOW, prediction_by
 from nara_diffusion.training.checkpoints import local_folder
+from nara_diffusion.training.command import ASSETS, own_settings, shipped
 from nara_diffusion.utils.naming import is_out_of_reach, naming_source
 
 from .families import BY_PIPELINE, FAMILIES
 from .family import Family
 
 logger = logging.getLogger(__name__)
+
+CONFIGS = ASSETS.parents[1] / "train_scripts" / "configs"
+STEPS = 500
+"""Of a run on a named model: a pass over five images is two steps."""
+_TOLD = "max_train_steps learning_rate rank num_inference_steps guidance_scale"
+_DATA = ("instance_data_dir", "instance_prompt", "validation_prompts", "identifier")
 
 
 def family_named(pipeline: str) -> Family:
@@ -157,3 +166,50 @@ def sharing_pipeline(pipe: Any, dtype: torch.dtype) -> Any:
     other = type(pipe)(**{**pipe.components, **modules, "scheduler": scheduler}, **options)
     other.set_progress_bar_config(disable=True)
     return other
+
+
+logger = logging.getLogger(__name__)
+
+CONFIGS = ASSETS.parents[1] / "train_scripts" / "configs"
+STEPS = 500
+"""Of a run on a named model: a pass over five images is two steps."""
+_TOLD = "max_train_steps learning_rate rank num_inference_steps guidance_scale"
+_DATA = ("instance_data_dir", "instance_prompt", "validation_prompts", "identifier")
+
+# ---------------------------------------------------------------------- the shipped model, and defaults of families
+
+
+def shipped_run(given: Mapping[str, Any], config: Path = CONFIGS / "sd_tiny_flow.yaml") -> dict[str, Any]:
+    """The arguments of the shipped run, which `config` holds, or what suits the model that was `given`."""
+    if "pretrained_model_name_or_path" in given:
+        return family_defaults(given)
+    if not config.is_file():
+        return shipped({"pretrained_model_name_or_path": config})  # which refuses it
+    values = yaml.safe_load(config.read_text(encoding="utf-8"))
+    places = {name: value for name, value in values.items() if str(value).startswith("examples/")}
+    values |= {name: str(ASSETS.parents[1] / value) for name, value in places.items()}
+    if "instance_data_dir" in given:
+        logger.info(
+            "no model was named: your images teach %s, a toy of %d pixels, with its own settings (%s); for SDXL at "
+            "1024 add --config train_scripts/configs/sdxl_dreambooth.yaml, or with settings of your own "
+            "--pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0",
+            values["pretrained_model_name_or_path"],
+            values["resolution"],
+            own_settings(values, given, _TOLD),
+        )
+        values = {name: value for name, value in values.items() if name not in _DATA}
+    return shipped(values)
+
+
+def family_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that suit the model that was `given` and its family, in place of the script's own defaults."""
+    name, hub = given["pretrained_model_name_or_path"], {"revision": given.get("model_options", {}).get("revision")}
+    if not name:
+        return {}  # which the arguments refuse
+    family = family_of_model(name, **hub)
+    defaults = {"target_modules": list(family.targets), **family.defaults, "max_train_steps": STEPS}
+    if (resolution := native_resolution(name, family, **hub)) is not None:
+        defaults["resolution"] = resolution
+        if given.get("resolution", resolution) > 2 * resolution:
+            logger.warning("%s was made for %d pixels, and resolution is %d", name, resolution, given["resolution"])
+    return defaults

@@ -17,7 +17,7 @@ With --adapter lora, dora, … the same is done by another method; --help lists 
 a LoRA or NaRA. --min_noise_level and --max_noise_level train a part of the noise levels (docs/strength.md).
 
 Written to the output folder: pytorch_nara_weights.safetensors (for pipe.load_nara_weights; the files of other methods
-stand in nara_diffusion/dreambooth/adapter_files.py), README.md (the model card, which says how to load them),
+stand in nara_diffusion/dreambooth/denoiser.py), README.md (the model card, which says how to load them),
 samples.png with samples before and after, the samples themselves, noise_level_curve.png, results.json, metrics.jsonl,
 config.yaml, validation/step-N.png, and checkpoint-N folders to resume from.
 """
@@ -48,18 +48,16 @@ from nara_diffusion.training.report import finish, window_facts
 from nara_diffusion.training.run import Run, start_run
 from nara_diffusion.utils.naming import counted
 
-from .adapter_files import read_checkpoint, write_adapter, write_checkpoint
-from .comparison import Evaluation, ValidationLoss, load_encoders
-from .conversion import converted_scheduler
 from .dataset import DreamBoothDataset, collate_samples
-from .denoiser import AdaptedDenoiser
+from .denoiser import AdaptedDenoiser, read_checkpoint, write_adapter, write_checkpoint
+from .fidelity import Evaluation, load_encoders
 from .image_arguments import DreamBoothArguments, run_family
 from .image_records import ImageRecord, Size, class_records, records_from_folder, trained_on
 from .image_report import figures, schedule_line, write_report
-from .pipelines import folders_of, load_pipeline, sharing_pipeline
+from .objectives import converted_scheduler
+from .pipelines import folders_of, load_pipeline, sharing_pipeline, shipped_run
 from .samples import SampleSettings, generate_class_images, sample_call
-from .shipped import shipped_run
-from .training_step import training_step
+from .training_step import ValidationLoss, training_step
 
 logger = logging.getLogger(__name__)
 

@@ -14,17 +14,19 @@ from nara_diffusion.config import NaraConfig
 from nara_diffusion.tuner.snapshot import restored_on_error
 
 from .file import WEIGHTS_NAME, AdapterFile, AdapterPart, naming
-from .hotswap import check_swappable, prepare_for_hotswap, swap
 from .insertion import (
     TEXT_ENCODER,
     adapters_of,
     check_not_wrapped,
     check_storable,
+    check_swappable,
     insert,
     nara_adapters_of,
     offloading_suspended,
     part_of,
+    prepare_for_hotswap,
     remove,
+    swap,
     unwrapped,
 )
 from .schedulers import DENOISERS, adopt_schedulers, check_schedulers, removing_adapters

@@ -20,8 +20,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from nara_diffusion import NaraConfig, core_matrix, noise_level
 from nara_diffusion.check import Repeat, check_tasks, decide, judge, published, trials
-from nara_diffusion.check.check_tasks import add_cheap
-from nara_diffusion.check.cli import main
+from nara_diffusion.check.check_tasks import add_cheap, main
 from nara_diffusion.check.trials import CHEAP, CheckTask, restart
 from nara_diffusion.check.verdict import LIKELY, NO_CHEAP, UNKNOWN, UNLIKELY, bin_means, differences, time_left
 from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser

@@ -11,7 +11,7 @@ import torch
 
 from nara_diffusion import noise_level
 from nara_diffusion.check import check_tasks
-from nara_diffusion.check.cli import check
+from nara_diffusion.check.check_tasks import check
 from nara_diffusion.check.trials import CHEAP, CheckTask, restart
 from nara_diffusion.dllm.loss import batch_loss
 from nara_diffusion.dllm.masking import mask_answers, with_level_token

@@ -12,15 +12,17 @@ from peft import HiraConfig, LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 
 from nara_diffusion import NaraConfig
-from nara_diffusion.dreambooth.adapter_files import (
+from nara_diffusion.dreambooth.denoiser import (
     LORA_WEIGHTS,
+    TEXT_TARGETS,
     TRAINABLE,
+    AdaptedDenoiser,
     adapter_loaded,
     read_checkpoint,
+    text_config,
     write_adapter,
     write_checkpoint,
 )
-from nara_diffusion.dreambooth.denoiser import TEXT_TARGETS, AdaptedDenoiser, text_config
 from nara_diffusion.dreambooth.image_arguments import UNET_TARGETS
 from tests.helpers.small_pipelines import pixels, small_sdxl
 

@@ -10,12 +10,18 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler
 
 from nara_diffusion.dreambooth import DreamBoothDataset, LatentCache, records_from_folder
-from nara_diffusion.dreambooth.comparison import Evaluation, ValidationLoss, load_encoders
 from nara_diffusion.dreambooth.draws import draw_noise
 from nara_diffusion.dreambooth.families import SDXL
-from nara_diffusion.dreambooth.fidelity import Encoder, image_similarity, text_alignment
+from nara_diffusion.dreambooth.fidelity import (
+    Encoder,
+    Evaluation,
+    image_similarity,
+    load_encoders,
+    text_alignment,
+)
 from nara_diffusion.dreambooth.objectives import build_objective
 from nara_diffusion.dreambooth.samples import SampleSettings
+from nara_diffusion.dreambooth.training_step import ValidationLoss
 from tests.acceptance._commands import fresh_accelerate
 from tests.dreambooth.pictures import folder_of
 from tests.helpers.small_pipelines import small_sdxl

@@ -13,8 +13,7 @@ from diffusers import (
 )
 from torch import Tensor
 
-from nara_diffusion.dreambooth.conversion import IdentityReading, converted_scheduler
-from nara_diffusion.dreambooth.objectives import build_objective
+from nara_diffusion.dreambooth.objectives import IdentityReading, build_objective, converted_scheduler
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 FLOW = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)

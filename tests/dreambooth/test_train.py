@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from nara_diffusion.dreambooth.shipped import CONFIGS, family_defaults, shipped_run
+from nara_diffusion.dreambooth.pipelines import CONFIGS, family_defaults, shipped_run
 from tests.acceptance._commands import metrics, results, run, tensors
 from tests.acceptance._runs import ASSETS, image_flags
 from tests.dreambooth.pictures import folder_of

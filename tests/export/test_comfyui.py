@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nara_diffusion import StrengthSchedule
-from nara_diffusion.export.comfyui_workflow import comfyui_workflow, keyframes
+from nara_diffusion.export.host_files import comfyui_workflow, keyframes
 
 STEP = StrengthSchedule([(0, 1.0), (0.4, 0.25), (0.4, 0.75), (1, 0.0)])
 

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from PIL.Image import Image
 
-from nara_diffusion.dreambooth.cache import LatentCache, PromptCache
 from nara_diffusion.dreambooth.fidelity import Encoder, text_alignment
 from nara_diffusion.dreambooth.image_records import ImageRecord, records_from_folder
 from nara_diffusion.dreambooth.pipelines import load_pipeline
 from nara_diffusion.dreambooth.samples import SampleSettings, sample_images
+from nara_diffusion.dreambooth.training_step import LatentCache, PromptCache
 from quality.assets import ASSETS
 from quality.images.held_out import (
     BACKBONE,

@@ -30,13 +30,12 @@ from torch import Tensor, nn
 
 from nara_diffusion import TimestepNoise
 from nara_diffusion.dreambooth import collate_samples
-from nara_diffusion.dreambooth.cache import LatentCache, PromptCache
-from nara_diffusion.dreambooth.conversion import IdentityReading
 from nara_diffusion.dreambooth.dataset import DreamBoothDataset
 from nara_diffusion.dreambooth.draws import draw_indices, draw_noise, seeded_normal
 from nara_diffusion.dreambooth.image_records import ImageRecord, records_from_folder
-from nara_diffusion.dreambooth.objectives import Corrupted, Objective, build_objective, squared_errors
+from nara_diffusion.dreambooth.objectives import Corrupted, IdentityReading, Objective, build_objective, squared_errors
 from nara_diffusion.dreambooth.pipelines import load_pipeline
+from nara_diffusion.dreambooth.training_step import LatentCache, PromptCache
 from quality.assets import ASSETS
 from quality.images import drawn
 from quality.images.held_out import (
