@@ -27,8 +27,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nara_diffusion.dllm import GenerationStep, encode_prompts, load_backbone, prompt_text
 from nara_diffusion.dllm.canvas import check_canvas
-from nara_diffusion.dllm.data.encoding import chat_text
-from nara_diffusion.dllm.evaluation.exact_match import answer_prompts, decode_answer, stop_token_ids
+from nara_diffusion.dllm.encoding import chat_text
+from nara_diffusion.dllm.exact_match import answer_prompts, decode_answer, stop_token_ids
 from nara_diffusion.dllm.models.backbone import Backbone
 from nara_diffusion.dllm.models.pretrained import HUB_ARGUMENTS
 from nara_diffusion.loaders.insertion import adapters_of, tuner_layers

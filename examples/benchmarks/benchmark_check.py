@@ -36,7 +36,7 @@ from tqdm.auto import tqdm
 from nara_diffusion.check.check_tasks import add_cheap
 from nara_diffusion.check.trials import CheckTask, Loss, published
 from nara_diffusion.check.verdict import decide, differences, mean_losses
-from nara_diffusion.dllm.data.encoding import digit_tokens
+from nara_diffusion.dllm.encoding import digit_tokens
 from nara_diffusion.dllm.masking import MaskedBatch, with_level_token
 from nara_diffusion.dreambooth.objectives import squared_errors
 from nara_diffusion.noise.denoisers import time_layers

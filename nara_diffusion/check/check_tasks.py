@@ -30,8 +30,8 @@ from typing import Any
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from nara_diffusion.dllm.data.collator import GlobalBatchStream
-from nara_diffusion.dllm.data.encoding import digit_tokens
+from nara_diffusion.dllm.canvas import GlobalBatchStream
+from nara_diffusion.dllm.encoding import digit_tokens
 from nara_diffusion.dllm.loss import batch_loss
 from nara_diffusion.dllm.masking import mask_answers, with_level_token
 from nara_diffusion.dllm.models.backbone import Backbone

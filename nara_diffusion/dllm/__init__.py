@@ -1,17 +1,15 @@
 """Masked-diffusion language models: backbones, loss, generation, data and evaluation."""
 
-from nara_diffusion.dllm.data.collator import AnswerCollator
-from nara_diffusion.dllm.data.encoding import EncodedRecords, encode_prompts, encode_records, prompt_text
-from nara_diffusion.dllm.data.records import read_records
-from nara_diffusion.dllm.evaluation.exact_match import ExactMatch, exact_match, stop_token_ids
-from nara_diffusion.dllm.evaluation.likelihood import log_likelihood
-from nara_diffusion.dllm.evaluation.noise_curve import noise_level_curve
-from nara_diffusion.dllm.models.pretrained import load_backbone
-
+from .canvas import AnswerCollator
 from .decoding import Sampling
-from .loss import MaskedDiffusionLoss, masked_cross_entropy, masked_diffusion_loss
+from .encoding import EncodedRecords, encode_prompts, encode_records, prompt_text
+from .exact_match import ExactMatch, exact_match, stop_token_ids
+from .likelihood import log_likelihood
+from .loss import MaskedDiffusionLoss, masked_cross_entropy, masked_diffusion_loss, noise_level_curve
 from .masked_share import InputIdsNoise, read_noise_from_input_ids
 from .masking import MaskedBatch, mask_answers
+from .models.pretrained import load_backbone
+from .records import read_records
 from .sampler import Generation, GenerationStep, generate
 
 __all__ = [

@@ -6,8 +6,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from nara_diffusion.dllm.decoding import REMASKING
-from nara_diffusion.dllm.masking import check_drawable
 from nara_diffusion.training.arguments import (
     AdapterArguments,
     OptimizationArguments,
@@ -18,6 +16,9 @@ from nara_diffusion.training.arguments import (
     window_of,
 )
 from nara_diffusion.training.parser import option, spread_options
+
+from .decoding import REMASKING
+from .masking import check_drawable
 
 
 @dataclass

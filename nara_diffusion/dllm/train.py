@@ -26,19 +26,25 @@ from typing import Any
 
 from nara_diffusion.check.check_tasks import check_text
 from nara_diffusion.dllm import AnswerCollator, encode_records, exact_match, load_backbone, masked_diffusion_loss
-from nara_diffusion.dllm.canvas import check_canvas, check_positions, checked_lengths
-from nara_diffusion.dllm.data.collator import GlobalBatchStream, trained_canvas, with_longest
-from nara_diffusion.dllm.data.encoding import end_token_id
-from nara_diffusion.dllm.data.records import load_records
-from nara_diffusion.dllm.decoding import Sampling, chat_settings
-from nara_diffusion.dllm.evaluation.before_after import (
+from nara_diffusion.dllm.before_after import (
     figures,
     measure,
     schedule_line,
     validation_losses,
     write_report,
 )
+from nara_diffusion.dllm.canvas import (
+    GlobalBatchStream,
+    check_canvas,
+    check_positions,
+    checked_lengths,
+    trained_canvas,
+    with_longest,
+)
+from nara_diffusion.dllm.decoding import Sampling, chat_settings
+from nara_diffusion.dllm.encoding import end_token_id
 from nara_diffusion.dllm.models.pretrained import prepare_quantised
+from nara_diffusion.dllm.records import load_records
 from nara_diffusion.training.adapter_weights import load_checkpoint, start_from, write_adapter, write_checkpoint
 from nara_diffusion.training.adapters import (
     base_model,

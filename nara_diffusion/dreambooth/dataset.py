@@ -21,7 +21,7 @@ from diffusers.training_utils import find_nearest_bucket
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
-from nara_diffusion.training.stream import ShuffledStream
+from nara_diffusion.training.loop import ShuffledStream
 
 from .draws import numpy_generator
 from .image_records import ImageRecord, Size

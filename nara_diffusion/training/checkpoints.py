@@ -8,7 +8,7 @@
                                                                   that aren't logged yet, processes, engine, arguments,
                                                                   files with their digests, digests of data and base
 
-The place in the data is the step alone: `stream.ShuffledStream` makes the order a function of (seed, position). Neither
+The place in the data is the step alone: `loop.ShuffledStream` makes the order a function of (seed, position). Neither
 the data nor the frozen base model are in a checkpoint, but it knows them again by their digests. A checkpoint is
 written under another name and renamed when it is complete; older ones are deleted after that.
 """

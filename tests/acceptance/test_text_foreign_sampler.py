@@ -20,7 +20,7 @@ from nara_diffusion.dllm import (
     log_likelihood,
     read_noise_from_input_ids,
 )
-from nara_diffusion.dllm.data.records import normalized
+from nara_diffusion.dllm.records import normalized
 from pipelines.llada import LLaDAPipeline
 from tests.acceptance._text import ByHand, adapted_pair
 

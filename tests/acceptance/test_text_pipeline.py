@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from nara_diffusion.dllm import Sampling, encode_prompts, exact_match, generate, load_backbone, prompt_text
 from nara_diffusion.dllm.decoding import CHAT_BLOCK_LENGTHS
-from nara_diffusion.dllm.evaluation.answers import compare
+from nara_diffusion.dllm.exact_match import compare
 from pipelines.llada import LLaDAPipeline
 from tests.acceptance._text import nara
 

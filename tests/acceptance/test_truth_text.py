@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from nara_diffusion.dllm import encode_records, read_records
-from nara_diffusion.dllm.data.records import load_records
+from nara_diffusion.dllm.records import load_records
 from nara_diffusion.dllm.text_arguments import Arguments
 
 MODEL = str(Path(__file__).parents[2] / "examples" / "assets" / "llada-tiny")

@@ -13,7 +13,7 @@ import pytest
 from datasets import Dataset
 
 from nara_diffusion.dllm import encode_records, read_records
-from nara_diffusion.dllm.data.records import load_records
+from nara_diffusion.dllm.records import load_records
 from nara_diffusion.dllm.text_arguments import Arguments
 from nara_diffusion.dllm.train import main, shipped_run
 from tests.acceptance._commands import fresh_accelerate

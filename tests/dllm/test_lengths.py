@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from nara_diffusion.dllm import decoding, exact_match
-from nara_diffusion.dllm.evaluation import before_after
+from nara_diffusion.dllm import before_after, decoding, exact_match
 from nara_diffusion.dllm.train import main
 from tests.acceptance._commands import fresh_accelerate
 from tests.acceptance._runs import text_arguments  # of a model of 64 positions

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nara_diffusion.lm_eval.tasks.execution import Limits, run_program
+from nara_diffusion.lm_eval.tasks.functions import Limits, run_program
 
 SMALL = Limits(seconds=60, memory=2**30, file_size=2**16)
 posix_only = pytest.mark.skipif(sys.platform == "win32", reason="POSIX limits")

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer
 
 from nara_diffusion.dllm import encode_records, generate, load_backbone, log_likelihood
-from nara_diffusion.dllm.data.records import normalized
+from nara_diffusion.dllm.records import normalized
 from nara_diffusion.lm_eval.harness_model import NaraDLLM
 from nara_diffusion.lm_eval.harness_text import encode, encode_pair, read_gen_kwargs, templated
 from tests.acceptance._text import nara

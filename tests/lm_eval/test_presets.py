@@ -17,7 +17,7 @@ import yaml
 
 from nara_diffusion.lm_eval import harness_model
 from nara_diffusion.lm_eval.__main__ import PRESETS, main
-from nara_diffusion.lm_eval.tasks.execution import run_program
+from nara_diffusion.lm_eval.tasks.functions import run_program
 
 from .conftest import LLADA_TINY
 

@@ -13,7 +13,7 @@ from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 
 from nara_diffusion.lm_eval.__main__ import TASKS
-from nara_diffusion.lm_eval.tasks.code import code_of
+from nara_diffusion.lm_eval.tasks.functions import code_of
 
 SETS: dict[str, tuple[str, list[tuple[str, Any, str]]]] = {
     "AddSub": ("addsub", [("1 + 1.5?", 2.5, "The answer is 2.5"), ("1 + 1?", 2.0, "3")]),

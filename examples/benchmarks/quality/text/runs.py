@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
 
 from nara_diffusion.dllm import Generation, generate, load_backbone
-from nara_diffusion.dllm.evaluation.exact_match import decode_answer, stop_token_ids
+from nara_diffusion.dllm.exact_match import decode_answer, stop_token_ids
 from nara_diffusion.dllm.loss import masked_cross_entropy
 from nara_diffusion.dllm.masking import MaskedBatch, mask_answers
 from nara_diffusion.dllm.models.backbone import Backbone

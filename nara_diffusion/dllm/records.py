@@ -169,12 +169,12 @@ def mapped(
 ) -> Dataset:
     """`rows.map` of batches and their indices, in as many processes as pay.
 
-    Its result is cached on disk under what the rows are, `key`, and the code of this folder: `datasets` itself wouldn't
+    Its result is cached on disk under what the rows are, `key`, and the code that makes it: `datasets` itself wouldn't
     see a change in the code of an installed package, and sees one in a tokenizer that was only used.
     """
     from datasets.fingerprint import Hasher
 
-    code = [file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))]
+    code = [Path(__file__).with_name(f"{name}.py").read_bytes() for name in ("records", "encoding", "canvas")]
     workers = min(os.cpu_count() or 1, len(rows) // max(batch_size, 10 * BATCH))
     options: dict[str, Any] = {"batched": True, "batch_size": batch_size, "with_indices": True, "features": features}
     options |= {"remove_columns": rows.column_names, "num_proc": workers if workers > 1 else None, "desc": desc}

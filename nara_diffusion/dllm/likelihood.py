@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
 
-from nara_diffusion.dllm.canvas import mask_in_a_text
-from nara_diffusion.dllm.loss import masked_cross_entropy
-from nara_diffusion.dllm.masking import MaskedBatch, answer_positions
-from nara_diffusion.dllm.models.backbone import Backbone, evaluating, without_ddp
+from .canvas import mask_in_a_text
+from .loss import masked_cross_entropy
+from .masking import MaskedBatch, answer_positions
+from .models.backbone import Backbone, evaluating, without_ddp
 
 
 def log_likelihood(

@@ -4,7 +4,7 @@ With a chat template in the tokenizer, the prompt is the turns before an answer 
 answer is the assistant's turn as the template closes it. Attention is bidirectional, so that a later turn would show an
 earlier answer: a conversation is the pairs (everything before, next answer), each of which ends with its answer.
 Without a chat template, the prompt is Alpaca's, which LLM-Adapters uses too. A text that no prompt stands before begins
-with BOS, if the tokenizer has one. The answer ends with one end-of-sequence token, and the `collator` lengthens rows by
+with BOS, if the tokenizer has one. The answer ends with one end-of-sequence token, and the collator lengthens rows by
 more of them, which are trained on: that is how LLaDA learns where to stop (arXiv 2502.09992, appendix B.1).
 """
 
@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from nara_diffusion.dllm.canvas import mask_in_a_text
 from nara_diffusion.utils.naming import counted
 
+from .canvas import mask_in_a_text
 from .records import BATCH, mapped
 
 if TYPE_CHECKING:

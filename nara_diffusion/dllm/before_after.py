@@ -13,10 +13,6 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from nara_diffusion.dllm.data.collator import AnswerCollator
-from nara_diffusion.dllm.decoding import Sampling
-from nara_diffusion.dllm.loss import masked_diffusion_loss
-from nara_diffusion.dllm.models.backbone import evaluating
 from nara_diffusion.noise.strength_schedule import EVERYTHING, NoiseWindow
 from nara_diffusion.training.arguments import schedule_of
 from nara_diffusion.training.engines import split_across_processes
@@ -30,8 +26,11 @@ from nara_diffusion.training.report import (
 )
 from nara_diffusion.training.run import Run
 
+from .canvas import AnswerCollator
+from .decoding import Sampling
 from .exact_match import exact_match
-from .noise_curve import batches_of, noise_level_curve
+from .loss import batches_of, masked_diffusion_loss, noise_level_curve
+from .models.backbone import evaluating
 
 _LOADING = """\
 ```python

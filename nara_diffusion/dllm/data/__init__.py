@@ -1,1 +1,0 @@
-"""Questions and answers, as records and as token ids."""

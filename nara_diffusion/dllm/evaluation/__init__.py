@@ -1,1 +1,0 @@
-"""Evaluation of language models: exact match, likelihood, and the loss over λ."""

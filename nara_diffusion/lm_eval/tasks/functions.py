@@ -1,0 +1,193 @@
+"""What the task files call: questions, the answer in a generated text, and its score.
+
+The paper's commonsense and arithmetic sets are as LLM-Adapters (arXiv 2304.01933) distributes and scores them: a JSON
+list of {instruction, output, answer} each. The prompt is `instruction`, in the same form as in training, and the answer
+is found in the model's text by the rules of `nara_diffusion.dllm.exact_match`: number (AddSub, GSM8K, MultiArith,
+SingleEq, SVAMP), letter (AQuA), choice (ARC-c, ARC-e, OpenBookQA, SIQA, HellaSwag, WinoGrande, PIQA, BoolQ). `datasets`
+downloads the files once from LLM-Adapters' repository, or by --metadata data_dir=DIR reads DIR/AddSub/test.json and so
+on, as in its dataset/ folder.
+
+Of HumanEval and MBPP, pass@1 is the share of a question's answers that pass; there is one unless the task file sets
+`repeats`. The task files are marked unsafe: without --confirm_run_unsafe_code lm-eval refuses them, before anything is
+generated. A program runs in another interpreter (-I: without the user's packages and PYTHON… variables), with only PATH
+of our environment, in an empty folder that is removed afterwards. On POSIX systems `Limits` holds for it and for each
+process that it starts; the number of processes and of files is not limited. When the program ends, or its time is over,
+its process group is killed (on Windows the program alone).
+
+This contains accidents: endless loops, floods of memory or output, files and processes left behind. It is no sandbox
+against malice. The program runs as the user, so it can read and write all files of the user and reach the network; read
+our environment, with its tokens, where the system shows it (Linux: /proc); forge a pass by exiting as if its tests had
+passed; leave processes in a session of their own. Run it in a container without secrets, and read the programs before
+you trust a surprising score.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, load_dataset
+
+from nara_diffusion.dllm.exact_match import compare
+
+SOURCE = "https://raw.githubusercontent.com/AGI-Edgerunners/LLM-Adapters/main/dataset"
+_BLOCK = re.compile(r"```[a-zA-Z0-9+]*[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
+
+# What the new interpreter does first. At the same soft and hard limit of CPU time the kernel kills without saying why.
+_START = """
+import runpy, sys
+try:
+    import resource
+except ImportError:
+    resource = None
+seconds, memory, size = map(int, sys.argv[1:4])
+wanted = {"RLIMIT_CPU": (seconds, seconds + 1), "RLIMIT_AS": (memory,) * 2, "RLIMIT_FSIZE": (size,) * 2}
+for name, pair in {**wanted, "RLIMIT_CORE": (0, 0)}.items() if resource else ():
+    hard = resource.getrlimit(getattr(resource, name))[1]
+    hard = float("inf") if hard == resource.RLIM_INFINITY else hard
+    resource.setrlimit(getattr(resource, name), tuple(min(value, hard) for value in pair))
+sys.argv = sys.argv[4:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+# ---------------------------------------------------------------- the paper's test sets
+
+
+def load(name: str, data_dir: str | None = None, **_: Any) -> dict[str, Dataset]:
+    """The test split {"test": rows {question, answer}} of the set in the folder `name`.
+
+    Args:
+        data_dir: see the module's docstring. _: what else --metadata has, which is for other tasks.
+    """
+    records: Any = load_dataset("json", data_files=f"{data_dir or SOURCE}/{name}/test.json", split="train")
+    return {"test": Dataset.from_list([_row(record) for record in records])}
+
+
+def _row(record: Mapping[str, Any]) -> dict[str, str]:
+    answer, input = record["answer"], record.get("input")
+    return {
+        "question": f"{record['instruction']}\n\n{input}" if input else record["instruction"],
+        "answer": str(answer[-1] if isinstance(answer, list) else answer).strip(),
+    }
+
+
+def _score(rule: str, doc: Mapping[str, str], results: Sequence[str]) -> dict[str, float]:
+    """{"acc": 1 or 0}: whether the text names the answer by the rule."""
+    return {"acc": float(compare(rule, results[0], doc["answer"]).is_right)}
+
+
+score_number, score_letter, score_choice = (partial(_score, rule) for rule in ("number", "letter", "choice"))
+
+
+# ---------------------------------------------------------------- programs
+
+
+def humaneval_programs(resps: Sequence[Sequence[str]], docs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """lm-eval's filter: each question's answers as programs to test."""
+    return [[humaneval_program(doc, text) for text in texts] for texts, doc in zip(resps, docs, strict=True)]
+
+
+def mbpp_programs(resps: Sequence[Sequence[str]], docs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """lm-eval's filter: the set-up code of the tests, then the answer, for each answer."""
+    return [
+        [f"{doc.get('test_setup_code') or ''}\n{code_of(text, r'^(?:def|class) ')}" for text in texts]
+        for texts, doc in zip(resps, docs, strict=True)
+    ]
+
+
+def humaneval_program(doc: Mapping[str, Any], text: str) -> str:
+    """The program of an answer: the prompt's header, then the answer's function of that name, or the answer as body."""
+    wanted = rf"^(?:async )?def {re.escape(doc['entry_point'])}\b"
+    code = code_of(text, wanted)
+    # the header alone is a function whose body is its docstring; a whole function after it takes its place
+    is_whole = re.search(wanted, code, re.MULTILINE) is not None
+    return f"{doc['prompt']}\n    pass\n\n{code}" if is_whole else f"{doc['prompt']}{code}"
+
+
+def code_of(text: str, wanted: str) -> str:
+    """The first fenced block with a line that matches `wanted`, or else the first block, or else the whole text."""
+    blocks = _BLOCK.findall(text)
+    fitting = [block for block in blocks if re.search(wanted, block, re.MULTILINE)]
+    return (fitting or blocks or [text])[0]
+
+
+def humaneval_score(doc: Mapping[str, Any], results: Sequence[Any]) -> dict[str, float]:
+    """{"pass@1": share of the programs that pass the question's tests}."""
+    return _pass_at_1(results[0], f"{doc['test']}\ncheck({doc['entry_point']})")
+
+
+def mbpp_score(doc: Mapping[str, Any], results: Sequence[Any]) -> dict[str, float]:
+    """{"pass@1": share of the programs that pass the question's tests}."""
+    return _pass_at_1(results[0], "\n".join(doc["test_list"]))
+
+
+def _pass_at_1(programs: Sequence[str], tests: str) -> dict[str, float]:
+    passed = [run_program(f"{program}\n\n{tests}") == "passed" for program in programs]
+    return {"pass@1": sum(passed) / len(passed)}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Attributes:
+    seconds: the CPU time of each process; the program is stopped after twice as many seconds of wall time.
+    memory: the address space of each process, in bytes.
+    file_size: the size of each file that is written, in bytes; stderr is one.
+    """
+
+    seconds: int = 10
+    memory: int = 4 * 2**30
+    file_size: int = 16 * 2**20
+
+
+def run_program(program: str, limits: Limits = Limits()) -> str:
+    """Run `program` until it ends or exceeds its limits. Its output is not kept.
+
+    Returns:
+        "passed", if it reached its end or made it look so; else "timed out", or the last line that it wrote to stderr.
+    """
+    with tempfile.TemporaryDirectory(prefix="nara-eval-", ignore_cleanup_errors=True) as folder:
+        file, errors, end = Path(folder) / "program.py", Path(folder) / "stderr", Path(folder) / secrets.token_hex(8)
+        # a program that leaves early, by sys.exit(0) say, hasn't run its tests
+        file.write_text(f"{program}\n\nopen({str(end)!r}, 'w').close()\n", encoding="utf-8", errors="replace")
+        status = _wait(file, errors, limits)
+        if status == 0 and end.exists():
+            return "passed"
+        if status is None or -status == getattr(signal, "SIGXCPU", None):
+            return "timed out"
+        lines = errors.read_text("utf-8", "replace").strip().splitlines()
+        return lines[-1][:200] if lines else f"ended early, with status {status}"
+
+
+def _wait(file: Path, errors: Path, limits: Limits) -> int | None:
+    """Run `file`, and return its exit status, or None if it was stopped."""
+    numbers = map(str, (limits.seconds, limits.memory, limits.file_size))
+    with errors.open("wb") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-X", "utf8", "-c", _START, *numbers, str(file)],
+            cwd=file.parent,
+            env={"PATH": os.environ.get("PATH", ""), "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=stderr,
+            start_new_session=True,
+        )
+        try:
+            return process.wait(2 * limits.seconds)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL) if hasattr(os, "killpg") else process.kill()
+            process.wait()
