@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import AutoPeftModel, AutoPeftModelForCausalLM, PeftModel
+from peft import AutoPeftModel, AutoPeftModelForCausalLM, PeftConfig, PeftModel, load_peft_weights
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
@@ -77,13 +77,38 @@ def test_auto_class_of_peft_finds_base_and_adapter(name, kind, base_folder: Path
     _files.assert_near(_bases.text_output(model), OUTPUTS[name], model)
 
 
-@pytest.mark.parametrize("name", ["nara_dora", "layer"])
-def test_load_adapter_of_transformers_computes_the_stored_outputs(name: str) -> None:
-    model = _bases.language_model()
-    model.load_adapter(PEFT / name, adapter_name="mine")
-    _files.assert_near(_bases.text_output(model), OUTPUTS[name], model)
+@pytest.mark.parametrize(("name", "dtype"), [("nara_dora", torch.float32), ("layer", torch.bfloat16)], ids=str)
+def test_load_adapter_of_transformers_gives_what_peft_gives_and_swaps_nothing(name: str, dtype: torch.dtype) -> None:
+    model: Any = _bases.language_model().to(dtype)
+    report = model.load_adapter(PEFT / name, adapter_name="mine")
+    base = _bases.language_model().to(dtype)
+    wanted = PeftModel.from_pretrained(base, PEFT / name, autocast_adapter_dtype=False).eval()  # as transformers does
+    found = _bases.text_output(model)
+    assert torch.equal(found, _bases.text_output(wanted))
+    if dtype == torch.float32:
+        _files.assert_near(found, OUTPUTS[name], model)
+    assert not any(report.to_dict().values())
+    assert not any(parameter.requires_grad for own, parameter in model.named_parameters() if "mine" in own)
+    assert not model.training
     tensors = load_file(PEFT / name / _files.PEFT_WEIGHTS)
     assert _files.adapted_layers(model, "mine") == _files.layers_of(tensors, "base_model.model.")
+    with pytest.raises(ValueError, match=r"has an adapter 'mine', and load_adapter swaps no NaRA"):
+        model.load_adapter(PEFT / "nara", adapter_name="mine", hotswap=True)
+    assert torch.equal(_bases.text_output(model), found)
+
+
+def test_load_adapter_of_transformers_takes_tensors_with_a_configuration_to_be_trained_further() -> None:
+    model: Any = _bases.language_model()
+    config, tensors = PeftConfig.from_pretrained(PEFT / "nara"), load_peft_weights(str(PEFT / "nara"))
+    layers, names = {name: t for name, t in tensors.items() if "nara_core" not in name}, list(model.state_dict())
+    with pytest.raises(ValueError, match=r"lacks '.*nara_core"):
+        model.load_adapter(peft_config=config, adapter_state_dict=layers)
+    assert list(model.state_dict()) == names
+    model.load_adapter(peft_config=config, adapter_state_dict=tensors, is_trainable=True)
+    _files.assert_near(_bases.text_output(model), OUTPUTS["nara"], model)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name, _ in model.named_parameters() if "lora_" in name or "nara_core" in name}
+    assert config.inference_mode  # the caller's own, as it was
 
 
 def test_from_pretrained_of_transformers_takes_an_adapters_folder(base_folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -20,8 +21,8 @@ from nara_diffusion import NaraConfig
 from tests.acceptance import _bases, _files
 
 Tensors = dict[str, Tensor]
-Change = Callable[[Tensors], "tuple[str, ...]"]
-"""Breaks the tensors of a file, and returns words that the error has to have."""
+Break = Callable[[str, Path], "tuple[str, ...]"]
+"""Breaks the file of weights of a form, and returns words that the error has to have."""
 GOOD = {"pipeline": _files.FILES / "pipelines" / "sdxl_float32", "peft": _files.FILES / "peft" / "nara"}
 WEIGHTS = {"pipeline": _files.PIPELINE_WEIGHTS, "peft": _files.PEFT_WEIGHTS}
 MAKE: dict[str, Callable[[], Any]] = {"pipeline": _bases.sdxl, "peft": _bases.language_model}
@@ -29,63 +30,77 @@ MAKE: dict[str, Callable[[], Any]] = {"pipeline": _bases.sdxl, "peft": _bases.la
 # ---------------------------------------------------------------------- ways to break a file
 
 
-def first(tensors: Tensors, part: str) -> str:
-    """The first key with `part`, of the denoiser in a pipeline's file."""
-    return next(key for key in sorted(tensors) if part in key and not key.startswith("text_encoder"))
-
-
 def words(key: str) -> tuple[str, ...]:
     """What an error about that tensor has to say: its module and its kind, whatever a model puts between them."""
-    key = key.removeprefix("base_model.model.").removeprefix("unet.")
-    module, lora, kind = key.partition(".lora_")
+    module, lora, kind = re.sub(r"^(base_model\.model|unet|text_encoder)\.", "", key).partition(".lora_")
     return (module, f"lora_{kind[0]}") if lora else ("core", *key.rsplit(".", 1)[1:])
 
 
-def drop(part: str, *, all_of_them: bool = False) -> Change:
-    def change(tensors: Tensors) -> tuple[str, ...]:
-        one = first(tensors, part)
-        for key in [key for key in tensors if part in key] if all_of_them else [one]:
-            del tensors[key]
-        return words(one)
+def edit(part: str, change: Callable[[Tensors, list[str]], Tensors]) -> Break:
+    """`change` gets the tensors and the keys that match `part`, those of the denoiser first; a key of it is named."""
 
-    return change
+    def broken(form: str, path: Path) -> tuple[str, ...]:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        found = load_file(path)
+        keys = sorted((key for key in found if re.search(part, key)), key=lambda key: (key.startswith("text"), key))
+        changed = change(found, keys)
+        save_file({key: tensor.contiguous() for key, tensor in changed.items()}, path, metadata=metadata)
+        return words(next((key for key in changed if key not in found), keys[0]))
 
-
-def drop_layer(tensors: Tensors) -> tuple[str, ...]:
-    layer = first(tensors, ".lora_A").partition(".lora_A")[0]
-    for kind in "AB":
-        del tensors[f"{layer}.lora_{kind}.weight"]
-    return words(f"{layer}.lora_A")[:1]
+    return broken
 
 
-def add(old: str, new: str) -> Change:
+def drop(part: str) -> Break:
+    return edit(part, lambda found, keys: {key: tensor for key, tensor in found.items() if key not in keys})
+
+
+def add(old: str, new: str) -> Break:
     """Another tensor, called like one that is there with `new` in place of `old`."""
-
-    def change(tensors: Tensors) -> tuple[str, ...]:
-        key = first(tensors, old)
-        other = new.join(key.rsplit(old, 1))
-        tensors[other] = tensors[key].clone()
-        return words(other)[:1]
-
-    return change
+    return edit(old, lambda found, keys: {**found, new.join(keys[0].rsplit(old, 1)): found[keys[0]].clone()})
 
 
-def alter(part: str, change: Callable[[Tensor], Tensor]) -> Change:
-    def changed(tensors: Tensors) -> tuple[str, ...]:
-        key = first(tensors, part)
-        tensors[key] = change(tensors[key]).contiguous()
-        return words(key)
-
-    return changed
+def alter(part: str, change: Callable[[Tensor], Tensor]) -> Break:
+    return edit(part, lambda found, keys: {**found, keys[0]: change(found[keys[0]])})
 
 
-TENSORS: dict[str, Change] = {
-    "one tensor of the core missing": drop("shared.layers.1.weight", all_of_them=True),
-    "core missing": drop("core", all_of_them=True),
-    "frequencies missing": drop("freq", all_of_them=True),
-    "A of a layer missing": drop("lora_A"),
-    "B of a layer missing": drop("lora_B"),
-    "layer missing": drop_layer,
+def metadata(content: dict[str, str], *parts: str) -> Break:
+    def broken(form: str, path: Path) -> tuple[str, ...]:
+        save_file(load_file(path), path, metadata={"format": "pt", **content})
+        return parts
+
+    return broken
+
+
+def fields(change: dict[str, Any], *parts: str) -> Break:
+    def broken(form: str, path: Path) -> tuple[str, ...]:
+        if form == "peft":
+            config = path.with_name(_files.PEFT_CONFIG)
+            config.write_text(json.dumps(json.loads(config.read_text()) | change))
+            return parts
+        content = _files.header(path)[_files.METADATA]
+        content["components"]["unet"] |= change
+        return metadata({_files.METADATA: json.dumps(content)}, *parts)(form, path)
+
+    return broken
+
+
+def cut(length: int) -> Break:
+    def broken(form: str, path: Path) -> tuple[str, ...]:
+        path.write_bytes(path.read_bytes()[:length])
+        return ()
+
+    return broken
+
+
+LAYER = r"(layers.0.mlp.down_proj|unet.conv_in)"
+ROWS: dict[str, Break] = {
+    "one tensor of the core missing": drop("shared.layers.1.weight"),
+    "core missing": drop("core"),
+    "frequencies missing": drop("freq"),
+    "A of a layer missing": drop(rf"{LAYER}.lora_A"),
+    "B of a layer missing": drop(rf"{LAYER}.lora_B"),
+    "layer missing": drop(LAYER),
     "tensor too many": add("lora_A", "lora_C"),
     "layer too many": add("0.", "7."),
     "A of another width": alter("lora_A", lambda A: torch.cat([A, A[:, :1]], dim=1)),
@@ -95,45 +110,27 @@ TENSORS: dict[str, Change] = {
     "core in bfloat16": alter("layers.1.weight", lambda W: W.bfloat16()),
     "factor with NaN": alter("lora_B", lambda B: B * torch.nan),
     "factor of integers": alter("lora_A", lambda A: A.int()),
+    "core type of a later version": fields({"core_type": "splines"}, "splines"),
+    "core sharing that the tensors deny": fields({"core_sharing": "layer"}, "nara_core"),
+    "rank that the tensors deny": fields({"r": 5, "rank_pattern": {}}, "rank"),
+    "fewer modules than tensors": fields({"target_modules": ["v_proj", "to_v"], "alpha_pattern": {}}, "target_modules"),
+    "field of a later version": fields({"later_option": 3}, "later_option"),
+    "cut off": cut(-9),
+    "empty": cut(0),
 }
-FIELDS: dict[str, tuple[dict[str, Any], str]] = {
-    "core type of a later version": ({"core_type": "splines"}, "splines"),
-    "core sharing that the tensors deny": ({"core_sharing": "layer"}, "nara_core"),
-    "rank that the tensors deny": ({"r": 5, "rank_pattern": {}}, "rank"),
-    "fewer modules than tensors": ({"target_modules": ["v_proj", "to_v"], "alpha_pattern": {}}, "target_modules"),
-    "field of a later version": ({"later_option": 3}, "later_option"),
+"""Of either form of file, by turns, since one check serves both."""
+OF_PIPELINES: dict[str, Break] = {
+    "newer format": metadata({_files.METADATA: '{"format_version": 2}'}, "format_version 2", "update the package"),
+    "no configuration": metadata({}, "configuration"),
+    "another noise level": fields({"noise_convention": "masked_share"}, "masked_share", "timestep"),
+    "a tensor of the last part missing": drop("text_encoder_2.nara_core"),
+    "a part without tensors": drop(r"^text_encoder\."),
 }
-BYTES: dict[str, Callable[[bytes], bytes]] = {
-    "cut off": lambda whole: whole[:-9],
-    "half": lambda whole: whole[: len(whole) // 2],
-    "empty": lambda whole: b"",
-}
-
-
-def copied(form: str, folder: Path) -> Path:
-    """The file of weights of a copy of the good adapter in `folder`."""
-    shutil.copytree(GOOD[form], folder, dirs_exist_ok=True)
-    return folder / WEIGHTS[form]
-
-
-def change_tensors(path: Path, change: Change) -> tuple[str, ...]:
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    tensors = load_file(path)
-    named = change(tensors)
-    save_file(tensors, path, metadata=metadata)
-    return named
-
-
-def change_fields(form: str, path: Path, fields: dict[str, Any]) -> None:
-    if form == "peft":
-        config = path.with_name(_files.PEFT_CONFIG)
-        config.write_text(json.dumps(json.loads(config.read_text()) | fields))
-    else:
-        content = _files.header(path)[_files.METADATA]
-        content["components"]["unet"] |= fields
-        save_file(load_file(path), path, metadata={"format": "pt", _files.METADATA: json.dumps(content)})
-
+BOTH = ["core missing", "layer missing", "A of another width", "rank that the tensors deny", "field of a later version"]
+CASES = [(row, list(GOOD)[index % 2]) for index, row in enumerate(ROWS)]
+CASES += [(row, form) for row in [*BOTH, "cut off"] for form in GOOD if (row, form) not in CASES]
+CASES += [(row, "pipeline") for row in OF_PIPELINES]
+ROWS |= OF_PIPELINES
 
 # ---------------------------------------------------------------------- what a refusal leaves
 
@@ -163,11 +160,14 @@ def state(model: Any) -> dict[str, Any]:
     """What a load could change."""
     found: dict[str, Any] = {} if isinstance(model, nn.Module) else {"scheduler": id(model.scheduler)}
     for name, part in parts_of(model).items():
+        modules = dict(part.named_modules())
         found |= {
-            f"{name}: modules": [(n, type(m), m.training, len(m._forward_hooks)) for n, m in part.named_modules()],
+            f"{name}: modules": [(n, type(m), m.training) for n, m in modules.items()],
+            f"{name}: hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in modules.values()],
             f"{name}: trained": {n for n, p in part.named_parameters() if p.requires_grad},
             f"{name}: adapters": dict(getattr(part, "peft_config", None) or {}),
-            f"{name}: values": _bases.digest(part),
+            f"{name}: attributes": set(vars(part)),
+            f"{name}: values": {n: tensor.numpy().tobytes() for n, tensor in part.state_dict().items()},
         }
     return found
 
@@ -187,47 +187,42 @@ def loading(form: str, model: Any, folder: Path) -> Callable[[], Any]:
     return lambda: PeftModel.from_pretrained(model, folder)
 
 
-def pairs(rows: dict[str, Any], *both: str) -> list[tuple[str, str]]:
-    """Each row with one form of file, by turns, since one check serves both; `both`: rows with either."""
-    turns = [(row, list(GOOD)[index % 2]) for index, row in enumerate(rows)]
-    return [*turns, *((row, form) for row in both for form in GOOD if (row, form) not in turns)]
+def broken(row: str, form: str, folder: Path) -> tuple[str, ...]:
+    """Writes the good adapter of that form into `folder`, and breaks it."""
+    shutil.copytree(GOOD[form], folder, dirs_exist_ok=True)
+    return ROWS[row](form, folder / WEIGHTS[form])
 
 
 # ---------------------------------------------------------------------- broken
 
 
-@pytest.mark.parametrize(("row", "form"), pairs(TENSORS, "core missing", "layer missing", "A of another width"))
-def test_file_with_wrong_tensors_is_refused_and_changes_nothing(row: str, form: str, models, tmp_path: Path) -> None:
-    parts = change_tensors(copied(form, tmp_path), TENSORS[row])
-    refused(loading(form, models[form], tmp_path), models[form], *parts)
+@pytest.mark.parametrize(("row", "form"), CASES)
+def test_broken_file_is_refused_and_changes_nothing(row: str, form: str, models, tmp_path: Path) -> None:
+    parts = broken(row, form, tmp_path)
+    refused(loading(form, models[form], tmp_path), models[form], str(tmp_path), *parts)
 
 
-@pytest.mark.parametrize(("row", "form"), pairs(FIELDS, "rank that the tensors deny", "field of a later version"))
-def test_file_with_a_wrong_configuration_is_refused_and_changes_nothing(row, form, models, tmp_path) -> None:
-    fields, part = FIELDS[row]
-    change_fields(form, copied(form, tmp_path), fields)
-    refused(loading(form, models[form], tmp_path), models[form], part)
-
-
-@pytest.mark.parametrize(("row", "form"), pairs(BYTES, "cut off"))
-def test_file_that_is_not_whole_is_refused_and_changes_nothing(row: str, form: str, models, tmp_path: Path) -> None:
-    path = copied(form, tmp_path)
-    path.write_bytes(BYTES[row](path.read_bytes()))
-    refused(loading(form, models[form], tmp_path), models[form], str(tmp_path))
+@pytest.mark.parametrize("row", ["core missing", "B of a layer missing", "layer too many"])
+def test_load_adapter_of_transformers_refuses_the_same(row: str, models, tmp_path: Path) -> None:
+    parts, model = broken(row, "peft", tmp_path), models["peft"]
+    refused(lambda: model.load_adapter(tmp_path, adapter_name="mine"), model, str(tmp_path), *parts)
 
 
 @pytest.mark.parametrize(
-    ("content", "parts"),
-    [
-        ({_files.METADATA: '{"format_version": 2}'}, ("format_version 2", "update the package")),
-        ({}, ("configuration",)),
-    ],
-    ids=["of a newer format", "without its own"],
+    "beside",
+    [{"use_dora": True}, {"modules_to_save": ["near"]}, {"bias": "all"}, {"init_lora_weights": "pissa"}],
+    ids=str,
 )
-def test_pipeline_file_with_other_metadata_is_refused(content, parts, models, tmp_path: Path) -> None:
-    path = copied("pipeline", tmp_path)
-    save_file(load_file(path), path, metadata={"format": "pt", **content})
-    refused(loading("pipeline", models["pipeline"], tmp_path), models["pipeline"], *parts)
+def test_refused_file_leaves_no_start_of_what_is_trained_beside_a_and_b(beside: dict[str, Any], tmp_path: Path) -> None:
+    config = NaraConfig(r=3, target_modules=["head"], **beside)
+    get_peft_model(_bases.mixed_model(), config).save_pretrained(tmp_path)
+    parts, base = ROWS["frequencies missing"]("peft", tmp_path / WEIGHTS["peft"]), _bases.mixed_model()
+    refused(loading("peft", base, tmp_path), base, str(tmp_path), *parts)
+    if "init_lora_weights" in beside:
+        return  # PEFT warns of such a second adapter
+    adapted = get_peft_model(base, NaraConfig(r=2, target_modules=["head"]))
+    refused(lambda: adapted.load_adapter(str(tmp_path), "other"), adapted, str(tmp_path), *parts)
+    assert adapted.active_adapters == ["default"]
 
 
 class Touch:
@@ -250,7 +245,7 @@ class Touch:
     ],
 )
 def test_pickle_is_refused_as_one_and_not_run(suffix, form, zipped, message, models, tmp_path: Path) -> None:
-    path = copied(form, tmp_path / "adapter")
+    path = Path(shutil.copytree(GOOD[form], tmp_path / "adapter")) / WEIGHTS[form]
     content = {**load_file(path), "code": Touch(tmp_path / "was run")}
     path.unlink()
     torch.save(content, path.with_suffix(suffix), _use_new_zipfile_serialization=zipped)
@@ -259,12 +254,6 @@ def test_pickle_is_refused_as_one_and_not_run(suffix, form, zipped, message, mod
         loading(form, models[form], tmp_path / "adapter")()
     assert state(models[form]) == before
     assert not (tmp_path / "was run").exists()
-
-
-@pytest.mark.parametrize("row", ["core missing", "B of a layer missing", "layer too many"])
-def test_load_adapter_of_transformers_refuses_the_same(row: str, models, tmp_path: Path) -> None:
-    parts, model = change_tensors(copied("peft", tmp_path), TENSORS[row]), models["peft"]
-    refused(lambda: model.load_adapter(tmp_path, adapter_name="mine"), model, str(tmp_path), *parts)
 
 
 # ---------------------------------------------------------------------- whole, and for other models
@@ -292,26 +281,6 @@ def test_file_of_another_base_is_refused_and_changes_nothing(row: str) -> None:
     form, make, part = OTHERS[row]
     model = make()
     refused(loading(form, model, GOOD[form]), model, part)
-
-
-def test_file_whose_noise_level_is_another_than_the_models_is_refused(models, tmp_path: Path) -> None:
-    change_fields("pipeline", copied("pipeline", tmp_path), {"noise_convention": "masked_share"})
-    refused(loading("pipeline", models["pipeline"], tmp_path), models["pipeline"], "masked_share", "timestep")
-
-
-def test_naras_and_loras_are_refused_by_each_others_loaders_with_the_right_call(models, tmp_path: Path) -> None:
-    pipe, trained, masked = models["pipeline"], _bases.sdxl(), _bases.sdxl()
-    trained.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
-    trained.save_lora_weights(tmp_path / "lora", unet_lora_layers=get_peft_model_state_dict(trained.unet))
-    refused(loading("pipeline", pipe, tmp_path / "lora"), pipe, "load_lora_weights")
-    masked.unet.add_adapter(NaraConfig(core_type="rank_mask", r=5, target_modules=["to_q"]))
-    masked.save_nara_weights(tmp_path / "nara")
-    like_a_lora = tmp_path / "nara" / WEIGHTS["pipeline"]  # what it is stands in its metadata alone
-    assert all(".lora_" in key for key in load_file(like_a_lora))
-    save_file(load_file(GOOD["pipeline"] / WEIGHTS["pipeline"]), tmp_path / "core.safetensors")  # no metadata
-    for file in (GOOD["pipeline"] / WEIGHTS["pipeline"], like_a_lora, tmp_path / "core.safetensors"):
-        for loader in (pipe.load_lora_weights, pipe.unet.load_lora_adapter):
-            refused(lambda loader=loader, file=file: loader(file), pipe, "load_nara_weights")
 
 
 def test_models_that_refused_every_file_take_a_whole_one(models) -> None:

@@ -18,6 +18,7 @@ from torch import nn
 from nara_diffusion import core_matrix, noise_level
 from tests.acceptance._by_hand import LEVELS, assert_near, disturb
 from tests.acceptance._twins import X, adapted, by_hand, lora_config, nara_config, run, two, with_second
+from tests.helpers import adapted as tiny
 from tests.helpers.rounding import assert_far
 
 pytestmark = [
@@ -25,10 +26,18 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Adapter .* was active which is now deleted"),
 ]
 DEFAULT = [["default"]] * 3
+WEIGHTS = "adapter_model.safetensors"
 
 
 def ids_of_trainable(model: nn.Module) -> set[str]:
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def two_elsewhere() -> nn.Module:
+    """The same base, after which another draw is at hand, should anything of an adapter be drawn anew."""
+    base = two()
+    torch.manual_seed(77)
+    return base
 
 
 STEPS: dict[str, Callable[[Any], Any]] = {
@@ -68,9 +77,7 @@ def test_saved_and_loaded_into_another_model_it_is_the_same_adapter(tmp_path: Pa
     expected = by_hand(model, DEFAULT)
     assert_near(run(model), expected)
     model.save_pretrained(tmp_path)
-    base = two()
-    torch.manual_seed(77)
-    loaded = PeftModel.from_pretrained(base, tmp_path)
+    loaded = PeftModel.from_pretrained(two_elsewhere(), tmp_path)
     assert_near(run(loaded), expected)
     assert_far(run(loaded), run(loaded, LEVELS.roll(1)))
     again = PeftModel.from_pretrained(two(), tmp_path, is_trainable=True)
@@ -79,10 +86,56 @@ def test_saved_and_loaded_into_another_model_it_is_the_same_adapter(tmp_path: Pa
     loaded.set_adapter("again")
     assert_near(run(loaded), expected)
     loaded.save_pretrained(tmp_path / "again", selected_adapters=["again"])
-    first = load_file(tmp_path / "adapter_model.safetensors")
-    again = load_file(tmp_path / "again" / "again" / "adapter_model.safetensors")
+    first = load_file(tmp_path / WEIGHTS)
+    again = load_file(tmp_path / "again" / "again" / WEIGHTS)
     assert first.keys() == again.keys()
     assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
+
+
+@pytest.mark.parametrize("name", ["nara_core", "first", "lora_A"])
+def test_name_like_a_part_of_a_key_is_refused_beside_another_and_saved_alone(tmp_path: Path, name: str) -> None:
+    for alone, added in ((name, "default"), ("default", name)):
+        model = get_peft_model(two(), nara_config(), adapter_name=alone)
+        disturb(model)
+        before = model.state_dict().keys()
+        with pytest.raises(ValueError, match=f"adapter '{name}' is named like a part of"):
+            model.add_adapter(added, nara_config(target_modules=["first"]))
+        assert model.state_dict().keys() == before
+        assert set(model.peft_config) == {alone}
+        model.save_pretrained(tmp_path)
+        folder = tmp_path / ("" if alone == "default" else name)
+        assert len(load_file(folder / WEIGHTS)) == 2 * 2 + 7
+        for adapter_name in (name, "default"):
+            assert torch.equal(run(PeftModel.from_pretrained(two(), folder, adapter_name=adapter_name)), run(model))
+
+
+def test_name_that_begins_like_another_is_not_confused_with_it(tmp_path: Path) -> None:
+    model: Any = get_peft_model(two(), nara_config(), adapter_name="x")
+    model.add_adapter("xy", nara_config())
+    model.add_adapter("y_x", nara_config(core_type="constant"))
+    disturb(model)
+    model.save_pretrained(tmp_path)
+    for name, count in (("x", 11), ("xy", 11), ("y_x", 5)):
+        assert len(load_file(tmp_path / name / WEIGHTS)) == count
+        other = PeftModel.from_pretrained(two_elsewhere(), tmp_path / name)
+        model.set_adapter(name)
+        assert torch.equal(run(other), run(model))
+    other.load_adapter(tmp_path / "x", adapter_name="renamed")
+    other.base_model.set_adapter(["renamed", "default"])
+    model.base_model.set_adapter(["x", "y_x"])
+    assert torch.equal(run(other), run(model))
+
+
+def test_state_dict_with_a_converted_core_is_refused_before_a_file_is_written(tmp_path: Path) -> None:
+    model = adapted()
+    converted = {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"is torch\.bfloat16 in the state_dict to be saved, .* leave state_dict out"):
+        model.save_pretrained(tmp_path, state_dict=converted)
+    assert not list(tmp_path.rglob("*.safetensors"))
+    kept = {name: model.state_dict()[name] if "nara_core" in name else t for name, t in converted.items()}
+    model.save_pretrained(tmp_path, state_dict=kept)
+    loaded = PeftModel.from_pretrained(two_elsewhere(), tmp_path)
+    assert all(torch.equal(t, loaded.state_dict()[name]) for name, t in model.state_dict().items() if "core" in name)
 
 
 def test_of_two_adapters_the_active_ones_count() -> None:
@@ -185,3 +238,17 @@ def test_a_copy_shares_neither_weights_nor_lambda(copied: Callable[[Any], Any]) 
     assert_near(run(model), expected)
     assert_near(run(clone), by_hand(clone, DEFAULT))
     assert_far(run(clone), expected)
+
+
+def test_generate_reads_the_level_of_the_context(tiny_llama: Any) -> None:
+    model: Any = tiny.adapted(tiny_llama, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    ids = torch.randint(1, 49, (2, 4))
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    with noise_level(model, torch.tensor([0.1, 0.9])):
+        both = model.generate(input_ids=ids, **options)
+    options["attention_mask"] = options["attention_mask"][:1]
+    for i, level in enumerate((0.1, 0.9)):
+        with noise_level(model, level):
+            assert torch.equal(model.generate(input_ids=ids[i : i + 1], **options), both[i : i + 1])
+    with pytest.raises(ValueError, match="λ is not known"):
+        model.generate(input_ids=ids[:1], **options)

@@ -8,46 +8,36 @@ from typing import Any
 
 import pytest
 from huggingface_hub.errors import OfflineModeIsEnabled
-from peft import PeftModel, get_peft_model, inject_adapter_in_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from nara_diffusion.dreambooth.pipelines import model_index
 from nara_diffusion.loaders import file as files
-from nara_diffusion.loaders.file import AdapterFile, load_whole_model
+from nara_diffusion.loaders.file import load_whole_model
 from nara_diffusion.loaders.insertion import remove
 from nara_diffusion.loaders.strict import check_loaded
+from tests.acceptance import _bases, _files
 from tests.acceptance.test_files_refused import refused
 from tests.helpers.adapted import TwoLayers, disturb, lora_config, nara_config
 from tests.helpers.small_pipelines import small_sdxl
-from tests.loaders.adapters import FILE, trained
+
+FOLDER, FILE = _files.FILES / "pipelines" / "sdxl_float32", _files.PIPELINE_WEIGHTS
+"""A NaRA of SDXL's UNet and both text encoders."""
 
 
-@pytest.fixture(scope="module")
-def nara_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A NaRA of SDXL's UNet and both text encoders."""
-    folder = tmp_path_factory.mktemp("nara")
-    trained().save_nara_weights(folder)
-    return folder
-
-
-@pytest.fixture
-def repositories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nara_folder: Path) -> None:
-    """me/toy and me/peft, in place of the Hub."""
-    AdapterFile({"unet": AdapterFile.read(nara_folder).parts["unet"]}).save_peft(tmp_path / "peft")
+def test_repositories_of_either_format_are_loaded_and_what_is_nowhere_is_named(monkeypatch, tmp_path: Path) -> None:
+    repositories = {"me/toy": FOLDER, "me/peft": _files.FILES / "peft" / "converted"}  # in place of the Hub
 
     def download(repository: str, *, weights_name: str, **options: Any) -> str:
-        path = {"me/toy": nara_folder, "me/peft": tmp_path / "peft"}.get(repository, tmp_path) / weights_name
+        path = repositories.get(repository, tmp_path) / weights_name
         if not path.is_file():
             raise OSError(f"{repository} does not appear to have a file named {weights_name}.")
         return str(path)
 
     monkeypatch.setattr(files, "_get_model_file", download)
-
-
-def test_repositories_of_either_format_are_loaded_and_what_is_nowhere_is_named(repositories, tmp_path, nara_folder):
     for name, parts in (("me/toy", {"unet", "text_encoder", "text_encoder_2"}), ("me/peft", {"unet"})):
-        pipe: Any = small_sdxl()
+        pipe: Any = _bases.sdxl()
         pipe.load_nara_weights(name)
         assert set(pipe.get_list_adapters()) == parts
     with pytest.raises(OSError, match=r"me/other .*pytorch_nara_weights\.safetensors"):
@@ -56,7 +46,7 @@ def test_repositories_of_either_format_are_loaded_and_what_is_nowhere_is_named(r
         with pytest.raises(ValueError, match=f"There is no file or folder '{source}'"):
             pipe.load_nara_weights(source)
     with pytest.raises(ValueError, match=r"There is no 'other\.safetensors' in .*pass weight_name, one of 'pyt"):
-        pipe.load_nara_weights(nara_folder, weight_name="other.safetensors")
+        pipe.load_nara_weights(FOLDER, weight_name="other.safetensors")
     with pytest.raises(ValueError, match="it has no safetensors file"):
         pipe.load_nara_weights(tmp_path)
 
@@ -69,42 +59,39 @@ def test_a_hub_that_cannot_be_reached_is_told_as_that(monkeypatch: pytest.Monkey
         raise OfflineModeIsEnabled("as without a network")
 
     monkeypatch.setattr("huggingface_hub.file_download.get_hf_file_metadata", fail)
-    pipe: Any = small_sdxl()
+    pipe: Any = _bases.sdxl()
     for call in (pipe.load_nara_weights, model_index, files.read_peft_tensors):
         with pytest.raises((OSError, ValueError), match=r"no.* folder.* the Hub, .* can't be reached") as caught:
             call("me/toy")
         assert "me/toy" in str(caught.value)
 
 
-@pytest.mark.parametrize("subfolder", [None, "deeper"])
-def test_a_file_of_another_name_is_found(subfolder: str | None, tmp_path: Path, nara_folder: Path) -> None:
-    folder = tmp_path / subfolder if subfolder else tmp_path
-    folder.mkdir(exist_ok=True)
-    shutil.copy(nara_folder / FILE, folder / "style.safetensors")
-    pipe: Any = small_sdxl()
-    pipe.load_nara_weights(tmp_path, subfolder=subfolder)
+def test_a_file_of_another_name_is_found_in_a_subfolder(tmp_path: Path) -> None:
+    (tmp_path / "deeper").mkdir()
+    shutil.copy(FOLDER / FILE, tmp_path / "deeper" / "style.safetensors")
+    pipe: Any = _bases.sdxl()
+    pipe.load_nara_weights(tmp_path, subfolder="deeper")
     assert pipe.get_active_adapters() == ["default_0"]
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda parts: parts["text_encoder_2"].tensors.popitem(), ["The checkpoint lacks", "trained on another base"]),
-        (lambda parts: parts["text_encoder"].tensors.clear(), ["The checkpoint lacks"]),
-        (lambda parts: parts.update(vae=parts.pop("text_encoder")), ["has a part for 'vae', but this pipeline"]),
-    ],
-    ids=["last tensor of the last part", "a part without tensors", "a part for no denoiser"],
-)
-def test_a_part_that_does_not_fit_leaves_no_component_changed(change, words, nara_folder, tmp_path) -> None:
-    file = AdapterFile.read(nara_folder)
-    change(file.parts)
-    file.save(tmp_path / FILE)
-    pipe: Any = small_sdxl()
-    refused(lambda: pipe.load_nara_weights(tmp_path), pipe, *words)
+def test_naras_and_loras_are_refused_by_each_others_loaders_with_the_right_call(tmp_path: Path) -> None:
+    pipe, trained, masked = (_bases.sdxl() for _ in range(3))
+    trained.unet.add_adapter(lora_config(target_modules=["to_q"]))
+    trained.save_lora_weights(tmp_path / "lora", unet_lora_layers=get_peft_model_state_dict(trained.unet))
+    refused(lambda: pipe.load_nara_weights(tmp_path / "lora"), pipe, "load_lora_weights")
+    masked.unet.add_adapter(nara_config(core_type="rank_mask", target_modules=["to_q"]))
+    masked.save_nara_weights(tmp_path / "nara")
+    like_a_lora = tmp_path / "nara" / FILE  # what it is stands in its metadata alone
+    assert all(".lora_" in key for key in load_file(like_a_lora))
+    save_file(load_file(FOLDER / FILE), tmp_path / "core.safetensors")  # no metadata
+    for file in (FOLDER / FILE, like_a_lora, tmp_path / "core.safetensors"):
+        for loader in (pipe.load_lora_weights, pipe.unet.load_lora_adapter):
+            refused(lambda loader=loader, file=file: loader(file), pipe, "load_nara_weights")
 
 
 def test_what_cannot_be_saved_is_refused(tmp_path: Path) -> None:
-    pipe = trained(text=False)
+    pipe: Any = small_sdxl()
+    pipe.unet.add_adapter(nara_config(target_modules=["to_q"]))
     with pytest.raises(ValueError, match=r"pass the name of a \.safetensors file"):
         pipe.save_nara_weights(tmp_path, weight_name="toy.bin")
     with pytest.raises(ValueError, match="There is no NaRA adapter 'other' to save: the pipeline has 'default'"):
@@ -128,16 +115,17 @@ def test_a_load_by_peft_that_lost_or_ignored_tensors_is_refused(tmp_path: Path) 
     model.save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     tensors = load_file(file)
-    check_loaded(model, "default", tensors, "the file")
     changed = {key: tensor + ("second.lora_B" in key) for key, tensor in tensors.items()}
     with pytest.raises(ValueError, match="1 of the 4 tensors of the file did not load into PeftModel: 'second"):
         check_loaded(model, "default", changed, "the file")
-    with pytest.raises(ValueError, match="2 tensors of which there is nothing in the file: 'first"):
-        check_loaded(model, "default", {key: t for key, t in tensors.items() if "first" not in key}, "the file")
     assert isinstance(files.load_peft_adapter(TwoLayers(), tmp_path), PeftModel)
-    save_file({key.replace("first", "block.first"): t for key, t in tensors.items()}, file)
-    with pytest.warns(UserWarning, match="missing adapter keys"), pytest.raises(ValueError, match=r"block\.first"):
-        files.load_peft_adapter(TwoLayers(), tmp_path)
+    for changed, message in [
+        ({key: tensor for key, tensor in tensors.items() if "first" not in key}, "has 2 tensors of which .*: 'first"),
+        ({key.replace("first", "block.first"): tensor for key, tensor in tensors.items()}, r"block\.first"),
+    ]:
+        save_file(changed, file)
+        with pytest.warns(UserWarning, match="missing adapter keys"), pytest.raises(ValueError, match=message):
+            files.load_peft_adapter(TwoLayers(), tmp_path)
     file.unlink()
     with pytest.raises(ValueError, match=r"There is no 'adapter_model\.safetensors' beside"):
         files.load_peft_adapter(TwoLayers(), tmp_path)
