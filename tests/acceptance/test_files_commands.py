@@ -1,20 +1,28 @@
-"""The command `nara` on the stored files, through the function that is installed under that name."""
+"""The command `nara` on the stored files, by the function that is installed under that name; errors are one line."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from peft import PeftModel
+import torch
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 
-from nara_diffusion import StrengthSchedule, set_strength
+from nara_command import COMMANDS, OWN
+from nara_diffusion import StrengthSchedule, core_matrix, set_strength
+from nara_diffusion.cli.plot import core_curves
+from nara_diffusion.loaders.file import AdapterFile
 from tests.acceptance import _bases, _files
+from tests.acceptance.test_files_refused import broken
+from tests.helpers.adapted import TwoLayers, disturb, nara_config
 
-PEFT, PIPELINES = _files.FILES / "peft", _files.FILES / "pipelines"
+PEFT, PIPELINES, EXPORTS = (_files.FILES / kind for kind in ("peft", "pipelines", "exports"))
 
 
 def nara(*words: Any) -> None:
@@ -42,21 +50,19 @@ def test_inspect_tells_each_components_layers_ranks_core_and_size(capsys) -> Non
     assert found["components"]["text_encoder_2"]["core_type"] == "constant"
 
 
-def test_inspect_tells_strength_and_scheduler(capsys) -> None:
+def test_inspect_tells_strength_and_scheduler_and_prints_the_same_for_people(capsys) -> None:
     (part,) = inspected(capsys, PEFT / "strength")["components"].values()
     assert part["strength"] == [[0, 1], [0.5, 0.25], [0.75, 0.75]]
     assert part["base_model"] == "tiny-language"
     (part,) = inspected(capsys, PEFT / "converted")["components"].values()
     assert part["scheduler"]["prediction_type"] == "v_prediction"
-
-
-@pytest.mark.parametrize("source", [PEFT / "nara_dora", PIPELINES / "flux_bfloat16"], ids=lambda path: path.name)
-def test_inspect_without_json_prints_the_same_for_people(source: Path, capsys) -> None:
-    (part,) = inspected(capsys, source)["components"].values()
-    nara("inspect", source)
-    text = capsys.readouterr().out
-    for word in (part["method"], part["core_type"], f"{sum(part['parameters'].values()):,}", part["noise_convention"]):
-        assert word in text
+    for source in (PEFT / "nara_dora", PIPELINES / "flux_bfloat16"):
+        (part,) = inspected(capsys, source)["components"].values()
+        nara("inspect", source)
+        text, size = capsys.readouterr().out, sum(part["parameters"].values())
+        for word in (part["method"], part["core_type"], f"{size:,}: A and B", part["noise_convention"]):
+            assert word in text
+        assert ("not stored in this file" in text) is (part["base_model"] is None)
 
 
 def test_plot_writes_a_png(tmp_path: Path, capsys) -> None:
@@ -65,6 +71,22 @@ def test_plot_writes_a_png(tmp_path: Path, capsys) -> None:
     assert output.read_bytes().startswith(b"\x89PNG\r\n")
     assert str(output) in capsys.readouterr().out
     assert [path.name for path in output.parent.iterdir()] == ["core.png"]
+
+
+@pytest.mark.parametrize("changes", [{"core_sharing": "layer"}, {"core_type": "bins", "core_bins": 2}], ids=str)
+def test_curves_are_those_of_the_adapted_model(tmp_path, changes):
+    model = get_peft_model(TwoLayers(), nara_config(target_modules=["first", "second"], **changes))
+    disturb(model)
+    model.save_pretrained(tmp_path)
+    levels = torch.linspace(0, 1, 7)
+    distances, values = core_curves(AdapterFile.read(tmp_path).parts["model"], levels)
+    for index, module in enumerate(["first", "second"][: len(distances)]):
+        with torch.no_grad():
+            C = core_matrix(model, levels, module=module).expand(7, -1, -1).double()
+        I = torch.eye(C.shape[-1], dtype=torch.float64)  # noqa: E741
+        torch.testing.assert_close(distances[index], (C - I).flatten(1).norm(dim=1) / I.norm(), rtol=1e-6, atol=1e-9)
+        grams = torch.linalg.eigvalsh(C.mT @ C).clamp(min=0).sqrt().flip(-1)
+        torch.testing.assert_close(values[index], grams, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:Could not find a config file in tiny-language:UserWarning")
@@ -92,29 +114,92 @@ def test_fold_to_bins_for_comfyui_has_a_workflow_that_loads_each_file(tmp_path: 
     assert files <= {value for node in workflow.values() for value in node["inputs"].values() if isinstance(value, str)}
 
 
+# ---------------------------------------------------------------------- errors
+
+ONE = ["--noise_level", "0.5"]
+REFUSED: list[tuple[list[str], str]] = [
+    (["inspect", "{out}/nowhere"], "{out}/nowhere"),
+    (["inspect", "{lora}"], "{lora}"),
+    (["inspect", "{note}"], "{note}"),
+    (["inspect", "{cut}"], "{cut}"),
+    (["plot", "{cut}", "--output", "{out}/c.png"], "{cut}"),
+    (["plot", "{peft}", "--output", "{out}"], "name of a PNG file"),
+    (["fold", "{cut}", "{out}/l.safetensors", *ONE], "{cut}"),
+    (["fold", "{pipeline}", "{out}/l.safetensors", "--noise_level", "1.5"], "1.5"),
+    (["fold", "{pipeline}", "{out}/l.safetensors", *ONE, "--form", "kohya"], "needs --base"),
+    (["fold", "{dora}", "{out}/l.safetensors", *ONE, "--form", "kohya", "--base", "sdxl"], "is a DoRA"),
+    (["fold", "{peft}", "{peft}", *ONE, "--form", "peft"], "is the adapter itself"),
+    (["fold", "{peft}", "{out}/l.safetensors", *ONE], "names no component"),
+    (["fold", "{pipeline}", "/proc/l.safetensors", *ONE], "'/proc/l.safetensors' can't be written"),
+    (["convert", "{cut}", "{out}/peft", "--to", "peft"], "{cut}"),
+    (["convert", "{pipeline}", "{out}/peft", "--to", "peft"], "by --component"),
+    (["convert", "{peft}", "{note}", "--to", "pipeline", "--component", "unet"], "is a file"),
+    (["convert", "{peft}", "{out}/x", "--to", "pipeline"], "needs --component"),
+    (["draw", "{peft}"], "expected one of inspect, plot"),
+]
+
+
+def ended(*words: Any) -> str:
+    """The one line in which a command ends."""
+    with pytest.raises(SystemExit) as caught:
+        nara(*words)
+    message = str(caught.value)
+    assert message.startswith("error: ")
+    assert "\n" not in message
+    return message
+
+
+def test_what_cannot_be_done_ends_in_one_line_and_writes_nothing(tmp_path: Path) -> None:
+    places = {"peft": PEFT / "nara", "pipeline": PIPELINES / "sdxl_float32", "dora": PIPELINES / "sdxl_unet_float32"}
+    places |= {"lora": EXPORTS / "nara_peft", "out": tmp_path / "out", "note": tmp_path / "note.safetensors"}
+    places["cut"] = tmp_path / "cut"
+    broken("cut off", "pipeline", places["cut"])
+    places["out"].mkdir()
+    places["note"].write_text("nothing of the kind")
+    for words, message in REFUSED:
+        assert message.format(**places) in ended(*(word.format(**places) for word in words))
+        assert not list(places["out"].rglob("*"))
+
+
 @pytest.mark.parametrize(
-    "words",
+    ("row", "message"),
     [
-        ["inspect", "{broken}"],
-        ["plot", "{broken}", "--output", "{out}/c.png"],
-        ["fold", "{broken}", "{out}/l.safetensors", "--noise_level", "0.5"],
-        ["convert", "{broken}", "{out}/peft", "--to", "peft"],
-        ["fold", "{good}", "{out}/l.safetensors", "--noise_level", "1.5"],
-        ["fold", "{good}", "{out}/l.safetensors", "--noise_level", "0.5", "--form", "kohya"],
-        ["fold", "{dora}", "{out}/l.safetensors", "--noise_level", "0.5", "--form", "kohya", "--base", "sdxl"],
-        ["convert", "{good}", "{out}/peft", "--to", "peft"],
-        ["inspect", "{out}/nowhere"],
+        ("B of a layer missing", "down_proj' needs A and B, but B is missing"),
+        ("A of another rank", "A (4, 24) and B (16, 3), expected"),
+        ("one tensor of the core missing", "its cores don't match its configuration"),
     ],
-    ids=lambda words: " ".join(words),
 )
-def test_what_cannot_be_done_ends_in_one_line_and_writes_nothing(words: list[str], tmp_path: Path, capsys) -> None:
-    broken, out = tmp_path / _files.PIPELINE_WEIGHTS, tmp_path / "out"
-    broken.write_bytes((PIPELINES / "sdxl_float32" / _files.PIPELINE_WEIGHTS).read_bytes()[:-5])
-    out.mkdir()
-    places = {"broken": broken, "good": PIPELINES / "sdxl_float32", "dora": PIPELINES / "sdxl_unet_float32", "out": out}
-    with pytest.raises(SystemExit) as ended:
-        nara(*(word.format(**places) for word in words))
-    assert isinstance(ended.value.code, str)
-    assert ended.value.code.startswith("error: ")
-    assert "\n" not in ended.value.code
-    assert not [path for path in out.rglob("*") if path.is_file()]
+def test_a_damaged_file_ends_in_one_line_and_writes_nothing(row: str, message: str, tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    broken(row, "peft", folder)
+    for words in (["inspect", folder], ["fold", folder, tmp_path / "out", *ONE, "--form", "peft"]):
+        found = ended(*words)
+        assert message in found
+        assert str(folder) in found
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_package_ends_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for module in ("backends", "backends.backend_agg", "figure"):
+        monkeypatch.delitem(sys.modules, f"matplotlib.{module}", raising=False)
+    assert "nara plot needs the package matplotlib" in ended("plot", PEFT / "nara", "--output", tmp_path / "core.png")
+
+
+def test_help_names_every_command_and_imports_none_of_the_libraries():
+    """(They take seconds. A process of its own, since this one has imported them.)"""
+    program = f"""if True:
+        import contextlib, sys
+        import nara_command
+        for words in [["-h"], ["nonsense"], ["fold", "a", "b"], *([name, "-h"] for name in {list(COMMANDS)})]:
+            with contextlib.suppress(SystemExit):
+                nara_command.main(words)
+        print(sorted({{"torch", "peft", "diffusers", "transformers", "numpy", "nara_diffusion"}} & sys.modules.keys()))
+    """
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=_files.ROOT)
+    assert found.stdout.splitlines()[-1] == "[]"
+    assert "--layers_per_block" in found.stdout
+    assert found.stdout.count("usage: nara") == len(OWN)
+    help_of_all, of_each = found.stdout.split("usage: nara inspect")
+    assert all(f"    nara {command} " in help_of_all for command in COMMANDS)
+    assert all(f"nara-{command} " in of_each for command in COMMANDS.keys() - set(OWN))

@@ -90,8 +90,8 @@ def test_diffusers_own_loader_gives_the_naras_output_at_that_level(name: str) ->
         _files.assert_near(value, wanted[part], getattr(host, part))
 
 
-@pytest.mark.parametrize("name", ["nara_dora", "knots", "bins", "layer", "strength", "mixed"])
-def test_to_lora_read_by_peft_alone_gives_the_naras_output_at_that_level(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["nara_dora", "knots", "bins", "rank_mask", "layer", "strength", "mixed"])
+def test_to_lora_and_fold_without_the_base_give_peft_alone_the_naras_output(name: str, tmp_path: Path, capsys) -> None:
     nara = language(name)
     wanted, before = at_level(nara), {key: tensor.clone() for key, tensor in nara.state_dict().items()}
     to_lora(nara, LEVEL).save_pretrained(tmp_path)
@@ -101,6 +101,13 @@ def test_to_lora_read_by_peft_alone_gives_the_naras_output_at_that_level(name: s
         _files.assert_near(_bases.plain_text_output(host), wanted, host)
     tensors = load_file(PEFT / name / _files.PEFT_WEIGHTS)
     assert len(_files.adapted_layers(host)) == len(_files.layers_of(tensors))
+    words = ["fold", str(PEFT / name), str(tmp_path / "file"), "--noise_level", str(LEVEL), "--form", "peft"]
+    _files.command()(words)
+    assert ("at its strength of 0.4375 there" in capsys.readouterr().out) is (name == "strength")
+    _files.assert_same_tensors(tmp_path / "file" / _files.PEFT_WEIGHTS, tmp_path / _files.PEFT_WEIGHTS)
+    of_file, of_model = (json.loads((path / _files.PEFT_CONFIG).read_text()) for path in (tmp_path / "file", tmp_path))
+    _files.assert_same_fields(of_file, of_model)
+    assert of_file["auto_mapping"]["base_model_class"] == type(host.base_model.model).__name__
 
 
 @pytest.mark.parametrize("strength", [0.25, StrengthSchedule([(0.25, 1.0), (0.5, 0.5)])], ids=["number", "schedule"])
@@ -174,7 +181,7 @@ def error(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> Tensor:
     return (squares / size).sqrt()
 
 
-def test_nearest_lora_and_several_with_strengths_tell_their_measured_errors(tmp_path: Path) -> None:
+def test_nearest_lora_and_several_with_strengths_tell_their_measured_errors(tmp_path: Path, capsys) -> None:
     model, grid = language("nara"), (torch.arange(256) + 0.5) / 256
     wanted, best, parts = naras_updates(model, grid), to_lora(model, noise_level="best"), to_lora_bins(model, bins=4)
     assert len(parts.loras) <= 4
@@ -196,3 +203,10 @@ def test_nearest_lora_and_several_with_strengths_tell_their_measured_errors(tmp_
         export.save_pretrained(tmp_path / name)
         report = json.loads((tmp_path / name / "export_error.json").read_text())
         assert report["worst_update"] == pytest.approx(export.error.worst_update)
+    words = ["fold", str(PEFT / "nara"), str(tmp_path / "folded"), "--form", "peft", "--noise_level"]
+    _files.command()([*words, "best"])
+    assert f"the largest relative error of ΔW is {best.error.worst_update:.2%}" in capsys.readouterr().out
+    _files.assert_same_tensors(tmp_path / "folded" / _files.PEFT_WEIGHTS, tmp_path / "best" / _files.PEFT_WEIGHTS)
+    with pytest.raises(SystemExit):
+        _files.command()([*words, "bst"])
+    assert "expected a number in [0, 1], or best, got 'bst'" in capsys.readouterr().err

@@ -17,9 +17,10 @@ from safetensors import SafetensorError
 
 from nara_diffusion import to_lora
 from tests.acceptance import _bases, _files
+from tests.helpers.adapted import TwoLayers, adapted
 
 PIPELINE, PEFT = _files.FILES / "pipelines" / "sdxl_unet_float32", _files.FILES / "peft" / "nara"
-NOBODY = 65534
+NOBODY, ONE = 65534, ("--noise_level", "0.7")
 FAILURES = (OSError, SafetensorError, SystemExit)
 
 # PEFT's, of a base that it can't look up on the Hub
@@ -51,16 +52,18 @@ def another_model() -> PeftModel:
     return PeftModel.from_pretrained(_bases.language_model(), _files.FILES / "peft" / "layer")
 
 
-def fold(source: Path, output: Path, *words: str) -> None:
-    _files.command()(["fold", str(source), str(output), "--noise_level", "0.7", *words])
+def nara(*words: Any) -> None:
+    _files.command()([str(word) for word in words])
 
 
 SAVES: dict[str, Callable[[], Callable[[Path], Any]]] = {
     "save_nara_weights": lambda: another_pipeline().save_nara_weights,
     "to_lora": lambda: to_lora(another_model(), 0.5).save_pretrained,
-    "nara fold": lambda: lambda folder: fold(PIPELINE, folder / "lora.safetensors"),
-    "nara fold to PEFT": lambda: lambda folder: fold(PEFT, folder, "--form", "peft"),
-    "nara convert": lambda: lambda folder: _files.command()(["convert", str(PIPELINE), str(folder), "--to", "peft"]),
+    "to_lora of a small model": lambda: to_lora(adapted(TwoLayers(), target_modules=["first"]), 0.5).save_pretrained,
+    "nara fold": lambda: lambda folder: nara("fold", PIPELINE, folder / "lora.safetensors", *ONE),
+    "nara fold to PEFT": lambda: lambda folder: nara("fold", PEFT, folder, *ONE, "--form", "peft"),
+    "nara fold --bins": lambda: lambda folder: nara("fold", PEFT, folder, "--bins", "2", "--form", "peft"),
+    "nara convert": lambda: lambda folder: nara("convert", PIPELINE, folder, "--to", "peft"),
 }
 """{what writes: what makes the call that writes a folder}."""
 
@@ -76,14 +79,21 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("row", SAVES)
-def test_save_on_a_full_disk_leaves_the_files_of_before_and_no_new_one(row: str, folder: Path, capsys) -> None:
+@pytest.mark.parametrize(("row", "room"), [(row, 1100 if "small" in row else 3000) for row in SAVES])
+def test_save_on_a_full_disk_leaves_the_files_of_before_and_no_new_one(row, room, folder: Path, capsys) -> None:
+    """1100 bytes take the small model's LoRA, and not its configuration."""
     save, before = SAVES[row](), content(folder)
     for target in (folder, folder.parent / "new"):
-        with pytest.raises(FAILURES), full_disk(3000):
+        with pytest.raises(FAILURES) as caught, full_disk(room):
             save(target)
         assert content(folder) == before
         assert not content(folder.parent / "new")
+        if isinstance(caught.value, SystemExit):
+            found = str(caught.value)
+            assert str(target) in found
+            assert "File too large" in found
+            assert ".partial" not in found
+            assert "\n" not in found
     save(folder)
     assert content(folder) != before
 
@@ -114,10 +124,11 @@ def test_save_into_a_folder_that_cannot_be_written_leaves_what_was_there(folder:
         assert content(closed) == before
 
 
-@pytest.mark.parametrize("row", ["save_nara_weights", "nara convert"])
-def test_save_where_a_file_is_in_place_of_the_folder_leaves_it(row: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("row", ["save_nara_weights", "nara fold", "nara fold --bins", "nara convert"])
+def test_save_where_a_file_is_in_place_of_the_folder_leaves_it_and_names_it(row: str, tmp_path: Path) -> None:
     path = tmp_path / "a file"
     path.write_text("kept")
-    with pytest.raises((*FAILURES, ValueError)):
-        SAVES[row]()(path)
+    for target in (path, path / "out"):
+        with pytest.raises((*FAILURES, ValueError), match=str(path)):
+            SAVES[row]()(target)
     assert content(tmp_path) == {"a file": b"kept"}
