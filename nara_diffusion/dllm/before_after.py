@@ -8,13 +8,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from nara_diffusion.noise.strength_schedule import EVERYTHING, NoiseWindow
-from nara_diffusion.training.arguments import schedule_of
+from nara_diffusion.training.arguments import schedule_of, window_of
 from nara_diffusion.training.engines import split_across_processes
 from nara_diffusion.training.report import (
     core_import,
@@ -52,7 +50,6 @@ class Measurement:
     generations: one {instruction, generation, extracted, answer, correct} a test row.
     noise_levels, curve: λ, and the loss there in nats a masked token.
     validation_loss: the training objective on the validation rows.
-    sampling: the settings of the generations.
     """
 
     exact_match: float
@@ -60,71 +57,65 @@ class Measurement:
     noise_levels: list[float]
     curve: list[float]
     validation_loss: float
-    sampling: Sampling
 
 
-def measure(
-    accelerator: Accelerator,
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    validation_rows: Dataset,
-    test_rows: Dataset,
-    collator: AnswerCollator,
-    *,
-    seed: int,
-    batch_size: int,
-    curve_points: int,
-    extract: str,
-    sampling: Sampling,
-) -> Measurement:
-    """Measure `model`, without DDP's wrapper, with its adapter as it is; the curve's λ are equally spaced up to 1."""
-    options: dict[str, Any] = {"batch_size": batch_size, "progress": accelerator.is_main_process}
-    levels = [(i + 1) / curve_points for i in range(curve_points)]
+@dataclass(frozen=True)
+class Evaluation:
+    """Measures a model, without DDP's wrapper and with its adapter as it is; all processes share the work.
 
-    def generate(indices: Sequence[int]) -> list[dict[str, Any]]:
-        generator = torch.Generator(accelerator.device).manual_seed(seed)
-        rows: Any = test_rows.select(indices)
-        settings = {**asdict(sampling), "extract": extract, **options}
-        return exact_match(model, tokenizer, rows, generator=generator, **settings).generations
-
-    def losses(indices: Sequence[int]) -> list[float]:
-        rows: Any = validation_rows
-        return noise_level_curve(model, rows, [levels[i] for i in indices], collator=collator, seed=seed, **options)
-
-    generations = split_across_processes(accelerator, len(test_rows), generate)
-    curve = split_across_processes(accelerator, len(levels), losses)
-    validation = validation_losses(accelerator, model, validation_rows, collator, seed=seed, batch_size=batch_size)
-    share = sum(generation["correct"] for generation in generations) / len(generations)
-    return Measurement(share, generations, levels, curve, validation["validation_loss"], sampling)
-
-
-@torch.no_grad()
-def validation_losses(
-    accelerator: Accelerator,
-    model: nn.Module,
-    rows: Dataset,
-    collator: AnswerCollator,
-    *,
-    seed: int,
-    batch_size: int,
-    window: NoiseWindow = EVERYTHING,
-) -> dict[str, float]:
-    """{"validation_loss"}: the training objective, at the same λ and masks at each call.
-
-    λ is stratified over all `rows`; with a `window` the means inside and outside of it are there too.
+    Attributes:
+        validation_rows, test_rows: of `encode_records`.
+        sampling: how answers to the test rows are generated.
     """
 
-    def losses(indices: Sequence[int]) -> list[tuple[float, float]]:
-        pairs: list[tuple[float, float]] = []
-        for batch in batches_of(rows, indices, collator, batch_size, accelerator.device):  # type: ignore[arg-type]
-            # another seed than that of training, whose draws have the same indices
-            loss = masked_diffusion_loss(model, **batch, seed=seed + 1, group_size=len(rows))
-            pairs += zip(loss.per_sample.tolist(), loss.noise_level.tolist(), strict=True)
-        return pairs
+    run: Run
+    tokenizer: PreTrainedTokenizerBase
+    validation_rows: Dataset
+    test_rows: Dataset
+    collator: AnswerCollator
+    sampling: Sampling
 
-    with evaluating(model):
-        pairs = torch.tensor(split_across_processes(accelerator, len(rows), losses), dtype=torch.float32)
-    return validation_means(pairs[:, 0], pairs[:, 1], window)
+    def measure(self, model: nn.Module) -> Measurement:
+        """All that a report has; the curve's λ are equally spaced up to 1."""
+        accelerator, args = self.run.accelerator, self.run.args
+        options: dict[str, Any] = {"batch_size": args.eval_batch_size, "progress": accelerator.is_main_process}
+        levels = [(i + 1) / args.curve_points for i in range(args.curve_points)]
+
+        def generate(indices: Sequence[int]) -> list[dict[str, Any]]:
+            generator = torch.Generator(accelerator.device).manual_seed(args.seed)
+            rows: Any = self.test_rows.select(indices)
+            settings = {**asdict(self.sampling), "extract": args.extract, **options}
+            return exact_match(model, self.tokenizer, rows, generator=generator, **settings).generations
+
+        def losses(indices: Sequence[int]) -> list[float]:
+            rows: Any = self.validation_rows
+            settings = {"collator": self.collator, "seed": args.seed, **options}
+            return noise_level_curve(model, rows, [levels[i] for i in indices], **settings)
+
+        generations = split_across_processes(accelerator, len(self.test_rows), generate)
+        curve = split_across_processes(accelerator, len(levels), losses)
+        share = sum(generation["correct"] for generation in generations) / len(generations)
+        return Measurement(share, generations, levels, curve, self.validate(model)["validation_loss"])
+
+    @torch.no_grad()
+    def validate(self, model: nn.Module) -> dict[str, float]:
+        """{"validation_loss"}: the training objective, at the same λ and masks at each call.
+
+        λ is stratified over all rows; a run in a window has the means inside and outside of it too.
+        """
+        accelerator, args, rows = self.run.accelerator, self.run.args, self.validation_rows
+
+        def losses(indices: Sequence[int]) -> list[tuple[float, float]]:
+            pairs: list[tuple[float, float]] = []
+            for batch in batches_of(rows, indices, self.collator, args.eval_batch_size, accelerator.device):  # type: ignore[arg-type]
+                # another seed than that of training, whose draws have the same indices
+                loss = masked_diffusion_loss(model, **batch, seed=args.seed + 1, group_size=len(rows))
+                pairs += zip(loss.per_sample.tolist(), loss.noise_level.tolist(), strict=True)
+            return pairs
+
+        with evaluating(model):
+            pairs = torch.tensor(split_across_processes(accelerator, len(rows), losses), dtype=torch.float32)
+        return validation_means(pairs[:, 0], pairs[:, 1], window_of(args))
 
 
 def figures(before: Measurement, after: Measurement) -> list[list[str]]:
@@ -137,11 +128,7 @@ def figures(before: Measurement, after: Measurement) -> list[list[str]]:
 
 
 def write_report(
-    run: Run,
-    before: Measurement,
-    after: Measurement,
-    question: str | list[dict[str, str]],
-    facts: Mapping[str, str],
+    evaluation: Evaluation, before: Measurement, after: Measurement, question: Any, facts: Mapping[str, str]
 ) -> None:
     """Write noise_level_curve.png, samples.jsonl and README.md into the run's folder; the card's code asks `question`,
     a text or the turns of a conversation."""
@@ -150,8 +137,8 @@ def write_report(
         | {"after": other["generation"], "correct_before": one["correct"], "correct_after": other["correct"]}
         for one, other in zip(before.generations, after.generations, strict=True)
     ]
+    run, args = evaluation.run, evaluation.run.args
     write_text(run.folder / "samples.jsonl", "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines))
-    args = run.args
     base, data = args.pretrained_model_name_or_path, args.dataset_name or args.train_file
     write_run_report(
         run,
@@ -163,13 +150,13 @@ def write_report(
         about=f"for the masked-diffusion language model `{base}`, trained on `{data}`.",
         figures=figures(before, after),
         how_good=("", "Exact match compares generated answers. [Samples](samples.jsonl)."),
-        loading=_loading(args, after, run.hub_id or str(run.folder), question),
+        loading=_loading(args, evaluation.sampling, run.hub_id or str(run.folder), question),
         tags=["masked-diffusion", "text-generation"],
         library="transformers" if args.adapter == "full" else "peft",
     )
 
 
-def _loading(args: Any, measured: Measurement, folder: str, question: str | list[dict[str, str]]) -> str:
+def _loading(args: Any, sampling: Sampling, folder: str, question: Any) -> str:
     """The code in the card that loads the adapter."""
     is_whole = args.adapter == "full"
     names = ("mask_token",) if is_whole else ("mask_token", "revision", "load_in_4bit", "load_in_8bit")
@@ -185,7 +172,7 @@ def _loading(args: Any, measured: Measurement, folder: str, question: str | list
         imports=imports,
         loading=core_import(args) + "\n".join(lines),
         question=question,
-        sampling=", ".join(f"{name}={value!r}" for name, value in measured.sampling.changed().items()),
+        sampling=", ".join(f"{name}={value!r}" for name, value in sampling.changed().items()),
     )
     if reads_noise(args) or needs_schedule(args):
         code += "\n\nIn `generate` the adapter runs at λ, the masked share of the answer, at each step."

@@ -26,20 +26,13 @@ from typing import Any
 
 from nara_diffusion.check.check_tasks import check_text
 from nara_diffusion.dllm import AnswerCollator, encode_records, exact_match, load_backbone, masked_diffusion_loss
-from nara_diffusion.dllm.before_after import (
-    figures,
-    measure,
-    schedule_line,
-    validation_losses,
-    write_report,
-)
+from nara_diffusion.dllm.before_after import Evaluation, figures, schedule_line, write_report
 from nara_diffusion.dllm.canvas import (
-    GlobalBatchStream,
+    RecordStream,
     check_canvas,
     check_positions,
     checked_lengths,
     trained_canvas,
-    with_longest,
 )
 from nara_diffusion.dllm.decoding import Sampling, chat_settings
 from nara_diffusion.dllm.encoding import end_token_id
@@ -154,11 +147,12 @@ class FineTuning:
             encoded.append(encoded[1] if test is validation else encode(test, name="test data"))
         for what, part in zip(("training data", "validation data"), encoded, strict=False):
             run.record_data_digest(what, [part.digest()])
-        self.train_rows, validation_rows, self.test_rows = (part.rows for part in encoded)
-        self.validation_rows = with_longest(validation_rows, run.global_batch)
+        self.train_rows, self.validation_rows, self.test_rows = (part.rows for part in encoded)
         self.collator = AnswerCollator(end_token_id(self.tokenizer), args.trained_padding, args.gen_length)
+        measured_on = (self.validation_rows, self.test_rows, self.collator, self.sampling)
+        self.evaluation = Evaluation(run, self.tokenizer, *measured_on)
         longest, longest_prompt = (max(getattr(part, n) for part in encoded) for n in ("longest", "longest_prompt"))
-        self.padded = self.collator.padded_length(longest, longest_prompt, longest)
+        self.padded = self.collator.padded_length(longest, longest_prompt)
         prolonged = encoded if args.trained_padding == "gen_length" else encoded[-1:]  # -1: the test records
         hardest = max(prolonged, key=lambda part: part.longest_prompt)
         self.canvas = (hardest.longest_prompt, args.gen_length, hardest.longest_prompt_in)
@@ -167,7 +161,7 @@ class FineTuning:
     def train(self) -> None:
         """Train the adapter, from the run's checkpoint if it has one, and save it."""
         args, run = self.args, self.run
-        stream = GlobalBatchStream(self.train_rows, args.seed, run.global_batch)
+        stream = RecordStream(self.train_rows, args.seed)
         steps = run.plan(len(stream.samples))
         model = build_adapter(self.backbone, args, strength=schedule_of(args))
         check_canvas(model, *self.canvas)  # once more: the adapter may take some positions
@@ -185,15 +179,13 @@ class FineTuning:
         self.facts = self._facts(stream, steps)
         run.open(self.facts)
         loss = partial(masked_diffusion_loss, model, **self.objective)
-        measured: dict[str, Any] = {**self._held_out, "window": self.objective["window"]}
-        validate = partial(validation_losses, run.accelerator, self.adapted, self.validation_rows, **measured)
-        train(run, parts, lambda batch: loss(**batch), validate)
+        train(run, parts, lambda batch: loss(**batch), partial(self.evaluation.validate, self.adapted))
         save_adapter(run.accelerator, model, run.folder, write_adapter)
         if args.adapter == "full" and run.is_main:
             with atomic_write_files(run.folder) as unfinished:
                 self.tokenizer.save_pretrained(unfinished)  # a model folder has one
 
-    def _facts(self, stream: GlobalBatchStream, steps: int) -> dict[str, str]:
+    def _facts(self, stream: RecordStream, steps: int) -> dict[str, str]:
         """{what: value} of the run, for its log and its card."""
         args, sources = self.args, [part.info.description for part in self.records]
         canvas, warnings = trained_canvas(stream, self.collator, args.gen_length, self.sampling.block)
@@ -213,21 +205,13 @@ class FineTuning:
             **window_facts(args),
         }
 
-    @property
-    def _held_out(self) -> dict[str, Any]:
-        """How losses are measured."""
-        return {"collator": self.collator, "seed": self.args.seed, "batch_size": self.args.eval_batch_size}
-
     def report(self) -> dict[str, Any]:
         """Measure the base and the adapted model, and write what is found."""
         args, run, load = self.args, self.run, self.load
-        parts = (self.tokenizer, self.validation_rows, self.test_rows)
-        options = {**self._held_out, "curve_points": args.curve_points, "extract": args.extract}
-        options["sampling"] = self.sampling
         load_base = partial(load_whole, run.accelerator, lambda: load(dtype=run.dtype)[0].to(run.accelerator.device))
         with base_model(self.adapted, load_base) as base:
-            before = measure(run.accelerator, base, *parts, **options)
-        after = measure(run.accelerator, self.adapted, *parts, **options)
+            before = self.evaluation.measure(base)
+        after = self.evaluation.measure(self.adapted)
         asked = (self.records[2][place].get("turns") for place in self.test_rows["record"])
         question: Any = next(filter(None, asked), self.test_rows[0]["instruction"])
         return finish(
@@ -238,7 +222,7 @@ class FineTuning:
             figures=figures(before, after),
             facts=self.facts,
             schedule_line=schedule_line(args),
-            write_report=partial(write_report, run, before, after, question),
+            write_report=partial(write_report, self.evaluation, before, after, question),
             n=len(self.test_rows),
             trainable_parameters=self.trainable,
         )
