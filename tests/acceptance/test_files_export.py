@@ -65,6 +65,7 @@ def test_fold_writes_a_hosts_file_tensor_for_tensor_as_0_1_did(name: str, tmp_pa
     source, output = PIPELINES / f"{base}_float32", tmp_path / "lora.safetensors"
     words = ["--noise_level", str(LEVEL), "--form", form, "--base", base]
     _files.command()(["fold", str(source), str(output), *words])
+    assert ("not for ComfyUI" in capsys.readouterr().out) is (name == "sdxl_diffusers")
     assert_same_export(output, EXPORTS / f"{name}.safetensors")
 
 

@@ -21,10 +21,10 @@ from torch import nn
 from nara_diffusion import NaraConfig, from_lora, noise_level, to_lora
 from nara_diffusion.export import save_host_file
 from nara_diffusion.loaders.schedulers import scheduler_fields
-from tests.helpers.adapted import TwoLayers, adapted, disturb, lora_config, relative_error
+from tests.acceptance import _bases, _files
+from tests.helpers.adapted import OneLayer, TwoLayers, adapted, disturb, lora_config, nara_config, relative_error
 from tests.helpers.rounding import rounding_of
 from tests.helpers.small_pipelines import pixels, small_sdxl
-from tests.loaders.adapters import trained
 
 TARGETS = ["first", "second"]
 
@@ -89,14 +89,6 @@ def test_half_precision_of_the_file_or_the_base_changes_no_bit(tmp_path):
     assert_same_tensors(from_lora(tmp_path, base()), half.float())
 
 
-class Other(nn.Module):
-    """Of other modules."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.third = nn.Linear(7, 11)
-
-
 @pytest.mark.parametrize(
     ("options", "arguments", "make", "message"),
     [
@@ -104,9 +96,9 @@ class Other(nn.Module):
         ({}, {"core_init": "kaiming"}, base, "has a C that is not I"),
         ({}, {"core_type": "bins", "core_bins": 2}, base, "has a C that is not I"),
         ({"bias": "lora_only"}, {}, base, "beside a LoRA's factors"),
-        ({}, {}, Other, "lacks 2: 'first', 'second'"),
+        ({}, {}, lambda: OneLayer(nn.Linear(7, 11)), "lacks 2: 'first', 'second'"),
         ({}, {"lora": "nowhere"}, base, "There is no LoRA file"),
-        ({}, {"lora": trained}, base, "lora is a function: pass a path"),
+        ({}, {"lora": trained_lora}, base, "lora is a function: pass a path"),
     ],
     ids=str,
 )
@@ -123,16 +115,6 @@ def test_what_would_not_start_as_the_lora_is_refused_and_changes_nothing(options
 # ---------------------------------------------------------------------- hosts' files into pipelines
 
 
-@pytest.fixture(scope="module")
-def host_file(tmp_path_factory) -> Path:
-    """kohya's file of a UNet and its text encoders."""
-    path = tmp_path_factory.mktemp("host") / "toy.safetensors"
-    pipe = trained(name="toy", rank_pattern={"conv1": 3})
-    loras = {name: to_lora(getattr(pipe, name), 0.4, "toy") for name in ("unet", "text_encoder", "text_encoder_2")}
-    save_host_file(loras, path, "kohya", "sdxl", 1)
-    return path
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -142,16 +124,17 @@ def host_file(tmp_path_factory) -> Path:
     ],
     ids=["DoRA", "half a layer", "another model"],
 )
-def test_a_hosts_file_of_which_diffusers_would_drop_a_part_is_refused(change, message, host_file, tmp_path):
-    tensors = load_file(host_file)
+def test_a_hosts_file_of_which_diffusers_would_drop_a_part_is_refused(change, message, tmp_path):
+    file = _files.FILES / "exports" / "sdxl_kohya.safetensors"
+    tensors = load_file(file)
     change(tensors, next(key for key in tensors if "unet" in key and "lora_down" in key).split(".")[0])
     save_file(tensors, tmp_path / "damaged.safetensors")
-    pipe = small_sdxl()
+    pipe = _bases.sdxl()
     with pytest.raises(ValueError, match=message):
         from_lora(tmp_path / "damaged.safetensors", pipe)
     assert not hasattr(pipe.unet, "peft_config")
     with pytest.raises(ValueError, match="pass the pipeline"):
-        from_lora(host_file, pipe.unet)
+        from_lora(file, pipe.unet)
 
 
 # ---------------------------------------------------------------------- schedulers of converted models
@@ -168,14 +151,15 @@ KINDS: dict[str, Any] = {
 }
 
 
-def converted(kind: str, **changes: Any) -> Any:
+def converted(kind: str) -> Any:
     """A pipeline with a NaRA "toy" that converts it, and with the scheduler that belongs to it."""
-    pipe = small_sdxl()
-    scheduler, changes_of_scheduler, convention, _ = KINDS[kind]
-    pipe.scheduler = scheduler.from_config(pipe.scheduler.config, **changes_of_scheduler)
-    fields = scheduler_fields(pipe.scheduler)
-    options = {"noise_convention": convention, "target_modules": ["to_q", "to_v", "conv1"], "scheduler": fields}
-    return trained(pipe, name="toy", text=False, **options | changes)
+    pipe: Any = small_sdxl()
+    scheduler, changes, convention, _ = KINDS[kind]
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config, **changes)
+    options = {"noise_convention": convention, "scheduler": scheduler_fields(pipe.scheduler)}
+    pipe.unet.add_adapter(nara_config(target_modules=["to_q", "to_v", "conv1"], lora_alpha=3, **options), "toy")
+    disturb(pipe.unet)
+    return pipe
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import WanPipeline
 from peft import LoraConfig, inject_adapter_in_model
+from safetensors.torch import save_file
 
-from nara_diffusion import core_matrix, noise_level, to_lora
+from nara_command import main
+from nara_diffusion import StrengthSchedule, core_matrix, from_lora, noise_level, to_lora
 from nara_diffusion.export import PlainLora, PlainLoraLayer, save_host_file
-from nara_diffusion.export.host_files import host_state_dict
+from nara_diffusion.export.host_files import comfyui_workflow, host_state_dict, keyframes
 from nara_diffusion.export.original_names import parts_of
-from tests.helpers.adapted import disturb, lora_config, nara_config
+from tests.helpers.adapted import disturb, nara_config
 from tests.helpers.denoisers import denoiser
-from tests.helpers.small_pipelines import pixels, small_sd, small_sd3, small_sdxl
+from tests.helpers.small_pipelines import pixels, small_flux, small_sd, small_sd3, small_sdxl
 
 LEVEL = 0.37
-ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+ATTENTION, CLIP = ["to_q", "to_k", "to_v", "to_out.0"], ["q_proj", "k_proj", "v_proj", "out_proj"]
 MANY = [*ATTENTION, "ff.net.0.proj", "ff.net.2", "proj_in", "conv1", "conv2", "conv_shortcut", "time_emb_proj"]
 MANY += ["conv_in", "conv_out"]
 UNEQUAL = {"rank_pattern": {"conv1": 3, "to_k": 3, "ff.net.2": 5}, "alpha_pattern": {"to_v": 7, "to_k": 5, "conv2": 2}}
@@ -35,38 +39,71 @@ def adapted(model: Any, targets: list[str], **changes: Any) -> Any:
     return model
 
 
-def with_encoders(pipe: Any) -> dict[str, Any]:
-    """Plain LoRAs of unequal ranks on the text encoders of a pipeline, and what they are."""
+def with_encoders(pipe: Any, targets: list[str]) -> dict[str, PlainLora]:
+    """LoRAs of unequal ranks, as NaRAs, on the text encoders of a pipeline, and what they are."""
     loras = {}
     for seed, name in enumerate(("text_encoder", "text_encoder_2")):
         encoder = getattr(pipe, name, None)
         if encoder is not None:
-            config = lora_config(target_modules=["q_proj", "k_proj", "v_proj", "out_proj"], rank_pattern={"k_proj": 3})
+            config = nara_config(core_type="identity", target_modules=targets, rank_pattern={"(k_proj|q)": 3})
             inject_adapter_in_model(config, encoder, "toy")
             disturb(encoder, seed=seed)
             loras[name] = to_lora(encoder, adapter_name="toy")
     return loras
 
 
-def test_diffusers_draws_the_same_pixels_from_kohyas_file_of_sd15(tmp_path):
-    """(Those of SDXL and FLUX are in tests/acceptance.)"""
-    pipe, other = small_sd(), small_sd()
-    unet = adapted(pipe.unet, MANY, **UNEQUAL)
-    loras = {"unet": to_lora(unet, LEVEL, "toy"), **with_encoders(pipe)}
+@pytest.mark.parametrize(
+    ("make", "options", "words", "said"),
+    [
+        (small_sd, UNEQUAL, ["--form", "kohya", "--base", "sd15"], ""),
+        (
+            small_sdxl,
+            UNEQUAL,
+            [],
+            "; not for ComfyUI, which reads no attention of a UNet in this form",
+        ),
+        (small_sdxl, {"use_dora": True}, [], "; not for ComfyUI, which reads no DoRA"),
+    ],
+    ids=["SD 1.5, kohya", "SDXL, Diffusers", "DoRA"],
+)
+def test_diffusers_draws_the_naras_pixels_from_what_fold_writes(make, options, words, said, tmp_path, capsys):
+    """(Those of kohya's files of SDXL and FLUX's are in tests/acceptance.)"""
+    pipe, other = make(), make()
+    with_encoders(pipe, CLIP)
+    unet = adapted(pipe.unet, MANY, **options)
+    pipe.save_nara_weights(tmp_path, adapter_name="toy")
+    path = tmp_path / "new" / "lora.safetensors"
+    main(["fold", str(tmp_path), str(path), "--noise_level", str(LEVEL), "--layers_per_block", "1", *words])
+    assert f"λ = {LEVEL}{said}" in capsys.readouterr().out
     with noise_level(unet, LEVEL):
         wanted = pixels(pipe)
-    save_host_file(loras, tmp_path / "new" / "toy.safetensors", "kohya", "sd15", 1)
     before = pixels(other)
-    other.load_lora_weights(tmp_path / "new" / "toy.safetensors")
-    torch.testing.assert_close(pixels(other), wanted, rtol=1e-4, atol=2e-5)
+    other.load_lora_weights(path)
+    torch.testing.assert_close(pixels(other), wanted, rtol=1e-4, atol=5e-5)
     assert (before - wanted).abs().max() > 0.02
-    with pytest.raises(ValueError, match="is a folder: name a file"):
-        save_host_file(loras, tmp_path / "new", "kohya", "sd15", 1)
+
+
+def test_text_encoders_have_names_that_every_program_reads_and_from_lora_reads_others_too(tmp_path: Path):
+    """Transformers 5 leaves `text_model` out of the names of CLIP, and Diffusers before 0.38 needs it."""
+    pipe = small_sdxl()
+    tensors = host_state_dict(with_encoders(pipe, CLIP), "diffusers", "sdxl")
+    layers = [f"text_model.encoder.layers.{i}.self_attn.{name}" for i in range(2) for name in CLIP]
+    names = {f"{component}.{name}" for component in ("text_encoder", "text_encoder_2") for name in layers}
+    assert tensors.keys() == {f"{name}.lora_{factor}.weight" for name in names for factor in "AB"}
+    save_file(
+        {key.replace("text_model.", ""): tensor for key, tensor in tensors.items()}, tmp_path / "lora.safetensors"
+    )
+    read = from_lora(tmp_path / "lora.safetensors", small_sdxl())
+    torch.testing.assert_close(pixels(read), pixels(pipe), rtol=1e-4, atol=5e-5)
+    t5 = {"text_encoder_2": with_encoders(small_flux(), ["k_proj", "SelfAttention.q"])["text_encoder_2"]}
+    key = "text_encoder_2.encoder.block.0.layer.0.SelfAttention.q.lora_A.weight"
+    assert key in host_state_dict(t5, "diffusers", "flux")
 
 
 def test_layers_of_unequal_ranks_share_one_alpha_of_their_component():
     """Diffusers reads one alpha for all attention of a component."""
-    loras = {"unet": to_lora(adapted(small_sdxl().unet, MANY, **UNEQUAL), LEVEL, "toy"), **with_encoders(small_sdxl())}
+    pipe = small_sdxl()
+    loras = {"unet": to_lora(adapted(pipe.unet, MANY, **UNEQUAL), LEVEL, "toy"), **with_encoders(pipe, CLIP)}
     halves = {
         component: replace(
             lora, layers={n: replace(own, A=own.A.half(), B=own.B.half()) for n, own in lora.layers.items()}
@@ -134,18 +171,70 @@ def test_modules_of_unets_have_the_names_of_stabilitys_code():
     assert list(parts_of(["up_blocks.0.upsamplers.0.conv"], "sd15")) == ["output_blocks.2.1.conv"]  # no attention
 
 
-@pytest.mark.parametrize(
-    ("component", "module", "form", "base", "message"),
-    [
-        ("unet", "conv_in", "webui", "sdxl", "form is 'webui'"),
-        ("unet", "conv_in", "kohya", "sd2", "base is 'sd2'"),
-        ("prior", "conv_in", "kohya", "sdxl", "no keys for 'prior', expected the denoiser, text_encoder"),
-        ("transformer", "conv_in", "kohya", "wan", "has no name in wan's original code"),
-        ("unet", "up_blocks.0.attentions.0.proj_in", "comfyui", "sd15", "has attention in up blocks 1, 2, 3 alone"),
-        ("unet", "mid_block.resnets.0.norm1", "comfyui", "sdxl", "is no module of Stable Diffusion's UNet"),
-    ],
-)
-def test_what_a_file_cannot_express_is_refused_by_name(component, module, form, base, message):
+REFUSED: list[tuple[str, str, dict[str, Any], str, str, str]] = [
+    ("unet", "conv_in", {}, "webui", "sdxl", "form is 'webui'"),
+    ("unet", "conv_in", {}, "kohya", "sd2", "base is 'sd2'"),
+    ("prior", "conv_in", {}, "kohya", "sdxl", "no keys for 'prior', expected the denoiser, text_encoder"),
+    ("transformer", "conv_in", {}, "kohya", "wan", "has no name in wan's original code"),
+    ("unet", "up_blocks.0.attentions.0.proj_in", {}, "comfyui", "sd15", "has attention in up blocks 1, 2, 3 alone"),
+    ("unet", "mid_block.resnets.0.norm1", {}, "comfyui", "sdxl", "is no module of Stable Diffusion's UNet"),
+    (
+        "unet",
+        "conv_in",
+        {"B": torch.ones(5, 1)},
+        "diffusers",
+        "sdxl",
+        "is a grouped convolution, which files",
+    ),
+    ("unet", "conv_in", {"is_embedding": True}, "diffusers", "sdxl", "is an embedding, which files for other programs"),
+    # ComfyUI: (W0 + ΔW) m / ‖W0‖ by row; A1111: by column; DoRA: (W0 + ΔW) m / ‖W0 + ΔW‖ by row
+    ("text_encoder", "q_proj", {"magnitude": torch.ones(5)}, "comfyui", "sdxl", "DoRA.* --form diffusers or --form p"),
+]
+
+
+def test_what_a_file_cannot_express_is_refused_by_name(tmp_path: Path):
     layer = PlainLoraLayer(torch.ones(2, 3), torch.ones(5, 2), 2.0, 2)
-    with pytest.raises(ValueError, match=message):
-        host_state_dict({component: PlainLora(LoraConfig(), {module: layer})}, form, base, 1)
+    for component, module, change, form, base, message in REFUSED:
+        loras = {component: PlainLora(LoraConfig(), {module: replace(layer, **change)})}
+        with pytest.raises(ValueError, match=message):
+            save_host_file(loras, tmp_path / "lora.safetensors", form, base, 1)
+    loras = {"unet": PlainLora(LoraConfig(), {"conv_in": layer}, others={"conv_in.bias": torch.ones(5)})}
+    with pytest.raises(ValueError, match=r"more than LoRA factors \(conv_in\.bias\)"):
+        save_host_file(loras, tmp_path / "lora.safetensors", "diffusers", "sdxl")
+    with pytest.raises(ValueError, match="is a folder: name a file"):
+        save_host_file({}, tmp_path, "diffusers", "sdxl")
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------- ComfyUI's workflow
+
+STEP = StrengthSchedule([(0, 1.0), (0.4, 0.25), (0.4, 0.75), (1, 0.0)])
+
+
+def level(percent: float, shift: float | None) -> float:
+    """ComfyUI's percent_to_sigma: of 1000 discrete steps, t / 1000; of a flow, its shifted σ."""
+    if shift is None:
+        return (1 - percent) * 999 / 1000
+    return shift * (1 - percent) / (1 + (shift - 1) * (1 - percent))
+
+
+@pytest.mark.parametrize("shift", [None, 1.0, 3.16])
+def test_a_keyframe_holds_the_strength_of_its_middle_and_none_spans_a_step(shift: float | None) -> None:
+    frames = keyframes(STEP, shift)
+    starts = [start for start, _ in frames]
+    assert starts[0] == 0
+    for (start, strength), end in zip(frames, [*starts[1:], 1.0], strict=True):
+        middle = torch.tensor(level((start + end) / 2, shift)).clamp(0, 1)
+        assert strength == pytest.approx(STEP(middle).item(), abs=1e-3)
+    assert any(abs(level(start, shift) - 0.4) < 1e-3 for start in starts)
+    assert all(one < other for one, other in pairwise(starts))
+
+
+def test_links_of_the_workflow_lead_to_nodes_that_are_there() -> None:
+    schedules = {"a.safetensors": STEP, "b.safetensors": StrengthSchedule([(0, 0.5), (1, 1.0)])}
+    nodes = comfyui_workflow(schedules, "base.safetensors", always="text.safetensors", patch=("ModelSamplingSD3", {}))
+    links = [value for node in nodes.values() for value in node["inputs"].values() if isinstance(value, list)]
+    assert {link[0] for link in links} == nodes.keys() - {list(nodes)[-1]}  # all but what saves the image
+    kinds = [node["class_type"] for node in nodes.values()]
+    assert kinds.count("SetHookKeyframes") == kinds.count("CreateHookLoraModelOnly") == 2
+    assert kinds.count("CombineHooks2") == kinds.count("ModelSamplingSD3") == 1

@@ -83,21 +83,6 @@ def test_the_level_of_the_context_and_that_of_a_merge_count():
         assert torch.equal(merged[key], tensor)
 
 
-@pytest.mark.parametrize(
-    ("options", "arguments", "message"),
-    [
-        ({}, {}, "pass noise_level|Pass noise_level"),
-        ({}, {"noise_level": 1.5}, "1.5"),
-        ({}, {"noise_level": "mean"}, "best"),
-        ({}, {"noise_level": LEVEL, "adapter_name": "other"}, "has no adapter 'other'"),
-        ({"lora_bias": True}, {"noise_level": LEVEL}, "biases of B"),
-    ],
-)
-def test_what_is_no_lora_of_one_level_is_refused(options, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        to_lora(adapted(base(), **{"target_modules": TARGETS, **options}), **arguments)
-
-
 # ---------------------------------------------------------------------- several LoRAs
 
 LEVELS = torch.tensor([0.0, 0.013, 0.2, 0.25, 0.3333, 0.4, 0.5, 0.6, 0.75, 0.8, 0.987, 1.0])
@@ -141,18 +126,23 @@ def test_the_folder_lists_the_loras_and_their_strengths_of_which_two_play_at_onc
         read_lora_bins(tmp_path / "lora-0")
 
 
-@pytest.mark.parametrize(
-    ("options", "arguments", "message"),
-    [
-        ({}, {}, "is not exactly a sum of 2 LoRAs: pass bins, their number"),
-        ({}, {"bins": 65}, "bins is 65: pass a number of LoRAs, an int from 1 to 64"),
-        ({"use_dora": True}, {"bins": 3}, "it has DoRA, whose norm"),
-        ({"core_type": "bins", "core_bins": 2}, {"bins": 3}, "core_type 'bins', a mask that changes in steps"),
-        ({"init_lora_weights": "pissa"}, {"bins": 3}, "which has changed the base"),
-        ({"target_modules": ["first"], "modules_to_save": ["second"]}, {"bins": 3}, "which each LoRA would add again"),
-    ],
-)
-def test_what_is_no_sum_of_loras_is_refused(options, arguments, message):
+REFUSED: list[tuple[dict[str, Any], Any, dict[str, Any], str]] = [
+    ({}, to_lora, {}, "[Pp]ass noise_level"),
+    ({}, to_lora, {"noise_level": 1.5}, "1.5"),
+    ({}, to_lora, {"noise_level": "mean"}, "best"),
+    ({}, to_lora, {"noise_level": LEVEL, "adapter_name": "other"}, "has no adapter 'other'"),
+    ({"lora_bias": True}, to_lora, {"noise_level": LEVEL}, "biases of B"),
+    ({}, to_lora_bins, {}, "is not exactly a sum of 2 LoRAs: pass bins, their number"),
+    ({}, to_lora_bins, {"bins": 65}, "bins is 65: pass a number of LoRAs, an int from 1 to 64"),
+    ({"use_dora": True}, to_lora_bins, {"bins": 3}, "it has DoRA, whose norm"),
+    ({"core_type": "bins", "core_bins": 2}, to_lora_bins, {"bins": 3}, "a mask that changes in steps"),
+    ({"init_lora_weights": "pissa"}, to_lora_bins, {"bins": 3}, "which has changed the base"),
+    ({"target_modules": ["first"], "modules_to_save": ["second"]}, to_lora_bins, {"bins": 3}, "would add again"),
+]
+
+
+@pytest.mark.parametrize(("options", "export", "arguments", "message"), REFUSED)
+def test_what_is_no_lora_and_no_sum_of_loras_is_refused(options, export, arguments, message):
     model = adapted(base(), **{"target_modules": TARGETS, **options})
     with pytest.raises(ValueError, match=message):
-        to_lora_bins(model, **arguments)
+        export(model, **arguments)
