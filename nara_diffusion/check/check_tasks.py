@@ -30,7 +30,7 @@ from typing import Any
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from nara_diffusion.dllm.canvas import RecordStream
+from nara_diffusion.dllm.canvas import GlobalBatchStream
 from nara_diffusion.dllm.encoding import digit_tokens
 from nara_diffusion.dllm.loss import batch_loss
 from nara_diffusion.dllm.masking import mask_answers, with_level_token
@@ -97,7 +97,7 @@ def check_text(tuning: Any) -> dict[str, Any]:
     digits = digit_tokens(tuning.tokenizer)
 
     def loss_of(rows: Any, is_told: bool) -> Loss:
-        stream = RecordStream(rows, args.seed)
+        stream = GlobalBatchStream(rows, args.seed, objective["group_size"])
 
         def loss(positions: Sequence[int]) -> Any:
             parts = tuning.collator([stream[position] for position in positions]).items()

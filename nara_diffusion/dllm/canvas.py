@@ -139,13 +139,17 @@ class AnswerCollator:
 
     Args:
         end_token_id: the token that pads the rows.
-        trained_padding: how much of the padding counts as answer, and so is masked and trained on: "gen_length" as far
-            as `gen_length` tokens after the prompt, which is what generation fills; a number: that many tokens.
+        trained_padding: how much of the padding counts as answer, and so is masked and trained on:
+            "gen_length" as far as `gen_length` tokens after the prompt, which is what generation fills;
+            "longest" as far as the longest row of the global batch, as LLaDA does, which rows name under "longest"
+                (see `GlobalBatchStream`); rows without it go as far as the longest that is given;
+            a number: that many tokens.
+            Under all but "longest", a row's loss doesn't depend on the rows beside it.
         gen_length: length of the answers under "gen_length".
     """
 
     end_token_id: int
-    trained_padding: str | int
+    trained_padding: str | int = "longest"
     gen_length: int | None = None
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -161,34 +165,57 @@ class AnswerCollator:
 
     def answer_lengths(self, rows: Sequence[Mapping[str, Any]]) -> list[int]:
         """The tokens of each row that are trained on. A cut answer is trained as it is, since it has no end."""
-        lengths = [(len(row["input_ids"]), row["prompt_length"]) for row in rows]
-        wholes = map(self.is_whole, rows)
-        return [(self.padded_length(n, p) if whole else n) - p for (n, p), whole in zip(lengths, wholes, strict=True)]
+        longest, found = max(len(row["input_ids"]) for row in rows), []
+        for row in rows:
+            length, prompt = len(row["input_ids"]), row["prompt_length"]
+            end = self.padded_length(length, prompt, row.get("longest", longest)) if self.is_whole(row) else length
+            found.append(end - prompt)
+        return found
 
     def is_whole(self, row: Mapping[str, Any]) -> bool:
         """Whether the row's answer has its end, and wasn't cut."""
         return int(row["input_ids"][-1]) == self.end_token_id
 
-    def padded_length(self, length: int, prompt: int) -> int:
-        """The length of a row of `length` tokens, `prompt` of them before the answer, with its trained padding."""
+    def padded_length(self, length: int, prompt: int, longest: int) -> int:
+        """The length of a row with its trained padding, beside a row of `longest` tokens."""
         if self.trained_padding == "gen_length":
             return max(length, prompt + self.gen_length)  # type: ignore[operator]
-        return length + int(self.trained_padding)
+        return longest if self.trained_padding == "longest" else length + int(self.trained_padding)
 
 
-class RecordStream(ShuffledStream):
-    """A stream of encoded rows, a record at a position: of a conversation's rows, one that (seed, position) draws."""
+class GlobalBatchStream(ShuffledStream):
+    """A stream of encoded rows, a record at a position: of a conversation's rows, one that (seed, position) draws.
 
-    def __init__(self, rows: Dataset, seed: int):
+    Each has under "longest" the number of tokens of the longest row of its global batch, which may lie in other
+    forwards and other processes.
+    """
+
+    def __init__(self, rows: Dataset, seed: int, global_batch: int):
         starts = np.flatnonzero(np.diff(rows.with_format("numpy")["record"][:], prepend=-1))
         super().__init__(range(len(starts)), seed)
-        self.rows, self._starts = rows, [*starts.tolist(), len(rows)]
+        self.rows, self.global_batch = rows, global_batch
+        self._starts = [*starts.tolist(), len(rows)]
+        self._first, self._longest = -1, 0
+
+    def _row(self, position: int) -> Any:
+        """The row at a position."""
+        record = self.sample_at(position)
+        of_record = range(self._starts[record], self._starts[record + 1])
+        return self.rows[of_record[0] if len(of_record) == 1 else Random(f"{self.seed} {position}").choice(of_record)]
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        record = self.sample_at(position)
-        rows = range(self._starts[record], self._starts[record + 1])
-        row: Any = self.rows[rows[0] if len(rows) == 1 else Random(f"{self.seed} {position}").choice(rows)]
-        return row | {"position": position}
+        first = position - position % self.global_batch
+        if first != self._first:
+            batch = map(self._row, range(first, first + self.global_batch))
+            self._first, self._longest = first, max(len(row["input_ids"]) for row in batch)
+        return self._row(position) | {"position": position, "longest": self._longest}
+
+
+def with_longest(rows: Dataset, global_batch: int) -> Dataset:
+    """Rows for validation, in their order, with the "longest" of every `global_batch` of them, as in training."""
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    firsts = [i - i % global_batch for i in range(len(lengths))]
+    return rows.add_column("longest", [max(lengths[i : i + global_batch]) for i in firsts])  # type: ignore[call-arg]
 
 
 def trained_canvas(

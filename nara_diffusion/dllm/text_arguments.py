@@ -81,7 +81,8 @@ class ObjectiveArguments:
 
     trained_padding: str = option(
         "gen_length",
-        "End tokens after an answer that are trained on: gen_length, as far as generation goes; or a number.",
+        "End tokens after an answer that are trained on: gen_length, as far as generation goes; longest, as far as the "
+        "longest sample of the global batch; or a number.",
         unit="tokens",
         rare=True,
     )
@@ -136,8 +137,8 @@ class Arguments(
                 "load_in_4bit and load_in_8bit round the weights beside which an adapter is trained: give one of them, "
                 f"and an adapter, not {self.adapter}."
             )
-        if self.trained_padding != "gen_length" and not self.trained_padding.isdecimal():
-            raise ValueError(f"trained_padding is {self.trained_padding!r}, expected gen_length or a number.")
+        if self.trained_padding not in ("gen_length", "longest") and not self.trained_padding.isdecimal():
+            raise ValueError(f"trained_padding is {self.trained_padding!r}, expected gen_length, longest or a number.")
 
     @property
     def is_quantised(self) -> bool:

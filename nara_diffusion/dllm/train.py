@@ -28,11 +28,12 @@ from nara_diffusion.check.check_tasks import check_text
 from nara_diffusion.dllm import AnswerCollator, encode_records, exact_match, load_backbone, masked_diffusion_loss
 from nara_diffusion.dllm.before_after import Evaluation, figures, schedule_line, write_report
 from nara_diffusion.dllm.canvas import (
-    RecordStream,
+    GlobalBatchStream,
     check_canvas,
     check_positions,
     checked_lengths,
     trained_canvas,
+    with_longest,
 )
 from nara_diffusion.dllm.decoding import Sampling, chat_settings
 from nara_diffusion.dllm.encoding import end_token_id
@@ -147,12 +148,13 @@ class FineTuning:
             encoded.append(encoded[1] if test is validation else encode(test, name="test data"))
         for what, part in zip(("training data", "validation data"), encoded, strict=False):
             run.record_data_digest(what, [part.digest()])
-        self.train_rows, self.validation_rows, self.test_rows = (part.rows for part in encoded)
+        self.train_rows, validation_rows, self.test_rows = (part.rows for part in encoded)
+        self.validation_rows = with_longest(validation_rows, run.global_batch)
         self.collator = AnswerCollator(end_token_id(self.tokenizer), args.trained_padding, args.gen_length)
         measured_on = (self.validation_rows, self.test_rows, self.collator, self.sampling)
         self.evaluation = Evaluation(run, self.tokenizer, *measured_on)
         longest, longest_prompt = (max(getattr(part, n) for part in encoded) for n in ("longest", "longest_prompt"))
-        self.padded = self.collator.padded_length(longest, longest_prompt)
+        self.padded = self.collator.padded_length(longest, longest_prompt, longest)
         prolonged = encoded if args.trained_padding == "gen_length" else encoded[-1:]  # -1: the test records
         hardest = max(prolonged, key=lambda part: part.longest_prompt)
         self.canvas = (hardest.longest_prompt, args.gen_length, hardest.longest_prompt_in)
@@ -161,7 +163,7 @@ class FineTuning:
     def train(self) -> None:
         """Train the adapter, from the run's checkpoint if it has one, and save it."""
         args, run = self.args, self.run
-        stream = RecordStream(self.train_rows, args.seed)
+        stream = GlobalBatchStream(self.train_rows, args.seed, run.global_batch)
         steps = run.plan(len(stream.samples))
         model = build_adapter(self.backbone, args, strength=schedule_of(args))
         check_canvas(model, *self.canvas)  # once more: the adapter may take some positions
@@ -185,7 +187,7 @@ class FineTuning:
             with atomic_write_files(run.folder) as unfinished:
                 self.tokenizer.save_pretrained(unfinished)  # a model folder has one
 
-    def _facts(self, stream: RecordStream, steps: int) -> dict[str, str]:
+    def _facts(self, stream: GlobalBatchStream, steps: int) -> dict[str, str]:
         """{what: value} of the run, for its log and its card."""
         args, sources = self.args, [part.info.description for part in self.records]
         canvas, warnings = trained_canvas(stream, self.collator, args.gen_length, self.sampling.block)

@@ -16,7 +16,7 @@ import pytest
 from datasets import Dataset
 
 from nara_diffusion.dllm import AnswerCollator, encode_prompts, encode_records, encoding, prompt_text, read_records
-from nara_diffusion.dllm.canvas import RecordStream
+from nara_diffusion.dllm.canvas import GlobalBatchStream
 from nara_diffusion.dllm.records import normalized
 from tests.acceptance._tokenizers import SPECIAL, word_tokenizer
 
@@ -138,7 +138,7 @@ def conversations() -> Dataset:
 
 
 def test_each_pass_draws_one_answer_of_each_conversation(conversations: Dataset) -> None:
-    passes, stream = 300, RecordStream(conversations, seed=3)
+    passes, stream = 300, GlobalBatchStream(conversations, seed=3, global_batch=4)
     assert len(stream.samples) == 12
     drawn: Counter[tuple[int, int]] = Counter()
     for epoch in range(passes):
@@ -152,10 +152,13 @@ def test_each_pass_draws_one_answer_of_each_conversation(conversations: Dataset)
 
 
 def test_stream_begun_anywhere_and_in_any_process_gives_the_same_rows(conversations: Dataset) -> None:
-    whole = [RecordStream(conversations, seed=3)[position] for position in range(60)]
-    resumed = RecordStream(conversations, seed=3)
+    whole = [GlobalBatchStream(conversations, seed=3, global_batch=4)[position] for position in range(60)]
+    resumed = GlobalBatchStream(conversations, seed=3, global_batch=4)
     assert [resumed[position] for position in range(29, 60, 2)] == whole[29::2]
-    other = RecordStream(conversations, seed=4)
+    for first in range(0, 60, 4):
+        batch = whole[first : first + 4]
+        assert {row["longest"] for row in batch} == {max(len(row["input_ids"]) for row in batch)}
+    other = GlobalBatchStream(conversations, seed=4, global_batch=4)
     assert [other[position]["input_ids"] for position in range(60)] != [row["input_ids"] for row in whole]
 
 

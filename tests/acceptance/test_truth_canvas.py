@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from nara_diffusion.dllm import AnswerCollator
 from nara_diffusion.dllm.text_arguments import Arguments
 from nara_diffusion.dllm.train import main
-from tests.acceptance._commands import ROOT
+from tests.acceptance._commands import ROOT, metrics
 from tests.acceptance._runs import text_arguments
 
 END = 1
@@ -60,6 +61,17 @@ def test_gen_length_trains_each_answer_to_gen_length_after_its_prompt() -> None:
     batch = AnswerCollator(END, "gen_length", gen_length=6)(rows)
     assert batch["answer_lengths"].tolist() == [6, 8, 2, 6]
     assert batch["input_ids"].tolist() == [row["input_ids"] + [END] * (10 - len(row["input_ids"])) for row in rows]
+
+
+def test_longest_pads_over_the_global_batch_whatever_a_forward_holds(arguments, tmp_path: Path) -> None:
+    """The losses of 1 x 4 samples are those of 4 x 1: both train the padding to the longest of the four."""
+    lines, short = [], {"max_train_steps": 1, "validation_steps": 1, "test_samples": 1, "curve_points": 1}
+    for size, accumulation in ((1, 4), (4, 1)):
+        folder = tmp_path / f"{size}x{accumulation}"
+        batches = {"train_batch_size": size, "gradient_accumulation_steps": accumulation, "eval_batch_size": size}
+        main(arguments(trained_padding="longest", output_dir=folder, **short, **batches))
+        lines.append([line.get("loss", line.get("validation_loss")) for line in metrics(folder)])
+    torch.testing.assert_close(*lines, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.slow
@@ -113,6 +125,7 @@ def test_a_run_says_what_canvas_it_trains_and_generates_on(arguments, caplog: py
     ("padding", "gen_length", "told", "remedy"),
     [
         ("6", 12, r"of 40 samples end before that, the shortest after 11 tokens", "--trained_padding gen_length"),
+        ("longest", 12, r"gen_length is 12, and \d+ of 40 samples end before that", "--trained_padding gen_length"),
         ("7", 12, None, ""),
         ("gen_length", 8, None, ""),
         ("gen_length", 6, r"gen_length is 6, and \d+ of 40 samples have longer answers, up to 8 ", "--gen_length 8"),

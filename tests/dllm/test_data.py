@@ -209,7 +209,7 @@ def test_run_on_every_answer_of_conversations_resumes_to_the_same_bits(
     data: dict[str, Any] = {"train_file": write(tmp_path / "many.jsonl", *many, long), "test_file": None}
     data |= {"validation_file": write(tmp_path / "few.jsonl", *many[:2], long)}
     data |= {"train_on": "all", "max_train_steps": 5, "checkpoints_total_limit": None, "max_length": 64}
-    data |= {"trained_padding": "0"}
+    data |= {"trained_padding": "longest"}
     with caplog.at_level("INFO"):
         main(text_arguments(tmp_path, **data))
     fresh_accelerate()
