@@ -103,14 +103,11 @@ def check_positions(model: nn.Module, length: int, what: str, remedy: str) -> No
 
 def check_canvas(model: nn.Module, longest_prompt: int, gen_length: int, record: str = "") -> None:
     """Refuse a canvas beyond the model's positions; see `check_positions`. `record` names the longest prompt's."""
-    length = longest_prompt + gen_length
+    length, left = longest_prompt + gen_length, (Backbone(model).position_limit or 0) - gen_length
     what = f"the longest prompt has {longest_prompt} tokens and gen_length is {gen_length}, together {length}"
     remedy = "lower gen_length, or take shorter prompts and conversations"
-    limit = Backbone(model).position_limit
-    if record and limit is not None and limit > gen_length:
-        remedy += (
-            f" (the longest is {record}); --data_options max_prompt_length={limit - gen_length} leaves longer ones out"
-        )
+    if record and left > 0:
+        remedy += f" (the longest is {record}); --data_options max_prompt_length={left} leaves longer ones out"
     check_positions(model, length, what, remedy)
 
 

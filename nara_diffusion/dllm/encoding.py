@@ -231,12 +231,6 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -
 
 
 def _ids(tokenizer: Any, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
-    backend = tokenizer.backend_tokenizer if tokenizer.is_fast else None
-    if (
-        backend and backend.truncation is None and backend.padding is None
-    ):  # the tokenizer's own call takes 1.3 times it
-        found = backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
-        return [one.ids for one in found]
     return tokenizer(list(texts), add_special_tokens=add_special_tokens)["input_ids"] if texts else []
 
 

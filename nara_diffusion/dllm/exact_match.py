@@ -18,7 +18,7 @@ import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -77,7 +77,7 @@ def exact_match(
     Raises:
         ValueError: an unknown `extract`.
     """
-    nameless = [row["answer"] for row in rows if not compare(extract, row["answer"], row["answer"]).is_right]
+    nameless = [row["answer"] for row in rows if not compare(extract, row["answer"], row["answer"])[1]]
     if nameless:
         logger.warning(
             "%d of %d right answers name nothing by the rule %r, the first of them %r: nothing that is generated will "
@@ -137,18 +137,9 @@ def decode_answer(
     return text.strip() if strip else text
 
 
-class Found(NamedTuple):
-    """Attributes:
-    named: the answer that the text names, "" if it names none.
-    is_right: whether that equals the right answer.
-    """
-
-    named: str
-    is_right: bool
-
-
-def compare(extract: str | Callable[[str], str], text: str, answer: str) -> Found:
-    """What a generated `text` names by the rule `extract`, and whether that is the right `answer`.
+def compare(extract: str | Callable[[str], str], text: str, answer: str) -> tuple[str, bool]:
+    """The answer that a generated `text` names by the rule `extract`, "" if it names none; and whether that equals the
+    right `answer`.
 
     Args:
         extract: "text", "number", "letter" or "choice"; or a function from text to text, whose values for both texts
@@ -160,7 +151,7 @@ def compare(extract: str | Callable[[str], str], text: str, answer: str) -> Foun
     if extract == "number":
         named, right = ([float(n) for n in _NUMBER.findall(words.replace(",", ""))][-1:] for words in (text, answer))
         is_right = bool(named and right) and abs(named[0] - right[0]) <= TOLERANCE
-        return Found(format(named[0], ".15g") if named else "", is_right)
+        return format(named[0], ".15g") if named else "", is_right
     if extract == "choice" and (wanted := _CHOICE.search(answer)):
         kinds = {"true": "truth", "false": "truth"}
         kind = lambda choice: kinds.get(choice, choice[:-1])  # noqa: E731
@@ -174,5 +165,5 @@ def compare(extract: str | Callable[[str], str], text: str, answer: str) -> Foun
     return _equal(find(text), find(answer))
 
 
-def _equal(named: str, right: str) -> Found:
-    return Found(named, named == right and right != "")
+def _equal(named: str, right: str) -> tuple[str, bool]:
+    return named, named == right and right != ""

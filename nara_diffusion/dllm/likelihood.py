@@ -65,7 +65,9 @@ def log_likelihood(
     backbone = Backbone(model)
     mask = backbone.mask_token_id(mask_token_id)
     answers = answer_positions(input_ids, prompt_lengths, answer_lengths=answer_lengths)
-    _refuse_masks(input_ids, answers, mask)
+    holding = ((answers.flip(1).cumsum(1).flip(1) > 0) & (input_ids == mask)).any(1)  # up to the end of the answer
+    if holding.any():
+        raise ValueError(f"row {int(holding.nonzero()[0])} {mask_in_a_text(mask)}")
     input_ids, answers = _opened(backbone, input_ids, answers)
     indices = range(len(input_ids)) if sample_indices is None else sample_indices
     by_length: dict[int, list[tuple[int, torch.Tensor, float]]] = {}  # so that nothing is padded
@@ -94,13 +96,6 @@ def log_likelihood(
                 bounds.index_add_(0, rows, -loss * loss.new_tensor(weights) / share.double())
                 bar.update(len(rows))
     return bounds
-
-
-def _refuse_masks(input_ids: torch.Tensor, answers: torch.Tensor, mask_token_id: int) -> None:
-    real = answers.flip(1).cumsum(1).flip(1) > 0  # up to the end of the answer
-    holding = (real & (input_ids == mask_token_id)).any(1)
-    if holding.any():
-        raise ValueError(f"row {int(holding.nonzero()[0])} {mask_in_a_text(mask_token_id)}")
 
 
 def _opened(backbone: Backbone, input_ids: torch.Tensor, answers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

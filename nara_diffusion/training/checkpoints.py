@@ -34,15 +34,13 @@ from huggingface_hub.utils.sha import sha_fileobj
 from nara_diffusion.utils.atomic_write import atomic_write_files, delete_folder, partial_name, put_in_place
 from nara_diffusion.utils.naming import counted
 
-from .engines import engine_name, global_batch, save_state, trained_state
+from .engines import engine_name, save_state, trained_state
 from .parser import given_arguments
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "checkpoint.json"
 FORMAT = 2
-_RUN = ("step", "total_steps", "data_start", "unlogged", "batch", "processes", "engine", "arguments", "digests")
-KEYS = (*_RUN, "written", "files")
 Writer = Callable[[Any, Path, dict[str, Any]], None]
 """Writes an adapter's files: (the model without wrappers, the folder, the model's whole state dict)."""
 
@@ -81,7 +79,10 @@ def save_checkpoint(run: Any) -> None:
         save_state(accelerator, partial)
         accelerator.wait_for_everyone()
         if run.is_main:
-            _write_manifest(partial, run.facts_of_checkpoint())
+            paths = sorted(path for path in partial.rglob("*") if path.is_file())
+            files = {path.relative_to(partial).as_posix(): [path.stat().st_size, digest_file(path)] for path in paths}
+            manifest = {"format": FORMAT, **run.facts_of_checkpoint(), "written": time.time(), "files": files}
+            (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
             put_in_place(partial, target)
             _delete_oldest(run.folder, run.args.checkpoints_total_limit, newest=target)
     except Exception as error:
@@ -104,13 +105,6 @@ def save_adapter(accelerator: Accelerator, model: Any, folder: Path, write: Writ
                 f"the adapter could not be written to {folder} ({error}): is the disk full? {last_checkpoint(folder)}"
             ) from error
     accelerator.wait_for_everyone()
-
-
-def _write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    files = {path.relative_to(folder).as_posix(): [path.stat().st_size, digest_file(path)] for path in paths}
-    text = json.dumps({"format": FORMAT, **facts, "written": time.time(), "files": files}, indent=2)
-    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
 def _delete_oldest(folder: Path, limit: int | None, newest: Path) -> None:
@@ -175,8 +169,8 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         if manifest.get("format") == FORMAT:
-            return {name: manifest[name] for name in KEYS}
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+            return manifest
+    except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"{path} is missing or corrupt ({error}).") from error
     raise ValueError(
         f"{checkpoint} is of version 0.1, whose runs this version doesn't continue: finish it with version 0.1, or "
@@ -198,19 +192,16 @@ def check_same_run(checkpoint: Path, args: Any, accelerator: Accelerator) -> Non
     """Raises ValueError with the engine, the processes or the arguments that differ, of a checkpoint that this run
     can't go on from to the same bits."""
     manifest, engine, processes = read_manifest(checkpoint), engine_name(accelerator), accelerator.num_processes
-    batch = global_batch(accelerator, args)
     if manifest["engine"] != engine:
         raise ValueError(
             f"{checkpoint} was written under {manifest['engine']} and this run is under {engine}, which keep the "
             "optimizer in other ways: launch it as it was."
         )
     if manifest["processes"] != processes:
-        why = "each of which has random states of its own"
-        if manifest["batch"] != batch:
-            why = f"which makes a global batch of {batch} instead of {manifest['batch']}"
         raise ValueError(
             f"{checkpoint} was written by {counted(manifest['processes'], 'process')} and this run has {processes}, "
-            f"{why}: launch as many, or start a new run from its adapter by --init_adapter."
+            "each of which has random states, and a part of the global batch: launch as many, or start a new run from "
+            "its adapter by --init_adapter."
         )
     changed = changed_arguments(args, manifest["arguments"])
     if refused := {name: values for name, values in changed.items() if name not in MAY_CHANGE}:

@@ -19,6 +19,7 @@ import dataclasses
 import difflib
 import inspect
 import json
+import re
 import sys
 import types
 import typing
@@ -172,14 +173,15 @@ class ArgumentParser(argparse.ArgumentParser):
     def given(self, words: Sequence[str]) -> dict[str, Any]:
         """{argument: value} of the command line `words`, over those of the file that it names. Raises ValueError for an
         unknown flag or key, or a value of another type."""
-        found, unknown = self.parse_known_args([_with_underscores(word) for word in words])
+        underscored = lambda flag: f"--{flag[1].replace('-', '_')}"  # noqa: E731
+        found, unknown = self.parse_known_args([re.sub(r"^--([\w-]+)", underscored, word) for word in words])
         if unknown:
             flags = [self._advice(word[2:].partition("=")[0]) for word in unknown if word.startswith("--")]
             raise ValueError("; ".join(flags) or f"unrecognized arguments: {' '.join(unknown)}")
         flags = vars(found)
         file = flags.pop("config", None)
-        values = {name: self._value(f"argument --{name}", name, value) for name, value in flags.items()}
-        return values if file is None else merged(self._read(file), values)
+        low = {} if file is None else self._converted(f"--config {file}: ", self._read(file))
+        return merged(low, self._converted("argument --", flags))
 
     def _read(self, path: str) -> dict[str, Any]:
         try:
@@ -191,10 +193,11 @@ class ArgumentParser(argparse.ArgumentParser):
         for key in content:
             if key not in self._fields or not self._fields[key].init:
                 raise ValueError(f"--config {path}: {self._advice(str(key))}")
-        return {name: self._value(f"--config {path}: {name}", name, value) for name, value in content.items()}
+        return content
 
-    def _value(self, origin: str, name: str, value: Any) -> Any:
-        return _converted(origin, value, self._hints[name], self._fields[name].metadata)
+    def _converted(self, origin: str, values: Mapping[str, Any]) -> dict[str, Any]:
+        fields, hints = self._fields, self._hints
+        return {n: _converted(origin + n, value, hints[n], fields[n].metadata) for n, value in values.items()}
 
     def _advice(self, name: str) -> str:
         """What to do about an unknown flag or key."""
@@ -232,11 +235,6 @@ class ArgumentParser(argparse.ArgumentParser):
         elif kind in (list, dict):
             settings |= {"nargs": "+", "action": "extend" if kind is dict else "store"}
         group.add_argument(f"--{field.name}", **settings)
-
-
-def _with_underscores(word: str) -> str:
-    flag, equals, value = word.partition("=")
-    return f"--{flag[2:].replace('-', '_')}{equals}{value}" if flag.startswith("--") else word
 
 
 def merged(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:

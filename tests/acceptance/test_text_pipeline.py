@@ -203,4 +203,4 @@ def test_exact_match_is_the_share_of_right_answers() -> None:
     ],
 )
 def test_rules_find_the_answer_in_a_text(rule: str, text: str, answer: str, right: bool) -> None:
-    assert compare(rule, text, answer).is_right is right
+    assert compare(rule, text, answer)[1] is right

@@ -10,9 +10,9 @@ on, as in its dataset/ folder.
 Of HumanEval and MBPP, pass@1 is the share of a question's answers that pass; there is one unless the task file sets
 `repeats`. The task files are marked unsafe: without --confirm_run_unsafe_code lm-eval refuses them, before anything is
 generated. A program runs in another interpreter (-I: without the user's packages and PYTHON… variables), with only PATH
-of our environment, in an empty folder that is removed afterwards. On POSIX systems `Limits` holds for it and for each
-process that it starts; the number of processes and of files is not limited. When the program ends, or its time is over,
-its process group is killed (on Windows the program alone).
+of our environment, in an empty folder that is removed afterwards. On POSIX systems the limits of `run_program` hold for
+it and for each process that it starts; the number of processes and of files is not limited. When the program ends, or
+its time is over, its process group is killed (on Windows the program alone).
 
 This contains accidents: endless loops, floods of memory or output, files and processes left behind. It is no sandbox
 against malice. The program runs as the user, so it can read and write all files of the user and reach the network; read
@@ -32,7 +32,6 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -85,7 +84,7 @@ def _row(record: Mapping[str, Any]) -> dict[str, str]:
 
 def _score(rule: str, doc: Mapping[str, str], results: Sequence[str]) -> dict[str, float]:
     """{"acc": 1 or 0}: whether the text names the answer by the rule."""
-    return {"acc": float(compare(rule, results[0], doc["answer"]).is_right)}
+    return {"acc": float(compare(rule, results[0], doc["answer"])[1])}
 
 
 score_number, score_letter, score_choice = (partial(_score, rule) for rule in ("number", "letter", "choice"))
@@ -138,21 +137,13 @@ def _pass_at_1(programs: Sequence[str], tests: str) -> dict[str, float]:
     return {"pass@1": sum(passed) / len(passed)}
 
 
-@dataclass(frozen=True)
-class Limits:
-    """Attributes:
-    seconds: the CPU time of each process; the program is stopped after twice as many seconds of wall time.
-    memory: the address space of each process, in bytes.
-    file_size: the size of each file that is written, in bytes; stderr is one.
-    """
-
-    seconds: int = 10
-    memory: int = 4 * 2**30
-    file_size: int = 16 * 2**20
-
-
-def run_program(program: str, limits: Limits = Limits()) -> str:
+def run_program(program: str, *, seconds: int = 10, memory: int = 4 * 2**30, file_size: int = 16 * 2**20) -> str:
     """Run `program` until it ends or exceeds its limits. Its output is not kept.
+
+    Args:
+        seconds: the CPU time of each process; the program is stopped after twice as many seconds of wall time.
+        memory: the address space of each process, in bytes.
+        file_size: the size of each file that is written, in bytes; stderr is one.
 
     Returns:
         "passed", if it reached its end or made it look so; else "timed out", or the last line that it wrote to stderr.
@@ -161,7 +152,7 @@ def run_program(program: str, limits: Limits = Limits()) -> str:
         file, errors, end = Path(folder) / "program.py", Path(folder) / "stderr", Path(folder) / secrets.token_hex(8)
         # a program that leaves early, by sys.exit(0) say, hasn't run its tests
         file.write_text(f"{program}\n\nopen({str(end)!r}, 'w').close()\n", encoding="utf-8", errors="replace")
-        status = _wait(file, errors, limits)
+        status = _wait(file, errors, seconds, memory, file_size)
         if status == 0 and end.exists():
             return "passed"
         if status is None or -status == getattr(signal, "SIGXCPU", None):
@@ -170,12 +161,11 @@ def run_program(program: str, limits: Limits = Limits()) -> str:
         return lines[-1][:200] if lines else f"ended early, with status {status}"
 
 
-def _wait(file: Path, errors: Path, limits: Limits) -> int | None:
+def _wait(file: Path, errors: Path, seconds: int, *sizes: int) -> int | None:
     """Run `file`, and return its exit status, or None if it was stopped."""
-    numbers = map(str, (limits.seconds, limits.memory, limits.file_size))
     with errors.open("wb") as stderr:
         process = subprocess.Popen(
-            [sys.executable, "-I", "-X", "utf8", "-c", _START, *numbers, str(file)],
+            [sys.executable, "-I", "-X", "utf8", "-c", _START, *map(str, (seconds, *sizes)), str(file)],
             cwd=file.parent,
             env={"PATH": os.environ.get("PATH", ""), "OMP_NUM_THREADS": "1"},
             stdin=subprocess.DEVNULL,
@@ -184,7 +174,7 @@ def _wait(file: Path, errors: Path, limits: Limits) -> int | None:
             start_new_session=True,
         )
         try:
-            return process.wait(2 * limits.seconds)
+            return process.wait(2 * seconds)
         except subprocess.TimeoutExpired:
             return None
         finally:
