@@ -25,13 +25,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-OWN = ("inspect", "plot", "fold", "convert")
-"""The commands whose flags are defined here; `nara_diffusion.cli.COMMAND.run(args)` returns what they print."""
-COMMANDS = {name: f"nara_diffusion.cli.{name}" for name in OWN} | {
+OWN = {"inspect": "commands", "plot": "commands", "fold": "fold", "convert": "commands"}
+"""The commands whose flags are defined here: {command: module of `nara_diffusion.cli` with a function of its name}."""
+COMMANDS = {name: f"nara_diffusion.cli.{module}" for name, module in OWN.items()} | {
     "check": "nara_diffusion.check.check_tasks",
     "eval": "nara_diffusion.lm_eval.__main__",
 }
-"""{command: its module, whose docstring is its help}. The module is imported when the command runs."""
+"""{command: its module}, which is imported when the command runs. Help is the docstring of the function or module."""
 HELP = ("-h", "--help")
 
 
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if command in OWN:
             args = parser_of(command).parse_args(rest)
-            sys.stdout.write(f"{import_module(COMMANDS[command]).run(args)}\n")
+            sys.stdout.write(f"{getattr(import_module(COMMANDS[command]), command)(args)}\n")
         elif rest and rest[0] in HELP:
             sys.stdout.write(f"{help_of(command)}\n")
         else:
@@ -70,10 +70,12 @@ check, evaluate = (partial(lambda name: main([name, *sys.argv[1:]]), name) for n
 
 
 def help_of(command: str) -> str:
-    """The docstring of a command's module, which isn't imported."""
+    """The docstring of a command, whose module isn't imported."""
     package = Path(str(find_spec("nara_diffusion").origin)).parent  # type: ignore[union-attr]
     source = package.joinpath(*COMMANDS[command].split(".")[1:]).with_suffix(".py").read_text(encoding="utf-8")
-    return ast.get_docstring(ast.parse(source)) or ""
+    module: Any = ast.parse(source)
+    functions = [node for node in module.body if isinstance(node, ast.FunctionDef) and node.name == command]
+    return ast.get_docstring(functions[0] if command in OWN else module) or ""
 
 
 def parser_of(command: str) -> argparse.ArgumentParser:

@@ -1,21 +1,4 @@
-"""Export of a NaRA to plain LoRAs, for programs that know only LoRA. The base model isn't needed.
-
-    nara fold my-toy toy.safetensors --noise_level 0.4 --form kohya --base sdxl      # A1111, Forge, InvokeAI, ComfyUI
-    nara fold my-toy toy.safetensors --noise_level 0.4 --form comfyui --base flux    # ComfyUI, by its own keys
-    nara fold my-toy toy.safetensors --noise_level 0.4                               # Diffusers; not ComfyUI with SDXL
-    nara fold my-toy toy.safetensors --noise_level best                              # the LoRA nearest over all λ
-    nara fold outputs/dllm-1 lora --noise_level 0.4 --form peft                      # a folder for PeftModel
-    nara fold my-toy toys --bins 4 --form kohya --base sdxl                          # four LoRAs and their strengths
-    nara fold my-toy toys --bins 8 --form comfyui --base flux --shift 3.16           # of a flow model
-
-With --noise_level, the LoRA equals the NaRA at that λ (1 = pure noise) and differs at any other: docs/export.md says by
-how much, and which λ to choose. Adapters of text encoders don't depend on λ and go into the same file (--form peft
-writes one component).
-
-With --bins, OUTPUT is a folder with several LoRAs whose strengths change during sampling, so that their sum
-follows the NaRA at every λ. Beside them are the measured error, the strengths over λ (lora_bins.json) and a ComfyUI
-workflow with hooks. LoRAs of text encoders are in a file of their own, always on.
-"""
+"""The command `nara fold`: export of a NaRA to plain LoRAs, for programs that know only LoRA."""
 
 from __future__ import annotations
 
@@ -42,8 +25,25 @@ PEFT = "peft"
 _FLOWS, _VIDEOS = ("sd3", "flux", "wan"), ("wan",)
 
 
-def run(args: Any) -> str:
-    """The command `nara fold`: writes the files, and returns what to print."""
+def fold(args: Any) -> str:
+    """Export of a NaRA to plain LoRAs, for programs that know only LoRA. The base model isn't needed.
+
+        nara fold my-toy toy.safetensors --noise_level 0.4 --form kohya --base sdxl    # A1111, Forge, InvokeAI, ComfyUI
+        nara fold my-toy toy.safetensors --noise_level 0.4 --form comfyui --base flux  # ComfyUI, by its own keys
+        nara fold my-toy toy.safetensors --noise_level 0.4                             # Diffusers; no ComfyUI with SDXL
+        nara fold my-toy toy.safetensors --noise_level best                            # the LoRA nearest over all λ
+        nara fold outputs/dllm-1 lora --noise_level 0.4 --form peft                    # a folder for PeftModel
+        nara fold my-toy toys --bins 4 --form kohya --base sdxl                        # four LoRAs and their strengths
+        nara fold my-toy toys --bins 8 --form comfyui --base flux --shift 3.16         # of a flow model
+
+    With --noise_level, the LoRA equals the NaRA at that λ (1 = pure noise) and differs at any other: docs/export.md
+    says by how much, and which λ to choose. Adapters of text encoders don't depend on λ and go into the same file
+    (--form peft writes one component).
+
+    With --bins, OUTPUT is a folder with several LoRAs whose strengths change during sampling, so that their sum
+    follows the NaRA at every λ. Beside them are the measured error, the strengths over λ (lora_bins.json) and a ComfyUI
+    workflow with hooks. LoRAs of text encoders are in a file of their own, always on.
+    """
     logging.basicConfig(level=logging.WARNING, format="%(message)s")  # of the scheduler that the result needs
     file = AdapterFile.read(Path(args.file))
     with naming(args.file):

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from nara_command import COMMANDS, OWN
 from nara_diffusion import StrengthSchedule, core_matrix, set_strength
-from nara_diffusion.cli.plot import core_curves
+from nara_diffusion.cli.commands import core_curves
 from nara_diffusion.loaders.file import AdapterFile
 from tests.acceptance import _bases, _files
 from tests.acceptance.test_files_refused import broken

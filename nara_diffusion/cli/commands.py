@@ -1,0 +1,176 @@
+"""The commands `nara inspect`, `nara plot` and `nara convert`, which read an adapter's file without its base model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nara_diffusion.export.adapter_factors import adapter_of_part, cores_of, schedule_of
+from nara_diffusion.loaders.file import MODEL, WEIGHTS_NAME, AdapterFile, AdapterPart, naming
+from nara_diffusion.loaders.insertion import check_storable
+from nara_diffusion.utils.atomic_write import atomic_write
+
+_CORE_FIELDS = {
+    "hypernetwork": ("core_scale", "core_hidden_dims", "core_sharing", "noise_embedding"),
+    "constant": ("core_scale", "core_sharing"),
+    "knots": ("core_scale", "core_knots", "core_sharing"),
+    "bins": ("core_bins",),
+    "rank_mask": ("rank_mask_min",),
+    "identity": (),
+}
+"""{core_type: the fields that describe such a core}."""
+
+
+def inspect(args: Any) -> str:
+    """Description of an adapter's file: base model, adapted modules, definition of λ, core, and size.
+
+        nara inspect my-toy                                          # a folder of save_nara_weights, PEFT or a training
+        nara inspect my-toy/pytorch_nara_weights.safetensors --json  # a file; JSON, for programs
+
+    The base model isn't needed. The line noise_convention names the definition of λ that the file gives: masked_share,
+    the masked share of a language model's answer; timestep, t / N; flow, σ; …
+    """
+    file = AdapterFile.read(Path(args.file))
+    content = (file.path or Path()).read_bytes()
+    found: dict[str, Any] = {"file": str(file.path), "bytes": len(content)}
+    found["sha256"] = hashlib.sha256(content).hexdigest()
+    with naming(args.file):
+        found["components"] = {name: _described(part) for name, part in file.parts.items()}
+    return json.dumps(found, indent=2, default=list) if args.json else _text_of(found)
+
+
+def _described(part: AdapterPart) -> dict[str, Any]:
+    adapter_of_part(part)  # raises if it is damaged
+    config, modules = part.config, part.modules
+    kinds = Counter(next(word for word in reversed(name.split(".")) if not word.isdigit()) for name in modules)
+    factors = sum(tensor.numel() for tensor in part.tensors.values()) - sum(t.numel() for t in part.core.values())
+    core = sum(parameter.numel() for parameter in cores_of(part).parameters())  # without Fourier frequencies, …
+    fields = ("base_model_name_or_path", "lora_alpha", "use_rslora", "core_type", "noise_convention", "strength")
+    return {
+        "method": "NaRA-DoRA" if config.use_dora else "NaRA",
+        "modules": len(modules),
+        "module_kinds": dict(kinds),
+        "ranks": sorted(set(modules.values())),
+        **{name.removesuffix("_name_or_path"): getattr(config, name) for name in (*fields, "scheduler")},
+        "core": {name: getattr(config, name) for name in _CORE_FIELDS.get(config.core_type, ("core_sharing",))},
+        "parameters": {"core": core, "factors": factors},
+        "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in part.tensors.values()}),
+    }
+
+
+def _text_of(found: dict[str, Any]) -> str:
+    """The text of a description, as `nara inspect` prints it."""
+    lines = [f"{found['file']}: {found['bytes']:,} bytes, sha256 {found['sha256']}"]
+    for name, part in found["components"].items():
+        sizes = part["parameters"]
+        total = f"{sum(sizes.values()):,}: A and B {sizes['factors']:,}, core {sizes['core']:,}"
+        rows = {**part, "parameters": total, "noise_convention": part["noise_convention"] or "not stated"}
+        rows["base_model"] = part["base_model"] or "not stored in this file"
+        lines += ["", f"{name}: {part['method']}"]
+        lines += [f"  {label:<17} {_words(value)}" for label, value in rows.items() if value and label != "method"]
+    return "\n".join(lines)
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {each}" for name, each in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def plot(args: Any) -> str:
+    """Plot of an adapter's core over λ.
+
+        nara plot my-toy                            # writes my-toy.png
+        nara plot my-toy --output core.png --points 201
+
+    Left: the distance of C(λ) from the identity, ‖C(λ) − I‖ / ‖I‖; 0 is a plain LoRA. Middle: the singular values of
+    C(λ), which show the directions that are amplified or switched off at each λ. Right: the strength over λ. If layers
+    have cores of their own, lines are the mean over the cores, the shaded range is from the least to the largest.
+    """
+    output = args.output or Path(f"{Path(args.file).resolve().stem}.png")
+    if args.points < 2 or output.is_dir():
+        raise ValueError(f"--points is {args.points}, --output {output}: pass 2 or more, and the name of a PNG file.")
+    with naming(args.file):
+        _draw(AdapterFile.read(Path(args.file)), output, args.points)
+    return str(output)
+
+
+def _draw(file: AdapterFile, path: Path, points: int) -> None:
+    """Write the plot to the PNG file `path`, with a row for each component. Creates its folder."""
+    from matplotlib.figure import Figure
+
+    levels = torch.linspace(0, 1, points, dtype=torch.float32)
+    curves = {name: core_curves(part, levels) for name, part in file.parts.items()}
+    figure = Figure(figsize=(12, 3.4 * len(curves)), layout="constrained")
+    for row, (name, (distances, values)) in zip(
+        figure.subplots(len(curves), 3, squeeze=False), curves.items(), strict=True
+    ):
+        config = file.parts[name].config
+        schedule = schedule_of(config)
+        strength = torch.ones_like(levels) if schedule is None else schedule.at(levels)
+        row[0].plot(levels, distances.mean(0))
+        row[0].fill_between(levels, distances.amin(0), distances.amax(0), alpha=0.2)
+        row[0].set(ylabel="‖C(λ) − I‖ / ‖I‖", title=f"{name}: {config.core_type}", ylim=(0, None))
+        row[1].plot(levels, values.nanmean(0), linewidth=1)
+        row[1].set(ylabel="singular values of C(λ)")
+        row[2].plot(levels, strength)
+        row[2].set(ylabel="strength", ylim=(min(0.0, strength.min().item()), None))
+        for axes in row:
+            axes.set(xlabel="noise level λ", xlim=(0, 1))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as partial:
+        figure.savefig(partial, dpi=120, format="png")
+
+
+def core_curves(part: AdapterPart, levels: Tensor) -> tuple[Tensor, Tensor]:
+    """(‖C − I‖ / ‖I‖ (g, n), singular values of C (g, n, r)) of the g cores at λ (n,)."""
+    cores = cores_of(part)
+    with torch.no_grad():
+        matrices = [cores.matrix(group, levels).expand(len(levels), -1, -1).double() for group in cores]
+    rank = max(C.shape[-1] for C in matrices)
+    distances = [(C - torch.eye(C.shape[-1])).flatten(1).norm(dim=1) / C.shape[-1] ** 0.5 for C in matrices]
+    values = [
+        torch.nn.functional.pad(torch.linalg.svdvals(C), (0, rank - C.shape[-1]), value=torch.nan) for C in matrices
+    ]
+    return torch.stack(distances), torch.stack(values)
+
+
+def convert(args: Any) -> str:
+    """Conversion of a NaRA between its two file formats, tensor by tensor, without the base model.
+
+        nara convert my-toy folder --to peft                            # from save_nara_weights to PeftModel
+        nara convert my-toy folder --to peft --component text_encoder   # the same, one of several components
+        nara convert folder my-toy --to pipeline --component unet       # from PEFT to pipe.load_nara_weights
+
+    To plain LoRAs: nara fold. From a LoRA to a NaRA: nara_diffusion.from_lora, or --init_adapter of the train scripts.
+    """
+    source, output, form, component = args.file, args.output, args.to, args.component
+    if output.is_file():
+        raise ValueError(f"OUTPUT {output} is a file: name a folder.")
+    parts = AdapterFile.read(Path(source)).parts
+    if (form == "peft") == (list(parts) == [MODEL]):
+        other = "pipeline" if form == "peft" else "peft"
+        raise ValueError(f"'{source}' is in the form {form!r} already: choose --to {other}, or use it as it is.")
+    if form == "pipeline":
+        if not (component or "").isidentifier():
+            raise ValueError("--to pipeline needs --component, the part that is adapted, such as unet or transformer.")
+        parts = {str(component): parts[MODEL]}
+        check_storable(parts[str(component)].config, str(component))
+    elif component not in parts and (component is not None or len(parts) > 1):
+        raise ValueError(f"the file has {', '.join(parts)}: choose one of these by --component.")
+    chosen = component or next(iter(parts))
+    with naming(source):
+        adapter_of_part(parts[chosen])  # raises if it is damaged
+    file = AdapterFile({chosen: parts[chosen]})
+    if form == "peft":
+        file.save_peft(output)
+    else:
+        output.mkdir(parents=True, exist_ok=True)
+        file.save(output / WEIGHTS_NAME)
+    return f"{output}: as {form}"
