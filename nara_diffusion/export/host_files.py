@@ -27,8 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nara_diffusion.loaders.file import save_tensors
 from nara_diffusion.loaders.insertion import TEXT_ENCODER
+from nara_diffusion.loaders.strict import save_tensors
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
 
 from .original_names import UNETS, original_layers

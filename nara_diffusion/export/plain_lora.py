@@ -17,8 +17,8 @@ from peft import LoraConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
-from nara_diffusion.loaders.file import by_pattern, configured_scaling, save_tensors
-from nara_diffusion.loaders.strict import PEFT_PREFIX, is_core_key
+from nara_diffusion.loaders.file import by_pattern, configured_scaling
+from nara_diffusion.loaders.strict import PEFT_PREFIX, is_core_key, save_tensors
 from nara_diffusion.noise.prediction import FLOW, how_to_set, prediction_in
 from nara_diffusion.utils.atomic_write import atomic_write_files
 

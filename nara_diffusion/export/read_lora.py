@@ -22,10 +22,10 @@ from peft.utils import CONFIG_NAME
 from torch import Tensor, nn
 
 from nara_diffusion.config import is_naras, read_config_file
-from nara_diffusion.loaders.file import read_peft_tensors, read_tensors
+from nara_diffusion.loaders.file import read_peft_tensors
 from nara_diffusion.loaders.insertion import TEXT_ENCODER
-from nara_diffusion.loaders.schedulers import DENOISERS
-from nara_diffusion.loaders.strict import PEFT_PREFIX
+from nara_diffusion.loaders.schedulers import DENOISERS, denoiser_name
+from nara_diffusion.loaders.strict import PEFT_PREFIX, read_tensors
 from nara_diffusion.utils.naming import listed
 
 from .host_files import SCHEDULER_KEY, with_text_model
@@ -44,8 +44,10 @@ def read_lora(lora: str | os.PathLike[str], model: Any) -> tuple[dict[str, Plain
         raise ValueError(f"lora is a {type(lora).__name__}: pass a path; save_pretrained(folder) writes one.")
     path, origin = Path(lora).expanduser(), f"'{lora}'"
     try:
-        is_pefts = (path / CONFIG_NAME).is_file()
-        parts = {_denoiser_of(model): _of_folder(path)} if is_pefts else _of_file(_found(path), model)
+        if (path / CONFIG_NAME).is_file():
+            parts = {denoiser_name(model) if is_pipeline(model) else "": _of_folder(path)}
+        else:
+            parts = _of_file(_found(path), model)
         for part in parts.values():
             if part.others or part.config.lora_bias:
                 extra = next(iter(part.others), "biases of B")
@@ -58,15 +60,6 @@ def read_lora(lora: str | os.PathLike[str], model: Any) -> tuple[dict[str, Plain
 def is_pipeline(model: Any) -> bool:
     """Whether `model` is a pipeline of Diffusers, of which this imports the base class."""
     return isinstance(model, diffusers.DiffusionPipeline)  # type: ignore[attr-defined]
-
-
-def _denoiser_of(model: Any) -> str:
-    if not is_pipeline(model):
-        return ""
-    names = [name for name in DENOISERS if isinstance(getattr(model, name, None), nn.Module)]
-    if not names:
-        raise ValueError(f"{type(model).__name__} has no {' or '.join(DENOISERS)}: pass the component to adapt.")
-    return names[0]
 
 
 def _scheduler(folder: Path, text: str | None = None) -> dict[str, Any] | None:

@@ -22,12 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from diffusers.utils.hub_utils import _get_model_file
-from peft import LoraConfig, PeftModel, load_peft_weights
+from peft import LoraConfig, PeftModel
 from peft.utils import CONFIG_NAME as PEFT_CONFIG_NAME
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as PEFT_WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from nara_diffusion.config import (
@@ -39,19 +37,15 @@ from nara_diffusion.config import (
 )
 from nara_diffusion.cores.registry import with_current_names
 from nara_diffusion.utils.atomic_write import atomic_write_files
-from nara_diffusion.utils.naming import is_out_of_reach, listed, naming_source
+from nara_diffusion.utils.naming import is_out_of_reach, listed
 
-from .strict import CORE, PEFT_PREFIX, check_loaded, is_core_key
+from .strict import CORE, PEFT_PREFIX, PICKLE, check_loaded, copied, is_core_key, read_tensors, save_tensors
 
 WEIGHTS_NAME = "pytorch_nara_weights.safetensors"
 METADATA_KEY = "nara_adapter_metadata"
 FORMAT_VERSION = 1
 MODEL = "model"
 """The name of the component of a PEFT folder, where no other is given."""
-_PICKLE = (
-    "a pickle of torch.save, which may run code when it is read, and isn't read here: get the adapter as "
-    "safetensors, or write it as such by safetensors.torch.save_file(torch.load(path, weights_only=True), …)"
-)
 
 
 @dataclass(frozen=True)
@@ -106,7 +100,7 @@ class AdapterFile:
             ValueError: there is no file, or it is damaged or of another kind. OSError: the Hub's error.
         """
         if isinstance(source, Mapping):
-            return cls(_of_pipeline({key: _copy(tensor) for key, tensor in source.items()}, metadata, "The dict"))
+            return cls(_of_pipeline({key: copied(tensor) for key, tensor in source.items()}, metadata, "The dict"))
         if metadata is not None:
             raise ValueError("metadata is for a dict of tensors: a file has its own.")
         path = _locate(source, weight_name, subfolder, hub)
@@ -203,74 +197,9 @@ def _in_folder(folder: Path, weight_name: str | None) -> Path:
         if (folder / name).is_file():
             return folder / name
     pickles = [path.name for path in files if path.suffix in (".bin", ".pt", ".pth", ".ckpt")]
-    found = "it has no safetensors file" + (f", but {listed(pickles)}, {_PICKLE}" if pickles else "")
+    found = "it has no safetensors file" + (f", but {listed(pickles)}, {PICKLE}" if pickles else "")
     found = f"pass weight_name, one of {listed(others)}" if others else found
     raise ValueError(f"There is no '{weight_name or WEIGHTS_NAME}' in '{folder}': {found}.")
-
-
-# ---------------------------------------------------------------------- tensors
-
-
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str] | None]:
-    """Tensors and metadata of a safetensors file, copied, so that the file may be overwritten afterwards.
-
-    Raises:
-        ValueError: it is cut off or of another format, such as a pickle.
-    """
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            return {key: _copy(file.get_tensor(key)) for key in file.keys()}, file.metadata()  # noqa: SIM118
-    except SafetensorError as error:
-        if path.read_bytes()[:2] in (b"PK", *(b"\x80" + bytes([version]) for version in range(6))):  # a zip, or bare
-            raise ValueError(f"'{path}' is {_PICKLE}.") from None
-        raise ValueError(
-            f"'{path}' is no whole safetensors file ({error}): download or save it again if it was cut off; other "
-            "formats are not read."
-        ) from None
-
-
-def read_peft_tensors(source: str | Path, **options: Any) -> dict[str, Tensor]:
-    """The tensors of an adapter of any method in PEFT's format, by PEFT's keys.
-
-    Args:
-        source: folder or repository. options: `revision`, `subfolder`, ….
-
-    Raises:
-        ValueError: nothing is there, or it is damaged. OSError: the Hub's error.
-    """
-    folder = Path(source, options.get("subfolder") or "")
-    if (folder / PEFT_WEIGHTS_NAME).is_file():
-        return read_tensors(folder / PEFT_WEIGHTS_NAME)[0]
-    if not folder.is_dir():
-        return read_tensors(_download(source, PEFT_WEIGHTS_NAME, options.pop("subfolder", None), options))[0]
-    if (folder / PEFT_CONFIG_NAME).is_file() and not (folder / "adapter_model.bin").is_file():
-        raise ValueError(f"There is no '{PEFT_WEIGHTS_NAME}' beside '{PEFT_CONFIG_NAME}' in '{folder}': copy both.")
-    with naming_source(folder, PEFT_CONFIG_NAME, "an adapter of PEFT's"):
-        return load_peft_weights(str(source), device="cpu", **options)  # a pickle, of weights only
-
-
-def save_tensors(
-    tensors: Mapping[str, Tensor],
-    path: Path,
-    metadata: Mapping[str, str] | None = None,
-    save_function: Callable[..., Any] | None = None,
-) -> None:
-    """Write a safetensors file, whole or not at all, as `save_file` of safetensors does.
-
-    Raises:
-        OSError: the target is full or can't be written; the message names both.
-    """
-    try:
-        whole = {key: tensor.contiguous() for key, tensor in tensors.items()}
-        (save_function or save_file)(whole, str(path), metadata={"format": "pt", **(metadata or {})})
-    except SafetensorError as error:
-        target = Path(*(part for part in path.parts if not part.startswith(".partial-")))
-        raise OSError(f"'{target}' can't be written: {error}") from error
-
-
-def _copy(tensor: Any) -> Any:
-    """A copy that shares no memory and is aligned like a model's weights, on which the last bits of products depend."""
-    return tensor.detach().clone() if isinstance(tensor, Tensor) else tensor
 
 
 # ---------------------------------------------------------------------- the two formats
@@ -329,7 +258,12 @@ def _configs(text: str, origin: str) -> dict[str, NaraConfig]:
     return {name: config_from_fields(own, f"{origin}, '{name}'") for name, own in components.items()}
 
 
-# ---------------------------------------------------------------------- models that are loaded whole
+# ---------------------------------------------------------------------- adapters of other methods
+
+
+def read_peft_tensors(source: str | Path, subfolder: str | None = None, **hub: Any) -> dict[str, Tensor]:
+    """The tensors of an adapter of any method in PEFT's format, by PEFT's keys; see `AdapterFile.read`."""
+    return read_tensors(_locate(source, PEFT_WEIGHTS_NAME, subfolder, hub))[0]
 
 
 def load_peft_adapter(model: Any, source: str | Path, **options: Any) -> PeftModel:
@@ -345,19 +279,3 @@ def load_peft_adapter(model: Any, source: str | Path, **options: Any) -> PeftMod
     adapted: Any = PeftModel.from_pretrained(model, str(source), **options)
     check_loaded(adapted, "default", tensors, str(source))
     return adapted
-
-
-def load_whole_model(kind: Any, folder: Path, **options: Any) -> Any:
-    """`kind.from_pretrained` of Diffusers or Transformers, with a check that all weights were loaded and none ignored.
-
-    Raises:
-        ValueError: a tensor is missing or unexpected; the message names it.
-    """
-    model, loading = kind.from_pretrained(str(folder), output_loading_info=True, **options)
-    missing, surplus = (sorted(loading[keys]) for keys in ("missing_keys", "unexpected_keys"))
-    if missing or surplus:
-        lacks = f"lacks {listed(missing, 'tensors')} of {kind.__name__}" if missing else ""
-        holds = f"holds {listed(surplus, 'tensors')}, which {kind.__name__} doesn't have" if surplus else ""
-        what = " and ".join(filter(None, (lacks, holds)))
-        raise ValueError(f"{folder} {what}. Was it written by another version, or of another model? Save it again.")
-    return model

@@ -112,6 +112,17 @@ def removing_adapters(pipe: Any) -> Iterator[None]:
         vars(pipe).pop(REPLACED, None)
 
 
+def denoiser_name(pipe: Any) -> str:
+    """The component that an adapter without named parts is for. Raises ValueError if the pipeline has no denoiser."""
+    for name in DENOISERS:
+        if isinstance(getattr(pipe, name, None), nn.Module):
+            return name
+    raise ValueError(
+        f"{type(pipe).__name__} has none of {', '.join(DENOISERS)}, one of which a NaRA adapts: its components are "
+        f"{', '.join(map(repr, pipe.components))}."
+    )
+
+
 def _carried_by(parts: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [part.config.scheduler for part in parts.values() if part.config.scheduler is not None]
 

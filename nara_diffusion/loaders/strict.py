@@ -2,16 +2,19 @@
 
 PEFT, Diffusers and Transformers ignore tensors with unexpected names, at most with a warning, and leave their layers at
 random values. So nothing is half loaded here: `check_tensors` compares a file with the adapter that it is loaded into,
-and `check_loaded` any method's adapter with its file afterwards.
+and `check_loaded` any method's adapter with its file afterwards. Files of tensors are read and written whole, or not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from nara_diffusion.utils.naming import listed
@@ -21,6 +24,10 @@ PEFT_PREFIX = "base_model.model."
 CORE = "nara_core"
 """The part of a key by which a file names the core's tensors."""
 
+PICKLE = (
+    "a pickle of torch.save, which may run code when it is read, and isn't read here: get the adapter as "
+    "safetensors, or write it as such by safetensors.torch.save_file(torch.load(path, weights_only=True), …)"
+)
 _HINT = (
     "Was it trained on another base model, or saved with another core_type, core_sharing, noise_embedding, "
     "rank or target_modules?"
@@ -142,3 +149,64 @@ def _equal(held: Tensor, given: Tensor) -> bool:
     if held.is_meta or held.shape != given.shape:  # on meta: it waits on disk
         return held.shape == given.shape
     return torch.allclose(held, given.to(held.device, held.dtype), rtol=0, atol=0, equal_nan=True)
+
+
+def load_whole_model(kind: Any, folder: Path, **options: Any) -> Any:
+    """`kind.from_pretrained` of Diffusers or Transformers, with a check that all weights were loaded and none ignored.
+
+    Raises:
+        ValueError: a tensor is missing or unexpected; the message names it.
+    """
+    model, loading = kind.from_pretrained(str(folder), output_loading_info=True, **options)
+    missing, surplus = (sorted(loading[keys]) for keys in ("missing_keys", "unexpected_keys"))
+    if missing or surplus:
+        lacks = f"lacks {listed(missing, 'tensors')} of {kind.__name__}" if missing else ""
+        holds = f"holds {listed(surplus, 'tensors')}, which {kind.__name__} doesn't have" if surplus else ""
+        what = " and ".join(filter(None, (lacks, holds)))
+        raise ValueError(f"{folder} {what}. Was it written by another version, or of another model? Save it again.")
+    return model
+
+
+# ---------------------------------------------------------------------- files of tensors
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str] | None]:
+    """Tensors and metadata of a safetensors file, copied, so that the file may be overwritten afterwards.
+
+    Raises:
+        ValueError: it is cut off or of another format, such as a pickle.
+    """
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {key: copied(file.get_tensor(key)) for key in file.keys()}, file.metadata()  # noqa: SIM118
+    except SafetensorError as error:
+        if path.read_bytes()[:2] in (b"PK", *(b"\x80" + bytes([version]) for version in range(6))):  # a zip, or bare
+            raise ValueError(f"'{path}' is {PICKLE}.") from None
+        raise ValueError(
+            f"'{path}' is no whole safetensors file ({error}): download or save it again if it was cut off; other "
+            "formats are not read."
+        ) from None
+
+
+def save_tensors(
+    tensors: Mapping[str, Tensor],
+    path: Path,
+    metadata: Mapping[str, str] | None = None,
+    save_function: Callable[..., Any] | None = None,
+) -> None:
+    """Write a safetensors file, whole or not at all, as `save_file` of safetensors does.
+
+    Raises:
+        OSError: the target is full or can't be written; the message names both.
+    """
+    try:
+        whole = {key: tensor.contiguous() for key, tensor in tensors.items()}
+        (save_function or save_file)(whole, str(path), metadata={"format": "pt", **(metadata or {})})
+    except SafetensorError as error:
+        target = Path(*(part for part in path.parts if not part.startswith(".partial-")))
+        raise OSError(f"'{target}' can't be written: {error}") from error
+
+
+def copied(tensor: Any) -> Any:
+    """A copy that shares no memory and is aligned like a model's weights, on which the last bits of products depend."""
+    return tensor.detach().clone() if isinstance(tensor, Tensor) else tensor

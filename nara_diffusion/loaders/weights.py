@@ -29,7 +29,7 @@ from .insertion import (
     swap,
     unwrapped,
 )
-from .schedulers import DENOISERS, adopt_schedulers, check_schedulers, removing_adapters
+from .schedulers import DENOISERS, adopt_schedulers, check_schedulers, denoiser_name, removing_adapters
 
 
 def load_nara_weights(
@@ -89,7 +89,7 @@ def load_nara_weights(
     models = adaptable_models(self)
     hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "force_download": force_download}
     hub |= {"proxies": proxies, "local_files_only": local_files_only}
-    source, component = pretrained_model_name_or_path_or_dict, _denoiser_name(self)
+    source, component = pretrained_model_name_or_path_or_dict, denoiser_name(self)
     where = {"weight_name": weight_name, "subfolder": subfolder, "metadata": metadata}
     parts = AdapterFile.read(source, component, **where, **hub).parts
     carrying = parts if set_scheduler else {}
@@ -174,21 +174,11 @@ def adaptable_models(pipe: Any) -> dict[str, nn.Module]:
     Raises:
         ValueError: the pipeline has no denoiser.
     """
-    _denoiser_name(pipe)
+    denoiser_name(pipe)
     names = [name for name in pipe.components if name in DENOISERS or name.startswith(TEXT_ENCODER)]
     found = {name: getattr(pipe, name) for name in sorted(names, key=lambda name: name not in DENOISERS)}
     originals = {name: getattr(model, "_orig_mod", model) for name, model in found.items()}  # of torch.compile
     return {name: model for name, model in originals.items() if isinstance(model, nn.Module)}
-
-
-def _denoiser_name(pipe: Any) -> str:
-    for name in DENOISERS:
-        if isinstance(getattr(pipe, name, None), nn.Module):
-            return name
-    raise ValueError(
-        f"{type(pipe).__name__} has none of {', '.join(DENOISERS)}, one of which a NaRA adapts: its components are "
-        f"{', '.join(map(repr, pipe.components))}."
-    )
 
 
 def _check_parts(models: Mapping[str, nn.Module], parts: Mapping[str, AdapterPart]) -> None:

@@ -21,8 +21,8 @@ from nara_diffusion import NaraConfig
 from nara_diffusion.config import changes_base, is_naras, read_config_file
 from nara_diffusion.export.from_lora import check_identity, copy_tensors
 from nara_diffusion.export.read_lora import read_lora
-from nara_diffusion.loaders.file import METADATA_KEY, WEIGHTS_NAME, AdapterFile, load_whole_model, naming
-from nara_diffusion.loaders.strict import check_loaded, check_tensors
+from nara_diffusion.loaders.file import METADATA_KEY, WEIGHTS_NAME, AdapterFile, naming
+from nara_diffusion.loaders.strict import check_loaded, check_tensors, load_whole_model
 from nara_diffusion.noise.prediction import Prediction, prediction_in
 
 from .adapters import CORE_FIELDS

@@ -39,7 +39,7 @@ def trained_lora(folder: Path, **options: Any) -> PeftModel:
     patterns: dict[str, Any] = {"rank_pattern": {"second": 2}, "alpha_pattern": {"second": 5}}
     model = get_peft_model(base(), lora_config(**{"target_modules": TARGETS, **patterns, **options}))
     disturb(model)
-    model.save_pretrained(folder, safe_serialization=not options.get("use_rslora"))  # also a pickle
+    model.save_pretrained(folder)
     return model.eval()
 
 
