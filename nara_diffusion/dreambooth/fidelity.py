@@ -217,10 +217,9 @@ class Evaluation:
 
 def load_encoders(args: Any, device: torch.device) -> dict[str, Encoder | None]:
     """The encoders of an `Evaluation` that a run's arguments name; one that both name is loaded once."""
-    names = {name for name in (args.similarity_model, args.alignment_model) if name is not None}
-    encoders: dict[str | None, Encoder] = {name: _load_encoder(args, name, device) for name in sorted(names)}
-    alignment = encoders.get(args.alignment_model)
-    if alignment is not None:
+    names = sorted({args.similarity_model, args.alignment_model} - {None})
+    encoders: dict[str | None, Encoder] = {name: _load_encoder(args, name, device) for name in names}
+    if (alignment := encoders.get(args.alignment_model)) is not None:
         alignment.check_text()
     return {"similarity": encoders.get(args.similarity_model), "alignment": alignment}
 

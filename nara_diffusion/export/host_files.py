@@ -47,7 +47,7 @@ _ENCODERS = {
 """{base: {component: kohya's name of it}}."""
 _IN_CLIP = re.compile(r"encoder\.layers\.\d+\.(self_attn|mlp)\.")
 LEVELS = 1000
-KEYFRAMES = 50
+_KEYFRAMES = 50
 """The number of equally spaced keyframes: ComfyUI holds a keyframe's strength until the next one."""
 _STEP = 1e-6
 """Two points of a schedule that are nearer in λ than this are a step: the same λ, or neighbouring float32 numbers."""
@@ -181,14 +181,14 @@ def level_of(percent: float, shift: float | None = None) -> float:
     return share * (LEVELS - 1) / LEVELS if shift is None else shift * share / (1 + (shift - 1) * share)
 
 
-def keyframes(schedule: StrengthSchedule, shift: float | None = None, count: int = KEYFRAMES) -> list[list[float]]:
+def keyframes(schedule: StrengthSchedule, shift: float | None = None) -> list[list[float]]:
     """[start percent, strength] of each keyframe, which holds the strength at its middle; none spans a step."""
     steps = {
         round(percent_of(level, shift), 6)
         for (level, _), (following, _) in pairwise(schedule.points)
         if following - level < _STEP
     }
-    starts = sorted({*(index / count for index in range(count)), *(step for step in steps if step < 1)})
+    starts = sorted({*(index / _KEYFRAMES for index in range(_KEYFRAMES)), *(step for step in steps if step < 1)})
     levels = [level_of((start + end) / 2, shift) for start, end in pairwise([*starts, 1.0])]
     values = schedule.at(torch.tensor(levels, dtype=torch.float32).clamp(0, 1)).tolist()
     found = [[start, round(value, 4) + 0.0] for start, value in zip(starts, values, strict=True)]

@@ -6,8 +6,6 @@ import json
 import logging
 import math
 import os
-import re
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -137,7 +135,7 @@ class PlainLora:
                 (partial / SCHEDULER / "scheduler_config.json").write_text(content + "\n", encoding="utf-8")
 
 
-# ---------------------------------------------------------------------- tensors and configurations
+# ---------------------------------------------------------------------- tensors
 
 
 def tensors_of_layers(layers: Mapping[str, PlainLoraLayer], prefix: str = "") -> dict[str, Tensor]:
@@ -180,23 +178,6 @@ def layers_of_tensors(config: LoraConfig, tensors: Mapping[str, Tensor]) -> dict
 def others_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What is no factor and no core's: trained biases, tokens, modules."""
     return {key: tensor for key, tensor in tensors.items() if ".lora_" not in key and not is_core_key(key)}
-
-
-def config_of_layers(layers: Mapping[str, PlainLoraLayer]) -> LoraConfig:
-    """A LoraConfig that names each module in full, with its rank and α."""
-    first = next(iter(layers.values()))
-    ranks = {name: layer.rank for name, layer in layers.items()}
-    alphas = {name: layer.alpha for name, layer in layers.items()}
-    r, alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0]
-    return LoraConfig(
-        r=r,
-        lora_alpha=alpha,  # type: ignore[arg-type]
-        use_dora=first.magnitude is not None,
-        inference_mode=True,
-        target_modules="|".join(map(re.escape, sorted(layers))),  # in a list, a name is the end of others too
-        rank_pattern={f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != r},
-        alpha_pattern={f"^{re.escape(name)}": value for name, value in alphas.items() if value != alpha},
-    )
 
 
 # ---------------------------------------------------------------------- schedulers

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +30,7 @@ from nara_diffusion.loaders.strict import PEFT_PREFIX, read_tensors
 from nara_diffusion.utils.naming import listed
 
 from .host_files import SCHEDULER_KEY, with_text_model
-from .plain_lora import SCHEDULER, PlainLora, PlainLoraLayer, config_of_layers, layers_of_tensors, others_of
+from .plain_lora import SCHEDULER, PlainLora, layers_of_tensors, others_of
 
 
 def read_lora(lora: str | os.PathLike[str], model: Any) -> tuple[dict[str, PlainLora], str]:
@@ -178,17 +179,23 @@ def _by_peft_names(
 
 
 def _config_of(values: Mapping[str, tuple[Tensor, float | None]]) -> LoraConfig:
-    """The configuration of a file that has none: ranks by A, α by its alphas, or the rank, which is a scale of 1."""
-    layers = {}
-    for key, (A, alpha) in values.items():
-        name, is_a, _ = key.partition(".lora_A.")
-        if is_a:
-            vectors = (values.get(f"{name}.lora_magnitude_vector{ending}") for ending in ("", ".weight"))
-            magnitude = next((vector[0] for vector in vectors if vector), None)
-            layers[name] = PlainLoraLayer(A, A, alpha or float(len(A)), len(A), magnitude=magnitude)
-    if not layers:
+    """The configuration of a file that has none, which names each module in full: ranks by A, α by the file's alphas,
+    or the rank, which is a scale of 1."""
+    given = {key.partition(".lora_A.")[0]: value for key, value in values.items() if ".lora_A." in key}
+    if not given:
         raise ValueError(f"no LoRA in PEFT's or Diffusers' format, but {listed(values) or 'nothing'}.")
-    return config_of_layers(layers)
+    ranks = {name: len(A) for name, (A, _) in given.items()}
+    alphas = {name: alpha or float(len(A)) for name, (A, alpha) in given.items()}
+    r, most = Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0]
+    return LoraConfig(
+        r=r,
+        lora_alpha=most,  # type: ignore[arg-type]
+        use_dora=any(".lora_magnitude_vector" in key for key in values),
+        inference_mode=True,
+        target_modules="|".join(map(re.escape, sorted(given))),  # in a list, a name is the end of others too
+        rank_pattern={f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != r},
+        alpha_pattern={f"^{re.escape(name)}": alpha for name, alpha in alphas.items() if alpha != most},
+    )
 
 
 def _configs(metadata: Mapping[str, str]) -> dict[str, LoraConfig]:

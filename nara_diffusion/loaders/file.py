@@ -244,10 +244,8 @@ def _of_pipeline(tensors: Mapping[str, Any], metadata: Mapping[str, str] | None,
 def _configs(text: str, origin: str) -> dict[str, NaraConfig]:
     try:
         content = dict(json.loads(text))
-        version = content["format_version"]
-        components = (
-            {name: dict(own) for name, own in content["components"].items()} if version == FORMAT_VERSION else {}
-        )
+        version, given = content["format_version"], content.get("components", {})
+        components = {name: dict(own) for name, own in given.items()} if version == FORMAT_VERSION else {}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"The configuration in the metadata of {origin} can't be read ({error!r}): damaged.") from None
     if version != FORMAT_VERSION:

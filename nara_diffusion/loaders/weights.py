@@ -99,7 +99,10 @@ def load_nara_weights(
         check_schedulers(self, carrying)
         with offloading_suspended(self):
             if hotswap:
-                _swap_all(models, parts, adapter_name)
+                for name, model in models.items():
+                    check_swappable(model, name, adapter_name, parts.get(name))
+                for name, part in parts.items():
+                    swap(models[name], adapter_name, part)
             else:
                 _insert_all(models, parts, adapter_name, low_cpu_mem_usage)
     adopt_schedulers(self, carrying)
@@ -205,13 +208,6 @@ def _insert_all(
                 except ValueError as error:
                     raise ValueError(f"{component}: {error}") from error
                 prepare_for_hotswap(model)
-
-
-def _swap_all(models: Mapping[str, nn.Module], parts: Mapping[str, AdapterPart], name: str) -> None:
-    for component, model in models.items():
-        check_swappable(model, component, name, parts.get(component))
-    for component, part in parts.items():
-        swap(models[component], name, part)
 
 
 # ---------------------------------------------------------------------- names

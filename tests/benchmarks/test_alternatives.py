@@ -16,8 +16,7 @@ from quality.regimes.runs import ARMS, Cell, build, trainable_parameters
 from quality.regimes.shift import ShiftedOffset, expected_shift
 from quality.regimes.text.models import Biased, load, logits_of
 
-from nara_diffusion.dreambooth.dataset import DreamBoothDataset
-from nara_diffusion.dreambooth.draws import draw_noise, seeded_normal
+from nara_diffusion.dreambooth.dataset import DreamBoothDataset, draw_noise, seeded_normal
 
 REGIMES = runs.REGIMES | runs.FURTHER
 

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler
 
 from nara_diffusion.dreambooth import DreamBoothDataset, LatentCache, records_from_folder
-from nara_diffusion.dreambooth.draws import draw_noise
+from nara_diffusion.dreambooth.dataset import draw_noise
 from nara_diffusion.dreambooth.families import SDXL
 from nara_diffusion.dreambooth.fidelity import (
     Encoder,

@@ -7,7 +7,7 @@ import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import compute_density_for_timestep_sampling
 
-from nara_diffusion.dreambooth.draws import (
+from nara_diffusion.dreambooth.dataset import (
     draw_indices,
     draw_noise,
     drawable_levels,

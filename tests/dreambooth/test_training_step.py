@@ -8,9 +8,14 @@ import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 
 from nara_diffusion import NaraConfig
-from nara_diffusion.dreambooth.dataset import DreamBoothDataset, collate_samples
+from nara_diffusion.dreambooth.dataset import (
+    DreamBoothDataset,
+    collate_samples,
+    draw_indices,
+    draw_noise,
+    drawable_levels,
+)
 from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser
-from nara_diffusion.dreambooth.draws import draw_indices, draw_noise, drawable_levels
 from nara_diffusion.dreambooth.image_records import records_from_folder
 from nara_diffusion.dreambooth.objectives import build_objective
 from nara_diffusion.dreambooth.training_step import LatentCache, PromptCache, TrainingStep

@@ -11,8 +11,7 @@ from tqdm.auto import tqdm
 
 from nara_diffusion import noise_level
 from nara_diffusion.dreambooth import collate_samples
-from nara_diffusion.dreambooth.dataset import DreamBoothDataset
-from nara_diffusion.dreambooth.draws import draw_indices
+from nara_diffusion.dreambooth.dataset import DreamBoothDataset, draw_indices
 from nara_diffusion.dreambooth.families import SDXL
 from nara_diffusion.dreambooth.objectives import build_objective
 from nara_diffusion.dreambooth.training_step import TrainingStep

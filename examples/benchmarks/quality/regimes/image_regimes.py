@@ -30,8 +30,7 @@ from torch import Tensor, nn
 
 from nara_diffusion import TimestepNoise
 from nara_diffusion.dreambooth import collate_samples
-from nara_diffusion.dreambooth.dataset import DreamBoothDataset
-from nara_diffusion.dreambooth.draws import draw_indices, draw_noise, seeded_normal
+from nara_diffusion.dreambooth.dataset import DreamBoothDataset, draw_indices, draw_noise, seeded_normal
 from nara_diffusion.dreambooth.image_records import ImageRecord, records_from_folder
 from nara_diffusion.dreambooth.objectives import Corrupted, IdentityReading, Objective, build_objective, squared_errors
 from nara_diffusion.dreambooth.pipelines import load_pipeline
