@@ -1,14 +1,13 @@
 """Small stand-ins for what the node uses of ComfyUI, after its public interface, and modules by its models' names.
 
-ComfyUI (a125cd84): comfy/model_patcher.py, model_sampling.py, samplers.py, sd.py; folder_paths.py. The names of the
-UNet's modules are those of Stability's code, as ldm/modules/diffusionmodules/openaimodel.py makes them.
+ComfyUI (a125cd84): comfy/model_patcher.py, model_sampling.py, samplers.py, sd.py; folder_paths.py. The names of its
+models' modules are those of the exports, which tests/export and test_files_export.py compare with other programs'.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from nara_diffusion.export.original_names import parts_of
 
 
 class Discrete:
@@ -67,15 +68,6 @@ class DiscreteEDM(Discrete):
 
     def timestep(self, sigma: Tensor) -> Tensor:
         return 0.25 * sigma.log()
-
-
-class StableCascade(Discrete):
-    """StableCascadeSampling: 10 000 sigmas, and a timestep in [0, 1]."""
-
-    num_timesteps = 10_000
-
-    def timestep(self, sigma: Tensor) -> Tensor:
-        return 1 - 2 / torch.pi * (1 / (sigma**2 + 1)).sqrt().asin()
 
 
 class EPS:
@@ -128,33 +120,11 @@ class Named(nn.Module):
             place.add_module(last, module)
 
 
-RESNET = {"conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "conv2": "out_layers.3"}
-RESNET["conv_shortcut"] = "skip_connection"
-OUTSIDE = {"conv_in": "input_blocks.0.0", "conv_out": "out.2"}
-OUTSIDE |= {f"time_embedding.linear_{i}": f"time_embed.{2 * i - 2}" for i in (1, 2)}
-
-
-def stability_name(name: str) -> str | None:
-    """Stability's name of a module of a UNet with two ResNet blocks a level, None for one that isn't adapted."""
-    if name in OUTSIDE:
-        return OUTSIDE[name]
-    found = re.match(r"(mid|down|up)_blocks?\.?(\d?)\.(resnets|attentions|downsamplers|upsamplers)\.(\d)\.(.*)", name)
-    if found is None:
-        return None
-    where, level, kind, i, rest = found[1], int(found[2] or 0), found[3], int(found[4]), found[5]
-    if kind == "downsamplers":
-        return f"input_blocks.{3 * level + 3}.0.op"
-    if kind == "upsamplers":
-        return f"output_blocks.{3 * level + 2}.2.conv"
-    block = {"down": f"input_blocks.{3 * level + i + 1}", "up": f"output_blocks.{3 * level + i}", "mid": "middle_block"}
-    place = (1 if kind == "attentions" else 2 * i) if where == "mid" else int(kind == "attentions")
-    return f"{block[where]}.{place}.{RESNET[rest] if kind == 'resnets' else rest}"
-
-
 def named_as_stability_does(unet: nn.Module) -> Named:
-    """The layers of a UNet of Diffusers under Stability's names."""
+    """The layers of a UNet of Diffusers, two ResNet blocks a level, under Stability's names."""
     layers = {name: module for name, module in unet.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))}
-    return Named({other: layer for name, layer in layers.items() if (other := stability_name(name)) is not None})
+    names = [name for name in layers if not name.startswith("add_embedding")]
+    return Named({other: layers[name] for other, (name,) in parts_of(names, "sdxl").items()})
 
 
 @contextmanager

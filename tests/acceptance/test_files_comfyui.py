@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nara_diffusion import NaraConfig, StrengthSchedule, noise_level
+from nara_diffusion.export.original_names import parts_of
 from tests.acceptance import _bases, _files
 from tests.acceptance._comfyui import (
     CONST,
@@ -31,7 +32,6 @@ from tests.acceptance._comfyui import (
     Flow,
     Named,
     Patcher,
-    StableCascade,
     comfyui,
 )
 from tests.acceptance._comfyui import named_as_stability_does as renamed
@@ -122,13 +122,12 @@ def test_text_encoders_go_to_clip_as_the_loras_that_fold_writes(comfy) -> None:
 
 
 def test_the_three_projections_of_flux_in_one_matrix_have_each_its_core(comfy) -> None:
-    pipe = _bases.flux()
-    double = pipe.transformer.transformer_blocks[0].attn
-    single = pipe.transformer.single_transformer_blocks[0]
-    qkv = joined(double.to_q, double.to_k, double.to_v)
-    linear1 = joined(single.attn.to_q, single.attn.to_k, single.attn.to_v, single.proj_mlp)
-    x = _bases.drawn("hidden", 3, 5, 32)
-    model = Patcher(flux_model(pipe, qkv, linear1), sampling(Flow, CONST), lambda x, sigma: qkv(linear1(x)[..., :32]))
+    pipe, x = _bases.flux(), _bases.drawn("hidden", 3, 5, 32)
+    names = _files.layers_of(load_file(PIPELINES / "flux_float32" / _files.PIPELINE_WEIGHTS), "transformer.")
+    parts = parts_of({*names, "transformer_blocks.0.attn.add_v_proj"}, "flux")
+    named = Named({o: joined(*(pipe.transformer.get_submodule(str(part)) for part in own)) for o, own in parts.items()})
+    qkv, linear1 = map(named.get_submodule, ("double_blocks.0.img_attn.qkv", "single_blocks.0.linear1"))
+    model = Patcher(named, sampling(Flow, CONST), lambda x, sigma: qkv(linear1(x)[..., :32]))
     patched, _ = comfy.load(model, "flux_float32.safetensors", "flux", 1.0)
     with torch.no_grad():
         found = patched.sample(x, _bases.LEVELS)
@@ -150,26 +149,6 @@ def joined(*layers: Any) -> nn.Linear:
     both.weight.data = torch.cat([layer.weight.data for layer in layers])
     both.bias.data = torch.cat([layer.bias.data for layer in layers])
     return both
-
-
-def flux_model(pipe: Any, qkv: nn.Linear, linear1: nn.Linear) -> Named:
-    """The modules of FLUX's own code that the stored adapter is on."""
-    double, single = pipe.transformer.transformer_blocks[0], pipe.transformer.single_transformer_blocks[0]
-    attention, block = double.attn, "double_blocks.0"
-    txt_qkv = joined(attention.add_q_proj, attention.add_k_proj, attention.add_v_proj)
-    return Named(
-        {
-            f"{block}.img_attn.qkv": qkv,
-            f"{block}.txt_attn.qkv": txt_qkv,
-            f"{block}.img_attn.proj": attention.to_out[0],
-            f"{block}.txt_attn.proj": attention.to_add_out,
-            f"{block}.img_mlp.0": double.ff.net[0].proj,
-            f"{block}.txt_mlp.2": double.ff_context.net[2],
-            f"{block}.img_mod.lin": double.norm1.linear,
-            "single_blocks.0.linear1": linear1,
-            "single_blocks.0.linear2": single.proj_out,
-        }
-    )
 
 
 def test_a_converted_model_is_sampled_by_its_prediction_alone(comfy) -> None:
@@ -222,7 +201,6 @@ def test_lcm_has_the_noise_level_of_its_timestep_not_of_its_fifty_sigmas(changes
     [
         (ContinuousEDM, V_PREDICTION, None, "ContinuousEDM.*choose the node ModelSamplingDiscrete"),
         (DiscreteEDM, V_PREDICTION, None, "DiscreteEDM.*choose the node ModelSamplingDiscrete"),
-        (StableCascade, V_PREDICTION, None, "StableCascade.*choose the node ModelSamplingDiscrete"),
         (Flow, CONST, "edm", r"σ / \(1 \+ σ\).*Flow"),
         (Flow, CONST, "timestep", "λ is"),
     ],
