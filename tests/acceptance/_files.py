@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
@@ -74,6 +75,38 @@ def assert_same_fields(actual: Mapping[str, Any], wanted: Mapping[str, Any]) -> 
 
     unlike = {key for key in actual.keys() & wanted.keys() if value(actual, key) != value(wanted, key)}
     assert unlike <= {"peft_version"}, {key: (actual[key], wanted[key]) for key in unlike}
+
+
+def parts_of(model: Any) -> dict[str, nn.Module]:
+    if isinstance(model, nn.Module):
+        return {"model": model}
+    parts = {name: getattr(model, name, None) for name in ("unet", "transformer", "text_encoder", "text_encoder_2")}
+    return {name: part for name, part in parts.items() if part is not None}
+
+
+def state(model: Any) -> dict[str, Any]:
+    """What a load could change."""
+    found: dict[str, Any] = {} if isinstance(model, nn.Module) else {"scheduler": id(model.scheduler)}
+    for name, part in parts_of(model).items():
+        modules = dict(part.named_modules())
+        found |= {
+            f"{name}: modules": [(n, type(m), m.training) for n, m in modules.items()],
+            f"{name}: hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in modules.values()],
+            f"{name}: trained": {n for n, p in part.named_parameters() if p.requires_grad},
+            f"{name}: adapters": dict(getattr(part, "peft_config", None) or {}),
+            f"{name}: attributes": set(vars(part)),
+            f"{name}: values": {n: tensor.numpy().tobytes() for n, tensor in part.state_dict().items()},
+        }
+    return found
+
+
+def refused(call: Callable[[], Any], model: Any, *parts: str) -> None:
+    """`call` raises ValueError whose message has these parts, and leaves `model` as it was."""
+    before = state(model)
+    with pytest.raises(ValueError) as caught:  # noqa: PT011  (the parts are matched below)
+        call()
+    assert all(part in str(caught.value) for part in parts), (parts, str(caught.value))
+    assert state(model) == before
 
 
 def command(name: str = "nara") -> Callable[[list[str]], None]:

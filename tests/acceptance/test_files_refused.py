@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from nara_diffusion import NaraConfig
@@ -145,40 +145,8 @@ def models(kept: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """One pipeline and one language model, which meet every broken file; new ones after one was taken."""
     yield kept
     for form, model in kept.items():
-        if any(getattr(part, "peft_config", None) for part in parts_of(model).values()):
+        if any(getattr(part, "peft_config", None) for part in _files.parts_of(model).values()):
             kept[form] = MAKE[form]()
-
-
-def parts_of(model: Any) -> dict[str, nn.Module]:
-    if isinstance(model, nn.Module):
-        return {"model": model}
-    parts = {name: getattr(model, name, None) for name in ("unet", "transformer", "text_encoder", "text_encoder_2")}
-    return {name: part for name, part in parts.items() if part is not None}
-
-
-def state(model: Any) -> dict[str, Any]:
-    """What a load could change."""
-    found: dict[str, Any] = {} if isinstance(model, nn.Module) else {"scheduler": id(model.scheduler)}
-    for name, part in parts_of(model).items():
-        modules = dict(part.named_modules())
-        found |= {
-            f"{name}: modules": [(n, type(m), m.training) for n, m in modules.items()],
-            f"{name}: hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in modules.values()],
-            f"{name}: trained": {n for n, p in part.named_parameters() if p.requires_grad},
-            f"{name}: adapters": dict(getattr(part, "peft_config", None) or {}),
-            f"{name}: attributes": set(vars(part)),
-            f"{name}: values": {n: tensor.numpy().tobytes() for n, tensor in part.state_dict().items()},
-        }
-    return found
-
-
-def refused(call: Callable[[], Any], model: Any, *parts: str) -> None:
-    """`call` raises ValueError whose message has these parts, and leaves `model` as it was."""
-    before = state(model)
-    with pytest.raises(ValueError) as caught:  # noqa: PT011  (the parts are matched below)
-        call()
-    assert all(part in str(caught.value) for part in parts), (parts, str(caught.value))
-    assert state(model) == before
 
 
 def loading(form: str, model: Any, folder: Path) -> Callable[[], Any]:
@@ -199,13 +167,13 @@ def broken(row: str, form: str, folder: Path) -> tuple[str, ...]:
 @pytest.mark.parametrize(("row", "form"), CASES)
 def test_broken_file_is_refused_and_changes_nothing(row: str, form: str, models, tmp_path: Path) -> None:
     parts = broken(row, form, tmp_path)
-    refused(loading(form, models[form], tmp_path), models[form], str(tmp_path), *parts)
+    _files.refused(loading(form, models[form], tmp_path), models[form], str(tmp_path), *parts)
 
 
 @pytest.mark.parametrize("row", ["core missing", "B of a layer missing", "layer too many"])
 def test_load_adapter_of_transformers_refuses_the_same(row: str, models, tmp_path: Path) -> None:
     parts, model = broken(row, "peft", tmp_path), models["peft"]
-    refused(lambda: model.load_adapter(tmp_path, adapter_name="mine"), model, str(tmp_path), *parts)
+    _files.refused(lambda: model.load_adapter(tmp_path, adapter_name="mine"), model, str(tmp_path), *parts)
 
 
 @pytest.mark.parametrize(
@@ -217,11 +185,11 @@ def test_refused_file_leaves_no_start_of_what_is_trained_beside_a_and_b(beside: 
     config = NaraConfig(r=3, target_modules=["head"], **beside)
     get_peft_model(_bases.mixed_model(), config).save_pretrained(tmp_path)
     parts, base = ROWS["frequencies missing"]("peft", tmp_path / WEIGHTS["peft"]), _bases.mixed_model()
-    refused(loading("peft", base, tmp_path), base, str(tmp_path), *parts)
+    _files.refused(loading("peft", base, tmp_path), base, str(tmp_path), *parts)
     if "init_lora_weights" in beside:
         return  # PEFT warns of such a second adapter
     adapted = get_peft_model(base, NaraConfig(r=2, target_modules=["head"]))
-    refused(lambda: adapted.load_adapter(str(tmp_path), "other"), adapted, str(tmp_path), *parts)
+    _files.refused(lambda: adapted.load_adapter(str(tmp_path), "other"), adapted, str(tmp_path), *parts)
     assert adapted.active_adapters == ["default"]
 
 
@@ -249,10 +217,10 @@ def test_pickle_is_refused_as_one_and_not_run(suffix, form, zipped, message, mod
     content = {**load_file(path), "code": Touch(tmp_path / "was run")}
     path.unlink()
     torch.save(content, path.with_suffix(suffix), _use_new_zipfile_serialization=zipped)
-    before = state(models[form])
+    before = _files.state(models[form])
     with pytest.raises(Exception, match=message):
         loading(form, models[form], tmp_path / "adapter")()
-    assert state(models[form]) == before
+    assert _files.state(models[form]) == before
     assert not (tmp_path / "was run").exists()
 
 
@@ -280,7 +248,7 @@ OTHERS: dict[str, tuple[str, Callable[[], Any], str]] = {
 def test_file_of_another_base_is_refused_and_changes_nothing(row: str) -> None:
     form, make, part = OTHERS[row]
     model = make()
-    refused(loading(form, model, GOOD[form]), model, part)
+    _files.refused(loading(form, model, GOOD[form]), model, part)
 
 
 def test_models_that_refused_every_file_take_a_whole_one(models) -> None:

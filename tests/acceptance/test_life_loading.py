@@ -1,18 +1,33 @@
-"""`load_nara_weights`, `save_nara_weights` and `unload_nara_weights` of a pipeline, as their namesakes of a LoRA."""
+"""`load_nara_weights`, `save_nara_weights` and `unload_nara_weights` of a pipeline, as their namesakes of a LoRA.
+
+N, the meaning of small timesteps and the prediction come from the present scheduler of the pipelines that loaded.
+"""
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EDMEulerScheduler, EulerDiscreteScheduler
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import Tensor
 
-from tests.acceptance._lives import FILE, Lives, assert_near, fill, frozen_sd, predict, save_lora, save_nara
+from nara_diffusion.loaders.schedulers import scheduler_fields
+from tests.acceptance._files import assert_same_tensors, header, refused, state
+from tests.acceptance._lives import (
+    FILE,
+    Lives,
+    assert_near,
+    fill,
+    frozen_sd,
+    nara_config,
+    predict,
+    save_lora,
+    save_nara,
+)
 from tests.helpers.small_pipelines import pixels
 
 pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")  # PEFT, at a second LoRA
@@ -24,52 +39,31 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_nara(tmp_path_factory.mktemp("nara"))
 
 
+def loaded(folder: Path, name: str = "toy") -> Any:
+    pipe: Any = frozen_sd()
+    pipe.load_nara_weights(folder, adapter_name=name)
+    return pipe
+
+
 @pytest.fixture(scope="module")
 def with_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter of UNet and text encoder whose core is I."""
     return save_nara(tmp_path_factory.mktemp("text"), seed=2, text=True, core_type="identity")
 
 
-def content(folder: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    with safe_open(folder / FILE, "pt") as file:
-        return file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-
-
 def assert_same_file(one: Path, other: Path) -> None:
-    (metadata, tensors), (metadata_of_other, others) = content(one), content(other)
-    assert metadata == metadata_of_other
-    assert {name: tensor.dtype for name, tensor in tensors.items()} == {n: t.dtype for n, t in others.items()}
-    assert all(torch.equal(tensor, others[name]) for name, tensor in tensors.items())
-
-
-class State:
-    """Modules with their types, what trains, and the tensors, of UNet and text encoder."""
-
-    def __init__(self, pipe: StableDiffusionPipeline) -> None:
-        self.structure: dict[Any, Any] = {}
-        self.tensors: dict[str, Tensor] = {}
-        for part, model in {"unet": pipe.unet, "text_encoder": pipe.text_encoder}.items():
-            self.structure |= {(part, name): type(module) for name, module in model.named_modules()}
-            self.structure |= {(part, name, "trains"): p.requires_grad for name, p in model.named_parameters()}
-            self.tensors |= {f"{part}.{name}": tensor.clone() for name, tensor in model.state_dict().items()}
-
-    def assert_is(self, pipe: StableDiffusionPipeline, wrapped: bool = False) -> None:
-        """`wrapped`: Diffusers may have left empty wrappers, as of a LoRA."""
-        now = State(pipe)
-        assert wrapped or now.structure == self.structure
-        own = ".base_layer" if wrapped else "nothing"
-        found = {name.replace(own, ""): tensor for name, tensor in now.tensors.items()}
-        assert found.keys() == self.tensors.keys()
-        assert all(torch.equal(found[name], tensor) for name, tensor in self.tensors.items())
+    assert header(one / FILE) == header(other / FILE)
+    assert_same_tensors(one / FILE, other / FILE)
 
 
 def test_each_form_loads_under_the_name_of_a_lora_and_is_saved_as_it_was(folder, with_text, tmp_path: Path) -> None:
-    metadata, state = content(folder)
+    with safe_open(folder / FILE, "pt") as file:
+        metadata = file.metadata()
     forms: list[tuple[Any, dict[str, Any]]] = [
         (folder, {}),
         (str(folder), {"weight_name": FILE}),
         (folder / FILE, {}),
-        (state, {"metadata": metadata}),
+        (load_file(folder / FILE), {"metadata": metadata}),
         (with_text, {}),  # one name for all components
     ]
     pipe: Any = frozen_sd()
@@ -81,15 +75,11 @@ def test_each_form_loads_under_the_name_of_a_lora_and_is_saved_as_it_was(folder,
     for name in names[:5]:
         pipe.save_nara_weights(tmp_path / name, name)
         assert_same_file(tmp_path / name, with_text if name == names[4] else folder)
-    before = State(pipe)
-    with pytest.raises(ValueError, match=r"'default_0'.*(duplicate|already)"):
-        pipe.load_nara_weights(with_text, adapter_name="default_0")
-    before.assert_is(pipe)
+    refused(lambda: pipe.load_nara_weights(with_text, adapter_name="default_0"), pipe, "'default_0' is a duplicate")
 
 
 def test_trained_and_saved_as_a_nara_and_no_lora_it_gives_the_same_outputs_elsewhere(folder, tmp_path: Path) -> None:
-    pipe: Any = frozen_sd()
-    pipe.load_nara_weights(folder, adapter_name="toy")
+    pipe = loaded(folder)
     fill(pipe.unet, seed=3)  # by its trainable tensors, as training does
     with pytest.raises(ValueError, match="save_nara_weights"):
         pipe.unet.save_lora_adapter(tmp_path, adapter_name="toy")
@@ -107,7 +97,7 @@ def test_trained_and_saved_as_a_nara_and_no_lora_it_gives_the_same_outputs_elsew
 @pytest.mark.parametrize("way", ["unload_nara_weights", "unload_lora_weights", "delete_adapters", "unload_lora"])
 def test_unloaded_pipeline_is_the_base_bit_for_bit(folder: Path, with_text: Path, way: str) -> None:
     pipe: Any = frozen_sd()
-    image, before = pixels(pipe), State(pipe)
+    image, before = pixels(pipe), state(pipe)
     pipe.load_nara_weights(folder, adapter_name="a")
     pipe.load_nara_weights(with_text, adapter_name="b")
     pipe.set_adapters(["a", "b"])
@@ -118,7 +108,12 @@ def test_unloaded_pipeline_is_the_base_bit_for_bit(folder: Path, with_text: Path
     else:
         getattr(pipe, way)(*([["a", "b"]] if way == "delete_adapters" else []))
     assert torch.equal(pixels(pipe), image)
-    before.assert_is(pipe, wrapped=way in ("delete_adapters", "unload_lora"))
+    now, is_wrapped = state(pipe), way in ("delete_adapters", "unload_lora")  # Diffusers leaves wrappers, as of a LoRA
+    for name, value in before.items():
+        if "values" in name:
+            assert {key.replace(".base_layer", ""): held for key, held in now[name].items()} == value
+        elif not is_wrapped and ("attributes" not in name or way == "unload_nara_weights"):
+            assert now[name] == value, name
     assert not pipe.get_list_adapters()
     pipe.load_nara_weights(folder, adapter_name="a")
     assert (pixels(pipe) - image).abs().max() > 0.02
@@ -134,7 +129,117 @@ def test_unload_nara_weights_keeps_a_lora_beside_and_saving_then_raises(folder: 
     assert pipe.get_list_adapters() == {"unet": ["plain"]}
     assert pipe.get_active_adapters() == ["plain"]
     assert_near(predict(pipe), predict(expected), pipe.unet)
-    assert State(pipe).structure.keys() == State(expected).structure.keys()
+    assert state(pipe)["unet: modules"] == state(expected)["unet: modules"]
     with pytest.raises(ValueError, match="toy"):
         pipe.save_nara_weights(tmp_path / "out", adapter_name="toy")  # type: ignore[attr-defined]
     assert not (tmp_path / "out" / FILE).exists()
+
+
+def test_loading_after_disabling_says_what_is_on(folder: Path, caplog: Any) -> None:
+    pipe = loaded(folder, "a")
+    on = predict(pipe)
+    pipe.disable_lora()
+    off = predict(pipe)
+    pipe.load_nara_weights(folder, adapter_name="b")
+    assert "were off, by disable_lora(): loading 'b' switches it on" in caplog.text
+    assert "are off" not in caplog.text
+    assert pipe.get_active_adapters() == ["b"]
+    assert_near(predict(pipe), on, pipe.unet)
+    pipe.disable_lora()
+    pipe.unet.add_adapter(nara_config(target_modules=["to_k", "conv1"]), "c")
+    assert "are off, as disable_lora() or disable_adapters() has left them, and so is 'c'" in caplog.text
+    assert torch.equal(predict(pipe), off)
+
+
+# ---------------------------------------------------------------- the scheduler of the pipelines that loaded
+
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+FLOW = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+V = EulerDiscreteScheduler(**BETAS, prediction_type="v_prediction")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """NaRAs of converted models."""
+    root = tmp_path_factory.mktemp("naras")
+    for name, scheduler, convention in (("flow", FLOW, "flow"), ("v", V, "timestep")):
+        save_nara(root / name, noise_convention=convention, scheduler=scheduler_fields(scheduler))
+    return root
+
+
+def test_timesteps_count_by_the_last_scheduler_without_a_pipeline(folder: Path) -> None:
+    pipe, timesteps = loaded(folder), torch.tensor([100, 180, 50])
+    at_1000 = predict(pipe, timesteps)
+    pipe.scheduler = DDIMScheduler(**BETAS, num_train_timesteps=500)
+    unet, expected = pipe.unet, predict(pipe, timesteps)
+    assert not torch.allclose(expected, at_1000, atol=1e-3)
+    del pipe
+    gc.collect()
+    alone: Any = frozen_sd()
+    alone.unet = unet
+    assert_near(predict(alone, timesteps), expected, unet)
+
+
+def test_pipelines_with_different_lengths_are_refused(folder: Path) -> None:
+    pipe, other = loaded(folder), frozen_sd()
+    other.unet = pipe.unet
+    other.load_nara_weights(folder, adapter_name="second")  # type: ignore[attr-defined]
+    predict(pipe)
+    other.scheduler = DDIMScheduler(**BETAS, num_train_timesteps=500)
+    with pytest.raises(ValueError, match=r"N = 500 and N = 1000.*set_noise_source"):
+        predict(pipe)
+    del other
+    gc.collect()
+    predict(pipe)
+
+
+def test_small_timesteps_are_discrete_if_the_scheduler_is(folder: Path) -> None:
+    pipe = loaded(folder)
+    predict(pipe, torch.tensor([0.4, 1.3, 2.1]))
+    pipe.scheduler = EDMEulerScheduler()
+    with pytest.raises(ValueError, match=r"EDMEulerScheduler passes ¼ ln σ"):
+        predict(pipe, torch.tensor([0.4, 1.3, 2.1]))
+
+
+def test_scheduler_follows_set_adapters(root: Path, tmp_path: Path) -> None:
+    pipe = loaded(root / "flow", "flow")
+    expected = pixels(pipe)
+    pipe.load_lora_weights(save_lora(tmp_path), adapter_name="plain")
+    with pytest.raises(ValueError, match=r"predicts epsilon, but .* takes it for flow_prediction"):
+        pixels(pipe)
+    pipe.set_adapters("plain")
+    alone: Any = frozen_sd()
+    alone.load_lora_weights(save_lora(tmp_path), adapter_name="plain")
+    assert torch.equal(pixels(pipe), pixels(alone))
+    pipe.set_adapters(["plain", "flow"])
+    pipe.set_adapters("flow")
+    assert torch.equal(pixels(pipe), expected)
+
+
+@pytest.mark.parametrize("how", ["disable_lora", "unload_lora_weights"])
+def test_base_with_the_adapters_scheduler_is_refused_with_a_remedy(root: Path, how: str) -> None:
+    image, pipe = pixels(frozen_sd()), loaded(root / "flow")
+    getattr(pipe, how)()
+    with pytest.raises(ValueError, match=r"predicts epsilon.*unload_nara_weights\(\)"):
+        pixels(pipe)
+    pipe.unload_nara_weights()
+    assert torch.equal(pixels(pipe), image)
+
+
+def test_adapters_of_different_predictions_are_refused_together(root: Path, folder: Path) -> None:
+    pipe = loaded(root / "v", "v")
+    with pytest.raises(ValueError, match="was trained with λ defined as 'flow'"):
+        pipe.load_nara_weights(root / "flow", adapter_name="flow")
+    pipe.load_nara_weights(folder, adapter_name="plain")
+    pipe.set_adapters(["plain", "v"])
+    predict(pipe)
+
+
+def test_scheduler_that_is_left_to_the_user_is_named_and_its_mismatch_refused(root: Path, caplog: Any) -> None:
+    pipe: Any = frozen_sd()
+    pipe.load_nara_weights(root / "flow", adapter_name="toy", set_scheduler=False)
+    assert "prediction_type='flow_prediction', use_flow_sigmas=True" in caplog.text
+    with pytest.raises(ValueError, match=r"predicts flow_prediction, but .* takes it for epsilon"):
+        predict(pipe)
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(FLOW.config)
+    predict(pipe)

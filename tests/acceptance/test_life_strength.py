@@ -151,47 +151,41 @@ def assert_same(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize(("kind", "method"), [("images", "NaRA"), ("images", "LoRA"), ("text", "LoRA")])
-def test_a_number_multiplies_the_live_schedule_and_none_is_1(kind: str, method: str) -> None:
+@pytest.mark.parametrize("kind", ["images", "text"])
+@pytest.mark.parametrize("method", ["NaRA", "LoRA"])
+def test_live_schedule_stays_until_another_comes_and_numbers_multiply_it(kind: str, method: str) -> None:
     one, other = Loaded(kind, method), Loaded(kind, method)
-    live, half, plain = (other.by_hand(each) for each in (SCHEDULE, HALF, None))
+    live, half, new, plain = (other.by_hand(each) for each in (SCHEDULE, HALF, OTHER, None))
     assert not torch.allclose(live, half, rtol=1e-2, atol=1e-2 * float(live.abs().max()))
-    one.pipe.set_adapters("toy", SCHEDULE)
-    assert_same(one.output(), live)
     for names, weights, expected in [
+        ("toy", SCHEDULE, live),
         ("toy", 0.5, half),
         ("toy", None, live),
         (["toy"], [0.5], half),
         (["toy"], [None], live),
         (["style", "toy"], [0.0, 0.5], half),
+        ("style", None, None),
+        ("toy", None, live),
+        (["style", "toy"], None, None),
         ("toy", 1.0, live),
+        ("toy", 0.5, half),
+        ("toy", OTHER, new),
     ]:
         one.pipe.set_adapters(names, weights)
-        assert_same(one.output(), expected)
+        if expected is None:
+            assert not torch.allclose(one.output(), live, rtol=1e-3, atol=1e-4)
+        else:
+            assert_same(one.output(), expected)
+    one.pipe.disable_lora()
+    one.pipe.enable_lora()
+    assert_same(one.output(), new)
+    set_strength(one.model, "toy", SCHEDULE)
     set_strength(one.model, "toy", 0.5)
     assert_same(one.output(), half)
     set_strength(one.model, "toy", None)
     assert_same(one.output(), plain)
     one.pipe.set_adapters("toy", 1.0)
     assert_same(one.output(), plain)
-
-
-@pytest.mark.parametrize(("kind", "method"), [("images", "LoRA"), ("text", "NaRA")])
-def test_switching_away_and_back_keeps_the_live_schedule_and_a_new_one_replaces_it(kind: str, method: str) -> None:
-    one, other = Loaded(kind, method), Loaded(kind, method)
-    one.pipe.set_adapters("toy", SCHEDULE)
-    live = one.output()
-    for names in ("style", ["style", "toy"]):
-        one.pipe.set_adapters(names)
-        assert not torch.allclose(one.output(), live, rtol=1e-3, atol=1e-4)
-        one.pipe.set_adapters("toy")
-        assert torch.equal(one.output(), live)
-    one.pipe.disable_lora()
-    one.pipe.enable_lora()
-    assert torch.equal(one.output(), live)
-    one.pipe.set_adapters("toy", 0.5)
-    one.pipe.set_adapters("toy", OTHER)
-    assert_same(one.output(), other.by_hand(OTHER))
 
 
 def test_a_file_holds_the_live_schedule_and_never_a_number(tmp_path: Path) -> None:
@@ -226,3 +220,45 @@ def test_numbers_by_block_multiply_the_live_schedule(method: str) -> None:
         other.pipe.set_adapters("toy", {"unet": {"down": live, "mid": 0.5 * live, "up": -0.2 * live}})
         with noise_level(one.model, level), noise_level(other.model, level):
             assert_same(one.output(), other.output())
+
+
+# ---------------------------------------------------------------- refused, and deleted
+
+
+def test_schedule_that_no_level_or_whole_adapter_belongs_to_is_refused_before_anything_changes() -> None:
+    pipe: Any = _lives.add_nara(frozen_sd(), "a")
+    inject_adapter_in_model(tiny.lora_config(target_modules=["q_proj"]), pipe.text_encoder, "a")
+    pipe.set_adapters("a", 0.7)
+    before = predict(pipe)
+    for weights, message in [
+        (SCHEDULE, r"for text_encoder, of which there is no λ: .*'text_encoder': 1\.0"),
+        ({"unet": {"down": {"block_0": SCHEDULE}, "mid": 0.3}}, "for unet, of which each block has a number: a sched"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            pipe.set_adapters("a", weights)
+        assert torch.equal(predict(pipe), before)
+    pipe.set_adapters("a", {"unet": SCHEDULE, "text_encoder": 1.0})
+    assert not torch.allclose(predict(pipe), before)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"bias": "lora_only"}, {"lora_bias": True}, {"modules_to_save": ["second"]}, {"init_lora_weights": "pissa"}],
+    ids=str,
+)
+def test_strength_over_lambda_of_a_lora_that_changes_more_than_its_update_is_refused(options: Any) -> None:
+    model = adapted(lora_config(target_modules=["first"], **options))
+    with pytest.raises(ValueError, match=f"would not reach what {next(iter(options))} changes in the model: give"):
+        set_strength(model, "default", SCHEDULE)
+    set_strength(model, "default", 0.5)
+
+
+def test_schedule_goes_with_its_adapter_also_where_a_lora_takes_its_name() -> None:
+    one, other = Loaded("images", "LoRA"), Loaded("images", "LoRA")
+    one.pipe.set_adapters("toy", SCHEDULE)
+    one.pipe.delete_adapters("toy")
+    inject_adapter_in_model(tiny.lora_config(target_modules=["to_q", "to_out.0"]), one.model, "toy")
+    tiny.disturb(one.model, "toy")
+    one.pipe.set_adapters("toy")
+    tiny.disturb(other.model, "toy")
+    assert_same(one.output(), other.output())

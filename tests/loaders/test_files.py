@@ -17,7 +17,7 @@ from nara_diffusion.loaders import file as files
 from nara_diffusion.loaders.insertion import remove
 from nara_diffusion.loaders.strict import check_loaded, load_whole_model
 from tests.acceptance import _bases, _files
-from tests.acceptance.test_files_refused import refused
+from tests.acceptance._files import refused
 from tests.helpers.adapted import TwoLayers, disturb, lora_config, nara_config
 from tests.helpers.small_pipelines import small_sdxl
 

@@ -1,0 +1,204 @@
+"""Around adapted models: rows that are no samples, what a user is told, and the functions replaced in others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import diffusers.loaders.lora_base as lora_base
+import pytest
+import torch
+from diffusers.loaders.peft import PeftAdapterMixin
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import LlamaForCausalLM, Qwen2MoeConfig, Qwen2MoeModel, T5Config, T5EncoderModel
+from transformers.integrations.peft import PeftAdapterMixin as TransformersMixin
+
+from nara_diffusion import noise_level, wraps
+from nara_diffusion.tuner.checkpointing import CheckpointWithCore
+from tests.acceptance._lives import add_nara, frozen_sd, predict, save_lora
+from tests.helpers.adapted import OneLayer, TwoLayers, adapted, disturb, lora_config, nara_config, relative_error
+from tests.helpers.small_pipelines import small_unet
+
+pytestmark = pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
+
+# ---------------------------------------------------------------------- rows that are no samples
+
+LENGTH = 4
+"""Of the batch and of its texts, so that there are as many rows as λ by chance."""
+LEVELS = torch.tensor([0.05, 0.4, 0.6, 0.93])
+IDS = torch.randint(3, 40, (LENGTH, LENGTH), generator=torch.Generator().manual_seed(0))
+X = torch.randn(LENGTH, LENGTH, 16, generator=torch.Generator().manual_seed(0))
+QWEN = {
+    "vocab_size": 49,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+QWEN |= {"num_key_value_heads": 1, "num_experts": 4, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 20}
+T5 = {"vocab_size": 49, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 1, "num_heads": 3}
+
+
+def encoder(**options: bool) -> OneLayer:
+    return OneLayer(nn.TransformerEncoderLayer(16, 2, 24, dropout=0.0, **options))
+
+
+MODELS: dict[str, tuple[Any, Tensor, list[str], str]] = {
+    "PyTorch, which sees (l, b, d)": (encoder, X, ["linear1"], "positions"),
+    "an embedding of positions": (
+        lambda: OneLayer(nn.Embedding(9, 16)),
+        IDS[0] % 9,
+        ["layer"],
+        "inside layer .*layer' is 1",
+    ),
+    "experts": (lambda: Qwen2MoeModel(Qwen2MoeConfig(**QWEN)), IDS, ["shared_expert.up_proj"], "tokens"),
+    "T5's positions": (lambda: T5EncoderModel(T5Config(**T5)), IDS, ["relative_attention_bias"], "positions"),
+}
+
+
+def output(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        found = model(x)
+    return found if isinstance(found, Tensor) else found[0]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_rows_that_are_known_to_be_no_samples_refuse_several_levels(name: str) -> None:
+    make, x, targets, said = MODELS[name]
+    model = adapted(make(), target_modules=targets)
+    with noise_level(model, LEVELS), pytest.raises(ValueError, match=said):
+        output(model, x)
+    with noise_level(model, 0.3):
+        shared = output(model, x)
+    with model.disable_adapter():
+        assert relative_error(output(model, x), shared) > 1e-4
+
+
+def test_rows_that_are_samples_have_a_level_each() -> None:
+    model = adapted(encoder(batch_first=True), target_modules=["linear1", "linear2"])
+    with noise_level(model, LEVELS):
+        together = output(model, X)
+    for index, level in enumerate(LEVELS.tolist()):
+        with noise_level(model, level):
+            assert relative_error(together[index], output(model, X)[index]) < 1e-5
+
+
+# ---------------------------------------------------------------------- what a user is told
+
+
+@pytest.mark.parametrize("targets", [["to_Q"], ["attn1.to_Q"], "to_Q"], ids=str)
+def test_targets_that_match_nothing_get_the_nearest_names(targets: Any) -> None:
+    unet = small_unet(12)
+    with pytest.raises(ValueError, match=r"to_Q.* not found in the base model.* Did you mean 'to_q'\?$"):
+        unet.add_adapter(nara_config(target_modules=targets))
+    assert not hasattr(unet, "nara_core")
+    with pytest.raises(
+        ValueError, match=r"not found in the base model\. Please check the target modules and try again"
+    ):
+        get_peft_model(TwoLayers(), nara_config(target_modules=["xxxxxx"]))
+
+
+def test_set_adapters_of_a_compiled_part_names_compiling_in_place() -> None:
+    pipe: Any = add_nara(frozen_sd(), "a")
+    pipe.unet = torch.compile(pipe.unet)
+    with pytest.raises(ValueError, match=r"unet is what torch.compile returned.* pipe\.unet\.compile\(\)"):
+        pipe.set_adapters("a", 0.5)
+    pipe.unet = pipe.unet._orig_mod
+    pipe.set_adapters("a", 0.5)
+
+
+def test_a_context_may_be_entered_again_also_inside_of_itself() -> None:
+    model, x = adapted(TwoLayers(), target_modules=["first"]), torch.randn(2, 7)
+    with noise_level(model, 0.3):
+        expected = model(x)
+    context = noise_level(model, 0.3)
+    for _ in range(2):
+        with context, noise_level(model, 0.9), context:
+            assert torch.equal(model(x), expected)
+        with pytest.raises(ValueError, match="λ is not known"):
+            model(x)
+    assert torch.equal(context(model)(x), expected)  # as a decorator
+
+
+def test_checkpoint_functions_are_wrapped_once_a_model(tiny_llama: Any) -> None:
+    inner = adapted(tiny_llama, target_modules=["q_proj"]).base_model.model
+    outer = get_peft_model(torch.nn.Sequential(inner), nara_config(target_modules=["v_proj"]))
+    inner.model.layers[0]._gradient_checkpointing_func = checkpoint
+    for _ in range(3):
+        with noise_level(outer, 0.3):
+            outer(torch.tensor([[3, 4, 5]]))
+    wrapped = inner.model.layers[0]._gradient_checkpointing_func
+    assert isinstance(wrapped, CheckpointWithCore)
+    assert isinstance(wrapped.checkpoint, CheckpointWithCore)
+    assert wrapped.checkpoint.checkpoint is checkpoint
+
+
+# ---------------------------------------------------------------------- replaced functions of other libraries
+
+WRAPPED: list[tuple[Any, str]] = [
+    (PeftModel, "from_pretrained"),
+    (PeftModel, "load_adapter"),
+    (TransformersMixin, "load_adapter"),
+    (lora_base.LoraBaseMixin, "set_adapters"),
+    (PeftAdapterMixin, "save_lora_adapter"),
+    (lora_base, "_get_model_file"),
+]
+
+
+def of(owner: Any, name: str) -> Any:
+    found = vars(owner)[name]
+    return getattr(found, "__func__", found)
+
+
+def test_wraps_are_these_six_once() -> None:
+    before = [of(*each) for each in WRAPPED]
+    assert all(function.knows_cores and not hasattr(function.__wrapped__, "knows_cores") for function in before)
+    wraps.wrap_other_libraries()
+    assert [of(*each) for each in WRAPPED] == before
+
+
+@pytest.fixture
+def _nothing_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What only a NaRA needs fails."""
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("is for a NaRA alone")
+
+    for name in ("inject_adapter_in_model", "give_strength", "check_strength"):
+        monkeypatch.setattr(wraps, name, called)
+
+
+@pytest.mark.usefixtures("_nothing_of_ours")
+def test_peft_and_transformers_load_a_lora_as_ever(tmp_path: Path, tiny_llama: Any) -> None:
+    model: Any = get_peft_model(TwoLayers(), lora_config(target_modules=["first"]))
+    disturb(model)
+    model.save_pretrained(tmp_path / "lora")
+    loaded: Any = PeftModel.from_pretrained(TwoLayers(), tmp_path / "lora")
+    loaded.load_adapter(tmp_path / "lora", "again")
+    with pytest.raises(ValueError, match="adapter_config"):
+        loaded.load_adapter(tmp_path / "none", "again and again")
+    tiny_llama.save_pretrained(tmp_path / "base")
+    text: Any = get_peft_model(tiny_llama, lora_config(target_modules=["q_proj"]))
+    text.save_pretrained(tmp_path / "text")
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    base.load_adapter(tmp_path / "text")
+    assert any("lora_A" in name for name, _ in base.named_parameters())
+
+
+@pytest.mark.usefixtures("_nothing_of_ours")
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
+def test_diffusers_loads_weights_and_saves_loras_as_ever(tmp_path: Path) -> None:
+    pipe: Any = frozen_sd()
+    tensors = save_lora(tmp_path)
+    for name in ("a", "b"):
+        pipe.load_lora_weights(tensors, adapter_name=name)
+    pipe.unet.load_lora_adapter(tmp_path, prefix=None, weight_name="pytorch_lora_weights.safetensors", adapter_name="c")
+    for weights in (None, 0.5, [0.5, {"unet": {"down": 0.2}}]):
+        pipe.set_adapters(["a", "b"], weights)
+    found = predict(pipe)
+    lora_base.LoraBaseMixin.set_adapters.__wrapped__(pipe, ["a", "b"], weights)  # type: ignore[attr-defined]
+    assert torch.equal(predict(pipe), found)
+    pipe.unet.save_lora_adapter(tmp_path / "out", adapter_name="a")
+    assert list((tmp_path / "out").iterdir())
