@@ -1,9 +1,9 @@
-"""A run's measurements before and after training, split over processes, and its report: table, plot, samples, card."""
+"""A run's measurements before and after training, split over processes, and what its report says of them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,14 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from nara_diffusion.training.arguments import schedule_of, window_of
 from nara_diffusion.training.engines import split_across_processes
-from nara_diffusion.training.report import (
-    core_import,
-    needs_schedule,
-    reads_noise,
-    validation_means,
-    write_run_report,
-    write_text,
-)
+from nara_diffusion.training.report import core_import, needs_schedule, reads_noise, validation_means, write_text
 from nara_diffusion.training.run import Run
 
 from .canvas import AnswerCollator
@@ -127,11 +120,9 @@ def figures(before: Measurement, after: Measurement) -> list[list[str]]:
     return [[f"exact match (n = {len(after.generations)})", *shares], ["validation loss", *losses]]
 
 
-def write_report(
-    evaluation: Evaluation, before: Measurement, after: Measurement, question: Any, facts: Mapping[str, str]
-) -> None:
-    """Write noise_level_curve.png, samples.jsonl and README.md into the run's folder; the card's code asks `question`,
-    a text or the turns of a conversation."""
+def describe(evaluation: Evaluation, before: Measurement, after: Measurement, question: Any) -> dict[str, Any]:
+    """Write samples.jsonl into the run's folder; and what its card says, whose code asks `question`, a text or the
+    turns of a conversation."""
     lines = [
         {"instruction": one["instruction"], "answer": one["answer"], "before": one["generation"]}
         | {"after": other["generation"], "correct_before": one["correct"], "correct_after": other["correct"]}
@@ -140,20 +131,15 @@ def write_report(
     run, args = evaluation.run, evaluation.run.args
     write_text(run.folder / "samples.jsonl", "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines))
     base, data = args.pretrained_model_name_or_path, args.dataset_name or args.train_file
-    write_run_report(
-        run,
-        facts,
-        before,
-        after,
-        measured_on="held-out records",
-        unit="nats per masked token",
-        about=f"for the masked-diffusion language model `{base}`, trained on `{data}`.",
-        figures=figures(before, after),
-        how_good=("", "Exact match compares generated answers. [Samples](samples.jsonl)."),
-        loading=_loading(args, evaluation.sampling, run.hub_id or str(run.folder), question),
-        tags=["masked-diffusion", "text-generation"],
-        library="transformers" if args.adapter == "full" else "peft",
-    )
+    return {
+        "measured_on": "held-out records",
+        "unit": "nats per masked token",
+        "about": f"for the masked-diffusion language model `{base}`, trained on `{data}`.",
+        "how_good": ("", "Exact match compares generated answers. [Samples](samples.jsonl)."),
+        "loading": _loading(args, evaluation.sampling, run.hub_id or str(run.folder), question),
+        "tags": ["masked-diffusion", "text-generation"],
+        "library": "transformers" if args.adapter == "full" else "peft",
+    }
 
 
 def _loading(args: Any, sampling: Sampling, folder: str, question: Any) -> str:

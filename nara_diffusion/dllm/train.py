@@ -26,7 +26,7 @@ from typing import Any
 
 from nara_diffusion.check.check_tasks import check_text
 from nara_diffusion.dllm import AnswerCollator, encode_records, exact_match, load_backbone, masked_diffusion_loss
-from nara_diffusion.dllm.before_after import Evaluation, figures, schedule_line, write_report
+from nara_diffusion.dllm.before_after import Evaluation, describe, figures, schedule_line
 from nara_diffusion.dllm.canvas import (
     GlobalBatchStream,
     check_canvas,
@@ -224,7 +224,7 @@ class FineTuning:
             figures=figures(before, after),
             facts=self.facts,
             schedule_line=schedule_line(args),
-            write_report=partial(write_report, self.evaluation, before, after, question),
+            describe=partial(describe, self.evaluation, before, after, question),
             n=len(self.test_rows),
             trainable_parameters=self.trainable,
         )

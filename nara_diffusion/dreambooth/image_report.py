@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from nara_diffusion.export.plain_lora import SCHEDULER
 from nara_diffusion.noise.prediction import prediction_by
 from nara_diffusion.training.adapters import method_of
 from nara_diffusion.training.arguments import schedule_of
-from nara_diffusion.training.report import (
-    core_import,
-    needs_schedule,
-    reads_noise,
-    write_run_report,
-)
+from nara_diffusion.training.report import core_import, needs_schedule, reads_noise
 from nara_diffusion.utils.naming import counted
 
 from .family import Family
@@ -46,14 +40,14 @@ _IMPORTS = {
 _NOISE = "\n\nThe adapter reads the noise level λ from the timestep of each step."
 
 
-def write_report(
-    evaluation: Evaluation, before: Measurement, after: Measurement, pipe: Any, converted: Any, facts: Mapping[str, str]
-) -> None:
-    """Write samples.png, samples-before, samples-after, noise_level_curve.png and README.md into the run's folder.
+def describe(
+    evaluation: Evaluation, before: Measurement, after: Measurement, pipe: Any, converted: Any, data: str
+) -> dict[str, Any]:
+    """Write samples.png, samples-before and samples-after into the run's folder; and what its card says.
 
     Args:
         converted: the scheduler of the model that the base `pipe` was converted to, or None.
-        facts: {what: value} of the run for the card, such as the number of trainable parameters.
+        data: what was trained on, in words.
     """
     run, settings = evaluation.run, evaluation.settings
     folder, args = run.folder, run.args
@@ -68,22 +62,17 @@ def write_report(
         "longer show what prompts ask for, take an earlier checkpoint, or a strength below 1."
     )
     shown = zip(settings.prompts, settings.names[:: settings.images_per_prompt], strict=True)
-    write_run_report(
-        run,
-        facts,
-        before,
-        after,
-        measured_on=f"{'training' if args.validation_data_dir is None else 'held-out'} images of the subject",
-        unit="mean squared error",
-        about=f"for `{args.pretrained_model_name_or_path}`, trained on {facts['trained on']}.",
-        figures=figures(before, after),
-        how_good=(f"![training images, and samples before and after]({GRID})", ending),
-        loading=_loading(args, settings, run.hub_id or str(folder), pipe, converted),
-        tags=["text-to-image", family_of(pipe).name, "diffusers", "dreambooth"],
-        library="diffusers",
-        instance_prompt=args.instance_prompt,
-        widget=[{"text": text, "output": {"url": f"samples-after/{name}"}} for text, name in shown],
-    )
+    return {
+        "measured_on": f"{'training' if args.validation_data_dir is None else 'held-out'} images of the subject",
+        "unit": "mean squared error",
+        "about": f"for `{args.pretrained_model_name_or_path}`, trained on {data}.",
+        "how_good": (f"![training images, and samples before and after]({GRID})", ending),
+        "loading": _loading(args, settings, run.hub_id or str(folder), pipe, converted),
+        "tags": ["text-to-image", family_of(pipe).name, "diffusers", "dreambooth"],
+        "library": "diffusers",
+        "instance_prompt": args.instance_prompt,
+        "widget": [{"text": text, "output": {"url": f"samples-after/{name}"}} for text, name in shown],
+    }
 
 
 def _loading(args: Any, settings: SampleSettings, load_from: str, pipe: Any, converted: Any) -> str:

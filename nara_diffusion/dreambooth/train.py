@@ -53,7 +53,7 @@ from .denoiser import AdaptedDenoiser, read_checkpoint, write_adapter, write_che
 from .fidelity import Evaluation, load_encoders
 from .image_arguments import DreamBoothArguments, run_family
 from .image_records import ImageRecord, Size, class_records, records_from_folder, trained_on
-from .image_report import figures, schedule_line, write_report
+from .image_report import describe, figures, schedule_line
 from .objectives import converted_scheduler
 from .pipelines import folders_of, load_pipeline, sharing_pipeline, shipped_run
 from .samples import SampleSettings, generate_class_images, sample_call
@@ -248,6 +248,7 @@ class FineTuning:
         args, run = self.args, self.run
         before, after = self.evaluation.measure(None, "before"), self.evaluation.measure(run.folder, "after")
         others = {} if self.identity is None else {"identity_loss": self.identity}
+        data = self.facts["trained on"]
         if self.identity is not None and self.identity < after.validation_loss:
             what = f"{self.identity:.3f}, is better than what the training reached, {after.validation_loss:.3f}"
             advice = "where no host needs the new form, read the base so and leave the adapter out"
@@ -260,7 +261,7 @@ class FineTuning:
             figures=figures(before, after),
             facts=self.facts,
             schedule_line=schedule_line(args, self.family),
-            write_report=partial(write_report, self.evaluation, before, after, self.pipe, self.converted),
+            describe=partial(describe, self.evaluation, before, after, self.pipe, self.converted, data),
             n=len(after.images),
             trainable_parameters=self.trainable,
             base_model=args.pretrained_model_name_or_path,

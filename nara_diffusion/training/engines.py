@@ -27,6 +27,7 @@ from accelerate.utils import (
     ProjectConfiguration,
     gather_object,
     load_fsdp_optimizer,
+    parse_flag_from_env,
     save_fsdp_optimizer,
 )
 from torch import Tensor, nn
@@ -52,11 +53,7 @@ def start_accelerator(args: Any) -> Accelerator:
     """The engine that the launcher asked for; what `args` say of accumulation and clipping wins over its own files.
     Raises ValueError for FSDP1, an engine or fp16 that needs a GPU, one that accelerate replaces, and as
     `accumulation_steps`, `check_sharded`."""
-    asked = {
-        kind: name
-        for kind, (variable, name) in SHARDED.items()
-        if os.environ.get(variable, "").lower() in ("true", "1")
-    }
+    asked = {kind: name for kind, (variable, name) in SHARDED.items() if parse_flag_from_env(variable)}
     for name in asked.values():
         if name == "FSDP" and os.environ.get("FSDP_VERSION", "1") != "2":
             raise ValueError("accelerate is set to FSDP1, which PyTorch gives up: launch with --fsdp_version 2.")
@@ -273,12 +270,9 @@ def save_state(accelerator: Accelerator, folder: Path) -> None:
     save_accelerator_state(str(folder), *state)
 
 
-def load_state(accelerator: Accelerator, folder: Path, other_schedule: bool = False) -> None:
-    """Restore what `save_state` wrote, after `accelerator.prepare` was called. Every process calls it.
-
-    Args:
-        other_schedule: whether the schedule's length has changed; the next step then has the new one's rates.
-    """
+def load_state(accelerator: Accelerator, folder: Path) -> None:
+    """Restore what `save_state` wrote, after `accelerator.prepare` was called. Every process calls it. A schedule of
+    another length than it had gives the next step its own rates."""
     engine, (model,), (optimizer,) = accelerator.distributed_type, accelerator._models, accelerator._optimizers
     if engine == DistributedType.FSDP:
         _reshard(model)
@@ -289,7 +283,7 @@ def load_state(accelerator: Accelerator, folder: Path, other_schedule: bool = Fa
     own, rank = [] if engine in SHARDED else [optimizer], accelerator.process_index
     state = ([], own, accelerator._schedulers, accelerator._dataloaders, rank, accelerator.scaler)
     accelerator.step = load_accelerator_state(str(folder), *state).get("step", accelerator.step)
-    for schedule in [each.scheduler for each in accelerator._schedulers] if other_schedule else []:
+    for schedule in (each.scheduler for each in accelerator._schedulers):
         rates = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
         for group, (peak, share) in zip(schedule.optimizer.param_groups, rates, strict=True):
             group["lr"] = peak * share(schedule.last_epoch)

@@ -110,16 +110,16 @@ def plot_noise_level_curves(
         figure.savefig(partial, dpi=120)
 
 
-def write_run_report(
+def write_card(
     run: Run,
     facts: Mapping[str, str],
     before: Any,
     after: Any,
+    figures: Sequence[Sequence[str]],
     *,
     measured_on: str,
     unit: str,
     about: str,
-    figures: Sequence[Sequence[str]],
     how_good: tuple[str, str],
     loading: str,
     tags: Sequence[str],
@@ -131,8 +131,8 @@ def write_run_report(
     Args:
         facts: {what: value} of the run, such as the number of trainable parameters.
         before, after: measurements: the loss `curve` over `noise_levels`, `measured_on`, in `unit`.
-        about: the end of the card's first sentence: the purpose of the adapter, and its training data.
         figures: rows of (what, before, after); `how_good` has the texts before and after these rows.
+        about: the end of the card's first sentence: the purpose of the adapter, and its training data.
         loading: the code that loads the adapter.
         tags, library, others: of the front matter that the Hub reads; those that are None are left out.
     """
@@ -230,15 +230,15 @@ def finish(
     figures: Sequence[Sequence[str]],
     facts: Mapping[str, str],
     schedule_line: str,
-    write_report: Callable[[Mapping[str, str]], None],
+    describe: Callable[[], Mapping[str, Any]],
     **others: Any,
 ) -> dict[str, Any]:
-    """Write report and results.json of a run, upload the folder if asked to, and print the table; returns the results.
+    """Write card and results.json of a run, upload the folder if asked to, and print the table; returns the results.
 
     Args:
         before, after: two measurements; `names` are the attributes of theirs that results.json has.
         figures: rows of the table, (what, before, after).
-        facts: see `write_run_report`; `write_report` is called with these and the time.
+        facts: see `write_card`; `describe` returns its further arguments, on the main process.
         schedule_line: the code that gives an adapter its strength over λ, printed where its file can't hold that.
         **others: further results.
     """
@@ -248,7 +248,8 @@ def finish(
         results |= {f"{name}_{side}": getattr(measured, name) for name in names}
     if run.is_main:
         since = "" if run.checkpoint is None else " since it was resumed"
-        write_report({**facts, "time": f"{seconds:.0f} s{since}, evaluation included"})
+        facts = {**facts, "time": f"{seconds:.0f} s{since}, evaluation included"}
+        write_card(run, facts, before, after, figures, **describe())
         write_json(run.folder / "results.json", results)
         run.upload()
         lines = [f"\n{format_table(['', *_SIDES], figures)}\n", f"{seconds:.0f} s; everything is in {run.folder}"]

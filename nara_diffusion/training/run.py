@@ -185,15 +185,14 @@ class Run:
             logger.info("output folder: %s", self.folder)
 
     def _restore(self, checkpoint: Path) -> None:
-        before = self.resumed["total_steps"]
-        load_state(self.accelerator, checkpoint, other_schedule=before != self.total_steps)
+        load_state(self.accelerator, checkpoint)
         check_random_states(checkpoint, self.accelerator.process_index)
         if not self.is_main:
             return
         logger.info("goes on from %s", checkpoint)
         if changed := changed_arguments(self.args, self.resumed["arguments"]):
             logger.info("changed arguments: %s", listed(changed))
-        if before != self.total_steps:
+        if (before := self.resumed["total_steps"]) != self.total_steps:
             logger.info("the schedule now has %d steps instead of %d", self.total_steps, before)
 
     def _forget_later_steps(self) -> None:
