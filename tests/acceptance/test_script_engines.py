@@ -1,36 +1,56 @@
-"""dllm.py in two processes, under DDP, FSDP2 and DeepSpeed: the trained adapter is that of one process."""
+"""dllm.py in two processes, under DDP, FSDP2 and DeepSpeed: the trained adapter is that of one process, also of a run
+that is killed while it writes and goes on; and what is refused before anything is loaded."""
 
 from __future__ import annotations
 
 import os
-import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from torch import multiprocessing as mp
 
 from nara_diffusion import noise_level
 from nara_diffusion.dllm import load_backbone
-from tests.acceptance._commands import LAST_RESORT, ROOT, metrics, results, run, tensors, words
+from nara_diffusion.dllm import train as dllm
+from nara_diffusion.training.engines import accumulation_steps
+from tests.acceptance._commands import (
+    LAST_RESORT,
+    ROOT,
+    Moment,
+    assert_same_bits,
+    fresh_accelerate,
+    metrics,
+    names,
+    results,
+    run,
+    tensors,
+    words,
+)
 from tests.acceptance._engines import in_two_processes, needs_deepspeed, needs_gloo, refused_in_two_processes
-from tests.acceptance._runs import image_flags, text_flags
+from tests.acceptance._runs import image_flags, text_arguments, text_flags
 from tests.helpers.small_pipelines import small_sdxl
-
-pytestmark = [pytest.mark.slow, needs_gloo]
 
 TWO: dict[str, Any] = {"train_batch_size": 2}
 BF16: dict[str, Any] = {"mixed_precision": "bf16"}
 
 
+def slow(test: Any) -> Any:
+    """Of two processes."""
+    return pytest.mark.slow(needs_gloo(test))
+
+
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Without dropout, whose draws are those of a process."""
-    return text_flags(tmp_path_factory.mktemp("data")) | {"lora_dropout": 0.0, "max_train_steps": 4}
+    """Without dropout, whose draws are those of a process, and at a constant rate, so that it can be longer."""
+    folder = tmp_path_factory.mktemp("data")
+    return text_flags(folder) | {"lora_dropout": 0.0, "lr_scheduler": "constant", "checkpoints_total_limit": None}
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +89,7 @@ def check_loads(folder: Path, flags: dict[str, Any]) -> None:
     assert (found[0] - found[1]).abs().max() > 1e-6
 
 
+@slow
 def test_launched_run_in_two_processes_is_that_of_one(
     flags: dict[str, Any], one: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -97,41 +118,73 @@ def check_leaves_the_base_out(checkpoint: Path, flags: dict[str, Any]) -> None:
     assert not [path.name for path in files for content in contents if content in path.read_bytes()]
 
 
-TORCH = [("ddp", "bf16"), ("fsdp2", "no"), ("fsdp2", "bf16")]
-"""(engine, precision)."""
-
-
 @pytest.fixture(scope="module")
-def folders(flags: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Path]:
-    """Of each of TORCH, and of an image run, which is `resumed` from its middle, too."""
-    place = tmp_path_factory.mktemp("engines")
-    of: dict[Any, Path] = {kind: place / "-".join(kind) for kind in TORCH} | {"images": place / "images"}
-    images = image_flags(place, small_sdxl()) | {"max_train_steps": 4, "snr_gamma": 5.0, "caption_dropout": 0.3}
-    run("dreambooth_sdxl.py", **{**images, "train_batch_size": 4}, output_dir=place / "one")
-    resumed = {"output_dir": place / "resumed", "resume_from_checkpoint": place / "images" / "checkpoint-2"}
-    commands = [
-        (engine, "dllm.py", flags | TWO | {"mixed_precision": precision, "output_dir": of[engine, precision]})
-        for engine, precision in TORCH
-    ]
-    commands += [("ddp", "dreambooth_sdxl.py", images | {"output_dir": place / "images"})]
-    in_two_processes([*commands, ("ddp", "dreambooth_sdxl.py", images | resumed)], place)
-    return of
+def ddp(flags: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run under DDP in bfloat16, whose forwards have the samples of the other engines'."""
+    folder = tmp_path_factory.mktemp("ddp")
+    in_two_processes([("ddp", "dllm.py", flags | TWO | BF16 | {"output_dir": folder / "out"})], folder)
+    return folder / "out"
 
 
-@pytest.mark.parametrize("kind", TORCH, ids="-".join)
-def test_run_under_torch_s_engines_trains_the_adapter_of_one_process(
-    flags: dict[str, Any], one: dict[str, Path], folders: dict[Any, Path], kind: tuple[str, str]
+@slow
+@pytest.mark.parametrize(
+    ("engine", "precision", "what"),
+    [
+        ("ddp", "bf16", "name"),
+        ("fsdp2", "no", "first file"),
+        ("fsdp2", "bf16", "name"),
+        pytest.param("zero-2", "bf16", "name", marks=needs_deepspeed),
+        pytest.param("zero-3", "bf16", "first file", marks=needs_deepspeed),
+    ],
+)
+def test_run_under_an_engine_trains_the_adapter_of_one_process_also_when_killed_and_made_longer(
+    flags: dict[str, Any], one: dict[str, Path], ddp: Path, tmp_path: Path, engine: str, precision: str, what: str
 ) -> None:
-    """(tests/training/test_engines.py has what of them is killed and resumes to the same bits.)"""
-    assert deviation(folders[kind], one[kind[1]], one[kind[1]]) < (0.3 if kind[1] == "bf16" else 1e-3)
-    if kind == ("fsdp2", "bf16"):  # of the same samples a process
-        assert deviation(folders[kind], folders["ddp", "bf16"], one["bf16"]) < 1e-2
-    check_loads(folders[kind], flags)
-    check_leaves_the_base_out(folders[kind] / "checkpoint-2", flags)
+    """Killed in the write of its second checkpoint, of four steps; then it goes on to six."""
+    options = flags | TWO | {"mixed_precision": precision}
+    whole, out = ddp if engine == "ddp" else tmp_path / "whole", tmp_path / "run"
+    if engine != "ddp":
+        in_two_processes([(engine, "dllm.py", options | {"output_dir": whole})], tmp_path)
+    assert deviation(whole, one[precision], one[precision]) < (0.3 if precision == "bf16" else 1e-3)
+    if precision == "bf16":
+        assert deviation(whole, ddp, one["bf16"]) < (0.03 if "zero" in engine else 0.01)
+    for name, value in tensors(whole).items():
+        assert "frequencies" in name or (value != value.bfloat16()).any(), f"{name} was rounded to bfloat16"
+    check_loads(whole, flags)
+    check_leaves_the_base_out(whole / "checkpoint-2", flags)
+    shorter = options | {"output_dir": out, "max_train_steps": 4}
+    with pytest.raises(mp.ProcessExitedException) as ended:
+        in_two_processes([(engine, "dllm.py", shorter)], tmp_path, moment=Moment(what, 4))
+    assert ended.value.exit_code == -signal.SIGKILL
+    assert "checkpoint-2" in names(out)
+    assert "checkpoint-4" not in names(out)
+    resumed = options | {"output_dir": out, "resume_from_checkpoint": "latest"}
+    in_two_processes([(engine, "dllm.py", resumed)], tmp_path)
+    assert_same_bits(out, whole)
 
 
-def test_image_run_in_two_processes_is_that_of_one_and_resumes_to_the_same_bits(folders: dict[Any, Path]) -> None:
-    whole, one, resumed = (folders["images"].with_name(name) for name in ("images", "one", "resumed"))
+@slow
+def test_run_killed_before_its_first_checkpoint_begins_anew_and_another_number_of_processes_is_refused(
+    flags: dict[str, Any], ddp: Path, tmp_path: Path
+) -> None:
+    values = flags | TWO | BF16 | {"resume_from_checkpoint": "latest", "output_dir": tmp_path / "run"}
+    with pytest.raises(mp.ProcessExitedException):
+        in_two_processes([("ddp", "dllm.py", values)], tmp_path, moment=Moment("step", 1))
+    assert "config.yaml" in names(tmp_path / "run")
+    in_two_processes([("ddp", "dllm.py", values)], tmp_path)
+    assert_same_bits(tmp_path / "run", ddp)
+    for size, message in ((4, "each of which has random states"), (2, "makes a global batch of 2 instead of 4")):
+        with pytest.raises(SystemExit, match=rf"by 2 processes and this run has 1, .*{message}"):
+            run("dllm.py", **{**values, "train_batch_size": size})
+
+
+@slow
+def test_image_run_in_two_processes_is_that_of_one_and_resumes_to_the_same_bits(tmp_path: Path) -> None:
+    whole, one, resumed = (tmp_path / name for name in ("whole", "one", "resumed"))
+    images = image_flags(tmp_path, small_sdxl()) | {"max_train_steps": 4, "snr_gamma": 5.0, "caption_dropout": 0.3}
+    run("dreambooth_sdxl.py", **{**images, "train_batch_size": 4}, output_dir=one)
+    again = {"output_dir": resumed, "resume_from_checkpoint": whole / "checkpoint-2"}
+    in_two_processes([("ddp", "dreambooth_sdxl.py", images | how) for how in ({"output_dir": whole}, again)], tmp_path)
     assert deviation(whole, one, one) < 1e-3
     mine, theirs = tensors(resumed), tensors(whole)
     assert mine.keys() == theirs.keys() != set()
@@ -139,20 +192,7 @@ def test_image_run_in_two_processes_is_that_of_one_and_resumes_to_the_same_bits(
     assert [line["loss"] for line in metrics(resumed)][-2:] == [line["loss"] for line in metrics(whole)][-2:]
 
 
-@needs_deepspeed
-@pytest.mark.parametrize("engine", ["zero-2", "zero-3"])
-def test_run_under_deepspeed_trains_the_adapter_of_one_process(
-    flags: dict[str, Any], one: dict[str, Path], tmp_path: Path, engine: str
-) -> None:
-    whole, options = tmp_path / "whole", flags | TWO | BF16
-    in_two_processes([(engine, "dllm.py", options | {"output_dir": whole})], tmp_path)
-    assert deviation(whole, one["bf16"], one["bf16"]) < 0.3
-    for name, value in tensors(whole).items():
-        assert "frequencies" in name or (value != value.bfloat16()).any(), f"{name} was rounded to bfloat16"
-    check_loads(whole, flags)
-    check_leaves_the_base_out(whole / "checkpoint-2", flags)
-
-
+@slow
 @needs_deepspeed
 def test_zero_3_in_bf16_trains_all_weights_in_float32(flags: dict[str, Any], tmp_path: Path) -> None:
     full = {"adapter": "full", "learning_rate": 1e-3, "core_learning_rate": None, "adapter_options": {}}
@@ -163,19 +203,15 @@ def test_zero_3_in_bf16_trains_all_weights_in_float32(flags: dict[str, Any], tmp
     assert all((value != value.bfloat16()).any() for value in saved.values())
 
 
+@slow
 @pytest.mark.parametrize(
     ("written", "engine", "changes", "message"),
     [
-        (
-            "ddp",
-            "fsdp2",
-            {},
-            "was written under one process or DDP and this run is under FSDP2 with SHARDED_STATE_DICT",
-        ),
+        ("ddp", "fsdp2", {}, "under one process or DDP and this run is under FSDP2 with SHARDED_STATE_DICT"),
         ("zero-2", "ddp", {}, "was written under DeepSpeed ZeRO-2 and this run is under one process or DDP"),
+        (None, "fsdp2", {"load_in_4bit": True}, "aren't trained under FSDP, which shards or casts weights"),
         (None, "zero-2", {"mixed_precision": "fp16"}, "mixed_precision is fp16, in which DeepSpeed would round"),
         (None, "zero-2", {"core_start_step": 1}, "core_start_step is 1, but DeepSpeed steps as soon as"),
-        ("zero-3", "zero-3", {"other base": True}, "checkpoint-1 belongs to a run with another base model"),
     ],
 )
 def test_engine_refuses_by_name_what_it_would_do_otherwise(
@@ -183,14 +219,54 @@ def test_engine_refuses_by_name_what_it_would_do_otherwise(
 ) -> None:
     if "zero" in f"{written} {engine}":
         pytest.importorskip("deepspeed")
-    base = shutil.copytree(flags["pretrained_model_name_or_path"], tmp_path / "base")
-    values = flags | TWO | {"pretrained_model_name_or_path": base, "output_dir": tmp_path / "run"}
-    values |= {"max_train_steps": 2, "checkpointing_steps": 1, "checkpoints_total_limit": None}
+    values = flags | TWO | {"max_train_steps": 1, "checkpointing_steps": 1, "output_dir": tmp_path / "run"}
     if written is not None:
         in_two_processes([(written, "dllm.py", values)], tmp_path)
         values |= {"resume_from_checkpoint": tmp_path / "run" / "checkpoint-1"}
-    if changes.pop("other base", False):
-        weights = load_file(base / "model.safetensors")
-        weights["model.transformer.blocks.1.q_proj.weight"][3, 5] += 1e-3
-        save_file(weights, base / "model.safetensors")
     assert message in refused_in_two_processes((engine, "dllm.py", values | changes), tmp_path)
+
+
+# ---------------------------------------------------------------- refused before anything is loaded
+
+FSDP = {"ACCELERATE_USE_FSDP": "true"}
+FSDP2 = FSDP | {"FSDP_VERSION": "2"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "precision", "named"),
+    [
+        (FSDP, "no", "accelerate is set to FSDP1"),
+        (FSDP2, "no", "FSDP was asked for, which accelerate has on GPUs only"),
+        (FSDP2 | {"ACCELERATE_TORCH_DEVICE": "cpu"}, "no", "FSDP was asked for, and accelerate runs without it"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "no", "DeepSpeed was asked for, which accelerate has on GPUs only"),
+        ({"WORLD_SIZE": "2"}, "no", "2 processes were launched, and accelerate runs each alone"),  # for lack of a rank
+        ({}, "fp16", "mixed_precision is fp16, which needs a GPU, and accelerate finds none"),
+    ],
+)
+def test_engine_that_cannot_run_here_is_refused_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: dict[str, str], precision: str, named: str
+) -> None:
+    for name, value in asked.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    args = text_arguments(tmp_path, mixed_precision=precision)
+    with pytest.raises(ValueError, match=named):
+        dllm.main(args)
+    fresh_accelerate()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("batch", "processes", "steps"), [(32, 2, 4), (8, 2, 1)])
+def test_global_batch_is_divided_among_processes(batch: int, processes: int, steps: int) -> None:
+    args = SimpleNamespace(global_batch_size=batch, train_batch_size=4, gradient_accumulation_steps=1)
+    assert accumulation_steps(args, processes) == steps
+    with pytest.raises(ValueError, match="isn't a multiple of the 12 samples"):
+        accumulation_steps(args, 3)
+
+
+def test_arguments_win_over_accelerate_s_accumulation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "3")
+    args = text_arguments(tmp_path, gradient_accumulation_steps=2)
+    with dllm.start_run(args, "dllm", dllm.write_checkpoint) as run:
+        assert run.global_batch == 8
+        assert run.accelerator.gradient_accumulation_steps == 2
