@@ -6,20 +6,18 @@ import importlib.util
 import json
 import logging
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
 from nara_diffusion.dllm import load_backbone
-from tests.acceptance._text import nara
+from tests.acceptance._text import LLADA_TINY, nara
 
 if importlib.util.find_spec("lm_eval") is None:
     collect_ignore_glob = ["test_*.py"]  # they need the extra eval
 
-LLADA_TINY = str(Path(__file__).parents[2] / "examples" / "assets" / "llada-tiny")
-ROWS = [
+ROWS = 3 * [  # as many as presets take examples
     {"instruction": "reverse: planet", "answer": "tenalp", "choices": ["tenalp", "planet", "x"], "gold": 0},
     {"instruction": "upper: house", "answer": "HOUSE", "choices": ["HOUSE", "esuoh"], "gold": 0},
     {"instruction": "copy: ab cd", "answer": "ab cd", "choices": ["dc ba", "ab cd"], "gold": 1},

@@ -1,4 +1,4 @@
-"""`nara-eval` as a person runs it: lm-eval's command with our model class and tasks."""
+"""`nara-eval` as a person runs it: lm-eval's command with our model class, tasks and presets."""
 
 from __future__ import annotations
 
@@ -13,12 +13,17 @@ import pytest
 import yaml
 from lm_eval._cli import HarnessCLI
 from lm_eval.config.evaluate_config import EvaluatorConfig
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
 
-from nara_diffusion.lm_eval.__main__ import TASKS, adjusted, main
+from nara_diffusion.lm_eval import harness_model
+from nara_diffusion.lm_eval.__main__ import PRESETS, TASKS, adjusted, main
+from nara_diffusion.lm_eval.harness_text import read_gen_kwargs
 
 from .conftest import LLADA_TINY, ROWS
 
 ROOT = Path(__file__).parents[2]
+CONFIGS: dict[str, dict[str, Any]] = yaml.safe_load(PRESETS.read_text())
 
 
 def results_in(folder: Path) -> dict[str, Any]:
@@ -109,36 +114,76 @@ def test_without_lm_eval_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> 
         main(["--tasks", "x"])
 
 
-PROGRAM = """
-import json, sys
-from lm_eval import simple_evaluate
-from lm_eval.tasks import TaskManager
-from nara_diffusion.lm_eval.harness_model import NaraDLLM
+@pytest.mark.slow
+def test_two_processes_answer_what_one_answers(adapter: str, tasks: str, tmp_path: Path) -> None:
+    argv = ["--model_args", f"pretrained={LLADA_TINY},peft={adapter},samples=8", "--device", "cpu", "--log_samples"]
+    argv += ["--include_path", tasks, "--tasks", "tiny_answers,tiny_choices", "--output_path"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+    subprocess.run([*launch, "nara_diffusion.lm_eval", *argv, str(tmp_path / "two")], check=True, cwd=ROOT)
+    main([*argv, str(tmp_path / "one")])
+    two, one = (results_in(tmp_path / name)["results"] for name in ("two", "one"))
+    assert two == one
+    for task in one:
+        (mine,), (theirs,) = (list((tmp_path / name).rglob(f"samples_{task}_*")) for name in ("two", "one"))
+        assert sorted(mine.read_text().splitlines()) == sorted(theirs.read_text().splitlines())
 
-def evaluate(pretrained, peft, tasks, output):
-    model = NaraDLLM(pretrained, peft, batch_size=2, samples=8)
-    manager = TaskManager(include_path=tasks, include_defaults=False)
-    names = ["tiny_answers", "tiny_choices"]
-    found = simple_evaluate(model, tasks=names, task_manager=manager, bootstrap_iters=0)
-    if model.rank == 0:
-        answers = {n: sorted((s["doc_id"], str(s["filtered_resps"])[:20]) for s in found["samples"][n]) for n in names}
-        with open(output, "w") as file:
-            json.dump([model.world_size, {n: found["results"][n] for n in names}, answers], file)
 
-if __name__ == "__main__":
-    evaluate(*sys.argv[1:])
-"""
+# ---------------------------------------------------------------- presets
+
+
+def single_task(manager: TaskManager, name: str) -> dict[str, Any]:
+    """The file of a task of lm-eval's, or of the first of a group."""
+    config = load_yaml(manager.task_index[name].yaml_path, resolve_func=False)
+    return config if isinstance(config["task"], str) else single_task(manager, config["task"][0])
 
 
 @pytest.mark.slow
-def test_two_processes_answer_what_one_answers(adapter: str, tasks: str, tmp_path: Path) -> None:
-    program = tmp_path / "evaluate.py"
-    program.write_text(PROGRAM)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(program)]
-    subprocess.run([*launch, LLADA_TINY, adapter, tasks, str(tmp_path / "two.json")], check=True, cwd=ROOT)
-    names: dict[str, Any] = {}
-    exec(PROGRAM.partition("if __name__")[0], names)
-    names["evaluate"](LLADA_TINY, adapter, tasks, str(tmp_path / "one.json"))
-    two, one = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("two", "one"))
-    assert (two[0], one[0]) == (2, 1)
-    assert two[1:] == one[1:]
+def test_presets_name_tasks_of_lm_eval_whose_answers_are_generated_where_a_preset_says_how(monkeypatch) -> None:
+    monkeypatch.undo()  # with lm-eval's own tasks
+    manager = TaskManager()
+    for name, preset in CONFIGS.items():
+        assert preset["model_args"]["pretrained"].split("/")[1].lower().startswith(name.split("_")[0]), name
+        for task in (single_task(manager, task) for task in preset["tasks"]):
+            assert (task["output_type"] == "generate_until") is bool(preset.get("gen_kwargs")), name
+            read_gen_kwargs({**task.get("generation_kwargs", {}), **preset.get("gen_kwargs", {})})
+
+
+def scaled(kwargs: dict[str, Any]) -> dict[str, int]:
+    """gen_length, steps and block_length of `kwargs` for 64 positions, with as many blocks."""
+    length = kwargs["gen_length"]
+    blocks = length // kwargs.get("block_length", length)
+    small = min(length, max(blocks, 16))
+    new = {"gen_length": small, "block_length": small // blocks, "steps": small}
+    return {name: value for name, value in new.items() if name in kwargs}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONFIGS)
+def test_preset_runs_with_its_settings(name: str, tasks: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for lengths all of them reach `generate` and `log_likelihood`."""
+    preset, asked = CONFIGS[name], {"answer_prompts": [], "log_likelihood": []}
+    for function, calls in asked.items():
+        real = getattr(harness_model, function)
+        watched = lambda *args, real=real, calls=calls, **given: calls.append(given) or real(*args, **given)  # noqa: E731
+        monkeypatch.setattr(harness_model, function, watched)
+    kwargs = preset.get("gen_kwargs") or {}
+    small, task = scaled(kwargs) if kwargs else {}, "tiny_answers" if kwargs else "tiny_choices"
+    model = Path(LLADA_TINY).with_name("dream-tiny" if name.startswith("dream") else "llada-tiny")
+    argv = ["--config", name, "--tasks", task, "--include_path", tasks, "--limit", "2", "--batch_size", "4"]
+    argv += ["--model_args", f"pretrained={model}", "--device", "cpu", "--output_path", str(tmp_path)]
+    argv += ["--gen_kwargs", ",".join(f"{key}={value}" for key, value in small.items())] if small else []
+    main(argv)
+    found = results_in(tmp_path)
+    if "num_fewshot" in preset:
+        assert found["n-shot"][task] == preset["num_fewshot"]
+    assert bool(found["chat_template"]) is preset.get("apply_chat_template", False)
+    if kwargs:
+        (given,) = {json.dumps(call, sort_keys=True, default=str) for call in asked["answer_prompts"]}
+        expected = {**{key: value for key, value in kwargs.items() if key not in ("do_sample", "until")}, **small}
+        expected = {key: value for key, value in expected.items() if (key, value) != ("temperature", 0)}
+        expected |= {"chat": preset.get("apply_chat_template", False)}
+        assert {key: json.loads(given).get(key) for key in expected} == expected
+    else:
+        (call,), options = asked["log_likelihood"], preset["model_args"]
+        assert (call["samples"], call["cfg_scale"]) == (options.get("samples", 128), options.get("cfg_scale", 0.0))
+        assert bool(asked["answer_prompts"]) is options.get("greedy", True)
