@@ -1,20 +1,26 @@
-"""A small masked-diffusion Llama with a NaRA adapter, and LLaDA's sampler for it by hand, in float64."""
+"""A small masked-diffusion Llama with a NaRA adapter, and LLaDA's sampler and likelihood for it by hand, in float64."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
+from math import comb
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2ForCausalLM
 
 from tests.acceptance._noise_models import Stock
 from tests.helpers.adapted import adapted
 
 END, PAD = 1, 2
+LLADA_TINY, DREAM_TINY = (
+    str(Path(__file__).parents[2] / "examples" / "assets" / name) for name in ("llada-tiny", "dream-tiny")
+)
+DREAM_MASK, DREAM_BOS = 283, 278
 
 
 def backbone(vocab_size: int, seed: int = 0, **changes: Any) -> LlamaForCausalLM:
@@ -54,6 +60,20 @@ class ByHand(Stock):
         logits = (1 + scale) * told - scale * free
         logits[:, mask] = -torch.inf
         return logits
+
+
+class DreamByHand(ByHand):
+    """Logits of token i of the shipped Dream, which stock Qwen2 has at i − 1; nothing tells the first."""
+
+    def __init__(self) -> None:
+        self.model = Qwen2ForCausalLM.from_pretrained(DREAM_TINY).eval().double()
+
+    def at(self, level: float) -> Any:
+        return self.model
+
+    def __call__(self, rows: Sequence[Sequence[int]], level: float) -> Tensor:
+        logits = super().__call__(rows, level)
+        return torch.cat([torch.full_like(logits[:, :1], torch.nan), logits[:, :-1]], 1)
 
 
 def adapted_pair(vocab_size: int) -> tuple[Any, ByHand]:
@@ -96,29 +116,12 @@ def greedy(
     return answer, levels
 
 
-def two_tokens(
-    model: ByHand, prompt: list[int], *, mask: int, remasking: str, temperature: float, cfg_scale: float
-) -> Tensor:
-    """The probability (v, v) of each answer of two tokens, sampled in two steps."""
-
-    def sampled(answer: list[int]) -> tuple[Tensor, Tensor]:
-        """The distributions (2, v) that tokens are drawn from, and by which their confidence is judged."""
-        logits = model.guided(prompt, answer, cfg_scale, mask)
-        confidence = logits.softmax(-1)
-        if temperature == 0:
-            return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).double(), confidence
-        return (logits / temperature).softmax(-1), confidence
-
-    drawn, confidence = sampled([mask, mask])
-    vocabulary = range(drawn.shape[1])
-    joint = torch.zeros(len(vocabulary), len(vocabulary), dtype=torch.float64)
-    first = torch.zeros(2, len(vocabulary), dtype=torch.float64)  # that this token stays at this place in step 1
-    for x, y in product(vocabulary, vocabulary):
-        wins = 0.5 if remasking == "random" else float(confidence[0, x] > confidence[1, y])
-        first[0, x] += drawn[0, x] * drawn[1, y] * wins
-        first[1, y] += drawn[0, x] * drawn[1, y] * (1 - wins)
-    for token in vocabulary:
-        if token != mask:
-            joint[token, :] += first[0, token] * sampled([token, mask])[0][1]
-            joint[:, token] += first[1, token] * sampled([mask, token])[0][0]
-    return joint
+def bound(prompt: list[int], answer: list[int], mask: int, log_p: Callable[[list[int], float], Tensor]) -> Any:
+    """The likelihood bound as the sum over all masks of an answer, by the log-probabilities (l, v) of (ids, λ)."""
+    n, total = len(answer), 0.0
+    for masked in product((False, True), repeat=n):
+        if k := sum(masked):
+            shown = [mask if hidden else token for hidden, token in zip(masked, answer, strict=True)]
+            own = log_p(prompt + shown, k / n)[len(prompt) :]
+            total = total + sum(own[j, answer[j]] for j in range(n) if masked[j]) / k / comb(n, k)
+    return total

@@ -1,8 +1,10 @@
-"""`generate` writes what LLaDA's sampler by hand writes, with λ = masked share of each answer at each step."""
+"""`generate` writes what LLaDA's sampler by hand writes, with λ = masked share of each answer at each step; the
+rules by which a step places tokens are the papers' sentences in plain Python; Dream begins with BOS."""
 
 from __future__ import annotations
 
 import copy
+import math
 from itertools import groupby
 from types import SimpleNamespace
 from typing import Any
@@ -11,10 +13,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from nara_diffusion.dllm import generate
-from tests.acceptance._text import END, PAD, ByHand, adapted_pair, greedy, two_tokens
+from nara_diffusion.dllm import Sampling, generate, load_backbone, log_likelihood
+from tests.acceptance._text import (
+    DREAM_BOS,
+    DREAM_MASK,
+    DREAM_TINY,
+    END,
+    PAD,
+    ByHand,
+    DreamByHand,
+    adapted_pair,
+    bound,
+    greedy,
+)
 
-VOCABULARY, FEW = 40, 7
+VOCABULARY = 40
 PROMPTS = [[5, 9, 11], [7, 7, 30, 8, 21, 3], [12]]
 
 
@@ -22,12 +35,6 @@ PROMPTS = [[5, 9, 11], [7, 7, 30, 8, 21, 3], [12]]
 def pair() -> tuple[Any, ByHand]:
     """An adapted model, and its logits by hand."""
     return adapted_pair(VOCABULARY)
-
-
-@pytest.fixture(scope="module")
-def few() -> tuple[Any, ByHand]:
-    """The same with a vocabulary of seven tokens, the mask included, so that all answers can be counted."""
-    return adapted_pair(FEW)
 
 
 def padded(side: str) -> dict[str, Any]:
@@ -82,45 +89,16 @@ def test_generate_fills_an_answer_that_has_ended_with_its_end_token(pair: Any) -
     assert expected[0][2:] == [ends[0]] * 6
 
 
-RANDOM: list[tuple[str, float, float]] = [
-    ("low_confidence", 2.0, 0.0),
-    ("random", 0.0, 0.0),
-    ("random", 1.3, 0.6),
-]
+def test_generate_draws_by_the_generator_alone(pair: Any) -> None:
+    def drawn(seed: int) -> Tensor:
+        settings: dict[str, Any] = {"gen_length": 4, "temperature": 1.0, "remasking": "random", "stop_at_eos": False}
+        return generate(pair[0], torch.full((9, 3), 5), generator=torch.Generator().manual_seed(seed), **settings)  # type: ignore[return-value]
 
-
-def counted(model: Any, prompt: list[int], rows: int, seed: int, **options: Any) -> Tensor:
-    """How often each answer of two tokens (v, v) is sampled."""
-    ids = torch.tensor(prompt).expand(rows, -1)
-    random = torch.Generator().manual_seed(seed)
-    result = generate(model, ids, gen_length=2, stop_at_eos=False, generator=random, return_stats=True, **options)
-    return torch.bincount(result.answers @ torch.tensor([FEW, 1]), minlength=FEW**2).view(FEW, FEW).double()
-
-
-@pytest.mark.parametrize(("remasking", "temperature", "cfg_scale"), RANDOM)
-def test_generate_at_random_has_the_distribution_by_hand(
-    few: Any, remasking: str, temperature: float, cfg_scale: float
-) -> None:
-    """χ² of 3 000 answers against all that there are, in the mean its degrees of freedom ± √(2 · those)."""
-    model, by_hand = few
-    options: dict[str, Any] = {"remasking": remasking, "temperature": temperature, "cfg_scale": cfg_scale}
-    expected = 3000 * two_tokens(by_hand, [3, 5], mask=FEW - 1, **options)
-    assert expected.sum() == pytest.approx(3000)
-    found = counted(model, [3, 5], 3000, seed=1, **options)
-    often = expected >= 5
-    pairs = [(found[often], expected[often]), (found[~often].sum()[None], expected[~often].sum()[None] + 1e-9)]
-    chi = sum(float(((mine - theirs) ** 2 / theirs).sum()) for mine, theirs in pairs)
-    freedom = max(int(often.sum()), 1)
-    assert chi < freedom + 4 * (2 * freedom) ** 0.5
-
-
-def test_generate_draws_by_the_generator_alone(few: Any) -> None:
-    model, _ = few
-    options: dict[str, Any] = {"temperature": 1.0, "remasking": "random"}
-    first = counted(model, [3, 5], 200, seed=7, **options)
+    first = drawn(7)
+    assert len(first.unique(dim=0)) > 1  # a stream a row
     torch.manual_seed(123)
-    assert torch.equal(counted(model, [3, 5], 200, seed=7, **options), first)
-    assert not torch.equal(counted(model, [3, 5], 200, seed=8, **options), first)
+    assert torch.equal(drawn(7), first)
+    assert not torch.equal(drawn(8), first)
 
 
 @pytest.mark.parametrize("setting", ["logits_eos_inf", "confidence_eos_eot_inf"])
@@ -144,6 +122,150 @@ def test_end_token_of_the_configuration_is_never_predicted_or_placed_last(
     found: Any = generate(model, torch.tensor(PROMPTS[:1]), **options, stop_at_eos=False, **{setting: True})
     assert found[0, len(PROMPTS[0]) :].tolist() == expected != whole
     assert (end in expected) is (setting == "confidence_eos_eot_inf")
+
+
+# ---------------------------------------------------------------- rules of a step
+
+
+def softmax(row: list[float]) -> list[float]:
+    total = sum(math.exp(x) for x in row)
+    return [math.exp(x) / total for x in row]
+
+
+def nucleus(row: list[float], top_p: float) -> list[float]:
+    """Probabilities of the fewest likeliest tokens that have top_p together."""
+    p, kept, total = softmax(row), [], 0.0
+    for token in sorted(range(len(row)), key=lambda t: -p[t]):
+        kept.append(token)
+        total += p[token]
+        if total > top_p:
+            break
+    return [p[t] / total if t in kept else 0.0 for t in range(len(row))]
+
+
+def entropy(p: list[float]) -> float:
+    return -sum(x * math.log(x) for x in p if x > 0)
+
+
+def score(remasking: str, p: list[float], q: list[float], token: int) -> float:
+    first, second = sorted(q, reverse=True)[:2]
+    scores = {"low_confidence": p[token], "maskgit_plus": q[token], "topk_margin": first - second}
+    return -entropy(q) if remasking == "entropy" else scores[remasking]
+
+
+def chosen_by_hand(rows: list[list[float]], count: int, last: tuple[int, ...] = (), **settings: Any) -> dict[int, int]:
+    """{place: token} for the logits of all masked places of one row, at temperature 0."""
+    remasking = settings.get("remasking", "low_confidence")
+    found = []
+    for place, logits in enumerate(rows):
+        token = max(range(len(logits)), key=lambda t: logits[t])
+        without = [-50.0 if t in last else x for t, x in enumerate(logits)]
+        p, q = softmax(without), nucleus(without, settings.get("top_p", 1.0))
+        rank = 0.0 if token in last else -score(remasking, p, q, token)
+        found.append((token in last, rank, place, token, p[token], entropy(q)))
+    found.sort()
+    n = 1
+    for m in range(2, len(found) + 1):
+        is_end, confidence, entropies = found[m - 1][0], found[m - 1][4], [one[5] for one in found[:m]]
+        if "confidence_threshold" in settings:
+            fits = confidence > settings["confidence_threshold"] and not is_end
+        elif "factor" in settings:
+            fits = (m + 1) * (1 - confidence) < settings["factor"] and not is_end
+        elif "entropy_bound" in settings:
+            fits = sum(entropies) - max(entropies) <= settings["entropy_bound"]
+        else:
+            fits = m <= count
+        if not fits:
+            break
+        n = m
+    return {place: token for _, _, place, token, _, _ in found[:n]}
+
+
+RULES: list[dict[str, Any]] = [
+    {},
+    {"remasking": "entropy"},
+    {"remasking": "topk_margin"},
+    {"remasking": "maskgit_plus", "top_p": 0.8},
+    {"remasking": "entropy", "top_p": 0.7},
+    {"confidence_threshold": 0.6},
+    {"factor": 1.0},
+    {"factor": 1.6},
+    {"entropy_bound": 0.4},
+    {"entropy_bound": 1.2, "remasking": "entropy"},
+]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("last", [(), (2, 3)])
+def test_place_chooses_what_the_rule_by_hand_does(rule: dict[str, Any], last: tuple[int, ...]) -> None:
+    random = torch.Generator().manual_seed(0)
+    sampling = Sampling(gen_length=6, **rule)
+    numbers = set()
+    for _ in range(12):
+        logits = 4 * torch.randn(2, 6, 9, generator=random)
+        masked = torch.ones(2, 6, dtype=torch.bool)
+        masked[1, 2] = False
+        tokens, chosen = sampling.place(logits, masked, 2, torch.tensor(last, dtype=torch.long), torch.rand)
+        for row in range(2):
+            places = masked[row].nonzero()[:, 0].tolist()
+            expected = chosen_by_hand(logits[row, places].double().tolist(), 2, last, **rule)
+            found = chosen[row].nonzero()[:, 0].tolist()
+            assert found == sorted(places[place] for place in expected)
+            assert {places.index(j): int(tokens[row, j]) for j in found} == expected
+            numbers.add(len(found))
+    assert numbers == {2} or len(numbers) > 1
+
+
+@pytest.mark.parametrize("remasking", ["low_confidence", "random"])
+def test_place_draws_from_the_nucleus_and_keeps_the_surest_of_all_probabilities_or_any(remasking: str) -> None:
+    logits = torch.tensor([[2.0, 1.0, 0.5, -0.5, -1.0], [0.5, 1.5, 0.9, 0.0, -1.0]])
+    sampling, rows = Sampling(gen_length=2, temperature=0.7, top_p=0.8, remasking=remasking), 20000
+    random = torch.Generator().manual_seed(0)
+    draw = lambda *shape, dtype: torch.rand(rows, *shape, dtype=dtype, generator=random)  # noqa: E731
+    masked = torch.ones(rows, 2, dtype=torch.bool)
+    tokens, chosen = sampling.place(logits.expand(rows, 2, 5), masked, 1, torch.tensor([], dtype=torch.long), draw)
+    for place in range(2):
+        shares = torch.bincount(tokens[:, place], minlength=5) / rows
+        expected = nucleus([x / 0.7 for x in logits[place].tolist()], 0.8)
+        assert shares.tolist() == pytest.approx(expected, abs=0.015)
+        assert [share > 0 for share in shares] == [p > 0 for p in expected]
+    assert (chosen.sum(1) == 1).all()
+    confidence = logits.softmax(-1).expand(rows, 2, 5).gather(2, tokens[..., None])[..., 0]
+    surest = chosen[:, 0] == (confidence[:, 0] > confidence[:, 1])
+    assert float(surest.float().mean()) == pytest.approx(1 if remasking == "low_confidence" else 0.5, abs=0.015)
+
+
+# ---------------------------------------------------------------- Dream
+
+
+def test_dream_answers_and_scores_after_a_bos_token_where_there_is_no_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, by_hand = load_backbone(DREAM_TINY)[0], DreamByHand()
+    prompts = torch.tensor([[5, 5, 5], [9, 8, 7]])
+    result: Any = generate(model, prompts, gen_length=4, prompt_lengths=[0, 3], stop_at_eos=False, return_stats=True)
+    assert result.prompt_lengths.tolist() == [1, 3]
+    for row, prompt in enumerate(([DREAM_BOS], [9, 8, 7])):
+        expected, _ = greedy(by_hand, prompt, gen_length=4, block_length=4, mask=DREAM_MASK)
+        assert result.answers[row].tolist() == expected
+        assert result.sequences[row, : len(prompt) + 4].tolist() == prompt + expected
+    nothing = torch.zeros(2, 0, dtype=torch.long)
+    alone: Any = generate(model, nothing, gen_length=4, stop_at_eos=False)
+    assert alone.tolist() == [result.sequences[0, :5].tolist()] * 2
+    rows = torch.tensor([[70, 71, 72, 0, 0], [9, 8, 75, 76, 77], [73, 0, 0, 0, 0]])
+    pairs = [([DREAM_BOS], [70, 71, 72]), ([9, 8], [75, 76, 77]), ([DREAM_BOS], [73])]
+    log_p = lambda ids, level: by_hand([ids], level)[0].log_softmax(-1)  # noqa: E731
+    expected = [float(bound(*pair, DREAM_MASK, log_p)) for pair in pairs]
+    assert log_likelihood(model, rows, [0, 2, 0], answer_lengths=[3, 3, 1]).tolist() == pytest.approx(
+        expected, rel=1e-5
+    )
+    monkeypatch.setattr(model.config, "bos_token_id", None)
+    message = "an empty prompt, .* predicts the next token, .* bos_token_id: begin the prompt with a token"
+    with pytest.raises(ValueError, match=message):
+        log_likelihood(model, torch.tensor([[70, 71]]), [0])
+    with pytest.raises(ValueError, match=message):
+        generate(model, nothing, gen_length=2)
+
+
+# ---------------------------------------------------------------- what is refused
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import pairwise, product
-from math import comb
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from nara_diffusion import noise_level
 from nara_diffusion.dllm import log_likelihood, masked_diffusion_loss, noise_level_curve
-from tests.acceptance._text import END, PAD, ByHand, adapted_pair
+from tests.acceptance._text import END, PAD, ByHand, adapted_pair, bound
 
 VOCABULARY = 30
 MASK = VOCABULARY - 1
@@ -91,19 +90,6 @@ def test_loss_at_given_levels_is_the_sum_by_hand(pair: Any, chunk_size: int | No
     check_loss(by_hand, result, [0, 1, 2])
 
 
-def test_loss_has_the_gradients_of_a_plain_forward_of_each_row(pair: Any) -> None:
-    model, _ = pair
-    result = masked_diffusion_loss(model, **batch(), noise_level=torch.tensor([0.9, 0.4, 0.65]), seed=4)
-    plain = torch.zeros(())
-    for i, mask, level in zip(range(3), result.masked, result.noise_level, strict=True):
-        ids, masked = torch.tensor([ROWS[i]]), mask[: len(ROWS[i])]
-        with noise_level(model, float(level)):
-            log_p = model(ids.masked_fill(masked, MASK)).logits.log_softmax(-1)
-        of_tokens = log_p.gather(-1, ids[..., None])[0, masked].sum()
-        plain = plain - of_tokens / level / (len(ROWS[i]) - PROMPTS[i]) / 3
-    check_gradients(model, result.loss, plain)
-
-
 def test_loss_draws_one_level_of_each_stratum_however_the_batch_is_split(pair: Any) -> None:
     """As over two processes: λ and masks are those of the sample's place in the stream."""
     model, by_hand = pair
@@ -138,15 +124,8 @@ def test_loss_with_complementary_masks_trains_each_token_of_an_answer_once(pair:
     check_loss(by_hand, result, [0, 1, 2, 0, 1, 2])
 
 
-def bound(row: int, log_p: Callable[[list[int], float], Tensor]) -> Any:
-    """The sum over all masks of an answer, by the log-probabilities (l, v) of (ids, λ)."""
-    ids, places, total = ROWS[row], range(PROMPTS[row], len(ROWS[row])), 0.0
-    for bits in product((False, True), repeat=len(places)):
-        masked = [j for j, bit in zip(places, bits, strict=True) if bit]
-        if k := len(masked):
-            own = log_p(masked_ids(ids, masked), k / len(places))
-            total = total + sum(own[j, ids[j]] for j in masked) / k / comb(len(places), k)
-    return total
+def answer_bound(row: int, log_p: Callable[[list[int], float], Tensor]) -> Any:
+    return bound(ROWS[row][: PROMPTS[row]], ROWS[row][PROMPTS[row] :], MASK, log_p)
 
 
 @pytest.mark.parametrize(("scale", "cap"), [(0.0, None), (1.5, None), (1.5, 1e9)])
@@ -164,7 +143,7 @@ def test_likelihood_of_a_short_answer_is_the_sum_over_all_masks(
             told, blind = by_hand([ids, [MASK] * prompt + ids[prompt:]], level)  # (l, v) each
             return ((1 + scale) * told - scale * blind).log_softmax(-1)
 
-        assert float(found[i]) == pytest.approx(float(bound(i, log_p)), rel=1e-4)
+        assert float(found[i]) == pytest.approx(float(answer_bound(i, log_p)), rel=1e-4)
 
 
 def test_differentiable_likelihood_has_the_gradients_of_plain_forwards(pair: Any) -> None:
@@ -175,7 +154,7 @@ def test_differentiable_likelihood_has_the_gradients_of_plain_forwards(pair: Any
         with noise_level(model, level):
             return model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
 
-    expected = torch.stack([bound(i, log_p) for i in range(3)])
+    expected = torch.stack([answer_bound(i, log_p) for i in range(3)])
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
     weighting = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
     check_gradients(model, (weighting * found).sum(), (weighting * expected).sum())

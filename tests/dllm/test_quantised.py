@@ -8,14 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.utils import DistributedType
 from peft import PeftModel
 
 from nara_diffusion import NaraConfig
 from nara_diffusion.dllm import load_backbone, masked_diffusion_loss
 from nara_diffusion.dllm.models.pretrained import prepare_quantised
 from nara_diffusion.training.adapters import add_adapter
-from nara_diffusion.training.engines import check_sharded
 from tests.acceptance._commands import (
     Moment,
     assert_same_bits,
@@ -71,6 +69,16 @@ def test_gradients_are_those_of_the_rounded_weights_also_after_an_evaluation(bit
         torch.testing.assert_close(gradients[name], reference, rtol=0, atol=precision * float(reference.abs().max()))
 
 
+def test_weights_are_rounded_to_nf4_with_double_quantisation() -> None:
+    small, whole = (load_backbone(LLADA_TINY, dtype=torch.float32, load_in_4bit=bits)[0] for bits in (True, False))
+    for name in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"):
+        rounded, weight = small.get_submodule(name).weight, whole.get_submodule(name).weight.detach()
+        packed = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+        expected = functional.dequantize_4bit(*packed)
+        assert torch.equal(functional.dequantize_4bit(rounded.data, rounded.quant_state), expected)
+        assert (rounded.quant_state.quant_type, rounded.quant_state.nested) == ("nf4", True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("bits", "precision"), [(4, {"mixed_precision": "bf16"}), (8, {"gradient_checkpointing": True})]
@@ -95,17 +103,10 @@ def test_run_that_is_killed_goes_on_to_the_same_bits(
     assert getattr(model.get_base_model(), f"is_loaded_in_{bits}bit")
 
 
-def test_both_widths_full_training_and_sharded_engines_are_refused(tmp_path: Path) -> None:
+def test_both_widths_and_full_training_are_refused(tmp_path: Path) -> None:
     for changes in ({"load_in_8bit": True}, {"adapter": "full"}):
         with pytest.raises(ValueError, match="give one of them, and an adapter"):
             text_arguments(tmp_path, load_in_4bit=True, **changes)
-    args = text_arguments(tmp_path, load_in_4bit=True)
-
-    class Engine:
-        distributed_type = DistributedType.FSDP
-
-    with pytest.raises(ValueError, match=r"aren't trained under FSDP.*launch with --multi_gpu"):
-        check_sharded(Engine(), args)  # type: ignore[arg-type]
 
 
 @needs_gloo

@@ -15,7 +15,8 @@ from nara_diffusion.dllm import encode_records, generate, load_backbone, log_lik
 from nara_diffusion.dllm.records import normalized
 from nara_diffusion.lm_eval.harness_model import NaraDLLM
 from nara_diffusion.lm_eval.harness_text import encode, encode_pair, read_gen_kwargs, templated
-from tests.acceptance._text import nara
+from tests.acceptance._text import DREAM_BOS, DREAM_MASK, DREAM_TINY, DreamByHand, greedy, nara
+from tests.acceptance._text import bound as all_masks
 
 from .conftest import LLADA_TINY
 
@@ -87,25 +88,22 @@ def test_prompts_too_long_lose_their_start(harness: NaraDLLM, caplog: pytest.Log
         harness.generate_until(requests("generate_until", ("q", {"gen_length": 64})))
 
 
-def test_loglikelihood_is_the_bound_at_the_level_of_each_mask(harness: NaraDLLM) -> None:
+@pytest.mark.parametrize("scale", [0.0, 1.5])
+def test_loglikelihood_is_the_bound_at_the_level_of_each_mask(
+    harness: NaraDLLM, monkeypatch: pytest.MonkeyPatch, scale: float
+) -> None:
+    monkeypatch.setattr(harness, "cfg_scale", scale)
     pairs = [("reverse: ab", " ba"), ("reverse: ab", " abcd"), ("upper: house", " H"), ("copy: ab ", "cd")]
     actual = harness.loglikelihood(requests("loglikelihood", *pairs))
     for (context, continuation), (value, is_greedy) in zip(pairs, actual, strict=True):
         whole = encode(harness.tokenizer, context + continuation, has_template=False)
         length = len(encode(harness.tokenizer, context.rstrip(), has_template=False))
         prompt, answer = whole[:length], whole[length:]
-        assert value == pytest.approx(bound(harness, prompt, answer), rel=1e-5)
-        assert is_greedy is (answer_of(harness, prompt, gen_length=len(answer), stop_at_eos=False) == answer)
+        assert value == pytest.approx(bound(harness, prompt, answer, cfg_scale=scale), rel=1e-5)
+        options = {"gen_length": len(answer), "stop_at_eos": False, "cfg_scale": scale}
+        assert is_greedy is (answer_of(harness, prompt, **options) == answer)
     with pytest.raises(ValueError, match=r"a continuation has 8[0-9] tokens, and the model 64 positions"):
         harness.loglikelihood(requests("loglikelihood", ("a", " " + "b" * 80)))
-
-
-def test_loglikelihood_is_guided_by_cfg_scale(harness: NaraDLLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness, "cfg_scale", 1.5)
-    monkeypatch.setattr(harness, "greedy", False)
-    ((value, _),) = harness.loglikelihood(requests("loglikelihood", ("upper: house", " H")))
-    whole = encode(harness.tokenizer, "upper: house H", has_template=False)
-    assert value == pytest.approx(bound(harness, whole[:-2], whole[-2:], cfg_scale=1.5), rel=1e-5)
 
 
 @pytest.mark.parametrize("has_chat_template", [True, False])
@@ -187,3 +185,21 @@ def test_adapter_names_its_base_and_a_plain_lora_is_evaluated(adapter: str, harn
     lora = NaraDLLM(LLADA_TINY, str(tmp_path), device="cpu")
     with torch.no_grad():
         assert torch.equal(*(one(torch.tensor([tokens])).logits for one in (lora.model, model)))
+
+
+def test_dream_s_texts_begin_with_a_bos_token_as_in_its_own_evaluation() -> None:
+    harness, by_hand = NaraDLLM(DREAM_TINY, device="cpu", batch_size=2, samples=64), DreamByHand()
+    log_p = lambda ids, level: by_hand([ids], level)[0].log_softmax(-1)  # noqa: E731
+    ids = harness.tokenizer("upper: ab").input_ids
+    asked = [("", "ab"), ("upper: a", "b"), ("<|startoftext|>", "ab")]
+    pairs = [([DREAM_BOS], ids[-2:]), ([DREAM_BOS, *ids[:3]], ids[3:]), ([DREAM_BOS], ids[-2:])]
+    found = [value for value, _ in harness.loglikelihood(requests("loglikelihood", *asked))]
+    expected = [float(all_masks(*pair, DREAM_MASK, log_p)) for pair in pairs]
+    assert found == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(ValueError, match="loglikelihood_rolling"):
+        harness.loglikelihood_rolling(requests("loglikelihood_rolling", ("upper: ab",)))
+    for text, prompt in (("", [DREAM_BOS]), ("upper: ab", [DREAM_BOS, *ids])):
+        tokens, _ = greedy(by_hand, prompt, gen_length=4, block_length=4, mask=DREAM_MASK, ends=harness.ends)
+        (answer,) = harness.generate_until(requests("generate_until", (text, {"gen_length": 4})))
+        length = next((i for i, token in enumerate(tokens) if token in harness.ends), 4)
+        assert answer == harness.tokenizer.decode(tokens[:length], skip_special_tokens=True)
