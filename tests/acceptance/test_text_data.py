@@ -15,9 +15,9 @@ import datasets
 import pytest
 from datasets import Dataset
 
-from nara_diffusion.dllm import AnswerCollator, encode_prompts, encode_records, encoding, prompt_text, read_records
-from nara_diffusion.dllm.canvas import GlobalBatchStream
-from nara_diffusion.dllm.records import normalized
+from nara_diffusion.dllm import AnswerCollator, encode_prompts, encode_records, prompt_text, read_records
+from nara_diffusion.dllm.data.collator import GlobalBatchStream
+from nara_diffusion.dllm.data.records import normalized
 from tests.acceptance._tokenizers import SPECIAL, word_tokenizer
 
 END, PAD, USER, BOT, TURN = (SPECIAL.index(f"<{name}>") for name in ("end", "pad", "user", "bot", "turn"))
@@ -74,20 +74,24 @@ def test_long_answer_is_cut_and_a_prompt_that_fills_the_length_is_dropped(caplog
     assert encoded(pairs(*long), max_prompt_length=5)["record"][:] == [0, 1, 2]
 
 
-def test_batch_is_padded_with_end_tokens_of_which_a_number_is_trained() -> None:
+@pytest.mark.parametrize(
+    ("padding", "trained"),
+    [({"trained_padding": 2}, [4, 8, 3]), ({"trained_padding": "gen_length", "gen_length": 5}, [5, 6, 3])],
+)
+def test_batch_is_padded_with_end_tokens_of_which_a_number_or_all_up_to_gen_length_are_trained(
+    padding: dict[str, Any], trained: list[int]
+) -> None:
     rows = [
         {"input_ids": [7, 8, 9, END], "prompt_length": 2},
-        {"input_ids": [7, 8, 9, 10, 11, 12, END], "prompt_length": 1},
+        {"input_ids": [7, 8, 9, 10, 11, 12, END], "prompt_length": 1},  # longer than gen_length
         {"input_ids": [7, 8, 9, 10, 11, 12, 13, 14], "prompt_length": 5},  # cut: its end is not known
     ]
-    batch = AnswerCollator(END, trained_padding=2)(rows)
-    assert batch["input_ids"].tolist() == [
-        [7, 8, 9, END, END, END, END, END, END],
-        [7, 8, 9, 10, 11, 12, END, END, END],
-        [7, 8, 9, 10, 11, 12, 13, 14, END],
-    ]
+    batch = AnswerCollator(END, **padding)(rows)
+    width = max(length + row["prompt_length"] for length, row in zip(trained, rows, strict=True))
+    padded = [row["input_ids"] + [END] * (width - len(row["input_ids"])) for row in rows]
+    assert batch["input_ids"].tolist() == padded
     assert batch["prompt_lengths"].tolist() == [2, 1, 5]
-    assert batch["answer_lengths"].tolist() == [4, 8, 3]
+    assert batch["answer_lengths"].tolist() == trained
 
 
 # ---------------------------------------------------------------------- conversations
@@ -162,24 +166,19 @@ def test_stream_begun_anywhere_and_in_any_process_gives_the_same_rows(conversati
     assert [other[position]["input_ids"] for position in range(60)] != [row["input_ids"] for row in whole]
 
 
-def test_rows_come_from_the_cache_until_file_tokenizer_or_settings_change(tmp_path: Path, monkeypatch) -> None:
-    calls, whole = [], encoding._Encoder.__call__
-    monkeypatch.setattr(encoding._Encoder, "__call__", lambda *parts: calls.append(1) or whole(*parts))
+def test_rows_of_a_cache_are_not_taken_where_file_tokenizer_or_settings_are_others(tmp_path: Path) -> None:
     file = tmp_path / "own.jsonl"
 
-    def ids(max_length: int = 64, size: int = 40) -> list[list[int]]:
-        tokenizer = word_tokenizer(size, chat=True)
+    def ids(tokenizer: Any = TOKENIZER, max_length: int = 64) -> list[list[int]]:
         return encode_records(read_records(file), tokenizer, max_length=max_length).rows["input_ids"][:]
 
     file.write_text("".join(json.dumps(record) + "\n" for record in pairs(*[(f"w{i}", "w8") for i in range(7, 20)])))
-    first = ids()
-    assert (ids(), len(calls)) == (first, 1)
-    assert (len(ids(max_length=6)[0]), len(calls)) == (6, 2)
-    ids(size=41)
-    assert len(calls) == 3
+    assert ids()[0] == [USER, 7, TURN, BOT, 8, TURN, END]
+    assert ids(max_length=6)[0] == [USER, 7, TURN, BOT, 8, TURN]
+    assert len(ids(PLAIN, 99)[0]) > 7
     file.write_text(json.dumps(*pairs(("w20", "w8"))))
     os.utime(file, (1, 1))
-    assert (ids(), len(calls)) == ([[USER, 20, TURN, BOT, 8, TURN, END]], 4)
+    assert ids() == [[USER, 20, TURN, BOT, 8, TURN, END]]
 
 
 def test_digest_is_of_the_tokens_and_of_where_rows_answers_and_records_begin() -> None:

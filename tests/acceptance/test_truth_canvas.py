@@ -1,4 +1,5 @@
-"""The canvas that a text adapter is trained on is the one that it generates on, and a run says so where it isn't."""
+"""The canvas that a text adapter is trained on is the one that it generates on, and a run says so where it isn't;
+dllm.py's lengths, and its blocks, those of the model's own chat, in report and card."""
 
 from __future__ import annotations
 
@@ -6,21 +7,25 @@ import json
 import logging
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 
-from nara_diffusion.dllm import AnswerCollator
+from nara_diffusion.dllm import decoding, exact_match
+from nara_diffusion.dllm.evaluation import before_after
 from nara_diffusion.dllm.text_arguments import Arguments
 from nara_diffusion.dllm.train import main
-from tests.acceptance._commands import ROOT, metrics
-from tests.acceptance._runs import text_arguments
+from tests.acceptance._commands import fresh_accelerate, metrics
+from tests.acceptance._runs import text_arguments  # of a model of 64 positions
 
-END = 1
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    yield
+    fresh_accelerate()
 
 
 def write_reversals(path: Path, count: int, lengths: tuple[int, int] = (3, 7)) -> str:
@@ -49,18 +54,6 @@ def arguments(tmp_path: Path) -> Callable[..., Arguments]:
     }
     (tmp_path / "other").mkdir()
     return lambda **changes: text_arguments(tmp_path / "other", **{**defaults, **changes})
-
-
-def test_gen_length_trains_each_answer_to_gen_length_after_its_prompt() -> None:
-    rows = [
-        {"input_ids": [5, 6, 7, END], "prompt_length": 2},
-        {"input_ids": [5, 6, 7, 8, 9, 10, 11, 12, END], "prompt_length": 1},  # longer than gen_length
-        {"input_ids": [5, 6, 7, 8, 9], "prompt_length": 3},  # cut at max_length: it doesn't end there
-        {"input_ids": [5, 6, 7, 8, END], "prompt_length": 4},
-    ]
-    batch = AnswerCollator(END, "gen_length", gen_length=6)(rows)
-    assert batch["answer_lengths"].tolist() == [6, 8, 2, 6]
-    assert batch["input_ids"].tolist() == [row["input_ids"] + [END] * (10 - len(row["input_ids"])) for row in rows]
 
 
 def test_longest_pads_over_the_global_batch_whatever_a_forward_holds(arguments, tmp_path: Path) -> None:
@@ -160,9 +153,51 @@ def test_a_canvas_beyond_the_models_positions_is_refused_before_training(argumen
     assert not Path(args.output_dir).exists()
 
 
-def test_the_canvas_of_generation_is_that_of_the_shipped_settings() -> None:
-    """(By default too, as the facts above say.)"""
-    configs = ROOT / "train_scripts" / "configs"
-    files = [*configs.glob("llada_*.yaml"), *configs.glob("dream_*.yaml")]
-    assert len(files) == 7
-    assert {yaml.safe_load(path.read_text())["trained_padding"] for path in files} == {"gen_length"}
+# ---------------------------------------------------------------- lengths
+
+NO_CORE: dict[str, Any] = {"adapter": "lora", "adapter_options": {}, "core_learning_rate": None, "max_train_steps": 1}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"gen_length": 64}, "gen_length is 64, and the model has 64 positions: lower it"),
+        ({"max_length": 65}, "max_length is 65, and the model has 64 positions: lower it"),
+        ({"gen_length": 12, "block_length": 5}, "block_length 5 doesn't divide gen_length 12"),
+    ],
+)
+def test_lengths_are_refused_before_a_record_is_tokenised(
+    arguments, changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nara_diffusion.dllm.train.encode_records", lambda *_, **__: pytest.fail("tokenised"))
+    args = arguments(**changes)
+    with pytest.raises(ValueError, match=message):
+        main(args)
+    assert not Path(args.output_dir).exists()
+
+
+def test_samples_beyond_the_positions_that_virtual_tokens_leave_are_refused(arguments) -> None:
+    changes = {"adapter": "prompt_tuning", "adapter_options": {"num_virtual_tokens": 30}, "gen_length": 20}
+    with pytest.raises(ValueError, match=r"together \d+, and the model has 34 positions"):
+        main(arguments(**NO_CORE | changes))
+
+
+RULE = {"remasking": "entropy", "entropy_bound": 0.1, "top_p": 0.9, "confidence_eos_eot_inf": True}
+
+
+@pytest.mark.parametrize(("given", "block"), [({}, 4), ({"block_length": 6, "evaluation_options": RULE}, 6)])
+def test_report_and_card_have_the_evaluation_options_and_the_block_length_of_the_models_own_chat(
+    arguments, given: dict[str, Any], block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(decoding.CHAT_BLOCK_LENGTHS, "llama", 4)
+    asked: list[dict[str, Any]] = []
+    watched = lambda *args, **how: asked.append(how) or exact_match(*args, **how)  # noqa: E731
+    monkeypatch.setattr(before_after, "exact_match", watched)
+    args = arguments(**NO_CORE | given)
+    main(args)
+    expected = {"block_length": block, **given.get("evaluation_options", {})}
+    assert [{name: how[name] for name in expected} for how in asked] == [expected] * 2
+    card = (Path(args.output_dir) / "README.md").read_text()
+    said = ", remasking='entropy', entropy_bound=0.1, confidence_eos_eot_inf=True)" if given else ")"
+    assert f"generate(model, prompt, gen_length=12, block_length={block}{', top_p=0.9' if given else ''}{said}" in card
+    assert f"gen_length 12 in {12 // block} blocks" in card

@@ -11,6 +11,7 @@ from typing import Any
 import datasets
 import pytest
 from datasets import Dataset
+from transformers import AutoTokenizer
 
 from nara_diffusion.dllm import encode_records, read_records
 from nara_diffusion.dllm.records import load_records
@@ -18,6 +19,7 @@ from nara_diffusion.dllm.text_arguments import Arguments
 from nara_diffusion.dllm.train import main, shipped_run
 from tests.acceptance._commands import fresh_accelerate
 from tests.acceptance._runs import TEXT, text_arguments
+from tests.acceptance._text import LLADA_TINY
 from tests.acceptance._tokenizers import SPECIAL, word_tokenizer
 
 END, PAD, USER, BOT, TURN = (SPECIAL.index(f"<{name}>") for name in ("end", "pad", "user", "bot", "turn"))
@@ -79,10 +81,10 @@ def test_texts_are_read_as_they_are_whatever_they_look_like(tmp_path: Path, name
 
 
 def test_numbers_are_texts_as_the_file_writes_them(tmp_path: Path) -> None:
-    (tmp_path / "own.jsonl").write_text(
-        "".join(f'{{"question": "q", "answer": {value}}}\n' for value in ("1.50", "18", '"x"', "true", "1e3"))
-    )
-    assert read_records(tmp_path / "own.jsonl")["answer"][:] == ["1.50", "18", "x", "true", "1e3"]
+    values = ("1.50", "18", '"x"', "true", "1e3")
+    lines = [f'{{"question": "q", "answer": {value}}}' for value in values]
+    (tmp_path / "own.jsonl").write_text("\n".join(lines))
+    assert read_records(tmp_path / "own.jsonl")["answer"][:] == [value.strip('"') for value in values]
 
 
 @pytest.mark.parametrize(
@@ -138,7 +140,6 @@ NO_CHAT = "field 'messages': expected"
         (PAIRED, CONVERSED, {}, ["is missing or empty; it has messages, and the first record decides the form"]),
         (PAIRED, {}, {"output": "reply"}, ["record 1", "prompt, completion", "'reply'", "output_field=NAME"]),
         ({"q": "a"}, {}, {}, ["record 1", "messages or conversations, ", "question) ", "response or answer), or text"]),
-        (CONVERSED, {"messages": []}, {}, [NO_CHAT]),
         (CONVERSED, {"messages": "hello"}, {}, [NO_CHAT]),
         (CONVERSED, {"messages": messages(("user", "a"))}, {}, [NO_CHAT]),
         (CONVERSED, {"messages": [{"role": "user", "content": ["w7"]}]}, {}, [NO_CHAT, "content has to be a text"]),
@@ -166,6 +167,53 @@ def test_error_in_a_record_that_was_held_out_has_its_number_in_the_file(tmp_path
     told = r" has '<mask>' in its text, and so holds the mask" if chat else r": the conversation .* … needs a chat"
     with pytest.raises(ValueError, match=rf"^record {held + 1} of {file}{told}"):
         encode_records(load_records(args)[1], word_tokenizer(40, chat=chat), max_length=64)
+
+
+def divided(folder: Path, count: int, validation_samples: int | None) -> tuple[Dataset, Dataset, Dataset]:
+    """What a run on so many records trains, validates and tests on, if it names a training file alone."""
+    file = write(folder / "own.jsonl", *({"instruction": f"w{i}", "output": f"W{i}"} for i in range(count)))
+    options = {"train_file": str(file), "validation_samples": validation_samples}
+    return load_records(Arguments(pretrained_model_name_or_path="none", **options))
+
+
+@pytest.mark.parametrize(("count", "given", "held"), [(130, None, 13), (3, None, 1), (1500, None, 128), (130, 65, 65)])
+def test_tenth_of_the_records_is_held_out_and_128_at_most(tmp_path: Path, count: int, given: Any, held: int) -> None:
+    train, validation, test = divided(tmp_path, count, given)
+    assert (len(train), len(validation), len(test)) == (count - held, held, held)
+    assert len({*train["output"], *validation["output"]}) == count  # none is in both
+    assert validation["output"][:] == test["output"][:]
+
+
+@pytest.mark.parametrize(("count", "given", "left"), [(130, 66, 64), (20, 30, 0), (1, None, 0)])
+def test_holding_out_more_than_is_left_is_refused(tmp_path: Path, count: int, given: int | None, left: int) -> None:
+    remedy = "lower validation_samples, or give" if count > 1 else "give"
+    message = rf"^training records: {count}, of which \d+ can't be spared for validation, since .* {left}: {remedy}"
+    with pytest.raises(ValueError, match=message):
+        divided(tmp_path, count, given)
+
+
+def rows_of(folder: Path, tokenizer: Any, *outputs: str, **options: Any) -> Dataset:
+    records = [{"instruction": f"upper: {output.lower()}", "output": output} for output in outputs]
+    return encode_records(read_records(write(folder / "own.jsonl", *records)), tokenizer, **options).rows
+
+
+def test_end_token_inside_an_answer_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(LLADA_TINY)
+    outputs = ["AB", "AB<|endoftext|>CD", "EF<|endoftext|> <|endoftext|>\n", "<|endoftext|>G"]
+    for template in (tokenizer.chat_template, None):
+        caplog.clear()
+        tokenizer.chat_template = template
+        rows_of(tmp_path, tokenizer, *outputs, max_length=500)
+        (message,) = [message for message in caplog.messages if "the end token" in message]
+        assert "records: 2 of 4 outputs have the end token '<|endoftext|>' inside them" in message
+        assert "answers 'upper: ab<|endoftext|>cd'" in message
+
+
+def test_template_that_adds_text_with_the_generation_prompt_alone_is_refused(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(LLADA_TINY)
+    tokenizer.chat_template += "{% if add_generation_prompt %}<think>\n\n</think>{% endif %}"
+    with pytest.raises(ValueError, match=r"begins an answer with '.*<think>\\n\\n</think>' as .* can't be found"):
+        rows_of(tmp_path, tokenizer, "AB", "CDE", max_length=64)
 
 
 def test_own_records_without_a_model_are_told_that_they_teach_the_shipped_toy(caplog: Any) -> None:
