@@ -22,7 +22,7 @@ from nara_diffusion.dllm import (
     read_records,
 )
 from tests.acceptance._commands import by_the_card, metrics, names, results, run, tensors
-from tests.acceptance._runs import TEXT, text_flags
+from tests.acceptance._runs import ASSETS, TEXT, text_flags
 
 IDS = torch.tensor([[65, 70, 283, 283, 80, 283]])
 SHORT: dict[str, Any] = {"max_train_steps": 2, "checkpointing_steps": None, "evaluation_options": {"curve_points": 1}}
@@ -125,6 +125,7 @@ def test_card_s_code_runs_as_it_stands_on_the_model_that_was_measured(
     [
         ("lora", {"core_learning_rate": None, "adapter_options": {}}, "LORA"),
         ("nara_dora", {}, "NARA"),
+        ("nara", {"pretrained_model_name_or_path": ASSETS / "dream-tiny"}, "NARA"),
         ("full", {"core_learning_rate": None, "adapter_options": {}, "lora_alpha": None}, None),
     ],
 )
@@ -132,7 +133,7 @@ def test_run_with_another_adapter_is_loaded_by_its_card(
     flags: dict[str, Any], tmp_path: Path, adapter: str, changes: dict[str, Any], kind: str | None
 ) -> None:
     out = tmp_path / "out"
-    base = load_backbone(str(flags["pretrained_model_name_or_path"]))[0]
+    base = load_backbone(str((flags | changes)["pretrained_model_name_or_path"]))[0]
     run("dllm.py", **{**flags, **SHORT, **changes, "adapter": adapter, "learning_rate": 1e-3}, output_dir=out)
     model = by_the_card(out, until="prompt =")["model"]
     found = results(out)
@@ -150,13 +151,3 @@ def test_run_with_another_adapter_is_loaded_by_its_card(
     with torch.no_grad():
         after = logits(model, 0.5) if kind == "NARA" else model.eval()(IDS).logits
         assert (after - base(IDS).logits).abs().max() > 1e-5
-
-
-@pytest.mark.slow
-def test_run_on_dream_s_files_trains_the_shifted_model(flags: dict[str, Any], tmp_path: Path) -> None:
-    out, dream = tmp_path / "out", flags["pretrained_model_name_or_path"].with_name("dream-tiny")
-    run("dllm.py", **{**flags, **SHORT, "pretrained_model_name_or_path": dream}, output_dir=out)
-    model = by_the_card(out, until="prompt =")["model"]
-    base = load_backbone(str(dream))[0]
-    with torch.no_grad():
-        assert (logits(model, 0.5) - base(IDS).logits).abs().max() > 1e-5

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from nara_diffusion.dllm import load_backbone
-from tests.acceptance._text import backbone
+from tests.acceptance._text import LLADA_TINY, backbone
 from tests.acceptance._tokenizers import TEMPLATE, word_tokenizer
 from tests.helpers.rounding import rounding_of
 
@@ -46,27 +46,10 @@ LLADA_NAMES = [
     (r"\.mlp\.up_proj\.", ".up_proj."),
     (r"\.mlp\.down_proj\.", ".ff_out."),
 ]
-LLADA_CONFIG = {
-    "model_type": "llada",
-    "architectures": ["LLaDAModelLM"],
+LLADA_CONFIG = json.loads(Path(LLADA_TINY, "config.json").read_text()) | {
     "auto_map": {"AutoConfig": "configuration_llada.Config", "AutoModelForCausalLM": "modeling_llada.Model"},
-    "activation_type": "silu",
-    "alibi": False,
-    "block_type": "llama",
-    "d_model": 24,
-    "embedding_size": VOCABULARY,
-    "include_bias": False,
-    "layer_norm_type": "rms",
-    "max_sequence_length": 64,
-    "mlp_hidden_size": 40,
-    "n_heads": 4,
-    "n_kv_heads": 2,
-    "n_layers": 2,
-    "rms_norm_eps": 1e-5,
-    "rope": True,
-    "rope_theta": 5000.0,
-    "vocab_size": VOCABULARY,
-    "weight_tying": False,
+    **{"d_model": 24, "mlp_hidden_size": 40, "n_heads": 4, "n_kv_heads": 2, "n_layers": 2, "rope_theta": 5000.0},
+    **{"embedding_size": VOCABULARY, "vocab_size": VOCABULARY},
 }
 SPECIAL = {"mask_token_id": VOCABULARY - 1, "eos_token_id": 1, "pad_token_id": 1}
 
@@ -123,6 +106,9 @@ def test_llada_s_files_give_the_logits_of_a_bidirectional_llama(tmp_path: Path) 
     with torch.no_grad():
         difference = (model(IDS).logits - model(changed).logits).abs().amax(-1)  # (b, l)
     assert (difference > 1e-4).all()  # every position sees the whole text
+    model, _ = load_backbone(folder, dtype=torch.bfloat16, attn_implementation="eager")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert model.config._attn_implementation == "eager"
 
 
 def test_dream_s_files_give_qwen_s_logits_one_position_on(tmp_path: Path) -> None:
@@ -153,13 +139,6 @@ def test_illada_s_files_have_stock_settings_and_either_names(tmp_path: Path, nam
     assert_same(logits(model), logits(stock), stock)
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert (model.config.mask_token_id, tokenizer.mask_token) == (9, "w9")
-
-
-def test_loading_takes_from_pretrained_s_arguments(tmp_path: Path) -> None:
-    folder = write(tmp_path, llada_names(stock_llama().state_dict()), LLADA_CONFIG | SPECIAL)
-    model, _ = load_backbone(folder, dtype=torch.bfloat16, attn_implementation="eager")
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-    assert model.config._attn_implementation == "eager"
 
 
 @pytest.mark.parametrize(
