@@ -1,11 +1,9 @@
-"""Dataclasses of arguments from flags, from YAML, and from both; mistakes in one line."""
+"""Arguments from flags, from YAML, and from both; mistakes in one line; the settings that are shipped."""
 
-# ruff: noqa: RUF009 (option() is dataclasses.field() with metadata)
 from __future__ import annotations
 
 import argparse
 import dataclasses
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,100 +12,90 @@ import yaml
 
 from nara_diffusion.dllm.text_arguments import Arguments
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
-from nara_diffusion.training.parser import (
-    RENAMED,
-    ArgumentParser,
-    gathered,
-    given_arguments,
-    option,
-    parse_arguments,
-    spread_options,
-)
+from nara_diffusion.training.parser import RENAMED, ArgumentParser, parse_arguments
+from tests.acceptance._commands import ROOT, refusal, run
+from tests.acceptance._runs import text_flags
+from tests.helpers.small_pipelines import small_flux, small_sd3, small_sdxl
+
+CONFIGS = sorted((ROOT / "train_scripts" / "configs").glob("*.yaml"))
+TEXT_CONFIGS = [path for path in CONFIGS if path.stem.startswith(("llada", "dream_"))]
+IMAGE_CONFIGS = [path for path in CONFIGS if path not in TEXT_CONFIGS]
+NEEDED = {
+    Arguments: ["--pretrained_model_name_or_path", "x", "--train_file", "y"],
+    DreamBoothArguments: ["--pretrained_model_name_or_path", "x", "--instance_data_dir", "y"],
+}
 
 
-@dataclass
-class Base:
-    """Shared"""
-
-    rank: int = option(8, "The rank.", unit="directions")
-    rate: float | None = option(None, "The rate.")
+@pytest.fixture(autouse=True)
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a script writes where no folder is named lies in a folder of the test."""
+    monkeypatch.chdir(tmp_path)
 
 
-@dataclass
-class Example(Base):
-    """Own"""
-
-    fast: bool = option(False, "Be fast.")
-    slow: bool = option(True, "Be slow.", rare=True)
-    kind: str | None = option("a", "The kind.", choices=("a", "b"))
-    names: list[str] = option(["x"], "Names.")
-    prompts: list[str] | None = option(None, "Prompts.", sentences=True)
-    more: dict[str, Any] = option({}, "More:")
-    depth: int | None = option(3, "the depth", within="more")
-    words: list[str] | None = option(None, "some words", within="more")
-    dry: bool = option(False, "whether it is dry", within="more")
-
-    def __post_init__(self) -> None:
-        spread_options(self)
-        if self.rank < 1:
-            raise ValueError(f"rank must be at least 1, got {self.rank}.")
-
-
-def parse(*argv: str, **options: Any) -> Example:
-    return parse_arguments(Example, list(argv), **options)
+def parse(*argv: str, cls: Any = Arguments, **options: Any) -> Any:
+    return parse_arguments(cls, [*NEEDED[cls], *argv], **options)
 
 
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        ([], {"rank": 8, "rate": None, "fast": False, "slow": True, "names": ["x"], "depth": 3}),
-        (["--rank", "3", "--rate=1e-4", "--fast"], {"rank": 3, "rate": 1e-4, "fast": True}),
-        (["--fast", "true", "--slow", "False"], {"fast": True, "slow": False}),
-        (["--no-slow", "--no-fast"], {"fast": False, "slow": False}),
-        (["--rate", "none", "--kind", "none"], {"rate": None, "kind": None}),
-        (["--names", "q,k", "v"], {"names": ["q", "k", "v"]}),
-        (["--prompts", "a dog, on grass", "a cat"], {"prompts": ["a dog, on grass", "a cat"]}),
-        (["--more", "depth=5", "words=a,b", "dry=true"], {"depth": 5, "words": ["a", "b"], "dry": True}),
-        (["--more", "depth=5", "--more", '{"words": ["c"]}'], {"depth": 5, "words": ["c"]}),
-        (["--more", "depth=none"], {"depth": None}),
+        ([], {"rank": 8, "core_learning_rate": None, "complementary": False, "curve_points": 10}),
+        (["--rank", "3", "--core-learning-rate=1e-4", "--complementary"], {"rank": 3, "core_learning_rate": 1e-4}),
+        (["--complementary", "true", "--check", "False"], {"complementary": True, "check": False}),
+        (["--complementary", "--no-complementary"], {"complementary": False}),
+        (["--max_grad_norm", "none", "--mixed_precision", "none"], {"max_grad_norm": None, "mixed_precision": None}),
+        (["--target_modules", "q,k", "v"], {"target_modules": ["q", "k", "v"]}),
+        (
+            ["--evaluation_options", "curve_points=5", "logits_eos_inf=true"],
+            {"curve_points": 5, "logits_eos_inf": True},
+        ),
+        (["--evaluation_options", "top_p=0.5", "--evaluation_options", '{"curve_points": 4}'], {"curve_points": 4}),
+        (["--evaluation_options", "top_p=none"], {"top_p": None}),
     ],
 )
 def test_flags_are_read(argv: list[str], expected: dict[str, Any]) -> None:
     args = parse(*argv)
     assert {name: getattr(args, name) for name in expected} == expected
+    sentences = ["a dog, on grass", "a cat"]
+    assert parse("--validation_prompts", *sentences, cls=DreamBoothArguments).validation_prompts == sentences
 
 
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
         (["--rnk", "3"], "unrecognized --rnk: did you mean --rank?"),
-        (["--stray", "3"], "unrecognized --stray: --help_all lists the known ones."),
+        (["--lr", "3"], "unrecognized --lr: did you mean --learning_rate?"),
+        (["--zzz", "3"], "unrecognized --zzz: --help_all lists the known ones."),
         (["--rank", "3.5"], "argument --rank is '3.5', expected a whole number"),
         (["--rank", "0"], "rank must be at least 1, got 0."),
-        (["--kind", "c"], "argument --kind: 'c' is none of a, b"),
-        (["--fast", "perhaps"], "perhaps"),
-        (["--more", "dept=1"], "more has no 'dept': did you mean depth?"),
-        (["--more", "depth=deep"], "more: depth is 'deep', expected a whole number"),
-        (["--more", "depth"], "expected NAME=VALUE, got 'depth'"),
+        (["--min_noise_level", "0.8", "--max_noise_level", "0.2"], "min_noise_level and max_noise_level: "),
+        (["--lr_scheduler", "c"], "argument --lr_scheduler: 'c' is none of linear, "),
+        (["--check", "perhaps"], "perhaps"),
+        (["--evaluation_options", "top=1"], "evaluation_options has no 'top': did you mean top_p?"),
+        (["--evaluation_options", "curve_points=deep"], "evaluation_options: curve_points is 'deep', expected a whole"),
+        (["--evaluation_options", "remasking=low"], "evaluation_options: remasking: 'low' is none of low_confidence"),
+        (["--evaluation_options", "top_p"], "expected NAME=VALUE, got 'top_p'"),
         (["--use_8bit_adam"], "--use_8bit_adam: give --optimizer AdamW8bit."),
         (["--no-upcast_vae"], "--upcast_vae: has gone"),
-        (["--no_rank"], "unrecognized --no_rank: did you mean --rank?"),
+        (["--top_p", "1"], "--top_p: give --evaluation_options top_p=VALUE."),
         (["stray"], "unrecognized arguments: stray"),
+        (["--config", "none.yaml"], "--config none.yaml can't be read as YAML"),
     ],
 )
 def test_mistake_is_said_in_one_line(capsys: pytest.CaptureFixture[str], argv: list[str], said: str) -> None:
-    with pytest.raises(SystemExit):
-        parse(*argv)
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("usage:")]
-    assert said in line
+    assert said in refusal(capsys, "dllm.py", *NEEDED[Arguments], *argv)
+    assert list(Path().iterdir()) == []  # nothing was begun
 
 
 def test_file_is_read_as_the_flags_that_it_stands_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "a.yaml"
-    file.write_text("rank: 5\nrate: null\nfast: true\nnames: [q, k]\nprompts: ['a, b']\nmore: {depth: 7, dry: true}\n")
-    args = parse("--rank", "2", "--config", str(file), "--more", "dry=false")
-    assert (args.rank, args.fast, args.names, args.prompts, args.depth) == (2, True, ["q", "k"], ["a, b"], 7)
-    assert not args.dry
+    file.write_text(
+        "rank: 5\nmax_grad_norm: null\ncomplementary: true\ntarget_modules: [q, k]\n"
+        "evaluation_options: {curve_points: 7, logits_eos_inf: true}\n"
+    )
+    args = parse("--rank", "2", "--config", str(file), "--evaluation_options", "logits_eos_inf=false")
+    assert (args.rank, args.max_grad_norm, args.complementary, args.target_modules) == (2, None, True, ["q", "k"])
+    assert (args.curve_points, args.logits_eos_inf) == (7, False)
     for content, said in {
         "rank: true": "rank is 'true', expected a whole number",
         "rank: [3, 4]": "rank is '[3, 4]', expected a whole number",
@@ -124,21 +112,10 @@ def test_file_is_read_as_the_flags_that_it_stands_for(tmp_path: Path, capsys: py
 
 
 def test_defaults_of_a_run_lie_under_flags_and_files() -> None:
-    args = parse("--more", "dry=true", defaults=lambda given: {"rank": 4, "depth": 9} if "rank" not in given else {})
-    assert (args.rank, args.depth, args.dry) == (4, 9, True)
-    assert parse("--rank", "2", defaults=lambda given: {} if "rank" in given else {"rank": 4}).rank == 2
-
-
-def test_arguments_are_made_again_from_what_was_given() -> None:
-    args = parse("--rank", "2", "--more", "depth=1")
-    again = given_arguments(args)
-    assert again["more"] == {"depth": 1}
-    assert "depth" not in again
-    assert Example(**yaml.safe_load(yaml.safe_dump(again))) == args
-    assert gathered(Example, {"rank": 1, "depth": 2, "more": {"dry": True}}) == {
-        "rank": 1,
-        "more": {"dry": True, "depth": 2},
-    }
+    defaults = lambda given: {} if "rank" in given else {"rank": 4, "curve_points": 9}  # noqa: E731
+    args = parse("--evaluation_options", "logits_eos_inf=true", defaults=defaults)
+    assert (args.rank, args.curve_points, args.logits_eos_inf) == (4, 9, True)
+    assert parse("--rank", "2", defaults=defaults).curve_points == 10
 
 
 def test_help_has_groups_defaults_and_units_and_hides_rare_options(capsys: pytest.CaptureFixture[str]) -> None:
@@ -146,8 +123,8 @@ def test_help_has_groups_defaults_and_units_and_hides_rare_options(capsys: pytes
         with pytest.raises(SystemExit):
             parse(flag)
         text = capsys.readouterr().out
-        assert all(part in " ".join(text.split()) for part in ("Shared:", "Own:", "[directions] (default: 8)"))
-        assert ("Be slow." in text) is rare
+        assert all(part in " ".join(text.split()) for part in ("Adapter:", "Optimization:", "[samples] (default: 4)"))
+        assert ("--complementary" in text) is rare
 
 
 @pytest.mark.parametrize(("cls", "most"), [(Arguments, 60), (DreamBoothArguments, 75)])
@@ -155,20 +132,7 @@ def test_scripts_have_few_options_and_help_fewer(cls: type, most: int) -> None:
     actions = [action for action in ArgumentParser(cls)._actions if action.dest not in ("help", "help_all")]
     assert len({action.dest for action in actions}) <= most
     assert len({action.dest for action in actions if action.help is not argparse.SUPPRESS}) <= 40
-
-
-def test_answers_to_old_flags_name_what_the_script_has() -> None:
-    for cls in (Arguments, DreamBoothArguments):
-        flags = {field.name for field in dataclasses.fields(cls) if field.init}
-        assert not flags & RENAMED.keys()
-        parser = ArgumentParser(cls)
-        titles = [group.title for group in parser._action_groups]
-        assert len(titles) == len(set(titles))
-    assert parser._advice("lr") == "unrecognized --lr: did you mean --learning_rate?"
-    advice = {name: parser._advice(name) for name in ("huber_c", "clip_skip", "crops_per_image")}
-    assert "has gone" in advice["huber_c"]
-    assert "has gone" in advice["clip_skip"]
-    assert advice["crops_per_image"] == "--crops_per_image: give --data_options crops_per_image=VALUE."
+    assert not {field.name for field in dataclasses.fields(cls) if field.init} & RENAMED.keys()
 
 
 def test_epochs_that_are_given_take_the_place_of_steps_from_below(tmp_path: Path) -> None:
@@ -181,3 +145,53 @@ def test_epochs_that_are_given_take_the_place_of_steps_from_below(tmp_path: Path
         of_defaults = parse_arguments(Arguments, more, defaults=lambda _: steps)
         of_file = parse_arguments(Arguments, ["--config", str(file), *more])
         assert [(args.max_train_steps, args.num_train_epochs) for args in (of_defaults, of_file)] == [expected] * 2
+
+
+# ---------------------------------------------------------------- shipped settings
+
+
+@pytest.mark.parametrize("path", TEXT_CONFIGS, ids=lambda path: path.stem)
+def test_shipped_settings_for_text_are_read(capsys: pytest.CaptureFixture[str], path: Path) -> None:
+    """As far as the file of data, which is downloaded separately."""
+    said = refusal(capsys, "dllm.py", "--config", str(path), "--mixed_precision", "no")  # as there is no GPU
+    settings = yaml.safe_load(path.read_text())
+    assert settings["train_file"] in said
+    assert settings["trained_padding"] == "gen_length"  # the canvas of generation
+    assert list(Path().iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """{settings: a tiny pipeline of the classes that they are for}."""
+    kinds: dict[str, Any] = {"sd3_dreambooth": small_sd3, "flux_dreambooth": small_flux, "sdxl_dreambooth": small_sdxl}
+    kinds |= {"sd_tiny_flow": small_sd3, "sdxl_tiny": small_sdxl}
+    folders = {}
+    for name, make in kinds.items():
+        folders[name] = tmp_path_factory.mktemp(name)
+        make().save_pretrained(folders[name])
+    return folders
+
+
+@pytest.mark.parametrize("path", IMAGE_CONFIGS, ids=lambda path: path.stem)
+def test_shipped_settings_for_images_are_read(
+    capsys: pytest.CaptureFixture[str], path: Path, models: dict[str, Path]
+) -> None:
+    """As far as the folder of images."""
+    script = "dreambooth_sdxl.py" if path.stem.startswith("sdxl") else "dreambooth.py"
+    flags = {"pretrained_model_name_or_path": models[path.stem], "instance_data_dir": "nowhere"}
+    said = refusal(capsys, script, "--config", str(path), **flags, instance_prompt="a photo of sks dog")
+    assert "nowhere" in said
+    assert list(Path().iterdir()) == []
+
+
+def test_run_without_a_folder_gets_a_numbered_one_and_no_other_run_s(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    flags = {**text_flags(tmp_path), "max_train_steps": 1, "checkpointing_steps": None, "test_samples": 1}
+    for number in (1, 2):
+        run("dllm.py", **flags)
+        assert (tmp_path / "outputs" / f"dllm-{number}" / "results.json").is_file()
+    first = Path("outputs") / "dllm-1"
+    before = {path: path.read_bytes() for path in first.iterdir()}
+    assert str(first) in refusal(capsys, "dllm.py", **flags, output_dir=first)
+    assert {path: path.read_bytes() for path in first.iterdir()} == before
