@@ -15,6 +15,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from io import StringIO
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import Any
 import pytest
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, uint8
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 ROOT = Path(__file__).parents[2]
@@ -128,6 +129,15 @@ def assert_same_bits(one: Path, other: Path) -> None:
     assert timeless[0] == timeless[1]
 
 
+def check_leaves_the_base_out(checkpoint: Path, model: str | Path) -> None:
+    """By bytes that occur in no other file: a row of the base's embedding, in float32 or bfloat16."""
+    row = load_file(Path(model, "model.safetensors"))["model.transformer.wte.weight"][70]
+    files = [path for path in checkpoint.rglob("*") if path.is_file()]
+    contents = [value.view(uint8).numpy().tobytes() for value in (row, row.bfloat16())]
+    assert files
+    assert not [path.name for path in files for content in contents if content in path.read_bytes()]
+
+
 # ---------------------------------------------------------------- runs that end early
 
 
@@ -142,47 +152,33 @@ def counted_steps() -> Iterator[list[Any]]:
         handle.remove()
 
 
+@dataclass(frozen=True)
 class Moment:
-    """When a process sends itself a signal: at an optimizer step's end, or as it writes the checkpoint of a step.
+    """When a process sends itself a signal.
 
-    Args:
-        what: "step", after optimizer step `number`; "first file", when the first file of checkpoint-`number` is opened;
-            "name", before the folder gets its name.
+    Attributes:
+        what: "step", after optimizer step `number`; "name", before the folder checkpoint-`number` gets its name.
     """
 
-    def __init__(self, what: str, number: int, signal: signal.Signals = signal.SIGKILL) -> None:
-        self.what, self.number, self.signal = what, number, signal
+    what: str
+    number: int
+    signal: signal.Signals = signal.SIGKILL
 
-    def arm(self, folder: Path, calls: int = 1) -> None:
-        """`calls` of the optimizer make a step: DeepSpeed calls it for each group of parameters."""
-        steps = 0
-        folder = folder.resolve()
-        fired: list[bool] = []
-
-        def fire() -> None:
-            if not fired:
-                fired.append(True)
-                os.kill(os.getpid(), self.signal)
+    def arm(self) -> None:
+        steps: list[int] = []
 
         def step(*_: Any) -> None:
-            nonlocal steps
-            steps += 1
-            if self.what == "step" and steps == self.number * calls:
-                fire()
+            steps.append(1)
+            if len(steps) == self.number:
+                os.kill(os.getpid(), self.signal)
 
         def event(name: str, args: tuple[Any, ...]) -> None:
-            if steps != self.number * calls:
-                return
-            if self.what == "name" and name == "os.rename":
-                if Path(os.fsdecode(args[1])).name == f"checkpoint-{self.number}":
-                    fire()
-            elif self.what == "first file" and name == "open" and args[2] & (os.O_WRONLY | os.O_RDWR):
-                path = Path(os.fsdecode(args[0])).resolve() if isinstance(args[0], (str, bytes)) else folder
-                if folder in path.parents and path.parent != folder:
-                    fire()
+            if name == "os.rename" and Path(os.fsdecode(args[1])).name == f"checkpoint-{self.number}":
+                os.kill(os.getpid(), self.signal)
 
-        register_optimizer_step_post_hook(step)
-        if self.what != "step":
+        if self.what == "step":
+            register_optimizer_step_post_hook(step)
+        else:
             sys.addaudithook(event)
 
 
@@ -193,18 +189,18 @@ def forkserver() -> ForkServerContext:
     return context
 
 
-def _child(script: str, line: list[str], folder: Path, moment: Moment, log: Path) -> None:
+def _child(script: str, line: list[str], moment: Moment, log: Path) -> None:
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
-    moment.arm(folder)
+    moment.arm()
     run(script, *line)
 
 
 def ended_early(script: str, moment: Moment, log: Path, **flags: Any) -> int:
     """The exit code of a process that runs the script until `moment`; what it printed is in the file `log`."""
-    process = forkserver().Process(target=_child, args=(script, words(**flags), Path(flags["output_dir"]), moment, log))
+    process = forkserver().Process(target=_child, args=(script, words(**flags), moment, log))
     process.start()
     process.join(LAST_RESORT)
     if process.is_alive():

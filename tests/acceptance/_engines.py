@@ -89,7 +89,7 @@ def _worker(
         if engine.startswith("zero"):
             _use_deepspeed(engine, folder)
         if moment is not None and rank == 0:
-            moment.arm(Path(line[line.index("--output_dir") + 1]), calls=2 if engine.startswith("zero") else 1)
+            moment.arm()
         if not refused:
             run(script, *line)
             continue

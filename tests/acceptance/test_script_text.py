@@ -21,6 +21,7 @@ from nara_diffusion.dllm import (
     noise_level_curve,
     read_records,
 )
+from nara_diffusion.training.report import advice
 from tests.acceptance._commands import by_the_card, metrics, names, results, run, tensors
 from tests.acceptance._runs import ASSETS, TEXT, text_flags
 
@@ -117,6 +118,26 @@ def test_card_s_code_runs_as_it_stands_on_the_model_that_was_measured(
         found_curve[when] = curve
         model = load_backbone(str(flags["pretrained_model_name_or_path"]))[0]
     assert found_curve["after"] != pytest.approx(found_curve["before"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({}, []),
+        ({"validation_loss_after": 1.0}, ["validation loss"]),
+        ({"validation_loss_after": float("nan")}, ["validation loss"]),
+        ({"exact_match_before": 0.0, "exact_match_after": 0.0}, ["Exact match"]),
+        ({"exact_match_before": 0.5, "exact_match_after": 0.25}, ["Exact match"]),
+        ({"exact_match_before": 1.0, "exact_match_after": 1.0}, []),
+        ({"similarity_before": 0.4, "similarity_after": 0.3}, ["samples"]),
+        ({"similarity_before": None, "similarity_after": None}, []),
+    ],
+)
+def test_figures_that_training_does_not_improve_get_advice(changed: dict[str, float], said: list[str]) -> None:
+    good = {"validation_loss_before": 1.0, "validation_loss_after": 0.5}
+    lines = advice({**good, **changed})
+    assert len(lines) == len(said)
+    assert all(word in line for word, line in zip(said, lines, strict=True))
 
 
 @pytest.mark.slow

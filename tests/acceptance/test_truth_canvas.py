@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import logging
-import random
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ from nara_diffusion.dllm.evaluation import before_after
 from nara_diffusion.dllm.text_arguments import Arguments
 from nara_diffusion.dllm.train import main
 from tests.acceptance._commands import fresh_accelerate, metrics
-from tests.acceptance._runs import text_arguments  # of a model of 64 positions
+from tests.acceptance._runs import records, text_arguments  # of a model of 64 positions
 
 
 @pytest.fixture(autouse=True)
@@ -28,30 +27,12 @@ def _fresh() -> Iterator[None]:
     fresh_accelerate()
 
 
-def write_reversals(path: Path, count: int, lengths: tuple[int, int] = (3, 7)) -> str:
-    """Records of a task that the shipped model knows, each with an answer of as many tokens as its word has letters."""
-    draw = random.Random(path.stem)
-    words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(*lengths))) for _ in range(count)]
-    records = ({"instruction": f"reverse: {word}", "output": word[::-1], "answer": word[::-1]} for word in words)
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return str(path)
-
-
 @pytest.fixture
 def arguments(tmp_path: Path) -> Callable[..., Arguments]:
-    files = {"train_file": 40, "validation_file": 6, "test_file": 5}
-    defaults: dict[str, Any] = {
-        **{name: write_reversals(tmp_path / f"{name}.jsonl", count) for name, count in files.items()},
-        "target_modules": ["all-linear"],
-        "lora_dropout": 0.0,
-        "train_batch_size": 1,
-        "gradient_accumulation_steps": 4,
-        "max_train_steps": 2,
-        "checkpointing_steps": None,
-        "max_length": 64,
-        "gen_length": 12,
-        "generation_steps": None,
-    }
+    """Of runs on words of 2 to 6 letters, each of them a token of an answer, as are the two at its end."""
+    defaults: dict[str, Any] = {"lora_dropout": 0.0, "train_batch_size": 1, "gradient_accumulation_steps": 4}
+    defaults |= {"max_train_steps": 2, "checkpointing_steps": None}
+    defaults |= {"max_length": 64, "gen_length": 12, "generation_steps": None}
     (tmp_path / "other").mkdir()
     return lambda **changes: text_arguments(tmp_path / "other", **{**defaults, **changes})
 
@@ -70,18 +51,12 @@ def test_longest_pads_over_the_global_batch_whatever_a_forward_holds(arguments, 
 @pytest.mark.slow
 def test_more_training_of_what_the_base_knows_makes_it_no_worse(arguments, tmp_path: Path) -> None:
     """At one sample a forward, as in the 8B configurations, and gen_length far beyond the answers."""
-    files = {"train_file": ("more", 200), "test_file": ("held", 48)}
-    results = main(
-        arguments(
-            **{name: write_reversals(tmp_path / f"{stem}.jsonl", count) for name, (stem, count) in files.items()},
-            gen_length=32,
-            gradient_accumulation_steps=8,
-            max_train_steps=24,
-            learning_rate=5e-3,
-            core_learning_rate=None,
-            eval_batch_size=48,
-        )
-    )
+    files = {"train_file": tmp_path / "more.jsonl", "test_file": tmp_path / "held.jsonl"}
+    for file, count in zip(files.values(), (200, 48), strict=True):
+        file.write_text("".join(json.dumps(record) + "\n" for record in records(count, seed=count)))
+    longer = {"gen_length": 32, "gradient_accumulation_steps": 8, "max_train_steps": 24, "eval_batch_size": 48}
+    rates = {"learning_rate": 5e-3, "core_learning_rate": None}
+    results = main(arguments(**files, **longer, **rates, target_modules=["all-linear"]))
     assert results["exact_match_after"] >= max(results["exact_match_before"], 0.9)
 
 
@@ -109,7 +84,7 @@ def test_a_run_says_what_canvas_it_trains_and_generates_on(arguments, caplog: py
     assert "prompts of " in facts
     assert f"base: {args.pretrained_model_name_or_path}" in facts
     assert f"{args.train_file} (fields instruction, output, answer); " in facts  # no train_on
-    assert "answers of 5 to 9 tokens with their end, trained to 12 tokens (trained_padding gen_length)" in facts
+    assert "answers of 4 to 8 tokens with their end, trained to 12 tokens (trained_padding gen_length)" in facts
     assert "gen_length 12 in 3 blocks" in facts
     assert "canvas: " in (Path(args.output_dir) / "README.md").read_text()
 
@@ -117,11 +92,11 @@ def test_a_run_says_what_canvas_it_trains_and_generates_on(arguments, caplog: py
 @pytest.mark.parametrize(
     ("padding", "gen_length", "told", "remedy"),
     [
-        ("6", 12, r"of 40 samples end before that, the shortest after 11 tokens", "--trained_padding gen_length"),
-        ("longest", 12, r"gen_length is 12, and \d+ of 40 samples end before that", "--trained_padding gen_length"),
-        ("7", 12, None, ""),
-        ("gen_length", 8, None, ""),
-        ("gen_length", 6, r"gen_length is 6, and \d+ of 40 samples have longer answers, up to 8 ", "--gen_length 8"),
+        ("6", 12, r"of 11 samples end before that, the shortest after 10 tokens", "--trained_padding gen_length"),
+        ("longest", 12, r"gen_length is 12, and \d+ of 11 samples end before that", "--trained_padding gen_length"),
+        ("8", 12, None, ""),
+        ("gen_length", 7, None, ""),
+        ("gen_length", 6, r"gen_length is 6, and \d+ of 11 samples have longer answers, up to 7 ", "--gen_length 7"),
     ],
 )
 def test_generating_beyond_the_trained_canvas_or_less_than_an_answer_is_warned_of_before_training(
@@ -139,12 +114,14 @@ def test_generating_beyond_the_trained_canvas_or_less_than_an_answer_is_warned_o
 def test_texts_without_a_prompt_may_be_longer_than_gen_length(arguments, tmp_path: Path, caplog: Any, stopped) -> None:
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": f"{n} is a number"}) + "\n" for n in range(9)))
     with stopped:
-        main(arguments(train_file=str(tmp_path / "texts.jsonl"), gen_length=9))
+        main(arguments(train_file=tmp_path / "texts.jsonl", gen_length=9))
     assert canvas_warnings(caplog) == []
 
 
 def test_a_canvas_beyond_the_models_positions_is_refused_before_training(arguments, tmp_path: Path) -> None:
-    args = arguments(gen_length=30, train_file=write_reversals(tmp_path / "own.jsonl", 9, (33, 36)))
+    long = [{"instruction": "a" * (38 + n), "output": "b"} for n in range(9)]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(record) + "\n" for record in long))
+    args = arguments(gen_length=30, train_file=tmp_path / "own.jsonl")
     message = r"the longest prompt has \d+ tokens and gen_length is 30, together \d+, and the model has 64"
     message += r".* \(the longest is record [1-9] of .*own\.jsonl\); "
     message += r"--data_options max_prompt_length=34 leaves longer ones out$"

@@ -59,12 +59,6 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(autouse=True)
-def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Data sets of one test are not those of the next."""
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
-
-
-@pytest.fixture(autouse=True)
 def _own_tasks_and_loggers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Reading lm-eval's thousands of task files takes longer than everything else here, and lm-eval sets its logger up
     for the whole process, on a stderr that pytest then closes."""

@@ -3,43 +3,29 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from nara_diffusion import NaraConfig, noise_level
 from nara_diffusion.cores import registry
+from nara_diffusion.dllm.text_arguments import Arguments
 from nara_diffusion.training.adapters import adapter_config, build_adapter, title_of
-from nara_diffusion.training.arguments import (
-    AdapterArguments,
-    OptimizationArguments,
-    RunArguments,
-    WindowArguments,
-    check_arguments,
-)
 from nara_diffusion.training.optimization import build_optimizer, build_scheduler, hold_core
+from tests.acceptance._text import backbone
 
 
-@dataclass
-class Shared(AdapterArguments, OptimizationArguments, WindowArguments, RunArguments):
-    def __post_init__(self) -> None:
-        check_arguments(self)
-
-
-def arguments(adapter: str = "nara", **changes: Any) -> Shared:
+def arguments(adapter: str = "nara", **changes: Any) -> Arguments:
     values: dict[str, Any] = {"rank": 4, "target_modules": ["q_proj", "v_proj"], **changes}
-    return Shared(adapter=adapter, **values)
+    return Arguments(pretrained_model_name_or_path="x", train_file="y", adapter=adapter, **values)
 
 
 def llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=30, num_key_value_heads=4, **sizes)).requires_grad_(False)
+    return backbone(30, num_key_value_heads=4).requires_grad_(False)
 
 
 METHODS = {
@@ -73,11 +59,6 @@ def test_method_trains_its_adapter_alone(adapter: str) -> None:
     assert not [name for name in trained if "base_layer" in name or name.endswith("_proj.weight")]
     with noise_level(model, 0.5) if kind == "NARA" else nullcontext():
         assert model(torch.ones(1, 3, dtype=torch.long)).logits.isfinite().all()
-
-
-def test_full_trains_all_weights() -> None:
-    model = build_adapter(llama(), arguments("full"))
-    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_options_are_fields_of_the_configuration() -> None:
