@@ -13,8 +13,7 @@ import re
 import runpy
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from multiprocessing.context import ForkServerContext
@@ -139,17 +138,6 @@ def check_leaves_the_base_out(checkpoint: Path, model: str | Path) -> None:
 
 
 # ---------------------------------------------------------------- runs that end early
-
-
-@contextmanager
-def counted_steps() -> Iterator[list[Any]]:
-    """The steps of optimizers that are taken in this process."""
-    steps: list[Any] = []
-    handle = register_optimizer_step_post_hook(lambda *_: steps.append(1))
-    try:
-        yield steps
-    finally:
-        handle.remove()
 
 
 @dataclass(frozen=True)

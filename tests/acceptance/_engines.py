@@ -44,14 +44,14 @@ Command = tuple[str, str, dict[str, Any]]
 """(engine, script, flags)."""
 
 
-def in_two_processes(
-    commands: Sequence[Command], folder: Path, refused: bool = False, moment: Moment | None = None
-) -> None:
+def in_two_processes(commands: Sequence[Command], folder: Path, moment: Moment | None = None) -> None:
     """Run them one after the other; of DeepSpeed, which keeps the groups of its first run's processes, one a call.
 
     Args:
-        refused: whether both are expected to refuse the command.
         moment: when the first process gets a signal.
+
+    Raises:
+        ProcessRaisedException: with the line in which a process refuses a command.
     """
     (folder / "zero-3.json").write_text(json.dumps(ZERO_3))
     stores = [TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in commands]
@@ -60,20 +60,10 @@ def in_two_processes(
         for (engine, script, flags), store in zip(commands, stores, strict=True)
     ]
     forkserver()
-    mp.start_processes(_worker, args=(lines, folder, refused, moment), nprocs=2, start_method="forkserver")
+    mp.start_processes(_worker, args=(lines, folder, moment), nprocs=2, start_method="forkserver")
 
 
-def refused_in_two_processes(command: Command, folder: Path) -> str:
-    """The line in which both processes refuse the command."""
-    in_two_processes([command], folder, refused=True)
-    said = [(folder / f"refusal-{rank}").read_text() for rank in range(2)]
-    assert said[0].strip() == said[1].strip()
-    return said[0]
-
-
-def _worker(
-    rank: int, lines: list[tuple[str, str, list[str], int]], folder: Path, refused: bool, moment: Moment | None
-) -> None:
+def _worker(rank: int, lines: list[tuple[str, str, list[str], int]], folder: Path, moment: Moment | None) -> None:
     plain, prepare_backend = dict(os.environ), PartialState._prepare_backend
     for engine, script, line, port in lines:
         os.environ.clear()
@@ -90,13 +80,10 @@ def _worker(
             _use_deepspeed(engine, folder)
         if moment is not None and rank == 0:
             moment.arm()
-        if not refused:
-            run(script, *line)
-            continue
         try:
             run(script, *line)
         except SystemExit as stop:
-            (folder / f"refusal-{rank}").write_text(str(stop.code))
+            raise ValueError(stop.code) from None
 
 
 def _use_deepspeed(engine: str, folder: Path) -> None:

@@ -10,8 +10,15 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen2ForCausalLM,
+)
 
 from tests.acceptance._noise_models import Stock
 from tests.helpers.adapted import adapted
@@ -125,3 +132,24 @@ def bound(prompt: list[int], answer: list[int], mask: int, log_p: Callable[[list
             own = log_p(prompt + shown, k / n)[len(prompt) :]
             total = total + sum(own[j, answer[j]] for j in range(n) if masked[j]) / k / comb(n, k)
     return total
+
+
+# ---------------------------------------------------------------- a tokenizer of whole words
+
+TEMPLATE = (
+    "{% for m in messages %}{{ '<user> ' if m['role'] == 'user' else '<bot> ' }}{{ m['content'] + ' <turn> ' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<bot> ' }}{% endif %}"
+)
+SPECIAL = ["<unk>", "<end>", "<pad>", "<user>", "<bot>", "<turn>"]
+
+
+def word_tokenizer(size: int, *, chat: bool) -> PreTrainedTokenizerBase:
+    """Ids 0 to 5 are SPECIAL, the last is <mask>, and "w6", "w7", … lie between."""
+    vocabulary = {word: i for i, word in enumerate([*SPECIAL, *(f"w{i}" for i in range(6, size - 1)), "<mask>"])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"unk_token": "<unk>", "eos_token": "<end>", "pad_token": "<pad>", "mask_token": "<mask>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    if chat:
+        tokenizer.chat_template = TEMPLATE
+    return tokenizer

@@ -34,7 +34,7 @@ from tests.acceptance._commands import (
     tensors,
     words,
 )
-from tests.acceptance._engines import in_two_processes, needs_deepspeed, needs_gloo, refused_in_two_processes
+from tests.acceptance._engines import in_two_processes, needs_deepspeed, needs_gloo
 from tests.acceptance._runs import image_flags, text_arguments, text_flags
 from tests.helpers.small_pipelines import small_sdxl
 
@@ -215,7 +215,8 @@ def test_engine_refuses_by_name_what_it_would_do_otherwise(
     if written is not None:
         in_two_processes([(written, "dllm.py", values)], tmp_path)
         values |= {"resume_from_checkpoint": tmp_path / "run" / "checkpoint-1"}
-    assert message in refused_in_two_processes((engine, "dllm.py", values | changes), tmp_path)
+    with pytest.raises(mp.ProcessRaisedException, match=message):
+        in_two_processes([(engine, "dllm.py", values | changes)], tmp_path)
 
 
 # ---------------------------------------------------------------- refused before anything is loaded

@@ -17,7 +17,6 @@ from tests.acceptance._commands import (
     Moment,
     assert_same_bits,
     check_leaves_the_base_out,
-    counted_steps,
     ended_early,
     names,
     refusal,
@@ -44,29 +43,28 @@ def undisturbed(text: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) 
     return folder
 
 
-def check_ended(script: str, moment: Moment, log: Path, **flags: Any) -> bool:
-    """Run the script until the moment. Returns whether it could save, as it can where a signal asks it to stop."""
-    code, said = ended_early(script, moment, log, **flags), log.read_text()
+def check_goes_on(script: str, moment: Moment, folder: Path, caplog: pytest.LogCaptureFixture, **flags: Any) -> None:
+    """Run the script until the moment, when it can save where a signal asks it to stop; then with one more flag."""
+    out, log = folder / "out", folder / "log"
+    code, said = ended_early(script, moment, log, **flags, output_dir=out), log.read_text()
     stops = moment.signal != signal.SIGKILL
     assert code == (128 + moment.signal if stops else -signal.SIGKILL), said[-2000:]
     assert ("--resume_from_checkpoint" in said) >= stops
-    there = names(flags["output_dir"])
-    assert (f"checkpoint-{moment.number}" if stops else "checkpoint-2") in there
+    there, last = names(out), f"checkpoint-{moment.number if stops else 2}"
+    assert last in there
     assert stops or "checkpoint-4" not in there
     assert not [name for name in there if name.endswith((".safetensors", "results.json"))]
-    return stops
+    run(script, **flags, output_dir=out, resume_from_checkpoint="latest")
+    assert f"goes on from {out / last}" in caplog.text
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", ENDS, ids=lambda moment: f"{moment.signal.name} at {moment.what}")
 def test_text_run_that_ended_early_goes_on_to_the_same_bits(
-    text: dict[str, Any], undisturbed: Path, tmp_path: Path, moment: Moment
+    text: dict[str, Any], undisturbed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, moment: Moment
 ) -> None:
+    check_goes_on("dllm.py", moment, tmp_path, caplog, **text)
     out = tmp_path / "out"
-    stops = check_ended("dllm.py", moment, tmp_path / "log", **text, output_dir=out)
-    with counted_steps() as steps:
-        run("dllm.py", **text, output_dir=out, resume_from_checkpoint="latest")  # the same command and one more flag
-    assert len(steps) == 6 - (moment.number if stops else 2)
     assert_same_bits(out, undisturbed)
     assert results(out) | {"seconds": 0} == results(undisturbed) | {"seconds": 0}
     assert {name for name in names(out) if "checkpoint" in name} == {"checkpoint-4", "checkpoint-6"}
@@ -87,17 +85,13 @@ IMAGES: dict[str, Any] = {"gradient_accumulation_steps": 2, "lora_dropout": 0.2,
 )
 @pytest.mark.filterwarnings("ignore:.*torch_dtype.*")
 def test_image_run_that_ended_early_goes_on_to_the_same_bits(
-    tmp_path: Path, script: str, changes: dict[str, Any], moment: Moment
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, script: str, changes: dict[str, Any], moment: Moment
 ) -> None:
     make = small_sdxl if script == "dreambooth_sdxl.py" else small_sd3
     flags = image_flags(tmp_path, make()) | IMAGES | changes
     run(script, **flags, output_dir=tmp_path / "whole")
-    out = tmp_path / "out"
-    stops = check_ended(script, moment, tmp_path / "log", **flags, output_dir=out)
-    with counted_steps() as steps:
-        run(script, **flags, output_dir=out, resume_from_checkpoint="latest")
-    assert len(steps) == 6 - (moment.number if stops else 2)
-    assert_same_bits(out, tmp_path / "whole")
+    check_goes_on(script, moment, tmp_path, caplog, **flags)
+    assert_same_bits(tmp_path / "out", tmp_path / "whole")
 
 
 # ---------------------------------------------------------------- what isn't resumed

@@ -18,7 +18,7 @@ from datasets import Dataset
 from nara_diffusion.dllm import AnswerCollator, encode_prompts, encode_records, prompt_text, read_records
 from nara_diffusion.dllm.data.collator import GlobalBatchStream
 from nara_diffusion.dllm.data.records import normalized
-from tests.acceptance._tokenizers import SPECIAL, word_tokenizer
+from tests.acceptance._text import SPECIAL, word_tokenizer
 
 END, PAD, USER, BOT, TURN = (SPECIAL.index(f"<{name}>") for name in ("end", "pad", "user", "bot", "turn"))
 TOKENIZER, PLAIN = word_tokenizer(40, chat=True), word_tokenizer(40, chat=False)

@@ -147,10 +147,10 @@ def test_models_that_cannot_unmask_are_refused(shared: LLaDAPipeline, tmp_path: 
         LLaDAPipeline.from_pretrained(tmp_path)
 
 
-def test_pipeline_with_an_adapter_answers_as_peft_does(adapter: Path) -> None:
+def test_pipeline_with_an_adapter_answers_as_peft_does_and_saves_both(adapter: Path, tmp_path: Path) -> None:
     pipe = pipeline()
     base = pipe(QUESTIONS, **LENGTH).sequences
-    pipe.load_nara_weights(adapter)
+    pipe.load_nara_weights(adapter, adapter_name="mine")
     model, tokenizer = load_backbone(LLADA_TINY)
     options: dict[str, Any] = {"block_length": 6, "steps": 8, "temperature": 0.8, "cfg_scale": 0.5}
     adapted = PeftModel.from_pretrained(model, adapter)
@@ -160,20 +160,14 @@ def test_pipeline_with_an_adapter_answers_as_peft_does(adapter: Path) -> None:
     greedy = pipe(QUESTIONS, **LENGTH).sequences
     assert torch.equal(greedy, sequences(adapted, tokenizer))
     assert not torch.equal(greedy, base)
+    pipe.save_nara_weights(tmp_path / "adapter", "mine")
     pipe.unload_nara_weights()
     assert torch.equal(pipe(QUESTIONS, **LENGTH).sequences, base)
-
-
-def test_pipeline_saves_itself_and_its_adapter(adapter: Path, tmp_path: Path) -> None:
-    pipe = pipeline()
     pipe.save_pretrained(tmp_path / "pipe")
-    pipe.load_nara_weights(adapter, adapter_name="mine")
-    expected = pipe(QUESTIONS, **LENGTH).sequences
-    pipe.save_nara_weights(tmp_path / "saved", "mine")
     again = pipeline(tmp_path / "pipe")
     assert again(QUESTIONS, **LENGTH).texts == ANSWERS
-    again.load_nara_weights(tmp_path / "saved")
-    assert torch.equal(again(QUESTIONS, **LENGTH).sequences, expected)
+    again.load_nara_weights(tmp_path / "adapter")
+    assert torch.equal(again(QUESTIONS, **LENGTH).sequences, greedy)
 
 
 def rows_of(answers: list[str]) -> list[dict[str, Any]]:

@@ -19,8 +19,7 @@ from nara_diffusion.dllm.text_arguments import Arguments
 from nara_diffusion.dllm.train import main, shipped_run
 from tests.acceptance._commands import fresh_accelerate
 from tests.acceptance._runs import TEXT, text_arguments
-from tests.acceptance._text import LLADA_TINY
-from tests.acceptance._tokenizers import SPECIAL, word_tokenizer
+from tests.acceptance._text import LLADA_TINY, SPECIAL, word_tokenizer
 
 END, PAD, USER, BOT, TURN = (SPECIAL.index(f"<{name}>") for name in ("end", "pad", "user", "bot", "turn"))
 PAIR = {"instruction": "w7", "input": "", "output": "w8", "answer": "w8"}

@@ -152,15 +152,6 @@ def test_presets_name_tasks_of_lm_eval_whose_answers_are_generated_where_a_prese
             read_gen_kwargs({**task.get("generation_kwargs", {}), **preset.get("gen_kwargs", {})})
 
 
-def scaled(kwargs: dict[str, Any]) -> dict[str, int]:
-    """gen_length, steps and block_length of `kwargs` for 64 positions, with as many blocks."""
-    length = kwargs["gen_length"]
-    blocks = length // kwargs.get("block_length", length)
-    small = min(length, max(blocks, 16))
-    new = {"gen_length": small, "block_length": small // blocks, "steps": small}
-    return {name: value for name, value in new.items() if name in kwargs}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_preset_runs_with_its_settings(name: str, tasks: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,7 +162,8 @@ def test_preset_runs_with_its_settings(name: str, tasks: str, tmp_path: Path, mo
         watched = lambda *args, real=real, calls=calls, **given: calls.append(given) or real(*args, **given)  # noqa: E731
         monkeypatch.setattr(harness_model, function, watched)
     kwargs = preset.get("gen_kwargs") or {}
-    small, task = scaled(kwargs) if kwargs else {}, "tiny_answers" if kwargs else "tiny_choices"
+    small = {name: 16 for name in ("gen_length", "steps", "block_length") if name in kwargs}  # of 64 positions
+    task = "tiny_answers" if kwargs else "tiny_choices"
     model = Path(LLADA_TINY).with_name("dream-tiny" if name.startswith("dream") else "llada-tiny")
     argv = ["--config", name, "--tasks", task, "--include_path", tasks, "--limit", "2", "--batch_size", "4"]
     argv += ["--model_args", f"pretrained={model}", "--device", "cpu", "--output_path", str(tmp_path)]

@@ -135,7 +135,7 @@ def test_encode_pair_is_the_whole_text_divided() -> None:
     assert prompt[len(opening) :] + answer == tokenizer("ab cd", add_special_tokens=False).input_ids
 
 
-def test_read_gen_kwargs() -> None:
+def test_read_gen_kwargs_takes_lm_eval_s_names_and_refuses_what_the_sampler_lacks() -> None:
     for given, until, sampling in [
         ({}, (), {"gen_length": 256}),
         ({"max_gen_toks": 8, "until": "x", "temperature": 0.7, "do_sample": False}, ("x",), {"gen_length": 8}),
@@ -143,9 +143,6 @@ def test_read_gen_kwargs() -> None:
         ({"max_tokens": 4, "temperature": 0.5, "top_p": 0.9}, (), {"gen_length": 4, "temperature": 0.5, "top_p": 0.9}),
     ]:
         assert read_gen_kwargs(given) == (until, sampling)
-
-
-def test_read_gen_kwargs_refuses_what_the_sampler_lacks() -> None:
     for given, message in [
         ({"top_k": 9, "temperature": 1}, "gen_kwargs has top_k; the sampler's settings are"),
         ({"beams": 3}, "gen_kwargs has beams"),
