@@ -54,7 +54,8 @@ def check_goes_on(script: str, moment: Moment, folder: Path, caplog: pytest.LogC
     assert last in there
     assert stops or "checkpoint-4" not in there
     assert not [name for name in there if name.endswith((".safetensors", "results.json"))]
-    run(script, **flags, output_dir=out, resume_from_checkpoint="latest")
+    with caplog.at_level("INFO"):
+        run(script, **flags, output_dir=out, resume_from_checkpoint="latest")
     assert f"goes on from {out / last}" in caplog.text
 
 

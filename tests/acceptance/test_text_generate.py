@@ -268,9 +268,8 @@ def test_dream_answers_and_scores_after_a_bos_token_where_there_is_no_prompt(mon
 # ---------------------------------------------------------------- what is refused
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
+def test_generate_refuses_impossible_settings_by_name(pair: Any) -> None:
+    for options, message in [
         ({"block_length": 3}, "block_length 3 doesn't divide"),
         ({"block_length": 4, "steps": 3}, "steps is 3 and there are 2 blocks"),
         ({"remasking": "entropie"}, "remasking is 'entropie', expected one of 'low_confidence', .*'entropy'"),
@@ -281,11 +280,9 @@ def test_dream_answers_and_scores_after_a_bos_token_where_there_is_no_prompt(mon
         ({"confidence_threshold": 0.9, "entropy_bound": 0.1}, "confidence_threshold and entropy_bound each"),
         ({"factor": 1.0, "remasking": "random"}, "factor goes with remasking low_confidence or maskgit_plus"),
         ({"entropy_bound": 1.0, "remasking": "random"}, "entropy_bound goes with remasking .* or entropy, .* 'random'"),
-    ],
-)
-def test_generate_refuses_impossible_settings_by_name(pair: Any, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        generate(pair[0], torch.tensor([[5, 9, END]]), **{"gen_length": 8, **options})
+    ]:
+        with pytest.raises(ValueError, match=message):
+            generate(pair[0], torch.tensor([[5, 9, END]]), **{"gen_length": 8, **options})
 
 
 @pytest.mark.parametrize("given", ["a text", [[1, 2]], torch.ones(1, 3), torch.tensor([1, 2])])

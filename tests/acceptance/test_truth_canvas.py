@@ -135,22 +135,17 @@ def test_a_canvas_beyond_the_models_positions_is_refused_before_training(argumen
 NO_CORE: dict[str, Any] = {"adapter": "lora", "adapter_options": {}, "core_learning_rate": None, "max_train_steps": 1}
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
+def test_lengths_are_refused_before_a_record_is_tokenised(arguments, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nara_diffusion.dllm.train.encode_records", lambda *_, **__: pytest.fail("tokenised"))
+    for changes, message in [
         ({"gen_length": 64}, "gen_length is 64, and the model has 64 positions: lower it"),
         ({"max_length": 65}, "max_length is 65, and the model has 64 positions: lower it"),
         ({"gen_length": 12, "block_length": 5}, "block_length 5 doesn't divide gen_length 12"),
-    ],
-)
-def test_lengths_are_refused_before_a_record_is_tokenised(
-    arguments, changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("nara_diffusion.dllm.train.encode_records", lambda *_, **__: pytest.fail("tokenised"))
-    args = arguments(**changes)
-    with pytest.raises(ValueError, match=message):
-        main(args)
-    assert not Path(args.output_dir).exists()
+    ]:
+        args = arguments(**changes)
+        with pytest.raises(ValueError, match=message):
+            main(args)
+        assert not Path(args.output_dir).exists()
 
 
 def test_samples_beyond_the_positions_that_virtual_tokens_leave_are_refused(arguments) -> None:

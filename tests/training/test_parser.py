@@ -36,9 +36,8 @@ def parse(*argv: str, cls: Any = Arguments, **options: Any) -> Any:
     return parse_arguments(cls, [*NEEDED[cls], *argv], **options)
 
 
-@pytest.mark.parametrize(
-    ("argv", "expected"),
-    [
+def test_flags_are_read() -> None:
+    for argv, expected in [
         ([], {"rank": 8, "core_learning_rate": None, "complementary": False, "curve_points": 10}),
         (["--rank", "3", "--core-learning-rate=1e-4", "--complementary"], {"rank": 3, "core_learning_rate": 1e-4}),
         (["--complementary", "true", "--check", "False"], {"complementary": True, "check": False}),
@@ -51,18 +50,15 @@ def parse(*argv: str, cls: Any = Arguments, **options: Any) -> Any:
         ),
         (["--evaluation_options", "top_p=0.5", "--evaluation_options", '{"curve_points": 4}'], {"curve_points": 4}),
         (["--evaluation_options", "top_p=none"], {"top_p": None}),
-    ],
-)
-def test_flags_are_read(argv: list[str], expected: dict[str, Any]) -> None:
-    args = parse(*argv)
-    assert {name: getattr(args, name) for name in expected} == expected
+    ]:
+        args = parse(*argv)
+        assert {name: getattr(args, name) for name in expected} == expected
     sentences = ["a dog, on grass", "a cat"]
     assert parse("--validation_prompts", *sentences, cls=DreamBoothArguments).validation_prompts == sentences
 
 
-@pytest.mark.parametrize(
-    ("argv", "said"),
-    [
+def test_mistake_is_said_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv, said in [
         (["--rnk", "3"], "unrecognized --rnk: did you mean --rank?"),
         (["--lr", "3"], "unrecognized --lr: did you mean --learning_rate?"),
         (["--zzz", "3"], "unrecognized --zzz: --help_all lists the known ones."),
@@ -80,10 +76,8 @@ def test_flags_are_read(argv: list[str], expected: dict[str, Any]) -> None:
         (["--top_p", "1"], "--top_p: give --evaluation_options top_p=VALUE."),
         (["stray"], "unrecognized arguments: stray"),
         (["--config", "none.yaml"], "--config none.yaml can't be read as YAML"),
-    ],
-)
-def test_mistake_is_said_in_one_line(capsys: pytest.CaptureFixture[str], argv: list[str], said: str) -> None:
-    assert said in refusal(capsys, "dllm.py", *NEEDED[Arguments], *argv)
+    ]:
+        assert said in refusal(capsys, "dllm.py", *NEEDED[Arguments], *argv)
     assert list(Path().iterdir()) == []  # nothing was begun
 
 

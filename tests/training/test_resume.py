@@ -232,9 +232,8 @@ def test_text_run_begins_where_the_folder_ends(tmp_path: Path) -> None:
     check_starts(tmp_path / "again" / TEXT, tmp_path / "run" / TEXT)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
+def test_other_flags_than_the_file_s_are_refused(images: dict[str, Any], start: Path, tmp_path: Path) -> None:
+    for changes, message in [
         (
             {"adapter_options": {"core_hidden_dims": [8, 7], "core_sharing": "layer"}},
             "has core_sharing 'global', this run 'layer'",
@@ -249,11 +248,7 @@ def test_text_run_begins_where_the_folder_ends(tmp_path: Path) -> None:
         ),
         ({"adapter": "hira"}, "init_adapter starts from a LoRA or a NaRA"),
         ({"init_adapter": "nowhere"}, "there is no such file or folder"),
-    ],
-)
-def test_other_flags_than_the_file_s_are_refused(
-    images: dict[str, Any], start: Path, tmp_path: Path, changes: dict[str, Any], message: str
-) -> None:
-    values = {"init_adapter": str(start), **STILL, **changes}
-    with pytest.raises(ValueError, match=message):
-        main(image_arguments(images, tmp_path / "run", **values))
+    ]:
+        values = {"init_adapter": str(start), **STILL, **changes}
+        with pytest.raises(ValueError, match=message):
+            main(image_arguments(images, tmp_path / "run", **values))
