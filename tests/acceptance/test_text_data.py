@@ -16,8 +16,8 @@ import pytest
 from datasets import Dataset
 
 from nara_diffusion.dllm import AnswerCollator, encode_prompts, encode_records, prompt_text, read_records
-from nara_diffusion.dllm.data.collator import GlobalBatchStream
-from nara_diffusion.dllm.data.records import normalized
+from nara_diffusion.dllm.canvas import GlobalBatchStream
+from nara_diffusion.dllm.records import normalized
 from tests.acceptance._text import SPECIAL, word_tokenizer
 
 END, PAD, USER, BOT, TURN = (SPECIAL.index(f"<{name}>") for name in ("end", "pad", "user", "bot", "turn"))

@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from nara_diffusion.dllm import decoding, exact_match
-from nara_diffusion.dllm.evaluation import before_after
+from nara_diffusion.dllm import before_after, decoding, exact_match
 from nara_diffusion.dllm.text_arguments import Arguments
 from nara_diffusion.dllm.train import main
 from tests.acceptance._commands import fresh_accelerate, metrics

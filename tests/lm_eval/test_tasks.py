@@ -16,8 +16,7 @@ from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 
 from nara_diffusion.lm_eval.__main__ import TASKS
-from nara_diffusion.lm_eval.tasks.code import code_of
-from nara_diffusion.lm_eval.tasks.execution import Limits, run_program
+from nara_diffusion.lm_eval.tasks.functions import code_of, run_program
 
 SETS: dict[str, tuple[str, list[tuple[str, Any, str]]]] = {
     "AddSub": ("addsub", [("1 + 1.5?", 2.5, "The answer is 2.5"), ("1 + 1?", 2.0, "3")]),
@@ -158,7 +157,7 @@ def test_program_is_the_first_block_that_has_what_is_wanted() -> None:
 
 # ---------------------------------------------------------------- programs
 
-SMALL = Limits(seconds=60, memory=2**30, file_size=2**16)
+SMALL = {"seconds": 60, "memory": 2**30, "file_size": 2**16}
 posix_only = pytest.mark.skipif(sys.platform == "win32", reason="POSIX limits")
 
 
@@ -179,11 +178,11 @@ posix_only = pytest.mark.skipif(sys.platform == "win32", reason="POSIX limits")
 )
 def test_program_ends_as_it_may(program: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NARA_TEST_SECRET", "1")
-    assert run_program(program, SMALL) == reason
+    assert run_program(program, **SMALL) == reason
 
 
 def test_program_without_end_is_stopped() -> None:
-    assert run_program("while True: pass", Limits(seconds=1)) == "timed out"
+    assert run_program("while True: pass", seconds=1) == "timed out"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
@@ -196,7 +195,7 @@ child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 open({str(told)!r}, "w").write(str(child.pid))
 {ending}
 """
-    assert run_program(program, Limits(seconds=1)) == ("timed out" if ending else "passed")
+    assert run_program(program, seconds=1) == ("timed out" if ending else "passed")
     status = Path(f"/proc/{told.read_text()}/status")
     end = time.monotonic() + 30  # whoever adopted it may take note of its end a little later
     while status.exists() and "zombie" not in status.read_text() and time.monotonic() < end:
