@@ -110,16 +110,8 @@ class LiveAdapter:
 
     def matrices(self, level: Tensor, strength: float) -> dict[str, Tensor]:
         """{module: strength · M(λ) (b, r, r)} of λ (b,), on its device."""
-        own, adapter, layers = level.float().cpu(), self.adapter, self.adapter.lora.layers
-        with torch.no_grad():
-            cores = {key: adapter.make(key, own) for key in set(adapter.keys.values()) if key is not None}
-        cores[None] = torch.eye(max(layer.rank for layer in layers.values()))[None]
-        cores = {key: (strength * core).to(level.device) for key, core in cores.items()}
-
-        def of_module(name: str) -> Tensor:
-            return cores[adapter.keys[name]][:, : layers[name].rank, : layers[name].rank]
-
-        return {name: _block_diagonal([of_module(part) for part in own if part]) for name, own in self.parts.items()}
+        cores = self.adapter.cores(level.float().cpu(), strength, level.device)
+        return {name: _block_diagonal([cores[part] for part in own if part]) for name, own in self.parts.items()}
 
     @contextmanager
     def applied(self, model: nn.Module, level: Tensor, strength: float) -> Iterator[None]:

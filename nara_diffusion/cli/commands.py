@@ -151,8 +151,6 @@ def convert(args: Any) -> str:
     To plain LoRAs: nara fold. From a LoRA to a NaRA: nara_diffusion.from_lora, or --init_adapter of the train scripts.
     """
     source, output, form, component = args.file, args.output, args.to, args.component
-    if output.is_file():
-        raise ValueError(f"OUTPUT {output} is a file: name a folder.")
     parts = AdapterFile.read(Path(source)).parts
     if (form == "peft") == (list(parts) == [MODEL]):
         other = "pipeline" if form == "peft" else "peft"

@@ -60,12 +60,13 @@ class Adapter:
     level_of: Callable[[Level | None], Tensor | None]
     schedules: set[StrengthSchedule]
 
-    def cores(self, level: Tensor | None) -> dict[str, Tensor]:
-        """{module: C (b or 1, r, r)} at λ (b,), float32, on the CPU. Layers that share a core share its memory."""
+    def cores(self, level: Tensor | None, strength: float = 1.0, device: Any = "cpu") -> dict[str, Tensor]:
+        """{module: strength · C (b or 1, r, r)} at λ (b,), float32. Layers that share a core share its memory."""
         with torch.no_grad():
-            made = {key: self.make(key, level).cpu() for key in dict.fromkeys(self.keys.values()) if key is not None}
+            made = {key: self.make(key, level) for key in dict.fromkeys(self.keys.values()) if key is not None}
         ranks = {name: layer.rank for name, layer in self.lora.layers.items()}
         made[None] = torch.eye(max(ranks.values(), default=0))[None]
+        made = {key: (strength * C).to(device) for key, C in made.items()}
         return {name: made[self.keys[name]][:, :rank, :rank] for name, rank in ranks.items()}
 
     def folded(self, cores: Mapping[str, Tensor]) -> PlainLora:
@@ -79,11 +80,6 @@ class Adapter:
 def _folded(name: str, layer: PlainLoraLayer, core: Tensor, config: LoraConfig) -> PlainLoraLayer:
     """s · B · C · A of one layer as α/r · B' · A'; products in float64, which are kept in float32 or better."""
     scaling = configured_scaling(config, name, layer.rank)
-    if scaling == 0 != layer.scaling:
-        raise ValueError(
-            f"Layer '{name}' has lora_alpha 0 in the configuration, but its scaling is {layer.scaling:g}: set "
-            "lora_alpha in the configuration to what it was in training."
-        )
     gain = 1.0 if scaling == layer.scaling else layer.scaling / scaling
     plain = replace(layer, alpha=scaling * layer.rank)
     if gain == 1.0 and torch.equal(core, torch.eye(layer.rank, dtype=core.dtype)):

@@ -39,10 +39,6 @@ def read_lora(lora: str | os.PathLike[str], model: Any) -> tuple[dict[str, Plain
     Raises:
         ValueError: see `from_lora`.
     """
-    if not isinstance(model, nn.Module) and not is_pipeline(model):
-        raise ValueError(f"model is a {type(model).__name__}: pass a torch.nn.Module or a Diffusers pipeline.")
-    if not isinstance(lora, (str, os.PathLike)):
-        raise ValueError(f"lora is a {type(lora).__name__}: pass a path; save_pretrained(folder) writes one.")
     path, origin = Path(lora).expanduser(), f"'{lora}'"
     try:
         if (path / CONFIG_NAME).is_file():

@@ -254,8 +254,6 @@ def check_swappable(model: nn.Module, component: str, adapter_name: str, part: A
     holder.complete(adapter_name, part.config)
     check_strength(model, adapter_name, part.config.strength)
     check_tensors(part.tensors, part_of(model, adapter_name).tensors)
-    if any(layer.merged for layer in layers_of(model, adapter_name).values()):
-        raise ValueError(f"'{adapter_name}' of {component} is fused: call pipe.unfuse_lora() before swapping it.")
 
 
 @torch.no_grad()

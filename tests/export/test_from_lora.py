@@ -98,7 +98,6 @@ def test_half_precision_of_the_file_or_the_base_changes_no_bit(tmp_path):
         ({"bias": "lora_only"}, {}, base, "beside a LoRA's factors"),
         ({}, {}, lambda: OneLayer(nn.Linear(7, 11)), "lacks 2: 'first', 'second'"),
         ({}, {"lora": "nowhere"}, base, "There is no LoRA file"),
-        ({}, {"lora": trained_lora}, base, "lora is a function: pass a path"),
     ],
     ids=str,
 )
