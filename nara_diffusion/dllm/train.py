@@ -13,7 +13,7 @@ Written to the output folder: adapter_config.json and adapter_model.safetensors 
 README.md (the model card, which says how to load them), config.yaml, results.json, metrics.jsonl,
 noise_level_curve.png, samples.jsonl, and checkpoint-N folders to resume from.
 
-The shipped model has settings of its own, not the defaults below: the log says them.
+The shipped model has settings of its own, not the defaults below: train_scripts/configs/llada_tiny.yaml.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from nara_diffusion.training.adapters import (
 )
 from nara_diffusion.training.arguments import schedule_of, window_of
 from nara_diffusion.training.checkpoints import local_folder, save_adapter
-from nara_diffusion.training.command import ASSETS, own_settings, run_command, shipped
+from nara_diffusion.training.command import CONFIGS, run_command, shipped_settings
 from nara_diffusion.training.engines import load_whole, loading_in
 from nara_diffusion.training.loop import prepare_training, train
 from nara_diffusion.training.report import finish, window_facts
@@ -61,40 +61,19 @@ from .text_arguments import Arguments
 logger = logging.getLogger(__name__)
 
 
-# What a run does where no model is named; the flags' own defaults suit models of some billion parameters.
-SHIPPED_DATA = {
-    f"{split}_file": str(ASSETS / "two-step" / f"{split}.jsonl") for split in ("train", "validation", "test")
-}
-SHIPPED_RUN = {
-    "pretrained_model_name_or_path": str(ASSETS / "llada-tiny"),
-    "target_modules": ["all-linear"],
-    "train_batch_size": 32,
-    "max_train_steps": 400,  # 3.2 epochs of its data
-    "learning_rate": 1e-2,
-    "core_learning_rate": 1e-3,
-    "lr_scheduler": "cosine",
-    "checkpointing_steps": 200,
-    "eval_batch_size": 64,
-    "gen_length": 12,
-}
-_TOLD = "max_train_steps train_batch_size learning_rate gen_length checkpointing_steps"
-
-
 def shipped_run(given: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of the shipped run, where no model was `given`; without its data, where other data were."""
     if "pretrained_model_name_or_path" in given:
         return {}
-    data = {} if {"train_file", "dataset_name"} & given.keys() else SHIPPED_DATA
-    values = shipped(SHIPPED_RUN | data)
-    if not data:
-        logger.info(
-            "no model was named: your records teach %s, a toy of 64 positions (5 of them a message, and one a "
-            "letter), with its own settings (%s); for LLaDA-8B add --pretrained_model_name_or_path "
-            "GSAI-ML/LLaDA-8B-Instruct",
-            values["pretrained_model_name_or_path"],
-            own_settings(values, given, _TOLD),
-        )
-    return values
+    source = "dataset_name" if "dataset_name" in given else "train_file"
+    return shipped_settings(
+        CONFIGS / "llada_tiny.yaml",
+        given,
+        (source, "train_file", "validation_file", "test_file"),
+        toy="a toy of 64 positions (5 of them a message, and one a letter)",
+        told="max_train_steps train_batch_size learning_rate gen_length checkpointing_steps",
+        advice="LLaDA-8B add --pretrained_model_name_or_path GSAI-ML/LLaDA-8B-Instruct",
+    )
 
 
 def main(args: Arguments) -> dict[str, Any]:

@@ -16,14 +16,13 @@ from typing import Any
 
 import diffusers
 import torch
-import yaml
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from safetensors import SafetensorError
 from torch import nn
 
 from nara_diffusion.noise.prediction import FLOW, prediction_by
 from nara_diffusion.training.checkpoints import local_folder
-from nara_diffusion.training.command import ASSETS, own_settings, shipped
+from nara_diffusion.training.command import CONFIGS, shipped_settings
 from nara_diffusion.utils.naming import is_out_of_reach, naming_source
 
 from .families import BY_PIPELINE, FAMILIES
@@ -31,11 +30,8 @@ from .family import Family
 
 logger = logging.getLogger(__name__)
 
-CONFIGS = ASSETS.parents[1] / "train_scripts" / "configs"
 STEPS = 500
 """Of a run on a named model: a pass over five images is two steps."""
-_TOLD = "max_train_steps learning_rate rank num_inference_steps guidance_scale"
-_DATA = ("instance_data_dir", "instance_prompt", "validation_prompts", "identifier")
 
 
 def family_named(pipeline: str) -> Family:
@@ -166,14 +162,6 @@ def sharing_pipeline(pipe: Any, dtype: torch.dtype) -> Any:
     return other
 
 
-logger = logging.getLogger(__name__)
-
-CONFIGS = ASSETS.parents[1] / "train_scripts" / "configs"
-STEPS = 500
-"""Of a run on a named model: a pass over five images is two steps."""
-_TOLD = "max_train_steps learning_rate rank num_inference_steps guidance_scale"
-_DATA = ("instance_data_dir", "instance_prompt", "validation_prompts", "identifier")
-
 # ---------------------------------------------------------------------- the shipped model, and defaults of families
 
 
@@ -181,22 +169,15 @@ def shipped_run(given: Mapping[str, Any], config: Path = CONFIGS / "sd_tiny_flow
     """The arguments of the shipped run, which `config` holds, or what suits the model that was `given`."""
     if "pretrained_model_name_or_path" in given:
         return family_defaults(given)
-    if not config.is_file():
-        return shipped({"pretrained_model_name_or_path": config})  # which refuses it
-    values = yaml.safe_load(config.read_text(encoding="utf-8"))
-    places = {name: value for name, value in values.items() if str(value).startswith("examples/")}
-    values |= {name: str(ASSETS.parents[1] / value) for name, value in places.items()}
-    if "instance_data_dir" in given:
-        logger.info(
-            "no model was named: your images teach %s, a toy of %d pixels, with its own settings (%s); for SDXL at "
-            "1024 add --config train_scripts/configs/sdxl_dreambooth.yaml, or with settings of your own "
-            "--pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0",
-            values["pretrained_model_name_or_path"],
-            values["resolution"],
-            own_settings(values, given, _TOLD),
-        )
-        values = {name: value for name, value in values.items() if name not in _DATA}
-    return shipped(values)
+    return shipped_settings(
+        config,
+        given,
+        ("instance_data_dir", "instance_prompt", "validation_prompts", "identifier"),
+        toy="a toy of 64 pixels",
+        told="max_train_steps learning_rate rank num_inference_steps guidance_scale",
+        advice="SDXL at 1024 add --config train_scripts/configs/sdxl_dreambooth.yaml, or with settings of your own "
+        "--pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0",
+    )
 
 
 def family_defaults(given: Mapping[str, Any]) -> dict[str, Any]:

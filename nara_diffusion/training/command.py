@@ -13,9 +13,11 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from .loop import TrainingDiverged
 from .parser import merged, parse_arguments
@@ -24,8 +26,8 @@ logger = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG = 1
 
-ASSETS = Path(__file__).resolve().parents[2] / "examples" / "assets"
-"""The shipped models and data, which a clone of the repository has and a wheel hasn't."""
+CONFIGS = Path(__file__).resolve().parents[2] / "train_scripts" / "configs"
+"""The settings of shipped runs, which a clone of the repository has and a wheel hasn't, as their models and data."""
 
 
 class Terminated(KeyboardInterrupt):
@@ -71,19 +73,27 @@ def _terminate(*_: object) -> None:
     raise Terminated
 
 
-def own_settings(values: Mapping[str, Any], given: Mapping[str, Any], names: str) -> str:
-    """What is said of a shipped run's own settings: those of `names` that weren't `given`."""
-    own = merged(values, given)
-    return ", ".join(f"{name} {own[name]}" for name in names.split() if name in own and name not in given)
+def shipped_settings(
+    config: Path, given: Mapping[str, Any], own: Sequence[str], *, toy: str, told: str, advice: str
+) -> dict[str, Any]:
+    """The arguments of a shipped run, which the file `config` holds; without its data, where a user's own are `given`.
 
-
-def shipped(values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values`, the arguments of the shipped run.
+    Args:
+        own: the names of its data. A user's are given if the first is, which the log then says: that they teach `toy`,
+            by the run's own settings, of which it names `told`, and the `advice`.
 
     Raises:
-        ValueError: its model isn't here, outside of a clone.
+        ValueError: there is no such file, outside of a clone.
     """
-    if not Path(values["pretrained_model_name_or_path"]).exists():
+    if not config.is_file():
         raise ValueError("give --pretrained_model_name_or_path: shipped models are in a clone of the repository only.")
-    here = {name: value for name, value in values.items() if str(value).startswith(str(ASSETS))}
-    return {**values, **{name: os.path.relpath(value) for name, value in here.items()}}
+    values = yaml.safe_load(config.read_text(encoding="utf-8"))
+    places = {name: value for name, value in values.items() if str(value).startswith("examples/")}
+    values |= {name: os.path.relpath(CONFIGS.parents[1] / value) for name, value in places.items()}
+    if own[0] in given:
+        both = merged(values, given)
+        settings = ", ".join(f"{name} {both[name]}" for name in told.split() if name in both and name not in given)
+        taught = f"{values['pretrained_model_name_or_path']}, {toy}, with its own settings ({settings})"
+        logger.info("no model was named: your data teach %s; for %s", taught, advice)
+        values = {name: value for name, value in values.items() if name not in own}
+    return values

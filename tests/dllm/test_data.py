@@ -211,7 +211,7 @@ def test_own_records_without_a_model_are_told_that_they_teach_the_shipped_toy(ca
         assert "train_file" in shipped_run({})
     (message,) = caplog.messages
     assert shipped_run({})["max_train_steps"] == 400
-    assert message.startswith("no model was named: your records teach ")
+    assert message.startswith("no model was named: your data teach ")
     assert "llada-tiny, a toy of 64 positions" in message
     assert "its own settings (max_train_steps 400, train_batch_size 32, learning_rate 0.01, gen_length 12" in message
 
