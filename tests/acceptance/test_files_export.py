@@ -1,4 +1,4 @@
-"""Exports of the stored NaRAs: the LoRAs that version 0.1 wrote, what hosts make of them, and LoRAs for all λ."""
+"""Exports of the stored NaRAs: the LoRAs that version 0.1 wrote, what hosts make of them, and NaRAs from LoRAs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from nara_diffusion import StrengthSchedule, core_matrix, from_lora, noise_level, set_strength, to_lora, to_lora_bins
-from nara_diffusion.export import PlainLora
+from nara_diffusion import StrengthSchedule, from_lora, noise_level, set_strength, to_lora
 from tests.acceptance import _bases, _files
 
 EXPORTS, PEFT, PIPELINES = (_files.FILES / kind for kind in ("exports", "peft", "pipelines"))
@@ -149,65 +148,3 @@ def test_from_lora_reads_a_hosts_file_into_a_pipeline_which_saves_a_nara(form: s
     for part, wanted in _bases.sdxl_outputs(host).items():
         for nara in (pipe, again):
             _files.assert_near(_bases.sdxl_outputs(nara)[part], wanted, getattr(nara, part))
-
-
-# ---------------------------------------------------------------------- all λ
-
-
-@torch.no_grad()
-def naras_updates(model: PeftModel, levels: Tensor) -> dict[str, Tensor]:
-    """{module: ΔW (n, d_out, d_in)} of the stored "nara" by its definition, in float64."""
-    tensors = load_file(PEFT / "nara" / _files.PEFT_WEIGHTS)
-    C = core_matrix(model, levels).double()
-    found = {}
-    for name in _files.layers_of(tensors):
-        A, B = (tensors[f"{name}.lora_{kind}.weight"].double() for kind in "AB")
-        r = len(A)
-        alpha = 7 if "q_proj" in name else 5
-        found[name] = alpha / r * torch.einsum("or,nrs,si->noi", B, C[:, :r, :r], A)
-    return found
-
-
-def loras_updates(lora: PlainLora) -> dict[str, Tensor]:
-    """{module: ΔW (d_out, d_in)} in float64."""
-    layers = lora.layers.items()
-    return {f"base_model.model.{name}": layer.scaling * layer.B.double() @ layer.A.double() for name, layer in layers}
-
-
-def error(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> Tensor:
-    """‖ΔW − ΔW(λ)‖ over all layers (n,), of the root mean square of ‖ΔW(λ)‖ over λ."""
-    assert found.keys() == wanted.keys()
-    squares = torch.stack([(found[name] - update).square().sum((1, 2)) for name, update in wanted.items()]).sum(0)
-    size = torch.stack([update.square().sum((1, 2)) for update in wanted.values()]).sum(0).mean()
-    return (squares / size).sqrt()
-
-
-def test_nearest_lora_and_several_with_strengths_tell_their_measured_errors(tmp_path: Path, capsys) -> None:
-    model, grid = language("nara"), (torch.arange(256) + 0.5) / 256
-    wanted, best, parts = naras_updates(model, grid), to_lora(model, noise_level="best"), to_lora_bins(model, bins=4)
-    assert len(parts.loras) <= 4
-    shares = torch.stack([schedule.at(grid).double() for schedule in parts.schedules])
-    torch.testing.assert_close(shares.sum(0), torch.ones(256).double())
-    updates = list(map(loras_updates, parts.loras))
-    played = {
-        name: torch.einsum("kn,koi->noi", shares, torch.stack([each[name] for each in updates])) for name in wanted
-    }
-    for export, found in ((best, loras_updates(best)), (parts, played)):
-        measured = error(found, wanted)
-        assert export.error is not None
-        assert export.error.worst_update == pytest.approx(measured.max().item(), rel=0.05)
-        assert export.error.mean_update == pytest.approx(measured.square().mean().sqrt().item(), rel=0.02)
-    assert parts.error.mean_update < best.error.mean_update
-    mean = error({name: update.mean(0) for name, update in wanted.items()}, wanted)
-    assert best.error.mean_update == pytest.approx(mean.square().mean().sqrt().item(), rel=1e-3)
-    for name, export in (("best", best), ("parts", parts)):
-        export.save_pretrained(tmp_path / name)
-        report = json.loads((tmp_path / name / "export_error.json").read_text())
-        assert report["worst_update"] == pytest.approx(export.error.worst_update)
-    words = ["fold", str(PEFT / "nara"), str(tmp_path / "folded"), "--form", "peft", "--noise_level"]
-    _files.command()([*words, "best"])
-    assert f"the largest relative error of ΔW is {best.error.worst_update:.2%}" in capsys.readouterr().out
-    _files.assert_same_tensors(tmp_path / "folded" / _files.PEFT_WEIGHTS, tmp_path / "best" / _files.PEFT_WEIGHTS)
-    with pytest.raises(SystemExit):
-        _files.command()([*words, "bst"])
-    assert "expected a number in [0, 1], or best, got 'bst'" in capsys.readouterr().err

@@ -162,35 +162,25 @@ def converted(kind: str) -> Any:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_host_draws_the_naras_pixels_with_the_scheduler_that_the_warning_names(kind, tmp_path, caplog):
-    pipe = converted(kind)
+def test_a_host_draws_with_the_scheduler_that_is_named_and_from_lora_brings_it_along(kind, tmp_path: Path, caplog):
+    pipe, file = converted(kind), tmp_path / "lora.safetensors"
     with noise_level(pipe.unet, LEVEL):
         wanted = pixels(pipe)
     with caplog.at_level(logging.WARNING):
         lora = to_lora(pipe.unet, LEVEL, "toy")
     (warning,) = [record.getMessage() for record in caplog.records if "scheduler" in record.getMessage()]
     assert KINDS[kind][-1] in warning
-    save_host_file({"unet": lora}, tmp_path / "lora.safetensors", "kohya", "sdxl", 1)
-    other = small_sdxl()
-    other.load_lora_weights(tmp_path / "lora.safetensors")
+    save_host_file({"unet": lora}, file, "kohya", "sdxl", 1)
+    lora.save_pretrained(tmp_path / "peft")
+    other: Any = small_sdxl()
+    other.load_lora_weights(file)
     assert (pixels(other) - wanted).abs().max() > 0.05  # by the base's own scheduler
     line = re.search(r"pipe\.scheduler = .*?\)(?=[,;])", warning)[0]  # type: ignore[index]
     exec(line, {"pipe": other, **vars(diffusers)})
     torch.testing.assert_close(pixels(other), wanted, rtol=0, atol=rounding_of(pipe.unet))
-
-
-@pytest.mark.parametrize("form", ["kohya", "peft"])
-def test_from_lora_brings_the_scheduler_along(form, tmp_path: Path):
-    pipe = converted("flow")
-    lora, source = to_lora(pipe.unet, LEVEL, "toy"), tmp_path
-    if form == "peft":
-        lora.save_pretrained(tmp_path)
-    else:
-        source = tmp_path / "lora.safetensors"
-        save_host_file({"unet": lora}, source, "kohya", "sdxl", 1)
-    other = from_lora(source, small_sdxl())
-    config = other.unet.peft_config["default"]
-    assert config.scheduler == scheduler_fields(pipe.scheduler) == scheduler_fields(other.scheduler)
-    assert config.noise_convention == "flow"
-    with noise_level(pipe.unet, LEVEL):
-        torch.testing.assert_close(pixels(other), pixels(pipe), rtol=0, atol=rounding_of(pipe.unet))
+    for source in (file, tmp_path / "peft"):
+        other = from_lora(source, small_sdxl())
+        config = other.unet.peft_config["default"]
+        assert config.scheduler == scheduler_fields(pipe.scheduler) == scheduler_fields(other.scheduler)
+        assert config.noise_convention == KINDS[kind][2]
+        torch.testing.assert_close(pixels(other), wanted, rtol=0, atol=rounding_of(pipe.unet))

@@ -100,27 +100,6 @@ def test_text_encoders_have_names_that_every_program_reads_and_from_lora_reads_o
     assert key in host_state_dict(t5, "diffusers", "flux")
 
 
-def test_layers_of_unequal_ranks_share_one_alpha_of_their_component():
-    """Diffusers reads one alpha for all attention of a component."""
-    pipe = small_sdxl()
-    loras = {"unet": to_lora(adapted(pipe.unet, MANY, **UNEQUAL), LEVEL, "toy"), **with_encoders(pipe, CLIP)}
-    halves = {
-        component: replace(
-            lora, layers={n: replace(own, A=own.A.half(), B=own.B.half()) for n, own in lora.layers.items()}
-        )
-        for component, lora in loras.items()
-    }
-    tensors = host_state_dict(halves, "kohya", "sdxl", 1)
-    assert {tensor.item() for key, tensor in tensors.items() if "alpha" in key} == {3.0}
-    assert {tensor.dtype for key, tensor in tensors.items() if "alpha" not in key} == {torch.float16}
-    name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_k"
-    key = "lora_unet_middle_block_1_transformer_blocks_0_attn1_to_k"
-    layer = loras["unet"].layers[name]
-    found = tensors[f"{key}.lora_up.weight"].double() @ tensors[f"{key}.lora_down.weight"].double()
-    wanted = layer.scaling * layer.B.double() @ layer.A.double()
-    assert (found - wanted).norm() < 0.01 * wanted.norm()
-
-
 def test_sd3_has_its_names_and_the_last_contexts_halves_in_the_other_order():
     model = adapted(small_sd3().transformer, ["to_k", "norm1_context.linear", "ff.net.2"])
     tensors = host_state_dict({"transformer": to_lora(model, LEVEL, "toy")}, "comfyui", "sd3")

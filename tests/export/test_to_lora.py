@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import json
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 
-from nara_diffusion import StrengthSchedule, noise_level, set_strength, to_lora, to_lora_bins
-from nara_diffusion.export import read_lora_bins
+from nara_command import main
+from nara_diffusion import StrengthSchedule, core_matrix, noise_level, set_strength, to_lora, to_lora_bins
+from nara_diffusion.export import LoraBins, read_lora_bins
 from tests.acceptance._by_hand import ALPHA, ByHand, leaves, tensors_of
+from tests.acceptance._files import PEFT_WEIGHTS, assert_same_tensors
 from tests.helpers.adapted import TwoLayers, adapted, disturb, lora_config, nara_config, relative_error
 from tests.helpers.rounding import rounding_of
 
@@ -30,10 +33,11 @@ def base() -> TwoLayers:
 def updates(model: Any, name: str, adapter_name: str = "default", levels: Any = (LEVEL,)) -> torch.Tensor:
     """ΔW (n, d_out, d_in) of a layer of `base()` by hand, at λ (n,)."""
     by_hand, config = ByHand(base()), model.peft_config[adapter_name]
-    tensors, scaling = leaves(tensors_of(model, adapter_name)), ALPHA / config.r
-    return (
-        by_hand.weights(name, config, tensors, torch.as_tensor(levels), scaling=scaling) - by_hand.layers[name].weight
-    )
+    tensors, levels = leaves(tensors_of(model, adapter_name)), torch.as_tensor(levels)
+    r = len(tensors[f"{name}.lora_A.weight"])
+    core = core_matrix(model, levels, adapter_name)[:, :r, :r].double() if r < config.r else None
+    weights = by_hand.weights(name, config, tensors, levels, scaling=ALPHA / r, core=core)
+    return weights - by_hand.layers[name].weight
 
 
 def dense(layer: Any) -> torch.Tensor:
@@ -85,6 +89,13 @@ def test_the_level_of_the_context_and_that_of_a_merge_count():
 
 # ---------------------------------------------------------------------- several LoRAs
 
+
+def played(bins: LoraBins, name: str, levels: torch.Tensor) -> torch.Tensor:
+    """ΔW (n, d_out, d_in) of the LoRAs with their strengths at λ (n,)."""
+    shares = torch.stack([each(levels) for each in bins.schedules]).double()
+    return torch.einsum("kn,koi->noi", shares, torch.stack([dense(lora.layers[name]) for lora in bins.loras]))
+
+
 LEVELS = torch.tensor([0.0, 0.013, 0.2, 0.25, 0.3333, 0.4, 0.5, 0.6, 0.75, 0.8, 0.987, 1.0])
 
 
@@ -107,23 +118,50 @@ def test_exact_sums_of_loras_are_the_update_at_every_level(config, points, numbe
     bins = to_lora_bins(model)
     assert len(bins.loras) == number
     assert bins.error.worst_update < 1e-6
-    shares = torch.stack([each(LEVELS) for each in bins.schedules]).double()
     for name in TARGETS:
-        found = torch.einsum("kn,koi->noi", shares, torch.stack([dense(lora.layers[name]) for lora in bins.loras]))
         expected = schedule(LEVELS).double()[:, None, None] * updates(model, name, levels=LEVELS)
-        assert relative_error(found, expected) < 1e-5
+        assert relative_error(played(bins, name, LEVELS), expected) < 1e-5
 
 
-def test_the_folder_lists_the_loras_and_their_strengths_of_which_two_play_at_once(tmp_path):
-    bins = to_lora_bins(adapted(base(), target_modules=TARGETS, rank_pattern={"second": 2}), 4)
-    bins.save_pretrained(tmp_path)
-    found = read_lora_bins(tmp_path)
-    assert [path.name for path, _ in found] == ["lora-0", "lora-1", "lora-2", "lora-3"]
-    assert [schedule for _, schedule in found] == bins.schedules
-    shares = torch.stack([schedule(LEVELS) for schedule in bins.schedules])
+def error(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> torch.Tensor:
+    """‖ΔW − ΔW(λ)‖ over all layers (n,), of the root mean square of ‖ΔW(λ)‖ over λ."""
+    squares = torch.stack([(found[name] - update).square().sum((1, 2)) for name, update in wanted.items()]).sum(0)
+    size = torch.stack([update.square().sum((1, 2)) for update in wanted.values()]).sum(0).mean()
+    return (squares / size).sqrt()
+
+
+def test_nearest_lora_and_several_with_strengths_tell_their_measured_errors_also_in_their_folders(tmp_path, capsys):
+    model, grid = adapted(base(), target_modules=TARGETS, rank_pattern={"second": 2}), (torch.arange(256) + 0.5) / 256
+    wanted = {name: updates(model, name, levels=grid) for name in TARGETS}
+    best, bins = to_lora(model, noise_level="best"), to_lora_bins(model, 4)
+    shares = torch.stack([schedule(grid) for schedule in bins.schedules])
+    torch.testing.assert_close(shares.sum(0), torch.ones(256))
     assert int((shares > 0).sum(0).max()) == 2
+    nearest = {name: dense(best.layers[name]) for name in TARGETS}
+    for export, found in ((best, nearest), (bins, {name: played(bins, name, grid) for name in TARGETS})):
+        measured = error(found, wanted)
+        assert export.error.worst_update == pytest.approx(measured.max().item(), rel=0.05)
+        assert export.error.mean_update == pytest.approx(measured.square().mean().sqrt().item(), rel=0.02)
+        folder = tmp_path / type(export).__name__
+        export.save_pretrained(folder)
+        report = json.loads((folder / "export_error.json").read_text())
+        assert report["worst_update"] == pytest.approx(export.error.worst_update)
+    assert bins.error.mean_update < best.error.mean_update
+    mean = error({name: update.mean(0) for name, update in wanted.items()}, wanted)
+    assert best.error.mean_update == pytest.approx(mean.square().mean().sqrt().item(), rel=1e-3)
+    listed = read_lora_bins(tmp_path / "LoraBins")
+    assert [path.name for path, _ in listed] == ["lora-0", "lora-1", "lora-2", "lora-3"]
+    assert [schedule for _, schedule in listed] == bins.schedules
     with pytest.raises(ValueError, match=r"pass a folder that LoraBins\.save_pretrained wrote"):
-        read_lora_bins(tmp_path / "lora-0")
+        read_lora_bins(listed[0][0])
+    model.save_pretrained(tmp_path / "nara")
+    words = ["fold", str(tmp_path / "nara"), str(tmp_path / "lora"), "--form", "peft", "--noise_level"]
+    main([*words, "best"])
+    assert f"the largest relative error of ΔW is {best.error.worst_update:.2%}" in capsys.readouterr().out
+    assert_same_tensors(*(tmp_path / folder / PEFT_WEIGHTS for folder in ("lora", "PlainLora")))
+    with pytest.raises(SystemExit):
+        main([*words, "bst"])
+    assert "expected a number in [0, 1], or best, got 'bst'" in capsys.readouterr().err
 
 
 REFUSED: list[tuple[dict[str, Any], Any, dict[str, Any], str]] = [
