@@ -7,7 +7,6 @@ models' modules are those of the exports, which tests/export and test_files_expo
 from __future__ import annotations
 
 import copy
-import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -53,16 +52,6 @@ class Distilled(Discrete):
         return 20 * super().timestep(sigma) + 19
 
 
-class ContinuousEDM:
-    """ModelSamplingContinuousEDM: no schedule; the thousand sigmas are for ComfyUI's schedulers alone."""
-
-    def __init__(self) -> None:
-        self.sigmas = torch.linspace(math.log(0.002), math.log(120), 1000).exp()
-
-    def timestep(self, sigma: Tensor) -> Tensor:
-        return 0.25 * sigma.log()
-
-
 class DiscreteEDM(Discrete):
     """ModelSamplingDiscreteEDM: a schedule, but no timesteps of it."""
 
@@ -105,26 +94,22 @@ class Patcher:
         return function(self.model.apply_model, {"input": x, "timestep": sigma, "c": c, "cond_or_uncond": [0]})
 
 
-class Named(nn.Module):
+def named(modules: dict[str, nn.Module]) -> nn.Module:
     """A diffusion_model of ComfyUI's: modules under its names."""
-
-    def __init__(self, modules: dict[str, nn.Module]) -> None:
-        super().__init__()
-        for name, module in modules.items():
-            *parents, last = name.split(".")
-            place: nn.Module = self
-            for parent in parents:
-                if parent not in dict(place.named_children()):
-                    place.add_module(parent, nn.Module())
-                place = place.get_submodule(parent)
-            place.add_module(last, module)
+    root = nn.Module()
+    for name, module in modules.items():
+        place, (*parents, last) = root, name.split(".")
+        for parent in parents:
+            place = place._modules.setdefault(parent, nn.Module())  # type: ignore[assignment]
+        place.add_module(last, module)
+    return root
 
 
-def named_as_stability_does(unet: nn.Module) -> Named:
+def named_as_stability_does(unet: nn.Module) -> nn.Module:
     """The layers of a UNet of Diffusers, two ResNet blocks a level, under Stability's names."""
     layers = {name: module for name, module in unet.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))}
     names = [name for name in layers if not name.startswith("add_embedding")]
-    return Named({other: layers[name] for other, (name,) in parts_of(names, "sdxl").items()})
+    return named({other: layers[name] for other, (name,) in parts_of(names, "sdxl").items()})
 
 
 @contextmanager

@@ -83,14 +83,10 @@ def two(loaded: Lives) -> Lives:
 def test_adapters_after_set_adapters_equal_the_loras(two: Lives, calls: tuple[Call, ...]) -> None:
     before = two.check()
     assert_far(before, predict(two.loras[0], torch.tensor([900, 370, 900])))  # the λ of another sample is seen
+    assert_far(two.check(**HALF), before)
+    assert_near(two.check(), before, two.nara.unet)  # the scale is of one call
     for each in calls:
         assert_far(two.call(each).check(), before)
-
-
-def test_scale_of_one_call_multiplies_the_update_of_that_call(two: Lives) -> None:
-    whole = two.check()
-    assert_far(two.check(**HALF), whole)
-    assert_near(two.check(), whole, two.nara.unet)
 
 
 def test_dora_disabled_enabled_and_left_alone_equals_the_lora(root: Path) -> None:

@@ -58,23 +58,18 @@ def loaded(folder: Path) -> Any:
     return pipe
 
 
-def groups(kind: str, on_disk: bool) -> Callable[[Any, Path], None]:
-    def offload(model: Any, folder: Path) -> None:
-        blocks = {"num_blocks_per_group": 1} if kind == "block_level" else {}
-        disk = {"offload_to_disk_path": str(folder)} if on_disk else {}
-        model.enable_group_offload(CPU, CPU, kind, **blocks, **disk)
-
-    return offload
-
-
 OFFLOADS: dict[str, Callable[[Any, Path], Any]] = {
     "model": lambda model, _: accelerate.cpu_offload_with_hook(model, CPU),
     "sequential": lambda model, _: accelerate.cpu_offload(model, CPU, offload_buffers=True),
     "disk": lambda model, folder: accelerate.disk_offload(model, folder, CPU, offload_buffers=True),
-    "blocks": groups("block_level", False),
-    "leaves": groups("leaf_level", False),
-    "blocks on disk": groups("block_level", True),
-    "leaves on disk": groups("leaf_level", True),
+    "blocks": lambda model, _: model.enable_group_offload(CPU, CPU, "block_level", num_blocks_per_group=1),
+    "leaves": lambda model, _: model.enable_group_offload(CPU, CPU, "leaf_level"),
+    "blocks on disk": lambda model, folder: model.enable_group_offload(
+        CPU, CPU, "block_level", num_blocks_per_group=1, offload_to_disk_path=str(folder)
+    ),
+    "leaves on disk": lambda model, folder: model.enable_group_offload(
+        CPU, CPU, "leaf_level", offload_to_disk_path=str(folder)
+    ),
 }
 PAIRS = [*[("nara", how) for how in OFFLOADS], ("dora", "sequential"), ("dora", "leaves on disk"), ("layers", "leaves")]
 

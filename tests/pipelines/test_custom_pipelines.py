@@ -49,24 +49,23 @@ def test_llada_s_saved_pipeline_is_read_by_diffusers(tmp_path: Path) -> None:
     assert pipe("upper: planet", gen_length=12).texts == ["PLANET"]
 
 
-@pytest.fixture
-def saved(tmp_path: Path) -> Path:
-    small_sdxl().save_pretrained(tmp_path / "sdxl")
-    return tmp_path / "sdxl"
-
-
-def test_sdxl_s_gives_the_stock_pixels_with_an_adapter_and_is_taken_over_by_another_task(
-    saved: Path, tmp_path: Path
-) -> None:
-    trained = small_sdxl()
+def test_sdxl_s_gives_the_stock_pixels_with_an_adapter_and_is_taken_over_by_another_task(tmp_path: Path) -> None:
+    trained, saved = small_sdxl(), tmp_path / "sdxl"
+    trained.save_pretrained(saved)
     trained.unet.add_adapter(nara_config(target_modules=["to_q", "to_v"]))
     disturb(trained.unet)
     trained.save_nara_weights(tmp_path / "adapter")
-    pipe = load(saved, "stable_diffusion_xl_nara.py")
+    own, pipe = StableDiffusionXLPipeline.from_pretrained(saved), load(saved, "stable_diffusion_xl_nara.py")
     stock = quiet(diffusers.StableDiffusionXLPipeline.from_pretrained(saved))
+    assert type(own) is StableDiffusionXLPipeline
     assert type(pipe).__module__.startswith("diffusers_modules.")
     base = pixels(stock)
-    assert torch.equal(pixels(pipe), base)
+    for each in (quiet(own), pipe):
+        assert torch.equal(pixels(each), base)
+        each.save_pretrained(tmp_path / "again")
+        again = quiet(DiffusionPipeline.from_pretrained(tmp_path / "again"))
+        assert type(again) is diffusers.StableDiffusionXLPipeline
+        assert torch.equal(pixels(again), base)
     for loaded in (pipe, stock):
         loaded.load_nara_weights(tmp_path / "adapter", adapter_name="subject")
     changed = pixels(stock)
@@ -77,16 +76,6 @@ def test_sdxl_s_gives_the_stock_pixels_with_an_adapter_and_is_taken_over_by_anot
     assert other.get_active_adapters() == ["subject"]
     pipe.unload_nara_weights()
     assert torch.equal(pixels(pipe), base)
-
-
-def test_what_sdxl_s_saves_is_a_stock_pipeline(saved: Path, tmp_path: Path) -> None:
-    own = StableDiffusionXLPipeline.from_pretrained(saved)
-    assert type(own) is StableDiffusionXLPipeline
-    for pipe in (own, load(saved, "stable_diffusion_xl_nara.py")):
-        pipe.save_pretrained(tmp_path / "again")
-        stock = quiet(DiffusionPipeline.from_pretrained(tmp_path / "again"))
-        assert type(stock) is diffusers.StableDiffusionXLPipeline
-        assert torch.equal(pixels(stock), pixels(small_sdxl()))
 
 
 def test_an_editor_sees_the_methods_with_their_arguments_and_texts() -> None:
