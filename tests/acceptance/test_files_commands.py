@@ -19,14 +19,11 @@ from nara_diffusion import StrengthSchedule, core_matrix, set_strength
 from nara_diffusion.cli.commands import core_curves
 from nara_diffusion.loaders.file import AdapterFile
 from tests.acceptance import _bases, _files
+from tests.acceptance._files import nara
 from tests.acceptance.test_files_refused import broken
 from tests.helpers.adapted import TwoLayers, disturb, nara_config
 
 PEFT, PIPELINES, EXPORTS = (_files.FILES / kind for kind in ("peft", "pipelines", "exports"))
-
-
-def nara(*words: Any) -> None:
-    _files.command()([str(word) for word in words])
 
 
 def inspected(capsys: pytest.CaptureFixture[str], source: Path) -> dict[str, Any]:

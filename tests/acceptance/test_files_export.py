@@ -45,16 +45,6 @@ def at_level(model: nn.Module, level: float | Tensor = LEVEL) -> Tensor:
         return _bases.plain_text_output(model)
 
 
-def assert_same_export(actual: Path, wanted: Path) -> None:
-    """The same keys, dtypes and shapes, and values to the rounding of the products that they are."""
-    found, stored = load_file(actual), load_file(wanted)
-    assert found.keys() == stored.keys()
-    for key, tensor in stored.items():
-        limit = EXACT * tensor.abs().max().item()
-        torch.testing.assert_close(found[key], tensor, rtol=0, atol=limit, msg=lambda text, key=key: f"{key}: {text}")
-    assert _files.header(actual) == _files.header(wanted)
-
-
 # ---------------------------------------------------------------------- one λ
 
 
@@ -62,15 +52,15 @@ def assert_same_export(actual: Path, wanted: Path) -> None:
 def test_fold_writes_a_hosts_file_tensor_for_tensor_as_0_1_did(name: str, tmp_path: Path, capsys) -> None:
     base, form = name.split("_")
     source, output = PIPELINES / f"{base}_float32", tmp_path / "lora.safetensors"
-    words = ["--noise_level", str(LEVEL), "--form", form, "--base", base]
-    _files.command()(["fold", str(source), str(output), *words])
+    _files.nara("fold", source, output, "--noise_level", LEVEL, "--form", form, "--base", base)
     assert ("not for ComfyUI" in capsys.readouterr().out) is (name == "sdxl_diffusers")
-    assert_same_export(output, EXPORTS / f"{name}.safetensors")
+    _files.assert_same_tensors(output, EXPORTS / f"{name}.safetensors", EXACT)
+    assert _files.header(output) == _files.header(EXPORTS / f"{name}.safetensors")
 
 
 def test_fold_writes_pefts_folder_as_0_1_did(tmp_path: Path, capsys) -> None:
-    _files.command()(["fold", str(PEFT / "nara"), str(tmp_path), "--noise_level", str(LEVEL), "--form", "peft"])
-    assert_same_export(tmp_path / _files.PEFT_WEIGHTS, EXPORTS / "nara_peft" / _files.PEFT_WEIGHTS)
+    _files.nara("fold", PEFT / "nara", tmp_path, "--noise_level", LEVEL, "--form", "peft")
+    _files.assert_same_tensors(tmp_path / _files.PEFT_WEIGHTS, EXPORTS / "nara_peft" / _files.PEFT_WEIGHTS, EXACT)
     fields = [json.loads((path / _files.PEFT_CONFIG).read_text()) for path in (tmp_path, EXPORTS / "nara_peft")]
     _files.assert_same_fields(*fields)
 
@@ -101,8 +91,7 @@ def test_to_lora_and_fold_without_the_base_give_peft_alone_the_naras_output(name
         _files.assert_near(_bases.plain_text_output(host), wanted, host)
     tensors = load_file(PEFT / name / _files.PEFT_WEIGHTS)
     assert len(_files.adapted_layers(host)) == len(_files.layers_of(tensors))
-    words = ["fold", str(PEFT / name), str(tmp_path / "file"), "--noise_level", str(LEVEL), "--form", "peft"]
-    _files.command()(words)
+    _files.nara("fold", PEFT / name, tmp_path / "file", "--noise_level", LEVEL, "--form", "peft")
     assert ("at its strength of 0.4375 there" in capsys.readouterr().out) is (name == "strength")
     _files.assert_same_tensors(tmp_path / "file" / _files.PEFT_WEIGHTS, tmp_path / _files.PEFT_WEIGHTS)
     of_file, of_model = (json.loads((path / _files.PEFT_CONFIG).read_text()) for path in (tmp_path / "file", tmp_path))

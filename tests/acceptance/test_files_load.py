@@ -198,12 +198,12 @@ def test_pipeline_file_of_0_1_computes_the_stored_outputs_and_is_saved_as_it_was
 
 @pytest.mark.parametrize(("name", "part"), [("sdxl_unet_float32", "unet"), ("sdxl_float32", "text_encoder_2")])
 def test_convert_to_peft_and_back_keeps_each_tensor_of_a_component(name: str, part: str, tmp_path: Path) -> None:
-    nara, source, chosen = _files.command(), PIPELINES / name, [] if part == "unet" else ["--component", part]
-    nara(["convert", str(source), str(tmp_path / "peft"), "--to", "peft", *chosen])
+    source, chosen = PIPELINES / name, [] if part == "unet" else ["--component", part]
+    _files.nara("convert", source, tmp_path / "peft", "--to", "peft", *chosen)
     pipe = _bases.sdxl()
     setattr(pipe, part, PeftModel.from_pretrained(getattr(pipe, part), tmp_path / "peft").eval().base_model.model)
     _files.assert_near(_bases.sdxl_outputs(pipe)[part], OF_PIPELINES[f"{name}.{part}"], getattr(pipe, part))
-    nara(["convert", str(tmp_path / "peft"), str(tmp_path / "back"), "--to", "pipeline", "--component", part])
+    _files.nara("convert", tmp_path / "peft", tmp_path / "back", "--to", "pipeline", "--component", part)
     found, stored = (load_file(folder / _files.PIPELINE_WEIGHTS) for folder in (tmp_path / "back", source))
     own = {key: tensor for key, tensor in stored.items() if key.startswith(f"{part}.")}
     torch.testing.assert_close(found, own, rtol=0, atol=0)

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 
 from nara_diffusion import to_lora
 from tests.acceptance import _bases, _files
+from tests.acceptance._files import nara
 from tests.helpers.adapted import TwoLayers, adapted
 
 PIPELINE, PEFT = _files.FILES / "pipelines" / "sdxl_unet_float32", _files.FILES / "peft" / "nara"
@@ -48,10 +49,6 @@ def another_pipeline() -> Any:
 
 def another_model() -> PeftModel:
     return PeftModel.from_pretrained(_bases.language_model(), _files.FILES / "peft" / "layer")
-
-
-def nara(*words: Any) -> None:
-    _files.command()([str(word) for word in words])
 
 
 SAVES: dict[str, Callable[[], Callable[[Path], Any]]] = {
