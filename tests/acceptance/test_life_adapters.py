@@ -229,30 +229,21 @@ def test_set_lora_device_moves_an_adapter_without_its_core_and_no_other(root: Pa
 # ---------------------------------------------------------------- deleted, added, trained
 
 
-def two_naras() -> Any:
-    """A UNet with adapters "a" and "b", of which "b" is active."""
-    pipe = add_nara(frozen_sd(), "a")
-    return add_nara(pipe, "b", seed=2, r=3, target_modules=FEW_TARGETS).unet
-
-
-LISTS: dict[str, Callable[[Any], Iterable[torch.nn.Parameter]]] = {
-    "parameters": lambda unet: unet.parameters(),
-    "named_parameters": lambda unet: [parameter for _, parameter in unet.named_parameters()],
-    "modules": lambda unet: [p for module in unet.modules() for p in module.parameters(recurse=False)],
-    "children": lambda unet: [p for child in unet.children() for p in child.parameters()],
-    "named_children": lambda unet: [p for _, child in unet.named_children() for _, p in child.named_parameters()],
-}
-"""The ways by which programs list the parameters of a model."""
-
-
 @pytest.mark.parametrize("how", ["set_adapter", "set_adapters"])
 def test_an_adapter_and_its_core_alone_train_however_parameters_are_listed(how: str) -> None:
-    unet = two_naras()
-    for listed, parameters in LISTS.items():
+    pipe = add_nara(frozen_sd(), "a")
+    unet = add_nara(pipe, "b", seed=2, r=3, target_modules=FEW_TARGETS).unet  # active
+    lists: dict[str, Callable[[], Iterable[torch.nn.Parameter]]] = {
+        "parameters": unet.parameters,
+        "named_parameters": lambda: dict(unet.named_parameters()).values(),
+        "modules": lambda: [p for module in unet.modules() for p in module.parameters(recurse=False)],
+        "children": lambda: [p for child in unet.children() for p in child.parameters()],
+    }
+    for listed, parameters in lists.items():
         found = []
         for active in ("b", "a", ["a", "b"]):
             getattr(unet, how)(active)
-            found.append({id(parameter) for parameter in parameters(unet) if parameter.requires_grad})
+            found.append({id(parameter) for parameter in parameters() if parameter.requires_grad})
         of_b, of_a, both = found
         assert both == of_a | of_b, listed
         assert not of_a & of_b

@@ -84,17 +84,18 @@ def test_offloaded_unet_gives_the_same_outputs(
         assert_near(predict(pipe), expected[adapter], pipe.unet)
 
 
-PIPELINES: dict[str, Callable[[Any], Any]] = {
-    "model": lambda pipe: pipe.enable_model_cpu_offload(device="cpu"),
-    "groups": lambda pipe: pipe.enable_group_offload(CPU, CPU, "leaf_level"),
-}
-
-
-@pytest.mark.parametrize("how", PIPELINES)
-def test_adapter_that_is_loaded_into_an_offloaded_pipeline_gives_the_same_pixels(root: Path, how: str) -> None:
+@pytest.mark.parametrize(
+    "offload",
+    [
+        lambda pipe: pipe.enable_model_cpu_offload(device="cpu"),
+        lambda pipe: pipe.enable_group_offload(CPU, CPU, "leaf_level"),
+    ],
+    ids=["model", "groups"],
+)
+def test_adapter_that_is_loaded_into_an_offloaded_pipeline_gives_the_same_pixels(root: Path, offload: Any) -> None:
     image = pixels(loaded(root / "nara"))
     pipe: Any = frozen_sd()
-    PIPELINES[how](pipe)
+    offload(pipe)
     base = pixels(pipe)
     pipe.load_nara_weights(root / "nara", adapter_name="toy")
     found = pixels(pipe)

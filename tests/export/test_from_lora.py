@@ -72,18 +72,13 @@ def test_a_folder_of_peft_becomes_a_nara_with_its_tensors_and_forward(tmp_path, 
             assert relative_error(model(x), lora(x)) < 4 * rounding_of(lora)
 
 
-def test_a_second_adapter_joins_a_peft_model(tmp_path):
-    lora, model = trained_lora(tmp_path), adapted(base(), target_modules=["first"])
+def test_a_second_adapter_joins_a_peft_model_and_half_precision_changes_no_bit(tmp_path):
+    lora, model = trained_lora(tmp_path / "whole"), adapted(base().to(torch.bfloat16), target_modules=["first"])
     before = copy.deepcopy(get_peft_model_state_dict(model))
-    assert from_lora(tmp_path, model, "other") is model
+    assert from_lora(tmp_path / "whole", model, "other") is model
     assert model.active_adapters == ["other"]
     assert_same_tensors(model, lora, "other")
     assert all(torch.equal(t, before[key]) for key, t in get_peft_model_state_dict(model).items())
-
-
-def test_half_precision_of_the_file_or_the_base_changes_no_bit(tmp_path):
-    lora = trained_lora(tmp_path / "whole")
-    assert_same_tensors(from_lora(tmp_path / "whole", base().to(torch.bfloat16)), lora)
     half = copy.deepcopy(lora).to(torch.bfloat16)
     half.save_pretrained(tmp_path)
     assert_same_tensors(from_lora(tmp_path, base()), half.float())
