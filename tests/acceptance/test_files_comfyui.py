@@ -34,6 +34,7 @@ from tests.acceptance._comfyui import (
     named,
 )
 from tests.acceptance._comfyui import named_as_stability_does as renamed
+from tests.helpers.adapted import disturb
 
 OUTPUTS = _files.expected("pipelines")
 PIPELINES = _files.FILES / "pipelines"
@@ -79,9 +80,7 @@ def saved(comfy: SimpleNamespace, **changes: Any) -> tuple[Any, str]:
     pipe, file = _bases.sdxl(), "mine.safetensors"
     options = {"r": 4, "lora_alpha": 3, "target_modules": ["to_q", "conv1", "time_emb_proj"], "core_hidden_dims": (6,)}
     pipe.unet.add_adapter(NaraConfig(**{**options, **changes}), "mine")
-    for name, parameter in pipe.unet.named_parameters():
-        if "lora_" in name or "core" in name:
-            parameter.data.copy_(0.3 * _bases.drawn(name, *parameter.shape))
+    disturb(pipe.unet, "mine")
     pipe.save_nara_weights(comfy.folder, "mine", weight_name=file)
     return pipe, file
 

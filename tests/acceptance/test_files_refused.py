@@ -15,10 +15,10 @@ from peft import PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlamaForCausalLM
 
 from nara_diffusion import NaraConfig
 from tests.acceptance import _bases, _files
+from tests.acceptance._text import backbone
 
 Tensors = dict[str, Tensor]
 Break = Callable[[str, Path], "tuple[str, ...]"]
@@ -227,20 +227,14 @@ def test_pickle_is_refused_as_one_and_not_run(suffix, form, zipped, message, mod
 # ---------------------------------------------------------------------- whole, and for other models
 
 
-def _llama(**changes: Any) -> LlamaForCausalLM:
-    config = _bases.language_model().config
-    for name, value in changes.items():
-        setattr(config, name, value)
-    config.head_dim = config.hidden_size // config.num_attention_heads
-    return _bases.filled(LlamaForCausalLM(config), "other")
-
-
+NARROW = {"hidden_size": 16, "intermediate_size": 24}
+"""Of the language model that the adapter is for."""
 OTHERS: dict[str, tuple[str, Callable[[], Any], str]] = {
     "UNet of other widths": ("pipeline", lambda: _bases.sdxl(block_out_channels=(8, 24)), "another base model"),
     "pipeline of another family": ("pipeline", _bases.flux, "'text_encoder'"),
-    "language model of fewer layers": ("peft", lambda: _llama(num_hidden_layers=1), "layers.1"),
-    "language model of more layers": ("peft", lambda: _llama(num_hidden_layers=3), "layers.2"),
-    "language model of another width": ("peft", lambda: _llama(hidden_size=24), "another base model"),
+    "language model of fewer layers": ("peft", lambda: backbone(29, num_hidden_layers=1, **NARROW), "layers.1"),
+    "language model of more layers": ("peft", lambda: backbone(29, num_hidden_layers=3, **NARROW), "layers.2"),
+    "language model of another width": ("peft", lambda: backbone(29), "another base model"),
 }
 
 
