@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tests.helpers.adapted import disturb, nara_config
 
 Inputs = dict[str, Any]
+BATCH = 3
 OPTIONS: dict[str, Any] = {
     "attention_head_dim": 8,
     "cap_feat_dim": 8,
@@ -42,7 +43,7 @@ def _unet(kind: str, **changes: Any) -> dict[str, Any]:
         "up_block_types": (f"UpBlock{kind}", f"CrossAttnUpBlock{kind}"),
     }
     options = {"sample_size": 8, "block_out_channels": (4, 8), "layers_per_block": 1, "cross_attention_dim": 8}
-    if kind in ("2D", "3D"):
+    if kind == "3D":
         options |= {"norm_num_groups": 2, "attention_head_dim": 2, "num_attention_heads": None}
     return {**options, **blocks, **changes}
 
@@ -59,13 +60,8 @@ FRAMES = {"hidden_states": (2, 4, 4, 4)}
 SIZE = {"num_frames": 2, "height": 2, "width": 2}
 
 
-def _listed(*shape: int) -> Callable[[int], list[Tensor]]:
-    return lambda b: [torch.randn(shape) for _ in range(b)]
-
-
 DENOISERS: dict[str, tuple[dict[str, Any], Inputs]] = {
     # of one row a sample
-    "UNet2DConditionModel": (_unet("2D"), {"sample": (4, 8, 8)}),
     "SD3Transformer2DModel": (
         {"sample_size": 8, "caption_projection_dim": 16, "joint_attention_dim": 8, "pooled_projection_dim": 10},
         {"hidden_states": (4, 8, 8), "pooled_projections": (10,)},
@@ -74,19 +70,19 @@ DENOISERS: dict[str, tuple[dict[str, Any], Inputs]] = {
         {"num_single_layers": 1, "attention_head_dim": 16, "joint_attention_dim": 8, "pooled_projection_dim": 10}
         | {"axes_dims_rope": (4, 4, 8)},
         {"hidden_states": (8, 4), "pooled_projections": (10,)}
-        | {"img_ids": lambda b: torch.arange(24.0).view(8, 3), "txt_ids": lambda b: torch.zeros(5, 3)},
+        | {"img_ids": lambda: torch.arange(24.0).view(8, 3), "txt_ids": lambda: torch.zeros(5, 3)},
     ),
     # told the noise by another argument than `timestep`
     "ZImageTransformer2DModel": (
         {"dim": 16, "n_layers": 1, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2}
         | {"axes_dims": [4, 2, 2], "axes_lens": [128, 16, 16]},
-        {"x": _listed(4, 1, 4, 4), "cap_feats": _listed(5, 8)},
+        {"x": lambda: list(torch.randn(BATCH, 4, 1, 4, 4)), "cap_feats": lambda: list(torch.randn(BATCH, 5, 8))},
     ),
     # of several rows a sample
     "UNet3DConditionModel": (_unet("3D"), {"sample": (4, 4, 8, 8)}),
     "UNetMotionModel": (
         _unet("Motion", norm_num_groups=2, motion_num_attention_heads=2),
-        {"sample": (4, 4, 8, 8), "encoder_hidden_states": lambda b: torch.randn(b, 5, 8).repeat_interleave(4, dim=0)},
+        {"sample": (4, 4, 8, 8), "encoder_hidden_states": lambda: torch.randn(BATCH, 5, 8).repeat_interleave(4, dim=0)},
     ),  # the text is repeated for each frame, as the pipeline does
     "I2VGenXLUNet": (
         _unet("3D"),
@@ -102,7 +98,7 @@ DENOISERS: dict[str, tuple[dict[str, Any], Inputs]] = {
         | {"pooled_projection_dim": 4, "text_len": 5, "text_len_t5": 4},
         {"hidden_states": (4, 8, 8), "text_embedding_mask": torch.ones(5), "encoder_hidden_states_t5": (4, 8)}
         | {"text_embedding_mask_t5": torch.ones(4), "image_meta_size": torch.ones(6), "style": torch.tensor(0)}
-        | {"image_rotary_emb": lambda b: (torch.ones(16, 8), torch.zeros(16, 8))},
+        | {"image_rotary_emb": lambda: (torch.ones(16, 8), torch.zeros(16, 8))},
     ),
     "CogVideoXTransformer3DModel": (COGVIDEO, FRAMES),
     "ConsisIDTransformer3DModel": ({**COGVIDEO, "use_rotary_positional_embeddings": False}, FRAMES),
@@ -111,7 +107,7 @@ DENOISERS: dict[str, tuple[dict[str, Any], Inputs]] = {
         | {"sample_height": 4, "sample_width": 4, "sample_frames": 2},
         {**VIDEO, "attention_mask": torch.ones(2, 4, 4), "encoder_attention_mask": torch.ones(1, 5)}
         | {
-            "image_rotary_emb": lambda b: (
+            "image_rotary_emb": lambda: (
                 ((torch.ones(8, 4), torch.zeros(8, 4)),) * 3,
                 (torch.zeros(1, 8, dtype=torch.long),) * 3,
             )
@@ -144,7 +140,7 @@ DENOISERS: dict[str, tuple[dict[str, Any], Inputs]] = {
     ),
     "JoyImageEditPlusTransformer3DModel": (
         {"hidden_size": 20, "mlp_width_ratio": 2.0, "rope_dim_list": [2, 4, 4]},
-        {"hidden_states": (8, 4, 1, 2, 2), "shape_list": lambda b: [[(1, 2, 2), (1, 2, 2)]] * b},
+        {"hidden_states": (8, 4, 1, 2, 2), "shape_list": [[(1, 2, 2), (1, 2, 2)]] * BATCH},
     ),
     "LTXVideoTransformer3DModel": (
         {"cross_attention_dim": 16},
@@ -157,7 +153,7 @@ DENOISERS: dict[str, tuple[dict[str, Any], Inputs]] = {
     ),
     "SanaWMLTX2RefinerTransformer3DModel": (
         LTX,
-        {"hidden_states": (8, 4), "video_rotary_emb": lambda b: (torch.ones(b, 8, 16), torch.zeros(b, 8, 16))},
+        {"hidden_states": (8, 4), "video_rotary_emb": lambda: (torch.ones(BATCH, 8, 16), torch.zeros(BATCH, 8, 16))},
     ),
     "SanaVideoTransformer3DModel": (
         {"attention_head_dim": 12, "patch_size": (1, 2, 2), "num_cross_attention_heads": 2, "sample_size": 4}
@@ -175,12 +171,12 @@ DENOISERS: dict[str, tuple[dict[str, Any], Inputs]] = {
         | {"text_intermediate_size": 8, "num_layerwise_text_blocks": 1, "num_refiner_text_blocks": 1}
         | {"axes_dims_rope": (4, 4, 8)},
         {"hidden_states": (8, 4), "encoder_hidden_states": (5, 2, 8)}
-        | {"position_ids": lambda b: torch.arange(39).view(13, 3)},
+        | {"position_ids": lambda: torch.arange(39).view(13, 3)},
     ),
     "CosmosTransformer3DModel": (
         {"attention_head_dim": 12, "mlp_ratio": 2, "adaln_lora_dim": 4, "max_size": (2, 4, 4)}
         | {"extra_pos_embed_type": None},
-        {**VIDEO, "padding_mask": lambda b: torch.zeros(1, 1, 4, 4)},
+        {**VIDEO, "padding_mask": lambda: torch.zeros(1, 1, 4, 4)},
     ),
     "MochiTransformer3DModel": (
         {"num_layers": 2, "pooled_projection_dim": 16, "max_sequence_length": 5},  # the last doesn't update the text
@@ -197,17 +193,17 @@ DENOISERS: dict[str, tuple[dict[str, Any], Inputs]] = {
         | {"rope_freq_dim": 2},
         {"hidden_states": (4, 8), "audio_hidden_states": (3, 3)}
         | {
-            "timestep_indices": lambda b: torch.zeros(12, dtype=torch.long),
-            "token_tags": lambda b: torch.tensor([0] * 4 + [2] * 3 + [1] * 5),
-            "position_ids": lambda b: torch.arange(36).view(12, 3),
-            "video_indices": lambda b: torch.arange(4),
-            "audio_indices": lambda b: torch.arange(4, 7),
-            "text_indices": lambda b: torch.arange(7, 12),
+            "timestep_indices": lambda: torch.zeros(12, dtype=torch.long),
+            "token_tags": lambda: torch.tensor([0] * 4 + [2] * 3 + [1] * 5),
+            "position_ids": lambda: torch.arange(36).view(12, 3),
+            "video_indices": lambda: torch.arange(4),
+            "audio_indices": lambda: torch.arange(4, 7),
+            "text_indices": lambda: torch.arange(7, 12),
         },
     ),
 }
 """Class → (arguments of its constructor, inputs without the timestep): the shape of a sample, drawn at random; a
-sample's tensor; what makes the input of b samples; or what all share."""
+sample's tensor; what makes the input of `BATCH` samples; or what all share."""
 
 TARGETS = {
     "JoyImageEditPlusTransformer3DModel": ["img_attn_qkv", "img_attn_proj"],
@@ -262,37 +258,20 @@ def adapted_denoiser(name: str) -> nn.Module:
     return model
 
 
-def inputs_of(name: str, batch: int = 2) -> Inputs:
-    """What `denoiser(name)` takes beside its timestep."""
+def inputs_of(name: str) -> Inputs:
+    """What `denoiser(name)` takes beside its timestep, for `BATCH` samples."""
     torch.manual_seed(5)
     takes_text = "encoder_hidden_states" in inspect.signature(getattr(diffusers, name).forward).parameters
     inputs = {**({"encoder_hidden_states": TEXT} if takes_text else {}), **DENOISERS[name][1]}
-    return {key: _input(value, batch) for key, value in inputs.items()}
+    return {key: _input(value) for key, value in inputs.items()}
 
 
-def _input(value: Any, batch: int) -> Any:
+def _input(value: Any) -> Any:
     if isinstance(value, tuple):
-        return torch.randn(batch, *value)
+        return torch.randn(BATCH, *value)
     if isinstance(value, Tensor):
-        return value.expand(batch, *value.shape).clone()
-    return value(batch) if callable(value) else value
-
-
-def sample_of(inputs: Inputs, index: int, batch: int) -> Inputs:
-    """The inputs of one sample of a batch; an input may have several rows a sample.
-
-    What a batch shares has another number of rows than a multiple of `batch`, or is about positions.
-    """
-
-    def part(key: str, value: Any) -> Any:
-        if key == "video_rotary_emb":
-            return tuple(part("", own) for own in value)
-        if key == "image_rotary_emb" or not isinstance(value, (Tensor, list)) or len(value) % batch:
-            return value
-        rows = len(value) // batch
-        return value[index * rows : (index + 1) * rows]
-
-    return {key: part(key, value) for key, value in inputs.items()}
+        return value.expand(BATCH, *value.shape).clone()
+    return value() if callable(value) else value
 
 
 def run(model: nn.Module, inputs: Inputs, timestep: Any, argument: str = "timestep") -> Tensor:

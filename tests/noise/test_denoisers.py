@@ -1,4 +1,7 @@
-"""The table of Diffusers' denoisers: its classes, what their pipelines' timesteps mean, and which rows they have."""
+"""The table of Diffusers' denoisers: its classes, what their pipelines' timesteps mean, and which rows they have.
+
+Those marked slow are one pass over tiny models: each sample of a batch gets the λ of its own timestep, and no other.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,24 @@ import pytest
 import torch
 from diffusers import SCMScheduler
 from packaging.version import Version
+from peft.tuners.lora import Linear
 from torch import nn
 
-from nara_diffusion import TimestepNoise
+from nara_diffusion import TimestepNoise, noise_level
 from nara_diffusion.noise.denoisers import _DENOISERS, denoiser_of
+from tests.helpers.adapted import relative_error
+from tests.helpers.denoisers import (
+    BATCH,
+    DENOISERS,
+    WARNINGS_OF_DIFFUSERS,
+    adapted_denoiser,
+    inputs_of,
+    run,
+    told,
+)
 from tests.helpers.diffusers_sources import classes, forward_of, lineage, told_the_time
 
+pytestmark = WARNINGS_OF_DIFFUSERS
 DISCRETE = {0: 0.0, 250: 0.25, 1000: 1.0}
 RATIO = SIGMA = {0.0: 0.0, 0.25: 0.25, 1.0: 1.0}
 SIGMA_1000 = {0.0: 0.0, 250.0: 0.25, 1000.0: 1.0}
@@ -143,27 +158,80 @@ class Omni(nn.Module):
     def forward(self, x: Any, timestep: Any = None, sound: Any = None, mode: str = "") -> None: ...
 
 
-def told(source: TimestepNoise, **given: Any) -> list[float]:
+def level_of(source: TimestepNoise, **given: Any) -> list[float]:
     return source(Omni(), (None,), given).tolist()
 
 
 def test_noisiest_of_several_timesteps_counts_and_a_pinned_one_beats_all() -> None:
     source = TimestepNoise("sigma", also=("sound",), pinned=("mode", "extract", 0.125))
     frames = torch.tensor([[0.0, 0.75], [0.25, 0.25]])
-    assert told(source, timestep=frames) == [0.75, 0.25]
-    assert told(source, timestep=frames, sound=torch.tensor([0.125, 0.5])) == [0.75, 0.5]
-    assert told(source, timestep=torch.zeros(0), sound=0.5) == [0.5]  # a video that is given has no timesteps
-    assert told(source, timestep=frames, mode="extract") == [0.125]
+    assert level_of(source, timestep=frames) == [0.75, 0.25]
+    assert level_of(source, timestep=frames, sound=torch.tensor([0.125, 0.5])) == [0.75, 0.5]
+    assert level_of(source, timestep=torch.zeros(0), sound=0.5) == [0.5]  # a video that is given has no timesteps
+    assert level_of(source, timestep=frames, mode="extract") == [0.125]
     with pytest.raises(ValueError, match="got no timestep and no sound"):
-        told(source)
+        level_of(source)
 
 
 def test_packed_timesteps_are_of_one_sample_and_equal_ones_share_a_level() -> None:
-    assert told(TimestepNoise("data", packed=True), timestep=torch.tensor([0.25, 0.75, 1.0])) == [0.75]
-    assert told(TimestepNoise("sigma"), timestep=torch.tensor([0.5, 0.5, 0.5])) == [0.5]
-    assert told(TimestepNoise("sigma"), timestep=torch.tensor([0.5, 0.25])) == [0.5, 0.25]
+    assert level_of(TimestepNoise("data", packed=True), timestep=torch.tensor([0.25, 0.75, 1.0])) == [0.75]
+    assert level_of(TimestepNoise("sigma"), timestep=torch.tensor([0.5, 0.5, 0.5])) == [0.5]
+    assert level_of(TimestepNoise("sigma"), timestep=torch.tensor([0.5, 0.25])) == [0.5, 0.25]
 
 
 def test_timestep_noise_of_an_unknown_meaning_is_refused() -> None:
     with pytest.raises(ValueError, match="meaning is 'noise': choose one of 'discrete'"):
         TimestepNoise("noise")
+
+
+# ---------------------------------------------------------------------- models
+
+
+ONE_LEVEL = {"ErnieImageTransformer2DModel", "MiniMaxH3Transformer3DModel"}
+"""Their layers see the tokens of all samples, or one sample alone."""
+
+
+def test_every_class_whose_layers_may_see_several_rows_a_sample_has_a_model() -> None:
+    assert {name for name, entry in _DENOISERS.items() if entry.sample_major or entry.one_level} <= DENOISERS.keys()
+    assert DENOISERS.keys() <= _DENOISERS.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in DENOISERS if name not in ONE_LEVEL])
+def test_each_sample_of_a_batch_has_the_level_of_its_timestep(name: str) -> None:
+    argument, expected = _DENOISERS[name].argument, NAMES[name][0][1]
+    unit = 1000 if name == "SanaWMLTX2RefinerTransformer3DModel" else 1  # by the configuration of its model
+    timesteps, levels = unit * torch.tensor(list(expected)[:BATCH]).float(), list(expected.values())[:BATCH]
+    model, inputs = adapted_denoiser(name), inputs_of(name)
+    assert told(model, lambda: run(model, inputs, timesteps, argument)) == pytest.approx(levels, abs=1e-6)
+    together = run(model, inputs, timesteps, argument)
+    for i, row in enumerate(together):  # where all have one λ, no row can get that of another
+        assert relative_error(row, run(model, inputs, timesteps[i].expand(BATCH), argument)[i]) < 2e-4
+    with noise_level(model, 0.5):
+        assert relative_error(run(model, inputs, timesteps, argument), together) > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(ONE_LEVEL))
+def test_layers_that_see_tokens_of_all_samples_have_one_level(name: str) -> None:
+    argument, model, inputs = _DENOISERS[name].argument, adapted_denoiser(name), inputs_of(name)
+    for timestep, level in list(NAMES[name][0][1].items())[:3]:
+        timesteps = torch.tensor([float(timestep)] * (1 if name.startswith("MiniMax") else BATCH))
+        assert told(model, lambda given=timesteps: run(model, inputs, given, argument)) == pytest.approx([level])
+    with noise_level(model, torch.tensor([0.2, 0.7])), pytest.raises(ValueError, match="noise_level has 2 values, but"):
+        run(model, inputs, timesteps, argument)
+
+
+@pytest.mark.slow
+def test_where_layers_may_see_several_rows_a_sample_the_batch_has_one_level_each_and_a_part_one_for_all() -> None:
+    name = "UNetSpatioTemporalConditionModel"
+    model, inputs = adapted_denoiser(name), inputs_of(name)
+    layer = next(module for module in model.modules() if isinstance(module, Linear))
+    x = torch.randn(4, layer.in_features)
+    with noise_level(model, [0.2, 0.7]):
+        with pytest.raises(ValueError, match="noise_level has 2 values, but the batch is 3"):
+            run(model, inputs, torch.tensor(0.25), _DENOISERS[name].argument)
+        with pytest.raises(RuntimeError, match="noise_level has 2 values, but a part of a model"):
+            layer(x)
+    with noise_level(model, 0.2):
+        assert layer(x).shape == (4, layer.out_features)
