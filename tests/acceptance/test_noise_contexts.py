@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from contextvars import copy_context
+from contextvars import Context, copy_context
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from nara_diffusion import noise_level
+from nara_diffusion import TimestepNoise, noise_level, set_noise_source
 
 from ._noise_models import LAYERS, Stock, TwoLayers, adapt, assert_near, run
 
 LEVELS = [0.05, 0.5, 0.93]
 X = torch.randn(3, 7, generator=torch.Generator().manual_seed(0))
 UNKNOWN = r"λ is not known"
-PATIENCE = 60
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +55,7 @@ def test_noise_level_value_reaches_every_layer_and_row(model: Any, stock: Stock)
         assert_at(model, stock, LEVELS, torch.randn(3, 6, 7))
 
 
-def test_noise_level_that_is_none_raises_and_names_what_it_got(model: Any) -> None:
+def test_noise_level_that_is_none_raises_and_names_what_a_context_or_a_source_gave(model: Any) -> None:
     for value, message in [
         (-0.1, r"-0\.1.*\[0, 1\]"),
         (torch.tensor([0.2, 1.5, 0.1]), r"1\.5.*\[0, 1\]"),
@@ -72,6 +69,12 @@ def test_noise_level_that_is_none_raises_and_names_what_it_got(model: Any) -> No
         with pytest.raises(ValueError, match=message), noise_level(model, value):
             run(model, X)
         assert_unknown(model)
+        set_noise_source(model, lambda *_, value=value: value)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=message):
+            run(model, X)
+        set_noise_source(model, None)
+    with pytest.raises(ValueError, match="TwoLayers"), noise_level(TwoLayers(), 0.3):
+        pass  # without an adapter
 
 
 def test_noise_level_of_another_length_than_the_batch_raises(model: Any, stock: Stock) -> None:
@@ -81,11 +84,6 @@ def test_noise_level_of_another_length_than_the_batch_raises(model: Any, stock: 
         with pytest.raises(ValueError, match=r"2 values.*batch.*4"):  # a multiple, which is no repetition unless told
             run(model, torch.randn(4, 7))
         assert_at(model, stock, [0.2, 0.8], X[:2])
-
-
-def test_noise_level_of_a_model_without_adapter_raises() -> None:
-    with pytest.raises(ValueError, match="TwoLayers"), noise_level(TwoLayers(), 0.3):
-        pass
 
 
 # ---------------------------------------------------------------------- missing, stale
@@ -104,40 +102,6 @@ def test_forward_after_a_context_or_a_failure_finds_no_level_and_names_both_reme
         run(model.base_model.model.first, X)
 
 
-# ---------------------------------------------------------------------- nesting
-
-
-def test_nested_contexts_innermost_wins_and_leaving_by_any_way_restores_the_outer(model: Any, stock: Stock) -> None:
-    @noise_level(model, 0.6)  # as deep as another before it
-    def leave_by(error: type[BaseException]) -> None:
-        assert_at(model, stock, 0.6)
-        raise error
-
-    with noise_level(model, 0.1):
-        with noise_level(model, torch.tensor(LEVELS)):
-            with noise_level(model, 0.9):
-                assert_at(model, stock, 0.9)
-            assert_at(model, stock, LEVELS)
-        assert_at(model, stock, 0.1)
-        for error in (KeyError, KeyboardInterrupt):
-            with pytest.raises(error):
-                leave_by(error)
-            assert_at(model, stock, 0.1)
-    assert_unknown(model)
-
-
-def test_contexts_of_two_models_do_not_meet(model: Any, stock: Stock) -> None:
-    other, other_stock = adapt(TwoLayers(), LAYERS)
-    other_stock.double()
-    with noise_level(model, 0.2), noise_level(other, 0.9):
-        assert_at(model, stock, 0.2)
-        assert_at(other, other_stock, 0.9)
-        with noise_level(model, 0.6):
-            assert_at(model, stock, 0.6)
-            assert_at(other, other_stock, 0.9)
-    assert_unknown(other)
-
-
 def test_part_alone_has_the_level_around_it_and_none_of_a_forward_that_ctrl_c_ended(model: Any, stock: Stock) -> None:
     inner = model.base_model.model
 
@@ -154,16 +118,42 @@ def test_part_alone_has_the_level_around_it_and_none_of_a_forward_that_ctrl_c_en
     assert_near(part, torch.cat(expected), model)
 
 
+# ---------------------------------------------------------------------- nesting
+
+
+def test_nested_contexts_innermost_of_the_model_wins_and_leaving_by_any_way_restores_the_outer(
+    model: Any, stock: Stock
+) -> None:
+    @noise_level(model, 0.6)  # as deep as another before it
+    def leave_by(error: type[BaseException]) -> None:
+        assert_at(model, stock, 0.6)
+        raise error
+
+    other, other_stock = adapt(TwoLayers(), LAYERS)
+    other_stock.double()
+    with noise_level(model, 0.1), noise_level(other, 0.8):
+        with noise_level(model, torch.tensor(LEVELS)):
+            with noise_level(model, 0.9):
+                assert_at(model, stock, 0.9)
+            assert_at(model, stock, LEVELS)
+            assert_at(other, other_stock, 0.8)
+        assert_at(model, stock, 0.1)
+        for error in (KeyError, KeyboardInterrupt):
+            with pytest.raises(error):
+                leave_by(error)
+            assert_at(model, stock, 0.1)
+    assert_unknown(model)
+    assert_unknown(other)
+
+
 def test_context_left_that_is_not_the_innermost_raises_and_no_level_remains(model: Any, stock: Stock) -> None:
     outer, inner = ExitStack(), ExitStack()
     outer.enter_context(noise_level(model, 0.1))
     inner.enter_context(noise_level(model, 0.9))
-    with pytest.raises(RuntimeError, match="innermost"):
-        outer.close()
-    assert_unknown(model)
-    with pytest.raises(RuntimeError, match="innermost"):
-        inner.close()
-    assert_unknown(model)
+    for left in (outer, inner):
+        with pytest.raises(RuntimeError, match="innermost"):
+            left.close()
+        assert_unknown(model)
     with noise_level(model, 0.4):
         assert_at(model, stock, 0.4)
     assert_unknown(model)
@@ -172,76 +162,47 @@ def test_context_left_that_is_not_the_innermost_raises_and_no_level_remains(mode
 # ---------------------------------------------------------------------- threads and tasks
 
 
-def test_copy_of_a_context_that_has_been_left_has_no_level(model: Any) -> None:
-    with noise_level(model, 0.5):
-        copied = copy_context()
-    copied.run(assert_unknown, model)
-
-
 def test_threads_inside_one_forward_at_a_time_have_their_own_levels(model: Any, stock: Stock) -> None:
-    """Both threads are between the first layer and the second when either goes on."""
-    barrier = threading.Barrier(2, timeout=PATIENCE)
-
-    def work(level: float) -> Tensor:
-        barrier.wait()
-        with noise_level(model, level):
-            return run(model, X)
+    """By contexts or by a source; both threads are between the first layer and the second when either goes on."""
+    barrier = threading.Barrier(2, timeout=60)
 
     def meet(*_: Any) -> None:
         barrier.wait()
 
+    def in_context(level: float) -> Tensor:
+        with noise_level(model, level):
+            return run(model, X)
+
     handle = model.base_model.model.second.register_forward_pre_hook(meet)
-    try:
-        with noise_level(model, 0.6), ThreadPoolExecutor(2) as pool:
-            outputs = list(pool.map(work, (0.2, 0.8)))
-    finally:
-        handle.remove()
-    for level, output in zip((0.2, 0.8), outputs, strict=True):
+    with ThreadPoolExecutor(2) as pool:
+        with noise_level(model, 0.6):
+            outputs = [*pool.map(in_context, (0.2, 0.8))]
+        set_noise_source(model, TimestepNoise("sigma"))
+        outputs += pool.map(lambda level: run(model, X, level), (0.3, 0.9))
+    set_noise_source(model, None)
+    handle.remove()
+    for level, output in zip((0.2, 0.8, 0.3, 0.9), outputs, strict=True):
         assert_near(output, stock.each(level, X.double()), model)
     with noise_level(model, 0.3), ThreadPoolExecutor(1) as pool, pytest.raises(ValueError, match=UNKNOWN):
         pool.submit(run, model, X).result()  # one that is started inside a context has no λ
 
 
-def test_context_that_a_thread_leaves_in_the_wrong_order_stays_in_another(model: Any, stock: Stock) -> None:
-    shared, other = noise_level(model, 0.37), noise_level(model, 0.8)
-    inside, left = threading.Event(), threading.Event()
-
-    def wrong_order() -> None:
-        shared.__enter__()
-        other.__enter__()
-        assert inside.wait(PATIENCE)  # the second thread has entered the same context after this one
-        with pytest.raises(RuntimeError, match="another one is the innermost"):
-            shared.__exit__()
-        left.set()
-
-    def second() -> None:
-        with shared:
-            inside.set()
-            assert left.wait(PATIENCE)
-            assert_at(model, stock, 0.37)
-
-    with ThreadPoolExecutor(2) as threads:
-        first = threads.submit(wrong_order)
-        while not other._entries:
-            time.sleep(0.001)
-        for run_ in (threads.submit(second), first):
-            run_.result(2 * PATIENCE)
-
-
-def test_tasks_that_take_turns_have_their_own_levels(model: Any, stock: Stock) -> None:
-    async def work(level: float) -> list[Tensor]:
-        outputs = []
-        for _ in range(3):
-            with noise_level(model, level):
-                await asyncio.sleep(0)
-                outputs.append(run(model, X))
-                await asyncio.sleep(0)
-            assert_unknown(model)
-        return outputs
-
-    async def main() -> list[list[Tensor]]:
-        return await asyncio.gather(*map(work, LEVELS))
-
-    for level, outputs in zip(LEVELS, asyncio.run(main()), strict=True):
-        for output in outputs:
-            assert_near(output, stock.each(level, X.double()), model)
+def test_tasks_that_take_turns_have_their_own_levels_though_one_leaves_in_the_wrong_order(
+    model: Any, stock: Stock
+) -> None:
+    """Each task of asyncio runs in a `Context` of its own; both enter one `noise_level`."""
+    first, second = Context(), Context()
+    shared, inner = noise_level(model, 0.37), noise_level(model, 0.8)
+    first.run(shared.__enter__)
+    second.run(shared.__enter__)
+    first.run(inner.__enter__)
+    first.run(assert_at, model, stock, 0.8)
+    second.run(assert_at, model, stock, 0.37)
+    with pytest.raises(RuntimeError, match="another one is the innermost"):
+        first.run(shared.__exit__)
+    first.run(assert_unknown, model)
+    second.run(assert_at, model, stock, 0.37)
+    copied = second.run(copy_context)
+    second.run(shared.__exit__)
+    for left in (second, copied):  # copies of a context that has been left have no λ
+        left.run(assert_unknown, model)
