@@ -233,6 +233,22 @@ class ByHand:
         x = x.double() if x.is_floating_point() else x
         return torch.cat([functional_call(layer, {"weight": w}, (x[i : i + 1],)) for i, w in enumerate(weights)])
 
+    def outputs(
+        self,
+        config: NaraConfig,
+        tensors: Mapping[str, Tensor],
+        inputs: Mapping[str, Tensor],
+        level: Tensor | float,
+        **options: Any,
+    ) -> dict[str, Tensor]:
+        """Those of `Kinds`, by the name of the layer; `options` are those of `weights`."""
+        found = {}
+        for name in self.layers:
+            x = inputs[name.split(".")[1]]
+            weights = self.weights(name, config, tensors, torch.as_tensor(level).expand(len(x)), **options)
+            found[name] = self.output(name, weights, x)
+        return found
+
 
 def leaves(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().double().requires_grad_() for name, tensor in tensors.items()}

@@ -7,6 +7,7 @@ once it has run, so that W0 is read before, and the base output comes from a sto
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from nara_diffusion import noise_level, to_lora
+from nara_diffusion import noise_level, set_noise_source, to_lora
 from tests.acceptance._by_hand import (
     ALPHA,
     CORES,
@@ -33,6 +34,8 @@ from tests.acceptance._by_hand import (
     nara_config,
     tensors_of,
 )
+from tests.acceptance._lives import add_nara, frozen_sd, predict
+from tests.helpers.adapted import OneLayer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups"),
@@ -54,10 +57,12 @@ CASES = [
 ]
 
 
-def make(core: str, sharing: str, use_dora: bool) -> tuple[Kinds, list[str], PeftModel]:
+def make(
+    core: str, sharing: str, use_dora: bool, dtype: torch.dtype = torch.float32
+) -> tuple[Kinds, list[str], PeftModel]:
     """The model before it was adapted, its kinds of layers, and the adapted one."""
     kinds = [kind for kind in (WITH_DORA if use_dora else SMALL) if kind != "grouped"]  # which PEFT doesn't merge
-    base = Kinds(kinds)
+    base = Kinds(kinds).to(dtype)
     options = {"target_modules": kinds, "core_sharing": sharing, "use_dora": use_dora, **CORES[core]}
     if core == "knots":
         options |= {"use_rslora": True, "rank_pattern": {"one.linear": 2}, "alpha_pattern": {"two.conv2d": 3}}
@@ -65,11 +70,8 @@ def make(core: str, sharing: str, use_dora: bool) -> tuple[Kinds, list[str], Pef
 
 
 def run(model: nn.Module, inputs: dict[str, Tensor], level: float | None = None) -> dict[str, Tensor]:
-    with torch.no_grad():
-        if level is None:
-            return model(inputs)
-        with noise_level(model, level):
-            return model(inputs)
+    with torch.no_grad(), nullcontext() if level is None else noise_level(model, level):
+        return model(inputs)
 
 
 def assert_all_near(actual: dict[str, Tensor], expected: dict[str, Tensor], **options: Any) -> None:
@@ -98,42 +100,70 @@ def test_merging_and_to_lora_give_the_forward_at_that_level_and_unmerging_restor
         assert all((other[name] - expected[name]).abs().max() > 1e-3 for name in other)
 
 
-@pytest.mark.parametrize("safe_merge", [False, True], ids=["merge", "safe merge"])
-def test_merging_in_a_context_and_unloading_leaves_the_stock_model_with_the_weights_of_the_formula(safe_merge):
-    clean, _, model = make("hypernetwork", "global", True)
+@pytest.mark.parametrize(
+    ("use_dora", "safe_merge", "dtype"),
+    [(True, False, torch.float32), (True, True, torch.float32), (False, False, torch.bfloat16)],
+    ids=str,
+)
+def test_merging_in_a_context_and_unloading_leaves_the_stock_model_with_the_weights_of_the_formula(
+    use_dora, safe_merge, dtype
+):
+    """In half precision they are rounded once."""
+    clean, _, model = make("hypernetwork", "global", use_dora, dtype)
     by_hand, config, tensors = ByHand(clean), model.peft_config["default"], leaves(tensors_of(model))
+    bound = {} if dtype == torch.float32 else {"terms": 1, "sums": 1, "dtype": dtype}
     with noise_level(model, LEVEL):
         merged = model.merge_and_unload(safe_merge=safe_merge)
     assert merged.state_dict().keys() == clean.state_dict().keys()
     for name in by_hand.layers:
         expected = by_hand.weights(name, config, tensors, torch.tensor([LEVEL]))[0]
         assert type(merged.get_submodule(name)) is type(clean.get_submodule(name))
-        assert_near(merged.get_submodule(name).weight, expected, name)
+        assert merged.get_submodule(name).weight.dtype == dtype
+        assert_near(merged.get_submodule(name).weight, expected, name, **bound)
 
 
-def test_merging_without_a_level_or_running_at_another_one_is_refused():
-    _, kinds, model = make("hypernetwork", "global", False)
-    inputs = draw_inputs(kinds)
+def test_merging_without_one_level_or_running_at_another_is_refused_unless_the_adapter_is_disabled():
+    clean, kinds, model = make("hypernetwork", "global", False)
+    inputs, before = draw_inputs(kinds), base_weights(model)
     for merge in (model.merge_adapter, model.merge_and_unload):
         with pytest.raises(ValueError, match=r"only be merged at one λ.*noise_level"):
             merge()
+    for attempt in (model.merge_adapter, lambda noise_level: to_lora(model, noise_level)):
+        with pytest.raises(ValueError, match=r"noise_level is \[0\.25, 0\.75\]: pass a single value"):
+            attempt(noise_level=[0.25, 0.75])
+    assert all(torch.equal(weight, before[name]) for name, weight in base_weights(model).items())
     model.merge_adapter(noise_level=LEVEL)
     for part in (model, model.base_model.model.one["linear"]):
         x = inputs if part is model else inputs["linear"]
         with noise_level(model, 0.36), pytest.raises(ValueError, match=r"merged at noise_level 0\.35"):
             part(x)
+    with model.disable_adapter():
+        assert_all_near(run(model, inputs, 0.9), run(clean, inputs))
 
 
-def test_merging_or_exporting_at_a_level_for_each_sample_is_refused():
-    model = adapted(Kinds(["linear"]), target_modules=["linear"])
-    before, message = base_weights(model), r"noise_level is \[0\.25, 0\.75\]: pass a single value"
-    for attempt in (
-        lambda: model.merge_adapter(noise_level=torch.tensor([0.25, 0.75])),
-        lambda: to_lora(model, [0.25, 0.75]),
-    ):
-        with pytest.raises(ValueError, match=message):
-            attempt()
-    assert all(torch.equal(weight, before[name]) for name, weight in base_weights(model).items())
+def test_a_source_that_tells_another_level_than_that_of_a_merge_is_warned_of_once():
+    model, inputs, told = adapted(Kinds(["linear"]), target_modules=["linear"]), draw_inputs(["linear"]), [None]
+    expected = run(model, inputs, LEVEL)
+    set_noise_source(model, lambda *_: told[0])
+    for _ in range(2):
+        with noise_level(model, LEVEL):
+            model.merge_adapter()
+        for told[0] in (None, [LEVEL] * 3):  # a source that can't tell stops no merged model
+            assert_all_near(run(model, inputs), expected)  # without a warning, which would be an error
+        told[0] = [0.3, 0.7, 0.3]
+        with pytest.warns(UserWarning, match=r"merged at noise_level 0\.35.* source tells \[0\.3, 0\.7.*unmerge_ad"):
+            assert_all_near(run(model, inputs), expected)
+        run(model, inputs)  # said once
+        model.unmerge_adapter()
+
+
+@pytest.mark.filterwarnings("ignore:Already unmerged")
+def test_fusing_has_said_so_and_says_no_more(caplog):
+    pipe = add_nara(frozen_sd())
+    with noise_level(pipe.unet, 0.3):
+        pipe.fuse_lora(components=["unet"])
+    assert "is fused at noise_level 0.3: until unfuse_lora() every step" in caplog.text
+    predict(pipe)
 
 
 def test_merging_one_of_two_adapters_leaves_the_other_to_be_merged_beside_it():
@@ -161,18 +191,17 @@ def test_an_adapter_without_a_level_that_is_merged_after_another_runs_at_any_lev
     assert_all_near(run(model, inputs, 0.8), expected)
 
 
-@pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
 @pytest.mark.parametrize(
-    ("why", "options", "message"),
+    ("why", "merge", "options", "message"),
     [
-        ("grouped", {}, "groups > 1"),
-        ("conv1d", {"safe_merge": True}, "NaNs detected"),
-        ("bare", {}, "which is quantised or has no bias"),
+        ("grouped", "merge_adapter", {}, "groups > 1"),
+        ("conv1d", "merge_adapter", {"safe_merge": True}, "NaNs detected"),
+        ("bare", "merge_and_unload", {}, "which is quantised or has no bias"),
     ],
     ids=["a layer of PEFT's", "not a number", "a bias of B without a place to go"],
 )
 @pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed but the targeted layer")
-def test_a_merge_that_one_layer_refuses_touches_none(why, options, message, merge):
+def test_a_merge_that_one_layer_refuses_touches_none(why, merge, options, message):
     kinds = ["linear", why]
     model, inputs = adapted(Kinds(kinds), target_modules=kinds, lora_bias=why == "bare"), draw_inputs(kinds)
     expected, before = run(model, inputs, LEVEL), base_weights(model)
@@ -189,43 +218,21 @@ def test_a_merge_that_one_layer_refuses_touches_none(why, options, message, merg
     assert_all_near(run(model, inputs, LEVEL), expected)
 
 
-def test_merging_into_half_precision_rounds_the_weights_of_the_formula_once():
-    base = Kinds(["linear", "conv2d"]).bfloat16()
-    by_hand = ByHand(base)
-    model = adapted(base, target_modules=["linear", "conv2d"], **CORES["knots"])
-    config, tensors = model.peft_config["default"], leaves(tensors_of(model))
-    merged = model.merge_and_unload(noise_level=LEVEL)
-    for name in by_hand.layers:
-        expected = by_hand.weights(name, config, tensors, torch.tensor([LEVEL]))[0]
-        assert merged.get_submodule(name).weight.dtype == torch.bfloat16
-        assert_near(merged.get_submodule(name).weight, expected, name, terms=1, sums=1, dtype=torch.bfloat16)
+# ---------------------------------------------------------------- quantised layers
 
 
 bnb = pytest.importorskip("bitsandbytes")
 
-CORES_OF_QUANTIZED: dict[str, dict[str, Any]] = {
-    "hypernetwork": {},
-    "knots": {"core_type": "knots", "core_knots": 3},
-    "bins": {"core_type": "bins", "core_bins": 2},
-    "constant": {"core_type": "constant"},
-}
 
-
-class Quantized(nn.Module):
+def quantized(bits: int) -> OneLayer:
     """One layer (…, 128) → (…, 64), quantised and marked as Transformers marks a model."""
-
-    def __init__(self, bits: int) -> None:
-        super().__init__()
-        torch.manual_seed(3)
-        if bits == 4:
-            self.layer = bnb.nn.Linear4bit(128, 64, compute_dtype=torch.float32)
-        else:
-            self.layer = bnb.nn.Linear8bitLt(128, 64, has_fp16_weights=False)
-        self.is_loaded_in_4bit, self.is_loaded_in_8bit = bits == 4, bits == 8
-        self.to("cpu")  # which quantises
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
+    torch.manual_seed(3)
+    if bits == 4:
+        model = OneLayer(bnb.nn.Linear4bit(128, 64, compute_dtype=torch.float32))
+    else:
+        model = OneLayer(bnb.nn.Linear8bitLt(128, 64, has_fp16_weights=False))
+    model.is_loaded_in_4bit, model.is_loaded_in_8bit = bits == 4, bits == 8
+    return model.to("cpu")  # which quantises
 
 
 def dequantised(layer: Any) -> Tensor:
@@ -252,9 +259,9 @@ def update_and_scale(model: PeftModel, W0: Tensor, tensors: dict[str, Tensor], l
     [(4, False, "hypernetwork"), (4, True, "bins"), (8, False, "constant"), (8, True, "knots")],
 )
 def test_quantised_layer_follows_the_formula_forward_and_backward(bits, use_dora, core):
-    twin, base = Quantized(bits).eval(), Quantized(bits)
+    twin, base = quantized(bits).eval(), quantized(bits)
     W0, x = dequantised(base.layer), torch.randn(3, 5, 128)
-    model = adapted(base, target_modules=["layer"], use_dora=use_dora, **CORES_OF_QUANTIZED[core])
+    model = adapted(base, target_modules=["layer"], use_dora=use_dora, **CORES[core])
     assert type(model.base_model.model.layer.get_base_layer()) is type(twin.layer)
     tensors, bias = leaves(tensors_of(model)), twin.layer.bias.detach().double()
     update, scale = update_and_scale(model, W0, tensors, LEVELS)
@@ -277,7 +284,7 @@ def test_quantised_layer_follows_the_formula_forward_and_backward(bits, use_dora
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_merging_a_quantised_layer_quantises_the_weight_of_that_level(bits):
-    base = Quantized(bits)
+    base = quantized(bits)
     W0 = dequantised(base.layer)
     model = adapted(base, target_modules=["layer"])
     update = update_and_scale(model, W0, leaves(tensors_of(model)), torch.tensor([0.35]))[0].detach()

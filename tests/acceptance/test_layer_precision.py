@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nara_diffusion import NaraConfig, core_matrix, noise_level
@@ -29,6 +31,7 @@ from tests.acceptance._by_hand import (
     tensors_of,
     write,
 )
+from tests.acceptance._lives import FILE, frozen_sd, save_nara
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups"),
@@ -75,6 +78,14 @@ def of_dtype(inputs: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]
     return {kind: x.detach().to(dtype).requires_grad_() if x.is_floating_point() else x for kind, x in inputs.items()}
 
 
+def backward(outputs: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """Of one weighted sum of both."""
+    for name, output in outputs.items():
+        weighting = torch.rand(output.shape).to(dtype)
+        (output * weighting).sum().backward(retain_graph=True)
+        (expected[name] * weighting.double()).sum().backward(retain_graph=True)
+
+
 @pytest.mark.parametrize("alike", ["A", "B"])
 @pytest.mark.parametrize("kind", ["bfloat16", "float16", "autocast"])
 @dora
@@ -85,21 +96,15 @@ def test_core_in_half_precision_layers_is_multiplied_in_float32_and_so_are_gradi
     if kind == "autocast":
         model.float()  # with values that bfloat16 has
         inputs = of_dtype(inputs, torch.float32)
-    config, tensors, losses = model.peft_config["default"], leaves(tensors_of(model)), []
-    xs = leaves({kind: x for kind, x in inputs.items() if x.is_floating_point()})
+    tensors, xs = leaves(tensors_of(model)), leaves({kind: x for kind, x in inputs.items() if x.is_floating_point()})
     with noise_level(model, LEVELS), torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
         outputs = model(inputs)
     bound: dict[str, Any] = {"terms": 1, "sums": 8, "dtype": dtype}
-    for name, output in outputs.items():
-        of_kind = name.split(".")[1]
-        weighting = torch.randn(output.shape).to(dtype)
-        (output * weighting).sum().backward(retain_graph=True)
-        weights = by_hand.weights(name, config, tensors, LEVELS, scaling=12 / 8)
-        expected = by_hand.output(name, weights, xs.get(of_kind, inputs[of_kind]))
-        losses.append((expected * weighting.double()).sum())
-        if alike == "A":
-            assert_near(output, expected, name, **bound)
-    sum(losses).backward()
+    expected = by_hand.outputs(model.peft_config["default"], tensors, {**inputs, **xs}, LEVELS, scaling=12 / 8)
+    backward(outputs, expected, dtype)
+    if alike == "A":
+        for name, output in outputs.items():
+            assert_near(output, expected[name], name, **bound)
     gradients = tensors_of(model, gradients=True)
     assert {gradient.dtype for name, gradient in gradients.items() if "nara_core" in name} == {torch.float32}
     if alike == "B" and kind != "autocast":
@@ -117,9 +122,8 @@ def test_float64_model_computes_in_float64_beside_the_float32_core(use_dora):
     core, tensors = core_matrix(model, LEVELS).double(), leaves(tensors_of(model))
     with noise_level(model, LEVELS):
         outputs = model(inputs)
-    for name, output in outputs.items():
-        weights = by_hand.weights(name, model.peft_config["default"], tensors, LEVELS, core=core)
-        assert_near(output, by_hand.output(name, weights, inputs[name.split(".")[1]]), name, dtype=torch.float64)
+    for name, expected in by_hand.outputs(model.peft_config["default"], tensors, inputs, LEVELS, core=core).items():
+        assert_near(outputs[name], expected, name, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -136,18 +140,13 @@ def test_magnitudes_of_zero_or_nearly_zero_give_right_outputs_and_gradients(dtyp
     write(model, small)
     model.to(dtype)
     inputs = of_dtype(draw_inputs(kinds), dtype)
-    config, tensors, losses = model.peft_config["default"], leaves(tensors_of(model)), []
+    tensors = leaves(tensors_of(model))
     with noise_level(model, 0.4):
         outputs = model(inputs)
+    expected = by_hand.outputs(model.peft_config["default"], tensors, inputs, 0.4)
     for name, output in outputs.items():
-        x = inputs[name.split(".")[1]]
-        weighting = torch.rand(output.shape).to(dtype)
-        (output * weighting).sum().backward(retain_graph=True)
-        weights = by_hand.weights(name, config, tensors, torch.full((len(x),), 0.4))
-        expected = by_hand.output(name, weights, x.detach())
-        assert_near(output, expected, name, terms=2, sums=8, dtype=dtype)
-        losses.append((expected * weighting.double()).sum())
-    sum(losses).backward()
+        assert_near(output, expected[name], name, terms=2, sums=8, dtype=dtype)
+    backward(outputs, expected, dtype)
     for name, gradient in tensors_of(model, gradients=True).items():
         if "magnitude" in name:
             assert_near(gradient, tensors[name].grad, f"gradient of {name}", terms=2, sums=8, dtype=dtype)
@@ -209,3 +208,33 @@ def test_core_under_autocast_and_of_a_converted_model_keeps_its_bits(core, dtype
             assert torch.equal(tensor, before[name]), name
         else:
             assert tensor.dtype == dtype, name
+
+
+def states(pipe: Any) -> dict[str, Tensor]:
+    parts = (pipe.unet, pipe.text_encoder)
+    return {name: tensor.clone() for model in parts for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize(("component", "factor", "value"), [("unet", "B", -7e4), ("text_encoder", "A", 65520.0)])
+def test_a_factor_that_overflows_float16_is_refused_and_loads_in_bfloat16(tmp_path, component, factor, value):
+    """Before anything has changed; the largest number of float16 loads."""
+    save_nara(tmp_path, text=True, target_modules=["to_q", "conv1"])
+    metadata, tensors = safe_open(tmp_path / FILE, "pt").metadata(), load_file(tmp_path / FILE)
+    key = max(key for key in tensors if key.startswith(component) and f"lora_{factor}" in key)
+    for name, number in (("largest", 65504.0), ("larger", value)):
+        tensors[key].view(-1)[3] = number
+        (tmp_path / name).mkdir()
+        save_file(tensors, tmp_path / name / FILE, metadata=metadata)
+    module, pipe = key.removeprefix(f"{component}.").partition(".lora_")[0], frozen_sd().to(torch.float16)
+    for options in ({}, {"hotswap": True}):
+        before = states(pipe)
+        with pytest.raises(ValueError, match=rf"{module}\.lora_{factor}\.(toy\.)?weight.* too large for .* bfloat16"):
+            pipe.load_nara_weights(tmp_path / "larger", adapter_name="toy", **options)
+        after = states(pipe)
+        assert after.keys() == before.keys()
+        assert all(torch.equal(after[name], before[name]) for name in before)
+        pipe.load_nara_weights(tmp_path / "largest", adapter_name="toy", **options)
+    assert max(tensor.max() for name, tensor in states(pipe).items() if "lora_" in name) == 65504
+    other = frozen_sd().to(torch.bfloat16)
+    other.load_nara_weights(tmp_path / "larger")
+    assert all(tensor.isfinite().all() for tensor in states(other).values())

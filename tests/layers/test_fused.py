@@ -37,26 +37,21 @@ def one_layer(use_dora: bool) -> Any:
     return adapted(OneLayer(nn.Linear(7, 5)), target_modules=["layer"], use_dora=use_dora)
 
 
-def gradients(model: Any, x: Tensor) -> dict[str, Tensor]:
-    x = x.detach().clone().requires_grad_()
-    model.zero_grad()
-    with noise_level(model, LEVELS):
-        output = model(x)
-    (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    return {**found, "x": x.grad, "output": output.detach()}  # type: ignore[dict-item]
-
-
 @DORA
 def test_fused_layer_gives_no_gradient_to_what_is_frozen(calls: list[Tensor], use_dora: bool) -> None:
-    model, x = one_layer(use_dora), torch.randn(3, 4, 7)
-    expected = gradients(model, x)
-    for frozen in (("lora_A", "core"), ("lora_B",), ("magnitude",)):  # a core is trained where A is
+    model, x, found = one_layer(use_dora), torch.randn(3, 4, 7, requires_grad=True), []
+    for frozen in (("none",), ("lora_A", "core"), ("lora_B",), ("magnitude",)):  # a core is trained where A is
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not any(part in name for part in ("base_layer", *frozen)))
-        found = gradients(model, x)
-        assert found.keys() == {name for name in expected if not any(part in name for part in frozen)}
-        assert all(torch.equal(found[name], expected[name]) for name in found)
+        model.zero_grad()
+        x.grad = None
+        with noise_level(model, LEVELS):
+            output = model(x)
+        (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        found.append({**gradients, "x": x.grad})
+        assert found[-1].keys() == {name for name in found[0] if not any(part in name for part in frozen)}
+        assert all(torch.equal(gradient, found[0][name]) for name, gradient in found[-1].items())
     assert len(calls) == 4
 
 
@@ -92,12 +87,12 @@ def test_output_of_a_fused_layer_may_be_changed_in_place(calls: list[Tensor], us
         torch.testing.assert_close(one, other)
 
 
-def _layer(model: Any) -> Any:
-    return model.base_model.model.layer
-
-
 def _base(model: Any) -> Any:
-    return _layer(model).get_base_layer()
+    return model.base_model.model.layer.get_base_layer()
+
+
+def _B(model: Any) -> Any:
+    return model.base_model.model.layer.lora_B["default"]
 
 
 def _two_active(model: Any) -> None:
@@ -105,16 +100,13 @@ def _two_active(model: Any) -> None:
     model.base_model.set_adapter(["default", "other"])
 
 
-def _pruned(model: Any) -> None:
-    torch.nn.utils.parametrizations.weight_norm(_layer(model).lora_B["default"])
-
-
 UNFUSED: dict[str, Callable[[Any], Any]] = {
     "a hook on the base layer": lambda model: _base(model).register_forward_hook(lambda *_: None),
-    "a hook on B": lambda model: _layer(model).lora_B["default"].register_forward_pre_hook(lambda *_: None),
+    "a hook on B": lambda model: _B(model).register_forward_pre_hook(lambda *_: None),
+    "a bias of B": lambda model: setattr(_B(model), "bias", nn.Parameter(torch.ones(5))),
     "a trained base": lambda model: _base(model).weight.requires_grad_(),
     "two active adapters": _two_active,
-    "a weight that is remade": _pruned,
+    "a weight that is remade": lambda model: torch.nn.utils.parametrizations.weight_norm(_B(model)),
     "a forward of one's own": lambda model: setattr(_base(model), "forward", _base(model).forward),
     "adapters of another dtype": lambda model: _base(model).bfloat16(),
 }
@@ -132,24 +124,17 @@ def test_layer_that_something_watches_or_changes_is_computed_in_parts(name: str,
     assert output.dtype == x.dtype
 
 
-def test_layer_with_dropout_is_fused_in_evaluation_alone(calls: list[Tensor]) -> None:
-    model = adapted(OneLayer(nn.Linear(7, 5)), target_modules=["layer"], lora_dropout=0.5)
-    with noise_level(model, 0.5):
-        model.train()(torch.randn(3, 7))
-        assert not calls
-        model.eval()(torch.randn(3, 7))
-    assert len(calls) == 1
-
-
-def test_small_layers_and_those_under_autocast_and_torch_func_are_computed_in_parts(
+def test_layer_in_training_with_dropout_under_autocast_or_torch_func_or_too_small_is_computed_in_parts(
     monkeypatch: pytest.MonkeyPatch, calls: list[Tensor]
 ) -> None:
-    model, x = one_layer(False), torch.randn(3, 7)
+    model, x = adapted(OneLayer(nn.Linear(7, 5)), target_modules=["layer"], lora_dropout=0.5), torch.randn(3, 7)
     with noise_level(model, 0.5):
+        model.train()(x)
         with torch.autocast("cpu", torch.bfloat16):
-            model(x)
-        model.requires_grad_(False)
-        torch.func.vmap(model)(x)
+            model.eval()(x)
+        torch.func.vmap(model.requires_grad_(False))(x)
+        assert not calls
+        model(x)
         monkeypatch.setattr(fused, "MIN_ELEMENTS", 16)
         model(x)
-    assert not calls
+    assert len(calls) == 1
