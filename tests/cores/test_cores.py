@@ -1,0 +1,173 @@
+"""Custom cores and which modules read which; masks at every timestep; and theorem 4.1: shared factors of updates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from nara_diffusion import core_matrix, noise_level, register_core, shared_factors
+from nara_diffusion.cores import registry
+from nara_diffusion.cores.simple import BinsCore, RankMaskCore
+from tests.helpers.adapted import OneLayer, TwoLayers, adapted, nara_config, relative_error
+
+
+class Still(nn.Module):
+    """It reads nothing."""
+
+    needs_noise = False
+
+    def __init__(self, config: Any, rank: int) -> None:
+        super().__init__()
+        self.P = nn.Parameter(0.1 * torch.randn(rank, rank))
+
+    def forward(self) -> Tensor:
+        return self.P[None]
+
+
+class Answering(nn.Module):
+    def __init__(self, answer: Any) -> None:
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, noise_level: Tensor) -> Any:
+        return self.answer
+
+
+@pytest.fixture(autouse=True)
+def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_custom", {})
+
+
+def one_layer(core: Any) -> PeftModel:
+    register_core("mine", core)
+    return adapted(OneLayer(nn.Linear(7, 5)), target_modules=["layer"], core_type="mine")
+
+
+def test_custom_core_that_is_registered_last_needs_lambda_unless_it_says_otherwise() -> None:
+    x, model = torch.randn(3, 7), one_layer(lambda config, rank: Answering(torch.eye(rank)[None]))
+    with pytest.raises((ValueError, RuntimeError), match=r"noise_level\(model"):
+        model(x)
+    model = one_layer(Still)
+    layer, (P,) = model.base_model.model.layer, (t for name, t in model.named_parameters() if name.endswith("core.P"))
+    A, B = (factor["default"].weight.double() for factor in (layer.lora_A, layer.lora_B))
+    expected = layer.get_base_layer()(x).double() + 6 / 4 * x.double() @ (B @ P.double() @ A).T
+    assert relative_error(model(x), expected) < 2e-6
+
+
+def test_custom_core_of_a_wrong_name_factory_or_answer_is_refused() -> None:
+    for name in ("hypernetwork", "bins", "", 3):
+        with pytest.raises(ValueError, match=f"^name is {name!r}: choose a text other than 'hypernetwork'"):
+            register_core(name, Still)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="factory is 3: pass a class or function"):
+        register_core("other", 3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"factory of core_type 'mine' returned Tensor: return a torch\.nn\.Module"):
+        one_layer(lambda config, rank: torch.eye(rank))
+    for answer, message in [
+        (torch.eye(3), r"returned \(3, 3\) for 3 value\(s\) of λ and rank 4: return C \(3, 4, 4\), or"),
+        (torch.ones(2, 4, 4), r"returned \(2, 4, 4\) for 3 value\(s\) of λ"),
+        (3, "returned int for 3"),
+    ]:
+        model = one_layer(lambda config, rank, answer=answer: Answering(answer))
+        with noise_level(model, torch.rand(3)), pytest.raises(ValueError, match=f"core_type 'mine' {message}"):
+            model(torch.randn(3, 7))
+
+
+def test_core_of_modules_named_like_methods_of_a_dictionary_is_their_own_and_another_name_is_refused() -> None:
+    base = nn.Module()
+    base.keys, base.pop = nn.Linear(7, 5), nn.Linear(7, 5)
+    base.forward = lambda x: base.keys(x) + base.pop(x)
+    model = adapted(base, target_modules=["keys", "pop"], core_sharing="module_type")
+    with noise_level(model, 0.4):
+        assert model(torch.randn(2, 7)).shape == (2, 5)
+    assert not torch.equal(core_matrix(model, 0.4, module="keys"), core_matrix(model, 0.4, module="pop"))
+    for arguments, message in [
+        ({}, "2 cores: pass module="),
+        ({"module": "third"}, "'third' is not a module adapted by 'default'"),
+        ({"adapter_name": "other"}, "no adapter 'other': the model has 'default'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            core_matrix(model, 0.4, **arguments)
+
+
+def test_all_linear_never_adapts_a_core() -> None:
+    model = adapted(TwoLayers(), target_modules="all-linear")
+    model.add_adapter("other", nara_config(target_modules="all-linear"))
+    adapted_modules = {name.split(".lora_A")[0] for name in model.state_dict() if ".lora_A.other" in name}
+    assert adapted_modules == {"base_model.model.first", "base_model.model.second"}
+
+
+def test_active_rank_and_chosen_bin_at_every_timestep_are_those_of_integers() -> None:
+    n = 1000
+    steps = torch.arange(n + 1)
+    grid = steps / n  # every λ that a discrete schedule of 1000 steps can have, and 1
+    for rank in [1, 2, 5, 16, 33, 64, 100, 320, 999]:
+        for least in {1, 2, rank // 3, rank // 2, rank - 1, rank} & set(range(1, rank + 1)):
+            expected = (rank - least) * (n - steps) // n + least
+            for level in (grid, 1 - (n - steps) / n, steps * (1 / n)):  # three roundings of t / 1000
+                assert torch.equal(RankMaskCore(rank, least).active_rank(level).long(), expected), (rank, least)
+    for bins in range(1, 129):
+        expected = (steps * bins // n).clamp(max=bins - 1)
+        assert torch.equal(BinsCore(bins, bins).chosen_bin(grid).long(), expected), bins
+
+
+# ---------------------------------------------------------------------- theorem 4.1
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def updates_of_rank(n: int, d_out: int, d_in: int, rank: int) -> Tensor:
+    """n matrices that share column and row spaces of dimension `rank`."""
+    return random(d_out, rank) @ random(n, rank, rank) @ random(rank, d_in)
+
+
+def assert_reproduced(updates: Tensor, rank: int, tolerance: float = 1e-13) -> tuple[Tensor, Tensor, Tensor]:
+    """The smallest rank, and the updates; returns B, the cores and A."""
+    B, cores, A = shared_factors(updates)
+    assert (B.shape[1], *cores.shape, A.shape[0]) == (rank, len(updates), rank, rank, rank)
+    assert {t.dtype for t in (B, cores, A)} == {updates.dtype}
+    assert relative_error(B @ cores @ A, updates) < tolerance
+    return B, cores, A
+
+
+def test_shared_factors_reproduce_every_update_at_the_smallest_rank_by_orthonormal_directions() -> None:
+    for dtype, tolerance in [(torch.float64, 1e-13), (torch.float32, 2e-6)]:
+        for n, d_out, d_in, rank in [(1, 9, 6, 2), (3, 9, 6, 4), (5, 6, 11, 6), (2, 40, 30, 7), (4, 7, 7, 1)]:
+            B, _, A = assert_reproduced(updates_of_rank(n, d_out, d_in, rank).to(dtype), rank, tolerance)
+            for product in (B.T @ B, A @ A.T):
+                torch.testing.assert_close(product, torch.eye(rank, dtype=dtype), atol=1e-5, rtol=0)
+    for updates, rank in [
+        (torch.cat([random(1, 12, 2) @ random(1, 2, 10), random(1, 12, 3) @ random(1, 3, 10)]), 5),  # disjoint spaces
+        (random(12, 1) @ random(4, 1, 10), 4),  # one column space, four rows
+        (random(3, 5, 8), 8),  # one side exhausted
+        (torch.zeros(2, 5, 4), 1),
+    ]:
+        assert_reproduced(updates, rank)
+
+
+def test_a_smaller_rank_keeps_the_leading_directions() -> None:
+    updates = updates_of_rank(3, 9, 8, 4)
+    B, cores, A = shared_factors(updates, rank=2)
+    assert cores.shape == (3, 2, 2)
+    U = torch.linalg.svd(torch.cat(list(updates), dim=1))[0][:, :2]
+    V = torch.linalg.svd(torch.cat(list(updates), dim=0))[2][:2]
+    assert relative_error(B @ cores @ A, U @ U.T @ updates @ V.T @ V) < 1e-12
+
+
+def test_shared_factors_refuses_what_it_cannot_factor() -> None:
+    for updates, rank, message in [
+        (torch.randn(5, 4), None, r"shape \(5, 4\)"),
+        (torch.ones(2, 5, 4, dtype=torch.int64), None, "int64"),
+        (torch.randn(2, 5, 4).bfloat16(), None, "bfloat16"),
+        (torch.randn(2, 5, 4), 0, r"rank is 0: it has to lie between 1 and .* 5"),
+        (torch.randn(2, 5, 4), 6, "rank is 6"),
+        (torch.full((2, 5, 4), float("nan")), None, "NaN"),
+        (torch.randn(0, 5, 4), None, r"shape \(0, 5, 4\)"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            shared_factors(updates, rank)
