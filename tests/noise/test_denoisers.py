@@ -6,6 +6,8 @@ Those marked slow are one pass over tiny models: each sample of a batch gets the
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,86 +22,43 @@ from torch import nn
 from nara_diffusion import TimestepNoise, noise_level
 from nara_diffusion.noise.denoisers import _DENOISERS, denoiser_of
 from tests.helpers.adapted import relative_error
-from tests.helpers.denoisers import (
-    BATCH,
-    DENOISERS,
-    WARNINGS_OF_DIFFUSERS,
-    adapted_denoiser,
-    inputs_of,
-    run,
-    told,
-)
+from tests.helpers.denoisers import BATCH, DENOISERS, WARNINGS_OF_DIFFUSERS, adapted_denoiser, inputs_of, run, told
 from tests.helpers.diffusers_sources import classes, forward_of, lineage, told_the_time
 
 pytestmark = WARNINGS_OF_DIFFUSERS
-DISCRETE = {0: 0.0, 250: 0.25, 1000: 1.0}
-RATIO = SIGMA = {0.0: 0.0, 0.25: 0.25, 1.0: 1.0}
-SIGMA_1000 = {0.0: 0.0, 250.0: 0.25, 1000.0: 1.0}
-DATA = {1.0: 0.0, 0.75: 0.25, 0.0: 1.0}
-DATA_1000 = {1000.0: 0.0, 750.0: 0.25, 0.0: 1.0}
-ANGLE = {0.0: 0.0, 2 / math.pi * math.atan(1 / 3): 0.25, 0.5: 0.5, 1.0: 1.0}
-LOG_SIGMA = {-3.4: 1 / (1 + math.exp(13.6)), math.log(1 / 3) / 4: 0.25, 0.0: 0.5, 3.4: 1 / (1 + math.exp(-13.6))}
-EXPECTED: list[tuple[str, dict[Any, float], str]] = [
-    ("timestep", DISCRETE, """
-        UNet2DConditionModel UNetMotionModel* UNet3DConditionModel* PixArtTransformer2DModel HunyuanDiT2DModel*
-        CogVideoXTransformer3DModel* CogView4Transformer2DModel AllegroTransformer3DModel* Kandinsky3UNet
-        AudioLDM2UNet2DConditionModel CogView3PlusTransformer2DModel ConsisIDTransformer3DModel* PriorTransformer
-        DiTTransformer2DModel GlmImageTransformer2DModel I2VGenXLUNet* LatteTransformer3DModel* UNetControlNetXSModel
-    """),
-    ("timestep", RATIO, "StableCascadeUNet WuerstchenDiffNeXt WuerstchenPrior"),
-    ("flow", SIGMA_1000, """
-        SD3Transformer2DModel SanaTransformer2DModel HunyuanVideoTransformer3DModel WanTransformer3DModel*
-        LTXVideoTransformer3DModel* HiDreamImageTransformer2DModel AnyFlowFARTransformer3DModel*
-        AnyFlowTransformer3DModel* BriaFiboTransformer2DModel BriaTransformer2DModel ChronoEditTransformer3DModel
-        Cosmos3OmniTransformer DreamLiteUNetModel EasyAnimateTransformer3DModel* ErnieImageTransformer2DModel
-        HeliosTransformer3DModel HunyuanImageTransformer2DModel HunyuanVideo15Transformer3DModel
-        HunyuanVideoFramepackTransformer3DModel JoyImageEditPlusTransformer3DModel* JoyImageEditTransformer3DModel
-        Kandinsky5Transformer3DModel Kandinsky6SRTransformer3DModel Kandinsky6Transformer3DModel
-        LTX2VideoTransformer3DModel* MotifVideoTransformer3DModel SanaVideoTransformer3DModel*
-        SanaWMTransformer3DModel* SkyReelsV2Transformer3DModel* WanAnimate2Transformer3DModel
-        WanAnimateTransformer3DModel* WanVACETransformer3DModel
-    """),
-    ("flow", SIGMA, """
-        FluxTransformer2DModel Flux2Transformer2DModel ChromaTransformer2DModel QwenImageTransformer2DModel
-        Krea2Transformer2DModel* AuraFlowTransformer2DModel CosmosTransformer3DModel* AceStepTransformer1DModel
-        BriaFibo2Transformer2DModel Flux3Transformer2DModel LongCatAudioDiTTransformer LongCatImageTransformer2DModel
-        NucleusMoEImageTransformer2DModel OvisImageTransformer2DModel PRXTransformer2DModel
-        QwenImage21Transformer2DModel StableAudio3DiTModel SanaWMLTX2RefinerTransformer3DModel*
-    """),
-    ("flow", DATA, """
-        LuminaNextDiT2DModel Lumina2Transformer2DModel ZImageTransformer2DModel Ideogram4Transformer2DModel
-        MiniMaxH3Transformer3DModel MiniMaxMusic3Transformer1DModel OmniGenTransformer2DModel RFD4ProteinaTransformer
-    """),
-    ("flow", DATA_1000, "MochiTransformer3DModel*"),
-    ("edm", ANGLE, "StableAudioDiTModel"),
-    ("edm", LOG_SIGMA, "UNetSpatioTemporalConditionModel*"),
-]  # fmt: skip
-"""Convention, timestep → λ with both ends, and classes; * where layers may see several rows a sample."""
-NAMES = {name.rstrip("*"): (row, name.endswith("*")) for row in EXPECTED for name in row[2].split()}
-UNDECLARED = {
-    # pipelines run them outside of the denoising loop
-    "AutoencoderKL", "AutoencoderKLFlux2", "AnimaTextConditioner", "LTX2TextConnectors",
-    # what they are told is that of the denoiser that they run beside
-    "ControlNetModel", "ControlNetUnionModel", "CosmosControlNetModel", "FluxControlNetModel",
-    "FluxMultiControlNetModel", "HunyuanDiT2DControlNetModel", "HunyuanDiT2DMultiControlNetModel",
-    "MultiControlNetModel", "MultiControlNetUnionModel", "QwenImageControlNetModel", "QwenImageMultiControlNetModel",
-    "SD3ControlNetModel", "SD3MultiControlNetModel", "SanaControlNetModel", "SparseControlNetModel",
-    "ZImageControlNetModel",
-    # parts of others, or told the noise in a way that their class doesn't fix
-    "DreamLiteTransformer2DModel", "TransformerTemporalModel", "UTransformer2DModel", "UNet1DModel", "UNet2DModel",
-    "UVit2DModel", "Transformer2DModel", "T5FilmDecoder", "UniDiffuserModel", "UNetFlatConditionModel",
-}  # fmt: skip
+PAGE = (Path(__file__).parents[2] / "docs" / "denoisers.md").read_text(encoding="utf-8")
+LEVELS: dict[str, dict[float, float]] = {
+    "t / N": {0.0: 0.0, 250.0: 0.25, 1000.0: 1.0},
+    "t": {0.0: 0.0, 0.25: 0.25, 1.0: 1.0},
+    "1 − t / N": {1000.0: 0.0, 750.0: 0.25, 0.0: 1.0},
+    "1 − t": {1.0: 0.0, 0.75: 0.25, 0.0: 1.0},
+    "EDM, t = 2/π atan σ": {0.0: 0.0, 2 / math.pi * math.atan(1 / 3): 0.25, 0.5: 0.5, 1.0: 1.0},
+    "EDM, t = ¼ ln σ": {t: 1 / (1 + math.exp(-4 * t)) for t in (-3.4, math.log(1 / 3) / 4, 0.0, 3.4)},
+}
+"""λ as the page has it → {t: λ}, with both ends."""
+
+
+def declared() -> dict[str, tuple[str, dict[float, float], list[str], str]]:
+    """Class → (convention, {t: λ}, arguments, rows a sample), from the tables of docs/denoisers.md."""
+    found = {}
+    for section in PAGE.split("\n### λ = ")[1:]:
+        formula, convention = re.match(r"(.*) \(convention `(\w+)`\)", section).groups()  # type: ignore[union-attr]
+        formula, _, meaning = formula.partition(": ")
+        for name, arguments, rows in re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \|", section, re.MULTILINE):
+            level_of = LEVELS[meaning if "EDM" in meaning else formula]
+            found[name] = convention, level_of, re.findall(r"\w+", arguments), rows.strip()
+    return found
 
 
 def test_every_class_of_diffusers_that_is_told_the_time_is_declared_or_known() -> None:
-    """If this fails after an update of Diffusers: read what the new class's pipelines pass, and declare it."""
+    """If this fails after an update of Diffusers: read what the new class's pipelines pass, and put it on the page."""
+    known = set(re.findall(r"`(\w+)`", PAGE))
     adapted = {name for name in classes() if "PeftAdapterMixin" in lineage(name) and name != "PeftAdapterMixin"}
     told = {name for name in classes() if "ModelMixin" in lineage(name) and told_the_time(name)}
     assert len(adapted) > 60
-    assert sorted((adapted | told) - _DENOISERS.keys() - UNDECLARED) == []
+    assert sorted((adapted | told) - known) == []
     if Version(diffusers.__version__) >= Version("0.42"):  # 0.41 lacks seven of them
-        assert sorted({*_DENOISERS, *UNDECLARED} - classes().keys()) == []
-    assert not _DENOISERS.keys() & UNDECLARED
+        assert sorted(_DENOISERS.keys() - classes().keys()) == []
 
 
 def test_denoisers_read_arguments_that_their_forwards_have() -> None:
@@ -109,13 +68,16 @@ def test_denoisers_read_arguments_that_their_forwards_have() -> None:
         assert {denoiser.argument, *denoiser.also, *pinned} <= set(forward_of(name)), name
 
 
-def test_denoisers_timesteps_have_the_level_that_their_pipelines_mean() -> None:
-    assert NAMES.keys() == _DENOISERS.keys()
-    for name, ((convention, expected, _), sample_major) in NAMES.items():
+def test_denoisers_have_the_levels_arguments_and_rows_of_the_page() -> None:
+    assert declared().keys() == _DENOISERS.keys()
+    assert f"{len(_DENOISERS)} classes" in PAGE
+    for name, (convention, level_of, arguments, rows) in declared().items():
         denoiser = _DENOISERS[name]
-        assert (denoiser.convention, denoiser.sample_major) == (convention, sample_major), name
-        levels = [denoiser.noise_level(timestep).item() for timestep in expected]
-        assert levels == pytest.approx(list(expected.values()), abs=1e-6), name
+        assert (denoiser.convention, [denoiser.argument, *denoiser.also]) == (convention, arguments), name
+        assert denoiser.sample_major == (rows == "several"), name
+        assert (denoiser.one_level or denoiser.packed) == (rows == "one λ a batch"), name
+        levels = [denoiser.noise_level(timestep).item() for timestep in level_of]
+        assert levels == pytest.approx(list(level_of.values()), abs=1e-6), name
 
 
 def test_discrete_denoiser_is_read_by_the_convention_that_an_adapter_names() -> None:
@@ -199,7 +161,7 @@ def test_every_class_whose_layers_may_see_several_rows_a_sample_has_a_model() ->
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in DENOISERS if name not in ONE_LEVEL])
 def test_each_sample_of_a_batch_has_the_level_of_its_timestep(name: str) -> None:
-    argument, expected = _DENOISERS[name].argument, NAMES[name][0][1]
+    argument, expected = _DENOISERS[name].argument, declared()[name][1]
     unit = 1000 if name == "SanaWMLTX2RefinerTransformer3DModel" else 1  # by the configuration of its model
     timesteps, levels = unit * torch.tensor(list(expected)[:BATCH]).float(), list(expected.values())[:BATCH]
     model, inputs = adapted_denoiser(name), inputs_of(name)
@@ -215,10 +177,10 @@ def test_each_sample_of_a_batch_has_the_level_of_its_timestep(name: str) -> None
 @pytest.mark.parametrize("name", sorted(ONE_LEVEL))
 def test_layers_that_see_tokens_of_all_samples_have_one_level(name: str) -> None:
     argument, model, inputs = _DENOISERS[name].argument, adapted_denoiser(name), inputs_of(name)
-    for timestep, level in list(NAMES[name][0][1].items())[:3]:
+    for timestep, level in list(declared()[name][1].items())[:3]:
         timesteps = torch.tensor([float(timestep)] * (1 if name.startswith("MiniMax") else BATCH))
         assert told(model, lambda given=timesteps: run(model, inputs, given, argument)) == pytest.approx([level])
-    with noise_level(model, torch.tensor([0.2, 0.7])), pytest.raises(ValueError, match="noise_level has 2 values, but"):
+    with noise_level(model, [0.2, 0.7]), pytest.raises(ValueError, match=r"2 values, but the layers of .* see"):
         run(model, inputs, timesteps, argument)
 
 
