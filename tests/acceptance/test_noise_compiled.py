@@ -47,26 +47,6 @@ def breaks() -> int:
     return sum(counters["graph_break"].values())
 
 
-def gradients(model: Any, called: Any, levels: Tensor) -> dict[str, Tensor]:
-    model.zero_grad()
-    with noise_level(model, levels):
-        called(X).square().mean().backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def test_compiled_model_serves_all_levels_with_one_break_at_most(both: tuple[Any, Stock]) -> None:
-    model, stock = both
-    backend = CompileCounterWithBackend("eager")
-    fast = torch.compile(model, backend=backend)
-    for index, levels in enumerate([*LEVELS, LEVELS[0]]):
-        with noise_level(model, levels), torch._dynamo.config.patch(error_on_recompile=index > 0):
-            assert_near(run(fast, X), stock.each(levels, X.double()), model)
-    assert backend.frame_count <= 2
-    assert breaks() <= 1
-    with pytest.raises(ValueError, match="λ is not known"):
-        run(fast, X)
-
-
 def test_compiled_layer_is_one_graph_over_all_levels(both: tuple[Any, Stock]) -> None:
     model, stock = both
     backend = CompileCounterWithBackend("eager")
@@ -79,19 +59,27 @@ def test_compiled_layer_is_one_graph_over_all_levels(both: tuple[Any, Stock]) ->
     assert breaks() == 0
 
 
-def test_compiled_training_gives_the_gradients_of_each_level(both: tuple[Any, Stock]) -> None:
-    model, _ = both
-    model.train()
-    expected = [gradients(model, model, levels) for levels in LEVELS]
+def test_compiled_model_gives_outputs_and_gradients_of_each_level_with_one_break_at_most(
+    both: tuple[Any, Stock],
+) -> None:
+    model, stock = both
     backend = CompileCounterWithBackend("aot_eager")
-    fast = torch.compile(model, backend=backend)
-    for index, levels in enumerate(LEVELS):
-        with torch._dynamo.config.patch(error_on_recompile=index > 0):
-            found = gradients(model, fast, levels)
-        for name, gradient in expected[index].items():
-            assert distance(found[name], gradient) < rounding_of(model), name
+    fast, found = torch.compile(model.train(), backend=backend), []
+    for called in (fast, model):
+        for index, levels in enumerate([*LEVELS, LEVELS[0]]):
+            model.zero_grad()
+            with noise_level(model, levels), torch._dynamo.config.patch(error_on_recompile=index > 0):
+                output = called(X)
+            assert_near(output, stock.each(levels, X.double()), model)
+            output.square().mean().backward()
+            found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad})
+    for actual, expected in zip(found[:4], found[4:], strict=True):
+        for name, gradient in expected.items():
+            assert distance(actual[name], gradient) < rounding_of(model), name
     assert backend.frame_count <= 2
     assert breaks() <= 1
+    with pytest.raises(ValueError, match="λ is not known"):
+        run(fast, X)
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ Two forwards at different λ come before one backward pass; the gradients equal 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -25,43 +24,9 @@ TIMESTEPS = (torch.tensor([950, 30]), torch.tensor([200, 700]))
 LEVELS = (torch.tensor([0.95, 0.03]), torch.tensor([0.2, 0.7]))
 IDS = torch.randint(0, 50, (2, 6), generator=torch.Generator().manual_seed(0))
 
-Prepare = Callable[[Any], Any]
-"""Switches checkpointing on; `id` does nothing."""
 
-
-def by_diffusers(reentrant: bool) -> Prepare:
-    def prepare(unet: Any) -> None:
-        if reentrant:  # Diffusers takes a function; its own is not reentrant
-            unet.enable_gradient_checkpointing(
-                lambda block, *args: checkpoint(block.__call__, *args, use_reentrant=True)
-            )
-        else:
-            unet.enable_gradient_checkpointing()
-        assert unet.is_gradient_checkpointing
-
-    return prepare
-
-
-def by_transformers(reentrant: bool) -> Prepare:
-    def prepare(model: Any) -> None:
-        new_name = "activation_checkpointing_enable"
-        getattr(model, new_name if hasattr(model, new_name) else "gradient_checkpointing_enable")(
-            {"use_reentrant": reentrant}
-        )
-        model.enable_input_require_grads()
-        assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-
-    return prepare
-
-
-def unet_gradients(before: Prepare = id, after: Prepare = id) -> dict[str, Tensor]:
-    unet = small_unet(TEXT)
-    before(unet)
-    unet, _ = adapt(unet, UNET_TARGETS, scale=0.3)
-    after(unet)
-    unet.train()
+def unet_gradients(unet: Any, loss: Any = 0.0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(4)
-    loss = torch.zeros(())
     for timesteps in TIMESTEPS:
         latents = torch.randn(2, 4, 8, 8, generator=generator).requires_grad_()
         text = torch.randn(2, 5, TEXT, generator=generator)
@@ -69,20 +34,17 @@ def unet_gradients(before: Prepare = id, after: Prepare = id) -> dict[str, Tenso
     return gradients(unet, loss)
 
 
-def llama_gradients(before: Prepare = id, after: Prepare = id) -> dict[str, Tensor]:
-    config = LlamaConfig(
-        vocab_size=50, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, use_cache=False
-    )
+def llama() -> LlamaForCausalLM:
     torch.manual_seed(3)
-    model: Any = LlamaForCausalLM(config)
-    before(model)
-    model, _ = adapt(model, ["q_proj", "down_proj"], scale=0.3)
-    after(model)
-    model.train()
-    loss = torch.zeros(())
+    return LlamaForCausalLM(
+        LlamaConfig(vocab_size=50, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4)
+    )
+
+
+def llama_gradients(model: Any, loss: Any = 0.0) -> dict[str, Tensor]:
     for levels in LEVELS:
         with noise_level(model, levels):
-            loss = loss + model(input_ids=IDS).logits.square().mean()
+            loss = loss + model(input_ids=IDS, use_cache=False).logits.square().mean()
     with noise_level(model, 0.5):  # is not that of either forward
         return gradients(model, loss)
 
@@ -96,22 +58,46 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     return found
 
 
-@pytest.fixture(scope="module")
-def expected() -> dict[str, dict[str, Tensor]]:
-    return {"unet": unet_gradients(), "llama": llama_gradients()}
+def by_diffusers(unet: Any, reentrant: bool) -> None:
+    if reentrant:  # Diffusers takes a function; its own is not reentrant
+        unet.enable_gradient_checkpointing(lambda block, *args: checkpoint(block.__call__, *args, use_reentrant=True))
+    else:
+        unet.enable_gradient_checkpointing()
+    assert unet.is_gradient_checkpointing
 
 
-CASES = [("unet", False, "before"), ("unet", True, "after"), ("llama", True, "before"), ("llama", False, "after")]
+def by_transformers(model: Any, reentrant: bool) -> None:
+    new_name = "activation_checkpointing_enable"
+    enable = getattr(model, new_name if hasattr(model, new_name) else "gradient_checkpointing_enable")
+    enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
-@pytest.mark.parametrize(("kind", "reentrant", "when"), CASES)
+KINDS = {
+    "unet": (lambda: small_unet(TEXT), UNET_TARGETS, by_diffusers, unet_gradients),
+    "llama": (llama, ["q_proj", "down_proj"], by_transformers, llama_gradients),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "reentrant", "when"),
+    [("unet", False, "before"), ("unet", True, "after"), ("llama", True, "before"), ("llama", False, "after")],
+)
 def test_checkpointing_two_forwards_before_one_backward_gives_the_same_gradients(
-    expected: dict[str, dict[str, Tensor]], kind: str, reentrant: bool, when: str
+    kind: str, reentrant: bool, when: str
 ) -> None:
-    run, prepare = {"unet": (unet_gradients, by_diffusers), "llama": (llama_gradients, by_transformers)}[kind]
-    actual = run(**{when: prepare(reentrant)})
-    assert actual.keys() == expected[kind].keys()
-    errors = {name: distance(gradient, expected[kind][name]) for name, gradient in actual.items()}
+    make, targets, enable, gradients_of = KINDS[kind]
+    expected = gradients_of(adapt(make(), targets, scale=0.3)[0].train())
+    model: Any = make()
+    if when == "before":
+        enable(model, reentrant)
+    model, _ = adapt(model, targets, scale=0.3)
+    if when == "after":
+        enable(model, reentrant)
+    actual = gradients_of(model.train())
+    assert actual.keys() == expected.keys()
+    errors = {name: distance(gradient, expected[name]) for name, gradient in actual.items()}
     bound = 1e-5  # the two backward passes add up in another order; a λ of the other forward is off by a tenth
     assert max(errors.values()) < bound, max(errors, key=errors.__getitem__)
 
