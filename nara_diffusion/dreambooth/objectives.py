@@ -28,15 +28,13 @@ The objective, λ's definition and what the adapter's file says follow from that
 
 The identity: ε, v, x and flow are one prediction read four ways, so that a base needs no training to give another. At
 noise level i the objective shows x_i = p x + q ε and wants α x + β ε. With φ = atan(q / p), whose SNR is cot² φ, the
-base is shown z = x_i / √(p² + q²) = cos φ x + sin φ ε at its own timestep of the nearest φ, and its answer gives both:
+base is shown z = x_i / √(p² + q²) = cos φ x + sin φ ε at its own timestep of the nearest φ, and says a x̂ + b ε̂, where
+(a, b) is (0, 1) for ε, (−sin φ, cos φ) for v and (1, 0) for x. These two equations give x̂ and ε̂, and the reading:
 
-    the base predicts   x̂                         ε̂
-    epsilon             (z − sin φ ε̂) / cos φ     ε̂
-    v_prediction        cos φ z − sin φ v̂         sin φ z + cos φ v̂
-    sample              x̂                         (z − cos φ x̂) / sin φ
+    α x̂ + β ε̂ = ((α b − β a) z + (β cos φ − α sin φ) (a x̂ + b ε̂)) / (b cos φ − a sin φ)
 
-The reading is α x̂ + β ε̂. A φ outside of the base's schedule is clamped to its end, and that is all that the identity
-leaves to train: at zero terminal SNR the last steps, where ᾱ falls below the base's smallest, of a flow the first too.
+A φ outside of the base's schedule is clamped to its end, and that is all that the identity leaves to train: at zero
+terminal SNR the last steps, where ᾱ falls below the base's smallest, of a flow the first too.
 """
 
 from __future__ import annotations
@@ -258,10 +256,5 @@ class IdentityReading:
         z, said = self.base_inputs(model_input, indices)[0].float(), base_prediction.float()
         values = (self.angles.cos(), self.angles.sin(), self.objective.alpha, self.objective.beta)
         cos, sin, alpha, beta = (rows(each, indices, model_input) for each in values)
-        if self.kind == "epsilon":
-            clean, noise = (z - sin * said) / cos, said
-        elif self.kind == "v_prediction":
-            clean, noise = cos * z - sin * said, sin * z + cos * said
-        else:
-            clean, noise = said, (z - cos * said) / sin
-        return alpha * clean + beta * noise
+        a, b = {"epsilon": (0.0, 1.0), "v_prediction": (-sin, cos), "sample": (1.0, 0.0)}[self.kind]
+        return ((alpha * b - beta * a) * z + (beta * cos - alpha * sin) * said) / (b * cos - a * sin)

@@ -100,11 +100,9 @@ def save_host_file(
     """Write the tensors of `host_state_dict` to a safetensors file, whole or not at all. Creates its folder.
 
     Raises:
-        ValueError: `path` is a folder; see `host_state_dict`. OSError: the target is full, or can't be written.
+        ValueError: see `host_state_dict`. OSError: the target is full, a folder, or can't be written.
     """
     path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"'{path}' is a folder: name a file, such as '{path / 'lora.safetensors'}'.")
     found = host_state_dict(loras, form, base, layers_per_block)
     carried = [lora.scheduler for lora in loras.values() if lora.scheduler is not None]
     path.parent.mkdir(parents=True, exist_ok=True)
