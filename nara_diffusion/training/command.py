@@ -30,10 +30,6 @@ CONFIGS = Path(__file__).resolve().parents[2] / "train_scripts" / "configs"
 """The settings of shipped runs, which a clone of the repository has and a wheel hasn't, as their models and data."""
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM came where nothing can be saved."""
-
-
 def run_command(
     main: Callable[[Any], Any],
     arguments: type,
@@ -62,15 +58,15 @@ def run_command(
             raise  # of a library
         sys.exit(f"error: {error}")
     except KeyboardInterrupt as stop:
-        number = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
+        number = signal.SIGTERM if stop.args == (signal.SIGTERM,) else signal.SIGINT
         logger.info("stopped by %s.", "SIGTERM" if number == signal.SIGTERM else "Ctrl-C")
         sys.exit(128 + number)
     finally:
         signal.signal(signal.SIGTERM, previous)
 
 
-def _terminate(*_: object) -> None:
-    raise Terminated
+def _terminate(number: int, _: object) -> None:
+    raise KeyboardInterrupt(number)
 
 
 def shipped_settings(

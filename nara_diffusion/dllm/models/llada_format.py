@@ -9,8 +9,6 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from transformers import LlamaConfig
-
 # (in a LLaDA checkpoint, in LlamaForCausalLM), of the whole model and of a layer
 _MODEL = (("wte", "model.embed_tokens"), ("ln_f", "model.norm"), ("ff_out", "lm_head"))
 _LAYER = (
@@ -44,8 +42,8 @@ _EXPRESSIBLE: dict[str, tuple[Any, ...]] = {
 }
 
 
-def llama_config(fields: dict[str, Any]) -> LlamaConfig:
-    """The LlamaConfig of a LLaDA checkpoint's config.json.
+def llama_fields(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a LlamaConfig by those of a LLaDA checkpoint's config.json.
 
     Raises:
         ValueError: a field is missing, or has a value that Llama can't express; the message names each.
@@ -62,7 +60,7 @@ def llama_config(fields: dict[str, Any]) -> LlamaConfig:
     try:
         d_model, n_heads = fields["d_model"], fields["n_heads"]
         one_or_all = 1 if fields.get("multi_query_attention") else n_heads  # an older flag than n_kv_heads
-        return LlamaConfig(
+        return dict(
             vocab_size=fields.get("embedding_size") or fields["vocab_size"],
             hidden_size=d_model,
             intermediate_size=fields.get("mlp_hidden_size") or fields.get("mlp_ratio", 4) * d_model,

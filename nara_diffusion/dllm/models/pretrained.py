@@ -41,7 +41,7 @@ from transformers.utils import CONFIG_NAME
 
 from nara_diffusion.utils.naming import naming_source
 
-from .llada_format import KEY_MAPPING, checkpoint_name, llama_config
+from .llada_format import KEY_MAPPING, checkpoint_name, llama_fields
 from .shifted_logits import ShiftedQwen2ForCausalLM
 
 # Arguments of from_pretrained that say where files come from: the configuration and the tokenizer need them too.
@@ -116,12 +116,13 @@ def _class_and_config(name: str, fields: dict[str, Any], hub: dict[str, Any]) ->
     shifted = fields.get("shifted_logits", family == "dream")
     if family in ("dream", "qwen2"):
         model_class = ShiftedQwen2ForCausalLM if shifted else Qwen2ForCausalLM
-        return model_class, _bidirectional(_stock_config(Qwen2Config, fields), shifted), False
+        own = {"shifted_logits": True} if shifted else {}  # so that a saved copy is read as this class again
+        return model_class, _bidirectional(Qwen2Config, fields | own), False
     if shifted:
         raise ValueError(f"{name} has shifted_logits, which Dream and Qwen2 have alone, and model_type {family!r}")
     if family in ("llada", "illada", "llama"):
-        config = llama_config(fields) if "d_model" in fields else _stock_config(LlamaConfig, fields)
-        return LlamaForCausalLM, _bidirectional(config), family != "llama"
+        fields = llama_fields(fields) if "d_model" in fields else fields
+        return LlamaForCausalLM, _bidirectional(LlamaConfig, fields), family != "llama"
     if family in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not fields.get("is_encoder_decoder"):
         return AutoModelForMaskedLM, AutoConfig.from_pretrained(name, trust_remote_code=False, **hub), False
     raise ValueError(
@@ -130,19 +131,14 @@ def _class_and_config(name: str, fields: dict[str, Any], hub: dict[str, Any]) ->
     )
 
 
-def _stock_config(config_class: type[PreTrainedConfig], fields: dict[str, Any]) -> PreTrainedConfig:
+def _bidirectional(config_class: type[PreTrainedConfig], fields: dict[str, Any]) -> PreTrainedConfig:
     if fields.get("use_sliding_window"):
         raise ValueError("use_sliding_window=True isn't supported: attention has to see the whole sequence both ways")
     foreign = ("model_type", "architectures", "auto_map", "transformers_version")
-    return config_class(**{key: value for key, value in fields.items() if key not in foreign})
-
-
-def _bidirectional(config: PreTrainedConfig, shifted: bool = False) -> PreTrainedConfig:
+    config = config_class(**{key: value for key, value in fields.items() if key not in foreign})
     config.is_causal = False  # what transformers' masks and attention functions go by
     config.use_cache = False
     config.pad_token_id = None  # nn.Embedding would give that token's row no gradient; _set_special_tokens sets it
-    if shifted:
-        config.shifted_logits = True  # so that a saved copy is read as this class again
     return config
 
 
@@ -201,11 +197,7 @@ def _load_tokenizer(name: str, *, family: str, **hub: Any) -> PreTrainedTokenize
         if stock is None and get_tokenizer_config(name, **hub).get("tokenizer_class") == _WHOLE_IN_ITS_FILE:
             # AutoTokenizer would go by the model's type, and Qwen2's class brings rules of its own for splitting
             stock = PreTrainedTokenizerFast
-        return (
-            stock.from_pretrained(name, **hub)
-            if stock
-            else AutoTokenizer.from_pretrained(name, trust_remote_code=False, **hub)
-        )
+        return (stock or AutoTokenizer).from_pretrained(name, trust_remote_code=False, **hub)
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(
@@ -218,8 +210,8 @@ def _mask_token(
     tokenizer: PreTrainedTokenizerBase,
     fields: dict[str, Any],
     vocab_size: int,
-    mask_token_id: int | None = None,
-    mask_token: str | None = None,
+    mask_token_id: int | None,
+    mask_token: str | None,
 ) -> int:
     """The mask token's id: as given, or else as config.json or the tokenizer has it.
 
