@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import product
 from math import comb
@@ -89,6 +90,60 @@ def adapted_pair(vocab_size: int) -> tuple[Any, ByHand]:
     return model, ByHand(backbone(vocab_size), model).double()
 
 
+def softmax(row: list[float]) -> list[float]:
+    total = sum(math.exp(x) for x in row)
+    return [math.exp(x) / total for x in row]
+
+
+def nucleus(row: list[float], top_p: float) -> list[float]:
+    """Probabilities of the fewest likeliest tokens that have top_p together."""
+    p, kept, total = softmax(row), [], 0.0
+    for token in sorted(range(len(row)), key=lambda t: -p[t]):
+        kept.append(token)
+        total += p[token]
+        if total > top_p:
+            break
+    return [p[t] / total if t in kept else 0.0 for t in range(len(row))]
+
+
+def entropy(p: list[float]) -> float:
+    return -sum(x * math.log(x) for x in p if x > 0)
+
+
+def score(remasking: str, p: list[float], q: list[float], token: int) -> float:
+    first, second = sorted(q, reverse=True)[:2]
+    scores = {"low_confidence": p[token], "maskgit_plus": q[token], "topk_margin": first - second}
+    return -entropy(q) if remasking == "entropy" else scores[remasking]
+
+
+def chosen(rows: list[list[float]], count: int, last: Sequence[int] = (), **settings: Any) -> dict[int, int]:
+    """{place: token} for the logits of all masked places of one row, at temperature 0."""
+    remasking = settings.get("remasking", "low_confidence")
+    found = []
+    for place, logits in enumerate(rows):
+        token = max(range(len(logits)), key=lambda t: logits[t])
+        without = [-50.0 if t in last else x for t, x in enumerate(logits)]
+        p, q = softmax(without), nucleus(without, settings.get("top_p", 1.0))
+        rank = 0.0 if token in last else -score(remasking, p, q, token)
+        found.append((token in last, rank, place, token, p[token], entropy(q)))
+    found.sort()
+    n = 1
+    for m in range(2, len(found) + 1):
+        is_end, confidence, entropies = found[m - 1][0], found[m - 1][4], [one[5] for one in found[:m]]
+        if "confidence_threshold" in settings:
+            fits = confidence > settings["confidence_threshold"] and not is_end
+        elif "factor" in settings:
+            fits = (m + 1) * (1 - confidence) < settings["factor"] and not is_end
+        elif "entropy_bound" in settings:
+            fits = sum(entropies) - max(entropies) <= settings["entropy_bound"]
+        else:
+            fits = m <= count
+        if not fits:
+            break
+        n = m
+    return {place: token for _, _, place, token, _, _ in found[:n]}
+
+
 def greedy(
     model: ByHand,
     prompt: list[int],
@@ -98,25 +153,19 @@ def greedy(
     block_length: int,
     steps: int | None = None,
     cfg_scale: float = 0.0,
-    confidence_threshold: float | None = None,
     ends: Sequence[int] = (),
+    **rule: Any,
 ) -> tuple[list[int], list[float]]:
-    """The answer of LLaDA's algorithm 5 without noise, remasking by low confidence; and λ before each step."""
+    """The answer of LLaDA's algorithm 5 without noise, by a rule of `chosen`; and λ before each step."""
     answer, levels, blocks = [mask] * gen_length, [], gen_length // block_length
     for block in range(blocks):
         places = range(block * block_length, (block + 1) * block_length)
-        of_block = block_length if steps is None else steps // blocks
-        counts = [len(part) for part in torch.zeros(block_length).tensor_split(of_block)]
-        while any(answer[j] == mask for j in places):
+        counts = [len(part) for part in torch.zeros(block_length).tensor_split((steps or gen_length) // blocks)]
+        while left := [j for j in places if answer[j] == mask]:
             levels.append(answer.count(mask) / gen_length)
-            probabilities, tokens = model.guided(prompt, answer, cfg_scale, mask).softmax(-1).max(-1)
-            open_places = sorted((j for j in places if answer[j] == mask), key=lambda j: -probabilities[j])
-            if confidence_threshold is None:
-                kept = open_places[: counts.pop(0)]
-            else:
-                kept = [j for j in open_places if probabilities[j] > confidence_threshold] or open_places[:1]
-            for j in kept:
-                answer[j] = int(tokens[j])
+            logits = model.guided(prompt, answer, cfg_scale, mask)[left].tolist()
+            for place, token in chosen(logits, counts.pop(0), **rule).items():
+                answer[left[place]] = token
             end = next((j for j, token in enumerate(answer) if token in (*ends, mask)), gen_length)
             if end < gen_length and answer[end] != mask:
                 answer[end:] = [answer[end]] * (gen_length - end)

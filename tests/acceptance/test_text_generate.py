@@ -4,7 +4,6 @@ rules by which a step places tokens are the papers' sentences in plain Python; D
 from __future__ import annotations
 
 import copy
-import math
 from itertools import groupby
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +24,9 @@ from tests.acceptance._text import (
     adapted_pair,
     bound,
     greedy,
+    nucleus,
 )
+from tests.acceptance._text import chosen as by_rule
 
 VOCABULARY = 40
 PROMPTS = [[5, 9, 11], [7, 7, 30, 8, 21, 3], [12]]
@@ -52,6 +53,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "two blocks, uneven steps": ("left", {"gen_length": 8, "block_length": 4, "steps": 6}),
     "guidance": ("right", {"gen_length": 6, "block_length": 3, "steps": 4, "cfg_scale": 1.5}),
     "threshold": ("left", {"gen_length": 8, "block_length": 4, "confidence_threshold": 0.6}),
+    "entropy": ("right", {"gen_length": 8, "block_length": 4, "entropy_bound": 0.9, "remasking": "entropy"}),
 }
 
 
@@ -108,77 +110,17 @@ def test_end_token_of_the_configuration_is_never_predicted_or_placed_last(
     model, by_hand = pair
     options: dict[str, Any] = {"gen_length": 6, "block_length": 6}
     whole, _ = greedy(by_hand, PROMPTS[0], mask=VOCABULARY - 1, **options)
-    end = whole[1]
+    end, is_last = whole[1], setting == "confidence_eos_eot_inf"
     monkeypatch.setattr(model.get_base_model().config, "eos_token_id", end)
-
-    def guided(*given: Any) -> Tensor:
-        free = by_hand.guided(*given)
-        never, token = free.index_fill(1, torch.tensor(end), -torch.inf), free.argmax(1)
-        least_sure = 1e-9 * torch.nn.functional.one_hot(token, VOCABULARY)  # but for its first place still `token`
-        is_last = (token == end) & (setting == "confidence_eos_eot_inf")
-        return torch.where(is_last[:, None], least_sure, never)
-
-    expected, _ = greedy(SimpleNamespace(guided=guided), PROMPTS[0], mask=VOCABULARY - 1, **options)  # type: ignore[arg-type]
+    never = SimpleNamespace(guided=lambda *given: by_hand.guided(*given).index_fill(1, torch.tensor(end), -torch.inf))
+    hand: Any = by_hand if is_last else never
+    expected, _ = greedy(hand, PROMPTS[0], mask=VOCABULARY - 1, last=(end,) if is_last else (), **options)
     found: Any = generate(model, torch.tensor(PROMPTS[:1]), **options, stop_at_eos=False, **{setting: True})
     assert found[0, len(PROMPTS[0]) :].tolist() == expected != whole
-    assert (end in expected) is (setting == "confidence_eos_eot_inf")
+    assert (end in expected) is is_last
 
 
 # ---------------------------------------------------------------- rules of a step
-
-
-def softmax(row: list[float]) -> list[float]:
-    total = sum(math.exp(x) for x in row)
-    return [math.exp(x) / total for x in row]
-
-
-def nucleus(row: list[float], top_p: float) -> list[float]:
-    """Probabilities of the fewest likeliest tokens that have top_p together."""
-    p, kept, total = softmax(row), [], 0.0
-    for token in sorted(range(len(row)), key=lambda t: -p[t]):
-        kept.append(token)
-        total += p[token]
-        if total > top_p:
-            break
-    return [p[t] / total if t in kept else 0.0 for t in range(len(row))]
-
-
-def entropy(p: list[float]) -> float:
-    return -sum(x * math.log(x) for x in p if x > 0)
-
-
-def score(remasking: str, p: list[float], q: list[float], token: int) -> float:
-    first, second = sorted(q, reverse=True)[:2]
-    scores = {"low_confidence": p[token], "maskgit_plus": q[token], "topk_margin": first - second}
-    return -entropy(q) if remasking == "entropy" else scores[remasking]
-
-
-def chosen_by_hand(rows: list[list[float]], count: int, last: tuple[int, ...] = (), **settings: Any) -> dict[int, int]:
-    """{place: token} for the logits of all masked places of one row, at temperature 0."""
-    remasking = settings.get("remasking", "low_confidence")
-    found = []
-    for place, logits in enumerate(rows):
-        token = max(range(len(logits)), key=lambda t: logits[t])
-        without = [-50.0 if t in last else x for t, x in enumerate(logits)]
-        p, q = softmax(without), nucleus(without, settings.get("top_p", 1.0))
-        rank = 0.0 if token in last else -score(remasking, p, q, token)
-        found.append((token in last, rank, place, token, p[token], entropy(q)))
-    found.sort()
-    n = 1
-    for m in range(2, len(found) + 1):
-        is_end, confidence, entropies = found[m - 1][0], found[m - 1][4], [one[5] for one in found[:m]]
-        if "confidence_threshold" in settings:
-            fits = confidence > settings["confidence_threshold"] and not is_end
-        elif "factor" in settings:
-            fits = (m + 1) * (1 - confidence) < settings["factor"] and not is_end
-        elif "entropy_bound" in settings:
-            fits = sum(entropies) - max(entropies) <= settings["entropy_bound"]
-        else:
-            fits = m <= count
-        if not fits:
-            break
-        n = m
-    return {place: token for _, _, place, token, _, _ in found[:n]}
 
 
 RULES: list[dict[str, Any]] = [
@@ -208,7 +150,7 @@ def test_place_chooses_what_the_rule_by_hand_does(rule: dict[str, Any], last: tu
         tokens, chosen = sampling.place(logits, masked, 2, torch.tensor(last, dtype=torch.long), torch.rand)
         for row in range(2):
             places = masked[row].nonzero()[:, 0].tolist()
-            expected = chosen_by_hand(logits[row, places].double().tolist(), 2, last, **rule)
+            expected = by_rule(logits[row, places].double().tolist(), 2, last, **rule)
             found = chosen[row].nonzero()[:, 0].tolist()
             assert found == sorted(places[place] for place in expected)
             assert {places.index(j): int(tokens[row, j]) for j in found} == expected

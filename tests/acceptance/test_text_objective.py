@@ -80,11 +80,10 @@ def check_gradients(model: Any, found: Tensor, expected: Tensor) -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
 
 
-@pytest.mark.parametrize("chunk_size", [3, None])
-def test_loss_at_given_levels_is_the_sum_by_hand(pair: Any, chunk_size: int | None) -> None:
+def test_loss_at_given_levels_is_the_sum_by_hand(pair: Any) -> None:
     model, by_hand = pair
     levels = torch.tensor([0.9, 0.4, 0.65])
-    result = masked_diffusion_loss(model, **batch(), noise_level=levels, seed=4, chunk_size=chunk_size)
+    result = masked_diffusion_loss(model, **batch(), noise_level=levels, seed=4, chunk_size=3)
     assert torch.equal(result.noise_level, levels)
     assert result.masked.any(1).all()
     check_loss(by_hand, result, [0, 1, 2])
