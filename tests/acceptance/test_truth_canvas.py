@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -59,62 +60,38 @@ def test_more_training_of_what_the_base_knows_makes_it_no_worse(arguments, tmp_p
     assert results["exact_match_after"] >= max(results["exact_match_before"], 0.9)
 
 
-@pytest.fixture
-def stopped(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A context that a run leaves where its training would begin."""
-
-    def stop(*args: Any) -> None:
-        raise InterruptedError
-
-    monkeypatch.setattr("nara_diffusion.dllm.train.train", stop)
-    return pytest.raises(InterruptedError)
-
-
 def canvas_warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING and "gen_length" in r.getMessage()]
 
 
-def test_a_run_says_what_canvas_it_trains_and_generates_on(arguments, caplog: pytest.LogCaptureFixture) -> None:
-    args = arguments(block_length=4)
-    with caplog.at_level(logging.INFO):
-        main(args)
-    assert canvas_warnings(caplog) == []
-    (facts,) = [message for message in caplog.messages if message.startswith("adapter: ")]
-    assert "prompts of " in facts
-    assert f"base: {args.pretrained_model_name_or_path}" in facts
-    assert f"{args.train_file} (fields instruction, output, answer); " in facts  # no train_on
-    assert "answers of 4 to 8 tokens with their end, trained to 12 tokens (trained_padding gen_length)" in facts
-    assert "gen_length 12 in 3 blocks" in facts
-    assert "canvas: " in (Path(args.output_dir) / "README.md").read_text()
-
-
 @pytest.mark.parametrize(
-    ("padding", "gen_length", "told", "remedy"),
+    ("changes", "told", "remedy"),
     [
-        ("6", 12, r"of 11 samples end before that, the shortest after 10 tokens", "--trained_padding gen_length"),
-        ("longest", 12, r"gen_length is 12, and \d+ of 11 samples end before that", "--trained_padding gen_length"),
-        ("8", 12, None, ""),
-        ("gen_length", 7, None, ""),
-        ("gen_length", 6, r"gen_length is 6, and \d+ of 11 samples have longer answers, up to 7 ", "--gen_length 7"),
+        (
+            {"trained_padding": "6"},
+            r"of 11 samples end before that, the shortest after 10 ",
+            "trained_padding gen_length",
+        ),
+        ({"trained_padding": "longest"}, r"gen_length is 12, and \d+ of 11 samples end", "trained_padding gen_length"),
+        ({"trained_padding": "8"}, None, ""),
+        ({"gen_length": 7}, None, ""),
+        ({"gen_length": 6}, r"gen_length is 6, and \d+ of 11 samples have longer answers, up to 7 ", "gen_length 7"),
+        ({"train_file": "texts.jsonl", "gen_length": 9}, None, ""),  # without a prompt they may be longer
     ],
 )
 def test_generating_beyond_the_trained_canvas_or_less_than_an_answer_is_warned_of_before_training(
-    arguments, caplog: Any, stopped: Any, padding: str, gen_length: int, told: str | None, remedy: str
+    arguments, caplog: Any, tmp_path: Path, monkeypatch: Any, changes: dict[str, Any], told: str | None, remedy: str
 ) -> None:
-    with stopped:
-        main(arguments(trained_padding=padding, gen_length=gen_length, max_length=40))
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": f"{n} is a number"}) + "\n" for n in range(9)))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("nara_diffusion.dllm.train.train", Mock(side_effect=InterruptedError))
+    with pytest.raises(InterruptedError):
+        main(arguments(**changes))
     found = canvas_warnings(caplog)
     assert len(found) == (told is not None)
     if told is not None:
         assert re.search(told, found[0])
-        assert found[0].endswith(f"give {remedy}")
-
-
-def test_texts_without_a_prompt_may_be_longer_than_gen_length(arguments, tmp_path: Path, caplog: Any, stopped) -> None:
-    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": f"{n} is a number"}) + "\n" for n in range(9)))
-    with stopped:
-        main(arguments(train_file=tmp_path / "texts.jsonl", gen_length=9))
-    assert canvas_warnings(caplog) == []
+        assert found[0].endswith(f"give --{remedy}")
 
 
 def test_a_canvas_beyond_the_models_positions_is_refused_before_training(arguments, tmp_path: Path) -> None:
@@ -157,15 +134,21 @@ RULE = {"remasking": "entropy", "entropy_bound": 0.1, "top_p": 0.9, "confidence_
 
 
 @pytest.mark.parametrize(("given", "block"), [({}, 4), ({"block_length": 6, "evaluation_options": RULE}, 6)])
-def test_report_and_card_have_the_evaluation_options_and_the_block_length_of_the_models_own_chat(
-    arguments, given: dict[str, Any], block: int, monkeypatch: pytest.MonkeyPatch
+def test_facts_report_and_card_have_the_canvas_and_the_options_and_block_length_of_generation(
+    arguments, caplog: Any, given: dict[str, Any], block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(decoding.CHAT_BLOCK_LENGTHS, "llama", 4)
     asked: list[dict[str, Any]] = []
     watched = lambda *args, **how: asked.append(how) or exact_match(*args, **how)  # noqa: E731
     monkeypatch.setattr(before_after, "exact_match", watched)
     args = arguments(**NO_CORE | given)
-    main(args)
+    with caplog.at_level(logging.INFO):
+        main(args)
+    assert canvas_warnings(caplog) == []
+    (facts,) = [message for message in caplog.messages if message.startswith("adapter: ")]
+    assert f"base: {args.pretrained_model_name_or_path}" in facts
+    assert f"{args.train_file} (fields instruction, output, answer); " in facts  # no train_on
+    assert "answers of 4 to 8 tokens with their end, trained to 12 tokens (trained_padding gen_length)" in facts
     expected = {"block_length": block, **given.get("evaluation_options", {})}
     assert [{name: how[name] for name in expected} for how in asked] == [expected] * 2
     card = (Path(args.output_dir) / "README.md").read_text()

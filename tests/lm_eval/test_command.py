@@ -75,25 +75,19 @@ def test_shipped_tasks_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert [name for name in names if f"|{name}" not in listed] == []
 
 
-@pytest.mark.parametrize(
-    ("settings", "flags", "expected"),
-    [
+def test_a_file_of_arguments_has_our_model_and_flags_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "run.yaml"
+    for settings, flags, (model, device, paths) in [
         ({}, [], ("nara_dllm", "auto", [])),
         ({"device": "cpu", "include_path": "mine"}, [], ("nara_dllm", "cpu", ["mine"])),
         ({"model": "hf"}, [], ("hf", "cuda:0", [])),  # lm-eval's own default for its own models
         ({"model": "hf", "include_path": "mine"}, ["--model", "nara_dllm"], ("nara_dllm", "auto", ["mine"])),
         ({"device": "cuda:3"}, ["--device", "cpu", "--include_path", "yours"], ("nara_dllm", "cpu", ["yours"])),
-    ],
-)
-def test_a_file_of_arguments_has_our_model_and_flags_win(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], flags: list[str], expected: Any
-) -> None:
-    file = tmp_path / "run.yaml"
-    file.write_text(yaml.safe_dump({"tasks": ["llm_adapters_math"], "model_args": "pretrained=x", **settings}))
-    monkeypatch.setattr("sys.argv", ["nara-eval", "run", "--config", str(file), *flags])
-    found = EvaluatorConfig.from_cli(adjusted(HarnessCLI().parse_args()))
-    model, device, paths = expected
-    assert (found.model, found.device, found.include_path) == (model, device, [str(TASKS), *paths])
+    ]:
+        file.write_text(yaml.safe_dump({"tasks": ["llm_adapters_math"], "model_args": "pretrained=x", **settings}))
+        monkeypatch.setattr("sys.argv", ["nara-eval", "run", "--config", str(file), *flags])
+        found = EvaluatorConfig.from_cli(adjusted(HarnessCLI().parse_args()))
+        assert (found.model, found.device, found.include_path) == (model, device, [str(TASKS), *paths])
 
 
 def test_a_preset_is_named_and_flags_win_entry_by_entry(monkeypatch: pytest.MonkeyPatch) -> None:
