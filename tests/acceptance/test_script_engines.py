@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -206,28 +207,22 @@ FSDP = {"ACCELERATE_USE_FSDP": "true"}
 FSDP2 = FSDP | {"FSDP_VERSION": "2"}
 
 
-@pytest.mark.parametrize(
-    ("asked", "precision", "named"),
-    [
+def test_engine_that_cannot_run_here_is_refused_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    rows: list[Any] = [
         (FSDP, "no", "accelerate is set to FSDP1"),
         (FSDP2, "no", "FSDP was asked for, which accelerate has on GPUs only"),
         (FSDP2 | {"ACCELERATE_TORCH_DEVICE": "cpu"}, "no", "FSDP was asked for, and accelerate runs without it"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "no", "DeepSpeed was asked for, which accelerate has on GPUs only"),
         ({"WORLD_SIZE": "2"}, "no", "2 processes were launched, and accelerate runs each alone"),  # for lack of a rank
         ({}, "fp16", "mixed_precision is fp16, which needs a GPU, and accelerate finds none"),
-    ],
-)
-def test_engine_that_cannot_run_here_is_refused_by_its_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: dict[str, str], precision: str, named: str
-) -> None:
-    for name, value in asked.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
-    args = text_arguments(tmp_path, mixed_precision=precision)
-    with pytest.raises(ValueError, match=named):
-        dllm.main(args)
-    fresh_accelerate()
-    assert not (tmp_path / "run").exists()
+    ]
+    for asked, precision, named in rows:
+        args = text_arguments(tmp_path, mixed_precision=precision)
+        with patch.dict(os.environ, asked), pytest.raises(ValueError, match=named):
+            dllm.main(args)
+        fresh_accelerate()
+        assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("batch", "processes", "steps"), [(32, 2, 4), (8, 2, 1)])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -134,29 +133,21 @@ def of_version_0_1(checkpoint: Path) -> None:
     (checkpoint / "checkpoint.json").write_text(json.dumps(fields))
 
 
-@pytest.mark.parametrize(
-    ("change", "flags", "named"),
-    [
+def test_checkpoint_of_another_run_or_a_damaged_one_is_refused(
+    capsys: pytest.CaptureFixture[str], stopped: dict[str, Any], tmp_path: Path
+) -> None:
+    rows: list[Any] = [
         (lambda there: None, {"rank": 4}, ["another configuration (rank: 3 there, 4 now)", "--init_adapter"]),
         (lambda there: changed_weights(there / "model"), {}, ["base model"]),
         (lambda there: of_version_0_1(there / "out" / "checkpoint-1"), {}, ["version 0.1", "finish it with"]),
         (lambda there: (there / "out" / "checkpoint-1" / "random_states_0.pkl").unlink(), {}, ["random_states"]),
-    ],
-    ids=["configuration", "weights", "version", "random states"],
-)
-def test_checkpoint_of_another_run_or_a_damaged_one_is_refused(
-    capsys: pytest.CaptureFixture[str],
-    stopped: dict[str, Any],
-    tmp_path: Path,
-    change: Callable[[Path], None],
-    flags: dict[str, Any],
-    named: list[str],
-) -> None:
-    there = copied(stopped, tmp_path / "copy")
-    change(tmp_path / "copy")
-    checkpoint = there["output_dir"] / "checkpoint-1"
-    said = refusal(capsys, "dllm.py", **{**there, **flags}, resume_from_checkpoint=checkpoint)
-    assert all(name in said for name in (*named, "checkpoint-1")), said
+    ]
+    for number, (change, flags, named) in enumerate(rows):
+        folder = tmp_path / str(number)
+        there = copied(stopped, folder) | flags
+        change(folder)
+        said = refusal(capsys, "dllm.py", **there, resume_from_checkpoint=folder / "out" / "checkpoint-1")
+        assert all(name in said for name in (*named, "checkpoint-1")), said
 
 
 def test_checkpoint_is_resumed_where_its_files_have_moved(stopped: dict[str, Any], tmp_path: Path) -> None:

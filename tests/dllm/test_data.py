@@ -118,9 +118,8 @@ PAIRED, CONVERSED = {"prompt": "a", "completion": "b"}, {"messages": messages(*C
 NO_CHAT = "field 'messages': expected"
 
 
-@pytest.mark.parametrize(
-    ("first", "second", "fields", "named"),
-    [
+def test_record_that_does_not_fit_is_named_with_its_fields_and_flags(tmp_path: Path) -> None:
+    rows: list[Any] = [
         (PAIRED, {"prompt": "a"}, {}, ["output, field 'completion'", "it has prompt", "output_field=NAME"]),
         (PAIRED, {"prompt": "a", "completion": ["b"]}, {}, ["field 'completion'", "['b']", "a text or a number"]),
         (PAIRED, {"prompt": "a", "completion": float("nan")}, {}, ["its output, field 'completion', is missing"]),
@@ -134,15 +133,12 @@ NO_CHAT = "field 'messages': expected"
         (CONVERSED, {"messages": [{"role": "user", "content": ["w7"]}]}, {}, [NO_CHAT, "content has to be a text"]),
         (CONVERSED, {"messages": messages(("robot", "a"), *CHAT)}, {}, ["role 'robot' is unknown", "system, ", "user"]),
         (CONVERSED, PAIRED, {}, ["has no messages, it has prompt, completion: the first record decides"]),
-    ],
-)
-def test_record_that_does_not_fit_is_named_with_its_fields_and_flags(
-    tmp_path: Path, first, second, fields, named
-) -> None:
-    file = write(tmp_path / "own.jsonl", first, second)
-    with pytest.raises(ValueError, match=rf"^record [12] of {file}") as refusal:
-        read_records(file, fields)
-    assert all(part in str(refusal.value) for part in (*named, "" if "record 1" in named else "record 2"))
+    ]
+    for number, (first, second, fields, named) in enumerate(rows):
+        file = write(tmp_path / f"{number}.jsonl", first, second)
+        with pytest.raises(ValueError, match=rf"^record [12] of {file}") as refusal:
+            read_records(file, fields)
+        assert all(part in str(refusal.value) for part in (*named, "" if "record 1" in named else "record 2"))
 
 
 @pytest.mark.parametrize("chat", [True, False])
