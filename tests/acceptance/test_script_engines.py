@@ -7,8 +7,8 @@ import os
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -38,6 +38,9 @@ from tests.helpers.small_pipelines import small_sdxl
 
 TWO: dict[str, Any] = {"train_batch_size": 2}
 BF16: dict[str, Any] = {"mixed_precision": "bf16"}
+PRECISIONS: dict[str, dict[str, Any]] = {"no": {}, "bf16": BF16}
+if find_spec("bitsandbytes"):
+    PRECISIONS["4bit"] = {"load_in_4bit": True}
 
 
 def slow(test: Any) -> Any:
@@ -56,7 +59,7 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def one(flags: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """{precision: the folder of a run of one process}."""
     folders = {}
-    for name, changes in (("no", {}), ("bf16", BF16)):
+    for name, changes in PRECISIONS.items():
         folders[name] = tmp_path_factory.mktemp(name) / "out"
         run("dllm.py", **flags, **changes, output_dir=folders[name])
     return folders
@@ -106,6 +109,7 @@ def ddp(flags: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path
     ("engine", "precision"),
     [
         ("ddp", "bf16"),
+        pytest.param("ddp", "4bit", marks=pytest.mark.skipif("4bit" not in PRECISIONS, reason="needs bitsandbytes")),
         ("fsdp2", "no"),
         ("fsdp2", "bf16"),
         pytest.param("zero-2", "bf16", marks=needs_deepspeed),
@@ -116,9 +120,9 @@ def test_run_under_an_engine_trains_the_adapter_of_one_process_also_when_killed_
     flags: dict[str, Any], one: dict[str, Path], ddp: Path, tmp_path: Path, engine: str, precision: str
 ) -> None:
     """Killed in the write of its second checkpoint, of four steps; then it goes on to six."""
-    options = flags | TWO | {"mixed_precision": precision}
-    whole, out = ddp if engine == "ddp" else tmp_path / "whole", tmp_path / "run"
-    if engine != "ddp":
+    options = flags | TWO | PRECISIONS[precision]
+    whole, out = ddp if (engine, precision) == ("ddp", "bf16") else tmp_path / "whole", tmp_path / "run"
+    if whole != ddp:
         in_two_processes([(engine, "dllm.py", options | {"output_dir": whole})], tmp_path)
     assert deviation(whole, one[precision], one[precision]) < (0.3 if precision == "bf16" else 1e-3)
     if precision == "bf16":
@@ -225,17 +229,13 @@ def test_engine_that_cannot_run_here_is_refused_by_its_name(tmp_path: Path, monk
         assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("batch", "processes", "steps"), [(32, 2, 4), (8, 2, 1)])
-def test_global_batch_is_divided_among_processes(batch: int, processes: int, steps: int) -> None:
-    args = SimpleNamespace(global_batch_size=batch, train_batch_size=4, gradient_accumulation_steps=1)
-    assert accumulation_steps(args, processes) == steps
+def test_global_batch_is_divided_among_processes_and_wins_over_accelerate_s_accumulation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = text_arguments(tmp_path, global_batch_size=8)
+    assert [accumulation_steps(args, processes) for processes in (1, 2)] == [2, 1]
     with pytest.raises(ValueError, match="isn't a multiple of the 12 samples"):
         accumulation_steps(args, 3)
-
-
-def test_arguments_win_over_accelerate_s_accumulation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "3")
-    args = text_arguments(tmp_path, gradient_accumulation_steps=2)
     with dllm.start_run(args, "dllm", dllm.write_checkpoint) as run:
-        assert run.global_batch == 8
-        assert run.accelerator.gradient_accumulation_steps == 2
+        assert (run.global_batch, run.accelerator.gradient_accumulation_steps) == (8, 2)

@@ -210,7 +210,7 @@ def test_dream_answers_and_scores_after_a_bos_token_where_there_is_no_prompt(mon
 # ---------------------------------------------------------------- what is refused
 
 
-def test_generate_refuses_impossible_settings_by_name(pair: Any) -> None:
+def test_generate_refuses_impossible_settings_by_name_and_says_how_texts_are_encoded(pair: Any) -> None:
     for options, message in [
         ({"block_length": 3}, "block_length 3 doesn't divide"),
         ({"block_length": 4, "steps": 3}, "steps is 3 and there are 2 blocks"),
@@ -225,9 +225,7 @@ def test_generate_refuses_impossible_settings_by_name(pair: Any) -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             generate(pair[0], torch.tensor([[5, 9, END]]), **{"gen_length": 8, **options})
-
-
-@pytest.mark.parametrize("given", ["a text", [[1, 2]], torch.ones(1, 3), torch.tensor([1, 2])])
-def test_generate_of_what_is_no_batch_of_tokens_says_how_to_encode_it(pair: Any, given: Any) -> None:
-    with pytest.raises(ValueError, match=r"^input_ids is .*expected a tensor \(b, p\) of token ids: .*encode_prompts"):
-        generate(pair[0], given)
+    message = r"^input_ids is .*expected a tensor \(b, p\) of token ids: .*encode_prompts"
+    for given in ("a text", [[1, 2]], torch.ones(1, 3), torch.tensor([1, 2])):
+        with pytest.raises(ValueError, match=message):
+            generate(pair[0], given)  # type: ignore[arg-type]

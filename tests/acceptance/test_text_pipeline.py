@@ -51,7 +51,7 @@ def sequences(model: Any, tokenizer: Any, questions: list[str] = QUESTIONS, **op
     return generate(model, ids, prompt_lengths=lengths, eos_token_id=ends, **LENGTH, **options)
 
 
-def test_pipeline_answers_questions_and_chats_alone_and_together(shared: LLaDAPipeline) -> None:
+def test_pipeline_answers_questions_and_chats_alone_and_together_once_or_several_times(shared: LLaDAPipeline) -> None:
     texts, ids = shared(QUESTIONS, **LENGTH, return_dict=False)
     assert texts == shared(QUESTIONS, **LENGTH).texts == ANSWERS
     assert torch.equal(ids, sequences(*load_backbone(LLADA_TINY)))
@@ -60,11 +60,8 @@ def test_pipeline_answers_questions_and_chats_alone_and_together(shared: LLaDAPi
     expected = shared(chat, **LENGTH, apply_template=False)
     assert torch.equal(shared(turns, **LENGTH).sequences, expected.sequences)
     assert shared([turns, [USER]], **LENGTH).texts == [*expected.texts, "tenalp"]
-
-
-def test_several_answers_a_prompt_differ_at_a_temperature(shared: LLaDAPipeline) -> None:
-    options = {**LENGTH, "temperature": 3.0, "num_answers_per_prompt": 2}
-    result = shared(QUESTIONS[1:], **options, generator=torch.Generator().manual_seed(0))
+    several: dict[str, Any] = {"temperature": 3.0, "num_answers_per_prompt": 2}
+    result = shared(QUESTIONS[1:], **LENGTH, **several, generator=torch.Generator().manual_seed(0))
     starts = result.prompt_lengths.tolist()
     assert starts[0] == starts[1] != starts[2] == starts[3]
     assert not torch.equal(result.answers[0], result.answers[1])

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -17,14 +17,8 @@ import torch
 from nara_diffusion.dllm import before_after, decoding, exact_match
 from nara_diffusion.dllm.text_arguments import Arguments
 from nara_diffusion.dllm.train import main
-from tests.acceptance._commands import fresh_accelerate, metrics
+from tests.acceptance._commands import metrics
 from tests.acceptance._runs import records, text_arguments  # of a model of 64 positions
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    yield
-    fresh_accelerate()
 
 
 @pytest.fixture

@@ -23,9 +23,7 @@ from tests.acceptance._commands import (
     metrics,
     results,
     run,
-    tensors,
 )
-from tests.acceptance._engines import in_two_processes, needs_gloo
 from tests.acceptance._runs import ASSETS, text_arguments, text_flags
 
 functional = pytest.importorskip("bitsandbytes.functional")
@@ -107,17 +105,3 @@ def test_both_widths_and_full_training_are_refused(tmp_path: Path) -> None:
     for changes in ({"load_in_8bit": True}, {"adapter": "full"}):
         with pytest.raises(ValueError, match="give one of them, and an adapter"):
             text_arguments(tmp_path, load_in_4bit=True, **changes)
-
-
-@needs_gloo
-@pytest.mark.slow
-def test_run_in_two_processes_is_that_of_one(tmp_path: Path) -> None:
-    flags = text_flags(tmp_path) | {"load_in_4bit": True, "lora_dropout": 0.0, "checkpointing_steps": None}
-    run("dllm.py", **flags, output_dir=tmp_path / "one")
-    two = flags | {"train_batch_size": 2, "output_dir": tmp_path / "two"}
-    in_two_processes([("ddp", "dllm.py", two)], tmp_path)
-    expected = tensors(tmp_path / "one")
-    for name, found in tensors(tmp_path / "two").items():
-        torch.testing.assert_close(found, expected[name], rtol=0, atol=1e-3 * float(expected[name].abs().max()) + 1e-6)
-    losses = [[line["loss"] for line in metrics(tmp_path / run) if "loss" in line] for run in ("one", "two")]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
