@@ -84,11 +84,6 @@ def _insert(
     root = model.get_base_model() if isinstance(model, PeftModel) else model
     if name in getattr(root, "peft_config", {}):
         raise ValueError(f"{type(root).__name__} has an adapter '{name}' already: choose another adapter_name.")
-    if unknown := sorted(lora.layers.keys() - {name for name, _ in root.named_modules()}):
-        raise ValueError(
-            f"{origin} adapts {len(lora.layers)} modules, of which {type(root).__name__} lacks {len(unknown)}: "
-            f"{listed(unknown)}. It was trained on another base model, or belongs to another component of the pipeline."
-        )
     config = _nara_config(lora, core)
     undo.enter_context(restored_on_error(root))
     with warnings.catch_warnings():
@@ -139,7 +134,7 @@ def copy_tensors(lora: PlainLora, root: nn.Module, adapter_name: str, origin: st
     if different := sorted(lora.layers.keys() ^ layers.keys()):
         raise ValueError(
             f"{origin} has {len(lora.layers)} layers, the adapter '{adapter_name}' {len(layers)}: {listed(different)} "
-            "in one of them only. Set target_modules to the layers of the LoRA."
+            "in one of them only. Was it trained on this base model? In a training, set target_modules to its layers."
         )
     for name, layer in lora.layers.items():
         rank, scaling = layers[name].r[adapter_name], layers[name].scaling[adapter_name]

@@ -94,7 +94,12 @@ def load_nara_weights(
     parts = AdapterFile.read(source, component, **where, **hub).parts
     carrying = parts if set_scheduler else {}
     with naming(source):
-        _check_parts(models, parts)
+        if unknown := list(parts.keys() - models.keys()):
+            has = ", ".join(map(repr, models))
+            raise ValueError(f"it has a part for '{unknown[0]}', but this pipeline has {has}: load it into its own.")
+        for name, part in parts.items():
+            check_not_wrapped(models[name], name, "load_nara_weights")
+            check_storable(part.config, name)
         adapter_name = _name_to_load(models, adapter_name, hotswap)
         check_schedulers(self, carrying)
         with offloading_suspended(self):
@@ -182,17 +187,6 @@ def adaptable_models(pipe: Any) -> dict[str, nn.Module]:
     found = {name: getattr(pipe, name) for name in sorted(names, key=lambda name: name not in DENOISERS)}
     originals = {name: getattr(model, "_orig_mod", model) for name, model in found.items()}  # of torch.compile
     return {name: model for name, model in originals.items() if isinstance(model, nn.Module)}
-
-
-def _check_parts(models: Mapping[str, nn.Module], parts: Mapping[str, AdapterPart]) -> None:
-    for component, part in parts.items():
-        if component not in models:
-            raise ValueError(
-                f"It has a part for '{component}', but this pipeline has {', '.join(map(repr, models))}: load it into "
-                "the one that it was trained on."
-            )
-        check_not_wrapped(models[component], component, "load_nara_weights")
-        check_storable(part.config, component)
 
 
 def _insert_all(

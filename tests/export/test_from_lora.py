@@ -22,7 +22,7 @@ from nara_diffusion import NaraConfig, from_lora, noise_level, to_lora
 from nara_diffusion.export import save_host_file
 from nara_diffusion.loaders.schedulers import scheduler_fields
 from tests.acceptance import _bases, _files
-from tests.helpers.adapted import OneLayer, TwoLayers, adapted, disturb, lora_config, nara_config, relative_error
+from tests.helpers.adapted import TwoLayers, adapted, disturb, lora_config, nara_config, relative_error
 from tests.helpers.rounding import rounding_of
 from tests.helpers.small_pipelines import pixels, small_sdxl
 
@@ -91,11 +91,12 @@ def test_a_second_adapter_joins_a_peft_model_and_half_precision_changes_no_bit(t
         ({}, {"core_init": "kaiming"}, base, "has a C that is not I"),
         ({}, {"core_type": "bins", "core_bins": 2}, base, "has a C that is not I"),
         ({"bias": "lora_only"}, {}, base, "beside a LoRA's factors"),
-        ({}, {}, lambda: OneLayer(nn.Linear(7, 11)), "lacks 2: 'first', 'second'"),
+        ({}, {}, lambda: nn.ModuleDict({"first": nn.Linear(7, 11)}), "2 layers, the adapter 'default' 1: 'second' in"),
         ({}, {"lora": "nowhere"}, base, "There is no LoRA file"),
     ],
     ids=str,
 )
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match")
 def test_what_would_not_start_as_the_lora_is_refused_and_changes_nothing(options, arguments, make, message, tmp_path):
     trained_lora(tmp_path, **options)
     model = make()
