@@ -94,7 +94,7 @@ def load_nara_weights(
     parts = AdapterFile.read(source, component, **where, **hub).parts
     carrying = parts if set_scheduler else {}
     with naming(source):
-        if unknown := list(parts.keys() - models.keys()):
+        if unknown := [name for name in parts if name not in models]:
             has = ", ".join(map(repr, models))
             raise ValueError(f"it has a part for '{unknown[0]}', but this pipeline has {has}: load it into its own.")
         for name, part in parts.items():
