@@ -40,12 +40,7 @@ from nara_diffusion.dllm.encoding import end_token_id
 from nara_diffusion.dllm.models.pretrained import prepare_quantised
 from nara_diffusion.dllm.records import load_records
 from nara_diffusion.training.adapter_weights import load_checkpoint, start_from, write_adapter, write_checkpoint
-from nara_diffusion.training.adapters import (
-    base_model,
-    build_adapter,
-    recompute_activations,
-    title_of,
-)
+from nara_diffusion.training.adapters import build_adapter, recompute_activations, title_of
 from nara_diffusion.training.arguments import schedule_of, window_of
 from nara_diffusion.training.checkpoints import local_folder, save_adapter
 from nara_diffusion.training.command import CONFIGS, run_command, shipped_settings
@@ -94,11 +89,10 @@ class FineTuning:
         self.args, self.run = args, run
         with run.accelerator.main_process_first():  # the others read its cache
             self.records = load_records(args)
-        options: dict[str, Any] = {"mask_token": args.mask_token}
-        options |= {} if args.revision is None else {"revision": args.revision}
+        names = ("mask_token", "load_in_4bit", "load_in_8bit", "revision")
+        options: dict[str, Any] = {name: value for name in names if (value := getattr(args, name))}
         if args.is_quantised:
-            bits = {"load_in_4bit": args.load_in_4bit, "load_in_8bit": args.load_in_8bit}
-            options |= {**bits, "device_map": {"": str(run.accelerator.device)}}
+            options["device_map"] = {"": str(run.accelerator.device)}
         self.load = partial(load_backbone, args.pretrained_model_name_or_path, **options)
         with loading_in(run.accelerator, run.weights_dtype):
             self.backbone, self.tokenizer = self.load(dtype=run.weights_dtype)
@@ -189,9 +183,13 @@ class FineTuning:
     def report(self) -> dict[str, Any]:
         """Measure the base and the adapted model, and write what is found."""
         args, run, load = self.args, self.run, self.load
-        load_base = partial(load_whole, run.accelerator, lambda: load(dtype=run.dtype)[0].to(run.accelerator.device))
-        with base_model(self.adapted, load_base) as base:
+        if args.adapter == "full":
+            base = load_whole(run.accelerator, lambda: load(dtype=run.dtype)[0].to(run.accelerator.device))
             before = self.evaluation.measure(base)
+            del base
+        else:
+            with self.adapted.disable_adapter():
+                before = self.evaluation.measure(self.adapted)
         after = self.evaluation.measure(self.adapted)
         asked = (self.records[2][place].get("turns") for place in self.test_rows["record"])
         question: Any = next(filter(None, asked), self.test_rows[0]["instruction"])

@@ -11,8 +11,7 @@ import importlib
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -272,17 +271,6 @@ def check_target_modules(model: nn.Module, targets: Any) -> None:
             f"{hint(unmatched[0], linear)} Its linear layers are {', '.join(sorted(linear))}; {ALL_LINEAR} takes all "
             "but the output head."
         )
-
-
-@contextmanager
-def base_model(adapted: nn.Module, load: Callable[[], nn.Module]) -> Iterator[nn.Module]:
-    """The model without what was trained: `adapted` with its adapter disabled, or what `load` returns where all
-    weights were trained."""
-    if not hasattr(adapted, "peft_config"):
-        yield load()
-        return
-    with adapted.disable_adapter():  # type: ignore[operator]
-        yield adapted
 
 
 def recompute_activations(model: PreTrainedModel) -> None:
