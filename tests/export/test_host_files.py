@@ -32,10 +32,7 @@ UNEQUAL = {"rank_pattern": {"conv1": 3, "to_k": 3, "ff.net.2": 5}, "alpha_patter
 def adapted(model: Any, targets: list[str], **changes: Any) -> Any:
     """The model with a disturbed NaRA, of small steps, so that pictures stay pictures."""
     model.add_adapter(nara_config(target_modules=targets, **changes), "toy")
-    disturb(model)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data *= 0.2
+    disturb(model, scale=0.2)
     return model
 
 

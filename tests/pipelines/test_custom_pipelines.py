@@ -17,7 +17,7 @@ from diffusers import AutoPipelineForImage2Image, DiffusionPipeline, StableDiffu
 from pipelines.llada import LLaDAPipeline
 from pipelines.stable_diffusion_xl_nara import StableDiffusionXLPipeline
 from tests.helpers.adapted import disturb, nara_config
-from tests.helpers.small_pipelines import pixels, small_sdxl
+from tests.helpers.small_pipelines import pixels, quiet, small_sdxl
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,11 +30,6 @@ def _own_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
     yield
     for name in [name for name in sys.modules if name.partition(".")[0] == "diffusers_modules"]:
         del sys.modules[name]
-
-
-def quiet(pipe: Any) -> Any:
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def load(folder: Path, file: str, **options: Any) -> Any:

@@ -159,19 +159,13 @@ def test_wraps_are_these_six_once() -> None:
     assert [of(*each) for each in WRAPPED] == before
 
 
-@pytest.fixture
-def _nothing_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What only a NaRA needs fails."""
-
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
+def test_on_models_without_nara_each_calls_its_own(tmp_path: Path, tiny_llama: Any, monkeypatch) -> None:
     def called(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("is for a NaRA alone")
 
     for name in ("inject_adapter_in_model", "give_strength", "check_strength"):
         monkeypatch.setattr(wraps, name, called)
-
-
-@pytest.mark.usefixtures("_nothing_of_ours")
-def test_peft_and_transformers_load_a_lora_as_ever(tmp_path: Path, tiny_llama: Any) -> None:
     model: Any = get_peft_model(TwoLayers(), lora_config(target_modules=["first"]))
     disturb(model)
     model.save_pretrained(tmp_path / "lora")
@@ -185,11 +179,6 @@ def test_peft_and_transformers_load_a_lora_as_ever(tmp_path: Path, tiny_llama: A
     base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
     base.load_adapter(tmp_path / "text")
     assert any("lora_A" in name for name, _ in base.named_parameters())
-
-
-@pytest.mark.usefixtures("_nothing_of_ours")
-@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
-def test_diffusers_loads_weights_and_saves_loras_as_ever(tmp_path: Path) -> None:
     pipe: Any = frozen_sd()
     tensors = save_lora(tmp_path)
     for name in ("a", "b"):
