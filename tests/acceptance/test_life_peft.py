@@ -161,19 +161,14 @@ def test_an_active_adapter_trains_with_its_core_and_nothing_else_does() -> None:
     assert not ids_of_trainable(model)
 
 
-def test_disabled_it_is_the_base_and_needs_no_lambda() -> None:
-    model = adapted()
+def test_disabled_it_is_the_base_and_needs_no_lambda_and_unloaded_bit_for_bit() -> None:
+    model, base = with_second(), two()
     expected = run(model)
     with model.disable_adapter(), torch.no_grad():
-        assert_near(model(X), two()(X))
+        assert_near(model(X), base(X))
     assert_near(run(model), expected)
     with pytest.raises(ValueError, match="noise_level"):
         model(X)
-
-
-def test_unload_gives_the_base_bit_for_bit() -> None:
-    model, base = with_second(), two()
-    run(model)
     unloaded: Any = model.unload()
     assert {n: type(m) for n, m in unloaded.named_modules()} == {n: type(m) for n, m in base.named_modules()}
     assert unloaded.state_dict().keys() == base.state_dict().keys()
