@@ -183,7 +183,7 @@ class BucketOrder:
         self.batch_size, self.seed = batch_size, seed
         sizes = sorted(set(buckets))
         self._batches = [sizes.index(bucket) for bucket in buckets]  # the bucket of each of a round's batches
-        members = [[{"image": i} for i, bucket in enumerate(buckets) if bucket == size] for size in sizes]
+        members = [[i for i, bucket in enumerate(buckets) if bucket == size] for size in sizes]
         self._streams = [ShuffledStream(images, seed + number) for number, images in enumerate(members)]
 
     def __getitem__(self, position: int) -> int:
@@ -192,7 +192,8 @@ class BucketOrder:
         order = numpy_generator(self.seed, "buckets", number).permutation(self._batches)
         bucket = int(order[nth])
         j = number * self._batches.count(bucket) + int((order[:nth] == bucket).sum())
-        return self._streams[bucket][j * self.batch_size + offset]["image"]
+        images: Any = self._streams[bucket]
+        return images.samples[images.sample_at(j * self.batch_size + offset)]
 
 
 class DreamBoothDataset(Dataset):
@@ -228,8 +229,7 @@ class DreamBoothDataset(Dataset):
         self.seed, self.caption_dropout = seed, caption_dropout
         self.targets = [buckets[find_nearest_bucket(*image.size, buckets) or 0] for image in self.instances]
         self._order = BucketOrder(self.targets, batch_size, seed)
-        numbers = [{"image": i} for i in range(len(self.class_images))]
-        self._class_order = ShuffledStream(numbers, seed + 1) if numbers else None
+        self._class_order = ShuffledStream(self.class_images, seed + 1) if self.class_images else None
         pairs = zip(self.instances, self.targets, strict=True)
         small = [image.name for image, (h, w) in pairs if image.size[0] < h or image.size[1] < w]
         if small:
@@ -246,7 +246,7 @@ class DreamBoothDataset(Dataset):
         dropped = numpy_generator(self.seed, "caption dropout", position).random() < self.caption_dropout
         samples = [self._sample(image, target, position, "instance", "" if dropped else image.prompt)]
         if self._class_order is not None:
-            image = self.class_images[self._class_order[position]["image"]]
+            image = self.class_images[self._class_order.sample_at(position)]
             samples.append(self._sample(image, target, position, "class", image.prompt))
         return samples
 
