@@ -101,6 +101,8 @@ class AdapterFile:
         """
         if isinstance(source, Mapping):
             return cls(_of_pipeline({key: copied(tensor) for key, tensor in source.items()}, metadata, "The dict"))
+        if metadata is not None:
+            raise ValueError("metadata is for a dict of tensors: a file has its own.")
         path = _locate(source, weight_name, subfolder, hub)
         tensors, metadata = read_tensors(path)
         if path.name == PEFT_WEIGHTS_NAME:

@@ -34,7 +34,7 @@ from huggingface_hub.utils.sha import sha_fileobj
 from nara_diffusion.utils.atomic_write import atomic_write_files, delete_folder, partial_name, put_in_place
 from nara_diffusion.utils.naming import counted
 
-from .engines import engine_name, save_state, trained_state
+from .engines import engine_name, global_batch, save_state, trained_state
 from .parser import given_arguments
 
 logger = logging.getLogger(__name__)
@@ -198,10 +198,12 @@ def check_same_run(checkpoint: Path, args: Any, accelerator: Accelerator) -> Non
             "optimizer in other ways: launch it as it was."
         )
     if manifest["processes"] != processes:
+        why, batch = "each of which has random states of its own", global_batch(accelerator, args)
+        if manifest["batch"] != batch:
+            why = f"which makes a global batch of {batch} instead of {manifest['batch']}"
         raise ValueError(
             f"{checkpoint} was written by {counted(manifest['processes'], 'process')} and this run has {processes}, "
-            "each of which has random states, and a part of the global batch: launch as many, or start a new run from "
-            "its adapter by --init_adapter."
+            f"{why}: launch as many, or start a new run from its adapter by --init_adapter."
         )
     changed = changed_arguments(args, manifest["arguments"])
     if refused := {name: values for name, values in changed.items() if name not in MAY_CHANGE}:

@@ -102,6 +102,11 @@ def accumulation_steps(args: Any, processes: int) -> int:
     return steps
 
 
+def global_batch(accelerator: Accelerator, args: Any) -> int:
+    """Samples of one optimizer step, over all processes and accumulated forwards."""
+    return args.train_batch_size * accelerator.gradient_accumulation_steps * accelerator.num_processes
+
+
 def check_sharded(accelerator: Accelerator, args: Any) -> None:
     """Raises ValueError for arguments that an engine of `SHARDED` would train or save otherwise."""
     stage, name = zero_stage(accelerator), SHARDED[accelerator.distributed_type][1]

@@ -32,7 +32,7 @@ from .checkpoints import (
     listed,
     read_manifest,
 )
-from .engines import engine_name, load_state, start_accelerator
+from .engines import engine_name, global_batch, load_state, start_accelerator
 from .parser import given_arguments
 from .run_folder import CONFIG, LOCK, claimed_folder
 
@@ -95,8 +95,7 @@ class Run:
     @property
     def global_batch(self) -> int:
         """Samples of one optimizer step, over all processes and accumulated forwards."""
-        engine = self.accelerator
-        return self.args.train_batch_size * engine.gradient_accumulation_steps * engine.num_processes
+        return global_batch(self.accelerator, self.args)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -217,6 +216,7 @@ class Run:
             "total_steps": self.total_steps,
             "data_start": self.data_start,
             "unlogged": self.unlogged,
+            "batch": self.global_batch,
             "processes": self.accelerator.num_processes,
             "engine": engine_name(self.accelerator),
             "arguments": given_arguments(self.args),

@@ -248,6 +248,8 @@ def test_file_of_another_base_is_refused_and_changes_nothing(row: str) -> None:
 def test_models_that_refused_every_file_take_a_whole_one(models) -> None:
     """Last, on those that all tests above have left."""
     pipe = models["pipeline"]
+    with pytest.raises(ValueError, match="metadata is for a dict of tensors"):
+        pipe.load_nara_weights(GOOD["pipeline"], metadata={})
     pipe.load_nara_weights(GOOD["pipeline"])
     _files.assert_near(_bases.sdxl_outputs(pipe)["unet"], _files.expected("pipelines")["sdxl_float32.unet"], pipe.unet)
     model = PeftModel.from_pretrained(models["peft"], GOOD["peft"]).eval()

@@ -154,6 +154,8 @@ def test_run_killed_before_its_first_checkpoint_begins_anew_and_another_number_o
     assert_same_bits(tmp_path / "run", ddp)
     with pytest.raises(SystemExit, match="by 2 processes and this run has 1, each of which has random states"):
         run("dllm.py", **{**values, "train_batch_size": 4})
+    with pytest.raises(SystemExit, match="which makes a global batch of 2 instead of 4"):
+        run("dllm.py", **values)
 
 
 @slow
