@@ -12,8 +12,6 @@ line of --output; give the same command again to go on. `report_quality.py` make
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -21,15 +19,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from benchmark_record import provenance
 from quality import results
-from quality.images.held_out import BINS, predicted
+from quality.images.held_out import BINS, LEVELS, held_out_losses
 from quality.regimes.checked import ROWS
-from quality.regimes.image_regimes import LEVELS
 from quality.regimes.runs import REGIMES, Cell, arm_arguments, build, rounded
 from quality.regimes.text.corruption import token_losses
 from quality.regimes.text.denoising import Denoising
-from quality.regimes.text.models import load, logits_of
+from quality.regimes.text.models import logits_of
 from quality.running import RESULTS
+from quality.text.runs import load
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -38,7 +37,6 @@ from nara_diffusion.check.trials import CheckTask, Loss, published
 from nara_diffusion.check.verdict import decide, differences, mean_losses
 from nara_diffusion.dllm.encoding import digit_tokens
 from nara_diffusion.dllm.masking import MaskedBatch, with_level_token
-from nara_diffusion.dreambooth.objectives import squared_errors
 from nara_diffusion.noise.denoisers import time_layers
 
 IMAGE_RATES = {"learning_rate": 1e-2, "core_learning_rate": 2.5e-3}
@@ -99,7 +97,7 @@ def losses_of(regime: Any, model: Any, args: Any) -> tuple[Loss, Loss]:
 def _image_part(regime: Any, batch: Any, unet: Any, turn: int, size: int) -> CheckLosses:
     count = max(1, len(batch.time_ids) // size)
     rows = batch.rows(slice(turn % count, None, count))
-    losses = squared_errors(predicted(unet, rows), rows.batch)
+    losses = held_out_losses(unet, rows)
     return CheckLosses(losses.mean(), losses, rows.batch.timestep / LEVELS)
 
 
@@ -129,8 +127,7 @@ def check_row(row: str, seed: int) -> dict[str, Any]:
         "seconds": round(time.perf_counter() - wall, 1),
         "core_seconds": round(time.process_time() - core, 1),
         "date": results.now(),
-        "command": shlex.join(["python", *sys.argv]),
-        **results.provenance(),
+        **provenance(),
     }
 
 
@@ -141,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the check (default: 0)")
     parser.add_argument("--output", type=Path, default=RESULTS / "check.jsonl", help="default: %(default)s")
     args = parser.parse_args(argv)
-    results.provenance()  # the commit at the start
+    provenance()  # the commit at the start
     done = {(record["row"], record["seed"]) for record in results.read(args.output)}
     for row, seed in tqdm([(r, s) for s in args.seeds for r in args.rows if (r, s) not in done], unit="row"):
         results.append(args.output, [check_row(row, seed)])

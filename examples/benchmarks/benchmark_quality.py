@@ -23,6 +23,7 @@ import sys
 from pathlib import Path
 
 import yaml
+from benchmark_record import for_terminal
 from quality.running import METHODS, SEEDS, left_of, load_suite, run_jobs
 
 
@@ -41,8 +42,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         nargs="+",
         default=[],
         metavar="NAME=VALUE",
-        help="a setting of every run: steps=400 rank=4 (text: a field of quality/text/recipe.py, or an argument of the "
-        "adapter; images: an argument of train_scripts/dreambooth_sdxl.py)",
+        help="a setting of every run: max_train_steps=400 rank=4; an argument of train_scripts/dllm.py, of images of "
+        "train_scripts/dreambooth_sdxl.py",
     )
     parser.add_argument("--output", type=Path, help="the results file (default: outputs/quality/MODALITY.jsonl)")
     parser.add_argument("--shard", default="0/1", help="do every N-th run, k/N: one process each (default: 0/1)")
@@ -68,15 +69,5 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if failures else 0
 
 
-def run(argv: list[str] | None = None) -> int | str:
-    """`main` for a terminal: what `sys.exit` takes, an error as one line."""
-    try:
-        return main(argv)
-    except ValueError as error:
-        return f"error: {error}"
-    except KeyboardInterrupt:
-        return "stopped; give the same command again to go on"
-
-
 if __name__ == "__main__":
-    sys.exit(run())
+    sys.exit(for_terminal(main))

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -54,15 +55,17 @@ def versions() -> dict[str, str | None]:
     return found
 
 
+@cache
+def provenance() -> dict[str, Any]:
+    """What is needed to repeat a run: command, hardware, versions, and the commit when this is called first."""
+    hardware = {"processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    command = shlex.join([Path(sys.executable).name, *sys.argv])
+    return {"command": command, "hardware": hardware, "versions": versions(), "commit": commit()}
+
+
 def save_record(name: str, figures: dict[str, Any], output_dir: str | Path) -> Path:
     """Write `figures` with all that is needed to repeat them to `output_dir/name.json`; return the file."""
-    record = {
-        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
-        "hardware": {"processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
-        "versions": versions(),
-        "commit": commit(),
-        **figures,
-    }
+    record = {**provenance(), **figures}
     file = Path(output_dir) / f"{name}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -103,6 +106,16 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def for_terminal(main: Callable[[], int]) -> int | str:
+    """What `sys.exit` takes of `main`, an error as one line."""
+    try:
+        return main()
+    except ValueError as error:
+        return f"error: {error}"
+    except KeyboardInterrupt:
+        return "stopped; give the same command again to go on"
 
 
 def run_command(main: Callable[..., Any]) -> None:

@@ -2,6 +2,7 @@
 
     python examples/benchmarks/benchmark_regimes.py --dry_run --output new.jsonl                    # what is left
     python examples/benchmarks/benchmark_regimes.py --regimes eps_to_v --output new.jsonl
+    python examples/benchmarks/benchmark_regimes.py --alternatives noise_offset --output new.jsonl
     python examples/benchmarks/benchmark_regimes.py --report                     # what the records say, as Markdown
 
 Regimes, on the sdxl-tiny that comes with the project:
@@ -15,6 +16,9 @@ and on uniform-tiny and llada-tiny:
     blind_open         answers that the prompt leaves open, of a model whose tokens are replaced by random ones
     blind_determined   … that the prompt determines
     seen_open, seen_determined      the same, of a model whose tokens are masked
+
+What is simpler than NaRA there has a plan of its own, docs/results/alternatives_plan.md, whose groups of arms are
+--alternatives.
 
 A regime's name stands for the cell that decides it (attention, rank 4, 200 steps); with "_reach" behind it, such as
 eps_to_v_reach, for its other cells: other ranks, more steps, all layers.
@@ -32,12 +36,15 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from benchmark_record import for_terminal
 from quality import results
-from quality.regimes.plan import NAMES, chosen, make, runs_of
+from quality.regimes import alternatives
+from quality.regimes.plan import CONFIRM_SEEDS, NAMES, chosen, make, rated, runs_of
 from quality.regimes.report import report
 from quality.regimes.runs import ARMS
+from quality.running import RESULTS
 
-RESULTS = Path(__file__).parent / "results" / "regimes.jsonl"
+GROUPS = {group.name: group for group in alternatives.GROUPS}
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -46,9 +53,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--regimes", nargs="+", default=NAMES, help=f"of {' '.join(NAMES)}")
+    own = f"in place of regimes, groups of docs/results/alternatives_plan.md: {' '.join(GROUPS)}"
+    parser.add_argument("--alternatives", nargs="+", choices=GROUPS, metavar="GROUP", help=own)
     parser.add_argument("--methods", nargs="+", choices=tuple(ARMS), help="default: all that the plan has of a regime")
     parser.add_argument("--seeds", nargs="+", type=int, help="default: those of the plan")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="the results file (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="the results file (default: the committed one)")
     parser.add_argument("--dry_run", action="store_true", help="count what is left to run, and end")
     parser.add_argument("--report", action="store_true", help="print what the confirmation seeds say, and end")
     return parser.parse_args(argv)
@@ -58,26 +67,20 @@ def main(argv: list[str] | None = None) -> int:
     """Does what the command line asks for; returns the exit status."""
     args = parse_arguments(argv)
     planned = chosen(args.regimes)
+    path = args.output or (alternatives.RECORDS if args.alternatives else RESULTS / "regimes.jsonl")
     if args.report:
-        print(report(planned, results.read(args.output)))
+        print(report(planned, results.read(path)))
         return 0
-    runs = runs_of(planned, results.read(args.output), args.methods, args.seeds)
+    arms = alternatives.rated([GROUPS[name] for name in args.alternatives]) if args.alternatives else rated(planned)
+    arms = [(cell, arm, rates) for cell, arm, rates in arms if arm in (args.methods or ARMS)]
+    seeds = alternatives.SEEDS if args.alternatives else CONFIRM_SEEDS
+    runs = runs_of(arms, results.read(path), args.seeds or seeds)
     for (regime, targets, rank, steps), count in Counter(tuple(vars(run.cell).values()) for run in runs).items():
         print(f"{count} runs of {regime}, {targets}, rank {rank}, {steps} steps")
     if not args.dry_run:
-        make(runs, args.output)
+        make(runs, path)
     return 0
 
 
-def run(argv: list[str] | None = None) -> int | str:
-    """`main` for a terminal: what `sys.exit` takes, an error as one line."""
-    try:
-        return main(argv)
-    except ValueError as error:
-        return f"error: {error}"
-    except KeyboardInterrupt:
-        return "stopped; give the same command again to go on"
-
-
 if __name__ == "__main__":
-    sys.exit(run())
+    sys.exit(for_terminal(main))

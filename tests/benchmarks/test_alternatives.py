@@ -1,4 +1,4 @@
-"""The arms of the second plan are what it says, and nothing of a fresh seed runs before it is registered."""
+"""The arms of the second plan are what it says."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from quality.images.held_out import SIZE
+from quality.images.held_out import SIZE, base, clean_bins
 from quality.regimes import runs
-from quality.regimes.alternatives import GROUPS, Arm, Group, next_run, registered_rates, untried
-from quality.regimes.alternatives_report import confirmed
-from quality.regimes.image_regimes import Batch, GainedOffset, Offset, batches, build_conversion, conversion_data
-from quality.regimes.plan import CONFIRM
+from quality.regimes.alternatives import GROUPS, Arm, Group, confirmed
+from quality.regimes.image_regimes import Conversion, conversion_pictures
+from quality.regimes.noise_offset import GainedOffset, Offset, ShiftedOffset, expected_shift
 from quality.regimes.runs import ARMS, Cell, build, trainable_parameters
-from quality.regimes.shift import ShiftedOffset, expected_shift
-from quality.regimes.text.models import Biased, load, logits_of
+from quality.regimes.text.models import Biased, logits_of
+from quality.text.runs import load
 
 from nara_diffusion.dreambooth.dataset import DreamBoothDataset, draw_noise, seeded_normal
 
@@ -39,7 +38,7 @@ def test_ranks_at_equal_parameters_are_the_smallest(regime, targets, static, ran
     nara = counted(regime, targets, 4, "nara")
     assert counted(regime, targets, rank - 1, static) < nara <= counted(regime, targets, rank, static)
     assert counted(regime, targets, knots, "nara_knots") <= counted(regime, targets, rank, static)
-    arms = {(arm.cell.rank, arm.arm) for group in GROUPS if group.regime == regime for arm in group.arms}
+    arms = {(arm.cell.rank, arm.arm) for group in GROUPS if group.regime == regime for arm in group.arms.values()}
     assert {(rank, static), (knots, "nara_knots"), (4, "nara")} <= arms
 
 
@@ -78,16 +77,16 @@ class Zero(torch.nn.Module):
 
 
 def test_offset_objective_is_that_of_noise_with_a_number_of_each_channel_and_sample():
-    args, denoiser, data = SimpleNamespace(seed=5, train_batch_size=3), Zero(), conversion_data()
+    args, denoiser = SimpleNamespace(seed=5, train_batch_size=3), Zero()
     loss = Offset().loss(denoiser, args)(2)
     noise = draw_noise(range(6, 9), denoiser.seen.shape[1:], seed=5)
     shift = seeded_normal((4, 1, 1), seed=5, stream="offset noise instance", indices=range(6, 9))
     noise = noise + 0.3 * shift
     assert loss.item() == pytest.approx(noise.square().mean().item(), rel=1e-6)
-    plain: Batch = batches(data, build_conversion("eps", data.pipe.scheduler), args)(2)
-    q = (1 - data.pipe.scheduler.alphas_cumprod[plain.corrupted.timestep]).sqrt()[:, None, None, None]
-    torch.testing.assert_close(denoiser.seen - plain.corrupted.model_input, (q * 0.3 * shift).expand_as(denoiser.seen))
-    shown = (Offset().held_out()[4].batch.target - REGIMES["eps_to_v"].load().held_out[4].noise) / 0.3  # (b, c, h, w)
+    plain = Conversion("eps").batches(args)(2).batch
+    q = (1 - base().pipe.scheduler.alphas_cumprod[plain.timestep]).sqrt()[:, None, None, None]
+    torch.testing.assert_close(denoiser.seen - plain.model_input, (q * 0.3 * shift).expand_as(denoiser.seen))
+    shown = (Offset().held_out()[4].batch.target - clean_bins("toy")[4].noise) / 0.3  # (b, c, h, w)
     torch.testing.assert_close(shown, shown[..., :1, :1].expand_as(shown), atol=1e-5, rtol=0)
     assert shown.std() == pytest.approx(1, abs=0.2)
 
@@ -95,8 +94,7 @@ def test_offset_objective_is_that_of_noise_with_a_number_of_each_channel_and_sam
 def test_gain_changes_the_mean_of_a_channel_of_its_bin_alone():
     unet = GainedOffset().backbone.adapted("full", None)
     assert trainable_parameters(unet) == 40
-    held_out = Offset().held_out()[6].rows(slice(0, 2))
-    inputs = (held_out.batch.model_input, held_out.batch.timestep, held_out.time_ids, held_out.embeddings)
+    inputs = Offset().held_out()[6].rows(slice(0, 2)).inputs
     denoiser = GainedOffset().backbone.controlled(unet, None, 0)
     before = denoiser(*inputs)
     with torch.no_grad():
@@ -107,54 +105,25 @@ def test_gain_changes_the_mean_of_a_channel_of_its_bin_alone():
     torch.testing.assert_close(denoiser(*inputs), expected)
 
 
-GRID = [{"learning_rate": rate} for rate in (0.002, 0.005, 0.01, 0.02)]
-ARM = Arm("LoRA", Cell("eps_to_v", "attention", 4, 200), "lora", GRID)
-
-
-def trial(rate, score, stage="dev", seed=100):
-    named = {"regime": "eps_to_v", "targets": "attention", "rank": 4, "steps": 200, "arm": "lora"}
-    return {**named, "stage": stage, "seed": seed, "rates": {"learning_rate": rate}, "score": score}
-
-
-def test_a_best_rate_at_an_end_is_followed_outward():
-    records = [trial(rate, score) for rate, score in [(0.002, 0.5), (0.005, 0.4), (0.01, 0.3)]]
-    assert untried(ARM, records) == [{"learning_rate": 0.02}]
-    records.append(trial(0.02, 0.2))
-    assert untried(ARM, records) == [{"learning_rate": 0.04}]
-    with pytest.raises(ValueError, match="no trial yet"):
-        registered_rates(ARM, records)
-    records.append(trial(0.04, None))  # diverged
-    assert untried(ARM, records) == []
-    assert registered_rates(ARM, records) == {"learning_rate": 0.02}
-
-
-def test_an_unregistered_group_isnt_confirmed(monkeypatch):
-    monkeypatch.setattr("quality.regimes.alternatives.registered", lambda: ["other"])  # it asks git, which a copy lacks
-    group = Group("new", "", "eps_to_v", [ARM], [])
-    with pytest.raises(ValueError, match="new: not registered"):
-        next_run([group], CONFIRM)
-
-
 def test_a_group_is_whole_with_ten_seeds_and_its_differences_are_paired():
-    other = Arm("other", Cell("eps_to_v", "all", 4, 200), "lora", GRID)
-    group = Group("new", "", "eps_to_v", [ARM, other], [("LoRA", "other")])
-    records = []
+    arms = {name: Arm(Cell("eps_to_v", name, 4, 200), "lora") for name in ("attention", "all")}
+    group, records = Group("new", "", "eps_to_v", arms, []), []
     for seed in range(300, 310):
-        one = trial(0.01, seed, CONFIRM, seed)
-        records += [one, one | {"targets": "all", "score": seed + 1 + seed % 2}]
+        one = {"regime": "eps_to_v", "rank": 4, "steps": 200, "arm": "lora", "stage": "confirm", "seed": seed}
+        records += [one | {"targets": "attention", "score": seed}, one | {"targets": "all", "score": seed + 1 + seed % 2}]
     assert not confirmed(group, records[:-1]).is_whole
     assert confirmed(group, records).is_whole
-    found = confirmed(group, records).difference("LoRA", "other")
+    found = confirmed(group, records).difference("attention", "all")
     assert found.mean == pytest.approx(-1.5)
     assert found.high - found.mean == pytest.approx(2.262157 * (10 / 9) ** 0.5 * 0.5 / 10**0.5)
 
 
 def test_shift_is_the_regression_of_the_offset_on_the_mean_and_goes_around_the_unet():
-    data, index, number = conversion_data(), 700, torch.Generator().manual_seed(0)
-    samples = DreamBoothDataset(data.instances, [SIZE], batch_size=1, seed=0).plain_samples()
-    latents = data.latents.mode(samples).double()
+    index, number = 700, torch.Generator().manual_seed(0)
+    samples = DreamBoothDataset(conversion_pictures(), [SIZE], batch_size=1, seed=0).plain_samples()
+    latents = base().latents.mode(samples).double()
     means, pixels = latents.mean((2, 3)), latents[0, 0].numel()
-    alpha = data.pipe.scheduler.alphas_cumprod[index].double()
+    alpha = base().pipe.scheduler.alphas_cumprod[index].double()
     p, q = alpha.sqrt(), (1 - alpha).sqrt()
     drawn = means[torch.randint(len(means), (400_000,), generator=number)]
     offset, noise = (torch.randn(drawn.shape, generator=number, dtype=torch.float64) for _ in range(2))
@@ -165,8 +134,7 @@ def test_shift_is_the_regression_of_the_offset_on_the_mean_and_goes_around_the_u
     expected = torch.cat([x.double().mean((2, 3)), torch.ones(3, 1)], 1) @ wanted
     torch.testing.assert_close(m[..., 0, 0].double(), expected, atol=0.02 * float(expected.abs().max()), rtol=0)
     assert own_q.flatten().tolist() == pytest.approx([q.item()] * 3)
-    held_out = Offset().held_out()[7].rows(slice(0, 2))
-    inputs = (held_out.batch.model_input, held_out.batch.timestep, held_out.time_ids, held_out.embeddings)
+    inputs = Offset().held_out()[7].rows(slice(0, 2)).inputs
     backbones = (ShiftedOffset().backbone, REGIMES["eps_to_v"].backbone)
     shifted, plain = (each.controlled(each.adapted("base", None), None, 0) for each in backbones)
     m, q = expected_shift(*inputs[:2])

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 
-import benchmark_alternatives
 import benchmark_decoding
 import benchmark_quality
 import benchmark_regimes
 import benchmark_speed
 import measure_house
 import pytest
+from benchmark_record import for_terminal
 from quality import results
-from quality.regimes import alternatives
-from quality.regimes.alternatives import Arm, Group
 from quality.regimes.runs import FURTHER, REGIMES, Cell, Run, record_of
 
 pytestmark = pytest.mark.slow
@@ -34,7 +32,7 @@ def test_benchmark_writes_a_record(benchmark, tmp_path):
 @pytest.mark.parametrize(
     ("modality", "domain", "settings"),
     [
-        ("text", "code", ["steps=2", "batch_size=4", "sizes={train: 40, tuning: 10, validation: 15, test: 4}"]),
+        ("text", "code", ["max_train_steps=2", "train_batch_size=4", "sizes={train: 40, tuning: 10, validation: 15, test: 4}"]),
         ("images", "toy", ["max_train_steps=2", "num_validation_images=1", "num_inference_steps=2"]),
     ],
 )
@@ -64,26 +62,19 @@ def test_each_regime_trains_a_step_and_is_measured(regime):
     assert len(record["losses"]) == 10
 
 
-def test_benchmark_regimes_counts_what_is_left(tmp_path, capsys):
-    assert benchmark_regimes.run(["--dry_run", "--regimes", "eps_to_v", "--output", str(tmp_path / "none.jsonl")]) == 0
-    assert "120 runs of eps_to_v, attention, rank 4, 200 steps" in capsys.readouterr().out
-
-
-def test_benchmark_alternatives_runs_what_is_missing_once(tmp_path, monkeypatch):
-    token = Arm("token", Cell("blind_open_told", "attention", 4, 1), "lora", [{"learning_rate": 0.01}])
-    monkeypatch.setattr(alternatives, "GROUPS", [Group("new", "", "blind_open", [token], [])])
-    monkeypatch.setattr(alternatives, "RECORDS", tmp_path / "records.jsonl")
-    monkeypatch.setattr(alternatives, "development", lambda: results.read(tmp_path / "records.jsonl"))
-    monkeypatch.setattr(alternatives, "registered", lambda: ["new"])
-    monkeypatch.setattr(alternatives, "SEEDS", (3, 4))
-    monkeypatch.setattr(alternatives, "untried", lambda arm, known: [] if known else arm.grid)
-    for stage in ("dev", "confirm", "confirm"):
-        assert benchmark_alternatives.main(["--stage", stage, "--groups", "new"]) == 0
-    made = results.read(tmp_path / "records.jsonl")
-    assert [(record["stage"], record["seed"]) for record in made] == [("dev", 100), ("confirm", 3), ("confirm", 4)]
-    assert {record["trainable_parameters"] for record in made} == {16384}
-    monkeypatch.setattr(alternatives, "registered", lambda: ["none"])
-    assert "not registered" in str(benchmark_alternatives.main(["--stage", "confirm"]))
+def test_benchmark_regimes_counts_what_is_left_and_makes_it_once(tmp_path, capsys):
+    path = tmp_path / "records.jsonl"
+    of_regime = ["--regimes", "eps_to_v", "--output", str(path)]
+    for seed in ("0", "0", "1"):
+        assert benchmark_regimes.main([*of_regime, "--methods", "base", "--seeds", seed]) == 0
+    assert [(record["arm"], record["seed"]) for record in results.read(path)] == [("base", 0), ("base", 1)]
+    capsys.readouterr()
+    benchmark_regimes.main([*of_regime, "--dry_run"])
+    benchmark_regimes.main(["--alternatives", "blind_determined_all", "--output", str(path), "--dry_run"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "120 runs of eps_to_v, attention, rank 4, 200 steps"
+    assert sum(int(line.split()[0]) for line in lines[1:]) == 50
+    assert "more" in str(for_terminal(lambda: benchmark_regimes.main(["--regimes", "one_image"])))
 
 
 def test_measure_house_counts_the_library(tmp_path):

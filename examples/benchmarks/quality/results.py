@@ -11,12 +11,8 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
-from functools import cache
 from pathlib import Path
 from typing import Any
-
-import torch
-from benchmark_record import commit, processor, versions
 
 MADE_WITH = "made_with"
 SHARED = ("command", "commit", "versions", "hardware", "stage", "regime", "targets", "rank", "steps")
@@ -100,13 +96,6 @@ def _whole_lines(file: Any) -> bytes:
     file.truncate(len(whole))
     file.seek(0, os.SEEK_END)
     return whole
-
-
-@cache
-def provenance() -> dict[str, Any]:
-    """What is needed to repeat a run: commit, versions, hardware."""
-    hardware = {"processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
-    return {"commit": commit(), "versions": versions(), "hardware": hardware}
 
 
 def now() -> str:

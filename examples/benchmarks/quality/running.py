@@ -8,20 +8,32 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from benchmark_record import provenance
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from nara_diffusion.training.adapters import CORE_FIELDS
+from nara_diffusion.training.optimization import build_optimizer, build_scheduler
+from nara_diffusion.training.parser import gathered
 from quality import results
+from quality.wrong_noise import EVALUATED, GRID, while_evaluating
 
 logger = logging.getLogger(__name__)
 Settings = Mapping[str, Any]
 
 RESULTS = Path(__file__).parents[1] / "results"
+ASSETS = Path(__file__).parents[2] / "assets"
+MAKERS = ASSETS / "makers"
+"""Scripts beside each other, no package: who imports one puts this on the path."""
+BASE = "base"
+"""The backbone as it is."""
 SEEDS = (0, 1, 2, 3, 4)
 METHODS = ("full", "lora", "dora", "nara", "nara_dora", "nara_knots", "nara_c", "multi_lora", "tlora")
 CONTROLS = ("constant", "shuffled")
@@ -130,7 +142,88 @@ def run_jobs(suite: Suite, jobs: Sequence[Job], path: Path) -> list[str]:
                 failures.append(f"{job.title}: {error}")
                 logger.warning(failures[-1])
                 continue
-            common = {**results.provenance(), "date": results.now(), "job": job.key}
+            common = {**provenance(), "date": results.now(), "job": job.key}
             last = len(records) - 1
             results.append(path, [{**each, **common, "last": index == last} for index, each in enumerate(records)])
     return failures
+
+
+# ---------------------------------------------------------------------- one run
+
+Arguments = TypeVar("Arguments")
+_ADAPTER = CORE_FIELDS - {"core_type"} | {"use_dora", "use_rslora"}
+
+
+def arguments_of(cls: type[Arguments], values: Settings) -> Arguments:
+    """An instance of the dataclass `cls`, a train script's, from flat names: rarer ones go through `adapter_options`.
+
+    Raises:
+        ValueError: a name that is no argument, or a value that it refuses.
+    """
+    own = {name: value for name, value in values.items() if name not in _ADAPTER}
+    core = {name: value for name, value in values.items() if name in _ADAPTER}
+    given = gathered(cls, own | ({"adapter_options": core} if core else {}))
+    unknown = sorted(given.keys() - cls.__dataclass_fields__.keys())  # type: ignore[attr-defined]
+    if unknown:
+        raise ValueError(f"{', '.join(unknown)} is no argument of {cls.__name__}.")
+    return cls(**given)
+
+
+def optimize(model: nn.Module, compute_loss: Callable[[int], Tensor], args: Any) -> None:
+    """`args.max_train_steps` steps down `compute_loss(number of the step)`, over what in `model` is trainable.
+
+    Raises:
+        ArithmeticError: the loss is no longer finite.
+    """
+    model.train()
+    optimizer = build_optimizer(model, args, fused=True)
+    schedule = build_scheduler(optimizer, args, args.max_train_steps)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for number in range(args.max_train_steps):
+        loss = compute_loss(number)
+        if not loss.isfinite():
+            raise ArithmeticError(f"the loss became {loss.item()} in step {number + 1}: lower the learning rate.")
+        loss.backward()
+        if args.max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    model.eval()
+
+
+def records_of(
+    job: Job,
+    args: Any,
+    settings: Settings,
+    model: nn.Module,
+    measure: Callable[[], Settings],
+    started: float,
+    grid: Tensor = GRID,
+) -> list[dict[str, Any]]:
+    """Of a trained model: as it is, and under each control that needs no training of its own.
+
+    Args:
+        args: of its training; `settings`, what a record keeps of them beside what it names itself.
+        measure: its figures.
+        started: when the run began, by `time.perf_counter`.
+        grid: λ (n,) over which the mean of C(λ) is taken.
+    """
+    is_trained = job.method != BASE
+    named = ("rank", "max_train_steps", "learning_rate", "core_learning_rate")
+    common = {
+        **{name: getattr(job, name) for name in ("suite", "stage", "backbone", "domain", "method", "seed")},
+        "learning_rate": args.learning_rate if is_trained else None,
+        "core_learning_rate": args.core_learning_rate if job.method.startswith("nara") else None,
+        "rank": None if job.method in (BASE, "full") else args.rank,
+        "steps": args.max_train_steps if is_trained else 0,
+        "settings": {name: value for name, value in settings.items() if is_trained and name not in named},
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+    }
+    records = []
+    for control in (job.control, *(EVALUATED if is_noise_aware(job.method) and job.control is None else ())):
+        with while_evaluating(model, control, grid):
+            figures = measure()
+        seconds = round(time.perf_counter() - started, 2)  # with the records before it
+        records.append({**common, "control": control, **figures, "seconds": seconds})
+    return records

@@ -38,7 +38,7 @@ def cores_of(model: nn.Module) -> list[Core]:
 
 @contextmanager
 def changed_noise(model: nn.Module, change: Change) -> Iterator[None]:
-    """Inside, the cores of `model` read `change(λ)`: see `constant_noise`, `reversed_noise`."""
+    """Inside, the cores of `model` read `change(λ)`: see `constant_noise`."""
 
     def replace(core: nn.Module, levels: tuple[Tensor]) -> tuple[Tensor]:
         return (change(levels[0]),)
@@ -75,11 +75,6 @@ def constant_noise(level: Tensor) -> Tensor:
     return torch.full_like(level, 0.5)
 
 
-def reversed_noise(level: Tensor) -> Tensor:
-    """1 − λ."""
-    return 1 - level
-
-
 def exchanged_noise(generator: torch.Generator) -> Change:
     """Each sample has the λ of another one than itself, by a random cycle through the batch for each core's call."""
 
@@ -92,9 +87,15 @@ def exchanged_noise(generator: torch.Generator) -> Change:
     return change
 
 
+def training_change(control: str | None, seed: int) -> Change | None:
+    """What cores read in a training of language models under a control; None where they read the true λ."""
+    changes = {"constant": constant_noise, "shuffled": exchanged_noise(torch.Generator().manual_seed(seed))}
+    return None if control is None else changes[control]
+
+
 def while_evaluating(model: nn.Module, control: str | None, grid: Tensor = GRID) -> AbstractContextManager[None]:
     """Inside, the cores of `model` are what a control makes of them in evaluation; of "shuffled", as they are."""
-    changes = {"constant": constant_noise, "reversed": reversed_noise}
+    changes: dict[str | None, Change] = {"constant": constant_noise, "reversed": lambda level: 1 - level}
     if control == "mean_core":
         return mean_core(model, grid)
     return changed_noise(model, changes[control]) if control in changes else nullcontext()

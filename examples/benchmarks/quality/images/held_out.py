@@ -9,10 +9,11 @@ bins have most of them.
 from __future__ import annotations
 
 import io
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import torch
 from PIL.Image import Image
@@ -20,18 +21,41 @@ from torch import Tensor
 
 from nara_diffusion.dreambooth.dataset import DreamBoothDataset, numpy_generator, seeded_normal
 from nara_diffusion.dreambooth.families import SDXL
-from nara_diffusion.dreambooth.image_records import ImageRecord, make_records
-from nara_diffusion.dreambooth.objectives import Corrupted, Objective, build_objective, squared_errors
+from nara_diffusion.dreambooth.image_records import ImageRecord, make_records, records_from_folder
+from nara_diffusion.dreambooth.objectives import Corrupted, Objective, squared_errors
+from nara_diffusion.dreambooth.pipelines import load_pipeline
 from nara_diffusion.dreambooth.training_step import LatentCache, PromptCache
-from quality.images import drawn
+from quality.running import ASSETS, MAKERS
 
-# ---------------------------------------------------------------------- subjects
+sys.path.append(str(MAKERS))
+
+from make_subject import in_places, in_poses
+from tiny_drawings.places import PLACES
+from tiny_drawings.subjects import SUBJECTS as DRAWN
+
+# ---------------------------------------------------------------------- base and subjects
 
 BACKBONE = "sdxl-tiny"
 SUBJECTS = {"toy": "subject", "car": "subject-car", "cup": "subject-cup", "house": "subject-house"}
 """{name, which is that of its kind: folder of its five pictures}."""
 IDENTIFIER = "sks"
 SIZE = (64, 64)
+LEVELS = 1000
+"""N of the base's schedule."""
+
+
+class Base(NamedTuple):
+    """The base model, in float32, never changed, and its caches."""
+
+    pipe: Any
+    latents: LatentCache
+    prompts: PromptCache
+
+
+@cache
+def base() -> Base:
+    pipe = load_pipeline(str(ASSETS / BACKBONE), dtype=torch.float32)
+    return Base(pipe, LatentCache(pipe.vae), PromptCache(pipe))
 
 
 def instance_prompt(subject: str) -> str:
@@ -44,6 +68,13 @@ def check_subject(subject: str) -> None:
         raise ValueError(f"subject is {subject!r}, expected one of {', '.join(SUBJECTS)}.")
 
 
+@cache
+def pictures_of(subject: str) -> list[ImageRecord]:
+    """The five that DreamBooth has of a subject."""
+    check_subject(subject)
+    return records_from_folder(ASSETS / SUBJECTS[subject], prompt=instance_prompt(subject), progress=False)
+
+
 # ---------------------------------------------------------------------- held out
 
 BINS = 10
@@ -52,36 +83,37 @@ EACH_PLACE = (4, 4, 4, 2, 2, 2, 1, 1, 1, 1)
 
 
 @dataclass(frozen=True)
-class HeldOut:
-    """A forward of the validation loss: the pictures of a bin at timesteps of that bin, on fixed noise.
+class Shown:
+    """What a denoiser is shown at once, such as the pictures of a bin at timesteps of that bin, on fixed noise.
 
     Attributes:
         batch: of b samples.
+        indices: (b,), noise levels of [0, N).
         time_ids: (b, 6).
         embeddings: (b, l, d) and (b, p).
     """
 
     batch: Corrupted
+    indices: Tensor
     time_ids: Tensor
     embeddings: tuple[Tensor, Tensor]
 
-    def rows(self, chosen: slice) -> HeldOut:
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """Of a denoiser: x_λ (b, c, h, w), timesteps (b,), and what goes with them."""
+        return self.batch.model_input, self.batch.timestep, self.time_ids, self.embeddings
+
+    def rows(self, chosen: slice) -> Shown:
         """Some of its pictures."""
         batch = Corrupted(**{name: tensor[chosen] for name, tensor in vars(self.batch).items()})
         hidden, pooled = self.embeddings
-        return HeldOut(batch, self.time_ids[chosen], (hidden[chosen], pooled[chosen]))
-
-
-def held_out_losses(unet: Any, held_out: HeldOut) -> list[float]:
-    """The mean squared error of each picture."""
-    return squared_errors(predicted(unet, held_out), held_out.batch).tolist()
+        return Shown(batch, self.indices[chosen], self.time_ids[chosen], (hidden[chosen], pooled[chosen]))
 
 
 @torch.no_grad()
-def predicted(unet: Any, held_out: HeldOut) -> Tensor:
-    """What `unet` says of each picture, (b, c, h, w)."""
-    batch = held_out.batch
-    return SDXL.predict(unet, batch.model_input, batch.timestep, held_out.time_ids, held_out.embeddings)
+def held_out_losses(unet: Any, held_out: Shown) -> Tensor:
+    """The mean squared error (b,) of each picture, of `unet` with whatever adapter and λ it has now."""
+    return squared_errors(SDXL.predict(unet, *held_out.inputs), held_out.batch)
 
 
 @dataclass(frozen=True)
@@ -90,8 +122,7 @@ class CleanBin:
 
     Attributes:
         clean, noise: (b, c, h, w).
-        indices: (b,), noise levels of [0, N), spread over the bin.
-        time_ids, embeddings: as `HeldOut` has them.
+        indices, time_ids, embeddings: as `Shown` has them; noise levels are spread over the bin.
     """
 
     clean: Tensor
@@ -100,39 +131,38 @@ class CleanBin:
     time_ids: Tensor
     embeddings: tuple[Tensor, Tensor]
 
-    def corrupted(self, objective: Objective) -> HeldOut:
+    def corrupted(self, objective: Objective) -> Shown:
         """As `objective` shows them to a denoiser."""
         batch = objective.corrupt(self.clean, self.noise, self.indices)
-        return HeldOut(batch, self.time_ids, self.embeddings)
+        return Shown(batch, self.indices, self.time_ids, self.embeddings)
 
 
-def held_out_bin(pipe: Any, latents: LatentCache, prompts: PromptCache, subject: str, index: int) -> HeldOut:
-    """The pictures of a bin under the objective that the scheduler of `pipe` has."""
-    objective = build_objective(pipe.scheduler)
-    return clean_bin(latents, prompts, subject, index, objective.levels).corrupted(objective)
+@cache
+def clean_bins(subject: str) -> list[CleanBin]:
+    """One a bin of λ."""
+    return [_clean_bin(subject, index) for index in range(BINS)]
 
 
-def clean_bin(latents: LatentCache, prompts: PromptCache, subject: str, index: int, levels: int) -> CleanBin:
-    """The pictures of a bin of [0, `levels`)."""
+def _clean_bin(subject: str, index: int) -> CleanBin:
     first = sum(EACH_PLACE[:index])
-    numbers, count = range(first, first + EACH_PLACE[index]), len(drawn.PLACES)
-    places = drawn.in_places(drawn.SUBJECTS[subject], numbers)
-    poses = drawn.in_poses(drawn.SUBJECTS[subject], range(count * numbers.start, count * numbers.stop))
+    numbers, count = range(first, first + EACH_PLACE[index]), len(PLACES)
+    places = in_places(DRAWN[subject], numbers)
+    poses = in_poses(DRAWN[subject], range(count * numbers.start, count * numbers.stop))
     samples = DreamBoothDataset(records_of([*poses, *places]), [SIZE], batch_size=1, seed=0).plain_samples()
-    clean = latents.mode(samples)  # (b, c, h, w)
+    clean = base().latents.mode(samples)  # (b, c, h, w)
     noise = seeded_normal(clean.shape[1:], seed=0, stream=f"held-out noise {index}", indices=range(len(samples)))
     return CleanBin(
         clean,
         noise,
-        torch.tensor(bin_timesteps(index, len(samples), levels)),
+        torch.tensor(bin_timesteps(index, len(samples))),
         torch.tensor([sample.time_ids for sample in samples], dtype=torch.float32),
-        prompts.get([sample.prompt for sample in samples]),
+        base().prompts.get([sample.prompt for sample in samples]),
     )
 
 
 def places_of(subject: str) -> dict[str, Image]:
     """{caption: the subject drawn in that place}, of each place that the backbone's data has."""
-    return dict(drawn.in_places(drawn.SUBJECTS[subject], range(1)))
+    return dict(in_places(DRAWN[subject], range(1)))
 
 
 def bin_centres() -> list[float]:
@@ -140,10 +170,10 @@ def bin_centres() -> list[float]:
     return [(index + 0.5) / BINS for index in range(BINS)]
 
 
-def bin_timesteps(index: int, count: int, levels: int) -> list[int]:
-    """`count` timesteps of [0, `levels`), equally spaced over the bin, in an order that is always the same."""
+def bin_timesteps(index: int, count: int) -> list[int]:
+    """`count` timesteps of [0, N), equally spaced over the bin, in an order that is always the same."""
     order = numpy_generator(0, "held-out timesteps", index).permutation(count)
-    return [int((index + (place + 0.5) / count) * levels / BINS) for place in order]
+    return [int((index + (place + 0.5) / count) * LEVELS / BINS) for place in order]
 
 
 def records_of(pictures: Sequence[tuple[str, Image]]) -> list[ImageRecord]:

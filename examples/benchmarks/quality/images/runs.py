@@ -1,96 +1,85 @@
-"""One run of the image benchmark: a subject, a method, a seed → its records."""
+"""One run of the image benchmark: a subject, a method, a seed → its records.
+
+Order, noise and timesteps are functions of the seed, not of the method.
+"""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from quality.images.held_out import BACKBONE, bin_centres
-from quality.images.settings import BASE, NOISE_AWARE, adapted, arguments, settings
-from quality.images.task import ImageTask, binned_losses, judged_samples, load_task
-from quality.images.training import train
-from quality.running import Job, Settings, Suite
-from quality.wrong_noise import EVALUATED, while_evaluating
-
-
-def image_records(
-    subject: str,
-    method: str,
-    seed: int,
-    *,
-    control: str | None = None,
-    progress: bool = True,
-    **overrides: Any,
-) -> list[dict[str, Any]]:
-    """Trains once, and measures: as it is, and under each control that needs no training of its own.
-
-    Args:
-        subject: "toy", "car", "cup" or "house".
-        method: a value of the train scripts' --adapter that a UNet can have, or "base", the backbone as it is.
-        seed: of initialisation, order, timesteps, noise and samples.
-        control: None, "constant" or "shuffled": the λ that training sees.
-        overrides: arguments of train_scripts/dreambooth_sdxl.py.
-
-    Raises:
-        ValueError: an unknown subject, method or argument.
-        ArithmeticError: training diverged.
-    """
-    args = arguments(subject, method, seed, overrides)
-    started = time.perf_counter()
-    task = load_task(subject)
-    torch.manual_seed(seed)
-    unet = adapted(task.pipe, method, args)
-    if method != BASE:
-        train(task, unet, args, control, progress)
-    common = description(subject, method, seed, args, overrides)
-    common["trainable_parameters"] = sum(p.numel() for p in unet.parameters() if p.requires_grad)
-    evaluated = EVALUATED if method in NOISE_AWARE and control is None else ()
-    records = []
-    for name in (control, *evaluated):
-        with while_evaluating(unet, name):
-            figures = _measure(task, unet, args)
-        seconds = round(time.perf_counter() - started, 2)  # with the records before it
-        records.append({**common, "control": name, **figures, "seconds": seconds})
-    return records
+from nara_diffusion.dreambooth import collate_samples
+from nara_diffusion.dreambooth.dataset import DreamBoothDataset
+from nara_diffusion.dreambooth.objectives import build_objective
+from nara_diffusion.dreambooth.training_step import TrainingStep
+from quality.images.held_out import (
+    BACKBONE,
+    SIZE,
+    Shown,
+    base,
+    bin_centres,
+    clean_bins,
+    held_out_losses,
+    pictures_of,
+)
+from quality.images.samples import judged_samples
+from quality.images.training import DEFAULTS, ControlledDenoiser, adapted, arguments, shuffled_noise_levels
+from quality.running import BASE, Job, Settings, Suite, optimize, records_of
 
 
-def description(subject: str, method: str, seed: int, args: Any, overrides: dict[str, Any]) -> dict[str, Any]:
-    """What a record says of a run before it began."""
-    is_trained = method != BASE
-    return {
-        "suite": "images",
-        "stage": "main",
-        "backbone": BACKBONE,
-        "domain": subject,
-        "method": method,
-        "seed": seed,
-        "learning_rate": args.learning_rate if is_trained else None,
-        "core_learning_rate": args.core_learning_rate if method.startswith("nara") else None,
-        "rank": None if method in (BASE, "full") else args.rank,
-        "steps": args.max_train_steps if is_trained else 0,
-        "settings": settings(overrides) if is_trained else {},
-    }
+def loss_of(subject: str, denoiser: ControlledDenoiser, args: Any) -> Callable[[int], Tensor]:
+    """The loss of step `number`: data, timesteps and noise follow from the seed and the number alone."""
+    size = args.train_batch_size
+    dataset = DreamBoothDataset(pictures_of(subject), [SIZE], batch_size=size, seed=args.seed, flip=args.random_flip)
+    step = TrainingStep(
+        model=denoiser,
+        objective=build_objective(base().pipe.scheduler, snr_gamma=args.snr_gamma),
+        latents=base().latents,
+        prompts=base().prompts,
+        device=torch.device("cpu"),
+        seed=args.seed,
+        group_size=size,
+        stratified=args.stratified_timesteps,
+        noise_offset=args.noise_offset,
+    )
+
+    def loss(number: int) -> Tensor:
+        positions = range(number * size, (number + 1) * size)
+        denoiser.shuffled = shuffled_noise_levels(positions, args.seed, step.objective.levels, size)
+        return step(collate_samples([dataset[position] for position in positions])).loss
+
+    return loss
 
 
-def _measure(task: ImageTask, unet: Any, args: Any) -> dict[str, Any]:
-    losses = binned_losses(task, unet)
-    figures: dict[str, Any] = {
-        "noise_levels": bin_centres(),
-        "losses": losses,
-        "validation_loss": sum(losses) / len(losses),
-    }
-    samples = judged_samples(task, unet, args)
-    names = ("similarity", "text_alignment", "place_similarity")
-    figures |= {name: getattr(samples, name) for name in names}
-    return figures | {"n": len(samples.images)}
+@cache
+def held_out(subject: str) -> list[Shown]:
+    """One batch a bin of λ, as the base's own objective shows them."""
+    objective = build_objective(base().pipe.scheduler)
+    return [each.corrupted(objective) for each in clean_bins(subject)]
+
+
+def _measure(subject: str, unet: Any, args: Any) -> dict[str, Any]:
+    losses = [held_out_losses(unet, each).mean().item() for each in held_out(subject)]
+    figures = {"noise_levels": bin_centres(), "losses": losses, "validation_loss": sum(losses) / len(losses)}
+    return figures | judged_samples(subject, unet, args)
 
 
 def run(job: Job, settings: Settings) -> list[dict[str, Any]]:
-    """The records of `job`, whose backbone is the only one that there is."""
-    options = {"control": job.control, "progress": False}
-    return image_records(job.domain, job.method, job.seed, **options, **settings)
+    """The records of `job`, whose backbone is the only one that there is; `settings` are the script's arguments."""
+    args = arguments(job.domain, job.method, job.seed, settings)
+    started = time.perf_counter()
+    torch.manual_seed(job.seed)
+    unet = adapted(job.method, args)
+    if job.method != BASE:
+        denoiser = ControlledDenoiser(unet, job.control)
+        optimize(denoiser, loss_of(job.domain, denoiser, args), args)
+    measure = partial(_measure, job.domain, unet, args)
+    return records_of(job, args, {**DEFAULTS, **settings}, unet, measure, started)
 
 
 SUITE = Suite("images", (BACKBONE,), ("toy", "car", "cup"), run)

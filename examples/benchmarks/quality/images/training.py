@@ -1,24 +1,69 @@
-"""Trains a copy of the UNet on one subject: order, noise and timesteps are functions of the seed, not of the method."""
+"""What an image run trains, by the arguments of train_scripts/dreambooth_sdxl.py: the UNet of a method, told a λ."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from peft import inject_adapter_in_model
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from nara_diffusion import noise_level
-from nara_diffusion.dreambooth import collate_samples
-from nara_diffusion.dreambooth.dataset import DreamBoothDataset, draw_indices
+from nara_diffusion.dreambooth.dataset import draw_indices
 from nara_diffusion.dreambooth.families import SDXL
-from nara_diffusion.dreambooth.objectives import build_objective
-from nara_diffusion.dreambooth.training_step import TrainingStep
-from nara_diffusion.training.optimization import build_optimizer, build_scheduler
-from quality.images.held_out import SIZE
-from quality.images.task import ImageTask
+from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
+from nara_diffusion.training.adapters import adapter_config, check_target_modules
+from quality.images.held_out import BACKBONE, SIZE, SUBJECTS, base, check_subject, instance_prompt
+from quality.running import ASSETS, BASE, RANK, Settings, arguments_of
 from quality.wrong_noise import while_evaluating
+
+DEFAULTS: dict[str, Any] = {
+    "resolution": SIZE[0],
+    "rank": RANK,
+    "train_batch_size": 5,
+    "max_train_steps": 120,
+    "learning_rate": 2e-3,
+    "core_learning_rate": 1e-3,
+    "lr_scheduler": "cosine",
+    "lr_warmup_steps": 0.05,
+    "stratified_timesteps": True,
+    "num_inference_steps": 12,
+    "guidance_scale": 2.5,
+    "num_validation_images": 3,
+    "sample_batch_size": 16,
+}
+
+
+def arguments(subject: str, method: str, seed: int, overrides: Settings) -> DreamBoothArguments:
+    """Those of one run; overrides win over the defaults.
+
+    Raises:
+        ValueError: an unknown subject, an override that is no argument of the script, or whose value it refuses.
+    """
+    check_subject(subject)
+    data = {"instance_data_dir": str(ASSETS / SUBJECTS[subject]), "instance_prompt": instance_prompt(subject)}
+    adapter = {} if method in (BASE, "full") else {"adapter": method}
+    model = {"pretrained_model_name_or_path": str(ASSETS / BACKBONE)}
+    values = {**DEFAULTS, **model, **data, **overrides, **adapter, "seed": seed}
+    return arguments_of(DreamBoothArguments, values)
+
+
+def adapted(method: str, args: Any) -> Any:
+    """A copy of the base's UNet, in which what `method` trains requires a gradient, and nothing else.
+
+    Raises:
+        ValueError: a name in `target_modules` matches nothing, or a module that the method can't adapt.
+    """
+    unet = copy.deepcopy(base().pipe.unet)
+    if method == BASE:
+        return unet
+    if method == "full":
+        return unet.requires_grad_(True)
+    config: Any = adapter_config(args, noise_convention="timestep")
+    check_target_modules(unet, config.target_modules)
+    return inject_adapter_in_model(config, unet)
 
 
 def shuffled_noise_levels(positions: Sequence[int], seed: int, levels: int, group_size: int) -> Tensor:
@@ -42,59 +87,3 @@ class ControlledDenoiser(nn.Module):
         shuffled = self.control == "shuffled"
         with noise_level(self.unet, self.shuffled) if shuffled else while_evaluating(self.unet, self.control):
             return SDXL.predict(self.unet, sample, timestep, time_ids, embeddings)
-
-
-def train(task: ImageTask, unet: Any, args: Any, control: str | None, progress: bool = True) -> None:
-    """Trains what in `unet` requires a gradient.
-
-    Raises:
-        ArithmeticError: the loss is no longer finite.
-    """
-    denoiser = ControlledDenoiser(unet, control).train()
-    optimize(denoiser, _loss_of(task, denoiser, args), args, progress)
-    unet.eval()
-
-
-def optimize(denoiser: nn.Module, compute_loss: Callable[[int], Tensor], args: Any, progress: bool = False) -> None:
-    """`args.max_train_steps` steps down `compute_loss(number of the step)`, over what in `denoiser` is trainable.
-
-    Raises:
-        ArithmeticError: the loss is no longer finite.
-    """
-    optimizer = build_optimizer(denoiser, args, fused=True)
-    schedule = build_scheduler(optimizer, args, args.max_train_steps)
-    parameters = [p for p in denoiser.parameters() if p.requires_grad]
-    for number in tqdm(range(args.max_train_steps), desc="train", unit="step", leave=False, disable=not progress):
-        loss = compute_loss(number)
-        if not loss.isfinite():
-            raise ArithmeticError(f"the loss became {loss.item()} in step {number + 1}: lower the learning rate.")
-        loss.backward()
-        if args.max_grad_norm is not None:
-            nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-
-
-def _loss_of(task: ImageTask, denoiser: ControlledDenoiser, args: Any) -> Callable[[int], Tensor]:
-    """The loss of step `number`: data, timesteps and noise follow from the seed and the number alone."""
-    size = args.train_batch_size
-    dataset = DreamBoothDataset(task.instances, [SIZE], batch_size=size, seed=args.seed, flip=args.random_flip)
-    step = TrainingStep(
-        model=denoiser,
-        objective=build_objective(task.pipe.scheduler, snr_gamma=args.snr_gamma),
-        latents=task.latents,
-        prompts=task.prompts,
-        device=torch.device("cpu"),
-        seed=args.seed,
-        group_size=size,
-        stratified=args.stratified_timesteps,
-        noise_offset=args.noise_offset,
-    )
-
-    def loss(number: int) -> Tensor:
-        positions = range(number * size, (number + 1) * size)
-        denoiser.shuffled = shuffled_noise_levels(positions, args.seed, step.objective.levels, size)
-        return step(collate_samples([dataset[position] for position in positions])).loss
-
-    return loss

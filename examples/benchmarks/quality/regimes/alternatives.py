@@ -1,29 +1,31 @@
-"""The alternatives to NaRA, as arms: what docs/results/alternatives_plan.md fixes before fresh seeds run.
+"""The alternatives to NaRA, as arms: what docs/results/alternatives_plan.md fixed before fresh seeds ran.
 
-Every arm tries equally many rates on a development seed; the best, by its score there, is confirmed on ten fresh seeds.
-Where the best rate of an arm without a core is the first or last that was tried, the next one outward is tried too.
+Every arm tried equally many rates on a development seed; the best, by its score there, was confirmed on fresh seeds.
+A difference is taken within a seed, whose arms meet the same data and noise; ± is half of a 95 % interval of Student's
+t over the seeds. Of what isn't trained there is one figure for all seeds.
 """
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from quality import results
-from quality.regimes.plan import CONFIRM, Record, cell_of, key_of, rates_of
-from quality.regimes.runs import Cell, Run
+from quality.regimes.plan import CONFIRM, Rated, Record, cell_of, key_of, rates_of
+from quality.regimes.report import DIGITS, Confirmed
+from quality.regimes.runs import Cell
+from quality.report.data import NOTHING, change, rounded_mean, spread, table
+from quality.results import read
 from quality.running import RESULTS
 
 DEV, DEV_SEED = "dev", 100
 SEEDS = tuple(range(300, 310))
-PAGE = "docs/results/alternatives_plan.md"
 RECORDS = RESULTS / "alternatives.jsonl"
+FIRST = "as in the first plan"
 
 # ---------------------------------------------------------------------- arms
 
@@ -33,12 +35,10 @@ Rates = Mapping[str, float]
 @dataclass(frozen=True)
 class Arm:
     """Attributes:
-    title: in tables, unique in its group.
     cell, arm: as regimes train them.
     grid: the rates that are tried; none of an arm that keeps those of the first plan.
     """
 
-    title: str
     cell: Cell
     arm: str
     grid: Sequence[Rates] = ()
@@ -51,7 +51,7 @@ class Group:
     Attributes:
         name, about: of the plan's table.
         regime: whose held-out set is the measure.
-        arms: what is trained.
+        arms: what is trained, by its title in tables.
         pairs: of titles; the differences that are looked at, the first less the second.
         front: those of them that the first table of docs/results/alternatives.md shows.
     """
@@ -59,7 +59,7 @@ class Group:
     name: str
     about: str
     regime: str
-    arms: Sequence[Arm]
+    arms: Mapping[str, Arm]
     pairs: Sequence[tuple[str, str]]
     front: Sequence[tuple[str, str]] = ()
 
@@ -71,12 +71,12 @@ def _groups() -> tuple[Group, ...]:
         for name, grid in planned["grids"].items()
     }
 
-    def arm(title: str, fields: Sequence[Any]) -> Arm:
+    def arm(fields: Sequence[Any]) -> Arm:
         *cell, trained, grid = fields if len(fields) == 6 else (*fields, None)
-        return Arm(title, Cell(*cell), trained, grids.get(grid, ()))
+        return Arm(Cell(*cell), trained, grids.get(grid, ()))
 
     def group(name: str, fields: Mapping[str, Any]) -> Group:
-        arms = [arm(title, each) for title, each in fields["arms"].items()]
+        arms = {title: arm(each) for title, each in fields["arms"].items()}
         pairs = {
             key: [(a, b) for a, others in fields.get(key, {}).items() for b in others] for key in ("pairs", "front")
         }
@@ -90,91 +90,95 @@ GROUPS = _groups()
 
 # ---------------------------------------------------------------------- rates
 
-Trials = list[tuple[Rates, float]]
-"""(rates, score), a score of infinity of training that diverged."""
+
+def development(folder: Path = RESULTS) -> list[Record]:
+    """The records, those of the first plan too."""
+    return [*read(folder / "regimes.jsonl"), *read(folder / RECORDS.name)]
 
 
-def trials(arm: Arm, records: Sequence[Record]) -> Trials:
-    """Those that were made, the lowest rate first."""
+def trials(arm: Arm, records: Sequence[Record]) -> list[tuple[Rates, float]]:
+    """(rates, score) of those that were made, the lowest rate first; infinity of training that diverged."""
     own = [r for r in records if r["stage"] == DEV and r["seed"] == DEV_SEED and r["arm"] == arm.arm]
     found = {key_of(r): r for r in own if cell_of(r) == arm.cell}
     made = [(r["rates"], float("inf") if r["score"] is None else r["score"]) for r in found.values()]
     return sorted(made, key=lambda trial: tuple(trial[0].values()))
 
 
-def untried(arm: Arm, records: Sequence[Record]) -> list[Rates]:
-    """What is to be tried next: the rest of the grid; then one outward of a best rate at an end, without a core."""
-    made = trials(arm, records)
-    known = [rates for rates, _ in made]
-    if left := [rates for rates in arm.grid if rates not in known]:
-        return left
-    if not arm.grid or len(arm.grid[0]) > 1:
-        return []
-    best = min(range(len(made)), key=lambda index: made[index][1])
-    if 0 < best < len(made) - 1:
-        return []
-    return [{"learning_rate": known[best]["learning_rate"] * (2 if best else 0.5)}]
-
-
 def registered_rates(arm: Arm, records: Sequence[Record]) -> Rates:
-    """Those of the trial with the lowest score.
-
-    Raises:
-        ValueError: trials are missing.
-    """
-    if not arm.grid:
-        return rates_of(arm.cell, arm.arm)
-    if left := untried(arm, records):
-        raise ValueError(f"{arm.title} of {arm.cell.regime}: no trial yet of {left}; run --stage dev first.")
-    return min(trials(arm, records), key=lambda trial: trial[1])[0]
+    """Those of the trial with the lowest score."""
+    return min(trials(arm, records), key=lambda trial: trial[1])[0] if arm.grid else rates_of(arm.cell, arm.arm)
 
 
-# ---------------------------------------------------------------------- runs
-
-
-def development(folder: Path = RESULTS) -> list[Record]:
-    """The records, those of the first plan too."""
-    return [*results.read(folder / "regimes.jsonl"), *results.read(folder / RECORDS.name)]
-
-
-def registered() -> list[str]:
-    """The groups that the committed plan names."""
-    shown = subprocess.run(["git", "show", f"HEAD:{PAGE}"], capture_output=True, text=True, check=True, cwd=RESULTS)
-    (line,) = (line for line in shown.stdout.splitlines() if line.startswith("Registered: "))
-    return line.removeprefix("Registered: ").partition(" (")[0].split(", ")
-
-
-def next_run(groups: Sequence[Group], stage: str, seeds: Sequence[int] = SEEDS) -> Run | None:
-    """The first that is missing: group after group, and in a group seed after seed.
-
-    Raises:
-        ValueError: a group that the committed plan doesn't register.
-    """
+def rated(groups: Sequence[Group]) -> list[Rated]:
+    """What is trained in them, with its registered rates."""
     known = development()
-    if stage == DEV:
-        arms = [arm for group in groups for arm in group.arms]
-        return next((Run(arm.cell, arm.arm, DEV_SEED, rates) for arm in arms for rates in untried(arm, known)), None)
-    if missing := [group.name for group in groups if group.name not in registered()]:
-        raise ValueError(f"{', '.join(missing)}: not registered in the committed {PAGE}.")
-    done = {key_of(record) for record in known if record["stage"] == CONFIRM}
-    for group in groups:
-        rated = [(arm, registered_rates(arm, known)) for arm in group.arms]
-        for seed in seeds:
-            for arm, rates in rated:
-                run = Run(arm.cell, arm.arm, seed, rates)
-                if key_of(run.named) not in done:
-                    return run
-    return None
+    return [(arm.cell, arm.arm, registered_rates(arm, known)) for group in groups for arm in group.arms.values()]
 
 
 def described(rates: Rates) -> str:
     return " / ".join(f"{value:g}" for value in rates.values())
 
 
-def make_runs(groups: Sequence[Group], stage: str, seeds: Sequence[int], make: Any) -> None:
-    """Makes the missing runs one after another; each is on the disk before the next begins."""
-    while run := next_run(groups, stage, seeds):
-        record = make(run, stage)
-        results.append(RECORDS, [record])
-        named = " ".join(map(str, (stage, *astuple(run.cell), run.arm, run.seed, described(run.rates))))
-        print(f"{record['date']} {named}: {record['score']} in {record['core_seconds']} s", flush=True)
+def rates_table(records: Sequence[Record]) -> str:
+    """A row an arm: what was tried on the development seed, and what was chosen."""
+    rows = []
+    for group in GROUPS:
+        for title, arm in group.arms.items():
+            tried = "; ".join(f"{described(rates)}: {score:.4f}" for rates, score in trials(arm, records))
+            rows.append([group.name, title, tried if arm.grid else FIRST, described(registered_rates(arm, records))])
+    return table(["group", "method", "trials (rate, or rate / core's rate: score)", "chosen"], rows)
+
+
+# ---------------------------------------------------------------------- what fresh seeds say
+
+
+def confirmed(group: Group, records: Sequence[Record]) -> Confirmed:
+    """What `records` say of a group, under the titles of its arms, and of what isn't trained."""
+    found: dict[tuple[str, int], Record] = {}
+    for title, arm in group.arms.items():
+        own = [r for r in records if r["stage"] == CONFIRM and r["arm"] == arm.arm and cell_of(r) == arm.cell]
+        found |= {(title, record["seed"]): record for record in own}
+    for record in records:
+        if record["seed"] is None and record["regime"] == group.regime:
+            found |= {(record["arm"], seed): record for seed in SEEDS}
+    return Confirmed(group, found, SEEDS)
+
+
+def _size(cell: Confirmed, title: str) -> str:
+    """Trained parameters, and how many of them aren't a core's."""
+    record = cell.records[title, SEEDS[0]]
+    every, core = record.get("trainable_parameters", 0), record.get("core_parameters")
+    return f"{every} ({every - core})" if core else str(every)
+
+
+def report(records: Sequence[Record]) -> str:
+    """A section a group: its arms, and the differences that the plan names."""
+    return "\n\n".join(_section(confirmed(group, records)) for group in GROUPS)
+
+
+def _section(cell: Confirmed) -> str:
+    title = f"### {cell.planned.name}: {cell.planned.about}"
+    if not cell.is_whole:
+        return f"{title}\n\nOpen: {cell.done} of {cell.due} runs are there."
+    rows = [_row(cell, title) for title in dict.fromkeys(title for title, _ in cell.records)]
+    pairs = [[one, other, change(cell.difference(one, other), DIGITS)] for one, other in cell.planned.pairs]
+    scores = table(["method", "parameters (without the core)", "rate", "score ± deviation"], rows)
+    return "\n\n".join([title, scores, table(["method", "less", "difference"], pairs)])
+
+
+def _row(cell: Confirmed, title: str) -> list[str]:
+    if title not in cell.planned.arms:
+        return [title, "0", NOTHING, rounded_mean(cell.score(title), DIGITS)]
+    rates = described(cell.records[title, SEEDS[0]]["rates"])
+    return [title, _size(cell, title), rates, spread(cell.score(title), DIGITS)]
+
+
+def front(records: Sequence[Record]) -> str:
+    """A form of NaRA a row, and what stands against it."""
+    rows = []
+    for cell in (confirmed(group, records) for group in GROUPS):
+        for pair in cell.planned.front if cell.is_whole else ():
+            of_each = [text for name in pair for text in (name, _size(cell, name), rounded_mean(cell.score(name)))]
+            rows.append([cell.planned.name, *of_each, change(cell.difference(*pair), DIGITS)])
+    header = ["regime", "a form of NaRA", "parameters", "loss", "an alternative", "parameters", "loss", "difference"]
+    return table(header, rows)

@@ -116,19 +116,12 @@ def chosen(names: Sequence[str]) -> list[Planned]:
 # ---------------------------------------------------------------------- running
 
 Record = Mapping[str, Any]
+Rated = tuple[Cell, str, Settings]
+"""A cell, an arm in it, and the rates with which it was confirmed."""
 
 
-def runs_of(
-    planned: Sequence[Planned],
-    records: Sequence[Record],
-    arms: Sequence[str] | None = None,
-    seeds: Sequence[int] | None = None,
-) -> list[Run]:
-    """The runs that `records` lack, seed after seed, so that a stop leaves whole seeds.
-
-    Args:
-        arms: of the cells; None for all.
-        seeds: None for the plan's.
+def rated(planned: Sequence[Planned]) -> list[Rated]:
+    """The arms of cells.
 
     Raises:
         ValueError: a regime whose code has gone; the commit in its records has it.
@@ -136,10 +129,14 @@ def runs_of(
     for each in planned:
         if each.cell.regime not in REGIMES or each.label:
             raise ValueError(f"{each.name} isn't run any more: its records name the commit that has its code.")
-    rated = [(p.cell, arm, rates_of(p.cell, arm)) for p in planned for arm in p.arms if arms is None or arm in arms]
-    runs = [Run(cell, arm, seed, rates) for seed in seeds or CONFIRM_SEEDS for cell, arm, rates in rated]
+    return [(each.cell, arm, rates_of(each.cell, arm)) for each in planned for arm in each.arms]
+
+
+def runs_of(arms: Sequence[Rated], records: Sequence[Record], seeds: Sequence[int]) -> list[Run]:
+    """The runs that `records` lack, seed after seed, so that a stop leaves whole seeds."""
+    runs = [Run(cell, arm, seed, rates) for seed in seeds for cell, arm, rates in arms]
     done = {key_of(record) for record in records}
-    return [run for run in runs if key_of(run.named) not in done]
+    return list({key: run for run in runs if (key := key_of(run.named)) not in done}.values())
 
 
 def make(runs: Sequence[Run], path: Path) -> None:
@@ -161,11 +158,6 @@ def cell_of(record: Record) -> Cell:
     return Cell(record["regime"], record["targets"], record["rank"], record["steps"])
 
 
-def place_of(record: Record) -> tuple[Any, ...]:
-    """The cell, arm and seed of a record."""
-    return tuple(record[name] for name in ("regime", "targets", "rank", "steps", "arm", "seed"))
-
-
 def key_of(record: Record) -> tuple[Any, ...]:
-    """What tells a record, or a run to be made, from others: its place and its rates."""
-    return (*place_of(record), *sorted(record["rates"].items()))
+    """What tells a record, or a run to be made, from others: its cell, arm, seed and rates."""
+    return (cell_of(record), record["arm"], record["seed"], *sorted(record["rates"].items()))

@@ -14,7 +14,7 @@ from nara_diffusion.utils.statistics import Interval, interval
 from quality.images.held_out import bin_centres
 from quality.regimes.plan import CONFIRM, CONFIRM_SEEDS, Planned, Record, cell_of, is_deciding
 from quality.regimes.runs import MEAN_CORE
-from quality.report.data import NOTHING, Arm, below_zero, change, spread, table
+from quality.report.data import NOTHING, Arm, below_zero, change, rounded_mean, spread, table
 from quality.report.tables import title
 
 PEERS = ("lora", "lora_params", "dora")
@@ -34,20 +34,27 @@ Value = Callable[[Record], float | None]
 
 @dataclass(frozen=True)
 class Confirmed:
-    """The confirmation runs of a cell, {(arm, seed): record}; the arm's mean C(λ) is the arm "… mean_core"."""
+    """The confirmation runs {(arm, seed): record} of what is compared; an arm's mean C(λ) is the arm "… mean_core".
 
-    planned: Planned
-    records: dict[tuple[str, int], Record]
+    `planned` has the names of the `arms`: a cell of the plan, or a group of the alternatives'.
+    """
+
+    planned: Any
+    records: Mapping[tuple[str, int], Record]
+    seeds: Sequence[int] = CONFIRM_SEEDS
 
     @property
-    def is_begun(self) -> bool:
-        """Whether an arm of the plan has a seed."""
-        return any(arm in self.planned.arms for arm, _ in self.records)
+    def done(self) -> int:
+        return sum((arm, seed) in self.records for arm in self.planned.arms for seed in self.seeds)
+
+    @property
+    def due(self) -> int:
+        return len(self.planned.arms) * len(self.seeds)
 
     @property
     def is_whole(self) -> bool:
         """Whether each arm has each seed: nothing is said before."""
-        return all((arm, seed) in self.records for arm in self.planned.arms for seed in CONFIRM_SEEDS)
+        return self.done == self.due
 
     @property
     def arms(self) -> list[str]:
@@ -112,12 +119,7 @@ def conditions(cell: Confirmed, candidate: str) -> dict[str, bool | None]:
 def report(plan: Sequence[Planned], records: Sequence[Record]) -> str:
     """As Markdown, a section for each cell that has confirmation runs."""
     cells = [confirmed(planned, records) for planned in plan]
-    return "\n\n".join(_section(cell) for cell in cells if cell.is_begun) or "No confirmation run is there yet."
-
-
-def _begun(cell: Confirmed) -> str:
-    done = sum((arm, seed) in cell.records for arm in cell.planned.arms for seed in CONFIRM_SEEDS)
-    return f"{done} of {len(cell.planned.arms) * len(CONFIRM_SEEDS)} runs are there; nothing is said before all are."
+    return "\n\n".join(_section(cell) for cell in cells if cell.done) or "No confirmation run is there yet."
 
 
 def _section(cell: Confirmed) -> str:
@@ -126,7 +128,7 @@ def _section(cell: Confirmed) -> str:
     name = cell.planned.label or each.regime
     title = f"### {name}: {each.targets}, rank {each.rank}, {each.steps} steps ({seeds} seeds)"
     if not cell.is_whole:
-        return f"{title}\n\n{_begun(cell)}"
+        return f"{title}\n\n{cell.done} of {cell.due} runs are there; nothing is said before all are."
     said = [_verdict(cell, arm) for arm in CANDIDATES if arm in cell.arms]
     if cell.planned.label:
         said = [f"**{arm} less nara:** {change(cell.difference(arm, 'nara'), DIGITS)}." for arm in cell.planned.arms]
@@ -250,9 +252,12 @@ def summary(plan: Sequence[Planned], records: Sequence[Record]) -> str:
 def _summary_row(cell: Confirmed) -> list[str]:
     each = cell.planned.cell
     name = each.regime if is_deciding(each) else f"{each.regime}, {each.targets}, rank {each.rank}, {each.steps} steps"
-    scores = [cell.score(arm) for arm in SHOWN]
-    means = [NOTHING if score is None else f"{score.mean:.3f}" for score in scores]
-    return [name, *means, change(cell.difference("nara", "lora"), DIGITS), winners(cell)]
+    return [
+        name,
+        *(rounded_mean(cell.score(arm)) for arm in SHOWN),
+        change(cell.difference("nara", "lora"), DIGITS),
+        winners(cell),
+    ]
 
 
 def winners(cell: Confirmed) -> str:

@@ -9,35 +9,25 @@ nara_shuffled    NaRA, trained with the λ of other samples, evaluated with the 
 from __future__ import annotations
 
 import math
-import shlex
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, Protocol
 
 import torch
+from benchmark_record import provenance
 
 from nara_diffusion.training.optimization import is_core_parameter
 from quality import results
-from quality.images.settings import BASE
-from quality.images.training import optimize
-from quality.regimes.image_regimes import (
-    CONVERSIONS,
-    UNET,
-    Backbone,
-    Conversion,
-    GainedOffset,
-    Offset,
-    ReadConversion,
-    subject_data,
-)
-from quality.regimes.shift import ShiftedOffset
+from quality.images.held_out import pictures_of
+from quality.regimes.image_regimes import CONVERSIONS, SUBJECT, UNET, Backbone, Conversion, ReadConversion
+from quality.regimes.noise_offset import GainedOffset, Offset, ShiftedOffset
 from quality.regimes.text.corruption import MASKED, REPLACED, TOLD, TOLD_AT_START
 from quality.regimes.text.data import determined_data, open_data
 from quality.regimes.text.denoising import Denoising
 from quality.regimes.text.models import BiasedBackbone
+from quality.running import BASE, optimize
 from quality.wrong_noise import while_evaluating
 
 # ---------------------------------------------------------------------- methods
@@ -129,7 +119,7 @@ class Regime(Protocol):
 
 REGIMES: dict[str, Regime] = {
     **{name: Conversion(name) for name in CONVERSIONS},
-    "subject": Conversion("eps", subject_data),
+    "subject": Conversion("eps", partial(pictures_of, SUBJECT)),
     "blind_open": Denoising(REPLACED, open_data),
     "blind_determined": Denoising(REPLACED, determined_data),
     "seen_open": Denoising(MASKED, open_data),
@@ -183,24 +173,22 @@ class Run:
         return {**asdict(self.cell), "arm": self.arm, "seed": self.seed, "rates": dict(self.rates)}
 
 
-def record_of(run: Run, stage: str, with_mean_core: bool = True) -> dict[str, Any]:
+def record_of(run: Run, stage: str) -> dict[str, Any]:
     """Trains, measures, and says what it was made with.
 
     Training that diverges has a record too, whose figures are None.
     """
     wall, core = time.perf_counter(), time.process_time()
     try:
-        figures = _figures(run, with_mean_core)
+        figures = _figures(run)
     except ArithmeticError:
         figures = {"score": None, "losses": None}
     seconds, core_seconds = time.perf_counter() - wall, time.process_time() - core
     cost = {"seconds": round(seconds, 1), "core_seconds": round(core_seconds, 1)}
-    command = shlex.join(["python", *sys.argv])
-    made_with = {"date": results.now(), "command": command, **results.provenance()}
-    return {"stage": stage, **run.named, **rounded(figures), **cost, **made_with}
+    return {"stage": stage, **run.named, **rounded(figures), **cost, "date": results.now(), **provenance()}
 
 
-def _figures(run: Run, with_mean_core: bool) -> dict[str, Any]:
+def _figures(run: Run) -> dict[str, Any]:
     """Of the model of `run`, trained.
 
     Raises:
@@ -212,13 +200,12 @@ def _figures(run: Run, with_mean_core: bool) -> dict[str, Any]:
     torch.manual_seed(run.seed)
     model = build(run.arm, args, regime.backbone)
     if arm.method != BASE:
-        denoiser = regime.backbone.controlled(model, arm.control, run.seed).train()
+        denoiser = regime.backbone.controlled(model, arm.control, run.seed)
         optimize(denoiser, regime.loss(denoiser, args), args)
-        model.eval()
     rank = None if arm.method in (BASE, "full") else args.rank
     with while_evaluating(model, arm.control):
         figures = regime.figures(model)
-    if arm.has_core and with_mean_core:
+    if arm.has_core:
         with while_evaluating(model, MEAN_CORE):
             figures[MEAN_CORE] = regime.figures(model)
     sizes = {"trainable_parameters": trainable_parameters(model), "core_parameters": trainable_parameters(model, True)}

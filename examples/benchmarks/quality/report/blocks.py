@@ -14,8 +14,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from quality.regimes import alternatives_report
-from quality.regimes.alternatives import development
+from quality.regimes import alternatives
 from quality.regimes.checked import check_table
 from quality.regimes.plan import PLAN
 from quality.regimes.report import summary
@@ -55,9 +54,9 @@ OF_REGIMES: dict[str, Callable[[Path], str]] = {
     "regimes": lambda folder: summary(PLAN, read(folder / "regimes.jsonl")),
     "asked": front.asked_table,
     "ordinary": front.ordinary_table,
-    "alternatives": lambda folder: alternatives_report.front(read(folder / "alternatives.jsonl")),
-    "alternatives_all": lambda folder: alternatives_report.report(read(folder / "alternatives.jsonl")),
-    "alternatives_rates": lambda folder: alternatives_report.rates_table(development(folder)),
+    "alternatives": lambda folder: alternatives.front(read(folder / "alternatives.jsonl")),
+    "alternatives_all": lambda folder: alternatives.report(read(folder / "alternatives.jsonl")),
+    "alternatives_rates": lambda folder: alternatives.rates_table(alternatives.development(folder)),
     "check": lambda folder: check_table(read(folder / "check.jsonl"), read(folder / "regimes.jsonl")),
 }
 

@@ -185,6 +185,10 @@ def spread(found: Interval | None, digits: int) -> str:
     return mean if math.isnan(found.std) else f"{mean} ± {found.std:.{digits}f}"
 
 
+def rounded_mean(found: Interval | None, digits: int = 3) -> str:
+    return NOTHING if found is None else f"{found.mean:.{digits}f}"
+
+
 def difference(found: Interval | None, digits: int) -> str:
     """Mean and 95 % interval with signs; bold where the interval doesn't hold zero, and the mean shows it."""
     if found is None:
@@ -214,9 +218,3 @@ def signed(value: float, digits: int) -> str:
     """With a real minus, and no sign on a zero."""
     text = f"{value:+.{digits}f}"
     return text.replace("-", "−") if float(text) else text[1:]
-
-
-def listed(values: Sequence[object]) -> str:
-    """ "a, b and c"."""
-    words = [str(value) for value in values]
-    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1] if words else ""]))

@@ -3,15 +3,13 @@ lie in docs/results."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from quality.regimes import alternatives_report
-from quality.regimes.alternatives import GROUPS
+from quality.regimes import alternatives
 from quality.regimes.plan import PLAN, is_deciding
-from quality.regimes.report import Confirmed, confirmed
-from quality.report.data import NOTHING, Arm, Grid, Record, difference, read_records, select, table
+from quality.regimes.report import confirmed
+from quality.report.data import NOTHING, Arm, Grid, difference, read_records, rounded_mean, select, table
 from quality.report.tables import closed, loss_of, title
 from quality.results import read
 from quality.running import SEEDS
@@ -58,27 +56,19 @@ ASKED = (
 
 def asked_table(folder: Path) -> str:
     """A row a regime: held-out losses on attention at rank 4, over ten seeds."""
-    records, alternatives = read(folder / "regimes.jsonl"), read(folder / "alternatives.jsonl")
+    records, others = read(folder / "regimes.jsonl"), read(folder / "alternatives.jsonl")
     cells = {p.cell.regime: confirmed(p, records) for p in PLAN if is_deciding(p.cell) and not p.label}
     rows = []
     for row in ASKED:
         cell = cells[row.regime]
-        own = [_mean(cell, arm) for arm in SHOWN]
-        rows.append([row.what, row.simplest, _simplest(cell, row, alternatives), *own])
+        if row.arm in cell.planned.arms:
+            simplest = cell.score(row.arm)
+        else:
+            group = next(group for group in alternatives.GROUPS if group.regime == row.regime)
+            simplest = alternatives.confirmed(group, others).score(row.arm)
+        own = [cell.score(arm) for arm in SHOWN]
+        rows.append([row.what, row.simplest, *(rounded_mean(each) for each in (simplest, *own))])
     return table(["what is asked", "simplest that does as well", "it", *SHOWN.values()], rows)
-
-
-def _mean(cell: Confirmed, arm: str) -> str:
-    score = cell.score(arm)
-    return NOTHING if score is None else f"{score.mean:.3f}"
-
-
-def _simplest(cell: Confirmed, row: Asked, alternatives: Sequence[Record]) -> str:
-    if row.arm in cell.planned.arms:
-        return _mean(cell, row.arm)
-    group = next(group for group in GROUPS if group.regime == row.regime)
-    score = alternatives_report.confirmed(group, alternatives).mean(row.arm)
-    return NOTHING if score is None else f"{score.mean:.3f}"
 
 
 # ---------------------------------------------------------------------- ordinary fine-tuning

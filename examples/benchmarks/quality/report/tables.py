@@ -6,18 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from nara_diffusion.training.adapters import NAMED
-from quality.report.data import (
-    NOTHING,
-    Arm,
-    Grid,
-    Record,
-    Value,
-    change,
-    difference,
-    percent,
-    spread,
-    table,
-)
+from quality.report.data import NOTHING, Arm, Grid, Record, Value, change, difference, percent, spread, table
 from quality.running import METHODS as MUST
 from quality.running import is_noise_aware
 
@@ -52,19 +41,17 @@ class Measure:
     key: of a record.
     title: for people.
     digits: after the point.
-    lower_is_better: as a loss.
     """
 
     key: str
     title: str
     digits: int
-    lower_is_better: bool = False
 
     def __call__(self, record: Record) -> float | None:
         return record.get(self.key)
 
 
-LOSS = Measure("validation_loss", "validation loss", 4, lower_is_better=True)
+LOSS = Measure("validation_loss", "validation loss", 4)
 FURTHER = {
     "text": (Measure("exact_match", "exact match", 3),),
     "images": (
@@ -78,11 +65,6 @@ FURTHER = {
 def loss_of(suite: str) -> Measure:
     """Of images it is a hundredth as large, and so are its differences."""
     return replace(LOSS, digits=6) if suite == "images" else LOSS
-
-
-def measures(suite: str, records: Sequence[Record]) -> list[Measure]:
-    """The loss, and what else some of the records have."""
-    return [loss_of(suite), *(m for m in FURTHER.get(suite, ()) if any(m(record) is not None for record in records))]
 
 
 def title(arm: Arm) -> str:

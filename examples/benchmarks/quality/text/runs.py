@@ -1,95 +1,94 @@
-"""One run of the text benchmark: backbone × domain × method × seed → its records."""
+"""One run of the text benchmark: backbone, domain, method, seed → its records, by train_scripts/dllm.py's arguments."""
 
 from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nara_diffusion.dllm import Generation, generate, load_backbone
 from nara_diffusion.dllm.exact_match import decode_answer, stop_token_ids
 from nara_diffusion.dllm.loss import masked_cross_entropy
 from nara_diffusion.dllm.masking import MaskedBatch, mask_answers
 from nara_diffusion.dllm.models.backbone import Backbone
-from nara_diffusion.training.optimization import is_core_parameter
-from quality.assets import ASSETS
-from quality.running import Job, Settings, Suite, is_noise_aware
+from nara_diffusion.training.adapters import build_adapter
+from nara_diffusion.training.arguments import AdapterArguments, OptimizationArguments
+from nara_diffusion.training.parser import option
+from quality.running import ASSETS, BASE, RANK, Job, Settings, Suite, arguments_of, optimize, records_of
 from quality.text.data import EncodedDomain, Rows, encode_domain
 from quality.text.domains import DEFAULT_SIZES, DOMAINS, Sizes, build_domain, is_right, sizes_of
-from quality.text.recipe import BASE, Recipe, adapted
 from quality.text.validation import CENTRES, ValidationSet, binned_losses, validation_set
-from quality.wrong_noise import EVALUATED, changed_noise, constant_noise, exchanged_noise, while_evaluating
+from quality.wrong_noise import changed_noise, training_change
 
 # ---------------------------------------------------------------------- training
 
-
-def batches(rows: Rows, recipe: Recipe, seed: int, mask_token_id: int) -> Iterator[MaskedBatch]:
-    """The masked batches of a training. They follow from `seed` and the recipe's sizes alone."""
-    generator = torch.Generator().manual_seed(seed)
-    epochs = -(-recipe.steps * recipe.batch_size // len(rows))
-    order = torch.cat([torch.randperm(len(rows), generator=generator) for _ in range(epochs)])
-    for step in range(recipe.steps):
-        indices = range(step * recipe.batch_size, (step + 1) * recipe.batch_size)
-        yield mask_answers(
-            **rows.batch(order[indices.start : indices.stop]),
-            mask_token_id=mask_token_id,
-            seed=seed,
-            sample_indices=indices,
-        )
+DEFAULTS: dict[str, Any] = {
+    "rank": RANK,
+    "target_modules": ["all-linear"],
+    "train_batch_size": 8,
+    "max_train_steps": 500,
+    "learning_rate": 5e-3,
+    "core_learning_rate": 1e-3,
+    "lr_scheduler": "cosine",
+    "lr_warmup_steps": 0.05,
+}
 
 
-def train(model: Any, rows: Rows, recipe: Recipe, seed: int, watch: Callable[[int], None] | None = None) -> list[float]:
-    """Trains what in `model` has requires_grad, in place; returns the loss of each step.
+@dataclass
+class TextArguments(AdapterArguments, OptimizationArguments):
+    """Those of train_scripts/dllm.py that a run has."""
 
-    Args:
-        watch: called with the number of each step, from 1, when its gradients are there.
+    seed: int = option(0, "Of weights and data.")
+
+
+def text_arguments(method: str, seed: int, settings: Settings) -> TextArguments:
+    """Those of one training."""
+    return arguments_of(TextArguments, {**settings, **({} if method == BASE else {"adapter": method}), "seed": seed})
+
+
+def adapted(name: str, method: str, args: TextArguments, **options: Any) -> Any:
+    """A copy of a language model with what `method` trains, which requires a gradient; of "base" nothing does.
 
     Raises:
-        ArithmeticError: the loss is no longer finite.
+        ValueError: unknown method or argument.
     """
-    model.train()
-    optimizer, parameters = build_optimizer(model, recipe)
-    schedule = get_cosine_schedule_with_warmup(optimizer, round(recipe.warmup * recipe.steps), recipe.steps)
-    losses = []
-    for step, batch in enumerate(batches(rows, recipe, seed, Backbone(model).mask_token_id()), start=1):
-        loss = objective(model, batch)
-        losses.append(loss.item())
-        if not loss.isfinite():
-            raise ArithmeticError(f"the loss became {losses[-1]} in step {step} of {recipe.steps}")
-        loss.backward()
-        if watch is not None:
-            watch(step)
-        nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        schedule.step()
-    model.eval()
-    return losses
+    model = copy.deepcopy(load(name)[0])
+    return model.requires_grad_(False) if method == BASE else build_adapter(model, args, **options)
 
 
-def objective(model: nn.Module, batch: MaskedBatch) -> torch.Tensor:
-    """LLaDA's loss, weighted by λ."""
-    token_loss = masked_cross_entropy(model, batch, chunk_size=None)  # (b, l)
-    return (token_loss.sum(1) / batch.noise_level / batch.answer.sum(1)).mean()
+@cache
+def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A folder of examples/assets, or what `load_backbone` takes; never changed."""
+    return load_backbone(str(ASSETS / name if (ASSETS / name).exists() else name))
 
 
-def build_optimizer(model: nn.Module, recipe: Recipe) -> tuple[torch.optim.Optimizer, list[nn.Parameter]]:
-    """AdamW with a rate for the core and one for all else, and what it trains."""
-    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    core = [p for name, p in trainable if is_core_parameter(name)]
-    factors = [p for name, p in trainable if not is_core_parameter(name)]
-    groups = [{"params": factors, "lr": recipe.learning_rate}, {"params": core, "lr": recipe.core_learning_rate}]
-    groups = [group for group in groups if group["params"]]
-    optimizer = torch.optim.AdamW(groups, weight_decay=recipe.weight_decay, fused=True)
-    return optimizer, [p for _, p in trainable]
+def batches(rows: Rows, args: TextArguments, mask_token_id: int) -> Iterator[MaskedBatch]:
+    """The masked batches of a training. They follow from its seed and sizes alone."""
+    generator, steps, size = torch.Generator().manual_seed(args.seed), args.max_train_steps or 0, args.train_batch_size
+    order = torch.cat([torch.randperm(len(rows), generator=generator) for _ in range(-(-steps * size // len(rows)))])
+    for first in range(0, steps * size, size):
+        options = {"mask_token_id": mask_token_id, "seed": args.seed, "sample_indices": range(first, first + size)}
+        yield mask_answers(**rows.batch(order[first : first + size]), **options)
+
+
+def loss_of(model: nn.Module, rows: Rows, args: TextArguments) -> Callable[[int], Tensor]:
+    """LLaDA's loss, weighted by λ, of the next batch."""
+    masked = batches(rows, args, Backbone(model).mask_token_id())
+
+    def loss(_: int) -> Tensor:
+        batch = next(masked)
+        token_loss = masked_cross_entropy(model, batch, chunk_size=None)  # (b, l)
+        return (token_loss.sum(1) / batch.noise_level / batch.answer.sum(1)).mean()
+
+    return loss
 
 
 # ---------------------------------------------------------------------- answers
@@ -122,60 +121,10 @@ def answered_right(model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: R
 # ---------------------------------------------------------------------- runs
 
 
-def text_records(
-    backbone: str,
-    domain: str,
-    method: str,
-    seed: int,
-    *,
-    control: str | None = None,
-    sizes: Sizes | Mapping[str, int] = DEFAULT_SIZES,
-    **settings: Any,
-) -> list[dict[str, Any]]:
-    """Trains once, and measures: as it is, and under each control that needs no training of its own.
-
-    Args:
-        backbone: a folder of examples/assets, "llada-tiny", or any path that `load_backbone` takes.
-        domain: of `DOMAINS`, or one family of questions alone.
-        method: a value of the train scripts' --adapter, or "base", the backbone as it is.
-        seed: of initialisation, data order, λ and masks.
-        control: None, "constant" or "shuffled": the λ that training sees.
-        sizes: questions of the domain's parts.
-        **settings: fields of `Recipe`, or arguments of the adapter as train_scripts/dllm.py has them.
-
-    Raises:
-        ValueError: an unknown name, or a setting that can't be.
-        ArithmeticError: training diverged.
-    """
-    recipe = Recipe.of(**settings)
-    started = time.perf_counter()
-    task = load_task(backbone, domain, sizes_of(sizes))
-    torch.manual_seed(seed)
-    model = adapted(copy.deepcopy(task.model), method, recipe)
-    losses: list[float] = []
-    if method != BASE:
-        exchange = exchanged_noise(torch.Generator().manual_seed(seed))
-        changes = {"constant": constant_noise, "shuffled": exchange}
-        with nullcontext() if control is None else changed_noise(model, changes[control]):
-            losses = train(model, task.data.train, recipe, seed)
-    common = description(backbone, domain, method, seed, recipe)
-    last = losses[-max(1, recipe.steps // 10) :]
-    common["trainable_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    common["train_loss"] = round(sum(last) / len(last), 6) if last else None
-    evaluated = EVALUATED if is_noise_aware(method) and control is None else ()
-    records = []
-    for name in (control, *evaluated):
-        figures = _measure(model, task, name)
-        seconds = round(time.perf_counter() - started, 2)  # with the records before it
-        records.append({**common, "control": name, **figures, "seconds": seconds})
-    return records
-
-
 @dataclass(frozen=True)
 class Task:
     """What all runs of a backbone and a domain share."""
 
-    model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     data: EncodedDomain
     validation: ValidationSet
@@ -184,54 +133,37 @@ class Task:
 @cache
 def load_task(backbone: str, domain: str, sizes: Sizes = DEFAULT_SIZES) -> Task:
     """Loads and encodes once a process."""
-    model, tokenizer = _backbone(backbone)
+    model, tokenizer = load(backbone)
     data = encode_domain(build_domain(domain, sizes), tokenizer)
-    mask = Backbone(model).mask_token_id()
-    return Task(model, tokenizer, data, validation_set(data.validation, mask))
+    return Task(tokenizer, data, validation_set(data.validation, Backbone(model).mask_token_id()))
 
 
-@cache
-def _backbone(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    folder = ASSETS / name
-    return load_backbone(str(folder if folder.exists() else name))
-
-
-def description(backbone: str, domain: str, method: str, seed: int, recipe: Recipe) -> dict[str, Any]:
-    """What a record says of a run before it began."""
-    is_trained = method != BASE
-    return {
-        "suite": "text",
-        "stage": "main",
-        "backbone": backbone,
-        "domain": domain,
-        "method": method,
-        "seed": seed,
-        "learning_rate": recipe.learning_rate if is_trained else None,
-        "core_learning_rate": recipe.core_learning_rate if method.startswith("nara") else None,
-        "rank": recipe.rank if method not in (BASE, "full", "prompt_tuning", "p_tuning") else None,
-        "steps": recipe.steps if is_trained else 0,
-        "settings": recipe.settings() if is_trained else {},
-    }
-
-
-def _measure(model: nn.Module, task: Task, control: str | None) -> dict[str, Any]:
-    """Loss in each bin, and the share of right answers, of a model under an evaluation's control."""
-    with while_evaluating(model, control, torch.tensor(CENTRES)):
-        losses = binned_losses(model, task.validation)
-        right = answered_right(model, task.tokenizer, task.data.test)
+def _measure(model: nn.Module, task: Task) -> dict[str, Any]:
+    """Loss in each bin, and the share of right answers."""
+    losses = binned_losses(model, task.validation)
     return {
         "noise_levels": CENTRES,
         "losses": [round(value, 6) for value in losses],
         "validation_loss": round(sum(losses) / len(losses), 6),
-        "exact_match": right,
+        "exact_match": answered_right(model, task.tokenizer, task.data.test),
         "n": len(task.data.validation),
         "n_exact_match": len(task.data.test),
     }
 
 
 def run(job: Job, settings: Settings) -> list[dict[str, Any]]:
-    """The records of `job`."""
-    return text_records(job.backbone, job.domain, job.method, job.seed, control=job.control, **settings)
+    """The records of `job`; `settings` are arguments, and "sizes" of the domain's parts."""
+    started = time.perf_counter()
+    values = DEFAULTS | dict(settings)
+    task = load_task(job.backbone, job.domain, sizes_of(values.pop("sizes", DEFAULT_SIZES)))
+    args = text_arguments(job.method, job.seed, values)
+    torch.manual_seed(job.seed)
+    model = adapted(job.backbone, job.method, args)
+    if job.method != BASE:
+        change = training_change(job.control, job.seed)
+        with nullcontext() if change is None else changed_noise(model, change):
+            optimize(model, loss_of(model, task.data.train, args), args)
+    return records_of(job, args, values, model, partial(_measure, model, task), started, torch.tensor(CENTRES))
 
 
 SUITE = Suite("text", ("llada-tiny", "dream-tiny"), tuple(DOMAINS), run)

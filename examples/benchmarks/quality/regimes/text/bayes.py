@@ -22,7 +22,7 @@ from torch import Tensor
 from nara_diffusion.dllm.masking import MaskedBatch
 from quality.regimes.text.corruption import REPLACED, noise_tokens, token_ids
 from quality.regimes.text.data import CHARACTERS
-from quality.regimes.text.models import load
+from quality.text.runs import load
 
 LEVELS = 200
 """Of the grid of λ of a reader who isn't told it."""

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from nara_diffusion.dllm.masking import MaskedBatch, mask_answers
 from nara_diffusion.noise.level import MASKED_SHARE
-from quality.assets import MAKERS
-from quality.regimes.text.models import load
+from quality.running import MAKERS
+from quality.text.runs import load
 
 sys.path.append(str(MAKERS))
 

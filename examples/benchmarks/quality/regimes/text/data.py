@@ -10,9 +10,9 @@ from functools import cache
 from itertools import chain, islice
 
 from quality.images.held_out import BINS
-from quality.regimes.text.models import load
 from quality.text.data import Rows, encode_domain
 from quality.text.domains import DOMAINS, PARTS, Domain, Question, Sizes, build_domain
+from quality.text.runs import load
 
 EACH_BIN = 120  # held-out questions
 TRAIN = 6000

@@ -2,38 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nara_diffusion import noise_level
-from nara_diffusion.dllm import load_backbone
 from nara_diffusion.dllm.masking import MaskedBatch
 from nara_diffusion.noise.level import find_holders
-from nara_diffusion.training.adapters import build_adapter
-from nara_diffusion.training.arguments import AdapterArguments, OptimizationArguments
-from nara_diffusion.training.parser import option
-from quality.assets import ASSETS
 from quality.images.held_out import BINS
-from quality.images.settings import BASE
-from quality.options import arguments_of
-from quality.wrong_noise import changed_noise, constant_noise, exchanged_noise
+from quality.text.runs import TextArguments, adapted, text_arguments
+from quality.wrong_noise import changed_noise, training_change
 
 DEFAULTS: dict[str, Any] = {"train_batch_size": 32, "lr_scheduler": "cosine", "lr_warmup_steps": 0.05}
-
-
-@dataclass
-class TextArguments(AdapterArguments, OptimizationArguments):
-    """Those of train_scripts/dllm.py that a run of a regime has."""
-
-    seed: int = option(0, "Of weights and data.")
 
 
 @dataclass(frozen=True)
@@ -51,14 +35,10 @@ class LanguageBackbone:
     }
 
     def arguments(self, method: str, seed: int, options: Mapping[str, Any]) -> TextArguments:
-        adapter = {} if method == BASE else {"adapter": method}
-        return arguments_of(TextArguments, DEFAULTS | dict(options) | adapter | {"seed": seed})
+        return text_arguments(method, seed, DEFAULTS | dict(options))
 
     def adapted(self, method: str, args: Any) -> Any:
-        model = copy.deepcopy(load(self.name)[0])
-        if method == BASE:
-            return model.requires_grad_(False)
-        return build_adapter(model, args, noise_convention=self.convention)
+        return adapted(self.name, method, args, noise_convention=self.convention)
 
     def controlled(self, model: Any, control: str | None, seed: int) -> ControlledLanguageModel:
         return ControlledLanguageModel(model, control, seed)
@@ -96,11 +76,7 @@ class ControlledLanguageModel(nn.Module):
     def __init__(self, model: Any, control: str | None, seed: int) -> None:
         super().__init__()
         self.model = model
-        changes = {
-            "constant": constant_noise,
-            "shuffled": exchanged_noise(torch.Generator().manual_seed(seed)),
-        }
-        self.change = None if control is None else changes[control]
+        self.change = training_change(control, seed)
 
     def forward(self, batch: MaskedBatch) -> Tensor:
         """Logits (b, l, v)."""
@@ -119,9 +95,3 @@ def logits_of(model: Any, batch: MaskedBatch) -> Tensor:
 def _told(model: nn.Module, level: Tensor) -> AbstractContextManager[None]:
     aware = any(holder.needs_noise for holder in find_holders(model))
     return noise_level(model, level) if aware else nullcontext()
-
-
-@cache
-def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A folder of examples/assets; never changed."""
-    return load_backbone(str(ASSETS / name))
