@@ -110,7 +110,10 @@ def test_a_group_is_whole_with_ten_seeds_and_its_differences_are_paired():
     group, records = Group("new", "", "eps_to_v", arms, []), []
     for seed in range(300, 310):
         one = {"regime": "eps_to_v", "rank": 4, "steps": 200, "arm": "lora", "stage": "confirm", "seed": seed}
-        records += [one | {"targets": "attention", "score": seed}, one | {"targets": "all", "score": seed + 1 + seed % 2}]
+        records += [
+            one | {"targets": "attention", "score": seed},
+            one | {"targets": "all", "score": seed + 1 + seed % 2},
+        ]
     assert not confirmed(group, records[:-1]).is_whole
     assert confirmed(group, records).is_whole
     found = confirmed(group, records).difference("attention", "all")

@@ -32,7 +32,11 @@ def test_benchmark_writes_a_record(benchmark, tmp_path):
 @pytest.mark.parametrize(
     ("modality", "domain", "settings"),
     [
-        ("text", "code", ["max_train_steps=2", "train_batch_size=4", "sizes={train: 40, tuning: 10, validation: 15, test: 4}"]),
+        (
+            "text",
+            "code",
+            ["max_train_steps=2", "train_batch_size=4", "sizes={train: 40, tuning: 10, validation: 15, test: 4}"],
+        ),
         ("images", "toy", ["max_train_steps=2", "num_validation_images=1", "num_inference_steps=2"]),
     ],
 )
