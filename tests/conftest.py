@@ -29,7 +29,7 @@ def _test_leaves_the_process_as_it_was() -> Iterator[None]:
     """Inside all wider fixtures, whose changes last longer than a test; so may the workers of their pools."""
     before = process_state()
     yield
-    fail_if_left(before, workers_may_stay=True)
+    fail_if_left(before)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -61,14 +61,8 @@ def test_example_of_images_prints_what_it_shows(name, tmp_path, capsys):
     assert (tmp_path / f"{name}.png").stat().st_size > 0
 
 
-def test_chat_answers_each_line_by_the_conversation_so_far(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("upper: planet\n\n/clear\nreverse: planet"))
-    import_module("chat").main([str(EXAMPLES / "assets" / "llada-tiny"), "--gen_length", "12"])
-    assert capsys.readouterr().out.rstrip("\n").split("\n") == ["PLANET", "tenalp"]
-
-
-def test_chat_goes_on_after_a_turn_for_which_the_model_has_no_positions_left(capsys, monkeypatch):
-    lines = ["upper: planet", "upper: one word that is too long", "/clear", "reverse: planet"]
+def test_chat_answers_each_line_by_the_conversation_so_far_and_goes_on_after_a_turn_too_long(capsys, monkeypatch):
+    lines = ["upper: planet", "", "upper: one word that is too long", "/clear", "reverse: planet"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
     import_module("chat").main([str(EXAMPLES / "assets" / "llada-tiny"), "--gen_length", "12"])
     said = capsys.readouterr()

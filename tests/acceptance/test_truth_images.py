@@ -1,4 +1,4 @@
-"""What a run on images says of its base, resolution and identity; captions that aren't texts are refused by line."""
+"""What a run on images says of its base, resolution and identity."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
 from nara_diffusion.dreambooth.dataset import draw_noise
-from nara_diffusion.dreambooth.image_records import records_from_folder
 from tests.acceptance import _commands
 
 ASSETS = _commands.ROOT / "examples" / "assets"
@@ -111,35 +110,3 @@ def test_conversion_says_the_loss_of_the_base_read_by_the_identity_before_and_af
     assert reached > ran.results["identity_loss"]
     better = f"the base read by the identity, {ran.results['identity_loss']:.3f}, is better than what the training "
     assert f"{better}reached, {reached:.3f}" in ran.log
-
-
-FIRST = '{"file_name": "0.png", "text": "a toy"}'
-
-
-def write_lines(folder: Path, *lines: str) -> Path:
-    """The captions of two pictures."""
-    path = write_pictures(folder / "pictures", 2, seed=0) / "metadata.jsonl"
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
-
-
-@pytest.mark.parametrize(
-    ("line", "said"),
-    [
-        ('{"file_name": "1.png", "text": ["a", "b"]}', ', line 3: \'text\' is ["a", "b"], expected a text in quotes'),
-        ('{"file_name": "1.png", "text": NaN}', ", line 3: 'text' is NaN, expected a text in quotes"),
-        (FIRST, ", line 3: 0.png has a caption in line 1 already"),
-        (r'{"file_name": "1.png", "text": "a \ud83d toy"}', ", line 3 holds half a character, \\ud"),
-    ],
-)
-def test_line_that_is_no_caption_is_refused_by_file_and_number(tmp_path: Path, capsys, line: str, said: str) -> None:
-    path = write_lines(tmp_path, FIRST, "", line)
-    flags = {"instance_data_dir": path.parent, "output_dir": tmp_path / "run"}
-    assert f"{path}{said}" in _commands.refusal(capsys, "dreambooth_sdxl.py", **flags)
-
-
-def test_whole_characters_in_two_escapes_and_null_stay_captions(tmp_path: Path) -> None:
-    whole = r'{"file_name": "0.png", "text": "a \ud83d\ude00 toy"}'
-    folder = write_lines(tmp_path, whole, '{"file_name": "1.png", "text": null}').parent
-    found = records_from_folder(folder, prompt="a photo")
-    assert [record.prompt for record in found] == ["a \U0001f600 toy", "a photo"]

@@ -19,7 +19,6 @@ from quality.regimes import runs
 from quality.regimes.alternatives import GROUPS, confirmed
 from quality.regimes.text.bayes import bayes_losses
 from quality.regimes.text.corruption import noise_tokens
-from quality.report.blocks import block
 from quality.results import read
 from quality.text.runs import load
 
@@ -167,15 +166,6 @@ def test_the_base_read_by_the_identity_has_what_the_record_says(regime):
     read = runs.FURTHER[f"{regime}_read"]
     (record,) = (each for each in results.read(RECORDS) if each["regime"] == regime and each["seed"] is None)
     assert read.figures(base().pipe.unet)["losses"] == pytest.approx(record["losses"], rel=1e-4)
-
-
-def test_the_front_table_shows_the_groups_whose_seeds_are_all_there():
-    lines = block("alternatives", report_quality.RESULTS).splitlines()
-    groups = [confirmed(group, results.read(RECORDS)) for group in GROUPS]
-    shown = [group.planned.name for group in groups if group.is_whole for _ in group.planned.front]
-    assert [line.split(" | ")[0].strip("| ") for line in lines[2:]] == shown
-    assert 0 < len(shown) <= 10
-    assert {"eps_to_v", "blind_open"} <= set(shown)
 
 
 def test_nothing_trained_on_attention_reaches_what_needs_no_training():

@@ -6,6 +6,7 @@ import json
 from itertools import combinations, product
 from pathlib import Path
 from statistics import fmean
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from transformers import (
     Dinov2Model,
 )
 
-from nara_diffusion.dreambooth.fidelity import Encoder, image_similarity, text_alignment, without_words
+from nara_diffusion.dreambooth.fidelity import Encoder, image_similarity, load_encoders, text_alignment, without_words
 from nara_diffusion.utils.statistics import interval
 from tests.dreambooth.pictures import noise
 
@@ -107,6 +108,15 @@ def test_models_that_cannot_measure_are_refused(dino, tmp_path) -> None:
     CLIPModel.from_pretrained(CLIP_TINY).text_model.save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="is a CLIPTextModel, expected CLIP, DINO or DINOv2"):
         Encoder(tmp_path / "other")
+
+
+def test_encoder_out_of_reach_is_named_with_its_flag_and_the_way_without() -> None:
+    args = SimpleNamespace(similarity_model="some/dino", alignment_model=None)
+    args.pretrained_vae_model_name_or_path = "some/vae"  # not loaded yet, and out of reach, too
+    message = r"--similarity_model some/dino can't be loaded \(the Hub can't be reached\): .* --alignment_model none"
+    message += r" --pretrained_vae_model_name_or_path none\.$"
+    with pytest.raises(ValueError, match=message):
+        load_encoders(args, torch.device("cpu"))
 
 
 def fill(folder: Path, n: int, first: int = 0, prompts: list[str] | None = None) -> Path:

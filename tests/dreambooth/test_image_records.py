@@ -131,9 +131,10 @@ def test_captions_come_from_text_files_else_from_one_prompt(images, caplog) -> N
 def test_metadata_wins_over_text_files(images) -> None:
     images[0].with_suffix(".txt").write_text("from a file")
     rows = [{"file_name": image.name, "text": image.name, "said": f" {image.stem} "} for image in images]
+    rows[2]["text"] = "a \U0001f600 toy"  # whole, though in two escapes
     lines = [json.dumps(row) for row in (*rows, {"file_name": "gone.png", "text": None, "said": ""})]
     (images[0].parent / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8-sig")
-    assert captions_of(images, None) == ["a.png", "b.jpg", "c.png"]
+    assert captions_of(images, None) == ["a.png", "b.jpg", "a \U0001f600 toy"]
     assert captions_of(images, None, "said") == ["a", "b", "c"]
 
 
@@ -150,9 +151,13 @@ def test_captions_that_cannot_be_read_are_refused_by_file_and_line(images) -> No
         "[1]": "expected",
         '{"text": "a"}': r"expected \{\"file_name\": …, \"text\": …\}, found .*'file_name'",
         '{"file_name": "a.png", "caption": "a"}': "expected .*'text'",
+        '{"file_name": "a.png", "text": ["a", "b"]}': r"'text' is \[\"a\", \"b\"\], expected a text in quotes",
+        '{"file_name": "a.png", "text": NaN}': "'text' is NaN, expected a text in quotes",
+        '{"file_name": "b.jpg", "text": "a"}': "b.jpg has a caption in line 1 already",
+        r'{"file_name": "a.png", "text": "a \ud83d toy"}': r"holds half a character, \\ud",
     }
     for line, message in lines.items():
         (images[0].parent / "metadata.jsonl").write_text(f'{{"file_name": "b.jpg", "text": "b"}}\n\n{line}\n')
-        refused(f"line 3: {message}")
+        refused(f"metadata.jsonl, line 3:? {message}")
     with pytest.raises(ValueError, match="class_prompt is empty"):
         check_prompt(" \n", "class_prompt")

@@ -25,9 +25,9 @@ NOT_COMPARED = {
 
 def process_state() -> dict[str, Any]:
     """{what: its value now}, of PyTorch's global hooks and modes, the environment and the threads."""
-    hooks = {name: dict(value) for name, value in vars(modules).items() if _is_global_hook(name, value)}
+    hooks = {name: value for name, value in vars(modules).items() if name.startswith("_global_")}
     return {
-        **hooks,
+        **{name: dict(value) for name, value in hooks.items() if isinstance(value, dict)},
         "default dtype": torch.get_default_dtype(),
         "default device": torch.get_default_device(),
         "grad mode": torch.is_grad_enabled(),
@@ -40,28 +40,23 @@ def process_state() -> dict[str, Any]:
     }
 
 
-def left_behind(before: dict[str, Any], workers_may_stay: bool = False) -> list[str]:
-    """A sentence for each thing that differs from `before`; threads get time to end; workers of pools may stay."""
-    known = before["threads"] | (set(pools._threads_queues) if workers_may_stay else set())
+def fail_if_left(before: dict[str, Any]) -> None:
+    """Fails with a line for each thing that isn't as `before`. Threads get time to end; workers of pools may stay."""
+    known = before["threads"] | set(pools._threads_queues)
     for thread in process_state()["threads"] - known:
         thread.join(PATIENCE)
     after = process_state()
-    left = after["threads"] - known
-    after["threads"] = before["threads"] | left  # a thread that ends is no leak
-    return [_difference(name, value, after[name]) for name, value in before.items() if value != after[name]]
-
-
-def fail_if_left(before: dict[str, Any], workers_may_stay: bool = False) -> None:
-    if left := left_behind(before, workers_may_stay):
+    after["threads"] = before["threads"] | after["threads"] - known  # a thread that ends is no leak
+    left = [f"{name}: {_change(value, after[name])}" for name, value in before.items() if value != after[name]]
+    if left:
         pytest.fail("the process isn't as it was before the test:\n" + "\n".join(left), pytrace=False)
 
 
-def _is_global_hook(name: str, value: Any) -> bool:
-    return name.startswith("_global_") and isinstance(value, dict)
-
-
-def _difference(name: str, before: Any, after: Any) -> str:
+def _change(before: Any, after: Any) -> str:
     if isinstance(before, dict):
-        changed = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
-        return f"{name}: " + ", ".join(f"{key!r} was {before.get(key)!r}, is {after.get(key)!r}" for key in changed)
-    return f"{name}: was {before!r}, is {after!r}"
+        return ", ".join(
+            f"{key!r}: {_change(before.get(key), after.get(key))}"
+            for key in before.keys() | after.keys()
+            if before.get(key) != after.get(key)
+        )
+    return f"was {before!r}, is {after!r}"
