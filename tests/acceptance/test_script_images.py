@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -163,25 +162,6 @@ def test_run_with_another_adapter_is_loaded_by_its_card(sdxl: dict[str, Any], tm
         np.testing.assert_array_equal(drawn(base, out), written(out / "samples-after")[0])
 
 
-@pytest.fixture
-def conversion(sdxl: dict[str, Any], tmp_path: Path) -> Callable[..., Path]:
-    """Runs a conversion on captioned pictures; returns its folder."""
-    pictures = tmp_path / "captioned"
-    pictures.mkdir()
-    lines = []
-    for path in sorted(sdxl["instance_data_dir"].glob("*.png")):
-        (pictures / path.name).write_bytes(path.read_bytes())
-        lines.append(json.dumps({"file_name": path.name, "text": f"a red toy {path.stem}"}) + "\n")
-    (pictures / "metadata.jsonl").write_text("".join(lines))
-
-    def convert(**changes: Any) -> Path:
-        flags = {**sdxl, "instance_data_dir": pictures, "instance_prompt": None, "validation_prompts": "toy", **changes}
-        run("dreambooth_sdxl.py", **flags, output_dir=tmp_path / "out")
-        return tmp_path / "out"
-
-    return convert
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("prediction", "options"),
@@ -189,32 +169,29 @@ def conversion(sdxl: dict[str, Any], tmp_path: Path) -> Callable[..., Path]:
     ids=["v", "zero SNR", "flow"],
 )
 def test_conversion_learns_and_brings_its_scheduler(
-    sdxl: dict[str, Any], conversion: Callable[..., Path], prediction: str, options: dict[str, Any]
+    sdxl: dict[str, Any], tmp_path: Path, prediction: str, options: dict[str, Any]
 ) -> None:
-    out = conversion(prediction_type=prediction, objective_options=options, checkpointing_steps=None)
+    out = tmp_path / "out"
+    flags = sdxl | {"prediction_type": prediction, "objective_options": options, "checkpointing_steps": None}
+    run("dreambooth_sdxl.py", **flags, output_dir=out)
     found = results(out)
     assert found["validation_loss_after"] < found["validation_loss_before"]
     assert found["identity_loss"] > 0
     pipe = StableDiffusionXLPipeline.from_pretrained(sdxl["pretrained_model_name_or_path"])
-    pipe.set_progress_bar_config(disable=True)
-    call: dict[str, Any] = {"height": 16, "width": 16, "num_inference_steps": 2, "guidance_scale": 5.0}
-
-    def draw() -> np.ndarray:
-        return np.asarray(pipe("toy", generator=[torch.Generator().manual_seed(0)], **call).images[0])
-
-    before, old = draw(), pipe.scheduler
-    np.testing.assert_array_equal(before, written(out / "samples-before")[0])
+    before, old = written(out / "samples-before")[0], pipe.scheduler
+    np.testing.assert_array_equal(drawn(pipe, out), before)
     pipe.load_nara_weights(out)
     assert pipe.scheduler.config.prediction_type == prediction
-    np.testing.assert_array_equal(draw(), written(out / "samples-after")[0])
+    np.testing.assert_array_equal(drawn(pipe, out), written(out / "samples-after")[0])
     pipe.unload_nara_weights()
     assert pipe.scheduler is old or pipe.scheduler.config == old.config
-    np.testing.assert_array_equal(draw(), before)
+    np.testing.assert_array_equal(drawn(pipe, out), before)
 
 
 @pytest.mark.slow
-def test_conversion_of_a_plain_lora_keeps_its_scheduler_beside_it(conversion: Callable[..., Path]) -> None:
-    out = conversion(**{**PLAIN, **SHORT, "adapter": "lora", "prediction_type": "v_prediction"})
+def test_conversion_of_a_plain_lora_keeps_its_scheduler_beside_it(sdxl: dict[str, Any], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run("dreambooth_sdxl.py", **sdxl | PLAIN | SHORT, adapter="lora", prediction_type="v_prediction", output_dir=out)
     saved = json.loads((out / "scheduler" / "scheduler_config.json").read_text())
     assert saved["prediction_type"] == "v_prediction"
     assert by_the_card(out, until="image = ")["pipe"].scheduler.config.prediction_type == "v_prediction"

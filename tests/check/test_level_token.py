@@ -6,61 +6,35 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
-from nara_diffusion import noise_level
 from nara_diffusion.check import check_tasks
 from nara_diffusion.check.check_tasks import check
 from nara_diffusion.check.trials import CHEAP, CheckTask, restart
-from nara_diffusion.dllm.loss import batch_loss
 from nara_diffusion.dllm.masking import mask_answers, with_level_token
-from tests.acceptance._text import backbone, nara
 
 LLADA = Path(__file__).parents[2] / "examples" / "assets" / "llada-tiny"
 DIGITS = list(range(15, 25))  # of llada-tiny
 PROMPT = 20  # tokens of a question in `questions`
-VOCABULARY, MASK, PAD = 30, 29, 1
-ROWS, PROMPTS = [[5, 9, 11, 4, 6, 20, 8], [7, 21, 8, 21], [12, 4, 9, 25, 16]], [3, 0, 4]
-LEVELS = torch.tensor([0.04, 0.57, 1.0])
-SAID = [15, 20, 24]
 
 
-@pytest.fixture
-def batch() -> Any:
-    width = max(map(len, ROWS))
-    ids = torch.tensor([row + [PAD] * (width - len(row)) for row in ROWS])
-    lengths = [len(row) - prompt for row, prompt in zip(ROWS, PROMPTS, strict=True)]
-    return mask_answers(ids, PROMPTS, mask_token_id=MASK, answer_lengths=lengths, noise_level=LEVELS, seed=3)
-
-
-def test_with_level_token_puts_the_digit_of_each_row_at_the_end_of_its_prompt(batch):
+def test_with_level_token_puts_the_digit_of_each_row_at_the_end_of_its_prompt():
+    rows, prompts = [[5, 9, 11, 4, 6, 20, 8], [7, 21, 8, 21], [12, 4, 9, 25, 16]], [3, 0, 4]
+    ids = torch.tensor([row + [1] * (7 - len(row)) for row in rows])
+    lengths = [len(row) - prompt for row, prompt in zip(rows, prompts, strict=True)]
+    options: dict[str, Any] = {"answer_lengths": lengths, "noise_level": torch.tensor([0.04, 0.57, 1.0])}
+    batch = mask_answers(ids, prompts, mask_token_id=29, seed=3, **options)
     told = with_level_token(batch, DIGITS)
-    for row, (place, said) in enumerate(zip(PROMPTS, SAID, strict=True)):
+    for row, (place, said) in enumerate(zip(prompts, (15, 20, 24), strict=True)):
         for name, new in {"input_ids": said, "targets": said, "masked": 0, "answer": 0, "attention_mask": 1}.items():
-            expected = getattr(batch, name)[row].tolist()
+            expected = getattr(batch, name)[row].tolist()  # type: ignore[union-attr]
             expected.insert(place, new)
             assert getattr(told, name)[row].tolist() == expected, (name, row)
     assert torch.equal(told.noise_level, batch.noise_level)
-
-
-def test_with_level_token_of_complementary_masks_says_the_level_of_each():
-    batch = mask_answers(torch.tensor([ROWS[0]]), [3], mask_token_id=MASK, noise_level=0.22, seed=3, complementary=True)
-    told = with_level_token(batch, DIGITS)
+    whole = mask_answers(ids[:1], [3], mask_token_id=29, noise_level=0.22, seed=3, complementary=True)
+    told = with_level_token(whole, DIGITS)  # of complementary masks the level of each
     assert told.input_ids[:, 3].tolist() == [DIGITS[2], DIGITS[7]]
     assert told.attention_mask is None
-
-
-def test_loss_of_a_told_batch_is_that_of_the_longer_rows_without_the_token(batch):
-    model = nara(backbone(VOCABULARY)).eval()
-    told = with_level_token(batch, DIGITS)
-    loss = batch_loss(model, told)
-    with noise_level(model, LEVELS):
-        logits = model(input_ids=told.input_ids, attention_mask=told.attention_mask).logits.double()
-    surprise = -logits.log_softmax(-1).gather(2, told.targets[..., None])[..., 0] * told.masked
-    answers = torch.tensor([4, 4, 1])
-    torch.testing.assert_close(loss.per_sample.double(), surprise.sum(1) / LEVELS / answers, rtol=1e-5, atol=1e-6)
-    assert not torch.equal(loss.per_sample, batch_loss(model, batch).per_sample)  # it is read
 
 
 def questions(folder: Path, monkeypatch: Any, *flags: str) -> CheckTask:

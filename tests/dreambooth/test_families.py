@@ -19,6 +19,7 @@ from nara_diffusion.dreambooth.family import Family
 from nara_diffusion.dreambooth.objectives import build_objective
 from nara_diffusion.dreambooth.pipelines import family_of
 from nara_diffusion.dreambooth.training_step import PromptCache, posterior_of, scale_latents
+from tests.helpers.adapted import disturb
 from tests.helpers.denoisers import told
 from tests.helpers.pipelines.families import FAMILY_PIPELINES, small_flux2_dev, small_wan_images
 from tests.helpers.rounding import rounding_of
@@ -183,15 +184,9 @@ def trained(name: str) -> AdaptedDenoiser:
     pipe = FAMILY_PIPELINES[name]()
     convention = build_objective(pipe.scheduler).source.convention
     core = {"core_hidden_dims": (4, 4), "core_init": "kaiming", "noise_convention": convention}
-    for module in pipe.components.values():
-        if isinstance(module, torch.nn.Module):
-            module.requires_grad_(False)
-    torch.manual_seed(2)
     config = NaraConfig(r=2, target_modules=["to_q", "to_v"], **core)  # type: ignore[arg-type]
     model = AdaptedDenoiser(pipe, config, family=configured(name, pipe))
-    generator = torch.Generator().manual_seed(3)
-    for parameter in model.trained.values():
-        parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
+    disturb(model, scale=0.2)
     return model.eval()
 
 

@@ -32,6 +32,7 @@ from nara_diffusion.dreambooth.training_step import LatentCache, PromptCache, Tr
 from nara_diffusion.loaders.schedulers import scheduler_fields
 from nara_diffusion.noise.strength_schedule import NoiseWindow
 from tests.dreambooth.pictures import folder_of
+from tests.helpers.adapted import disturb
 from tests.helpers.denoisers import told
 from tests.helpers.small_pipelines import small_sdxl
 
@@ -41,9 +42,7 @@ CONFIG["noise_convention"] = "timestep"
 
 def disturbed(pipe: Any, config: NaraConfig, **options: Any) -> AdaptedDenoiser:
     model = AdaptedDenoiser(pipe, config, **options)
-    generator = torch.Generator().manual_seed(2)
-    for parameter in model.trained.values():
-        parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
+    disturb(model, scale=0.3)
     return model.eval()
 
 
