@@ -23,9 +23,10 @@ from nara_diffusion.dreambooth.dataset import (
     draw_indices,
     draw_noise,
     drawable_levels,
+    numpy_generator,
+    torch_generator,
 )
 from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser
-from nara_diffusion.dreambooth.dataset import draw_indices, draw_noise, drawable_levels, numpy_generator, torch_generator
 from nara_diffusion.dreambooth.image_records import records_from_folder
 from nara_diffusion.dreambooth.objectives import build_objective
 from nara_diffusion.dreambooth.training_step import LatentCache, PromptCache, TrainingStep

@@ -28,8 +28,7 @@ from torch import Tensor, nn
 
 from nara_diffusion import TimestepNoise
 from nara_diffusion.dreambooth import collate_samples
-from nara_diffusion.dreambooth.dataset import DreamBoothDataset
-from nara_diffusion.dreambooth.dataset import draw_indices, draw_noise
+from nara_diffusion.dreambooth.dataset import DreamBoothDataset, draw_indices, draw_noise
 from nara_diffusion.dreambooth.image_records import ImageRecord
 from nara_diffusion.dreambooth.objectives import IdentityReading, Objective, build_objective, squared_errors
 from quality.images.held_out import (
