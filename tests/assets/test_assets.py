@@ -37,19 +37,15 @@ def test_folder_is_small_and_its_card_has_its_figures(name):
     assert not list((ASSETS / name).rglob("*.bin")) + list((ASSETS / name).rglob("*.pt"))
 
 
-def test_dream_tiny_reverses_a_word():
-    """As llada-tiny does in its pipeline."""
+def test_dream_tiny_reverses_a_word_and_uniform_tiny_repairs_one():
+    """llada-tiny does the first in its pipeline."""
     model, tokenizer = load_backbone(str(ASSETS / "dream-tiny"))
     chat = [{"role": "user", "content": "reverse: planet"}]
-    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False, return_tensors="pt")
-    tokens = generate(model, prompt, gen_length=12)
-    assert tokenizer.decode(tokens[0, prompt.shape[1] :], skip_special_tokens=True) == "tenalp"
-
-
-def test_uniform_tiny_repairs_an_answer():
-    model, tokenizer = load_backbone(ASSETS / "uniform-tiny")
-    chat = [{"role": "user", "content": "reverse: planet"}]
     prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    tokens = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids
+    answer = generate(model, tokens, gen_length=12)[0, tokens.shape[1] :]
+    assert tokenizer.decode(answer, skip_special_tokens=True) == "tenalp"
+    model, tokenizer = load_backbone(ASSETS / "uniform-tiny")
     tokens = tokenizer(prompt + "te7alz<|eot_id|>", add_special_tokens=False, return_tensors="pt").input_ids
     with torch.no_grad():
         predicted = model(tokens).logits[0, -7:].argmax(-1)

@@ -1,4 +1,4 @@
-"""Samples: crops, what a position holds, how often, and that neither workers, processes nor a resume change it.
+"""Samples: crops, what a position holds, and how often.
 
 And caches, against the autoencoder's own posterior and the pipeline's own embeddings; a cache changes no bit.
 """
@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate.data_loader import prepare_data_loader
 from PIL import Image, ImageOps
 
 from nara_diffusion.dreambooth.dataset import (
@@ -132,25 +131,6 @@ def test_captions_are_dropped_as_often_as_asked_and_nothing_else_changes(instanc
         assert one.prompt in ("", expected.prompt)
         assert (one.key, other) == (expected.key, beside)
     assert all(sample.prompt for sample in data.plain_samples())
-
-
-def rows_of(batches: Any) -> list[list[tuple]]:
-    return [[(s.position, s.key, s.prompt, s.role) for s in batch["samples"]] for batch in batches]
-
-
-def test_processes_and_a_resume_change_nothing(instances, class_images) -> None:
-    def loader(first: int = 0) -> Any:
-        data = dataset(instances, class_images=class_images, caption_dropout=0.2)
-        return stream_loader(data, collate_samples, batch_size=2, first=first, stop=24)
-
-    rows = rows_of(loader())
-    assert rows_of(loader(first=8)) == rows[4:]
-    dealt = [
-        rows_of(prepare_data_loader(loader(), torch.device("cpu"), num_processes=3, process_index=rank))
-        for rank in range(3)
-    ]
-    assert [batch for turn in zip(*dealt, strict=True) for batch in turn] == rows
-    assert rows_of([collate_samples([dataset(instances, seed=6)[p] for p in range(2)])]) != rows[:1]
 
 
 def test_images_that_are_too_small_are_named(instances, caplog) -> None:

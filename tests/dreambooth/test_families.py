@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser
 from nara_diffusion.dreambooth.family import Family
 from nara_diffusion.dreambooth.objectives import build_objective
 from nara_diffusion.dreambooth.pipelines import family_of
-from nara_diffusion.dreambooth.training_step import PromptCache, posterior_of, scale_latents
+from nara_diffusion.dreambooth.training_step import PromptCache, scale_latents
 from tests.helpers.adapted import disturb
 from tests.helpers.denoisers import told
 from tests.helpers.pipelines.families import FAMILY_PIPELINES, small_flux2_dev, small_wan_images
@@ -43,20 +44,19 @@ PIPELINES = {
 INDICES = torch.tensor([150, 800])
 
 
-@dataclass
-class Run:
-    """A pipeline's run of three steps: the calls of its denoiser, what they returned, the latents after each step."""
+class Run(NamedTuple):
+    """A pipeline's run of three steps: the calls of its denoiser, the latents after each step, what was decoded."""
 
     pipe: Any
     family: Family
     size: tuple[int, int]
-    calls: list[dict[str, Any]] = field(default_factory=list)
-    outputs: list[Any] = field(default_factory=list)
-    latents: list[Tensor] = field(default_factory=list)
+    calls: list[dict[str, Any]]
+    latents: list[Tensor]
+    decoded: Tensor
 
-    def grid(self, latents: Tensor) -> Tensor:
-        """(b, c, h, w) of what the pipeline keeps between steps, by the pipeline's own means."""
-        height, width = self.size
+    def grid(self, step: int) -> Tensor:
+        """(b, c, h, w) of what the pipeline keeps after a step, by the pipeline's own means."""
+        latents, (height, width) = self.latents[step], self.size
         if self.family.name == "flux":
             return self.pipe._unpack_latents(latents, height, width, self.pipe.vae_scale_factor)
         if self.family.name == "qwen-image":
@@ -67,36 +67,22 @@ class Run:
             return Flux2Pipeline._unpack_latents_with_ids(latents, ids)
         return latents[:, :, 0] if self.family.name == "wan" else latents
 
-    def kept(self, grid: Tensor) -> Tensor:
-        """The inverse of `grid`."""
-        b, c, h, w = grid.shape
-        if self.family.name in ("flux", "qwen-image"):
-            return self.pipe._pack_latents(grid, b, c, h, w)
-        if self.family.name == "flux-2":
-            return self.pipe._pack_latents(grid)
-        return grid[:, :, None] if self.family.name == "wan" else grid
-
 
 @contextmanager
-def recorded(module: Any, calls: list[dict[str, Any]], outputs: list[Any] | None = None) -> Iterator[None]:
+def recorded(module: Any) -> Iterator[list[dict[str, Any]]]:
     """Arguments of each forward by name; those that are None, empty or about the form of the result are left out."""
-    signature = inspect.signature(module.forward)
+    signature, calls = inspect.signature(module.forward), []
 
-    def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         bound = signature.bind(*args, **kwargs).arguments
         given = {name: value for name, value in bound.items() if name != "return_dict" and value is not None}
         calls.append({name: value for name, value in given.items() if value != {}})
 
-    def after(module: Any, args: Any, output: Any) -> None:
-        if outputs is not None:
-            outputs.append(output[0])
-
-    hooks = [module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)]
+    hook = module.register_forward_pre_hook(note, with_kwargs=True)
     try:
-        yield
+        yield calls
     finally:
-        for hook in hooks:
-            hook.remove()
+        hook.remove()
 
 
 def configured(name: str, pipe: Any) -> Family:
@@ -104,79 +90,50 @@ def configured(name: str, pipe: Any) -> Family:
     return replace(family, max_sequence_length=LENGTHS.get(name, LENGTHS.get(family.name)))
 
 
-def sampled(name: str, replace_last: Tensor | None = None) -> Run:
+def sampled(name: str) -> Run:
     """A run without guidance on images that are higher than wide."""
-    pipe = PIPELINES[name]()
+    pipe, latents = PIPELINES[name](), []
     family = configured(name, pipe)
     side = max(8, family.divisor(pipe))  # which Stable Diffusion's pipelines demand
-    run = Run(pipe, family, (3 * side, 2 * side))
 
     def keep(pipe: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        if replace_last is not None and step == len(pipe.scheduler.timesteps) - 1:
-            return {"latents": run.kept(replace_last)}
-        run.latents.append(tensors["latents"])
+        latents.append(tensors["latents"])
         return {}
 
-    call: dict[str, Any] = {"height": run.size[0], "width": run.size[1], "num_inference_steps": 3}
+    call: dict[str, Any] = {"height": 3 * side, "width": 2 * side, "num_inference_steps": 3}
     call |= UNGUIDED.get(name, UNGUIDED.get(family.name, {"guidance_scale": 1.0}))
-    call |= family.sample_call
-    if family.name == "wan":
-        call["num_frames"] = 1
-    if replace_last is None:
-        call["output_type"] = "latent"
-    generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
-    with recorded(getattr(pipe, family.denoiser), run.calls, run.outputs):
-        pipe(prompt=list(PROMPTS), generator=generators, callback_on_step_end=keep, **call)
-    return run
+    call |= family.sample_call | ({"num_frames": 1} if family.name == "wan" else {})
+    call["generator"] = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    decode = patch.object(pipe.vae, "decode", wraps=pipe.vae.decode)
+    with recorded(getattr(pipe, family.denoiser)) as calls, decode as decoded:
+        pipe(prompt=list(PROMPTS), callback_on_step_end=keep, **call)
+    z = decoded.call_args.args[0]
+    return Run(pipe, family, (3 * side, 2 * side), calls, latents, z[:, :, 0] if z.dim() == 5 else z)
 
 
 @pytest.mark.parametrize("name", PIPELINES)
 @torch.no_grad()
-def test_denoiser_is_called_as_the_pipeline_calls_it(name: str) -> None:
+def test_denoiser_is_called_as_the_pipeline_calls_it_on_latents_that_it_decodes_alike(name: str) -> None:
     run = sampled(name)
     scheduler, denoiser = run.pipe.scheduler, getattr(run.pipe, run.family.denoiser)
     embeddings = run.family.encode(run.pipe, PROMPTS)
     assert not any(torch.equal(part[0], part[1]) for part in embeddings if part.is_floating_point())
     time_ids = torch.tensor([[*run.size, 0, 0, *run.size]]).expand(2, -1)
     for step in (1, 2):
-        sample = run.grid(run.latents[step - 1]) if run.family.is_flow else run.calls[step]["sample"]
-        timestep = scheduler.timesteps[step].expand(2)
-        ours: list[dict[str, Any]] = []
-        with recorded(denoiser, ours):
-            prediction = run.family.predict(denoiser, sample, timestep, time_ids, embeddings)
-        theirs = dict(run.calls[step])
-        if not run.family.is_flow:
-            theirs["timestep"] = theirs["timestep"].expand(2)
-        torch.testing.assert_close(ours[0], theirs, rtol=1e-5, atol=1e-5, check_dtype=False)  # that of a timestep
+        theirs = run.calls[step]
+        sample = run.grid(step - 1) if run.family.is_flow else theirs["sample"]
+        with recorded(denoiser) as ours:
+            prediction = run.family.predict(denoiser, sample, scheduler.timesteps[step].expand(2), time_ids, embeddings)
         if run.family.is_flow:  # what the pipeline's Euler step made of its denoiser's output
             moved = (scheduler.sigmas[step + 1] - scheduler.sigmas[step]) * prediction
-            torch.testing.assert_close(sample + moved, run.grid(run.latents[step]), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(sample + moved, run.grid(step), rtol=1e-5, atol=1e-5)
             assert moved.abs().mean() > 1e-3
         else:
-            torch.testing.assert_close(prediction, run.outputs[step], rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", ["sd", "sd3", "flux2", "qwen_image", "wan"])
-@torch.no_grad()
-def test_latents_are_what_the_pipeline_decodes_to_the_same_z(name: str, monkeypatch) -> None:
-    pipe = PIPELINES[name]()
-    side = max(8, family_of(pipe).divisor(pipe))
-    pixels = torch.rand(2, 3, 3 * side, 2 * side, generator=torch.Generator().manual_seed(4)) * 2 - 1
-    mean, std = posterior_of(pipe.vae, pixels)
-    z = mean + std * torch.randn(mean.shape, generator=torch.Generator().manual_seed(5))
-    decoded: list[Tensor] = []
-    kind = type(pipe.vae)
-    decode = kind.decode
-
-    def record(self: Any, z: Tensor, *args: Any, **kwargs: Any) -> Any:
-        decoded.append(z)
-        return decode(self, z, *args, **kwargs)
-
-    monkeypatch.setattr(kind, "decode", record)
-    sampled(name, replace_last=scale_latents(pipe.vae, z))
-    (found,) = decoded
-    tolerance = 10 * rounding_of(pipe.vae)
-    torch.testing.assert_close(found[:, :, 0] if found.dim() == 5 else found, z, rtol=tolerance, atol=tolerance)
+            torch.testing.assert_close(prediction, denoiser(**theirs).sample, rtol=1e-5, atol=1e-5)
+            theirs["timestep"] = theirs["timestep"].expand(2)
+        torch.testing.assert_close(ours[0], theirs, rtol=1e-5, atol=1e-5, check_dtype=False)  # that of a timestep
+    tolerance = 10 * rounding_of(run.pipe.vae)
+    torch.testing.assert_close(scale_latents(run.pipe.vae, run.decoded), run.grid(-1), rtol=tolerance, atol=tolerance)
 
 
 def trained(name: str) -> AdaptedDenoiser:

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from nara_diffusion.dreambooth.fidelity import Encoder, image_similarity, load_encoders, text_alignment, without_words
-from nara_diffusion.utils.statistics import interval
+from nara_diffusion.utils.statistics import Interval, interval
 from tests.dreambooth.pictures import noise
 
 CLIP_TINY = Path(__file__).parents[2] / "examples" / "assets" / "clip-tiny"
@@ -119,52 +119,34 @@ def test_encoder_out_of_reach_is_named_with_its_flag_and_the_way_without() -> No
         load_encoders(args, torch.device("cpu"))
 
 
-def fill(folder: Path, n: int, first: int = 0, prompts: list[str] | None = None) -> Path:
-    """n images, other ones for another `first`, named by their numbers, with prompts in a metadata.jsonl."""
-    folder.mkdir(parents=True)
-    for number, image in enumerate(pictures(first + n)[first:]):
-        image.save(folder / f"{number}.png")
-    if prompts is not None:
-        rows = [{"file_name": f"{i}.png", "text": prompt} for i, prompt in enumerate(prompts)]
-        (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
-
-def files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.png"))
-
-
-def test_program_measures_each_seed_and_then_their_interval(tmp_path, clip, dino, capsys) -> None:
-    seeds = [fill(tmp_path / f"seed-{seed}", 3, 5 * seed, PROMPTS) for seed in range(3)]
-    reference, output = fill(tmp_path / "subject", 3, 20), tmp_path / "results.json"
-    words = ["--generated", *map(str, seeds), "--reference", str(reference), "--clip", clip.name]
-    main([*words, "--dino", dino.name, "--device", "cpu", "--output", str(output)])
-    figures, shown = json.loads(output.read_text()), capsys.readouterr().out
-    expected = {
-        "dino_similarity": [image_similarity(dino, files(seed), files(reference)) for seed in seeds],
-        "clip_similarity": [image_similarity(clip, files(seed), files(reference)) for seed in seeds],
-        "text_alignment": [text_alignment(clip, files(seed), PROMPTS) for seed in seeds],
-    }
-    for key, values in expected.items():
+def test_program_measures_each_seed_and_then_their_interval(tmp_path, clip, capsys) -> None:
+    folders = [tmp_path / name for name in ("one", "other", "subject")]
+    for folder, drawn in zip(folders, (pictures(9)[:3], pictures(9)[3:6], pictures(9)[6:]), strict=True):
+        lines = [json.dumps({"file_name": f"{i}.png", "text": prompt}) for i, prompt in enumerate(PROMPTS)]
+        folder.mkdir()
+        (folder / "metadata.jsonl").write_text("\n".join(lines))
+        for number, image in enumerate(drawn):
+            image.save(folder / f"{number}.png")
+    one, other, subject = (sorted(folder.glob("*.png")) for folder in folders)
+    words = ["--generated", *map(str, folders[:2]), "--reference", str(folders[2]), "--output", str(tmp_path / "out")]
+    main([*words, "--clip", clip.name, "--device", "cpu"])
+    figures, shown = json.loads((tmp_path / "out").read_text()), capsys.readouterr().out
+    for key, values in {
+        "clip_similarity": [image_similarity(clip, seed, subject) for seed in (one, other)],
+        "text_alignment": [text_alignment(clip, seed, PROMPTS) for seed in (one, other)],
+    }.items():
         assert figures[key]["values"] == pytest.approx(values, abs=1e-6)
-        found = [figures[key][name] for name in ("mean", "std", "low", "high")]
-        assert found == pytest.approx(list(interval(values)), abs=1e-5)
-    assert [(seed["folder"], seed["images"]) for seed in figures["seeds"]] == [(str(seed), 3) for seed in seeds]
-    own = fmean(cosine(x, y) for x, y in combinations(dino.images(files(reference)), 2))
-    assert figures["reference"]["dino_similarity"] == pytest.approx(own, abs=1e-6)
-    assert f"among themselves: DINO image similarity {own:.3f}, CLIP" in shown
+        assert [figures[key][name] for name in Interval._fields] == pytest.approx(list(interval(values)), abs=1e-5)
+    own = fmean(cosine(x, y) for x, y in combinations(clip.images(subject), 2))
+    assert f"among themselves: CLIP image similarity {own:.3f}" in shown
     assert f"{figures['text_alignment']['low']:.4f} to {figures['text_alignment']['high']:.4f}" in shown
     with pytest.raises(SystemExit):
-        main(words[:-2])
+        main(words)
     assert "name at least one model to measure with: --clip, --dino" in capsys.readouterr().err
-
-
-def test_without_prompts_alignment_is_not_measured(tmp_path, clip) -> None:
-    folder, reference = fill(tmp_path / "images", 2), fill(tmp_path / "subject", 1, 9)
-    figures = evaluate([folder], reference, clip=clip)
-    assert set(figures) == {"clip_similarity", "seeds", "reference"}
-    assert "alignment" not in table(figures)
-    assert "one seed, no interval" in table(figures)
-    (folder / "0.txt").write_text("a red car")
-    with pytest.raises(ValueError, match="has prompts of 1 of its 2 images"):
-        evaluate([folder], reference, clip=clip)
+    for folder in folders:
+        (folder / "metadata.jsonl").unlink()
+    assert "alignment" not in (said := table(evaluate([folders[0]], folders[2], clip=clip)))
+    assert "one seed, no interval" in said
+    (folders[0] / "0.txt").write_text("a red car")
+    with pytest.raises(ValueError, match="has prompts of 1 of its 3 images"):
+        evaluate([folders[0]], folders[2], clip=clip)

@@ -37,6 +37,7 @@ TEXT_WIDTHS = (16, 24)
 """Widths of SDXL's two text encoders; the UNet's cross-attention sees their sum."""
 
 MAX_TOKENS = 12
+BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 _WORDS = ("a", "photo", "of", "toy", "red", "cube", "on", "grass")
 
 
@@ -120,19 +121,26 @@ def small_unet(cross_attention_dim: int, *, pooled: int | None = None, **changes
     return random_model(UNet2DConditionModel, 3, **{**options, **changes})
 
 
+def clips(*, projection: bool) -> dict[str, Any]:
+    """The two text encoders of SDXL, or with `projection` of SD3, with their tokenizers."""
+    tokens = len(clip_tokenizer())
+    return {
+        "text_encoder": text_encoder(tokens, TEXT_WIDTHS[0], projection=projection),
+        "tokenizer": clip_tokenizer(),
+        "text_encoder_2": text_encoder(tokens, TEXT_WIDTHS[1], projection=True, seed=5),
+        "tokenizer_2": clip_tokenizer(),
+    }
+
+
 def small_sdxl(**unet_changes: Any) -> StableDiffusionXLPipeline:
     """A pipeline of the true SDXL classes: text_time conditioning, two text encoders, AutoencoderKL."""
-    tokenizer = clip_tokenizer()
-    first, second = TEXT_WIDTHS
+    changes = {"transformer_layers_per_block": (1, 2), **unet_changes}
     pipe = StableDiffusionXLPipeline(
         vae=small_vae(force_upcast=False),
-        text_encoder=text_encoder(len(tokenizer), first),
-        text_encoder_2=text_encoder(len(tokenizer), second, projection=True, seed=5),
-        tokenizer=tokenizer,
-        tokenizer_2=clip_tokenizer(),
-        unet=small_unet(first + second, pooled=second, **{"transformer_layers_per_block": (1, 2), **unet_changes}),
-        scheduler=EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+        unet=small_unet(sum(TEXT_WIDTHS), pooled=TEXT_WIDTHS[1], **changes),
+        scheduler=EulerDiscreteScheduler(**BETAS),
         add_watermarker=False,
+        **clips(projection=False),
     )
     return quiet(pipe)
 
@@ -145,9 +153,7 @@ def small_sd(**unet_changes: Any) -> StableDiffusionPipeline:
         text_encoder=text_encoder(len(tokenizer), TEXT_WIDTHS[0]),
         tokenizer=tokenizer,
         unet=small_unet(TEXT_WIDTHS[0], **unet_changes),
-        scheduler=PNDMScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
-        ),
+        scheduler=PNDMScheduler(**BETAS, skip_prk_steps=True, steps_offset=1),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -157,19 +163,14 @@ def small_sd(**unet_changes: Any) -> StableDiffusionPipeline:
 
 def small_sd3() -> StableDiffusion3Pipeline:
     """A pipeline of the true Stable Diffusion 3 classes, without the T5 encoder, which it can do without."""
-    tokenizer = clip_tokenizer()
-    first, second = TEXT_WIDTHS
-    widths = {"joint_attention_dim": first + second, "pooled_projection_dim": first + second}
+    widths = {"joint_attention_dim": sum(TEXT_WIDTHS), "pooled_projection_dim": sum(TEXT_WIDTHS)}
     pipe = StableDiffusion3Pipeline(
         transformer=denoiser("SD3Transformer2DModel", scale=0.1, num_layers=2, **widths),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=small_vae(shift_factor=0.0),
-        text_encoder=text_encoder(len(tokenizer), first, projection=True),
-        tokenizer=tokenizer,
-        text_encoder_2=text_encoder(len(tokenizer), second, projection=True, seed=5),
-        tokenizer_2=clip_tokenizer(),
         text_encoder_3=None,
         tokenizer_3=None,
+        **clips(projection=True),
     )
     return quiet(pipe)
 
