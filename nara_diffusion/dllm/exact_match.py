@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -109,11 +110,8 @@ def answer_prompts(
     model: nn.Module, prompts: Sequence[Sequence[int]], *, device: torch.device | None = None, **sampling: Any
 ) -> Generation:
     """`generate` for prompts of unequal length, as lists of token ids, on `device` or that of the parameters."""
-    lengths = [len(prompt) for prompt in prompts]
-    input_ids = torch.zeros(len(prompts), max(lengths), dtype=torch.long)
-    for row, prompt in zip(input_ids, prompts, strict=True):
-        row[: len(prompt)] = torch.as_tensor(prompt, dtype=torch.long)
-    input_ids = input_ids.to(device or Backbone(model).device)
+    input_ids = pad_sequence([torch.as_tensor(prompt, dtype=torch.long) for prompt in prompts], batch_first=True)
+    input_ids, lengths = input_ids.to(device or Backbone(model).device), [len(prompt) for prompt in prompts]
     result = generate(model, input_ids, prompt_lengths=lengths, return_stats=True, **sampling)
     assert isinstance(result, Generation)
     return result
