@@ -233,14 +233,7 @@ class ByHand:
         x = x.double() if x.is_floating_point() else x
         return torch.cat([functional_call(layer, {"weight": w}, (x[i : i + 1],)) for i, w in enumerate(weights)])
 
-    def outputs(
-        self,
-        config: NaraConfig,
-        tensors: Mapping[str, Tensor],
-        inputs: Mapping[str, Tensor],
-        level: Tensor | float,
-        **options: Any,
-    ) -> dict[str, Tensor]:
+    def outputs(self, config: Any, tensors: Any, inputs: Any, level: Any, **options: Any) -> dict[str, Tensor]:
         """Those of `Kinds`, by the name of the layer; `options` are those of `weights`."""
         found = {}
         for name in self.layers:

@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor
+from peft import LoraConfig, get_peft_model
 
 from nara_diffusion import noise_level
 from tests.acceptance._by_hand import (
@@ -42,35 +41,38 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to"),
 ]
 
-CASES: list[tuple[str, str, bool, Any]] = [
-    ("hypernetwork", "global", False, LEVELS),
-    ("hypernetwork", "module_type", True, LEVELS),
-    ("hypernetwork", "layer", False, 0.4),
-    ("constant", "layer", True, LEVELS),
-    ("identity", "global", False, LEVELS),
-    ("knots", "layer", True, 0.4),
-    ("knots", "module_type", False, LEVELS),
-    ("rank_mask", "global", True, LEVELS),
-    ("bins", "layer", False, LEVELS),
-    ("bins", "global", True, LEVELS),
-    ("custom", "module_type", False, LEVELS),
+CASES: list[tuple[str, str, bool, Any, bool]] = [
+    ("hypernetwork", "global", False, LEVELS, False),
+    ("hypernetwork", "module_type", True, LEVELS, False),
+    ("hypernetwork", "layer", False, 0.4, False),
+    ("constant", "layer", True, LEVELS, False),
+    ("identity", "global", False, LEVELS, False),
+    ("knots", "layer", True, 0.4, False),
+    ("knots", "module_type", False, LEVELS, False),
+    ("rank_mask", "global", True, LEVELS, False),
+    ("bins", "layer", False, LEVELS, False),
+    ("bins", "global", True, LEVELS, False),
+    ("custom", "module_type", False, LEVELS, False),
+    *(("hypernetwork", "global", use_dora, level, True) for use_dora in (False, True) for level in (0.4, LEVELS)),
 ]
 
 
-def make(kinds: list[str], **options: object) -> tuple[PeftModel, ByHand]:
-    """Layers of these kinds with an adapter; the own weights of some are trained beside it."""
+@pytest.mark.parametrize(("core", "sharing", "use_dora", "level", "fused"), CASES, ids=str)
+def test_layers_follow_the_formula_forward_and_backward(core, sharing, use_dora, level, fused, monkeypatch):
+    """Outputs, and gradients of inputs, A, B, magnitudes, cores, and of base weights that are trained beside them.
+
+    Large layers are fused, and others as if they were.
+    """
+    kinds, terms = WITH_DORA if use_dora else SMALL, 64
+    if fused:
+        kinds, terms = [*WIDE, "linear", "bare", "deep"], 896
+        monkeypatch.setattr("nara_diffusion.layers.fused.MIN_ELEMENTS", 0)
     base = Kinds(kinds)
     by_hand = ByHand(base, trained="trained")
-    model = adapted(base, target_modules=kinds, **options)
-    for name in by_hand.layers:
-        layer = model.base_model.model.get_submodule(name)
-        layer.get_base_layer().requires_grad_("trained" in name)
-    return model, by_hand
-
-
-def assert_follows_formula(model: PeftModel, by_hand: ByHand, level: Tensor | float, terms: int) -> None:
-    """Outputs, and gradients of inputs, A, B, magnitudes, cores and trained base weights."""
-    config, kinds = model.peft_config["default"], model.base_model.model.one.keys()
+    model = adapted(base, target_modules=kinds, use_dora=use_dora, core_sharing=sharing, **CORES[core])
+    own = {name: model.base_model.model.get_submodule(name).get_base_layer() for name in by_hand.layers}
+    for name, layer in own.items():
+        layer.requires_grad_("trained" in name)
     inputs = draw_inputs(kinds)
     with noise_level(model, level):
         outputs = model(inputs)
@@ -78,7 +80,7 @@ def assert_follows_formula(model: PeftModel, by_hand: ByHand, level: Tensor | fl
     sum((outputs[name] * weighting).sum() for name, weighting in weightings.items()).backward()
 
     tensors, xs = leaves(tensors_of(model)), leaves({kind: x for kind, x in inputs.items() if x.is_floating_point()})
-    expected = by_hand.outputs(config, tensors, {**inputs, **xs}, level)
+    expected = by_hand.outputs(model.peft_config["default"], tensors, {**inputs, **xs}, level)
     for name, output in expected.items():
         assert_near(outputs[name], output, name, terms=terms)
     sum((expected[name] * weighting).sum() for name, weighting in weightings.items()).backward()
@@ -91,27 +93,9 @@ def assert_follows_formula(model: PeftModel, by_hand: ByHand, level: Tensor | fl
     for kind, x in xs.items():
         assert_near(inputs[kind].grad, x.grad, f"gradient of the input of {kind}", terms=terms, sums=20)
     for name, layer in by_hand.layers.items():
-        own = model.base_model.model.get_submodule(name).get_base_layer().weight.grad
-        assert (own is None) == (layer.weight.grad is None), name
-        if own is not None:
-            assert_near(own, layer.weight.grad, f"gradient of W0 of {name}", terms=terms, sums=20)
-
-
-@pytest.mark.parametrize(("core", "sharing", "use_dora", "level"), CASES, ids=str)
-def test_layers_follow_the_formula_forward_and_backward(core, sharing, use_dora, level):
-    kinds = WITH_DORA if use_dora else SMALL
-    model, by_hand = make(kinds, use_dora=use_dora, core_sharing=sharing, **CORES[core])
-    assert_follows_formula(model, by_hand, level, terms=64)
-
-
-@pytest.mark.parametrize("use_dora", [False, True], ids=["NaRA", "NaRA-DoRA"])
-@pytest.mark.parametrize("level", [0.4, LEVELS], ids=["one level", "a level per sample"])
-def test_fused_layers_follow_the_formula_forward_and_backward(use_dora, level, monkeypatch):
-    """Large ones, and others as if they were."""
-    kinds = [*WIDE, "linear", "bare", "deep"]
-    model, by_hand = make(kinds, use_dora=use_dora)
-    monkeypatch.setattr("nara_diffusion.layers.fused.MIN_ELEMENTS", 0)
-    assert_follows_formula(model, by_hand, level, terms=896)
+        assert (own[name].weight.grad is None) == (layer.weight.grad is None), name
+        if layer.weight.grad is not None:
+            assert_near(own[name].weight.grad, layer.weight.grad, f"gradient of W0 of {name}", terms=terms, sums=20)
 
 
 def test_sample_without_batch_axis_is_a_batch_of_one():

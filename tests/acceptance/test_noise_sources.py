@@ -131,19 +131,20 @@ class Share:
 
 
 def test_source_of_another_convention_is_refused_on_all_models_at_once() -> None:
-    pair = nn.ModuleList(
+    three = nn.ModuleList(
         get_peft_model(TwoLayers(), nara_config(target_modules=LAYERS, noise_convention=convention))
-        for convention in (None, "masked_share")
+        for convention in (None, "masked_share", None)
     )
     for source in (Share(), Share(None), lambda module, args, kwargs: args[0][:, 0]):
         with pytest.raises(ValueError, match=r"'default' was trained with λ defined as 'masked_share', but the source"):
-            set_noise_source(pair, source)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"set_noise_source\(model"):  # neither has one
-        pair[0](X)
-    set_noise_source(pair[0], Share())  # type: ignore[arg-type]
+            set_noise_source(three, source)  # type: ignore[arg-type]
+    for model in three:  # none has one
+        with pytest.raises(ValueError, match=r"set_noise_source\(model"):
+            model(X)
+    set_noise_source(three[0], Share())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="'other' was trained with λ defined as 'masked_share'"):
-        pair[0].add_adapter("other", nara_config(target_modules=LAYERS, noise_convention="masked_share"))
-    assert "other" not in pair[0].base_model.model.first.lora_A
+        three[0].add_adapter("other", nara_config(target_modules=LAYERS, noise_convention="masked_share"))
+    assert "other" not in three[0].base_model.model.first.lora_A
 
 
 def test_source_of_a_registered_definition_is_read_where_an_adapter_loads_until_it_is_removed(

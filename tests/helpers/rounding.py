@@ -13,6 +13,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from tests.helpers.adapted import relative_error
+
 
 def rounding(terms: int, sums: int, dtype: torch.dtype = torch.float32) -> float:
     """The relative error to allow for `sums` sums of `terms` products each, one after the other."""
@@ -28,9 +30,7 @@ def rounding_of(model: nn.Module) -> float:
 
 def assert_near(actual: Tensor, expected: Tensor, model: nn.Module, roundings: float = 1) -> None:
     """Full tensors are equal but for the rounding of one forward of `model`, or of so many."""
-    assert actual.shape == expected.shape, (actual.shape, expected.shape)
-    actual, expected = actual.detach().double(), expected.detach().double()
-    error, bound = float((actual - expected).abs().max() / expected.abs().max()), roundings * rounding_of(model)
+    error, bound = relative_error(actual, expected), roundings * rounding_of(model)
     assert error <= bound, f"off by {error:.3g}, {bound:.3g} is rounding"
 
 
