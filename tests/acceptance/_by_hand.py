@@ -22,9 +22,7 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from nara_diffusion import NaraConfig, register_core
-from tests.helpers.adapted import adapted as adapted
 from tests.helpers.adapted import disturb as disturb
-from tests.helpers.adapted import nara_config as nara_config
 from tests.helpers.adapted import relative_error
 from tests.helpers.rounding import rounding
 
@@ -58,10 +56,9 @@ KINDS: dict[str, tuple[Callable[[int], nn.Module], tuple[int, ...]]] = {
     "wide_trained": (lambda width: nn.Linear(24, 128 * width, bias=False), (BATCH, 70, 24)),
 }
 """Name of a kind of layer → how to make one of a width, and the shape of its input."""
-WIDE = ["wide", "wide_trained"]
-"""More than 2^17 outputs a layer, the size from which the package computes some layers as one function."""
-SMALL = [name for name in KINDS if name not in (*WIDE, "deep", "padded_embedding")]
-WITH_DORA = [name for name in SMALL if name not in ("grouped", "embedding")]
+SMALL = {False: [name for name in KINDS if "wide" not in name and name not in ("deep", "padded_embedding")]}
+SMALL[True] = [name for name in SMALL[False] if name not in ("grouped", "embedding")]
+"""The kinds of layers below the size from which the package computes some as one function, without DoRA and with it."""
 
 
 class Kinds(nn.Module):
@@ -76,14 +73,13 @@ class Kinds(nn.Module):
         towers = {"one": self.one, "two": self.two}
         return {f"{tower}.{kind}": layer(inputs[kind]) for tower in towers for kind, layer in towers[tower].items()}
 
-
-def draw_inputs(kinds: Iterable[str]) -> dict[str, Tensor]:
-    """{kind: x}, with gradients where x is no ids."""
-    shapes = {kind: KINDS[kind][1] for kind in kinds}
-    return {
-        kind: torch.randint(IDS, shape) if "embedding" in kind else torch.randn(shape, requires_grad=True)
-        for kind, shape in shapes.items()
-    }
+    def inputs(self) -> dict[str, Tensor]:
+        """{kind: x}, with gradients where x is no ids."""
+        shapes = {kind: KINDS[kind][1] for kind in self.one}
+        return {
+            kind: torch.randint(IDS, shape) if "embedding" in kind else torch.randn(shape, requires_grad=True)
+            for kind, shape in shapes.items()
+        }
 
 
 class Affine(nn.Module):
@@ -142,19 +138,22 @@ def group_of(config: NaraConfig, module: str) -> str:
 
 
 def core_by_hand(config: NaraConfig, own: Mapping[str, Tensor], level: Tensor, rank: int = RANK) -> Tensor:
-    """C (b, r, r) in float64 from the tensors of one core, by their names below its own, at λ (b,)."""
+    """C (b, r, r) in float64 from the tensors of one core, by their names below its own, at λ (b,).
+
+    Of a core of a larger rank it is the leading block.
+    """
     identity, level = torch.eye(rank, dtype=torch.float64), level.double()
     if getattr(config, "core_type", "identity") == "identity":  # as of a LoRA
         return identity.expand(len(level), -1, -1)
     if config.core_type in ("rank_mask", "bins"):
         return torch.stack([torch.diag(torch.tensor(_served(config, rank, x))).double() for x in level.tolist()])
     if config.core_type == "constant":
-        return (identity + config.core_scale * own["deviation"]).expand(len(level), -1, -1)
+        return (identity + config.core_scale * own["deviation"][:rank, :rank]).expand(len(level), -1, -1)
     if config.core_type == "acceptance affine":
         P, Q = own["core.P"], own["core.Q"]
         return torch.stack([identity + x * P + x**2 * Q for x in level.tolist()])
     if config.core_type == "knots":
-        D, last = own["deviation"], config.core_knots - 1
+        D, last = own["deviation"][:, :rank, :rank], config.core_knots - 1
         places = [(x * last, min(math.floor(x * last), last - 1)) for x in level.tolist()]
         between = [(k + 1 - place) * D[k] + (place - k) * D[k + 1] for place, k in places]
         return identity + config.core_scale * torch.stack(between)
@@ -162,7 +161,8 @@ def core_by_hand(config: NaraConfig, own: Mapping[str, Tensor], level: Tensor, r
     for i in range(len(config.core_hidden_dims) + 1):
         h = h * torch.sigmoid(h) if i else h
         h = torch.einsum("bi,oi->bo", h, own[f"layers.{i}.weight"]) + own[f"layers.{i}.bias"]
-    return identity + config.core_scale * h.reshape(len(level), rank, rank)
+    largest = math.isqrt(h.shape[1])
+    return identity + config.core_scale * h.reshape(-1, largest, largest)[:, :rank, :rank]
 
 
 def _embedded(config: NaraConfig, own: Mapping[str, Tensor], level: Tensor) -> Tensor:
@@ -213,9 +213,11 @@ class ByHand:
         core: Tensor | None = None,
     ) -> Tensor:
         """W(λ) (b, …) of one layer, in the layout of its weight; `core` (b, r, r) stands in for C(λ)."""
-        layer, scaling = self.layers[name], config.lora_alpha / config.r if scaling is None else scaling
-        A, B = (_factor(tensors, name, which) for which in "AB")
+        layer, (A, B) = self.layers[name], (_factor(tensors, name, which) for which in "AB")
         A = A.flatten(1)
+        if scaling is None:
+            alpha = config.alpha_pattern.get(name, config.lora_alpha)
+            scaling = alpha / len(A) ** (0.5 if config.use_rslora else 1)
         B = torch.block_diag(*B.flatten(1).chunk(getattr(layer, "split", 1)))
         if core is None:
             own_prefix = f"nara_core.{group_of(config, name)}." if hasattr(config, "core_type") else "none of a LoRA"

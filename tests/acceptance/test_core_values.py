@@ -10,18 +10,8 @@ from peft import get_peft_model
 from torch import nn
 
 from nara_diffusion import NaraConfig, core_matrix, noise_level
-from tests.acceptance._by_hand import (
-    CORES,
-    LEVELS,
-    RANK,
-    Kinds,
-    adapted,
-    assert_near,
-    core_by_hand,
-    group_of,
-    nara_config,
-    tensors_of,
-)
+from tests.acceptance._by_hand import CORES, LEVELS, RANK, Kinds, assert_near, core_by_hand, group_of, tensors_of
+from tests.helpers.adapted import adapted, nara_config
 
 MODULE = "two.bare"
 VALUES: dict[str, dict[str, Any]] = {

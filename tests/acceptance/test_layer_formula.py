@@ -12,29 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 
 from nara_diffusion import noise_level
-from tests.acceptance._by_hand import (
-    ALPHA,
-    CORES,
-    LEVELS,
-    RANK,
-    SMALL,
-    WIDE,
-    WITH_DORA,
-    ByHand,
-    Kinds,
-    adapted,
-    assert_near,
-    core_by_hand,
-    disturb,
-    draw_inputs,
-    leaves,
-    nara_config,
-    tensors_of,
-    write,
-)
+from tests.acceptance._by_hand import CORES, LEVELS, SMALL, ByHand, Kinds, assert_near, leaves, tensors_of, write
+from tests.helpers.adapted import adapted, disturb, lora_config, nara_config
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups"),
@@ -63,9 +45,9 @@ def test_layers_follow_the_formula_forward_and_backward(core, sharing, use_dora,
 
     Large layers are fused, and others as if they were.
     """
-    kinds, terms = WITH_DORA if use_dora else SMALL, 64
+    kinds, terms = SMALL[use_dora], 64
     if fused:
-        kinds, terms = [*WIDE, "linear", "bare", "deep"], 896
+        kinds, terms = ["wide", "wide_trained", "linear", "bare", "deep"], 896
         monkeypatch.setattr("nara_diffusion.layers.fused.MIN_ELEMENTS", 0)
     base = Kinds(kinds)
     by_hand = ByHand(base, trained="trained")
@@ -73,7 +55,7 @@ def test_layers_follow_the_formula_forward_and_backward(core, sharing, use_dora,
     own = {name: model.base_model.model.get_submodule(name).get_base_layer() for name in by_hand.layers}
     for name, layer in own.items():
         layer.requires_grad_("trained" in name)
-    inputs = draw_inputs(kinds)
+    inputs = base.inputs()
     with noise_level(model, level):
         outputs = model(inputs)
     weightings = {name: torch.randn(output.shape) for name, output in outputs.items()}
@@ -100,7 +82,8 @@ def test_layers_follow_the_formula_forward_and_backward(core, sharing, use_dora,
 
 def test_sample_without_batch_axis_is_a_batch_of_one():
     for kinds in (["bare", "conv1d", "conv2d"], ["grouped", "conv3d"]):
-        model, inputs = adapted(Kinds(kinds), target_modules=kinds, use_dora="bare" in kinds), draw_inputs(kinds)
+        base = Kinds(kinds)
+        model, inputs = adapted(base, target_modules=kinds, use_dora="bare" in kinds), base.inputs()
         with noise_level(model, 0.3):
             found, whole = model({kind: x[0] for kind, x in inputs.items()}), model(inputs)
         for name, output in found.items():
@@ -125,23 +108,23 @@ DORA, DROPOUT = {"use_dora": True}, {"lora_dropout": 0.4}
 )
 def test_new_cores_give_the_outputs_and_gradients_of_pefts_adapters(options):
     """One adapter or two active ones, of equal weights, whose C = I."""
-    inputs, names, base = draw_inputs([*KINDS, PADDED]), ["default", "second"][: len(options)], Kinds([*KINDS, PADDED])
-    tensors, found = {}, []
-    for kind in (LoraConfig, nara_config):
-        configs = [kind(**{"r": RANK, "lora_alpha": ALPHA, "target_modules": KINDS, **each}) for each in options]
+    base, names = Kinds([*KINDS, PADDED]), ["default", "second"][: len(options)]
+    inputs, tensors, found = base.inputs(), {}, []
+    for make in (lora_config, nara_config):
+        configs = [make(**{"target_modules": KINDS, **each}) for each in options]
         model = get_peft_model(copy.deepcopy(base), configs[0]).train()
         for name, config in zip(names[1:], configs[1:], strict=True):
             model.add_adapter(name, config)
         model.base_model.set_adapter(names)
         for seed, name in enumerate(names, start=1):
-            if kind is LoraConfig:
+            if make is lora_config:
                 disturb(model, name, seed)
                 tensors[name] = tensors_of(model, name)
             else:
                 write(model, tensors[name], name)
         xs = {kind: x.detach().clone().requires_grad_(x.is_floating_point()) for kind, x in inputs.items()}
         torch.manual_seed(4)
-        with nullcontext() if kind is LoraConfig else noise_level(model, LEVELS):
+        with nullcontext() if make is lora_config else noise_level(model, LEVELS):
             outputs = model(xs)
         sum((y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum() for y in outputs.values()).backward()
         gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None and "nara_core" not in n}
@@ -154,26 +137,14 @@ def test_new_cores_give_the_outputs_and_gradients_of_pefts_adapters(options):
 @pytest.mark.parametrize("core", ["hypernetwork", "knots", "rank_mask", "bins"])
 def test_patterns_and_rslora_scale_each_layer_and_a_smaller_rank_reads_the_leading_block(core):
     base = Kinds(["linear", "conv1d"])
-    by_hand, inputs = ByHand(base), draw_inputs(["linear", "conv1d"])
-    ranks, alphas = {"one.linear": 2, "two.conv1d": 6}, {"two.linear": 3, "one.linear": 5}
-    model = adapted(
-        base,
-        target_modules=["linear", "conv1d"],
-        use_rslora=True,
-        rank_pattern=ranks,
-        alpha_pattern=alphas,
-        **CORES[core],
-    )
-    config, tensors = model.peft_config["default"], leaves(tensors_of(model))
-    own = {n.removeprefix("nara_core.shared."): t for n, t in tensors.items() if "nara_core" in n}
+    by_hand, inputs = ByHand(base), base.inputs()
+    patterns = {
+        "rank_pattern": {"one.linear": 2, "two.conv1d": 6},
+        "alpha_pattern": {"two.linear": 3, "one.linear": 5},
+    }
+    model = adapted(base, target_modules=["linear", "conv1d"], use_rslora=True, **patterns, **CORES[core])
     with noise_level(model, LEVELS):
         outputs = model(inputs)
+    expected = by_hand.outputs(model.peft_config["default"], leaves(tensors_of(model)), inputs, LEVELS)
     for name, output in outputs.items():
-        rank = ranks.get(name, RANK)
-        if core in ("rank_mask", "bins"):  # a mask of that rank
-            C = core_by_hand(config, own, LEVELS, rank)
-        else:
-            C = core_by_hand(config, own, LEVELS, 6)[:, :rank, :rank]
-        scaling = alphas.get(name, ALPHA) / rank**0.5
-        weights = by_hand.weights(name, config, tensors, LEVELS, scaling=scaling, core=C)
-        assert_near(output, by_hand.output(name, weights, inputs[name.split(".")[1]]), name)
+        assert_near(output, expected[name], name)

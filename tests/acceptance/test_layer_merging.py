@@ -16,26 +16,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from nara_diffusion import noise_level, set_noise_source, to_lora
-from tests.acceptance._by_hand import (
-    ALPHA,
-    CORES,
-    LEVELS,
-    RANK,
-    SMALL,
-    WITH_DORA,
-    ByHand,
-    Kinds,
-    adapted,
-    assert_near,
-    core_by_hand,
-    disturb,
-    draw_inputs,
-    leaves,
-    nara_config,
-    tensors_of,
-)
+from tests.acceptance._by_hand import CORES, LEVELS, SMALL, ByHand, Kinds, assert_near, core_by_hand, leaves, tensors_of
 from tests.acceptance._lives import add_nara, frozen_sd, predict
-from tests.helpers.adapted import OneLayer
+from tests.helpers.adapted import OneLayer, adapted, disturb, nara_config
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups"),
@@ -57,16 +40,14 @@ CASES = [
 ]
 
 
-def make(
-    core: str, sharing: str, use_dora: bool, dtype: torch.dtype = torch.float32
-) -> tuple[Kinds, list[str], PeftModel]:
-    """The model before it was adapted, its kinds of layers, and the adapted one."""
-    kinds = [kind for kind in (WITH_DORA if use_dora else SMALL) if kind != "grouped"]  # which PEFT doesn't merge
+def make(core: str, sharing: str, use_dora: bool, dtype: torch.dtype = torch.float32) -> tuple[Kinds, PeftModel]:
+    """The model before it was adapted, and the adapted one."""
+    kinds = [kind for kind in SMALL[use_dora] if kind != "grouped"]  # which PEFT doesn't merge
     base = Kinds(kinds).to(dtype)
     options = {"target_modules": kinds, "core_sharing": sharing, "use_dora": use_dora, **CORES[core]}
     if core == "knots":
         options |= {"use_rslora": True, "rank_pattern": {"one.linear": 2}, "alpha_pattern": {"two.conv2d": 3}}
-    return copy.deepcopy(base), kinds, adapted(base, **options)
+    return copy.deepcopy(base), adapted(base, **options)
 
 
 def run(model: nn.Module, inputs: dict[str, Tensor], level: float | None = None) -> dict[str, Tensor]:
@@ -86,8 +67,8 @@ def base_weights(model: nn.Module) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(("core", "sharing", "use_dora"), CASES, ids=str)
 def test_merging_and_to_lora_give_the_forward_at_that_level_and_unmerging_restores(tmp_path, core, sharing, use_dora):
-    clean, kinds, model = make(core, sharing, use_dora)
-    inputs, before = draw_inputs(kinds), base_weights(model)
+    clean, model = make(core, sharing, use_dora)
+    inputs, before = clean.inputs(), base_weights(model)
     expected, other = run(model, inputs, LEVEL), run(model, inputs, 0.8)
     to_lora(model, LEVEL).save_pretrained(tmp_path)
     assert_all_near(run(PeftModel.from_pretrained(clean, tmp_path).eval(), inputs), expected)
@@ -109,7 +90,7 @@ def test_merging_in_a_context_and_unloading_leaves_the_stock_model_with_the_weig
     use_dora, safe_merge, dtype
 ):
     """In half precision they are rounded once."""
-    clean, _, model = make("hypernetwork", "global", use_dora, dtype)
+    clean, model = make("hypernetwork", "global", use_dora, dtype)
     by_hand, config, tensors = ByHand(clean), model.peft_config["default"], leaves(tensors_of(model))
     bound = {} if dtype == torch.float32 else {"terms": 1, "sums": 1, "dtype": dtype}
     with noise_level(model, LEVEL):
@@ -123,8 +104,8 @@ def test_merging_in_a_context_and_unloading_leaves_the_stock_model_with_the_weig
 
 
 def test_merging_without_one_level_or_running_at_another_is_refused_unless_the_adapter_is_disabled():
-    clean, kinds, model = make("hypernetwork", "global", False)
-    inputs, before = draw_inputs(kinds), base_weights(model)
+    clean, model = make("hypernetwork", "global", False)
+    inputs, before = clean.inputs(), base_weights(model)
     for merge in (model.merge_adapter, model.merge_and_unload):
         with pytest.raises(ValueError, match=r"only be merged at one λ.*noise_level"):
             merge()
@@ -142,7 +123,8 @@ def test_merging_without_one_level_or_running_at_another_is_refused_unless_the_a
 
 
 def test_a_source_that_tells_another_level_than_that_of_a_merge_is_warned_of_once():
-    model, inputs, told = adapted(Kinds(["linear"]), target_modules=["linear"]), draw_inputs(["linear"]), [None]
+    base, told = Kinds(["linear"]), [None]
+    model, inputs = adapted(base, target_modules=["linear"]), base.inputs()
     expected = run(model, inputs, LEVEL)
     set_noise_source(model, lambda *_: told[0])
     for _ in range(2):
@@ -167,10 +149,10 @@ def test_fusing_has_said_so_and_says_no_more(caplog):
 
 
 def test_merging_one_of_two_adapters_leaves_the_other_to_be_merged_beside_it():
-    _, kinds, model = make("hypernetwork", "layer", False)
-    model.add_adapter("knots", nara_config(target_modules=kinds, r=2, **CORES["knots"]))
+    clean, model = make("hypernetwork", "layer", False)
+    targets, inputs = model.peft_config["default"].target_modules, clean.inputs()
+    model.add_adapter("knots", nara_config(target_modules=targets, r=2, **CORES["knots"]))
     disturb(model, "knots", seed=5)
-    inputs = draw_inputs(kinds)
     model.base_model.set_adapter(["default", "knots"])
     expected = run(model, inputs, LEVEL)
     model.merge_adapter(adapter_names=["knots"], noise_level=LEVEL)
@@ -179,10 +161,10 @@ def test_merging_one_of_two_adapters_leaves_the_other_to_be_merged_beside_it():
 
 
 def test_an_adapter_without_a_level_that_is_merged_after_another_runs_at_any_level():
-    model = adapted(Kinds(["linear", "conv2d"]), target_modules=["two.conv2d"])
+    base = Kinds(["linear", "conv2d"])
+    model, inputs = adapted(base, target_modules=["two.conv2d"]), base.inputs()
     model.add_adapter("constant", nara_config(target_modules=["one.linear"], **CORES["constant"]))
     disturb(model, "constant", seed=5)
-    inputs = draw_inputs(["linear", "conv2d"])
     model.base_model.set_adapter(["default", "constant"])
     expected = run(model, inputs, 0.8)
     model.merge_adapter(adapter_names=["default"], noise_level=LEVEL)
@@ -202,8 +184,8 @@ def test_an_adapter_without_a_level_that_is_merged_after_another_runs_at_any_lev
 )
 @pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed but the targeted layer")
 def test_a_merge_that_one_layer_refuses_touches_none(why, merge, options, message):
-    kinds = ["linear", why]
-    model, inputs = adapted(Kinds(kinds), target_modules=kinds, lora_bias=why == "bare"), draw_inputs(kinds)
+    base = Kinds(["linear", why])
+    model, inputs = adapted(base, target_modules=["linear", why], lora_bias=why == "bare"), base.inputs()
     expected, before = run(model, inputs, LEVEL), base_weights(model)
     weight = model.base_model.model.two[why].lora_B["default"].weight
     whole = weight.detach().clone()
@@ -248,7 +230,7 @@ def update_and_scale(model: PeftModel, W0: Tensor, tensors: dict[str, Tensor], l
     config = model.peft_config["default"]
     own = {n.removeprefix("nara_core.shared."): t for n, t in tensors.items() if "nara_core" in n}
     A, B, C = tensors["layer.lora_A.weight"], tensors["layer.lora_B.weight"], core_by_hand(config, own, levels)
-    update = ALPHA / RANK * torch.einsum("or,brq,qk->bok", B, C, A)
+    update = config.lora_alpha / config.r * torch.einsum("or,brq,qk->bok", B, C, A)
     if not config.use_dora:
         return update, 1.0
     return update, (tensors["layer.lora_magnitude_vector"] / (W0 + update).detach().norm(dim=2))[:, None]

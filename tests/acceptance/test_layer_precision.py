@@ -17,21 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nara_diffusion import NaraConfig, core_matrix, noise_level
-from tests.acceptance._by_hand import (
-    CORES,
-    LEVELS,
-    SMALL,
-    WITH_DORA,
-    ByHand,
-    Kinds,
-    adapted,
-    assert_near,
-    draw_inputs,
-    leaves,
-    tensors_of,
-    write,
-)
+from tests.acceptance._by_hand import CORES, LEVELS, SMALL, ByHand, Kinds, assert_near, leaves, tensors_of, write
 from tests.acceptance._lives import FILE, frozen_sd, save_nara
+from tests.helpers.adapted import adapted
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups"),
@@ -90,9 +78,9 @@ def backward(outputs: dict[str, Tensor], expected: dict[str, Tensor], dtype: tor
 @pytest.mark.parametrize("kind", ["bfloat16", "float16", "autocast"])
 @dora
 def test_core_in_half_precision_layers_is_multiplied_in_float32_and_so_are_gradients(use_dora, kind, alike):
-    dtype, kinds = torch.float16 if kind == "float16" else torch.bfloat16, WITH_DORA if use_dora else SMALL
+    dtype, kinds = torch.float16 if kind == "float16" else torch.bfloat16, SMALL[use_dora]
     model, by_hand = sensitive(kinds, dtype, alike, use_dora)
-    inputs = of_dtype(draw_inputs(kinds), dtype)
+    inputs = of_dtype(Kinds(kinds).inputs(), dtype)
     if kind == "autocast":
         model.float()  # with values that bfloat16 has
         inputs = of_dtype(inputs, torch.float32)
@@ -100,7 +88,7 @@ def test_core_in_half_precision_layers_is_multiplied_in_float32_and_so_are_gradi
     with noise_level(model, LEVELS), torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
         outputs = model(inputs)
     bound: dict[str, Any] = {"terms": 1, "sums": 8, "dtype": dtype}
-    expected = by_hand.outputs(model.peft_config["default"], tensors, {**inputs, **xs}, LEVELS, scaling=12 / 8)
+    expected = by_hand.outputs(model.peft_config["default"], tensors, {**inputs, **xs}, LEVELS)
     backward(outputs, expected, dtype)
     if alike == "A":
         for name, output in outputs.items():
@@ -117,7 +105,8 @@ def test_core_in_half_precision_layers_is_multiplied_in_float32_and_so_are_gradi
 @dora
 def test_float64_model_computes_in_float64_beside_the_float32_core(use_dora):
     kinds = ["linear", "conv1d"]
-    base, inputs = Kinds(kinds).double(), of_dtype(draw_inputs(kinds), torch.float64)
+    base = Kinds(kinds).double()
+    inputs = of_dtype(base.inputs(), torch.float64)
     by_hand, model = ByHand(base), adapted(base, target_modules=kinds, use_dora=use_dora)
     core, tensors = core_matrix(model, LEVELS).double(), leaves(tensors_of(model))
     with noise_level(model, LEVELS):
@@ -139,7 +128,7 @@ def test_magnitudes_of_zero_or_nearly_zero_give_right_outputs_and_gradients(dtyp
             small[name] = tensor * torch.tensor([1.0, 0.0, 1e-6])[part]
     write(model, small)
     model.to(dtype)
-    inputs = of_dtype(draw_inputs(kinds), dtype)
+    inputs = of_dtype(base.inputs(), dtype)
     tensors = leaves(tensors_of(model))
     with noise_level(model, 0.4):
         outputs = model(inputs)

@@ -179,7 +179,7 @@ def test_level_that_requires_a_gradient_gets_that_of_finite_differences() -> Non
     model, _ = adapt(TwoLayers(), LAYERS, fourier_scale=2.0)
 
     def loss(levels: Tensor) -> Tensor:
-        with noise_level(model, levels):
+        with noise_level(model, list(levels)):
             return model(X).square().sum()
 
     leaf, step = torch.tensor([0.05, 0.5, 0.93], requires_grad=True), 1e-3

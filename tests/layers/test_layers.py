@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nara_diffusion import noise_level
 from nara_diffusion.layers import dora, fused, variants
 from nara_diffusion.layers.functional import factored_row_norm
-from tests.acceptance._by_hand import LEVELS, Kinds, adapted, draw_inputs, nara_config, tensors_of
-from tests.helpers.adapted import OneLayer, relative_error
+from tests.acceptance._by_hand import LEVELS, Kinds, tensors_of
+from tests.helpers.adapted import OneLayer, adapted, nara_config, relative_error
 
 DORA = pytest.mark.parametrize("use_dora", [False, True], ids=["NaRA", "NaRA-DoRA"])
 
@@ -77,7 +77,8 @@ def test_layer_that_can_have_no_variant_is_refused_by_name_and_left(layer: Any, 
 
 def test_orthogonal_start_has_orthonormal_directions_and_is_the_base_at_every_level() -> None:
     kinds = ["linear", "conv2d", "embedding"]
-    base, inputs = Kinds(kinds), draw_inputs(kinds)
+    base = Kinds(kinds)
+    inputs = base.inputs()
     expected = base(inputs)
     model = get_peft_model(base, nara_config(target_modules=kinds, core_type="rank_mask", lora_a_init="orthogonal"))
     directions = {name: t for name, t in tensors_of(model).items() if name.endswith(("lora_A.weight", "embedding_B"))}
