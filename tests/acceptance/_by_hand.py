@@ -41,10 +41,9 @@ class Scaled(nn.Embedding):
 
 
 KINDS: dict[str, tuple[Callable[[int], nn.Module], tuple[int, ...]]] = {
-    "linear": (lambda width: nn.Linear(D_IN, width), (BATCH, 4, D_IN)),
+    "linear": (lambda width: nn.Linear(D_IN, width), (BATCH, 2, 4, D_IN)),
     "bare": (lambda width: nn.Linear(D_IN, width, bias=False), (BATCH, D_IN)),
     "trained": (lambda width: nn.Linear(D_IN, width), (BATCH, 2, 4, D_IN)),
-    "deep": (lambda width: nn.Linear(D_IN, width), (BATCH, 2, 4, D_IN)),
     "conv1d": (lambda width: nn.Conv1d(D_IN, width, 3, stride=2, padding=1), (BATCH, D_IN, 7)),
     "conv2d": (lambda width: nn.Conv2d(D_IN, width, (3, 2), stride=(2, 1), padding=(1, 0)), (BATCH, D_IN, 5, 4)),
     "conv3d": (lambda width: nn.Conv3d(D_IN, width, (1, 3, 2), bias=False), (BATCH, D_IN, 2, 4, 3)),
@@ -56,7 +55,7 @@ KINDS: dict[str, tuple[Callable[[int], nn.Module], tuple[int, ...]]] = {
     "wide_trained": (lambda width: nn.Linear(24, 128 * width, bias=False), (BATCH, 70, 24)),
 }
 """Name of a kind of layer → how to make one of a width, and the shape of its input."""
-SMALL = {False: [name for name in KINDS if "wide" not in name and name not in ("deep", "padded_embedding")]}
+SMALL = {False: [name for name in KINDS if "wide" not in name and name != "padded_embedding"]}
 SMALL[True] = [name for name in SMALL[False] if name not in ("grouped", "embedding")]
 """The kinds of layers below the size from which the package computes some as one function, without DoRA and with it."""
 
@@ -90,9 +89,8 @@ class Affine(nn.Module):
         self.P, self.Q = nn.Parameter(torch.zeros(rank, rank)), nn.Parameter(torch.zeros(rank, rank))
 
     def forward(self, noise_level: Tensor) -> Tensor:
-        powers = torch.stack([noise_level, noise_level.square()], dim=1)  # (b, 2)
-        deviation = torch.einsum("bk,krs->brs", powers, torch.stack([self.P, self.Q]))
-        return torch.eye(len(self.P), device=deviation.device) + deviation
+        level = noise_level[:, None, None]
+        return torch.eye(len(self.P), device=level.device) + level * self.P + level.square() * self.Q
 
 
 register_core("acceptance affine", Affine)

@@ -33,7 +33,6 @@ CASES: list[tuple[str, str, bool, Any, bool]] = [
     ("knots", "module_type", False, LEVELS, False),
     ("rank_mask", "global", True, LEVELS, False),
     ("bins", "layer", False, LEVELS, False),
-    ("bins", "global", True, LEVELS, False),
     ("custom", "module_type", False, LEVELS, False),
     *(("hypernetwork", "global", use_dora, level, True) for use_dora in (False, True) for level in (0.4, LEVELS)),
 ]
@@ -47,7 +46,7 @@ def test_layers_follow_the_formula_forward_and_backward(core, sharing, use_dora,
     """
     kinds, terms = SMALL[use_dora], 64
     if fused:
-        kinds, terms = ["wide", "wide_trained", "linear", "bare", "deep"], 896
+        kinds, terms = ["wide", "wide_trained", "linear", "bare"], 896
         monkeypatch.setattr("nara_diffusion.layers.fused.MIN_ELEMENTS", 0)
     base = Kinds(kinds)
     by_hand = ByHand(base, trained="trained")

@@ -34,7 +34,6 @@ CASES = [
     ("constant", "global", False),
     ("identity", "layer", True),
     ("knots", "module_type", True),
-    ("rank_mask", "global", False),
     ("bins", "layer", True),
     ("custom", "module_type", False),
 ]

@@ -121,12 +121,9 @@ def test_magnitudes_of_zero_or_nearly_zero_give_right_outputs_and_gradients(dtyp
     base = Kinds(kinds)
     by_hand = ByHand(copy.deepcopy(base).to(dtype))
     model = adapted(base, target_modules=kinds, use_dora=True)
-    small = {}
-    for name, tensor in tensors_of(model).items():
-        if "magnitude" in name:  # (d_out,), or with axes of 1: as drawn, zero, or tiny
-            part = (torch.arange(tensor.numel()) % 3).view_as(tensor)
-            small[name] = tensor * torch.tensor([1.0, 0.0, 1e-6])[part]
-    write(model, small)
+    sizes = torch.tensor([1.0, 0.0, 1e-6])  # as drawn, zero, or tiny
+    magnitudes = {name: tensor for name, tensor in tensors_of(model).items() if "magnitude" in name}
+    write(model, {name: m * sizes[torch.arange(m.numel()) % 3].view_as(m) for name, m in magnitudes.items()})
     model.to(dtype)
     inputs = of_dtype(base.inputs(), dtype)
     tensors = leaves(tensors_of(model))
@@ -192,11 +189,9 @@ def test_core_under_autocast_and_of_a_converted_model_keeps_its_bits(core, dtype
     model.to(dtype)
     assert torch.equal(core_matrix(model, LEVELS), expected)
     for name, tensor in tensors_of(model).items():
-        if "nara_core" in name:
-            assert tensor.dtype == torch.float32, name
-            assert torch.equal(tensor, before[name]), name
-        else:
-            assert tensor.dtype == dtype, name
+        is_core = "nara_core" in name
+        assert tensor.dtype == (torch.float32 if is_core else dtype), name
+        assert not is_core or torch.equal(tensor, before[name]), name
 
 
 def states(pipe: Any) -> dict[str, Tensor]:

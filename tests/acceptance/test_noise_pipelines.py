@@ -23,24 +23,16 @@ from ._noise_models import UNET_TARGETS, Stock, adapt, distance, run, tensor_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*PAG.*deprecated:FutureWarning")
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-LevelOf = Callable[[Any, int, float], float]
+LEVELS: dict[str, Callable[[Any, int, float], float]] = {
+    "t / N": lambda scheduler, step, timestep: timestep / scheduler.config.num_train_timesteps,
+    "σ": lambda scheduler, step, timestep: float(scheduler.sigmas[step]),
+    "σ / (1 + σ)": lambda scheduler, step, timestep: float(scheduler.sigmas[step] / (1 + scheduler.sigmas[step])),
+}
 """(scheduler, step, timestep as the denoiser gets it) → λ."""
 
 
-def share_of(scheduler: Any, step: int, timestep: float) -> float:
-    return timestep / scheduler.config.num_train_timesteps
-
-
-def sigma_of(scheduler: Any, step: int, timestep: float) -> float:
-    return float(scheduler.sigmas[step])
-
-
-def edm_level_of(scheduler: Any, step: int, timestep: float) -> float:
-    return float(scheduler.sigmas[step] / (1 + scheduler.sigmas[step]))
-
-
-def errors_of(pipe: Any, stock: Stock, level: LevelOf, **options: Any) -> list[float]:
-    """How far each forward of the denoiser is from the stock one, given the same, at the λ of the step.
+def errors_of(pipe: Any, stock: Stock, level: str, shift: float = 0.0, **options: Any) -> list[float]:
+    """How far each forward of the denoiser is from the stock one, given the same, at the λ of the step, or beside it.
 
     So no sampler multiplies the rounding of a step.
     """
@@ -50,8 +42,8 @@ def errors_of(pipe: Any, stock: Stock, level: LevelOf, **options: Any) -> list[f
         if hasattr(denoiser, "attn_processors"):  # pipelines set some when they are called
             stock.model.set_attn_processor(dict(denoiser.attn_processors))
         timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
-        expected = run(stock.at(level(pipe.scheduler, len(errors), float(timestep.flatten()[0]))), *args, **kwargs)
-        errors.append(distance(tensor_of(output), expected))
+        told = LEVELS[level](pipe.scheduler, len(errors), float(timestep.flatten()[0]))
+        errors.append(distance(tensor_of(output), run(stock.at(abs(told - shift)), *args, **kwargs)))
 
     handle = stock.adapted.register_forward_hook(compare, with_kwargs=True)
     call = {"num_inference_steps": 3, "guidance_scale": 4.0, "output_type": "latent", "height": 16, "width": 16}
@@ -68,14 +60,14 @@ def with_perturbed_attention() -> Any:
     return pipe
 
 
-PIPELINES: dict[str, tuple[Callable[[], Any], list[str], LevelOf, dict[str, Any]]] = {
-    "SDXL, two images a prompt": (small_sdxl, UNET_TARGETS, share_of, {"num_images_per_prompt": 2}),
-    "SDXL, perturbed attention": (with_perturbed_attention, UNET_TARGETS, share_of, {"pag_scale": 2.0}),
-    "SD3": (small_sd3, ["to_v", "add_q_proj", "net.2"], sigma_of, {}),
+PIPELINES: dict[str, tuple[Callable[[], Any], list[str], str, dict[str, Any]]] = {
+    "SDXL, two images a prompt": (small_sdxl, UNET_TARGETS, "t / N", {"num_images_per_prompt": 2}),
+    "SDXL, perturbed attention": (with_perturbed_attention, UNET_TARGETS, "t / N", {"pag_scale": 2.0}),
+    "SD3": (small_sd3, ["to_v", "add_q_proj", "net.2"], "σ", {}),
     "Flux": (
         small_flux,
         ["to_q", "to_out.0", "add_k_proj", "proj_mlp", "norm1.linear"],
-        sigma_of,
+        "σ",
         {"max_sequence_length": 12},
     ),
 }
@@ -88,7 +80,7 @@ def test_pipeline_tells_the_level_of_each_step(name: str) -> None:
     denoiser = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
     denoiser, stock = adapt(denoiser.to(memory_format=torch.channels_last), targets)
     assert max(errors_of(pipe, stock, level, **options)) < 4 * rounding_of(denoiser)
-    wrong = errors_of(pipe, stock, lambda *step: abs(level(*step) - 0.01), **options)
+    wrong = errors_of(pipe, stock, level, 0.01, **options)
     assert min(wrong) > 4 * rounding_of(denoiser)  # a λ that is off by a hundredth is seen at every step
 
 
@@ -121,7 +113,7 @@ def test_pipeline_scheduler_swapped_tells_its_own_length(tmp_path: Path) -> None
     first, shorter = pipe.scheduler, DDIMScheduler(**BETAS, num_train_timesteps=400)
     stock = Stock(plain, pipe.unet)
     for pipe.scheduler in (first, shorter, first):
-        errors = errors_of(pipe, stock, share_of)
+        errors = errors_of(pipe, stock, "t / N")
         assert max(errors) < 10 * rounding_of(pipe.unet)  # at timestep 0 the stock UNet alone is off by 3 or 4
 
 
@@ -137,4 +129,4 @@ def test_pipeline_of_edm_tells_its_level_once_that_is_declared_or_the_adapter_sa
     set_noise_source(unet, TimestepNoise("edm"))
     for each, reference in ((pipe, stock), (again, Stock(plain, again.unet))):
         each.scheduler = EDMEulerScheduler(sigma_min=0.002, sigma_max=80.0)
-        assert max(errors_of(each, reference, edm_level_of)) < 4 * rounding_of(each.unet)
+        assert max(errors_of(each, reference, "σ / (1 + σ)")) < 4 * rounding_of(each.unet)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -85,6 +86,8 @@ def test_timestep_noise_of_another_schedule_argument_and_scale() -> None:
 
     model, stock = adapt(Renamed(), LAYERS)
     set_noise_source(model, TimestepNoise("discrete", argument="when", num_train_timesteps=400, scale=0.5))
+    with pytest.raises(ValueError, match="meaning is 'noise': choose one of 'discrete'"):
+        TimestepNoise("noise")
     with pytest.raises(ValueError, match=r"when is .*N = 400"):
         run(model, X, when=torch.tensor(201.0))  # 402 of 400
     timesteps = torch.tensor([199.0, 3.0, 88.0])
@@ -151,13 +154,13 @@ def test_source_of_a_registered_definition_is_read_where_an_adapter_loads_until_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(denoisers, "_sources", {})
-    source = Share()
+    source, named = Share(), SimpleNamespace(convention="mine")
     for _ in range(2):
         register_noise_source(source)  # type: ignore[arg-type]
     for other, message in [
         *((Share(name), "is defined by this package") for name in ("timestep", "flow", "edm", "masked_share")),
         (Share(), "'positive_share' has a source already"),
-        *((other, "is no source of λ: expected a callable") for other in (lambda *_: None, "λ", None)),
+        *((other, "is no source of λ: expected a callable") for other in (lambda *_: None, "λ", named)),
     ]:
         with pytest.raises(ValueError, match=message):
             register_noise_source(other)  # type: ignore[arg-type]

@@ -40,11 +40,6 @@ def at_a_step(model: Any) -> Tensor:
     return in_context(model, [0.3, 0.2999, 0.31])
 
 
-def merged(model: Any) -> Tensor:
-    model.merge_adapter(noise_level=0.3)
-    return model.base_model.model.first.get_base_layer().weight
-
-
 def folded(model: Any) -> Tensor:
     bins = to_lora_bins(model, 3)
     factors = [lora.layers["first"].B.flatten() for lora in (to_lora(model, 0.3), *bins.loras)]
@@ -64,7 +59,6 @@ WAYS: dict[str, Callable[[Any], Tensor]] = {
     "a list with tensors": lambda model: in_context(model, [0.3, torch.tensor(0.7, dtype=torch.float32), 0.1]),
     "a step of the strength": at_a_step,
     "core_matrix": lambda model: core_matrix(model, 0.3),
-    "merging": merged,
     "exporting": folded,
     "a timestep": lambda _: TimestepNoise().noise_level(700.3),
     "a whole timestep": lambda _: TimestepNoise().noise_level(999),

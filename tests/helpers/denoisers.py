@@ -222,7 +222,6 @@ WARNINGS_OF_DIFFUSERS = [
     pytest.mark.filterwarnings("ignore:In CPU autocast, but the target dtype:UserWarning"),  # Mochi
     pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning"),
     pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning"),  # AnyFlow
-    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # Karras sigmas
 ]
 """The `pytestmark` of files that run these models."""
 

@@ -185,28 +185,20 @@ def test_output_of_a_fused_layer_may_be_changed_in_place(calls: list[Tensor], us
         torch.testing.assert_close(one, other)
 
 
-def _base(model: Any) -> Any:
-    return model.base_model.model.layer.get_base_layer()
-
-
-def _B(model: Any) -> Any:
-    return model.base_model.model.layer.lora_B["default"]
-
-
-def _two_active(model: Any) -> None:
+def _two_active(layer: Any, model: Any) -> None:
     model.add_adapter("other", nara_config(target_modules=["layer"]))
     model.base_model.set_adapter(["default", "other"])
 
 
-UNFUSED: dict[str, Callable[[Any], Any]] = {
-    "a hook on the base layer": lambda model: _base(model).register_forward_hook(lambda *_: None),
-    "a hook on B": lambda model: _B(model).register_forward_pre_hook(lambda *_: None),
-    "a bias of B": lambda model: setattr(_B(model), "bias", nn.Parameter(torch.ones(5))),
-    "a trained base": lambda model: _base(model).weight.requires_grad_(),
+UNFUSED: dict[str, Callable[[Any, Any], Any]] = {
+    "a hook on the base layer": lambda layer, _: layer.base_layer.register_forward_hook(lambda *_: None),
+    "a hook on B": lambda layer, _: layer.lora_B["default"].register_forward_pre_hook(lambda *_: None),
+    "a bias of B": lambda layer, _: setattr(layer.lora_B["default"], "bias", nn.Parameter(torch.ones(5))),
+    "a trained base": lambda layer, _: layer.base_layer.weight.requires_grad_(),
     "two active adapters": _two_active,
-    "a weight that is remade": lambda model: torch.nn.utils.parametrizations.weight_norm(_B(model)),
-    "a forward of one's own": lambda model: setattr(_base(model), "forward", _base(model).forward),
-    "adapters of another dtype": lambda model: _base(model).bfloat16(),
+    "a weight that is remade": lambda layer, _: nn.utils.parametrizations.weight_norm(layer.lora_B["default"]),
+    "a forward of one's own": lambda layer, _: setattr(layer.base_layer, "forward", layer.base_layer.forward),
+    "adapters of another dtype": lambda layer, _: layer.base_layer.bfloat16(),
 }
 
 
@@ -214,8 +206,9 @@ UNFUSED: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize(("name", "use_dora"), list(zip(UNFUSED, cycle([False, True]), strict=False)))
 def test_layer_that_something_watches_or_changes_is_computed_in_parts(name: str, calls: Any, use_dora: bool) -> None:
     model = one_layer(use_dora)
-    UNFUSED[name](model)
-    x = torch.randn(3, 4, 7, dtype=_base(model).weight.dtype)
+    layer = model.base_model.model.layer
+    UNFUSED[name](layer, model)
+    x = torch.randn(3, 4, 7, dtype=layer.base_layer.weight.dtype)
     with noise_level(model, LEVELS):
         output = model.eval()(x)
     assert not calls

@@ -124,7 +124,7 @@ def level_of(source: TimestepNoise, **given: Any) -> list[float]:
     return source(Omni(), (None,), given).tolist()
 
 
-def test_noisiest_of_several_timesteps_counts_and_a_pinned_one_beats_all() -> None:
+def test_noisiest_of_several_or_packed_timesteps_counts_and_a_pinned_one_beats_all() -> None:
     source = TimestepNoise("sigma", also=("sound",), pinned=("mode", "extract", 0.125))
     frames = torch.tensor([[0.0, 0.75], [0.25, 0.25]])
     assert level_of(source, timestep=frames) == [0.75, 0.25]
@@ -133,17 +133,9 @@ def test_noisiest_of_several_timesteps_counts_and_a_pinned_one_beats_all() -> No
     assert level_of(source, timestep=frames, mode="extract") == [0.125]
     with pytest.raises(ValueError, match="got no timestep and no sound"):
         level_of(source)
-
-
-def test_packed_timesteps_are_of_one_sample_and_equal_ones_share_a_level() -> None:
     assert level_of(TimestepNoise("data", packed=True), timestep=torch.tensor([0.25, 0.75, 1.0])) == [0.75]
-    assert level_of(TimestepNoise("sigma"), timestep=torch.tensor([0.5, 0.5, 0.5])) == [0.5]
+    assert level_of(TimestepNoise("sigma"), timestep=torch.tensor([0.5, 0.5, 0.5])) == [0.5]  # shared
     assert level_of(TimestepNoise("sigma"), timestep=torch.tensor([0.5, 0.25])) == [0.5, 0.25]
-
-
-def test_timestep_noise_of_an_unknown_meaning_is_refused() -> None:
-    with pytest.raises(ValueError, match="meaning is 'noise': choose one of 'discrete'"):
-        TimestepNoise("noise")
 
 
 # ---------------------------------------------------------------------- models
