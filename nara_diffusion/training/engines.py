@@ -165,7 +165,7 @@ def prepare(accelerator: Accelerator, model: nn.Module, *others: Any) -> list[An
     """
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         if accelerator.mixed_precision == "bf16":
-            _autocast(accelerator, model, torch.bfloat16)
+            model.forward = torch.autocast(accelerator.device.type, torch.bfloat16)(model.forward)
         with _without_bf16(accelerator):
             return list(accelerator.prepare(model, *others))
     if accelerator.distributed_type != DistributedType.FSDP:
@@ -173,7 +173,7 @@ def prepare(accelerator: Accelerator, model: nn.Module, *others: Any) -> list[An
     plugin: Any = accelerator.state.fsdp_plugin
     if find_holders(model) and (policy := plugin.mixed_precision_policy) is not None:
         plugin.mixed_precision_policy = None
-        _autocast(accelerator, model, policy.param_dtype)
+        model.forward = torch.autocast(accelerator.device.type, policy.param_dtype)(model.forward)
     persistent = [(m, set(m._buffers) - m._non_persistent_buffers_set) for m in model.modules()]
     for module, names in persistent:
         module._non_persistent_buffers_set.update(names)
@@ -185,10 +185,6 @@ def prepare(accelerator: Accelerator, model: nn.Module, *others: Any) -> list[An
     for buffer in model.buffers():
         dist.broadcast(buffer, src=0)
     return list(prepared)
-
-
-def _autocast(accelerator: Accelerator, model: nn.Module, dtype: torch.dtype) -> None:
-    model.forward = torch.autocast(accelerator.device.type, dtype)(model.forward)
 
 
 @contextmanager
