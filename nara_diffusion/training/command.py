@@ -79,13 +79,13 @@ def shipped_settings(
             by the run's own settings, of which it names `told`, and the `advice`.
 
     Raises:
-        ValueError: there is no such file, outside of a clone.
+        ValueError: there is no such file, or its model isn't here, outside of a clone.
     """
-    if not config.is_file():
-        raise ValueError("give --pretrained_model_name_or_path: shipped models are in a clone of the repository only.")
-    values = yaml.safe_load(config.read_text(encoding="utf-8"))
+    values = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
     places = {name: value for name, value in values.items() if str(value).startswith("examples/")}
     values |= {name: os.path.relpath(CONFIGS.parents[1] / value) for name, value in places.items()}
+    if not Path(values.get("pretrained_model_name_or_path", config)).exists():
+        raise ValueError("give --pretrained_model_name_or_path: shipped models are in a clone of the repository only.")
     if own[0] in given:
         both = merged(values, given)
         settings = ", ".join(f"{name} {both[name]}" for name in told.split() if name in both and name not in given)

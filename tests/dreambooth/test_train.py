@@ -121,5 +121,7 @@ def test_shipped_run_is_a_settings_file_without_its_images_for_own_ones(tmp_path
     assert all(Path(found[name]).is_dir() for name in places)
     own = shipped_run({"instance_data_dir": "dog"}, CONFIGS / "sdxl_tiny.yaml")
     assert found.keys() - own.keys() == {"instance_data_dir", "instance_prompt", "validation_prompts", "identifier"}
-    with pytest.raises(ValueError, match="shipped models are in a clone of the repository only"):
-        shipped_run({}, tmp_path / "none.yaml")
+    (tmp_path / "alone.yaml").write_text(f"{NAMED}: examples/assets/none")  # as of an sdist, without its assets
+    for file in ("none.yaml", "alone.yaml"):
+        with pytest.raises(ValueError, match="shipped models are in a clone of the repository only"):
+            shipped_run({}, tmp_path / file)
