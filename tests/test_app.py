@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
 
 from nara_diffusion import StrengthSchedule, noise_level
 
@@ -51,31 +49,13 @@ def test_samples_are_the_base_the_adapter_at_one_level_and_with_the_level(app: A
     assert len(set(sampled(app, session, [str(app.ADAPTER)], [[1, 0, 0.0], [1, 1, 0.0]]))) == 1
 
 
-@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")  # PEFT, of a second adapter
-def test_table_and_presets_are_the_strengths_of_each_adapter(app: Any, tmp_path: Path) -> None:
-    session = import_module("app_session").Session()
-    pipe = import_module("app_session").load_pipeline(str(app.MODEL))
-    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
-    pipe.save_lora_weights(tmp_path / "lora", unet_lora_layers=get_peft_model_state_dict(pipe.unet))
-    both = session.load(str(app.MODEL), [str(app.ADAPTER), str(tmp_path / "lora")])
-    assert [adapter.summary.partition(":")[0] for adapter in both] == ["NaRA", "LoRA"]
-    assert str(tmp_path) not in app.about(both)
-    assert app.with_a_point([[1, 0, 1], [2, 1, 0.3]]) == [[1, 0, 1], [2, 1, 0.3], [2, 0.5, 0.3]]
-    with pytest.raises(ValueError, match=r"Row 1 of the strengths is \[3, 0, 1\], expected adapter \(1 to 2\)"):
-        app.points_of([[3, 0, 1]], both)
-    for name, start, end in (("early", 1, 0), ("late", 0, 1), ("window", 0, 0)):
-        schedule = StrengthSchedule(app.points_of(app.rows_of([app.PRESETS[name]] * 2), both)[1])
-        assert schedule.at(torch.tensor([1.0, 0.0, 0.5])).tolist()[:2] == [start, end], name
-        figure = app.draw_curves(both, [app.PRESETS[name]] * 2, 0.4)
-        line = next(line for line in figure.axes[0].lines if line.get_label() == "lora")
-        torch.testing.assert_close(torch.tensor(line.get_ydata()), schedule.at(torch.linspace(0, 1, 101)))
-
-
 def test_after_an_error_nothing_of_the_adapter_stays_and_no_file_is_named(
     app: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     session = import_module("app_session").Session()
-    session.load(str(app.MODEL), [str(app.ADAPTER)])
+    found = session.load(str(app.MODEL), [str(app.ADAPTER)])
+    with pytest.raises(ValueError, match=r"Row 1 of the strengths is \[3, 0, 1\], expected adapter \(1 to 1\)"):
+        app.points_of([[3, 0, 1]], found)
     for name in ("first.safetensors", "second.safetensors"):
         (tmp_path / name).write_bytes(b"no tensors")
     handler = app.or_blank(lambda: (session.load(str(app.MODEL), [str(tmp_path)]), "table", "picture"), [[], None])

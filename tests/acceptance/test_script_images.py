@@ -141,9 +141,12 @@ def test_run_of_each_other_family_resumes_and_is_loaded_by_its_card(name: str, t
 
 
 PLAIN: dict[str, Any] = {"core_learning_rate": None, "adapter_options": {}}
+PATTERNS: dict[str, Any] = {"rank_pattern": {"(to_v|v_proj)": 2}, "alpha_pattern": {"(to_k|k_proj)": 7.0}}
 ADAPTERS: dict[str, dict[str, Any]] = {
-    "lora": PLAIN | {"train_text_encoder": True},
-    "nara_dora": {"train_text_encoder": True},
+    "lora": PLAIN | {"adapter_options": PATTERNS},
+    "dora": PLAIN | {"adapter_options": PATTERNS},
+    "hira": PLAIN,
+    "nara_dora": {},
 }
 
 
@@ -151,7 +154,8 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_run_with_another_adapter_is_loaded_by_its_card(sdxl: dict[str, Any], tmp_path: Path, adapter: str) -> None:
     out = tmp_path / "out"
-    run("dreambooth_sdxl.py", **{**sdxl, **SHORT, **ADAPTERS[adapter], "adapter": adapter}, output_dir=out)
+    flags = {**sdxl, **SHORT, **ADAPTERS[adapter], "adapter": adapter, "train_text_encoder": True}
+    run("dreambooth_sdxl.py", **flags, output_dir=out)
     assert results(out)["adapter"] == adapter
     base = StableDiffusionXLPipeline.from_pretrained(sdxl["pretrained_model_name_or_path"])
     check_pixels(out, base)

@@ -16,7 +16,6 @@ import report_quality
 from quality import results
 from quality.images.held_out import base
 from quality.regimes import runs
-from quality.regimes.alternatives import GROUPS, confirmed
 from quality.regimes.text.bayes import bayes_losses
 from quality.regimes.text.corruption import noise_tokens
 from quality.results import read
@@ -166,12 +165,3 @@ def test_the_base_read_by_the_identity_has_what_the_record_says(regime):
     read = runs.FURTHER[f"{regime}_read"]
     (record,) = (each for each in results.read(RECORDS) if each["regime"] == regime and each["seed"] is None)
     assert read.figures(base().pipe.unet)["losses"] == pytest.approx(record["losses"], rel=1e-4)
-
-
-def test_nothing_trained_on_attention_reaches_what_needs_no_training():
-    of_conversion = [
-        confirmed(group, results.read(RECORDS)) for group in GROUPS if group.name in ("eps_to_v", "zero_snr")
-    ]
-    for group in of_conversion:
-        if group.is_whole:
-            assert group.difference("NaRA, r 4", "the base, read by the identity").low > 0
