@@ -34,7 +34,6 @@ class LiveAdapter:
     Args:
         path: what `save_nara_weights` wrote.
         base: of `nara_diffusion.export.host_files.BASES`.
-        layers_per_block: of a UNet that has another depth than `base`'s.
 
     Attributes:
         convention: how λ is defined, None where the adapter doesn't need it.
@@ -46,7 +45,7 @@ class LiveAdapter:
             encoder's, DoRA.
     """
 
-    def __init__(self, path: str, base: str, layers_per_block: int = 2) -> None:
+    def __init__(self, path: str, base: str) -> None:
         parts = dict(AdapterFile.read(path).parts)
         component = next((name for name in DENOISERS if name in parts), None)
         if component is None:
@@ -60,8 +59,8 @@ class LiveAdapter:
         self.scheduler = self.config.scheduler
         self.convention = self._convention(base, path)
         layers = {name: with_scale_1(name, layer) for name, layer in self.adapter.lora.layers.items()}
-        self.factors = original_layers(layers, base, layers_per_block)
-        self.parts = parts_of(layers, base, layers_per_block)
+        self.factors = original_layers(layers, base)
+        self.parts = parts_of(layers, base)
         if unknown := [name for name in parts if not name.startswith(TEXT_ENCODER)]:
             raise ValueError(f"'{path}' has a part for {', '.join(unknown)}, which this node can't apply.")
         self.encoders = {name: lora_of(adapter_of_part(part), None) for name, part in parts.items()}

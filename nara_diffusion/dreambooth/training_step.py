@@ -37,10 +37,11 @@ class TensorCache:
     """`cache.get(key, make)` are the tensors of `key`, on the CPU; it calls `make()` only if they aren't known.
 
     Args:
-        memory_mib: bound on what is kept, in MiB; what comes after that is made at each use.
+        memory_mib: bound on what is kept, in MiB; what comes after that is made at each use. In float32 a prompt of
+            SDXL takes 620 KiB.
     """
 
-    def __init__(self, memory_mib: float) -> None:
+    def __init__(self, memory_mib: float = 1024.0) -> None:
         self.free, self.full = memory_mib * 2**20, False
         self._entries: dict[str, tuple[Tensor, ...]] = {}
 
@@ -101,11 +102,10 @@ class PromptCache:
     Args:
         pipe: with its tokenizers and text encoders.
         family: how they are read, with the conditions of the run; None takes the pipeline's family.
-        memory_mib: bound on memory; a prompt of SDXL takes 620 KiB in float32.
     """
 
-    def __init__(self, pipe: Any, family: Family | None = None, *, memory_mib: float = 1024.0) -> None:
-        self.pipe, self.family, self.cache = pipe, family or family_of(pipe), TensorCache(memory_mib)
+    def __init__(self, pipe: Any, family: Family | None = None) -> None:
+        self.pipe, self.family, self.cache = pipe, family or family_of(pipe), TensorCache()
 
     def get(self, prompts: Sequence[str]) -> Embeddings:
         """What the family makes of b prompts, each part (b, …), on the CPU, in the encoders' dtype."""
