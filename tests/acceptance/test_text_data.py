@@ -169,13 +169,14 @@ def test_stream_begun_anywhere_and_in_any_process_gives_the_same_rows(conversati
 def test_rows_of_a_cache_are_not_taken_where_file_tokenizer_or_settings_are_others(tmp_path: Path) -> None:
     file = tmp_path / "own.jsonl"
 
-    def ids(tokenizer: Any = TOKENIZER, max_length: int = 64) -> list[list[int]]:
+    def ids(tokenizer: Any = TOKENIZER, max_length: int = 99) -> list[list[int]]:
         return encode_records(read_records(file), tokenizer, max_length=max_length).rows["input_ids"][:]
 
     file.write_text("".join(json.dumps(record) + "\n" for record in pairs(*[(f"w{i}", "w8") for i in range(7, 20)])))
     assert ids()[0] == [USER, 7, TURN, BOT, 8, TURN, END]
     assert ids(max_length=6)[0] == [USER, 7, TURN, BOT, 8, TURN]
-    assert len(ids(PLAIN, 99)[0]) > 7
+    assert len(ids(PLAIN)[0]) > 7
+    assert ids(word_tokenizer(10, chat=True))[-1] == [USER, SPECIAL.index("<unk>"), TURN, BOT, 8, TURN, END]
     file.write_text(json.dumps(*pairs(("w20", "w8"))))
     os.utime(file, (1, 1))
     assert ids() == [[USER, 20, TURN, BOT, 8, TURN, END]]

@@ -160,7 +160,7 @@ def test_place_chooses_what_the_rule_by_hand_does(rule: dict[str, Any], last: tu
 
 @pytest.mark.parametrize("remasking", ["low_confidence", "random"])
 def test_place_draws_from_the_nucleus_and_keeps_the_surest_of_all_probabilities_or_any(remasking: str) -> None:
-    logits = torch.tensor([[2.0, 1.0, 0.5, -0.5, -1.0], [0.5, 1.5, 0.9, 0.0, -1.0]])
+    logits = torch.tensor([[1.0, 0.9, -1.0, -2.0, -3.0], [1.2, 0.1, 0.05, -0.1, -0.2]])
     sampling, rows = Sampling(gen_length=2, temperature=0.7, top_p=0.8, remasking=remasking), 20000
     random = torch.Generator().manual_seed(0)
     draw = lambda *shape, dtype: torch.rand(rows, *shape, dtype=dtype, generator=random)  # noqa: E731

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import json
 import logging
+import random
 import re
 from collections.abc import Callable
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Any
 from unittest.mock import Mock
 
@@ -18,7 +20,7 @@ from nara_diffusion.dllm import before_after, decoding, exact_match
 from nara_diffusion.dllm.text_arguments import Arguments
 from nara_diffusion.dllm.train import main
 from tests.acceptance._commands import metrics
-from tests.acceptance._runs import records, text_arguments  # of a model of 64 positions
+from tests.acceptance._runs import text_arguments  # of a model of 64 positions
 
 
 @pytest.fixture
@@ -45,9 +47,11 @@ def test_longest_pads_over_the_global_batch_whatever_a_forward_holds(arguments, 
 @pytest.mark.slow
 def test_more_training_of_what_the_base_knows_makes_it_no_worse(arguments, tmp_path: Path) -> None:
     """At one sample a forward, as in the 8B configurations, and gen_length far beyond the answers."""
-    files = {"train_file": tmp_path / "more.jsonl", "test_file": tmp_path / "held.jsonl"}
+    draw, files = random.Random(0), {"train_file": tmp_path / "more.jsonl", "test_file": tmp_path / "held.jsonl"}
     for file, count in zip(files.values(), (200, 48), strict=True):
-        file.write_text("".join(json.dumps(record) + "\n" for record in records(count, seed=count)))
+        words = ["".join(draw.choices(ascii_lowercase, k=draw.randint(3, 7))) for _ in range(count)]
+        records = [{"instruction": f"reverse: {word}", "output": word[::-1]} for word in words]
+        file.write_text("".join(json.dumps(record) + "\n" for record in records))
     longer = {"gen_length": 32, "gradient_accumulation_steps": 8, "max_train_steps": 24, "eval_batch_size": 48}
     rates = {"learning_rate": 5e-3, "core_learning_rate": None}
     results = main(arguments(**files, **longer, **rates, target_modules=["all-linear"]))
