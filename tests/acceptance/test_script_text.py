@@ -53,19 +53,13 @@ def test_run_writes_its_files(finished: Path, flags: dict[str, Any]) -> None:
     assert {name for name in names(finished) if name.startswith("checkpoint")} == {"checkpoint-4", "checkpoint-6"}
     assert not [name for name in names(finished) if name.startswith(".")]  # nothing half written
     found = results(finished)
-    measured = {
-        f"{what}_{when}" for what in ("exact_match", "validation_loss", "curve") for when in ("before", "after")
-    }
+    whats, whens = ("exact_match", "validation_loss", "curve"), ("before", "after")
+    measured = {f"{what}_{when}" for what in whats for when in whens}
     assert measured | {"seconds", "n", "noise_levels", "adapter", "trainable_parameters"} <= found.keys()
     assert (found["n"], found["adapter"]) == (4, "nara")
     assert found["seconds"] > 0
     saved = yaml.safe_load((finished / "config.yaml").read_text())
-    assert {name: saved[name] for name in ("rank", "lora_alpha", "seed", "gen_length")} == {
-        "rank": 3,
-        "lora_alpha": 5.0,
-        "seed": 0,
-        "gen_length": 8,
-    }
+    assert [saved[name] for name in ("rank", "lora_alpha", "seed", "gen_length")] == [3, 5.0, 0, 8]
     asked, answered = (
         [json.loads(line)["instruction"] for line in file.read_text().splitlines()]
         for file in (flags["test_file"], finished / "samples.jsonl")

@@ -65,11 +65,7 @@ def canvas_warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
 @pytest.mark.parametrize(
     ("changes", "told", "remedy"),
     [
-        (
-            {"trained_padding": "6"},
-            r"of 11 samples end before that, the shortest after 10 ",
-            "trained_padding gen_length",
-        ),
+        ({"trained_padding": "6"}, r"11 samples end before that, the shortest after 10 ", "trained_padding gen_length"),
         ({"trained_padding": "longest"}, r"gen_length is 12, and \d+ of 11 samples end", "trained_padding gen_length"),
         ({"trained_padding": "8"}, None, ""),
         ({"gen_length": 7}, None, ""),

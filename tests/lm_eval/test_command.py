@@ -50,15 +50,9 @@ def test_both_kinds_of_request_in_one_run(
 def test_what_can_be_mended_is_said_without_a_traceback(tasks: str) -> None:
     for flags, message in [
         (["--batch_size", "auto"], "nara-eval: --batch_size auto: nara_dllm doesn't look for one"),
-        (
-            ["--gen_kwargs", "steps=5,gen_length=8,block_length=4"],
-            "nara-eval: gen_kwargs: steps is 5 and there are 2 blocks",
-        ),
+        (["--gen_kwargs", "steps=5,gen_length=8,block_length=4"], "nara-eval: gen_kwargs: steps is 5 and there are"),
         (["--tasks", "nonsense"], "nara-eval: .*nonsense"),
-        (
-            ["--config", "llada_base"],
-            "nara-eval: --config llada_base: there is no such file, and the presets are .*dream_",
-        ),
+        (["--config", "llada_base"], "nara-eval: --config llada_base: there is no .*, and the presets are .*dream_"),
         (["--tasks", "nara_mbpp"], "nara-eval: .*mbpp"),  # whose data aren't here
     ]:
         argv = ["--model_args", f"pretrained={LLADA_TINY}", "--include_path", tasks, "--tasks", "tiny_answers", *flags]

@@ -45,9 +45,8 @@ def bound(harness: NaraDLLM, prompt: list[int], answer: list[int], **options: An
 
 def answer_of(harness: NaraDLLM, prompt: list[int], **options: Any) -> list[int]:
     """By the sampler alone, the end and what stands behind it included."""
-    return generate(harness.model, torch.tensor([prompt]), eos_token_id=harness.ends, **options)[
-        0, len(prompt) :
-    ].tolist()
+    found: Any = generate(harness.model, torch.tensor([prompt]), eos_token_id=harness.ends, **options)
+    return found[0, len(prompt) :].tolist()
 
 
 def test_generate_until_answers_each_question_as_the_sampler_does_alone(harness: NaraDLLM) -> None:

@@ -45,9 +45,8 @@ def test_checkpoint_has_a_manifest_of_files_and_digests(run: Path) -> None:
     assert manifest["files"].keys() == names(run / "checkpoint-4") - {"checkpoint.json"}
     assert {TEXT, "optimizer.bin", "scheduler.bin", "random_states_0.pkl"} <= manifest["files"].keys()
     assert all((run / "checkpoint-4" / name).stat().st_size == size for name, (size, _) in manifest["files"].items())
-    assert {"training data", "validation data", "base model", "base model configuration config.json"} == set(
-        manifest["digests"]
-    )
+    digests = {"training data", "validation data", "base model", "base model configuration config.json"}
+    assert manifest["digests"].keys() == digests
     assert (manifest["step"], manifest["processes"], manifest["engine"]) == (4, 1, "one process or DDP")
     assert manifest["arguments"]["adapter_options"] == {"core_hidden_dims": [8, 7]}
 

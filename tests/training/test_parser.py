@@ -44,10 +44,7 @@ def test_flags_are_read() -> None:
         (["--complementary", "--no-complementary"], {"complementary": False}),
         (["--max_grad_norm", "none", "--mixed_precision", "none"], {"max_grad_norm": None, "mixed_precision": None}),
         (["--target_modules", "q,k", "v"], {"target_modules": ["q", "k", "v"]}),
-        (
-            ["--evaluation_options", "curve_points=5", "logits_eos_inf=true"],
-            {"curve_points": 5, "logits_eos_inf": True},
-        ),
+        (["--evaluation_options", "top_p=0.5", "logits_eos_inf=true"], {"top_p": 0.5, "logits_eos_inf": True}),
         (["--evaluation_options", "top_p=0.5", "--evaluation_options", '{"curve_points": 4}'], {"curve_points": 4}),
         (["--evaluation_options", "top_p=none"], {"top_p": None}),
     ]:

@@ -234,18 +234,12 @@ def test_text_run_begins_where_the_folder_ends(tmp_path: Path) -> None:
 
 def test_other_flags_than_the_file_s_are_refused(images: dict[str, Any], start: Path, tmp_path: Path) -> None:
     for changes, message in [
-        (
-            {"adapter_options": {"core_hidden_dims": [8, 7], "core_sharing": "layer"}},
-            "has core_sharing 'global', this run 'layer'",
-        ),
+        ({"adapter_options": {"core_hidden_dims": [8, 7], "core_sharing": "layer"}}, "'global', this run 'layer'"),
         ({"min_noise_level": 0.2}, "has the strength .* give the same --min_noise_level and --max_noise"),
         ({"rank": 2}, "has r 3, this run 2: give --rank"),
         ({"train_text_encoder": False}, "but this run trains unet"),
         ({"adapter": "lora"}, "is a NaRA with core_type 'hypernetwork'"),
-        (
-            {"prediction_type": "v_prediction", "min_noise_level": None},
-            "was trained for what the base predicts, this run is for v_prediction",
-        ),
+        ({"prediction_type": "v_prediction", "min_noise_level": None}, "this run is for v_prediction"),
         ({"adapter": "hira"}, "init_adapter starts from a LoRA or a NaRA"),
         ({"init_adapter": "nowhere"}, "there is no such file or folder"),
     ]:
