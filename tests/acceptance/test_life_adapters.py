@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline
+from peft import LoraConfig
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
@@ -265,3 +266,16 @@ def test_a_name_that_was_deleted_and_is_added_again_gets_a_fresh_core(root: Path
     expected = predict(pipe)
     pipe.save_nara_weights(tmp_path, adapter_name="toy")
     assert_near(Lives().load(tmp_path, "toy").check(), expected, pipe.unet)
+
+
+def test_a_deleted_core_is_in_no_state_dict_also_where_a_lora_takes_its_name(root: Path) -> None:
+    """`peft_config` alone says what is there: transformers pops a name from it, and nothing visits the modules then."""
+    pipe: Any = frozen_sd()
+    for name in ("a", "b"):
+        pipe.load_nara_weights(root / name, adapter_name=name)
+    unet = pipe.unet
+    del unet.peft_config["a"]
+    assert {name.split(".")[2] for name in unet.state_dict() if name.startswith("nara_core.")} == {"b"}
+    del unet.peft_config["b"]
+    unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), "b")
+    assert not [name for name in unet.state_dict() if name.startswith("nara_core.")]
