@@ -79,14 +79,6 @@ def keep_out_of_float8(layer: Any, adapter_name: str) -> None:
                 parameter.data = parameter.data.float()
 
 
-def factor_dtype(weight_dtype: torch.dtype | None) -> torch.dtype | None:
-    """The dtype for loaded A and B: that of the base weight, float32 if that is float8, None (the file's) if it is
-    quantised."""
-    if weight_dtype is None or not weight_dtype.is_floating_point:
-        return None
-    return torch.float32 if _is_float8(weight_dtype) else weight_dtype
-
-
 def _is_float8(dtype: torch.dtype) -> bool:
     return dtype.is_floating_point and dtype.itemsize == 1
 

@@ -20,17 +20,16 @@ from peft import PeftModel, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.hotswap import _update_scaling, prepare_model_for_compiled_hotswap
-from torch import Tensor, nn
+from torch import nn
 
 from nara_diffusion.config import NaraConfig, changes_base
 from nara_diffusion.cores.registry import CustomCore, needs_noise, rebuild_core
-from nara_diffusion.layers.dispatch import factor_dtype
 from nara_diffusion.layers.offloading import groups_of
 from nara_diffusion.tuner.holder import drop_idle_holder, holder_of
 from nara_diffusion.tuner.strength import check_strength, give_strength, layers_of, strength_of
 
 from .file import AdapterPart, by_pattern, configured_scaling
-from .strict import check_tensors, held_tensors, is_core_key
+from .strict import check_tensors, held_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -160,24 +159,13 @@ def insert(model: nn.Module, adapter_name: str, part: AdapterPart, low_cpu_mem_u
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")  # several are meant
         warnings.filterwarnings("ignore", message="The following .* keys did not match")  # the strict check says more
         inject_adapter_in_model(part.config, model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
-    tensors = _in_dtypes_of_layers(model, part.tensors)
-    set_peft_model_state_dict(model, tensors, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
+    set_peft_model_state_dict(model, part.tensors, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
+    held = {key: tensor for key, tensor in held_tensors(model, adapter_name).items() if not tensor.is_meta}
+    check_tensors(held, held)  # in the dtypes of their layers, to which PEFT has converted them
     for layer in tuner_layers(model):
         if isinstance(layer, LoraLayer) and adapter_name in layer.lora_dropout:  # a new module is in training mode
             layer.lora_dropout[adapter_name].train(model.training)
     setattr(model, LOADED_FLAG, True)
-
-
-def _in_dtypes_of_layers(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A, B and magnitudes in the dtypes for factors of their layers; all else as it is, for the strict check."""
-    layers: dict[str, Any] = dict(model.named_modules())
-    found = dict(tensors)
-    for key, tensor in tensors.items():
-        layer = layers.get(key.partition(".lora_")[0])
-        if isinstance(layer, BaseTunerLayer) and not is_core_key(key) and tensor.is_floating_point():
-            dtype = factor_dtype(getattr(getattr(layer.get_base_layer(), "weight", None), "dtype", None))
-            found[key] = tensor if dtype is None else tensor.to(dtype)
-    return found
 
 
 def remove(model: nn.Module, adapter_names: list[str]) -> None:

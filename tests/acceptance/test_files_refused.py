@@ -245,6 +245,13 @@ def test_file_of_another_base_is_refused_and_changes_nothing(row: str) -> None:
     _files.refused(loading(form, model, GOOD[form]), model, part)
 
 
+def test_value_beyond_the_dtype_of_its_layer_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    path = Path(shutil.copytree(GOOD["pipeline"], tmp_path / "adapter")) / WEIGHTS["pipeline"]
+    parts, pipe = alter("lora_B", lambda B: B + 1e6)("pipeline", path), _bases.sdxl()
+    pipe.unet.half()
+    _files.refused(loading("pipeline", pipe, path), pipe, "too large for its layer", *parts)
+
+
 def test_models_that_refused_every_file_take_a_whole_one(models) -> None:
     """Last, on those that all tests above have left."""
     pipe = models["pipeline"]
