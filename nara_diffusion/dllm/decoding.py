@@ -100,11 +100,6 @@ class Sampling:
         """The number of tokens of a block."""
         return self.gen_length if self.block_length is None else self.block_length
 
-    @property
-    def is_random(self) -> bool:
-        """Whether random numbers are drawn."""
-        return self.temperature > 0 or self.remasking == "random"
-
     def changed(self) -> dict[str, Any]:
         """gen_length, and the settings that aren't the defaults."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}

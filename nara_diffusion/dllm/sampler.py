@@ -133,8 +133,7 @@ def generate(
     )
     never = torch.cat([eos if sampling.logits_eos_inf else eos[:0], eos.new_tensor([mask])])
     last = ends if sampling.confidence_eos_eot_inf else ends[:0]
-    state = _State(backbone, sampling, mask, ends if stop_at_eos else ends[:0], last, never, *placed)
-    state.seed(generator)
+    state = _State(backbone, sampling, mask, ends if stop_at_eos else ends[:0], last, never, *placed, generator)
     with evaluating(backbone.model):
         state.fill(on_step_end)
     result = Generation(state.sequences, state.answers, state.starts, state.forwards)
@@ -149,6 +148,7 @@ class _State:
         ends: (e,) the tokens that end an answer.
         last, never: the tokens that are placed after all others, and those that are never predicted.
         sequences, starts, real: what `place_prompts` returned.
+        generator: seeds the rows' own streams of random numbers.
     """
 
     backbone: Backbone
@@ -160,6 +160,7 @@ class _State:
     sequences: torch.Tensor
     starts: torch.Tensor
     real: torch.Tensor
+    generator: torch.Generator | None
     forwards: int = 0
 
     def __post_init__(self) -> None:
@@ -167,12 +168,9 @@ class _State:
         self.columns = torch.arange(self.sampling.gen_length, device=self.starts.device)  # (g,)
         self.positions = self.starts[:, None] + self.columns  # (b, g)
         self.masked = torch.ones_like(self.positions, dtype=torch.bool)  # (b, g)
-
-    def seed(self, generator: torch.Generator | None) -> None:
-        """Give each row its own stream of random numbers."""
-        if self.sampling.is_random:
-            source = "cpu" if generator is None else generator.device
-            seeds = torch.randint(2**62, (len(self.starts),), generator=generator, device=source).tolist()
+        if self.sampling.temperature > 0 or self.sampling.remasking == "random":
+            source = "cpu" if self.generator is None else self.generator.device
+            seeds = torch.randint(2**62, (len(self.starts),), generator=self.generator, device=source).tolist()
             self.streams = [torch.Generator(self.starts.device).manual_seed(seed) for seed in seeds]
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import math
@@ -68,13 +67,12 @@ class Run:
     write: Writer
     checkpoint: Path | None
     folder: Path
-    resumed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    hub_id: str | None = None
-    digests: dict[str, str] = dataclasses.field(default_factory=dict)
-    total_steps: int = 0
+    resumed: Mapping[str, Any]
 
     def __post_init__(self) -> None:
-        self.started = time.perf_counter()
+        self.started, self.total_steps = time.perf_counter(), 0
+        self.hub_id: str | None = None
+        self.digests: dict[str, str] = {}
         self.step, self.data_start = self.resumed.get("step", 0), self.resumed.get("data_start", 0)
         self.unlogged: list[float] = list(self.resumed.get("unlogged", (0.0, 0)))
 
