@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import shutil
@@ -16,8 +17,11 @@ from torch.optim import SGD
 from transformers import get_scheduler
 
 from nara_diffusion.dllm import train as dllm
+from nara_diffusion.dllm.text_arguments import Arguments
+from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
 from nara_diffusion.dreambooth.train import main
 from nara_diffusion.loaders.file import AdapterFile
+from nara_diffusion.training.checkpoints import MAY_CHANGE
 from tests.acceptance._commands import assert_same_bits, metrics, names
 from tests.acceptance._runs import IMAGES, TEXT, image_arguments, image_flags, text_arguments
 from tests.helpers.small_pipelines import small_sdxl
@@ -114,6 +118,15 @@ def test_other_data_start_anew_in_the_order_of_a_run_that_begins_with_them(
     assert (manifest["step"], manifest["total_steps"], manifest["data_start"]) == (4, 4, 2)
     train(tmp_path, **options)
     assert caplog.text.count("order starts anew") == 1
+
+
+def test_names_that_may_change_are_arguments_and_none_that_trains() -> None:
+    known = {field.name for cls in (Arguments, DreamBoothArguments) for field in dataclasses.fields(cls)}
+    assert known >= MAY_CHANGE
+    kept = {"seed", "adapter", "rank", "learning_rate", "lr_scheduler", "train_batch_size", "global_batch_size"}
+    kept |= {"max_length", "gen_length", "trained_padding", "complementary", "min_noise_level", "mixed_precision"}
+    kept |= {"resolution", "prediction_type", "snr_gamma", "objective_options", "class_prompt", "prior_loss_weight"}
+    assert not kept & MAY_CHANGE
 
 
 # ---------------------------------------------------------------- anew, or from the one before
