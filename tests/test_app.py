@@ -24,21 +24,19 @@ def app() -> Any:
     return import_module("app")
 
 
-def sampled(app: Any, session: Any, sources: list[str], rows: list[Any], constant: float = 0.5) -> list[bytes]:
-    found = session.load(str(app.MODEL), sources)
-    points = app.points_of(rows, found)
-    return [image.tobytes() for image in session.sample(PROMPT, points, constant, lambda *_: None, **CALL)]
-
-
 def test_samples_are_the_base_the_adapter_at_one_level_and_with_the_level(app: Any) -> None:
-    session = import_module("app_session").Session()
-    base, held, free = sampled(app, session, [str(app.ADAPTER)], [[1, 0, 1.0], [1, 1, 0.5]], constant=0.3)
-    pipe = import_module("app_session").load_pipeline(str(app.MODEL))
+    session, pipe = import_module("app_session").Session(), import_module("app_session").load_pipeline(str(app.MODEL))
+    found = session.load(str(app.MODEL), [str(app.ADAPTER)])
+
+    def sampled(*rows: list[Any]) -> list[bytes]:
+        points = app.points_of([*rows], found)
+        return [image.tobytes() for image in session.sample(PROMPT, points, 0.3, lambda *_: None, **CALL)]
 
     def draw() -> bytes:
         options = {name: value for name, value in CALL.items() if name != "seed"}
         return pipe(PROMPT, generator=torch.Generator().manual_seed(1), **options).images[0].tobytes()
 
+    base, held, free = sampled([1, 0, 1.0], [1, 1, 0.5])
     assert draw() == base
     pipe.load_nara_weights(str(app.ADAPTER), adapter_name="toy")
     pipe.set_adapters("toy", adapter_weights=StrengthSchedule([(0.0, 1.0), (1.0, 0.5)]))
@@ -46,7 +44,7 @@ def test_samples_are_the_base_the_adapter_at_one_level_and_with_the_level(app: A
     with noise_level(pipe.unet, 0.3):
         assert draw() == held
     assert len({base, held, free}) == 3
-    assert len(set(sampled(app, session, [str(app.ADAPTER)], [[1, 0, 0.0], [1, 1, 0.0]]))) == 1
+    assert len(set(sampled([1, 0, 0.0], [1, 1, 0.0]))) == 1
 
 
 def test_after_an_error_nothing_of_the_adapter_stays_and_no_file_is_named(
