@@ -23,7 +23,7 @@ FLOORS = (
 )
 """From below: a room imports from its own floor and those below it."""
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-ROOT = ("registry", "wraps", "__init__", "controls")
+ROOT = ("wraps", "__init__")
 """Modules of the package itself, which name what the rooms have."""
 
 
