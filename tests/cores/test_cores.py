@@ -134,6 +134,7 @@ def test_shared_factors_reproduce_every_update_at_the_smallest_rank_by_orthonorm
         (random(12, 1) @ random(4, 1, 10), 4, True),  # one column space, four rows
         (random(3, 5, 8), 8, True),  # one side exhausted
         (torch.zeros(2, 5, 4), 1, True),
+        (torch.diag(torch.tensor([1.0, 1e-5, 0.0], dtype=float64))[None], 2, False),  # a weak direction counts
     ]:
         B, cores, A = shared_factors(updates)
         assert (B.shape[1], *cores.shape, A.shape[0]) == (rank, len(updates), rank, rank, rank)
