@@ -89,7 +89,8 @@ def test_option_without_core_is_refused_by_name_unless_the_adapter_is_a_plain_lo
         with pytest.raises(ValueError, match=f"NaRA does not support {option}, .*core_type='identity'"):
             NaraConfig(**{option: value})
         assert getattr(NaraConfig(core_type="identity", **{option: value}), option)
-    assert NaraConfig(core_type="identity", init_lora_weights="eva", eva_config=EvaConfig()).init_lora_weights == "eva"
+    for strength in (None, [[0, 1]]):
+        NaraConfig(core_type="identity", init_lora_weights="eva", eva_config=EvaConfig(), strength=strength)
 
 
 @pytest.mark.parametrize(("init", "use_dora"), list(zip(INITS, cycle([False, True]), strict=False)))
@@ -135,16 +136,19 @@ def test_config_survives_pefts_file_and_its_fields_with_their_types(tmp_path: Pa
         strength=StrengthSchedule([(0, 1), (0.7, 0.3)]),
     )
     config.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / CONFIG).read_text())["peft_type"] == "NARA"
+    fields = json.loads((tmp_path / CONFIG).read_text())
+    assert fields["peft_type"] == "NARA"
+    later = {"later_config": None, "use_later": False}  # fields of a later PEFT that are not set
+    (tmp_path / CONFIG).write_text(json.dumps(fields | later))
     for cls in (PeftConfig, NaraConfig, LoraConfig):
-        loaded = cls.from_pretrained(tmp_path)
+        with pytest.warns(UserWarning, match="Unexpected keyword arguments"):  # of PEFT
+            loaded = cls.from_pretrained(tmp_path)
         assert type(loaded) is NaraConfig
         assert loaded == config
         assert loaded.core_hidden_dims == (31, 7)
     kept = json.loads(json.dumps(config_to_fields(config)))
     assert "peft_version" not in kept
-    later = {**config.to_dict(), "later_config": None, "use_later": False}  # fields of a later PEFT that are not set
-    for given in (kept, later):
+    for given in (kept, config.to_dict() | later):
         assert config_to_fields(config_from_fields(given, "the file")) == config_to_fields(config)
 
 
