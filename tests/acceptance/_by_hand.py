@@ -89,8 +89,9 @@ class Affine(nn.Module):
         self.P, self.Q = nn.Parameter(torch.zeros(rank, rank)), nn.Parameter(torch.zeros(rank, rank))
 
     def forward(self, noise_level: Tensor) -> Tensor:
-        level = noise_level[:, None, None]
-        return torch.eye(len(self.P), device=level.device) + level * self.P + level.square() * self.Q
+        powers = torch.stack([noise_level, noise_level.square()], dim=1)  # (b, 2)
+        deviation = torch.einsum("bk,krs->brs", powers, torch.stack([self.P, self.Q]))  # which autocast would round
+        return torch.eye(len(self.P), device=deviation.device) + deviation
 
 
 register_core("acceptance affine", Affine)
