@@ -74,8 +74,7 @@ def test_learned_cores_start_as_exactly_the_identity_unless_they_are_kaiming():
 @pytest.mark.parametrize("init", ["zero_last", "zero_all"])
 def test_hypernetwork_starts_with_the_layers_of_its_initialisation(init):
     own = own_tensors(started(core_init=init))
-    biases = [own[f"layers.{i}.bias"] for i in range(3)]
-    assert not any(bias.any() for bias in biases)
+    assert not any(own[f"layers.{i}.bias"].any() for i in range(3))
     assert not own["layers.2.weight"].any()
     for weight in (own["layers.0.weight"], own["layers.1.weight"]):
         bound = weight.shape[1] ** -0.5 if init == "zero_last" else 0.0  # Kaiming-uniform with a = √5

@@ -187,7 +187,6 @@ def test_level_that_requires_a_gradient_gets_that_of_finite_differences() -> Non
 
     leaf, step = torch.tensor([0.05, 0.5, 0.93], requires_grad=True), 1e-3
     loss(leaf).backward()
-    assert leaf.grad is not None
     with torch.no_grad():
         moved = [(loss(leaf + step * row) - loss(leaf - step * row)) / (2 * step) for row in torch.eye(3)]
     assert distance(leaf.grad, torch.stack(moved)) < 1e-2
