@@ -22,7 +22,8 @@ from shipped_images import ASSETS, LAYERS, load_pipeline, optimizer_of, sample
 from tqdm.auto import tqdm
 
 from nara_diffusion import NaraConfig
-from nara_diffusion.dreambooth.objectives import Objective, build_objective, converted_scheduler, squared_errors
+from nara_diffusion.dreambooth.conversion import converted_scheduler
+from nara_diffusion.dreambooth.objectives import Objective, build_objective, squared_errors
 from nara_diffusion.dreambooth.samples import write_grid
 from nara_diffusion.loaders.schedulers import scheduler_fields
 

@@ -30,9 +30,9 @@ from nara_diffusion.training.report import validation_means
 from nara_diffusion.training.run import Run
 from nara_diffusion.utils.naming import is_out_of_reach
 
+from .conversion import IdentityReading
 from .denoiser import adapter_loaded, write_adapter
 from .image_records import load_image, to_rgb
-from .objectives import IdentityReading
 from .samples import SampleSettings, sample_images, write_grid
 from .training_step import ValidationLoss
 

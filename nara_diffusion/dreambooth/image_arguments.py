@@ -17,9 +17,10 @@ from nara_diffusion.training.arguments import (
 )
 from nara_diffusion.training.parser import option, spread_options
 
+from .conversion import CONVERSIONS
 from .family import TRANSFORMER_TARGETS, Family
 from .image_records import check_prompt
-from .objectives import CONVERSIONS, FLOW
+from .objectives import FLOW
 from .pipelines import family_of, family_of_model
 
 UNET_TARGETS = list(TRANSFORMER_TARGETS)

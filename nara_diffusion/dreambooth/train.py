@@ -48,13 +48,13 @@ from nara_diffusion.training.report import finish, window_facts
 from nara_diffusion.training.run import Run, start_run
 from nara_diffusion.utils.naming import counted
 
+from .conversion import converted_scheduler
 from .dataset import DreamBoothDataset, collate_samples
 from .denoiser import AdaptedDenoiser, read_checkpoint, write_adapter, write_checkpoint
 from .fidelity import Evaluation, load_encoders
 from .image_arguments import DreamBoothArguments, run_family
 from .image_records import ImageRecord, Size, class_records, records_from_folder, trained_on
 from .image_report import describe, figures, schedule_line
-from .objectives import converted_scheduler
 from .pipelines import folders_of, load_pipeline, sharing_pipeline, shipped_run
 from .samples import SampleSettings, generate_class_images, sample_call
 from .training_step import ValidationLoss, training_step

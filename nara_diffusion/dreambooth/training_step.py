@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from nara_diffusion.training.arguments import window_of
 from nara_diffusion.training.engines import split_across_processes
 
+from .conversion import IdentityReading
 from .dataset import TrainingSample, draw_indices, draw_noise, drawable_levels, seeded_normal
 from .family import Embeddings, Family, stack_padded
-from .objectives import Corrupted, IdentityReading, Objective, build_objective, squared_errors
+from .objectives import Corrupted, Objective, build_objective, squared_errors
 from .pipelines import family_of
 
 logger = logging.getLogger(__name__)

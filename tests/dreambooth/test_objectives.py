@@ -18,7 +18,8 @@ from diffusers import (
 from diffusers.training_utils import compute_loss_weighting_for_sd3, compute_snr
 from torch import Tensor
 
-from nara_diffusion.dreambooth.objectives import IdentityReading, build_objective, converted_scheduler, squared_errors
+from nara_diffusion.dreambooth.conversion import IdentityReading, converted_scheduler
+from nara_diffusion.dreambooth.objectives import build_objective, squared_errors
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 FLOW = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
