@@ -165,7 +165,7 @@ def _freeze_last_layer(encoder: nn.Module) -> None:
 
 
 def write_adapter(model: AdaptedDenoiser, folder: Path, state: dict[str, Any]) -> None:
-    """An `AdapterWriter`: what a user loads into a pipeline."""
+    """A `checkpoints.Writer`: what a user loads into a pipeline."""
     if isinstance(model.config, NaraConfig):
         model.pipe.save_nara_weights(folder, adapter_name=ADAPTER)
         return
@@ -192,7 +192,7 @@ def _write_lora(model: AdaptedDenoiser, folder: Path) -> None:
 
 
 def write_checkpoint(model: AdaptedDenoiser, folder: Path, state: dict[str, Any]) -> None:
-    """An `AdapterWriter`: what `read_checkpoint` reads."""
+    """A `checkpoints.Writer`: what `read_checkpoint` reads."""
     write_adapter(model, folder, state)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _training_state(model).items()}
     save_file(tensors, folder / TRAINABLE)

@@ -198,7 +198,9 @@ def _in_folder(folder: Path, weight_name: str | None) -> Path:
             return folder / name
     pickles = [path.name for path in files if path.suffix in (".bin", ".pt", ".pth", ".ckpt")]
     found = "it has no safetensors file" + (f", but {listed(pickles)}, {PICKLE}" if pickles else "")
-    found = f"pass weight_name, one of {listed(others)}" if others else found
+    if others:
+        is_pefts = weight_name == PEFT_WEIGHTS_NAME  # of any method, for which there are no other names
+        found = f"{'name a folder of PEFT, not of' if is_pefts else 'pass weight_name, one of'} {listed(others)}"
     raise ValueError(f"There is no '{weight_name or WEIGHTS_NAME}' in '{folder}': {found}.")
 
 
@@ -244,8 +246,9 @@ def _of_pipeline(tensors: Mapping[str, Any], metadata: Mapping[str, str] | None,
 def _configs(text: str, origin: str) -> dict[str, NaraConfig]:
     try:
         content = dict(json.loads(text))
-        version, given = content["format_version"], content.get("components", {})
-        components = {name: dict(own) for name, own in given.items()} if version == FORMAT_VERSION else {}
+        version = content["format_version"]
+        given = content["components"] if version == FORMAT_VERSION else {}
+        components = {name: dict(own) for name, own in given.items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"The configuration in the metadata of {origin} can't be read ({error!r}): damaged.") from None
     if version != FORMAT_VERSION:

@@ -122,6 +122,7 @@ ROWS: dict[str, Break] = {
 OF_PIPELINES: dict[str, Break] = {
     "newer format": metadata({_files.METADATA: '{"format_version": 2}'}, "format_version 2", "update the package"),
     "no configuration": metadata({}, "configuration"),
+    "no components": metadata({_files.METADATA: '{"format_version": 1}'}, "configuration", "'components'", "damaged"),
     "another noise level": fields({"noise_convention": "masked_share"}, "masked_share", "timestep"),
     "a tensor of the last part missing": drop("text_encoder_2.nara_core"),
     "a part without tensors": drop(r"^text_encoder\."),

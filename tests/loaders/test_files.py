@@ -125,9 +125,10 @@ def test_a_load_by_peft_that_lost_or_ignored_tensors_is_refused(tmp_path: Path) 
         save_file(changed, file)
         with pytest.warns(UserWarning, match="missing adapter keys"), pytest.raises(ValueError, match=message):
             files.load_peft_adapter(TwoLayers(), tmp_path)
-    file.unlink()
-    with pytest.raises(ValueError, match=r"There is no 'adapter_model\.safetensors' in .*it has no safetensors file"):
-        files.load_peft_adapter(TwoLayers(), tmp_path)
+    for other, message in ((tmp_path / "model.safetensors", "name a folder of PEFT"), (None, "no safetensors file")):
+        file = file.rename(other) if other else file.unlink()
+        with pytest.raises(ValueError, match=rf"There is no 'adapter_model\.safetensors' in .*{message}"):
+            files.load_peft_adapter(TwoLayers(), tmp_path)
 
 
 def test_load_whole_model_refuses_missing_weights(tmp_path: Path) -> None:
