@@ -79,7 +79,7 @@ def as_lora(folder: Path, level: float) -> dict[str, Tensor]:
         prefix = f"{component}.nara_core.shared."
         own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         core = core_by_hand(SimpleNamespace(**config), own, torch.tensor([level]), config["r"])  # type: ignore[arg-type]
-        scaled = config["lora_alpha"] / config["r"] * core[0]
+        scaled = config["lora_alpha"] / config["r"] ** (0.5 if config["use_rslora"] else 1) * core[0]
         for name, tensor in tensors.items():
             if name.startswith(f"{component}.") and "nara_core" not in name:
                 folded = torch.einsum("or...,rq->oq...", tensor, scaled) if "lora_B" in name else tensor

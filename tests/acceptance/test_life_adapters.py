@@ -64,7 +64,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_nara(root / "a")
     save_nara(root / "b", seed=2, r=3, lora_alpha=5, target_modules=FEW_TARGETS)
     save_nara(root / "dora", seed=3, use_dora=True, target_modules=FEW_TARGETS)
-    save_nara(root / "swapped", seed=4, lora_alpha=2)
+    save_nara(root / "swapped", seed=4, lora_alpha=2, use_rslora=True, core_scale=0.9)
     save_nara(root / "static", seed=5, text=True, core_type="identity")
     return root
 
@@ -186,6 +186,30 @@ def test_hotswap_at_equal_rank_gives_the_adapter_that_came(root: Path) -> None:
     lives = Lives().load(root / "a", "toy")
     before = lives.check()
     assert_far(lives.load(root / "swapped", "toy", hotswap=True).check(), before)
+    lives.call(lambda pipe: pipe.set_adapters("toy", 0.6)).check()
+
+
+def test_hotswap_that_would_mix_two_adapters_is_refused(root: Path, tmp_path: Path) -> None:
+    for old, new, message in [
+        ({"core_type": "bins", "core_bins": 2}, {"core_type": "bins", "core_bins": 4}, "core_bins is 4 .*, and 2 in"),
+        ({}, {"noise_convention": "edm"}, "defined as 'edm', but .* as 'b' of this model needs"),
+        ({"text": True}, {}, "no part for 'text_encoder'"),
+    ]:
+        pipe: Any = frozen_sd()
+        pipe.load_nara_weights(root / "b", adapter_name="b")
+        pipe.load_nara_weights(save_nara(tmp_path / "old", **old), adapter_name="toy")
+        before = predict(pipe)
+        with pytest.raises(ValueError, match=message):
+            pipe.load_nara_weights(save_nara(tmp_path / "new", seed=2, **new), adapter_name="toy", hotswap=True)
+        assert torch.equal(predict(pipe), before)
+    with noise_level(pipe.unet, 0.3):
+        pipe.fuse_lora(components=["unet"])
+    with pytest.raises(ValueError, match="is merged"):
+        pipe.load_nara_weights(tmp_path / "old", adapter_name="toy", hotswap=True)
+    pipe = frozen_sd()
+    pipe.unet.enable_lora_hotswap(target_rank=5)
+    with pytest.raises(ValueError, match="target_rank=5, but 'toy', whose update depends on λ, has rank 4"):
+        pipe.load_nara_weights(root / "a", adapter_name="toy")
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EDMEulerSchedu
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from nara_diffusion import noise_level
 from nara_diffusion.loaders.schedulers import scheduler_fields
 from tests.acceptance._files import assert_same_tensors, header, refused, state
 from tests.acceptance._lives import (
@@ -130,6 +131,10 @@ def test_unload_nara_weights_keeps_a_lora_beside_and_saving_then_raises(folder: 
     assert pipe.get_active_adapters() == ["plain"]
     assert_near(predict(pipe), predict(expected), pipe.unet)
     assert state(pipe)["unet: modules"] == state(expected)["unet: modules"]
+    pipe.load_nara_weights(folder, adapter_name="toy")  # type: ignore[attr-defined]
+    pipe.unload_nara_weights()  # type: ignore[attr-defined]
+    assert pipe.get_active_adapters() == []
+    assert_near(predict(pipe), predict(frozen_sd()), pipe.unet)
     with pytest.raises(ValueError, match="toy"):
         pipe.save_nara_weights(tmp_path / "out", adapter_name="toy")  # type: ignore[attr-defined]
     assert not (tmp_path / "out" / FILE).exists()
@@ -146,9 +151,17 @@ def test_loading_after_disabling_says_what_is_on(folder: Path, caplog: Any) -> N
     assert pipe.get_active_adapters() == ["b"]
     assert_near(predict(pipe), on, pipe.unet)
     pipe.disable_lora()
-    pipe.unet.add_adapter(nara_config(target_modules=["to_k", "conv1"]), "c")
+    pipe.unet.add_adapter(nara_config(target_modules=["to_k", "to_v"]), "c")  # of one that is adapted, and a new one
     assert "are off, as disable_lora() or disable_adapters() has left them, and so is 'c'" in caplog.text
+    fill(pipe.unet, "c")
     assert torch.equal(predict(pipe), off)
+
+
+def test_dropout_of_a_loaded_adapter_is_at_work_in_training_mode_alone(tmp_path: Path) -> None:
+    pipe = loaded(save_nara(tmp_path, lora_dropout=0.5))
+    assert torch.equal(predict(pipe), predict(pipe))
+    pipe.unet.train()
+    assert not torch.equal(predict(pipe), predict(pipe))
 
 
 # ---------------------------------------------------------------- the scheduler of the pipelines that loaded
@@ -196,9 +209,10 @@ def test_pipelines_with_different_lengths_are_refused(folder: Path) -> None:
 def test_small_timesteps_are_discrete_if_the_scheduler_is(folder: Path) -> None:
     pipe = loaded(folder)
     predict(pipe, torch.tensor([0.4, 1.3, 2.1]))
-    pipe.scheduler = EDMEulerScheduler()
-    with pytest.raises(ValueError, match=r"EDMEulerScheduler passes ¼ ln σ"):
-        predict(pipe, torch.tensor([0.4, 1.3, 2.1]))
+    continuous = EulerDiscreteScheduler.from_config(V.config, timestep_type="continuous")
+    for pipe.scheduler in (EDMEulerScheduler(), continuous):
+        with pytest.raises(ValueError, match=rf"{type(pipe.scheduler).__name__} passes ¼ ln σ"):
+            predict(pipe, torch.tensor([0.4, 1.3, 2.1]))
 
 
 def test_scheduler_follows_set_adapters(root: Path, tmp_path: Path) -> None:
@@ -226,6 +240,16 @@ def test_base_with_the_adapters_scheduler_is_refused_with_a_remedy(root: Path, h
     assert torch.equal(pixels(pipe), image)
 
 
+def test_own_scheduler_is_back_after_two_that_differ_in_their_path(root: Path, tmp_path: Path) -> None:
+    pipe, zero_snr = loaded(root / "v", "v"), EulerDiscreteScheduler.from_config(V.config, rescale_betas_zero_snr=True)
+    pipe.load_nara_weights(save_nara(tmp_path, scheduler=scheduler_fields(zero_snr)), adapter_name="zero")
+    pipe.scheduler = V
+    with pytest.raises(ValueError, match=r"predicts v_prediction on zero .* takes it for v_prediction\."):
+        predict(pipe)
+    pipe.unload_nara_weights()
+    assert torch.equal(pixels(pipe), pixels(frozen_sd()))
+
+
 def test_adapters_of_different_predictions_are_refused_together(root: Path, folder: Path) -> None:
     pipe = loaded(root / "v", "v")
     with pytest.raises(ValueError, match="was trained with λ defined as 'flow'"):
@@ -241,5 +265,14 @@ def test_scheduler_that_is_left_to_the_user_is_named_and_its_mismatch_refused(ro
     assert "prediction_type='flow_prediction', use_flow_sigmas=True" in caplog.text
     with pytest.raises(ValueError, match=r"predicts flow_prediction, but .* takes it for epsilon"):
         predict(pipe)
+    pipe.scheduler = EulerDiscreteScheduler.from_config(FLOW.config)  # keeps `use_flow_sigmas`, and doesn't read it
+    with pytest.raises(ValueError, match="predicts flow_prediction, but"):
+        predict(pipe)
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(FLOW.config)
     predict(pipe)
+    with noise_level(pipe.unet, 0.3):
+        pipe.fuse_lora(components=["unet"])
+    predict(pipe)
+    pipe.scheduler = frozen_sd().scheduler
+    with pytest.raises(ValueError, match=r"predicts flow_prediction, but .* takes it for epsilon"):
+        predict(pipe)

@@ -131,6 +131,9 @@ def test_state_dict_with_a_converted_core_is_refused_before_a_file_is_written(tm
     converted = {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}
     with pytest.raises(ValueError, match=r"is torch\.bfloat16 in the state_dict to be saved, .* leave state_dict out"):
         model.save_pretrained(tmp_path, state_dict=converted)
+    without = {name: tensor for name, tensor in model.state_dict().items() if "nara_core" not in name}
+    with pytest.raises(ValueError, match="of the core of adapter 'default' is missing from what would be saved: leave"):
+        model.save_pretrained(tmp_path, state_dict=without)
     assert not list(tmp_path.rglob("*.safetensors"))
     kept = {name: model.state_dict()[name] if "nara_core" in name else t for name, t in converted.items()}
     model.save_pretrained(tmp_path, state_dict=kept)

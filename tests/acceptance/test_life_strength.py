@@ -14,7 +14,7 @@ import torch
 from peft import inject_adapter_in_model
 from torch import Tensor
 
-from nara_diffusion import StrengthSchedule, noise_level, set_strength
+from nara_diffusion import StrengthSchedule, TimestepNoise, noise_level, set_noise_source, set_strength
 from pipelines.llada import LLaDAPipeline
 from tests.acceptance import _lives
 from tests.acceptance._by_hand import assert_near, disturb
@@ -208,6 +208,10 @@ def test_a_file_holds_the_live_schedule_and_never_a_number(tmp_path: Path) -> No
     plain = one.by_hand(None)
     reload("without")
     assert torch.equal(again.output(), plain)
+    for saved, expected in (("saved None", live), ("without", plain)):
+        again.pipe.load_nara_weights(tmp_path / saved, adapter_name="toy", hotswap=True)
+        again.pipe.set_adapters("toy")
+        assert torch.equal(again.output(), expected)
 
 
 @pytest.mark.parametrize("method", ["NaRA", "LoRA"])
@@ -262,3 +266,22 @@ def test_schedule_goes_with_its_adapter_also_where_a_lora_takes_its_name() -> No
     one.pipe.set_adapters("toy")
     tiny.disturb(other.model, "toy")
     assert_same(one.output(), other.output())
+
+
+def test_a_source_that_was_set_serves_the_next_strength_of_a_lora_too() -> None:
+    one = Loaded("images", "LoRA")
+    one.pipe.delete_adapters("style")
+    set_strength(one.model, "toy", OTHER)
+    set_noise_source(one.model, TimestepNoise(num_train_timesteps=2000))
+    expected = one.output()
+    set_strength(one.model, "toy", None)
+    set_strength(one.model, "toy", OTHER)
+    assert torch.equal(one.output(), expected)
+
+
+def test_schedule_is_refused_where_a_lora_has_room_for_another_rank(tmp_path: Path) -> None:
+    pipe: Any = frozen_sd()
+    pipe.enable_lora_hotswap(target_rank=5)
+    pipe.load_lora_weights(save_lora(tmp_path), adapter_name="toy")
+    with pytest.raises(ValueError, match=r"layer '.*', in which enable_lora_hotswap has made room for rank 5: give"):
+        pipe.set_adapters("toy", SCHEDULE)
