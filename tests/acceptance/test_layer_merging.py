@@ -145,18 +145,28 @@ def test_fusing_has_said_so_and_says_no_more(caplog):
         pipe.fuse_lora(components=["unet"])
     assert "is fused at noise_level 0.3: until unfuse_lora() every step" in caplog.text
     predict(pipe)
+    with noise_level(pipe.unet, 0.4), pytest.raises(ValueError, match=r"merged at noise_level 0\.3.*asks for \[0\.4"):
+        predict(pipe)
 
 
-def test_merging_one_of_two_adapters_leaves_the_other_to_be_merged_beside_it():
-    clean, model = make("hypernetwork", "layer", False)
+@pytest.mark.parametrize("use_dora", [False, True], ids=["NaRA", "NaRA-DoRA"])
+def test_merging_one_of_two_adapters_leaves_the_other_to_be_merged_beside_it(use_dora):
+    clean, model = make("hypernetwork", "layer", use_dora)
     targets, inputs = model.peft_config["default"].target_modules, clean.inputs()
-    model.add_adapter("knots", nara_config(target_modules=targets, r=2, **CORES["knots"]))
+    model.add_adapter("knots", nara_config(target_modules=targets, r=2, use_dora=use_dora, **CORES["knots"]))
     disturb(model, "knots", seed=5)
     model.base_model.set_adapter(["default", "knots"])
     expected = run(model, inputs, LEVEL)
-    model.merge_adapter(adapter_names=["knots"], noise_level=LEVEL)
-    model.merge_adapter(adapter_names=["default"], noise_level=LEVEL)
+    for name in ("default", "knots") if use_dora else ("knots", "default"):  # gains multiply what comes before
+        model.merge_adapter(adapter_names=[name], noise_level=LEVEL)
+        with pytest.raises(ValueError, match=r"merged at noise_level 0\.35, not 0\.6: call unmerge_adapter"):
+            model.merge_adapter(noise_level=0.6)
     assert_all_near(run(model, inputs), expected)
+    model.unmerge_adapter()
+    model.set_adapter("knots")
+    expected = run(model, inputs, LEVEL)
+    model.base_model.set_adapter(["default", "knots"])
+    assert_all_near(run(model.merge_and_unload(adapter_names=["knots"], noise_level=LEVEL), inputs), expected)
 
 
 def test_an_adapter_without_a_level_that_is_merged_after_another_runs_at_any_level():

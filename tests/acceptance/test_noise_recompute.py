@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from nara_diffusion import noise_level
+from tests.helpers.adapted import OneLayer, adapted
 from tests.helpers.small_pipelines import small_unet
 
 from ._noise_models import LAYERS, UNET_TARGETS, TwoLayers, adapt, distance
@@ -117,3 +118,11 @@ def test_checkpoint_of_ones_own_around_a_block_never_takes_the_level_of_another_
     backward_at = nullcontext() if around is None else noise_level(model, around)
     with backward_at, pytest.raises(RuntimeError, match="λ"):
         loss.backward()
+
+
+def test_model_that_is_run_again_in_backward_at_another_level_is_refused() -> None:
+    model, x = adapted(OneLayer(nn.Linear(7, 5)), target_modules=["layer"]), torch.randn(2, 7, requires_grad=True)
+    with noise_level(model, 0.3):
+        output: Any = checkpoint(model, x, use_reentrant=False)
+    with noise_level(model, 0.7), pytest.raises(ValueError, match="A backward pass runs the whole adapted model again"):
+        output.sum().backward()

@@ -85,6 +85,20 @@ def test_rows_that_are_samples_have_a_level_each() -> None:
             assert relative_error(together[index], output(model, X)[index]) < 1e-5
 
 
+def test_unequal_levels_are_refused_where_samples_are_split_or_not_first() -> None:
+    for kind, dim, message in [
+        ("ErnieImageTransformer2DModel", None, "see tokens where others see samples, .* let the batch share one λ"),
+        ("UNetMotionModel", 0, "blocks of UNetMotionModel run on slices of the batch"),
+    ]:
+        base: Any = type(kind, (TwoLayers,), {})()
+        base._chunk_size, base._chunk_dim = 2, dim
+        model = adapted(base, target_modules=["first"])
+        with pytest.raises(ValueError, match=message):
+            model(torch.randn(2, 7), torch.tensor([100, 900]))
+    base._chunk_dim = 1
+    model(torch.randn(2, 7), torch.tensor([100, 900]))
+
+
 # ---------------------------------------------------------------------- what a user is told
 
 
