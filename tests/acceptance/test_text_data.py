@@ -16,7 +16,7 @@ import pytest
 from datasets import Dataset
 
 from nara_diffusion.dllm import AnswerCollator, encode_prompts, encode_records, prompt_text, read_records
-from nara_diffusion.dllm.canvas import GlobalBatchStream
+from nara_diffusion.dllm.canvas import GlobalBatchStream, with_longest
 from nara_diffusion.dllm.records import normalized
 from tests.acceptance._text import SPECIAL, word_tokenizer
 
@@ -162,6 +162,9 @@ def test_stream_begun_anywhere_and_in_any_process_gives_the_same_rows(conversati
     for first in range(0, 60, 4):
         batch = whole[first : first + 4]
         assert {row["longest"] for row in batch} == {max(len(row["input_ids"]) for row in batch)}
+    held_out = with_longest(conversations, 4)[:]
+    lengths = [len(ids) for ids in held_out["input_ids"]]
+    assert held_out["longest"] == [max(lengths[i - i % 4 :][:4]) for i in range(len(lengths))]
     other = GlobalBatchStream(conversations, seed=4, global_batch=4)
     assert [other[position]["input_ids"] for position in range(60)] != [row["input_ids"] for row in whole]
 

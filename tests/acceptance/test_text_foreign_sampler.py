@@ -5,6 +5,7 @@ The reference is the adapted model by hand, a row at a time, at the masked share
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -51,6 +52,14 @@ def test_level_is_the_masked_share_without_prompt_and_padding(pair: Any) -> None
             torch.testing.assert_close(output[3 * half + row, :end], expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="λ is not known"):
         model(seen)
+
+
+def test_repeated_rows_have_the_levels_of_theirs() -> None:
+    seen = IDS.masked_fill(MASKED, MASK)
+    for repeated, rows in (("tiled", [0, 1, 2, 0, 1, 2]), ("interleaved", [0, 0, 1, 1, 2, 2])):
+        source = InputIdsNoise(PROMPTS, mask_token_id=MASK, repeated=repeated)
+        found = source(torch.nn.Identity(), (seen[rows],), {"attention_mask": REAL[rows]})
+        assert found.tolist() == pytest.approx([SHARES[row] for row in rows])
 
 
 def columns(minimum: float | None = None) -> Tensor:
@@ -119,6 +128,7 @@ def test_what_cannot_be_known_is_an_error() -> None:
         ((IDS[:1],), {}, "prompt_lengths has 3 values and this forward 1 rows"),
         ((IDS.repeat(2, 1),), {}, "repeated='tiled'"),
         ((IDS[:, :5],), {}, "row 1 of input_ids has 5 tokens, and none of an answer"),
+        ((IDS,), {"past_key_values": SimpleNamespace(get_seq_length=lambda: 5)}, "continue a cache"),
     ]:
         with pytest.raises(ValueError, match=message):
             InputIdsNoise(PROMPTS, mask_token_id=MASK)(torch.nn.Identity(), given, kwargs)

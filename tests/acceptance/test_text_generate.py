@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nara_diffusion.dllm import Sampling, generate, load_backbone, log_likelihood
+from nara_diffusion.dllm import Sampling, generate, load_backbone, log_likelihood, masked_diffusion_loss
 from tests.acceptance._text import (
     DREAM_BOS,
     DREAM_MASK,
@@ -76,6 +76,25 @@ def test_generate_by_confidence_writes_the_answers_by_hand(pair: Any, setting: s
     constant = copy.copy(by_hand)
     constant.at = lambda level: by_hand.at(0.0)
     assert any(greedy(constant, p, mask=VOCABULARY - 1, **options)[0] not in answers for p in PROMPTS)  # λ matters
+
+
+def test_generate_keeps_what_the_end_of_a_step_fills_and_counts_it(pair: Any) -> None:
+    told: list[float] = []
+
+    def fill(step: Any) -> None:
+        told.append(float(step.noise_level))
+        step.sequences[:, 6:] = 8
+
+    options: dict[str, Any] = {"gen_length": 6, "steps": 6, "stop_at_eos": False}
+    assert generate(pair[0], torch.tensor([PROMPTS[0]]), **options, on_step_end=fill)[0, 6:].tolist() == [8, 8, 8]
+    assert told[1] <= 3 / 6
+
+
+def test_generate_with_what_is_merged_at_another_level_is_refused() -> None:
+    model = adapted_pair(VOCABULARY)[0]
+    model.merge_adapter(noise_level=0.5)
+    with pytest.raises(ValueError, match=r"merged at noise_level 0\.5, but this forward asks for \[1"):
+        generate(model, torch.tensor([PROMPTS[0]]), gen_length=4)
 
 
 def test_generate_fills_an_answer_that_has_ended_with_its_end_token(pair: Any) -> None:
@@ -193,6 +212,8 @@ def test_dream_answers_and_scores_after_a_bos_token_where_there_is_no_prompt(mon
     alone: Any = generate(model, nothing, gen_length=4, stop_at_eos=False)
     assert alone.tolist() == [result.sequences[0, :5].tolist()] * 2
     rows = torch.tensor([[70, 71, 72, 0, 0], [9, 8, 75, 76, 77], [73, 0, 0, 0, 0]])
+    with pytest.raises(ValueError, match=r"an answer begins its row, .* nothing predicts the first"):
+        masked_diffusion_loss(model, rows, [0, 2, 0])
     pairs = [([DREAM_BOS], [70, 71, 72]), ([9, 8], [75, 76, 77]), ([DREAM_BOS], [73])]
     log_p = lambda ids, level: by_hand([ids], level)[0].log_softmax(-1)  # noqa: E731
     expected = [float(bound(*pair, DREAM_MASK, log_p)) for pair in pairs]

@@ -14,6 +14,7 @@ import torch
 from PIL import Image, ImageOps
 
 from nara_diffusion.dreambooth.dataset import (
+    BucketOrder,
     DreamBoothDataset,
     TrainingSample,
     collate_samples,
@@ -22,7 +23,7 @@ from nara_diffusion.dreambooth.dataset import (
 )
 from nara_diffusion.dreambooth.image_records import ImageRecord, class_records, records_from_folder
 from nara_diffusion.dreambooth.training_step import LatentCache
-from nara_diffusion.training.loop import stream_loader
+from nara_diffusion.training.loop import ShuffledStream, stream_loader
 from tests.dreambooth.pictures import folder_of, noise
 from tests.helpers.small_pipelines import small_vae
 
@@ -119,6 +120,8 @@ def test_a_batch_holds_one_bucket_and_its_class_images_and_a_round_each_image_eq
     rounds = [[data.samples_at(10 * number + p)[0].image.key for p in range(10)] for number in range(4)]
     assert all(Counter(keys) == dict.fromkeys([image.key for image in instances], 2) for keys in rounds)
     assert any(one != other for one, other in pairwise(rounds))
+    one_bucket, stream = BucketOrder([(8, 8)] * 5, 2, seed=3), ShuffledStream(range(5), seed=3)
+    assert [one_bucket[p] for p in range(30)] == [stream.sample_at(p) for p in range(30)]
 
 
 def test_captions_are_dropped_as_often_as_asked_and_nothing_else_changes(instances, class_images) -> None:

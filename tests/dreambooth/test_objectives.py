@@ -178,6 +178,9 @@ def test_class_without_the_option_gives_way_to_euler_and_what_does_it_already_st
         assert converted_scheduler(base, kind, base is zero_snr) is base
 
 
+CONTINUOUS = {"prediction_type": "v_prediction", "timestep_type": "continuous"}
+
+
 def test_base_that_cannot_be_converted_is_refused() -> None:
     flow = FlowMatchEulerDiscreteScheduler()
     assert converted_scheduler(flow, None, False) is flow
@@ -185,6 +188,7 @@ def test_base_that_cannot_be_converted_is_refused() -> None:
         (EulerDiscreteScheduler(**BETAS), None, True, "not 'epsilon': .* Add --prediction_type v_pred"),
         (EulerDiscreteScheduler(**BETAS), "flow_prediction", True, "not 'flow_prediction'"),
         (EDMEulerScheduler(), "v_prediction", False, "EDMEulerScheduler has no betas"),
+        (EulerDiscreteScheduler(**BETAS, **CONTINUOUS), "epsilon", False, "EulerDiscreteScheduler has no betas"),
         (flow, "epsilon", False, "FlowMatchEulerDiscreteScheduler has no betas"),
         (FLOW, "v_prediction", False, "DPMSolverMultistepScheduler has no betas to convert the model to: leave pre"),
     ]

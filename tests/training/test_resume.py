@@ -159,12 +159,14 @@ def test_latest_begins_anew_in_no_folder_and_where_the_run_was_killed_before_its
     assert ".partial-checkpoint-1" not in names(run)
 
 
-def test_latest_refuses_a_folder_of_other_files_and_of_a_run_that_has_ended(tmp_path: Path) -> None:
+def test_latest_refuses_a_folder_of_other_files_and_of_a_run_that_has_ended(ended: Path, tmp_path: Path) -> None:
     run = train(tmp_path, checkpointing_steps=None)
     assert not [name for name in names(run) if "checkpoint" in name]
     before = {path: path.read_bytes() for path in run.iterdir()}
     with pytest.raises(ValueError, match=r"already holds another run .* It has no checkpoint to continue from: name"):
         train(tmp_path, **LATEST, checkpointing_steps=None)
+    with pytest.raises(ValueError, match="already holds another run"):
+        train(tmp_path, resume_from_checkpoint=str(ended / "checkpoint-1"))
     assert {path: path.read_bytes() for path in run.iterdir()} == before
     (tmp_path / "others" / "run").mkdir(parents=True)
     for name, content in {"thesis.txt": "", "config.yaml": "[rank"}.items():
@@ -173,7 +175,7 @@ def test_latest_refuses_a_folder_of_other_files_and_of_a_run_that_has_ended(tmp_
             train(tmp_path / "others", **LATEST)
 
 
-@pytest.mark.parametrize("damage", ["cut", "missing", "manifest"])
+@pytest.mark.parametrize("damage", ["zeros", "missing", "manifest"])
 def test_latest_names_a_damaged_checkpoint_and_goes_on_from_the_one_before_if_that_is_whole(
     ended: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
@@ -183,7 +185,7 @@ def test_latest_names_a_damaged_checkpoint_and_goes_on_from_the_one_before_if_th
     if damage == "missing":
         broken.unlink()
     else:
-        broken.write_bytes(broken.read_bytes()[:-10])
+        broken.write_bytes(broken.read_bytes()[:-10] + bytes(10))
     with (run / "metrics.jsonl").open("a") as log:
         log.write('{"step": 2, "lo')
     train(tmp_path, **LATEST)
