@@ -90,6 +90,10 @@ def test_longer_run_takes_its_steps_at_the_rates_of_the_longer_schedule(
 def test_run_that_would_end_before_its_checkpoint_is_refused(ended: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"the run ends at step 1, and .*checkpoint-2 is past it"):
         resumed(ended, tmp_path, max_train_steps=1)
+    manifest = tmp_path / "run" / "checkpoint-2" / "checkpoint.json"
+    manifest.write_text(manifest.read_text().replace('"processes": 1', '"processes": 2'))
+    with pytest.raises(ValueError, match="was written by 2 processes and this run has 1"):
+        train(tmp_path, **LATEST)
 
 
 def test_other_data_start_anew_in_the_order_of_a_run_that_begins_with_them(
@@ -198,6 +202,8 @@ def test_latest_names_a_damaged_checkpoint_and_goes_on_from_the_one_before_if_th
     named = r"checkpoint-\d .*checkpoint-\d .* start a new run in a fresh --output_dir"
     with pytest.raises(ValueError, match=rf"no checkpoint in .* is whole\. .*{named}"):
         train(tmp_path, **LATEST)
+    with pytest.raises(ValueError, match=r"incomplete: scheduler\.bin is missing"):
+        train(tmp_path, resume_from_checkpoint=str(run / "checkpoint-1"))
 
 
 # ---------------------------------------------------------------- from an adapter
