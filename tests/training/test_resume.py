@@ -87,6 +87,14 @@ def test_longer_run_takes_its_steps_at_the_rates_of_the_longer_schedule(
     assert any("max_train_steps: 2 there, 4 now" in message for message in caplog.messages)
 
 
+def test_core_starts_after_core_start_step_steps(tmp_path: Path) -> None:
+    run = train(tmp_path, core_start_step=1)
+    first, second = (load_file(run / f"checkpoint-{step}" / TEXT) for step in (1, 2))
+    last = max(name for name in first if "nara_core" in name and name.endswith("weight"))
+    assert not first[last].any()
+    assert second[last].any()
+
+
 def test_run_that_would_end_before_its_checkpoint_is_refused(ended: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"the run ends at step 1, and .*checkpoint-2 is past it"):
         resumed(ended, tmp_path, max_train_steps=1)
