@@ -157,6 +157,8 @@ def sharing_pipeline(pipe: Any, dtype: torch.dtype) -> Any:
     scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
     accepted = inspect.signature(type(pipe).__init__).parameters.keys() - pipe.components.keys() - {"self"}
     options = {name: pipe.config[name] for name in accepted if name in pipe.config}
+    if "add_watermarker" in accepted:
+        options["add_watermarker"] = getattr(pipe, "watermark", None) is not None
     other = type(pipe)(**{**pipe.components, **modules, "scheduler": scheduler}, **options)
     other.set_progress_bar_config(disable=True)
     return other

@@ -96,7 +96,8 @@ def _of_file(path: Path, pipe: Any) -> dict[str, PlainLora]:
     scheduler = _scheduler(path.parent, (metadata or {}).get(SCHEDULER_KEY))
     if not is_pipeline(pipe):
         raise ValueError(
-            f"it isn't in PEFT's form, and is read for a pipeline: pass the pipeline, instead of {type(pipe).__name__}."
+            "it isn't in PEFT's form, which has an adapter_config.json: name a folder of one. A file of another form is "
+            f"read for a pipeline: pass the pipeline, instead of {type(pipe).__name__}."
         )
     if odd := [key for key in tensors if re.search(r"dora_scale|hada_|lokr_|oft_|lora_mid|glora|\.diff(_b)?$", key)]:
         raise ValueError(
