@@ -96,7 +96,7 @@ def _of_file(path: Path, pipe: Any) -> dict[str, PlainLora]:
     scheduler = _scheduler(path.parent, (metadata or {}).get(SCHEDULER_KEY))
     if not is_pipeline(pipe):
         raise ValueError(
-            "it isn't in PEFT's form, which has an adapter_config.json: name a folder of one. A file of another form is "
+            "it isn't in PEFT's form, which has an adapter_config.json: name such a folder. A file of another form is "
             f"read for a pipeline: pass the pipeline, instead of {type(pipe).__name__}."
         )
     if odd := [key for key in tensors if re.search(r"dora_scale|hada_|lokr_|oft_|lora_mid|glora|\.diff(_b)?$", key)]:

@@ -138,6 +138,16 @@ def test_magnitudes_of_zero_or_nearly_zero_give_right_outputs_and_gradients(dtyp
             assert_near(gradient, tensors[name].grad, f"gradient of {name}", terms=2, sums=8, dtype=dtype)
 
 
+def test_dora_of_a_row_of_zeros_is_the_base_at_step_0_and_not_nan():
+    linear = nn.Linear(5, 3)
+    linear.weight.data[1] = 0
+    x = torch.randn(2, 5)
+    expected = linear(x)
+    model = get_peft_model(nn.Sequential(linear), NaraConfig(r=2, target_modules=["0"], use_dora=True))
+    with noise_level(model, 0.5):
+        torch.testing.assert_close(model(x), expected)
+
+
 @pytest.mark.parametrize(
     ("trained", "units", "bias"),
     [(False, 0.5, 0), (False, 0.5, 64), (True, 2.0, 0)],

@@ -145,6 +145,8 @@ def test_source_of_another_convention_is_refused_on_all_models_at_once() -> None
         with pytest.raises(ValueError, match=r"set_noise_source\(model"):
             model(X)
     set_noise_source(three[0], Share())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="'default' was trained with λ defined as 'positive_share'"):
+        set_noise_source(three[0], Share("share_of_negatives"))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="'other' was trained with λ defined as 'masked_share'"):
         three[0].add_adapter("other", nara_config(target_modules=LAYERS, noise_convention="masked_share"))
     assert "other" not in three[0].base_model.model.first.lora_A
