@@ -12,7 +12,6 @@ import torch
 from diffusers import StableDiffusionImg2ImgPipeline
 from peft import LoraConfig
 from torch import Tensor
-from torch._dynamo.testing import CompileCounter
 
 from nara_diffusion import core_matrix, noise_level
 from tests.acceptance._lives import (
@@ -30,7 +29,7 @@ from tests.acceptance._lives import (
     save_lora,
     save_nara,
 )
-from tests.helpers.small_pipelines import pixels, small_sd
+from tests.helpers.small_pipelines import pixels
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute"),  # PEFT, at a second LoRA
@@ -210,32 +209,6 @@ def test_hotswap_that_would_mix_two_adapters_is_refused(root: Path, tmp_path: Pa
     pipe.unet.enable_lora_hotswap(target_rank=5)
     with pytest.raises(ValueError, match="target_rank=5, but 'toy', whose update depends on λ, has rank 4"):
         pipe.load_nara_weights(root / "a", adapter_name="toy")
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")
-def test_hotswap_at_equal_rank_compiles_nothing_again(tmp_path: Path) -> None:
-    shallow = {"block_out_channels": (8,), "attention_head_dim": 4}
-    shallow |= {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
-    outputs = []
-    for seed in (1, 2):
-        torch.manual_seed(seed)
-        source: Any = add_nara(small_sd(**shallow), seed=seed)
-        source.save_nara_weights(tmp_path / str(seed))
-        outputs.append(predict(source))
-    pipe: Any = small_sd(**shallow)
-    pipe.load_nara_weights(tmp_path / "1", adapter_name="toy")
-    torch._dynamo.reset()
-    counter = CompileCounter()
-    pipe.unet.compile(backend=counter)
-    assert_near(predict(pipe), outputs[0], pipe.unet)
-    predict(pipe, torch.tensor([1, 20, 300]))
-    graphs = counter.frame_count
-    assert graphs
-    pipe.load_nara_weights(tmp_path / "2", adapter_name="toy", hotswap=True)
-    assert_near(predict(pipe), outputs[1], pipe.unet)
-    assert counter.frame_count == graphs
-    torch._dynamo.reset()
 
 
 def test_set_lora_device_moves_an_adapter_without_its_core_and_no_other(root: Path) -> None:

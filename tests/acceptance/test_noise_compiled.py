@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
 from nara_diffusion import noise_level
 from tests.helpers.rounding import rounding_of
-from tests.helpers.small_pipelines import small_unet
+from tests.helpers.small_pipelines import small_sd, small_unet
 
+from . import _lives
 from ._noise_models import LAYERS, UNET_TARGETS, Stock, TwoLayers, adapt, assert_near, distance, run
 
 TEXT = 20
@@ -105,3 +107,26 @@ def test_compiled_unet_serves_all_timesteps_and_contexts_with_one_break_at_most(
         check(torch.tensor([500.0, 100.0]), torch.tensor([0.3, 0.8]))
     with noise_level(unet, torch.tensor([0.6, 0.1])), torch._dynamo.config.patch(error_on_recompile=True):
         check(torch.tensor([500.0, 100.0]), torch.tensor([0.6, 0.1]))
+
+
+@pytest.mark.slow
+def test_hotswap_at_equal_rank_compiles_nothing_again(tmp_path: Path) -> None:
+    shallow = {"block_out_channels": (8,), "attention_head_dim": 4}
+    shallow |= {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
+    outputs = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        source: Any = _lives.add_nara(small_sd(**shallow), seed=seed)
+        source.save_nara_weights(tmp_path / str(seed))
+        outputs.append(_lives.predict(source))
+    pipe: Any = small_sd(**shallow)
+    pipe.load_nara_weights(tmp_path / "1", adapter_name="toy")
+    counter = CompileCounter()
+    pipe.unet.compile(backend=counter)
+    _lives.assert_near(_lives.predict(pipe), outputs[0], pipe.unet)
+    _lives.predict(pipe, torch.tensor([1, 20, 300]))
+    graphs = counter.frame_count
+    assert graphs
+    pipe.load_nara_weights(tmp_path / "2", adapter_name="toy", hotswap=True)
+    _lives.assert_near(_lives.predict(pipe), outputs[1], pipe.unet)
+    assert counter.frame_count == graphs
