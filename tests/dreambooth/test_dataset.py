@@ -77,15 +77,17 @@ def test_one_resampling_gives_the_pixels_of_three_steps(original, target, flip: 
 
 
 def test_random_crops_reach_every_position_or_a_bounded_number(instances) -> None:
-    wide = instances[3].key  # 90 × 50, scaled to 58 × 32
+    wide, tall = instances[3].key, instances[1].key  # 90 × 50, scaled to 58 × 32; 60 × 80, to 32 × 43
 
-    def crops(count: int, **options: Any) -> list[TrainingSample]:
+    def crops(count: int, key: str = wide, **options: Any) -> list[TrainingSample]:
         data = dataset(instances, buckets=[(32, 32)], **options)
         samples = [data.samples_at(position)[0] for position in range(count)]
-        return [sample for sample in samples if sample.image.key == wide]
+        return [sample for sample in samples if sample.image.key == key]
 
     anywhere = crops(1500, crops_per_image=None)
     assert {(sample.top, sample.left) for sample in anywhere} == {(0, left) for left in range(27)}
+    upright = crops(1000, tall, crops_per_image=None)
+    assert {(sample.top, sample.left) for sample in upright} == {(top, 0) for top in range(12)}
     bounded = Counter((sample.key, sample.flip) for sample in crops(600, crops_per_image=3))
     assert (bounded.total(), len(bounded)) == (120, 6)  # three positions, each mirrored or not
     assert min(bounded.values()) > 8
