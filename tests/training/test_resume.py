@@ -142,10 +142,10 @@ def test_names_that_may_change_are_arguments_and_none_that_trains() -> None:
 
 
 def test_logged_loss_is_the_mean_of_all_steps_since_the_last(ended: Path, tmp_path: Path) -> None:
-    each = [line["loss"] for line in metrics(train(tmp_path, logging_steps=1)) if "loss" in line]
+    first, second = [line["loss"] for line in metrics(train(tmp_path, logging_steps=1)) if "loss" in line]
     (both,) = [line["loss"] for line in metrics(ended) if "loss" in line]
-    assert len(each) == 2 and each[0] != each[1]
-    assert both == pytest.approx(sum(each) / 2, rel=1e-6)
+    assert first != second
+    assert both == pytest.approx((first + second) / 2, rel=1e-6)
 
 
 # ---------------------------------------------------------------- anew, or from the one before
