@@ -5,8 +5,8 @@ decoded once before training starts, so that a broken one shows at once and not 
 are read again when a crop of them is needed, most often once for the latent cache.
 
 Captions come from a metadata.jsonl in the folder, {"file_name": "dog.png", "text": "a photo of …"} a line, else from
-text files beside the images, dog.txt of dog.png. An image without a caption of its own gets the instance prompt, and
-the log says so; without an instance prompt it is an error.
+text files beside the images, dog.txt of dog.png. A line for an image that isn't there is an error. An image without a
+caption of its own gets the instance prompt, and the log says so; without an instance prompt it is an error.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ import io
 import json
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm.auto import tqdm
 
 from nara_diffusion.utils.naming import counted, listed
@@ -31,6 +32,8 @@ Size = tuple[int, int]
 """(height, width) in pixels."""
 IMAGE_SUFFIXES = frozenset([".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"])
 METADATA_FILE = "metadata.jsonl"
+LONGEST = 32
+"""How many times longer than its shorter side an image may be. A crop of a longer one shows next to nothing of it."""
 
 
 # ---------------------------------------------------------------------- images
@@ -64,9 +67,11 @@ def decode_image(content: bytes, name: str) -> Image.Image:
             raise ValueError(f"mode {image.mode} holds values of an unknown range")
         return to_rgb(image)
     except Exception as error:  # Pillow's decoders raise a dozen classes
+        why = f"{type(error).__name__}: {error}"
+        if isinstance(error, UnidentifiedImageError):  # whose own message is a memory address
+            why = "no kind of image that Pillow reads"
         raise ValueError(
-            f"{name} can't be decoded ({type(error).__name__}: {error}): save it again as 8-bit PNG or JPEG, or remove "
-            "it."
+            f"{name} can't be decoded ({why}): save it again as 8-bit PNG or JPEG, or remove it."
         ) from error
 
 
@@ -133,17 +138,28 @@ def make_records(
     records, broken = [], []
     bar = tqdm(sources, desc="check images", unit="image", disable=not progress or len(sources) < 50)
     for (name, read), prompt in zip(bar, prompts, strict=True):
-        content = read()
         try:
-            width, height = decode_image(content, name).size
+            records.append(_record(name, read, prompt))
+        except OSError as error:
+            broken.append(f"{name} can't be read ({error.strerror}): put an image file there, or remove it.")
         except ValueError as error:
             broken.append(str(error))
-        else:
-            key = hashlib.blake2b(content, digest_size=16).hexdigest()
-            records.append(ImageRecord(name, read, (height, width), prompt, key))
     if broken:
         raise ValueError(f"{len(broken)} of {len(sources)} images can't be used:\n" + "\n".join(broken[:8]))
     return records
+
+
+def _record(name: str, read: Callable[[], bytes], prompt: str) -> ImageRecord:
+    """Raises ValueError for an image that can't be used, OSError for a file that can't be read."""
+    content = read()
+    width, height = decode_image(content, name).size
+    if max(width, height) > LONGEST * min(width, height):
+        raise ValueError(
+            f"{name} is {width} x {height} pixels: one side is more than {LONGEST} times the other. Cut it to the part "
+            "to learn, or remove it."
+        )
+    key = hashlib.blake2b(content, digest_size=16).hexdigest()
+    return ImageRecord(name, read, (height, width), prompt, key)
 
 
 # ---------------------------------------------------------------------- captions
@@ -163,11 +179,13 @@ def own_captions(images: Sequence[Path], column: str | None = None) -> list[str]
         column: the key in metadata.jsonl; None takes "text".
 
     Raises:
-        ValueError: a caption that can't be read, with the file and the line; `column` without a metadata.jsonl.
+        ValueError: a caption that can't be read, or a row without an image, with the file and the line; `column`
+            without a metadata.jsonl.
     """
     metadata = images[0].parent / METADATA_FILE
     if metadata.exists():
-        found = _read_metadata(metadata, column or "text")
+        found = _read_metadata(metadata, column or "text", [image.name for image in images])
+        _warn_of_images_without_row(metadata, images, found)
         return [found.get(image.name, "") for image in images]
     if column is not None:
         raise ValueError(f"caption_column {column!r} is a key of {METADATA_FILE}, which {metadata.parent} lacks.")
@@ -175,31 +193,53 @@ def own_captions(images: Sequence[Path], column: str | None = None) -> list[str]
     return [" ".join(_read(file).split()) if file.is_file() else "" for file in files]
 
 
-def _read_metadata(path: Path, column: str) -> dict[str, str]:
-    """{file_name: caption}; null is an empty caption."""
+def _warn_of_images_without_row(metadata: Path, images: Sequence[Path], found: Collection[str]) -> None:
+    without = [image for image in images if image.name not in found]
+    if without:
+        which = f"{len(without)} of {len(images)} images ({listed([image.name for image in without])})"
+        unread = any(image.with_suffix(".txt").is_file() for image in without)
+        ending = ", and their .txt files are not read" if unread else ""
+        logger.warning("%s has no row for %s: their caption is the instance prompt%s", metadata, which, ending)
+
+
+def _read_metadata(path: Path, column: str, images: Sequence[str]) -> dict[str, str]:
+    """{file_name: caption} of these names of `images`; null is an empty caption."""
     captions: dict[str, str] = {}
     lines: dict[str, int] = {}
     for number, line in enumerate(_read(path).split("\n"), 1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-            name, caption = row["file_name"], row[column]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            expected = f'{{"file_name": …, "{column}": …}}'
-            raise ValueError(f"{where}: expected {expected}, found {line[:60]} ({error}).") from None
-        if not isinstance(caption, str | None):
-            raise ValueError(f"{where}: {column!r} is {json.dumps(caption)[:60]}, expected a text in quotes.")
-        try:
-            f"{name}{caption}".encode()  # JSON may spell one half of a surrogate pair, which no tokenizer takes
-        except UnicodeEncodeError as error:
-            half = f"\\u{ord(error.object[error.start]):04x}"
-            raise ValueError(f"{where} holds half a character, {half}: write the character itself.") from None
+        name, caption = _read_row(line, column, where)
         if name in lines:
             raise ValueError(f"{where}: {name} has a caption in line {lines[name]} already: remove one of them.")
-        captions[name], lines[name] = caption or "", number
+        if name not in images:
+            (near,) = get_close_matches(name.lower(), images, n=1, cutoff=0.0)
+            raise ValueError(
+                f"{where}: no image of this folder is named {name!r}: write a name that is there, such as {near!r}, or "
+                "remove the line."
+            )
+        captions[name], lines[name] = caption, number
     return captions
+
+
+def _read_row(line: str, column: str, where: str) -> tuple[str, str]:
+    """The file_name and the caption of one line."""
+    try:
+        row = json.loads(line)
+        name, caption = row["file_name"], row[column]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        expected = f'{{"file_name": …, "{column}": …}}'
+        raise ValueError(f"{where}: expected {expected}, found {line[:60]} ({error}).") from None
+    for key, value in (("file_name", name), (column, "" if caption is None else caption)):
+        if not isinstance(value, str):
+            raise ValueError(f"{where}: {key!r} is {json.dumps(value)[:60]}, expected a text in quotes.")
+    try:
+        f"{name}{caption}".encode()  # JSON may spell one half of a surrogate pair, which no tokenizer takes
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        raise ValueError(f"{where} holds half a character, {half}: write the character itself.") from None
+    return name, caption or ""
 
 
 def fill_captions(captions: Sequence[str], names: Sequence[str], prompt: str | None) -> list[str]:

@@ -63,6 +63,31 @@ def test_images_that_cannot_be_used_are_named_all_at_once(tmp_path) -> None:
         records_from_folder(folder, prompt=PROMPT)
 
 
+def test_names_of_images_that_are_no_files_are_refused_in_one_line(tmp_path) -> None:
+    folder = folder_of(tmp_path, [(8, 8)])
+    (folder / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (folder / "sub.png").mkdir()
+    message = r"(?s)2 of 3 images .*gone\.png can't be read \(No such file.*sub\.png can't be read \(Is a directory"
+    with pytest.raises(ValueError, match=message):
+        records_from_folder(folder, prompt=PROMPT)
+
+
+def test_message_of_a_file_that_is_no_image_has_no_memory_address(tmp_path) -> None:
+    (tmp_path / "page.jpg").write_bytes(b"<html>404</html>")
+    with pytest.raises(ValueError, match=r"page\.jpg can't be decoded \(no kind of image") as error:
+        load_image(tmp_path / "page.jpg")
+    assert "0x" not in str(error.value)
+
+
+@pytest.mark.parametrize("size", [(1, 3000), (330, 10)])
+def test_images_far_longer_than_wide_are_refused(tmp_path, size) -> None:
+    folder = folder_of(tmp_path, [size, (32 * 8, 8)])
+    width, height = size
+    message = rf"1 of 2 images .*\n.*00\.png is {width} x {height} pixels: .* more than 32 times"
+    with pytest.raises(ValueError, match=message):
+        records_from_folder(folder, prompt=PROMPT)
+
+
 def test_a_folder_becomes_records_in_order_of_names(tmp_path) -> None:
     folder = folder_of(tmp_path / "subject", [(30, 20), (11, 12)])
     noise(40, 25, seed=9).save(folder / "aa.JPG")
@@ -132,10 +157,31 @@ def test_metadata_wins_over_text_files(images) -> None:
     images[0].with_suffix(".txt").write_text("from a file")
     rows = [{"file_name": image.name, "text": image.name, "said": f" {image.stem} "} for image in images]
     rows[2]["text"] = "a \U0001f600 toy"  # whole, though in two escapes
-    lines = [json.dumps(row) for row in (*rows, {"file_name": "gone.png", "text": None, "said": ""})]
+    lines = [json.dumps(row) for row in rows]
     (images[0].parent / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8-sig")
     assert captions_of(images, None) == ["a.png", "b.jpg", "a \U0001f600 toy"]
     assert captions_of(images, None, "said") == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("name", ["images/a.png", "A.png", "a.pgn"])
+def test_metadata_row_without_an_image_is_refused_by_file_and_line(images, name) -> None:
+    rows = [{"file_name": "b.jpg", "text": None}, {"file_name": name, "text": "a"}]
+    (images[0].parent / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ValueError, match=rf"metadata.jsonl, line 2: no image .* is named '{name}'.* such as 'a.png'"):
+        own_captions(images)
+
+
+def test_images_without_a_metadata_row_are_warned_of(images, caplog) -> None:
+    metadata = images[0].parent / "metadata.jsonl"
+    metadata.write_text('{"file_name": "a.png", "text": "a"}\n{"file_name": "b.jpg", "text": null}')
+    assert captions_of(images, PROMPT) == ["a", PROMPT, PROMPT]
+    assert f"{metadata} has no row for 1 of 3 images ('c.png'): their caption is the instance prompt" in caplog.text
+    caplog.clear()
+    metadata.write_text("\n")
+    images[0].with_suffix(".txt").write_text("from a file")
+    assert captions_of(images, PROMPT) == [PROMPT] * 3
+    assert "has no row for 3 of 3 images ('a.png', 'b.jpg', 'c.png')" in caplog.text
+    assert "their .txt files are not read" in caplog.text
 
 
 def test_captions_that_cannot_be_read_are_refused_by_file_and_line(images) -> None:
@@ -152,6 +198,7 @@ def test_captions_that_cannot_be_read_are_refused_by_file_and_line(images) -> No
         '{"text": "a"}': r"expected \{\"file_name\": …, \"text\": …\}, found .*'file_name'",
         '{"file_name": "a.png", "caption": "a"}': "expected .*'text'",
         '{"file_name": "a.png", "text": ["a", "b"]}': r"'text' is \[\"a\", \"b\"\], expected a text in quotes",
+        '{"file_name": ["a.png"], "text": "a"}': r"'file_name' is \[\"a.png\"\], expected a text in quotes",
         '{"file_name": "a.png", "text": NaN}': "'text' is NaN, expected a text in quotes",
         '{"file_name": "b.jpg", "text": "a"}': "b.jpg has a caption in line 1 already",
         r'{"file_name": "a.png", "text": "a \ud83d toy"}': r"holds half a character, \\ud",
