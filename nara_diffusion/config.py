@@ -71,7 +71,7 @@ class NaraConfig(LoraConfig):
         core_hidden_dims: widths of the hidden layers of the hypernetwork F.
         core_init: of F. "zero_last" (last layer zero, so that C = I at step 0), "zero_all" (all zero: only the last
             bias receives a gradient at first), "kaiming" (C is not I at step 0).
-        core_input, mask_density_radius: fields of version 0.1, which files have; each has one choice left.
+        core_input: a field of version 0.1 that files have; one choice is left.
         core_sharing: which adapted modules share one F: all, those of one name such as q_proj, or none ("layer").
         noise_embedding: e(λ): frozen Gaussian Fourier features, a learnable Linear and SiLU, or λ itself.
         noise_embedding_dim: width of e(λ); even for "fourier", unused by "raw".
@@ -81,6 +81,7 @@ class NaraConfig(LoraConfig):
             direction repeats what a masked one knows (T-LoRA's idea).
         core_knots: for "knots": how many, at equal distances from λ = 0 to λ = 1; 2 or more.
         core_bins: for "bins": the number K of equal bins of λ; r is the rank of all together, a multiple of K.
+        mask_density_radius: a field of version 0.1 that files have; nothing reads it.
         noise_convention: name of λ's definition in training, e.g. "masked_share"; a source of λ with another name is
             refused. None is unknown.
         scheduler: class (`_class_name`) and configuration of the Diffusers scheduler that an adapter was trained for

@@ -75,8 +75,9 @@ def load_backbone(
         pretrained_model_name_or_path: a folder or a repository on the Hub.
         mask_token_id: which token stands for a masked one, where the checkpoint doesn't say.
         mask_token: the same by its text.
-        load_in_4bit, load_in_8bit: quantise the weights of the linear layers by bitsandbytes. 4 bits are NF4 with
-            double quantisation, computed in `dtype`; further settings are those of a `quantization_config`.
+        load_in_4bit: quantise the linear layers' weights with bitsandbytes: NF4 with double quantisation, computed in
+            `dtype`. For other settings pass a `quantization_config`.
+        load_in_8bit: the same in 8 bits.
         **kwargs: as for `from_pretrained`: dtype, device_map, quantization_config, attn_implementation, revision,
             token, …
 
