@@ -67,6 +67,14 @@ def test_links_paths_and_flags_of_the_pages_exist():
     assert {str(page.relative_to(ROOT)): found for page in PAGES if (found := missing_of(page, identifiers))} == {}
 
 
+def test_rooms_of_the_diagram_exist():
+    picture = (ROOT / "docs" / "flow.svg").read_text(encoding="utf-8")
+    rooms = [room.strip(" /") for text in re.findall(r'class="room">([^<]+)', picture) for room in text.split(",")]
+    package = ROOT / "nara_diffusion"
+    assert "noise" in rooms
+    assert [each for each in rooms[1:] if not (package / each).exists() and not (package / f"{each}.py").exists()] == []
+
+
 def missing_of(page: Path, identifiers: set[str]) -> list[str]:
     """Links, paths and flags of a page that aren't there; `identifiers` are all names in the project's sources."""
     text = page.read_text(encoding="utf-8")
