@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nara_diffusion import noise_level
 from nara_diffusion.dllm import log_likelihood, masked_diffusion_loss, noise_level_curve
+from nara_diffusion.dllm.masking import mask_answers
 from tests.acceptance._text import END, PAD, ByHand, adapted_pair, bound
 
 VOCABULARY = 30
@@ -108,6 +109,22 @@ def test_loss_draws_one_level_of_each_stratum_however_the_batch_is_split(pair: A
         assert not whole.masked[part, width:].any()
     other = masked_diffusion_loss(model, **batch(rows), sample_indices=indices, seed=7, group_size=8)
     assert not torch.equal(other.noise_level, whole.noise_level)
+
+
+@pytest.mark.parametrize("group_size", [1, 8])
+def test_masks_given_a_level_cover_each_position_with_that_probability(group_size: int) -> None:
+    """In each eighth of λ, within 5 standard deviations: the draw of λ says nothing else about the masks."""
+    count, answer = 4000, 3
+    rows = torch.zeros(count, 1 + answer, dtype=torch.long)
+    indices = list(range(count))
+    options: dict[str, Any] = {"seed": 0, "sample_indices": indices, "group_size": group_size}
+    batch = mask_answers(rows, [1] * count, mask_token_id=MASK, **options)
+    for part in range(8):
+        chosen = (part / 8 < batch.noise_level) & (batch.noise_level <= (part + 1) / 8)
+        levels = batch.noise_level[chosen].double()
+        deviation = (levels * (1 - levels)).sum().sqrt() / len(levels)
+        difference = batch.masked[chosen, 1:].double().mean(0) - levels.mean()  # one each position
+        assert (difference.abs() <= 5 * deviation).all()
 
 
 def test_loss_with_complementary_masks_trains_each_token_of_an_answer_once(pair: Any) -> None:
