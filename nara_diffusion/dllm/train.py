@@ -42,10 +42,11 @@ from nara_diffusion.dllm.records import load_records
 from nara_diffusion.training.adapter_weights import load_checkpoint, start_from, write_adapter, write_checkpoint
 from nara_diffusion.training.adapters import build_adapter, recompute_activations, title_of
 from nara_diffusion.training.arguments import schedule_of, window_of
-from nara_diffusion.training.checkpoints import local_folder, save_adapter
+from nara_diffusion.training.checkpoints import save_adapter
 from nara_diffusion.training.command import CONFIGS, run_command, shipped_settings
 from nara_diffusion.training.engines import load_whole, loading_in
 from nara_diffusion.training.loop import prepare_training, train
+from nara_diffusion.training.manifest import local_folder
 from nara_diffusion.training.report import finish, window_facts
 from nara_diffusion.training.run import Run, start_run
 from nara_diffusion.utils.atomic_write import atomic_write_files

@@ -21,8 +21,8 @@ from safetensors import SafetensorError
 from torch import nn
 
 from nara_diffusion.noise.prediction import FLOW, prediction_by
-from nara_diffusion.training.checkpoints import local_folder
 from nara_diffusion.training.command import CONFIGS, shipped_settings
+from nara_diffusion.training.manifest import local_folder
 from nara_diffusion.utils.naming import is_out_of_reach, naming_source
 
 from .families import BY_PIPELINE, FAMILIES

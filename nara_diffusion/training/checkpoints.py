@@ -6,7 +6,7 @@
                  random_states_P.pkl                              of process P
                  checkpoint.json                                  the manifest: step, length of the schedule, losses
                                                                   that aren't logged yet, processes, engine, arguments,
-                                                                  files with their digests, digests of data and base
+                                                                  digests of files, data, base and the manifest itself
 
 The place in the data is the step alone: `loop.ShuffledStream` makes the order a function of (seed, position). Neither
 the data nor the frozen base model are in a checkpoint, but it knows them again by their digests. A checkpoint is
@@ -15,32 +15,27 @@ written under another name and renamed when it is complete; older ones are delet
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import load
-from huggingface_hub import snapshot_download
-from huggingface_hub.utils.sha import sha_fileobj
 
 from nara_diffusion.utils.atomic_write import atomic_write_files, delete_folder, partial_name, put_in_place
 from nara_diffusion.utils.naming import counted
 
 from .engines import engine_name, global_batch, save_state, trained_state
+from .manifest import FORMAT, digest_file, read_manifest, write_manifest
 from .parser import given_arguments
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "checkpoint.json"
-FORMAT = 2
 Writer = Callable[[Any, Path, dict[str, Any]], None]
 """Writes an adapter's files: (the model without wrappers, the folder, the model's whole state dict)."""
 
@@ -81,8 +76,8 @@ def save_checkpoint(run: Any) -> None:
         if run.is_main:
             paths = sorted(path for path in partial.rglob("*") if path.is_file())
             files = {path.relative_to(partial).as_posix(): [path.stat().st_size, digest_file(path)] for path in paths}
-            manifest = {"format": FORMAT, **run.facts_of_checkpoint(), "written": time.time(), "files": files}
-            (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+            facts = {"format": FORMAT, **run.facts_of_checkpoint(), "written": time.time(), "files": files}
+            write_manifest(partial, facts)
             put_in_place(partial, target)
             _delete_oldest(run.folder, run.args.checkpoints_total_limit, newest=target)
     except Exception as error:
@@ -163,21 +158,6 @@ def latest_whole(folder: Path) -> Path | None:
 # ---------------------------------------------------------------- checking
 
 
-def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """The content of checkpoint.json. Raises ValueError for one that is missing, corrupt, or of version 0.1."""
-    path = checkpoint / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        if manifest.get("format") == FORMAT:
-            return manifest
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is missing or corrupt ({error}).") from error
-    raise ValueError(
-        f"{checkpoint} is of version 0.1, whose runs this version doesn't continue: finish it with version 0.1, or "
-        "start a new one, from its adapter by --init_adapter."
-    )
-
-
 def check_files(checkpoint: Path) -> None:
     """Raises ValueError with the name of a file that is missing or damaged."""
     for name, (size, digest) in read_manifest(checkpoint)["files"].items():
@@ -240,44 +220,3 @@ def changed_arguments(args: Any, saved: Mapping[str, Any]) -> dict[str, tuple[An
 def listed(changed: Mapping[str, tuple[Any, Any]]) -> str:
     """The arguments of `changed_arguments`, in words."""
     return ", ".join(f"{name}: {old!r} there, {new!r} now" for name, (old, new) in changed.items())
-
-
-# ---------------------------------------------------------------- digests
-
-
-def digest_texts(texts: Iterable[str]) -> str:
-    """SHA-256 of texts in their order."""
-    found = hashlib.sha256()
-    for text in texts:
-        content = text.encode("utf-8", errors="surrogatepass")
-        found.update(len(content).to_bytes(8, "big") + content)
-    return found.hexdigest()
-
-
-def digest_file(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return sha_fileobj(file).hex()
-
-
-def digest_base(folders: Mapping[str, Path], variant: str | None = None) -> dict[str, str]:
-    """{what: its digest} of a model's files: of all weights, those of `variant` (fp16, say) where there are some, and
-    of each configuration. `folders` are {component: its folder}; a component is "" where the model has no others."""
-    weights = [(name, file) for name, folder in folders.items() for file in _weight_files(folder, variant)]
-    found = {"base model": digest_texts(text for name, file in weights for text in (name, digest_file(file)))}
-    for name, folder in folders.items():
-        for file in (folder / config for config in ("config.json", "scheduler_config.json")):
-            if file.is_file():
-                found[f"base model configuration {Path(name, file.name).as_posix()}"] = digest_file(file)
-    return found
-
-
-def _weight_files(folder: Path, variant: str | None) -> list[Path]:
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-    named = [file for file in files if variant and f".{variant}" in file.stem]
-    return named or [file for file in files if "." not in file.stem]
-
-
-def local_folder(name: str, *, revision: str | None = None) -> Path:
-    """The folder of a model that `from_pretrained` has loaded: `name` itself, or the Hub's copy on this machine."""
-    return Path(name if Path(name).is_dir() else snapshot_download(name, revision=revision, local_files_only=True))

@@ -26,12 +26,10 @@ from .checkpoints import (
     Writer,
     changed_arguments,
     check_random_states,
-    digest_base,
-    digest_texts,
     listed,
-    read_manifest,
 )
 from .engines import engine_name, global_batch, load_state, start_accelerator
+from .manifest import digest_base, digest_texts, read_manifest
 from .parser import given_arguments
 from .run_folder import CONFIG, LOCK, claimed_folder
 
@@ -193,12 +191,21 @@ class Run:
             logger.info("the schedule now has %d steps instead of %d", self.total_steps, before)
 
     def _forget_later_steps(self) -> None:
-        """Drop the lines of steps that are taken again, and one that a killed run left half-written."""
-        if (path := self.folder / METRICS).exists():
-            lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= self.step]
-            with atomic_write(path) as partial:
-                partial.write_text("".join(kept), encoding="utf-8")
+        """Drop the lines of steps that are taken again, and broken ones, as a killed run leaves its last."""
+        if not (path := self.folder / METRICS).exists():
+            return
+        kept, broken = [], []
+        for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+            try:
+                step = json.loads(line)["step"]
+            except (ValueError, KeyError, TypeError):
+                broken.append(number)
+            else:
+                kept += [line + b"\n"] * (step <= self.step)
+        if broken:
+            logger.warning("%s: broken lines are dropped (%s)", path, ", ".join(map(str, broken)))
+        with atomic_write(path) as partial:
+            partial.write_bytes(b"".join(kept))
 
     def log(self, values: Mapping[str, Any]) -> None:
         """Append `values` of the step to metrics.jsonl, and hand them to the trackers, from the main process."""

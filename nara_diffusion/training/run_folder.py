@@ -15,7 +15,6 @@ from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
 from .checkpoints import (
-    MANIFEST,
     MAY_CHANGE,
     changed_arguments,
     check_files,
@@ -23,6 +22,7 @@ from .checkpoints import (
     find_checkpoints,
     latest_whole,
 )
+from .manifest import MANIFEST
 
 OUTPUTS = Path("outputs")
 LOCK, CONFIG, RESULTS = ".lock", "config.yaml", "results.json"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import re
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -18,13 +20,12 @@ from nara_diffusion.dllm import train as dllm
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
 from nara_diffusion.training.checkpoints import (
     check_random_states,
-    digest_base,
-    digest_texts,
     last_checkpoint,
     latest_whole,
     save_adapter,
 )
 from nara_diffusion.training.loop import InterruptRequest, TrainingDiverged
+from nara_diffusion.training.manifest import digest_base, digest_texts, read_manifest, write_manifest
 from nara_diffusion.training.parser import given_arguments, parse_arguments
 from tests.acceptance._commands import names
 from tests.acceptance._runs import TEXT, text_arguments
@@ -54,14 +55,37 @@ def test_checkpoint_has_a_manifest_of_files_and_digests(run: Path) -> None:
 def test_latest_is_the_one_written_last(run: Path, tmp_path: Path) -> None:
     assert latest_whole(run) == run / "checkpoint-4"
     assert last_checkpoint(run).endswith(f"--resume_from_checkpoint {run / 'checkpoint-4'}")
-    manifest = run / "checkpoint-3" / "checkpoint.json"
-    before = manifest.read_text()
-    manifest.write_text(json.dumps(json.loads(before) | {"written": 1e12}))
+    before = read_manifest(run / "checkpoint-3")
+    write_manifest(run / "checkpoint-3", before | {"written": 1e12})
     assert latest_whole(run) == run / "checkpoint-3"
-    manifest.write_text(before)
+    write_manifest(run / "checkpoint-3", before)
     named = text_arguments(tmp_path, **SHORT, resume_from_checkpoint=str(run / "checkpoint-9"))
     with pytest.raises(ValueError, match=r"is no checkpoint: .* has checkpoint-3, checkpoint-4"):
         dllm.main(named)
+
+
+@pytest.mark.parametrize("changes", [{"step": 3}, {"data_start": 2}, {"unlogged": None}, {"arguments": None}])
+def test_changed_manifest_is_damage_and_the_checkpoint_before_is_taken(
+    run: Path, tmp_path: Path, changes: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """None stands for a field that is lost, with its digest and without, as earlier commits wrote it."""
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    path = copy / "checkpoint-4" / "checkpoint.json"
+    content = {**json.loads(path.read_text()), **changes}
+    lost = {name for name, value in changes.items() if value is None}
+    for left_out in (lost, lost | {"digest"}) if lost else (lost,):
+        path.write_text(json.dumps({name: value for name, value in content.items() if name not in left_out}))
+        assert latest_whole(copy) == copy / "checkpoint-3"
+        assert re.search(r"checkpoint-4/checkpoint\.json is corrupt: .* The one before it is taken", caplog.text)
+
+
+def test_manifest_without_a_digest_is_read(run: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    path = copy / "checkpoint-4" / "checkpoint.json"
+    content = json.loads(path.read_text())
+    del content["digest"]
+    path.write_text(json.dumps(content))
+    assert latest_whole(copy) == copy / "checkpoint-4"
 
 
 def test_random_states_that_cannot_be_restored_are_an_error(run: Path) -> None:

@@ -22,6 +22,7 @@ from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
 from nara_diffusion.dreambooth.train import main
 from nara_diffusion.loaders.file import AdapterFile
 from nara_diffusion.training.checkpoints import MAY_CHANGE
+from nara_diffusion.training.manifest import read_manifest, write_manifest
 from tests.acceptance._commands import assert_same_bits, metrics, names
 from tests.acceptance._runs import IMAGES, TEXT, image_arguments, image_flags, text_arguments
 from tests.helpers.small_pipelines import small_sdxl
@@ -98,8 +99,8 @@ def test_core_starts_after_core_start_step_steps(tmp_path: Path) -> None:
 def test_run_that_would_end_before_its_checkpoint_is_refused(ended: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"the run ends at step 1, and .*checkpoint-2 is past it"):
         resumed(ended, tmp_path, max_train_steps=1)
-    manifest = tmp_path / "run" / "checkpoint-2" / "checkpoint.json"
-    manifest.write_text(manifest.read_text().replace('"processes": 1', '"processes": 2'))
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    write_manifest(checkpoint, read_manifest(checkpoint) | {"processes": 2})
     with pytest.raises(ValueError, match="was written by 2 processes and this run has 1"):
         train(tmp_path, **LATEST)
 
@@ -205,9 +206,10 @@ def test_latest_names_a_damaged_checkpoint_and_goes_on_from_the_one_before_if_th
         broken.unlink()
     else:
         broken.write_bytes(broken.read_bytes()[:-10] + bytes(10))
-    with (run / "metrics.jsonl").open("a") as log:
-        log.write('{"step": 2, "lo')
+    log = run / "metrics.jsonl"
+    log.write_text('{"step": 1, \0\0}\n[1]\n{"loss": 1}\n' + log.read_text() + '{"step": 2, "lo')
     train(tmp_path, **LATEST)
+    assert f"{log}: broken lines are dropped (1, 2, 3)" in caplog.messages
     (said,) = [record.message for record in caplog.records if "The one before it is taken" in record.message]
     assert "checkpoint-2" in said
     assert f"goes on from {run / 'checkpoint-1'}" in caplog.messages
