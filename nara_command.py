@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import ast
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -87,25 +87,23 @@ def parser_of(command: str) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("file", metavar="FILE", help="the adapter: a file, or a folder")
-    {"inspect": _inspect, "plot": _plot, "fold": _fold, "convert": _convert}[command](parser.add_argument, parser)
+    {"inspect": _inspect, "plot": _plot, "fold": _fold, "convert": _convert}[command](parser.add_argument)
     return parser
 
 
-def _inspect(add: Any, parser: Any) -> None:
+def _inspect(add: Callable[..., Any]) -> None:
     add("--json", action="store_true", help="print JSON")
 
 
-def _plot(add: Any, parser: Any) -> None:
+def _plot(add: Callable[..., Any]) -> None:
     add("--output", type=Path, help="the PNG file (default: FILE's name with .png, in this folder)")
     add("--points", type=int, default=101, help="number of λ, evenly from 0 to 1, at least 2 (default: %(default)s)")
 
 
-def _fold(add: Any, parser: Any) -> None:
-    add("output", metavar="OUTPUT", type=Path, help="a .safetensors file; a folder with --bins or --form peft")
-    amount = parser.add_mutually_exclusive_group(required=True)
-    one = "one LoRA, of this λ in [0, 1], 1 = pure noise; best: the nearest over all λ"
-    amount.add_argument("--noise_level", type=_level, help=one)
-    amount.add_argument("--bins", type=int, help="several LoRAs: their largest number, 1 to 64")
+def _fold(add: Callable[..., Any]) -> None:
+    add("output", metavar="OUTPUT", type=Path, help="a .safetensors file; a folder with --form peft")
+    one = "the λ of the LoRA, in [0, 1], 1 = pure noise; best: the nearest over all λ"
+    add("--noise_level", type=_level, required=True, help=one)
     add(
         "--form",
         choices=("diffusers", "kohya", "comfyui", "peft"),
@@ -116,8 +114,6 @@ def _fold(add: Any, parser: Any) -> None:
     bases = ("sd15", "sdxl", "sd3", "flux", "wan")
     add("--base", choices=bases, help="the model that the adapter was trained on, for kohya and comfyui")
     add("--layers_per_block", type=int, default=2, help="of the UNet's configuration (default: %(default)s)")
-    add("--shift", type=float, help="of a flow model's scheduler, for ComfyUI's workflow (SD3 3, FLUX e^1.15 = 3.16)")
-    add("--checkpoint", help="the file in models/checkpoints that ComfyUI's workflow loads (default: SDXL's)")
 
 
 def _level(text: str) -> float | str:
@@ -127,7 +123,7 @@ def _level(text: str) -> float | str:
         raise argparse.ArgumentTypeError(f"expected a number in [0, 1], or best, got {text!r}") from None
 
 
-def _convert(add: Any, parser: Any) -> None:
+def _convert(add: Callable[..., Any]) -> None:
     add("output", metavar="OUTPUT", type=Path, help="the folder to write")
     add("--to", choices=("peft", "pipeline"), required=True, help="the format to write")
     add("--component", help="the part of a pipeline: unet, transformer, text_encoder, …")

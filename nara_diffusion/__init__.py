@@ -5,7 +5,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from .config import NaraConfig, NaraPeftType
 from .cores.factorization import shared_factors
 from .cores.registry import register_core
-from .export import from_lora, to_lora, to_lora_bins
+from .export import from_lora, to_lora
 from .loaders.weights import load_nara_weights, save_nara_weights, unload_nara_weights
 from .noise.denoisers import register_denoiser, register_noise_source, set_noise_source
 from .noise.level import noise_level
@@ -33,7 +33,6 @@ __all__ = [
     "set_strength",
     "shared_factors",
     "to_lora",
-    "to_lora_bins",
 ]
 
 # `peft.utils.register_peft_method` takes names of PEFT's own enum only

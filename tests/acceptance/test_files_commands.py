@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import get_peft_model
 from safetensors.torch import load_file
 
 from nara_command import COMMANDS, OWN
-from nara_diffusion import StrengthSchedule, core_matrix, set_strength
+from nara_diffusion import core_matrix
 from nara_diffusion.cli.commands import core_curves
 from nara_diffusion.loaders.file import AdapterFile
-from tests.acceptance import _bases, _files
+from tests.acceptance import _files
 from tests.acceptance._files import nara
 from tests.acceptance.test_files_refused import broken
 from tests.helpers.adapted import TwoLayers, disturb, nara_config
@@ -84,31 +84,6 @@ def test_curves_are_those_of_the_adapted_model(tmp_path, changes):
         torch.testing.assert_close(distances[index], (C - I).flatten(1).norm(dim=1) / I.norm(), rtol=1e-6, atol=1e-9)
         grams = torch.linalg.eigvalsh(C.mT @ C).clamp(min=0).sqrt().flip(-1)
         torch.testing.assert_close(values[index], grams, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.filterwarnings("ignore:Could not find a config file in tiny-language:UserWarning")
-def test_fold_to_bins_writes_loras_whose_sum_is_the_nara(tmp_path: Path, capsys) -> None:
-    nara("fold", PEFT / "knots", tmp_path / "parts", "--bins", 4, "--form", "peft")
-    entries = json.loads((tmp_path / "parts" / "lora_bins.json").read_text())["loras"]
-    folders = [tmp_path / "parts" / entry["folder"] for entry in entries]
-    model = PeftModel.from_pretrained(_bases.language_model(), folders[0], adapter_name="0")
-    for index, folder in enumerate(folders[1:], start=1):
-        model.load_adapter(str(folder), adapter_name=str(index))
-    model.base_model.set_adapter([str(index) for index in range(len(folders))])
-    for index, entry in enumerate(entries):
-        set_strength(model, str(index), StrengthSchedule(entry["strength"]))
-    _files.assert_near(_bases.text_output(model.eval()), _files.expected("peft")["knots"], model)
-    error = json.loads((tmp_path / "parts" / "export_error.json").read_text())["worst_update"]
-    assert error < 1e-5
-    assert "4 LoRAs" in capsys.readouterr().out
-
-
-def test_fold_to_bins_for_comfyui_has_a_workflow_that_loads_each_file(tmp_path: Path, capsys) -> None:
-    nara("fold", PIPELINES / "sdxl_float32", tmp_path / "toys", "--bins", 2, "--form", "kohya", "--base", "sdxl")
-    files = {path.name for path in (tmp_path / "toys").glob("*.safetensors")}
-    assert len(files) == 3  # two, and the text encoders'
-    workflow = json.loads((tmp_path / "toys" / "comfyui_workflow.json").read_text())
-    assert files <= {value for node in workflow.values() for value in node["inputs"].values() if isinstance(value, str)}
 
 
 # ---------------------------------------------------------------------- errors

@@ -57,7 +57,6 @@ SAVES: dict[str, Callable[[], Callable[[Path], Any]]] = {
     "to_lora of a small model": lambda: to_lora(adapted(TwoLayers(), target_modules=["first"]), 0.5).save_pretrained,
     "nara fold": lambda: lambda folder: nara("fold", PIPELINE, folder / "lora.safetensors", *ONE),
     "nara fold to PEFT": lambda: lambda folder: nara("fold", PEFT, folder, *ONE, "--form", "peft"),
-    "nara fold --bins": lambda: lambda folder: nara("fold", PEFT, folder, "--bins", "2", "--form", "peft"),
     "nara convert": lambda: lambda folder: nara("convert", PIPELINE, folder, "--to", "peft"),
 }
 """{what writes: what makes the call that writes a folder}."""
@@ -93,7 +92,7 @@ def test_save_on_a_full_disk_leaves_the_files_of_before_and_no_new_one(row, room
     assert content(folder) != before
 
 
-@pytest.mark.parametrize("row", ["save_nara_weights", "nara fold", "nara fold --bins", "nara convert"])
+@pytest.mark.parametrize("row", ["save_nara_weights", "nara fold", "nara convert"])
 def test_save_where_a_file_is_in_place_of_the_folder_leaves_it_and_names_it(row: str, tmp_path: Path) -> None:
     path = tmp_path / "a file"
     path.write_text("kept")

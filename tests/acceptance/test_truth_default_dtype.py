@@ -19,7 +19,6 @@ from nara_diffusion import (
     noise_level,
     set_strength,
     to_lora,
-    to_lora_bins,
 )
 from nara_diffusion.dllm import masked_diffusion_loss, read_noise_from_input_ids
 from tests.helpers.adapted import TwoLayers, adapted
@@ -41,10 +40,8 @@ def at_a_step(model: Any) -> Tensor:
 
 
 def folded(model: Any) -> Tensor:
-    bins = to_lora_bins(model, 3)
-    factors = [lora.layers["first"].B.flatten() for lora in (to_lora(model, 0.3), *bins.loras)]
-    points = [level for schedule in bins.schedules for level, _ in schedule.points]
-    return torch.cat([*factors, torch.tensor(points, dtype=torch.float32)])
+    loras = [to_lora(model, 0.3), to_lora(model, "best")]
+    return torch.cat([lora.layers["first"].B.flatten() for lora in loras])
 
 
 def counted(llama: Any) -> Tensor:

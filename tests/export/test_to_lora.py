@@ -1,4 +1,4 @@
-"""`to_lora` and `to_lora_bins`: plain LoRAs, of one λ or with strengths over λ, against the update by hand."""
+"""`to_lora`: the plain LoRA of one λ, or the nearest over all λ, against the update by hand."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import torch
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 
 from nara_command import main
-from nara_diffusion import StrengthSchedule, core_matrix, noise_level, set_strength, to_lora, to_lora_bins
-from nara_diffusion.export import LoraBins, read_lora_bins
+from nara_diffusion import StrengthSchedule, core_matrix, noise_level, set_strength, to_lora
 from tests.acceptance._by_hand import ALPHA, ByHand, leaves, tensors_of
 from tests.acceptance._files import PEFT_WEIGHTS, assert_same_tensors
 from tests.helpers.adapted import TwoLayers, adapted, disturb, lora_config, nara_config, relative_error
@@ -87,40 +86,25 @@ def test_the_level_of_the_context_and_that_of_a_merge_count():
         assert torch.equal(merged[key], tensor)
 
 
-# ---------------------------------------------------------------------- several LoRAs
+# ---------------------------------------------------------------------- the nearest over all λ
 
 
-def played(bins: LoraBins, name: str, levels: torch.Tensor) -> torch.Tensor:
-    """ΔW (n, d_out, d_in) of the LoRAs with their strengths at λ (n,)."""
-    shares = torch.stack([each(levels) for each in bins.schedules]).double()
-    return torch.einsum("kn,koi->noi", shares, torch.stack([dense(lora.layers[name]) for lora in bins.loras]))
-
-
-LEVELS = torch.tensor([0.0, 0.013, 0.2, 0.25, 0.3333, 0.4, 0.5, 0.6, 0.75, 0.8, 0.987, 1.0])
-
-
-@pytest.mark.parametrize(
-    ("config", "points", "number"),
-    [
-        (nara_config(core_type="knots", core_knots=3, core_sharing="layer"), [(0, 1.0)], 3),
-        (nara_config(core_type="constant"), None, 1),
-        (lora_config(), [(0.2, 1.5), (0.7, -0.5)], 2),
-        (lora_config(), [(0.5, 1.0), (0.5, 0.25)], 2),
-    ],
-    ids=["knots", "constant", "a LoRA's strength with points", "with a step"],
-)
-def test_exact_sums_of_loras_are_the_update_at_every_level(config, points, number):
-    config.target_modules = set(TARGETS)
-    model, schedule = get_peft_model(base(), config), StrengthSchedule(points or [(0, 1.0)])
+def test_best_of_a_strength_with_a_step_off_the_grid_is_its_exact_mean():
+    model: Any = get_peft_model(base(), lora_config(target_modules=TARGETS))
     disturb(model)
-    if points:
-        set_strength(model, "default", schedule)
-    bins = to_lora_bins(model)
-    assert len(bins.loras) == number
-    assert bins.error.worst_update < 1e-6
+    set_strength(model, "default", StrengthSchedule([(0.3, 1.0), (0.3, 0.25)]))
+    best = to_lora(model, "best")
     for name in TARGETS:
-        expected = schedule(LEVELS).double()[:, None, None] * updates(model, name, levels=LEVELS)
-        assert relative_error(played(bins, name, LEVELS), expected) < 1e-5
+        assert relative_error(dense(best.layers[name]), 0.475 * updates(model, name)[0]) < EXACT
+
+
+def test_best_of_knots_is_their_exact_mean():
+    model = adapted(base(), target_modules=TARGETS, core_type="knots", core_knots=4)
+    best = to_lora(model, "best")
+    shares = torch.tensor([1, 2, 2, 1]).double()[:, None, None] / 6
+    for name in TARGETS:
+        mean = (shares * updates(model, name, levels=torch.linspace(0, 1, 4))).sum(0)
+        assert relative_error(dense(best.layers[name]), mean) < EXACT
 
 
 def error(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -130,30 +114,19 @@ def error(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> to
     return (squares / size).sqrt()
 
 
-def test_nearest_lora_and_several_with_strengths_tell_their_measured_errors_also_in_their_folders(tmp_path, capsys):
+def test_best_is_the_nearest_lora_and_measures_its_error_also_in_its_folder(tmp_path, capsys):
     model, grid = adapted(base(), target_modules=TARGETS, rank_pattern={"second": 2}), (torch.arange(256) + 0.5) / 256
     wanted = {name: updates(model, name, levels=grid) for name in TARGETS}
-    best, bins = to_lora(model, noise_level="best"), to_lora_bins(model, 4)
-    shares = torch.stack([schedule(grid) for schedule in bins.schedules])
-    torch.testing.assert_close(shares.sum(0), torch.ones(256))
-    assert int((shares > 0).sum(0).max()) == 2
-    nearest = {name: dense(best.layers[name]) for name in TARGETS}
-    for export, found in ((best, nearest), (bins, {name: played(bins, name, grid) for name in TARGETS})):
-        measured = error(found, wanted)
-        assert export.error.worst_update == pytest.approx(measured.max().item(), rel=0.05)
-        assert export.error.mean_update == pytest.approx(measured.square().mean().sqrt().item(), rel=0.02)
-        folder = tmp_path / type(export).__name__
-        export.save_pretrained(folder)
-        report = json.loads((folder / "export_error.json").read_text())
-        assert report["worst_update"] == pytest.approx(export.error.worst_update)
-    assert bins.error.mean_update < best.error.mean_update
+    best = to_lora(model, noise_level="best")
+    assert best.error is not None
+    measured = error({name: dense(best.layers[name]) for name in TARGETS}, wanted)
+    assert best.error.worst_update == pytest.approx(measured.max().item(), rel=0.05)
+    assert best.error.mean_update == pytest.approx(measured.square().mean().sqrt().item(), rel=0.02)
+    best.save_pretrained(tmp_path / "PlainLora")
+    report = json.loads((tmp_path / "PlainLora" / "export_error.json").read_text())
+    assert report["worst_update"] == pytest.approx(best.error.worst_update)
     mean = error({name: update.mean(0) for name, update in wanted.items()}, wanted)
     assert best.error.mean_update == pytest.approx(mean.square().mean().sqrt().item(), rel=1e-3)
-    listed = read_lora_bins(tmp_path / "LoraBins")
-    assert [path.name for path, _ in listed] == ["lora-0", "lora-1", "lora-2", "lora-3"]
-    assert [schedule for _, schedule in listed] == bins.schedules
-    with pytest.raises(ValueError, match=r"pass a folder that LoraBins\.save_pretrained wrote"):
-        read_lora_bins(listed[0][0])
     model.save_pretrained(tmp_path / "nara")
     words = ["fold", str(tmp_path / "nara"), str(tmp_path / "lora"), "--form", "peft", "--noise_level"]
     main([*words, "best"])
@@ -164,23 +137,17 @@ def test_nearest_lora_and_several_with_strengths_tell_their_measured_errors_also
     assert "expected a number in [0, 1], or best, got 'bst'" in capsys.readouterr().err
 
 
-REFUSED: list[tuple[dict[str, Any], Any, dict[str, Any], str]] = [
-    ({}, to_lora, {}, "[Pp]ass noise_level"),
-    ({}, to_lora, {"noise_level": 1.5}, "1.5"),
-    ({}, to_lora, {"noise_level": "mean"}, "best"),
-    ({}, to_lora, {"noise_level": LEVEL, "adapter_name": "other"}, "has no adapter 'other'"),
-    ({"lora_bias": True}, to_lora, {"noise_level": LEVEL}, "biases of B"),
-    ({}, to_lora_bins, {}, "is not exactly a sum of 2 LoRAs: pass bins, their number"),
-    ({}, to_lora_bins, {"bins": 65}, "bins is 65: pass a number of LoRAs, an int from 1 to 64"),
-    ({"use_dora": True}, to_lora_bins, {"bins": 3}, "it has DoRA, whose norm"),
-    ({"core_type": "bins", "core_bins": 2}, to_lora_bins, {"bins": 3}, "a mask that changes in steps"),
-    ({"init_lora_weights": "pissa"}, to_lora_bins, {"bins": 3}, "which has changed the base"),
-    ({"target_modules": ["first"], "modules_to_save": ["second"]}, to_lora_bins, {"bins": 3}, "would add again"),
+REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    ({}, {}, "[Pp]ass noise_level"),
+    ({}, {"noise_level": 1.5}, "1.5"),
+    ({}, {"noise_level": "mean"}, "best"),
+    ({}, {"noise_level": LEVEL, "adapter_name": "other"}, "has no adapter 'other'"),
+    ({"lora_bias": True}, {"noise_level": LEVEL}, "biases of B"),
 ]
 
 
-@pytest.mark.parametrize(("options", "export", "arguments", "message"), REFUSED)
-def test_what_is_no_lora_and_no_sum_of_loras_is_refused(options, export, arguments, message):
+@pytest.mark.parametrize(("options", "arguments", "message"), REFUSED)
+def test_what_is_no_lora_is_refused(options, arguments, message):
     model = adapted(base(), **{"target_modules": TARGETS, **options})
     with pytest.raises(ValueError, match=message):
-        export(model, **arguments)
+        to_lora(model, **arguments)
