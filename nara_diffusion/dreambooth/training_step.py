@@ -23,7 +23,8 @@ from nara_diffusion.training.arguments import window_of
 from nara_diffusion.training.engines import split_across_processes
 
 from .conversion import IdentityReading
-from .dataset import TrainingSample, draw_indices, draw_noise, drawable_levels, seeded_normal
+from .dataset import TrainingSample
+from .draws import draw_indices, draw_noise, drawable_levels, seeded_normal
 from .family import Embeddings, Family, stack_padded
 from .objectives import Corrupted, Objective, build_objective, squared_errors
 from .pipelines import family_of

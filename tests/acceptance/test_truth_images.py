@@ -11,7 +11,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
-from nara_diffusion.dreambooth.dataset import draw_noise
+from nara_diffusion.dreambooth.draws import draw_noise
 from tests.acceptance import _commands
 
 ASSETS = _commands.ROOT / "examples" / "assets"

@@ -19,8 +19,8 @@ from nara_diffusion.dreambooth.dataset import (
     TrainingSample,
     collate_samples,
     scaled_size,
-    torch_generator,
 )
+from nara_diffusion.dreambooth.draws import torch_generator
 from nara_diffusion.dreambooth.image_records import ImageRecord, class_records, records_from_folder
 from nara_diffusion.dreambooth.training_step import LatentCache
 from nara_diffusion.training.loop import ShuffledStream, stream_loader

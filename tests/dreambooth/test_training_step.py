@@ -17,16 +17,9 @@ from diffusers import (
 from diffusers.training_utils import compute_density_for_timestep_sampling
 
 from nara_diffusion import NaraConfig
-from nara_diffusion.dreambooth.dataset import (
-    DreamBoothDataset,
-    collate_samples,
-    draw_indices,
-    draw_noise,
-    drawable_levels,
-    numpy_generator,
-    torch_generator,
-)
+from nara_diffusion.dreambooth.dataset import DreamBoothDataset, collate_samples
 from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser
+from nara_diffusion.dreambooth.draws import draw_indices, draw_noise, drawable_levels, numpy_generator, torch_generator
 from nara_diffusion.dreambooth.image_records import records_from_folder
 from nara_diffusion.dreambooth.objectives import build_objective
 from nara_diffusion.dreambooth.training_step import LatentCache, PromptCache, TrainingStep

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from nara_diffusion.dllm.masking import MaskedBatch, mask_answers
-from nara_diffusion.dreambooth.dataset import torch_generator
+from nara_diffusion.dreambooth.draws import torch_generator
 
 from .tokenizer import EOS, EOT
 

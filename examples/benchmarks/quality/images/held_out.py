@@ -19,7 +19,8 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from nara_diffusion.dreambooth.dataset import DreamBoothDataset, numpy_generator, seeded_normal
+from nara_diffusion.dreambooth.dataset import DreamBoothDataset
+from nara_diffusion.dreambooth.draws import numpy_generator, seeded_normal
 from nara_diffusion.dreambooth.families import SDXL
 from nara_diffusion.dreambooth.image_records import ImageRecord, make_records, records_from_folder
 from nara_diffusion.dreambooth.objectives import Corrupted, Objective, squared_errors

@@ -11,7 +11,7 @@ from peft import inject_adapter_in_model
 from torch import Tensor, nn
 
 from nara_diffusion import noise_level
-from nara_diffusion.dreambooth.dataset import draw_indices
+from nara_diffusion.dreambooth.draws import draw_indices
 from nara_diffusion.dreambooth.families import SDXL
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
 from nara_diffusion.training.adapters import adapter_config, check_target_modules

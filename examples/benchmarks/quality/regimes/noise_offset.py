@@ -22,7 +22,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from nara_diffusion.dreambooth.dataset import DreamBoothDataset, seeded_normal
+from nara_diffusion.dreambooth.dataset import DreamBoothDataset
+from nara_diffusion.dreambooth.draws import seeded_normal
 from quality.images.held_out import BINS, LEVELS, SIZE, Shown, base, clean_bins
 from quality.regimes.image_regimes import (
     SUBJECT,
