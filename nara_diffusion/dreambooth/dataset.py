@@ -24,6 +24,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
 from nara_diffusion.training.loop import ShuffledStream
+from nara_diffusion.utils.naming import counted
 
 from .draws import numpy_generator
 from .image_records import ImageRecord, Size
@@ -69,6 +70,12 @@ def scaled_size(original: Size, target: Size) -> Size:
     """(H', W'): `original` scaled so that it just covers `target`."""
     scale = max(target[0] / original[0], target[1] / original[1])
     return max(target[0], round(original[0] * scale)), max(target[1], round(original[1] * scale))
+
+
+def left_out(original: Size, target: Size) -> float:
+    """The share of an image that a crop to `target` leaves out."""
+    height, width = scaled_size(original, target)
+    return 1 - target[0] * target[1] / (height * width)
 
 
 class BucketOrder:
@@ -136,6 +143,17 @@ class DreamBoothDataset(Dataset):
         if small:
             of = f"{len(small)} of {len(self.instances)} images, such as {small[0]}"
             logger.warning("enlarged, which teaches blur: %s; lower --resolution, or leave small images out", of)
+
+    def warn_of_crops(self) -> None:
+        """Log how much of the images random crops leave out, where that is more than a fifth."""
+        pairs = zip(self.instances, self.targets, strict=True)
+        shares = [left_out(image.size, target) for image, target in pairs]
+        losing = sum(share > 0.2 for share in shares)
+        if self.crop == "random" and losing:
+            share = f"up to {100 * max(shares):.0f} % of an image"
+            which = f"{losing} of {counted(len(shares), 'image')}"
+            remedies = "--aspect_ratio_buckets auto leaves out less, --center_crop keeps the middle"
+            logger.warning("random crops leave out %s, more than a fifth of %s: %s", share, which, remedies)
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         return {"samples": self.samples_at(position)}

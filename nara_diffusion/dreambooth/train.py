@@ -105,6 +105,7 @@ class FineTuning:
         run.record_data_digest("training data", digested([*self.instances, *class_images]))
         self.pipe.to(run.accelerator.device)
         self.dataset = self._dataset(self.instances, buckets, class_images)
+        self.dataset.warn_of_crops()
         self.measured_on = self._dataset(held_out, buckets) if held_out else self.dataset
 
     def _refuse_sharding(self) -> None:

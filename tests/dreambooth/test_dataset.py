@@ -144,6 +144,19 @@ def test_images_that_are_too_small_are_named(instances, caplog) -> None:
     assert f"enlarged, which teaches blur: 3 of 5 images, such as {instances[0].name};" in caplog.text
 
 
+def test_random_crops_that_leave_out_much_are_said_with_the_share_and_the_flags(tmp_path, caplog) -> None:
+    wide = records_from_folder(folder_of(tmp_path, [(96, 54), (64, 64)]), prompt="a toy")
+    squares = {"buckets": [(32, 32)]}
+    dataset(wide, **squares).warn_of_crops()
+    assert "random crops leave out up to 44 % of an image, more than a fifth of 1 of 2 images" in caplog.text
+    assert "--aspect_ratio_buckets auto" in caplog.text
+    assert "--center_crop" in caplog.text
+    caplog.clear()
+    dataset(wide, **squares, crop="center").warn_of_crops()
+    dataset(wide, buckets=[(32, 32), (24, 40)]).warn_of_crops()
+    assert not caplog.text
+
+
 # ---------------------------------------------------------------------- caches
 
 
