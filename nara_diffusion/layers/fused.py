@@ -17,6 +17,7 @@ import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import Function
+from torch.nn.modules.module import _has_any_global_hook
 
 from .functional import apply_core, without_autocast
 
@@ -35,7 +36,7 @@ def can_fuse(module: Any, base_layer: Any, A: Any, B: Any, x: Tensor, result: Te
         return False
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.jit.is_tracing():  # type: ignore[reportPrivateImportUsage]
         return False
-    if len(module.active_adapters) != 1:
+    if len(module.active_adapters) != 1 or _has_any_global_hook():
         return False
     if module._modules["base_layer"] is not base_layer or not all(map(_is_plain, (base_layer, A, B))):
         return False

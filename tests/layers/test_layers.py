@@ -214,6 +214,18 @@ def test_layer_that_something_watches_or_changes_is_computed_in_parts(name: str,
     assert output.dtype == x.dtype
 
 
+def test_global_hook_sees_the_output_of_the_base_layer_which_is_computed_in_parts(calls: list[Tensor]) -> None:
+    model, x, seen = one_layer(False), torch.randn(3, 4, 7), []
+    base_layer = model.base_model.model.layer.base_layer
+    hook = nn.modules.module.register_module_forward_hook(
+        lambda module, _, output: seen.append(output) if module is base_layer else None
+    )
+    with hook, noise_level(model, LEVELS), torch.no_grad():
+        model(x)
+        torch.testing.assert_close(seen[0], nn.functional.linear(x, base_layer.weight, base_layer.bias))
+    assert not calls
+
+
 def test_layer_in_training_with_dropout_under_autocast_or_torch_func_or_too_small_is_computed_in_parts(
     monkeypatch: pytest.MonkeyPatch, calls: list[Tensor]
 ) -> None:
