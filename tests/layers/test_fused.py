@@ -1,0 +1,144 @@
+"""Large linear layers as one autograd function: what it computes, and when a layer is computed in parts instead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import cycle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nara_diffusion import noise_level
+from nara_diffusion.layers import dora, fused, variants
+from tests.acceptance._by_hand import LEVELS
+from tests.helpers.adapted import OneLayer, adapted, nara_config, relative_error
+
+DORA = pytest.mark.parametrize("use_dora", [False, True], ids=["NaRA", "NaRA-DoRA"])
+
+
+def one_layer(use_dora: bool) -> Any:
+    return adapted(OneLayer(nn.Linear(7, 5)), target_modules=["layer"], use_dora=use_dora)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The outputs of layers that were fused, which small ones are too."""
+    found: list[Tensor] = []
+
+    def counted(*args: Any) -> Tensor:
+        found.append(fused.fused_linear(*args))
+        return found[-1]
+
+    monkeypatch.setattr(fused, "MIN_ELEMENTS", 0)
+    for room in (variants, dora):
+        monkeypatch.setattr(room, "fused_linear", counted)
+    return found
+
+
+@DORA
+def test_fused_layer_gives_no_gradient_to_what_is_frozen(calls: list[Tensor], use_dora: bool) -> None:
+    model, x, found = one_layer(use_dora), torch.randn(3, 4, 7, requires_grad=True), []
+    for frozen in (("none",), ("lora_A", "core"), ("lora_B",), ("magnitude",)):  # a core is trained where A is
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not any(part in name for part in ("base_layer", *frozen)))
+        model.zero_grad()
+        x.grad = None
+        with noise_level(model, LEVELS):
+            output = model(x)
+        (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        found.append({**gradients, "x": x.grad})
+        assert found[-1].keys() == {name for name in found[0] if not any(part in name for part in frozen)}
+        assert all(torch.equal(gradient, found[0][name]) for name, gradient in found[-1].items())
+    assert len(calls) == 4
+
+
+@DORA
+def test_second_derivatives_of_a_fused_layer_are_those_of_its_parts(
+    monkeypatch: pytest.MonkeyPatch, calls: list[Tensor], use_dora: bool
+) -> None:
+    model, x, found = one_layer(use_dora), torch.randn(3, 4, 7), []
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for smallest in (0, 2**17):
+        monkeypatch.setattr(fused, "MIN_ELEMENTS", smallest)
+        leaf = x.clone().requires_grad_()
+        with noise_level(model, LEVELS):
+            slopes = torch.autograd.grad(model(leaf).pow(3).sum(), [leaf, *parameters], create_graph=True)
+        total = sum(slope.square().sum() for slope in slopes)
+        found.append(torch.autograd.grad(total, [leaf, *parameters]))
+    assert len(calls) == 1
+    for one, other in zip(*found, strict=True):
+        assert relative_error(one, other) < 1e-4
+
+
+@DORA
+def test_output_of_a_fused_layer_may_be_changed_in_place(calls: list[Tensor], use_dora: bool) -> None:
+    model, x, found = one_layer(use_dora), torch.randn(3, 4, 7), []
+    for change in (lambda y: y * 2 + 1, lambda y: y.mul_(2).add_(1)):
+        model.zero_grad()
+        with noise_level(model, LEVELS):
+            change(model(x)).square().sum().backward()
+        found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert len(calls) == 2
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def _two_active(layer: Any, model: Any) -> None:
+    model.add_adapter("other", nara_config(target_modules=["layer"]))
+    model.base_model.set_adapter(["default", "other"])
+
+
+UNFUSED: dict[str, Callable[[Any, Any], Any]] = {
+    "a hook on the base layer": lambda layer, _: layer.base_layer.register_forward_hook(lambda *_: None),
+    "a hook on B": lambda layer, _: layer.lora_B["default"].register_forward_pre_hook(lambda *_: None),
+    "a bias of B": lambda layer, _: setattr(layer.lora_B["default"], "bias", nn.Parameter(torch.ones(5))),
+    "a trained base": lambda layer, _: layer.base_layer.weight.requires_grad_(),
+    "two active adapters": _two_active,
+    "a weight that is remade": lambda layer, _: nn.utils.parametrizations.weight_norm(layer.lora_B["default"]),
+    "a forward of one's own": lambda layer, _: setattr(layer.base_layer, "forward", layer.base_layer.forward),
+    "adapters of another dtype": lambda layer, _: layer.base_layer.bfloat16(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*")
+@pytest.mark.parametrize(("name", "use_dora"), list(zip(UNFUSED, cycle([False, True]), strict=False)))
+def test_layer_that_something_watches_or_changes_is_computed_in_parts(name: str, calls: Any, use_dora: bool) -> None:
+    model = one_layer(use_dora)
+    layer = model.base_model.model.layer
+    UNFUSED[name](layer, model)
+    x = torch.randn(3, 4, 7, dtype=layer.base_layer.weight.dtype)
+    with noise_level(model, LEVELS):
+        output = model.eval()(x)
+    assert not calls
+    assert output.dtype == x.dtype
+
+
+def test_global_hook_sees_the_output_of_the_base_layer_which_is_computed_in_parts(calls: list[Tensor]) -> None:
+    model, x, seen = one_layer(False), torch.randn(3, 4, 7), []
+    base_layer = model.base_model.model.layer.base_layer
+    hook = nn.modules.module.register_module_forward_hook(
+        lambda module, _, output: seen.append(output) if module is base_layer else None
+    )
+    with hook, noise_level(model, LEVELS), torch.no_grad():
+        model(x)
+        torch.testing.assert_close(seen[0], nn.functional.linear(x, base_layer.weight, base_layer.bias))
+    assert not calls
+
+
+def test_layer_in_training_with_dropout_under_autocast_or_torch_func_or_too_small_is_computed_in_parts(
+    monkeypatch: pytest.MonkeyPatch, calls: list[Tensor]
+) -> None:
+    model, x = adapted(OneLayer(nn.Linear(7, 5)), target_modules=["layer"], lora_dropout=0.5), torch.randn(3, 7)
+    with noise_level(model, 0.5):
+        model.train()(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            model.eval()(x)
+        torch.func.vmap(model.requires_grad_(False))(x)
+        assert not calls
+        model(x)
+        monkeypatch.setattr(fused, "MIN_ELEMENTS", 16)
+        model(x)
+    assert len(calls) == 1
