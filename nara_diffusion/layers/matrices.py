@@ -65,9 +65,10 @@ def _is_packed(base_layer: Any) -> bool:
     return bool(getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False))
 
 
-def check_mergeable(layer: Any, adapter_name: str, layer_name: str) -> None:
+def check_mergeable(layer: Any, adapter_name: str, layer_name: str, weight: Tensor) -> None:
     """Refuse layers that PEFT would merge wrongly, before anything is changed: with a bias of B, without one to add it
-    to, or on a quantised layer, where PEFT forgets its scale; or a 4-bit weight that bitsandbytes has reordered."""
+    to, or on a quantised layer, where PEFT forgets its scale; a 4-bit weight that bitsandbytes has reordered; or
+    integers that PEFT takes for a plain weight. `weight`: what PEFT merges into, dequantised if PEFT does so."""
     base_layer = layer.get_base_layer()
     is_quantised = type(base_layer.weight).__name__ in ("Params4bit", "Int8Params")
     if layer.lora_bias[adapter_name] and (base_layer.bias is None or is_quantised):
@@ -79,4 +80,9 @@ def check_mergeable(layer: Any, adapter_name: str, layer_name: str) -> None:
         raise ValueError(
             f"The 4-bit weight of layer '{layer_name}' cannot be merged: bitsandbytes has reordered it for inference "
             "on a CPU. Load the model again and merge before the first forward."
+        )
+    if not weight.is_floating_point():
+        raise ValueError(
+            f"Layer '{layer_name}' cannot be merged: its weight is {weight.dtype}, which PEFT's {type(layer).__name__} "
+            "doesn't dequantise. Leave it unmerged, or quantise the base by Transformers before adding the adapter."
         )

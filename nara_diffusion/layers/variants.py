@@ -177,7 +177,7 @@ class NaraVariant(LoraVariant):
 
     def merge_safe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
         """The base weight with this adapter merged at one C."""
-        check_mergeable(module, active_adapter, self.layer_name)
+        check_mergeable(module, active_adapter, self.layer_name, orig_weight)
         rank = module.r[active_adapter]
         core, level = self.channel.holder.core_to_merge(self.key, module)
         A, B = factors(module, active_adapter)
@@ -200,7 +200,7 @@ class NaraVariant(LoraVariant):
         orig_weight.data = self.merge_safe(module, active_adapter, orig_weight)
 
     def unmerge(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        check_mergeable(module, active_adapter, self.layer_name)
+        check_mergeable(module, active_adapter, self.layer_name, orig_weight)
         A, K, scaling, factor, guard = module._cache_pop(f"{active_adapter}-nara")
         guard.remove()
         self.merged_at = None

@@ -112,3 +112,21 @@ def test_dora_norm_at_llada_width_is_exact_to_float32() -> None:
     W0, A, K = torch.randn(512, 768) * 0.02, torch.randn(32, 768) * 0.02, torch.randn(4, 512, 32)
     exact = (W0.double() + 0.5 * K.double() @ A.double()).norm(dim=2)
     assert relative_error(factored_row_norm(W0, A, K, 0.5), exact) < 1e-6
+
+
+# ---------------------------------------------------------------------- merging
+
+
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast")
+@pytest.mark.parametrize("safe_merge", [False, True])
+def test_merging_an_8_bit_layer_that_peft_takes_for_a_plain_one_is_refused_and_changes_nothing(
+    safe_merge: bool,
+) -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    base = OneLayer(bnb.nn.Linear8bitLt(8, 5, has_fp16_weights=False)).to("cpu")  # which quantises
+    model, x = adapted(base, target_modules=["layer"]), torch.randn(3, 8)
+    with noise_level(model, 0.4), torch.no_grad():
+        expected = model(x)
+        with pytest.raises(ValueError, match=r"'layer' cannot be merged.* torch\.int8"):
+            model.merge_adapter(noise_level=0.4, safe_merge=safe_merge)
+        assert torch.equal(model(x), expected)
