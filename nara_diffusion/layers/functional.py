@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+SLICE = 2**22
+"""Numbers of W0 that are converted to float32 at once for DoRA's norm: 16 MiB, which a processor's cache may hold."""
+
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     """Inside, nothing is converted on the device of `tensor`. Entering `torch.autocast` costs more than small products,
@@ -67,6 +70,8 @@ def factored_row_norm(weight: Tensor, A: Tensor, K: Tensor, scaling: float) -> T
 
         ‖W0 + s K A‖²_row = ‖W0‖²_row + Σ_r K ⊙ (2 s P + s² K G),   P = W0 Aᵀ (d_out, r),  G = A Aᵀ (r, r)
 
+    Where s K A cancels most of W0, the digits that remain are those of P and ‖W0‖², so that both are float32 at least.
+
     Args:
         weight: W0 (d_out, d_in). A: (r, d_in). K: B·C (b, d_out, r). scaling: s.
 
@@ -76,9 +81,18 @@ def factored_row_norm(weight: Tensor, A: Tensor, K: Tensor, scaling: float) -> T
     dtype = torch.promote_types(weight.dtype, K.dtype)  # float32 or float64
     weight, A, K = weight.detach(), A.detach(), K.detach()
     with without_autocast(weight):
-        P = (A.to(weight.dtype) @ weight.T).to(dtype)  # transposed like all that follows: sums run along d_out
-        A, K = A.to(dtype), K.to(dtype).transpose(1, 2)  # (b, r, d_out)
+        A, K = A.to(dtype), K.to(dtype).transpose(1, 2)  # (b, r, d_out): sums run along d_out
+        P, base = _of_base(weight, A)
         G = (A @ A.T).expand(K.shape[0], -1, -1)
-        base = torch.linalg.vector_norm(weight, dim=1, dtype=dtype).square()  # (d_out,)
         update = torch.bmm(G, K).mul_(scaling**2).add_(P, alpha=2 * scaling).mul_(K).sum(1)
         return update.add_(base).clamp_min_(torch.finfo(dtype).tiny).sqrt_()
+
+
+def _of_base(weight: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+    """Pᵀ = A W0ᵀ (r, d_out) and ‖W0‖²_row (d_out,) in the dtype of A (r, d_in), to which W0 is converted by slices."""
+    products, squares = [], []
+    for part in weight.chunk(1 + weight.numel() // SLICE):
+        part = part.to(A.dtype)
+        products.append(A @ part.T)
+        squares.append(torch.linalg.vector_norm(part, dim=1).square())
+    return torch.cat(products, dim=1), torch.cat(squares)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nara_diffusion import noise_level
+from nara_diffusion.layers import functional
 from nara_diffusion.layers.functional import factored_row_norm
 from tests.acceptance._by_hand import LEVELS, Kinds, tensors_of
 from tests.helpers.adapted import OneLayer, adapted, nara_config, relative_error
@@ -91,16 +92,22 @@ def test_orthogonal_start_has_orthonormal_directions_and_is_the_base_at_every_le
 # ---------------------------------------------------------------------- DoRA's norm
 
 
+class LargestTensor(TorchDispatchMode):
+    """The size of the largest tensor that is made inside the context, in all dtypes or in one."""
+
+    def __init__(self, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.dtype, self.numel = dtype, 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for made in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(made, Tensor) and self.dtype in (None, made.dtype):
+                self.numel = max(self.numel, made.numel())
+        return result
+
+
 def test_dora_makes_no_update_matrix_of_each_sample() -> None:
-    class LargestTensor(TorchDispatchMode):
-        numel = 0
-
-        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            result = function(*args, **(kwargs or {}))
-            made = result if isinstance(result, (tuple, list)) else [result]
-            self.numel = max(self.numel, *(one.numel() for one in made if isinstance(one, Tensor)), 0)
-            return result
-
     model = adapted(OneLayer(nn.Linear(96, 80)), target_modules=["layer"], use_dora=True)
     x = torch.randn(4, 3, 96, requires_grad=True)
     with noise_level(model, torch.linspace(0.1, 0.9, 4)), LargestTensor() as largest:
@@ -112,6 +119,42 @@ def test_dora_norm_at_llada_width_is_exact_to_float32() -> None:
     W0, A, K = torch.randn(512, 768) * 0.02, torch.randn(32, 768) * 0.02, torch.randn(4, 512, 32)
     exact = (W0.double() + 0.5 * K.double() @ A.double()).norm(dim=2)
     assert relative_error(factored_row_norm(W0, A, K, 0.5), exact) < 1e-6
+
+
+def nearly_cancelling(dtype: torch.dtype, residual: float) -> tuple[Tensor, Tensor, Tensor]:
+    """W0 of that dtype, A and K with ‖W0 + K A‖ = residual · ‖K A‖ by row, but for the rounding of W0."""
+    A, K, rest = 0.1 * torch.randn(32, 192), 0.1 * torch.randn(1, 256, 32), torch.randn(256, 192)
+    update = K[0] @ A
+    rest *= residual * update.norm(dim=1, keepdim=True) / rest.norm(dim=1, keepdim=True)
+    return (rest - update).to(dtype), A, K
+
+
+@pytest.mark.parametrize("residual", [1.0, 0.3, 0.1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_dora_norm_of_a_half_precision_base_that_the_update_cancels_is_as_exact_as_the_dense_norm(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, residual: float
+) -> None:
+    monkeypatch.setattr(functional, "SLICE", 10_000)
+    W0, A, K = nearly_cancelling(dtype, residual)
+    exact = (W0.double() + K.double() @ A.double()).norm(dim=2)
+    dense = torch.linalg.norm(W0 + (K[0] @ A).to(dtype), dim=1)[None]  # as PEFT's DoRA
+    error, bound = (((norm - exact) / exact).abs().max() for norm in (factored_row_norm(W0, A, K, 1.0), dense))
+    assert error <= 2 * bound
+
+
+def test_dora_norm_that_the_update_cancels_is_exact_in_float32_but_for_the_cancelled_digits() -> None:
+    W0, A, K = nearly_cancelling(torch.float32, 0.1)
+    exact = (W0.double() + K.double() @ A.double()).norm(dim=2)
+    error = ((factored_row_norm(W0, A, K, 1.0) - exact) / exact).abs().max()
+    assert error <= 10 * torch.finfo(torch.float32).eps / 0.1**2
+
+
+def test_dora_norm_converts_a_large_half_precision_base_by_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(functional, "SLICE", 1000)
+    W0, A, K = torch.randn(80, 96).bfloat16(), torch.randn(4, 96), torch.randn(2, 80, 4)
+    with LargestTensor(torch.float32) as largest:
+        factored_row_norm(W0, A, K, 0.5)
+    assert largest.numel <= 1000
 
 
 # ---------------------------------------------------------------------- merging
