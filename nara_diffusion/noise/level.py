@@ -17,7 +17,7 @@ around the call. Only forwards of the whole model ask a source.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ContextDecorator
 from contextvars import ContextVar
 from typing import Any, Protocol
@@ -126,6 +126,20 @@ class noise_level(ContextDecorator):
     def __init__(self, model: nn.Module, value: Level) -> None:
         self._model, self._value = model, value
         self._entries: list[Entry] = []
+
+    def __call__(self, func: Callable[..., Any]) -> Callable[..., Any]:
+        """Decorate `func`, whose calls then run at λ.
+
+        Raises:
+            ValueError: `func` is a generator or `async def`: its body runs after its call has returned.
+        """
+        kinds = (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction)
+        if any(is_kind(func) for is_kind in kinds):
+            raise ValueError(
+                f"noise_level(…) decorates {getattr(func, '__name__', func)}, a generator or `async def`, and would "
+                "end before its body runs: write `with noise_level(model, value):` inside of it."
+            )
+        return super().__call__(func)
 
     def __enter__(self) -> None:
         entry = Entry(present.get(), frozenset(core_holders(self._model)), as_level(self._value))

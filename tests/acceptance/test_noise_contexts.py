@@ -58,6 +58,8 @@ def test_noise_level_value_reaches_every_layer_and_row(model: Any, stock: Stock)
 def test_noise_level_that_is_none_raises_and_names_what_a_context_or_a_source_gave(model: Any) -> None:
     for value, message in [
         (-0.1, r"-0\.1.*\[0, 1\]"),
+        (-(2.0**-7), r"-0\.0078125.*\[0, 1\]"),  # by less than a hundredth
+        (1 + 2.0**-7, r"1\.0078125.*\[0, 1\]"),
         (torch.tensor([0.2, 1.5, 0.1]), r"1\.5.*\[0, 1\]"),
         (float("nan"), r"nan.*\[0, 1\]"),
         (torch.full((3, 1), 0.5), r"\(3, 1\)"),
@@ -157,6 +159,37 @@ def test_context_left_that_is_not_the_innermost_raises_and_no_level_remains(mode
     with noise_level(model, 0.4):
         assert_at(model, stock, 0.4)
     assert_unknown(model)
+
+
+def test_context_left_before_an_inner_one_leaves_no_level_though_a_third_is_around_both(
+    model: Any, stock: Stock
+) -> None:
+    around, outer, inner = (noise_level(model, level) for level in (0.4, 0.1, 0.9))
+    for context in (around, outer, inner):
+        context.__enter__()
+    for left in (outer, inner, around):
+        with pytest.raises(RuntimeError, match="innermost"):
+            left.__exit__()
+        assert_unknown(model)
+
+
+def test_decorated_function_runs_at_the_level_and_one_whose_body_runs_later_is_refused(
+    model: Any, stock: Stock
+) -> None:
+    def generator() -> Any:
+        yield run(model, X)
+
+    async def coroutine() -> Tensor:
+        return run(model, X)
+
+    async def asynchronous_generator() -> Any:
+        yield run(model, X)
+
+    for function in (generator, coroutine, asynchronous_generator):
+        with pytest.raises(ValueError, match=rf"{function.__name__}.*inside of it"):
+            noise_level(model, 0.3)(function)
+    found = noise_level(model, 0.3)(lambda: run(model, X))()
+    assert_near(found, stock.each(0.3, X.double()), model)
 
 
 # ---------------------------------------------------------------------- threads and tasks

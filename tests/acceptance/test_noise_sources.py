@@ -90,6 +90,9 @@ def test_timestep_noise_of_another_schedule_argument_and_scale() -> None:
         TimestepNoise("noise")
     with pytest.raises(ValueError, match=r"when is .*N = 400"):
         run(model, X, when=torch.tensor(201.0))  # 402 of 400
+    for outside in (-1.0, 201.0):  # λ is off by 0.005
+        with pytest.raises(ValueError, match="when is .*is no λ in"):
+            run(model, X, when=outside)
     timesteps = torch.tensor([199.0, 3.0, 88.0])
     rows = [run(stock.at(float(t) / 200), x[None], when=t) for t, x in zip(timesteps, X, strict=True)]
     assert_near(run(model, X, when=timesteps), torch.cat(rows), model)
@@ -188,6 +191,20 @@ def test_level_that_requires_a_gradient_gets_that_of_finite_differences() -> Non
             return model(X).square().sum()
 
     leaf, step = torch.tensor([0.05, 0.5, 0.93], requires_grad=True), 1e-3
+    loss(leaf).backward()
+    with torch.no_grad():
+        moved = [(loss(leaf + step * row) - loss(leaf - step * row)) / (2 * step) for row in torch.eye(3)]
+    assert distance(leaf.grad, torch.stack(moved)) < 1e-2
+
+
+def test_timesteps_that_require_a_gradient_get_one_a_sample_though_all_are_equal() -> None:
+    model, _ = adapt(TwoLayers(), LAYERS, fourier_scale=2.0)
+    set_noise_source(model, TimestepNoise("sigma"))
+
+    def loss(timestep: Tensor) -> Tensor:
+        return model(X, timestep).square().sum()
+
+    leaf, step = torch.full((3,), 0.4, requires_grad=True), 1e-3
     loss(leaf).backward()
     with torch.no_grad():
         moved = [(loss(leaf + step * row) - loss(leaf - step * row)) / (2 * step) for row in torch.eye(3)]
