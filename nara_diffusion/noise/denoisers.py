@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .level import MASKED_SHARE, NoiseSource, as_tensor, core_holders
@@ -63,6 +64,14 @@ class Denoiser(TimestepNoise):
                 f"set_noise_source(model, TimestepNoise({self.meaning!r}, num_train_timesteps=N))."
             )
         return replace(self, schedulers=schedulers, num_train_timesteps=lengths.pop())
+
+    def noise_level(self, timestep: float | Tensor) -> Tensor:
+        """λ of a timestep; of the scheduler's own where a pipeline rounded it to half precision."""
+        schedules = [t.flatten() for one in self.schedulers if isinstance(t := getattr(one, "timesteps", None), Tensor)]
+        if schedules and isinstance(timestep, Tensor) and timestep.dtype in (torch.bfloat16, torch.float16):
+            device = timestep.device
+            timestep = self.unrounded(timestep, torch.cat([each.to(device).float() for each in schedules]))
+        return super().noise_level(timestep)
 
     def check(self, timestep: float | Tensor) -> None:
         t = as_tensor(timestep).detach()

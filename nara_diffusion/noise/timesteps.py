@@ -43,6 +43,11 @@ _MEANINGS: dict[str, tuple[str, Callable[[Tensor, int], Tensor]]] = {
     # σ / (1 + σ) for σ = exp 4t
     "edm": ("edm", lambda t, n: torch.where(4 * t.abs() < LARGEST_LOG_SIGMA, torch.sigmoid(4 * t), torch.nan)),
 }
+_PASSED: dict[str, Callable[[Tensor], Tensor]] = {
+    "sigma": lambda t: t / 1000,
+    "data": lambda t: (1000 - t) / 1000,
+}
+"""What pipelines make of their scheduler's t before they pass it; t itself where a meaning is missing."""
 COUNTED = ("discrete", "sigma_1000", "data_1000")
 """The meanings of which λ depends on N."""
 
@@ -111,6 +116,26 @@ class TimestepNoise:
                 'TimestepNoise("edm") where it passes ¼ ln σ.'
             )
         return level.clamp(0, 1)
+
+    def unrounded(self, timestep: Tensor, schedule: Tensor) -> Tensor:
+        """The timestep that a pipeline rounded to `timestep`, in float32; without exactly one, `timestep` itself.
+
+        FLUX, Qwen-Image and others cast t to the dtype of their latents, which moves λ by up to 0.4 % in bfloat16. No
+        value is read by the host.
+
+        Args:
+            timestep: of any shape, in half precision.
+            schedule: (n,), the timesteps of the pipeline's scheduler.
+        """
+        passed = _PASSED.get(self.meaning, lambda t: t)
+        schedule = schedule.to(timestep.device)
+        exact = passed(schedule.float()) * self.scale  # (n,)
+        cast_first = passed(schedule.to(timestep.dtype)) * self.scale
+        given = timestep[..., None]
+        is_meant = (exact.to(timestep.dtype) == given) | (cast_first == given)  # (…, n)
+        lowest = exact.where(is_meant, torch.inf).amin(-1)
+        highest = exact.where(is_meant, -torch.inf).amax(-1)
+        return lowest.where(lowest == highest, timestep.float())
 
     def check(self, timestep: float | Tensor) -> None:
         """Accept any timestep: the user has declared its meaning. `Denoiser` refuses ambiguous ones."""

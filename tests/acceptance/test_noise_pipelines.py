@@ -9,13 +9,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from diffusers import ControlNetModel, DDIMScheduler, EDMEulerScheduler, StableDiffusionXLPAGPipeline
+from torch import Tensor
 
 from nara_diffusion import TimestepNoise, register_denoiser, set_noise_source
+from nara_diffusion.noise.denoisers import Denoiser
+from nara_diffusion.tuner.holder import holder_of
 from tests.helpers.rounding import rounding_of
 from tests.helpers.small_pipelines import small_flux, small_sd, small_sd3, small_sdxl
 
@@ -130,3 +134,50 @@ def test_pipeline_of_edm_tells_its_level_once_that_is_declared_or_the_adapter_sa
     for each, reference in ((pipe, stock), (again, Stock(plain, again.unet))):
         each.scheduler = EDMEulerScheduler(sigma_min=0.002, sigma_max=80.0)
         assert max(errors_of(each, reference, "σ / (1 + σ)")) < 4 * rounding_of(each.unet)
+
+
+# ---------------------------------------------------------------------- timesteps that a pipeline rounds
+
+
+def levels_of(pipe: Any, **options: Any) -> list[Tensor]:
+    """λ of each step, as the core gets it."""
+    levels: list[Tensor] = []
+    (core,) = holder_of(pipe.transformer).cores["default"].children()  # type: ignore[union-attr]
+    handle = core.register_forward_pre_hook(lambda _, args: levels.append(args[0].detach().clone()))
+    call = {"output_type": "latent", "height": 16, "width": 16, "max_sequence_length": 12}
+    pipe(["a photo of a toy", "red"], **call, **options)
+    handle.remove()
+    return levels
+
+
+def test_flux_in_bfloat16_has_the_level_of_its_schedule_and_not_of_the_rounded_timestep(tmp_path: Path) -> None:
+    trained, pipe = small_flux(), small_flux().to(torch.bfloat16)
+    adapt(trained.transformer, ["to_q"])
+    trained.save_nara_weights(tmp_path)
+    pipe.load_nara_weights(tmp_path, adapter_name="default")
+    levels = levels_of(pipe, num_inference_steps=7)
+    sigmas = pipe.scheduler.sigmas[:7]
+    rounded = (pipe.scheduler.timesteps.bfloat16() / 1000).float()
+    assert distance(rounded, sigmas) > 1e-3
+    assert distance(torch.cat(levels), sigmas) < 1e-6
+    set_noise_source(pipe.transformer, TimestepNoise("sigma"))  # knows no scheduler
+    assert distance(torch.cat(levels_of(pipe, num_inference_steps=7)), rounded) < 1e-6
+
+
+def test_rounded_timestep_stays_where_no_step_or_several_of_the_schedules_round_to_it() -> None:
+    def scheduler(*timesteps: float) -> Any:
+        return SimpleNamespace(config={"num_train_timesteps": 1000}, timesteps=torch.tensor(timesteps))
+
+    for meaning, given, meant, others in [
+        ("sigma", torch.tensor([868.0]).bfloat16() / 1000, 0.8667, (866.7, 250.0, 0.0)),
+        ("sigma", torch.tensor([0.8667]).bfloat16(), 0.8667, (866.7, 250.0, 0.0)),
+        ("sigma_1000", torch.tensor([866.7]).half(), 0.8667, (866.7, 250.0, 0.0)),
+        ("data", (1000 - torch.tensor([866.7]).bfloat16()) / 1000, 0.8667, (866.7, 250.0, 0.0)),
+        ("data_1000", torch.tensor([866.7]).bfloat16(), 0.1333, (866.7, 250.0, 0.0)),
+        ("sigma_1000", torch.tensor([866.7]).bfloat16(), 0.868, (866.7, 868.5, 0.0)),
+        ("sigma_1000", torch.tensor([866.7]).bfloat16(), 0.8667, (866.7, 866.7)),  # twice, as Heun's
+        ("sigma_1000", torch.tensor([700.0]).bfloat16(), 0.7, (866.7, 250.0, 0.0)),
+        ("sigma_1000", torch.tensor([868.0]), 0.868, (866.7, 250.0)),  # not rounded
+    ]:
+        source = Denoiser(meaning, schedulers=[scheduler(*others[:1]), scheduler(*others[1:])])
+        assert source.noise_level(given).item() == pytest.approx(meant, abs=1e-6), (meaning, others)
