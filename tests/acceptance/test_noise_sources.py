@@ -91,7 +91,7 @@ def test_timestep_noise_of_another_schedule_argument_and_scale() -> None:
     with pytest.raises(ValueError, match=r"when is .*N = 400"):
         run(model, X, when=torch.tensor(201.0))  # 402 of 400
     for outside in (-1.0, 201.0):  # λ is off by 0.005
-        with pytest.raises(ValueError, match="when is .*is no λ in"):
+        with pytest.raises(ValueError, match=r"when is .*is no λ in"):
             run(model, X, when=outside)
     timesteps = torch.tensor([199.0, 3.0, 88.0])
     rows = [run(stock.at(float(t) / 200), x[None], when=t) for t, x in zip(timesteps, X, strict=True)]
