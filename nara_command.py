@@ -113,7 +113,6 @@ def _fold(add: Callable[..., Any]) -> None:
     )
     bases = ("sd15", "sdxl", "sd3", "flux", "wan")
     add("--base", choices=bases, help="the model that the adapter was trained on, for kohya and comfyui")
-    add("--layers_per_block", type=int, default=2, help="of the UNet's configuration (default: %(default)s)")
 
 
 def _level(text: str) -> float | str:

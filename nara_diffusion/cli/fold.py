@@ -51,7 +51,7 @@ def _fold(file: AdapterFile, adapters: Mapping[str, Adapter], args: Any) -> str:
         next(iter(loras.values())).save_pretrained(args.output)
     else:
         base = args.base or BASES[0]  # keys of Diffusers' form need none
-        save_host_file(loras, args.output, args.form, base, args.layers_per_block)
+        save_host_file(loras, args.output, args.form, base)
     modules = sum(len(lora.layers) for lora in loras.values())
     if args.noise_level == "best":
         errors = [lora.error.worst_update for lora in loras.values() if lora.error is not None]

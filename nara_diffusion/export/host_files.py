@@ -40,9 +40,7 @@ _ENCODERS = {
 _IN_CLIP = re.compile(r"encoder\.layers\.\d+\.(self_attn|mlp)\.")
 
 
-def host_state_dict(
-    loras: Mapping[str, PlainLora], form: str, base: str, layers_per_block: int = 2
-) -> dict[str, Tensor]:
+def host_state_dict(loras: Mapping[str, PlainLora], form: str, base: str) -> dict[str, Tensor]:
     """The tensors of a file for another program. The scale α/r is multiplied into `up`, and alpha is the rank.
 
     In kohya's form for a UNet and its text encoders, all layers of a component have one alpha, the smallest of their
@@ -51,7 +49,6 @@ def host_state_dict(
     Args:
         loras: {component of the pipeline ("unet", "transformer", "text_encoder", …): its LoRA}.
         form: one of `FORMS`. base: one of `BASES`, the kind of model that the adapter is for.
-        layers_per_block: of the UNet's configuration.
 
     Raises:
         ValueError: no such form or base; a component or a module for which the form has no key, or which `base` doesn't
@@ -77,20 +74,18 @@ def host_state_dict(
         layers = {name: with_scale_1(name, layer) for name, layer in lora.layers.items()}
         if component.startswith(TEXT_ENCODER):
             layers = {with_text_model(name): layer for name, layer in layers.items()}
-        found |= _named(component, layers, form, base, layers_per_block)
+        found |= _named(component, layers, form, base)
     return found
 
 
-def save_host_file(
-    loras: Mapping[str, PlainLora], path: str | os.PathLike[str], form: str, base: str, layers_per_block: int = 2
-) -> None:
+def save_host_file(loras: Mapping[str, PlainLora], path: str | os.PathLike[str], form: str, base: str) -> None:
     """Write the tensors of `host_state_dict` to a safetensors file, whole or not at all. Creates its folder.
 
     Raises:
         ValueError: see `host_state_dict`. OSError: the target is full, a folder, or can't be written.
     """
     path = Path(path)
-    found = host_state_dict(loras, form, base, layers_per_block)
+    found = host_state_dict(loras, form, base)
     carried = [lora.scheduler for lora in loras.values() if lora.scheduler is not None]
     path.parent.mkdir(parents=True, exist_ok=True)
     save_tensors(found, path, {SCHEDULER_KEY: json.dumps(carried[-1], sort_keys=True)} if carried else None)
@@ -120,15 +115,13 @@ def with_text_model(name: str) -> str:
     return f"text_model.{name}" if _IN_CLIP.match(name) else name
 
 
-def _named(
-    component: str, layers: Mapping[str, PlainLoraLayer], form: str, base: str, layers_per_block: int
-) -> dict[str, Tensor]:
+def _named(component: str, layers: Mapping[str, PlainLoraLayer], form: str, base: str) -> dict[str, Tensor]:
     """The tensors of one component by the form's keys."""
     if form == "diffusers":
         return tensors_of_layers(layers, f"{component}.")
     if component in DENOISERS:
         has_diffusers_names = base == "sd15" and form == "kohya"  # kohya trains SD 1.5 on Diffusers' UNet
-        layers = layers if has_diffusers_names else original_layers(layers, base, layers_per_block)
+        layers = layers if has_diffusers_names else original_layers(layers, base)
         if form == "comfyui":
             return tensors_of_layers(layers, "diffusion_model.")
         return _kohyas("lora_unet", layers, base)

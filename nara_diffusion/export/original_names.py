@@ -4,7 +4,7 @@ FLUX and SD3 have q, k and v fused in one matrix there. Its LoRA is block-diagon
 
     [ΔW_q; ΔW_k; ΔW_v] = diag(up_q, up_k, up_v) · [down_q; down_k; down_v]
 
-Stability's UNets (SD 1.5, SDXL), with n = layers_per_block:
+Stability's UNets (SD 1.5, SDXL), with n layers in each down block and n + 1 in each up block:
 
     down_blocks.i.resnets.j       input_blocks.(1 + i(n+1) + j).0, and .1 for attentions
     down_blocks.i.downsamplers.0  input_blocks.((i+1)(n+1)).0.op
@@ -108,17 +108,18 @@ UNETS = {"sd15": (1, 2, 3), "sdxl": (0, 1)}
 """{base with a UNet: the up blocks that have attention}."""
 
 
-def parts_of(names: Collection[str], base: str, layers_per_block: int = 2) -> dict[str, list[str | None]]:
+def parts_of(names: Collection[str], base: str) -> dict[str, list[str | None]]:
     """{name in the original code: the modules that the matrix holds, from top to bottom, None for one not in `names`}.
 
     Args:
         names: of a denoiser's modules in Diffusers. base: "sd15", "sdxl", "flux", "sd3" or "wan".
-        layers_per_block: of a UNet's configuration.
 
     Raises:
-        ValueError: a module that has no name there, or that the UNet of `base` doesn't have.
+        ValueError: a module that has no name there, or that the UNet of `base` doesn't have; modules that don't show
+            how many layers each block of their UNet has, where the names depend on it.
     """
     if base in UNETS:
+        layers_per_block = _layers_per_block(names, base)
         return {_of_unet(name, base, layers_per_block): [name] for name in names}
     found: dict[str, list[str | None]] = {}
     for name in names:
@@ -134,12 +135,10 @@ def parts_of(names: Collection[str], base: str, layers_per_block: int = 2) -> di
     return found
 
 
-def original_layers(
-    layers: Mapping[str, PlainLoraLayer], base: str, layers_per_block: int = 2
-) -> dict[str, PlainLoraLayer]:
+def original_layers(layers: Mapping[str, PlainLoraLayer], base: str) -> dict[str, PlainLoraLayer]:
     """{name in the original code: factors} of layers by Diffusers' names whose scale is 1; see `parts_of`."""
     found = {}
-    for other, parts in parts_of(layers, base, layers_per_block).items():
+    for other, parts in parts_of(layers, base).items():
         own = _fused([None if part is None else layers[part] for part in parts])
         if base == "sd3" and other.endswith("context_block.adaLN_modulation.1") and len(own.B) == 2 * own.A.shape[1]:
             # of the last block: scale and shift in Diffusers, shift and scale here
@@ -163,6 +162,28 @@ def _fused(parts: Sequence[PlainLoraLayer | None]) -> PlainLoraLayer:
             column += part.rank
         row += size
     return PlainLoraLayer(torch.cat([part.A for part in present]), B, rank, rank)
+
+
+def _layers_per_block(names: Collection[str], base: str) -> int:
+    """The number of layers in each down block: up blocks have one more, and the released UNets have two."""
+    down, up = _number_of_layers(names, "down"), _number_of_layers(names, "up")
+    least = max(down, up - 1, 1)
+    if least > 1 or down == up - 1:
+        return least
+    for name in names:
+        if _of_unet(name, base, 1) != _of_unet(name, base, 2):
+            raise ValueError(
+                f"The adapter doesn't show how many layers each block of its UNet has, one or two, and the name of "
+                f"'{name}' in {base}'s original code depends on it: use the form diffusers, which needs no such name."
+            )
+    return least
+
+
+def _number_of_layers(names: Collection[str], side: str) -> int:
+    """The number of layers that the blocks of one side, "down" or "up", have at least."""
+    layer = re.compile(rf"{side}_blocks\.\d+\.(?:resnets|attentions)\.(\d+)\.")
+    matches = map(layer.match, names)
+    return max((int(match[1]) + 1 for match in matches if match), default=0)
 
 
 def _of_unet(name: str, base: str, layers_per_block: int) -> str:

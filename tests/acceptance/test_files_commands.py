@@ -160,7 +160,7 @@ def test_help_names_every_command_and_imports_none_of_the_libraries():
     """
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=_files.ROOT)
     assert found.stdout.splitlines()[-1] == "[]"
-    assert "--layers_per_block" in found.stdout
+    assert "--noise_level" in found.stdout
     assert found.stdout.count("usage: nara") == len(OWN)
     help_of_all, of_each = found.stdout.split("usage: nara inspect")
     assert all(f"    nara {command} " in help_of_all for command in COMMANDS)

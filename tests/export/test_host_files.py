@@ -52,6 +52,7 @@ def with_encoders(pipe: Any, targets: list[str]) -> dict[str, PlainLora]:
     ("make", "options", "words", "said"),
     [
         (small_sd, UNEQUAL, ["--form", "kohya", "--base", "sd15"], ""),
+        (small_sdxl, UNEQUAL, ["--form", "kohya", "--base", "sdxl"], ""),
         (
             small_sdxl,
             UNEQUAL,
@@ -60,16 +61,16 @@ def with_encoders(pipe: Any, targets: list[str]) -> dict[str, PlainLora]:
         ),
         (small_sdxl, {"use_dora": True}, [], "; not for ComfyUI, which reads no DoRA"),
     ],
-    ids=["SD 1.5, kohya", "SDXL, Diffusers", "DoRA"],
+    ids=["SD 1.5, kohya", "SDXL of one layer a block, kohya", "SDXL, Diffusers", "DoRA"],
 )
 def test_diffusers_draws_the_naras_pixels_from_what_fold_writes(make, options, words, said, tmp_path, capsys):
-    """(Those of kohya's files of SDXL and FLUX's are in tests/acceptance.)"""
+    """(Kohya's files of SDXL with two layers a block, and FLUX's, are in tests/acceptance.)"""
     pipe, other = make(), make()
     with_encoders(pipe, CLIP)
     unet = adapted(pipe.unet, MANY, **options)
     pipe.save_nara_weights(tmp_path, adapter_name="toy")
     path = tmp_path / "new" / "lora.safetensors"
-    main(["fold", str(tmp_path), str(path), "--noise_level", str(LEVEL), "--layers_per_block", "1", *words])
+    main(["fold", str(tmp_path), str(path), "--noise_level", str(LEVEL), *words])
     assert f"λ = {LEVEL}{said}" in capsys.readouterr().out
     with noise_level(unet, LEVEL):
         wanted = pixels(pipe)
@@ -143,7 +144,17 @@ NAMES = {
 
 def test_modules_of_unets_have_the_names_of_stabilitys_code():
     assert parts_of(NAMES, "sdxl") == {theirs: [own] for own, theirs in NAMES.items()}
-    assert list(parts_of(["up_blocks.0.upsamplers.0.conv"], "sd15")) == ["output_blocks.2.1.conv"]  # no attention
+    names = ["up_blocks.0.upsamplers.0.conv", "up_blocks.0.resnets.2.conv1"]
+    assert next(iter(parts_of(names, "sd15"))) == "output_blocks.2.1.conv"  # no attention
+
+
+def test_a_unets_layers_per_block_are_read_from_its_modules_or_not_needed():
+    one = ["down_blocks.1.resnets.0.conv1", "up_blocks.1.resnets.1.conv1"]
+    assert list(parts_of(one, "sdxl")) == ["input_blocks.3.0.in_layers.2", "output_blocks.3.0.in_layers.2"]
+    first = ["up_blocks.0.attentions.0.proj_in", "up_blocks.0.attentions.1.proj_in"]  # of either UNet
+    assert list(parts_of(first, "sdxl")) == ["output_blocks.0.1.proj_in", "output_blocks.1.1.proj_in"]
+    with pytest.raises(ValueError, match=r"how many layers .*down_blocks\.1\.resnets\.0\.conv1.*diffusers"):
+        parts_of(one[:1], "sdxl")
 
 
 REFUSED: list[tuple[str, str, dict[str, Any], str, str, str]] = [
@@ -172,7 +183,7 @@ def test_what_a_file_cannot_express_is_refused_by_name(tmp_path: Path):
     for component, module, change, form, base, message in REFUSED:
         loras = {component: PlainLora(LoraConfig(), {module: replace(layer, **change)})}
         with pytest.raises(ValueError, match=message):
-            save_host_file(loras, tmp_path / "lora.safetensors", form, base, 1)
+            save_host_file(loras, tmp_path / "lora.safetensors", form, base)
     loras = {"unet": PlainLora(LoraConfig(), {"conv_in": layer}, others={"conv_in.bias": torch.ones(5)})}
     with pytest.raises(ValueError, match=r"more than LoRA factors \(conv_in\.bias\)"):
         save_host_file(loras, tmp_path / "lora.safetensors", "diffusers", "sdxl")
