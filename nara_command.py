@@ -98,6 +98,7 @@ def _inspect(add: Callable[..., Any]) -> None:
 def _plot(add: Callable[..., Any]) -> None:
     add("--output", type=Path, help="the PNG file (default: FILE's name with .png, in this folder)")
     add("--points", type=int, default=101, help="number of λ, evenly from 0 to 1, at least 2 (default: %(default)s)")
+    _overwrite(add)
 
 
 def _fold(add: Callable[..., Any]) -> None:
@@ -113,6 +114,7 @@ def _fold(add: Callable[..., Any]) -> None:
     )
     bases = ("sd15", "sdxl", "sd3", "flux", "wan")
     add("--base", choices=bases, help="the model that the adapter was trained on, for kohya and comfyui")
+    _overwrite(add)
 
 
 def _level(text: str) -> float | str:
@@ -126,6 +128,11 @@ def _convert(add: Callable[..., Any]) -> None:
     add("output", metavar="OUTPUT", type=Path, help="the folder to write")
     add("--to", choices=("peft", "pipeline"), required=True, help="the format to write")
     add("--component", help="the part of a pipeline: unet, transformer, text_encoder, …")
+    _overwrite(add)
+
+
+def _overwrite(add: Callable[..., Any]) -> None:
+    add("--overwrite", action="store_true", help="replace files that exist")
 
 
 if __name__ == "__main__":

@@ -12,9 +12,17 @@ import torch
 from torch import Tensor
 
 from nara_diffusion.export.adapter_factors import adapter_of_part, cores_of, schedule_of
-from nara_diffusion.loaders.file import MODEL, WEIGHTS_NAME, AdapterFile, AdapterPart, naming
+from nara_diffusion.loaders.file import (
+    MODEL,
+    PEFT_CONFIG_NAME,
+    PEFT_WEIGHTS_NAME,
+    WEIGHTS_NAME,
+    AdapterFile,
+    AdapterPart,
+    naming,
+)
 from nara_diffusion.loaders.insertion import check_storable
-from nara_diffusion.utils.atomic_write import atomic_write
+from nara_diffusion.utils.atomic_write import atomic_write, check_free
 
 _CORE_FIELDS = {
     "hypernetwork": ("core_scale", "core_hidden_dims", "core_sharing", "noise_embedding"),
@@ -96,6 +104,7 @@ def plot(args: Any) -> str:
     output = args.output or Path(f"{Path(args.file).resolve().stem}.png")
     if args.points < 2 or output.is_dir():
         raise ValueError(f"--points is {args.points}, --output {output}: pass 2 or more, and the name of a PNG file.")
+    check_free([output], args.overwrite)
     with naming(args.file):
         _draw(AdapterFile.read(Path(args.file)), output, args.points)
     return str(output)
@@ -166,6 +175,8 @@ def convert(args: Any) -> str:
     with naming(source):
         adapter_of_part(parts[chosen])  # raises if it is damaged
     file = AdapterFile({chosen: parts[chosen]})
+    names = (PEFT_WEIGHTS_NAME, PEFT_CONFIG_NAME) if form == "peft" else (WEIGHTS_NAME,)
+    check_free([output / name for name in names], args.overwrite)
     if form == "peft":
         file.save_peft(output)
     else:

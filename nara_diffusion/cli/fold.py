@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.utils import CONFIG_NAME as PEFT_CONFIG_NAME
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as PEFT_WEIGHTS_NAME
 
 from nara_diffusion.export.adapter_factors import Adapter, adapter_of_part
 from nara_diffusion.export.host_files import BASES, save_host_file
 from nara_diffusion.export.to_lora import lora_of
 from nara_diffusion.loaders.file import MODEL, AdapterFile, naming
+from nara_diffusion.utils.atomic_write import check_free
 
 PEFT = "peft"
 
@@ -46,6 +48,8 @@ def _fold(file: AdapterFile, adapters: Mapping[str, Adapter], args: Any) -> str:
     written = args.output / PEFT_WEIGHTS_NAME if args.form == PEFT else args.output
     if written.exists() and written.samefile(file.path or ""):
         raise ValueError(f"OUTPUT {args.output} is the adapter itself, which would be lost: name another.")
+    config = [args.output / PEFT_CONFIG_NAME] if args.form == PEFT else []
+    check_free([written, *config], args.overwrite)
     loras = {name: lora_of(adapter, args.noise_level) for name, adapter in adapters.items()}
     if args.form == PEFT:
         next(iter(loras.values())).save_pretrained(args.output)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -42,6 +42,13 @@ def atomic_write_files(folder: Path) -> Iterator[Path]:
         if made:
             shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def check_free(paths: Iterable[Path], overwrite: bool) -> None:
+    """Raise ValueError if one of `paths` exists and may not be overwritten."""
+    for path in paths:
+        if path.exists() and not overwrite:
+            raise ValueError(f"'{path}' exists: choose another name, or pass --overwrite to replace it.")
 
 
 def put_in_place(partial: Path, path: Path) -> None:

@@ -19,7 +19,7 @@ from tests.acceptance._files import nara
 from tests.helpers.adapted import TwoLayers, adapted
 
 PIPELINE, PEFT = _files.FILES / "pipelines" / "sdxl_unet_float32", _files.FILES / "peft" / "nara"
-ONE = ("--noise_level", "0.7")
+ONE, OVER = ("--noise_level", "0.7"), "--overwrite"
 FAILURES = (OSError, SafetensorError, SystemExit)
 
 # PEFT's, of a base that it can't look up on the Hub
@@ -55,9 +55,9 @@ SAVES: dict[str, Callable[[], Callable[[Path], Any]]] = {
     "save_nara_weights": lambda: another_pipeline().save_nara_weights,
     "to_lora": lambda: to_lora(another_model(), 0.5).save_pretrained,
     "to_lora of a small model": lambda: to_lora(adapted(TwoLayers(), target_modules=["first"]), 0.5).save_pretrained,
-    "nara fold": lambda: lambda folder: nara("fold", PIPELINE, folder / "lora.safetensors", *ONE),
-    "nara fold to PEFT": lambda: lambda folder: nara("fold", PEFT, folder, *ONE, "--form", "peft"),
-    "nara convert": lambda: lambda folder: nara("convert", PIPELINE, folder, "--to", "peft"),
+    "nara fold": lambda: lambda folder: nara("fold", PIPELINE, folder / "lora.safetensors", *ONE, OVER),
+    "nara fold to PEFT": lambda: lambda folder: nara("fold", PEFT, folder, *ONE, "--form", "peft", OVER),
+    "nara convert": lambda: lambda folder: nara("convert", PIPELINE, folder, "--to", "peft", OVER),
 }
 """{what writes: what makes the call that writes a folder}."""
 
@@ -100,3 +100,26 @@ def test_save_where_a_file_is_in_place_of_the_folder_leaves_it_and_names_it(row:
         with pytest.raises((*FAILURES, ValueError), match=str(path)):
             SAVES[row]()(target)
     assert content(tmp_path) == {"a file": b"kept"}
+
+
+WRITES: dict[str, Callable[[Path], tuple[Any, ...]]] = {
+    "fold": lambda folder: ("fold", PIPELINE, folder / "lora.safetensors", *ONE),
+    "fold to PEFT": lambda folder: ("fold", PEFT, folder, *ONE, "--form", "peft"),
+    "plot": lambda folder: ("plot", PEFT, "--output", folder / "core.png", "--points", 2),
+    "convert": lambda folder: ("convert", PIPELINE, folder, "--to", "peft"),
+    "convert back": lambda folder: ("convert", PEFT, folder, "--to", "pipeline", "--component", "unet"),
+}
+
+
+@pytest.mark.parametrize("row", WRITES)
+def test_a_command_replaces_a_file_only_with_overwrite(row: str, tmp_path: Path, capsys) -> None:
+    words = WRITES[row](tmp_path)
+    nara(*words)
+    for path in tmp_path.iterdir():
+        path.write_text("kept")
+    before = content(tmp_path)
+    with pytest.raises(SystemExit, match=f"'{tmp_path}.*exists.*--overwrite"):
+        nara(*words)
+    assert content(tmp_path) == before
+    nara(*words, OVER)
+    assert all(content(tmp_path)[name] != text for name, text in before.items())
