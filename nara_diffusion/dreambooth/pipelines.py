@@ -23,7 +23,7 @@ from torch import nn
 from nara_diffusion.noise.prediction import FLOW, prediction_by
 from nara_diffusion.training.command import CONFIGS, shipped_settings
 from nara_diffusion.training.manifest import local_folder
-from nara_diffusion.utils.naming import is_out_of_reach, naming_source
+from nara_diffusion.utils.naming import is_out_of_reach, naming_source, refuse_file
 
 from .families import BY_PIPELINE, FAMILIES
 from .family import Family
@@ -56,7 +56,9 @@ def family_of_model(name: str, **hub: Any) -> Family:
 def model_index(name: str, **hub: Any) -> dict[str, Any]:
     """The `model_index.json` of a folder, or of a repository on the Hub: classes of the pipeline and its components.
     Raises ValueError if there is none, or the Hub can't be reached."""
-    with naming_source(name, "model_index.json", "a model of Diffusers"):
+    converted = f"StableDiffusionXLPipeline.from_single_file('{name}').save_pretrained('{Path(name).stem}')"
+    remedy = f"convert it by {converted}, or its own class, where the Hub can be reached, and name that folder."
+    with naming_source(name, "model_index.json", "a model of Diffusers", remedy):
         return dict(diffusers.DiffusionPipeline.load_config(name, **hub))  # type: ignore[arg-type]
 
 
@@ -93,6 +95,8 @@ def load_pipeline(
         ValueError: there is no such pipeline or autoencoder, or its family can't be trained.
     """
     index = model_index(name, revision=revision)
+    if vae_name is not None:
+        refuse_file(vae_name, "an autoencoder")
     family = family_named(str(index.get("_class_name")))
     hub = {"revision": revision, "variant": variant}
     vae_source = {"subfolder": "vae", **hub} if vae_name is None else {}

@@ -8,6 +8,9 @@ from pathlib import Path
 
 from huggingface_hub.errors import LocalEntryNotFoundError
 
+FILE_SUFFIXES = frozenset([".bin", ".ckpt", ".gguf", ".pt", ".pth", ".safetensors"])
+"""Endings of files of weights, which no repository's name has."""
+
 
 def listed(names: Collection[str], kind: str = "") -> str:
     """The first three of `names`, quoted, and the number of the others, which are of this `kind`."""
@@ -20,13 +23,24 @@ def counted(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}{'es' if what.endswith('s') else 's'}"
 
 
+def refuse_file(source: str | Path, kind: str, remedy: str = "name the folder that it lies in.") -> None:
+    """Raises ValueError where `source` is a file, or is named as one, and a folder or repository of `kind` is due."""
+    path = Path(source)
+    if path.is_file() or (path.suffix in FILE_SUFFIXES and not path.is_dir()):
+        raise ValueError(f"'{source}' is the name of a file, expected a folder or a repository with {kind}: {remedy}")
+
+
 @contextmanager
-def naming_source(source: str | Path, file: str, kind: str) -> Iterator[None]:
+def naming_source(
+    source: str | Path, file: str, kind: str, remedy: str = "name the folder that it lies in."
+) -> Iterator[None]:
     """Inside, `file` of `kind` ("a model") is fetched from a folder or repository, `source` as the user named it.
 
     Raises:
-        ValueError: a folder has no such file; or there is no folder, and no repository was reached.
+        ValueError: `source` is a file, for which there is a `remedy`; a folder has no such file; or there is no folder,
+            and no repository was reached.
     """
+    refuse_file(source, kind, remedy)
     try:
         yield
     except (OSError, ValueError) as error:

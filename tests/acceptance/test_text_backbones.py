@@ -222,3 +222,10 @@ def test_half_downloaded_model_is_named(tmp_path: Path) -> None:
             load_backbone(folder)
     with pytest.raises(ValueError, match=r"^There is no folder 'gone/model', and the Hub, .* can't be reached"):
         load_backbone("gone/model")
+
+
+@pytest.mark.parametrize("name", ["gone/model.gguf", "model.safetensors"])
+def test_file_in_place_of_a_model_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    with pytest.raises(ValueError, match=f"{name}' is the name of a file, expected a folder or a repository"):
+        load_backbone(str(tmp_path / name))

@@ -23,7 +23,7 @@ from nara_diffusion.dreambooth.denoiser import (
     write_adapter,
 )
 from nara_diffusion.dreambooth.image_arguments import UNET_TARGETS
-from nara_diffusion.dreambooth.pipelines import load_pipeline, sharing_pipeline
+from nara_diffusion.dreambooth.pipelines import family_defaults, load_pipeline, sharing_pipeline
 from tests.helpers.small_pipelines import pixels, small_sd3, small_sdxl
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
@@ -146,6 +146,21 @@ def test_model_without_files_of_the_variant_is_loaded_from_the_others(
         assert f"{folder} lacks files of the variant fp16: those without one are loaded" in caplog.text
     own = StableDiffusionXLPipeline.from_pretrained(folder)
     torch.testing.assert_close(pixels(pipe), pixels(own), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["sdxl.safetensors", "gone/model.ckpt", "folder.v1/a.file"])
+def test_single_file_as_a_model_is_refused_with_how_to_convert_it(name: str, folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / name
+    if "gone" not in name:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"weights")
+    message = rf"'{path}' is the name of a file, .*from_single_file\('{path}'\)\.save_pretrained\('{path.stem}'\)"
+    with pytest.raises(ValueError, match=message):
+        family_defaults({"pretrained_model_name_or_path": str(path)})
+    with pytest.raises(ValueError, match=message):
+        load_pipeline(str(path), dtype=torch.float32)
+    with pytest.raises(ValueError, match=f"'{path}' is the name of a file, .* an autoencoder"):
+        load_pipeline(str(folder), dtype=torch.float32, vae_name=str(path))
 
 
 @pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument:UserWarning")  # of Diffusers' download
