@@ -113,8 +113,8 @@ def main(steps: int = 2000, output_dir: str | Path = "outputs/examples") -> dict
     config = NaraConfig(r=8, lora_alpha=8, target_modules=LAYERS, core_hidden_dims=(64, 64))
     model = get_peft_model(base, config)
     model.print_trainable_parameters()
-    core = [p for name, p in model.named_parameters() if "nara_core." in name]
-    factors = [p for name, p in model.named_parameters() if "lora_" in name]
+    core = [p for name, p in model.named_parameters() if "lora_core." in name]
+    factors = [p for name, p in model.named_parameters() if "lora_A." in name or "lora_B." in name]
     groups = [{"params": factors, "lr": 1e-2}, {"params": core, "lr": 1e-3}]  # the core wants a smaller step
     train(model, spiral, torch.optim.AdamW(groups), steps)
     after = sample(model)

@@ -107,7 +107,7 @@ def write_adapters(pipe: Any, folder: Path) -> None:
     pipe.unet.add_adapter(nara_diffusion.NaraConfig(r=4, lora_alpha=8, target_modules=layers))
     with torch.no_grad():
         for name, weight in pipe.unet.named_parameters():
-            if "lora_" in name or "nara" in name:
+            if "lora_" in name:
                 weight.normal_(0, 0.05)
     pipe.save_nara_weights(folder / "saved")
     (folder / "saved" / "pytorch_nara_weights.safetensors").rename(folder / NAME)

@@ -26,8 +26,8 @@ def load_pipeline(model: str | Path) -> StableDiffusionXLPipeline:
 def optimizer_of(unet: Any, learning_rate: float, core_learning_rate: float, steps: int) -> tuple[Any, Any]:
     """AdamW for what is trained, with smaller steps for the core than for A and B, and its cosine schedule."""
     trained = {name: p for name, p in unet.named_parameters() if p.requires_grad}
-    core = [p for name, p in trained.items() if "nara_core." in name]
-    factors = [p for name, p in trained.items() if "nara_core." not in name]
+    core = [p for name, p in trained.items() if "lora_core." in name]
+    factors = [p for name, p in trained.items() if "lora_core." not in name]
     groups = [{"params": factors, "lr": learning_rate}, {"params": core, "lr": core_learning_rate}]
     optimizer = torch.optim.AdamW(groups)
     return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)

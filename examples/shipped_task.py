@@ -39,8 +39,8 @@ def make_collator(tokenizer: PreTrainedTokenizerBase) -> AnswerCollator:
 
 def fine_tune(model: nn.Module, rows: Dataset, collator: AnswerCollator, steps: int, batch_size: int = 24) -> None:
     """A plain training loop: AdamW, cosine schedule, smaller steps for the core than for A and B."""
-    core = [p for name, p in model.named_parameters() if p.requires_grad and "nara_core." in name]
-    factors = [p for name, p in model.named_parameters() if p.requires_grad and "nara_core." not in name]
+    core = [p for name, p in model.named_parameters() if p.requires_grad and "lora_core." in name]
+    factors = [p for name, p in model.named_parameters() if p.requires_grad and "lora_core." not in name]
     groups = [{"params": factors, "lr": 1e-2}, {"params": core, "lr": 1e-3}]
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]])
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)

@@ -129,8 +129,13 @@ def rebuild_core(core: CustomCore, config: Any) -> Core:
 
 # ---------------------------------------------------------------------- the cores of one adapter
 
+HOLDER_NAME = "lora_core"
+"""The attribute of an adapted model that holds its cores: parameters are `lora_core.cores.{adapter}.{group}.…`, since
+other programs take names with "lora_" for what is trained."""
+NAME_IN_FILES = "nara_core"
+"""The same in adapter files: `nara_core.{group}.…`."""
 SHARED = "shared"
-"""The group of all layers, and `nara_core.shared.…` in files."""
+"""The group of all layers."""
 
 
 class CoreSet(nn.ModuleDict):
@@ -171,4 +176,4 @@ def core_group(config: Any, module_name: str, rank: int) -> str:
 
 def with_current_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`tensors` of a file with the old name of the shared core, `nara_core.global`, replaced by the current one."""
-    return {key.replace("nara_core.global.", f"nara_core.{SHARED}."): tensor for key, tensor in tensors.items()}
+    return {key.replace("nara_core.global.", f"{NAME_IN_FILES}.{SHARED}."): tensor for key, tensor in tensors.items()}

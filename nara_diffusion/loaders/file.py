@@ -35,11 +35,11 @@ from nara_diffusion.config import (
     is_naras,
     read_config_file,
 )
-from nara_diffusion.cores.registry import with_current_names
+from nara_diffusion.cores.registry import NAME_IN_FILES, with_current_names
 from nara_diffusion.utils.atomic_write import atomic_write_files
 from nara_diffusion.utils.naming import is_out_of_reach, listed
 
-from .strict import CORE, PEFT_PREFIX, PICKLE, check_loaded, copied, is_core_key, read_tensors, save_tensors
+from .strict import PEFT_PREFIX, PICKLE, check_loaded, copied, is_core_key, read_tensors, save_tensors
 
 WEIGHTS_NAME = "pytorch_nara_weights.safetensors"
 METADATA_KEY = "nara_adapter_metadata"
@@ -64,7 +64,9 @@ class AdapterPart:
     @property
     def core(self) -> dict[str, Tensor]:
         """{name in the core: tensor} of the core's tensors."""
-        return {key.removeprefix(f"{CORE}."): tensor for key, tensor in self.tensors.items() if is_core_key(key)}
+        return {
+            key.removeprefix(f"{NAME_IN_FILES}."): tensor for key, tensor in self.tensors.items() if is_core_key(key)
+        }
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from nara_diffusion.cores.registry import HOLDER_NAME, NAME_IN_FILES
 from nara_diffusion.utils.naming import listed
 
 PEFT_PREFIX = "base_model.model."
 """The beginning of each module's name in PEFT's files."""
-CORE = "nara_core"
-"""The part of a key by which a file names the core's tensors."""
 
 PICKLE = (
     "a pickle of torch.save, which may run code when it is read, and isn't read here: get the adapter as "
@@ -104,7 +103,7 @@ def check_core_precision(key: str, tensor: Tensor, like: Tensor, where: str, rem
 
 def is_core_key(key: str) -> bool:
     """Whether a tensor of that name, in a file or in a model, belongs to a core. Only a NaRA has one."""
-    return not {CORE, "lora_core"}.isdisjoint(key.split("."))
+    return not {NAME_IN_FILES, HOLDER_NAME}.isdisjoint(key.split("."))
 
 
 # ---------------------------------------------------------------------- after a load, for adapters of any method

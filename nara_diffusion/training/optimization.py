@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
-from nara_diffusion.tuner.holder import HOLDER_NAME
+from nara_diffusion.cores.registry import HOLDER_NAME
 
 from .parser import hint
 

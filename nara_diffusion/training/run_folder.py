@@ -14,6 +14,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
+from nara_diffusion.cores.registry import NAME_IN_FILES
+
 from .checkpoints import (
     MAY_CHANGE,
     changed_arguments,
@@ -48,6 +50,7 @@ def claimed_folder(args: Any, name: str, accelerator: Accelerator) -> Iterator[t
                 answer[:2] = folder, _checkpoint(args, folder)
                 if answer[1] is not None:
                     check_same_run(answer[1], args, accelerator)
+                    _check_names_in_optimizer(answer[1])
                 for left in folder.glob(".partial-*"):  # by a run that was killed while it wrote
                     shutil.rmtree(left, ignore_errors=True)
             except (ValueError, OSError, yaml.YAMLError) as error:
@@ -111,6 +114,16 @@ def _checkpoint(args: Any, folder: Path) -> Path | None:
     if given != "latest" and (checkpoint is None or checkpoint.parent.resolve() != folder.resolve()):
         check_empty(folder)
     return checkpoint
+
+
+def _check_names_in_optimizer(checkpoint: Path) -> None:
+    """Refuse an optimizer's state that FSDP2 wrote while the core was "nara_core" in memory, as in files."""
+    files = [*checkpoint.glob("optimizer_*/.metadata"), *checkpoint.glob("optimizer.bin")]
+    if any(f"{NAME_IN_FILES}.cores.".encode() in file.read_bytes() for file in files):
+        raise ValueError(
+            f"{checkpoint} was written by an earlier version, with other names in the optimizer's state: finish the "
+            "run with that version, or start a new one from its adapter by --init_adapter."
+        )
 
 
 _ANEW = "Name a fresh folder, or continue the run in it with --resume_from_checkpoint latest and the same arguments."

@@ -15,7 +15,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from nara_diffusion.cores.registry import CoreSet
+from nara_diffusion.cores.registry import HOLDER_NAME, CoreSet
 from nara_diffusion.cores.simple import IdentityCore
 from nara_diffusion.layers.offloading import groups_of
 from nara_diffusion.layers.variants import CoreChannel, Key
@@ -27,9 +27,6 @@ from .checkpointing import checkpoint_with_core, checkpoint_without_core
 from .conventions import REPLACED, HasSource
 from .inspection import ReadOutsideForwards
 from .merging import MergesCores
-
-HOLDER_NAME = "nara_core"
-"""The attribute of the root that holds the cores: parameters are `nara_core.cores.{adapter}.{group}.…`."""
 
 
 class CoreHolder(HasSource, MergesCores, ReadOutsideForwards, nn.Module):

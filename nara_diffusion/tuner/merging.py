@@ -16,6 +16,7 @@ from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from nara_diffusion.cores.registry import HOLDER_NAME
 from nara_diffusion.layers.offloading import is_offloaded
 from nara_diffusion.layers.variants import Key
 from nara_diffusion.noise.level import Level, as_level, backward_pass, entry_for
@@ -161,7 +162,7 @@ class MergesAtOneLevel(LoraModel):
             ValueError: an adapter depends on λ, and λ is not known or differs between samples; or weights are
                 offloaded, which would come back without the adapter.
         """
-        holder: Any = self.model._modules.get("nara_core")
+        holder: Any = self.model._modules.get(HOLDER_NAME)
         if holder is None:  # no adapter is left: PEFT merges nothing and raises nothing
             super().merge_adapter(adapter_names, safe_merge)
             return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from difflib import get_close_matches
 from itertools import pairwise
@@ -19,20 +19,22 @@ from peft.utils.save_and_load import _filter_state_dict_for_adapter_name
 from torch import Tensor, nn
 
 from nara_diffusion.config import NaraConfig
-from nara_diffusion.cores.registry import BUILT_IN, core_group, make_cores, with_current_names
-from nara_diffusion.layers.dispatch import (
-    check_target,
-    keep_out_of_float8,
-    make_directions_orthonormal,
-    variant_for,
+from nara_diffusion.cores.registry import (
+    BUILT_IN,
+    HOLDER_NAME,
+    NAME_IN_FILES,
+    core_group,
+    make_cores,
+    with_current_names,
 )
+from nara_diffusion.layers.dispatch import check_target, keep_out_of_float8, make_directions_orthonormal, variant_for
 from nara_diffusion.layers.offloading import is_dispatched_by_layers
 from nara_diffusion.layers.variants import rows_of
-from nara_diffusion.loaders.strict import PEFT_PREFIX, check_core_precision, check_tensors
+from nara_diffusion.loaders.strict import PEFT_PREFIX, check_core_precision, check_tensors, is_core_key
 from nara_diffusion.noise.denoisers import denoiser_of
 from nara_diffusion.noise.level import find_holders
 
-from .holder import HOLDER_NAME, CoreHolder, drop_idle_holder, holder_of
+from .holder import CoreHolder, drop_idle_holder, holder_of
 from .merging import MergesAtOneLevel
 from .snapshot import restored_on_error
 from .strength import give_strength
@@ -88,7 +90,7 @@ class NaraModel(MergesAtOneLevel):
                 f"{type(model).__name__} is offloaded layer by layer, so that a new adapter would have no values: load "
                 "it by pipe.load_nara_weights(), or add it before enable_sequential_cpu_offload()."
             )
-        layers_only = state_dict and {key: value for key, value in state_dict.items() if HOLDER_NAME not in key}
+        layers_only = state_dict and {key: value for key, value in state_dict.items() if not is_core_key(key)}
         try:
             with restored_on_error(model):
                 drop_idle_holder(model)  # its source of λ was set for adapters that are gone
@@ -196,7 +198,7 @@ class NaraModel(MergesAtOneLevel):
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         prefix, holder, rest = key.rpartition(f"{HOLDER_NAME}.cores.{adapter_name}.")
         if holder:
-            return f"{prefix}{HOLDER_NAME}.{rest}"
+            return f"{prefix}{NAME_IN_FILES}.{rest}"
         return super()._remove_adapter_name_from_key(key, adapter_name)
 
     @classmethod
@@ -245,8 +247,14 @@ class NaraModel(MergesAtOneLevel):
         }
         for key in [key for key in mapped if key not in present and key.removeprefix(PEFT_PREFIX) in present]:
             mapped[key.removeprefix(PEFT_PREFIX)] = mapped.pop(key)
-        check_tensors(mapped, expected, present)
+        check_tensors(*(_with_names_in_files(each, adapter_name) for each in (mapped, expected, present)))
         return mapped
+
+
+def _with_names_in_files(tensors: Mapping[str, Tensor], adapter_name: str) -> dict[str, Tensor]:
+    """`tensors` under the names of the model, with those of the core as files have them."""
+    in_model = f"{HOLDER_NAME}.cores.{adapter_name}."
+    return {key.replace(in_model, f"{NAME_IN_FILES}."): tensor for key, tensor in tensors.items()}
 
 
 @contextmanager
@@ -282,7 +290,8 @@ def _check_names(model: nn.Module, names: set[str]) -> None:
             continue
         parts = f"{PEFT_PREFIX}{key}".split(".")
         for before, name in pairwise(parts):
-            if name in names and not before.startswith(("lora_", "cores", "modules_to_save")):
+            is_its_place = before.startswith(("lora_", "cores", "modules_to_save")) and before != HOLDER_NAME
+            if name in names and not is_its_place:
                 raise ValueError(
                     f"adapter '{name}' is named like a part of '{key}': beside another adapter it would make PEFT "
                     "leave tensors out when saving. Choose another name."

@@ -126,7 +126,7 @@ def test_new_cores_give_the_outputs_and_gradients_of_pefts_adapters(options):
         with nullcontext() if make is lora_config else noise_level(model, LEVELS):
             outputs = model(xs)
         sum((y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum() for y in outputs.values()).backward()
-        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None and "nara_core" not in n}
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None and "lora_core" not in n}
         found.append({**outputs, **gradients, **{f"input of {kind}": xs[kind].grad for kind in KINDS}})
     assert found[0].keys() == found[1].keys()
     for name, expected in found[0].items():

@@ -61,7 +61,7 @@ def assert_all_near(actual: dict[str, Tensor], expected: dict[str, Tensor], **op
 
 
 def base_weights(model: nn.Module) -> dict[str, Tensor]:
-    return {n: t.clone() for n, t in model.state_dict().items() if "lora_" not in n and "nara_core" not in n}
+    return {n: t.clone() for n, t in model.state_dict().items() if "lora_" not in n}
 
 
 @pytest.mark.parametrize(("core", "sharing", "use_dora"), CASES, ids=str)

@@ -272,7 +272,7 @@ def test_a_deleted_core_is_in_no_state_dict_also_where_a_lora_takes_its_name(roo
         pipe.load_nara_weights(root / name, adapter_name=name)
     unet = pipe.unet
     del unet.peft_config["a"]
-    assert {name.split(".")[2] for name in unet.state_dict() if name.startswith("nara_core.")} == {"b"}
+    assert {name.split(".")[2] for name in unet.state_dict() if name.startswith("lora_core.")} == {"b"}
     del unet.peft_config["b"]
     unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), "b")
-    assert not [name for name in unet.state_dict() if name.startswith("nara_core.")]
+    assert not [name for name in unet.state_dict() if name.startswith("lora_core.")]

@@ -92,7 +92,7 @@ def test_saved_and_loaded_into_another_model_it_is_the_same_adapter(tmp_path: Pa
     assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
 
 
-@pytest.mark.parametrize("name", ["nara_core", "first", "lora_A"])
+@pytest.mark.parametrize("name", ["lora_core", "cores", "first", "lora_A"])
 def test_name_like_a_part_of_a_key_is_refused_beside_another_and_saved_alone(tmp_path: Path, name: str) -> None:
     for alone, added in ((name, "default"), ("default", name)):
         model = get_peft_model(two(), nara_config(), adapter_name=alone)
@@ -131,11 +131,11 @@ def test_state_dict_with_a_converted_core_is_refused_before_a_file_is_written(tm
     converted = {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}
     with pytest.raises(ValueError, match=r"is torch\.bfloat16 in the state_dict to be saved, .* leave state_dict out"):
         model.save_pretrained(tmp_path, state_dict=converted)
-    without = {name: tensor for name, tensor in model.state_dict().items() if "nara_core" not in name}
+    without = {name: tensor for name, tensor in model.state_dict().items() if "lora_core" not in name}
     with pytest.raises(ValueError, match="of the core of adapter 'default' is missing from what would be saved: leave"):
         model.save_pretrained(tmp_path, state_dict=without)
     assert not list(tmp_path.rglob("*.safetensors"))
-    kept = {name: model.state_dict()[name] if "nara_core" in name else t for name, t in converted.items()}
+    kept = {name: model.state_dict()[name] if "lora_core" in name else t for name, t in converted.items()}
     model.save_pretrained(tmp_path, state_dict=kept)
     loaded = PeftModel.from_pretrained(two_elsewhere(), tmp_path)
     assert all(torch.equal(t, loaded.state_dict()[name]) for name, t in model.state_dict().items() if "core" in name)

@@ -49,7 +49,7 @@ def disturb(model: nn.Module, adapter: str = "", seed: int = 1, *, scale: float 
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         is_its_own = not adapter or adapter in name.split(".")
-        if is_its_own and any(part in name for part in ("nara_core.", "lora_", "modules_to_save")):
+        if is_its_own and any(part in name for part in ("lora_", "modules_to_save")):
             noise = scale * torch.randn(parameter.shape, generator=generator)
             parameter.data.copy_(noise.abs() + 0.5 if "lora_magnitude_vector" in name else noise)
 

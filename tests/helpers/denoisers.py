@@ -286,7 +286,7 @@ def run(model: nn.Module, inputs: Inputs, timestep: Any, argument: str = "timest
 def told(model: nn.Module, call: Callable[[], Any]) -> list[float]:
     """λ as the model's core gets it while `call` runs."""
     levels: list[Tensor] = []
-    core = model.get_submodule("nara_core.cores.default.shared")
+    core = model.get_submodule("lora_core.cores.default.shared")
     handle = core.register_forward_pre_hook(lambda _, args: levels.append(args[0]))
     try:
         call()

@@ -99,6 +99,15 @@ def test_unequal_levels_are_refused_where_samples_are_split_or_not_first() -> No
     model(torch.randn(2, 7), torch.tensor([100, 900]))
 
 
+def test_all_that_trains_has_lora_in_its_name() -> None:
+    """By which PEFT's users, and scripts of other libraries, choose what goes to the optimizer."""
+    for core_type in ("hypernetwork", "constant", "knots"):
+        model = adapted(TwoLayers(), target_modules=["first"], core_type=core_type)
+        trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        assert any("lora_core.cores.default." in name for name in trained)
+        assert all("lora_" in name for name in trained)
+
+
 # ---------------------------------------------------------------------- what a user is told
 
 
@@ -107,7 +116,7 @@ def test_targets_that_match_nothing_get_the_nearest_names(targets: Any) -> None:
     unet = small_unet(12)
     with pytest.raises(ValueError, match=r"to_Q.* not found in the base model.* Did you mean 'to_q'\?$"):
         unet.add_adapter(nara_config(target_modules=targets))
-    assert not hasattr(unet, "nara_core")
+    assert not hasattr(unet, "lora_core")
     with pytest.raises(
         ValueError, match=r"not found in the base model\. Please check the target modules and try again"
     ):
