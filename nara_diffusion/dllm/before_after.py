@@ -132,7 +132,7 @@ def describe(evaluation: Evaluation, before: Measurement, after: Measurement, qu
     write_text(run.folder / "samples.jsonl", "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines))
     base, data = args.pretrained_model_name_or_path, args.dataset_name or args.train_file
     return {
-        "measured_on": "held-out records",
+        "measured_on": "validation records",
         "unit": "nats per masked token",
         "about": f"for the masked-diffusion language model `{base}`, trained on `{data}`.",
         "how_good": ("", "Exact match compares generated answers. [Samples](samples.jsonl)."),

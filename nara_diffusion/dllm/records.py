@@ -28,10 +28,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 BATCH = 1000  # records of one call
-_MOST_HELD_OUT = 128  # records for validation, of which a tenth is taken where no number is given
 # fractions stay as the file writes them, and NaN counts as missing
 _JSON = json.JSONDecoder(parse_float=str, parse_constant=lambda _: None)
-_USUAL = {
+FIELDS = {
     "messages": ("messages", "conversations"),
     "instruction": ("instruction", "prompt", "question"),
     "input": ("input", "context"),
@@ -89,34 +88,6 @@ def read_records(
     return _records(rows, fields or {}, source, limit, is_json=kind == "text")  # type: ignore[arg-type]
 
 
-def load_records(args: Any) -> tuple[Dataset, Dataset, Dataset]:
-    """The (training, validation, test) records that a run's arguments name.
-
-    Raises:
-        ValueError: see `read_records`; or fewer training records would be left than are held out for validation.
-    """
-    fields = {what: name for what in _USUAL if (name := getattr(args, f"{what}_field")) is not None}
-    options: dict[str, Any] = {"fields": fields, "config": args.dataset_config_name}
-    records = read_records(args.dataset_name or args.train_file, **options, limit=args.max_train_samples)
-    records = records.add_column("number", range(len(records)))  # type: ignore[call-arg]
-    if args.validation_file is not None:
-        validation = read_records(args.validation_file, **options)
-    else:
-        held_out = args.validation_samples or max(1, min(_MOST_HELD_OUT, len(records) // 10))
-        if len(records) - held_out < held_out:
-            remedy = "lower validation_samples, or " if len(records) > 1 else ""
-            raise ValueError(
-                f"training records: {len(records)}, of which {held_out} can't be spared for validation, since that "
-                f"leaves {max(len(records) - held_out, 0)}: {remedy}give a validation_file"
-            )
-        parts = records.train_test_split(test_size=held_out, seed=args.seed)
-        records, validation = parts["train"], parts["test"]
-    test = validation if args.test_file is None else read_records(args.test_file, **options)
-    if args.test_samples is not None:
-        test = test.select(range(min(len(test), args.test_samples)))
-    return records, validation, test
-
-
 def normalized(records: Iterable[Mapping[str, Any]], *, source: str) -> Dataset:
     """`records` as those of a file, which messages call `source`. Raises ValueError as `read_records`."""
     from datasets import Dataset
@@ -152,11 +123,11 @@ def _records(rows: Dataset, fields: Mapping[str, str], source: str, limit: int |
 def _form(record: Any, given: Mapping[str, str], where: str) -> dict[str, str]:
     """{what: the name of its field}, of the form that `record` has. Raises ValueError if it has none."""
     present = list(record) if isinstance(record, Mapping) else []
-    usual = {what: next((name for name in names if name in present), None) for what, names in _USUAL.items()}
+    usual = {what: next((name for name in names if name in present), None) for what, names in FIELDS.items()}
     for needed, more in _FORMS.items():
         names = {what: given.get(what, usual[what]) for what in (*needed, *more)}
         if given.keys() <= names.keys() and all(names[what] in present for what in needed):
-            return {what: name for what in _USUAL if (name := names.get(what))}
+            return {what: name for what in FIELDS if (name := names.get(what))}
     raise ValueError(
         f"{where} has the fields {', '.join(map(str, present)) or f'none, it is {repr(record)[:60]}'}; expected "
         f"{dict(given) or _EXPECTED}: name them by "

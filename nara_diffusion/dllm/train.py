@@ -38,7 +38,7 @@ from nara_diffusion.dllm.canvas import (
 from nara_diffusion.dllm.decoding import Sampling, chat_settings
 from nara_diffusion.dllm.encoding import end_token_id
 from nara_diffusion.dllm.models.pretrained import prepare_quantised
-from nara_diffusion.dllm.records import load_records
+from nara_diffusion.dllm.splits import load_records, rows_in_training, without_held_out
 from nara_diffusion.training.adapter_weights import load_checkpoint, start_from, write_adapter, write_checkpoint
 from nara_diffusion.training.adapters import build_adapter, recompute_activations, title_of
 from nara_diffusion.training.arguments import schedule_of, window_of
@@ -120,9 +120,15 @@ class FineTuning:
             training, validation, test = self.records
             encoded = [encode(training, name="training data"), encode(validation, name="validation data")]
             encoded.append(encoded[1] if test is validation else encode(test, name="test data"))
+        if args.validation_file is None:
+            encoded[0] = without_held_out(encoded[0], encoded[1])
         for what, part in zip(("training data", "validation data"), encoded, strict=False):
             run.record_data_digest(what, [part.digest()])
         self.train_rows, validation_rows, self.test_rows = (part.rows for part in encoded)
+        measured = {"validation": validation_rows} | ({} if test is validation else {"test": self.test_rows})
+        self.warnings = rows_in_training(self.train_rows, **measured)
+        for warning in self.warnings if run.is_main else []:
+            logger.warning("%s", warning)
         self.validation_rows = with_longest(validation_rows, run.global_batch)
         self.collator = AnswerCollator(end_token_id(self.tokenizer), args.trained_padding, args.gen_length)
         measured_on = (self.validation_rows, self.test_rows, self.collator, self.sampling)
@@ -203,6 +209,7 @@ class FineTuning:
             facts=self.facts,
             schedule_line=schedule_line(args),
             describe=partial(describe, self.evaluation, before, after, question),
+            warnings=self.warnings,
             n=len(self.test_rows),
             trainable_parameters=self.trainable,
         )

@@ -123,6 +123,7 @@ def write_card(
     how_good: tuple[str, str],
     loading: str,
     tags: Sequence[str],
+    warnings: Sequence[str] = (),
     library: str = "peft",
     **others: Any,
 ) -> None:
@@ -134,6 +135,7 @@ def write_card(
         figures: rows of (what, before, after); `how_good` has the texts before and after these rows.
         about: the end of the card's first sentence: the purpose of the adapter, and its training data.
         loading: the code that loads the adapter.
+        warnings: what makes the figures say less, to stand before them.
         tags, library, others: of the front matter that the Hub reads; those that are None are left out.
     """
     args = run.args
@@ -150,7 +152,7 @@ def write_card(
     training = "\n".join(f"- {what}: {value}" for what, value in facts.items())
     settings = yaml.safe_dump(given_arguments(args), sort_keys=False, allow_unicode=True).strip()
     curve = f"The loss at each noise level:\n\n![loss over the noise level]({CURVE})"
-    good = (how_good[0], table, f"{how_good[1]} {curve}", _BESIDE_LORA if reads_noise(args) else "")
+    good = (how_good[0], " ".join(warnings), table, f"{how_good[1]} {curve}", _BESIDE_LORA if reads_noise(args) else "")
     parts = [
         f"---\n{front}\n---",
         f"# {name} with {title}",
@@ -230,6 +232,7 @@ def finish(
     figures: Sequence[Sequence[str]],
     facts: Mapping[str, str],
     schedule_line: str,
+    warnings: Sequence[str] = (),
     describe: Callable[[], Mapping[str, Any]],
     **others: Any,
 ) -> dict[str, Any]:
@@ -240,21 +243,23 @@ def finish(
         figures: rows of the table, (what, before, after).
         facts: see `write_card`; `describe` returns its further arguments, on the main process.
         schedule_line: the code that gives an adapter its strength over λ, printed where its file can't hold that.
+        warnings: what makes the figures say less; in card and results.json, and printed.
         **others: further results.
     """
     seconds = round(time.perf_counter() - run.started, 1)
     results = {"seconds": seconds, "adapter": run.args.adapter, **others, "noise_levels": after.noise_levels}
     for side, measured in zip(_SIDES, (before, after), strict=True):
         results |= {f"{name}_{side}": getattr(measured, name) for name in names}
+    results |= {"warnings": list(warnings)} if warnings else {}
     if run.is_main:
         since = "" if run.checkpoint is None else " since it was resumed"
         facts = {**facts, "time": f"{seconds:.0f} s{since}, evaluation included"}
-        write_card(run, facts, before, after, figures, **describe())
+        write_card(run, facts, before, after, figures, warnings=warnings, **describe())
         write_json(run.folder / "results.json", results)
         run.upload()
         lines = [f"\n{format_table(['', *_SIDES], figures)}\n", f"{seconds:.0f} s; everything is in {run.folder}"]
         lines += [] if run.hub_id is None else [f"pushed to https://huggingface.co/{run.hub_id}"]
-        lines += advice(results)
+        lines += [*warnings, *advice(results)]
         if needs_schedule(run.args):
             lines.append(
                 "This adapter was trained in a window of noise levels, which its file can't hold. Whenever it is "

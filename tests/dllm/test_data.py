@@ -14,7 +14,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from nara_diffusion.dllm import encode_records, read_records
-from nara_diffusion.dllm.records import load_records
+from nara_diffusion.dllm.splits import load_records
 from nara_diffusion.dllm.text_arguments import Arguments
 from nara_diffusion.dllm.train import main, shipped_run
 from tests.acceptance._runs import text_arguments
@@ -142,7 +142,7 @@ def test_record_that_does_not_fit_is_named_with_its_fields_and_flags(tmp_path: P
 
 @pytest.mark.parametrize("chat", [True, False])
 def test_error_in_a_record_that_was_held_out_has_its_number_in_the_file(tmp_path: Path, chat: bool) -> None:
-    many = [{"messages": messages(*CHAT)} for _ in range(12)]
+    many = [{"messages": messages(("user", f"w{i}"), *CHAT[1:])} for i in range(6, 18)]
     file = write(tmp_path / "own.jsonl", *many)
     args = Arguments(pretrained_model_name_or_path="none", train_file=str(file))
     held = load_records(args)[1]["number"][0]
@@ -171,7 +171,7 @@ def test_tenth_of_the_records_is_held_out_and_128_at_most(tmp_path: Path, count:
 @pytest.mark.parametrize(("count", "given", "left"), [(130, 66, 64), (20, 30, 0), (1, None, 0)])
 def test_holding_out_more_than_is_left_is_refused(tmp_path: Path, count: int, given: int | None, left: int) -> None:
     remedy = "lower validation_samples, or give" if count > 1 else "give"
-    message = rf"^training records: {count}, of which \d+ can't be spared for validation, since .* {left}: {remedy}"
+    message = rf"^training records: {count}. \d+ can't be spared for validation, since .* {left}: {remedy}"
     with pytest.raises(ValueError, match=message):
         divided(tmp_path, count, given)
 

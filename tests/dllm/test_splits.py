@@ -1,0 +1,99 @@
+"""What is trained on and what is measured on: equal rows never stand on both sides unseen."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+
+from nara_diffusion.dllm import encode_records, read_records
+from nara_diffusion.dllm.splits import load_records, without_held_out
+from nara_diffusion.dllm.text_arguments import Arguments
+from nara_diffusion.dllm.train import main
+from tests.acceptance._commands import results
+from tests.acceptance._runs import text_arguments
+from tests.acceptance._text import word_tokenizer
+
+TOKENIZER = word_tokenizer(40, chat=True)
+
+
+def write(path: Path, *records: dict[str, Any]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def numbered(*numbers: int) -> list[dict[str, str]]:
+    return [{"instruction": f"w{i}", "output": f"W{i}"} for i in numbers]
+
+
+def chat(*texts: str) -> dict[str, Any]:
+    roles = ("user", "assistant")
+    return {"messages": [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]}
+
+
+def split(file: Path, **options: Any) -> tuple[Dataset, Dataset, Dataset]:
+    return load_records(Arguments(pretrained_model_name_or_path="none", train_file=str(file), **options))
+
+
+def test_copies_of_a_record_stay_on_one_side(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train, validation, _ = split(write(tmp_path / "own.jsonl", *numbered(*[*range(20)] * 4)))
+    held = validation["output"][:]
+    assert len(held) == len(set(held)) == 2
+    assert sorted(train["output"]) == sorted([f"W{i}" for i in range(20) if f"W{i}" not in held] * 4)
+    assert caplog.messages == ["training data: copies of held-out records are left out: 6 (20 of 80 differ)"]
+    with pytest.raises(ValueError, match=r"^training records: 4, 1 of them different\. 1 can't be spared"):
+        split(write(tmp_path / "one.jsonl", *numbered(1, 1, 1, 1)))
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+def test_split_of_different_records_is_that_of_datasets(tmp_path: Path, seed: int) -> None:
+    """And so that of earlier versions, whose runs can be resumed."""
+    file = write(tmp_path / "own.jsonl", *numbered(*range(130)))
+    train, validation, _ = split(file, seed=seed)
+    records: Any = read_records(file)
+    expected = records.add_column("number", range(130)).train_test_split(test_size=13, seed=seed)
+    assert list(train) == list(expected["train"])
+    assert list(validation) == list(expected["test"])
+
+
+def test_rows_that_only_encoding_makes_equal_are_left_out_of_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Unknown words are one token, and a conversation can begin as another one does."""
+    files = {
+        "train": [chat("w6", "w7"), chat("w6", "w7", "w8", "w9"), chat("unknown", "w9")],
+        "held": [chat("w6", "w7"), chat("other", "w9")],
+    }
+    training, held_out = (
+        encode_records(read_records(write(tmp_path / name, *some)), TOKENIZER, max_length=64, train_on="all")
+        for name, some in files.items()
+    )
+    left = without_held_out(training, held_out).rows
+    assert (left["record"][:], left["answer"][:]) == ([1], ["w9"])
+    assert "training data: 3 of 4 rows equal held-out ones and are left out" in caplog.messages
+    with pytest.raises(ValueError, match="each of its 2 rows of tokens equals a held-out one"):
+        without_held_out(held_out, held_out)
+
+
+def test_given_files_that_repeat_training_rows_are_named_before_training_and_beside_the_figures(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = numbered(*range(8))
+    data: dict[str, Any] = {"train_file": write(tmp_path / "a.jsonl", *train)}
+    data |= {"validation_file": write(tmp_path / "b.jsonl", *train, *numbered(9))}
+    data |= {"test_file": write(tmp_path / "c.jsonl", *train[:2])}
+    options: dict[str, Any] = {"max_train_steps": 1, "checkpointing_steps": None, "curve_points": 1}
+    with caplog.at_level(logging.INFO):
+        main(text_arguments(tmp_path, **data, **options))
+    said = [f"{count} rows are training rows too" for count in ("8 of 9 validation", "2 of 2 test")]
+    begins = next(i for i, message in enumerate(caplog.messages) if "optimizer steps" in message)
+    card, printed = (tmp_path / "run" / "README.md").read_text(), capsys.readouterr().out
+    for sentence in said:
+        assert any(sentence in message for message in caplog.messages[:begins])
+        assert sentence in card[: card.index("exact match (n")]
+        assert sentence in printed
+    assert [any(s in one for one in results(tmp_path / "run")["warnings"]) for s in said] == [True, True]
