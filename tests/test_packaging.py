@@ -67,6 +67,18 @@ def test_links_paths_and_flags_of_the_pages_exist():
     assert {str(page.relative_to(ROOT)): found for page in PAGES if (found := missing_of(page, identifiers))} == {}
 
 
+def test_lines_of_pages_are_short_enough_to_compare():
+    """At most 160 characters, except tables, code and the pages of records."""
+    long = []
+    for page in PAGES:
+        if page.name == "CHANGELOG.md" or page.parent.name == "results":
+            continue
+        prose = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+        lines = [line for line in prose.splitlines() if len(line) > 160 and not line.startswith("|")]
+        long += [f"{page.relative_to(ROOT)}: {line}" for line in lines]
+    assert long == []
+
+
 def test_rooms_of_the_diagram_exist():
     picture = (ROOT / "docs" / "flow.svg").read_text(encoding="utf-8")
     rooms = [room.strip(" /") for text in re.findall(r'class="room">([^<]+)', picture) for room in text.split(",")]
