@@ -10,8 +10,9 @@ Further flags are those of that train script, whose --check this is, with defaul
 It repeats short trainings of LoRA, of NaRA, of NaRA that reads the same λ for every sample, and of a cheaper way of
 telling λ; their held-out losses say whether λ is likely to pay, and by which way. docs/check.md explains it.
 
-Samples to measure on are the validation data; where they are too few, the training data with other masks or noise. Of
-images, prior preservation is left out, and so are adapters of text encoders, which don't depend on λ.
+Texts to measure on are the validation data, images those of --validation_data_dir. Without that folder one of four or
+more pictures is held out, or the training pictures are measured on under other noise; layers aren't compared then.
+Prior preservation is left out, and so are adapters of text encoders, which don't depend on λ.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from nara_diffusion.training.adapters import adapter_config, add_adapter
 from nara_diffusion.training.optimization import is_core_parameter
 from nara_diffusion.training.parser import parse_arguments
 
-from .trials import CHEAP, CheckTask, Loss, published
+from .trials import CHEAP, HELD_OUT, NO_CHEAP, CheckTask, Loss, published
 from .verdict import check_training
 
 SHORT = {"rank": 4, "train_batch_size": 5, "learning_rate": 1e-2, "output_dir": "outputs/check", "check": True}
@@ -122,7 +123,10 @@ def check_images(tuning: Any) -> dict[str, Any]:
     config: Any = adapter_config(args, noise_convention=step.objective.source.convention)
     family = run_family(args, pipe)
     model = AdaptedDenoiser(pipe, config, gradient_checkpointing=args.gradient_checkpointing, family=family)
-    if time := time_layers(model.denoiser):
+    is_unseen, no_cheap = args.validation_data_dir is not None, NO_CHEAP
+    if not is_unseen:
+        no_cheap = "pictures that no training saw are few, so give more by --validation_data_dir to compare layers"
+    elif time := time_layers(model.denoiser):
         add_cheap(model, config, time)
     own = replace(step, model=model.train(), prompts=step.prompts or PromptCache(pipe, family))
 
@@ -130,7 +134,11 @@ def check_images(tuning: Any) -> dict[str, Any]:
         return lambda positions: own(collate_samples([{"samples": images.samples_at(p)[:1]} for p in positions]))
 
     losses = loss_of(tuning.dataset), loss_of(tuning.measured_on)
-    return check_training(CheckTask(model, config, args, *losses, step.group_size), tuning.run)
+    measured = HELD_OUT if is_unseen else "Losses on a picture held out"
+    if tuning.measured_on is tuning.dataset:
+        measured = "Losses on the training pictures under other noise"
+    names: dict[str, str] = {"measured": measured, "no_cheap": no_cheap}
+    return check_training(CheckTask(model, config, args, *losses, step.group_size, **names), tuning.run)
 
 
 def add_cheap(model: nn.Module, config: Any, further: Sequence[str] = ()) -> None:

@@ -43,6 +43,8 @@ TITLES = {
     "nara": "NaRA",
 }
 WAYS = ("time", "token")  # of which a task has one at most
+HELD_OUT = "Held-out losses"
+NO_CHEAP = "no time layers are left to adapt, and no place for a token"
 Loss = Callable[[Sequence[int]], StepLoss]
 """Positions in the stream of samples → their losses."""
 
@@ -58,6 +60,7 @@ class CheckTask:
         step_samples: the number of samples of an optimizer step, a multiple of args.train_batch_size, a forward's.
         told: `loss` and `held_out` of inputs with a token that says λ; None where there can be none.
         steps: of the optimizer, of each training. repeats: at most. samples: held out in a repeat, whole batches.
+        measured: what the losses of `held_out` are called. no_cheap: why there is no cheap way, if there is none.
     """
 
     model: nn.Module
@@ -70,6 +73,8 @@ class CheckTask:
     steps: int = 100
     repeats: int = 6
     samples: int = 100
+    measured: str = HELD_OUT
+    no_cheap: str = NO_CHEAP
 
     @property
     def arms(self) -> list[str]:

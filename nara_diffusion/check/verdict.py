@@ -22,12 +22,11 @@ from nara_diffusion.training.report import format_table, write_json
 from nara_diffusion.training.run import Run
 from nara_diffusion.utils.statistics import Interval, interval
 
-from .trials import CHEAP, TITLES, WAYS, CheckTask, Repeat, trials
+from .trials import CHEAP, HELD_OUT, NO_CHEAP, TITLES, WAYS, CheckTask, Repeat, trials
 
 BINS = 10  # equal parts of [0, 1], where λ is
 ABOUT = "rank target_modules learning_rate core_learning_rate seed train_batch_size"  # arguments in check.json
 LIKELY, UNLIKELY, UNKNOWN = "λ is likely to pay", "λ is unlikely to pay", "can't say"
-NO_CHEAP = " No cheap way of telling λ was tried: no time layers are left to adapt, and no place for a token."
 THRESHOLDS = {"pays": 0.02, "nothing": 0.005, "learnt": 0.02, "fewest": 3}
 """The relative gain of a loss from which on it pays; the largest mean gain at which λ is said not to pay, since a
 larger one may grow with more steps; the gain of the lowest loss over the base's without which the trainings show
@@ -50,9 +49,10 @@ def decide(task: CheckTask, progress: bool) -> tuple[list[Repeat], Verdict]:
         repeats.append(repeat)
         if len(repeats) == 1 and progress:
             tqdm.write(time_left(time.perf_counter() - started, task.repeats))
-        if len(repeats) >= THRESHOLDS["fewest"] and ((found := judge(repeats)).way or found.answer == UNLIKELY):
+        found = judge(repeats, task.measured, task.no_cheap)
+        if len(repeats) >= THRESHOLDS["fewest"] and (found.way or found.answer == UNLIKELY):
             break
-    return repeats, judge(repeats)
+    return repeats, judge(repeats, task.measured, task.no_cheap)
 
 
 def time_left(seconds: float, repeats: int) -> str:
@@ -61,8 +61,8 @@ def time_left(seconds: float, repeats: int) -> str:
     return f"the first repeat took {seconds:.0f} s: the verdict comes in {least} at least, {most} at most."
 
 
-def judge(repeats: Sequence[Repeat]) -> Verdict:
-    """The verdict of the first rule that applies."""
+def judge(repeats: Sequence[Repeat], measured: str = HELD_OUT, no_cheap: str = NO_CHEAP) -> Verdict:
+    """The verdict of the first rule that applies; `measured` and `no_cheap` as in `CheckTask`."""
     losses, found = mean_losses(repeats), differences(repeats)
     change = min(loss for arm, loss in losses.items() if arm != "base") / losses["base"] - 1
     if change > -THRESHOLDS["learnt"]:
@@ -72,8 +72,9 @@ def judge(repeats: Sequence[Repeat]) -> Verdict:
         )
     answer, advice, way = _decision(found)
     each = (f"{TITLES[a]} against {TITLES[b]} {described(d)}" for a in found for b, d in found[a].items())
-    numbers = f"Held-out losses in {len(repeats)} repeats: {'; '.join(each)}."
-    return Verdict(answer, f"{advice}. {numbers}{'' if {*WAYS} & {*found} else NO_CHEAP}", way)
+    numbers = f"{measured} in {len(repeats)} repeats: {'; '.join(each)}."
+    untried = "" if {*WAYS} & {*found} else f" No cheap way of telling λ was tried: {no_cheap}."
+    return Verdict(answer, f"{advice}. {numbers}{untried}", way)
 
 
 def _decision(found: dict[str, dict[str, Interval]]) -> tuple[str, str, str | None]:
@@ -97,6 +98,8 @@ def _decision(found: dict[str, dict[str, Interval]]) -> tuple[str, str, str | No
     if max(lora.mean, untold.mean) >= 0:
         other = TITLES["lora" if lora.mean >= 0 else "untold"]
         return UNKNOWN, f"NaRA isn't better than {other} in the mean: {take}", None
+    if any(d.low > -THRESHOLDS["pays"] for d in both):
+        return UNKNOWN, f"an interval excludes {needed}, but not a smaller gain: {take}", None
     return UNKNOWN, f"the intervals allow both {needed} and no gain: {take}, or raise --train_batch_size", None
 
 
@@ -158,6 +161,7 @@ def check_training(task: CheckTask, run: Run) -> dict[str, Any]:
         "model": run.args.pretrained_model_name_or_path,
         **{name: getattr(run.args, name) for name in ABOUT.split()},
         "cheap_rank": getattr(core_holders(task.model)[0].configs.get(CHEAP), "r", None),
+        "measured": task.measured,
         "repeats": len(repeats),
         "differences": {a: {b: d._asdict() for b, d in each.items()} for a, each in differences(repeats).items()},
         "losses": losses,
@@ -166,5 +170,5 @@ def check_training(task: CheckTask, run: Run) -> dict[str, Any]:
     write_json(path, content)
     cells = [[row, *(f"{loss:.4g}" for loss in each.values())] for row, each in losses.items()]
     table = format_table(("λ", *(TITLES[arm] for arm in means)), cells)
-    sys.stdout.write(f"{table}\n\n{verdict.answer}: {verdict.reason}\nall numbers are in {path}\n")
+    sys.stdout.write(f"{task.measured}:\n{table}\n\n{verdict.answer}: {verdict.reason}\nall numbers are in {path}\n")
     return content

@@ -20,12 +20,14 @@ from transformers import get_cosine_schedule_with_warmup
 
 from nara_diffusion import NaraConfig, core_matrix, noise_level
 from nara_diffusion.check import Repeat, check_tasks, decide, judge, published, trials
-from nara_diffusion.check.check_tasks import add_cheap, main
-from nara_diffusion.check.trials import CHEAP, CheckTask, restart
-from nara_diffusion.check.verdict import LIKELY, NO_CHEAP, UNKNOWN, UNLIKELY, bin_means, differences, time_left
+from nara_diffusion.check.check_tasks import add_cheap, check_images, main
+from nara_diffusion.check.trials import CHEAP, NO_CHEAP, CheckTask, restart
+from nara_diffusion.check.verdict import LIKELY, UNKNOWN, UNLIKELY, bin_means, differences, time_left
+from nara_diffusion.dreambooth import train
 from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser
 from nara_diffusion.noise.denoisers import time_layers
 from nara_diffusion.training.arguments import AdapterArguments, OptimizationArguments
+from tests.dreambooth.pictures import folder_of
 from tests.helpers.pipelines.families import small_flux2_dev, small_qwen_image, small_wan_images, small_z_image
 from tests.helpers.small_pipelines import small_flux, small_sd, small_sd3, small_sdxl
 
@@ -80,7 +82,7 @@ def test_decide_of_an_update_that_turns_with_the_level_is_likely():
     """A static update can do nothing; C(λ) can turn the sign."""
     repeats, verdict = decide(linear_task(turning, settings=LONG), progress=False)
     assert (verdict.answer, verdict.way) == (LIKELY, "nara")
-    assert verdict.reason.endswith(NO_CHEAP)
+    assert verdict.reason.endswith(f"{NO_CHEAP}.")
     for losses in ({name: each.mean().item() for name, each in repeat.losses.items()} for repeat in repeats):
         assert losses["lora"] == pytest.approx(losses["base"], rel=0.1)
         assert losses["nara"] < 0.5 * min(losses["lora"], losses["untold"])
@@ -212,6 +214,12 @@ def alike(loss: float) -> dict[str, list[float]]:
         ({"nara": NOISY}, UNKNOWN, None, "NaRA isn't better than LoRA in the mean: take LoRA. Held"),
         ({"nara": LOW, "untold": [0.9, 0.7, 0.8]}, UNKNOWN, None, "isn't better than NaRA without λ in the mean"),
         ({"nara": [0.9, 1.05, 0.98]}, UNKNOWN, None, "no gain: take LoRA, or raise --train_batch_size"),
+        (
+            {"nara": [0.995, 0.99, 0.999]},
+            UNKNOWN,
+            None,
+            "an interval excludes −2.0 %, but not a smaller gain: take LoRA",
+        ),
         (alike(1.99), UNKNOWN, None, "−0.5 % from the base's: raise"),
         (alike(3), UNKNOWN, None, "+50.0 % from the base's: lower --learn"),
     ],
@@ -237,6 +245,33 @@ def test_decide_says_after_the_first_repeat_how_long_the_rest_takes(capsys):
     assert time_left(62.4, 6) == "the first repeat took 62 s: the verdict comes in 125 s at least, 312 s at most."
     decide(linear_task(turning, settings=SHORT | {"repeats": 3}), progress=True)
     assert capsys.readouterr().out.count("the first repeat took ") == 1
+
+
+@pytest.mark.parametrize(
+    ("count", "flags", "measured", "cheap"),
+    [
+        (3, [], "Losses on the training pictures under other noise", False),
+        (4, [], "Losses on a picture held out", False),
+        (3, ["--validation_data_dir", "others"], "Held-out losses", True),
+    ],
+)
+def test_check_of_images_says_what_it_measures_on_and_compares_layers_on_others_only(
+    count: int, flags: list[str], measured: str, cheap: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(check_tasks, "check_training", lambda task, run: task)
+    monkeypatch.setattr(train, "check_images", lambda tuning: (tuning, check_images(tuning)))
+    small_sdxl().save_pretrained("sdxl")
+    folder_of(tmp_path / "pictures", [(20, 16)] * count)
+    folder_of(tmp_path / "others", [(16, 20)] * 2)
+    found: Any = check_tasks.check("sdxl", "pictures", ["--resolution", "16", "--rank", "2", *flags])
+    tuning, task = found
+    assert task.measured == measured
+    assert ("time" in task.arms) == ("--validation_data_dir" not in task.no_cheap) == cheap
+    trained, held_out = ({image.key for image in data.instances} for data in (tuning.dataset, tuning.measured_on))
+    assert (trained == held_out) == ("training pictures" in measured)
+    assert (trained & held_out == set()) == (trained != held_out)
+    assert len(trained | held_out) == count + 2 * cheap
 
 
 @pytest.mark.slow
