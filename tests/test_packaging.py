@@ -91,7 +91,8 @@ def missing_of(page: Path, identifiers: set[str]) -> list[str]:
     """Links, paths and flags of a page that aren't there; `identifiers` are all names in the project's sources."""
     text = page.read_text(encoding="utf-8")
     prose = re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)
-    missing = [link for link in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", prose) if not (page.parent / link).exists()]
+    links = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", prose) + re.findall(r'<img src="([^"]+)"', prose)
+    missing = [link for link in links if not (page.parent / link).exists()]
     if page.name not in FORMER:
         code = "\n".join(re.findall(r"```.*?```|^    .*?$|`[^`\n]*`", text, flags=re.DOTALL | re.MULTILINE))
         paths = re.findall(r"(?<![\w/.-])(?:train_scripts|examples|pipelines|comfyui|docs)/[\w/.-]*\w(?![\w*])", code)
