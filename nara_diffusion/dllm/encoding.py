@@ -16,7 +16,7 @@ import re
 import string
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
@@ -36,6 +36,7 @@ _ALPACA = (
     "Below is an instruction that describes a task{more}. Write a response that appropriately completes the request."
     "\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
 )
+_NO_LIMIT = 2**31 - 1
 _NUMBERS = ("prompt_length", "record", "pairs", "length", "ends_inside")
 
 
@@ -103,9 +104,15 @@ def encode_records(
     kept = dict(zip(numbers.tolist(), pairs.tolist(), strict=True))  # {record: its pairs}
     cut, dropped, partly = int((lengths > max_length).sum()), len(records) - len(kept), sum(kept.values()) - len(rows)
     if not len(rows):
+        whole = replace(encoder, max_length=_NO_LIMIT, max_prompt_length=_NO_LIMIT)
+        lengths = mapped(records, whole, [*key, _NO_LIMIT], Features(features), batch_size=BATCH, desc="tokenise")
+        shortest = min(lengths["prompt_length"])
+        flags = [f"--max_length {shortest + 1} or more"] * (max_length <= shortest)
+        flags += [f"--data_options max_prompt_length={shortest} or more"] * ((max_prompt_length or shortest) < shortest)
         raise ValueError(
-            f"{name}: nothing is left of {counted(len(records), 'record')}, as their prompts have more than {longest} "
-            f"tokens, and max_length is {max_length}: raise it if the model has more positions, or take shorter prompts"
+            f"{name}: nothing is left of {counted(len(records), 'record')}. The shortest prompt has {shortest} tokens, "
+            f"and {longest} are allowed: give {' and '.join(flags)}, if the model has as many positions, or take "
+            "shorter prompts"
         )
     most = sorted(lengths)[int(0.9 * (len(rows) - 1))]
     summary = f"90 % of its {counted(len(rows), 'row')} have {most} tokens or fewer, and max_length is {max_length}"

@@ -10,12 +10,16 @@ The first record shows the form, by the usual names of its fields or by names th
 `answer` is what a generation is compared with, and is the whole output where there is none. Fields hold texts, numbers,
 true or false. `datasets` loads and caches all of it. JSON it loads as lines of text, which are parsed here: its own
 JSON reader makes a date of the text "2024-01-02" and 1.5 of 1.50, and names neither file nor line of what is broken.
+All columns of a CSV file are texts, for the same reason.
 """
 
 from __future__ import annotations
 
+import csv
 import glob
+import gzip
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -51,7 +55,8 @@ _KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool", *_ROLES)
 def read_records(
     name: str | Path, fields: Mapping[str, str] | None = None, *, config: str | None = None, limit: int | None = None
 ) -> Dataset:
-    """The records of a file (JSON list or JSON Lines, gzipped or not, or parquet), a folder, or a data set on the Hub.
+    """The records of a file (JSON list, JSON Lines or CSV, gzipped or not, or parquet), a folder, or a data set on the
+    Hub.
 
     A Dataset of texts `instruction`, `input`, `output`, `answer`; conversations have `turns` too, what stands before
     the output as {role, content}, empty where that is the instruction alone. Its `info.description` names the source
@@ -78,14 +83,42 @@ def read_records(
     kind, _, split = str(path).partition(":")
     options: dict[str, Any] = {"name": config, "split": split or "train"}
     source = str(path) if path.exists() else f"{path} on the Hub (there is no {path} here)"
-    if path.is_file():
-        kind = "parquet" if path.suffix == ".parquet" else "text"
-        options = {"data_files": glob.escape(str(path.absolute())), "split": "train"}
     try:
+        if path.is_file():
+            kind = {".parquet": "parquet", ".csv": "csv"}.get(Path(path.name.removesuffix(".gz")).suffix, "text")
+            options = {"data_files": glob.escape(str(path.absolute())), "split": "train"}
+            if kind != "parquet":
+                _check_encoding(path)
+            options |= _texts_of_csv(path) if kind == "csv" else {}
         rows = load_dataset(kind, **options)
     except Exception as error:  # whatever `datasets` raises: it has a dozen classes for "not found" alone
         raise ValueError(f"{source} can't be read: {error.__cause__ or error}") from error
     return _records(rows, fields or {}, source, limit, is_json=kind == "text")  # type: ignore[arg-type]
+
+
+def _texts_of_csv(path: Path) -> dict[str, Any]:
+    """The options by which `datasets` reads each column of a CSV file as text, and an empty field as an empty one."""
+    from datasets import Features, Value
+
+    with _opened(path) as file:
+        header = next(csv.reader(line.decode("utf-8-sig") for line in file), [])
+    return {"features": Features({name: Value("string") for name in header}), "na_filter": False}
+
+
+def _check_encoding(path: Path) -> None:
+    """Raises ValueError with the first line of a text file that isn't UTF-8."""
+    with _opened(path) as file:
+        for number, line in enumerate(file, 1):
+            try:
+                is_text = "\0" not in line.decode()  # UTF-16 has zero bytes
+            except UnicodeDecodeError:
+                is_text = False
+            if not is_text:
+                raise ValueError(f"line {number} isn't UTF-8 (UTF-16 or Latin-1, perhaps): save it as UTF-8")
+
+
+def _opened(path: Path) -> Any:
+    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
 
 
 def normalized(records: Iterable[Mapping[str, Any]], *, source: str) -> Dataset:
@@ -190,15 +223,18 @@ class _Reader:
                 f"{self.source} breaks at line {line + error.lineno - 1}, column {error.colno}: {error.msg}. Each line "
                 "has to hold one whole object; a list over several lines has to start with ["
             ) from None
+        except (ValueError, RecursionError) as error:  # Python's limit of digits, and of nested brackets
+            why = "nested too deeply" if isinstance(error, RecursionError) else f"too large a number ({error})"
+            raise ValueError(f"{self.source} can't be read at line {line}: {why}; take the record out") from None
 
     def row(self, record: Any, where: str) -> dict[str, Any]:
         """A record as one of `read_records`."""
         if not isinstance(record, Mapping):
             raise ValueError(f"{where}: expected an object, found {repr(record)[:60]}")
-        if "messages" in self.names and record.get(self.names["messages"]) is None:
+        if "messages" in self.names and record.get(name := self.names["messages"]) is None:
+            found = f"has null as its {name}" if name in record else f"has no {name}, it has {', '.join(record)}"
             raise ValueError(
-                f"{where} has no {self.names['messages']}, it has {', '.join(record)}: the first record decides the "
-                "form of all, so put other forms into files of their own"
+                f"{where} {found}: the first record decides the form of all, so put other forms into files of their own"
             )
         row: dict[str, Any]
         if "messages" in self.names:
@@ -219,6 +255,7 @@ class _Reader:
         """The text of a field, unchanged: white space at the start of an output can be Python's."""
         name = self.names.get(what)
         value = record.get(name, "") if name else ""
+        value = None if isinstance(value, float) and math.isnan(value) else value  # what Parquet has for a missing one
         if not isinstance(value, str | int | float | None):
             raise ValueError(f"{where}: its {what}, field {name!r}, is {repr(value)[:60]}: expected a text or a number")
         text = "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -38,7 +38,7 @@ class ModelArguments:
         None, "text of the mask token, where the checkpoint doesn't name it", within="model_options"
     )
     dataset_name: str | None = option(None, "Data set on the Hub, or NAME:SPLIT, in place of a file.")
-    train_file: str | None = option(None, "File of records: JSON list, JSON Lines, gzip of one, or parquet.")
+    train_file: str | None = option(None, "File of records: JSON list, JSON Lines or CSV, gzip of one, or parquet.")
     max_train_samples: int | None = option(
         None, "Take the first so many training records; none takes all.", unit="records"
     )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 import re
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -58,16 +60,20 @@ def test_form_of_a_record_is_recognised_and_said(tmp_path: Path) -> None:
 TEXTS = ["1.50", "007", "2024-01-02", "2024-01-02 03:04:05", "1e3", "true", "null", " x\u2028y ", '"']
 
 
-@pytest.mark.parametrize(
-    "name", ["own.jsonl", "own.json", "own.jsonl.gz", "own.json.gz", "own.parquet", "own[1].jsonl", "bom.jsonl"]
-)
+FILES = ["own.jsonl", "own.json", "own.jsonl.gz", "own.json.gz", "own.parquet", "own[1].jsonl", "bom.jsonl"]
+
+
+@pytest.mark.parametrize("name", [*FILES, "own.csv", "own.csv.gz", "bom.csv"])
 def test_texts_are_read_as_they_are_whatever_they_look_like(tmp_path: Path, name: str) -> None:
     rows = [{"prompt": text, "completion": text} for text in TEXTS]
     for start in range(0, len(rows), 3):  # a column of dates alone is where readers guess
         part, file = rows[start : start + 3], tmp_path / str(start) / name
         file.parent.mkdir()
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\r\n\r\n" for row in part)
-        content = (lines if ".jsonl" in name else json.dumps(part, indent=1)).encode()
+        table = StringIO()
+        csv.writer(table).writerows([part[0], *(row.values() for row in part)])
+        text = lines if ".jsonl" in name else table.getvalue() if ".csv" in name else json.dumps(part, indent=1)
+        content = text.encode()
         if name.endswith("parquet"):
             Dataset.from_list(part).to_parquet(file)
         else:
@@ -113,6 +119,32 @@ def test_folder_and_names_that_begin_as_paths_are_not_asked_of_the_hub(tmp_path:
     ]
 
 
+def test_missing_values_of_parquet_and_csv_are_refused(tmp_path: Path) -> None:
+    """Parquet has NaN for a missing number, which is no text."""
+    parquet, table = tmp_path / "own.parquet", tmp_path / "own.csv"
+    Dataset.from_dict({"question": ["a", "b"], "answer": [1.5, float("nan")]}).to_parquet(parquet)
+    table.write_text("question,answer\na,1.5\nb\n")
+    for file in (parquet, table):
+        with pytest.raises(ValueError, match=rf"^record 2 of {file}: its output, field 'answer', is missing"):
+            read_records(file)
+
+
+@pytest.mark.parametrize(("encoding", "line"), [("utf-16", 1), ("utf-16-le", 1), ("latin-1", 2)])
+def test_file_in_another_encoding_is_refused_with_its_line(tmp_path: Path, encoding: str, line: int) -> None:
+    for name, lines in {"a.jsonl": ['{"text": "ab"}', '{"text": "café"}'], "a.csv": ["text", "café"]}.items():
+        file = tmp_path / name
+        file.write_bytes("\n".join(lines).encode(encoding))
+        with pytest.raises(ValueError, match=rf"^{file} can't be read: line {line} isn't UTF-8 .*: save it as UTF-8"):
+            read_records(file)
+
+
+@pytest.mark.parametrize(("value", "why"), [("1" * 5000, "too large a number"), ("[" * 200_000, "nested too deeply")])
+def test_json_beyond_python_s_limits_is_refused_with_its_line(tmp_path: Path, value: str, why: str) -> None:
+    (tmp_path / "own.jsonl").write_text(f'{{"text": "a"}}\n{{"text": {value}}}\n')
+    with pytest.raises(ValueError, match=rf"^{tmp_path / 'own.jsonl'} can't be read at line 2: {why}"):
+        read_records(tmp_path / "own.jsonl")
+
+
 PAIRED, CONVERSED = {"prompt": "a", "completion": "b"}, {"messages": messages(*CHAT)}
 NO_CHAT = "field 'messages': expected"
 
@@ -127,6 +159,7 @@ def test_record_that_does_not_fit_is_named_with_its_fields_and_flags(tmp_path: P
         (PAIRED, CONVERSED, {}, ["is missing or empty; it has messages, and the first record decides the form"]),
         (PAIRED, {}, {"output": "reply"}, ["record 1", "prompt, completion", "'reply'", "output_field=NAME"]),
         ({"q": "a"}, {}, {}, ["record 1", "messages or conversations, ", "question) ", "response or answer), or text"]),
+        (CONVERSED, {"messages": None}, {}, ["has null as its messages: the first record decides"]),
         (CONVERSED, {"messages": "hello"}, {}, [NO_CHAT]),
         (CONVERSED, {"messages": messages(("user", "a"))}, {}, [NO_CHAT]),
         (CONVERSED, {"messages": [{"role": "user", "content": ["w7"]}]}, {}, [NO_CHAT, "content has to be a text"]),
@@ -179,6 +212,21 @@ def test_holding_out_more_than_is_left_is_refused(tmp_path: Path, count: int, gi
 def rows_of(folder: Path, tokenizer: Any, *outputs: str, **options: Any) -> Dataset:
     records = [{"instruction": f"upper: {output.lower()}", "output": output} for output in outputs]
     return encode_records(read_records(write(folder / "own.jsonl", *records)), tokenizer, **options).rows
+
+
+def test_prompts_that_leave_nothing_are_refused_with_the_shortest_and_the_flag(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(LLADA_TINY)
+    shortest = rows_of(tmp_path, tokenizer, "AB", max_length=64)["prompt_length"][0]
+    least, most = f"--max_length {shortest + 1} or more", rf"max_prompt_length={shortest} or more"
+    for options, flags in (
+        ({"max_length": shortest}, least),
+        ({"max_length": 64, "max_prompt_length": shortest - 1}, f"--data_options {most}"),
+        ({"max_length": 9, "max_prompt_length": 8}, f"{least} and --data_options {most}"),
+    ):
+        message = f"nothing is left of 2 records. The shortest prompt has {shortest} tokens, .* give {flags}"
+        with pytest.raises(ValueError, match=message):
+            rows_of(tmp_path, tokenizer, "AB", "ABCDE", **options)
+    assert len(rows_of(tmp_path, tokenizer, "AB", "ABCDE", max_length=shortest + 1)) == 1
 
 
 def test_end_token_inside_an_answer_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
