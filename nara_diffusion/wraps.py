@@ -34,10 +34,8 @@ from transformers.utils.loading_report import LoadStateDictInfo
 from nara_diffusion.config import NaraConfig, NaraPeftType
 from nara_diffusion.loaders.file import METADATA_KEY
 from nara_diffusion.loaders.insertion import TEXT_ENCODER, adapters_of
-from nara_diffusion.loaders.schedulers import follow_adapters
 from nara_diffusion.loaders.strict import is_core_key
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
-from nara_diffusion.tuner.holder import holder_of
 from nara_diffusion.tuner.model import NaraModel
 from nara_diffusion.tuner.snapshot import restored_on_error
 from nara_diffusion.tuner.strength import check_strength, give_strength, strength_of
@@ -201,9 +199,6 @@ def _set_adapters(original: Any, pipe: Any, adapter_names: list[str] | str, adap
         original(pipe, names, _numbers(adapter_weights))
         for model, name, weight in scheduled:
             give_strength(model, name, weight)
-    for holder in filter(None, map(holder_of, models.values())):
-        for each in holder.present_pipelines():
-            follow_adapters(each)
 
 
 def _holds_nara(model: Any) -> bool:

@@ -23,7 +23,6 @@ RUNS: dict[str, tuple[dict[str, Any], str]] = {
     "04_several_adapters": ({"steps": 2, "n": 4}, "merged at λ = 0.5"),
     "05_load_nara_weights": ({"steps": 3, "sample_steps": 2}, "gives the base's pixels again: True"),
     "06_own_core": ({"steps": 2, "n": 4}, "gives the same logits: True"),
-    "07_convert_a_model": ({"steps": 8, "n": 8, "sample_steps": 2}, "gives the base's pixels again: True"),
 }
 """{example: (arguments of its main, what it prints)}."""
 
@@ -43,7 +42,7 @@ def test_example_prints_and_draws_what_it_shows(name, tmp_path, capsys):
 
 def test_preferences_go_where_imitation_does_not(capsys):
     """A run of 20 steps of the 80: on held-out pairs, and in what is written."""
-    found = import_module("08_preferences").main(steps=20, n=40, batch_size=8)
+    found = import_module("07_preferences").main(steps=20, n=40, batch_size=8)
     (base, _), (imitated, few), (preferred, many) = found.values()
     assert base < 0.35
     assert imitated < 0.5

@@ -7,8 +7,6 @@ adapters have C = I. Its files, and how a user's pipeline reads them:
     NaRA's family           pytorch_nara_weights.safetensors     pipe.load_nara_weights(folder)
     lora, dora, rslora      pytorch_lora_weights.safetensors     pipe.load_lora_weights(folder)
     other adapters of PEFT  COMPONENT/adapter_config.json, …     PeftModel.from_pretrained(pipe.unet, "folder/unet")
-    of a converted model,   scheduler/scheduler_config.json      type(…).from_pretrained(folder, subfolder="scheduler")
-      all but NaRA's family, whose file carries it
 
 A COMPONENT is what was trained, by its name in the pipeline: unet, transformer, text_encoder, …. A checkpoint has the
 same, and, for training to go on, trainable.safetensors, what is trained and the adapters' buffers by their names in the
@@ -17,7 +15,6 @@ model.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
@@ -32,10 +29,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nara_diffusion import NaraConfig
-from nara_diffusion.export.plain_lora import SCHEDULER
 from nara_diffusion.loaders.file import load_peft_adapter
 from nara_diffusion.loaders.insertion import check_storable
-from nara_diffusion.loaders.schedulers import build_scheduler
 from nara_diffusion.loaders.strict import check_loaded, check_tensors
 from nara_diffusion.noise.level import find_holders
 from nara_diffusion.training.adapters import CORE_FIELDS, check_target_modules, recompute_activations
@@ -57,7 +52,6 @@ class AdaptedDenoiser(nn.Module):
     Args:
         pipe: a pipeline of a known family with frozen weights.
         config: of the denoiser's adapter, PEFT's or NaRA's; see `text_config` for that of the text encoders.
-        scheduler: of the model that it is converted to; None where it isn't.
         family: of `pipe`, with the conditions of the run; None takes its defaults.
 
     Raises:
@@ -71,7 +65,6 @@ class AdaptedDenoiser(nn.Module):
         *,
         train_text_encoder: bool = False,
         gradient_checkpointing: bool = False,
-        scheduler: Any = None,
         family: Family | None = None,
     ) -> None:
         super().__init__()
@@ -79,13 +72,13 @@ class AdaptedDenoiser(nn.Module):
         if isinstance(config, NaraConfig):
             check_storable(config, self.family.denoiser)
         self.pipe = pipe  # not a module: it saves the adapter, and holds the tokenizers
-        self.config, self.scheduler = config, scheduler
+        self.config = config
         base = getattr(pipe, self.family.denoiser)
         if gradient_checkpointing:
             base.enable_gradient_checkpointing()
         setattr(self, self.family.denoiser, adapt(base, config))
         for holder in find_holders(self.denoiser):
-            holder.length = (scheduler or pipe.scheduler).config.get("num_train_timesteps")
+            holder.length = pipe.scheduler.config.get("num_train_timesteps")
         for name in self.family.text_encoders if train_text_encoder else ():
             encoder = getattr(pipe, name)
             if gradient_checkpointing:
@@ -174,8 +167,6 @@ def write_adapter(model: AdaptedDenoiser, folder: Path, state: dict[str, Any]) -
     else:
         for name, component in model.components.items():
             component.save_pretrained(str(folder / name))
-    if model.scheduler is not None:
-        model.scheduler.save_pretrained(folder / SCHEDULER)
 
 
 def _write_lora(model: AdaptedDenoiser, folder: Path) -> None:
@@ -227,10 +218,6 @@ def adapter_loaded(pipe: Any, folder: Path | None) -> Iterator[None]:
         return
     family = family_of(pipe)
     with ExitStack() as stack:
-        stack.callback(setattr, pipe, "scheduler", pipe.scheduler)
-        if (folder / SCHEDULER).is_dir():
-            fields = (folder / SCHEDULER / "scheduler_config.json").read_text(encoding="utf-8")
-            pipe.scheduler = build_scheduler(json.loads(fields))
         if (folder / LORA_WEIGHTS).is_file():
             stack.callback(pipe.unload_lora_weights)
             _load_lora(pipe, folder)

@@ -11,10 +11,9 @@ the saved adapter was loaded as a user loads it; all processes share the work.
 
 from __future__ import annotations
 
-import logging
 import shutil
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,6 @@ from nara_diffusion.training.report import validation_means
 from nara_diffusion.training.run import Run
 from nara_diffusion.utils.naming import is_out_of_reach
 
-from .conversion import IdentityReading
 from .denoiser import adapter_loaded, write_adapter
 from .image_records import load_image, to_rgb
 from .samples import SampleSettings, sample_images, write_grid
@@ -130,9 +128,6 @@ def without_words(prompt: str, words: Iterable[str]) -> str:
     return " ".join(word for word in prompt.split() if word.strip(",.").lower() not in dropped)
 
 
-logger = logging.getLogger(__name__)
-
-
 # ---------------------------------------------------------------------- of a training
 
 
@@ -204,15 +199,6 @@ class Evaluation:
             if hasattr(tracker, "log_images"):
                 options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images(shown, step=step, **options)
-
-    def identity_loss(self, loss: str) -> float:
-        """The validation loss of a conversion's base, read by the identity; logged as `loss`, with that of the base as
-        it is."""
-        read = replace(self.loss, reading=IdentityReading(self.pipe.scheduler, self.loss.objective))
-        identity, as_it_is = (each.curve(self.pipe, self.run.accelerator).mean().item() for each in (read, self.loss))
-        what = f"{loss} {identity:.3f}; as it is, where a new adapter starts: {as_it_is:.3f}"
-        logger.info("the base, read by the identity (no training): %s", what)
-        return identity
 
 
 def load_encoders(args: Any, device: torch.device) -> dict[str, Encoder | None]:

@@ -17,10 +17,8 @@ from nara_diffusion.training.arguments import (
 )
 from nara_diffusion.training.parser import option, spread_options
 
-from .conversion import CONVERSIONS
 from .family import TRANSFORMER_TARGETS, Family
 from .image_records import check_prompt
-from .objectives import FLOW
 from .pipelines import family_of, family_of_model
 
 UNET_TARGETS = list(TRANSFORMER_TARGETS)
@@ -107,14 +105,6 @@ class ImageAdapterArguments(AdapterArguments):
 class ObjectiveArguments:
     """Objective"""
 
-    prediction_type: str | None = option(
-        None,
-        "Teach the model to predict this in place of what it does: epsilon (the noise), v_prediction on the same "
-        "schedule, or flow_prediction (the velocity of a rectified flow). The adapter's file carries the scheduler "
-        "that then samples. Before training, the log says the loss of the base read by the identity.",
-        choices=CONVERSIONS,
-        rare=True,
-    )
     stratified_timesteps: bool = option(
         False, "Spread the timesteps of each optimizer step evenly over the schedule.", rare=True
     )
@@ -129,9 +119,6 @@ class ObjectiveArguments:
         rare=True,
     )
     objective_options: dict[str, Any] = option({}, "Further settings of the objective:", rare=True)
-    rescale_betas_zero_snr: bool = option(
-        False, "a schedule that ends in pure noise; with --prediction_type v_prediction", within="objective_options"
-    )
     noise_offset: float = option(
         0.0, "standard deviation of a shift of each channel's noise, 0.1 at most as a rule", within="objective_options"
     )
@@ -216,7 +203,6 @@ class DreamBoothArguments(
 
 def _check_combinations(args: Any) -> None:
     method = method_of(args).family
-    is_converted = args.prediction_type is not None or args.rescale_betas_zero_snr
     mistakes = {
         f"adapter {args.adapter} puts virtual tokens before a language model's text: choose another.": (
             method == "prompt"
@@ -229,10 +215,6 @@ def _check_combinations(args: Any) -> None:
         ),
         "text_encoder_lr is set, but the text encoders aren't trained: add train_text_encoder.": (
             args.text_encoder_lr is not None and not args.train_text_encoder
-        ),
-        "a model that is converted at some noise levels alone predicts something else at the others: leave "
-        "min_noise_level and max_noise_level out with prediction_type and rescale_betas_zero_snr.": (
-            is_converted and (args.min_noise_level, args.max_noise_level) != (None, None)
         ),
         f"weighting_scheme {args.weighting_scheme!r} weights the errors, and so does snr_gamma: leave one out.": (
             args.snr_gamma is not None and args.weighting_scheme in WEIGHTING
@@ -251,16 +233,13 @@ def run_family(args: Any, pipe: Any = None) -> Family:
     """
     named = {"name": args.pretrained_model_name_or_path, "revision": args.revision}
     family = family_of_model(**named) if pipe is None else family_of(pipe)
-    no_flow = not family.is_flow and args.prediction_type != FLOW
     unread = {  # argument: (whether the family can't express it, why)
         "train_text_encoder": (not family.text_encoders, "is trained with its text encoders as they are"),
         "max_sequence_length": (family.max_sequence_length is None, "reads the tokens that its CLIP has places for"),
         "training_guidance_scale": (family.guidance is None, "has no distilled guidance"),
-        "prediction_type": (family.is_flow, "is a rectified flow, and predicts its velocity already"),
-        "rescale_betas_zero_snr": (family.is_flow, "is a rectified flow, which ends in pure noise as it is"),
         "snr_gamma": (family.is_flow, "is a rectified flow, whose weights are --weighting_scheme's"),
-        "weighting_scheme": (no_flow, f"is no rectified flow, unless --prediction_type is {FLOW}"),
-        "flow_shift": (no_flow, f"is no rectified flow, unless --prediction_type is {FLOW}"),
+        "weighting_scheme": (not family.is_flow, "is no rectified flow"),
+        "flow_shift": (not family.is_flow, "is no rectified flow"),
     }
     for name, (is_unread, why) in unread.items():
         if is_unread and getattr(args, name) not in (None, False, "none"):

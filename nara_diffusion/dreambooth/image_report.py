@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from nara_diffusion.export.plain_lora import SCHEDULER
-from nara_diffusion.noise.prediction import prediction_by
 from nara_diffusion.training.adapters import method_of
 from nara_diffusion.training.arguments import schedule_of
 from nara_diffusion.training.report import core_import, needs_schedule, reads_noise
@@ -21,7 +19,7 @@ GRID = "samples.png"
 _LOADING = """\
 ```python
 import torch
-from diffusers import {classes}
+from diffusers import {pipeline}
 {imports}
 pipe = {pipeline}.from_pretrained({base!r}, dtype={dtype}{absent})
 {loading}
@@ -40,13 +38,10 @@ _IMPORTS = {
 _NOISE = "\n\nThe adapter reads the noise level λ from the timestep of each step."
 
 
-def describe(
-    evaluation: Evaluation, before: Measurement, after: Measurement, pipe: Any, converted: Any, data: str
-) -> dict[str, Any]:
+def describe(evaluation: Evaluation, before: Measurement, after: Measurement, pipe: Any, data: str) -> dict[str, Any]:
     """Write samples.png, samples-before and samples-after into the run's folder; and what its card says.
 
     Args:
-        converted: the scheduler of the model that the base `pipe` was converted to, or None.
         data: what was trained on, in words.
     """
     run, settings = evaluation.run, evaluation.settings
@@ -67,7 +62,7 @@ def describe(
         "unit": "mean squared error",
         "about": f"for `{args.pretrained_model_name_or_path}`, trained on {data}.",
         "how_good": (f"![training images, and samples before and after]({GRID})", ending),
-        "loading": _loading(args, settings, run.hub_id or str(folder), pipe, converted),
+        "loading": _loading(args, settings, run.hub_id or str(folder), pipe),
         "tags": ["text-to-image", family_of(pipe).name, "diffusers", "dreambooth"],
         "library": "diffusers",
         "instance_prompt": args.instance_prompt,
@@ -75,10 +70,10 @@ def describe(
     }
 
 
-def _loading(args: Any, settings: SampleSettings, load_from: str, pipe: Any, converted: Any) -> str:
+def _loading(args: Any, settings: SampleSettings, load_from: str, pipe: Any) -> str:
     """The card's code, and what has to be known of it."""
     dtype = {"fp16": "torch.float16", "bf16": "torch.bfloat16"}.get(args.mixed_precision, "torch.float32")
-    method, family, classes = method_of(args).family, family_of(pipe), [type(pipe).__name__]
+    method, family = method_of(args).family, family_of(pipe)
     imports, ending = _IMPORTS.get(method, ""), _NOISE if reads_noise(args) or needs_schedule(args) else ""
     if needs_schedule(args):
         lines = [f"pipe.load_lora_weights({load_from!r}, adapter_name={_NAME!r})", schedule_line(args, family)]
@@ -88,20 +83,11 @@ def _loading(args: Any, settings: SampleSettings, load_from: str, pipe: Any, con
     else:  # PEFT changes the component itself
         trained = [family.denoiser, *(family.text_encoders if args.train_text_encoder else [])]
         lines = [f"PeftModel.from_pretrained(pipe.{name}, {load_from!r}, subfolder={name!r})" for name in trained]
-    if converted is not None:
-        kind = type(converted).__name__
-        how = "`load_nara_weights` sets the scheduler that it needs, and `unload_nara_weights` brings the old one back"
-        if method != "nara":
-            classes.append(kind)
-            lines.append(f"pipe.scheduler = {kind}.from_pretrained({load_from!r}, subfolder={SCHEDULER!r})")
-            how = "set the scheduler, as above, whenever the weights are loaded"
-        ending += f"\n\nThe model now predicts {prediction_by(converted)} and is sampled by {kind}: {how}."
     # components that are None and have to be passed as None
     absent = {name for name, part in pipe.components.items() if part is None} - set(pipe._optional_components)
     call = family.sampling(dict(settings.call), 1)
     code = _LOADING.format(
-        classes=", ".join(classes),
-        pipeline=classes[0],
+        pipeline=type(pipe).__name__,
         absent="".join(f", {name}=None" for name in sorted(absent)),
         imports=imports,
         base=args.pretrained_model_name_or_path,

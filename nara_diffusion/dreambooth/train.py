@@ -36,8 +36,6 @@ from accelerate.utils import DistributedType
 from diffusers.training_utils import generate_aspect_ratio_buckets, parse_buckets_string
 
 from nara_diffusion.check.check_tasks import check_images
-from nara_diffusion.loaders.schedulers import scheduler_fields
-from nara_diffusion.noise.prediction import prediction_by
 from nara_diffusion.training.adapter_weights import start_from
 from nara_diffusion.training.adapters import adapter_config, check_target_modules, title_of
 from nara_diffusion.training.arguments import schedule_of
@@ -48,7 +46,6 @@ from nara_diffusion.training.report import finish, window_facts
 from nara_diffusion.training.run import Run, start_run
 from nara_diffusion.utils.naming import counted
 
-from .conversion import converted_scheduler
 from .dataset import DreamBoothDataset, collate_samples
 from .denoiser import AdaptedDenoiser, read_checkpoint, write_adapter, write_checkpoint
 from .fidelity import Evaluation, load_encoders
@@ -92,13 +89,10 @@ class FineTuning:
         self.pipe = self._load(run.dtype, vae_dtype=torch.float32)
         run.record_base_digests(folders_of(args, self.pipe), args.variant)
         self.family = run_family(args, self.pipe)
-        target = converted_scheduler(self.pipe.scheduler, args.prediction_type, args.rescale_betas_zero_snr)
-        self.converted = None if target is self.pipe.scheduler else target
-        self.step = training_step(args, self.pipe, self.family, target, run.accelerator.device, run.global_batch)
+        self.step = training_step(args, self.pipe, self.family, run.accelerator.device, run.global_batch)
         self.config: Any = adapter_config(
             args,
             noise_convention=self.step.objective.source.convention,
-            scheduler=None if self.converted is None else scheduler_fields(self.converted),
             strength=schedule_of(args),
         )
         # what shows only with the model at hand is refused before hours go into class images
@@ -203,7 +197,6 @@ class FineTuning:
             **window_facts(args),
         }
         run.open(self.facts)
-        self.identity = self._identity_loss()
         loss, validate = replace(self.step, model=denoiser), partial(self.evaluation.validate, denoiser)
         train(run, parts, loss, validate)
         save_adapter(run.accelerator, denoiser, run.folder, write_adapter)
@@ -229,34 +222,19 @@ class FineTuning:
             self.config,
             train_text_encoder=args.train_text_encoder,
             gradient_checkpointing=args.gradient_checkpointing,
-            scheduler=self.converted,
             family=self.family,
         )
         if checkpoint is not None:
             read_checkpoint(model, checkpoint)
         elif args.init_adapter is not None:
-            start_from(model.components, args.init_adapter, self.pipe, prediction=prediction_by(self.converted))
+            start_from(model.components, args.init_adapter, self.pipe)
         return model
-
-    def _identity_loss(self) -> float | None:
-        """Of a conversion: what its base can do untrained."""
-        if self.converted is None:
-            return None
-        measured = "loss on the training images" if self.measured_on is self.dataset else "held-out loss"
-        identity = self.evaluation.identity_loss(measured)
-        self.facts["base read by the identity"] = f"{measured} {identity:.3f}, without training"
-        return identity
 
     def report(self) -> dict[str, Any]:
         """Measures, and writes the report; what results.json holds."""
         args, run = self.args, self.run
         before, after = self.evaluation.measure(None, "before"), self.evaluation.measure(run.folder, "after")
-        others = {} if self.identity is None else {"identity_loss": self.identity}
         data = self.facts["trained on"]
-        if self.identity is not None and self.identity < after.validation_loss:
-            what = f"{self.identity:.3f}, is better than what the training reached, {after.validation_loss:.3f}"
-            advice = "where no host needs the new form, read the base so and leave the adapter out"
-            logger.info("the base read by the identity, %s: %s (docs/conversion.md)", what, advice)
         return finish(
             run,
             before,
@@ -265,12 +243,11 @@ class FineTuning:
             figures=figures(before, after),
             facts=self.facts,
             schedule_line=schedule_line(args, self.family),
-            describe=partial(describe, self.evaluation, before, after, self.pipe, self.converted, data),
+            describe=partial(describe, self.evaluation, before, after, self.pipe, data),
             n=len(after.images),
             trainable_parameters=self.trainable,
             base_model=args.pretrained_model_name_or_path,
             resolution=args.resolution,
-            **others,
         )
 
 

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from nara_diffusion.training.arguments import window_of
 from nara_diffusion.training.engines import split_across_processes
 
-from .conversion import IdentityReading
 from .dataset import TrainingSample
 from .draws import draw_indices, draw_noise, drawable_levels, seeded_normal
 from .family import Embeddings, Family, stack_padded
@@ -205,12 +204,12 @@ class TrainingStep:
         return self.objective.corrupt(latents.to(self.device), torch.cat(noise).to(self.device), torch.cat(indices))
 
 
-def training_step(
-    args: Any, pipe: Any, family: Family, scheduler: Any, device: torch.device, group_size: int
-) -> TrainingStep:
-    """The loss of a run, of the denoiser of `pipe`, as a model that is sampled by `scheduler`."""
+def training_step(args: Any, pipe: Any, family: Family, device: torch.device, group_size: int) -> TrainingStep:
+    """Return the loss of a run for the denoiser of `pipe`, which keeps predicting what its scheduler expects."""
     scheme = args.weighting_scheme
-    objective = build_objective(scheduler, snr_gamma=args.snr_gamma, shift=args.flow_shift, weighting_scheme=scheme)
+    objective = build_objective(
+        pipe.scheduler, snr_gamma=args.snr_gamma, shift=args.flow_shift, weighting_scheme=scheme
+    )
     density = {name: getattr(args, name) for name in ("logit_mean", "logit_std", "mode_scale")}
     return TrainingStep(
         model=getattr(pipe, family.denoiser),
@@ -241,7 +240,6 @@ class ValidationLoss:
     seed: int  # of the noise
     points: int  # noise levels
     batch_size: int
-    reading: IdentityReading | None = None  # how the pipeline's prediction is read as the objective's
 
     @property
     def indices(self) -> list[int]:
@@ -272,11 +270,8 @@ class ValidationLoss:
             corrupted = self.objective.corrupt(latents.to(device), noise.to(device), indices)
             embeddings = tuple(t.to(device) for t in self.family.encode(pipe, [sample.prompt for sample in batch]))
             time_ids = torch.tensor([sample.time_ids for sample in batch], device=device)
-            seen, reading = corrupted.model_input, self.reading
-            inputs = (seen, corrupted.timestep) if reading is None else reading.base_inputs(seen, indices)
+            inputs = (corrupted.model_input, corrupted.timestep)
             prediction = self.family.predict(denoiser, *inputs, time_ids, embeddings)
-            if reading is not None:
-                prediction = reading.prediction(seen, prediction, indices)
             losses += squared_errors(prediction, corrupted).tolist()
         return losses
 

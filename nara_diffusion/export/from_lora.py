@@ -20,7 +20,7 @@ from torch import nn
 from nara_diffusion.config import NaraConfig, changes_base
 from nara_diffusion.loaders.file import AdapterPart
 from nara_diffusion.loaders.insertion import LOADED_FLAG, TEXT_ENCODER
-from nara_diffusion.loaders.schedulers import adopt_schedulers, check_schedulers
+from nara_diffusion.loaders.schedulers import check_schedulers, read_schedule_of
 from nara_diffusion.loaders.strict import check_tensors
 from nara_diffusion.tuner.snapshot import restored_on_error
 from nara_diffusion.tuner.strength import layers_of
@@ -43,8 +43,7 @@ def from_lora(lora: str | os.PathLike[str], model: Any, adapter_name: str = "def
         model = from_lora("folder of a PEFT LoRA", backbone, core_type="hypernetwork")
         from_lora("pytorch_lora_weights.safetensors", pipe)              # then pipe.save_nara_weights(…)
 
-    A scheduler that the LoRA needs, if it was made of an adapter that had one, is kept in the NaRA's configuration, and
-    a pipeline uses it from then on.
+    A LoRA that was folded from an adapter with a `scheduler` needs a pipeline whose scheduler expects its prediction.
 
     Args:
         lora: a folder in PEFT's format, as `save_pretrained` of a PeftModel or of `to_lora(…)` writes it; or, for a
@@ -73,7 +72,7 @@ def from_lora(lora: str | os.PathLike[str], model: Any, adapter_name: str = "def
             _insert(part, getattr(model, component), adapter_name, own, origin, undo, inject=True)
         inserted = {name: AdapterPart(getattr(model, name).peft_config[adapter_name], {}) for name in parts}
         check_schedulers(model, inserted)
-        adopt_schedulers(model, inserted)
+        read_schedule_of(model)
     return model
 
 

@@ -29,7 +29,7 @@ from .insertion import (
     swap,
     unwrapped,
 )
-from .schedulers import DENOISERS, adopt_schedulers, check_schedulers, denoiser_name, removing_adapters
+from .schedulers import DENOISERS, check_schedulers, denoiser_name, read_schedule_of
 
 
 def load_nara_weights(
@@ -49,14 +49,11 @@ def load_nara_weights(
     use_safetensors: bool | None = None,
     low_cpu_mem_usage: bool = True,
     metadata: Mapping[str, str] | None = None,
-    set_scheduler: bool = True,
 ) -> None:
     """Load a NaRA adapter into the denoiser, and its part for text encoders, if there is one, into those.
 
     All of it is loaded, or the pipeline is unchanged. Afterwards `set_adapters`, `delete_adapters`, `disable_lora`,
-    `unload_lora_weights`, … work as for a LoRA; λ is read from the timestep of each step. An adapter that changes what
-    the model predicts (e.g. to the velocity of a rectified flow) brings its scheduler, which the pipeline uses while
-    the adapter is active.
+    `unload_lora_weights`, … work as for a LoRA; λ is read from the timestep of each step.
 
     Args:
         pretrained_model_name_or_path_or_dict: the file that `save_nara_weights` wrote, its folder or a repository on
@@ -77,11 +74,11 @@ def load_nara_weights(
         use_safetensors: None or True; other formats are not read.
         low_cpu_mem_usage: skip the initialisation of weights that the load replaces.
         metadata: of a dict of tensors: `safe_open(file, "pt").metadata()`.
-        set_scheduler: False leaves the scheduler to you; a warning says which one the adapter needs.
 
     Raises:
         ValueError: the pipeline has no denoiser; the file is missing, damaged or of another kind (a LoRA); the adapter
-            is for another base model or another definition of λ; or the name is a duplicate. The pipeline is unchanged.
+            is for another base model, another definition of λ or another prediction; or the name is a duplicate. The
+            pipeline is unchanged.
         OSError: the hub's error.
     """
     if use_safetensors is False:
@@ -92,7 +89,6 @@ def load_nara_weights(
     source, component = pretrained_model_name_or_path_or_dict, denoiser_name(self)
     where = {"weight_name": weight_name, "subfolder": subfolder, "metadata": metadata}
     parts = AdapterFile.read(source, component, **where, **hub).parts
-    carrying = parts if set_scheduler else {}
     with naming(source):
         if unknown := [name for name in parts if name not in models]:
             has = ", ".join(map(repr, models))
@@ -101,7 +97,7 @@ def load_nara_weights(
             check_not_wrapped(models[name], name, "load_nara_weights")
             check_storable(part.config, name)
         adapter_name = _name_to_load(models, adapter_name, hotswap)
-        check_schedulers(self, carrying)
+        check_schedulers(self, parts)
         with offloading_suspended(self):
             if hotswap:
                 for name, model in models.items():
@@ -110,7 +106,7 @@ def load_nara_weights(
                     swap(models[name], adapter_name, part)
             else:
                 _insert_all(models, parts, adapter_name, low_cpu_mem_usage)
-    adopt_schedulers(self, carrying)
+    read_schedule_of(self)
 
 
 def save_nara_weights(
@@ -161,14 +157,14 @@ def save_nara_weights(
 
 
 def unload_nara_weights(self: Any) -> None:
-    """Remove all NaRA adapters of the pipeline, and restore its own scheduler. LoRAs stay as they are.
+    """Remove all NaRA adapters of the pipeline. LoRAs stay as they are.
 
     Fused weights stay fused, as with a LoRA: call `unfuse_lora` first.
     """
     models = {name: model for name, model in adaptable_models(self).items() if nara_adapters_of(model)}
     for component, model in models.items():
         check_not_wrapped(model, component, "unload_nara_weights")
-    with removing_adapters(self), offloading_suspended(self):
+    with offloading_suspended(self):
         for model in models.values():
             remove(model, list(nara_adapters_of(model)))
 

@@ -5,15 +5,15 @@
     zero terminal SNR     the same with ᾱ_N = 0              v or x: at ᾱ = 0 an ε says nothing of x
     rectified flow        (1 − σ) x + σ ε                    ε − x
 
-An adapter that was trained to predict something else than its base carries its scheduler (`NaraConfig.scheduler`). A
-scheduler that expects another prediction gives noise without an error. So each forward compares it with the present
-scheduler of the pipelines that loaded the adapter.
+An adapter of an earlier version may predict something else than its base; `NaraConfig.scheduler` then has its
+scheduler. One that expects another prediction gives noise without an error. So loading, and each forward, compares it
+with the present scheduler of the pipeline that loaded the adapter.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -70,23 +70,25 @@ def _unread_paths(kind: type) -> frozenset[str]:
     return frozenset() if passes_on else _PATHS - frozenset(parameters)
 
 
-def carried_scheduler(configs: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any] | None:
-    """The fields of the scheduler that the adapters of these names were trained for; None if none was for another."""
-    carried = {name: fields for name in names if (fields := getattr(configs.get(name), "scheduler", None)) is not None}
-    predictions = {name: prediction_in(fields) for name, fields in carried.items()}
-    if len(set(predictions.values())) > 1:
-        listed = ", ".join(f"'{name}' for {prediction}" for name, prediction in predictions.items())
-        raise ValueError(
-            f"These adapters cannot be active together, since they were trained for different predictions: {listed}. "
-            "Activate one of them, pipe.set_adapters(name)."
-        )
-    return next(iter(carried.values()), None)
+def check_expected(scheduler: Any, fields: Mapping[str, Any] | None) -> None:
+    """Raise ValueError if `scheduler` expects another prediction than that of an adapter.
 
-
-def how_to_set(fields: Mapping[str, Any] | None) -> str:
-    """The line that sets a scheduler with these fields, for messages."""
+    Args:
+        scheduler: the pipeline's present one; one without a `prediction_type`, or None, is not judged.
+        fields: `NaraConfig.scheduler` of the adapter; None where it predicts what its base predicts.
+    """
     if fields is None:
-        return "pipe.scheduler = the one that the base model came with"
+        return
+    expected, predicted = prediction_by(scheduler), prediction_in(fields)
+    if expected != predicted:
+        raise ValueError(
+            f"The adapter was trained to predict {predicted}, but {type(scheduler).__name__} of the pipeline expects "
+            f"{expected}. Set one that fits first: {how_to_set(fields)}."
+        )
+
+
+def how_to_set(fields: Mapping[str, Any]) -> str:
+    """The line that sets a scheduler with these fields, for messages."""
     options = (f"{name}={fields[name]!r}" for name in _NAMED if fields.get(name) is not None)
     given = ", ".join(("pipe.scheduler.config", *options))
     return f"pipe.scheduler = {fields['_class_name']}.from_config({given})"

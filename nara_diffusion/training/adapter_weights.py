@@ -23,7 +23,7 @@ from nara_diffusion.export.from_lora import check_identity, copy_tensors
 from nara_diffusion.export.read_lora import read_lora
 from nara_diffusion.loaders.file import METADATA_KEY, WEIGHTS_NAME, AdapterFile, naming
 from nara_diffusion.loaders.strict import check_loaded, check_tensors, load_whole_model
-from nara_diffusion.noise.prediction import Prediction, prediction_in
+from nara_diffusion.noise.prediction import check_expected
 
 from .adapters import CORE_FIELDS
 
@@ -37,9 +37,7 @@ _SHARED = {"r": "rank", "lora_alpha": "lora_alpha", "core_type": "core_type"}
 # ---------------------------------------------------------------- --init_adapter
 
 
-def start_from(
-    components: Mapping[str, Any], path: str, source_model: Any, *, prediction: Prediction | None = None
-) -> None:
+def start_from(components: Mapping[str, Any], path: str, source_model: Any) -> None:
     """Copy the tensors of the adapter in `path` into the adapters "default" of `components`, of the same layers.
 
     A LoRA gives A, B and magnitudes, and the core stays as it starts, C = I; a NaRA gives its core, too.
@@ -48,7 +46,6 @@ def start_from(
         components: name → the adapted model without PEFT's wrapper; a single one that is no pipeline's has an empty
             name.
         source_model: the pipeline, or the model, by whose class files are read.
-        prediction: what the run teaches the model to predict; None for what its base predicts.
 
     Raises:
         ValueError: the file is no such adapter, or disagrees with the adapters in layers, rank, α, DoRA, core, λ's
@@ -64,14 +61,9 @@ def start_from(
         names = [", ".join(name or "a single model" for name in each) for each in (parts, components)]
         raise ValueError(f"{origin} is for {names[0]}, but this run trains {names[1]}: see --train_text_encoder.")
     schedulers = [part.config.scheduler if naras else part.scheduler for part in parts.values()]
-    carried = next((fields for fields in schedulers if fields is not None), None)
-    there = None if carried is None else prediction_in(carried)
-    if prediction != there and (carried is not None or naras):  # other programs' LoRAs never say
-        shown = [each or "what the base predicts" for each in (there, prediction)]
-        raise ValueError(
-            f"{origin} was trained for {shown[0]}, this run is for {shown[1]}: give --prediction_type and "
-            "--objective_options rescale_betas_zero_snr as they were."
-        )
+    with naming(path):
+        for fields in schedulers:
+            check_expected(getattr(source_model, "scheduler", None), fields)
     for name, root in components.items():
         config, part = root.peft_config["default"], parts[name]
         if naras:

@@ -140,7 +140,6 @@ def adapter_config(
     args: Any,
     *,
     noise_convention: str | None = None,
-    scheduler: dict[str, Any] | None = None,
     strength: StrengthSchedule | None = None,
     **fields: Any,
 ) -> PeftConfig | None:
@@ -149,7 +148,6 @@ def adapter_config(
 
     Args:
         noise_convention: how λ is defined, for adapters that depend on it.
-        scheduler: class and configuration of the scheduler that a converted model needs; see `NaraConfig`.
         strength: that of a window of noise levels, for NaRA's family; other adapters can't hold it.
         fields: further fields of the configuration, such as task_type.
 
@@ -175,7 +173,7 @@ def adapter_config(
         options["core_hidden_dims"] = tuple(options["core_hidden_dims"])
     values = _values(args, method, options)
     if own:
-        values |= {"noise_convention": noise_convention, "scheduler": scheduler, "strength": strength}
+        values |= {"noise_convention": noise_convention, "strength": strength}
     try:
         return method.config(
             **{name: value for name, value in values.items() if name in known} | dict(method.fixed) | options | fields

@@ -60,6 +60,7 @@ RENAMED: dict[str, str] = {
     "push_to_hub": "give --hub_model_id alone, the repository to upload to.",
     "with_prior_preservation": "give --class_data_dir and --class_prompt alone.",
     "cache_dir": "has gone; set the environment variable HF_HOME.",
+    "prediction_type": "leave it out: a model is trained as what it predicts (docs/conversion.md).",
     "validation_epochs": "give --validation_steps.",
     "validation_prompt": "give --validation_prompts.",
 }

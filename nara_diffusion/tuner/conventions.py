@@ -27,10 +27,7 @@ from nara_diffusion.noise.level import (
     entry_for,
     outer_modules,
 )
-from nara_diffusion.noise.prediction import carried_scheduler, how_to_set, prediction_by, prediction_in
-
-REPLACED = "_nara_replaced_scheduler"
-"""The attribute of a pipeline with the scheduler that it had before an adapter's was set."""
+from nara_diffusion.noise.prediction import check_expected
 
 
 class _DEFAULT:
@@ -209,28 +206,11 @@ class HasSource:
         return [scheduler for scheduler in schedulers if hasattr(scheduler, "config")]
 
     def check_prediction(self, names: Iterable[str]) -> None:
-        """Refuse a forward while a pipeline's scheduler expects another prediction than the adapters `names`, read or
-        merged, were trained for; or two of these were trained for different ones."""
-        if not self.pipelines:
-            return
-        configs, names = getattr(self.root, "peft_config", {}), tuple(names)
-        carries = any(getattr(configs.get(name), "scheduler", None) is not None for name in names)
-        fields = carried_scheduler(configs, names) if carries else None
-        for pipe in self.present_pipelines():
-            own = vars(pipe).get(REPLACED)
-            if own is None and fields is None:
-                continue
-            wanted = prediction_by(own) if fields is None else prediction_in(fields)
-            scheduler = getattr(pipe, "scheduler", None)
-            found = None if wanted is None else prediction_by(scheduler)
-            if found is None or found == wanted:
-                continue
-            back = "" if own is None else " pipe.unload_nara_weights() brings the pipeline's own scheduler back."
-            raise ValueError(
-                f"With its active adapters the denoiser predicts {wanted}, but the scheduler of the pipeline that "
-                f"loaded them, {type(scheduler).__name__}, takes it for {found}. Set the one that belongs to them: "
-                f"{how_to_set(fields)}.{back}"
-            )
+        """Raise ValueError if a pipeline's scheduler expects another prediction than that of the adapters `names`."""
+        configs = getattr(self.root, "peft_config", {})
+        for fields in (getattr(configs.get(name), "scheduler", None) for name in names):
+            for scheduler in self.schedulers() if fields is not None else ():
+                check_expected(scheduler, fields)
 
 
 def is_assumed(config: Any) -> bool:

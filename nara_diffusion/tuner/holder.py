@@ -24,7 +24,7 @@ from nara_diffusion.noise.level import entry_for
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
 
 from .checkpointing import checkpoint_with_core, checkpoint_without_core
-from .conventions import REPLACED, HasSource
+from .conventions import HasSource
 from .inspection import ReadOutsideForwards
 from .merging import MergesCores
 
@@ -87,10 +87,7 @@ class CoreHolder(HasSource, MergesCores, ReadOutsideForwards, nn.Module):
             self.remove(name)
 
     def remove(self, name: str) -> None:
-        """Forget an adapter. One that is merged stays in the base weights, and its scheduler with the pipelines."""
-        if name in self.merged_names() and getattr(self.configs[name], "scheduler", None):
-            for pipe in self.present_pipelines():
-                vars(pipe).pop(REPLACED, None)
+        """Forget an adapter. One that is merged stays in the base weights."""
         self.schedules.pop(name, None)
         del self.cores[name], self.configs[name], self.layers[name]
 

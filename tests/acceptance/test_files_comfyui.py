@@ -47,6 +47,7 @@ def comfy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]
     for name in ("sdxl_float32", "sdxl_bfloat16", "sdxl_unet_float32", "flux_float32"):
         shutil.copy(PIPELINES / name / _files.PIPELINE_WEIGHTS, folder / f"{name}.safetensors")
     pipe = _bases.sdxl()
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, prediction_type="v_prediction")
     pipe.load_nara_weights(_files.FILES / "peft" / "converted")
     pipe.save_nara_weights(folder, weight_name="converted.safetensors")
     with comfyui(folder) as found:

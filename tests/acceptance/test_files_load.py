@@ -119,16 +119,16 @@ def test_adapter_of_a_checkpoint_loads_into_the_backbone_of_its_run() -> None:
         assert (_bases.shipped_output(model) - found).abs().max() > 0.1
 
 
-def test_peft_folder_of_a_unet_loads_into_a_pipeline_with_its_scheduler() -> None:
+def test_peft_folder_of_a_converted_unet_loads_where_the_scheduler_expects_its_prediction() -> None:
     pipe = _bases.sdxl()
-    before, attributes = pipe.scheduler, set(vars(pipe))
+    attributes = set(vars(pipe))
+    with pytest.raises(ValueError, match=r"predict v_prediction.*prediction_type='v_prediction'"):
+        pipe.load_nara_weights(PEFT / "converted", adapter_name="v")
+    assert not hasattr(pipe.unet, "peft_config")
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, prediction_type="v_prediction")
     pipe.load_nara_weights(PEFT / "converted", adapter_name="v")
     _files.assert_near(_bases.sdxl_outputs(pipe)["unet"], OUTPUTS["converted"], pipe.unet)
-    assert type(pipe.scheduler) is type(before)
-    assert pipe.scheduler.config.prediction_type == "v_prediction"
     pipe.unload_nara_weights()
-    assert pipe.scheduler is before
-    assert pipe.scheduler.config.prediction_type == "epsilon"
     assert set(vars(pipe)) == attributes
 
 

@@ -6,6 +6,7 @@ N, the meaning of small timesteps and the prediction come from the present sched
 from __future__ import annotations
 
 import gc
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from nara_diffusion import noise_level
-from nara_diffusion.loaders.schedulers import scheduler_fields
 from tests.acceptance._files import assert_same_tensors, header, refused, state
 from tests.acceptance._lives import (
     FILE,
@@ -171,12 +171,19 @@ FLOW = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_s
 V = EulerDiscreteScheduler(**BETAS, prediction_type="v_prediction")
 
 
+def fields_of(scheduler: Any) -> dict[str, Any]:
+    """`NaraConfig.scheduler` as earlier versions wrote it."""
+    return {key: value for key, value in scheduler.config.items() if not key.startswith("_")} | {
+        "_class_name": type(scheduler).__name__
+    }
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """NaRAs of converted models."""
+    """NaRAs of earlier versions that predict something else than their base."""
     root = tmp_path_factory.mktemp("naras")
     for name, scheduler, convention in (("flow", FLOW, "flow"), ("v", V, "timestep")):
-        save_nara(root / name, noise_convention=convention, scheduler=scheduler_fields(scheduler))
+        save_nara(root / name, noise_convention=convention, scheduler=fields_of(scheduler))
     return root
 
 
@@ -215,64 +222,44 @@ def test_small_timesteps_are_discrete_if_the_scheduler_is(folder: Path) -> None:
             predict(pipe, torch.tensor([0.4, 1.3, 2.1]))
 
 
-def test_scheduler_follows_set_adapters(root: Path, tmp_path: Path) -> None:
-    pipe = loaded(root / "flow", "flow")
-    expected = pixels(pipe)
-    pipe.load_lora_weights(save_lora(tmp_path), adapter_name="plain")
-    with pytest.raises(ValueError, match=r"predicts epsilon, but .* takes it for flow_prediction"):
-        pixels(pipe)
-    pipe.set_adapters("plain")
-    alone: Any = frozen_sd()
-    alone.load_lora_weights(save_lora(tmp_path), adapter_name="plain")
-    assert torch.equal(pixels(pipe), pixels(alone))
-    pipe.set_adapters(["plain", "flow"])
-    pipe.set_adapters("flow")
-    assert torch.equal(pixels(pipe), expected)
-
-
-@pytest.mark.parametrize("how", ["disable_lora", "unload_lora_weights"])
-def test_base_with_the_adapters_scheduler_is_refused_with_a_remedy(root: Path, how: str) -> None:
-    image, pipe = pixels(frozen_sd()), loaded(root / "flow")
-    getattr(pipe, how)()
-    with pytest.raises(ValueError, match=r"predicts epsilon.*unload_nara_weights\(\)"):
-        pixels(pipe)
-    pipe.unload_nara_weights()
-    assert torch.equal(pixels(pipe), image)
-
-
-def test_own_scheduler_is_back_after_two_that_differ_in_their_path(root: Path, tmp_path: Path) -> None:
-    pipe, zero_snr = loaded(root / "v", "v"), EulerDiscreteScheduler.from_config(V.config, rescale_betas_zero_snr=True)
-    pipe.load_nara_weights(save_nara(tmp_path, scheduler=scheduler_fields(zero_snr)), adapter_name="zero")
-    pipe.scheduler = V
-    with pytest.raises(ValueError, match=r"predicts v_prediction on zero .* takes it for v_prediction\."):
-        predict(pipe)
-    pipe.unload_nara_weights()
-    assert torch.equal(pixels(pipe), pixels(frozen_sd()))
-
-
-def test_adapters_of_different_predictions_are_refused_together(root: Path, folder: Path) -> None:
-    pipe = loaded(root / "v", "v")
-    with pytest.raises(ValueError, match="was trained with λ defined as 'flow'"):
-        pipe.load_nara_weights(root / "flow", adapter_name="flow")
-    pipe.load_nara_weights(folder, adapter_name="plain")
-    pipe.set_adapters(["plain", "v"])
-    predict(pipe)
-
-
-def test_scheduler_that_is_left_to_the_user_is_named_and_its_mismatch_refused(root: Path, caplog: Any) -> None:
+def test_adapter_of_another_prediction_is_refused_before_anything_is_loaded(root: Path) -> None:
     pipe: Any = frozen_sd()
-    pipe.load_nara_weights(root / "flow", adapter_name="toy", set_scheduler=False)
-    assert "prediction_type='flow_prediction', use_flow_sigmas=True" in caplog.text
-    with pytest.raises(ValueError, match=r"predicts flow_prediction, but .* takes it for epsilon"):
-        predict(pipe)
-    pipe.scheduler = EulerDiscreteScheduler.from_config(FLOW.config)  # keeps `use_flow_sigmas`, and doesn't read it
-    with pytest.raises(ValueError, match="predicts flow_prediction, but"):
-        predict(pipe)
-    pipe.scheduler = DPMSolverMultistepScheduler.from_config(FLOW.config)
+    image = pixels(pipe)
+    with pytest.raises(ValueError, match=r"predict flow_prediction.*expects epsilon") as refused:
+        pipe.load_nara_weights(root / "flow")
+    assert torch.equal(pixels(pipe), image)
+    assert not pipe.get_active_adapters()
+    line = re.search(r"pipe\.scheduler = .*?\)(?=\.$)", str(refused.value))
+    exec(line[0], {"pipe": pipe, "DPMSolverMultistepScheduler": DPMSolverMultistepScheduler})  # type: ignore[index]
+    pipe.load_nara_weights(root / "flow")
+    expected: Any = frozen_sd()
+    expected.scheduler = FLOW
+    expected.load_nara_weights(root / "flow")
+    assert torch.equal(pixels(pipe), pixels(expected))
+
+
+def test_scheduler_that_no_longer_fits_is_refused_at_each_forward(root: Path) -> None:
+    pipe: Any = frozen_sd()
+    pipe.scheduler = FLOW
+    pipe.load_nara_weights(root / "flow", adapter_name="toy")
     predict(pipe)
+    pipe.scheduler = EulerDiscreteScheduler.from_config(FLOW.config)  # keeps `use_flow_sigmas`, and doesn't read it
+    with pytest.raises(ValueError, match="predict flow_prediction, but EulerDiscreteScheduler"):
+        predict(pipe)
+    pipe.scheduler = FLOW
     with noise_level(pipe.unet, 0.3):
         pipe.fuse_lora(components=["unet"])
     predict(pipe)
-    pipe.scheduler = frozen_sd().scheduler
-    with pytest.raises(ValueError, match=r"predicts flow_prediction, but .* takes it for epsilon"):
+    pipe.scheduler = V
+    with pytest.raises(ValueError, match=r"predict flow_prediction.*expects v_prediction"):
         predict(pipe)
+
+
+def test_adapters_of_different_predictions_are_refused_together(root: Path, tmp_path: Path) -> None:
+    pipe: Any = frozen_sd()
+    zero_snr = EulerDiscreteScheduler.from_config(V.config, rescale_betas_zero_snr=True)
+    pipe.scheduler = V
+    pipe.load_nara_weights(root / "v", adapter_name="v")
+    with pytest.raises(ValueError, match=r"predict v_prediction on zero .* expects v_prediction\."):
+        pipe.load_nara_weights(save_nara(tmp_path, scheduler=fields_of(zero_snr)), adapter_name="zero")
+    predict(pipe)

@@ -162,38 +162,3 @@ def test_run_with_another_adapter_is_loaded_by_its_card(sdxl: dict[str, Any], tm
     if adapter == "lora":
         base.load_lora_weights(out)  # a file that every host of Diffusers reads
         np.testing.assert_array_equal(drawn(base, out), written(out / "samples-after")[0])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("prediction", "options"),
-    [("v_prediction", {}), ("v_prediction", {"rescale_betas_zero_snr": True}), ("flow_prediction", {})],
-    ids=["v", "zero SNR", "flow"],
-)
-def test_conversion_learns_and_brings_its_scheduler(
-    sdxl: dict[str, Any], tmp_path: Path, prediction: str, options: dict[str, Any]
-) -> None:
-    out = tmp_path / "out"
-    flags = sdxl | {"prediction_type": prediction, "objective_options": options, "checkpointing_steps": None}
-    run("dreambooth_sdxl.py", **flags, output_dir=out)
-    found = results(out)
-    assert found["validation_loss_after"] < found["validation_loss_before"]
-    assert found["identity_loss"] > 0
-    pipe = StableDiffusionXLPipeline.from_pretrained(sdxl["pretrained_model_name_or_path"])
-    before, old = written(out / "samples-before")[0], pipe.scheduler
-    np.testing.assert_array_equal(drawn(pipe, out), before)
-    pipe.load_nara_weights(out)
-    assert pipe.scheduler.config.prediction_type == prediction
-    np.testing.assert_array_equal(drawn(pipe, out), written(out / "samples-after")[0])
-    pipe.unload_nara_weights()
-    assert pipe.scheduler is old or pipe.scheduler.config == old.config
-    np.testing.assert_array_equal(drawn(pipe, out), before)
-
-
-@pytest.mark.slow
-def test_conversion_of_a_plain_lora_keeps_its_scheduler_beside_it(sdxl: dict[str, Any], tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    run("dreambooth_sdxl.py", **sdxl | PLAIN | SHORT, adapter="lora", prediction_type="v_prediction", output_dir=out)
-    saved = json.loads((out / "scheduler" / "scheduler_config.json").read_text())
-    assert saved["prediction_type"] == "v_prediction"
-    assert by_the_card(out, until="image = ")["pipe"].scheduler.config.prediction_type == "v_prediction"

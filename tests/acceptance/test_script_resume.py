@@ -78,7 +78,7 @@ IMAGES: dict[str, Any] = {"gradient_accumulation_steps": 2, "lora_dropout": 0.2,
     ("script", "changes", "moment"),
     [
         ("dreambooth_sdxl.py", {"snr_gamma": 5.0, "train_text_encoder": True}, Moment("step", 3)),
-        ("dreambooth_sdxl.py", {"prediction_type": "v_prediction"}, Moment("name", 4)),
+        ("dreambooth_sdxl.py", {"random_flip": True}, Moment("name", 4)),
         ("dreambooth.py", {"model_options": {"max_sequence_length": 5}, "adapter": "nara_dora"}, Moment("step", 3)),
         ("dreambooth.py", {"model_options": {"max_sequence_length": 5}}, Moment("step", 5, signal.SIGTERM)),
     ],

@@ -1,4 +1,4 @@
-"""Each objective, the scheduler of a converted model, and the base read by the identity.
+"""Each objective, and a base's prediction read as another.
 
 Against Diffusers' own schedulers, or the papers' formulas in float64.
 """
@@ -6,20 +6,18 @@ Against Diffusers' own schedulers, or the papers' formulas in float64.
 import pytest
 import torch
 from diffusers import (
-    DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     EDMEulerScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
-    PNDMScheduler,
     UniPCMultistepScheduler,
 )
 from diffusers.training_utils import compute_loss_weighting_for_sd3, compute_snr
 from torch import Tensor
 
-from nara_diffusion.dreambooth.conversion import IdentityReading, converted_scheduler
 from nara_diffusion.dreambooth.objectives import build_objective, squared_errors
+from nara_diffusion.dreambooth.reading import IdentityReading
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 FLOW = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
@@ -125,79 +123,10 @@ def test_schedule_without_an_objective_is_refused(scheduler, message: str) -> No
         build_objective(scheduler)
 
 
-# ------------------------------------------------------------------ conversion
+# ------------------------------------------------------------------ the reading
 
 LEVELS = 60
 SHAPE = (3, 4, 6)
-
-
-def alphas_of(zero_snr: bool) -> Tensor:
-    """ᾱ (1000,) float64, rescaled by arXiv 2305.08891, algorithm 1, which shifts and scales √ᾱ."""
-    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-    root = (1 - betas).cumprod(0).sqrt()
-    return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2 if zero_snr else root**2
-
-
-@pytest.mark.parametrize(
-    ("base", "zero_snr"),
-    [(EulerDiscreteScheduler(**BETAS), True), (DDIMScheduler(**BETAS, timestep_spacing="leading"), False)],
-)
-def test_conversion_to_v_keeps_class_and_betas(base, zero_snr: bool) -> None:
-    scheduler = converted_scheduler(base, "v_prediction", zero_snr)
-    assert type(scheduler) is type(base)
-    spacing = "trailing" if zero_snr else base.config.timestep_spacing
-    assert (scheduler.config.rescale_betas_zero_snr, scheduler.config.timestep_spacing) == (zero_snr, spacing)
-    objective, alphas = build_objective(scheduler), alphas_of(zero_snr)
-    assert (objective.prediction_type, objective.source.convention) == ("v_prediction", "timestep")
-    for ours, theirs in ((objective.p, alphas.sqrt()), (objective.q, (1 - alphas).sqrt())):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3 if zero_snr else 1e-5)
-
-
-def test_flow_scheduler_follows_the_exact_velocity_from_noise_to_data() -> None:
-    """Data N(0, ¼): x_σ has variance v = (1 − σ)²/4 + σ², the velocity is (σ − (1 − σ)/4) x_σ / v, and x = ε / 2."""
-    scheduler = converted_scheduler(PNDMScheduler(**BETAS), "flow_prediction", False)
-    assert build_objective(scheduler).source.convention == "flow"
-    noise = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(1))
-    scheduler.set_timesteps(100)
-    sample = scheduler.init_noise_sigma * noise
-    for timestep in scheduler.timesteps:
-        sigma = timestep.item() / 1000  # what the UNet is given, whole thousandths
-        variance = (1 - sigma) ** 2 / 4 + sigma**2
-        velocity = (sigma - (1 - sigma) / 4) / variance * scheduler.scale_model_input(sample, timestep)
-        sample = scheduler.step(velocity, timestep, sample, return_dict=False)[0]
-    torch.testing.assert_close(sample, noise / 2, rtol=0, atol=0.02)
-
-
-def test_class_without_the_option_gives_way_to_euler_and_what_does_it_already_stays() -> None:
-    scheduler = converted_scheduler(PNDMScheduler(**BETAS), "v_prediction", True)
-    assert isinstance(scheduler, EulerDiscreteScheduler)
-    assert {name: scheduler.config[name] for name in BETAS} == BETAS
-    assert scheduler.config.rescale_betas_zero_snr
-    zero_snr = EulerDiscreteScheduler(**BETAS, prediction_type="v_prediction", rescale_betas_zero_snr=True)
-    for base, kind in ((EulerDiscreteScheduler(**BETAS), "epsilon"), (FLOW, "flow_prediction"), (zero_snr, None)):
-        assert converted_scheduler(base, kind, base is zero_snr) is base
-
-
-CONTINUOUS = {"prediction_type": "v_prediction", "timestep_type": "continuous"}
-
-
-def test_base_that_cannot_be_converted_is_refused() -> None:
-    flow = FlowMatchEulerDiscreteScheduler()
-    assert converted_scheduler(flow, None, False) is flow
-    rows = [
-        (EulerDiscreteScheduler(**BETAS), None, True, "not 'epsilon': .* Add --prediction_type v_pred"),
-        (EulerDiscreteScheduler(**BETAS), "flow_prediction", True, "not 'flow_prediction'"),
-        (EDMEulerScheduler(), "v_prediction", False, "EDMEulerScheduler has no betas"),
-        (EulerDiscreteScheduler(**BETAS, **CONTINUOUS), "epsilon", False, "EulerDiscreteScheduler has no betas"),
-        (flow, "epsilon", False, "FlowMatchEulerDiscreteScheduler has no betas"),
-        (FLOW, "v_prediction", False, "DPMSolverMultistepScheduler has no betas to convert the model to: leave pre"),
-    ]
-    for base, prediction_type, zero_snr, message in rows:
-        with pytest.raises(ValueError, match=message):
-            converted_scheduler(base, prediction_type, zero_snr)
-
-
-# ------------------------------------------------------------------ the identity
 
 
 def irregular_betas() -> list[float]:
@@ -206,8 +135,9 @@ def irregular_betas() -> list[float]:
     return (0.002 + 0.08 * torch.linspace(0, 1, LEVELS, dtype=torch.float64) + 0.04 * draws).tolist()
 
 
-def base_scheduler(kind: str = "epsilon") -> EulerDiscreteScheduler:
-    return EulerDiscreteScheduler(num_train_timesteps=LEVELS, trained_betas=irregular_betas(), prediction_type=kind)
+def base_scheduler(kind: str = "epsilon", **options: bool) -> EulerDiscreteScheduler:
+    given = {"num_train_timesteps": LEVELS, "trained_betas": irregular_betas()}
+    return EulerDiscreteScheduler(**given, prediction_type=kind, **options)
 
 
 def base_alphas() -> Tensor:
@@ -236,7 +166,8 @@ def column(values: Tensor) -> Tensor:
 def test_identity_of_exact_predictions_is_exact(kind: str, target: str) -> None:
     """Whatever form the base's knowledge of x and ε has, the reading is the objective's own target."""
     base = base_scheduler(kind)
-    objective = build_objective(converted_scheduler(base, target, False))
+    wanted = FlowMatchEulerDiscreteScheduler(LEVELS) if target == "flow_prediction" else base_scheduler(target)
+    objective = build_objective(wanted)
     reading = IdentityReading(base, objective)
     indices = (~reading.clamped).nonzero()[:, 0][[0, 7, 3, -1]]
     x, eps = clean_and_noise(len(indices))
@@ -261,7 +192,7 @@ def test_identity_of_exact_predictions_is_exact(kind: str, target: str) -> None:
 
 def test_zero_terminal_snr_takes_the_timestep_of_as_much_noise_and_is_clamped_at_the_end() -> None:
     base = base_scheduler()
-    objective = build_objective(converted_scheduler(base, "v_prediction", True))
+    objective = build_objective(base_scheduler("v_prediction", rescale_betas_zero_snr=True))
     reading = IdentityReading(base, objective)
     rescaled, alphas = objective.p**2, base_alphas()
     outside = rescaled < alphas[-1] * (1 - 1e-6)
@@ -283,6 +214,7 @@ def test_zero_terminal_snr_takes_the_timestep_of_as_much_noise_and_is_clamped_at
 
 def test_epsilon_base_with_a_level_of_pure_noise_is_read_at_the_last_level_that_has_an_image() -> None:
     base = DDPMScheduler(num_train_timesteps=LEVELS, rescale_betas_zero_snr=True)
-    reading = IdentityReading(base, build_objective(converted_scheduler(base, "v_prediction", True)))
+    wanted = DDPMScheduler.from_config(base.config, prediction_type="v_prediction")
+    reading = IdentityReading(base, build_objective(wanted))
     assert reading.timesteps.tolist() == [*range(LEVELS - 1), LEVELS - 2]
     assert reading.clamped.nonzero().flatten().tolist() == [LEVELS - 1]

@@ -23,7 +23,6 @@ from nara_diffusion.dreambooth.draws import draw_indices, draw_noise, drawable_l
 from nara_diffusion.dreambooth.image_records import records_from_folder
 from nara_diffusion.dreambooth.objectives import build_objective
 from nara_diffusion.dreambooth.training_step import LatentCache, PromptCache, TrainingStep
-from nara_diffusion.loaders.schedulers import scheduler_fields
 from nara_diffusion.noise.strength_schedule import NoiseWindow
 from tests.dreambooth.pictures import folder_of
 from tests.helpers.adapted import disturb
@@ -108,14 +107,10 @@ SCHEDULERS = {
 
 @pytest.mark.parametrize("convention", SCHEDULERS)
 def test_step_with_another_number_of_timesteps_has_its_noise_levels(tmp_path: Path, convention: str) -> None:
-    """Of a flow the adapter carries the scheduler."""
     pipe, batch = small_sdxl(), batch_of(tmp_path, prior=False)
-    pipe.scheduler = SCHEDULERS["timestep"]
-    flow = SCHEDULERS["flow"] if convention == "flow" else None
-    carried = None if flow is None else scheduler_fields(flow)
-    config = NaraConfig(**CONFIG | {"noise_convention": convention, "scheduler": carried})
-    model = disturbed(pipe, config, scheduler=flow)
-    objective = build_objective(SCHEDULERS[convention])
+    pipe.scheduler = SCHEDULERS[convention]
+    model = disturbed(pipe, NaraConfig(**CONFIG | {"noise_convention": convention}))
+    objective = build_objective(pipe.scheduler)
     step = TrainingStep(model, objective, LatentCache(pipe.vae), PromptCache(pipe), torch.device("cpu"), seed=11)
     results: list[Any] = []
     levels = told(model.unet, lambda: results.append(step(batch)))

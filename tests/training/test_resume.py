@@ -138,7 +138,7 @@ def test_names_that_may_change_are_arguments_and_none_that_trains() -> None:
     assert known >= MAY_CHANGE
     kept = {"seed", "adapter", "rank", "learning_rate", "lr_scheduler", "train_batch_size", "global_batch_size"}
     kept |= {"max_length", "gen_length", "trained_padding", "complementary", "min_noise_level", "mixed_precision"}
-    kept |= {"resolution", "prediction_type", "snr_gamma", "objective_options", "class_prompt", "prior_loss_weight"}
+    kept |= {"resolution", "weighting_scheme", "snr_gamma", "objective_options", "class_prompt", "prior_loss_weight"}
     assert not kept & MAY_CHANGE
 
 
@@ -277,7 +277,6 @@ def test_other_flags_than_the_file_s_are_refused(images: dict[str, Any], start: 
         ({"rank": 2}, "has r 3, this run 2: give --rank"),
         ({"train_text_encoder": False}, "but this run trains unet"),
         ({"adapter": "lora"}, "is a NaRA with core_type 'hypernetwork'"),
-        ({"prediction_type": "v_prediction", "min_noise_level": None}, "this run is for v_prediction"),
         ({"adapter": "hira"}, "init_adapter starts from a LoRA or a NaRA"),
         ({"init_adapter": "nowhere"}, "there is no such file or folder"),
     ]:

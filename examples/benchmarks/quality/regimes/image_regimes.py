@@ -28,11 +28,11 @@ from torch import Tensor, nn
 
 from nara_diffusion import TimestepNoise
 from nara_diffusion.dreambooth import collate_samples
-from nara_diffusion.dreambooth.conversion import IdentityReading
 from nara_diffusion.dreambooth.dataset import DreamBoothDataset
 from nara_diffusion.dreambooth.draws import draw_indices, draw_noise
 from nara_diffusion.dreambooth.image_records import ImageRecord
 from nara_diffusion.dreambooth.objectives import Objective, build_objective, squared_errors
+from nara_diffusion.dreambooth.reading import IdentityReading
 from quality.images.held_out import (
     DRAWN,
     LEVELS,

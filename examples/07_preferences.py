@@ -1,6 +1,6 @@
 """Train on preference pairs {prompt, chosen, rejected}, by DPO on the likelihood bound of a masked language model.
 
-    python examples/08_preferences.py
+    python examples/07_preferences.py
 
     loss = − log σ( β [ (log p(chosen) − log p(rejected))  −  the same of the base ] ),     log p by `log_likelihood`
 
