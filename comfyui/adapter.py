@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from nara_diffusion.export.adapter_factors import adapter_of_part
 from nara_diffusion.export.host_files import DENOISERS, with_scale_1
 from nara_diffusion.export.original_names import original_layers, parts_of
-from nara_diffusion.export.plain_lora import flow_shift
 from nara_diffusion.export.to_lora import lora_of
 from nara_diffusion.loaders.file import AdapterFile
 from nara_diffusion.loaders.insertion import TEXT_ENCODER
+from nara_diffusion.noise.prediction import flow_shift
 
 CONVENTIONS = {"sd15": ("timestep", "edm"), "sdxl": ("timestep", "edm")}
 """{base: definitions of λ that it can have}; "flow" for all others."""

@@ -16,8 +16,7 @@ import folder_paths  # type: ignore[import-not-found]
 from torch import Tensor
 
 from nara_diffusion.export.host_files import BASES, host_state_dict
-from nara_diffusion.export.plain_lora import comfyui_words
-from nara_diffusion.noise.prediction import prediction_in
+from nara_diffusion.noise.prediction import ZERO_SNR, flow_shift, prediction_in
 
 from .adapter import LiveAdapter
 
@@ -88,6 +87,17 @@ def check_prediction(scheduler: Mapping[str, Any] | None, sampling: Any) -> None
         f"With this adapter the model predicts {prediction}, and ComfyUI samples it as {taken}: put "
         f"{comfyui_words(scheduler)} behind it."
     )
+
+
+def comfyui_words(fields: Mapping[str, Any]) -> str:
+    """ComfyUI's node that makes a model sample so, with its inputs, in words."""
+    shift, prediction = flow_shift(fields), prediction_in(fields)
+    if shift is not None:
+        return f"the node ModelSamplingSD3 (shift {shift})"
+    if prediction is None or prediction.path == "rectified flow":
+        return "a node that samples it so"
+    sampling = {"epsilon": "eps", "v_prediction": "v_prediction", "sample": "x0"}[prediction.kind]
+    return f"the node ModelSamplingDiscrete (sampling {sampling}, zsnr {prediction.path == ZERO_SNR})"
 
 
 def noise_level(convention: str | None, sampling: Any, sigma: Tensor) -> Tensor:

@@ -124,7 +124,7 @@ def adapter_of_model(model: nn.Module, adapter_name: str) -> Iterator[Adapter]:
     if holder is not None and adapter_name in holder.cores:
         make, level_of = holder.matrix, partial(holder.level_to_export, adapter_name)
     extra = {key: _copied(t, key) for key, t in others_of(held_tensors(root, adapter_name)).items()}
-    lora = PlainLora(_plain_config(config, root), factors, extra, scheduler=getattr(config, "scheduler", None))
+    lora = PlainLora(_plain_config(config, root), factors, extra)
     with onloaded_cores(model):
         yield Adapter(config, lora, keys, make, level_of, set(filter(None, [strength_of(root, adapter_name)])))
 
@@ -194,7 +194,7 @@ def adapter_of_part(part: AdapterPart) -> Adapter:
             raise ValueError("the adapter depends on λ: name it.")
         return as_level(level)
 
-    lora = PlainLora(_plain_config(config), layers, others_of(part.tensors), scheduler=config.scheduler)
+    lora = PlainLora(_plain_config(config), layers, others_of(part.tensors))
     return Adapter(config, lora, keys, make, level_of, set() if schedule is None else {schedule})
 
 

@@ -22,12 +22,13 @@ from nara_diffusion.loaders.file import AdapterPart
 from nara_diffusion.loaders.insertion import LOADED_FLAG, TEXT_ENCODER
 from nara_diffusion.loaders.schedulers import check_schedulers, read_schedule_of
 from nara_diffusion.loaders.strict import check_tensors
+from nara_diffusion.noise.prediction import flow_shift
 from nara_diffusion.tuner.snapshot import restored_on_error
 from nara_diffusion.tuner.strength import layers_of
 from nara_diffusion.utils.naming import listed
 
 from .adapter_factors import adapter_of_model
-from .plain_lora import PlainLora, flow_shift
+from .plain_lora import PlainLora
 from .read_lora import is_pipeline, read_lora
 
 _DECIDED = {

@@ -10,7 +10,6 @@ scheduler that the LoRA needs, if its model predicts something else than its bas
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -29,8 +28,6 @@ from .plain_lora import PlainLora, PlainLoraLayer, tensors_of_layers
 BASES = ("sd15", "sdxl", "sd3", "flux", "wan")
 FORMS = ("diffusers", "kohya", "comfyui")
 DENOISERS = ("unet", "transformer")
-SCHEDULER_KEY = "nara_scheduler"
-"""The key of the scheduler's class and configuration, as JSON, in a file's metadata."""
 _ENCODERS = {
     "sd15": {"text_encoder": "lora_te"},
     "sdxl": {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"},
@@ -86,9 +83,8 @@ def save_host_file(loras: Mapping[str, PlainLora], path: str | os.PathLike[str],
     """
     path = Path(path)
     found = host_state_dict(loras, form, base)
-    carried = [lora.scheduler for lora in loras.values() if lora.scheduler is not None]
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_tensors(found, path, {SCHEDULER_KEY: json.dumps(carried[-1], sort_keys=True)} if carried else None)
+    save_tensors(found, path)
 
 
 def with_scale_1(name: str, layer: PlainLoraLayer) -> PlainLoraLayer:

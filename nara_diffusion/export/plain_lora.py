@@ -1,9 +1,8 @@
-"""A plain LoRA outside of any model: its factors by module, its LoraConfig, its error, and the scheduler it needs."""
+"""A plain LoRA outside of any model: its factors by module, its LoraConfig, and its error."""
 
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 from collections.abc import Mapping
@@ -17,14 +16,9 @@ from torch import Tensor
 
 from nara_diffusion.loaders.file import by_pattern, configured_scaling
 from nara_diffusion.loaders.strict import PEFT_PREFIX, is_core_key, save_tensors
-from nara_diffusion.noise.prediction import FLOW, how_to_set, prediction_in
 from nara_diffusion.utils.atomic_write import atomic_write_files
 
-logger = logging.getLogger(__name__)
-
 ERROR_FILE = "export_error.json"
-SCHEDULER = "scheduler"
-"""The folder of a LoRA's scheduler, as Diffusers writes and reads one: scheduler/scheduler_config.json."""
 
 
 @dataclass(frozen=True)
@@ -103,8 +97,8 @@ class PlainLora:
         layers: {name of the module in the adapted model: its factors}.
         others: further tensors of the adapter, by PEFT's keys: trained biases, token embeddings, modules_to_save.
         error: the error over λ of `to_lora(model, "best")`; None for a LoRA of one λ, which is exact there.
-        scheduler: class and configuration of the Diffusers scheduler that it needs, since it predicts something else
-            than its base; None where it predicts the same.
+        scheduler: of a LoRA that an earlier version folded from an adapter with another prediction than its base's:
+            class and configuration of the Diffusers scheduler that it needs.
     """
 
     config: LoraConfig
@@ -121,18 +115,13 @@ class PlainLora:
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write adapter_config.json and adapter_model.safetensors, for `PeftModel.from_pretrained`.
 
-        With `error`, export_error.json is written too, and with `scheduler` the folder of one, for Diffusers'
-        `from_pretrained(directory, subfolder="scheduler")`. All files are written, or none.
+        With `error`, export_error.json is written too. All files are written, or none.
         """
         with atomic_write_files(Path(directory)) as partial:
             save_tensors(self.state_dict(PEFT_PREFIX), partial / SAFETENSORS_WEIGHTS_NAME)
             self.config.save_pretrained(str(partial))
             if self.error is not None:
                 self.error.save(partial)
-            if self.scheduler is not None:
-                (partial / SCHEDULER).mkdir()
-                content = json.dumps(self.scheduler, indent=2, sort_keys=True)
-                (partial / SCHEDULER / "scheduler_config.json").write_text(content + "\n", encoding="utf-8")
 
 
 # ---------------------------------------------------------------------- tensors
@@ -178,44 +167,3 @@ def layers_of_tensors(config: LoraConfig, tensors: Mapping[str, Tensor]) -> dict
 def others_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What is no factor and no core's: trained biases, tokens, modules."""
     return {key: tensor for key, tensor in tensors.items() if ".lora_" not in key and not is_core_key(key)}
-
-
-# ---------------------------------------------------------------------- schedulers
-
-
-def flow_shift(fields: Mapping[str, Any]) -> float | None:
-    """The shift of σ of a scheduler for a rectified flow; None if it isn't one."""
-    prediction = prediction_in(fields)
-    if prediction is None or prediction.kind != FLOW:
-        return None
-    return float(fields.get("flow_shift") or fields.get("shift") or 1.0)
-
-
-def comfyui_node(fields: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
-    """ComfyUI's node that makes a model sample so, and its inputs beside the model; None if none is known."""
-    shift, prediction = flow_shift(fields), prediction_in(fields)
-    if shift is not None:
-        return "ModelSamplingSD3", {"shift": shift}
-    if prediction is None or prediction.path == "rectified flow":
-        return None
-    sampling = {"epsilon": "eps", "v_prediction": "v_prediction", "sample": "x0"}[prediction.kind]
-    return "ModelSamplingDiscrete", {"sampling": sampling, "zsnr": prediction.path == "zero terminal SNR"}
-
-
-def comfyui_words(fields: Mapping[str, Any]) -> str:
-    """`comfyui_node` in words; empty if none is known."""
-    node = comfyui_node(fields)
-    return f"the node {node[0]} ({', '.join(f'{name} {value}' for name, value in node[1].items())})" if node else ""
-
-
-def warn_of_scheduler(fields: Mapping[str, Any] | None) -> None:
-    """Log which scheduler a LoRA needs, and how it is set; nothing without `fields`."""
-    if fields is not None:
-        words = comfyui_words(fields)
-        logger.warning(
-            "The LoRA predicts %s, which its base doesn't, and no program sets a scheduler by a LoRA: with the base's "
-            "own it samples noise. Set it: in Diffusers, %s%s.",
-            prediction_in(fields) or f"what {fields['_class_name']} expects",
-            how_to_set(fields),
-            f"; in ComfyUI, {words}" if words else "",
-        )

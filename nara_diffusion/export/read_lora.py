@@ -29,8 +29,8 @@ from nara_diffusion.loaders.schedulers import DENOISERS, denoiser_name
 from nara_diffusion.loaders.strict import PEFT_PREFIX, read_tensors
 from nara_diffusion.utils.naming import listed
 
-from .host_files import SCHEDULER_KEY, with_text_model
-from .plain_lora import SCHEDULER, PlainLora, layers_of_tensors, others_of
+from .host_files import with_text_model
+from .plain_lora import PlainLora, layers_of_tensors, others_of
 
 
 def read_lora(lora: str | os.PathLike[str], model: Any) -> tuple[dict[str, PlainLora], str]:
@@ -60,8 +60,8 @@ def is_pipeline(model: Any) -> bool:
 
 
 def _scheduler(folder: Path, text: str | None = None) -> dict[str, Any] | None:
-    """The scheduler's fields in a file's metadata, or else in its folder; None if there are none."""
-    path = folder / SCHEDULER / "scheduler_config.json"
+    """The fields that an earlier version wrote into a file's metadata, or into its folder; None if there are none."""
+    path = folder / "scheduler" / "scheduler_config.json"
     given = json.loads(text) if text else read_config_file(path) if path.is_file() else {}
     fields = {name: value for name, value in given.items() if name not in ("_diffusers_version", "_use_default_values")}
     return fields or None
@@ -93,7 +93,7 @@ def _of_tensors(config: LoraConfig, tensors: Mapping[str, Tensor]) -> PlainLora:
 def _of_file(path: Path, pipe: Any) -> dict[str, PlainLora]:
     """{component: its LoRA}."""
     tensors, metadata = read_tensors(path)
-    scheduler = _scheduler(path.parent, (metadata or {}).get(SCHEDULER_KEY))
+    scheduler = _scheduler(path.parent, (metadata or {}).get("nara_scheduler"))
     if not is_pipeline(pipe):
         raise ValueError(
             "it isn't in PEFT's form, which has an adapter_config.json: name such a folder. A file of another form is "

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from nara_diffusion.noise.level import Level, as_level
+from nara_diffusion.noise.prediction import prediction_in
 
 from .adapter_factors import Adapter, adapter_of_model
-from .plain_lora import ExportError, PlainLora, PlainLoraLayer, warn_of_scheduler
+from .plain_lora import ExportError, PlainLora, PlainLoraLayer
 
 
 def to_lora(
@@ -35,8 +36,7 @@ def to_lora(
 
     At that λ the update equals the NaRA's up to rounding (a relative 1e-7 in float32); at any other λ it differs. A
     strength, from `set_strength` or the configuration, is included. Every `core_type` and `core_sharing` can be
-    exported, and so can a plain LoRA whose strength depends on λ. If the adapter has converted what its base predicts,
-    a warning says which scheduler the LoRA needs; it stands in `scheduler` of the result.
+    exported, and so can a plain LoRA whose strength depends on λ.
 
     Args:
         model: a PeftModel, a model with an injected adapter (`inject_adapter_in_model`, `unet.add_adapter`,
@@ -48,7 +48,8 @@ def to_lora(
 
     Raises:
         ValueError: there is no such adapter; λ is missing, or differs between samples; the adapter can't be a plain
-            LoRA (a variant such as aLoRA, another method than LoRA, biases of B); its weights are offloaded or sharded.
+            LoRA (a variant such as aLoRA, another method than LoRA, biases of B, another prediction than its base's);
+            its weights are offloaded or sharded.
     """
     if isinstance(noise_level, str) and noise_level != "best":
         raise ValueError(f'noise_level is {noise_level!r}: pass a number in [0, 1], or "best".')
@@ -60,14 +61,18 @@ def to_lora(
 
 def lora_of(adapter: Adapter, noise_level: Level | Literal["best"] | None) -> PlainLora:
     """As `to_lora`, of an adapter of a model or of a file."""
+    fields = getattr(adapter.config, "scheduler", None)
+    if fields is not None:
+        raise ValueError(
+            f"The adapter predicts {prediction_in(fields)}, which its base doesn't, and a LoRA's file can't say so: "
+            "programs would sample noise. Load it by pipe.load_nara_weights, with a scheduler that expects this."
+        )
     if isinstance(noise_level, str):
         cores, error = _nearest(adapter)
     else:
         at_level = adapter.cores(adapter.level_of(noise_level))
         cores, error = {name: C[0] for name, C in at_level.items()}, None
-    lora = adapter.folded(cores)
-    warn_of_scheduler(lora.scheduler)
-    return replace(lora, error=error)
+    return replace(adapter.folded(cores), error=error)
 
 
 # ---------------------------------------------------------------------- the nearest over all λ

@@ -92,3 +92,11 @@ def how_to_set(fields: Mapping[str, Any]) -> str:
     options = (f"{name}={fields[name]!r}" for name in _NAMED if fields.get(name) is not None)
     given = ", ".join(("pipe.scheduler.config", *options))
     return f"pipe.scheduler = {fields['_class_name']}.from_config({given})"
+
+
+def flow_shift(fields: Mapping[str, Any]) -> float | None:
+    """The shift of σ of a scheduler for a rectified flow; None if it isn't one."""
+    prediction = prediction_in(fields)
+    if prediction is None or prediction.kind != FLOW:
+        return None
+    return float(fields.get("flow_shift") or fields.get("shift") or 1.0)

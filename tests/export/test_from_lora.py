@@ -1,13 +1,9 @@
-"""`from_lora`: a NaRA that is the LoRA at step 0, tensor by tensor and in its forward; what is no LoRA is refused.
-
-A LoRA of a converted model says which scheduler it needs, and keeps it wherever its file has a place for it.
-"""
+"""`from_lora`: a NaRA that is the LoRA at step 0, tensor by tensor and in its forward; what is no LoRA is refused."""
 
 from __future__ import annotations
 
 import copy
-import logging
-import re
+import json
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +16,10 @@ from torch import nn
 
 from nara_diffusion import NaraConfig, from_lora, noise_level, to_lora
 from nara_diffusion.export import save_host_file
-from nara_diffusion.loaders.schedulers import scheduler_fields
 from tests.acceptance import _bases, _files
 from tests.helpers.adapted import TwoLayers, adapted, disturb, lora_config, nara_config, relative_error
 from tests.helpers.rounding import rounding_of
-from tests.helpers.small_pipelines import pixels, small_sdxl
+from tests.helpers.small_pipelines import small_sdxl
 
 TARGETS = ["first", "second"]
 
@@ -132,51 +127,34 @@ def test_a_hosts_file_of_which_diffusers_would_drop_a_part_is_refused(change, me
         from_lora(file, pipe.unet)
 
 
-# ---------------------------------------------------------------------- schedulers of converted models
+# ---------------------------------------------------------------------- adapters of another prediction
 
-LEVEL = 0.37
-KINDS: dict[str, Any] = {
-    "v": (diffusers.EulerDiscreteScheduler, {"prediction_type": "v_prediction"}, "timestep", "zsnr False"),
-    "flow": (
-        diffusers.DPMSolverMultistepScheduler,
-        {"prediction_type": "flow_prediction", "use_flow_sigmas": True},
-        "flow",
-        "ModelSamplingSD3 (shift 1.0)",
-    ),
+FLOW = diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+FIELDS = {
+    "_class_name": "DPMSolverMultistepScheduler",
+    "num_train_timesteps": 1000,
+    "prediction_type": "flow_prediction",
+    "use_flow_sigmas": True,
 }
 
 
-def converted(kind: str) -> Any:
-    """A pipeline with a NaRA "toy" that converts it, and with the scheduler that belongs to it."""
+def test_adapter_of_another_prediction_cannot_become_a_lora() -> None:
     pipe: Any = small_sdxl()
-    scheduler, changes, convention, _ = KINDS[kind]
-    pipe.scheduler = scheduler.from_config(pipe.scheduler.config, **changes)
-    options = {"noise_convention": convention, "scheduler": scheduler_fields(pipe.scheduler)}
-    pipe.unet.add_adapter(nara_config(target_modules=["to_q", "to_v", "conv1"], lora_alpha=3, **options), "toy")
+    pipe.unet.add_adapter(nara_config(target_modules=["to_q"], noise_convention="flow", scheduler=FIELDS), "toy")
+    with pytest.raises(ValueError, match="predicts flow_prediction, which its base doesn't"):
+        to_lora(pipe.unet, 0.4, "toy")
+
+
+def test_folded_lora_of_an_earlier_version_needs_a_scheduler_of_its_prediction(tmp_path: Path) -> None:
+    pipe, file = small_sdxl(), tmp_path / "lora.safetensors"
+    pipe.unet.add_adapter(nara_config(target_modules=["to_q", "to_v"]), "toy")
     disturb(pipe.unet)
-    return pipe
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_host_draws_with_the_scheduler_that_is_named_and_from_lora_brings_it_along(kind, tmp_path: Path, caplog):
-    pipe, file = converted(kind), tmp_path / "lora.safetensors"
-    with noise_level(pipe.unet, LEVEL):
-        wanted = pixels(pipe)
-    with caplog.at_level(logging.WARNING):
-        lora = to_lora(pipe.unet, LEVEL, "toy")
-    (warning,) = [record.getMessage() for record in caplog.records if "scheduler" in record.getMessage()]
-    assert KINDS[kind][-1] in warning
-    save_host_file({"unet": lora}, file, "kohya", "sdxl", 1)
-    lora.save_pretrained(tmp_path / "peft")
+    save_host_file({"unet": to_lora(pipe.unet, 0.4, "toy")}, file, "kohya", "sdxl", 1)
+    save_file(load_file(file), file, {"format": "pt", "nara_scheduler": json.dumps(FIELDS)})
     other: Any = small_sdxl()
-    other.load_lora_weights(file)
-    assert (pixels(other) - wanted).abs().max() > 0.05  # by the base's own scheduler
-    line = re.search(r"pipe\.scheduler = .*?\)(?=[,;])", warning)[0]  # type: ignore[index]
-    exec(line, {"pipe": other, **vars(diffusers)})
-    torch.testing.assert_close(pixels(other), wanted, rtol=0, atol=rounding_of(pipe.unet))
-    for source in (file, tmp_path / "peft"):
-        other = from_lora(source, small_sdxl())
-        config = other.unet.peft_config["default"]
-        assert config.scheduler == scheduler_fields(pipe.scheduler) == scheduler_fields(other.scheduler)
-        assert config.noise_convention == KINDS[kind][2]
-        torch.testing.assert_close(pixels(other), wanted, rtol=0, atol=rounding_of(pipe.unet))
+    with pytest.raises(ValueError, match=r"predict flow_prediction.*expects epsilon.*use_flow_sigmas=True"):
+        from_lora(file, other)
+    assert not hasattr(other.unet, "peft_config")
+    other.scheduler = FLOW
+    config = from_lora(file, other).unet.peft_config["default"]
+    assert (config.scheduler, config.noise_convention) == (FIELDS, "flow")
