@@ -8,12 +8,6 @@ Your own five images, on one GPU; the file holds what suits SDXL, flags win over
     accelerate launch train_scripts/dreambooth_sdxl.py --config train_scripts/configs/sdxl_dreambooth.yaml \\
         --instance_data_dir dog --instance_prompt "a photo of sks dog" --output_dir sks-dog
 
-A base that predicts ε taught to predict a rectified flow's velocity, on a folder of captioned images; the adapter
-brings the scheduler that then samples (docs/conversion.md). Before training, the log says the loss of the untrained
-base read by the identity between the two, which is what an adapter has to beat (identity_loss in results.json):
-    accelerate launch train_scripts/dreambooth_sdxl.py --config train_scripts/configs/sdxl_dreambooth.yaml \\
-        --instance_data_dir photos --prediction_type flow_prediction --max_train_steps 5000 --output_dir sdxl-flow
-
 The small SDXL has settings of its own, not the defaults below: the log says them.
 Written to the output folder: the weights (for pipe.load_nara_weights), README.md (the model card, which says how to
 load them), samples.png, config.yaml, results.json, metrics.jsonl, noise_level_curve.png, checkpoint-N to resume from.

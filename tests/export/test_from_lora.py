@@ -149,7 +149,7 @@ def test_folded_lora_of_an_earlier_version_needs_a_scheduler_of_its_prediction(t
     pipe, file = small_sdxl(), tmp_path / "lora.safetensors"
     pipe.unet.add_adapter(nara_config(target_modules=["to_q", "to_v"]), "toy")
     disturb(pipe.unet)
-    save_host_file({"unet": to_lora(pipe.unet, 0.4, "toy")}, file, "kohya", "sdxl", 1)
+    save_host_file({"unet": to_lora(pipe.unet, 0.4, "toy")}, file, "kohya", "sdxl")
     save_file(load_file(file), file, {"format": "pt", "nara_scheduler": json.dumps(FIELDS)})
     other: Any = small_sdxl()
     with pytest.raises(ValueError, match=r"predict flow_prediction.*expects epsilon.*use_flow_sigmas=True"):
