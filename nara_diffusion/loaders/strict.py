@@ -71,7 +71,8 @@ def _check_tensor(key: str, tensor: Any, like: Tensor, has_shape: bool) -> None:
     if has_shape and tensor.shape != like.shape:
         raise ValueError(
             f"'{key}' has shape {tuple(tensor.shape)} in the checkpoint, but this adapter needs {tuple(like.shape)}. "
-            f"{_OTHER_BASE if _is_size_of_base(key, tensor, like) else _HINT}"
+            f"{_OTHER_BASE if _is_size_of_base(key, tensor, like) else _HINT} An adapter is loaded whole or not at "
+            "all, with ignore_mismatched_sizes=True too."
         )
     if is_core_key(key):
         check_core_precision(key, tensor, like, "in the checkpoint", "save it again without converting it")
@@ -104,6 +105,21 @@ def check_core_precision(key: str, tensor: Tensor, like: Tensor, where: str, rem
 def is_core_key(key: str) -> bool:
     """Whether a tensor of that name, in a file or in a model, belongs to a core. Only a NaRA has one."""
     return not {NAME_IN_FILES, HOLDER_NAME}.isdisjoint(key.split("."))
+
+
+def with_names_in_files(tensors: Mapping[str, Tensor], adapter_name: str) -> dict[str, Tensor]:
+    """`tensors` under the names of the model, with those of the core as files have them."""
+    in_model = f"{HOLDER_NAME}.cores.{adapter_name}."
+    return {key.replace(in_model, f"{NAME_IN_FILES}."): tensor for key, tensor in tensors.items()}
+
+
+def without_second_biases(tensors: dict[str, Tensor], config: Any, adapter_name: str) -> dict[str, Tensor]:
+    """`tensors` of a file without the copies that PEFT writes of biases in `modules_to_save` if `bias` is "all"."""
+    if config.bias != "all":
+        return tensors
+    own = f".modules_to_save.{adapter_name}."
+    copies = [key for key in tensors if ".modules_to_save." in key and own not in key and key.endswith(".bias")]
+    return {key: tensor for key, tensor in tensors.items() if key not in copies}
 
 
 # ---------------------------------------------------------------------- after a load, for adapters of any method

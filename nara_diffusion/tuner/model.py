@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from difflib import get_close_matches
 from itertools import pairwise
@@ -30,7 +30,14 @@ from nara_diffusion.cores.registry import (
 from nara_diffusion.layers.dispatch import check_target, keep_out_of_float8, make_directions_orthonormal, variant_for
 from nara_diffusion.layers.offloading import is_dispatched_by_layers
 from nara_diffusion.layers.variants import rows_of
-from nara_diffusion.loaders.strict import PEFT_PREFIX, check_core_precision, check_tensors, is_core_key
+from nara_diffusion.loaders.strict import (
+    PEFT_PREFIX,
+    check_core_precision,
+    check_tensors,
+    is_core_key,
+    with_names_in_files,
+    without_second_biases,
+)
 from nara_diffusion.noise.denoisers import denoiser_of
 from nara_diffusion.noise.level import find_holders
 
@@ -229,7 +236,7 @@ class NaraModel(MergesAtOneLevel):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        state_dict = with_current_names(state_dict)
+        state_dict = without_second_biases(with_current_names(state_dict), config, adapter_name)
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         present = model.state_dict()
         core = [key for key in present if f"{HOLDER_NAME}.cores.{adapter_name}." in key]
@@ -247,14 +254,8 @@ class NaraModel(MergesAtOneLevel):
         }
         for key in [key for key in mapped if key not in present and key.removeprefix(PEFT_PREFIX) in present]:
             mapped[key.removeprefix(PEFT_PREFIX)] = mapped.pop(key)
-        check_tensors(*(_with_names_in_files(each, adapter_name) for each in (mapped, expected, present)))
+        check_tensors(*(with_names_in_files(each, adapter_name) for each in (mapped, expected, present)))
         return mapped
-
-
-def _with_names_in_files(tensors: Mapping[str, Tensor], adapter_name: str) -> dict[str, Tensor]:
-    """`tensors` under the names of the model, with those of the core as files have them."""
-    in_model = f"{HOLDER_NAME}.cores.{adapter_name}."
-    return {key.replace(in_model, f"{NAME_IN_FILES}."): tensor for key, tensor in tensors.items()}
 
 
 @contextmanager

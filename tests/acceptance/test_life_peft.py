@@ -126,6 +126,33 @@ def test_name_that_begins_like_another_is_not_confused_with_it(tmp_path: Path) -
     assert torch.equal(run(other), run(model))
 
 
+def test_ignore_mismatched_sizes_is_refused(tmp_path: Path) -> None:
+    adapted().save_pretrained(tmp_path)
+    wider = nn.ModuleDict({"first": nn.Linear(8, 11), "second": nn.Linear(11, 5)})
+    with pytest.raises(ValueError, match=r"has shape .* whole or not at all, with ignore_mismatched_sizes=True too"):
+        PeftModel.from_pretrained(wider, tmp_path, ignore_mismatched_sizes=True)
+
+
+@pytest.mark.parametrize("name", ["default", "other"])
+def test_biases_that_peft_saves_twice_load_under_any_name(tmp_path: Path, name: str) -> None:
+    """With bias="all", PEFT writes those of `modules_to_save` a second time, under names that no model has."""
+    config = nara_config(target_modules=["first"], modules_to_save=["second"], bias="all")
+    base = nn.ModuleDict({"first": nn.Linear(7, 11), "second": nn.Sequential(nn.Linear(11, 6), nn.Linear(6, 5))})
+    single = nn.ModuleDict({"first": nn.Linear(7, 11), "second": nn.Linear(11, 5)})
+    for number, model in enumerate((base, single)):
+        saved: Any = get_peft_model(copy.deepcopy(model), config)
+        disturb(saved)
+        for parameter in saved.parameters():
+            parameter.data.add_(1.0)
+        saved.save_pretrained(tmp_path / str(number))
+        assert any(".modules_to_save." in key for key in load_file(tmp_path / str(number) / WEIGHTS))
+        loaded = PeftModel.from_pretrained(model, tmp_path / str(number), adapter_name=name)
+        expected = saved.state_dict()
+        for key, tensor in loaded.state_dict().items():
+            if "base_layer.weight" not in key and "original_module" not in key:
+                assert torch.equal(tensor, expected[key.replace(f".{name}.", ".default.")]), key
+
+
 def test_state_dict_with_a_converted_core_is_refused_before_a_file_is_written(tmp_path: Path) -> None:
     model = adapted()
     converted = {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}
