@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -27,8 +26,10 @@ _CHOICES: dict[str, tuple[tuple[Any, ...], tuple[str, ...]]] = {
     "noise_embedding": (("fourier", "mlp", "raw"), ("hypernetwork",)),
 }
 """Field → its choices, and the built-in types of core that read it; custom cores may read all."""
-_SIZES = ("noise_embedding_dim", "core_bins", "core_knots")
+_SIZES = ("r", "noise_embedding_dim", "core_bins", "core_knots")
 _SCALES = ("core_scale", "fourier_scale")
+_GONE = {"core_normalization": "none", "noise_scale": "linear", "layer_embedding_dim": 16}
+"""Fields of version 0.1 that are gone → their defaults there, with which files load as before."""
 _REFUSED = (
     "target_parameters", "layer_replication", "megatron_config", "alora_invocation_tokens", "arrow_config",
     "use_bdlora", "use_qalora", "velora_config", "monteclora_config", "kasa_config", "ensure_weight_tying",
@@ -114,8 +115,7 @@ class NaraConfig(LoraConfig):
     def __new__(cls, *args: Any, **given: Any) -> NaraConfig:
         # PEFT leaves unknown fields of a file out with a warning: another adapter than the one that was saved
         known = {own.name for own in fields(cls)}
-        unknown = [name for name, value in given.items() if name not in known and value]
-        if unknown:
+        if unknown := [name for name, value in given.items() if name not in known and _is_set(name, value)]:
             raise ValueError(
                 f"NaraConfig has no field {', '.join(map(repr, unknown))}: remove it, or, if a file has it, update "
                 "nara-diffusion and PEFT, or save the adapter again with these."
@@ -140,7 +140,7 @@ class NaraConfig(LoraConfig):
         """As PEFT's; a refused file is named."""
         try:
             return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, AttributeError, RecursionError) as error:
             where = os.path.join(pretrained_model_name_or_path, subfolder or "")
             if where in str(error):
                 raise
@@ -182,6 +182,12 @@ class NaraConfig(LoraConfig):
         for name in _SCALES:
             if not is_number(getattr(self, name)) or getattr(self, name) <= 0:
                 self._refuse(name, ": pass a finite number greater than 0.")
+        if not is_number(self.lora_alpha):
+            self._refuse("lora_alpha", ": pass a finite number.")
+        for name, is_right in (("rank_pattern", _is_size), ("alpha_pattern", is_number)):
+            pattern = getattr(self, name)
+            if not isinstance(pattern, dict) or not all(map(is_right, pattern.values())):
+                self._refuse(name, ": pass {name of a module: its positive integer rank, or its finite alpha}.")
         if self.noise_embedding == "fourier" and self.noise_embedding_dim % 2:
             self._refuse("noise_embedding_dim", ": Fourier features are sine and cosine pairs, so pass an even number.")
         if self.core_type == "knots" and self.core_knots < 2:
@@ -261,20 +267,12 @@ def _is_size(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) > 0
 
 
+def _is_set(name: str, value: Any) -> bool:
+    """Whether a field that `NaraConfig` lacks says something about the adapter."""
+    return bool(value) and _GONE.get(name) != value
+
+
 # ---------------------------------------------------------------------- files
-
-
-def is_naras(given: Mapping[str, Any]) -> bool:
-    """Whether the fields of an adapter_config.json are those of a NaRA."""
-    return given.get("peft_type") == NaraPeftType.NARA.value
-
-
-def read_config_file(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The fields of an adapter_config.json, of any kind of adapter; an error names the file."""
-    try:
-        return dict(json.loads(Path(path).read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"'{path}' can't be read ({error}): damaged.") from None
 
 
 def config_to_fields(config: NaraConfig) -> dict[str, Any]:
@@ -287,8 +285,9 @@ def config_to_fields(config: NaraConfig) -> dict[str, Any]:
 def config_from_fields(given: Mapping[str, Any], origin: str) -> NaraConfig:
     """A configuration from `config_to_fields`, or from the adapter_config.json that PEFT writes; an error names the
     `origin`."""
-    known = {own.name for own in fields(NaraConfig)} - _OF_ONE_MACHINE
-    own = {key: value for key, value in given.items() if key in known or (value and key not in _OF_ONE_MACHINE)}
+    known = {own.name for own in fields(NaraConfig)}
+    given = {key: value for key, value in given.items() if key not in _OF_ONE_MACHINE}
+    own = {key: value for key, value in given.items() if key in known or _is_set(key, value)}
     try:
         return NaraConfig(**own)
     except (TypeError, ValueError, AttributeError, ImportError) as error:  # the latter two of PEFT's own checks

@@ -18,6 +18,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from copy import copy
+from pathlib import Path
 from typing import Any
 
 import diffusers.loaders.lora_base as lora_base
@@ -25,6 +26,7 @@ from diffusers.loaders.peft import PeftAdapterMixin
 from diffusers.utils.hub_utils import PushToHubMixin
 from peft import PeftConfig, PeftModel, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft.utils.save_and_load import load_peft_weights
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -34,7 +36,7 @@ from transformers.utils.loading_report import LoadStateDictInfo
 from nara_diffusion.config import NaraConfig, NaraPeftType
 from nara_diffusion.loaders.file import METADATA_KEY
 from nara_diffusion.loaders.insertion import TEXT_ENCODER, adapters_of
-from nara_diffusion.loaders.strict import is_core_key
+from nara_diffusion.loaders.strict import check_regular, is_core_key, is_naras, read_config_file
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
 from nara_diffusion.tuner.model import NaraModel
 from nara_diffusion.tuner.snapshot import restored_on_error
@@ -111,6 +113,7 @@ def _named(model_id: Any, options: Mapping[str, Any]) -> Iterator[None]:
     """Inside, errors get the name of the adapter's folder or repository."""
     where = "/".join(str(part) for part in (model_id, options.get("subfolder")) if part)
     try:
+        check_regular(Path(where, SAFETENSORS_WEIGHTS_NAME))
         yield
     except (ValueError, KeyError, SafetensorError) as error:
         if where in str(error):
@@ -123,6 +126,9 @@ def _named(model_id: Any, options: Mapping[str, Any]) -> Iterator[None]:
 
 
 def _is_naras(model_id: Any, options: Mapping[str, Any]) -> bool:
+    config = Path(str(model_id), options.get("subfolder") or "", CONFIG_NAME)
+    if config.is_file():
+        return is_naras(read_config_file(config))
     hub = {name: options[name] for name in ("subfolder", "revision", "cache_dir", "token") if name in options}
     try:
         return PeftConfig._get_peft_type(model_id, **hub) == NaraPeftType.NARA.value

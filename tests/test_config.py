@@ -46,6 +46,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"init_lora_weights": "pissa", "core_type": "rank_mask"}, "init_lora_weights='pissa' needs C = I at step 0"),
     ({"lora_a_init": "orthogonal", "init_lora_weights": "gaussian"}, "lora_a_init is 'orthogonal', with"),
     ({"core_normalization": "frobenius"}, "NaraConfig has no field 'core_normalization'"),
+    ({"r": "3"}, "r is '3': pass a positive integer"),
+    ({"rank_pattern": {"a": 2.0}}, "rank_pattern is .*positive integer rank"),
+    ({"lora_alpha": float("nan")}, "lora_alpha is nan: pass a finite number"),
+    ({"lora_alpha": "8"}, "lora_alpha is '8': pass a finite number"),
+    ({"alpha_pattern": {"a": float("inf")}}, "alpha_pattern is {'a': inf}: .*finite alpha"),
 ]
 INITS = [True, False, "gaussian", "pissa", "pissa_niter_4", "olora", "orthogonal"]
 OPTIONS: dict[str, Any] = {
@@ -150,6 +155,18 @@ def test_config_survives_pefts_file_and_its_fields_with_their_types(tmp_path: Pa
     assert "peft_version" not in kept
     for given in (kept, config.to_dict() | later):
         assert config_to_fields(config_from_fields(given, "the file")) == config_to_fields(config)
+
+
+@pytest.mark.filterwarnings("ignore:Unexpected keyword arguments")  # of PEFT
+def test_fields_of_early_files_that_say_nothing_are_dropped(tmp_path: Path) -> None:
+    config, early = nara_config(target_modules=["first"]), {"core_normalization": "none", "noise_scale": "linear"}
+    config.save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / CONFIG).read_text()) | early | {"layer_embedding_dim": 16}
+    (tmp_path / CONFIG).write_text(json.dumps(fields))
+    assert config_to_fields(NaraConfig.from_pretrained(str(tmp_path))) == config_to_fields(config)
+    assert config_to_fields(config_from_fields(fields, "the file")) == config_to_fields(config)
+    with pytest.raises(ValueError, match="no field 'noise_scale'"):
+        config_from_fields(fields | {"noise_scale": "log_snr"}, "the file")
 
 
 @pytest.mark.parametrize(

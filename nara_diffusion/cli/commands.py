@@ -11,16 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nara_diffusion.export.adapter_factors import adapter_of_part, cores_of, schedule_of
-from nara_diffusion.loaders.file import (
-    MODEL,
-    PEFT_CONFIG_NAME,
-    PEFT_WEIGHTS_NAME,
-    WEIGHTS_NAME,
-    AdapterFile,
-    AdapterPart,
-    naming,
-)
+from nara_diffusion.export.adapter_factors import cores_of, schedule_of
+from nara_diffusion.loaders.adapter_part import AdapterPart
+from nara_diffusion.loaders.file import MODEL, PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME, WEIGHTS_NAME, AdapterFile
 from nara_diffusion.loaders.insertion import check_storable
 from nara_diffusion.utils.atomic_write import atomic_write, check_free
 
@@ -48,13 +41,11 @@ def inspect(args: Any) -> str:
     content = (file.path or Path()).read_bytes()
     found: dict[str, Any] = {"file": str(file.path), "bytes": len(content)}
     found["sha256"] = hashlib.sha256(content).hexdigest()
-    with naming(args.file):
-        found["components"] = {name: _described(part) for name, part in file.parts.items()}
+    found["components"] = {name: _described(part) for name, part in file.parts.items()}
     return json.dumps(found, indent=2, default=list) if args.json else _text_of(found)
 
 
 def _described(part: AdapterPart) -> dict[str, Any]:
-    adapter_of_part(part)  # raises if it is damaged
     config, modules = part.config, part.modules
     kinds = Counter(next(word for word in reversed(name.split(".")) if not word.isdigit()) for name in modules)
     factors = sum(tensor.numel() for tensor in part.tensors.values()) - sum(t.numel() for t in part.core.values())
@@ -105,8 +96,7 @@ def plot(args: Any) -> str:
     if args.points < 2 or output.is_dir():
         raise ValueError(f"--points is {args.points}, --output {output}: pass 2 or more, and the name of a PNG file.")
     check_free([output], args.overwrite)
-    with naming(args.file):
-        _draw(AdapterFile.read(Path(args.file)), output, args.points)
+    _draw(AdapterFile.read(Path(args.file)), output, args.points)
     return str(output)
 
 
@@ -172,8 +162,6 @@ def convert(args: Any) -> str:
     elif component not in parts and (component is not None or len(parts) > 1):
         raise ValueError(f"the file has {', '.join(parts)}: choose one of these by --component.")
     chosen = component or next(iter(parts))
-    with naming(source):
-        adapter_of_part(parts[chosen])  # raises if it is damaged
     file = AdapterFile({chosen: parts[chosen]})
     names = (PEFT_WEIGHTS_NAME, PEFT_CONFIG_NAME) if form == "peft" else (WEIGHTS_NAME,)
     check_free([output / name for name in names], args.overwrite)

@@ -14,7 +14,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME as PEFT_WEIGHTS_NAME
 from nara_diffusion.export.adapter_factors import Adapter, adapter_of_part
 from nara_diffusion.export.host_files import BASES, save_host_file
 from nara_diffusion.export.to_lora import lora_of
-from nara_diffusion.loaders.file import MODEL, AdapterFile, naming
+from nara_diffusion.loaders.file import MODEL, AdapterFile
 from nara_diffusion.utils.atomic_write import check_free
 
 PEFT = "peft"
@@ -35,8 +35,7 @@ def fold(args: Any) -> str:
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s")  # of the scheduler that the result needs
     file = AdapterFile.read(Path(args.file))
-    with naming(args.file):
-        adapters = {name: adapter_of_part(part) for name, part in file.parts.items()}
+    adapters = {name: adapter_of_part(part) for name, part in file.parts.items()}
     _check(file, args)
     text = _fold(file, adapters, args)
     return f"{args.output}: {text}{_not_for_comfyui(file) if args.form == 'diffusers' else ''}"

@@ -29,7 +29,7 @@ from nara_diffusion.config import NaraConfig
 from nara_diffusion.cores.registry import CoreSet, core_group, make_cores
 from nara_diffusion.layers.offloading import onloaded
 from nara_diffusion.layers.variants import NaraVariant
-from nara_diffusion.loaders.file import AdapterPart, configured_scaling
+from nara_diffusion.loaders.adapter_part import AdapterPart, configured_scaling
 from nara_diffusion.loaders.strict import held_tensors
 from nara_diffusion.noise.level import Level, as_level
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
@@ -172,14 +172,9 @@ def _plain_config(config: LoraConfig, root: Any = None) -> LoraConfig:
 
 
 def adapter_of_part(part: AdapterPart) -> Adapter:
-    """The adapter of a file, without its base model; its factors in float32 or better.
-
-    Raises:
-        ValueError: A and B of a module are not both there, or not of the configuration's rank, or the core's tensors
-            are not those that it describes: damaged.
-    """
+    """The adapter of a file, which `AdapterFile.read` has checked; its factors in float32 or better."""
     config, cores, schedule = part.config, cores_of(part), schedule_of(part.config)
-    tensors = {key: t.to(torch.promote_types(t.dtype, torch.float32)) for key, t in part.tensors.items()}
+    tensors = {key: t if t.dtype == torch.float64 else t.float() for key, t in part.tensors.items()}
     layers = layers_of_tensors(config, tensors)
     keys = {name: core_group(config, name, layer.rank) if config.reads_core else None for name, layer in layers.items()}
 
@@ -204,19 +199,7 @@ def schedule_of(config: NaraConfig) -> StrengthSchedule | None:
 
 
 def cores_of(part: AdapterPart) -> CoreSet:
-    """The cores of a file, with its values.
-
-    Raises:
-        ValueError: the file lacks tensors of the cores that its configuration describes, or has others.
-    """
-    groups: dict[str, int] = {}
-    for name, rank in part.modules.items():
-        group = core_group(part.config, name, rank)
-        groups[group] = max(rank, groups.get(group, 0))
-    cores = make_cores(part.config, groups)
-    try:
-        cores.load_state_dict(part.core)
-    except RuntimeError as error:
-        text = " ".join(str(error).split())
-        raise ValueError(f"its cores don't match its configuration, so the file is damaged: {text}") from None
+    """The cores of a file, with its values."""
+    cores = make_cores(part.config, part.core_ranks)
+    cores.load_state_dict(part.core)
     return cores

@@ -18,7 +18,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
 
 from nara_diffusion.config import NaraConfig, changes_base
-from nara_diffusion.loaders.file import AdapterPart
+from nara_diffusion.loaders.adapter_part import AdapterPart
 from nara_diffusion.loaders.insertion import LOADED_FLAG, TEXT_ENCODER
 from nara_diffusion.loaders.schedulers import check_schedulers, read_schedule_of
 from nara_diffusion.loaders.strict import check_tensors
@@ -130,19 +130,7 @@ def copy_tensors(lora: PlainLora, root: nn.Module, adapter_name: str, origin: st
     Raises:
         ValueError: the layers, ranks, scales, shapes or kinds of tensors differ.
     """
-    layers: dict[str, Any] = layers_of(root, adapter_name)
-    if different := sorted(lora.layers.keys() ^ layers.keys()):
-        raise ValueError(
-            f"{origin} has {len(lora.layers)} layers, the adapter '{adapter_name}' {len(layers)}: {listed(different)} "
-            "in one of them only. Was it trained on this base model? In a training, set target_modules to its layers."
-        )
-    for name, layer in lora.layers.items():
-        rank, scaling = layers[name].r[adapter_name], layers[name].scaling[adapter_name]
-        if rank != layer.rank or not math.isclose(scaling, layer.scaling, rel_tol=1e-6):
-            raise ValueError(
-                f"{origin} has rank {layer.rank} and scale {layer.scaling:g} in '{name}', the adapter {rank} and "
-                f"{scaling:g}: set r (--rank) to {layer.rank}, lora_alpha to {layer.alpha:g} and use_rslora to False."
-            )
+    check_scales({name: (each.rank, each.scaling) for name, each in lora.layers.items()}, root, adapter_name, origin)
     own = re.compile(rf"(.*\.lora_\w+)\.{re.escape(adapter_name)}(\.\w+)?")
     found = ((own.fullmatch(name), parameter) for name, parameter in root.named_parameters())
     held = {f"{match[1]}{match[2] or ''}": parameter for match, parameter in found if match}
@@ -159,6 +147,28 @@ def copy_tensors(lora: PlainLora, root: nn.Module, adapter_name: str, origin: st
         parameter = held[key]
         dtype = torch.promote_types(parameter.dtype, tensor.dtype)
         parameter.data = tensor.detach().to(parameter.device, dtype, copy=True)
+
+
+def check_scales(given: Mapping[str, tuple[int, float]], root: nn.Module, adapter_name: str, origin: str) -> None:
+    """Compare {layer: (rank, scale)} of the file `origin` with an adapter of `root`.
+
+    Raises:
+        ValueError: the layers, or the ranks or scales of one, differ.
+    """
+    layers: dict[str, Any] = layers_of(root, adapter_name)
+    if different := sorted(given.keys() ^ layers.keys()):
+        raise ValueError(
+            f"{origin} has {len(given)} layers, the adapter '{adapter_name}' {len(layers)}: {listed(different)} "
+            "in one of them only. Was it trained on this base model? In a training, set target_modules to its layers."
+        )
+    for name, (rank, scaling) in given.items():
+        there, its_scaling = layers[name].r[adapter_name], layers[name].scaling[adapter_name]
+        if there != rank or not math.isclose(its_scaling, scaling, rel_tol=1e-6):
+            raise ValueError(
+                f"{origin} has rank {rank} and scale {scaling:g} in '{name}', the adapter {there} and {its_scaling:g}: "
+                f"set r (--rank) to {rank}, lora_alpha to {scaling * rank:g} and use_rslora to False; or, if layers "
+                "differ, rank_pattern and alpha_pattern."
+            )
 
 
 def check_identity(root: nn.Module, adapter_name: str, config: NaraConfig) -> None:

@@ -14,7 +14,7 @@ from peft import LoraConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
-from nara_diffusion.loaders.file import by_pattern, configured_scaling
+from nara_diffusion.loaders.adapter_part import by_pattern, configured_scaling
 from nara_diffusion.loaders.strict import PEFT_PREFIX, is_core_key, save_tensors
 from nara_diffusion.utils.atomic_write import atomic_write_files
 

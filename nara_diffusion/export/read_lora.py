@@ -22,11 +22,10 @@ from peft import LoraConfig, PeftConfig
 from peft.utils import CONFIG_NAME
 from torch import Tensor, nn
 
-from nara_diffusion.config import is_naras, read_config_file
 from nara_diffusion.loaders.file import read_peft_tensors
 from nara_diffusion.loaders.insertion import TEXT_ENCODER
 from nara_diffusion.loaders.schedulers import DENOISERS, denoiser_name
-from nara_diffusion.loaders.strict import PEFT_PREFIX, read_tensors
+from nara_diffusion.loaders.strict import PEFT_PREFIX, is_naras, read_config_file, read_tensors
 from nara_diffusion.utils.naming import listed
 
 from .host_files import with_text_model

@@ -14,7 +14,6 @@ PEFT's folder holds one component: adapter_config.json and adapter_model.safeten
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,51 +21,35 @@ from pathlib import Path
 from typing import Any
 
 from diffusers.utils.hub_utils import _get_model_file
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from peft.utils import CONFIG_NAME as PEFT_CONFIG_NAME
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as PEFT_WEIGHTS_NAME
-from peft.utils.other import get_pattern_key
 from torch import Tensor
 
-from nara_diffusion.config import (
-    NaraConfig,
-    config_from_fields,
-    config_to_fields,
-    is_naras,
-    read_config_file,
-)
-from nara_diffusion.cores.registry import NAME_IN_FILES, with_current_names
+from nara_diffusion.config import NaraConfig, config_from_fields, config_to_fields
+from nara_diffusion.cores.registry import with_current_names
 from nara_diffusion.utils.atomic_write import atomic_write_files
 from nara_diffusion.utils.naming import is_out_of_reach, listed
 
-from .strict import PEFT_PREFIX, PICKLE, check_loaded, copied, is_core_key, read_tensors, save_tensors
+from .adapter_part import AdapterPart, check_part
+from .strict import (
+    PEFT_PREFIX,
+    PICKLE,
+    check_loaded,
+    check_regular,
+    copied,
+    is_core_key,
+    is_naras,
+    read_config_file,
+    read_tensors,
+    save_tensors,
+)
 
 WEIGHTS_NAME = "pytorch_nara_weights.safetensors"
 METADATA_KEY = "nara_adapter_metadata"
 FORMAT_VERSION = 1
 MODEL = "model"
 """The name of the component of a PEFT folder, where no other is given."""
-
-
-@dataclass(frozen=True)
-class AdapterPart:
-    """The part of an adapter for one component: configuration, and tensors by their names in the component."""
-
-    config: NaraConfig
-    tensors: dict[str, Tensor]
-
-    @property
-    def modules(self) -> dict[str, int]:
-        """{adapted module: its rank}."""
-        names = dict.fromkeys(key.partition(".lora_")[0] for key in self.tensors if ".lora_" in key)
-        return {name: by_pattern(self.config.rank_pattern, name, self.config.r) for name in names}
-
-    @property
-    def core(self) -> dict[str, Tensor]:
-        """{name in the core: tensor} of the core's tensors."""
-        return {
-            key.removeprefix(f"{NAME_IN_FILES}."): tensor for key, tensor in self.tensors.items() if is_core_key(key)
-        }
 
 
 @dataclass(frozen=True)
@@ -101,15 +84,17 @@ class AdapterFile:
         Raises:
             ValueError: there is no file, or it is damaged or of another kind. OSError: the Hub's error.
         """
-        if isinstance(source, Mapping):
-            return cls(_of_pipeline({key: copied(tensor) for key, tensor in source.items()}, metadata, "The dict"))
-        if metadata is not None:
+        if not isinstance(source, Mapping) and metadata is not None:
             raise ValueError("metadata is for a dict of tensors: a file has its own.")
-        path = _locate(source, weight_name, subfolder, hub)
-        tensors, metadata = read_tensors(path)
-        if path.name == PEFT_WEIGHTS_NAME:
-            return cls({component: _of_peft(path, tensors)}, path)
-        return cls(_of_pipeline(tensors, metadata, f"'{path}'"), path)
+        with naming(source):
+            if isinstance(source, Mapping):
+                given = {key: copied(tensor) for key, tensor in source.items()}
+                return cls(_of_pipeline(given, metadata, "The dict"))
+            path = _locate(source, weight_name, subfolder, hub)
+            tensors, metadata = read_tensors(path)
+            if path.name == PEFT_WEIGHTS_NAME:
+                return cls({component: _of_peft(path, tensors)}, path)
+            return cls(_of_pipeline(tensors, metadata, f"'{path}'"), path)
 
     def save(self, path: Path, save_function: Callable[..., Any] | None = None) -> None:
         """Write a pipeline's file, whole or not at all, as `save_file` of safetensors does.
@@ -143,18 +128,6 @@ def naming(source: Any) -> Iterator[None]:
         raise ValueError(f"The adapter in {where} is refused: {error}") from error
 
 
-def by_pattern(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    """The value of PEFT's rank_pattern or alpha_pattern for a module."""
-    pattern = pattern or {}
-    return pattern.get(get_pattern_key(list(pattern), name), default)  # type: ignore[arg-type]
-
-
-def configured_scaling(config: LoraConfig, name: str, rank: int) -> float:
-    """α / r, or α / √r for rsLoRA, of the module of that name."""
-    alpha = by_pattern(config.alpha_pattern, name, config.lora_alpha)
-    return alpha / (math.sqrt(rank) if config.use_rslora else rank)
-
-
 # ---------------------------------------------------------------------- where the tensors are
 
 
@@ -164,6 +137,7 @@ def _locate(source: Any, weight_name: str | None, subfolder: str | None, hub: Ma
         return path
     if path.is_dir():
         return _in_folder(path / subfolder if subfolder else path, weight_name)
+    check_regular(path)
     if isinstance(source, Path) or str(source).startswith((".", "/", "~")) or path.suffix == ".safetensors":
         raise ValueError(f"There is no file or folder '{source}': pass what save_nara_weights or PEFT wrote.")
     try:
@@ -193,11 +167,12 @@ def _download(repository: Any, name: str, subfolder: str | None, hub: Mapping[st
 
 def _in_folder(folder: Path, weight_name: str | None) -> Path:
     files = sorted(folder.iterdir()) if folder.is_dir() else []
-    others = [path.name for path in files if path.suffix == ".safetensors"]
+    others = [path.name for path in files if path.suffix == ".safetensors" and path.is_file()]
     names = [WEIGHTS_NAME, PEFT_WEIGHTS_NAME, *(others if len(others) == 1 else [])]
     for name in names if weight_name is None else [weight_name]:
         if (folder / name).is_file():
             return folder / name
+        check_regular(folder / name)
     pickles = [path.name for path in files if path.suffix in (".bin", ".pt", ".pth", ".ckpt")]
     found = "it has no safetensors file" + (f", but {listed(pickles)}, {PICKLE}" if pickles else "")
     if others:
@@ -223,6 +198,7 @@ def _of_peft(path: Path, tensors: dict[str, Tensor]) -> AdapterPart:
     part = AdapterPart(config_from_fields(given, origin), with_current_names(own))
     part.config.base_model_name_or_path = given.get("base_model_name_or_path")
     part.config.auto_mapping = given.get("auto_mapping")
+    check_part(part, beside=True)
     return part
 
 
@@ -242,7 +218,13 @@ def _of_pipeline(tensors: Mapping[str, Any], metadata: Mapping[str, str] | None,
         if component not in split:
             raise ValueError(f"{origin} holds '{key}', but its configuration knows {listed(configs)} only: damaged.")
         split[component][rest] = tensor
-    return {name: AdapterPart(configs[name], own) for name, own in split.items()}
+    parts = {name: AdapterPart(configs[name], own) for name, own in split.items()}
+    for name, part in parts.items():
+        try:
+            check_part(part, beside=False)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    return parts
 
 
 def _configs(text: str, origin: str) -> dict[str, NaraConfig]:
@@ -251,7 +233,7 @@ def _configs(text: str, origin: str) -> dict[str, NaraConfig]:
         version = content["format_version"]
         given = content["components"] if version == FORMAT_VERSION else {}
         components = {name: dict(own) for name, own in given.items()}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"The configuration in the metadata of {origin} can't be read ({error!r}): damaged.") from None
     if version != FORMAT_VERSION:
         raise ValueError(

@@ -28,7 +28,7 @@ from nara_diffusion.layers.offloading import groups_of
 from nara_diffusion.tuner.holder import drop_idle_holder, holder_of
 from nara_diffusion.tuner.strength import check_strength, give_strength, layers_of, strength_of
 
-from .file import AdapterPart, by_pattern, configured_scaling
+from .adapter_part import AdapterPart, by_pattern, configured_scaling
 from .strict import check_tensors, held_tensors
 
 logger = logging.getLogger(__name__)

@@ -7,6 +7,8 @@ and `check_loaded` any method's adapter with its file afterwards. Files of tenso
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from nara_diffusion.config import NaraPeftType
 from nara_diffusion.cores.registry import HOLDER_NAME, NAME_IN_FILES
 from nara_diffusion.utils.naming import listed
 
@@ -182,15 +185,37 @@ def load_whole_model(kind: Any, folder: Path, **options: Any) -> Any:
     return model
 
 
-# ---------------------------------------------------------------------- files of tensors
+# ---------------------------------------------------------------------- files
+
+
+def is_naras(given: Mapping[str, Any]) -> bool:
+    """Whether the fields of an adapter_config.json are those of a NaRA."""
+    return given.get("peft_type") == NaraPeftType.NARA.value
+
+
+def read_config_file(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The fields of an adapter_config.json, of any kind of adapter; an error names the file."""
+    try:
+        return dict(json.loads(Path(path).read_text(encoding="utf-8")))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"'{path}' can't be read ({error}): it is damaged, download or save it again.") from None
+
+
+def check_regular(path: Path) -> None:
+    """Raises ValueError if `path` is a link to nothing, or a pipe or device, whose end a reader would wait for."""
+    if path.is_symlink() and not path.exists():
+        raise ValueError(f"'{path}' is a link to '{os.readlink(path)}', which isn't there: download the adapter again.")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"'{path}' is no regular file, but a folder, pipe or device: name a safetensors file.")
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str] | None]:
     """Tensors and metadata of a safetensors file, copied, so that the file may be overwritten afterwards.
 
     Raises:
-        ValueError: it is cut off or of another format, such as a pickle.
+        ValueError: it is no file, cut off or of another format, such as a pickle.
     """
+    check_regular(path)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {key: copied(file.get_tensor(key)) for key in file.keys()}, file.metadata()  # noqa: SIM118

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from nara_diffusion.config import NaraConfig
 from nara_diffusion.tuner.snapshot import restored_on_error
 
-from .file import WEIGHTS_NAME, AdapterFile, AdapterPart, naming
+from .adapter_part import AdapterPart
+from .file import WEIGHTS_NAME, AdapterFile, naming
 from .insertion import (
     TEXT_ENCODER,
     adapters_of,

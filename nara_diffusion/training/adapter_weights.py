@@ -18,11 +18,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from nara_diffusion import NaraConfig
-from nara_diffusion.config import changes_base, is_naras, read_config_file
-from nara_diffusion.export.from_lora import check_identity, copy_tensors
+from nara_diffusion.config import changes_base
+from nara_diffusion.export.from_lora import check_identity, check_scales, copy_tensors
+from nara_diffusion.export.plain_lora import PlainLora
 from nara_diffusion.export.read_lora import read_lora
+from nara_diffusion.loaders.adapter_part import AdapterPart, configured_scaling
 from nara_diffusion.loaders.file import METADATA_KEY, WEIGHTS_NAME, AdapterFile, naming
-from nara_diffusion.loaders.strict import check_loaded, check_tensors, load_whole_model
+from nara_diffusion.loaders.strict import check_loaded, check_tensors, is_naras, load_whole_model, read_config_file
 from nara_diffusion.noise.prediction import check_expected
 
 from .adapters import CORE_FIELDS
@@ -52,30 +54,41 @@ def start_from(components: Mapping[str, Any], path: str, source_model: Any) -> N
             convention or what it predicts; the message says which flag decides that.
     """
     file, origin = Path(path).expanduser(), f"init_adapter '{path}'"
-    naras = _is_naras(file)
     with naming(path):
-        parts: Any = AdapterFile.read(file, next(iter(components))).parts if naras else None
-    if not naras:
-        parts = read_lora(file, source_model)[0]
+        naras = _is_naras(file)
+        read: Any = AdapterFile.read(file, next(iter(components))).parts if naras else read_lora(file, source_model)[0]
+        _check_parts(read, components, naras, source_model, origin)
+        for name, root in components.items():
+            (_copy_nara if naras else _copy_lora)(read[name], root, origin)
+
+
+def _check_parts(
+    parts: Mapping[str, Any], components: Mapping[str, Any], naras: bool, source_model: Any, origin: str
+) -> None:
+    """Refuse a file for other components, or for another prediction, than the run's. Raises ValueError."""
     if parts.keys() != components.keys():
         names = [", ".join(name or "a single model" for name in each) for each in (parts, components)]
         raise ValueError(f"{origin} is for {names[0]}, but this run trains {names[1]}: see --train_text_encoder.")
     schedulers = [part.config.scheduler if naras else part.scheduler for part in parts.values()]
-    with naming(path):
-        for fields in schedulers:
-            check_expected(getattr(source_model, "scheduler", None), fields)
-    for name, root in components.items():
-        config, part = root.peft_config["default"], parts[name]
-        if naras:
-            _check_same(config, part.config, origin)
-            set_peft_model_state_dict(root, part.tensors, adapter_name="default")
-            check_loaded(root, "default", part.tensors, origin)
-        else:
-            if changes_base(part.config.init_lora_weights):
-                raise ValueError(f"{origin} took its start out of the base weights, which this run's base still has.")
-            if isinstance(config, NaraConfig) and config.core_type != "identity":
-                check_identity(root, "default", config)
-            copy_tensors(part, root, "default", origin)
+    for fields in schedulers:
+        check_expected(getattr(source_model, "scheduler", None), fields)
+
+
+def _copy_nara(part: AdapterPart, root: Any, origin: str) -> None:
+    _check_same(root.peft_config["default"], part.config, origin)
+    scales = {name: (rank, configured_scaling(part.config, name, rank)) for name, rank in part.modules.items()}
+    check_scales(scales, root, "default", origin)
+    set_peft_model_state_dict(root, part.tensors, adapter_name="default")
+    check_loaded(root, "default", part.tensors, origin)
+
+
+def _copy_lora(part: PlainLora, root: Any, origin: str) -> None:
+    config = root.peft_config["default"]
+    if changes_base(part.config.init_lora_weights):
+        raise ValueError(f"{origin} took its start out of the base weights, which this run's base still has.")
+    if isinstance(config, NaraConfig) and config.core_type != "identity":
+        check_identity(root, "default", config)
+    copy_tensors(part, root, "default", origin)
 
 
 def _is_naras(path: Path) -> bool:

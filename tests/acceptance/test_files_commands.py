@@ -108,11 +108,17 @@ REFUSED: list[tuple[list[str], str]] = [
     (["convert", "{peft}", "{note}", "--to", "pipeline", "--component", "unet"], "exists: '{note}'"),
     (["convert", "{peft}", "{out}/x", "--to", "pipeline"], "needs --component"),
     (["draw", "{peft}"], "expected one of inspect, plot"),
-    (["inspect", "{half}"], "{half}' is refused: 'model.layers.0.mlp.down_proj' needs A and B, but B is missing"),
-    (["fold", "{half}", "{out}/lora", *ONE, "--form", "peft"], "{half}' is refused: 'model.layers.0.mlp.down_proj'"),
-    (["fold", "{rank}", "{out}/lora", *ONE, "--form", "peft"], "has A (4, 24) and B (16, 3), expected rank 3"),
-    (["inspect", "{core}"], "{core}' is refused: its cores don't match its configuration"),
-    (["fold", "{core}", "{out}/lora", *ONE, "--form", "peft"], "{core}' is refused: its cores don't match"),
+    (["inspect", "{half}"], "{half}' is refused: The checkpoint lacks 'model.layers.0.mlp.down_proj.lora_B"),
+    (
+        ["fold", "{half}", "{out}/lora", *ONE, "--form", "peft"],
+        "{half}' is refused: The checkpoint lacks 'model.layers.0",
+    ),
+    (
+        ["fold", "{rank}", "{out}/lora", *ONE, "--form", "peft"],
+        "has shape (4, 24) in the checkpoint, but this adapter needs (3, 24)",
+    ),
+    (["inspect", "{core}"], "{core}' is refused: The checkpoint lacks 'nara_core.shared.layers.1.weight'"),
+    (["fold", "{core}", "{out}/lora", *ONE, "--form", "peft"], "{core}' is refused: The checkpoint lacks 'nara_core."),
 ]
 
 

@@ -96,7 +96,7 @@ def cut(length: int) -> Break:
 LAYER = r"(layers.0.mlp.down_proj|unet.conv_in)"
 ROWS: dict[str, Break] = {
     "one tensor of the core missing": drop("shared.layers.1.weight"),
-    "core missing": drop("core"),
+    "core missing": drop(r"^(unet|base_model)\..*core"),
     "frequencies missing": drop("freq"),
     "A of a layer missing": drop(rf"{LAYER}.lora_A"),
     "B of a layer missing": drop(rf"{LAYER}.lora_B"),
@@ -125,7 +125,7 @@ OF_PIPELINES: dict[str, Break] = {
     "no components": metadata({_files.METADATA: '{"format_version": 1}'}, "configuration", "'components'", "damaged"),
     "another noise level": fields({"noise_convention": "masked_share"}, "masked_share", "timestep"),
     "a tensor of the last part missing": drop("text_encoder_2.nara_core"),
-    "a part without tensors": drop(r"^text_encoder\."),
+    "a part without tensors": lambda *file: drop(r"^text_encoder\.")(*file) and ("text_encoder: ", "no A and B"),
 }
 BOTH = ["core missing", "layer missing", "A of another width", "rank that the tensors deny", "field of a later version"]
 BOTH += ["core in bfloat16"]  # of which PEFT alone would make float32
