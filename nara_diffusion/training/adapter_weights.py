@@ -67,6 +67,8 @@ def _check_parts(
 ) -> None:
     """Refuse a file for other components, or for another prediction, than the run's. Raises ValueError."""
     if parts.keys() != components.keys():
+        if "" in components:
+            raise ValueError(f"{origin} is an image adapter, for {', '.join(parts)}: give one of a language model.")
         names = [", ".join(name or "a single model" for name in each) for each in (parts, components)]
         raise ValueError(f"{origin} is for {names[0]}, but this run trains {names[1]}: see --train_text_encoder.")
     schedulers = [part.config.scheduler if naras else part.scheduler for part in parts.values()]

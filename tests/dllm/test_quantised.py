@@ -105,3 +105,10 @@ def test_both_widths_and_full_training_are_refused(tmp_path: Path) -> None:
     for changes in ({"load_in_8bit": True}, {"adapter": "full"}):
         with pytest.raises(ValueError, match="give one of them, and an adapter"):
             text_arguments(tmp_path, load_in_4bit=True, **changes)
+
+
+def test_missing_bitsandbytes_is_refused_with_the_extra_s_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nara_diffusion.dllm.models.pretrained.find_spec", lambda name: None)
+    for option in ("load_in_4bit", "load_in_8bit"):
+        with pytest.raises(ValueError, match=r"need bitsandbytes, which isn't installed: pip install .*\[optimizers\]"):
+            load_backbone(LLADA_TINY, **{option: True})  # type: ignore[arg-type]

@@ -270,6 +270,11 @@ def test_text_run_begins_where_the_folder_ends(tmp_path: Path) -> None:
     check_starts(tmp_path / "again" / TEXT, tmp_path / "run" / TEXT)
 
 
+def test_text_run_refuses_an_image_adapter(start: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"is an image adapter, for .*: give one of a language model"):
+        dllm.main(text_arguments(tmp_path, init_adapter=str(start)))
+
+
 def test_other_flags_than_the_file_s_are_refused(images: dict[str, Any], start: Path, tmp_path: Path) -> None:
     for changes, message in [
         ({"adapter_options": {"core_hidden_dims": [8, 7], "core_sharing": "layer"}}, "'global', this run 'layer'"),

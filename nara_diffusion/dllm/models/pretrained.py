@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,11 @@ def _bidirectional(config_class: type[PreTrainedConfig], fields: dict[str, Any])
 
 
 def _quantization(load_in_4bit: bool, load_in_8bit: bool, dtype: Any) -> BitsAndBytesConfig:
+    if find_spec("bitsandbytes") is None:
+        raise ValueError(
+            "load_in_4bit and load_in_8bit need bitsandbytes, which isn't installed: pip install "
+            "'nara-diffusion[optimizers]', or '.[optimizers]' in a clone."
+        )
     if not isinstance(dtype, torch.dtype):  # None and "auto" leave it to the file
         dtype = torch.bfloat16 if dtype in (None, "auto") else getattr(torch, dtype)
     return BitsAndBytesConfig(
