@@ -68,10 +68,13 @@ class OptimizationArguments:
         unit="samples",
     )
     max_train_steps: int | None = option(
-        None, "Optimizer steps to train; none leaves it to --num_train_epochs.", unit="optimizer steps"
+        None,
+        "Optimizer steps to train, in place of --num_train_epochs. Without both, dllm.py makes one pass, dreambooth.py "
+        "takes 500 steps, and a run without a model as many as its log says.",
+        unit="optimizer steps",
     )
-    num_train_epochs: float = option(
-        1.0, "Passes over the training data, where --max_train_steps is none.", unit="epochs"
+    num_train_epochs: float | None = option(
+        None, "Passes over the training data, where --max_train_steps isn't given.", unit="epochs"
     )
     learning_rate: float = option(1e-4, "Peak learning rate of A and B.")
     core_learning_rate: float | None = option(None, "Peak learning rate of the core's F; none means --learning_rate.")

@@ -241,7 +241,7 @@ class ArgumentParser(argparse.ArgumentParser):
 def merged(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
     """`high` over `low`; where both have a dict of the same name, its entries one by one. Epochs take the place of
     steps, which would win over them."""
-    if "num_train_epochs" in high:
+    if high.get("num_train_epochs") is not None:
         low = {name: value for name, value in low.items() if name != "max_train_steps"}
     both = {name for name in low.keys() & high.keys() if isinstance(low[name], dict)}
     return {**low, **high, **{name: {**low[name], **high[name]} for name in both}}

@@ -142,8 +142,9 @@ class Run:
 
     def plan(self, samples: int) -> int:
         """The optimizer steps of the run, with those done: `--max_train_steps`, or as many as cover
-        `--num_train_epochs` of `samples` training samples. Raises ValueError if a checkpoint is past them."""
-        passes = max(1, math.ceil(self.args.num_train_epochs * samples / self.global_batch))
+        `--num_train_epochs` of `samples` training samples, one by default. Raises ValueError if a checkpoint is past
+        them."""
+        passes = max(1, math.ceil((self.args.num_train_epochs or 1) * samples / self.global_batch))
         self.total_steps = self.args.max_train_steps or self.data_start + passes
         if self.total_steps < self.step:
             raise ValueError(

@@ -116,6 +116,9 @@ def test_help_has_groups_defaults_and_units_and_hides_rare_options(capsys: pytes
         text = capsys.readouterr().out
         assert all(part in " ".join(text.split()) for part in ("Adapter:", "Optimization:", "[samples] (default: 4)"))
         assert ("--complementary" in text) is rare
+        length = text[text.index("--max_train_steps") : text.index("--learning_rate")]
+        assert "500 steps" in length  # as an image run takes: no default of one epoch is shown
+        assert length.count("(default: none)") == 2
 
 
 @pytest.mark.parametrize(("cls", "most"), [(Arguments, 60), (DreamBoothArguments, 75)])
@@ -132,7 +135,7 @@ def test_epochs_that_are_given_take_the_place_of_steps_from_below(tmp_path: Path
     file = tmp_path / "own.yaml"
     file.write_text(yaml.safe_dump(steps))
     epochs, both = ["--num_train_epochs", "2"], ["--num_train_epochs", "2", "--max_train_steps", "5"]
-    for more, expected in (([], (9, 1.0)), (epochs, (None, 2.0)), (both, (5, 2.0))):
+    for more, expected in (([], (9, None)), (epochs, (None, 2.0)), (both, (5, 2.0))):
         of_defaults = parse_arguments(Arguments, more, defaults=lambda _: steps)
         of_file = parse_arguments(Arguments, ["--config", str(file), *more])
         assert [(args.max_train_steps, args.num_train_epochs) for args in (of_defaults, of_file)] == [expected] * 2
