@@ -114,10 +114,8 @@ class _FusedLinear(Function):
             grad = gradients[0].reshape(-1, B.shape[0])  # (b n, d_out)
             if g is not None:
                 rows = grad.view(g.shape[0], -1, g.shape[1])
-                product = rows * z.view(rows.shape)
-                grad_g = _summed(product) - (0 if bias is None else _summed(rows) * bias)
-                space = None if torch.is_grad_enabled() else product  # one large tensor instead of two
-                grad = torch.mul(rows, g[:, None], out=space).view(grad.shape)
+                grad_g = _summed(rows * z.view(rows.shape)) - (0 if bias is None else _summed(rows) * bias)
+                grad = (rows * g[:, None]).view(grad.shape)
             grad_mixed = (torch.mm(B.T, grad.T) * ctx.scaling).view(-1, *h.shape[:2]).permute(1, 2, 0)  # (b, n, r)
             grad_h = apply_core(core.mT, grad_mixed).reshape(-1, A.shape[0])  # (b n, r)
             if needs_core:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from nara_diffusion import noise_level
 from nara_diffusion.layers import dora, fused, variants
@@ -71,6 +72,34 @@ def test_second_derivatives_of_a_fused_layer_are_those_of_its_parts(
     assert len(calls) == 1
     for one, other in zip(*found, strict=True):
         assert relative_error(one, other) < 1e-4
+
+
+@DORA
+def test_batched_gradients_of_a_fused_layer_are_those_of_one_after_the_other(
+    calls: list[Tensor], use_dora: bool
+) -> None:
+    model, x = one_layer(use_dora), torch.randn(3, 4, 7, requires_grad=True)
+    leaves = [x, *(p for p in model.parameters() if p.requires_grad)]
+    with noise_level(model, LEVELS):
+        output = model(x)
+    slopes = torch.randn(6, *output.shape)
+    batched = torch.autograd.grad(output, leaves, slopes, is_grads_batched=True, retain_graph=True)
+    singles = [torch.autograd.grad(output, leaves, slope, retain_graph=True) for slope in slopes]
+    assert len(calls) == 1
+    for together, single in zip(batched, zip(*singles, strict=True), strict=True):
+        assert relative_error(together, torch.stack(single)) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:DeprecationWarning")  # PyTorch's own use of it
+def test_forward_mode_gradient_is_that_of_a_layer_in_parts(calls: list[Tensor]) -> None:
+    model, x, direction = one_layer(True), torch.randn(3, 7), torch.randn(3, 7)
+    with noise_level(model, LEVELS), torch.no_grad():
+        expected = model(x + direction) - model(x)
+        calls.clear()
+        with forward_ad.dual_level():
+            tangent = forward_ad.unpack_dual(model(forward_ad.make_dual(x, direction))).tangent
+    assert not calls
+    torch.testing.assert_close(tangent, expected)
 
 
 @DORA
