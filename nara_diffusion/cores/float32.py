@@ -4,10 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+def is_autocast_enabled(device: torch.device) -> bool:
+    """Whether autocast is on for `device`. "meta" has none, and PyTorch raises if it is asked about it."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Inside, nothing is converted on `device`. Entering `torch.autocast` costs more than small products, so that it is
+    done only where autocast is on."""
+    return torch.autocast(device.type, enabled=False) if is_autocast_enabled(device) else nullcontext()
 
 
 class Float32Module(nn.Module):
@@ -43,9 +56,16 @@ class Core(Float32Module):
         if not self.needs_noise:
             return self()
         assert noise_level is not None
-        tensors = (*self.parameters(), *self.buffers())
-        device = next((tensor.device for tensor in tensors if not tensor.is_meta), noise_level.device)
-        return self(noise_level.to(device))
+        return self(noise_level.to(self._device(noise_level.device)))
+
+    def _device(self, default: torch.device) -> torch.device:
+        """The device of the tensors; `default` without any, or if all are on "meta" until accelerate's hooks come."""
+        devices = [tensor.device for tensor in (*self.parameters(), *self.buffers())]
+        found = next((device for device in devices if device.type != "meta"), None)
+        if found is not None:
+            return found
+        is_offloaded = any("_hf_hook" in vars(module) for module in self.modules())
+        return default if is_offloaded or not devices else devices[0]
 
 
 class Dense(Float32Module):

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .float32 import Core, Dense, Float32Module
+from .float32 import Core, Dense, Float32Module, without_autocast
 
 CoreInit = Literal["zero_last", "kaiming", "zero_all"]
 
@@ -82,7 +82,7 @@ class HypernetworkCore(Core):
 
     def forward(self, noise_level: Tensor) -> Tensor:
         """λ (b,) → C (b, r, r), float32."""
-        with torch.autocast(noise_level.device.type, enabled=False):
+        with without_autocast(noise_level.device):
             h = self.embeddings["noise_level"](noise_level.float())  # (b, e)
             for layer in self.layers[:-1]:
                 h = F.silu(layer(h))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .float32 import Core
+from .float32 import Core, without_autocast
 from .hypernetwork import HypernetworkCore, NoiseEmbedding
 from .simple import BinsCore, ConstantCore, IdentityCore, KnotsCore, RankMaskCore
 
@@ -106,8 +106,8 @@ class CustomCore(Core):
 
     def forward(self, *noise_level: Tensor) -> Tensor:
         """λ (b,), or nothing for a core that doesn't read it → C (b or 1, r, r), float32."""
-        device = noise_level[0].device.type if noise_level else "cpu"
-        with torch.autocast(device, enabled=False):
+        default = noise_level[0].device if noise_level else torch.device("cpu")
+        with without_autocast(self._device(default)):
             found = self.core(*(level.float() for level in noise_level))
         batches = (1, *map(len, noise_level))
         shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__

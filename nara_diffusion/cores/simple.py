@@ -18,7 +18,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .float32 import Core
+from .float32 import Core, without_autocast
 from .hypernetwork import CoreInit
 
 
@@ -67,7 +67,7 @@ class KnotsCore(Core):
     def forward(self, noise_level: Tensor) -> Tensor:
         """λ (b,) → C (b, r, r), float32."""
         knots = len(self.deviation)
-        with torch.autocast(noise_level.device.type, enabled=False):
+        with without_autocast(noise_level.device):
             place = noise_level.float()[:, None] * (knots - 1)  # (b, 1), from 0 to K − 1
             index = torch.arange(knots, device=place.device)
             share = (1 - (place - index).abs()).clamp(min=0)  # (b, K)

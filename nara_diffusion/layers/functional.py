@@ -5,22 +5,14 @@ Shapes: A (r, d_in), C (b, r, r), or (1, r, r) where the batch shares it, B (d_o
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nara_diffusion.cores.float32 import is_autocast_enabled, without_autocast
+
 SLICE = 2**22
 """Numbers of W0 that are converted to float32 at once for DoRA's norm: 16 MiB, which a processor's cache may hold."""
-
-
-def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Inside, nothing is converted on the device of `tensor`. Entering `torch.autocast` costs more than small products,
-    so that it is done only where autocast is on."""
-    kind = tensor.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def apply_core(core: Tensor, h: Tensor) -> Tensor:
@@ -29,10 +21,10 @@ def apply_core(core: Tensor, h: Tensor) -> Tensor:
     It is computed in float32 at least, also under autocast, so that C − I is not rounded. (B·C first would be the
     same, but turns every large product of the layer, and of its backward, into a batched one.)
     """
-    if core.dtype == h.dtype and core.device == h.device and not torch.is_autocast_enabled(h.device.type):
+    if core.dtype == h.dtype and core.device == h.device and not is_autocast_enabled(h.device):
         return _apply(core, h)
     dtype = torch.promote_types(h.dtype, torch.float32)
-    with without_autocast(h):
+    with without_autocast(h.device):
         return _apply(core.to(h.device, dtype), h.to(dtype)).to(h.dtype)
 
 
@@ -47,7 +39,7 @@ def _apply(core: Tensor, h: Tensor) -> Tensor:
 def apply_core_to_channels(core: Tensor, h: Tensor) -> Tensor:
     """The same where the r features are channels: (b or 1, r, r), (b, r, …) → (b, r, …)."""
     dtype = torch.promote_types(h.dtype, torch.float32)
-    with without_autocast(h):
+    with without_autocast(h.device):
         mixed = torch.matmul(core.to(h.device, dtype), h.to(dtype).flatten(2))
     return mixed.view(h.shape).to(h.dtype)
 
@@ -60,7 +52,7 @@ def times_core(B: Tensor, core: Tensor) -> Tensor:
     batch, rank, _ = core.shape
     B, core = B.detach(), core.detach()
     dtype = torch.promote_types(B.dtype, torch.float32)
-    with without_autocast(B):
+    with without_autocast(B.device):
         rows = core.to(B.device, dtype).transpose(1, 2).reshape(batch * rank, rank)
         return (rows @ B.to(dtype).T).view(batch, rank, -1).transpose(1, 2)
 
@@ -80,7 +72,7 @@ def factored_row_norm(weight: Tensor, A: Tensor, K: Tensor, scaling: float) -> T
     """
     dtype = torch.promote_types(weight.dtype, K.dtype)  # float32 or float64
     weight, A, K = weight.detach(), A.detach(), K.detach()
-    with without_autocast(weight):
+    with without_autocast(weight.device):
         A, K = A.to(dtype), K.to(dtype).transpose(1, 2)  # (b, r, d_out): sums run along d_out
         P, base = _of_base(weight, A)
         G = (A @ A.T).expand(K.shape[0], -1, -1)

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 from torch.nn.modules.module import _has_any_global_hook
 
-from .functional import apply_core, without_autocast
+from nara_diffusion.cores.float32 import is_autocast_enabled, without_autocast
+
+from .functional import apply_core
 
 MIN_ELEMENTS = 2**17
 """Numbers in a layer's output, below which Python's share of the time is more than what fusing saves."""
@@ -32,7 +34,7 @@ def can_fuse(module: Any, base_layer: Any, A: Any, B: Any, x: Tensor, result: Te
     The base layer has to be a frozen W0, with no other tuner or adapter between, and no hook that sees a call. A
     compiler fuses by itself, and `vmap`, `jvp` and TorchScript know the parts alone.
     """
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+    if torch.compiler.is_compiling() or is_autocast_enabled(x.device):
         return False
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.jit.is_tracing():  # type: ignore[reportPrivateImportUsage]
         return False
@@ -107,7 +109,7 @@ class _FusedLinear(Function):
         x, weight, bias, A, core, B, h, mixed, z, g = ctx.saved_tensors
         needs_x, needs_A, needs_core, needs_B = (ctx.needs_input_grad[i] for i in (0, 4, 5, 6))
         grad_x = grad_A = grad_core = grad_B = grad_g = None
-        with without_autocast(x):
+        with without_autocast(x.device):
             if torch.is_grad_enabled():  # for second derivatives
                 h, mixed = _narrow(x, A, core)
                 z = F.linear(x, weight, bias) + ctx.scaling * F.linear(mixed, B).view(*x.shape[:-1], -1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nara_diffusion import noise_level
 from nara_diffusion.layers import functional
 from nara_diffusion.layers.functional import factored_row_norm
-from tests.acceptance._by_hand import LEVELS, Kinds, tensors_of
+from tests.acceptance._by_hand import CORES, LEVELS, SMALL, Kinds, tensors_of
 from tests.helpers.adapted import OneLayer, adapted, nara_config, relative_error
 
 DORA = pytest.mark.parametrize("use_dora", [False, True], ids=["NaRA", "NaRA-DoRA"])
@@ -32,6 +33,32 @@ def test_expert_without_tokens_gets_gradients_of_zero_at_a_level_per_sample(use_
         layer(torch.randn(0, 7)).sum().backward()
     for factor in (layer.lora_A, layer.lora_B):
         assert factor["default"].weight.grad.count_nonzero() == 0
+
+
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups")
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to")
+@pytest.mark.parametrize("core", CORES)
+@DORA
+def test_model_on_meta_runs_forward_and_backward_and_gives_the_shapes_of_a_real_one(core: str, use_dora: bool) -> None:
+    kinds = SMALL[use_dora]
+    real = adapted(Kinds(kinds), target_modules=kinds, use_dora=use_dora, **CORES[core])
+    inputs, model = Kinds(kinds).inputs(), copy.deepcopy(real).to("meta")
+    on_meta = {kind: x.detach().to("meta") for kind, x in inputs.items()}
+    with noise_level(real, LEVELS), noise_level(model, LEVELS):
+        expected, outputs = real(inputs), model(on_meta)
+    for name, output in outputs.items():
+        assert (output.device.type, output.shape) == ("meta", expected[name].shape)
+    for found in (expected, outputs):
+        sum(output.sum() for output in found.values()).backward()
+    assert tensors_of(model, gradients=True).keys() == tensors_of(real, gradients=True).keys()
+
+
+def test_large_layer_and_a_strength_over_noise_run_on_meta() -> None:
+    for options in ({"use_dora": True}, {"use_dora": False}, {"strength": [[0.0, 1.0], [0.5, 0.0]]}):
+        model = adapted(OneLayer(nn.Linear(512, 512)), target_modules=["layer"], **options).to("meta")
+        with noise_level(model, LEVELS):
+            model(torch.empty(3, 128, 512, device="meta")).sum().backward()
+        assert all(p.grad.is_meta for p in model.parameters() if p.requires_grad)
 
 
 # ---------------------------------------------------------------------- kinds that are refused, and starts
