@@ -142,8 +142,10 @@ class NaraModel(MergesAtOneLevel):
         with torch.device("meta") if low_memory and config.core_type in BUILT_IN else nullcontext():
             cores = make_cores(config, ranks)
         if not any(parameter.is_meta for parameter in cores.parameters()):
-            factors = (p for layer in layers.values() for p in layer.parameters() if p.device.type != "meta")
-            cores.to(next((p.device for p in factors), torch.device("cpu")))
+            devices = [p.device for layer in layers.values() for p in layer.parameters()]
+            is_on_meta = bool(devices) and not low_memory and not is_dispatched_by_layers(holder.root)
+            default = torch.device("meta" if is_on_meta else "cpu")
+            cores.to(next((device for device in devices if device.type != "meta"), default))
         holder.add(adapter_name, config, cores, list(layers.values()))
 
     def _create_and_replace(  # type: ignore[override]

@@ -55,7 +55,8 @@ def test_model_on_meta_runs_forward_and_backward_and_gives_the_shapes_of_a_real_
 
 def test_large_layer_and_a_strength_over_noise_run_on_meta() -> None:
     for options in ({"use_dora": True}, {"use_dora": False}, {"strength": [[0.0, 1.0], [0.5, 0.0]]}):
-        model = adapted(OneLayer(nn.Linear(512, 512)), target_modules=["layer"], **options).to("meta")
+        base = OneLayer(nn.Linear(512, 512, device="meta"))
+        model = get_peft_model(base, nara_config(target_modules=["layer"], **options))
         with noise_level(model, LEVELS):
             model(torch.empty(3, 128, 512, device="meta")).sum().backward()
         assert all(p.grad.is_meta for p in model.parameters() if p.requires_grad)
