@@ -6,6 +6,7 @@ from .config import NaraConfig, NaraPeftType
 from .cores.factorization import shared_factors
 from .cores.registry import register_core
 from .export import from_lora, to_lora
+from .loaders.components import checkpoint_nara_weights
 from .loaders.weights import load_nara_weights, save_nara_weights, unload_nara_weights
 from .noise.denoisers import register_denoiser, register_noise_source, set_noise_source
 from .noise.level import noise_level
@@ -23,6 +24,7 @@ __all__ = [
     "StrengthSchedule",
     "TimestepNoise",
     "__version__",
+    "checkpoint_nara_weights",
     "core_matrix",
     "from_lora",
     "noise_level",

@@ -1,12 +1,11 @@
-"""What other libraries get from this package: three methods of pipelines, and six functions in place of their own.
+"""What other libraries get from this package: three methods of pipelines, and five functions in place of their own.
 
-On a model, or for a file, without NaRA each of the six calls the library's own.
+On a model, or for a file, without NaRA each of the five calls the library's own.
 
 PEFT           PeftModel.from_pretrained       a NaRA that is refused would stay on the base model, half loaded
                PeftModel.load_adapter          the same, beside other adapters
 transformers   PeftAdapterMixin.load_adapter   reads A and B by its own names, and leaves a core a fresh draw
 Diffusers      LoraBaseMixin.set_adapters      takes numbers: a StrengthSchedule may be among the weights
-               PeftAdapterMixin.save_lora_adapter  would write a NaRA into a file that is described as a LoRA's
                lora_base._get_model_file       finds the files of LoRAs: a NaRA's is refused by name
 """
 
@@ -22,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import diffusers.loaders.lora_base as lora_base
-from diffusers.loaders.peft import PeftAdapterMixin
 from diffusers.utils.hub_utils import PushToHubMixin
 from peft import PeftConfig, PeftModel, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -64,12 +62,11 @@ def extend_pipelines(*methods: Callable[..., Any]) -> None:
 
 
 def wrap_other_libraries() -> None:
-    """Install the six. Harmless when repeated."""
+    """Install the five. Harmless when repeated."""
     _around(PeftModel, "from_pretrained", _from_pretrained)
     _around(PeftModel, "load_adapter", _load_adapter)
     _around(TransformersAdapterMixin, "load_adapter", _load_into_transformers)
     _around(lora_base.LoraBaseMixin, "set_adapters", _set_adapters)
-    _around(PeftAdapterMixin, "save_lora_adapter", _save_lora_adapter)
     _around(lora_base, "_get_model_file", _find_lora_file)
 
 
@@ -223,18 +220,6 @@ def _numbers(weights: Any) -> Any:
     if isinstance(weights, list):
         return [_numbers(weight) for weight in weights]
     return 1.0 if isinstance(weights, StrengthSchedule) else weights
-
-
-def _save_lora_adapter(
-    original: Any, model: Any, save_directory: Any, adapter_name: str = "default", *args: Any, **kwargs: Any
-) -> None:
-    if isinstance(adapters_of(model).get(adapter_name), NaraConfig):
-        raise ValueError(
-            f"Adapter '{adapter_name}' is a NaRA, which save_lora_adapter would write as a LoRA that nothing can load: "
-            "call pipe.save_nara_weights(save_directory, adapter_name=…). Without a pipeline, "
-            "peft.get_peft_model_state_dict(model, adapter_name=…) has its tensors."
-        )
-    original(model, save_directory, adapter_name, *args, **kwargs)
 
 
 def _find_lora_file(original: Any, *args: Any, **kwargs: Any) -> Any:

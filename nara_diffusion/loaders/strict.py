@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import torch
 from peft import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from nara_diffusion.config import NaraPeftType
 from nara_diffusion.cores.registry import HOLDER_NAME, NAME_IN_FILES
@@ -155,7 +157,35 @@ def check_loaded(model: Any, adapter_name: str, tensors: Mapping[str, Tensor], o
 
 def held_tensors(model: Any, adapter_name: str) -> dict[str, Tensor]:
     """The adapter's tensors in `model` that PEFT would save, without base weights."""
-    return get_peft_model_state_dict(model, model.state_dict(), adapter_name=adapter_name, save_embedding_layers=False)
+    with beside_configuration():
+        return get_peft_model_state_dict(
+            model, model.state_dict(), adapter_name=adapter_name, save_embedding_layers=False
+        )
+
+
+_configuration_is_kept: ContextVar[bool] = ContextVar("nara_configuration_is_kept", default=False)
+
+
+@contextmanager
+def beside_configuration() -> Iterator[None]:
+    """Inside, `check_keeps_configuration` accepts any model: whoever collects the tensors keeps the configuration."""
+    token = _configuration_is_kept.set(True)
+    try:
+        yield
+    finally:
+        _configuration_is_kept.reset(token)
+
+
+def check_keeps_configuration(model: nn.Module, adapter_name: str) -> None:
+    """Raises ValueError if the tensors of a NaRA are collected from a model of Diffusers, whose `save_lora_weights` and
+    `save_lora_adapter` write no configuration that anything could load."""
+    kinds = {kind.__name__ for kind in type(getattr(model, "_orig_mod", model)).__mro__}
+    if "ModelMixin" in kinds and not _configuration_is_kept.get():
+        raise ValueError(
+            f"Adapter '{adapter_name}' is a NaRA, which save_lora_weights and save_lora_adapter would write without the "
+            "configuration that loading needs: call pipe.save_nara_weights(folder), or in a training script "
+            "checkpoint_nara_weights(accelerator, unet=unet) (docs/other_trainers.md)."
+        )
 
 
 def _by_plain_name(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -33,6 +33,7 @@ from nara_diffusion.layers.variants import rows_of
 from nara_diffusion.loaders.strict import (
     PEFT_PREFIX,
     check_core_precision,
+    check_keeps_configuration,
     check_tensors,
     is_core_key,
     with_names_in_files,
@@ -219,6 +220,8 @@ class NaraModel(MergesAtOneLevel):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: Any,
     ) -> dict[str, Tensor]:
+        if config.reads_core:
+            check_keeps_configuration(model, adapter_name)
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         for holder in find_holders(model):
             core = holder.cores[adapter_name].state_dict() if adapter_name in holder.cores else {}

@@ -22,6 +22,7 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from nara_diffusion import NaraConfig, register_core
+from nara_diffusion.loaders.strict import beside_configuration
 from tests.helpers.adapted import disturb as disturb
 from tests.helpers.adapted import relative_error
 from tests.helpers.rounding import rounding
@@ -114,7 +115,8 @@ def tensors_of(model: nn.Module, adapter: str = "default", *, gradients: bool = 
         found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         state.update(found)
         of_tensor = {id(gradient) for gradient in found.values()}
-    selected = get_peft_model_state_dict(model, state, adapter, save_embedding_layers=False)
+    with beside_configuration():
+        selected = get_peft_model_state_dict(model, state, adapter, save_embedding_layers=False)
     return {
         name.removeprefix(PREFIX): tensor
         for name, tensor in selected.items()

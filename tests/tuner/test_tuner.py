@@ -8,7 +8,6 @@ from typing import Any
 import diffusers.loaders.lora_base as lora_base
 import pytest
 import torch
-from diffusers.loaders.peft import PeftAdapterMixin
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -165,7 +164,6 @@ WRAPPED: list[tuple[Any, str]] = [
     (PeftModel, "load_adapter"),
     (TransformersMixin, "load_adapter"),
     (lora_base.LoraBaseMixin, "set_adapters"),
-    (PeftAdapterMixin, "save_lora_adapter"),
     (lora_base, "_get_model_file"),
 ]
 
@@ -175,7 +173,7 @@ def of(owner: Any, name: str) -> Any:
     return getattr(found, "__func__", found)
 
 
-def test_wraps_are_these_six_once() -> None:
+def test_wraps_are_these_five_once() -> None:
     before = [of(*each) for each in WRAPPED]
     assert all(function.knows_cores and not hasattr(function.__wrapped__, "knows_cores") for function in before)
     wraps.wrap_other_libraries()

@@ -1,0 +1,75 @@
+"""A NaRA in other people's training scripts, which have the models of a pipeline and no pipeline.
+
+nara = checkpoint_nara_weights(accelerator, unet=unet)      accelerator.save_state and load_state have the adapter
+nara.save_nara_weights("outputs")                           as of a pipeline
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+
+from .weights import load_nara_weights, save_nara_weights
+
+
+class PipelineComponents:
+    """Some models of a pipeline, by their names in it, with the pipeline's methods for NaRA adapters."""
+
+    hf_device_map = None
+    """As of a pipeline that isn't spread over several devices."""
+
+    def __init__(self, **components: nn.Module) -> None:
+        self.components = components
+        vars(self).update(components)
+
+    load_nara_weights = load_nara_weights
+    save_nara_weights = save_nara_weights
+
+
+def checkpoint_nara_weights(
+    accelerator: Any, *, adapter_name: str = "default", **components: nn.Module
+) -> PipelineComponents:
+    """Have `accelerator.save_state` write the adapter of these models, and `load_state` read it, in their place.
+
+        nara = checkpoint_nara_weights(accelerator, unet=unet)  # after unet.add_adapter(NaraConfig(…))
+
+    A checkpoint then holds the file that `pipe.load_nara_weights` reads.
+
+    Args:
+        accelerator: of accelerate.
+        adapter_name: the name of the adapter that is trained.
+        components: the models with adapters, unwrapped, by their names in the pipeline: unet, transformer,
+            text_encoder, ….
+
+    Returns:
+        The models, with `save_nara_weights` and `load_nara_weights` as of a pipeline.
+
+    Raises:
+        ValueError: FSDP or DeepSpeed, which write models themselves.
+    """
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise ValueError(
+            f"checkpoint_nara_weights was given an accelerator of {accelerator.distributed_type.value}, which writes "
+            "models itself: use one process or DDP, or this project's train scripts, which shard too."
+        )
+    adapted = PipelineComponents(**components)
+    originals = {id(getattr(model, "_orig_mod", model)) for model in components.values()}
+
+    def is_adapted(model: nn.Module) -> bool:
+        inner = accelerator.unwrap_model(model)
+        return id(getattr(inner, "_orig_mod", inner)) in originals
+
+    def save(models: list[nn.Module], weights: list[dict[str, Tensor]], folder: str) -> None:
+        adapted.save_nara_weights(folder, adapter_name, is_main_process=accelerator.is_main_process)
+        others = [tensors for model, tensors in zip(models, weights, strict=True) if not is_adapted(model)]
+        weights[:] = others  # which accelerate writes itself
+
+    def load(models: list[nn.Module], folder: str) -> None:
+        adapted.load_nara_weights(folder, adapter_name, hotswap=True)
+        models[:] = [model for model in models if not is_adapted(model)]
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+    return adapted
