@@ -1,7 +1,9 @@
 """A NaRA in other people's training scripts, which have the models of a pipeline and no pipeline.
 
-nara = checkpoint_nara_weights(accelerator, unet=unet)      accelerator.save_state and load_state have the adapter
-nara.save_nara_weights("outputs")                           as of a pipeline
+    nara = checkpoint_nara_weights(accelerator, unet=unet)  # accelerator.save_state and load_state have the adapter
+    nara.save_nara_weights("outputs")                       # as of a pipeline
+
+docs/other_trainers.md shows it in a script of Diffusers.
 """
 
 from __future__ import annotations

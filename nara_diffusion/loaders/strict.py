@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,21 @@ def check_core_precision(key: str, tensor: Tensor, like: Tensor, where: str, rem
         )
 
 
+def check_adapter_names(model: nn.Module, names: set[str]) -> None:
+    """Refuse an adapter that is named like a part of a key: beside another one, PEFT would save neither whole."""
+    for key in model.state_dict() if len(names) > 1 else ():
+        if not any(part in key for part in (".lora_", ".base_layer.", f"{HOLDER_NAME}.")):
+            continue
+        parts = f"{PEFT_PREFIX}{key}".split(".")
+        for before, name in pairwise(parts):
+            is_its_place = before.startswith(("lora_", "cores", "modules_to_save")) and before != HOLDER_NAME
+            if name in names and not is_its_place:
+                raise ValueError(
+                    f"adapter '{name}' is named like a part of '{key}': beside another adapter it would make PEFT "
+                    "leave tensors out when saving. Choose another name."
+                )
+
+
 def is_core_key(key: str) -> bool:
     """Whether a tensor of that name, in a file or in a model, belongs to a core. Only a NaRA has one."""
     return not {NAME_IN_FILES, HOLDER_NAME}.isdisjoint(key.split("."))
@@ -182,8 +198,8 @@ def check_keeps_configuration(model: nn.Module, adapter_name: str) -> None:
     kinds = {kind.__name__ for kind in type(getattr(model, "_orig_mod", model)).__mro__}
     if "ModelMixin" in kinds and not _configuration_is_kept.get():
         raise ValueError(
-            f"Adapter '{adapter_name}' is a NaRA, which save_lora_weights and save_lora_adapter would write without the "
-            "configuration that loading needs: call pipe.save_nara_weights(folder), or in a training script "
+            f"Adapter '{adapter_name}' is a NaRA, which save_lora_weights and save_lora_adapter would write without "
+            "the configuration that loading needs: call pipe.save_nara_weights(folder), or in a training script "
             "checkpoint_nara_weights(accelerator, unet=unet) (docs/other_trainers.md)."
         )
 

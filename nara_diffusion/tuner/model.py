@@ -6,7 +6,6 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from difflib import get_close_matches
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -32,6 +31,7 @@ from nara_diffusion.layers.offloading import is_dispatched_by_layers
 from nara_diffusion.layers.variants import rows_of
 from nara_diffusion.loaders.strict import (
     PEFT_PREFIX,
+    check_adapter_names,
     check_core_precision,
     check_keeps_configuration,
     check_tensors,
@@ -114,7 +114,7 @@ class NaraModel(MergesAtOneLevel):
                     )
                 self._add_cores(holder, adapter_name, config, layers, low_cpu_mem_usage)
                 holder.attach()
-                _check_names(model, set(self.peft_config))
+                check_adapter_names(model, set(self.peft_config))
                 if states and all(states):
                     logger.warning(
                         "the adapters of %s are off, as disable_lora() or disable_adapters() has left them, and so is "
@@ -287,18 +287,3 @@ def _suggesting_targets(model: nn.Module, config: NaraConfig) -> Iterator[None]:
         nearest = [get_close_matches(target.rpartition(".")[2].lower(), known, 1) for target in targets]
         names = sorted({repr(known[name]) for found in nearest for name in found})
         raise type(error)(f"{error} Did you mean {', '.join(names)}?" if names else str(error)) from None
-
-
-def _check_names(model: nn.Module, names: set[str]) -> None:
-    """Refuse an adapter that is named like a part of a key: beside another one, PEFT would save neither whole."""
-    for key in model.state_dict() if len(names) > 1 else ():
-        if not any(part in key for part in (".lora_", ".base_layer.", f"{HOLDER_NAME}.")):
-            continue
-        parts = f"{PEFT_PREFIX}{key}".split(".")
-        for before, name in pairwise(parts):
-            is_its_place = before.startswith(("lora_", "cores", "modules_to_save")) and before != HOLDER_NAME
-            if name in names and not is_its_place:
-                raise ValueError(
-                    f"adapter '{name}' is named like a part of '{key}': beside another adapter it would make PEFT "
-                    "leave tensors out when saving. Choose another name."
-                )

@@ -1,4 +1,4 @@
-"""NaRA in other people's training programs: scripts of Diffusers, transformers' Trainer, TRL, dllm (docs/other_trainers.md)."""
+"""NaRA in other people's training programs, as docs/other_trainers.md has it."""
 
 from __future__ import annotations
 
@@ -38,14 +38,18 @@ def predict(unet: Any) -> Tensor:
 # ---------------------------------------------------------------------- scripts of Diffusers
 
 
+def save_as_scripts_do(unet: Any, folder: Path) -> None:
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
+    StableDiffusionXLPipeline.save_lora_weights(folder, unet_lora_layers=layers)
+
+
 @pytest.mark.parametrize("core_type", ["hypernetwork", "rank_mask"])
 def test_saving_as_the_scripts_of_diffusers_do_is_refused_before_a_file_is_written(
     core_type: str, tmp_path: Path
 ) -> None:
     unet = adapted_unet(core_type=core_type)
     with pytest.raises(ValueError, match=r"'default' is a NaRA.*save_nara_weights.*checkpoint_nara_weights"):
-        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
-        StableDiffusionXLPipeline.save_lora_weights(tmp_path, unet_lora_layers=layers)
+        save_as_scripts_do(unet, tmp_path)
     with pytest.raises(ValueError, match="checkpoint_nara_weights"):
         unet.save_lora_adapter(tmp_path)
     assert not list(tmp_path.iterdir())
@@ -54,8 +58,7 @@ def test_saving_as_the_scripts_of_diffusers_do_is_refused_before_a_file_is_writt
 def test_adapter_whose_core_is_the_identity_is_saved_as_the_lora_that_it_is(tmp_path: Path) -> None:
     unet = adapted_unet(core_type="identity")
     disturb(unet)
-    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
-    StableDiffusionXLPipeline.save_lora_weights(tmp_path, unet_lora_layers=layers)
+    save_as_scripts_do(unet, tmp_path)
     assert list(tmp_path.iterdir())
 
 
@@ -102,5 +105,5 @@ def test_checkpoints_of_a_script_of_diffusers_resume_and_load_into_a_pipeline(tm
 
 def test_checkpoints_under_an_engine_that_writes_models_itself_are_refused() -> None:
     engine: Any = SimpleNamespace(distributed_type=DistributedType.FSDP)
-    with pytest.raises(ValueError, match="FSDP.*one process or DDP"):
+    with pytest.raises(ValueError, match=r"FSDP.*one process or DDP"):
         checkpoint_nara_weights(engine, unet=adapted_unet())
