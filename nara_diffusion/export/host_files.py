@@ -31,6 +31,7 @@ DENOISERS = ("unet", "transformer")
 _ENCODERS = {
     "sd15": {"text_encoder": "lora_te"},
     "sdxl": {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"},
+    "sd3": {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"},
     "flux": {"text_encoder": "lora_te1"},
 }
 """{base: {component: kohya's name of it}}."""

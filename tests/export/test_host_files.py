@@ -118,6 +118,21 @@ def test_sd3_has_its_names_and_the_last_contexts_halves_in_the_other_order():
     torch.testing.assert_close(last, torch.cat([shift, scale]), rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.parametrize("form", ["kohya", "comfyui"])
+def test_text_encoders_of_sd3_have_the_names_that_sdxls_have_in_comfyui(form: str):
+    loras = with_encoders(small_sd3(), CLIP)
+    tensors = host_state_dict(loras, form, "sd3")
+    for index, lora in enumerate(loras.values(), start=1):
+        for name, layer in lora.layers.items():
+            module = f"text_model.{name.removeprefix('text_model.')}".replace(".", "_")
+            A, B, alpha = (
+                tensors.pop(f"lora_te{index}_{module}.{key}") for key in ("lora_down.weight", "lora_up.weight", "alpha")
+            )
+            update, wanted = alpha / len(A) * B @ A, layer.scaling * layer.B @ layer.A
+            torch.testing.assert_close(update, wanted, rtol=1e-5, atol=1e-7)
+    assert not tensors
+
+
 def test_diffusers_reads_wans_own_names_back():
     model = adapted(denoiser("WanTransformer3DModel"), [*ATTENTION, "ffn.net.0.proj", "ffn.net.2"])
     lora = {"transformer": to_lora(model, LEVEL, "toy")}
