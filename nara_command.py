@@ -61,8 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         if command not in OWN:
             raise
-        nameless = isinstance(error, OSError) and error.errno and not error.filename  # of a disk that is full
-        sys.exit(f"error: OUTPUT {args.output}: {error}" if nameless else f"error: {error}")
+        sys.exit(f"error: {error}")
 
 
 check, evaluate = (partial(lambda name: main([name, *sys.argv[1:]]), name) for name in ("check", "eval"))

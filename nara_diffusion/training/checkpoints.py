@@ -15,11 +15,13 @@ written under another name and renamed when it is complete; older ones are delet
 
 from __future__ import annotations
 
+import errno
 import logging
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,7 @@ logger = logging.getLogger(__name__)
 Writer = Callable[[Any, Path, dict[str, Any]], None]
 """Writes an adapter's files: (the model without wrappers, the folder, the model's whole state dict)."""
 
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _LENGTH = "max_train_steps num_train_epochs check logging_steps validation_steps"
 _LENGTH += " checkpointing_steps checkpoints_total_limit report_to hub_model_id"
 _MEASURED = "eval_batch_size generation_steps block_length extract evaluation_options test_file test_samples"
@@ -132,6 +135,20 @@ def last_checkpoint(folder: Path) -> str:
     if not (found := find_checkpoints(folder)):
         return "There is no checkpoint to continue from."
     return f"To continue, run the same command with --resume_from_checkpoint {found[-1]}"
+
+
+@contextmanager
+def explained_disk_errors(folder: Path) -> Iterator[None]:
+    """Inside, an error of a full or read-only disk names the file, and the checkpoint in `folder` to resume from."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        file = error.filename or f"a file in {folder}"
+        raise OSError(
+            f"{file} can't be written ({error.strerror}): make room, or name another folder. {last_checkpoint(folder)}"
+        ) from error
 
 
 def latest_whole(folder: Path) -> Path | None:

@@ -103,11 +103,9 @@ def train(
                 _report(run, bar, optimizer)
             if _due(run.step, args.validation_steps):
                 run.log(validate())
+            is_saved = _save_if_due(run)
             if number := _signal_of_any_process(run, interrupt.signal):
-                _stop(run, number)
-            is_last = args.checkpointing_steps is not None and run.step == run.total_steps
-            if is_last or _due(run.step, args.checkpointing_steps):
-                save_checkpoint(run)
+                _stop(run, number, is_saved)
 
 
 def _collect(run: Run, step: StepLoss) -> None:
@@ -149,8 +147,18 @@ def _diverged(run: Run, what: str) -> TrainingDiverged:
     )
 
 
-def _stop(run: Run, number: int) -> None:
-    save_checkpoint(run)
+def _save_if_due(run: Run) -> bool:
+    """Write the checkpoint of this step if it has one, and return whether it has."""
+    every = run.args.checkpointing_steps
+    is_due = _due(run.step, every) or (every is not None and run.step == run.total_steps)
+    if is_due:
+        save_checkpoint(run)
+    return is_due
+
+
+def _stop(run: Run, number: int, is_saved: bool) -> None:
+    if not is_saved:
+        save_checkpoint(run)
     if run.is_main:
         logger.warning("stopped after step %d. %s", run.step, last_checkpoint(run.folder))
     run.close()

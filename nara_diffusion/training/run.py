@@ -26,6 +26,7 @@ from .checkpoints import (
     Writer,
     changed_arguments,
     check_random_states,
+    explained_disk_errors,
     listed,
 )
 from .engines import engine_name, global_batch, load_state, start_accelerator
@@ -260,7 +261,7 @@ def start_run(args: Any, name: str, write: Writer) -> Iterator[Run]:
     if unknown := set(args.report_to or []) - (known := {str(tracker) for tracker in get_available_trackers()}):
         raise ValueError(f"report_to names {min(unknown)!r}, which isn't installed here (installed: {sorted(known)}).")
     accelerator = start_accelerator(args)
-    with claimed_folder(args, name, accelerator) as (folder, checkpoint):
+    with claimed_folder(args, name, accelerator) as (folder, checkpoint), explained_disk_errors(folder):
         resumed = {} if checkpoint is None else read_manifest(checkpoint)
         run = Run(accelerator, args, name, write, checkpoint, folder, resumed)
         if args.hub_model_id is not None and run.is_main:  # now, so that a missing login shows before the training

@@ -9,18 +9,32 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+_PARTIAL = ".partial-"
+
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`, for a file or a folder; it becomes `path`, or vanishes on any error."""
+    """Yields a temporary path beside `path`, for a file or a folder; it becomes `path`, or vanishes on any error.
+
+    An OSError that names no file, as that of a full disk, names `path`.
+    """
     partial = partial_name(path)
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
     try:
         yield partial
         put_in_place(partial, path)
-    except BaseException:
+    except BaseException as error:
+        _name_target(error, partial, path)
         shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
         raise
+
+
+def _name_target(error: BaseException, partial: Path, path: Path) -> None:
+    """Let an error of the operating system name `path` if it names no file, or a file in `partial`."""
+    if not isinstance(error, OSError) or error.errno is None:
+        return
+    if error.filename is None or str(error.filename).startswith(str(partial)):
+        error.filename = str(path)
 
 
 @contextmanager
@@ -32,13 +46,14 @@ def atomic_write_files(folder: Path) -> Iterator[Path]:
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with TemporaryDirectory(prefix=".partial-", dir=folder) as partial:
+        with TemporaryDirectory(prefix=_PARTIAL, dir=folder) as partial:
             yield Path(partial)
             for file in [path for path in Path(partial).rglob("*") if path.is_file()]:
                 target = folder / file.relative_to(partial)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(file, target)
-    except BaseException:
+    except BaseException as error:
+        _name_target(error, folder / _PARTIAL, folder)
         if made:
             shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -76,4 +91,4 @@ def delete_folder(folder: Path) -> None:
 
 def partial_name(path: Path) -> Path:
     """The name under which `path` is written; the suffix stays last, since some writers choose their format by it."""
-    return path.with_name(f".partial-{path.name}")
+    return path.with_name(f"{_PARTIAL}{path.name}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import shutil
 import signal
@@ -28,7 +29,8 @@ from nara_diffusion.training.loop import InterruptRequest, TrainingDiverged
 from nara_diffusion.training.manifest import digest_base, digest_texts, read_manifest, write_manifest
 from nara_diffusion.training.parser import given_arguments, parse_arguments
 from tests.acceptance._commands import names
-from tests.acceptance._runs import TEXT, text_arguments
+from tests.acceptance._commands import run as command
+from tests.acceptance._runs import TEXT, text_arguments, text_flags
 
 SHORT: dict[str, Any] = {"max_train_steps": 4, "checkpointing_steps": 1, "test_samples": 1, "curve_points": 1}
 
@@ -116,6 +118,51 @@ def test_full_disk_leaves_earlier_checkpoints_and_no_part_of_a_new_one(tmp_path:
     with pytest.raises(OSError, match="the adapter could not be written"):
         save_adapter(Accelerator(), model, tmp_path / "run", write)
     assert TEXT not in names(tmp_path / "run")
+
+
+@pytest.mark.parametrize("file", ["samples.jsonl", "noise_level_curve.png", "README.md", "results.json"])
+def test_full_disk_after_training_names_the_file_and_the_checkpoint(
+    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace = os.replace
+
+    def full(source: Path, target: Path) -> None:
+        if Path(target).name == file:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    flags = text_flags(tmp_path) | {"max_train_steps": 1, "checkpointing_steps": 1, "test_samples": 1}
+    with pytest.raises(SystemExit) as stop:
+        command("dllm.py", **flags, output_dir=tmp_path / "run")
+    run = tmp_path / "run"
+    message = rf"error: {run / file} can't be written \(No space .*--resume_from_checkpoint {run / 'checkpoint-1'}"
+    assert re.fullmatch(message, str(stop.value))
+    assert {TEXT, "checkpoint-1"} <= names(run)
+
+
+@pytest.mark.parametrize("steps", [2, 4])
+def test_ctrl_c_while_a_checkpoint_is_written_stops_after_it(
+    steps: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of two steps, the last one's checkpoint; of four, one on the way."""
+
+    def write(model: Any, folder: Path, state: Any) -> None:
+        written.append(folder)
+        if len(written) == 2:
+            signal.raise_signal(signal.SIGINT)
+        dllm.write_checkpoint(model, folder, state)
+
+    written: list[Path] = []
+    args = text_arguments(tmp_path, **SHORT | {"max_train_steps": steps})
+    with pytest.raises(SystemExit) as stop, dllm.start_run(args, "dllm", write) as run:
+        dllm.FineTuning(args, run).train()
+    assert stop.value.code == 128 + signal.SIGINT
+    assert len(written) == 2
+    last = tmp_path / "run" / "checkpoint-2"
+    assert (
+        f"stopped after step 2. To continue, run the same command with --resume_from_checkpoint {last}" in caplog.text
+    )
 
 
 def test_divergence_stops_before_it_reaches_the_weights(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def test_atomic_write_that_fails_leaves_what_was_there(
             fill(partial, "half")
             raise OSError(28, "No space left on device")
 
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=f"No space left on device: '{place}'"):
         write_half()
     assert content(tmp_path) == before
     assert place.exists() == is_there
