@@ -226,6 +226,16 @@ def check_random_states(checkpoint: Path, process: int) -> None:
         raise ValueError(f"{file} doesn't give the random states back, on other devices say: dropout would differ.")
 
 
+def warn_of_pickles(checkpoint: Path, engine: str) -> None:
+    """Log that resuming under `engine` (see `engine_name`) runs the pickles in a checkpoint, where it does."""
+    if engine not in ("one process or DDP", "FSDP2 with FULL_STATE_DICT"):  # read with weights_only
+        logger.warning(
+            "%s: %s keeps its state in pickles, and resuming runs the code in them: resume only checkpoints that you "
+            "or people you trust have written",
+            *(checkpoint, engine),
+        )
+
+
 def changed_arguments(args: Any, saved: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """{name: (saved value, current value)} of the arguments that differ from `saved`, as `given_arguments` returned
     them, but for those by which a run is resumed."""

@@ -28,6 +28,7 @@ from .checkpoints import (
     check_random_states,
     explained_disk_errors,
     listed,
+    warn_of_pickles,
 )
 from .engines import engine_name, global_batch, load_state, start_accelerator
 from .manifest import digest_base, digest_texts, read_manifest
@@ -182,6 +183,8 @@ class Run:
             logger.info("output folder: %s", self.folder)
 
     def _restore(self, checkpoint: Path) -> None:
+        if self.is_main:
+            warn_of_pickles(checkpoint, engine_name(self.accelerator))
         load_state(self.accelerator, checkpoint)
         check_random_states(checkpoint, self.accelerator.process_index)
         if not self.is_main:

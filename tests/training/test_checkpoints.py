@@ -97,6 +97,21 @@ def test_random_states_that_cannot_be_restored_are_an_error(run: Path) -> None:
         check_random_states(run / "checkpoint-4", 1)
 
 
+ENGINES = ["one process or DDP", "FSDP2 with FULL_STATE_DICT", "FSDP2 with SHARDED_STATE_DICT", "DeepSpeed ZeRO-2"]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_resume_that_runs_pickles_warns_once(
+    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    folder = Path(shutil.copytree(run.parent, tmp_path / "copy"))
+    monkeypatch.setattr("nara_diffusion.training.run.engine_name", lambda accelerator: engine)
+    dllm.main(text_arguments(folder, **SHORT, resume_from_checkpoint="latest"))
+    said = [message for message in caplog.messages if "resuming runs the code in them" in message]
+    assert len(said) == ("SHARDED" in engine or "ZeRO" in engine)
+    assert all(f"checkpoint-4: {engine} keeps its state in pickles" in message for message in said)
+
+
 def test_full_disk_leaves_earlier_checkpoints_and_no_part_of_a_new_one(tmp_path: Path) -> None:
     def write(model: Any, folder: Path, state: Any) -> None:
         (folder / TEXT).write_bytes(b"half")
