@@ -1,13 +1,11 @@
-"""nara-check: short trainings on a model whose answer is known, the rules of the verdict, and the command."""
+"""nara-check: short trainings on a model whose answer is known, and the rules of the verdict."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import cache, partial
-from pathlib import Path
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,19 +17,16 @@ from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup
 
 from nara_diffusion import NaraConfig, core_matrix, noise_level
-from nara_diffusion.check import Repeat, check_tasks, decide, judge, published, trials
-from nara_diffusion.check.check_tasks import add_cheap, check_images, main
+from nara_diffusion.check import Repeat, decide, judge, published, trials
+from nara_diffusion.check.check_tasks import add_cheap
 from nara_diffusion.check.trials import CHEAP, NO_CHEAP, CheckTask, restart
 from nara_diffusion.check.verdict import LIKELY, UNKNOWN, UNLIKELY, bin_means, differences, time_left
-from nara_diffusion.dreambooth import train
 from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser
 from nara_diffusion.noise.denoisers import time_layers
 from nara_diffusion.training.arguments import AdapterArguments, OptimizationArguments
-from tests.dreambooth.pictures import folder_of
 from tests.helpers.pipelines.families import small_flux2_dev, small_qwen_image, small_wan_images, small_z_image
 from tests.helpers.small_pipelines import small_flux, small_sd, small_sd3, small_sdxl
 
-ASSETS = Path(__file__).parents[2] / "examples" / "assets"
 D_IN, D_OUT, RANK, BATCH, STEP = 7, 5, 3, 10, 20
 SHORT = {"steps": 4, "samples": 25, "repeats": 2}
 LONG = {"steps": 60, "samples": 50, "repeats": 4}
@@ -245,67 +240,3 @@ def test_decide_says_after_the_first_repeat_how_long_the_rest_takes(capsys):
     assert time_left(62.4, 6) == "the first repeat took 62 s: the verdict comes in 125 s at least, 312 s at most."
     decide(linear_task(turning, settings=SHORT | {"repeats": 3}), progress=True)
     assert capsys.readouterr().out.count("the first repeat took ") == 1
-
-
-@pytest.mark.parametrize(
-    ("count", "flags", "measured", "cheap"),
-    [
-        (3, [], "Losses on the training pictures under other noise", False),
-        (4, [], "Losses on a picture held out", False),
-        (3, ["--validation_data_dir", "others"], "Held-out losses", True),
-    ],
-)
-def test_check_of_images_says_what_it_measures_on_and_compares_layers_on_others_only(
-    count: int, flags: list[str], measured: str, cheap: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(check_tasks, "check_training", lambda task, run: task)
-    monkeypatch.setattr(train, "check_images", lambda tuning: (tuning, check_images(tuning)))
-    small_sdxl().save_pretrained("sdxl")
-    folder_of(tmp_path / "pictures", [(20, 16)] * count)
-    folder_of(tmp_path / "others", [(16, 20)] * 2)
-    found: Any = check_tasks.check("sdxl", "pictures", ["--resolution", "16", "--rank", "2", *flags])
-    tuning, task = found
-    assert task.measured == measured
-    assert ("time" in task.arms) == ("--validation_data_dir" not in task.no_cheap) == cheap
-    trained, held_out = ({image.key for image in data.instances} for data in (tuning.dataset, tuning.measured_on))
-    assert (trained == held_out) == ("training pictures" in measured)
-    assert (trained & held_out == set()) == (trained != held_out)
-    assert len(trained | held_out) == count + 2 * cheap
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["images", "text"])
-def test_command_writes_numbers(kind, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(check_tasks, "CheckTask", partial(CheckTask, steps=2, samples=20, repeats=3))
-    if kind == "images":
-        small_sdxl().save_pretrained(tmp_path / "sdxl")
-        words = [str(tmp_path / "sdxl"), str(ASSETS / "subject"), "--resolution", "16"]
-    else:
-        lines = (ASSETS / "two-step" / "validation.jsonl").read_text().splitlines()[:24]
-        (tmp_path / "train.jsonl").write_text("\n".join(lines))
-        words = [str(ASSETS / "llada-tiny"), str(tmp_path / "train.jsonl"), "--max_length", "60", "--gen_length", "12"]
-        words += ["--target_modules", "q_proj"]
-    main([*words, "--rank", "2", "--output_dir", str(tmp_path / "out")])
-    found = json.loads((tmp_path / "out" / "check.json").read_text())
-    assert (found["rank"], found["learning_rate"], found["core_learning_rate"]) == (2, 1e-2, 2.5e-3)
-    way = "time" if kind == "images" else "token"
-    assert 0 < found["losses"]["all"]["nara"] != found["losses"]["all"]["lora"] != found["losses"]["all"][way] > 0
-    assert set(found["differences"]) == {"nara", way}
-    assert found["cheap_rank"] > 2
-    shown = capsys.readouterr().out
-    assert f"{found['verdict']}: {found['reason']}" in shown
-    assert "the first repeat took" in shown
-
-
-def test_command_refuses_in_one_line(capsys):
-    for words, message in [
-        ([], "takes MODEL and DATA before its flags, got 0"),
-        (["model", "nowhere"], "DATA nowhere doesn't exist"),
-        (["model", str(ASSETS), "more"], "takes MODEL and DATA before its flags, got 3"),
-        ([str(ASSETS / "llada-tiny"), __file__, "--rank", "0"], "rank must be at least 1, got 0"),
-    ]:
-        with pytest.raises(SystemExit) as stop:
-            main(words)
-        shown = stop.value.code if isinstance(stop.value.code, str) else capsys.readouterr().err.splitlines()[-1]
-        assert message in shown

@@ -1,0 +1,85 @@
+"""The command nara-check: what it measures on, what it writes, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nara_diffusion.check import check_tasks
+from nara_diffusion.check.check_tasks import check_images, main
+from nara_diffusion.check.trials import CheckTask
+from nara_diffusion.dreambooth import train
+from tests.dreambooth.pictures import folder_of
+from tests.helpers.small_pipelines import small_sdxl
+
+ASSETS = Path(__file__).parents[2] / "examples" / "assets"
+
+
+@pytest.mark.parametrize(
+    ("count", "flags", "measured", "cheap"),
+    [
+        (3, [], "Losses on the training pictures under other noise", False),
+        (4, [], "Losses on a picture held out", False),
+        (3, ["--validation_data_dir", "others"], "Held-out losses", True),
+    ],
+)
+def test_check_of_images_says_what_it_measures_on_and_compares_layers_on_others_only(
+    count: int, flags: list[str], measured: str, cheap: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(check_tasks, "check_training", lambda task, run: task)
+    monkeypatch.setattr(train, "check_images", lambda tuning: (tuning, check_images(tuning)))
+    small_sdxl().save_pretrained("sdxl")
+    folder_of(tmp_path / "pictures", [(20, 16)] * count)
+    folder_of(tmp_path / "others", [(16, 20)] * 2)
+    found: Any = check_tasks.check("sdxl", "pictures", ["--resolution", "16", "--rank", "2", *flags])
+    tuning, task = found
+    assert task.measured == measured
+    assert ("time" in task.arms) == ("--validation_data_dir" not in task.no_cheap) == cheap
+    trained, held_out = ({image.key for image in data.instances} for data in (tuning.dataset, tuning.measured_on))
+    assert (trained == held_out) == ("training pictures" in measured)
+    assert (trained & held_out == set()) == (trained != held_out)
+    assert len(trained | held_out) == count + 2 * cheap
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["images", "text"])
+def test_command_writes_numbers(kind, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(check_tasks, "CheckTask", partial(CheckTask, steps=2, samples=20, repeats=3))
+    if kind == "images":
+        small_sdxl().save_pretrained(tmp_path / "sdxl")
+        words = [str(tmp_path / "sdxl"), str(ASSETS / "subject"), "--resolution", "16"]
+        words += ["--validation_data_dir", str(ASSETS / "subject-car")]
+    else:
+        lines = (ASSETS / "two-step" / "validation.jsonl").read_text().splitlines()[:24]
+        (tmp_path / "train.jsonl").write_text("\n".join(lines))
+        words = [str(ASSETS / "llada-tiny"), str(tmp_path / "train.jsonl"), "--max_length", "60", "--gen_length", "12"]
+        words += ["--target_modules", "q_proj"]
+    main([*words, "--rank", "2", "--output_dir", str(tmp_path / "out")])
+    found = json.loads((tmp_path / "out" / "check.json").read_text())
+    assert (found["rank"], found["learning_rate"], found["core_learning_rate"]) == (2, 1e-2, 2.5e-3)
+    way = "time" if kind == "images" else "token"
+    assert 0 < found["losses"]["all"]["nara"] != found["losses"]["all"]["lora"] != found["losses"]["all"][way] > 0
+    assert set(found["differences"]) == {"nara", way}
+    assert found["cheap_rank"] > 2
+    shown = capsys.readouterr().out
+    assert f"{found['verdict']}: {found['reason']}" in shown
+    assert f"{found['measured']}:\n" in shown
+    assert "the first repeat took" in shown
+
+
+def test_command_refuses_in_one_line(capsys):
+    for words, message in [
+        ([], "takes MODEL and DATA before its flags, got 0"),
+        (["model", "nowhere"], "DATA nowhere doesn't exist"),
+        (["model", str(ASSETS), "more"], "takes MODEL and DATA before its flags, got 3"),
+        ([str(ASSETS / "llada-tiny"), __file__, "--rank", "0"], "rank must be at least 1, got 0"),
+    ]:
+        with pytest.raises(SystemExit) as stop:
+            main(words)
+        shown = stop.value.code if isinstance(stop.value.code, str) else capsys.readouterr().err.splitlines()[-1]
+        assert message in shown
