@@ -100,7 +100,7 @@ def main(
     picture = folder.with_suffix(".png")
     picture.parent.mkdir(parents=True, exist_ok=True)
     titles = {f"strength {strength:g}": images for strength, images in columns.items()}
-    write_grid(picture, PROMPTS, titles, references=subject_images())
+    write_grid(picture, PROMPTS, titles, references={"training images": subject_images()})
     print(f"drawn in {picture}")
     return columns
 

@@ -31,6 +31,7 @@ from nara_diffusion.utils.naming import is_out_of_reach
 
 from .denoiser import adapter_loaded, write_adapter
 from .image_records import load_image, to_rgb
+from .reconstruction import Reconstruction
 from .samples import SampleSettings, sample_images, write_grid
 from .training_step import ValidationLoss
 
@@ -137,6 +138,7 @@ class Measurement:
 
     images: list[Image]  # samples, one for each (prompt, seed)
     similarity: float | None  # of the samples to the subject's images
+    similarity_as_shown: float | None  # to these as the autoencoder shows them
     text_alignment: float | None  # of the samples to their prompts
     noise_levels: list[float]  # λ
     curve: list[float]  # the mean squared error there
@@ -154,6 +156,15 @@ class Evaluation:
     references: Sequence[Image] = ()  # images of the subject
     similarity: Encoder | None = None  # compares samples with the subject
     alignment: Encoder | None = None  # compares samples with their prompts
+    reconstruction: Reconstruction | None = None  # of `references`
+
+    @property
+    def subject(self) -> dict[str, Sequence[Image]]:
+        """Rows of a sheet, {title: images of the subject}."""
+        rows = {"training images": self.references}
+        if self.reconstruction is not None:
+            rows[self.reconstruction.title] = self.reconstruction.images
+        return rows
 
     def measure(self, folder: Path | None, name: str) -> Measurement:
         """With the adapter in `folder`, loaded as a user loads it, or without one; `name` is for the progress bar."""
@@ -163,12 +174,19 @@ class Evaluation:
         prompts, unread = [prompt for prompt, _ in self.settings.pairs], self.run.args.identifier or ()
         return Measurement(
             images=images,
-            similarity=self.similarity and image_similarity(self.similarity, images, self.references),
+            similarity=self._similarity(images, self.references),
+            similarity_as_shown=self._similarity(images, self.reconstruction and self.reconstruction.images),
             text_alignment=self.alignment and text_alignment(self.alignment, images, prompts, unread),
             noise_levels=self.loss.noise_levels.tolist(),
             curve=curve.tolist(),
             validation_loss=curve.mean().item(),
         )
+
+    def _similarity(self, images: Images, references: Images | None) -> float | None:
+        """None without an encoder or references."""
+        if self.similarity is None or references is None:
+            return None
+        return image_similarity(self.similarity, images, references)
 
     def validate(self, model: torch.nn.Module) -> dict[str, float]:
         """The figures of `model` in training, as accelerate wrapped it, to log; a sheet of samples is written."""
@@ -192,7 +210,7 @@ class Evaluation:
         step, prompts = self.run.step, self.settings.prompts
         path = self.run.folder / "validation" / f"step-{step}.png"
         path.parent.mkdir(exist_ok=True)
-        write_grid(path, prompts, {f"step {step}": images}, self.references)
+        write_grid(path, prompts, {f"step {step}": images}, self.subject)
         galleries = np.split(np.stack([np.asarray(image) for image in images]), len(prompts))  # (n, h, w, 3) each
         shown = {f"validation: {prompt}": part for prompt, part in zip(prompts, galleries, strict=True)}
         for tracker in self.run.accelerator.trackers:

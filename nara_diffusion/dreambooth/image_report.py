@@ -47,13 +47,14 @@ def describe(evaluation: Evaluation, before: Measurement, after: Measurement, pi
     run, settings = evaluation.run, evaluation.settings
     folder, args = run.folder, run.args
     columns = {"before": before.images, "after": after.images}
-    write_grid(folder / GRID, settings.prompts, columns, evaluation.references)
+    write_grid(folder / GRID, settings.prompts, columns, evaluation.subject)
     for when, images in columns.items():
         write_images(folder / f"samples-{when}", images, settings)
     ending = (
         f"Over {counted(len(after.images), 'sample')} of {counted(len(settings.prompts), 'prompt')}. Similarity is "
-        "the mean cosine of samples and images of the subject, alignment that of samples and their prompts; figures of "
-        "other encoders can't be compared. Alignment often falls a little while similarity rises; where samples no "
+        "the mean cosine of samples and images of the subject, as they are and as the model's autoencoder shows them "
+        "(encoded and decoded); alignment is that of samples and their prompts. Figures of other encoders can't be "
+        "compared. Alignment often falls a little while similarity rises; where samples no "
         "longer show what prompts ask for, take an earlier checkpoint, or a strength below 1."
     )
     shown = zip(settings.prompts, settings.names[:: settings.images_per_prompt], strict=True)
@@ -114,6 +115,11 @@ def figures(before: Measurement, after: Measurement) -> list[list[str]]:
     """Similarity, alignment and validation loss: rows of (what, before, after)."""
     rows = {
         "similarity to the subject": (before.similarity, after.similarity, "similarity_model"),
+        "similarity to it as the autoencoder shows it": (
+            before.similarity_as_shown,
+            after.similarity_as_shown,
+            "similarity_model",
+        ),
         "alignment with the prompt": (before.text_alignment, after.text_alignment, "alignment_model"),
         "validation loss": (before.validation_loss, after.validation_loss, ""),
     }

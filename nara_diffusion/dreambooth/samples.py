@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -102,18 +103,16 @@ def write_grid(
     path: Path,
     prompts: Sequence[str],
     columns: Mapping[str, Sequence[Image.Image]],
-    references: Sequence[Image.Image] = (),
+    references: Mapping[str, Sequence[Image.Image]] = MappingProxyType({}),
 ) -> None:
     """Writes a PNG: images of the subject, then for each prompt its images of each column, beside each other.
 
     Args:
         prompts: one for each row, drawn above it with the titles of the columns.
         columns: {title: images}, such as before and after: all of one prompt after those of another, equally many each.
-        references: images of the subject, for the row on top.
+        references: {title: images of the subject}, for the rows on top; the first eight are shown.
     """
-    rows: list[tuple[str, list[Sequence[Image.Image]]]] = []
-    if references:
-        rows.append(("training images", [references[:8]]))
+    rows = [(title, [images[:8]]) for title, images in references.items()]
     for number, prompt in enumerate(prompts):
         each = {title: len(images) // len(prompts) for title, images in columns.items()}
         parts = [images[number * each[title] : (number + 1) * each[title]] for title, images in columns.items()]

@@ -53,6 +53,7 @@ from .image_arguments import DreamBoothArguments, run_family
 from .image_records import ImageRecord, Size, class_records, records_from_folder, trained_on
 from .image_report import describe, figures, schedule_line
 from .pipelines import folders_of, load_pipeline, sharing_pipeline, shipped_run
+from .reconstruction import reconstruct
 from .samples import SampleSettings, generate_class_images, sample_call
 from .training_step import ValidationLoss, training_step
 
@@ -210,9 +211,9 @@ class FineTuning:
         call = sample_call(args, self.family)
         settings = SampleSettings(prompts, args.num_validation_images, args.seed, args.sample_batch_size, call)
         references = [record.load() for record in self.instances]
-        return Evaluation(
-            self.run, sharing_pipeline(self.pipe, self.run.dtype), settings, loss, references, **self.encoders
-        )
+        shown = reconstruct(self.pipe.vae, self.dataset.plain_samples())
+        pipe = sharing_pipeline(self.pipe, self.run.dtype)
+        return Evaluation(self.run, pipe, settings, loss, references, **self.encoders, reconstruction=shown)
 
     def _model(self) -> AdaptedDenoiser:
         """With the weights to go on from."""
@@ -239,7 +240,7 @@ class FineTuning:
             run,
             before,
             after,
-            names=("similarity", "text_alignment", "validation_loss", "curve"),
+            names=("similarity", "similarity_as_shown", "text_alignment", "validation_loss", "curve"),
             figures=figures(before, after),
             facts=self.facts,
             schedule_line=schedule_line(args, self.family),

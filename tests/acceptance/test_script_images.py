@@ -73,7 +73,11 @@ def test_run_writes_its_files(finished: Path) -> None:
     assert not [name for name in names(finished) if name.startswith(".")]
     assert names(finished / "validation") == {"step-3.png", "step-6.png"}
     found = results(finished)
-    measured = [f"{what}_{when}" for what in ("similarity", "text_alignment") for when in ("before", "after")]
+    measured = [
+        f"{what}_{when}"
+        for what in ("similarity", "similarity_as_shown", "text_alignment")
+        for when in ("before", "after")
+    ]
     assert all(-1 < found[name] < 1 for name in measured)
     assert {"seconds", "validation_loss_before", "validation_loss_after", "noise_levels"} <= found.keys()
     assert (found["n"], found["adapter"], found["resolution"]) == (1, "nara", 16)

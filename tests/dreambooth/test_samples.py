@@ -19,6 +19,7 @@ from nara_diffusion.dreambooth.draws import draw_noise
 from nara_diffusion.dreambooth.families import SDXL
 from nara_diffusion.dreambooth.fidelity import Encoder, Evaluation, image_similarity, text_alignment
 from nara_diffusion.dreambooth.objectives import build_objective
+from nara_diffusion.dreambooth.reconstruction import reconstruct
 from nara_diffusion.dreambooth.samples import (
     CELL,
     SampleSettings,
@@ -126,7 +127,7 @@ def test_each_image_is_on_the_sheet_where_its_prompt_and_seed_say(tmp_path) -> N
 
     columns = {"before": colours(6, 40), "after": colours(6, 90), "references": colours(3, 250)}
     shown = {title: columns[title] for title in ("before", "after")}
-    write_grid(tmp_path / "sheet.png", ["one", "two", "three"], shown, columns["references"])
+    write_grid(tmp_path / "sheet.png", ["one", "two", "three"], shown, {"references": columns["references"]})
     sheet, seen = np.asarray(Image.open(tmp_path / "sheet.png")), {}
     for title, images in columns.items():
         for i, image in enumerate(images):
@@ -193,7 +194,12 @@ def test_a_measurement_holds_samples_losses_and_figures(pipe, loss, accelerator)
     run: Any = SimpleNamespace(accelerator=accelerator, args=SimpleNamespace(identifier=["sks"]))
     blind = Evaluation(run, pipe, settings, loss, references).measure(None, "before")
     assert (blind.similarity, blind.text_alignment) == (None, None)
-    found = Evaluation(run, pipe, settings, loss, references, encoder, encoder).measure(None, "after")
+    assert blind.similarity_as_shown is None
+    shown = reconstruct(pipe.vae, loss.samples)
+    found = Evaluation(run, pipe, settings, loss, references, encoder, encoder, shown).measure(None, "after")
+    similarity = image_similarity(encoder, found.images, shown.images)
+    assert found.similarity_as_shown == pytest.approx(similarity)
+    assert found.similarity_as_shown != pytest.approx(found.similarity, abs=1e-5)
     assert found.similarity == pytest.approx(image_similarity(encoder, found.images, references))
     assert found.text_alignment == pytest.approx(text_alignment(encoder, found.images, ["a cube"] * 2))
     assert found.curve == blind.curve

@@ -1,0 +1,68 @@
+"""What the autoencoder can show of the images: encoded and decoded, without a denoiser or an adapter.
+
+    x (3, h, w) in [−1, 1] → μ(x) → x̂ (3, h, w),    PSNR = 10 log10(4 / mean (x − x̂)²), in dB
+
+No adapter of the denoiser can show more of the subject than x̂.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .dataset import TrainingSample
+from .training_step import posterior_of
+
+logger = logging.getLogger(__name__)
+
+FAITHFUL = 25.0
+"""In dB. Below it, colours and shapes of the images change visibly."""
+AT_MOST = 32
+"""Images that are decoded: as many as a sheet and a mean need, since a large one takes a second on a GPU."""
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """The first images of a run as its autoencoder shows them, cut in the middle to their training size."""
+
+    images: Sequence[Image.Image]
+    psnr: float  # in dB, the mean over the images
+
+    @property
+    def title(self) -> str:
+        """For the sheet of samples."""
+        return f"what the autoencoder can show ({self.psnr:.1f} dB)"
+
+
+@torch.no_grad()
+def reconstruct(vae: Any, samples: Sequence[TrainingSample]) -> Reconstruction:
+    """Encode and decode samples one by one; the log says if that changes them visibly."""
+    images, ratios = [], []
+    for sample in samples[:AT_MOST]:
+        pixels = sample.pixel_values()
+        decoded = decoded_pixels(vae, pixels)
+        error = (decoded - pixels).square().mean().clamp_min(1e-10)
+        ratios.append(10 * torch.log10(4 / error).item())
+        values = ((decoded + 1) * 127.5).round().byte()
+        images.append(Image.fromarray(values.permute(1, 2, 0).numpy()))
+    found = Reconstruction(images, sum(ratios) / len(ratios))
+    if found.psnr < FAITHFUL:
+        said = "the model's autoencoder shows the training images at %.1f dB (PSNR), and below %.0f dB colours and "
+        said += "shapes change before any adapter: see its row in samples.png; a larger model shows more"
+        logger.info(said, found.psnr, FAITHFUL)
+    return found
+
+
+def decoded_pixels(vae: Any, pixels: Tensor) -> Tensor:
+    """x̂ (3, h, w) float32 on the CPU, in [−1, 1], of x (3, h, w)."""
+    weight = next(vae.parameters())
+    mean, _ = posterior_of(vae, pixels[None].to(weight.device, weight.dtype))
+    if "temperal_downsample" in vae.config:  # a video of one frame
+        return vae.decode(mean[:, :, None]).sample[0, :, 0].clamp(-1, 1).float().cpu()
+    return vae.decode(mean).sample[0].clamp(-1, 1).float().cpu()
