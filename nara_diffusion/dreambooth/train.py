@@ -18,8 +18,9 @@ a LoRA or NaRA. --min_noise_level and --max_noise_level train a part of the nois
 
 Written to the output folder: pytorch_nara_weights.safetensors (for pipe.load_nara_weights; the files of other methods
 stand in nara_diffusion/dreambooth/denoiser.py), README.md (the model card, which says how to load them),
-samples.png with samples before and after, the samples themselves, noise_level_curve.png, results.json, metrics.jsonl,
-config.yaml, validation/step-N.png, and checkpoint-N folders to resume from.
+samples.png with samples before and after and what the autoencoder can show, the samples themselves,
+noise_level_curve.png, results.json, metrics.jsonl, config.yaml, validation/step-N.png, and checkpoint-N folders to
+resume from.
 """
 
 from __future__ import annotations
