@@ -1,14 +1,14 @@
-"""The command `nara`: inspects, converts and evaluates NaRA adapters. λ is the noise level, 1 = pure noise.
+"""The command `nara`: inspect, convert and evaluate NaRA adapters. λ is the noise level, 1 = pure noise.
 
-    nara inspect FILE            base model, definition of λ, core, rank, modules, parameters, hash
-    nara plot FILE               a PNG: distance of C(λ) from I, its singular values, strength over λ
-    nara fold FILE OUTPUT        export to plain LoRAs for Diffusers, PEFT, kohya, A1111, ComfyUI
-    nara convert FILE OUTPUT     from a pipeline's file to PEFT's folder, or back
-    nara check MODEL DATA        whether an adapter that knows λ is likely to beat LoRA, before training
-    nara eval …                  lm-eval for masked-diffusion language models
+    nara inspect FILE            show base model, definition of λ, core, rank, modules, parameters, hash
+    nara plot FILE               draw C(λ) and the strength over λ as a PNG
+    nara fold FILE OUTPUT        write a plain LoRA for Diffusers, PEFT, kohya, A1111, ComfyUI
+    nara convert FILE OUTPUT     change the file format: a pipeline's file to PEFT's folder, or back
+    nara check MODEL DATA        estimate before training whether an adapter that knows λ beats LoRA
+    nara eval …                  run lm-eval on masked-diffusion language models
 
-FILE is a file or a folder of pipe.save_nara_weights (pytorch_nara_weights.safetensors), or a folder of PEFT's
-save_pretrained (adapter_config.json). `nara COMMAND --help` says more about each command.
+FILE is what pipe.save_nara_weights wrote (pytorch_nara_weights.safetensors, or its folder), or the folder that PEFT's
+save_pretrained wrote (adapter_config.json). `nara COMMAND --help` says more about each command.
 """
 
 # Outside of the package, whose import takes seconds (torch, peft, diffusers): help and wrong flags need none of it.
@@ -95,24 +95,24 @@ def _inspect(add: Callable[..., Any]) -> None:
 
 
 def _plot(add: Callable[..., Any]) -> None:
-    add("--output", type=Path, help="the PNG file (default: FILE's name with .png, in this folder)")
-    add("--points", type=int, default=101, help="number of λ, evenly from 0 to 1, at least 2 (default: %(default)s)")
+    add("--output", type=Path, help="the PNG file to write (default: FILE's name with .png, in this folder)")
+    add("--points", type=int, default=101, help="how many λ from 0 to 1 to draw, at least 2 (default: %(default)s)")
     _overwrite(add)
 
 
 def _fold(add: Callable[..., Any]) -> None:
-    add("output", metavar="OUTPUT", type=Path, help="a .safetensors file; a folder with --form peft")
-    one = "the λ of the LoRA, in [0, 1], 1 = pure noise; best: the nearest over all λ"
-    add("--noise_level", type=_level, required=True, help=one)
+    add("output", metavar="OUTPUT", type=Path, help="the .safetensors file to write; with --form peft, a folder")
+    which = "the λ to fold at, from 0 (the image) to 1 (pure noise), or best: the LoRA that is nearest over all λ"
+    add("--noise_level", type=_level, required=True, metavar="LEVEL", help=which)
     add(
         "--form",
         choices=("diffusers", "kohya", "comfyui", "peft"),
         default="diffusers",
-        help="format of the files (default: %(default)s); "
-        "in ComfyUI diffusers is for FLUX and SD3 alone, and DoRA is for diffusers and peft alone",
+        help="the format to write (default: %(default)s). ComfyUI reads diffusers only for FLUX and SD3; "
+        "only diffusers and peft can hold a DoRA",
     )
     bases = ("sd15", "sdxl", "sd3", "flux", "wan")
-    add("--base", choices=bases, help="the model that the adapter was trained on, for kohya and comfyui")
+    add("--base", choices=bases, help="the model that the adapter was trained on; kohya and comfyui need it")
     _overwrite(add)
 
 
@@ -126,12 +126,12 @@ def _level(text: str) -> float | str:
 def _convert(add: Callable[..., Any]) -> None:
     add("output", metavar="OUTPUT", type=Path, help="the folder to write")
     add("--to", choices=("peft", "pipeline"), required=True, help="the format to write")
-    add("--component", help="the part of a pipeline: unet, transformer, text_encoder, …")
+    add("--component", help="which part of a pipeline: unet, transformer, text_encoder, …")
     _overwrite(add)
 
 
 def _overwrite(add: Callable[..., Any]) -> None:
-    add("--overwrite", action="store_true", help="replace files that exist")
+    add("--overwrite", action="store_true", help="replace files that already exist")
 
 
 if __name__ == "__main__":

@@ -29,13 +29,13 @@ _CORE_FIELDS = {
 
 
 def inspect(args: Any) -> str:
-    """Description of an adapter's file: base model, adapted modules, definition of λ, core, and size.
+    """Describe an adapter's file: base model, adapted modules, definition of λ, core, and size.
 
         nara inspect my-toy                                          # a folder of save_nara_weights, PEFT or a training
         nara inspect my-toy/pytorch_nara_weights.safetensors --json  # a file; JSON, for programs
 
-    The base model isn't needed. The line noise_convention names the definition of λ that the file gives: masked_share,
-    the masked share of a language model's answer; timestep, t / N; flow, σ; …
+    The base model isn't needed. The line noise_convention says what λ is for this adapter: masked_share, the share of a
+    language model's answer that is masked; timestep, t / N; flow, σ; …
     """
     file = AdapterFile.read(Path(args.file))
     content = (file.path or Path()).read_bytes()
@@ -83,14 +83,14 @@ def _words(value: Any) -> str:
 
 
 def plot(args: Any) -> str:
-    """Plot of an adapter's core over λ.
+    """Plot an adapter's core over λ.
 
         nara plot my-toy                            # writes my-toy.png
         nara plot my-toy --output core.png --points 201
 
-    Left: the distance of C(λ) from the identity, ‖C(λ) − I‖ / ‖I‖; 0 is a plain LoRA. Middle: the singular values of
-    C(λ), which show the directions that are amplified or switched off at each λ. Right: the strength over λ. If layers
-    have cores of their own, lines are the mean over the cores, the shaded range is from the least to the largest.
+    Left: the distance of C(λ) from the identity, ‖C(λ) − I‖ / ‖I‖. A plain LoRA has 0. Middle: the singular values of
+    C(λ). They show which directions are amplified or switched off at each λ. Right: the strength over λ. If each layer
+    has its own core, lines are means over the cores, and the shaded range goes from the smallest to the largest.
     """
     output = args.output or Path(f"{Path(args.file).resolve().stem}.png")
     if args.points < 2 or output.is_dir():
@@ -141,13 +141,14 @@ def core_curves(part: AdapterPart, levels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def convert(args: Any) -> str:
-    """Conversion of a NaRA between its two file formats, tensor by tensor, without the base model.
+    """Convert a NaRA between its two file formats. Tensors keep their values; the base model isn't needed.
 
         nara convert my-toy folder --to peft                            # from save_nara_weights to PeftModel
         nara convert my-toy folder --to peft --component text_encoder   # the same, one of several components
         nara convert folder my-toy --to pipeline --component unet       # from PEFT to pipe.load_nara_weights
 
-    To plain LoRAs: nara fold. From a LoRA to a NaRA: nara_diffusion.from_lora, or --init_adapter of the train scripts.
+    To write a plain LoRA, use nara fold. To make a NaRA from a LoRA, call nara_diffusion.from_lora, or give a train
+    script --init_adapter.
     """
     source, output, form, component = args.file, args.output, args.to, args.component
     parts = AdapterFile.read(Path(source)).parts

@@ -1,4 +1,4 @@
-"""The command `nara fold`: export of a NaRA to plain LoRAs, for programs that know only LoRA."""
+"""The command `nara fold`: write a NaRA as a plain LoRA, for programs that know only LoRA."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PEFT = "peft"
 
 
 def fold(args: Any) -> str:
-    """Export of a NaRA to plain LoRAs, for programs that know only LoRA. The base model isn't needed.
+    """Write a NaRA as a plain LoRA, for programs that know only LoRA. The base model isn't needed.
 
         nara fold my-toy toy.safetensors --noise_level 0.4 --form kohya --base sdxl    # A1111, Forge, InvokeAI, ComfyUI
         nara fold my-toy toy.safetensors --noise_level 0.4 --form comfyui --base flux  # ComfyUI, by its own keys
@@ -29,9 +29,9 @@ def fold(args: Any) -> str:
         nara fold my-toy toy.safetensors --noise_level best                            # the LoRA nearest over all λ
         nara fold outputs/dllm-1 lora --noise_level 0.4 --form peft                    # a folder for PeftModel
 
-    The LoRA equals the NaRA at that λ (1 = pure noise) and differs at any other: docs/export.md
-    says by how much, and which λ to choose. Adapters of text encoders don't depend on λ and go into the same file
-    (--form peft writes one component).
+    The LoRA equals the NaRA at the chosen λ (1 = pure noise) and differs at any other; docs/export.md says by how much,
+    and which λ to choose. Adapters of text encoders don't depend on λ and go into the same file; --form peft writes
+    only one component.
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s")  # of the scheduler that the result needs
     file = AdapterFile.read(Path(args.file))
@@ -43,10 +43,10 @@ def fold(args: Any) -> str:
 
 def _fold(file: AdapterFile, adapters: Mapping[str, Adapter], args: Any) -> str:
     if args.form != PEFT and args.output.suffix != ".safetensors":
-        raise ValueError(f"OUTPUT {args.output} is no .safetensors file, and programs find no other: name one.")
+        raise ValueError(f"OUTPUT must end in .safetensors, got '{args.output}': other programs look for that name.")
     written = args.output / PEFT_WEIGHTS_NAME if args.form == PEFT else args.output
     if written.exists() and written.samefile(file.path or ""):
-        raise ValueError(f"OUTPUT {args.output} is the adapter itself, which would be lost: name another.")
+        raise ValueError(f"OUTPUT {args.output} is the adapter itself, which would be lost: choose another name.")
     config = [args.output / PEFT_CONFIG_NAME] if args.form == PEFT else []
     check_free([written, *config], args.overwrite)
     loras = {name: lora_of(adapter, args.noise_level) for name, adapter in adapters.items()}

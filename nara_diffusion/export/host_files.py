@@ -66,8 +66,8 @@ def host_state_dict(loras: Mapping[str, PlainLora], form: str, base: str) -> dic
             )
         if form != "diffusers" and any(layer.magnitude is not None for layer in lora.layers.values()):
             raise ValueError(
-                f"The adapter of {component} is a DoRA, and what reads {form} files (ComfyUI, A1111, …) divides by "
-                "other norms than DoRA does: choose --form diffusers or --form peft, for these libraries alone."
+                f"The adapter of {component} is a DoRA. Programs that read {form} files (ComfyUI, A1111, …) divide by "
+                "other norms than DoRA does: choose --form diffusers or --form peft."
             )
         layers = {name: with_scale_1(name, layer) for name, layer in lora.layers.items()}
         if component.startswith(TEXT_ENCODER):

@@ -173,7 +173,7 @@ def _layers_per_block(names: Collection[str], base: str) -> int:
     for name in names:
         if _of_unet(name, base, 1) != _of_unet(name, base, 2):
             raise ValueError(
-                f"The adapter doesn't show how many layers each block of its UNet has, one or two, and the name of "
+                f"The adapter doesn't show how many layers each block of its UNet has, one or two. The name of "
                 f"'{name}' in {base}'s original code depends on it: use the form diffusers, which needs no such name."
             )
     return least
@@ -197,8 +197,8 @@ def _of_unet(name: str, base: str, layers_per_block: int) -> str:
     rest = _IN_RESNET[match[5]] if kind == "resnets" else match[5]
     if side == "up" and kind == "attentions" and block not in with_attention:
         raise ValueError(
-            f"'{name}' is adapted, but {base}'s UNet has attention in up blocks {', '.join(map(str, with_attention))} "
-            "alone: choose the base that the adapter is for."
+            f"'{name}' is adapted, but {base}'s UNet has attention only in up blocks "
+            f"{', '.join(map(str, with_attention))}: choose the base that the adapter is for."
         )
     if side == "mid":
         return f"middle_block.{1 if kind == 'attentions' else 2 * layer}.{rest}"

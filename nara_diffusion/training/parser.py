@@ -38,7 +38,7 @@ _METAVARS: dict[Any, str] = {int: "N", float: "X", list: "TEXT", dict: "NAME=VAL
 
 # ---------------------------------------------------------------- names that people try
 
-USUAL = {"lr": "learning_rate", "epochs": "num_train_epochs", "steps": "max_train_steps"}
+USUAL = {"lr": "learning_rate", "epochs": "num_train_epochs", "steps": "max_train_steps", "prompt": "instance_prompt"}
 """{name in other programs: ours}."""
 _CORE = "core_scale use_rslora num_virtual_tokens core_hidden_dims core_init core_sharing lora_a_init "
 _CORE += "rank_mask_min core_bins core_knots noise_embedding noise_embedding_dim fourier_scale"

@@ -177,7 +177,7 @@ REFUSED: list[tuple[str, str, dict[str, Any], str, str, str]] = [
     ("unet", "conv_in", {}, "kohya", "sd2", "base is 'sd2'"),
     ("prior", "conv_in", {}, "kohya", "sdxl", "no keys for 'prior', expected the denoiser, text_encoder"),
     ("transformer", "conv_in", {}, "kohya", "wan", "has no name in wan's original code"),
-    ("unet", "up_blocks.0.attentions.0.proj_in", {}, "comfyui", "sd15", "has attention in up blocks 1, 2, 3 alone"),
+    ("unet", "up_blocks.0.attentions.0.proj_in", {}, "comfyui", "sd15", "only in up blocks 1, 2, 3"),
     ("unet", "mid_block.resnets.0.norm1", {}, "comfyui", "sdxl", "is no module of Stable Diffusion's UNet"),
     (
         "unet",

@@ -78,6 +78,12 @@ def test_mistake_is_said_in_one_line(capsys: pytest.CaptureFixture[str]) -> None
     assert list(Path().iterdir()) == []  # nothing was begun
 
 
+def test_prompt_is_taken_for_the_prompt_of_the_images(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse("--prompt", "a photo of sks dog", cls=DreamBoothArguments)
+    assert "did you mean --instance_prompt?" in capsys.readouterr().err
+
+
 def test_file_is_read_as_the_flags_that_it_stands_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "a.yaml"
     file.write_text(
