@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -244,24 +244,32 @@ def check_swappable(model: nn.Module, component: str, adapter_name: str, part: A
     check_tensors(part.tensors, part_of(model, adapter_name).tensors)
 
 
-@torch.no_grad()
-def swap(model: Any, adapter_name: str, part: AdapterPart) -> None:
-    """Replace the adapter's tensors, scales, η and convention of λ by those of `part`, in place."""
+def prepare_swap(model: Any, adapter_name: str, part: AdapterPart) -> Callable[[], None]:
+    """Compute all that takes the adapter's place, which may raise; what is returned then writes it, in place."""
     config, there = part.config, part_of(model, adapter_name).tensors
     holder: Any = holder_of(model)
-    for key, tensor in part.tensors.items():
-        there[key].copy_(tensor)
-    for name, layer in layers_of(model, adapter_name).items():
-        layer.use_rslora[adapter_name] = config.use_rslora
-        rank = by_pattern(config.rank_pattern, name, config.r)
-        _update_scaling(layer, adapter_name=adapter_name, scaling=configured_scaling(config, name, rank))
-        layer.lora_alpha[adapter_name] = by_pattern(config.alpha_pattern, name, config.lora_alpha)
-    cores = holder.cores[adapter_name]
-    for group, core in cores.items():
-        if isinstance(core, CustomCore):  # only its factory knows what it reads of the configuration
-            cores[group] = rebuild_core(core, config)
-        else:
-            core.scale = config.core_scale
-    config = holder.complete(adapter_name, config)
-    holder.reconfigure(adapter_name, config)
-    give_strength(model, adapter_name, config.strength)
+    cores, layers = holder.cores[adapter_name], layers_of(model, adapter_name)
+    scales = {
+        name: configured_scaling(config, name, by_pattern(config.rank_pattern, name, config.r)) for name in layers
+    }
+    custom = [group for group, core in cores.items() if isinstance(core, CustomCore)]
+    rebuilt = {group: rebuild_core(cores[group], config) for group in custom}  # only its factory knows what it reads
+    completed = holder.complete(adapter_name, config)
+
+    @torch.no_grad()
+    def write() -> None:
+        for name, layer in layers.items():
+            layer.use_rslora[adapter_name] = config.use_rslora
+            _update_scaling(layer, adapter_name=adapter_name, scaling=scales[name])
+            layer.lora_alpha[adapter_name] = by_pattern(config.alpha_pattern, name, config.lora_alpha)
+        for group, core in cores.items():
+            if group in rebuilt:
+                cores[group] = rebuilt[group]
+            else:
+                core.scale = config.core_scale
+        holder.reconfigure(adapter_name, completed)
+        give_strength(model, adapter_name, completed.strength)
+        for key, tensor in part.tensors.items():
+            there[key].copy_(tensor)
+
+    return write

@@ -26,8 +26,8 @@ from .insertion import (
     offloading_suspended,
     part_of,
     prepare_for_hotswap,
+    prepare_swap,
     remove,
-    swap,
     unwrapped,
 )
 from .schedulers import DENOISERS, check_schedulers, denoiser_name, read_schedule_of
@@ -103,8 +103,9 @@ def load_nara_weights(
             if hotswap:
                 for name, model in models.items():
                     check_swappable(model, name, adapter_name, parts.get(name))
-                for name, part in parts.items():
-                    swap(models[name], adapter_name, part)
+                swaps = [prepare_swap(models[name], adapter_name, part) for name, part in parts.items()]
+                for write in swaps:
+                    write()
             else:
                 _insert_all(models, parts, adapter_name, low_cpu_mem_usage)
     read_schedule_of(self)

@@ -211,6 +211,19 @@ def test_hotswap_that_would_mix_two_adapters_is_refused(root: Path, tmp_path: Pa
         pipe.load_nara_weights(root / "a", adapter_name="toy")
 
 
+def test_hotswap_that_fails_on_its_way_changes_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fail(*_: Any) -> None:
+        raise ValueError("the factory fails")
+
+    pipe: Any = frozen_sd()
+    pipe.load_nara_weights(save_nara(tmp_path / "old", core_type="acceptance affine"), adapter_name="toy")
+    new, before = save_nara(tmp_path / "new", seed=2, core_type="acceptance affine", lora_alpha=9), predict(pipe)
+    monkeypatch.setattr("nara_diffusion.loaders.insertion.rebuild_core", fail)
+    with pytest.raises(ValueError, match="the factory fails"):
+        pipe.load_nara_weights(new, adapter_name="toy", hotswap=True)
+    assert torch.equal(predict(pipe), before)
+
+
 def test_set_lora_device_moves_an_adapter_without_its_core_and_no_other(root: Path) -> None:
     lives = Lives().load(root / "b", "b").load(root / "a", "a")
 
