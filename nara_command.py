@@ -56,8 +56,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         package = (error.name or "").partition(".")[0]
         if package in ("", "nara_diffusion"):
             raise
-        how = "pip install -e '.[train,eval]', in a clone of the project"
-        sys.exit(f"error: nara {command} needs the package {package}: {how}")
+        extras = "pip install 'nara-diffusion[train,eval]'"
+        sys.exit(f"error: nara {command} needs the package {package}: {extras}")
     except (ValueError, OSError) as error:
         if command not in OWN:
             raise

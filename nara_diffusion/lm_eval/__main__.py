@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         from lm_eval.api.registry import model_registry
         from lm_eval.utils import setup_logging
     except ImportError:
-        sys.exit("nara-eval needs lm-eval: pip install -e '.[eval]'")
+        sys.exit("nara-eval needs lm-eval: pip install 'nara-diffusion[eval]'")
     setup_logging()
     if MODEL not in model_registry:
         model_registry.register(MODEL, target="nara_diffusion.lm_eval.harness_model:NaraDLLM")

@@ -95,7 +95,7 @@ def test_a_preset_is_named_and_flags_win_entry_by_entry(monkeypatch: pytest.Monk
 
 def test_without_lm_eval_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval._cli", None)
-    with pytest.raises(SystemExit, match=re.escape("nara-eval needs lm-eval: pip install -e '.[eval]'")):
+    with pytest.raises(SystemExit, match=re.escape("nara-eval needs lm-eval: pip install 'nara-diffusion[eval]'")):
         main(["--tasks", "x"])
 
 
