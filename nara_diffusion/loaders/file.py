@@ -48,6 +48,8 @@ from .strict import (
 WEIGHTS_NAME = "pytorch_nara_weights.safetensors"
 METADATA_KEY = "nara_adapter_metadata"
 FORMAT_VERSION = 1
+BASE = "base_model_name_or_path"
+"""The field that names the base model; a directory of this machine by its last part."""
 MODEL = "model"
 """The name of the component of a PEFT folder, where no other is given."""
 
@@ -103,7 +105,7 @@ class AdapterFile:
             save_function: called as safetensors' `save_file`, in its place.
         """
         tensors = {f"{name}.{key}": t for name, part in self.parts.items() for key, t in part.tensors.items()}
-        components = {name: config_to_fields(part.config) for name, part in self.parts.items()}
+        components = {name: _fields(part.config) for name, part in self.parts.items()}
         content = json.dumps({"format_version": FORMAT_VERSION, "components": components}, indent=2, sort_keys=True)
         save_tensors(tensors, path, {METADATA_KEY: content}, save_function)
 
@@ -196,7 +198,7 @@ def _of_peft(path: Path, tensors: dict[str, Tensor]) -> AdapterPart:
         )
     own = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in tensors.items()}
     part = AdapterPart(config_from_fields(given, origin), with_current_names(own))
-    part.config.base_model_name_or_path = given.get("base_model_name_or_path")
+    part.config.base_model_name_or_path = given.get(BASE)
     part.config.auto_mapping = given.get("auto_mapping")
     check_part(part, beside=True)
     return part
@@ -240,7 +242,18 @@ def _configs(text: str, origin: str) -> dict[str, NaraConfig]:
             f"{origin} has format_version {version!r}, this nara-diffusion reads {FORMAT_VERSION}: update the package, "
             "or save the adapter again with this one."
         )
-    return {name: config_from_fields(own, f"{origin}, '{name}'") for name, own in components.items()}
+    if not components:
+        raise ValueError(f"{origin} names no component that it adapts: it is damaged, download or save it again.")
+    configs = {name: config_from_fields(own, f"{origin}, '{name}'") for name, own in components.items()}
+    for name, config in configs.items():
+        config.base_model_name_or_path = components[name].get(BASE)
+    return configs
+
+
+def _fields(config: NaraConfig) -> dict[str, Any]:
+    """The fields of a configuration in a pipeline's file, with the base model if it is known."""
+    base = config.base_model_name_or_path
+    return config_to_fields(config) | ({BASE: base} if base else {})
 
 
 # ---------------------------------------------------------------------- adapters of other methods

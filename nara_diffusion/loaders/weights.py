@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,7 @@ def save_nara_weights(
     if not weight_name.endswith(".safetensors") or Path(weight_name).name != weight_name:
         raise ValueError(f"weight_name is {weight_name!r}: pass the name of a .safetensors file, without a folder.")
     with offloading_suspended(self):
-        file = AdapterFile({c: _part_to_save(m, c, name) for c, m in models.items() if name in adapters_of(m)})
+        file = AdapterFile({c: _part_to_save(self, m, c, name) for c, m in models.items() if name in adapters_of(m)})
         if not is_main_process:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -241,7 +242,7 @@ def _name_to_save(models: Mapping[str, nn.Module], name: str | None) -> str:
 # ---------------------------------------------------------------------- saving
 
 
-def _part_to_save(model: nn.Module, component: str, name: str) -> AdapterPart:
+def _part_to_save(pipe: Any, model: nn.Module, component: str, name: str) -> AdapterPart:
     config = adapters_of(model)[name]
     if not isinstance(config, NaraConfig):
         raise ValueError(
@@ -249,4 +250,7 @@ def _part_to_save(model: nn.Module, component: str, name: str) -> AdapterPart:
             'NaraConfig(core_type="identity", …), which is the same.'
         )
     check_storable(config, component)
-    return part_of(model, name)
+    config = copy(config)  # the model keeps its own
+    base = getattr(pipe, "name_or_path", None) or config.base_model_name_or_path
+    config.base_model_name_or_path = Path(base).name if base and Path(base).exists() else base
+    return AdapterPart(config, part_of(model, name).tensors)

@@ -18,7 +18,7 @@ from nara_command import COMMANDS, OWN
 from nara_diffusion import core_matrix
 from nara_diffusion.cli.commands import core_curves
 from nara_diffusion.loaders.file import AdapterFile
-from tests.acceptance import _files
+from tests.acceptance import _bases, _files
 from tests.acceptance._files import nara
 from tests.acceptance.test_files_refused import broken
 from tests.helpers.adapted import TwoLayers, disturb, nara_config
@@ -60,6 +60,20 @@ def test_inspect_tells_strength_and_scheduler_and_prints_the_same_for_people(cap
         for word in (part["method"], part["core_type"], f"{size:,}: A and B", part["noise_convention"]):
             assert word in text
         assert ("not stored in this file" in text) is (part["base_model"] is None)
+
+
+def test_inspect_names_the_base_of_a_pipelines_file_and_no_folder_of_this_machine(tmp_path: Path, capsys) -> None:
+    for base, shown in (("me/base", "me/base"), (tmp_path, tmp_path.name)):
+        pipe = _bases.sdxl()
+        pipe.load_nara_weights(PIPELINES / "sdxl_float32")
+        pipe.register_to_config(_name_or_path=str(base))
+        pipe.save_nara_weights(tmp_path / "saved")
+        assert {part["base_model"] for part in inspected(capsys, tmp_path / "saved")["components"].values()} == {shown}
+    nara("convert", tmp_path / "saved", tmp_path / "peft", "--to", "peft", "--component", "unet")
+    capsys.readouterr()
+    nara("convert", tmp_path / "peft", tmp_path / "back", "--to", "pipeline", "--component", "unet")
+    capsys.readouterr()
+    assert inspected(capsys, tmp_path / "back")["components"]["unet"]["base_model"] == tmp_path.name
 
 
 def test_plot_writes_a_png(tmp_path: Path, capsys) -> None:
@@ -151,7 +165,9 @@ def test_a_missing_package_ends_in_one_line(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     for module in ("backends", "backends.backend_agg", "figure"):
         monkeypatch.delitem(sys.modules, f"matplotlib.{module}", raising=False)
-    assert "nara plot needs the package matplotlib" in ended("plot", PEFT / "nara", "--output", tmp_path / "core.png")
+    assert "nara plot needs the package matplotlib: pip install 'nara-diffusion[" in ended(
+        "plot", PEFT / "nara", "--output", tmp_path / "core.png"
+    )
 
 
 def test_help_names_every_command_and_imports_none_of_the_libraries():
