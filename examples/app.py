@@ -138,12 +138,11 @@ def build(model: str = str(MODEL), adapters: Sequence[str] = (str(ADAPTER),), pr
 
     with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
         gr.Markdown(ABOUT)
+        button = gr.Button("Sample", variant="primary")  # above the images, which fill a narrow page
+        state = gr.Markdown()
         with gr.Row():
             look: dict[str, Any] = {"interactive": False, "format": "png", "height": 340, "elem_classes": "sample"}
             images = [gr.Image(label=label, min_width=240, **look) for label in SAMPLES]
-        with gr.Row():
-            button = gr.Button("Sample", variant="primary")
-        state = gr.Markdown()
         with gr.Row():
             with gr.Column(min_width=320):
                 text = gr.Textbox(prompt, label="prompt")

@@ -70,6 +70,21 @@ def test_after_an_error_nothing_of_the_adapter_stays_and_no_file_is_named(
     assert handler() == ("**Not done.** FileNotFoundError: the terminal says more.", None)
 
 
+def test_button_and_errors_come_before_the_frames_so_that_a_narrow_page_begins_with_them(app: Any) -> None:
+    def order(part: dict[str, Any]) -> list[int]:
+        return [part["id"], *(each for child in part.get("children", []) for each in order(child))]
+
+    async def config() -> Any:  # in an event loop, as below
+        return app.build().get_config_file()
+
+    found = asyncio.run(config())
+    kinds = {part["id"]: (part["type"], part["props"].get("value")) for part in found["components"]}
+    shown = [kinds[each] for each in order(found["layout"]) if each in kinds]
+    button, (first, *_) = shown.index(("button", "Sample")), (n for n, (kind, _) in enumerate(shown) if kind == "image")
+    assert button < first
+    assert [kind for kind, _ in shown[button:first]].count("markdown") == 1
+
+
 def test_page_opens_on_this_machine_and_names_what_it_starts_from(app: Any) -> None:
     async def config() -> str:  # in an event loop, since Gradio makes one that it never closes where there is none
         page = app.build()
