@@ -1,4 +1,6 @@
-"""Whether an adapter that knows the noise level λ is likely to beat LoRA, before a training: minutes on a small model.
+"""Estimate before a training whether an adapter that knows the noise level λ is likely to beat LoRA.
+
+The check takes minutes on a small model:
 
     nara-check stabilityai/stable-diffusion-xl-base-1.0 dog --instance_prompt "a photo of sks dog" --learning_rate 1e-3
     nara-check GSAI-ML/LLaDA-8B-Base train.jsonl --max_length 256 --learning_rate 1e-3
@@ -7,12 +9,12 @@ MODEL is an image model that train_scripts/dreambooth.py can train, or a masked-
 repository on the Hub. DATA is a folder of images, or a JSON or JSON Lines file with records of instruction and output.
 Further flags are those of that train script, whose --check this is, with defaults for short trainings of rank 4.
 
-It repeats short trainings of LoRA, of NaRA, of NaRA that reads the same λ for every sample, and of a cheaper way of
-telling λ; their held-out losses say whether λ is likely to pay, and by which way. docs/check.md explains it.
+It repeats short trainings of LoRA, of NaRA, of NaRA that reads the same λ for every sample, and of a cheaper way to
+give the model λ. Their held-out losses say whether λ is likely to help, and in which form. docs/check.md explains it.
 
-Texts to measure on are the validation data, images those of --validation_data_dir. Without that folder one of four or
-more pictures is held out, or the training pictures are measured on under other noise; layers aren't compared then.
-Prior preservation is left out, and so are adapters of text encoders, which don't depend on λ.
+Losses of texts are measured on the validation data, losses of images on --validation_data_dir. Without that folder one
+picture of four or more is held out. With fewer, the training pictures are measured under other noise, and layers aren't
+compared. Prior preservation is left out, and so are adapters of text encoders, since they don't depend on λ.
 """
 
 from __future__ import annotations
