@@ -3,6 +3,7 @@
 # ruff: noqa: RUF009 (option() is dataclasses.field() with metadata, not a shared default)
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from nara_diffusion.noise.strength_schedule import NoiseWindow, StrengthSchedule
 
 from .adapters import adapter_config, check_adapter, import_core_module, method_of
 from .optimization import OPTIMIZERS, SCHEDULES, check_optimizer
-from .parser import option
+from .parser import given_arguments, option
 
 
 @dataclass
@@ -177,6 +178,25 @@ def window_of(args: Any) -> NoiseWindow:
     """The window of noise levels that `args` (a `WindowArguments`) describe; by default all of [0, 1]."""
     low, high = args.min_noise_level, args.max_noise_level
     return NoiseWindow(0.0 if low is None else low, 1.0 if high is None else high)
+
+
+_PLACES = re.compile(r"\w+_(file|dir|path|model)|dataset_name|init_adapter|core_module|resume_from_checkpoint")
+
+
+def without_folders(text: str, args: Any) -> str:
+    """`text` as others may see it: of each absolute path among the arguments, only the last part."""
+    places = [v for name, v in given_arguments(args).items() if _PLACES.fullmatch(name) and isinstance(v, str)]
+    written = {form for place in places for form in (place, str(Path(place)), str(Path(place).expanduser()))}
+    for path in sorted(written, key=len, reverse=True):
+        if (path.startswith("~") or Path(path).is_absolute()) and (name := Path(path).name):
+            text = text.replace(path, name)
+    return text
+
+
+def public_arguments(args: Any) -> dict[str, Any]:
+    """`given_arguments`, as others may see them."""
+    values = given_arguments(args)
+    return {n: without_folders(value, args) if isinstance(value, str) else value for n, value in values.items()}
 
 
 def check_arguments(args: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,8 +22,7 @@ from nara_diffusion.noise.strength_schedule import EVERYTHING, NoiseWindow
 from nara_diffusion.utils.atomic_write import atomic_write
 
 from .adapters import adapter_config, method_of, module_name, title_of
-from .arguments import schedule_of, window_of
-from .parser import given_arguments
+from .arguments import public_arguments, schedule_of, window_of, without_folders
 from .run import Run
 
 CURVE = "noise_level_curve.png"
@@ -149,20 +149,28 @@ def write_card(
     front = ModelCardData(library_name=library, tags=tags, **others).to_yaml().strip()
     rows = "\n".join(f"| {' | '.join(row)} |" for row in figures)
     table = f"| | before | after |\n|---|---|---|\n{rows}"
-    training = "\n".join(f"- {what}: {value}" for what, value in facts.items())
-    settings = yaml.safe_dump(given_arguments(args), sort_keys=False, allow_unicode=True).strip()
+    training = "\n".join(f"- {what}: {_one_line(value)}" for what, value in facts.items())
+    settings = yaml.safe_dump(public_arguments(args), sort_keys=False, allow_unicode=True).strip()
+    fence = "`" * (1 + max(map(len, re.findall("`{2,}", settings)), default=2))  # a prompt may hold ```
     curve = f"The loss at each noise level:\n\n![loss over the noise level]({CURVE})"
     good = (how_good[0], " ".join(warnings), table, f"{how_good[1]} {curve}", _BESIDE_LORA if reads_noise(args) else "")
     parts = [
         f"---\n{front}\n---",
         f"# {name} with {title}",
-        f"{_WHAT_IT_IS[method.family]} ({title}, {method.source}) {about}",
+        f"{_WHAT_IT_IS[method.family]} ({title}, {method.source}) {_one_line(about)}",
         "## How good it is",
         *filter(None, good),
-        f"## How to load it\n\n{loading}",
-        f"## How it was trained\n\n{training}\n\nAll arguments:\n\n```yaml\n{settings}\n```",
+        "## How to load it",
+        f"## How it was trained\n\n{training}\n\nAll arguments:\n\n{fence}yaml\n{settings}\n{fence}",
     ]
-    write_text(run.folder / "README.md", "\n\n".join(part.strip() for part in parts) + "\n")
+    parts = [without_folders(part.strip(), args) for part in parts]
+    code = loading if run.hub_id is None else without_folders(loading, args)  # here it has to run
+    parts[-2] += f"\n\n{code.strip()}"
+    write_text(run.folder / "README.md", "\n\n".join(parts) + "\n")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def reads_noise(args: Any) -> bool:
@@ -247,6 +255,7 @@ def finish(
         **others: further results.
     """
     seconds = round(time.perf_counter() - run.started, 1)
+    others = {n: without_folders(value, run.args) if isinstance(value, str) else value for n, value in others.items()}
     results = {"seconds": seconds, "adapter": run.args.adapter, **others, "noise_levels": after.noise_levels}
     for side, measured in zip(_SIDES, (before, after), strict=True):
         results |= {f"{name}_{side}": getattr(measured, name) for name in names}

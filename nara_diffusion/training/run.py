@@ -22,6 +22,7 @@ from huggingface_hub import HfApi
 from nara_diffusion.utils.atomic_write import atomic_write
 
 from .adapters import method_of
+from .arguments import public_arguments
 from .checkpoints import (
     Writer,
     changed_arguments,
@@ -240,8 +241,11 @@ class Run:
                 repo_id=self.hub_id,
                 folder_path=str(self.folder),
                 commit_message="End of training",
-                ignore_patterns=["checkpoint-*/**", ".partial-*", LOCK],
+                ignore_patterns=["checkpoint-*/**", ".partial-*", LOCK, CONFIG],
             )
+            settings = yaml.safe_dump(public_arguments(self.args), sort_keys=False, allow_unicode=True)
+            content = settings.encode()  # the folder's own has whole paths, by which the run resumes
+            HfApi().upload_file(repo_id=self.hub_id, path_in_repo=CONFIG, path_or_fileobj=content)
 
     def close(self) -> None:
         """End the run on all processes together.
