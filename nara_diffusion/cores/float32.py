@@ -36,6 +36,13 @@ class Float32Module(nn.Module):
 
         return super()._apply(keep_dtype, recurse)
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """Convert what is loaded, here and below, since `assign=True` keeps the dtypes of `state_dict`, a copy."""
+        for key, tensor in state_dict.items():
+            if key.startswith(prefix) and isinstance(tensor, Tensor) and tensor.is_floating_point():
+                state_dict[key] = tensor.float()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
 
 class Core(Float32Module):
     """λ (b,) → C (b, r, r), or (1, r, r) where all samples share it; float32.

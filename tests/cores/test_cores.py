@@ -58,6 +58,26 @@ def test_custom_core_that_is_registered_last_needs_lambda_unless_it_says_otherwi
     assert relative_error(model(x), expected) < 2e-6
 
 
+def test_custom_core_that_its_factory_makes_in_another_dtype_is_stored_and_computes_in_float32() -> None:
+    model = one_layer(lambda config, rank: Still(config, rank).double())
+    core = core_matrix(model, 0.5)
+    (P,) = (t for name, t in model.named_parameters() if name.endswith("core.P"))
+    assert P.dtype == core.dtype == float32
+    assert torch.equal(core[0], P)
+
+
+@pytest.mark.parametrize("core_type", ["hypernetwork", "knots", "mine"])
+def test_core_that_loads_bfloat16_in_place_of_its_tensors_stays_float32(core_type: str) -> None:
+    register_core("mine", Still)
+    model = adapted(OneLayer(nn.Linear(7, 5)), target_modules=["layer"], core_type=core_type)
+    half = {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}
+    model.load_state_dict(half, assign=True)
+    loaded = {name: tensor for name, tensor in model.state_dict().items() if ".cores." in name}
+    assert all(torch.equal(tensor, half[name].float()) for name, tensor in loaded.items())
+    assert {tensor.dtype for tensor in loaded.values()} == {float32}
+    assert {tensor.dtype for tensor in half.values()} == {torch.bfloat16}
+
+
 def test_custom_core_of_a_wrong_name_factory_or_answer_is_refused() -> None:
     for name in ("hypernetwork", "bins", "", 3):
         with pytest.raises(ValueError, match=f"^name is {name!r}: choose a text other than 'hypernetwork'"):
