@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from nara_diffusion import noise_level
+from nara_diffusion import core_matrix, noise_level
 from nara_diffusion.layers import dora, fused, variants
 from tests.acceptance._by_hand import LEVELS
 from tests.helpers.adapted import OneLayer, adapted, nara_config, relative_error
@@ -72,6 +72,19 @@ def test_second_derivatives_of_a_fused_layer_are_those_of_its_parts(
     assert len(calls) == 1
     for one, other in zip(*found, strict=True):
         assert relative_error(one, other) < 1e-4
+
+
+def test_magnitudes_gradient_of_a_fused_float64_layer_is_that_of_the_formula_in_float64(calls: list[Tensor]) -> None:
+    model, x = one_layer(True).double(), torch.randn(3, 4, 7, dtype=torch.float64)
+    layer, C = model.base_model.model.layer, core_matrix(model, 0.4)[0].double()
+    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    W = layer.base_layer.weight + 6 / 4 * B @ C @ A
+    slope = torch.randn(3, 4, 5, dtype=torch.float64)
+    with noise_level(model, 0.4):
+        model(x).backward(slope)
+    assert len(calls) == 1
+    expected = (slope * (x @ W.T)).sum((0, 1)) / W.norm(dim=1)
+    assert relative_error(layer.lora_magnitude_vector["default"].weight.grad, expected) < 1e-13
 
 
 @DORA

@@ -7,16 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.hooks import apply_layerwise_casting
 from peft import get_peft_model
 from peft.tuners import lora
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nara_diffusion import noise_level
+from nara_diffusion import core_matrix, noise_level
 from nara_diffusion.layers import functional
 from nara_diffusion.layers.functional import factored_row_norm
 from tests.acceptance._by_hand import CORES, LEVELS, SMALL, Kinds, tensors_of
-from tests.helpers.adapted import OneLayer, adapted, nara_config, relative_error
+from tests.helpers.adapted import OneLayer, adapted, disturb, nara_config, relative_error
 
 DORA = pytest.mark.parametrize("use_dora", [False, True], ids=["NaRA", "NaRA-DoRA"])
 
@@ -33,6 +34,46 @@ def test_expert_without_tokens_gets_gradients_of_zero_at_a_level_per_sample(use_
         layer(torch.randn(0, 7)).sum().backward()
     for factor in (layer.lora_A, layer.lora_B):
         assert factor["default"].weight.grad.count_nonzero() == 0
+
+
+def test_adapter_that_is_added_to_an_adapted_layer_after_layerwise_casting_reads_its_input_in_float32() -> None:
+    model, x = adapted(OneLayer(nn.Linear(7, 5).bfloat16()), target_modules=["layer"]), torch.randn(3, 4, 7).bfloat16()
+    apply_layerwise_casting(model.base_model.model, torch.float8_e4m3fn, torch.bfloat16)
+    model.add_adapter("second", nara_config(target_modules=["layer"]))
+    disturb(model, "second")
+    model.set_adapter("second")
+    with noise_level(model, 0.4), torch.no_grad():
+        output = model(x)
+        with model.disable_adapter():
+            expected = model(x)
+    layer, C = model.base_model.model.layer, core_matrix(model, 0.4, "second")[0]
+    A, B = layer.lora_A["second"].weight, layer.lora_B["second"].weight
+    assert A.dtype == torch.float32
+    expected = expected.double() + 6 / 4 * x.double() @ (B @ C @ A).double().T
+    assert relative_error(output, expected) < torch.finfo(torch.bfloat16).eps
+
+
+class Frames(nn.Module):
+    """Its layer sees all frames of the first sample, then those of the next one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(7, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+
+@DORA
+def test_frames_of_a_video_get_the_core_of_their_sample(use_dora: bool) -> None:
+    model = adapted(Frames(), target_modules=["layer"], use_dora=use_dora)
+    model.base_model.model.layer.lora_variant["default"].channel.sample_major = True
+    x = torch.randn(3, 2, 4, 7)
+    with noise_level(model, LEVELS):
+        together = model(x)
+    for sample, level, output in zip(x, LEVELS, together, strict=True):
+        with noise_level(model, float(level)):
+            torch.testing.assert_close(output, model(sample[None])[0])
 
 
 @pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups")
