@@ -104,6 +104,11 @@ def test_an_attention_mask_that_can_t_tell_is_refused(pair: Any) -> None:
             pair[0](IDS, attention_mask=mask)
 
 
+def test_level_that_is_unknown_is_an_error_that_names_what_reads_it(pair: Any) -> None:
+    with pytest.raises(ValueError, match=r"read_noise_from_input_ids\(model, prompt_lengths\)"):
+        pair[0](IDS)
+
+
 @torch.no_grad()
 def test_context_beats_the_source_and_an_inner_source_ends(pair: Any) -> None:
     """Of 10 tokens of an answer, or of 5, four are masked."""
