@@ -237,7 +237,8 @@ def _how_to_declare(root: nn.Module) -> str:
     """The end of the error of an unknown λ: what reads it from the inputs of models of this class."""
     kinds = [kind.__name__ for kind in type(root).__mro__]
     if "ModelMixin" in kinds:  # of Diffusers
-        return f" To have it read its timestep, declare register_denoiser('{kinds[0]}', meaning) before adding adapters."
+        declaration = f"register_denoiser('{kinds[0]}', meaning)"
+        return f" To have it read its timestep, declare {declaration} before adding adapters."
     is_masked = getattr(getattr(root, "config", None), "mask_token_id", None) is not None
     if is_masked or ("PreTrainedModel" in kinds and "LM" in kinds[0]):
         return (
