@@ -15,12 +15,11 @@ from torch import Tensor, nn
 
 
 def factors(module: Any, adapter_name: str) -> tuple[Tensor, Tensor]:
-    """A (r, k) and B (d_out, r) of any adapted layer, kernels flattened and groups written out; detached."""
+    """A (r, k) and B (d_out, r) of a layer that PEFT merges (none with groups), kernels flattened; detached."""
     if isinstance(module, Embedding):
         return module.lora_embedding_A[adapter_name].detach(), module.lora_embedding_B[adapter_name].detach()
-    A, B = (layers[adapter_name].weight.detach().flatten(1) for layers in (module.lora_A, module.lora_B))
-    groups = getattr(module.get_base_layer(), "groups", 1)
-    return A, B if groups == 1 else torch.block_diag(*B.chunk(groups))
+    A, B = module.lora_A[adapter_name].weight, module.lora_B[adapter_name].weight
+    return A.detach().flatten(1), B.detach().flatten(1)
 
 
 def base_matrix(module: Any) -> Tensor:

@@ -175,7 +175,6 @@ class CoreHolder(HasSource, MergesCores, ReadOutsideForwards, nn.Module):
             return
         self.follow_factors()
         if merged is not None:
-            self.check_merged(merged)
             self.warn_of_merged(merged, args, kwargs)
         if not names:
             return
