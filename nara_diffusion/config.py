@@ -35,6 +35,7 @@ _REFUSED = (
     "use_bdlora", "use_qalora", "velora_config", "monteclora_config", "kasa_config", "ensure_weight_tying",
 )  # fmt: skip
 """LoRA options by which PEFT computes the update in another way, without C(λ)."""
+_ALWAYS_WRITTEN = ("r", "lora_alpha", "target_modules", "core_type", "core_scale", "use_rslora", "use_dora")
 _OF_ONE_MACHINE = {
     "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision",
     "runtime_config",
@@ -288,6 +289,8 @@ def config_from_fields(given: Mapping[str, Any], origin: str) -> NaraConfig:
     known = {own.name for own in fields(NaraConfig)}
     given = {key: value for key, value in given.items() if key not in _OF_ONE_MACHINE}
     own = {key: value for key, value in given.items() if key in known or _is_set(key, value)}
+    if missing := [name for name in _ALWAYS_WRITTEN if name not in own]:
+        raise ValueError(f"The configuration of {origin} lacks {missing[0]}, which every NaRA's file has: damaged.")
     try:
         return NaraConfig(**own)
     except (TypeError, ValueError, AttributeError, ImportError) as error:  # the latter two of PEFT's own checks

@@ -32,9 +32,10 @@ from transformers.integrations.peft import PeftAdapterMixin as TransformersAdapt
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from nara_diffusion.config import NaraConfig, NaraPeftType
+from nara_diffusion.loaders.adapter_part import is_naras
 from nara_diffusion.loaders.file import METADATA_KEY
 from nara_diffusion.loaders.insertion import TEXT_ENCODER, adapters_of
-from nara_diffusion.loaders.strict import check_regular, is_core_key, is_naras, read_config_file
+from nara_diffusion.loaders.strict import check_regular, is_core_key
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
 from nara_diffusion.tuner.model import NaraModel
 from nara_diffusion.tuner.snapshot import restored_on_error
@@ -112,20 +113,20 @@ def _named(model_id: Any, options: Mapping[str, Any]) -> Iterator[None]:
     try:
         check_regular(Path(where, SAFETENSORS_WEIGHTS_NAME))
         yield
-    except (ValueError, KeyError, SafetensorError) as error:
-        if where in str(error):
+    except (ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:  # PEFT's of odd configurations
+        if isinstance(error, ValueError) and where in str(error):
             raise
         if isinstance(error, SafetensorError):
             reason = f"its weights are no whole safetensors file ({error}): download or save it again."
         else:
-            reason = f"it lacks {error}." if isinstance(error, KeyError) else str(error)
+            reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         raise ValueError(f"The adapter in '{where}' is refused: {reason}") from error
 
 
 def _is_naras(model_id: Any, options: Mapping[str, Any]) -> bool:
     config = Path(str(model_id), options.get("subfolder") or "", CONFIG_NAME)
     if config.is_file():
-        return is_naras(read_config_file(config))
+        return is_naras(config)
     hub = {name: options[name] for name in ("subfolder", "revision", "cache_dir", "token") if name in options}
     try:
         return PeftConfig._get_peft_type(model_id, **hub) == NaraPeftType.NARA.value
@@ -228,10 +229,10 @@ def _find_lora_file(original: Any, *args: Any, **kwargs: Any) -> Any:
         return found
     try:
         with safe_open(found, framework="pt", device="cpu") as file:
-            is_naras = METADATA_KEY in (file.metadata() or {}) or any(map(is_core_key, file.keys()))
+            has_core = METADATA_KEY in (file.metadata() or {}) or any(map(is_core_key, file.keys()))
     except (OSError, SafetensorError):  # which Diffusers has an error for
         return found
-    if is_naras:
+    if has_core:
         raise ValueError(
             f"'{found}' holds a NaRA adapter, of which loading as a LoRA would leave out the core: load it by "
             "pipe.load_nara_weights(…)."

@@ -158,13 +158,15 @@ def test_config_survives_pefts_file_and_its_fields_with_their_types(tmp_path: Pa
 
 
 @pytest.mark.filterwarnings("ignore:Unexpected keyword arguments")  # of PEFT
-def test_fields_of_early_files_that_say_nothing_are_dropped(tmp_path: Path) -> None:
+def test_fields_of_early_files_that_say_nothing_are_dropped_and_no_other_may_lack(tmp_path: Path) -> None:
     config, early = nara_config(target_modules=["first"]), {"core_normalization": "none", "noise_scale": "linear"}
     config.save_pretrained(tmp_path)
     fields = json.loads((tmp_path / CONFIG).read_text()) | early | {"layer_embedding_dim": 16}
     (tmp_path / CONFIG).write_text(json.dumps(fields))
     assert config_to_fields(NaraConfig.from_pretrained(str(tmp_path))) == config_to_fields(config)
     assert config_to_fields(config_from_fields(fields, "the file")) == config_to_fields(config)
+    with pytest.raises(ValueError, match="the file lacks lora_alpha"):
+        config_from_fields({name: value for name, value in fields.items() if name != "lora_alpha"}, "the file")
     with pytest.raises(ValueError, match="no field 'noise_scale'"):
         config_from_fields(fields | {"noise_scale": "log_snr"}, "the file")
 

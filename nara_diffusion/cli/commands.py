@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nara_diffusion.export.adapter_factors import cores_of, schedule_of
 from nara_diffusion.loaders.adapter_part import AdapterPart
-from nara_diffusion.loaders.file import MODEL, PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME, WEIGHTS_NAME, AdapterFile
+from nara_diffusion.loaders.file import MODEL, PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME, WEIGHTS_NAME, AdapterFile, naming
 from nara_diffusion.loaders.insertion import check_storable
 from nara_diffusion.utils.atomic_write import atomic_write, check_free
 
@@ -159,7 +159,8 @@ def convert(args: Any) -> str:
         if not (component or "").isidentifier():
             raise ValueError("--to pipeline needs --component, the part that is adapted, such as unet or transformer.")
         parts = {str(component): parts[MODEL]}
-        check_storable(parts[str(component)].config, str(component))
+        with naming(source):
+            check_storable(parts[str(component)].config, str(component))
     elif component not in parts and (component is not None or len(parts) > 1):
         raise ValueError(f"the file has {', '.join(parts)}: choose one of these by --component.")
     chosen = component or next(iter(parts))

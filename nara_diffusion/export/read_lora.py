@@ -22,10 +22,11 @@ from peft import LoraConfig, PeftConfig
 from peft.utils import CONFIG_NAME
 from torch import Tensor, nn
 
+from nara_diffusion.loaders.adapter_part import is_naras, read_config_file
 from nara_diffusion.loaders.file import read_peft_tensors
 from nara_diffusion.loaders.insertion import TEXT_ENCODER
 from nara_diffusion.loaders.schedulers import DENOISERS, denoiser_name
-from nara_diffusion.loaders.strict import PEFT_PREFIX, is_naras, read_config_file, read_tensors
+from nara_diffusion.loaders.strict import PEFT_PREFIX, read_tensors
 from nara_diffusion.utils.naming import listed
 
 from .host_files import with_text_model
@@ -67,7 +68,7 @@ def _scheduler(folder: Path, text: str | None = None) -> dict[str, Any] | None:
 
 
 def _of_folder(folder: Path) -> PlainLora:
-    if is_naras(read_config_file(folder / CONFIG_NAME)):
+    if is_naras(folder / CONFIG_NAME):
         raise ValueError(
             "it is a NaRA already: load it by PeftModel.from_pretrained(model, folder) or "
             "pipe.load_nara_weights(folder)."

@@ -6,10 +6,12 @@ the sizes of its layers, is compared when the adapter is loaded; `strict.check_t
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
-from nara_diffusion.config import NaraConfig
+from nara_diffusion.config import NaraConfig, NaraPeftType
 from nara_diffusion.cores.registry import BUILT_IN, NAME_IN_FILES, core_group, make_cores
 
 from .strict import check_tensors, is_core_key
@@ -66,6 +68,25 @@ def configured_scaling(config: LoraConfig, name: str, rank: int) -> float:
     return alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
 
+# ---------------------------------------------------------------------- adapter_config.json
+
+
+def is_naras(path: Path) -> bool:
+    """Whether an adapter_config.json is that of a NaRA; an error names the file."""
+    kind = read_config_file(path).get("peft_type")
+    if not isinstance(kind, str):
+        raise ValueError(f"'{path}' has no peft_type, so it describes no adapter: download or save it again.")
+    return kind == NaraPeftType.NARA.value
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """The fields of a JSON file such as adapter_config.json; an error names the file."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"'{path}' can't be read ({error}): it is damaged, download or save it again.") from None
+
+
 # ---------------------------------------------------------------------- the check
 
 
@@ -111,16 +132,15 @@ def _factors(part: AdapterPart, name: str, rank: int) -> dict[str, Tensor]:
     A, B = (f"{embedding}{each}" if is_embedding else f"{layer}{each}.weight" for each in "AB")
     shapes = {key: _shape(part.tensors.get(key)) for key in (A, B)}
     groups = shapes[B][1]  # of a convolution; they divide its rank
+    kernel = (1,) * len(shapes[A][2:])
     found: dict[str, tuple[int, ...]] = {
         A: (rank, *shapes[A][1:]),
-        B: (shapes[B][0], groups if groups and rank % groups == 0 else rank, *shapes[B][2:]),
+        B: (shapes[B][0], groups if groups and rank % groups == 0 else rank, *kernel),
     }
     if part.config.use_dora:
         magnitude = f"{layer}magnitude_vector"
         key = next((key for key in (f"{magnitude}.weight", magnitude) if key in part.tensors), magnitude)
-        vector: Any = part.tensors.get(key)
-        fits = isinstance(vector, Tensor) and vector.numel() == shapes[B][0]
-        found[key] = tuple(vector.shape) if fits else shapes[B][:1]
+        found[key] = (1, shapes[B][0], *kernel) if kernel else shapes[B][:1]
     if part.config.lora_bias:
         found[f"{layer}B.bias"] = shapes[B][:1]
     return {key: _like(part.tensors.get(key), shape) for key, shape in found.items()}

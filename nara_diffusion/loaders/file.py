@@ -31,7 +31,7 @@ from nara_diffusion.cores.registry import with_current_names
 from nara_diffusion.utils.atomic_write import atomic_write_files
 from nara_diffusion.utils.naming import is_out_of_reach, listed
 
-from .adapter_part import AdapterPart, check_part
+from .adapter_part import AdapterPart, check_part, is_naras, read_config_file
 from .strict import (
     PEFT_PREFIX,
     PICKLE,
@@ -39,8 +39,6 @@ from .strict import (
     check_regular,
     copied,
     is_core_key,
-    is_naras,
-    read_config_file,
     read_tensors,
     save_tensors,
 )
@@ -123,11 +121,13 @@ def naming(source: Any) -> Iterator[None]:
     """Inside, errors get the name of the adapter's `source` (see `AdapterFile.read`), unless they have it."""
     try:
         yield
-    except ValueError as error:
-        if not isinstance(source, Mapping) and str(source) in str(error):
+    except (ValueError, TypeError, KeyError, AttributeError) as error:  # PEFT's of odd configurations
+        is_clear = isinstance(error, ValueError)
+        if is_clear and not isinstance(source, Mapping) and str(source) in str(error):
             raise
         where = "the dict" if isinstance(source, Mapping) else f"'{source}'"
-        raise ValueError(f"The adapter in {where} is refused: {error}") from error
+        reason = error if is_clear else f"{type(error).__name__}: {error}"
+        raise ValueError(f"The adapter in {where} is refused: {reason}") from error
 
 
 # ---------------------------------------------------------------------- where the tensors are
@@ -191,7 +191,7 @@ def _of_peft(path: Path, tensors: dict[str, Tensor]) -> AdapterPart:
     if not config.is_file():
         raise ValueError(f"There is no '{config.name}' beside '{path.name}' in '{path.parent}': PEFT writes both.")
     origin, given = f"'{config}'", read_config_file(config)
-    if not is_naras(given):
+    if not is_naras(config):
         raise ValueError(
             f"{origin} describes an adapter of type {given.get('peft_type')}, not NARA: load it by "
             "pipe.load_lora_weights(…) or peft.PeftModel.from_pretrained(…)."

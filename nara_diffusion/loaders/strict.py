@@ -7,7 +7,6 @@ and `check_loaded` any method's adapter with its file afterwards. Files of tenso
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,7 +21,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from nara_diffusion.config import NaraPeftType
 from nara_diffusion.cores.registry import HOLDER_NAME, NAME_IN_FILES
 from nara_diffusion.utils.naming import listed
 
@@ -232,19 +230,6 @@ def load_whole_model(kind: Any, folder: Path, **options: Any) -> Any:
 
 
 # ---------------------------------------------------------------------- files
-
-
-def is_naras(given: Mapping[str, Any]) -> bool:
-    """Whether the fields of an adapter_config.json are those of a NaRA."""
-    return given.get("peft_type") == NaraPeftType.NARA.value
-
-
-def read_config_file(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The fields of an adapter_config.json, of any kind of adapter; an error names the file."""
-    try:
-        return dict(json.loads(Path(path).read_text(encoding="utf-8")))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"'{path}' can't be read ({error}): it is damaged, download or save it again.") from None
 
 
 def check_regular(path: Path) -> None:

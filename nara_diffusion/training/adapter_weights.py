@@ -22,9 +22,9 @@ from nara_diffusion.config import changes_base
 from nara_diffusion.export.from_lora import check_identity, check_scales, copy_tensors
 from nara_diffusion.export.plain_lora import PlainLora
 from nara_diffusion.export.read_lora import read_lora
-from nara_diffusion.loaders.adapter_part import AdapterPart, configured_scaling
+from nara_diffusion.loaders.adapter_part import AdapterPart, configured_scaling, is_naras
 from nara_diffusion.loaders.file import METADATA_KEY, WEIGHTS_NAME, AdapterFile, naming
-from nara_diffusion.loaders.strict import check_loaded, check_tensors, is_naras, load_whole_model, read_config_file
+from nara_diffusion.loaders.strict import check_loaded, check_tensors, load_whole_model
 from nara_diffusion.noise.prediction import check_expected
 
 from .adapters import CORE_FIELDS
@@ -95,7 +95,7 @@ def _copy_lora(part: PlainLora, root: Any, origin: str) -> None:
 
 def _is_naras(path: Path) -> bool:
     if (path / CONFIG_NAME).is_file():
-        return is_naras(read_config_file(path / CONFIG_NAME))
+        return is_naras(path / CONFIG_NAME)
     if (path / WEIGHTS_NAME).is_file() or not path.is_file():
         return (path / WEIGHTS_NAME).is_file()
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -101,6 +102,7 @@ TEXTS = {
     "nested deeply": lambda text: "[" * 100_000,
     "a number of 4301 digits": lambda text: f'{{"r": {"9" * 4301}}}',
     "a list": lambda text: "[1]",
+    "no type of adapter": lambda text: text.replace("peft_type", "peft_kind"),
 }
 
 
@@ -117,6 +119,14 @@ def test_configuration_that_is_no_json_object_is_refused_by_its_name(text: str, 
     ):
         with pytest.raises(ValueError, match=str(folder)):
             read(str(folder))
+
+
+def test_errors_of_peft_about_an_odd_configuration_name_the_file(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(_files.FILES / "peft" / "nara", tmp_path / "nara"))
+    config = folder / _files.PEFT_CONFIG
+    config.write_text(json.dumps({**json.loads(config.read_text()), "lora_dropout": [None]}))
+    with pytest.raises(ValueError, match=f"{folder}' is refused: TypeError"):
+        PeftModel.from_pretrained(_bases.language_model(), folder)
 
 
 def test_naras_and_loras_are_refused_by_each_others_loaders_with_the_right_call(tmp_path: Path) -> None:
