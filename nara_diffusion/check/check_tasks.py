@@ -139,8 +139,8 @@ def check_images(tuning: Any) -> dict[str, Any]:
     measured = HELD_OUT if is_unseen else "Losses on a picture held out"
     if tuning.measured_on is tuning.dataset:
         measured = "Losses on the training pictures under other noise"
-    names: dict[str, str] = {"measured": measured, "no_cheap": no_cheap}
-    return check_training(CheckTask(model, config, args, *losses, step.group_size, **names), tuning.run)
+    task = CheckTask(model, config, args, *losses, step.group_size, measured=measured, no_cheap=no_cheap)
+    return check_training(task, tuning.run)
 
 
 def add_cheap(model: nn.Module, config: Any, further: Sequence[str] = ()) -> None:

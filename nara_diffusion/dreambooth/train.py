@@ -82,9 +82,9 @@ class FineTuning:
         captions: dict[str, Any] = {"prompt": args.instance_prompt, "caption_column": args.caption_column}
         self.instances = records_from_folder(str(args.instance_data_dir), progress=run.is_main, **captions)
         held_out = args.validation_data_dir and records_from_folder(args.validation_data_dir, **captions)
-        if args.check and not held_out and len(self.instances) >= 4:
-            *self.instances, one = self.instances
-            held_out = [one]
+        if args.check and not held_out and len({image.key for image in self.instances}) >= 4:
+            held_out = self.instances[-1:]  # and no copy of it is trained on
+            self.instances = [image for image in self.instances if image.key != held_out[0].key]
         run.record_data_digest("validation data", digested(held_out or []))
         self.encoders = load_encoders(args, run.accelerator.device)
 

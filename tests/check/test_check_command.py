@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,22 @@ ASSETS = Path(__file__).parents[2] / "examples" / "assets"
 
 
 @pytest.mark.parametrize(
-    ("count", "flags", "measured", "cheap"),
+    ("count", "copies", "flags", "measured", "cheap"),
     [
-        (3, [], "Losses on the training pictures under other noise", False),
-        (4, [], "Losses on a picture held out", False),
-        (3, ["--validation_data_dir", "others"], "Held-out losses", True),
+        (3, 1, [], "Losses on the training pictures under other noise", False),
+        (4, 0, [], "Losses on a picture held out", False),
+        (4, 1, [], "Losses on a picture held out", False),
+        (3, 0, ["--validation_data_dir", "others"], "Held-out losses", True),
     ],
 )
 def test_check_of_images_says_what_it_measures_on_and_compares_layers_on_others_only(
-    count: int, flags: list[str], measured: str, cheap: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    count: int,
+    copies: int,
+    flags: list[str],
+    measured: str,
+    cheap: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(check_tasks, "check_training", lambda task, run: task)
@@ -36,6 +44,8 @@ def test_check_of_images_says_what_it_measures_on_and_compares_layers_on_others_
     small_sdxl().save_pretrained("sdxl")
     folder_of(tmp_path / "pictures", [(20, 16)] * count)
     folder_of(tmp_path / "others", [(16, 20)] * 2)
+    for number in range(copies):
+        shutil.copy(f"pictures/0{count - 1}.png", f"pictures/copy-{number}.png")
     found: Any = check_tasks.check("sdxl", "pictures", ["--resolution", "16", "--rank", "2", *flags])
     tuning, task = found
     assert task.measured == measured
