@@ -67,10 +67,13 @@ class Denoiser(TimestepNoise):
 
     def noise_level(self, timestep: float | Tensor) -> Tensor:
         """λ of a timestep; of the scheduler's own where a pipeline rounded it to half precision."""
-        schedules = [t.flatten() for one in self.schedulers if isinstance(t := getattr(one, "timesteps", None), Tensor)]
+        given = [getattr(one, "timesteps", None) for one in self.schedulers]
+        schedules = [each.flatten() for each in given if isinstance(each, Tensor)]
         if schedules and isinstance(timestep, Tensor) and timestep.dtype in (torch.bfloat16, torch.float16):
             device = timestep.device
-            timestep = self.unrounded(timestep, torch.cat([each.to(device).float() for each in schedules]))
+            is_async = device.type != "cpu"  # a copy to the CPU has to be waited for
+            there = [each.to(device, torch.float32, non_blocking=is_async) for each in schedules]
+            timestep = self.unrounded(timestep, torch.cat(there))
         return super().noise_level(timestep)
 
     def check(self, timestep: float | Tensor) -> None:

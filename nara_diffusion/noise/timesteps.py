@@ -125,11 +125,10 @@ class TimestepNoise:
 
         Args:
             timestep: of any shape, in half precision.
-            schedule: (n,), the timesteps of the pipeline's scheduler.
+            schedule: (n,) float32 on the same device, the timesteps of the pipeline's scheduler.
         """
         passed = _PASSED.get(self.meaning, lambda t: t)
-        schedule = schedule.to(timestep.device)
-        exact = passed(schedule.float()) * self.scale  # (n,)
+        exact = passed(schedule) * self.scale  # (n,)
         cast_first = passed(schedule.to(timestep.dtype)) * self.scale
         given = timestep[..., None]
         is_meant = (exact.to(timestep.dtype) == given) | (cast_first == given)  # (…, n)

@@ -16,6 +16,7 @@ import pytest
 import torch
 from diffusers import ControlNetModel, DDIMScheduler, EDMEulerScheduler, StableDiffusionXLPAGPipeline
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nara_diffusion import TimestepNoise, register_denoiser, set_noise_source
 from nara_diffusion.noise.denoisers import Denoiser
@@ -181,3 +182,15 @@ def test_rounded_timestep_stays_where_no_step_or_several_of_the_schedules_round_
     ]:
         source = Denoiser(meaning, schedulers=[scheduler(*others[:1]), scheduler(*others[1:])])
         assert source.noise_level(given).item() == pytest.approx(meant, abs=1e-6), (meaning, others)
+
+
+def test_rounded_timestep_is_found_without_a_value_that_the_host_reads() -> None:
+    class WithoutReads(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            assert function not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+            return function(*args, **(kwargs or {}))
+
+    schedule = torch.tensor([866.7, 250.0, 0.0])
+    with WithoutReads():
+        found = TimestepNoise("sigma_1000").unrounded(schedule.bfloat16(), schedule)
+    assert torch.equal(found, schedule)
