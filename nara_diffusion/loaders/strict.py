@@ -132,10 +132,8 @@ def with_names_in_files(tensors: Mapping[str, Tensor], adapter_name: str) -> dic
     return {key.replace(in_model, f"{NAME_IN_FILES}."): tensor for key, tensor in tensors.items()}
 
 
-def without_second_biases(tensors: dict[str, Tensor], config: Any, adapter_name: str) -> dict[str, Tensor]:
+def without_second_biases(tensors: Mapping[str, Tensor], adapter_name: str) -> dict[str, Tensor]:
     """`tensors` of a file without the copies that PEFT writes of biases in `modules_to_save` if `bias` is "all"."""
-    if config.bias != "all":
-        return tensors
     own = f".modules_to_save.{adapter_name}."
     copies = [key for key in tensors if ".modules_to_save." in key and own not in key and key.endswith(".bias")]
     return {key: tensor for key, tensor in tensors.items() if key not in copies}

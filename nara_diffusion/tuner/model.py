@@ -241,7 +241,7 @@ class NaraModel(MergesAtOneLevel):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        state_dict = without_second_biases(with_current_names(state_dict), config, adapter_name)
+        state_dict = without_second_biases(with_current_names(state_dict), adapter_name)
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         present = model.state_dict()
         core = [key for key in present if f"{HOLDER_NAME}.cores.{adapter_name}." in key]
