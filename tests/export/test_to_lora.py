@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
+from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 
 from nara_command import main
 from nara_diffusion import StrengthSchedule, core_matrix, noise_level, set_strength, to_lora
@@ -86,6 +87,13 @@ def test_the_level_of_the_context_and_that_of_a_merge_count():
         assert torch.equal(merged[key], tensor)
 
 
+def test_room_that_hotswapping_makes_for_larger_ranks_is_left_out():
+    model = adapted(base(), target_modules=TARGETS)
+    expected = to_lora(model, LEVEL).state_dict()
+    prepare_model_for_compiled_hotswap(model, target_rank=9)
+    torch.testing.assert_close(to_lora(model, LEVEL).state_dict(), expected, rtol=0, atol=0)
+
+
 # ---------------------------------------------------------------------- the nearest over all λ
 
 
@@ -135,6 +143,29 @@ def test_best_is_the_nearest_lora_and_measures_its_error_also_in_its_folder(tmp_
     with pytest.raises(SystemExit):
         main([*words, "bst"])
     assert "expected a number in [0, 1], or best, got 'bst'" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups:UserWarning")
+def test_best_measures_its_error_on_a_convolution_with_groups_too():
+    torch.manual_seed(3)
+    model = adapted(torch.nn.Sequential(torch.nn.Conv2d(4, 6, 3, groups=2)), target_modules=["0"], r=4)
+    best: Any = to_lora(model, "best")
+
+    def update(lora: Any) -> torch.Tensor:
+        layer = lora.layers["0"]
+        B = torch.block_diag(*layer.B.double().flatten(1).chunk(2))
+        return layer.scaling * B @ layer.A.double().flatten(1)
+
+    wanted = torch.stack([update(to_lora(model, level)) for level in best.error.noise_levels])
+    errors = (wanted - update(best)).flatten(1).norm(dim=1)
+    weights = torch.tensor(best.error.weights)
+    unit = (weights * wanted.square().sum((1, 2))).sum().sqrt()
+    torch.testing.assert_close(torch.tensor(best.error.update), (errors / unit).float(), rtol=1e-4, atol=1e-6)
+
+
+def test_best_of_an_adapter_that_changes_nothing_has_no_error():
+    best: Any = to_lora(get_peft_model(base(), nara_config(target_modules=TARGETS)), "best")
+    assert best.error.worst_update == 0
 
 
 REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
