@@ -191,7 +191,7 @@ def beside_configuration() -> Iterator[None]:
 def check_keeps_configuration(model: nn.Module, adapter_name: str) -> None:
     """Raises ValueError if the tensors of a NaRA are collected from a model of Diffusers, whose `save_lora_weights` and
     `save_lora_adapter` write no configuration that anything could load."""
-    kinds = {kind.__name__ for kind in type(getattr(model, "_orig_mod", model)).__mro__}
+    kinds = {kind.__name__ for kind in type(model._modules.get("_orig_mod", model)).__mro__}
     if "ModelMixin" in kinds and not _configuration_is_kept.get():
         raise ValueError(
             f"Adapter '{adapter_name}' is a NaRA, which save_lora_weights and save_lora_adapter would write without "

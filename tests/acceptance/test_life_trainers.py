@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from diffusers import StableDiffusionXLPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
-from peft import get_peft_model_state_dict
+from peft import get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
 
 from nara_diffusion import checkpoint_nara_weights
@@ -60,6 +60,13 @@ def test_adapter_whose_core_is_the_identity_is_saved_as_the_lora_that_it_is(tmp_
     disturb(unet)
     save_as_scripts_do(unet, tmp_path)
     assert list(tmp_path.iterdir())
+
+
+def test_adapter_that_peft_wraps_is_saved_with_its_configuration_also_around_a_compiled_model(tmp_path: Path) -> None:
+    for unet in (small_sdxl().unet, torch.compile(small_sdxl().unet)):
+        adapted: Any = get_peft_model(unet, nara_config(target_modules=["to_q"]))  # type: ignore[arg-type]
+        adapted.save_pretrained(tmp_path)
+        assert (tmp_path / "adapter_config.json").is_file()
 
 
 class Script:
