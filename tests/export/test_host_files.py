@@ -113,6 +113,8 @@ def test_sd3_has_its_names_and_the_last_contexts_halves_in_the_other_order():
     k = dense("0.attn.to_k")
     zero = torch.zeros_like(k)
     torch.testing.assert_close(update("0.x_block.attn.qkv"), torch.cat([zero, k, zero]), rtol=1e-5, atol=1e-8)
+    first = update("0.context_block.adaLN_modulation.1")
+    torch.testing.assert_close(first, dense("0.norm1_context.linear"), rtol=1e-5, atol=1e-8)
     scale, shift = dense("1.norm1_context.linear").chunk(2)  # Diffusers' AdaLayerNormContinuous
     last = update("1.context_block.adaLN_modulation.1")
     torch.testing.assert_close(last, torch.cat([shift, scale]), rtol=1e-5, atol=1e-8)
@@ -131,6 +133,15 @@ def test_text_encoders_of_sd3_have_the_names_that_sdxls_have_in_comfyui(form: st
             update, wanted = alpha / len(A) * B @ A, layer.scaling * layer.B @ layer.A
             torch.testing.assert_close(update, wanted, rtol=1e-5, atol=1e-7)
     assert not tensors
+
+
+def test_flux_mlp_without_attention_takes_the_last_rows_of_its_matrix():
+    rank, width = 2, 3
+    layer = PlainLoraLayer(torch.ones(rank, width), torch.ones(4 * width, rank), 2.0, rank)
+    lora = PlainLora(LoraConfig(), {"single_transformer_blocks.0.proj_mlp": layer})
+    tensors = host_state_dict({"transformer": lora}, "comfyui", "flux")
+    B = tensors["diffusion_model.single_blocks.0.linear1.lora_B.weight"]
+    assert torch.equal(B, torch.cat([torch.zeros(3 * width, rank), layer.B]))
 
 
 def test_diffusers_reads_wans_own_names_back():
