@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
 
 from nara_diffusion import noise_level
 from tests.helpers.rounding import rounding_of
@@ -82,6 +84,36 @@ def test_compiled_model_gives_outputs_and_gradients_of_each_level_with_one_break
     assert breaks() <= 1
     with pytest.raises(ValueError, match="λ is not known"):
         run(fast, X)
+
+
+class Checkpointed(nn.Module):
+    """One block, under the checkpoint function that transformers and Diffusers give to theirs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = TwoLayers()
+        self._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._gradient_checkpointing_func(self.block.__call__, x)
+
+
+def test_compiled_model_with_checkpoints_is_one_graph_and_has_the_gradients_of_each_level() -> None:
+    torch.manual_seed(0)
+    model, _ = adapt(Checkpointed(), LAYERS)
+    backend = CompileCounterWithBackend("aot_eager")
+    fast, found = torch.compile(model.train(), backend=backend), []
+    for called in (fast, model):
+        for levels in LEVELS[:2]:
+            model.zero_grad()
+            with noise_level(model, levels):
+                called(X).square().mean().backward()
+            found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad})
+    for actual, expected in zip(found[:2], found[2:], strict=True):
+        for name, gradient in expected.items():
+            assert distance(actual[name], gradient) < rounding_of(model), name
+    assert backend.frame_count == 1
+    assert breaks() == 0
 
 
 @pytest.mark.slow

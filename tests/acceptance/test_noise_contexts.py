@@ -120,6 +120,27 @@ def test_part_alone_has_the_level_around_it_and_none_of_a_forward_that_ctrl_c_en
     assert_near(part, torch.cat(expected), model)
 
 
+class Entering(TwoLayers):
+    """Enters a context inside its own forward."""
+
+    inside: Any = None
+
+    def forward(self, x: Tensor, timestep: Any = None) -> Tensor:
+        with self.inside:
+            return super().forward(x)
+
+
+def test_context_entered_inside_a_forward_is_for_its_own_model_only(model: Any) -> None:
+    """Of another model, it leaves C as the forward made it, from a source, say; of this one, it gives another λ."""
+    torch.manual_seed(0)
+    entering, stock = adapt(Entering(), LAYERS)
+    own: Any = entering.base_model.model
+    set_noise_source(entering, lambda *_: torch.tensor(LEVELS))  # type: ignore[arg-type]
+    for inside, levels in ((noise_level(model, 0.9), LEVELS), (noise_level(entering, 0.9), 0.9)):
+        own.inside, stock.model.inside = inside, ExitStack()
+        assert_at(entering, stock.double(), levels)
+
+
 # ---------------------------------------------------------------------- nesting
 
 

@@ -98,6 +98,24 @@ def test_unequal_levels_are_refused_where_samples_are_split_or_not_first() -> No
     model(torch.randn(2, 7), torch.tensor([100, 900]))
 
 
+@pytest.mark.parametrize("kind", ["UNetMotionModel", "ErnieImageTransformer2DModel"])
+def test_unequal_levels_of_a_part_alone_are_refused_where_rows_may_be_no_samples(kind: str) -> None:
+    base: Any = type(kind, (TwoLayers,), {})()
+    model = adapted(base, target_modules=["first"])
+    with noise_level(model, [0.2, 0.7]), pytest.raises(RuntimeError, match="has 2 values, but a part of a model"):
+        base.first(torch.randn(2, 7))
+    with noise_level(model, 0.2):
+        base.first(torch.randn(2, 7))
+
+
+def test_two_levels_for_a_batch_of_four_are_refused_though_layers_may_see_multiples() -> None:
+    model = adapted(type("UNetMotionModel", (TwoLayers,), {})(), target_modules=["first"])
+    with noise_level(model, [0.2, 0.7]):
+        model(torch.randn(2, 7))
+        with pytest.raises(ValueError, match="has 2 values, but the batch is 4"):
+            model(torch.randn(4, 7))
+
+
 def test_all_that_trains_has_lora_in_its_name() -> None:
     """By which PEFT's users, and scripts of other libraries, choose what goes to the optimizer."""
     for core_type in ("hypernetwork", "constant", "knots"):
