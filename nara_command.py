@@ -43,7 +43,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     command, *rest = words
     if command not in COMMANDS:
-        sys.exit(f"error: nara has no command {command!r}, expected one of {', '.join(COMMANDS)}; nara --help.")
+        sys.exit(
+            f"error: nara has no command {command!r}, expected one of {', '.join(COMMANDS)}; nara --help."
+        )
     try:
         if command in OWN:
             args = parser_of(command).parse_args(rest)
@@ -64,16 +66,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"error: {error}")
 
 
-check, evaluate = (partial(lambda name: main([name, *sys.argv[1:]]), name) for name in ("check", "eval"))
+check, evaluate = (
+    partial(lambda name: main([name, *sys.argv[1:]]), name) for name in ("check", "eval")
+)
 """The commands nara-check and nara-eval."""
 
 
 def help_of(command: str) -> str:
     """The docstring of a command, whose module isn't imported."""
     package = Path(str(find_spec("nara_diffusion").origin)).parent  # type: ignore[union-attr]
-    source = package.joinpath(*COMMANDS[command].split(".")[1:]).with_suffix(".py").read_text(encoding="utf-8")
+    source = (
+        package.joinpath(*COMMANDS[command].split(".")[1:])
+        .with_suffix(".py")
+        .read_text(encoding="utf-8")
+    )
     module: Any = ast.parse(source)
-    functions = [node for node in module.body if isinstance(node, ast.FunctionDef) and node.name == command]
+    functions = [
+        node for node in module.body if isinstance(node, ast.FunctionDef) and node.name == command
+    ]
     return ast.get_docstring(functions[0] if command in OWN else module) or ""
 
 
@@ -86,7 +96,9 @@ def parser_of(command: str) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("file", metavar="FILE", help="the adapter: a file, or a folder")
-    {"inspect": _inspect, "plot": _plot, "fold": _fold, "convert": _convert}[command](parser.add_argument)
+    {"inspect": _inspect, "plot": _plot, "fold": _fold, "convert": _convert}[command](
+        parser.add_argument
+    )
     return parser
 
 
@@ -95,13 +107,27 @@ def _inspect(add: Callable[..., Any]) -> None:
 
 
 def _plot(add: Callable[..., Any]) -> None:
-    add("--output", type=Path, help="the PNG file to write (default: FILE's name with .png, in this folder)")
-    add("--points", type=int, default=101, help="how many λ from 0 to 1 to draw, at least 2 (default: %(default)s)")
+    add(
+        "--output",
+        type=Path,
+        help="the PNG file to write (default: FILE's name with .png, in this folder)",
+    )
+    add(
+        "--points",
+        type=int,
+        default=101,
+        help="how many λ from 0 to 1 to draw, at least 2 (default: %(default)s)",
+    )
     _overwrite(add)
 
 
 def _fold(add: Callable[..., Any]) -> None:
-    add("output", metavar="OUTPUT", type=Path, help="the .safetensors file to write; with --form peft, a folder")
+    add(
+        "output",
+        metavar="OUTPUT",
+        type=Path,
+        help="the .safetensors file to write; with --form peft, a folder",
+    )
     which = "the λ to fold at, from 0 (the image) to 1 (pure noise), or best: the LoRA that is nearest over all λ"
     add("--noise_level", type=_level, required=True, metavar="LEVEL", help=which)
     add(
@@ -112,7 +138,11 @@ def _fold(add: Callable[..., Any]) -> None:
         "only diffusers and peft can hold a DoRA",
     )
     bases = ("sd15", "sdxl", "sd3", "flux", "wan")
-    add("--base", choices=bases, help="the model that the adapter was trained on; kohya and comfyui need it")
+    add(
+        "--base",
+        choices=bases,
+        help="the model that the adapter was trained on; kohya and comfyui need it",
+    )
     _overwrite(add)
 
 
@@ -120,7 +150,9 @@ def _level(text: str) -> float | str:
     try:
         return text if text == "best" else float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a number in [0, 1], or best, got {text!r}") from None
+        raise argparse.ArgumentTypeError(
+            f"expected a number in [0, 1], or best, got {text!r}"
+        ) from None
 
 
 def _convert(add: Callable[..., Any]) -> None:

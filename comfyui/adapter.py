@@ -54,15 +54,21 @@ class LiveAdapter:
             )
         self.config = parts[component].config
         if self.config.use_dora:
-            raise ValueError(f"'{path}' is a NaRA-DoRA, which ComfyUI can't apply: sample it in Diffusers.")
+            raise ValueError(
+                f"'{path}' is a NaRA-DoRA, which ComfyUI can't apply: sample it in Diffusers."
+            )
         self.adapter = adapter_of_part(parts.pop(component))
         self.scheduler = self.config.scheduler
         self.convention = self._convention(base, path)
-        layers = {name: with_scale_1(name, layer) for name, layer in self.adapter.lora.layers.items()}
+        layers = {
+            name: with_scale_1(name, layer) for name, layer in self.adapter.lora.layers.items()
+        }
         self.factors = original_layers(layers, base)
         self.parts = parts_of(layers, base)
         if unknown := [name for name in parts if not name.startswith(TEXT_ENCODER)]:
-            raise ValueError(f"'{path}' has a part for {', '.join(unknown)}, which this node can't apply.")
+            raise ValueError(
+                f"'{path}' has a part for {', '.join(unknown)}, which this node can't apply."
+            )
         self.encoders = {name: lora_of(adapter_of_part(part), None) for name, part in parts.items()}
         self._hooked: dict[str, nn.Module] = {}
         self._handles: list[Any] = []
@@ -89,7 +95,9 @@ class LiveAdapter:
         for name, own in self.factors.items():
             wanted, found = (len(own.B), *own.A.shape[1:]), tuple(modules[name].weight.shape)  # type: ignore[arg-type]
             if wanted != found:
-                raise ValueError(f"{name} has a weight {found} in this model, the adapter was trained on {wanted}.")
+                raise ValueError(
+                    f"{name} has a weight {found} in this model, the adapter was trained on {wanted}."
+                )
 
     def _modules(self, model: nn.Module) -> dict[str, nn.Module]:
         """The adapted modules of `model`, of which none may be missing, or compiled, by which λ would be kept."""
@@ -110,7 +118,10 @@ class LiveAdapter:
     def matrices(self, level: Tensor, strength: float) -> dict[str, Tensor]:
         """{module: strength · M(λ) (b, r, r)} of λ (b,), on its device."""
         cores = self.adapter.cores(level.float().cpu(), strength, level.device)
-        return {name: _block_diagonal([cores[part] for part in own if part]) for name, own in self.parts.items()}
+        return {
+            name: _block_diagonal([cores[part] for part in own if part])
+            for name, own in self.parts.items()
+        }
 
     @contextmanager
     def applied(self, model: nn.Module, level: Tensor, strength: float) -> Iterator[None]:
@@ -120,7 +131,9 @@ class LiveAdapter:
         if (modules := self._modules(model)) != self._hooked:
             _remove(self._handles)
             own = weakref.ref(self)  # the hooks, which the model holds, go with this adapter
-            self._handles += [module.register_forward_hook(_hook(own, name)) for name, module in modules.items()]
+            self._handles += [
+                module.register_forward_hook(_hook(own, name)) for name, module in modules.items()
+            ]
             self._hooked = modules
         self._matrices = self.matrices(level, strength)
         try:
@@ -134,15 +147,23 @@ class LiveAdapter:
             return None
         M = self._matrices[name].to(x.device, x.dtype)
         if len(M) not in (1, len(x)):
-            raise ValueError(f"λ has {len(M)} values, and a layer sees a batch of {len(x)}: sample at one λ at a time.")
+            raise ValueError(
+                f"λ has {len(M)} values, and a layer sees a batch of {len(x)}: sample at one λ at a time."
+            )
         down, up = self._placed.get(name) or (self.factors[name].A, self.factors[name].B)
         if (down.device, down.dtype) != (x.device, x.dtype):
             down, up = self._placed[name] = down.to(x.device, x.dtype), up.to(x.device, x.dtype)
         if down.dim() == 2:
-            hidden = torch.einsum("brs,b...s->b...r", M.expand(len(x), -1, -1), nn.functional.linear(x, down))
+            hidden = torch.einsum(
+                "brs,b...s->b...r", M.expand(len(x), -1, -1), nn.functional.linear(x, down)
+            )
             return nn.functional.linear(hidden, up)
-        options: Mapping[str, Any] = {key: getattr(module, key) for key in ("stride", "padding", "dilation")}
-        hidden = torch.einsum("brs,bs...->br...", M.expand(len(x), -1, -1), nn.functional.conv2d(x, down, **options))
+        options: Mapping[str, Any] = {
+            key: getattr(module, key) for key in ("stride", "padding", "dilation")
+        }
+        hidden = torch.einsum(
+            "brs,bs...->br...", M.expand(len(x), -1, -1), nn.functional.conv2d(x, down, **options)
+        )
         return nn.functional.conv2d(hidden, up)
 
 
@@ -166,4 +187,6 @@ def _block_diagonal(blocks: list[Tensor]) -> Tensor:
         return blocks[0]
     rows = max(len(block) for block in blocks)
     expanded = [block.expand(rows, -1, -1) for block in blocks]
-    return torch.stack([torch.block_diag(*(block[row] for block in expanded)) for row in range(rows)])
+    return torch.stack(
+        [torch.block_diag(*(block[row] for block in expanded)) for row in range(rows)]
+    )

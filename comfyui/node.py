@@ -20,7 +20,12 @@ from nara_diffusion.noise.prediction import ZERO_SNR, flow_shift, prediction_in
 
 from .adapter import LiveAdapter
 
-_PREDICTIONS = {"EPS": "epsilon", "V_PREDICTION": "v_prediction", "X0": "sample", "CONST": "flow_prediction"}
+_PREDICTIONS = {
+    "EPS": "epsilon",
+    "V_PREDICTION": "v_prediction",
+    "X0": "sample",
+    "CONST": "flow_prediction",
+}
 """{class of comfy.model_sampling: what it takes the model's output for}."""
 
 
@@ -43,7 +48,9 @@ class LoadNaRA:
             "optional": {"clip": ("CLIP",)},
         }
 
-    def load(self, model: Any, nara_name: str, base: str, strength: float, clip: Any = None) -> tuple[Any, Any]:
+    def load(
+        self, model: Any, nara_name: str, base: str, strength: float, clip: Any = None
+    ) -> tuple[Any, Any]:
         """The patched model and CLIP.
 
         Raises:
@@ -52,7 +59,9 @@ class LoadNaRA:
         adapter = LiveAdapter(folder_paths.get_full_path_or_raise("loras", nara_name), base)
         adapter.check(model.model.diffusion_model)
         if adapter.encoders and clip is None:
-            raise ValueError(f"'{nara_name}' adapts {', '.join(adapter.encoders)} too: connect clip.")
+            raise ValueError(
+                f"'{nara_name}' adapts {', '.join(adapter.encoders)} too: connect clip."
+            )
         patched = model.clone()
         previous = model.model_options.get("model_function_wrapper")
         patched.set_model_unet_function_wrapper(wrapper(adapter, patched.model, strength, previous))
@@ -97,7 +106,9 @@ def comfyui_words(fields: Mapping[str, Any]) -> str:
     if prediction is None or prediction.path == "rectified flow":
         return "a node that samples it so"
     sampling = {"epsilon": "eps", "v_prediction": "v_prediction", "sample": "x0"}[prediction.kind]
-    return f"the node ModelSamplingDiscrete (sampling {sampling}, zsnr {prediction.path == ZERO_SNR})"
+    return (
+        f"the node ModelSamplingDiscrete (sampling {sampling}, zsnr {prediction.path == ZERO_SNR})"
+    )
 
 
 def noise_level(convention: str | None, sampling: Any, sigma: Tensor) -> Tensor:
@@ -110,7 +121,9 @@ def noise_level(convention: str | None, sampling: Any, sigma: Tensor) -> Tensor:
     if convention == "timestep" and not _is_discrete(sampling):
         raise _unlike("timestep / N", sampling, "choose the node ModelSamplingDiscrete")
     if convention == "flow" and not is_flow:
-        raise _unlike("the σ of a flow", sampling, "choose the node ModelSamplingSD3 or ModelSamplingFlux")
+        raise _unlike(
+            "the σ of a flow", sampling, "choose the node ModelSamplingSD3 or ModelSamplingFlux"
+        )
     if convention == "edm" and is_flow:
         raise _unlike("σ / (1 + σ)", sampling, "choose the node ModelSamplingContinuousEDM")
     if convention == "timestep":

@@ -1,6 +1,10 @@
 """NaRA, noise-aware LoRA, as a PEFT and Diffusers plugin (arXiv 2605.29716)."""
 
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.mapping import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+)
 
 from .config import NaraConfig, NaraPeftType
 from .cores.factorization import shared_factors

@@ -35,7 +35,15 @@ _REFUSED = (
     "use_bdlora", "use_qalora", "velora_config", "monteclora_config", "kasa_config", "ensure_weight_tying",
 )  # fmt: skip
 """LoRA options by which PEFT computes the update in another way, without C(λ)."""
-_ALWAYS_WRITTEN = ("r", "lora_alpha", "target_modules", "core_type", "core_scale", "use_rslora", "use_dora")
+_ALWAYS_WRITTEN = (
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "core_type",
+    "core_scale",
+    "use_rslora",
+    "use_dora",
+)
 _OF_ONE_MACHINE = {
     "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision",
     "runtime_config",
@@ -116,7 +124,9 @@ class NaraConfig(LoraConfig):
     def __new__(cls, *args: Any, **given: Any) -> NaraConfig:
         # PEFT leaves unknown fields of a file out with a warning: another adapter than the one that was saved
         known = {own.name for own in fields(cls)}
-        if unknown := [name for name, value in given.items() if name not in known and _is_set(name, value)]:
+        if unknown := [
+            name for name, value in given.items() if name not in known and _is_set(name, value)
+        ]:
             raise ValueError(
                 f"NaraConfig has no field {', '.join(map(repr, unknown))}: remove it, or, if a file has it, update "
                 "nara-diffusion and PEFT, or save the adapter again with these."
@@ -137,7 +147,9 @@ class NaraConfig(LoraConfig):
             self._check_lora_fields()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, subfolder: Any = None, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, subfolder: Any = None, **kwargs: Any
+    ) -> Any:
         """As PEFT's; a refused file is named."""
         try:
             return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
@@ -188,24 +200,36 @@ class NaraConfig(LoraConfig):
         for name, is_right in (("rank_pattern", _is_size), ("alpha_pattern", is_number)):
             pattern = getattr(self, name)
             if not isinstance(pattern, dict) or not all(map(is_right, pattern.values())):
-                self._refuse(name, ": pass {name of a module: its positive integer rank, or its finite alpha}.")
+                self._refuse(
+                    name,
+                    ": pass {name of a module: its positive integer rank, or its finite alpha}.",
+                )
         if self.noise_embedding == "fourier" and self.noise_embedding_dim % 2:
-            self._refuse("noise_embedding_dim", ": Fourier features are sine and cosine pairs, so pass an even number.")
+            self._refuse(
+                "noise_embedding_dim",
+                ": Fourier features are sine and cosine pairs, so pass an even number.",
+            )
         if self.core_type == "knots" and self.core_knots < 2:
             self._refuse("core_knots", ": interpolation needs one at either end, so 2 or more.")
-        if self.scheduler is not None and not (isinstance(self.scheduler, dict) and "_class_name" in self.scheduler):
+        if self.scheduler is not None and not (
+            isinstance(self.scheduler, dict) and "_class_name" in self.scheduler
+        ):
             self._refuse("scheduler", ": pass a scheduler's configuration with its _class_name.")
 
     def _check_masks(self) -> None:
         ranks = {self.r, *self.rank_pattern.values()}  # type: ignore[union-attr]
         least = self.rank_mask_min
-        if least is not None and not (self.core_type == "rank_mask" and _is_size(least) and least <= min(ranks)):
+        if least is not None and not (
+            self.core_type == "rank_mask" and _is_size(least) and least <= min(ranks)
+        ):
             self._refuse(
                 "rank_mask_min",
                 f", with core_type={self.core_type!r} and r={min(ranks)}: it is for core_type='rank_mask', an integer "
                 "from 1 to r, or None for half of r.",
             )
-        uneven = sorted(rank for rank in ranks if self.core_type == "bins" and rank % self.core_bins)
+        uneven = sorted(
+            rank for rank in ranks if self.core_type == "bins" and rank % self.core_bins
+        )
         if uneven:
             raise ValueError(
                 f"r is {uneven[0]}, which {self.core_bins} bins cannot share evenly: with core_type='bins', r is the "
@@ -214,7 +238,9 @@ class NaraConfig(LoraConfig):
 
     def _check_strength(self, given: Any) -> None:
         try:
-            self.strength = (given if isinstance(given, StrengthSchedule) else StrengthSchedule(given)).as_lists()
+            self.strength = (
+                given if isinstance(given, StrengthSchedule) else StrengthSchedule(given)
+            ).as_lists()
         except ValueError as error:
             self._refuse("strength", f": {error}")
         for name in unscaled_fields(self):
@@ -226,7 +252,9 @@ class NaraConfig(LoraConfig):
     def _check_lora_fields(self) -> None:
         for name in _REFUSED:
             value = getattr(self, name, None)
-            if value or isinstance(value, dict):  # of which PEFT makes an option that is on, empty or not
+            if value or isinstance(
+                value, dict
+            ):  # of which PEFT makes an option that is on, empty or not
                 raise ValueError(
                     f"NaRA does not support {name}, by which PEFT computes the update without C(λ): remove it, or use "
                     "core_type='identity' without a strength."
@@ -245,7 +273,10 @@ class NaraConfig(LoraConfig):
                 f"NaRA does not support init_lora_weights={start!r}: use True, False, 'gaussian', 'pissa', "
                 "'pissa_niter_N', 'olora' or 'orthogonal'."
             )
-        if self.core_type not in ("hypernetwork", "constant", "knots") or self.core_init == "kaiming":
+        if (
+            self.core_type not in ("hypernetwork", "constant", "knots")
+            or self.core_init == "kaiming"
+        ):
             raise ValueError(
                 f"init_lora_weights={start!r} needs C = I at step 0, which core_type={self.core_type!r} with core_init="
                 f"{self.core_init!r} does not promise: use init_lora_weights=True."
@@ -260,7 +291,9 @@ def changes_base(start: Any) -> bool:
 def unscaled_fields(config: LoraConfig) -> list[str]:
     """The options of a LoRA by which it changes the model outside of s · B · C · A, where no strength would reach."""
     names = ("bias", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters")
-    changed = [name for name in names if getattr(config, name, None) not in (None, False, "none", [])]
+    changed = [
+        name for name in names if getattr(config, name, None) not in (None, False, "none", [])
+    ]
     return [*changed, "init_lora_weights"] if changes_base(config.init_lora_weights) else changed
 
 
@@ -278,9 +311,18 @@ def _is_set(name: str, value: Any) -> bool:
 
 def config_to_fields(config: NaraConfig) -> dict[str, Any]:
     """The fields of a configuration as JSON values, without those of one machine and those that are None."""
-    plain = {key: value.value if isinstance(value, Enum) else value for key, value in config.to_dict().items()}
-    listed = {key: sorted(value) if isinstance(value, set) else value for key, value in plain.items()}
-    return {key: value for key, value in listed.items() if key not in _OF_ONE_MACHINE and value is not None}
+    plain = {
+        key: value.value if isinstance(value, Enum) else value
+        for key, value in config.to_dict().items()
+    }
+    listed = {
+        key: sorted(value) if isinstance(value, set) else value for key, value in plain.items()
+    }
+    return {
+        key: value
+        for key, value in listed.items()
+        if key not in _OF_ONE_MACHINE and value is not None
+    }
 
 
 def config_from_fields(given: Mapping[str, Any], origin: str) -> NaraConfig:
@@ -290,8 +332,15 @@ def config_from_fields(given: Mapping[str, Any], origin: str) -> NaraConfig:
     given = {key: value for key, value in given.items() if key not in _OF_ONE_MACHINE}
     own = {key: value for key, value in given.items() if key in known or _is_set(key, value)}
     if missing := [name for name in _ALWAYS_WRITTEN if name not in own]:
-        raise ValueError(f"The configuration of {origin} lacks {missing[0]}, which every NaRA's file has: damaged.")
+        raise ValueError(
+            f"The configuration of {origin} lacks {missing[0]}, which every NaRA's file has: damaged."
+        )
     try:
         return NaraConfig(**own)
-    except (TypeError, ValueError, AttributeError, ImportError) as error:  # the latter two of PEFT's own checks
+    except (
+        TypeError,
+        ValueError,
+        AttributeError,
+        ImportError,
+    ) as error:  # the latter two of PEFT's own checks
         raise ValueError(f"The configuration of {origin} is refused: {error}") from error

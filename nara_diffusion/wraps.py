@@ -90,7 +90,13 @@ def _around(owner: Any, name: str, function: Callable[..., Any]) -> None:
 
 
 def _from_pretrained(
-    original: Any, cls: type, model: nn.Module, model_id: Any, adapter_name: str = "default", *args: Any, **kwargs: Any
+    original: Any,
+    cls: type,
+    model: nn.Module,
+    model_id: Any,
+    adapter_name: str = "default",
+    *args: Any,
+    **kwargs: Any,
 ) -> PeftModel:
     config = kwargs.get("config")
     if not (isinstance(config, NaraConfig) if config is not None else _is_naras(model_id, kwargs)):
@@ -99,7 +105,9 @@ def _from_pretrained(
         return original(cls, model, model_id, adapter_name, *args, **kwargs)
 
 
-def _load_adapter(original: Any, self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+def _load_adapter(
+    original: Any, self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any
+) -> Any:
     if not isinstance(self.base_model, NaraModel):
         return original(self, model_id, adapter_name, *args, **kwargs)
     with _named(model_id, kwargs), restored_on_error(self):
@@ -113,13 +121,23 @@ def _named(model_id: Any, options: Mapping[str, Any]) -> Iterator[None]:
     try:
         check_regular(Path(where, SAFETENSORS_WEIGHTS_NAME))
         yield
-    except (ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:  # PEFT's of odd configurations
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        SafetensorError,
+    ) as error:  # PEFT's of odd configurations
         if isinstance(error, ValueError) and where in str(error):
             raise
         if isinstance(error, SafetensorError):
-            reason = f"its weights are no whole safetensors file ({error}): download or save it again."
+            reason = (
+                f"its weights are no whole safetensors file ({error}): download or save it again."
+            )
         else:
-            reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            reason = (
+                str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            )
         raise ValueError(f"The adapter in '{where}' is refused: {reason}") from error
 
 
@@ -127,7 +145,11 @@ def _is_naras(model_id: Any, options: Mapping[str, Any]) -> bool:
     config = Path(str(model_id), options.get("subfolder") or "", CONFIG_NAME)
     if config.is_file():
         return is_naras(config)
-    hub = {name: options[name] for name in ("subfolder", "revision", "cache_dir", "token") if name in options}
+    hub = {
+        name: options[name]
+        for name in ("subfolder", "revision", "cache_dir", "token")
+        if name in options
+    }
     try:
         return PeftConfig._get_peft_type(model_id, **hub) == NaraPeftType.NARA.value
     except Exception:  # it can't be asked: the error that is on its way says why
@@ -137,16 +159,24 @@ def _is_naras(model_id: Any, options: Mapping[str, Any]) -> bool:
 # ---------------------------------------------------------------------- transformers
 
 
-def _load_into_transformers(original: Any, self: Any, *args: Any, **kwargs: Any) -> LoadStateDictInfo:
+def _load_into_transformers(
+    original: Any, self: Any, *args: Any, **kwargs: Any
+) -> LoadStateDictInfo:
     given = dict(inspect.signature(original).bind(self, *args, **kwargs).arguments)
     given |= given.pop("kwargs", {})
     load_config = given.get("load_config")
-    model_id = given.get("peft_model_id") or getattr(load_config, "pretrained_model_name_or_path", None)
+    model_id = given.get("peft_model_id") or getattr(
+        load_config, "pretrained_model_name_or_path", None
+    )
     of_base = getattr(load_config, "download_kwargs", None) or {}
     options = {**of_base, **given, **(given.get("adapter_kwargs") or {})}
     hub = {name: options[name] for name in _HUB if options.get(name) is not None}
     config = given.get("peft_config")
-    if not (isinstance(config, NaraConfig) if config is not None else model_id and _is_naras(model_id, hub)):
+    if not (
+        isinstance(config, NaraConfig)
+        if config is not None
+        else model_id and _is_naras(model_id, hub)
+    ):
         return original(self, *args, **kwargs)
     name = given.get("adapter_name") or "default"
     if name in getattr(self, "peft_config", {}):
@@ -157,7 +187,9 @@ def _load_into_transformers(original: Any, self: Any, *args: Any, **kwargs: Any)
     with nullcontext() if model_id is None else _named(model_id, hub), restored_on_error(self):
         config = copy(config or PeftConfig.from_pretrained(model_id, **hub))  # type: ignore[arg-type]
         config.inference_mode = not given.get("is_trainable", False)
-        tensors = given.get("adapter_state_dict") or load_peft_weights(model_id, device="cpu", **hub)  # type: ignore[arg-type]
+        tensors = given.get("adapter_state_dict")
+        if not tensors:
+            tensors = load_peft_weights(model_id, device="cpu", **hub)  # type: ignore[arg-type]
         inject_adapter_in_model(config, self, name)
         set_peft_model_state_dict(self, tensors, name)
         self._hf_peft_config_loaded = True
@@ -165,17 +197,28 @@ def _load_into_transformers(original: Any, self: Any, *args: Any, **kwargs: Any)
         self.eval()
         for module in (module for module in self.modules() if isinstance(module, BaseTunerLayer)):
             nn.Module.requires_grad_(module, False)  # type: ignore[arg-type]
-    empty: dict[str, Any] = {"error_msgs": [], "conversion_errors": {}}  # a report that nothing was left out
-    return LoadStateDictInfo(**{f.name: empty.get(f.name, set()) for f in dataclasses.fields(LoadStateDictInfo)})
+    empty: dict[str, Any] = {
+        "error_msgs": [],
+        "conversion_errors": {},
+    }  # a report that nothing was left out
+    return LoadStateDictInfo(
+        **{f.name: empty.get(f.name, set()) for f in dataclasses.fields(LoadStateDictInfo)}
+    )
 
 
 # ---------------------------------------------------------------------- Diffusers
 
 
-def _set_adapters(original: Any, pipe: Any, adapter_names: list[str] | str, adapter_weights: Any = None) -> None:
+def _set_adapters(
+    original: Any, pipe: Any, adapter_names: list[str] | str, adapter_weights: Any = None
+) -> None:
     names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-    weights = adapter_weights if isinstance(adapter_weights, list) else [adapter_weights] * len(names)
-    models: dict[str, Any] = {part: getattr(pipe, part, None) for part in pipe._lora_loadable_modules}
+    weights = (
+        adapter_weights if isinstance(adapter_weights, list) else [adapter_weights] * len(names)
+    )
+    models: dict[str, Any] = {
+        part: getattr(pipe, part, None) for part in pipe._lora_loadable_modules
+    }
     for part, model in models.items():
         if _holds_nara(getattr(model, "_orig_mod", None)):
             raise ValueError(
@@ -188,7 +231,11 @@ def _set_adapters(original: Any, pipe: Any, adapter_names: list[str] | str, adap
         for name, weight in zip(names, weights, strict=False)
         if name in adapters_of(model)
     ]
-    scheduled = [(model, name, weight) for _, model, name, weight in given if isinstance(weight, StrengthSchedule)]
+    scheduled = [
+        (model, name, weight)
+        for _, model, name, weight in given
+        if isinstance(weight, StrengthSchedule)
+    ]
     for part, model, name, weight in given:
         is_schedule = isinstance(weight, StrengthSchedule)
         if _holds_schedule(weight) and (part.startswith(TEXT_ENCODER) or not is_schedule):
@@ -210,7 +257,13 @@ def _holds_nara(model: Any) -> bool:
 
 
 def _holds_schedule(weight: Any) -> bool:
-    inner = weight.values() if isinstance(weight, Mapping) else weight if isinstance(weight, list) else ()
+    inner = (
+        weight.values()
+        if isinstance(weight, Mapping)
+        else weight
+        if isinstance(weight, list)
+        else ()
+    )
     return isinstance(weight, StrengthSchedule) or any(map(_holds_schedule, inner))
 
 

@@ -76,7 +76,9 @@ class LLaDAPipeline(LoraBaseMixin, DiffusionPipeline):
 
     def __init__(self, transformer: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__()
-        is_causal = "CausalLM" in type(transformer).__name__ and getattr(transformer.config, "is_causal", True)
+        is_causal = "CausalLM" in type(transformer).__name__ and getattr(
+            transformer.config, "is_causal", True
+        )
         if not isinstance(transformer, PreTrainedModel) or is_causal:
             raise ValueError(
                 f"transformer is a {type(transformer).__name__}, expected a model of transformers that sees both sides "
@@ -90,7 +92,9 @@ class LLaDAPipeline(LoraBaseMixin, DiffusionPipeline):
     def set_adapters(self, adapter_names: str | list[str], adapter_weights: Any = None) -> None:
         """Activate adapters at strengths: numbers or StrengthSchedules, one for all or one each; None is 1."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        weights = adapter_weights if isinstance(adapter_weights, list) else [adapter_weights] * len(names)
+        weights = (
+            adapter_weights if isinstance(adapter_weights, list) else [adapter_weights] * len(names)
+        )
         known = list(adapters_of(self.transformer))
         if unknown := [name for name in names if name not in known]:
             raise ValueError(f"There is no adapter {unknown[0]!r}: expected one of {known}.")
@@ -115,7 +119,10 @@ class LLaDAPipeline(LoraBaseMixin, DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | Sequence[str] | Sequence[Mapping[str, str]] | Sequence[Sequence[Mapping[str, str]]],
+        prompt: str
+        | Sequence[str]
+        | Sequence[Mapping[str, str]]
+        | Sequence[Sequence[Mapping[str, str]]],
         *,
         gen_length: int = 128,
         num_answers_per_prompt: int = 1,
@@ -147,22 +154,36 @@ class LLaDAPipeline(LoraBaseMixin, DiffusionPipeline):
             ValueError: prompts or arguments that can't be; each by name.
         """
         prompts: list[Any] = (
-            [prompt] if isinstance(prompt, str) or (prompt and isinstance(prompt[0], Mapping)) else list(prompt)
+            [prompt]
+            if isinstance(prompt, str) or (prompt and isinstance(prompt[0], Mapping))
+            else list(prompt)
         )
-        texts = [self.prompt_text(one, apply_template) for one in prompts for _ in range(num_answers_per_prompt)]
+        texts = [
+            self.prompt_text(one, apply_template)
+            for one in prompts
+            for _ in range(num_answers_per_prompt)
+        ]
         if not texts:
-            raise ValueError(f"prompt is {prompt!r}, expected a text, a list of texts, a chat, or a list of chats")
+            raise ValueError(
+                f"prompt is {prompt!r}, expected a text, a list of texts, a chat, or a list of chats"
+            )
         check_canvas(self.transformer, 0, gen_length)
         ends = stop_token_ids(self.transformer, self.tokenizer)
         self._interrupt = False
         progress_bar: Any = self.progress_bar
-        with progress_bar(total=len(texts) * gen_length) as bar:  # of tokens: the number of steps isn't known
+        with progress_bar(
+            total=len(texts) * gen_length
+        ) as bar:  # of tokens: the number of steps isn't known
 
             def step_end(step: GenerationStep) -> None:
                 bar.update(step.masked.numel() - int(step.masked.sum()) - bar.n)
                 if callback_on_step_end is not None:
-                    tensors = {name: getattr(step, name) for name in callback_on_step_end_tensor_inputs}
-                    changed = callback_on_step_end(self, step.index, step.noise_level, tensors) or {}
+                    tensors = {
+                        name: getattr(step, name) for name in callback_on_step_end_tensor_inputs
+                    }
+                    changed = (
+                        callback_on_step_end(self, step.index, step.noise_level, tensors) or {}
+                    )
                     step.sequences = changed.get("sequences", step.sequences)
                 step.stop = self._interrupt
 
@@ -171,12 +192,18 @@ class LLaDAPipeline(LoraBaseMixin, DiffusionPipeline):
             ids = encode_prompts(self.tokenizer, texts)
             result = answer_prompts(self.transformer, ids, device=self._execution_device, **options)
         self.maybe_free_model_hooks()
-        answers = [decode_answer(self.tokenizer, answer, ends) for answer in result.answers.tolist()]
+        answers = [
+            decode_answer(self.tokenizer, answer, ends) for answer in result.answers.tolist()
+        ]
         if not return_dict:
             return answers, result.sequences
-        return LLaDAPipelineOutput(answers, result.sequences, result.answers, result.prompt_lengths, result.forwards)
+        return LLaDAPipelineOutput(
+            answers, result.sequences, result.answers, result.prompt_lengths, result.forwards
+        )
 
-    def prompt_text(self, prompt: str | Sequence[Mapping[str, str]], apply_template: bool = True) -> str:
+    def prompt_text(
+        self, prompt: str | Sequence[Mapping[str, str]], apply_template: bool = True
+    ) -> str:
         """Return the text that the model reads before its answer to one question or chat.
 
         Raises:

@@ -20,4 +20,6 @@ from nara_diffusion.dreambooth.train import DreamBoothArguments, main
 from nara_diffusion.training.command import run_command
 
 if __name__ == "__main__":
-    run_command(main, DreamBoothArguments, __doc__, partial(shipped_run, config=CONFIGS / "sdxl_tiny.yaml"))
+    run_command(
+        main, DreamBoothArguments, __doc__, partial(shipped_run, config=CONFIGS / "sdxl_tiny.yaml")
+    )

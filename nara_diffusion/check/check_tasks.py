@@ -51,7 +51,13 @@ from nara_diffusion.training.parser import parse_arguments
 from .trials import CHEAP, HELD_OUT, NO_CHEAP, CheckTask, Loss, published
 from .verdict import check_training
 
-SHORT = {"rank": 4, "train_batch_size": 5, "learning_rate": 1e-2, "output_dir": "outputs/check", "check": True}
+SHORT = {
+    "rank": 4,
+    "train_batch_size": 5,
+    "learning_rate": 1e-2,
+    "output_dir": "outputs/check",
+    "check": True,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -63,7 +69,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if {"-h", "--help"} & set(words) and not places:
             sys.stdout.write(f"{__doc__}\n")
         elif len(places) != 2:
-            raise ValueError(f"nara-check takes MODEL and DATA before its flags, got {len(places)}; see --help.")
+            raise ValueError(
+                f"nara-check takes MODEL and DATA before its flags, got {len(places)}; see --help."
+            )
         else:
             check(places[0], places[1], words[2:])
     except (ValueError, OSError) as error:
@@ -75,15 +83,25 @@ def check(model: str, data: str, flags: Sequence[str]) -> dict[str, Any]:
     own: dict[str, Any] = {**SHORT, "pretrained_model_name_or_path": model}
     if Path(data).is_file():
         script: Any = import_module("nara_diffusion.dllm.train")
-        arguments, own = script.Arguments, own | {"train_file": data, "target_modules": ["all-linear"]}
+        arguments, own = (
+            script.Arguments,
+            own | {"train_file": data, "target_modules": ["all-linear"]},
+        )
     elif Path(data).is_dir():
         from nara_diffusion.dreambooth.pipelines import family_defaults
 
         script = import_module("nara_diffusion.dreambooth.train")
         arguments = script.DreamBoothArguments
-        own = {"instance_data_dir": data, "instance_prompt": "a photo", **family_defaults(own), **own}
+        own = {
+            "instance_data_dir": data,
+            "instance_prompt": "a photo",
+            **family_defaults(own),
+            **own,
+        }
     else:
-        raise ValueError(f"DATA {data} doesn't exist: name a folder of images, or a file of records.")
+        raise ValueError(
+            f"DATA {data} doesn't exist: name a folder of images, or a file of records."
+        )
 
     def defaults(given: Mapping[str, Any]) -> dict[str, Any]:
         return own | {"core_learning_rate": given.get("learning_rate", own["learning_rate"]) / 4}
@@ -93,7 +111,11 @@ def check(model: str, data: str, flags: Sequence[str]) -> dict[str, Any]:
 
 def check_text(tuning: Any) -> dict[str, Any]:
     """What check.json holds of a `dllm.train.FineTuning`, whose backbone has no adapter yet."""
-    args, objective, device = published(tuning.args), tuning.objective, tuning.run.accelerator.device
+    args, objective, device = (
+        published(tuning.args),
+        tuning.objective,
+        tuning.run.accelerator.device,
+    )
     config: Any = adapter_config(args, noise_convention=MASKED_SHARE)
     model = add_adapter(tuning.backbone, config).to(device).train()
     mask, limit = Backbone(model).mask_token_id(), Backbone(model).position_limit
@@ -104,7 +126,9 @@ def check_text(tuning: Any) -> dict[str, Any]:
 
         def loss(positions: Sequence[int]) -> Any:
             parts = tuning.collator([stream[position] for position in positions]).items()
-            batch = mask_answers(**{name: part.to(device) for name, part in parts}, mask_token_id=mask, **objective)
+            batch = mask_answers(
+                **{name: part.to(device) for name, part in parts}, mask_token_id=mask, **objective
+            )
             return batch_loss(model, with_level_token(batch, digits) if is_told else batch)
 
         return loss
@@ -116,7 +140,9 @@ def check_text(tuning: Any) -> dict[str, Any]:
     if has_token:
         add_cheap(model, config)
     told = losses(True) if has_token else None
-    return check_training(CheckTask(model, config, args, *losses(False), objective["group_size"], told), tuning.run)
+    return check_training(
+        CheckTask(model, config, args, *losses(False), objective["group_size"], told), tuning.run
+    )
 
 
 def check_images(tuning: Any) -> dict[str, Any]:
@@ -124,7 +150,9 @@ def check_images(tuning: Any) -> dict[str, Any]:
     args, pipe, step = published(tuning.args), tuning.pipe, tuning.step
     config: Any = adapter_config(args, noise_convention=step.objective.source.convention)
     family = run_family(args, pipe)
-    model = AdaptedDenoiser(pipe, config, gradient_checkpointing=args.gradient_checkpointing, family=family)
+    model = AdaptedDenoiser(
+        pipe, config, gradient_checkpointing=args.gradient_checkpointing, family=family
+    )
     is_unseen, no_cheap = args.validation_data_dir is not None, NO_CHEAP
     if not is_unseen:
         no_cheap = "pictures that no training saw are few, so give more by --validation_data_dir to compare layers"
@@ -133,13 +161,17 @@ def check_images(tuning: Any) -> dict[str, Any]:
     own = replace(step, model=model.train(), prompts=step.prompts or PromptCache(pipe, family))
 
     def loss_of(images: Any) -> Loss:
-        return lambda positions: own(collate_samples([{"samples": images.samples_at(p)[:1]} for p in positions]))
+        return lambda positions: own(
+            collate_samples([{"samples": images.samples_at(p)[:1]} for p in positions])
+        )
 
     losses = loss_of(tuning.dataset), loss_of(tuning.measured_on)
     measured = HELD_OUT if is_unseen else "Losses on a picture held out"
     if tuning.measured_on is tuning.dataset:
         measured = "Losses on the training pictures under other noise"
-    task = CheckTask(model, config, args, *losses, step.group_size, measured=measured, no_cheap=no_cheap)
+    task = CheckTask(
+        model, config, args, *losses, step.group_size, measured=measured, no_cheap=no_cheap
+    )
     return check_training(task, tuning.run)
 
 
@@ -149,7 +181,9 @@ def add_cheap(model: nn.Module, config: Any, further: Sequence[str] = ()) -> Non
     root = core_holders(model)[0].root
     modules = dict(root.named_modules())
     counts = {name: each.numel() for name, each in root.named_parameters() if each.requires_grad}
-    of_a_rank = sum(count for name, count in counts.items() if not is_core_parameter(name)) / config.r
+    of_a_rank = (
+        sum(count for name, count in counts.items() if not is_core_parameter(name)) / config.r
+    )
     of_a_rank += sum(modules[name].in_features + modules[name].out_features for name in further)
     rank = max(1, round(sum(counts.values()) / of_a_rank))
     layers = [*(name for name, each in modules.items() if isinstance(each, LoraLayer)), *further]

@@ -79,7 +79,9 @@ class CheckTask:
     @property
     def arms(self) -> list[str]:
         """The arms that this task has."""
-        cheap = "token" if self.told else "time" if CHEAP in core_holders(self.model)[0].cores else None
+        cheap = (
+            "token" if self.told else "time" if CHEAP in core_holders(self.model)[0].cores else None
+        )
         return [arm for arm in TITLES if arm not in WAYS or arm == cheap]
 
 
@@ -93,10 +95,18 @@ class Repeat(NamedTuple):
 def published(args: Any) -> Any:
     """A copy of the arguments of a train script, with the published NaRA of the same rank, scale and targets in place
     of their adapter, and with the schedule of a short training."""
-    kept = ("use_rslora", "core_hidden_dims", "noise_embedding", "noise_embedding_dim", "fourier_scale")
+    kept = (
+        "use_rslora",
+        "core_hidden_dims",
+        "noise_embedding",
+        "noise_embedding_dim",
+        "fourier_scale",
+    )
     options = {name: value for name, value in args.adapter_options.items() if name in kept}
     changed = copy(args)
-    vars(changed).update(adapter="nara", core_type="hypernetwork", lora_dropout=0.0, adapter_options=options)
+    vars(changed).update(
+        adapter="nara", core_type="hypernetwork", lora_dropout=0.0, adapter_options=options
+    )
     vars(changed).update(core_start_step=0, lr_scheduler="cosine", lr_warmup_steps=0.05)
     return changed
 
@@ -116,7 +126,9 @@ def trials(task: CheckTask, progress: bool = True) -> Iterator[Repeat]:
                 for core in cores if arm == "untold" else ():
                     changed.enter_context(core.register_forward_pre_hook(_half))
                 if arm != "base":
-                    _train(task, arm, loss, range(number * trained, (number + 1) * trained), progress)
+                    _train(
+                        task, arm, loss, range(number * trained, (number + 1) * trained), progress
+                    )
                 noise_level, losses[arm] = _measure(task, held_out, range(first, first + measured))
         yield Repeat(noise_level, losses)
 
@@ -130,7 +142,11 @@ def restart(task: CheckTask, number: int, adapter: str = ADAPTER) -> None:
             layer.reset_lora_parameters(adapter, True)
     for holder in core_holders(task.model) if adapter == ADAPTER else ():
         cores = holder.cores[ADAPTER]
-        cores.load_state_dict(make_cores(task.config, {group: core.rank for group, core in cores.items()}).state_dict())
+        cores.load_state_dict(
+            make_cores(
+                task.config, {group: core.rank for group, core in cores.items()}
+            ).state_dict()
+        )
 
 
 def _half(core: nn.Module, levels: tuple[Tensor]) -> tuple[Tensor]:
@@ -163,7 +179,9 @@ def _measure(task: CheckTask, held_out: Loss, positions: range) -> tuple[Tensor,
     task.model.train()
     losses = torch.cat([step.per_sample for step in steps]).double().cpu()
     if not losses.isfinite().all():
-        raise ValueError("the loss is no longer a finite number: lower the learning rate, or use no float16.")
+        raise ValueError(
+            "the loss is no longer a finite number: lower the learning rate, or use no float16."
+        )
     return torch.cat([step.noise_level for step in steps]).float().cpu(), losses
 
 

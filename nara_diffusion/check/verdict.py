@@ -68,10 +68,15 @@ def judge(repeats: Sequence[Repeat], measured: str = HELD_OUT, no_cheap: str = N
     if change > -THRESHOLDS["learnt"]:
         remedy = "lower --learning_rate." if change > 0 else "raise --learning_rate."
         return Verdict(
-            UNKNOWN, f"too little was learnt, the lowest loss is {percent(change)} from the base's: {remedy}"
+            UNKNOWN,
+            f"too little was learnt, the lowest loss is {percent(change)} from the base's: {remedy}",
         )
     answer, advice, way = _decision(found)
-    each = (f"{TITLES[a]} against {TITLES[b]} {described(d)}" for a in found for b, d in found[a].items())
+    each = (
+        f"{TITLES[a]} against {TITLES[b]} {described(d)}"
+        for a in found
+        for b, d in found[a].items()
+    )
     numbers = f"{measured} in {len(repeats)} repeats: {'; '.join(each)}."
     untried = "" if {*WAYS} & {*found} else f" No cheap way of telling λ was tried: {no_cheap}."
     return Verdict(answer, f"{advice}. {numbers}{untried}", way)
@@ -81,26 +86,46 @@ def _decision(found: dict[str, dict[str, Interval]]) -> tuple[str, str, str | No
     """Answer, advice and way of the first rule that applies to the differences."""
     cheap = next((arm for arm in WAYS if arm in found), "")
     both = lora, untold = found["nara"]["lora"], found["nara"]["untold"]
-    pays, gains = is_below(lora) and is_below(untold), bool(cheap) and is_below(found[cheap]["lora"])
+    pays, gains = (
+        is_below(lora) and is_below(untold),
+        bool(cheap) and is_below(found[cheap]["lora"]),
+    )
     name, needed = TITLES.get(cheap), percent(-THRESHOLDS["pays"])
     if pays and (not cheap or is_below(found["nara"][cheap])):
-        return LIKELY, f"take NaRA, which is better than {name} too" if cheap else "take NaRA", "nara"
+        return (
+            LIKELY,
+            f"take NaRA, which is better than {name} too" if cheap else "take NaRA",
+            "nara",
+        )
     if pays and gains:
         return LIKELY, f"the cheapest way that gets it is {name}", cheap
     if pays:
         return LIKELY, f"NaRA gets it; whether {name} does isn't clear: try that first", None
-    take = f"take a larger LoRA ({name} is better, by its size if not by λ)" if gains else "take LoRA"
+    take = (
+        f"take a larger LoRA ({name} is better, by its size if not by λ)" if gains else "take LoRA"
+    )
     if lora.high < 0 and untold.high < 0:
-        return UNKNOWN, f"NaRA is better, but not by {needed}: {take}, or train both, since a gain may grow", None
+        return (
+            UNKNOWN,
+            f"NaRA is better, but not by {needed}: {take}, or train both, since a gain may grow",
+            None,
+        )
     # an interval that excludes a gain that pays and includes none, whose mean shows no gain that may grow
-    if any(d.low > -THRESHOLDS["pays"] and d.mean > -THRESHOLDS["nothing"] and d.high >= 0 for d in both):
+    if any(
+        d.low > -THRESHOLDS["pays"] and d.mean > -THRESHOLDS["nothing"] and d.high >= 0
+        for d in both
+    ):
         return UNLIKELY, take, None
     if max(lora.mean, untold.mean) >= 0:
         other = TITLES["lora" if lora.mean >= 0 else "untold"]
         return UNKNOWN, f"NaRA isn't better than {other} in the mean: {take}", None
     if any(d.low > -THRESHOLDS["pays"] for d in both):
         return UNKNOWN, f"an interval excludes {needed}, but not a smaller gain: {take}", None
-    return UNKNOWN, f"the intervals allow both {needed} and no gain: {take}, or raise --train_batch_size", None
+    return (
+        UNKNOWN,
+        f"the intervals allow both {needed} and no gain: {take}, or raise --train_batch_size",
+        None,
+    )
 
 
 def is_below(difference: Interval) -> bool:
@@ -113,25 +138,38 @@ def differences(repeats: Sequence[Repeat]) -> dict[str, dict[str, Interval]]:
     cheap = [arm for arm in WAYS if arm in repeats[0].losses]
     pairs = {"nara": ("lora", "untold", *cheap), **dict.fromkeys(cheap, ("lora",))}
     means = bin_means(repeats)
-    return {a: {b: relative_difference(means[a], means[b]) for b in others} for a, others in pairs.items()}
+    return {
+        a: {b: relative_difference(means[a], means[b]) for b in others}
+        for a, others in pairs.items()
+    }
 
 
 def relative_difference(means: Tensor, others: Tensor) -> Interval:
     """Mean and interval of d, of two arms' means (repeats, BINS); d is 0 in bins where both are but rounding."""
     larger = torch.maximum(means, others)
-    return interval(((means - others) / larger).masked_fill(larger <= 1e-10, 0.0).nanmean(1).tolist())
+    return interval(
+        ((means - others) / larger).masked_fill(larger <= 1e-10, 0.0).nanmean(1).tolist()
+    )
 
 
 def mean_losses(repeats: Sequence[Repeat]) -> dict[str, float]:
     """{arm: its loss}, over all held-out samples."""
-    return {arm: torch.cat([each.losses[arm] for each in repeats]).mean().item() for arm in repeats[0].losses}
+    return {
+        arm: torch.cat([each.losses[arm] for each in repeats]).mean().item()
+        for arm in repeats[0].losses
+    }
 
 
 def bin_means(repeats: Sequence[Repeat]) -> dict[str, Tensor]:
     """{arm: mean losses (repeats, BINS)}; NaN in bins without samples."""
-    numbers = torch.stack([(repeat.noise_level * BINS).long().clamp(0, BINS - 1) for repeat in repeats])  # (repeats, n)
+    numbers = torch.stack(
+        [(repeat.noise_level * BINS).long().clamp(0, BINS - 1) for repeat in repeats]
+    )  # (repeats, n)
     inside = (numbers[:, None] == torch.arange(BINS)[:, None]).double()  # (repeats, BINS, n)
-    losses = {arm: torch.stack([repeat.losses[arm].double() for repeat in repeats]) for arm in repeats[0].losses}
+    losses = {
+        arm: torch.stack([repeat.losses[arm].double() for repeat in repeats])
+        for arm in repeats[0].losses
+    }
     return {arm: (inside * each[:, None]).sum(2) / inside.sum(2) for arm, each in losses.items()}
 
 
@@ -148,10 +186,16 @@ def check_training(task: CheckTask, run: Run) -> dict[str, Any]:
     """Repeat the short trainings of a train script's run until the verdict is clear, print it and write check.json into
     the run's folder. Returns the content of that."""
     if run.accelerator.num_processes > 1:
-        raise ValueError(f"--check runs in one process, got {run.accelerator.num_processes}: start it by python.")
+        raise ValueError(
+            f"--check runs in one process, got {run.accelerator.num_processes}: start it by python."
+        )
     repeats, verdict = decide(task, run.is_main)
     means = {arm: table.nanmean(0) for arm, table in bin_means(repeats).items()}
-    bins = {f"{n / BINS:.1f} to {(n + 1) / BINS:.1f}": n for n in range(BINS) if not means["base"][n].isnan()}
+    bins = {
+        f"{n / BINS:.1f} to {(n + 1) / BINS:.1f}": n
+        for n in range(BINS)
+        if not means["base"][n].isnan()
+    }
     losses = {row: {arm: each[n].item() for arm, each in means.items()} for row, n in bins.items()}
     losses["all"] = mean_losses(repeats)
     content = {
@@ -163,12 +207,16 @@ def check_training(task: CheckTask, run: Run) -> dict[str, Any]:
         "cheap_rank": getattr(core_holders(task.model)[0].configs.get(CHEAP), "r", None),
         "measured": task.measured,
         "repeats": len(repeats),
-        "differences": {a: {b: d._asdict() for b, d in each.items()} for a, each in differences(repeats).items()},
+        "differences": {
+            a: {b: d._asdict() for b, d in each.items()} for a, each in differences(repeats).items()
+        },
         "losses": losses,
     }
     path = run.folder / "check.json"
     write_json(path, content)
     cells = [[row, *(f"{loss:.4g}" for loss in each.values())] for row, each in losses.items()]
     table = format_table(("λ", *(TITLES[arm] for arm in means)), cells)
-    sys.stdout.write(f"{task.measured}:\n{table}\n\n{verdict.answer}: {verdict.reason}\nall numbers are in {path}\n")
+    sys.stdout.write(
+        f"{task.measured}:\n{table}\n\n{verdict.answer}: {verdict.reason}\nall numbers are in {path}\n"
+    )
     return content

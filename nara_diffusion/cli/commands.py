@@ -13,7 +13,14 @@ from torch import Tensor
 
 from nara_diffusion.export.adapter_factors import cores_of, schedule_of
 from nara_diffusion.loaders.adapter_part import AdapterPart
-from nara_diffusion.loaders.file import MODEL, PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME, WEIGHTS_NAME, AdapterFile, naming
+from nara_diffusion.loaders.file import (
+    MODEL,
+    PEFT_CONFIG_NAME,
+    PEFT_WEIGHTS_NAME,
+    WEIGHTS_NAME,
+    AdapterFile,
+    naming,
+)
 from nara_diffusion.loaders.insertion import check_storable
 from nara_diffusion.utils.atomic_write import atomic_write, check_free
 
@@ -47,19 +54,40 @@ def inspect(args: Any) -> str:
 
 def _described(part: AdapterPart) -> dict[str, Any]:
     config, modules = part.config, part.modules
-    kinds = Counter(next(word for word in reversed(name.split(".")) if not word.isdigit()) for name in modules)
-    factors = sum(tensor.numel() for tensor in part.tensors.values()) - sum(t.numel() for t in part.core.values())
-    core = sum(parameter.numel() for parameter in cores_of(part).parameters())  # without Fourier frequencies, …
-    fields = ("base_model_name_or_path", "lora_alpha", "use_rslora", "core_type", "noise_convention", "strength")
+    kinds = Counter(
+        next(word for word in reversed(name.split(".")) if not word.isdigit()) for name in modules
+    )
+    factors = sum(tensor.numel() for tensor in part.tensors.values()) - sum(
+        t.numel() for t in part.core.values()
+    )
+    core = sum(
+        parameter.numel() for parameter in cores_of(part).parameters()
+    )  # without Fourier frequencies, …
+    fields = (
+        "base_model_name_or_path",
+        "lora_alpha",
+        "use_rslora",
+        "core_type",
+        "noise_convention",
+        "strength",
+    )
     return {
         "method": "NaRA-DoRA" if config.use_dora else "NaRA",
         "modules": len(modules),
         "module_kinds": dict(kinds),
         "ranks": sorted(set(modules.values())),
-        **{name.removesuffix("_name_or_path"): getattr(config, name) for name in (*fields, "scheduler")},
-        "core": {name: getattr(config, name) for name in _CORE_FIELDS.get(config.core_type, ("core_sharing",))},
+        **{
+            name.removesuffix("_name_or_path"): getattr(config, name)
+            for name in (*fields, "scheduler")
+        },
+        "core": {
+            name: getattr(config, name)
+            for name in _CORE_FIELDS.get(config.core_type, ("core_sharing",))
+        },
         "parameters": {"core": core, "factors": factors},
-        "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in part.tensors.values()}),
+        "dtypes": sorted(
+            {str(tensor.dtype).removeprefix("torch.") for tensor in part.tensors.values()}
+        ),
     }
 
 
@@ -69,10 +97,18 @@ def _text_of(found: dict[str, Any]) -> str:
     for name, part in found["components"].items():
         sizes = part["parameters"]
         total = f"{sum(sizes.values()):,}: A and B {sizes['factors']:,}, core {sizes['core']:,}"
-        rows = {**part, "parameters": total, "noise_convention": part["noise_convention"] or "not stated"}
+        rows = {
+            **part,
+            "parameters": total,
+            "noise_convention": part["noise_convention"] or "not stated",
+        }
         rows["base_model"] = part["base_model"] or "not stored in this file"
         lines += ["", f"{name}: {part['method']}"]
-        lines += [f"  {label:<17} {_words(value)}" for label, value in rows.items() if value and label != "method"]
+        lines += [
+            f"  {label:<17} {_words(value)}"
+            for label, value in rows.items()
+            if value and label != "method"
+        ]
     return "\n".join(lines)
 
 
@@ -94,7 +130,9 @@ def plot(args: Any) -> str:
     """
     output = args.output or Path(f"{Path(args.file).resolve().stem}.png")
     if args.points < 2 or output.is_dir():
-        raise ValueError(f"--points is {args.points}, --output {output}: pass 2 or more, and the name of a PNG file.")
+        raise ValueError(
+            f"--points is {args.points}, --output {output}: pass 2 or more, and the name of a PNG file."
+        )
     check_free([output], args.overwrite)
     _draw(AdapterFile.read(Path(args.file)), output, args.points)
     return str(output)
@@ -131,11 +169,16 @@ def core_curves(part: AdapterPart, levels: Tensor) -> tuple[Tensor, Tensor]:
     """(‖C − I‖ / ‖I‖ (g, n), singular values of C (g, n, r)) of the g cores at λ (n,)."""
     cores = cores_of(part)
     with torch.no_grad():
-        matrices = [cores.matrix(group, levels).expand(len(levels), -1, -1).double() for group in cores]
+        matrices = [
+            cores.matrix(group, levels).expand(len(levels), -1, -1).double() for group in cores
+        ]
     rank = max(C.shape[-1] for C in matrices)
-    distances = [(C - torch.eye(C.shape[-1])).flatten(1).norm(dim=1) / C.shape[-1] ** 0.5 for C in matrices]
+    distances = [
+        (C - torch.eye(C.shape[-1])).flatten(1).norm(dim=1) / C.shape[-1] ** 0.5 for C in matrices
+    ]
     values = [
-        torch.nn.functional.pad(torch.linalg.svdvals(C), (0, rank - C.shape[-1]), value=torch.nan) for C in matrices
+        torch.nn.functional.pad(torch.linalg.svdvals(C), (0, rank - C.shape[-1]), value=torch.nan)
+        for C in matrices
     ]
     return torch.stack(distances), torch.stack(values)
 
@@ -154,10 +197,14 @@ def convert(args: Any) -> str:
     parts = AdapterFile.read(Path(source)).parts
     if (form == "peft") == (list(parts) == [MODEL]):
         other = "pipeline" if form == "peft" else "peft"
-        raise ValueError(f"'{source}' is in the form {form!r} already: choose --to {other}, or use it as it is.")
+        raise ValueError(
+            f"'{source}' is in the form {form!r} already: choose --to {other}, or use it as it is."
+        )
     if form == "pipeline":
         if not (component or "").isidentifier():
-            raise ValueError("--to pipeline needs --component, the part that is adapted, such as unet or transformer.")
+            raise ValueError(
+                "--to pipeline needs --component, the part that is adapted, such as unet or transformer."
+            )
         parts = {str(component): parts[MODEL]}
         with naming(source):
             check_storable(parts[str(component)].config, str(component))

@@ -33,7 +33,9 @@ def fold(args: Any) -> str:
     and which λ to choose. Adapters of text encoders don't depend on λ and go into the same file; --form peft writes
     only one component.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")  # of the scheduler that the result needs
+    logging.basicConfig(
+        level=logging.WARNING, format="%(message)s"
+    )  # of the scheduler that the result needs
     file = AdapterFile.read(Path(args.file))
     adapters = {name: adapter_of_part(part) for name, part in file.parts.items()}
     _check(file, args)
@@ -43,10 +45,14 @@ def fold(args: Any) -> str:
 
 def _fold(file: AdapterFile, adapters: Mapping[str, Adapter], args: Any) -> str:
     if args.form != PEFT and args.output.suffix != ".safetensors":
-        raise ValueError(f"OUTPUT must end in .safetensors, got '{args.output}': other programs look for that name.")
+        raise ValueError(
+            f"OUTPUT must end in .safetensors, got '{args.output}': other programs look for that name."
+        )
     written = args.output / PEFT_WEIGHTS_NAME if args.form == PEFT else args.output
     if written.exists() and written.samefile(file.path or ""):
-        raise ValueError(f"OUTPUT {args.output} is the adapter itself, which would be lost: choose another name.")
+        raise ValueError(
+            f"OUTPUT {args.output} is the adapter itself, which would be lost: choose another name."
+        )
     config = [args.output / PEFT_CONFIG_NAME] if args.form == PEFT else []
     check_free([written, *config], args.overwrite)
     loras = {name: lora_of(adapter, args.noise_level) for name, adapter in adapters.items()}
@@ -60,7 +66,9 @@ def _fold(file: AdapterFile, adapters: Mapping[str, Adapter], args: Any) -> str:
         errors = [lora.error.worst_update for lora in loras.values() if lora.error is not None]
         return f"{modules} modules, nearest over all λ, the largest relative error of ΔW is {max(errors):.2%}"
     level = torch.tensor([args.noise_level])
-    own = ", ".join(f"{each.at(level).item():g}" for adapter in adapters.values() for each in adapter.schedules)
+    own = ", ".join(
+        f"{each.at(level).item():g}" for adapter in adapters.values() for each in adapter.schedules
+    )
     return f"{modules} modules, λ = {args.noise_level:g}{f', at its strength of {own} there' if own else ''}"
 
 

@@ -25,7 +25,11 @@ def shared_factors(updates: Tensor, rank: int | None = None) -> tuple[Tensor, Te
         ValueError: `updates` is not (n, d_out, d_in), of another dtype, or not finite; or `rank` is not in
             [1, max(d_out, d_in)].
     """
-    if updates.dim() != 3 or updates.numel() == 0 or updates.dtype not in (torch.float32, torch.float64):
+    if (
+        updates.dim() != 3
+        or updates.numel() == 0
+        or updates.dtype not in (torch.float32, torch.float64)
+    ):
         raise ValueError(
             f"updates has shape {tuple(updates.shape)} and dtype {updates.dtype}: "
             "pass float32 or float64 matrices stacked as (n, d_out, d_in)."
@@ -34,8 +38,12 @@ def shared_factors(updates: Tensor, rank: int | None = None) -> tuple[Tensor, Te
         raise ValueError("updates holds NaN or infinity: pass finite matrices.")
     n, d_out, d_in = updates.shape
     if rank is not None and not 1 <= rank <= max(d_out, d_in):
-        raise ValueError(f"rank is {rank}: it has to lie between 1 and max(d_out, d_in) = {max(d_out, d_in)}.")
-    U, left, _ = torch.linalg.svd(updates.permute(1, 0, 2).reshape(d_out, n * d_in), full_matrices=False)
+        raise ValueError(
+            f"rank is {rank}: it has to lie between 1 and max(d_out, d_in) = {max(d_out, d_in)}."
+        )
+    U, left, _ = torch.linalg.svd(
+        updates.permute(1, 0, 2).reshape(d_out, n * d_in), full_matrices=False
+    )
     _, right, Vh = torch.linalg.svd(updates.reshape(n * d_out, d_in), full_matrices=False)
     if rank is None:
         floor = max(d_out, d_in) * n * torch.finfo(updates.dtype).eps

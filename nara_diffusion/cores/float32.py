@@ -20,7 +20,9 @@ def is_autocast_enabled(device: torch.device) -> bool:
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Inside, nothing is converted on `device`. Entering `torch.autocast` costs more than small products, so that it is
     done only where autocast is on."""
-    return torch.autocast(device.type, enabled=False) if is_autocast_enabled(device) else nullcontext()
+    return (
+        torch.autocast(device.type, enabled=False) if is_autocast_enabled(device) else nullcontext()
+    )
 
 
 class Float32Module(nn.Module):

@@ -87,4 +87,7 @@ class HypernetworkCore(Core):
             for layer in self.layers[:-1]:
                 h = F.silu(layer(h))
             deviation = self.layers[-1](h).unflatten(-1, (self.rank, self.rank))  # F, (b, r, r)
-            return torch.eye(self.rank, dtype=torch.float32, device=deviation.device) + self.scale * deviation
+            return (
+                torch.eye(self.rank, dtype=torch.float32, device=deviation.device)
+                + self.scale * deviation
+            )

@@ -24,9 +24,13 @@ _BUILT_IN: dict[str, CoreFactory] = {
         scale=config.core_scale,
         hidden_dims=config.core_hidden_dims,
         init=config.core_init,
-        embedding=NoiseEmbedding(config.noise_embedding, config.noise_embedding_dim, config.fourier_scale),
+        embedding=NoiseEmbedding(
+            config.noise_embedding, config.noise_embedding_dim, config.fourier_scale
+        ),
     ),
-    "constant": lambda config, rank: ConstantCore(rank, scale=config.core_scale, init=config.core_init),
+    "constant": lambda config, rank: ConstantCore(
+        rank, scale=config.core_scale, init=config.core_init
+    ),
     "identity": lambda config, rank: IdentityCore(rank),
     "rank_mask": lambda config, rank: RankMaskCore(rank, config.rank_mask_min),
     "bins": lambda config, rank: BinsCore(rank, config.core_bins),
@@ -55,9 +59,13 @@ def register_core(name: str, factory: CoreFactory) -> None:
         ValueError: `name` is empty or that of a built-in core, or `factory` cannot be called.
     """
     if not isinstance(name, str) or not name or name in BUILT_IN:
-        raise ValueError(f"name is {name!r}: choose a text other than {', '.join(map(repr, BUILT_IN))}.")
+        raise ValueError(
+            f"name is {name!r}: choose a text other than {', '.join(map(repr, BUILT_IN))}."
+        )
     if not callable(factory):
-        raise ValueError(f"factory is {factory!r}: pass a class or function (config, rank) → torch.nn.Module.")
+        raise ValueError(
+            f"factory is {factory!r}: pass a class or function (config, rank) → torch.nn.Module."
+        )
     _custom[name] = factory
 
 
@@ -176,4 +184,7 @@ def core_group(config: Any, module_name: str, rank: int) -> str:
 
 def with_current_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`tensors` of a file with the old name of the shared core, `nara_core.global`, replaced by the current one."""
-    return {key.replace("nara_core.global.", f"{NAME_IN_FILES}.{SHARED}."): tensor for key, tensor in tensors.items()}
+    return {
+        key.replace("nara_core.global.", f"{NAME_IN_FILES}.{SHARED}."): tensor
+        for key, tensor in tensors.items()
+    }

@@ -72,7 +72,10 @@ class KnotsCore(Core):
             index = torch.arange(knots, device=place.device)
             share = (1 - (place - index).abs()).clamp(min=0)  # (b, K)
             deviation = (share @ self.deviation.float().flatten(1)).view(-1, self.rank, self.rank)
-            return torch.eye(self.rank, dtype=torch.float32, device=place.device) + self.scale * deviation
+            return (
+                torch.eye(self.rank, dtype=torch.float32, device=place.device)
+                + self.scale * deviation
+            )
 
 
 class RankMaskCore(Core):
@@ -115,7 +118,9 @@ class BinsCore(Core):
 
     def forward(self, noise_level: Tensor) -> Tensor:
         """λ (b,) → C (b, r, r), float32."""
-        block = torch.arange(self.rank, device=noise_level.device) // (self.rank // self.bins)  # (r,)
+        block = torch.arange(self.rank, device=noise_level.device) // (
+            self.rank // self.bins
+        )  # (r,)
         return torch.diag_embed((block == self.chosen_bin(noise_level)[:, None]).float())
 
     def chosen_bin(self, noise_level: Tensor) -> Tensor:

@@ -5,7 +5,12 @@ from .decoding import Sampling
 from .encoding import EncodedRecords, encode_prompts, encode_records, prompt_text
 from .exact_match import ExactMatch, exact_match, stop_token_ids
 from .likelihood import log_likelihood
-from .loss import MaskedDiffusionLoss, masked_cross_entropy, masked_diffusion_loss, noise_level_curve
+from .loss import (
+    MaskedDiffusionLoss,
+    masked_cross_entropy,
+    masked_diffusion_loss,
+    noise_level_curve,
+)
 from .masked_share import InputIdsNoise, read_noise_from_input_ids
 from .masking import MaskedBatch, mask_answers
 from .models.pretrained import load_backbone

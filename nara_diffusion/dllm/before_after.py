@@ -14,7 +14,13 @@ from transformers import PreTrainedTokenizerBase
 
 from nara_diffusion.training.arguments import schedule_of, window_of
 from nara_diffusion.training.engines import split_across_processes
-from nara_diffusion.training.report import core_import, needs_schedule, reads_noise, validation_means, write_text
+from nara_diffusion.training.report import (
+    core_import,
+    needs_schedule,
+    reads_noise,
+    validation_means,
+    write_text,
+)
 from nara_diffusion.training.run import Run
 
 from .canvas import AnswerCollator
@@ -71,14 +77,19 @@ class Evaluation:
     def measure(self, model: nn.Module) -> Measurement:
         """All that a report has; the curve's λ are equally spaced up to 1."""
         accelerator, args = self.run.accelerator, self.run.args
-        options: dict[str, Any] = {"batch_size": args.eval_batch_size, "progress": accelerator.is_main_process}
+        options: dict[str, Any] = {
+            "batch_size": args.eval_batch_size,
+            "progress": accelerator.is_main_process,
+        }
         levels = [(i + 1) / args.curve_points for i in range(args.curve_points)]
 
         def generate(indices: Sequence[int]) -> list[dict[str, Any]]:
             generator = torch.Generator(accelerator.device).manual_seed(args.seed)
             rows: Any = self.test_rows.select(indices)
             settings = {**asdict(self.sampling), "extract": args.extract, **options}
-            return exact_match(model, self.tokenizer, rows, generator=generator, **settings).generations
+            return exact_match(
+                model, self.tokenizer, rows, generator=generator, **settings
+            ).generations
 
         def losses(indices: Sequence[int]) -> list[float]:
             rows: Any = self.validation_rows
@@ -88,7 +99,9 @@ class Evaluation:
         generations = split_across_processes(accelerator, len(self.test_rows), generate)
         curve = split_across_processes(accelerator, len(levels), losses)
         share = sum(generation["correct"] for generation in generations) / len(generations)
-        return Measurement(share, generations, levels, curve, self.validate(model)["validation_loss"])
+        return Measurement(
+            share, generations, levels, curve, self.validate(model)["validation_loss"]
+        )
 
     @torch.no_grad()
     def validate(self, model: nn.Module) -> dict[str, float]:
@@ -100,14 +113,19 @@ class Evaluation:
 
         def losses(indices: Sequence[int]) -> list[tuple[float, float]]:
             pairs: list[tuple[float, float]] = []
-            for batch in batches_of(rows, indices, self.collator, args.eval_batch_size, accelerator.device):  # type: ignore[arg-type]
+            size, device = args.eval_batch_size, accelerator.device
+            for batch in batches_of(rows, indices, self.collator, size, device):  # type: ignore[arg-type]
                 # another seed than that of training, whose draws have the same indices
-                loss = masked_diffusion_loss(model, **batch, seed=args.seed + 1, group_size=len(rows))
+                loss = masked_diffusion_loss(
+                    model, **batch, seed=args.seed + 1, group_size=len(rows)
+                )
                 pairs += zip(loss.per_sample.tolist(), loss.noise_level.tolist(), strict=True)
             return pairs
 
         with evaluating(model):
-            pairs = torch.tensor(split_across_processes(accelerator, len(rows), losses), dtype=torch.float32)
+            pairs = torch.tensor(
+                split_across_processes(accelerator, len(rows), losses), dtype=torch.float32
+            )
         return validation_means(pairs[:, 0], pairs[:, 1], window_of(args))
 
 
@@ -120,16 +138,25 @@ def figures(before: Measurement, after: Measurement) -> list[list[str]]:
     return [[f"exact match (n = {len(after.generations)})", *shares], ["validation loss", *losses]]
 
 
-def describe(evaluation: Evaluation, before: Measurement, after: Measurement, question: Any) -> dict[str, Any]:
+def describe(
+    evaluation: Evaluation, before: Measurement, after: Measurement, question: Any
+) -> dict[str, Any]:
     """Write samples.jsonl into the run's folder; and what its card says, whose code asks `question`, a text or the
     turns of a conversation."""
     lines = [
         {"instruction": one["instruction"], "answer": one["answer"], "before": one["generation"]}
-        | {"after": other["generation"], "correct_before": one["correct"], "correct_after": other["correct"]}
+        | {
+            "after": other["generation"],
+            "correct_before": one["correct"],
+            "correct_after": other["correct"],
+        }
         for one, other in zip(before.generations, after.generations, strict=True)
     ]
     run, args = evaluation.run, evaluation.run.args
-    write_text(run.folder / "samples.jsonl", "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines))
+    write_text(
+        run.folder / "samples.jsonl",
+        "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines),
+    )
     base, data = args.pretrained_model_name_or_path, args.dataset_name or args.train_file
     return {
         "measured_on": "validation records",
@@ -145,7 +172,9 @@ def describe(evaluation: Evaluation, before: Measurement, after: Measurement, qu
 def _loading(args: Any, sampling: Sampling, folder: str, question: Any) -> str:
     """The code in the card that loads the adapter."""
     is_whole = args.adapter == "full"
-    names = ("mask_token",) if is_whole else ("mask_token", "revision", "load_in_4bit", "load_in_8bit")
+    names = (
+        ("mask_token",) if is_whole else ("mask_token", "revision", "load_in_4bit", "load_in_8bit")
+    )
     options = "".join(f", {name}={getattr(args, name)!r}" for name in names if getattr(args, name))
     base = folder if is_whole else args.pretrained_model_name_or_path
     lines = [f"model, tokenizer = load_backbone({base!r}{options})"]
@@ -161,7 +190,9 @@ def _loading(args: Any, sampling: Sampling, folder: str, question: Any) -> str:
         sampling=", ".join(f"{name}={value!r}" for name, value in sampling.changed().items()),
     )
     if reads_noise(args) or needs_schedule(args):
-        code += "\n\nIn `generate` the adapter runs at λ, the masked share of the answer, at each step."
+        code += (
+            "\n\nIn `generate` the adapter runs at λ, the masked share of the answer, at each step."
+        )
     return code
 
 

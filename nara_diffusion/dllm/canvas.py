@@ -58,10 +58,18 @@ def place_prompts(
     device, input_ids = input_ids.device, input_ids.long()
     if prompt_lengths is not None and attention_mask is not None:
         raise ValueError("prompt_lengths and attention_mask say the same: pass one of them")
-    lengths = torch.as_tensor(p if prompt_lengths is None else prompt_lengths, device=device).expand(b)
+    lengths = torch.as_tensor(
+        p if prompt_lengths is None else prompt_lengths, device=device
+    ).expand(b)
     if (lengths < 0).any() or (lengths > p).any():
-        raise ValueError(f"prompt_lengths is {lengths.tolist()}, expected {b} lengths between 0 and {p}")
-    is_prompt = torch.arange(p, device=device) < lengths[:, None] if attention_mask is None else attention_mask.bool()
+        raise ValueError(
+            f"prompt_lengths is {lengths.tolist()}, expected {b} lengths between 0 and {p}"
+        )
+    is_prompt = (
+        torch.arange(p, device=device) < lengths[:, None]
+        if attention_mask is None
+        else attention_mask.bool()
+    )
     holding = (is_prompt & (input_ids == mask_token_id)).any(1)
     if holding.any():
         name = "the prompt" if b == 1 else f"prompt {int(holding.nonzero()[0])}"
@@ -78,7 +86,9 @@ def place_prompts(
     real = positions < starts[:, None] + gen_length
     sequences = torch.full((b, longest), pad_token_id, device=device)
     sequences[real] = mask_token_id
-    sequences[positions < starts[:, None]] = input_ids[is_prompt]  # both run through rows in order, and tokens in order
+    sequences[positions < starts[:, None]] = input_ids[
+        is_prompt
+    ]  # both run through rows in order, and tokens in order
     return sequences, starts, real
 
 
@@ -117,10 +127,17 @@ def checked_lengths(model: nn.Module, max_length: int | None, gen_length: int) -
     Raises:
         ValueError: one of both is beyond the model's positions.
     """
-    check_positions(model, gen_length + 1, f"gen_length is {gen_length}", "lower it, prompt and answer share them")
+    check_positions(
+        model,
+        gen_length + 1,
+        f"gen_length is {gen_length}",
+        "lower it, prompt and answer share them",
+    )
     if max_length is None:
         return min(_MAX_LENGTH, Backbone(model).position_limit or _MAX_LENGTH)
-    check_positions(model, max_length, f"max_length is {max_length}", "lower it, longer answers are cut")
+    check_positions(
+        model, max_length, f"max_length is {max_length}", "lower it, longer answers are cut"
+    )
     return max_length
 
 
@@ -152,10 +169,16 @@ class AnswerCollator:
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         answer_lengths = torch.tensor(self.answer_lengths(rows))
         prompt_lengths = torch.tensor([row["prompt_length"] for row in rows])
-        input_ids = torch.full((len(rows), int((prompt_lengths + answer_lengths).max())), self.end_token_id)
+        input_ids = torch.full(
+            (len(rows), int((prompt_lengths + answer_lengths).max())), self.end_token_id
+        )
         for padded, row in zip(input_ids, rows, strict=True):
             padded[: len(row["input_ids"])] = torch.as_tensor(row["input_ids"])
-        batch = {"input_ids": input_ids, "prompt_lengths": prompt_lengths, "answer_lengths": answer_lengths}
+        batch = {
+            "input_ids": input_ids,
+            "prompt_lengths": prompt_lengths,
+            "answer_lengths": answer_lengths,
+        }
         if "position" in rows[0]:
             batch["sample_indices"] = torch.tensor([row["position"] for row in rows])
         return batch
@@ -165,7 +188,11 @@ class AnswerCollator:
         longest, found = max(len(row["input_ids"]) for row in rows), []
         for row in rows:
             length, prompt = len(row["input_ids"]), row["prompt_length"]
-            end = self.padded_length(length, prompt, row.get("longest", longest)) if self.is_whole(row) else length
+            end = (
+                self.padded_length(length, prompt, row.get("longest", longest))
+                if self.is_whole(row)
+                else length
+            )
             found.append(end - prompt)
         return found
 
@@ -198,7 +225,11 @@ class GlobalBatchStream(ShuffledStream):
         """The row at a position."""
         record = self.sample_at(position)
         of_record = range(self._starts[record], self._starts[record + 1])
-        return self.rows[of_record[0] if len(of_record) == 1 else Random(f"{self.seed} {position}").choice(of_record)]
+        return self.rows[
+            of_record[0]
+            if len(of_record) == 1
+            else Random(f"{self.seed} {position}").choice(of_record)
+        ]
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         first = position - position % self.global_batch
@@ -226,21 +257,28 @@ def trained_canvas(
     rows = [stream[position] for position in range(min(len(stream.samples), _SAMPLE))]
     prompts = [row["prompt_length"] for row in rows]
     answers = [len(row["input_ids"]) - row["prompt_length"] for row in rows]
-    trained, padding = collator.answer_lengths(rows), f"(trained_padding {collator.trained_padding})"
+    trained, padding = (
+        collator.answer_lengths(rows),
+        f"(trained_padding {collator.trained_padding})",
+    )
     blocks = counted(gen_length // (block_length or gen_length), "block")
     fact = (
         f"prompts of {_span(prompts)} tokens, answers of {_span(answers)} tokens with their end, trained to "
         f"{_span(trained)} tokens {padding}, {round(sum(prompts + trained) / len(rows))} positions a sample; "
         f"generated: gen_length {gen_length} in {blocks}"
     )
-    short = [n for n, row in zip(trained, rows, strict=True) if n < gen_length and collator.is_whole(row)]
+    short = [
+        n for n, row in zip(trained, rows, strict=True) if n < gen_length and collator.is_whole(row)
+    ]
     beyond = (
         f"gen_length is {gen_length}, and {len(short)} of {counted(len(rows), 'sample')} end before that, the shortest "
         f"after {min(short, default=0)} tokens {padding}: what follows an answer there is not trained, and generated "
         "answers can become worse than the base model's while the validation loss falls; "
         "give --trained_padding gen_length"
     )
-    asked = ((n, row) for n, row in zip(answers, rows, strict=True) if row["instruction"])  # no texts without a prompt
+    asked = (
+        (n, row) for n, row in zip(answers, rows, strict=True) if row["instruction"]
+    )  # no texts without a prompt
     lengths = [n - collator.is_whole(row) for n, row in asked]  # without the end token
     long = [n for n in lengths if n > gen_length]
     before = (

@@ -73,7 +73,9 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.block < 1 or self.gen_length < 1 or self.gen_length % self.block:
-            raise ValueError(f"block_length {self.block} doesn't divide gen_length {self.gen_length}, as it has to")
+            raise ValueError(
+                f"block_length {self.block} doesn't divide gen_length {self.gen_length}, as it has to"
+            )
         blocks = self.gen_length // self.block
         if self.steps is not None and (self.steps < blocks or self.steps % blocks):
             raise ValueError(
@@ -86,14 +88,20 @@ class Sampling:
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}, expected more than 0 and 1 at most")
         if self.remasking not in REMASKING:
-            raise ValueError(f"remasking is {self.remasking!r}, expected one of {', '.join(map(repr, REMASKING))}")
+            raise ValueError(
+                f"remasking is {self.remasking!r}, expected one of {', '.join(map(repr, REMASKING))}"
+            )
         rules = [name for name in ("steps", *_PARALLEL) if getattr(self, name) is not None]
         if len(rules) > 1:
-            raise ValueError(f"{' and '.join(rules)} each say how many tokens a step places: give one of them")
+            raise ValueError(
+                f"{' and '.join(rules)} each say how many tokens a step places: give one of them"
+            )
         orders = REMASKING if rules in ([], ["steps"]) else ("low_confidence", "maskgit_plus")
         orders = (*orders, "topk_margin", "entropy") if rules == ["entropy_bound"] else orders
         if self.remasking not in orders:
-            raise ValueError(f"{rules[0]} goes with remasking {' or '.join(orders)}, and it is {self.remasking!r}")
+            raise ValueError(
+                f"{rules[0]} goes with remasking {' or '.join(orders)}, and it is {self.remasking!r}"
+            )
 
     @property
     def block(self) -> int:
@@ -104,7 +112,9 @@ class Sampling:
         """gen_length, and the settings that aren't the defaults."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {
-            name: value for name, value in values.items() if name == "gen_length" or value != getattr(Sampling, name)
+            name: value
+            for name, value in values.items()
+            if name == "gen_length" or value != getattr(Sampling, name)
         }
 
     def tokens_per_step(self) -> list[int]:
@@ -139,14 +149,22 @@ class Sampling:
         if self.temperature > 0:
             # The Gumbel noise is float64: in lower precision it has too few values, and samples get visibly worse
             # (arXiv 2409.02908).
-            draws = uniform(*logits.shape[1:], dtype=torch.float64).clamp(min=torch.finfo(torch.float64).tiny)
+            draws = uniform(*logits.shape[1:], dtype=torch.float64).clamp(
+                min=torch.finfo(torch.float64).tiny
+            )
             tokens = (shaped.double() - torch.log(-torch.log(draws))).argmax(-1)
         if len(last):
             logits = logits.index_fill(-1, last, float("-inf"))
             shaped = self._shaped(logits)
         random = self.remasking == "random"
-        score = uniform(masked.shape[1], dtype=logits.dtype) if random else self._score(logits, shaped, tokens)
-        score = score.masked_fill(torch.isin(tokens, last), _LAST).masked_fill(~masked, float("-inf"))
+        score = (
+            uniform(masked.shape[1], dtype=logits.dtype)
+            if random
+            else self._score(logits, shaped, tokens)
+        )
+        score = score.masked_fill(torch.isin(tokens, last), _LAST).masked_fill(
+            ~masked, float("-inf")
+        )
         score, order = score.sort(dim=1, descending=True, stable=True)
         n = torch.arange(1, masked.shape[1] + 1, device=score.device)
         if self.confidence_threshold is not None:
@@ -158,9 +176,13 @@ class Sampling:
             keep = entropy.cumsum(1) - entropy.cummax(1).values <= self.entropy_bound
         else:
             keep = n <= count
-        return tokens, torch.zeros_like(masked).scatter(1, order, (keep | (n == 1)).expand_as(order)) & masked
+        return tokens, torch.zeros_like(masked).scatter(
+            1, order, (keep | (n == 1)).expand_as(order)
+        ) & masked
 
-    def _score(self, logits: torch.Tensor, shaped: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    def _score(
+        self, logits: torch.Tensor, shaped: torch.Tensor, tokens: torch.Tensor
+    ) -> torch.Tensor:
         """The score (a, k) of each place, high ones first."""
         if self.remasking == "entropy":
             return -_entropy(shaped)
@@ -177,7 +199,9 @@ class Sampling:
             return logits
         ranked, order = logits.sort(-1, descending=True)
         p = ranked.softmax(-1)
-        is_out = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, p.cumsum(-1) - p > self.top_p)
+        is_out = torch.zeros_like(logits, dtype=torch.bool).scatter(
+            -1, order, p.cumsum(-1) - p > self.top_p
+        )
         return logits.masked_fill(is_out, float("-inf"))
 
 
@@ -191,7 +215,9 @@ def chat_settings(model: nn.Module, settings: dict[str, Any]) -> dict[str, Any]:
     Without a `block_length`, it is that of the model's own chat, if that divides gen_length, and its blocks `steps`.
     """
     backbone, sampling = Backbone(model), Sampling(**settings)
-    block = None if backbone.is_shifted else CHAT_BLOCK_LENGTHS.get(backbone.configured("model_type"))
+    block = (
+        None if backbone.is_shifted else CHAT_BLOCK_LENGTHS.get(backbone.configured("model_type"))
+    )
     if block is None or sampling.block_length is not None or sampling.gen_length % block:
         return settings
     is_even = (sampling.steps or 0) % (sampling.gen_length // block) == 0

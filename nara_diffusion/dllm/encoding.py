@@ -95,20 +95,35 @@ def encode_records(
     features |= {name: Value("string") for name in ("instruction", "answer")}
     vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer  # type: ignore[attr-defined]
     longest = min(max_length - 1, max_length if max_prompt_length is None else max_prompt_length)
-    key = [vocabulary, tokenizer.chat_template, tokenizer.special_tokens_map, max_length, longest, train_on]
+    key = [
+        vocabulary,
+        tokenizer.chat_template,
+        tokenizer.special_tokens_map,
+        max_length,
+        longest,
+        train_on,
+    ]
     source = (records.info.description or "").rpartition(" (fields ")[0]
     encoder = _Encoder(tokenizer, max_length, longest, train_on, source)
     rows = mapped(records, encoder, key, Features(features), batch_size=BATCH, desc="tokenise")
     columns: Any = rows.with_format("numpy")
     prompts, numbers, pairs, lengths, inside = (columns[name][:] for name in _NUMBERS)
     kept = dict(zip(numbers.tolist(), pairs.tolist(), strict=True))  # {record: its pairs}
-    cut, dropped, partly = int((lengths > max_length).sum()), len(records) - len(kept), sum(kept.values()) - len(rows)
+    cut, dropped, partly = (
+        int((lengths > max_length).sum()),
+        len(records) - len(kept),
+        sum(kept.values()) - len(rows),
+    )
     if not len(rows):
         whole = replace(encoder, max_length=_NO_LIMIT, max_prompt_length=_NO_LIMIT)
-        lengths = mapped(records, whole, [*key, _NO_LIMIT], Features(features), batch_size=BATCH, desc="tokenise")
+        lengths = mapped(
+            records, whole, [*key, _NO_LIMIT], Features(features), batch_size=BATCH, desc="tokenise"
+        )
         shortest = min(lengths["prompt_length"])
         flags = [f"--max_length {shortest + 1} or more"] * (max_length <= shortest)
-        flags += [f"--data_options max_prompt_length={shortest} or more"] * ((max_prompt_length or shortest) < shortest)
+        flags += [f"--data_options max_prompt_length={shortest} or more"] * (
+            (max_prompt_length or shortest) < shortest
+        )
         raise ValueError(
             f"{name}: nothing is left of {counted(len(records), 'record')}. The shortest prompt has {shortest} tokens, "
             f"and {longest} are allowed: give {' and '.join(flags)}, if the model has as many positions, or take "
@@ -118,7 +133,9 @@ def encode_records(
     summary = f"90 % of its {counted(len(rows), 'row')} have {most} tokens or fewer, and max_length is {max_length}"
     why = f"whose prompts have more than {longest} tokens"
     losses = [f"{dropped} of {len(records)} records are dropped, {why}"] * bool(dropped)
-    losses += [f"left out likewise: {counted(partly, 'late answer')} of other conversations"] * bool(partly)
+    losses += [
+        f"left out likewise: {counted(partly, 'late answer')} of other conversations"
+    ] * bool(partly)
     losses += [f"{cut} of {counted(len(rows), 'row')} are cut"] * bool(cut)
     if losses:
         remedy = "raise it if the model has more positions, or take shorter records"
@@ -129,11 +146,19 @@ def encode_records(
         logger.warning(
             "%s: %d of %d outputs have the end token %r inside them: an answer ends there, and the model learns no "
             "more than that of it; take the token out, or write it otherwise. The first of them answers %r",
-            *(name, inside.sum(), len(rows), encoder.end_text, rows[int(inside.argmax())]["instruction"][:100]),
+            *(
+                name,
+                inside.sum(),
+                len(rows),
+                encoder.end_text,
+                rows[int(inside.argmax())]["instruction"][:100],
+            ),
         )
     place = int(numbers[prompts.argmax()])
     hardest = encoder.name_of(records[place], place)
-    return EncodedRecords(rows, int(lengths.clip(max=max_length).max()), int(prompts.max()), hardest)
+    return EncodedRecords(
+        rows, int(lengths.clip(max=max_length).max()), int(prompts.max()), hardest
+    )
 
 
 @dataclass(frozen=True)
@@ -148,17 +173,23 @@ class _Encoder:
 
     def name_of(self, record: Mapping[str, Any], place: int) -> str:
         """What messages call a record: its number, and its file."""
-        return f"record {record.get('number', place) + 1}" + (f" of {self.source}" if self.source else "")
+        return f"record {record.get('number', place) + 1}" + (
+            f" of {self.source}" if self.source else ""
+        )
 
     @property
     def end_text(self) -> str:
         return str(self.tokenizer.convert_ids_to_tokens(end_token_id(self.tokenizer)))
 
-    def __call__(self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> dict[str, list[Any]]:
+    def __call__(
+        self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]
+    ) -> dict[str, list[Any]]:
         tokenizer, end = self.tokenizer, end_token_id(self.tokenizer)
         mask: Any = tokenizer.mask_token_id
         inside = re.compile(rf"{re.escape(self.end_text)}(?!(\s|{re.escape(self.end_text)})*$)")
-        records = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
+        records = (
+            dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)
+        )
         pairs: list[dict[str, Any]] = []
         for number, record in zip(indices, records, strict=True):
             name = self.name_of(record, number)
@@ -166,7 +197,9 @@ class _Encoder:
                 found = self.pairs(record)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
-            pairs += [pair | {"record": number, "name": name, "pairs": len(found)} for pair in found]
+            pairs += [
+                pair | {"record": number, "name": name, "pairs": len(found)} for pair in found
+            ]
         prompts = encode_prompts(tokenizer, [pair["prompt"] for pair in pairs])
         answers = _ids(tokenizer, [pair["closed"] for pair in pairs], add_special_tokens=False)
         rows: list[dict[str, Any]] = []
@@ -178,8 +211,13 @@ class _Encoder:
                 raise ValueError(f"{written} {mask_in_a_text(mask)}")
             pair |= {"length": len(whole), "ends_inside": inside.search(pair["output"]) is not None}
             if len(opening) <= self.max_prompt_length:
-                rows.append(pair | {"input_ids": whole[: self.max_length], "prompt_length": len(opening)})
-        return {name: [row[name] for row in rows] for name in ("input_ids", "instruction", "answer", *_NUMBERS)}
+                rows.append(
+                    pair | {"input_ids": whole[: self.max_length], "prompt_length": len(opening)}
+                )
+        return {
+            name: [row[name] for row in rows]
+            for name in ("input_ids", "instruction", "answer", *_NUMBERS)
+        }
 
     def pairs(self, record: Mapping[str, Any]) -> list[dict[str, Any]]:
         """The {prompt, output, closed, instruction, answer} of a record; `closed`: the output and its turn's end."""
@@ -188,12 +226,19 @@ class _Encoder:
         if not record["instruction"]:
             return [last | {"prompt": "", "closed": record["output"]}]
         if not self.tokenizer.chat_template and not turns:
-            return [last | {"prompt": prompt_text(self.tokenizer, *question), "closed": record["output"]}]
+            return [
+                last
+                | {"prompt": prompt_text(self.tokenizer, *question), "closed": record["output"]}
+            ]
         pairs = []
         for i, turn in enumerate(turns if self.train_on == "all" else []):
             asked = [one["content"] for one in turns[:i] if one["role"] == "user"]
             if turn["role"] == "assistant" and asked:
-                earlier = {"instruction": asked[-1], "output": turn["content"], "answer": turn["content"]}
+                earlier = {
+                    "instruction": asked[-1],
+                    "output": turn["content"],
+                    "answer": turn["content"],
+                }
                 pairs.append(earlier | self.in_template(turns[:i], turn["content"]))
         return [*pairs, last | self.in_template(turns or _turn(*question), record["output"])]
 
@@ -213,7 +258,9 @@ class _Encoder:
 
 
 def prompt_text(
-    tokenizer: PreTrainedTokenizerBase, instruction: str | Sequence[Mapping[str, str]], input: str = ""
+    tokenizer: PreTrainedTokenizerBase,
+    instruction: str | Sequence[Mapping[str, str]],
+    input: str = "",
 ) -> str:
     """The text that the model reads before it answers: the chat template's, or Alpaca's form.
 
@@ -225,7 +272,9 @@ def prompt_text(
     if tokenizer.chat_template:
         return chat_text(tokenizer, _turn(instruction, input))
     more = ", paired with an input that provides further context" if input else ""
-    return _ALPACA.format(more=more, instruction=instruction, input=f"### Input:\n{input}\n\n" if input else "")
+    return _ALPACA.format(
+        more=more, instruction=instruction, input=f"### Input:\n{input}\n\n" if input else ""
+    )
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
@@ -239,9 +288,16 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -
 
 def _ids(tokenizer: Any, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
     backend = tokenizer.backend_tokenizer if tokenizer.is_fast else None
-    if backend and not backend.truncation and not backend.padding:  # 1.3 times as fast as the tokenizer's own call
-        return [one.ids for one in backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)]
-    return tokenizer(list(texts), add_special_tokens=add_special_tokens)["input_ids"] if texts else []
+    if (
+        backend and not backend.truncation and not backend.padding
+    ):  # 1.3 times as fast as the tokenizer's own call
+        return [
+            one.ids
+            for one in backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+        ]
+    return (
+        tokenizer(list(texts), add_special_tokens=add_special_tokens)["input_ids"] if texts else []
+    )
 
 
 def _turn(instruction: str, input: str) -> list[dict[str, str]]:
@@ -249,7 +305,10 @@ def _turn(instruction: str, input: str) -> list[dict[str, str]]:
 
 
 def chat_text(
-    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
+    tokenizer: PreTrainedTokenizerBase,
+    turns: Sequence[Mapping[str, str]],
+    *,
+    add_generation_prompt: bool = True,
 ) -> str:
     """A conversation, {role, content} a turn, as the tokenizer's chat template writes it.
 
@@ -263,7 +322,9 @@ def chat_text(
         )
     try:
         text: Any = tokenizer.apply_chat_template(
-            [dict(turn) for turn in turns], tokenize=False, add_generation_prompt=add_generation_prompt
+            [dict(turn) for turn in turns],
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
         )
     except TemplateError as error:
         raise ValueError(
@@ -275,7 +336,9 @@ def chat_text(
 
 def digit_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids of the ten digits, which are equal where the tokenizer doesn't know them."""
-    return [ids[-1] for ids in tokenizer(list(string.digits), add_special_tokens=False)["input_ids"]]  # type: ignore[union-attr]
+    return [
+        ids[-1] for ids in tokenizer(list(string.digits), add_special_tokens=False)["input_ids"]
+    ]  # type: ignore[union-attr]
 
 
 def end_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -286,5 +349,7 @@ def end_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
     if end is None:
-        raise ValueError("the tokenizer has no eos_token to end answers with: set tokenizer.eos_token")
+        raise ValueError(
+            "the tokenizer has no eos_token to end answers with: set tokenizer.eos_token"
+        )
     return int(end)  # type: ignore[arg-type]

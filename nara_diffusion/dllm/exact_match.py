@@ -35,7 +35,9 @@ logger = logging.getLogger(__name__)
 TOLERANCE = 1e-3
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 _LETTER = re.compile(r"\b[A-E]\b")
-_CHOICE = re.compile(r"\b(?:answer[1-5]|ending[1-4]|option[12]|solution[12]|true|false)\b", re.IGNORECASE)
+_CHOICE = re.compile(
+    r"\b(?:answer[1-5]|ending[1-4]|option[12]|solution[12]|true|false)\b", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,9 @@ def exact_match(
     Raises:
         ValueError: an unknown `extract`.
     """
-    nameless = [row["answer"] for row in rows if not compare(extract, row["answer"], row["answer"])[1]]
+    nameless = [
+        row["answer"] for row in rows if not compare(extract, row["answer"], row["answer"])[1]
+    ]
     if nameless:
         logger.warning(
             "%d of %d right answers name nothing by the rule %r, the first of them %r: nothing that is generated will "
@@ -99,7 +103,11 @@ def exact_match(
             for i, answer in zip(indices, result.answers.tolist(), strict=True):
                 row, text = rows[i], decode_answer(tokenizer, answer, ends)
                 named, is_right = compare(extract, text, row["answer"])
-                generations[i] = {"instruction": row["instruction"], "generation": text, "extracted": named}
+                generations[i] = {
+                    "instruction": row["instruction"],
+                    "generation": text,
+                    "extracted": named,
+                }
                 generations[i] |= {"answer": row["answer"], "correct": is_right}
             bar.update(len(indices))
     correct = sum(generation["correct"] for generation in generations)
@@ -107,11 +115,20 @@ def exact_match(
 
 
 def answer_prompts(
-    model: nn.Module, prompts: Sequence[Sequence[int]], *, device: torch.device | None = None, **sampling: Any
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    *,
+    device: torch.device | None = None,
+    **sampling: Any,
 ) -> Generation:
     """`generate` for prompts of unequal length, as lists of token ids, on `device` or that of the parameters."""
-    input_ids = pad_sequence([torch.as_tensor(prompt, dtype=torch.long) for prompt in prompts], batch_first=True)
-    input_ids, lengths = input_ids.to(device or Backbone(model).device), [len(prompt) for prompt in prompts]
+    input_ids = pad_sequence(
+        [torch.as_tensor(prompt, dtype=torch.long) for prompt in prompts], batch_first=True
+    )
+    input_ids, lengths = (
+        input_ids.to(device or Backbone(model).device),
+        [len(prompt) for prompt in prompts],
+    )
     result = generate(model, input_ids, prompt_lengths=lengths, return_stats=True, **sampling)
     assert isinstance(result, Generation)
     return result
@@ -127,7 +144,11 @@ def stop_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list
 
 
 def decode_answer(
-    tokenizer: PreTrainedTokenizerBase, answer: Sequence[int], ends: Sequence[int], *, strip: bool = True
+    tokenizer: PreTrainedTokenizerBase,
+    answer: Sequence[int],
+    ends: Sequence[int],
+    *,
+    strip: bool = True,
 ) -> str:
     """The text before the first end token; white space around it stays without `strip`, as a program's indentation."""
     length = next((j for j, token in enumerate(answer) if token in ends), len(answer))
@@ -147,18 +168,25 @@ def compare(extract: str | Callable[[str], str], text: str, answer: str) -> tupl
         ValueError: an unknown name.
     """
     if extract == "number":
-        named, right = ([float(n) for n in _NUMBER.findall(words.replace(",", ""))][-1:] for words in (text, answer))
+        named, right = (
+            [float(n) for n in _NUMBER.findall(words.replace(",", ""))][-1:]
+            for words in (text, answer)
+        )
         is_right = bool(named and right) and abs(named[0] - right[0]) <= TOLERANCE
         return format(named[0], ".15g") if named else "", is_right
     if extract == "choice" and (wanted := _CHOICE.search(answer)):
         kinds = {"true": "truth", "false": "truth"}
         kind = lambda choice: kinds.get(choice, choice[:-1])  # noqa: E731
         right, choices = wanted[0].lower(), [choice.lower() for choice in _CHOICE.findall(text)]
-        return _equal(next((choice for choice in choices if kind(choice) == kind(right)), ""), right)
+        return _equal(
+            next((choice for choice in choices if kind(choice) == kind(right)), ""), right
+        )
     if extract in ("letter", "choice"):
         return _equal(*("".join(_LETTER.findall(words)[-1:]) for words in (text, answer)))
     if not callable(extract) and extract != "text":
-        raise ValueError(f"extract is {extract!r}, expected 'text', 'number', 'letter', 'choice', or a function")
+        raise ValueError(
+            f"extract is {extract!r}, expected 'text', 'number', 'letter', 'choice', or a function"
+        )
     find = extract if callable(extract) else lambda words: " ".join(words.split())
     return _equal(find(text), find(answer))
 

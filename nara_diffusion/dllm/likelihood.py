@@ -65,7 +65,9 @@ def log_likelihood(
     backbone = Backbone(model)
     mask = backbone.mask_token_id(mask_token_id)
     answers = answer_positions(input_ids, prompt_lengths, answer_lengths=answer_lengths)
-    holding = ((answers.flip(1).cumsum(1).flip(1) > 0) & (input_ids == mask)).any(1)  # up to the end of the answer
+    holding = ((answers.flip(1).cumsum(1).flip(1) > 0) & (input_ids == mask)).any(
+        1
+    )  # up to the end of the answer
     if holding.any():
         raise ValueError(f"row {int(holding.nonzero()[0])} {mask_in_a_text(mask)}")
     input_ids, answers = _opened(backbone, input_ids, answers)
@@ -74,7 +76,9 @@ def log_likelihood(
     for row, (answer, index) in enumerate(zip(answers, indices, strict=True)):
         masks, weights = weighted_masks(answer, samples, np.random.default_rng((seed, index)))
         tasks = by_length.setdefault(int(answer.nonzero().max()) + 1, [])
-        tasks += [(row, masked, weight) for masked, weight in zip(masks, weights.tolist(), strict=True)]
+        tasks += [
+            (row, masked, weight) for masked, weight in zip(masks, weights.tolist(), strict=True)
+        ]
     bounds = torch.zeros(len(input_ids), dtype=torch.float64, device=input_ids.device)
     total = sum(map(len, by_length.values()))
     mode = nullcontext() if differentiable else evaluating(model)
@@ -88,7 +92,11 @@ def log_likelihood(
             for start in range(0, len(tasks), batch_size):
                 rows, masks, weights = zip(*tasks[start : start + batch_size], strict=True)
                 rows = torch.tensor(rows, device=input_ids.device)
-                targets, answer, masked = input_ids[rows, :width], answers[rows, :width], torch.stack(masks)[:, :width]
+                targets, answer, masked = (
+                    input_ids[rows, :width],
+                    answers[rows, :width],
+                    torch.stack(masks)[:, :width],
+                )
                 share = masked.sum(1).float() / answer.sum(1)  # λ
                 seen = targets.masked_fill(masked, mask)
                 batch = MaskedBatch(seen, targets, masked, answer, share, None)
@@ -98,13 +106,17 @@ def log_likelihood(
     return bounds
 
 
-def _opened(backbone: Backbone, input_ids: torch.Tensor, answers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _opened(
+    backbone: Backbone, input_ids: torch.Tensor, answers: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Both, (b, l), and where the model needs it (b, 1 + l) with a BOS token before rows that have no prompt."""
     empty = answers[:, :1]  # (b, 1)
     opening = backbone.opening_token() if empty.any() else None
     if opening is None:
         return input_ids, answers
-    input_ids = torch.where(empty, F.pad(input_ids, (1, 0), value=opening), F.pad(input_ids, (0, 1)))
+    input_ids = torch.where(
+        empty, F.pad(input_ids, (1, 0), value=opening), F.pad(input_ids, (0, 1))
+    )
     return input_ids, torch.where(empty, F.pad(answers, (1, 0)), F.pad(answers, (0, 1)))
 
 
@@ -116,9 +128,13 @@ def weighted_masks(
     n = int(answer.sum())
     if n < 63 and 2**n - 1 <= samples:
         chosen = (torch.arange(1, 2**n)[:, None] >> torch.arange(n)) & 1 > 0  # (2ⁿ − 1, n)
-        weights = torch.tensor([1 / (n * comb(n, k)) for k in chosen.sum(1).tolist()], dtype=torch.float64)
+        weights = torch.tensor(
+            [1 / (n * comb(n, k)) for k in chosen.sum(1).tolist()], dtype=torch.float64
+        )
     else:
-        places = (np.arange(samples) + random.random(samples)) / samples  # one in each S-th of [0, 1)
+        places = (
+            np.arange(samples) + random.random(samples)
+        ) / samples  # one in each S-th of [0, 1)
         counts = 1 + np.minimum((places * n).astype(np.int64), n - 1)
         order = random.random((samples, n)).argsort(1).argsort(1)  # ranks (S, n)
         chosen, weights = (

@@ -66,14 +66,20 @@ def masked_diffusion_loss(
             another λ than the masked share; or an answer without a prompt, for a model that predicts the next token.
     """
     mask = Backbone(model).mask_token_id(mask_token_id)
-    return batch_loss(model, mask_answers(input_ids, prompt_lengths, mask_token_id=mask, **masking), chunk_size)
+    return batch_loss(
+        model, mask_answers(input_ids, prompt_lengths, mask_token_id=mask, **masking), chunk_size
+    )
 
 
-def batch_loss(model: nn.Module, batch: MaskedBatch, chunk_size: int | None = 256) -> MaskedDiffusionLoss:
+def batch_loss(
+    model: nn.Module, batch: MaskedBatch, chunk_size: int | None = 256
+) -> MaskedDiffusionLoss:
     """The loss of a batch that is masked already; see `masked_diffusion_loss`."""
     token_loss = masked_cross_entropy(model, batch, chunk_size=chunk_size)  # (b', l)
     per_sample = token_loss.sum(1) / batch.noise_level / batch.answer.sum(1)
-    return MaskedDiffusionLoss(**vars(batch), loss=per_sample.mean(), per_sample=per_sample, token_loss=token_loss)
+    return MaskedDiffusionLoss(
+        **vars(batch), loss=per_sample.mean(), per_sample=per_sample, token_loss=token_loss
+    )
 
 
 def masked_cross_entropy(
@@ -100,7 +106,10 @@ def masked_cross_entropy(
     rows, copies = batch.input_ids, 1
     if cfg_scale > 0:
         prompt = batch.answer.cumsum(1) == 0  # (b, l)
-        rows, copies = torch.cat([rows, rows.masked_fill(prompt, backbone.mask_token_id(mask_token_id))]), 2
+        rows, copies = (
+            torch.cat([rows, rows.masked_fill(prompt, backbone.mask_token_id(mask_token_id))]),
+            2,
+        )
     padding = None if batch.attention_mask is None else torch.cat([batch.attention_mask] * copies)
     with conditioned(model, torch.cat([batch.noise_level] * copies)):
         return backbone.token_losses(
@@ -147,16 +156,22 @@ def noise_level_curve(
     model = without_ddp(model)
     backbone = Backbone(model)
     mask, device = backbone.mask_token_id(mask_token_id), backbone.device
-    collate = collator or AnswerCollator(backbone.configured("pad_token_id") or 0, trained_padding=0)
+    collate = collator or AnswerCollator(
+        backbone.configured("pad_token_id") or 0, trained_padding=0
+    )
     losses = []
-    bar = tqdm(total=len(noise_levels) * len(rows), desc="loss over λ", unit="row", disable=not progress)
+    bar = tqdm(
+        total=len(noise_levels) * len(rows), desc="loss over λ", unit="row", disable=not progress
+    )
     with evaluating(model), bar:
         for level in noise_levels:
             total = count = 0.0
             for batch in batches_of(rows, range(len(rows)), collate, batch_size, device):
                 masked = mask_answers(**batch, mask_token_id=mask, noise_level=level, seed=seed)
                 lengths = masked.answer.sum(1)
-                total += (masked_cross_entropy(model, masked).double().sum(1) / lengths).sum().item()
+                total += (
+                    (masked_cross_entropy(model, masked).double().sum(1) / lengths).sum().item()
+                )
                 count += (masked.masked.double().sum(1) / lengths).sum().item()
                 bar.update(len(lengths))
             losses.append(total / count if count else float("nan"))
@@ -164,7 +179,11 @@ def noise_level_curve(
 
 
 def batches_of(
-    rows: Sequence[Mapping[str, Any]], indices: Sequence[int], collator: AnswerCollator, batch_size: int, device: Any
+    rows: Sequence[Mapping[str, Any]],
+    indices: Sequence[int],
+    collator: AnswerCollator,
+    batch_size: int,
+    device: Any,
 ) -> Iterator[dict[str, Any]]:
     """The rows at `indices` as batches on `device`; their random numbers are keyed by the index."""
     for start in range(0, len(indices), batch_size):

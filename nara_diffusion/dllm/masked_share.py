@@ -71,19 +71,33 @@ class InputIdsNoise:
     convention = MASKED_SHARE
 
     def __init__(
-        self, prompt_lengths: int | Sequence[int] | torch.Tensor, *, mask_token_id: int, repeated: str | None = None
+        self,
+        prompt_lengths: int | Sequence[int] | torch.Tensor,
+        *,
+        mask_token_id: int,
+        repeated: str | None = None,
     ) -> None:
         if repeated not in (None, *REPETITIONS):
-            raise ValueError(f"repeated is {repeated!r}, expected one of {', '.join(map(repr, REPETITIONS))}, or None")
+            raise ValueError(
+                f"repeated is {repeated!r}, expected one of {', '.join(map(repr, REPETITIONS))}, or None"
+            )
         self.prompt_lengths = torch.as_tensor(prompt_lengths).reshape(-1)
         self.mask_token_id = mask_token_id
         self.repeated = repeated
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> torch.Tensor:
         """λ (B,) for a forward of `module`; a ValueError where its arguments don't say it."""
         input_ids = kwargs.get("input_ids", args[0] if args else None)
-        if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point():
-            raise ValueError("λ can't be read: this forward has no input_ids (batch, length): use noise_level(…)")
+        if (
+            not isinstance(input_ids, torch.Tensor)
+            or input_ids.ndim != 2
+            or input_ids.is_floating_point()
+        ):
+            raise ValueError(
+                "λ can't be read: this forward has no input_ids (batch, length): use noise_level(…)"
+            )
         cache = kwargs.get("past_key_values")
         if cache is not None and cache.get_seq_length() > 0:
             raise ValueError(
@@ -98,15 +112,23 @@ class InputIdsNoise:
             answer = answer & _tokens_that_count(attention_mask, rows, width)
         if not answer.any(1).all():
             row = int((~answer.any(1)).nonzero()[0])
-            raise ValueError(f"λ can't be read: row {row} of input_ids has {width} tokens, and none of an answer")
+            raise ValueError(
+                f"λ can't be read: row {row} of input_ids has {width} tokens, and none of an answer"
+            )
         masked = answer & (input_ids == self.mask_token_id)
         return masked.sum(1).float() / answer.sum(1)
 
     def _starts(self, rows: int) -> torch.Tensor:
         lengths = self.prompt_lengths
         times, rest = divmod(rows, len(lengths))
-        if rest == 0 and (times == 1 or bool((lengths == lengths[0]).all()) or self.repeated is not None):
-            return lengths.repeat(times) if self.repeated == "tiled" else lengths.repeat_interleave(times)
+        if rest == 0 and (
+            times == 1 or bool((lengths == lengths[0]).all()) or self.repeated is not None
+        ):
+            return (
+                lengths.repeat(times)
+                if self.repeated == "tiled"
+                else lengths.repeat_interleave(times)
+            )
         raise ValueError(
             f"λ can't be read: prompt_lengths has {len(lengths)} values and this forward {rows} rows. Say how the "
             "sampler repeats rows, repeated='tiled' (all, then all again, as in classifier-free guidance) or "
@@ -148,7 +170,9 @@ def _tokens_that_count(attention_mask: Any, rows: int, width: int) -> torch.Tens
         if attention_mask.shape == (rows, width):
             return attention_mask.bool()
         if attention_mask.ndim == 4 and all(n in (1, width) for n in attention_mask.shape[2:]):
-            own = attention_mask.expand(-1, -1, width, width).diagonal(dim1=2, dim2=3)  # (b or 1, h, l)
+            own = attention_mask.expand(-1, -1, width, width).diagonal(
+                dim1=2, dim2=3
+            )  # (b or 1, h, l)
             counts = own == 0 if own.is_floating_point() else own.bool()
             is_clear = not own.is_floating_point() or bool((counts | (own <= _HIDDEN)).all())
             if is_clear and len(own) in (1, rows) and bool((counts == counts[:, :1]).all()):

@@ -96,18 +96,33 @@ def mask_answers(
             window without λ (see `check_drawable`).
     """
     b, device = len(input_ids), input_ids.device
-    answer, attention_mask = answer_positions(input_ids, prompt_lengths, answer_lengths=answer_lengths), None
+    answer, attention_mask = (
+        answer_positions(input_ids, prompt_lengths, answer_lengths=answer_lengths),
+        None,
+    )
     if answer_lengths is not None:
-        attention_mask = (answer.flip(1).cumsum(1).flip(1) > 0).long()  # up to the end of the answer
+        attention_mask = (
+            answer.flip(1).cumsum(1).flip(1) > 0
+        ).long()  # up to the end of the answer
     seed, indices = _key(seed, sample_indices, generator, b)
     if noise_level is None:
-        options: dict[str, Any] = {"group_size": group_size or b, "symmetric": complementary, "window": window}
+        options: dict[str, Any] = {
+            "group_size": group_size or b,
+            "symmetric": complementary,
+            "window": window,
+        }
         levels = draw_noise_levels(indices, seed=seed, **options).to(device)
     else:
         levels = torch.as_tensor(noise_level, dtype=torch.float32, device=device).expand(b)
         if not ((levels > 0) & (levels <= 1)).all() or (complementary and (levels == 1).any()):
-            interval = "(0, 1), since the complementary masks get 1 - noise_level" if complementary else "(0, 1]"
-            raise ValueError(f"noise_level is {levels.tolist()}, expected values in {interval}: at 0 nothing is masked")
+            interval = (
+                "(0, 1), since the complementary masks get 1 - noise_level"
+                if complementary
+                else "(0, 1]"
+            )
+            raise ValueError(
+                f"noise_level is {levels.tolist()}, expected values in {interval}: at 0 nothing is masked"
+            )
     masked = draw_masks(answer, levels, indices, seed=seed)  # (b, l)
     targets = input_ids
     if complementary:
@@ -115,7 +130,9 @@ def mask_answers(
         levels = torch.cat([levels, 1 - levels])  # (2b,)
         targets, answer = targets.repeat(2, 1), answer.repeat(2, 1)
         attention_mask = None if attention_mask is None else attention_mask.repeat(2, 1)
-    return MaskedBatch(targets.masked_fill(masked, mask_token_id), targets, masked, answer, levels, attention_mask)
+    return MaskedBatch(
+        targets.masked_fill(masked, mask_token_id), targets, masked, answer, levels, attention_mask
+    )
 
 
 def with_level_token(batch: MaskedBatch, digits: Sequence[int]) -> MaskedBatch:
@@ -129,8 +146,12 @@ def with_level_token(batch: MaskedBatch, digits: Sequence[int]) -> MaskedBatch:
     places = torch.arange(length + 1, device=place.device).expand(b, -1)  # (b, l + 1)
     source = (places - (places > place).long()).clamp(max=length - 1)
     names = ("input_ids", "targets", "masked", "answer", "attention_mask")
-    parts = {name: part.gather(1, source) for name in names if (part := getattr(batch, name)) is not None}
-    level = torch.tensor(digits, device=place.device)[(10 * batch.noise_level).long().clamp(max=9)][:, None]  # (b, 1)
+    parts = {
+        name: part.gather(1, source) for name in names if (part := getattr(batch, name)) is not None
+    }
+    level = torch.tensor(digits, device=place.device)[(10 * batch.noise_level).long().clamp(max=9)][
+        :, None
+    ]  # (b, 1)
     parts |= {name: parts[name].scatter(1, place, level) for name in ("input_ids", "targets")}
     parts |= {name: parts[name].scatter(1, place, False) for name in ("masked", "answer")}
     return replace(batch, **parts)
@@ -166,7 +187,9 @@ def answer_positions(
 def _lengths(name: str, lengths: Lengths, input_ids: torch.Tensor) -> torch.Tensor:
     found = torch.as_tensor(lengths, device=input_ids.device)
     if found.is_floating_point() or found.shape != (len(input_ids),):
-        raise ValueError(f"{name} is {lengths!r}: pass a whole number for each of the {len(input_ids)} rows")
+        raise ValueError(
+            f"{name} is {lengths!r}: pass a whole number for each of the {len(input_ids)} rows"
+        )
     return found
 
 
@@ -206,7 +229,9 @@ def check_drawable(window: NoiseWindow, complementary: bool = False) -> None:
     top = 1 - MIN_NOISE_LEVEL if complementary else 1.0
     given = f"min_noise_level is {window.low} and max_noise_level {window.high}"
     if window.low >= top or window.high <= MIN_NOISE_LEVEL:
-        raise ValueError(f"{given}, and masked shares are drawn from {MIN_NOISE_LEVEL} to {top:g}: widen the window.")
+        raise ValueError(
+            f"{given}, and masked shares are drawn from {MIN_NOISE_LEVEL} to {top:g}: widen the window."
+        )
     if complementary and abs(window.low + window.high - 1) > 1e-9:
         low = min(window.low, 1 - window.high)
         raise ValueError(
@@ -225,7 +250,9 @@ def draw_masks(
     """
     uniform = np.ones(answer.shape)
     for row, columns in enumerate(answer.cpu().numpy()):
-        uniform[row, columns] = _random(seed, _MASK_STREAM, sample_indices[row]).random(int(columns.sum()))
+        uniform[row, columns] = _random(seed, _MASK_STREAM, sample_indices[row]).random(
+            int(columns.sum())
+        )
     chosen = torch.from_numpy(uniform) < noise_level.cpu().double()[:, None]  # (b, l)
     return answer & chosen.to(answer.device)
 
@@ -240,7 +267,9 @@ def _key(
     """The seed and the indices of the b samples, from which all random numbers are drawn."""
     if seed is None:
         if sample_indices is not None:
-            raise ValueError("sample_indices were given without a seed: pass seed=, or leave both out")
+            raise ValueError(
+                "sample_indices were given without a seed: pass seed=, or leave both out"
+            )
         device = "cpu" if generator is None else generator.device
         seed = int(torch.randint(2**62, (), generator=generator, device=device))
     indices = list(range(b)) if sample_indices is None else [int(i) for i in sample_indices]

@@ -115,7 +115,11 @@ def generate(
         ValueError: impossible arguments, a prompt that holds the mask token, more positions than the model has, or an
             adapter that was trained with another λ than the masked share.
     """
-    if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point():
+    if (
+        not isinstance(input_ids, torch.Tensor)
+        or input_ids.ndim != 2
+        or input_ids.is_floating_point()
+    ):
         raise ValueError(
             f"input_ids is a {type(input_ids).__name__}, expected a tensor (b, p) of token ids: a text becomes one by "
             "torch.tensor(encode_prompts(tokenizer, [text])), and LLaDAPipeline takes it as it is"
@@ -128,12 +132,16 @@ def generate(
     padding = mask if padding is None else padding
     placed = place_prompts(backbone, input_ids, sampling.gen_length, mask, padding, **lengths)
     eos, ends = (
-        torch.as_tensor([] if ids is None else ids, dtype=torch.long, device=input_ids.device).reshape(-1)
+        torch.as_tensor(
+            [] if ids is None else ids, dtype=torch.long, device=input_ids.device
+        ).reshape(-1)
         for ids in (eos, eos if eos_token_id is None else eos_token_id)
     )
     never = torch.cat([eos if sampling.logits_eos_inf else eos[:0], eos.new_tensor([mask])])
     last = ends if sampling.confidence_eos_eot_inf else ends[:0]
-    state = _State(backbone, sampling, mask, ends if stop_at_eos else ends[:0], last, never, *placed, generator)
+    state = _State(
+        backbone, sampling, mask, ends if stop_at_eos else ends[:0], last, never, *placed, generator
+    )
     with evaluating(backbone.model):
         state.fill(on_step_end)
     result = Generation(state.sequences, state.answers, state.starts, state.forwards)
@@ -170,7 +178,9 @@ class _State:
         self.masked = torch.ones_like(self.positions, dtype=torch.bool)  # (b, g)
         if self.sampling.temperature > 0 or self.sampling.remasking == "random":
             source = "cpu" if self.generator is None else self.generator.device
-            seeds = torch.randint(2**62, (len(self.starts),), generator=self.generator, device=source).tolist()
+            seeds = torch.randint(
+                2**62, (len(self.starts),), generator=self.generator, device=source
+            ).tolist()
             self.streams = [torch.Generator(self.starts.device).manual_seed(seed) for seed in seeds]
 
     @property
@@ -189,7 +199,9 @@ class _State:
                 self._step(columns, count)
                 self._finish_rows()
                 if on_step_end is not None:
-                    step = GenerationStep(self.forwards - 1, noise_level, self.sequences.clone(), self.masked.clone())
+                    step = GenerationStep(
+                        self.forwards - 1, noise_level, self.sequences.clone(), self.masked.clone()
+                    )
                     on_step_end(step)
                     self.sequences = step.sequences
                     self.masked &= self.answers == self.mask_token_id
@@ -197,12 +209,20 @@ class _State:
                         return
 
     def _step(self, columns: slice, count: int) -> None:
-        rows = self.masked[:, columns].any(1).nonzero()[:, 0]  # (a,); rows that are done with the block sit out
+        rows = (
+            self.masked[:, columns].any(1).nonzero()[:, 0]
+        )  # (a,); rows that are done with the block sit out
         positions, masked = self.positions[rows, columns], self.masked[rows, columns]  # (a, k)
-        logits = self._logits(rows, positions).index_fill_(-1, self.never, float("-inf"))  # (a, k, v)
-        tokens, chosen = self.sampling.place(logits, masked, count, self.last, partial(self._uniform, rows))
+        logits = self._logits(rows, positions).index_fill_(
+            -1, self.never, float("-inf")
+        )  # (a, k, v)
+        tokens, chosen = self.sampling.place(
+            logits, masked, count, self.last, partial(self._uniform, rows)
+        )
         sequences = self.sequences[rows]
-        placed = sequences.scatter(1, positions, torch.where(chosen, tokens, sequences.gather(1, positions)))
+        placed = sequences.scatter(
+            1, positions, torch.where(chosen, tokens, sequences.gather(1, positions))
+        )
         self.sequences = self.sequences.index_copy(0, rows, placed)
         self.masked[rows, columns] = masked & ~chosen
 
@@ -212,7 +232,9 @@ class _State:
         self.forwards += 1
         if w > 0:
             prompt = torch.arange(sequences.shape[1], device=rows.device) < self.starts[rows, None]
-            sequences = torch.cat([sequences, sequences.masked_fill(prompt, self.mask_token_id)])  # (2a, l)
+            sequences = torch.cat(
+                [sequences, sequences.masked_fill(prompt, self.mask_token_id)]
+            )  # (2a, l)
             rows, positions = rows.repeat(2), positions.repeat(2, 1)
         padding = None if self.attention_mask is None else self.attention_mask[rows]
         with conditioned(self.backbone.model, self.masked[rows].float().mean(1)):
@@ -222,14 +244,20 @@ class _State:
     def _uniform(self, rows: torch.Tensor, *shape: int, dtype: torch.dtype) -> torch.Tensor:
         """The next random numbers of `rows` (a,), each from its own stream: (a, *shape)."""
         streams = [self.streams[row] for row in rows.tolist()]
-        return torch.stack([torch.rand(shape, dtype=dtype, device=s.device, generator=s) for s in streams])
+        return torch.stack(
+            [torch.rand(shape, dtype=dtype, device=s.device, generator=s) for s in streams]
+        )
 
     def _finish_rows(self) -> None:
         """Fill the rest of each row whose first end token has no mask before it."""
         answers = self.answers
         is_end = torch.isin(answers, self.ends) & ~self.masked  # (b, g)
-        first = torch.where(is_end.any(1), is_end.int().argmax(1), len(self.columns) - 1)[:, None]  # (b, 1)
-        done = is_end.any(1, keepdim=True) & ~(self.masked & (self.columns < first)).any(1, keepdim=True)
+        first = torch.where(is_end.any(1), is_end.int().argmax(1), len(self.columns) - 1)[
+            :, None
+        ]  # (b, 1)
+        done = is_end.any(1, keepdim=True) & ~(self.masked & (self.columns < first)).any(
+            1, keepdim=True
+        )
         rest = done & (self.columns > first)  # (b, g)
         filled = torch.where(rest, answers.gather(1, first), answers)
         self.sequences = self.sequences.scatter(1, self.positions, filled)

@@ -38,7 +38,9 @@ def load_records(args: Any) -> tuple[Dataset, Dataset, Dataset]:
     """
     fields = {what: name for what in FIELDS if (name := getattr(args, f"{what}_field")) is not None}
     options: dict[str, Any] = {"fields": fields, "config": args.dataset_config_name}
-    records = read_records(args.dataset_name or args.train_file, **options, limit=args.max_train_samples)
+    records = read_records(
+        args.dataset_name or args.train_file, **options, limit=args.max_train_samples
+    )
     records = records.add_column("number", range(len(records)))  # type: ignore[call-arg]
     if args.validation_file is not None:
         validation = read_records(args.validation_file, **options)
@@ -64,7 +66,9 @@ def hold_out(records: Dataset, number: int | None, seed: int) -> tuple[Dataset, 
     held_out = number or max(1, min(_MOST_HELD_OUT, len(different) // 10))
     left = len(different) - held_out
     if left < held_out:
-        size = f"{len(records)}" + (f", {len(different)} of them different" if len(different) < len(records) else "")
+        size = f"{len(records)}" + (
+            f", {len(different)} of them different" if len(different) < len(records) else ""
+        )
         remedy = "lower validation_samples, or " if len(different) > 1 else ""
         raise ValueError(
             f"training records: {size}. {held_out} can't be spared for validation, since that leaves {max(left, 0)}: "
@@ -79,7 +83,9 @@ def hold_out(records: Dataset, number: int | None, seed: int) -> tuple[Dataset, 
     training = records.select([*parts["train"]["number"][:], *copies])
     if dropped := len(records) - len(training) - held_out:
         counts = (dropped, len(different), len(records))
-        logger.warning("training data: copies of held-out records are left out: %d (%d of %d differ)", *counts)
+        logger.warning(
+            "training data: copies of held-out records are left out: %d (%d of %d differ)", *counts
+        )
     return training, parts["test"]
 
 
@@ -109,7 +115,11 @@ def without_held_out(training: EncodedRecords, held_out: EncodedRecords) -> Enco
             "give more varied records, or a validation_file"
         )
     dropped = len(training.rows) - len(kept)
-    logger.warning("training data: %d of %d rows equal held-out ones and are left out", dropped, len(training.rows))
+    logger.warning(
+        "training data: %d of %d rows equal held-out ones and are left out",
+        dropped,
+        len(training.rows),
+    )
     return replace(training, rows=training.rows.select(kept))
 
 
@@ -129,9 +139,13 @@ def rows_in_training(training: Dataset, **measured: Dataset) -> list[str]:
 
 def _row_keys(rows: Dataset) -> Iterator[bytes]:
     """Of each row, a digest of its tokens and of where its answer begins."""
-    for table in rows.select_columns(["input_ids", "prompt_length"]).with_format("arrow").iter(BATCH):
+    for table in (
+        rows.select_columns(["input_ids", "prompt_length"]).with_format("arrow").iter(BATCH)
+    ):
         ids: Any = table["input_ids"].combine_chunks()  # type: ignore[index]
         ends = ids.value_lengths().to_numpy().cumsum()
         starts: Any = table["prompt_length"].to_pylist()  # type: ignore[index]
-        for tokens, start in zip(np.split(ids.flatten().to_numpy(), ends[:-1]), starts, strict=True):
+        for tokens, start in zip(
+            np.split(ids.flatten().to_numpy(), ends[:-1]), starts, strict=True
+        ):
             yield sha256(f"{start} ".encode() + tokens.tobytes()).digest()

@@ -29,16 +29,24 @@ class ModelArguments:
         "", "Folder or Hub id of the model to adapt; none runs the shipped one."
     )
     load_in_4bit: bool = option(
-        False, "Round the frozen weights to 4 bits, NF4 with double quantisation, by bitsandbytes.", rare=True
+        False,
+        "Round the frozen weights to 4 bits, NF4 with double quantisation, by bitsandbytes.",
+        rare=True,
     )
-    load_in_8bit: bool = option(False, "Round the frozen weights to 8 bits, by bitsandbytes.", rare=True)
+    load_in_8bit: bool = option(
+        False, "Round the frozen weights to 8 bits, by bitsandbytes.", rare=True
+    )
     model_options: dict[str, Any] = option({}, "How it is loaded:", rare=True)
     revision: str | None = option(None, "branch, tag or commit on the Hub", within="model_options")
     mask_token: str | None = option(
         None, "text of the mask token, where the checkpoint doesn't name it", within="model_options"
     )
-    dataset_name: str | None = option(None, "Data set on the Hub, or NAME:SPLIT, in place of a file.")
-    train_file: str | None = option(None, "File of records: JSON list, JSON Lines or CSV, gzip of one, or parquet.")
+    dataset_name: str | None = option(
+        None, "Data set on the Hub, or NAME:SPLIT, in place of a file."
+    )
+    train_file: str | None = option(
+        None, "File of records: JSON list, JSON Lines or CSV, gzip of one, or parquet."
+    )
     max_train_samples: int | None = option(
         None, "Take the first so many training records; none takes all.", unit="records"
     )
@@ -47,8 +55,12 @@ class ModelArguments:
         "Answers of a conversation that are trained on: its last, or all, of which each pass draws one.",
         choices=("last", "all"),
     )
-    validation_file: str | None = option(None, "Records for the validation loss; none holds out --validation_samples.")
-    test_file: str | None = option(None, "Records for exact match, before and after; none takes the validation ones.")
+    validation_file: str | None = option(
+        None, "Records for the validation loss; none holds out --validation_samples."
+    )
+    test_file: str | None = option(
+        None, "Records for exact match, before and after; none takes the validation ones."
+    )
     validation_samples: int | None = option(
         None,
         "Records held out of the training data, if there is no file; none takes a tenth of them, 128 at most.",
@@ -59,14 +71,28 @@ class ModelArguments:
         None, "Use the first so many test records; none uses all.", unit="records", rare=True
     )
     data_options: dict[str, Any] = option({}, "How data are read:", rare=True)
-    dataset_config_name: str | None = option(None, "configuration of data sets on the Hub", within="data_options")
-    messages_field: str | None = option(None, "field of a record with a conversation", within="data_options")
+    dataset_config_name: str | None = option(
+        None, "configuration of data sets on the Hub", within="data_options"
+    )
+    messages_field: str | None = option(
+        None, "field of a record with a conversation", within="data_options"
+    )
     instruction_field: str | None = option(None, "field with the question", within="data_options")
-    input_field: str | None = option(None, "field with its second part; records may lack it", within="data_options")
-    output_field: str | None = option(None, "field with what the model learns to write", within="data_options")
-    text_field: str | None = option(None, "field with a text that has no prompt", within="data_options")
-    answer_field: str | None = option(None, "field that a generation is compared with", within="data_options")
-    max_prompt_length: int | None = option(None, "tokens; longer prompts are left out", within="data_options")
+    input_field: str | None = option(
+        None, "field with its second part; records may lack it", within="data_options"
+    )
+    output_field: str | None = option(
+        None, "field with what the model learns to write", within="data_options"
+    )
+    text_field: str | None = option(
+        None, "field with a text that has no prompt", within="data_options"
+    )
+    answer_field: str | None = option(
+        None, "field that a generation is compared with", within="data_options"
+    )
+    max_prompt_length: int | None = option(
+        None, "tokens; longer prompts are left out", within="data_options"
+    )
     max_length: int | None = option(
         None,
         "Length of prompt and answer together, without padding; longer answers are cut. None takes 512, or the "
@@ -86,10 +112,14 @@ class ObjectiveArguments:
         unit="tokens",
         rare=True,
     )
-    complementary: bool = option(False, "Train on each sample twice, with complementary masks.", rare=True)
+    complementary: bool = option(
+        False, "Train on each sample twice, with complementary masks.", rare=True
+    )
     eval_batch_size: int = option(16, "Samples of one forward in evaluation.", unit="samples")
     gen_length: int = option(128, "Length of a generated answer.", unit="tokens")
-    generation_steps: int | None = option(None, "Denoising steps of an answer; none takes one a token.", unit="steps")
+    generation_steps: int | None = option(
+        None, "Denoising steps of an answer; none takes one a token.", unit="steps"
+    )
     block_length: int | None = option(
         None,
         "Block that is finished before the next is begun; none takes that of the model's own chat (LLaDA: 32), where "
@@ -97,28 +127,55 @@ class ObjectiveArguments:
         unit="tokens",
     )
     extract: str = option(
-        "text", "What is compared: text, the last number, choice.", choices=("text", "number", "choice")
+        "text",
+        "What is compared: text, the last number, choice.",
+        choices=("text", "number", "choice"),
     )
-    evaluation_options: dict[str, Any] = option({}, "How answers are generated and losses measured:", rare=True)
-    temperature: float = option(0.0, "of sampling; 0 takes the likeliest token", within="evaluation_options")
-    cfg_scale: float = option(0.0, "classifier-free guidance; 0 disables it", within="evaluation_options")
-    top_p: float | None = option(None, "of sampling; none draws from all tokens", within="evaluation_options")
+    evaluation_options: dict[str, Any] = option(
+        {}, "How answers are generated and losses measured:", rare=True
+    )
+    temperature: float = option(
+        0.0, "of sampling; 0 takes the likeliest token", within="evaluation_options"
+    )
+    cfg_scale: float = option(
+        0.0, "classifier-free guidance; 0 disables it", within="evaluation_options"
+    )
+    top_p: float | None = option(
+        None, "of sampling; none draws from all tokens", within="evaluation_options"
+    )
     remasking: str = option(
-        "low_confidence", "the order of placing tokens", choices=REMASKING, within="evaluation_options"
+        "low_confidence",
+        "the order of placing tokens",
+        choices=REMASKING,
+        within="evaluation_options",
     )
-    confidence_threshold: float | None = option(None, "instead of generation_steps", within="evaluation_options")
+    confidence_threshold: float | None = option(
+        None, "instead of generation_steps", within="evaluation_options"
+    )
     factor: float | None = option(None, "instead of generation_steps", within="evaluation_options")
-    entropy_bound: float | None = option(None, "instead of generation_steps", within="evaluation_options")
+    entropy_bound: float | None = option(
+        None, "instead of generation_steps", within="evaluation_options"
+    )
     logits_eos_inf: bool = option(False, "never predict the end token", within="evaluation_options")
-    confidence_eos_eot_inf: bool = option(False, "place end tokens last", within="evaluation_options")
+    confidence_eos_eot_inf: bool = option(
+        False, "place end tokens last", within="evaluation_options"
+    )
     curve_points: int = option(
-        10, "noise levels at which the picture shows the loss", unit="points", within="evaluation_options"
+        10,
+        "noise levels at which the picture shows the loss",
+        unit="points",
+        within="evaluation_options",
     )
 
 
 @dataclass
 class Arguments(
-    ModelArguments, AdapterArguments, OptimizationArguments, ObjectiveArguments, WindowArguments, RunArguments
+    ModelArguments,
+    AdapterArguments,
+    OptimizationArguments,
+    ObjectiveArguments,
+    WindowArguments,
+    RunArguments,
 ):
     def __post_init__(self) -> None:
         spread_options(self)
@@ -126,19 +183,34 @@ class Arguments(
             raise ValueError("pretrained_model_name_or_path is empty: name the model to adapt.")
         check_arguments(self)
         check_drawable(window_of(self), self.complementary)
-        counts = ("max_length", "eval_batch_size", "gen_length", "curve_points", "validation_samples")
+        counts = (
+            "max_length",
+            "eval_batch_size",
+            "gen_length",
+            "curve_points",
+            "validation_samples",
+        )
         counts += ("test_samples", "max_train_samples", "max_prompt_length")
         require(self, "at least 1", lambda value: value >= 1, *counts)
         if (self.train_file is None) == (self.dataset_name is None):
             got = "neither" if self.train_file is None else "both"
-            raise ValueError(f"training data come from train_file or from dataset_name: give one of them, got {got}.")
-        if self.is_quantised and (self.adapter == "full" or (self.load_in_4bit and self.load_in_8bit)):
+            raise ValueError(
+                f"training data come from train_file or from dataset_name: give one of them, got {got}."
+            )
+        if self.is_quantised and (
+            self.adapter == "full" or (self.load_in_4bit and self.load_in_8bit)
+        ):
             raise ValueError(
                 "load_in_4bit and load_in_8bit round the weights beside which an adapter is trained: give one of them, "
                 f"and an adapter, not {self.adapter}."
             )
-        if self.trained_padding not in ("gen_length", "longest") and not self.trained_padding.isdecimal():
-            raise ValueError(f"trained_padding is {self.trained_padding!r}, expected gen_length, longest or a number.")
+        if (
+            self.trained_padding not in ("gen_length", "longest")
+            and not self.trained_padding.isdecimal()
+        ):
+            raise ValueError(
+                f"trained_padding is {self.trained_padding!r}, expected gen_length, longest or a number."
+            )
 
     @property
     def is_quantised(self) -> bool:

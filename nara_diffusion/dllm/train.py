@@ -25,7 +25,13 @@ from functools import partial
 from typing import Any
 
 from nara_diffusion.check.check_tasks import check_text
-from nara_diffusion.dllm import AnswerCollator, encode_records, exact_match, load_backbone, masked_diffusion_loss
+from nara_diffusion.dllm import (
+    AnswerCollator,
+    encode_records,
+    exact_match,
+    load_backbone,
+    masked_diffusion_loss,
+)
 from nara_diffusion.dllm.before_after import Evaluation, describe, figures, schedule_line
 from nara_diffusion.dllm.canvas import (
     GlobalBatchStream,
@@ -39,7 +45,12 @@ from nara_diffusion.dllm.decoding import Sampling, chat_settings
 from nara_diffusion.dllm.encoding import end_token_id
 from nara_diffusion.dllm.models.pretrained import prepare_quantised
 from nara_diffusion.dllm.splits import load_records, rows_in_training, without_held_out
-from nara_diffusion.training.adapter_weights import load_checkpoint, start_from, write_adapter, write_checkpoint
+from nara_diffusion.training.adapter_weights import (
+    load_checkpoint,
+    start_from,
+    write_adapter,
+    write_checkpoint,
+)
 from nara_diffusion.training.adapters import build_adapter, recompute_activations, title_of
 from nara_diffusion.training.arguments import schedule_of, window_of
 from nara_diffusion.training.checkpoints import save_adapter
@@ -99,8 +110,12 @@ class FineTuning:
             self.backbone, self.tokenizer = self.load(dtype=run.weights_dtype)
         if args.is_quantised:
             prepare_quantised(self.backbone)
-        run.record_base_digests({"": local_folder(args.pretrained_model_name_or_path, revision=args.revision)})
-        settings: dict[str, Any] = {field.name: getattr(args, field.name, None) for field in fields(Sampling)}
+        run.record_base_digests(
+            {"": local_folder(args.pretrained_model_name_or_path, revision=args.revision)}
+        )
+        settings: dict[str, Any] = {
+            field.name: getattr(args, field.name, None) for field in fields(Sampling)
+        }
         settings["steps"] = args.generation_steps
         chat = self.tokenizer.chat_template is not None
         self.sampling = Sampling(**(chat_settings(self.backbone, settings) if chat else settings))
@@ -116,26 +131,39 @@ class FineTuning:
         max_length = checked_lengths(self.backbone, args.max_length, args.gen_length)
         with run.accelerator.main_process_first():
             options = {"max_prompt_length": args.max_prompt_length, "train_on": args.train_on}
-            encode = partial(encode_records, tokenizer=self.tokenizer, max_length=max_length, **options)
+            encode = partial(
+                encode_records, tokenizer=self.tokenizer, max_length=max_length, **options
+            )
             training, validation, test = self.records
-            encoded = [encode(training, name="training data"), encode(validation, name="validation data")]
+            encoded = [
+                encode(training, name="training data"),
+                encode(validation, name="validation data"),
+            ]
             encoded.append(encoded[1] if test is validation else encode(test, name="test data"))
         if args.validation_file is None:
             encoded[0] = without_held_out(encoded[0], encoded[1])
         for what, part in zip(("training data", "validation data"), encoded, strict=False):
             run.record_data_digest(what, [part.digest()])
         self.train_rows, validation_rows, self.test_rows = (part.rows for part in encoded)
-        measured = {"validation": validation_rows} | ({} if test is validation else {"test": self.test_rows})
+        measured = {"validation": validation_rows} | (
+            {} if test is validation else {"test": self.test_rows}
+        )
         self.warnings = rows_in_training(self.train_rows, **measured)
         for warning in self.warnings if run.is_main else []:
             logger.warning("%s", warning)
         self.validation_rows = with_longest(validation_rows, run.global_batch)
-        self.collator = AnswerCollator(end_token_id(self.tokenizer), args.trained_padding, args.gen_length)
+        self.collator = AnswerCollator(
+            end_token_id(self.tokenizer), args.trained_padding, args.gen_length
+        )
         measured_on = (self.validation_rows, self.test_rows, self.collator, self.sampling)
         self.evaluation = Evaluation(run, self.tokenizer, *measured_on)
-        longest, longest_prompt = (max(getattr(part, n) for part in encoded) for n in ("longest", "longest_prompt"))
+        longest, longest_prompt = (
+            max(getattr(part, n) for part in encoded) for n in ("longest", "longest_prompt")
+        )
         self.padded = self.collator.padded_length(longest, longest_prompt, longest)
-        prolonged = encoded if args.trained_padding == "gen_length" else encoded[-1:]  # -1: the test records
+        prolonged = (
+            encoded if args.trained_padding == "gen_length" else encoded[-1:]
+        )  # -1: the test records
         hardest = max(prolonged, key=lambda part: part.longest_prompt)
         self.canvas = (hardest.longest_prompt, args.gen_length, hardest.longest_prompt_in)
         check_canvas(self.backbone, *self.canvas)
@@ -147,7 +175,9 @@ class FineTuning:
         steps = run.plan(len(stream.samples))
         model = build_adapter(self.backbone, args, strength=schedule_of(args))
         check_canvas(model, *self.canvas)  # once more: the adapter may take some positions
-        check_positions(model, self.padded, f"samples have up to {self.padded} tokens", "lower --max_length")
+        check_positions(
+            model, self.padded, f"samples have up to {self.padded} tokens", "lower --max_length"
+        )
         if run.checkpoint is not None:
             load_checkpoint(model, run.checkpoint)
         elif args.init_adapter is not None:
@@ -156,12 +186,16 @@ class FineTuning:
         model = parts[0]
         self.adapted: Any = run.accelerator.unwrap_model(model)
         hardest: Any = max(self.test_rows, key=lambda row: row["prompt_length"])  # type: ignore[index]
-        exact_match(self.adapted, self.tokenizer, [hardest], **asdict(self.sampling), progress=False)  # what fails, now
+        exact_match(
+            self.adapted, self.tokenizer, [hardest], **asdict(self.sampling), progress=False
+        )  # what fails, now
         self.trainable = sum(p.numel() for p in self.adapted.parameters() if p.requires_grad)
         self.facts = self._facts(stream, steps)
         run.open(self.facts)
         loss = partial(masked_diffusion_loss, model, **self.objective)
-        train(run, parts, lambda batch: loss(**batch), partial(self.evaluation.validate, self.adapted))
+        train(
+            run, parts, lambda batch: loss(**batch), partial(self.evaluation.validate, self.adapted)
+        )
         save_adapter(run.accelerator, model, run.folder, write_adapter)
         if args.adapter == "full" and run.is_main:
             with atomic_write_files(run.folder) as unfinished:
@@ -170,7 +204,9 @@ class FineTuning:
     def _facts(self, stream: GlobalBatchStream, steps: int) -> dict[str, str]:
         """{what: value} of the run, for its log and its card."""
         args, sources = self.args, [part.info.description for part in self.records]
-        canvas, warnings = trained_canvas(stream, self.collator, args.gen_length, self.sampling.block)
+        canvas, warnings = trained_canvas(
+            stream, self.collator, args.gen_length, self.sampling.block
+        )
         for warning in warnings if self.run.is_main else []:
             logger.warning("%s", warning)
         train_on = f", train_on {args.train_on}" if "turns" in self.records[0].column_names else ""
@@ -191,7 +227,9 @@ class FineTuning:
         """Measure the base and the adapted model, and write what is found."""
         args, run, load = self.args, self.run, self.load
         if args.adapter == "full":
-            base = load_whole(run.accelerator, lambda: load(dtype=run.dtype)[0].to(run.accelerator.device))
+            base = load_whole(
+                run.accelerator, lambda: load(dtype=run.dtype)[0].to(run.accelerator.device)
+            )
             before = self.evaluation.measure(base)
             del base
         else:

@@ -1,7 +1,12 @@
 """Subject fine-tuning of image models: images and captions, cached latents and prompts, losses, metrics."""
 
 from nara_diffusion.dreambooth.dataset import DreamBoothDataset, TrainingSample, collate_samples
-from nara_diffusion.dreambooth.image_records import ImageRecord, class_records, load_image, records_from_folder
+from nara_diffusion.dreambooth.image_records import (
+    ImageRecord,
+    class_records,
+    load_image,
+    records_from_folder,
+)
 from nara_diffusion.dreambooth.samples import generate_class_images
 from nara_diffusion.dreambooth.training_step import LatentCache, PromptCache
 

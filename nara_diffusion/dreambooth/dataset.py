@@ -57,12 +57,23 @@ class TrainingSample:
 
     def pixel_values(self) -> torch.Tensor:
         """(3, h, w) float32 in [−1, 1]. Scaling and cutting are one resampling."""
-        image, (height, width), (h, w) = self.image.load(), scaled_size(self.image.size, self.target), self.target
+        image, (height, width), (h, w) = (
+            self.image.load(),
+            scaled_size(self.image.size, self.target),
+            self.target,
+        )
         left = width - w - self.left if self.flip else self.left  # in the image as it is
         x, y = image.width / width, image.height / height
-        box = (left * x, self.top * y, min((left + w) * x, image.width), min((self.top + h) * y, image.height))
+        box = (
+            left * x,
+            self.top * y,
+            min((left + w) * x, image.width),
+            min((self.top + h) * y, image.height),
+        )
         cut = image.resize((w, h), Image.Resampling.LANCZOS, box=box)
-        values = np.array(ImageOps.mirror(cut) if self.flip else cut, dtype=np.float32)  # (h, w, 3) in 0 … 255
+        values = np.array(
+            ImageOps.mirror(cut) if self.flip else cut, dtype=np.float32
+        )  # (h, w, 3) in 0 … 255
         return (torch.from_numpy(values) / 127.5 - 1).permute(2, 0, 1).contiguous()
 
 
@@ -90,9 +101,13 @@ class BucketOrder:
     def __init__(self, buckets: Sequence[Size], batch_size: int, seed: int) -> None:
         self.batch_size, self.seed = batch_size, seed
         sizes = sorted(set(buckets))
-        self._batches = [sizes.index(bucket) for bucket in buckets]  # the bucket of each of a round's batches
+        self._batches = [
+            sizes.index(bucket) for bucket in buckets
+        ]  # the bucket of each of a round's batches
         members = [[i for i, bucket in enumerate(buckets) if bucket == size] for size in sizes]
-        self._streams = [ShuffledStream(images, seed + number) for number, images in enumerate(members)]
+        self._streams = [
+            ShuffledStream(images, seed + number) for number, images in enumerate(members)
+        ]
 
     def __getitem__(self, position: int) -> int:
         batch, offset = divmod(position, self.batch_size)
@@ -135,14 +150,21 @@ class DreamBoothDataset(Dataset):
         self.instances, self.class_images = list(instances), list(class_images)
         self.crop, self.crops_per_image, self.flip = crop, crops_per_image, flip
         self.seed, self.caption_dropout = seed, caption_dropout
-        self.targets = [buckets[find_nearest_bucket(*image.size, buckets) or 0] for image in self.instances]
+        self.targets = [
+            buckets[find_nearest_bucket(*image.size, buckets) or 0] for image in self.instances
+        ]
         self._order = BucketOrder(self.targets, batch_size, seed)
-        self._class_order = ShuffledStream(self.class_images, seed + 1) if self.class_images else None
+        self._class_order = (
+            ShuffledStream(self.class_images, seed + 1) if self.class_images else None
+        )
         pairs = zip(self.instances, self.targets, strict=True)
         small = [image.name for image, (h, w) in pairs if image.size[0] < h or image.size[1] < w]
         if small:
             of = f"{len(small)} of {len(self.instances)} images, such as {small[0]}"
-            logger.warning("enlarged, which teaches blur: %s; lower --resolution, or leave small images out", of)
+            logger.warning(
+                "enlarged, which teaches blur: %s; lower --resolution, or leave small images out",
+                of,
+            )
 
     def warn_of_crops(self) -> None:
         """Log how much of the images random crops leave out, where that is more than a fifth."""
@@ -153,7 +175,9 @@ class DreamBoothDataset(Dataset):
             share = f"up to {100 * max(shares):.0f} % of an image"
             which = f"{losing} of {counted(len(shares), 'image')}"
             remedies = "--aspect_ratio_buckets auto leaves out less, --center_crop keeps the middle"
-            logger.warning("random crops leave out %s, more than a fifth of %s: %s", share, which, remedies)
+            logger.warning(
+                "random crops leave out %s, more than a fifth of %s: %s", share, which, remedies
+            )
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         return {"samples": self.samples_at(position)}
@@ -162,8 +186,12 @@ class DreamBoothDataset(Dataset):
         """The instance at `position`, and the class image beside it if there are any."""
         number = self._order[position]
         image, target = self.instances[number], self.targets[number]
-        dropped = numpy_generator(self.seed, "caption dropout", position).random() < self.caption_dropout
-        samples = [self._sample(image, target, position, "instance", "" if dropped else image.prompt)]
+        dropped = (
+            numpy_generator(self.seed, "caption dropout", position).random() < self.caption_dropout
+        )
+        samples = [
+            self._sample(image, target, position, "instance", "" if dropped else image.prompt)
+        ]
         if self._class_order is not None:
             image = self.class_images[self._class_order.sample_at(position)]
             samples.append(self._sample(image, target, position, "class", image.prompt))
@@ -172,20 +200,31 @@ class DreamBoothDataset(Dataset):
     def plain_samples(self) -> list[TrainingSample]:
         """Each instance image once, its middle, as it is: for a validation loss. `position` counts them."""
         return [
-            TrainingSample(image, target, *_middle(image, target), False, number, "instance", image.prompt)
+            TrainingSample(
+                image, target, *_middle(image, target), False, number, "instance", image.prompt
+            )
             for number, (image, target) in enumerate(zip(self.instances, self.targets, strict=True))
         ]
 
-    def _sample(self, image: ImageRecord, target: Size, position: int, role: str, prompt: str) -> TrainingSample:
+    def _sample(
+        self, image: ImageRecord, target: Size, position: int, role: str, prompt: str
+    ) -> TrainingSample:
         generator = numpy_generator(self.seed, f"crop {role}", position)
         flip = bool(generator.random() < 0.5) and self.flip
         top, left = _middle(image, target)
         if self.crop == "random":
-            if self.crops_per_image is not None:  # one of the places that the image's content decides
+            if (
+                self.crops_per_image is not None
+            ):  # one of the places that the image's content decides
                 choice = int(generator.integers(self.crops_per_image))
-                generator = numpy_generator(self.seed, f"position {image.key} {target} {flip}", choice)
+                generator = numpy_generator(
+                    self.seed, f"position {image.key} {target} {flip}", choice
+                )
             height, width = scaled_size(image.size, target)
-            top, left = int(generator.integers(height - target[0] + 1)), int(generator.integers(width - target[1] + 1))
+            top, left = (
+                int(generator.integers(height - target[0] + 1)),
+                int(generator.integers(width - target[1] + 1)),
+            )
         return TrainingSample(image, target, top, left, flip, position, role, prompt)
 
 
@@ -198,7 +237,9 @@ def _middle(image: ImageRecord, target: Size) -> tuple[int, int]:
 def collate_samples(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Items of one bucket → {"samples", "prompts", "time_ids" (B, 6) float32} of B rows: all b instances, then, with
     prior preservation, their b class images."""
-    samples = [sample for row in zip(*(item["samples"] for item in items), strict=True) for sample in row]
+    samples = [
+        sample for row in zip(*(item["samples"] for item in items), strict=True) for sample in row
+    ]
     return {
         "samples": samples,
         "prompts": [sample.prompt for sample in samples],

@@ -24,7 +24,13 @@ from typing import Any
 
 import torch
 from diffusers.utils import logging as diffusers_logging
-from peft import LoraConfig, PeftConfig, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -33,7 +39,11 @@ from nara_diffusion.loaders.file import load_peft_adapter
 from nara_diffusion.loaders.insertion import check_storable
 from nara_diffusion.loaders.strict import check_loaded, check_tensors
 from nara_diffusion.noise.level import find_holders
-from nara_diffusion.training.adapters import CORE_FIELDS, check_target_modules, recompute_activations
+from nara_diffusion.training.adapters import (
+    CORE_FIELDS,
+    check_target_modules,
+    recompute_activations,
+)
 
 from .family import Embeddings, Family
 from .pipelines import family_of
@@ -83,7 +93,9 @@ class AdaptedDenoiser(nn.Module):
             encoder = getattr(pipe, name)
             if gradient_checkpointing:
                 recompute_activations(encoder)
-            setattr(self, name, adapt(encoder, deepcopy(text_config(config))))  # PEFT writes into it
+            setattr(
+                self, name, adapt(encoder, deepcopy(text_config(config)))
+            )  # PEFT writes into it
             if name in self.family.cut_short:
                 _freeze_last_layer(encoder)
 
@@ -101,7 +113,11 @@ class AdaptedDenoiser(nn.Module):
     @property
     def trained(self) -> dict[str, nn.Parameter]:
         """The parameters that are trained, by name."""
-        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+        return {
+            name: parameter
+            for name, parameter in self.named_parameters()
+            if parameter.requires_grad
+        }
 
     def forward(
         self,
@@ -140,7 +156,9 @@ def text_config(config: PeftConfig) -> PeftConfig:
     a λ, with C = I."""
     own: dict[str, Any] = {}
     if isinstance(config, NaraConfig):
-        own = {field.name: field.default for field in fields(NaraConfig) if field.name in CORE_FIELDS}
+        own = {
+            field.name: field.default for field in fields(NaraConfig) if field.name in CORE_FIELDS
+        }
         own["core_type"] = "identity"
     return replace(config, **own, target_modules=TEXT_TARGETS)
 
@@ -173,11 +191,18 @@ def _write_lora(model: AdaptedDenoiser, folder: Path) -> None:
     """Write a LoRA by PEFT's names: of a file that also has Diffusers' older ones, `load_lora_weights` skips a part."""
     layers, metadata = {}, {}
     for name, component in model.components.items():
-        tensors = get_peft_model_state_dict(component, adapter_name=ADAPTER, save_embedding_layers=False)
+        tensors = get_peft_model_state_dict(
+            component, adapter_name=ADAPTER, save_embedding_layers=False
+        )
         if name != model.family.denoiser:
             # Transformers finds DoRA's magnitudes by the whole name, which PEFT shortens
-            tensors = {f"{key}.weight" if key.endswith("_vector") else key: each for key, each in tensors.items()}
-        layers[f"{name}_lora_layers"] = {key: each.detach().cpu().contiguous() for key, each in tensors.items()}
+            tensors = {
+                f"{key}.weight" if key.endswith("_vector") else key: each
+                for key, each in tensors.items()
+            }
+        layers[f"{name}_lora_layers"] = {
+            key: each.detach().cpu().contiguous() for key, each in tensors.items()
+        }
         metadata[f"{name}_lora_adapter_metadata"] = component.peft_config[ADAPTER].to_dict()
     type(model.pipe).save_lora_weights(folder, **layers, **metadata)
 
@@ -185,7 +210,9 @@ def _write_lora(model: AdaptedDenoiser, folder: Path) -> None:
 def write_checkpoint(model: AdaptedDenoiser, folder: Path, state: dict[str, Any]) -> None:
     """A `checkpoints.Writer`: what `read_checkpoint` reads."""
     write_adapter(model, folder, state)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _training_state(model).items()}
+    tensors = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in _training_state(model).items()
+    }
     save_file(tensors, folder / TRAINABLE)
 
 

@@ -35,13 +35,19 @@ def numpy_generator(seed: int, stream: str, index: int) -> np.random.Generator:
 
 def torch_generator(seed: int, stream: str, index: int) -> torch.Generator:
     """A CPU generator for (seed, stream, index)."""
-    state = np.random.SeedSequence((seed, zlib.crc32(stream.encode()), index)).generate_state(1, np.uint64)
+    state = np.random.SeedSequence((seed, zlib.crc32(stream.encode()), index)).generate_state(
+        1, np.uint64
+    )
     return torch.Generator().manual_seed(int(state[0]) >> 1)
 
 
-def seeded_normal(shape: Sequence[int], *, seed: int, stream: str, indices: Sequence[int]) -> Tensor:
+def seeded_normal(
+    shape: Sequence[int], *, seed: int, stream: str, indices: Sequence[int]
+) -> Tensor:
     """Standard normal float32 numbers (b, *shape) on the CPU: row i depends on (seed, stream, indices[i]) alone."""
-    return torch.stack([torch.randn(*shape, generator=torch_generator(seed, stream, int(i))) for i in indices])
+    return torch.stack(
+        [torch.randn(*shape, generator=torch_generator(seed, stream, int(i))) for i in indices]
+    )
 
 
 def drawable_levels(
@@ -58,8 +64,14 @@ def drawable_levels(
     """
     levels = torch.arange(len(noise_levels))
     if scheme in ("logit_normal", "mode"):
-        u = compute_density_for_timestep_sampling(scheme, _DRAWS, generator=torch.Generator().manual_seed(0), **density)
-        levels = len(noise_levels) - 1 - (u.double() * len(noise_levels)).long().clamp(0, len(noise_levels) - 1)
+        u = compute_density_for_timestep_sampling(
+            scheme, _DRAWS, generator=torch.Generator().manual_seed(0), **density
+        )
+        levels = (
+            len(noise_levels)
+            - 1
+            - (u.double() * len(noise_levels)).long().clamp(0, len(noise_levels) - 1)
+        )
     inside = levels[window.contains(noise_levels)[levels]].sort().values
     if len(inside) == 0:
         raise ValueError(
@@ -97,11 +109,18 @@ def draw_indices(
 
 
 def draw_noise(
-    positions: Sequence[int], shape: Sequence[int], *, seed: int, offset: float = 0.0, role: str = "instance"
+    positions: Sequence[int],
+    shape: Sequence[int],
+    *,
+    seed: int,
+    offset: float = 0.0,
+    role: str = "instance",
 ) -> Tensor:
     """ε (b, c, h, w) float32 on the CPU, for samples of `shape` (c, h, w); `offset` is κ."""
     noise = seeded_normal(shape, seed=seed, stream=f"noise {role}", indices=positions)
     if offset:
-        shifts = seeded_normal((shape[0], 1, 1), seed=seed, stream=f"offset noise {role}", indices=positions)
+        shifts = seeded_normal(
+            (shape[0], 1, 1), seed=seed, stream=f"offset noise {role}", indices=positions
+        )
         noise = noise + offset * shifts
     return noise

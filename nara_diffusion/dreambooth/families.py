@@ -85,7 +85,11 @@ SDXL = Family(
 def _guidance(call: Call) -> Tensor | None:
     """The guidance scale (b,) float32 for a denoiser with distilled guidance; None for one without."""
     guidance = call.family.guidance
-    return None if guidance is None else torch.full((len(call.sample),), guidance, device=call.sample.device)
+    return (
+        None
+        if guidance is None
+        else torch.full((len(call.sample),), guidance, device=call.sample.device)
+    )
 
 
 def _fit_guidance(pipe: Any, family: Family) -> Family:
@@ -152,10 +156,18 @@ FLUX = Family(
     title="FLUX.1",
     pipelines=("FluxPipeline",),
     # states of T5, and the pooled state of CLIP
-    encoder=lambda pipe, prompts, length: pipe.encode_prompt(prompts, None, max_sequence_length=length)[:2],
+    encoder=lambda pipe, prompts, length: pipe.encode_prompt(
+        prompts, None, max_sequence_length=length
+    )[:2],
     inputs=_flux_inputs,
     output=_unpacked,
-    targets=(*ATTENTION_TARGETS, "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
+    targets=(
+        *ATTENTION_TARGETS,
+        "ff.net.0.proj",
+        "ff.net.2",
+        "ff_context.net.0.proj",
+        "ff_context.net.2",
+    ),
     defaults={"resolution": 1024, "guidance_scale": 3.5, "num_inference_steps": 28},
     fit=_fit_guidance,
     max_sequence_length=512,
@@ -166,7 +178,9 @@ FLUX = Family(
 def _flux2_inputs(call: Call) -> dict[str, Any]:
     (states,), device = call.embeddings, call.sample.device
     return {
-        "hidden_states": Flux2Pipeline._pack_latents(call.sample),  # (b, h w, c), latents are of patches
+        "hidden_states": Flux2Pipeline._pack_latents(
+            call.sample
+        ),  # (b, h w, c), latents are of patches
         "timestep": call.timestep.float() / N,
         "guidance": _guidance(call),
         "encoder_hidden_states": states,
@@ -180,7 +194,9 @@ FLUX2 = Family(
     title="FLUX.2",
     pipelines=("Flux2Pipeline", "Flux2KleinPipeline"),
     # states of a language model
-    encoder=lambda pipe, prompts, length: pipe.encode_prompt(prompts, max_sequence_length=length)[:1],
+    encoder=lambda pipe, prompts, length: pipe.encode_prompt(prompts, max_sequence_length=length)[
+        :1
+    ],
     inputs=_flux2_inputs,
     output=lambda tokens, call: tokens.transpose(1, 2).reshape(call.sample.shape),
     defaults={"resolution": 1024, "guidance_scale": 4.0, "num_inference_steps": 28},
@@ -192,7 +208,9 @@ FLUX2 = Family(
 
 def _encode_z_image(pipe: Any, prompts: list[str], length: int | None) -> Embeddings:
     """States of Qwen3 (b, l, d) and their mask (b, l), 1 for text and 0 for padding."""
-    states, _ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=length)
+    states, _ = pipe.encode_prompt(
+        prompts, do_classifier_free_guidance=False, max_sequence_length=length
+    )
     kept = [torch.ones(len(own), dtype=torch.int64, device=own.device) for own in states]
     return stack_padded(states), stack_padded(kept)
 
@@ -204,7 +222,8 @@ Z_IMAGE = Family(
     encoder=_encode_z_image,
     inputs=lambda call: {
         "x": list(call.sample[:, :, None].unbind(0)),  # b times (c, 1, h, w)
-        "t": (N - call.timestep.float()) / N,  # as the pipeline rounds it: the transformer multiplies it by N
+        "t": (N - call.timestep.float())
+        / N,  # as the pipeline rounds it: the transformer multiplies it by N
         "cap_feats": [own[mask.bool()] for own, mask in zip(*call.embeddings, strict=True)],
     },
     output=lambda frames, call: -torch.stack(frames)[:, :, 0],
@@ -216,20 +235,27 @@ Z_IMAGE = Family(
 def _encode_qwen_image(pipe: Any, prompts: list[str], length: int | None) -> Embeddings:
     """States of Qwen2.5-VL (b, l, d) and their mask (b, l), 1 for text and 0 for padding."""
     states, mask = pipe.encode_prompt(prompts, max_sequence_length=length)
-    return states, torch.ones(states.shape[:2], dtype=torch.int64, device=states.device) if mask is None else mask
+    return states, torch.ones(
+        states.shape[:2], dtype=torch.int64, device=states.device
+    ) if mask is None else mask
 
 
 def _qwen_image_inputs(call: Call) -> dict[str, Any]:
     mask, (b, _, h, w) = call.embeddings[1], call.sample.shape
     shapes = [[(1, h // 2, w // 2)]] * b
-    return _packed(call) | {"encoder_hidden_states_mask": None if mask.all() else mask, "img_shapes": shapes}
+    return _packed(call) | {
+        "encoder_hidden_states_mask": None if mask.all() else mask,
+        "img_shapes": shapes,
+    }
 
 
 def _sampling_qwen_image(call: dict[str, Any], count: int) -> dict[str, Any]:
     """Its pipeline guides by true_cfg_scale, and only with a negative prompt, " " in its documentation."""
     rest = {name: value for name, value in call.items() if name != "guidance_scale"}
     scale = call.get("guidance_scale", 1.0)
-    return rest if scale <= 1 else rest | {"true_cfg_scale": scale, "negative_prompt": [" "] * count}
+    return (
+        rest if scale <= 1 else rest | {"true_cfg_scale": scale, "negative_prompt": [" "] * count}
+    )
 
 
 QWEN_IMAGE = Family(
@@ -251,7 +277,11 @@ def _wan_inputs(call: Call) -> dict[str, Any]:
     if call.family.timestep_of_tokens:
         timestep = timestep[:, None].expand(-1, (height // 2) * (width // 2))
     frames = call.sample[:, :, None]  # (b, c, 1, h, w)
-    return {"hidden_states": frames, "timestep": timestep, "encoder_hidden_states": call.embeddings[0]}
+    return {
+        "hidden_states": frames,
+        "timestep": timestep,
+        "encoder_hidden_states": call.embeddings[0],
+    }
 
 
 def _fit_wan(pipe: Any, family: Family) -> Family:

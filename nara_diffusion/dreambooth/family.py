@@ -41,24 +41,36 @@ class Family:
     # (pipe, prompts, max_sequence_length) → embeddings, by the pipeline's own `encode_prompt`
     encoder: Callable[[Any, list[str], int | None], Embeddings]
     inputs: Callable[[Call], dict[str, Any]]  # arguments of the denoiser's forward
-    output: Callable[[Any, Call], Tensor] = lambda output, call: output  # what the denoiser returns → prediction
+    output: Callable[[Any, Call], Tensor] = lambda output, call: (
+        output
+    )  # what the denoiser returns → prediction
     # the number that the sides of images have to be multiples of; with patches of 2 × 2 latents
     divisor: Callable[[Any], int] = lambda pipe: pipe.vae_scale_factor * 2
     denoiser: str = "transformer"  # the name of the component
     text_encoders: tuple[str, ...] = ()  # the components that can be trained too
     cut_short: tuple[str, ...] = ()  # those of `text_encoders` whose last layer isn't used
     targets: tuple[str, ...] = TRANSFORMER_TARGETS  # the default of target_modules
-    defaults: Mapping[str, Any] = field(default_factory=dict)  # further arguments that aren't the script's default
+    defaults: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # further arguments that aren't the script's default
     is_flow: bool = True  # whether model and scheduler are a rectified flow
     # the family with the settings of this pipeline; raises ValueError if it can't be trained
     fit: Callable[[Any, Family], Family] = lambda pipe, family: family
     # (arguments, number of images) → arguments of the pipeline's call
     sampling: Callable[[dict[str, Any], int], dict[str, Any]] = lambda call, count: call
-    images_of: Callable[[Any], Any] = lambda output: output.images  # output of the pipeline's call → b PIL images
-    picked: str = ".images[0]"  # the code that takes the first image from that output, for model cards
+    images_of: Callable[[Any], Any] = lambda output: (
+        output.images
+    )  # output of the pipeline's call → b PIL images
+    picked: str = (
+        ".images[0]"  # the code that takes the first image from that output, for model cards
+    )
     # settings:
-    max_sequence_length: int | None = None  # tokens of a prompt; None where CLIP's own length is all that there is
-    guidance: float | None = None  # what a denoiser with distilled guidance is given; None for others
+    max_sequence_length: int | None = (
+        None  # tokens of a prompt; None where CLIP's own length is all that there is
+    )
+    guidance: float | None = (
+        None  # what a denoiser with distilled guidance is given; None for others
+    )
     timestep_of_tokens: bool = False  # whether the denoiser takes one timestep for each token
 
     @property
@@ -72,14 +84,21 @@ class Family:
         return tuple(self.encoder(pipe, list(prompts), self.max_sequence_length))
 
     def predict(
-        self, denoiser: nn.Module, sample: Tensor, timestep: Tensor, time_ids: Tensor, embeddings: Embeddings
+        self,
+        denoiser: nn.Module,
+        sample: Tensor,
+        timestep: Tensor,
+        time_ids: Tensor,
+        embeddings: Embeddings,
     ) -> Tensor:
         """The prediction (b, c, h, w), which the objective compares with its target; shapes as in `Call`."""
         # as `denoiser.dtype`, which walks over all modules
         kept: Any = getattr(denoiser, "_keep_in_fp32_modules", None) or ()
         names = denoiser.named_parameters()
         dtype = next(p.dtype for name, p in names if not any(part in name for part in kept))
-        cast = tuple(tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in embeddings)
+        cast = tuple(
+            tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in embeddings
+        )
         call = Call(sample.to(dtype), timestep, cast, time_ids, self)
         return self.output(denoiser(**self.inputs(call), return_dict=False)[0], call)
 

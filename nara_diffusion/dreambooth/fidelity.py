@@ -56,18 +56,28 @@ class Encoder:
     """
 
     def __init__(
-        self, model_path: str | Path, *, device: str | torch.device | None = None, batch_size: int = 32
+        self,
+        model_path: str | Path,
+        *,
+        device: str | torch.device | None = None,
+        batch_size: int = 32,
     ) -> None:
         self.name, self.batch_size = str(model_path), batch_size
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        model, loading = AutoModel.from_pretrained(self.name, dtype=torch.float32, output_loading_info=True)
+        model, loading = AutoModel.from_pretrained(
+            self.name, dtype=torch.float32, output_loading_info=True
+        )
         self.kind = model.config.model_type
         if self.kind not in ("clip", "vit", "dinov2"):
-            raise ValueError(f"{self.name} is a {type(model).__name__}, expected CLIP, DINO or DINOv2")
+            raise ValueError(
+                f"{self.name} is a {type(model).__name__}, expected CLIP, DINO or DINOv2"
+            )
         # DINO's checkpoints lack the pooling layer of the class that reads them, which isn't used here
         missing = sorted(key for key in loading["missing_keys"] if "pooler" not in key)
         if missing:
-            raise ValueError(f"the weights of {self.name} lack {len(missing)} tensors, such as {missing[0]}")
+            raise ValueError(
+                f"the weights of {self.name} lack {len(missing)} tensors, such as {missing[0]}"
+            )
         self.model = model.eval().requires_grad_(False).to(self.device)
         self.processor = AutoImageProcessor.from_pretrained(self.name, backend="pil")
 
@@ -75,7 +85,9 @@ class Encoder:
         """(n, d) float32 on the CPU, each row of length 1; files are opened batch by batch."""
 
         def embed(batch: list[Image | str | Path]) -> torch.Tensor:
-            loaded = [to_rgb(image) if isinstance(image, Image) else load_image(image) for image in batch]
+            loaded = [
+                to_rgb(image) if isinstance(image, Image) else load_image(image) for image in batch
+            ]
             inputs = self.processor(images=loaded, return_tensors="pt").to(self.device)
             if self.kind == "clip":
                 return self.model.get_image_features(**inputs).pooler_output  # (b, d)
@@ -90,7 +102,9 @@ class Encoder:
         length = self.model.config.text_config.max_position_embeddings
 
         def embed(batch: list[str]) -> torch.Tensor:
-            inputs = tokenizer(batch, padding=True, truncation=True, max_length=length, return_tensors="pt")
+            inputs = tokenizer(
+                batch, padding=True, truncation=True, max_length=length, return_tensors="pt"
+            )
             return self.model.get_text_features(**inputs.to(self.device)).pooler_output  # (b, d)
 
         return self._embed(texts, embed)
@@ -98,11 +112,17 @@ class Encoder:
     def check_text(self) -> None:
         """Raises ValueError if the model has no text tower."""
         if self.kind != "clip":
-            raise ValueError(f"{self.name} is a {type(self.model).__name__}, which has no text tower: give CLIP")
+            raise ValueError(
+                f"{self.name} is a {type(self.model).__name__}, which has no text tower: give CLIP"
+            )
 
     @torch.no_grad()
-    def _embed(self, items: Sequence[Any], forward: Callable[[list[Any]], torch.Tensor]) -> torch.Tensor:
-        batches = [list(items[i : i + self.batch_size]) for i in range(0, len(items), self.batch_size)]
+    def _embed(
+        self, items: Sequence[Any], forward: Callable[[list[Any]], torch.Tensor]
+    ) -> torch.Tensor:
+        batches = [
+            list(items[i : i + self.batch_size]) for i in range(0, len(items), self.batch_size)
+        ]
         found = torch.cat([forward(batch).cpu() for batch in batches])  # (n, d)
         return F.normalize(found, dim=1)
 
@@ -112,7 +132,9 @@ def image_similarity(encoder: Encoder, generated: Images, reference: Images) -> 
     return (encoder.images(generated) @ encoder.images(reference).T).mean().item()
 
 
-def text_alignment(encoder: Encoder, images: Images, prompts: Sequence[str], identifier: Iterable[str] = ()) -> float:
+def text_alignment(
+    encoder: Encoder, images: Images, prompts: Sequence[str], identifier: Iterable[str] = ()
+) -> float:
     """Prompt fidelity: the mean cosine of each image and its own prompt, in [−1, 1].
 
     Args:
@@ -169,14 +191,22 @@ class Evaluation:
     def measure(self, folder: Path | None, name: str) -> Measurement:
         """With the adapter in `folder`, loaded as a user loads it, or without one; `name` is for the progress bar."""
         with adapter_loaded(self.pipe, folder):
-            images = sample_images(self.pipe, self.settings, self.run.accelerator, desc=f"sample {name}")
+            images = sample_images(
+                self.pipe, self.settings, self.run.accelerator, desc=f"sample {name}"
+            )
             curve = self.loss.curve(self.pipe, self.run.accelerator).mean(1)
-        prompts, unread = [prompt for prompt, _ in self.settings.pairs], self.run.args.identifier or ()
+        prompts, unread = (
+            [prompt for prompt, _ in self.settings.pairs],
+            self.run.args.identifier or (),
+        )
         return Measurement(
             images=images,
             similarity=self._similarity(images, self.references),
-            similarity_as_shown=self._similarity(images, self.reconstruction and self.reconstruction.images),
-            text_alignment=self.alignment and text_alignment(self.alignment, images, prompts, unread),
+            similarity_as_shown=self._similarity(
+                images, self.reconstruction and self.reconstruction.images
+            ),
+            text_alignment=self.alignment
+            and text_alignment(self.alignment, images, prompts, unread),
             noise_levels=self.loss.noise_levels.tolist(),
             curve=curve.tolist(),
             validation_loss=curve.mean().item(),
@@ -194,7 +224,9 @@ class Evaluation:
         folder.mkdir(exist_ok=True)
         try:
             save_adapter(accelerator, model, folder, write_adapter)
-            with torch.random.fork_rng([accelerator.device] if accelerator.device.type == "cuda" else []):
+            with torch.random.fork_rng(
+                [accelerator.device] if accelerator.device.type == "cuda" else []
+            ):
                 found = self.measure(folder, "for validation")
             accelerator.wait_for_everyone()
         finally:
@@ -202,7 +234,9 @@ class Evaluation:
                 shutil.rmtree(folder, ignore_errors=True)
         if accelerator.is_main_process:
             self._show(found.images)
-        means = validation_means(torch.tensor(found.curve), self.loss.noise_levels, window_of(self.run.args))
+        means = validation_means(
+            torch.tensor(found.curve), self.loss.noise_levels, window_of(self.run.args)
+        )
         figures = {"similarity": found.similarity, "text_alignment": found.text_alignment}
         return means | {name: value for name, value in figures.items() if value is not None}
 
@@ -211,8 +245,12 @@ class Evaluation:
         path = self.run.folder / "validation" / f"step-{step}.png"
         path.parent.mkdir(exist_ok=True)
         write_grid(path, prompts, {f"step {step}": images}, self.subject)
-        galleries = np.split(np.stack([np.asarray(image) for image in images]), len(prompts))  # (n, h, w, 3) each
-        shown = {f"validation: {prompt}": part for prompt, part in zip(prompts, galleries, strict=True)}
+        galleries = np.split(
+            np.stack([np.asarray(image) for image in images]), len(prompts)
+        )  # (n, h, w, 3) each
+        shown = {
+            f"validation: {prompt}": part for prompt, part in zip(prompts, galleries, strict=True)
+        }
         for tracker in self.run.accelerator.trackers:
             if hasattr(tracker, "log_images"):
                 options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
@@ -222,7 +260,9 @@ class Evaluation:
 def load_encoders(args: Any, device: torch.device) -> dict[str, Encoder | None]:
     """The encoders of an `Evaluation` that a run's arguments name; one that both name is loaded once."""
     names = sorted({args.similarity_model, args.alignment_model} - {None})
-    encoders: dict[str | None, Encoder] = {name: _load_encoder(args, name, device) for name in names}
+    encoders: dict[str | None, Encoder] = {
+        name: _load_encoder(args, name, device) for name in names
+    }
     if (alignment := encoders.get(args.alignment_model)) is not None:
         alignment.check_text()
     return {"similarity": encoders.get(args.similarity_model), "alignment": alignment}
@@ -232,11 +272,18 @@ def _load_encoder(args: Any, name: str, device: torch.device) -> Encoder:
     try:
         return Encoder(name, device=device)
     except OSError as error:
-        flags = [flag for flag in ("similarity_model", "alignment_model") if getattr(args, flag) == name]
-        why, without = str(error).strip().partition("\n")[0], "--similarity_model none --alignment_model none"
+        flags = [
+            flag for flag in ("similarity_model", "alignment_model") if getattr(args, flag) == name
+        ]
+        why, without = (
+            str(error).strip().partition("\n")[0],
+            "--similarity_model none --alignment_model none",
+        )
         if is_out_of_reach(error):
             why = "the Hub can't be reached"
-            without += " --pretrained_vae_model_name_or_path none" * bool(args.pretrained_vae_model_name_or_path)
+            without += " --pretrained_vae_model_name_or_path none" * bool(
+                args.pretrained_vae_model_name_or_path
+            )
         raise ValueError(
             f"--{' and --'.join(flags)} {name} can't be loaded ({why}): name a folder, or train without these figures "
             f"by {without}."

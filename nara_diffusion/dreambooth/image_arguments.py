@@ -38,12 +38,18 @@ class ModelArguments:
     )
     model_options: dict[str, Any] = option({}, "How it is loaded and called:", rare=True)
     revision: str | None = option(None, "branch, tag or commit", within="model_options")
-    variant: str | None = option(None, "variant of the weight files, such as fp16", within="model_options")
+    variant: str | None = option(
+        None, "variant of the weight files, such as fp16", within="model_options"
+    )
     max_sequence_length: int | None = option(
-        None, "tokens of a prompt, where there is a choice; none means what its pipeline does", within="model_options"
+        None,
+        "tokens of a prompt, where there is a choice; none means what its pipeline does",
+        within="model_options",
     )
     training_guidance_scale: float | None = option(
-        None, "what distilled guidance (FLUX) reads in training; none: its samples' default", within="model_options"
+        None,
+        "what distilled guidance (FLUX) reads in training; none: its samples' default",
+        within="model_options",
     )
 
 
@@ -51,26 +57,38 @@ class ModelArguments:
 class DataArguments:
     """Images and captions"""
 
-    instance_data_dir: str | None = option(None, "Folder with images of the subject, or captioned ones.")
+    instance_data_dir: str | None = option(
+        None, "Folder with images of the subject, or captioned ones."
+    )
     instance_prompt: str | None = option(
         None,
         "What they show, with a rare word for the subject: 'a photo of sks dog'. Images without caption get it.",
     )
     data_options: dict[str, Any] = option({}, "How images are read:", rare=True)
-    caption_column: str | None = option(None, "key of the captions in metadata.jsonl", within="data_options")
-    crops_per_image: int | None = option(
-        4, "places of random crops, to bound the cache of latents; none means anywhere", within="data_options"
+    caption_column: str | None = option(
+        None, "key of the captions in metadata.jsonl", within="data_options"
     )
-    resolution: int = option(1024, "Side of the square that images are scaled and cut to.", unit="pixels")
+    crops_per_image: int | None = option(
+        4,
+        "places of random crops, to bound the cache of latents; none means anywhere",
+        within="data_options",
+    )
+    resolution: int = option(
+        1024, "Side of the square that images are scaled and cut to.", unit="pixels"
+    )
     aspect_ratio_buckets: str | None = option(
         None,
         "Sizes height,width;height,width;… of which each image takes the nearest, or auto; none means the square.",
         rare=True,
     )
-    center_crop: bool = option(False, "Cut the middle; otherwise one of a few random places at each draw.", rare=True)
+    center_crop: bool = option(
+        False, "Cut the middle; otherwise one of a few random places at each draw.", rare=True
+    )
     random_flip: bool = option(False, "Mirror half of the samples.", rare=True)
     caption_dropout: float = option(
-        0.0, "Share of samples with the empty prompt in place of their caption; class images keep theirs.", rare=True
+        0.0,
+        "Share of samples with the empty prompt in place of their caption; class images keep theirs.",
+        rare=True,
     )
 
 
@@ -92,13 +110,17 @@ class PriorArguments:
 class ImageAdapterArguments(AdapterArguments):
     """Adapter"""
 
-    target_modules: list[str] = option(UNET_TARGETS, "Names of the denoiser's modules to adapt, or all-linear.")
+    target_modules: list[str] = option(
+        UNET_TARGETS, "Names of the denoiser's modules to adapt, or all-linear."
+    )
     train_text_encoder: bool = option(
         False,
         "Also adapt the text encoders of Stable Diffusion 1, 2 and XL, by the same options; C = I: they know no λ.",
         rare=True,
     )
-    text_encoder_lr: float | None = option(None, "Learning rate of those; none means --learning_rate.", rare=True)
+    text_encoder_lr: float | None = option(
+        None, "Learning rate of those; none means --learning_rate.", rare=True
+    )
 
 
 @dataclass
@@ -120,15 +142,21 @@ class ObjectiveArguments:
     )
     objective_options: dict[str, Any] = option({}, "Further settings of the objective:", rare=True)
     noise_offset: float = option(
-        0.0, "standard deviation of a shift of each channel's noise, 0.1 at most as a rule", within="objective_options"
+        0.0,
+        "standard deviation of a shift of each channel's noise, 0.1 at most as a rule",
+        within="objective_options",
     )
     logit_mean: float = option(
-        0.0, "mean of logit_normal; above 0 means less noise, as in Diffusers' scripts", within="objective_options"
+        0.0,
+        "mean of logit_normal; above 0 means less noise, as in Diffusers' scripts",
+        within="objective_options",
     )
     logit_std: float = option(1.0, "standard deviation of logit_normal", within="objective_options")
     mode_scale: float = option(1.29, "scale of mode", within="objective_options")
     flow_shift: float | None = option(
-        None, "s of σ → s σ / (1 + (s − 1) σ); none: the scheduler's, 1 if by size", within="objective_options"
+        None,
+        "s of σ → s σ / (1 + (s − 1) σ); none: the scheduler's, 1 if by size",
+        within="objective_options",
     )
 
 
@@ -142,7 +170,9 @@ class ValidationArguments:
         "without one the first four captions.",
         sentences=True,
     )
-    num_validation_images: int = option(4, "Images for each of them, with the seeds --seed, --seed + 1, ….", rare=True)
+    num_validation_images: int = option(
+        4, "Images for each of them, with the seeds --seed, --seed + 1, ….", rare=True
+    )
     num_inference_steps: int = option(30, "Denoising steps of a sample.")
     guidance_scale: float = option(5.0, "Classifier-free guidance of samples; 1 disables it.")
     validation_data_dir: str | None = option(
@@ -153,13 +183,21 @@ class ValidationArguments:
     similarity_model: str | None = option(
         None, "DINO, DINOv2 or CLIP that compares samples with the subject: folder or Hub id."
     )
-    alignment_model: str | None = option(None, "CLIP that compares samples with their prompts: folder or Hub id.")
+    alignment_model: str | None = option(
+        None, "CLIP that compares samples with their prompts: folder or Hub id."
+    )
     identifier: list[str] | None = option(
         None, "Words that it is not to read, such as sks, which it doesn't know.", rare=True
     )
-    evaluation_options: dict[str, Any] = option({}, "How samples are made and losses measured:", rare=True)
-    sample_batch_size: int = option(4, "images that are sampled at once", within="evaluation_options")
-    curve_points: int = option(10, "noise levels at which the validation loss is measured", within="evaluation_options")
+    evaluation_options: dict[str, Any] = option(
+        {}, "How samples are made and losses measured:", rare=True
+    )
+    sample_batch_size: int = option(
+        4, "images that are sampled at once", within="evaluation_options"
+    )
+    curve_points: int = option(
+        10, "noise levels at which the validation loss is measured", within="evaluation_options"
+    )
 
 
 @dataclass
@@ -179,15 +217,37 @@ class DreamBoothArguments(
         if not self.pretrained_model_name_or_path:
             raise ValueError("pretrained_model_name_or_path is empty: name the model to adapt.")
         check_arguments(self)
-        counts = ("num_validation_images", "num_inference_steps", "sample_batch_size", "curve_points")
-        require(self, "at least 1", lambda value: value >= 1, *counts, "crops_per_image", "num_class_images")
+        counts = (
+            "num_validation_images",
+            "num_inference_steps",
+            "sample_batch_size",
+            "curve_points",
+        )
+        require(
+            self,
+            "at least 1",
+            lambda value: value >= 1,
+            *counts,
+            "crops_per_image",
+            "num_class_images",
+        )
         require(self, "at least 8", lambda value: value >= 8, "resolution")
-        require(self, "above 0", lambda value: value > 0, "text_encoder_lr", "snr_gamma", "logit_std", "flow_shift")
+        require(
+            self,
+            "above 0",
+            lambda value: value > 0,
+            "text_encoder_lr",
+            "snr_gamma",
+            "logit_std",
+            "flow_shift",
+        )
         least_0 = ("prior_loss_weight", "guidance_scale", "noise_offset", "max_sequence_length")
         require(self, "at least 0", lambda value: value >= 0, *least_0, "training_guidance_scale")
         require(self, "in [0, 1], a probability", lambda value: 0 <= value <= 1, "caption_dropout")
         if self.instance_data_dir is None:
-            raise ValueError("instance_data_dir is missing: name the folder of images to learn from.")
+            raise ValueError(
+                "instance_data_dir is missing: name the folder of images to learn from."
+            )
         for name in ("instance_prompt", "class_prompt"):
             if (prompt := getattr(self, name)) is not None:
                 check_prompt(prompt, name)
@@ -198,7 +258,9 @@ class DreamBoothArguments(
     @property
     def prompts(self) -> list[str]:
         """Return the prompts to sample, if any are named; otherwise the images' captions are sampled."""
-        return self.validation_prompts or ([] if self.instance_prompt is None else [self.instance_prompt])
+        return self.validation_prompts or (
+            [] if self.instance_prompt is None else [self.instance_prompt]
+        )
 
 
 def _check_combinations(args: Any) -> None:
@@ -234,15 +296,29 @@ def run_family(args: Any, pipe: Any = None) -> Family:
     named = {"name": args.pretrained_model_name_or_path, "revision": args.revision}
     family = family_of_model(**named) if pipe is None else family_of(pipe)
     unread = {  # argument: (whether the family can't express it, why)
-        "train_text_encoder": (not family.text_encoders, "is trained with its text encoders as they are"),
-        "max_sequence_length": (family.max_sequence_length is None, "reads the tokens that its CLIP has places for"),
+        "train_text_encoder": (
+            not family.text_encoders,
+            "is trained with its text encoders as they are",
+        ),
+        "max_sequence_length": (
+            family.max_sequence_length is None,
+            "reads the tokens that its CLIP has places for",
+        ),
         "training_guidance_scale": (family.guidance is None, "has no distilled guidance"),
-        "snr_gamma": (family.is_flow, "is a rectified flow, whose weights are --weighting_scheme's"),
+        "snr_gamma": (
+            family.is_flow,
+            "is a rectified flow, whose weights are --weighting_scheme's",
+        ),
         "weighting_scheme": (not family.is_flow, "is no rectified flow"),
         "flow_shift": (not family.is_flow, "is no rectified flow"),
     }
     for name, (is_unread, why) in unread.items():
         if is_unread and getattr(args, name) not in (None, False, "none"):
-            raise ValueError(f"{name} is {getattr(args, name)}, but {family.title} {why}: leave it out.")
-    given = {"max_sequence_length": args.max_sequence_length, "guidance": args.training_guidance_scale}
+            raise ValueError(
+                f"{name} is {getattr(args, name)}, but {family.title} {why}: leave it out."
+            )
+    given = {
+        "max_sequence_length": args.max_sequence_length,
+        "guidance": args.training_guidance_scale,
+    }
     return replace(family, **{name: value for name, value in given.items() if value is not None})

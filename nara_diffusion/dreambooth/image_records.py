@@ -30,7 +30,9 @@ logger = logging.getLogger(__name__)
 
 Size = tuple[int, int]
 """(height, width) in pixels."""
-IMAGE_SUFFIXES = frozenset([".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"])
+IMAGE_SUFFIXES = frozenset(
+    [".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"]
+)
 METADATA_FILE = "metadata.jsonl"
 LONGEST = 32
 """How many times longer than its shorter side an image may be. A crop of a longer one shows next to nothing of it."""
@@ -87,10 +89,16 @@ def image_files(folder: str | Path) -> list[Path]:
     images, and for subfolders as kohya's scripts name them, such as "10_sks dog"."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"the image folder {folder} doesn't exist: name a folder of .png or .jpg files.")
+        raise ValueError(
+            f"the image folder {folder} doesn't exist: name a folder of .png or .jpg files."
+        )
     entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
     images = [entry for entry in entries if entry.suffix.lower() in IMAGE_SUFFIXES]
-    known = {folder / METADATA_FILE, folder / "README.md", *(image.with_suffix(".txt") for image in images)}
+    known = {
+        folder / METADATA_FILE,
+        folder / "README.md",
+        *(image.with_suffix(".txt") for image in images),
+    }
     others = [entry.name for entry in entries if entry not in images and entry not in known]
     for name in others:
         if re.match(r"\d+_", name) and (folder / name).is_dir():
@@ -100,14 +108,20 @@ def image_files(folder: str | Path) -> list[Path]:
             )
     if not images:
         found = f", only {', '.join(others[:4])}" if others else ""
-        raise ValueError(f"the image folder {folder} holds no images{found}: put .png or .jpg files into it.")
+        raise ValueError(
+            f"the image folder {folder} holds no images{found}: put .png or .jpg files into it."
+        )
     if others:
         logger.warning("%s: left out what isn't an image: %s", folder, ", ".join(others[:4]))
     return images
 
 
 def records_from_folder(
-    folder: str | Path, *, prompt: str | None = None, caption_column: str | None = None, progress: bool = True
+    folder: str | Path,
+    *,
+    prompt: str | None = None,
+    caption_column: str | None = None,
+    progress: bool = True,
 ) -> list[ImageRecord]:
     """The images of a folder, by name, with their captions.
 
@@ -120,32 +134,47 @@ def records_from_folder(
         OSError: the folder can't be read.
     """
     images = image_files(folder)
-    captions = fill_captions(own_captions(images, caption_column), [image.name for image in images], prompt)
-    return make_records([(str(path), path.read_bytes) for path in images], captions, progress=progress)
+    captions = fill_captions(
+        own_captions(images, caption_column), [image.name for image in images], prompt
+    )
+    return make_records(
+        [(str(path), path.read_bytes) for path in images], captions, progress=progress
+    )
 
 
 def class_records(folder: str | Path, *, prompt: str, progress: bool = True) -> list[ImageRecord]:
     """The class images of prior preservation; all have the class prompt. Raises as `records_from_folder`."""
     sources = [(str(path), path.read_bytes) for path in image_files(folder)]
-    return make_records(sources, [check_prompt(prompt, "class_prompt")] * len(sources), progress=progress)
+    return make_records(
+        sources, [check_prompt(prompt, "class_prompt")] * len(sources), progress=progress
+    )
 
 
 def make_records(
-    sources: Sequence[tuple[str, Callable[[], bytes]]], prompts: Sequence[str], *, progress: bool = True
+    sources: Sequence[tuple[str, Callable[[], bytes]]],
+    prompts: Sequence[str],
+    *,
+    progress: bool = True,
 ) -> list[ImageRecord]:
     """The record of each (name, function that returns its bytes), decoded once for its size and to see it is whole.
     Raises ValueError that names all images that are broken."""
     records, broken = [], []
-    bar = tqdm(sources, desc="check images", unit="image", disable=not progress or len(sources) < 50)
+    bar = tqdm(
+        sources, desc="check images", unit="image", disable=not progress or len(sources) < 50
+    )
     for (name, read), prompt in zip(bar, prompts, strict=True):
         try:
             records.append(_record(name, read, prompt))
         except OSError as error:
-            broken.append(f"{name} can't be read ({error.strerror}): put an image file there, or remove it.")
+            broken.append(
+                f"{name} can't be read ({error.strerror}): put an image file there, or remove it."
+            )
         except ValueError as error:
             broken.append(str(error))
     if broken:
-        raise ValueError(f"{len(broken)} of {len(sources)} images can't be used:\n" + "\n".join(broken[:8]))
+        raise ValueError(
+            f"{len(broken)} of {len(sources)} images can't be used:\n" + "\n".join(broken[:8])
+        )
     return records
 
 
@@ -188,18 +217,26 @@ def own_captions(images: Sequence[Path], column: str | None = None) -> list[str]
         _warn_of_images_without_row(metadata, images, found)
         return [found.get(image.name, "") for image in images]
     if column is not None:
-        raise ValueError(f"caption_column {column!r} is a key of {METADATA_FILE}, which {metadata.parent} lacks.")
+        raise ValueError(
+            f"caption_column {column!r} is a key of {METADATA_FILE}, which {metadata.parent} lacks."
+        )
     files = [image.with_suffix(".txt") for image in images]
     return [" ".join(_read(file).split()) if file.is_file() else "" for file in files]
 
 
-def _warn_of_images_without_row(metadata: Path, images: Sequence[Path], found: Collection[str]) -> None:
+def _warn_of_images_without_row(
+    metadata: Path, images: Sequence[Path], found: Collection[str]
+) -> None:
     without = [image for image in images if image.name not in found]
     if without:
-        which = f"{len(without)} of {len(images)} images ({listed([image.name for image in without])})"
+        which = (
+            f"{len(without)} of {len(images)} images ({listed([image.name for image in without])})"
+        )
         unread = any(image.with_suffix(".txt").is_file() for image in without)
         ending = ", and their .txt files are not read" if unread else ""
-        logger.warning("%s has no row for %s: their caption is the instance prompt%s", metadata, which, ending)
+        logger.warning(
+            "%s has no row for %s: their caption is the instance prompt%s", metadata, which, ending
+        )
 
 
 def _read_metadata(path: Path, column: str, images: Sequence[str]) -> dict[str, str]:
@@ -212,7 +249,9 @@ def _read_metadata(path: Path, column: str, images: Sequence[str]) -> dict[str, 
         where = f"{path}, line {number}"
         name, caption = _read_row(line, column, where)
         if name in lines:
-            raise ValueError(f"{where}: {name} has a caption in line {lines[name]} already: remove one of them.")
+            raise ValueError(
+                f"{where}: {name} has a caption in line {lines[name]} already: remove one of them."
+            )
         if name not in images:
             (near,) = get_close_matches(name.lower(), images, n=1, cutoff=0.0)
             raise ValueError(
@@ -233,12 +272,16 @@ def _read_row(line: str, column: str, where: str) -> tuple[str, str]:
         raise ValueError(f"{where}: expected {expected}, found {line[:60]} ({error}).") from None
     for key, value in (("file_name", name), (column, "" if caption is None else caption)):
         if not isinstance(value, str):
-            raise ValueError(f"{where}: {key!r} is {json.dumps(value)[:60]}, expected a text in quotes.")
+            raise ValueError(
+                f"{where}: {key!r} is {json.dumps(value)[:60]}, expected a text in quotes."
+            )
     try:
         f"{name}{caption}".encode()  # JSON may spell one half of a surrogate pair, which no tokenizer takes
     except UnicodeEncodeError as error:
         half = f"\\u{ord(error.object[error.start]):04x}"
-        raise ValueError(f"{where} holds half a character, {half}: write the character itself.") from None
+        raise ValueError(
+            f"{where} holds half a character, {half}: write the character itself."
+        ) from None
     return name, caption or ""
 
 
@@ -260,7 +303,10 @@ def fill_captions(captions: Sequence[str], names: Sequence[str], prompt: str | N
 def trained_on(records: Sequence[ImageRecord], folder: str | Path, prompt: str | None) -> str:
     """The number of images, and what they were said to show: captions of their own, or the instance prompt."""
     own = sum(record.prompt != (prompt or "").strip() for record in records)
-    images, file = counted(len(records), "image"), "metadata.jsonl" if Path(folder, METADATA_FILE).exists() else ".txt"
+    images, file = (
+        counted(len(records), "image"),
+        "metadata.jsonl" if Path(folder, METADATA_FILE).exists() else ".txt",
+    )
     if not own:
         return f"{images} of “{prompt}”"
     others = "" if own == len(records) else f", the others as “{prompt}”"

@@ -38,7 +38,9 @@ _IMPORTS = {
 _NOISE = "\n\nThe adapter reads the noise level λ from the timestep of each step."
 
 
-def describe(evaluation: Evaluation, before: Measurement, after: Measurement, pipe: Any, data: str) -> dict[str, Any]:
+def describe(
+    evaluation: Evaluation, before: Measurement, after: Measurement, pipe: Any, data: str
+) -> dict[str, Any]:
     """Write samples.png, samples-before and samples-after into the run's folder; and what its card says.
 
     Args:
@@ -67,25 +69,40 @@ def describe(evaluation: Evaluation, before: Measurement, after: Measurement, pi
         "tags": ["text-to-image", family_of(pipe).name, "diffusers", "dreambooth"],
         "library": "diffusers",
         "instance_prompt": args.instance_prompt,
-        "widget": [{"text": text, "output": {"url": f"samples-after/{name}"}} for text, name in shown],
+        "widget": [
+            {"text": text, "output": {"url": f"samples-after/{name}"}} for text, name in shown
+        ],
     }
 
 
 def _loading(args: Any, settings: SampleSettings, load_from: str, pipe: Any) -> str:
     """The card's code, and what has to be known of it."""
-    dtype = {"fp16": "torch.float16", "bf16": "torch.bfloat16"}.get(args.mixed_precision, "torch.float32")
+    dtype = {"fp16": "torch.float16", "bf16": "torch.bfloat16"}.get(
+        args.mixed_precision, "torch.float32"
+    )
     method, family = method_of(args).family, family_of(pipe)
-    imports, ending = _IMPORTS.get(method, ""), _NOISE if reads_noise(args) or needs_schedule(args) else ""
+    imports, ending = (
+        _IMPORTS.get(method, ""),
+        _NOISE if reads_noise(args) or needs_schedule(args) else "",
+    )
     if needs_schedule(args):
-        lines = [f"pipe.load_lora_weights({load_from!r}, adapter_name={_NAME!r})", schedule_line(args, family)]
+        lines = [
+            f"pipe.load_lora_weights({load_from!r}, adapter_name={_NAME!r})",
+            schedule_line(args, family),
+        ]
         imports += "\nfrom nara_diffusion import StrengthSchedule\n"
     elif method in ("nara", "lora"):
         lines = [f"pipe.load_{method}_weights({load_from!r})"]
     else:  # PEFT changes the component itself
         trained = [family.denoiser, *(family.text_encoders if args.train_text_encoder else [])]
-        lines = [f"PeftModel.from_pretrained(pipe.{name}, {load_from!r}, subfolder={name!r})" for name in trained]
+        lines = [
+            f"PeftModel.from_pretrained(pipe.{name}, {load_from!r}, subfolder={name!r})"
+            for name in trained
+        ]
     # components that are None and have to be passed as None
-    absent = {name for name, part in pipe.components.items() if part is None} - set(pipe._optional_components)
+    absent = {name for name, part in pipe.components.items() if part is None} - set(
+        pipe._optional_components
+    )
     call = family.sampling(dict(settings.call), 1)
     code = _LOADING.format(
         pipeline=type(pipe).__name__,
@@ -120,8 +137,15 @@ def figures(before: Measurement, after: Measurement) -> list[list[str]]:
             after.similarity_as_shown,
             "similarity_model",
         ),
-        "alignment with the prompt": (before.text_alignment, after.text_alignment, "alignment_model"),
+        "alignment with the prompt": (
+            before.text_alignment,
+            after.text_alignment,
+            "alignment_model",
+        ),
         "validation loss": (before.validation_loss, after.validation_loss, ""),
     }
     written = lambda value, flag: f"not measured (--{flag})" if value is None else f"{value:.3f}"  # noqa: E731
-    return [[name, *(written(value, flag) for value in values)] for name, (*values, flag) in rows.items()]
+    return [
+        [name, *(written(value, flag) for value in values)]
+        for name, (*values, flag) in rows.items()
+    ]

@@ -71,7 +71,9 @@ class Objective:
     def corrupt(self, latents: Tensor, noise: Tensor, indices: Tensor) -> Corrupted:
         """`latents` and `noise` (b, c, h, w) at the noise levels of `indices` (b,), least noise first."""
         indices = indices.cpu()
-        p, q, alpha, beta = (rows(values, indices, latents) for values in (self.p, self.q, self.alpha, self.beta))
+        p, q, alpha, beta = (
+            rows(values, indices, latents) for values in (self.p, self.q, self.alpha, self.beta)
+        )
         return Corrupted(
             model_input=p * latents + q * noise,
             timestep=self.timestep[indices].to(latents.device),
@@ -86,7 +88,11 @@ def rows(values: Tensor, indices: Tensor, like: Tensor) -> Tensor:
 
 
 def build_objective(
-    scheduler: Any, *, snr_gamma: float | None = None, shift: float | None = None, weighting_scheme: str = "none"
+    scheduler: Any,
+    *,
+    snr_gamma: float | None = None,
+    shift: float | None = None,
+    weighting_scheme: str = "none",
 ) -> Objective:
     """The objective of a pipeline with this scheduler.
 
@@ -102,8 +108,14 @@ def build_objective(
     prediction, config = prediction_by(scheduler), scheduler.config
     kind = config.get("prediction_type", "epsilon")
     if prediction is not None and prediction.kind == FLOW:
-        own = 1.0 if config.get("use_dynamic_shifting") else config.get("shift", config.get("flow_shift")) or 1.0
-        objective = _flow(config.num_train_timesteps, float(own if shift is None else shift), weighting_scheme)
+        own = (
+            1.0
+            if config.get("use_dynamic_shifting")
+            else config.get("shift", config.get("flow_shift")) or 1.0
+        )
+        objective = _flow(
+            config.num_train_timesteps, float(own if shift is None else shift), weighting_scheme
+        )
     elif kind in KINDS and "beta_schedule" in config and not passes_log_sigma(scheduler):
         objective = _discrete(scheduler, kind)
     else:
@@ -111,7 +123,11 @@ def build_objective(
             f"{type(scheduler).__name__} with prediction_type {kind!r} is no schedule to train with: expected one with "
             f"betas and discrete timesteps, and one of {', '.join(KINDS)}."
         )
-    return objective if snr_gamma is None else replace(objective, weight=_min_snr_weight(objective, snr_gamma))
+    return (
+        objective
+        if snr_gamma is None
+        else replace(objective, weight=_min_snr_weight(objective, snr_gamma))
+    )
 
 
 def _min_snr_weight(objective: Objective, gamma: float) -> Tensor:
@@ -126,7 +142,9 @@ def _discrete(scheduler: Any, kind: str) -> Objective:
     alphas = training.alphas_cumprod.double()  # ᾱ (N,)
     p, q = alphas.sqrt(), (1 - alphas).sqrt()
     one, nothing = torch.ones_like(p), torch.zeros_like(p)
-    alpha, beta = {"epsilon": (nothing, one), "v_prediction": (-q, p), "sample": (one, nothing)}[kind]
+    alpha, beta = {"epsilon": (nothing, one), "v_prediction": (-q, p), "sample": (one, nothing)}[
+        kind
+    ]
     source = TimestepNoise("discrete", num_train_timesteps=len(p))
     return Objective(kind, source, p, q, alpha, beta, torch.arange(len(p)), one.float())
 
@@ -134,7 +152,10 @@ def _discrete(scheduler: Any, kind: str) -> Objective:
 def _flow(levels: int, shift: float, weighting_scheme: str) -> Objective:
     u = torch.arange(1, levels + 1, dtype=torch.float64) / levels
     sigma = shift * u / (1 + (shift - 1) * u)  # (N,)
-    one, weight = torch.ones_like(sigma), compute_loss_weighting_for_sd3(weighting_scheme, sigma).float()
+    one, weight = (
+        torch.ones_like(sigma),
+        compute_loss_weighting_for_sd3(weighting_scheme, sigma).float(),
+    )
     source = TimestepNoise("sigma_1000", num_train_timesteps=levels)
     return Objective(FLOW, source, 1 - sigma, sigma, -one, one, (levels * sigma).float(), weight)
 

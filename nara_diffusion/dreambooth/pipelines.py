@@ -37,8 +37,12 @@ STEPS = 500
 def family_named(pipeline: str) -> Family:
     """The family of a pipeline's class name. Raises ValueError if no family has it."""
     if pipeline not in BY_PIPELINE:
-        known = ", ".join(f"{family.title} ({' or '.join(family.pipelines)})" for family in FAMILIES)
-        raise ValueError(f"{pipeline} is no class of pipelines that can be trained here: expected {known}.")
+        known = ", ".join(
+            f"{family.title} ({' or '.join(family.pipelines)})" for family in FAMILIES
+        )
+        raise ValueError(
+            f"{pipeline} is no class of pipelines that can be trained here: expected {known}."
+        )
     return BY_PIPELINE[pipeline]
 
 
@@ -56,7 +60,9 @@ def family_of_model(name: str, **hub: Any) -> Family:
 def model_index(name: str, **hub: Any) -> dict[str, Any]:
     """The `model_index.json` of a folder, or of a repository on the Hub: classes of the pipeline and its components.
     Raises ValueError if there is none, or the Hub can't be reached."""
-    converted = f"StableDiffusionXLPipeline.from_single_file('{name}').save_pretrained('{Path(name).stem}')"
+    converted = (
+        f"StableDiffusionXLPipeline.from_single_file('{name}').save_pretrained('{Path(name).stem}')"
+    )
     remedy = f"convert it by {converted}, or its own class, where the Hub can be reached, and name that folder."
     with naming_source(name, "model_index.json", "a model of Diffusers", remedy):
         return dict(diffusers.DiffusionPipeline.load_config(name, **hub))  # type: ignore[arg-type]
@@ -101,24 +107,52 @@ def load_pipeline(
     hub = {"revision": revision, "variant": variant}
     vae_source = {"subfolder": "vae", **hub} if vae_name is None else {}
     # Diffusers fails for missing components unless they are passed as None
-    absent: dict[str, Any] = {part: None for part, classes in index.items() if classes == [None, None]}
+    absent: dict[str, Any] = {
+        part: None for part, classes in index.items() if classes == [None, None]
+    }
     if "safety_checker" in index:  # it replaces images that it takes for unsafe by black ones
         absent |= {"safety_checker": None, "requires_safety_checker": False}
     try:
-        vae = getattr(diffusers, index["vae"][1]).from_pretrained(vae_name or name, dtype=vae_dtype, **vae_source)
+        vae = getattr(diffusers, index["vae"][1]).from_pretrained(
+            vae_name or name, dtype=vae_dtype, **vae_source
+        )
         kind = getattr(diffusers, index["_class_name"])
         pipe: Any = kind.from_pretrained(name, vae=vae, dtype=dtype, **hub, **absent)
         _check_scheduler(family.fit(pipe, family), pipe.scheduler)
     except (OSError, ValueError, TypeError, AttributeError, KeyError, SafetensorError) as error:
         unreached = is_out_of_reach(error)
-        if variant and not unreached and any(each in str(error) for each in (f".{variant}.", f"variant={variant}")):
-            logger.warning("%s lacks files of the variant %s: those without one are loaded", name, variant)
-            sources: dict[str, Any] = {"vae_name": vae_name, "vae_dtype": vae_dtype, "revision": revision}
+        if (
+            variant
+            and not unreached
+            and any(each in str(error) for each in (f".{variant}.", f"variant={variant}"))
+        ):
+            logger.warning(
+                "%s lacks files of the variant %s: those without one are loaded", name, variant
+            )
+            sources: dict[str, Any] = {
+                "vae_name": vae_name,
+                "vae_dtype": vae_dtype,
+                "revision": revision,
+            }
             return load_pipeline(name, dtype=dtype, **sources)
-        what = f"pretrained_model_name_or_path {name}" + (f" with the autoencoder {vae_name}" if vae_name else "")
-        why = "the Hub can't be reached: look at the connection, or name folders" if unreached else error
-        cure = "; --pretrained_vae_model_name_or_path none takes the model's own autoencoder" if vae_name else ""
-        cure += ", --similarity_model none --alignment_model none do without encoders" if vae_name and unreached else ""
+        what = f"pretrained_model_name_or_path {name}" + (
+            f" with the autoencoder {vae_name}" if vae_name else ""
+        )
+        why = (
+            "the Hub can't be reached: look at the connection, or name folders"
+            if unreached
+            else error
+        )
+        cure = (
+            "; --pretrained_vae_model_name_or_path none takes the model's own autoencoder"
+            if vae_name
+            else ""
+        )
+        cure += (
+            ", --similarity_model none --alignment_model none do without encoders"
+            if vae_name and unreached
+            else ""
+        )
         raise ValueError(f"{what} can't be loaded as {family.title}: {why}{cure}") from error
     for module in modules_of(pipe).values():
         module.requires_grad_(False).eval()
@@ -159,7 +193,9 @@ def sharing_pipeline(pipe: Any, dtype: torch.dtype) -> Any:
     if pipe.vae.dtype != dtype:
         modules["vae"] = copy.deepcopy(pipe.vae).to(dtype)
     scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
-    accepted = inspect.signature(type(pipe).__init__).parameters.keys() - pipe.components.keys() - {"self"}
+    accepted = (
+        inspect.signature(type(pipe).__init__).parameters.keys() - pipe.components.keys() - {"self"}
+    )
     options = {name: pipe.config[name] for name in accepted if name in pipe.config}
     if "add_watermarker" in accepted:
         options["add_watermarker"] = getattr(pipe, "watermark", None) is not None
@@ -171,7 +207,9 @@ def sharing_pipeline(pipe: Any, dtype: torch.dtype) -> Any:
 # ---------------------------------------------------------------------- the shipped model, and defaults of families
 
 
-def shipped_run(given: Mapping[str, Any], config: Path = CONFIGS / "sd_tiny_flow.yaml") -> dict[str, Any]:
+def shipped_run(
+    given: Mapping[str, Any], config: Path = CONFIGS / "sd_tiny_flow.yaml"
+) -> dict[str, Any]:
     """The arguments of the shipped run, which `config` holds, or what suits the model that was `given`."""
     if "pretrained_model_name_or_path" in given:
         return family_defaults(given)
@@ -188,7 +226,10 @@ def shipped_run(given: Mapping[str, Any], config: Path = CONFIGS / "sd_tiny_flow
 
 def family_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments that suit the model that was `given` and its family, in place of the script's own defaults."""
-    name, hub = given["pretrained_model_name_or_path"], {"revision": given.get("model_options", {}).get("revision")}
+    name, hub = (
+        given["pretrained_model_name_or_path"],
+        {"revision": given.get("model_options", {}).get("revision")},
+    )
     if not name:
         return {}  # which the arguments refuse
     family = family_of_model(name, **hub)
@@ -196,5 +237,10 @@ def family_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
     if (resolution := native_resolution(name, family, **hub)) is not None:
         defaults["resolution"] = resolution
         if given.get("resolution", resolution) > 2 * resolution:
-            logger.warning("%s was made for %d pixels, and resolution is %d", name, resolution, given["resolution"])
+            logger.warning(
+                "%s was made for %d pixels, and resolution is %d",
+                name,
+                resolution,
+                given["resolution"],
+            )
     return defaults

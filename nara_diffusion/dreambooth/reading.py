@@ -65,4 +65,6 @@ class IdentityReading:
         values = (self.angles.cos(), self.angles.sin(), self.objective.alpha, self.objective.beta)
         cos, sin, alpha, beta = (rows(each, indices, model_input) for each in values)
         a, b = {"epsilon": (0.0, 1.0), "v_prediction": (-sin, cos), "sample": (1.0, 0.0)}[self.kind]
-        return ((alpha * b - beta * a) * z + (beta * cos - alpha * sin) * said) / (b * cos - a * sin)
+        return ((alpha * b - beta * a) * z + (beta * cos - alpha * sin) * said) / (
+            b * cos - a * sin
+        )

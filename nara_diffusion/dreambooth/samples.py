@@ -23,7 +23,11 @@ from .families import BY_PIPELINE
 from .family import Family
 from .image_records import IMAGE_SUFFIXES, check_prompt
 
-CELL, GAP, TEXT = 128, 4, 15  # in pixels: side of the square that an image is shown in, space around it, a line of text
+CELL, GAP, TEXT = (
+    128,
+    4,
+    15,
+)  # in pixels: side of the square that an image is shown in, space around it, a line of text
 PROMPT_KEY = "class_prompt"  # of a class image's metadata
 
 
@@ -38,17 +42,26 @@ class SampleSettings:
     images_per_prompt: int  # image j of each prompt has the seed `seed` + j
     seed: int
     batch_size: int
-    call: dict[str, Any]  # height, width, num_inference_steps, guidance_scale, …, by these names in every family
+    call: dict[
+        str, Any
+    ]  # height, width, num_inference_steps, guidance_scale, …, by these names in every family
 
     @property
     def pairs(self) -> list[tuple[str, int]]:
         """(prompt, seed) of each image, all of one prompt after those of another."""
-        return [(prompt, self.seed + j) for prompt in self.prompts for j in range(self.images_per_prompt)]
+        return [
+            (prompt, self.seed + j)
+            for prompt in self.prompts
+            for j in range(self.images_per_prompt)
+        ]
 
     @property
     def names(self) -> list[str]:
         """The file's name of each image."""
-        return [f"{i // self.images_per_prompt:02d}-seed-{seed}.png" for i, (_, seed) in enumerate(self.pairs)]
+        return [
+            f"{i // self.images_per_prompt:02d}-seed-{seed}.png"
+            for i, (_, seed) in enumerate(self.pairs)
+        ]
 
 
 def sample_call(args: Any, family: Family) -> dict[str, Any]:
@@ -59,7 +72,10 @@ def sample_call(args: Any, family: Family) -> dict[str, Any]:
 
 
 def render(
-    pipe: Any, prompts: Sequence[str], generators: Sequence[torch.Generator], call: Mapping[str, Any]
+    pipe: Any,
+    prompts: Sequence[str],
+    generators: Sequence[torch.Generator],
+    call: Mapping[str, Any],
 ) -> list[Image.Image]:
     """An image for each of b prompts, by a pipeline of a family; any other callable gets `call` unchanged."""
     family = BY_PIPELINE.get(type(pipe).__name__)
@@ -69,7 +85,10 @@ def render(
 
 
 def sample_images(
-    pipe: Any, settings: SampleSettings, accelerator: Accelerator | None = None, desc: str = "sample"
+    pipe: Any,
+    settings: SampleSettings,
+    accelerator: Accelerator | None = None,
+    desc: str = "sample",
 ) -> list[Image.Image]:
     """One image for each of `settings.pairs`, made by all processes together."""
     show = accelerator is None or accelerator.is_main_process
@@ -85,7 +104,11 @@ def sample_images(
         return images
 
     count = len(settings.pairs)
-    return work(range(count)) if accelerator is None else split_across_processes(accelerator, count, work)
+    return (
+        work(range(count))
+        if accelerator is None
+        else split_across_processes(accelerator, count, work)
+    )
 
 
 def write_images(folder: Path, images: Sequence[Image.Image], settings: SampleSettings) -> None:
@@ -95,7 +118,10 @@ def write_images(folder: Path, images: Sequence[Image.Image], settings: SampleSe
         partial.mkdir(parents=True)
         for name, image, (prompt, seed) in zip(settings.names, images, settings.pairs, strict=True):
             image.save(partial / name)
-            lines.append(json.dumps({"file_name": name, "text": prompt, "seed": seed}, ensure_ascii=False) + "\n")
+            lines.append(
+                json.dumps({"file_name": name, "text": prompt, "seed": seed}, ensure_ascii=False)
+                + "\n"
+            )
         (partial / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
@@ -115,12 +141,17 @@ def write_grid(
     rows = [(title, [images[:8]]) for title, images in references.items()]
     for number, prompt in enumerate(prompts):
         each = {title: len(images) // len(prompts) for title, images in columns.items()}
-        parts = [images[number * each[title] : (number + 1) * each[title]] for title, images in columns.items()]
+        parts = [
+            images[number * each[title] : (number + 1) * each[title]]
+            for title, images in columns.items()
+        ]
         rows.append((f"{prompt} ({' | '.join(columns)})", parts))
     step = CELL + GAP
     width = max(sum(map(len, parts)) * step + len(parts) * 4 * GAP for _, parts in rows)
     labels = [textwrap.wrap(label, max(20, width // 8)) for label, _ in rows]
-    sheet = Image.new("RGB", (width, sum(len(label) * (TEXT + GAP) + step for label in labels)), "white")
+    sheet = Image.new(
+        "RGB", (width, sum(len(label) * (TEXT + GAP) + step for label in labels)), "white"
+    )
     pen, font, y = ImageDraw.Draw(sheet), ImageFont.load_default(TEXT), 0
     for label, (_, parts) in zip(labels, rows, strict=True):
         for line in label:
@@ -130,8 +161,14 @@ def write_grid(
         for images in parts:
             for image in images:
                 # small images are enlarged without smoothing, so that their own pixels can be seen
-                how = Image.Resampling.NEAREST if max(image.size) <= CELL else Image.Resampling.LANCZOS
-                sheet.paste(ImageOps.pad(image.convert("RGB"), (CELL, CELL), how, color="white"), (x, y))
+                how = (
+                    Image.Resampling.NEAREST
+                    if max(image.size) <= CELL
+                    else Image.Resampling.LANCZOS
+                )
+                sheet.paste(
+                    ImageOps.pad(image.convert("RGB"), (CELL, CELL), how, color="white"), (x, y)
+                )
                 x += step
             x += 4 * GAP
         y += step
@@ -183,7 +220,9 @@ def generate_class_images(
         for start in tqdm(starts, desc="class images", unit="batch", disable=not progress):
             batch = mine[start : start + batch_size]
             generators = [torch_generator(seed, "class image", number) for number in batch]
-            for number, image in zip(batch, render(pipe, [prompt] * len(batch), generators, call), strict=True):
+            for number, image in zip(
+                batch, render(pipe, [prompt] * len(batch), generators, call), strict=True
+            ):
                 with atomic_write(folder / _file_name(seed, number)) as partial:
                     image.save(partial, pnginfo=made_for)
     if accelerator is not None:
@@ -202,7 +241,9 @@ def _missing(folder: Path, prompt: str, count: int, seed: int) -> list[int]:
                 f"class_data_dir {folder} holds images made for another prompt: {name} shows {made_for!r}, but "
                 f"class_prompt is {prompt!r}. Name another folder, or remove them."
             )
-    free = [number for number in range(count + len(present)) if _file_name(seed, number) not in present]
+    free = [
+        number for number in range(count + len(present)) if _file_name(seed, number) not in present
+    ]
     return free[: max(0, count - len(present))]
 
 

@@ -79,9 +79,16 @@ class FineTuning:
         self.args, self.run = args, run
         self._refuse_sharding()
         run_family(args)  # before the model is loaded
-        captions: dict[str, Any] = {"prompt": args.instance_prompt, "caption_column": args.caption_column}
-        self.instances = records_from_folder(str(args.instance_data_dir), progress=run.is_main, **captions)
-        held_out = args.validation_data_dir and records_from_folder(args.validation_data_dir, **captions)
+        captions: dict[str, Any] = {
+            "prompt": args.instance_prompt,
+            "caption_column": args.caption_column,
+        }
+        self.instances = records_from_folder(
+            str(args.instance_data_dir), progress=run.is_main, **captions
+        )
+        held_out = args.validation_data_dir and records_from_folder(
+            args.validation_data_dir, **captions
+        )
         if args.check and not held_out and len({image.key for image in self.instances}) >= 4:
             held_out = self.instances[-1:]  # and no copy of it is trained on
             self.instances = [image for image in self.instances if image.key != held_out[0].key]
@@ -91,7 +98,9 @@ class FineTuning:
         self.pipe = self._load(run.dtype, vae_dtype=torch.float32)
         run.record_base_digests(folders_of(args, self.pipe), args.variant)
         self.family = run_family(args, self.pipe)
-        self.step = training_step(args, self.pipe, self.family, run.accelerator.device, run.global_batch)
+        self.step = training_step(
+            args, self.pipe, self.family, run.accelerator.device, run.global_batch
+        )
         self.config: Any = adapter_config(
             args,
             noise_convention=self.step.objective.source.convention,
@@ -120,7 +129,13 @@ class FineTuning:
         args = self.args
         hub: dict[str, Any] = {"revision": args.revision, "variant": args.variant}
         vae = args.pretrained_vae_model_name_or_path
-        return load_pipeline(args.pretrained_model_name_or_path, dtype=dtype, vae_name=vae, vae_dtype=vae_dtype, **hub)
+        return load_pipeline(
+            args.pretrained_model_name_or_path,
+            dtype=dtype,
+            vae_name=vae,
+            vae_dtype=vae_dtype,
+            **hub,
+        )
 
     def _buckets(self) -> list[Size]:
         """The sizes to train at. Raises ValueError for one that doesn't fit the model."""
@@ -128,11 +143,15 @@ class FineTuning:
         if args.aspect_ratio_buckets is None:
             sizes = [(args.resolution, args.resolution)]
         elif args.aspect_ratio_buckets == "auto":
-            sizes = generate_aspect_ratio_buckets(args.resolution, max(divisor, min(64, args.resolution // 4)))
+            sizes = generate_aspect_ratio_buckets(
+                args.resolution, max(divisor, min(64, args.resolution // 4))
+            )
         else:
             sizes = parse_buckets_string(args.aspect_ratio_buckets)
         denoiser: Any = self.step.model
-        places = denoiser.config.get("pos_embed_max_size")  # of patches, on a side, in Stable Diffusion 3
+        places = denoiser.config.get(
+            "pos_embed_max_size"
+        )  # of patches, on a side, in Stable Diffusion 3
         limit = math.inf if places is None else places * divisor
         for height, width in sizes:
             if height % divisor or width % divisor or max(height, width) > limit:
@@ -163,7 +182,10 @@ class FineTuning:
         return class_records(folder, prompt=args.class_prompt, progress=run.is_main)
 
     def _dataset(
-        self, images: Sequence[ImageRecord], buckets: list[Size], class_images: Sequence[ImageRecord] = ()
+        self,
+        images: Sequence[ImageRecord],
+        buckets: list[Size],
+        class_images: Sequence[ImageRecord] = (),
     ) -> DreamBoothDataset:
         args = self.args
         return DreamBoothDataset(
@@ -191,15 +213,22 @@ class FineTuning:
         self.facts = {
             "base": f"{args.pretrained_model_name_or_path} at {args.resolution} pixels",
             "adapter": title_of(args),
-            "trained on": trained_on(self.instances, str(args.instance_data_dir), args.instance_prompt),
-            "validation loss": "on the training images" if self.measured_on is self.dataset else held_out,
+            "trained on": trained_on(
+                self.instances, str(args.instance_data_dir), args.instance_prompt
+            ),
+            "validation loss": "on the training images"
+            if self.measured_on is self.dataset
+            else held_out,
             "optimizer steps": f"{steps} of {counted(run.global_batch, 'sample')}",
             "trainable parameters": f"{self.trainable:,}",
             "hardware": run.hardware,
             **window_facts(args),
         }
         run.open(self.facts)
-        loss, validate = replace(self.step, model=denoiser), partial(self.evaluation.validate, denoiser)
+        loss, validate = (
+            replace(self.step, model=denoiser),
+            partial(self.evaluation.validate, denoiser),
+        )
         train(run, parts, loss, validate)
         save_adapter(run.accelerator, denoiser, run.folder, write_adapter)
 
@@ -208,13 +237,19 @@ class FineTuning:
         args, samples = self.args, self.measured_on.plain_samples()
         measured = (self.step.objective.unweighted, self.step.latents, samples, self.family)
         loss = ValidationLoss(*measured, args.seed, args.curve_points, args.train_batch_size)
-        prompts = args.prompts or list(dict.fromkeys(record.prompt for record in self.instances))[:4]
+        prompts = (
+            args.prompts or list(dict.fromkeys(record.prompt for record in self.instances))[:4]
+        )
         call = sample_call(args, self.family)
-        settings = SampleSettings(prompts, args.num_validation_images, args.seed, args.sample_batch_size, call)
+        settings = SampleSettings(
+            prompts, args.num_validation_images, args.seed, args.sample_batch_size, call
+        )
         references = [record.load() for record in self.instances]
         shown = reconstruct(self.pipe.vae, self.dataset.plain_samples())
         pipe = sharing_pipeline(self.pipe, self.run.dtype)
-        return Evaluation(self.run, pipe, settings, loss, references, **self.encoders, reconstruction=shown)
+        return Evaluation(
+            self.run, pipe, settings, loss, references, **self.encoders, reconstruction=shown
+        )
 
     def _model(self) -> AdaptedDenoiser:
         """With the weights to go on from."""
@@ -235,13 +270,22 @@ class FineTuning:
     def report(self) -> dict[str, Any]:
         """Measures, and writes the report; what results.json holds."""
         args, run = self.args, self.run
-        before, after = self.evaluation.measure(None, "before"), self.evaluation.measure(run.folder, "after")
+        before, after = (
+            self.evaluation.measure(None, "before"),
+            self.evaluation.measure(run.folder, "after"),
+        )
         data = self.facts["trained on"]
         return finish(
             run,
             before,
             after,
-            names=("similarity", "similarity_as_shown", "text_alignment", "validation_loss", "curve"),
+            names=(
+                "similarity",
+                "similarity_as_shown",
+                "text_alignment",
+                "validation_loss",
+                "curve",
+            ),
             figures=figures(before, after),
             facts=self.facts,
             schedule_line=schedule_line(args, self.family),

@@ -57,7 +57,9 @@ class TensorCache:
             self._entries[key], self.free = entry, self.free - size
         elif not self.full:
             self.full = True
-            logger.warning("latents or prompts don't fit into memory: the rest is encoded at each use")
+            logger.warning(
+                "latents or prompts don't fit into memory: the rest is encoded at each use"
+            )
         return entry
 
 
@@ -78,7 +80,10 @@ class LatentCache:
         f is the autoencoder's factor, and its patches'. ε is drawn from `seed` and each sample's position and role.
         """
         mean, std = self._posterior(samples)
-        draws = [{"stream": f"posterior {sample.role}", "indices": [sample.position]} for sample in samples]
+        draws = [
+            {"stream": f"posterior {sample.role}", "indices": [sample.position]}
+            for sample in samples
+        ]
         noise = torch.cat([seeded_normal(mean.shape[1:], seed=seed, **draw) for draw in draws])
         return scale_latents(self.vae, mean + std * noise)
 
@@ -121,7 +126,11 @@ def posterior_of(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
     """μ and σ (b, c, h, w) of images (b, 3, h, w); Wan's and Qwen-Image's autoencoders read them as videos."""
     video = "temperal_downsample" in vae.config
     posterior = vae.encode(pixels[:, :, None] if video else pixels).latent_dist
-    return (posterior.mean[:, :, 0], posterior.std[:, :, 0]) if video else (posterior.mean, posterior.std)
+    return (
+        (posterior.mean[:, :, 0], posterior.std[:, :, 0])
+        if video
+        else (posterior.mean, posterior.std)
+    )
 
 
 def scale_latents(vae: Any, z: Tensor) -> Tensor:
@@ -134,7 +143,10 @@ def scale_latents(vae: Any, z: Tensor) -> Tensor:
         FLUX.2's               patches of 2 × 2, (b, 4 c, h / 2, w / 2), then (z − μ) / √(v + ε) of its batch norm
     """
     if hasattr(vae, "bn"):
-        mean, variance = (t.to(z.device, z.dtype).view(1, -1, 1, 1) for t in (vae.bn.running_mean, vae.bn.running_var))
+        mean, variance = (
+            t.to(z.device, z.dtype).view(1, -1, 1, 1)
+            for t in (vae.bn.running_mean, vae.bn.running_var)
+        )
         patches = torch.nn.functional.pixel_unshuffle(z, 2)
         return (patches - mean) / (variance + vae.config.batch_norm_eps).sqrt()
     config = vae.config
@@ -142,7 +154,10 @@ def scale_latents(vae: Any, z: Tensor) -> Tensor:
     scale = getattr(config, "scaling_factor", None) or 1.0
     if mean is None or std is None:
         return (z - (getattr(config, "shift_factor", None) or 0.0)) * scale
-    mean, std = (torch.tensor(value, dtype=z.dtype, device=z.device).view(1, -1, 1, 1) for value in (mean, std))
+    mean, std = (
+        torch.tensor(value, dtype=z.dtype, device=z.device).view(1, -1, 1, 1)
+        for value in (mean, std)
+    )
     return (z - mean) * scale / std
 
 
@@ -153,7 +168,9 @@ class DreamBoothLoss(NamedTuple):
     """A `StepLoss` of b samples."""
 
     loss: Tensor  # the scalar to differentiate, the mean of `per_sample`
-    per_sample: Tensor  # (b,), with the weighted loss of each sample's class image added, if there are any
+    per_sample: (
+        Tensor  # (b,), with the weighted loss of each sample's class image added, if there are any
+    )
     noise_level: Tensor  # (b,), λ of the instance images
 
 
@@ -171,7 +188,9 @@ class TrainingStep:
     stratified: bool = False  # spread the noise levels of each optimizer step evenly
     noise_offset: float = 0.0  # κ of `draw_noise`
     prior_loss_weight: float = 1.0
-    drawable: Tensor | None = None  # the noise levels to draw from, (k,) of `drawable_levels`; None: all
+    drawable: Tensor | None = (
+        None  # the noise levels to draw from, (k,) of `drawable_levels`; None: all
+    )
 
     def __call__(self, batch: Mapping[str, Any]) -> DreamBoothLoss:
         samples = batch["samples"]
@@ -200,11 +219,23 @@ class TrainingStep:
             positions = [sample.position for sample in samples if sample.role == role]
             spread: dict[str, Any] = {"stratified": self.stratified, "group_size": self.group_size}
             indices.append(draw_indices(positions, levels, seed=self.seed, role=role, **spread))
-            noise.append(draw_noise(positions, latents.shape[1:], seed=self.seed, offset=self.noise_offset, role=role))
-        return self.objective.corrupt(latents.to(self.device), torch.cat(noise).to(self.device), torch.cat(indices))
+            noise.append(
+                draw_noise(
+                    positions,
+                    latents.shape[1:],
+                    seed=self.seed,
+                    offset=self.noise_offset,
+                    role=role,
+                )
+            )
+        return self.objective.corrupt(
+            latents.to(self.device), torch.cat(noise).to(self.device), torch.cat(indices)
+        )
 
 
-def training_step(args: Any, pipe: Any, family: Family, device: torch.device, group_size: int) -> TrainingStep:
+def training_step(
+    args: Any, pipe: Any, family: Family, device: torch.device, group_size: int
+) -> TrainingStep:
     """Return the loss of a run for the denoiser of `pipe`, which keeps predicting what its scheduler expects."""
     scheme = args.weighting_scheme
     objective = build_objective(
@@ -268,7 +299,9 @@ class ValidationLoss:
             positions = [sample.position for sample in batch]
             noise = draw_noise(positions, latents.shape[1:], seed=self.seed, role="validation")
             corrupted = self.objective.corrupt(latents.to(device), noise.to(device), indices)
-            embeddings = tuple(t.to(device) for t in self.family.encode(pipe, [sample.prompt for sample in batch]))
+            embeddings = tuple(
+                t.to(device) for t in self.family.encode(pipe, [sample.prompt for sample in batch])
+            )
             time_ids = torch.tensor([sample.time_ids for sample in batch], device=device)
             inputs = (corrupted.model_input, corrupted.timestep)
             prediction = self.family.predict(denoiser, *inputs, time_ids, embeddings)
@@ -279,4 +312,8 @@ class ValidationLoss:
         """Samples of one size each."""
         sizes = sorted({sample.target for sample in self.samples})
         of_size = [[sample for sample in self.samples if sample.target == size] for size in sizes]
-        return [part[i : i + self.batch_size] for part in of_size for i in range(0, len(part), self.batch_size)]
+        return [
+            part[i : i + self.batch_size]
+            for part in of_size
+            for i in range(0, len(part), self.batch_size)
+        ]

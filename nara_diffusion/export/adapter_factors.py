@@ -60,10 +60,16 @@ class Adapter:
     level_of: Callable[[Level | None], Tensor | None]
     schedules: set[StrengthSchedule]
 
-    def cores(self, level: Tensor | None, strength: float = 1.0, device: Any = "cpu") -> dict[str, Tensor]:
+    def cores(
+        self, level: Tensor | None, strength: float = 1.0, device: Any = "cpu"
+    ) -> dict[str, Tensor]:
         """{module: strength · C (b or 1, r, r)} at λ (b,), float32. Layers that share a core share its memory."""
         with torch.no_grad():
-            made = {key: self.make(key, level) for key in dict.fromkeys(self.keys.values()) if key is not None}
+            made = {
+                key: self.make(key, level)
+                for key in dict.fromkeys(self.keys.values())
+                if key is not None
+            }
         ranks = {name: layer.rank for name, layer in self.lora.layers.items()}
         made[None] = torch.eye(max(ranks.values(), default=0))[None]
         made = {key: (strength * C).to(device) for key, C in made.items()}
@@ -72,8 +78,13 @@ class Adapter:
     def folded(self, cores: Mapping[str, Tensor]) -> PlainLora:
         """The plain LoRA s · B · C · A with that C (r, r) of each module."""
         if self.config.lora_bias:
-            raise ValueError("The adapter has biases of B (lora_bias=True): save it by save_pretrained.")
-        layers = {name: _folded(name, layer, cores[name], self.lora.config) for name, layer in self.lora.layers.items()}
+            raise ValueError(
+                "The adapter has biases of B (lora_bias=True): save it by save_pretrained."
+            )
+        layers = {
+            name: _folded(name, layer, cores[name], self.lora.config)
+            for name, layer in self.lora.layers.items()
+        }
         return replace(self.lora, layers=layers)
 
 
@@ -107,7 +118,9 @@ def adapter_of_model(model: nn.Module, adapter_name: str) -> Iterator[Adapter]:
     """
     root, *others = roots_of(model, adapter_name)
     if others:
-        raise ValueError(f"Several models below {type(model).__name__} have '{adapter_name}': pass the one meant.")
+        raise ValueError(
+            f"Several models below {type(model).__name__} have '{adapter_name}': pass the one meant."
+        )
     config: Any = root.peft_config[adapter_name]
     holder: Any = holder_of(root)
     if not isinstance(config, LoraConfig):
@@ -118,7 +131,9 @@ def adapter_of_model(model: nn.Module, adapter_name: str) -> Iterator[Adapter]:
     layers = layers_of(root, adapter_name)
     factors = {name: _factors(name, layer, adapter_name) for name, layer in layers.items()}
     variants = {name: layer.lora_variant.get(adapter_name) for name, layer in layers.items()}
-    keys = {name: each.key if isinstance(each, NaraVariant) else None for name, each in variants.items()}
+    keys = {
+        name: each.key if isinstance(each, NaraVariant) else None for name, each in variants.items()
+    }
     make: Any = None
     level_of: Any = lambda _: None  # noqa: E731
     if holder is not None and adapter_name in holder.cores:
@@ -126,19 +141,27 @@ def adapter_of_model(model: nn.Module, adapter_name: str) -> Iterator[Adapter]:
     extra = {key: _copied(t, key) for key, t in others_of(held_tensors(root, adapter_name)).items()}
     lora = PlainLora(_plain_config(config, root), factors, extra)
     with onloaded_cores(model):
-        yield Adapter(config, lora, keys, make, level_of, set(filter(None, [strength_of(root, adapter_name)])))
+        yield Adapter(
+            config, lora, keys, make, level_of, set(filter(None, [strength_of(root, adapter_name)]))
+        )
 
 
 def _factors(name: str, layer: Any, adapter_name: str) -> PlainLoraLayer:
     variant, kind = getattr(layer, "lora_variant", {}).get(adapter_name), type(layer)
     is_lora = issubclass(kind, LoraLayer) and not issubclass(kind, ParamWrapper)
-    if not is_lora or not isinstance(variant, (type(None), NaraVariant, DoraLinearVariant, _DoraConvNdVariant)):
+    if not is_lora or not isinstance(
+        variant, (type(None), NaraVariant, DoraLinearVariant, _DoraConvNdVariant)
+    ):
         raise ValueError(
             f"Adapter '{adapter_name}' can't be exported as a plain LoRA, since layer '{name}' is adapted by PEFT's "
             f"{kind.__name__}{'' if variant is None else f' with {type(variant).__name__}'}: save it by "
             "save_pretrained, for PEFT only."
         )
-    rank, is_embedding, vectors = layer.r[adapter_name], issubclass(kind, Embedding), layer.lora_magnitude_vector
+    rank, is_embedding, vectors = (
+        layer.r[adapter_name],
+        issubclass(kind, Embedding),
+        layer.lora_magnitude_vector,
+    )
     with onloaded(layer):
         if is_embedding:
             A, B = layer.lora_embedding_A[adapter_name], layer.lora_embedding_B[adapter_name]
@@ -148,23 +171,38 @@ def _factors(name: str, layer: Any, adapter_name: str) -> PlainLoraLayer:
         magnitude = _copied(vectors[adapter_name].weight, name) if adapter_name in vectors else None
     groups = getattr(layer.get_base_layer(), "groups", 1)
     A, B = A[:rank].clone(), B[:, : rank // groups].clone()  # hotswap makes room for larger ranks
-    return PlainLoraLayer(A, B, float(layer.scaling[adapter_name]) * rank, rank, magnitude, is_embedding)
+    return PlainLoraLayer(
+        A, B, float(layer.scaling[adapter_name]) * rank, rank, magnitude, is_embedding
+    )
 
 
 def _copied(tensor: Tensor, name: str) -> Tensor:
     if tensor.is_meta:
-        raise ValueError(f"The adapter's weights of layer '{name}' are offloaded: export before offloading.")
+        raise ValueError(
+            f"The adapter's weights of layer '{name}' are offloaded: export before offloading."
+        )
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
 def _plain_config(config: LoraConfig, root: Any = None) -> LoraConfig:
     """The LoraConfig with the modules, ranks and scales of an adapter's `config`; it names the base, if known."""
-    given = {field.name: copy.copy(getattr(config, field.name)) for field in fields(LoraConfig) if field.init}
+    given = {
+        field.name: copy.copy(getattr(config, field.name))
+        for field in fields(LoraConfig)
+        if field.init
+    }
     given["inference_mode"] = True
     if root is not None:
-        given["base_model_name_or_path"] = config.base_model_name_or_path or getattr(root, "name_or_path", None) or None
-        if config.task_type is None and config.auto_mapping is None:  # as PEFT's save_pretrained, for AutoPeftModel
-            given["auto_mapping"] = {"base_model_class": type(root).__name__, "parent_library": type(root).__module__}
+        given["base_model_name_or_path"] = (
+            config.base_model_name_or_path or getattr(root, "name_or_path", None) or None
+        )
+        if (
+            config.task_type is None and config.auto_mapping is None
+        ):  # as PEFT's save_pretrained, for AutoPeftModel
+            given["auto_mapping"] = {
+                "base_model_class": type(root).__name__,
+                "parent_library": type(root).__module__,
+            }
     return LoraConfig(**given)
 
 
@@ -176,7 +214,10 @@ def adapter_of_part(part: AdapterPart) -> Adapter:
     config, cores, schedule = part.config, cores_of(part), schedule_of(part.config)
     tensors = {key: t if t.dtype == torch.float64 else t.float() for key, t in part.tensors.items()}
     layers = layers_of_tensors(config, tensors)
-    keys = {name: core_group(config, name, layer.rank) if config.reads_core else None for name, layer in layers.items()}
+    keys = {
+        name: core_group(config, name, layer.rank) if config.reads_core else None
+        for name, layer in layers.items()
+    }
 
     def make(group: str, level: Tensor | None) -> Tensor:
         C = cores.matrix(group, level)

@@ -38,7 +38,9 @@ _DECIDED = {
 """Fields of NaraConfig that are taken from the LoRA, or with which the NaRA would not start as the LoRA."""
 
 
-def from_lora(lora: str | os.PathLike[str], model: Any, adapter_name: str = "default", **core: Any) -> Any:
+def from_lora(
+    lora: str | os.PathLike[str], model: Any, adapter_name: str = "default", **core: Any
+) -> Any:
     """Add a NaRA to `model` that equals the given LoRA (or DoRA) at step 0: the same tensors, and C(λ) = I.
 
         model = from_lora("folder of a PEFT LoRA", backbone, core_type="hypernetwork")
@@ -63,31 +65,53 @@ def from_lora(lora: str | os.PathLike[str], model: Any, adapter_name: str = "def
             start at C = I (core_init "kaiming", core_type "rank_mask" or "bins"). `model` is unchanged then.
     """
     if decided := sorted(_DECIDED & core.keys()):
-        raise ValueError(f"{', '.join(decided)} can't be given, but come from the LoRA: leave them out.")
+        raise ValueError(
+            f"{', '.join(decided)} can't be given, but come from the LoRA: leave them out."
+        )
     parts, origin = read_lora(lora, model)
     with ExitStack() as undo:
         if not is_pipeline(model):
-            return _insert(parts[""], model, adapter_name, core, origin, undo, isinstance(model, PeftAdapterMixin))
+            return _insert(
+                parts[""],
+                model,
+                adapter_name,
+                core,
+                origin,
+                undo,
+                isinstance(model, PeftAdapterMixin),
+            )
         for component, part in parts.items():
             own = {"core_type": "identity"} if component.startswith(TEXT_ENCODER) else core
             _insert(part, getattr(model, component), adapter_name, own, origin, undo, inject=True)
-        inserted = {name: AdapterPart(getattr(model, name).peft_config[adapter_name], {}) for name in parts}
+        inserted = {
+            name: AdapterPart(getattr(model, name).peft_config[adapter_name], {}) for name in parts
+        }
         check_schedulers(model, inserted)
         read_schedule_of(model)
     return model
 
 
 def _insert(
-    lora: PlainLora, model: Any, name: str, core: Mapping[str, Any], origin: str, undo: ExitStack, inject: bool
+    lora: PlainLora,
+    model: Any,
+    name: str,
+    core: Mapping[str, Any],
+    origin: str,
+    undo: ExitStack,
+    inject: bool,
 ) -> Any:
     """Add the adapter to `model`, until an error in `undo`. `inject`: without a PeftModel around it."""
     root = model.get_base_model() if isinstance(model, PeftModel) else model
     if name in getattr(root, "peft_config", {}):
-        raise ValueError(f"{type(root).__name__} has an adapter '{name}' already: choose another adapter_name.")
+        raise ValueError(
+            f"{type(root).__name__} has an adapter '{name}' already: choose another adapter_name."
+        )
     config = _nara_config(lora, core)
     undo.enter_context(restored_on_error(root))
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")  # several are meant
+        warnings.filterwarnings(
+            "ignore", message="Already found a `peft_config` attribute"
+        )  # several are meant
         if isinstance(model, PeftModel):
             model.add_adapter(name, config)
         elif inject:
@@ -114,7 +138,11 @@ def _nara_config(lora: PlainLora, core: Mapping[str, Any]) -> NaraConfig:
     if lora.scheduler is not None:
         given["scheduler"] = dict(lora.scheduler)
     config = NaraConfig(**given | dict(core))
-    if config.noise_convention is None and config.scheduler is not None and flow_shift(config.scheduler) is not None:
+    if (
+        config.noise_convention is None
+        and config.scheduler is not None
+        and flow_shift(config.scheduler) is not None
+    ):
         config.noise_convention = "flow"
     return config
 
@@ -130,13 +158,20 @@ def copy_tensors(lora: PlainLora, root: nn.Module, adapter_name: str, origin: st
     Raises:
         ValueError: the layers, ranks, scales, shapes or kinds of tensors differ.
     """
-    check_scales({name: (each.rank, each.scaling) for name, each in lora.layers.items()}, root, adapter_name, origin)
+    check_scales(
+        {name: (each.rank, each.scaling) for name, each in lora.layers.items()},
+        root,
+        adapter_name,
+        origin,
+    )
     own = re.compile(rf"(.*\.lora_\w+)\.{re.escape(adapter_name)}(\.\w+)?")
     found = ((own.fullmatch(name), parameter) for name, parameter in root.named_parameters())
     held = {f"{match[1]}{match[2] or ''}": parameter for match, parameter in found if match}
     held = {key.removesuffix(".weight") if "_magnitude_" in key else key: held[key] for key in held}
     given = lora.state_dict()
-    for key in held.keys() & given.keys():  # one-by-one kernels and magnitudes are written with and without axes of 1
+    for key in (
+        held.keys() & given.keys()
+    ):  # one-by-one kernels and magnitudes are written with and without axes of 1
         if given[key].squeeze().shape == held[key].squeeze().shape:
             given[key] = given[key].reshape(held[key].shape)
     try:
@@ -149,7 +184,9 @@ def copy_tensors(lora: PlainLora, root: nn.Module, adapter_name: str, origin: st
         parameter.data = tensor.detach().to(parameter.device, dtype, copy=True)
 
 
-def check_scales(given: Mapping[str, tuple[int, float]], root: nn.Module, adapter_name: str, origin: str) -> None:
+def check_scales(
+    given: Mapping[str, tuple[int, float]], root: nn.Module, adapter_name: str, origin: str
+) -> None:
     """Compare {layer: (rank, scale)} of the file `origin` with an adapter of `root`.
 
     Raises:

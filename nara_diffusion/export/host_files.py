@@ -64,7 +64,9 @@ def host_state_dict(loras: Mapping[str, PlainLora], form: str, base: str) -> dic
                 f"The adapter of {component} has more than LoRA factors ({next(iter(lora.others))}), which files for "
                 "other programs can't express: save it in PEFT's format."
             )
-        if form != "diffusers" and any(layer.magnitude is not None for layer in lora.layers.values()):
+        if form != "diffusers" and any(
+            layer.magnitude is not None for layer in lora.layers.values()
+        ):
             raise ValueError(
                 f"The adapter of {component} is a DoRA. Programs that read {form} files (ComfyUI, A1111, …) divide by "
                 "other norms than DoRA does: choose --form diffusers or --form peft."
@@ -76,7 +78,9 @@ def host_state_dict(loras: Mapping[str, PlainLora], form: str, base: str) -> dic
     return found
 
 
-def save_host_file(loras: Mapping[str, PlainLora], path: str | os.PathLike[str], form: str, base: str) -> None:
+def save_host_file(
+    loras: Mapping[str, PlainLora], path: str | os.PathLike[str], form: str, base: str
+) -> None:
     """Write the tensors of `host_state_dict` to a safetensors file, whole or not at all. Creates its folder.
 
     Raises:
@@ -104,7 +108,9 @@ def with_scale_1(name: str, layer: PlainLoraLayer) -> PlainLoraLayer:
 
 def _with_alpha(layer: PlainLoraLayer, alpha: float) -> PlainLoraLayer:
     gain = layer.alpha / alpha
-    return replace(layer, alpha=alpha, B=layer.B if gain == 1 else (layer.B.double() * gain).to(layer.B.dtype))
+    return replace(
+        layer, alpha=alpha, B=layer.B if gain == 1 else (layer.B.double() * gain).to(layer.B.dtype)
+    )
 
 
 def with_text_model(name: str) -> str:
@@ -112,12 +118,16 @@ def with_text_model(name: str) -> str:
     return f"text_model.{name}" if _IN_CLIP.match(name) else name
 
 
-def _named(component: str, layers: Mapping[str, PlainLoraLayer], form: str, base: str) -> dict[str, Tensor]:
+def _named(
+    component: str, layers: Mapping[str, PlainLoraLayer], form: str, base: str
+) -> dict[str, Tensor]:
     """The tensors of one component by the form's keys."""
     if form == "diffusers":
         return tensors_of_layers(layers, f"{component}.")
     if component in DENOISERS:
-        has_diffusers_names = base == "sd15" and form == "kohya"  # kohya trains SD 1.5 on Diffusers' UNet
+        has_diffusers_names = (
+            base == "sd15" and form == "kohya"
+        )  # kohya trains SD 1.5 on Diffusers' UNet
         layers = layers if has_diffusers_names else original_layers(layers, base)
         if form == "comfyui":
             return tensors_of_layers(layers, "diffusion_model.")
@@ -125,7 +135,9 @@ def _named(component: str, layers: Mapping[str, PlainLoraLayer], form: str, base
     encoders = _ENCODERS.get(base, {})
     if component not in encoders:
         known = ", ".join(["the denoiser", *encoders])
-        raise ValueError(f"A {form} file of {base} has no keys for '{component}', expected {known}.")
+        raise ValueError(
+            f"A {form} file of {base} has no keys for '{component}', expected {known}."
+        )
     return _kohyas(encoders[component], layers, base)
 
 
@@ -134,7 +146,10 @@ def _kohyas(prefix: str, layers: Mapping[str, PlainLoraLayer], base: str) -> dic
     smallest = min((layer.rank for layer in layers.values()), default=0)
     found: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        key, own = f"{prefix}_{name.replace('.', '_')}", _with_alpha(layer, smallest if base in UNETS else layer.rank)
+        key, own = (
+            f"{prefix}_{name.replace('.', '_')}",
+            _with_alpha(layer, smallest if base in UNETS else layer.rank),
+        )
         found |= {f"{key}.lora_down.weight": own.A, f"{key}.lora_up.weight": own.B}
         found[f"{key}.alpha"] = torch.tensor(float(own.alpha))
     return found

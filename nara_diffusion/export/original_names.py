@@ -54,7 +54,9 @@ _FLUX = {
 }
 _SD3 = {
     "joint_blocks.*.x_block.attn.qkv": [f"transformer_blocks.*.attn.to_{x}" for x in "qkv"],
-    "joint_blocks.*.context_block.attn.qkv": [f"transformer_blocks.*.attn.add_{x}_proj" for x in "qkv"],
+    "joint_blocks.*.context_block.attn.qkv": [
+        f"transformer_blocks.*.attn.add_{x}_proj" for x in "qkv"
+    ],
     "joint_blocks.*.x_block.attn2.qkv": [f"transformer_blocks.*.attn2.to_{x}" for x in "qkv"],
     "joint_blocks.*.x_block.attn.proj": ["transformer_blocks.*.attn.to_out.0"],
     "joint_blocks.*.context_block.attn.proj": ["transformer_blocks.*.attn.to_add_out"],
@@ -64,7 +66,9 @@ _SD3 = {
     "joint_blocks.*.context_block.mlp.fc1": ["transformer_blocks.*.ff_context.net.0.proj"],
     "joint_blocks.*.context_block.mlp.fc2": ["transformer_blocks.*.ff_context.net.2"],
     "joint_blocks.*.x_block.adaLN_modulation.1": ["transformer_blocks.*.norm1.linear"],
-    "joint_blocks.*.context_block.adaLN_modulation.1": ["transformer_blocks.*.norm1_context.linear"],
+    "joint_blocks.*.context_block.adaLN_modulation.1": [
+        "transformer_blocks.*.norm1_context.linear"
+    ],
     "context_embedder": ["context_embedder"],
     "t_embedder.mlp.0": ["time_text_embed.timestep_embedder.linear_1"],
     "t_embedder.mlp.2": ["time_text_embed.timestep_embedder.linear_2"],
@@ -103,7 +107,9 @@ _IN_RESNET = {
     "conv2": "out_layers.3",
     "conv_shortcut": "skip_connection",
 }
-_BLOCK = re.compile(r"(down|up|mid)_blocks?\.(?:(\d+)\.)?(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
+_BLOCK = re.compile(
+    r"(down|up|mid)_blocks?\.(?:(\d+)\.)?(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)"
+)
 UNETS = {"sd15": (1, 2, 3), "sdxl": (0, 1)}
 """{base with a UNet: the up blocks that have attention}."""
 
@@ -123,14 +129,19 @@ def parts_of(names: Collection[str], base: str) -> dict[str, list[str | None]]:
         return {_of_unet(name, base, layers_per_block): [name] for name in names}
     found: dict[str, list[str | None]] = {}
     for name in names:
-        pattern, block = re.sub(r"blocks\.\d+\.", "blocks.*.", name, count=1), re.search(r"blocks\.(\d+)\.", name)
+        pattern, block = (
+            re.sub(r"blocks\.\d+\.", "blocks.*.", name, count=1),
+            re.search(r"blocks\.(\d+)\.", name),
+        )
         entry = next((entry for entry in _TABLES[base].items() if pattern in entry[1]), None)
         if entry is None:
             raise ValueError(
                 f"'{name}' has no name in {base}'s original code: save the adapter for Diffusers or PEFT, or choose "
                 "the base that it is for."
             )
-        other, *own = (each.replace("*", block[1]) if block else each for each in (entry[0], *entry[1]))
+        other, *own = (
+            each.replace("*", block[1]) if block else each for each in (entry[0], *entry[1])
+        )
         found[other] = [part if part in names else None for part in own]
     return found
 
@@ -140,7 +151,11 @@ def original_layers(layers: Mapping[str, PlainLoraLayer], base: str) -> dict[str
     found = {}
     for other, parts in parts_of(layers, base).items():
         own = _fused([None if part is None else layers[part] for part in parts])
-        if base == "sd3" and other.endswith("context_block.adaLN_modulation.1") and len(own.B) == 2 * own.A.shape[1]:
+        if (
+            base == "sd3"
+            and other.endswith("context_block.adaLN_modulation.1")
+            and len(own.B) == 2 * own.A.shape[1]
+        ):
             # of the last block: scale and shift in Diffusers, shift and scale here
             own = replace(own, B=torch.cat(own.B.chunk(2)[::-1]))
         found[other] = own
@@ -152,8 +167,14 @@ def _fused(parts: Sequence[PlainLoraLayer | None]) -> PlainLoraLayer:
     present = [part for part in parts if part is not None]
     if len(parts) == 1:
         return present[0]
-    width = next((len(part.B) for part in parts[:3] if part is not None), 0) or len(present[0].B) // MLP_RATIO
-    sizes, rank = [width] * 3 + [MLP_RATIO * width] * (len(parts) - 3), sum(part.rank for part in present)
+    width = (
+        next((len(part.B) for part in parts[:3] if part is not None), 0)
+        or len(present[0].B) // MLP_RATIO
+    )
+    sizes, rank = (
+        [width] * 3 + [MLP_RATIO * width] * (len(parts) - 3),
+        sum(part.rank for part in present),
+    )
     B = present[0].B.new_zeros(sum(sizes), rank)
     row = column = 0
     for part, size in zip(parts, sizes, strict=True):
@@ -191,7 +212,9 @@ def _of_unet(name: str, base: str, layers_per_block: int) -> str:
         return _OUTSIDE[name]
     match = _BLOCK.fullmatch(name)
     if match is None or (match[3] == "resnets" and match[5] not in _IN_RESNET):
-        raise ValueError(f"'{name}' is no module of Stable Diffusion's UNet: choose the base that the adapter is for.")
+        raise ValueError(
+            f"'{name}' is no module of Stable Diffusion's UNet: choose the base that the adapter is for."
+        )
     side, kind, layer = match[1], match[3], int(match[4])
     block, size, with_attention = int(match[2] or 0), layers_per_block + 1, UNETS[base]
     rest = _IN_RESNET[match[5]] if kind == "resnets" else match[5]
@@ -207,4 +230,6 @@ def _of_unet(name: str, base: str, layers_per_block: int) -> str:
     if kind == "upsamplers":
         return f"output_blocks.{block * size + layers_per_block}.{2 if block in with_attention else 1}.conv"
     start, number = ("input", 1) if side == "down" else ("output", 0)
-    return f"{start}_blocks.{number + block * size + layer}.{1 if kind == 'attentions' else 0}.{rest}"
+    return (
+        f"{start}_blocks.{number + block * size + layer}.{1 if kind == 'attentions' else 0}.{rest}"
+    )

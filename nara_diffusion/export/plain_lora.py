@@ -43,11 +43,16 @@ class ExportError:
     @property
     def mean_update(self) -> float:
         """The root mean square of `update`, weighted by `weights`."""
-        return math.sqrt(sum(weight * error**2 for weight, error in zip(self.weights, self.update, strict=True)))
+        return math.sqrt(
+            sum(weight * error**2 for weight, error in zip(self.weights, self.update, strict=True))
+        )
 
     def save(self, directory: Path) -> None:
         """Write export_error.json."""
-        content = asdict(self) | {"worst_update": self.worst_update, "mean_update": self.mean_update}
+        content = asdict(self) | {
+            "worst_update": self.worst_update,
+            "mean_update": self.mean_update,
+        }
         (directory / ERROR_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
@@ -83,7 +88,11 @@ class PlainLoraLayer:
 
     def tensors(self) -> dict[str, Tensor]:
         """A, B and the magnitude by PEFT's names in a module."""
-        names = ("lora_embedding_A", "lora_embedding_B") if self.is_embedding else ("lora_A.weight", "lora_B.weight")
+        names = (
+            ("lora_embedding_A", "lora_embedding_B")
+            if self.is_embedding
+            else ("lora_A.weight", "lora_B.weight")
+        )
         vectors = {} if self.magnitude is None else {"lora_magnitude_vector": self.magnitude}
         return dict(zip(names, (self.A, self.B), strict=True)) | vectors
 
@@ -129,11 +138,17 @@ class PlainLora:
 
 def tensors_of_layers(layers: Mapping[str, PlainLoraLayer], prefix: str = "") -> dict[str, Tensor]:
     """The factors of layers by PEFT's keys, each with `prefix`."""
-    found = {f"{name}.{key}": tensor for name, layer in layers.items() for key, tensor in layer.tensors().items()}
+    found = {
+        f"{name}.{key}": tensor
+        for name, layer in layers.items()
+        for key, tensor in layer.tensors().items()
+    }
     return {f"{prefix}{key}": tensor.contiguous() for key, tensor in found.items()}
 
 
-def layers_of_tensors(config: LoraConfig, tensors: Mapping[str, Tensor]) -> dict[str, PlainLoraLayer]:
+def layers_of_tensors(
+    config: LoraConfig, tensors: Mapping[str, Tensor]
+) -> dict[str, PlainLoraLayer]:
     """{module: its factors} of tensors by PEFT's keys; those that are no factors are left out.
 
     Raises:
@@ -155,10 +170,14 @@ def layers_of_tensors(config: LoraConfig, tensors: Mapping[str, Tensor]) -> dict
         A, B = (own[letter] for letter in letters)
         # the groups of a convolution divide r
         if min(A.dim(), B.dim()) < 2 or len(A) != rank or not B.shape[1] or rank % B.shape[1]:
-            raise ValueError(f"'{name}' has A {tuple(A.shape)} and B {tuple(B.shape)}, expected rank {rank}: damaged.")
+            raise ValueError(
+                f"'{name}' has A {tuple(A.shape)} and B {tuple(B.shape)}, expected rank {rank}: damaged."
+            )
         wanted = {*letters, *(["magnitude_vector"] if config.use_dora else [])}
         if own.keys() - ({"B.bias"} if config.lora_bias else set()) != wanted:
-            raise ValueError(f"'{name}' has {', '.join(sorted(own))}, but use_dora={config.use_dora}: damaged.")
+            raise ValueError(
+                f"'{name}' has {', '.join(sorted(own))}, but use_dora={config.use_dora}: damaged."
+            )
         alpha = configured_scaling(config, name, rank) * rank
         layers[name] = PlainLoraLayer(A, B, alpha, rank, own.get("magnitude_vector"), is_embedding)
     return layers
@@ -166,4 +185,8 @@ def layers_of_tensors(config: LoraConfig, tensors: Mapping[str, Tensor]) -> dict
 
 def others_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What is no factor and no core's: trained biases, tokens, modules."""
-    return {key: tensor for key, tensor in tensors.items() if ".lora_" not in key and not is_core_key(key)}
+    return {
+        key: tensor
+        for key, tensor in tensors.items()
+        if ".lora_" not in key and not is_core_key(key)
+    }

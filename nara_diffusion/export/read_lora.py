@@ -17,7 +17,10 @@ from typing import Any
 
 import diffusers
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
-from diffusers.utils.state_dict_utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
+from diffusers.utils.state_dict_utils import (
+    convert_state_dict_to_peft,
+    convert_unet_state_dict_to_peft,
+)
 from peft import LoraConfig, PeftConfig
 from peft.utils import CONFIG_NAME
 from torch import Tensor, nn
@@ -48,7 +51,9 @@ def read_lora(lora: str | os.PathLike[str], model: Any) -> tuple[dict[str, Plain
         for part in parts.values():
             if part.others or part.config.lora_bias:
                 extra = next(iter(part.others), "biases of B")
-                raise ValueError(f"it has trained '{extra}' beside a LoRA's factors, which a NaRA can't start from.")
+                raise ValueError(
+                    f"it has trained '{extra}' beside a LoRA's factors, which a NaRA can't start from."
+                )
         return parts, origin
     except ValueError as error:
         raise ValueError(f"{origin}: {error}") from error
@@ -63,7 +68,11 @@ def _scheduler(folder: Path, text: str | None = None) -> dict[str, Any] | None:
     """The fields that an earlier version wrote into a file's metadata, or into its folder; None if there are none."""
     path = folder / "scheduler" / "scheduler_config.json"
     given = json.loads(text) if text else read_config_file(path) if path.is_file() else {}
-    fields = {name: value for name, value in given.items() if name not in ("_diffusers_version", "_use_default_values")}
+    fields = {
+        name: value
+        for name, value in given.items()
+        if name not in ("_diffusers_version", "_use_default_values")
+    }
     return fields or None
 
 
@@ -75,7 +84,9 @@ def _of_folder(folder: Path) -> PlainLora:
         )
     config = PeftConfig.from_pretrained(str(folder))
     if type(config) is not LoraConfig:
-        raise ValueError(f"it is a {type(config).__name__.removesuffix('Config')}, which is no LoRA.")
+        raise ValueError(
+            f"it is a {type(config).__name__.removesuffix('Config')}, which is no LoRA."
+        )
     return replace(_of_tensors(config, read_peft_tensors(folder)), scheduler=_scheduler(folder))
 
 
@@ -99,7 +110,11 @@ def _of_file(path: Path, pipe: Any) -> dict[str, PlainLora]:
             "it isn't in PEFT's form, which has an adapter_config.json: name such a folder. A file of another form is "
             f"read for a pipeline: pass the pipeline, instead of {type(pipe).__name__}."
         )
-    if odd := [key for key in tensors if re.search(r"dora_scale|hada_|lokr_|oft_|lora_mid|glora|\.diff(_b)?$", key)]:
+    if odd := [
+        key
+        for key in tensors
+        if re.search(r"dora_scale|hada_|lokr_|oft_|lora_mid|glora|\.diff(_b)?$", key)
+    ]:
         raise ValueError(
             f"it holds '{odd[0]}', a key of a DoRA in kohya's format or of a LyCORIS method, which Diffusers "
             "doesn't read: convert it to PEFT's format with the program that wrote it, or start from another LoRA."
@@ -114,10 +129,13 @@ def _of_file(path: Path, pipe: Any) -> dict[str, PlainLora]:
         own = {key: tensor for key, tensor in state.items() if key.startswith(f"{component}.")}
         values = _by_peft_names(own, alphas, component, pipe)
         found = _of_tensors(
-            configs.get(component) or _config_of(values), {key: value[0] for key, value in values.items()}
+            configs.get(component) or _config_of(values),
+            {key: value[0] for key, value in values.items()},
         )
         parts[component] = replace(found, scheduler=scheduler if component in DENOISERS else None)
-    down = re.compile(r"(.+?)[._](lora_A|lora_down|lora\.down|lora_linear_layer\.down|lora_embedding_A)(\.weight)?")
+    down = re.compile(
+        r"(.+?)[._](lora_A|lora_down|lora\.down|lora_linear_layer\.down|lora_embedding_A)(\.weight)?"
+    )
     count = len({match[1] for key in tensors if (match := down.fullmatch(key))})
     if sum(len(part.layers) for part in parts.values()) < count or not parts:
         raise ValueError(
@@ -128,7 +146,9 @@ def _of_file(path: Path, pipe: Any) -> dict[str, PlainLora]:
 
 
 def _found(path: Path) -> Path:
-    found = [path] if path.is_file() else sorted(path.glob("*.safetensors")) if path.is_dir() else []
+    found = (
+        [path] if path.is_file() else sorted(path.glob("*.safetensors")) if path.is_dir() else []
+    )
     named = path / "pytorch_lora_weights.safetensors"
     if named in found or len(found) == 1:
         return named if named in found else found[0]
@@ -138,20 +158,30 @@ def _found(path: Path) -> Path:
     )
 
 
-def _converted(tensors: Mapping[str, Tensor], pipe: Any) -> tuple[dict[str, Tensor], dict[str, float]]:
+def _converted(
+    tensors: Mapping[str, Tensor], pipe: Any
+) -> tuple[dict[str, Tensor], dict[str, float]]:
     """{Diffusers' key, with the component: tensor}, and {Diffusers' key of an alpha: alpha}."""
     options = {"unet_config": pipe.unet.config} if hasattr(pipe, "unet") else {}
     # ComfyUI's names of a UNet, as `nara fold --form comfyui` writes them, as kohya's
-    of_unet = re.compile(r"diffusion_model\.(.+)\.lora_([AB])\.weight") if options else re.compile(r"(?!)")
+    of_unet = (
+        re.compile(r"diffusion_model\.(.+)\.lora_([AB])\.weight")
+        if options
+        else re.compile(r"(?!)")
+    )
     given = {}
     for key, tensor in tensors.items():
         match = of_unet.fullmatch(key)
         kind = "down" if match and match[2] == "A" else "up"
-        given[f"lora_unet_{match[1].replace('.', '_')}.lora_{kind}.weight" if match else key] = tensor
+        given[f"lora_unet_{match[1].replace('.', '_')}.lora_{kind}.weight" if match else key] = (
+            tensor
+        )
     try:
         found = pipe.lora_state_dict(given, **options)
     except (AttributeError, ValueError, KeyError, IndexError, NotImplementedError) as error:
-        raise ValueError(f"no LoRA that Diffusers reads for {type(pipe).__name__}: {error}") from error
+        raise ValueError(
+            f"no LoRA that Diffusers reads for {type(pipe).__name__}: {error}"
+        ) from error
     state, alphas = found if isinstance(found, tuple) else (found, None)
     return dict(state), {key: float(alpha) for key, alpha in (alphas or {}).items()}
 
@@ -163,7 +193,11 @@ def _by_peft_names(
     new: dict[str, Any] = {}
     old: dict[str, Any] = {}
     for key, tensor in own.items():
-        names = (f"{key.split('.lora.')[0]}.alpha", key.replace(".lora_A.weight", ".alpha"), f"{key}.alpha")
+        names = (
+            f"{key.split('.lora.')[0]}.alpha",
+            key.replace(".lora_A.weight", ".alpha"),
+            f"{key}.alpha",
+        )
         alpha = next((alphas[name] for name in names if name in alphas), None)
         is_pefts = re.search(r"\.lora_(A|B|embedding|magnitude)", key)
         (new if is_pefts else old)[key.removeprefix(f"{component}.")] = (tensor, alpha)
@@ -178,20 +212,31 @@ def _by_peft_names(
 def _config_of(values: Mapping[str, tuple[Tensor, float | None]]) -> LoraConfig:
     """The configuration of a file that has none, which names each module in full: ranks by A, α by the file's alphas,
     or the rank, which is a scale of 1."""
-    given = {key.partition(".lora_A.")[0]: value for key, value in values.items() if ".lora_A." in key}
+    given = {
+        key.partition(".lora_A.")[0]: value for key, value in values.items() if ".lora_A." in key
+    }
     if not given:
-        raise ValueError(f"no LoRA in PEFT's or Diffusers' format, but {listed(values) or 'nothing'}.")
+        raise ValueError(
+            f"no LoRA in PEFT's or Diffusers' format, but {listed(values) or 'nothing'}."
+        )
     ranks = {name: len(A) for name, (A, _) in given.items()}
     alphas = {name: alpha or float(len(A)) for name, (A, alpha) in given.items()}
-    r, most = Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0]
+    r, most = (
+        Counter(ranks.values()).most_common(1)[0][0],
+        Counter(alphas.values()).most_common(1)[0][0],
+    )
     return LoraConfig(
         r=r,
         lora_alpha=most,  # type: ignore[arg-type]
         use_dora=any(".lora_magnitude_vector" in key for key in values),
         inference_mode=True,
-        target_modules="|".join(map(re.escape, sorted(given))),  # in a list, a name is the end of others too
+        target_modules="|".join(
+            map(re.escape, sorted(given))
+        ),  # in a list, a name is the end of others too
         rank_pattern={f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != r},
-        alpha_pattern={f"^{re.escape(name)}": alpha for name, alpha in alphas.items() if alpha != most},
+        alpha_pattern={
+            f"^{re.escape(name)}": alpha for name, alpha in alphas.items() if alpha != most
+        },
     )
 
 

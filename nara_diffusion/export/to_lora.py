@@ -107,7 +107,9 @@ def _squared_norms(layer: PlainLoraLayer, D: Tensor) -> Tensor:
 
 def _grid(adapter: Adapter) -> tuple[Tensor, Tensor]:
     """λ (n,) in ascending order, float32, and their weights (n,) by the trapezoidal rule, which sum to 1."""
-    levels = torch.cat([torch.linspace(0, 1, _GRID, dtype=torch.float32), _breakpoints(adapter)]).unique()
+    levels = torch.cat(
+        [torch.linspace(0, 1, _GRID, dtype=torch.float32), _breakpoints(adapter)]
+    ).unique()
     half, zero = levels.double().diff() / 2, torch.zeros(1, dtype=torch.float64)
     return levels, torch.cat([half, zero]) + torch.cat([zero, half])
 

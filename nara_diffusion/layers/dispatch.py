@@ -25,8 +25,14 @@ def check_target(target: Any, config: Any, name: str) -> None:
     """
     base: Any = target.get_base_layer() if isinstance(target, LoraLayer) else target
     is_convolution, kind = isinstance(base, nn.modules.conv._ConvNd), type(base).__name__
-    if is_convolution and (base.padding_mode != "zeros" or any(step != 1 for step in base.dilation)):
-        option = f"padding_mode={base.padding_mode!r}" if base.padding_mode != "zeros" else f"dilation={base.dilation}"
+    if is_convolution and (
+        base.padding_mode != "zeros" or any(step != 1 for step in base.dilation)
+    ):
+        option = (
+            f"padding_mode={base.padding_mode!r}"
+            if base.padding_mode != "zeros"
+            else f"dilation={base.dilation}"
+        )
         raise ValueError(
             f"NaRA cannot adapt '{name}' ({kind} with {option}): PEFT's convolution A has dilation 1 and pads with "
             "zeros, so that the forward wouldn't be that of W0 + s·B·C·A. Leave it out by `exclude_modules`."
@@ -44,7 +50,9 @@ def check_norm(base: nn.Module, name: str) -> None:
     """Refuse a base layer of which NaRA-DoRA's norm cannot be had."""
     weight, why = getattr(base, "weight", None), ""
     if isinstance(base, nn.Embedding):
-        why = "an embedding, of which the norm of a whole vocabulary would be needed for each sample"
+        why = (
+            "an embedding, of which the norm of a whole vocabulary would be needed for each sample"
+        )
     elif isinstance(weight, Tensor) and _is_float8(weight.dtype):
         why = f"stored as {weight.dtype}, and its norm is needed: add the adapter before enable_layerwise_casting()"
     elif isinstance(base, nn.modules.conv._ConvNd) and base.groups > 1:

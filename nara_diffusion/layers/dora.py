@@ -30,7 +30,11 @@ class NaraDoraLinear(NaraVariant):
     """
 
     def update(self, module: Any, active_adapter: str, x: Tensor, result: Tensor) -> Tensor:
-        A, B, base_layer = module.lora_A[active_adapter], module.lora_B[active_adapter], module.get_base_layer()
+        A, B, base_layer = (
+            module.lora_A[active_adapter],
+            module.lora_B[active_adapter],
+            module.get_base_layer(),
+        )
         read = (A, B, base_layer, module.lora_magnitude_vector[active_adapter])
         if not any(map(is_managed, read)):
             return self._update(module, active_adapter, x, result, *read)
@@ -38,7 +42,15 @@ class NaraDoraLinear(NaraVariant):
             return self._update(module, active_adapter, x, result, *read)
 
     def _update(
-        self, module: Any, active_adapter: str, x: Tensor, result: Tensor, A: Any, B: Any, base_layer: Any, m: Any
+        self,
+        module: Any,
+        active_adapter: str,
+        x: Tensor,
+        result: Tensor,
+        A: Any,
+        B: Any,
+        base_layer: Any,
+        m: Any,
     ) -> Tensor:
         core, scaling = self.batch_core(module.r[active_adapter], x), module.scaling[active_adapter]
         weight, A_weight, B_weight = base_matrix(module), A.weight, B.weight
@@ -46,7 +58,11 @@ class NaraDoraLinear(NaraVariant):
         norm = factored_row_norm(weight, A_weight.detach().flatten(1), K, scaling)
         gain = (m.weight.view(1, -1) / norm).to(x.dtype)  # (b or 1, d_out)
         dropout_free = is_dropout_free(module, active_adapter)
-        if dropout_free and result.numel() >= fused.MIN_ELEMENTS and can_fuse(module, base_layer, A, B, x, result):
+        if (
+            dropout_free
+            and result.numel() >= fused.MIN_ELEMENTS
+            and can_fuse(module, base_layer, A, B, x, result)
+        ):
             return fused_linear(x, result, base_layer, A_weight, core, B_weight, scaling, gain)
         gain, bias = self._aligned(gain, result), base_layer.bias
         bias = None if bias is None else self._aligned(bias[None], result)

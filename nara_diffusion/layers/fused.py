@@ -36,18 +36,24 @@ def can_fuse(module: Any, base_layer: Any, A: Any, B: Any, x: Tensor, result: Te
     """
     if torch.compiler.is_compiling() or is_autocast_enabled(x.device):
         return False
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.jit.is_tracing():  # type: ignore[reportPrivateImportUsage]
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return False
+    if torch.jit.is_tracing():  # type: ignore[reportPrivateImportUsage]
         return False
     if len(module.active_adapters) != 1 or _has_any_global_hook():
         return False
-    if module._modules["base_layer"] is not base_layer or not all(map(_is_plain, (base_layer, A, B))):
+    if module._modules["base_layer"] is not base_layer or not all(
+        map(_is_plain, (base_layer, A, B))
+    ):
         return False
     parameters = (*base_layer._parameters.values(), A.weight, B.weight)
     return (
         B.bias is None
         and type(x) is type(result) is Tensor
         and result.is_contiguous()
-        and not any(own is not None and own.requires_grad for own in base_layer._parameters.values())
+        and not any(
+            own is not None and own.requires_grad for own in base_layer._parameters.values()
+        )
         and all(own is None or own.dtype == x.dtype == result.dtype for own in parameters)
     )
 
@@ -64,7 +70,14 @@ def _is_plain(layer: Any) -> bool:
 
 
 def fused_linear(
-    x: Tensor, result: Tensor, base_layer: Any, A: Tensor, core: Tensor, B: Tensor, scaling: float, gain: Any = None
+    x: Tensor,
+    result: Tensor,
+    base_layer: Any,
+    A: Tensor,
+    core: Tensor,
+    B: Tensor,
+    scaling: float,
+    gain: Any = None,
 ) -> Tensor:
     """g ⊙ (`result` + s B C A x) + (1 − g) ⊙ b where `can_fuse` holds; `result` is overwritten.
 
@@ -76,7 +89,9 @@ def fused_linear(
         (b, …, d_out), with gradients for x, A, core, B and gain, which have gradients in their turn.
     """
     if torch.is_grad_enabled():
-        return _FusedLinear.apply(x, result.detach(), base_layer.weight, base_layer.bias, A, core, B, scaling, gain)
+        return _FusedLinear.apply(
+            x, result.detach(), base_layer.weight, base_layer.bias, A, core, B, scaling, gain
+        )
     _raise(result, _narrow(x, A, core)[1], B, scaling)
     return result if gain is None else _scaled(result, gain, base_layer.bias, out=result)
 
@@ -98,9 +113,13 @@ class _FusedLinear(Function):
         h, mixed = _narrow(x, A, core)
         _raise(result, mixed, B, s)
         ctx.scaling = s
-        ctx.save_for_backward(x, weight, bias, A, core, B, h, mixed, None if g is None else result, g)
+        ctx.save_for_backward(
+            x, weight, bias, A, core, B, h, mixed, None if g is None else result, g
+        )
         if g is not None:
-            return _scaled(result, g, bias, out=torch.empty_like(result))  # a view could not be changed in place
+            return _scaled(
+                result, g, bias, out=torch.empty_like(result)
+            )  # a view could not be changed in place
         ctx.mark_dirty(result)
         return result
 
@@ -112,13 +131,19 @@ class _FusedLinear(Function):
         with without_autocast(x.device):
             if torch.is_grad_enabled():  # for second derivatives
                 h, mixed = _narrow(x, A, core)
-                z = F.linear(x, weight, bias) + ctx.scaling * F.linear(mixed, B).view(*x.shape[:-1], -1)
+                z = F.linear(x, weight, bias) + ctx.scaling * F.linear(mixed, B).view(
+                    *x.shape[:-1], -1
+                )
             grad = gradients[0].reshape(-1, B.shape[0])  # (b n, d_out)
             if g is not None:
                 rows = grad.view(g.shape[0], -1, g.shape[1])
-                grad_g = _summed(rows * z.view(rows.shape)) - (0 if bias is None else _summed(rows) * bias)
+                grad_g = _summed(rows * z.view(rows.shape)) - (
+                    0 if bias is None else _summed(rows) * bias
+                )
                 grad = (rows * g[:, None]).view(grad.shape)
-            grad_mixed = (torch.mm(B.T, grad.T) * ctx.scaling).view(-1, *h.shape[:2]).permute(1, 2, 0)  # (b, n, r)
+            grad_mixed = (
+                (torch.mm(B.T, grad.T) * ctx.scaling).view(-1, *h.shape[:2]).permute(1, 2, 0)
+            )  # (b, n, r)
             grad_h = apply_core(core.mT, grad_mixed).reshape(-1, A.shape[0])  # (b n, r)
             if needs_core:
                 grad_core = torch.bmm(grad_mixed.to(core.dtype).mT, h.to(core.dtype))
@@ -144,7 +169,10 @@ def _raise(result: Tensor, mixed: Tensor, B: Tensor, scaling: float) -> None:
 
 def _scaled(z: Tensor, gain: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
     """g ⊙ z + (1 − g) ⊙ b (b, …, d_out), written into `out`."""
-    rows, gain = z.view(gain.shape[0], -1, gain.shape[1]), gain[:, None]  # (b or 1, n, d_out), (b or 1, 1, d_out)
+    rows, gain = (
+        z.view(gain.shape[0], -1, gain.shape[1]),
+        gain[:, None],
+    )  # (b or 1, n, d_out), (b or 1, 1, d_out)
     if bias is None:
         torch.mul(rows, gain, out=out.view(rows.shape))
     else:

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 def factors(module: Any, adapter_name: str) -> tuple[Tensor, Tensor]:
     """A (r, k) and B (d_out, r) of a layer that PEFT merges (none with groups), kernels flattened; detached."""
     if isinstance(module, Embedding):
-        return module.lora_embedding_A[adapter_name].detach(), module.lora_embedding_B[adapter_name].detach()
+        return module.lora_embedding_A[adapter_name].detach(), module.lora_embedding_B[
+            adapter_name
+        ].detach()
     A, B = module.lora_A[adapter_name].weight, module.lora_B[adapter_name].weight
     return A.detach().flatten(1), B.detach().flatten(1)
 
@@ -46,15 +48,21 @@ def base_weight(base_layer: Any) -> Tensor:
     W0ᵀ = layer(I) − b. PEFT's function for 8-bit weights breaks later forwards, so that they are dequantised here.
     """
     weight = getattr(base_layer, "weight", None)
-    if type(weight) is nn.Parameter and (type(base_layer) is nn.Linear or not hasattr(base_layer, "W_q")):
+    if type(weight) is nn.Parameter and (
+        type(base_layer) is nn.Linear or not hasattr(base_layer, "W_q")
+    ):
         return weight  # PEFT's function would break a compiled graph
     if type(weight).__name__ == "Int8Params":
-        held: Any = weight if getattr(weight, "SCB", None) is not None else base_layer.state  # after a first forward
+        held: Any = (
+            weight if getattr(weight, "SCB", None) is not None else base_layer.state
+        )  # after a first forward
         return held.CB.float() * (held.SCB.float()[:, None] / 127)
     if not _is_packed(base_layer):
         return dequantize_module_weight(base_layer)
     with torch.no_grad():
-        identity = torch.eye(base_layer.in_features, dtype=torch.float32, device=base_layer.weight.device)
+        identity = torch.eye(
+            base_layer.in_features, dtype=torch.float32, device=base_layer.weight.device
+        )
         product = base_layer(identity)
         return (product if base_layer.bias is None else product - base_layer.bias).T
 

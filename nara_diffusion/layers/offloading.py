@@ -26,7 +26,12 @@ def is_managed(module: nn.Module) -> bool:
 @contextmanager
 def onloaded(*modules: nn.Module) -> Iterator[None]:
     """Inside the context, all weights of `modules` are on the device, and in the dtype, in which they compute."""
-    managed = [(below, hook) for module in modules for below in module.modules() for hook in _hooks_of(below)]
+    managed = [
+        (below, hook)
+        for module in modules
+        for below in module.modules()
+        for hook in _hooks_of(below)
+    ]
     for module, hook in managed:
         hook.pre_forward(module)
     try:

@@ -118,7 +118,12 @@ class NaraVariant(LoraVariant):
     is_conv = False
 
     def __init__(
-        self, channel: CoreChannel, adapter_name: str, group: str, layer_name: str, rows: Rows = "samples"
+        self,
+        channel: CoreChannel,
+        adapter_name: str,
+        group: str,
+        layer_name: str,
+        rows: Rows = "samples",
     ) -> None:
         self.channel = channel
         self.key = (adapter_name, group)
@@ -134,10 +139,14 @@ class NaraVariant(LoraVariant):
 
     # ------------------------------------------------------------------ forward
 
-    def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+    def forward(
+        self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
+    ) -> Tensor:
         """Return `result` plus the update of `x`; PEFT calls it. A sample without batch axis is a batch of one."""
         if not getattr(module, "cast_input_dtype_enabled", True) and x.is_floating_point():
-            A = module.lora_A[active_adapter]  # layerwise casting has turned off PEFT's own conversion
+            A = module.lora_A[
+                active_adapter
+            ]  # layerwise casting has turned off PEFT's own conversion
             x = x if is_managed(A) else x.to(A.weight.dtype)
         if x.dim() < (module._kernel_dim if self.is_conv else 2):
             return self.update(module, active_adapter, x[None], result[None])[0]
@@ -204,9 +213,13 @@ class NaraVariant(LoraVariant):
         A, K, scaling, factor, guard = module._cache_pop(f"{active_adapter}-nara")
         guard.remove()
         self.merged_at = None
-        return (orig_weight.data / factor - delta_weight(module, A, K[0], scaling)).to(orig_weight.dtype)
+        return (orig_weight.data / factor - delta_weight(module, A, K[0], scaling)).to(
+            orig_weight.dtype
+        )
 
-    def merge_factor(self, module: Any, active_adapter: str, A: Tensor, K: Tensor) -> Tensor | float:
+    def merge_factor(
+        self, module: Any, active_adapter: str, A: Tensor, K: Tensor
+    ) -> Tensor | float:
         """The factor of each merged row: 1, or DoRA's m / ‖W0 + s K A‖ for K = B C (1, d_out, r)."""
         return 1.0
 
@@ -221,7 +234,9 @@ class NaraLinear(NaraVariant):
             base_layer = module.get_base_layer()
             if can_fuse(module, base_layer, A, B, x, result):
                 return fused_linear(x, result, base_layer, A.weight, core, B.weight, scaling)
-        return torch.add(result, B(apply_core(core, A(module.lora_dropout[active_adapter](x)))), alpha=scaling)
+        return torch.add(
+            result, B(apply_core(core, A(module.lora_dropout[active_adapter](x)))), alpha=scaling
+        )
 
 
 class NaraConv(NaraVariant):
@@ -267,7 +282,11 @@ def rows_of(root: nn.Module, name: str) -> Rows:
     if any(hasattr(outer, "experts") or "Experts" in type(outer).__name__ for outer in around):
         return "tokens"
     if isinstance(module, (nn.Embedding, Embedding)):
-        return "positions" if name.endswith(("relative_attention_bias", "distance_embedding")) else "samples"
+        return (
+            "positions"
+            if name.endswith(("relative_attention_bias", "distance_embedding"))
+            else "samples"
+        )
     return "positions" if any(map(_is_length_first, around)) else "samples"
 
 

@@ -48,7 +48,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.stdout.write(f"{__doc__}\n")
     elif flags[0] not in ("run", "ls", "validate"):
         flags = ["run", *flags]
-    with patch.object(sys, "argv", ["nara-eval", *flags]):  # which lm-eval's command reads and changes
+    with patch.object(
+        sys, "argv", ["nara-eval", *flags]
+    ):  # which lm-eval's command reads and changes
         command = HarnessCLI()
         args = command.parse_args()
         try:
@@ -74,7 +76,11 @@ def adjusted(args: argparse.Namespace) -> argparse.Namespace:
     for name, value in file.items():
         given = getattr(args, name, None)
         if isinstance(given, dict):
-            setattr(args, name, {**(simple_parse_args_string(value) if isinstance(value, str) else value), **given})
+            setattr(
+                args,
+                name,
+                {**(simple_parse_args_string(value) if isinstance(value, str) else value), **given},
+            )
         elif given is None or given is False:
             setattr(args, name, value)
     if hasattr(args, "include_path"):
@@ -83,7 +89,9 @@ def adjusted(args: argparse.Namespace) -> argparse.Namespace:
     if is_run:
         args.config = None
         args.model = args.model or MODEL
-        args.device = args.device or ("auto" if args.model == MODEL else None)  # lm-eval's is cuda:0, wherever it runs
+        args.device = args.device or (
+            "auto" if args.model == MODEL else None
+        )  # lm-eval's is cuda:0, wherever it runs
     return args
 
 
@@ -99,7 +107,9 @@ def read_config(config: str) -> dict[str, Any]:
     if not Path(config).exists() and config in presets:
         return presets[config]
     if not Path(config).exists():
-        raise ValueError(f"--config {config}: there is no such file, and the presets are {', '.join(presets)}")
+        raise ValueError(
+            f"--config {config}: there is no such file, and the presets are {', '.join(presets)}"
+        )
     try:
         return EvaluatorConfig.load_yaml_config(config)
     except TypeError as error:  # lm-eval's error for a file without keys

@@ -38,7 +38,9 @@ from .harness_text import ALPACA, SETTINGS, cut, encode, encode_pair, read_gen_k
 
 logger = logging.getLogger(__name__)
 
-_GROUP = 64  # requests whose likelihoods are computed in one call: those of equal length share forwards
+_GROUP = (
+    64  # requests whose likelihoods are computed in one call: those of equal length share forwards
+)
 
 
 class NaraDLLM(LM):
@@ -82,25 +84,42 @@ class NaraDLLM(LM):
         super().__init__()
         misplaced = sorted(backbone.keys() & set(SETTINGS))
         if misplaced:
-            raise ValueError(f"{', '.join(misplaced)} in --model_args: the sampler's settings belong to --gen_kwargs")
+            raise ValueError(
+                f"{', '.join(misplaced)} in --model_args: the sampler's settings belong to --gen_kwargs"
+            )
         if not str(batch_size).isdecimal() or max_batch_size is not None:
-            raise ValueError(f"--batch_size {batch_size}: nara_dllm doesn't look for one, name it: --batch_size 8")
-        self.batch_size, self.samples, self.seed, self.greedy = int(batch_size), int(samples), int(seed), bool(greedy)
+            raise ValueError(
+                f"--batch_size {batch_size}: nara_dllm doesn't look for one, name it: --batch_size 8"
+            )
+        self.batch_size, self.samples, self.seed, self.greedy = (
+            int(batch_size),
+            int(samples),
+            int(seed),
+            bool(greedy),
+        )
         self.cfg_scale = float(cfg_scale)
-        patience = InitProcessGroupKwargs(timeout=timedelta(days=7)).to_kwargs()  # for others' longer questions
+        patience = InitProcessGroupKwargs(
+            timeout=timedelta(days=7)
+        ).to_kwargs()  # for others' longer questions
         is_cpu = str(device) == "cpu" or not torch.accelerator.is_available()
         self.processes = PartialState(cpu=is_cpu, **patience)
         self._rank, self._world_size = self.processes.process_index, self.processes.num_processes
         is_own = self._world_size > 1 or device in (None, "auto")
-        self.model, self.tokenizer = _load(pretrained, peft, self.processes.device if is_own else device, **backbone)
+        self.model, self.tokenizer = _load(
+            pretrained, peft, self.processes.device if is_own else device, **backbone
+        )
         self.backbone = Backbone(self.model)
         self._device = self.backbone.device
         limit = self.backbone.position_limit
         if limit is None and max_length is None:
-            raise ValueError("the model's configuration has no limit of positions: add max_length=N to --model_args")
+            raise ValueError(
+                "the model's configuration has no limit of positions: add max_length=N to --model_args"
+            )
         self.max_length = int(max_length or limit or 0)
         if limit is not None and self.max_length > limit:
-            raise ValueError(f"max_length is {max_length} and the model has {limit} positions: leave it out")
+            raise ValueError(
+                f"max_length is {max_length} and the model has {limit} positions: leave it out"
+            )
         self.ends = stop_token_ids(self.model, self.tokenizer)
         # Dream's own evaluation opens each text by a BOS token, since it predicts the next token
         bos: Any = self.tokenizer.bos_token_id
@@ -108,9 +127,13 @@ class NaraDLLM(LM):
         self.has_template = False
 
     @classmethod
-    def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> NaraDLLM:
+    def create_from_arg_obj(
+        cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
+    ) -> NaraDLLM:
         """Create it from --model_args and lm-eval's other flags; --model_args win."""
-        others = {name: value for name, value in (additional_config or {}).items() if value is not None}
+        others = {
+            name: value for name, value in (additional_config or {}).items() if value is not None
+        }
         return cls(**{**others, **arg_dict})
 
     # prompts
@@ -120,7 +143,9 @@ class NaraDLLM(LM):
         self.has_template = bool(chat_template)
         return str(self.tokenizer.chat_template or ALPACA) if self.has_template else None
 
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
         """The conversation as text, in the form that training used."""
         self.has_template = True
         return templated(self.tokenizer, chat_history, add_generation_prompt=add_generation_prompt)
@@ -140,8 +165,13 @@ class NaraDLLM(LM):
         longer = sum(len(prompt) > room for prompt, room in zip(prompts, rooms, strict=True))
         if longer:
             counts = (longer, len(prompts), self.max_length)
-            logger.warning("%d of %d prompts lose their start: with the answer they exceed %d tokens", *counts)
-        return [prompt[max(len(prompt) - room, 0) :] for prompt, room in zip(prompts, rooms, strict=True)]
+            logger.warning(
+                "%d of %d prompts lose their start: with the answer they exceed %d tokens", *counts
+            )
+        return [
+            prompt[max(len(prompt) - room, 0) :]
+            for prompt, room in zip(prompts, rooms, strict=True)
+        ]
 
     # generation
 
@@ -152,22 +182,38 @@ class NaraDLLM(LM):
         longest = max((sampling["gen_length"] for _, sampling in how), default=0)
         if longest >= self.max_length:
             has = f"the model has {self.max_length} positions for prompt and answer together"
-            raise ValueError(f"gen_length is {longest} and {has}: lower it with --gen_kwargs gen_length=N")
-        prompts = [self._opened(encode(self.tokenizer, prompt, has_template=self.has_template)) for prompt, _ in given]
-        prompts = self._fitting(prompts, [self.max_length - sampling["gen_length"] for _, sampling in how])
+            raise ValueError(
+                f"gen_length is {longest} and {has}: lower it with --gen_kwargs gen_length=N"
+            )
+        prompts = [
+            self._opened(encode(self.tokenizer, prompt, has_template=self.has_template))
+            for prompt, _ in given
+        ]
+        prompts = self._fitting(
+            prompts, [self.max_length - sampling["gen_length"] for _, sampling in how]
+        )
         answers: list[str] = [""] * len(requests)
         order = sorted(range(len(requests)), key=lambda i: (repr(how[i]), -len(prompts[i])))
-        vocabulary, chat = self.tokenizer.get_vocab(), self.has_template and bool(self.tokenizer.chat_template)
+        vocabulary, chat = (
+            self.tokenizer.get_vocab(),
+            self.has_template and bool(self.tokenizer.chat_template),
+        )
         with self._progress(len(requests), "generate") as bar:
             for _, group in groupby(order, key=lambda i: how[i]):
                 for batch in _split(list(group), self.batch_size):
                     until, sampling = how[batch[0]]
-                    special = [vocabulary[stop] for stop in until if stop in self.tokenizer.all_special_tokens]
+                    special = [
+                        vocabulary[stop]
+                        for stop in until
+                        if stop in self.tokenizer.all_special_tokens
+                    ]
                     ends = [*self.ends, *special]
                     options = {"chat": chat, "eos_token_id": ends, **sampling}
                     found = answer_prompts(self.model, [prompts[i] for i in batch], **options)
                     for i, answer in zip(batch, found.answers.tolist(), strict=True):
-                        answers[i] = cut(decode_answer(self.tokenizer, answer, ends, strip=False), until)
+                        answers[i] = cut(
+                            decode_answer(self.tokenizer, answer, ends, strip=False), until
+                        )
                         self.cache_hook.add_partial("generate_until", requests[i].args, answers[i])
                     bar.update(len(batch))
         return answers
@@ -180,9 +226,15 @@ class NaraDLLM(LM):
         Raises:
             ValueError: a continuation is longer than `max_length`.
         """
-        pairs = [encode_pair(self.tokenizer, *request.args, has_template=self.has_template) for request in requests]
+        pairs = [
+            encode_pair(self.tokenizer, *request.args, has_template=self.has_template)
+            for request in requests
+        ]
         answers = [answer for _, answer in pairs]
-        room, beside = self.max_length - len(self.opening), " beside the BOS token" if self.opening else ""
+        room, beside = (
+            self.max_length - len(self.opening),
+            " beside the BOS token" if self.opening else "",
+        )
         longest = max(map(len, answers), default=0)
         if longest > room:
             raise ValueError(
@@ -190,14 +242,22 @@ class NaraDLLM(LM):
                 "raise max_length in --model_args"
             )
         rooms = [self.max_length - len(answer) for answer in answers]
-        pairs = list(zip(self._fitting([self._opened(prompt) for prompt, _ in pairs], rooms), answers, strict=True))
+        pairs = list(
+            zip(
+                self._fitting([self._opened(prompt) for prompt, _ in pairs], rooms),
+                answers,
+                strict=True,
+            )
+        )
         results: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
         order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
         with self._progress(len(pairs), "likelihood") as bar:
             for batch in _split(order, _GROUP):
                 chosen = [pairs[i] for i in batch]
                 found = self._are_greedy(chosen) if self.greedy else [False] * len(batch)
-                for i, value, is_greedy in zip(batch, self._log_likelihoods(chosen), found, strict=True):
+                for i, value, is_greedy in zip(
+                    batch, self._log_likelihoods(chosen), found, strict=True
+                ):
                     results[i] = (value, is_greedy)
                     self.cache_hook.add_partial("loglikelihood", requests[i].args, results[i])
                 bar.update(len(batch))
@@ -212,7 +272,9 @@ class NaraDLLM(LM):
 
     def _log_likelihoods(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[float]:
         """The likelihood bound of each (prompt, answer), in nats."""
-        input_ids = pad_sequence([torch.tensor([*prompt, *answer]) for prompt, answer in pairs], batch_first=True)
+        input_ids = pad_sequence(
+            [torch.tensor([*prompt, *answer]) for prompt, answer in pairs], batch_first=True
+        )
         estimates = log_likelihood(
             self.model,
             input_ids.to(self._device),
@@ -222,7 +284,8 @@ class NaraDLLM(LM):
             batch_size=self.batch_size,
             seed=self.seed,
             cfg_scale=self.cfg_scale,
-            sample_indices=[0] * len(pairs),  # so that the choices of a question are compared on equal masks
+            sample_indices=[0]
+            * len(pairs),  # so that the choices of a question are compared on equal masks
         )
         return estimates.tolist()
 
@@ -267,16 +330,24 @@ def _load(
 ) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
     """The model in evaluation mode on its device, with its adapter active; and its tokenizer."""
     if pretrained is None and peft is None:
-        raise ValueError("--model_args names no model: pretrained=FOLDER_OR_REPOSITORY, or peft=ADAPTER, or both")
+        raise ValueError(
+            "--model_args names no model: pretrained=FOLDER_OR_REPOSITORY, or peft=ADAPTER, or both"
+        )
     if pretrained is None:
         with naming_source(str(peft), CONFIG_NAME, "an adapter of PEFT's"):
             pretrained = PeftConfig.from_pretrained(str(peft)).base_model_name_or_path
     if not pretrained:
-        raise ValueError(f"the adapter {peft} doesn't name the model it belongs to: add pretrained=… to --model_args")
+        raise ValueError(
+            f"the adapter {peft} doesn't name the model it belongs to: add pretrained=… to --model_args"
+        )
     if backbone.get("load_in_8bit") or backbone.get("load_in_4bit"):
-        backbone.setdefault("device_map", {"": str(device)})  # quantised weights can't be moved later
+        backbone.setdefault(
+            "device_map", {"": str(device)}
+        )  # quantised weights can't be moved later
     model, tokenizer = load_backbone(pretrained, dtype=dtype, **backbone)
     adapted: torch.nn.Module = model if "device_map" in backbone else model.to(device)  # type: ignore[arg-type]
     if peft is not None:
-        adapted = load_peft_adapter(adapted, peft, **({} if peft_revision is None else {"revision": peft_revision}))
+        adapted = load_peft_adapter(
+            adapted, peft, **({} if peft_revision is None else {"revision": peft_revision})
+        )
     return adapted.eval(), tokenizer

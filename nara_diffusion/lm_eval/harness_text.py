@@ -13,9 +13,19 @@ from nara_diffusion.dllm.encoding import chat_text, prompt_text
 
 ALPACA = "alpaca"  # lm-eval's name for the template of a tokenizer that has none
 SETTINGS = tuple(field.name for field in fields(Sampling))
-_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # lm-eval's names, first wins
+_LENGTHS = (
+    "max_gen_toks",
+    "max_new_tokens",
+    "max_tokens",
+    "max_completion_tokens",
+)  # lm-eval's names, first wins
 _DEFAULT_LENGTH = 256
-_OF_OTHERS = ("top_k", "min_p", "num_beams", "repetition_penalty")  # which task files set, and greedy ignores
+_OF_OTHERS = (
+    "top_k",
+    "min_p",
+    "num_beams",
+    "repetition_penalty",
+)  # which task files set, and greedy ignores
 _QUESTION = "QUESTION"  # any text that no template has after the user's
 
 
@@ -32,13 +42,19 @@ def read_gen_kwargs(gen_kwargs: Mapping[str, Any]) -> tuple[tuple[str, ...], dic
     until = given.pop("until", [])
     lengths = [given.pop(name) for name in _LENGTHS if name in given]
     if given.pop("do_sample", None) is False or not given.get("temperature"):
-        given = {name: value for name, value in given.items() if name not in (*_OF_OTHERS, "temperature")}
+        given = {
+            name: value for name, value in given.items() if name not in (*_OF_OTHERS, "temperature")
+        }
     unknown = sorted(given.keys() - set(SETTINGS))
     if unknown:
-        raise ValueError(f"gen_kwargs has {', '.join(unknown)}; the sampler's settings are {', '.join(SETTINGS)}")
+        raise ValueError(
+            f"gen_kwargs has {', '.join(unknown)}; the sampler's settings are {', '.join(SETTINGS)}"
+        )
     sampling: dict[str, Any] = {"gen_length": (lengths or [_DEFAULT_LENGTH])[0], **given}
     try:
-        sampling |= {n: int(sampling[n]) for n in ("gen_length", "steps", "block_length") if n in sampling}
+        sampling |= {
+            n: int(sampling[n]) for n in ("gen_length", "steps", "block_length") if n in sampling
+        }
         Sampling(**sampling)  # raises the errors of `generate` before the first answer is generated
     except (TypeError, ValueError) as error:
         raise ValueError(f"gen_kwargs: {error}") from None
@@ -46,7 +62,10 @@ def read_gen_kwargs(gen_kwargs: Mapping[str, Any]) -> tuple[tuple[str, ...], dic
 
 
 def templated(
-    tokenizer: PreTrainedTokenizerBase, history: Sequence[dict[str, str]], *, add_generation_prompt: bool = True
+    tokenizer: PreTrainedTokenizerBase,
+    history: Sequence[dict[str, str]],
+    *,
+    add_generation_prompt: bool = True,
 ) -> str:
     """A conversation as the text that the model continues.
 
@@ -64,7 +83,10 @@ def templated(
         return templated(tokenizer, history[:-1]) + history[-1]["content"]
     if tokenizer.chat_template:
         return chat_text(tokenizer, history)
-    turns = {"user": lambda text: prompt_text(tokenizer, text), "assistant": lambda text: f"{text}\n\n"}
+    turns = {
+        "user": lambda text: prompt_text(tokenizer, text),
+        "assistant": lambda text: f"{text}\n\n",
+    }
     return "".join(turns.get(turn["role"], "{}\n\n".format)(turn["content"]) for turn in history)
 
 
@@ -78,7 +100,11 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, has_template: bool)
         return tokenizer(text, add_special_tokens=False)["input_ids"]
     ids = tokenizer(text)["input_ids"]
     closing = (tokenizer.eos_token_id, tokenizer.sep_token_id)
-    return ids[:-1] if ids and ids[-1] in closing and not text.endswith(str(tokenizer.eos_token)) else ids
+    return (
+        ids[:-1]
+        if ids and ids[-1] in closing and not text.endswith(str(tokenizer.eos_token))
+        else ids
+    )
 
 
 def encode_pair(
@@ -117,7 +143,9 @@ def encode_pair(
 
 def _divided(tokenizer: PreTrainedTokenizerBase, context: str) -> tuple[str, str]:
     """The prompt as `templated` makes it, and the beginning of the answer after it (lm-eval's gen_prefix)."""
-    opening = prompt_text(tokenizer, _QUESTION).rpartition(_QUESTION)[2]  # what follows the user's text
+    opening = prompt_text(tokenizer, _QUESTION).rpartition(_QUESTION)[
+        2
+    ]  # what follows the user's text
     before, found, begun = context.rpartition(opening) if opening else ("", "", "")
     return (before + opening, begun) if found else (context, "")
 

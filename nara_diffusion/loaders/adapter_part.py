@@ -43,7 +43,9 @@ class AdapterPart:
     def core(self) -> dict[str, Tensor]:
         """{name in the core: tensor} of the core's tensors."""
         return {
-            key.removeprefix(f"{NAME_IN_FILES}."): tensor for key, tensor in self.tensors.items() if is_core_key(key)
+            key.removeprefix(f"{NAME_IN_FILES}."): tensor
+            for key, tensor in self.tensors.items()
+            if is_core_key(key)
         }
 
     @property
@@ -75,7 +77,9 @@ def is_naras(path: Path) -> bool:
     """Whether an adapter_config.json is that of a NaRA; an error names the file."""
     kind = read_config_file(path).get("peft_type")
     if not isinstance(kind, str):
-        raise ValueError(f"'{path}' has no peft_type, so it describes no adapter: download or save it again.")
+        raise ValueError(
+            f"'{path}' has no peft_type, so it describes no adapter: download or save it again."
+        )
     return kind == NaraPeftType.NARA.value
 
 
@@ -84,7 +88,9 @@ def read_config_file(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"'{path}' can't be read ({error}): it is damaged, download or save it again.") from None
+        raise ValueError(
+            f"'{path}' can't be read ({error}): it is damaged, download or save it again."
+        ) from None
 
 
 # ---------------------------------------------------------------------- the check
@@ -109,12 +115,19 @@ def check_part(part: AdapterPart, *, beside: bool) -> None:
     expected = _core_tensors(part)
     for name, rank in part.modules.items():
         expected |= _factors(part, name, rank)
-    others = {key: t for key, t in part.tensors.items() if beside and _may_stand_beside(part.config, key, t)}
+    others = {
+        key: t
+        for key, t in part.tensors.items()
+        if beside and _may_stand_beside(part.config, key, t)
+    }
     check_tensors(part.tensors, expected, {**others, **expected})
 
 
 def _is_target(config: NaraConfig, name: str) -> bool:
-    if config.target_modules in (None, "all-linear"):  # which PEFT replaces by names when it adds an adapter
+    if config.target_modules in (
+        None,
+        "all-linear",
+    ):  # which PEFT replaces by names when it adds an adapter
         return True
     return bool(check_target_module_exists(config, name.partition(".base_layer")[0]))
 
@@ -139,7 +152,9 @@ def _factors(part: AdapterPart, name: str, rank: int) -> dict[str, Tensor]:
     }
     if part.config.use_dora:
         magnitude = f"{layer}magnitude_vector"
-        key = next((key for key in (f"{magnitude}.weight", magnitude) if key in part.tensors), magnitude)
+        key = next(
+            (key for key in (f"{magnitude}.weight", magnitude) if key in part.tensors), magnitude
+        )
         found[key] = (1, shapes[B][0], *kernel) if kernel else shapes[B][:1]
     if part.config.lora_bias:
         found[f"{layer}B.bias"] = shapes[B][:1]
@@ -154,7 +169,9 @@ def _shape(tensor: Any) -> tuple[int, ...]:
 
 def _like(tensor: Any, shape: tuple[int, ...]) -> Tensor:
     """A tensor of that shape on "meta", in the dtype of `tensor` if a layer computes in it."""
-    is_real = isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype.itemsize > 1
+    is_real = (
+        isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype.itemsize > 1
+    )
     return torch.empty(shape, dtype=tensor.dtype if is_real else torch.float32, device="meta")
 
 
@@ -163,7 +180,11 @@ def _may_stand_beside(config: NaraConfig, key: str, tensor: Any) -> bool:
     if not isinstance(tensor, Tensor) or ".lora_" in key or is_core_key(key):
         return False
     module, _, kind = key.rpartition(".")
-    saved = any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in config.modules_to_save or ())
-    is_embedding = kind == "weight" and tensor.dim() == 2  # PEFT saves those of a vocabulary that was resized
+    saved = any(
+        re.match(rf"(^|.*\.){name}($|\..*)", module) for name in config.modules_to_save or ()
+    )
+    is_embedding = (
+        kind == "weight" and tensor.dim() == 2
+    )  # PEFT saves those of a vocabulary that was resized
     is_bias = kind == "bias" and config.bias != "none"
     return saved or is_embedding or is_bias or "trainable_tokens" in kind

@@ -65,7 +65,9 @@ def checkpoint_nara_weights(
 
     def save(models: list[nn.Module], weights: list[dict[str, Tensor]], folder: str) -> None:
         adapted.save_nara_weights(folder, adapter_name, is_main_process=accelerator.is_main_process)
-        others = [tensors for model, tensors in zip(models, weights, strict=True) if not is_adapted(model)]
+        others = [
+            tensors for model, tensors in zip(models, weights, strict=True) if not is_adapted(model)
+        ]
         weights[:] = others  # which accelerate writes itself
 
     def load(models: list[nn.Module], folder: str) -> None:

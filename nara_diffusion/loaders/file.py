@@ -102,9 +102,15 @@ class AdapterFile:
         Args:
             save_function: called as safetensors' `save_file`, in its place.
         """
-        tensors = {f"{name}.{key}": t for name, part in self.parts.items() for key, t in part.tensors.items()}
+        tensors = {
+            f"{name}.{key}": t
+            for name, part in self.parts.items()
+            for key, t in part.tensors.items()
+        }
         components = {name: _fields(part.config) for name, part in self.parts.items()}
-        content = json.dumps({"format_version": FORMAT_VERSION, "components": components}, indent=2, sort_keys=True)
+        content = json.dumps(
+            {"format_version": FORMAT_VERSION, "components": components}, indent=2, sort_keys=True
+        )
         save_tensors(tensors, path, {METADATA_KEY: content}, save_function)
 
     def save_peft(self, folder: Path) -> None:
@@ -121,7 +127,12 @@ def naming(source: Any) -> Iterator[None]:
     """Inside, errors get the name of the adapter's `source` (see `AdapterFile.read`), unless they have it."""
     try:
         yield
-    except (ValueError, TypeError, KeyError, AttributeError) as error:  # PEFT's of odd configurations
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+    ) as error:  # PEFT's of odd configurations
         is_clear = isinstance(error, ValueError)
         if is_clear and not isinstance(source, Mapping) and str(source) in str(error):
             raise
@@ -133,15 +144,23 @@ def naming(source: Any) -> Iterator[None]:
 # ---------------------------------------------------------------------- where the tensors are
 
 
-def _locate(source: Any, weight_name: str | None, subfolder: str | None, hub: Mapping[str, Any]) -> Path:
+def _locate(
+    source: Any, weight_name: str | None, subfolder: str | None, hub: Mapping[str, Any]
+) -> Path:
     path = Path(source).expanduser()
     if path.is_file():
         return path
     if path.is_dir():
         return _in_folder(path / subfolder if subfolder else path, weight_name)
     check_regular(path)
-    if isinstance(source, Path) or str(source).startswith((".", "/", "~")) or path.suffix == ".safetensors":
-        raise ValueError(f"There is no file or folder '{source}': pass what save_nara_weights or PEFT wrote.")
+    if (
+        isinstance(source, Path)
+        or str(source).startswith((".", "/", "~"))
+        or path.suffix == ".safetensors"
+    ):
+        raise ValueError(
+            f"There is no file or folder '{source}': pass what save_nara_weights or PEFT wrote."
+        )
     try:
         return _download(source, weight_name or WEIGHTS_NAME, subfolder, hub)
     except OSError as error:
@@ -157,7 +176,11 @@ def _locate(source: Any, weight_name: str | None, subfolder: str | None, hub: Ma
 def _download(repository: Any, name: str, subfolder: str | None, hub: Mapping[str, Any]) -> Path:
     agent = {"file_type": "nara_weights", "framework": "pytorch"}
     try:
-        return Path(_get_model_file(str(repository), weights_name=name, subfolder=subfolder, user_agent=agent, **hub))
+        return Path(
+            _get_model_file(
+                str(repository), weights_name=name, subfolder=subfolder, user_agent=agent, **hub
+            )
+        )
     except OSError as error:
         if not is_out_of_reach(error):
             raise
@@ -178,7 +201,9 @@ def _in_folder(folder: Path, weight_name: str | None) -> Path:
     pickles = [path.name for path in files if path.suffix in (".bin", ".pt", ".pth", ".ckpt")]
     found = "it has no safetensors file" + (f", but {listed(pickles)}, {PICKLE}" if pickles else "")
     if others:
-        is_pefts = weight_name == PEFT_WEIGHTS_NAME  # of any method, for which there are no other names
+        is_pefts = (
+            weight_name == PEFT_WEIGHTS_NAME
+        )  # of any method, for which there are no other names
         found = f"{'name a folder of PEFT, not of' if is_pefts else 'pass weight_name, one of'} {listed(others)}"
     raise ValueError(f"There is no '{weight_name or WEIGHTS_NAME}' in '{folder}': {found}.")
 
@@ -189,7 +214,9 @@ def _in_folder(folder: Path, weight_name: str | None) -> Path:
 def _of_peft(path: Path, tensors: dict[str, Tensor]) -> AdapterPart:
     config = path.with_name(PEFT_CONFIG_NAME)
     if not config.is_file():
-        raise ValueError(f"There is no '{config.name}' beside '{path.name}' in '{path.parent}': PEFT writes both.")
+        raise ValueError(
+            f"There is no '{config.name}' beside '{path.name}' in '{path.parent}': PEFT writes both."
+        )
     origin, given = f"'{config}'", read_config_file(config)
     if not is_naras(config):
         raise ValueError(
@@ -204,7 +231,9 @@ def _of_peft(path: Path, tensors: dict[str, Tensor]) -> AdapterPart:
     return part
 
 
-def _of_pipeline(tensors: Mapping[str, Any], metadata: Mapping[str, str] | None, origin: str) -> dict[str, AdapterPart]:
+def _of_pipeline(
+    tensors: Mapping[str, Any], metadata: Mapping[str, str] | None, origin: str
+) -> dict[str, AdapterPart]:
     """The parts of a pipeline's file. `origin` names it in messages."""
     if not metadata or METADATA_KEY not in metadata:
         kind = f"no NaRA adapter: it holds {listed(tensors) or 'no tensor'}. Pass what save_nara_weights wrote"
@@ -218,7 +247,9 @@ def _of_pipeline(tensors: Mapping[str, Any], metadata: Mapping[str, str] | None,
     for key, tensor in with_current_names(tensors).items():
         component, _, rest = key.partition(".")
         if component not in split:
-            raise ValueError(f"{origin} holds '{key}', but its configuration knows {listed(configs)} only: damaged.")
+            raise ValueError(
+                f"{origin} holds '{key}', but its configuration knows {listed(configs)} only: damaged."
+            )
         split[component][rest] = tensor
     parts = {name: AdapterPart(configs[name], own) for name, own in split.items()}
     for name, part in parts.items():
@@ -236,15 +267,21 @@ def _configs(text: str, origin: str) -> dict[str, NaraConfig]:
         given = content["components"] if version == FORMAT_VERSION else {}
         components = {name: dict(own) for name, own in given.items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ValueError(f"The configuration in the metadata of {origin} can't be read ({error!r}): damaged.") from None
+        raise ValueError(
+            f"The configuration in the metadata of {origin} can't be read ({error!r}): damaged."
+        ) from None
     if version != FORMAT_VERSION:
         raise ValueError(
             f"{origin} has format_version {version!r}, this nara-diffusion reads {FORMAT_VERSION}: update the package, "
             "or save the adapter again with this one."
         )
     if not components:
-        raise ValueError(f"{origin} names no component that it adapts: it is damaged, download or save it again.")
-    configs = {name: config_from_fields(own, f"{origin}, '{name}'") for name, own in components.items()}
+        raise ValueError(
+            f"{origin} names no component that it adapts: it is damaged, download or save it again."
+        )
+    configs = {
+        name: config_from_fields(own, f"{origin}, '{name}'") for name, own in components.items()
+    }
     for name, config in configs.items():
         config.base_model_name_or_path = components[name].get(BASE)
     return configs
@@ -259,7 +296,9 @@ def _fields(config: NaraConfig) -> dict[str, Any]:
 # ---------------------------------------------------------------------- adapters of other methods
 
 
-def read_peft_tensors(source: str | Path, subfolder: str | None = None, **hub: Any) -> dict[str, Tensor]:
+def read_peft_tensors(
+    source: str | Path, subfolder: str | None = None, **hub: Any
+) -> dict[str, Tensor]:
     """The tensors of an adapter of any method in PEFT's format, by PEFT's keys; see `AdapterFile.read`."""
     return read_tensors(_locate(source, PEFT_WEIGHTS_NAME, subfolder, hub))[0]
 

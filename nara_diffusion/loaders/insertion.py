@@ -60,7 +60,11 @@ def adapters_of(model: nn.Module) -> dict[str, Any]:
 
 def nara_adapters_of(model: nn.Module) -> dict[str, NaraConfig]:
     """{adapter name: configuration} of the NaRA adapters."""
-    return {name: config for name, config in adapters_of(model).items() if isinstance(config, NaraConfig)}
+    return {
+        name: config
+        for name, config in adapters_of(model).items()
+        if isinstance(config, NaraConfig)
+    }
 
 
 def part_of(model: nn.Module, adapter_name: str) -> AdapterPart:
@@ -93,8 +97,17 @@ def check_storable(config: NaraConfig, component: str) -> None:
             f"The adapter of {component} has core_type={config.core_type!r}, but text encoders run before there is a "
             'λ: use NaraConfig(core_type="identity", …) there.'
         )
-    fields = {"bias": "none", "modules_to_save": None, "trainable_token_indices": None, "target_parameters": None}
-    wrong = [name for name, default in fields.items() if (getattr(config, name, None) or default) != default]
+    fields = {
+        "bias": "none",
+        "modules_to_save": None,
+        "trainable_token_indices": None,
+        "target_parameters": None,
+    }
+    wrong = [
+        name
+        for name, default in fields.items()
+        if (getattr(config, name, None) or default) != default
+    ]
     wrong += ["init_lora_weights"] if changes_base(config.init_lora_weights) else []
     if wrong:
         raise ValueError(
@@ -116,7 +129,11 @@ def offloading_suspended(pipe: Any) -> Iterator[None]:
     """
     parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
     for name, part in parts.items():
-        if any(group.offload_to_disk_path is not None for module in part.modules() for group in groups_of(module)):
+        if any(
+            group.offload_to_disk_path is not None
+            for module in part.modules()
+            for group in groups_of(module)
+        ):
             raise ValueError(
                 f"Group offloading keeps the weights of {name} on disk, in files that do not follow a change of "
                 "adapters: load, save or unload adapters first, then call enable_group_offload(…)."
@@ -135,7 +152,9 @@ def offloading_suspended(pipe: Any) -> Iterator[None]:
                 _maybe_remove_and_reapply_group_offloading(part)
 
 
-def insert(model: nn.Module, adapter_name: str, part: AdapterPart, low_cpu_mem_usage: bool = True) -> None:
+def insert(
+    model: nn.Module, adapter_name: str, part: AdapterPart, low_cpu_mem_usage: bool = True
+) -> None:
     """Add an adapter, inside `restored_on_error`. It is active, also if the others were disabled.
 
     A, B and magnitudes take the dtype of their base layer, like those of a LoRA, or float32 if layerwise casting stores
@@ -144,8 +163,13 @@ def insert(model: nn.Module, adapter_name: str, part: AdapterPart, low_cpu_mem_u
     Raises:
         ValueError: the tensors are not those that the configuration needs in this model: see `strict.check_tensors`.
     """
-    if any(parameter.dtype.is_floating_point and parameter.dtype.itemsize == 1 for parameter in model.parameters()):
-        low_cpu_mem_usage = False  # by which PEFT converts A and B to the dtype of the base layer, float8
+    if any(
+        parameter.dtype.is_floating_point and parameter.dtype.itemsize == 1
+        for parameter in model.parameters()
+    ):
+        low_cpu_mem_usage = (
+            False  # by which PEFT converts A and B to the dtype of the base layer, float8
+        )
     layers = tuner_layers(model)
     if layers and all(layer.disable_adapters for layer in layers):
         logger.warning(
@@ -156,14 +180,28 @@ def insert(model: nn.Module, adapter_name: str, part: AdapterPart, low_cpu_mem_u
     for layer in layers:
         layer._disable_adapters = False
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")  # several are meant
-        warnings.filterwarnings("ignore", message="The following .* keys did not match")  # the strict check says more
-        inject_adapter_in_model(part.config, model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
-    set_peft_model_state_dict(model, part.tensors, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
-    held = {key: tensor for key, tensor in held_tensors(model, adapter_name).items() if not tensor.is_meta}
+        warnings.filterwarnings(
+            "ignore", message="Already found a `peft_config` attribute"
+        )  # several are meant
+        warnings.filterwarnings(
+            "ignore", message="The following .* keys did not match"
+        )  # the strict check says more
+        inject_adapter_in_model(
+            part.config, model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage
+        )
+    set_peft_model_state_dict(
+        model, part.tensors, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage
+    )
+    held = {
+        key: tensor
+        for key, tensor in held_tensors(model, adapter_name).items()
+        if not tensor.is_meta
+    }
     check_tensors(held, held)  # in the dtypes of their layers, to which PEFT has converted them
     for layer in tuner_layers(model):
-        if isinstance(layer, LoraLayer) and adapter_name in layer.lora_dropout:  # a new module is in training mode
+        if (
+            isinstance(layer, LoraLayer) and adapter_name in layer.lora_dropout
+        ):  # a new module is in training mode
             layer.lora_dropout[adapter_name].train(model.training)
     setattr(model, LOADED_FLAG, True)
 
@@ -172,7 +210,9 @@ def remove(model: nn.Module, adapter_names: list[str]) -> None:
     """Remove adapters. The others stay as they are, active or not; without any, the base model is restored."""
     layers = tuner_layers(model)
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    active = [[name for name in layer.active_adapters if name not in adapter_names] for layer in layers]
+    active = [
+        [name for name in layer.active_adapters if name not in adapter_names] for layer in layers
+    ]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Adapter .* was active which is now deleted")
         for layer, names in zip(layers, active, strict=True):
@@ -207,7 +247,9 @@ def prepare_for_hotswap(model: Any) -> None:
         return
     for name, config in adapters_of(model).items():
         ranks = {config.r, *(config.rank_pattern or {}).values()}
-        if ranks != {request["target_rank"]} and (isinstance(config, NaraConfig) or strength_of(model, name)):
+        if ranks != {request["target_rank"]} and (
+            isinstance(config, NaraConfig) or strength_of(model, name)
+        ):
             raise ValueError(
                 f"enable_lora_hotswap was given target_rank={request['target_rank']}, but '{name}', whose update "
                 f"depends on λ, has rank {', '.join(map(str, sorted(ranks)))}: it is swapped at equal rank alone, so "
@@ -217,7 +259,9 @@ def prepare_for_hotswap(model: Any) -> None:
     setattr(model, REQUEST, None)
 
 
-def check_swappable(model: nn.Module, component: str, adapter_name: str, part: AdapterPart | None) -> None:
+def check_swappable(
+    model: nn.Module, component: str, adapter_name: str, part: AdapterPart | None
+) -> None:
     """Raises ValueError if the part, None for none, cannot take the place of the adapter of that name."""
     if part is None:
         if adapter_name in adapters_of(model):
@@ -250,10 +294,13 @@ def prepare_swap(model: Any, adapter_name: str, part: AdapterPart) -> Callable[[
     holder: Any = holder_of(model)
     cores, layers = holder.cores[adapter_name], layers_of(model, adapter_name)
     scales = {
-        name: configured_scaling(config, name, by_pattern(config.rank_pattern, name, config.r)) for name in layers
+        name: configured_scaling(config, name, by_pattern(config.rank_pattern, name, config.r))
+        for name in layers
     }
     custom = [group for group, core in cores.items() if isinstance(core, CustomCore)]
-    rebuilt = {group: rebuild_core(cores[group], config) for group in custom}  # only its factory knows what it reads
+    rebuilt = {
+        group: rebuild_core(cores[group], config) for group in custom
+    }  # only its factory knows what it reads
     completed = holder.complete(adapter_name, config)
 
     @torch.no_grad()
@@ -261,7 +308,9 @@ def prepare_swap(model: Any, adapter_name: str, part: AdapterPart) -> Callable[[
         for name, layer in layers.items():
             layer.use_rslora[adapter_name] = config.use_rslora
             _update_scaling(layer, adapter_name=adapter_name, scaling=scales[name])
-            layer.lora_alpha[adapter_name] = by_pattern(config.alpha_pattern, name, config.lora_alpha)
+            layer.lora_alpha[adapter_name] = by_pattern(
+                config.alpha_pattern, name, config.lora_alpha
+            )
         for group, core in cores.items():
             if group in rebuilt:
                 cores[group] = rebuilt[group]

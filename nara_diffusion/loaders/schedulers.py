@@ -16,7 +16,14 @@ from nara_diffusion.tuner.holder import holder_of
 
 from .insertion import unwrapped
 
-DENOISERS = ("unet", "transformer", "transformer_2", "unconditional_transformer", "prior", "decoder")
+DENOISERS = (
+    "unet",
+    "transformer",
+    "transformer_2",
+    "unconditional_transformer",
+    "prior",
+    "decoder",
+)
 """The components of pipelines that denoise: a second transformer for little noise (Wan 2.2) or for guidance (Ideogram
 4), a prior of embeddings and a decoder of them (unCLIP, Kandinsky, Würstchen, Stable Cascade)."""
 

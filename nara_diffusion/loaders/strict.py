@@ -42,7 +42,9 @@ _OTHER_BASE = (
 
 
 def check_tensors(
-    given: Mapping[str, Any], expected: Mapping[str, Tensor], known: Mapping[str, Tensor] | None = None
+    given: Mapping[str, Any],
+    expected: Mapping[str, Tensor],
+    known: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Compare a file's tensors with those of the adapter that it is loaded into, both under the model's names.
 
@@ -66,7 +68,11 @@ def check_tensors(
 
 
 def _check_tensor(key: str, tensor: Any, like: Tensor, has_shape: bool) -> None:
-    if not isinstance(tensor, Tensor) or tensor.is_floating_point() != like.is_floating_point() or tensor.is_complex():
+    if (
+        not isinstance(tensor, Tensor)
+        or tensor.is_floating_point() != like.is_floating_point()
+        or tensor.is_complex()
+    ):
         kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
         raise ValueError(
             f"'{key}' is {kind} in the checkpoint, where the model has {like.dtype}: save it again without converting "
@@ -79,7 +85,9 @@ def _check_tensor(key: str, tensor: Any, like: Tensor, has_shape: bool) -> None:
             "all, with ignore_mismatched_sizes=True too."
         )
     if is_core_key(key):
-        check_core_precision(key, tensor, like, "in the checkpoint", "save it again without converting it")
+        check_core_precision(
+            key, tensor, like, "in the checkpoint", "save it again without converting it"
+        )
     if tensor.is_floating_point() and not bool(tensor.to(like.dtype).isfinite().all()):
         raise ValueError(
             f"'{key}' holds NaN or infinity in the checkpoint, or a value too large for its layer: it was saved from a "
@@ -113,7 +121,9 @@ def check_adapter_names(model: nn.Module, names: set[str]) -> None:
             continue
         parts = f"{PEFT_PREFIX}{key}".split(".")
         for before, name in pairwise(parts):
-            is_its_place = before.startswith(("lora_", "cores", "modules_to_save")) and before != HOLDER_NAME
+            is_its_place = (
+                before.startswith(("lora_", "cores", "modules_to_save")) and before != HOLDER_NAME
+            )
             if name in names and not is_its_place:
                 raise ValueError(
                     f"adapter '{name}' is named like a part of '{key}': beside another adapter it would make PEFT "
@@ -135,7 +145,11 @@ def with_names_in_files(tensors: Mapping[str, Tensor], adapter_name: str) -> dic
 def without_second_biases(tensors: Mapping[str, Tensor], adapter_name: str) -> dict[str, Tensor]:
     """`tensors` of a file without the copies that PEFT writes of biases in `modules_to_save` if `bias` is "all"."""
     own = f".modules_to_save.{adapter_name}."
-    copies = [key for key in tensors if ".modules_to_save." in key and own not in key and key.endswith(".bias")]
+    copies = [
+        key
+        for key in tensors
+        if ".modules_to_save." in key and own not in key and key.endswith(".bias")
+    ]
     return {key: tensor for key, tensor in tensors.items() if key not in copies}
 
 
@@ -153,7 +167,9 @@ def check_loaded(model: Any, adapter_name: str, tensors: Mapping[str, Tensor], o
         ValueError: a tensor is not in the model, or the model has one of which there is nothing in the file.
     """
     there, given = _by_plain_name(held_tensors(model, adapter_name)), _by_plain_name(tensors)
-    lost = [key for key, tensor in given.items() if key not in there or not _equal(there[key], tensor)]
+    lost = [
+        key for key, tensor in given.items() if key not in there or not _equal(there[key], tensor)
+    ]
     surplus = [key for key in there if key not in given]
     if lost or surplus:
         kind = type(model).__name__
@@ -202,7 +218,10 @@ def check_keeps_configuration(model: nn.Module, adapter_name: str) -> None:
 
 def _by_plain_name(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors by their names in the model, without what only PEFT adds to them."""
-    return {key.removeprefix(PEFT_PREFIX).removesuffix(".weight"): tensor for key, tensor in tensors.items()}
+    return {
+        key.removeprefix(PEFT_PREFIX).removesuffix(".weight"): tensor
+        for key, tensor in tensors.items()
+    }
 
 
 def _equal(held: Tensor, given: Tensor) -> bool:
@@ -221,9 +240,15 @@ def load_whole_model(kind: Any, folder: Path, **options: Any) -> Any:
     missing, surplus = (sorted(loading[keys]) for keys in ("missing_keys", "unexpected_keys"))
     if missing or surplus:
         lacks = f"lacks {listed(missing, 'tensors')} of {kind.__name__}" if missing else ""
-        holds = f"holds {listed(surplus, 'tensors')}, which {kind.__name__} doesn't have" if surplus else ""
+        holds = (
+            f"holds {listed(surplus, 'tensors')}, which {kind.__name__} doesn't have"
+            if surplus
+            else ""
+        )
         what = " and ".join(filter(None, (lacks, holds)))
-        raise ValueError(f"{folder} {what}. Was it written by another version, or of another model? Save it again.")
+        raise ValueError(
+            f"{folder} {what}. Was it written by another version, or of another model? Save it again."
+        )
     return model
 
 
@@ -233,9 +258,13 @@ def load_whole_model(kind: Any, folder: Path, **options: Any) -> Any:
 def check_regular(path: Path) -> None:
     """Raises ValueError if `path` is a link to nothing, or a pipe or device, whose end a reader would wait for."""
     if path.is_symlink() and not path.exists():
-        raise ValueError(f"'{path}' is a link to '{os.readlink(path)}', which isn't there: download the adapter again.")
+        raise ValueError(
+            f"'{path}' is a link to '{os.readlink(path)}', which isn't there: download the adapter again."
+        )
     if path.exists() and not path.is_file():
-        raise ValueError(f"'{path}' is no regular file, but a folder, pipe or device: name a safetensors file.")
+        raise ValueError(
+            f"'{path}' is no regular file, but a folder, pipe or device: name a safetensors file."
+        )
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str] | None]:
@@ -249,7 +278,10 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str] | None]:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {key: copied(file.get_tensor(key)) for key in file.keys()}, file.metadata()  # noqa: SIM118
     except SafetensorError as error:
-        if path.read_bytes()[:2] in (b"PK", *(b"\x80" + bytes([version]) for version in range(6))):  # a zip, or bare
+        if path.read_bytes()[:2] in (
+            b"PK",
+            *(b"\x80" + bytes([version]) for version in range(6)),
+        ):  # a zip, or bare
             raise ValueError(f"'{path}' is {PICKLE}.") from None
         raise ValueError(
             f"'{path}' is no whole safetensors file ({error}): download or save it again if it was cut off; other "
@@ -270,7 +302,9 @@ def save_tensors(
     """
     try:
         whole = {key: tensor.contiguous() for key, tensor in tensors.items()}
-        (save_function or save_file)(whole, str(path), metadata={"format": "pt", **(metadata or {})})
+        (save_function or save_file)(
+            whole, str(path), metadata={"format": "pt", **(metadata or {})}
+        )
     except SafetensorError as error:
         target = Path(*(part for part in path.parts if not part.startswith(".partial-")))
         raise OSError(f"'{target}' can't be written: {error}") from error

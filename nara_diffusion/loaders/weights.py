@@ -84,9 +84,16 @@ def load_nara_weights(
         OSError: the hub's error.
     """
     if use_safetensors is False:
-        raise ValueError("NaRA adapters are read from safetensors files only: leave use_safetensors out.")
+        raise ValueError(
+            "NaRA adapters are read from safetensors files only: leave use_safetensors out."
+        )
     models = adaptable_models(self)
-    hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "force_download": force_download}
+    hub = {
+        "revision": revision,
+        "token": token,
+        "cache_dir": cache_dir,
+        "force_download": force_download,
+    }
     hub |= {"proxies": proxies, "local_files_only": local_files_only}
     source, component = pretrained_model_name_or_path_or_dict, denoiser_name(self)
     where = {"weight_name": weight_name, "subfolder": subfolder, "metadata": metadata}
@@ -94,7 +101,9 @@ def load_nara_weights(
     with naming(source):
         if unknown := [name for name in parts if name not in models]:
             has = ", ".join(map(repr, models))
-            raise ValueError(f"it has a part for '{unknown[0]}', but this pipeline has {has}: load it into its own.")
+            raise ValueError(
+                f"it has a part for '{unknown[0]}', but this pipeline has {has}: load it into its own."
+            )
         for name, part in parts.items():
             check_not_wrapped(models[name], name, "load_nara_weights")
             check_storable(part.config, name)
@@ -104,7 +113,9 @@ def load_nara_weights(
             if hotswap:
                 for name, model in models.items():
                     check_swappable(model, name, adapter_name, parts.get(name))
-                swaps = [prepare_swap(models[name], adapter_name, part) for name, part in parts.items()]
+                swaps = [
+                    prepare_swap(models[name], adapter_name, part) for name, part in parts.items()
+                ]
                 for write in swaps:
                     write()
             else:
@@ -139,20 +150,36 @@ def save_nara_weights(
             or `weight_name` does not end in .safetensors.
     """
     if not safe_serialization:
-        raise ValueError("NaRA adapters are saved as safetensors only: leave safe_serialization out.")
+        raise ValueError(
+            "NaRA adapters are saved as safetensors only: leave safe_serialization out."
+        )
     models = {component: unwrapped(model) for component, model in adaptable_models(self).items()}
     name = _name_to_save(models, adapter_name)
-    others = {key: part for key, part in self.components.items() if isinstance(part, nn.Module) and key not in models}
-    if left_out := [key for key, part in others.items() if name in nara_adapters_of(unwrapped(part))]:
+    others = {
+        key: part
+        for key, part in self.components.items()
+        if isinstance(part, nn.Module) and key not in models
+    }
+    if left_out := [
+        key for key, part in others.items() if name in nara_adapters_of(unwrapped(part))
+    ]:
         raise ValueError(
             f"Adapter '{name}' is in {', '.join(map(repr, left_out))} too, which a pipeline's file has no place for: "
             f"save that part by peft.PeftModel, or remove it first, pipe.{left_out[0]}.delete_adapters('{name}')."
         )
     weight_name, folder = WEIGHTS_NAME if weight_name is None else weight_name, Path(save_directory)
     if not weight_name.endswith(".safetensors") or Path(weight_name).name != weight_name:
-        raise ValueError(f"weight_name is {weight_name!r}: pass the name of a .safetensors file, without a folder.")
+        raise ValueError(
+            f"weight_name is {weight_name!r}: pass the name of a .safetensors file, without a folder."
+        )
     with offloading_suspended(self):
-        file = AdapterFile({c: _part_to_save(self, m, c, name) for c, m in models.items() if name in adapters_of(m)})
+        file = AdapterFile(
+            {
+                c: _part_to_save(self, m, c, name)
+                for c, m in models.items()
+                if name in adapters_of(m)
+            }
+        )
         if not is_main_process:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -164,7 +191,9 @@ def unload_nara_weights(self: Any) -> None:
 
     Fused weights stay fused, as with a LoRA: call `unfuse_lora` first.
     """
-    models = {name: model for name, model in adaptable_models(self).items() if nara_adapters_of(model)}
+    models = {
+        name: model for name, model in adaptable_models(self).items() if nara_adapters_of(model)
+    }
     for component, model in models.items():
         check_not_wrapped(model, component, "unload_nara_weights")
     with offloading_suspended(self):
@@ -183,13 +212,20 @@ def adaptable_models(pipe: Any) -> dict[str, nn.Module]:
     """
     denoiser_name(pipe)
     names = [name for name in pipe.components if name in DENOISERS or name.startswith(TEXT_ENCODER)]
-    found = {name: getattr(pipe, name) for name in sorted(names, key=lambda name: name not in DENOISERS)}
-    originals = {name: getattr(model, "_orig_mod", model) for name, model in found.items()}  # of torch.compile
+    found = {
+        name: getattr(pipe, name) for name in sorted(names, key=lambda name: name not in DENOISERS)
+    }
+    originals = {
+        name: getattr(model, "_orig_mod", model) for name, model in found.items()
+    }  # of torch.compile
     return {name: model for name, model in originals.items() if isinstance(model, nn.Module)}
 
 
 def _insert_all(
-    models: Mapping[str, nn.Module], parts: Mapping[str, AdapterPart], name: str, low_cpu_mem_usage: bool
+    models: Mapping[str, nn.Module],
+    parts: Mapping[str, AdapterPart],
+    name: str,
+    low_cpu_mem_usage: bool,
 ) -> None:
     """Insert the parts into all components, or, after an error, into none."""
     with ExitStack() as undo:
@@ -227,7 +263,9 @@ def _name_to_load(models: Mapping[str, nn.Module], name: str | None, hotswap: bo
 
 def _name_to_save(models: Mapping[str, nn.Module], name: str | None) -> str:
     """The name of the adapter to save: `name`; if None, that of the only NaRA, or else "default"."""
-    there = list(dict.fromkeys(name for model in models.values() for name in nara_adapters_of(model)))
+    there = list(
+        dict.fromkeys(name for model in models.values() for name in nara_adapters_of(model))
+    )
     wanted = name or (there[0] if len(there) == 1 else "default")
     if wanted not in there:
         others = {other for model in models.values() for other in adapters_of(model)}

@@ -54,7 +54,9 @@ class Denoiser(TimestepNoise):
 
     def under(self, schedulers: Sequence[Any]) -> Denoiser:
         """The same while these are the schedulers of the pipelines, whose N have to agree where λ depends on it."""
-        lengths = {length for one in schedulers if (length := one.config.get("num_train_timesteps"))}
+        lengths = {
+            length for one in schedulers if (length := one.config.get("num_train_timesteps"))
+        }
         if self.meaning not in COUNTED or not lengths:
             return replace(self, schedulers=schedulers)
         if len(lengths) > 1:
@@ -69,7 +71,11 @@ class Denoiser(TimestepNoise):
         """λ of a timestep; of the scheduler's own where a pipeline rounded it to half precision."""
         given = [getattr(one, "timesteps", None) for one in self.schedulers]
         schedules = [each.flatten() for each in given if isinstance(each, Tensor)]
-        if schedules and isinstance(timestep, Tensor) and timestep.dtype in (torch.bfloat16, torch.float16):
+        if (
+            schedules
+            and isinstance(timestep, Tensor)
+            and timestep.dtype in (torch.bfloat16, torch.float16)
+        ):
             device = timestep.device
             is_async = device.type != "cpu"  # a copy to the CPU has to be waited for
             there = [each.to(device, torch.float32, non_blocking=is_async) for each in schedules]
@@ -84,7 +90,11 @@ class Denoiser(TimestepNoise):
         continuous = [type(one).__name__ for one in self.schedulers if passes_log_sigma(one)]
         if not continuous and (self.schedulers or bool((t == t.round()).all())):
             return
-        who = f"{continuous[0]} passes ¼ ln σ" if continuous else "it may be ¼ ln σ of an EDM schedule"
+        who = (
+            f"{continuous[0]} passes ¼ ln σ"
+            if continuous
+            else "it may be ¼ ln σ of an EDM schedule"
+        )
         raise ValueError(
             f"{self.argument} is {t.tolist()}, which as 'discrete' would be almost no noise, but {who}: say what this "
             'pipeline means by it, once, set_noise_source(model, TimestepNoise("edm")) or TimestepNoise("discrete").'
@@ -94,7 +104,10 @@ class Denoiser(TimestepNoise):
 def passes_log_sigma(scheduler: Any) -> bool:
     """Whether a scheduler of Diffusers hands ¼ ln σ to the denoiser as its timestep."""
     config = scheduler.config
-    continuous = config.get("timestep_type") == "continuous" and config.get("prediction_type") == "v_prediction"
+    continuous = (
+        config.get("timestep_type") == "continuous"
+        and config.get("prediction_type") == "v_prediction"
+    )
     return type(scheduler).__name__.startswith("EDM") or continuous
 
 
@@ -133,26 +146,45 @@ _SAMPLE_MAJOR = {
 _DENOISERS: dict[str, Denoiser] = {
     **{name: Denoiser(meaning) for meaning, names in _PLAIN.items() for name in names.split()},
     **{
-        name: Denoiser(meaning, sample_major=True) for meaning, names in _SAMPLE_MAJOR.items() for name in names.split()
+        name: Denoiser(meaning, sample_major=True)
+        for meaning, names in _SAMPLE_MAJOR.items()
+        for name in names.split()
     },
     "StableCascadeUNet": Denoiser("ratio", argument="timestep_ratio"),
     "WuerstchenDiffNeXt": Denoiser("ratio", argument="r"),
     "WuerstchenPrior": Denoiser("ratio", argument="r"),
     "Cosmos3OmniTransformer": Denoiser(
-        "sigma_1000", argument="vision_timesteps", also=("sound_timesteps", "action_timesteps"), packed=True
+        "sigma_1000",
+        argument="vision_timesteps",
+        also=("sound_timesteps", "action_timesteps"),
+        packed=True,
     ),
-    "ErnieImageTransformer2DModel": Denoiser("sigma_1000", one_level=True),  # tokens first, then samples
+    "ErnieImageTransformer2DModel": Denoiser(
+        "sigma_1000", one_level=True
+    ),  # tokens first, then samples
     "HiDreamImageTransformer2DModel": Denoiser("sigma_1000", argument="timesteps"),
-    "LTX2VideoTransformer3DModel": Denoiser("sigma_1000", sample_major=True, also=("audio_timestep",)),
-    "WanAnimate2Transformer3DModel": Denoiser("sigma_1000", pinned=("kv_cache_mode", "extract", 1.0)),
-    "MiniMaxH3Transformer3DModel": Denoiser("data", packed=True),  # the distinct timesteps of its tokens
-    "RFD4ProteinaTransformer": Denoiser("data", argument="bb_ca_time", also=("local_latents_time",)),
+    "LTX2VideoTransformer3DModel": Denoiser(
+        "sigma_1000", sample_major=True, also=("audio_timestep",)
+    ),
+    "WanAnimate2Transformer3DModel": Denoiser(
+        "sigma_1000", pinned=("kv_cache_mode", "extract", 1.0)
+    ),
+    "MiniMaxH3Transformer3DModel": Denoiser(
+        "data", packed=True
+    ),  # the distinct timesteps of its tokens
+    "RFD4ProteinaTransformer": Denoiser(
+        "data", argument="bb_ca_time", also=("local_latents_time",)
+    ),
     "ZImageTransformer2DModel": Denoiser("data", argument="t"),
 }
 
 
 def register_denoiser(
-    class_name: str, meaning: str = "discrete", *, argument: str = "timestep", sample_major: bool = False
+    class_name: str,
+    meaning: str = "discrete",
+    *,
+    argument: str = "timestep",
+    sample_major: bool = False,
 ) -> None:
     """Declare what the timestep of a class of denoisers means, before adapters are added to one.
 
@@ -176,15 +208,23 @@ def denoiser_of(model: nn.Module) -> Denoiser | None:
 
     Some classes serve models that mean different things, which their configuration tells apart.
     """
-    name = next((kind.__name__ for kind in type(model).__mro__ if kind.__name__ in _DENOISERS), None)
+    name = next(
+        (kind.__name__ for kind in type(model).__mro__ if kind.__name__ in _DENOISERS), None
+    )
     if name is None:
         return None
     denoiser: Denoiser = _DENOISERS[name]
     config: Any = getattr(model, "config", None)
-    if name == "SanaTransformer2DModel":  # SanaSprint, which alone is conditioned on guidance, is given σ
-        changes = {"meaning": "sigma"} if config.guidance_embeds else {"scale": config.timestep_scale}
+    if (
+        name == "SanaTransformer2DModel"
+    ):  # SanaSprint, which alone is conditioned on guidance, is given σ
+        changes = (
+            {"meaning": "sigma"} if config.guidance_embeds else {"scale": config.timestep_scale}
+        )
         return replace(denoiser, **changes)
-    if name == "CosmosTransformer3DModel" and config.extra_pos_embed_type == "learnable":  # Cosmos 1: ¼ ln σ of EDM
+    if (
+        name == "CosmosTransformer3DModel" and config.extra_pos_embed_type == "learnable"
+    ):  # Cosmos 1: ¼ ln σ of EDM
         return replace(denoiser, meaning="edm")
     if name == "SanaWMLTX2RefinerTransformer3DModel":  # it is given σ · timestep_scale_multiplier
         return replace(denoiser, scale=config.timestep_scale_multiplier)
@@ -200,7 +240,9 @@ _TIME_LAYERS = re.compile(
 def time_layers(model: nn.Module) -> list[str]:
     """The names of the linear layers of a denoiser, of those without an adapter, that read the timestep's embedding."""
     named = model.named_modules()
-    return [name for name, each in named if isinstance(each, nn.Linear) and _TIME_LAYERS.fullmatch(name)]
+    return [
+        name for name, each in named if isinstance(each, nn.Linear) and _TIME_LAYERS.fullmatch(name)
+    ]
 
 
 # ---------------------------------------------------------------------- sources that users register or set
@@ -233,7 +275,9 @@ def register_noise_source(source: NoiseSource) -> None:
             "its own, set_noise_source(model, source)."
         )
     if _sources.setdefault(name, source) is not source:
-        raise ValueError(f"λ as {name!r} has a source already, {_sources[name]!r}: name your definition otherwise.")
+        raise ValueError(
+            f"λ as {name!r} has a source already, {_sources[name]!r}: name your definition otherwise."
+        )
 
 
 def first_source(denoiser: Denoiser | None, convention: str | None) -> NoiseSource | None:

@@ -38,7 +38,9 @@ class NoiseSource(Protocol):
 
     convention: str
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor: ...
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor: ...
 
 
 def arguments_of(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
@@ -68,7 +70,9 @@ def as_level(value: Level) -> Tensor:
 @torch.compiler.disable(recursive=True)
 def _check_range(level: Tensor) -> None:
     if not bool(((level >= 0) & (level <= 1)).all()):
-        raise ValueError(f"noise_level is {level.tolist()}: every value has to lie in [0, 1], where 1 is pure noise.")
+        raise ValueError(
+            f"noise_level is {level.tolist()}: every value has to lie in [0, 1], where 1 is pure noise."
+        )
 
 
 def as_tensor(value: Any) -> Tensor:
@@ -133,7 +137,11 @@ class noise_level(ContextDecorator):
         Raises:
             ValueError: `func` is a generator or `async def`: its body runs after its call has returned.
         """
-        kinds = (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction)
+        kinds = (
+            inspect.isgeneratorfunction,
+            inspect.iscoroutinefunction,
+            inspect.isasyncgenfunction,
+        )
         if any(is_kind(func) for is_kind in kinds):
             raise ValueError(
                 f"noise_level(…) decorates {getattr(func, '__name__', func)}, a generator or `async def`, and would "
@@ -148,7 +156,9 @@ class noise_level(ContextDecorator):
 
     def __exit__(self, *error: object) -> None:
         innermost = entry = present.get()
-        while entry is not None and entry not in self._entries:  # which may hold entries of other threads
+        while (
+            entry is not None and entry not in self._entries
+        ):  # which may hold entries of other threads
             entry = entry.parent
         entry = self._entries[-1] if entry is None else entry
         self._entries.remove(entry)
@@ -180,7 +190,9 @@ def backward_pass() -> int:
 
 def checked_module(model: Any) -> nn.Module:
     if not isinstance(model, nn.Module):
-        raise ValueError(f"{type(model).__name__} is no torch.nn.Module: pass the model itself, e.g. pipe.unet.")
+        raise ValueError(
+            f"{type(model).__name__} is no torch.nn.Module: pass the model itself, e.g. pipe.unet."
+        )
     return model
 
 

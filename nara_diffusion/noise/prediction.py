@@ -19,7 +19,14 @@ from typing import Any, NamedTuple
 
 FLOW = "flow_prediction"
 ZERO_SNR = "zero terminal SNR"
-_NAMED = ("prediction_type", "use_flow_sigmas", "flow_shift", "shift", "rescale_betas_zero_snr", "timestep_spacing")
+_NAMED = (
+    "prediction_type",
+    "use_flow_sigmas",
+    "flow_shift",
+    "shift",
+    "rescale_betas_zero_snr",
+    "timestep_spacing",
+)
 """Fields in which a base's scheduler may differ from the one that an adapter needs."""
 _PATHS = frozenset({"use_flow_sigmas", "rescale_betas_zero_snr"})
 """Options that change the path; not every class has them."""
@@ -33,7 +40,11 @@ class Prediction(NamedTuple):
     path: str = "variance preserving"
 
     def __str__(self) -> str:
-        return self.kind if self.path in ("variance preserving", "rectified flow") else f"{self.kind} on {self.path}"
+        return (
+            self.kind
+            if self.path in ("variance preserving", "rectified flow")
+            else f"{self.kind} on {self.path}"
+        )
 
 
 def prediction_of(class_name: str, config: Mapping[str, Any]) -> Prediction | None:

@@ -44,9 +44,13 @@ class StrengthSchedule:
         levels = torch.tensor([level for level, _ in self.points], dtype=torch.float32).tolist()
         for before, after in pairwise(levels):
             if after < before:
-                raise ValueError(f"points has λ {after:g} after λ {before:g}: pass the points by ascending λ.")
+                raise ValueError(
+                    f"points has λ {after:g} after λ {before:g}: pass the points by ascending λ."
+                )
         if any(first == last for first, last in zip(levels, levels[2:], strict=False)):
-            raise ValueError("points has three points at one λ, of which the middle one would never count: pass two.")
+            raise ValueError(
+                "points has three points at one λ, of which the middle one would never count: pass two."
+            )
 
     def __call__(self, noise_level: Level) -> Tensor:
         """s(λ) (b,), float32, of λ (b,), or (1,) of a number.
@@ -58,7 +62,9 @@ class StrengthSchedule:
 
     def at(self, noise_level: Tensor) -> Tensor:
         """s(λ) (b,) of λ (b,), float32 in [0, 1]."""
-        levels, strengths = torch.tensor(self.points, dtype=torch.float32, device=noise_level.device).T  # (n,) each
+        levels, strengths = torch.tensor(
+            self.points, dtype=torch.float32, device=noise_level.device
+        ).T  # (n,) each
         passed = (noise_level[:, None] >= levels).sum(1)  # (b,), how many points are at or below λ
         below, above = (passed - 1).clamp(min=0), passed.clamp(max=len(levels) - 1)
         gap = levels[above] - levels[below]
@@ -85,12 +91,24 @@ def is_number(value: Any) -> bool:
 
 
 def _pairs(points: Any) -> Iterator[tuple[float, float]]:
-    given = list(points) if isinstance(points, Iterable) and not isinstance(points, (str, bytes, dict)) else []
+    given = (
+        list(points)
+        if isinstance(points, Iterable) and not isinstance(points, (str, bytes, dict))
+        else []
+    )
     if not given:
-        raise ValueError(f"points is {points!r}: pass at least one pair (λ, strength), e.g. {_EXAMPLE}.")
+        raise ValueError(
+            f"points is {points!r}: pass at least one pair (λ, strength), e.g. {_EXAMPLE}."
+        )
     for point in given:
-        if not isinstance(point, (tuple, list)) or len(point) != 2 or not all(map(is_number, point)):
-            raise ValueError(f"points holds {point!r}: pass pairs (λ, strength) of finite numbers, e.g. {_EXAMPLE}.")
+        if (
+            not isinstance(point, (tuple, list))
+            or len(point) != 2
+            or not all(map(is_number, point))
+        ):
+            raise ValueError(
+                f"points holds {point!r}: pass pairs (λ, strength) of finite numbers, e.g. {_EXAMPLE}."
+            )
         if not 0 <= point[0] <= 1:
             raise ValueError(
                 f"points holds {point!r}, whose λ is {point[0]:g}: λ lies in [0, 1], where 1 is pure noise; a timestep "

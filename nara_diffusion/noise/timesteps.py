@@ -41,7 +41,10 @@ _MEANINGS: dict[str, tuple[str, Callable[[Tensor, int], Tensor]]] = {
     "ratio": ("timestep", lambda t, n: t),
     "angle": ("edm", lambda t, n: _of_angle(t * torch.pi / 2)),
     # σ / (1 + σ) for σ = exp 4t
-    "edm": ("edm", lambda t, n: torch.where(4 * t.abs() < LARGEST_LOG_SIGMA, torch.sigmoid(4 * t), torch.nan)),
+    "edm": (
+        "edm",
+        lambda t, n: torch.where(4 * t.abs() < LARGEST_LOG_SIGMA, torch.sigmoid(4 * t), torch.nan),
+    ),
 }
 _PASSED: dict[str, Callable[[Tensor], Tensor]] = {
     "sigma": lambda t: t / 1000,
@@ -96,14 +99,18 @@ class TimestepNoise:
 
     def __post_init__(self) -> None:
         if self.meaning not in _MEANINGS:
-            raise ValueError(f"meaning is {self.meaning!r}: choose one of {', '.join(map(repr, _MEANINGS))}.")
+            raise ValueError(
+                f"meaning is {self.meaning!r}: choose one of {', '.join(map(repr, _MEANINGS))}."
+            )
         self.convention = _MEANINGS[self.meaning][0]
 
     def noise_level(self, timestep: float | Tensor) -> Tensor:
         """λ (1,) or (b,), float32, of a timestep of any of the accepted shapes and dtypes."""
         t = as_tensor(timestep).float()
         if t.numel() == 0:
-            raise ValueError(f"{self.argument} has shape {tuple(t.shape)}: expected a number, (batch,) or (batch, …).")
+            raise ValueError(
+                f"{self.argument} has shape {tuple(t.shape)}: expected a number, (batch,) or (batch, …)."
+            )
         level = _MEANINGS[self.meaning][1](t / self.scale, self.num_train_timesteps)
         if self.packed:
             level = level.max()
@@ -142,14 +149,18 @@ class TimestepNoise:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """λ of one forward of `module`: (b,), or (1,) if all samples have the same."""
         arguments = arguments_of(module, args, kwargs)
-        given = [t for name in (self.argument, *self.also) if (t := arguments.get(name)) is not None]
+        given = [
+            t for name in (self.argument, *self.also) if (t := arguments.get(name)) is not None
+        ]
         # a video that is given, without noise, has no timesteps beside those of its sound
         given = [t for t in given if not isinstance(t, Tensor) or t.numel()] or given
         if self.pinned is not None and arguments.get(self.pinned[0]) == self.pinned[1]:
             given = [self.pinned[2]]
         if not given:
             names = " and no ".join((self.argument, *self.also))
-            raise ValueError(f"λ can't be read: this forward of {type(module).__name__} got no {names}.")
+            raise ValueError(
+                f"λ can't be read: this forward of {type(module).__name__} got no {names}."
+            )
         level = functools.reduce(torch.maximum, map(self.noise_level, given))
         self.check(given[0])
         # one C for all, where pipelines expand a timestep to the batch: parts of the batch, as PAG's, may see it too

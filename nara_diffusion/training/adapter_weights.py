@@ -56,21 +56,35 @@ def start_from(components: Mapping[str, Any], path: str, source_model: Any) -> N
     file, origin = Path(path).expanduser(), f"init_adapter '{path}'"
     with naming(path):
         naras = _is_naras(file)
-        read: Any = AdapterFile.read(file, next(iter(components))).parts if naras else read_lora(file, source_model)[0]
+        read: Any = (
+            AdapterFile.read(file, next(iter(components))).parts
+            if naras
+            else read_lora(file, source_model)[0]
+        )
         _check_parts(read, components, naras, source_model, origin)
         for name, root in components.items():
             (_copy_nara if naras else _copy_lora)(read[name], root, origin)
 
 
 def _check_parts(
-    parts: Mapping[str, Any], components: Mapping[str, Any], naras: bool, source_model: Any, origin: str
+    parts: Mapping[str, Any],
+    components: Mapping[str, Any],
+    naras: bool,
+    source_model: Any,
+    origin: str,
 ) -> None:
     """Refuse a file for other components, or for another prediction, than the run's. Raises ValueError."""
     if parts.keys() != components.keys():
         if "" in components:
-            raise ValueError(f"{origin} is an image adapter, for {', '.join(parts)}: give one of a language model.")
-        names = [", ".join(name or "a single model" for name in each) for each in (parts, components)]
-        raise ValueError(f"{origin} is for {names[0]}, but this run trains {names[1]}: see --train_text_encoder.")
+            raise ValueError(
+                f"{origin} is an image adapter, for {', '.join(parts)}: give one of a language model."
+            )
+        names = [
+            ", ".join(name or "a single model" for name in each) for each in (parts, components)
+        ]
+        raise ValueError(
+            f"{origin} is for {names[0]}, but this run trains {names[1]}: see --train_text_encoder."
+        )
     schedulers = [part.config.scheduler if naras else part.scheduler for part in parts.values()]
     for fields in schedulers:
         check_expected(getattr(source_model, "scheduler", None), fields)
@@ -78,7 +92,10 @@ def _check_parts(
 
 def _copy_nara(part: AdapterPart, root: Any, origin: str) -> None:
     _check_same(root.peft_config["default"], part.config, origin)
-    scales = {name: (rank, configured_scaling(part.config, name, rank)) for name, rank in part.modules.items()}
+    scales = {
+        name: (rank, configured_scaling(part.config, name, rank))
+        for name, rank in part.modules.items()
+    }
     check_scales(scales, root, "default", origin)
     set_peft_model_state_dict(root, part.tensors, adapter_name="default")
     check_loaded(root, "default", part.tensors, origin)
@@ -87,7 +104,9 @@ def _copy_nara(part: AdapterPart, root: Any, origin: str) -> None:
 def _copy_lora(part: PlainLora, root: Any, origin: str) -> None:
     config = root.peft_config["default"]
     if changes_base(part.config.init_lora_weights):
-        raise ValueError(f"{origin} took its start out of the base weights, which this run's base still has.")
+        raise ValueError(
+            f"{origin} took its start out of the base weights, which this run's base still has."
+        )
     if isinstance(config, NaraConfig) and config.core_type != "identity":
         check_identity(root, "default", config)
     copy_tensors(part, root, "default", origin)
@@ -108,18 +127,25 @@ def _is_naras(path: Path) -> bool:
 def _check_same(config: Any, given: NaraConfig, origin: str) -> None:
     """Refuse a NaRA of another configuration than the run's. Raises ValueError."""
     if not isinstance(config, NaraConfig):
-        raise ValueError(f"{origin} is a NaRA with core_type {given.core_type!r}: give --adapter nara.")
+        raise ValueError(
+            f"{origin} is a NaRA with core_type {given.core_type!r}: give --adapter nara."
+        )
     for name in ("r", "lora_alpha", "use_dora", "use_rslora", *sorted(CORE_FIELDS - _FREE)):
         here, there = getattr(config, name), getattr(given, name)
         if here != there:
             flag = _SHARED.get(name, f"adapter_options {name}=")
-            raise ValueError(f"{origin} has {name} {there!r}, this run {here!r}: give --{flag} as in the file.")
+            raise ValueError(
+                f"{origin} has {name} {there!r}, this run {here!r}: give --{flag} as in the file."
+            )
     if given.strength != config.strength:
         raise ValueError(
             f"{origin} has the strength {given.strength} over λ, and this run {config.strength}: give the same "
             "--min_noise_level and --max_noise_level, or take the strength away first, set_strength(model, …, None)."
         )
-    if None not in (here := config.noise_convention, there := given.noise_convention) and here != there:
+    if (
+        None not in (here := config.noise_convention, there := given.noise_convention)
+        and here != there
+    ):
         raise ValueError(f"{origin} was trained with λ as {there!r}, this run's is {here!r}.")
 
 
@@ -156,8 +182,12 @@ def load_checkpoint(model: Any, checkpoint: Path) -> None:
         set_peft_model_state_dict(model, tensors)
         check_loaded(model, "default", tensors, str(checkpoint))
     else:
-        model.load_state_dict(load_whole_model(type(model), checkpoint, dtype=model.dtype).state_dict())
+        model.load_state_dict(
+            load_whole_model(type(model), checkpoint, dtype=model.dtype).state_dict()
+        )
 
 
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {
+        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+    }

@@ -35,7 +35,9 @@ from nara_diffusion.noise.level import MASKED_SHARE
 from .parser import hint
 
 ALL_LINEAR = "all-linear"
-_NARAS, _LORAS = ({each.name for each in dataclasses.fields(cls)} for cls in (NaraConfig, LoraConfig))
+_NARAS, _LORAS = (
+    {each.name for each in dataclasses.fields(cls)} for cls in (NaraConfig, LoraConfig)
+)
 CORE_FIELDS = _NARAS - _LORAS
 """What NaraConfig adds to LoraConfig."""
 
@@ -67,7 +69,9 @@ class Method:
     @property
     def config(self) -> Any:
         """The class of its configuration; None for all weights, and for a name that is no method."""
-        return NaraConfig if self.name == "nara" else PEFT_TYPE_TO_CONFIG_MAPPING.get(self.name.upper())  # type: ignore[call-overload]
+        if self.name == "nara":
+            return NaraConfig
+        return PEFT_TYPE_TO_CONFIG_MAPPING.get(self.name.upper())  # type: ignore[call-overload]
 
     @property
     def family(self) -> Literal["nara", "lora", "other", "prompt", "full"]:
@@ -101,10 +105,14 @@ def method_of(args: Any) -> Method:
     chosen = args.adapter
     method = NAMED.get(chosen, Method(chosen, chosen.replace("_", " ")))
     if chosen in _REFUSED:
-        raise ValueError(f"adapter {chosen} can't be trained here: it {_REFUSED[chosen]}. Give nara, lora or dora.")
+        raise ValueError(
+            f"adapter {chosen} can't be trained here: it {_REFUSED[chosen]}. Give nara, lora or dora."
+        )
     if chosen != "full" and (method.config is None or chosen != chosen.lower()):
         known = [*NAMED, *(str(kind.value).lower() for kind in PEFT_TYPE_TO_CONFIG_MAPPING)]
-        raise ValueError(f"adapter is {chosen!r}, which is no method: {hint(chosen, dict.fromkeys(known))}")
+        raise ValueError(
+            f"adapter is {chosen!r}, which is no method: {hint(chosen, dict.fromkeys(known))}"
+        )
     return method
 
 
@@ -114,7 +122,12 @@ def title_of(args: Any) -> str:
     title = method.title
     if method.family == "nara" and "core_type" not in method.fixed:
         core = getattr(config, "core_type", "")
-        titles = {"hypernetwork": "NaRA", "constant": "NaRA-C", "rank_mask": "T-LoRA", "identity": "LoRA"}
+        titles = {
+            "hypernetwork": "NaRA",
+            "constant": "NaRA-C",
+            "rank_mask": "T-LoRA",
+            "identity": "LoRA",
+        }
         title = titles.get(core, f"NaRA with core {core!r}")
     has_dora = getattr(config, "use_dora", False) and "DoRA" not in title
     return f"{title}-DoRA".replace("LoRA-DoRA", "DoRA") if has_dora else title
@@ -128,7 +141,9 @@ def check_adapter(args: Any, config: PeftConfig | None) -> None:
     method = method_of(args)
     meant = method.fixed.get("core_type", args.core_type if method.family == "nara" else "none")
     if args.core_type not in ("hypernetwork", meant):
-        raise ValueError(f"core_type is {args.core_type!r}, but that of adapter {args.adapter} is {meant}.")
+        raise ValueError(
+            f"core_type is {args.core_type!r}, but that of adapter {args.adapter} is {meant}."
+        )
     if args.core_start_step and getattr(config, "core_init", None) == "kaiming":
         raise ValueError(
             "core_start_step trains A and B with C = I first, but core_init 'kaiming' starts from another C: "
@@ -156,19 +171,35 @@ def adapter_config(
     """
     method = method_of(args)
     own = method.family == "nara"
-    options = {name: value for name, value in args.adapter_options.items() if own or name not in CORE_FIELDS}
-    known = [] if method.config is None else [each.name for each in dataclasses.fields(method.config) if each.init]
+    options = {
+        name: value
+        for name, value in args.adapter_options.items()
+        if own or name not in CORE_FIELDS
+    }
+    known = (
+        []
+        if method.config is None
+        else [each.name for each in dataclasses.fields(method.config) if each.init]
+    )
     for name, value in options.items():
         if name not in known:
-            raise ValueError(f"adapter_options holds {name!r}, which adapter {args.adapter} lacks: {hint(name, known)}")
+            raise ValueError(
+                f"adapter_options holds {name!r}, which adapter {args.adapter} lacks: {hint(name, known)}"
+            )
         if method.fixed.get(name, value) != value:
-            raise ValueError(f"adapter {args.adapter} means {name} {method.fixed[name]!r}, adapter_options {value!r}.")
+            raise ValueError(
+                f"adapter {args.adapter} means {name} {method.fixed[name]!r}, adapter_options {value!r}."
+            )
     if method.config is None:
         return None
     start = options.get("init_lora_weights", True)
     if changes_base(start) or start in _DATA_DRIVEN:
-        why = "needs a pass over data first" if start in _DATA_DRIVEN else "changes the base weights"
-        raise ValueError(f"init_lora_weights={start} {why}: leave it out, or give true, gaussian or orthogonal.")
+        why = (
+            "needs a pass over data first" if start in _DATA_DRIVEN else "changes the base weights"
+        )
+        raise ValueError(
+            f"init_lora_weights={start} {why}: leave it out, or give true, gaussian or orthogonal."
+        )
     if "core_hidden_dims" in options:
         options["core_hidden_dims"] = tuple(options["core_hidden_dims"])
     values = _values(args, method, options)
@@ -176,7 +207,10 @@ def adapter_config(
         values |= {"noise_convention": noise_convention, "strength": strength}
     try:
         return method.config(
-            **{name: value for name, value in values.items() if name in known} | dict(method.fixed) | options | fields
+            **{name: value for name, value in values.items() if name in known}
+            | dict(method.fixed)
+            | options
+            | fields
         )
     except (TypeError, ValueError) as error:
         window = " The strength is that of the window: leave --min_noise_level and --max_noise_level out."
@@ -186,15 +220,22 @@ def adapter_config(
 def _values(args: Any, method: Method, options: Mapping[str, Any]) -> dict[str, Any]:
     """{field, of whatever method: value} of the arguments that have a flag."""
     rank, alpha = args.rank, args.rank if args.lora_alpha is None else args.lora_alpha
-    if args.adapter == "multi_lora":  # r counts all blocks; each has the scale of a LoRA of rank --rank
+    if (
+        args.adapter == "multi_lora"
+    ):  # r counts all blocks; each has the scale of a LoRA of rank --rank
         blocks = options.get("core_bins", NaraConfig.core_bins)
-        rank, alpha = blocks * rank, alpha * (math.sqrt(blocks) if options.get("use_rslora") else blocks)
+        rank, alpha = (
+            blocks * rank,
+            alpha * (math.sqrt(blocks) if options.get("use_rslora") else blocks),
+        )
     return {
         "r": rank,
         "lora_alpha": alpha,
         "alpha": alpha,
         "num_virtual_tokens": _VIRTUAL_TOKENS,
-        "target_modules": ALL_LINEAR if args.target_modules == [ALL_LINEAR] else list(args.target_modules),
+        "target_modules": ALL_LINEAR
+        if args.target_modules == [ALL_LINEAR]
+        else list(args.target_modules),
         "core_type": args.core_type,
         "lora_dropout": args.lora_dropout,
         f"{method.name}_dropout": args.lora_dropout,
@@ -210,9 +251,13 @@ def import_core_module(name: str) -> None:
     try:
         importlib.import_module(module_name(name))
     except Exception as error:  # whatever the user's code raises
-        raise ValueError(f"core_module {name!r} can't be imported: {type(error).__name__}: {error}") from error
+        raise ValueError(
+            f"core_module {name!r} can't be imported: {type(error).__name__}: {error}"
+        ) from error
     if not registered_cores():
-        raise ValueError(f"core_module {name!r} registers no core: call nara_diffusion.register_core(NAME, …) in it.")
+        raise ValueError(
+            f"core_module {name!r} registers no core: call nara_diffusion.register_core(NAME, …) in it."
+        )
 
 
 def module_name(name: str) -> str:
@@ -235,7 +280,9 @@ def build_adapter(
     options: dict[str, Any] = {}
     if method_of(args).family == "prompt":
         # what PEFT prepends the tokens in; encoders have no `generate`
-        options["task_type"] = "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else "FEATURE_EXTRACTION"
+        options["task_type"] = (
+            "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else "FEATURE_EXTRACTION"
+        )
     config = adapter_config(args, noise_convention=noise_convention, strength=strength, **options)
     return model.requires_grad_(True) if config is None else add_adapter(model, config)
 
@@ -249,7 +296,9 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
     check_target_modules(model, getattr(config, "target_modules", None))
     with warnings.catch_warnings():
         # PEFT 0.21 asks by a name that transformers deprecated in 5.24
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+        warnings.filterwarnings(
+            "ignore", message="`is_gradient_checkpointing`", category=FutureWarning
+        )
         adapted = get_peft_model(model, config)
     assert isinstance(adapted, PeftModel)
     return adapted
@@ -261,9 +310,15 @@ def check_target_modules(model: nn.Module, targets: Any) -> None:
     if targets is None or isinstance(targets, str):
         return
     names = [f".{name}" for name, _ in model.named_modules() if name]
-    unmatched = sorted(target for target in targets if not any(name.endswith(f".{target}") for name in names))
+    unmatched = sorted(
+        target for target in targets if not any(name.endswith(f".{target}") for name in names)
+    )
     if unmatched:
-        linear = {name.rpartition(".")[2]: 0 for name, each in model.named_modules() if isinstance(each, nn.Linear)}
+        linear = {
+            name.rpartition(".")[2]: 0
+            for name, each in model.named_modules()
+            if isinstance(each, nn.Linear)
+        }
         raise ValueError(
             f"target_modules {', '.join(unmatched)} match no module of {type(model).__name__}: "
             f"{hint(unmatched[0], linear)} Its linear layers are {', '.join(sorted(linear))}; {ALL_LINEAR} takes all "

@@ -61,7 +61,9 @@ class OptimizationArguments:
     """Optimization"""
 
     train_batch_size: int = option(4, "Samples of one forward on one process.", unit="samples")
-    gradient_accumulation_steps: int = option(1, "Forwards that make one optimizer step.", unit="forwards")
+    gradient_accumulation_steps: int = option(
+        1, "Forwards that make one optimizer step.", unit="forwards"
+    )
     global_batch_size: int | None = option(
         None,
         "Samples of one optimizer step over all processes, however many there are; in place of "
@@ -78,7 +80,9 @@ class OptimizationArguments:
         None, "Passes over the training data, where --max_train_steps isn't given.", unit="epochs"
     )
     learning_rate: float = option(1e-4, "Peak learning rate of A and B.")
-    core_learning_rate: float | None = option(None, "Peak learning rate of the core's F; none means --learning_rate.")
+    core_learning_rate: float | None = option(
+        None, "Peak learning rate of the core's F; none means --learning_rate."
+    )
     core_start_step: int = option(
         0,
         "Train A and B alone, with C = I, up to this step, then all: the paper's two stages.",
@@ -86,7 +90,10 @@ class OptimizationArguments:
         rare=True,
     )
     lr_scheduler: str = option(
-        "linear", "Shape of the learning rate, by transformers.get_scheduler.", choices=SCHEDULES, rare=True
+        "linear",
+        "Shape of the learning rate, by transformers.get_scheduler.",
+        choices=SCHEDULES,
+        rare=True,
     )
     lr_warmup_steps: float = option(
         0.0,
@@ -105,13 +112,17 @@ class OptimizationArguments:
         {}, "Further arguments of the optimizer's class: betas=[0.9,0.99], eps=1e-6, ….", rare=True
     )
     weight_decay: float = option(0.0, "The optimizer's decoupled weight decay.", rare=True)
-    max_grad_norm: float | None = option(1.0, "Norm to which gradients are clipped; none disables it.", rare=True)
+    max_grad_norm: float | None = option(
+        1.0, "Norm to which gradients are clipped; none disables it.", rare=True
+    )
     mixed_precision: str | None = option(
         None,
         "Precision of the forward; none means what `accelerate config` says. fp16 is refused under DeepSpeed.",
         choices=("no", "fp16", "bf16"),
     )
-    gradient_checkpointing: bool = option(False, "Recompute activations in the backward: less memory, more time.")
+    gradient_checkpointing: bool = option(
+        False, "Recompute activations in the backward: less memory, more time."
+    )
 
 
 @dataclass
@@ -125,7 +136,10 @@ class WindowArguments:
         rare=True,
     )
     max_noise_level: float | None = option(
-        None, "Train only where λ is below this; none means 1, which is included.", unit="λ", rare=True
+        None,
+        "Train only where λ is below this; none means 1, which is included.",
+        unit="λ",
+        rare=True,
     )
 
 
@@ -134,19 +148,24 @@ class RunArguments:
     """Run, checkpoints and reports"""
 
     output_dir: str | None = option(
-        None, "Folder of everything that is written; none makes a fresh numbered one under outputs/."
+        None,
+        "Folder of everything that is written; none makes a fresh numbered one under outputs/.",
     )
     seed: int = option(0, "Seed of the weights, the order of the data, masks and dropout.")
     check: bool = option(
         False,
         "Measure whether λ can help this training, write check.json, and stop before it; docs/check.md.",
     )
-    logging_steps: int = option(10, "Write to metrics.jsonl every so often.", unit="optimizer steps", rare=True)
+    logging_steps: int = option(
+        10, "Write to metrics.jsonl every so often.", unit="optimizer steps", rare=True
+    )
     validation_steps: int | None = option(
         100, "Measure the validation loss every so often; none never.", unit="optimizer steps"
     )
     checkpointing_steps: int | None = option(
-        500, "Write a checkpoint-N folder every so often, and at the end; none never.", unit="optimizer steps"
+        500,
+        "Write a checkpoint-N folder every so often, and at the end; none never.",
+        unit="optimizer steps",
     )
     checkpoints_total_limit: int | None = option(
         2, "Checkpoints to keep, oldest deleted first; none keeps all.", unit="folders", rare=True
@@ -180,13 +199,23 @@ def window_of(args: Any) -> NoiseWindow:
     return NoiseWindow(0.0 if low is None else low, 1.0 if high is None else high)
 
 
-_PLACES = re.compile(r"\w+_(file|dir|path|model)|dataset_name|init_adapter|core_module|resume_from_checkpoint")
+_PLACES = re.compile(
+    r"\w+_(file|dir|path|model)|dataset_name|init_adapter|core_module|resume_from_checkpoint"
+)
 
 
 def without_folders(text: str, args: Any) -> str:
     """`text` as others may see it: of each absolute path among the arguments, only the last part."""
-    places = [v for name, v in given_arguments(args).items() if _PLACES.fullmatch(name) and isinstance(v, str)]
-    written = {form for place in places for form in (place, str(Path(place)), str(Path(place).expanduser()))}
+    places = [
+        v
+        for name, v in given_arguments(args).items()
+        if _PLACES.fullmatch(name) and isinstance(v, str)
+    ]
+    written = {
+        form
+        for place in places
+        for form in (place, str(Path(place)), str(Path(place).expanduser()))
+    }
     for path in sorted(written, key=len, reverse=True):
         if (path.startswith("~") or Path(path).is_absolute()) and (name := Path(path).name):
             text = text.replace(path, name)
@@ -196,18 +225,44 @@ def without_folders(text: str, args: Any) -> str:
 def public_arguments(args: Any) -> dict[str, Any]:
     """`given_arguments`, as others may see them."""
     values = given_arguments(args)
-    return {n: without_folders(value, args) if isinstance(value, str) else value for n, value in values.items()}
+    return {
+        n: without_folders(value, args) if isinstance(value, str) else value
+        for n, value in values.items()
+    }
 
 
 def check_arguments(args: Any) -> None:
     """Raises ValueError for values that no run can use. Each script's arguments call it in `__post_init__`."""
-    counts = ("rank", "train_batch_size", "gradient_accumulation_steps", "global_batch_size", "max_train_steps")
-    counts += ("logging_steps", "validation_steps", "checkpointing_steps", "checkpoints_total_limit")
+    counts = (
+        "rank",
+        "train_batch_size",
+        "gradient_accumulation_steps",
+        "global_batch_size",
+        "max_train_steps",
+    )
+    counts += (
+        "logging_steps",
+        "validation_steps",
+        "checkpointing_steps",
+        "checkpoints_total_limit",
+    )
     require(args, "at least 1", lambda value: value >= 1, *counts)
     rates = ("learning_rate", "core_learning_rate", "num_train_epochs", "max_grad_norm")
     require(args, "above 0", lambda value: value > 0, *rates)
-    require(args, "at least 0", lambda value: value >= 0, "core_start_step", "lr_warmup_steps", "weight_decay")
-    require(args, "from 0 to 4294967295, as NumPy's generator takes it", lambda value: 0 <= value < 2**32, "seed")
+    require(
+        args,
+        "at least 0",
+        lambda value: value >= 0,
+        "core_start_step",
+        "lr_warmup_steps",
+        "weight_decay",
+    )
+    require(
+        args,
+        "from 0 to 4294967295, as NumPy's generator takes it",
+        lambda value: 0 <= value < 2**32,
+        "seed",
+    )
     require(args, "in [0, 1)", lambda value: 0 <= value < 1, "lora_dropout")
     try:
         window_of(args)
@@ -227,8 +282,12 @@ def check_arguments(args: Any) -> None:
     if start is not None and not Path(start).expanduser().exists():
         raise ValueError(f"init_adapter is {start!r}: there is no such file or folder.")
     if start is not None and family not in ("nara", "lora"):
-        raise ValueError(f"init_adapter starts from a LoRA or a NaRA, which adapter {args.adapter} is not: give nara.")
-    if args.check and (family in ("prompt", "full") or args.resume_from_checkpoint or args.hub_model_id or start):
+        raise ValueError(
+            f"init_adapter starts from a LoRA or a NaRA, which adapter {args.adapter} is not: give nara."
+        )
+    if args.check and (
+        family in ("prompt", "full") or args.resume_from_checkpoint or args.hub_model_id or start
+    ):
         raise ValueError(
             "check measures what λ tells a low-rank adapter before its training: leave resume_from_checkpoint, "
             "hub_model_id and init_adapter out, and give adapter nara or lora."

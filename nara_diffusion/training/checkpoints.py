@@ -29,7 +29,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import load
 
-from nara_diffusion.utils.atomic_write import atomic_write_files, delete_folder, partial_name, put_in_place
+from nara_diffusion.utils.atomic_write import (
+    atomic_write_files,
+    delete_folder,
+    partial_name,
+    put_in_place,
+)
 from nara_diffusion.utils.naming import counted
 
 from .engines import engine_name, global_batch, save_state, trained_state
@@ -45,7 +50,9 @@ _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _LENGTH = "max_train_steps num_train_epochs check logging_steps validation_steps"
 _LENGTH += " checkpointing_steps checkpoints_total_limit report_to hub_model_id"
 _MEASURED = "eval_batch_size generation_steps block_length extract evaluation_options test_file test_samples"
-_MEASURED += " validation_prompts num_validation_images num_inference_steps guidance_scale identifier"
+_MEASURED += (
+    " validation_prompts num_validation_images num_inference_steps guidance_scale identifier"
+)
 _MEASURED += " similarity_model alignment_model"
 _DATA = "dataset_name train_file validation_file validation_samples max_train_samples data_options"
 _DATA += " instance_data_dir instance_prompt class_data_dir num_class_images validation_data_dir"
@@ -78,8 +85,16 @@ def save_checkpoint(run: Any) -> None:
         accelerator.wait_for_everyone()
         if run.is_main:
             paths = sorted(path for path in partial.rglob("*") if path.is_file())
-            files = {path.relative_to(partial).as_posix(): [path.stat().st_size, digest_file(path)] for path in paths}
-            facts = {"format": FORMAT, **run.facts_of_checkpoint(), "written": time.time(), "files": files}
+            files = {
+                path.relative_to(partial).as_posix(): [path.stat().st_size, digest_file(path)]
+                for path in paths
+            }
+            facts = {
+                "format": FORMAT,
+                **run.facts_of_checkpoint(),
+                "written": time.time(),
+                "files": files,
+            }
             write_manifest(partial, facts)
             put_in_place(partial, target)
             _delete_oldest(run.folder, run.args.checkpoints_total_limit, newest=target)
@@ -127,7 +142,10 @@ def find_checkpoints(folder: Path) -> list[Path]:
             when = path.stat().st_mtime
         return when, int(path.name.partition("-")[2])
 
-    return sorted((path for path in folder.glob("checkpoint-*") if re.fullmatch(r"\w+-\d+", path.name)), key=written)
+    return sorted(
+        (path for path in folder.glob("checkpoint-*") if re.fullmatch(r"\w+-\d+", path.name)),
+        key=written,
+    )
 
 
 def last_checkpoint(folder: Path) -> str:
@@ -188,7 +206,11 @@ def check_files(checkpoint: Path) -> None:
 def check_same_run(checkpoint: Path, args: Any, accelerator: Accelerator) -> None:
     """Raises ValueError with the engine, the processes or the arguments that differ, of a checkpoint that this run
     can't go on from to the same bits."""
-    manifest, engine, processes = read_manifest(checkpoint), engine_name(accelerator), accelerator.num_processes
+    manifest, engine, processes = (
+        read_manifest(checkpoint),
+        engine_name(accelerator),
+        accelerator.num_processes,
+    )
     if manifest["engine"] != engine:
         raise ValueError(
             f"{checkpoint} was written under {manifest['engine']} and this run is under {engine}, which keep the "
@@ -219,11 +241,17 @@ def check_random_states(checkpoint: Path, process: int) -> None:
         saved = load(file)
         pairs = [(saved["torch_manual_seed"], torch.get_rng_state())]
         if torch.cuda.is_available():
-            pairs += zip(saved["torch_cuda_manual_seed"], torch.cuda.get_rng_state_all(), strict=True)
+            pairs += zip(
+                saved["torch_cuda_manual_seed"], torch.cuda.get_rng_state_all(), strict=True
+            )
     except Exception as error:  # whatever unpickling raises
-        raise ValueError(f"{file} can't be read ({error}): resume from another checkpoint.") from error
+        raise ValueError(
+            f"{file} can't be read ({error}): resume from another checkpoint."
+        ) from error
     if not all(torch.equal(then.cpu(), now.cpu()) for then, now in pairs):
-        raise ValueError(f"{file} doesn't give the random states back, on other devices say: dropout would differ.")
+        raise ValueError(
+            f"{file} doesn't give the random states back, on other devices say: dropout would differ."
+        )
 
 
 def warn_of_pickles(checkpoint: Path, engine: str) -> None:

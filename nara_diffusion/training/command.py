@@ -45,7 +45,9 @@ def run_command(
     """
     first = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(level=logging.INFO if first else logging.WARNING, format="%(message)s")
-    logging.getLogger("accelerate").setLevel(logging.WARNING)  # else a line for each file of a checkpoint
+    logging.getLogger("accelerate").setLevel(
+        logging.WARNING
+    )  # else a line for each file of a checkpoint
     if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:
         # `accelerate launch` of one process dies of SIGTERM without passing it on: get one when it ends
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
@@ -85,11 +87,17 @@ def shipped_settings(
     places = {name: value for name, value in values.items() if str(value).startswith("examples/")}
     values |= {name: os.path.relpath(CONFIGS.parents[1] / value) for name, value in places.items()}
     if not Path(values.get("pretrained_model_name_or_path", config)).exists():
-        raise ValueError("give --pretrained_model_name_or_path: shipped models are in a clone of the repository only.")
+        raise ValueError(
+            "give --pretrained_model_name_or_path: shipped models are in a clone of the repository only."
+        )
     if own[0] in given:
         both = merged(values, given)
-        settings = ", ".join(f"{name} {both[name]}" for name in told.split() if name in both and name not in given)
-        taught = f"{values['pretrained_model_name_or_path']}, {toy}, with its own settings ({settings})"
+        settings = ", ".join(
+            f"{name} {both[name]}" for name in told.split() if name in both and name not in given
+        )
+        taught = (
+            f"{values['pretrained_model_name_or_path']}, {toy}, with its own settings ({settings})"
+        )
         logger.info("no model was named: your data teach %s; for %s", taught, advice)
         values = {name: value for name, value in values.items() if name not in own}
     return values

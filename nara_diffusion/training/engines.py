@@ -53,19 +53,27 @@ def start_accelerator(args: Any) -> Accelerator:
     """The engine that the launcher asked for; what `args` say of accumulation and clipping wins over its own files.
     Raises ValueError for FSDP1, an engine or fp16 that needs a GPU, one that accelerate replaces, and as
     `accumulation_steps`, `check_sharded`."""
-    asked = {kind: name for kind, (variable, name) in SHARDED.items() if parse_flag_from_env(variable)}
+    asked = {
+        kind: name for kind, (variable, name) in SHARDED.items() if parse_flag_from_env(variable)
+    }
     for name in asked.values():
         if name == "FSDP" and os.environ.get("FSDP_VERSION", "1") != "2":
-            raise ValueError("accelerate is set to FSDP1, which PyTorch gives up: launch with --fsdp_version 2.")
+            raise ValueError(
+                "accelerate is set to FSDP1, which PyTorch gives up: launch with --fsdp_version 2."
+            )
         if not torch.accelerator.is_available() and "ACCELERATE_TORCH_DEVICE" not in os.environ:
-            raise ValueError(f"{name} was asked for, which accelerate has on GPUs only, and there is none here.")
+            raise ValueError(
+                f"{name} was asked for, which accelerate has on GPUs only, and there is none here."
+            )
     launched = int(os.environ.get("WORLD_SIZE", 1))
     steps = accumulation_steps(args, launched)
     accelerator = Accelerator(
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=steps),
         mixed_precision=args.mixed_precision,
         log_with=args.report_to,
-        project_config=ProjectConfiguration(logging_dir="."),  # asked for by trackers; `Run.open` gives the true one
+        project_config=ProjectConfiguration(
+            logging_dir="."
+        ),  # asked for by trackers; `Run.open` gives the true one
         step_scheduler_with_optimizer=False,  # the loop steps the schedule once an optimizer step
     )
     if launched != accelerator.num_processes:
@@ -75,14 +83,23 @@ def start_accelerator(args: Any) -> Accelerator:
         )
     for kind, name in asked.items():
         if accelerator.distributed_type != kind:
-            raise ValueError(f"{name} was asked for, and accelerate runs without it: launch several processes.")
+            raise ValueError(
+                f"{name} was asked for, and accelerate runs without it: launch several processes."
+            )
     if accelerator.distributed_type in SHARDED:
         check_sharded(accelerator, args)
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would leave out scaling
-        raise ValueError("mixed_precision is fp16, which needs a GPU, and accelerate finds none: give bf16 or no.")
+    if (
+        accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu"
+    ):  # accelerate would leave out scaling
+        raise ValueError(
+            "mixed_precision is fp16, which needs a GPU, and accelerate finds none: give bf16 or no."
+        )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         config: dict[str, Any] = accelerator.state.deepspeed_plugin.deepspeed_config  # type: ignore[union-attr]
-        config |= {"gradient_accumulation_steps": steps, "gradient_clipping": args.max_grad_norm or 0.0}
+        config |= {
+            "gradient_accumulation_steps": steps,
+            "gradient_clipping": args.max_grad_norm or 0.0,
+        }
     return accelerator
 
 
@@ -104,7 +121,9 @@ def accumulation_steps(args: Any, processes: int) -> int:
 
 def global_batch(accelerator: Accelerator, args: Any) -> int:
     """Samples of one optimizer step, over all processes and accumulated forwards."""
-    return args.train_batch_size * accelerator.gradient_accumulation_steps * accelerator.num_processes
+    return (
+        args.train_batch_size * accelerator.gradient_accumulation_steps * accelerator.num_processes
+    )
 
 
 def check_sharded(accelerator: Accelerator, args: Any) -> None:
@@ -114,7 +133,9 @@ def check_sharded(accelerator: Accelerator, args: Any) -> None:
     if method_of(args).family == "prompt" and stage in (0, 3):
         wrong = f"adapter {args.adapter} is saved by running its own small network, whose weights {name} shards"
     elif args.optimizer == "adafactor":
-        wrong = f"optimizer adafactor takes means over the rows of whole matrices, which {name} shards"
+        wrong = (
+            f"optimizer adafactor takes means over the rows of whole matrices, which {name} shards"
+        )
     elif getattr(args, "is_quantised", False):
         wrong = f"load_in_4bit and load_in_8bit aren't trained under {name}, which shards or casts weights"
     elif stage and accelerator.mixed_precision == "fp16":
@@ -208,7 +229,9 @@ def loading_in(accelerator: Accelerator, dtype: torch.dtype) -> Iterator[None]:
         return
     plugin: Any = accelerator.state.deepspeed_plugin
     with ExitStack() as undo:
-        undo.callback(plugin.set_deepspeed_weakref)  # a copy of the configuration, for `from_pretrained`
+        undo.callback(
+            plugin.set_deepspeed_weakref
+        )  # a copy of the configuration, for `from_pretrained`
         undo.enter_context(_without_bf16(accelerator))
         plugin.set_deepspeed_weakref()
         yield
@@ -240,9 +263,13 @@ def trained_state(accelerator: Accelerator, model: nn.Module) -> dict[str, Tenso
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
         _reshard(model)
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+        options = StateDictOptions(
+            full_state_dict=True, cpu_offload=True, ignore_frozen_params=True
+        )
         return dict(get_model_state_dict(model, options=options))  # type: ignore[arg-type]
-    inner: Any = accelerator.unwrap_model(model)  # whose type depends on whether DeepSpeed is installed
+    inner: Any = accelerator.unwrap_model(
+        model
+    )  # whose type depends on whether DeepSpeed is installed
     state = dict(inner.state_dict())
     if zero_stage(accelerator) == 3:
         import deepspeed  # type: ignore[import-not-found]
@@ -259,25 +286,47 @@ def trained_state(accelerator: Accelerator, model: nn.Module) -> dict[str, Tenso
 
 def save_state(accelerator: Accelerator, folder: Path) -> None:
     """Write optimizer, schedule, scaler and random states, but no weights, to `folder`. Every process calls it."""
-    engine, (model,), (optimizer,) = accelerator.distributed_type, accelerator._models, accelerator._optimizers
+    engine, (model,), (optimizer,) = (
+        accelerator.distributed_type,
+        accelerator._models,
+        accelerator._optimizers,
+    )
     if engine == DistributedType.FSDP:
         _reshard(model)
         # without accelerate's wrapper, whose scaler would see the steps by which PyTorch makes room for states
-        save_fsdp_optimizer(accelerator.state.fsdp_plugin, accelerator, optimizer.optimizer, model, str(folder), 0)
+        save_fsdp_optimizer(
+            accelerator.state.fsdp_plugin, accelerator, optimizer.optimizer, model, str(folder), 0
+        )
     elif engine == DistributedType.DEEPSPEED:
-        model.save_checkpoint(str(folder), DEEPSPEED_FOLDER, save_latest=False, exclude_frozen_parameters=True)
+        model.save_checkpoint(
+            str(folder), DEEPSPEED_FOLDER, save_latest=False, exclude_frozen_parameters=True
+        )
     own, rank = [] if engine in SHARDED else [optimizer], accelerator.process_index
-    state = ([], own, accelerator._schedulers, accelerator._dataloaders, rank, accelerator.step, accelerator.scaler)
+    state = (
+        [],
+        own,
+        accelerator._schedulers,
+        accelerator._dataloaders,
+        rank,
+        accelerator.step,
+        accelerator.scaler,
+    )
     save_accelerator_state(str(folder), *state)
 
 
 def load_state(accelerator: Accelerator, folder: Path) -> None:
     """Restore what `save_state` wrote, after `accelerator.prepare` was called. Every process calls it. A schedule of
     another length than it had gives the next step its own rates."""
-    engine, (model,), (optimizer,) = accelerator.distributed_type, accelerator._models, accelerator._optimizers
+    engine, (model,), (optimizer,) = (
+        accelerator.distributed_type,
+        accelerator._models,
+        accelerator._optimizers,
+    )
     if engine == DistributedType.FSDP:
         _reshard(model)
-        load_fsdp_optimizer(accelerator.state.fsdp_plugin, accelerator, optimizer.optimizer, model, str(folder), 0)
+        load_fsdp_optimizer(
+            accelerator.state.fsdp_plugin, accelerator, optimizer.optimizer, model, str(folder), 0
+        )
     elif engine == DistributedType.DEEPSPEED:
         # its float32 weights with it; the frozen ones aren't there
         model.load_checkpoint(str(folder), DEEPSPEED_FOLDER, load_module_strict=False)

@@ -51,7 +51,9 @@ class TrainingDiverged(ArithmeticError):
     """The loss or its gradient is no longer a finite number."""
 
 
-def prepare_training(run: Run, model: torch.nn.Module, samples: Any, collate: Callable[[list[dict]], Any]) -> list[Any]:
+def prepare_training(
+    run: Run, model: torch.nn.Module, samples: Any, collate: Callable[[list[dict]], Any]
+) -> list[Any]:
     """Model, optimizer, schedule and loader of a planned run, as `accelerator.prepare` returns them.
 
     Args:
@@ -59,7 +61,9 @@ def prepare_training(run: Run, model: torch.nn.Module, samples: Any, collate: Ca
     """
     optimizer = build_optimizer(model, run.args, fused=run.fuses_optimizer)
     scheduler = build_scheduler(optimizer, run.args, run.total_steps)
-    return prepare(run.accelerator, model, optimizer, scheduler, stream_loader(samples, collate, **run.batches))
+    return prepare(
+        run.accelerator, model, optimizer, scheduler, stream_loader(samples, collate, **run.batches)
+    )
 
 
 def train(
@@ -81,7 +85,9 @@ def train(
         SystemExit: code 130 after Ctrl-C, 143 after SIGTERM, once a checkpoint is written.
     """
     accelerator, args, (model, optimizer, scheduler, loader) = run.accelerator, run.args, parts
-    bar = tqdm(total=run.total_steps, initial=run.step, desc="train", unit="step", disable=not run.is_main)
+    bar = tqdm(
+        total=run.total_steps, initial=run.step, desc="train", unit="step", disable=not run.is_main
+    )
     model.train()
     with InterruptRequest() as interrupt, bar:
         for batch in loader:
@@ -233,4 +239,6 @@ def stream_loader(
     # without a generator, the loader draws from the global one when it starts, and a resumed run starts it twice
     generator = torch.Generator().manual_seed(0)
     positions: Any = range(first, stop)
-    return DataLoader(stream, batch_size=batch_size, sampler=positions, collate_fn=collate, generator=generator)
+    return DataLoader(
+        stream, batch_size=batch_size, sampler=positions, collate_fn=collate, generator=generator
+    )

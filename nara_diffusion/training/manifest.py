@@ -73,12 +73,20 @@ def digest_file(path: Path) -> str:
 def digest_base(folders: Mapping[str, Path], variant: str | None = None) -> dict[str, str]:
     """{what: its digest} of a model's files: of all weights, those of `variant` (fp16, say) where there are some, and
     of each configuration. `folders` are {component: its folder}; a component is "" where the model has no others."""
-    weights = [(name, file) for name, folder in folders.items() for file in _weight_files(folder, variant)]
-    found = {"base model": digest_texts(text for name, file in weights for text in (name, digest_file(file)))}
+    weights = [
+        (name, file) for name, folder in folders.items() for file in _weight_files(folder, variant)
+    ]
+    found = {
+        "base model": digest_texts(
+            text for name, file in weights for text in (name, digest_file(file))
+        )
+    }
     for name, folder in folders.items():
         for file in (folder / config for config in ("config.json", "scheduler_config.json")):
             if file.is_file():
-                found[f"base model configuration {Path(name, file.name).as_posix()}"] = digest_file(file)
+                found[f"base model configuration {Path(name, file.name).as_posix()}"] = digest_file(
+                    file
+                )
     return found
 
 
@@ -90,4 +98,8 @@ def _weight_files(folder: Path, variant: str | None) -> list[Path]:
 
 def local_folder(name: str, *, revision: str | None = None) -> Path:
     """The folder of a model that `from_pretrained` has loaded: `name` itself, or the Hub's copy on this machine."""
-    return Path(name if Path(name).is_dir() else snapshot_download(name, revision=revision, local_files_only=True))
+    return Path(
+        name
+        if Path(name).is_dir()
+        else snapshot_download(name, revision=revision, local_files_only=True)
+    )

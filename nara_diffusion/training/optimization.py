@@ -39,10 +39,16 @@ logger = logging.getLogger(__name__)
 def check_optimizer(args: Any) -> None:
     """Raises ValueError for an optimizer that isn't installed, or options that it doesn't have; or for a schedule with
     a warm-up that it lacks."""
-    known = [name for name in inspect.signature(_class_of(args.optimizer)).parameters if name not in ("params", "lr")]
+    known = [
+        name
+        for name in inspect.signature(_class_of(args.optimizer)).parameters
+        if name not in ("params", "lr")
+    ]
     for name in args.optimizer_options:
         if name not in known:
-            raise ValueError(f"optimizer_options holds {name!r}, which {args.optimizer} lacks: {hint(name, known)}")
+            raise ValueError(
+                f"optimizer_options holds {name!r}, which {args.optimizer} lacks: {hint(name, known)}"
+            )
     if args.lr_scheduler == "constant" and args.lr_warmup_steps > 0:
         raise ValueError(
             f"lr_scheduler 'constant' has no warm-up, and lr_warmup_steps is {args.lr_warmup_steps:g}: use "
@@ -61,10 +67,18 @@ def build_optimizer(model: nn.Module, args: Any, *, fused: bool = False) -> torc
         ValueError: nothing in `model` is trainable; or `core_start_step` is set and there is no core.
     """
     groups = _parameter_groups(model, args)
-    options = {"weight_decay": args.weight_decay, **_DEFAULTS.get(args.optimizer, {}), **args.optimizer_options}
-    options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+    options = {
+        "weight_decay": args.weight_decay,
+        **_DEFAULTS.get(args.optimizer, {}),
+        **args.optimizer_options,
+    }
+    options = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in options.items()
+    }
     if _is_unpaged(args.optimizer):
-        logger.warning("PagedAdamW moves its states between the memory of GPU and CPU, and there is no GPU: as AdamW")
+        logger.warning(
+            "PagedAdamW moves its states between the memory of GPU and CPU, and there is no GPU: as AdamW"
+        )
     if args.optimizer == "AdamW" and fused:
         options.setdefault("fused", True)
     if args.optimizer == "prodigy":
@@ -82,7 +96,9 @@ def _class_of(optimizer: str) -> Any:
         return getattr(importlib.import_module(module), name)
     except ImportError as error:
         package = module.partition(".")[0]
-        raise ValueError(f"optimizer {optimizer} needs {package} ({error}): pip install {package}.") from error
+        raise ValueError(
+            f"optimizer {optimizer} needs {package} ({error}): pip install {package}."
+        ) from error
 
 
 def _parameter_groups(model: nn.Module, args: Any) -> list[dict[str, Any]]:
@@ -98,13 +114,19 @@ def _parameter_groups(model: nn.Module, args: Any) -> list[dict[str, Any]]:
             group = "text_encoder" if name.startswith(TEXT_ENCODER_MARK) else group
             members[group].append(parameter)
     if not any(members.values()):
-        raise ValueError("nothing in the model is trainable: add an adapter before the optimizer is built.")
+        raise ValueError(
+            "nothing in the model is trainable: add an adapter before the optimizer is built."
+        )
     if not members["core"] and args.core_start_step:
         raise ValueError(
             f"core_start_step is {args.core_start_step}, but adapter {args.adapter} with core_type {args.core_type} "
             "has no core to train: leave it at 0."
         )
-    return [{"name": group, "params": members[group], "lr": rate} for group, rate in rates.items() if members[group]]
+    return [
+        {"name": group, "params": members[group], "lr": rate}
+        for group, rate in rates.items()
+        if members[group]
+    ]
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, args: Any, total_steps: int) -> LRScheduler:
@@ -114,7 +136,9 @@ def build_scheduler(optimizer: torch.optim.Optimizer, args: Any, total_steps: in
     """
     warmup = args.lr_warmup_steps
     steps = round(warmup * total_steps) if warmup < 1 else int(warmup)
-    return get_scheduler(args.lr_scheduler, optimizer, num_warmup_steps=steps, num_training_steps=total_steps)
+    return get_scheduler(
+        args.lr_scheduler, optimizer, num_warmup_steps=steps, num_training_steps=total_steps
+    )
 
 
 def is_core_parameter(name: str) -> bool:

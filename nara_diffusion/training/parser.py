@@ -33,14 +33,32 @@ from transformers.hf_argparser import string_to_bool
 
 Arguments = TypeVar("Arguments")
 
-_WORDS: dict[Any, str] = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-_METAVARS: dict[Any, str] = {int: "N", float: "X", list: "TEXT", dict: "NAME=VALUE", bool: "true|false"}
+_WORDS: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    bool: "true or false",
+}
+_METAVARS: dict[Any, str] = {
+    int: "N",
+    float: "X",
+    list: "TEXT",
+    dict: "NAME=VALUE",
+    bool: "true|false",
+}
 
 # ---------------------------------------------------------------- names that people try
 
-USUAL = {"lr": "learning_rate", "epochs": "num_train_epochs", "steps": "max_train_steps", "prompt": "instance_prompt"}
+USUAL = {
+    "lr": "learning_rate",
+    "epochs": "num_train_epochs",
+    "steps": "max_train_steps",
+    "prompt": "instance_prompt",
+}
 """{name in other programs: ours}."""
-_CORE = "core_scale use_rslora num_virtual_tokens core_hidden_dims core_init core_sharing lora_a_init "
+_CORE = (
+    "core_scale use_rslora num_virtual_tokens core_hidden_dims core_init core_sharing lora_a_init "
+)
 _CORE += "rank_mask_min core_bins core_knots noise_embedding noise_embedding_dim fourier_scale"
 _GONE = "lr_num_cycles lr_power scale_lr allow_tf32 dataloader_num_workers logging_dir hold_base_outside ema_decay "
 _GONE += "hold_base_share timestep_bias_strategy timestep_bias_multiplier timestep_bias_portion timestep_bias_begin "
@@ -91,15 +109,26 @@ def option(
         within: the dict argument whose NAME=VALUE sets it, in place of a flag.
         sentences: for a list: each word of the command line, quoted there, is one element with its spaces and commas.
     """
-    metadata = {"help": help, "unit": unit, "choices": choices, "rare": rare, "within": within, "sentences": sentences}
+    metadata = {
+        "help": help,
+        "unit": unit,
+        "choices": choices,
+        "rare": rare,
+        "within": within,
+        "sentences": sentences,
+    }
     if isinstance(default, (list, dict)):
-        return dataclasses.field(default_factory=lambda: copy(default), metadata=metadata, init=not within)
+        return dataclasses.field(
+            default_factory=lambda: copy(default), metadata=metadata, init=not within
+        )
     return dataclasses.field(default=default, metadata=metadata, init=not within)
 
 
 def given_arguments(args: Any) -> dict[str, Any]:
     """{name: value} by which `args`, a dataclass of options, can be made again."""
-    return {field.name: getattr(args, field.name) for field in dataclasses.fields(args) if field.init}
+    return {
+        field.name: getattr(args, field.name) for field in dataclasses.fields(args) if field.init
+    }
 
 
 def gathered(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,11 +146,17 @@ def spread_options(args: Any) -> None:
     hints = typing.get_type_hints(type(args))
     fields = {field.name: field for field in dataclasses.fields(args) if field.metadata["within"]}
     for container in {field.metadata["within"]: 0 for field in fields.values()}:
-        known = {name: field for name, field in fields.items() if field.metadata["within"] == container}
+        known = {
+            name: field for name, field in fields.items() if field.metadata["within"] == container
+        }
         for name, value in getattr(args, container).items():
             if name not in known:
                 raise ValueError(f"{container} has no {name!r}: {hint(name, known)}")
-            setattr(args, name, _converted(f"{container}: {name}", value, hints[name], known[name].metadata))
+            setattr(
+                args,
+                name,
+                _converted(f"{container}: {name}", value, hints[name], known[name].metadata),
+            )
 
 
 def hint(name: str, known: Iterable[str]) -> str:
@@ -163,21 +198,33 @@ class ArgumentParser(argparse.ArgumentParser):
     def __init__(self, cls: type, description: str | None = None, show_all: bool = False) -> None:
         usage = "%(prog)s [--config FILE.yaml] [--FLAG VALUE …]"
         raw: Any = argparse.RawDescriptionHelpFormatter
-        super().__init__(usage=usage, description=description, formatter_class=raw, allow_abbrev=False)
+        super().__init__(
+            usage=usage, description=description, formatter_class=raw, allow_abbrev=False
+        )
         self._hints = typing.get_type_hints(cls)
         self._fields = {field.name: field for field in dataclasses.fields(cls)}
         self._add_options(cls, show_all)
         about = "Arguments as YAML, over which flags win. A core_module in it is code that runs: use files you trust."
         self.add_argument("--config", metavar="FILE.yaml", default=argparse.SUPPRESS, help=about)
-        self.add_argument("--help_all", action="help", help="Show all options and exit; --help shows the common ones.")
+        self.add_argument(
+            "--help_all",
+            action="help",
+            help="Show all options and exit; --help shows the common ones.",
+        )
 
     def given(self, words: Sequence[str]) -> dict[str, Any]:
         """{argument: value} of the command line `words`, over those of the file that it names. Raises ValueError for an
         unknown flag or key, or a value of another type."""
         underscored = lambda flag: f"--{flag[1].replace('-', '_')}"  # noqa: E731
-        found, unknown = self.parse_known_args([re.sub(r"^--([\w-]+)", underscored, word) for word in words])
+        found, unknown = self.parse_known_args(
+            [re.sub(r"^--([\w-]+)", underscored, word) for word in words]
+        )
         if unknown:
-            flags = [self._advice(word[2:].partition("=")[0]) for word in unknown if word.startswith("--")]
+            flags = [
+                self._advice(word[2:].partition("=")[0])
+                for word in unknown
+                if word.startswith("--")
+            ]
             raise ValueError("; ".join(flags) or f"unrecognized arguments: {' '.join(unknown)}")
         flags = vars(found)
         file = flags.pop("config", None)
@@ -188,9 +235,13 @@ class ArgumentParser(argparse.ArgumentParser):
         try:
             content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError) as error:
-            raise ValueError(f"--config {path} can't be read as YAML: {' '.join(str(error).split())}") from error
+            raise ValueError(
+                f"--config {path} can't be read as YAML: {' '.join(str(error).split())}"
+            ) from error
         if not isinstance(content, dict):
-            raise ValueError(f"--config {path} must hold `key: value` lines, got {type(content).__name__}")
+            raise ValueError(
+                f"--config {path} must hold `key: value` lines, got {type(content).__name__}"
+            )
         for key in content:
             if key not in self._fields or not self._fields[key].init:
                 raise ValueError(f"--config {path}: {self._advice(str(key))}")
@@ -198,7 +249,10 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def _converted(self, origin: str, values: Mapping[str, Any]) -> dict[str, Any]:
         fields, hints = self._fields, self._hints
-        return {n: _converted(origin + n, value, hints[n], fields[n].metadata) for n, value in values.items()}
+        return {
+            n: _converted(origin + n, value, hints[n], fields[n].metadata)
+            for n, value in values.items()
+        }
 
     def _advice(self, name: str) -> str:
         """What to do about an unknown flag or key."""
@@ -208,7 +262,11 @@ class ArgumentParser(argparse.ArgumentParser):
         if old in RENAMED:
             return f"--{old}: {RENAMED[old]}"
         flags = [flag[2:] for flag in self._option_string_actions if flag.startswith("--")]
-        near = [USUAL[name]] if USUAL.get(name) in flags else difflib.get_close_matches(name, flags, n=1)
+        near = (
+            [USUAL[name]]
+            if USUAL.get(name) in flags
+            else difflib.get_close_matches(name, flags, n=1)
+        )
         return f"unrecognized --{name}: {f'did you mean --{near[0]}?' if near else '--help_all lists the known ones.'}"
 
     def _add_options(self, cls: type, show_all: bool) -> None:
@@ -217,8 +275,14 @@ class ArgumentParser(argparse.ArgumentParser):
         for owner in cls.__mro__:
             title = (owner.__doc__ or "").strip().partition("\n")[0]
             for name in [name for name in inspect.get_annotations(owner) if name in left]:
-                group = groups[title] if title in groups else groups.setdefault(title, self.add_argument_group(title))
-                self._add_option(group, left.pop(name), show_all)  # a class may declare an inherited one anew
+                group = (
+                    groups[title]
+                    if title in groups
+                    else groups.setdefault(title, self.add_argument_group(title))
+                )
+                self._add_option(
+                    group, left.pop(name), show_all
+                )  # a class may declare an inherited one anew
 
     def _add_option(self, group: Any, field: dataclasses.Field, show_all: bool) -> None:
         kind, choices = _kind_of(self._hints[field.name])[0], field.metadata["choices"]
@@ -228,7 +292,9 @@ class ArgumentParser(argparse.ArgumentParser):
         # without a default, so that only what was given is returned
         settings: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS}
         settings["help"] = "\n".join(texts) if shown else argparse.SUPPRESS
-        settings["metavar"] = "{" + ",".join(choices) + "}" if choices else _METAVARS.get(kind, "TEXT")
+        settings["metavar"] = (
+            "{" + ",".join(choices) + "}" if choices else _METAVARS.get(kind, "TEXT")
+        )
         if kind is bool:
             settings |= {"nargs": "?", "const": True}
             off = {"dest": field.name, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
@@ -250,7 +316,9 @@ def merged(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
 def _kind_of(hint: Any) -> tuple[Any, bool]:
     """(int, float, str, bool, list or dict; may be None) of an annotation such as `float | None` or `list[str]`."""
     optional = isinstance(hint, types.UnionType)
-    inner = next(each for each in typing.get_args(hint) if each is not type(None)) if optional else hint
+    inner = (
+        next(each for each in typing.get_args(hint) if each is not type(None)) if optional else hint
+    )
     return typing.get_origin(inner) or inner, optional
 
 
@@ -264,7 +332,9 @@ def _converted(origin: str, value: Any, hint: Any, own: Mapping[str, Any]) -> An
         return value if isinstance(value, dict) else _settings(origin, words)
     if kind is list:
         return [
-            each for word in words for each in ([word] if own["sentences"] else str(word).replace(",", " ").split())
+            each
+            for word in words
+            for each in ([word] if own["sentences"] else str(word).replace(",", " ").split())
         ]
     text = str(value).lower() if value is None or isinstance(value, bool) else str(value)
     if own["choices"] and text not in own["choices"]:
@@ -293,7 +363,9 @@ def _settings(origin: str, words: Sequence[Any]) -> dict[str, Any]:
 
 
 def _help_of(field: dataclasses.Field) -> str:
-    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    default = (
+        field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    )
     shown = ",".join(map(str, default)) if isinstance(default, (list, dict)) else str(default)
     shown = shown.lower() if default is None or isinstance(default, bool) else shown
     unit = f" [{field.metadata['unit']}]" if field.metadata["unit"] else ""

@@ -68,7 +68,10 @@ def validation_means(losses: Tensor, noise_levels: Tensor, window: NoiseWindow) 
     parts = {"validation_loss": losses}
     if not window.is_everything:
         inside = window.contains(noise_levels)
-        parts |= {"validation_loss_inside": losses[inside], "validation_loss_outside": losses[~inside]}
+        parts |= {
+            "validation_loss_inside": losses[inside],
+            "validation_loss_outside": losses[~inside],
+        }
     return {name: part.double().mean().item() for name, part in parts.items() if len(part)}
 
 
@@ -94,7 +97,12 @@ def plot_noise_level_curves(
     left, right = figure.subplots(1, 2)
     left.plot(noise_levels, base, marker="o", color="tab:gray", label="base model")
     left.plot(noise_levels, adapted, marker="o", color="tab:blue", label="with the adapter")
-    left.set(xlabel="noise level λ (1 = pure noise)", ylabel=f"loss ({unit})", xlim=(0, 1.02), yscale="log")
+    left.set(
+        xlabel="noise level λ (1 = pure noise)",
+        ylabel=f"loss ({unit})",
+        xlim=(0, 1.02),
+        yscale="log",
+    )
     left.yaxis.set_major_formatter("{x:g}")
     left.yaxis.set_minor_formatter(LogFormatter())
     right.axhline(0, color="tab:gray", linewidth=1)
@@ -139,21 +147,40 @@ def write_card(
         tags, library, others: of the front matter that the Hub reads; those that are None are left out.
     """
     args = run.args
-    method, title, name = method_of(args), title_of(args), Path(args.pretrained_model_name_or_path).name
+    method, title, name = (
+        method_of(args),
+        title_of(args),
+        Path(args.pretrained_model_name_or_path).name,
+    )
     path, curves = run.folder / CURVE, (after.noise_levels, before.curve, after.curve)
-    plot_noise_level_curves(path, *curves, f"{name}: loss over the noise level, {measured_on}", unit, window_of(args))
+    plot_noise_level_curves(
+        path, *curves, f"{name}: loss over the noise level, {measured_on}", unit, window_of(args)
+    )
     tags = ["nara" if method.family == "nara" else args.adapter.replace("_", "-"), *tags]
-    if not Path(args.pretrained_model_name_or_path).exists():  # an id of the Hub, and no path of this disk
+    if not Path(
+        args.pretrained_model_name_or_path
+    ).exists():  # an id of the Hub, and no path of this disk
         relation = "finetune" if method.family == "full" else "adapter"
-        others |= {"base_model": args.pretrained_model_name_or_path, "base_model_relation": relation}
+        others |= {
+            "base_model": args.pretrained_model_name_or_path,
+            "base_model_relation": relation,
+        }
     front = ModelCardData(library_name=library, tags=tags, **others).to_yaml().strip()
     rows = "\n".join(f"| {' | '.join(row)} |" for row in figures)
     table = f"| | before | after |\n|---|---|---|\n{rows}"
     training = "\n".join(f"- {what}: {_one_line(value)}" for what, value in facts.items())
     settings = yaml.safe_dump(public_arguments(args), sort_keys=False, allow_unicode=True).strip()
-    fence = "`" * (1 + max(map(len, re.findall("`{2,}", settings)), default=2))  # a prompt may hold ```
+    fence = "`" * (
+        1 + max(map(len, re.findall("`{2,}", settings)), default=2)
+    )  # a prompt may hold ```
     curve = f"The loss at each noise level:\n\n![loss over the noise level]({CURVE})"
-    good = (how_good[0], " ".join(warnings), table, f"{how_good[1]} {curve}", _BESIDE_LORA if reads_noise(args) else "")
+    good = (
+        how_good[0],
+        " ".join(warnings),
+        table,
+        f"{how_good[1]} {curve}",
+        _BESIDE_LORA if reads_noise(args) else "",
+    )
     parts = [
         f"---\n{front}\n---",
         f"# {name} with {title}",
@@ -175,7 +202,11 @@ def _one_line(text: str) -> str:
 
 def reads_noise(args: Any) -> bool:
     """Whether the adapter that `args` describe depends on λ."""
-    config: Any = adapter_config(args, strength=schedule_of(args)) if method_of(args).family == "nara" else None
+    config: Any = (
+        adapter_config(args, strength=schedule_of(args))
+        if method_of(args).family == "nara"
+        else None
+    )
     return config is not None and needs_noise(config)
 
 
@@ -255,8 +286,16 @@ def finish(
         **others: further results.
     """
     seconds = round(time.perf_counter() - run.started, 1)
-    others = {n: without_folders(value, run.args) if isinstance(value, str) else value for n, value in others.items()}
-    results = {"seconds": seconds, "adapter": run.args.adapter, **others, "noise_levels": after.noise_levels}
+    others = {
+        n: without_folders(value, run.args) if isinstance(value, str) else value
+        for n, value in others.items()
+    }
+    results = {
+        "seconds": seconds,
+        "adapter": run.args.adapter,
+        **others,
+        "noise_levels": after.noise_levels,
+    }
     for side, measured in zip(_SIDES, (before, after), strict=True):
         results |= {f"{name}_{side}": getattr(measured, name) for name in names}
     results |= {"warnings": list(warnings)} if warnings else {}
@@ -266,7 +305,10 @@ def finish(
         write_card(run, facts, before, after, figures, warnings=warnings, **describe())
         write_json(run.folder / "results.json", results)
         run.upload()
-        lines = [f"\n{format_table(['', *_SIDES], figures)}\n", f"{seconds:.0f} s; everything is in {run.folder}"]
+        lines = [
+            f"\n{format_table(['', *_SIDES], figures)}\n",
+            f"{seconds:.0f} s; everything is in {run.folder}",
+        ]
         lines += [] if run.hub_id is None else [f"pushed to https://huggingface.co/{run.hub_id}"]
         lines += [*warnings, *advice(results)]
         if needs_schedule(run.args):

@@ -99,7 +99,9 @@ class Run:
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the frozen weights: that of the forward's mixed precision."""
-        return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.accelerator.mixed_precision, torch.float32)
+        return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(
+            self.accelerator.mixed_precision, torch.float32
+        )
 
     @property
     def weights_dtype(self) -> torch.dtype:
@@ -115,7 +117,11 @@ class Run:
         """
         accelerator = self.accelerator
         known = accelerator.device.type in ("cpu", "cuda")
-        return known and accelerator.scaler is None and accelerator.distributed_type != DistributedType.DEEPSPEED
+        return (
+            known
+            and accelerator.scaler is None
+            and accelerator.distributed_type != DistributedType.DEEPSPEED
+        )
 
     # ---------------------------------------------------------------- what it rests on
 
@@ -159,7 +165,9 @@ class Run:
     @property
     def batches(self) -> dict[str, int]:
         """The arguments of `stream_loader`: the batch size of a forward, and the positions left to train on."""
-        first, stop = (self.global_batch * (step - self.data_start) for step in (self.step, self.total_steps))
+        first, stop = (
+            self.global_batch * (step - self.data_start) for step in (self.step, self.total_steps)
+        )
         return {"batch_size": self.args.train_batch_size, "first": first, "stop": stop}
 
     # ---------------------------------------------------------------- beginning and end
@@ -171,16 +179,22 @@ class Run:
         if self.is_main:
             with atomic_write(self.folder / CONFIG) as partial:
                 content = settings | {"output_dir": str(self.folder)}
-                partial.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
+                partial.write_text(
+                    yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8"
+                )
             self._forget_later_steps()
         self.accelerator.project_configuration.set_directories(str(self.folder))
         self.accelerator.project_configuration.logging_dir = str(self.folder)
         if self.args.report_to:
-            self.accelerator.init_trackers(self.name, {name: str(value) for name, value in settings.items()})
+            self.accelerator.init_trackers(
+                self.name, {name: str(value) for name, value in settings.items()}
+            )
         if self.checkpoint is not None:
             self._restore(self.checkpoint)
         if self.is_main:
-            logger.info("%s", "; ".join(f"{what}: {value}" for what, value in (facts or {}).items()))
+            logger.info(
+                "%s", "; ".join(f"{what}: {value}" for what, value in (facts or {}).items())
+            )
             logger.info("output folder: %s", self.folder)
 
     def _restore(self, checkpoint: Path) -> None:
@@ -243,8 +257,12 @@ class Run:
                 commit_message="End of training",
                 ignore_patterns=["checkpoint-*/**", ".partial-*", LOCK, CONFIG],
             )
-            settings = yaml.safe_dump(public_arguments(self.args), sort_keys=False, allow_unicode=True)
-            content = settings.encode()  # the folder's own has whole paths, by which the run resumes
+            settings = yaml.safe_dump(
+                public_arguments(self.args), sort_keys=False, allow_unicode=True
+            )
+            content = (
+                settings.encode()
+            )  # the folder's own has whole paths, by which the run resumes
             HfApi().upload_file(repo_id=self.hub_id, path_in_repo=CONFIG, path_or_fileobj=content)
 
     def close(self) -> None:
@@ -265,13 +283,22 @@ def start_run(args: Any, name: str, write: Writer) -> Iterator[Run]:
     Raises:
         ValueError: a tracker isn't installed; or see `start_accelerator` and `claimed_folder`.
     """
-    if unknown := set(args.report_to or []) - (known := {str(tracker) for tracker in get_available_trackers()}):
-        raise ValueError(f"report_to names {min(unknown)!r}, which isn't installed here (installed: {sorted(known)}).")
+    if unknown := set(args.report_to or []) - (
+        known := {str(tracker) for tracker in get_available_trackers()}
+    ):
+        raise ValueError(
+            f"report_to names {min(unknown)!r}, which isn't installed here (installed: {sorted(known)})."
+        )
     accelerator = start_accelerator(args)
-    with claimed_folder(args, name, accelerator) as (folder, checkpoint), explained_disk_errors(folder):
+    with (
+        claimed_folder(args, name, accelerator) as (folder, checkpoint),
+        explained_disk_errors(folder),
+    ):
         resumed = {} if checkpoint is None else read_manifest(checkpoint)
         run = Run(accelerator, args, name, write, checkpoint, folder, resumed)
-        if args.hub_model_id is not None and run.is_main:  # now, so that a missing login shows before the training
+        if (
+            args.hub_model_id is not None and run.is_main
+        ):  # now, so that a missing login shows before the training
             run.hub_id = HfApi().create_repo(args.hub_model_id, exist_ok=True).repo_id
         set_seed(args.seed)
         yield run

@@ -33,7 +33,9 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def claimed_folder(args: Any, name: str, accelerator: Accelerator) -> Iterator[tuple[Path, Path | None]]:
+def claimed_folder(
+    args: Any, name: str, accelerator: Accelerator
+) -> Iterator[tuple[Path, Path | None]]:
     """The folder, made by the main process and locked, and the checkpoint that the run continues from, or None. One run
     at a time writes to a folder, and a second one is refused before it loads anything. A run that wrote nothing leaves
     no folder. `name` is that of numbered ones.
@@ -70,13 +72,17 @@ def _lock(args: Any, name: str, undo: ExitStack) -> Path:
             undo.callback(_remove_empty, missing)
         lock.acquire(timeout=0)
     except Timeout:
-        if args.output_dir is None and args.resume_from_checkpoint is None:  # another run took the number a moment ago
+        if (
+            args.output_dir is None and args.resume_from_checkpoint is None
+        ):  # another run took the number a moment ago
             return _lock(args, name, undo)
         raise ValueError(
             f"--output_dir {folder} is in use by another run: wait for it, or name another folder."
         ) from None
     except OSError as error:
-        raise ValueError(f"--output_dir {folder} can't be written ({error.strerror}): name another folder.") from error
+        raise ValueError(
+            f"--output_dir {folder} can't be written ({error.strerror}): name another folder."
+        ) from error
     undo.callback(lock.release)
     undo.callback((folder / LOCK).unlink, missing_ok=True)
     return folder
@@ -88,9 +94,15 @@ def _folder_of(args: Any, name: str) -> Path:
         return Path(args.output_dir)
     if (given := args.resume_from_checkpoint) is not None and len(Path(given).parts) > 1:
         return Path(given).parent
-    found = {path.name.removeprefix(f"{name}-"): path for path in OUTPUTS.glob(f"{name}-*") if path.is_dir()}
+    found = {
+        path.name.removeprefix(f"{name}-"): path
+        for path in OUTPUTS.glob(f"{name}-*")
+        if path.is_dir()
+    }
     runs = {int(number): path for number, path in found.items() if number.isdecimal()}
-    begun = [number for number, path in runs.items() if given is not None and find_checkpoints(path)]
+    begun = [
+        number for number, path in runs.items() if given is not None and find_checkpoints(path)
+    ]
     return runs[max(begun)] if begun else OUTPUTS / f"{name}-{max(runs, default=0) + 1}"
 
 
@@ -99,19 +111,30 @@ def _checkpoint(args: Any, folder: Path) -> Path | None:
     given, checkpoint = args.resume_from_checkpoint, None
     if given == "latest":
         if (checkpoint := latest_whole(folder)) is None and not _same_start(args, folder):
-            check_empty(folder, "It has no checkpoint to continue from: name the run's own folder, or a fresh one.")
+            check_empty(
+                folder,
+                "It has no checkpoint to continue from: name the run's own folder, or a fresh one.",
+            )
         if checkpoint is None:
-            logger.info("--resume_from_checkpoint latest: %s holds no checkpoint, so the run starts anew", folder)
+            logger.info(
+                "--resume_from_checkpoint latest: %s holds no checkpoint, so the run starts anew",
+                folder,
+            )
     elif given is not None:
         checkpoint = folder / given if len(Path(given).parts) == 1 else Path(given)
         if not (checkpoint / MANIFEST).is_file():
-            present = ", ".join(sorted(path.name for path in find_checkpoints(checkpoint.parent))) or "none"
+            present = (
+                ", ".join(sorted(path.name for path in find_checkpoints(checkpoint.parent)))
+                or "none"
+            )
             raise ValueError(
                 f"--resume_from_checkpoint {checkpoint} is no checkpoint: it has no {MANIFEST}. Name a checkpoint-N "
                 f"folder ({checkpoint.parent} has {present}), or `latest` with the --output_dir of the run."
             )
         check_files(checkpoint)
-    if given != "latest" and (checkpoint is None or checkpoint.parent.resolve() != folder.resolve()):
+    if given != "latest" and (
+        checkpoint is None or checkpoint.parent.resolve() != folder.resolve()
+    ):
         check_empty(folder)
     return checkpoint
 
@@ -133,7 +156,9 @@ def check_empty(folder: Path, advice: str = _ANEW) -> None:
     """Raises ValueError, with what was found and `advice`, for a folder that holds something."""
     if found := sorted(path.name for path in folder.iterdir() if path.name != LOCK):
         what = ", ".join(found[:4]) + ", …" * (len(found) > 4)
-        raise ValueError(f"--output_dir {folder} already holds another run or other files ({what}). {advice}")
+        raise ValueError(
+            f"--output_dir {folder} already holds another run or other files ({what}). {advice}"
+        )
 
 
 def _same_start(args: Any, folder: Path) -> bool:

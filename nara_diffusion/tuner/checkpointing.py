@@ -34,12 +34,16 @@ class CheckpointWithCore:
         if pushed is None or not pushed[2]:
             return self.checkpoint(function, *args, **kwargs)
         cores = pushed[2]
-        return self.checkpoint(_WithCores(function, tuple(cores), self.channel), *cores.values(), *args, **kwargs)
+        return self.checkpoint(
+            _WithCores(function, tuple(cores), self.channel), *cores.values(), *args, **kwargs
+        )
 
     def passes(self, channel: CoreChannel) -> bool:
         """Whether it, or one that it wraps in an adapted part of an adapted model, passes the cores of `channel` on."""
         inner = self.checkpoint
-        return self.channel is channel or (isinstance(inner, CheckpointWithCore) and inner.passes(channel))
+        return self.channel is channel or (
+            isinstance(inner, CheckpointWithCore) and inner.passes(channel)
+        )
 
 
 class _WithCores:
@@ -48,7 +52,9 @@ class _WithCores:
     An object, not a closure: Diffusers asks for its `__call__`, which a compiler cannot trace on a function.
     """
 
-    def __init__(self, function: Callable[..., Any], keys: tuple[Key, ...], channel: CoreChannel) -> None:
+    def __init__(
+        self, function: Callable[..., Any], keys: tuple[Key, ...], channel: CoreChannel
+    ) -> None:
         self.function = function
         self.keys = keys
         self.channel = channel

@@ -64,7 +64,10 @@ class HasSource:
         present schedulers; None if nothing does."""
         if not self.source_is_default:
             return self.given_source
-        source, schedulers = first_source(self.denoiser, next(iter(self._defined().values()), None)), self.schedulers()
+        source, schedulers = (
+            first_source(self.denoiser, next(iter(self._defined().values()), None)),
+            self.schedulers(),
+        )
         if isinstance(source, Denoiser) and schedulers:
             source = source.under(schedulers)
             self.length = source.num_train_timesteps
@@ -84,7 +87,12 @@ class HasSource:
         """Raises ValueError if `source` and an adapter define λ differently."""
         for name, convention in self._defined().items():
             if not is_assumed(self.configs[name]):
-                _check(source, name, convention, "so pass one that tells it so, or remove the adapter first.")
+                _check(
+                    source,
+                    name,
+                    convention,
+                    "so pass one that tells it so, or remove the adapter first.",
+                )
 
     # ------------------------------------------------------------------ λ of a forward
 
@@ -133,7 +141,9 @@ class HasSource:
                 "or turn that off (chunking along dim=1 is fine)."
             )
 
-    def check_known(self, names: list[str], level: Tensor | None, remedy: str | None = None) -> None:
+    def check_known(
+        self, names: list[str], level: Tensor | None, remedy: str | None = None
+    ) -> None:
         """Raises ValueError if λ is not known, and these adapters need it; `remedy`: the end, if not the usual."""
         noisy = [name for name in names if self.depends_on_noise(name)] if level is None else []
         if noisy:
@@ -149,8 +159,12 @@ class HasSource:
 
     def _defined(self, but: str | None = None) -> dict[str, str]:
         """Adapter → its definition of λ, of those that have one."""
-        conventions = {name: getattr(config, "noise_convention", None) for name, config in self.configs.items()}
-        return {name: each for name, each in conventions.items() if each is not None and name != but}
+        conventions = {
+            name: getattr(config, "noise_convention", None) for name, config in self.configs.items()
+        }
+        return {
+            name: each for name, each in conventions.items() if each is not None and name != but
+        }
 
     def complete(self, name: str, config: Any) -> Any:
         """A copy of `config` of an adapter to be added, or to take the place of that of this name, with its definition,
@@ -171,8 +185,12 @@ class HasSource:
     def adopt_convention(self, convention: str) -> dict[str, str]:
         """Give the active, λ-dependent adapters whose definition is assumed this one, unless some have another: returns
         these, adapter → its definition."""
-        configs = {name: self.configs[name] for name in self.reading() if self.depends_on_noise(name)}
-        sure = {n: getattr(c, "noise_convention", None) for n, c in configs.items() if not is_assumed(c)}
+        configs = {
+            name: self.configs[name] for name in self.reading() if self.depends_on_noise(name)
+        }
+        sure = {
+            n: getattr(c, "noise_convention", None) for n, c in configs.items() if not is_assumed(c)
+        }
         others = {name: each for name, each in sure.items() if each not in (None, convention)}
         for config in [] if others else configs.values():
             if is_assumed(config):
@@ -218,7 +236,9 @@ def is_assumed(config: Any) -> bool:
     return getattr(config, "assumes_convention", False)
 
 
-def _check(source: NoiseSource | None, adapter_name: str, convention: str | None, remedy: str) -> None:
+def _check(
+    source: NoiseSource | None, adapter_name: str, convention: str | None, remedy: str
+) -> None:
     told = getattr(source, "convention", None)
     if source is not None and convention is not None and told != convention:
         raise ValueError(
@@ -230,7 +250,9 @@ def _check(source: NoiseSource | None, adapter_name: str, convention: str | None
 def _splits_batch(module: nn.Module) -> bool:
     own = vars(module)
     chunked = own.get("_chunk_size") is not None and own.get("_chunk_dim") == 0
-    return chunked or (type(module).__name__ == "SplitInferenceModule" and own.get("split_dim") == 0)
+    return chunked or (
+        type(module).__name__ == "SplitInferenceModule" and own.get("split_dim") == 0
+    )
 
 
 def _how_to_declare(root: nn.Module) -> str:

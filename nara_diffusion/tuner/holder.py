@@ -83,7 +83,9 @@ class CoreHolder(HasSource, MergesCores, ReadOutsideForwards, nn.Module):
     def drop_deleted(self) -> None:
         """Forget the adapters that have left `peft_config`, also if another one has come in their place."""
         present = getattr(self.root, "peft_config", {})
-        for name in [name for name, config in self.configs.items() if present.get(name) is not config]:
+        for name in [
+            name for name, config in self.configs.items() if present.get(name) is not config
+        ]:
             self.remove(name)
 
     def remove(self, name: str) -> None:
@@ -98,17 +100,27 @@ class CoreHolder(HasSource, MergesCores, ReadOutsideForwards, nn.Module):
     def reading(self) -> list[str]:
         """The adapters whose C some layer would read now."""
         self.drop_deleted()
-        return [name for name, layers in self.layers.items() if any(_reads(layer, name) for layer in layers)]
+        return [
+            name
+            for name, layers in self.layers.items()
+            if any(_reads(layer, name) for layer in layers)
+        ]
 
     def merged_at(self) -> Tensor | None:
         """λ (1,) of merged layers; None if none is merged at a C that depends on λ."""
-        variants = (layers[0].lora_variant.get(name) for name, layers in self.layers.items() if layers)
+        variants = (
+            layers[0].lora_variant.get(name) for name, layers in self.layers.items() if layers
+        )
         levels = (getattr(variant, "merged_at", None) for variant in variants)
         return next((level for level in levels if level is not None), None)
 
     def merged_names(self) -> list[str]:
         """The adapters that are merged into the base weights."""
-        return [name for name, layers in self.layers.items() if layers and name in layers[0].merged_adapters]
+        return [
+            name
+            for name, layers in self.layers.items()
+            if layers and name in layers[0].merged_adapters
+        ]
 
     def follow_factors(self) -> None:
         """Make each core trainable if the A of its adapter is."""
@@ -166,8 +178,12 @@ class CoreHolder(HasSource, MergesCores, ReadOutsideForwards, nn.Module):
         """Push C(λ) of what the layers will read in this forward of the root."""
         self.channel.local.pushed = None
         self.drop_deleted()
-        is_disabled = all(layer.disable_adapters for layers in self.layers.values() for layer in layers[:1])
-        merged = None if is_disabled else self.merged_at()  # PEFT takes disabled ones out in this forward
+        is_disabled = all(
+            layer.disable_adapters for layers in self.layers.values() for layer in layers[:1]
+        )
+        merged = (
+            None if is_disabled else self.merged_at()
+        )  # PEFT takes disabled ones out in this forward
         names = self.reading()
         self.check_prediction(names if merged is None else [*names, *self.merged_names()])
         if not getattr(self.root, "peft_config", None):
@@ -206,7 +222,9 @@ class CoreHolder(HasSource, MergesCores, ReadOutsideForwards, nn.Module):
         if schedule is None:
             return core
         assert level is not None
-        core = core.to(level.device) if core.device.type == "cpu" else core  # an identity has no weights
+        core = (
+            core.to(level.device) if core.device.type == "cpu" else core
+        )  # an identity has no weights
         return schedule.at(level.to(core.device))[:, None, None] * core
 
 
@@ -251,7 +269,11 @@ def _is_trainable(layer: Any, name: str) -> bool:
 
 def _beside_inputs(cores: dict[Key, Tensor], args: Any, kwargs: Any) -> dict[Key, Tensor]:
     """Move cores that are on the CPU to the device of a forward's first tensor, once and not again in each layer."""
-    device = next((value.device for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+    device = next(
+        (value.device for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None
+    )
     if device is None or device.type == "cpu":
         return cores
-    return {key: core.to(device) if core.device.type == "cpu" else core for key, core in cores.items()}
+    return {
+        key: core.to(device) if core.device.type == "cpu" else core for key, core in cores.items()
+    }

@@ -13,7 +13,13 @@ from nara_diffusion.cores.registry import CoreSet
 from nara_diffusion.layers.offloading import groups_of
 from nara_diffusion.layers.variants import CoreChannel, Key
 from nara_diffusion.loaders.strict import PEFT_PREFIX
-from nara_diffusion.noise.level import as_level, backward_pass, core_holders, entry_for, find_holders
+from nara_diffusion.noise.level import (
+    as_level,
+    backward_pass,
+    core_holders,
+    entry_for,
+    find_holders,
+)
 
 
 class ReadOutsideForwards:
@@ -31,7 +37,9 @@ class ReadOutsideForwards:
         if pushed is not None and pushed[1] is entry and key in pushed[2]:
             return pushed[2][key]  # a context of another model has been entered since
         name, level = key[0], None if entry is None else entry.level
-        if self.depends_on_noise(name) and (entry is None or level is None or entry.backward != backward_pass()):
+        if self.depends_on_noise(name) and (
+            entry is None or level is None or entry.backward != backward_pass()
+        ):
             raise RuntimeError(
                 f"No C(λ) has reached a layer for adapter '{name}'. The forward of the whole adapted model makes C: "
                 "call that forward, or call a part of the model inside `with noise_level(model, value):`, and do not "
@@ -94,16 +102,26 @@ def core_matrix(
             f"{names}. Of several models below this one, pass the one that is meant."
         )
     cores: CoreSet = found[0]
-    group = next(iter(cores)) if len(cores) == 1 and module is None else _group_of(model, module, adapter_name, cores)
+    group = (
+        next(iter(cores))
+        if len(cores) == 1 and module is None
+        else _group_of(model, module, adapter_name, cores)
+    )
     with onloaded_cores(model):
         return cores.matrix(group, as_level(noise_level))
 
 
 def _group_of(model: nn.Module, module: str | None, adapter_name: str, cores: CoreSet) -> str:
     if module is None:
-        raise ValueError(f'The adapter has {len(cores)} cores: pass module="name of an adapted module".')
+        raise ValueError(
+            f'The adapter has {len(cores)} cores: pass module="name of an adapted module".'
+        )
     for name, layer in model.named_modules():
-        if name in (module, f"{PEFT_PREFIX}{module}") and adapter_name in getattr(layer, "scaling", {}):
+        if name in (module, f"{PEFT_PREFIX}{module}") and adapter_name in getattr(
+            layer, "scaling", {}
+        ):
             variant: Any = getattr(layer, "lora_variant", {}).get(adapter_name)
-            return next(iter(cores)) if variant is None else variant.key[1]  # an identity's layers have no variant
+            return (
+                next(iter(cores)) if variant is None else variant.key[1]
+            )  # an identity's layers have no variant
     raise ValueError(f"'{module}' is not a module adapted by '{adapter_name}'.")

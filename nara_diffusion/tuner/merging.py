@@ -65,13 +65,17 @@ class MergesCores:
         self.check_known(names, level, purpose)
         assert level is not None
         if level.unique().numel() > 1:
-            raise ValueError(f"noise_level is {level.tolist()}: pass a single value to merge or export.")
+            raise ValueError(
+                f"noise_level is {level.tolist()}: pass a single value to merge or export."
+            )
         return level[:1].detach()
 
     def level_to_export(self, name: str, noise_level: Level | None) -> Tensor | None:
         """λ (1,) at which the adapter is exported. None is that of `noise_level(…)`, or of merged layers."""
         purpose = "a plain LoRA is exact at one λ alone. Pass noise_level=…, or export inside `with noise_level(…):`."
-        return self.one_level([name], None if noise_level is None else as_level(noise_level), purpose)
+        return self.one_level(
+            [name], None if noise_level is None else as_level(noise_level), purpose
+        )
 
     def level_to_merge(self, names: list[str]) -> Tensor | None:
         """λ (1,) at which these adapters are merged: not another than what is merged already, and no weights are
@@ -150,7 +154,10 @@ class MergesAtOneLevel(LoraModel):
     """PEFT's merging at one λ. It merges all layers or none; without a λ it raises."""
 
     def merge_adapter(
-        self, adapter_names: list[str] | None = None, safe_merge: bool = False, noise_level: float | None = None
+        self,
+        adapter_names: list[str] | None = None,
+        safe_merge: bool = False,
+        noise_level: float | None = None,
     ) -> None:
         """Merge the update of one λ into the base weights, until `unmerge_adapter`.
 
@@ -181,7 +188,9 @@ class MergesAtOneLevel(LoraModel):
     ) -> nn.Module:
         """The base model with the update of one λ in its weights; see `merge_adapter` for arguments and errors."""
         self.merge_adapter(adapter_names, safe_merge, noise_level=noise_level)
-        with warnings.catch_warnings():  # the layers are merged; PEFT does more than that when it merges and unloads
+        with (
+            warnings.catch_warnings()
+        ):  # the layers are merged; PEFT does more than that when it merges and unloads
             warnings.filterwarnings("ignore", message="All adapters are already merged")
             merged: Any = self._unload_and_optionally_merge(
                 progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names

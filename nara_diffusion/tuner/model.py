@@ -26,7 +26,12 @@ from nara_diffusion.cores.registry import (
     make_cores,
     with_current_names,
 )
-from nara_diffusion.layers.dispatch import check_target, keep_out_of_float8, make_directions_orthonormal, variant_for
+from nara_diffusion.layers.dispatch import (
+    check_target,
+    keep_out_of_float8,
+    make_directions_orthonormal,
+    variant_for,
+)
 from nara_diffusion.layers.offloading import is_dispatched_by_layers
 from nara_diffusion.layers.variants import rows_of
 from nara_diffusion.loaders.strict import (
@@ -49,7 +54,9 @@ from .strength import give_strength
 
 logger = logging.getLogger(__name__)
 
-_STATE_DICT_REMEDY = "leave state_dict out, or convert A and B alone and give the core as model.state_dict() has it"
+_STATE_DICT_REMEDY = (
+    "leave state_dict out, or convert A and B alone and give the core as model.state_dict() has it"
+)
 
 
 class NaraModel(MergesAtOneLevel):
@@ -67,7 +74,9 @@ class NaraModel(MergesAtOneLevel):
     """Name → layer of the adapter that is being injected."""
     _channel: Any = None
 
-    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
         if adapter_name in getattr(model, "peft_config", {}):
             raise ValueError(
                 f"{type(model).__name__} has an adapter '{adapter_name}', which would stay beside the new one of that "
@@ -92,25 +101,37 @@ class NaraModel(MergesAtOneLevel):
         """
         config = self.peft_config[adapter_name]
         if not isinstance(config, NaraConfig):
-            raise ValueError(f"Adapter '{adapter_name}' has a {type(config).__name__}: NaraModel needs a NaraConfig.")
+            raise ValueError(
+                f"Adapter '{adapter_name}' has a {type(config).__name__}: NaraModel needs a NaraConfig."
+            )
         if is_dispatched_by_layers(model) and not hasattr(model, "hf_device_map"):
             raise ValueError(
                 f"{type(model).__name__} is offloaded layer by layer, so that a new adapter would have no values: load "
                 "it by pipe.load_nara_weights(), or add it before enable_sequential_cpu_offload()."
             )
-        layers_only = state_dict and {key: value for key, value in state_dict.items() if not is_core_key(key)}
+        layers_only = state_dict and {
+            key: value for key, value in state_dict.items() if not is_core_key(key)
+        }
         try:
             with restored_on_error(model):
                 drop_idle_holder(model)  # its source of λ was set for adapters that are gone
                 vars(model)["peft_config"] = self.peft_config  # as PEFT does afterwards
                 holder = holder_of(model) or CoreHolder(model, denoiser_of(model))
                 self.peft_config[adapter_name] = config = holder.complete(adapter_name, config)
-                states = [module.disable_adapters for module in model.modules() if isinstance(module, BaseTunerLayer)]
+                states = [
+                    module.disable_adapters
+                    for module in model.modules()
+                    if isinstance(module, BaseTunerLayer)
+                ]
                 layers = self._injected = {}
                 self._channel = holder.channel
                 with _without_holder(model), _suggesting_targets(model, config):
                     super().inject_adapter(
-                        model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, layers_only or None
+                        model,
+                        adapter_name,
+                        autocast_adapter_dtype,
+                        low_cpu_mem_usage,
+                        layers_only or None,
                     )
                 self._add_cores(holder, adapter_name, config, layers, low_cpu_mem_usage)
                 holder.attach()
@@ -133,7 +154,12 @@ class NaraModel(MergesAtOneLevel):
             self._injected = self._channel = None
 
     def _add_cores(
-        self, holder: CoreHolder, adapter_name: str, config: NaraConfig, layers: dict[str, Any], low_memory: bool
+        self,
+        holder: CoreHolder,
+        adapter_name: str,
+        config: NaraConfig,
+        layers: dict[str, Any],
+        low_memory: bool,
     ) -> None:
         ranks: dict[str, int] = {}
         for name, layer in layers.items():
@@ -144,17 +170,32 @@ class NaraModel(MergesAtOneLevel):
             cores = make_cores(config, ranks)
         if not any(parameter.is_meta for parameter in cores.parameters()):
             devices = [p.device for layer in layers.values() for p in layer.parameters()]
-            is_on_meta = bool(devices) and not low_memory and not is_dispatched_by_layers(holder.root)
+            is_on_meta = (
+                bool(devices) and not low_memory and not is_dispatched_by_layers(holder.root)
+            )
             default = torch.device("meta" if is_on_meta else "cpu")
             cores.to(next((device for device in devices if device.type != "meta"), default))
         holder.add(adapter_name, config, cores, list(layers.values()))
 
     def _create_and_replace(  # type: ignore[override]
-        self, lora_config: NaraConfig, adapter_name: str, target, target_name, parent, current_key, **kwargs: Any
+        self,
+        lora_config: NaraConfig,
+        adapter_name: str,
+        target,
+        target_name,
+        parent,
+        current_key,
+        **kwargs: Any,
     ) -> None:
         check_target(target, lora_config, current_key)
         super()._create_and_replace(
-            lora_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
+            lora_config,
+            adapter_name,
+            target,
+            target_name,
+            parent,
+            current_key=current_key,
+            **kwargs,
         )
         layer = getattr(parent, target_name)
         keep_out_of_float8(layer, adapter_name)
@@ -164,7 +205,9 @@ class NaraModel(MergesAtOneLevel):
             variant_class = variant_for(layer, lora_config.use_dora, current_key)
             group = core_group(lora_config, current_key, layer.r[adapter_name])  # by rank_pattern
             rows = rows_of(self.model, current_key)
-            layer.lora_variant[adapter_name] = variant_class(self._channel, adapter_name, group, current_key, rows)
+            layer.lora_variant[adapter_name] = variant_class(
+                self._channel, adapter_name, group, current_key, rows
+            )
         if lora_config.lora_a_init == "orthogonal":
             make_directions_orthonormal(layer, adapter_name)
 
@@ -177,7 +220,9 @@ class NaraModel(MergesAtOneLevel):
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         holder = holder_of(self.model)
-        base: Any = super()._unload_and_optionally_merge(*args, **kwargs)  # PEFT's annotation says None
+        base: Any = super()._unload_and_optionally_merge(
+            *args, **kwargs
+        )  # PEFT's annotation says None
         if holder is not None:
             holder.detach()
         return base
@@ -222,7 +267,9 @@ class NaraModel(MergesAtOneLevel):
     ) -> dict[str, Tensor]:
         if config.reads_core:
             check_keeps_configuration(model, adapter_name)
-        selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        selected = super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, unwanted_adapter_names
+        )
         for holder in find_holders(model):
             core = holder.cores[adapter_name].state_dict() if adapter_name in holder.cores else {}
             for key, like in core.items():
@@ -234,7 +281,13 @@ class NaraModel(MergesAtOneLevel):
                         f"{_STATE_DICT_REMEDY}."
                     )
                 selected[found] = state_dict[found]
-                check_core_precision(found, selected[found], like, "in the state_dict to be saved", _STATE_DICT_REMEDY)
+                check_core_precision(
+                    found,
+                    selected[found],
+                    like,
+                    "in the state_dict to be saved",
+                    _STATE_DICT_REMEDY,
+                )
         return selected
 
     @classmethod
@@ -254,12 +307,18 @@ class NaraModel(MergesAtOneLevel):
         others = [name for name in model.peft_config if name != adapter_name]  # type: ignore[union-attr]
         expected = {
             **_filter_state_dict_by_key_prefixes(present, prefixes),
-            **cls._get_learnable_bias_state_dict(model, _filter_state_dict_for_adapter_name(present, others), config),
+            **cls._get_learnable_bias_state_dict(
+                model, _filter_state_dict_for_adapter_name(present, others), config
+            ),
             **{key: present[key] for key in core},
         }
-        for key in [key for key in mapped if key not in present and key.removeprefix(PEFT_PREFIX) in present]:
+        for key in [
+            key for key in mapped if key not in present and key.removeprefix(PEFT_PREFIX) in present
+        ]:
             mapped[key.removeprefix(PEFT_PREFIX)] = mapped.pop(key)
-        check_tensors(*(with_names_in_files(each, adapter_name) for each in (mapped, expected, present)))
+        check_tensors(
+            *(with_names_in_files(each, adapter_name) for each in (mapped, expected, present))
+        )
         return mapped
 
 
@@ -282,8 +341,20 @@ def _suggesting_targets(model: nn.Module, config: NaraConfig) -> Iterator[None]:
     except ValueError as error:
         if "not found in the base model" not in str(error):
             raise
-        known = {name.lower(): name for path, _ in model.named_modules() for name in [path.rpartition(".")[2]]}
-        targets = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules or ()
-        nearest = [get_close_matches(target.rpartition(".")[2].lower(), known, 1) for target in targets]
+        known = {
+            name.lower(): name
+            for path, _ in model.named_modules()
+            for name in [path.rpartition(".")[2]]
+        }
+        targets = (
+            [config.target_modules]
+            if isinstance(config.target_modules, str)
+            else config.target_modules or ()
+        )
+        nearest = [
+            get_close_matches(target.rpartition(".")[2].lower(), known, 1) for target in targets
+        ]
         names = sorted({repr(known[name]) for found in nearest for name in found})
-        raise type(error)(f"{error} Did you mean {', '.join(names)}?" if names else str(error)) from None
+        raise type(error)(
+            f"{error} Did you mean {', '.join(names)}?" if names else str(error)
+        ) from None

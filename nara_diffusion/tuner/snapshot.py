@@ -19,7 +19,9 @@ def restored_on_error(*roots: nn.Module) -> Iterator[None]:
     restored; PEFT's initialisations that change the base give its weights new ones.
     """
     modules = {id(module): module for root in roots for module in root.modules()}.values()
-    states = [(module, [(*each, _copied(each[1])) for each in vars(module).items()]) for module in modules]
+    states = [
+        (module, [(*each, _copied(each[1])) for each in vars(module).items()]) for module in modules
+    ]
     values = [(p, p.data, p.requires_grad) for root in roots for p in root.parameters()]
     try:
         yield

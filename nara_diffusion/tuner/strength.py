@@ -33,7 +33,9 @@ from .holder import CoreHolder, drop_idle_holder, holder_of
 _DORA = (DoraLinearVariant, _DoraConvNdVariant)
 
 
-def set_strength(model: nn.Module, adapter_name: str, strength: StrengthSchedule | float | None) -> None:
+def set_strength(
+    model: nn.Module, adapter_name: str, strength: StrengthSchedule | float | None
+) -> None:
     """Set the strength of one adapter of `model`, by which its update is multiplied, from the next forward on.
 
         set_strength(model, "default", StrengthSchedule([(0, 1.0), (0.7, 0.3)]))
@@ -77,7 +79,8 @@ def roots_of(model: Any, adapter_name: str) -> list[Any]:
     roots: list[Any] = [
         module
         for module in checked_module(model).modules()
-        if isinstance(vars(module).get("peft_config"), dict) and not isinstance(module, (PeftModel, BaseTuner))
+        if isinstance(vars(module).get("peft_config"), dict)
+        and not isinstance(module, (PeftModel, BaseTuner))
     ]
     found = [root for root in roots if adapter_name in root.peft_config]
     if not found:
@@ -90,8 +93,14 @@ def roots_of(model: Any, adapter_name: str) -> list[Any]:
 
 def layers_of(root: nn.Module, adapter_name: str) -> dict[str, Any]:
     """Name → layer, for all layers of `root` that the adapter adapts. The adapter may be of any kind."""
-    layers = {name: module for name, module in root.named_modules() if isinstance(module, BaseTunerLayer)}
-    return {name: layer for name, layer in layers.items() if adapter_name in layer._all_available_adapter_names()}
+    layers = {
+        name: module for name, module in root.named_modules() if isinstance(module, BaseTunerLayer)
+    }
+    return {
+        name: layer
+        for name, layer in layers.items()
+        if adapter_name in layer._all_available_adapter_names()
+    }
 
 
 def strength_of(root: nn.Module, adapter_name: str) -> StrengthSchedule | None:
@@ -116,12 +125,19 @@ def give_strength(root: Any, adapter_name: str, strength: Any) -> None:
         holder = _holder_with(root, adapter_name, layers)
         for name, layer in layers.items():
             if not isinstance(layer.lora_variant.get(adapter_name), NaraVariant):
-                layer.lora_variant[adapter_name] = _variant_for(root, config, holder, layer, name, adapter_name)
-        schedule = strength if isinstance(strength, StrengthSchedule) else StrengthSchedule(strength)
+                layer.lora_variant[adapter_name] = _variant_for(
+                    root, config, holder, layer, name, adapter_name
+                )
+        schedule = (
+            strength if isinstance(strength, StrengthSchedule) else StrengthSchedule(strength)
+        )
         holder.schedules[adapter_name] = schedule
     holder = holder_of(root)
     if holder is not None and isinstance(config, NaraConfig):
-        config, schedule = copy(config), strength_of(root, adapter_name)  # the caller's may serve several models
+        config, schedule = (
+            copy(config),
+            strength_of(root, adapter_name),
+        )  # the caller's may serve several models
         config.strength = None if schedule is None else schedule.as_lists()
         holder.reconfigure(adapter_name, holder.complete(adapter_name, config))
 
@@ -167,7 +183,9 @@ def _variant_for(
     cores: Any = holder.cores[adapter_name]
     own = core_group(config, name, layer.r[adapter_name]) if isinstance(config, NaraConfig) else ""
     group = own if own in cores else next(iter(cores))
-    variant_class = variant_for(layer, isinstance(layer.lora_variant.get(adapter_name), _DORA), name)
+    variant_class = variant_for(
+        layer, isinstance(layer.lora_variant.get(adapter_name), _DORA), name
+    )
     return variant_class(holder.channel, adapter_name, group, name, rows_of(root, name))
 
 
@@ -182,8 +200,13 @@ def check_strength(root: Any, adapter_name: str, strength: Any) -> None:
         )
     if strength is None:
         return
-    missed = [f"what {name} changes in the model" for name in unscaled_fields(root.peft_config[adapter_name])]
-    missed = missed or list(filter(None, (_missed(layer, name, adapter_name) for name, layer in layers.items())))
+    missed = [
+        f"what {name} changes in the model"
+        for name in unscaled_fields(root.peft_config[adapter_name])
+    ]
+    missed = missed or list(
+        filter(None, (_missed(layer, name, adapter_name) for name, layer in layers.items()))
+    )
     if missed:
         raise ValueError(
             f"Adapter '{adapter_name}' cannot have a strength that depends on λ, which would not reach {missed[0]}: "

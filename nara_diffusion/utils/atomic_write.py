@@ -63,7 +63,9 @@ def check_free(paths: Iterable[Path], overwrite: bool) -> None:
     """Raise ValueError if one of `paths` exists and may not be overwritten."""
     for path in paths:
         if path.exists() and not overwrite:
-            raise ValueError(f"'{path}' exists: choose another name, or pass --overwrite to replace it.")
+            raise ValueError(
+                f"'{path}' exists: choose another name, or pass --overwrite to replace it."
+            )
 
 
 def put_in_place(partial: Path, path: Path) -> None:
@@ -71,7 +73,9 @@ def put_in_place(partial: Path, path: Path) -> None:
     aside = partial_name(path.with_name(f"old-{path.name}"))
     try:
         if path.is_dir():
-            shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed while it deleted it
+            shutil.rmtree(
+                aside, ignore_errors=True
+            )  # of a process that was killed while it deleted it
             os.replace(path, aside)
         os.replace(partial, path)
     except BaseException:

@@ -20,14 +20,22 @@ def listed(names: Collection[str], kind: str = "") -> str:
 
 def counted(number: int, what: str) -> str:
     """1 prompt, 4 prompts; 2 processes."""
-    return f"{number} {what}" if number == 1 else f"{number} {what}{'es' if what.endswith('s') else 's'}"
+    return (
+        f"{number} {what}"
+        if number == 1
+        else f"{number} {what}{'es' if what.endswith('s') else 's'}"
+    )
 
 
-def refuse_file(source: str | Path, kind: str, remedy: str = "name the folder that it lies in.") -> None:
+def refuse_file(
+    source: str | Path, kind: str, remedy: str = "name the folder that it lies in."
+) -> None:
     """Raises ValueError where `source` is a file, or is named as one, and a folder or repository of `kind` is due."""
     path = Path(source)
     if path.is_file() or (path.suffix in FILE_SUFFIXES and not path.is_dir()):
-        raise ValueError(f"'{source}' is the name of a file, expected a folder or a repository with {kind}: {remedy}")
+        raise ValueError(
+            f"'{source}' is the name of a file, expected a folder or a repository with {kind}: {remedy}"
+        )
 
 
 @contextmanager
@@ -47,11 +55,14 @@ def naming_source(
         if Path(source, file).is_file():
             raise
         if Path(source).is_dir():
-            raise ValueError(f"There is no '{file}' in the folder '{source}': name a folder of {kind}.") from error
+            raise ValueError(
+                f"There is no '{file}' in the folder '{source}': name a folder of {kind}."
+            ) from error
         reason = f"{kind} in a repository of that name was not reached: {str(error).strip().partition(chr(10))[0]}"
         if is_out_of_reach(error):
             reason = (
-                "the Hub, for a repository of that name, can't be reached: look at the connection, or name a folder."
+                "the Hub, for a repository of that name, can't be reached: look at the connection, or "
+                "name a folder."
             )
         raise ValueError(f"There is no folder '{source}', and {reason}") from error
 

@@ -18,7 +18,9 @@ import torch
 Generators = Callable[[int], np.random.Generator]
 
 
-def stratified_uniform(indices: Sequence[int], group_size: int, shift: Generators, value: Generators) -> torch.Tensor:
+def stratified_uniform(
+    indices: Sequence[int], group_size: int, shift: Generators, value: Generators
+) -> torch.Tensor:
     """u (b,), float64 in [0, 1), for each index; a group of 1 is independent draws.
 
     Args:
@@ -27,4 +29,6 @@ def stratified_uniform(indices: Sequence[int], group_size: int, shift: Generator
     """
     n = group_size
     shifts = {group: int(shift(group).integers(n)) for group in {i // n for i in indices}}
-    return torch.tensor([((i + shifts[i // n]) % n + value(i).random()) / n for i in indices], dtype=torch.float64)
+    return torch.tensor(
+        [((i + shifts[i // n]) % n + value(i).random()) / n for i in indices], dtype=torch.float64
+    )

@@ -30,7 +30,12 @@ from transformers import PreTrainedModel
 from .shifted_logits import ShiftedQwen2ForCausalLM
 
 # Configuration fields of transformers under which a model changes its logits after the head.
-_LOGIT_FIELDS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier_scale")
+_LOGIT_FIELDS = (
+    "final_logit_softcapping",
+    "logit_scale",
+    "logits_scaling",
+    "output_multiplier_scale",
+)
 
 
 class Backbone:
@@ -44,7 +49,9 @@ class Backbone:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.language_model = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
+        self.language_model = next(
+            (m for m in model.modules() if isinstance(m, PreTrainedModel)), None
+        )
         self.is_shifted = isinstance(self.language_model, ShiftedQwen2ForCausalLM)
 
     def configured(self, name: str) -> Any:
@@ -103,7 +110,9 @@ class Backbone:
 
     # forwards
 
-    def logits(self, input_ids: Tensor, attention_mask: Tensor | None = None, at: Tensor | None = None) -> Tensor:
+    def logits(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, at: Tensor | None = None
+    ) -> Tensor:
         """Logits (b, l, v) of a text (b, l), or (b, k, v) at its positions `at` (b, k), which costs less."""
         head = None if at is None else self.head
         if at is None or head is None:
@@ -140,21 +149,33 @@ class Backbone:
 
         def keep(hidden: Tensor) -> Tensor:
             kept.append(self._of_text(hidden, input_ids).unflatten(0, (-1, b)))
-            return hidden[:, :1]  # the head's own call is for the sake of other hooks: let it cost nothing
+            return hidden[
+                :, :1
+            ]  # the head's own call is for the sake of other hooks: let it cost nothing
 
         def losses_for_logits(_: Tensor) -> Tensor:
             places = masked.flatten().nonzero()[:, 0]  # (m,)
             # with nothing masked, one place that counts zero: every parameter has to get a gradient
             counts = masked.new_ones(len(places)) if len(places) else masked.new_zeros(1)
             places = places if len(places) else places.new_zeros(1)
-            hidden, wanted = kept.pop().flatten(1, 2)[:, places], targets.flatten()[places]  # (1 or 2, m, d), (m,)
-            loss = lambda hidden, wanted: token_cross_entropy(guided(head.forward(hidden), cfg_scale), wanted)  # noqa: E731
+            hidden, wanted = (
+                kept.pop().flatten(1, 2)[:, places],
+                targets.flatten()[places],
+            )  # (1 or 2, m, d), (m,)
+
+            def loss(hidden: Tensor, wanted: Tensor) -> Tensor:
+                return token_cross_entropy(guided(head.forward(hidden), cfg_scale), wanted)
+
             chunks = [
-                checkpoint(loss, *chunk, use_reentrant=False) if torch.is_grad_enabled() else loss(*chunk)
+                checkpoint(loss, *chunk, use_reentrant=False)
+                if torch.is_grad_enabled()
+                else loss(*chunk)
                 for chunk in zip(hidden.split(chunk_size, 1), wanted.split(chunk_size), strict=True)
             ]
             losses = torch.cat(chunks) * counts  # type: ignore[arg-type]
-            return losses.new_zeros(masked.numel()).scatter(0, places, losses).view(*masked.shape, 1)
+            return (
+                losses.new_zeros(masked.numel()).scatter(0, places, losses).view(*masked.shape, 1)
+            )
 
         with _hooked(head, keep, losses_for_logits):
             losses = self._forward(input_ids, attention_mask)  # (b, l, 1)
@@ -178,12 +199,18 @@ class Backbone:
         if head is None or name is None:
             return None
         parts = name.split(".")
-        parents = [self.model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts) + 1)]
-        is_compiled = any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in parents)
+        parents = [
+            self.model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts) + 1)
+        ]
+        is_compiled = any(
+            m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in parents
+        )
         return None if is_compiled else head
 
     def _forward(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        output = self.model(input_ids, **({} if attention_mask is None else {"attention_mask": attention_mask}))
+        output = self.model(
+            input_ids, **({} if attention_mask is None else {"attention_mask": attention_mask})
+        )
         return output if isinstance(output, Tensor) else output.logits
 
     def _of_text(self, states: Tensor, input_ids: Tensor) -> Tensor:
@@ -201,7 +228,9 @@ class Backbone:
 
 @contextmanager
 def _hooked(
-    head: nn.Module, before: Callable[[Tensor], Tensor], after: Callable[[Tensor], Tensor] | None = None
+    head: nn.Module,
+    before: Callable[[Tensor], Tensor],
+    after: Callable[[Tensor], Tensor] | None = None,
 ) -> Iterator[None]:
     """Inside, in this thread, `head` gets `before(hidden states)`, and `after(its output)` leaves it."""
     thread = threading.get_ident()
@@ -238,7 +267,9 @@ def guided(logits: Tensor, scale: float) -> Tensor:
 def token_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """−log p(target), computed in float32 at least: (…, v), (…) → (…)."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none").view_as(targets)
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none").view_as(
+        targets
+    )
 
 
 @contextmanager

@@ -23,10 +23,13 @@ _LAYER = (
     ("ff_out", "mlp.down_proj"),
 )
 _TENSORS = [(f"model.transformer.{theirs}.", f"{ours}.") for theirs, ours in _MODEL] + [
-    (f"model.transformer.blocks.(\\d+).{theirs}.", f"model.layers.(\\d+).{ours}.") for theirs, ours in _LAYER
+    (f"model.transformer.blocks.(\\d+).{theirs}.", f"model.layers.(\\d+).{ours}.")
+    for theirs, ours in _LAYER
 ]
 
-KEY_MAPPING = {"^" + theirs.replace(".", r"\."): ours.replace(r"(\d+)", r"\1") for theirs, ours in _TENSORS}
+KEY_MAPPING = {
+    "^" + theirs.replace(".", r"\."): ours.replace(r"(\d+)", r"\1") for theirs, ours in _TENSORS
+}
 """For `from_pretrained(key_mapping=…)`. Each pattern has one capture group at most: transformers takes no more."""
 
 # Field: the values under which a LLaDA block is a Llama block.
@@ -35,7 +38,10 @@ _EXPRESSIBLE: dict[str, tuple[Any, ...]] = {
     "block_type": ("llama",),
     "layer_norm_type": ("rms",),
     **dict.fromkeys(("rope", "layer_norm_with_affine"), (True,)),
-    **dict.fromkeys(("alibi", "attention_layer_norm", "include_bias", "input_emb_norm", "scale_logits"), (False,)),
+    **dict.fromkeys(
+        ("alibi", "attention_layer_norm", "include_bias", "input_emb_norm", "scale_logits"),
+        (False,),
+    ),
     **dict.fromkeys(("bias_for_layer_norm", "include_qkv_bias"), (False, None)),
     **dict.fromkeys(("clip_qkv", "sliding_window"), (None,)),
     **dict.fromkeys(("embedding_dropout", "residual_dropout"), (0.0,)),
@@ -55,11 +61,14 @@ def llama_fields(fields: dict[str, Any]) -> dict[str, Any]:
     ]
     if unsupported:
         raise ValueError(
-            "this LLaDA checkpoint has options that a stock Llama model can't express: " + "; ".join(unsupported)
+            "this LLaDA checkpoint has options that a stock Llama model can't express: "
+            + "; ".join(unsupported)
         )
     try:
         d_model, n_heads = fields["d_model"], fields["n_heads"]
-        one_or_all = 1 if fields.get("multi_query_attention") else n_heads  # an older flag than n_kv_heads
+        one_or_all = (
+            1 if fields.get("multi_query_attention") else n_heads
+        )  # an older flag than n_kv_heads
         return dict(
             vocab_size=fields.get("embedding_size") or fields["vocab_size"],
             hidden_size=d_model,
@@ -69,12 +78,21 @@ def llama_fields(fields: dict[str, Any]) -> dict[str, Any]:
             num_key_value_heads=fields.get("n_kv_heads") or one_or_all,
             max_position_embeddings=fields["max_sequence_length"],
             rms_norm_eps=fields.get("rms_norm_eps", 1e-5),
-            rope_parameters={"rope_type": "default", "rope_theta": fields.get("rope_theta", 10000.0)},
+            rope_parameters={
+                "rope_type": "default",
+                "rope_theta": fields.get("rope_theta", 10000.0),
+            },
             attention_dropout=fields.get("attention_dropout", 0.0),
-            tie_word_embeddings=fields.get("weight_tying", True),  # the default of LLaDA's own configuration class
+            tie_word_embeddings=fields.get(
+                "weight_tying", True
+            ),  # the default of LLaDA's own configuration class
             eos_token_id=fields.get("eos_token_id"),
             bos_token_id=fields.get("bos_token_id"),
-            **{name: fields[name] for name in ("dtype", "torch_dtype", "quantization_config") if name in fields},
+            **{
+                name: fields[name]
+                for name in ("dtype", "torch_dtype", "quantization_config")
+                if name in fields
+            },
         )
     except KeyError as error:
         raise ValueError(f"this LLaDA checkpoint's config.json lacks {error.args[0]}") from None

@@ -46,16 +46,30 @@ from .llada_format import KEY_MAPPING, checkpoint_name, llama_fields
 from .shifted_logits import ShiftedQwen2ForCausalLM
 
 # Arguments of from_pretrained that say where files come from: the configuration and the tokenizer need them too.
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+HUB_ARGUMENTS = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+)
 
 # Kinds of checkpoint whose tokenizer class may exist in their own code only: the stock class that reads their files.
-_STOCK_TOKENIZERS = {"llada": PreTrainedTokenizerFast, "illada": PreTrainedTokenizerFast, "dream": Qwen2Tokenizer}
+_STOCK_TOKENIZERS = {
+    "llada": PreTrainedTokenizerFast,
+    "illada": PreTrainedTokenizerFast,
+    "dream": Qwen2Tokenizer,
+}
 
 # The class that transformers 5 names where all of a tokenizer is in tokenizer.json.
 _WHOLE_IN_ITS_FILE = "TokenizersBackend"
 
 # Heads that encoders are pre-trained with, or fine-tuned with for another task, besides the one for masked tokens.
-_OTHER_HEADS = re.compile(r"(^|\.)(pooler|seq_relationship|sop_classifier)\.|^(classifier|score|qa_outputs)\.")
+_OTHER_HEADS = re.compile(
+    r"(^|\.)(pooler|seq_relationship|sop_classifier)\.|^(classifier|score|qa_outputs)\."
+)
 
 
 def load_backbone(
@@ -88,7 +102,9 @@ def load_backbone(
     """
     name = pretrained_model_name_or_path
     hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
-    with naming_source(Path(name, hub.get("subfolder") or ""), CONFIG_NAME, "a model of transformers"):
+    with naming_source(
+        Path(name, hub.get("subfolder") or ""), CONFIG_NAME, "a model of transformers"
+    ):
         fields, _ = PreTrainedConfig.get_config_dict(name, **hub)
         if not fields:
             raise ValueError(f"it has no {CONFIG_NAME}")
@@ -98,49 +114,71 @@ def load_backbone(
     if is_renamed:
         kwargs["key_mapping"] = KEY_MAPPING
     if load_in_4bit or load_in_8bit:
-        kwargs["quantization_config"] = _quantization(load_in_4bit, load_in_8bit, kwargs.get("dtype"))
+        kwargs["quantization_config"] = _quantization(
+            load_in_4bit, load_in_8bit, kwargs.get("dtype")
+        )
     try:
         model, loading = model_class.from_pretrained(
             name, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
     except SafetensorError as error:
-        raise ValueError(f"The weights of {name} are cut off or damaged ({error}): download them again.") from None
+        raise ValueError(
+            f"The weights of {name} are cut off or damaged ({error}): download them again."
+        ) from None
     _check_tensors(name, loading, checkpoint_name if is_renamed else str)
     if is_renamed:
-        del model._weight_conversions  # saved under the names of its class, which is what its configuration says
+        del (
+            model._weight_conversions
+        )  # saved under the names of its class, which is what its configuration says
     _set_special_tokens(model, tokenizer, mask)
     return model, tokenizer
 
 
-def _class_and_config(name: str, fields: dict[str, Any], hub: dict[str, Any]) -> tuple[Any, PreTrainedConfig, bool]:
+def _class_and_config(
+    name: str, fields: dict[str, Any], hub: dict[str, Any]
+) -> tuple[Any, PreTrainedConfig, bool]:
     """(class, configuration, whether the tensors have LLaDA's names) for the config.json `fields`."""
     family = fields.get("model_type", "").lower()
     shifted = fields.get("shifted_logits", family == "dream")
     if family in ("dream", "qwen2"):
         model_class = ShiftedQwen2ForCausalLM if shifted else Qwen2ForCausalLM
-        own = {"shifted_logits": True} if shifted else {}  # so that a saved copy is read as this class again
+        own = (
+            {"shifted_logits": True} if shifted else {}
+        )  # so that a saved copy is read as this class again
         return model_class, _bidirectional(Qwen2Config, fields | own), False
     if shifted:
-        raise ValueError(f"{name} has shifted_logits, which Dream and Qwen2 have alone, and model_type {family!r}")
+        raise ValueError(
+            f"{name} has shifted_logits, which Dream and Qwen2 have alone, and model_type {family!r}"
+        )
     if family in ("llada", "illada", "llama"):
         fields = llama_fields(fields) if "d_model" in fields else fields
         return LlamaForCausalLM, _bidirectional(LlamaConfig, fields), family != "llama"
     if family in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not fields.get("is_encoder_decoder"):
-        return AutoModelForMaskedLM, AutoConfig.from_pretrained(name, trust_remote_code=False, **hub), False
+        return (
+            AutoModelForMaskedLM,
+            AutoConfig.from_pretrained(name, trust_remote_code=False, **hub),
+            False,
+        )
     raise ValueError(
         f"{name} has model_type {family!r}. load_backbone knows LLaDA, iLLaDA, Dream, Llama, Qwen2 and the encoders of "
         "AutoModelForMaskedLM (BERT, RoBERTa, ModernBERT, …), and runs no code of a checkpoint"
     )
 
 
-def _bidirectional(config_class: type[PreTrainedConfig], fields: dict[str, Any]) -> PreTrainedConfig:
+def _bidirectional(
+    config_class: type[PreTrainedConfig], fields: dict[str, Any]
+) -> PreTrainedConfig:
     if fields.get("use_sliding_window"):
-        raise ValueError("use_sliding_window=True isn't supported: attention has to see the whole sequence both ways")
+        raise ValueError(
+            "use_sliding_window=True isn't supported: attention has to see the whole sequence both ways"
+        )
     foreign = ("model_type", "architectures", "auto_map", "transformers_version")
     config = config_class(**{key: value for key, value in fields.items() if key not in foreign})
     config.is_causal = False  # what transformers' masks and attention functions go by
     config.use_cache = False
-    config.pad_token_id = None  # nn.Embedding would give that token's row no gradient; _set_special_tokens sets it
+    config.pad_token_id = (
+        None  # nn.Embedding would give that token's row no gradient; _set_special_tokens sets it
+    )
     return config
 
 
@@ -164,7 +202,9 @@ def _quantization(load_in_4bit: bool, load_in_8bit: bool, dtype: Any) -> BitsAnd
 def prepare_quantised(model: PreTrainedModel) -> None:
     """Make a model that was loaded in 4 or 8 bits ready for an adapter: all else in float32, by PEFT."""
     for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):  # packed in evaluation, weights have no gradient in training
+        if hasattr(
+            module, "support_avx512bf16_for_cpu"
+        ):  # packed in evaluation, weights have no gradient in training
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
 
@@ -178,13 +218,17 @@ def _check_tensors(name: str, loading: dict[str, Any], original: Callable[[str],
     """
     problems = {
         "missing": sorted(map(original, loading["missing_keys"])),
-        "not known to the model": sorted(original(k) for k in loading["unexpected_keys"] if not _OTHER_HEADS.search(k)),
+        "not known to the model": sorted(
+            original(k) for k in loading["unexpected_keys"] if not _OTHER_HEADS.search(k)
+        ),
         "of another shape": [
             f"{original(key)} {tuple(found)} instead of {tuple(expected)}"
             for key, found, expected in sorted(loading["mismatched_keys"])
         ],
     }
-    lists = [f"{len(keys)} {kind}: {', '.join(keys[:8])}" for kind, keys in problems.items() if keys]
+    lists = [
+        f"{len(keys)} {kind}: {', '.join(keys[:8])}" for kind, keys in problems.items() if keys
+    ]
     if lists:
         raise ValueError(f"the tensors of {name} don't fit its configuration; {'; '.join(lists)}")
 
@@ -201,7 +245,10 @@ def _load_tokenizer(name: str, *, family: str, **hub: Any) -> PreTrainedTokenize
     """
     try:
         stock: Any = _STOCK_TOKENIZERS.get(family.lower())
-        if stock is None and get_tokenizer_config(name, **hub).get("tokenizer_class") == _WHOLE_IN_ITS_FILE:
+        if (
+            stock is None
+            and get_tokenizer_config(name, **hub).get("tokenizer_class") == _WHOLE_IN_ITS_FILE
+        ):
             # AutoTokenizer would go by the model's type, and Qwen2's class brings rules of its own for splitting
             stock = PreTrainedTokenizerFast
         return (stock or AutoTokenizer).from_pretrained(name, trust_remote_code=False, **hub)
@@ -228,8 +275,14 @@ def _mask_token(
     if mask_token is not None:
         mask_token_id = tokenizer.get_vocab().get(mask_token)
         if mask_token_id is None:
-            raise ValueError(f"mask_token {mask_token!r} isn't a token of {name}: name one that its vocabulary has")
-    candidates: tuple[Any, ...] = (mask_token_id, fields.get("mask_token_id"), tokenizer.mask_token_id)
+            raise ValueError(
+                f"mask_token {mask_token!r} isn't a token of {name}: name one that its vocabulary has"
+            )
+    candidates: tuple[Any, ...] = (
+        mask_token_id,
+        fields.get("mask_token_id"),
+        tokenizer.mask_token_id,
+    )
     known = next((int(candidate) for candidate in candidates if candidate is not None), None)
     if known is None:
         raise ValueError(
@@ -238,11 +291,15 @@ def _mask_token(
             "such as a reserved one"
         )
     if not 0 <= known < vocab_size:
-        raise ValueError(f"mask_token_id {known} is outside the vocabulary of {name}, which has {vocab_size} tokens")
+        raise ValueError(
+            f"mask_token_id {known} is outside the vocabulary of {name}, which has {vocab_size} tokens"
+        )
     return known
 
 
-def _set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, mask_token_id: int) -> None:
+def _set_special_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, mask_token_id: int
+) -> None:
     """Make model and tokenizer agree on mask, beginning, end and padding, which is the end token if there is no other.
 
     The beginning is the tokenizer's: that of Dream's configuration is its end.

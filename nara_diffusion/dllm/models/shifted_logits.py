@@ -39,7 +39,9 @@ class ShiftedQwen2ForCausalLM(Qwen2ForCausalLM):
             ValueError: `labels` were given; the stock loss would shift once more.
         """
         if labels is not None:
-            raise ValueError("this model doesn't take labels: use nara_diffusion.dllm.masked_diffusion_loss")
+            raise ValueError(
+                "this model doesn't take labels: use nara_diffusion.dllm.masked_diffusion_loss"
+            )
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -70,7 +70,9 @@ def load(name: str, data_dir: str | None = None, **_: Any) -> dict[str, Dataset]
     Args:
         data_dir: see the module's docstring. _: what else --metadata has, which is for other tasks.
     """
-    records: Any = load_dataset("json", data_files=f"{data_dir or SOURCE}/{name}/test.json", split="train")
+    records: Any = load_dataset(
+        "json", data_files=f"{data_dir or SOURCE}/{name}/test.json", split="train"
+    )
     return {"test": Dataset.from_list([_row(record) for record in records])}
 
 
@@ -87,21 +89,33 @@ def _score(rule: str, doc: Mapping[str, str], results: Sequence[str]) -> dict[st
     return {"acc": float(compare(rule, results[0], doc["answer"])[1])}
 
 
-score_number, score_letter, score_choice = (partial(_score, rule) for rule in ("number", "letter", "choice"))
+score_number, score_letter, score_choice = (
+    partial(_score, rule) for rule in ("number", "letter", "choice")
+)
 
 
 # ---------------------------------------------------------------- programs
 
 
-def humaneval_programs(resps: Sequence[Sequence[str]], docs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+def humaneval_programs(
+    resps: Sequence[Sequence[str]], docs: Sequence[Mapping[str, Any]]
+) -> list[list[str]]:
     """lm-eval's filter: each question's answers as programs to test."""
-    return [[humaneval_program(doc, text) for text in texts] for texts, doc in zip(resps, docs, strict=True)]
+    return [
+        [humaneval_program(doc, text) for text in texts]
+        for texts, doc in zip(resps, docs, strict=True)
+    ]
 
 
-def mbpp_programs(resps: Sequence[Sequence[str]], docs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+def mbpp_programs(
+    resps: Sequence[Sequence[str]], docs: Sequence[Mapping[str, Any]]
+) -> list[list[str]]:
     """lm-eval's filter: the set-up code of the tests, then the answer, for each answer."""
     return [
-        [f"{doc.get('test_setup_code') or ''}\n{code_of(text, r'^(?:def|class) ')}" for text in texts]
+        [
+            f"{doc.get('test_setup_code') or ''}\n{code_of(text, r'^(?:def|class) ')}"
+            for text in texts
+        ]
         for texts, doc in zip(resps, docs, strict=True)
     ]
 
@@ -137,7 +151,9 @@ def _pass_at_1(programs: Sequence[str], tests: str) -> dict[str, float]:
     return {"pass@1": sum(passed) / len(passed)}
 
 
-def run_program(program: str, *, seconds: int = 10, memory: int = 4 * 2**30, file_size: int = 16 * 2**20) -> str:
+def run_program(
+    program: str, *, seconds: int = 10, memory: int = 4 * 2**30, file_size: int = 16 * 2**20
+) -> str:
     """Run `program` until it ends or exceeds its limits. Its output is not kept.
 
     Args:
@@ -149,9 +165,15 @@ def run_program(program: str, *, seconds: int = 10, memory: int = 4 * 2**30, fil
         "passed", if it reached its end or made it look so; else "timed out", or the last line that it wrote to stderr.
     """
     with tempfile.TemporaryDirectory(prefix="nara-eval-", ignore_cleanup_errors=True) as folder:
-        file, errors, end = Path(folder) / "program.py", Path(folder) / "stderr", Path(folder) / secrets.token_hex(8)
+        file, errors, end = (
+            Path(folder) / "program.py",
+            Path(folder) / "stderr",
+            Path(folder) / secrets.token_hex(8),
+        )
         # a program that leaves early, by sys.exit(0) say, hasn't run its tests
-        file.write_text(f"{program}\n\nopen({str(end)!r}, 'w').close()\n", encoding="utf-8", errors="replace")
+        file.write_text(
+            f"{program}\n\nopen({str(end)!r}, 'w').close()\n", encoding="utf-8", errors="replace"
+        )
         status = _wait(file, errors, seconds, memory, file_size)
         if status == 0 and end.exists():
             return "passed"
@@ -165,7 +187,16 @@ def _wait(file: Path, errors: Path, seconds: int, *sizes: int) -> int | None:
     """Run `file`, and return its exit status, or None if it was stopped."""
     with errors.open("wb") as stderr:
         process = subprocess.Popen(
-            [sys.executable, "-I", "-X", "utf8", "-c", _START, *map(str, (seconds, *sizes)), str(file)],
+            [
+                sys.executable,
+                "-I",
+                "-X",
+                "utf8",
+                "-c",
+                _START,
+                *map(str, (seconds, *sizes)),
+                str(file),
+            ],
             cwd=file.parent,
             env={"PATH": os.environ.get("PATH", ""), "OMP_NUM_THREADS": "1"},
             stdin=subprocess.DEVNULL,
