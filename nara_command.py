@@ -72,6 +72,11 @@ check, evaluate = (
 """The commands nara-check and nara-eval."""
 
 
+def check_run(args: Any) -> None:
+    """Check the training that the arguments of a train script describe: `--check` of that script."""
+    import_module(COMMANDS["check"]).check_run(args)
+
+
 def help_of(command: str) -> str:
     """The docstring of a command, whose module isn't imported."""
     package = Path(str(find_spec("nara_diffusion").origin)).parent  # type: ignore[union-attr]

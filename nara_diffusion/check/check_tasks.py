@@ -25,7 +25,6 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from importlib import import_module
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -33,20 +32,27 @@ from typing import Any
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from nara_diffusion.dllm import train as dllm_train
 from nara_diffusion.dllm.canvas import GlobalBatchStream
 from nara_diffusion.dllm.encoding import digit_tokens
 from nara_diffusion.dllm.loss import batch_loss
 from nara_diffusion.dllm.masking import mask_answers, with_level_token
 from nara_diffusion.dllm.models.backbone import Backbone
+from nara_diffusion.dllm.text_arguments import Arguments
+from nara_diffusion.dreambooth import denoiser
+from nara_diffusion.dreambooth import train as dreambooth_train
 from nara_diffusion.dreambooth.dataset import collate_samples
 from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser, adapt, text_config
-from nara_diffusion.dreambooth.image_arguments import run_family
+from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments, run_family
+from nara_diffusion.dreambooth.pipelines import family_defaults
 from nara_diffusion.dreambooth.training_step import PromptCache
 from nara_diffusion.noise.denoisers import time_layers
 from nara_diffusion.noise.level import MASKED_SHARE, core_holders
+from nara_diffusion.training import adapter_weights
 from nara_diffusion.training.adapters import adapter_config, add_adapter
 from nara_diffusion.training.optimization import is_core_parameter
 from nara_diffusion.training.parser import parse_arguments
+from nara_diffusion.training.run import start_run
 
 from .trials import CHEAP, HELD_OUT, NO_CHEAP, CheckTask, Loss, published
 from .verdict import check_training
@@ -79,25 +85,20 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def check(model: str, data: str, flags: Sequence[str]) -> dict[str, Any]:
-    """Run the check of the train script that `data` is for, and return what check.json holds."""
-    own: dict[str, Any] = {**SHORT, "pretrained_model_name_or_path": model}
-    if Path(data).is_file():
-        script: Any = import_module("nara_diffusion.dllm.train")
-        arguments, own = (
-            script.Arguments,
-            own | {"train_file": data, "target_modules": ["all-linear"]},
-        )
-    elif Path(data).is_dir():
-        from nara_diffusion.dreambooth.pipelines import family_defaults
+    """Check the training of `model` on `data`, and return the content of check.json.
 
-        script = import_module("nara_diffusion.dreambooth.train")
-        arguments = script.DreamBoothArguments
-        own = {
-            "instance_data_dir": data,
-            "instance_prompt": "a photo",
-            **family_defaults(own),
-            **own,
-        }
+    Raises:
+        ValueError: `data` is neither a file nor a folder.
+    """
+    own: dict[str, Any] = {**SHORT, "pretrained_model_name_or_path": model}
+    arguments: type[Arguments] | type[DreamBoothArguments]
+    if Path(data).is_file():
+        arguments = Arguments
+        own |= {"train_file": data, "target_modules": ["all-linear"]}
+    elif Path(data).is_dir():
+        arguments = DreamBoothArguments
+        images = {"instance_data_dir": data, "instance_prompt": "a photo"}
+        own = {**images, **family_defaults(own), **own}
     else:
         raise ValueError(
             f"DATA {data} doesn't exist: name a folder of images, or a file of records."
@@ -106,11 +107,20 @@ def check(model: str, data: str, flags: Sequence[str]) -> dict[str, Any]:
     def defaults(given: Mapping[str, Any]) -> dict[str, Any]:
         return own | {"core_learning_rate": given.get("learning_rate", own["learning_rate"]) / 4}
 
-    return script.main(parse_arguments(arguments, flags, description=__doc__, defaults=defaults))
+    return check_run(parse_arguments(arguments, flags, description=__doc__, defaults=defaults))
 
 
-def check_text(tuning: Any) -> dict[str, Any]:
-    """What check.json holds of a `dllm.train.FineTuning`, whose backbone has no adapter yet."""
+def check_run(args: Arguments | DreamBoothArguments) -> dict[str, Any]:
+    """Check the training that a train script's arguments describe. Return the content of check.json."""
+    if isinstance(args, DreamBoothArguments):
+        with start_run(args, "dreambooth", denoiser.write_checkpoint) as run:
+            return check_images(dreambooth_train.FineTuning(args, run))
+    with start_run(args, "dllm", adapter_weights.write_checkpoint) as run:
+        return check_text(dllm_train.FineTuning(args, run))
+
+
+def check_text(tuning: dllm_train.FineTuning) -> dict[str, Any]:
+    """Check a training on texts, whose backbone has no adapter yet. Return the content of check.json."""
     args, objective, device = (
         published(tuning.args),
         tuning.objective,
@@ -145,8 +155,8 @@ def check_text(tuning: Any) -> dict[str, Any]:
     )
 
 
-def check_images(tuning: Any) -> dict[str, Any]:
-    """What check.json holds of a `dreambooth.train.FineTuning`, whose pipeline has no adapter yet."""
+def check_images(tuning: dreambooth_train.FineTuning) -> dict[str, Any]:
+    """Check a training on images, whose pipeline has no adapter yet. Return the content of check.json."""
     args, pipe, step = published(tuning.args), tuning.pipe, tuning.step
     config: Any = adapter_config(args, noise_convention=step.objective.source.convention)
     family = run_family(args, pipe)

@@ -24,7 +24,6 @@ from dataclasses import asdict, fields
 from functools import partial
 from typing import Any
 
-from nara_diffusion.check.check_tasks import check_text
 from nara_diffusion.dllm import (
     AnswerCollator,
     encode_records,
@@ -85,10 +84,10 @@ def shipped_run(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def main(args: Arguments) -> dict[str, Any]:
     """Trains, measures before and after, saves; returns what results.json holds."""
+    if args.check:
+        raise ValueError("main only trains: for a check call nara_command.check_run(args).")
     with start_run(args, "dllm", write_checkpoint) as run:
         tuning = FineTuning(args, run)
-        if args.check:
-            return check_text(tuning)
         tuning.train()
         return tuning.report()
 

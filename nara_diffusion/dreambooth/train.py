@@ -36,7 +36,6 @@ import torch
 from accelerate.utils import DistributedType
 from diffusers.training_utils import generate_aspect_ratio_buckets, parse_buckets_string
 
-from nara_diffusion.check.check_tasks import check_images
 from nara_diffusion.training.adapter_weights import start_from
 from nara_diffusion.training.adapters import adapter_config, check_target_modules, title_of
 from nara_diffusion.training.arguments import schedule_of
@@ -63,10 +62,10 @@ logger = logging.getLogger(__name__)
 
 def main(args: DreamBoothArguments) -> dict[str, Any]:
     """Trains, measures before and after, saves; returns what results.json holds."""
+    if args.check:
+        raise ValueError("main only trains: for a check call nara_command.check_run(args).")
     with start_run(args, "dreambooth", write_checkpoint) as run:
         tuning = FineTuning(args, run)
-        if args.check:
-            return check_images(tuning)
         tuning.train()
         return tuning.report()
 

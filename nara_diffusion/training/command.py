@@ -38,6 +38,8 @@ def run_command(
 ) -> None:
     """Log progress from the first process and warnings from all, read the command line, and call `main` with it.
 
+    With --check, the command `nara check` gets the arguments in place of `main`.
+
     Args:
         arguments: the dataclass of arguments.
         about: what `--help` shows first.
@@ -53,7 +55,13 @@ def run_command(
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     previous = signal.signal(signal.SIGTERM, _terminate)
     try:
-        main(parse_arguments(arguments, description=about, defaults=defaults))
+        args = parse_arguments(arguments, description=about, defaults=defaults)
+        if args.check:
+            from nara_command import check_run  # the command imports check, which imports the mains
+
+            check_run(args)
+        else:
+            main(args)
     except (ValueError, OSError, TrainingDiverged) as error:
         origin = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
         if Path(__file__).resolve().parents[1] not in origin.parents:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import runpy
 import shutil
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,8 @@ import pytest
 from nara_diffusion.check import check_tasks
 from nara_diffusion.check.check_tasks import check_images, main
 from nara_diffusion.check.trials import CheckTask
-from nara_diffusion.dreambooth import train
+from nara_diffusion.dllm import train
+from nara_diffusion.dllm.text_arguments import Arguments
 from tests.dreambooth.pictures import folder_of
 from tests.helpers.small_pipelines import small_sdxl
 
@@ -40,7 +43,7 @@ def test_check_of_images_says_what_it_measures_on_and_compares_layers_on_others_
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(check_tasks, "check_training", lambda task, run: task)
-    monkeypatch.setattr(train, "check_images", lambda tuning: (tuning, check_images(tuning)))
+    monkeypatch.setattr(check_tasks, "check_images", lambda tuning: (tuning, check_images(tuning)))
     small_sdxl().save_pretrained("sdxl")
     folder_of(tmp_path / "pictures", [(20, 16)] * count)
     folder_of(tmp_path / "others", [(16, 20)] * 2)
@@ -80,6 +83,35 @@ def test_command_writes_numbers(kind, tmp_path, capsys, monkeypatch):
     assert f"{found['verdict']}: {found['reason']}" in shown
     assert f"{found['measured']}:\n" in shown
     assert "the first repeat took" in shown
+
+
+@pytest.mark.parametrize("script", ["nara_diffusion.dllm.train", "train_scripts/dllm.py"])
+def test_check_flag_of_a_train_script_checks_its_training(script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    found = []
+    monkeypatch.setattr(check_tasks, "check_training", lambda task, run: found.append(run.args))
+    lines = (ASSETS / "two-step" / "validation.jsonl").read_text().splitlines()[:24]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    words = [
+        "--pretrained_model_name_or_path",
+        str(ASSETS / "llada-tiny"),
+        "--train_file",
+        str(tmp_path / "train.jsonl"),
+    ]
+    words += ["--train_file", str(tmp_path / "train.jsonl"), "--output_dir", str(tmp_path / "out")]
+    words += ["--gen_length", "12", "--rank", "3", "--check"]
+    monkeypatch.setattr("sys.argv", [script, *words])
+    if script.endswith(".py"):
+        runpy.run_path(str(ASSETS.parents[1] / script), run_name="__main__")
+    else:
+        monkeypatch.delitem(sys.modules, script)  # else runpy warns of a module that is already there
+        runpy.run_module(script, run_name="__main__")
+    assert [args.rank for args in found] == [3]
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_main_refuses_to_check():
+    with pytest.raises(ValueError, match="only trains"):
+        train.main(Arguments(pretrained_model_name_or_path="none", train_file="none", check=True))
 
 
 def test_command_refuses_in_one_line(capsys):
