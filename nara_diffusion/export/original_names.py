@@ -189,7 +189,7 @@ def _layers_per_block(names: Collection[str], base: str) -> int:
     """The number of layers in each down block: up blocks have one more, and the released UNets have two."""
     down, up = _number_of_layers(names, "down"), _number_of_layers(names, "up")
     least = max(down, up - 1, 1)
-    if least > 1 or down == up - 1:
+    if least > 1 or 0 < down == up - 1:
         return least
     for name in names:
         if _of_unet(name, base, 1) != _of_unet(name, base, 2):
