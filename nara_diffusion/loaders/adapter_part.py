@@ -144,11 +144,11 @@ def _factors(part: AdapterPart, name: str, rank: int) -> dict[str, Tensor]:
     is_embedding = any(key.startswith(embedding) for key in part.tensors)
     A, B = (f"{embedding}{each}" if is_embedding else f"{layer}{each}.weight" for each in "AB")
     shapes = {key: _shape(part.tensors.get(key)) for key in (A, B)}
-    groups = shapes[B][1]  # of a convolution; they divide its rank
     kernel = (1,) * len(shapes[A][2:])
+    width = shapes[B][1]  # the rank, by the groups of a convolution
     found: dict[str, tuple[int, ...]] = {
         A: (rank, *shapes[A][1:]),
-        B: (shapes[B][0], groups if groups and rank % groups == 0 else rank, *kernel),
+        B: (shapes[B][0], width if kernel and width and rank % width == 0 else rank, *kernel),
     }
     if part.config.use_dora:
         magnitude = f"{layer}magnitude_vector"

@@ -55,6 +55,7 @@ DAMAGES: dict[str, Break] = {
     **{row: damage for row, damage in broken.ROWS.items() if row not in TOLD_BY_BASE},
     "core of int8": alter("layers.1.weight", lambda W: W.to(torch.int8)),
     "core with infinity": alter("layers.1.weight", lambda W: W / 0),
+    "B of another rank": alter("_proj.lora_B", lambda B: B[:, :1]),
     "complex factor": alter("lora_A", lambda A: A.to(torch.complex64)),
     "alpha that is no number": fields({"lora_alpha": float("nan")}, "lora_alpha"),
     "rank that is a text": fields({"r": "3"}, "r is '3'"),
