@@ -267,7 +267,7 @@ def _read_row(line: str, column: str, where: str) -> tuple[str, str]:
     try:
         row = json.loads(line)
         name, caption = row["file_name"], row[column]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:  # of digits and brackets too
         expected = f'{{"file_name": …, "{column}": …}}'
         raise ValueError(f"{where}: expected {expected}, found {line[:60]} ({error}).") from None
     for key, value in (("file_name", name), (column, "" if caption is None else caption)):
@@ -317,4 +317,4 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} isn't UTF-8 text: {error}") from None
+        raise ValueError(f"{path} isn't UTF-8 text ({error}): save it as UTF-8.") from None

@@ -191,7 +191,7 @@ def test_captions_that_cannot_be_read_are_refused_by_file_and_line(images) -> No
 
     refused("caption_column 'said' is a key of metadata.jsonl, which .* lacks", "said")
     images[1].with_suffix(".txt").write_bytes("über".encode("latin-1"))
-    refused(r"b\.txt isn't UTF-8 text")
+    refused(r"b\.txt isn't UTF-8 text .*: save it as UTF-8")
     lines = {
         '{"file_name": "a.png", "text": "a"': "expected .* found .*delimiter",
         "[1]": "expected",
@@ -202,6 +202,8 @@ def test_captions_that_cannot_be_read_are_refused_by_file_and_line(images) -> No
         '{"file_name": "a.png", "text": NaN}': "'text' is NaN, expected a text in quotes",
         '{"file_name": "b.jpg", "text": "a"}': "b.jpg has a caption in line 1 already",
         r'{"file_name": "a.png", "text": "a \ud83d toy"}': r"holds half a character, \\ud",
+        "[" * 100_000: "expected .*recursion",
+        '{"file_name": "a.png", "n": %s}' % ("1" * 4301): "expected .*digits",
     }
     for line, message in lines.items():
         (images[0].parent / "metadata.jsonl").write_text(f'{{"file_name": "b.jpg", "text": "b"}}\n\n{line}\n')
