@@ -6,15 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from nara_diffusion.training.arguments import (
-    AdapterArguments,
-    OptimizationArguments,
-    RunArguments,
-    WindowArguments,
-    check_arguments,
-    require,
-    window_of,
-)
+from nara_diffusion.training.argument_checks import check_arguments, require
+from nara_diffusion.training.arguments import TrainingArguments, window_of
 from nara_diffusion.training.parser import option, spread_options
 
 from .decoding import REMASKING
@@ -169,14 +162,7 @@ class ObjectiveArguments:
 
 
 @dataclass
-class Arguments(
-    ModelArguments,
-    AdapterArguments,
-    OptimizationArguments,
-    ObjectiveArguments,
-    WindowArguments,
-    RunArguments,
-):
+class Arguments(ModelArguments, TrainingArguments, ObjectiveArguments):
     def __post_init__(self) -> None:
         spread_options(self)
         if not self.pretrained_model_name_or_path:

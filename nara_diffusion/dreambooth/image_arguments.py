@@ -7,14 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from nara_diffusion.training.adapters import method_of
-from nara_diffusion.training.arguments import (
-    AdapterArguments,
-    OptimizationArguments,
-    RunArguments,
-    WindowArguments,
-    check_arguments,
-    require,
-)
+from nara_diffusion.training.argument_checks import check_arguments, require
+from nara_diffusion.training.arguments import AdapterArguments, TrainingArguments
 from nara_diffusion.training.parser import option, spread_options
 
 from .family import TRANSFORMER_TARGETS, Family
@@ -206,11 +200,9 @@ class DreamBoothArguments(
     DataArguments,
     PriorArguments,
     ImageAdapterArguments,
-    OptimizationArguments,
+    TrainingArguments,
     ObjectiveArguments,
-    WindowArguments,
     ValidationArguments,
-    RunArguments,
 ):
     def __post_init__(self) -> None:
         spread_options(self)

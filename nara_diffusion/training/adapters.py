@@ -32,6 +32,7 @@ from nara_diffusion.config import changes_base
 from nara_diffusion.cores.registry import registered_cores
 from nara_diffusion.noise.level import MASKED_SHARE
 
+from .arguments import AdapterArguments
 from .parser import hint
 
 ALL_LINEAR = "all-linear"
@@ -100,7 +101,7 @@ NAMED = {
 """The methods by the names that --adapter takes; others of PEFT's go by their own."""
 
 
-def method_of(args: Any) -> Method:
+def method_of(args: AdapterArguments) -> Method:
     """The method that `args.adapter` names. Raises ValueError if there is none, or it can't be trained here."""
     chosen = args.adapter
     method = NAMED.get(chosen, Method(chosen, chosen.replace("_", " ")))
@@ -116,7 +117,7 @@ def method_of(args: Any) -> Method:
     return method
 
 
-def title_of(args: Any) -> str:
+def title_of(args: AdapterArguments) -> str:
     """The usual name of the method that `args` describe, such as "NaRA-C" for `nara` with a constant core."""
     method, config = method_of(args), adapter_config(args)
     title = method.title
@@ -136,29 +137,14 @@ def title_of(args: Any) -> str:
 # ---------------------------------------------------------------- configurations
 
 
-def check_adapter(args: Any, config: PeftConfig | None) -> None:
-    """Raises ValueError for settings that contradict the method, or its `config`."""
-    method = method_of(args)
-    meant = method.fixed.get("core_type", args.core_type if method.family == "nara" else "none")
-    if args.core_type not in ("hypernetwork", meant):
-        raise ValueError(
-            f"core_type is {args.core_type!r}, but that of adapter {args.adapter} is {meant}."
-        )
-    if args.core_start_step and getattr(config, "core_init", None) == "kaiming":
-        raise ValueError(
-            "core_start_step trains A and B with C = I first, but core_init 'kaiming' starts from another C: "
-            "use core_init 'zero_last', or core_start_step 0."
-        )
-
-
 def adapter_config(
-    args: Any,
+    args: AdapterArguments,
     *,
     noise_convention: str | None = None,
     strength: StrengthSchedule | None = None,
     **fields: Any,
 ) -> PeftConfig | None:
-    """The configuration of the adapter that `args` (an AdapterArguments) describe; None for full fine-tuning. A core's
+    """The configuration of the adapter that `args` describe; None for full fine-tuning. A core's
     fields in `adapter_options`, which a file of arguments may hold for several methods, are left out where it has none.
 
     Args:
@@ -217,7 +203,7 @@ def adapter_config(
         raise ValueError(f"{error}{window if str(error).startswith('strength') else ''}") from error
 
 
-def _values(args: Any, method: Method, options: Mapping[str, Any]) -> dict[str, Any]:
+def _values(args: AdapterArguments, method: Method, options: Mapping[str, Any]) -> dict[str, Any]:
     """{field, of whatever method: value} of the arguments that have a flag."""
     rank, alpha = args.rank, args.rank if args.lora_alpha is None else args.lora_alpha
     if (
@@ -270,7 +256,7 @@ def module_name(name: str) -> str:
 
 def build_adapter(
     model: PreTrainedModel,
-    args: Any,
+    args: AdapterArguments,
     *,
     noise_convention: str | None = MASKED_SHARE,
     strength: StrengthSchedule | None = None,

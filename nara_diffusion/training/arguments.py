@@ -8,12 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nara_diffusion.cores.registry import check_core_type
 from nara_diffusion.noise.strength_schedule import NoiseWindow, StrengthSchedule
 
-from .adapters import adapter_config, check_adapter, import_core_module, method_of
-from .optimization import OPTIMIZERS, SCHEDULES, check_optimizer
 from .parser import given_arguments, option
+
+OPTIMIZERS = {
+    "AdamW": ("torch.optim", "AdamW"),
+    "AdamW8bit": ("bitsandbytes.optim", "AdamW8bit"),
+    "PagedAdamW": ("bitsandbytes.optim", "PagedAdamW"),
+    "prodigy": ("prodigyopt", "Prodigy"),
+    "adafactor": ("transformers", "Adafactor"),
+}
+"""{optimizer: (its module, its class)}."""
+SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt")
+"""The schedules of transformers that depend on step and warm-up only; others need a metric or more settings."""
 
 
 @dataclass
@@ -187,14 +195,26 @@ class RunArguments:
     )
 
 
-def schedule_of(args: Any) -> StrengthSchedule | None:
+@dataclass
+class TrainingArguments(AdapterArguments, OptimizationArguments, WindowArguments, RunArguments):
+    """The arguments that every training has."""
+
+    pretrained_model_name_or_path: str = option("", "Folder or Hub id of the model to adapt.")
+
+    @property
+    def is_quantised(self) -> bool:
+        """True if the frozen weights are loaded in 4 or 8 bits."""
+        return False
+
+
+def schedule_of(args: WindowArguments) -> StrengthSchedule | None:
     """The strength that the trained adapter is meant to have: 0 outside of the window; None without one. A NaRA's file
     holds it; a LoRA's can't, and the run says how to give it the schedule."""
     return window_of(args).as_schedule()
 
 
-def window_of(args: Any) -> NoiseWindow:
-    """The window of noise levels that `args` (a `WindowArguments`) describe; by default all of [0, 1]."""
+def window_of(args: WindowArguments) -> NoiseWindow:
+    """The window of noise levels that `args` describe; by default all of [0, 1]."""
     low, high = args.min_noise_level, args.max_noise_level
     return NoiseWindow(0.0 if low is None else low, 1.0 if high is None else high)
 
@@ -204,7 +224,7 @@ _PLACES = re.compile(
 )
 
 
-def without_folders(text: str, args: Any) -> str:
+def without_folders(text: str, args: TrainingArguments) -> str:
     """`text` as others may see it: of each absolute path among the arguments, only the last part."""
     places = [
         v
@@ -222,82 +242,10 @@ def without_folders(text: str, args: Any) -> str:
     return text
 
 
-def public_arguments(args: Any) -> dict[str, Any]:
+def public_arguments(args: TrainingArguments) -> dict[str, Any]:
     """`given_arguments`, as others may see them."""
     values = given_arguments(args)
     return {
         n: without_folders(value, args) if isinstance(value, str) else value
         for n, value in values.items()
     }
-
-
-def check_arguments(args: Any) -> None:
-    """Raises ValueError for values that no run can use. Each script's arguments call it in `__post_init__`."""
-    counts = (
-        "rank",
-        "train_batch_size",
-        "gradient_accumulation_steps",
-        "global_batch_size",
-        "max_train_steps",
-    )
-    counts += (
-        "logging_steps",
-        "validation_steps",
-        "checkpointing_steps",
-        "checkpoints_total_limit",
-    )
-    require(args, "at least 1", lambda value: value >= 1, *counts)
-    rates = ("learning_rate", "core_learning_rate", "num_train_epochs", "max_grad_norm")
-    require(args, "above 0", lambda value: value > 0, *rates)
-    require(
-        args,
-        "at least 0",
-        lambda value: value >= 0,
-        "core_start_step",
-        "lr_warmup_steps",
-        "weight_decay",
-    )
-    require(
-        args,
-        "from 0 to 4294967295, as NumPy's generator takes it",
-        lambda value: 0 <= value < 2**32,
-        "seed",
-    )
-    require(args, "in [0, 1)", lambda value: 0 <= value < 1, "lora_dropout")
-    try:
-        window_of(args)
-    except ValueError as error:
-        raise ValueError(f"min_noise_level and max_noise_level: {error}") from error
-    if args.global_batch_size is not None and args.gradient_accumulation_steps != 1:
-        raise ValueError(
-            f"gradient_accumulation_steps is {args.gradient_accumulation_steps} and global_batch_size "
-            f"{args.global_batch_size}, from which the former follows: give one of the two."
-        )
-    if args.core_module is not None:
-        import_core_module(args.core_module)
-    check_core_type(args.core_type)
-    check_adapter(args, adapter_config(args, strength=schedule_of(args)))
-    check_optimizer(args)
-    family, start = method_of(args).family, args.init_adapter
-    if start is not None and not Path(start).expanduser().exists():
-        raise ValueError(f"init_adapter is {start!r}: there is no such file or folder.")
-    if start is not None and family not in ("nara", "lora"):
-        raise ValueError(
-            f"init_adapter starts from a LoRA or a NaRA, which adapter {args.adapter} is not: give nara."
-        )
-    if args.check and (
-        family in ("prompt", "full") or args.resume_from_checkpoint or args.hub_model_id or start
-    ):
-        raise ValueError(
-            "check measures what λ tells a low-rank adapter before its training: leave resume_from_checkpoint, "
-            "hub_model_id and init_adapter out, and give adapter nara or lora."
-        )
-
-
-def require(args: Any, expected: str, holds: Any, *names: str) -> None:
-    """Raises ValueError with the argument's name, its value and what was `expected`, for the first of `names` of which
-    `holds(value)` is false; None is a value that isn't set."""
-    for name in names:
-        value = getattr(args, name)
-        if value is not None and not holds(value):
-            raise ValueError(f"{name} must be {expected}, got {value}.")

@@ -37,6 +37,7 @@ from nara_diffusion.utils.atomic_write import (
 )
 from nara_diffusion.utils.naming import counted
 
+from .arguments import TrainingArguments
 from .engines import engine_name, global_batch, save_state, trained_state
 from .manifest import FORMAT, digest_file, read_manifest, write_manifest
 from .parser import given_arguments
@@ -203,7 +204,7 @@ def check_files(checkpoint: Path) -> None:
             raise ValueError(f"{file} is corrupt: its content isn't what was saved.")
 
 
-def check_same_run(checkpoint: Path, args: Any, accelerator: Accelerator) -> None:
+def check_same_run(checkpoint: Path, args: TrainingArguments, accelerator: Accelerator) -> None:
     """Raises ValueError with the engine, the processes or the arguments that differ, of a checkpoint that this run
     can't go on from to the same bits."""
     manifest, engine, processes = (
@@ -264,7 +265,9 @@ def warn_of_pickles(checkpoint: Path, engine: str) -> None:
         )
 
 
-def changed_arguments(args: Any, saved: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+def changed_arguments(
+    args: TrainingArguments, saved: Mapping[str, Any]
+) -> dict[str, tuple[Any, Any]]:
     """{name: (saved value, current value)} of the arguments that differ from `saved`, as `given_arguments` returned
     them, but for those by which a run is resumed."""
     now = given_arguments(args)

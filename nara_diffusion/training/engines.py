@@ -38,6 +38,7 @@ from nara_diffusion.noise.level import find_holders
 from nara_diffusion.utils.naming import counted
 
 from .adapters import method_of
+from .arguments import TrainingArguments
 
 DEEPSPEED_FOLDER = "deepspeed"
 SHARDED = {  # engines whose forward runs on all processes or hangs: (what asks for them, their name)
@@ -49,7 +50,7 @@ SHARDED = {  # engines whose forward runs on all processes or hangs: (what asks 
 # ---------------------------------------------------------------- starting
 
 
-def start_accelerator(args: Any) -> Accelerator:
+def start_accelerator(args: TrainingArguments) -> Accelerator:
     """The engine that the launcher asked for; what `args` say of accumulation and clipping wins over its own files.
     Raises ValueError for FSDP1, an engine or fp16 that needs a GPU, one that accelerate replaces, and as
     `accumulation_steps`, `check_sharded`."""
@@ -70,7 +71,7 @@ def start_accelerator(args: Any) -> Accelerator:
     accelerator = Accelerator(
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=steps),
         mixed_precision=args.mixed_precision,
-        log_with=args.report_to,
+        log_with=[*args.report_to] if args.report_to else None,
         project_config=ProjectConfiguration(
             logging_dir="."
         ),  # asked for by trackers; `Run.open` gives the true one
@@ -103,7 +104,7 @@ def start_accelerator(args: Any) -> Accelerator:
     return accelerator
 
 
-def accumulation_steps(args: Any, processes: int) -> int:
+def accumulation_steps(args: TrainingArguments, processes: int) -> int:
     """Forwards of one process that make an optimizer step: --gradient_accumulation_steps, or what --global_batch_size
     leaves to each of `processes`. Raises ValueError if it can't be divided evenly."""
     if args.global_batch_size is None:
@@ -119,14 +120,14 @@ def accumulation_steps(args: Any, processes: int) -> int:
     return steps
 
 
-def global_batch(accelerator: Accelerator, args: Any) -> int:
+def global_batch(accelerator: Accelerator, args: TrainingArguments) -> int:
     """Samples of one optimizer step, over all processes and accumulated forwards."""
     return (
         args.train_batch_size * accelerator.gradient_accumulation_steps * accelerator.num_processes
     )
 
 
-def check_sharded(accelerator: Accelerator, args: Any) -> None:
+def check_sharded(accelerator: Accelerator, args: TrainingArguments) -> None:
     """Raises ValueError for arguments that an engine of `SHARDED` would train or save otherwise."""
     stage, name = zero_stage(accelerator), SHARDED[accelerator.distributed_type][1]
     wrong = ""
@@ -136,7 +137,7 @@ def check_sharded(accelerator: Accelerator, args: Any) -> None:
         wrong = (
             f"optimizer adafactor takes means over the rows of whole matrices, which {name} shards"
         )
-    elif getattr(args, "is_quantised", False):
+    elif args.is_quantised:
         wrong = f"load_in_4bit and load_in_8bit aren't trained under {name}, which shards or casts weights"
     elif stage and accelerator.mixed_precision == "fp16":
         wrong = "mixed_precision is fp16, in which DeepSpeed would round the trained weights and the core"

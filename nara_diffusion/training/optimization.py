@@ -14,19 +14,10 @@ from transformers import get_scheduler
 
 from nara_diffusion.cores.registry import HOLDER_NAME
 
+from .arguments import OPTIMIZERS, OptimizationArguments, TrainingArguments
 from .parser import hint
 
 TEXT_ENCODER_MARK = "text_encoder"  # what a parameter's name starts with
-OPTIMIZERS = {
-    "AdamW": ("torch.optim", "AdamW"),
-    "AdamW8bit": ("bitsandbytes.optim", "AdamW8bit"),
-    "PagedAdamW": ("bitsandbytes.optim", "PagedAdamW"),
-    "prodigy": ("prodigyopt", "Prodigy"),
-    "adafactor": ("transformers", "Adafactor"),
-}
-SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt")
-"""The schedules of transformers that depend on step and warm-up only; others need a metric or more settings."""
-
 _DEFAULTS: dict[str, dict[str, Any]] = {
     # the schedule sets the rate, so that Adafactor's own, relative to step and weights, is off
     "adafactor": {"relative_step": False, "scale_parameter": False},
@@ -36,7 +27,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 logger = logging.getLogger(__name__)
 
 
-def check_optimizer(args: Any) -> None:
+def check_optimizer(args: OptimizationArguments) -> None:
     """Raises ValueError for an optimizer that isn't installed, or options that it doesn't have; or for a schedule with
     a warm-up that it lacks."""
     known = [
@@ -56,7 +47,9 @@ def check_optimizer(args: Any) -> None:
         )
 
 
-def build_optimizer(model: nn.Module, args: Any, *, fused: bool = False) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: nn.Module, args: TrainingArguments, *, fused: bool = False
+) -> torch.optim.Optimizer:
     """The optimizer over what is trainable, in groups "adapter" (learning_rate), "core" (core_learning_rate) and
     "text_encoder" (text_encoder_lr, of a script that has it), those of them that aren't empty.
 
@@ -101,7 +94,7 @@ def _class_of(optimizer: str) -> Any:
         ) from error
 
 
-def _parameter_groups(model: nn.Module, args: Any) -> list[dict[str, Any]]:
+def _parameter_groups(model: nn.Module, args: TrainingArguments) -> list[dict[str, Any]]:
     rates = {
         "adapter": args.learning_rate,
         "core": args.core_learning_rate or args.learning_rate,
@@ -129,7 +122,9 @@ def _parameter_groups(model: nn.Module, args: Any) -> list[dict[str, Any]]:
     ]
 
 
-def build_scheduler(optimizer: torch.optim.Optimizer, args: Any, total_steps: int) -> LRScheduler:
+def build_scheduler(
+    optimizer: torch.optim.Optimizer, args: OptimizationArguments, total_steps: int
+) -> LRScheduler:
     """The schedule over `total_steps` optimizer steps. Call its `step` once a step, on any number of processes.
 
     `lr_warmup_steps` below 1 is a share of all steps.

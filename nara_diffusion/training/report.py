@@ -22,7 +22,7 @@ from nara_diffusion.noise.strength_schedule import EVERYTHING, NoiseWindow
 from nara_diffusion.utils.atomic_write import atomic_write
 
 from .adapters import adapter_config, method_of, module_name, title_of
-from .arguments import public_arguments, schedule_of, window_of, without_folders
+from .arguments import TrainingArguments, public_arguments, schedule_of, window_of, without_folders
 from .run import Run
 
 CURVE = "noise_level_curve.png"
@@ -200,7 +200,7 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def reads_noise(args: Any) -> bool:
+def reads_noise(args: TrainingArguments) -> bool:
     """Whether the adapter that `args` describe depends on λ."""
     config: Any = (
         adapter_config(args, strength=schedule_of(args))
@@ -210,12 +210,12 @@ def reads_noise(args: Any) -> bool:
     return config is not None and needs_noise(config)
 
 
-def needs_schedule(args: Any) -> bool:
+def needs_schedule(args: TrainingArguments) -> bool:
     """Whether the adapter is a LoRA that was trained in a window, which its file can't hold."""
     return method_of(args).family == "lora" and schedule_of(args) is not None
 
 
-def window_facts(args: Any) -> dict[str, str]:
+def window_facts(args: TrainingArguments) -> dict[str, str]:
     """What a run says of its window of noise levels; nothing without one."""
     window, method = window_of(args), method_of(args)
     if window.is_everything:
@@ -232,7 +232,7 @@ def window_facts(args: Any) -> dict[str, str]:
     return {"noise levels": f"{window.low:g} {until}; {outside}"}
 
 
-def core_import(args: Any) -> str:
+def core_import(args: TrainingArguments) -> str:
     """The line of a model card's code that registers a custom core; nothing for other adapters."""
     if method_of(args).family != "nara" or args.core_type in BUILT_IN:
         return ""

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 import yaml
@@ -22,7 +22,7 @@ from huggingface_hub import HfApi
 from nara_diffusion.utils.atomic_write import atomic_write
 
 from .adapters import method_of
-from .arguments import public_arguments
+from .arguments import TrainingArguments, public_arguments
 from .checkpoints import (
     Writer,
     changed_arguments,
@@ -40,9 +40,11 @@ METRICS = "metrics.jsonl"
 
 logger = logging.getLogger(__name__)
 
+Args = TypeVar("Args", bound=TrainingArguments, covariant=True)
+
 
 @dataclass
-class Run:
+class Run(Generic[Args]):
     """State of a run, which `start_run` gives.
 
     Attributes:
@@ -63,7 +65,7 @@ class Run:
     """
 
     accelerator: Accelerator
-    args: Any
+    args: Args
     name: str
     write: Writer
     checkpoint: Path | None
@@ -276,7 +278,7 @@ class Run:
 
 
 @contextmanager
-def start_run(args: Any, name: str, write: Writer) -> Iterator[Run]:
+def start_run(args: Args, name: str, write: Writer) -> Iterator[Run[Args]]:
     """`with start_run(…) as run`: check what can be checked before anything is loaded, start accelerate, take the
     folder, and seed every generator. `write` writes the adapter's files into a checkpoint.
 

@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 
 from nara_diffusion.cores.registry import NAME_IN_FILES
 
+from .arguments import TrainingArguments
 from .checkpoints import (
     MAY_CHANGE,
     changed_arguments,
@@ -34,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def claimed_folder(
-    args: Any, name: str, accelerator: Accelerator
+    args: TrainingArguments, name: str, accelerator: Accelerator
 ) -> Iterator[tuple[Path, Path | None]]:
     """The folder, made by the main process and locked, and the checkpoint that the run continues from, or None. One run
     at a time writes to a folder, and a second one is refused before it loads anything. A run that wrote nothing leaves
@@ -63,7 +64,7 @@ def claimed_folder(
         yield folder, checkpoint
 
 
-def _lock(args: Any, name: str, undo: ExitStack) -> Path:
+def _lock(args: TrainingArguments, name: str, undo: ExitStack) -> Path:
     folder = _folder_of(args, name)
     lock = FileLock(folder / LOCK)
     try:
@@ -88,7 +89,7 @@ def _lock(args: Any, name: str, undo: ExitStack) -> Path:
     return folder
 
 
-def _folder_of(args: Any, name: str) -> Path:
+def _folder_of(args: TrainingArguments, name: str) -> Path:
     """Of a run without --output_dir, `latest` means the newest numbered folder that holds a checkpoint."""
     if args.output_dir is not None:
         return Path(args.output_dir)
@@ -106,7 +107,7 @@ def _folder_of(args: Any, name: str) -> Path:
     return runs[max(begun)] if begun else OUTPUTS / f"{name}-{max(runs, default=0) + 1}"
 
 
-def _checkpoint(args: Any, folder: Path) -> Path | None:
+def _checkpoint(args: TrainingArguments, folder: Path) -> Path | None:
     """The checkpoint to continue from; None for a run that starts, in a folder that has nothing of another one."""
     given, checkpoint = args.resume_from_checkpoint, None
     if given == "latest":
@@ -161,7 +162,7 @@ def check_empty(folder: Path, advice: str = _ANEW) -> None:
         )
 
 
-def _same_start(args: Any, folder: Path) -> bool:
+def _same_start(args: TrainingArguments, folder: Path) -> bool:
     """Whether a run with these arguments began in `folder` and ended before its first checkpoint."""
     if not (folder / CONFIG).is_file() or (folder / RESULTS).exists():
         return False
