@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from enum import Enum
 from numbers import Integral
@@ -35,20 +34,6 @@ _REFUSED = (
     "use_bdlora", "use_qalora", "velora_config", "monteclora_config", "kasa_config", "ensure_weight_tying",
 )  # fmt: skip
 """LoRA options by which PEFT computes the update in another way, without C(λ)."""
-_ALWAYS_WRITTEN = (
-    "r",
-    "lora_alpha",
-    "target_modules",
-    "core_type",
-    "core_scale",
-    "use_rslora",
-    "use_dora",
-)
-_OF_ONE_MACHINE = {
-    "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision",
-    "runtime_config",
-}  # fmt: skip
-"""Fields that describe where a configuration was made or runs; the other fields describe the adapter."""
 
 
 class NaraPeftType(str, Enum):
@@ -125,7 +110,7 @@ class NaraConfig(LoraConfig):
         # PEFT leaves unknown fields of a file out with a warning: another adapter than the one that was saved
         known = {own.name for own in fields(cls)}
         if unknown := [
-            name for name, value in given.items() if name not in known and _is_set(name, value)
+            name for name, value in given.items() if name not in known and not is_idle(name, value)
         ]:
             raise ValueError(
                 f"NaraConfig has no field {', '.join(map(repr, unknown))}: remove it, or, if a file has it, update "
@@ -301,46 +286,6 @@ def _is_size(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) > 0
 
 
-def _is_set(name: str, value: Any) -> bool:
-    """Whether a field that `NaraConfig` lacks says something about the adapter."""
-    return bool(value) and _GONE.get(name) != value
-
-
-# ---------------------------------------------------------------------- files
-
-
-def config_to_fields(config: NaraConfig) -> dict[str, Any]:
-    """The fields of a configuration as JSON values, without those of one machine and those that are None."""
-    plain = {
-        key: value.value if isinstance(value, Enum) else value
-        for key, value in config.to_dict().items()
-    }
-    listed = {
-        key: sorted(value) if isinstance(value, set) else value for key, value in plain.items()
-    }
-    return {
-        key: value
-        for key, value in listed.items()
-        if key not in _OF_ONE_MACHINE and value is not None
-    }
-
-
-def config_from_fields(given: Mapping[str, Any], origin: str) -> NaraConfig:
-    """A configuration from `config_to_fields`, or from the adapter_config.json that PEFT writes; an error names the
-    `origin`."""
-    known = {own.name for own in fields(NaraConfig)}
-    given = {key: value for key, value in given.items() if key not in _OF_ONE_MACHINE}
-    own = {key: value for key, value in given.items() if key in known or _is_set(key, value)}
-    if missing := [name for name in _ALWAYS_WRITTEN if name not in own]:
-        raise ValueError(
-            f"The configuration of {origin} lacks {missing[0]}, which every NaRA's file has: damaged."
-        )
-    try:
-        return NaraConfig(**own)
-    except (
-        TypeError,
-        ValueError,
-        AttributeError,
-        ImportError,
-    ) as error:  # the latter two of PEFT's own checks
-        raise ValueError(f"The configuration of {origin} is refused: {error}") from error
+def is_idle(name: str, value: object) -> bool:
+    """Return True if a field that `NaraConfig` lacks has no meaning for the adapter."""
+    return not value or _GONE.get(name) == value

@@ -24,18 +24,16 @@ import diffusers.loaders.lora_base as lora_base
 from diffusers.utils.hub_utils import PushToHubMixin
 from peft import PeftConfig, PeftModel, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.save_and_load import load_peft_weights
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 from transformers.integrations.peft import PeftAdapterMixin as TransformersAdapterMixin
 from transformers.utils.loading_report import LoadStateDictInfo
 
-from nara_diffusion.config import NaraConfig, NaraPeftType
-from nara_diffusion.loaders.adapter_part import is_naras
-from nara_diffusion.loaders.file import METADATA_KEY
-from nara_diffusion.loaders.insertion import TEXT_ENCODER, adapters_of
-from nara_diffusion.loaders.strict import check_regular, is_core_key
+from nara_diffusion.config import NaraConfig
+from nara_diffusion.loaders.insertion import TEXT_ENCODER, adapters_of, nara_adapters_of
+from nara_diffusion.loaders.tensor_files import check_regular, is_nara, is_nara_for_peft
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
 from nara_diffusion.tuner.model import NaraModel
 from nara_diffusion.tuner.snapshot import restored_on_error
@@ -99,7 +97,7 @@ def _from_pretrained(
     **kwargs: Any,
 ) -> PeftModel:
     config = kwargs.get("config")
-    if not (isinstance(config, NaraConfig) if config is not None else _is_naras(model_id, kwargs)):
+    if not (isinstance(config, NaraConfig) if config is not None else _is_nara(model_id, kwargs)):
         return original(cls, model, model_id, adapter_name, *args, **kwargs)
     with _named(model_id, kwargs), restored_on_error(model):
         return original(cls, model, model_id, adapter_name, *args, **kwargs)
@@ -141,19 +139,11 @@ def _named(model_id: Any, options: Mapping[str, Any]) -> Iterator[None]:
         raise ValueError(f"The adapter in '{where}' is refused: {reason}") from error
 
 
-def _is_naras(model_id: Any, options: Mapping[str, Any]) -> bool:
-    config = Path(str(model_id), options.get("subfolder") or "", CONFIG_NAME)
-    if config.is_file():
-        return is_naras(config)
-    hub = {
-        name: options[name]
-        for name in ("subfolder", "revision", "cache_dir", "token")
-        if name in options
-    }
-    try:
-        return PeftConfig._get_peft_type(model_id, **hub) == NaraPeftType.NARA.value
-    except Exception:  # it can't be asked: the error that is on its way says why
-        return False
+def _is_nara(model_id: Any, options: Mapping[str, Any]) -> bool:
+    """Return True if the adapter that is about to be loaded is a NaRA."""
+    names = ("subfolder", "revision", "cache_dir", "token")
+    hub = {name: options[name] for name in names if name in options}
+    return is_nara_for_peft(str(model_id), **hub)
 
 
 # ---------------------------------------------------------------------- transformers
@@ -175,7 +165,7 @@ def _load_into_transformers(
     if not (
         isinstance(config, NaraConfig)
         if config is not None
-        else model_id and _is_naras(model_id, hub)
+        else model_id and _is_nara(model_id, hub)
     ):
         return original(self, *args, **kwargs)
     name = given.get("adapter_name") or "default"
@@ -220,7 +210,8 @@ def _set_adapters(
         part: getattr(pipe, part, None) for part in pipe._lora_loadable_modules
     }
     for part, model in models.items():
-        if _holds_nara(getattr(model, "_orig_mod", None)):
+        original_model = getattr(model, "_orig_mod", None)
+        if original_model is not None and nara_adapters_of(original_model):
             raise ValueError(
                 f"{part} is what torch.compile returned, in which Diffusers finds no adapter: take the model out, "
                 f"pipe.{part} = pipe.{part}._orig_mod, and compile it in place, pipe.{part}.compile()."
@@ -252,10 +243,6 @@ def _set_adapters(
             give_strength(model, name, weight)
 
 
-def _holds_nara(model: Any) -> bool:
-    return any(isinstance(config, NaraConfig) for config in adapters_of(model).values())
-
-
 def _holds_schedule(weight: Any) -> bool:
     inner = (
         weight.values()
@@ -278,14 +265,7 @@ def _numbers(weights: Any) -> Any:
 
 def _find_lora_file(original: Any, *args: Any, **kwargs: Any) -> Any:
     found = original(*args, **kwargs)
-    if not str(found).endswith(".safetensors"):
-        return found
-    try:
-        with safe_open(found, framework="pt", device="cpu") as file:
-            has_core = METADATA_KEY in (file.metadata() or {}) or any(map(is_core_key, file.keys()))
-    except (OSError, SafetensorError):  # which Diffusers has an error for
-        return found
-    if has_core:
+    if str(found).endswith(".safetensors") and is_nara(Path(found)):
         raise ValueError(
             f"'{found}' holds a NaRA adapter, of which loading as a LoRA would leave out the core: load it by "
             "pipe.load_nara_weights(…)."

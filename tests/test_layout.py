@@ -1,78 +1,131 @@
-"""Imports between the rooms of the package run one way, and no module imports itself by a detour."""
+"""Imports between the rooms of the package run downwards, and no module imports itself by a detour."""
 
 from __future__ import annotations
 
 import ast
 from collections import Counter
-from graphlib import TopologicalSorter
+from collections.abc import Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "nara_diffusion"
+NAME = "nara_diffusion"
+PACKAGE = Path(__file__).parents[1] / NAME
 FLOORS = (
-    ("utils",),
-    ("cores",),
-    ("config", "layers", "noise"),
-    ("tuner", "loaders"),
-    ("export",),
-    ("training",),
-    ("dllm", "dreambooth", "check"),
-    ("lm_eval",),
-    ("cli",),
+    *("utils", "cores", "noise", "layers", "config", "strict", "tuner", "loaders", "wraps", "export", "__init__"),
+    *("training", "dllm", "dreambooth", "check", "lm_eval", "cli"),
 )
-"""From below: a room imports from its own floor and those below it."""
-FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-ROOT = ("wraps", "__init__")
-"""Modules of the package itself, which name what the rooms have."""
+"""From below. A room, or a module of the package itself, imports only itself and what is before it here."""
+IMPORTERS = ("import_module", "__import__", "run_module")
+"""Functions that import a module by its name."""
 
 
-def imports() -> dict[str, set[str]]:
-    """{module: modules of the package that it imports, wherever in the file}."""
+def imports(package: Path) -> dict[str, set[str]]:
+    """{module: modules of the package that it imports, anywhere in the file}."""
+    files = {module_name(path, package): path for path in sorted(package.rglob("*.py"))}
     found = {}
-    for path in sorted(PACKAGE.rglob("*.py")):
-        module = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
-        package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-        found[module] = set()
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Import):
-                found[module] |= {alias.name for alias in node.names if alias.name.startswith("nara_diffusion")}
-            if isinstance(node, ast.ImportFrom):
-                base = node.module or ""
-                if node.level:
-                    parent = package.split(".")[: len(package.split(".")) - node.level + 1]
-                    base = ".".join([*parent, *filter(None, [node.module])])
-                if base.startswith("nara_diffusion"):
-                    found[module] |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
-    return {module: {name for name in names if name in found and name != module} for module, names in found.items()}
+    for module, path in files.items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        parent = module if path.name == "__init__.py" else module.rpartition(".")[0]
+        names = {name for node in ast.walk(tree) for name in names_in(node, parent)}
+        found[module] = {name for name in names if name in files and name != module}
+    return found
+
+
+def module_name(path: Path, package: Path) -> str:
+    parts = path.relative_to(package.parent).with_suffix("").parts
+    return ".".join(parts).removesuffix(".__init__")
+
+
+def names_in(node: ast.AST, parent: str) -> Iterator[str]:
+    """The modules that one node may import; `parent` is the package of the file."""
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        base = absolute("." * node.level + (node.module or ""), parent)
+        yield base
+        yield from (f"{base}.{alias.name}" for alias in node.names)
+    elif isinstance(node, ast.Call) and called(node) in IMPORTERS:
+        yield from texts_in(node, parent)
+
+
+def absolute(name: str, parent: str) -> str:
+    """The full name of a module; one dot in front of `name` stands for `parent`, two for the package around it."""
+    own = name.lstrip(".")
+    dots = len(name) - len(own)
+    if not dots:
+        return name
+    above = parent.split(".")
+    kept = above[: len(above) - dots + 1]
+    return ".".join([*kept, own] if own else kept)
+
+
+def called(call: ast.Call) -> str:
+    """The last name of the function that is called."""
+    function = call.func
+    return function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+
+
+def texts_in(call: ast.Call, parent: str) -> Iterator[str]:
+    """The modules that the strings in a call name, ".room.module" among them."""
+    for node in ast.walk(call):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield absolute(node.value, parent)
 
 
 def room_of(module: str) -> str:
     return [*module.split("."), "__init__"][1]
 
 
-def test_every_room_has_a_floor_and_imports_nothing_from_above():
-    assert {room_of(module) for module in imports()} - set(ROOT) <= set(FLOOR)
-    upward = [
+def upward(found: Mapping[str, set[str]]) -> list[str]:
+    """The imports of a room above, as "module → module"."""
+    floor = {room: number for number, room in enumerate(FLOORS)}
+    return [
         f"{module} → {name}"
-        for module, names in imports().items()
-        for name in names
-        if room_of(module) in FLOOR
-        and room_of(name) in FLOOR
-        and FLOOR[room_of(name)] > FLOOR[room_of(module)]
-        and not module.endswith(".train")  # a program
+        for module, names in found.items()
+        for name in sorted(names)
+        if floor[room_of(name)] > floor[room_of(module)]
     ]
-    assert upward == []
+
+
+def circle(found: Mapping[str, set[str]]) -> list[str]:
+    """The modules of a circle of imports; none if there is no circle. Packages that a module is in don't count."""
+    graph = {module: {name for name in names if not module.startswith(f"{name}.")} for module, names in found.items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return []
+
+
+def own_modules_imported_by_name(package: Path) -> list[str]:
+    """The calls of `import_module` and its like that name a module of the package."""
+    found = []
+    for path in sorted(package.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and called(node) in IMPORTERS:
+                parent = module_name(path.parent, package)
+                names = [text for text in texts_in(node, parent) if text.split(".")[0] == package.name]
+                found += [f"{path.relative_to(package)}:{node.lineno} {name}" for name in names]
+    return found
+
+
+# ---------------------------------------------------------------------- the package
+
+
+def test_every_room_has_a_floor_and_imports_nothing_from_above():
+    found = imports(PACKAGE)
+    assert {room_of(module) for module in found} == set(FLOORS)
+    assert upward(found) == []
 
 
 def test_no_modules_import_each_other():
-    """Importing from the package that a module lies in aside."""
-    TopologicalSorter(
-        {
-            module: {name for name in names if room_of(name) not in ROOT and not module.startswith(f"{name}.")}
-            for module, names in imports().items()
-        }
-    ).prepare()  # CycleError has the modules
+    assert circle(imports(PACKAGE)) == []
+
+
+def test_no_module_of_the_package_is_imported_by_a_string():
+    assert own_modules_imported_by_name(PACKAGE) == []
 
 
 @pytest.mark.parametrize("room", ["cores", "layers/functional.py"])
@@ -80,11 +133,85 @@ def test_mathematics_imports_torch_alone(room):
     files = [PACKAGE / room] if room.endswith(".py") else sorted((PACKAGE / room).glob("*.py"))
     for path in files:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
-            assert not [name for name in names if name.split(".")[0] in ("peft", "diffusers", "transformers")], path
+            names = {name.split(".")[0] for name in names_in(node, "")}
+            assert names.isdisjoint({"peft", "diffusers", "transformers"}), path
 
 
 def test_no_file_name_comes_twice():
     names = Counter(path.name for path in PACKAGE.rglob("*.py"))
     assert {name for name, count in names.items() if count > 1} <= {"__init__.py", "train.py"}
+
+
+# ---------------------------------------------------------------------- what these tests see
+
+FILES = {
+    "__init__.py": "from .tuner import model",
+    "strict.py": "",
+    "utils/naming.py": "",
+    "noise/level.py": "from ..utils import naming",
+    "layers/variants.py": "from nara_diffusion.noise.level import Level",
+    "tuner/model.py": "import nara_diffusion.strict\nfrom ..layers.variants import rows_of",
+    "dllm/train.py": "",
+    "check/tasks.py": "from nara_diffusion.dllm import train",
+}
+
+
+def package_with(folder: Path, **changed: str) -> Path:
+    """A small package of the rooms' names, with code added to files: room__module="code"."""
+    package = folder / NAME
+    for name, text in FILES.items():
+        more = changed.get(name.removesuffix(".py").replace("/", "__"), "")
+        path = package / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_name("__init__.py").touch()
+        path.write_text(f"{text}\n{more}\n", encoding="utf-8")
+    return package
+
+
+def test_a_package_without_circles_is_accepted(tmp_path):
+    package = package_with(tmp_path)
+    found = imports(package)
+    assert found["nara_diffusion.noise.level"] == {"nara_diffusion.utils", "nara_diffusion.utils.naming"}
+    assert (upward(found), circle(found), own_modules_imported_by_name(package)) == ([], [], [])
+
+
+@pytest.mark.parametrize(
+    ("place", "code", "target"),
+    [
+        ("dllm__train", "from nara_diffusion.check.tasks import check", "check.tasks"),
+        ("dllm__train", "def main():\n    from ..check import tasks", "check.tasks"),
+        ("dllm__train", "import nara_diffusion.check.tasks as tasks", "check.tasks"),
+        ("dllm__train", "import_module('nara_diffusion.check.tasks')", "check.tasks"),
+        ("dllm__train", "importlib.import_module(name='..check.tasks', package=__package__)", "check.tasks"),
+        ("dllm__train", "importlib.import_module('nara_diffusion.check.tasks').check()", "check.tasks"),
+        ("dllm__train", "importlib.import_module('..check.tasks', __package__)", "check.tasks"),
+        ("dllm__train", "__import__('nara_diffusion.check.tasks')", "check.tasks"),
+        ("noise__level", "from nara_diffusion.layers.variants import rows_of", "layers.variants"),
+        ("strict", "from .tuner.model import NaraModel", "tuner.model"),
+        ("utils__naming", "if TYPE_CHECKING:\n    from nara_diffusion.noise.level import Level", "noise.level"),
+    ],
+)
+def test_an_import_from_above_and_its_circle_are_found(place, code, target, tmp_path):
+    found = imports(package_with(tmp_path, **{place: code}))
+    module = place.replace("__", ".")
+    assert f"nara_diffusion.{module} → nara_diffusion.{target}" in upward(found)
+    assert {f"nara_diffusion.{module}", f"nara_diffusion.{target}"} <= set(circle(found))
+
+
+def test_a_circle_inside_a_room_is_found(tmp_path):
+    package = package_with(tmp_path, noise__level="from .rows import rows")
+    (package / "noise" / "rows.py").write_text("from .level import Level", encoding="utf-8")
+    found = imports(package)
+    assert upward(found) == []
+    assert set(circle(found)) == {"nara_diffusion.noise.level", "nara_diffusion.noise.rows"}
+
+
+@pytest.mark.parametrize("call", ["import_module('nara_diffusion.dllm.train')", "importlib.import_module('..dllm')"])
+def test_an_own_module_imported_by_a_string_is_found(call, tmp_path):
+    found = own_modules_imported_by_name(package_with(tmp_path, check__tasks=f"main = {call}.main"))
+    assert len(found) == 1
+    assert found[0].startswith("check/tasks.py:2 nara_diffusion.")
+
+
+def test_another_library_may_be_imported_by_a_string(tmp_path):
+    assert own_modules_imported_by_name(package_with(tmp_path, check__tasks="import_module('bitsandbytes')")) == []

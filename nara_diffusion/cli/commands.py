@@ -13,15 +13,9 @@ from torch import Tensor
 
 from nara_diffusion.export.adapter_factors import cores_of, schedule_of
 from nara_diffusion.loaders.adapter_part import AdapterPart
-from nara_diffusion.loaders.file import (
-    MODEL,
-    PEFT_CONFIG_NAME,
-    PEFT_WEIGHTS_NAME,
-    WEIGHTS_NAME,
-    AdapterFile,
-    naming,
-)
+from nara_diffusion.loaders.file import MODEL, AdapterFile, naming
 from nara_diffusion.loaders.insertion import check_storable
+from nara_diffusion.loaders.tensor_files import PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME, WEIGHTS_NAME
 from nara_diffusion.utils.atomic_write import atomic_write, check_free
 
 _CORE_FIELDS = {

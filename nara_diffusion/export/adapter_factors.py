@@ -30,9 +30,9 @@ from nara_diffusion.cores.registry import CoreSet, core_group, make_cores
 from nara_diffusion.layers.offloading import onloaded
 from nara_diffusion.layers.variants import NaraVariant
 from nara_diffusion.loaders.adapter_part import AdapterPart, configured_scaling
-from nara_diffusion.loaders.strict import held_tensors
 from nara_diffusion.noise.level import Level, as_level
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
+from nara_diffusion.strict import adapter_tensors
 from nara_diffusion.tuner.holder import holder_of
 from nara_diffusion.tuner.inspection import onloaded_cores
 from nara_diffusion.tuner.strength import layers_of, roots_of, strength_of
@@ -138,7 +138,9 @@ def adapter_of_model(model: nn.Module, adapter_name: str) -> Iterator[Adapter]:
     level_of: Any = lambda _: None  # noqa: E731
     if holder is not None and adapter_name in holder.cores:
         make, level_of = holder.matrix, partial(holder.level_to_export, adapter_name)
-    extra = {key: _copied(t, key) for key, t in others_of(held_tensors(root, adapter_name)).items()}
+    extra = {
+        key: _copied(t, key) for key, t in others_of(adapter_tensors(root, adapter_name)).items()
+    }
     lora = PlainLora(_plain_config(config, root), factors, extra)
     with onloaded_cores(model):
         yield Adapter(

@@ -21,8 +21,8 @@ from nara_diffusion.config import NaraConfig, changes_base
 from nara_diffusion.loaders.adapter_part import AdapterPart
 from nara_diffusion.loaders.insertion import LOADED_FLAG, TEXT_ENCODER
 from nara_diffusion.loaders.schedulers import check_schedulers, read_schedule_of
-from nara_diffusion.loaders.strict import check_tensors
 from nara_diffusion.noise.prediction import flow_shift
+from nara_diffusion.strict import check_tensors
 from nara_diffusion.tuner.snapshot import restored_on_error
 from nara_diffusion.tuner.strength import layers_of
 from nara_diffusion.utils.naming import listed

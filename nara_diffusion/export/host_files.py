@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from nara_diffusion.loaders.insertion import TEXT_ENCODER
-from nara_diffusion.loaders.strict import save_tensors
+from nara_diffusion.loaders.tensor_files import save_tensors
 
 from .original_names import UNETS, original_layers
 from .plain_lora import PlainLora, PlainLoraLayer, tensors_of_layers

@@ -25,11 +25,15 @@ from peft import LoraConfig, PeftConfig
 from peft.utils import CONFIG_NAME
 from torch import Tensor, nn
 
-from nara_diffusion.loaders.adapter_part import is_naras, read_config_file
-from nara_diffusion.loaders.file import read_peft_tensors
 from nara_diffusion.loaders.insertion import TEXT_ENCODER
 from nara_diffusion.loaders.schedulers import DENOISERS, denoiser_name
-from nara_diffusion.loaders.strict import PEFT_PREFIX, read_tensors
+from nara_diffusion.loaders.tensor_files import (
+    is_nara,
+    read_config_file,
+    read_peft_tensors,
+    read_tensors,
+)
+from nara_diffusion.strict import PEFT_PREFIX
 from nara_diffusion.utils.naming import listed
 
 from .host_files import with_text_model
@@ -77,7 +81,7 @@ def _scheduler(folder: Path, text: str | None = None) -> dict[str, Any] | None:
 
 
 def _of_folder(folder: Path) -> PlainLora:
-    if is_naras(folder / CONFIG_NAME):
+    if is_nara(folder):
         raise ValueError(
             "it is a NaRA already: load it by PeftModel.from_pretrained(model, folder) or "
             "pipe.load_nara_weights(folder)."

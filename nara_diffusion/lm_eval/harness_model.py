@@ -31,7 +31,7 @@ import nara_diffusion  # noqa: F401 (registers NaRA with PEFT)
 from nara_diffusion.dllm import load_backbone, log_likelihood, stop_token_ids
 from nara_diffusion.dllm.exact_match import answer_prompts, decode_answer
 from nara_diffusion.dllm.models.backbone import Backbone
-from nara_diffusion.loaders.file import load_peft_adapter
+from nara_diffusion.loaders.tensor_files import load_peft_adapter
 from nara_diffusion.utils.naming import naming_source
 
 from .harness_text import ALPACA, SETTINGS, cut, encode, encode_pair, read_gen_kwargs, templated

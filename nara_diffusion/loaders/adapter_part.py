@@ -6,12 +6,11 @@ the sizes of its layers, is compared when the adapter is loaded; `strict.check_t
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, fields
+from enum import Enum
 from typing import Any
 
 import torch
@@ -20,10 +19,31 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
-from nara_diffusion.config import NaraConfig, NaraPeftType
+from nara_diffusion.config import NaraConfig, is_idle
 from nara_diffusion.cores.registry import BUILT_IN, NAME_IN_FILES, core_group, make_cores
+from nara_diffusion.strict import check_tensors, is_core_key
 
-from .strict import check_tensors, is_core_key
+_ALWAYS_WRITTEN = (
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "core_type",
+    "core_scale",
+    "use_rslora",
+    "use_dora",
+)
+_OF_ONE_MACHINE = frozenset(
+    [
+        "auto_mapping",
+        "base_model_name_or_path",
+        "inference_mode",
+        "peft_type",
+        "peft_version",
+        "revision",
+        "runtime_config",
+    ]
+)
+"""Fields that say where a configuration was made or runs; the others describe the adapter."""
 
 
 @dataclass(frozen=True)
@@ -70,27 +90,46 @@ def configured_scaling(config: LoraConfig, name: str, rank: int) -> float:
     return alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
 
-# ---------------------------------------------------------------------- adapter_config.json
+# ---------------------------------------------------------------------- fields of a configuration
 
 
-def is_naras(path: Path) -> bool:
-    """Whether an adapter_config.json is that of a NaRA; an error names the file."""
-    kind = read_config_file(path).get("peft_type")
-    if not isinstance(kind, str):
-        raise ValueError(
-            f"'{path}' has no peft_type, so it describes no adapter: download or save it again."
-        )
-    return kind == NaraPeftType.NARA.value
+def config_to_fields(config: NaraConfig) -> dict[str, Any]:
+    """Return a configuration's fields as JSON values.
+
+    Fields of one machine and fields that are None are left out.
+    """
+    found = {}
+    for name, value in config.to_dict().items():
+        if name in _OF_ONE_MACHINE or value is None:
+            continue
+        if isinstance(value, Enum):
+            value = value.value
+        found[name] = sorted(value) if isinstance(value, set) else value
+    return found
 
 
-def read_config_file(path: Path) -> dict[str, Any]:
-    """The fields of a JSON file such as adapter_config.json; an error names the file."""
+def config_from_fields(given: Mapping[str, Any], origin: str) -> NaraConfig:
+    """Return the configuration from `config_to_fields`, or from PEFT's adapter_config.json.
+
+    Raises:
+        ValueError: a field is missing, unknown or wrong; the message names the `origin`.
+    """
+    known = {field.name for field in fields(NaraConfig)}
+    own = {}
+    for name, value in given.items():
+        if name in _OF_ONE_MACHINE or (name not in known and is_idle(name, value)):
+            continue
+        own[name] = value
+    for name in _ALWAYS_WRITTEN:
+        if name not in own:
+            raise ValueError(
+                f"The configuration of {origin} lacks {name}, which every NaRA's file has: damaged."
+            )
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(
-            f"'{path}' can't be read ({error}): it is damaged, download or save it again."
-        ) from None
+        return NaraConfig(**own)
+    except (TypeError, ValueError, AttributeError, ImportError) as error:
+        # PEFT's checks raise the last two
+        raise ValueError(f"The configuration of {origin} is refused: {error}") from error
 
 
 # ---------------------------------------------------------------------- the check

@@ -25,11 +25,11 @@ from torch import nn
 from nara_diffusion.config import NaraConfig, changes_base
 from nara_diffusion.cores.registry import CustomCore, needs_noise, rebuild_core
 from nara_diffusion.layers.offloading import groups_of
+from nara_diffusion.strict import adapter_tensors, check_tensors
 from nara_diffusion.tuner.holder import drop_idle_holder, holder_of
 from nara_diffusion.tuner.strength import check_strength, give_strength, layers_of, strength_of
 
 from .adapter_part import AdapterPart, by_pattern, configured_scaling
-from .strict import check_tensors, held_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def nara_adapters_of(model: nn.Module) -> dict[str, NaraConfig]:
 
 def part_of(model: nn.Module, adapter_name: str) -> AdapterPart:
     """The adapter's configuration and tensors, as saved in a file."""
-    return AdapterPart(nara_adapters_of(model)[adapter_name], held_tensors(model, adapter_name))
+    return AdapterPart(nara_adapters_of(model)[adapter_name], adapter_tensors(model, adapter_name))
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -194,7 +194,7 @@ def insert(
     )
     held = {
         key: tensor
-        for key, tensor in held_tensors(model, adapter_name).items()
+        for key, tensor in adapter_tensors(model, adapter_name).items()
         if not tensor.is_meta
     }
     check_tensors(held, held)  # in the dtypes of their layers, to which PEFT has converted them

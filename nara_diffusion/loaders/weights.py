@@ -15,7 +15,7 @@ from nara_diffusion.config import NaraConfig
 from nara_diffusion.tuner.snapshot import restored_on_error
 
 from .adapter_part import AdapterPart
-from .file import WEIGHTS_NAME, AdapterFile, naming
+from .file import AdapterFile, naming
 from .insertion import (
     TEXT_ENCODER,
     adapters_of,
@@ -32,6 +32,7 @@ from .insertion import (
     unwrapped,
 )
 from .schedulers import DENOISERS, check_schedulers, denoiser_name, read_schedule_of
+from .tensor_files import WEIGHTS_NAME
 
 
 def load_nara_weights(
@@ -93,11 +94,19 @@ def load_nara_weights(
         "token": token,
         "cache_dir": cache_dir,
         "force_download": force_download,
+        "proxies": proxies,
+        "local_files_only": local_files_only,
     }
-    hub |= {"proxies": proxies, "local_files_only": local_files_only}
-    source, component = pretrained_model_name_or_path_or_dict, denoiser_name(self)
-    where = {"weight_name": weight_name, "subfolder": subfolder, "metadata": metadata}
-    parts = AdapterFile.read(source, component, **where, **hub).parts
+    source = pretrained_model_name_or_path_or_dict
+    file = AdapterFile.read(
+        source,
+        denoiser_name(self),
+        weight_name=weight_name,
+        subfolder=subfolder,
+        metadata=metadata,
+        hub=hub,
+    )
+    parts = file.parts
     with naming(source):
         if unknown := [name for name in parts if name not in models]:
             has = ", ".join(map(repr, models))

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
-from peft.utils import CONFIG_NAME
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -22,10 +20,11 @@ from nara_diffusion.config import changes_base
 from nara_diffusion.export.from_lora import check_identity, check_scales, copy_tensors
 from nara_diffusion.export.plain_lora import PlainLora
 from nara_diffusion.export.read_lora import read_lora
-from nara_diffusion.loaders.adapter_part import AdapterPart, configured_scaling, is_naras
-from nara_diffusion.loaders.file import METADATA_KEY, WEIGHTS_NAME, AdapterFile, naming
-from nara_diffusion.loaders.strict import check_loaded, check_tensors, load_whole_model
+from nara_diffusion.loaders.adapter_part import AdapterPart, configured_scaling
+from nara_diffusion.loaders.file import AdapterFile, naming
+from nara_diffusion.loaders.tensor_files import is_nara, load_whole_model
 from nara_diffusion.noise.prediction import check_expected
+from nara_diffusion.strict import check_loaded, check_tensors
 
 from .adapters import CORE_FIELDS
 
@@ -55,7 +54,7 @@ def start_from(components: Mapping[str, Any], path: str, source_model: Any) -> N
     """
     file, origin = Path(path).expanduser(), f"init_adapter '{path}'"
     with naming(path):
-        naras = _is_naras(file)
+        naras = is_nara(file)
         read: Any = (
             AdapterFile.read(file, next(iter(components))).parts
             if naras
@@ -110,18 +109,6 @@ def _copy_lora(part: PlainLora, root: Any, origin: str) -> None:
     if isinstance(config, NaraConfig) and config.core_type != "identity":
         check_identity(root, "default", config)
     copy_tensors(part, root, "default", origin)
-
-
-def _is_naras(path: Path) -> bool:
-    if (path / CONFIG_NAME).is_file():
-        return is_naras(path / CONFIG_NAME)
-    if (path / WEIGHTS_NAME).is_file() or not path.is_file():
-        return (path / WEIGHTS_NAME).is_file()
-    try:
-        with safe_open(path, framework="pt") as file:
-            return METADATA_KEY in (file.metadata() or {})
-    except SafetensorError:
-        return False  # the code that reads the file raises
 
 
 def _check_same(config: Any, given: NaraConfig, origin: str) -> None:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from nara_diffusion.cores.registry import CoreSet
 from nara_diffusion.layers.offloading import groups_of
 from nara_diffusion.layers.variants import CoreChannel, Key
-from nara_diffusion.loaders.strict import PEFT_PREFIX
 from nara_diffusion.noise.level import (
     as_level,
     backward_pass,
@@ -20,6 +19,7 @@ from nara_diffusion.noise.level import (
     entry_for,
     find_holders,
 )
+from nara_diffusion.strict import PEFT_PREFIX
 
 
 class ReadOutsideForwards:

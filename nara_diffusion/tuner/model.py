@@ -34,7 +34,9 @@ from nara_diffusion.layers.dispatch import (
 )
 from nara_diffusion.layers.offloading import is_dispatched_by_layers
 from nara_diffusion.layers.variants import rows_of
-from nara_diffusion.loaders.strict import (
+from nara_diffusion.noise.denoisers import denoiser_of
+from nara_diffusion.noise.level import find_holders
+from nara_diffusion.strict import (
     PEFT_PREFIX,
     check_adapter_names,
     check_core_precision,
@@ -44,8 +46,6 @@ from nara_diffusion.loaders.strict import (
     with_names_in_files,
     without_second_biases,
 )
-from nara_diffusion.noise.denoisers import denoiser_of
-from nara_diffusion.noise.level import find_holders
 
 from .holder import CoreHolder, drop_idle_holder, holder_of
 from .merging import MergesAtOneLevel

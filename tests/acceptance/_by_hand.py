@@ -22,7 +22,7 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from nara_diffusion import NaraConfig, register_core
-from nara_diffusion.loaders.strict import beside_configuration
+from nara_diffusion.strict import beside_configuration
 from tests.helpers.adapted import disturb as disturb
 from tests.helpers.adapted import relative_error
 from tests.helpers.rounding import rounding

@@ -1,0 +1,293 @@
+"""Files of tensors: find them on disk or on the Hub, read and write them, and recognise a NaRA's."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from diffusers.utils.hub_utils import _get_model_file
+from peft import PeftConfig, PeftModel
+from peft.utils import CONFIG_NAME as PEFT_CONFIG_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME as PEFT_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from nara_diffusion.config import NaraPeftType
+from nara_diffusion.strict import check_loaded, is_core_key
+from nara_diffusion.utils.naming import is_out_of_reach, listed
+
+WEIGHTS_NAME = "pytorch_nara_weights.safetensors"
+METADATA_KEY = "nara_adapter_metadata"
+"""The key of the configurations in the metadata of a pipeline's file."""
+PICKLE = (
+    "a pickle of torch.save, which may run code when it is read, and isn't read here: get the "
+    "adapter as safetensors, or write it as such by "
+    "safetensors.torch.save_file(torch.load(path, weights_only=True), …)"
+)
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+_PICKLE_STARTS = (b"PK", *(b"\x80" + bytes([version]) for version in range(6)))
+"""The first two bytes of a pickle: those of a zip archive, or of a bare pickle's protocol."""
+
+
+# ---------------------------------------------------------------------- is it a NaRA?
+
+
+def is_nara(path: Path) -> bool:
+    """Return True if a file, or a folder of PEFT's or of a pipeline, has a NaRA adapter.
+
+    A file that can't be read is none: whoever reads it raises the error.
+
+    Raises:
+        ValueError: a folder's adapter_config.json is damaged.
+    """
+    if path.is_file():
+        return _has_core(path)
+    config = path / PEFT_CONFIG_NAME
+    if config.is_file():
+        return adapter_type(config) == NaraPeftType.NARA.value
+    return (path / WEIGHTS_NAME).is_file()
+
+
+def is_nara_for_peft(source: str, subfolder: str | None = None, **hub: object) -> bool:
+    """Return True if a folder or repository that PEFT is about to load has a NaRA adapter."""
+    folder = Path(source, subfolder or "")
+    if (folder / PEFT_CONFIG_NAME).is_file():
+        return is_nara(folder)
+    try:
+        found = PeftConfig._get_peft_type(source, subfolder=subfolder, **hub)
+    except Exception:  # PEFT is about to raise its own error
+        return False
+    return found == NaraPeftType.NARA.value
+
+
+def _has_core(path: Path) -> bool:
+    """Return True if a safetensors file has a NaRA's metadata, or tensors of a core."""
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            names = list(file.keys())
+            metadata = file.metadata() or {}
+    except (OSError, SafetensorError):
+        return False
+    return METADATA_KEY in metadata or any(map(is_core_key, names))
+
+
+def adapter_type(path: Path) -> str:
+    """Return `peft_type` of an adapter_config.json. Raise ValueError if there is none."""
+    kind = read_config_file(path).get("peft_type")
+    if not isinstance(kind, str):
+        raise ValueError(
+            f"'{path}' has no peft_type, so it describes no adapter: download or save it again."
+        )
+    return kind
+
+
+# ---------------------------------------------------------------------- find
+
+
+def locate(
+    source: str | os.PathLike[str],
+    weight_name: str | None,
+    subfolder: str | None,
+    hub: Mapping[str, Any],
+) -> Path:
+    """Return the safetensors file that `source`, a file, folder or repository, stands for.
+
+    Raises:
+        ValueError: there is no such file. OSError: the Hub's error.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        return path
+    if path.is_dir():
+        return _in_folder(path / subfolder if subfolder else path, weight_name)
+    check_regular(path)
+    is_local = isinstance(source, Path) or str(source).startswith((".", "/", "~"))
+    if is_local or path.suffix == ".safetensors":
+        raise ValueError(
+            f"There is no file or folder '{source}': pass what save_nara_weights or PEFT wrote."
+        )
+    repository = str(source)
+    try:
+        return _download(repository, weight_name or WEIGHTS_NAME, subfolder, hub)
+    except OSError as error:
+        if weight_name is not None:
+            raise
+        try:
+            _download(repository, PEFT_CONFIG_NAME, subfolder, hub)
+            return _download(repository, PEFT_WEIGHTS_NAME, subfolder, hub)
+        except OSError:
+            raise error from None  # the error for NaRA's own file name
+
+
+def _download(repository: str, name: str, subfolder: str | None, hub: Mapping[str, Any]) -> Path:
+    agent = {"file_type": "nara_weights", "framework": "pytorch"}
+    try:
+        found = _get_model_file(
+            repository, weights_name=name, subfolder=subfolder, user_agent=agent, **hub
+        )
+    except OSError as error:
+        if not is_out_of_reach(error):
+            raise
+        raise OSError(
+            f"There is no folder '{repository}', and the Hub can't be reached to look for a "
+            "repository of that name: check the connection, or name a file or folder."
+        ) from error
+    return Path(found)
+
+
+def _in_folder(folder: Path, weight_name: str | None) -> Path:
+    """Return the file `weight_name` of a folder. None takes NaRA's, PEFT's or the only one."""
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    others = [path.name for path in files if path.suffix == ".safetensors" and path.is_file()]
+    if weight_name is not None:
+        names = [weight_name]
+    else:
+        names = [WEIGHTS_NAME, PEFT_WEIGHTS_NAME]
+        names += others if len(others) == 1 else []
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+        check_regular(folder / name)
+    pickles = [path.name for path in files if path.suffix in _PICKLE_SUFFIXES]
+    found = "it has no safetensors file"
+    if others and weight_name == PEFT_WEIGHTS_NAME:
+        found = f"name a folder of PEFT, not of {listed(others)}"
+    elif others:
+        found = f"pass weight_name, one of {listed(others)}"
+    elif pickles:
+        found += f", but {listed(pickles)}, {PICKLE}"
+    raise ValueError(f"There is no '{weight_name or WEIGHTS_NAME}' in '{folder}': {found}.")
+
+
+# ---------------------------------------------------------------------- read and write
+
+
+def check_regular(path: Path) -> None:
+    """Raise ValueError if `path` is a broken link, or a folder, pipe or device.
+
+    Reading a pipe or device would wait for its end.
+    """
+    if path.is_symlink() and not path.exists():
+        raise ValueError(
+            f"'{path}' is a link to '{os.readlink(path)}', which isn't there: download the adapter "
+            "again."
+        )
+    if path.exists() and not path.is_file():
+        raise ValueError(
+            f"'{path}' is no regular file, but a folder, pipe or device: name a safetensors file."
+        )
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """Return the fields of a JSON file such as adapter_config.json; an error names the file."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"'{path}' can't be read ({error}): it is damaged, download or save it again."
+        ) from None
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str] | None]:
+    """Return the tensors and metadata of a safetensors file.
+
+    Tensors are copied, so that the file may be overwritten afterwards.
+
+    Raises:
+        ValueError: it is no file, is cut off, or has another format, such as a pickle.
+    """
+    check_regular(path)
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            tensors = {key: copied(file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118
+            return tensors, file.metadata()
+    except SafetensorError as error:
+        if path.read_bytes()[:2] in _PICKLE_STARTS:
+            raise ValueError(f"'{path}' is {PICKLE}.") from None
+        raise ValueError(
+            f"'{path}' is no whole safetensors file ({error}): download or save it again if it was "
+            "cut off; other formats are not read."
+        ) from None
+
+
+def save_tensors(
+    tensors: Mapping[str, Tensor],
+    path: Path,
+    metadata: Mapping[str, str] | None = None,
+    save_function: Callable[..., None] | None = None,
+) -> None:
+    """Write a safetensors file, completely or not at all, as `save_file` of safetensors does.
+
+    Raises:
+        OSError: the target is full or can't be written; the message names both.
+    """
+    save = save_function or save_file
+    contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
+    try:
+        save(contiguous, str(path), metadata={"format": "pt", **(metadata or {})})
+    except SafetensorError as error:
+        visible = [part for part in path.parts if not part.startswith(".partial-")]
+        raise OSError(f"'{Path(*visible)}' can't be written: {error}") from error
+
+
+def copied(tensor: Tensor) -> Tensor:
+    """Return a copy that shares no memory and is aligned like a model's weights.
+
+    The last bits of products depend on that alignment. Anything but a tensor is returned as it is.
+    """
+    return tensor.detach().clone() if isinstance(tensor, Tensor) else tensor
+
+
+# ---------------------------------------------------------------------- other methods, whole models
+
+
+def read_peft_tensors(
+    source: str | Path, subfolder: str | None = None, **hub: Any
+) -> dict[str, Tensor]:
+    """Return the tensors of an adapter of any method in PEFT's format, by PEFT's keys."""
+    tensors, _ = read_tensors(locate(source, PEFT_WEIGHTS_NAME, subfolder, hub))
+    return tensors
+
+
+def load_peft_adapter(model: Any, source: str | Path, **options: Any) -> PeftModel:
+    """`PeftModel.from_pretrained`, with a check that all tensors of the file were loaded.
+
+    Args:
+        model: the base model.
+        source: a folder or repository.
+        options: `revision`, `subfolder`, ….
+
+    Raises:
+        ValueError: nothing is there; the folder's weights are missing or damaged; or see
+            `check_loaded`.
+    """
+    tensors = read_peft_tensors(source, **options)
+    adapted = PeftModel.from_pretrained(model, str(source), **options)
+    check_loaded(adapted, "default", tensors, str(source))
+    return adapted
+
+
+def load_whole_model(kind: Any, folder: Path, **options: object) -> nn.Module:
+    """Call `from_pretrained` of a class of Diffusers or Transformers, and check what it loaded.
+
+    Raises:
+        ValueError: a tensor is missing or unexpected; the message names it.
+    """
+    model, loading = kind.from_pretrained(str(folder), output_loading_info=True, **options)
+    missing = sorted(loading["missing_keys"])
+    surplus = sorted(loading["unexpected_keys"])
+    problems = []
+    if missing:
+        problems.append(f"lacks {listed(missing, 'tensors')} of {kind.__name__}")
+    if surplus:
+        problems.append(f"has {listed(surplus, 'tensors')}, which {kind.__name__} doesn't have")
+    if problems:
+        raise ValueError(
+            f"{folder} {' and '.join(problems)}. Was it written by another version, or is it of "
+            "another model? Save it again."
+        )
+    return model

@@ -1,0 +1,267 @@
+"""The strict check of an adapter's tensors: names, shapes, dtypes and values.
+
+PEFT, Diffusers and Transformers ignore tensors with unexpected names, at most with a warning, and
+leave the layers at random values. Here nothing is half loaded: `check_tensors` compares a file with
+the adapter that it is loaded into, and `check_loaded` compares the adapter of any method with its
+file after loading.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from itertools import pairwise
+from typing import cast
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from torch import Tensor, nn
+
+from nara_diffusion.cores.registry import HOLDER_NAME, NAME_IN_FILES
+from nara_diffusion.utils.naming import listed
+
+PEFT_PREFIX = "base_model.model."
+"""The prefix of every module name in PEFT's files."""
+
+_HINT = (
+    "Was it trained on another base model, or saved with another core_type, core_sharing, "
+    "noise_embedding, rank or target_modules?"
+)
+_OTHER_BASE = (
+    "The rank is right, so the adapter was most likely trained on another base model, with layers "
+    "of other sizes: load it into that one (`nara inspect FILE` shows its name if the file has it)."
+)
+
+
+def check_tensors(
+    given: Mapping[str, object],
+    expected: Mapping[str, Tensor],
+    known: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Compare a file's tensors with those of the adapter that it is loaded into.
+
+    Both have the model's names. A core that is missing is never replaced by a fresh draw.
+
+    Args:
+        given: the file's tensors.
+        expected: the adapter's tensors. Their values are not read, so they may be on "meta".
+        known: all tensors of the model, if the file may also contain embeddings and
+            `modules_to_save`. None means `expected`.
+
+    Raises:
+        ValueError: a tensor is missing, unknown, misshapen or not finite, has integers but the model
+            has real numbers, or belongs to a core and is not float32.
+    """
+    known = expected if known is None else known
+    if missing := _absent(expected, given):
+        raise ValueError(f"The checkpoint lacks {listed(missing, 'tensors')}. {_HINT}")
+    if unknown := _absent(given, known):
+        raise ValueError(
+            f"The checkpoint has {listed(unknown, 'tensors')}, but this adapter does not. {_HINT}"
+        )
+    for key, tensor in given.items():
+        _check_tensor(key, tensor, known[key], has_shape=key in expected)
+
+
+def _absent(wanted: Iterable[str], present: Mapping[str, object]) -> list[str]:
+    """Return the names in `wanted` that are not in `present`."""
+    return [name for name in wanted if name not in present]
+
+
+def _check_tensor(key: str, tensor: object, like: Tensor, has_shape: bool) -> None:
+    """Compare one tensor of a file with the model's; compare shapes if `has_shape`."""
+    if not isinstance(tensor, Tensor):
+        raise _wrong_kind(key, type(tensor).__name__, like)
+    if tensor.is_complex() or tensor.is_floating_point() != like.is_floating_point():
+        raise _wrong_kind(key, tensor.dtype, like)
+    if has_shape and tensor.shape != like.shape:
+        reason = _OTHER_BASE if _has_rank_of(key, tensor, like) else _HINT
+        raise ValueError(
+            f"'{key}' has shape {tuple(tensor.shape)} in the checkpoint, but this adapter needs "
+            f"{tuple(like.shape)}. {reason} An adapter is loaded completely or not at all, even "
+            "with ignore_mismatched_sizes=True."
+        )
+    if is_core_key(key):
+        remedy = "save it again without converting it"
+        check_core_precision(key, tensor, like, "in the checkpoint", remedy)
+    if tensor.is_floating_point() and not bool(tensor.to(like.dtype).isfinite().all()):
+        raise ValueError(
+            f"'{key}' has NaN or infinity in the checkpoint, or a value that is too large for its "
+            "layer: the run that saved it was broken, or the model has to be in bfloat16 or float32."
+        )
+
+
+def _wrong_kind(key: str, kind: object, like: Tensor) -> ValueError:
+    return ValueError(
+        f"'{key}' is {kind} in the checkpoint, but {like.dtype} in the model: save it again without "
+        "converting or quantising it."
+    )
+
+
+def _has_rank_of(key: str, tensor: Tensor, like: Tensor) -> bool:
+    """Return True if a factor has the right rank, so that only the base's layer size differs."""
+    kind = key.partition(".lora_")[2]
+    axis_of_rank = 0 if "A" in kind else 1
+    if not kind or tensor.dim() != like.dim() or like.dim() < 2:
+        return False
+    return tensor.shape[axis_of_rank] == like.shape[axis_of_rank]
+
+
+def check_core_precision(key: str, tensor: Tensor, like: Tensor, where: str, remedy: str) -> None:
+    """Raise ValueError if a core's tensor is not float32, or if its integers have another dtype.
+
+    Converting a rounded tensor back to float32 does not restore it.
+    """
+    expected = torch.float32 if like.is_floating_point() else like.dtype
+    if tensor.dtype != expected:
+        raise ValueError(
+            f"'{key}' is {tensor.dtype} {where}, but a core is kept in float32, since rounding "
+            f"changes C(λ) − I by several per cent: {remedy}."
+        )
+
+
+# ---------------------------------------------------------------------- names
+
+
+def check_adapter_names(model: nn.Module, names: set[str]) -> None:
+    """Raise ValueError if one of several adapters has the name of a part of a key.
+
+    PEFT would leave out tensors of such an adapter, or of another one, when saving.
+    """
+    if len(names) < 2:
+        return
+    for key in model.state_dict():
+        if not any(part in key for part in (".lora_", ".base_layer.", f"{HOLDER_NAME}.")):
+            continue
+        for before, name in pairwise(f"{PEFT_PREFIX}{key}".split(".")):
+            if name in names and not _precedes_adapter_name(before):
+                raise ValueError(
+                    f"adapter '{name}' is named like a part of '{key}', so that PEFT would leave "
+                    "out tensors when it saves one of several adapters. Choose another name."
+                )
+
+
+def _precedes_adapter_name(part: str) -> bool:
+    """Return True if the name of an adapter follows `part` in a key."""
+    if part == HOLDER_NAME:
+        return False
+    return part.startswith(("lora_", "cores", "modules_to_save"))
+
+
+def is_core_key(key: str) -> bool:
+    """Return True if a name, in a file or in a model, is that of a core's tensor. Only a NaRA has one."""
+    return not {NAME_IN_FILES, HOLDER_NAME}.isdisjoint(key.split("."))
+
+
+def with_names_in_files(tensors: Mapping[str, Tensor], adapter_name: str) -> dict[str, Tensor]:
+    """Return a model's `tensors`, those of the core under the names that they have in files."""
+    in_model = f"{HOLDER_NAME}.cores.{adapter_name}."
+    return {key.replace(in_model, f"{NAME_IN_FILES}."): tensor for key, tensor in tensors.items()}
+
+
+def without_second_biases(tensors: Mapping[str, Tensor], adapter_name: str) -> dict[str, Tensor]:
+    """Return a file's `tensors` without PEFT's copies of biases in `modules_to_save`.
+
+    PEFT writes such copies if `bias` is "all".
+    """
+    own = f".modules_to_save.{adapter_name}."
+    kept = {}
+    for key, tensor in tensors.items():
+        is_copy = ".modules_to_save." in key and own not in key and key.endswith(".bias")
+        if not is_copy:
+            kept[key] = tensor
+    return kept
+
+
+# ---------------------------------------------------------------------- after loading, any method
+
+
+def check_loaded(
+    model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor], origin: str
+) -> None:
+    """Compare an adapter in `model` with the `tensors` of the file that it was loaded from.
+
+    Args:
+        model: a PeftModel, or a model with adapters from `inject_adapter_in_model`.
+        tensors: under PEFT's names, with or without its prefix.
+        origin: the file, for messages.
+
+    Raises:
+        ValueError: a tensor is not in the model, or the model has one that is not in the file.
+    """
+    loaded = _by_plain_name(adapter_tensors(model, adapter_name))
+    given = _by_plain_name(tensors)
+    lost = [key for key, tensor in given.items() if not _has_values(loaded.get(key), tensor)]
+    surplus = _absent(loaded, given)
+    kind = type(model).__name__
+    if lost:
+        what = f"{len(lost)} of the {len(given)} tensors of {origin} did not load into {kind}: "
+        what += listed(lost)
+    elif surplus:
+        what = f"{kind} has {len(surplus)} tensors that {origin} does not have: {listed(surplus)}"
+    else:
+        return
+    raise ValueError(
+        f"{what}. The installed PEFT, Diffusers and Transformers expect other names, or another "
+        "configuration, for this model: save the adapter again with these versions, or load it into "
+        "the model that it was trained on."
+    )
+
+
+def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """Return the adapter's tensors in `model` that PEFT would save, without base weights."""
+    with beside_configuration():
+        return get_peft_model_state_dict(
+            cast(PeftModel, model),  # PEFT reads any model with a `peft_config`
+            model.state_dict(),
+            adapter_name=adapter_name,
+            save_embedding_layers=False,
+        )
+
+
+_configuration_is_kept: ContextVar[bool] = ContextVar("nara_configuration_is_kept", default=False)
+
+
+@contextmanager
+def beside_configuration() -> Iterator[None]:
+    """Make `check_keeps_configuration` accept any model: the caller keeps the configuration."""
+    token = _configuration_is_kept.set(True)
+    try:
+        yield
+    finally:
+        _configuration_is_kept.reset(token)
+
+
+def check_keeps_configuration(model: nn.Module, adapter_name: str) -> None:
+    """Raise ValueError if the tensors of a NaRA are collected from a model of Diffusers.
+
+    Its `save_lora_weights` and `save_lora_adapter` write no configuration that could be loaded.
+    """
+    original = type(model._modules.get("_orig_mod", model))
+    is_of_diffusers = any(kind.__name__ == "ModelMixin" for kind in original.__mro__)
+    if is_of_diffusers and not _configuration_is_kept.get():
+        raise ValueError(
+            f"Adapter '{adapter_name}' is a NaRA, which save_lora_weights and save_lora_adapter would "
+            "write without the configuration that loading needs: call "
+            "pipe.save_nara_weights(folder), or in a training script "
+            "checkpoint_nara_weights(accelerator, unet=unet) (docs/other_trainers.md)."
+        )
+
+
+def _by_plain_name(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors under their names in the model, without PEFT's prefix and suffix."""
+    plain = {}
+    for key, tensor in tensors.items():
+        plain[key.removeprefix(PEFT_PREFIX).removesuffix(".weight")] = tensor
+    return plain
+
+
+def _has_values(loaded: Tensor | None, given: Tensor) -> bool:
+    """Return True if the model's tensor has the file's values, or its shape if it is on "meta"."""
+    if loaded is None or loaded.shape != given.shape:
+        return False
+    if loaded.is_meta:  # offloaded to disk
+        return True
+    expected = given.to(loaded.device, loaded.dtype)
+    return torch.allclose(loaded, expected, rtol=0, atol=0, equal_nan=True)
