@@ -41,11 +41,11 @@ from nara_diffusion.dllm.models.backbone import Backbone
 from nara_diffusion.dllm.text_arguments import Arguments
 from nara_diffusion.dreambooth import denoiser
 from nara_diffusion.dreambooth import train as dreambooth_train
+from nara_diffusion.dreambooth.caches import PromptCache
 from nara_diffusion.dreambooth.dataset import collate_samples
 from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser, adapt, text_config
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments, run_family
 from nara_diffusion.dreambooth.pipelines import family_defaults
-from nara_diffusion.dreambooth.training_step import PromptCache
 from nara_diffusion.noise.denoisers import time_layers
 from nara_diffusion.noise.level import MASKED_SHARE, core_holders
 from nara_diffusion.training import adapter_weights

@@ -1,5 +1,6 @@
 """Subject fine-tuning of image models: images and captions, cached latents and prompts, losses, metrics."""
 
+from nara_diffusion.dreambooth.caches import LatentCache, PromptCache
 from nara_diffusion.dreambooth.dataset import DreamBoothDataset, TrainingSample, collate_samples
 from nara_diffusion.dreambooth.image_records import (
     ImageRecord,
@@ -8,7 +9,6 @@ from nara_diffusion.dreambooth.image_records import (
     records_from_folder,
 )
 from nara_diffusion.dreambooth.samples import generate_class_images
-from nara_diffusion.dreambooth.training_step import LatentCache, PromptCache
 
 __all__ = [
     "DreamBoothDataset",

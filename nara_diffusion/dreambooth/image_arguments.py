@@ -11,8 +11,8 @@ from nara_diffusion.training.argument_checks import check_arguments, require
 from nara_diffusion.training.arguments import AdapterArguments, TrainingArguments
 from nara_diffusion.training.parser import option, spread_options
 
+from .captions import check_prompt
 from .family import TRANSFORMER_TARGETS, Family
-from .image_records import check_prompt
 from .pipelines import family_of, family_of_model
 
 UNET_TARGETS = list(TRANSFORMER_TARGETS)

@@ -10,14 +10,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from diffusers.models.modeling_utils import ModelMixin
 from PIL import Image
 from torch import Tensor
 
+from .caches import posterior_of, reads_videos
 from .dataset import TrainingSample
-from .training_step import posterior_of
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class Reconstruction:
 
 
 @torch.no_grad()
-def reconstruct(vae: Any, samples: Sequence[TrainingSample]) -> Reconstruction:
+def reconstruct(vae: ModelMixin, samples: Sequence[TrainingSample]) -> Reconstruction:
     """Encode and decode samples one by one; the log says if that changes them visibly."""
     images, ratios = [], []
     for sample in samples[:AT_MOST]:
@@ -59,10 +59,10 @@ def reconstruct(vae: Any, samples: Sequence[TrainingSample]) -> Reconstruction:
     return found
 
 
-def decoded_pixels(vae: Any, pixels: Tensor) -> Tensor:
+def decoded_pixels(vae: ModelMixin, pixels: Tensor) -> Tensor:
     """x̂ (3, h, w) float32 on the CPU, in [−1, 1], of x (3, h, w)."""
     weight = next(vae.parameters())
     mean, _ = posterior_of(vae, pixels[None].to(weight.device, weight.dtype))
-    if "temperal_downsample" in vae.config:  # a video of one frame
+    if reads_videos(vae):  # a video of one frame
         return vae.decode(mean[:, :, None]).sample[0, :, 0].clamp(-1, 1).float().cpu()
     return vae.decode(mean).sample[0].clamp(-1, 1).float().cpu()

@@ -18,10 +18,11 @@ from tqdm.auto import tqdm
 from nara_diffusion.training.engines import split_across_processes
 from nara_diffusion.utils.atomic_write import atomic_write
 
+from .captions import check_prompt
 from .draws import torch_generator
 from .families import BY_PIPELINE
 from .family import Family
-from .image_records import IMAGE_SUFFIXES, check_prompt
+from .image_records import IMAGE_SUFFIXES
 
 CELL, GAP, TEXT = (
     128,

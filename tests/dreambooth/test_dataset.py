@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
+from nara_diffusion.dreambooth.caches import LatentCache
 from nara_diffusion.dreambooth.dataset import (
     BucketOrder,
     DreamBoothDataset,
@@ -22,7 +23,6 @@ from nara_diffusion.dreambooth.dataset import (
 )
 from nara_diffusion.dreambooth.draws import torch_generator
 from nara_diffusion.dreambooth.image_records import ImageRecord, class_records, records_from_folder
-from nara_diffusion.dreambooth.training_step import LatentCache
 from nara_diffusion.training.loop import ShuffledStream, stream_loader
 from tests.dreambooth.pictures import folder_of, noise
 from tests.helpers.small_pipelines import small_vae

@@ -15,11 +15,11 @@ from diffusers import Flux2Pipeline
 from torch import Tensor
 
 from nara_diffusion import NaraConfig
+from nara_diffusion.dreambooth.caches import PromptCache, scale_latents
 from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser
 from nara_diffusion.dreambooth.family import Family
 from nara_diffusion.dreambooth.objectives import build_objective
 from nara_diffusion.dreambooth.pipelines import family_of
-from nara_diffusion.dreambooth.training_step import PromptCache, scale_latents
 from tests.helpers.adapted import disturb
 from tests.helpers.denoisers import told
 from tests.helpers.pipelines.families import FAMILY_PIPELINES, small_flux2_dev, small_wan_images

@@ -8,14 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nara_diffusion.dreambooth.image_records import (
-    check_prompt,
-    class_records,
-    fill_captions,
-    load_image,
-    own_captions,
-    records_from_folder,
-)
+from nara_diffusion.dreambooth.captions import check_prompt, fill_captions, own_captions
+from nara_diffusion.dreambooth.image_records import class_records, load_image, records_from_folder
 from tests.dreambooth.pictures import folder_of, noise
 
 PROMPT = "a photo of sks toy"
@@ -200,7 +194,7 @@ def test_captions_that_cannot_be_read_are_refused_by_file_and_line(images) -> No
         '{"file_name": "a.png", "text": ["a", "b"]}': r"'text' is \[\"a\", \"b\"\], expected a text in quotes",
         '{"file_name": ["a.png"], "text": "a"}': r"'file_name' is \[\"a.png\"\], expected a text in quotes",
         '{"file_name": "a.png", "text": NaN}': "'text' is NaN, expected a text in quotes",
-        '{"file_name": "b.jpg", "text": "a"}': "b.jpg has a caption in line 1 already",
+        '{"file_name": "b.jpg", "text": "a"}': "b.jpg already has a caption in line 1",
         r'{"file_name": "a.png", "text": "a \ud83d toy"}': r"holds half a character, \\ud",
         "[" * 100_000: "expected .*recursion",
         '{"file_name": "a.png", "n": %s}' % ("1" * 4301): "expected .*digits",

@@ -1,0 +1,173 @@
+"""Latents of images and embeddings of prompts, each encoded once.
+
+    q(z | x) = N(μ(x), σ(x)²),    z = μ + σ ε,    latents = `scale_latents` of z
+
+with ε ~ N(0, I) drawn from (seed, position). μ, σ and the embeddings are computed once; ε is drawn
+anew each time. So a cache changes the time of a step and nothing else.
+
+Each image and prompt is encoded by itself. Bits depend on the batch, and a resumed run, which sees
+other samples in its batches, has to get the same bits.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+
+import torch
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from torch import Tensor
+
+from .dataset import TrainingSample
+from .draws import seeded_normal
+from .family import Embeddings, Family, stack_padded
+from .pipelines import family_of
+
+logger = logging.getLogger(__name__)
+
+
+class TensorCache:
+    """Tensors by key, on the CPU.
+
+    Args:
+        memory_mib: how much to keep, in MiB. What doesn't fit is made again at each use. In float32
+            a prompt of SDXL takes 620 KiB.
+    """
+
+    def __init__(self, memory_mib: float = 1024.0) -> None:
+        self.free = memory_mib * 2**20
+        self.full = False
+        self._entries: dict[str, tuple[Tensor, ...]] = {}
+
+    @torch.no_grad()
+    def get(self, key: str, make: Callable[[], Iterable[Tensor]]) -> tuple[Tensor, ...]:
+        """Return the tensors of `key`; call `make` only if they aren't in memory."""
+        if key in self._entries:
+            return self._entries[key]
+        entry = tuple(tensor.detach().cpu().contiguous() for tensor in make())
+        size = sum(tensor.nbytes for tensor in entry)
+        if size <= self.free:
+            self._entries[key] = entry
+            self.free -= size
+        elif not self.full:
+            self.full = True
+            logger.warning(
+                "latents or prompts don't fit into memory: the rest is encoded at each use"
+            )
+        return entry
+
+
+class LatentCache:
+    """Latents of training samples. Each distinct crop is encoded once.
+
+    Args:
+        vae: a frozen autoencoder with a posterior, in its own dtype and on its own device.
+        memory_mib: how much to keep. An SDXL latent at 1024² takes 512 KiB in float32.
+    """
+
+    def __init__(self, vae: ModelMixin, *, memory_mib: float = 1024.0) -> None:
+        self.vae = vae
+        self.cache = TensorCache(memory_mib)
+
+    def sample(self, samples: Sequence[TrainingSample], *, seed: int) -> Tensor:
+        """Return latents (b, c, h / f, w / f) of samples of one size, float32 on the CPU.
+
+        f is the factor of the autoencoder and its patches. ε is drawn from `seed` and from the
+        position and role of each sample.
+        """
+        mean, std = self._posterior(samples)
+        rows = []
+        for sample in samples:
+            stream = f"posterior {sample.role}"
+            row = seeded_normal(mean.shape[1:], seed=seed, stream=stream, indices=[sample.position])
+            rows.append(row)
+        return scale_latents(self.vae, mean + std * torch.cat(rows))
+
+    def mode(self, samples: Sequence[TrainingSample]) -> Tensor:
+        """Return the same with ε = 0, for a validation loss."""
+        mean, _ = self._posterior(samples)
+        return scale_latents(self.vae, mean)
+
+    def _posterior(self, samples: Sequence[TrainingSample]) -> tuple[Tensor, Tensor]:
+        """Return μ and σ (b, c, h', w'), float32 on the CPU."""
+        means, stds = [], []
+        for sample in samples:
+            mean, std = self.cache.get(sample.key, partial(self._encode, sample))
+            means.append(mean)
+            stds.append(std)
+        return torch.stack(means).float(), torch.stack(stds).float()
+
+    def _encode(self, sample: TrainingSample) -> tuple[Tensor, Tensor]:
+        weight = next(self.vae.parameters())
+        pixels = sample.pixel_values()[None].to(weight.device, weight.dtype)
+        mean, std = posterior_of(self.vae, pixels)
+        return mean[0], std[0]
+
+
+class PromptCache:
+    """The embeddings of each distinct prompt, encoded once by a pipeline's frozen text encoders.
+
+    Args:
+        pipe: the pipeline, with its tokenizers and text encoders.
+        family: its family with the settings of the run; None takes the family's defaults.
+    """
+
+    def __init__(self, pipe: DiffusionPipeline, family: Family | None = None) -> None:
+        self.pipe = pipe
+        self.family = family or family_of(pipe)
+        self.cache = TensorCache()
+
+    def get(self, prompts: Sequence[str]) -> Embeddings:
+        """Return the family's embeddings of b prompts: parts (b, …), on the CPU, in the encoders'
+        dtype."""
+        entries = [self.cache.get(prompt, partial(self._encode, prompt)) for prompt in prompts]
+        return tuple(stack_padded(parts) for parts in zip(*entries, strict=True))
+
+    def _encode(self, prompt: str) -> list[Tensor]:
+        return [part[0] for part in self.family.encode(self.pipe, [prompt])]
+
+
+def posterior_of(vae: ModelMixin, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return μ and σ (b, c, h, w) of images (b, 3, h, w)."""
+    if not reads_videos(vae):
+        posterior = vae.encode(pixels).latent_dist
+        return posterior.mean, posterior.std
+    posterior = vae.encode(pixels[:, :, None]).latent_dist
+    return posterior.mean[:, :, 0], posterior.std[:, :, 0]
+
+
+def reads_videos(vae: ModelMixin) -> bool:
+    """Return whether an autoencoder reads images as videos: Wan's and Qwen-Image's do."""
+    return "temperal_downsample" in vae.config
+
+
+def scale_latents(vae: ModelMixin, z: Tensor) -> Tensor:
+    """Turn z (b, c, h, w) of an autoencoder into the latents that the denoiser reads.
+
+    m and d are `latents_mean` and `latents_std` of the configuration, if it has them:
+
+        AutoencoderKL          (z − shift_factor) · scaling_factor, or (z − m) · scaling_factor / d
+        Wan's, Qwen-Image's    (z − m) / d
+        FLUX.2's               patches of 2 × 2, (b, 4 c, h / 2, w / 2), then (z − μ) / √(v + ε),
+                               with μ, v and ε of its batch norm
+    """
+    config = vae.config
+    if hasattr(vae, "bn"):
+        mean = _per_channel(vae.bn.running_mean, z)
+        variance = _per_channel(vae.bn.running_var, z)
+        patches = torch.nn.functional.pixel_unshuffle(z, 2)
+        return (patches - mean) / (variance + config.batch_norm_eps).sqrt()
+    mean = getattr(config, "latents_mean", None)
+    std = getattr(config, "latents_std", None)
+    scale = getattr(config, "scaling_factor", None) or 1.0
+    if mean is None or std is None:
+        shift = getattr(config, "shift_factor", None) or 0.0
+        return (z - shift) * scale
+    return (z - _per_channel(mean, z)) * scale / _per_channel(std, z)
+
+
+def _per_channel(values: Tensor | Sequence[float], z: Tensor) -> Tensor:
+    """Return values (c,) as (1, c, 1, 1), on the device and in the dtype of z."""
+    return torch.as_tensor(values, dtype=z.dtype, device=z.device).view(1, -1, 1, 1)
