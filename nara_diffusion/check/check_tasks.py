@@ -50,8 +50,8 @@ from nara_diffusion.noise.denoisers import time_layers
 from nara_diffusion.noise.level import MASKED_SHARE, core_holders
 from nara_diffusion.training import adapter_weights
 from nara_diffusion.training.adapters import adapter_config, add_adapter
+from nara_diffusion.training.command import parse_arguments
 from nara_diffusion.training.optimization import is_core_parameter
-from nara_diffusion.training.parser import parse_arguments
 from nara_diffusion.training.run import start_run
 
 from .trials import CHEAP, HELD_OUT, NO_CHEAP, CheckTask, Loss, published

@@ -8,7 +8,7 @@ from typing import Any
 
 from nara_diffusion.training.argument_checks import check_arguments, require
 from nara_diffusion.training.arguments import TrainingArguments, window_of
-from nara_diffusion.training.parser import option, spread_options
+from nara_diffusion.training.options import option, spread_options
 
 from .decoding import REMASKING
 from .masking import check_drawable

@@ -9,7 +9,7 @@ from typing import Any
 from nara_diffusion.training.adapters import method_of
 from nara_diffusion.training.argument_checks import check_arguments, require
 from nara_diffusion.training.arguments import AdapterArguments, TrainingArguments
-from nara_diffusion.training.parser import option, spread_options
+from nara_diffusion.training.options import option, spread_options
 
 from .captions import check_prompt
 from .family import TRANSFORMER_TARGETS, Family

@@ -33,7 +33,7 @@ from nara_diffusion.cores.registry import registered_cores
 from nara_diffusion.noise.level import MASKED_SHARE
 
 from .arguments import AdapterArguments
-from .parser import hint
+from .options import hint
 
 ALL_LINEAR = "all-linear"
 _NARAS, _LORAS = (

@@ -10,7 +10,7 @@ from typing import Any
 
 from nara_diffusion.noise.strength_schedule import NoiseWindow, StrengthSchedule
 
-from .parser import given_arguments, option
+from .options import given_arguments, option
 
 OPTIMIZERS = {
     "AdamW": ("torch.optim", "AdamW"),

@@ -40,7 +40,7 @@ from nara_diffusion.utils.naming import counted
 from .arguments import TrainingArguments
 from .engines import engine_name, global_batch, save_state, trained_state
 from .manifest import FORMAT, digest_file, read_manifest, write_manifest
-from .parser import given_arguments
+from .options import given_arguments
 
 logger = logging.getLogger(__name__)
 

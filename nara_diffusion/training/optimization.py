@@ -15,7 +15,7 @@ from transformers import get_scheduler
 from nara_diffusion.cores.registry import HOLDER_NAME
 
 from .arguments import OPTIMIZERS, OptimizationArguments, TrainingArguments
-from .parser import hint
+from .options import hint
 
 TEXT_ENCODER_MARK = "text_encoder"  # what a parameter's name starts with
 _DEFAULTS: dict[str, dict[str, Any]] = {

@@ -33,7 +33,7 @@ from .checkpoints import (
 )
 from .engines import engine_name, global_batch, load_state, start_accelerator
 from .manifest import digest_base, digest_texts, read_manifest
-from .parser import given_arguments
+from .options import given_arguments
 from .run_folder import CONFIG, LOCK, claimed_folder
 
 METRICS = "metrics.jsonl"

@@ -12,7 +12,8 @@ import yaml
 
 from nara_diffusion.dllm.text_arguments import Arguments
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
-from nara_diffusion.training.parser import RENAMED, ArgumentParser, parse_arguments
+from nara_diffusion.training.command import ArgumentParser, parse_arguments
+from nara_diffusion.training.options import ADVICE
 from tests.acceptance._commands import ROOT, refusal, run
 from tests.acceptance._runs import text_flags
 from tests.helpers.small_pipelines import small_flux, small_sd3, small_sdxl
@@ -69,7 +70,6 @@ def test_mistake_is_said_in_one_line(capsys: pytest.CaptureFixture[str]) -> None
         (["--evaluation_options", "remasking=low"], "evaluation_options: remasking: 'low' is none of low_confidence"),
         (["--evaluation_options", "top_p"], "expected NAME=VALUE, got 'top_p'"),
         (["--use_8bit_adam"], "--use_8bit_adam: give --optimizer AdamW8bit."),
-        (["--no-upcast_vae"], "--upcast_vae: has gone"),
         (["--top_p", "1"], "--top_p: give --evaluation_options top_p=VALUE."),
         (["stray"], "unrecognized arguments: stray"),
         (["--config", "none.yaml"], "--config none.yaml can't be read as YAML"),
@@ -132,7 +132,7 @@ def test_scripts_have_few_options_and_help_fewer(cls: type, most: int) -> None:
     actions = [action for action in ArgumentParser(cls)._actions if action.dest not in ("help", "help_all")]
     assert len({action.dest for action in actions}) <= most
     assert len({action.dest for action in actions if action.help is not argparse.SUPPRESS}) <= 40
-    assert not {field.name for field in dataclasses.fields(cls) if field.init} & RENAMED.keys()
+    assert not {field.name for field in dataclasses.fields(cls) if field.init} & ADVICE.keys()
 
 
 def test_epochs_that_are_given_take_the_place_of_steps_from_below(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from nara_diffusion.training.adapters import CORE_FIELDS
 from nara_diffusion.training.optimization import build_optimizer, build_scheduler
-from nara_diffusion.training.parser import gathered
+from nara_diffusion.training.options import gathered
 from quality import results
 from quality.wrong_noise import EVALUATED, GRID, while_evaluating
 
