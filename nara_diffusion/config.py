@@ -37,17 +37,12 @@ _REFUSED = (
 
 
 class NaraPeftType(str, Enum):
-    """NaRA's entry among PEFT's types. PEFT prints it in its error about mixed types, so `str` gives the remedy."""
+    """NaRA's entry among PEFT's types."""
 
     NARA = "NARA"
 
     def __str__(self) -> str:
-        return (
-            "NARA (in one PeftModel all adapters have one type: a plain LoRA joins NaRA ones as "
-            'NaraConfig(core_type="identity"))'
-        )
-
-    __format__ = object.__format__
+        return self.value
 
 
 @dataclass
@@ -105,6 +100,9 @@ class NaraConfig(LoraConfig):
     noise_convention: str | None = None
     scheduler: dict[str, Any] | None = None
     strength: StrengthSchedule | list[list[float]] | None = None
+
+    assumes_convention = False
+    """No field: True if `noise_convention` is only the definition of the model's default source."""
 
     def __new__(cls, *args: Any, **given: Any) -> NaraConfig:
         # PEFT leaves unknown fields of a file out with a warning: another adapter than the one that was saved

@@ -35,8 +35,8 @@ from nara_diffusion.config import NaraConfig
 from nara_diffusion.loaders.insertion import TEXT_ENCODER, adapters_of, nara_adapters_of
 from nara_diffusion.loaders.tensor_files import check_regular, is_nara, is_nara_for_peft
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
+from nara_diffusion.tuner.injection import restored_on_error
 from nara_diffusion.tuner.model import NaraModel
-from nara_diffusion.tuner.snapshot import restored_on_error
 from nara_diffusion.tuner.strength import check_strength, give_strength, strength_of
 
 _HUB = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download")

@@ -44,10 +44,11 @@ def conditioned(model: nn.Module, noise_level: torch.Tensor) -> AbstractContextM
         ValueError: an adapter that needs λ was trained with another definition of it.
     """
     holders = find_holders(model)
-    if not any(holder.needs_noise or holder.binds_level for holder in holders):
+    if not any(holder.needs_noise or holder.merging.binds_level for holder in holders):
         return nullcontext()
     for holder in holders:
-        for name, other in holder.adopt_convention(MASKED_SHARE).items():
+        names = holder.noisy(holder.active_names())
+        for name, other in holder.finder.adopt_convention(names, MASKED_SHARE).items():
             raise ValueError(
                 f"Adapter '{name}' was trained with λ defined as {other!r}, and this is {MASKED_SHARE!r}, the masked "
                 "share of the answer: use an adapter that was trained with that, or call the model yourself inside "
@@ -148,7 +149,7 @@ def read_noise_from_input_ids(
 
     Arguments, and what is refused, as of `InputIdsNoise`. For good: set_noise_source(model, InputIdsNoise(…)).
     """
-    before = [(holder, holder.given_source) for holder in core_holders(model)]
+    before = [(holder, holder.finder.given_source) for holder in core_holders(model)]
     mask = Backbone(model).mask_token_id(mask_token_id)
     source = InputIdsNoise(prompt_lengths, mask_token_id=mask, repeated=repeated)
     set_noise_source(model, source)
@@ -156,7 +157,7 @@ def read_noise_from_input_ids(
         yield source
     finally:
         for holder, former in before:
-            holder.given_source = former
+            holder.finder.given_source = former
 
 
 _HIDDEN = -1e4  # a bias of attention from which on a token isn't seen; libraries add this, a dtype's smallest or −∞

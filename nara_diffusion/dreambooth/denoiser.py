@@ -88,7 +88,7 @@ class AdaptedDenoiser(nn.Module):
             base.enable_gradient_checkpointing()
         setattr(self, self.family.denoiser, adapt(base, config))
         for holder in find_holders(self.denoiser):
-            holder.length = pipe.scheduler.config.get("num_train_timesteps")
+            holder.finder.length = pipe.scheduler.config.get("num_train_timesteps")
         for name in self.family.text_encoders if train_text_encoder else ():
             encoder = getattr(pipe, name)
             if gradient_checkpointing:

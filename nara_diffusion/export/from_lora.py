@@ -23,7 +23,7 @@ from nara_diffusion.loaders.insertion import LOADED_FLAG, TEXT_ENCODER
 from nara_diffusion.loaders.schedulers import check_schedulers, read_schedule_of
 from nara_diffusion.noise.prediction import flow_shift
 from nara_diffusion.strict import check_tensors
-from nara_diffusion.tuner.snapshot import restored_on_error
+from nara_diffusion.tuner.injection import restored_on_error
 from nara_diffusion.tuner.strength import layers_of
 from nara_diffusion.utils.naming import listed
 

@@ -46,6 +46,20 @@ def groups_of(module: nn.Module) -> list[Any]:
     return [hook.group for hook in _hooks_of(module) if hasattr(hook, "group")]
 
 
+@contextmanager
+def in_memory(module: nn.Module) -> Iterator[None]:
+    """Inside the context, the weights that the forward of `module` itself loads are in memory, though they may be kept
+    on disk."""
+    groups = groups_of(module)
+    for group in groups:
+        group.onload_()
+    try:
+        yield
+    finally:
+        for group in groups:
+            group.offload_()
+
+
 def is_offloaded(model: nn.Module) -> bool:
     """Whether weights at or below `model` are elsewhere between forwards, or kept as copies."""
     return any(_accelerates(module) or groups_of(module) for module in model.modules())

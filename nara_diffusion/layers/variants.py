@@ -13,11 +13,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora.layer import Embedding, LoraVariant
+from peft.tuners.lora.layer import Embedding, LoraLayer, LoraVariant
 from torch import Tensor, nn
 
 from nara_diffusion.noise.level import Entry, present
@@ -32,6 +32,22 @@ Key = tuple[str, str]
 """(adapter, group of layers that share a core)"""
 
 
+class CoreSource(Protocol):
+    """What the channel and the variants ask of the holder of the cores."""
+
+    def core_of_part(self, key: Key) -> Tensor:
+        """Return C (b or 1, r, r) for a layer outside of any forward of the root."""
+        ...
+
+    def core_to_merge(self, key: Key, layer: LoraLayer) -> tuple[Tensor, Tensor | None]:
+        """Return C (1, r, r) for a layer that is being merged, and its λ (1,) if C depends on λ."""
+        ...
+
+    def check_merged(self, merged: Tensor) -> None:
+        """Raise ValueError if the context gives another λ than that of merged layers."""
+        ...
+
+
 class CoreChannel:
     """Hands C(λ) from one adapted model's root to its layers, for the thread and time of one forward.
 
@@ -43,8 +59,7 @@ class CoreChannel:
     read the old C, until the next forward of the whole model.)
 
     Args:
-        holder: of the cores. It makes C for a layer outside of any forward of the root (`core_alone`) and for merging
-            (`core_to_merge`), and compares λ with that of merged layers (`check_merged`).
+        holder: the holder of the cores.
         sample_major: whether a layer may see b · k rows, k consecutive ones a sample, where the root sees b.
         one_level: whether layers see something else than samples first, so that a batch must share its λ.
 
@@ -53,7 +68,9 @@ class CoreChannel:
             model, and key → C.
     """
 
-    def __init__(self, holder: Any, sample_major: bool = False, one_level: bool = False) -> None:
+    def __init__(
+        self, holder: CoreSource, sample_major: bool = False, one_level: bool = False
+    ) -> None:
         self.holder = holder
         self.sample_major = sample_major
         self.one_level = one_level
@@ -72,7 +89,7 @@ class CoreChannel:
             core = pushed[2].get(key)
             if core is not None:
                 return core
-        return self.holder.core_alone(key)
+        return self.holder.core_of_part(key)
 
     def push(self, entry: Entry | None, cores: Mapping[Key, Tensor]) -> None:
         """Give `cores` to the layers. `entry`: the context that told λ, if one did."""

@@ -283,7 +283,7 @@ def check_swappable(
                 f"'{adapter_name}' of {component}, whose modules hotswap keeps: {_REMEDY}"
             )
     holder: Any = holder_of(model)
-    holder.complete(adapter_name, part.config)
+    holder.finder.with_convention(adapter_name, part.config)
     check_strength(model, adapter_name, part.config.strength)
     check_tensors(part.tensors, part_of(model, adapter_name).tensors)
 
@@ -301,7 +301,7 @@ def prepare_swap(model: Any, adapter_name: str, part: AdapterPart) -> Callable[[
     rebuilt = {
         group: rebuild_core(cores[group], config) for group in custom
     }  # only its factory knows what it reads
-    completed = holder.complete(adapter_name, config)
+    completed = holder.finder.with_convention(adapter_name, config)
 
     @torch.no_grad()
     def write() -> None:

@@ -46,7 +46,7 @@ def read_schedule_of(pipe: Any) -> None:
             continue
         holder = holder_of(unwrapped(getattr(model, "_orig_mod", model)))
         if holder is not None:
-            holder.add_pipeline(pipe)
+            holder.finder.add_pipeline(pipe)
 
 
 def denoiser_name(pipe: Any) -> str:

@@ -295,6 +295,6 @@ def set_noise_source(model: nn.Module, source: NoiseSource | None) -> None:
     """
     holders = core_holders(model)
     for holder in holders:
-        holder.check_source(source)
+        holder.finder.check_source(source)
     for holder in holders:
-        holder.set_source(source)
+        holder.finder.set_source(source)

@@ -1,47 +1,53 @@
-"""The holder of an adapted model's cores: a plain module at the model's root, which makes C(λ) before each forward.
+"""The holder of an adapted model's cores: a plain module at the model's root that computes C(λ) before each forward.
 
-The layers alone know which adapters are active, merged, disabled or deleted, as PEFT and Diffusers leave them, and the
-holder asks them. Of its own it has the cores, their strengths over λ, and the source of λ. An adapter that has left
-`peft_config` loses its cores at the next forward, saving or adding; with the last one the holder and its hooks go. A
-core is trainable while the A of its adapter is, wherever parameters are listed.
+Only PEFT's layers know which adapters are active, merged, disabled or deleted, whatever PEFT or Diffusers did with
+them, so the holder asks the layers. It owns the cores and their strengths over λ. A `LevelFinder` finds λ, and a
+`Merging` finds and compares the λ of merged layers.
+
+If an adapter has left `peft_config`, the next forward, saving or adding removes its cores; with the last adapter, the
+holder and its hooks go too. A core is trainable while the A of its adapter is, wherever parameters are listed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from nara_diffusion.cores.registry import HOLDER_NAME, CoreSet
 from nara_diffusion.cores.simple import IdentityCore
-from nara_diffusion.layers.offloading import groups_of
+from nara_diffusion.layers.offloading import groups_of, in_memory
 from nara_diffusion.layers.variants import CoreChannel, Key
 from nara_diffusion.noise.denoisers import Denoiser
-from nara_diffusion.noise.level import entry_for
+from nara_diffusion.noise.level import Level, as_level, backward_pass, entry_for
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
 
 from .checkpointing import checkpoint_with_core, checkpoint_without_core
-from .conventions import HasSource
-from .inspection import ReadOutsideForwards
-from .merging import MergesCores
+from .finder import LevelFinder
+from .merging import Merging
 
 
-class CoreHolder(HasSource, MergesCores, ReadOutsideForwards, nn.Module):
-    """Owns `cores[adapter][group]` of one adapted model.
+class CoreHolder(nn.Module):
+    """Own `cores[adapter][group]` of one adapted model.
 
-    It has each NaRA of the model, and a plain LoRA from the time on that its strength depends on λ.
+    It has each NaRA of the model, and a plain LoRA while its strength depends on λ.
 
     Args:
-        root: the adapted model. denoiser: the entry of its class among Diffusers' denoisers.
+        root: the adapted model.
+        denoiser: the entry of its class in the table of denoisers.
 
     Attributes:
         configs: adapter → the configuration that its cores were made for.
         layers: adapter → the layers that it adapts, as PEFT made them.
         schedules: adapter → its strength over λ, if it has one.
         channel: hands C(λ) to the layers.
+        finder: finds λ.
+        merging: finds and compares λ of merged layers.
     """
 
     is_core_holder = True
@@ -49,25 +55,22 @@ class CoreHolder(HasSource, MergesCores, ReadOutsideForwards, nn.Module):
     def __init__(self, root: nn.Module, denoiser: Denoiser | None = None) -> None:
         super().__init__()
         self.cores = nn.ModuleDict()
-        self.configs: dict[str, Any] = {}
-        self.layers: dict[str, list[Any]] = {}
+        self.configs: dict[str, LoraConfig] = {}
+        self.layers: dict[str, list[LoraLayer]] = {}
         self.schedules: dict[str, StrengthSchedule] = {}
         self.channel = CoreChannel(
             self,
             sample_major=denoiser is not None and denoiser.sample_major,
             one_level=denoiser is not None and (denoiser.one_level or denoiser.packed),
         )
-        self._root = (root,)  # in a tuple, so that it is no submodule
-        self._handles: tuple[Any, ...] = ()
-        self.init_source(denoiser)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "pipelines": []}  # which are not those of a copy
+        self.finder = LevelFinder(root, self.configs, self.channel, denoiser)
+        self.merging = Merging(root, self.layers)
+        self._handles: tuple[RemovableHandle, ...] = ()
 
     @property
-    def root(self) -> Any:
-        """The adapted model."""
-        return self._root[0]
+    def root(self) -> nn.Module:
+        """The adapted model. (An attribute of its own would make the root a submodule of the holder.)"""
+        return self.finder.root
 
     def forward(self, x: Any) -> Any:
         """Return `x`: a root such as `nn.Sequential` calls each of its children, and so the holder."""
@@ -75,90 +78,86 @@ class CoreHolder(HasSource, MergesCores, ReadOutsideForwards, nn.Module):
 
     # ------------------------------------------------------------------ adapters
 
-    def add(self, name: str, config: Any, cores: CoreSet, layers: list[Any]) -> None:
-        """Add an adapter, or replace one. `layers`: those that it adapts."""
+    def add(self, name: str, config: LoraConfig, cores: CoreSet, layers: list[LoraLayer]) -> None:
+        """Add an adapter, or replace one. `layers` are those that it adapts."""
         self.cores[name] = cores
-        self.configs[name], self.layers[name] = config, layers
+        self.configs[name] = config
+        self.layers[name] = layers
 
     def drop_deleted(self) -> None:
-        """Forget the adapters that have left `peft_config`, also if another one has come in their place."""
+        """Remove the adapters that have left `peft_config`, also if another one has taken their name."""
         present = getattr(self.root, "peft_config", {})
-        for name in [
-            name for name, config in self.configs.items() if present.get(name) is not config
-        ]:
-            self.remove(name)
+        for name, config in list(self.configs.items()):
+            if present.get(name) is not config:
+                self.remove(name)
 
     def remove(self, name: str) -> None:
-        """Forget an adapter. One that is merged stays in the base weights."""
+        """Remove an adapter. If it is merged, it stays in the base weights."""
         self.schedules.pop(name, None)
         del self.cores[name], self.configs[name], self.layers[name]
 
-    def reconfigure(self, name: str, config: Any) -> None:
-        """Make `config` the configuration of an adapter that stays."""
-        self.root.peft_config[name] = self.configs[name] = config
+    def reconfigure(self, name: str, config: LoraConfig) -> None:
+        """Replace the configuration of an adapter that stays."""
+        peft_config: Any = self.root.peft_config
+        peft_config[name] = self.configs[name] = config
 
-    def reading(self) -> list[str]:
-        """The adapters whose C some layer would read now."""
+    def cores_of(self, name: str) -> CoreSet:
+        """Return group → core of an adapter."""
+        cores = self.cores[name]
+        assert isinstance(cores, CoreSet)
+        return cores
+
+    def active_names(self) -> list[str]:
+        """Return the adapters for which some layer would read C now."""
         self.drop_deleted()
-        return [
-            name
-            for name, layers in self.layers.items()
-            if any(_reads(layer, name) for layer in layers)
-        ]
-
-    def merged_at(self) -> Tensor | None:
-        """λ (1,) of merged layers; None if none is merged at a C that depends on λ."""
-        variants = (
-            layers[0].lora_variant.get(name) for name, layers in self.layers.items() if layers
-        )
-        levels = (getattr(variant, "merged_at", None) for variant in variants)
-        return next((level for level in levels if level is not None), None)
-
-    def merged_names(self) -> list[str]:
-        """The adapters that are merged into the base weights."""
-        return [
-            name
-            for name, layers in self.layers.items()
-            if layers and name in layers[0].merged_adapters
-        ]
+        names = []
+        for name, layers in self.layers.items():
+            if any(_reads(layer, name) for layer in layers):
+                names.append(name)
+        return names
 
     def follow_factors(self) -> None:
-        """Make each core trainable if the A of its adapter is."""
+        """Make each core trainable if the A of its adapter is, and frozen if not."""
         for name, layers in self.layers.items():
-            cores: Any = self.cores[name]
             trainable = bool(layers) and _is_trainable(layers[0], name)
-            for parameter in cores.parameters():
+            for parameter in self.cores[name].parameters():
                 if parameter.requires_grad != trainable:
                     parameter.requires_grad = trainable
 
-    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
-        """As `nn.Module.named_modules`, by which all parameters are listed, those of the root too."""
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """As `nn.Module.named_modules`. All listings of parameters call it, those of the root too."""
         self.drop_deleted()
         self.follow_factors()
-        return super().named_modules(*args, **kwargs)
+        return super().named_modules(memo, prefix, remove_duplicate)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+    def state_dict(self, *args, **kwargs) -> dict[str, Tensor]:
+        """As `nn.Module.state_dict`."""
         self.drop_deleted()
         return super().state_dict(*args, **kwargs)
 
     # ------------------------------------------------------------------ what the adapters need
 
     def depends_on_noise(self, name: str) -> bool:
-        """Whether the adapter has cores here, and one of them or a strength needs λ."""
+        """Return True if the adapter has cores here, and one of them or a strength needs λ."""
         if name not in self.cores:
             return False
-        cores: Any = self.cores[name]
-        return cores.needs_noise or name in self.schedules
+        return name in self.schedules or self.cores_of(name).needs_noise
+
+    def noisy(self, names: Iterable[str]) -> list[str]:
+        """Return those of these adapters that depend on λ."""
+        return list(filter(self.depends_on_noise, names))
 
     @property
     def needs_noise(self) -> bool:
-        """Whether a layer would read a C that depends on λ."""
-        return any(map(self.depends_on_noise, self.reading()))
+        """True if a layer would read a C that depends on λ."""
+        return bool(self.noisy(self.active_names()))
 
     # ------------------------------------------------------------------ hooks of the root
 
     def attach(self) -> None:
-        """Become a child of the root, and make C(λ) before each of its forwards. Harmless when repeated."""
+        """Become a child of the root, and compute C(λ) before each of its forwards. Harmless when repeated."""
         if getattr(self.root, HOLDER_NAME, None) is self:
             return
         setattr(self.root, HOLDER_NAME, self)
@@ -174,24 +173,21 @@ class CoreHolder(HasSource, MergesCores, ReadOutsideForwards, nn.Module):
         checkpoint_without_core(self.root, self.channel)
         self.root._modules.pop(HOLDER_NAME, None)
 
-    def begin(self, args: Any, kwargs: Any) -> None:
-        """Push C(λ) of what the layers will read in this forward of the root."""
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Push C(λ) of the adapters that the layers will read in this forward of the root."""
         self.channel.local.pushed = None
-        self.drop_deleted()
-        is_disabled = all(
-            layer.disable_adapters for layers in self.layers.values() for layer in layers[:1]
-        )
-        merged = (
-            None if is_disabled else self.merged_at()
-        )  # PEFT takes disabled ones out in this forward
-        names = self.reading()
-        self.check_prediction(names if merged is None else [*names, *self.merged_names()])
+        names = self.active_names()
         if not getattr(self.root, "peft_config", None):
             self.detach()  # the adapters have been unloaded
             return
-        self.follow_factors()
+        entry = entry_for(self)
+        merged = self._merged_at_in_forward()
+        self.finder.check_prediction(names)
         if merged is not None:
-            self.warn_of_merged(merged, args, kwargs)
+            self.finder.check_prediction(self.merging.merged_names())
+            if entry is None:
+                self.merging.warn_of_source(merged, self.finder, args, kwargs)
+        self.follow_factors()
         if not names:
             return
         if "_diffusers_hook" in vars(self.root):
@@ -199,38 +195,118 @@ class CoreHolder(HasSource, MergesCores, ReadOutsideForwards, nn.Module):
                 group.onload_()
         if torch.is_grad_enabled():
             checkpoint_with_core(self.root, self.channel)
-        cores = self.make_cores(names, self.level_of_forward(names, args, kwargs))
-        self.channel.push(entry_for(self), _beside_inputs(cores, args, kwargs))
+        noisy = self.noisy(names)
+        level = self.finder.level_of_forward(noisy, entry, args, kwargs) if noisy else None
+        self.channel.push(entry, _beside_inputs(self.make_cores(names, level), args, kwargs))
+
+    def _merged_at_in_forward(self) -> Tensor | None:
+        """Return λ of merged layers, if they stay merged in this forward: PEFT unmerges those that are disabled."""
+        for layers in self.layers.values():
+            if layers and not layers[0].disable_adapters:
+                return self.merging.merged_at()
+        return None
 
     # ------------------------------------------------------------------ C(λ)
 
     def make_cores(self, names: list[str], level: Tensor | None) -> dict[Key, Tensor]:
-        """Key → C (b or 1, r, r) for these adapters; layers read no C where it is I."""
+        """Return key → C (b or 1, r, r) for these adapters, without those that layers read as I."""
         found = {}
         for name in names:
-            cores: Any = self.cores[name]
-            for group, core in cores.items():
+            for group, core in self.cores_of(name).items():
                 if name in self.schedules or not isinstance(core, IdentityCore):
                     found[name, group] = self.matrix((name, group), level)
         return found
 
     def matrix(self, key: Key, level: Tensor | None) -> Tensor:
-        """C (b or 1, r, r), times the strength, float32, of the layers that read by `key`."""
+        """Return C (b or 1, r, r), times the strength, float32, for the layers that read by `key`."""
         name, group = key
-        cores: Any = self.cores[name]
-        core, schedule = cores.matrix(group, level), self.schedules.get(name)
+        core = self.cores_of(name).matrix(group, level)
+        schedule = self.schedules.get(name)
         if schedule is None:
             return core
         assert level is not None
-        core = (
-            core.to(level.device) if core.device.type == "cpu" else core
-        )  # an identity has no weights
+        if core.device.type == "cpu":
+            core = core.to(level.device)  # an identity has no weights
         return schedule.at(level.to(core.device))[:, None, None] * core
 
+    # ------------------------------------------------------------------ C outside of a forward of the root
 
-def holder_of(root: Any) -> CoreHolder | None:
-    """The holder of the adapted model `root`; None if it has none."""
-    holder = getattr(root, "_modules", {}).get(HOLDER_NAME)
+    @torch.compiler.disable(recursive=True)
+    def core_of_part(self, key: Key) -> Tensor:
+        """Return C for a layer whose key the channel does not have.
+
+        It is C of the running forward if a context of another model was entered since. Otherwise a part of the model
+        was called by itself, and C is computed at λ of the context around that call.
+
+        Raises:
+            RuntimeError: no forward of the root runs, and no context gives λ; or samples cannot be told apart.
+        """
+        name = key[0]
+        entry = entry_for(self)
+        pushed = self.channel.pushed()
+        if pushed is not None and pushed[1] is entry and key in pushed[2]:
+            return pushed[2][key]
+        level = None if entry is None else entry.level
+        is_outdated = entry is None or entry.backward != backward_pass()
+        if self.depends_on_noise(name) and (level is None or is_outdated):
+            raise RuntimeError(
+                f"No C(λ) has reached a layer for adapter '{name}'. The forward of the whole adapted model makes C: "
+                "call that forward, or call a part of the model inside `with noise_level(model, value):`, and do not "
+                "recompute a part of it by a checkpoint other than the model's own "
+                "(`model.gradient_checkpointing_enable()`)."
+            )
+        values = 1 if level is None else len(level)
+        if values > 1 and (self.channel.sample_major or self.channel.one_level):
+            raise RuntimeError(
+                f"noise_level has {values} values, but a part of a model whose layers may see several rows a sample is "
+                "called by itself, so that its samples cannot be told apart: pass one value, or call the whole model."
+            )
+        with in_memory(self.root):
+            return self.matrix(key, level)
+
+    # ------------------------------------------------------------------ merging and export
+
+    def level_to_merge(self, names: Iterable[str]) -> Tensor | None:
+        """Return λ (1,) to merge these adapters at; None if none depends on λ. Errors: see `Merging`."""
+        return self.merging.level_to_merge(self.noisy(names), entry_for(self))
+
+    def level_to_export(self, name: str, noise_level: Level | None) -> Tensor | None:
+        """Return λ (1,) to export an adapter at; None if it does not depend on λ.
+
+        Args:
+            noise_level: None takes λ of the context `noise_level(…)`; without one, λ of merged layers.
+        """
+        names = self.noisy([name])
+        if not names:
+            return None
+        remedy = "a plain LoRA is exact at one λ alone. Pass noise_level=…, or export inside `with noise_level(…):`."
+        level = None if noise_level is None else as_level(noise_level)
+        return self.merging.one_level(names, level, entry_for(self), remedy)
+
+    @torch.no_grad()
+    def core_to_merge(self, key: Key, layer: LoraLayer) -> tuple[Tensor, Tensor | None]:
+        """Return C (1, r, r) for a layer that is being merged, and λ (1,); None if C does not depend on λ."""
+        name = key[0]
+        needs_noise = self.depends_on_noise(name)
+        level = self.merging.level_of_layer(name, layer, needs_noise, entry_for(self))
+        return self.matrix(key, level), level
+
+    def check_merged(self, merged: Tensor) -> None:
+        """Raise ValueError if `noise_level(…)` gives another λ than `merged`, λ of merged layers.
+
+        Another λ is right for adapters beside those that `fuse_lora` merged.
+        """
+        entry = entry_for(self)
+        level = None if entry is None else entry.level
+        if level is None or backward_pass() != -1:
+            return
+        if not (self.merging.is_fused and self.needs_noise):
+            self.merging.check_level(merged, level)
+
+
+def holder_of(root: nn.Module) -> CoreHolder | None:
+    """Return the holder of the adapted model `root`; None if it has none."""
+    holder = root._modules.get(HOLDER_NAME)
     return holder if isinstance(holder, CoreHolder) else None
 
 
@@ -244,14 +320,14 @@ def drop_idle_holder(root: nn.Module) -> None:
 
 
 @torch.compiler.disable(recursive=True)
-def _before_forward(root: nn.Module, args: Any, kwargs: Any) -> None:
+def _before_forward(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     holder = holder_of(root)
     if holder is not None:
         holder.begin(args, kwargs)
 
 
 @torch.compiler.disable(recursive=True)
-def _after_forward(root: nn.Module, args: Any, output: Any) -> None:
+def _after_forward(root: nn.Module, args: tuple[Any, ...], output: object) -> None:
     holder = holder_of(root)
     if holder is not None:
         holder.channel.local.pushed = None
@@ -261,19 +337,24 @@ def _reads(layer: LoraLayer, name: str) -> bool:
     return not layer.disable_adapters and not layer.merged and name in layer.active_adapters
 
 
-def _is_trainable(layer: Any, name: str) -> bool:
+def _is_trainable(layer: LoraLayer, name: str) -> bool:
     if name in layer.lora_A:
         return any(parameter.requires_grad for parameter in layer.lora_A[name].parameters())
     return name in layer.lora_embedding_A and layer.lora_embedding_A[name].requires_grad
 
 
-def _beside_inputs(cores: dict[Key, Tensor], args: Any, kwargs: Any) -> dict[Key, Tensor]:
-    """Move cores that are on the CPU to the device of a forward's first tensor, once and not again in each layer."""
-    device = next(
-        (value.device for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None
-    )
-    if device is None or device.type == "cpu":
+def _beside_inputs(
+    cores: dict[Key, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[Key, Tensor]:
+    """Move cores on the CPU to the device of a forward's first tensor, so that no layer has to."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            break
+    else:
         return cores
-    return {
-        key: core.to(device) if core.device.type == "cpu" else core for key, core in cores.items()
-    }
+    if value.device.type == "cpu":
+        return cores
+    moved = {}
+    for key, core in cores.items():
+        moved[key] = core.to(value.device) if core.device.type == "cpu" else core
+    return moved

@@ -1,4 +1,4 @@
-"""C(λ) outside of the forwards of the whole model: for a part that is called by itself, and to inspect an adapter."""
+"""C(λ) of an adapter, to look at it."""
 
 from __future__ import annotations
 
@@ -6,66 +6,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from nara_diffusion.cores.registry import CoreSet
-from nara_diffusion.layers.offloading import groups_of
-from nara_diffusion.layers.variants import CoreChannel, Key
-from nara_diffusion.noise.level import (
-    as_level,
-    backward_pass,
-    core_holders,
-    entry_for,
-    find_holders,
-)
+from nara_diffusion.layers.offloading import in_memory
+from nara_diffusion.noise.level import as_level, core_holders, find_holders
 from nara_diffusion.strict import PEFT_PREFIX
-
-
-class ReadOutsideForwards:
-    """What the holder of cores does while no forward of the root runs."""
-
-    root: Any
-    channel: CoreChannel
-    matrix: Any
-    depends_on_noise: Any
-
-    @torch.compiler.disable(recursive=True)
-    def core_alone(self, key: Key) -> Tensor:
-        """C for a layer that finds none: of the running forward, or made at λ of the context around a part alone."""
-        entry, pushed = entry_for(self), self.channel.pushed()
-        if pushed is not None and pushed[1] is entry and key in pushed[2]:
-            return pushed[2][key]  # a context of another model has been entered since
-        name, level = key[0], None if entry is None else entry.level
-        if self.depends_on_noise(name) and (
-            entry is None or level is None or entry.backward != backward_pass()
-        ):
-            raise RuntimeError(
-                f"No C(λ) has reached a layer for adapter '{name}'. The forward of the whole adapted model makes C: "
-                "call that forward, or call a part of the model inside `with noise_level(model, value):`, and do not "
-                "recompute a part of it by a checkpoint other than the model's own "
-                "(`model.gradient_checkpointing_enable()`)."
-            )
-        values = 1 if level is None else len(level)
-        if values > 1 and (self.channel.sample_major or self.channel.one_level):
-            raise RuntimeError(
-                f"noise_level has {values} values, but a part of a model whose layers may see several rows a sample is "
-                "called by itself, so that its samples cannot be told apart: pass one value, or call the whole model."
-            )
-        with self.in_memory():
-            return self.matrix(key, level)
-
-    @contextmanager
-    def in_memory(self) -> Iterator[None]:
-        """Inside the context, the cores are in memory, also if group offloading keeps them on disk."""
-        groups = groups_of(self.root)
-        for group in groups:
-            group.onload_()
-        try:
-            yield
-        finally:
-            for group in groups:
-                group.offload_()
 
 
 @contextmanager
@@ -73,7 +19,7 @@ def onloaded_cores(model: nn.Module) -> Iterator[None]:
     """Inside the context, all cores at or below `model` are in memory."""
     with ExitStack() as stack:
         for holder in find_holders(model):
-            stack.enter_context(holder.in_memory())
+            stack.enter_context(in_memory(holder.root))
         yield
 
 

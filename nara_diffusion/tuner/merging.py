@@ -1,6 +1,6 @@
-"""Merging an update that depends on λ: at one λ. Until it is unmerged, the model refuses to run at another λ.
+"""Merge an update that depends on λ at one λ, and refuse another λ until it is unmerged.
 
-The layers alone know what is merged into them: a merged layer's LoRA variant keeps the λ of that as `merged_at`.
+The layers alone know what is merged into them: the LoRA variant of a merged layer keeps that λ as `merged_at`.
 """
 
 from __future__ import annotations
@@ -8,140 +8,167 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
-import torch
-from peft.tuners.lora import LoraModel
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from nara_diffusion.cores.registry import HOLDER_NAME
 from nara_diffusion.layers.offloading import is_offloaded
-from nara_diffusion.layers.variants import Key
-from nara_diffusion.noise.level import Level, as_level, backward_pass, entry_for
-from nara_diffusion.noise.level import noise_level as at_noise_level
+from nara_diffusion.noise.level import Entry, as_level
+
+from .finder import LevelFinder, unknown_level
 
 logger = logging.getLogger(__name__)
 
 
-class MergesCores:
-    """What the holder of cores does for merging and export: C at one λ, and the refusal of another."""
+class Merging:
+    """Find the λ at which adapters of one model are merged or exported, and compare a forward's λ with it.
 
-    root: Any
-    needs_noise: bool
-    merged_at: Any
-    merged_names: Any
-    matrix: Any
-    depends_on_noise: Any
-    check_known: Any
-    present_source: Any
-    _warned_of: Tensor | None = None
+    Args:
+        root: the adapted model.
+        layers: adapter → the layers that it adapts. The holder of the cores owns this dict and changes it in place.
+    """
+
+    def __init__(self, root: nn.Module, layers: dict[str, list[LoraLayer]]) -> None:
+        self.root = root
+        self.layers = layers
+        self._warned_of: Tensor | None = None
+
+    # ------------------------------------------------------------------ what is merged
+
+    def merged_at(self) -> Tensor | None:
+        """Return λ (1,) of merged layers; None if none is merged at a C that depends on λ."""
+        for name, layers in self.layers.items():
+            variant = layers[0].lora_variant.get(name) if layers else None
+            level = getattr(variant, "merged_at", None)
+            if level is not None:
+                return level
+        return None
+
+    def merged_names(self) -> list[str]:
+        """Return the adapters that are merged into the base weights."""
+        names = []
+        for name, layers in self.layers.items():
+            if layers and name in layers[0].merged_adapters:
+                names.append(name)
+        return names
 
     @property
     def is_fused(self) -> bool:
-        """Whether it was Diffusers' `fuse_lora`, which has said that every step runs at one λ, that merged."""
+        """True if Diffusers' `fuse_lora` merged the adapters. (It warned that every step runs at one λ.)"""
         return "_safe_fusing" in vars(self.root)
 
     @property
     def binds_level(self) -> bool:
-        """Whether a sampler that has another λ than that of merged layers must not run."""
+        """True if a sampler must not run at another λ than that of merged layers."""
         return self.merged_at() is not None and not self.is_fused
 
-    def one_level(self, names: list[str], level: Tensor | None, purpose: str) -> Tensor | None:
-        """λ (1,) at which these adapters are merged or exported; None if they need none.
+    # ------------------------------------------------------------------ the λ to merge or export at
+
+    def one_level(
+        self, names: list[str], level: Tensor | None, entry: Entry | None, remedy: str
+    ) -> Tensor:
+        """Return λ (1,) to merge or export adapters at.
 
         Args:
-            level: None takes that of `noise_level(…)`, or of merged layers. purpose: the end of the error.
+            names: the adapters, all of which depend on λ.
+            level: None takes λ of `entry`, the context `noise_level(…)`; without one, λ of merged layers.
+            remedy: the end of the error for an unknown λ.
 
         Raises:
             ValueError: λ is not known, or differs between samples.
         """
-        if not any(map(self.depends_on_noise, names)):
-            return None
-        entry = entry_for(self)
         if level is None:
             level = self.merged_at() if entry is None else entry.level
-        self.check_known(names, level, purpose)
-        assert level is not None
+        if level is None:
+            raise unknown_level(self.root, names, remedy)
         if level.unique().numel() > 1:
             raise ValueError(
                 f"noise_level is {level.tolist()}: pass a single value to merge or export."
             )
         return level[:1].detach()
 
-    def level_to_export(self, name: str, noise_level: Level | None) -> Tensor | None:
-        """λ (1,) at which the adapter is exported. None is that of `noise_level(…)`, or of merged layers."""
-        purpose = "a plain LoRA is exact at one λ alone. Pass noise_level=…, or export inside `with noise_level(…):`."
-        return self.one_level(
-            [name], None if noise_level is None else as_level(noise_level), purpose
-        )
+    def level_to_merge(self, names: list[str], entry: Entry | None) -> Tensor | None:
+        """Return λ (1,) to merge adapters at; None if `names`, those that depend on λ, is empty.
 
-    def level_to_merge(self, names: list[str]) -> Tensor | None:
-        """λ (1,) at which these adapters are merged: not another than what is merged already, and no weights are
-        offloaded."""
+        Raises:
+            ValueError: as `one_level`; other adapters are merged at another λ; or weights are offloaded.
+        """
         if is_offloaded(self.root):
             raise ValueError(
                 f"Adapters cannot be merged while weights of {type(self.root).__name__} are offloaded, since they "
                 "would come back without them: merge first, then offload."
             )
-        remedy = "Pass noise_level=…, or merge inside `with noise_level(model, value):`."
-        purpose = f"a λ-dependent update can only be merged at one λ. {remedy}"
-        level, merged = self.one_level(names, None, purpose), self.merged_at()
-        if level is not None and merged is not None and level.item() != merged.item():
+        if not names:
+            return None
+        remedy = (
+            "a λ-dependent update can only be merged at one λ. Pass noise_level=…, or merge inside "
+            "`with noise_level(model, value):`."
+        )
+        level = self.one_level(names, None, entry, remedy)
+        merged = self.merged_at()
+        if merged is not None and level.item() != merged.item():
             raise ValueError(
                 f"Adapters are merged at noise_level {merged.item():.6g}, not {level.item():.6g}: call "
                 "unmerge_adapter() first."
             )
         return level
 
-    @torch.no_grad()
-    def core_to_merge(self, key: Key, layer: Any) -> tuple[Tensor, Tensor | None]:
-        """C (1, r, r) for a `layer` that is being merged, and the only λ to run at until it is unmerged."""
+    def level_of_layer(
+        self, name: str, layer: LoraLayer, depends_on_noise: bool, entry: Entry | None
+    ) -> Tensor | None:
+        """Return λ (1,) to merge one layer of the adapter `name` at; None if its C does not depend on λ."""
         merged = self.merged_at()
-        if key[0] in self.merged_names() and merged is not None:  # into layers before this one
-            return self.matrix(key, merged), merged
+        if merged is not None and name in self.merged_names():  # other layers of the adapter are
+            return merged
         try:
-            level = self.level_to_merge([key[0]])
+            level = self.level_to_merge([name] if depends_on_noise else [], entry)
         except ValueError:
             if self.is_fused:  # Diffusers has multiplied the layer by this before it merges
-                layer.unscale_layer(self.root.lora_scale)
+                scale: Any = self.root.lora_scale
+                layer.unscale_layer(scale)
             raise
         if level is not None and self.is_fused:
             logger.warning(
                 "%s: '%s' is fused at noise_level %.6g: until unfuse_lora() every step runs at the C of that λ, "
                 "whatever its own is.",
                 type(self.root).__name__,
-                key[0],
+                name,
                 level.item(),
             )
-        return self.matrix(key, level), level
+        return level
 
-    def check_merged(self, merged: Tensor) -> None:
-        """Raises ValueError if `noise_level(…)` gives another λ than `merged`; beside what is fused it may."""
-        entry = entry_for(self)
-        given = None if entry is None else entry.level
-        if given is None or backward_pass() != -1 or (self.is_fused and self.needs_noise):
-            return
-        if not bool((given == merged.to(given.device)).all()):
+    # ------------------------------------------------------------------ another λ
+
+    def check_level(self, merged: Tensor, level: Tensor) -> None:
+        """Raise ValueError if `level`, λ of a forward, is not `merged`, λ of merged layers."""
+        if not bool((level == merged.to(level.device)).all()):
             raise ValueError(
                 f"The adapter is merged at noise_level {merged.item():.6g}, but this forward asks for "
-                f"{given.tolist()}: call unmerge_adapter() first."
+                f"{level.tolist()}: call unmerge_adapter() first."
             )
 
-    def warn_of_merged(self, merged: Tensor, args: Any, kwargs: Any) -> None:
-        """Say once a merge if the source of λ gives this forward another λ than that of merged layers."""
-        if self._warned_of is merged or self.is_fused or entry_for(self) is not None:
+    def warn_of_source(
+        self,
+        merged: Tensor,
+        finder: LevelFinder,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        """Warn, once a merge, if the source gives a forward another λ than `merged`, λ of merged layers."""
+        if self._warned_of is merged or self.is_fused:
             return
         try:
-            source = self.present_source()
-            found = merged if source is None else as_level(source(self.root, args, kwargs))
-        except ValueError:  # a source that can't tell λ here is needed by none
+            source = finder.present_source()
+            level = merged if source is None else as_level(source(self.root, args, kwargs))
+        except ValueError:  # no adapter needs a source that cannot compute λ here
             return
-        if bool((found == merged.to(found.device)).all()):
+        if bool((level == merged.to(level.device)).all()):
             return
         self._warned_of = merged
-        levels = ", ".join(f"{level:.6g}" for level in found.tolist())
+        levels = ", ".join(f"{value:.6g}" for value in level.tolist())
         warnings.warn(
             f"The adapter is merged at noise_level {merged.item():.6g}, at which every forward runs, but "
             f"the source tells [{levels}]: call unmerge_adapter() to run at that.",
@@ -150,58 +177,10 @@ class MergesCores:
         )
 
 
-class MergesAtOneLevel(LoraModel):
-    """PEFT's merging at one λ. It merges all layers or none; without a λ it raises."""
-
-    def merge_adapter(
-        self,
-        adapter_names: list[str] | None = None,
-        safe_merge: bool = False,
-        noise_level: float | None = None,
-    ) -> None:
-        """Merge the update of one λ into the base weights, until `unmerge_adapter`.
-
-        Args:
-            adapter_names, safe_merge: as in PEFT.
-            noise_level: λ in [0, 1]. None takes that of the active `noise_level(…)` context.
-
-        Raises:
-            ValueError: an adapter depends on λ, and λ is not known or differs between samples; or weights are
-                offloaded, which would come back without the adapter.
-        """
-        holder: Any = self.model._modules.get(HOLDER_NAME)
-        if holder is None:  # no adapter is left: PEFT merges nothing and raises nothing
-            super().merge_adapter(adapter_names, safe_merge)
-            return
-        names = self.active_adapters if adapter_names is None else adapter_names
-        level = nullcontext() if noise_level is None else at_noise_level(self.model, noise_level)
-        with level, _unmerged_on_error(self.model):
-            holder.level_to_merge([name for name in names if name in holder.cores])
-            super().merge_adapter(adapter_names, safe_merge)
-
-    def merge_and_unload(
-        self,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
-        noise_level: float | None = None,
-    ) -> nn.Module:
-        """The base model with the update of one λ in its weights; see `merge_adapter` for arguments and errors."""
-        self.merge_adapter(adapter_names, safe_merge, noise_level=noise_level)
-        with (
-            warnings.catch_warnings()
-        ):  # the layers are merged; PEFT does more than that when it merges and unloads
-            warnings.filterwarnings("ignore", message="All adapters are already merged")
-            merged: Any = self._unload_and_optionally_merge(
-                progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
-            )
-        return merged
-
-
 @contextmanager
-def _unmerged_on_error(model: nn.Module) -> Iterator[None]:
-    """If merging fails in one layer, unmerge the layers before it."""
-    layers: list[Any] = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+def unmerged_on_error(model: nn.Module) -> Iterator[None]:
+    """After an error inside the context, unmerge the layers that were merged before the one that failed."""
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     before = [list(layer.merged_adapters) for layer in layers]
     try:
         yield

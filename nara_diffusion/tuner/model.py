@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from difflib import get_close_matches
+import warnings
+from contextlib import nullcontext
 from typing import Any
 
-import torch
+from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import (
     BaseTunerLayer,
     _filter_state_dict_by_key_prefixes,
@@ -19,11 +18,9 @@ from torch import Tensor, nn
 
 from nara_diffusion.config import NaraConfig
 from nara_diffusion.cores.registry import (
-    BUILT_IN,
     HOLDER_NAME,
     NAME_IN_FILES,
     core_group,
-    make_cores,
     with_current_names,
 )
 from nara_diffusion.layers.dispatch import (
@@ -33,9 +30,10 @@ from nara_diffusion.layers.dispatch import (
     variant_for,
 )
 from nara_diffusion.layers.offloading import is_dispatched_by_layers
-from nara_diffusion.layers.variants import rows_of
+from nara_diffusion.layers.variants import CoreChannel, rows_of
 from nara_diffusion.noise.denoisers import denoiser_of
 from nara_diffusion.noise.level import find_holders
+from nara_diffusion.noise.level import noise_level as at_noise_level
 from nara_diffusion.strict import (
     PEFT_PREFIX,
     check_adapter_names,
@@ -48,8 +46,8 @@ from nara_diffusion.strict import (
 )
 
 from .holder import CoreHolder, drop_idle_holder, holder_of
-from .merging import MergesAtOneLevel
-from .snapshot import restored_on_error
+from .injection import cores_for, restored_on_error, suggesting_targets, without_holder
+from .merging import unmerged_on_error
 from .strength import give_strength
 
 logger = logging.getLogger(__name__)
@@ -59,7 +57,7 @@ _STATE_DICT_REMEDY = (
 )
 
 
-class NaraModel(MergesAtOneLevel):
+class NaraModel(LoraModel):
     """A model adapted with NaRA: LoRA layers whose update is s · B · C(λ) · A (arXiv 2605.29716, section 4).
 
     Args and attributes are those of `peft.LoraModel`; the config is a `NaraConfig`. λ comes from
@@ -70,9 +68,9 @@ class NaraModel(MergesAtOneLevel):
     (weighted sums, conversion of initialisations).
     """
 
-    _injected: dict[str, Any] | None = None
+    _injected: dict[str, LoraLayer] | None = None
     """Name → layer of the adapter that is being injected."""
-    _channel: Any = None
+    _channel: CoreChannel | None = None
 
     def __init__(
         self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any
@@ -117,7 +115,9 @@ class NaraModel(MergesAtOneLevel):
                 drop_idle_holder(model)  # its source of λ was set for adapters that are gone
                 vars(model)["peft_config"] = self.peft_config  # as PEFT does afterwards
                 holder = holder_of(model) or CoreHolder(model, denoiser_of(model))
-                self.peft_config[adapter_name] = config = holder.complete(adapter_name, config)
+                self.peft_config[adapter_name] = config = holder.finder.with_convention(
+                    adapter_name, config
+                )
                 states = [
                     module.disable_adapters
                     for module in model.modules()
@@ -125,7 +125,7 @@ class NaraModel(MergesAtOneLevel):
                 ]
                 layers = self._injected = {}
                 self._channel = holder.channel
-                with _without_holder(model), _suggesting_targets(model, config):
+                with without_holder(model), suggesting_targets(model, config):
                     super().inject_adapter(
                         model,
                         adapter_name,
@@ -133,7 +133,9 @@ class NaraModel(MergesAtOneLevel):
                         low_cpu_mem_usage,
                         layers_only or None,
                     )
-                self._add_cores(holder, adapter_name, config, layers, low_cpu_mem_usage)
+                is_dispatched = is_dispatched_by_layers(model)
+                cores = cores_for(config, adapter_name, layers, low_cpu_mem_usage, is_dispatched)
+                holder.add(adapter_name, config, cores, list(layers.values()))
                 holder.attach()
                 check_adapter_names(model, set(self.peft_config))
                 if states and all(states):
@@ -146,36 +148,13 @@ class NaraModel(MergesAtOneLevel):
                 for layer in layers.values():
                     layer._disable_adapters = bool(states) and all(states)
                 holder.follow_factors()
-                give_strength(model, adapter_name, config.strength)
+                if config.strength is not None:
+                    give_strength(model, adapter_name, config.strength)
         except BaseException:
             getattr(model, "peft_config", {}).pop(adapter_name, None)
             raise
         finally:
             self._injected = self._channel = None
-
-    def _add_cores(
-        self,
-        holder: CoreHolder,
-        adapter_name: str,
-        config: NaraConfig,
-        layers: dict[str, Any],
-        low_memory: bool,
-    ) -> None:
-        ranks: dict[str, int] = {}
-        for name, layer in layers.items():
-            group = core_group(config, name, layer.r[adapter_name])  # by rank_pattern
-            ranks[group] = max(layer.r[adapter_name], ranks.get(group, 0))
-        # a custom core may have values that no file holds
-        with torch.device("meta") if low_memory and config.core_type in BUILT_IN else nullcontext():
-            cores = make_cores(config, ranks)
-        if not any(parameter.is_meta for parameter in cores.parameters()):
-            devices = [p.device for layer in layers.values() for p in layer.parameters()]
-            is_on_meta = (
-                bool(devices) and not low_memory and not is_dispatched_by_layers(holder.root)
-            )
-            default = torch.device("meta" if is_on_meta else "cpu")
-            cores.to(next((device for device in devices if device.type != "meta"), default))
-        holder.add(adapter_name, config, cores, list(layers.values()))
 
     def _create_and_replace(  # type: ignore[override]
         self,
@@ -199,7 +178,7 @@ class NaraModel(MergesAtOneLevel):
         )
         layer = getattr(parent, target_name)
         keep_out_of_float8(layer, adapter_name)
-        assert self._injected is not None
+        assert self._injected is not None and self._channel is not None
         self._injected[current_key] = layer
         if lora_config.reads_core:
             variant_class = variant_for(layer, lora_config.use_dora, current_key)
@@ -210,6 +189,49 @@ class NaraModel(MergesAtOneLevel):
             )
         if lora_config.lora_a_init == "orthogonal":
             make_directions_orthonormal(layer, adapter_name)
+
+    # ------------------------------------------------------------------ merging
+
+    def merge_adapter(
+        self,
+        adapter_names: list[str] | None = None,
+        safe_merge: bool = False,
+        noise_level: float | None = None,
+    ) -> None:
+        """Merge the update of one λ into the base weights, until `unmerge_adapter`. All layers are merged, or none.
+
+        Args:
+            adapter_names, safe_merge: as in PEFT.
+            noise_level: λ in [0, 1]. None takes λ of the active `noise_level(…)` context.
+
+        Raises:
+            ValueError: an adapter depends on λ, and λ is not known or differs between samples; or weights are
+                offloaded, so that they would come back without the adapter.
+        """
+        holder = holder_of(self.model)
+        if holder is None:  # no adapter is left: PEFT merges nothing and raises nothing
+            super().merge_adapter(adapter_names, safe_merge)
+            return
+        names = self.active_adapters if adapter_names is None else adapter_names
+        level = nullcontext() if noise_level is None else at_noise_level(self.model, noise_level)
+        with level, unmerged_on_error(self.model):
+            holder.level_to_merge(name for name in names if name in holder.cores)
+            super().merge_adapter(adapter_names, safe_merge)
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        noise_level: float | None = None,
+    ) -> nn.Module:
+        """Return the base model with the update of one λ in its weights; see `merge_adapter`."""
+        self.merge_adapter(adapter_names, safe_merge, noise_level=noise_level)
+        with warnings.catch_warnings():  # PEFT does more than merge, and finds the layers merged
+            warnings.filterwarnings("ignore", message="All adapters are already merged")
+            return self._unload_and_optionally_merge(
+                progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+            )
 
     # ------------------------------------------------------------------ removal
 
@@ -320,41 +342,3 @@ class NaraModel(MergesAtOneLevel):
             *(with_names_in_files(each, adapter_name) for each in (mapped, expected, present))
         )
         return mapped
-
-
-@contextmanager
-def _without_holder(root: nn.Module) -> Iterator[None]:
-    """Hide the cores from PEFT: names of their modules ("embeddings", "layers") may match `target_modules`."""
-    holder = root._modules.pop(HOLDER_NAME, None)
-    try:
-        yield
-    finally:
-        if holder is not None:
-            root._modules[HOLDER_NAME] = holder
-
-
-@contextmanager
-def _suggesting_targets(model: nn.Module, config: NaraConfig) -> Iterator[None]:
-    """Inside, PEFT's error about `target_modules` that match nothing names the nearest modules."""
-    try:
-        yield
-    except ValueError as error:
-        if "not found in the base model" not in str(error):
-            raise
-        known = {
-            name.lower(): name
-            for path, _ in model.named_modules()
-            for name in [path.rpartition(".")[2]]
-        }
-        targets = (
-            [config.target_modules]
-            if isinstance(config.target_modules, str)
-            else config.target_modules or ()
-        )
-        nearest = [
-            get_close_matches(target.rpartition(".")[2].lower(), known, 1) for target in targets
-        ]
-        names = sorted({repr(known[name]) for found in nearest for name in found})
-        raise type(error)(
-            f"{error} Did you mean {', '.join(names)}?" if names else str(error)
-        ) from None

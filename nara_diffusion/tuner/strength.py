@@ -139,7 +139,7 @@ def give_strength(root: Any, adapter_name: str, strength: Any) -> None:
             strength_of(root, adapter_name),
         )  # the caller's may serve several models
         config.strength = None if schedule is None else schedule.as_lists()
-        holder.reconfigure(adapter_name, holder.complete(adapter_name, config))
+        holder.reconfigure(adapter_name, holder.finder.with_convention(adapter_name, config))
 
 
 def _take_strength(root: Any, adapter_name: str, config: Any, layers: Mapping[str, Any]) -> None:
@@ -159,7 +159,9 @@ def _take_strength(root: Any, adapter_name: str, config: Any, layers: Mapping[st
                 layer.lora_variant[adapter_name] = own
     if not isinstance(config, NaraConfig):
         holder.remove(adapter_name)
-        if holder.source_is_default:  # a source that a user has set serves the next strength too
+        if (
+            holder.finder.source_is_default
+        ):  # a source that a user has set serves the next strength too
             drop_idle_holder(root)
 
 

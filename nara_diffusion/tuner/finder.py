@@ -1,0 +1,335 @@
+"""Find λ of a model's forwards, and check that it is λ as the model's adapters were trained with it.
+
+An adapter's configuration names its definition of λ. If it names none, the adapter takes the definition of the source.
+Until a user sets a source, that definition is *assumed*: a source that is set later replaces it. The default source
+follows from the model's class and the first definition. N, and the meaning of a small timestep, come from the present
+scheduler of the pipelines that loaded the adapters.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from copy import copy
+from dataclasses import replace
+from enum import Enum, auto
+from typing import TYPE_CHECKING, Any
+
+from peft import LoraConfig
+from torch import Tensor, nn
+
+from nara_diffusion.config import NaraConfig
+from nara_diffusion.cores.registry import needs_noise
+from nara_diffusion.layers.variants import CoreChannel
+from nara_diffusion.noise.denoisers import Denoiser, first_source
+from nara_diffusion.noise.level import (
+    Entry,
+    NoiseSource,
+    arguments_of,
+    as_level,
+    backward_pass,
+    outer_modules,
+)
+from nara_diffusion.noise.prediction import check_expected
+
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+    from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+
+class NotSet(Enum):
+    """The value of `LevelFinder.given_source` until a user sets or removes a source. (Copies keep an enum's member.)"""
+
+    DEFAULT = auto()
+
+
+class LevelFinder:
+    """Find λ of the forwards of one adapted model.
+
+    Args:
+        root: the adapted model.
+        configs: adapter → configuration. The holder of the cores owns this dict and changes it in place.
+        channel: says whether layers see samples first.
+        denoiser: the entry of the root's class in the table of denoisers.
+
+    Attributes:
+        given_source: the source of `set_noise_source`; None if it was removed.
+        pipelines: weak references to the pipelines that loaded adapters.
+        length: N if there is no such pipeline: N of the last one, or of a training; None for 1000.
+    """
+
+    def __init__(
+        self,
+        root: nn.Module,
+        configs: dict[str, LoraConfig],
+        channel: CoreChannel,
+        denoiser: Denoiser | None,
+    ) -> None:
+        self.root = root
+        self.configs = configs
+        self.channel = channel
+        self.denoiser = denoiser
+        self.given_source: NoiseSource | NotSet | None = NotSet.DEFAULT
+        self.length: int | None = None
+        self.pipelines: list[weakref.ref[DiffusionPipeline]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "pipelines": []}  # they are not the pipelines of a copy
+
+    # ------------------------------------------------------------------ the source
+
+    @property
+    def source_is_default(self) -> bool:
+        """True until a user sets or removes a source."""
+        return self.given_source is NotSet.DEFAULT
+
+    def present_source(self) -> NoiseSource | None:
+        """Return the source of λ for forwards outside of `noise_level(…)`; None if there is none.
+
+        N and the meaning of small timesteps are those of the pipelines' present schedulers.
+        """
+        if self.given_source is not NotSet.DEFAULT:
+            return self.given_source
+        definitions = self._definitions()
+        first = next(iter(definitions.values()), None)
+        source = first_source(self.denoiser, first)
+        if not isinstance(source, Denoiser):
+            return source
+        schedulers = self.schedulers()
+        if schedulers:
+            source = source.under(schedulers)
+            self.length = source.num_train_timesteps
+        elif self.length is not None:
+            source = replace(source, num_train_timesteps=self.length)
+        return source
+
+    def set_source(self, source: NoiseSource | None) -> None:
+        """Do what `nara_diffusion.set_noise_source` does. Assumed definitions become that of `source`."""
+        self.given_source = source
+        if source is None:
+            return
+        for config in self.configs.values():
+            if isinstance(config, NaraConfig) and is_assumed(config):
+                config.noise_convention = getattr(source, "convention", None)
+                config.assumes_convention = False
+
+    def check_source(self, source: NoiseSource | None) -> None:
+        """Raise ValueError if `source` and an adapter define λ differently."""
+        for name, convention in self._definitions().items():
+            if not is_assumed(self.configs[name]):
+                remedy = "so pass a source with that definition, or remove the adapter first."
+                _check_definition(source, name, convention, remedy)
+
+    # ------------------------------------------------------------------ λ of a forward
+
+    def level_of_forward(
+        self,
+        names: list[str],
+        entry: Entry | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Tensor:
+        """Return λ (1,) or (b,) for a forward of the root.
+
+        Args:
+            names: the adapters that the forward reads and that depend on λ.
+            entry: the context `noise_level(…)` around the forward; None to ask the source.
+            args, kwargs: the arguments of the forward.
+
+        Raises:
+            ValueError: λ is not known, it may belong to another forward, or the layers cannot tell samples apart.
+        """
+        if entry is None:
+            source = self.present_source()
+            level = None if source is None else as_level(source(self.root, args, kwargs))
+        elif entry.backward == backward_pass():
+            level = entry.level
+        else:
+            raise ValueError(
+                "A backward pass runs the whole adapted model again (a checkpoint function around it?), and the λ that "
+                "is active now may not be that of the first run: enter `with noise_level(model, value):` inside the "
+                "checkpointed function, or use the model's own `gradient_checkpointing_enable()`."
+            )
+        if level is None:
+            raise unknown_level(self.root, names)
+        if len(level) > 1:
+            self._check_rows(len(level), args, kwargs)
+        return level
+
+    def _check_rows(self, values: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Raise ValueError if the layers of the root cannot tell the samples of `values` values of λ apart.
+
+        That is so if layers do not see samples first, or if they may see a multiple of the batch while the root's first
+        tensor does not have one row for each value.
+        """
+        kind = type(self.root).__name__
+        if self.channel.one_level:
+            raise ValueError(
+                f"noise_level has {values} values, but the layers of {kind} see tokens where others see samples, so "
+                "that each cannot get its own C: let the batch share one λ, or run its samples one by one."
+            )
+        if not self.channel.sample_major:
+            return
+        given = arguments_of(self.root, args, kwargs).values()
+        batch = next((len(one) for one in given if isinstance(one, Tensor) and one.dim() > 0), None)
+        if values != batch:
+            raise ValueError(
+                f"noise_level has {values} values, but the batch is {batch}: pass one value, or one a sample of the "
+                "batch as the model sees it (after CFG or repeats)."
+            )
+        if any(map(_splits_batch, outer_modules(self.root))):
+            raise ValueError(
+                f"noise_level has {values} values, but blocks of {kind} run on slices of the batch (forward chunking, "
+                "or FreeNoise's split inference), whose samples cannot be told apart: pass one λ for the whole batch, "
+                "or turn that off (chunking along dim=1 is fine)."
+            )
+
+    # ------------------------------------------------------------------ the adapters' definitions of λ
+
+    def _definitions(self, but: str | None = None) -> dict[str, str]:
+        """Return adapter → its definition of λ, for the adapters that have one, except the adapter `but`."""
+        found = {}
+        for name, config in self.configs.items():
+            convention = convention_of(config)
+            if convention is not None and name != but:
+                found[name] = convention
+        return found
+
+    def with_convention(self, name: str, config: NaraConfig) -> NaraConfig:
+        """Return a copy of `config` that has a definition of λ if the source has one.
+
+        Args:
+            name: the adapter's name; its present configuration, if any, does not count.
+            config: of an adapter that is to be added, or to take the place of the one of this name.
+
+        Raises:
+            ValueError: the adapter defines λ differently from the source.
+        """
+        own = config.noise_convention
+        others = self._definitions(but=name)
+        source = self.given_source
+        if source is NotSet.DEFAULT:
+            first = next(iter(others.values()), own)
+            source = first_source(self.denoiser, first)
+        if not is_assumed(config):
+            _check_definition(source, name, own, self._remedy(own, list(others)))
+        config = copy(config)  # several models may share the caller's
+        if source is not None and needs_noise(config) and (own is None or is_assumed(config)):
+            config.noise_convention = getattr(source, "convention", None)
+            config.assumes_convention = self.source_is_default
+        elif own is None:
+            config.assumes_convention = True
+        return config
+
+    def adopt_convention(self, names: Iterable[str], convention: str) -> dict[str, str]:
+        """Give the adapters `names` this definition of λ if theirs is assumed, unless one of them has another.
+
+        Returns:
+            The adapters that have another definition → that definition. If there are any, nothing changes.
+        """
+        others, assumed = {}, []
+        for name in names:
+            config = self.configs[name]
+            own = convention_of(config)
+            if isinstance(config, NaraConfig) and is_assumed(config):
+                assumed.append(config)
+            elif own is not None and own != convention:
+                others[name] = own
+        if not others:
+            for config in assumed:
+                config.noise_convention = convention
+                config.assumes_convention = False
+        return others
+
+    def _remedy(self, convention: str | None, others: list[str]) -> str:
+        """Return the end of the error for an adapter that defines λ differently from the source."""
+        if others:
+            return f"as {' and '.join(map(repr, others))} of this model needs: remove that first, or use another model."
+        if not self.source_is_default:
+            return f"which set_noise_source has set. Set one of {convention!r} before, set_noise_source(model, source)."
+        return (
+            "which is what its class means by its timestep. Add the adapter to the model that it was trained on; for a "
+            "custom definition of λ, call register_noise_source(source) before the model's first adapter is added."
+        )
+
+    # ------------------------------------------------------------------ the pipelines' schedulers
+
+    def add_pipeline(self, pipe: DiffusionPipeline) -> None:
+        """Remember a pipeline that loaded an adapter."""
+        self.pipelines = [ref for ref in self.pipelines if ref() not in (None, pipe)]
+        self.pipelines.append(weakref.ref(pipe))
+
+    def schedulers(self) -> list[SchedulerMixin]:
+        """Return the present schedulers of the pipelines that loaded adapters."""
+        found = []
+        for reference in self.pipelines:
+            scheduler = getattr(reference(), "scheduler", None)
+            if hasattr(scheduler, "config"):
+                found.append(scheduler)
+        return found
+
+    def check_prediction(self, names: Iterable[str]) -> None:
+        """Raise ValueError if a pipeline's scheduler expects another prediction than that of the adapters `names`."""
+        for name in names:
+            fields = getattr(self.configs[name], "scheduler", None)
+            if fields is not None:
+                for scheduler in self.schedulers():
+                    check_expected(scheduler, fields)
+
+
+def is_assumed(config: LoraConfig) -> bool:
+    """Return True if the configuration only has the definition of λ of the model's default source."""
+    return getattr(config, "assumes_convention", False)
+
+
+def convention_of(config: LoraConfig) -> str | None:
+    """Return the definition of λ in a configuration; None if it has none, as a plain LoRA."""
+    return getattr(config, "noise_convention", None)
+
+
+def unknown_level(root: nn.Module, names: list[str], remedy: str | None = None) -> ValueError:
+    """Return the error for an unknown λ.
+
+    Args:
+        names: the adapters that depend on λ.
+        remedy: the end of the message; None for that of a forward.
+    """
+    usual = (
+        "call the model inside `with noise_level(model, value):`, or let it read λ from its own inputs by "
+        f"`set_noise_source(model, source)`.{_how_to_declare(root)}"
+    )
+    listed = ", ".join(map(repr, names))
+    return ValueError(f"λ is not known, but adapter(s) {listed} depend on it: {remedy or usual}")
+
+
+def _check_definition(
+    source: NoiseSource | None, adapter_name: str, convention: str | None, remedy: str
+) -> None:
+    of_source = getattr(source, "convention", None)
+    if source is not None and convention is not None and of_source != convention:
+        raise ValueError(
+            f"Adapter '{adapter_name}' was trained with λ defined as {convention!r}, but the source of λ tells "
+            f"{of_source!r}, {remedy}"
+        )
+
+
+def _splits_batch(module: nn.Module) -> bool:
+    own = vars(module)
+    if own.get("_chunk_size") is not None and own.get("_chunk_dim") == 0:
+        return True
+    return type(module).__name__ == "SplitInferenceModule" and own.get("split_dim") == 0
+
+
+def _how_to_declare(root: nn.Module) -> str:
+    """Return the end of the error for an unknown λ: what reads λ from the inputs of a model of this class."""
+    kinds = [kind.__name__ for kind in type(root).__mro__]
+    if "ModelMixin" in kinds:  # of Diffusers
+        declaration = f"register_denoiser('{kinds[0]}', meaning)"
+        return f" To have it read its timestep, declare {declaration} before adding adapters."
+    is_masked = getattr(getattr(root, "config", None), "mask_token_id", None) is not None
+    if is_masked or ("PreTrainedModel" in kinds and "LM" in kinds[0]):
+        return (
+            " A masked language model reads it inside `with read_noise_from_input_ids(model, prompt_lengths):` of "
+            "nara_diffusion.dllm."
+        )
+    return ""

@@ -1,0 +1,145 @@
+"""Add an adapter to a model: its cores, the holder hidden from PEFT, and the model as it was after an error."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from copy import copy
+from difflib import get_close_matches
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from nara_diffusion.config import NaraConfig
+from nara_diffusion.cores.registry import BUILT_IN, HOLDER_NAME, CoreSet, core_group, make_cores
+
+
+@contextmanager
+def restored_on_error(*roots: nn.Module) -> Iterator[None]:
+    """After an error inside the context, restore the `roots`: modules, attributes, parameters and what is trainable.
+
+    Containers are restored in place, since handles of hooks refer to them. Values that were changed in place are not
+    restored; PEFT's initialisations that change the base give its weights new tensors.
+    """
+    modules: dict[int, nn.Module] = {}
+    values = []
+    for root in roots:
+        for module in root.modules():
+            modules[id(module)] = module
+        for parameter in root.parameters():
+            values.append((parameter, parameter.data, parameter.requires_grad))
+    states = [(module, _attributes(module)) for module in modules.values()]
+    try:
+        yield
+    except BaseException:
+        for module, state in states:
+            _restore(module, state)
+        for parameter, data, requires_grad in values:
+            parameter.data = data
+            parameter.requires_grad = requires_grad
+        raise
+
+
+_State = list[tuple[str, object, object]]
+"""(name, value, shallow copy of the value if it is a container) of each attribute of a module"""
+
+
+def _attributes(module: nn.Module) -> _State:
+    found: _State = []
+    for name, value in vars(module).items():
+        is_container = type(value) in (dict, list, set, OrderedDict)
+        found.append((name, value, copy(value) if is_container else None))
+    return found
+
+
+def _restore(module: nn.Module, state: _State) -> None:
+    vars(module).clear()
+    for name, value, before in state:
+        if isinstance(value, list) and isinstance(before, list):
+            value[:] = before
+        elif isinstance(value, (dict, set)) and before is not None:
+            value.clear()
+            value.update(before)  # type: ignore[call-overload]
+        vars(module)[name] = value
+
+
+@contextmanager
+def without_holder(root: nn.Module) -> Iterator[None]:
+    """Inside the context, PEFT does not see the cores: `target_modules` may match names of their modules."""
+    holder = root._modules.pop(HOLDER_NAME, None)
+    try:
+        yield
+    finally:
+        if holder is not None:
+            root._modules[HOLDER_NAME] = holder
+
+
+@contextmanager
+def suggesting_targets(model: nn.Module, config: NaraConfig) -> Iterator[None]:
+    """Inside the context, PEFT's error about `target_modules` that match nothing also names the nearest modules."""
+    try:
+        yield
+    except ValueError as error:
+        if "not found in the base model" not in str(error):
+            raise
+        names = _nearest_names(model, config.target_modules or ())
+        hint = f" Did you mean {', '.join(names)}?" if names else ""
+        raise type(error)(f"{error}{hint}") from None
+
+
+def _nearest_names(model: nn.Module, targets: str | Iterable[str]) -> list[str]:
+    known = {}
+    for path, _ in model.named_modules():
+        name = path.rpartition(".")[2]
+        known[name.lower()] = name
+    found = set()
+    for target in [targets] if isinstance(targets, str) else targets:
+        wanted = target.rpartition(".")[2].lower()
+        for match in get_close_matches(wanted, known, 1):
+            found.add(repr(known[match]))
+    return sorted(found)
+
+
+def cores_for(
+    config: NaraConfig,
+    adapter_name: str,
+    layers: dict[str, LoraLayer],
+    low_cpu_mem_usage: bool,
+    is_dispatched: bool,
+) -> CoreSet:
+    """Return the cores of an adapter, on the device of its layers.
+
+    Args:
+        layers: name → layer, of those that the adapter adapts.
+        low_cpu_mem_usage: True if a file will replace the values, so that they may be on "meta".
+        is_dispatched: True if accelerate offloads the layers one by one.
+    """
+    ranks: dict[str, int] = {}
+    for name, layer in layers.items():
+        rank = layer.r[adapter_name]  # by rank_pattern
+        group = core_group(config, name, rank)
+        ranks[group] = max(rank, ranks.get(group, 0))
+    # a custom core may have values that no file holds
+    on_meta = low_cpu_mem_usage and config.core_type in BUILT_IN
+    with torch.device("meta") if on_meta else nullcontext():
+        cores = make_cores(config, ranks)
+    if any(parameter.is_meta for parameter in cores.parameters()):
+        return cores
+    return cores.to(_device_for(layers.values(), low_cpu_mem_usage or is_dispatched))
+
+
+def _device_for(layers: Iterable[LoraLayer], will_be_loaded: bool) -> torch.device:
+    """Return the first device of the layers' parameters other than "meta".
+
+    If all parameters are on "meta", return "meta", or the CPU if their values will be loaded.
+    """
+    is_empty = True
+    for layer in layers:
+        assert isinstance(layer, nn.Module)
+        for parameter in layer.parameters():
+            if parameter.device.type != "meta":
+                return parameter.device
+            is_empty = False
+    return torch.device("cpu" if is_empty or will_be_loaded else "meta")
