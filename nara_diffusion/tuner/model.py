@@ -178,7 +178,8 @@ class NaraModel(LoraModel):
         )
         layer = getattr(parent, target_name)
         keep_out_of_float8(layer, adapter_name)
-        assert self._injected is not None and self._channel is not None
+        assert self._injected is not None
+        assert self._channel is not None
         self._injected[current_key] = layer
         if lora_config.reads_core:
             variant_class = variant_for(layer, lora_config.use_dora, current_key)
