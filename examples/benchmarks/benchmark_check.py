@@ -35,8 +35,8 @@ from tqdm.auto import tqdm
 from nara_diffusion.check.check_tasks import add_cheap
 from nara_diffusion.check.trials import CheckTask, Loss, published
 from nara_diffusion.check.verdict import decide, differences, mean_losses
-from nara_diffusion.dllm.encoding import digit_tokens
 from nara_diffusion.dllm.masking import MaskedBatch, with_level_token
+from nara_diffusion.dllm.tokenizer import digit_tokens
 from nara_diffusion.noise.denoisers import time_layers
 
 IMAGE_RATES = {"learning_rate": 1e-2, "core_learning_rate": 2.5e-3}

@@ -33,12 +33,12 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from nara_diffusion.dllm import train as dllm_train
-from nara_diffusion.dllm.canvas import GlobalBatchStream
-from nara_diffusion.dllm.encoding import digit_tokens
+from nara_diffusion.dllm.batches import GlobalBatchStream
 from nara_diffusion.dllm.loss import batch_loss
 from nara_diffusion.dllm.masking import mask_answers, with_level_token
 from nara_diffusion.dllm.models.backbone import Backbone
 from nara_diffusion.dllm.text_arguments import Arguments
+from nara_diffusion.dllm.tokenizer import digit_tokens
 from nara_diffusion.dreambooth import denoiser
 from nara_diffusion.dreambooth import train as dreambooth_train
 from nara_diffusion.dreambooth.caches import PromptCache

@@ -1,9 +1,9 @@
 """Masked-diffusion language models: backbones, loss, generation, data and evaluation."""
 
-from .canvas import AnswerCollator
+from .batches import AnswerCollator
 from .decoding import Sampling
-from .encoding import EncodedRecords, encode_prompts, encode_records, prompt_text
-from .exact_match import ExactMatch, exact_match, stop_token_ids
+from .encoding import EncodedRecords, encode_records
+from .exact_match import ExactMatch, exact_match
 from .likelihood import log_likelihood
 from .loss import (
     MaskedDiffusionLoss,
@@ -16,6 +16,7 @@ from .masking import MaskedBatch, mask_answers
 from .models.pretrained import load_backbone
 from .records import read_records
 from .sampler import Generation, GenerationStep, generate
+from .tokenizer import encode_prompts, prompt_text, stop_token_ids
 
 __all__ = [
     "AnswerCollator",

@@ -23,7 +23,7 @@ from nara_diffusion.training.report import (
 )
 from nara_diffusion.training.run import Run
 
-from .canvas import AnswerCollator
+from .batches import AnswerCollator
 from .decoding import Sampling
 from .exact_match import exact_match
 from .loss import batches_of, masked_diffusion_loss, noise_level_curve

@@ -1,11 +1,11 @@
-"""Encoding of records as token ids: prompt, answer, end of sequence.
+"""Rows: records as token ids, each a prompt, an answer and its end.
 
-With a chat template in the tokenizer, the prompt is the turns before an answer and what opens the assistant's, and the
-answer is the assistant's turn as the template closes it. Attention is bidirectional, so that a later turn would show an
-earlier answer: a conversation is the pairs (everything before, next answer), each of which ends with its answer.
-Without a chat template, the prompt is Alpaca's, which LLM-Adapters uses too. A text that no prompt stands before begins
-with BOS, if the tokenizer has one. The answer ends with one end-of-sequence token, and the collator lengthens rows by
-more of them, which are trained on: that is how LLaDA learns where to stop (arXiv 2502.09992, appendix B.1).
+With a chat template in the tokenizer, the prompt ends with the text that opens the assistant's
+turn, and the answer is that turn as the template closes it. Attention is bidirectional, so a later
+turn would show an earlier answer: a conversation becomes pairs (everything before, next answer),
+and each row ends with its answer. A text without a prompt begins with BOS, if the tokenizer has
+one. One end-of-sequence token ends an answer. The collator adds more, which are trained on: LLaDA
+learns in this way where to stop (arXiv 2502.09992, appendix B.1).
 """
 
 from __future__ import annotations
@@ -13,39 +13,44 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-import string
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from nara_diffusion.utils.naming import counted
 
-from .canvas import mask_in_a_text
-from .records import BATCH, mapped
+from .records import BATCH, column_batches, mapped
+from .tokenizer import (
+    backend_of,
+    chat_text,
+    encode_prompts,
+    end_token_id,
+    mask_in_a_text,
+    prompt_text,
+    token_ids,
+    user_turn,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 logger = logging.getLogger(__name__)
 
-_ALPACA = (
-    "Below is an instruction that describes a task{more}. Write a response that appropriately completes the request."
-    "\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
-)
 _NO_LIMIT = 2**31 - 1
 _NUMBERS = ("prompt_length", "record", "pairs", "length", "ends_inside")
+_DIGESTED = ("input_ids", "prompt_length", "record")
+_COLUMNS = ("input_ids", "instruction", "answer", *_NUMBERS)
 
 
 @dataclass(frozen=True)
 class EncodedRecords:
     """Attributes:
-    rows: Dataset of `input_ids` (prompt, answer, end), `prompt_length`, `instruction` and `answer`; and `record`, the
-        number of the record, which the pairs of a conversation share.
-    longest, longest_prompt: the tokens of the longest row, and of the longest prompt.
+    rows: Dataset of `input_ids` (prompt, answer, end), `prompt_length`, `instruction`,
+        `answer`, and `record`, a number that the pairs of one conversation share.
+    longest, longest_prompt: tokens of the longest row, and of the longest prompt.
     longest_prompt_in: what messages call the record with the longest prompt.
     """
 
@@ -55,14 +60,14 @@ class EncodedRecords:
     longest_prompt_in: str
 
     def digest(self) -> str:
-        """SHA-256 of the tokens of all rows, and of where rows, answers and records begin."""
-        found = [hashlib.sha256() for _ in range(4)]
-        for table in self.rows.with_format("arrow").iter(BATCH):
-            ids: Any = table["input_ids"].combine_chunks()  # type: ignore[index]
-            columns = (ids.flatten(), ids.value_lengths(), table["prompt_length"], table["record"])  # type: ignore[index]
-            for digest, column in zip(found, columns, strict=True):
+        """Return the SHA-256 of all tokens, and of where rows, answers and records begin."""
+        digests = [hashlib.sha256() for _ in range(4)]
+        for table in column_batches(self.rows, _DIGESTED, "arrow"):
+            ids = table["input_ids"].combine_chunks()
+            columns = (ids.flatten(), ids.value_lengths(), table["prompt_length"], table["record"])
+            for digest, column in zip(digests, columns, strict=True):
                 digest.update(column.to_numpy().tobytes())
-        return hashlib.sha256(b"".join(digest.digest() for digest in found)).hexdigest()
+        return hashlib.sha256(b"".join(digest.digest() for digest in digests)).hexdigest()
 
 
 def encode_records(
@@ -74,96 +79,114 @@ def encode_records(
     train_on: str = "last",
     name: str = "records",
 ) -> EncodedRecords:
-    """Tokenise what `read_records` returned; `datasets` caches the rows.
+    """Tokenise the records that `read_records` returned; `datasets` caches the rows.
 
     Args:
-        records: with `instruction`, `input`, `output`, `answer`, and `turns` of conversations; perhaps `number`, from
-            0, in their file.
-        max_length: tokens of prompt, answer and end together. A longer answer is cut, a prompt that fills
-            `max_length` by itself drops its record; both are counted and logged.
-        max_prompt_length: drops records with a longer prompt, too.
+        records: with `instruction`, `input`, `output`, `answer`, and `turns` of conversations. They
+            may have `number`, their place in their file, from 0.
+        max_length: tokens of prompt, answer and end together. Longer answers are cut, and a prompt
+            that fills `max_length` drops its record; both are logged.
+        max_prompt_length: also drop records with a longer prompt.
         train_on: the answers of a conversation that become rows, "last" or "all".
         name: what the log calls the records.
 
     Raises:
-        ValueError: no record is left; a text holds the mask token; the chat template refuses a conversation, or begins
-            an answer otherwise in one than as a generation prompt; a conversation without a chat template.
+        ValueError: no record is left; a text contains the mask token; a conversation has no chat
+            template, or one that refuses it or opens an answer and a generation prompt differently.
     """
     from datasets import Features, List, Value
 
-    features = {name: Value("int32") for name in _NUMBERS} | {"input_ids": List(Value("int32"))}
-    features |= {name: Value("string") for name in ("instruction", "answer")}
-    vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer  # type: ignore[attr-defined]
+    columns: dict[str, Any] = dict.fromkeys(_NUMBERS, Value("int32"))
+    columns |= dict.fromkeys(("instruction", "answer"), Value("string"))
+    columns["input_ids"] = List(Value("int32"))
     longest = min(max_length - 1, max_length if max_prompt_length is None else max_prompt_length)
-    key = [
-        vocabulary,
-        tokenizer.chat_template,
-        tokenizer.special_tokens_map,
-        max_length,
-        longest,
-        train_on,
-    ]
     source = (records.info.description or "").rpartition(" (fields ")[0]
-    encoder = _Encoder(tokenizer, max_length, longest, train_on, source)
-    rows = mapped(records, encoder, key, Features(features), batch_size=BATCH, desc="tokenise")
-    columns: Any = rows.with_format("numpy")
-    prompts, numbers, pairs, lengths, inside = (columns[name][:] for name in _NUMBERS)
-    kept = dict(zip(numbers.tolist(), pairs.tolist(), strict=True))  # {record: its pairs}
-    cut, dropped, partly = (
-        int((lengths > max_length).sum()),
-        len(records) - len(kept),
-        sum(kept.values()) - len(rows),
-    )
+    encoder = RecordEncoder(tokenizer, max_length, longest, train_on, source)
+
+    def encoded(encoder: RecordEncoder) -> Dataset:
+        key, features = encoder.cache_key(), Features(columns)
+        return mapped(records, encoder, key, features, batch_size=BATCH, desc="tokenise")
+
+    rows = encoded(encoder)
     if not len(rows):
-        whole = replace(encoder, max_length=_NO_LIMIT, max_prompt_length=_NO_LIMIT)
-        lengths = mapped(
-            records, whole, [*key, _NO_LIMIT], Features(features), batch_size=BATCH, desc="tokenise"
+        every = encoded(replace(encoder, max_length=_NO_LIMIT, max_prompt_length=_NO_LIMIT))
+        shortest = min(every["prompt_length"])
+        raise _nothing_left(name, len(records), shortest, encoder, max_prompt_length)
+    table: Any = rows.with_format("numpy")
+    numbers = {column: table[column][:] for column in _NUMBERS}
+    _log_lengths(name, len(records), numbers, encoder)
+    prompts, inside = numbers["prompt_length"], numbers["ends_inside"]
+    if inside.any():
+        question = rows[int(inside.argmax())]["instruction"][:100]
+        logger.warning(
+            f"{name}: {inside.sum()} of {len(rows)} outputs have the end token {encoder.end_text!r}"
+            " inside them: an answer ends there, and the model learns nothing after it; remove the "
+            f"token, or write it otherwise. The first of them answers {question!r}"
         )
-        shortest = min(lengths["prompt_length"])
-        flags = [f"--max_length {shortest + 1} or more"] * (max_length <= shortest)
-        flags += [f"--data_options max_prompt_length={shortest} or more"] * (
-            (max_prompt_length or shortest) < shortest
-        )
-        raise ValueError(
-            f"{name}: nothing is left of {counted(len(records), 'record')}. The shortest prompt has {shortest} tokens, "
-            f"and {longest} are allowed: give {' and '.join(flags)}, if the model has as many positions, or take "
-            "shorter prompts"
-        )
-    most = sorted(lengths)[int(0.9 * (len(rows) - 1))]
-    summary = f"90 % of its {counted(len(rows), 'row')} have {most} tokens or fewer, and max_length is {max_length}"
-    why = f"whose prompts have more than {longest} tokens"
-    losses = [f"{dropped} of {len(records)} records are dropped, {why}"] * bool(dropped)
-    losses += [
-        f"left out likewise: {counted(partly, 'late answer')} of other conversations"
-    ] * bool(partly)
-    losses += [f"{cut} of {counted(len(rows), 'row')} are cut"] * bool(cut)
+    place = int(numbers["record"][prompts.argmax()])
+    hardest = encoder.name_of(records[place], place)
+    most = int(numbers["length"].clip(max=max_length).max())
+    return EncodedRecords(rows, most, int(prompts.max()), hardest)
+
+
+def _nothing_left(
+    name: str, size: int, shortest: int, encoder: RecordEncoder, given: int | None
+) -> ValueError:
+    """Return the error for records with prompts that are all too long."""
+    flags = []
+    if encoder.max_length <= shortest:
+        flags.append(f"--max_length {shortest + 1} or more")
+    if (given or shortest) < shortest:
+        flags.append(f"--data_options max_prompt_length={shortest} or more")
+    return ValueError(
+        f"{name}: nothing is left of {counted(size, 'record')}. The shortest prompt has {shortest} "
+        f"tokens, and {encoder.max_prompt_length} are allowed: give {' and '.join(flags)}, if the "
+        "model has as many positions, or take shorter prompts"
+    )
+
+
+def _log_lengths(
+    name: str, size: int, numbers: Mapping[str, np.ndarray], encoder: RecordEncoder
+) -> None:
+    """Log the length of most rows, and what was dropped or cut."""
+    lengths = numbers["length"]
+    pairs_of_record = dict(zip(numbers["record"].tolist(), numbers["pairs"].tolist(), strict=True))
+    late = sum(pairs_of_record.values()) - len(lengths)
+    dropped = size - len(pairs_of_record)
+    limit = encoder.max_length
+    cut = int((lengths > limit).sum())
+    rows = counted(len(lengths), "row")
+    losses = []
+    if dropped:
+        why = f"whose prompts have more than {encoder.max_prompt_length} tokens"
+        losses.append(f"{dropped} of {size} records are dropped, {why}")
+    if late:
+        losses.append(f"left out likewise: {counted(late, 'late answer')} of other conversations")
+    if cut:
+        losses.append(f"{cut} of {rows} are cut")
+    most = sorted(lengths)[int(0.9 * (len(lengths) - 1))]
+    summary = f"90 % of its {rows} have {most} tokens or fewer, and max_length is {limit}"
     if losses:
         remedy = "raise it if the model has more positions, or take shorter records"
         logger.warning("%s: %s; %s: %s", name, ", and ".join(losses), summary, remedy)
     else:
         logger.info("%s: %s", name, summary)
-    if inside.any():
-        logger.warning(
-            "%s: %d of %d outputs have the end token %r inside them: an answer ends there, and the model learns no "
-            "more than that of it; take the token out, or write it otherwise. The first of them answers %r",
-            *(
-                name,
-                inside.sum(),
-                len(rows),
-                encoder.end_text,
-                rows[int(inside.argmax())]["instruction"][:100],
-            ),
-        )
-    place = int(numbers[prompts.argmax()])
-    hardest = encoder.name_of(records[place], place)
-    return EncodedRecords(
-        rows, int(lengths.clip(max=max_length).max()), int(prompts.max()), hardest
-    )
 
 
 @dataclass(frozen=True)
-class _Encoder:
-    """Batches of records to batches of rows."""
+class Pair:
+    """A prompt and its answer, as texts; of a record or of an earlier turn."""
+
+    prompt: str
+    closed: str  # the output and the end of its turn
+    instruction: str
+    output: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class RecordEncoder:
+    """Turn batches of records into batches of rows; the fields are those of `encode_records`."""
 
     tokenizer: PreTrainedTokenizerBase
     max_length: int
@@ -171,11 +194,18 @@ class _Encoder:
     train_on: str
     source: str
 
+    def cache_key(self) -> list[Any]:
+        """Return all that the rows depend on beside the records."""
+        tokenizer, backend = self.tokenizer, backend_of(self.tokenizer)
+        vocabulary = tokenizer if backend is None else backend.to_str()
+        special = tokenizer.special_tokens_map
+        limits = (self.max_length, self.max_prompt_length, self.train_on)
+        return [vocabulary, tokenizer.chat_template, special, *limits]
+
     def name_of(self, record: Mapping[str, Any], place: int) -> str:
-        """What messages call a record: its number, and its file."""
-        return f"record {record.get('number', place) + 1}" + (
-            f" of {self.source}" if self.source else ""
-        )
+        """Return what messages call a record: its number, and its file."""
+        name = f"record {record.get('number', place) + 1}"
+        return f"{name} of {self.source}" if self.source else name
 
     @property
     def end_text(self) -> str:
@@ -184,172 +214,87 @@ class _Encoder:
     def __call__(
         self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]
     ) -> dict[str, list[Any]]:
-        tokenizer, end = self.tokenizer, end_token_id(self.tokenizer)
-        mask: Any = tokenizer.mask_token_id
-        inside = re.compile(rf"{re.escape(self.end_text)}(?!(\s|{re.escape(self.end_text)})*$)")
-        records = (
-            dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)
-        )
-        pairs: list[dict[str, Any]] = []
-        for number, record in zip(indices, records, strict=True):
+        found: list[tuple[Pair, dict[str, Any]]] = []
+        for number, values in zip(indices, zip(*batch.values(), strict=True), strict=True):
+            record = dict(zip(batch, values, strict=True))
             name = self.name_of(record, number)
             try:
-                found = self.pairs(record)
+                pairs = self.pairs(record)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
-            pairs += [
-                pair | {"record": number, "name": name, "pairs": len(found)} for pair in found
-            ]
-        prompts = encode_prompts(tokenizer, [pair["prompt"] for pair in pairs])
-        answers = _ids(tokenizer, [pair["closed"] for pair in pairs], add_special_tokens=False)
-        rows: list[dict[str, Any]] = []
-        for pair, prompt, answer in zip(pairs, prompts, answers, strict=True):
-            opening = prompt or [token for token in [tokenizer.bos_token_id] if token is not None]
-            whole = [*opening, *answer] if answer[-1:] == [end] else [*opening, *answer, end]
-            if mask in whole:
-                written = f"{pair['name']} has {tokenizer.mask_token!r} in its text, and so"
-                raise ValueError(f"{written} {mask_in_a_text(mask)}")
-            pair |= {"length": len(whole), "ends_inside": inside.search(pair["output"]) is not None}
-            if len(opening) <= self.max_prompt_length:
-                rows.append(
-                    pair | {"input_ids": whole[: self.max_length], "prompt_length": len(opening)}
-                )
+            facts = {"record": number, "pairs": len(pairs), "name": name}
+            found += [(pair, facts) for pair in pairs]
+        prompts = encode_prompts(self.tokenizer, [pair.prompt for pair, _ in found])
+        closed = [pair.closed for pair, _ in found]
+        answers = token_ids(self.tokenizer, closed, add_special_tokens=False)
+        columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
+        for (pair, facts), prompt, answer in zip(found, prompts, answers, strict=True):
+            row = self._row(pair, prompt, answer, facts["name"]) | facts
+            if row["prompt_length"] <= self.max_prompt_length:
+                for name, column in columns.items():
+                    column.append(row[name])
+        return columns
+
+    def _row(self, pair: Pair, prompt: list[int], answer: list[int], name: str) -> dict[str, Any]:
+        bos: Any = self.tokenizer.bos_token_id
+        if not prompt and bos is not None:
+            prompt = [bos]
+        end = end_token_id(self.tokenizer)
+        whole = [*prompt, *answer] if answer[-1:] == [end] else [*prompt, *answer, end]
+        mask: Any = self.tokenizer.mask_token_id
+        if mask is not None and mask in whole:
+            written = f"{name} has {self.tokenizer.mask_token!r} in its text, and so"
+            raise ValueError(f"{written} {mask_in_a_text(mask)}")
+        end_text = re.escape(self.end_text)
+        inside = re.search(rf"{end_text}(?!(\s|{end_text})*$)", pair.output)
         return {
-            name: [row[name] for row in rows]
-            for name in ("input_ids", "instruction", "answer", *_NUMBERS)
+            "input_ids": whole[: self.max_length],
+            "instruction": pair.instruction,
+            "answer": pair.answer,
+            "prompt_length": len(prompt),
+            "length": len(whole),
+            "ends_inside": inside is not None,
         }
 
-    def pairs(self, record: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """The {prompt, output, closed, instruction, answer} of a record; `closed`: the output and its turn's end."""
-        last = {name: record[name] for name in ("instruction", "output", "answer")}
-        question, turns = (record["instruction"], record["input"]), record.get("turns") or []
-        if not record["instruction"]:
-            return [last | {"prompt": "", "closed": record["output"]}]
-        if not self.tokenizer.chat_template and not turns:
-            return [
-                last
-                | {"prompt": prompt_text(self.tokenizer, *question), "closed": record["output"]}
-            ]
-        pairs = []
-        for i, turn in enumerate(turns if self.train_on == "all" else []):
-            asked = [one["content"] for one in turns[:i] if one["role"] == "user"]
-            if turn["role"] == "assistant" and asked:
-                earlier = {
-                    "instruction": asked[-1],
-                    "output": turn["content"],
-                    "answer": turn["content"],
-                }
-                pairs.append(earlier | self.in_template(turns[:i], turn["content"]))
-        return [*pairs, last | self.in_template(turns or _turn(*question), record["output"])]
+    def pairs(self, record: Mapping[str, Any]) -> list[Pair]:
+        """Return the pairs of a record: one, or several of a conversation."""
+        instruction, output, answer = (record[key] for key in ("instruction", "output", "answer"))
+        turns = record.get("turns") or []
+        if not instruction:
+            return [Pair("", output, instruction, output, answer)]
+        if not turns and not self.tokenizer.chat_template:
+            prompt = prompt_text(self.tokenizer, instruction, record["input"])
+            return [Pair(prompt, output, instruction, output, answer)]
+        pairs = self._earlier_pairs(turns) if self.train_on == "all" else []
+        turns = turns or [user_turn(instruction, record["input"])]
+        return [*pairs, self._in_template(turns, instruction, output, answer)]
 
-    def in_template(self, turns: Sequence[Mapping[str, str]], output: str) -> dict[str, str]:
-        """The {prompt, closed} of an output after its turns: the assistant's turn, as the template ends it."""
+    def _earlier_pairs(self, turns: Sequence[Mapping[str, str]]) -> list[Pair]:
+        """Return a pair for each answer among the turns before the last answer."""
+        pairs: list[Pair] = []
+        question = None
+        for i, turn in enumerate(turns):
+            content = turn["content"]
+            if turn["role"] == "user":
+                question = content
+            elif turn["role"] == "assistant" and question is not None:
+                pairs.append(self._in_template(turns[:i], question, content, content))
+        return pairs
+
+    def _in_template(
+        self, turns: Sequence[Mapping[str, str]], instruction: str, output: str, answer: str
+    ) -> Pair:
+        """Return the pair of an output and the turns before it, as the chat template writes
+        them."""
         prompt = chat_text(self.tokenizer, turns)
         answered = [*turns, {"role": "assistant", "content": output}]
         whole = chat_text(self.tokenizer, answered, add_generation_prompt=False)
         if not whole.startswith(prompt):
             asked = chat_text(self.tokenizer, turns, add_generation_prompt=False)
+            opened, closed = prompt.removeprefix(asked), whole.removeprefix(asked)[:60]
             raise ValueError(
-                f"the tokenizer's chat template begins an answer with {prompt.removeprefix(asked)!r} as generation "
-                f"prompt, and a turn with an answer otherwise, {whole.removeprefix(asked)[:60]!r}: the end of the turn "
+                f"the tokenizer's chat template begins an answer with {opened!r} as generation "
+                f"prompt, and a turn with an answer otherwise, {closed!r}: the end of the turn "
                 "can't be found; change the tokenizer's chat_template to begin both alike"
             )
-        return {"prompt": prompt, "closed": whole.removeprefix(prompt)}
-
-
-def prompt_text(
-    tokenizer: PreTrainedTokenizerBase,
-    instruction: str | Sequence[Mapping[str, str]],
-    input: str = "",
-) -> str:
-    """The text that the model reads before it answers: the chat template's, or Alpaca's form.
-
-    Args:
-        instruction: a question, or the turns of a conversation, {role, content} each, which need a chat template.
-    """
-    if not isinstance(instruction, str):
-        return chat_text(tokenizer, instruction)
-    if tokenizer.chat_template:
-        return chat_text(tokenizer, _turn(instruction, input))
-    more = ", paired with an input that provides further context" if input else ""
-    return _ALPACA.format(
-        more=more, instruction=instruction, input=f"### Input:\n{input}\n\n" if input else ""
-    )
-
-
-def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
-    """Token ids of prompts. A chat template has its special tokens; else the tokenizer adds those that open a text."""
-    if tokenizer.chat_template:
-        return _ids(tokenizer, prompts, add_special_tokens=False)
-    closing = (tokenizer.eos_token_id, tokenizer.sep_token_id)
-    encoded = _ids(tokenizer, prompts, add_special_tokens=True)
-    return [ids[:-1] if ids and ids[-1] in closing else ids for ids in encoded]
-
-
-def _ids(tokenizer: Any, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
-    backend = tokenizer.backend_tokenizer if tokenizer.is_fast else None
-    if (
-        backend and not backend.truncation and not backend.padding
-    ):  # 1.3 times as fast as the tokenizer's own call
-        return [
-            one.ids
-            for one in backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
-        ]
-    return (
-        tokenizer(list(texts), add_special_tokens=add_special_tokens)["input_ids"] if texts else []
-    )
-
-
-def _turn(instruction: str, input: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": f"{instruction}\n\n{input}" if input else instruction}]
-
-
-def chat_text(
-    tokenizer: PreTrainedTokenizerBase,
-    turns: Sequence[Mapping[str, str]],
-    *,
-    add_generation_prompt: bool = True,
-) -> str:
-    """A conversation, {role, content} a turn, as the tokenizer's chat template writes it.
-
-    Raises:
-        ValueError: there is no template, or it refuses the conversation, as many do a system message.
-    """
-    if not tokenizer.chat_template:
-        raise ValueError(
-            f"the conversation {textwrap.shorten(str(turns), 100, placeholder=' …')} needs a chat template: take an "
-            "instruct model, or set the tokenizer's chat_template"
-        )
-    try:
-        text: Any = tokenizer.apply_chat_template(
-            [dict(turn) for turn in turns],
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-        )
-    except TemplateError as error:
-        raise ValueError(
-            f"the tokenizer's chat template refuses the turns {', '.join(repr(turn['role']) for turn in turns)} "
-            f"({error}): leave out the system message, and let turns of user and assistant alternate"
-        ) from error
-    return text
-
-
-def digit_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids of the ten digits, which are equal where the tokenizer doesn't know them."""
-    return [
-        ids[-1] for ids in tokenizer(list(string.digits), add_special_tokens=False)["input_ids"]
-    ]  # type: ignore[union-attr]
-
-
-def end_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that ends an answer: eos, or sep for encoders.
-
-    Raises:
-        ValueError: the tokenizer has neither.
-    """
-    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
-    if end is None:
-        raise ValueError(
-            "the tokenizer has no eos_token to end answers with: set tokenizer.eos_token"
-        )
-    return int(end)  # type: ignore[arg-type]
+        return Pair(prompt, whole.removeprefix(prompt), instruction, output, answer)

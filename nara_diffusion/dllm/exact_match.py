@@ -1,15 +1,17 @@
-"""The share of right answers among those that a masked language model generates.
+"""Exact match: the share of right answers among those that a masked language model generates.
 
 Rules find the answer in a generated text and compare it, here and in the tasks of `nara-eval`:
 
     text     the whole text, with runs of white space as one space
-    number   the last number, commas left out, equal to the right answer's last within 0.001
-    letter   the last of A … E that stands alone
-    choice   the first of answer1 … answer5, ending1 … ending4, option1, option2, solution1, solution2, true, false that
-             is of the right answer's kind; the rule letter where the right answer names none of them
+    number   the last number without commas; the right answer's last number within 0.001
+    letter   the last of A … E that is a word of its own
+    choice   the first of answer1 … answer5, ending1 … ending4, option1, option2, solution1,
+             solution2, true, false that is of the right answer's kind; the rule letter if the right
+             answer names none of them
 
-The last three are those of LLM-Adapters (arXiv 2304.01933). Its own scripts differ where a word contains a choice: "A"
-of "Answer" and "true" of "untrue" are named there, and not here; and "True" is named here, and not there.
+The last three are those of LLM-Adapters (arXiv 2304.01933). Its own scripts differ if a word
+contains a choice: they find "A" in "Answer" and "true" in "untrue", but not "True"; these rules
+find only "True".
 """
 
 from __future__ import annotations
@@ -26,9 +28,9 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .encoding import end_token_id
 from .models.backbone import Backbone
 from .sampler import Generation, generate
+from .tokenizer import decode_answer, stop_token_ids
 
 logger = logging.getLogger(__name__)
 
@@ -42,11 +44,14 @@ _CHOICE = re.compile(
 
 @dataclass(frozen=True)
 class ExactMatch:
-    """Attributes:
-    score: share of right answers, in [0, 1].
-    correct, total: their numbers.
-    generations: one {instruction, generation, extracted, answer, correct} a row, in the rows' order.
-    forwards: the number of forwards of the model.
+    """The result of `exact_match`.
+
+    Attributes:
+        score: share of right answers, in [0, 1].
+        correct, total: their numbers.
+        generations: one {instruction, generation, extracted, answer, correct} a row, in the rows'
+            order.
+        forwards: the number of forwards of the model.
     """
 
     score: float
@@ -68,27 +73,19 @@ def exact_match(
 ) -> ExactMatch:
     """Generate an answer to the prompt of each row, and count the right ones.
 
-    A generation is the text before its first end token. What `extract` finds in it has to be what it finds in the
-    row's `answer`: "text", "number", "letter" or "choice", the rules above, or a function of
-    one's own, from text to text.
+    A generation is the text before its first end token. It is right if `extract` finds the same in
+    it and in the row's `answer`.
 
     Args:
         model: the outermost module.
-        rows: of `encode_records`: `input_ids`, `prompt_length`, `answer`.
-        **sampling: arguments of `generate`, gen_length first of all.
+        rows: of `encode_records`, with `input_ids`, `prompt_length`, `instruction` and `answer`.
+        extract: a rule, "text", "number", "letter" or "choice"; or a function from text to text.
+        **sampling: arguments of `generate`, such as gen_length.
 
     Raises:
         ValueError: an unknown `extract`.
     """
-    nameless = [
-        row["answer"] for row in rows if not compare(extract, row["answer"], row["answer"])[1]
-    ]
-    if nameless:
-        logger.warning(
-            "%d of %d right answers name nothing by the rule %r, the first of them %r: nothing that is generated will "
-            "count as right there; choose another `extract`",
-            *(len(nameless), len(rows), extract, nameless[0]),
-        )
+    _warn_of_nameless(rows, extract)
     ends = stop_token_ids(model, tokenizer)
     sampling = {"chat": bool(tokenizer.chat_template), "eos_token_id": ends, **sampling}
     by_length = sorted(range(len(rows)), key=lambda i: rows[i]["prompt_length"])
@@ -97,21 +94,40 @@ def exact_match(
     with tqdm(total=len(rows), desc="generate", unit="row", disable=not progress) as bar:
         for start in range(0, len(rows), batch_size):
             indices = by_length[start : start + batch_size]
-            prompts = [rows[i]["input_ids"][: rows[i]["prompt_length"]] for i in indices]
+            batch = [rows[i] for i in indices]
+            prompts = [row["input_ids"][: row["prompt_length"]] for row in batch]
             result = answer_prompts(model, prompts, **sampling)
             forwards += result.forwards
-            for i, answer in zip(indices, result.answers.tolist(), strict=True):
-                row, text = rows[i], decode_answer(tokenizer, answer, ends)
+            for i, row, answer in zip(indices, batch, result.answers.tolist(), strict=True):
+                text = decode_answer(tokenizer, answer, ends)
                 named, is_right = compare(extract, text, row["answer"])
                 generations[i] = {
                     "instruction": row["instruction"],
                     "generation": text,
                     "extracted": named,
+                    "answer": row["answer"],
+                    "correct": is_right,
                 }
-                generations[i] |= {"answer": row["answer"], "correct": is_right}
             bar.update(len(indices))
     correct = sum(generation["correct"] for generation in generations)
     return ExactMatch(correct / len(rows), correct, len(rows), generations, forwards)
+
+
+def _warn_of_nameless(
+    rows: Sequence[Mapping[str, Any]], extract: str | Callable[[str], str]
+) -> None:
+    """Warn of right answers in which `extract` finds nothing."""
+    nameless = []
+    for row in rows:
+        _, is_right = compare(extract, row["answer"], row["answer"])
+        if not is_right:
+            nameless.append(row["answer"])
+    if nameless:
+        logger.warning(
+            f"{len(nameless)} of {len(rows)} right answers name nothing by the rule {extract!r}, "
+            f"the first of them {nameless[0]!r}: no generation will count as right there; choose "
+            "another `extract`"
+        )
 
 
 def answer_prompts(
@@ -121,75 +137,78 @@ def answer_prompts(
     device: torch.device | None = None,
     **sampling: Any,
 ) -> Generation:
-    """`generate` for prompts of unequal length, as lists of token ids, on `device` or that of the parameters."""
-    input_ids = pad_sequence(
-        [torch.as_tensor(prompt, dtype=torch.long) for prompt in prompts], batch_first=True
-    )
-    input_ids, lengths = (
-        input_ids.to(device or Backbone(model).device),
-        [len(prompt) for prompt in prompts],
-    )
+    """Call `generate` for prompts of unequal length.
+
+    Args:
+        prompts: lists of token ids.
+        device: the device of the model's inputs; default: that of its parameters.
+    """
+    lengths = [len(prompt) for prompt in prompts]
+    rows = [torch.as_tensor(prompt, dtype=torch.long) for prompt in prompts]
+    input_ids = pad_sequence(rows, batch_first=True).to(device or Backbone(model).device)
     result = generate(model, input_ids, prompt_lengths=lengths, return_stats=True, **sampling)
     assert isinstance(result, Generation)
     return result
 
 
-def stop_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end an answer: those of the model, of the tokenizer, and the end of a turn if there is one."""
-    config_ids = Backbone(model).configured("eos_token_id")
-    ids = [*(config_ids if isinstance(config_ids, list) else [config_ids]), end_token_id(tokenizer)]
-    vocabulary = tokenizer.get_vocab()
-    ids += [vocabulary.get(turn_end) for turn_end in ("<|eot_id|>", "<|im_end|>")]
-    return sorted({token for token in ids if token is not None})
-
-
-def decode_answer(
-    tokenizer: PreTrainedTokenizerBase,
-    answer: Sequence[int],
-    ends: Sequence[int],
-    *,
-    strip: bool = True,
-) -> str:
-    """The text before the first end token; white space around it stays without `strip`, as a program's indentation."""
-    length = next((j for j, token in enumerate(answer) if token in ends), len(answer))
-    text = str(tokenizer.decode(list(answer[:length]), skip_special_tokens=True))
-    return text.strip() if strip else text
+# ---------------------------------------------------------------- rules
 
 
 def compare(extract: str | Callable[[str], str], text: str, answer: str) -> tuple[str, bool]:
-    """The answer that a generated `text` names by the rule `extract`, "" if it names none; and whether that equals the
-    right `answer`.
+    """Return the answer that a generated `text` names, and whether it equals the right `answer`.
 
     Args:
-        extract: "text", "number", "letter" or "choice"; or a function from text to text, whose values for both texts
-            have to be equal.
+        extract: "text", "number", "letter" or "choice"; or a function from text to text, whose
+            values for both texts have to be equal.
+
+    Returns:
+        The named answer is "" if the text names none.
 
     Raises:
         ValueError: an unknown name.
     """
     if extract == "number":
-        named, right = (
-            [float(n) for n in _NUMBER.findall(words.replace(",", ""))][-1:]
-            for words in (text, answer)
-        )
-        is_right = bool(named and right) and abs(named[0] - right[0]) <= TOLERANCE
-        return format(named[0], ".15g") if named else "", is_right
-    if extract == "choice" and (wanted := _CHOICE.search(answer)):
-        kinds = {"true": "truth", "false": "truth"}
-        kind = lambda choice: kinds.get(choice, choice[:-1])  # noqa: E731
-        right, choices = wanted[0].lower(), [choice.lower() for choice in _CHOICE.findall(text)]
-        return _equal(
-            next((choice for choice in choices if kind(choice) == kind(right)), ""), right
-        )
-    if extract in ("letter", "choice"):
-        return _equal(*("".join(_LETTER.findall(words)[-1:]) for words in (text, answer)))
-    if not callable(extract) and extract != "text":
+        return _compare_numbers(text, answer)
+    wanted = _CHOICE.search(answer) if extract == "choice" else None
+    if wanted is not None:
+        right = wanted[0].lower()
+        named = _first_choice(text, _kind(right))
+    elif extract in ("letter", "choice"):
+        named, right = _last_letter(text), _last_letter(answer)
+    elif extract == "text":
+        named, right = " ".join(text.split()), " ".join(answer.split())
+    elif callable(extract):
+        named, right = extract(text), extract(answer)
+    else:
         raise ValueError(
             f"extract is {extract!r}, expected 'text', 'number', 'letter', 'choice', or a function"
         )
-    find = extract if callable(extract) else lambda words: " ".join(words.split())
-    return _equal(find(text), find(answer))
-
-
-def _equal(named: str, right: str) -> tuple[str, bool]:
     return named, named == right and right != ""
+
+
+def _compare_numbers(text: str, answer: str) -> tuple[str, bool]:
+    named = _NUMBER.findall(text.replace(",", ""))
+    right = _NUMBER.findall(answer.replace(",", ""))
+    if not named:
+        return "", False
+    number = float(named[-1])
+    is_right = bool(right) and abs(number - float(right[-1])) <= TOLERANCE
+    return format(number, ".15g"), is_right
+
+
+def _first_choice(text: str, kind: str) -> str:
+    """Return the first choice of a kind in `text`, or ""."""
+    for choice in _CHOICE.findall(text):
+        if _kind(choice.lower()) == kind:
+            return choice.lower()
+    return ""
+
+
+def _kind(choice: str) -> str:
+    """Return what a choice is one of: "answer" for "answer1", "truth" for "true" and "false"."""
+    return "truth" if choice in ("true", "false") else choice[:-1]
+
+
+def _last_letter(text: str) -> str:
+    letters = _LETTER.findall(text)
+    return letters[-1] if letters else ""

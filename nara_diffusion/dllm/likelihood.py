@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
 
-from .canvas import mask_in_a_text
 from .loss import masked_cross_entropy
 from .masking import MaskedBatch, answer_positions
 from .models.backbone import Backbone, evaluating, without_ddp
+from .tokenizer import mask_in_a_text
 
 
 def log_likelihood(

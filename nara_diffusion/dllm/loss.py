@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .canvas import AnswerCollator
+from .batches import AnswerCollator
 from .masked_share import conditioned
 from .masking import MaskedBatch, mask_answers
 from .models.backbone import Backbone, evaluating, without_ddp

@@ -31,19 +31,23 @@ from nara_diffusion.dllm import (
     load_backbone,
     masked_diffusion_loss,
 )
+from nara_diffusion.dllm.batches import (
+    GlobalBatchStream,
+    rows_in_training,
+    with_longest,
+    without_held_out,
+)
 from nara_diffusion.dllm.before_after import Evaluation, describe, figures, schedule_line
 from nara_diffusion.dllm.canvas import (
-    GlobalBatchStream,
     check_canvas,
     check_positions,
     checked_lengths,
     trained_canvas,
-    with_longest,
 )
 from nara_diffusion.dllm.decoding import Sampling, chat_settings
-from nara_diffusion.dllm.encoding import end_token_id
 from nara_diffusion.dllm.models.pretrained import prepare_quantised
-from nara_diffusion.dllm.splits import load_records, rows_in_training, without_held_out
+from nara_diffusion.dllm.records import load_records
+from nara_diffusion.dllm.tokenizer import end_token_id
 from nara_diffusion.training.adapter_weights import (
     load_checkpoint,
     start_from,

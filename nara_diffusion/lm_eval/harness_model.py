@@ -29,8 +29,9 @@ from transformers import PreTrainedTokenizerBase
 
 import nara_diffusion  # noqa: F401 (registers NaRA with PEFT)
 from nara_diffusion.dllm import load_backbone, log_likelihood, stop_token_ids
-from nara_diffusion.dllm.exact_match import answer_prompts, decode_answer
+from nara_diffusion.dllm.exact_match import answer_prompts
 from nara_diffusion.dllm.models.backbone import Backbone
+from nara_diffusion.dllm.tokenizer import decode_answer
 from nara_diffusion.loaders.tensor_files import load_peft_adapter
 from nara_diffusion.utils.naming import naming_source
 

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from nara_diffusion.dllm.decoding import Sampling
-from nara_diffusion.dllm.encoding import chat_text, prompt_text
+from nara_diffusion.dllm.tokenizer import chat_text, prompt_text
 
 ALPACA = "alpaca"  # lm-eval's name for the template of a tokenizer that has none
 SETTINGS = tuple(field.name for field in fields(Sampling))

@@ -16,7 +16,7 @@ import pytest
 from datasets import Dataset
 
 from nara_diffusion.dllm import AnswerCollator, encode_prompts, encode_records, prompt_text, read_records
-from nara_diffusion.dllm.canvas import GlobalBatchStream, with_longest
+from nara_diffusion.dllm.batches import GlobalBatchStream, with_longest
 from nara_diffusion.dllm.records import normalized
 from tests.acceptance._text import SPECIAL, word_tokenizer
 

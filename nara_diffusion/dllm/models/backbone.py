@@ -1,15 +1,18 @@
-"""What losses and samplers ask of a masked language model, whatever wraps it (DDP, FSDP, torch.compile, PEFT).
+"""What losses and samplers ask of a masked language model, whatever wraps it (DDP, FSDP,
+torch.compile, PEFT).
 
-Prompt tuning and P-tuning put n virtual tokens before a text, and the model has an output for each of them:
+Prompt tuning and P-tuning put n virtual tokens before a text, and the model has an output for each
+of them:
 
     n virtual tokens, then the l tokens of the text   →   hidden states and logits (b, n + l, …)
 
 Positions are counted in the text, so the first n are dropped here.
 
-A vocabulary of 126 464 makes logits the largest tensor of a step, and both uses need few of them: the loss (masked
-positions) and the sampler (one block). The output head does less *inside the model's own forward*, by hooks that act in
-the thread that set them alone: the model is still entered through its outermost `__call__`, so that DDP, FSDP, offload
-and autocast do their part.
+A vocabulary of 126 464 makes logits the largest tensor of a step, and both uses need few of them:
+the loss (masked
+positions) and the sampler (one block). The output head does less *inside the model's own forward*,
+by hooks that act in the thread that set them alone: the model is still entered through its
+outermost `__call__`, so that DDP, FSDP, offload and autocast do their part.
 """
 
 from __future__ import annotations
@@ -44,7 +47,8 @@ class Backbone:
     Attributes:
         model: the outermost module, which every forward enters by its `__call__`.
         language_model: the outermost model of transformers in it, or None.
-        is_shifted: whether it was trained to predict the next token (Dream), so that nothing predicts the first.
+        is_shifted: whether it was trained to predict the next token (Dream), so that nothing
+            predicts the first.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -78,7 +82,8 @@ class Backbone:
         return int(known)
 
     def opening_token(self) -> int | None:
-        """The token that has to stand before an answer without a prompt, BOS; None if the model needs none.
+        """The token that has to stand before an answer without a prompt, BOS; None if the model
+        needs none.
 
         Raises:
             ValueError: it needs one, and its configuration names none.
@@ -104,7 +109,8 @@ class Backbone:
 
     @property
     def position_limit(self) -> int | None:
-        """The longest text, in tokens, whose positions the model can tell apart; None if unknown."""
+        """The longest text, in tokens, whose positions the model can tell apart; None if
+        unknown."""
         limit = self.configured("max_position_embeddings")
         return None if limit is None else limit - self.virtual_tokens
 
@@ -113,7 +119,8 @@ class Backbone:
     def logits(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, at: Tensor | None = None
     ) -> Tensor:
-        """Logits (b, l, v) of a text (b, l), or (b, k, v) at its positions `at` (b, k), which costs less."""
+        """Logits (b, l, v) of a text (b, l), or (b, k, v) at its positions `at` (b, k), which costs
+        less."""
         head = None if at is None else self.head
         if at is None or head is None:
             logits = self._of_text(self._forward(input_ids, attention_mask), input_ids)
@@ -136,7 +143,8 @@ class Backbone:
         Args:
             input_ids: (b, l); for classifier-free guidance (2b, l), the conditional rows first.
             attention_mask: as `input_ids`.
-            chunk_size: positions whose logits exist at one time, made anew in backward; None makes all at once.
+            chunk_size: positions whose logits exist at one time, made anew in backward; None makes
+                all at once.
             cfg_scale: w of `guided`.
         """
         head, b = None if chunk_size is None else self.head, len(targets)
@@ -188,8 +196,9 @@ class Backbone:
 
     @property
     def head(self) -> nn.Module | None:
-        """The module that makes logits from hidden states, or None where hooking it would not be right: what leaves it
-        isn't what leaves the model (logits scaled or capped afterwards), or a compiled graph would miss the hooks.
+        """The module that makes logits from hidden states, or None where hooking it would not be
+        right: what leaves it isn't what leaves the model (logits scaled or capped afterwards), or a
+        compiled graph would miss the hooks.
         """
         inner = self.language_model
         if inner is None or any(self.configured(name) not in (None, 1.0) for name in _LOGIT_FIELDS):
@@ -214,7 +223,8 @@ class Backbone:
         return output if isinstance(output, Tensor) else output.logits
 
     def _of_text(self, states: Tensor, input_ids: Tensor) -> Tensor:
-        """The part (b, l, …) of `states` (b, n + l, …) that belongs to the text; n is 0 where its adapter is off."""
+        """The part (b, l, …) of `states` (b, n + l, …) that belongs to the text; n is 0 where its
+        adapter is off."""
         b, length = input_ids.shape
         extra = states.shape[1] - length if states.ndim == 3 and len(states) == b else -1
         if extra not in (0, self.virtual_tokens):
@@ -232,7 +242,8 @@ def _hooked(
     before: Callable[[Tensor], Tensor],
     after: Callable[[Tensor], Tensor] | None = None,
 ) -> Iterator[None]:
-    """Inside, in this thread, `head` gets `before(hidden states)`, and `after(its output)` leaves it."""
+    """Inside, in this thread, `head` gets `before(hidden states)`, and `after(its output)` leaves
+    it."""
     thread = threading.get_ident()
 
     def pre(_: nn.Module, args: tuple) -> tuple | None:
@@ -241,7 +252,8 @@ def _hooked(
     def post(_: nn.Module, __: tuple, output: Tensor) -> Tensor | None:
         return after(output) if after is not None and threading.get_ident() == thread else None
 
-    # The inner pair of hooks: after FSDP and DeepSpeed have gathered the weights, before they let go of them.
+    # The inner pair of hooks: after FSDP and DeepSpeed have gathered the weights, before they let
+    # go of them.
     handles = [head.register_forward_pre_hook(pre), head.register_forward_hook(post, prepend=True)]
     try:
         yield
@@ -256,8 +268,8 @@ def _at(states: Tensor, positions: Tensor) -> Tensor:
 
 
 def guided(logits: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance, (1 + w) · l − w · l̃ of l and l̃ = `logits` (2, …), l̃ with the prompt masked; of one
-    set of logits (1, …) those."""
+    """Classifier-free guidance, (1 + w) · l − w · l̃ of l and l̃ = `logits` (2, …), l̃ with the
+    prompt masked; of one set of logits (1, …) those."""
     if len(logits) == 1:
         return logits[0]
     conditional, unconditional = logits
@@ -274,7 +286,8 @@ def token_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """`model.eval()` within; afterwards each module is in the mode it had, also where modules differ."""
+    """`model.eval()` within; afterwards each module is in the mode it had, also where modules
+    differ."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -287,6 +300,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def without_ddp(model: nn.Module) -> nn.Module:
     """The module inside a DistributedDataParallel, which has the same weights.
 
-    DDP's own forward synchronises buffers, so it waits for ever if processes run different numbers of forwards.
+    DDP's own forward synchronises buffers, so it waits for ever if processes run different numbers
+    of forwards.
     """
     return model.module if isinstance(model, DistributedDataParallel) else model

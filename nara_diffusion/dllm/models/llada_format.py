@@ -1,7 +1,7 @@
 """LLaDA's checkpoint format, read into stock Llama.
 
-LLaDA is a Llama without the causal mask under other names, so its tensors are renamed while they stream from disk,
-and its configuration is translated. What the translation can't express is refused by name, never dropped.
+LLaDA is a Llama without the causal mask, and with other names. Its tensors are renamed while they
+stream from disk, and its configuration is translated. An option that Llama lacks is an error.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
-# (in a LLaDA checkpoint, in LlamaForCausalLM), of the whole model and of a layer
-_MODEL = (("wte", "model.embed_tokens"), ("ln_f", "model.norm"), ("ff_out", "lm_head"))
-_LAYER = (
+# Names of tensors: (in LLaDA, in LlamaForCausalLM), of the whole model and of a layer
+_OF_MODEL = (("wte", "model.embed_tokens"), ("ln_f", "model.norm"), ("ff_out", "lm_head"))
+_OF_LAYER = (
     ("attn_norm", "input_layernorm"),
     ("ff_norm", "post_attention_layernorm"),
     ("q_proj", "self_attn.q_proj"),
@@ -22,85 +22,91 @@ _LAYER = (
     ("up_proj", "mlp.up_proj"),
     ("ff_out", "mlp.down_proj"),
 )
-_TENSORS = [(f"model.transformer.{theirs}.", f"{ours}.") for theirs, ours in _MODEL] + [
-    (f"model.transformer.blocks.(\\d+).{theirs}.", f"model.layers.(\\d+).{ours}.")
-    for theirs, ours in _LAYER
-]
+_LAYER = r"(\d+)"
+_TENSORS = [(f"model.transformer.{theirs}.", f"{ours}.") for theirs, ours in _OF_MODEL]
+for theirs, ours in _OF_LAYER:
+    theirs = f"model.transformer.blocks.{_LAYER}.{theirs}."
+    _TENSORS.append((theirs, f"model.layers.{_LAYER}.{ours}."))
 
 KEY_MAPPING = {
-    "^" + theirs.replace(".", r"\."): ours.replace(r"(\d+)", r"\1") for theirs, ours in _TENSORS
+    "^" + theirs.replace(".", r"\."): ours.replace(_LAYER, r"\1") for theirs, ours in _TENSORS
 }
-"""For `from_pretrained(key_mapping=…)`. Each pattern has one capture group at most: transformers takes no more."""
+"""For `from_pretrained(key_mapping=…)`, which allows one capture group in a pattern."""
 
-# Field: the values under which a LLaDA block is a Llama block.
+# Fields of a LLaDA configuration: their values that make its block a Llama block
 _EXPRESSIBLE: dict[str, tuple[Any, ...]] = {
     "activation_type": ("silu",),
     "block_type": ("llama",),
     "layer_norm_type": ("rms",),
-    **dict.fromkeys(("rope", "layer_norm_with_affine"), (True,)),
-    **dict.fromkeys(
-        ("alibi", "attention_layer_norm", "include_bias", "input_emb_norm", "scale_logits"),
-        (False,),
-    ),
-    **dict.fromkeys(("bias_for_layer_norm", "include_qkv_bias"), (False, None)),
-    **dict.fromkeys(("clip_qkv", "sliding_window"), (None,)),
-    **dict.fromkeys(("embedding_dropout", "residual_dropout"), (0.0,)),
+    "rope": (True,),
+    "layer_norm_with_affine": (True,),
+    "alibi": (False,),
+    "attention_layer_norm": (False,),
+    "include_bias": (False,),
+    "input_emb_norm": (False,),
+    "scale_logits": (False,),
+    "bias_for_layer_norm": (False, None),
+    "include_qkv_bias": (False, None),
+    "clip_qkv": (None,),
+    "sliding_window": (None,),
+    "embedding_dropout": (0.0,),
+    "residual_dropout": (0.0,),
 }
 
 
 def llama_fields(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a LlamaConfig by those of a LLaDA checkpoint's config.json.
+    """Return the fields of a LlamaConfig for those of a LLaDA checkpoint's config.json.
 
     Raises:
-        ValueError: a field is missing, or has a value that Llama can't express; the message names each.
+        ValueError: a field is missing, or has a value that Llama can't express; the message names
+            each.
     """
-    unsupported = [
-        f"{name}={fields[name]!r} (only {' or '.join(map(repr, allowed))})"
-        for name, allowed in _EXPRESSIBLE.items()
-        if name in fields and fields[name] not in allowed
-    ]
+    unsupported = []
+    for name, allowed in _EXPRESSIBLE.items():
+        if name in fields and fields[name] not in allowed:
+            expected = " or ".join(map(repr, allowed))
+            unsupported.append(f"{name}={fields[name]!r} (only {expected})")
     if unsupported:
         raise ValueError(
             "this LLaDA checkpoint has options that a stock Llama model can't express: "
             + "; ".join(unsupported)
         )
     try:
-        d_model, n_heads = fields["d_model"], fields["n_heads"]
-        one_or_all = (
-            1 if fields.get("multi_query_attention") else n_heads
-        )  # an older flag than n_kv_heads
-        return dict(
-            vocab_size=fields.get("embedding_size") or fields["vocab_size"],
-            hidden_size=d_model,
-            intermediate_size=fields.get("mlp_hidden_size") or fields.get("mlp_ratio", 4) * d_model,
-            num_hidden_layers=fields["n_layers"],
-            num_attention_heads=n_heads,
-            num_key_value_heads=fields.get("n_kv_heads") or one_or_all,
-            max_position_embeddings=fields["max_sequence_length"],
-            rms_norm_eps=fields.get("rms_norm_eps", 1e-5),
-            rope_parameters={
-                "rope_type": "default",
-                "rope_theta": fields.get("rope_theta", 10000.0),
-            },
-            attention_dropout=fields.get("attention_dropout", 0.0),
-            tie_word_embeddings=fields.get(
-                "weight_tying", True
-            ),  # the default of LLaDA's own configuration class
-            eos_token_id=fields.get("eos_token_id"),
-            bos_token_id=fields.get("bos_token_id"),
-            **{
-                name: fields[name]
-                for name in ("dtype", "torch_dtype", "quantization_config")
-                if name in fields
-            },
-        )
+        return _translated(fields)
     except KeyError as error:
         raise ValueError(f"this LLaDA checkpoint's config.json lacks {error.args[0]}") from None
 
 
+def _translated(fields: dict[str, Any]) -> dict[str, Any]:
+    width, heads = fields["d_model"], fields["n_heads"]
+    # multi_query_attention is an older flag than n_kv_heads
+    key_heads = 1 if fields.get("multi_query_attention") else heads
+    theta = fields.get("rope_theta", 10000.0)
+    found = {
+        "vocab_size": fields.get("embedding_size") or fields["vocab_size"],
+        "hidden_size": width,
+        "intermediate_size": fields.get("mlp_hidden_size") or fields.get("mlp_ratio", 4) * width,
+        "num_hidden_layers": fields["n_layers"],
+        "num_attention_heads": heads,
+        "num_key_value_heads": fields.get("n_kv_heads") or key_heads,
+        "max_position_embeddings": fields["max_sequence_length"],
+        "rms_norm_eps": fields.get("rms_norm_eps", 1e-5),
+        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+        "attention_dropout": fields.get("attention_dropout", 0.0),
+        "tie_word_embeddings": fields.get("weight_tying", True),  # LLaDA's own default
+        "eos_token_id": fields.get("eos_token_id"),
+        "bos_token_id": fields.get("bos_token_id"),
+    }
+    for name in ("dtype", "torch_dtype", "quantization_config"):
+        if name in fields:
+            found[name] = fields[name]
+    return found
+
+
 def checkpoint_name(name: str) -> str:
-    """The LLaDA checkpoint's name of a LlamaForCausalLM tensor."""
+    """Return the name in a LLaDA checkpoint of a LlamaForCausalLM tensor."""
     for theirs, ours in _TENSORS:
-        if found := re.match(ours, name):
-            return theirs.replace(r"(\d+)", "".join(found.groups())) + name[found.end() :]
+        found = re.match(ours, name)
+        if found:
+            return theirs.replace(_LAYER, "".join(found.groups())) + name[found.end() :]
     return name

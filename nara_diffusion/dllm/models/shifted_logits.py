@@ -1,9 +1,12 @@
-"""Dream: trained to predict the next token at each position, and read so that position i predicts token i.
+"""Dream: trained to predict the next token at each position, and read so that position i predicts
+token i.
 
-The output head works position by position, so shifting the hidden states before it is the same as shifting the logits
+The output head works position by position, so shifting the hidden states before it is the same as
+shifting the logits
 after it, and cheaper:  head(cat(h[:, :1], h[:, :-1])) = cat(logits[:, :1], logits[:, :-1]).
 
-Nothing predicts the first token of a sequence: position 0 has the distribution of token 1. So no answer may begin
+Nothing predicts the first token of a sequence: position 0 has the distribution of token 1. So no
+answer may begin
 there; where there is no prompt, a BOS token stands in front, as in Dream's own evaluation.
 """
 
@@ -16,7 +19,8 @@ from transformers import PreTrainedModel, Qwen2ForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-# Diffusers looks for this class beside those of a pipeline's component, to learn how they are loaded.
+# Diffusers looks for this class beside those of a pipeline's component, to learn how they are
+# loaded.
 __all__ = ["PreTrainedModel", "ShiftedQwen2ForCausalLM"]
 
 

@@ -11,9 +11,10 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from nara_diffusion.dllm.encoding import encode_records, prompt_text
+from nara_diffusion.dllm.encoding import encode_records
 from nara_diffusion.dllm.exact_match import exact_match
 from nara_diffusion.dllm.records import normalized
+from nara_diffusion.dllm.tokenizer import prompt_text
 
 from .tasks import FAMILIES, Question, questions
 from .tokenizer import EOT

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from nara_diffusion.dllm.encoding import encode_prompts, end_token_id, prompt_text
+from nara_diffusion.dllm.tokenizer import encode_prompts, end_token_id, prompt_text
 from quality.text.domains import PARTS, Domain, Question
 
 

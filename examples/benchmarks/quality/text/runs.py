@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nara_diffusion.dllm import Generation, generate, load_backbone
-from nara_diffusion.dllm.exact_match import decode_answer, stop_token_ids
 from nara_diffusion.dllm.loss import masked_cross_entropy
 from nara_diffusion.dllm.masking import MaskedBatch, mask_answers
 from nara_diffusion.dllm.models.backbone import Backbone
+from nara_diffusion.dllm.tokenizer import decode_answer, stop_token_ids
 from nara_diffusion.training.adapters import build_adapter
 from nara_diffusion.training.arguments import AdapterArguments, OptimizationArguments
 from nara_diffusion.training.options import option

@@ -1,0 +1,199 @@
+"""Batches: which rows are trained on, in which order, and how rows become a batch.
+
+Without a validation file, some records are held out of training (`records`). Different texts can
+give equal rows of tokens, for example if a chat template drops white space or answers are cut: such
+rows are also left out of training. Files that the user gives stay as they are; then the run says
+how many of their rows it trains on.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from nara_diffusion.training.loop import ShuffledStream
+from nara_diffusion.utils.naming import counted
+
+from .encoding import EncodedRecords
+from .records import column_batches, with_column
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+logger = logging.getLogger(__name__)
+
+Row = Mapping[str, Any]
+"""A row of `encode_records`."""
+
+
+# ---------------------------------------------------------------- rows of training and validation
+
+
+def without_held_out(training: EncodedRecords, held_out: EncodedRecords) -> EncodedRecords:
+    """Return `training` without the rows that `held_out` has too.
+
+    Raises:
+        ValueError: no row is left.
+    """
+    held = set(_row_keys(held_out.rows))
+    kept = [i for i, key in enumerate(_row_keys(training.rows)) if key not in held]
+    size = len(training.rows)
+    if len(kept) == size:
+        return training
+    if not kept:
+        raise ValueError(
+            f"training data: each of its {counted(size, 'row')} of tokens equals a held-out one: "
+            "give more varied records, or a validation_file"
+        )
+    dropped = size - len(kept)
+    logger.warning(
+        "training data: %d of %d rows equal held-out ones and are left out", dropped, size
+    )
+    return replace(training, rows=training.rows.select(kept))
+
+
+def rows_in_training(training: Dataset, **measured: Dataset) -> list[str]:
+    """Return a warning for each of the `measured` data sets, by name, that has rows of
+    `training`."""
+    trained = set(_row_keys(training))
+    warnings = []
+    for name, rows in measured.items():
+        number = sum(key in trained for key in _row_keys(rows))
+        if number:
+            warnings.append(
+                f"{number} of {counted(len(rows), f'{name} row')} are training rows too: figures "
+                "on them don't show what the model does with new records."
+            )
+    return warnings
+
+
+def _row_keys(rows: Dataset) -> Iterator[bytes]:
+    """Yield a digest of each row's tokens and of where its answer begins."""
+    for table in column_batches(rows, ("input_ids", "prompt_length"), "arrow"):
+        ids = table["input_ids"].combine_chunks()
+        ends = ids.value_lengths().to_numpy().cumsum()
+        tokens = np.split(ids.flatten().to_numpy(), ends[:-1])
+        starts = table["prompt_length"].to_pylist()
+        for start, of_row in zip(starts, tokens, strict=True):
+            yield sha256(f"{start} ".encode() + of_row.tobytes()).digest()
+
+
+# ---------------------------------------------------------------- order
+
+
+class GlobalBatchStream(ShuffledStream):
+    """A stream of encoded rows with one record at each position.
+
+    If a conversation has several rows, (seed, position) draws one of them. Under "longest", each
+    row has the number of tokens of the longest row in its global batch, which may be part of other
+    forwards and other processes.
+    """
+
+    def __init__(self, rows: Dataset, seed: int, global_batch: int):
+        numbers = rows.with_format("numpy")["record"][:]
+        starts = np.flatnonzero(np.diff(numbers, prepend=-1))
+        super().__init__(range(len(starts)), seed)
+        self.rows, self.global_batch = rows, global_batch
+        self._starts = [*starts.tolist(), len(rows)]
+        self._first, self._longest = -1, 0
+
+    def _row(self, position: int) -> dict[str, Any]:
+        record = self.sample_at(position)
+        of_record = range(self._starts[record], self._starts[record + 1])
+        if len(of_record) == 1:
+            return self.rows[of_record[0]]
+        return self.rows[Random(f"{self.seed} {position}").choice(of_record)]
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        first = position - position % self.global_batch
+        if first != self._first:
+            batch = [self._row(first + i) for i in range(self.global_batch)]
+            self._first, self._longest = first, max(len(row["input_ids"]) for row in batch)
+        return self._row(position) | {"position": position, "longest": self._longest}
+
+
+def with_longest(rows: Dataset, global_batch: int) -> Dataset:
+    """Return rows for validation, in their order, with "longest" as in `GlobalBatchStream`."""
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    longest: list[int] = []
+    for first in range(0, len(lengths), global_batch):
+        batch = lengths[first : first + global_batch]
+        longest += [max(batch)] * len(batch)
+    return with_column(rows, "longest", longest)
+
+
+# ---------------------------------------------------------------- collating
+
+
+@dataclass(frozen=True)
+class AnswerCollator:
+    """Turn rows into {input_ids (b, l), prompt_lengths (b,), answer_lengths (b,)}.
+
+    `input_ids` are padded on the right.
+    A "position" in the rows, their place in the training stream, becomes `sample_indices` (b,). The
+    batch then has the arguments of `masked_diffusion_loss`.
+
+    Args:
+        end_token_id: the token that pads the rows.
+        trained_padding: how much of the padding counts as answer, and is masked and trained on:
+            "gen_length": up to `gen_length` tokens after the prompt, which generation fills;
+            "longest": up to the longest row of the global batch, as in LLaDA; rows have its length
+                under "longest" (see `GlobalBatchStream`), else the longest given row counts;
+            a number: that many tokens.
+            Except under "longest", a row's loss doesn't depend on the rows beside it.
+        gen_length: length of the answers under "gen_length".
+    """
+
+    end_token_id: int
+    trained_padding: str | int = "longest"
+    gen_length: int | None = None
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
+        answer_lengths = torch.tensor(self.answer_lengths(rows))
+        prompt_lengths = torch.tensor([row["prompt_length"] for row in rows])
+        width = int((prompt_lengths + answer_lengths).max())
+        input_ids = torch.full((len(rows), width), self.end_token_id)  # (b, l)
+        for padded, row in zip(input_ids, rows, strict=True):
+            padded[: len(row["input_ids"])] = torch.as_tensor(row["input_ids"])
+        batch = {
+            "input_ids": input_ids,
+            "prompt_lengths": prompt_lengths,
+            "answer_lengths": answer_lengths,
+        }
+        if "position" in rows[0]:
+            batch["sample_indices"] = torch.tensor([row["position"] for row in rows])
+        return batch
+
+    def answer_lengths(self, rows: Sequence[Row]) -> list[int]:
+        """Return how many tokens of each row are trained on.
+
+        A cut answer gets no padding, since it has no end.
+        """
+        longest = max(len(row["input_ids"]) for row in rows)
+        lengths = []
+        for row in rows:
+            length, prompt = len(row["input_ids"]), row["prompt_length"]
+            if self.is_whole(row):
+                length = self.padded_length(length, prompt, row.get("longest", longest))
+            lengths.append(length - prompt)
+        return lengths
+
+    def is_whole(self, row: Row) -> bool:
+        """Return True if the row's answer has its end and wasn't cut."""
+        return int(row["input_ids"][-1]) == self.end_token_id
+
+    def padded_length(self, length: int, prompt: int, longest: int) -> int:
+        """Return the length of a row with its trained padding, beside a row of `longest` tokens."""
+        if self.trained_padding == "longest":
+            return longest
+        if self.trained_padding == "gen_length":
+            assert self.gen_length is not None
+            return max(length, prompt + self.gen_length)
+        return length + int(self.trained_padding)
