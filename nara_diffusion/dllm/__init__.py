@@ -1,6 +1,9 @@
 """Masked-diffusion language models: backbones, loss, generation, data and evaluation."""
 
+from nara_diffusion.noise.sources import InputIdsNoise
+
 from .batches import AnswerCollator
+from .conditioning import read_noise_from_input_ids
 from .decoding import Sampling
 from .encoding import EncodedRecords, encode_records
 from .exact_match import ExactMatch, exact_match
@@ -11,7 +14,6 @@ from .loss import (
     masked_diffusion_loss,
     noise_level_curve,
 )
-from .masked_share import InputIdsNoise, read_noise_from_input_ids
 from .masking import MaskedBatch, mask_answers
 from .models.pretrained import load_backbone
 from .records import read_records

@@ -17,7 +17,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .batches import AnswerCollator
-from .masked_share import conditioned
+from .conditioning import ForwardRows, conditioned
 from .masking import MaskedBatch, mask_answers
 from .models.backbone import Backbone, evaluating, without_ddp
 
@@ -103,17 +103,18 @@ def masked_cross_entropy(
             "an answer begins its row, and this model predicts the next token, so that nothing predicts the first: "
             "begin the row with a BOS token, and count it in prompt_lengths"
         )
-    rows, copies = batch.input_ids, 1
+    rows = ForwardRows(batch.input_ids, batch.attention_mask, batch.noise_level)
     if cfg_scale > 0:
-        prompt = batch.answer.cumsum(1) == 0  # (b, l)
-        rows, copies = (
-            torch.cat([rows, rows.masked_fill(prompt, backbone.mask_token_id(mask_token_id))]),
-            2,
-        )
-    padding = None if batch.attention_mask is None else torch.cat([batch.attention_mask] * copies)
-    with conditioned(model, torch.cat([batch.noise_level] * copies)):
+        is_prompt = batch.answer.cumsum(1) == 0  # (b, l)
+        rows = rows.with_masked_prompts(is_prompt, backbone.mask_token_id(mask_token_id))
+    with conditioned(model, rows.noise_level):
         return backbone.token_losses(
-            rows, batch.targets, batch.masked, padding, chunk_size=chunk_size, cfg_scale=cfg_scale
+            rows.input_ids,
+            batch.targets,
+            batch.masked,
+            rows.attention_mask,
+            chunk_size=chunk_size,
+            cfg_scale=cfg_scale,
         )
 
 

@@ -28,9 +28,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from nara_diffusion.noise.rows import guidance_rows
+
 from .canvas import place_prompts
+from .conditioning import ForwardRows, conditioned
 from .decoding import Sampling, chat_settings
-from .masked_share import conditioned
 from .models.backbone import Backbone, evaluating, guided, without_ddp
 
 
@@ -228,18 +230,19 @@ class _State:
 
     def _logits(self, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """The guided logits (a, k, v) of `rows` (a,) at `positions` (a, k), each row at its own λ."""
-        w, sequences = self.sampling.cfg_scale, self.sequences[rows]  # (a, l)
         self.forwards += 1
-        if w > 0:
-            prompt = torch.arange(sequences.shape[1], device=rows.device) < self.starts[rows, None]
-            sequences = torch.cat(
-                [sequences, sequences.masked_fill(prompt, self.mask_token_id)]
-            )  # (2a, l)
-            rows, positions = rows.repeat(2), positions.repeat(2, 1)
+        w = self.sampling.cfg_scale
         padding = None if self.attention_mask is None else self.attention_mask[rows]
-        with conditioned(self.backbone.model, self.masked[rows].float().mean(1)):
-            logits = self.backbone.logits(sequences, padding, at=positions).clone()
-        return guided(logits.unflatten(0, (2 if w > 0 else 1, -1)), w)
+        noise_level = self.masked[rows].float().mean(1)
+        given = ForwardRows(self.sequences[rows], padding, noise_level)  # a rows
+        if w > 0:
+            columns = torch.arange(self.sequences.shape[1], device=rows.device)
+            is_prompt = columns < self.starts[rows, None]  # (a, l)
+            given = given.with_masked_prompts(is_prompt, self.mask_token_id)  # 2a rows
+            positions = guidance_rows(positions)
+        with conditioned(self.backbone.model, given.noise_level):
+            logits = self.backbone.logits(given.input_ids, given.attention_mask, at=positions)
+        return guided(logits.clone().unflatten(0, (-1, len(rows))), w)
 
     def _uniform(self, rows: torch.Tensor, *shape: int, dtype: torch.dtype) -> torch.Tensor:
         """The next random numbers of `rows` (a,), each from its own stream: (a, *shape)."""

@@ -13,14 +13,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora.layer import Embedding, LoraLayer, LoraVariant
+from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import Tensor, nn
 
 from nara_diffusion.noise.level import Entry, present
+from nara_diffusion.noise.rows import ModelRows, RowKind, core_of_rows
 
 from . import fused
 from .functional import apply_core, apply_core_to_channels, times_core
@@ -60,20 +61,16 @@ class CoreChannel:
 
     Args:
         holder: the holder of the cores.
-        sample_major: whether a layer may see b · k rows, k consecutive ones a sample, where the root sees b.
-        one_level: whether layers see something else than samples first, so that a batch must share its λ.
+        rows: how the model's layers see its batch.
 
     Attributes:
         local: its attribute `pushed` is (present, entry, cores): the innermost context at the push, that for this
             model, and key → C.
     """
 
-    def __init__(
-        self, holder: CoreSource, sample_major: bool = False, one_level: bool = False
-    ) -> None:
+    def __init__(self, holder: CoreSource, rows: ModelRows) -> None:
         self.holder = holder
-        self.sample_major = sample_major
-        self.one_level = one_level
+        self.rows = rows
         self.local = threading.local()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -110,22 +107,13 @@ class CoreChannel:
             self.local.pushed = before
 
 
-Rows = Literal["samples", "tokens", "positions"]
-"""The meaning of the rows of a layer's input. Normally they are samples, and each has its value of λ. Where they are
-something else, shapes don't show it, since their number may equal b by chance: `rows_of` lists what is known.
-
-    "tokens"      (n, d) inside of what has experts: the tokens of all samples, or those that one expert gets
-    "positions"   (l, b, d): beside PyTorch's attention unless `batch_first`; and ids (l, l) of relative positions
-"""
-
-
 class NaraVariant(LoraVariant):
     """The base of all variants: reading C, and merging at one fixed C.
 
     Args:
         channel: hands C(λ) to the layer: in a forward of the model's root, at the λ around a part alone, in merging.
         adapter_name, group: name the C of this layer.
-        layer_name: for error messages. rows: the meaning of the rows of the layer's input.
+        layer_name: for error messages. rows: what the rows of the layer's input are.
 
     Attributes:
         key: of C in the channel, (adapter_name, group).
@@ -140,12 +128,12 @@ class NaraVariant(LoraVariant):
         adapter_name: str,
         group: str,
         layer_name: str,
-        rows: Rows = "samples",
+        rows: RowKind = "samples",
     ) -> None:
         self.channel = channel
         self.key = (adapter_name, group)
         self.layer_name = layer_name
-        self.rows: Rows = rows
+        self.rows: RowKind = rows
         self.merged_at: Any = None
 
     def supports_lora_conversion(self) -> bool:
@@ -177,26 +165,14 @@ class NaraVariant(LoraVariant):
         """C of the running forward for the input `x` (b, …), float32: (1, r, r), or (b, r, r) for its rows."""
         core = self.channel.read(self.key)
         core = core if core.shape[-1] == rank else core[:, :rank, :rank]
-        samples, batch = core.shape[0], x.shape[0]
-        if samples == 1:
-            return core
-        if (self.rows == "tokens" and x.dim() == 2) or (
-            self.rows == "positions" and x.dim() > x.is_floating_point() + 1
-        ):
-            raise ValueError(
-                f"noise_level has {samples} values, but the rows that layer '{self.layer_name}' sees, "
-                f"{tuple(x.shape)}, are {self.rows}, not samples: one value belongs to each row of a layer's input "
-                "(b, …). Pass one value for the whole batch, or leave the layer out by `exclude_modules`."
-            )
-        if samples == batch:
-            return core
-        if batch == 0:  # an expert without tokens: A and B get gradients of zero
-            return core[:1]
-        if self.channel.sample_major and batch % samples == 0:
-            return core.repeat_interleave(batch // samples, dim=0)
-        raise ValueError(
-            f"noise_level has {samples} values, but the batch inside layer '{self.layer_name}' is {batch}: "
-            "pass one value, or one a sample of the batch as the layer sees it, (b, …), after beams, repeats or CFG."
+        if core.shape[0] == 1 or (self.rows == "samples" and core.shape[0] == x.shape[0]):
+            return core  # as `core_of_rows`, without the time of a call
+        return core_of_rows(
+            core,
+            x,
+            kind=self.rows,
+            sample_major=self.channel.rows.sample_major,
+            layer_name=self.layer_name,
         )
 
     # ------------------------------------------------------------------ merging
@@ -287,26 +263,3 @@ class NaraEmbedding(NaraVariant):
 
 def is_dropout_free(module: Any, adapter_name: str) -> bool:
     return isinstance(module.lora_dropout[adapter_name], nn.Identity) or not module.training
-
-
-def rows_of(root: nn.Module, name: str) -> Rows:
-    """The meaning of the rows of the input of layer `name` below `root`, from the modules around it."""
-    module: Any = root
-    around = []
-    for part in name.split("."):
-        around.append(module)
-        module = getattr(module, part)
-    if any(hasattr(outer, "experts") or "Experts" in type(outer).__name__ for outer in around):
-        return "tokens"
-    if isinstance(module, (nn.Embedding, Embedding)):
-        return (
-            "positions"
-            if name.endswith(("relative_attention_bias", "distance_embedding"))
-            else "samples"
-        )
-    return "positions" if any(map(_is_length_first, around)) else "samples"
-
-
-def _is_length_first(module: Any) -> bool:
-    attentions = (one for one in module._modules.values() if isinstance(one, nn.MultiheadAttention))
-    return any(getattr(one, "batch_first", None) is False for one in (module, *attentions))

@@ -1,115 +1,22 @@
-"""Who tells λ to a model: the timestep of its class of denoisers, or a source that users register or set.
+"""The table of denoisers: what the `timestep` of each class of models means.
 
-What the pipelines of Diffusers pass to each class as its timestep was read off their sources. A class is looked up by
-its name, then by those of its base classes; `register_denoiser` adds one. Where layers see b · k rows, k consecutive
-ones a sample, while the model sees b samples, the class is declared so (`sample_major`): frames of a video, timesteps
-of tokens or frames, tokens of a text inside an embedder. It is never guessed from sizes.
+It was read off the sources of Diffusers' pipelines. A class is looked up by its name, then by the
+names of its base classes; `register_denoiser` adds one.
 
-An adapter is saved with the name of the definition of λ that it was trained with (`noise_convention`), and is refused
-by a model whose source has another. Registering a source under that name says how to read λ for such an adapter.
+The layers of some classes see b · k rows, k consecutive ones a sample, while the model sees b
+samples: frames of a video, timesteps of tokens or frames, tokens of a text inside an embedder.
+These classes are declared `sample_major`; sizes alone don't show it.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .level import MASKED_SHARE, NoiseSource, as_tensor, core_holders
-from .timesteps import CONVENTIONS, COUNTED, LARGEST_LOG_SIGMA, TimestepNoise
-
-
-@dataclass
-class Denoiser(TimestepNoise):
-    """The default source of λ of a class of denoisers, until a user sets one; and how its layers see the batch.
-
-    N is that of the present schedulers. A small discrete timestep might be ¼ ln σ of an EDM schedule instead:
-
-        discrete   t in [0, N], N = 1000: whole, fractional with Karras' sigmas, below 3.5 in the last steps alone
-        EDM        t = ¼ ln σ: within ±3.5 throughout, and for σ from 80 to 1, the first steps, from 1.1 to 0
-
-    Confused with the other, the first steps of an EDM pipeline would run at λ = 0.001. So it is refused, unless a
-    present scheduler is discrete, or it is a whole number and there is none.
-
-    Attributes:
-        sample_major: whether layers may see b · k rows, k consecutive ones a sample, where the model sees b. Otherwise
-            another number of rows than the batch's is an error.
-        one_level: whether the first axis that layers see is not the samples': a batch of unequal λ is refused.
-        schedulers: of the pipelines that loaded the adapters; see `under`.
-    """
-
-    sample_major: bool = False
-    one_level: bool = False
-    schedulers: Sequence[Any] = ()
-
-    def read_as(self, convention: str | None) -> Denoiser:
-        """The same for adapters with this `convention`: models of discrete schedules are trained in EDM's terms too, or
-        converted to a rectified flow."""
-        meanings = {"edm": "edm", "flow": "sigma_1000"} if self.meaning == "discrete" else {}
-        return replace(self, meaning=meanings.get(convention or "", self.meaning))
-
-    def under(self, schedulers: Sequence[Any]) -> Denoiser:
-        """The same while these are the schedulers of the pipelines, whose N have to agree where λ depends on it."""
-        lengths = {
-            length for one in schedulers if (length := one.config.get("num_train_timesteps"))
-        }
-        if self.meaning not in COUNTED or not lengths:
-            return replace(self, schedulers=schedulers)
-        if len(lengths) > 1:
-            raise ValueError(
-                f"λ = {self.argument} / N can't be read: the schedulers of the pipelines that loaded the adapters have "
-                f"{' and '.join(f'N = {length}' for length in sorted(lengths))}: say which, "
-                f"set_noise_source(model, TimestepNoise({self.meaning!r}, num_train_timesteps=N))."
-            )
-        return replace(self, schedulers=schedulers, num_train_timesteps=lengths.pop())
-
-    def noise_level(self, timestep: float | Tensor) -> Tensor:
-        """λ of a timestep; of the scheduler's own where a pipeline rounded it to half precision."""
-        given = [getattr(one, "timesteps", None) for one in self.schedulers]
-        schedules = [each.flatten() for each in given if isinstance(each, Tensor)]
-        if (
-            schedules
-            and isinstance(timestep, Tensor)
-            and timestep.dtype in (torch.bfloat16, torch.float16)
-        ):
-            device = timestep.device
-            is_async = device.type != "cpu"  # a copy to the CPU has to be waited for
-            there = [each.to(device, torch.float32, non_blocking=is_async) for each in schedules]
-            timestep = self.unrounded(timestep, torch.cat(there))
-        return super().noise_level(timestep)
-
-    def check(self, timestep: float | Tensor) -> None:
-        t = as_tensor(timestep).detach()
-        is_large = 4 * t.float().abs() >= LARGEST_LOG_SIGMA
-        if self.meaning != "discrete" or not t.is_floating_point() or bool(is_large.any()):
-            return
-        continuous = [type(one).__name__ for one in self.schedulers if passes_log_sigma(one)]
-        if not continuous and (self.schedulers or bool((t == t.round()).all())):
-            return
-        who = (
-            f"{continuous[0]} passes ¼ ln σ"
-            if continuous
-            else "it may be ¼ ln σ of an EDM schedule"
-        )
-        raise ValueError(
-            f"{self.argument} is {t.tolist()}, which as 'discrete' would be almost no noise, but {who}: say what this "
-            'pipeline means by it, once, set_noise_source(model, TimestepNoise("edm")) or TimestepNoise("discrete").'
-        )
-
-
-def passes_log_sigma(scheduler: Any) -> bool:
-    """Whether a scheduler of Diffusers hands ¼ ln σ to the denoiser as its timestep."""
-    config = scheduler.config
-    continuous = (
-        config.get("timestep_type") == "continuous"
-        and config.get("prediction_type") == "v_prediction"
-    )
-    return type(scheduler).__name__.startswith("EDM") or continuous
-
+from .timesteps import Denoiser
 
 _PLAIN = {
     "discrete": """UNet2DConditionModel AudioLDM2UNet2DConditionModel Kandinsky3UNet UNetControlNetXSModel
@@ -243,58 +150,3 @@ def time_layers(model: nn.Module) -> list[str]:
     return [
         name for name, each in named if isinstance(each, nn.Linear) and _TIME_LAYERS.fullmatch(name)
     ]
-
-
-# ---------------------------------------------------------------------- sources that users register or set
-
-
-_sources: dict[str, NoiseSource] = {}
-
-
-def register_noise_source(source: NoiseSource) -> None:
-    """Use `source` for every model whose first adapter has the `noise_convention` of the source.
-
-        register_noise_source(ShareOfFrames())  # whose `convention` is "share_of_frames"
-        pipe.load_nara_weights("adapter")       # trained with NaraConfig(noise_convention="share_of_frames")
-
-    It is a callable (module, args, kwargs) → λ (1,) or (b,) in [0, 1]. It holds for models that are
-    adapted afterwards, and takes precedence over the default of their class. All of them share the one source.
-
-    Raises:
-        ValueError: the source names no convention, one that this package defines, or one that another source tells.
-    """
-    name = getattr(source, "convention", None)
-    if not (isinstance(name, str) and name and callable(source)):
-        raise ValueError(
-            f"{source!r} is no source of λ: expected a callable (module, args, kwargs) → λ (1,) or (b,) whose "
-            "attribute `convention` names its definition."
-        )
-    if name in (*CONVENTIONS, MASKED_SHARE):
-        raise ValueError(
-            f"λ as {name!r} is defined by this package: name your definition otherwise, or give one model a source of "
-            "its own, set_noise_source(model, source)."
-        )
-    if _sources.setdefault(name, source) is not source:
-        raise ValueError(
-            f"λ as {name!r} has a source already, {_sources[name]!r}: name your definition otherwise."
-        )
-
-
-def first_source(denoiser: Denoiser | None, convention: str | None) -> NoiseSource | None:
-    """The default source of λ of a model whose first adapter defines λ so; None if there is none."""
-    if convention in _sources:
-        return _sources[convention]
-    return None if denoiser is None else denoiser.read_as(convention)
-
-
-def set_noise_source(model: nn.Module, source: NoiseSource | None) -> None:
-    """Read λ (1,) or (b,) from `source` at each forward of `model` outside of `noise_level(…)`; None removes it.
-
-    Raises:
-        ValueError: `model` holds no NaRA adapter, or one was trained with another convention of λ.
-    """
-    holders = core_holders(model)
-    for holder in holders:
-        holder.finder.check_source(source)
-    for holder in holders:
-        holder.finder.set_source(source)

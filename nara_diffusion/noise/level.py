@@ -20,27 +20,14 @@ import inspect
 from collections.abc import Callable, Sequence
 from contextlib import ContextDecorator
 from contextvars import ContextVar
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-MASKED_SHARE = "masked_share"
-"""The name of λ's definition for masked language models: masked tokens of the answer over all of its tokens."""
-
 Level = float | Tensor | np.ndarray | Sequence[float]
 """One number in [0, 1], or one a sample."""
-
-
-class NoiseSource(Protocol):
-    """Computes λ (1,) or (b,) from a forward's arguments. `convention` names its definition, e.g. "masked_share"."""
-
-    convention: str
-
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Tensor: ...
 
 
 def arguments_of(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -166,3 +166,91 @@ class TimestepNoise:
         # one C for all, where pipelines expand a timestep to the batch: parts of the batch, as PAG's, may see it too
         is_shared = not level.requires_grad and bool((level == level[0]).all())
         return level[:1] if is_shared else level
+
+
+@dataclass
+class Denoiser(TimestepNoise):
+    """The default source of λ of a class of denoisers, until a user sets one; and how its layers see the batch.
+
+    N is that of the present schedulers. A small discrete timestep might be ¼ ln σ of an EDM schedule instead:
+
+        discrete   t in [0, N], N = 1000: whole, fractional with Karras' sigmas, below 3.5 in the last steps alone
+        EDM        t = ¼ ln σ: within ±3.5 throughout, and for σ from 80 to 1, the first steps, from 1.1 to 0
+
+    Confused with the other, the first steps of an EDM pipeline would run at λ = 0.001. So it is refused, unless a
+    present scheduler is discrete, or it is a whole number and there is none.
+
+    Attributes:
+        sample_major: whether layers may see b · k rows, k consecutive ones a sample, where the model sees b. Otherwise
+            another number of rows than the batch's is an error.
+        one_level: whether the first axis that layers see is not the samples': a batch of unequal λ is refused.
+        schedulers: of the pipelines that loaded the adapters; see `under`.
+    """
+
+    sample_major: bool = False
+    one_level: bool = False
+    schedulers: Sequence[Any] = ()
+
+    def read_as(self, convention: str | None) -> Denoiser:
+        """The same for adapters with this `convention`: models of discrete schedules are trained in EDM's terms too, or
+        converted to a rectified flow."""
+        meanings = {"edm": "edm", "flow": "sigma_1000"} if self.meaning == "discrete" else {}
+        return replace(self, meaning=meanings.get(convention or "", self.meaning))
+
+    def under(self, schedulers: Sequence[Any]) -> Denoiser:
+        """The same while these are the schedulers of the pipelines, whose N have to agree where λ depends on it."""
+        lengths = {
+            length for one in schedulers if (length := one.config.get("num_train_timesteps"))
+        }
+        if self.meaning not in COUNTED or not lengths:
+            return replace(self, schedulers=schedulers)
+        if len(lengths) > 1:
+            raise ValueError(
+                f"λ = {self.argument} / N can't be read: the schedulers of the pipelines that loaded the adapters have "
+                f"{' and '.join(f'N = {length}' for length in sorted(lengths))}: say which, "
+                f"set_noise_source(model, TimestepNoise({self.meaning!r}, num_train_timesteps=N))."
+            )
+        return replace(self, schedulers=schedulers, num_train_timesteps=lengths.pop())
+
+    def noise_level(self, timestep: float | Tensor) -> Tensor:
+        """λ of a timestep; of the scheduler's own where a pipeline rounded it to half precision."""
+        given = [getattr(one, "timesteps", None) for one in self.schedulers]
+        schedules = [each.flatten() for each in given if isinstance(each, Tensor)]
+        if (
+            schedules
+            and isinstance(timestep, Tensor)
+            and timestep.dtype in (torch.bfloat16, torch.float16)
+        ):
+            device = timestep.device
+            is_async = device.type != "cpu"  # a copy to the CPU has to be waited for
+            there = [each.to(device, torch.float32, non_blocking=is_async) for each in schedules]
+            timestep = self.unrounded(timestep, torch.cat(there))
+        return super().noise_level(timestep)
+
+    def check(self, timestep: float | Tensor) -> None:
+        t = as_tensor(timestep).detach()
+        is_large = 4 * t.float().abs() >= LARGEST_LOG_SIGMA
+        if self.meaning != "discrete" or not t.is_floating_point() or bool(is_large.any()):
+            return
+        continuous = [type(one).__name__ for one in self.schedulers if passes_log_sigma(one)]
+        if not continuous and (self.schedulers or bool((t == t.round()).all())):
+            return
+        who = (
+            f"{continuous[0]} passes ¼ ln σ"
+            if continuous
+            else "it may be ¼ ln σ of an EDM schedule"
+        )
+        raise ValueError(
+            f"{self.argument} is {t.tolist()}, which as 'discrete' would be almost no noise, but {who}: say what this "
+            'pipeline means by it, once, set_noise_source(model, TimestepNoise("edm")) or TimestepNoise("discrete").'
+        )
+
+
+def passes_log_sigma(scheduler: Any) -> bool:
+    """Whether a scheduler of Diffusers hands ¼ ln σ to the denoiser as its timestep."""
+    config = scheduler.config
+    continuous = (
+        config.get("timestep_type") == "continuous"
+        and config.get("prediction_type") == "v_prediction"
+    )
+    return type(scheduler).__name__.startswith("EDM") or continuous

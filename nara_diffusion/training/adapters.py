@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 from nara_diffusion import NaraConfig, StrengthSchedule
 from nara_diffusion.config import changes_base
 from nara_diffusion.cores.registry import registered_cores
-from nara_diffusion.noise.level import MASKED_SHARE
+from nara_diffusion.noise.sources import MASKED_SHARE
 
 from .arguments import AdapterArguments
 from .options import hint

@@ -21,16 +21,10 @@ from torch import Tensor, nn
 from nara_diffusion.config import NaraConfig
 from nara_diffusion.cores.registry import needs_noise
 from nara_diffusion.layers.variants import CoreChannel
-from nara_diffusion.noise.denoisers import Denoiser, first_source
-from nara_diffusion.noise.level import (
-    Entry,
-    NoiseSource,
-    arguments_of,
-    as_level,
-    backward_pass,
-    outer_modules,
-)
+from nara_diffusion.noise.level import Entry, as_level, backward_pass
 from nara_diffusion.noise.prediction import check_expected
+from nara_diffusion.noise.sources import NoiseSource, first_source
+from nara_diffusion.noise.timesteps import Denoiser
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -153,36 +147,8 @@ class LevelFinder:
         if level is None:
             raise unknown_level(self.root, names)
         if len(level) > 1:
-            self._check_rows(len(level), args, kwargs)
+            self.channel.rows.check_forward(len(level), self.root, args, kwargs)
         return level
-
-    def _check_rows(self, values: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Raise ValueError if the layers of the root cannot tell the samples of `values` values of λ apart.
-
-        That is so if layers do not see samples first, or if they may see a multiple of the batch while the root's first
-        tensor does not have one row for each value.
-        """
-        kind = type(self.root).__name__
-        if self.channel.one_level:
-            raise ValueError(
-                f"noise_level has {values} values, but the layers of {kind} see tokens where others see samples, so "
-                "that each cannot get its own C: let the batch share one λ, or run its samples one by one."
-            )
-        if not self.channel.sample_major:
-            return
-        given = arguments_of(self.root, args, kwargs).values()
-        batch = next((len(one) for one in given if isinstance(one, Tensor) and one.dim() > 0), None)
-        if values != batch:
-            raise ValueError(
-                f"noise_level has {values} values, but the batch is {batch}: pass one value, or one a sample of the "
-                "batch as the model sees it (after CFG or repeats)."
-            )
-        if any(map(_splits_batch, outer_modules(self.root))):
-            raise ValueError(
-                f"noise_level has {values} values, but blocks of {kind} run on slices of the batch (forward chunking, "
-                "or FreeNoise's split inference), whose samples cannot be told apart: pass one λ for the whole batch, "
-                "or turn that off (chunking along dim=1 is fine)."
-            )
 
     # ------------------------------------------------------------------ the adapters' definitions of λ
 
@@ -311,13 +277,6 @@ def _check_definition(
             f"Adapter '{adapter_name}' was trained with λ defined as {convention!r}, but the source of λ tells "
             f"{of_source!r}, {remedy}"
         )
-
-
-def _splits_batch(module: nn.Module) -> bool:
-    own = vars(module)
-    if own.get("_chunk_size") is not None and own.get("_chunk_dim") == 0:
-        return True
-    return type(module).__name__ == "SplitInferenceModule" and own.get("split_dim") == 0
 
 
 def _how_to_declare(root: nn.Module) -> str:

@@ -23,9 +23,10 @@ from nara_diffusion.cores.registry import HOLDER_NAME, CoreSet
 from nara_diffusion.cores.simple import IdentityCore
 from nara_diffusion.layers.offloading import groups_of, in_memory
 from nara_diffusion.layers.variants import CoreChannel, Key
-from nara_diffusion.noise.denoisers import Denoiser
 from nara_diffusion.noise.level import Level, as_level, backward_pass, entry_for
+from nara_diffusion.noise.rows import ModelRows
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
+from nara_diffusion.noise.timesteps import Denoiser
 
 from .checkpointing import checkpoint_with_core, checkpoint_without_core
 from .finder import LevelFinder
@@ -58,11 +59,7 @@ class CoreHolder(nn.Module):
         self.configs: dict[str, LoraConfig] = {}
         self.layers: dict[str, list[LoraLayer]] = {}
         self.schedules: dict[str, StrengthSchedule] = {}
-        self.channel = CoreChannel(
-            self,
-            sample_major=denoiser is not None and denoiser.sample_major,
-            one_level=denoiser is not None and (denoiser.one_level or denoiser.packed),
-        )
+        self.channel = CoreChannel(self, ModelRows.of(denoiser))
         self.finder = LevelFinder(root, self.configs, self.channel, denoiser)
         self.merging = Merging(root, self.layers)
         self._handles: tuple[RemovableHandle, ...] = ()
@@ -255,12 +252,8 @@ class CoreHolder(nn.Module):
                 "recompute a part of it by a checkpoint other than the model's own "
                 "(`model.gradient_checkpointing_enable()`)."
             )
-        values = 1 if level is None else len(level)
-        if values > 1 and (self.channel.sample_major or self.channel.one_level):
-            raise RuntimeError(
-                f"noise_level has {values} values, but a part of a model whose layers may see several rows a sample is "
-                "called by itself, so that its samples cannot be told apart: pass one value, or call the whole model."
-            )
+        if level is not None and len(level) > 1:
+            self.channel.rows.check_part(len(level))
         with in_memory(self.root):
             return self.matrix(key, level)
 

@@ -30,10 +30,11 @@ from nara_diffusion.layers.dispatch import (
     variant_for,
 )
 from nara_diffusion.layers.offloading import is_dispatched_by_layers
-from nara_diffusion.layers.variants import CoreChannel, rows_of
+from nara_diffusion.layers.variants import CoreChannel
 from nara_diffusion.noise.denoisers import denoiser_of
 from nara_diffusion.noise.level import find_holders
 from nara_diffusion.noise.level import noise_level as at_noise_level
+from nara_diffusion.noise.rows import row_kind_of
 from nara_diffusion.strict import (
     PEFT_PREFIX,
     check_adapter_names,
@@ -184,7 +185,7 @@ class NaraModel(LoraModel):
         if lora_config.reads_core:
             variant_class = variant_for(layer, lora_config.use_dora, current_key)
             group = core_group(lora_config, current_key, layer.r[adapter_name])  # by rank_pattern
-            rows = rows_of(self.model, current_key)
+            rows = row_kind_of(self.model, current_key)
             layer.lora_variant[adapter_name] = variant_class(
                 self._channel, adapter_name, group, current_key, rows
             )

@@ -23,9 +23,10 @@ from nara_diffusion.config import NaraConfig, unscaled_fields
 from nara_diffusion.cores.registry import SHARED, CoreSet, core_group
 from nara_diffusion.cores.simple import IdentityCore
 from nara_diffusion.layers.dispatch import check_norm, variant_for
-from nara_diffusion.layers.variants import NaraVariant, rows_of
+from nara_diffusion.layers.variants import NaraVariant
 from nara_diffusion.noise.denoisers import denoiser_of
 from nara_diffusion.noise.level import checked_module
+from nara_diffusion.noise.rows import row_kind_of
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
 
 from .holder import CoreHolder, drop_idle_holder, holder_of
@@ -188,7 +189,7 @@ def _variant_for(
     variant_class = variant_for(
         layer, isinstance(layer.lora_variant.get(adapter_name), _DORA), name
     )
-    return variant_class(holder.channel, adapter_name, group, name, rows_of(root, name))
+    return variant_class(holder.channel, adapter_name, group, name, row_kind_of(root, name))
 
 
 def check_strength(root: Any, adapter_name: str, strength: Any) -> None:

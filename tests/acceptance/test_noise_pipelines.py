@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nara_diffusion import TimestepNoise, register_denoiser, set_noise_source
-from nara_diffusion.noise.denoisers import Denoiser
+from nara_diffusion.noise.timesteps import Denoiser
 from nara_diffusion.tuner.holder import holder_of
 from tests.helpers.rounding import rounding_of
 from tests.helpers.small_pipelines import small_flux, small_sd, small_sd3, small_sdxl

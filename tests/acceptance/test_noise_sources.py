@@ -21,7 +21,7 @@ from nara_diffusion import (
     register_noise_source,
     set_noise_source,
 )
-from nara_diffusion.noise import denoisers
+from nara_diffusion.noise import sources
 from tests.helpers.adapted import nara_config
 from tests.helpers.small_pipelines import small_unet
 
@@ -158,7 +158,7 @@ def test_source_of_another_convention_is_refused_on_all_models_at_once() -> None
 def test_source_of_a_registered_definition_is_read_where_an_adapter_loads_until_it_is_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(denoisers, "_sources", {})
+    monkeypatch.setattr(sources, "_registered", {})
     source, named = Share(), SimpleNamespace(convention="mine")
     for _ in range(2):
         register_noise_source(source)  # type: ignore[arg-type]

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nara_diffusion import core_matrix, noise_level
 from nara_diffusion.layers import functional
 from nara_diffusion.layers.functional import factored_row_norm
+from nara_diffusion.noise.rows import ModelRows
 from tests.acceptance._by_hand import CORES, LEVELS, SMALL, Kinds, tensors_of
 from tests.helpers.adapted import OneLayer, adapted, disturb, nara_config, relative_error
 
@@ -67,7 +68,7 @@ class Frames(nn.Module):
 @DORA
 def test_frames_of_a_video_get_the_core_of_their_sample(use_dora: bool) -> None:
     model = adapted(Frames(), target_modules=["layer"], use_dora=use_dora)
-    model.base_model.model.layer.lora_variant["default"].channel.sample_major = True
+    model.base_model.model.layer.lora_variant["default"].channel.rows = ModelRows(sample_major=True)
     x = torch.randn(3, 2, 4, 7)
     with noise_level(model, LEVELS):
         together = model(x)

@@ -1,0 +1,108 @@
+"""The rows of a forward of a masked language model, and their λ: the masked share of the answer.
+
+This package's losses and samplers set λ at each forward:
+
+    rows = ForwardRows(input_ids, attention_mask, noise_level)
+    if cfg_scale > 0:
+        rows = rows.with_masked_prompts(is_prompt, mask_token_id)
+    with conditioned(model, rows.noise_level):
+        …
+
+Other people's samplers don't. There, λ is read from `input_ids`. Where the prompts end is not among
+a forward's arguments, so it is given once:
+
+    with read_noise_from_input_ids(model, prompt_lengths=[12, 30]):
+        somebody_elses_generate(model, …)
+
+Inside it, `noise_level(model, …)` still takes precedence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from nara_diffusion.noise.level import core_holders, find_holders, noise_level
+from nara_diffusion.noise.rows import Repetition, guidance_rows
+from nara_diffusion.noise.sources import MASKED_SHARE, InputIdsNoise, set_noise_source
+
+from .models.backbone import Backbone
+
+
+@dataclass(frozen=True)
+class ForwardRows:
+    """The rows of a forward.
+
+    Attributes:
+        input_ids: (b, l), or (2b, l) with guidance: the rows, then the same with masked prompts.
+        attention_mask: as `input_ids`; None if there is no padding.
+        noise_level: λ of each row, (b,) or (2b,).
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor | None
+    noise_level: Tensor
+
+    def with_masked_prompts(self, is_prompt: Tensor, mask_token_id: int) -> ForwardRows:
+        """Return the rows of classifier-free guidance. `is_prompt`: (b, l) bool."""
+        input_ids = guidance_rows(self.input_ids)
+        input_ids[len(is_prompt) :].masked_fill_(is_prompt, mask_token_id)
+        padding = self.attention_mask
+        return ForwardRows(
+            input_ids,
+            None if padding is None else guidance_rows(padding),
+            guidance_rows(self.noise_level),
+        )
+
+
+def conditioned(model: nn.Module, level: Tensor) -> AbstractContextManager:
+    """Return the context `noise_level(model, λ)`; one that does nothing if no adapter needs λ.
+
+    Adapters without a `noise_convention` get that of the masked share.
+
+    Args:
+        model: the outermost module.
+        level: λ of each row, (b,) float32.
+
+    Raises:
+        ValueError: an adapter that needs λ was trained with another definition of it.
+    """
+    holders = find_holders(model)
+    if not any(holder.needs_noise or holder.merging.binds_level for holder in holders):
+        return nullcontext()
+    for holder in holders:
+        names = holder.noisy(holder.active_names())
+        for name, other in holder.finder.adopt_convention(names, MASKED_SHARE).items():
+            raise ValueError(
+                f"Adapter '{name}' was trained with λ defined as {other!r}, and this is "
+                f"{MASKED_SHARE!r}, the masked share of the answer: use an adapter that was trained "
+                "with that, or call the model yourself inside `with noise_level(model, value):`."
+            )
+    return noise_level(model, level)
+
+
+@contextmanager
+def read_noise_from_input_ids(
+    model: nn.Module,
+    prompt_lengths: int | Sequence[int] | Tensor,
+    *,
+    mask_token_id: int | None = None,
+    repeated: Repetition | None = None,
+) -> Iterator[InputIdsNoise]:
+    """Inside, `model` reads λ from the masks in its input; afterwards from its former source.
+
+    For the arguments and errors see `InputIdsNoise`. To read λ so for good, call
+    set_noise_source(model, InputIdsNoise(…)).
+    """
+    before = [(holder, holder.finder.given_source) for holder in core_holders(model)]
+    mask = Backbone(model).mask_token_id(mask_token_id)
+    source = InputIdsNoise(prompt_lengths, mask_token_id=mask, repeated=repeated)
+    set_noise_source(model, source)
+    try:
+        yield source
+    finally:
+        for holder, former in before:
+            holder.finder.given_source = former

@@ -1,0 +1,231 @@
+"""λ of the samples → C of the rows that a layer sees.
+
+    one for all     λ (1,)   C (1, r, r)   for every row
+    one a sample    λ (b,)   C (b, r, r)   row i of a layer's input (b, …) is sample i
+    b · k rows      λ (b,)   C (b, r, r)   rows i·k to i·k + k − 1 are sample i: frames, tokens
+    guidance        λ (b,)   λ (2b,)       the samples, then the same samples once more
+
+Shapes don't show what a row is: the number of tokens may equal the batch size by chance. So it is
+known of a model (`ModelRows`) and of a layer (`row_kind_of`). If rows can't be assigned to samples,
+several values of λ are an error, and one value for the whole batch works.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from peft.tuners.lora.layer import Embedding
+from torch import Tensor, nn
+
+from .denoisers import Denoiser
+from .level import arguments_of, outer_modules
+
+RowKind = Literal["samples", "tokens", "positions"]
+"""What the rows of a layer's input are.
+
+    "samples"     (b, …)
+    "tokens"      (n, d) in a mixture of experts: the tokens of all samples, or of one expert
+    "positions"   (l, b, d) in PyTorch's attention without `batch_first`, or ids (l, l) of relative
+                  positions
+"""
+
+Repetition = Literal["tiled", "interleaved"]
+"""How k times the rows are ordered: "tiled" abab, "interleaved" aabb."""
+REPETITIONS: tuple[Repetition, ...] = ("tiled", "interleaved")
+
+
+def repeat_rows(values: Tensor, times: int, order: Repetition) -> Tensor:
+    """Return `values` (b, …) of samples for b · `times` rows: (b · times, …)."""
+    if order == "interleaved":
+        return values.repeat_interleave(times, dim=0)
+    return torch.cat([values] * times)
+
+
+def guidance_rows(values: Tensor) -> Tensor:
+    """Return `values` (b, …) of samples for the 2b rows of classifier-free guidance.
+
+    The conditional rows come first. Both rows of a sample have the same λ.
+    """
+    return repeat_rows(values, 2, "tiled")
+
+
+def core_of_rows(
+    core: Tensor, x: Tensor, *, kind: RowKind, sample_major: bool, layer_name: str
+) -> Tensor:
+    """Return C for each row of a layer's input.
+
+    Args:
+        core: C of the samples, (b, r, r), or (1, r, r) for all.
+        x: the input of the layer, (rows, …).
+        kind: what the rows are.
+        sample_major: whether the layer may see b · k rows, k consecutive ones a sample.
+        layer_name: for the error message.
+
+    Returns:
+        (rows, r, r), or (1, r, r) if all rows have the same C.
+
+    Raises:
+        ValueError: several values of λ, and the rows can't be assigned to samples.
+    """
+    samples, rows = core.shape[0], x.shape[0]
+    if samples == 1:
+        return core
+    if _lacks_batch_axis(x, kind):
+        raise ValueError(
+            _cannot_assign(
+                samples,
+                f"the rows that layer '{layer_name}' sees, {tuple(x.shape)}, are {kind}, not samples",
+                "leave the layer out by `exclude_modules`",
+            )
+        )
+    if samples == rows:
+        return core
+    if rows == 0:  # an expert without tokens: A and B get gradients of zero
+        return core[:1]
+    if sample_major and rows % samples == 0:
+        return repeat_rows(core, rows // samples, "interleaved")
+    raise ValueError(
+        _cannot_assign(
+            samples,
+            f"the batch inside layer '{layer_name}' is {rows}",
+            "one a row as the layer sees them (after beams, repeats or CFG)",
+        )
+    )
+
+
+def _lacks_batch_axis(x: Tensor, kind: RowKind) -> bool:
+    if kind == "tokens":
+        return x.dim() == 2
+    if kind == "positions":  # features (l, b, d), or integer ids (l, l)
+        return x.dim() > (2 if x.is_floating_point() else 1)
+    return False
+
+
+def row_kind_of(root: nn.Module, name: str) -> RowKind:
+    """Return what the rows of layer `name` below `root` are, as the modules around it show."""
+    layer: nn.Module = root
+    around = []
+    for part in name.split("."):
+        around.append(layer)
+        layer = getattr(layer, part)
+    if any(_has_experts(outer) for outer in around):
+        return "tokens"
+    if isinstance(layer, (nn.Embedding, Embedding)):
+        is_position = name.endswith(("relative_attention_bias", "distance_embedding"))
+        return "positions" if is_position else "samples"
+    return "positions" if any(_is_length_first(outer) for outer in around) else "samples"
+
+
+def _has_experts(module: nn.Module) -> bool:
+    return hasattr(module, "experts") or "Experts" in type(module).__name__
+
+
+def _is_length_first(module: nn.Module) -> bool:
+    """Return whether `module`, or an attention right below it, takes (l, b, d)."""
+    for each in (module, *module._modules.values()):
+        is_attention = isinstance(each, nn.MultiheadAttention)
+        if (each is module or is_attention) and getattr(each, "batch_first", None) is False:
+            return True
+    return False
+
+
+@dataclass(frozen=True)
+class ModelRows:
+    """How the layers of a model see its batch.
+
+    Attributes:
+        sample_major: whether layers may see b · k rows, k consecutive ones a sample, if the model
+            sees b.
+        one_level: whether the first axis of layers is not the samples, so that a batch has one λ.
+    """
+
+    sample_major: bool = False
+    one_level: bool = False
+
+    @classmethod
+    def of(cls, denoiser: Denoiser | None) -> ModelRows:
+        """Return how layers of a class of denoisers see the batch; None is any other model."""
+        if denoiser is None:
+            return cls()
+        return cls(denoiser.sample_major, denoiser.one_level or denoiser.packed)
+
+    def check_forward(
+        self, values: int, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
+        """Check that a forward of the whole model can have `values` > 1 values of λ.
+
+        Raises:
+            ValueError: layers see no samples first; or they may see multiples of the batch, and
+                there is not one value for each row of the first tensor, or blocks split the batch.
+        """
+        kind = type(root).__name__
+        if self.one_level:
+            raise ValueError(
+                _cannot_assign(
+                    values,
+                    f"the layers of {kind} see tokens where others see samples",
+                    "run the samples one by one",
+                )
+            )
+        if not self.sample_major:
+            return
+        batch = _batch_size(arguments_of(root, args, kwargs).values())
+        if values != batch:
+            raise ValueError(
+                _cannot_assign(
+                    values,
+                    f"the batch is {batch}",
+                    "one a sample as the model sees them (after CFG or repeats)",
+                )
+            )
+        if any(_splits_batch(module) for module in outer_modules(root)):
+            raise ValueError(
+                _cannot_assign(
+                    values,
+                    f"blocks of {kind} run on slices of the batch (forward chunking, or FreeNoise's "
+                    "split inference)",
+                    "turn that off (chunking along dim=1 is fine)",
+                )
+            )
+
+    def check_part(self, values: int) -> None:
+        """Check that a part of the model, called by itself, can have `values` > 1 values of λ.
+
+        Raises:
+            RuntimeError: layers may see several rows a sample, or no samples first.
+        """
+        if self.sample_major or self.one_level:
+            raise RuntimeError(
+                _cannot_assign(
+                    values,
+                    "a part of a model, called by itself, may see several rows a sample",
+                    "call the whole model",
+                )
+            )
+
+
+def _cannot_assign(values: int, reason: str, remedy: str) -> str:
+    """Return the one message about rows that can't be assigned to samples."""
+    return (
+        f"noise_level has {values} values, but {reason}: pass one value for the whole batch, or "
+        f"{remedy}."
+    )
+
+
+def _batch_size(arguments: Iterable[object]) -> int | None:
+    """Return the length of the first tensor that has an axis."""
+    for argument in arguments:
+        if isinstance(argument, Tensor) and argument.dim() > 0:
+            return len(argument)
+    return None
+
+
+def _splits_batch(module: nn.Module) -> bool:
+    """Return whether `module` runs on slices of the batch: chunking, or FreeNoise's wrapper."""
+    own = vars(module)
+    if own.get("_chunk_size") is not None and own.get("_chunk_dim") == 0:
+        return True
+    return type(module).__name__ == "SplitInferenceModule" and own.get("split_dim") == 0

@@ -1,0 +1,227 @@
+"""Sources of λ: what gives λ to a forward outside of `noise_level(…)`.
+
+A model has one source. It is, in this order,
+
+1. the source that `set_noise_source(model, source)` set;
+2. the source that `register_noise_source` registered under the `noise_convention` of the model's
+   first adapter;
+3. `denoisers.Denoiser`, if Diffusers' pipelines pass a timestep to a model of its class.
+
+`timesteps` computes λ from a timestep. Here is λ of a masked language model, the masked share of
+each sample's answer:
+
+    λ_i = masked tokens of answer i / tokens of answer i
+
+An adapter is saved with the name of its definition of λ (`noise_convention`). A model with a source
+that has another definition is an error. A source that is registered under that name says how to
+read λ for such an adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .level import core_holders
+from .rows import REPETITIONS, Repetition, repeat_rows
+from .timesteps import CONVENTIONS, Denoiser
+
+MASKED_SHARE = "masked_share"
+"""The name of λ's definition for masked language models."""
+
+
+class NoiseSource(Protocol):
+    """Computes λ (1,) or (b,) from a forward's arguments. `convention` names its definition."""
+
+    convention: str
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor: ...
+
+
+_registered: dict[str, NoiseSource] = {}
+
+
+def register_noise_source(source: NoiseSource) -> None:
+    """Use `source` for every model whose first adapter has the `noise_convention` of the source.
+
+        register_noise_source(ShareOfFrames())  # its `convention` is "share_of_frames"
+        pipe.load_nara_weights("adapter")  # NaraConfig(noise_convention="share_of_frames")
+
+    A source is a callable (module, args, kwargs) → λ (1,) or (b,) in [0, 1]. It applies to models
+    that are adapted afterwards, and takes precedence over the default of their class. All these
+    models share the one source.
+
+    Raises:
+        ValueError: the source has no convention, one that this package defines, or the convention
+            of another source.
+    """
+    name = getattr(source, "convention", None)
+    if not (isinstance(name, str) and name and callable(source)):
+        raise ValueError(
+            f"{source!r} is no source of λ: expected a callable (module, args, kwargs) → λ (1,) or "
+            "(b,) with an attribute `convention`, the name of its definition."
+        )
+    if name in (*CONVENTIONS, MASKED_SHARE):
+        raise ValueError(
+            f"λ as {name!r} is defined by this package: choose another name for your definition, or "
+            "give one model its own source, set_noise_source(model, source)."
+        )
+    if _registered.setdefault(name, source) is not source:
+        raise ValueError(
+            f"λ as {name!r} has a source already, {_registered[name]!r}: choose another name for "
+            "your definition."
+        )
+
+
+def first_source(denoiser: Denoiser | None, convention: str | None) -> NoiseSource | None:
+    """Return the default source of a model; None if it has none.
+
+    Args:
+        denoiser: the entry of the model's class.
+        convention: the definition of λ of the model's first adapter.
+    """
+    if convention in _registered:
+        return _registered[convention]
+    return None if denoiser is None else denoiser.read_as(convention)
+
+
+def set_noise_source(model: nn.Module, source: NoiseSource | None) -> None:
+    """Read λ (1,) or (b,) from `source` at each forward of `model` outside of `noise_level(…)`.
+
+    None removes the source.
+
+    Raises:
+        ValueError: `model` has no NaRA adapter, or one was trained with another convention of λ.
+    """
+    holders = core_holders(model)
+    for holder in holders:
+        holder.finder.check_source(source)
+    for holder in holders:
+        holder.finder.set_source(source)
+
+
+# ---------------------------------------------------------------------- masked share
+
+
+class InputIdsNoise:
+    """A noise source (`nara_diffusion.set_noise_source`): λ from the masks in `input_ids`.
+
+    The prompt doesn't count, whether guidance has masked it or not. Padding doesn't count if an
+    `attention_mask` shows it: (b, l), or (b, heads, l, l) where padding doesn't see itself.
+
+    Args:
+        prompt_lengths: columns before each answer, padding on the left included: one number for
+            all rows, or (b,).
+        mask_token_id: the token that counts.
+        repeated: how a sampler repeats the b rows if it passes k · b of them: "tiled", all rows and
+            then all again, as guidance does by torch.cat; "interleaved", each row k times in a
+            row. It is needed only if lengths differ.
+    """
+
+    convention = MASKED_SHARE
+
+    def __init__(
+        self,
+        prompt_lengths: int | Sequence[int] | Tensor,
+        *,
+        mask_token_id: int,
+        repeated: Repetition | None = None,
+    ) -> None:
+        if repeated not in (None, *REPETITIONS):
+            choices = ", ".join(map(repr, REPETITIONS))
+            raise ValueError(f"repeated is {repeated!r}, expected one of {choices}, or None")
+        self.prompt_lengths = torch.as_tensor(prompt_lengths).reshape(-1)
+        self.mask_token_id = mask_token_id
+        self.repeated: Repetition | None = repeated
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Return λ (rows,) for a forward of `module`.
+
+        Raises:
+            ValueError: the arguments don't determine λ.
+        """
+        input_ids = _input_ids(args, kwargs)
+        rows, width = input_ids.shape
+        starts = self._starts(rows).to(input_ids.device)[:, None]
+        answer = torch.arange(width, device=input_ids.device) >= starts  # (rows, l)
+        attention_mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+        if attention_mask is not None:
+            answer = answer & _tokens_that_count(attention_mask, rows, width)
+        lengths = answer.sum(1)  # (rows,)
+        if not lengths.all():
+            row = int((lengths == 0).nonzero()[0])
+            raise ValueError(
+                f"λ can't be read: row {row} of input_ids has {width} tokens, and none is in an answer"
+            )
+        masked = answer & (input_ids == self.mask_token_id)
+        return masked.sum(1).float() / lengths
+
+    def _starts(self, rows: int) -> Tensor:
+        """Return where the answer of each row starts, (rows,)."""
+        lengths = self.prompt_lengths
+        times, rest = divmod(rows, len(lengths))
+        is_known = times == 1 or bool((lengths == lengths[0]).all()) or self.repeated is not None
+        if rest == 0 and is_known:
+            return repeat_rows(lengths, times, self.repeated or "interleaved")
+        raise ValueError(
+            f"λ can't be read: prompt_lengths has {len(lengths)} values and this forward {rows} "
+            "rows. Pass how the sampler repeats rows, repeated='tiled' (all, then all again, as in "
+            "classifier-free guidance) or 'interleaved' (each several times), or one value a row"
+        )
+
+
+def _input_ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Return the whole sequences (rows, l) that a forward gets."""
+    input_ids = kwargs.get("input_ids", args[0] if args else None)
+    if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point():
+        raise ValueError(
+            "λ can't be read: this forward has no input_ids (batch, length): use noise_level(…)"
+        )
+    cache = kwargs.get("past_key_values")
+    if cache is not None and cache.get_seq_length() > 0:
+        raise ValueError(
+            "λ can't be read from input_ids that continue a cache, a part of the sequence: use "
+            "noise_level(model, masked share of the whole answer)"
+        )
+    return input_ids
+
+
+_HIDDEN = -1e4
+"""Attention's bias at or below which a token isn't seen; libraries add −1e4, −∞ or a dtype's least."""
+
+
+def _tokens_that_count(attention_mask: object, rows: int, width: int) -> Tensor:
+    """Return which tokens are no padding, (rows, l) bool."""
+    received = type(attention_mask).__name__
+    if isinstance(attention_mask, Tensor):
+        if attention_mask.shape == (rows, width):
+            return attention_mask.bool()
+        counts = _seen_by_themselves(attention_mask, rows, width)
+        if counts is not None:
+            return counts
+        received = f"of shape {tuple(attention_mask.shape)} and {attention_mask.dtype}"
+    raise ValueError(
+        f"λ can't be read: an attention_mask {received} doesn't show which tokens are padding: pass "
+        f"one of shape ({rows}, {width}), or use noise_level(…)"
+    )
+
+
+def _seen_by_themselves(attention_mask: Tensor, rows: int, width: int) -> Tensor | None:
+    """Return which tokens see themselves, (rows, l) bool; None if rows or heads are ambiguous."""
+    if attention_mask.ndim != 4 or any(n not in (1, width) for n in attention_mask.shape[2:]):
+        return None
+    square = attention_mask.expand(-1, -1, width, width)
+    own = square.diagonal(dim1=2, dim2=3)  # (rows or 1, heads, l)
+    counts = own.bool()
+    if own.is_floating_point():
+        counts = own == 0
+        if not bool((counts | (own <= _HIDDEN)).all()):  # a bias in between
+            return None
+    if len(own) not in (1, rows) or not bool((counts == counts[:, :1]).all()):
+        return None
+    return counts[:, 0].expand(rows, -1)

@@ -1,0 +1,227 @@
+"""λ of samples → C of a layer's rows: one for all, one a sample, b · k rows, guidance, and what can't be assigned.
+
+Each C is filled with the number of its sample, so that a row shows whose C it has.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nara_diffusion import TimestepNoise, noise_level, set_noise_source
+from nara_diffusion.dllm.conditioning import ForwardRows
+from nara_diffusion.noise.rows import ModelRows, core_of_rows, guidance_rows, repeat_rows, row_kind_of
+from nara_diffusion.noise.timesteps import Denoiser
+from tests.helpers.adapted import adapted, relative_error
+
+SAMPLES = 3
+
+
+def core(samples: int = SAMPLES) -> Tensor:
+    """C (samples, 2, 2)."""
+    return torch.arange(samples).float()[:, None, None].expand(-1, 2, 2)
+
+
+def samples_of(rows: int, *, samples: int = SAMPLES, x: Tensor | None = None, **options: Any) -> list[int]:
+    """The sample of each row of a layer."""
+    options = {"kind": "samples", "sample_major": False, "layer_name": "block.to_q"} | options
+    found = core_of_rows(core(samples), torch.zeros(rows, 5, 7) if x is None else x, **options)
+    return found[:, 0, 0].int().tolist()
+
+
+# ---------------------------------------------------------------------- one for all, one a sample, b · k rows
+
+
+@pytest.mark.parametrize("kind", ["samples", "tokens", "positions"])
+@pytest.mark.parametrize("rows", [0, 1, 5])
+def test_one_level_is_for_all_rows_whatever_they_are(kind: str, rows: int) -> None:
+    assert samples_of(rows, samples=1, kind=kind) == [0]
+
+
+@pytest.mark.parametrize("sample_major", [False, True])
+def test_one_level_a_sample_is_for_the_row_of_the_sample(sample_major: bool) -> None:
+    assert samples_of(3, sample_major=sample_major) == [0, 1, 2]
+
+
+def test_consecutive_rows_have_the_level_of_their_sample() -> None:
+    """`repeat` in place of `repeat_interleave` would give [0, 1, 2, 0, 1, 2]: another frame's λ."""
+    assert samples_of(6, sample_major=True) == [0, 0, 1, 1, 2, 2]
+    assert samples_of(8, samples=2, sample_major=True) == [0, 0, 0, 0, 1, 1, 1, 1]
+
+
+def test_expert_without_tokens_keeps_a_core_for_its_gradient() -> None:
+    assert samples_of(0) == [0]
+
+
+def test_rows_are_repeated_in_either_order() -> None:
+    values = torch.tensor([0.1, 0.5, 0.9])
+    assert torch.equal(repeat_rows(values, 2, "tiled"), values[[0, 1, 2, 0, 1, 2]])
+    assert torch.equal(repeat_rows(values, 2, "interleaved"), values[[0, 0, 1, 1, 2, 2]])
+
+
+class Stack(nn.Module):
+    """A layer that sees the frames of all samples, one sample after another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(7, 5)
+
+    def forward(self, x: Tensor, timestep: Tensor | None = None) -> Tensor:
+        return self.layer(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+
+@pytest.mark.parametrize("frames", [2, 3, 4])
+def test_frames_of_a_sample_run_at_its_timestep(frames: int) -> None:
+    model = adapted(type("UNetMotionModel", (Stack,), {})(), target_modules=["layer"])
+    set_noise_source(model, TimestepNoise("sigma"))
+    x, levels = torch.randn(SAMPLES, frames, 4, 7), [0.1, 0.5, 0.9]
+    together = model(x, torch.tensor(levels))
+    for sample, level, output in zip(x, levels, together, strict=True):
+        with noise_level(model, level):
+            assert relative_error(output, model(sample[None])[0]) < 1e-6
+    set_noise_source(model, None)
+    with noise_level(model, levels):
+        assert relative_error(model(x), together) < 1e-6
+
+
+# ---------------------------------------------------------------------- guidance
+
+
+def test_rows_of_guidance_are_the_samples_and_then_the_samples_again() -> None:
+    assert guidance_rows(torch.tensor([0.2, 0.7])).tolist() == pytest.approx([0.2, 0.7, 0.2, 0.7])
+
+
+@pytest.mark.parametrize("has_padding", [False, True])
+def test_masked_prompts_stand_behind_the_rows_with_their_levels_and_padding(has_padding: bool) -> None:
+    ids = torch.tensor([[1, 2, 3, 9], [4, 5, 6, 9]])
+    padding = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]) if has_padding else None
+    is_prompt = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0]]).bool()
+    rows = ForwardRows(ids, padding, torch.tensor([0.25, 0.75])).with_masked_prompts(is_prompt, 9)
+    assert rows.input_ids.tolist() == [[1, 2, 3, 9], [4, 5, 6, 9], [9, 9, 3, 9], [9, 5, 6, 9]]
+    assert rows.noise_level.tolist() == [0.25, 0.75, 0.25, 0.75]
+    assert (rows.attention_mask is None) == (padding is None)
+    if padding is not None:
+        assert torch.equal(rows.attention_mask, torch.cat([padding, padding]))
+    assert ids.tolist() == [[1, 2, 3, 9], [4, 5, 6, 9]]  # unchanged
+
+
+# ---------------------------------------------------------------------- what can't be assigned
+
+
+REFUSED = "noise_level has 3 values, but .*: pass one value for the whole batch, or "
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        (4, {}, "batch inside layer 'block.to_q' is 4"),
+        (6, {}, "batch inside layer 'block.to_q' is 6"),  # a multiple, but not known to be sample-major
+        (4, {"sample_major": True}, "is 4"),
+        (2, {"sample_major": True}, "is 2"),
+        (3, {"kind": "tokens", "x": torch.zeros(3, 7)}, r"\(3, 7\), are tokens"),
+        (3, {"kind": "positions"}, r"\(3, 5, 7\), are positions"),
+        (3, {"kind": "positions", "x": torch.zeros(3, 3, dtype=torch.long)}, r"\(3, 3\), are positions"),
+    ],
+)
+def test_rows_that_belong_to_no_known_sample_are_refused(rows: int, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=REFUSED) as error:
+        samples_of(rows, **options)
+    error.match(message)
+
+
+@pytest.mark.parametrize(
+    ("kind", "x"),
+    [
+        ("tokens", torch.zeros(3, 5, 7)),
+        ("positions", torch.zeros(3, 7)),
+        ("positions", torch.zeros(3, dtype=torch.long)),
+    ],
+)
+def test_rows_of_another_kind_are_samples_at_these_shapes(kind: str, x: Tensor) -> None:
+    assert samples_of(3, kind=kind, x=x) == [0, 1, 2]
+
+
+def test_model_with_tokens_first_refuses_several_levels_everywhere() -> None:
+    for denoiser in (Denoiser("sigma", one_level=True), Denoiser("data", packed=True)):
+        rows = ModelRows.of(denoiser)
+        with pytest.raises(ValueError, match=f"{REFUSED}.*one by one"):
+            rows.check_forward(3, Stack(), (torch.zeros(3, 2, 7),), {})
+        with pytest.raises(RuntimeError, match=f"{REFUSED}call the whole model"):
+            rows.check_part(3)
+
+
+def test_model_that_sees_multiples_takes_one_level_a_row_of_its_own_batch() -> None:
+    rows = ModelRows.of(Denoiser("sigma", sample_major=True))
+    rows.check_forward(3, Stack(), (torch.zeros(3, 2, 7),), {})
+    rows.check_forward(3, Stack(), (), {"timestep": torch.zeros(3), "x": torch.zeros(3, 2, 7)})
+    for args in ((torch.zeros(6, 2, 7),), (torch.zeros(2, 3, 7),), (torch.tensor(1.0),)):
+        with pytest.raises(ValueError, match=f"{REFUSED}one a sample"):
+            rows.check_forward(3, Stack(), args, {})
+    with pytest.raises(RuntimeError, match=f"{REFUSED}call the whole model"):
+        rows.check_part(3)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "is_split"),
+    [
+        ({"_chunk_size": 2, "_chunk_dim": 0}, True),
+        ({"_chunk_size": 2, "_chunk_dim": 1}, False),
+        ({"_chunk_size": None, "_chunk_dim": 0}, False),
+    ],
+)
+def test_blocks_that_split_the_batch_are_refused(attributes: dict[str, Any], is_split: bool) -> None:
+    root = Stack()
+    vars(root.layer).update(attributes)
+    rows, args = ModelRows(sample_major=True), (torch.zeros(3, 2, 7),)
+    if not is_split:
+        return rows.check_forward(3, root, args, {})
+    with pytest.raises(ValueError, match=f"{REFUSED}turn that off"):
+        rows.check_forward(3, root, args, {})
+
+
+def test_model_of_samples_leaves_the_check_to_its_layers() -> None:
+    for rows in (ModelRows.of(None), ModelRows.of(Denoiser("sigma"))):
+        rows.check_forward(3, Stack(), (torch.zeros(6, 2, 7),), {})
+        rows.check_part(3)
+
+
+# ---------------------------------------------------------------------- what a layer's rows are
+
+
+def container(**modules: nn.Module) -> nn.Module:
+    root = nn.Module()
+    for name, module in modules.items():
+        root.add_module(name, module)
+    return root
+
+
+class SmallExperts(nn.ModuleList):
+    """Experts by its name."""
+
+
+@pytest.mark.parametrize(
+    ("root", "name", "kind"),
+    [
+        (container(layer=nn.Linear(2, 2)), "layer", "samples"),
+        (container(mlp=container(gate=nn.Linear(2, 2), experts=nn.ModuleList())), "mlp.gate", "tokens"),
+        (container(mlp=SmallExperts([nn.Linear(2, 2)])), "mlp.0", "tokens"),
+        (container(block=nn.TransformerEncoderLayer(4, 2, 6)), "block.linear1", "positions"),
+        (container(block=nn.TransformerEncoderLayer(4, 2, 6, batch_first=True)), "block.linear1", "samples"),
+        (container(words=nn.Embedding(3, 2)), "words", "samples"),
+        (container(words=nn.Embedding(3, 2), attention=nn.MultiheadAttention(4, 2)), "words", "samples"),
+        (container(relative_attention_bias=nn.Embedding(3, 2)), "relative_attention_bias", "positions"),
+        (container(distance_embedding=nn.Embedding(3, 2)), "distance_embedding", "positions"),
+    ],
+)
+def test_kind_of_a_layers_rows_follows_from_the_modules_around_it(root: nn.Module, name: str, kind: str) -> None:
+    assert row_kind_of(root, name) == kind
+
+
+def test_kind_of_rows_is_the_same_in_an_adapted_model() -> None:
+    base = container(relative_attention_bias=nn.Embedding(3, 2), words=nn.Embedding(3, 2), layer=nn.Linear(2, 2))
+    root = adapted(base, target_modules=["relative_attention_bias", "words", "layer"]).base_model.model
+    kinds = {name: row_kind_of(root, name) for name in ("relative_attention_bias", "words", "layer")}
+    assert kinds == {"relative_attention_bias": "positions", "words": "samples", "layer": "samples"}
