@@ -3,15 +3,26 @@
 # ruff: noqa: RUF009 (option() is dataclasses.field() with metadata, not a shared default)
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from nara_diffusion.training.argument_checks import check_arguments, require
 from nara_diffusion.training.arguments import TrainingArguments, window_of
 from nara_diffusion.training.options import option, spread_options
 
-from .decoding import REMASKING
+from .decoding import REMASKING, Sampling
 from .masking import check_drawable
+
+_COUNTS = (
+    "max_length",
+    "eval_batch_size",
+    "gen_length",
+    "curve_points",
+    "validation_samples",
+    "test_samples",
+    "max_train_samples",
+    "max_prompt_length",
+)
 
 
 @dataclass
@@ -29,23 +40,23 @@ class ModelArguments:
     load_in_8bit: bool = option(
         False, "Round the frozen weights to 8 bits, by bitsandbytes.", rare=True
     )
-    model_options: dict[str, Any] = option({}, "How it is loaded:", rare=True)
+    model_options: dict[str, Any] = option({}, "How the model is loaded:", rare=True)
     revision: str | None = option(None, "branch, tag or commit on the Hub", within="model_options")
     mask_token: str | None = option(
-        None, "text of the mask token, where the checkpoint doesn't name it", within="model_options"
+        None, "text of the mask token, if the checkpoint doesn't name it", within="model_options"
     )
     dataset_name: str | None = option(
-        None, "Data set on the Hub, or NAME:SPLIT, in place of a file."
+        None, "Data set on the Hub, or NAME:SPLIT, instead of a file."
     )
     train_file: str | None = option(
         None, "File of records: JSON list, JSON Lines or CSV, gzip of one, or parquet."
     )
     max_train_samples: int | None = option(
-        None, "Take the first so many training records; none takes all.", unit="records"
+        None, "Number of training records to take from the start; none takes all.", unit="records"
     )
     train_on: str = option(
         "last",
-        "Answers of a conversation that are trained on: its last, or all, of which each pass draws one.",
+        "Answers of a conversation to train on: the last; or all, and each pass draws one of them.",
         choices=("last", "all"),
     )
     validation_file: str | None = option(
@@ -56,14 +67,17 @@ class ModelArguments:
     )
     validation_samples: int | None = option(
         None,
-        "Records held out of the training data, if there is no file; none takes a tenth of them, 128 at most.",
+        "Records held out of the training data if there is no file; none takes a tenth, at most 128.",
         unit="records",
         rare=True,
     )
     test_samples: int | None = option(
-        None, "Use the first so many test records; none uses all.", unit="records", rare=True
+        None,
+        "Number of test records to take from the start; none takes all.",
+        unit="records",
+        rare=True,
     )
-    data_options: dict[str, Any] = option({}, "How data are read:", rare=True)
+    data_options: dict[str, Any] = option({}, "How the data are read:", rare=True)
     dataset_config_name: str | None = option(
         None, "configuration of data sets on the Hub", within="data_options"
     )
@@ -84,12 +98,12 @@ class ModelArguments:
         None, "field that a generation is compared with", within="data_options"
     )
     max_prompt_length: int | None = option(
-        None, "tokens; longer prompts are left out", within="data_options"
+        None, "tokens; records with longer prompts are left out", within="data_options"
     )
     max_length: int | None = option(
         None,
-        "Length of prompt and answer together, without padding; longer answers are cut. None takes 512, or the "
-        "model's positions where it has fewer.",
+        "Length of prompt and answer together, without padding; longer answers are cut. None takes "
+        "512, or the model's positions if it has fewer.",
         unit="tokens",
     )
 
@@ -100,23 +114,24 @@ class ObjectiveArguments:
 
     trained_padding: str = option(
         "gen_length",
-        "End tokens after an answer that are trained on: gen_length, as far as generation goes; longest, as far as the "
-        "longest sample of the global batch; or a number.",
+        "End tokens after an answer that are trained on: gen_length, up to the length of generated "
+        "answers; longest, up to the longest sample of the global batch; or a number.",
         unit="tokens",
         rare=True,
     )
     complementary: bool = option(
         False, "Train on each sample twice, with complementary masks.", rare=True
     )
-    eval_batch_size: int = option(16, "Samples of one forward in evaluation.", unit="samples")
+    eval_batch_size: int = option(16, "Samples of a forward in evaluation.", unit="samples")
     gen_length: int = option(128, "Length of a generated answer.", unit="tokens")
     generation_steps: int | None = option(
-        None, "Denoising steps of an answer; none takes one a token.", unit="steps"
+        None, "Denoising steps of an answer; none takes one for each token.", unit="steps"
     )
     block_length: int | None = option(
         None,
-        "Block that is finished before the next is begun; none takes that of the model's own chat (LLaDA: 32), where "
-        "the tokenizer has a chat template and it divides gen_length, else one block.",
+        "Length of a block, which is finished before the next one starts; none takes that of the "
+        "model's own chat (LLaDA: 32) if the tokenizer has a chat template and it divides gen_length, "
+        "else one block.",
         unit="tokens",
     )
     extract: str = option(
@@ -169,36 +184,34 @@ class Arguments(ModelArguments, TrainingArguments, ObjectiveArguments):
             raise ValueError("pretrained_model_name_or_path is empty: name the model to adapt.")
         check_arguments(self)
         check_drawable(window_of(self), self.complementary)
-        counts = (
-            "max_length",
-            "eval_batch_size",
-            "gen_length",
-            "curve_points",
-            "validation_samples",
-        )
-        counts += ("test_samples", "max_train_samples", "max_prompt_length")
-        require(self, "at least 1", lambda value: value >= 1, *counts)
+        require(self, "at least 1", lambda value: value >= 1, *_COUNTS)
         if (self.train_file is None) == (self.dataset_name is None):
             got = "neither" if self.train_file is None else "both"
             raise ValueError(
-                f"training data come from train_file or from dataset_name: give one of them, got {got}."
+                "training data come from train_file or from dataset_name: give one of them, "
+                f"got {got}."
             )
-        if self.is_quantised and (
-            self.adapter == "full" or (self.load_in_4bit and self.load_in_8bit)
-        ):
+        is_both = self.load_in_4bit and self.load_in_8bit
+        if self.is_quantised and (self.adapter == "full" or is_both):
             raise ValueError(
-                "load_in_4bit and load_in_8bit round the weights beside which an adapter is trained: give one of them, "
-                f"and an adapter, not {self.adapter}."
+                "load_in_4bit and load_in_8bit quantise the weights that an adapter leaves frozen: "
+                f"give one of them, and an adapter, not {self.adapter}."
             )
-        if (
-            self.trained_padding not in ("gen_length", "longest")
-            and not self.trained_padding.isdecimal()
-        ):
+        padding = self.trained_padding
+        if padding not in ("gen_length", "longest") and not padding.isdecimal():
             raise ValueError(
-                f"trained_padding is {self.trained_padding!r}, expected gen_length, longest or a number."
+                f"trained_padding is {padding!r}, expected gen_length, longest or a number."
             )
 
     @property
     def is_quantised(self) -> bool:
-        """Whether the frozen weights are loaded in 4 or 8 bits."""
+        """True if the frozen weights are loaded in 4 or 8 bits."""
         return self.load_in_4bit or self.load_in_8bit
+
+    def sampling(self) -> Sampling:
+        """Return the settings of generation."""
+        settings: dict[str, Any] = {"steps": self.generation_steps}
+        for field in fields(Sampling):
+            if field.name != "steps":
+                settings[field.name] = getattr(self, field.name)
+        return Sampling(**settings)

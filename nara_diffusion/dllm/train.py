@@ -1,53 +1,62 @@
-"""Fine-tune a masked-diffusion language model (LLaDA, Dream, …) with NaRA or another adapter, and measure the gain.
+"""Fine-tune a masked-diffusion language model (LLaDA, Dream, …) with NaRA or another adapter.
 
 The shipped model and task, offline, on CPU, in minutes:
     accelerate launch train_scripts/dllm.py
-LLaDA-8B on all GPUs of the machine (--num_processes N: on N of them), in steps of global_batch_size samples together:
-    accelerate launch train_scripts/dllm.py --config train_scripts/configs/llada_instruct_math14k.yaml
+LLaDA-8B on all GPUs of the machine (--num_processes N: on N of them), in steps of global_batch_size
+samples together:
+    accelerate launch train_scripts/dllm.py --config
+    train_scripts/configs/llada_instruct_math14k.yaml
 
-Installed without a clone, as `accelerate launch -m nara_diffusion.dllm.train`. With --adapter lora, dora, …, full the
-same is done by another method. --init_adapter starts from a LoRA or NaRA. --min_noise_level and --max_noise_level train
-a part of the noise levels (docs/strength.md).
+If the package is installed without a clone: accelerate launch -m nara_diffusion.dllm.train.
+--adapter
+lora, dora, …, full trains with another method. --init_adapter starts from a LoRA or NaRA.
+--min_noise_level and --max_noise_level train a part of the noise levels (docs/strength.md).
 
-Written to the output folder: adapter_config.json and adapter_model.safetensors (a model folder, for --adapter full),
-README.md (the model card, which says how to load them), config.yaml, results.json, metrics.jsonl,
-noise_level_curve.png, samples.jsonl, and checkpoint-N folders to resume from.
+The model is measured before and after. The output folder has adapter_config.json and
+adapter_model.safetensors (a model folder for --adapter full), README.md (the model card, which says
+how to load them), config.yaml, results.json, metrics.jsonl, noise_level_curve.png, samples.jsonl,
+and checkpoint-N folders to resume from.
 
-The shipped model has settings of its own, not the defaults below: train_scripts/configs/llada_tiny.yaml.
+The shipped model has its own settings, not the defaults below:
+train_scripts/configs/llada_tiny.yaml.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import asdict, fields
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from nara_diffusion.dllm import (
-    AnswerCollator,
-    encode_records,
-    exact_match,
-    load_backbone,
-    masked_diffusion_loss,
-)
+from torch import nn
+from transformers import PreTrainedModel
+
+from nara_diffusion.dllm import AnswerCollator, encode_records, load_backbone, masked_diffusion_loss
 from nara_diffusion.dllm.batches import (
     GlobalBatchStream,
     rows_in_training,
     with_longest,
     without_held_out,
 )
-from nara_diffusion.dllm.before_after import Evaluation, describe, figures, schedule_line
 from nara_diffusion.dllm.canvas import (
     check_canvas,
     check_positions,
     checked_lengths,
     trained_canvas,
 )
-from nara_diffusion.dllm.decoding import Sampling, chat_settings
+from nara_diffusion.dllm.decoding import chat_sampling
+from nara_diffusion.dllm.exact_match import answer_prompts
 from nara_diffusion.dllm.models.pretrained import prepare_quantised
 from nara_diffusion.dllm.records import load_records
-from nara_diffusion.dllm.tokenizer import end_token_id
+from nara_diffusion.dllm.text_report import (
+    Evaluation,
+    Measurement,
+    describe,
+    figures,
+    first_question,
+    schedule_line,
+)
+from nara_diffusion.dllm.tokenizer import end_token_id, stop_token_ids
 from nara_diffusion.training.adapter_weights import (
     load_checkpoint,
     start_from,
@@ -72,7 +81,10 @@ logger = logging.getLogger(__name__)
 
 
 def shipped_run(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of the shipped run, where no model was `given`; without its data, where other data were."""
+    """Return the arguments of the shipped run if no model is `given`.
+
+    Its data are left out if other data are given.
+    """
     if "pretrained_model_name_or_path" in given:
         return {}
     source = "dataset_name" if "dataset_name" in given else "train_file"
@@ -87,7 +99,7 @@ def shipped_run(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def main(args: Arguments) -> dict[str, Any]:
-    """Trains, measures before and after, saves; returns what results.json holds."""
+    """Train, measure before and after, save, and return the content of results.json."""
     if args.check:
         raise ValueError("main only trains: for a check call nara_command.check_run(args).")
     with start_run(args, "dllm", write_checkpoint) as run:
@@ -97,15 +109,34 @@ def main(args: Arguments) -> dict[str, Any]:
 
 
 class FineTuning:
-    """One run. Made, it has its rows and the base model, and whatever can be refused has been; then `train` and
-    `report`."""
+    """One run: its rows and its base model, then `train` and `report`.
 
-    def __init__(self, args: Arguments, run: Run) -> None:
+    The constructor raises all errors that don't need an adapter.
+    """
+
+    def __init__(self, args: Arguments, run: Run[Arguments]) -> None:
         self.args, self.run = args, run
         with run.accelerator.main_process_first():  # the others read its cache
             self.records = load_records(args)
-        names = ("mask_token", "load_in_4bit", "load_in_8bit", "revision")
-        options: dict[str, Any] = {name: value for name in names if (value := getattr(args, name))}
+        self._load_base()
+        self._encode_records()
+        self._check_lengths()
+        measured = (self.validation_rows, self.test_rows)
+        how = (self.collator, self.sampling)
+        self.evaluation = Evaluation(run, self.tokenizer, *measured, *how)
+        if args.gradient_checkpointing:
+            recompute_activations(self.backbone)
+        self.objective: dict[str, Any] = {"seed": args.seed, "group_size": run.global_batch}
+        self.objective |= {"complementary": args.complementary, "window": window_of(args)}
+
+    def _load_base(self) -> None:
+        """Load the base model and its tokenizer."""
+        args, run = self.args, self.run
+        options: dict[str, Any] = {}
+        for name in ("mask_token", "load_in_4bit", "load_in_8bit", "revision"):
+            value = getattr(args, name)
+            if value:
+                options[name] = value
         if args.is_quantised:
             options["device_map"] = {"": str(run.accelerator.device)}
         self.load = partial(load_backbone, args.pretrained_model_name_or_path, **options)
@@ -113,134 +144,131 @@ class FineTuning:
             self.backbone, self.tokenizer = self.load(dtype=run.weights_dtype)
         if args.is_quantised:
             prepare_quantised(self.backbone)
-        run.record_base_digests(
-            {"": local_folder(args.pretrained_model_name_or_path, revision=args.revision)}
-        )
-        settings: dict[str, Any] = {
-            field.name: getattr(args, field.name, None) for field in fields(Sampling)
-        }
-        settings["steps"] = args.generation_steps
-        chat = self.tokenizer.chat_template is not None
-        self.sampling = Sampling(**(chat_settings(self.backbone, settings) if chat else settings))
-        self._encode()
-        if args.gradient_checkpointing:
-            recompute_activations(self.backbone)
-        self.objective: dict[str, Any] = {"seed": args.seed, "group_size": run.global_batch}
-        self.objective |= {"complementary": args.complementary, "window": window_of(args)}
+        folder = local_folder(args.pretrained_model_name_or_path, revision=args.revision)
+        run.record_base_digests({"": folder})
+        self.sampling = args.sampling()
+        if self.tokenizer.chat_template is not None:
+            self.sampling = chat_sampling(self.backbone, self.sampling)
 
-    def _encode(self) -> None:
-        """Records to rows."""
+    def _encode_records(self) -> None:
+        """Turn the records into rows, and warn of rows that are trained on and measured on."""
         args, run = self.args, self.run
-        max_length = checked_lengths(self.backbone, args.max_length, args.gen_length)
+        encode = partial(
+            encode_records,
+            tokenizer=self.tokenizer,
+            max_length=checked_lengths(self.backbone, args.max_length, args.gen_length),
+            max_prompt_length=args.max_prompt_length,
+            train_on=args.train_on,
+        )
+        training_records, validation_records, test_records = self.records
         with run.accelerator.main_process_first():
-            options = {"max_prompt_length": args.max_prompt_length, "train_on": args.train_on}
-            encode = partial(
-                encode_records, tokenizer=self.tokenizer, max_length=max_length, **options
-            )
-            training, validation, test = self.records
-            encoded = [
-                encode(training, name="training data"),
-                encode(validation, name="validation data"),
-            ]
-            encoded.append(encoded[1] if test is validation else encode(test, name="test data"))
+            training = encode(training_records, name="training data")
+            validation = test = encode(validation_records, name="validation data")
+            if test_records is not validation_records:
+                test = encode(test_records, name="test data")
         if args.validation_file is None:
-            encoded[0] = without_held_out(encoded[0], encoded[1])
-        for what, part in zip(("training data", "validation data"), encoded, strict=False):
-            run.record_data_digest(what, [part.digest()])
-        self.train_rows, validation_rows, self.test_rows = (part.rows for part in encoded)
-        measured = {"validation": validation_rows} | (
-            {} if test is validation else {"test": self.test_rows}
-        )
-        self.warnings = rows_in_training(self.train_rows, **measured)
-        for warning in self.warnings if run.is_main else []:
-            logger.warning("%s", warning)
-        self.validation_rows = with_longest(validation_rows, run.global_batch)
-        self.collator = AnswerCollator(
-            end_token_id(self.tokenizer), args.trained_padding, args.gen_length
-        )
-        measured_on = (self.validation_rows, self.test_rows, self.collator, self.sampling)
-        self.evaluation = Evaluation(run, self.tokenizer, *measured_on)
-        longest, longest_prompt = (
-            max(getattr(part, n) for part in encoded) for n in ("longest", "longest_prompt")
-        )
+            training = without_held_out(training, validation)
+        run.record_data_digest("training data", [training.digest()])
+        run.record_data_digest("validation data", [validation.digest()])
+        self.train_rows, self.test_rows = training.rows, test.rows
+        self.validation_rows = with_longest(validation.rows, run.global_batch)
+        self.encoded = (training, validation, test)
+        measured = {"validation": validation.rows}
+        if test is not validation:
+            measured["test"] = test.rows
+        self.warnings = rows_in_training(training.rows, **measured)
+        self._warn(self.warnings)
+
+    def _check_lengths(self) -> None:
+        """Find the longest sample and the longest canvas, and check them."""
+        args = self.args
+        end = end_token_id(self.tokenizer)
+        self.collator = AnswerCollator(end, args.trained_padding, args.gen_length)
+        longest = max(part.longest for part in self.encoded)
+        longest_prompt = max(part.longest_prompt for part in self.encoded)
         self.padded = self.collator.padded_length(longest, longest_prompt, longest)
-        prolonged = (
-            encoded if args.trained_padding == "gen_length" else encoded[-1:]
-        )  # -1: the test records
-        hardest = max(prolonged, key=lambda part: part.longest_prompt)
+        # training makes each prompt a canvas if it pads as far as generation does
+        generated = self.encoded if args.trained_padding == "gen_length" else self.encoded[-1:]
+        hardest = max(generated, key=lambda part: part.longest_prompt)
         self.canvas = (hardest.longest_prompt, args.gen_length, hardest.longest_prompt_in)
         check_canvas(self.backbone, *self.canvas)
 
+    def _warn(self, warnings: Sequence[str]) -> None:
+        if self.run.is_main:
+            for warning in warnings:
+                logger.warning("%s", warning)
+
     def train(self) -> None:
-        """Train the adapter, from the run's checkpoint if it has one, and save it."""
+        """Train the adapter, from the run's checkpoint if there is one, and save it."""
         args, run = self.args, self.run
         stream = GlobalBatchStream(self.train_rows, args.seed, run.global_batch)
         steps = run.plan(len(stream.samples))
-        model = build_adapter(self.backbone, args, strength=schedule_of(args))
-        check_canvas(model, *self.canvas)  # once more: the adapter may take some positions
-        check_positions(
-            model, self.padded, f"samples have up to {self.padded} tokens", "lower --max_length"
-        )
-        if run.checkpoint is not None:
-            load_checkpoint(model, run.checkpoint)
-        elif args.init_adapter is not None:
-            start_from({"": self.backbone}, args.init_adapter, self.backbone)
+        model = self._adapt()
         parts = prepare_training(run, model, stream, self.collator)
         model = parts[0]
-        self.adapted: Any = run.accelerator.unwrap_model(model)
-        hardest: Any = max(self.test_rows, key=lambda row: row["prompt_length"])  # type: ignore[index]
-        exact_match(
-            self.adapted, self.tokenizer, [hardest], **asdict(self.sampling), progress=False
-        )  # what fails, now
+        self.adapted = run.accelerator.unwrap_model(model)
+        self._try_longest_prompt()
         self.trainable = sum(p.numel() for p in self.adapted.parameters() if p.requires_grad)
         self.facts = self._facts(stream, steps)
         run.open(self.facts)
         loss = partial(masked_diffusion_loss, model, **self.objective)
-        train(
-            run, parts, lambda batch: loss(**batch), partial(self.evaluation.validate, self.adapted)
-        )
+        validate = partial(self.evaluation.validate, self.adapted)
+        train(run, parts, lambda batch: loss(**batch), validate)
         save_adapter(run.accelerator, model, run.folder, write_adapter)
         if args.adapter == "full" and run.is_main:
             with atomic_write_files(run.folder) as unfinished:
                 self.tokenizer.save_pretrained(unfinished)  # a model folder has one
 
+    def _adapt(self) -> nn.Module:
+        """Return the base model with its adapter."""
+        args, checkpoint = self.args, self.run.checkpoint
+        model = build_adapter(self.backbone, args, strength=schedule_of(args))
+        check_canvas(model, *self.canvas)  # again, since the adapter may take some positions
+        what = f"samples have up to {self.padded} tokens"
+        check_positions(model, self.padded, what, "lower --max_length")
+        if checkpoint is not None:
+            load_checkpoint(model, checkpoint)
+        elif args.init_adapter is not None:
+            start_from({"": self.backbone}, args.init_adapter, self.backbone)
+        return model
+
+    def _try_longest_prompt(self) -> None:
+        """Answer the longest test prompt, so that what can't be generated fails before training."""
+        lengths = list(self.test_rows["prompt_length"])
+        row = self.test_rows[lengths.index(max(lengths))]
+        prompt = row["input_ids"][: row["prompt_length"]]
+        ends = stop_token_ids(self.adapted, self.tokenizer)
+        answer_prompts(self.adapted, [prompt], eos_token_id=ends, **vars(self.sampling))
+
     def _facts(self, stream: GlobalBatchStream, steps: int) -> dict[str, str]:
-        """{what: value} of the run, for its log and its card."""
-        args, sources = self.args, [part.info.description for part in self.records]
-        canvas, warnings = trained_canvas(
-            stream, self.collator, args.gen_length, self.sampling.block
-        )
-        for warning in warnings if self.run.is_main else []:
-            logger.warning("%s", warning)
-        train_on = f", train_on {args.train_on}" if "turns" in self.records[0].column_names else ""
+        """Return {what: value} of the run, for its log and its card."""
+        args, run = self.args, self.run
+        block = self.sampling.block
+        canvas, warnings = trained_canvas(stream, self.collator, args.gen_length, block)
+        self._warn(warnings)
+        training, validation, _ = (part.info.description for part in self.records)
+        if "turns" in self.records[0].column_names:
+            training = f"{training}, train_on {args.train_on}"
+        if not args.validation_file:
+            validation = f"{validation}, held out of the training data"
         return {
             "adapter": title_of(args),
             "base": str(args.pretrained_model_name_or_path),
-            "optimizer steps": f"{steps} of {counted(self.run.global_batch, 'sample')}",
-            "training data": f"{counted(len(stream.samples), 'record')} of {sources[0]}{train_on}",
-            "validation data": f"{counted(len(self.validation_rows), 'row')} of {sources[1]}"
-            + ("" if args.validation_file else ", held out of the training data"),
+            "optimizer steps": f"{steps} of {counted(run.global_batch, 'sample')}",
+            "training data": f"{counted(len(stream.samples), 'record')} of {training}",
+            "validation data": f"{counted(len(self.validation_rows), 'row')} of {validation}",
             "canvas": canvas,
             "trainable parameters": f"{self.trainable:,}",
-            "hardware": self.run.hardware,
+            "hardware": run.hardware,
             **window_facts(args),
         }
 
     def report(self) -> dict[str, Any]:
-        """Measure the base and the adapted model, and write what is found."""
-        args, run, load = self.args, self.run, self.load
-        if args.adapter == "full":
-            base = load_whole(
-                run.accelerator, lambda: load(dtype=run.dtype)[0].to(run.accelerator.device)
-            )
-            before = self.evaluation.measure(base)
-            del base
-        else:
-            with self.adapted.disable_adapter():
-                before = self.evaluation.measure(self.adapted)
+        """Measure the base and the adapted model, and write the report."""
+        args, run = self.args, self.run
+        before = self._measure_base()
+        question = first_question(self.records[2], self.test_rows)
         after = self.evaluation.measure(self.adapted)
-        asked = (self.records[2][place].get("turns") for place in self.test_rows["record"])
-        question: Any = next(filter(None, asked), self.test_rows[0]["instruction"])
         return finish(
             run,
             before,
@@ -254,6 +282,18 @@ class FineTuning:
             n=len(self.test_rows),
             trainable_parameters=self.trainable,
         )
+
+    def _measure_base(self) -> Measurement:
+        accelerator = self.run.accelerator
+        if self.args.adapter != "full":
+            with self.adapted.disable_adapter():
+                return self.evaluation.measure(self.adapted)
+
+        def load() -> PreTrainedModel:
+            model: Any = self.load(dtype=self.run.dtype)[0]
+            return model.to(accelerator.device)
+
+        return self.evaluation.measure(load_whole(accelerator, load))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from nara_diffusion.dllm import before_after, decoding, exact_match
+from nara_diffusion.dllm import decoding, exact_match, text_report
 from nara_diffusion.dllm.text_arguments import Arguments
 from nara_diffusion.dllm.train import main
 from tests.acceptance._commands import metrics
@@ -134,7 +134,7 @@ def test_facts_report_and_card_have_the_canvas_and_the_options_and_block_length_
     monkeypatch.setitem(decoding.CHAT_BLOCK_LENGTHS, "llama", 4)
     asked: list[dict[str, Any]] = []
     watched = lambda *args, **how: asked.append(how) or exact_match(*args, **how)  # noqa: E731
-    monkeypatch.setattr(before_after, "exact_match", watched)
+    monkeypatch.setattr(text_report, "exact_match", watched)
     args = arguments(**NO_CORE | given)
     with caplog.at_level(logging.INFO):
         main(args)

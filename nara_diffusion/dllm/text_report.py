@@ -1,0 +1,243 @@
+"""The report of a text run: measurements before and after training, and what the card says.
+
+All processes share the measurements.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from nara_diffusion.training.arguments import schedule_of, window_of
+from nara_diffusion.training.engines import split_across_processes
+from nara_diffusion.training.report import (
+    core_import,
+    needs_schedule,
+    reads_noise,
+    validation_means,
+    write_text,
+)
+from nara_diffusion.training.run import Run
+
+from .batches import AnswerCollator
+from .decoding import Sampling
+from .exact_match import exact_match
+from .loss import batches_of, masked_diffusion_loss, noise_level_curve
+from .models.backbone import evaluating
+from .text_arguments import Arguments
+
+_LOADING = """\
+```python
+import torch
+{imports}
+from nara_diffusion.dllm import encode_prompts, generate, load_backbone, prompt_text
+
+{loading}
+prompt = torch.tensor(encode_prompts(tokenizer, [prompt_text(tokenizer, {question!r})]))
+tokens = generate(model, prompt, {sampling})
+print(tokenizer.decode(tokens[0, prompt.shape[1] :], skip_special_tokens=True))
+```"""
+
+Question = str | list[dict[str, str]]
+"""A text, or the turns of a conversation."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What is measured of a model.
+
+    Attributes:
+        exact_match: share of right answers, in [0, 1].
+        generations: one {instruction, generation, extracted, answer, correct} a test row.
+        noise_levels, curve: λ, and the loss at each in nats a masked token.
+        validation_loss: the training objective on the validation rows.
+    """
+
+    exact_match: float
+    generations: list[dict[str, Any]]
+    noise_levels: list[float]
+    curve: list[float]
+    validation_loss: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Measure a model, without DDP's wrapper and with its adapter as it is.
+
+    Attributes:
+        validation_rows, test_rows: of `encode_records`.
+        sampling: how answers to the test rows are generated.
+    """
+
+    run: Run[Arguments]
+    tokenizer: PreTrainedTokenizerBase
+    validation_rows: Dataset
+    test_rows: Dataset
+    collator: AnswerCollator
+    sampling: Sampling
+
+    def measure(self, model: nn.Module) -> Measurement:
+        """Return all measurements; the curve's λ are equally spaced up to 1."""
+        accelerator, points = self.run.accelerator, self.run.args.curve_points
+        levels = [(i + 1) / points for i in range(points)]
+
+        def generate(indices: Sequence[int]) -> list[dict[str, Any]]:
+            return self._generations(model, indices)
+
+        def losses(indices: Sequence[int]) -> list[float]:
+            return self._curve(model, [levels[i] for i in indices])
+
+        generations = split_across_processes(accelerator, len(self.test_rows), generate)
+        curve = split_across_processes(accelerator, len(levels), losses)
+        share = sum(generation["correct"] for generation in generations) / len(generations)
+        validation_loss = self.validate(model)["validation_loss"]
+        return Measurement(share, generations, levels, curve, validation_loss)
+
+    def _generations(self, model: nn.Module, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Return the answers to these test rows."""
+        args, device = self.run.args, self.run.accelerator.device
+        rows: Any = self.test_rows.select(indices)
+        result = exact_match(
+            model,
+            self.tokenizer,
+            rows,
+            batch_size=args.eval_batch_size,
+            extract=args.extract,
+            progress=self.run.is_main,
+            generator=torch.Generator(device).manual_seed(args.seed),
+            **vars(self.sampling),
+        )
+        return result.generations
+
+    def _curve(self, model: nn.Module, noise_levels: Sequence[float]) -> list[float]:
+        """Return the validation loss at these λ."""
+        args = self.run.args
+        rows: Any = self.validation_rows
+        return noise_level_curve(
+            model,
+            rows,
+            noise_levels,
+            collator=self.collator,
+            batch_size=args.eval_batch_size,
+            seed=args.seed,
+            progress=self.run.is_main,
+        )
+
+    @torch.no_grad()
+    def validate(self, model: nn.Module) -> dict[str, float]:
+        """Return {"validation_loss"}: the training objective, at the same λ and masks in each call.
+
+        λ is stratified over all rows. A run in a window also has the means inside and outside it.
+        """
+        args, accelerator = self.run.args, self.run.accelerator
+        rows: Any = self.validation_rows
+
+        def losses(indices: Sequence[int]) -> list[tuple[float, float]]:
+            pairs: list[tuple[float, float]] = []
+            size, device = args.eval_batch_size, accelerator.device
+            for batch in batches_of(rows, indices, self.collator, size, device):
+                # not the seed of training, which draws for the same indices
+                seed = args.seed + 1
+                loss = masked_diffusion_loss(model, **batch, seed=seed, group_size=len(rows))
+                pairs += zip(loss.per_sample.tolist(), loss.noise_level.tolist(), strict=True)
+            return pairs
+
+        with evaluating(model):
+            found = split_across_processes(accelerator, len(rows), losses)
+        pairs = torch.tensor(found, dtype=torch.float32)  # (rows, 2)
+        return validation_means(pairs[:, 0], pairs[:, 1], window_of(args))
+
+
+def figures(before: Measurement, after: Measurement) -> list[list[str]]:
+    """Return rows of (what, before, after): exact match and validation loss."""
+    match = f"exact match (n = {len(after.generations)})"
+    return [
+        [match, f"{before.exact_match:.1%}", f"{after.exact_match:.1%}"],
+        ["validation loss", f"{before.validation_loss:.3f}", f"{after.validation_loss:.3f}"],
+    ]
+
+
+def first_question(records: Dataset, rows: Dataset) -> Question:
+    """Return the first conversation that `rows` have of `records`, or else their first question."""
+    for place in rows["record"]:
+        turns = records[place].get("turns")
+        if turns:
+            return turns
+    return rows[0]["instruction"]
+
+
+def describe(
+    evaluation: Evaluation, before: Measurement, after: Measurement, question: Question
+) -> dict[str, Any]:
+    """Write samples.jsonl into the run's folder, and return the texts of its card.
+
+    Args:
+        question: what the card's code asks the model.
+    """
+    lines = []
+    for one, other in zip(before.generations, after.generations, strict=True):
+        line = {
+            "instruction": one["instruction"],
+            "answer": one["answer"],
+            "before": one["generation"],
+            "after": other["generation"],
+            "correct_before": one["correct"],
+            "correct_after": other["correct"],
+        }
+        lines.append(f"{json.dumps(line, ensure_ascii=False)}\n")
+    run, args = evaluation.run, evaluation.run.args
+    write_text(run.folder / "samples.jsonl", "".join(lines))
+    base, data = args.pretrained_model_name_or_path, args.dataset_name or args.train_file
+    return {
+        "measured_on": "validation records",
+        "unit": "nats per masked token",
+        "about": f"for the masked-diffusion language model `{base}`, trained on `{data}`.",
+        "how_good": ("", "Exact match compares generated answers. [Samples](samples.jsonl)."),
+        "loading": _loading(args, evaluation.sampling, run.hub_id or str(run.folder), question),
+        "tags": ["masked-diffusion", "text-generation"],
+        "library": "transformers" if args.adapter == "full" else "peft",
+    }
+
+
+def _loading(args: Arguments, sampling: Sampling, folder: str, question: Question) -> str:
+    """Return the card's code that loads the adapter and asks a question."""
+    base, names, imports, lines = args.pretrained_model_name_or_path, ["mask_token"], "", []
+    if args.adapter == "full":
+        base = folder
+    else:
+        names += ["revision", "load_in_4bit", "load_in_8bit"]
+        imports = "from peft import PeftModel\n"
+        lines = [f"model = PeftModel.from_pretrained(model, {folder!r})"]
+    options = ""
+    for name in names:
+        value = getattr(args, name)
+        if value:
+            options += f", {name}={value!r}"
+    lines.insert(0, f"model, tokenizer = load_backbone({base!r}{options})")
+    if needs_schedule(args):
+        imports += "\nfrom nara_diffusion import StrengthSchedule, set_strength"
+        lines.append(schedule_line(args))
+    settings = [f"{name}={value!r}" for name, value in sampling.changed().items()]
+    code = _LOADING.format(
+        imports=imports,
+        loading=core_import(args) + "\n".join(lines),
+        question=question,
+        sampling=", ".join(settings),
+    )
+    if reads_noise(args) or needs_schedule(args):
+        code += (
+            "\n\nIn `generate` the adapter runs at λ, the masked share of the answer, at each step."
+        )
+    return code
+
+
+def schedule_line(args: Arguments) -> str:
+    """Return the code that gives a LoRA its strength over λ."""
+    return f'set_strength(model, "default", {schedule_of(args)!r})'
