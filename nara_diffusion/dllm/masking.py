@@ -1,22 +1,25 @@
 """Masking: from a noise level λ (b,) to the masked positions (b, l) of the answers.
 
-    t ~ U(ε, 1), one a sequence;   masked_j ~ Bernoulli(t) for every j of the answer;   λ = t
+    t ~ U(ε, 1) for each sequence;  masked_j ~ Bernoulli(t) for each j of the answer;  λ = t
 
-as in LLaDA's supervised fine-tuning (arXiv 2502.09992, algorithm 2). The prompt is never masked. A sequence is laid
-out as prompt, answer, padding: `prompt_lengths` (b,) says where the answer starts, `answer_lengths` (b,) where it ends
-(at l if they aren't given).
+as in LLaDA's supervised fine-tuning (arXiv 2502.09992, algorithm 2). The prompt is never masked. A
+sequence is prompt, answer, padding: `prompt_lengths` (b,) says where the answer starts,
+`answer_lengths` (b,) where it ends (at l by default).
 
-Random numbers are a function of (seed, index of the sample in the training stream), nothing else: a sample has the
-same λ and the same masks at any number of processes, at any batch size, in any order and at any padding, and a
-resumed run needs no random state. Give `seed` and `sample_indices` for that. Without them a seed is drawn from
-`generator` (or torch's global one) and the indices are 0 … b − 1.
+Random numbers depend only on (seed, index of the sample in the training stream): a sample has the
+same λ and the same masks with any number of processes, any batch size, any order and any padding,
+and a resumed run needs no random state. Give `seed` and `sample_indices` for that. Otherwise a seed
+is drawn from `generator` (or torch's global one), and the indices are 0 … b − 1.
 
-Stratified λ: of every `group_size` consecutive indices each takes one of the equal strata of (ε, 1), see
-`nara_diffusion.utils.random`. A window of noise levels takes the place of (ε, 1), as far as it lies within.
+Stratified λ: each of `group_size` consecutive indices takes one of as many equal strata of (ε, 1);
+see
+`nara_diffusion.utils.random`. A window of noise levels replaces (ε, 1), if it lies inside;
+otherwise their intersection does.
 
-Complementary masks: every sequence appears twice, with mask m at λ = t and with ¬m at λ = 1 − t, so that every answer
-token is trained on exactly once a step. There t ~ U(ε, 1 − ε), to keep both weights 1/λ finite. A window then has to
-hold 1 − λ with each λ.
+Complementary masks: each sequence appears twice, with mask m at λ = t and with ¬m at λ = 1 − t, so
+that
+a step trains on each answer token exactly once. There t ~ U(ε, 1 − ε), so that both weights 1/λ are
+finite. A window then has to contain 1 − λ with each λ.
 """
 
 from __future__ import annotations
@@ -24,7 +27,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -50,7 +52,7 @@ class MaskedBatch:
         masked: (b, l) bool.
         answer: (b, l) bool, the positions that could have been masked.
         noise_level: (b,) float32, λ.
-        attention_mask: (b, l) int64, 1 on prompt and answer, or None where nothing is padded.
+        attention_mask: (b, l) int64, 1 on prompt and answer; None if nothing is padded.
     """
 
     input_ids: torch.Tensor
@@ -75,86 +77,97 @@ def mask_answers(
     complementary: bool = False,
     window: NoiseWindow = EVERYTHING,
 ) -> MaskedBatch:
-    """Mask a share λ of every answer; the equations are above.
+    """Mask a share λ of each answer; see the equations above.
 
     Args:
         input_ids: (b, l) clean tokens: prompt, answer, padding on the right.
         prompt_lengths: (b,) tokens before the answer.
-        mask_token_id: the token that stands for a masked one.
+        mask_token_id: the token that replaces a masked one.
         answer_lengths: (b,) tokens of each answer; without them, answers end at l.
         noise_level: λ in (0, 1], (b,) or one number; drawn if None.
         generator: draws the seed if `seed` is None.
         seed: key of the random numbers, with `sample_indices`.
         sample_indices: (b,) indices of the samples in the training stream.
-        group_size: the number of consecutive samples over which drawn λ are stratified; default: the batch; 1 draws
-            them independently.
+        group_size: the number of consecutive samples that drawn λ are stratified over; default: the
+            batch; 1 draws them independently.
         complementary: return 2b rows, the second half with the complementary masks.
         window: the window that λ is drawn from.
 
     Raises:
-        ValueError: lengths that leave a row without an answer or exceed l, λ outside (0, 1], indices without a seed, a
-            window without λ (see `check_drawable`).
+        ValueError: lengths that leave a row without an answer or exceed l, λ outside (0, 1],
+            indices without a seed, a window without λ (see `check_drawable`).
     """
     b, device = len(input_ids), input_ids.device
-    answer, attention_mask = (
-        answer_positions(input_ids, prompt_lengths, answer_lengths=answer_lengths),
-        None,
-    )
+    answer = answer_positions(input_ids, prompt_lengths, answer_lengths=answer_lengths)
+    attention_mask = None
     if answer_lengths is not None:
-        attention_mask = (
-            answer.flip(1).cumsum(1).flip(1) > 0
-        ).long()  # up to the end of the answer
+        attention_mask = until_end(answer).long()
     seed, indices = _key(seed, sample_indices, generator, b)
     if noise_level is None:
-        options: dict[str, Any] = {
-            "group_size": group_size or b,
-            "symmetric": complementary,
-            "window": window,
-        }
-        levels = draw_noise_levels(indices, seed=seed, **options).to(device)
+        levels = draw_noise_levels(
+            indices,
+            seed=seed,
+            group_size=group_size or b,
+            symmetric=complementary,
+            window=window,
+        )
+        levels = levels.to(device)
     else:
         levels = torch.as_tensor(noise_level, dtype=torch.float32, device=device).expand(b)
-        if not ((levels > 0) & (levels <= 1)).all() or (complementary and (levels == 1).any()):
-            interval = (
-                "(0, 1), since the complementary masks get 1 - noise_level"
-                if complementary
-                else "(0, 1]"
-            )
-            raise ValueError(
-                f"noise_level is {levels.tolist()}, expected values in {interval}: at 0 nothing is masked"
-            )
+        _check_levels(levels, complementary)
     masked = draw_masks(answer, levels, indices, seed=seed)  # (b, l)
     targets = input_ids
     if complementary:
         masked = torch.cat([masked, answer & ~masked])  # (2b, l)
         levels = torch.cat([levels, 1 - levels])  # (2b,)
         targets, answer = targets.repeat(2, 1), answer.repeat(2, 1)
-        attention_mask = None if attention_mask is None else attention_mask.repeat(2, 1)
-    return MaskedBatch(
-        targets.masked_fill(masked, mask_token_id), targets, masked, answer, levels, attention_mask
-    )
+        if attention_mask is not None:
+            attention_mask = attention_mask.repeat(2, 1)
+    seen = targets.masked_fill(masked, mask_token_id)
+    return MaskedBatch(seen, targets, masked, answer, levels, attention_mask)
+
+
+def _check_levels(levels: torch.Tensor, complementary: bool) -> None:
+    """Raise ValueError if a given λ masks nothing, or its complementary mask nothing."""
+    is_drawable = (levels > 0) & (levels <= 1)
+    interval = "(0, 1]"
+    if complementary:
+        is_drawable &= levels < 1
+        interval = "(0, 1), since the complementary masks get 1 - noise_level"
+    if not is_drawable.all():
+        raise ValueError(
+            f"noise_level is {levels.tolist()}, expected values in {interval}: at 0 nothing is "
+            "masked"
+        )
 
 
 def with_level_token(batch: MaskedBatch, digits: Sequence[int]) -> MaskedBatch:
-    """`batch` with a token that says λ at the end of each prompt, so that rows are one token longer.
+    """Return `batch` with a token for λ at the end of each prompt; rows are one token longer.
 
     Args:
-        digits: ten ids, of which a row gets number ⌊10 λ⌋.
+        digits: ten ids; a row gets number ⌊10 λ⌋.
     """
     b, length = batch.input_ids.shape
     place = (batch.answer.cumsum(1) == 0).sum(1, keepdim=True)  # (b, 1)
     places = torch.arange(length + 1, device=place.device).expand(b, -1)  # (b, l + 1)
     source = (places - (places > place).long()).clamp(max=length - 1)
-    names = ("input_ids", "targets", "masked", "answer", "attention_mask")
-    parts = {
-        name: part.gather(1, source) for name in names if (part := getattr(batch, name)) is not None
-    }
-    level = torch.tensor(digits, device=place.device)[(10 * batch.noise_level).long().clamp(max=9)][
-        :, None
-    ]  # (b, 1)
-    parts |= {name: parts[name].scatter(1, place, level) for name in ("input_ids", "targets")}
-    parts |= {name: parts[name].scatter(1, place, False) for name in ("masked", "answer")}
+    digit = (10 * batch.noise_level).long().clamp(max=9)  # (b,)
+    level = torch.tensor(digits, device=place.device)[digit][:, None]  # (b, 1)
+    parts = {}
+    for name in ("input_ids", "targets", "masked", "answer", "attention_mask"):
+        part = getattr(batch, name)
+        if part is not None:
+            parts[name] = part.gather(1, source)
+    for name in ("input_ids", "targets"):
+        parts[name] = parts[name].scatter(1, place, level)
+    for name in ("masked", "answer"):
+        parts[name] = parts[name].scatter(1, place, False)
     return replace(batch, **parts)
+
+
+def until_end(answer: torch.Tensor) -> torch.Tensor:
+    """Return the positions (b, l) bool up to the end of each answer (b, l)."""
+    return answer.flip(1).cumsum(1).flip(1) > 0
 
 
 def answer_positions(
@@ -163,10 +176,11 @@ def answer_positions(
     *,
     answer_lengths: Lengths | None = None,
 ) -> torch.Tensor:
-    """The positions of the answers: (b, l) bool.
+    """Return the positions of the answers: (b, l) bool.
 
     Raises:
-        ValueError: lengths that are not one whole number a row; an answer that is empty or longer than the row.
+        ValueError: lengths that are not one whole number a row; an answer that is empty or longer
+            than its row.
     """
     width = input_ids.shape[1]
     positions = torch.arange(width, device=input_ids.device)
@@ -178,8 +192,9 @@ def answer_positions(
     if bad.any():
         row = int(bad.nonzero()[0])
         raise ValueError(
-            f"row {row} of the batch: its answer would take positions {int(starts[row])} to {int(ends[row])} of "
-            f"{width}; an answer needs one token at least, and has to end within its row"
+            f"row {row} of the batch: its answer would take positions {int(starts[row])} to "
+            f"{int(ends[row])} of {width}; an answer needs at least one token, and has to end "
+            "within its row"
         )
     return (positions >= starts[:, None]) & (positions < ends[:, None])
 
@@ -201,9 +216,12 @@ def draw_noise_levels(
     symmetric: bool = False,
     window: NoiseWindow = EVERYTHING,
 ) -> torch.Tensor:
-    """λ for each index of the training stream: (b,) float32 in (ε, 1), or in (ε, 1 − ε) if `symmetric`; in `window`.
+    """Return λ for each index of the training stream: (b,) float32 in (ε, 1), and in `window`.
 
     The same index gets the same λ in any process and in any batch.
+
+    Args:
+        symmetric: draw from (ε, 1 − ε).
     """
     u = stratified_uniform(
         sample_indices,
@@ -215,44 +233,43 @@ def draw_noise_levels(
     top = 1 - MIN_NOISE_LEVEL if symmetric else 1.0
     low, high = max(window.low, MIN_NOISE_LEVEL), min(window.high, top)
     levels = (low + (high - low) * u).float()
-    if high < top:  # rounded, it would lie on the window's edge, which is outside
+    if high < top:  # rounding could reach the window's end, which is outside
         levels = levels.clamp(max=float(np.nextafter(np.float32(high), np.float32(0))))
     return levels
 
 
 def check_drawable(window: NoiseWindow, complementary: bool = False) -> None:
-    """Refuse a window that no λ is drawn in; and, for complementary masks, one that lacks 1 − λ of a λ.
+    """Raise ValueError for a window without any λ that is drawn.
 
-    Raises:
-        ValueError: naming the window and what to change.
+    For complementary masks, also for a window that has some λ but not 1 − λ.
     """
     top = 1 - MIN_NOISE_LEVEL if complementary else 1.0
     given = f"min_noise_level is {window.low} and max_noise_level {window.high}"
     if window.low >= top or window.high <= MIN_NOISE_LEVEL:
         raise ValueError(
-            f"{given}, and masked shares are drawn from {MIN_NOISE_LEVEL} to {top:g}: widen the window."
+            f"{given}, and masked shares are drawn from {MIN_NOISE_LEVEL} to {top:g}: widen the "
+            "window."
         )
     if complementary and abs(window.low + window.high - 1) > 1e-9:
         low = min(window.low, 1 - window.high)
         raise ValueError(
-            f"{given}, and complementary masks need 1 − λ beside each λ: leave complementary out, or take a window "
-            f"that is the same from both ends, as from {low:g} to {1 - low:g}."
+            f"{given}, and complementary masks need 1 − λ beside each λ: leave complementary out, "
+            f"or take a window that is the same from both ends, as from {low:g} to {1 - low:g}."
         )
 
 
 def draw_masks(
     answer: torch.Tensor, noise_level: torch.Tensor, sample_indices: Sequence[int], *, seed: int
 ) -> torch.Tensor:
-    """Bernoulli(λ) over the answers: (b, l) bool.
+    """Draw Bernoulli(λ) over the answers: (b, l) bool.
 
-    The j-th token of an answer always meets the same random number, so the masks of one (seed, index) grow with λ:
-    losses at two λ are compared on nested masks.
+    The j-th token of an answer always gets the same random number, so the masks of one (seed,
+    index) grow with λ: losses at two λ are compared on nested masks.
     """
     uniform = np.ones(answer.shape)
     for row, columns in enumerate(answer.cpu().numpy()):
-        uniform[row, columns] = _random(seed, _MASK_STREAM, sample_indices[row]).random(
-            int(columns.sum())
-        )
+        random = _random(seed, _MASK_STREAM, sample_indices[row])
+        uniform[row, columns] = random.random(int(columns.sum()))
     chosen = torch.from_numpy(uniform) < noise_level.cpu().double()[:, None]  # (b, l)
     return answer & chosen.to(answer.device)
 
@@ -264,12 +281,10 @@ def _random(seed: int, stream: int, number: int) -> np.random.Generator:
 def _key(
     seed: int | None, sample_indices: Lengths | None, generator: torch.Generator | None, b: int
 ) -> tuple[int, list[int]]:
-    """The seed and the indices of the b samples, from which all random numbers are drawn."""
+    """Return the seed and the indices of the b samples, the key of all random numbers."""
     if seed is None:
         if sample_indices is not None:
-            raise ValueError(
-                "sample_indices were given without a seed: pass seed=, or leave both out"
-            )
+            raise ValueError("sample_indices came without a seed: pass seed=, or leave both out")
         device = "cpu" if generator is None else generator.device
         seed = int(torch.randint(2**62, (), generator=generator, device=device))
     indices = list(range(b)) if sample_indices is None else [int(i) for i in sample_indices]

@@ -1,15 +1,18 @@
-"""The command `nara-eval`: lm-eval's command with the model class nara_dllm and this package's tasks.
+"""The command `nara-eval`: lm-eval's command with the model class nara_dllm and this package's
+tasks.
 
-It takes lm-eval's subcommands and flags, also from a file (--config FILE.yaml). The default of --model is nara_dllm,
-and that of the subcommand is run:
+It takes lm-eval's subcommands and flags, also from a file (--config FILE.yaml). The default of
+--model is nara_dllm, and the default subcommand is run:
 
-    nara-eval --model_args pretrained=GSAI-ML/LLaDA-8B-Instruct,peft=outputs/dllm-1 --tasks llm_adapters_gsm8k
+    nara-eval --model_args pretrained=GSAI-ML/LLaDA-8B-Instruct,peft=outputs/dllm-1 \\
+        --tasks llm_adapters_gsm8k
     nara-eval ls tasks
-    accelerate launch -m nara_diffusion.lm_eval --model_args … --tasks …     # all GPUs
-    nara-eval run --help                                                             # all flags
-    nara-eval --config llada_instruct_gsm8k_blocks                # the settings of a published result, presets.yaml
+    accelerate launch -m nara_diffusion.lm_eval --model_args … --tasks …   # all GPUs
+    nara-eval run --help                                                   # all flags
+    nara-eval --config llada_instruct_gsm8k_blocks     # the settings of a published result
 
-docs/evaluation.md describes the paper's test sets, the settings of the sampler, and code benchmarks.
+presets.yaml has those settings. docs/evaluation.md describes the paper's test sets, the settings of
+the sampler, and code benchmarks.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ HELP = ("-h", "--help")
 def main(argv: Sequence[str] | None = None) -> None:
     """Run lm-eval's command on `argv`; None takes the program's own arguments.
 
-    Errors in what the user gave end it with a message; with LMEVAL_LOG_LEVEL=DEBUG the traceback is shown.
+    A user's error ends it with a message; LMEVAL_LOG_LEVEL=DEBUG shows the traceback.
     """
     try:
         from lm_eval._cli import HarnessCLI
@@ -48,9 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.stdout.write(f"{__doc__}\n")
     elif flags[0] not in ("run", "ls", "validate"):
         flags = ["run", *flags]
-    with patch.object(
-        sys, "argv", ["nara-eval", *flags]
-    ):  # which lm-eval's command reads and changes
+    with patch.object(sys, "argv", ["nara-eval", *flags]):  # lm-eval's command changes it
         command = HarnessCLI()
         args = command.parse_args()
         try:
@@ -58,13 +59,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         except (ValueError, OSError, KeyError, ImportError) as error:
             if os.environ.get("LMEVAL_LOG_LEVEL", "").upper() == "DEBUG":
                 raise
-            sys.exit(f"nara-eval: {error.args[0] if isinstance(error, KeyError) else error}")
+            message = error.args[0] if isinstance(error, KeyError) else error
+            sys.exit(f"nara-eval: {message}")
 
 
 def adjusted(args: argparse.Namespace) -> argparse.Namespace:
-    """Fill in what no flag says: the settings of --config, this package's tasks, the model and the device.
+    """Add what no flag says: the settings of --config, this package's tasks, model and device.
 
-    Flags win. --model_args and --gen_kwargs replace single entries of a file's, not all of them.
+    Flags win. --model_args and --gen_kwargs replace single entries of the file's.
 
     Raises:
         ValueError, OSError: see `read_config`.
@@ -76,30 +78,27 @@ def adjusted(args: argparse.Namespace) -> argparse.Namespace:
     for name, value in file.items():
         given = getattr(args, name, None)
         if isinstance(given, dict):
-            setattr(
-                args,
-                name,
-                {**(simple_parse_args_string(value) if isinstance(value, str) else value), **given},
-            )
+            entries = simple_parse_args_string(value) if isinstance(value, str) else value
+            setattr(args, name, {**entries, **given})
         elif given is None or given is False:
             setattr(args, name, value)
     if hasattr(args, "include_path"):
-        own: Any = args.include_path or []
-        args.include_path = [str(TASKS), *([own] if isinstance(own, str) else own)]
+        given = args.include_path or []
+        folders = [given] if isinstance(given, str) else given
+        args.include_path = [str(TASKS), *folders]
     if is_run:
         args.config = None
         args.model = args.model or MODEL
-        args.device = args.device or (
-            "auto" if args.model == MODEL else None
-        )  # lm-eval's is cuda:0, wherever it runs
+        if args.model == MODEL:
+            args.device = args.device or "auto"  # lm-eval's default is cuda:0 on any machine
     return args
 
 
 def read_config(config: str) -> dict[str, Any]:
-    """The settings in the file `config`, or of the preset of that name.
+    """Return the settings of the file `config`, or of the preset with that name.
 
     Raises:
-        ValueError, OSError: there is neither; or the file can't be read.
+        ValueError, OSError: there is neither, or the file can't be read.
     """
     from lm_eval.config.evaluate_config import EvaluatorConfig
 

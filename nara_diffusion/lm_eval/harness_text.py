@@ -1,7 +1,11 @@
-"""Requests of lm-eval: their texts as token ids, as in training, and their gen_kwargs as arguments of `generate`."""
+"""Requests of lm-eval: their texts as token ids, and their gen_kwargs as arguments of `generate`.
+
+Texts become token ids as in training.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -9,53 +13,50 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from nara_diffusion.dllm.decoding import Sampling
-from nara_diffusion.dllm.tokenizer import chat_text, prompt_text
+from nara_diffusion.dllm.tokenizer import chat_text, prompt_text, token_ids, without_closing
 
-ALPACA = "alpaca"  # lm-eval's name for the template of a tokenizer that has none
+logger = logging.getLogger(__name__)
+
+ALPACA = "alpaca"
+"""lm-eval's name for the template of a tokenizer that has none."""
 SETTINGS = tuple(field.name for field in fields(Sampling))
-_LENGTHS = (
-    "max_gen_toks",
-    "max_new_tokens",
-    "max_tokens",
-    "max_completion_tokens",
-)  # lm-eval's names, first wins
+
+# lm-eval's names; the first one counts
+_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _DEFAULT_LENGTH = 256
-_OF_OTHERS = (
-    "top_k",
-    "min_p",
-    "num_beams",
-    "repetition_penalty",
-)  # which task files set, and greedy ignores
-_QUESTION = "QUESTION"  # any text that no template has after the user's
+# set by task files, and ignored by greedy sampling
+_OF_OTHERS = ("top_k", "min_p", "num_beams", "repetition_penalty")
+_QUESTION = "QUESTION"  # a text that no template has after the user's
 
 
 def read_gen_kwargs(gen_kwargs: Mapping[str, Any]) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """(texts that end an answer, arguments of `generate`) of a request.
+    """Return the texts that end an answer, and the arguments of `generate`, of a request.
 
-    `gen_length` is 256 unless it or one of lm-eval's names for it is given; `temperature` counts unless do_sample is
-    false, as in lm-eval's own models; the other settings are `generate`'s.
+    `gen_length` is 256 unless it or one of lm-eval's names for it is given. `temperature` counts
+    unless do_sample is false, as in lm-eval's own models. The other settings are those of
+    `generate`.
 
     Raises:
-        ValueError: a setting that the masked-diffusion sampler doesn't have, or a value that it refuses.
+        ValueError: a setting that the masked-diffusion sampler doesn't have, or a value that it
+            refuses.
     """
     given = {name: value for name, value in gen_kwargs.items() if value is not None}
     until = given.pop("until", [])
     lengths = [given.pop(name) for name in _LENGTHS if name in given]
     if given.pop("do_sample", None) is False or not given.get("temperature"):
-        given = {
-            name: value for name, value in given.items() if name not in (*_OF_OTHERS, "temperature")
-        }
+        for name in (*_OF_OTHERS, "temperature"):
+            given.pop(name, None)
     unknown = sorted(given.keys() - set(SETTINGS))
     if unknown:
         raise ValueError(
             f"gen_kwargs has {', '.join(unknown)}; the sampler's settings are {', '.join(SETTINGS)}"
         )
-    sampling: dict[str, Any] = {"gen_length": (lengths or [_DEFAULT_LENGTH])[0], **given}
+    sampling = {"gen_length": lengths[0] if lengths else _DEFAULT_LENGTH, **given}
     try:
-        sampling |= {
-            n: int(sampling[n]) for n in ("gen_length", "steps", "block_length") if n in sampling
-        }
-        Sampling(**sampling)  # raises the errors of `generate` before the first answer is generated
+        for name in ("gen_length", "steps", "block_length"):
+            if name in sampling:
+                sampling[name] = int(sampling[name])
+        Sampling(**sampling)  # raises errors before the first answer is generated
     except (TypeError, ValueError) as error:
         raise ValueError(f"gen_kwargs: {error}") from None
     return (until,) if isinstance(until, str) else tuple(until), sampling
@@ -67,10 +68,10 @@ def templated(
     *,
     add_generation_prompt: bool = True,
 ) -> str:
-    """A conversation as the text that the model continues.
+    """Return a conversation as the text that the model continues.
 
-    By the tokenizer's chat template; without one, each of the user's turns has Alpaca's form, after the system message.
-    Both are as in `nara_diffusion.dllm.encode_records`.
+    The tokenizer's chat template writes it. Without one, each turn of the user has Alpaca's form,
+    after the system message. Both are as in `nara_diffusion.dllm.encode_records`.
 
     Args:
         history: messages {role, content}.
@@ -83,74 +84,100 @@ def templated(
         return templated(tokenizer, history[:-1]) + history[-1]["content"]
     if tokenizer.chat_template:
         return chat_text(tokenizer, history)
-    turns = {
-        "user": lambda text: prompt_text(tokenizer, text),
-        "assistant": lambda text: f"{text}\n\n",
-    }
-    return "".join(turns.get(turn["role"], "{}\n\n".format)(turn["content"]) for turn in history)
+    text = ""
+    for turn in history:
+        is_question = turn["role"] == "user"
+        text += prompt_text(tokenizer, turn["content"]) if is_question else f"{turn['content']}\n\n"
+    return text
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, has_template: bool) -> list[int]:
-    """Token ids of a prompt, with the tokenizer's opening special tokens and without its closing ones.
+    """Return a prompt's token ids, with the special tokens that open it, not those that close it.
 
-    A text of a chat template, or one that begins with the BOS token, has its special tokens already; none are added.
+    A text from a chat template, or one that begins with the BOS token, has its special tokens
+    already; none are added.
     """
-    opened = tokenizer.bos_token is not None and text.startswith(str(tokenizer.bos_token))
-    if opened or (has_template and tokenizer.chat_template):
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-    ids = tokenizer(text)["input_ids"]
-    closing = (tokenizer.eos_token_id, tokenizer.sep_token_id)
-    return (
-        ids[:-1]
-        if ids and ids[-1] in closing and not text.endswith(str(tokenizer.eos_token))
-        else ids
-    )
+    is_open = tokenizer.bos_token is not None and text.startswith(str(tokenizer.bos_token))
+    if is_open or (has_template and tokenizer.chat_template):
+        return token_ids(tokenizer, [text], add_special_tokens=False)[0]
+    ids = token_ids(tokenizer, [text], add_special_tokens=True)[0]
+    return ids if text.endswith(str(tokenizer.eos_token)) else without_closing(tokenizer, ids)
 
 
 def encode_pair(
     tokenizer: PreTrainedTokenizerBase, context: str, continuation: str, *, has_template: bool
 ) -> tuple[list[int], list[int]]:
-    """(prompt, answer) token ids.
+    """Return the token ids of a prompt and of its answer.
 
-    Under a template, the prompt ends with the template, and the answer is encoded apart, as in training. Without one,
-    both together are the ids of the whole text. Spaces at the end of the context, or of what it has of the answer,
-    count as part of the continuation, as in most vocabularies.
+    Under a template, the prompt ends with the template, and the answer is encoded separately, as in
+    training. Without one, both together are the ids of the whole text. Spaces at the end of the
+    context, or of the start of the answer in it, belong to the continuation, as in most
+    vocabularies.
 
     Raises:
         ValueError: the continuation has no token of its own.
     """
-    prompt, context = _divided(tokenizer, context) if has_template else ("", context)
+    prompt = ""
+    if has_template:
+        prompt, context = _divided(tokenizer, context)
     head = encode(tokenizer, prompt, has_template=True) if prompt else []
     stripped = context.rstrip()
     continuation, context = context[len(stripped) :] + continuation, stripped
 
     def ids(text: str) -> list[int]:
         if prompt:
-            return tokenizer(text, add_special_tokens=False)["input_ids"]
+            return token_ids(tokenizer, [text], add_special_tokens=False)[0]
         return encode(tokenizer, text, has_template=has_template)
 
     whole = ids(context + continuation)
-    opening = (tokenizer.bos_token_id, tokenizer.cls_token_id)
-    before = next((i for i, token in enumerate(whole) if token not in opening), len(whole))
-    length = len(ids(context)) if context or prompt else before
+    length = len(ids(context)) if context or prompt else _opening_length(tokenizer, whole)
     if length >= len(whole):
+        end = (prompt + context)[-40:]
         raise ValueError(
-            f"the continuation {continuation!r} adds no token to the context that ends {(prompt + context)[-40:]!r}, "
-            "so it has no likelihood: leave that question out of the task"
+            f"the continuation {continuation!r} adds no token to the context that ends {end!r}, so "
+            "it has no likelihood: leave that question out of the task"
         )
     return head + whole[:length], whole[length:]
 
 
+def _opening_length(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> int:
+    """Return how many special tokens open a text."""
+    length = 0
+    while length < len(ids) and ids[length] in (tokenizer.bos_token_id, tokenizer.cls_token_id):
+        length += 1
+    return length
+
+
 def _divided(tokenizer: PreTrainedTokenizerBase, context: str) -> tuple[str, str]:
-    """The prompt as `templated` makes it, and the beginning of the answer after it (lm-eval's gen_prefix)."""
-    opening = prompt_text(tokenizer, _QUESTION).rpartition(_QUESTION)[
-        2
-    ]  # what follows the user's text
-    before, found, begun = context.rpartition(opening) if opening else ("", "", "")
-    return (before + opening, begun) if found else (context, "")
+    """Return the prompt as `templated` makes it, and the start of the answer (lm-eval's
+    gen_prefix)."""
+    _, _, opening = prompt_text(tokenizer, _QUESTION).rpartition(_QUESTION)  # after the user's text
+    if not opening or opening not in context:
+        return context, ""
+    before, _, begun = context.rpartition(opening)
+    return before + opening, begun
+
+
+def fitting(prompts: Sequence[list[int]], rooms: Sequence[int], max_length: int) -> list[list[int]]:
+    """Return the last tokens of each prompt, as many as there is room for."""
+    found = []
+    longer = 0
+    for prompt, room in zip(prompts, rooms, strict=True):
+        longer += len(prompt) > room
+        found.append(prompt[max(len(prompt) - room, 0) :])
+    if longer:
+        logger.warning(
+            f"{longer} of {len(prompts)} prompts lose their start: with the answer they exceed "
+            f"{max_length} tokens"
+        )
+    return found
 
 
 def cut(text: str, until: Sequence[str]) -> str:
-    """`text` up to the first occurrence of any text in `until`."""
-    places = [text.find(stop) for stop in until if stop]
-    return text[: min((place for place in places if place >= 0), default=len(text))]
+    """Return `text` up to the first occurrence of any text in `until`."""
+    end = len(text)
+    for stop in until:
+        place = text.find(stop) if stop else -1
+        if place >= 0:
+            end = min(end, place)
+    return text[:end]

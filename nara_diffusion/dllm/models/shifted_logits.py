@@ -1,13 +1,12 @@
-"""Dream: trained to predict the next token at each position, and read so that position i predicts
-token i.
+"""Dream: trained to predict the next token, and read so that position i predicts token i.
 
-The output head works position by position, so shifting the hidden states before it is the same as
-shifting the logits
-after it, and cheaper:  head(cat(h[:, :1], h[:, :-1])) = cat(logits[:, :1], logits[:, :-1]).
+The output head works position by position. So shifting the hidden states before it is the same as
+shifting the logits after it, and costs less:
+
+    head(cat(h[:, :1], h[:, :-1])) = cat(logits[:, :1], logits[:, :-1])
 
 Nothing predicts the first token of a sequence: position 0 has the distribution of token 1. So no
-answer may begin
-there; where there is no prompt, a BOS token stands in front, as in Dream's own evaluation.
+answer may begin there; without a prompt, a BOS token comes first, as in Dream's own evaluation.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ __all__ = ["PreTrainedModel", "ShiftedQwen2ForCausalLM"]
 
 
 class ShiftedQwen2ForCausalLM(Qwen2ForCausalLM):
-    """Qwen2 with the same weights, and the logits moved one position on."""
+    """Qwen2 with the same weights, and the logits moved by one position."""
 
     @can_return_tuple
     def forward(
@@ -37,7 +36,7 @@ class ShiftedQwen2ForCausalLM(Qwen2ForCausalLM):
         labels: torch.LongTensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits (b, l, v), of which position i predicts token i; arguments as in the stock class.
+        """Return logits (b, l, v); position i predicts token i. Arguments are the stock class's.
 
         Raises:
             ValueError: `labels` were given; the stock loss would shift once more.

@@ -1,24 +1,28 @@
 """What the task files call: questions, the answer in a generated text, and its score.
 
-The paper's commonsense and arithmetic sets are as LLM-Adapters (arXiv 2304.01933) distributes and scores them: a JSON
-list of {instruction, output, answer} each. The prompt is `instruction`, in the same form as in training, and the answer
-is found in the model's text by the rules of `nara_diffusion.dllm.exact_match`: number (AddSub, GSM8K, MultiArith,
-SingleEq, SVAMP), letter (AQuA), choice (ARC-c, ARC-e, OpenBookQA, SIQA, HellaSwag, WinoGrande, PIQA, BoolQ). `datasets`
-downloads the files once from LLM-Adapters' repository, or by --metadata data_dir=DIR reads DIR/AddSub/test.json and so
-on, as in its dataset/ folder.
+The paper's commonsense and arithmetic sets are as LLM-Adapters (arXiv 2304.01933) distributes and
+scores them: a JSON list of {instruction, output, answer}. The prompt is `instruction`, in the same
+form as in training. The rules of `nara_diffusion.dllm.exact_match` find the answer in the model's
+text: number (AddSub, GSM8K, MultiArith, SingleEq, SVAMP), letter (AQuA), choice (ARC-c, ARC-e,
+OpenBookQA, SIQA, HellaSwag, WinoGrande, PIQA, BoolQ). `datasets` downloads the files once from
+LLM-Adapters' repository; --metadata data_dir=DIR reads DIR/AddSub/test.json and so on, as in its
+dataset/ folder.
 
-Of HumanEval and MBPP, pass@1 is the share of a question's answers that pass; there is one unless the task file sets
-`repeats`. The task files are marked unsafe: without --confirm_run_unsafe_code lm-eval refuses them, before anything is
-generated. A program runs in another interpreter (-I: without the user's packages and PYTHON… variables), with only PATH
-of our environment, in an empty folder that is removed afterwards. On POSIX systems the limits of `run_program` hold for
-it and for each process that it starts; the number of processes and of files is not limited. When the program ends, or
-its time is over, its process group is killed (on Windows the program alone).
+For HumanEval and MBPP, pass@1 is the share of a question's answers that pass; there is one answer
+unless the task file sets `repeats`. The task files are marked unsafe: without
+--confirm_run_unsafe_code lm-eval refuses them before it generates anything. A program runs in
+another interpreter (-I: without the user's packages and PYTHON… variables), with only PATH of our
+environment, in an empty folder that is removed afterwards. On POSIX systems the limits of
+`run_program` apply to it and to each process that it starts; the number of processes and of files
+is not limited. When the program ends, or its time is over, its process group is killed (on Windows
+only the program).
 
-This contains accidents: endless loops, floods of memory or output, files and processes left behind. It is no sandbox
-against malice. The program runs as the user, so it can read and write all files of the user and reach the network; read
-our environment, with its tokens, where the system shows it (Linux: /proc); forge a pass by exiting as if its tests had
-passed; leave processes in a session of their own. Run it in a container without secrets, and read the programs before
-you trust a surprising score.
+This contains accidents: endless loops, floods of memory or output, files and processes left behind.
+It
+is no sandbox against malice. The program runs as the user, so it can read and write all files of
+the user and reach the network; read our environment with its tokens if the system shows it (Linux:
+/proc); forge a pass by exiting as if its tests had passed; leave processes in another session. Run
+it in a container without secrets, and read the programs before you trust a surprising score.
 """
 
 from __future__ import annotations
@@ -43,7 +47,8 @@ from nara_diffusion.dllm.exact_match import compare
 SOURCE = "https://raw.githubusercontent.com/AGI-Edgerunners/LLM-Adapters/main/dataset"
 _BLOCK = re.compile(r"```[a-zA-Z0-9+]*[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
 
-# What the new interpreter does first. At the same soft and hard limit of CPU time the kernel kills without saying why.
+# The new interpreter's first steps. If the soft limit of CPU time were the hard one, the kernel
+# would kill without a reason.
 _START = """
 import runpy, sys
 try:
@@ -65,10 +70,11 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def load(name: str, data_dir: str | None = None, **_: Any) -> dict[str, Dataset]:
-    """The test split {"test": rows {question, answer}} of the set in the folder `name`.
+    """Return the test split, {"test": rows {question, answer}}, of the set in the folder `name`.
 
     Args:
-        data_dir: see the module's docstring. _: what else --metadata has, which is for other tasks.
+        data_dir: see the module's docstring.
+        _: other entries of --metadata, for other tasks.
     """
     records: Any = load_dataset(
         "json", data_files=f"{data_dir or SOURCE}/{name}/test.json", split="train"
@@ -77,21 +83,23 @@ def load(name: str, data_dir: str | None = None, **_: Any) -> dict[str, Dataset]
 
 
 def _row(record: Mapping[str, Any]) -> dict[str, str]:
-    answer, input = record["answer"], record.get("input")
-    return {
-        "question": f"{record['instruction']}\n\n{input}" if input else record["instruction"],
-        "answer": str(answer[-1] if isinstance(answer, list) else answer).strip(),
-    }
+    question, answer = record["instruction"], record["answer"]
+    if record.get("input"):
+        question = f"{question}\n\n{record['input']}"
+    if isinstance(answer, list):
+        answer = answer[-1]
+    return {"question": question, "answer": str(answer).strip()}
 
 
 def _score(rule: str, doc: Mapping[str, str], results: Sequence[str]) -> dict[str, float]:
-    """{"acc": 1 or 0}: whether the text names the answer by the rule."""
-    return {"acc": float(compare(rule, results[0], doc["answer"])[1])}
+    """Return {"acc": 1 if the rule finds the right answer in the text, else 0}."""
+    _, is_right = compare(rule, results[0], doc["answer"])
+    return {"acc": float(is_right)}
 
 
-score_number, score_letter, score_choice = (
-    partial(_score, rule) for rule in ("number", "letter", "choice")
-)
+score_number = partial(_score, "number")
+score_letter = partial(_score, "letter")
+score_choice = partial(_score, "choice")
 
 
 # ---------------------------------------------------------------- programs
@@ -100,40 +108,47 @@ score_number, score_letter, score_choice = (
 def humaneval_programs(
     resps: Sequence[Sequence[str]], docs: Sequence[Mapping[str, Any]]
 ) -> list[list[str]]:
-    """lm-eval's filter: each question's answers as programs to test."""
-    return [
-        [humaneval_program(doc, text) for text in texts]
-        for texts, doc in zip(resps, docs, strict=True)
-    ]
+    """Return each question's answers as programs to test; a filter of lm-eval."""
+    found = []
+    for texts, doc in zip(resps, docs, strict=True):
+        found.append([humaneval_program(doc, text) for text in texts])
+    return found
 
 
 def mbpp_programs(
     resps: Sequence[Sequence[str]], docs: Sequence[Mapping[str, Any]]
 ) -> list[list[str]]:
-    """lm-eval's filter: the set-up code of the tests, then the answer, for each answer."""
-    return [
-        [
-            f"{doc.get('test_setup_code') or ''}\n{code_of(text, r'^(?:def|class) ')}"
-            for text in texts
-        ]
-        for texts, doc in zip(resps, docs, strict=True)
-    ]
+    """Return each answer behind the set-up code of its tests; a filter of lm-eval."""
+    found = []
+    for texts, doc in zip(resps, docs, strict=True):
+        setup = doc.get("test_setup_code") or ""
+        found.append([f"{setup}\n{code_of(text, r'^(?:def|class) ')}" for text in texts])
+    return found
 
 
 def humaneval_program(doc: Mapping[str, Any], text: str) -> str:
-    """The program of an answer: the prompt's header, then the answer's function of that name, or the answer as body."""
+    """Return the program of an answer: the prompt's header, then the answer.
+
+    The answer is the function of that name, or the body of the header.
+    """
     wanted = rf"^(?:async )?def {re.escape(doc['entry_point'])}\b"
     code = code_of(text, wanted)
-    # the header alone is a function whose body is its docstring; a whole function after it takes its place
+    # the header itself is a function with a docstring as its body; a whole function then replaces
+    # it
     is_whole = re.search(wanted, code, re.MULTILINE) is not None
     return f"{doc['prompt']}\n    pass\n\n{code}" if is_whole else f"{doc['prompt']}{code}"
 
 
 def code_of(text: str, wanted: str) -> str:
-    """The first fenced block with a line that matches `wanted`, or else the first block, or else the whole text."""
+    """Return the first fenced block with a line that matches `wanted`.
+
+    Without one, it is the first block; without any block, the whole text.
+    """
     blocks = _BLOCK.findall(text)
-    fitting = [block for block in blocks if re.search(wanted, block, re.MULTILINE)]
-    return (fitting or blocks or [text])[0]
+    for block in blocks:
+        if re.search(wanted, block, re.MULTILINE):
+            return block
+    return blocks[0] if blocks else text
 
 
 def humaneval_score(doc: Mapping[str, Any], results: Sequence[Any]) -> dict[str, float]:
@@ -154,26 +169,23 @@ def _pass_at_1(programs: Sequence[str], tests: str) -> dict[str, float]:
 def run_program(
     program: str, *, seconds: int = 10, memory: int = 4 * 2**30, file_size: int = 16 * 2**20
 ) -> str:
-    """Run `program` until it ends or exceeds its limits. Its output is not kept.
+    """Run `program` until it ends or exceeds its limits; its output is not kept.
 
     Args:
-        seconds: the CPU time of each process; the program is stopped after twice as many seconds of wall time.
+        seconds: the CPU time of each process; the program is stopped after twice this wall time.
         memory: the address space of each process, in bytes.
-        file_size: the size of each file that is written, in bytes; stderr is one.
+        file_size: the size of each file that it writes, in bytes; stderr is one.
 
     Returns:
-        "passed", if it reached its end or made it look so; else "timed out", or the last line that it wrote to stderr.
+        "passed" if it reached its end, or made it look so; else "timed out", or the last line of
+        its stderr.
     """
     with tempfile.TemporaryDirectory(prefix="nara-eval-", ignore_cleanup_errors=True) as folder:
-        file, errors, end = (
-            Path(folder) / "program.py",
-            Path(folder) / "stderr",
-            Path(folder) / secrets.token_hex(8),
-        )
-        # a program that leaves early, by sys.exit(0) say, hasn't run its tests
-        file.write_text(
-            f"{program}\n\nopen({str(end)!r}, 'w').close()\n", encoding="utf-8", errors="replace"
-        )
+        file, errors = Path(folder) / "program.py", Path(folder) / "stderr"
+        # a program that exits early, for example by sys.exit(0), hasn't run its tests
+        end = Path(folder) / secrets.token_hex(8)
+        program = f"{program}\n\nopen({str(end)!r}, 'w').close()\n"
+        file.write_text(program, encoding="utf-8", errors="replace")
         status = _wait(file, errors, seconds, memory, file_size)
         if status == 0 and end.exists():
             return "passed"
@@ -185,18 +197,11 @@ def run_program(
 
 def _wait(file: Path, errors: Path, seconds: int, *sizes: int) -> int | None:
     """Run `file`, and return its exit status, or None if it was stopped."""
+    limits = [str(number) for number in (seconds, *sizes)]
+    command = [sys.executable, "-I", "-X", "utf8", "-c", _START, *limits, str(file)]
     with errors.open("wb") as stderr:
         process = subprocess.Popen(
-            [
-                sys.executable,
-                "-I",
-                "-X",
-                "utf8",
-                "-c",
-                _START,
-                *map(str, (seconds, *sizes)),
-                str(file),
-            ],
+            command,
             cwd=file.parent,
             env={"PATH": os.environ.get("PATH", ""), "OMP_NUM_THREADS": "1"},
             stdin=subprocess.DEVNULL,
@@ -210,5 +215,8 @@ def _wait(file: Path, errors: Path, seconds: int, *sizes: int) -> int | None:
             return None
         finally:
             with suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL) if hasattr(os, "killpg") else process.kill()
+                if hasattr(os, "killpg"):
+                    os.killpg(process.pid, signal.SIGKILL)
+                else:
+                    process.kill()
             process.wait()

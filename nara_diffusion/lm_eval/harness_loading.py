@@ -1,0 +1,63 @@
+"""The model that lm-eval measures: loading it with its adapter, and the length of its texts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.utils import CONFIG_NAME
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+import nara_diffusion  # noqa: F401 (registers NaRA with PEFT)
+from nara_diffusion.dllm import load_backbone
+from nara_diffusion.loaders.tensor_files import load_peft_adapter
+from nara_diffusion.utils.naming import naming_source
+
+
+def load_adapted(
+    pretrained: str | None,
+    peft: str | None,
+    device: str | torch.device | None,
+    *,
+    dtype: str = "auto",
+    peft_revision: str | None = None,
+    **backbone: Any,
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """Return the model in evaluation mode on its device, with its adapter active; and its
+    tokenizer."""
+    if pretrained is None and peft is None:
+        raise ValueError(
+            "--model_args names no model: pretrained=FOLDER_OR_REPOSITORY, or peft=ADAPTER, or both"
+        )
+    if pretrained is None:
+        with naming_source(str(peft), CONFIG_NAME, "an adapter of PEFT's"):
+            pretrained = PeftConfig.from_pretrained(str(peft)).base_model_name_or_path
+    if not pretrained:
+        raise ValueError(
+            f"the adapter {peft} doesn't name its model: add pretrained=… to --model_args"
+        )
+    if backbone.get("load_in_8bit") or backbone.get("load_in_4bit"):
+        # quantised weights can't be moved later
+        backbone.setdefault("device_map", {"": str(device)})
+    loaded, tokenizer = load_backbone(pretrained, dtype=dtype, **backbone)
+    model: Any = loaded
+    if "device_map" not in backbone:
+        model = model.to(device)
+    if peft is not None:
+        options = {} if peft_revision is None else {"revision": peft_revision}
+        model = load_peft_adapter(model, peft, **options)
+    return model.eval(), tokenizer
+
+
+def checked_max_length(given: int | None, limit: int | None) -> int:
+    """Return max_length: as `given`, or the model's limit of positions."""
+    if limit is None and given is None:
+        raise ValueError(
+            "the model's configuration has no limit of positions: add max_length=N to --model_args"
+        )
+    length = int(given or limit or 0)
+    if limit is not None and length > limit:
+        raise ValueError(f"max_length is {given} and the model has {limit} positions: leave it out")
+    return length
