@@ -2,21 +2,27 @@
 
     from pipelines.llada import LLaDAPipeline
 
-    pipe = LLaDAPipeline.from_pretrained("GSAI-ML/LLaDA-8B-Instruct", dtype=torch.bfloat16).to("cuda")
+    name = "GSAI-ML/LLaDA-8B-Instruct"
+    pipe = LLaDAPipeline.from_pretrained(name, dtype=torch.bfloat16).to("cuda")
     pipe.load_nara_weights("outputs/dllm-1")  # the folder that train_scripts/dllm.py wrote
     print(pipe("How many days has a leap year?", gen_length=64, steps=32).texts[0])
 
-What `pipe.save_pretrained(folder)` wrote is read by the same call, or without this file's folder on the path by
+The same call reads what `pipe.save_pretrained(folder)` wrote. Without this file's folder on the
+path:
 
-    DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipelines/llada.py", trust_remote_code=True)
+    DiffusionPipeline.from_pretrained(
+        folder, custom_pipeline="pipelines/llada.py", trust_remote_code=True
+    )
 
-The sampler is `nara_diffusion.dllm.generate`: adapters run at λ, the masked share of each answer, at every step.
+The sampler is `nara_diffusion.dllm.generate`: adapters run at λ, the masked share of each answer,
+at every step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,17 +39,25 @@ from nara_diffusion.dllm.models.pretrained import HUB_ARGUMENTS
 from nara_diffusion.dllm.tokenizer import chat_text, decode_answer, stop_token_ids
 from nara_diffusion.loaders.insertion import adapters_of, tuner_layers
 from nara_diffusion.loaders.weights import load_nara_weights, save_nara_weights, unload_nara_weights
+from nara_diffusion.noise.strength_schedule import StrengthSchedule
 from nara_diffusion.tuner.strength import set_strength
+
+Chat = Sequence[Mapping[str, str]]
+"""The turns of a conversation, {"role": …, "content": …} each."""
+Weight = float | StrengthSchedule | None
 
 
 @dataclass
 class LLaDAPipelineOutput(BaseOutput):
-    """Attributes:
-    texts: one answer a prompt, up to its first end token; of several a prompt, those of the first prompt come first.
-    sequences: (b, l) token ids: prompt, answer, padding.
-    answers: (b, gen_length) token ids.
-    prompt_lengths: (b,) where the answers start in `sequences`.
-    forwards: how often the model ran.
+    """What the pipeline returns.
+
+    Attributes:
+        texts: the answers, each up to its first end token; all answers to the first prompt come
+            first.
+        sequences: (b, l) token ids: prompt, answer, padding.
+        answers: (b, gen_length) token ids.
+        prompt_lengths: (b,) where the answers start in `sequences`.
+        forwards: how often the model ran.
     """
 
     texts: list[str]
@@ -54,16 +68,19 @@ class LLaDAPipelineOutput(BaseOutput):
 
 
 class LLaDAPipeline(LoraBaseMixin, DiffusionPipeline):
-    """Answers questions and chats by unmasking tokens.
+    """Answer questions and chats by unmasking tokens.
 
-    `delete_adapters`, `disable_lora`, `enable_lora`, … are Diffusers' own, and work on what `load_nara_weights` loaded.
+    `delete_adapters`, `disable_lora`, `enable_lora`, … are Diffusers' own, and work on the adapters
+    that `load_nara_weights` loaded.
 
     Args:
-        transformer: a bidirectional language model whose configuration names a mask token, as `load_backbone` makes it.
-        tokenizer: with a chat template, if it is to chat.
+        transformer: a bidirectional language model with a mask token in its configuration, as
+            `load_backbone` makes it.
+        tokenizer: chats need its chat template.
 
     Raises:
-        ValueError: a model that only sees what stands before a token, one without a mask token, or one that PEFT wraps.
+        ValueError: a model that only sees the tokens before a token, one without a mask token, or
+            one that PEFT wraps.
     """
 
     model_cpu_offload_seq = "transformer"
@@ -76,42 +93,55 @@ class LLaDAPipeline(LoraBaseMixin, DiffusionPipeline):
 
     def __init__(self, transformer: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__()
-        is_causal = "CausalLM" in type(transformer).__name__ and getattr(
-            transformer.config, "is_causal", True
-        )
+        kind = type(transformer).__name__
+        is_causal = "CausalLM" in kind and getattr(transformer.config, "is_causal", True)
         if not isinstance(transformer, PreTrainedModel) or is_causal:
             raise ValueError(
-                f"transformer is a {type(transformer).__name__}, expected a model of transformers that sees both sides "
-                "of a token: load it by LLaDAPipeline.from_pretrained(…) or nara_diffusion.dllm.load_backbone(…); of a "
-                "PeftModel pass the base model, and load the saved adapter by pipe.load_nara_weights(folder)"
+                f"transformer is a {kind}, expected a model of transformers that sees both sides of "
+                "a token: load it with LLaDAPipeline.from_pretrained(…) or "
+                "nara_diffusion.dllm.load_backbone(…); of a PeftModel pass the base model, and load "
+                "the saved adapter with pipe.load_nara_weights(folder)"
             )
         Backbone(transformer).mask_token_id()
         self.register_modules(transformer=transformer, tokenizer=tokenizer)
         self._interrupt = False
 
-    def set_adapters(self, adapter_names: str | list[str], adapter_weights: Any = None) -> None:
-        """Activate adapters at strengths: numbers or StrengthSchedules, one for all or one each; None is 1."""
+    def set_adapters(
+        self,
+        adapter_names: str | list[str],
+        adapter_weights: Weight | list[Weight] = None,
+    ) -> None:
+        """Activate adapters at strengths: one for all, or one for each.
+
+        Args:
+            adapter_weights: numbers or StrengthSchedules; None is 1.
+        """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        weights = (
-            adapter_weights if isinstance(adapter_weights, list) else [adapter_weights] * len(names)
-        )
+        weights = adapter_weights
+        if not isinstance(weights, list):
+            weights = [weights] * len(names)
         known = list(adapters_of(self.transformer))
-        if unknown := [name for name in names if name not in known]:
-            raise ValueError(f"There is no adapter {unknown[0]!r}: expected one of {known}.")
+        for name in names:
+            if name not in known:
+                raise ValueError(f"There is no adapter {name!r}: expected one of {known}.")
         for name, weight in list(zip(names, weights, strict=True)):
             set_strength(self.transformer, name, 1.0 if weight is None else weight)
         for layer in tuner_layers(self.transformer):
             layer.set_adapter(names)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> LLaDAPipeline:
-        """A saved pipeline, or a language model's own folder or repository (LLaDA, Dream, Llama, Qwen2, BERT, …).
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, **kwargs: Any
+    ) -> LLaDAPipeline:
+        """Load a saved pipeline, or a language model from its own folder or repository.
 
-        Arguments are those of `DiffusionPipeline.from_pretrained`, or for a language model of `load_backbone`.
+        Arguments are those of `DiffusionPipeline.from_pretrained`; for a language model (LLaDA,
+        Dream, Llama, Qwen2, BERT, …), those of `load_backbone`.
         """
         name = str(pretrained_model_name_or_path)
+        hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
         try:
-            cls.load_config(name, **{key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs})
+            cls.load_config(name, **hub)
         except OSError:  # no model_index.json
             return cls(*load_backbone(name, **kwargs))
         return super().from_pretrained(name, **kwargs)
@@ -119,10 +149,7 @@ class LLaDAPipeline(LoraBaseMixin, DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str
-        | Sequence[str]
-        | Sequence[Mapping[str, str]]
-        | Sequence[Sequence[Mapping[str, str]]],
+        prompt: str | Chat | Sequence[str] | Sequence[Chat],
         *,
         gen_length: int = 128,
         num_answers_per_prompt: int = 1,
@@ -135,86 +162,84 @@ class LLaDAPipeline(LoraBaseMixin, DiffusionPipeline):
         """Answer one prompt or several.
 
         Args:
-            prompt: a question, or several; or a chat, a list of {"role": …, "content": …} that ends with the user's
-                turn; or several chats.
+            prompt: a question, or several; or a chat, a list of {"role": …, "content": …} that ends
+                with the user's turn; or several chats.
             gen_length: tokens of an answer.
-            num_answers_per_prompt: how often to answer each; they differ at a temperature above 0.
-            apply_template: put questions into the tokenizer's chat template, or into Alpaca's where it has none, as in
-                training. False takes the texts as they are.
+            num_answers_per_prompt: how many answers each prompt gets; they differ at a temperature
+                above 0.
+            apply_template: put questions into the tokenizer's chat template, or into Alpaca's if it
+                has none, as in training. False takes the texts as they are.
             return_dict: False returns (texts, sequences).
-            callback_on_step_end: called as f(pipe, step, noise_level, tensors) after each step, noise_level (b,) being
-                the λ at which the model ran, and tensors those of the next argument. A dict that it returns with
-                "sequences" replaces them. `pipe._interrupt = True` stops; what is masked then stays so.
+            callback_on_step_end: called after each step as f(pipe, step, noise_level, tensors):
+                noise_level (b,) is the λ that the model ran at, tensors those of the next argument.
+                If it returns a dict with "sequences", they are replaced. `pipe._interrupt = True`
+                stops; masks that are left stay.
             callback_on_step_end_tensor_inputs: of "sequences" (b, l) and "masked" (b, gen_length).
-            **sampling: of `nara_diffusion.dllm.generate`: stop_at_eos, generator, and the settings of `Sampling`, as
-                steps and temperature. Where a chat template is applied, `block_length` is by default that of the
-                model's own chat (LLaDA: 32), if it divides `gen_length`.
+            **sampling: of `nara_diffusion.dllm.generate`: stop_at_eos, generator, and the settings
+                of `Sampling`, such as steps and temperature. With a chat template, the default of
+                `block_length` is that of the model's own chat (LLaDA: 32), if it divides
+                `gen_length`.
 
         Raises:
-            ValueError: prompts or arguments that can't be; each by name.
+            ValueError: impossible prompts or arguments.
         """
-        prompts: list[Any] = (
-            [prompt]
-            if isinstance(prompt, str) or (prompt and isinstance(prompt[0], Mapping))
-            else list(prompt)
-        )
-        texts = [
-            self.prompt_text(one, apply_template)
-            for one in prompts
-            for _ in range(num_answers_per_prompt)
-        ]
+        is_one = isinstance(prompt, str) or (prompt and isinstance(prompt[0], Mapping))
+        prompts: list[Any] = [prompt] if is_one else list(prompt)
+        texts: list[str] = []
+        for one in prompts:
+            texts += [self.prompt_text(one, apply_template)] * num_answers_per_prompt
         if not texts:
             raise ValueError(
-                f"prompt is {prompt!r}, expected a text, a list of texts, a chat, or a list of chats"
+                f"prompt is {prompt!r}, expected a text, texts, a chat, or a list of chats"
             )
         check_canvas(self.transformer, 0, gen_length)
         ends = stop_token_ids(self.transformer, self.tokenizer)
         self._interrupt = False
         progress_bar: Any = self.progress_bar
-        with progress_bar(
-            total=len(texts) * gen_length
-        ) as bar:  # of tokens: the number of steps isn't known
+        # it counts tokens, since the number of steps isn't known
+        with progress_bar(total=len(texts) * gen_length) as bar:
 
             def step_end(step: GenerationStep) -> None:
                 bar.update(step.masked.numel() - int(step.masked.sum()) - bar.n)
                 if callback_on_step_end is not None:
-                    tensors = {
-                        name: getattr(step, name) for name in callback_on_step_end_tensor_inputs
-                    }
-                    changed = (
-                        callback_on_step_end(self, step.index, step.noise_level, tensors) or {}
-                    )
-                    step.sequences = changed.get("sequences", step.sequences)
+                    names = callback_on_step_end_tensor_inputs
+                    tensors = {name: getattr(step, name) for name in names}
+                    changed = callback_on_step_end(self, step.index, step.noise_level, tensors)
+                    step.sequences = (changed or {}).get("sequences", step.sequences)
                 step.stop = self._interrupt
 
-            options = {"gen_length": gen_length, "eos_token_id": ends, "on_step_end": step_end}
-            options |= {"chat": apply_template and bool(self.tokenizer.chat_template), **sampling}
+            options = {
+                "gen_length": gen_length,
+                "eos_token_id": ends,
+                "on_step_end": step_end,
+                "chat": apply_template and bool(self.tokenizer.chat_template),
+                **sampling,
+            }
             ids = encode_prompts(self.tokenizer, texts)
             result = answer_prompts(self.transformer, ids, device=self._execution_device, **options)
         self.maybe_free_model_hooks()
-        answers = [
-            decode_answer(self.tokenizer, answer, ends) for answer in result.answers.tolist()
-        ]
+        tokens = result.answers.tolist()
+        answers = [decode_answer(self.tokenizer, answer, ends) for answer in tokens]
         if not return_dict:
             return answers, result.sequences
         return LLaDAPipelineOutput(
             answers, result.sequences, result.answers, result.prompt_lengths, result.forwards
         )
 
-    def prompt_text(
-        self, prompt: str | Sequence[Mapping[str, str]], apply_template: bool = True
-    ) -> str:
+    def prompt_text(self, prompt: str | Chat, apply_template: bool = True) -> str:
         """Return the text that the model reads before its answer to one question or chat.
 
         Raises:
-            ValueError: an empty one, a chat without a chat template or that doesn't end with the user's turn.
+            ValueError: an empty prompt, a chat that doesn't end with the user's turn, or one
+                without a chat template.
         """
-        if isinstance(prompt, str) and prompt.strip():
-            return prompt_text(self.tokenizer, prompt) if apply_template else prompt
-        is_chat = not isinstance(prompt, str) and prompt and prompt[-1]["role"] == "user"
-        if not is_chat or not apply_template or not self.tokenizer.chat_template:
-            raise ValueError(
-                f"prompt {prompt!r} is empty, or a chat that doesn't end with the user's turn, or one without a chat "
-                "template of the tokenizer"
-            )
-        return chat_text(self.tokenizer, prompt)  # type: ignore[arg-type]
+        can_chat = apply_template and self.tokenizer.chat_template
+        if isinstance(prompt, str):
+            if prompt.strip():
+                return prompt_text(self.tokenizer, prompt) if apply_template else prompt
+        elif can_chat and prompt and prompt[-1]["role"] == "user":
+            return chat_text(self.tokenizer, prompt)
+        raise ValueError(
+            f"prompt {prompt!r} is empty, or a chat that doesn't end with the user's turn, or one "
+            "without a chat template of the tokenizer"
+        )

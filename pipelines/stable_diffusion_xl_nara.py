@@ -1,4 +1,4 @@
-"""Stable Diffusion XL with the NaRA methods typed in, in place of Diffusers' own class.
+"""Stable Diffusion XL with the NaRA methods in its class, for editors.
 
     from pipelines.stable_diffusion_xl_nara import StableDiffusionXLPipeline
 
@@ -10,8 +10,9 @@ or, without this file's folder on the path,
         trust_remote_code=True,
     )
 
-`import nara_diffusion` gives every pipeline these methods; an editor sees them in a class alone. The class has the name
-of Diffusers' own, so that what it saves is a stock pipeline and `AutoPipelineForImage2Image.from_pipe` knows it.
+`import nara_diffusion` gives every pipeline these methods, but an editor only sees them in a class.
+This class has the name of Diffusers' own, so that it saves a stock pipeline and
+`AutoPipelineForImage2Image.from_pipe` knows it.
 """
 
 import diffusers
