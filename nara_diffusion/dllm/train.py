@@ -46,7 +46,7 @@ from nara_diffusion.dllm.canvas import (
 )
 from nara_diffusion.dllm.decoding import chat_sampling
 from nara_diffusion.dllm.exact_match import answer_prompts
-from nara_diffusion.dllm.models.pretrained import prepare_quantised
+from nara_diffusion.dllm.models.quantised import prepare_quantised
 from nara_diffusion.dllm.records import load_records
 from nara_diffusion.dllm.text_report import (
     Evaluation,

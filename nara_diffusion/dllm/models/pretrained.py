@@ -9,23 +9,22 @@
 
 `config.is_causal = False` makes attention bidirectional in transformers. No code of the checkpoint
 is run.
+
+LLaDA is a Llama without the causal mask, and with other names. Its tensors are renamed while they
+stream from disk, and its configuration is translated. An option that Llama lacks is an error.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft import prepare_model_for_kbit_training
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForMaskedLM,
-    BitsAndBytesConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedConfig,
@@ -40,7 +39,7 @@ from transformers.utils import CONFIG_NAME
 from nara_diffusion.utils.naming import naming_source
 
 from ..tokenizer import find_mask_token, load_tokenizer, set_special_tokens
-from .llada_format import KEY_MAPPING, checkpoint_name, llama_fields
+from .quantised import quantization
 from .shifted_logits import ShiftedQwen2ForCausalLM
 
 HUB_ARGUMENTS = (
@@ -101,10 +100,10 @@ def load_backbone(
     size = config.vocab_size
     mask = find_mask_token(name, tokenizer, fields, size, mask_token_id, mask_token)
     if is_renamed:
-        kwargs["key_mapping"] = KEY_MAPPING
+        kwargs["key_mapping"] = _KEY_MAPPING
     if load_in_4bit or load_in_8bit:
         dtype = kwargs.get("dtype")
-        kwargs["quantization_config"] = _quantization(load_in_4bit, load_in_8bit, dtype)
+        kwargs["quantization_config"] = quantization(load_in_4bit, load_in_8bit, dtype)
     try:
         model, loading = model_class.from_pretrained(
             name, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
@@ -194,34 +193,106 @@ def _check_tensors(name: str, loading: Mapping[str, Any], original: Callable[[st
         raise ValueError(f"the tensors of {name} don't fit its configuration; {'; '.join(lists)}")
 
 
-# ---------------------------------------------------------------- 4 and 8 bits
+# ---------------------------------------------------------------- LLaDA's checkpoint format
+
+# Names of tensors: (in LLaDA, in LlamaForCausalLM), of the whole model and of a layer
+_OF_MODEL = (("wte", "model.embed_tokens"), ("ln_f", "model.norm"), ("ff_out", "lm_head"))
+_OF_LAYER = (
+    ("attn_norm", "input_layernorm"),
+    ("ff_norm", "post_attention_layernorm"),
+    ("q_proj", "self_attn.q_proj"),
+    ("k_proj", "self_attn.k_proj"),
+    ("v_proj", "self_attn.v_proj"),
+    ("attn_out", "self_attn.o_proj"),
+    ("ff_proj", "mlp.gate_proj"),
+    ("up_proj", "mlp.up_proj"),
+    ("ff_out", "mlp.down_proj"),
+)
+_LAYER = r"(\d+)"
+_TENSORS = [(f"model.transformer.{theirs}.", f"{ours}.") for theirs, ours in _OF_MODEL]
+for theirs, ours in _OF_LAYER:
+    theirs = f"model.transformer.blocks.{_LAYER}.{theirs}."
+    _TENSORS.append((theirs, f"model.layers.{_LAYER}.{ours}."))
+
+_KEY_MAPPING = {
+    "^" + theirs.replace(".", r"\."): ours.replace(_LAYER, r"\1") for theirs, ours in _TENSORS
+}
+"""For `from_pretrained(key_mapping=…)`, which allows one capture group in a pattern."""
+
+# Fields of a LLaDA configuration: their values that make its block a Llama block
+_EXPRESSIBLE: dict[str, tuple[Any, ...]] = {
+    "activation_type": ("silu",),
+    "block_type": ("llama",),
+    "layer_norm_type": ("rms",),
+    "rope": (True,),
+    "layer_norm_with_affine": (True,),
+    "alibi": (False,),
+    "attention_layer_norm": (False,),
+    "include_bias": (False,),
+    "input_emb_norm": (False,),
+    "scale_logits": (False,),
+    "bias_for_layer_norm": (False, None),
+    "include_qkv_bias": (False, None),
+    "clip_qkv": (None,),
+    "sliding_window": (None,),
+    "embedding_dropout": (0.0,),
+    "residual_dropout": (0.0,),
+}
 
 
-def _quantization(
-    load_in_4bit: bool, load_in_8bit: bool, dtype: torch.dtype | str | None
-) -> BitsAndBytesConfig:
-    if find_spec("bitsandbytes") is None:
+def llama_fields(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a LlamaConfig for those of a LLaDA checkpoint's config.json.
+
+    Raises:
+        ValueError: a field is missing, or has a value that Llama can't express; the message names
+            each.
+    """
+    unsupported = []
+    for name, allowed in _EXPRESSIBLE.items():
+        if name in fields and fields[name] not in allowed:
+            expected = " or ".join(map(repr, allowed))
+            unsupported.append(f"{name}={fields[name]!r} (only {expected})")
+    if unsupported:
         raise ValueError(
-            "load_in_4bit and load_in_8bit need bitsandbytes, which isn't installed: pip install "
-            "'nara-diffusion[optimizers]', or '.[optimizers]' in a clone."
+            "this LLaDA checkpoint has options that a stock Llama model can't express: "
+            + "; ".join(unsupported)
         )
-    if dtype in (None, "auto"):  # the file's dtype
-        dtype = torch.bfloat16
-    elif isinstance(dtype, str):
-        dtype = getattr(torch, dtype)
-    return BitsAndBytesConfig(
-        load_in_4bit=load_in_4bit,
-        load_in_8bit=load_in_8bit,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
+    try:
+        return _translated(fields)
+    except KeyError as error:
+        raise ValueError(f"this LLaDA checkpoint's config.json lacks {error.args[0]}") from None
 
 
-def prepare_quantised(model: PreTrainedModel) -> None:
-    """Prepare a model in 4 or 8 bits for an adapter: PEFT casts all other weights to float32."""
-    name = "support_avx512bf16_for_cpu"  # packs weights in evaluation; then they have no gradient
-    for module in model.modules():
-        if hasattr(module, name):
-            setattr(module, name, False)
-    prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+def _translated(fields: dict[str, Any]) -> dict[str, Any]:
+    width, heads = fields["d_model"], fields["n_heads"]
+    # multi_query_attention is an older flag than n_kv_heads
+    key_heads = 1 if fields.get("multi_query_attention") else heads
+    theta = fields.get("rope_theta", 10000.0)
+    found = {
+        "vocab_size": fields.get("embedding_size") or fields["vocab_size"],
+        "hidden_size": width,
+        "intermediate_size": fields.get("mlp_hidden_size") or fields.get("mlp_ratio", 4) * width,
+        "num_hidden_layers": fields["n_layers"],
+        "num_attention_heads": heads,
+        "num_key_value_heads": fields.get("n_kv_heads") or key_heads,
+        "max_position_embeddings": fields["max_sequence_length"],
+        "rms_norm_eps": fields.get("rms_norm_eps", 1e-5),
+        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+        "attention_dropout": fields.get("attention_dropout", 0.0),
+        "tie_word_embeddings": fields.get("weight_tying", True),  # LLaDA's own default
+        "eos_token_id": fields.get("eos_token_id"),
+        "bos_token_id": fields.get("bos_token_id"),
+    }
+    for name in ("dtype", "torch_dtype", "quantization_config"):
+        if name in fields:
+            found[name] = fields[name]
+    return found
+
+
+def checkpoint_name(name: str) -> str:
+    """Return the name in a LLaDA checkpoint of a LlamaForCausalLM tensor."""
+    for theirs, ours in _TENSORS:
+        found = re.match(ours, name)
+        if found:
+            return theirs.replace(_LAYER, "".join(found.groups())) + name[found.end() :]
+    return name
