@@ -206,7 +206,7 @@ class FineTuning:
         model = self._adapt()
         parts = prepare_training(run, model, stream, self.collator)
         model = parts[0]
-        self.adapted = run.accelerator.unwrap_model(model)
+        self.adapted: Any = run.accelerator.unwrap_model(model)
         self._try_longest_prompt()
         self.trainable = sum(p.numel() for p in self.adapted.parameters() if p.requires_grad)
         self.facts = self._facts(stream, steps)

@@ -161,7 +161,8 @@ class NaraDLLM(LM):
         """Return an answer to each request: the text before an end token and any of its `until`."""
         prompts, settings, rooms = [], [], []
         for request in requests:
-            text, gen_kwargs = request.args
+            given: Any = request.args
+            text, gen_kwargs = given
             until, sampling = read_gen_kwargs(gen_kwargs)
             length = sampling["gen_length"]
             if length >= self.max_length:
@@ -226,10 +227,8 @@ class NaraDLLM(LM):
         prompts, answers, rooms = [], [], []
         room = self.max_length - len(self.opening)
         for request in requests:
-            context, continuation = request.args
-            prompt, answer = encode_pair(
-                self.tokenizer, context, continuation, has_template=self.has_template
-            )
+            given: Any = request.args
+            prompt, answer = encode_pair(self.tokenizer, *given, has_template=self.has_template)
             if len(answer) > room:
                 beside = " beside the BOS token" if self.opening else ""
                 raise ValueError(

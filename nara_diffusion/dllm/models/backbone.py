@@ -267,8 +267,9 @@ def _hooked(
         return (before(args[0]), *args[1:]) if threading.get_ident() == thread else None
 
     def post(_: nn.Module, __: tuple, output: Tensor) -> Tensor | None:
-        is_due = after is not None and threading.get_ident() == thread
-        return after(output) if is_due else None
+        if after is None or threading.get_ident() != thread:
+            return None
+        return after(output)
 
     # The inner pair of hooks: FSDP and DeepSpeed gather the weights before and free them after it.
     handles = [head.register_forward_pre_hook(pre), head.register_forward_hook(post, prepend=True)]
