@@ -197,3 +197,18 @@ class AnswerCollator:
             assert self.gen_length is not None
             return max(length, prompt + self.gen_length)
         return length + int(self.trained_padding)
+
+
+def batches_of(
+    rows: Sequence[Row],
+    indices: Sequence[int],
+    collator: AnswerCollator,
+    batch_size: int,
+    device: torch.device,
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield the rows at `indices` as batches on `device`; the index is the key of random
+    numbers."""
+    for start in range(0, len(indices), batch_size):
+        chosen = indices[start : start + batch_size]
+        batch = collator([{**rows[i], "position": i} for i in chosen])
+        yield {name: value.to(device) for name, value in batch.items()}

@@ -1,9 +1,9 @@
 """The canvas: a prompt, and right behind it `gen_length` masks that generation fills.
 
 If prompts differ in length, each is followed by its own answer, and padding is on the right, as in
-training. A model learns what follows an answer from the end tokens that training puts behind answers,
-so both should reach equally far. A model that was trained on fewer end tokens continues after its
-answer, or takes the length of the canvas for that of the answer.
+training. A model learns what follows an answer from the end tokens that training puts behind
+answers, so both should reach equally far. A model that was trained on fewer end tokens continues
+after its answer, or takes the length of the canvas for that of the answer.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ def place_prompts(
         attention_mask: (b, p), instead of them: 0 on padding, which may be on the right or left.
 
     Returns:
-        (b, l) int64 token ids: prompt, masks, padding; l is the longest prompt + gen_length. (b,) where
-        the answers start. (b, l) bool, False on padding.
+        (b, l) int64 token ids: prompt, masks, padding; l is the longest prompt + gen_length. (b,)
+        where the answers start. (b, l) bool, False on padding.
 
     Raises:
-        ValueError: shapes that don't agree, a canvas longer than the model's positions, a prompt that
-            contains the mask token.
+        ValueError: shapes that don't agree, a canvas longer than the model's positions, a prompt
+            that contains the mask token.
     """
     input_ids = input_ids.long()
     is_prompt = _prompt_positions(input_ids, prompt_lengths, attention_mask)  # (b, p)
@@ -162,8 +162,8 @@ def trained_canvas(
         stream: its first samples are looked at.
 
     Returns:
-        One line for the run's facts. Warnings, if generation goes beyond what training shows, or ends
-        before answers do.
+        One line for the run's facts. Warnings, if generation goes beyond what training shows, or
+        ends before answers do.
     """
     rows = [stream[position] for position in range(min(len(stream.samples), _SAMPLE))]
     prompts = [row["prompt_length"] for row in rows]

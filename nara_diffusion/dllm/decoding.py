@@ -241,7 +241,3 @@ def chat_sampling(model: nn.Module, sampling: Sampling) -> Sampling:
         return sampling
     blocks = sampling.gen_length // block
     return sampling if (sampling.steps or 0) % blocks else replace(sampling, block_length=block)
-
-
-def chat_settings(model: nn.Module, settings: dict[str, Any]) -> dict[str, Any]:
-    return vars(chat_sampling(model, Sampling(**settings)))

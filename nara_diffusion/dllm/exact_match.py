@@ -22,14 +22,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .models.backbone import Backbone
-from .sampler import Generation, generate
+from .sampler import answer_prompts
 from .tokenizer import decode_answer, stop_token_ids
 
 logger = logging.getLogger(__name__)
@@ -128,27 +125,6 @@ def _warn_of_nameless(
             f"the first of them {nameless[0]!r}: no generation will count as right there; choose "
             "another `extract`"
         )
-
-
-def answer_prompts(
-    model: nn.Module,
-    prompts: Sequence[Sequence[int]],
-    *,
-    device: torch.device | None = None,
-    **sampling: Any,
-) -> Generation:
-    """Call `generate` for prompts of unequal length.
-
-    Args:
-        prompts: lists of token ids.
-        device: the device of the model's inputs; default: that of its parameters.
-    """
-    lengths = [len(prompt) for prompt in prompts]
-    rows = [torch.as_tensor(prompt, dtype=torch.long) for prompt in prompts]
-    input_ids = pad_sequence(rows, batch_first=True).to(device or Backbone(model).device)
-    result = generate(model, input_ids, prompt_lengths=lengths, return_stats=True, **sampling)
-    assert isinstance(result, Generation)
-    return result
 
 
 # ---------------------------------------------------------------- rules

@@ -1,30 +1,33 @@
 """Losses of masked language models: the objective, and the same at chosen noise levels.
 
-LLaDA's objective for supervised fine-tuning (arXiv 2502.09992, algorithm 2), with n_i the length of answer i, its EOS
-padding included where that is trained on; each sequence has its own λ, and its adapters run at that:
+LLaDA's objective for supervised fine-tuning (arXiv 2502.09992, algorithm 2), with n_i the length of
+answer i, including the EOS padding that is trained on. Each sequence has its own λ, and its
+adapters run at that:
 
     L = 1/B Σ_i  1/n_i Σ_{j masked}  − log p(x_ij | masked x_i) / λ_i
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
-from .batches import AnswerCollator
+from .batches import AnswerCollator, batches_of
 from .conditioning import ForwardRows, conditioned
 from .masking import MaskedBatch, mask_answers
-from .models.backbone import Backbone, evaluating, without_ddp
+from .models.backbone import Backbone, evaluating, guided, without_ddp
 
 
 @dataclass(frozen=True)
 class MaskedDiffusionLoss(MaskedBatch):
-    """The loss of a masked batch of b' rows, 2b with complementary masks, else b.
+    """The loss of a masked batch of b' rows: b, or 2b with complementary masks.
 
     Attributes:
         loss: scalar, the mean of `per_sample`.
@@ -32,15 +35,15 @@ class MaskedDiffusionLoss(MaskedBatch):
         token_loss: (b', l) cross-entropy in nats; zero where nothing is masked.
     """
 
-    loss: torch.Tensor
-    per_sample: torch.Tensor
-    token_loss: torch.Tensor
+    loss: Tensor
+    per_sample: Tensor
+    token_loss: Tensor
 
 
 def masked_diffusion_loss(
     model: nn.Module,
-    input_ids: torch.Tensor,
-    prompt_lengths: torch.Tensor | Sequence[int],
+    input_ids: Tensor,
+    prompt_lengths: Tensor | Sequence[int],
     *,
     mask_token_id: int | None = None,
     chunk_size: int | None = 256,
@@ -49,32 +52,33 @@ def masked_diffusion_loss(
     """Mask the answers at random, and score how well `model` fills them in.
 
     Args:
-        model: the outermost module, as `accelerator.prepare` or `get_peft_model` returned it; it is entered by its
-            `__call__`.
+        model: the outermost module, as `accelerator.prepare` or `get_peft_model` returned it; its
+            `__call__` is entered.
         input_ids: (b, l) clean tokens: prompt, answer, padding on the right.
         prompt_lengths: (b,) tokens before the answer.
         mask_token_id: default `model.config.mask_token_id`.
-        chunk_size: masked positions whose logits exist at one time, made again in backward; None makes them everywhere
-            at once, as most trainers do. The values are the same. Models whose head is adapted or can't be reached
-            (`Backbone.head` is None) always do the latter.
-        **masking: of `mask_answers`: answer_lengths (b,); noise_level, λ in (0, 1], (b,) or
-            one number, instead of drawing it; generator, or seed with sample_indices (b,); group_size; complementary;
-            window.
+        chunk_size: masked positions with logits at the same time; backward computes them again.
+            None computes the logits of all positions at once, as most trainers do. The values are
+            the same. Models with an adapted head, or one that can't be reached (`Backbone.head` is
+            None), always do the latter.
+        **masking: of `mask_answers`: answer_lengths (b,); noise_level, λ in (0, 1], (b,) or one
+            number, instead of drawing it; generator, or seed with sample_indices (b,); group_size;
+            complementary; window.
 
     Raises:
         ValueError: see `mask_answers`; or no mask token; or an adapter that was trained with
-            another λ than the masked share; or an answer without a prompt, for a model that predicts the next token.
+            another λ than the masked share; or an answer without a prompt, for a model that
+            predicts the next token.
     """
     mask = Backbone(model).mask_token_id(mask_token_id)
-    return batch_loss(
-        model, mask_answers(input_ids, prompt_lengths, mask_token_id=mask, **masking), chunk_size
-    )
+    batch = mask_answers(input_ids, prompt_lengths, mask_token_id=mask, **masking)
+    return batch_loss(model, batch, chunk_size)
 
 
 def batch_loss(
     model: nn.Module, batch: MaskedBatch, chunk_size: int | None = 256
 ) -> MaskedDiffusionLoss:
-    """The loss of a batch that is masked already; see `masked_diffusion_loss`."""
+    """Return the loss of a masked batch; see `masked_diffusion_loss`."""
     token_loss = masked_cross_entropy(model, batch, chunk_size=chunk_size)  # (b', l)
     per_sample = token_loss.sum(1) / batch.noise_level / batch.answer.sum(1)
     return MaskedDiffusionLoss(
@@ -89,33 +93,83 @@ def masked_cross_entropy(
     chunk_size: int | None = 256,
     cfg_scale: float = 0.0,
     mask_token_id: int | None = None,
-) -> torch.Tensor:
-    """− log p of the clean token at each masked position, zero elsewhere: (b, l), float32 or wider.
+) -> Tensor:
+    """Return − log p of the clean token at each masked position, else zero: (b, l), at least
+    float32.
 
     Args:
-        cfg_scale: w of classifier-free guidance (`backbone.guided`), whose other half has its prompt masked and the λ
-            of its sample; 0 turns it off.
+        cfg_scale: w of classifier-free guidance (`backbone.guided`); 0 turns it off. Rows with
+            masked prompts run at the λ of their sample.
         mask_token_id: for guidance; default `model.config.mask_token_id`.
     """
     backbone = Backbone(model)
     if backbone.is_shifted and batch.answer[:, 0].any():
         raise ValueError(
-            "an answer begins its row, and this model predicts the next token, so that nothing predicts the first: "
-            "begin the row with a BOS token, and count it in prompt_lengths"
+            "an answer begins its row, and this model predicts the next token, so that nothing "
+            "predicts the first: begin the row with a BOS token, and count it in prompt_lengths"
         )
     rows = ForwardRows(batch.input_ids, batch.attention_mask, batch.noise_level)
     if cfg_scale > 0:
         is_prompt = batch.answer.cumsum(1) == 0  # (b, l)
         rows = rows.with_masked_prompts(is_prompt, backbone.mask_token_id(mask_token_id))
     with conditioned(model, rows.noise_level):
-        return backbone.token_losses(
-            rows.input_ids,
-            batch.targets,
-            batch.masked,
-            rows.attention_mask,
-            chunk_size=chunk_size,
-            cfg_scale=cfg_scale,
+        head = None if chunk_size is None else backbone.head
+        # an adapted head has to see whole rows, for their λ
+        if head is None or chunk_size is None or hasattr(head, "lora_A"):
+            logits = backbone.logits(rows.input_ids, rows.attention_mask)
+            logits = guided(_by_prompt(logits, batch), cfg_scale)  # (b, l, v)
+            return token_cross_entropy(logits, batch.targets) * batch.masked
+
+        def losses_of(hidden: Tensor) -> Tensor:
+            hidden = _by_prompt(hidden, batch)
+            return _chunked_losses(head, hidden, batch, chunk_size, cfg_scale).unsqueeze(-1)
+
+        losses = backbone.at_head(head, rows.input_ids, rows.attention_mask, losses_of)
+    if losses.shape != (*batch.masked.shape, 1):
+        raise ValueError(
+            f"{type(backbone.language_model).__name__} changes what its output head returns, so "
+            "that the loss can't be computed in it: pass chunk_size=None"
         )
+    return losses.squeeze(-1)
+
+
+def _by_prompt(states: Tensor, batch: MaskedBatch) -> Tensor:
+    """Return `states` (b or 2b, l, …) as (1 or 2, b, l, …): with the prompt, and with it masked."""
+    return states.unflatten(0, (-1, len(batch.targets)))
+
+
+def _chunked_losses(
+    head: nn.Module, hidden: Tensor, batch: MaskedBatch, chunk_size: int, cfg_scale: float
+) -> Tensor:
+    """Return − log p of the clean tokens (b, l) from hidden states (1 or 2, b, l, d) by chunks."""
+    places = batch.masked.flatten().nonzero()[:, 0]  # (m,)
+    counts = batch.masked.new_ones(len(places))
+    if not len(places):
+        # one place that counts zero, since every parameter has to get a gradient
+        places, counts = places.new_zeros(1), batch.masked.new_zeros(1)
+
+    def loss(hidden: Tensor, wanted: Tensor) -> Tensor:
+        return token_cross_entropy(guided(head.forward(hidden), cfg_scale), wanted)
+
+    at_places = hidden.flatten(1, 2)[:, places]  # (1 or 2, m, d)
+    wanted = batch.targets.flatten()[places]  # (m,)
+    losses: list[Tensor] = []
+    for chunk in zip(at_places.split(chunk_size, 1), wanted.split(chunk_size), strict=True):
+        if torch.is_grad_enabled():
+            found: Any = checkpoint(loss, *chunk, use_reentrant=False)
+            losses.append(found)
+        else:
+            losses.append(loss(*chunk))
+    of_masks = torch.cat(losses) * counts
+    everywhere = of_masks.new_zeros(batch.masked.numel())
+    return everywhere.scatter(0, places, of_masks).view_as(batch.masked)
+
+
+def token_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return − log p(target), computed at least in float32: (…, v), (…) → (…)."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    losses = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none")
+    return losses.view_as(targets)
 
 
 # ---------------------------------------------------------------- at chosen noise levels
@@ -133,23 +187,26 @@ def noise_level_curve(
     mask_token_id: int | None = None,
     progress: bool = True,
 ) -> list[float]:
-    """The validation loss at each noise level, in nats a masked token.
+    """Return the validation loss at each noise level, in nats a masked token.
 
-    The training objective at fixed λ, with its expected number of masked tokens λ·n replaced by the actual one:
+    This is the training objective at fixed λ, but with the actual number of masked tokens instead
+    of the expected one, λ·n:
 
         loss(λ) = Σ_i (1/n_i) Σ_{j masked} − log p(x_ij)  /  Σ_i (1/n_i) Σ_{j masked} 1
 
-    over all rows i with answers of n_i tokens. That ratio, and masks that depend on (seed, row, λ) alone and grow
-    with λ, keep the variance low: two models, or two λ, are compared on the same masks.
+    over all rows i with answers of n_i tokens. That ratio keeps the variance low, and so do masks
+    that depend only on (seed, row, λ) and grow with λ: two models, or two λ, are compared on the
+    same masks.
 
     Args:
         model: the outermost module.
         rows: of `encode_records`.
         noise_levels: λ in (0, 1].
-        collator: how rows become a batch; padding that is trained on counts. Default: each answer and its end alone.
+        collator: how rows become a batch; padding that is trained on counts. Default: only each
+            answer and its end.
 
     Returns:
-        One loss a noise level; NaN where no token got masked.
+        One loss for each noise level; NaN if no token got masked.
 
     Raises:
         ValueError: a noise level outside (0, 1].
@@ -157,36 +214,20 @@ def noise_level_curve(
     model = without_ddp(model)
     backbone = Backbone(model)
     mask, device = backbone.mask_token_id(mask_token_id), backbone.device
-    collate = collator or AnswerCollator(
-        backbone.configured("pad_token_id") or 0, trained_padding=0
-    )
+    padding = backbone.configured("pad_token_id") or 0
+    collate = collator or AnswerCollator(padding, trained_padding=0)
     losses = []
-    bar = tqdm(
-        total=len(noise_levels) * len(rows), desc="loss over λ", unit="row", disable=not progress
-    )
+    total = len(noise_levels) * len(rows)
+    bar = tqdm(total=total, desc="loss over λ", unit="row", disable=not progress)
     with evaluating(model), bar:
         for level in noise_levels:
-            total = count = 0.0
+            loss = count = 0.0
             for batch in batches_of(rows, range(len(rows)), collate, batch_size, device):
                 masked = mask_answers(**batch, mask_token_id=mask, noise_level=level, seed=seed)
-                lengths = masked.answer.sum(1)
-                total += (
-                    (masked_cross_entropy(model, masked).double().sum(1) / lengths).sum().item()
-                )
+                lengths = masked.answer.sum(1)  # (b,)
+                of_row = masked_cross_entropy(model, masked).double().sum(1)  # (b,)
+                loss += (of_row / lengths).sum().item()
                 count += (masked.masked.double().sum(1) / lengths).sum().item()
                 bar.update(len(lengths))
-            losses.append(total / count if count else float("nan"))
+            losses.append(loss / count if count else float("nan"))
     return losses
-
-
-def batches_of(
-    rows: Sequence[Mapping[str, Any]],
-    indices: Sequence[int],
-    collator: AnswerCollator,
-    batch_size: int,
-    device: Any,
-) -> Iterator[dict[str, Any]]:
-    """The rows at `indices` as batches on `device`; their random numbers are keyed by the index."""
-    for start in range(0, len(indices), batch_size):
-        batch = collator([{**rows[i], "position": i} for i in indices[start : start + batch_size]])
-        yield {name: value.to(device) for name, value in batch.items()}

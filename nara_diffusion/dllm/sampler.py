@@ -1,21 +1,22 @@
 """LLaDA's semi-autoregressive sampler (arXiv 2502.09992, algorithms 4 and 5).
 
-The answer starts as `gen_length` masks and is filled block by block, the later blocks' masks in sight. At each step the
-model predicts every mask of the block, and some get their tokens: `decoding` has the rules. Classifier-free guidance
-combines logits as (1 + w) · l(x) − w · l(x with its prompt masked).
+The answer starts as `gen_length` masks and is filled block by block, with the masks of later blocks
+in sight. In each step the model predicts every mask of the block, and some get their tokens by the
+rules of `decoding`. Classifier-free guidance combines logits as
+(1 + w) · l(x) − w · l(x with its prompt masked).
 
-A noise-aware model runs at λ = masked share of the answer, per sample, at each step, over all blocks, so it goes from
-1 to 0; the guided half of a batch has the λ of its sample. There is no cache of keys and values: with k or v adapted,
-what it holds would belong to the λ of an older step. What differs from LLaDA's own generate():
+A noise-aware model runs at λ = masked share of the answer over all blocks, for each sample in each
+step, so λ goes from 1 to 0. Rows with masked prompts have the λ of their sample. There is no cache
+of keys and values: with k or v adapted, it would belong to the λ of an older step. Unlike LLaDA's
+code:
 
-- an empty prompt becomes a BOS token where position i predicts token i + 1 (Dream), so that something predicts the
-  first token of the answer;
-- prompts of unequal length, see `canvas`;
+- an empty prompt becomes a BOS token if position i predicts token i + 1 (Dream), so that something
+  predicts the first token of the answer; prompts may differ in length (`canvas`);
 - the mask token is never predicted, so that a step cannot undo another;
-- a row whose first end-of-sequence token has no mask before it is done: the rest of its answer is filled with that
-  token. When all rows are done, sampling stops;
-- steps that have no token to place are skipped, and rows that have none sit out. That changes nothing, since λ counts
-  masks and not steps.
+- a row is done if no mask is left before its first end-of-sequence token: that token fills the rest
+  of its answer. Sampling stops when all rows are done;
+- steps without a token to place are skipped, and rows without one are left out. That changes
+  nothing, since λ counts masks and not steps.
 """
 
 from __future__ import annotations
@@ -27,22 +28,25 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 from nara_diffusion.noise.rows import guidance_rows
 
 from .canvas import place_prompts
 from .conditioning import ForwardRows, conditioned
-from .decoding import Sampling, chat_settings
+from .decoding import Sampling, chat_sampling
 from .models.backbone import Backbone, evaluating, guided, without_ddp
 
 
 @dataclass(frozen=True)
 class Generation:
-    """Attributes:
-    sequences: (b, l) prompt, answer, padding.
-    answers: (b, gen_length).
-    prompt_lengths: (b,) where each answer starts.
-    forwards: the number of forwards; a guided step counts once.
+    """The result of `generate`.
+
+    Attributes:
+        sequences: (b, l) prompt, answer, padding.
+        answers: (b, gen_length).
+        prompt_lengths: (b,) where each answer starts.
+        forwards: the number of forwards; a guided step counts once.
     """
 
     sequences: torch.Tensor
@@ -53,14 +57,15 @@ class Generation:
 
 @dataclass
 class GenerationStep:
-    """The argument of `on_step_end`, after each step. `on_step_end` may change `sequences` and `stop`.
+    """The argument of `on_step_end`, which may change `sequences` and `stop`.
 
     Attributes:
-    index: the number of steps before this one.
-    noise_level: (b,) λ before this step, at which the model ran; rows that are done have 0.
-    sequences: (b, l) prompt, answer so far, padding. A mask may be filled; no other token may become a mask.
-    masked: (b, gen_length) which tokens of the answers are masks still.
-    stop: True ends sampling after this step; masks that are left stay.
+        index: the number of steps before this one.
+        noise_level: (b,) the λ that the model ran at; rows that are done have 0.
+        sequences: (b, l) prompt, answer so far, padding. A mask may be filled; no other token may
+            become a mask.
+        masked: (b, gen_length) which tokens of the answers are still masks.
+        stop: True ends sampling after this step; masks that are left stay.
     """
 
     index: int
@@ -90,73 +95,103 @@ def generate(
     """Answer the prompts in `input_ids`.
 
     Args:
-        model: the outermost module. Of a DistributedDataParallel its `.module` runs, since processes may need different
-            numbers of steps; under FSDP and DeepSpeed ZeRO-3 give every process the same number (stop_at_eos=False
-            and `steps`).
+        model: the outermost module. Of a DistributedDataParallel its `.module` runs, since
+            processes may need different numbers of steps. Under FSDP and DeepSpeed ZeRO-3 give
+            every process the same number (stop_at_eos=False and `steps`).
         input_ids: (b, p) prompts, of any integer type.
         prompt_lengths: (b,) of prompts padded on the right.
-        attention_mask: (b, p), instead of `prompt_lengths`; padding may stand on either side.
-        chat: whether the prompts come from the chat template: `block_length` is then by default that of the model's own
-            chat (LLaDA: 32), if it divides `gen_length`.
-        generator: seeds a stream of random numbers a row, for Gumbel noise and random remasking: what a row draws
-            doesn't depend on the rows beside it, but for its place among them.
-        mask_token_id: by default that of the model's configuration.
+        attention_mask: (b, p), instead of `prompt_lengths`; padding may be on either side.
+        chat: True if the prompts come from the chat template: the default of `block_length` is then
+            that of the model's own chat (LLaDA: 32), if it divides `gen_length`.
+        generator: seeds a stream of random numbers for each row, for Gumbel noise and random
+            remasking. A row's numbers don't depend on the rows beside it, only on its place among
+            them.
+        mask_token_id, pad_token_id: by default those of the model's configuration.
         eos_token_id: one or several; by default those of the configuration.
-        pad_token_id: by default that of the configuration.
         stop_at_eos: finish a row at its first eos token.
-        return_stats: return a `Generation`, with the number of forwards, in place of the sequences.
+        return_stats: return a `Generation`, with the number of forwards, instead of the sequences.
         on_step_end: called after each step with a `GenerationStep`, which it may change.
-        **settings: of `nara_diffusion.dllm.Sampling`: gen_length (128), steps, block_length, temperature, top_p,
-            cfg_scale, remasking, confidence_threshold, factor, entropy_bound, logits_eos_inf, confidence_eos_eot_inf.
+        **settings: of `nara_diffusion.dllm.Sampling`: gen_length (128), steps, block_length,
+            temperature, top_p, cfg_scale, remasking, confidence_threshold, factor, entropy_bound,
+            logits_eos_inf, confidence_eos_eot_inf.
 
     Returns:
-        (b, longest prompt + gen_length) int64 token ids: prompt, answer, and padding on the right of shorter rows. An
+        (b, longest prompt + gen_length) int64 token ids: prompt, answer, padding on the right. An
         empty prompt becomes a BOS token if the model predicts the next token (Dream).
 
     Raises:
-        ValueError: impossible arguments, a prompt that holds the mask token, more positions than the model has, or an
-            adapter that was trained with another λ than the masked share.
+        ValueError: impossible arguments, a prompt that contains the mask token, more positions than
+            the model has, or an adapter that was trained with another λ than the masked share.
     """
-    if (
-        not isinstance(input_ids, torch.Tensor)
-        or input_ids.ndim != 2
-        or input_ids.is_floating_point()
-    ):
+    is_tensor = isinstance(input_ids, torch.Tensor)
+    if not is_tensor or input_ids.ndim != 2 or input_ids.is_floating_point():
         raise ValueError(
-            f"input_ids is a {type(input_ids).__name__}, expected a tensor (b, p) of token ids: a text becomes one by "
-            "torch.tensor(encode_prompts(tokenizer, [text])), and LLaDAPipeline takes it as it is"
+            f"input_ids is a {type(input_ids).__name__}, expected a tensor (b, p) of token ids: "
+            "torch.tensor(encode_prompts(tokenizer, [text])) makes one; LLaDAPipeline takes a text"
         )
     backbone = Backbone(without_ddp(model))
-    sampling = Sampling(**(chat_settings(backbone.model, settings) if chat else settings))
-    mask, eos = backbone.mask_token_id(mask_token_id), backbone.configured("eos_token_id")
-    padding = pad_token_id if pad_token_id is not None else backbone.configured("pad_token_id")
-    lengths: dict[str, Any] = {"prompt_lengths": prompt_lengths, "attention_mask": attention_mask}
-    padding = mask if padding is None else padding
-    placed = place_prompts(backbone, input_ids, sampling.gen_length, mask, padding, **lengths)
-    eos, ends = (
-        torch.as_tensor(
-            [] if ids is None else ids, dtype=torch.long, device=input_ids.device
-        ).reshape(-1)
-        for ids in (eos, eos if eos_token_id is None else eos_token_id)
+    sampling = Sampling(**settings)
+    if chat:
+        sampling = chat_sampling(backbone.model, sampling)
+    mask = backbone.mask_token_id(mask_token_id)
+    configured = backbone.configured("pad_token_id")
+    padding = configured if pad_token_id is None else pad_token_id
+    placed = place_prompts(
+        backbone,
+        input_ids,
+        sampling.gen_length,
+        mask,
+        mask if padding is None else padding,
+        prompt_lengths=prompt_lengths,
+        attention_mask=attention_mask,
     )
-    never = torch.cat([eos if sampling.logits_eos_inf else eos[:0], eos.new_tensor([mask])])
-    last = ends if sampling.confidence_eos_eot_inf else ends[:0]
-    state = _State(
-        backbone, sampling, mask, ends if stop_at_eos else ends[:0], last, never, *placed, generator
-    )
+    configured = backbone.configured("eos_token_id")
+    ends = _token_list(configured if eos_token_id is None else eos_token_id)
+    never = [mask, *_token_list(configured)] if sampling.logits_eos_inf else [mask]
+    last = ends if sampling.confidence_eos_eot_inf else []
+    tokens = partial(torch.tensor, dtype=torch.long, device=input_ids.device)
+    special = (tokens(ends if stop_at_eos else []), tokens(last), tokens(never))
+    state = _State(backbone, sampling, mask, *special, *placed, generator)
     with evaluating(backbone.model):
         state.fill(on_step_end)
-    result = Generation(state.sequences, state.answers, state.starts, state.forwards)
-    return result if return_stats else result.sequences
+    if not return_stats:
+        return state.sequences
+    return Generation(state.sequences, state.answers, state.starts, state.forwards)
+
+
+def _token_list(ids: int | Sequence[int] | None) -> list[int]:
+    return [] if ids is None else torch.as_tensor(ids).reshape(-1).tolist()
+
+
+def answer_prompts(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    *,
+    device: torch.device | None = None,
+    **sampling: Any,
+) -> Generation:
+    """Call `generate` for prompts of unequal length.
+
+    Args:
+        prompts: lists of token ids.
+        device: that of the model's inputs; default: that of its parameters.
+    """
+    lengths = [len(prompt) for prompt in prompts]
+    rows = [torch.as_tensor(prompt, dtype=torch.long) for prompt in prompts]
+    input_ids = pad_sequence(rows, batch_first=True).to(device or Backbone(model).device)
+    result = generate(model, input_ids, prompt_lengths=lengths, return_stats=True, **sampling)
+    assert isinstance(result, Generation)
+    return result
 
 
 @dataclass
 class _State:
-    """The state of the sampler: the sequences, and the step that fills some of their masks.
+    """The sequences, and the step that fills some of their masks.
 
     Attributes:
         ends: (e,) the tokens that end an answer.
-        last, never: the tokens that are placed after all others, and those that are never predicted.
+        last, never: the tokens that are placed after all others, and those that are never
+            predicted.
         sequences, starts, real: what `place_prompts` returned.
         generator: seeds the rows' own streams of random numbers.
     """
@@ -174,21 +209,21 @@ class _State:
     forwards: int = 0
 
     def __post_init__(self) -> None:
+        device = self.starts.device
         self.attention_mask = None if self.real.all() else self.real.long()  # (b, l)
-        self.columns = torch.arange(self.sampling.gen_length, device=self.starts.device)  # (g,)
+        self.columns = torch.arange(self.sampling.gen_length, device=device)  # (g,)
         self.positions = self.starts[:, None] + self.columns  # (b, g)
         self.masked = torch.ones_like(self.positions, dtype=torch.bool)  # (b, g)
+        self.streams: list[torch.Generator] = []
         if self.sampling.temperature > 0 or self.sampling.remasking == "random":
             source = "cpu" if self.generator is None else self.generator.device
-            seeds = torch.randint(
-                2**62, (len(self.starts),), generator=self.generator, device=source
-            ).tolist()
-            self.streams = [torch.Generator(self.starts.device).manual_seed(seed) for seed in seeds]
+            size = (len(self.starts),)
+            seeds = torch.randint(2**62, size, generator=self.generator, device=source)
+            self.streams = [torch.Generator(device).manual_seed(seed) for seed in seeds.tolist()]
 
     @property
     def answers(self) -> torch.Tensor:
-        """(b, g) token ids."""
-        return self.sequences.gather(1, self.positions)
+        return self.sequences.gather(1, self.positions)  # (b, g)
 
     def fill(self, on_step_end: Callable[[GenerationStep], None] | None) -> None:
         """Fill all masks, block by block."""
@@ -200,40 +235,41 @@ class _State:
                 noise_level = self.masked.float().mean(1)  # (b,)
                 self._step(columns, count)
                 self._finish_rows()
-                if on_step_end is not None:
-                    step = GenerationStep(
-                        self.forwards - 1, noise_level, self.sequences.clone(), self.masked.clone()
-                    )
-                    on_step_end(step)
-                    self.sequences = step.sequences
-                    self.masked &= self.answers == self.mask_token_id
-                    if step.stop:
-                        return
+                if on_step_end is not None and self._is_stopped(on_step_end, noise_level):
+                    return
+
+    def _is_stopped(
+        self, on_step_end: Callable[[GenerationStep], None], noise_level: torch.Tensor
+    ) -> bool:
+        """Call `on_step_end`, take its sequences, and return True if it stops."""
+        sequences, masked = self.sequences.clone(), self.masked.clone()
+        step = GenerationStep(self.forwards - 1, noise_level, sequences, masked)
+        on_step_end(step)
+        self.sequences = step.sequences
+        self.masked &= self.answers == self.mask_token_id
+        return step.stop
 
     def _step(self, columns: slice, count: int) -> None:
-        rows = (
-            self.masked[:, columns].any(1).nonzero()[:, 0]
-        )  # (a,); rows that are done with the block sit out
+        # (a,); rows that are done with the block are left out
+        rows = self.masked[:, columns].any(1).nonzero()[:, 0]
         positions, masked = self.positions[rows, columns], self.masked[rows, columns]  # (a, k)
-        logits = self._logits(rows, positions).index_fill_(
-            -1, self.never, float("-inf")
-        )  # (a, k, v)
-        tokens, chosen = self.sampling.place(
-            logits, masked, count, self.last, partial(self._uniform, rows)
-        )
+        logits = self._logits(rows, positions)  # (a, k, v)
+        logits = logits.index_fill_(-1, self.never, float("-inf"))
+        uniform = partial(self._uniform, rows)
+        tokens, chosen = self.sampling.place(logits, masked, count, self.last, uniform)
         sequences = self.sequences[rows]
-        placed = sequences.scatter(
-            1, positions, torch.where(chosen, tokens, sequences.gather(1, positions))
-        )
+        tokens = torch.where(chosen, tokens, sequences.gather(1, positions))
+        placed = sequences.scatter(1, positions, tokens)
         self.sequences = self.sequences.index_copy(0, rows, placed)
         self.masked[rows, columns] = masked & ~chosen
 
     def _logits(self, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """The guided logits (a, k, v) of `rows` (a,) at `positions` (a, k), each row at its own λ."""
+        """Return the guided logits (a, k, v) of `rows` (a,), each at its own λ, at `positions` (a,
+        k)."""
         self.forwards += 1
         w = self.sampling.cfg_scale
         padding = None if self.attention_mask is None else self.attention_mask[rows]
-        noise_level = self.masked[rows].float().mean(1)
+        noise_level = self.masked[rows].float().mean(1)  # (a,)
         given = ForwardRows(self.sequences[rows], padding, noise_level)  # a rows
         if w > 0:
             columns = torch.arange(self.sequences.shape[1], device=rows.device)
@@ -245,23 +281,22 @@ class _State:
         return guided(logits.clone().unflatten(0, (-1, len(rows))), w)
 
     def _uniform(self, rows: torch.Tensor, *shape: int, dtype: torch.dtype) -> torch.Tensor:
-        """The next random numbers of `rows` (a,), each from its own stream: (a, *shape)."""
-        streams = [self.streams[row] for row in rows.tolist()]
-        return torch.stack(
-            [torch.rand(shape, dtype=dtype, device=s.device, generator=s) for s in streams]
-        )
+        """Return the next random numbers of `rows` (a,), each from its own stream: (a, *shape)."""
+        draws = []
+        for row in rows.tolist():
+            stream = self.streams[row]
+            draws.append(torch.rand(shape, dtype=dtype, device=stream.device, generator=stream))
+        return torch.stack(draws)
 
     def _finish_rows(self) -> None:
-        """Fill the rest of each row whose first end token has no mask before it."""
+        """Fill the rest of each row that has no mask before its first end token."""
         answers = self.answers
         is_end = torch.isin(answers, self.ends) & ~self.masked  # (b, g)
-        first = torch.where(is_end.any(1), is_end.int().argmax(1), len(self.columns) - 1)[
-            :, None
-        ]  # (b, 1)
-        done = is_end.any(1, keepdim=True) & ~(self.masked & (self.columns < first)).any(
-            1, keepdim=True
-        )
-        rest = done & (self.columns > first)  # (b, g)
+        has_end = is_end.any(1, keepdim=True)  # (b, 1)
+        last = len(self.columns) - 1
+        first = torch.where(has_end, is_end.int().argmax(1, keepdim=True), last)  # (b, 1)
+        is_open = (self.masked & (self.columns < first)).any(1, keepdim=True)
+        rest = has_end & ~is_open & (self.columns > first)  # (b, g)
         filled = torch.where(rest, answers.gather(1, first), answers)
         self.sequences = self.sequences.scatter(1, self.positions, filled)
         self.masked = self.masked & ~rest

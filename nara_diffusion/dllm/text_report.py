@@ -26,10 +26,10 @@ from nara_diffusion.training.report import (
 )
 from nara_diffusion.training.run import Run
 
-from .batches import AnswerCollator
+from .batches import AnswerCollator, batches_of
 from .decoding import Sampling
 from .exact_match import exact_match
-from .loss import batches_of, masked_diffusion_loss, noise_level_curve
+from .loss import masked_diffusion_loss, noise_level_curve
 from .models.backbone import evaluating
 from .text_arguments import Arguments
 

@@ -45,9 +45,9 @@ from nara_diffusion.dllm.canvas import (
     trained_canvas,
 )
 from nara_diffusion.dllm.decoding import chat_sampling
-from nara_diffusion.dllm.exact_match import answer_prompts
 from nara_diffusion.dllm.models.quantised import prepare_quantised
 from nara_diffusion.dllm.records import load_records
+from nara_diffusion.dllm.sampler import answer_prompts
 from nara_diffusion.dllm.text_report import (
     Evaluation,
     Measurement,

@@ -26,8 +26,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from nara_diffusion.dllm import log_likelihood, stop_token_ids
-from nara_diffusion.dllm.exact_match import answer_prompts
 from nara_diffusion.dllm.models.backbone import Backbone
+from nara_diffusion.dllm.sampler import answer_prompts
 from nara_diffusion.dllm.tokenizer import decode_answer
 
 from .harness_loading import checked_max_length, load_adapted

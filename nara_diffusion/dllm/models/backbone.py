@@ -22,11 +22,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from .shifted_logits import ShiftedQwen2ForCausalLM
@@ -133,50 +131,26 @@ class Backbone:
         with _hooked(head, lambda hidden: _at(self._of_text(hidden, input_ids), at)):
             return self._forward(input_ids, attention_mask)
 
-    def token_losses(
+    def at_head(
         self,
+        head: nn.Module,
         input_ids: Tensor,
-        targets: Tensor,
-        masked: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        chunk_size: int | None = 256,
-        cfg_scale: float = 0.0,
+        attention_mask: Tensor | None,
+        compute: Callable[[Tensor], Tensor],
     ) -> Tensor:
-        """Return −log p of `targets` (b, l) at `masked` (b, l), else zero: (b, l), at least
-        float32.
+        """Run a forward that returns `compute(hidden states)` in place of logits.
 
         Args:
-            input_ids: (b, l); for classifier-free guidance (2b, l), conditional rows first.
-            attention_mask: as `input_ids`.
-            chunk_size: how many positions have logits at the same time; backward computes them
-                again. None computes all at once.
-            cfg_scale: w of `guided`.
+            compute: gets the hidden states (b, l, d) that enter the `head`, inside the forward.
         """
-        b = len(targets)
-        head = None if chunk_size is None else self.head
-        # an adapted head has to see whole rows, for their λ
-        if head is None or chunk_size is None or hasattr(head, "lora_A"):
-            logits = self.logits(input_ids, attention_mask).unflatten(0, (-1, b))
-            return token_cross_entropy(guided(logits, cfg_scale), targets) * masked
         kept: list[Tensor] = []
 
         def keep(hidden: Tensor) -> Tensor:
-            kept.append(self._of_text(hidden, input_ids).unflatten(0, (-1, b)))
+            kept.append(self._of_text(hidden, input_ids))
             return hidden[:, :1]  # the head's own call only runs other hooks: let it cost nothing
 
-        def losses_for_logits(_: Tensor) -> Tensor:
-            losses = _chunked_losses(head, kept.pop(), targets, masked, chunk_size, cfg_scale)
-            return losses.unsqueeze(-1)
-
-        with _hooked(head, keep, losses_for_logits):
-            losses = self._forward(input_ids, attention_mask)  # (b, l, 1)
-        if losses.shape != (*masked.shape, 1):
-            raise ValueError(
-                f"{type(self.language_model).__name__} changes what its output head returns, so "
-                "that the loss can't be computed in it: pass chunk_size=None"
-            )
-        return losses.squeeze(-1)
+        with _hooked(head, keep, lambda _: compute(kept.pop())):
+            return self._forward(input_ids, attention_mask)
 
     @property
     def head(self) -> nn.Module | None:
@@ -222,37 +196,6 @@ class Backbone:
         return states[:, extra:]
 
 
-def _chunked_losses(
-    head: nn.Module,
-    hidden: Tensor,
-    targets: Tensor,
-    masked: Tensor,
-    chunk_size: int,
-    cfg_scale: float,
-) -> Tensor:
-    """Return −log p of `targets` (b, l) at `masked`, else zero, from `hidden` (1 or 2, b, l, d)."""
-    places = masked.flatten().nonzero()[:, 0]  # (m,)
-    counts = masked.new_ones(len(places))
-    if not len(places):
-        # one place that counts zero, since every parameter has to get a gradient
-        places, counts = places.new_zeros(1), masked.new_zeros(1)
-
-    def loss(hidden: Tensor, wanted: Tensor) -> Tensor:
-        return token_cross_entropy(guided(head.forward(hidden), cfg_scale), wanted)
-
-    at_places = hidden.flatten(1, 2)[:, places]  # (1 or 2, m, d)
-    wanted = targets.flatten()[places]  # (m,)
-    losses: list[Tensor] = []
-    for chunk in zip(at_places.split(chunk_size, 1), wanted.split(chunk_size), strict=True):
-        if torch.is_grad_enabled():
-            found: Any = checkpoint(loss, *chunk, use_reentrant=False)
-            losses.append(found)
-        else:
-            losses.append(loss(*chunk))
-    at_masks = torch.cat(losses) * counts
-    return at_masks.new_zeros(masked.numel()).scatter(0, places, at_masks).view_as(masked)
-
-
 @contextmanager
 def _hooked(
     head: nn.Module,
@@ -294,13 +237,6 @@ def guided(logits: Tensor, scale: float) -> Tensor:
         return logits[0]
     conditional, unconditional = logits
     return unconditional + (scale + 1) * (conditional - unconditional)
-
-
-def token_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return −log p(target), computed at least in float32: (…, v), (…) → (…)."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    losses = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none")
-    return losses.view_as(targets)
 
 
 @contextmanager
