@@ -1,4 +1,4 @@
-"""Batches: which rows are trained on, in which order, and how rows become a batch.
+"""Batches: the rows that are trained on, their order, and how they become a batch.
 
 Without a validation file, some records are held out of training (`records`). Different texts can
 give equal rows of tokens, for example if a chat template drops white space or answers are cut: such

@@ -1,4 +1,4 @@
-"""The settings of `generate`, and the rules by which a step places tokens.
+"""The settings of `generate`, and the rules for placing tokens.
 
 A step predicts a token x for each mask of a block, ranks the masks by a score, and places the n
 best tokens of each row:

@@ -158,8 +158,8 @@ def _log_lengths(
     rows = counted(len(lengths), "row")
     losses = []
     if dropped:
-        why = f"whose prompts have more than {encoder.max_prompt_length} tokens"
-        losses.append(f"{dropped} of {size} records are dropped, {why}")
+        why = f"their prompts have more than {encoder.max_prompt_length} tokens"
+        losses.append(f"{dropped} of {size} records are dropped ({why})")
     if late:
         losses.append(f"left out likewise: {counted(late, 'late answer')} of other conversations")
     if cut:

@@ -113,7 +113,7 @@ def exact_match(
 def _warn_of_nameless(
     rows: Sequence[Mapping[str, Any]], extract: str | Callable[[str], str]
 ) -> None:
-    """Warn of right answers in which `extract` finds nothing."""
+    """Warn of right answers that `extract` finds nothing in."""
     nameless = []
     for row in rows:
         _, is_right = compare(extract, row["answer"], row["answer"])
@@ -134,8 +134,8 @@ def compare(extract: str | Callable[[str], str], text: str, answer: str) -> tupl
     """Return the answer that a generated `text` names, and whether it equals the right `answer`.
 
     Args:
-        extract: "text", "number", "letter" or "choice"; or a function from text to text, whose
-            values for both texts have to be equal.
+        extract: "text", "number", "letter" or "choice"; or a function from text to text
+            that has to return the same for both texts.
 
     Returns:
         The named answer is "" if the text names none.

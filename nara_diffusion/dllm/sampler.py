@@ -148,8 +148,8 @@ def generate(
     configured = backbone.configured("eos_token_id")
     ends = _token_list(configured if eos_token_id is None else eos_token_id)
     never = [mask, *_token_list(configured)] if sampling.logits_eos_inf else [mask]
-    last = ends if sampling.confidence_eos_eot_inf else []
     tokens = partial(torch.tensor, dtype=torch.long, device=input_ids.device)
+    last = ends if sampling.confidence_eos_eot_inf else []
     special = (tokens(ends if stop_at_eos else []), tokens(last), tokens(never))
     state = _State(backbone, sampling, mask, *special, *placed, generator)
     with evaluating(backbone.model):
@@ -170,11 +170,9 @@ def answer_prompts(
     device: torch.device | None = None,
     **sampling: Any,
 ) -> Generation:
-    """Call `generate` for prompts of unequal length.
+    """Call `generate` for prompts of unequal length, as lists of token ids.
 
-    Args:
-        prompts: lists of token ids.
-        device: that of the model's inputs; default: that of its parameters.
+    By default they go to the `device` of the model's parameters.
     """
     lengths = [len(prompt) for prompt in prompts]
     rows = [torch.as_tensor(prompt, dtype=torch.long) for prompt in prompts]

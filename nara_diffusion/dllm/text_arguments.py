@@ -170,7 +170,7 @@ class ObjectiveArguments:
     )
     curve_points: int = option(
         10,
-        "noise levels at which the picture shows the loss",
+        "noise levels in the picture of the loss",
         unit="points",
         within="evaluation_options",
     )

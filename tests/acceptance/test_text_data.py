@@ -69,7 +69,7 @@ def test_long_answer_is_cut_and_a_prompt_that_fills_the_length_is_dropped(caplog
         rows = encoded(pairs(*texts), max_length=8)
     assert rows["input_ids"][:] == [[USER, 7, TURN, BOT, 8, 9, TURN, END], [USER, 7, TURN, BOT, 8, 9, 10, 11]]
     (message,) = caplog.messages
-    assert message.startswith("records: 1 of 3 records are dropped, whose prompts have more than 7 tokens, and 1 of 2 ")
+    assert message.startswith("records: 1 of 3 records are dropped (their prompts have more than 7 tokens), and 1 of 2")
     long = [*texts[:2], ("w7 w7", "w8 w9 w10"), ("w7 w7 w7", "w8")]  # prompts of 4, 4, 5 and 6 tokens
     assert encoded(pairs(*long), max_prompt_length=5)["record"][:] == [0, 1, 2]
 
