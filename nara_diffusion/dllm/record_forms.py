@@ -219,7 +219,7 @@ def _check_characters(row: Mapping[str, Any], where: str) -> None:
         raise ValueError(f"{where} has half a character, {half!r}: write it whole") from None
 
 
-def read_conversation(messages: Any, where: str) -> dict[str, Any]:
+def read_conversation(messages: object, where: str) -> dict[str, Any]:
     """Return the record of a list of messages, without those after the assistant's last one.
 
     Raises:
