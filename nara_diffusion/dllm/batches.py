@@ -205,7 +205,7 @@ def batches_of(
     collator: AnswerCollator,
     batch_size: int,
     device: torch.device,
-) -> Iterator[dict[str, torch.Tensor]]:
+) -> Iterator[dict[str, Any]]:
     """Yield the rows at `indices` as batches on `device`; the index is the key of random
     numbers."""
     for start in range(0, len(indices), batch_size):
