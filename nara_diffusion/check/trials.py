@@ -31,7 +31,7 @@ from nara_diffusion.cores.float32 import Core
 from nara_diffusion.cores.registry import make_cores
 from nara_diffusion.noise.level import core_holders
 from nara_diffusion.training.loop import StepLoss
-from nara_diffusion.training.optimization import build_optimizer, build_scheduler, hold_core
+from nara_diffusion.training.optimization import build_lr_scheduler, build_optimizer, hold_core
 
 ADAPTER, CHEAP = "default", "cheap"  # the adapters of NaRA and of a cheap way of telling λ
 TITLES = {
@@ -157,7 +157,7 @@ def _half(core: nn.Module, levels: tuple[Tensor]) -> tuple[Tensor]:
 def _train(task: CheckTask, arm: str, loss: Loss, positions: range, progress: bool) -> None:
     parameters = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
     optimizer = build_optimizer(task.model, task.args)
-    schedule = build_scheduler(optimizer, task.args, task.steps)
+    schedule = build_lr_scheduler(optimizer, task.args, task.steps)
     groups = chunks(positions, task.step_samples)
     for group in tqdm(groups, desc=TITLES[arm], unit="step", leave=False, disable=not progress):
         for chosen in chunks(group, task.args.train_batch_size):

@@ -211,6 +211,7 @@ class FineTuning:
         self.trainable = sum(p.numel() for p in self.adapted.parameters() if p.requires_grad)
         self.facts = self._facts(stream, steps)
         run.open(self.facts)
+        run.restore()
         loss = partial(masked_diffusion_loss, model, **self.objective)
         validate = partial(self.evaluation.validate, self.adapted)
         train(run, parts, lambda batch: loss(**batch), validate)

@@ -224,6 +224,7 @@ class FineTuning:
             **window_facts(args),
         }
         run.open(self.facts)
+        run.restore()
         loss, validate = (
             replace(self.step, model=denoiser),
             partial(self.evaluation.validate, denoiser),

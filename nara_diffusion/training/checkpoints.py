@@ -66,45 +66,56 @@ data starts anew, another base is refused. Arguments that aren't here say what i
 # ---------------------------------------------------------------- writing
 
 
-def save_checkpoint(run: Any) -> None:
-    """Write checkpoint-{run.step} into the folder of a `Run`. Every process calls it. Beyond
-    `--checkpoints_total_limit`, those written first are deleted.
-    Raises OSError, on a full disk say: nothing of it is left then, and earlier checkpoints are untouched.
+def save_checkpoint(
+    accelerator: Accelerator,
+    target: Path,
+    facts: Mapping[str, Any],
+    write: Writer,
+    limit: int | None,
+) -> None:
+    """Write the checkpoint `target`, and delete the oldest ones beside it beyond `limit`. Every process calls it.
+
+    Args:
+        facts: what the manifest says of the run.
+        write: writes the adapter's files.
+        limit: checkpoints to keep; None keeps all.
+
+    Raises:
+        OSError: the disk is full, say. Nothing of the checkpoint is left then, and earlier ones are untouched.
     """
-    accelerator, target = run.accelerator, run.folder / f"checkpoint-{run.step}"
     partial = partial_name(target)  # every process writes its random states into the same folder
+    is_main = accelerator.is_main_process
     try:
-        if run.is_main:
+        if is_main:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         accelerator.wait_for_everyone()
         for model in accelerator._models:
             state = trained_state(accelerator, model)
-            if run.is_main:
-                run.write(accelerator.unwrap_model(model), partial, state)
+            if is_main:
+                write(accelerator.unwrap_model(model), partial, state)
         save_state(accelerator, partial)
         accelerator.wait_for_everyone()
-        if run.is_main:
-            paths = sorted(path for path in partial.rglob("*") if path.is_file())
-            files = {
-                path.relative_to(partial).as_posix(): [path.stat().st_size, digest_file(path)]
-                for path in paths
-            }
-            facts = {
-                "format": FORMAT,
-                **run.facts_of_checkpoint(),
-                "written": time.time(),
-                "files": files,
-            }
-            write_manifest(partial, facts)
+        if is_main:
+            manifest = {"format": FORMAT, **facts, "written": time.time()}
+            write_manifest(partial, {**manifest, "files": _digests_of_files(partial)})
             put_in_place(partial, target)
-            _delete_oldest(run.folder, run.args.checkpoints_total_limit, newest=target)
+            _delete_oldest(target.parent, limit, newest=target)
     except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(
-            f"{target} could not be written ({error}): is the disk full? {last_checkpoint(run.folder)}"
+            f"{target} could not be written ({error}): is the disk full? {last_checkpoint(target.parent)}"
         ) from error
     accelerator.wait_for_everyone()
+
+
+def _digests_of_files(folder: Path) -> dict[str, tuple[int, str]]:
+    """Return {name: (size, digest)} of the files in a folder and below."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            found[path.relative_to(folder).as_posix()] = path.stat().st_size, digest_file(path)
+    return found
 
 
 def save_adapter(accelerator: Accelerator, model: Any, folder: Path, write: Writer) -> None:
@@ -226,11 +237,12 @@ def check_same_run(checkpoint: Path, args: TrainingArguments, accelerator: Accel
             f"{why}: launch as many, or start a new run from its adapter by --init_adapter."
         )
     changed = changed_arguments(args, manifest["arguments"])
-    if refused := {name: values for name, values in changed.items() if name not in MAY_CHANGE}:
+    refused = {name: values for name, values in changed.items() if name not in MAY_CHANGE}
+    if refused:
         raise ValueError(
-            f"{checkpoint} belongs to a run of another configuration ({listed(refused)}). Give the same arguments "
-            f"(--config {checkpoint.parent / 'config.yaml'} holds them), or start a new run, from its adapter by "
-            "--init_adapter."
+            f"{checkpoint} belongs to a run of another configuration ({describe_changes(refused)}). Give the same "
+            f"arguments (--config {checkpoint.parent / 'config.yaml'} has them), or start a new run from its adapter "
+            "with --init_adapter."
         )
 
 
@@ -275,6 +287,6 @@ def changed_arguments(
     return {name: (saved.get(name), now[name]) for name in names if saved.get(name) != now[name]}
 
 
-def listed(changed: Mapping[str, tuple[Any, Any]]) -> str:
-    """The arguments of `changed_arguments`, in words."""
+def describe_changes(changed: Mapping[str, tuple[Any, Any]]) -> str:
+    """Return the arguments of `changed_arguments`, in words."""
     return ", ".join(f"{name}: {old!r} there, {new!r} now" for name, (old, new) in changed.items())

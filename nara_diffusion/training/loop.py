@@ -19,16 +19,18 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.scheduler import AcceleratedScheduler
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from .checkpoints import last_checkpoint, save_checkpoint
+from .checkpoints import last_checkpoint
 from .engines import prepare
-from .optimization import build_optimizer, build_scheduler, hold_core
+from .optimization import build_lr_scheduler, build_optimizer, hold_core
 from .run import Run
 
 logger = logging.getLogger(__name__)
@@ -51,29 +53,38 @@ class TrainingDiverged(ArithmeticError):
     """The loss or its gradient is no longer a finite number."""
 
 
+class Prepared(NamedTuple):
+    """What a training takes steps with, as `accelerator.prepare` returns it."""
+
+    model: torch.nn.Module
+    optimizer: AcceleratedOptimizer
+    scheduler: AcceleratedScheduler
+    loader: DataLoader
+
+
 def prepare_training(
-    run: Run, model: torch.nn.Module, samples: Any, collate: Callable[[list[dict]], Any]
-) -> list[Any]:
-    """Model, optimizer, schedule and loader of a planned run, as `accelerator.prepare` returns them.
+    run: Run, model: torch.nn.Module, samples: Dataset, collate: Callable[[list[dict]], Any]
+) -> Prepared:
+    """Return model, optimizer, schedule and loader of a planned run.
 
     Args:
-        samples: a `ShuffledStream`, of which `collate` makes batches.
+        samples: by position, as in a `ShuffledStream`; `collate` makes batches of them.
     """
     optimizer = build_optimizer(model, run.args, fused=run.fuses_optimizer)
-    scheduler = build_scheduler(optimizer, run.args, run.total_steps)
-    return prepare(
-        run.accelerator, model, optimizer, scheduler, stream_loader(samples, collate, **run.batches)
-    )
+    scheduler = build_lr_scheduler(optimizer, run.args, run.total_steps)
+    left = run.positions_left()
+    size = run.args.train_batch_size
+    loader = stream_loader(samples, collate, batch_size=size, first=left.start, stop=left.stop)
+    return Prepared(*prepare(run.accelerator, model, optimizer, scheduler, loader))
 
 
 def train(
     run: Run,
-    parts: Sequence[Any],
+    parts: Prepared,
     compute_loss: Callable[[Any], StepLoss],
     validate: Callable[[], dict[str, float]],
 ) -> None:
-    """Take the optimizer steps from `run.step` to `run.total_steps`, with the `parts` that
-    `prepare_training` returned.
+    """Take the optimizer steps from `run.step` to `run.total_steps`, with what `prepare_training` returned.
 
     Args:
         compute_loss: batch → `StepLoss`, through `model`'s own `__call__`.
@@ -123,7 +134,7 @@ def _collect(run: Run, step: StepLoss) -> None:
     run.unlogged = [total + losses.double().sum().item(), number + len(losses)]
 
 
-def _prepare_gradients(run: Run, model: torch.nn.Module, optimizer: Any) -> None:
+def _prepare_gradients(run: Run, model: torch.nn.Module, optimizer: AcceleratedOptimizer) -> None:
     """Drop the core's gradients in the first stage, clip all, and raise if a gradient isn't finite."""
     if run.step < run.args.core_start_step:
         hold_core(optimizer)
@@ -134,7 +145,7 @@ def _prepare_gradients(run: Run, model: torch.nn.Module, optimizer: Any) -> None
         raise _diverged(run, f"the gradient's norm became {float(norm)}")
 
 
-def _report(run: Run, bar: tqdm, optimizer: Any) -> None:
+def _report(run: Run, bar: tqdm, optimizer: AcceleratedOptimizer) -> None:
     (total, number), run.unlogged = run.unlogged, [0.0, 0]
     values = {"loss": total / number}
     rates = {group.get("name", "adapter"): group["lr"] for group in optimizer.param_groups}
@@ -158,13 +169,13 @@ def _save_if_due(run: Run) -> bool:
     every = run.args.checkpointing_steps
     is_due = _due(run.step, every) or (every is not None and run.step == run.total_steps)
     if is_due:
-        save_checkpoint(run)
+        run.save_checkpoint()
     return is_due
 
 
 def _stop(run: Run, number: int, is_saved: bool) -> None:
     if not is_saved:
-        save_checkpoint(run)
+        run.save_checkpoint()
     if run.is_main:
         logger.warning("stopped after step %d. %s", run.step, last_checkpoint(run.folder))
     run.close()

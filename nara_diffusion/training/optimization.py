@@ -122,7 +122,7 @@ def _parameter_groups(model: nn.Module, args: TrainingArguments) -> list[dict[st
     ]
 
 
-def build_scheduler(
+def build_lr_scheduler(
     optimizer: torch.optim.Optimizer, args: OptimizationArguments, total_steps: int
 ) -> LRScheduler:
     """The schedule over `total_steps` optimizer steps. Call its `step` once a step, on any number of processes.

@@ -27,16 +27,15 @@ from .checkpoints import (
     Writer,
     changed_arguments,
     check_random_states,
+    describe_changes,
     explained_disk_errors,
-    listed,
+    save_checkpoint,
     warn_of_pickles,
 )
 from .engines import engine_name, global_batch, load_state, start_accelerator
 from .manifest import digest_base, digest_texts, read_manifest
 from .options import given_arguments
-from .run_folder import CONFIG, LOCK, claimed_folder
-
-METRICS = "metrics.jsonl"
+from .run_folder import CONFIG, LOCK, METRICS, claimed_folder, drop_later_steps
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +44,7 @@ Args = TypeVar("Args", bound=TrainingArguments, covariant=True)
 
 @dataclass
 class Run(Generic[Args]):
-    """State of a run, which `start_run` gives.
+    """State of a run; `start_run` makes it.
 
     Attributes:
         accelerator: accelerate's engine.
@@ -57,11 +56,11 @@ class Run(Generic[Args]):
         resumed: the manifest of `checkpoint`; empty without one.
         started: when, by `time.perf_counter`.
         step: optimizer steps done.
-        total_steps: optimizer steps to do; set by `plan`.
-        data_start: the step at which the training data began: 0, unless a resumed run was given others.
-        unlogged: the sum of the samples' losses since they were last logged, and their number.
+        total_steps: optimizer steps to do; `plan` sets it.
+        data_start: the step at which the training data began: 0, unless a resumed run got other data.
+        unlogged: the sum and the number of the samples' losses since the last log.
         hub_id: the repository to upload to, on the main process; else None.
-        digests: {content: digest}, set by `record_data_digest` and `record_base_digests`.
+        digests: {content: digest}; `record_data_digest` and `record_base_digests` set it.
     """
 
     accelerator: Accelerator
@@ -81,17 +80,17 @@ class Run(Generic[Args]):
 
     @property
     def is_main(self) -> bool:
-        """Whether this process is the one that writes and prints."""
+        """True if this process is the one that writes and prints."""
         return self.accelerator.is_main_process
 
     @property
     def hardware(self) -> str:
         """The hardware of the run, in words."""
-        if self.accelerator.device.type == "cuda":
-            device = torch.cuda.get_device_name(self.accelerator.device)
-        else:
-            device = f"{self.accelerator.device.type}, {torch.get_num_threads()} threads"
-        return f"{self.accelerator.num_processes} x {device}"
+        device = self.accelerator.device
+        name = f"{device.type}, {torch.get_num_threads()} threads"
+        if device.type == "cuda":
+            name = torch.cuda.get_device_name(device)
+        return f"{self.accelerator.num_processes} x {name}"
 
     @property
     def global_batch(self) -> int:
@@ -107,41 +106,45 @@ class Run(Generic[Args]):
 
     @property
     def weights_dtype(self) -> torch.dtype:
-        """Dtype to load the model in: float32 where all weights are trained, since small steps are lost in others."""
+        """Dtype to load the model in: float32 if all weights are trained; other dtypes lose small steps."""
         return torch.float32 if method_of(self.args).family == "full" else self.dtype
 
     @property
     def fuses_optimizer(self) -> bool:
-        """Whether AdamW may be PyTorch's fused one, which takes a third of the time for an adapter's many tensors.
+        """True if AdamW may be PyTorch's fused one, which takes a third of the time for an adapter's many tensors.
 
-        Not with fp16: there it would itself skip the steps that overflow, and accelerate, which recognises a skipped
-        step by a call that wasn't made, would step the schedule. Not under DeepSpeed, which has its own optimizer.
+        It may not with fp16: the fused one itself skips the steps that overflow. accelerate recognises a skipped step
+        by a missing call, and would step the schedule. Nor under DeepSpeed, which has its own optimizer.
         """
         accelerator = self.accelerator
-        known = accelerator.device.type in ("cpu", "cuda")
-        return (
-            known
-            and accelerator.scaler is None
-            and accelerator.distributed_type != DistributedType.DEEPSPEED
-        )
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:
+            return False
+        return accelerator.device.type in ("cpu", "cuda") and accelerator.scaler is None
 
-    # ---------------------------------------------------------------- what it rests on
+    # ---------------------------------------------------------------- data, base and steps
 
     def record_data_digest(self, what: str, texts: Iterable[str]) -> None:
-        """Record the digest of "training data" or "validation data" for the run's checkpoints. A resumed run says
-        if they have changed; the order of other training data starts anew. Call it before `plan`."""
+        """Record the digest of "training data" or "validation data" for the run's checkpoints. Call it before `plan`.
+
+        A resumed run warns if the data have changed. The order of other training data starts anew.
+        """
         self.digests[what] = digest_texts(texts)
-        if self.resumed.get("digests", self.digests).get(what) == self.digests[what]:
+        saved = self.resumed.get("digests", self.digests)
+        if saved.get(what) == self.digests[what]:
             return
         anew = ""
         if what == "training data":
-            self.data_start, anew = self.step, f": their order starts anew at step {self.step}"
+            self.data_start = self.step
+            anew = f": their order starts anew at step {self.step}"
         if self.is_main:
             logger.warning("%s was written with other %s%s", self.checkpoint, what, anew)
 
     def record_base_digests(self, folders: Mapping[str, Path], variant: str | None = None) -> None:
-        """Record the digests of the base model (see `digest_base`) for the run's checkpoints. Raises ValueError if the
-        run resumes a checkpoint with others."""
+        """Record the digests of the base model (see `digest_base`) for the run's checkpoints.
+
+        Raises:
+            ValueError: the run resumes a checkpoint of another base.
+        """
         digests = [digest_base(folders, variant) if self.is_main else {}]
         self.digests |= broadcast_object_list(digests)[0]
         saved = self.resumed.get("digests", self.digests)
@@ -152,92 +155,90 @@ class Run(Generic[Args]):
                 )
 
     def plan(self, samples: int) -> int:
-        """The optimizer steps of the run, with those done: `--max_train_steps`, or as many as cover
-        `--num_train_epochs` of `samples` training samples, one by default. Raises ValueError if a checkpoint is past
-        them."""
-        passes = max(1, math.ceil((self.args.num_train_epochs or 1) * samples / self.global_batch))
-        self.total_steps = self.args.max_train_steps or self.data_start + passes
+        """Set and return the optimizer steps of the run, those done included.
+
+        They are `--max_train_steps`, or as many as `--num_train_epochs` (by default 1) passes over `samples` need.
+
+        Raises:
+            ValueError: the checkpoint is past them.
+        """
+        if self.args.max_train_steps is not None:
+            self.total_steps = self.args.max_train_steps
+        else:
+            epochs = self.args.num_train_epochs or 1
+            steps = math.ceil(epochs * samples / self.global_batch)
+            self.total_steps = self.data_start + max(1, steps)
         if self.total_steps < self.step:
             raise ValueError(
-                f"the run ends at step {self.total_steps}, and {self.checkpoint} is past it: give --max_train_steps or "
-                "--num_train_epochs beyond, or resume an earlier checkpoint."
+                f"the run ends at step {self.total_steps}, but {self.checkpoint} is past it: give a greater "
+                "--max_train_steps or --num_train_epochs, or resume an earlier checkpoint."
             )
         return self.total_steps
 
-    @property
-    def batches(self) -> dict[str, int]:
-        """The arguments of `stream_loader`: the batch size of a forward, and the positions left to train on."""
-        first, stop = (
-            self.global_batch * (step - self.data_start) for step in (self.step, self.total_steps)
-        )
-        return {"batch_size": self.args.train_batch_size, "first": first, "stop": stop}
+    def positions_left(self) -> range:
+        """Return the positions in the stream of training data that the run has yet to take."""
+        first = self.step - self.data_start
+        stop = self.total_steps - self.data_start
+        return range(self.global_batch * first, self.global_batch * stop)
 
     # ---------------------------------------------------------------- beginning and end
 
-    def open(self, facts: Mapping[str, str] | None = None) -> None:
-        """Save the configuration in the run's folder, restore a checkpoint's optimizer and random states, and log
-        `facts`. Called when data and model have proved usable, and `accelerator.prepare` has seen what is restored."""
+    def open(self, facts: Mapping[str, str]) -> None:
+        """Write the configuration into the run's folder, start the trackers, and log `facts`.
+
+        Call it when data and model have proved usable.
+        """
         settings = given_arguments(self.args)
         if self.is_main:
             with atomic_write(self.folder / CONFIG) as partial:
-                content = settings | {"output_dir": str(self.folder)}
-                partial.write_text(
-                    yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8"
-                )
-            self._forget_later_steps()
-        self.accelerator.project_configuration.set_directories(str(self.folder))
-        self.accelerator.project_configuration.logging_dir = str(self.folder)
+                partial.write_text(_as_yaml(settings | {"output_dir": str(self.folder)}), "utf-8")
+            drop_later_steps(self.folder / METRICS, self.step)
+        project = self.accelerator.project_configuration
+        project.set_directories(str(self.folder))
+        project.logging_dir = str(self.folder)
         if self.args.report_to:
-            self.accelerator.init_trackers(
-                self.name, {name: str(value) for name, value in settings.items()}
-            )
-        if self.checkpoint is not None:
-            self._restore(self.checkpoint)
+            texts = {name: str(value) for name, value in settings.items()}
+            self.accelerator.init_trackers(self.name, texts)
         if self.is_main:
-            logger.info(
-                "%s", "; ".join(f"{what}: {value}" for what, value in (facts or {}).items())
-            )
+            logger.info("%s", "; ".join(f"{what}: {value}" for what, value in facts.items()))
             logger.info("output folder: %s", self.folder)
 
-    def _restore(self, checkpoint: Path) -> None:
+    def restore(self) -> None:
+        """Restore optimizer, schedule and random states from the run's checkpoint, if it has one.
+
+        Call it after `accelerator.prepare` has seen what is restored.
+        """
+        if self.checkpoint is None:
+            return
         if self.is_main:
-            warn_of_pickles(checkpoint, engine_name(self.accelerator))
-        load_state(self.accelerator, checkpoint)
-        check_random_states(checkpoint, self.accelerator.process_index)
+            warn_of_pickles(self.checkpoint, engine_name(self.accelerator))
+        load_state(self.accelerator, self.checkpoint)
+        check_random_states(self.checkpoint, self.accelerator.process_index)
         if not self.is_main:
             return
-        logger.info("goes on from %s", checkpoint)
-        if changed := changed_arguments(self.args, self.resumed["arguments"]):
-            logger.info("changed arguments: %s", listed(changed))
-        if (before := self.resumed["total_steps"]) != self.total_steps:
+        logger.info("continues from %s", self.checkpoint)
+        changed = changed_arguments(self.args, self.resumed["arguments"])
+        if changed:
+            logger.info("changed arguments: %s", describe_changes(changed))
+        before = self.resumed["total_steps"]
+        if before != self.total_steps:
             logger.info("the schedule now has %d steps instead of %d", self.total_steps, before)
 
-    def _forget_later_steps(self) -> None:
-        """Drop the lines of steps that are taken again, and broken ones, as a killed run leaves its last."""
-        if not (path := self.folder / METRICS).exists():
-            return
-        kept, broken = [], []
-        for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
-            try:
-                step = json.loads(line)["step"]
-            except (ValueError, KeyError, TypeError):
-                broken.append(number)
-            else:
-                kept += [line + b"\n"] * (step <= self.step)
-        if broken:
-            logger.warning("%s: broken lines are dropped (%s)", path, ", ".join(map(str, broken)))
-        with atomic_write(path) as partial:
-            partial.write_bytes(b"".join(kept))
-
-    def log(self, values: Mapping[str, Any]) -> None:
-        """Append `values` of the step to metrics.jsonl, and hand them to the trackers, from the main process."""
+    def log(self, values: Mapping[str, float]) -> None:
+        """Append `values` of this step to metrics.jsonl, and pass them to the trackers, from the main process."""
         if self.is_main:
             with (self.folder / METRICS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": self.step, **values}) + "\n")
         self.accelerator.log(dict(values), step=self.step)
 
+    def save_checkpoint(self) -> None:
+        """Write checkpoint-N of this step; see `checkpoints.save_checkpoint`. Every process calls it."""
+        target = self.folder / f"checkpoint-{self.step}"
+        limit = self.args.checkpoints_total_limit
+        save_checkpoint(self.accelerator, target, self.facts_of_checkpoint(), self.write, limit)
+
     def facts_of_checkpoint(self) -> dict[str, Any]:
-        """What a checkpoint's manifest says of the run."""
+        """Return what a checkpoint's manifest says of the run."""
         return {
             "step": self.step,
             "total_steps": self.total_steps,
@@ -252,26 +253,23 @@ class Run(Generic[Args]):
 
     def upload(self) -> None:
         """Upload the folder, without its checkpoints, to the repository of `--hub_model_id`, if there is one."""
-        if self.hub_id is not None:
-            HfApi().upload_folder(
-                repo_id=self.hub_id,
-                folder_path=str(self.folder),
-                commit_message="End of training",
-                ignore_patterns=["checkpoint-*/**", ".partial-*", LOCK, CONFIG],
-            )
-            settings = yaml.safe_dump(
-                public_arguments(self.args), sort_keys=False, allow_unicode=True
-            )
-            content = (
-                settings.encode()
-            )  # the folder's own has whole paths, by which the run resumes
-            HfApi().upload_file(repo_id=self.hub_id, path_in_repo=CONFIG, path_or_fileobj=content)
+        if self.hub_id is None:
+            return
+        HfApi().upload_folder(
+            repo_id=self.hub_id,
+            folder_path=str(self.folder),
+            commit_message="End of training",
+            ignore_patterns=["checkpoint-*/**", ".partial-*", LOCK, CONFIG],
+        )
+        # the folder's own config.yaml has whole paths, since the run resumes from it
+        content = _as_yaml(public_arguments(self.args)).encode()
+        HfApi().upload_file(repo_id=self.hub_id, path_in_repo=CONFIG, path_or_fileobj=content)
 
     def close(self) -> None:
         """End the run on all processes together.
 
-        Without the wait, a process may free gloo's process group while that one's thread still holds gathered tensors:
-        the thread waits for the interpreter's lock, and the process for the thread.
+        Without the wait, a process may free gloo's process group while its thread still holds gathered tensors. The
+        thread then waits for the interpreter's lock, and the process for the thread.
         """
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
@@ -279,18 +277,19 @@ class Run(Generic[Args]):
 
 @contextmanager
 def start_run(args: Args, name: str, write: Writer) -> Iterator[Run[Args]]:
-    """`with start_run(…) as run`: check what can be checked before anything is loaded, start accelerate, take the
-    folder, and seed every generator. `write` writes the adapter's files into a checkpoint.
+    """Check what can be checked before anything is loaded, start accelerate, take the folder, and seed all generators.
+
+    Use it as `with start_run(…) as run`. `write` writes the adapter's files into a checkpoint.
 
     Raises:
         ValueError: a tracker isn't installed; or see `start_accelerator` and `claimed_folder`.
     """
-    if unknown := set(args.report_to or []) - (
-        known := {str(tracker) for tracker in get_available_trackers()}
-    ):
-        raise ValueError(
-            f"report_to names {min(unknown)!r}, which isn't installed here (installed: {sorted(known)})."
-        )
+    installed = {str(tracker) for tracker in get_available_trackers()}
+    for tracker in args.report_to or []:
+        if tracker not in installed:
+            raise ValueError(
+                f"report_to names {tracker!r}, which isn't installed here (installed: {sorted(installed)})."
+            )
     accelerator = start_accelerator(args)
     with (
         claimed_folder(args, name, accelerator) as (folder, checkpoint),
@@ -298,10 +297,13 @@ def start_run(args: Args, name: str, write: Writer) -> Iterator[Run[Args]]:
     ):
         resumed = {} if checkpoint is None else read_manifest(checkpoint)
         run = Run(accelerator, args, name, write, checkpoint, folder, resumed)
-        if (
-            args.hub_model_id is not None and run.is_main
-        ):  # now, so that a missing login shows before the training
+        if args.hub_model_id is not None and run.is_main:
+            # before the training, so that a missing login shows at once
             run.hub_id = HfApi().create_repo(args.hub_model_id, exist_ok=True).repo_id
         set_seed(args.seed)
         yield run
         run.close()
+
+
+def _as_yaml(values: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
 from nara_diffusion.cores.registry import NAME_IN_FILES
+from nara_diffusion.utils.atomic_write import atomic_write
 
 from .arguments import TrainingArguments
 from .checkpoints import (
@@ -28,7 +30,7 @@ from .checkpoints import (
 from .manifest import MANIFEST
 
 OUTPUTS = Path("outputs")
-LOCK, CONFIG, RESULTS = ".lock", "config.yaml", "results.json"
+LOCK, CONFIG, METRICS, RESULTS = ".lock", "config.yaml", "metrics.jsonl", "results.json"
 
 logger = logging.getLogger(__name__)
 
@@ -173,3 +175,26 @@ def _same_start(args: TrainingArguments, folder: Path) -> bool:
 def _remove_empty(folder: Path) -> None:
     with suppress(OSError):
         folder.rmdir()
+
+
+def drop_later_steps(metrics: Path, step: int) -> None:
+    """Drop the lines of metrics.jsonl after `step`, which a resumed run takes again, and broken lines.
+
+    A killed run may leave its last line broken.
+    """
+    if not metrics.exists():
+        return
+    kept: list[bytes] = []
+    broken: list[str] = []
+    for number, line in enumerate(metrics.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            is_later = json.loads(line)["step"] > step
+        except (ValueError, KeyError, TypeError):
+            broken.append(str(number))
+            continue
+        if not is_later:
+            kept.append(line + b"\n")
+    if broken:
+        logger.warning("%s: broken lines are dropped (%s)", metrics, ", ".join(broken))
+    with atomic_write(metrics) as partial:
+        partial.write_bytes(b"".join(kept))

@@ -55,7 +55,7 @@ def check_goes_on(script: str, moment: Moment, folder: Path, caplog: pytest.LogC
     assert not [name for name in there if name.endswith((".safetensors", "results.json"))]
     with caplog.at_level("INFO"):
         run(script, **flags, output_dir=out, resume_from_checkpoint="latest")
-    assert f"goes on from {out / last}" in caplog.text
+    assert f"continues from {out / last}" in caplog.text
 
 
 @pytest.mark.slow

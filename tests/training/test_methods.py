@@ -15,7 +15,7 @@ from nara_diffusion import NaraConfig, noise_level
 from nara_diffusion.cores import registry
 from nara_diffusion.dllm.text_arguments import Arguments
 from nara_diffusion.training.adapters import adapter_config, build_adapter, title_of
-from nara_diffusion.training.optimization import build_optimizer, build_scheduler, hold_core
+from nara_diffusion.training.optimization import build_lr_scheduler, build_optimizer, hold_core
 from tests.acceptance._text import backbone
 
 
@@ -144,7 +144,7 @@ def test_optimizer_without_a_core_and_adafactor() -> None:
 def test_schedule_warms_up_over_steps_or_a_share(warmup: float, first: float) -> None:
     args = arguments("lora", lr_warmup_steps=warmup, learning_rate=1.0)
     optimizer = build_optimizer(build_adapter(llama(), args), args)
-    schedule = build_scheduler(optimizer, args, 4)
+    schedule = build_lr_scheduler(optimizer, args, 4)
     optimizer.step()
     schedule.step()
     assert optimizer.param_groups[0]["lr"] == pytest.approx(first)

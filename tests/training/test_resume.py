@@ -97,7 +97,7 @@ def test_core_starts_after_core_start_step_steps(tmp_path: Path) -> None:
 
 
 def test_run_that_would_end_before_its_checkpoint_is_refused(ended: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"the run ends at step 1, and .*checkpoint-2 is past it"):
+    with pytest.raises(ValueError, match=r"ends at step 1, but .*checkpoint-2 is past it"):
         resumed(ended, tmp_path, max_train_steps=1)
     checkpoint = tmp_path / "run" / "checkpoint-2"
     write_manifest(checkpoint, read_manifest(checkpoint) | {"processes": 2})
@@ -212,7 +212,7 @@ def test_latest_names_a_damaged_checkpoint_and_goes_on_from_the_one_before_if_th
     assert f"{log}: broken lines are dropped (1, 2, 3)" in caplog.messages
     (said,) = [record.message for record in caplog.records if "The one before it is taken" in record.message]
     assert "checkpoint-2" in said
-    assert f"goes on from {run / 'checkpoint-1'}" in caplog.messages
+    assert f"continues from {run / 'checkpoint-1'}" in caplog.messages
     assert_same_bits(run, ended)
     for checkpoint in run.glob("checkpoint-*"):
         (checkpoint / "scheduler.bin").unlink()

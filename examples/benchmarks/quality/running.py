@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from nara_diffusion.training.adapters import CORE_FIELDS
-from nara_diffusion.training.optimization import build_optimizer, build_scheduler
+from nara_diffusion.training.optimization import build_lr_scheduler, build_optimizer
 from nara_diffusion.training.options import gathered
 from quality import results
 from quality.wrong_noise import EVALUATED, GRID, while_evaluating
@@ -177,7 +177,7 @@ def optimize(model: nn.Module, compute_loss: Callable[[int], Tensor], args: Any)
     """
     model.train()
     optimizer = build_optimizer(model, args, fused=True)
-    schedule = build_scheduler(optimizer, args, args.max_train_steps)
+    schedule = build_lr_scheduler(optimizer, args, args.max_train_steps)
     parameters = [p for p in model.parameters() if p.requires_grad]
     for number in range(args.max_train_steps):
         loss = compute_loss(number)
