@@ -28,6 +28,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from .arguments import TrainingArguments
 from .loop import TrainingDiverged
 from .options import (
     ADVICE,
@@ -54,7 +55,7 @@ _METAVARS: dict[type, str] = {
 CONFIGS = Path(__file__).resolve().parents[2] / "train_scripts" / "configs"
 """The settings of the shipped runs. A clone of the repository has them, and their models and data; a wheel hasn't."""
 
-Arguments = TypeVar("Arguments")
+Arguments = TypeVar("Arguments", bound=TrainingArguments)
 Defaults = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 """From the arguments that were given, by flag or file, to values that replace the dataclass's defaults."""
 
@@ -235,6 +236,8 @@ def run_command(
 ) -> None:
     """Log progress from the first process and warnings from all, read the command line, and call `main` with it.
 
+    With --check, the command `nara check` gets the arguments instead of `main`.
+
     Args:
         arguments: the dataclass of arguments.
         about: what `--help` shows first.
@@ -249,7 +252,13 @@ def run_command(
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     previous = signal.signal(signal.SIGTERM, _terminate)
     try:
-        main(parse_arguments(arguments, description=about, defaults=defaults))
+        args = parse_arguments(arguments, description=about, defaults=defaults)
+        if args.check:
+            from nara_command import check_run  # the command imports check, which imports the mains
+
+            check_run(args)
+        else:
+            main(args)
     except (ValueError, OSError, TrainingDiverged) as error:
         origin = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
         package = Path(__file__).resolve().parents[1]
@@ -257,9 +266,9 @@ def run_command(
             raise  # an error of a library
         sys.exit(f"error: {error}")
     except KeyboardInterrupt as stop:
-        is_sigterm = stop.args == (signal.SIGTERM,)
-        logger.info("stopped by %s.", "SIGTERM" if is_sigterm else "Ctrl-C")
-        sys.exit(128 + (signal.SIGTERM if is_sigterm else signal.SIGINT))
+        number = signal.SIGTERM if stop.args == (signal.SIGTERM,) else signal.SIGINT
+        logger.info("stopped by %s.", "SIGTERM" if number == signal.SIGTERM else "Ctrl-C")
+        sys.exit(128 + number)
     finally:
         signal.signal(signal.SIGTERM, previous)
 
