@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraConfig, LoraLayer
 from peft.tuners.lora.layer import Embedding, ParamWrapper
-from peft.tuners.lora.variants import DoraLinearVariant, _DoraConvNdVariant
 from torch import Tensor, nn
 
 from nara_diffusion.config import NaraConfig
 from nara_diffusion.cores.registry import CoreSet, core_group, make_cores
+from nara_diffusion.layers.dispatch import PEFT_DORA
 from nara_diffusion.layers.offloading import onloaded
 from nara_diffusion.layers.variants import NaraVariant
 from nara_diffusion.loaders.adapter_part import AdapterPart, configured_scaling
@@ -151,9 +151,7 @@ def adapter_of_model(model: nn.Module, adapter_name: str) -> Iterator[Adapter]:
 def _factors(name: str, layer: Any, adapter_name: str) -> PlainLoraLayer:
     variant, kind = getattr(layer, "lora_variant", {}).get(adapter_name), type(layer)
     is_lora = issubclass(kind, LoraLayer) and not issubclass(kind, ParamWrapper)
-    if not is_lora or not isinstance(
-        variant, (type(None), NaraVariant, DoraLinearVariant, _DoraConvNdVariant)
-    ):
+    if not is_lora or not isinstance(variant, (type(None), NaraVariant, *PEFT_DORA)):
         raise ValueError(
             f"Adapter '{adapter_name}' can't be exported as a plain LoRA, since layer '{name}' is adapted by PEFT's "
             f"{kind.__name__}{'' if variant is None else f' with {type(variant).__name__}'}: save it by "

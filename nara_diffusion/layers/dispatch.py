@@ -6,15 +6,25 @@ from typing import Any
 
 import torch
 from peft.tuners import lora
-from peft.tuners.lora.layer import Embedding, LoraLayer, _ConvNd
+from peft.tuners.lora.layer import Embedding, LoraLayer
+from peft.tuners.lora.variants import (
+    DoraConv1dVariant,
+    DoraConv2dVariant,
+    DoraConv3dVariant,
+    DoraLinearVariant,
+)
 from torch import Tensor, nn
 
 from .dora import NaraDoraConv, NaraDoraLinear
+from .matrices import CONVOLUTIONS
 from .variants import NaraConv, NaraEmbedding, NaraLinear, NaraVariant
 
-_FORWARDS = (lora.Linear.forward, Embedding.forward, _ConvNd.forward)
+_FORWARDS = (lora.Linear.forward, Embedding.forward, lora.Conv2d.forward)
 _QUANTISED = ("Linear8bitLt", "Linear4bit", "GPTQLoraLinear", "HqqLoraLinear")
 """Of PEFT's layers, those that call LoRA variants: by their forward, and by name where a library may be absent."""
+
+PEFT_DORA = (DoraLinearVariant, DoraConv1dVariant, DoraConv2dVariant, DoraConv3dVariant)
+"""PEFT's LoRA variants for DoRA on linear layers and convolutions."""
 
 
 def check_target(target: Any, config: Any, name: str) -> None:
@@ -74,7 +84,7 @@ def variant_for(layer: Any, use_dora: bool, name: str) -> type[NaraVariant]:
         )
     if isinstance(layer, Embedding):
         return NaraEmbedding
-    if isinstance(layer, _ConvNd):
+    if isinstance(layer, CONVOLUTIONS):
         return NaraDoraConv if use_dora else NaraConv
     return NaraDoraLinear if use_dora else NaraLinear
 

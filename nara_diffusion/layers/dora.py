@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora.layer import _ConvNd
 from peft.utils.other import transpose
 from torch import Tensor
 
 from . import fused
 from .functional import apply_core, apply_core_to_channels, factored_row_norm, times_core
 from .fused import can_fuse, fused_linear
-from .matrices import base_matrix
+from .matrices import CONVOLUTIONS, base_matrix
 from .offloading import is_managed, onloaded
 from .variants import NaraVariant, is_dropout_free
 
@@ -90,7 +89,7 @@ class NaraDoraLinear(NaraVariant):
             matrix = transpose(weight, getattr(module, "fan_in_fan_out", False)).flatten(1)
             norm = factored_row_norm(matrix, A, K, module.scaling[active_adapter])[0]
         factor = module.lora_magnitude_vector[active_adapter].weight.detach().flatten() / norm
-        if isinstance(module, _ConvNd):
+        if isinstance(module, CONVOLUTIONS):
             return factor.view(-1, *(1,) * (module._kernel_dim - 1))
         return transpose(factor[:, None], getattr(module, "fan_in_fan_out", False))
 

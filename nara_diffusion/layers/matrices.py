@@ -8,10 +8,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import Embedding, _ConvNd
+from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, Embedding
 from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import transpose
 from torch import Tensor, nn
+
+CONVOLUTIONS = (Conv1d, Conv2d, Conv3d)
+"""PEFT's layers on convolutions."""
 
 
 def factors(module: Any, adapter_name: str) -> tuple[Tensor, Tensor]:
@@ -36,7 +39,7 @@ def delta_weight(module: Any, A: Tensor, K: Tensor, scaling: float) -> Tensor:
     delta = scaling * (K @ A.to(K.dtype))  # (d_out, k)
     if isinstance(module, Embedding):
         return delta.T
-    if isinstance(module, _ConvNd):
+    if isinstance(module, CONVOLUTIONS):
         return delta.view(base_layer.weight.shape)
     return transpose(delta, getattr(module, "fan_in_fan_out", False))
 

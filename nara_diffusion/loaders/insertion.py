@@ -19,7 +19,7 @@ from diffusers.loaders.lora_base import _func_optionally_disable_offloading
 from peft import PeftModel, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.hotswap import _update_scaling, prepare_model_for_compiled_hotswap
+from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 from torch import nn
 
 from nara_diffusion.config import NaraConfig, changes_base
@@ -307,7 +307,11 @@ def prepare_swap(model: Any, adapter_name: str, part: AdapterPart) -> Callable[[
     def write() -> None:
         for name, layer in layers.items():
             layer.use_rslora[adapter_name] = config.use_rslora
-            _update_scaling(layer, adapter_name=adapter_name, scaling=scales[name])
+            scaling = layer.scaling[adapter_name]
+            if isinstance(scaling, torch.Tensor):  # after enable_lora_hotswap
+                scaling.fill_(scales[name])
+            else:
+                layer.scaling[adapter_name] = scales[name]
             layer.lora_alpha[adapter_name] = by_pattern(
                 config.alpha_pattern, name, config.lora_alpha
             )

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import logging
 import warnings
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from peft.tuners.lora import LoraLayer, LoraModel
-from peft.tuners.tuners_utils import (
-    BaseTunerLayer,
-    _filter_state_dict_by_key_prefixes,
-    _get_tuner_state_dict_key_prefixes,
-)
-from peft.utils.save_and_load import _filter_state_dict_for_adapter_name
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from nara_diffusion.config import NaraConfig
@@ -61,17 +56,18 @@ _STATE_DICT_REMEDY = (
 class NaraModel(LoraModel):
     """A model adapted with NaRA: LoRA layers whose update is s · B · C(λ) · A (arXiv 2605.29716, section 4).
 
-    Args and attributes are those of `peft.LoraModel`; the config is a `NaraConfig`. λ comes from
-    `nara_diffusion.noise_level` or a source. Where samples have a λ each, the adapted layers have to see the batch
+    Args and attributes are those of `peft.LoraModel`; the configuration is a `NaraConfig`. λ comes from
+    `nara_diffusion.noise_level` or a source. To give each sample its own λ, the adapted layers have to see the batch
     first, (b, …): in a model that gives them (length, b, …), all samples of a forward need the same λ.
 
-    What of LoraModel would be wrong for an update that depends on λ is made right here (merging takes a λ) or raises
-    (weighted sums, conversion of initialisations).
+    Methods of LoraModel that would be wrong for an update that depends on λ take a λ (merging) or raise (weighted
+    sums, conversion of initialisations).
     """
 
     _injected: dict[str, LoraLayer] | None = None
     """Name → layer of the adapter that is being injected."""
     _channel: CoreChannel | None = None
+    """The channel of the holder that the adapter's cores are added to."""
 
     def __init__(
         self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any
@@ -93,37 +89,32 @@ class NaraModel(LoraModel):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        """As `peft.LoraModel.inject_adapter`; then the adapter's core is made at the root of `model`.
+        """Inject as `peft.LoraModel.inject_adapter` does; then make the adapter's cores at the root of `model`.
 
-        If the adapters that `model` has are disabled, the new one is too, in new layers as in those that it shares.
-        After an error, `model` is as it was.
+        If the present adapters of `model` are disabled, the new one is too, in new layers and in shared ones. After an
+        error, `model` is as it was.
         """
         config = self.peft_config[adapter_name]
         if not isinstance(config, NaraConfig):
             raise ValueError(
                 f"Adapter '{adapter_name}' has a {type(config).__name__}: NaraModel needs a NaraConfig."
             )
-        if is_dispatched_by_layers(model) and not hasattr(model, "hf_device_map"):
+        is_dispatched = is_dispatched_by_layers(model)
+        if is_dispatched and not hasattr(model, "hf_device_map"):
             raise ValueError(
                 f"{type(model).__name__} is offloaded layer by layer, so that a new adapter would have no values: load "
                 "it by pipe.load_nara_weights(), or add it before enable_sequential_cpu_offload()."
             )
-        layers_only = state_dict and {
-            key: value for key, value in state_dict.items() if not is_core_key(key)
-        }
+        given = state_dict or {}
+        layers_only = {key: value for key, value in given.items() if not is_core_key(key)}
         try:
             with restored_on_error(model):
                 drop_idle_holder(model)  # its source of λ was set for adapters that are gone
                 vars(model)["peft_config"] = self.peft_config  # as PEFT does afterwards
                 holder = holder_of(model) or CoreHolder(model, denoiser_of(model))
-                self.peft_config[adapter_name] = config = holder.finder.with_convention(
-                    adapter_name, config
-                )
-                states = [
-                    module.disable_adapters
-                    for module in model.modules()
-                    if isinstance(module, BaseTunerLayer)
-                ]
+                config = holder.finder.with_convention(adapter_name, config)
+                self.peft_config[adapter_name] = config
+                are_off = _adapters_are_off(model)
                 layers = self._injected = {}
                 self._channel = holder.channel
                 with without_holder(model), suggesting_targets(model, config):
@@ -134,12 +125,11 @@ class NaraModel(LoraModel):
                         low_cpu_mem_usage,
                         layers_only or None,
                     )
-                is_dispatched = is_dispatched_by_layers(model)
                 cores = cores_for(config, adapter_name, layers, low_cpu_mem_usage, is_dispatched)
                 holder.add(adapter_name, config, cores, list(layers.values()))
                 holder.attach()
                 check_adapter_names(model, set(self.peft_config))
-                if states and all(states):
+                if are_off:
                     logger.warning(
                         "the adapters of %s are off, as disable_lora() or disable_adapters() has left them, and so is "
                         "'%s': call enable_lora() or enable_adapters() to switch them on.",
@@ -147,7 +137,7 @@ class NaraModel(LoraModel):
                         adapter_name,
                     )
                 for layer in layers.values():
-                    layer._disable_adapters = bool(states) and all(states)
+                    layer._disable_adapters = are_off
                 holder.follow_factors()
                 if config.strength is not None:
                     give_strength(model, adapter_name, config.strength)
@@ -157,14 +147,14 @@ class NaraModel(LoraModel):
         finally:
             self._injected = self._channel = None
 
-    def _create_and_replace(  # type: ignore[override]
+    def _create_and_replace(
         self,
-        lora_config: NaraConfig,
+        lora_config,
         adapter_name: str,
         target,
-        target_name,
+        target_name: str,
         parent,
-        current_key,
+        current_key: str,
         **kwargs: Any,
     ) -> None:
         check_target(target, lora_config, current_key)
@@ -238,31 +228,29 @@ class NaraModel(LoraModel):
     # ------------------------------------------------------------------ removal
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """As `peft.LoraModel.delete_adapter`; with the last adapter, the holder of the cores is removed."""
+        """Delete as `peft.LoraModel.delete_adapter` does; with the last adapter, remove the holder of the cores."""
         super().delete_adapter(adapter_name)
         drop_idle_holder(self.model)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         holder = holder_of(self.model)
-        base: Any = super()._unload_and_optionally_merge(
-            *args, **kwargs
-        )  # PEFT's annotation says None
+        base: Any = super()._unload_and_optionally_merge(*args, **kwargs)  # annotated None in PEFT
         if holder is not None:
             holder.detach()
         return base
 
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
-        """PEFT's; an adapter for each sample is refused, where each would need C of its own samples."""
+    # ------------------------------------------------------------------ refused, or right only for some adapters
+
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
+        """Refuse an adapter for each sample: each would need C of its own samples."""
         if kwargs.get("adapter_names") is not None and holder_of(self.model) is not None:
             raise ValueError(
                 "adapter_names, an adapter for each sample, is not supported with NaRA: activate one, a batch for each."
             )
         return super()._enable_peft_forward_hooks(*args, **kwargs)
 
-    # ------------------------------------------------------------------ refused, or right only for some adapters
-
     def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
-        """PEFT's, for adapters with `core_type="identity"` alone: no weighted sum of A's and B's expresses a core."""
+        """Refuse adapters other than `core_type="identity"`: no weighted sum of A's and B's expresses a core."""
         for name in adapters:
             if getattr(self.peft_config.get(name), "core_type", "identity") != "identity":
                 raise ValueError(
@@ -271,7 +259,7 @@ class NaraModel(LoraModel):
                 )
         super().add_weighted_adapter(adapters, *args, **kwargs)
 
-    # ------------------------------------------------------------------ checkpoints
+    # ------------------------------------------------------------------ files and checkpoints
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -284,42 +272,28 @@ class NaraModel(LoraModel):
     def _get_adapter_state_dict(
         cls,
         model: nn.Module,
-        config: Any,
+        config: NaraConfig,
         adapter_name: str,
         state_dict: dict[str, Tensor],
-        unwanted_adapter_names: Any,
+        unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         if config.reads_core:
             check_keeps_configuration(model, adapter_name)
         selected = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
-        for holder in find_holders(model):
-            core = holder.cores[adapter_name].state_dict() if adapter_name in holder.cores else {}
-            for key, like in core.items():
-                ending = f"{HOLDER_NAME}.cores.{adapter_name}.{key}"
-                found = next((name for name in state_dict if name.endswith(ending)), None)
-                if found is None:
-                    raise ValueError(
-                        f"'{key}' of the core of adapter '{adapter_name}' is missing from what would be saved: "
-                        f"{_STATE_DICT_REMEDY}."
-                    )
-                selected[found] = state_dict[found]
-                check_core_precision(
-                    found,
-                    selected[found],
-                    like,
-                    "in the state_dict to be saved",
-                    _STATE_DICT_REMEDY,
-                )
-        return selected
+        return {**selected, **_cores_in(state_dict, model, adapter_name)}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+        cls,
+        model: nn.Module,
+        config: NaraConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
     ) -> dict[str, Tensor]:
-        state_dict = without_second_biases(with_current_names(state_dict), adapter_name)
-        mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        given = without_second_biases(with_current_names(state_dict), adapter_name)
+        mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, given)
         present = model.state_dict()
         core = [key for key in present if f"{HOLDER_NAME}.cores.{adapter_name}." in key]
         for key in core:
@@ -327,20 +301,64 @@ class NaraModel(LoraModel):
             for name in (saved, f"{PEFT_PREFIX}{saved}"):
                 if name in mapped:
                     mapped[key] = mapped.pop(name)
-        prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name)
-        others = [name for name in model.peft_config if name != adapter_name]  # type: ignore[union-attr]
-        expected = {
-            **_filter_state_dict_by_key_prefixes(present, prefixes),
-            **cls._get_learnable_bias_state_dict(
-                model, _filter_state_dict_for_adapter_name(present, others), config
-            ),
-            **{key: present[key] for key in core},
-        }
-        for key in [
-            key for key in mapped if key not in present and key.removeprefix(PEFT_PREFIX) in present
-        ]:
-            mapped[key.removeprefix(PEFT_PREFIX)] = mapped.pop(key)
+        for key in list(mapped):
+            without_prefix = key.removeprefix(PEFT_PREFIX)
+            if key not in present and without_prefix in present:
+                mapped[without_prefix] = mapped.pop(key)
+        peft_config: Any = model.peft_config
+        own = _without_adapters(present, set(peft_config) - {adapter_name})
+        selected = super()._get_adapter_state_dict(model, config, adapter_name, own, [])
+        expected = {}
+        for key, tensor in selected.items():
+            is_whole = key in present  # PEFT leaves out ".weight" of DoRA's magnitudes
+            expected[key if is_whole else f"{key}.weight"] = tensor
+        for key in core:
+            expected[key] = present[key]
         check_tensors(
-            *(with_names_in_files(each, adapter_name) for each in (mapped, expected, present))
+            with_names_in_files(mapped, adapter_name),
+            with_names_in_files(expected, adapter_name),
+            with_names_in_files(present, adapter_name),
         )
         return mapped
+
+
+def _adapters_are_off(model: nn.Module) -> bool:
+    """Return True if `model` has adapted layers, and the adapters of all of them are disabled."""
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    return bool(layers) and all(layer.disable_adapters for layer in layers)
+
+
+def _without_adapters(tensors: dict[str, Tensor], names: set[str]) -> dict[str, Tensor]:
+    """Return the tensors whose keys have none of these adapter names."""
+    found = {}
+    for key, tensor in tensors.items():
+        if not any(f".{name}." in f"{key}." for name in names):
+            found[key] = tensor
+    return found
+
+
+def _cores_in(
+    state_dict: dict[str, Tensor], model: nn.Module, adapter_name: str
+) -> dict[str, Tensor]:
+    """Return the tensors of an adapter's cores in `state_dict`, which may come from a wrapper of `model`.
+
+    Raises:
+        ValueError: one is missing, or not float32.
+    """
+    found = {}
+    for holder in find_holders(model):
+        if adapter_name not in holder.cores:
+            continue
+        for name, like in holder.cores[adapter_name].state_dict().items():
+            ending = f"{HOLDER_NAME}.cores.{adapter_name}.{name}"
+            key = next((key for key in state_dict if key.endswith(ending)), None)
+            if key is None:
+                raise ValueError(
+                    f"'{name}' of the core of adapter '{adapter_name}' is missing from what would be saved: "
+                    f"{_STATE_DICT_REMEDY}."
+                )
+            found[key] = state_dict[key]
+            check_core_precision(
+                key, found[key], like, "in the state_dict to be saved", _STATE_DICT_REMEDY
+            )
+    return found

@@ -1,8 +1,9 @@
 """`set_strength`: the strength of an adapter, as a number or as a function of λ.
 
-The layers read s(λ) · C(λ) as their core. The layers of a NaRA read a core anyway. The layers of a plain LoRA (PEFT's,
-or "identity") get NaRA's LoRA variant while they have such a strength, and the model's root gets a holder of cores if
-it has none. When the strength is removed, everything is as PEFT made it. A number is the scale of PEFT's layers.
+A number is the scale of PEFT's layers. For a strength over λ, the layers read s(λ) · C(λ) as their core. The layers of
+a NaRA read a core anyway. The layers of a plain LoRA (PEFT's, or "identity") get NaRA's LoRA variant while they have
+such a strength, and the model's root gets a holder of cores if it has none. When the strength is removed, everything
+is as PEFT made it.
 """
 
 from __future__ import annotations
@@ -13,16 +14,15 @@ from copy import copy
 from numbers import Real
 from typing import Any
 
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.variants import DoraLinearVariant, _DoraConvNdVariant
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from nara_diffusion.config import NaraConfig, unscaled_fields
 from nara_diffusion.cores.registry import SHARED, CoreSet, core_group
 from nara_diffusion.cores.simple import IdentityCore
-from nara_diffusion.layers.dispatch import check_norm, variant_for
+from nara_diffusion.layers.dispatch import PEFT_DORA, check_norm, variant_for
 from nara_diffusion.layers.variants import NaraVariant
 from nara_diffusion.noise.denoisers import denoiser_of
 from nara_diffusion.noise.level import checked_module
@@ -31,23 +31,24 @@ from nara_diffusion.noise.strength_schedule import StrengthSchedule
 
 from .holder import CoreHolder, drop_idle_holder, holder_of
 
-_DORA = (DoraLinearVariant, _DoraConvNdVariant)
+Points = list[list[float]]
+"""[λ, strength] of each point of a schedule, as configurations have them."""
 
 
 def set_strength(
     model: nn.Module, adapter_name: str, strength: StrengthSchedule | float | None
 ) -> None:
-    """Set the strength of one adapter of `model`, by which its update is multiplied, from the next forward on.
+    """Set the strength of one adapter of `model`, a factor of its update, from the next forward on.
 
         set_strength(model, "default", StrengthSchedule([(0, 1.0), (0.7, 0.3)]))
 
-    A schedule replaces the one that the adapter has, and any number. A number multiplies the schedule that the adapter
-    has, if any, in place of a former number. None removes both, and is the only way to be rid of a schedule.
+    A schedule replaces the adapter's schedule, if any, and any number. A number replaces a former number, and
+    multiplies the adapter's schedule, if any. None removes both; only None removes a schedule.
 
     The adapter may be a NaRA or any LoRA (DoRA too), of a PeftModel, of `inject_adapter_in_model` or loaded by
     Diffusers. With a schedule, forwards have to know λ: from `noise_level(model, value)`, a source set by
     `set_noise_source`, or, for a denoiser of Diffusers, its timestep. The weights of Diffusers' `set_adapters` mean the
-    same. It does not change which adapters are active. Deleting the adapter deletes it.
+    same. The call does not change which adapters are active. Deleting the adapter deletes its strength.
 
     Args:
         model: an adapted model, wrapped (PeftModel, DDP, `torch.compile`) or not.
@@ -59,53 +60,66 @@ def set_strength(
         ValueError: there is no such adapter; `strength` is none of these; or a schedule would scale only a part of the
             adapter (see `check_strength`).
     """
-    is_schedule = isinstance(strength, StrengthSchedule)
-    number: Any = 1.0 if strength is None or is_schedule else strength
+    schedule = strength if isinstance(strength, StrengthSchedule) else None
+    number = strength if schedule is None and strength is not None else 1.0
     if not isinstance(number, Real) or isinstance(number, bool) or not math.isfinite(number):
         raise ValueError(
             f"strength is {strength!r}: pass StrengthSchedule([(λ, strength), …]), a finite number, or None for 1."
         )
     roots = roots_of(model, adapter_name)
     for root in roots:
-        check_strength(root, adapter_name, strength if is_schedule else None)
+        check_strength(root, adapter_name, schedule)
     for root in roots:
-        if strength is None or is_schedule:
-            give_strength(root, adapter_name, strength)
+        if strength is None or schedule is not None:
+            give_strength(root, adapter_name, schedule)
         for layer in layers_of(root, adapter_name).values():
             layer.set_scale(adapter_name, float(number))
 
 
-def roots_of(model: Any, adapter_name: str) -> list[Any]:
-    """The models at or below `model` that have the adapter, without PEFT's wrappers; at least one."""
-    roots: list[Any] = [
-        module
-        for module in checked_module(model).modules()
-        if isinstance(vars(module).get("peft_config"), dict)
-        and not isinstance(module, (PeftModel, BaseTuner))
-    ]
-    found = [root for root in roots if adapter_name in root.peft_config]
+def roots_of(model: nn.Module, adapter_name: str) -> list[Any]:
+    """Return the models at or below `model` that have the adapter, without PEFT's wrappers.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found, names = [], set()
+    for module in checked_module(model).modules():
+        configs = vars(module).get("peft_config")
+        if not isinstance(configs, dict) or isinstance(module, (PeftModel, BaseTuner)):
+            continue
+        names.update(configs)
+        if adapter_name in configs:
+            found.append(module)
     if not found:
-        names = sorted({name for root in roots for name in root.peft_config})
+        listed = ", ".join(map(repr, sorted(names)))
         raise ValueError(
-            f"{type(model).__name__} has no adapter {adapter_name!r}: it has {', '.join(map(repr, names)) or 'none'}."
+            f"{type(model).__name__} has no adapter {adapter_name!r}: it has {listed or 'none'}."
         )
     return found
 
 
 def layers_of(root: nn.Module, adapter_name: str) -> dict[str, Any]:
-    """Name → layer, for all layers of `root` that the adapter adapts. The adapter may be of any kind."""
-    layers = {
-        name: module for name, module in root.named_modules() if isinstance(module, BaseTunerLayer)
-    }
-    return {
-        name: layer
-        for name, layer in layers.items()
-        if adapter_name in layer._all_available_adapter_names()
-    }
+    """Return name → layer for all layers of `root` that the adapter, of any kind, adapts."""
+    found = {}
+    for name, module in root.named_modules():
+        if isinstance(module, BaseTunerLayer) and _has_adapter(module, adapter_name):
+            found[name] = module
+    return found
+
+
+def _has_adapter(layer: BaseTunerLayer, adapter_name: str) -> bool:
+    for name in (*layer.adapter_layer_names, *layer.other_param_names):
+        values = getattr(layer, name)
+        if (
+            isinstance(values, (Mapping, nn.ModuleDict, nn.ParameterDict))
+            and adapter_name in values
+        ):
+            return True
+    return False
 
 
 def strength_of(root: nn.Module, adapter_name: str) -> StrengthSchedule | None:
-    """The strength of the adapter as a function of λ, if it has one."""
+    """Return the strength of the adapter as a function of λ, if it has one."""
     holder = holder_of(root)
     if holder is None:
         return None
@@ -116,58 +130,72 @@ def strength_of(root: nn.Module, adapter_name: str) -> StrengthSchedule | None:
 # ---------------------------------------------------------------------- giving and taking
 
 
-def give_strength(root: Any, adapter_name: str, strength: Any) -> None:
-    """Replace the strength over λ of an adapter by another, checked by `check_strength`, its points, or None. The
-    configuration of a NaRA has it too."""
-    config, layers = root.peft_config[adapter_name], layers_of(root, adapter_name)
+def give_strength(
+    root: nn.Module, adapter_name: str, strength: StrengthSchedule | Points | None
+) -> None:
+    """Replace the strength over λ of an adapter, and that in the configuration of a NaRA.
+
+    Args:
+        strength: a schedule or its points, which `check_strength` has accepted; None removes the strength.
+    """
+    config = _config_of(root, adapter_name)
+    layers = layers_of(root, adapter_name)
     if strength is None:
         _take_strength(root, adapter_name, config, layers)
     else:
         holder = _holder_with(root, adapter_name, layers)
         for name, layer in layers.items():
             if not isinstance(layer.lora_variant.get(adapter_name), NaraVariant):
-                layer.lora_variant[adapter_name] = _variant_for(
-                    root, config, holder, layer, name, adapter_name
-                )
-        schedule = (
-            strength if isinstance(strength, StrengthSchedule) else StrengthSchedule(strength)
-        )
-        holder.schedules[adapter_name] = schedule
+                variant = _variant_for(root, config, holder, layer, name, adapter_name)
+                layer.lora_variant[adapter_name] = variant
+        is_schedule = isinstance(strength, StrengthSchedule)
+        holder.schedules[adapter_name] = strength if is_schedule else StrengthSchedule(strength)
     holder = holder_of(root)
     if holder is not None and isinstance(config, NaraConfig):
-        config, schedule = (
-            copy(config),
-            strength_of(root, adapter_name),
-        )  # the caller's may serve several models
+        config = copy(config)  # several models may share the caller's
+        schedule = strength_of(root, adapter_name)
         config.strength = None if schedule is None else schedule.as_lists()
-        holder.reconfigure(adapter_name, holder.finder.with_convention(adapter_name, config))
+        completed = holder.finder.with_convention(adapter_name, config)
+        holder.reconfigure(adapter_name, completed)
 
 
-def _take_strength(root: Any, adapter_name: str, config: Any, layers: Mapping[str, Any]) -> None:
+def _config_of(root: nn.Module, adapter_name: str) -> LoraConfig:
+    configs: Any = root.peft_config
+    return configs[adapter_name]
+
+
+def _take_strength(
+    root: nn.Module, adapter_name: str, config: LoraConfig, layers: Mapping[str, LoraLayer]
+) -> None:
     """Undo `give_strength`. Harmless when repeated."""
     holder = holder_of(root)
     if holder is None or strength_of(root, adapter_name) is None:
         return
     del holder.schedules[adapter_name]
-    cores: Any = holder.cores[adapter_name]
-    is_plain = all(isinstance(core, IdentityCore) for core in cores.values())
-    for layer in layers.values() if is_plain else ():
-        variant = layer.lora_variant.get(adapter_name)
-        if isinstance(variant, NaraVariant) and variant.channel is holder.channel:
-            del layer.lora_variant[adapter_name]
-            own = layer.resolve_lora_variant(config=config)
-            if own is not None:
-                layer.lora_variant[adapter_name] = own
+    cores = holder.cores_of(adapter_name)
+    if all(isinstance(core, IdentityCore) for core in cores.values()):
+        for layer in layers.values():
+            _restore_variant(layer, adapter_name, config, holder)
     if not isinstance(config, NaraConfig):
         holder.remove(adapter_name)
-        if (
-            holder.finder.source_is_default
-        ):  # a source that a user has set serves the next strength too
+        if holder.finder.source_is_default:  # a source that a user has set stays for the next one
             drop_idle_holder(root)
 
 
-def _holder_with(root: Any, adapter_name: str, layers: dict[str, Any]) -> CoreHolder:
-    """The holder of `root`, made if there is none, with the adapter in it."""
+def _restore_variant(
+    layer: LoraLayer, adapter_name: str, config: LoraConfig, holder: CoreHolder
+) -> None:
+    """Give a layer of a plain LoRA the LoRA variant that PEFT gave it, if any."""
+    variant = layer.lora_variant.get(adapter_name)
+    if isinstance(variant, NaraVariant) and variant.channel is holder.channel:
+        del layer.lora_variant[adapter_name]
+        own = layer.resolve_lora_variant(config=config)
+        if own is not None:
+            layer.lora_variant[adapter_name] = own
+
+
+def _holder_with(root: nn.Module, adapter_name: str, layers: Mapping[str, LoraLayer]) -> CoreHolder:
+    """Return the holder of `root` with the adapter in it; make both if they are missing."""
     holder = holder_of(root)
     if holder is None:
         holder = CoreHolder(root, denoiser_of(root))
@@ -175,26 +203,39 @@ def _holder_with(root: Any, adapter_name: str, layers: dict[str, Any]) -> CoreHo
     if adapter_name not in holder.cores:
         rank = max(layer.r[adapter_name] for layer in layers.values())
         cores = CoreSet({SHARED: IdentityCore(rank)})
-        holder.add(adapter_name, root.peft_config[adapter_name], cores, list(layers.values()))
+        config = _config_of(root, adapter_name)
+        holder.add(adapter_name, config, cores, list(layers.values()))
     return holder
 
 
 def _variant_for(
-    root: nn.Module, config: Any, holder: CoreHolder, layer: Any, name: str, adapter_name: str
+    root: nn.Module,
+    config: LoraConfig,
+    holder: CoreHolder,
+    layer: LoraLayer,
+    name: str,
+    adapter_name: str,
 ) -> NaraVariant:
-    """NaRA's LoRA variant for a layer of a plain LoRA."""
-    cores: Any = holder.cores[adapter_name]
-    own = core_group(config, name, layer.r[adapter_name]) if isinstance(config, NaraConfig) else ""
-    group = own if own in cores else next(iter(cores))
-    variant_class = variant_for(
-        layer, isinstance(layer.lora_variant.get(adapter_name), _DORA), name
-    )
+    """Return NaRA's LoRA variant for a layer of a plain LoRA."""
+    cores = holder.cores_of(adapter_name)
+    group = next(iter(cores))
+    if isinstance(config, NaraConfig):
+        own = core_group(config, name, layer.r[adapter_name])
+        group = own if own in cores else group
+    is_dora = isinstance(layer.lora_variant.get(adapter_name), PEFT_DORA)
+    variant_class = variant_for(layer, is_dora, name)
     return variant_class(holder.channel, adapter_name, group, name, row_kind_of(root, name))
 
 
-def check_strength(root: Any, adapter_name: str, strength: Any) -> None:
-    """Refuse what comes after merging, and a strength over λ that would scale only a part of the adapter: it has layers
-    without LoRA variants, biases, or modules of its own."""
+def check_strength(
+    root: nn.Module, adapter_name: str, strength: StrengthSchedule | Points | None
+) -> None:
+    """Refuse a change of strength after merging, and a strength over λ that would scale only a part of the adapter.
+
+    Raises:
+        ValueError: the adapter is merged; or `strength` is not None, and the adapter has layers without LoRA variants,
+            biases, or modules of its own.
+    """
     layers = layers_of(root, adapter_name)
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
         raise ValueError(
@@ -203,31 +244,37 @@ def check_strength(root: Any, adapter_name: str, strength: Any) -> None:
         )
     if strength is None:
         return
-    missed = [
-        f"what {name} changes in the model"
-        for name in unscaled_fields(root.peft_config[adapter_name])
-    ]
-    missed = missed or list(
-        filter(None, (_missed(layer, name, adapter_name) for name, layer in layers.items()))
-    )
-    if missed:
+    missed = _missed(root, layers, adapter_name)
+    if missed is not None:
         raise ValueError(
-            f"Adapter '{adapter_name}' cannot have a strength that depends on λ, which would not reach {missed[0]}: "
+            f"Adapter '{adapter_name}' cannot have a strength that depends on λ, which would not reach {missed}: "
             "give this adapter a float."
         )
 
 
-def _missed(layer: Any, name: str, adapter_name: str) -> str | None:
-    """What a strength in the place of C would not scale, if the layer is such."""
+def _missed(root: nn.Module, layers: Mapping[str, BaseTunerLayer], adapter_name: str) -> str | None:
+    """Return what a strength over λ would not scale; None if it scales all of the adapter."""
+    for name in unscaled_fields(_config_of(root, adapter_name)):
+        return f"what {name} changes in the model"
+    for name, layer in layers.items():
+        missed = _missed_in_layer(layer, name, adapter_name)
+        if missed is not None:
+            return missed
+    return None
+
+
+def _missed_in_layer(layer: BaseTunerLayer, name: str, adapter_name: str) -> str | None:
     variant = getattr(layer, "lora_variant", {}).get(adapter_name)
     if isinstance(variant, NaraVariant):
         return None
-    if not isinstance(layer, LoraLayer) or not isinstance(variant, (*_DORA, type(None))):
+    is_known = variant is None or isinstance(variant, PEFT_DORA)
+    if not isinstance(layer, LoraLayer) or not is_known:
         return f"layer '{name}', which is adapted by PEFT's {type(layer).__name__}"
     if variant is not None:
         check_norm(layer.get_base_layer(), name)
     variant_for(layer, variant is not None, name)
-    A: Any = layer.lora_A[adapter_name].weight if adapter_name in layer.lora_A else None
-    if A is not None and len(A) != layer.r[adapter_name]:
-        return f"layer '{name}', in which enable_lora_hotswap has made room for rank {len(A)}"
+    if adapter_name in layer.lora_A:
+        A: Any = layer.lora_A[adapter_name].weight
+        if len(A) != layer.r[adapter_name]:
+            return f"layer '{name}', in which enable_lora_hotswap has made room for rank {len(A)}"
     return None
