@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from nara_diffusion.config import NaraConfig
 from nara_diffusion.cores.registry import needs_noise
-from nara_diffusion.layers.variants import CoreChannel
 from nara_diffusion.noise.level import Entry, as_level, backward_pass
 from nara_diffusion.noise.prediction import check_expected
+from nara_diffusion.noise.rows import ModelRows
 from nara_diffusion.noise.sources import NoiseSource, first_source
 from nara_diffusion.noise.timesteps import Denoiser
 
@@ -43,7 +43,7 @@ class LevelFinder:
     Args:
         root: the adapted model.
         configs: adapter → configuration. The holder of the cores owns this dict and changes it in place.
-        channel: says whether layers see samples first.
+        rows: what the layers see as rows.
         denoiser: the entry of the root's class in the table of denoisers.
 
     Attributes:
@@ -56,12 +56,12 @@ class LevelFinder:
         self,
         root: nn.Module,
         configs: dict[str, LoraConfig],
-        channel: CoreChannel,
+        rows: ModelRows,
         denoiser: Denoiser | None,
     ) -> None:
         self.root = root
         self.configs = configs
-        self.channel = channel
+        self.rows = rows
         self.denoiser = denoiser
         self.given_source: NoiseSource | NotSet | None = NotSet.DEFAULT
         self.length: int | None = None
@@ -147,7 +147,7 @@ class LevelFinder:
         if level is None:
             raise unknown_level(self.root, names)
         if len(level) > 1:
-            self.channel.rows.check_forward(len(level), self.root, args, kwargs)
+            self.rows.check_forward(len(level), self.root, args, kwargs)
         return level
 
     # ------------------------------------------------------------------ the adapters' definitions of λ

@@ -59,8 +59,9 @@ class CoreHolder(nn.Module):
         self.configs: dict[str, LoraConfig] = {}
         self.layers: dict[str, list[LoraLayer]] = {}
         self.schedules: dict[str, StrengthSchedule] = {}
-        self.channel = CoreChannel(self, ModelRows.of(denoiser))
-        self.finder = LevelFinder(root, self.configs, self.channel, denoiser)
+        rows = ModelRows.of(denoiser)
+        self.channel = CoreChannel(self, rows)
+        self.finder = LevelFinder(root, self.configs, rows, denoiser)
         self.merging = Merging(root, self.layers)
         self._handles: tuple[RemovableHandle, ...] = ()
 

@@ -6,6 +6,7 @@ one, tests/tuner/test_peft_internals.py names it.
 
 from __future__ import annotations
 
+from peft import PeftConfig
 from peft.tuners.lora import Conv2d, Embedding, LoraLayer
 
 OVERRIDDEN = {
@@ -24,12 +25,13 @@ READ: dict[type, dict[str, str]] = {
         "_cache_pop": "takes that back",
         "_unmerged_base_weight": "gives DoRA's norm the base weight without other merged adapters",
     },
+    PeftConfig: {"_get_peft_type": "tells whether an adapter on the Hub is a NaRA"},
     Embedding: {
         "_embed": "looks up A with the padding and sparsity of the base layer",
         "_get_embed_scale": "is the factor by which some models scale their embeddings",
     },
 }
-"""PEFT's class → its methods that the layers, strengths and loaders call."""
+"""PEFT's class → its methods that the layers and loaders call."""
 
 SET: dict[type, dict[str, str]] = {
     LoraLayer: {

@@ -110,10 +110,7 @@ def layers_of(root: nn.Module, adapter_name: str) -> dict[str, Any]:
 def _has_adapter(layer: BaseTunerLayer, adapter_name: str) -> bool:
     for name in (*layer.adapter_layer_names, *layer.other_param_names):
         values = getattr(layer, name)
-        if (
-            isinstance(values, (Mapping, nn.ModuleDict, nn.ParameterDict))
-            and adapter_name in values
-        ):
+        if hasattr(values, "keys") and adapter_name in values:
             return True
     return False
 
