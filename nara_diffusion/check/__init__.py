@@ -1,4 +1,4 @@
-"""nara-check: short trainings that measure whether an adapter gains by knowing the noise level λ (docs/check.md)."""
+"""nara-check: short trainings that measure what λ is worth to an adapter (docs/check.md)."""
 
 from .trials import CheckTask, Repeat, published, trials
 from .verdict import THRESHOLDS, Verdict, decide, judge

@@ -2,19 +2,23 @@
 
 The check takes minutes on a small model:
 
-    nara-check stabilityai/stable-diffusion-xl-base-1.0 dog --instance_prompt "a photo of sks dog" --learning_rate 1e-3
+    nara-check stabilityai/stable-diffusion-xl-base-1.0 dog --instance_prompt "a photo of sks dog" \\
+        --learning_rate 1e-3
     nara-check GSAI-ML/LLaDA-8B-Base train.jsonl --max_length 256 --learning_rate 1e-3
 
-MODEL is an image model that train_scripts/dreambooth.py can train, or a masked-diffusion language model: a folder, or a
-repository on the Hub. DATA is a folder of images, or a JSON or JSON Lines file with records of instruction and output.
-Further flags are those of that train script, whose --check this is, with defaults for short trainings of rank 4.
+MODEL is an image model that train_scripts/dreambooth.py can train, or a masked-diffusion language
+model: a folder, or a repository on the Hub. DATA is a folder of images, or a JSON or JSON Lines file
+with records of instruction and output. All other flags are those of that train script. The check is
+its --check, with defaults for short trainings of rank 4.
 
-It repeats short trainings of LoRA, of NaRA, of NaRA that reads the same λ for every sample, and of a cheaper way to
-give the model λ. Their held-out losses say whether λ is likely to help, and in which form. docs/check.md explains it.
+It repeats short trainings of LoRA, of NaRA, of NaRA that reads the same λ for every sample, and of a
+cheaper way to give the model λ. Their held-out losses say whether λ is likely to help, and in which
+form. docs/check.md explains it.
 
-Losses of texts are measured on the validation data, losses of images on --validation_data_dir. Without that folder one
-picture of four or more is held out. With fewer, the training pictures are measured under other noise, and layers aren't
-compared. Prior preservation is left out, and so are adapters of text encoders, since they don't depend on λ.
+Losses of texts are measured on the validation data, losses of images on --validation_data_dir.
+Without that folder one picture of four or more is held out. With fewer, the training pictures are
+measured under other noise, and layers aren't compared. Prior preservation is left out, and so are
+adapters of text encoders, since they don't depend on λ.
 """
 
 from __future__ import annotations
@@ -29,12 +33,14 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from nara_diffusion import NaraConfig
 from nara_diffusion.dllm import train as dllm_train
 from nara_diffusion.dllm.batches import GlobalBatchStream
-from nara_diffusion.dllm.loss import batch_loss
+from nara_diffusion.dllm.loss import MaskedDiffusionLoss, batch_loss
 from nara_diffusion.dllm.masking import mask_answers, with_level_token
 from nara_diffusion.dllm.models.backbone import Backbone
 from nara_diffusion.dllm.text_arguments import Arguments
@@ -42,15 +48,17 @@ from nara_diffusion.dllm.tokenizer import digit_tokens
 from nara_diffusion.dreambooth import denoiser
 from nara_diffusion.dreambooth import train as dreambooth_train
 from nara_diffusion.dreambooth.caches import PromptCache
-from nara_diffusion.dreambooth.dataset import collate_samples
+from nara_diffusion.dreambooth.dataset import DreamBoothDataset, collate_samples
 from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser, adapt, text_config
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments, run_family
 from nara_diffusion.dreambooth.pipelines import family_defaults
+from nara_diffusion.dreambooth.training_step import DreamBoothLoss, TrainingStep
 from nara_diffusion.noise.denoisers import time_layers
 from nara_diffusion.noise.level import core_holders
 from nara_diffusion.noise.sources import MASKED_SHARE
 from nara_diffusion.training import adapter_weights
 from nara_diffusion.training.adapters import adapter_config, add_adapter
+from nara_diffusion.training.arguments import TrainingArguments
 from nara_diffusion.training.command import parse_arguments
 from nara_diffusion.training.optimization import is_core_parameter
 from nara_diffusion.training.run import start_run
@@ -88,6 +96,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 def check(model: str, data: str, flags: Sequence[str]) -> dict[str, Any]:
     """Check the training of `model` on `data`, and return the content of check.json.
 
+    Args:
+        model: folder or repository of the model.
+        data: a folder of images, or a file of records.
+        flags: further words of the command line.
+
     Raises:
         ValueError: `data` is neither a file nor a folder.
     """
@@ -106,7 +119,8 @@ def check(model: str, data: str, flags: Sequence[str]) -> dict[str, Any]:
         )
 
     def defaults(given: Mapping[str, Any]) -> dict[str, Any]:
-        return own | {"core_learning_rate": given.get("learning_rate", own["learning_rate"]) / 4}
+        rate = given.get("learning_rate", own["learning_rate"])
+        return own | {"core_learning_rate": rate / 4}
 
     return check_run(parse_arguments(arguments, flags, description=__doc__, defaults=defaults))
 
@@ -120,86 +134,168 @@ def check_run(args: Arguments | DreamBoothArguments) -> dict[str, Any]:
         return check_text(dllm_train.FineTuning(args, run))
 
 
+# ---------------------------------------------------------------------- texts
+
+
 def check_text(tuning: dllm_train.FineTuning) -> dict[str, Any]:
-    """Check a training on texts, whose backbone has no adapter yet. Return the content of check.json."""
-    args, objective, device = (
-        published(tuning.args),
-        tuning.objective,
-        tuning.run.accelerator.device,
-    )
-    config: Any = adapter_config(args, noise_convention=MASKED_SHARE)
-    model = add_adapter(tuning.backbone, config).to(device).train()
-    mask, limit = Backbone(model).mask_token_id(), Backbone(model).position_limit
+    """Check a training on texts. Return the content of check.json.
+
+    Args:
+        tuning: the training; its backbone has no adapter yet.
+    """
+    args = published(tuning.args)
+    config = nara_config(args, MASKED_SHARE)
+    adapted = add_adapter(tuning.backbone, config)
+    model = adapted.to(tuning.run.accelerator.device).train()
     digits = digit_tokens(tuning.tokenizer)
-
-    def loss_of(rows: Any, is_told: bool) -> Loss:
-        stream = GlobalBatchStream(rows, args.seed, objective["group_size"])
-
-        def loss(positions: Sequence[int]) -> Any:
-            parts = tuning.collator([stream[position] for position in positions]).items()
-            batch = mask_answers(
-                **{name: part.to(device) for name, part in parts}, mask_token_id=mask, **objective
-            )
-            return batch_loss(model, with_level_token(batch, digits) if is_told else batch)
-
-        return loss
-
-    def losses(is_told: bool) -> tuple[Loss, Loss]:
-        return loss_of(tuning.train_rows, is_told), loss_of(tuning.validation_rows, is_told)
-
-    has_token = len(set(digits)) == 10 and (limit is None or tuning.padded < limit)
-    if has_token:
+    limit = Backbone(model).position_limit
+    has_digits = len(set(digits)) == 10
+    has_place = limit is None or tuning.padded < limit
+    told = None
+    if has_digits and has_place:
         add_cheap(model, config)
-    told = losses(True) if has_token else None
-    return check_training(
-        CheckTask(model, config, args, *losses(False), objective["group_size"], told), tuning.run
-    )
-
-
-def check_images(tuning: dreambooth_train.FineTuning) -> dict[str, Any]:
-    """Check a training on images, whose pipeline has no adapter yet. Return the content of check.json."""
-    args, pipe, step = published(tuning.args), tuning.pipe, tuning.step
-    config: Any = adapter_config(args, noise_convention=step.objective.source.convention)
-    family = run_family(args, pipe)
-    model = AdaptedDenoiser(
-        pipe, config, gradient_checkpointing=args.gradient_checkpointing, family=family
-    )
-    is_unseen, no_cheap = args.validation_data_dir is not None, NO_CHEAP
-    if not is_unseen:
-        no_cheap = "pictures that no training saw are few, so give more by --validation_data_dir to compare layers"
-    elif time := time_layers(model.denoiser):
-        add_cheap(model, config, time)
-    own = replace(step, model=model.train(), prompts=step.prompts or PromptCache(pipe, family))
-
-    def loss_of(images: Any) -> Loss:
-        return lambda positions: own(
-            collate_samples([{"samples": images.samples_at(p)[:1]} for p in positions])
+        told = (
+            text_loss(tuning, model, tuning.train_rows, digits),
+            text_loss(tuning, model, tuning.validation_rows, digits),
         )
-
-    losses = loss_of(tuning.dataset), loss_of(tuning.measured_on)
-    measured = HELD_OUT if is_unseen else "Losses on a picture held out"
-    if tuning.measured_on is tuning.dataset:
-        measured = "Losses on the training pictures under other noise"
     task = CheckTask(
-        model, config, args, *losses, step.group_size, measured=measured, no_cheap=no_cheap
+        model,
+        config,
+        args,
+        loss=text_loss(tuning, model, tuning.train_rows),
+        held_out=text_loss(tuning, model, tuning.validation_rows),
+        step_samples=tuning.objective["group_size"],
+        told=told,
     )
     return check_training(task, tuning.run)
 
 
-def add_cheap(model: nn.Module, config: Any, further: Sequence[str] = ()) -> None:
-    """Add to a model with the NaRA of `config` the LoRA `CHEAP` of its layers and of linear layers `further`, of the
-    rank at which it has NaRA's number of parameters, or nearly so."""
+def text_loss(
+    tuning: dllm_train.FineTuning,
+    model: nn.Module,
+    rows: Dataset,
+    digits: Sequence[int] | None = None,
+) -> Loss:
+    """Return the loss of `model` on rows by their positions in the stream of samples.
+
+    Args:
+        digits: the tokens of 0 … 9, to put λ as a digit at the end of each prompt; None doesn't.
+    """
+    device = tuning.run.accelerator.device
+    mask = Backbone(model).mask_token_id()
+    stream = GlobalBatchStream(rows, tuning.args.seed, tuning.objective["group_size"])
+
+    def loss(positions: Sequence[int]) -> MaskedDiffusionLoss:
+        inputs = tuning.collator([stream[position] for position in positions])
+        on_device = {name: part.to(device) for name, part in inputs.items()}
+        batch = mask_answers(**on_device, mask_token_id=mask, **tuning.objective)
+        if digits is not None:
+            batch = with_level_token(batch, digits)
+        return batch_loss(model, batch)
+
+    return loss
+
+
+# ---------------------------------------------------------------------- images
+
+
+def check_images(tuning: dreambooth_train.FineTuning) -> dict[str, Any]:
+    """Check a training on images. Return the content of check.json.
+
+    Args:
+        tuning: the training; its pipeline has no adapter yet.
+    """
+    args, pipe, step = published(tuning.args), tuning.pipe, tuning.step
+    config = nara_config(args, step.objective.source.convention)
+    family = run_family(args, pipe)
+    model = AdaptedDenoiser(
+        pipe, config, gradient_checkpointing=args.gradient_checkpointing, family=family
+    )
+    no_cheap = NO_CHEAP
+    if args.validation_data_dir is None:
+        no_cheap = (
+            "pictures that no training saw are few, so give more by --validation_data_dir to "
+            "compare layers"
+        )
+    elif time := time_layers(model.denoiser):
+        add_cheap(model, config, time)
+    prompts = step.prompts or PromptCache(pipe, family)
+    own = replace(step, model=model.train(), prompts=prompts)
+    task = CheckTask(
+        model,
+        config,
+        args,
+        loss=image_loss(own, tuning.dataset),
+        held_out=image_loss(own, tuning.measured_on),
+        step_samples=step.group_size,
+        measured=_measured(tuning),
+        no_cheap=no_cheap,
+    )
+    return check_training(task, tuning.run)
+
+
+def image_loss(step: TrainingStep, images: DreamBoothDataset) -> Loss:
+    """Return the loss of `step` on the instances at positions of `images`."""
+
+    def loss(positions: Sequence[int]) -> DreamBoothLoss:
+        items = []
+        for position in positions:
+            instance = images.samples_at(position)[0]
+            items.append({"samples": [instance]})
+        return step(collate_samples(items))
+
+    return loss
+
+
+def _measured(tuning: dreambooth_train.FineTuning) -> str:
+    """Return in words what the held-out losses are measured on."""
+    if tuning.measured_on is tuning.dataset:
+        return "Losses on the training pictures under other noise"
+    if tuning.args.validation_data_dir is None:
+        return "Losses on a picture held out"
+    return HELD_OUT
+
+
+# ---------------------------------------------------------------------- adapters
+
+
+def nara_config(args: TrainingArguments, convention: str) -> NaraConfig:
+    """Return the configuration of the NaRA that `published` arguments describe."""
+    config = adapter_config(args, noise_convention=convention)
+    assert isinstance(config, NaraConfig)
+    return config
+
+
+def add_cheap(model: nn.Module, config: NaraConfig, further: Sequence[str] = ()) -> None:
+    """Add the LoRA `CHEAP` to a model that has a NaRA. Its rank gives it about NaRA's number of
+    parameters.
+
+    Args:
+        model: the model with NaRA.
+        config: the configuration of that NaRA.
+        further: names of linear layers to adapt in addition to NaRA's.
+    """
     root = core_holders(model)[0].root
     modules = dict(root.named_modules())
-    counts = {name: each.numel() for name, each in root.named_parameters() if each.requires_grad}
-    of_a_rank = (
-        sum(count for name, count in counts.items() if not is_core_parameter(name)) / config.r
+    all_parameters = 0  # of NaRA
+    of_layers = 0  # of its A and B
+    for name, parameter in root.named_parameters():
+        if parameter.requires_grad:
+            all_parameters += parameter.numel()
+            if not is_core_parameter(name):
+                of_layers += parameter.numel()
+    of_a_rank = of_layers / config.r
+    for name in further:
+        of_a_rank += modules[name].in_features + modules[name].out_features
+    rank = max(1, round(all_parameters / of_a_rank))
+    adapted = [name for name, module in modules.items() if isinstance(module, LoraLayer)]
+    layers = "|".join(map(re.escape, [*adapted, *further]))
+    lora = replace(
+        text_config(config),
+        r=rank,
+        lora_alpha=config.lora_alpha * rank / config.r,
+        target_modules=layers,
     )
-    of_a_rank += sum(modules[name].in_features + modules[name].out_features for name in further)
-    rank = max(1, round(sum(counts.values()) / of_a_rank))
-    layers = [*(name for name, each in modules.items() if isinstance(each, LoraLayer)), *further]
-    options = {"r": rank, "lora_alpha": config.lora_alpha * rank / config.r}
-    options["target_modules"] = "|".join(map(re.escape, layers))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-        adapt(root, replace(text_config(config), **options), CHEAP)
+        adapt(root, lora, CHEAP)

@@ -1,39 +1,42 @@
-"""Short trainings of NaRA and of what it is compared with, which show what knowing λ gains, and by which way.
+"""Short trainings of NaRA and of adapters to compare it with. They show what λ is worth.
 
     base     the model without an adapter; it isn't trained
-    lora     NaRA whose core stays at C = I
-    untold   NaRA whose core reads λ = 0.5 for every sample, in training and in measurement
-    time     a LoRA of NaRA's layers and of those that read the timestep, in models that have them
-    token    a LoRA of NaRA's layers, and a digit at the end of the prompt, ⌊10 λ⌋, in models that have one
+    lora     NaRA with a core that stays at C = I
+    untold   NaRA with λ = 0.5 for every sample, in training and in measurement
+    time     a LoRA of NaRA's layers and of those that read the timestep, if the model has them
+    token    a LoRA of NaRA's layers, and the digit ⌊10 λ⌋ at the end of the prompt, if it fits
     nara     NaRA
 
-`time` and `token` are the cheap ways of telling λ; their rank gives them about NaRA's number of parameters. The others
-start from the same A, with B = 0. All see the same samples at the same noise levels with the same noise, by the
-training's own loss, optimizer and learning rates. A core may speed up a training without knowing λ, so only what NaRA
-gains over `untold` is due to λ. Each repeat draws A, core, samples, noise and held-out samples anew.
+`time` and `token` are cheap ways to give the model λ. Their rank gives them about NaRA's number of
+parameters. The others start from the same A, with B = 0. All see the same samples at the same noise
+levels with the same noise, through the training's own loss, optimizer and learning rates. A core may
+speed up a training without knowing λ, so only NaRA's gain over `untold` is due to λ. Each repeat
+draws A, core, samples, noise and held-out samples anew.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from nara_diffusion import NaraConfig
 from nara_diffusion.cores.float32 import Core
 from nara_diffusion.cores.registry import make_cores
 from nara_diffusion.noise.level import core_holders
+from nara_diffusion.training.arguments import TrainingArguments
 from nara_diffusion.training.loop import StepLoss
 from nara_diffusion.training.optimization import build_lr_scheduler, build_optimizer, hold_core
 
-ADAPTER, CHEAP = "default", "cheap"  # the adapters of NaRA and of a cheap way of telling λ
+ADAPTER, CHEAP = "default", "cheap"  # the names of NaRA's adapter and of the cheap way's
 TITLES = {
     "base": "base",
     "lora": "LoRA",
@@ -42,59 +45,56 @@ TITLES = {
     "token": "LoRA + λ token",
     "nara": "NaRA",
 }
-WAYS = ("time", "token")  # of which a task has one at most
+WAYS = ("time", "token")  # the cheap ways; a task has at most one
 HELD_OUT = "Held-out losses"
 NO_CHEAP = "no time layers are left to adapt, and no place for a token"
 Loss = Callable[[Sequence[int]], StepLoss]
 """Positions in the stream of samples → their losses."""
+Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
 
 @dataclass(frozen=True)
 class CheckTask:
-    """The parts of a training that the check runs.
+    """The parts of a training that the check runs."""
 
-    Attributes:
-        model: with the NaRA adapter that `published` describes, and perhaps a LoRA `CHEAP`; all else is frozen.
-        config, args: of that NaRA; of learning rates and optimizer, as `published` returns them.
-        loss, held_out: of positions in the stream of samples, as in training; of samples, or noise, not trained on.
-        step_samples: the number of samples of an optimizer step, a multiple of args.train_batch_size, a forward's.
-        told: `loss` and `held_out` of inputs with a token that says λ; None where there can be none.
-        steps: of the optimizer, of each training. repeats: at most. samples: held out in a repeat, whole batches.
-        measured: what the losses of `held_out` are called. no_cheap: why there is no cheap way, if there is none.
-    """
-
-    model: nn.Module
-    config: Any
-    args: Any
-    loss: Loss
-    held_out: Loss
-    step_samples: int
-    told: tuple[Loss, Loss] | None = None
-    steps: int = 100
-    repeats: int = 6
-    samples: int = 100
-    measured: str = HELD_OUT
-    no_cheap: str = NO_CHEAP
+    model: (
+        nn.Module
+    )  # with the NaRA that `published` describes, perhaps a LoRA `CHEAP`; else frozen
+    config: NaraConfig  # of that NaRA
+    args: TrainingArguments  # learning rates and optimizer, as `published` returns them
+    loss: Loss  # of positions in the stream of samples, as in training
+    held_out: Loss  # of samples, or noise, that aren't trained on
+    step_samples: int  # samples of an optimizer step, a multiple of args.train_batch_size
+    told: tuple[Loss, Loss] | None = (
+        None  # `loss` and `held_out` with the λ token; None: impossible
+    )
+    steps: int = 100  # optimizer steps of each training
+    repeats: int = 6  # the largest number of repeats
+    samples: int = 100  # held-out samples of a repeat, in whole batches
+    measured: str = HELD_OUT  # what the report calls the losses of `held_out`
+    no_cheap: str = NO_CHEAP  # why there is no cheap way, if there is none
 
     @property
     def arms(self) -> list[str]:
         """The arms that this task has."""
-        cheap = (
-            "token" if self.told else "time" if CHEAP in core_holders(self.model)[0].cores else None
-        )
+        cheap = None
+        if self.told:
+            cheap = "token"
+        elif CHEAP in core_holders(self.model)[0].cores:
+            cheap = "time"
         return [arm for arm in TITLES if arm not in WAYS or arm == cheap]
 
 
 class Repeat(NamedTuple):
-    """λ (n,) of the held-out samples, and {arm: their losses (n,)} of the task's arms."""
+    """The measurement of one repeat."""
 
-    noise_level: Tensor
-    losses: dict[str, Tensor]
+    noise_level: Tensor  # λ (n,) of the held-out samples
+    losses: dict[str, Tensor]  # {arm: their losses (n,)}, for the task's arms
 
 
-def published(args: Any) -> Any:
-    """A copy of the arguments of a train script, with the published NaRA of the same rank, scale and targets in place
-    of their adapter, and with the schedule of a short training."""
+def published(args: Arguments) -> Arguments:
+    """Return a copy of a train script's arguments for the check: with the published NaRA of the same
+    rank, scale and targets in place of their adapter, and the schedule of a short training."""
     kept = (
         "use_rslora",
         "core_hidden_dims",
@@ -104,53 +104,64 @@ def published(args: Any) -> Any:
     )
     options = {name: value for name, value in args.adapter_options.items() if name in kept}
     changed = copy(args)
-    vars(changed).update(
-        adapter="nara", core_type="hypernetwork", lora_dropout=0.0, adapter_options=options
-    )
-    vars(changed).update(core_start_step=0, lr_scheduler="cosine", lr_warmup_steps=0.05)
+    changed.adapter, changed.core_type = "nara", "hypernetwork"
+    changed.lora_dropout, changed.adapter_options = 0.0, options
+    changed.core_start_step = 0
+    changed.lr_scheduler, changed.lr_warmup_steps = "cosine", 0.05
     return changed
 
 
 def trials(task: CheckTask, progress: bool = True) -> Iterator[Repeat]:
-    """Yield the repeats, each of which is trained when it is asked for. ValueError: a loss is NaN or infinite."""
-    trained, size = task.steps * task.step_samples, task.args.train_batch_size
+    """Yield the repeats. Each is trained when it is asked for. Raises ValueError if a loss is NaN or
+    infinite."""
+    trained = task.steps * task.step_samples
+    size = task.args.train_batch_size
     measured = math.ceil(task.samples / size) * size
-    cores = [module for module in task.model.modules() if isinstance(module, Core)]
     for number in range(task.repeats):
         first = task.repeats * trained + number * measured
+        held_out_positions = range(first, first + measured)
+        positions = range(number * trained, (number + 1) * trained)
         losses: dict[str, Tensor] = {}
         for arm in task.arms:
             restart(task, number, CHEAP if arm in WAYS else ADAPTER)
-            loss, held_out = (arm == "token" and task.told) or (task.loss, task.held_out)
-            with ExitStack() as changed:
-                for core in cores if arm == "untold" else ():
-                    changed.enter_context(core.register_forward_pre_hook(_half))
+            loss, held_out = task.loss, task.held_out
+            if arm == "token" and task.told:
+                loss, held_out = task.told
+            with _without_level(task.model, arm == "untold"):
                 if arm != "base":
-                    _train(
-                        task, arm, loss, range(number * trained, (number + 1) * trained), progress
-                    )
-                noise_level, losses[arm] = _measure(task, held_out, range(first, first + measured))
+                    _train(task, arm, loss, positions, progress)
+                noise_level, losses[arm] = _measure(task, held_out, held_out_positions)
         yield Repeat(noise_level, losses)
 
 
 def restart(task: CheckTask, number: int, adapter: str = ADAPTER) -> None:
-    """Activate `adapter`, and draw its A and cores from the seed and the `number` of the repeat; B = 0 and C = I."""
+    """Activate `adapter`. Draw its A and cores from the seed and the `number` of the repeat, with
+    B = 0 and C = I."""
     torch.manual_seed(task.args.seed * 1_000_003 + number)
     for layer in task.model.modules():
         if isinstance(layer, LoraLayer):
             layer.set_adapter(adapter)
             layer.reset_lora_parameters(adapter, True)
-    for holder in core_holders(task.model) if adapter == ADAPTER else ():
+    if adapter != ADAPTER:
+        return
+    for holder in core_holders(task.model):
         cores = holder.cores[ADAPTER]
-        cores.load_state_dict(
-            make_cores(
-                task.config, {group: core.rank for group, core in cores.items()}
-            ).state_dict()
-        )
+        ranks = {group: core.rank for group, core in cores.items()}
+        cores.load_state_dict(make_cores(task.config, ranks).state_dict())
+
+
+@contextmanager
+def _without_level(model: nn.Module, is_active: bool) -> Iterator[None]:
+    """If `is_active`, every core reads λ = 0.5, whatever the noise is."""
+    with ExitStack() as changed:
+        for module in model.modules():
+            if is_active and isinstance(module, Core):
+                changed.enter_context(module.register_forward_pre_hook(_half))
+        yield
 
 
 def _half(core: nn.Module, levels: tuple[Tensor]) -> tuple[Tensor]:
-    """A hook by which a core reads λ = 0.5 whatever the noise is."""
+    """A hook that replaces λ by 0.5."""
     return (torch.full_like(levels[0], 0.5),)
 
 
@@ -161,7 +172,8 @@ def _train(task: CheckTask, arm: str, loss: Loss, positions: range, progress: bo
     groups = chunks(positions, task.step_samples)
     for group in tqdm(groups, desc=TITLES[arm], unit="step", leave=False, disable=not progress):
         for chosen in chunks(group, task.args.train_batch_size):
-            (loss(chosen).loss * len(chosen) / len(group)).backward()
+            share = len(chosen) / len(group)
+            (loss(chosen).loss * share).backward()
         if arm == "lora":
             hold_core(optimizer)
         if task.args.max_grad_norm is not None:
@@ -173,7 +185,7 @@ def _train(task: CheckTask, arm: str, loss: Loss, positions: range, progress: bo
 
 @torch.no_grad()
 def _measure(task: CheckTask, held_out: Loss, positions: range) -> tuple[Tensor, Tensor]:
-    """λ (n,) and the losses (n,) of held-out samples."""
+    """Return λ (n,) and the losses (n,) of held-out samples."""
     task.model.eval()
     steps = [held_out(chosen) for chosen in chunks(positions, task.args.train_batch_size)]
     task.model.train()
@@ -186,4 +198,5 @@ def _measure(task: CheckTask, held_out: Loss, positions: range) -> tuple[Tensor,
 
 
 def chunks(positions: range, size: int) -> list[range]:
+    """Return `positions` in parts of `size`; the last may be shorter."""
     return [positions[start : start + size] for start in range(0, len(positions), size)]

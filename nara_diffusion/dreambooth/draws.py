@@ -1,13 +1,15 @@
-"""Random numbers of image training: each depends on (seed, stream, index) and on nothing else.
+"""Random numbers of image training. Each depends on (seed, stream, index) and on nothing else.
 
-    u ~ U[0, 1),  i = I[⌊u · k⌋],  with I (k,) the noise levels inside of the window, each as often as it is to be drawn
-    ε ~ N(0, 1) (c, h, w);  with offset noise  ε + κ δ,  δ ~ N(0, 1) (c, 1, 1)
+    noise level  i = I[⌊u · k⌋],  u ~ U[0, 1)
+    noise        ε ~ N(0, 1) (c, h, w);  with offset noise  ε + κ δ,  δ ~ N(0, 1) (c, 1, 1)
 
-`stream` names what a number is for, so that two uses never share theirs; `index` is the position in the stream of
-samples. So a sample gets the same crop, latent and noise in any process, at any batch size and in any order, and a
-resumed run needs no random state. Normal numbers are drawn on the CPU, so they don't depend on the device. Stratified u
-are spread evenly over a global batch (`nara_diffusion.utils.random`), and so are the noise levels then. The class image
-has its instance's position and another role, so the two meet independent noise.
+I (k,) are the noise levels inside the window, each as often as it is to be drawn. `stream` names the
+use of a number, so that two uses never share theirs. `index` is the position in the stream of
+samples. So a sample gets the same crop, latent and noise in any process, at any batch size and in
+any order, and a resumed run needs no random state. Normal numbers are drawn on the CPU, so they
+don't depend on the device. Stratified u, and so the noise levels, are spread evenly over a global
+batch (`nara_diffusion.utils.random`). A class image has the position of its instance and another
+role, so the two get independent noise.
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,55 +30,69 @@ _DRAWS = 2**20
 
 
 def numpy_generator(seed: int, stream: str, index: int) -> np.random.Generator:
-    """NumPy's generator for (seed, stream, index)."""
+    """Return NumPy's generator for (seed, stream, index)."""
     return np.random.default_rng((seed, zlib.crc32(stream.encode()), index))
 
 
 def torch_generator(seed: int, stream: str, index: int) -> torch.Generator:
-    """A CPU generator for (seed, stream, index)."""
-    state = np.random.SeedSequence((seed, zlib.crc32(stream.encode()), index)).generate_state(
-        1, np.uint64
-    )
-    return torch.Generator().manual_seed(int(state[0]) >> 1)
+    """Return torch's CPU generator for (seed, stream, index)."""
+    sequence = np.random.SeedSequence((seed, zlib.crc32(stream.encode()), index))
+    (state,) = sequence.generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state) >> 1)
 
 
 def seeded_normal(
     shape: Sequence[int], *, seed: int, stream: str, indices: Sequence[int]
 ) -> Tensor:
-    """Standard normal float32 numbers (b, *shape) on the CPU: row i depends on (seed, stream, indices[i]) alone."""
-    return torch.stack(
-        [torch.randn(*shape, generator=torch_generator(seed, stream, int(i))) for i in indices]
-    )
+    """Return standard normal float32 numbers (b, *shape) on the CPU. Row i depends only on (seed,
+    stream, indices[i])."""
+    rows = []
+    for index in indices:
+        generator = torch_generator(seed, stream, int(index))
+        rows.append(torch.randn(*shape, generator=generator))
+    return torch.stack(rows)
 
 
 def drawable_levels(
-    noise_levels: Tensor, window: NoiseWindow = EVERYTHING, scheme: str = "none", **density: Any
+    noise_levels: Tensor,
+    window: NoiseWindow = EVERYTHING,
+    scheme: str = "none",
+    *,
+    logit_mean: float = 0.0,
+    logit_std: float = 1.0,
+    mode_scale: float = 1.29,
 ) -> Tensor:
-    """I (k,) int64, ascending: the noise levels in `window`, each as often as Diffusers' --weighting_scheme draws it.
+    """Return I (k,) int64, ascending: the noise levels in `window`, each as often as Diffusers'
+    --weighting_scheme draws it.
 
-    "logit_normal" and "mode" draw unevenly; theirs is the order of a large sample, so that stratified u keep it too.
+    "logit_normal" and "mode" draw unevenly. For these I is a large sorted sample, so that stratified
+    u follow the same distribution.
 
     Args:
         noise_levels: λ (N,) of the schedule, least noise first.
-        scheme: Diffusers' weighting_scheme, which counts its timesteps from the noisy end.
-        density: logit_mean, logit_std and mode_scale of `compute_density_for_timestep_sampling`.
+        scheme: Diffusers' weighting_scheme; it counts timesteps from the noisy end.
+        logit_mean, logit_std, mode_scale: as in `compute_density_for_timestep_sampling`.
     """
-    levels = torch.arange(len(noise_levels))
+    count = len(noise_levels)
+    levels = torch.arange(count)
     if scheme in ("logit_normal", "mode"):
+        fixed = torch.Generator().manual_seed(0)
         u = compute_density_for_timestep_sampling(
-            scheme, _DRAWS, generator=torch.Generator().manual_seed(0), **density
+            scheme,
+            _DRAWS,
+            logit_mean=logit_mean,
+            logit_std=logit_std,
+            mode_scale=mode_scale,
+            generator=fixed,
         )
-        levels = (
-            len(noise_levels)
-            - 1
-            - (u.double() * len(noise_levels)).long().clamp(0, len(noise_levels) - 1)
-        )
+        from_noise = (u.double() * count).long().clamp(0, count - 1)
+        levels = count - 1 - from_noise
     inside = levels[window.contains(noise_levels)[levels]].sort().values
     if len(inside) == 0:
         raise ValueError(
-            f"min_noise_level is {window.low} and max_noise_level {window.high}, but of the {len(noise_levels)} noise "
-            f"levels of the schedule, from {noise_levels[0]:.4g} to {noise_levels[-1]:.4g}, none lies between: widen "
-            "the window."
+            f"min_noise_level is {window.low} and max_noise_level {window.high}, but of the {count} "
+            f"noise levels of the schedule, from {noise_levels[0]:.4g} to {noise_levels[-1]:.4g}, none "
+            "lies between: widen the window."
         )
     return inside
 
@@ -91,12 +106,13 @@ def draw_indices(
     group_size: int = 1,
     role: str = "instance",
 ) -> Tensor:
-    """The index (b,) int64 of each sample's noise level.
+    """Draw the index (b,) int64 of each sample's noise level.
 
     Args:
-        positions: of the samples in the training stream.
-        levels: I (k,), of `drawable_levels`.
-        stratified, group_size: spread the levels of each `group_size` consecutive positions (a global batch) evenly.
+        positions: the positions of the samples in the training stream.
+        levels: I (k,), from `drawable_levels`.
+        stratified: spread the levels of each `group_size` consecutive positions evenly.
+        group_size: samples of a global batch.
         role: "instance" or "class".
     """
     u = stratified_uniform(
@@ -116,11 +132,10 @@ def draw_noise(
     offset: float = 0.0,
     role: str = "instance",
 ) -> Tensor:
-    """ε (b, c, h, w) float32 on the CPU, for samples of `shape` (c, h, w); `offset` is κ."""
+    """Draw ε (b, c, h, w), float32 on the CPU, for samples of `shape` (c, h, w); `offset` is κ."""
     noise = seeded_normal(shape, seed=seed, stream=f"noise {role}", indices=positions)
-    if offset:
-        shifts = seeded_normal(
-            (shape[0], 1, 1), seed=seed, stream=f"offset noise {role}", indices=positions
-        )
-        noise = noise + offset * shifts
-    return noise
+    if not offset:
+        return noise
+    stream = f"offset noise {role}"
+    shifts = seeded_normal((shape[0], 1, 1), seed=seed, stream=stream, indices=positions)
+    return noise + offset * shifts

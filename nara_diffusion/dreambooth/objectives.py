@@ -1,6 +1,9 @@
-"""What a denoiser learns, as one table: at each of N noise levels, least noise first, with latents x and noise ε,
+"""What a denoiser learns, as one table.
 
-    it sees p x + q ε and its timestep t, and should predict α x + β ε;     loss = w · mean (prediction − α x − β ε)²
+At each of N noise levels, least noise first, with latents x and noise ε, the denoiser sees p x + q ε
+and its timestep t. It should predict α x + β ε:
+
+    loss = w · mean (prediction − α x − β ε)²
 
     objective          p         q           α             β           t         λ
     epsilon            √ᾱ        √(1 − ᾱ)    0             1           t         t / N
@@ -8,17 +11,19 @@
     sample             √ᾱ        √(1 − ᾱ)    1             0           t         t / N
     flow_prediction    1 − σ     σ           −1            1           N σ       σ
 
-A rectified flow (arXiv 2209.03003) has σ = s u / (1 + (s − 1) u) at u = 1/N, 2/N, …, 1, and Diffusers'
---weighting_scheme as its w.
+A rectified flow (arXiv 2209.03003) has σ = s u / (1 + (s − 1) u) at u = 1/N, 2/N, …, 1. Its w comes
+from Diffusers' --weighting_scheme.
 
-Min-SNR-γ (arXiv 2303.09556) counts the squared error in x min(SNR, γ), SNR = p² / q². Where the error of the prediction
-is e and the input is what it is, that of x is q e / (α q − β p), so w = min(p², γ q²) / (α q − β p)².
+Min-SNR-γ (arXiv 2303.09556) weights the squared error in x by min(SNR, γ), with SNR = p² / q². For a
+given input, an error e of the prediction is an error q e / (α q − β p) of x, so
+w = min(p², γ q²) / (α q − β p)².
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
@@ -29,14 +34,20 @@ from nara_diffusion.noise.prediction import FLOW, KINDS, prediction_by
 from nara_diffusion.noise.timesteps import TimestepNoise, passes_log_sigma
 
 
+class Scheduler(Protocol):
+    """A scheduler of Diffusers, such as `pipe.scheduler`."""
+
+    config: Any  # a mapping of its settings, which are also attributes
+
+
 @dataclass(frozen=True)
 class Corrupted:
     """A batch after corruption."""
 
     model_input: Tensor  # (b, c, h, w), what the denoiser sees
-    timestep: Tensor  # (b,), from which an adapter reads λ
+    timestep: Tensor  # (b,); an adapter reads λ from it
     target: Tensor  # (b, c, h, w), what the denoiser should return
-    weight: Tensor  # (b,), what the mean squared error of each sample counts
+    weight: Tensor  # (b,), the weight of each sample's mean squared error
 
 
 @dataclass(frozen=True)
@@ -64,15 +75,17 @@ class Objective:
 
     @property
     def unweighted(self) -> Objective:
-        """The same with w = 1, for a validation loss."""
+        """The same objective with w = 1, for a validation loss."""
         return replace(self, weight=torch.ones_like(self.weight))
 
     def corrupt(self, latents: Tensor, noise: Tensor, indices: Tensor) -> Corrupted:
-        """`latents` and `noise` (b, c, h, w) at the noise levels of `indices` (b,), least noise first."""
+        """Mix `latents` and `noise` (b, c, h, w) at the noise levels of `indices` (b,). Index 0 has
+        the least noise."""
         indices = indices.cpu()
-        p, q, alpha, beta = (
-            rows(values, indices, latents) for values in (self.p, self.q, self.alpha, self.beta)
-        )
+        p = rows(self.p, indices, latents)
+        q = rows(self.q, indices, latents)
+        alpha = rows(self.alpha, indices, latents)
+        beta = rows(self.beta, indices, latents)
         return Corrupted(
             model_input=p * latents + q * noise,
             timestep=self.timestep[indices].to(latents.device),
@@ -82,23 +95,24 @@ class Objective:
 
 
 def rows(values: Tensor, indices: Tensor, like: Tensor) -> Tensor:
-    """(N,) float64 at `indices` (b,) → (b, 1, 1, 1) float32 on the device of `like`."""
+    """Return values (N,) at `indices` (b,) as (b, 1, 1, 1) float32, on the device of `like`."""
     return values[indices.cpu()].float()[:, None, None, None].to(like.device)
 
 
 def build_objective(
-    scheduler: Any,
+    scheduler: Scheduler,
     *,
     snr_gamma: float | None = None,
     shift: float | None = None,
     weighting_scheme: str = "none",
 ) -> Objective:
-    """The objective of a pipeline with this scheduler.
+    """Return the objective of a pipeline with this scheduler.
 
     Args:
-        scheduler: `pipe.scheduler`.
+        scheduler: the scheduler, `pipe.scheduler`.
         snr_gamma: γ of min-SNR weights; None weights all noise levels alike.
-        shift: s of a rectified flow; None takes the scheduler's, 1 where it depends on the image's size.
+        shift: s of a rectified flow. None takes the scheduler's, or 1 if that depends on the size of
+            the image.
         weighting_scheme: Diffusers' weights of a rectified flow.
 
     Raises:
@@ -107,43 +121,42 @@ def build_objective(
     prediction, config = prediction_by(scheduler), scheduler.config
     kind = config.get("prediction_type", "epsilon")
     if prediction is not None and prediction.kind == FLOW:
-        own = (
-            1.0
-            if config.get("use_dynamic_shifting")
-            else config.get("shift", config.get("flow_shift")) or 1.0
-        )
-        objective = _flow(
-            config.num_train_timesteps, float(own if shift is None else shift), weighting_scheme
-        )
+        if shift is None:
+            shift = _own_shift(config)
+        objective = _flow(config.num_train_timesteps, float(shift), weighting_scheme)
     elif kind in KINDS and "beta_schedule" in config and not passes_log_sigma(scheduler):
         objective = _discrete(scheduler, kind)
     else:
         raise ValueError(
-            f"{type(scheduler).__name__} with prediction_type {kind!r} is no schedule to train with: expected one with "
-            f"betas and discrete timesteps, and one of {', '.join(KINDS)}."
+            f"{type(scheduler).__name__} with prediction_type {kind!r} is no schedule to train with: "
+            f"expected betas and discrete timesteps, and one of {', '.join(KINDS)}."
         )
-    return (
-        objective
-        if snr_gamma is None
-        else replace(objective, weight=_min_snr_weight(objective, snr_gamma))
-    )
+    if snr_gamma is None:
+        return objective
+    return replace(objective, weight=_min_snr_weight(objective, snr_gamma))
+
+
+def _own_shift(config: Mapping[str, Any]) -> float:
+    """Return the shift in a flow's configuration; 1 if it depends on the size of the image."""
+    if config.get("use_dynamic_shifting"):
+        return 1.0
+    return config.get("shift", config.get("flow_shift")) or 1.0
 
 
 def _min_snr_weight(objective: Objective, gamma: float) -> Tensor:
-    """An ε at SNR 0, which says nothing of x, counts 1, the limit."""
+    """Return w (N,) float32. At SNR 0 an ε says nothing of x, and its weight is the limit, 1."""
     p, q = objective.p, objective.q
     weight = torch.minimum(p**2, gamma * q**2) / (objective.alpha * q - objective.beta * p) ** 2
     return weight.nan_to_num(1.0).float()
 
 
-def _discrete(scheduler: Any, kind: str) -> Objective:
+def _discrete(scheduler: Scheduler, kind: str) -> Objective:
     training: Any = DDPMScheduler.from_config(scheduler.config)
     alphas = training.alphas_cumprod.double()  # ᾱ (N,)
     p, q = alphas.sqrt(), (1 - alphas).sqrt()
-    one, nothing = torch.ones_like(p), torch.zeros_like(p)
-    alpha, beta = {"epsilon": (nothing, one), "v_prediction": (-q, p), "sample": (one, nothing)}[
-        kind
-    ]
+    one, zero = torch.ones_like(p), torch.zeros_like(p)
+    targets = {"epsilon": (zero, one), "v_prediction": (-q, p), "sample": (one, zero)}
+    alpha, beta = targets[kind]
     source = TimestepNoise("discrete", num_train_timesteps=len(p))
     return Objective(kind, source, p, q, alpha, beta, torch.arange(len(p)), one.float())
 
@@ -151,15 +164,14 @@ def _discrete(scheduler: Any, kind: str) -> Objective:
 def _flow(levels: int, shift: float, weighting_scheme: str) -> Objective:
     u = torch.arange(1, levels + 1, dtype=torch.float64) / levels
     sigma = shift * u / (1 + (shift - 1) * u)  # (N,)
-    one, weight = (
-        torch.ones_like(sigma),
-        compute_loss_weighting_for_sd3(weighting_scheme, sigma).float(),
-    )
+    one = torch.ones_like(sigma)
+    weight = compute_loss_weighting_for_sd3(weighting_scheme, sigma).float()
     source = TimestepNoise("sigma_1000", num_train_timesteps=levels)
-    return Objective(FLOW, source, 1 - sigma, sigma, -one, one, (levels * sigma).float(), weight)
+    timestep = (levels * sigma).float()
+    return Objective(FLOW, source, 1 - sigma, sigma, -one, one, timestep, weight)
 
 
 def squared_errors(prediction: Tensor, batch: Corrupted) -> Tensor:
-    """The weighted mean squared error of each sample, (b,) float32."""
+    """Return the weighted mean squared error of each sample, (b,) float32."""
     errors = (prediction.float() - batch.target.float()) ** 2  # (b, c, h, w)
     return batch.weight * errors.flatten(1).mean(1)

@@ -1,4 +1,4 @@
-"""What the autoencoder can show of the images: encoded and decoded, without a denoiser or an adapter.
+"""What the autoencoder can show of the images: encode and decode, without denoiser or adapter.
 
     x (3, h, w) in [−1, 1] → μ(x) → x̂ (3, h, w),    PSNR = 10 log10(4 / mean (x − x̂)²), in dB
 
@@ -22,27 +22,27 @@ from .dataset import TrainingSample
 logger = logging.getLogger(__name__)
 
 FAITHFUL = 25.0
-"""In dB. Below it, colours and shapes of the images change visibly."""
+"""A PSNR in dB. Below it, colours and shapes of the images change visibly."""
 AT_MOST = 32
-"""Images that are decoded: as many as a sheet and a mean need, since a large one takes a second on a GPU."""
+"""How many images to decode: enough for a sheet and a mean. A large one takes a second on a GPU."""
 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """The first images of a run as its autoencoder shows them, cut in the middle to their training size."""
+    """The first images of a run as its autoencoder shows them: their middle, in the training size."""
 
     images: Sequence[Image.Image]
     psnr: float  # in dB, the mean over the images
 
     @property
     def title(self) -> str:
-        """For the sheet of samples."""
+        """The title for the sheet of samples."""
         return f"what the autoencoder can show ({self.psnr:.1f} dB)"
 
 
 @torch.no_grad()
 def reconstruct(vae: ModelMixin, samples: Sequence[TrainingSample]) -> Reconstruction:
-    """Encode and decode samples one by one; the log says if that changes them visibly."""
+    """Encode and decode samples one by one. Log if that changes them visibly."""
     images, ratios = [], []
     for sample in samples[:AT_MOST]:
         pixels = sample.pixel_values()
@@ -53,14 +53,18 @@ def reconstruct(vae: ModelMixin, samples: Sequence[TrainingSample]) -> Reconstru
         images.append(Image.fromarray(values.permute(1, 2, 0).numpy()))
     found = Reconstruction(images, sum(ratios) / len(ratios))
     if found.psnr < FAITHFUL:
-        said = "the model's autoencoder shows the training images at %.1f dB (PSNR), and below %.0f dB colours and "
-        said += "shapes change before any adapter: see its row in samples.png; a larger model shows more"
-        logger.info(said, found.psnr, FAITHFUL)
+        logger.info(
+            "the model's autoencoder shows the training images at %.1f dB (PSNR). Below %.0f dB it "
+            "changes colours and shapes, whatever the adapter: see its row in samples.png. A larger "
+            "model shows more",
+            found.psnr,
+            FAITHFUL,
+        )
     return found
 
 
 def decoded_pixels(vae: ModelMixin, pixels: Tensor) -> Tensor:
-    """x̂ (3, h, w) float32 on the CPU, in [−1, 1], of x (3, h, w)."""
+    """Return x̂ (3, h, w), float32 on the CPU, in [−1, 1], of x (3, h, w)."""
     weight = next(vae.parameters())
     mean, _ = posterior_of(vae, pixels[None].to(weight.device, weight.dtype))
     if reads_videos(vae):  # a video of one frame
