@@ -114,7 +114,7 @@ def test_weighting_scheme_weights_errors_as_diffusers(scheme: str) -> None:
         (EDMEulerScheduler(), "EDMEulerScheduler with prediction_type 'epsilon' is no schedule"),
         (
             EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction"),
-            "expected one with betas and discrete timesteps",
+            "betas and discrete timesteps",
         ),
     ],
 )

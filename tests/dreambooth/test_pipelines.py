@@ -22,7 +22,7 @@ from nara_diffusion.dreambooth.denoiser import (
     text_config,
     write_adapter,
 )
-from nara_diffusion.dreambooth.image_arguments import UNET_TARGETS
+from nara_diffusion.dreambooth.image_options import UNET_TARGETS
 from nara_diffusion.dreambooth.pipelines import family_defaults, load_pipeline, sharing_pipeline
 from tests.helpers.small_pipelines import pixels, small_sd3, small_sdxl
 
