@@ -211,4 +211,6 @@ def batches_of(
     for start in range(0, len(indices), batch_size):
         chosen = indices[start : start + batch_size]
         batch = collator([{**rows[i], "position": i} for i in chosen])
-        yield {name: value.to(device) for name, value in batch.items()}
+        for name, value in batch.items():
+            batch[name] = value.to(device)
+        yield batch
