@@ -1,12 +1,12 @@
-"""What other libraries get from this package: three methods of pipelines, and five functions in place of their own.
+"""Extend other libraries: three new methods of pipelines, and five functions that replace theirs.
 
-On a model, or for a file, without NaRA each of the five calls the library's own.
+For a model or file without NaRA, each of the five calls the library's own function. That one alone
 
-PEFT           PeftModel.from_pretrained       a NaRA that is refused would stay on the base model, half loaded
-               PeftModel.load_adapter          the same, beside other adapters
-transformers   PeftAdapterMixin.load_adapter   reads A and B by its own names, and leaves a core a fresh draw
-Diffusers      LoraBaseMixin.set_adapters      takes numbers: a StrengthSchedule may be among the weights
-               lora_base._get_model_file       finds the files of LoRAs: a NaRA's is refused by name
+PEFT           PeftModel.from_pretrained       would leave a refused NaRA on the base, half loaded
+               PeftModel.load_adapter          would do the same, beside other adapters
+transformers   PeftAdapterMixin.load_adapter   would read A and B only, and leave the core random
+Diffusers      LoraBaseMixin.set_adapters      takes numbers, and no StrengthSchedule
+               lora_base._get_model_file       would load a NaRA's file as a LoRA, without the core
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, TypeAlias
 
 import diffusers.loaders.lora_base as lora_base
 from diffusers.utils.hub_utils import PushToHubMixin
@@ -32,19 +34,29 @@ from transformers.integrations.peft import PeftAdapterMixin as TransformersAdapt
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from nara_diffusion.config import NaraConfig
-from nara_diffusion.loaders.insertion import TEXT_ENCODER, adapters_of, nara_adapters_of
+from nara_diffusion.loaders.insertion import (
+    LOADED_FLAG,
+    TEXT_ENCODER,
+    adapters_of,
+    nara_adapters_of,
+)
 from nara_diffusion.loaders.tensor_files import check_regular, is_nara, is_nara_for_peft
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
 from nara_diffusion.tuner.injection import restored_on_error
 from nara_diffusion.tuner.model import NaraModel
 from nara_diffusion.tuner.strength import check_strength, give_strength, strength_of
 
+_Function = Callable[..., Any]
+_Weight: TypeAlias = "float | StrengthSchedule | Mapping[str, _Weight] | list[_Weight] | None"
+"""A weight of `set_adapters`: a number or schedule, one for each component, or one for each block."""
 _HUB = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download")
 
 
 def extend_pipelines(*methods: Callable[..., Any]) -> None:
-    """Give `methods` to the two base classes of Diffusers' pipelines, as soon as there are those. To import them here
-    would take ten times as long as this package, and who trains text needs none."""
+    """Add `methods` to the two base classes of Diffusers' pipelines as soon as these exist.
+
+    Importing them here would take ten times as long as this package, and training text needs none.
+    """
 
     def extend(cls: type) -> None:
         if cls.__name__ in ("DiffusionPipeline", "ModularPipeline"):
@@ -61,7 +73,7 @@ def extend_pipelines(*methods: Callable[..., Any]) -> None:
 
 
 def wrap_other_libraries() -> None:
-    """Install the five. Harmless when repeated."""
+    """Replace the five functions. Harmless when repeated."""
     _around(PeftModel, "from_pretrained", _from_pretrained)
     _around(PeftModel, "load_adapter", _load_adapter)
     _around(TransformersAdapterMixin, "load_adapter", _load_into_transformers)
@@ -69,8 +81,8 @@ def wrap_other_libraries() -> None:
     _around(lora_base, "_get_model_file", _find_lora_file)
 
 
-def _around(owner: Any, name: str, function: Callable[..., Any]) -> None:
-    """Replace `owner.name`, once, by what calls `function(original, …)` with the arguments of the call."""
+def _around(owner: type | ModuleType, name: str, function: _Function) -> None:
+    """Replace `owner.name`, once, by a function that calls `function(original, …)`."""
     found = inspect.getattr_static(owner, name)
     original = found.__func__ if isinstance(found, classmethod) else found
     if getattr(original, "knows_cores", False):
@@ -88,23 +100,29 @@ def _around(owner: Any, name: str, function: Callable[..., Any]) -> None:
 
 
 def _from_pretrained(
-    original: Any,
-    cls: type,
+    original: _Function,
+    cls: type[PeftModel],
     model: nn.Module,
-    model_id: Any,
+    model_id: str | os.PathLike[str],
     adapter_name: str = "default",
     *args: Any,
     **kwargs: Any,
 ) -> PeftModel:
     config = kwargs.get("config")
-    if not (isinstance(config, NaraConfig) if config is not None else _is_nara(model_id, kwargs)):
+    is_ours = _is_nara(model_id, kwargs) if config is None else isinstance(config, NaraConfig)
+    if not is_ours:
         return original(cls, model, model_id, adapter_name, *args, **kwargs)
     with _named(model_id, kwargs), restored_on_error(model):
         return original(cls, model, model_id, adapter_name, *args, **kwargs)
 
 
 def _load_adapter(
-    original: Any, self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any
+    original: _Function,
+    self: PeftModel,
+    model_id: str | os.PathLike[str],
+    adapter_name: str,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     if not isinstance(self.base_model, NaraModel):
         return original(self, model_id, adapter_name, *args, **kwargs)
@@ -113,33 +131,29 @@ def _load_adapter(
 
 
 @contextmanager
-def _named(model_id: Any, options: Mapping[str, Any]) -> Iterator[None]:
-    """Inside, errors get the name of the adapter's folder or repository."""
-    where = "/".join(str(part) for part in (model_id, options.get("subfolder")) if part)
+def _named(model_id: str | os.PathLike[str], options: Mapping[str, str | None]) -> Iterator[None]:
+    """Inside the context, errors name the adapter's folder or repository."""
+    subfolder = options.get("subfolder")
+    where = f"{model_id}/{subfolder}" if subfolder else str(model_id)
     try:
         check_regular(Path(where, SAFETENSORS_WEIGHTS_NAME))
         yield
-    except (
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-        SafetensorError,
-    ) as error:  # PEFT's of odd configurations
-        if isinstance(error, ValueError) and where in str(error):
+    except ValueError as error:
+        if where in str(error):
             raise
-        if isinstance(error, SafetensorError):
-            reason = (
-                f"its weights are no whole safetensors file ({error}): download or save it again."
-            )
-        else:
-            reason = (
-                str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-            )
-        raise ValueError(f"The adapter in '{where}' is refused: {reason}") from error
+        raise ValueError(f"The adapter in '{where}' is refused: {error}") from error
+    except SafetensorError as error:
+        raise ValueError(
+            f"The adapter in '{where}' is refused: its weights are no whole safetensors file ({error}): download or "
+            "save it again."
+        ) from error
+    except (TypeError, KeyError, AttributeError) as error:  # PEFT's, for odd configurations
+        raise ValueError(
+            f"The adapter in '{where}' is refused: {type(error).__name__}: {error}"
+        ) from error
 
 
-def _is_nara(model_id: Any, options: Mapping[str, Any]) -> bool:
+def _is_nara(model_id: str | os.PathLike[str], options: Mapping[str, Any]) -> bool:
     """Return True if the adapter that is about to be loaded is a NaRA."""
     names = ("subfolder", "revision", "cache_dir", "token")
     hub = {name: options[name] for name in names if name in options}
@@ -150,29 +164,27 @@ def _is_nara(model_id: Any, options: Mapping[str, Any]) -> bool:
 
 
 def _load_into_transformers(
-    original: Any, self: Any, *args: Any, **kwargs: Any
+    original: _Function, self: nn.Module, *args: Any, **kwargs: Any
 ) -> LoadStateDictInfo:
     given = dict(inspect.signature(original).bind(self, *args, **kwargs).arguments)
     given |= given.pop("kwargs", {})
     load_config = given.get("load_config")
-    model_id = given.get("peft_model_id") or getattr(
-        load_config, "pretrained_model_name_or_path", None
-    )
+    base_id = getattr(load_config, "pretrained_model_name_or_path", None)
+    model_id = given.get("peft_model_id") or base_id
     of_base = getattr(load_config, "download_kwargs", None) or {}
     options = {**of_base, **given, **(given.get("adapter_kwargs") or {})}
     hub = {name: options[name] for name in _HUB if options.get(name) is not None}
     config = given.get("peft_config")
-    if not (
-        isinstance(config, NaraConfig)
-        if config is not None
-        else model_id and _is_nara(model_id, hub)
-    ):
+    is_ours = isinstance(config, NaraConfig)
+    if config is None and model_id:
+        is_ours = _is_nara(model_id, hub)
+    if not is_ours:
         return original(self, *args, **kwargs)
     name = given.get("adapter_name") or "default"
     if name in getattr(self, "peft_config", {}):
         raise ValueError(
-            f"The model has an adapter '{name}', and load_adapter swaps no NaRA into its place: pass another "
-            "adapter_name, or call delete_adapter of it before."
+            f"The model has an adapter '{name}', and load_adapter does not replace it by a NaRA: pass another "
+            "adapter_name, or call delete_adapter first."
         )
     with nullcontext() if model_id is None else _named(model_id, hub), restored_on_error(self):
         config = copy(config or PeftConfig.from_pretrained(model_id, **hub))  # type: ignore[arg-type]
@@ -182,80 +194,89 @@ def _load_into_transformers(
             tensors = load_peft_weights(model_id, device="cpu", **hub)  # type: ignore[arg-type]
         inject_adapter_in_model(config, self, name)
         set_peft_model_state_dict(self, tensors, name)
-        self._hf_peft_config_loaded = True
+        vars(self)[LOADED_FLAG] = True
     if config.inference_mode:
         self.eval()
-        for module in (module for module in self.modules() if isinstance(module, BaseTunerLayer)):
-            nn.Module.requires_grad_(module, False)  # type: ignore[arg-type]
-    empty: dict[str, Any] = {
-        "error_msgs": [],
-        "conversion_errors": {},
-    }  # a report that nothing was left out
-    return LoadStateDictInfo(
-        **{f.name: empty.get(f.name, set()) for f in dataclasses.fields(LoadStateDictInfo)}
-    )
+        for module in self.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.requires_grad_(False)
+    return _nothing_left_out()
+
+
+def _nothing_left_out() -> LoadStateDictInfo:
+    """Return Transformers' report of a load that used all tensors."""
+    empty: dict[str, Any] = {}
+    for field in dataclasses.fields(LoadStateDictInfo):
+        empty[field.name] = set()
+    empty |= {"error_msgs": [], "conversion_errors": {}}
+    return LoadStateDictInfo(**empty)
 
 
 # ---------------------------------------------------------------------- Diffusers
 
 
 def _set_adapters(
-    original: Any, pipe: Any, adapter_names: list[str] | str, adapter_weights: Any = None
+    original: _Function,
+    pipe: lora_base.LoraBaseMixin,
+    adapter_names: list[str] | str,
+    adapter_weights: _Weight = None,
 ) -> None:
     names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-    weights = (
-        adapter_weights if isinstance(adapter_weights, list) else [adapter_weights] * len(names)
-    )
-    models: dict[str, Any] = {
-        part: getattr(pipe, part, None) for part in pipe._lora_loadable_modules
-    }
-    for part, model in models.items():
-        original_model = getattr(model, "_orig_mod", None)
-        if original_model is not None and nara_adapters_of(original_model):
-            raise ValueError(
-                f"{part} is what torch.compile returned, in which Diffusers finds no adapter: take the model out, "
-                f"pipe.{part} = pipe.{part}._orig_mod, and compile it in place, pipe.{part}.compile()."
-            )
-    given = [  # where lengths differ, Diffusers has an error
-        (part, model, name, weight.get(part) if isinstance(weight, Mapping) else weight)
-        for part, model in models.items()
-        for name, weight in zip(names, weights, strict=False)
-        if name in adapters_of(model)
-    ]
-    scheduled = [
-        (model, name, weight)
-        for _, model, name, weight in given
-        if isinstance(weight, StrengthSchedule)
-    ]
-    for part, model, name, weight in given:
-        is_schedule = isinstance(weight, StrengthSchedule)
-        if _holds_schedule(weight) and (part.startswith(TEXT_ENCODER) or not is_schedule):
-            raise ValueError(
-                f"adapter_weights has a StrengthSchedule for {part}, of which "
-                f"{'there is no λ' if is_schedule else 'each block has a number'}: a schedule is for an adapter, or "
-                "for its part in the denoiser, {'unet': schedule, 'text_encoder': 1.0}."
-            )
-        if is_schedule or strength_of(model, name) is not None:
-            check_strength(model, name, weight if is_schedule else None)
+    is_list = isinstance(adapter_weights, list)
+    weights = adapter_weights if is_list else [adapter_weights] * len(names)
+    scheduled = []
+    for part in pipe._lora_loadable_modules:
+        model = getattr(pipe, part, None)
+        if model is None:
+            continue
+        _check_not_compiled(part, model)
+        for name, weight in zip(names, weights, strict=False):  # Diffusers checks the lengths
+            if name not in adapters_of(model):
+                continue
+            own = weight.get(part) if isinstance(weight, Mapping) else weight
+            _check_weight(part, own)
+            schedule = own if isinstance(own, StrengthSchedule) else None
+            if schedule is not None:
+                scheduled.append((model, name, schedule))
+            if schedule is not None or strength_of(model, name) is not None:
+                check_strength(model, name, schedule)
     with restored_on_error(*(model for model, _, _ in scheduled)):
         original(pipe, names, _numbers(adapter_weights))
-        for model, name, weight in scheduled:
-            give_strength(model, name, weight)
+        for model, name, schedule in scheduled:
+            give_strength(model, name, schedule)
 
 
-def _holds_schedule(weight: Any) -> bool:
-    inner = (
-        weight.values()
-        if isinstance(weight, Mapping)
-        else weight
-        if isinstance(weight, list)
-        else ()
+def _check_not_compiled(part: str, model: nn.Module) -> None:
+    compiled = getattr(model, "_orig_mod", None)
+    if compiled is not None and nara_adapters_of(compiled):
+        raise ValueError(
+            f"{part} is what torch.compile returned, in which Diffusers finds no adapter: take the model out, "
+            f"pipe.{part} = pipe.{part}._orig_mod, and compile it in place, pipe.{part}.compile()."
+        )
+
+
+def _check_weight(part: str, weight: _Weight) -> None:
+    """Raise ValueError if `weight`, for the component `part`, has a schedule that nothing could follow."""
+    is_schedule = isinstance(weight, StrengthSchedule)
+    if not _holds_schedule(weight) or (is_schedule and not part.startswith(TEXT_ENCODER)):
+        return
+    why = "has no λ" if is_schedule else "needs a number for each block"
+    raise ValueError(
+        f"adapter_weights has a StrengthSchedule for {part}, which {why}: a schedule is for an adapter, or for its "
+        "part in the denoiser, {'unet': schedule, 'text_encoder': 1.0}."
     )
-    return isinstance(weight, StrengthSchedule) or any(map(_holds_schedule, inner))
 
 
-def _numbers(weights: Any) -> Any:
-    """The weights with 1 in the place of each schedule."""
+def _holds_schedule(weight: _Weight) -> bool:
+    if isinstance(weight, Mapping):
+        return any(map(_holds_schedule, weight.values()))
+    if isinstance(weight, list):
+        return any(map(_holds_schedule, weight))
+    return isinstance(weight, StrengthSchedule)
+
+
+def _numbers(weights: _Weight) -> _Weight:
+    """Return the weights with 1 in place of each schedule."""
     if isinstance(weights, Mapping):
         return {key: _numbers(weight) for key, weight in weights.items()}
     if isinstance(weights, list):
@@ -263,11 +284,11 @@ def _numbers(weights: Any) -> Any:
     return 1.0 if isinstance(weights, StrengthSchedule) else weights
 
 
-def _find_lora_file(original: Any, *args: Any, **kwargs: Any) -> Any:
+def _find_lora_file(original: _Function, *args: Any, **kwargs: Any) -> str:
     found = original(*args, **kwargs)
     if str(found).endswith(".safetensors") and is_nara(Path(found)):
         raise ValueError(
-            f"'{found}' holds a NaRA adapter, of which loading as a LoRA would leave out the core: load it by "
+            f"'{found}' holds a NaRA adapter: loading it as a LoRA would leave out the core. Load it by "
             "pipe.load_nara_weights(…)."
         )
     return found
