@@ -39,6 +39,7 @@ from nara_diffusion.loaders.insertion import check_storable
 from nara_diffusion.loaders.tensor_files import load_peft_adapter
 from nara_diffusion.noise.level import find_holders
 from nara_diffusion.strict import check_loaded, check_tensors
+from nara_diffusion.training.adapter_weights import TRAINABLE
 from nara_diffusion.training.adapters import (
     CORE_FIELDS,
     check_target_modules,
@@ -50,7 +51,6 @@ from .pipelines import family_of
 
 ADAPTER = "default"
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
-TRAINABLE = "trainable.safetensors"
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
 

@@ -1,19 +1,20 @@
-"""What weights start from and are saved to: `--init_adapter`, and the files of a language model's fine-tuning.
+"""Weights from and to files: `--init_adapter`, and what fine-tuning a language model writes.
 
 an adapter         adapter_config.json, adapter_model.safetensors: PEFT's format, for PeftModel.from_pretrained
 all weights        config.json, model.safetensors: transformers' format, for load_backbone
-in a checkpoint    the same, and for virtual tokens trainable.safetensors: the network that makes P-tuning's
+in a checkpoint    the same, and for virtual tokens trainable.safetensors: P-tuning's network, which makes them
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from nara_diffusion import NaraConfig
 from nara_diffusion.config import changes_base
@@ -28,91 +29,104 @@ from nara_diffusion.strict import check_loaded, check_tensors
 
 from .adapters import CORE_FIELDS
 
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
 TRAINABLE = "trainable.safetensors"
 
 _FREE = {"core_init", "lora_a_init", "noise_convention", "scheduler", "strength"}
-"""Fields of a core that say how it starts, or what it was trained for, and not what its tensors mean."""
-_SHARED = {"r": "rank", "lora_alpha": "lora_alpha", "core_type": "core_type"}
-"""{field: the flag that sets it}; other fields are given by adapter_options."""
+"""Fields of a core that say how it starts or what it was trained for; its tensors mean the same."""
+_FLAGS = {"r": "rank", "lora_alpha": "lora_alpha", "core_type": "core_type"}
+"""{field: the flag that sets it}; adapter_options sets the other fields."""
 
 # ---------------------------------------------------------------- --init_adapter
 
 
-def start_from(components: Mapping[str, Any], path: str, source_model: Any) -> None:
+def start_from(
+    components: Mapping[str, nn.Module],
+    path: str,
+    source_model: DiffusionPipeline | PreTrainedModel,
+) -> None:
     """Copy the tensors of the adapter in `path` into the adapters "default" of `components`, of the same layers.
 
-    A LoRA gives A, B and magnitudes, and the core stays as it starts, C = I; a NaRA gives its core, too.
+    A LoRA gives A, B and magnitudes; the core stays as it starts, C = I. A NaRA also gives its core.
 
     Args:
-        components: name → the adapted model without PEFT's wrapper; a single one that is no pipeline's has an empty
-            name.
-        source_model: the pipeline, or the model, by whose class files are read.
+        components: {name: adapted model without PEFT's wrapper}; the name is empty for a model outside of a pipeline.
+        source_model: the pipeline or model; its class decides how a LoRA's file is read.
 
     Raises:
-        ValueError: the file is no such adapter, or disagrees with the adapters in layers, rank, α, DoRA, core, λ's
-            convention or what it predicts; the message says which flag decides that.
+        ValueError: the file is no such adapter, or differs from the adapters in layers, rank, α, DoRA, core, λ's
+            convention or prediction. The message names the flag to change.
     """
     file, origin = Path(path).expanduser(), f"init_adapter '{path}'"
     with naming(path):
-        naras = is_nara(file)
-        read: Any = (
-            AdapterFile.read(file, next(iter(components))).parts
-            if naras
-            else read_lora(file, source_model)[0]
-        )
-        _check_parts(read, components, naras, source_model, origin)
-        for name, root in components.items():
-            (_copy_nara if naras else _copy_lora)(read[name], root, origin)
+        if is_nara(file):
+            naras = AdapterFile.read(file, next(iter(components))).parts
+            schedulers = [part.config.scheduler for part in naras.values()]
+            _check_components(list(naras), list(components), origin)
+            _check_predictions(schedulers, source_model)
+            for name, root in components.items():
+                _copy_nara(naras[name], root, origin)
+        else:
+            loras = read_lora(file, source_model)[0]
+            _check_components(list(loras), list(components), origin)
+            _check_predictions([part.scheduler for part in loras.values()], source_model)
+            for name, root in components.items():
+                _copy_lora(loras[name], root, origin)
 
 
-def _check_parts(
-    parts: Mapping[str, Any],
-    components: Mapping[str, Any],
-    naras: bool,
-    source_model: Any,
-    origin: str,
-) -> None:
-    """Refuse a file for other components, or for another prediction, than the run's. Raises ValueError."""
-    if parts.keys() != components.keys():
-        if "" in components:
-            raise ValueError(
-                f"{origin} is an image adapter, for {', '.join(parts)}: give one of a language model."
-            )
-        names = [
-            ", ".join(name or "a single model" for name in each) for each in (parts, components)
-        ]
+def _check_components(given: Sequence[str], trained: Sequence[str], origin: str) -> None:
+    """Raise ValueError if the file has other components than the run trains."""
+    if set(given) == set(trained):
+        return
+    if "" in trained:
         raise ValueError(
-            f"{origin} is for {names[0]}, but this run trains {names[1]}: see --train_text_encoder."
+            f"{origin} is an image adapter, for {', '.join(given)}: give one of a language model."
         )
-    schedulers = [part.config.scheduler if naras else part.scheduler for part in parts.values()]
+    there = ", ".join(name or "a single model" for name in given)
+    raise ValueError(
+        f"{origin} is for {there}, but this run trains {', '.join(trained)}: see --train_text_encoder."
+    )
+
+
+def _check_predictions(
+    schedulers: Iterable[Mapping[str, Any] | None],
+    source_model: DiffusionPipeline | PreTrainedModel,
+) -> None:
+    """Raise ValueError if a part was trained for another prediction than the model's scheduler expects."""
     for fields in schedulers:
         check_expected(getattr(source_model, "scheduler", None), fields)
 
 
-def _copy_nara(part: AdapterPart, root: Any, origin: str) -> None:
-    _check_same(root.peft_config["default"], part.config, origin)
-    scales = {
-        name: (rank, configured_scaling(part.config, name, rank))
-        for name, rank in part.modules.items()
-    }
+def _copy_nara(part: AdapterPart, root: nn.Module, origin: str) -> None:
+    _check_same(_config_of(root), part.config, origin)
+    scales = {}
+    for name, rank in part.modules.items():
+        scales[name] = rank, configured_scaling(part.config, name, rank)
     check_scales(scales, root, "default", origin)
     set_peft_model_state_dict(root, part.tensors, adapter_name="default")
     check_loaded(root, "default", part.tensors, origin)
 
 
-def _copy_lora(part: PlainLora, root: Any, origin: str) -> None:
-    config = root.peft_config["default"]
+def _copy_lora(part: PlainLora, root: nn.Module, origin: str) -> None:
+    config = _config_of(root)
     if changes_base(part.config.init_lora_weights):
         raise ValueError(
-            f"{origin} took its start out of the base weights, which this run's base still has."
+            f"{origin} was initialised by changing the base weights, but this run's base is unchanged."
         )
     if isinstance(config, NaraConfig) and config.core_type != "identity":
         check_identity(root, "default", config)
     copy_tensors(part, root, "default", origin)
 
 
-def _check_same(config: Any, given: NaraConfig, origin: str) -> None:
-    """Refuse a NaRA of another configuration than the run's. Raises ValueError."""
+def _config_of(root: nn.Module) -> PeftConfig:
+    configs: Any = root.peft_config
+    return configs["default"]
+
+
+def _check_same(config: PeftConfig, given: NaraConfig, origin: str) -> None:
+    """Raise ValueError if a NaRA has another configuration than the run's adapter."""
     if not isinstance(config, NaraConfig):
         raise ValueError(
             f"{origin} is a NaRA with core_type {given.core_type!r}: give --adapter nara."
@@ -120,36 +134,38 @@ def _check_same(config: Any, given: NaraConfig, origin: str) -> None:
     for name in ("r", "lora_alpha", "use_dora", "use_rslora", *sorted(CORE_FIELDS - _FREE)):
         here, there = getattr(config, name), getattr(given, name)
         if here != there:
-            flag = _SHARED.get(name, f"adapter_options {name}=")
+            flag = _FLAGS.get(name, f"adapter_options {name}=")
             raise ValueError(
                 f"{origin} has {name} {there!r}, this run {here!r}: give --{flag} as in the file."
             )
     if given.strength != config.strength:
         raise ValueError(
             f"{origin} has the strength {given.strength} over λ, and this run {config.strength}: give the same "
-            "--min_noise_level and --max_noise_level, or take the strength away first, set_strength(model, …, None)."
+            "--min_noise_level and --max_noise_level, or remove the strength first with set_strength(model, …, None)."
         )
-    if (
-        None not in (here := config.noise_convention, there := given.noise_convention)
-        and here != there
-    ):
+    here, there = config.noise_convention, given.noise_convention
+    if here is not None and there is not None and here != there:
         raise ValueError(f"{origin} was trained with λ as {there!r}, this run's is {here!r}.")
 
 
 # ---------------------------------------------------------------- a language model's files
 
 
-def write_adapter(model: Any, folder: Path, state: dict[str, Any]) -> None:
+def write_adapter(
+    model: PeftModel | PreTrainedModel, folder: Path, state: dict[str, Tensor]
+) -> None:
     """Write what a user loads onto the base model, or instead of it. It is a `checkpoints.Writer`."""
     if isinstance(model, PeftModel):
-        # embeddings are the base model's; PEFT would look its configuration up again to find that out
+        # the base model has the embeddings; to find that out, PEFT would look up its configuration again
         model.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; the run writes its own
     else:
         model.save_pretrained(str(folder), state_dict=state)
 
 
-def write_checkpoint(model: Any, folder: Path, state: dict[str, Any]) -> None:
+def write_checkpoint(
+    model: PeftModel | PreTrainedModel, folder: Path, state: dict[str, Tensor]
+) -> None:
     """Write what `load_checkpoint` reads. It is a `checkpoints.Writer`."""
     write_adapter(model, folder, state)
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
@@ -157,7 +173,7 @@ def write_checkpoint(model: Any, folder: Path, state: dict[str, Any]) -> None:
         save_file(tensors, folder / TRAINABLE)
 
 
-def load_checkpoint(model: Any, checkpoint: Path) -> None:
+def load_checkpoint(model: nn.Module, checkpoint: Path) -> None:
     """Load the weights of a checkpoint into `model`, before accelerate wraps it."""
     if (checkpoint / TRAINABLE).is_file():
         tensors, trainable = load_file(checkpoint / TRAINABLE), _trainable(model)
@@ -169,9 +185,9 @@ def load_checkpoint(model: Any, checkpoint: Path) -> None:
         set_peft_model_state_dict(model, tensors)
         check_loaded(model, "default", tensors, str(checkpoint))
     else:
-        model.load_state_dict(
-            load_whole_model(type(model), checkpoint, dtype=model.dtype).state_dict()
-        )
+        assert isinstance(model, PreTrainedModel)
+        whole = load_whole_model(type(model), checkpoint, dtype=model.dtype)
+        model.load_state_dict(whole.state_dict())
 
 
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -2,7 +2,7 @@
 
     checkpoint-N/adapter_config.json, adapter_model.safetensors   the adapter, as the run's writer has it
                  optimizer.bin, scheduler.bin, scaler.pt          as accelerate writes them (scaler.pt with fp16); the
-                                                                  optimizer by the engine, see `engines`
+                                                                  optimizer by the engine, see `engine_state`
                  random_states_P.pkl                              of process P
                  checkpoint.json                                  the manifest: step, length of the schedule, losses
                                                                   that aren't logged yet, processes, engine, arguments,
@@ -38,7 +38,8 @@ from nara_diffusion.utils.atomic_write import (
 from nara_diffusion.utils.naming import counted
 
 from .arguments import TrainingArguments
-from .engines import engine_name, global_batch, save_state, trained_state
+from .engine_state import save_state, trained_state
+from .engines import engine_name, global_batch
 from .manifest import FORMAT, digest_file, read_manifest, write_manifest
 from .options import given_arguments
 

@@ -32,7 +32,8 @@ from .checkpoints import (
     save_checkpoint,
     warn_of_pickles,
 )
-from .engines import engine_name, global_batch, load_state, start_accelerator
+from .engine_state import load_state
+from .engines import engine_name, global_batch, start_accelerator
 from .manifest import digest_base, digest_texts, read_manifest
 from .options import given_arguments
 from .run_folder import CONFIG, LOCK, METRICS, claimed_folder, drop_later_steps

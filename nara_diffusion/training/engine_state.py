@@ -1,0 +1,116 @@
+"""What an engine's training has as its state: trained weights, and optimizer, schedule and random states.
+
+| engine           | weights                        | optimizer, in a checkpoint                          |
+|------------------|--------------------------------|-----------------------------------------------------|
+| one process, DDP | each process has them          | optimizer.bin                                       |
+| FSDP2            | gathered, frozen ones left out | optimizer_0/ (optimizer.bin with FULL_STATE_DICT)   |
+| DeepSpeed ZeRO   | gathered under stage 3         | deepspeed/: parts of it, float32 weights among them |
+
+`accelerator.save_state` would also store the frozen base model under FSDP, and gives hooks no weights under FSDP and
+DeepSpeed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import cast
+
+from accelerate import Accelerator
+from accelerate.checkpointing import load_accelerator_state, save_accelerator_state
+from accelerate.utils import DistributedType, load_fsdp_optimizer, save_fsdp_optimizer
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from .engines import SHARDED, zero_stage
+
+DEEPSPEED_FOLDER = "deepspeed"
+
+
+def trained_state(accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor]:
+    """Return {name in the model without wrappers: whole tensor} of all that is trained and of buffers.
+
+    The main process gets it; every process calls it. `model` is as `accelerator.prepare` returned it.
+    """
+    if accelerator.distributed_type == DistributedType.FSDP:
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        _reshard(model)
+        options = StateDictOptions(
+            full_state_dict=True, cpu_offload=True, ignore_frozen_params=True
+        )
+        return dict(get_model_state_dict(model, options=options))  # type: ignore[arg-type]
+    inner = cast(nn.Module, accelerator.unwrap_model(model))
+    state = dict(inner.state_dict())
+    if zero_stage(accelerator) == 3:
+        import deepspeed  # type: ignore[import-not-found]
+
+        for name, parameter in inner.named_parameters(remove_duplicate=False):
+            if not parameter.requires_grad:
+                state.pop(name, None)
+            elif name in state:
+                with deepspeed.zero.GatheredParameters([parameter]):
+                    if accelerator.is_main_process:
+                        state[name] = parameter.detach().cpu().clone()
+    return state
+
+
+def save_state(accelerator: Accelerator, folder: Path) -> None:
+    """Write optimizer, schedule, scaler and random states, but no weights, to `folder`. Every process calls it."""
+    engine = accelerator.distributed_type
+    [model], [optimizer] = accelerator._models, accelerator._optimizers
+    if engine == DistributedType.FSDP:
+        _reshard(model)
+        # without accelerate's wrapper: its scaler would see the steps that PyTorch takes to make room for states
+        save_fsdp_optimizer(
+            accelerator.state.fsdp_plugin, accelerator, optimizer.optimizer, model, str(folder), 0
+        )
+    elif engine == DistributedType.DEEPSPEED:
+        model.save_checkpoint(
+            str(folder), DEEPSPEED_FOLDER, save_latest=False, exclude_frozen_parameters=True
+        )
+    own, rank = [] if engine in SHARDED else [optimizer], accelerator.process_index
+    state = (
+        [],
+        own,
+        accelerator._schedulers,
+        accelerator._dataloaders,
+        rank,
+        accelerator.step,
+        accelerator.scaler,
+    )
+    save_accelerator_state(str(folder), *state)
+
+
+def load_state(accelerator: Accelerator, folder: Path) -> None:
+    """Restore what `save_state` wrote, after `accelerator.prepare`. Every process calls it.
+
+    If the schedule has another length than it had, it sets the next step's rates.
+    """
+    engine = accelerator.distributed_type
+    [model], [optimizer] = accelerator._models, accelerator._optimizers
+    if engine == DistributedType.FSDP:
+        _reshard(model)
+        load_fsdp_optimizer(
+            accelerator.state.fsdp_plugin, accelerator, optimizer.optimizer, model, str(folder), 0
+        )
+    elif engine == DistributedType.DEEPSPEED:
+        # its float32 weights with it; the frozen ones aren't there
+        model.load_checkpoint(str(folder), DEEPSPEED_FOLDER, load_module_strict=False)
+    own, rank = [] if engine in SHARDED else [optimizer], accelerator.process_index
+    state = ([], own, accelerator._schedulers, accelerator._dataloaders, rank, accelerator.scaler)
+    accelerator.step = load_accelerator_state(str(folder), *state).get("step", accelerator.step)
+    for wrapped in accelerator._schedulers:
+        schedule = wrapped.scheduler
+        rates = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+        for group, (peak, share) in zip(schedule.optimizer.param_groups, rates, strict=True):
+            group["lr"] = peak * share(schedule.last_epoch)
+
+
+def _reshard(model: nn.Module) -> None:
+    """Shard the outermost weights again. FSDP leaves them gathered after a forward without a backward.
+
+    PyTorch doesn't find gathered weights in the optimizer.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
