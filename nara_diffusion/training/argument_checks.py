@@ -16,7 +16,7 @@ from .optimization import check_optimizer
 
 
 def check_arguments(args: TrainingArguments) -> None:
-    """Raises ValueError for values that no run can use. Each script's arguments call it in `__post_init__`."""
+    """Raise ValueError for values that no run can use. Each script's arguments call it in `__post_init__`."""
     counts = (
         "rank",
         "train_batch_size",
@@ -81,8 +81,10 @@ def check_arguments(args: TrainingArguments) -> None:
 def require(
     args: TrainingArguments, expected: str, holds: Callable[[Any], bool], *names: str
 ) -> None:
-    """Raises ValueError with the argument's name, its value and what was `expected`, for the first of `names` of which
-    `holds(value)` is false; None is a value that isn't set."""
+    """Raise ValueError for the first of `names` if `holds(value)` is false; None counts as not set.
+
+    The message has the argument's name, its value and what was `expected`.
+    """
     for name in names:
         value = getattr(args, name)
         if value is not None and not holds(value):
@@ -90,7 +92,7 @@ def require(
 
 
 def check_adapter(args: TrainingArguments, config: PeftConfig | None) -> None:
-    """Raises ValueError for settings that contradict the method, or its `config`."""
+    """Raise ValueError for settings that contradict the method, or its `config`."""
     method = method_of(args)
     meant = method.fixed.get("core_type", args.core_type if method.family == "nara" else "none")
     if args.core_type not in ("hypernetwork", meant):

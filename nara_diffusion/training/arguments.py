@@ -208,13 +208,15 @@ class TrainingArguments(AdapterArguments, OptimizationArguments, WindowArguments
 
 
 def schedule_of(args: WindowArguments) -> StrengthSchedule | None:
-    """The strength that the trained adapter is meant to have: 0 outside of the window; None without one. A NaRA's file
-    holds it; a LoRA's can't, and the run says how to give it the schedule."""
+    """Return the strength that the trained adapter is meant to have: 0 outside of the window. None without a window.
+
+    A NaRA's file holds it. A LoRA's can't; the run says how to give it the schedule.
+    """
     return window_of(args).as_schedule()
 
 
 def window_of(args: WindowArguments) -> NoiseWindow:
-    """The window of noise levels that `args` describe; by default all of [0, 1]."""
+    """Return the window of noise levels that `args` describe; by default all of [0, 1]."""
     low, high = args.min_noise_level, args.max_noise_level
     return NoiseWindow(0.0 if low is None else low, 1.0 if high is None else high)
 
@@ -225,7 +227,7 @@ _PLACES = re.compile(
 
 
 def without_folders(text: str, args: TrainingArguments) -> str:
-    """`text` as others may see it: of each absolute path among the arguments, only the last part."""
+    """Return `text` as others may see it: only the last part of each absolute path among the arguments."""
     places = [
         v
         for name, v in given_arguments(args).items()
@@ -243,7 +245,7 @@ def without_folders(text: str, args: TrainingArguments) -> str:
 
 
 def public_arguments(args: TrainingArguments) -> dict[str, Any]:
-    """`given_arguments`, as others may see them."""
+    """Return `given_arguments` as others may see them."""
     values = given_arguments(args)
     return {
         n: without_folders(value, args) if isinstance(value, str) else value

@@ -1,4 +1,4 @@
-"""checkpoint.json, the manifest of a checkpoint; and the digests by which a run knows files, data and base again."""
+"""checkpoint.json, the manifest of a checkpoint; and the digests that identify files, data and base."""
 
 from __future__ import annotations
 
@@ -32,8 +32,11 @@ def _own_digest(manifest: Mapping[str, Any]) -> str:
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """The content of checkpoint.json. Raises ValueError for one that is missing, corrupt, or of version 0.1. One that
-    an earlier commit of this version wrote has no digest, and only its names are checked."""
+    """Return the content of checkpoint.json. If it has no digest, check only the names of its fields.
+
+    Raises:
+        ValueError: it is missing, corrupt, or of version 0.1.
+    """
     path = checkpoint / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -56,7 +59,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
 
 
 def digest_texts(texts: Iterable[str]) -> str:
-    """SHA-256 of texts in their order."""
+    """Return the SHA-256 of texts in their order."""
     found = hashlib.sha256()
     for text in texts:
         content = text.encode("utf-8", errors="surrogatepass")
@@ -65,14 +68,18 @@ def digest_texts(texts: Iterable[str]) -> str:
 
 
 def digest_file(path: Path) -> str:
-    """SHA-256 of a file."""
+    """Return the SHA-256 of a file."""
     with path.open("rb") as file:
         return sha_fileobj(file).hex()
 
 
 def digest_base(folders: Mapping[str, Path], variant: str | None = None) -> dict[str, str]:
-    """{what: its digest} of a model's files: of all weights, those of `variant` (fp16, say) where there are some, and
-    of each configuration. `folders` are {component: its folder}; a component is "" where the model has no others."""
+    """Return {what: its digest} of a model's files: of all weights, and of each configuration.
+
+    Args:
+        folders: {component: its folder}; the name is empty if the model has no components.
+        variant: of the weights to read, such as fp16, if there are some.
+    """
     weights = [
         (name, file) for name, folder in folders.items() for file in _weight_files(folder, variant)
     ]
@@ -97,7 +104,7 @@ def _weight_files(folder: Path, variant: str | None) -> list[Path]:
 
 
 def local_folder(name: str, *, revision: str | None = None) -> Path:
-    """The folder of a model that `from_pretrained` has loaded: `name` itself, or the Hub's copy on this machine."""
+    """Return the folder of a model that `from_pretrained` has loaded: `name`, or this machine's copy of the Hub's."""
     return Path(
         name
         if Path(name).is_dir()

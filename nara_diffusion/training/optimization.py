@@ -137,7 +137,7 @@ def build_lr_scheduler(
 
 
 def is_core_parameter(name: str) -> bool:
-    """Whether a parameter of that name in a model is a core's."""
+    """Return True if a parameter of that name in a model is a core's."""
     return f"{HOLDER_NAME}." in name
 
 

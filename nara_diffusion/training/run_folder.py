@@ -39,9 +39,10 @@ logger = logging.getLogger(__name__)
 def claimed_folder(
     args: TrainingArguments, name: str, accelerator: Accelerator
 ) -> Iterator[tuple[Path, Path | None]]:
-    """The folder, made by the main process and locked, and the checkpoint that the run continues from, or None. One run
-    at a time writes to a folder, and a second one is refused before it loads anything. A run that wrote nothing leaves
-    no folder. `name` is that of numbered ones.
+    """Make and lock the run's folder; yield it with the checkpoint that the run continues from, or None.
+
+    One run at a time writes to a folder; a second one gets an error before it loads anything. A run that wrote nothing
+    leaves no folder. `name` is that of numbered folders.
 
     Raises:
         ValueError: another run has the folder or has left something in it, or it can't be written; there is no such
@@ -92,7 +93,7 @@ def _lock(args: TrainingArguments, name: str, undo: ExitStack) -> Path:
 
 
 def _folder_of(args: TrainingArguments, name: str) -> Path:
-    """Of a run without --output_dir, `latest` means the newest numbered folder that holds a checkpoint."""
+    """Return the run's folder. Without --output_dir, `latest` means the newest numbered folder that holds a checkpoint."""
     if args.output_dir is not None:
         return Path(args.output_dir)
     if (given := args.resume_from_checkpoint) is not None and len(Path(given).parts) > 1:
@@ -110,7 +111,7 @@ def _folder_of(args: TrainingArguments, name: str) -> Path:
 
 
 def _checkpoint(args: TrainingArguments, folder: Path) -> Path | None:
-    """The checkpoint to continue from; None for a run that starts, in a folder that has nothing of another one."""
+    """Return the checkpoint to continue from; None for a new run, which needs a folder without another run's files."""
     given, checkpoint = args.resume_from_checkpoint, None
     if given == "latest":
         if (checkpoint := latest_whole(folder)) is None and not _same_start(args, folder):
@@ -143,7 +144,7 @@ def _checkpoint(args: TrainingArguments, folder: Path) -> Path | None:
 
 
 def _check_names_in_optimizer(checkpoint: Path) -> None:
-    """Refuse an optimizer's state that FSDP2 wrote while the core was "nara_core" in memory, as in files."""
+    """Raise ValueError for an optimizer's state that FSDP2 wrote when the core was called "nara_core" in memory, too."""
     files = [*checkpoint.glob("optimizer_*/.metadata"), *checkpoint.glob("optimizer.bin")]
     if any(f"{NAME_IN_FILES}.cores.".encode() in file.read_bytes() for file in files):
         raise ValueError(
@@ -156,7 +157,7 @@ _ANEW = "Name a fresh folder, or continue the run in it with --resume_from_check
 
 
 def check_empty(folder: Path, advice: str = _ANEW) -> None:
-    """Raises ValueError, with what was found and `advice`, for a folder that holds something."""
+    """Raise ValueError, with what was found and `advice`, for a folder that holds something."""
     if found := sorted(path.name for path in folder.iterdir() if path.name != LOCK):
         what = ", ".join(found[:4]) + ", …" * (len(found) > 4)
         raise ValueError(
@@ -165,7 +166,7 @@ def check_empty(folder: Path, advice: str = _ANEW) -> None:
 
 
 def _same_start(args: TrainingArguments, folder: Path) -> bool:
-    """Whether a run with these arguments began in `folder` and ended before its first checkpoint."""
+    """Return True if a run with these arguments began in `folder` and ended before its first checkpoint."""
     if not (folder / CONFIG).is_file() or (folder / RESULTS).exists():
         return False
     saved = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
