@@ -93,7 +93,7 @@ def _lock(args: TrainingArguments, name: str, undo: ExitStack) -> Path:
 
 
 def _folder_of(args: TrainingArguments, name: str) -> Path:
-    """Return the run's folder. Without --output_dir, `latest` means the newest numbered folder that holds a checkpoint."""
+    """Return the run's folder. Without --output_dir, `latest` means the newest numbered one with a checkpoint."""
     if args.output_dir is not None:
         return Path(args.output_dir)
     if (given := args.resume_from_checkpoint) is not None and len(Path(given).parts) > 1:
@@ -144,7 +144,7 @@ def _checkpoint(args: TrainingArguments, folder: Path) -> Path | None:
 
 
 def _check_names_in_optimizer(checkpoint: Path) -> None:
-    """Raise ValueError for an optimizer's state that FSDP2 wrote when the core was called "nara_core" in memory, too."""
+    """Raise ValueError for an optimizer's state that FSDP2 wrote when the core was called "nara_core" in memory."""
     files = [*checkpoint.glob("optimizer_*/.metadata"), *checkpoint.glob("optimizer.bin")]
     if any(f"{NAME_IN_FILES}.cores.".encode() in file.read_bytes() for file in files):
         raise ValueError(
