@@ -1,4 +1,4 @@
-"""How long a step with NaRA takes beside PEFT's LoRA, NaRA-DoRA beside PEFT's DoRA, and both without `layers.fused`.
+"""How long a step with NaRA takes beside PEFT's LoRA, NaRA-DoRA beside PEFT's DoRA, and both from parts.
 
     python examples/benchmarks/benchmark_speed.py
 
@@ -22,7 +22,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from nara_diffusion import NaraConfig, noise_level
-from nara_diffusion.layers import fused
+from nara_diffusion.layers import one_function
 
 METHODS: dict[str, Callable[..., LoraConfig]] = {
     "LoRA": LoraConfig,
@@ -50,7 +50,7 @@ class Arm:
 
     def __init__(self, method: str, shape: tuple[int, int, int], rank: int) -> None:
         torch.manual_seed(0)
-        self.min_elements = sys.maxsize if method.endswith(PARTS) else fused.MIN_ELEMENTS
+        self.min_elements = sys.maxsize if method.endswith(PARTS) else one_function.MIN_ELEMENTS
         config = METHODS[method.removesuffix(PARTS)](r=rank, lora_alpha=rank, target_modules=["q", "k", "v", "o"])
         self.model: PeftModel = get_peft_model(Projections(shape[-1]), config)
         # as after training: an adapter whose B or C - I is zero would not be a fair load
@@ -68,7 +68,7 @@ class Arm:
 
     def train(self) -> None:
         self.model.train()
-        with self._noise(), patch.object(fused, "MIN_ELEMENTS", self.min_elements):
+        with self._noise(), patch.object(one_function, "MIN_ELEMENTS", self.min_elements):
             self.model(self.x).square().mean().backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -77,7 +77,7 @@ class Arm:
     @torch.inference_mode()
     def inference(self) -> None:
         self.model.eval()
-        with self._noise(), patch.object(fused, "MIN_ELEMENTS", self.min_elements):
+        with self._noise(), patch.object(one_function, "MIN_ELEMENTS", self.min_elements):
             self.model(self.x)
 
 

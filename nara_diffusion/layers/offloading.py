@@ -1,11 +1,14 @@
-"""Weights that hooks load, or convert to the compute dtype, only for the `forward` of their own module.
+"""Weights that other libraries' hooks load or convert only while their own module runs.
 
-    accelerate     `_hf_hook`          CPU and disk offload: elsewhere, the weights are on "meta"
-    Diffusers      `_diffusers_hook`   group offloading: elsewhere, they are on the CPU, or left without values on disk;
-                                       layerwise casting: elsewhere, they are in a storage dtype such as float8
+    accelerate     `_hf_hook`          CPU and disk offload: elsewhere, weights are on "meta"
+    Diffusers      `_diffusers_hook`   group offloading: elsewhere, weights are on the CPU, or left
+                                       without values on disk
+                                       layerwise casting: elsewhere, they are in a storage dtype
+                                       such as float8
 
-Code that reads weights without calling their module has to bring them in itself: the LoRA variants, which read B, W0
-and the magnitude, and the root's hook, which calls the cores before Diffusers has loaded them.
+Code that reads weights without calling their module has to load them itself: the LoRA variants,
+which read B, W0 and the magnitude, and the hook of the root, which calls the cores before Diffusers
+has loaded them.
 """
 
 from __future__ import annotations
@@ -19,19 +22,17 @@ from torch import nn
 
 
 def is_managed(module: nn.Module) -> bool:
-    """Whether accelerate or Diffusers have put a hook around the forward of `module` itself."""
+    """Return whether accelerate or Diffusers have put a hook around the forward of `module`."""
     return "_hf_hook" in vars(module) or "_diffusers_hook" in vars(module)
 
 
 @contextmanager
 def onloaded(*modules: nn.Module) -> Iterator[None]:
-    """Inside the context, all weights of `modules` are on the device, and in the dtype, in which they compute."""
-    managed = [
-        (below, hook)
-        for module in modules
-        for below in module.modules()
-        for hook in _hooks_of(below)
-    ]
+    """Keep all weights of `modules` on the device and in the dtype in which they compute."""
+    managed = []
+    for module in modules:
+        for below in module.modules():
+            managed += [(below, hook) for hook in _hooks_of(below)]
     for module, hook in managed:
         hook.pre_forward(module)
     try:
@@ -42,14 +43,13 @@ def onloaded(*modules: nn.Module) -> Iterator[None]:
 
 
 def groups_of(module: nn.Module) -> list[Any]:
-    """The groups of Diffusers' group offloading that the forward of `module` itself loads."""
+    """Return the groups of Diffusers' group offloading that the forward of `module` loads."""
     return [hook.group for hook in _hooks_of(module) if hasattr(hook, "group")]
 
 
 @contextmanager
 def in_memory(module: nn.Module) -> Iterator[None]:
-    """Inside the context, the weights that the forward of `module` itself loads are in memory, though they may be kept
-    on disk."""
+    """Keep the weights that the forward of `module` loads in memory, even if they are on disk."""
     groups = groups_of(module)
     for group in groups:
         group.onload_()
@@ -61,23 +61,27 @@ def in_memory(module: nn.Module) -> Iterator[None]:
 
 
 def is_offloaded(model: nn.Module) -> bool:
-    """Whether weights at or below `model` are elsewhere between forwards, or kept as copies."""
+    """Return whether weights of `model` are elsewhere between forwards, or kept as copies."""
     return any(_accelerates(module) or groups_of(module) for module in model.modules())
 
 
 def is_dispatched_by_layers(model: nn.Module) -> bool:
-    """Whether accelerate offloads the layers of `model` one by one."""
+    """Return whether accelerate offloads the layers of `model` one by one."""
     return any(_accelerates(module) for module in model.modules())
 
 
 def _hooks_of(module: nn.Module) -> list[Any]:
-    """The hooks around the forward of `module`, the outermost first: all of Diffusers', one of which counts calls."""
+    """Return the hooks around the forward of `module`, the outermost first.
+
+    These are all of Diffusers' hooks; one of them counts calls.
+    """
     registry = getattr(module, "_diffusers_hook", None)
-    theirs = [] if registry is None else list(reversed(registry.hooks.values()))
-    return [*_accelerates(module), *theirs]
+    of_diffusers = [] if registry is None else list(reversed(registry.hooks.values()))
+    return [*_accelerates(module), *of_diffusers]
 
 
 def _accelerates(module: nn.Module) -> list[Any]:
-    """accelerate's offloading hooks of `module`, whose hook may be a sequence of hooks."""
+    """Return accelerate's offloading hooks; the hook of a module may be a sequence of hooks."""
     hook = vars(module).get("_hf_hook")
-    return [part for part in getattr(hook, "hooks", [hook]) if getattr(part, "offload", False)]
+    hooks = getattr(hook, "hooks", [hook])
+    return [each for each in hooks if getattr(each, "offload", False)]

@@ -1,11 +1,12 @@
-"""NaRA's LoRA variants on linear layers (quantised or not), convolutions and embeddings; NaRA-DoRA's are in `dora`.
+"""NaRA's LoRA variants on linear layers (quantised or not), convolutions and embeddings.
 
     y = W0 x + b + s B C A x                              (paper, equation 4)
 
-with x (b, …), A (r, d_in), C (b, r, r) or (1, r, r), B (d_out, r). PEFT's own layers hold A and B and call `forward` of
-the variant. A variant reads its C from the model's channel; it knows neither the core that made C nor the modality. A
-layer whose rank r is below that of its core reads C[:r, :r]. (`module` is PEFT's layer, whose attributes are typed too
-loosely to check.)
+with x (b, …), A (r, d_in), C (b, r, r) or (1, r, r), B (d_out, r). NaRA-DoRA's are in `dora`.
+
+PEFT's own layers have A and B and call `forward` of the variant. A variant reads its C from the
+model's channel; it knows neither the core that made C nor the modality. If the rank r of a layer is
+below that of its core, the layer reads C[:r, :r].
 """
 
 from __future__ import annotations
@@ -17,17 +18,17 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora.layer import LoraLayer, LoraVariant
+from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 
 from nara_diffusion.noise.level import Entry, present
 from nara_diffusion.noise.rows import ModelRows, RowKind, core_of_rows
 
-from . import fused
+from . import one_function
+from .adapted_layer import AdaptedLayer, base_weight, check_mergeable, delta_weight, factors
 from .functional import apply_core, apply_core_to_channels, times_core
-from .fused import can_fuse, fused_linear
-from .matrices import base_weight, check_mergeable, delta_weight, factors
 from .offloading import is_managed, onloaded
+from .one_function import linear_in_one, runs_in_one
 
 Key = tuple[str, str]
 """(adapter, group of layers that share a core)"""
@@ -40,7 +41,7 @@ class CoreSource(Protocol):
         """Return C (b or 1, r, r) for a layer outside of any forward of the root."""
         ...
 
-    def core_to_merge(self, key: Key, layer: LoraLayer) -> tuple[Tensor, Tensor | None]:
+    def core_to_merge(self, key: Key, layer: AdaptedLayer) -> tuple[Tensor, Tensor | None]:
         """Return C (1, r, r) for a layer that is being merged, and its λ (1,) if C depends on λ."""
         ...
 
@@ -50,22 +51,24 @@ class CoreSource(Protocol):
 
 
 class CoreChannel:
-    """Hands C(λ) from one adapted model's root to its layers, for the thread and time of one forward.
+    """Pass C(λ) from the root of an adapted model to its layers, in one thread for one forward.
 
-    Before each forward of the root, its holder of cores pushes C(λ) into a `threading.local`, and a forward hook takes
-    it away. (Unlike a `ContextVar`, a `threading.local` can be read inside a compiled graph; and a forward does not
-    switch to another async task.) A layer accepts what was pushed only while the `noise_level(…)` around it is the one
-    of the push. So a forward that Ctrl-C has ended, after which no hook runs, leaves no C to another λ. (Where λ came
-    from a timestep there is no context to compare: after Ctrl-C, a *part* of the model that is called by itself would
-    read the old C, until the next forward of the whole model.)
+    Before each forward of the root, the holder of the cores pushes C(λ) into a `threading.local`; a
+    forward hook removes it. (A compiled graph can read a `threading.local`, but no `ContextVar`; and
+    a forward does not switch to another async task.)
+
+    A layer accepts what was pushed only inside the same `noise_level(…)` as the push. No hook runs
+    after a forward that Ctrl-C has ended; its C still doesn't reach another λ. (If λ came from a
+    timestep, there is no context to compare. After Ctrl-C, a *part* of the model that is called by
+    itself then reads the old C, until the next forward of the whole model.)
 
     Args:
         holder: the holder of the cores.
         rows: how the model's layers see its batch.
 
     Attributes:
-        local: its attribute `pushed` is (present, entry, cores): the innermost context at the push, that for this
-            model, and key → C.
+        local: its attribute `pushed` is (present, entry, cores): the innermost context at the push,
+            the innermost one for this model, and key → C.
     """
 
     def __init__(self, holder: CoreSource, rows: ModelRows) -> None:
@@ -80,7 +83,10 @@ class CoreChannel:
         self.__dict__.update(state, local=threading.local())
 
     def read(self, key: Key) -> Tensor:
-        """C (b or 1, r, r), float32, for a layer: of the running forward, or of the context around a part alone."""
+        """Return C (b or 1, r, r), float32, for a layer.
+
+        It is C of the running forward, or of the context around a part that is called by itself.
+        """
         pushed = getattr(self.local, "pushed", None)
         if pushed is not None and (torch.compiler.is_compiling() or pushed[0] is present.get()):
             core = pushed[2].get(key)
@@ -89,16 +95,17 @@ class CoreChannel:
         return self.holder.core_of_part(key)
 
     def push(self, entry: Entry | None, cores: Mapping[Key, Tensor]) -> None:
-        """Give `cores` to the layers. `entry`: the context that told λ, if one did."""
-        self.local.pushed = (None if torch.compiler.is_compiling() else present.get(), entry, cores)
+        """Give `cores` to the layers. `entry`: the context that gave λ; None for a source."""
+        innermost = None if torch.compiler.is_compiling() else present.get()
+        self.local.pushed = (innermost, entry, cores)
 
     def pushed(self) -> tuple[Entry | None, Entry | None, Mapping[Key, Tensor]] | None:
-        """What the running forward has pushed; None if none runs."""
+        """Return what the running forward has pushed; None if none runs."""
         return getattr(self.local, "pushed", None)
 
     @contextmanager
     def using(self, cores: Mapping[Key, Tensor]) -> Iterator[None]:
-        """Give `cores` to the layers inside the context, and what was there before afterwards."""
+        """Give `cores` to the layers inside the context, and the previous ones afterwards."""
         before = self.pushed()
         self.push(None if before is None else before[1], cores)
         try:
@@ -111,13 +118,14 @@ class NaraVariant(LoraVariant):
     """The base of all variants: reading C, and merging at one fixed C.
 
     Args:
-        channel: hands C(λ) to the layer: in a forward of the model's root, at the λ around a part alone, in merging.
+        channel: gives C(λ) to the layer.
         adapter_name, group: name the C of this layer.
-        layer_name: for error messages. rows: what the rows of the layer's input are.
+        layer_name: for error messages.
+        rows: what the rows of the layer's input are.
 
     Attributes:
-        key: of C in the channel, (adapter_name, group).
-        merged_at: the λ at which the layer is merged, if it depends on λ.
+        key: (adapter_name, group), the key of C in the channel.
+        merged_at: λ (1,) at which the layer is merged, if C depends on λ.
     """
 
     is_conv = False
@@ -134,35 +142,39 @@ class NaraVariant(LoraVariant):
         self.key = (adapter_name, group)
         self.layer_name = layer_name
         self.rows: RowKind = rows
-        self.merged_at: Any = None
+        self.merged_at: Tensor | None = None
 
     def supports_lora_conversion(self) -> bool:
         return False
 
-    def init(self, module: Any, adapter_name: str, **kwargs: Any) -> None:
+    def init(self, module: AdaptedLayer, adapter_name: str, **kwargs: Any) -> None:
         """Do nothing: PEFT has made A, B and the magnitude, and the core belongs to the root."""
 
     # ------------------------------------------------------------------ forward
 
     def forward(
-        self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
+        self, module: AdaptedLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
     ) -> Tensor:
-        """Return `result` plus the update of `x`; PEFT calls it. A sample without batch axis is a batch of one."""
+        """Return `result` plus the update of `x`; PEFT calls it.
+
+        A sample without batch axis is a batch of one.
+        """
         if not getattr(module, "cast_input_dtype_enabled", True) and x.is_floating_point():
-            A = module.lora_A[
-                active_adapter
-            ]  # layerwise casting has turned off PEFT's own conversion
+            # layerwise casting has turned off PEFT's own conversion
+            A = module.lora_A[active_adapter]
             x = x if is_managed(A) else x.to(A.weight.dtype)
         if x.dim() < (module._kernel_dim if self.is_conv else 2):
             return self.update(module, active_adapter, x[None], result[None])[0]
         return self.update(module, active_adapter, x, result)
 
-    def update(self, module: Any, active_adapter: str, x: Tensor, result: Tensor) -> Tensor:
-        """`forward` for x (b, …)."""
+    def update(
+        self, module: AdaptedLayer, active_adapter: str, x: Tensor, result: Tensor
+    ) -> Tensor:
+        """Do what `forward` does, for x (b, …)."""
         raise NotImplementedError
 
     def batch_core(self, rank: int, x: Tensor) -> Tensor:
-        """C of the running forward for the input `x` (b, …), float32: (1, r, r), or (b, r, r) for its rows."""
+        """Return C of the running forward for the rows of `x` (b, …): (b or 1, r, r), float32."""
         core = self.channel.read(self.key)
         core = core if core.shape[-1] == rank else core[:, :rank, :rank]
         if core.shape[0] == 1 or (self.rows == "samples" and core.shape[0] == x.shape[0]):
@@ -177,8 +189,8 @@ class NaraVariant(LoraVariant):
 
     # ------------------------------------------------------------------ merging
 
-    def merge_safe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        """The base weight with this adapter merged at one C."""
+    def merge_safe(self, module: AdaptedLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        """Return the base weight with this adapter merged at one C."""
         check_mergeable(module, active_adapter, self.layer_name, orig_weight)
         rank = module.r[active_adapter]
         core, level = self.channel.holder.core_to_merge(self.key, module)
@@ -189,68 +201,80 @@ class NaraVariant(LoraVariant):
         guard = module.register_forward_pre_hook(self._check_merged)
         self.merged_at = level
         module._cache_store(f"{active_adapter}-nara", (A, K, scaling, factor, guard))
-        # read again: finding DoRA's norm may have taken other merged adapters out and put them back
+        # read again: DoRA's norm may have unmerged other adapters and merged them again
         weight = base_weight(module.get_base_layer()).data
-        return (factor * (weight + delta_weight(module, A, K[0], scaling))).to(orig_weight.dtype)
+        merged = factor * (weight + delta_weight(module, A, K[0], scaling))
+        return merged.to(orig_weight.dtype)
 
-    def _check_merged(self, module: Any, args: Any) -> None:
-        """Check λ before the forward of a merged layer: its root may not run, and so not check it."""
+    def _check_merged(self, module: AdaptedLayer, args: tuple[Any, ...]) -> None:
+        """Check λ before the forward of a merged layer, as the root may not run and check it."""
         if module.merged and not module.disable_adapters and self.merged_at is not None:
             self.channel.holder.check_merged(self.merged_at)
 
-    def merge_unsafe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> None:
+    def merge_unsafe(self, module: AdaptedLayer, active_adapter: str, orig_weight: Tensor) -> None:
         orig_weight.data = self.merge_safe(module, active_adapter, orig_weight)
 
-    def unmerge(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
+    def unmerge(self, module: AdaptedLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
         check_mergeable(module, active_adapter, self.layer_name, orig_weight)
         A, K, scaling, factor, guard = module._cache_pop(f"{active_adapter}-nara")
         guard.remove()
         self.merged_at = None
-        return (orig_weight.data / factor - delta_weight(module, A, K[0], scaling)).to(
-            orig_weight.dtype
-        )
+        weight = orig_weight.data / factor - delta_weight(module, A, K[0], scaling)
+        return weight.to(orig_weight.dtype)
 
     def merge_factor(
-        self, module: Any, active_adapter: str, A: Tensor, K: Tensor
+        self, module: AdaptedLayer, active_adapter: str, A: Tensor, K: Tensor
     ) -> Tensor | float:
-        """The factor of each merged row: 1, or DoRA's m / ‖W0 + s K A‖ for K = B C (1, d_out, r)."""
+        """Return the factor of each merged row: 1, or DoRA's m / ‖W0 + s K A‖.
+
+        Args:
+            K: B C (1, d_out, r).
+        """
         return 1.0
 
 
 class NaraLinear(NaraVariant):
     """y = W0 x + b + s B C A x; the update is added to the base layer's output."""
 
-    def update(self, module: Any, active_adapter: str, x: Tensor, result: Tensor) -> Tensor:
+    def update(
+        self, module: AdaptedLayer, active_adapter: str, x: Tensor, result: Tensor
+    ) -> Tensor:
         A, B = module.lora_A[active_adapter], module.lora_B[active_adapter]
         core, scaling = self.batch_core(module.r[active_adapter], x), module.scaling[active_adapter]
-        if result.numel() >= fused.MIN_ELEMENTS and is_dropout_free(module, active_adapter):
+        is_large = result.numel() >= one_function.MIN_ELEMENTS
+        if is_large and is_dropout_free(module, active_adapter):
             base_layer = module.get_base_layer()
-            if can_fuse(module, base_layer, A, B, x, result):
-                return fused_linear(x, result, base_layer, A.weight, core, B.weight, scaling)
-        return torch.add(
-            result, B(apply_core(core, A(module.lora_dropout[active_adapter](x)))), alpha=scaling
-        )
+            if runs_in_one(module, base_layer, A, B, x, result):
+                return linear_in_one(x, result, base_layer, A.weight, core, B.weight, scaling)
+        h = A(module.lora_dropout[active_adapter](x))  # (b, …, r)
+        return torch.add(result, B(apply_core(core, h)), alpha=scaling)
 
 
 class NaraConv(NaraVariant):
-    """The same with A a convolution and B of kernel 1, on any number of spatial axes."""
+    """The same if A is a convolution and B has kernel 1, on any number of spatial axes."""
 
     is_conv = True
 
-    def update(self, module: Any, active_adapter: str, x: Tensor, result: Tensor) -> Tensor:
+    def update(
+        self, module: AdaptedLayer, active_adapter: str, x: Tensor, result: Tensor
+    ) -> Tensor:
         A, B = module.lora_A[active_adapter], module.lora_B[active_adapter]
         core = self.batch_core(module.r[active_adapter], x)
-        mixed = apply_core_to_channels(core, A(module.lora_dropout[active_adapter](x)))  # (b, r, …)
-        return torch.add(result, B(mixed), alpha=module.scaling[active_adapter])
+        h = A(module.lora_dropout[active_adapter](x))  # (b, r, …)
+        update = B(apply_core_to_channels(core, h))
+        return torch.add(result, update, alpha=module.scaling[active_adapter])
 
 
 class NaraEmbedding(NaraVariant):
-    """y = W0[x] + s A[:, x] Cᵀ Bᵀ: PEFT looks A up and maps up by B, so that ΔW = s (B C A)ᵀ in the weight's layout.
+    """y = W0[x] + s A[:, x] Cᵀ Bᵀ.
 
-    Ids (n,), such as the positions `arange(n)`, are one sample.
+    PEFT looks A up and maps up by B, so ΔW = s (B C A)ᵀ in the weight's layout. Ids (n,), such as
+    the positions `arange(n)`, are one sample.
     """
 
-    def update(self, module: Any, active_adapter: str, x: Tensor, result: Tensor) -> Tensor:
+    def update(
+        self, module: AdaptedLayer, active_adapter: str, x: Tensor, result: Tensor
+    ) -> Tensor:
         core = self.batch_core(module.r[active_adapter], x)
         with onloaded(module.lora_embedding_A, module.lora_embedding_B):
             h = module._embed(x, module.lora_embedding_A[active_adapter].T)  # (b, l, r)
@@ -261,5 +285,6 @@ class NaraEmbedding(NaraVariant):
             return torch.add(result, update, alpha=module.scaling[active_adapter])
 
 
-def is_dropout_free(module: Any, adapter_name: str) -> bool:
-    return isinstance(module.lora_dropout[adapter_name], nn.Identity) or not module.training
+def is_dropout_free(layer: AdaptedLayer, adapter_name: str) -> bool:
+    """Return whether the forward of an adapter drops nothing out."""
+    return isinstance(layer.lora_dropout[adapter_name], nn.Identity) or not layer.training

@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from nara_diffusion.cores.registry import HOLDER_NAME, CoreSet
 from nara_diffusion.cores.simple import IdentityCore
+from nara_diffusion.layers.adapted_layer import AdaptedLayer
 from nara_diffusion.layers.offloading import groups_of, in_memory
 from nara_diffusion.layers.variants import CoreChannel, Key
 from nara_diffusion.noise.level import Level, as_level, backward_pass, entry_for
@@ -278,7 +279,7 @@ class CoreHolder(nn.Module):
         return self.merging.one_level(names, level, entry_for(self), remedy)
 
     @torch.no_grad()
-    def core_to_merge(self, key: Key, layer: LoraLayer) -> tuple[Tensor, Tensor | None]:
+    def core_to_merge(self, key: Key, layer: AdaptedLayer) -> tuple[Tensor, Tensor | None]:
         """Return C (1, r, r) for a layer that is being merged, and λ (1,); None if C does not depend on λ."""
         name = key[0]
         needs_noise = self.depends_on_noise(name)

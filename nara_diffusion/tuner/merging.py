@@ -15,6 +15,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from nara_diffusion.layers.adapted_layer import AdaptedLayer
 from nara_diffusion.layers.offloading import is_offloaded
 from nara_diffusion.noise.level import Entry, as_level
 
@@ -117,7 +118,7 @@ class Merging:
         return level
 
     def level_of_layer(
-        self, name: str, layer: LoraLayer, depends_on_noise: bool, entry: Entry | None
+        self, name: str, layer: AdaptedLayer, depends_on_noise: bool, entry: Entry | None
     ) -> Tensor | None:
         """Return λ (1,) to merge one layer of the adapter `name` at; None if its C does not depend on λ."""
         merged = self.merged_at()

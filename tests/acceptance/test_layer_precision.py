@@ -31,7 +31,7 @@ dora = pytest.mark.parametrize("use_dora", [False, True], ids=["NaRA", "NaRA-DoR
 @pytest.fixture(autouse=True)
 def _small_layers_are_fused(monkeypatch: pytest.MonkeyPatch) -> None:
     """As large ones are; those whose base is trained are computed in parts."""
-    monkeypatch.setattr("nara_diffusion.layers.fused.MIN_ELEMENTS", 0)
+    monkeypatch.setattr("nara_diffusion.layers.one_function.MIN_ELEMENTS", 0)
 
 
 def sensitive(kinds: list[str], dtype: torch.dtype, alike: str, use_dora: bool) -> tuple[PeftModel, ByHand]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from nara_diffusion import core_matrix, noise_level
-from nara_diffusion.layers import dora, fused, variants
+from nara_diffusion.layers import dora, one_function, variants
 from tests.acceptance._by_hand import LEVELS
 from tests.helpers.adapted import OneLayer, adapted, nara_config, relative_error
 
@@ -25,21 +25,21 @@ def one_layer(use_dora: bool) -> Any:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """The outputs of layers that were fused, which small ones are too."""
+    """The outputs of layers that ran as one function, as small ones do here."""
     found: list[Tensor] = []
 
     def counted(*args: Any) -> Tensor:
-        found.append(fused.fused_linear(*args))
+        found.append(one_function.linear_in_one(*args))
         return found[-1]
 
-    monkeypatch.setattr(fused, "MIN_ELEMENTS", 0)
+    monkeypatch.setattr(one_function, "MIN_ELEMENTS", 0)
     for room in (variants, dora):
-        monkeypatch.setattr(room, "fused_linear", counted)
+        monkeypatch.setattr(room, "linear_in_one", counted)
     return found
 
 
 @DORA
-def test_fused_layer_gives_no_gradient_to_what_is_frozen(calls: list[Tensor], use_dora: bool) -> None:
+def test_layer_in_one_function_gives_no_gradient_to_what_is_frozen(calls: list[Tensor], use_dora: bool) -> None:
     model, x, found = one_layer(use_dora), torch.randn(3, 4, 7, requires_grad=True), []
     for frozen in (("none",), ("lora_A", "core"), ("lora_B",), ("magnitude",)):  # a core is trained where A is
         for name, parameter in model.named_parameters():
@@ -57,13 +57,13 @@ def test_fused_layer_gives_no_gradient_to_what_is_frozen(calls: list[Tensor], us
 
 
 @DORA
-def test_second_derivatives_of_a_fused_layer_are_those_of_its_parts(
+def test_second_derivatives_of_a_layer_in_one_function_are_those_of_its_parts(
     monkeypatch: pytest.MonkeyPatch, calls: list[Tensor], use_dora: bool
 ) -> None:
     model, x, found = one_layer(use_dora), torch.randn(3, 4, 7), []
     parameters = [p for p in model.parameters() if p.requires_grad]
     for smallest in (0, 2**17):
-        monkeypatch.setattr(fused, "MIN_ELEMENTS", smallest)
+        monkeypatch.setattr(one_function, "MIN_ELEMENTS", smallest)
         leaf = x.clone().requires_grad_()
         with noise_level(model, LEVELS):
             slopes = torch.autograd.grad(model(leaf).pow(3).sum(), [leaf, *parameters], create_graph=True)
@@ -74,7 +74,9 @@ def test_second_derivatives_of_a_fused_layer_are_those_of_its_parts(
         assert relative_error(one, other) < 1e-4
 
 
-def test_magnitudes_gradient_of_a_fused_float64_layer_is_that_of_the_formula_in_float64(calls: list[Tensor]) -> None:
+def test_magnitudes_gradient_of_a_float64_layer_in_one_function_is_that_of_the_formula(
+    calls: list[Tensor],
+) -> None:
     model, x = one_layer(True).double(), torch.randn(3, 4, 7, dtype=torch.float64)
     layer, C = model.base_model.model.layer, core_matrix(model, 0.4)[0].double()
     A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
@@ -88,7 +90,7 @@ def test_magnitudes_gradient_of_a_fused_float64_layer_is_that_of_the_formula_in_
 
 
 @DORA
-def test_batched_gradients_of_a_fused_layer_are_those_of_one_after_the_other(
+def test_batched_gradients_of_a_layer_in_one_function_are_those_of_one_after_the_other(
     calls: list[Tensor], use_dora: bool
 ) -> None:
     model, x = one_layer(use_dora), torch.randn(3, 4, 7, requires_grad=True)
@@ -116,7 +118,7 @@ def test_forward_mode_gradient_is_that_of_a_layer_in_parts(calls: list[Tensor]) 
 
 
 @DORA
-def test_output_of_a_fused_layer_may_be_changed_in_place(calls: list[Tensor], use_dora: bool) -> None:
+def test_output_of_a_layer_in_one_function_may_be_changed_in_place(calls: list[Tensor], use_dora: bool) -> None:
     model, x, found = one_layer(use_dora), torch.randn(3, 4, 7), []
     for change in (lambda y: y * 2 + 1, lambda y: y.mul_(2).add_(1)):
         model.zero_grad()
@@ -181,6 +183,6 @@ def test_layer_in_training_with_dropout_under_autocast_or_torch_func_or_too_smal
         torch.func.vmap(model.requires_grad_(False))(x)
         assert not calls
         model(x)
-        monkeypatch.setattr(fused, "MIN_ELEMENTS", 16)
+        monkeypatch.setattr(one_function, "MIN_ELEMENTS", 16)
         model(x)
     assert len(calls) == 1

@@ -1,0 +1,190 @@
+"""PEFT's adapted layers: the attributes that are read here, and the matrices A, B, W0 and ΔW.
+
+The matrices are read for DoRA's norm and for merging. They are right for quantised layers too,
+including those of bitsandbytes that PEFT reads wrongly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, Embedding
+from peft.utils.integrations import dequantize_module_weight
+from peft.utils.other import transpose
+from torch import Tensor, nn
+
+CONVOLUTIONS = (Conv1d, Conv2d, Conv3d)
+"""PEFT's layers on convolutions."""
+
+
+class AdaptedLayer(Protocol):
+    """A layer that PEFT has adapted; mappings are adapter → value.
+
+    Attributes:
+        lora_A, lora_B: the factors, except those of embeddings: linear layers or convolutions.
+        lora_embedding_A, lora_embedding_B: the factors of an embedding, (r, n) and (d_out, r).
+        lora_magnitude_vector: modules with DoRA's m as `weight`.
+        lora_bias: whether B has a bias.
+        merged: whether any adapter is merged into the base layer.
+    """
+
+    lora_A: Mapping[str, nn.Linear]
+    lora_B: Mapping[str, nn.Linear]
+    lora_embedding_A: nn.ParameterDict
+    lora_embedding_B: nn.ParameterDict
+    lora_magnitude_vector: Mapping[str, nn.Linear]
+    lora_dropout: Mapping[str, nn.Module]
+    lora_bias: Mapping[str, bool]
+    scaling: Mapping[str, float]
+    r: Mapping[str, int]
+    training: bool
+
+    @property
+    def active_adapters(self) -> list[str]: ...
+
+    @property
+    def merged(self) -> bool: ...
+
+    @property
+    def disable_adapters(self) -> bool: ...
+
+    def get_base_layer(self) -> nn.Linear:
+        """Return the layer that is adapted; a linear one stands for all kinds."""
+        ...
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide `scaling` of the active adapters; None resets it."""
+        ...
+
+    def register_forward_pre_hook(self, hook: Any) -> Any: ...
+
+    # private
+
+    _modules: Mapping[str, nn.Module | None]
+
+    _kernel_dim: int
+    """The dimensions of a convolution's weight, 2 more than its spatial axes."""
+
+    def _embed(self, input: Tensor, weight: Tensor) -> Tensor:
+        """Look ids up in the weight of an embedding."""
+        ...
+
+    def _get_embed_scale(self) -> Tensor | None:
+        """Return what the base embedding multiplies its output with, as Gemma's does."""
+        ...
+
+    def _cache_store(self, key: str, value: Any) -> None:
+        """Keep what unmerging needs."""
+        ...
+
+    def _cache_pop(self, key: str) -> Any: ...
+
+    def _unmerged_base_weight(self, safe_merge: bool) -> AbstractContextManager[Tensor]:
+        """Give W0 without the other adapters that are merged into it, for DoRA's norm."""
+        ...
+
+
+def factors(layer: AdaptedLayer, adapter_name: str) -> tuple[Tensor, Tensor]:
+    """Return A (r, k) and B (d_out, r), detached, with flattened kernels.
+
+    PEFT merges no convolutions with groups, so `layer` isn't one.
+    """
+    if isinstance(layer, Embedding):
+        A, B = layer.lora_embedding_A[adapter_name], layer.lora_embedding_B[adapter_name]
+        return A.detach(), B.detach()
+    A, B = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+    return A.detach().flatten(1), B.detach().flatten(1)
+
+
+def base_matrix(layer: AdaptedLayer) -> Tensor:
+    """Return W0 (d_out, k) of a linear layer or a convolution, dequantised if necessary."""
+    weight = base_weight(layer.get_base_layer())
+    return transpose(weight, getattr(layer, "fan_in_fan_out", False)).flatten(1)
+
+
+def delta_weight(layer: AdaptedLayer, A: Tensor, K: Tensor, scaling: float) -> Tensor:
+    """Return s K A for A (r, k) and K = B C (d_out, r), in the layout of the base weight."""
+    delta = scaling * (K @ A.to(K.dtype))  # (d_out, k)
+    if isinstance(layer, Embedding):
+        return delta.T
+    if isinstance(layer, CONVOLUTIONS):
+        return delta.view(layer.get_base_layer().weight.shape)
+    return transpose(delta, getattr(layer, "fan_in_fan_out", False))
+
+
+def base_weight(base_layer: nn.Module) -> Tensor:
+    """Return W0 of a layer, dequantised if necessary.
+
+    PEFT's function would break a compiled graph, so plain weights are returned first. It would also
+    break later forwards of 8-bit layers, so these are dequantised here. On a CPU, bitsandbytes
+    reorders 4-bit weights at the first inference and then dequantises them wrongly; there,
+    W0ᵀ = layer(I) − b.
+    """
+    weight = getattr(base_layer, "weight", None)
+    is_linear = type(base_layer) is nn.Linear
+    if type(weight) is nn.Parameter and (is_linear or not hasattr(base_layer, "W_q")):  # HQQ's
+        return weight
+    if type(weight).__name__ == "Int8Params":
+        return _dequantised_int8(base_layer, weight)
+    if not _is_packed(base_layer):
+        return dequantize_module_weight(base_layer)
+    with torch.no_grad():
+        return _matrix_by_forward(base_layer)
+
+
+def _dequantised_int8(base_layer: Any, weight: Any) -> Tensor:
+    is_before_forward = getattr(weight, "SCB", None) is not None
+    state = weight if is_before_forward else base_layer.state
+    return state.CB.float() * (state.SCB.float()[:, None] / 127)
+
+
+def _matrix_by_forward(base_layer: Any) -> Tensor:
+    device = base_layer.weight.device
+    identity = torch.eye(base_layer.in_features, dtype=torch.float32, device=device)
+    product = base_layer(identity)
+    if base_layer.bias is not None:
+        product = product - base_layer.bias
+    return product.T
+
+
+def _is_packed(base_layer: nn.Module) -> bool:
+    """Return whether bitsandbytes has reordered the 4-bit weight."""
+    state = getattr(getattr(base_layer, "weight", None), "quant_state", None)
+    return bool(getattr(state, "packing_format_for_cpu", False))
+
+
+def check_mergeable(
+    layer: AdaptedLayer, adapter_name: str, layer_name: str, weight: Tensor
+) -> None:
+    """Refuse a layer that PEFT would merge wrongly, before anything is changed.
+
+    Args:
+        weight: what PEFT merges into, dequantised if PEFT dequantises it.
+
+    Raises:
+        ValueError: B has a bias, and the layer has none to add it to, or is quantised (PEFT would
+            forget the scale); bitsandbytes has reordered the 4-bit weight; or PEFT takes integers
+            for a plain weight.
+    """
+    base_layer = layer.get_base_layer()
+    is_quantised = type(base_layer.weight).__name__ in ("Params4bit", "Int8Params")
+    if layer.lora_bias[adapter_name] and (base_layer.bias is None or is_quantised):
+        raise ValueError(
+            f"The bias of B (lora_bias=True) cannot be merged into layer '{layer_name}', which is "
+            "quantised or has no bias."
+        )
+    if _is_packed(base_layer):
+        raise ValueError(
+            f"The 4-bit weight of layer '{layer_name}' cannot be merged: bitsandbytes has "
+            "reordered it for inference on a CPU. Load the model again and merge before the first "
+            "forward."
+        )
+    if not weight.is_floating_point():
+        raise ValueError(
+            f"Layer '{layer_name}' cannot be merged: its weight is {weight.dtype}, and PEFT's "
+            f"{type(layer).__name__} doesn't dequantise it. Leave it unmerged, or quantise the base "
+            "by Transformers before adding the adapter."
+        )
