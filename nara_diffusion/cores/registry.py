@@ -5,18 +5,36 @@ from __future__ import annotations
 import keyword
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from .float32 import Core, without_autocast
-from .hypernetwork import HypernetworkCore, NoiseEmbedding
+from .hypernetwork import CoreInit, HypernetworkCore, NoiseEmbedding
 from .simple import BinsCore, ConstantCore, IdentityCore, KnotsCore, RankMaskCore
+
+
+class CoreConfig(Protocol):
+    """The fields of a `NaraConfig` that describe cores."""
+
+    r: int
+    core_type: str
+    core_scale: float
+    core_hidden_dims: tuple[int, ...]
+    core_init: CoreInit
+    core_sharing: Literal["global", "module_type", "layer"]
+    core_knots: int
+    core_bins: int
+    noise_embedding: Literal["fourier", "mlp", "raw"]
+    noise_embedding_dim: int
+    fourier_scale: float
+    rank_mask_min: int | None
+    strength: Any
+
 
 CoreFactory = Callable[[Any, int], nn.Module]
 """(the NaraConfig, r) → a module λ (b,) → C (b, r, r)."""
-
 
 _BUILT_IN: dict[str, CoreFactory] = {
     "hypernetwork": lambda config, rank: HypernetworkCore(
@@ -69,8 +87,8 @@ def register_core(name: str, factory: CoreFactory) -> None:
     _custom[name] = factory
 
 
-def check_core_type(name: Any) -> None:
-    """Raises ValueError if there is no core of that name."""
+def check_core_type(name: object) -> None:
+    """Raise ValueError if there is no core of that name."""
     known = (*BUILT_IN, *_custom)
     if name not in known:
         raise ValueError(
@@ -81,25 +99,25 @@ def check_core_type(name: Any) -> None:
 
 
 def registered_cores() -> dict[str, CoreFactory]:
-    """{name: factory} of the custom cores."""
+    """Return name → factory of the custom cores."""
     return dict(_custom)
 
 
-def build_core(config: Any, rank: int) -> Core:
-    """The core that a NaraConfig describes, for layers of rank up to `rank`."""
+def build_core(config: CoreConfig, rank: int) -> Core:
+    """Return the core that a NaraConfig describes, for layers of rank up to `rank`."""
     if config.core_type in _custom:
         return CustomCore(_custom[config.core_type](config, rank), rank, config.core_type)
     return _BUILT_IN[config.core_type](config, rank)  # type: ignore[return-value]
 
 
-def needs_noise(config: Any) -> bool:
-    """Whether an adapter of this NaraConfig depends on λ, by its core or by its strength."""
+def needs_noise(config: CoreConfig) -> bool:
+    """Return True if an adapter of this NaraConfig depends on λ, by its core or by its strength."""
     with torch.device("meta"):
         return config.strength is not None or build_core(config, config.r).needs_noise
 
 
 class CustomCore(Core):
-    """A registered core, which the factory has made, in float32 and with a check of the shape of its C."""
+    """A core made by a registered factory, in float32, with a check of the shape of its C."""
 
     def __init__(self, core: Any, rank: int, name: str) -> None:
         super().__init__(rank)
@@ -127,8 +145,8 @@ class CustomCore(Core):
         return found.float()
 
 
-def rebuild_core(core: CustomCore, config: Any) -> Core:
-    """`core` as its factory makes it from another configuration, with the tensors that it has: the same objects."""
+def rebuild_core(core: CustomCore, config: CoreConfig) -> Core:
+    """Return a new core, made by the factory from another configuration, with the tensors of `core` themselves."""
     device = next((tensor.device for tensor in (*core.parameters(), *core.buffers())), None)
     rebuilt = build_core(config, core.rank)
     rebuilt.load_state_dict(core.state_dict(keep_vars=True), assign=True)
@@ -154,20 +172,20 @@ class CoreSet(nn.ModuleDict):
         return any(bool(core.needs_noise) for core in self.values())
 
     def matrix(self, group: str, noise_level: Tensor | None) -> Tensor:
-        """C (b or 1, r, r), float32, of one group at λ (b,), which a core without noise input ignores."""
+        """Return C (b or 1, r, r), float32, of one group at λ (b,); a core without noise input ignores λ."""
         return self[group].at(noise_level)  # type: ignore[operator]
 
 
-def make_cores(config: Any, ranks: dict[str, int]) -> CoreSet:
-    """The cores that a NaraConfig describes. `ranks`: group → the largest rank among its layers."""
+def make_cores(config: CoreConfig, ranks: dict[str, int]) -> CoreSet:
+    """Return the cores that a NaraConfig describes. `ranks` is group → the largest rank among its layers."""
     return CoreSet({group: build_core(config, rank) for group, rank in ranks.items()})
 
 
-def core_group(config: Any, module_name: str, rank: int) -> str:
-    """The name of the core that an adapted module of this rank reads.
+def core_group(config: CoreConfig, module_name: str, rank: int) -> str:
+    """Return the name of the core that an adapted module of this rank reads.
 
-    `core_sharing` makes it one for all modules, one for all modules of that name, or one for each module. A core that
-    has no parameters, but depends on the rank, is one for all modules of that rank.
+    `core_sharing` gives one core to all modules, to all modules of one name, or to each module. A core that has no
+    parameters but depends on the rank is shared by all modules of that rank.
     """
     if config.core_type in ("rank_mask", "bins"):
         return f"rank-{rank}"
@@ -183,7 +201,7 @@ def core_group(config: Any, module_name: str, rank: int) -> str:
 
 
 def with_current_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`tensors` of a file with the old name of the shared core, `nara_core.global`, replaced by the current one."""
+    """Return the `tensors` of a file with the current name of the shared core, which was `nara_core.global`."""
     return {
         key.replace("nara_core.global.", f"{NAME_IN_FILES}.{SHARED}."): tensor
         for key, tensor in tensors.items()
