@@ -1,4 +1,4 @@
-"""`NaraConfig`: PEFT's LoraConfig plus the options of the noise-conditioned core, and its fields in files."""
+"""`NaraConfig`: PEFT's LoraConfig plus the options of the noise-conditioned core."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from enum import Enum
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from peft import LoraConfig
 
@@ -16,7 +16,7 @@ from nara_diffusion.cores.registry import BUILT_IN, check_core_type
 from nara_diffusion.noise.strength_schedule import StrengthSchedule, is_number
 from nara_diffusion.utils.atomic_write import atomic_write_files
 
-_CHOICES: dict[str, tuple[tuple[Any, ...], tuple[str, ...]]] = {
+_CHOICES: dict[str, tuple[tuple[str | int, ...], tuple[str, ...]]] = {
     "core_init": (("zero_last", "kaiming", "zero_all"), ("hypernetwork", "constant")),
     "core_input": (("noise_level",), BUILT_IN),
     "core_sharing": (("global", "module_type", "layer"), BUILT_IN),
@@ -24,16 +24,19 @@ _CHOICES: dict[str, tuple[tuple[Any, ...], tuple[str, ...]]] = {
     "mask_density_radius": ((4,), BUILT_IN),
     "noise_embedding": (("fourier", "mlp", "raw"), ("hypernetwork",)),
 }
-"""Field → its choices, and the built-in types of core that read it; custom cores may read all."""
+"""{field: (its choices, the built-in types of core that read it)}. Custom cores may read all."""
 _SIZES = ("r", "noise_embedding_dim", "core_bins", "core_knots")
 _SCALES = ("core_scale", "fourier_scale")
 _GONE = {"core_normalization": "none", "noise_scale": "linear", "layer_embedding_dim": 16}
-"""Fields of version 0.1 that are gone → their defaults there, with which files load as before."""
+"""{field of version 0.1 that is gone: its default there}. Files with that default load as before."""
 _REFUSED = (
-    "target_parameters", "layer_replication", "megatron_config", "alora_invocation_tokens", "arrow_config",
-    "use_bdlora", "use_qalora", "velora_config", "monteclora_config", "kasa_config", "ensure_weight_tying",
+    "alora_invocation_tokens", "arrow_config", "ensure_weight_tying", "kasa_config", "layer_replication",
+    "megatron_config", "monteclora_config", "target_parameters", "use_bdlora", "use_qalora", "velora_config",
 )  # fmt: skip
-"""LoRA options by which PEFT computes the update in another way, without C(λ)."""
+"""LoRA options that make PEFT compute the update without C(λ)."""
+_UNSCALED = ("bias", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters")
+"""LoRA options that change the model outside of s · B · C · A, unless one of `_UNSET`."""
+_UNSET = (None, False, "none", [])
 
 
 class NaraPeftType(str, Enum):
@@ -47,40 +50,43 @@ class NaraPeftType(str, Enum):
 
 @dataclass
 class NaraConfig(LoraConfig):
-    """Configuration of NaRA: ΔW(λ) = s · B · C(λ) · A with C(λ) = I + η F(e(λ)) (arXiv 2605.29716, section 4).
+    """Configuration of NaRA: ΔW(λ) = s · B · C(λ) · A with C(λ) = I + η F(e(λ)).
 
-    All fields of `peft.LoraConfig` keep their meaning (`use_dora=True` is NaRA-DoRA). With `rank_pattern`, one core of
-    the largest rank serves all: a layer of rank r' reads the leading block C(λ)[:r', :r'].
+    See section 4 of arXiv 2605.29716. All fields of `peft.LoraConfig` keep their meaning;
+    `use_dora=True` is NaRA-DoRA. With `rank_pattern`, all layers share one core of the largest rank,
+    and a layer of rank r' reads the leading block C(λ)[:r', :r'].
 
     Args:
-        core_type: what makes C. "hypernetwork" is NaRA; "constant" NaRA-C (one learnable C, no noise input); "identity"
-            plain LoRA (C = I, no λ needed, may be merged); "rank_mask" T-LoRA (fewer of the r directions the noisier);
-            "bins" Multi-LoRA (r / core_bins directions of their own for each bin of λ); "knots" interpolates between
-            learned matrices at core_knots values of λ (best with core_sharing "layer"); or a registered name.
+        core_type: how C is made. "hypernetwork" is NaRA. "constant" is NaRA-C: one learnable C,
+            without noise input. "identity" is plain LoRA: C = I; it needs no λ and can be merged.
+            "rank_mask" is T-LoRA: the noisier, the fewer of the r directions. "bins" is Multi-LoRA:
+            each bin of λ has its own r / core_bins directions. "knots" interpolates between learned
+            matrices at core_knots values of λ (best with core_sharing "layer"). Or a registered name.
         core_scale: η in C = I + η F(e(λ)), greater than 0.
         core_hidden_dims: widths of the hidden layers of the hypernetwork F.
-        core_init: of F. "zero_last" (last layer zero, so that C = I at step 0), "zero_all" (all zero: only the last
-            bias receives a gradient at first), "kaiming" (C is not I at step 0).
+        core_init: how F starts. "zero_last": last layer zero, C = I at step 0. "zero_all": all zero, at
+            first only the last bias receives a gradient. "kaiming": C is not I at step 0.
         core_input: a field of version 0.1 that files have; one choice is left.
-        core_sharing: which adapted modules share one F: all, those of one name such as q_proj, or none ("layer").
-        noise_embedding: e(λ): frozen Gaussian Fourier features, a learnable Linear and SiLU, or λ itself.
+        core_sharing: which adapted modules share one F: all ("global"), those of one name such as
+            q_proj ("module_type"), or none ("layer").
+        noise_embedding: e(λ): frozen Gaussian Fourier features, a learnable Linear and SiLU, or λ.
         noise_embedding_dim: width of e(λ); even for "fourier", unused by "raw".
         fourier_scale: standard deviation of the Fourier frequencies, in radians per unit of λ.
-        rank_mask_min: for "rank_mask": directions that stay in pure noise, at most r; None means half of r.
-        lora_a_init: how A starts: as init_lora_weights says, or with orthonormal rows while B is zero, so that no
-            direction repeats what a masked one knows (T-LoRA's idea).
-        core_knots: for "knots": how many, at equal distances from λ = 0 to λ = 1; 2 or more.
-        core_bins: for "bins": the number K of equal bins of λ; r is the rank of all together, a multiple of K.
+        rank_mask_min: for "rank_mask", the directions that stay in pure noise; None means half of r.
+        lora_a_init: how A starts: "peft", as init_lora_weights says, or "orthogonal", with orthonormal rows
+            while B is zero: no direction repeats what a masked one has learned (T-LoRA's idea).
+        core_knots: for "knots", their number, at equal distances from λ = 0 to λ = 1; 2 or more.
+        core_bins: for "bins", the number K of equal bins of λ. All share the rank r, a multiple of K.
         mask_density_radius: a field of version 0.1 that files have; nothing reads it.
-        noise_convention: name of λ's definition in training, e.g. "masked_share"; a source of λ with another name is
-            refused. None is unknown.
-        scheduler: class (`_class_name`) and configuration of the Diffusers scheduler that an adapter was trained for
-            which predicts something else than its base. None: whatever samples the base.
-        strength: of the update as a function of λ: StrengthSchedule([(λ, strength), …]), or its points. None is 1.
+        noise_convention: the name of λ's definition in training, such as "masked_share". A source of
+            λ with another name is refused. None is unknown.
+        scheduler: class (`_class_name`) and configuration of the Diffusers scheduler that an adapter
+            was trained for, if it predicts something else than its base. None: as the base.
+        strength: of the update over λ: StrengthSchedule([(λ, strength), …]) or its points. None is 1.
 
     Raises:
-        ValueError: a field or choice that does not exist, a number out of range, or a LoRA option that has no meaning
-            for an update that depends on λ; the message names the field.
+        ValueError: a field or choice does not exist, a number is out of range, or a LoRA option has no
+            meaning for an update that depends on λ. The message names the field.
     """
 
     core_type: str = "hypernetwork"
@@ -104,74 +110,81 @@ class NaraConfig(LoraConfig):
     assumes_convention = False
     """No field: True if `noise_convention` is only the definition of the model's default source."""
 
-    def __new__(cls, *args: Any, **given: Any) -> NaraConfig:
-        # PEFT leaves unknown fields of a file out with a warning: another adapter than the one that was saved
-        known = {own.name for own in fields(cls)}
-        if unknown := [
-            name for name, value in given.items() if name not in known and not is_idle(name, value)
-        ]:
+    def __new__(cls, *args: object, **given: object) -> NaraConfig:
+        # PEFT only warns of unknown fields in a file and drops them: that is another adapter
+        known = {field.name for field in fields(cls)}
+        unknown = [name for name in given if name not in known and not is_idle(name, given[name])]
+        if unknown:
             raise ValueError(
                 f"NaraConfig has no field {', '.join(map(repr, unknown))}: remove it, or, if a file has it, update "
-                "nara-diffusion and PEFT, or save the adapter again with these."
+                "nara-diffusion and PEFT, or save the adapter again with these versions."
             )
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = NaraPeftType.NARA  # type: ignore[assignment]
-        self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
+        self.rank_pattern = self.rank_pattern or {}
+        self.alpha_pattern = self.alpha_pattern or {}
         check_core_type(self.core_type)
         self._check_choices()
         self._check_numbers()
-        self._check_masks()
+        self._check_patterns()
+        self._check_core_numbers()
         if self.strength is not None:
             self._check_strength(self.strength)
         if self.reads_core:
-            self._check_lora_fields()
+            self._check_lora_options()
+            self._check_start()
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: Any, subfolder: Any = None, **kwargs: Any
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        subfolder: str | None = None,
+        **kwargs: Any,
     ) -> Any:
-        """As PEFT's; a refused file is named."""
+        """Do as PEFT's method, but name the file in errors."""
+        path = pretrained_model_name_or_path
         try:
-            return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+            return super().from_pretrained(path, subfolder, **kwargs)  # type: ignore[arg-type]
         except (TypeError, ValueError, AttributeError, RecursionError) as error:
-            where = os.path.join(pretrained_model_name_or_path, subfolder or "")
+            where = os.path.join(path, subfolder or "")
             if where in str(error):
                 raise
             raise ValueError(f"The configuration in '{where}' is refused: {error}") from error
 
-    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
-        """As PEFT's, but atomic: adapter_config.json is replaced as a whole or not at all."""
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Do as PEFT's method, but replace adapter_config.json completely or not at all."""
         with atomic_write_files(Path(save_directory)) as partial:
             super().save_pretrained(str(partial), **kwargs)
 
     @property
     def reads_core(self) -> bool:
-        """Whether its layers read a C: one that is not I, or that is scaled by a strength."""
+        """True if its layers read a C: one that is not I, or that a strength scales."""
         return self.core_type != "identity" or self.strength is not None
 
-    def _refuse(self, name: str, expected: str) -> None:
-        raise ValueError(f"{name} is {getattr(self, name)!r}{expected}")
+    def _refuse(self, name: str, reason: str) -> NoReturn:
+        raise ValueError(f"{name} is {getattr(self, name)!r}{reason}")
 
     def _check_choices(self) -> None:
         for name, (choices, readers) in _CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
                 self._refuse(name, f": choose one of {', '.join(map(repr, choices))}.")
-            if self.core_type in set(BUILT_IN) - set(readers) and value != choices[0]:
+            is_read = self.core_type not in BUILT_IN or self.core_type in readers
+            if not is_read and value != choices[0]:
                 self._refuse(
                     name,
-                    f", which core_type {self.core_type!r} doesn't read: leave it at {choices[0]!r}, or use core_type "
-                    f"{' or '.join(map(repr, readers))}.",
+                    f", which core_type {self.core_type!r} doesn't read: leave it at {choices[0]!r}, "
+                    f"or use core_type {' or '.join(map(repr, readers))}.",
                 )
 
     def _check_numbers(self) -> None:
-        widths = self.core_hidden_dims if isinstance(self.core_hidden_dims, (list, tuple)) else ()
-        if not widths or not all(map(_is_size, widths)):
+        widths = self.core_hidden_dims
+        if not isinstance(widths, (list, tuple)) or not widths or not all(map(_is_size, widths)):
             self._refuse("core_hidden_dims", ": pass one positive integer a hidden layer.")
-        self.core_hidden_dims = tuple(widths)  # JSON has a list
+        self.core_hidden_dims = tuple(widths)  # a list if read from JSON
         for name in _SIZES:
             if not _is_size(getattr(self, name)):
                 self._refuse(name, ": pass a positive integer.")
@@ -180,13 +193,15 @@ class NaraConfig(LoraConfig):
                 self._refuse(name, ": pass a finite number greater than 0.")
         if not is_number(self.lora_alpha):
             self._refuse("lora_alpha", ": pass a finite number.")
-        for name, is_right in (("rank_pattern", _is_size), ("alpha_pattern", is_number)):
-            pattern = getattr(self, name)
-            if not isinstance(pattern, dict) or not all(map(is_right, pattern.values())):
-                self._refuse(
-                    name,
-                    ": pass {name of a module: its positive integer rank, or its finite alpha}.",
-                )
+
+    def _check_patterns(self) -> None:
+        ranks, alphas = self.rank_pattern, self.alpha_pattern
+        if not isinstance(ranks, dict) or not all(map(_is_size, ranks.values())):
+            self._refuse("rank_pattern", ": pass {name of a module: its positive integer rank}.")
+        if not isinstance(alphas, dict) or not all(map(is_number, alphas.values())):
+            self._refuse("alpha_pattern", ": pass {name of a module: its finite alpha}.")
+
+    def _check_core_numbers(self) -> None:
         if self.noise_embedding == "fourier" and self.noise_embedding_dim % 2:
             self._refuse(
                 "noise_embedding_dim",
@@ -194,93 +209,87 @@ class NaraConfig(LoraConfig):
             )
         if self.core_type == "knots" and self.core_knots < 2:
             self._refuse("core_knots", ": interpolation needs one at either end, so 2 or more.")
-        if self.scheduler is not None and not (
-            isinstance(self.scheduler, dict) and "_class_name" in self.scheduler
-        ):
+        given = self.scheduler
+        if given is not None and (not isinstance(given, dict) or "_class_name" not in given):
             self._refuse("scheduler", ": pass a scheduler's configuration with its _class_name.")
+        ranks = {self.r, *(self.rank_pattern or {}).values()}
+        if self.rank_mask_min is not None:
+            is_rank = _is_size(self.rank_mask_min) and self.rank_mask_min <= min(ranks)
+            if self.core_type != "rank_mask" or not is_rank:
+                self._refuse(
+                    "rank_mask_min",
+                    f", with core_type={self.core_type!r} and r={min(ranks)}: it is for "
+                    "core_type='rank_mask', an integer from 1 to r, or None for half of r.",
+                )
+        if self.core_type == "bins":
+            for rank in sorted(ranks):
+                if rank % self.core_bins:
+                    raise ValueError(
+                        f"r is {rank}, which {self.core_bins} bins cannot share evenly: with "
+                        "core_type='bins', r is the rank of all bins together, so pass core_bins "
+                        "times the rank of one."
+                    )
 
-    def _check_masks(self) -> None:
-        ranks = {self.r, *self.rank_pattern.values()}  # type: ignore[union-attr]
-        least = self.rank_mask_min
-        if least is not None and not (
-            self.core_type == "rank_mask" and _is_size(least) and least <= min(ranks)
-        ):
-            self._refuse(
-                "rank_mask_min",
-                f", with core_type={self.core_type!r} and r={min(ranks)}: it is for core_type='rank_mask', an integer "
-                "from 1 to r, or None for half of r.",
-            )
-        uneven = sorted(
-            rank for rank in ranks if self.core_type == "bins" and rank % self.core_bins
-        )
-        if uneven:
-            raise ValueError(
-                f"r is {uneven[0]}, which {self.core_bins} bins cannot share evenly: with core_type='bins', r is the "
-                "rank of all bins together, so pass core_bins times the rank of one."
-            )
-
-    def _check_strength(self, given: Any) -> None:
+    def _check_strength(self, given: StrengthSchedule | list[list[float]]) -> None:
         try:
-            self.strength = (
-                given if isinstance(given, StrengthSchedule) else StrengthSchedule(given)
-            ).as_lists()
+            schedule = given if isinstance(given, StrengthSchedule) else StrengthSchedule(given)
         except ValueError as error:
             self._refuse("strength", f": {error}")
+        self.strength = schedule.as_lists()
         for name in unscaled_fields(self):
             raise ValueError(
-                f"strength depends on λ, but would not reach what {name}={getattr(self, name)!r} changes in the model: "
-                "remove one of the two."
+                f"strength depends on λ, but would not reach what {name}={getattr(self, name)!r} "
+                "changes in the model: remove one of the two."
             )
 
-    def _check_lora_fields(self) -> None:
+    def _check_lora_options(self) -> None:
         for name in _REFUSED:
             value = getattr(self, name, None)
-            if value or isinstance(
-                value, dict
-            ):  # of which PEFT makes an option that is on, empty or not
+            if value or isinstance(value, dict):  # PEFT makes a dict an option, empty or not
                 raise ValueError(
-                    f"NaRA does not support {name}, by which PEFT computes the update without C(λ): remove it, or use "
-                    "core_type='identity' without a strength."
+                    f"NaRA does not support {name}, since PEFT then computes the update without C(λ): "
+                    "remove it, or use core_type='identity' without a strength."
                 )
+
+    def _check_start(self) -> None:
         start = self.init_lora_weights
-        if self.lora_a_init != "peft" and (self.core_type == "identity" or start is not True):
+        is_identity = self.core_type == "identity"
+        if self.lora_a_init != "peft" and (is_identity or start is not True):
             self._refuse(
                 "lora_a_init",
-                f", with core_type={self.core_type!r} and init_lora_weights={start!r}: it needs a core, and "
-                "init_lora_weights=True.",
+                f", with core_type={self.core_type!r} and init_lora_weights={start!r}: it needs a "
+                "core, and init_lora_weights=True.",
             )
-        if isinstance(start, bool) or start == "gaussian" or self.core_type == "identity":
+        if isinstance(start, bool) or start == "gaussian" or is_identity:
             return
         if not re.fullmatch(r"pissa(_niter_\d+)?|olora|orthogonal", str(start)):
             raise ValueError(
-                f"NaRA does not support init_lora_weights={start!r}: use True, False, 'gaussian', 'pissa', "
-                "'pissa_niter_N', 'olora' or 'orthogonal'."
+                f"NaRA does not support init_lora_weights={start!r}: use True, False, 'gaussian', "
+                "'pissa', 'pissa_niter_N', 'olora' or 'orthogonal'."
             )
-        if (
-            self.core_type not in ("hypernetwork", "constant", "knots")
-            or self.core_init == "kaiming"
-        ):
+        starts_at_identity = self.core_type in ("hypernetwork", "constant", "knots")
+        if not starts_at_identity or self.core_init == "kaiming":
             raise ValueError(
-                f"init_lora_weights={start!r} needs C = I at step 0, which core_type={self.core_type!r} with core_init="
-                f"{self.core_init!r} does not promise: use init_lora_weights=True."
+                f"init_lora_weights={start!r} needs C = I at step 0, but core_type={self.core_type!r} "
+                f"with core_init={self.core_init!r} may start at another C: use "
+                "init_lora_weights=True."
             )
 
 
-def changes_base(start: Any) -> bool:
-    """Whether `init_lora_weights` replaces the base weights: by W − s·B·A, or by LoftQ's quantised ones."""
+def changes_base(start: object) -> bool:
+    """Return True if `init_lora_weights` changes base weights, to W − s·B·A or quantised ones."""
     return str(start).lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga"))
 
 
 def unscaled_fields(config: LoraConfig) -> list[str]:
-    """The options of a LoRA by which it changes the model outside of s · B · C · A, where no strength would reach."""
-    names = ("bias", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters")
-    changed = [
-        name for name in names if getattr(config, name, None) not in (None, False, "none", [])
-    ]
-    return [*changed, "init_lora_weights"] if changes_base(config.init_lora_weights) else changed
+    """Return the LoRA options that change the model where no strength over λ would reach."""
+    changed = [name for name in _UNSCALED if getattr(config, name, None) not in _UNSET]
+    if changes_base(config.init_lora_weights):
+        changed.append("init_lora_weights")
+    return changed
 
 
-def _is_size(value: Any) -> bool:
+def _is_size(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) > 0
 
 
