@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from nara_diffusion.export.adapter_factors import adapter_of_part
-from nara_diffusion.export.host_files import DENOISERS, with_scale_1
+from nara_diffusion.export.host_files import HOST_DENOISERS, with_scale_1
 from nara_diffusion.export.original_names import original_layers, parts_of
 from nara_diffusion.export.to_lora import lora_of
 from nara_diffusion.loaders.file import AdapterFile
@@ -47,7 +47,7 @@ class LiveAdapter:
 
     def __init__(self, path: str, base: str) -> None:
         parts = dict(AdapterFile.read(path).parts)
-        component = next((name for name in DENOISERS if name in parts), None)
+        component = next((name for name in HOST_DENOISERS if name in parts), None)
         if component is None:
             raise ValueError(
                 f"'{path}' has parts for {', '.join(parts)}, and none for a denoiser: it can't be used here."

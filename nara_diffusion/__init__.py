@@ -10,7 +10,7 @@ from .config import NaraConfig, NaraPeftType
 from .cores.factorization import shared_factors
 from .cores.registry import register_core
 from .export import from_lora, to_lora
-from .loaders.components import checkpoint_nara_weights
+from .loaders.other_trainers import checkpoint_nara_weights
 from .loaders.weights import load_nara_weights, save_nara_weights, unload_nara_weights
 from .noise.denoisers import register_denoiser
 from .noise.level import noise_level

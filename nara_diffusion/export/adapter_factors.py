@@ -2,12 +2,12 @@
 
     ΔW(λ) = s · B · C(λ) · A          A (r, d_in …), B (d_out, r …), C (b, r, r), s a number
 
-C includes a strength that depends on λ. It is I in a layer that reads no core. C at one λ is multiplied into B:
+C includes a strength that depends on λ. It is I in a layer that reads no core. For one λ, B includes C:
 
     s · B · C(λ) · A  =  α/r · B' · A,        B' = (s r / α) · B · C(λ)
 
-α and r are those of the configuration. s differs from α/r where a strength was set, which then goes into B' too. In a
-grouped convolution B is block-diagonal and C is not, so there A' = (s r / α) · C(λ) · A.
+α and r are those of the configuration. s differs from α/r if a strength was set; B' then includes it
+too. In a grouped convolution B is block-diagonal and C is not, so A' = (s r / α) · C(λ) · A instead.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraConfig, LoraLayer
-from peft.tuners.lora.layer import Embedding, ParamWrapper
+from peft.tuners.lora.layer import Embedding, LoraVariant, ParamWrapper
+from peft.tuners.lora.variants import DoraLinearVariant, _DoraConvNdVariant
 from torch import Tensor, nn
 
 from nara_diffusion.config import NaraConfig
 from nara_diffusion.cores.registry import CoreSet, core_group, make_cores
-from nara_diffusion.layers.dispatch import PEFT_DORA
 from nara_diffusion.layers.offloading import onloaded
 from nara_diffusion.layers.variants import NaraVariant
 from nara_diffusion.loaders.adapter_part import AdapterPart, configured_scaling
@@ -39,6 +39,13 @@ from nara_diffusion.tuner.strength import layers_of, roots_of, strength_of
 
 from .plain_lora import PlainLora, PlainLoraLayer, layers_of_tensors, others_of
 
+_EXPORTED = (type(None), NaraVariant, DoraLinearVariant, _DoraConvNdVariant)
+"""LoRA variants that a plain LoRA or DoRA can express."""
+
+
+CoreKey = Any
+"""What a core is found by: a `Key` in a model, a group's name in a file."""
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -46,50 +53,59 @@ class Adapter:
 
     Attributes:
         config: its configuration.
-        lora: its modules, ranks, factors and further tensors as those of a LoRA, without C.
-        keys: {module: what its core is made by}; None for layers that read no core.
+        lora: its modules, ranks, factors and further tensors as a LoRA, without C.
+        keys: {module: the key of its core}; None for layers that read no core.
         make: (key, λ (b,)) → C (b or 1, r, r), float32.
-        level_of: λ as given → λ (1,) or (b,), None if the cores need none.
-        schedules: the strengths over λ that are part of C.
+        level_of: λ as given → λ (1,) or (b,), or None if the cores need no λ.
+        schedules: the strengths over λ that C includes.
     """
 
     config: LoraConfig
     lora: PlainLora
-    keys: dict[str, Any]
-    make: Callable[[Any, Tensor | None], Tensor]
+    keys: Mapping[str, CoreKey | None]
+    make: Callable[[CoreKey, Tensor | None], Tensor]
     level_of: Callable[[Level | None], Tensor | None]
     schedules: set[StrengthSchedule]
 
     def cores(
-        self, level: Tensor | None, strength: float = 1.0, device: Any = "cpu"
+        self, level: Tensor | None, strength: float = 1.0, device: torch.device | str = "cpu"
     ) -> dict[str, Tensor]:
-        """{module: strength · C (b or 1, r, r)} at λ (b,), float32. Layers that share a core share its memory."""
-        with torch.no_grad():
-            made = {
-                key: self.make(key, level)
-                for key in dict.fromkeys(self.keys.values())
-                if key is not None
-            }
+        """Return {module: strength · C (b or 1, r, r)} at λ (b,), float32.
+
+        Layers that share a core share its memory.
+        """
         ranks = {name: layer.rank for name, layer in self.lora.layers.items()}
-        made[None] = torch.eye(max(ranks.values(), default=0))[None]
-        made = {key: (strength * C).to(device) for key, C in made.items()}
-        return {name: made[self.keys[name]][:, :rank, :rank] for name, rank in ranks.items()}
+        made: dict[CoreKey | None, Tensor] = {}
+        found = {}
+        for name, rank in ranks.items():
+            key = self.keys[name]
+            if key not in made:
+                if key is None:
+                    core = torch.eye(max(ranks.values()))[None]
+                else:
+                    with torch.no_grad():
+                        core = self.make(key, level)
+                made[key] = (strength * core).to(device)
+            found[name] = made[key][:, :rank, :rank]
+        return found
 
     def folded(self, cores: Mapping[str, Tensor]) -> PlainLora:
-        """The plain LoRA s · B · C · A with that C (r, r) of each module."""
+        """Return the plain LoRA s · B · C · A with that C (r, r) of each module."""
         if self.config.lora_bias:
             raise ValueError(
                 "The adapter has biases of B (lora_bias=True): save it by save_pretrained."
             )
-        layers = {
-            name: _folded(name, layer, cores[name], self.lora.config)
-            for name, layer in self.lora.layers.items()
-        }
+        layers = {}
+        for name, layer in self.lora.layers.items():
+            layers[name] = _folded(name, layer, cores[name], self.lora.config)
         return replace(self.lora, layers=layers)
 
 
 def _folded(name: str, layer: PlainLoraLayer, core: Tensor, config: LoraConfig) -> PlainLoraLayer:
-    """s · B · C · A of one layer as α/r · B' · A'; products in float64, which are kept in float32 or better."""
+    """Return s · B · C · A of one layer as α/r · B' · A'.
+
+    Products are computed in float64 and kept in float32 or better.
+    """
     scaling = configured_scaling(config, name, layer.rank)
     gain = 1.0 if scaling == layer.scaling else layer.scaling / scaling
     plain = replace(layer, alpha=scaling * layer.rank)
@@ -110,11 +126,12 @@ def _kept(product: Tensor, like: Tensor) -> Tensor:
 
 @contextmanager
 def adapter_of_model(model: nn.Module, adapter_name: str) -> Iterator[Adapter]:
-    """Read an adapter of a model. Inside the context, its cores are in memory.
+    """Yield an adapter of a model. Inside the context, its cores are in memory.
 
     Raises:
-        ValueError: no such adapter, or several models inside of `model` have it; another method than LoRA, or a LoRA
-            variant that can't be a plain LoRA; the weights are offloaded or sharded.
+        ValueError: there is no such adapter, or several models inside `model` have it; it is of
+            another method than LoRA, or of a LoRA variant that can't be a plain LoRA; or the weights
+            are offloaded or sharded.
     """
     root, *others = roots_of(model, adapter_name)
     if others:
@@ -128,51 +145,69 @@ def adapter_of_model(model: nn.Module, adapter_name: str) -> Iterator[Adapter]:
             f"Adapter '{adapter_name}' is a {type(config).__name__.removesuffix('Config')}: only a NaRA or a LoRA can "
             "be exported exactly. peft.convert_to_lora(model, rank=…) approximates other methods."
         )
-    layers = layers_of(root, adapter_name)
-    factors = {name: _factors(name, layer, adapter_name) for name, layer in layers.items()}
-    variants = {name: layer.lora_variant.get(adapter_name) for name, layer in layers.items()}
-    keys = {
-        name: each.key if isinstance(each, NaraVariant) else None for name, each in variants.items()
-    }
-    make: Any = None
-    level_of: Any = lambda _: None  # noqa: E731
+    factors: dict[str, PlainLoraLayer] = {}
+    keys: dict[str, CoreKey | None] = {}
+    for name, layer in layers_of(root, adapter_name).items():
+        variant = getattr(layer, "lora_variant", {}).get(adapter_name)
+        factors[name] = _factors(name, layer, adapter_name, variant)
+        keys[name] = variant.key if isinstance(variant, NaraVariant) else None
+    extra = {}
+    for key, tensor in others_of(adapter_tensors(root, adapter_name)).items():
+        extra[key] = _copied(tensor, key)
+    lora = PlainLora(_plain_config(config, root), factors, extra)
+    strength = strength_of(root, adapter_name)
+    schedules = set() if strength is None else {strength}
+    make, level_of = _no_core, _no_level
     if holder is not None and adapter_name in holder.cores:
         make, level_of = holder.matrix, partial(holder.level_to_export, adapter_name)
-    extra = {
-        key: _copied(t, key) for key, t in others_of(adapter_tensors(root, adapter_name)).items()
-    }
-    lora = PlainLora(_plain_config(config, root), factors, extra)
     with onloaded_cores(model):
-        yield Adapter(
-            config, lora, keys, make, level_of, set(filter(None, [strength_of(root, adapter_name)]))
-        )
+        yield Adapter(config, lora, keys, make, level_of, schedules)
 
 
-def _factors(name: str, layer: Any, adapter_name: str) -> PlainLoraLayer:
-    variant, kind = getattr(layer, "lora_variant", {}).get(adapter_name), type(layer)
-    is_lora = issubclass(kind, LoraLayer) and not issubclass(kind, ParamWrapper)
-    if not is_lora or not isinstance(variant, (type(None), NaraVariant, *PEFT_DORA)):
+def _no_core(key: CoreKey, level: Tensor | None) -> Tensor:
+    raise AssertionError(f"no layer reads a core, but {key} was asked for")
+
+
+def _no_level(level: Level | None) -> None:
+    return None
+
+
+def _factors(
+    name: str, layer: nn.Module, adapter_name: str, variant: LoraVariant | None
+) -> PlainLoraLayer:
+    """Return copies of a layer's factors.
+
+    Raises:
+        ValueError: the layer can't be one of a plain LoRA, or its weights are offloaded.
+    """
+    is_lora = isinstance(layer, LoraLayer) and not isinstance(layer, ParamWrapper)
+    if not is_lora or not isinstance(variant, _EXPORTED):
+        kind = type(layer).__name__
+        kind += "" if variant is None else f" with {type(variant).__name__}"
         raise ValueError(
-            f"Adapter '{adapter_name}' can't be exported as a plain LoRA, since layer '{name}' is adapted by PEFT's "
-            f"{kind.__name__}{'' if variant is None else f' with {type(variant).__name__}'}: save it by "
-            "save_pretrained, for PEFT only."
+            f"Adapter '{adapter_name}' can't be exported as a plain LoRA, since layer '{name}' is "
+            f"adapted by PEFT's {kind}: save it by save_pretrained, for PEFT only."
         )
-    rank, is_embedding, vectors = (
-        layer.r[adapter_name],
-        issubclass(kind, Embedding),
-        layer.lora_magnitude_vector,
-    )
-    with onloaded(layer):
+    own: Any = layer
+    rank: int = own.r[adapter_name]
+    is_embedding = isinstance(layer, Embedding)
+    magnitude = None
+    with onloaded(own):
         if is_embedding:
-            A, B = layer.lora_embedding_A[adapter_name], layer.lora_embedding_B[adapter_name]
+            A, B = own.lora_embedding_A[adapter_name], own.lora_embedding_B[adapter_name]
         else:
-            A, B = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+            A, B = own.lora_A[adapter_name].weight, own.lora_B[adapter_name].weight
         A, B = _copied(A, name), _copied(B, name)
-        magnitude = _copied(vectors[adapter_name].weight, name) if adapter_name in vectors else None
-    groups = getattr(layer.get_base_layer(), "groups", 1)
-    A, B = A[:rank].clone(), B[:, : rank // groups].clone()  # hotswap makes room for larger ranks
+        if adapter_name in own.lora_magnitude_vector:
+            magnitude = _copied(own.lora_magnitude_vector[adapter_name].weight, name)
+    groups = getattr(own.get_base_layer(), "groups", 1)
     return PlainLoraLayer(
-        A, B, float(layer.scaling[adapter_name]) * rank, rank, magnitude, is_embedding
+        A=A[:rank].clone(),  # hotswap makes room for larger ranks
+        B=B[:, : rank // groups].clone(),
+        alpha=float(own.scaling[adapter_name]) * rank,
+        rank=rank,
+        magnitude=magnitude,
+        is_embedding=is_embedding,
     )
 
 
@@ -184,21 +219,18 @@ def _copied(tensor: Tensor, name: str) -> Tensor:
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
-def _plain_config(config: LoraConfig, root: Any = None) -> LoraConfig:
-    """The LoraConfig with the modules, ranks and scales of an adapter's `config`; it names the base, if known."""
-    given = {
-        field.name: copy.copy(getattr(config, field.name))
-        for field in fields(LoraConfig)
-        if field.init
-    }
+def _plain_config(config: LoraConfig, root: nn.Module | None = None) -> LoraConfig:
+    """Return the LoraConfig with an adapter's modules, ranks and scales, and its base if known."""
+    given = {}
+    for field in fields(LoraConfig):
+        if field.init:
+            given[field.name] = copy.copy(getattr(config, field.name))
     given["inference_mode"] = True
     if root is not None:
-        given["base_model_name_or_path"] = (
-            config.base_model_name_or_path or getattr(root, "name_or_path", None) or None
-        )
-        if (
-            config.task_type is None and config.auto_mapping is None
-        ):  # as PEFT's save_pretrained, for AutoPeftModel
+        base = config.base_model_name_or_path or getattr(root, "name_or_path", None)
+        given["base_model_name_or_path"] = base or None
+        if config.task_type is None and config.auto_mapping is None:
+            # for AutoPeftModel, as PEFT's save_pretrained does
             given["auto_mapping"] = {
                 "base_model_class": type(root).__name__,
                 "parent_library": type(root).__module__,
@@ -210,14 +242,18 @@ def _plain_config(config: LoraConfig, root: Any = None) -> LoraConfig:
 
 
 def adapter_of_part(part: AdapterPart) -> Adapter:
-    """The adapter of a file, which `AdapterFile.read` has checked; its factors in float32 or better."""
+    """Return the adapter of a file that `AdapterFile.read` has checked.
+
+    Its factors are in float32 or better.
+    """
     config, cores, schedule = part.config, cores_of(part), schedule_of(part.config)
-    tensors = {key: t if t.dtype == torch.float64 else t.float() for key, t in part.tensors.items()}
+    tensors = {}
+    for key, tensor in part.tensors.items():
+        tensors[key] = tensor if tensor.dtype == torch.float64 else tensor.float()
     layers = layers_of_tensors(config, tensors)
-    keys = {
-        name: core_group(config, name, layer.rank) if config.reads_core else None
-        for name, layer in layers.items()
-    }
+    keys: dict[str, CoreKey | None] = {}
+    for name, layer in layers.items():
+        keys[name] = core_group(config, name, layer.rank) if config.reads_core else None
 
     def make(group: str, level: Tensor | None) -> Tensor:
         C = cores.matrix(group, level)
@@ -235,12 +271,15 @@ def adapter_of_part(part: AdapterPart) -> Adapter:
 
 
 def schedule_of(config: NaraConfig) -> StrengthSchedule | None:
-    """The strength over λ that a configuration sets."""
-    return None if config.strength is None else StrengthSchedule(config.strength)  # type: ignore[arg-type]
+    """Return the strength over λ that a configuration sets, if any."""
+    strength = config.strength
+    if strength is None or isinstance(strength, StrengthSchedule):
+        return strength
+    return StrengthSchedule(strength)
 
 
 def cores_of(part: AdapterPart) -> CoreSet:
-    """The cores of a file, with its values."""
+    """Return the cores of a file, with its values."""
     cores = make_cores(part.config, part.core_ranks)
     cores.load_state_dict(part.core)
     return cores

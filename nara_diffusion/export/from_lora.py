@@ -18,9 +18,12 @@ from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
 
 from nara_diffusion.config import NaraConfig, changes_base
-from nara_diffusion.loaders.adapter_part import AdapterPart
-from nara_diffusion.loaders.insertion import LOADED_FLAG, TEXT_ENCODER
-from nara_diffusion.loaders.schedulers import check_schedulers, read_schedule_of
+from nara_diffusion.loaders.insertion import (
+    LOADED_FLAG,
+    TEXT_ENCODER,
+    check_schedulers,
+    read_schedule_of,
+)
 from nara_diffusion.noise.prediction import flow_shift
 from nara_diffusion.strict import check_tensors
 from nara_diffusion.tuner.injection import restored_on_error
@@ -83,10 +86,8 @@ def from_lora(
         for component, part in parts.items():
             own = {"core_type": "identity"} if component.startswith(TEXT_ENCODER) else core
             _insert(part, getattr(model, component), adapter_name, own, origin, undo, inject=True)
-        inserted = {
-            name: AdapterPart(getattr(model, name).peft_config[adapter_name], {}) for name in parts
-        }
-        check_schedulers(model, inserted)
+        configs = {name: getattr(model, name).peft_config[adapter_name] for name in parts}
+        check_schedulers(model, configs)
         read_schedule_of(model)
     return model
 

@@ -4,8 +4,7 @@
     kohya       lora_unet_….lora_down.weight, .alpha, lora_te1_…       A1111, Forge, SD.Next, InvokeAI, ComfyUI
     comfyui     diffusion_model.….lora_A.weight                        ComfyUI, by the names of the original code
 
-What a form can't express raises an error that names it, so no part of an adapter is lost. The metadata has the
-scheduler that the LoRA needs, if its model predicts something else than its base: `from_lora` reads it.
+If a form can't express a part of an adapter, an error names that part, so that nothing is lost.
 """
 
 from __future__ import annotations
@@ -27,31 +26,34 @@ from .plain_lora import PlainLora, PlainLoraLayer, tensors_of_layers
 
 BASES = ("sd15", "sdxl", "sd3", "flux", "wan")
 FORMS = ("diffusers", "kohya", "comfyui")
-DENOISERS = ("unet", "transformer")
+HOST_DENOISERS = ("unet", "transformer")
+"""Denoisers that files for other programs can be for."""
 _ENCODERS = {
     "sd15": {"text_encoder": "lora_te"},
     "sdxl": {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"},
     "sd3": {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"},
     "flux": {"text_encoder": "lora_te1"},
 }
-"""{base: {component: kohya's name of it}}."""
+"""{base: {component: its name in kohya's files}}."""
 _IN_CLIP = re.compile(r"encoder\.layers\.\d+\.(self_attn|mlp)\.")
 
 
 def host_state_dict(loras: Mapping[str, PlainLora], form: str, base: str) -> dict[str, Tensor]:
-    """The tensors of a file for another program. The scale α/r is multiplied into `up`, and alpha is the rank.
+    """Return the tensors of a file for another program.
 
-    In kohya's form for a UNet and its text encoders, all layers of a component have one alpha, the smallest of their
-    ranks, and `up` is multiplied by rank / alpha: Diffusers reads one alpha for all attention of a component.
+    `up` includes the scale α/r, and alpha is the rank. In kohya's form for a UNet and its text encoders,
+    all layers of a component have one alpha, the smallest of their ranks, and `up` includes
+    rank / alpha: Diffusers reads one alpha for all attention of a component.
 
     Args:
         loras: {component of the pipeline ("unet", "transformer", "text_encoder", …): its LoRA}.
-        form: one of `FORMS`. base: one of `BASES`, the kind of model that the adapter is for.
+        form: one of `FORMS`.
+        base: one of `BASES`, the kind of model that the adapter is for.
 
     Raises:
-        ValueError: no such form or base; a component or a module for which the form has no key, or which `base` doesn't
-            have; what a file for other programs can't express (see `with_scale_1`); DoRA in a form that isn't
-            Diffusers'.
+        ValueError: there is no such form or base; the form has no key for a component or module, or
+            `base` doesn't have it; the adapter has what such files can't express (see
+            `with_scale_1`), or is a DoRA and the form isn't Diffusers'.
     """
     if form not in FORMS or base not in BASES:
         raise ValueError(
@@ -64,9 +66,8 @@ def host_state_dict(loras: Mapping[str, PlainLora], form: str, base: str) -> dic
                 f"The adapter of {component} has more than LoRA factors ({next(iter(lora.others))}), which files for "
                 "other programs can't express: save it in PEFT's format."
             )
-        if form != "diffusers" and any(
-            layer.magnitude is not None for layer in lora.layers.values()
-        ):
+        is_dora = any(layer.magnitude is not None for layer in lora.layers.values())
+        if is_dora and form != "diffusers":
             raise ValueError(
                 f"The adapter of {component} is a DoRA. Programs that read {form} files (ComfyUI, A1111, …) divide by "
                 "other norms than DoRA does: choose --form diffusers or --form peft."
@@ -81,7 +82,9 @@ def host_state_dict(loras: Mapping[str, PlainLora], form: str, base: str) -> dic
 def save_host_file(
     loras: Mapping[str, PlainLora], path: str | os.PathLike[str], form: str, base: str
 ) -> None:
-    """Write the tensors of `host_state_dict` to a safetensors file, whole or not at all. Creates its folder.
+    """Write the tensors of `host_state_dict` to a safetensors file, completely or not at all.
+
+    Its folder is created.
 
     Raises:
         ValueError: see `host_state_dict`. OSError: the target is full, a folder, or can't be written.
@@ -93,10 +96,10 @@ def save_host_file(
 
 
 def with_scale_1(name: str, layer: PlainLoraLayer) -> PlainLoraLayer:
-    """The layer with its scale in B, in its own dtype; the product is computed in float64.
+    """Return the layer with its scale in B, in B's dtype. The product is computed in float64.
 
     Raises:
-        ValueError: an embedding or a grouped convolution, which hosts' files can't express.
+        ValueError: it is an embedding or a grouped convolution; such files can't express these.
     """
     if layer.is_embedding or layer.groups > 1:
         kind = "an embedding" if layer.is_embedding else "a grouped convolution"
@@ -108,26 +111,26 @@ def with_scale_1(name: str, layer: PlainLoraLayer) -> PlainLoraLayer:
 
 def _with_alpha(layer: PlainLoraLayer, alpha: float) -> PlainLoraLayer:
     gain = layer.alpha / alpha
-    return replace(
-        layer, alpha=alpha, B=layer.B if gain == 1 else (layer.B.double() * gain).to(layer.B.dtype)
-    )
+    B = layer.B
+    if gain != 1:
+        B = (B.double() * gain).to(B.dtype)
+    return replace(layer, alpha=alpha, B=B)
 
 
 def with_text_model(name: str) -> str:
-    """The name in a text encoder with `text_model`, which transformers 5 leaves out of the names in CLIPTextModel."""
+    """Return the name with `text_model`, which CLIPTextModel of transformers 5 does not have."""
     return f"text_model.{name}" if _IN_CLIP.match(name) else name
 
 
 def _named(
     component: str, layers: Mapping[str, PlainLoraLayer], form: str, base: str
 ) -> dict[str, Tensor]:
-    """The tensors of one component by the form's keys."""
+    """Return the tensors of one component by the form's keys."""
     if form == "diffusers":
         return tensors_of_layers(layers, f"{component}.")
-    if component in DENOISERS:
-        has_diffusers_names = (
-            base == "sd15" and form == "kohya"
-        )  # kohya trains SD 1.5 on Diffusers' UNet
+    if component in HOST_DENOISERS:
+        # kohya trains SD 1.5 on Diffusers' UNet
+        has_diffusers_names = base == "sd15" and form == "kohya"
         layers = layers if has_diffusers_names else original_layers(layers, base)
         if form == "comfyui":
             return tensors_of_layers(layers, "diffusion_model.")
@@ -142,14 +145,14 @@ def _named(
 
 
 def _kohyas(prefix: str, layers: Mapping[str, PlainLoraLayer], base: str) -> dict[str, Tensor]:
-    # With the smallest rank as alpha `up` grows; with a larger one it would shrink, and float16 lose small values.
+    """Return the tensors of one component in kohya's form."""
+    # with the smallest rank as alpha, `up` grows; if it shrank, float16 would lose small values
     smallest = min((layer.rank for layer in layers.values()), default=0)
     found: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        key, own = (
-            f"{prefix}_{name.replace('.', '_')}",
-            _with_alpha(layer, smallest if base in UNETS else layer.rank),
-        )
-        found |= {f"{key}.lora_down.weight": own.A, f"{key}.lora_up.weight": own.B}
+        key = f"{prefix}_{name.replace('.', '_')}"
+        own = _with_alpha(layer, smallest if base in UNETS else layer.rank)
+        found[f"{key}.lora_down.weight"] = own.A
+        found[f"{key}.lora_up.weight"] = own.B
         found[f"{key}.alpha"] = torch.tensor(float(own.alpha))
     return found

@@ -23,13 +23,22 @@ import torch
 
 from .plain_lora import PlainLoraLayer
 
-MLP_RATIO = 4  # of FLUX: proj_mlp has four times the rows of q
+MLP_RATIO = 4
+"""FLUX's proj_mlp has this many times the rows of q."""
+
+_NUMBER = re.compile(r"blocks\.(\d+)\.")
+
+
+def _each(pattern: str) -> list[str]:
+    """Return a pattern's names of q, k and v, the letter in the place of "?"."""
+    return [pattern.replace("?", letter) for letter in "qkv"]
+
 
 _FLUX = {
-    "double_blocks.*.img_attn.qkv": [f"transformer_blocks.*.attn.to_{x}" for x in "qkv"],
-    "double_blocks.*.txt_attn.qkv": [f"transformer_blocks.*.attn.add_{x}_proj" for x in "qkv"],
+    "double_blocks.*.img_attn.qkv": _each("transformer_blocks.*.attn.to_?"),
+    "double_blocks.*.txt_attn.qkv": _each("transformer_blocks.*.attn.add_?_proj"),
     "single_blocks.*.linear1": (
-        *(f"single_transformer_blocks.*.attn.to_{x}" for x in "qkv"),
+        *_each("single_transformer_blocks.*.attn.to_?"),
         "single_transformer_blocks.*.proj_mlp",
     ),
     "double_blocks.*.img_attn.proj": ["transformer_blocks.*.attn.to_out.0"],
@@ -53,11 +62,9 @@ _FLUX = {
     "final_layer.linear": ["proj_out"],
 }
 _SD3 = {
-    "joint_blocks.*.x_block.attn.qkv": [f"transformer_blocks.*.attn.to_{x}" for x in "qkv"],
-    "joint_blocks.*.context_block.attn.qkv": [
-        f"transformer_blocks.*.attn.add_{x}_proj" for x in "qkv"
-    ],
-    "joint_blocks.*.x_block.attn2.qkv": [f"transformer_blocks.*.attn2.to_{x}" for x in "qkv"],
+    "joint_blocks.*.x_block.attn.qkv": _each("transformer_blocks.*.attn.to_?"),
+    "joint_blocks.*.context_block.attn.qkv": _each("transformer_blocks.*.attn.add_?_proj"),
+    "joint_blocks.*.x_block.attn2.qkv": _each("transformer_blocks.*.attn2.to_?"),
     "joint_blocks.*.x_block.attn.proj": ["transformer_blocks.*.attn.to_out.0"],
     "joint_blocks.*.context_block.attn.proj": ["transformer_blocks.*.attn.to_add_out"],
     "joint_blocks.*.x_block.attn2.proj": ["transformer_blocks.*.attn2.to_out.0"],
@@ -77,11 +84,16 @@ _SD3 = {
     "final_layer.linear": ["proj_out"],
 }
 _WAN = {
-    **{f"blocks.*.self_attn.{x}": [f"blocks.*.attn1.to_{x}"] for x in "qkv"},
+    "blocks.*.self_attn.q": ["blocks.*.attn1.to_q"],
+    "blocks.*.self_attn.k": ["blocks.*.attn1.to_k"],
+    "blocks.*.self_attn.v": ["blocks.*.attn1.to_v"],
     "blocks.*.self_attn.o": ["blocks.*.attn1.to_out.0"],
-    **{f"blocks.*.cross_attn.{x}": [f"blocks.*.attn2.to_{x}"] for x in "qkv"},
+    "blocks.*.cross_attn.q": ["blocks.*.attn2.to_q"],
+    "blocks.*.cross_attn.k": ["blocks.*.attn2.to_k"],
+    "blocks.*.cross_attn.v": ["blocks.*.attn2.to_v"],
     "blocks.*.cross_attn.o": ["blocks.*.attn2.to_out.0"],
-    **{f"blocks.*.cross_attn.{x}_img": [f"blocks.*.attn2.add_{x}_proj"] for x in "kv"},
+    "blocks.*.cross_attn.k_img": ["blocks.*.attn2.add_k_proj"],
+    "blocks.*.cross_attn.v_img": ["blocks.*.attn2.add_v_proj"],
     "blocks.*.ffn.0": ["blocks.*.ffn.net.0.proj"],
     "blocks.*.ffn.2": ["blocks.*.ffn.net.2"],
     "time_projection.1": ["condition_embedder.time_proj"],
@@ -115,66 +127,76 @@ UNETS = {"sd15": (1, 2, 3), "sdxl": (0, 1)}
 
 
 def parts_of(names: Collection[str], base: str) -> dict[str, list[str | None]]:
-    """{name in the original code: the modules that the matrix holds, from top to bottom, None for one not in `names`}.
+    """Return {name in the original code: the modules that its matrix has, from top to bottom}.
+
+    A module that is not in `names` is None.
 
     Args:
-        names: of a denoiser's modules in Diffusers. base: "sd15", "sdxl", "flux", "sd3" or "wan".
+        names: the names of a denoiser's modules in Diffusers.
+        base: "sd15", "sdxl", "flux", "sd3" or "wan".
 
     Raises:
-        ValueError: a module that has no name there, or that the UNet of `base` doesn't have; modules that don't show
-            how many layers each block of their UNet has, where the names depend on it.
+        ValueError: a module has no name there, or the UNet of `base` doesn't have it; or the modules
+            don't show how many layers each block of their UNet has, but the names depend on it.
     """
     if base in UNETS:
         layers_per_block = _layers_per_block(names, base)
         return {_of_unet(name, base, layers_per_block): [name] for name in names}
     found: dict[str, list[str | None]] = {}
     for name in names:
-        pattern, block = (
-            re.sub(r"blocks\.\d+\.", "blocks.*.", name, count=1),
-            re.search(r"blocks\.(\d+)\.", name),
-        )
-        entry = next((entry for entry in _TABLES[base].items() if pattern in entry[1]), None)
-        if entry is None:
-            raise ValueError(
-                f"'{name}' has no name in {base}'s original code: save the adapter for Diffusers or PEFT, or choose "
-                "the base that it is for."
-            )
-        other, *own = (
-            each.replace("*", block[1]) if block else each for each in (entry[0], *entry[1])
-        )
-        found[other] = [part if part in names else None for part in own]
+        block = _NUMBER.search(name)
+        original, modules = _entry(_NUMBER.sub("blocks.*.", name, count=1), name, base)
+        parts: list[str | None] = []
+        for module in modules:
+            part = module.replace("*", block[1]) if block else module
+            parts.append(part if part in names else None)
+        found[original.replace("*", block[1]) if block else original] = parts
     return found
+
+
+def _entry(pattern: str, name: str, base: str) -> tuple[str, Sequence[str]]:
+    """Return the entry of a base's table with a module's pattern: matrix and modules."""
+    for original, modules in _TABLES[base].items():
+        if pattern in modules:
+            return original, modules
+    raise ValueError(
+        f"'{name}' has no name in {base}'s original code: save the adapter for Diffusers or PEFT, or "
+        "choose the base that it is for."
+    )
 
 
 def original_layers(layers: Mapping[str, PlainLoraLayer], base: str) -> dict[str, PlainLoraLayer]:
-    """{name in the original code: factors} of layers by Diffusers' names whose scale is 1; see `parts_of`."""
+    """Return {name in the original code: factors} of layers with scale 1; see `parts_of`.
+
+    Args:
+        layers: {name in Diffusers: factors}.
+        base: as for `parts_of`.
+    """
     found = {}
-    for other, parts in parts_of(layers, base).items():
+    for name, parts in parts_of(layers, base).items():
         own = _fused([None if part is None else layers[part] for part in parts])
-        if (
-            base == "sd3"
-            and other.endswith("context_block.adaLN_modulation.1")
-            and len(own.B) == 2 * own.A.shape[1]
-        ):
-            # of the last block: scale and shift in Diffusers, shift and scale here
-            own = replace(own, B=torch.cat(own.B.chunk(2)[::-1]))
-        found[other] = own
+        if base == "sd3" and _is_last_context_norm(name, own):
+            # scale and shift in Diffusers, shift and scale in the original code
+            scale, shift = own.B.chunk(2)
+            own = replace(own, B=torch.cat([shift, scale]))
+        found[name] = own
     return found
 
 
+def _is_last_context_norm(name: str, layer: PlainLoraLayer) -> bool:
+    """Return True for the context's modulation in SD3's last block, with two rows for each column."""
+    is_modulation = name.endswith("context_block.adaLN_modulation.1")
+    return is_modulation and len(layer.B) == 2 * layer.A.shape[1]
+
+
 def _fused(parts: Sequence[PlainLoraLayer | None]) -> PlainLoraLayer:
-    """Stack the parts of one matrix from top to bottom; the ΔW of a part without a LoRA is zero."""
+    """Stack the parts of one matrix from top to bottom. A part without a LoRA has ΔW = 0."""
     present = [part for part in parts if part is not None]
     if len(parts) == 1:
         return present[0]
-    width = (
-        next((len(part.B) for part in parts[:3] if part is not None), 0)
-        or len(present[0].B) // MLP_RATIO
-    )
-    sizes, rank = (
-        [width] * 3 + [MLP_RATIO * width] * (len(parts) - 3),
-        sum(part.rank for part in present),
-    )
+    width = _width(parts)
+    sizes = [width] * 3 + [MLP_RATIO * width] * (len(parts) - 3)
+    rank = sum(part.rank for part in present)
     B = present[0].B.new_zeros(sum(sizes), rank)
     row = column = 0
     for part, size in zip(parts, sizes, strict=True):
@@ -185,8 +207,25 @@ def _fused(parts: Sequence[PlainLoraLayer | None]) -> PlainLoraLayer:
     return PlainLoraLayer(torch.cat([part.A for part in present]), B, rank, rank)
 
 
+def _width(parts: Sequence[PlainLoraLayer | None]) -> int:
+    """Return the number of rows of q, k and v, which may come with FLUX's proj_mlp."""
+    for part in parts[:3]:
+        if part is not None:
+            return len(part.B)
+    for part in parts[3:]:
+        if part is not None:
+            return len(part.B) // MLP_RATIO
+    raise AssertionError("a matrix has at least one adapted part")
+
+
+# ---------------------------------------------------------------------- UNets
+
+
 def _layers_per_block(names: Collection[str], base: str) -> int:
-    """The number of layers in each down block: up blocks have one more, and the released UNets have two."""
+    """Return the number of layers in each down block.
+
+    Up blocks have one more. The released UNets have two.
+    """
     down, up = _number_of_layers(names, "down"), _number_of_layers(names, "up")
     least = max(down, up - 1, 1)
     if least > 1 or 0 < down == up - 1:
@@ -194,42 +233,53 @@ def _layers_per_block(names: Collection[str], base: str) -> int:
     for name in names:
         if _of_unet(name, base, 1) != _of_unet(name, base, 2):
             raise ValueError(
-                f"The adapter doesn't show how many layers each block of its UNet has, one or two. The name of "
-                f"'{name}' in {base}'s original code depends on it: use the form diffusers, which needs no such name."
+                "The adapter doesn't show how many layers each block of its UNet has, one or two. The "
+                f"name of '{name}' in {base}'s original code depends on it: use the form diffusers, "
+                "which needs no such name."
             )
     return least
 
 
 def _number_of_layers(names: Collection[str], side: str) -> int:
-    """The number of layers that the blocks of one side, "down" or "up", have at least."""
+    """Return how many layers the blocks of one side, "down" or "up", have at least."""
     layer = re.compile(rf"{side}_blocks\.\d+\.(?:resnets|attentions)\.(\d+)\.")
-    matches = map(layer.match, names)
-    return max((int(match[1]) + 1 for match in matches if match), default=0)
+    least = 0
+    for name in names:
+        match = layer.match(name)
+        if match:
+            least = max(least, int(match[1]) + 1)
+    return least
 
 
 def _of_unet(name: str, base: str, layers_per_block: int) -> str:
+    """Return the original name of a UNet's module; the module's docstring has the rule."""
     if name in _OUTSIDE:
         return _OUTSIDE[name]
     match = _BLOCK.fullmatch(name)
     if match is None or (match[3] == "resnets" and match[5] not in _IN_RESNET):
         raise ValueError(
-            f"'{name}' is no module of Stable Diffusion's UNet: choose the base that the adapter is for."
+            f"'{name}' is no module of Stable Diffusion's UNet: choose the base that the adapter is "
+            "for."
         )
-    side, kind, layer = match[1], match[3], int(match[4])
-    block, size, with_attention = int(match[2] or 0), layers_per_block + 1, UNETS[base]
+    side, block, kind, layer = match[1], int(match[2] or 0), match[3], int(match[4])
+    size = layers_per_block + 1
+    is_attention = kind == "attentions"
+    with_attention = UNETS[base]
     rest = _IN_RESNET[match[5]] if kind == "resnets" else match[5]
-    if side == "up" and kind == "attentions" and block not in with_attention:
+    if side == "up" and is_attention and block not in with_attention:
         raise ValueError(
             f"'{name}' is adapted, but {base}'s UNet has attention only in up blocks "
             f"{', '.join(map(str, with_attention))}: choose the base that the adapter is for."
         )
     if side == "mid":
-        return f"middle_block.{1 if kind == 'attentions' else 2 * layer}.{rest}"
+        return f"middle_block.{1 if is_attention else 2 * layer}.{rest}"
     if kind == "downsamplers":
         return f"input_blocks.{(block + 1) * size}.0.op"
     if kind == "upsamplers":
-        return f"output_blocks.{block * size + layers_per_block}.{2 if block in with_attention else 1}.conv"
-    start, number = ("input", 1) if side == "down" else ("output", 0)
-    return (
-        f"{start}_blocks.{number + block * size + layer}.{1 if kind == 'attentions' else 0}.{rest}"
-    )
+        place = 2 if block in with_attention else 1
+        return f"output_blocks.{block * size + layers_per_block}.{place}.conv"
+    number = block * size + layer
+    place = 1 if is_attention else 0
+    if side == "down":
+        return f"input_blocks.{1 + number}.{place}.{rest}"
+    return f"output_blocks.{number}.{place}.{rest}"

@@ -1,4 +1,4 @@
-"""A plain LoRA outside of any model: its factors by module, its LoraConfig, and its error."""
+"""A plain LoRA outside any model: its factors by module, its LoraConfig, and its error."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ class ExportError:
     Attributes:
         noise_levels: λ (n,).
         weights: how often each λ occurs (n,); they sum to 1.
-        update: ‖ΔW_exported(λ) − ΔW(λ)‖_F over all layers (n,), divided by the root mean square of ‖ΔW‖_F over λ.
+        update: ‖ΔW_exported(λ) − ΔW(λ)‖_F over all layers (n,), divided by the root mean square of
+            ‖ΔW‖_F over λ.
     """
 
     noise_levels: list[float]
@@ -44,17 +45,16 @@ class ExportError:
     @property
     def mean_update(self) -> float:
         """The root mean square of `update`, weighted by `weights`."""
-        return math.sqrt(
-            sum(weight * error**2 for weight, error in zip(self.weights, self.update, strict=True))
-        )
+        pairs = zip(self.weights, self.update, strict=True)
+        return math.sqrt(sum(weight * error**2 for weight, error in pairs))
 
     def save(self, directory: Path) -> None:
         """Write export_error.json."""
-        content = asdict(self) | {
-            "worst_update": self.worst_update,
-            "mean_update": self.mean_update,
-        }
-        (directory / ERROR_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        content = asdict(self)
+        content["worst_update"] = self.worst_update
+        content["mean_update"] = self.mean_update
+        text = json.dumps(content, indent=2) + "\n"
+        (directory / ERROR_FILE).write_text(text, encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,10 @@ class PlainLoraLayer:
     Attributes:
         A: (rank, d_in), in a convolution (rank, d_in, *kernel), in an embedding (rank, n).
         B: (d_out, rank), in a convolution (d_out, rank / groups, 1, …).
-        alpha: alpha / rank is the scale, also with use_rslora in the configuration.
+        alpha: alpha / rank is the scale, even with use_rslora in the configuration.
         rank: the rank r.
         magnitude: DoRA's m, in PEFT's shape for the layer, or None.
-        is_embedding: True if the module is an embedding, to whose weight ΔWᵀ (n, d_out) is added.
+        is_embedding: True if the module is an embedding. Then its weight changes by ΔWᵀ (n, d_out).
     """
 
     A: Tensor
@@ -84,18 +84,18 @@ class PlainLoraLayer:
 
     @property
     def groups(self) -> int:
-        """Of the convolution; 1 for any other layer."""
+        """The groups of a convolution; 1 for any other layer."""
         return self.rank // self.B.shape[1]
 
     def tensors(self) -> dict[str, Tensor]:
-        """A, B and the magnitude by PEFT's names in a module."""
-        names = (
-            ("lora_embedding_A", "lora_embedding_B")
-            if self.is_embedding
-            else ("lora_A.weight", "lora_B.weight")
-        )
-        vectors = {} if self.magnitude is None else {"lora_magnitude_vector": self.magnitude}
-        return dict(zip(names, (self.A, self.B), strict=True)) | vectors
+        """Return A, B and the magnitude by PEFT's names in a module."""
+        if self.is_embedding:
+            found = {"lora_embedding_A": self.A, "lora_embedding_B": self.B}
+        else:
+            found = {"lora_A.weight": self.A, "lora_B.weight": self.B}
+        if self.magnitude is not None:
+            found["lora_magnitude_vector"] = self.magnitude
+        return found
 
 
 @dataclass(frozen=True)
@@ -105,10 +105,11 @@ class PlainLora:
     Attributes:
         config: PEFT's configuration.
         layers: {name of the module in the adapted model: its factors}.
-        others: further tensors of the adapter, by PEFT's keys: trained biases, token embeddings, modules_to_save.
-        error: the error over λ of `to_lora(model, "best")`; None for a LoRA of one λ, which is exact there.
-        scheduler: of a LoRA that an earlier version folded from an adapter with another prediction than its base's:
-            class and configuration of the Diffusers scheduler that it needs.
+        others: the adapter's other tensors, by PEFT's keys: trained biases, token embeddings,
+            modules_to_save.
+        error: the error over λ of `to_lora(model, "best")`. None for a LoRA of one λ: it is exact there.
+        scheduler: class and configuration of the Diffusers scheduler that it needs. Only LoRAs that an
+            earlier version folded, from an adapter that predicts something else than its base, have it.
     """
 
     config: LoraConfig
@@ -118,14 +119,16 @@ class PlainLora:
     scheduler: Mapping[str, Any] | None = None
 
     def state_dict(self, prefix: str = "") -> dict[str, Tensor]:
-        """The tensors by PEFT's keys, as `peft.get_peft_model_state_dict` gives them, each with `prefix`."""
-        others = {f"{prefix}{key}": tensor.contiguous() for key, tensor in self.others.items()}
-        return tensors_of_layers(self.layers, prefix) | others
+        """Return the tensors by PEFT's keys, as `peft.get_peft_model_state_dict` does, with `prefix`."""
+        found = tensors_of_layers(self.layers, prefix)
+        for key, tensor in self.others.items():
+            found[f"{prefix}{key}"] = tensor.contiguous()
+        return found
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write adapter_config.json and adapter_model.safetensors, for `PeftModel.from_pretrained`.
 
-        With `error`, export_error.json is written too. All files are written, or none.
+        If there is an `error`, write export_error.json too. All files are written, or none.
         """
         with atomic_write_files(Path(directory)) as partial:
             save_tensors(self.state_dict(PEFT_PREFIX), partial / SAFETENSORS_WEIGHTS_NAME)
@@ -138,56 +141,60 @@ class PlainLora:
 
 
 def tensors_of_layers(layers: Mapping[str, PlainLoraLayer], prefix: str = "") -> dict[str, Tensor]:
-    """The factors of layers by PEFT's keys, each with `prefix`."""
-    found = {
-        f"{name}.{key}": tensor
-        for name, layer in layers.items()
-        for key, tensor in layer.tensors().items()
-    }
-    return {f"{prefix}{key}": tensor.contiguous() for key, tensor in found.items()}
+    """Return the factors of layers by PEFT's keys, each with `prefix`."""
+    found = {}
+    for name, layer in layers.items():
+        for key, tensor in layer.tensors().items():
+            found[f"{prefix}{name}.{key}"] = tensor.contiguous()
+    return found
 
 
 def layers_of_tensors(
     config: LoraConfig, tensors: Mapping[str, Tensor]
 ) -> dict[str, PlainLoraLayer]:
-    """{module: its factors} of tensors by PEFT's keys; those that are no factors are left out.
+    """Return {module: its factors} of tensors by PEFT's keys. Other tensors are left out.
 
     Raises:
-        ValueError: A and B of a module are not both there, or not of the configuration's rank; or it has tensors that
-            use_dora and lora_bias deny.
+        ValueError: A or B of a module is missing, or doesn't have the configuration's rank; or the
+            module's tensors contradict use_dora or lora_bias.
     """
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         name, is_factor, kind = key.partition(".lora_")
         if is_factor:
             found.setdefault(name, {})[kind.removesuffix(".weight")] = tensor
-    layers = {}
-    for name, own in found.items():
-        rank, letters = by_pattern(config.rank_pattern, name, config.r), ["A", "B"]
-        if is_embedding := any(kind.startswith("embedding") for kind in own):
-            letters = ["embedding_A", "embedding_B"]
-        if missing := [letter[-1] for letter in letters if letter not in own]:
-            raise ValueError(f"'{name}' needs A and B, but {missing[0]} is missing: damaged.")
-        A, B = (own[letter] for letter in letters)
-        # the groups of a convolution divide r
-        if min(A.dim(), B.dim()) < 2 or len(A) != rank or not B.shape[1] or rank % B.shape[1]:
-            raise ValueError(
-                f"'{name}' has A {tuple(A.shape)} and B {tuple(B.shape)}, expected rank {rank}: damaged."
-            )
-        wanted = {*letters, *(["magnitude_vector"] if config.use_dora else [])}
-        if own.keys() - ({"B.bias"} if config.lora_bias else set()) != wanted:
-            raise ValueError(
-                f"'{name}' has {', '.join(sorted(own))}, but use_dora={config.use_dora}: damaged."
-            )
-        alpha = configured_scaling(config, name, rank) * rank
-        layers[name] = PlainLoraLayer(A, B, alpha, rank, own.get("magnitude_vector"), is_embedding)
-    return layers
+    return {name: _layer(config, name, own) for name, own in found.items()}
+
+
+def _layer(config: LoraConfig, name: str, own: Mapping[str, Tensor]) -> PlainLoraLayer:
+    """Return a layer from its tensors: "A", "B" or "embedding_A", …, "magnitude_vector"."""
+    rank = by_pattern(config.rank_pattern, name, config.r)
+    is_embedding = any(kind.startswith("embedding") for kind in own)
+    letters = ("embedding_A", "embedding_B") if is_embedding else ("A", "B")
+    for letter in letters:
+        if letter not in own:
+            raise ValueError(f"'{name}' needs A and B, but {letter[-1]} is missing: damaged.")
+    A, B = own[letters[0]], own[letters[1]]
+    has_axes = min(A.dim(), B.dim()) >= 2
+    # B has rank / groups columns
+    if not has_axes or len(A) != rank or not B.shape[1] or rank % B.shape[1]:
+        raise ValueError(
+            f"'{name}' has A {tuple(A.shape)} and B {tuple(B.shape)}, expected rank {rank}: damaged."
+        )
+    wanted = {*letters, "magnitude_vector"} if config.use_dora else {*letters}
+    ignored = {"B.bias"} if config.lora_bias else set()
+    if own.keys() - ignored != wanted:
+        raise ValueError(
+            f"'{name}' has {', '.join(sorted(own))}, but use_dora={config.use_dora}: damaged."
+        )
+    alpha = configured_scaling(config, name, rank) * rank
+    return PlainLoraLayer(A, B, alpha, rank, own.get("magnitude_vector"), is_embedding)
 
 
 def others_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What is no factor and no core's: trained biases, tokens, modules."""
-    return {
-        key: tensor
-        for key, tensor in tensors.items()
-        if ".lora_" not in key and not is_core_key(key)
-    }
+    """Return the tensors that are no factors and no core: trained biases, tokens, modules."""
+    found = {}
+    for key, tensor in tensors.items():
+        if ".lora_" not in key and not is_core_key(key):
+            found[key] = tensor
+    return found

@@ -1,7 +1,7 @@
-"""The part of an adapter for one component: its configuration, its tensors, and the check of one by the other.
+"""The part of an adapter for one component: its configuration, its tensors, and the check of both.
 
-A file is compared here with its own configuration, without its base model. What only the base model can say, such as
-the sizes of its layers, is compared when the adapter is loaded; `strict.check_tensors` does both.
+The check compares a file with its own configuration, without its base model. The sizes of the base's
+layers are compared when the adapter is loaded. Both use `strict.check_tensors`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from enum import Enum
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft import LoraConfig
@@ -32,23 +32,26 @@ _ALWAYS_WRITTEN = (
     "use_rslora",
     "use_dora",
 )
-_OF_ONE_MACHINE = frozenset(
-    [
-        "auto_mapping",
-        "base_model_name_or_path",
-        "inference_mode",
-        "peft_type",
-        "peft_version",
-        "revision",
-        "runtime_config",
-    ]
+_OF_ONE_MACHINE = (
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "peft_type",
+    "peft_version",
+    "revision",
+    "runtime_config",
 )
-"""Fields that say where a configuration was made or runs; the others describe the adapter."""
+"""Fields that say where a configuration was made or runs. The others describe the adapter."""
 
 
 @dataclass(frozen=True)
 class AdapterPart:
-    """The part of an adapter for one component: configuration, and tensors by their names in the component."""
+    """The part of an adapter for one component.
+
+    Attributes:
+        config: its configuration.
+        tensors: its tensors, by their names in the component.
+    """
 
     config: NaraConfig
     tensors: dict[str, Tensor]
@@ -56,17 +59,21 @@ class AdapterPart:
     @property
     def modules(self) -> dict[str, int]:
         """{adapted module: its rank}."""
-        names = dict.fromkeys(key.partition(".lora_")[0] for key in self.tensors if ".lora_" in key)
-        return {name: by_pattern(self.config.rank_pattern, name, self.config.r) for name in names}
+        found = {}
+        for key in self.tensors:
+            name, is_factor, _ = key.partition(".lora_")
+            if is_factor:
+                found[name] = by_pattern(self.config.rank_pattern, name, self.config.r)
+        return found
 
     @property
     def core(self) -> dict[str, Tensor]:
         """{name in the core: tensor} of the core's tensors."""
-        return {
-            key.removeprefix(f"{NAME_IN_FILES}."): tensor
-            for key, tensor in self.tensors.items()
-            if is_core_key(key)
-        }
+        found = {}
+        for key, tensor in self.tensors.items():
+            if is_core_key(key):
+                found[key.removeprefix(f"{NAME_IN_FILES}.")] = tensor
+        return found
 
     @property
     def core_ranks(self) -> dict[str, int]:
@@ -78,14 +85,17 @@ class AdapterPart:
         return found
 
 
-def by_pattern(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    """The value of PEFT's rank_pattern or alpha_pattern for a module."""
+Value = TypeVar("Value")
+
+
+def by_pattern(pattern: Mapping[str, Value] | None, name: str, default: Value) -> Value:
+    """Return a module's value from PEFT's rank_pattern or alpha_pattern."""
     pattern = pattern or {}
-    return pattern.get(get_pattern_key(list(pattern), name), default)  # type: ignore[arg-type]
+    return pattern.get(str(get_pattern_key(list(pattern), name)), default)
 
 
 def configured_scaling(config: LoraConfig, name: str, rank: int) -> float:
-    """α / r, or α / √r for rsLoRA, of the module of that name."""
+    """Return a module's α / r, or α / √r for rsLoRA."""
     alpha = by_pattern(config.alpha_pattern, name, config.lora_alpha)
     return alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
@@ -139,34 +149,34 @@ def check_part(part: AdapterPart, *, beside: bool) -> None:
     """Compare the tensors of a file with those that its configuration describes.
 
     Args:
-        beside: whether a file of this form may hold biases, tokens, embeddings and `modules_to_save` too.
+        part: the file's part.
+        beside: True if a file of this form may also have biases, tokens, embeddings and
+            `modules_to_save`.
 
     Raises:
-        ValueError: no module has factors, or one that `target_modules` doesn't name; or as `check_tensors`.
+        ValueError: no module has factors, `target_modules` doesn't name one that has; or see
+            `check_tensors`.
     """
+    config = part.config
     if not part.modules:
-        raise ValueError("it holds no A and B of any module: download or save it again.")
-    if others := [name for name in part.modules if not _is_target(part.config, name)]:
-        raise ValueError(
-            f"it holds factors of '{others[0]}', a module that its target_modules {part.config.target_modules} don't "
-            "name: it is damaged, download or save it again."
-        )
+        raise ValueError("it has no A and B of any module: download or save it again.")
     expected = _core_tensors(part)
     for name, rank in part.modules.items():
+        if not _is_target(config, name):
+            raise ValueError(
+                f"it has factors of '{name}', a module that its target_modules "
+                f"{config.target_modules} don't name: it is damaged, download or save it again."
+            )
         expected |= _factors(part, name, rank)
-    others = {
-        key: t
-        for key, t in part.tensors.items()
-        if beside and _may_stand_beside(part.config, key, t)
-    }
-    check_tensors(part.tensors, expected, {**others, **expected})
+    known = dict(expected)
+    for key, tensor in part.tensors.items():
+        if beside and key not in known and _may_stand_beside(config, key, tensor):
+            known[key] = tensor
+    check_tensors(part.tensors, expected, known)
 
 
 def _is_target(config: NaraConfig, name: str) -> bool:
-    if config.target_modules in (
-        None,
-        "all-linear",
-    ):  # which PEFT replaces by names when it adds an adapter
+    if config.target_modules in (None, "all-linear"):  # PEFT writes names in their place
         return True
     return bool(check_target_module_exists(config, name.partition(".base_layer")[0]))
 
@@ -178,52 +188,55 @@ def _core_tensors(part: AdapterPart) -> dict[str, Tensor]:
 
 
 def _factors(part: AdapterPart, name: str, rank: int) -> dict[str, Tensor]:
-    """{key: a tensor like it} of a module's factors; sizes of the base's layer are those of the file."""
-    embedding, layer = f"{name}.lora_embedding_", f"{name}.lora_"
-    is_embedding = any(key.startswith(embedding) for key in part.tensors)
-    A, B = (f"{embedding}{each}" if is_embedding else f"{layer}{each}.weight" for each in "AB")
-    shapes = {key: _shape(part.tensors.get(key)) for key in (A, B)}
-    kernel = (1,) * len(shapes[A][2:])
-    width = shapes[B][1]  # the rank, by the groups of a convolution
-    found: dict[str, tuple[int, ...]] = {
-        A: (rank, *shapes[A][1:]),
-        B: (shapes[B][0], width if kernel and width and rank % width == 0 else rank, *kernel),
+    """Return {key: a tensor like it} of a module's factors.
+
+    Sizes of the base's layer are taken from the file.
+    """
+    tensors = part.tensors
+    A, B = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
+    if any(key.startswith(f"{name}.lora_embedding_") for key in tensors):
+        A, B = f"{name}.lora_embedding_A", f"{name}.lora_embedding_B"
+    shape_A, shape_B = _shape(tensors.get(A)), _shape(tensors.get(B))
+    d_out, width = shape_B[:2]
+    kernel = (1,) * len(shape_A[2:])
+    is_grouped = kernel and width and rank % width == 0  # then B is (d_out, rank / groups, 1, …)
+    shapes: dict[str, tuple[int, ...]] = {
+        A: (rank, *shape_A[1:]),
+        B: (d_out, width if is_grouped else rank, *kernel),
     }
     if part.config.use_dora:
-        magnitude = f"{layer}magnitude_vector"
-        key = next(
-            (key for key in (f"{magnitude}.weight", magnitude) if key in part.tensors), magnitude
-        )
-        found[key] = (1, shapes[B][0], *kernel) if kernel else shapes[B][:1]
+        key = f"{name}.lora_magnitude_vector"
+        key = f"{key}.weight" if f"{key}.weight" in tensors else key
+        shapes[key] = (1, d_out, *kernel) if kernel else (d_out,)
     if part.config.lora_bias:
-        found[f"{layer}B.bias"] = shapes[B][:1]
-    return {key: _like(part.tensors.get(key), shape) for key, shape in found.items()}
+        shapes[f"{name}.lora_B.bias"] = (d_out,)
+    return {key: _like(tensors.get(key), shape) for key, shape in shapes.items()}
 
 
-def _shape(tensor: Any) -> tuple[int, ...]:
-    """The shape of a tensor, as one of two axes or more."""
+def _shape(tensor: object) -> tuple[int, ...]:
+    """Return a tensor's shape, as one of two axes or more."""
     shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else ()
     return shape if len(shape) > 1 else (*shape, 1, 1)[:2]
 
 
-def _like(tensor: Any, shape: tuple[int, ...]) -> Tensor:
-    """A tensor of that shape on "meta", in the dtype of `tensor` if a layer computes in it."""
-    is_real = (
-        isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype.itemsize > 1
-    )
-    return torch.empty(shape, dtype=tensor.dtype if is_real else torch.float32, device="meta")
+def _like(tensor: object, shape: tuple[int, ...]) -> Tensor:
+    """Return a tensor of that shape on "meta", in the dtype of `tensor` if layers compute in it."""
+    dtype = torch.float32
+    if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype.itemsize > 1:
+        dtype = tensor.dtype
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _may_stand_beside(config: NaraConfig, key: str, tensor: Any) -> bool:
-    """Whether a tensor may be a bias, token, embedding or module that is trained or stored beside the factors."""
+def _may_stand_beside(config: NaraConfig, key: str, tensor: object) -> bool:
+    """Return True if a bias, token, embedding or module may be in a file beside the factors."""
     if not isinstance(tensor, Tensor) or ".lora_" in key or is_core_key(key):
         return False
     module, _, kind = key.rpartition(".")
-    saved = any(
-        re.match(rf"(^|.*\.){name}($|\..*)", module) for name in config.modules_to_save or ()
-    )
-    is_embedding = (
-        kind == "weight" and tensor.dim() == 2
-    )  # PEFT saves those of a vocabulary that was resized
-    is_bias = kind == "bias" and config.bias != "none"
-    return saved or is_embedding or is_bias or "trainable_tokens" in kind
+    for name in config.modules_to_save or ():
+        if re.match(rf"(^|.*\.){name}($|\..*)", module):
+            return True
+    if kind == "weight" and tensor.dim() == 2:  # PEFT saves embeddings of a resized vocabulary
+        return True
+    if kind == "bias" and config.bias != "none":
+        return True
+    return "trainable_tokens" in kind

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from copy import copy
 from pathlib import Path
@@ -16,27 +16,28 @@ from nara_diffusion.tuner.injection import restored_on_error
 
 from .adapter_part import AdapterPart
 from .file import AdapterFile, naming
+from .hotswap import REQUEST, check_swappable, prepare_for_hotswap, prepare_swap
 from .insertion import (
-    TEXT_ENCODER,
+    Pipeline,
+    adaptable_models,
     adapters_of,
     check_not_wrapped,
+    check_schedulers,
     check_storable,
-    check_swappable,
+    denoiser_name,
     insert,
     nara_adapters_of,
     offloading_suspended,
     part_of,
-    prepare_for_hotswap,
-    prepare_swap,
+    read_schedule_of,
     remove,
     unwrapped,
 )
-from .schedulers import DENOISERS, check_schedulers, denoiser_name, read_schedule_of
 from .tensor_files import WEIGHTS_NAME
 
 
 def load_nara_weights(
-    self: Any,
+    self: Pipeline,
     pretrained_model_name_or_path_or_dict: str | os.PathLike[str] | Mapping[str, Tensor],
     adapter_name: str | None = None,
     hotswap: bool = False,
@@ -53,41 +54,44 @@ def load_nara_weights(
     low_cpu_mem_usage: bool = True,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Load a NaRA adapter into the denoiser, and its part for text encoders, if there is one, into those.
+    """Load a NaRA adapter into the denoiser, and into the text encoders if it has a part for them.
 
-    All of it is loaded, or the pipeline is unchanged. Afterwards `set_adapters`, `delete_adapters`, `disable_lora`,
-    `unload_lora_weights`, … work as for a LoRA; λ is read from the timestep of each step.
+    The adapter is loaded completely, or the pipeline is unchanged. Afterwards `set_adapters`,
+    `delete_adapters`, `disable_lora`, `unload_lora_weights`, … work as for a LoRA. λ is read from the
+    timestep of each step.
 
     Args:
-        pretrained_model_name_or_path_or_dict: the file that `save_nara_weights` wrote, its folder or a repository on
-            the hub; a folder or repository in PEFT's form, as `PeftModel.save_pretrained` and train_scripts/dllm.py
-            write it, for the denoiser; or a dict of tensors, with the file's `metadata`.
+        pretrained_model_name_or_path_or_dict: the file that `save_nara_weights` wrote, its folder or a
+            repository on the Hub; or, for the denoiser, a folder or repository in PEFT's form, as
+            `PeftModel.save_pretrained` and train_scripts/dllm.py write it; or a dict of tensors, with
+            the file's `metadata`.
         adapter_name: its name; None takes "default_0", "default_1", ….
-        hotswap: replace the weights of the adapter of that name in place, so that a compiled model is not recompiled.
-            Its ranks have to be those of the adapter there. For another lora_alpha without recompilation call
-            `enable_lora_hotswap(target_rank=r)`, with their rank, before the first load.
-        weight_name: the file's name in its folder, "pytorch_nara_weights.safetensors" unless given.
-        subfolder: as for `load_lora_weights`, like the six that follow.
+        hotswap: replace the weights of the adapter of that name in place, so that a compiled model is
+            not recompiled. Both need the same ranks r. For another lora_alpha without recompilation
+            call `enable_lora_hotswap(target_rank=r)` before the first load.
+        weight_name: the file's name in its folder; None is "pytorch_nara_weights.safetensors".
+        subfolder: as for `load_lora_weights`, like the next six arguments.
         revision: of a repository on the Hub.
         token: for private repositories.
         cache_dir: where downloads are kept.
-        force_download: even if the file is there.
+        force_download: download even if the file is there.
         proxies: protocol → URL.
         local_files_only: never download.
         use_safetensors: None or True; other formats are not read.
         low_cpu_mem_usage: skip the initialisation of weights that the load replaces.
-        metadata: of a dict of tensors: `safe_open(file, "pt").metadata()`.
+        metadata: the metadata of a dict of tensors: `safe_open(file, "pt").metadata()`.
 
     Raises:
-        ValueError: the pipeline has no denoiser; the file is missing, damaged or of another kind (a LoRA); the adapter
-            is for another base model, another definition of λ or another prediction; or the name is a duplicate. The
-            pipeline is unchanged.
-        OSError: the hub's error.
+        ValueError: the pipeline has no denoiser; the file is missing, damaged or of another kind (a
+            LoRA); the adapter is for another base model, another definition of λ or another
+            prediction; or the name is a duplicate. The pipeline is unchanged.
+        OSError: the Hub's error.
     """
     if use_safetensors is False:
         raise ValueError(
-            "NaRA adapters are read from safetensors files only: leave use_safetensors out."
+            "Adapters are read from safetensors files only: leave use_safetensors out."
         )
+    source = pretrained_model_name_or_path_or_dict
     models = adaptable_models(self)
     hub = {
         "revision": revision,
@@ -97,7 +101,6 @@ def load_nara_weights(
         "proxies": proxies,
         "local_files_only": local_files_only,
     }
-    source = pretrained_model_name_or_path_or_dict
     file = AdapterFile.read(
         source,
         denoiser_name(self),
@@ -106,34 +109,20 @@ def load_nara_weights(
         metadata=metadata,
         hub=hub,
     )
-    parts = file.parts
     with naming(source):
-        if unknown := [name for name in parts if name not in models]:
-            has = ", ".join(map(repr, models))
-            raise ValueError(
-                f"it has a part for '{unknown[0]}', but this pipeline has {has}: load it into its own."
-            )
-        for name, part in parts.items():
-            check_not_wrapped(models[name], name, "load_nara_weights")
-            check_storable(part.config, name)
+        _check_parts(file.parts, models)
         adapter_name = _name_to_load(models, adapter_name, hotswap)
-        check_schedulers(self, parts)
+        check_schedulers(self, {name: part.config for name, part in file.parts.items()})
         with offloading_suspended(self):
             if hotswap:
-                for name, model in models.items():
-                    check_swappable(model, name, adapter_name, parts.get(name))
-                swaps = [
-                    prepare_swap(models[name], adapter_name, part) for name, part in parts.items()
-                ]
-                for write in swaps:
-                    write()
+                _swap_all(models, file.parts, adapter_name)
             else:
-                _insert_all(models, parts, adapter_name, low_cpu_mem_usage)
+                _insert_all(models, file.parts, adapter_name, low_cpu_mem_usage)
     read_schedule_of(self)
 
 
 def save_nara_weights(
-    self: Any,
+    self: Pipeline,
     save_directory: str | os.PathLike[str],
     adapter_name: str | None = None,
     *,
@@ -142,92 +131,70 @@ def save_nara_weights(
     save_function: Callable[..., Any] | None = None,
     safe_serialization: bool = True,
 ) -> None:
-    """Save one NaRA adapter, of all components, to one file, whole or not at all.
+    """Save one NaRA adapter, of all components, to one file, completely or not at all.
 
     Components that PEFT has wrapped (`pipe.unet = get_peft_model(pipe.unet, …)`) are included.
 
     Args:
-        save_directory: the folder; it is created if it does not exist.
-        adapter_name: of the adapter; None takes "default", or the only adapter.
-        is_main_process: False writes nothing, for all but one of several processes.
-        weight_name: the file's name, "pytorch_nara_weights.safetensors" unless given.
-        save_function: called as save_function(tensors, path, metadata=…) in place of safetensors' `save_file`.
+        save_directory: the folder, created if it does not exist.
+        adapter_name: the adapter; None takes the only NaRA, or "default".
+        is_main_process: False writes nothing; pass it in all but one of several processes.
+        weight_name: the file's name; None is "pytorch_nara_weights.safetensors".
+        save_function: called as save_function(tensors, path, metadata=…), in place of `save_file`.
         safe_serialization: True; other formats are not written.
 
     Raises:
-        ValueError: there is no such adapter; it is in a component that the file can't hold, such as a ControlNet;
-            or `weight_name` does not end in .safetensors.
+        ValueError: there is no such adapter; it is in a component that the file can't hold, such as a
+            ControlNet; or `weight_name` does not end in .safetensors.
     """
     if not safe_serialization:
-        raise ValueError(
-            "NaRA adapters are saved as safetensors only: leave safe_serialization out."
-        )
+        raise ValueError("Adapters are saved as safetensors only: leave safe_serialization out.")
     models = {component: unwrapped(model) for component, model in adaptable_models(self).items()}
     name = _name_to_save(models, adapter_name)
-    others = {
-        key: part
-        for key, part in self.components.items()
-        if isinstance(part, nn.Module) and key not in models
-    }
-    if left_out := [
-        key for key, part in others.items() if name in nara_adapters_of(unwrapped(part))
-    ]:
-        raise ValueError(
-            f"Adapter '{name}' is in {', '.join(map(repr, left_out))} too, which a pipeline's file has no place for: "
-            f"save that part by peft.PeftModel, or remove it first, pipe.{left_out[0]}.delete_adapters('{name}')."
-        )
-    weight_name, folder = WEIGHTS_NAME if weight_name is None else weight_name, Path(save_directory)
+    _check_nothing_left_out(self, models, name)
+    weight_name = WEIGHTS_NAME if weight_name is None else weight_name
     if not weight_name.endswith(".safetensors") or Path(weight_name).name != weight_name:
         raise ValueError(
             f"weight_name is {weight_name!r}: pass the name of a .safetensors file, without a folder."
         )
     with offloading_suspended(self):
-        file = AdapterFile(
-            {
-                c: _part_to_save(self, m, c, name)
-                for c, m in models.items()
-                if name in adapters_of(m)
-            }
-        )
-        if not is_main_process:
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        file.save(folder / weight_name, save_function)
+        parts = {}
+        for component, model in models.items():
+            if name in adapters_of(model):
+                parts[component] = _part_to_save(self, model, component, name)
+        if is_main_process:
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
+            AdapterFile(parts).save(Path(save_directory, weight_name), save_function)
 
 
-def unload_nara_weights(self: Any) -> None:
+def unload_nara_weights(self: Pipeline) -> None:
     """Remove all NaRA adapters of the pipeline. LoRAs stay as they are.
 
     Fused weights stay fused, as with a LoRA: call `unfuse_lora` first.
     """
-    models = {
-        name: model for name, model in adaptable_models(self).items() if nara_adapters_of(model)
-    }
-    for component, model in models.items():
-        check_not_wrapped(model, component, "unload_nara_weights")
+    models = {}
+    for component, model in adaptable_models(self).items():
+        if nara_adapters_of(model):
+            check_not_wrapped(model, component, "unload_nara_weights")
+            models[component] = model
     with offloading_suspended(self):
         for model in models.values():
             remove(model, list(nara_adapters_of(model)))
 
 
-# ---------------------------------------------------------------------- components
+# ---------------------------------------------------------------------- loading
 
 
-def adaptable_models(pipe: Any) -> dict[str, nn.Module]:
-    """Component → model, the denoiser first, for all components that an adapter may have a part for.
-
-    Raises:
-        ValueError: the pipeline has no denoiser.
-    """
-    denoiser_name(pipe)
-    names = [name for name in pipe.components if name in DENOISERS or name.startswith(TEXT_ENCODER)]
-    found = {
-        name: getattr(pipe, name) for name in sorted(names, key=lambda name: name not in DENOISERS)
-    }
-    originals = {
-        name: getattr(model, "_orig_mod", model) for name, model in found.items()
-    }  # of torch.compile
-    return {name: model for name, model in originals.items() if isinstance(model, nn.Module)}
+def _check_parts(parts: Mapping[str, AdapterPart], models: Mapping[str, nn.Module]) -> None:
+    """Raise ValueError if a part is for no model of the pipeline, or can't be loaded into it."""
+    for name, part in parts.items():
+        if name not in models:
+            raise ValueError(
+                f"it has a part for '{name}', but this pipeline has {_quoted(models)}: load it into "
+                "its own."
+            )
+        check_not_wrapped(models[name], name, "load_nara_weights")
+        check_storable(part.config, name)
 
 
 def _insert_all(
@@ -239,57 +206,87 @@ def _insert_all(
     """Insert the parts into all components, or, after an error, into none."""
     with ExitStack() as undo:
         for component, model in models.items():
-            if component in parts:
-                undo.enter_context(restored_on_error(model))
-                try:
-                    insert(model, name, parts[component], low_cpu_mem_usage)
-                except ValueError as error:
-                    raise ValueError(f"{component}: {error}") from error
-                prepare_for_hotswap(model)
+            if component not in parts:
+                continue
+            undo.enter_context(restored_on_error(model))
+            try:
+                insert(model, name, parts[component], low_cpu_mem_usage)
+            except ValueError as error:
+                raise ValueError(f"{component}: {error}") from error
+            request = getattr(model, REQUEST, None)
+            if request is not None:
+                prepare_for_hotswap(model, request)
 
 
-# ---------------------------------------------------------------------- names
+def _swap_all(models: Mapping[str, nn.Module], parts: Mapping[str, AdapterPart], name: str) -> None:
+    """Replace the adapter of that name in all components, or, after an error, in none."""
+    for component, model in models.items():
+        check_swappable(model, component, name, parts.get(component))
+    swaps = [prepare_swap(models[component], name, part) for component, part in parts.items()]
+    for write in swaps:
+        write()
+
+
+# ---------------------------------------------------------------------- saving, names
 
 
 def _name_to_load(models: Mapping[str, nn.Module], name: str | None, hotswap: bool) -> str:
-    """The name that an adapter is loaded under: `name`, or the first free default_N."""
-    existing = sorted({name for model in models.values() for name in adapters_of(model)})
+    """Return the name to load an adapter under: `name`, or the first free default_N."""
+    existing = {adapter for model in models.values() for adapter in adapters_of(model)}
     if hotswap and name not in existing:
         raise ValueError(
-            f"hotswap=True replaces an adapter that is there, but adapter_name is {name!r} and the pipeline has "
-            f"{', '.join(map(repr, existing)) or 'none'}: name one of them, or leave hotswap out."
+            f"hotswap=True replaces an adapter that is there, but adapter_name is {name!r} and the "
+            f"pipeline has {_quoted(sorted(existing))}: name one of them, or leave hotswap out."
         )
     if name is None:
         number = len(adapters_of(next(iter(models.values()))))
-        return next(free for i in range(1000) if (free := f"default_{number + i}") not in existing)
+        while f"default_{number}" in existing:
+            number += 1
+        return f"default_{number}"
     if name in existing and not hotswap:
         raise ValueError(
-            f"adapter_name '{name}' is a duplicate, since the pipeline has an adapter of that name: choose "
-            f"another name, delete the other adapter by pipe.delete_adapters('{name}'), or replace it by hotswap=True."
+            f"adapter_name '{name}' is a duplicate, since the pipeline has an adapter of that name: "
+            f"choose another name, delete the other adapter by pipe.delete_adapters('{name}'), or "
+            "replace it by hotswap=True."
         )
     return name
 
 
 def _name_to_save(models: Mapping[str, nn.Module], name: str | None) -> str:
-    """The name of the adapter to save: `name`; if None, that of the only NaRA, or else "default"."""
-    there = list(
-        dict.fromkeys(name for model in models.values() for name in nara_adapters_of(model))
-    )
-    wanted = name or (there[0] if len(there) == 1 else "default")
-    if wanted not in there:
-        others = {other for model in models.values() for other in adapters_of(model)}
+    """Return the name of the adapter to save: `name`; if None, the only NaRA's, or "default"."""
+    naras, others = [], []
+    for model in models.values():
+        naras += [adapter for adapter in nara_adapters_of(model) if adapter not in naras]
+        others += adapters_of(model)
+    wanted = name or (naras[0] if len(naras) == 1 else "default")
+    if wanted not in naras:
         hint = f" '{wanted}' is a LoRA: save it by save_lora_weights." if wanted in others else ""
         raise ValueError(
-            f"There is no NaRA adapter '{wanted}' to save: the pipeline has "
-            f"{', '.join(map(repr, there)) or 'none'}.{hint}"
+            f"There is no NaRA adapter '{wanted}' to save: the pipeline has {_quoted(naras)}.{hint}"
         )
     return wanted
 
 
-# ---------------------------------------------------------------------- saving
+def _quoted(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names)) or "none"
 
 
-def _part_to_save(pipe: Any, model: nn.Module, component: str, name: str) -> AdapterPart:
+def _check_nothing_left_out(pipe: Pipeline, models: Mapping[str, nn.Module], name: str) -> None:
+    """Raise ValueError if a component that a pipeline's file can't hold has the adapter."""
+    left_out = []
+    for component, model in pipe.components.items():
+        is_other = component not in models and isinstance(model, nn.Module)
+        if is_other and name in nara_adapters_of(unwrapped(model)):
+            left_out.append(component)
+    if left_out:
+        raise ValueError(
+            f"Adapter '{name}' is in {_quoted(left_out)} too, which a pipeline's file has no place for: "
+            "save that part by peft.PeftModel, or remove it first, "
+            f"pipe.{left_out[0]}.delete_adapters('{name}')."
+        )
+
+
+def _part_to_save(pipe: Pipeline, model: nn.Module, component: str, name: str) -> AdapterPart:
     config = adapters_of(model)[name]
     if not isinstance(config, NaraConfig):
         raise ValueError(

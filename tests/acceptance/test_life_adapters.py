@@ -207,7 +207,7 @@ def test_hotswap_that_would_mix_two_adapters_is_refused(root: Path, tmp_path: Pa
         pipe.load_nara_weights(tmp_path / "old", adapter_name="toy", hotswap=True)
     pipe = frozen_sd()
     pipe.unet.enable_lora_hotswap(target_rank=5)
-    with pytest.raises(ValueError, match="target_rank=5, but 'toy', whose update depends on λ, has rank 4"):
+    with pytest.raises(ValueError, match="target_rank=5, but 'toy' depends on λ and has rank 4"):
         pipe.load_nara_weights(root / "a", adapter_name="toy")
 
 
@@ -218,7 +218,7 @@ def test_hotswap_that_fails_on_its_way_changes_nothing(monkeypatch: pytest.Monke
     pipe: Any = frozen_sd()
     pipe.load_nara_weights(save_nara(tmp_path / "old", core_type="acceptance affine"), adapter_name="toy")
     new, before = save_nara(tmp_path / "new", seed=2, core_type="acceptance affine", lora_alpha=9), predict(pipe)
-    monkeypatch.setattr("nara_diffusion.loaders.insertion.rebuild_core", fail)
+    monkeypatch.setattr("nara_diffusion.loaders.hotswap.rebuild_core", fail)
     with pytest.raises(ValueError, match="the factory fails"):
         pipe.load_nara_weights(new, adapter_name="toy", hotswap=True)
     assert torch.equal(predict(pipe), before)

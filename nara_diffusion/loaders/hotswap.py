@@ -1,0 +1,150 @@
+"""Hotswap: replace an adapter's weights in place, so that a compiled model is not recompiled.
+
+The new adapter has the ranks of the old one, since C(λ) is r × r. `enable_lora_hotswap(target_rank=r)`
+with r its own rank makes the scales tensors. Then adapters with another lora_alpha don't recompile the
+model either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from peft.utils.hotswap import _update_scaling, prepare_model_for_compiled_hotswap
+from torch import nn
+
+from nara_diffusion.config import NaraConfig
+from nara_diffusion.cores.registry import CustomCore, rebuild_core
+from nara_diffusion.strict import check_tensors
+from nara_diffusion.tuner.holder import CoreHolder, holder_of
+from nara_diffusion.tuner.strength import check_strength, give_strength, layers_of, strength_of
+
+from .adapter_part import AdapterPart, by_pattern, configured_scaling
+from .insertion import adapters_of, nara_adapters_of, part_of
+
+REQUEST = "_prepare_lora_hotswap_kwargs"
+"""The attribute that stores the arguments of `enable_lora_hotswap` until the next load."""
+_HAS_TO_AGREE = (
+    "r",
+    "rank_pattern",
+    "core_type",
+    "core_hidden_dims",
+    "core_sharing",
+    "rank_mask_min",
+    "core_bins",
+    "core_knots",
+    "noise_embedding",
+    "noise_embedding_dim",
+    "use_dora",
+    "lora_bias",
+    "lora_dropout",
+)
+"""Fields that define modules, which hotswap keeps. The rest is tensors, scales and η."""
+_REMEDY = "load it without hotswap under another name, and delete the old one."
+
+
+def prepare_for_hotswap(model: nn.Module, request: Mapping[str, Any]) -> None:
+    """Make scales tensors, and pad LoRAs, as `enable_lora_hotswap` has requested.
+
+    Raises:
+        ValueError: a NaRA has another rank than the target, which PEFT pads to.
+        RuntimeError: the model is compiled.
+    """
+    target = request["target_rank"]
+    for name, config in adapters_of(model).items():
+        ranks = {config.r, *(config.rank_pattern or {}).values()}
+        depends_on_noise = isinstance(config, NaraConfig) or strength_of(model, name) is not None
+        if depends_on_noise and ranks != {target}:
+            found = ", ".join(map(str, sorted(ranks)))
+            raise ValueError(
+                f"enable_lora_hotswap was given target_rank={target}, but '{name}' depends on λ and has "
+                f"rank {found}: it can be swapped only at equal rank, so pass that as target_rank, or "
+                "load without enable_lora_hotswap."
+            )
+    prepare_model_for_compiled_hotswap(model, **request)
+    setattr(model, REQUEST, None)
+
+
+def check_swappable(
+    model: nn.Module, component: str, adapter_name: str, part: AdapterPart | None
+) -> None:
+    """Raise ValueError if a part cannot take the place of the adapter of that name.
+
+    Args:
+        model: the component's model.
+        component: its name.
+        adapter_name: the name of the adapter to replace.
+        part: the new adapter's part for this component; None if it has none.
+    """
+    if part is None:
+        if adapter_name in adapters_of(model):
+            raise ValueError(
+                f"The new adapter has no part for '{component}', but '{adapter_name}' has; "
+                "hot-swapping would mix the two: remove the old one by "
+                f"pipe.delete_adapters('{adapter_name}'), then load without hotswap."
+            )
+        return
+    old = nara_adapters_of(model).get(adapter_name)
+    if old is None:
+        raise ValueError(
+            f"'{adapter_name}' of {component} is a LoRA, or not there: a NaRA can only be swapped for "
+            f"a NaRA; {_REMEDY}"
+        )
+    for field in _HAS_TO_AGREE:
+        there, given = getattr(old, field), getattr(part.config, field)
+        if there != given:
+            raise ValueError(
+                f"{field} is {given!r} in the new adapter, and {there!r} in '{adapter_name}' of "
+                f"{component}, and hotswap keeps the modules: {_REMEDY}"
+            )
+    _holder(model).complete(adapter_name, part.config)
+    check_strength(model, adapter_name, part.config.strength)
+    check_tensors(part.tensors, part_of(model, adapter_name).tensors)
+
+
+def prepare_swap(model: nn.Module, adapter_name: str, part: AdapterPart) -> Callable[[], None]:
+    """Compute what takes the adapter's place, and return the function that writes it in place.
+
+    An error occurs here, not when writing.
+    """
+    config = part.config
+    there = part_of(model, adapter_name).tensors
+    holder = _holder(model)
+    cores: Any = holder.cores[adapter_name]
+    layers = layers_of(model, adapter_name)
+    scales = {}
+    for name in layers:
+        rank = by_pattern(config.rank_pattern, name, config.r)
+        scales[name] = configured_scaling(config, name, rank)
+    rebuilt = {}
+    for group, core in cores.items():
+        if isinstance(core, CustomCore):  # only its factory knows which fields it reads
+            rebuilt[group] = rebuild_core(core, config)
+    completed = holder.complete(adapter_name, config)
+
+    @torch.no_grad()
+    def write() -> None:
+        for name, layer in layers.items():
+            layer.use_rslora[adapter_name] = config.use_rslora
+            _update_scaling(layer, adapter_name=adapter_name, scaling=scales[name])
+            alpha = by_pattern(config.alpha_pattern, name, config.lora_alpha)
+            layer.lora_alpha[adapter_name] = alpha
+        for group, core in cores.items():
+            if group in rebuilt:
+                cores[group] = rebuilt[group]
+            else:
+                core.scale = config.core_scale
+        holder.reconfigure(adapter_name, completed)
+        give_strength(model, adapter_name, completed.strength)
+        for key, tensor in part.tensors.items():
+            there[key].copy_(tensor)
+
+    return write
+
+
+def _holder(model: nn.Module) -> CoreHolder:
+    """Return the holder of a model that has a NaRA."""
+    holder = holder_of(model)
+    assert holder is not None
+    return holder
