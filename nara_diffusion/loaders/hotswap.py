@@ -98,7 +98,7 @@ def check_swappable(
                 f"{field} is {given!r} in the new adapter, and {there!r} in '{adapter_name}' of "
                 f"{component}, and hotswap keeps the modules: {_REMEDY}"
             )
-    _holder(model).complete(adapter_name, part.config)
+    _holder(model).finder.with_convention(adapter_name, part.config)
     check_strength(model, adapter_name, part.config.strength)
     check_tensors(part.tensors, part_of(model, adapter_name).tensors)
 
@@ -121,7 +121,7 @@ def prepare_swap(model: nn.Module, adapter_name: str, part: AdapterPart) -> Call
     for group, core in cores.items():
         if isinstance(core, CustomCore):  # only its factory knows which fields it reads
             rebuilt[group] = rebuild_core(core, config)
-    completed = holder.complete(adapter_name, config)
+    completed = holder.finder.with_convention(adapter_name, config)
 
     @torch.no_grad()
     def write() -> None:

@@ -142,7 +142,7 @@ def check_schedulers(pipe: Pipeline, configs: Mapping[str, NaraConfig]) -> None:
             check_expected(getattr(pipe, "scheduler", None), config.scheduler)
 
 
-def read_schedule_of(pipe: Pipeline) -> None:
+def read_schedule_of(pipe: Any) -> None:
     """Let the denoisers' adapters read N and the meaning of timesteps from the present scheduler."""
     for name in DENOISERS:
         model = uncompiled(getattr(pipe, name, None))
