@@ -38,24 +38,26 @@ _DECIDED = {
     "r", "lora_alpha", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora",
     "lora_bias", "fan_in_fan_out", "layers_to_transform", "layers_pattern", "modules_to_save", "strength",
 }  # fmt: skip
-"""Fields of NaraConfig that are taken from the LoRA, or with which the NaRA would not start as the LoRA."""
+"""Fields of NaraConfig that come from the LoRA, or would make the NaRA start as something else."""
 
 
 def from_lora(
     lora: str | os.PathLike[str], model: Any, adapter_name: str = "default", **core: Any
 ) -> Any:
-    """Add a NaRA to `model` that equals the given LoRA (or DoRA) at step 0: the same tensors, and C(λ) = I.
+    """Add a NaRA to `model` that equals the given LoRA or DoRA at step 0: same tensors, C(λ) = I.
 
         model = from_lora("folder of a PEFT LoRA", backbone, core_type="hypernetwork")
         from_lora("pytorch_lora_weights.safetensors", pipe)              # then pipe.save_nara_weights(…)
 
-    A LoRA that was folded from an adapter with a `scheduler` needs a pipeline whose scheduler expects its prediction.
+    If the LoRA was folded from an adapter with a `scheduler`, the pipeline's scheduler must expect its
+    prediction.
 
     Args:
-        lora: a folder in PEFT's format, as `save_pretrained` of a PeftModel or of `to_lora(…)` writes it; or, for a
-            pipeline, a file that Diffusers reads (Diffusers' names, kohya's, …), or a folder with one.
-        model: the base: a module, which is wrapped in a PeftModel; a Diffusers model, into which the adapter is
-            injected; or a pipeline, whose text encoders get their part as plain LoRAs (core_type "identity").
+        lora: a folder in PEFT's format, as `save_pretrained` of a PeftModel or of `to_lora(…)` writes it;
+            or, for a pipeline, a file that Diffusers reads (Diffusers' names, kohya's, …), or a folder
+            with one.
+        model: the base. A module is wrapped in a PeftModel. A Diffusers model gets the adapter injected.
+            So does a pipeline; its text encoders get plain LoRAs (core_type "identity").
         adapter_name: the name of the new adapter.
         core: fields of NaraConfig, such as core_type, core_sharing, noise_convention, lora_dropout.
 
@@ -63,13 +65,14 @@ def from_lora(
         A PeftModel, or the Diffusers model or pipeline itself. The adapter is active and trainable.
 
     Raises:
-        ValueError: `lora` can't be read as a LoRA, or has trained biases, tokens or modules; `model` lacks a layer of
-            it, or has one of another shape; `core` has a field that is taken from the LoRA, or a core that doesn't
-            start at C = I (core_init "kaiming", core_type "rank_mask" or "bins"). `model` is unchanged then.
+        ValueError: `lora` can't be read as a LoRA, or has trained biases, tokens or modules; `model`
+            lacks one of its layers, or has one of another shape; `core` has a field that comes from the
+            LoRA, or a core that doesn't start at C = I (core_init "kaiming", core_type "rank_mask" or
+            "bins"). Then `model` is unchanged.
     """
     if decided := sorted(_DECIDED & core.keys()):
         raise ValueError(
-            f"{', '.join(decided)} can't be given, but come from the LoRA: leave them out."
+            f"{', '.join(decided)} can't be given, since they come from the LoRA: leave them out."
         )
     parts, origin = read_lora(lora, model)
     with ExitStack() as undo:
@@ -101,7 +104,11 @@ def _insert(
     undo: ExitStack,
     inject: bool,
 ) -> Any:
-    """Add the adapter to `model`, until an error in `undo`. `inject`: without a PeftModel around it."""
+    """Add the adapter to `model`; an error in `undo` removes it.
+
+    Args:
+        inject: True adds it without a PeftModel around the model.
+    """
     root = model.get_base_model() if isinstance(model, PeftModel) else model
     if name in getattr(root, "peft_config", {}):
         raise ValueError(
@@ -110,9 +117,8 @@ def _insert(
     config = _nara_config(lora, core)
     undo.enter_context(restored_on_error(root))
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message="Already found a `peft_config` attribute"
-        )  # several are meant
+        # several adapters are intended
+        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
         if isinstance(model, PeftModel):
             model.add_adapter(name, config)
         elif inject:
@@ -129,66 +135,71 @@ def _insert(
 
 
 def _nara_config(lora: PlainLora, core: Mapping[str, Any]) -> NaraConfig:
-    """The configuration of a NaRA on the layers of `lora`, with its ranks and scales."""
-    names = [field.name for field in fields(LoraConfig) if field.init]
-    given = {name: copy.copy(getattr(lora.config, name)) for name in names}
-    for name in ("peft_type", "auto_mapping", "inference_mode"):
-        del given[name]
+    """Return the configuration of a NaRA on the layers of `lora`, with its ranks and scales."""
+    given = {}
+    for field in fields(LoraConfig):
+        if field.init and field.name not in ("peft_type", "auto_mapping", "inference_mode"):
+            given[field.name] = copy.copy(getattr(lora.config, field.name))
     if not changes_base(given["init_lora_weights"]):
         given["init_lora_weights"] = True  # the LoRA's tensors replace what it draws
     if lora.scheduler is not None:
         given["scheduler"] = dict(lora.scheduler)
     config = NaraConfig(**given | dict(core))
-    if (
-        config.noise_convention is None
-        and config.scheduler is not None
-        and flow_shift(config.scheduler) is not None
-    ):
+    is_flow = config.scheduler is not None and flow_shift(config.scheduler) is not None
+    if is_flow and config.noise_convention is None:
         config.noise_convention = "flow"
     return config
 
 
 def copy_tensors(lora: PlainLora, root: nn.Module, adapter_name: str, origin: str) -> None:
-    """Copy A, B and magnitudes of `lora` into an adapter of `root`: all, or none. Cores stay as they are.
+    """Copy A, B and magnitudes of `lora` into an adapter of `root`: all, or none. Cores stay.
 
-    Values are kept bit by bit: a parameter with a coarser dtype takes the dtype of the tensor.
+    Values keep every bit: a parameter with a coarser dtype takes the dtype of the tensor.
 
     Args:
+        lora: the LoRA.
+        root: the adapted model.
+        adapter_name: the adapter's name.
         origin: the name of the LoRA in messages.
 
     Raises:
         ValueError: the layers, ranks, scales, shapes or kinds of tensors differ.
     """
-    check_scales(
-        {name: (each.rank, each.scaling) for name, each in lora.layers.items()},
-        root,
-        adapter_name,
-        origin,
-    )
-    own = re.compile(rf"(.*\.lora_\w+)\.{re.escape(adapter_name)}(\.\w+)?")
-    found = ((own.fullmatch(name), parameter) for name, parameter in root.named_parameters())
-    held = {f"{match[1]}{match[2] or ''}": parameter for match, parameter in found if match}
-    held = {key.removesuffix(".weight") if "_magnitude_" in key else key: held[key] for key in held}
+    scales = {name: (layer.rank, layer.scaling) for name, layer in lora.layers.items()}
+    check_scales(scales, root, adapter_name, origin)
+    parameters = _parameters(root, adapter_name)
     given = lora.state_dict()
-    for key in (
-        held.keys() & given.keys()
-    ):  # one-by-one kernels and magnitudes are written with and without axes of 1
-        if given[key].squeeze().shape == held[key].squeeze().shape:
-            given[key] = given[key].reshape(held[key].shape)
+    for key in parameters.keys() & given.keys():
+        # kernels of 1 × 1 and magnitudes are written with and without axes of 1
+        shape = parameters[key].shape
+        if given[key].squeeze().shape == parameters[key].squeeze().shape:
+            given[key] = given[key].reshape(shape)
     try:
-        check_tensors(given, held)
+        check_tensors(given, parameters)
     except ValueError as error:
         raise ValueError(f"{origin}: {error}") from None
     for key, tensor in given.items():
-        parameter = held[key]
+        parameter = parameters[key]
         dtype = torch.promote_types(parameter.dtype, tensor.dtype)
         parameter.data = tensor.detach().to(parameter.device, dtype, copy=True)
+
+
+def _parameters(root: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
+    """Return the adapter's factors and magnitudes in `root`, by PEFT's keys."""
+    own = re.compile(rf"(.*\.lora_\w+)\.{re.escape(adapter_name)}(\.\w+)?")
+    found = {}
+    for name, parameter in root.named_parameters():
+        match = own.fullmatch(name)
+        if match:
+            key = f"{match[1]}{match[2] or ''}"
+            found[key.removesuffix(".weight") if "_magnitude_" in key else key] = parameter
+    return found
 
 
 def check_scales(
     given: Mapping[str, tuple[int, float]], root: nn.Module, adapter_name: str, origin: str
 ) -> None:
-    """Compare {layer: (rank, scale)} of the file `origin` with an adapter of `root`.
+    """Compare a file's {layer: (rank, scale)} with an adapter of `root`.
 
     Raises:
         ValueError: the layers, or the ranks or scales of one, differ.
@@ -210,7 +221,7 @@ def check_scales(
 
 
 def check_identity(root: nn.Module, adapter_name: str, config: NaraConfig) -> None:
-    """Raises ValueError if C(λ) is not I."""
+    """Raise ValueError if the adapter's C(λ) is not I."""
     level = torch.tensor([0.0, 0.2, 0.5, 0.7, 1.0])
     with adapter_of_model(root, adapter_name) as adapter:
         for core in adapter.cores(level).values():

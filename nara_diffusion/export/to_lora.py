@@ -1,13 +1,14 @@
 """Export of a NaRA as one plain LoRA: exactly that of one λ, or the nearest over all λ.
 
-The one LoRA that is nearest over all λ has the mean C̄ of C(λ) in place of C(λ): of all X it minimises
-∫ ‖s B (C(λ) − X) A‖² dλ, whatever A and B are. Its error is computed from r × r matrices, so the dense ΔW (d_out, d_in)
-is never made:
+The LoRA that is nearest over all λ has the mean C̄ of C(λ) in place of C(λ). For any A and B,
+C̄ is the X that minimises ∫ ‖s B (C(λ) − X) A‖² dλ. The error is computed from r × r matrices, without
+the dense ΔW (d_out, d_in):
 
     ‖s B D A‖² = Σ (Bᵀ B D s² A Aᵀ) ⊙ D,        D = C(λ) − C̄
 
-The grid of λ has 257 equal steps, and all points between which the cores are linear in λ, or constant: the knots of
-"knots"; the points of a strength, both sides of each of its steps, which are neighbouring float32 numbers.
+The grid of λ has 257 equidistant points. It also has the points between which C is linear in λ or
+constant: the knots of "knots", and a strength's points, with both sides of each of its steps
+(neighbouring float32 numbers).
 """
 
 from __future__ import annotations
@@ -30,26 +31,30 @@ def to_lora(
     noise_level: Level | Literal["best"] | None = None,
     adapter_name: str = "default",
 ) -> PlainLora:
-    """The adapter of `model` at one λ as a plain LoRA (a DoRA, if it is a NaRA-DoRA); the model stays as it is.
+    """Return the adapter of `model` at one λ as a plain LoRA, or a DoRA if it is a NaRA-DoRA.
+
+    The model stays as it is.
 
         to_lora(model, noise_level=0.5).save_pretrained("folder")      # for PeftModel.from_pretrained, without NaRA
 
-    At that λ the update equals the NaRA's up to rounding (a relative 1e-7 in float32); at any other λ it differs. A
-    strength, from `set_strength` or the configuration, is included. Every `core_type` and `core_sharing` can be
-    exported, and so can a plain LoRA whose strength depends on λ.
+    At that λ the update equals the NaRA's up to rounding (a relative 1e-7 in float32). At any other λ it
+    differs. It includes a strength from `set_strength` or the configuration. Every `core_type` and
+    `core_sharing` can be exported, and a plain LoRA with a strength over λ too.
 
     Args:
-        model: a PeftModel, a model with an injected adapter (`inject_adapter_in_model`, `unet.add_adapter`,
-            `load_nara_weights`), or a model that contains one such; quantised or not.
-        noise_level: λ in [0, 1], 1 = pure noise. None takes that of `with noise_level(model, …)`; an adapter that
-            doesn't depend on λ needs none. "best" gives the one LoRA whose update is nearest over all λ, for hosts
-            without schedules, with its `error`; of a DoRA, the update inside of the norm.
+        model: a PeftModel, a model with an injected adapter (`inject_adapter_in_model`,
+            `unet.add_adapter`, `load_nara_weights`), or a model that contains one of these; quantised
+            or not.
+        noise_level: λ in [0, 1], 1 = pure noise. None takes λ from `with noise_level(model, …)`; an
+            adapter that doesn't depend on λ needs none. "best" returns the LoRA with the nearest update
+            over all λ, for hosts without schedules, with its `error`. For a DoRA this compares the
+            update inside the norm.
         adapter_name: the name of the adapter.
 
     Raises:
-        ValueError: there is no such adapter; λ is missing, or differs between samples; the adapter can't be a plain
-            LoRA (a variant such as aLoRA, another method than LoRA, biases of B, another prediction than its base's);
-            its weights are offloaded or sharded.
+        ValueError: there is no such adapter; λ is missing, or differs between samples; the adapter
+            can't be a plain LoRA (a variant such as aLoRA, another method than LoRA, biases of B,
+            another prediction than its base's); or its weights are offloaded or sharded.
     """
     if isinstance(noise_level, str) and noise_level != "best":
         raise ValueError(f'noise_level is {noise_level!r}: pass a number in [0, 1], or "best".')
@@ -60,7 +65,7 @@ def to_lora(
 
 
 def lora_of(adapter: Adapter, noise_level: Level | Literal["best"] | None) -> PlainLora:
-    """As `to_lora`, of an adapter of a model or of a file."""
+    """Do as `to_lora`, for an adapter of a model or of a file."""
     fields = getattr(adapter.config, "scheduler", None)
     if fields is not None:
         raise ValueError(
@@ -69,10 +74,9 @@ def lora_of(adapter: Adapter, noise_level: Level | Literal["best"] | None) -> Pl
         )
     if isinstance(noise_level, str):
         cores, error = _nearest(adapter)
-    else:
-        at_level = adapter.cores(adapter.level_of(noise_level))
-        cores, error = {name: C[0] for name, C in at_level.items()}, None
-    return replace(adapter.folded(cores), error=error)
+        return replace(adapter.folded(cores), error=error)
+    at_level = adapter.cores(adapter.level_of(noise_level))
+    return adapter.folded({name: C[0] for name, C in at_level.items()})
 
 
 # ---------------------------------------------------------------------- the nearest over all λ
@@ -81,7 +85,7 @@ _GRID = 257
 
 
 def _nearest(adapter: Adapter) -> tuple[dict[str, Tensor], ExportError]:
-    """{module: the mean C̄ (r, r) of C(λ)}, float64, and its error over λ."""
+    """Return {module: the mean C̄ (r, r) of C(λ)}, float64, and its error over λ."""
     levels, weights = _grid(adapter)
     means: dict[str, Tensor] = {}
     errors = sizes = torch.zeros(len(levels), dtype=torch.float64)
@@ -97,7 +101,7 @@ def _nearest(adapter: Adapter) -> tuple[dict[str, Tensor], ExportError]:
 
 
 def _squared_norms(layer: PlainLoraLayer, D: Tensor) -> Tensor:
-    """‖s B D A‖² (n,) of D (n, r, r)."""
+    """Return ‖s B D A‖² (n,) for D (n, r, r)."""
     A, B = layer.A.double().flatten(1), layer.B.double().flatten(1)
     if B.shape[1] != layer.rank:
         B = torch.block_diag(*B.chunk(layer.groups))
@@ -106,7 +110,7 @@ def _squared_norms(layer: PlainLoraLayer, D: Tensor) -> Tensor:
 
 
 def _grid(adapter: Adapter) -> tuple[Tensor, Tensor]:
-    """λ (n,) in ascending order, float32, and their weights (n,) by the trapezoidal rule, which sum to 1."""
+    """Return λ (n,), ascending, float32, and their weights by the trapezoidal rule (sum 1)."""
     levels = torch.cat(
         [torch.linspace(0, 1, _GRID, dtype=torch.float32), _breakpoints(adapter)]
     ).unique()
@@ -115,7 +119,7 @@ def _grid(adapter: Adapter) -> tuple[Tensor, Tensor]:
 
 
 def _breakpoints(adapter: Adapter) -> Tensor:
-    """The points between which the cores are linear in λ, or constant: (p,) float32."""
+    """Return the points (p,) between which C is linear in λ, or constant; float32."""
     config: Any = adapter.config
     found = [torch.empty(0, dtype=torch.float32)]
     for schedule in adapter.schedules:

@@ -1,4 +1,4 @@
-"""A NaRA in other people's training scripts, which have the models of a pipeline and no pipeline.
+"""A NaRA in other people's training scripts, which have a pipeline's models but no pipeline.
 
     nara = checkpoint_nara_weights(accelerator, unet=unet)  # accelerator.save_state and load_state have the adapter
     nara.save_nara_weights("outputs")                       # as of a pipeline
@@ -8,8 +8,7 @@ docs/other_trainers.md shows it in a script of Diffusers.
 
 from __future__ import annotations
 
-from typing import Any
-
+from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
@@ -17,10 +16,10 @@ from .weights import load_nara_weights, save_nara_weights
 
 
 class PipelineComponents:
-    """Some models of a pipeline, by their names in it, with the pipeline's methods for NaRA adapters."""
+    """Some models of a pipeline, by their names in it, with its methods for NaRA adapters."""
 
     hf_device_map = None
-    """As of a pipeline that isn't spread over several devices."""
+    """Diffusers reads it: the models aren't spread over several devices."""
 
     def __init__(self, **components: nn.Module) -> None:
         self.components = components
@@ -31,25 +30,25 @@ class PipelineComponents:
 
 
 def checkpoint_nara_weights(
-    accelerator: Any, *, adapter_name: str = "default", **components: nn.Module
+    accelerator: Accelerator, *, adapter_name: str = "default", **components: nn.Module
 ) -> PipelineComponents:
-    """Have `accelerator.save_state` write the adapter of these models, and `load_state` read it, in their place.
+    """Make `accelerator.save_state` and `load_state` write and read only the adapter of these models.
 
         nara = checkpoint_nara_weights(accelerator, unet=unet)  # after unet.add_adapter(NaraConfig(…))
 
     A checkpoint then holds the file that `pipe.load_nara_weights` reads.
 
     Args:
-        accelerator: of accelerate.
+        accelerator: the script's accelerator.
         adapter_name: the name of the adapter that is trained.
-        components: the models with adapters, unwrapped, by their names in the pipeline: unet, transformer,
-            text_encoder, ….
+        components: the models with adapters, unwrapped, by their names in the pipeline: unet,
+            transformer, text_encoder, ….
 
     Returns:
-        The models, with `save_nara_weights` and `load_nara_weights` as of a pipeline.
+        The models, with the pipeline's methods `save_nara_weights` and `load_nara_weights`.
 
     Raises:
-        ValueError: FSDP or DeepSpeed, which write models themselves.
+        ValueError: the accelerator uses FSDP or DeepSpeed, which write models themselves.
     """
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise ValueError(
@@ -65,10 +64,11 @@ def checkpoint_nara_weights(
 
     def save(models: list[nn.Module], weights: list[dict[str, Tensor]], folder: str) -> None:
         adapted.save_nara_weights(folder, adapter_name, is_main_process=accelerator.is_main_process)
-        others = [
-            tensors for model, tensors in zip(models, weights, strict=True) if not is_adapted(model)
-        ]
-        weights[:] = others  # which accelerate writes itself
+        others = []
+        for model, tensors in zip(models, weights, strict=True):
+            if not is_adapted(model):
+                others.append(tensors)
+        weights[:] = others  # accelerate writes these
 
     def load(models: list[nn.Module], folder: str) -> None:
         adapted.load_nara_weights(folder, adapter_name, hotswap=True)

@@ -82,7 +82,7 @@ def test_a_second_adapter_joins_a_peft_model_and_half_precision_changes_no_bit(t
 @pytest.mark.parametrize(
     ("options", "arguments", "make", "message"),
     [
-        ({}, {"r": 4}, base, "can't be given, but come from the LoRA"),
+        ({}, {"r": 4}, base, "can't be given, .*from the LoRA"),
         ({}, {"core_init": "kaiming"}, base, "has a C that is not I"),
         ({}, {"core_type": "bins", "core_bins": 2}, base, "has a C that is not I"),
         ({"bias": "lora_only"}, {}, base, "beside a LoRA's factors"),
