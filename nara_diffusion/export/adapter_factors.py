@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraConfig, LoraLayer
 from peft.tuners.lora.layer import Embedding, LoraVariant, ParamWrapper
-from peft.tuners.lora.variants import DoraLinearVariant, _DoraConvNdVariant
 from torch import Tensor, nn
 
 from nara_diffusion.config import NaraConfig
 from nara_diffusion.cores.registry import CoreSet, core_group, make_cores
+from nara_diffusion.layers.dispatch import PEFT_DORA
 from nara_diffusion.layers.offloading import onloaded
 from nara_diffusion.layers.variants import NaraVariant
 from nara_diffusion.loaders.adapter_part import AdapterPart, configured_scaling
@@ -39,7 +39,7 @@ from nara_diffusion.tuner.strength import layers_of, roots_of, strength_of
 
 from .plain_lora import PlainLora, PlainLoraLayer, layers_of_tensors, others_of
 
-_EXPORTED = (type(None), NaraVariant, DoraLinearVariant, _DoraConvNdVariant)
+_EXPORTED = (type(None), NaraVariant, *PEFT_DORA)
 """LoRA variants that a plain LoRA or DoRA can express."""
 
 

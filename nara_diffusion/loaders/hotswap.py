@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from peft.utils.hotswap import _update_scaling, prepare_model_for_compiled_hotswap
+from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 from torch import nn
 
 from nara_diffusion.config import NaraConfig
@@ -127,7 +127,11 @@ def prepare_swap(model: nn.Module, adapter_name: str, part: AdapterPart) -> Call
     def write() -> None:
         for name, layer in layers.items():
             layer.use_rslora[adapter_name] = config.use_rslora
-            _update_scaling(layer, adapter_name=adapter_name, scaling=scales[name])
+            scaling = layer.scaling[adapter_name]
+            if isinstance(scaling, torch.Tensor):  # after enable_lora_hotswap
+                scaling.fill_(scales[name])
+            else:
+                layer.scaling[adapter_name] = scales[name]
             alpha = by_pattern(config.alpha_pattern, name, config.lora_alpha)
             layer.lora_alpha[adapter_name] = alpha
         for group, core in cores.items():
