@@ -1,7 +1,8 @@
-"""The families that can be trained: Stable Diffusion 1, 2 and XL, with a UNet, and six whose transformer is a flow.
+"""The families that can be trained: those with a UNet (`unet_families`), and six flows.
 
-Of the flows, σ is the timestep divided by 1000 in their pipelines, whatever the scheduler's configuration says. The
-pipelines' own functions make tokens of latents and latents of tokens, as in Diffusers' training scripts.
+A flow's denoiser is a transformer. In the pipelines of these families σ is the timestep divided by
+1000, whatever the configuration of the scheduler says. The pipelines' own functions turn latents
+into tokens and back, as in Diffusers' training scripts.
 """
 
 from __future__ import annotations
@@ -12,71 +13,13 @@ from typing import Any
 import torch
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from diffusers.pipelines.flux2.pipeline_flux2 import Flux2Pipeline
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 
 from .family import Call, Embeddings, Family, stack_padded
+from .unet_families import SD, SDXL
 
 N = 1000
-
-
-# ---------------------------------------------------------------------- UNets
-
-
-def _unet_divisor(pipe: Any) -> int:
-    """The factor by which autoencoder and UNet together reduce the sides of an image."""
-    return pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
-
-
-SD = Family(
-    name="stable-diffusion",
-    title="Stable Diffusion 1 and 2",
-    pipelines=("StableDiffusionPipeline",),
-    # states (b, 77, d)
-    encoder=lambda pipe, prompts, length: pipe.encode_prompt(prompts, pipe.text_encoder.device, 1, False)[:1],
-    inputs=lambda call: {
-        "sample": call.sample, "timestep": call.timestep, "encoder_hidden_states": call.embeddings[0]
-    },
-    divisor=_unet_divisor,
-    denoiser="unet",
-    text_encoders=("text_encoder",),
-    defaults={"resolution": 512, "guidance_scale": 7.5},
-    is_flow=False,
-)  # fmt: skip
-
-
-def _sdxl_inputs(call: Call) -> dict[str, Any]:
-    states, pooled = call.embeddings
-    # bf16 doesn't hold all whole numbers above 256, which sizes and crop positions are
-    conditions = {"text_embeds": pooled, "time_ids": call.time_ids.float()}
-    return {**SD.inputs(call), "encoder_hidden_states": states, "added_cond_kwargs": conditions}
-
-
-def _fit_sdxl(pipe: Any, family: Family) -> Family:
-    kind = pipe.unet.config.addition_embed_type
-    if kind != "text_time" or pipe.text_encoder is None or pipe.text_encoder_2 is None:
-        raise ValueError(
-            f"its UNet has addition_embed_type {kind!r}, expected 'text_time' and two text encoders: name SDXL's base "
-            "model, not its refiner."
-        )
-    return family
-
-
-SDXL = Family(
-    name="stable-diffusion-xl",
-    title="Stable Diffusion XL",
-    pipelines=("StableDiffusionXLPipeline",),
-    # states of two CLIPs (b, 77, d_1 + d_2), and the pooled state of the second (b, p)
-    encoder=lambda pipe, prompts, length: pipe.encode_prompt(
-        prompts, device=pipe.text_encoder.device, do_classifier_free_guidance=False
-    )[::2],
-    inputs=_sdxl_inputs,
-    divisor=_unet_divisor,
-    denoiser="unet",
-    text_encoders=("text_encoder", "text_encoder_2"),
-    cut_short=("text_encoder",),
-    is_flow=False,
-    fit=_fit_sdxl,
-)
 
 
 # ---------------------------------------------------------------------- rectified flows
@@ -92,7 +35,7 @@ def _guidance(call: Call) -> Tensor | None:
     )
 
 
-def _fit_guidance(pipe: Any, family: Family) -> Family:
+def _fit_guidance(pipe: DiffusionPipeline, family: Family) -> Family:
     return family if pipe.transformer.config.guidance_embeds else replace(family, guidance=None)
 
 
@@ -206,7 +149,7 @@ FLUX2 = Family(
 )
 
 
-def _encode_z_image(pipe: Any, prompts: list[str], length: int | None) -> Embeddings:
+def _encode_z_image(pipe: DiffusionPipeline, prompts: list[str], length: int | None) -> Embeddings:
     """States of Qwen3 (b, l, d) and their mask (b, l), 1 for text and 0 for padding."""
     states, _ = pipe.encode_prompt(
         prompts, do_classifier_free_guidance=False, max_sequence_length=length
@@ -232,7 +175,9 @@ Z_IMAGE = Family(
 )
 
 
-def _encode_qwen_image(pipe: Any, prompts: list[str], length: int | None) -> Embeddings:
+def _encode_qwen_image(
+    pipe: DiffusionPipeline, prompts: list[str], length: int | None
+) -> Embeddings:
     """States of Qwen2.5-VL (b, l, d) and their mask (b, l), 1 for text and 0 for padding."""
     states, mask = pipe.encode_prompt(prompts, max_sequence_length=length)
     return states, torch.ones(
@@ -284,13 +229,13 @@ def _wan_inputs(call: Call) -> dict[str, Any]:
     }
 
 
-def _fit_wan(pipe: Any, family: Family) -> Family:
+def _fit_wan(pipe: DiffusionPipeline, family: Family) -> Family:
     if pipe.transformer is None or pipe.transformer_2 is not None:
         raise ValueError(
             "it has two transformers, one for high and one for low noise, like Wan 2.2's 14B: expected one, as in Wan "
             "2.1 and Wan 2.2's 5B."
         )
-    return replace(family, timestep_of_tokens=bool(pipe.config.expand_timesteps))
+    return replace(family, timestep_of_tokens=bool(pipe.config["expand_timesteps"]))
 
 
 WAN = Family(

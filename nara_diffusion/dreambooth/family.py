@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor, nn
 
 Embeddings = tuple[Tensor, ...]
@@ -79,7 +80,7 @@ class Family:
         length = self.max_sequence_length
         return {} if length is None else {"max_sequence_length": length}
 
-    def encode(self, pipe: Any, prompts: Sequence[str]) -> Embeddings:
+    def encode(self, pipe: DiffusionPipeline, prompts: Sequence[str]) -> Embeddings:
         """The embeddings of b prompts, each (b, …), with gradients if the text encoders' weights require them."""
         return tuple(self.encoder(pipe, list(prompts), self.max_sequence_length))
 

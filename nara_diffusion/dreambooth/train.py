@@ -61,7 +61,7 @@ logger = logging.getLogger(__name__)
 
 
 def main(args: DreamBoothArguments) -> dict[str, Any]:
-    """Trains, measures before and after, saves; returns what results.json holds."""
+    """Train, measure before and after, and save. Return the content of results.json."""
     if args.check:
         raise ValueError("main only trains: for a check call nara_command.check_run(args).")
     with start_run(args, "dreambooth", write_checkpoint) as run:
@@ -78,16 +78,12 @@ class FineTuning:
         self.args, self.run = args, run
         self._refuse_sharding()
         run_family(args)  # before the model is loaded
-        captions: dict[str, Any] = {
-            "prompt": args.instance_prompt,
-            "caption_column": args.caption_column,
-        }
-        self.instances = records_from_folder(
-            str(args.instance_data_dir), progress=run.is_main, **captions
-        )
-        held_out = args.validation_data_dir and records_from_folder(
-            args.validation_data_dir, **captions
-        )
+        captions: Any = {"prompt": args.instance_prompt, "caption_column": args.caption_column}
+        folder = str(args.instance_data_dir)
+        self.instances = records_from_folder(folder, progress=run.is_main, **captions)
+        held_out = None
+        if args.validation_data_dir:
+            held_out = records_from_folder(args.validation_data_dir, **captions)
         if args.check and not held_out and len({image.key for image in self.instances}) >= 4:
             held_out = self.instances[-1:]  # and no copy of it is trained on
             self.instances = [image for image in self.instances if image.key != held_out[0].key]
@@ -116,7 +112,7 @@ class FineTuning:
         self.measured_on = self._dataset(held_out, buckets) if held_out else self.dataset
 
     def _refuse_sharding(self) -> None:
-        """Sampling during training needs the whole model on each process."""
+        """Raise ValueError for engines that shard the model: sampling needs all of it on each process."""
         kind = self.run.accelerator.distributed_type
         if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
             raise ValueError(
@@ -125,15 +121,13 @@ class FineTuning:
             )
 
     def _load(self, dtype: torch.dtype, vae_dtype: torch.dtype) -> Any:
-        args = self.args
-        hub: dict[str, Any] = {"revision": args.revision, "variant": args.variant}
-        vae = args.pretrained_vae_model_name_or_path
         return load_pipeline(
-            args.pretrained_model_name_or_path,
+            self.args.pretrained_model_name_or_path,
             dtype=dtype,
-            vae_name=vae,
+            vae_name=self.args.pretrained_vae_model_name_or_path,
             vae_dtype=vae_dtype,
-            **hub,
+            revision=self.args.revision,
+            variant=self.args.variant,
         )
 
     def _buckets(self) -> list[Size]:
@@ -225,10 +219,8 @@ class FineTuning:
         }
         run.open(self.facts)
         run.restore()
-        loss, validate = (
-            replace(self.step, model=denoiser),
-            partial(self.evaluation.validate, denoiser),
-        )
+        loss = replace(self.step, model=denoiser)
+        validate = partial(self.evaluation.validate, denoiser)
         train(run, parts, loss, validate)
         save_adapter(run.accelerator, denoiser, run.folder, write_adapter)
 
@@ -237,9 +229,8 @@ class FineTuning:
         args, samples = self.args, self.measured_on.plain_samples()
         measured = (self.step.objective.unweighted, self.step.latents, samples, self.family)
         loss = ValidationLoss(*measured, args.seed, args.curve_points, args.train_batch_size)
-        prompts = (
-            args.prompts or list(dict.fromkeys(record.prompt for record in self.instances))[:4]
-        )
+        captions = dict.fromkeys(record.prompt for record in self.instances)
+        prompts = args.prompts or list(captions)[:4]
         call = sample_call(args, self.family)
         settings = SampleSettings(
             prompts, args.num_validation_images, args.seed, args.sample_batch_size, call
@@ -268,12 +259,10 @@ class FineTuning:
         return model
 
     def report(self) -> dict[str, Any]:
-        """Measures, and writes the report; what results.json holds."""
+        """Measure, write the report, and return the content of results.json."""
         args, run = self.args, self.run
-        before, after = (
-            self.evaluation.measure(None, "before"),
-            self.evaluation.measure(run.folder, "after"),
-        )
+        before = self.evaluation.measure(None, "before")
+        after = self.evaluation.measure(run.folder, "after")
         data = self.facts["trained on"]
         return finish(
             run,
@@ -298,7 +287,7 @@ class FineTuning:
 
 
 def digested(records: Sequence[ImageRecord]) -> list[str]:
-    """All that a sample depends on."""
+    """Return everything that a sample depends on, for the digest of the data."""
     return [text for record in records for text in (record.key, record.prompt)]
 
 
