@@ -22,13 +22,11 @@ from .captions import check_prompt
 from .draws import torch_generator
 from .families import BY_PIPELINE
 from .family import Family
+from .image_arguments import DreamBoothArguments
 from .image_records import IMAGE_SUFFIXES
 
-CELL, GAP, TEXT = (
-    128,
-    4,
-    15,
-)  # in pixels: side of the square that an image is shown in, space around it, a line of text
+# in pixels: the side of an image's square on a sheet, the space around it, the height of a text line
+CELL, GAP, TEXT = 128, 4, 15
 PROMPT_KEY = "class_prompt"  # of a class image's metadata
 
 
@@ -43,30 +41,29 @@ class SampleSettings:
     images_per_prompt: int  # image j of each prompt has the seed `seed` + j
     seed: int
     batch_size: int
-    call: dict[
-        str, Any
-    ]  # height, width, num_inference_steps, guidance_scale, …, by these names in every family
+    # height, width, num_inference_steps, guidance_scale, …, by these names in every family
+    call: dict[str, Any]
 
     @property
     def pairs(self) -> list[tuple[str, int]]:
-        """(prompt, seed) of each image, all of one prompt after those of another."""
-        return [
-            (prompt, self.seed + j)
-            for prompt in self.prompts
-            for j in range(self.images_per_prompt)
-        ]
+        """(prompt, seed) of each image; all images of a prompt follow each other."""
+        pairs = []
+        for prompt in self.prompts:
+            for j in range(self.images_per_prompt):
+                pairs.append((prompt, self.seed + j))
+        return pairs
 
     @property
     def names(self) -> list[str]:
-        """The file's name of each image."""
-        return [
-            f"{i // self.images_per_prompt:02d}-seed-{seed}.png"
-            for i, (_, seed) in enumerate(self.pairs)
-        ]
+        """The file name of each image."""
+        names = []
+        for i, (_, seed) in enumerate(self.pairs):
+            names.append(f"{i // self.images_per_prompt:02d}-seed-{seed}.png")
+        return names
 
 
-def sample_call(args: Any, family: Family) -> dict[str, Any]:
-    """`SampleSettings.call` of a run's arguments: at the training resolution."""
+def sample_call(args: DreamBoothArguments, family: Family) -> dict[str, Any]:
+    """Return `SampleSettings.call` of a run: at the training resolution."""
     size = {"height": args.resolution, "width": args.resolution}
     steps = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
     return {**size, **steps, **family.sample_call}
@@ -105,24 +102,20 @@ def sample_images(
         return images
 
     count = len(settings.pairs)
-    return (
-        work(range(count))
-        if accelerator is None
-        else split_across_processes(accelerator, count, work)
-    )
+    if accelerator is None:
+        return work(range(count))
+    return split_across_processes(accelerator, count, work)
 
 
 def write_images(folder: Path, images: Sequence[Image.Image], settings: SampleSettings) -> None:
-    """PNG files named by prompt and seed, with a metadata.jsonl of their prompts."""
+    """Write PNG files named by prompt and seed, and a metadata.jsonl with their prompts."""
     lines = []
     with atomic_write(folder) as partial:
         partial.mkdir(parents=True)
         for name, image, (prompt, seed) in zip(settings.names, images, settings.pairs, strict=True):
             image.save(partial / name)
-            lines.append(
-                json.dumps({"file_name": name, "text": prompt, "seed": seed}, ensure_ascii=False)
-                + "\n"
-            )
+            row = {"file_name": name, "text": prompt, "seed": seed}
+            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
         (partial / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
@@ -188,15 +181,16 @@ def generate_class_images(
     *,
     seed: int,
     batch_size: int = 4,
-    accelerator: Any = None,
+    accelerator: Accelerator | None = None,
     progress: bool = True,
     **call: Any,
 ) -> int:
-    """Makes the class images that `folder` lacks; returns how many that were, over all processes.
+    """Make the class images that `folder` lacks. Return their number, over all processes.
 
-    Image i is made from its own generator, seeded by (seed, i), and lies in `class-{seed}-{i}.png`, with the prompt in
-    its metadata. So an interrupted set is completed by what is missing, several processes share the work, and the same
-    command makes the same images. A folder that holds enough images already, of whatever origin, is taken as it is.
+    Image i has its own generator, seeded by (seed, i), and the file `class-{seed}-{i}.png`, with the
+    prompt in its metadata. So an interrupted set is completed, several processes share the work, and
+    the same command makes the same images. A folder that already has enough images, of any origin,
+    is used as it is.
 
     Args:
         make_pipe: loads a text-to-image pipeline onto its device; called only if images are missing.
@@ -232,7 +226,7 @@ def generate_class_images(
 
 
 def _missing(folder: Path, prompt: str, count: int, seed: int) -> list[int]:
-    """The numbers of the images that are to be made."""
+    """Return the numbers of the images to make."""
     present = {path.name for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES}
     for name in sorted(name for name in present if name.startswith("class-")):
         with Image.open(folder / name) as image:
