@@ -6,6 +6,13 @@ LLaDA-8B on all GPUs of the machine (--num_processes N: on N of them), in steps 
     accelerate launch train_scripts/dllm.py --config train_scripts/configs/llada_instruct_math14k.yaml
 """
 
+import sys
+
+from nara_command import TEXT_FLAGS, refuse_typos
+
+if __name__ == "__main__":
+    refuse_typos(sys.argv[1:], TEXT_FLAGS)  # before the imports that take seconds
+
 from nara_diffusion.dllm.train import Arguments, __doc__, main, shipped_run
 from nara_diffusion.training.command import run_command
 

@@ -7,6 +7,13 @@ Your own five images, on one GPU:
         --instance_data_dir dog --instance_prompt "a photo of sks dog" --output_dir sks-dog
 """
 
+import sys
+
+from nara_command import IMAGE_FLAGS, refuse_typos
+
+if __name__ == "__main__":
+    refuse_typos(sys.argv[1:], IMAGE_FLAGS)  # before the imports that take seconds
+
 from nara_diffusion.dreambooth.train import DreamBoothArguments, __doc__, main, shipped_run
 from nara_diffusion.training.command import run_command
 

@@ -13,7 +13,13 @@ Written to the output folder: the weights (for pipe.load_nara_weights), README.m
 load them), samples.png, config.yaml, results.json, metrics.jsonl, noise_level_curve.png, checkpoint-N to resume from.
 """
 
+import sys
 from functools import partial
+
+from nara_command import IMAGE_FLAGS, refuse_typos
+
+if __name__ == "__main__":
+    refuse_typos(sys.argv[1:], IMAGE_FLAGS)  # before the imports that take seconds
 
 from nara_diffusion.dreambooth.pipelines import CONFIGS, shipped_run
 from nara_diffusion.dreambooth.train import DreamBoothArguments, main

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+import nara_command
 from nara_diffusion.dllm.text_arguments import Arguments
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
 from nara_diffusion.training.command import ArgumentParser, parse_arguments
@@ -195,3 +199,38 @@ def test_run_without_a_folder_gets_a_numbered_one_and_no_other_run_s(
     before = {path: path.read_bytes() for path in first.iterdir()}
     assert str(first) in refusal(capsys, "dllm.py", **flags, output_dir=first)
     assert {path: path.read_bytes() for path in first.iterdir()} == before
+
+
+# ---------------------------------------------------------------- before anything slow is imported
+
+
+@pytest.mark.parametrize(
+    ("script", "flag", "meant"),
+    [
+        ("dllm.py", "--rnk", "--rank"),
+        ("dreambooth.py", "--resolutoin=64", "--resolution"),
+        ("dreambooth_sdxl.py", "--no-centre_crop", "--center_crop"),
+    ],
+)
+def test_mistyped_flag_is_refused_before_torch_is_imported(tmp_path: Path, script: str, flag: str, meant: str) -> None:
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT)))}
+    command = [sys.executable, ROOT / "train_scripts" / script, flag]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True)
+    name = flag.partition("=")[0]
+    assert (ran.returncode, ran.stderr) == (2, f"error: unrecognized {name}: did you mean {meant}?\n")
+
+
+def test_other_mistakes_and_known_flags_are_left_to_the_parser() -> None:
+    words = [
+        "--rank=3",
+        "--no_random_flip",
+        "--config",
+        "file.yaml",
+        "--help_all",
+        "--prompt",
+        "--lr",
+        "--zzz",
+        "stray",
+    ]
+    assert nara_command.refuse_typos(words, nara_command.IMAGE_FLAGS) is None
