@@ -1,1 +1,2 @@
-"""The parts that both train scripts share: arguments, runs, checkpoints, the training loop, reports."""
+"""The parts that both train scripts share: arguments, runs, checkpoints, the training loop,
+reports."""

@@ -1,8 +1,9 @@
 """Weights from and to files: `--init_adapter`, and what fine-tuning a language model writes.
 
-an adapter         adapter_config.json, adapter_model.safetensors: PEFT's format, for PeftModel.from_pretrained
+an adapter         adapter_config.json, adapter_model.safetensors: PEFT's format, for PeftModel
 all weights        config.json, model.safetensors: transformers' format, for load_backbone
-in a checkpoint    the same, and for virtual tokens trainable.safetensors: P-tuning's network, which makes them
+in a checkpoint    the same; for virtual tokens also trainable.safetensors: P-tuning's network,
+                   which makes them
 """
 
 from __future__ import annotations
@@ -47,17 +48,18 @@ def start_from(
     path: str,
     source_model: DiffusionPipeline | PreTrainedModel,
 ) -> None:
-    """Copy the tensors of the adapter in `path` into the adapters "default" of `components`, of the same layers.
+    """Copy the adapter in `path` into the adapters "default" (same layers) of `components`.
 
-    A LoRA gives A, B and magnitudes; the core stays as it starts, C = I. A NaRA also gives its core.
+    A LoRA sets A, B and the magnitudes; the core keeps its start, C = I. A NaRA also sets its core.
 
     Args:
-        components: {name: adapted model without PEFT's wrapper}; the name is empty for a model outside of a pipeline.
+        components: {name: adapted model without PEFT's wrapper}; the name is empty for a model
+            outside of a pipeline.
         source_model: the pipeline or model; its class decides how a LoRA's file is read.
 
     Raises:
-        ValueError: the file is no such adapter, or differs from the adapters in layers, rank, α, DoRA, core, λ's
-            convention or prediction. The message names the flag to change.
+        ValueError: the file has no such adapter, or differs from the adapters in layers, rank, α,
+            DoRA, core, λ's convention or prediction. The message names the flag to change.
     """
     file, origin = Path(path).expanduser(), f"init_adapter '{path}'"
     with naming(path):
@@ -77,7 +79,7 @@ def start_from(
 
 
 def _check_components(given: Sequence[str], trained: Sequence[str], origin: str) -> None:
-    """Raise ValueError if the file has other components than the run trains."""
+    """Raise ValueError if the components in the file differ from those that the run trains."""
     if set(given) == set(trained):
         return
     if "" in trained:
@@ -94,7 +96,8 @@ def _check_predictions(
     schedulers: Iterable[Mapping[str, Any] | None],
     source_model: DiffusionPipeline | PreTrainedModel,
 ) -> None:
-    """Raise ValueError if a part was trained for another prediction than the model's scheduler expects."""
+    """Raise ValueError if a component was trained for another prediction than the model's scheduler
+    expects."""
     for fields in schedulers:
         check_expected(getattr(source_model, "scheduler", None), fields)
 
@@ -154,9 +157,10 @@ def _check_same(config: PeftConfig, given: NaraConfig, origin: str) -> None:
 def write_adapter(
     model: PeftModel | PreTrainedModel, folder: Path, state: dict[str, Tensor]
 ) -> None:
-    """Write what a user loads onto the base model, or instead of it. It is a `checkpoints.Writer`."""
+    """Write the files that a user loads onto the base model, or in its place. A
+    `checkpoints.Writer`."""
     if isinstance(model, PeftModel):
-        # the base model has the embeddings; to find that out, PEFT would look up its configuration again
+        # the base model has the embeddings; PEFT would reload its configuration to find out
         model.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; the run writes its own
     else:
@@ -166,7 +170,7 @@ def write_adapter(
 def write_checkpoint(
     model: PeftModel | PreTrainedModel, folder: Path, state: dict[str, Tensor]
 ) -> None:
-    """Write what `load_checkpoint` reads. It is a `checkpoints.Writer`."""
+    """Write the files that `load_checkpoint` reads. A `checkpoints.Writer`."""
     write_adapter(model, folder, state)
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         tensors = {name: state[name].detach().cpu().contiguous() for name in _trainable(model)}

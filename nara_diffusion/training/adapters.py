@@ -1,7 +1,7 @@
-"""From the method that `--adapter` names, and its options, to an adapted model.
+"""Build an adapted model from the method that `--adapter` names, and its options.
 
-NaRA's family is from this package, all other methods are PEFT's, by the name of their PeftType in small letters. Some
-names are short for a method with fixed fields: `dora` is `lora` with use_dora.
+NaRA's family comes from this package. All other methods are PEFT's, named by their PeftType in
+lower case. Some names are short for a method with fixed fields: `dora` is `lora` with use_dora.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _NARAS, _LORAS = (
     {each.name for each in dataclasses.fields(cls)} for cls in (NaraConfig, LoraConfig)
 )
 CORE_FIELDS = _NARAS - _LORAS
-"""What NaraConfig adds to LoraConfig."""
+"""The fields that NaraConfig adds to LoraConfig."""
 
 _REFUSED = {
     "adalora": "drops directions by a step of its own after each optimizer step, which this trainer doesn't take",
@@ -56,10 +56,10 @@ _VIRTUAL_TOKENS = 20
 @dataclass(frozen=True)
 class Method:
     """Attributes:
-    name: of PEFT's type in small letters, "nara" or "full".
-    title: what people call it.
-    source: where it was published; of other methods of PEFT, "PEFT".
-    fixed: fields of the configuration that its name decides.
+    name: the PeftType in lower case, "nara" or "full".
+    title: the usual name.
+    source: where it was published; "PEFT" for PEFT's other methods.
+    fixed: the fields of the configuration that the method's name sets.
     """
 
     name: str
@@ -69,14 +69,15 @@ class Method:
 
     @property
     def config(self) -> Any:
-        """The class of its configuration; None for all weights, and for a name that is no method."""
+        """The class of its configuration; None for full fine-tuning and for an unknown name."""
         if self.name == "nara":
             return NaraConfig
         return PEFT_TYPE_TO_CONFIG_MAPPING.get(self.name.upper())  # type: ignore[call-overload]
 
     @property
     def family(self) -> Literal["nara", "lora", "other", "prompt", "full"]:
-        """ "nara" (a core), "lora" (peft.LoraConfig), "prompt" (virtual tokens), "other" of PEFT's, "full"."""
+        """ "nara" (a core), "lora" (peft.LoraConfig), "prompt" (virtual tokens), "other" of PEFT's,
+        "full"."""
         if self.name in ("nara", "lora", "full"):
             return self.name  # type: ignore[return-value]
         return "prompt" if issubclass(self.config, PromptLearningConfig) else "other"
@@ -98,11 +99,12 @@ NAMED = {
     "p_tuning": Method("p_tuning", "P-tuning", "arXiv 2103.10385"),
     "full": Method("full", "full fine-tuning", "all weights"),
 }
-"""The methods by the names that --adapter takes; others of PEFT's go by their own."""
+"""The methods by the names that --adapter takes; PEFT's other methods keep their own names."""
 
 
 def method_of(args: AdapterArguments) -> Method:
-    """The method that `args.adapter` names. Raises ValueError if there is none, or it can't be trained here."""
+    """Return the method that `args.adapter` names. Raise ValueError if there is none, or it can't
+    be trained here."""
     chosen = args.adapter
     method = NAMED.get(chosen, Method(chosen, chosen.replace("_", " ")))
     if chosen in _REFUSED:
@@ -118,7 +120,8 @@ def method_of(args: AdapterArguments) -> Method:
 
 
 def title_of(args: AdapterArguments) -> str:
-    """The usual name of the method that `args` describe, such as "NaRA-C" for `nara` with a constant core."""
+    """Return the usual name of the method in `args`, such as "NaRA-C" for `nara` with a constant
+    core."""
     method, config = method_of(args), adapter_config(args)
     title = method.title
     if method.family == "nara" and "core_type" not in method.fixed:
@@ -144,16 +147,20 @@ def adapter_config(
     strength: StrengthSchedule | None = None,
     **fields: Any,
 ) -> PeftConfig | None:
-    """The configuration of the adapter that `args` describe; None for full fine-tuning. A core's
-    fields in `adapter_options`, which a file of arguments may hold for several methods, are left out where it has none.
+    """Return the configuration of the adapter that `args` describe; None for full fine-tuning.
+
+    A file of arguments may set `adapter_options` for several methods: an adapter without a core
+    ignores the core's fields.
 
     Args:
         noise_convention: how λ is defined, for adapters that depend on it.
-        strength: that of a window of noise levels, for NaRA's family; other adapters can't hold it.
+        strength: the strength schedule of a window of noise levels, for NaRA's family; other
+            adapters can't store it.
         fields: further fields of the configuration, such as task_type.
 
     Raises:
-        ValueError: `adapter_options` names a field that the configuration lacks, or has a value that it refuses.
+        ValueError: `adapter_options` names a field that the configuration lacks, or has a value
+            that it refuses.
     """
     method = method_of(args)
     own = method.family == "nara"
@@ -204,7 +211,7 @@ def adapter_config(
 
 
 def _values(args: AdapterArguments, method: Method, options: Mapping[str, Any]) -> dict[str, Any]:
-    """{field, of whatever method: value} of the arguments that have a flag."""
+    """Return {field, of any method: value} for the arguments that have a flag."""
     rank, alpha = args.rank, args.rank if args.lora_alpha is None else args.lora_alpha
     if (
         args.adapter == "multi_lora"
@@ -229,14 +236,18 @@ def _values(args: AdapterArguments, method: Method, options: Mapping[str, Any]) 
 
 
 def import_core_module(name: str) -> None:
-    """Import the module `name`, or, where it ends in .py, the file of that path, whose folder joins `sys.path`. Raises
-    ValueError if there is none, it fails, or no core is registered then."""
+    """Import the module `name`. If it ends in .py, import that file and add its folder to
+    `sys.path`.
+
+    Raises:
+        ValueError: there is no such module, its import fails, or it registers no core.
+    """
     folder = str(Path(name).resolve().parent)
     if name.endswith(".py") and folder not in sys.path:
         sys.path.append(folder)
     try:
         importlib.import_module(module_name(name))
-    except Exception as error:  # whatever the user's code raises
+    except Exception as error:  # user code may raise anything
         raise ValueError(
             f"core_module {name!r} can't be imported: {type(error).__name__}: {error}"
         ) from error
@@ -247,7 +258,7 @@ def import_core_module(name: str) -> None:
 
 
 def module_name(name: str) -> str:
-    """The name under which Python imports the module that `--core_module` names."""
+    """Return the name under which Python imports the module that `--core_module` names."""
     return Path(name).stem if name.endswith(".py") else name
 
 
@@ -261,11 +272,14 @@ def build_adapter(
     noise_convention: str | None = MASKED_SHARE,
     strength: StrengthSchedule | None = None,
 ) -> nn.Module:
-    """A PeftModel around the language model `model`, by `adapter_config`, of which only the adapter is trainable; or
-    `model` itself with all its weights trainable (`adapter` "full"). Raises as `add_adapter`."""
+    """Return a PeftModel around the language model `model` in which only the adapter is trainable.
+
+    With `adapter` "full", return `model` itself with all its weights trainable. Raises as
+    `add_adapter`.
+    """
     options: dict[str, Any] = {}
     if method_of(args).family == "prompt":
-        # what PEFT prepends the tokens in; encoders have no `generate`
+        # PEFT prepends the tokens in it; encoders have no `generate`
         options["task_type"] = (
             "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else "FEATURE_EXTRACTION"
         )
@@ -274,10 +288,11 @@ def build_adapter(
 
 
 def add_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
-    """Add an adapter to `model`. Only the weights of the adapter are trainable.
+    """Add an adapter to `model`. Only the adapter's weights are trainable.
 
     Raises:
-        ValueError: a name in `target_modules` matches nothing; the message names modules that would.
+        ValueError: a name in `target_modules` matches nothing; the message names modules that
+            would.
     """
     check_target_modules(model, getattr(config, "target_modules", None))
     with warnings.catch_warnings():
@@ -291,8 +306,11 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
 
 
 def check_target_modules(model: nn.Module, targets: Any) -> None:
-    """Refuse names that match no module, by PEFT's rule: a module's whole name, or its end after a dot. PEFT alone
-    adapts the others without a word."""
+    """Raise ValueError for names that match no module.
+
+    A name matches by PEFT's rule: it is a module's whole name, or its end after a dot. PEFT itself
+    adapts the other modules without a warning.
+    """
     if targets is None or isinstance(targets, str):
         return
     names = [f".{name}" for name, _ in model.named_modules() if name]
@@ -313,7 +331,8 @@ def check_target_modules(model: nn.Module, targets: Any) -> None:
 
 
 def recompute_activations(model: PreTrainedModel) -> None:
-    """Gradient checkpointing by the model's own call, in the form that needs no gradient at the inputs."""
-    # its name up to transformers 5.23 and, as a deprecated one, since
+    """Turn on gradient checkpointing by the model's own method, in the form that needs no gradient
+    at the inputs."""
+    # the name up to transformers 5.23, deprecated since then
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
     enable({"use_reentrant": False})

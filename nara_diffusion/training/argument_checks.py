@@ -1,4 +1,4 @@
-"""What no training can use: the checks of the arguments that both train scripts share."""
+"""The checks of the arguments that both train scripts share: values that no training can use."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from .optimization import check_optimizer
 
 
 def check_arguments(args: TrainingArguments) -> None:
-    """Raise ValueError for values that no run can use. Each script's arguments call it in `__post_init__`."""
+    """Raise ValueError for values that no run can use. Each script's arguments call it in
+    `__post_init__`."""
     counts = (
         "rank",
         "train_batch_size",
@@ -83,7 +84,7 @@ def require(
 ) -> None:
     """Raise ValueError for the first of `names` if `holds(value)` is false; None counts as not set.
 
-    The message has the argument's name, its value and what was `expected`.
+    The message contains the argument's name, its value and what was `expected`.
     """
     for name in names:
         value = getattr(args, name)

@@ -1,4 +1,5 @@
-"""The arguments that both train scripts share, in groups; a script adds its own by inheriting from them."""
+"""The arguments that both train scripts share, in groups; a script inherits from them to add its
+own."""
 
 # ruff: noqa: RUF009 (option() is dataclasses.field() with metadata, not a shared default)
 from __future__ import annotations
@@ -21,7 +22,8 @@ OPTIMIZERS = {
 }
 """{optimizer: (its module, its class)}."""
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt")
-"""The schedules of transformers that depend on step and warm-up only; others need a metric or more settings."""
+"""The schedules of transformers that depend on step and warm-up only; others need a metric or more
+settings."""
 
 
 @dataclass
@@ -208,9 +210,10 @@ class TrainingArguments(AdapterArguments, OptimizationArguments, WindowArguments
 
 
 def schedule_of(args: WindowArguments) -> StrengthSchedule | None:
-    """Return the strength that the trained adapter is meant to have: 0 outside of the window. None without a window.
+    """Return the strength schedule of the trained adapter: 0 outside of the window; None without a
+    window.
 
-    A NaRA's file holds it. A LoRA's can't; the run says how to give it the schedule.
+    A NaRA's file stores it. A LoRA's can't; the run says how to set it.
     """
     return window_of(args).as_schedule()
 
@@ -227,7 +230,8 @@ _PLACES = re.compile(
 
 
 def without_folders(text: str, args: TrainingArguments) -> str:
-    """Return `text` as others may see it: only the last part of each absolute path among the arguments."""
+    """Return `text` for publication: each absolute path among the arguments is cut to its last
+    part."""
     places = [
         v
         for name, v in given_arguments(args).items()
@@ -245,7 +249,7 @@ def without_folders(text: str, args: TrainingArguments) -> str:
 
 
 def public_arguments(args: TrainingArguments) -> dict[str, Any]:
-    """Return `given_arguments` as others may see them."""
+    """Return `given_arguments` for publication, without folders."""
     values = given_arguments(args)
     return {
         n: without_folders(value, args) if isinstance(value, str) else value

@@ -1,16 +1,19 @@
-"""The folder checkpoint-N: all that a run needs to continue after step N as if it had never stopped.
+"""The folder checkpoint-N: all that a run needs to continue after step N as if it had never
+stopped.
 
-    checkpoint-N/adapter_config.json, adapter_model.safetensors   the adapter, as the run's writer has it
-                 optimizer.bin, scheduler.bin, scaler.pt          as accelerate writes them (scaler.pt with fp16); the
-                                                                  optimizer by the engine, see `engine_state`
-                 random_states_P.pkl                              of process P
-                 checkpoint.json                                  the manifest: step, length of the schedule, losses
-                                                                  that aren't logged yet, processes, engine, arguments,
-                                                                  digests of files, data, base and the manifest itself
+    checkpoint-N/adapter_config.json,        the adapter, written by the run's `Writer`
+                 adapter_model.safetensors
+                 optimizer.bin,              as accelerate writes them (scaler.pt with fp16); the
+                 scheduler.bin, scaler.pt    engine decides the optimizer's form, see `engine_state`
+                 random_states_P.pkl         of process P
+                 checkpoint.json             the manifest: step, length of the schedule, losses that
+                                             aren't logged yet, processes, engine, arguments, digests
+                                             of files, data, base and the manifest itself
 
-The place in the data is the step alone: `loop.ShuffledStream` makes the order a function of (seed, position). Neither
-the data nor the frozen base model are in a checkpoint, but it knows them again by their digests. A checkpoint is
-written under another name and renamed when it is complete; older ones are deleted after that.
+The step is enough to find the place in the data: `loop.ShuffledStream` makes the order a function
+of (seed, position). A checkpoint contains neither the data nor the frozen base model; it recognises
+them by their digests. A checkpoint is written under a temporary name and renamed when it is
+complete; older ones are deleted after that.
 """
 
 from __future__ import annotations
@@ -46,7 +49,8 @@ from .options import given_arguments
 logger = logging.getLogger(__name__)
 
 Writer = Callable[[Any, Path, dict[str, Any]], None]
-"""Writes an adapter's files: (the model without wrappers, the folder, the model's whole state dict)."""
+"""Write an adapter's files, given (the model without wrappers, the folder, the model's state
+dict)."""
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _LENGTH = "max_train_steps num_train_epochs check logging_steps validation_steps"
@@ -60,8 +64,11 @@ _DATA = "dataset_name train_file validation_file validation_samples max_train_sa
 _DATA += " instance_data_dir instance_prompt class_data_dir num_class_images validation_data_dir"
 _PLACES = "pretrained_model_name_or_path pretrained_vae_model_name_or_path init_adapter core_module"
 MAY_CHANGE = frozenset(f"{_LENGTH} {_MEASURED} {_DATA} {_PLACES}".split())
-"""Arguments that a resumed run may give otherwise. Digests tell whether data and base are the same: the order of other
-data starts anew, another base is refused. Arguments that aren't here say what is trained, or how."""
+"""Arguments that may change when a run resumes.
+
+Digests check data and base: other data restart their order, another base is an error. All other
+arguments define what is trained, or how.
+"""
 
 
 # ---------------------------------------------------------------- writing
@@ -74,15 +81,17 @@ def save_checkpoint(
     write: Writer,
     limit: int | None,
 ) -> None:
-    """Write the checkpoint `target`, and delete the oldest ones beside it beyond `limit`. Every process calls it.
+    """Write the checkpoint `target`, and delete the oldest ones beside it beyond `limit`. Every
+    process calls it.
 
     Args:
-        facts: what the manifest says of the run.
+        facts: the run's fields of the manifest.
         write: writes the adapter's files.
         limit: checkpoints to keep; None keeps all.
 
     Raises:
-        OSError: the disk is full, say. Nothing of the checkpoint is left then, and earlier ones are untouched.
+        OSError: the disk is full, for example. Nothing of the checkpoint is left then, and earlier
+            ones are untouched.
     """
     partial = partial_name(target)  # every process writes its random states into the same folder
     is_main = accelerator.is_main_process
@@ -120,7 +129,8 @@ def _digests_of_files(folder: Path) -> dict[str, tuple[int, str]]:
 
 
 def save_adapter(accelerator: Accelerator, model: Any, folder: Path, write: Writer) -> None:
-    """Write the adapter's files to `folder`. Every process calls it. Raises OSError, as `save_checkpoint`."""
+    """Write the adapter's files to `folder`. Every process calls it. Raises OSError, as
+    `save_checkpoint`."""
     state = trained_state(accelerator, model)
     if accelerator.is_main_process:
         try:
@@ -145,8 +155,11 @@ def _delete_oldest(folder: Path, limit: int | None, newest: Path) -> None:
 
 
 def find_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a run's folder in the order in which they were written, whatever their steps: a run that went
-    back writes steps anew that are below those of before."""
+    """Return the checkpoints in a run's folder, in the order they were written.
+
+    Their steps may not ascend: a run that resumed from an earlier checkpoint writes lower steps
+    later.
+    """
 
     def written(path: Path) -> tuple[float, int]:
         try:
@@ -162,7 +175,7 @@ def find_checkpoints(folder: Path) -> list[Path]:
 
 
 def last_checkpoint(folder: Path) -> str:
-    """A sentence that names the checkpoint in `folder` from which a run can be resumed."""
+    """Return a sentence that names the checkpoint in `folder` to resume from."""
     if not (found := find_checkpoints(folder)):
         return "There is no checkpoint to continue from."
     return f"To continue, run the same command with --resume_from_checkpoint {found[-1]}"
@@ -170,7 +183,8 @@ def last_checkpoint(folder: Path) -> str:
 
 @contextmanager
 def explained_disk_errors(folder: Path) -> Iterator[None]:
-    """Inside, an error of a full or read-only disk names the file, and the checkpoint in `folder` to resume from."""
+    """Add the file's name, and the checkpoint in `folder` to resume from, to errors of a full or
+    read-only disk."""
     try:
         yield
     except OSError as error:
@@ -183,8 +197,10 @@ def explained_disk_errors(folder: Path) -> Iterator[None]:
 
 
 def latest_whole(folder: Path) -> Path | None:
-    """The checkpoint in `folder` that was written last and is whole; damaged ones after it are named. None where there
-    is no checkpoint at all. Raises ValueError if all are damaged."""
+    """Return the last written checkpoint in `folder` that is whole; None if there is no checkpoint.
+
+    It logs the damaged ones after it. Raises ValueError if all are damaged.
+    """
     damaged: list[str] = []
     for path in reversed(find_checkpoints(folder)):
         try:
@@ -207,7 +223,7 @@ def latest_whole(folder: Path) -> Path | None:
 
 
 def check_files(checkpoint: Path) -> None:
-    """Raises ValueError with the name of a file that is missing or damaged."""
+    """Raise ValueError with the name of a file that is missing or damaged."""
     for name, (size, digest) in read_manifest(checkpoint)["files"].items():
         file = checkpoint / name
         if not file.is_file():
@@ -217,8 +233,10 @@ def check_files(checkpoint: Path) -> None:
 
 
 def check_same_run(checkpoint: Path, args: TrainingArguments, accelerator: Accelerator) -> None:
-    """Raises ValueError with the engine, the processes or the arguments that differ, of a checkpoint that this run
-    can't go on from to the same bits."""
+    """Raise ValueError if this run can't continue a checkpoint to the same bits.
+
+    The message names the engine, the processes or the arguments that differ.
+    """
     manifest, engine, processes = (
         read_manifest(checkpoint),
         engine_name(accelerator),
@@ -248,8 +266,11 @@ def check_same_run(checkpoint: Path, args: TrainingArguments, accelerator: Accel
 
 
 def check_random_states(checkpoint: Path, process: int) -> None:
-    """Raises ValueError unless `load_state` has restored the generators of this process: accelerate silently skips what
-    it can't load. It restores Python's, NumPy's, PyTorch's and CUDA's in this order: the last one tells of all."""
+    """Raise ValueError unless `load_state` has restored the random generators of this process.
+
+    accelerate silently skips what it can't load. It restores Python's, NumPy's, PyTorch's and
+    CUDA's in this order, so the last one shows whether all were restored.
+    """
     file = checkpoint / f"random_states_{process}.pkl"
     try:
         saved = load(file)
@@ -258,7 +279,7 @@ def check_random_states(checkpoint: Path, process: int) -> None:
             pairs += zip(
                 saved["torch_cuda_manual_seed"], torch.cuda.get_rng_state_all(), strict=True
             )
-    except Exception as error:  # whatever unpickling raises
+    except Exception as error:  # unpickling may raise anything
         raise ValueError(
             f"{file} can't be read ({error}): resume from another checkpoint."
         ) from error
@@ -269,7 +290,8 @@ def check_random_states(checkpoint: Path, process: int) -> None:
 
 
 def warn_of_pickles(checkpoint: Path, engine: str) -> None:
-    """Log that resuming under `engine` (see `engine_name`) runs the pickles in a checkpoint, where it does."""
+    """Log that resuming unpickles files of the checkpoint, if `engine` (see `engine_name`) does
+    so."""
     if engine not in ("one process or DDP", "FSDP2 with FULL_STATE_DICT"):  # read with weights_only
         logger.warning(
             "%s: %s keeps its state in pickles, and resuming runs the code in them: resume only checkpoints that you "
@@ -281,13 +303,15 @@ def warn_of_pickles(checkpoint: Path, engine: str) -> None:
 def changed_arguments(
     args: TrainingArguments, saved: Mapping[str, Any]
 ) -> dict[str, tuple[Any, Any]]:
-    """{name: (saved value, current value)} of the arguments that differ from `saved`, as `given_arguments` returned
-    them, but for those by which a run is resumed."""
+    """Return {name: (saved value, current value)} of the arguments that differ from `saved`.
+
+    `saved` is as `given_arguments` returned it. The arguments that resume a run are left out.
+    """
     now = given_arguments(args)
     names = sorted(now.keys() - {"output_dir", "resume_from_checkpoint"})
     return {name: (saved.get(name), now[name]) for name in names if saved.get(name) != now[name]}
 
 
 def describe_changes(changed: Mapping[str, tuple[Any, Any]]) -> str:
-    """Return the arguments of `changed_arguments`, in words."""
+    """Return a description of the arguments in `changed_arguments`."""
     return ", ".join(f"{name}: {old!r} there, {new!r} now" for name, (old, new) in changed.items())

@@ -1,11 +1,13 @@
-"""The command line of both train scripts: arguments from flags and a YAML file, logging, and errors in one line.
+"""The command line of both train scripts: arguments from flags and a YAML file, logging, and
+one-line errors.
 
-Flags win over the file given as `--config`, the file wins over the defaults, and both are checked alike. `--help` shows
-the common options, `--help_all` all of them. Hyphens in a flag count as underscores.
+Flags win over the file given as `--config`, the file wins over the defaults, and both are checked
+alike. `--help` shows the common options, `--help_all` all of them. Hyphens in a flag count as
+underscores.
 
-An error that this package raises is shown as one line that says what to do. So is a stop by Ctrl-C or SIGTERM, which
-Slurm and Kubernetes send before they kill. (In the loop, either ends the step in progress and saves.) Any other error
-keeps its traceback.
+An error that this package raises is shown as one line that says what to do. So is a stop by Ctrl-C
+or by SIGTERM, which Slurm and Kubernetes send before they kill. (In the loop, either one ends the
+step in progress and saves.) Any other error keeps its traceback.
 """
 
 from __future__ import annotations
@@ -53,11 +55,12 @@ _METAVARS: dict[type, str] = {
 }
 
 CONFIGS = Path(__file__).resolve().parents[2] / "train_scripts" / "configs"
-"""The settings of the shipped runs. A clone of the repository has them, and their models and data; a wheel hasn't."""
+"""The settings of the shipped runs. Only a clone of the repository has them, and their models and
+data."""
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 Defaults = Callable[[Mapping[str, Any]], Mapping[str, Any]]
-"""From the arguments that were given, by flag or file, to values that replace the dataclass's defaults."""
+"""Map the given arguments, from flags or file, to values that replace the dataclass's defaults."""
 
 
 # ---------------------------------------------------------------- arguments
@@ -91,7 +94,8 @@ def parse_arguments(
 class ArgumentParser(argparse.ArgumentParser):
     """The parser of `cls`, a dataclass of options.
 
-    Each class that `cls` inherits options from has a group of flags; its docstring is the group's title.
+    Each class that `cls` inherits options from has a group of flags; its docstring is the group's
+    title.
     """
 
     def __init__(self, cls: type, description: str | None = None, show_all: bool = False) -> None:
@@ -110,7 +114,7 @@ class ArgumentParser(argparse.ArgumentParser):
         self.add_argument("--help_all", action="help", help=about)
 
     def given(self, words: Sequence[str]) -> dict[str, Any]:
-        """Return {argument: value} of the command line `words`, over those of the file that it names.
+        """Return {argument: value} of the command line `words`, merged over the file that it names.
 
         Raises:
             ValueError: unknown flag or key, or a value of another type.
@@ -209,7 +213,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def _underscored(word: str) -> str:
-    """Return `word` with underscores for hyphens, if it is a flag, in its name."""
+    """Return `word` with underscores for hyphens in the flag's name, if it is a flag."""
     flag = re.match(r"--[\w-]+", word)
     if flag is None:
         return word
@@ -234,7 +238,8 @@ def run_command(
     about: str | None,
     defaults: Defaults,
 ) -> None:
-    """Log progress from the first process and warnings from all, read the command line, and call `main` with it.
+    """Log progress from the first process and warnings from all, read the command line, and call
+    `main` with it.
 
     With --check, the command `nara check` gets the arguments instead of `main`.
 
@@ -248,7 +253,7 @@ def run_command(
     # accelerate logs a line for each file of a checkpoint
     logging.getLogger("accelerate").setLevel(logging.WARNING)
     if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:
-        # `accelerate launch` of one process dies of SIGTERM without passing it on: get one when it ends
+        # `accelerate launch` of one process doesn't forward SIGTERM: ask for one when it dies
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     previous = signal.signal(signal.SIGTERM, _terminate)
     try:
@@ -280,15 +285,17 @@ def _terminate(number: int, _: object) -> None:
 def shipped_settings(
     config: Path, given: Mapping[str, Any], own: Sequence[str], *, toy: str, told: str, advice: str
 ) -> dict[str, Any]:
-    """Return the arguments of a shipped run, from the file `config`. If the user gives data, leave its data out.
+    """Return the arguments of a shipped run, from the file `config`. If the user gives data, leave
+    its data out.
 
     Args:
         given: the user's arguments.
-        own: the arguments that name data. The user gives data if the first of them is in `given`. The log then says
-            that these data teach `toy`, with which settings (those in `told`), and the `advice`.
+        own: the arguments that name data. The user gives data if the first of them is in `given`.
+            The log then says that they train the shipped model, `toy`, lists the settings in
+            `told`, and gives the `advice`.
 
     Raises:
-        ValueError: outside of a clone, which has no such file or no model.
+        ValueError: outside of a clone, without such a file or model.
     """
     values = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
     for name, value in values.items():

@@ -1,4 +1,5 @@
-"""What an engine's training has as its state: trained weights, and optimizer, schedule and random states.
+"""Save and restore the state of an engine's training: trained weights, optimizer, schedule and
+random states.
 
 | engine           | weights                        | optimizer, in a checkpoint                          |
 |------------------|--------------------------------|-----------------------------------------------------|
@@ -6,8 +7,8 @@
 | FSDP2            | gathered, frozen ones left out | optimizer_0/ (optimizer.bin with FULL_STATE_DICT)   |
 | DeepSpeed ZeRO   | gathered under stage 3         | deepspeed/: parts of it, float32 weights among them |
 
-`accelerator.save_state` would also store the frozen base model under FSDP, and gives hooks no weights under FSDP and
-DeepSpeed.
+`accelerator.save_state` would also store the frozen base model under FSDP. It gives hooks no
+weights under FSDP and DeepSpeed.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ DEEPSPEED_FOLDER = "deepspeed"
 
 
 def trained_state(accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor]:
-    """Return {name in the model without wrappers: whole tensor} of all that is trained and of buffers.
+    """Return {name in the model without wrappers: whole tensor} of all trained weights and buffers.
 
-    The main process gets it; every process calls it. `model` is as `accelerator.prepare` returned it.
+    Only the main process gets it; every process calls it. `model` is as `accelerator.prepare`
+    returned it.
     """
     if accelerator.distributed_type == DistributedType.FSDP:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -55,12 +57,13 @@ def trained_state(accelerator: Accelerator, model: nn.Module) -> dict[str, Tenso
 
 
 def save_state(accelerator: Accelerator, folder: Path) -> None:
-    """Write optimizer, schedule, scaler and random states, but no weights, to `folder`. Every process calls it."""
+    """Write optimizer, schedule, scaler and random states, but no weights, to `folder`. Every
+    process calls it."""
     engine = accelerator.distributed_type
     [model], [optimizer] = accelerator._models, accelerator._optimizers
     if engine == DistributedType.FSDP:
         _reshard(model)
-        # without accelerate's wrapper: its scaler would see the steps that PyTorch takes to make room for states
+        # unwrapped: accelerate's scaler would see the steps with which PyTorch allocates states
         save_fsdp_optimizer(
             accelerator.state.fsdp_plugin, accelerator, optimizer.optimizer, model, str(folder), 0
         )
@@ -84,7 +87,7 @@ def save_state(accelerator: Accelerator, folder: Path) -> None:
 def load_state(accelerator: Accelerator, folder: Path) -> None:
     """Restore what `save_state` wrote, after `accelerator.prepare`. Every process calls it.
 
-    If the schedule has another length than it had, it sets the next step's rates.
+    If the schedule's length has changed, the new schedule sets the next step's rates.
     """
     engine = accelerator.distributed_type
     [model], [optimizer] = accelerator._models, accelerator._optimizers
@@ -107,7 +110,8 @@ def load_state(accelerator: Accelerator, folder: Path) -> None:
 
 
 def _reshard(model: nn.Module) -> None:
-    """Shard the outermost weights again. FSDP leaves them gathered after a forward without a backward.
+    """Shard the outermost weights again. FSDP leaves them gathered after a forward without a
+    backward.
 
     PyTorch doesn't find gathered weights in the optimizer.
     """

@@ -1,4 +1,5 @@
-"""accelerate's engines (one process, DDP, FSDP2, DeepSpeed): start one, load and prepare a model for it."""
+"""accelerate's engines (one process, DDP, FSDP2, DeepSpeed): start one, load and prepare a model
+for it."""
 
 from __future__ import annotations
 
@@ -31,18 +32,21 @@ SHARDED = {
     DistributedType.FSDP: ("ACCELERATE_USE_FSDP", "FSDP"),
     DistributedType.DEEPSPEED: ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
 }
-"""{engine whose forward hangs unless all processes run it: (environment variable that asks for it, its name)}."""
+"""{engine with a forward that hangs unless all processes run it: (environment variable that asks
+for it, its name)}."""
 
 
 # ---------------------------------------------------------------- starting
 
 
 def start_accelerator(args: TrainingArguments) -> Accelerator:
-    """Return the engine that the launcher asked for. Accumulation and clipping are those of `args`, not of its files.
+    """Return the engine that the launcher asked for. `args`, not the launcher's files, set
+    accumulation and clipping.
 
     Raises:
-        ValueError: the launcher asks for FSDP1; for an engine or fp16 that needs a GPU, without one; for an engine
-            that accelerate replaces. Or see `accumulation_steps` and `check_sharded`.
+        ValueError: the launcher asks for FSDP1; for an engine or fp16 that needs a GPU, without
+            one; for an engine that accelerate replaces. Or see `accumulation_steps` and
+            `check_sharded`.
     """
     asked = {
         kind: name for kind, (variable, name) in SHARDED.items() if parse_flag_from_env(variable)
@@ -62,7 +66,7 @@ def start_accelerator(args: TrainingArguments) -> Accelerator:
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=steps),
         mixed_precision=args.mixed_precision,
         log_with=[*args.report_to] if args.report_to else None,
-        # trackers want a folder now; `Run.open` sets the true one
+        # trackers need a folder now; `Run.open` sets the final one
         project_config=ProjectConfiguration(logging_dir="."),
         step_scheduler_with_optimizer=False,  # the loop steps the schedule once an optimizer step
     )
@@ -93,9 +97,10 @@ def start_accelerator(args: TrainingArguments) -> Accelerator:
 
 
 def accumulation_steps(args: TrainingArguments, processes: int) -> int:
-    """Return the forwards of one process that make an optimizer step.
+    """Return how many forwards of one process make an optimizer step.
 
-    They are --gradient_accumulation_steps, or what --global_batch_size leaves to each of `processes`.
+    That is --gradient_accumulation_steps, or the share of --global_batch_size for each of
+    `processes`.
 
     Raises:
         ValueError: the global batch can't be divided evenly.
@@ -114,13 +119,15 @@ def accumulation_steps(args: TrainingArguments, processes: int) -> int:
 
 
 def global_batch(accelerator: Accelerator, args: TrainingArguments) -> int:
-    """Return the samples of one optimizer step, over all processes and accumulated forwards."""
+    """Return the number of samples in one optimizer step, over all processes and accumulated
+    forwards."""
     forwards = accelerator.gradient_accumulation_steps * accelerator.num_processes
     return args.train_batch_size * forwards
 
 
 def check_sharded(accelerator: Accelerator, args: TrainingArguments) -> None:
-    """Raise ValueError for arguments that an engine of `SHARDED` would train or save in another way."""
+    """Raise ValueError for arguments that an engine of `SHARDED` would train or save
+    differently."""
     stage, name = zero_stage(accelerator), SHARDED[accelerator.distributed_type][1]
     wrong = ""
     if method_of(args).family == "prompt" and stage in (0, 3):
@@ -164,7 +171,8 @@ def deepspeed_plugin(accelerator: Accelerator) -> DeepSpeedPlugin:
 def split_across_processes(
     accelerator: Accelerator, count: int, work: Callable[[Sequence[int]], Sequence[Any]]
 ) -> list[Any]:
-    """Return the results of `work` for 0 … count − 1, in order, on every process. Each process computes a share.
+    """Return the results of `work` for 0 … count − 1, in order, on every process. Each process
+    computes a share.
 
     Args:
         work: from indices to a picklable result for each.
@@ -181,12 +189,13 @@ def split_across_processes(
 def prepare(accelerator: Accelerator, model: nn.Module, *others: Any) -> list[Any]:
     """Call `accelerator.prepare` for a model with an adapter, also under FSDP2 and DeepSpeed.
 
-    Mixed precision is autocast, as under DDP. That of the engines rounds the core's float32 weights (C − I is then off
-    by some per cent), and DeepSpeed's rounds the trained ones. DeepSpeed's `torch_autocast` would leave out evaluation,
-    which calls the model without DeepSpeed's wrapper.
+    Mixed precision is autocast, as under DDP. The engines' own would round the core's float32
+    weights (C − I is then off by some per cent), and DeepSpeed's would round the trained ones.
+    DeepSpeed's `torch_autocast` would miss evaluation, which calls the model without DeepSpeed's
+    wrapper.
 
-    With --fsdp_cpu_ram_efficient_loading, accelerate gives all processes the weights of the main one, and expects only
-    sharded tensors in a state dict: the core's frequencies are a buffer.
+    With --fsdp_cpu_ram_efficient_loading, accelerate gives all processes the weights of the main
+    one. It expects only sharded tensors in a state dict, but the core's frequencies are a buffer.
     """
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         if accelerator.mixed_precision == "bf16":
@@ -214,7 +223,7 @@ def prepare(accelerator: Accelerator, model: nn.Module, *others: Any) -> list[An
 
 @contextmanager
 def _without_bf16(accelerator: Accelerator) -> Iterator[None]:
-    """Inside, DeepSpeed's configuration asks for no bf16 of its own, which would cast all weights."""
+    """Remove bf16 from DeepSpeed's configuration inside the context; it would cast all weights."""
     config = deepspeed_plugin(accelerator).deepspeed_config
     own = config["bf16"]
     config["bf16"] = {"enabled": False}
@@ -226,7 +235,7 @@ def _without_bf16(accelerator: Accelerator) -> Iterator[None]:
 
 @contextmanager
 def loading_in(accelerator: Accelerator, dtype: torch.dtype) -> Iterator[None]:
-    """Inside, `from_pretrained` gives float32 weights also under ZeRO-3, if `dtype` is float32.
+    """Make `from_pretrained` return float32 weights also under ZeRO-3, if `dtype` is float32.
 
     DeepSpeed's bf16 would cast them while they load.
     """
@@ -246,7 +255,8 @@ def loading_in(accelerator: Accelerator, dtype: torch.dtype) -> Iterator[None]:
 def load_whole(accelerator: Accelerator, load: Callable[[], Any]) -> Any:
     """Call `load` so that `from_pretrained` gives each process the whole model, under any engine.
 
-    ZeRO-3 would give parts of it, and --fsdp_cpu_ram_efficient_loading an empty one outside of the main process.
+    ZeRO-3 would give only parts of it, and --fsdp_cpu_ram_efficient_loading an empty model outside
+    of the main process.
     """
     variable = "FSDP_CPU_RAM_EFFICIENT_LOADING"
     before = os.environ.pop(variable, None)

@@ -1,13 +1,15 @@
-"""The training loop that both scripts share, accumulate, check, clip, step, log, validate, save, stop; and its data.
+"""The training loop of both scripts (accumulate, check, clip, step, log, validate, save, stop) and
+its data.
 
-The loss of an optimizer step is the mean over its global batch: each forward's loss is the mean over its samples,
-accelerate divides by the accumulated forwards, and DDP averages over processes.
+The loss of an optimizer step is the mean over its global batch: each forward's loss is the mean
+over its samples, accelerate divides by the accumulated forwards, and DDP averages over processes.
 
-The order of the data is a function of (seed, position) and nothing else. Position p of the endless stream is sample
-π_e[p mod n] of epoch e = ⌊p / n⌋, π_e a permutation drawn from (seed, e). Optimizer step k takes the G positions k·G …
-(k+1)·G − 1, G the global batch, whatever the number of processes or of accumulated forwards; an epoch's last batch is
-filled from the next epoch, so that all forwards have equally many samples. To resume, start at k. With other data, k
-counts from the step at which these began.
+The order of the data is a function of (seed, position) and nothing else. Position p of the endless
+stream is sample π_e[p mod n] of epoch e = ⌊p / n⌋, where π_e is a permutation drawn from (seed, e).
+Optimizer step k takes the G positions k·G … (k+1)·G − 1, where G is the global batch, for any
+number of processes or accumulated forwards. An epoch's last batch is filled from the next epoch, so
+that all forwards have equally many samples. To resume, start at k. With new data, k counts from the
+step where the new data began.
 """
 
 from __future__ import annotations
@@ -35,11 +37,12 @@ from .run import Run
 
 logger = logging.getLogger(__name__)
 
-_ECHO = 2.0  # seconds in which a second SIGINT is that of the launcher, which passes on what the terminal sends, too
+_ECHO = 2.0  # s; a second SIGINT within this time is the launcher's copy of the first
 
 
 class StepLoss(Protocol):
-    """The value of a loss function: the scalar to differentiate, the losses (b,) and λ (b,) of its samples."""
+    """A loss function's value: the scalar to differentiate, and the losses (b,) and λ (b,) of its
+    samples."""
 
     @property
     def loss(self) -> Tensor: ...
@@ -50,11 +53,11 @@ class StepLoss(Protocol):
 
 
 class TrainingDiverged(ArithmeticError):
-    """The loss or its gradient is no longer a finite number."""
+    """The loss or its gradient is not finite."""
 
 
 class Prepared(NamedTuple):
-    """What a training takes steps with, as `accelerator.prepare` returns it."""
+    """The objects that a training step uses, as `accelerator.prepare` returns them."""
 
     model: torch.nn.Module
     optimizer: AcceleratedOptimizer
@@ -68,7 +71,7 @@ def prepare_training(
     """Return model, optimizer, schedule and loader of a planned run.
 
     Args:
-        samples: by position, as in a `ShuffledStream`; `collate` makes batches of them.
+        samples: indexed by position, as in a `ShuffledStream`; `collate` makes batches of them.
     """
     optimizer = build_optimizer(model, run.args, fused=run.fuses_optimizer)
     scheduler = build_lr_scheduler(optimizer, run.args, run.total_steps)
@@ -84,15 +87,17 @@ def train(
     compute_loss: Callable[[Any], StepLoss],
     validate: Callable[[], dict[str, float]],
 ) -> None:
-    """Take the optimizer steps from `run.step` to `run.total_steps`, with what `prepare_training` returned.
+    """Take the optimizer steps from `run.step` to `run.total_steps`, with what `prepare_training`
+    returned.
 
     Args:
         compute_loss: batch → `StepLoss`, through `model`'s own `__call__`.
-        validate: {name: value} to log every `--validation_steps` steps; leaves the model's mode and
-            the global random state alone.
+        validate: returns {name: value} to log every `--validation_steps` steps; it leaves the
+            model's mode and the global random state unchanged.
 
     Raises:
-        TrainingDiverged: the loss or the gradient's norm isn't finite; the weights are still those of the step before.
+        TrainingDiverged: the loss or the gradient's norm isn't finite; the weights are still those
+            of the step before.
         SystemExit: code 130 after Ctrl-C, 143 after SIGTERM, once a checkpoint is written.
     """
     accelerator, args, (model, optimizer, scheduler, loader) = run.accelerator, run.args, parts
@@ -126,7 +131,8 @@ def train(
 
 
 def _collect(run: Run, step: StepLoss) -> None:
-    """Gather the losses of all processes, and raise if one isn't finite, before it can reach the weights."""
+    """Gather the losses of all processes, and raise if one isn't finite, before it can reach the
+    weights."""
     losses = cast(Tensor, run.accelerator.gather(step.per_sample.detach().float()))
     if not losses.isfinite().all():
         raise _diverged(run, f"the loss became {losses[~losses.isfinite()][0].item()}")
@@ -135,12 +141,13 @@ def _collect(run: Run, step: StepLoss) -> None:
 
 
 def _prepare_gradients(run: Run, model: torch.nn.Module, optimizer: AcceleratedOptimizer) -> None:
-    """Drop the core's gradients in the first stage, clip all, and raise if a gradient isn't finite."""
+    """Drop the core's gradients in the first stage, clip all gradients, and raise if one isn't
+    finite."""
     if run.step < run.args.core_start_step:
         hold_core(optimizer)
     limit = math.inf if run.args.max_grad_norm is None else run.args.max_grad_norm
     norm = run.accelerator.clip_grad_norm_(model.parameters(), limit)
-    # with fp16 an overflow is expected now and then: the scaler skips the step and lowers its scale
+    # fp16 overflows now and then: the scaler skips the step and lowers its scale
     if norm is not None and run.accelerator.scaler is None and not math.isfinite(float(norm)):
         raise _diverged(run, f"the gradient's norm became {float(norm)}")
 
@@ -165,7 +172,7 @@ def _diverged(run: Run, what: str) -> TrainingDiverged:
 
 
 def _save_if_due(run: Run) -> bool:
-    """Write the checkpoint of this step if it has one, and return whether it has."""
+    """Write this step's checkpoint if one is due. Return whether it was."""
     every = run.args.checkpointing_steps
     is_due = _due(run.step, every) or (every is not None and run.step == run.total_steps)
     if is_due:
@@ -183,7 +190,8 @@ def _stop(run: Run, number: int, is_saved: bool) -> None:
 
 
 def _signal_of_any_process(run: Run, number: int) -> int:
-    """The signal that some process was sent, or 0, so that all of them stop at the same step."""
+    """Return the signal that some process got, or 0, so that all processes stop at the same
+    step."""
     if run.accelerator.num_processes == 1:
         return number
     numbers = torch.tensor([number], device=run.accelerator.device)
@@ -195,8 +203,11 @@ def _due(step: int, every: int | None) -> bool:
 
 
 class InterruptRequest:
-    """`with InterruptRequest() as request: …`; `request.signal` is the signal that came, SIGINT (Ctrl-C) or SIGTERM,
-    or 0. A second Ctrl-C stops at once. Outside the main thread, where Python allows no handlers, it stays 0."""
+    """Record Ctrl-C and SIGTERM: `with InterruptRequest() as request: …`.
+
+    `request.signal` is the signal that came, SIGINT (Ctrl-C) or SIGTERM, or 0. A second Ctrl-C
+    stops at once. Outside the main thread, where Python allows no handlers, it stays 0.
+    """
 
     def __init__(self) -> None:
         self.signal, self._came = 0, 0.0
@@ -220,7 +231,8 @@ class InterruptRequest:
 
 
 class ShuffledStream(Dataset):
-    """`stream[p]` is the dict at position p, with its position under the key "position"."""
+    """An endless stream: `stream[p]` is the sample at position p, a dict with p under the key
+    "position"."""
 
     def __init__(self, samples: Sequence[dict[str, Any]] | Any, seed: int):
         if len(samples) == 0:
@@ -231,7 +243,7 @@ class ShuffledStream(Dataset):
         self._order: list[int] = []
 
     def sample_at(self, position: int) -> int:
-        """The index of the sample at a position."""
+        """Return the index of the sample at a position."""
         epoch, offset = divmod(position, len(self.samples))
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
@@ -246,8 +258,9 @@ class ShuffledStream(Dataset):
 def stream_loader(
     stream: Any, collate: Callable[[list[dict]], Any], *, batch_size: int, first: int, stop: int
 ) -> DataLoader:
-    """Batches of consecutive positions from `first` to before `stop`; accelerate deals them out to the processes."""
-    # without a generator, the loader draws from the global one when it starts, and a resumed run starts it twice
+    """Return batches of consecutive positions from `first` to before `stop`; accelerate deals them
+    out to the processes."""
+    # without this, each start draws from the global generator, and a resumed run starts twice
     generator = torch.Generator().manual_seed(0)
     positions: Any = range(first, stop)
     return DataLoader(

@@ -1,4 +1,5 @@
-"""checkpoint.json, the manifest of a checkpoint; and the digests that identify files, data and base."""
+"""checkpoint.json, the manifest of a checkpoint; and the digests that identify files, data and
+base."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ _FIELDS |= {"arguments", "digests", "written", "files"}
 
 def write_manifest(checkpoint: Path, manifest: Mapping[str, Any]) -> None:
     """Write checkpoint.json, with the digest of its own content as the last field."""
-    content = json.loads(json.dumps(manifest))  # as it will be read: names are texts
+    content = json.loads(json.dumps(manifest))  # as JSON reads it: keys are strings
     content = {**content, "digest": _own_digest(content)}
     (checkpoint / MANIFEST).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
@@ -32,7 +33,8 @@ def _own_digest(manifest: Mapping[str, Any]) -> str:
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """Return the content of checkpoint.json. If it has no digest, check only the names of its fields.
+    """Return the content of checkpoint.json. If it has no digest, check only the names of its
+    fields.
 
     Raises:
         ValueError: it is missing, corrupt, or of version 0.1.
@@ -59,7 +61,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
 
 
 def digest_texts(texts: Iterable[str]) -> str:
-    """Return the SHA-256 of texts in their order."""
+    """Return the SHA-256 of texts, in their order."""
     found = hashlib.sha256()
     for text in texts:
         content = text.encode("utf-8", errors="surrogatepass")
@@ -74,11 +76,12 @@ def digest_file(path: Path) -> str:
 
 
 def digest_base(folders: Mapping[str, Path], variant: str | None = None) -> dict[str, str]:
-    """Return {what: its digest} of a model's files: of all weights, and of each configuration.
+    """Return {part: its digest} of a model's files: one for all weights, one for each
+    configuration.
 
     Args:
         folders: {component: its folder}; the name is empty if the model has no components.
-        variant: of the weights to read, such as fp16, if there are some.
+        variant: the variant of the weights to read, such as fp16, if there are some.
     """
     weights = [
         (name, file) for name, folder in folders.items() for file in _weight_files(folder, variant)
@@ -104,7 +107,8 @@ def _weight_files(folder: Path, variant: str | None) -> list[Path]:
 
 
 def local_folder(name: str, *, revision: str | None = None) -> Path:
-    """Return the folder of a model that `from_pretrained` has loaded: `name`, or this machine's copy of the Hub's."""
+    """Return the folder of a model that `from_pretrained` has loaded: `name`, or its local copy
+    from the Hub."""
     return Path(
         name
         if Path(name).is_dir()

@@ -1,4 +1,5 @@
-"""The optimizer and its schedule, with separate learning rates for A and B, the core, and text encoders."""
+"""The optimizer and its schedule, with separate learning rates for A and B, the core, and text
+encoders."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from .options import hint
 
 TEXT_ENCODER_MARK = "text_encoder"  # what a parameter's name starts with
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    # the schedule sets the rate, so that Adafactor's own, relative to step and weights, is off
+    # the schedule sets the rate, so Adafactor's own relative rates are off
     "adafactor": {"relative_step": False, "scale_parameter": False},
     "prodigy": {"use_bias_correction": True, "safeguard_warmup": True},
 }
@@ -28,8 +29,8 @@ logger = logging.getLogger(__name__)
 
 
 def check_optimizer(args: OptimizationArguments) -> None:
-    """Raises ValueError for an optimizer that isn't installed, or options that it doesn't have; or for a schedule with
-    a warm-up that it lacks."""
+    """Raise ValueError for an optimizer that isn't installed or lacks an option, or a schedule
+    without warm-up."""
     known = [
         name
         for name in inspect.signature(_class_of(args.optimizer)).parameters
@@ -50,14 +51,17 @@ def check_optimizer(args: OptimizationArguments) -> None:
 def build_optimizer(
     model: nn.Module, args: TrainingArguments, *, fused: bool = False
 ) -> torch.optim.Optimizer:
-    """The optimizer over what is trainable, in groups "adapter" (learning_rate), "core" (core_learning_rate) and
-    "text_encoder" (text_encoder_lr, of a script that has it), those of them that aren't empty.
+    """Return the optimizer over all trainable parameters.
+
+    Its groups are "adapter" (learning_rate), "core" (core_learning_rate) and "text_encoder"
+    (text_encoder_lr, if the script has it); empty groups are left out.
 
     Args:
-        fused: whether AdamW updates all parameters in one call; `Run.fuses_optimizer` says where that is right.
+        fused: whether AdamW updates all parameters in one call; see `Run.fuses_optimizer`.
 
     Raises:
-        ValueError: nothing in `model` is trainable; or `core_start_step` is set and there is no core.
+        ValueError: nothing in `model` is trainable; or `core_start_step` is set and there is no
+            core.
     """
     groups = _parameter_groups(model, args)
     options = {
@@ -75,7 +79,7 @@ def build_optimizer(
     if args.optimizer == "AdamW" and fused:
         options.setdefault("fused", True)
     if args.optimizer == "prodigy":
-        options["lr"] = args.learning_rate  # it has one for all, and refuses others
+        options["lr"] = args.learning_rate  # it allows only one rate for all groups
     return _class_of(args.optimizer)(groups, **options)
 
 
@@ -125,7 +129,8 @@ def _parameter_groups(model: nn.Module, args: TrainingArguments) -> list[dict[st
 def build_lr_scheduler(
     optimizer: torch.optim.Optimizer, args: OptimizationArguments, total_steps: int
 ) -> LRScheduler:
-    """The schedule over `total_steps` optimizer steps. Call its `step` once a step, on any number of processes.
+    """Return the schedule over `total_steps` optimizer steps. Call its `step` once a step, on any
+    number of processes.
 
     `lr_warmup_steps` below 1 is a share of all steps.
     """
@@ -137,12 +142,13 @@ def build_lr_scheduler(
 
 
 def is_core_parameter(name: str) -> bool:
-    """Return True if a parameter of that name in a model is a core's."""
+    """Return True if `name`, a parameter of a model, belongs to a core."""
     return f"{HOLDER_NAME}." in name
 
 
 def hold_core(optimizer: Any) -> None:
-    """Delete the core's gradients: the next step then leaves its weights and its Adam moments untouched."""
+    """Delete the core's gradients, so that the next step leaves its weights and its Adam moments
+    unchanged."""
     for group in optimizer.param_groups:
         if group.get("name") == "core":
             for parameter in group["params"]:

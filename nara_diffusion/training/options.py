@@ -1,13 +1,16 @@
-"""Options: the fields of a dataclass of arguments, and their values as the types that the annotations name.
+"""Options: the fields of a dataclass of arguments, and their values as the types that the
+annotations name.
 
-Each field is declared with `option(default, help, …)`. A value comes from a flag or from a YAML file:
+Each field is declared with `option(default, help, …)`. A value comes from a flag or from a YAML
+file:
 
     bool               --flag, --no_flag, --flag true
     list[str]          words separated by spaces or commas; with `sentences`, quoted texts
     dict[str, Any]     NAME=VALUE …, values as JSON or else as YAML; several flags and the file add up
     X | None           also takes `none`
 
-A field that is declared `within` a dict has no flag: a NAME=VALUE of that dict sets it (`spread_options`).
+A field that is declared `within` a dict has no flag: a NAME=VALUE of that dict sets it
+(`spread_options`).
 """
 
 from __future__ import annotations
@@ -61,7 +64,7 @@ ADVICE: dict[str, str] = {
     "validation_prompt": "give --validation_prompts.",
     "with_prior_preservation": "give only --class_data_dir and --class_prompt.",
 }
-"""{flag of Diffusers' or kohya's scripts: what to give here}."""
+"""{flag of Diffusers' or kohya's scripts: the flag to use here}."""
 
 
 # ---------------------------------------------------------------- declarations
@@ -80,13 +83,15 @@ def option(
     """Declare one argument.
 
     Args:
-        default: its value if neither the file nor a flag sets it; a list or dict is copied for each instance.
+        default: its value if neither the file nor a flag sets it; a list or dict is copied for each
+            instance.
         help: one sentence for `--help`.
         unit: what a number counts, for `--help`.
         choices: the words that are allowed.
         rare: True if only `--help_all` shows it.
         within: the dict argument whose NAME=VALUE sets it, instead of a flag.
-        sentences: for a list: each word of the command line is one element, with its spaces and commas.
+        sentences: for a list: each word of the command line is one element, with its spaces and
+            commas.
     """
     metadata = {
         "help": help,
@@ -111,7 +116,7 @@ def default_of(field: dataclasses.Field) -> Any:
 
 
 def given_arguments(args: DataclassInstance) -> dict[str, Any]:
-    """Return {name: value} from which `args`, a dataclass of options, can be made again."""
+    """Return {name: value} that can rebuild `args`, a dataclass of options."""
     fields = dataclasses.fields(args)
     return {field.name: getattr(args, field.name) for field in fields if field.init}
 
@@ -126,7 +131,8 @@ def options_within(cls: type | DataclassInstance, container: str) -> dict[str, d
 
 
 def gathered(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `values`, but move those of fields that are declared `within` a dict into that dict."""
+    """Return `values`, but move those of fields that are declared `within` a dict into that
+    dict."""
     found: dict[str, Any] = dict(values)
     for field in dataclasses.fields(cls):
         container = field.metadata["within"]
@@ -136,7 +142,8 @@ def gathered(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def spread_options(args: DataclassInstance) -> None:
-    """Set the fields that are declared `within` a dict from that dict. Call it first in `__post_init__`.
+    """Set the fields that are declared `within` a dict from that dict. Call it first in
+    `__post_init__`.
 
     Raises:
         ValueError: a dict has another name, or a value of another type.
@@ -185,7 +192,8 @@ def kind_of(annotation: Any) -> type:
 
 
 def converted(origin: str, value: Any, annotation: Any, metadata: Mapping[str, Any]) -> Any:
-    """Return a word or words of the command line, or a value of JSON or YAML, as the annotated type.
+    """Return a word or words of the command line, or a value of JSON or YAML, as the annotated
+    type.
 
     Args:
         origin: where the value comes from, for errors.

@@ -1,4 +1,5 @@
-"""What a run writes for people: a table on the screen, a plot over λ, model card, results.json."""
+"""A run's reports for people: a table on the screen, a plot over λ, the model card,
+results.json."""
 
 from __future__ import annotations
 
@@ -53,7 +54,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of text, the first column flush left, the others flush right."""
+    """Return a table as text, the first column flush left, the others flush right."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = []
     for first, *others in (header, ["-" * width for width in widths], *rows):
@@ -63,8 +64,11 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def validation_means(losses: Tensor, noise_levels: Tensor, window: NoiseWindow) -> dict[str, float]:
-    """{"validation_loss"} of losses (b,) at λ (b,); with a window also the means inside and outside of it,
-    "validation_loss_inside" and "validation_loss_outside"."""
+    """Return {"validation_loss": mean} of losses (b,) at λ (b,).
+
+    With a window, add the means inside and outside of it, "validation_loss_inside" and
+    "validation_loss_outside".
+    """
     parts = {"validation_loss": losses}
     if not window.is_everything:
         inside = window.contains(noise_levels)
@@ -84,13 +88,14 @@ def plot_noise_level_curves(
     unit: str,
     window: NoiseWindow = EVERYTHING,
 ) -> None:
-    """Write a PNG, Figure 1 of the paper: on the left both losses over λ, on the right the adapter's gain, base −
-    adapted.
+    """Write a PNG, Figure 1 of the paper.
+
+    Left: both losses over λ. Right: the adapter's gain, base − adapted.
 
     Args:
         noise_levels: λ of each point, in [0, 1].
         base, adapted: the losses there, in `unit`.
-        window: that was trained, to be shaded.
+        window: the trained window, to be shaded.
     """
     figure = Figure(figsize=(10, 4), layout="constrained")
     FigureCanvasAgg(figure)
@@ -140,11 +145,14 @@ def write_card(
     Args:
         facts: {what: value} of the run, such as the number of trainable parameters.
         before, after: measurements: the loss `curve` over `noise_levels`, `measured_on`, in `unit`.
-        figures: rows of (what, before, after); `how_good` has the texts before and after these rows.
-        about: the end of the card's first sentence: the purpose of the adapter, and its training data.
+        figures: rows of (what, before, after); `how_good` has the texts before and after these
+            rows.
+        about: the end of the card's first sentence: the purpose of the adapter, and its training
+            data.
         loading: the code that loads the adapter.
-        warnings: what makes the figures say less, to stand before them.
-        tags, library, others: of the front matter that the Hub reads; those that are None are left out.
+        warnings: limits of the figures, printed before them.
+        tags, library, others: fields of the front matter that the Hub reads; None leaves a field
+            out.
     """
     args = run.args
     method, title, name = (
@@ -157,9 +165,7 @@ def write_card(
         path, *curves, f"{name}: loss over the noise level, {measured_on}", unit, window_of(args)
     )
     tags = ["nara" if method.family == "nara" else args.adapter.replace("_", "-"), *tags]
-    if not Path(
-        args.pretrained_model_name_or_path
-    ).exists():  # an id of the Hub, and no path of this disk
+    if not Path(args.pretrained_model_name_or_path).exists():  # a Hub id, not a path on this disk
         relation = "finetune" if method.family == "full" else "adapter"
         others |= {
             "base_model": args.pretrained_model_name_or_path,
@@ -172,7 +178,7 @@ def write_card(
     settings = yaml.safe_dump(public_arguments(args), sort_keys=False, allow_unicode=True).strip()
     fence = "`" * (
         1 + max(map(len, re.findall("`{2,}", settings)), default=2)
-    )  # a prompt may hold ```
+    )  # a prompt may contain ```
     curve = f"The loss at each noise level:\n\n![loss over the noise level]({CURVE})"
     good = (
         how_good[0],
@@ -191,7 +197,7 @@ def write_card(
         f"## How it was trained\n\n{training}\n\nAll arguments:\n\n{fence}yaml\n{settings}\n{fence}",
     ]
     parts = [without_folders(part.strip(), args) for part in parts]
-    code = loading if run.hub_id is None else without_folders(loading, args)  # here it has to run
+    code = loading if run.hub_id is None else without_folders(loading, args)  # local code must run
     parts[-2] += f"\n\n{code.strip()}"
     write_text(run.folder / "README.md", "\n\n".join(parts) + "\n")
 
@@ -201,7 +207,7 @@ def _one_line(text: str) -> str:
 
 
 def reads_noise(args: TrainingArguments) -> bool:
-    """Whether the adapter that `args` describe depends on λ."""
+    """Return True if the adapter that `args` describe depends on λ."""
     config: Any = (
         adapter_config(args, strength=schedule_of(args))
         if method_of(args).family == "nara"
@@ -211,12 +217,12 @@ def reads_noise(args: TrainingArguments) -> bool:
 
 
 def needs_schedule(args: TrainingArguments) -> bool:
-    """Whether the adapter is a LoRA that was trained in a window, which its file can't hold."""
+    """Return True if the adapter is a LoRA trained in a window, which its file can't store."""
     return method_of(args).family == "lora" and schedule_of(args) is not None
 
 
 def window_facts(args: TrainingArguments) -> dict[str, str]:
-    """What a run says of its window of noise levels; nothing without one."""
+    """Return the run's facts about its window of noise levels; empty without a window."""
     window, method = window_of(args), method_of(args)
     if window.is_everything:
         return {}
@@ -233,7 +239,8 @@ def window_facts(args: TrainingArguments) -> dict[str, str]:
 
 
 def core_import(args: TrainingArguments) -> str:
-    """The line of a model card's code that registers a custom core; nothing for other adapters."""
+    """Return the line of a model card's code that registers a custom core; empty for other
+    adapters."""
     if method_of(args).family != "nara" or args.core_type in BUILT_IN:
         return ""
     if args.core_module is None:
@@ -252,7 +259,8 @@ _ADVICE = {
 
 
 def advice(results: Mapping[str, Any]) -> list[str]:
-    """What a run says of figures that training didn't improve: losses that didn't fall, shares that didn't rise."""
+    """Return advice on figures that training didn't improve: losses that didn't fall, shares that
+    didn't rise."""
     lines = []
     for name, line in _ADVICE.items():
         before, after = results.get(f"{name}_before"), results.get(f"{name}_after")
@@ -275,14 +283,16 @@ def finish(
     describe: Callable[[], Mapping[str, Any]],
     **others: Any,
 ) -> dict[str, Any]:
-    """Write card and results.json of a run, upload the folder if asked to, and print the table; returns the results.
+    """Write a run's card and results.json, upload the folder if asked to, and print the table.
+    Return the results.
 
     Args:
-        before, after: two measurements; `names` are the attributes of theirs that results.json has.
+        before, after: two measurements; results.json has their attributes `names`.
         figures: rows of the table, (what, before, after).
-        facts: see `write_card`; `describe` returns its further arguments, on the main process.
-        schedule_line: the code that gives an adapter its strength over λ, printed where its file can't hold that.
-        warnings: what makes the figures say less; in card and results.json, and printed.
+        facts: see `write_card`; on the main process, `describe` returns its further arguments.
+        schedule_line: the code that gives an adapter its strength over λ, printed if the adapter's
+            file can't store it.
+        warnings: limits of the figures; in card and results.json, and printed.
         **others: further results.
     """
     seconds = round(time.perf_counter() - run.started, 1)

@@ -1,4 +1,4 @@
-"""One training run: its accelerator, its folder, the step that it has reached, its losses, and its log."""
+"""One training run: its accelerator, its folder, its current step, its losses, and its log."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ Args = TypeVar("Args", bound=TrainingArguments, covariant=True)
 
 @dataclass
 class Run(Generic[Args]):
-    """State of a run; `start_run` makes it.
+    """The state of a run; `start_run` makes it.
 
     Attributes:
         accelerator: accelerate's engine.
@@ -55,10 +55,10 @@ class Run(Generic[Args]):
         checkpoint: the folder that the run continues from, or None.
         folder: where the run writes.
         resumed: the manifest of `checkpoint`; empty without one.
-        started: when, by `time.perf_counter`.
+        started: the time of the start, by `time.perf_counter`, in seconds.
         step: optimizer steps done.
         total_steps: optimizer steps to do; `plan` sets it.
-        data_start: the step at which the training data began: 0, unless a resumed run got other data.
+        data_start: the step where the training data began: 0, unless a resumed run got other data.
         unlogged: the sum and the number of the samples' losses since the last log.
         hub_id: the repository to upload to, on the main process; else None.
         digests: {content: digest}; `record_data_digest` and `record_base_digests` set it.
@@ -81,7 +81,7 @@ class Run(Generic[Args]):
 
     @property
     def is_main(self) -> bool:
-        """True if this process is the one that writes and prints."""
+        """True on the process that writes and prints."""
         return self.accelerator.is_main_process
 
     @property
@@ -95,27 +95,30 @@ class Run(Generic[Args]):
 
     @property
     def global_batch(self) -> int:
-        """Samples of one optimizer step, over all processes and accumulated forwards."""
+        """Number of samples in one optimizer step, over all processes and accumulated forwards."""
         return global_batch(self.accelerator, self.args)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the frozen weights: that of the forward's mixed precision."""
+        """Dtype of the frozen weights, which is that of the forward's mixed precision."""
         return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(
             self.accelerator.mixed_precision, torch.float32
         )
 
     @property
     def weights_dtype(self) -> torch.dtype:
-        """Dtype to load the model in: float32 if all weights are trained; other dtypes lose small steps."""
+        """Dtype to load the model in: float32 if all weights are trained; other dtypes lose small
+        steps."""
         return torch.float32 if method_of(self.args).family == "full" else self.dtype
 
     @property
     def fuses_optimizer(self) -> bool:
-        """True if AdamW may be PyTorch's fused one, which takes a third of the time for an adapter's many tensors.
+        """True if AdamW may be PyTorch's fused one, which takes a third of the time for an
+        adapter's many tensors.
 
-        It may not with fp16: the fused one itself skips the steps that overflow. accelerate recognises a skipped step
-        by a missing call, and would step the schedule. Nor under DeepSpeed, which has its own optimizer.
+        It may not be with fp16: the fused optimizer itself skips the steps that overflow, but
+        accelerate recognises a skipped step by a missing call and would step the schedule. Nor
+        under DeepSpeed, which has its own optimizer.
         """
         accelerator = self.accelerator
         if accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -125,7 +128,8 @@ class Run(Generic[Args]):
     # ---------------------------------------------------------------- data, base and steps
 
     def record_data_digest(self, what: str, texts: Iterable[str]) -> None:
-        """Record the digest of "training data" or "validation data" for the run's checkpoints. Call it before `plan`.
+        """Record the digest of "training data" or "validation data" for the run's checkpoints. Call
+        it before `plan`.
 
         A resumed run warns if the data have changed. The order of other training data starts anew.
         """
@@ -156,12 +160,13 @@ class Run(Generic[Args]):
                 )
 
     def plan(self, samples: int) -> int:
-        """Set and return the optimizer steps of the run, those done included.
+        """Set and return the number of optimizer steps of the run, including those done.
 
-        They are `--max_train_steps`, or as many as `--num_train_epochs` (by default 1) passes over `samples` need.
+        It is `--max_train_steps`, or what `--num_train_epochs` (by default 1) passes over `samples`
+        need.
 
         Raises:
-            ValueError: the checkpoint is past them.
+            ValueError: the checkpoint is past that number.
         """
         if self.args.max_train_steps is not None:
             self.total_steps = self.args.max_train_steps
@@ -177,7 +182,7 @@ class Run(Generic[Args]):
         return self.total_steps
 
     def positions_left(self) -> range:
-        """Return the positions in the stream of training data that the run has yet to take."""
+        """Return the positions in the stream of training data that are left to the run."""
         first = self.step - self.data_start
         stop = self.total_steps - self.data_start
         return range(self.global_batch * first, self.global_batch * stop)
@@ -187,7 +192,7 @@ class Run(Generic[Args]):
     def open(self, facts: Mapping[str, str]) -> None:
         """Write the configuration into the run's folder, start the trackers, and log `facts`.
 
-        Call it when data and model have proved usable.
+        Call it once data and model are known to be usable.
         """
         settings = given_arguments(self.args)
         if self.is_main:
@@ -207,7 +212,7 @@ class Run(Generic[Args]):
     def restore(self) -> None:
         """Restore optimizer, schedule and random states from the run's checkpoint, if it has one.
 
-        Call it after `accelerator.prepare` has seen what is restored.
+        Call it after `accelerator.prepare` for the objects to restore.
         """
         if self.checkpoint is None:
             return
@@ -226,20 +231,22 @@ class Run(Generic[Args]):
             logger.info("the schedule now has %d steps instead of %d", self.total_steps, before)
 
     def log(self, values: Mapping[str, float]) -> None:
-        """Append `values` of this step to metrics.jsonl, and pass them to the trackers, from the main process."""
+        """Append `values` of this step to metrics.jsonl, and pass them to the trackers, from the
+        main process."""
         if self.is_main:
             with (self.folder / METRICS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": self.step, **values}) + "\n")
         self.accelerator.log(dict(values), step=self.step)
 
     def save_checkpoint(self) -> None:
-        """Write checkpoint-N of this step; see `checkpoints.save_checkpoint`. Every process calls it."""
+        """Write checkpoint-N of this step; see `checkpoints.save_checkpoint`. Every process calls
+        it."""
         target = self.folder / f"checkpoint-{self.step}"
         limit = self.args.checkpoints_total_limit
         save_checkpoint(self.accelerator, target, self.facts_of_checkpoint(), self.write, limit)
 
     def facts_of_checkpoint(self) -> dict[str, Any]:
-        """Return what a checkpoint's manifest says of the run."""
+        """Return the run's fields of a checkpoint's manifest."""
         return {
             "step": self.step,
             "total_steps": self.total_steps,
@@ -253,7 +260,8 @@ class Run(Generic[Args]):
         }
 
     def upload(self) -> None:
-        """Upload the folder, without its checkpoints, to the repository of `--hub_model_id`, if there is one."""
+        """Upload the folder, without its checkpoints, to the repository of `--hub_model_id`, if
+        there is one."""
         if self.hub_id is None:
             return
         HfApi().upload_folder(
@@ -269,8 +277,9 @@ class Run(Generic[Args]):
     def close(self) -> None:
         """End the run on all processes together.
 
-        Without the wait, a process may free gloo's process group while its thread still holds gathered tensors. The
-        thread then waits for the interpreter's lock, and the process for the thread.
+        Without the wait, a process may free gloo's process group while its thread still holds
+        gathered tensors. The thread then waits for the interpreter's lock, and the process for the
+        thread.
         """
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
@@ -278,9 +287,10 @@ class Run(Generic[Args]):
 
 @contextmanager
 def start_run(args: Args, name: str, write: Writer) -> Iterator[Run[Args]]:
-    """Check what can be checked before anything is loaded, start accelerate, take the folder, and seed all generators.
+    """Start a run: check the arguments, start accelerate, take the folder, and seed all generators.
 
-    Use it as `with start_run(…) as run`. `write` writes the adapter's files into a checkpoint.
+    The checks come before anything is loaded. Use it as `with start_run(…) as run`. `write` writes
+    the adapter's files into a checkpoint.
 
     Raises:
         ValueError: a tracker isn't installed; or see `start_accelerator` and `claimed_folder`.

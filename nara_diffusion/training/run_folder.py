@@ -1,4 +1,4 @@
-"""The folder of a run: `--output_dir`, that of the run that is resumed, or the next `outputs/NAME-N`."""
+"""The folder of a run: `--output_dir`, that of the resumed run, or the next `outputs/NAME-N`."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ logger = logging.getLogger(__name__)
 def claimed_folder(
     args: TrainingArguments, name: str, accelerator: Accelerator
 ) -> Iterator[tuple[Path, Path | None]]:
-    """Make and lock the run's folder; yield it with the checkpoint that the run continues from, or None.
+    """Make and lock the run's folder; yield it with the checkpoint to continue from, or None.
 
-    One run at a time writes to a folder; a second one gets an error before it loads anything. A run that wrote nothing
-    leaves no folder. `name` is that of numbered folders.
+    One run at a time writes to a folder; a second one gets an error before it loads anything. A run
+    that wrote nothing leaves no folder. `name` is the NAME of numbered folders.
 
     Raises:
-        ValueError: another run has the folder or has left something in it, or it can't be written; there is no such
-            checkpoint, it is damaged, or belongs to another run.
+        ValueError: another run uses the folder or has left something in it, or it can't be written;
+            there is no such checkpoint, it is damaged, or belongs to another run.
     """
     with ExitStack() as undo:
         answer: list[Any] = [None, None, ""]
@@ -93,7 +93,8 @@ def _lock(args: TrainingArguments, name: str, undo: ExitStack) -> Path:
 
 
 def _folder_of(args: TrainingArguments, name: str) -> Path:
-    """Return the run's folder. Without --output_dir, `latest` means the newest numbered one with a checkpoint."""
+    """Return the run's folder. Without --output_dir, `latest` means the newest numbered one with a
+    checkpoint."""
     if args.output_dir is not None:
         return Path(args.output_dir)
     if (given := args.resume_from_checkpoint) is not None and len(Path(given).parts) > 1:
@@ -111,7 +112,8 @@ def _folder_of(args: TrainingArguments, name: str) -> Path:
 
 
 def _checkpoint(args: TrainingArguments, folder: Path) -> Path | None:
-    """Return the checkpoint to continue from; None for a new run, which needs a folder without another run's files."""
+    """Return the checkpoint to continue from; None for a new run, which needs a folder without
+    another run's files."""
     given, checkpoint = args.resume_from_checkpoint, None
     if given == "latest":
         if (checkpoint := latest_whole(folder)) is None and not _same_start(args, folder):
@@ -144,7 +146,8 @@ def _checkpoint(args: TrainingArguments, folder: Path) -> Path | None:
 
 
 def _check_names_in_optimizer(checkpoint: Path) -> None:
-    """Raise ValueError for an optimizer's state that FSDP2 wrote when the core was called "nara_core" in memory."""
+    """Raise ValueError if FSDP2 wrote the optimizer's state when the core was called "nara_core" in
+    memory."""
     files = [*checkpoint.glob("optimizer_*/.metadata"), *checkpoint.glob("optimizer.bin")]
     if any(f"{NAME_IN_FILES}.cores.".encode() in file.read_bytes() for file in files):
         raise ValueError(
@@ -157,7 +160,7 @@ _ANEW = "Name a fresh folder, or continue the run in it with --resume_from_check
 
 
 def check_empty(folder: Path, advice: str = _ANEW) -> None:
-    """Raise ValueError, with what was found and `advice`, for a folder that holds something."""
+    """Raise ValueError, with what was found and `advice`, if a folder isn't empty."""
     if found := sorted(path.name for path in folder.iterdir() if path.name != LOCK):
         what = ", ".join(found[:4]) + ", …" * (len(found) > 4)
         raise ValueError(
@@ -166,7 +169,8 @@ def check_empty(folder: Path, advice: str = _ANEW) -> None:
 
 
 def _same_start(args: TrainingArguments, folder: Path) -> bool:
-    """Return True if a run with these arguments began in `folder` and ended before its first checkpoint."""
+    """Return True if a run with these arguments began in `folder` and ended before its first
+    checkpoint."""
     if not (folder / CONFIG).is_file() or (folder / RESULTS).exists():
         return False
     saved = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
@@ -179,7 +183,7 @@ def _remove_empty(folder: Path) -> None:
 
 
 def drop_later_steps(metrics: Path, step: int) -> None:
-    """Drop the lines of metrics.jsonl after `step`, which a resumed run takes again, and broken lines.
+    """Drop the lines of metrics.jsonl after `step`, which a resumed run repeats, and broken lines.
 
     A killed run may leave its last line broken.
     """
