@@ -1,4 +1,5 @@
-"""Subject fine-tuning of image models: images, captions, cached latents and prompts, losses, metrics."""
+"""Subject fine-tuning of image models: images, captions, cached latents and prompts, losses,
+metrics."""
 
 from nara_diffusion.dreambooth.caches import LatentCache, PromptCache
 from nara_diffusion.dreambooth.dataset import DreamBoothDataset, TrainingSample, collate_samples

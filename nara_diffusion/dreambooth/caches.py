@@ -32,8 +32,8 @@ class TensorCache:
     """Tensors by key, on the CPU.
 
     Args:
-        memory_mib: how much to keep, in MiB. What doesn't fit is made again at each use. In float32
-            a prompt of SDXL takes 620 KiB.
+        memory_mib: how much to keep, in MiB. Tensors that don't fit are made again at each use. In
+            float32, a prompt of SDXL takes 620 KiB.
     """
 
     def __init__(self, memory_mib: float = 1024.0) -> None:
@@ -86,7 +86,7 @@ class LatentCache:
         return scale_latents(self.vae, mean + std * torch.cat(rows))
 
     def mode(self, samples: Sequence[TrainingSample]) -> Tensor:
-        """Return the same with ε = 0, for a validation loss."""
+        """Return the latents that `sample` returns, with ε = 0, for a validation loss."""
         mean, _ = self._posterior(samples)
         return scale_latents(self.vae, mean)
 
@@ -139,12 +139,12 @@ def posterior_of(vae: ModelMixin, pixels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def reads_videos(vae: ModelMixin) -> bool:
-    """Return whether an autoencoder reads images as videos: Wan's and Qwen-Image's do."""
+    """Return True if an autoencoder reads images as videos, as Wan's and Qwen-Image's do."""
     return "temperal_downsample" in vae.config
 
 
 def scale_latents(vae: ModelMixin, z: Tensor) -> Tensor:
-    """Turn z (b, c, h, w) of an autoencoder into the latents that the denoiser reads.
+    """Return the latents that the denoiser reads, from z (b, c, h, w) of an autoencoder.
 
     m and d are `latents_mean` and `latents_std` of the configuration, if it has them:
 

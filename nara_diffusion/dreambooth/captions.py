@@ -1,9 +1,9 @@
 """Captions of a folder of images.
 
 They come from a metadata.jsonl in the folder, with a line {"file_name": "dog.png", "text": "a photo
-of …"} for each image, or from text files beside the images: dog.txt for dog.png. A line for an image
-that isn't there is an error. An image without a caption gets the instance prompt, and the log says
-so; without an instance prompt it is an error.
+of …"} for each image, or from text files beside the images: dog.txt for dog.png. A line for an
+image that isn't there is an error. An image without a caption gets the instance prompt, and the log
+says so; without an instance prompt it is an error.
 """
 
 from __future__ import annotations
@@ -51,8 +51,11 @@ def own_captions(images: Sequence[Path], column: str | None = None) -> list[str]
 
 
 def fill_captions(captions: Sequence[str], names: Sequence[str], prompt: str | None) -> list[str]:
-    """Return `captions` with the instance prompt in place of empty ones. Raises ValueError if some
-    are empty and there is no prompt."""
+    """Return `captions` with the instance prompt in place of empty ones.
+
+    Raises:
+        ValueError: some captions are empty and there is no prompt.
+    """
     captions = [caption.strip() for caption in captions]
     missing = [name for name, caption in zip(names, captions, strict=True) if not caption]
     which = f"{len(missing)} of {len(names)} images ({listed(missing)}) have no caption"
@@ -106,7 +109,7 @@ def _read_metadata(path: Path, column: str, images: Sequence[str]) -> dict[str, 
 
 
 def _read_row(line: str, column: str, where: str) -> tuple[str, str]:
-    """Return the file_name and the caption of one line."""
+    """Return the file_name and the caption in one line."""
     try:
         row = json.loads(line)
         name, caption = row["file_name"], row[column]

@@ -1,8 +1,8 @@
 """Training samples: everything at position p of the stream is a function of (seed, p).
 
-A position gives an image, crop, flip, prompt and time_ids. With prior preservation it also gives a
-class image, from a stream of its own; this is cut to the bucket of its instance image, so that one
-forward takes both.
+A position determines an image, crop, flip, prompt and time_ids. With prior preservation it also
+determines a class image, from a separate stream. The class image is cut to the bucket of its
+instance image, so that one forward takes both.
 
     (H, W) --scale by s = max(h / H, w / W)--> (H', W') --mirror?--> --cut at (top, left)--> (h, w)
     time_ids = (H, W, top, left, h, w)
@@ -45,7 +45,7 @@ class TrainingSample:
     flip: bool  # whether the image is mirrored
     position: int  # in the training stream; with `role`, the key of its random numbers
     role: str  # "instance" or "class"
-    prompt: str  # its caption, or "" if that is dropped
+    prompt: str  # its caption, or "" if the caption is dropped
 
     @property
     def time_ids(self) -> tuple[int, int, int, int, int, int]:
@@ -54,7 +54,7 @@ class TrainingSample:
 
     @property
     def key(self) -> str:
-        """The name of the pixels in caches: content, scaling, cut and flip."""
+        """The key of the pixels in caches: content, scaling, cut and flip."""
         return f"{self.image.key} {self.target} {self.top} {self.left} {self.flip}"
 
     def pixel_values(self) -> torch.Tensor:
@@ -100,7 +100,7 @@ class BucketOrder:
     def __init__(self, buckets: Sequence[Size], batch_size: int, seed: int) -> None:
         self.batch_size, self.seed = batch_size, seed
         sizes = sorted(set(buckets))
-        # the bucket of each batch of a round, before the draw of their order
+        # the bucket of each batch of a round, before shuffling
         self._batches = [sizes.index(bucket) for bucket in buckets]
         self._streams = []
         for number in range(len(sizes)):
@@ -244,7 +244,8 @@ def _middle(image: ImageRecord, target: Size) -> tuple[int, int]:
 
 
 def collate_samples(items: Sequence[Item]) -> dict[str, Any]:
-    """Return the batch of b items of one bucket: "samples", "prompts" and "time_ids" (B, 6) float32.
+    """Return the batch of b items of one bucket: "samples", "prompts" and "time_ids" (B, 6)
+    float32.
 
     The B rows are all b instances, then, with prior preservation, their b class images.
     """

@@ -1,16 +1,19 @@
-"""What is trained: the denoiser, and the text encoders where they are trained too, with their adapters, as one module.
+"""The trained model: the denoiser, and the text encoders if they are trained too, with their
+adapters.
 
-One module has one forward, so that hooks, DistributedDataParallel and gradient accumulation see all of it. λ reaches
-the adapter in the denoiser through the denoiser's own timestep. Text encoders run before there is a λ, so their
-adapters have C = I. Its files, and how a user's pipeline reads them:
+It is one module with one forward, so that hooks, DistributedDataParallel and gradient accumulation
+see all of it. The adapter in the denoiser reads λ from the denoiser's own timestep. Text encoders
+run before λ is known, so their adapters have C = I. It writes these files, and a user's pipeline
+reads them:
 
-    NaRA's family           pytorch_nara_weights.safetensors     pipe.load_nara_weights(folder)
-    lora, dora, rslora      pytorch_lora_weights.safetensors     pipe.load_lora_weights(folder)
-    other adapters of PEFT  COMPONENT/adapter_config.json, …     PeftModel.from_pretrained(pipe.unet, "folder/unet")
+    NaRA's family          pytorch_nara_weights.safetensors   pipe.load_nara_weights(folder)
+    lora, dora, rslora     pytorch_lora_weights.safetensors   pipe.load_lora_weights(folder)
+    PEFT's other adapters  COMPONENT/adapter_config.json, …   PeftModel.from_pretrained(
+                                                                  pipe.unet, "folder/unet")
 
-A COMPONENT is what was trained, by its name in the pipeline: unet, transformer, text_encoder, …. A checkpoint has the
-same, and, for training to go on, trainable.safetensors, what is trained and the adapters' buffers by their names in the
-model.
+COMPONENT is the name of a trained model in the pipeline: unet, transformer, text_encoder, …. A
+checkpoint has the same files and trainable.safetensors, which training resumes from: the trained
+weights and the adapters' buffers, by their names in the model.
 """
 
 from __future__ import annotations
@@ -55,17 +58,19 @@ TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
 
 class AdaptedDenoiser(nn.Module):
-    """The denoiser of `pipe` as it is fine-tuned, and its text encoders if `train_text_encoder`.
+    """The denoiser of `pipe` in fine-tuning, and its text encoders if `train_text_encoder`.
 
-    What is trained is float32, all else stays as it is. The modules are those of `pipe`.
+    The trained weights are float32; all others keep their dtype. The modules are those of `pipe`.
 
     Args:
-        pipe: a pipeline of a known family with frozen weights.
-        config: of the denoiser's adapter, PEFT's or NaRA's; see `text_config` for that of the text encoders.
-        family: of `pipe`, with the conditions of the run; None takes its defaults.
+        pipe: a pipeline of a known family, with frozen weights.
+        config: the configuration of the denoiser's adapter, PEFT's or NaRA's; `text_config` makes
+            that of the text encoders from it.
+        family: the family of `pipe`, with the settings of the run; None takes its defaults.
 
     Raises:
-        ValueError: a target module that the denoiser lacks; a NaRA that a pipeline couldn't save and load.
+        ValueError: a target module that the denoiser lacks; a NaRA that a pipeline couldn't save
+            and load.
     """
 
     def __init__(
@@ -81,7 +86,7 @@ class AdaptedDenoiser(nn.Module):
         self.family = family_of(pipe) if family is None else family
         if isinstance(config, NaraConfig):
             check_storable(config, self.family.denoiser)
-        self.pipe = pipe  # not a module: it saves the adapter, and holds the tokenizers
+        self.pipe = pipe  # not a module: it saves the adapter and has the tokenizers
         self.config = config
         base = getattr(pipe, self.family.denoiser)
         if gradient_checkpointing:
@@ -106,13 +111,13 @@ class AdaptedDenoiser(nn.Module):
 
     @property
     def components(self) -> dict[str, Any]:
-        """The models that are trained, by their names in the pipeline."""
+        """The trained models, by their names in the pipeline."""
         names = (self.family.denoiser, *self.family.text_encoders)
         return {name: getattr(self, name) for name in names if hasattr(self, name)}
 
     @property
     def trained(self) -> dict[str, nn.Parameter]:
-        """The parameters that are trained, by name."""
+        """The trained parameters, by name."""
         return {
             name: parameter
             for name, parameter in self.named_parameters()
@@ -127,8 +132,15 @@ class AdaptedDenoiser(nn.Module):
         prompts: list[str] | None = None,
         embeddings: Embeddings | None = None,
     ) -> Tensor:
-        """The prediction (b, c, h, w), in the objective's terms, of corrupted latents (b, c, h, w), timestep (b,) and
-        time_ids (b, 6); of b `prompts`, for text encoders that are trained, or of the `embeddings` of frozen ones."""
+        """Return the prediction (b, c, h, w), in the objective's terms.
+
+        Args:
+            sample: the corrupted latents (b, c, h, w).
+            timestep: (b,).
+            time_ids: (b, 6).
+            prompts: b prompts, if the text encoders are trained.
+            embeddings: the prompts' embeddings, if the text encoders are frozen.
+        """
         if embeddings is None:
             assert prompts is not None
             embeddings = self.family.encode(self.pipe, prompts)
@@ -136,9 +148,11 @@ class AdaptedDenoiser(nn.Module):
 
 
 def adapt(model: Any, config: PeftConfig, name: str = ADAPTER) -> Any:
-    """`model` with the adapter; itself changed; wrapped where PEFT keeps state.
+    """Return `model` with the adapter. `model` itself changes; it is wrapped if PEFT keeps state in
+    the wrapper.
 
-    Adapters are float32: what PEFT injects has the dtype of its base layer, in which small steps are lost.
+    Adapters are float32. PEFT injects them in the dtype of the base layer, which would lose small
+    steps.
     """
     check_target_modules(model, getattr(config, "target_modules", None))
     if isinstance(config, LoraConfig):
@@ -152,8 +166,10 @@ def adapt(model: Any, config: PeftConfig, name: str = ADAPTER) -> Any:
 
 
 def text_config(config: PeftConfig) -> PeftConfig:
-    """The configuration for text encoders: the denoiser's own with other targets, and, since they run before there is
-    a λ, with C = I."""
+    """Return the configuration for text encoders: the denoiser's own with other targets, and C = I.
+
+    Text encoders run before λ is known.
+    """
     own: dict[str, Any] = {}
     if isinstance(config, NaraConfig):
         own = {
@@ -164,7 +180,8 @@ def text_config(config: PeftConfig) -> PeftConfig:
 
 
 def _freeze_last_layer(encoder: nn.Module) -> None:
-    """SDXL reads the first text encoder's states before its last layer, so what follows would never get a gradient."""
+    """Freeze the encoder's last layer: SDXL reads the states before it, so it would never get a
+    gradient."""
     for name, module in encoder.named_modules():
         if name.endswith("encoder.layers"):
             module[-1].requires_grad_(False)  # type: ignore[index]
@@ -176,7 +193,7 @@ def _freeze_last_layer(encoder: nn.Module) -> None:
 
 
 def write_adapter(model: AdaptedDenoiser, folder: Path, state: dict[str, Any]) -> None:
-    """A `checkpoints.Writer`: what a user loads into a pipeline."""
+    """Write the files that a user loads into a pipeline. A `checkpoints.Writer`."""
     if isinstance(model.config, NaraConfig):
         model.pipe.save_nara_weights(folder, adapter_name=ADAPTER)
         return
@@ -188,14 +205,17 @@ def write_adapter(model: AdaptedDenoiser, folder: Path, state: dict[str, Any]) -
 
 
 def _write_lora(model: AdaptedDenoiser, folder: Path) -> None:
-    """Write a LoRA by PEFT's names: of a file that also has Diffusers' older ones, `load_lora_weights` skips a part."""
+    """Write a LoRA by PEFT's names.
+
+    `load_lora_weights` skips a part of a file that also has Diffusers' older names.
+    """
     layers, metadata = {}, {}
     for name, component in model.components.items():
         tensors = get_peft_model_state_dict(
             component, adapter_name=ADAPTER, save_embedding_layers=False
         )
         if name != model.family.denoiser:
-            # Transformers finds DoRA's magnitudes by the whole name, which PEFT shortens
+            # Transformers looks up DoRA's magnitudes by the full name, which PEFT shortens
             tensors = {
                 f"{key}.weight" if key.endswith("_vector") else key: each
                 for key, each in tensors.items()
@@ -208,7 +228,7 @@ def _write_lora(model: AdaptedDenoiser, folder: Path) -> None:
 
 
 def write_checkpoint(model: AdaptedDenoiser, folder: Path, state: dict[str, Any]) -> None:
-    """A `checkpoints.Writer`: what `read_checkpoint` reads."""
+    """Write the files that `read_checkpoint` reads. A `checkpoints.Writer`."""
     write_adapter(model, folder, state)
     tensors = {
         name: tensor.detach().cpu().contiguous() for name, tensor in _training_state(model).items()
@@ -218,7 +238,7 @@ def write_checkpoint(model: AdaptedDenoiser, folder: Path, state: dict[str, Any]
 
 @torch.no_grad()
 def read_checkpoint(model: AdaptedDenoiser, folder: Path) -> None:
-    """Put what a checkpoint holds into `model`, before accelerate wraps it."""
+    """Load a checkpoint's weights into `model`, before accelerate wraps it."""
     given, own = load_file(folder / TRAINABLE), _training_state(model)
     check_tensors(given, own)
     for name, tensor in own.items():
@@ -226,7 +246,8 @@ def read_checkpoint(model: AdaptedDenoiser, folder: Path) -> None:
 
 
 def _training_state(model: AdaptedDenoiser) -> dict[str, Tensor]:
-    """The model's own tensors that training goes on with, by name: what is trained, and all that an adapter has."""
+    """Return the tensors that training resumes from, by name: trained weights and all of the
+    adapters' tensors."""
     names, state, seen = model.trained.keys(), {}, set()
     for name, tensor in model.state_dict().items():
         # VeRA's layers share their projections
@@ -238,8 +259,11 @@ def _training_state(model: AdaptedDenoiser) -> dict[str, Tensor]:
 
 @contextmanager
 def adapter_loaded(pipe: Any, folder: Path | None) -> Iterator[None]:
-    """Inside, `pipe` has what lies in `folder`, loaded as a user loads it; None leaves it the base model. Raises
-    ValueError if something in the folder isn't loaded whole."""
+    """Load the adapter in `folder` into `pipe` inside the context, as a user loads it.
+
+    None leaves the base model. Raises ValueError if something in the folder isn't loaded
+    completely.
+    """
     if folder is None:
         yield
         return
@@ -259,7 +283,7 @@ def adapter_loaded(pipe: Any, folder: Path | None) -> Iterator[None]:
 
 def _load_lora(pipe: Any, folder: Path) -> None:
     level = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity_error()  # it warns of each text encoder for which there is nothing in the file
+    diffusers_logging.set_verbosity_error()  # it warns of each text encoder that the file lacks
     try:
         pipe.load_lora_weights(folder, adapter_name=ADAPTER)
     finally:

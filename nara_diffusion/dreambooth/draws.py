@@ -3,12 +3,12 @@
     noise level  i = I[⌊u · k⌋],  u ~ U[0, 1)
     noise        ε ~ N(0, 1) (c, h, w);  with offset noise  ε + κ δ,  δ ~ N(0, 1) (c, 1, 1)
 
-I (k,) are the noise levels inside the window, each as often as it is to be drawn. `stream` names the
-use of a number, so that two uses never share theirs. `index` is the position in the stream of
+I (k,) lists the noise levels inside the window, each as often as it should be drawn. `stream` names
+the use of a number, so that two uses never share theirs. `index` is the position in the stream of
 samples. So a sample gets the same crop, latent and noise in any process, at any batch size and in
 any order, and a resumed run needs no random state. Normal numbers are drawn on the CPU, so they
 don't depend on the device. Stratified u, and so the noise levels, are spread evenly over a global
-batch (`nara_diffusion.utils.random`). A class image has the position of its instance and another
+batch (`nara_diffusion.utils.random`). A class image has the position of its instance but another
 role, so the two get independent noise.
 """
 
@@ -65,8 +65,8 @@ def drawable_levels(
     """Return I (k,) int64, ascending: the noise levels in `window`, each as often as Diffusers'
     --weighting_scheme draws it.
 
-    "logit_normal" and "mode" draw unevenly. For these I is a large sorted sample, so that stratified
-    u follow the same distribution.
+    "logit_normal" and "mode" draw unevenly. For these I is a large sorted sample, so that
+    stratified u follow the same distribution.
 
     Args:
         noise_levels: λ (N,) of the schedule, least noise first.

@@ -26,7 +26,7 @@ N = 1000
 
 
 def _guidance(call: Call) -> Tensor | None:
-    """The guidance scale (b,) float32 for a denoiser with distilled guidance; None for one without."""
+    """Return the guidance scale (b,) float32 if the denoiser has distilled guidance; else None."""
     guidance = call.family.guidance
     return (
         None
@@ -40,7 +40,7 @@ def _fit_guidance(pipe: DiffusionPipeline, family: Family) -> Family:
 
 
 def _packed(call: Call) -> dict[str, Any]:
-    """Tokens (b, h w / 4, 4 c) and σ."""
+    """Return the inputs of packed latents: tokens (b, h w / 4, 4 c) and σ."""
     b, c, h, w = call.sample.shape
     return {
         "hidden_states": FluxPipeline._pack_latents(call.sample, b, c, h, w),
@@ -150,7 +150,7 @@ FLUX2 = Family(
 
 
 def _encode_z_image(pipe: DiffusionPipeline, prompts: list[str], length: int | None) -> Embeddings:
-    """States of Qwen3 (b, l, d) and their mask (b, l), 1 for text and 0 for padding."""
+    """Return the states of Qwen3 (b, l, d) and their mask (b, l), 1 for text and 0 for padding."""
     states, _ = pipe.encode_prompt(
         prompts, do_classifier_free_guidance=False, max_sequence_length=length
     )
@@ -178,7 +178,8 @@ Z_IMAGE = Family(
 def _encode_qwen_image(
     pipe: DiffusionPipeline, prompts: list[str], length: int | None
 ) -> Embeddings:
-    """States of Qwen2.5-VL (b, l, d) and their mask (b, l), 1 for text and 0 for padding."""
+    """Return the states of Qwen2.5-VL (b, l, d) and their mask (b, l), 1 for text and 0 for
+    padding."""
     states, mask = pipe.encode_prompt(prompts, max_sequence_length=length)
     return states, torch.ones(
         states.shape[:2], dtype=torch.int64, device=states.device
@@ -195,7 +196,10 @@ def _qwen_image_inputs(call: Call) -> dict[str, Any]:
 
 
 def _sampling_qwen_image(call: dict[str, Any], count: int) -> dict[str, Any]:
-    """Its pipeline guides by true_cfg_scale, and only with a negative prompt, " " in its documentation."""
+    """Return the arguments of the pipeline's call, with true_cfg_scale for the guidance.
+
+    The pipeline guides only with a negative prompt; its documentation uses " ".
+    """
     rest = {name: value for name, value in call.items() if name != "guidance_scale"}
     scale = call.get("guidance_scale", 1.0)
     return (
@@ -217,7 +221,8 @@ QWEN_IMAGE = Family(
 
 
 def _wan_inputs(call: Call) -> dict[str, Any]:
-    """An image is a video of one frame; the timestep is one for each token in Wan 2.2's 5B."""
+    """Return the inputs for an image as a video of one frame; Wan 2.2's 5B takes one timestep a
+    token."""
     timestep, (height, width) = call.timestep, call.sample.shape[2:]
     if call.family.timestep_of_tokens:
         timestep = timestep[:, None].expand(-1, (height // 2) * (width // 2))

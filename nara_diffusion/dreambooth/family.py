@@ -1,11 +1,11 @@
-"""A family of image models: what it loads, how it encodes a prompt, calls its denoiser and samples.
+"""A family of image models: how it encodes a prompt, calls its denoiser and samples.
 
     prompts → encode → embeddings, a tuple of (b, …)
     x_λ (b, c, h, w), timestep (b,), embeddings → predict → prediction (b, c, h, w)
 
-x_λ, the timestep and the prediction are those of the objective; for a rectified flow x_σ = (1 − σ) x + σ ε, N σ and
-ε − x. Only the family's `inputs` and `output` convert them to what the denoiser takes: σ, 1 − σ, tokens in place of a
-grid, the negative. `families` lists them.
+x_λ, the timestep and the prediction are those of the objective. For a rectified flow they are
+x_σ = (1 − σ) x + σ ε, N σ and ε − x. Only the family's `inputs` and `output` convert them to the
+denoiser's own: σ, 1 − σ, tokens in place of a grid, the negative. `families` lists the families.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Call:
 
     sample: Tensor  # x_λ (b, c, h, w), in the denoiser's dtype
     timestep: Tensor  # (b,)
-    embeddings: Embeddings  # of the prompts, each (b, …), in the denoiser's dtype where they are floating point
+    embeddings: Embeddings  # each (b, …); floating-point ones in the denoiser's dtype
     time_ids: Tensor  # (b, 6), the (H, W, top, left, h, w) of each `TrainingSample`, in pixels
     family: Family  # with the settings of the run
 
@@ -45,17 +45,17 @@ class Family:
     output: Callable[[Any, Call], Tensor] = lambda output, call: (
         output
     )  # what the denoiser returns → prediction
-    # the number that the sides of images have to be multiples of; with patches of 2 × 2 latents
+    # image sides must be multiples of this number; by default for patches of 2 × 2 latents
     divisor: Callable[[Any], int] = lambda pipe: pipe.vae_scale_factor * 2
     denoiser: str = "transformer"  # the name of the component
     text_encoders: tuple[str, ...] = ()  # the components that can be trained too
-    cut_short: tuple[str, ...] = ()  # those of `text_encoders` whose last layer isn't used
+    cut_short: tuple[str, ...] = ()  # text encoders with an unused last layer
     targets: tuple[str, ...] = TRANSFORMER_TARGETS  # the default of target_modules
     defaults: Mapping[str, Any] = field(
         default_factory=dict
     )  # further arguments that aren't the script's default
     is_flow: bool = True  # whether model and scheduler are a rectified flow
-    # the family with the settings of this pipeline; raises ValueError if it can't be trained
+    # return the family with the settings of a pipeline; raise ValueError if it can't be trained
     fit: Callable[[Any, Family], Family] = lambda pipe, family: family
     # (arguments, number of images) → arguments of the pipeline's call
     sampling: Callable[[dict[str, Any], int], dict[str, Any]] = lambda call, count: call
@@ -67,21 +67,24 @@ class Family:
     )
     # settings:
     max_sequence_length: int | None = (
-        None  # tokens of a prompt; None where CLIP's own length is all that there is
+        None  # tokens of a prompt; None if it has only CLIP's own length
     )
     guidance: float | None = (
-        None  # what a denoiser with distilled guidance is given; None for others
+        None  # the guidance of a denoiser with distilled guidance; None for others
     )
     timestep_of_tokens: bool = False  # whether the denoiser takes one timestep for each token
 
     @property
     def sample_call(self) -> dict[str, Any]:
-        """The arguments of the pipeline's call by which it encodes prompts under the same settings."""
+        """The settings that make the pipeline's call encode prompts in the same way."""
         length = self.max_sequence_length
         return {} if length is None else {"max_sequence_length": length}
 
     def encode(self, pipe: DiffusionPipeline, prompts: Sequence[str]) -> Embeddings:
-        """The embeddings of b prompts, each (b, …), with gradients if the text encoders' weights require them."""
+        """Return the embeddings of b prompts, each (b, …).
+
+        They have gradients if the text encoders' weights require them.
+        """
         return tuple(self.encoder(pipe, list(prompts), self.max_sequence_length))
 
     def predict(
@@ -92,8 +95,9 @@ class Family:
         time_ids: Tensor,
         embeddings: Embeddings,
     ) -> Tensor:
-        """The prediction (b, c, h, w), which the objective compares with its target; shapes as in `Call`."""
-        # as `denoiser.dtype`, which walks over all modules
+        """Return the prediction (b, c, h, w) that the objective compares with its target; shapes as
+        in `Call`."""
+        # equals `denoiser.dtype`, which walks over all modules
         kept: Any = getattr(denoiser, "_keep_in_fp32_modules", None) or ()
         names = denoiser.named_parameters()
         dtype = next(p.dtype for name, p in names if not any(part in name for part in kept))

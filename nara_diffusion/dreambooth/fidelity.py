@@ -1,12 +1,14 @@
-"""The figures before, during and after training: subject fidelity, prompt fidelity, and the loss over λ.
+"""Measure before, during and after training: subject fidelity, prompt fidelity, and the loss over
+λ.
 
-    image similarity    mean cosine between generated images and those of the subject; CLIP sees kinds of things, DINO
-                        this very one
+    image similarity    mean cosine between generated images and those of the subject; CLIP
+                        recognises kinds of things, DINO the individual thing
     text alignment      mean cosine between a generated image and its prompt, by CLIP
 
-The first two are those of section 4.1 of DreamBooth's paper (arXiv 2208.12242); figures of different encoders can't be
-compared. `examples/subject_metrics.py` measures folders of several seeds. A training measures on a pipeline into which
-the saved adapter was loaded as a user loads it; all processes share the work.
+The first two are those of section 4.1 of DreamBooth's paper (arXiv 2208.12242); figures of
+different encoders can't be compared. `examples/subject_metrics.py` measures folders of several
+seeds. A training loads the saved adapter into a pipeline as a user does, and measures that; all
+processes share the work.
 """
 
 from __future__ import annotations
@@ -40,10 +42,11 @@ Images = Sequence[Image | str | Path]
 
 
 class Encoder:
-    """Pictures and texts as unit vectors, by CLIP (projected features) or DINO and DINOv2 (the last layer's CLS token).
+    """Encode pictures and texts as unit vectors.
 
-    Images are prepared by the model's own image processor, in its PIL form: figures don't depend on whether torchvision
-    is installed, whose resizing differs in the last bits.
+    CLIP gives projected features; DINO and DINOv2 give the last layer's CLS token. The model's own
+    image processor prepares images, in its PIL form: if torchvision is installed, its resizing
+    would differ in the last bits.
 
     Args:
         model_path: a folder, or a repository on the Hub, with the model and its processor.
@@ -72,7 +75,7 @@ class Encoder:
             raise ValueError(
                 f"{self.name} is a {type(model).__name__}, expected CLIP, DINO or DINOv2"
             )
-        # DINO's checkpoints lack the pooling layer of the class that reads them, which isn't used here
+        # DINO's checkpoints lack the class's pooling layer, which isn't used here
         missing = sorted(key for key in loading["missing_keys"] if "pooler" not in key)
         if missing:
             raise ValueError(
@@ -82,7 +85,7 @@ class Encoder:
         self.processor = AutoImageProcessor.from_pretrained(self.name, backend="pil")
 
     def images(self, images: Images) -> torch.Tensor:
-        """(n, d) float32 on the CPU, each row of length 1; files are opened batch by batch."""
+        """Return unit vectors (n, d) float32 on the CPU; files are opened batch by batch."""
 
         def embed(batch: list[Image | str | Path]) -> torch.Tensor:
             loaded = [
@@ -96,7 +99,8 @@ class Encoder:
         return self._embed(images, embed)
 
     def texts(self, texts: Sequence[str]) -> torch.Tensor:
-        """(n, d) float32 on the CPU, each row of length 1, to be compared with those of images; CLIP's alone."""
+        """Return unit vectors (n, d) float32 on the CPU, to compare with those of images; only CLIP
+        has them."""
         self.check_text()
         tokenizer = AutoTokenizer.from_pretrained(self.name)
         length = self.model.config.text_config.max_position_embeddings
@@ -110,7 +114,7 @@ class Encoder:
         return self._embed(texts, embed)
 
     def check_text(self) -> None:
-        """Raises ValueError if the model has no text tower."""
+        """Raise ValueError if the model has no text tower."""
         if self.kind != "clip":
             raise ValueError(
                 f"{self.name} is a {type(self.model).__name__}, which has no text tower: give CLIP"
@@ -128,25 +132,27 @@ class Encoder:
 
 
 def image_similarity(encoder: Encoder, generated: Images, reference: Images) -> float:
-    """Subject fidelity: the mean cosine over all pairs of a generated image and an image of the subject, in [−1, 1]."""
+    """Return the subject fidelity: the mean cosine over all pairs of a generated and a subject
+    image, in [−1, 1]."""
     return (encoder.images(generated) @ encoder.images(reference).T).mean().item()
 
 
 def text_alignment(
     encoder: Encoder, images: Images, prompts: Sequence[str], identifier: Iterable[str] = ()
 ) -> float:
-    """Prompt fidelity: the mean cosine of each image and its own prompt, in [−1, 1].
+    """Return the prompt fidelity: the mean cosine of each image and its own prompt, in [−1, 1].
 
     Args:
         encoder: a CLIP.
-        identifier: words left out of the prompts, such as the subject's rare token, which CLIP doesn't know.
+        identifier: words to leave out of the prompts, such as the subject's rare token, which CLIP
+            doesn't know.
     """
     texts = encoder.texts([without_words(prompt, identifier) for prompt in prompts])
     return (encoder.images(images) * texts).sum(1).mean().item()
 
 
 def without_words(prompt: str, words: Iterable[str]) -> str:
-    """`prompt` without `words`, whatever their case and the commas and full stops after them."""
+    """Return `prompt` without `words`, in any case, and the commas and full stops after them."""
     dropped = {word.lower() for word in words}
     return " ".join(word for word in prompt.split() if word.strip(",.").lower() not in dropped)
 
@@ -156,12 +162,12 @@ def without_words(prompt: str, words: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Mean cosines are None without an encoder."""
+    """The figures of one measurement. Mean cosines are None without an encoder."""
 
     images: list[Image]  # samples, one for each (prompt, seed)
-    similarity: float | None  # of the samples to the subject's images
-    similarity_as_shown: float | None  # to these as the autoencoder shows them
-    text_alignment: float | None  # of the samples to their prompts
+    similarity: float | None  # of the samples and the subject's images
+    similarity_as_shown: float | None  # the same, with the images as the autoencoder shows them
+    text_alignment: float | None  # of the samples and their prompts
     noise_levels: list[float]  # λ
     curve: list[float]  # the mean squared error there
     validation_loss: float  # its mean over λ
@@ -169,7 +175,8 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Measures `pipe`, which has no adapters, with those of a folder; all processes share the work."""
+    """Measure `pipe`, which has no adapters, with those of a folder; all processes share the
+    work."""
 
     run: Run
     pipe: Any  # the base model's pipeline, which samples
@@ -189,7 +196,11 @@ class Evaluation:
         return rows
 
     def measure(self, folder: Path | None, name: str) -> Measurement:
-        """With the adapter in `folder`, loaded as a user loads it, or without one; `name` is for the progress bar."""
+        """Measure with the adapter in `folder`, loaded as a user loads it; without an adapter if it
+        is None.
+
+        `name` is the title of the progress bar.
+        """
         with adapter_loaded(self.pipe, folder):
             images = sample_images(
                 self.pipe, self.settings, self.run.accelerator, desc=f"sample {name}"
@@ -213,13 +224,14 @@ class Evaluation:
         )
 
     def _similarity(self, images: Images, references: Images | None) -> float | None:
-        """None without an encoder or references."""
+        """Return the image similarity; None without an encoder or references."""
         if self.similarity is None or references is None:
             return None
         return image_similarity(self.similarity, images, references)
 
     def validate(self, model: torch.nn.Module) -> dict[str, float]:
-        """The figures of `model` in training, as accelerate wrapped it, to log; a sheet of samples is written."""
+        """Measure `model` in training, as accelerate wrapped it. Write a sheet of samples, and
+        return the figures to log."""
         accelerator, folder = self.run.accelerator, self.run.folder / ".partial-validation"
         folder.mkdir(exist_ok=True)
         try:
@@ -258,7 +270,8 @@ class Evaluation:
 
 
 def load_encoders(args: Any, device: torch.device) -> dict[str, Encoder | None]:
-    """The encoders of an `Evaluation` that a run's arguments name; one that both name is loaded once."""
+    """Return the encoders of an `Evaluation` that a run's arguments name; load one that both name
+    only once."""
     names = sorted({args.similarity_model, args.alignment_model} - {None})
     encoders: dict[str | None, Encoder] = {
         name: _load_encoder(args, name, device) for name in names

@@ -1,4 +1,4 @@
-"""The arguments of dreambooth/train.py: all flags together, their checks, and the family they fit."""
+"""The arguments of dreambooth/train.py: all flags, their checks, and the family that they fit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The flags of dreambooth/train.py, in groups, named as in diffusers' own script if it has them."""
+"""The flags of dreambooth/train.py, in groups. Flags that diffusers' own script has keep its
+names."""
 
 # ruff: noqa: RUF009 (option() is dataclasses.field() with metadata, not a shared default)
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""A folder of images as records: upright RGB images with a caption each (`captions`).
+"""A folder of images as records: upright RGB images, each with a caption (`captions`).
 
-EXIF rotation is applied, transparent parts become white, and an animation gives its first frame. All
-images are decoded once before training starts, so that a broken one shows at once and not at step
-3 000. Pixels aren't kept: they are read again when a crop of them is needed, usually once, for the
-latent cache.
+EXIF rotation is applied, transparent parts become white, and an animation gives its first frame.
+All images are decoded once before training starts, so that a broken one shows at once and not at
+step 3 000. Pixels aren't kept: they are read again when a crop of them is needed, usually once, for
+the latent cache.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ IMAGE_SUFFIXES = frozenset(
     [".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"]
 )
 LONGEST = 32
-"""The largest ratio of an image's sides. A crop of a longer image shows next to nothing of it."""
+"""The largest ratio of an image's sides. A crop of a longer image shows almost nothing of it."""
 
 
 # ---------------------------------------------------------------------- images
@@ -89,7 +89,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def image_files(folder: str | Path) -> list[Path]:
-    """Return the image files directly in `folder`, by name; a warning lists what else lies there.
+    """Return the image files directly in `folder`, by name; warn of everything else there.
 
     Raises:
         ValueError: there are no images, or there is a subfolder as kohya's scripts name them, such
@@ -167,7 +167,8 @@ def make_records(
     *,
     progress: bool = True,
 ) -> list[ImageRecord]:
-    """Return the record of each image. Each is decoded once, for its size and to see it is whole.
+    """Return the record of each image. Decode each once, to get its size and check that it is
+    whole.
 
     Args:
         sources: (name, function that returns the bytes of the file) of each image.
@@ -195,7 +196,12 @@ def make_records(
 
 
 def _record(name: str, read: Callable[[], bytes], prompt: str) -> ImageRecord:
-    """Raises ValueError for an image that can't be used, OSError for a file that can't be read."""
+    """Return the record of one image.
+
+    Raises:
+        ValueError: the image can't be used.
+        OSError: the file can't be read.
+    """
     content = read()
     width, height = decode_image(content, name).size
     if max(width, height) > LONGEST * min(width, height):
@@ -208,8 +214,8 @@ def _record(name: str, read: Callable[[], bytes], prompt: str) -> ImageRecord:
 
 
 def trained_on(records: Sequence[ImageRecord], folder: str | Path, prompt: str | None) -> str:
-    """Return in words how many images there are, and whether they have captions of their own or the
-    instance prompt."""
+    """Return a description of the images: how many, and with their own captions or the instance
+    prompt."""
     own = sum(record.prompt != (prompt or "").strip() for record in records)
     images = counted(len(records), "image")
     if not own:

@@ -30,7 +30,7 @@ image = pipe(
 ){picked}
 image.save("sample.png")
 ```"""
-_NAME = "subject"  # of a LoRA that needs a name
+_NAME = "subject"  # the name of a LoRA that needs one
 _IMPORTS = {
     "nara": "\nimport nara_diffusion  # gives pipelines load_nara_weights\n",
     "other": "from peft import PeftModel\n",
@@ -41,10 +41,11 @@ _NOISE = "\n\nThe adapter reads the noise level λ from the timestep of each ste
 def describe(
     evaluation: Evaluation, before: Measurement, after: Measurement, pipe: Any, data: str
 ) -> dict[str, Any]:
-    """Write samples.png, samples-before and samples-after into the run's folder; and what its card says.
+    """Write samples.png, samples-before and samples-after into the run's folder. Return the card's
+    arguments.
 
     Args:
-        data: what was trained on, in words.
+        data: the training data, in words.
     """
     run, settings = evaluation.run, evaluation.settings
     folder, args = run.folder, run.args
@@ -76,7 +77,7 @@ def describe(
 
 
 def _loading(args: Any, settings: SampleSettings, load_from: str, pipe: Any) -> str:
-    """The card's code, and what has to be known of it."""
+    """Return the card's code, and notes on it."""
     dtype = {"fp16": "torch.float16", "bf16": "torch.bfloat16"}.get(
         args.mixed_precision, "torch.float32"
     )
@@ -99,7 +100,7 @@ def _loading(args: Any, settings: SampleSettings, load_from: str, pipe: Any) -> 
             f"PeftModel.from_pretrained(pipe.{name}, {load_from!r}, subfolder={name!r})"
             for name in trained
         ]
-    # components that are None and have to be passed as None
+    # components that are None must be passed as None
     absent = {name for name, part in pipe.components.items() if part is None} - set(
         pipe._optional_components
     )
@@ -120,16 +121,16 @@ def _loading(args: Any, settings: SampleSettings, load_from: str, pipe: Any) -> 
 
 
 def schedule_line(args: Any, family: Family) -> str:
-    """The code that gives a LoRA its strength over λ."""
+    """Return the code that gives a LoRA its strength over λ."""
     schedule = repr(schedule_of(args))
-    if args.train_text_encoder:  # which runs before there is a λ
+    if args.train_text_encoder:  # text encoders run before λ is known
         parts = {family.denoiser: schedule, **dict.fromkeys(family.text_encoders, "1.0")}
         schedule = "{" + ", ".join(f"{name!r}: {value}" for name, value in parts.items()) + "}"
     return f"pipe.set_adapters({_NAME!r}, adapter_weights={schedule})"
 
 
 def figures(before: Measurement, after: Measurement) -> list[list[str]]:
-    """Similarity, alignment and validation loss: rows of (what, before, after)."""
+    """Return rows of (what, before, after) for similarity, alignment and validation loss."""
     rows = {
         "similarity to the subject": (before.similarity, after.similarity, "similarity_model"),
         "similarity to it as the autoencoder shows it": (

@@ -1,7 +1,7 @@
 """What a denoiser learns, as one table.
 
-At each of N noise levels, least noise first, with latents x and noise ε, the denoiser sees p x + q ε
-and its timestep t. It should predict α x + β ε:
+At each of N noise levels, least noise first, with latents x and noise ε, the denoiser sees
+p x + q ε and its timestep t. It should predict α x + β ε:
 
     loss = w · mean (prediction − α x − β ε)²
 
@@ -14,8 +14,8 @@ and its timestep t. It should predict α x + β ε:
 A rectified flow (arXiv 2209.03003) has σ = s u / (1 + (s − 1) u) at u = 1/N, 2/N, …, 1. Its w comes
 from Diffusers' --weighting_scheme.
 
-Min-SNR-γ (arXiv 2303.09556) weights the squared error in x by min(SNR, γ), with SNR = p² / q². For a
-given input, an error e of the prediction is an error q e / (α q − β p) of x, so
+Min-SNR-γ (arXiv 2303.09556) weights the squared error in x by min(SNR, γ), with SNR = p² / q². For
+a given input, an error e of the prediction is an error q e / (α q − β p) of x, so
 w = min(p², γ q²) / (α q − β p)².
 """
 
@@ -111,8 +111,8 @@ def build_objective(
     Args:
         scheduler: the scheduler, `pipe.scheduler`.
         snr_gamma: γ of min-SNR weights; None weights all noise levels alike.
-        shift: s of a rectified flow. None takes the scheduler's, or 1 if that depends on the size of
-            the image.
+        shift: s of a rectified flow. None takes the scheduler's, or 1 if that depends on the size
+            of the image.
         weighting_scheme: Diffusers' weights of a rectified flow.
 
     Raises:

@@ -1,8 +1,8 @@
-"""The pipeline that is trained, and the one that samples with the same frozen weights; the shipped one, and defaults.
+"""The trained pipeline, a sampling pipeline with the same frozen weights, and the runs' defaults.
 
-The sampling pipeline has its own modules around the parameters of the trained one, so adapters and gradient
-checkpointing affect only one of them. `load_nara_weights` on it does what it does on a freshly loaded pipeline, without
-a second copy of the base model.
+The sampling pipeline has its own modules around the parameters of the trained one, so adapters and
+gradient checkpointing affect only one of them. `load_nara_weights` works on it as on a freshly
+loaded pipeline, without a second copy of the base model.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from .family import Family
 logger = logging.getLogger(__name__)
 
 STEPS = 500
-"""Of a run on a named model: a pass over five images is two steps."""
+"""The optimizer steps of a run on a named model. A pass over five images is two steps."""
 
 
 def family_named(pipeline: str) -> Family:
-    """The family of a pipeline's class name. Raises ValueError if no family has it."""
+    """Return the family of a pipeline's class name. Raise ValueError if there is none."""
     if pipeline not in BY_PIPELINE:
         known = ", ".join(
             f"{family.title} ({' or '.join(family.pipelines)})" for family in FAMILIES
@@ -47,19 +47,26 @@ def family_named(pipeline: str) -> Family:
 
 
 def family_of(pipe: Any) -> Family:
-    """The family of a pipeline, with its settings. Raises ValueError if none has its class or can train it."""
+    """Return the family of a pipeline, with its settings.
+
+    Raises:
+        ValueError: no family has its class, or the family can't train it.
+    """
     family = family_named(type(pipe).__name__)
     return family.fit(pipe, family)
 
 
 def family_of_model(name: str, **hub: Any) -> Family:
-    """The family of a folder or repository; raises ValueError as `model_index` and `family_named`."""
+    """Return the family of a folder or repository. Raises as `model_index` and `family_named`."""
     return family_named(str(model_index(name, **hub).get("_class_name")))
 
 
 def model_index(name: str, **hub: Any) -> dict[str, Any]:
-    """The `model_index.json` of a folder, or of a repository on the Hub: classes of the pipeline and its components.
-    Raises ValueError if there is none, or the Hub can't be reached."""
+    """Return the `model_index.json` of a folder, or of a repository on the Hub.
+
+    It names the classes of the pipeline and its components. Raises ValueError if there is none, or
+    the Hub can't be reached.
+    """
     converted = (
         f"StableDiffusionXLPipeline.from_single_file('{name}').save_pretrained('{Path(name).stem}')"
     )
@@ -69,8 +76,9 @@ def model_index(name: str, **hub: Any) -> dict[str, Any]:
 
 
 def native_resolution(name: str, family: Family, **hub: Any) -> int | None:
-    """The side, in pixels, of the images that a model was made for; None where its configuration doesn't say."""
-    read: Any = AutoencoderKL.load_config  # of any model's configuration
+    """Return the side, in pixels, of the images that a model was made for; None if its
+    configuration has none."""
+    read: Any = AutoencoderKL.load_config  # loads any model's configuration
     try:
         side = read(name, subfolder=family.denoiser, **hub).get("sample_size")
         blocks = read(name, subfolder="vae", **hub).get("block_out_channels")
@@ -92,10 +100,10 @@ def load_pipeline(
 
     Args:
         name: folder, or id on the Hub.
-        dtype: of all components but the autoencoder.
+        dtype: the dtype of all components except the autoencoder.
         vae_name: folder or id of another autoencoder; None takes the pipeline's own.
-        revision, variant: of the pipeline, and of its own autoencoder; a model that lacks files of the variant is
-            loaded from the others, with a warning.
+        revision, variant: of the pipeline, and of its own autoencoder; a model without files of the
+            variant is loaded from the others, with a warning.
 
     Raises:
         ValueError: there is no such pipeline or autoencoder, or its family can't be trained.
@@ -110,7 +118,7 @@ def load_pipeline(
     absent: dict[str, Any] = {
         part: None for part, classes in index.items() if classes == [None, None]
     }
-    if "safety_checker" in index:  # it replaces images that it takes for unsafe by black ones
+    if "safety_checker" in index:  # it blackens images that it considers unsafe
         absent |= {"safety_checker": None, "requires_safety_checker": False}
     try:
         vae = getattr(diffusers, index["vae"][1]).from_pretrained(
@@ -171,12 +179,13 @@ def _check_scheduler(family: Family, scheduler: Any) -> None:
 
 
 def modules_of(pipe: Any) -> dict[str, nn.Module]:
-    """The models of a pipeline, by name."""
+    """Return the models of a pipeline, by name."""
     return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
 
 
 def folders_of(args: Any, pipe: Any) -> dict[str, Path]:
-    """{component: folder} of what was loaded with the arguments of a DreamBoothArguments: the models, the scheduler."""
+    """Return {component: folder} of the loaded models and scheduler; `args` is a
+    DreamBoothArguments."""
     root = local_folder(args.pretrained_model_name_or_path, revision=args.revision)
     folders = {name: root / name for name in (*modules_of(pipe), "scheduler")}
     if args.pretrained_vae_model_name_or_path is not None:
@@ -185,8 +194,11 @@ def folders_of(args: Any, pipe: Any) -> dict[str, Path]:
 
 
 def sharing_pipeline(pipe: Any, dtype: torch.dtype) -> Any:
-    """A pipeline with its own modules around the parameters of `pipe`, which has no adapter yet, and the autoencoder in
-    `dtype`. It computes the same bits as a pipeline that is loaded in `dtype`."""
+    """Return a pipeline with its own modules around the parameters of `pipe`, which has no adapter
+    yet.
+
+    The autoencoder is in `dtype`. It computes the same bits as a pipeline loaded in `dtype`.
+    """
     own = modules_of(pipe)
     memo = {id(t): t for module in own.values() for t in (*module.parameters(), *module.buffers())}
     modules = {name: copy.deepcopy(module, memo) for name, module in own.items()}
@@ -204,13 +216,14 @@ def sharing_pipeline(pipe: Any, dtype: torch.dtype) -> Any:
     return other
 
 
-# ---------------------------------------------------------------------- the shipped model, and defaults of families
+# ---------------------------------------------------------------------- shipped model, defaults
 
 
 def shipped_run(
     given: Mapping[str, Any], config: Path = CONFIGS / "sd_tiny_flow.yaml"
 ) -> dict[str, Any]:
-    """The arguments of the shipped run, which `config` holds, or what suits the model that was `given`."""
+    """Return the arguments of the shipped run in `config`, or the defaults for the model that was
+    `given`."""
     if "pretrained_model_name_or_path" in given:
         return family_defaults(given)
     return shipped_settings(
@@ -225,13 +238,13 @@ def shipped_run(
 
 
 def family_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments that suit the model that was `given` and its family, in place of the script's own defaults."""
+    """Return the defaults for the `given` model and its family, in place of the script's own."""
     name, hub = (
         given["pretrained_model_name_or_path"],
         {"revision": given.get("model_options", {}).get("revision")},
     )
     if not name:
-        return {}  # which the arguments refuse
+        return {}  # the arguments raise for it
     family = family_of_model(name, **hub)
     defaults = {"target_modules": list(family.targets), **family.defaults, "max_train_steps": STEPS}
     if (resolution := native_resolution(name, family, **hub)) is not None:

@@ -10,9 +10,9 @@ at its own timestep of the nearest φ. It predicts a x̂ + b ε̂, with (a, b) =
 
     α x̂ + β ε̂ = ((α b − β a) z + (β cos φ − α sin φ) (a x̂ + b ε̂)) / (b cos φ − a sin φ)
 
-A φ outside the schedule of the base is clamped to its end. Only there does the reading leave
-something to train: in the last steps at zero terminal SNR, where ᾱ is below the smallest of the base,
-and at both ends of a flow.
+A φ outside the base's schedule is clamped to its end. Only there does the reading leave something
+to train: in the last steps at zero terminal SNR, where ᾱ is below the smallest of the base, and at
+both ends of a flow.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the autoencoder can show of the images: encode and decode, without denoiser or adapter.
+"""Reconstruct images by the autoencoder: encode and decode, without denoiser or adapter.
 
     x (3, h, w) in [−1, 1] → μ(x) → x̂ (3, h, w),    PSNR = 10 log10(4 / mean (x − x̂)²), in dB
 
@@ -29,7 +29,8 @@ AT_MOST = 32
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """The first images of a run as its autoencoder shows them: their middle, in the training size."""
+    """The first images of a run as its autoencoder shows them: their middle, at the training
+    size."""
 
     images: Sequence[Image.Image]
     psnr: float  # in dB, the mean over the images

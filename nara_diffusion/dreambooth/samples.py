@@ -1,4 +1,5 @@
-"""Images that a pipeline makes: samples, their files and a sheet of them, and class images for prior preservation."""
+"""Generate images: samples, their files and a sheet of them, and class images for prior
+preservation."""
 
 from __future__ import annotations
 
@@ -25,9 +26,9 @@ from .family import Family
 from .image_arguments import DreamBoothArguments
 from .image_records import IMAGE_SUFFIXES
 
-# in pixels: the side of an image's square on a sheet, the space around it, the height of a text line
+# in pixels: the square of an image on a sheet, the space around it, the height of a text line
 CELL, GAP, TEXT = 128, 4, 15
-PROMPT_KEY = "class_prompt"  # of a class image's metadata
+PROMPT_KEY = "class_prompt"  # in a class image's metadata
 
 
 # ---------------------------------------------------------------------- samples
@@ -35,7 +36,7 @@ PROMPT_KEY = "class_prompt"  # of a class image's metadata
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """What is sampled."""
+    """The prompts, seeds and arguments of a set of samples."""
 
     prompts: Sequence[str]
     images_per_prompt: int  # image j of each prompt has the seed `seed` + j
@@ -46,7 +47,7 @@ class SampleSettings:
 
     @property
     def pairs(self) -> list[tuple[str, int]]:
-        """(prompt, seed) of each image; all images of a prompt follow each other."""
+        """(prompt, seed) of each image; the images of a prompt are consecutive."""
         pairs = []
         for prompt in self.prompts:
             for j in range(self.images_per_prompt):
@@ -63,7 +64,7 @@ class SampleSettings:
 
 
 def sample_call(args: DreamBoothArguments, family: Family) -> dict[str, Any]:
-    """Return `SampleSettings.call` of a run: at the training resolution."""
+    """Return `SampleSettings.call` of a run, at the training resolution."""
     size = {"height": args.resolution, "width": args.resolution}
     steps = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
     return {**size, **steps, **family.sample_call}
@@ -75,7 +76,8 @@ def render(
     generators: Sequence[torch.Generator],
     call: Mapping[str, Any],
 ) -> list[Image.Image]:
-    """An image for each of b prompts, by a pipeline of a family; any other callable gets `call` unchanged."""
+    """Return an image for each of b prompts. A pipeline of a family gets its own arguments, any
+    other callable `call`."""
     family = BY_PIPELINE.get(type(pipe).__name__)
     options = dict(call) if family is None else family.sampling(dict(call), len(prompts))
     output = pipe(prompt=list(prompts), generator=list(generators), **options)
@@ -88,7 +90,7 @@ def sample_images(
     accelerator: Accelerator | None = None,
     desc: str = "sample",
 ) -> list[Image.Image]:
-    """One image for each of `settings.pairs`, made by all processes together."""
+    """Return one image for each of `settings.pairs`; all processes share the work."""
     show = accelerator is None or accelerator.is_main_process
 
     def work(indices: Sequence[int]) -> list[Image.Image]:
@@ -96,7 +98,7 @@ def sample_images(
         images = []
         for start in tqdm(starts, desc=desc, unit="batch", leave=False, disable=not show):
             pairs = [settings.pairs[i] for i in indices[start : start + settings.batch_size]]
-            # seeds count on the CPU, so they mean the same on any device
+            # generators on the CPU: a seed gives the same noise on any device
             generators = [torch.Generator().manual_seed(seed) for _, seed in pairs]
             images += render(pipe, [prompt for prompt, _ in pairs], generators, settings.call)
         return images
@@ -125,11 +127,13 @@ def write_grid(
     columns: Mapping[str, Sequence[Image.Image]],
     references: Mapping[str, Sequence[Image.Image]] = MappingProxyType({}),
 ) -> None:
-    """Writes a PNG: images of the subject, then for each prompt its images of each column, beside each other.
+    """Write a PNG: images of the subject, then for each prompt its images of each column, side by
+    side.
 
     Args:
         prompts: one for each row, drawn above it with the titles of the columns.
-        columns: {title: images}, such as before and after: all of one prompt after those of another, equally many each.
+        columns: {title: images}, such as before and after. Each column has equally many images,
+            ordered by prompt.
         references: {title: images of the subject}, for the rows on top; the first eight are shown.
     """
     rows = [(title, [images[:8]]) for title, images in references.items()]
@@ -187,16 +191,18 @@ def generate_class_images(
 ) -> int:
     """Make the class images that `folder` lacks. Return their number, over all processes.
 
-    Image i has its own generator, seeded by (seed, i), and the file `class-{seed}-{i}.png`, with the
-    prompt in its metadata. So an interrupted set is completed, several processes share the work, and
-    the same command makes the same images. A folder that already has enough images, of any origin,
-    is used as it is.
+    Image i has its own generator, seeded by (seed, i), and the file `class-{seed}-{i}.png`, with
+    the prompt in its metadata. So an interrupted set is completed, several processes share the
+    work, and the same command makes the same images. A folder that already has enough images, of
+    any origin, is used as it is.
 
     Args:
-        make_pipe: loads a text-to-image pipeline onto its device; called only if images are missing.
-        count: images that are to be there.
+        make_pipe: loads a text-to-image pipeline onto its device; called only if images are
+            missing.
+        count: the number of images that the folder should have.
         batch_size: images at once.
-        accelerator: accelerate's, if several processes share the work; all of them call this, and leave together.
+        accelerator: accelerate's, if several processes share the work; all of them call this, and
+            leave together.
         call: arguments of the pipeline's call, such as height, width, num_inference_steps.
 
     Raises:
@@ -206,7 +212,7 @@ def generate_class_images(
     folder.mkdir(parents=True, exist_ok=True)
     missing = mine = _missing(folder, prompt, count, seed)
     if accelerator is not None:
-        accelerator.wait_for_everyone()  # all have counted, before anyone adds
+        accelerator.wait_for_everyone()  # all count before any process adds an image
         mine = missing[accelerator.process_index :: accelerator.num_processes]
     if mine:
         pipe, made_for = make_pipe(), PngImagePlugin.PngInfo()

@@ -1,26 +1,29 @@
-"""Teaches an image model a subject from a few images, with NaRA or another adapter, and shows what that brought.
+"""Teach an image model a subject from a few images, with NaRA or another adapter; show the gain.
 
-Stable Diffusion 1, 2, XL and 3, FLUX.1, FLUX.2, Z-Image, Qwen-Image and Wan (one frame): the model_index.json of the
-model says which it is, and that sets the defaults (resolution, guidance, adapted modules); docs/dreambooth.md has the
-table.
+Stable Diffusion 1, 2, XL and 3, FLUX.1, FLUX.2, Z-Image, Qwen-Image and Wan (one frame): the
+model's model_index.json says which it is, and that sets the defaults (resolution, guidance,
+adapted modules); docs/dreambooth.md has the table.
 
 The shipped model, a small rectified flow of SD3's classes, and images, offline, on CPU, in minutes:
     accelerate launch train_scripts/dreambooth.py
 Your own five images, on one GPU:
-    accelerate launch train_scripts/dreambooth.py --pretrained_model_name_or_path MODEL --mixed_precision bf16 \\
-        --instance_data_dir dog --instance_prompt "a photo of sks dog" --output_dir sks-dog
+    accelerate launch train_scripts/dreambooth.py --pretrained_model_name_or_path MODEL \\
+        --mixed_precision bf16 --instance_data_dir dog \\
+        --instance_prompt "a photo of sks dog" --output_dir sks-dog
 With a file of settings for the model from train_scripts/configs; flags win over it:
-    accelerate launch train_scripts/dreambooth.py --config train_scripts/configs/sdxl_dreambooth.yaml \\
+    accelerate launch train_scripts/dreambooth.py \\
+        --config train_scripts/configs/sdxl_dreambooth.yaml \\
         --instance_data_dir dog --instance_prompt "a photo of sks dog" --output_dir sks-dog
 
-With --adapter lora, dora, … the same is done by another method; --help lists them. --init_adapter starts from
-a LoRA or NaRA. --min_noise_level and --max_noise_level train a part of the noise levels (docs/strength.md).
+With --adapter lora, dora, … another method does the same; --help lists them. --init_adapter
+starts from a LoRA or NaRA. --min_noise_level and --max_noise_level train a part of the noise levels
+(docs/strength.md).
 
-Written to the output folder: pytorch_nara_weights.safetensors (for pipe.load_nara_weights; the files of other methods
-stand in nara_diffusion/dreambooth/denoiser.py), README.md (the model card, which says how to load them),
-samples.png with samples before and after and what the autoencoder can show, the samples themselves,
-noise_level_curve.png, results.json, metrics.jsonl, config.yaml, validation/step-N.png, and checkpoint-N folders to
-resume from.
+Written to the output folder: pytorch_nara_weights.safetensors (for pipe.load_nara_weights; for
+the files of other methods see nara_diffusion/dreambooth/denoiser.py), README.md (the model card,
+which says how to load them), samples.png with samples before and after and what the autoencoder can
+show, the samples themselves, noise_level_curve.png, results.json, metrics.jsonl, config.yaml,
+validation/step-N.png, and checkpoint-N folders to resume from.
 """
 
 from __future__ import annotations
@@ -71,8 +74,11 @@ def main(args: DreamBoothArguments) -> dict[str, Any]:
 
 
 class FineTuning:
-    """One run. Made, it has its data, the base model and the loss, and whatever can be refused has been; then `check`,
-    or `train` and `report`."""
+    """One training run.
+
+    After construction it has its data, the base model and the loss, and has raised for invalid
+    arguments. Then call `check`, or `train` and `report`.
+    """
 
     def __init__(self, args: DreamBoothArguments, run: Run) -> None:
         self.args, self.run = args, run
@@ -85,7 +91,7 @@ class FineTuning:
         if args.validation_data_dir:
             held_out = records_from_folder(args.validation_data_dir, **captions)
         if args.check and not held_out and len({image.key for image in self.instances}) >= 4:
-            held_out = self.instances[-1:]  # and no copy of it is trained on
+            held_out = self.instances[-1:]  # copies of it aren't trained on either
             self.instances = [image for image in self.instances if image.key != held_out[0].key]
         run.record_data_digest("validation data", digested(held_out or []))
         self.encoders = load_encoders(args, run.accelerator.device)
@@ -101,7 +107,7 @@ class FineTuning:
             noise_convention=self.step.objective.source.convention,
             strength=schedule_of(args),
         )
-        # what shows only with the model at hand is refused before hours go into class images
+        # errors that need the model come before hours of making class images
         buckets = self._buckets()
         check_target_modules(self.step.model, getattr(self.config, "target_modules", None))
         class_images = self._class_images()
@@ -112,7 +118,8 @@ class FineTuning:
         self.measured_on = self._dataset(held_out, buckets) if held_out else self.dataset
 
     def _refuse_sharding(self) -> None:
-        """Raise ValueError for engines that shard the model: sampling needs all of it on each process."""
+        """Raise ValueError for engines that shard the model: sampling needs all of it on each
+        process."""
         kind = self.run.accelerator.distributed_type
         if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
             raise ValueError(
@@ -131,7 +138,7 @@ class FineTuning:
         )
 
     def _buckets(self) -> list[Size]:
-        """The sizes to train at. Raises ValueError for one that doesn't fit the model."""
+        """Return the sizes to train at. Raise ValueError for one that doesn't fit the model."""
         args, divisor = self.args, self.family.divisor(self.pipe)
         if args.aspect_ratio_buckets is None:
             sizes = [(args.resolution, args.resolution)]
@@ -144,7 +151,7 @@ class FineTuning:
         denoiser: Any = self.step.model
         places = denoiser.config.get(
             "pos_embed_max_size"
-        )  # of patches, on a side, in Stable Diffusion 3
+        )  # Stable Diffusion 3: the maximum of patches on a side
         limit = math.inf if places is None else places * divisor
         for height, width in sizes:
             if height % divisor or width % divisor or max(height, width) > limit:
@@ -156,7 +163,8 @@ class FineTuning:
         return sizes
 
     def _class_images(self) -> list[ImageRecord]:
-        """The images of prior preservation, of which missing ones are generated; none without it, or in a check."""
+        """Return the images of prior preservation, after generating missing ones; none without it,
+        or in a check."""
         args, run = self.args, self.run
         if args.class_prompt is None or args.check:
             return []
@@ -194,7 +202,8 @@ class FineTuning:
         )
 
     def train(self) -> None:
-        """From the start or a checkpoint to the last step; the adapter is written to the run's folder."""
+        """Train from the start or a checkpoint to the last step. Write the adapter to the run's
+        folder."""
         args, run = self.args, self.run
         steps = run.plan(len(self.instances))
         self.evaluation = self._evaluation()
@@ -225,7 +234,8 @@ class FineTuning:
         save_adapter(run.accelerator, denoiser, run.folder, write_adapter)
 
     def _evaluation(self) -> Evaluation:
-        """Of the base's pipeline; called before it has an adapter."""
+        """Return the evaluation of the base's pipeline. Call it before the pipeline has an
+        adapter."""
         args, samples = self.args, self.measured_on.plain_samples()
         measured = (self.step.objective.unweighted, self.step.latents, samples, self.family)
         loss = ValidationLoss(*measured, args.seed, args.curve_points, args.train_batch_size)
@@ -243,7 +253,7 @@ class FineTuning:
         )
 
     def _model(self) -> AdaptedDenoiser:
-        """With the weights to go on from."""
+        """Return the model, with the weights to continue from."""
         args, checkpoint = self.args, self.run.checkpoint
         model = AdaptedDenoiser(
             self.pipe,

@@ -69,8 +69,10 @@ class TrainingStep:
         return self.model(*inputs, embeddings=embeddings)
 
     def _corrupt(self, samples: Sequence[TrainingSample]) -> Corrupted:
-        """Draw noise levels and noise. All rows of a role follow each other: first all instances,
-        then all class images."""
+        """Return the samples' corrupted latents, with drawn noise levels and noise.
+
+        All rows of a role are consecutive: first all instances, then all class images.
+        """
         latents = self.latents.sample(samples, seed=self.seed)  # (b, c, h, w)
         indices, noise = [], []
         for role in dict.fromkeys(sample.role for sample in samples):
@@ -103,8 +105,8 @@ def training_step(
     device: torch.device,
     group_size: int,
 ) -> TrainingStep:
-    """Return the loss of a run for the denoiser of `pipe`, which keeps predicting what its
-    scheduler expects."""
+    """Return the loss of a run for the denoiser of `pipe`, which keeps the prediction type of its
+    scheduler."""
     objective = build_objective(
         pipe.scheduler,
         snr_gamma=args.snr_gamma,
@@ -139,7 +141,8 @@ def training_step(
 
 @dataclass(frozen=True)
 class ValidationLoss:
-    """The objective without weights, at equally spaced noise levels, on the same noise each time."""
+    """The objective without weights, at equally spaced noise levels, on the same noise each
+    time."""
 
     objective: Objective  # with weights of 1
     latents: LatentCache

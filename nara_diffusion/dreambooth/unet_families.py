@@ -10,7 +10,7 @@ from .family import Call, Family
 
 
 def _unet_divisor(pipe: DiffusionPipeline) -> int:
-    """The factor by which autoencoder and UNet together reduce the sides of an image."""
+    """Return the ratio of an image's side to that of the UNet's smallest feature map."""
     return pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
 
 
@@ -33,7 +33,7 @@ SD = Family(
 
 def _sdxl_inputs(call: Call) -> dict[str, Any]:
     states, pooled = call.embeddings
-    # bf16 doesn't hold all whole numbers above 256, which sizes and crop positions are
+    # bf16 can't represent all integers above 256, such as sizes and crop positions
     conditions = {"text_embeds": pooled, "time_ids": call.time_ids.float()}
     return {**SD.inputs(call), "encoder_hidden_states": states, "added_cond_kwargs": conditions}
 

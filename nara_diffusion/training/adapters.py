@@ -272,7 +272,7 @@ def build_adapter(
     noise_convention: str | None = MASKED_SHARE,
     strength: StrengthSchedule | None = None,
 ) -> nn.Module:
-    """Return a PeftModel around the language model `model` in which only the adapter is trainable.
+    """Wrap the language model `model` into a PeftModel. Only its adapter is trainable.
 
     With `adapter` "full", return `model` itself with all its weights trainable. Raises as
     `add_adapter`.

@@ -7,8 +7,8 @@ stopped.
                  scheduler.bin, scaler.pt    engine decides the optimizer's form, see `engine_state`
                  random_states_P.pkl         of process P
                  checkpoint.json             the manifest: step, length of the schedule, losses that
-                                             aren't logged yet, processes, engine, arguments, digests
-                                             of files, data, base and the manifest itself
+                                             aren't logged yet, processes, engine, arguments,
+                                             digests of files, data, base and the manifest itself
 
 The step is enough to find the place in the data: `loop.ShuffledStream` makes the order a function
 of (seed, position). A checkpoint contains neither the data nor the frozen base model; it recognises

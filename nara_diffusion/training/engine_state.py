@@ -1,11 +1,12 @@
 """Save and restore the state of an engine's training: trained weights, optimizer, schedule and
 random states.
 
-| engine           | weights                        | optimizer, in a checkpoint                          |
-|------------------|--------------------------------|-----------------------------------------------------|
-| one process, DDP | each process has them          | optimizer.bin                                       |
-| FSDP2            | gathered, frozen ones left out | optimizer_0/ (optimizer.bin with FULL_STATE_DICT)   |
-| DeepSpeed ZeRO   | gathered under stage 3         | deepspeed/: parts of it, float32 weights among them |
+| engine           | weights                        | optimizer, in a checkpoint                  |
+|------------------|--------------------------------|---------------------------------------------|
+| one process, DDP | each process has them          | optimizer.bin                               |
+| FSDP2            | gathered, without frozen ones  | optimizer_0/, or with FULL_STATE_DICT       |
+|                  |                                | optimizer.bin                               |
+| DeepSpeed ZeRO   | gathered under stage 3         | deepspeed/: its parts, with float32 weights |
 
 `accelerator.save_state` would also store the frozen base model under FSDP. It gives hooks no
 weights under FSDP and DeepSpeed.

@@ -6,7 +6,7 @@ file:
 
     bool               --flag, --no_flag, --flag true
     list[str]          words separated by spaces or commas; with `sentences`, quoted texts
-    dict[str, Any]     NAME=VALUE …, values as JSON or else as YAML; several flags and the file add up
+    dict[str, Any]     NAME=VALUE …, values as JSON, else as YAML; several flags and the file add up
     X | None           also takes `none`
 
 A field that is declared `within` a dict has no flag: a NAME=VALUE of that dict sets it
@@ -89,7 +89,7 @@ def option(
         unit: what a number counts, for `--help`.
         choices: the words that are allowed.
         rare: True if only `--help_all` shows it.
-        within: the dict argument whose NAME=VALUE sets it, instead of a flag.
+        within: the dict argument that sets it, by NAME=VALUE instead of a flag.
         sentences: for a list: each word of the command line is one element, with its spaces and
             commas.
     """
@@ -185,7 +185,10 @@ def merged(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def kind_of(annotation: Any) -> type:
-    """Return int, float, str, bool, list or dict, the type in an annotation like `list[str] | None`."""
+    """Return the type in an annotation like `list[str] | None`.
+
+    It is int, float, str, bool, list or dict.
+    """
     if isinstance(annotation, types.UnionType):
         [annotation] = [each for each in typing.get_args(annotation) if each is not type(None)]
     return typing.get_origin(annotation) or annotation
