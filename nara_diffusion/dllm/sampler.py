@@ -106,7 +106,8 @@ def generate(
         generator: seeds a stream of random numbers for each row, for Gumbel noise and random
             remasking. A row's numbers don't depend on the rows beside it, only on its place among
             them.
-        mask_token_id, pad_token_id: by default those of the model's configuration.
+        mask_token_id: None takes that of the model's configuration.
+        pad_token_id: None takes that of the model's configuration.
         eos_token_id: one or several; by default those of the configuration.
         stop_at_eos: finish a row at its first eos token.
         return_stats: return a `Generation`, with the number of forwards, instead of the sequences.

@@ -193,7 +193,8 @@ class NaraModel(LoraModel):
         """Merge the update of one λ into the base weights, until `unmerge_adapter`. All layers are merged, or none.
 
         Args:
-            adapter_names, safe_merge: as in PEFT.
+            adapter_names: as in PEFT.
+            safe_merge: as in PEFT.
             noise_level: λ in [0, 1]. None takes λ of the active `noise_level(…)` context.
 
         Raises:
