@@ -42,7 +42,7 @@ __all__ = [
     "to_lora",
 ]
 
-# `peft.utils.register_peft_method` takes names of PEFT's own enum only
+# `peft.utils.register_peft_method` accepts only names of PEFT's own enum
 PEFT_TYPE_TO_CONFIG_MAPPING[NaraPeftType.NARA] = NaraConfig  # type: ignore[index]
 PEFT_TYPE_TO_TUNER_MAPPING[NaraPeftType.NARA] = NaraModel  # type: ignore[index]
 PEFT_TYPE_TO_PREFIX_MAPPING[NaraPeftType.NARA] = NaraModel.prefix  # type: ignore[index]

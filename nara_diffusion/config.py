@@ -24,18 +24,18 @@ _CHOICES: dict[str, tuple[tuple[str | int, ...], tuple[str, ...]]] = {
     "mask_density_radius": ((4,), BUILT_IN),
     "noise_embedding": (("fourier", "mlp", "raw"), ("hypernetwork",)),
 }
-"""{field: (its choices, the built-in types of core that read it)}. Custom cores may read all."""
+"""{field: (its choices, the built-in core types that read it)}. Custom cores may read all."""
 _SIZES = ("r", "noise_embedding_dim", "core_bins", "core_knots")
 _SCALES = ("core_scale", "fourier_scale")
 _GONE = {"core_normalization": "none", "noise_scale": "linear", "layer_embedding_dim": 16}
-"""{field of version 0.1 that is gone: its default there}. Files with that default load as before."""
+"""{removed field of version 0.1: its default there}. Files with that default load as before."""
 _REFUSED = (
     "alora_invocation_tokens", "arrow_config", "ensure_weight_tying", "kasa_config", "layer_replication",
     "megatron_config", "monteclora_config", "target_parameters", "use_bdlora", "use_qalora", "velora_config",
 )  # fmt: skip
 """LoRA options that make PEFT compute the update without C(λ)."""
 _UNSCALED = ("bias", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters")
-"""LoRA options that change the model outside of s · B · C · A, unless one of `_UNSET`."""
+"""LoRA options that change the model outside s · B · C · A, unless their value is in `_UNSET`."""
 _UNSET = (None, False, "none", [])
 
 
@@ -53,40 +53,47 @@ class NaraConfig(LoraConfig):
     """Configuration of NaRA: ΔW(λ) = s · B · C(λ) · A with C(λ) = I + η F(e(λ)).
 
     See section 4 of arXiv 2605.29716. All fields of `peft.LoraConfig` keep their meaning;
-    `use_dora=True` is NaRA-DoRA. With `rank_pattern`, all layers share one core of the largest rank,
-    and a layer of rank r' reads the leading block C(λ)[:r', :r'].
+    `use_dora=True` is NaRA-DoRA. With `rank_pattern`, all layers share one core of the largest
+    rank, and a layer of rank r' reads the leading block C(λ)[:r', :r'].
 
     Args:
         core_type: how C is made. "hypernetwork" is NaRA. "constant" is NaRA-C: one learnable C,
             without noise input. "identity" is plain LoRA: C = I; it needs no λ and can be merged.
-            "rank_mask" is T-LoRA: the noisier, the fewer of the r directions. "bins" is Multi-LoRA:
-            each bin of λ has its own r / core_bins directions. "knots" interpolates between learned
-            matrices at core_knots values of λ (best with core_sharing "layer"). Or a registered name.
+            "rank_mask" is T-LoRA: the noisier the input, the fewer of the r directions are on.
+            "bins" is Multi-LoRA: each bin of λ has its own r / core_bins directions. "knots"
+            interpolates between learned matrices at core_knots values of λ (best with core_sharing
+            "layer"). The name of a registered custom core is also accepted.
         core_scale: η in C = I + η F(e(λ)), greater than 0.
         core_hidden_dims: widths of the hidden layers of the hypernetwork F.
-        core_init: how F starts. "zero_last": last layer zero, C = I at step 0. "zero_all": all zero, at
-            first only the last bias receives a gradient. "kaiming": C is not I at step 0.
-        core_input: a field of version 0.1 that files have; one choice is left.
+        core_init: how F is initialised. "zero_last": the last layer is zero, so C = I at step 0.
+            "zero_all": all layers are zero, and at first only the last bias receives a gradient.
+            "kaiming": C is not I at step 0.
+        core_input: kept for files of version 0.1; only one choice is left.
         core_sharing: which adapted modules share one F: all ("global"), those of one name such as
             q_proj ("module_type"), or none ("layer").
         noise_embedding: e(λ): frozen Gaussian Fourier features, a learnable Linear and SiLU, or λ.
         noise_embedding_dim: width of e(λ); even for "fourier", unused by "raw".
         fourier_scale: standard deviation of the Fourier frequencies, in radians per unit of λ.
-        rank_mask_min: for "rank_mask", the directions that stay in pure noise; None means half of r.
-        lora_a_init: how A starts: "peft", as init_lora_weights says, or "orthogonal", with orthonormal rows
-            while B is zero: no direction repeats what a masked one has learned (T-LoRA's idea).
-        core_knots: for "knots", their number, at equal distances from λ = 0 to λ = 1; 2 or more.
-        core_bins: for "bins", the number K of equal bins of λ. All share the rank r, a multiple of K.
-        mask_density_radius: a field of version 0.1 that files have; nothing reads it.
-        noise_convention: the name of λ's definition in training, such as "masked_share". A source of
-            λ with another name is refused. None is unknown.
-        scheduler: class (`_class_name`) and configuration of the Diffusers scheduler that an adapter
-            was trained for, if it predicts something else than its base. None: as the base.
-        strength: of the update over λ: StrengthSchedule([(λ, strength), …]) or its points. None is 1.
+        rank_mask_min: for "rank_mask", the number of directions that stay on in pure noise; None
+            means half of r.
+        lora_a_init: how A is initialised. "peft": as init_lora_weights says. "orthogonal": with
+            orthonormal rows, while B is zero, so that no direction repeats what a masked one has
+            learned (T-LoRA's idea).
+        core_knots: for "knots", their number, 2 or more, at equal distances from λ = 0 to λ = 1.
+        core_bins: for "bins", the number K of equal bins of λ. They share the rank r, a multiple of
+            K.
+        mask_density_radius: kept for files of version 0.1; nothing reads it.
+        noise_convention: the name of λ's definition in training, such as "masked_share". A source
+            of λ with another name is refused. None means unknown.
+        scheduler: class (`_class_name`) and configuration of the Diffusers scheduler that the
+            adapter was trained for, if it predicts something other than its base. None: as the
+            base.
+        strength: the strength of the update over λ, StrengthSchedule([(λ, strength), …]) or its
+            points. None means 1.
 
     Raises:
-        ValueError: a field or choice does not exist, a number is out of range, or a LoRA option has no
-            meaning for an update that depends on λ. The message names the field.
+        ValueError: a field or choice does not exist, a number is out of range, or a LoRA option has
+            no meaning for an update that depends on λ. The message names the field.
     """
 
     core_type: str = "hypernetwork"
@@ -108,10 +115,10 @@ class NaraConfig(LoraConfig):
     strength: StrengthSchedule | list[list[float]] | None = None
 
     assumes_convention = False
-    """No field: True if `noise_convention` is only the definition of the model's default source."""
+    """Not a field. True if `noise_convention` is only the definition of the default source."""
 
     def __new__(cls, *args: object, **given: object) -> NaraConfig:
-        # PEFT only warns of unknown fields in a file and drops them: that is another adapter
+        # PEFT only warns of unknown fields in a file and drops them, which changes the adapter
         known = {field.name for field in fields(cls)}
         unknown = [name for name in given if name not in known and not is_idle(name, given[name])]
         if unknown:
@@ -144,7 +151,7 @@ class NaraConfig(LoraConfig):
         subfolder: str | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Do as PEFT's method, but name the file in errors."""
+        """Load as PEFT's method does, but name the adapter's folder or repository in errors."""
         path = pretrained_model_name_or_path
         try:
             return super().from_pretrained(path, subfolder, **kwargs)  # type: ignore[arg-type]
@@ -155,13 +162,13 @@ class NaraConfig(LoraConfig):
             raise ValueError(f"The configuration in '{where}' is refused: {error}") from error
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Do as PEFT's method, but replace adapter_config.json completely or not at all."""
+        """Save as PEFT's method does, but with an atomic write of adapter_config.json."""
         with atomic_write_files(Path(save_directory)) as partial:
             super().save_pretrained(str(partial), **kwargs)
 
     @property
     def reads_core(self) -> bool:
-        """True if its layers read a C: one that is not I, or that a strength scales."""
+        """True if the layers read a C, because it is not I or because a strength scales it."""
         return self.core_type != "identity" or self.strength is not None
 
     def _refuse(self, name: str, reason: str) -> NoReturn:
@@ -184,7 +191,7 @@ class NaraConfig(LoraConfig):
         widths = self.core_hidden_dims
         if not isinstance(widths, (list, tuple)) or not widths or not all(map(_is_size, widths)):
             self._refuse("core_hidden_dims", ": pass one positive integer a hidden layer.")
-        self.core_hidden_dims = tuple(widths)  # a list if read from JSON
+        self.core_hidden_dims = tuple(widths)  # JSON gives a list
         for name in _SIZES:
             if not _is_size(getattr(self, name)):
                 self._refuse(name, ": pass a positive integer.")
@@ -245,7 +252,7 @@ class NaraConfig(LoraConfig):
     def _check_lora_options(self) -> None:
         for name in _REFUSED:
             value = getattr(self, name, None)
-            if value or isinstance(value, dict):  # PEFT makes a dict an option, empty or not
+            if value or isinstance(value, dict):  # for PEFT, an empty dict sets it too
                 raise ValueError(
                     f"NaRA does not support {name}, since PEFT then computes the update without C(λ): "
                     "remove it, or use core_type='identity' without a strength."
@@ -282,7 +289,7 @@ def changes_base(start: object) -> bool:
 
 
 def unscaled_fields(config: LoraConfig) -> list[str]:
-    """Return the LoRA options that change the model where no strength over λ would reach."""
+    """Return the LoRA options that change the model where a strength over λ has no effect."""
     changed = [name for name in _UNSCALED if getattr(config, name, None) not in _UNSET]
     if changes_base(config.init_lora_weights):
         changed.append("init_lora_weights")
@@ -294,5 +301,5 @@ def _is_size(value: object) -> bool:
 
 
 def is_idle(name: str, value: object) -> bool:
-    """Return True if a field that `NaraConfig` lacks has no meaning for the adapter."""
+    """Return True if a field that `NaraConfig` lacks has no effect on the adapter."""
     return not value or _GONE.get(name) == value

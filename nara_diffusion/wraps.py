@@ -1,11 +1,12 @@
-"""Extend other libraries: three new methods of pipelines, and five functions that replace theirs.
+"""Extend other libraries: add three methods to pipelines, and replace five functions.
 
-For a model or file without NaRA, each of the five calls the library's own function. That one alone
+For a model or file without NaRA, each of the five calls the library's own function. Without the
+replacement, that function
 
 PEFT           PeftModel.from_pretrained       would leave a refused NaRA on the base, half loaded
                PeftModel.load_adapter          would do the same, beside other adapters
-transformers   PeftAdapterMixin.load_adapter   would read A and B only, and leave the core random
-Diffusers      LoraBaseMixin.set_adapters      takes numbers, and no StrengthSchedule
+Transformers   PeftAdapterMixin.load_adapter   would read only A and B, and leave the core random
+Diffusers      LoraBaseMixin.set_adapters      would accept numbers, but no StrengthSchedule
                lora_base._get_model_file       would load a NaRA's file as a LoRA, without the core
 """
 
@@ -48,14 +49,15 @@ from nara_diffusion.tuner.strength import check_strength, give_strength, strengt
 
 _Function = Callable[..., Any]
 _Weight: TypeAlias = "float | StrengthSchedule | Mapping[str, _Weight] | list[_Weight] | None"
-"""A weight of `set_adapters`: a number or schedule, one for each component, or one for each block."""
+"""A weight of `set_adapters`: a number or schedule, or one for each component or block."""
 _HUB = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download")
 
 
 def extend_pipelines(*methods: Callable[..., Any]) -> None:
     """Add `methods` to the two base classes of Diffusers' pipelines as soon as these exist.
 
-    Importing them here would take ten times as long as this package, and training text needs none.
+    Importing the classes here would take ten times as long as importing this package, and training
+    on text does not need them.
     """
 
     def extend(cls: type) -> None:
@@ -73,7 +75,7 @@ def extend_pipelines(*methods: Callable[..., Any]) -> None:
 
 
 def wrap_other_libraries() -> None:
-    """Replace the five functions. Harmless when repeated."""
+    """Replace the five functions; safe to repeat."""
     _around(PeftModel, "from_pretrained", _from_pretrained)
     _around(PeftModel, "load_adapter", _load_adapter)
     _around(TransformersAdapterMixin, "load_adapter", _load_into_transformers)
@@ -82,7 +84,7 @@ def wrap_other_libraries() -> None:
 
 
 def _around(owner: type | ModuleType, name: str, function: _Function) -> None:
-    """Replace `owner.name`, once, by a function that calls `function(original, …)`."""
+    """Replace `owner.name`, once, with a function that calls `function(original, …)`."""
     found = inspect.getattr_static(owner, name)
     original = found.__func__ if isinstance(found, classmethod) else found
     if getattr(original, "knows_cores", False):
@@ -132,7 +134,7 @@ def _load_adapter(
 
 @contextmanager
 def _named(model_id: str | os.PathLike[str], options: Mapping[str, str | None]) -> Iterator[None]:
-    """Inside the context, errors name the adapter's folder or repository."""
+    """Add the adapter's folder or repository to errors that are raised inside the context."""
     subfolder = options.get("subfolder")
     where = f"{model_id}/{subfolder}" if subfolder else str(model_id)
     try:
@@ -147,14 +149,14 @@ def _named(model_id: str | os.PathLike[str], options: Mapping[str, str | None]) 
             f"The adapter in '{where}' is refused: its weights are no whole safetensors file ({error}): download or "
             "save it again."
         ) from error
-    except (TypeError, KeyError, AttributeError) as error:  # PEFT's, for odd configurations
+    except (TypeError, KeyError, AttributeError) as error:  # PEFT's, for malformed ones
         raise ValueError(
             f"The adapter in '{where}' is refused: {type(error).__name__}: {error}"
         ) from error
 
 
 def _is_nara(model_id: str | os.PathLike[str], options: Mapping[str, Any]) -> bool:
-    """Return True if the adapter that is about to be loaded is a NaRA."""
+    """Return True if the adapter to be loaded is a NaRA."""
     names = ("subfolder", "revision", "cache_dir", "token")
     hub = {name: options[name] for name in names if name in options}
     return is_nara_for_peft(str(model_id), **hub)
@@ -256,7 +258,7 @@ def _check_not_compiled(part: str, model: nn.Module) -> None:
 
 
 def _check_weight(part: str, weight: _Weight) -> None:
-    """Raise ValueError if `weight`, for the component `part`, has a schedule that nothing could follow."""
+    """Raise ValueError if `weight`, for the component `part`, has an unusable schedule."""
     is_schedule = isinstance(weight, StrengthSchedule)
     if not _holds_schedule(weight) or (is_schedule and not part.startswith(TEXT_ENCODER)):
         return

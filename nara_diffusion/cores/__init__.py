@@ -1,1 +1,1 @@
-"""λ (b,) → C (b, r, r), by torch alone: one module for each kind of core."""
+"""λ (b,) → C (b, r, r), with torch only: one module for each kind of core."""

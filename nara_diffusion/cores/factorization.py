@@ -8,22 +8,22 @@ from torch import Tensor
 
 
 def shared_factors(updates: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """N update matrices as one pair of factors and N cores: ΔW_i = B · C_i · A (paper, theorem 4.1).
+    """Factor N update matrices into shared B and A and N cores: ΔW_i = B · C_i · A.
 
-    B and A are orthonormal bases of the joint column and row spaces, filled up with zeros where one space is smaller
-    than the other, and C_i = Bᵀ ΔW_i Aᵀ.
+    This is theorem 4.1 of the paper. B and A are orthonormal bases of the joint column and row
+    spaces; the basis of the smaller space is padded with zeros. C_i = Bᵀ ΔW_i Aᵀ.
 
     Args:
         updates: (n, d_out, d_in), float32 or float64, n ≥ 1.
-        rank: r. None takes the smallest r that reproduces every update: the larger dimension of the two spaces. A
-            smaller r keeps the leading directions.
+        rank: r. None takes the smallest r that reproduces every update: the larger dimension of the
+            two spaces. A smaller r keeps the leading directions.
 
     Returns:
         B (d_out, r), cores (n, r, r), A (r, d_in).
 
     Raises:
-        ValueError: `updates` is not (n, d_out, d_in), of another dtype, or not finite; or `rank` is not in
-            [1, max(d_out, d_in)].
+        ValueError: `updates` is not (n, d_out, d_in), has another dtype, or is not finite; or
+            `rank` is not in [1, max(d_out, d_in)].
     """
     if (
         updates.dim() != 3
@@ -53,5 +53,5 @@ def shared_factors(updates: Tensor, rank: int | None = None) -> tuple[Tensor, Te
 
 
 def _first_columns(basis: Tensor, count: int) -> Tensor:
-    """The first `count` columns of (d, k), zeros after the last one: (d, count)."""
+    """Return the first `count` columns of (d, k), padded with zero columns: (d, count)."""
     return F.pad(basis[:, :count], (0, max(0, count - basis.shape[1])))

@@ -1,4 +1,4 @@
-"""Modules that store and compute in float32 whatever the model around them does, and `Core`, the base of all cores."""
+"""Modules that store and compute in float32, whatever the model does, and `Core`, their base."""
 
 from __future__ import annotations
 
@@ -13,22 +13,29 @@ from torch import Tensor, nn
 
 
 def is_autocast_enabled(device: torch.device) -> bool:
-    """Whether autocast is on for `device`. "meta" has none, and PyTorch raises if it is asked about it."""
+    """Return whether autocast is on for `device`.
+
+    "meta" has no autocast, and PyTorch raises an error for it.
+    """
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Inside, nothing is converted on `device`. Entering `torch.autocast` costs more than small products, so that it is
-    done only where autocast is on."""
+    """Turn autocast off for `device` inside the context.
+
+    Entering `torch.autocast` costs more than small products do, so it is entered only if autocast
+    is on.
+    """
     return (
         torch.autocast(device.type, enabled=False) if is_autocast_enabled(device) else nullcontext()
     )
 
 
 class Float32Module(nn.Module):
-    """A module whose floating-point tensors follow `.to(device)` but never leave float32.
+    """A module with floating-point tensors that follow `.to(device)` but always stay float32.
 
-    `model.to(bfloat16)` would change C − I by five per cent, so that it moves these tensors without converting them.
+    In bfloat16, C − I would change by five per cent, so `model.to(bfloat16)` leaves these tensors
+    in float32.
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Float32Module:
@@ -39,7 +46,10 @@ class Float32Module(nn.Module):
         return super()._apply(keep_dtype, recurse)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        """Convert what is loaded, here and below, since `assign=True` keeps the dtypes of `state_dict`, a copy."""
+        """Convert what is loaded, here and below, to float32.
+
+        `assign=True` would keep the dtypes of `state_dict`, which is a copy.
+        """
         for key, tensor in state_dict.items():
             if key.startswith(prefix) and isinstance(tensor, Tensor) and tensor.is_floating_point():
                 state_dict[key] = tensor.float()
@@ -47,11 +57,12 @@ class Float32Module(nn.Module):
 
 
 class Core(Float32Module):
-    """λ (b,) → C (b, r, r), or (1, r, r) where all samples share it; float32.
+    """λ (b,) → C (b, r, r), or (1, r, r) if all samples share it; float32.
 
     Attributes:
-        rank: r, the largest rank that reads this core. A layer of smaller rank r' reads C[:r', :r'].
-        needs_noise: whether it reads λ; it is called without arguments if not.
+        rank: r, the largest rank that reads this core. A layer of smaller rank r' reads
+            C[:r', :r'].
+        needs_noise: whether the core reads λ. If not, it is called without arguments.
     """
 
     needs_noise: bool = True
@@ -61,14 +72,21 @@ class Core(Float32Module):
         self.rank = rank
 
     def at(self, noise_level: Tensor | None = None) -> Tensor:
-        """C (b or 1, r, r), float32, at λ on any device; a core without noise input doesn't read it."""
+        """Return C (b or 1, r, r), float32, at λ on any device.
+
+        A core without noise input ignores λ.
+        """
         if not self.needs_noise:
             return self()
         assert noise_level is not None
         return self(noise_level.to(self._device(noise_level.device)))
 
     def _device(self, default: torch.device) -> torch.device:
-        """The device of the tensors; `default` without any, or if all are on "meta" until accelerate's hooks come."""
+        """Return the device of the tensors.
+
+        Return `default` if there are no tensors, or if all are on "meta" until accelerate's hooks
+        load them.
+        """
         devices = [tensor.device for tensor in (*self.parameters(), *self.buffers())]
         found = next((device for device in devices if device.type != "meta"), None)
         if found is not None:
@@ -80,7 +98,7 @@ class Core(Float32Module):
 class Dense(Float32Module):
     """y = x Wᵀ + b in float32, zero until `reset`.
 
-    It is not an `nn.Linear`, so that quantisers, casters and "all-linear" skip it.
+    It is not an `nn.Linear`, so quantisers, casters and "all-linear" skip it.
     """
 
     def __init__(self, in_features: int, out_features: int) -> None:
@@ -89,7 +107,10 @@ class Dense(Float32Module):
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=torch.float32))
 
     def reset(self, zero: bool) -> None:
-        """Zero weight, or Kaiming-uniform with a = √5; the bias is zero in both cases (paper, appendix)."""
+        """Set the weight to zero, or to Kaiming-uniform values with a = √5 (paper, appendix).
+
+        The bias becomes zero in both cases.
+        """
         nn.init.zeros_(self.bias)
         if zero:
             nn.init.zeros_(self.weight)

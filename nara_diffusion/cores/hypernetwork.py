@@ -1,11 +1,12 @@
-"""The noise-conditioned core C(λ), with torch alone.
+"""The noise-conditioned core C(λ), with torch only.
 
-    ΔW(λ) = s · B · C(λ) · A          C(λ) = I + η · F(e(λ))                     (NaRA, arXiv 2605.29716, section 4)
+    ΔW(λ) = s · B · C(λ) · A      C(λ) = I + η · F(e(λ))      (NaRA, arXiv 2605.29716, section 4)
 
 Shapes: A (r, d_in), C (b, r, r), B (d_out, r), λ = noise_level (b,) in [0, 1], 1 = pure noise.
 
-Different from the reference implementation on purpose: C is one matrix per *sample*; the product is B·C·A as in the
-paper (the reference computes B·Cᵀ·A); every core stores float32 and computes in float32, whatever the model does.
+Deliberate differences from the reference implementation: there is one C for each *sample*; the
+product is B·C·A as in the paper (the reference computes B·Cᵀ·A); and every core stores and computes
+in float32, whatever the model does.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ CoreInit = Literal["zero_last", "kaiming", "zero_all"]
 class NoiseEmbedding(Float32Module):
     """e(λ): (b,) → (b, out_dim).
 
-    fourier   [sin(λ w), cos(λ w)] with frozen w ~ N(0, scale²), dim / 2 of them; no factor 2π, as in the reference
+    fourier   [sin(λ w), cos(λ w)] with dim / 2 frozen w ~ N(0, scale²); as in the reference, there
+              is no factor 2π
     mlp       SiLU(w λ + b) of width dim, learnable
     raw       λ itself, of width 1
     """
@@ -52,13 +54,15 @@ class NoiseEmbedding(Float32Module):
 
 
 class HypernetworkCore(Core):
-    """C(λ) = I + η F(e(λ)): F is Linear–SiLU–…–Linear with output r², shared by all layers of its group.
+    """C(λ) = I + η F(e(λ)); F is Linear–SiLU–…–Linear with output r².
+
+    All layers of a group share one F.
 
     Args:
         rank: r.
         scale: η, `core_scale`.
         hidden_dims: widths of F's hidden layers.
-        init: "zero_last" and "zero_all" give C = I exactly at step 0; "kaiming" does not.
+        init: "zero_last" and "zero_all" make C = I exactly at step 0; "kaiming" does not.
         embedding: e(λ).
     """
 
@@ -77,11 +81,11 @@ class HypernetworkCore(Core):
         dense = [Dense(i, o) for i, o in itertools.pairwise(widths)]
         for layer in dense:
             layer.reset(zero=init == "zero_all" or (init == "zero_last" and layer is dense[-1]))
-        self.embeddings = nn.ModuleDict({"noise_level": embedding})  # as files name it
+        self.embeddings = nn.ModuleDict({"noise_level": embedding})  # its name in files
         self.layers = nn.ModuleList(dense)
 
     def forward(self, noise_level: Tensor) -> Tensor:
-        """λ (b,) → C (b, r, r), float32."""
+        """Return C (b, r, r), float32, for λ (b,)."""
         with without_autocast(noise_level.device):
             h = self.embeddings["noise_level"](noise_level.float())  # (b, e)
             for layer in self.layers[:-1]:

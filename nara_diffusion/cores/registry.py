@@ -1,4 +1,4 @@
-"""The types of cores by name, `register_core` for a custom one, and the cores of one adapter."""
+"""Name → type of core, `register_core` for custom cores, and the cores of one adapter."""
 
 from __future__ import annotations
 
@@ -59,22 +59,25 @@ _custom: dict[str, CoreFactory] = {}
 
 
 def register_core(name: str, factory: CoreFactory) -> None:
-    """Let `NaraConfig(core_type=name)` make its core by `factory(config, rank)`: a class, or a function.
+    """Let `NaraConfig(core_type=name)` make its core with `factory(config, rank)`.
 
         register_core("mine", MyCore)
 
-    The factory returns a module. Each forward calls it once as `core(noise_level)`, with λ (b,) float32 in [0, 1], and
-    it returns C (b, r, r), or (1, r, r) for all samples. With an attribute `needs_noise = False` it is called without
-    arguments, and the adapter runs without λ. Its parameters are trained, saved and loaded with the adapter, in
-    float32. A layer of smaller rank r' reads C[:r', :r'].
+    The factory, a class or a function, returns a module. Each forward calls the module once as
+    `core(noise_level)`, with λ (b,) float32 in [0, 1]. The module returns C (b, r, r), or (1, r, r)
+    for all samples. If it has an attribute `needs_noise = False`, it is called without arguments,
+    and the adapter runs without λ. Its parameters are trained, saved and loaded with the adapter,
+    in float32. A layer of smaller rank r' reads C[:r', :r'].
 
-    An adapter is saved with the name, not with the code: register the core in each program, before you make or load
-    such an adapter. The factory is also called under `torch.device("meta")`, so that it must not read values of
-    tensors. Build the core of `nn.Parameter`s and `nara_diffusion.cores.float32.Dense`, since quantisers, casters and
-    `target_modules="all-linear"` change layers such as `nn.Linear`. Registering a name again replaces its factory.
+    An adapter is saved with the name of its core, not with the code: register the core in each
+    program before you make or load such an adapter. The factory is also called under
+    `torch.device("meta")`, so it must not read values of tensors. Build the core from
+    `nn.Parameter`s and `nara_diffusion.cores.float32.Dense`, since quantisers, casters and
+    `target_modules="all-linear"` change layers such as `nn.Linear`. Registering a name again
+    replaces its factory.
 
     Raises:
-        ValueError: `name` is empty or that of a built-in core, or `factory` cannot be called.
+        ValueError: `name` is empty or that of a built-in core, or `factory` is not callable.
     """
     if not isinstance(name, str) or not name or name in BUILT_IN:
         raise ValueError(
@@ -88,7 +91,7 @@ def register_core(name: str, factory: CoreFactory) -> None:
 
 
 def check_core_type(name: object) -> None:
-    """Raise ValueError if there is no core of that name."""
+    """Raise ValueError if there is no core type of that name."""
     known = (*BUILT_IN, *_custom)
     if name not in known:
         raise ValueError(
@@ -111,13 +114,13 @@ def build_core(config: CoreConfig, rank: int) -> Core:
 
 
 def needs_noise(config: CoreConfig) -> bool:
-    """Return True if an adapter of this NaraConfig depends on λ, by its core or by its strength."""
+    """Return True if the core or the strength of this NaraConfig depends on λ."""
     with torch.device("meta"):
         return config.strength is not None or build_core(config, config.r).needs_noise
 
 
 class CustomCore(Core):
-    """A core made by a registered factory, in float32, with a check of the shape of its C."""
+    """A core made by a registered factory. It runs in float32, and checks the shape of its C."""
 
     def __init__(self, core: Any, rank: int, name: str) -> None:
         super().__init__(rank)
@@ -131,7 +134,7 @@ class CustomCore(Core):
         self.needs_noise = bool(getattr(core, "needs_noise", True))
 
     def forward(self, *noise_level: Tensor) -> Tensor:
-        """λ (b,), or nothing for a core that doesn't read it → C (b or 1, r, r), float32."""
+        """Return C (b or 1, r, r), float32, for λ (b,), or for no argument if λ is not read."""
         default = noise_level[0].device if noise_level else torch.device("cpu")
         with without_autocast(self._device(default)):
             found = self.core(*(level.float() for level in noise_level))
@@ -146,7 +149,7 @@ class CustomCore(Core):
 
 
 def rebuild_core(core: CustomCore, config: CoreConfig) -> Core:
-    """Return a new core, made by the factory from another configuration, with the tensors of `core` themselves."""
+    """Return a new core from another configuration that shares the tensors of `core`."""
     device = next((tensor.device for tensor in (*core.parameters(), *core.buffers())), None)
     rebuilt = build_core(config, core.rank)
     rebuilt.load_state_dict(core.state_dict(keep_vars=True), assign=True)
@@ -156,10 +159,13 @@ def rebuild_core(core: CustomCore, config: CoreConfig) -> Core:
 # ---------------------------------------------------------------------- the cores of one adapter
 
 HOLDER_NAME = "lora_core"
-"""The attribute of an adapted model that holds its cores: parameters are `lora_core.cores.{adapter}.{group}.…`, since
-other programs take names with "lora_" for what is trained."""
+"""The attribute of an adapted model that holds its cores.
+
+Parameters are named `lora_core.cores.{adapter}.{group}.…`, since other programs train the
+parameters with "lora_" in their names.
+"""
 NAME_IN_FILES = "nara_core"
-"""The same in adapter files: `nara_core.{group}.…`."""
+"""Its name in adapter files: `nara_core.{group}.…`."""
 SHARED = "shared"
 """The group of all layers."""
 
@@ -172,20 +178,27 @@ class CoreSet(nn.ModuleDict):
         return any(bool(core.needs_noise) for core in self.values())
 
     def matrix(self, group: str, noise_level: Tensor | None) -> Tensor:
-        """Return C (b or 1, r, r), float32, of one group at λ (b,); a core without noise input ignores λ."""
+        """Return C (b or 1, r, r), float32, of one group at λ (b,).
+
+        A core without noise input ignores λ.
+        """
         return self[group].at(noise_level)  # type: ignore[operator]
 
 
 def make_cores(config: CoreConfig, ranks: dict[str, int]) -> CoreSet:
-    """Return the cores that a NaraConfig describes. `ranks` is group → the largest rank among its layers."""
+    """Return the cores that a NaraConfig describes.
+
+    Args:
+        ranks: group → the largest rank among its layers.
+    """
     return CoreSet({group: build_core(config, rank) for group, rank in ranks.items()})
 
 
 def core_group(config: CoreConfig, module_name: str, rank: int) -> str:
     """Return the name of the core that an adapted module of this rank reads.
 
-    `core_sharing` gives one core to all modules, to all modules of one name, or to each module. A core that has no
-    parameters but depends on the rank is shared by all modules of that rank.
+    `core_sharing` gives one core to all modules, to all modules of one name, or to each module. All
+    modules of one rank share a core that has no parameters but depends on the rank.
     """
     if config.core_type in ("rank_mask", "bins"):
         return f"rank-{rank}"
@@ -195,13 +208,16 @@ def core_group(config: CoreConfig, module_name: str, rank: int) -> str:
         group = re.sub(r"(\.\d+)+$", "", module_name).rpartition(".")[2]  # to_out.0 → to_out
     else:
         group = module_name.replace(".", "-")
-    # names of attributes of `nn.ModuleDict`, or that files have with an underscore since they once were
+    # attributes of `nn.ModuleDict`; "at" and "groups" once were, and files have them with "_"
     taken = hasattr(CoreSet, group) or keyword.iskeyword(group) or group in ("at", "groups")
     return f"{group}_" if taken else group
 
 
 def with_current_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the `tensors` of a file with the current name of the shared core, which was `nara_core.global`."""
+    """Return the `tensors` of a file, with the shared core's current name.
+
+    Its name was `nara_core.global`.
+    """
     return {
         key.replace("nara_core.global.", f"{NAME_IN_FILES}.{SHARED}."): tensor
         for key, tensor in tensors.items()

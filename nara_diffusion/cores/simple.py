@@ -1,14 +1,17 @@
-"""Cores without a hypernetwork: a learned constant (NaRA-C), the identity (LoRA), knots, T-LoRA and Multi-LoRA.
+"""Cores without a hypernetwork: NaRA-C (a learned constant), LoRA, knots, T-LoRA and Multi-LoRA.
 
     constant     C = I + η D, one learned D (r, r); an ablation of the paper
-    identity     C = I
-    knots        C(λ) = I + η Σ_k φ_k(λ) D_k,      φ_k(λ) = max(0, 1 − |λ (K − 1) − k|),   k = 0 … K − 1
-    rank_mask    C(λ) = diag(1 for i < r(λ), else 0),   r(λ) = ⌊(r − r_min)(1 − λ)⌋ + r_min   (T-LoRA, arXiv 2507.05964)
-    bins         C(λ) = diag(1 for i in block k(λ), else 0),   k(λ) = min(⌊λ K⌋, K − 1)       (Multi-LoRA)
+    identity     C = I: LoRA
+    knots        C(λ) = I + η Σ_k φ_k(λ) D_k
+                 φ_k(λ) = max(0, 1 − |λ (K − 1) − k|),   k = 0 … K − 1
+    rank_mask    C(λ) = diag(1 for i < r(λ), else 0)            (T-LoRA, arXiv 2507.05964)
+                 r(λ) = ⌊(r − r_min)(1 − λ)⌋ + r_min
+    bins         C(λ) = diag(1 for i in block k(λ), else 0)     (Multi-LoRA)
+                 k(λ) = min(⌊λ K⌋, K − 1)
 
-Learned D start at zero, so that C = I at step 0. Masks have no parameters: a direction that is off adds nothing to the
-output, and its rows of A and columns of B get a gradient of exactly zero. (AdamW still moves what it has trained
-before, for as long as its running mean of gradients lasts.)
+A learned D starts at zero, so C = I at step 0. Masks have no parameters: a direction that is off
+adds nothing to the output, and its row of A and column of B get a gradient of exactly zero. (AdamW
+still moves directions that it trained before, as long as its running mean of gradients lasts.)
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ class ConstantCore(Core):
             nn.init.kaiming_uniform_(self.deviation, a=math.sqrt(5))
 
     def forward(self) -> Tensor:
-        """→ C (1, r, r), float32."""
+        """Return C (1, r, r), float32."""
         identity = torch.eye(self.rank, dtype=torch.float32, device=self.deviation.device)
         return (identity + self.scale * self.deviation.float())[None]
 
@@ -46,17 +49,20 @@ class IdentityCore(Core):
     needs_noise = False
 
     def forward(self) -> Tensor:
-        """→ I (1, r, r), float32."""
+        """Return I (1, r, r), float32."""
         return torch.eye(self.rank, dtype=torch.float32)[None]
 
 
 class KnotsCore(Core):
-    """Interpolates between learned matrices at K equidistant values of λ. Not of the paper: see RESULTS.md.
+    """Interpolates between learned matrices at K equidistant values of λ.
 
-    C changes no faster over λ than between two knots, and each λ trains the two knots beside it alone.
+    This core is not in the paper; see RESULTS.md. C is linear in λ between two knots, and each λ
+    trains only the two knots beside it.
 
     Args:
-        rank: r. knots: K ≥ 2, the first at λ = 0 and the last at λ = 1. scale: η.
+        rank: r.
+        knots: K ≥ 2, the first at λ = 0 and the last at λ = 1.
+        scale: η.
     """
 
     def __init__(self, rank: int, knots: int, *, scale: float) -> None:
@@ -81,10 +87,12 @@ class KnotsCore(Core):
 class RankMaskCore(Core):
     """T-LoRA: the first r(λ) of r directions; all of them without noise, `min_rank` in pure noise.
 
-    By the paper's ⌊⌋ the last direction serves λ = 0 alone, so that masked-diffusion language models never train it.
+    Because of the paper's ⌊⌋, the last direction is on only at λ = 0, so masked-diffusion language
+    models never train it.
 
     Args:
-        rank: r. min_rank: r_min in [1, r], or None for half of r, at least 1.
+        rank: r.
+        min_rank: r_min in [1, r], or None for half of r, at least 1.
     """
 
     def __init__(self, rank: int, min_rank: int | None = None) -> None:
@@ -97,19 +105,20 @@ class RankMaskCore(Core):
         return torch.diag_embed((directions < self.active_rank(noise_level)[:, None]).float())
 
     def active_rank(self, noise_level: Tensor) -> Tensor:
-        """r(λ) (b,), as a float."""
+        """Return r(λ) (b,), as a float."""
         return _floor_of_share(self.rank - self.min_rank, 1 - noise_level.float()) + self.min_rank
 
 
 class BinsCore(Core):
-    """Multi-LoRA: one block of r / K directions for each of K equal bins of λ; a baseline of the paper.
+    """Multi-LoRA, a baseline of the paper: r / K directions for each of K equal bins of λ.
 
-    Each block is a LoRA of its own, trained and used in its bin alone. Its scale is that of the whole: lora_alpha / r
-    with r the *total* rank, so that lora_alpha = K · α gives each block the scale α / (r / K) of a single LoRA. With
-    DoRA all blocks share one magnitude.
+    The directions of a bin are a block. Each block is a separate LoRA, trained and used only in its
+    bin. The scale of a block is lora_alpha / r with the *total* rank r, so lora_alpha = K · α gives
+    each block the scale α / (r / K) of a single LoRA. With DoRA, all blocks share one magnitude.
 
     Args:
-        rank: r, a multiple of `bins`. bins: K.
+        rank: r, a multiple of `bins`.
+        bins: K.
     """
 
     def __init__(self, rank: int, bins: int) -> None:
@@ -124,14 +133,15 @@ class BinsCore(Core):
         return torch.diag_embed((block == self.chosen_bin(noise_level)[:, None]).float())
 
     def chosen_bin(self, noise_level: Tensor) -> Tensor:
-        """k(λ) (b,), as a float."""
+        """Return k(λ) (b,), as a float."""
         return _floor_of_share(self.bins, noise_level.float()).clamp(max=self.bins - 1)
 
 
 def _floor_of_share(count: int, share: Tensor) -> Tensor:
-    """⌊count · share⌋ for a share (b,) in [0, 1] that stands for a fraction such as t / 1000, rounded to float32.
+    """Return ⌊count · share⌋ for a share (b,) in [0, 1], a fraction such as t / 1000 in float32.
 
-    The product may come out a few roundings, each below count · 2⁻²⁴, under the integer that it stands for, hence
-    what is added. For fractions of 1000 and a count below 1000 it is far less than the way to the next integer.
+    The exact product may be an integer, and a few roundings, each below count · 2⁻²⁴, may put the
+    computed one just under it. Adding count · 2⁻²¹ corrects this. For fractions of 1000 and a count
+    below 1000, that is far less than the distance to the next integer.
     """
     return torch.floor(count * share + count * 2.0**-21)

@@ -1,7 +1,7 @@
-"""PEFT's adapted layers: the attributes that are read here, and the matrices A, B, W0 and ΔW.
+"""PEFT's adapted layers: the attributes that this package reads, and the matrices A, B, W0 and ΔW.
 
-The matrices are read for DoRA's norm and for merging. They are right for quantised layers too,
-including those of bitsandbytes that PEFT reads wrongly.
+DoRA's norm and merging need the matrices. They are correct for quantised layers too, including
+bitsandbytes layers that PEFT reads wrongly.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class AdaptedLayer(Protocol):
     def disable_adapters(self) -> bool: ...
 
     def get_base_layer(self) -> nn.Linear:
-        """Return the layer that is adapted; a linear one stands for all kinds."""
+        """Return the layer that is adapted. The annotation `nn.Linear` stands for all kinds."""
         ...
 
     def unscale_layer(self, scale: float | None = None) -> None:
@@ -66,31 +66,31 @@ class AdaptedLayer(Protocol):
     _modules: Mapping[str, nn.Module | None]
 
     _kernel_dim: int
-    """The dimensions of a convolution's weight, 2 more than its spatial axes."""
+    """The number of dimensions of a convolution's weight: its spatial axes plus 2."""
 
     def _embed(self, input: Tensor, weight: Tensor) -> Tensor:
         """Look ids up in the weight of an embedding."""
         ...
 
     def _get_embed_scale(self) -> Tensor | None:
-        """Return what the base embedding multiplies its output with, as Gemma's does."""
+        """Return the factor of the base embedding's output, if it has one, as Gemma's does."""
         ...
 
     def _cache_store(self, key: str, value: Any) -> None:
-        """Keep what unmerging needs."""
+        """Store what unmerging needs."""
         ...
 
     def _cache_pop(self, key: str) -> Any: ...
 
     def _unmerged_base_weight(self, safe_merge: bool) -> AbstractContextManager[Tensor]:
-        """Give W0 without the other adapters that are merged into it, for DoRA's norm."""
+        """Yield W0 without the other adapters that are merged into it, for DoRA's norm."""
         ...
 
 
 def factors(layer: AdaptedLayer, adapter_name: str) -> tuple[Tensor, Tensor]:
     """Return A (r, k) and B (d_out, r), detached, with flattened kernels.
 
-    PEFT merges no convolutions with groups, so `layer` isn't one.
+    `layer` is never a convolution with groups, since PEFT does not merge those.
     """
     if isinstance(layer, Embedding):
         A, B = layer.lora_embedding_A[adapter_name], layer.lora_embedding_B[adapter_name]
@@ -118,9 +118,9 @@ def delta_weight(layer: AdaptedLayer, A: Tensor, K: Tensor, scaling: float) -> T
 def base_weight(base_layer: nn.Module) -> Tensor:
     """Return W0 of a layer, dequantised if necessary.
 
-    PEFT's function would break a compiled graph, so plain weights are returned first. It would also
-    break later forwards of 8-bit layers, so these are dequantised here. On a CPU, bitsandbytes
-    reorders 4-bit weights at the first inference and then dequantises them wrongly; there,
+    PEFT's function would break a compiled graph, so it is not called for plain weights. It would
+    also break later forwards of 8-bit layers, so these are dequantised here. On a CPU, bitsandbytes
+    reorders 4-bit weights at the first inference and then dequantises them wrongly; for these,
     W0ᵀ = layer(I) − b.
     """
     weight = getattr(base_layer, "weight", None)
@@ -162,12 +162,12 @@ def check_mergeable(
     """Refuse a layer that PEFT would merge wrongly, before anything is changed.
 
     Args:
-        weight: what PEFT merges into, dequantised if PEFT dequantises it.
+        weight: the weight that PEFT merges into, dequantised if PEFT dequantises it.
 
     Raises:
-        ValueError: B has a bias, and the layer has none to add it to, or is quantised (PEFT would
-            forget the scale); bitsandbytes has reordered the 4-bit weight; or PEFT takes integers
-            for a plain weight.
+        ValueError: B has a bias, and the layer has no bias to add it to, or is quantised (PEFT
+            would ignore the scale); bitsandbytes has reordered the 4-bit weight; or PEFT treats an
+            integer weight as a plain one.
     """
     base_layer = layer.get_base_layer()
     is_quantised = type(base_layer.weight).__name__ in ("Params4bit", "Int8Params")

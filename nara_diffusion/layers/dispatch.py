@@ -1,4 +1,4 @@
-"""Which LoRA variant a layer gets, which modules can have none, and changes to PEFT's new layers."""
+"""Choose LoRA variants for layers, refuse modules without one, and change PEFT's new layers."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from .variants import NaraConv, NaraEmbedding, NaraLinear, NaraVariant
 _FORWARDS = (lora.Linear.forward, Embedding.forward, lora.Conv2d.forward)
 """The forwards of PEFT's layers that call LoRA variants."""
 _QUANTISED = ("Linear8bitLt", "Linear4bit", "GPTQLoraLinear", "HqqLoraLinear")
-"""Names of further layers that call them; their libraries may be missing."""
+"""Names of further layers that call LoRA variants; their libraries may be missing."""
 
 PEFT_DORA = (DoraLinearVariant, DoraConv1dVariant, DoraConv2dVariant, DoraConv3dVariant)
 """PEFT's LoRA variants for DoRA on linear layers and convolutions."""
 
 
 class _Options(Protocol):
-    """What is read of a NaraConfig."""
+    """The attributes of a NaraConfig that this module reads."""
 
     use_dora: bool
 
@@ -44,9 +44,9 @@ def check_target(target: nn.Module, config: _Options, name: str) -> None:
         name: for messages.
 
     Raises:
-        ValueError: PEFT's layer doesn't compute the update as the module computes W0 x (PEFT's
-            convolution A has neither dilation nor padding mode); no LoRA variant covers the module;
-            or NaRA-DoRA cannot compute its norm.
+        ValueError: PEFT's layer does not compute the update in the way the module computes W0 x
+            (PEFT's convolution A has neither dilation nor padding mode); no LoRA variant covers the
+            module; or NaRA-DoRA cannot compute its norm.
     """
     base = target.get_base_layer() if isinstance(target, LoraLayer) else target
     if isinstance(base, nn.modules.conv._ConvNd):
@@ -99,7 +99,7 @@ def variant_for(layer: LoraLayer, use_dora: bool, name: str) -> type[NaraVariant
     """Return the LoRA variant for a layer that PEFT has made.
 
     Raises:
-        ValueError: PEFT's class of the layer does not call variants.
+        ValueError: PEFT's class for the layer does not call LoRA variants.
     """
     kind: type[Any] = type(layer)
     if kind.forward not in _FORWARDS and kind.__name__ not in _QUANTISED:
@@ -118,7 +118,7 @@ def variant_for(layer: LoraLayer, use_dora: bool, name: str) -> type[NaraVariant
 def keep_out_of_float8(layer: LoraLayer, adapter_name: str) -> None:
     """Convert A and B to float32 if PEFT made them float8.
 
-    It does so for a base weight under layerwise casting.
+    PEFT does so if the base weight is under layerwise casting.
     """
     for attribute in layer.adapter_layer_names:
         factors = cast(nn.Module, getattr(layer, attribute))
@@ -133,14 +133,14 @@ def _is_float8(dtype: torch.dtype) -> bool:
 
 @torch.no_grad()
 def make_directions_orthonormal(layer: LoraLayer, adapter_name: str) -> None:
-    """Replace the r directions of a layer by orthonormal ones; the other factor stays zero.
+    """Replace the r directions of a layer with orthonormal ones; the other factor stays zero.
 
     The directions are the rows of A (r, d_in …), or the columns of an embedding's B (d_out, r). If
     there are more directions than features, the features are orthonormal instead.
 
     T-LoRA (arXiv 2507.05964) starts A and B as singular vectors of a random matrix, so that the
-    directions do not overlap, and subtracts their product from each forward by frozen copies. Here
-    B is zero, so no copies are needed.
+    directions do not overlap, and keeps frozen copies to subtract their product in each forward.
+    Here B is zero, so no copies are needed.
     """
     if isinstance(layer, Embedding):
         factor = layer.lora_embedding_B[adapter_name]

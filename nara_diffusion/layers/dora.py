@@ -2,8 +2,7 @@
 
     y = g ⊙ (W0 x + s B C A x) + b,   g = m / ‖W0 + s B C A‖_row        (paper, appendix M)
 
-The norm is a constant: it gets no gradient. The letters are those of `variants`; g is (b or 1,
-d_out).
+The norm is a constant: it gets no gradient. Letters are as in `variants`; g is (b or 1, d_out).
 """
 
 from __future__ import annotations
@@ -24,7 +23,8 @@ from .variants import NaraVariant, is_dropout_free
 class NaraDoraLinear(NaraVariant):
     """y = g ⊙ (W0 x + s B C A x) + b, with the norm computed from its factors.
 
-    With dropout, the base product that the magnitude scales uses the dropped input too, as in PEFT.
+    With dropout, the base product that the magnitude scales also uses the dropped-out input, as in
+    PEFT.
     """
 
     def update(

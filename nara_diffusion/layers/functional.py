@@ -1,6 +1,6 @@
-"""C h on rows and channels, B·C, and DoRA's norm; with torch alone.
+"""C h on rows and channels, B·C, and DoRA's norm; with torch only.
 
-Shapes: A (r, d_in), C (b, r, r), or (1, r, r) where the batch shares it, B (d_out, r).
+Shapes: A (r, d_in), C (b, r, r), or (1, r, r) if the batch shares it, B (d_out, r).
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from torch import Tensor
 from nara_diffusion.cores.float32 import is_autocast_enabled, without_autocast
 
 SLICE = 2**22
-"""Numbers of W0 that are converted to float32 at once for DoRA's norm: 16 MiB, which a processor's cache may hold."""
+"""Elements of W0 converted to float32 at once for DoRA's norm: 16 MiB, which may fit the cache."""
 
 
 def apply_core(core: Tensor, h: Tensor) -> Tensor:
-    """C h for each row of h: (b or 1, r, r), (b, …, r) → (b, …, r).
+    """Return C h for each row of h: (b or 1, r, r), (b, …, r) → (b, …, r).
 
-    It is computed in float32 at least, also under autocast, so that C − I is not rounded. (B·C first would be the
-    same, but turns every large product of the layer, and of its backward, into a batched one.)
+    The product is computed in float32 at least, also under autocast, so that C − I is not rounded.
+    (Computing B·C first would give the same result, but would turn every large product of the
+    layer, and of its backward, into a batched one.)
     """
     if core.dtype == h.dtype and core.device == h.device and not is_autocast_enabled(h.device):
         return _apply(core, h)
@@ -37,7 +38,7 @@ def _apply(core: Tensor, h: Tensor) -> Tensor:
 
 
 def apply_core_to_channels(core: Tensor, h: Tensor) -> Tensor:
-    """The same where the r features are channels: (b or 1, r, r), (b, r, …) → (b, r, …)."""
+    """Return C h if the r features are channels: (b or 1, r, r), (b, r, …) → (b, r, …)."""
     dtype = torch.promote_types(h.dtype, torch.float32)
     with without_autocast(h.device):
         mixed = torch.matmul(core.to(h.device, dtype), h.to(dtype).flatten(2))
@@ -45,9 +46,11 @@ def apply_core_to_channels(core: Tensor, h: Tensor) -> Tensor:
 
 
 def times_core(B: Tensor, core: Tensor) -> Tensor:
-    """K = B·C for norms and merging: (d_out, r), (b, r, r) → (b, d_out, r), float32 at least, not part of the graph.
+    """Return K = B·C for norms and merging: (d_out, r), (b, r, r) → (b, d_out, r).
 
-    By one plain product Cᵀ Bᵀ: `matmul` would choose its way, and so the last bits, by whether B is trainable.
+    The result is float32 at least and not part of the graph. It is computed as one plain product
+    Cᵀ Bᵀ: with `matmul`, the algorithm, and so the last bits, would depend on whether B is
+    trainable.
     """
     batch, rank, _ = core.shape
     B, core = B.detach(), core.detach()
@@ -58,17 +61,23 @@ def times_core(B: Tensor, core: Tensor) -> Tensor:
 
 
 def factored_row_norm(weight: Tensor, A: Tensor, K: Tensor, scaling: float) -> Tensor:
-    """‖W0 + s K A‖ by row, without the (b, d_out, d_in) product; for NaRA-DoRA (paper, appendix M).
+    """Return ‖W0 + s K A‖ by row, without the (b, d_out, d_in) product.
 
-        ‖W0 + s K A‖²_row = ‖W0‖²_row + Σ_r K ⊙ (2 s P + s² K G),   P = W0 Aᵀ (d_out, r),  G = A Aᵀ (r, r)
+        ‖W0 + s K A‖²_row = ‖W0‖²_row + Σ_r K ⊙ (2 s P + s² K G)
+        P = W0 Aᵀ (d_out, r),  G = A Aᵀ (r, r)
 
-    Where s K A cancels most of W0, the digits that remain are those of P and ‖W0‖², so that both are float32 at least.
+    This is NaRA-DoRA's norm (paper, appendix M). If s K A cancels most of W0, the precision of the
+    result is that of P and ‖W0‖², so both are float32 at least.
 
     Args:
-        weight: W0 (d_out, d_in). A: (r, d_in). K: B·C (b, d_out, r). scaling: s.
+        weight: W0 (d_out, d_in).
+        A: (r, d_in).
+        K: B·C (b, d_out, r).
+        scaling: s.
 
     Returns:
-        (b, d_out), float32 at least, not part of the graph: DoRA treats the norm as a constant (DoRA, section 4.3).
+        (b, d_out), float32 at least, not part of the graph: DoRA treats the norm as a constant
+        (DoRA, section 4.3).
     """
     dtype = torch.promote_types(weight.dtype, K.dtype)  # float32 or float64
     weight, A, K = weight.detach(), A.detach(), K.detach()
@@ -81,7 +90,10 @@ def factored_row_norm(weight: Tensor, A: Tensor, K: Tensor, scaling: float) -> T
 
 
 def _of_base(weight: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-    """Pᵀ = A W0ᵀ (r, d_out) and ‖W0‖²_row (d_out,) in the dtype of A (r, d_in), to which W0 is converted by slices."""
+    """Return Pᵀ = A W0ᵀ (r, d_out) and ‖W0‖²_row (d_out,) in the dtype of A (r, d_in).
+
+    W0 is converted to that dtype in slices.
+    """
     products, squares = [], []
     for part in weight.chunk(1 + weight.numel() // SLICE):
         part = part.to(A.dtype)

@@ -1,14 +1,14 @@
 """Weights that other libraries' hooks load or convert only while their own module runs.
 
-    accelerate     `_hf_hook`          CPU and disk offload: elsewhere, weights are on "meta"
-    Diffusers      `_diffusers_hook`   group offloading: elsewhere, weights are on the CPU, or left
-                                       without values on disk
-                                       layerwise casting: elsewhere, they are in a storage dtype
+    accelerate     `_hf_hook`          CPU and disk offload: otherwise, weights are on "meta"
+    Diffusers      `_diffusers_hook`   group offloading: otherwise, weights are on the CPU, or on
+                                       disk and without values
+                                       layerwise casting: otherwise, they are in a storage dtype
                                        such as float8
 
-Code that reads weights without calling their module has to load them itself: the LoRA variants,
-which read B, W0 and the magnitude, and the hook of the root, which calls the cores before Diffusers
-has loaded them.
+Code that reads weights without calling their module has to load them itself. The LoRA variants read
+B, W0 and the magnitude in this way, and the hook of the root calls the cores before Diffusers has
+loaded them.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from torch import nn
 
 
 def is_managed(module: nn.Module) -> bool:
-    """Return whether accelerate or Diffusers have put a hook around the forward of `module`."""
+    """Return whether accelerate or Diffusers has put a hook around the forward of `module`."""
     return "_hf_hook" in vars(module) or "_diffusers_hook" in vars(module)
 
 
 @contextmanager
 def onloaded(*modules: nn.Module) -> Iterator[None]:
-    """Keep all weights of `modules` on the device and in the dtype in which they compute."""
+    """Keep all weights of `modules` on their compute device and in their compute dtype."""
     managed = []
     for module in modules:
         for below in module.modules():
@@ -61,7 +61,7 @@ def in_memory(module: nn.Module) -> Iterator[None]:
 
 
 def is_offloaded(model: nn.Module) -> bool:
-    """Return whether weights of `model` are elsewhere between forwards, or kept as copies."""
+    """Return whether weights of `model` are elsewhere between forwards, or are kept as copies."""
     return any(_accelerates(module) or groups_of(module) for module in model.modules())
 
 
@@ -73,7 +73,7 @@ def is_dispatched_by_layers(model: nn.Module) -> bool:
 def _hooks_of(module: nn.Module) -> list[Any]:
     """Return the hooks around the forward of `module`, the outermost first.
 
-    These are all of Diffusers' hooks; one of them counts calls.
+    They include all of Diffusers' hooks, also one that only counts calls.
     """
     registry = getattr(module, "_diffusers_hook", None)
     of_diffusers = [] if registry is None else list(reversed(registry.hooks.values()))

@@ -1,18 +1,18 @@
-"""A large adapted linear layer as one autograd function. It takes less time and memory than its parts.
+"""A large adapted linear layer as one autograd function, which saves time and memory.
 
     y = g ⊙ (W0 x + b + s B C A x) + (1 − g) ⊙ b
 
 g is 1 (NaRA), or m / ‖W0 + s B C A‖_row (NaRA-DoRA). The function writes the update into the base
-layer's output, and both terms of the gradient of x into one tensor. In backward, matrices with the
-narrow side r have it first. Time of a step, relative to PEFT's:
+layer's output, and both terms of the gradient of x into one tensor. In backward, matrices with a
+narrow side r have it as their first axis. Time of a step, relative to PEFT's:
 
                    NaRA / LoRA            NaRA-DoRA / DoRA
                    training  inference    training  inference
     one function       0.88       0.78        0.70       0.55
     its parts          0.99       0.91        0.74       0.68
 
-This was measured on four layers, (4, 256, 1280), r 16, one thread, one process each.
-examples/benchmarks/benchmark_speed.py runs both in one process.
+These times are from four layers, (4, 256, 1280), r 16, one thread, with one process for each
+measurement. examples/benchmarks/benchmark_speed.py runs both in one process.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .adapted_layer import AdaptedLayer
 from .functional import apply_core
 
 MIN_ELEMENTS = 2**17
-"""Numbers in a layer's output. Below, Python's time is more than what one function saves."""
+"""Elements of a layer's output. Below this, one function saves less time than its Python costs."""
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -44,10 +44,11 @@ def runs_in_one(
     x: Tensor,
     result: Tensor,
 ) -> bool:
-    """Return whether `linear_in_one` may compute `layer`. Its base layer made `result` from `x`.
+    """Return whether `linear_in_one` may compute `layer`.
 
-    The base layer has to be a frozen W0, without another tuner or adapter in between, and no hook
-    may see a call. A compiler fuses by itself. `vmap`, `jvp` and TorchScript need the parts.
+    The base layer made `result` from `x`. It has to be a frozen W0, without another tuner or
+    adapter in between, and no hook may observe a call. A compiler fuses the parts itself. `vmap`,
+    `jvp` and TorchScript need the parts.
     """
     if torch.compiler.is_compiling() or is_autocast_enabled(x.device):
         return False
@@ -135,7 +136,7 @@ class _LinearInOne(Function):
         z = None if g is None else result
         ctx.save_for_backward(x, weight, bias, A, core, B, h, mixed, z, g)
         if g is not None:
-            # a view could not be changed in place
+            # a view of the input could not be changed in place
             return _scaled(result, g, bias, out=torch.empty_like(result))
         ctx.mark_dirty(result)
         return result
@@ -172,7 +173,7 @@ class _LinearInOne(Function):
 
 
 def _narrow(x: Tensor, A: Tensor, core: Tensor) -> tuple[Tensor, Tensor]:
-    """Return h = A x and C h as (b or 1, n, r): one batch for each C."""
+    """Return h = A x and C h as (b or 1, n, r), with one batch entry for each C."""
     h = F.linear(x, A).view(core.shape[0], -1, A.shape[0])
     return h, apply_core(core, h)
 

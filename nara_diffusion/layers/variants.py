@@ -4,7 +4,7 @@
 
 with x (b, …), A (r, d_in), C (b, r, r) or (1, r, r), B (d_out, r). NaRA-DoRA's are in `dora`.
 
-PEFT's own layers have A and B and call `forward` of the variant. A variant reads its C from the
+PEFT's own layers own A and B and call the variant's `forward`. A variant reads its C from the
 model's channel; it knows neither the core that made C nor the modality. If the rank r of a layer is
 below that of its core, the layer reads C[:r, :r].
 """
@@ -35,10 +35,10 @@ Key = tuple[str, str]
 
 
 class CoreSource(Protocol):
-    """What the channel and the variants ask of the holder of the cores."""
+    """What the channel and the variants need from the holder of the cores."""
 
     def core_of_part(self, key: Key) -> Tensor:
-        """Return C (b or 1, r, r) for a layer outside of any forward of the root."""
+        """Return C (b or 1, r, r) for a layer outside any forward of the root."""
         ...
 
     def core_to_merge(self, key: Key, layer: AdaptedLayer) -> tuple[Tensor, Tensor | None]:
@@ -46,7 +46,7 @@ class CoreSource(Protocol):
         ...
 
     def check_merged(self, merged: Tensor) -> None:
-        """Raise ValueError if the context gives another λ than that of merged layers."""
+        """Raise ValueError if λ of the context is not λ of merged layers."""
         ...
 
 
@@ -54,13 +54,13 @@ class CoreChannel:
     """Pass C(λ) from the root of an adapted model to its layers, in one thread for one forward.
 
     Before each forward of the root, the holder of the cores pushes C(λ) into a `threading.local`; a
-    forward hook removes it. (A compiled graph can read a `threading.local`, but no `ContextVar`; and
-    a forward does not switch to another async task.)
+    forward hook removes it. (A compiled graph can read a `threading.local` but not a `ContextVar`,
+    and a forward does not switch to another async task.)
 
-    A layer accepts what was pushed only inside the same `noise_level(…)` as the push. No hook runs
-    after a forward that Ctrl-C has ended; its C still doesn't reach another λ. (If λ came from a
-    timestep, there is no context to compare. After Ctrl-C, a *part* of the model that is called by
-    itself then reads the old C, until the next forward of the whole model.)
+    A layer accepts a pushed C only inside the same `noise_level(…)` as the push. No hook runs after
+    a forward that Ctrl-C has ended, but its C is not used at another λ. (If λ came from a timestep,
+    there is no context to compare. After Ctrl-C, a *part* of the model that is called by itself
+    then reads the old C, until the next forward of the whole model.)
 
     Args:
         holder: the holder of the cores.
@@ -68,7 +68,7 @@ class CoreChannel:
 
     Attributes:
         local: its attribute `pushed` is (present, entry, cores): the innermost context at the push,
-            the innermost one for this model, and key → C.
+            the innermost context for this model, and key → C.
     """
 
     def __init__(self, holder: CoreSource, rows: ModelRows) -> None:
@@ -95,7 +95,7 @@ class CoreChannel:
         return self.holder.core_of_part(key)
 
     def push(self, entry: Entry | None, cores: Mapping[Key, Tensor]) -> None:
-        """Give `cores` to the layers. `entry`: the context that gave λ; None for a source."""
+        """Give `cores` to the layers. `entry` is the context that gave λ; None for a source."""
         innermost = None if torch.compiler.is_compiling() else present.get()
         self.local.pushed = (innermost, entry, cores)
 
@@ -118,14 +118,15 @@ class NaraVariant(LoraVariant):
     """The base of all variants: reading C, and merging at one fixed C.
 
     Args:
-        channel: gives C(λ) to the layer.
-        adapter_name, group: name the C of this layer.
+        channel: passes C(λ) to the layer.
+        adapter_name: the layer's adapter.
+        group: the group of layers that share its C.
         layer_name: for error messages.
         rows: what the rows of the layer's input are.
 
     Attributes:
         key: (adapter_name, group), the key of C in the channel.
-        merged_at: λ (1,) at which the layer is merged, if C depends on λ.
+        merged_at: λ (1,) of the merged layer, if C depends on λ; otherwise None.
     """
 
     is_conv = False
@@ -155,12 +156,12 @@ class NaraVariant(LoraVariant):
     def forward(
         self, module: AdaptedLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
     ) -> Tensor:
-        """Return `result` plus the update of `x`; PEFT calls it.
+        """Return `result` plus the update of `x`. PEFT calls this method.
 
-        A sample without batch axis is a batch of one.
+        A sample without a batch axis counts as a batch of one.
         """
         if not getattr(module, "cast_input_dtype_enabled", True) and x.is_floating_point():
-            # layerwise casting has turned off PEFT's own conversion
+            # layerwise casting has turned PEFT's own conversion off
             A = module.lora_A[active_adapter]
             x = x if is_managed(A) else x.to(A.weight.dtype)
         if x.dim() < (module._kernel_dim if self.is_conv else 2):
@@ -178,7 +179,7 @@ class NaraVariant(LoraVariant):
         core = self.channel.read(self.key)
         core = core if core.shape[-1] == rank else core[:, :rank, :rank]
         if core.shape[0] == 1 or (self.rows == "samples" and core.shape[0] == x.shape[0]):
-            return core  # as `core_of_rows`, without the time of a call
+            return core  # the result of `core_of_rows`, without the cost of a call
         return core_of_rows(
             core,
             x,
@@ -201,13 +202,13 @@ class NaraVariant(LoraVariant):
         guard = module.register_forward_pre_hook(self._check_merged)
         self.merged_at = level
         module._cache_store(f"{active_adapter}-nara", (A, K, scaling, factor, guard))
-        # read again: DoRA's norm may have unmerged other adapters and merged them again
+        # read it again: DoRA's norm may have unmerged other adapters and merged them again
         weight = base_weight(module.get_base_layer()).data
         merged = factor * (weight + delta_weight(module, A, K[0], scaling))
         return merged.to(orig_weight.dtype)
 
     def _check_merged(self, module: AdaptedLayer, args: tuple[Any, ...]) -> None:
-        """Check λ before the forward of a merged layer, as the root may not run and check it."""
+        """Check λ before the forward of a merged layer, since the root may not run and check it."""
         if module.merged and not module.disable_adapters and self.merged_at is not None:
             self.channel.holder.check_merged(self.merged_at)
 
@@ -251,7 +252,10 @@ class NaraLinear(NaraVariant):
 
 
 class NaraConv(NaraVariant):
-    """The same if A is a convolution and B has kernel 1, on any number of spatial axes."""
+    """The same update on a convolution: A is a convolution, and B has kernel 1.
+
+    The number of spatial axes is arbitrary.
+    """
 
     is_conv = True
 
@@ -268,8 +272,8 @@ class NaraConv(NaraVariant):
 class NaraEmbedding(NaraVariant):
     """y = W0[x] + s A[:, x] Cᵀ Bᵀ.
 
-    PEFT looks A up and maps up by B, so ΔW = s (B C A)ᵀ in the weight's layout. Ids (n,), such as
-    the positions `arange(n)`, are one sample.
+    PEFT looks ids up in A and then applies B, so ΔW = s (B C A)ᵀ in the weight's layout. Ids (n,),
+    such as the positions `arange(n)`, are one sample.
     """
 
     def update(
@@ -286,5 +290,5 @@ class NaraEmbedding(NaraVariant):
 
 
 def is_dropout_free(layer: AdaptedLayer, adapter_name: str) -> bool:
-    """Return whether the forward of an adapter drops nothing out."""
+    """Return whether the forward of an adapter applies no dropout."""
     return isinstance(layer.lora_dropout[adapter_name], nn.Identity) or not layer.training

@@ -1,11 +1,11 @@
 """The table of denoisers: what the `timestep` of each class of models means.
 
-It was read off the sources of Diffusers' pipelines. A class is looked up by its name, then by the
-names of its base classes; `register_denoiser` adds one.
+The table follows the source of Diffusers' pipelines. A class is looked up by its name, then by the
+names of its base classes. `register_denoiser` adds a class.
 
-The layers of some classes see b · k rows, k consecutive ones a sample, while the model sees b
-samples: frames of a video, timesteps of tokens or frames, tokens of a text inside an embedder.
-These classes are declared `sample_major`; sizes alone don't show it.
+In some classes the model sees b samples, but its layers see b · k rows, k consecutive rows for each
+sample: frames of a video, timesteps of tokens or frames, tokens of a text inside an embedder. These
+classes are declared `sample_major`, because sizes do not show it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _PLAIN = {
         MiniMaxMusic3Transformer1DModel OmniGenTransformer2DModel""",
     "angle": "StableAudioDiTModel",
 }
-"""Meaning of `timestep` → classes whose layers see one row a sample."""
+"""Meaning of `timestep` → classes with layers that see one row for each sample."""
 
 _SAMPLE_MAJOR = {
     "discrete": """UNetMotionModel UNet3DConditionModel I2VGenXLUNet AllegroTransformer3DModel
@@ -48,7 +48,7 @@ _SAMPLE_MAJOR = {
     "data_1000": "MochiTransformer3DModel",
     "edm": "UNetSpatioTemporalConditionModel",
 }
-"""Meaning of `timestep` → classes whose layers may see k rows a sample."""
+"""Meaning of `timestep` → classes with layers that may see k rows for each sample."""
 
 _DENOISERS: dict[str, Denoiser] = {
     **{name: Denoiser(meaning) for meaning, names in _PLAIN.items() for name in names.split()},
@@ -78,7 +78,7 @@ _DENOISERS: dict[str, Denoiser] = {
     ),
     "MiniMaxH3Transformer3DModel": Denoiser(
         "data", packed=True
-    ),  # the distinct timesteps of its tokens
+    ),  # it gets the distinct timesteps of its tokens
     "RFD4ProteinaTransformer": Denoiser(
         "data", argument="bb_ca_time", also=("local_latents_time",)
     ),
@@ -93,14 +93,14 @@ def register_denoiser(
     argument: str = "timestep",
     sample_major: bool = False,
 ) -> None:
-    """Declare what the timestep of a class of denoisers means, before adapters are added to one.
+    """Declare what the timestep of a denoiser class means. Call it before you add adapters.
 
         register_denoiser("MyTransformer2DModel", "sigma")
 
-    Args: see `TimestepNoise` for its shapes and units, and `Denoiser`.
+    Args: see `Denoiser`, and `TimestepNoise` for shapes and units.
 
     Raises:
-        ValueError: an unknown meaning, or the class is declared otherwise already.
+        ValueError: the meaning is unknown, or the class already has a different declaration.
     """
     denoiser = Denoiser(meaning, argument=argument, sample_major=sample_major)
     if _DENOISERS.setdefault(class_name, denoiser) != denoiser:
@@ -111,9 +111,9 @@ def register_denoiser(
 
 
 def denoiser_of(model: nn.Module) -> Denoiser | None:
-    """The entry of the class of `model`; None if no such denoiser was declared.
+    """Return the table's entry for the class of `model`; None if there is none.
 
-    Some classes serve models that mean different things, which their configuration tells apart.
+    In some classes, the meaning of `timestep` depends on the model's configuration.
     """
     name = next(
         (kind.__name__ for kind in type(model).__mro__ if kind.__name__ in _DENOISERS), None
@@ -122,18 +122,16 @@ def denoiser_of(model: nn.Module) -> Denoiser | None:
         return None
     denoiser: Denoiser = _DENOISERS[name]
     config: Any = getattr(model, "config", None)
-    if (
-        name == "SanaTransformer2DModel"
-    ):  # SanaSprint, which alone is conditioned on guidance, is given σ
+    if name == "SanaTransformer2DModel":
+        # only SanaSprint is conditioned on guidance; its timestep is σ
         changes = (
             {"meaning": "sigma"} if config.guidance_embeds else {"scale": config.timestep_scale}
         )
         return replace(denoiser, **changes)
-    if (
-        name == "CosmosTransformer3DModel" and config.extra_pos_embed_type == "learnable"
-    ):  # Cosmos 1: ¼ ln σ of EDM
+    if name == "CosmosTransformer3DModel" and config.extra_pos_embed_type == "learnable":
+        # Cosmos 1: ¼ ln σ of EDM
         return replace(denoiser, meaning="edm")
-    if name == "SanaWMLTX2RefinerTransformer3DModel":  # it is given σ · timestep_scale_multiplier
+    if name == "SanaWMLTX2RefinerTransformer3DModel":  # it gets σ · timestep_scale_multiplier
         return replace(denoiser, scale=config.timestep_scale_multiplier)
     return denoiser
 
@@ -145,7 +143,10 @@ _TIME_LAYERS = re.compile(
 
 
 def time_layers(model: nn.Module) -> list[str]:
-    """The names of the linear layers of a denoiser, of those without an adapter, that read the timestep's embedding."""
+    """Return the names of a denoiser's linear layers that read the timestep's embedding.
+
+    Adapted layers are left out.
+    """
     named = model.named_modules()
     return [
         name for name, each in named if isinstance(each, nn.Linear) and _TIME_LAYERS.fullmatch(name)

@@ -1,17 +1,19 @@
-"""λ: its unit and validation, its contexts, and the models that they are for.
+"""λ: its unit and validation, its contexts, and the adapted models that a context applies to.
 
-λ is a float32 tensor (1,) or (b,) in [0, 1]; 1 is pure noise. It reaches a forward of an adapted model by
+λ is a float32 tensor (1,) or (b,) in [0, 1]; 1 is pure noise. A forward of an adapted model gets
+λ from, in order of precedence,
 
-1. `with noise_level(model, value): …`, which beats
-2. a source set once by `set_noise_source(model, source)`, asked at each forward.
+1. `with noise_level(model, value): …`;
+2. a source, set once by `set_noise_source(model, source)` and called at each forward.
 
-The contexts are entries of one `ContextVar`, each of which knows its parent. So threads don't see each other's λ (one
-that is started inside a context has none), async tasks have their own, and the body of a generator is treated as by
-`torch.no_grad`: a generator that is suspended inside the context leaves λ to its caller. A context that is left while
-another one is the innermost raises, and no λ remains.
+The contexts are entries of one `ContextVar`, and each entry knows its parent. Threads therefore do
+not see each other's λ, and a thread that is started inside a context has none. Each async task has
+its own λ. Generators behave as under `torch.no_grad`: a generator that is suspended inside the
+context leaves λ to its caller. Exit contexts in reverse order; otherwise an error is raised and λ
+is cleared.
 
-A part of the model that is called by itself, such as the encoder in `generate` of T5 and BART, has the λ of the context
-around the call. Only forwards of the whole model ask a source.
+A part of the model that is called by itself, such as the encoder in `generate` of T5 and BART, uses
+the λ of the context around the call. Only forwards of the whole model call a source.
 """
 
 from __future__ import annotations
@@ -27,17 +29,20 @@ import torch
 from torch import Tensor, nn
 
 Level = float | Tensor | np.ndarray | Sequence[float]
-"""One number in [0, 1], or one a sample."""
+"""One number in [0, 1], or one for each sample."""
 
 
 def arguments_of(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
-    """The arguments of a forward of `module`, by name, in the order of its signature."""
+    """Return name → argument of a forward of `module`, in the order of its signature."""
     given = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
     return dict(list(given.items())[1:])
 
 
 def as_level(value: Level) -> Tensor:
-    """`value` as a new float32 tensor (1,) or (b,) in [0, 1], with the gradient of a tensor."""
+    """Return `value` as a new float32 tensor (1,) or (b,) in [0, 1].
+
+    If `value` is a tensor, gradients flow to it.
+    """
     try:
         level = as_tensor(value)
     except (TypeError, ValueError, RuntimeError):
@@ -49,7 +54,7 @@ def as_level(value: Level) -> Tensor:
             f"noise_level has shape {tuple(level.shape)} and dtype {level.dtype}: "
             "pass one number, or a tensor of shape (batch,)."
         )
-    level = level.clone().float().reshape(-1)  # a later write to `value` does not change λ
+    level = level.clone().float().reshape(-1)  # later writes to `value` don't change λ
     _check_range(level)
     return level
 
@@ -63,11 +68,14 @@ def _check_range(level: Tensor) -> None:
 
 
 def as_tensor(value: Any) -> Tensor:
-    """`value` as a tensor; Python's real numbers and numpy's in float32, whatever torch's default dtype is."""
+    """Return `value` as a tensor.
+
+    Real numbers of Python and numpy become float32, whatever torch's default dtype is.
+    """
     if isinstance(value, Tensor):
         return value
     if isinstance(value, (list, tuple)) and any(isinstance(one, Tensor) for one in value):
-        return torch.stack([as_tensor(one) for one in value])  # with their gradients
+        return torch.stack([as_tensor(one) for one in value])  # keeps their gradients
     tensor = torch.as_tensor(value)
     return torch.as_tensor(value, dtype=torch.float32) if tensor.is_floating_point() else tensor
 
@@ -76,11 +84,13 @@ def as_tensor(value: Any) -> Tensor:
 
 
 class Entry:
-    """One entered context: the one that it was entered in, and the holders of cores that it is for.
+    """One entered context.
 
     Attributes:
-        level: λ; None once the context is left, as copies of the `ContextVar` may remain.
-        backward: `backward_pass()` when it was entered.
+        parent: the context around it, if any.
+        holders: the holders of cores that it applies to.
+        level: λ; None after the context has exited, since copies of the `ContextVar` may remain.
+        backward: `backward_pass()` at the time of entry.
     """
 
     __slots__ = ("backward", "holders", "level", "parent")
@@ -92,25 +102,27 @@ class Entry:
 
 
 present: ContextVar[Entry | None] = ContextVar("nara_noise_level", default=None)
-"""The innermost entered context, whatever model it is for."""
+"""The innermost entered context, whatever model it applies to."""
 
 
 class noise_level(ContextDecorator):
-    """Inside the context, forwards of `model` and of its parts run at noise level λ = `value`, whatever its source.
+    """Run forwards of `model` and of its parts at noise level λ = `value`, whatever the source.
 
         with noise_level(model, 0.3):
             model(x)
 
-    Contexts nest, and one may be entered again. The previous value is restored on exit, also after an exception. Other
-    threads and async tasks do not see it. (`value` is copied; a tensor that requires a gradient receives one.)
+    Contexts can be nested and entered again. On exit, also after an exception, the previous value
+    is restored. Other threads and async tasks do not see λ. (`value` is copied. If it is a tensor
+    that requires a gradient, it receives one.)
 
     Args:
         model: an adapted model, wrapped (PeftModel, DDP, `torch.compile`) or not.
-        value: λ in [0, 1], 1 = pure noise: a float, or a tensor, array or list (b,) with one value a sample, where the
-            adapted layers see the batch first, (b, …): in a model that gives them (length, b, …), pass a float.
+        value: λ in [0, 1], 1 = pure noise: a float, or a tensor, array or list (b,) with one value
+            for each sample. Several values need adapted layers that see the batch first, (b, …).
+            If the model's layers get (length, b, …), pass a float.
 
     Raises:
-        ValueError: `value` is not in [0, 1], NaN or misshapen, or `model` holds no NaRA adapter.
+        ValueError: `value` is outside [0, 1], NaN or misshapen, or `model` has no NaRA adapter.
         RuntimeError: on exit, if another context is the innermost.
     """
 
@@ -119,10 +131,11 @@ class noise_level(ContextDecorator):
         self._entries: list[Entry] = []
 
     def __call__(self, func: Callable[..., Any]) -> Callable[..., Any]:
-        """Decorate `func`, whose calls then run at λ.
+        """Decorate `func`: its calls run at λ.
 
         Raises:
-            ValueError: `func` is a generator or `async def`: its body runs after its call has returned.
+            ValueError: `func` is a generator or `async def`, so its body runs after its call has
+                returned.
         """
         kinds = (
             inspect.isgeneratorfunction,
@@ -143,9 +156,8 @@ class noise_level(ContextDecorator):
 
     def __exit__(self, *error: object) -> None:
         innermost = entry = present.get()
-        while (
-            entry is not None and entry not in self._entries
-        ):  # which may hold entries of other threads
+        # `_entries` may have entries of other threads
+        while entry is not None and entry not in self._entries:
             entry = entry.parent
         entry = self._entries[-1] if entry is None else entry
         self._entries.remove(entry)
@@ -160,7 +172,7 @@ class noise_level(ContextDecorator):
 
 
 def entry_for(holder: Any) -> Entry | None:
-    """The innermost open context for the model of `holder`; None if there is none."""
+    """Return the innermost open context for the model of `holder`; None if there is none."""
     entry = present.get()
     while entry is not None and (entry.level is None or holder not in entry.holders):
         entry = entry.parent
@@ -168,7 +180,10 @@ def entry_for(holder: Any) -> Entry | None:
 
 
 def backward_pass() -> int:
-    """The number of the backward pass that runs in this thread; −1 outside of any, or while a compiler traces."""
+    """Return the number of the backward pass that runs in this thread.
+
+    Outside a backward pass, and while a compiler traces, it is −1.
+    """
     return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
 
 
@@ -184,7 +199,7 @@ def checked_module(model: Any) -> nn.Module:
 
 
 def find_holders(model: nn.Module) -> list[Any]:
-    """The holders of cores at or below `model`."""
+    """Return the holders of cores at or below `model`."""
     return [
         child
         for module in outer_modules(model)
@@ -194,9 +209,10 @@ def find_holders(model: nn.Module) -> list[Any]:
 
 
 def outer_modules(root: nn.Module) -> list[nn.Module]:
-    """`root` and the modules below it, in any order, without the insides of adapted layers and of holders.
+    """Return `root` and the modules below it, in any order.
 
-    These are five sixths of an adapted SDXL UNet, and samplers look for holders at every step.
+    Modules inside adapted layers and holders are left out: they are five sixths of an adapted SDXL
+    UNet, and samplers look for holders at every step.
     """
     found: dict[int, nn.Module] = {}
     left: list[nn.Module | None] = [root]
@@ -211,7 +227,7 @@ def outer_modules(root: nn.Module) -> list[nn.Module]:
 
 
 def core_holders(model: nn.Module) -> list[Any]:
-    """The holders of cores at or below `model`, of which there has to be one."""
+    """Return the holders of cores at or below `model`; raise ValueError if there are none."""
     found = find_holders(checked_module(model))
     if not found:
         raise ValueError(

@@ -1,13 +1,13 @@
-"""What a denoiser predicts, on which path from data to noise, and what a scheduler expects of it.
+"""What a denoiser predicts, its path from data to noise, and what a scheduler expects.
 
     path                  x_t                                prediction
     variance preserving   √ᾱ x + √(1 − ᾱ) ε, ᾱ_N > 0         ε, v = √ᾱ ε − √(1 − ᾱ) x, or x
-    zero terminal SNR     the same with ᾱ_N = 0              v or x: at ᾱ = 0 an ε says nothing of x
+    zero terminal SNR     the same with ᾱ_N = 0              v or x: at ᾱ = 0, ε says nothing of x
     rectified flow        (1 − σ) x + σ ε                    ε − x
 
-An adapter of an earlier version may predict something else than its base; `NaraConfig.scheduler` then has its
-scheduler. One that expects another prediction gives noise without an error. So loading, and each forward, compares it
-with the present scheduler of the pipeline that loaded the adapter.
+An adapter of an earlier version may predict something other than its base; `NaraConfig.scheduler`
+then describes the scheduler that it needs. A pipeline with a scheduler that expects another
+prediction would produce noise without an error. Loading and each forward therefore compare the two.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _NAMED = (
     "rescale_betas_zero_snr",
     "timestep_spacing",
 )
-"""Fields in which a base's scheduler may differ from the one that an adapter needs."""
+"""Fields that may differ between a base's scheduler and the one that an adapter needs."""
 _PATHS = frozenset({"use_flow_sigmas", "rescale_betas_zero_snr"})
-"""Options that change the path; not every class has them."""
+"""Options that change the path. Not every class has them."""
 KINDS = ("epsilon", "v_prediction", "sample", FLOW)
 
 
 class Prediction(NamedTuple):
-    """Kind and path; kinds have the names of Diffusers' `prediction_type`."""
+    """Kind and path of a prediction. Kinds are named as in Diffusers' `prediction_type`."""
 
     kind: str
     path: str = "variance preserving"
@@ -48,7 +48,7 @@ class Prediction(NamedTuple):
 
 
 def prediction_of(class_name: str, config: Mapping[str, Any]) -> Prediction | None:
-    """The prediction that a Diffusers scheduler expects of its denoiser; None if its configuration has none."""
+    """Return the prediction that a Diffusers scheduler expects; None if its config has none."""
     if class_name.startswith("FlowMatch"):
         return Prediction(FLOW, "rectified flow")
     kind = config.get("prediction_type")
@@ -60,12 +60,12 @@ def prediction_of(class_name: str, config: Mapping[str, Any]) -> Prediction | No
 
 
 def prediction_in(fields: Mapping[str, Any]) -> Prediction | None:
-    """`prediction_of` the scheduler fields that an adapter carries."""
+    """Return `prediction_of` the scheduler fields in an adapter's configuration."""
     return prediction_of(fields["_class_name"], fields)
 
 
 def prediction_by(scheduler: Any) -> Prediction | None:
-    """`prediction_of` a scheduler; None if there is no scheduler."""
+    """Return `prediction_of` a scheduler; None if there is no scheduler."""
     if scheduler is None:
         return None
     unread = _unread_paths(type(scheduler))
@@ -75,18 +75,21 @@ def prediction_by(scheduler: Any) -> Prediction | None:
 
 @cache
 def _unread_paths(kind: type) -> frozenset[str]:
-    """Options that a class doesn't have, though `from_config` keeps another class's in its configuration."""
+    """Return the options that a scheduler class does not read.
+
+    `from_config` may still keep another class's values for them in the configuration.
+    """
     parameters = inspect.signature(kind).parameters
     passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     return frozenset() if passes_on else _PATHS - frozenset(parameters)
 
 
 def check_expected(scheduler: Any, fields: Mapping[str, Any] | None) -> None:
-    """Raise ValueError if `scheduler` expects another prediction than that of an adapter.
+    """Raise ValueError if `scheduler` expects another prediction than the adapter makes.
 
     Args:
-        scheduler: the pipeline's present one; one without a `prediction_type`, or None, is not judged.
-        fields: `NaraConfig.scheduler` of the adapter; None where it predicts what its base predicts.
+        scheduler: the pipeline's present scheduler.
+        fields: `NaraConfig.scheduler` of the adapter; None if it predicts what its base predicts.
     """
     if fields is None:
         return
@@ -99,14 +102,14 @@ def check_expected(scheduler: Any, fields: Mapping[str, Any] | None) -> None:
 
 
 def how_to_set(fields: Mapping[str, Any]) -> str:
-    """The line that sets a scheduler with these fields, for messages."""
+    """Return the line of code that sets a scheduler with these fields, for messages."""
     options = (f"{name}={fields[name]!r}" for name in _NAMED if fields.get(name) is not None)
     given = ", ".join(("pipe.scheduler.config", *options))
     return f"pipe.scheduler = {fields['_class_name']}.from_config({given})"
 
 
 def flow_shift(fields: Mapping[str, Any]) -> float | None:
-    """The shift of σ of a scheduler for a rectified flow; None if it isn't one."""
+    """Return the shift of σ of a rectified-flow scheduler; None for any other scheduler."""
     prediction = prediction_in(fields)
     if prediction is None or prediction.kind != FLOW:
         return None

@@ -1,13 +1,14 @@
 """λ of the samples → C of the rows that a layer sees.
 
     one for all     λ (1,)   C (1, r, r)   for every row
-    one a sample    λ (b,)   C (b, r, r)   row i of a layer's input (b, …) is sample i
+    one per sample  λ (b,)   C (b, r, r)   row i of a layer's input (b, …) is sample i
     b · k rows      λ (b,)   C (b, r, r)   rows i·k to i·k + k − 1 are sample i: frames, tokens
     guidance        λ (b,)   λ (2b,)       the samples, then the same samples once more
 
-Shapes don't show what a row is: the number of tokens may equal the batch size by chance. So it is
-known of a model (`ModelRows`) and of a layer (`row_kind_of`). If rows can't be assigned to samples,
-several values of λ are an error, and one value for the whole batch works.
+Shapes do not show what a row is: the number of tokens may equal the batch size by chance. It is
+therefore declared for each model (`ModelRows`) and determined for each layer (`row_kind_of`). If
+rows cannot be assigned to samples, several values of λ raise an error; one value for the whole
+batch works.
 """
 
 from __future__ import annotations
@@ -33,19 +34,19 @@ RowKind = Literal["samples", "tokens", "positions"]
 """
 
 Repetition = Literal["tiled", "interleaved"]
-"""How k times the rows are ordered: "tiled" abab, "interleaved" aabb."""
+"""The order of rows that are repeated k times: "tiled" abab, "interleaved" aabb."""
 REPETITIONS: tuple[Repetition, ...] = ("tiled", "interleaved")
 
 
 def repeat_rows(values: Tensor, times: int, order: Repetition) -> Tensor:
-    """Return `values` (b, …) of samples for b · `times` rows: (b · times, …)."""
+    """Repeat `values` (b, …) of samples for b · `times` rows: return (b · times, …)."""
     if order == "interleaved":
         return values.repeat_interleave(times, dim=0)
     return torch.cat([values] * times)
 
 
 def guidance_rows(values: Tensor) -> Tensor:
-    """Return `values` (b, …) of samples for the 2b rows of classifier-free guidance.
+    """Repeat `values` (b, …) of samples for the 2b rows of classifier-free guidance.
 
     The conditional rows come first. Both rows of a sample have the same λ.
     """
@@ -61,14 +62,14 @@ def core_of_rows(
         core: C of the samples, (b, r, r), or (1, r, r) for all.
         x: the input of the layer, (rows, …).
         kind: what the rows are.
-        sample_major: whether the layer may see b · k rows, k consecutive ones a sample.
+        sample_major: whether the layer may see b · k rows, k consecutive rows for each sample.
         layer_name: for the error message.
 
     Returns:
         (rows, r, r), or (1, r, r) if all rows have the same C.
 
     Raises:
-        ValueError: several values of λ, and the rows can't be assigned to samples.
+        ValueError: there are several values of λ, and the rows cannot be assigned to samples.
     """
     samples, rows = core.shape[0], x.shape[0]
     if samples == 1:
@@ -105,7 +106,7 @@ def _lacks_batch_axis(x: Tensor, kind: RowKind) -> bool:
 
 
 def row_kind_of(root: nn.Module, name: str) -> RowKind:
-    """Return what the rows of layer `name` below `root` are, as the modules around it show."""
+    """Return what the rows of layer `name` below `root` are, judged by the modules around it."""
     layer: nn.Module = root
     around = []
     for part in name.split("."):
@@ -137,9 +138,10 @@ class ModelRows:
     """How the layers of a model see its batch.
 
     Attributes:
-        sample_major: whether layers may see b · k rows, k consecutive ones a sample, if the model
-            sees b.
-        one_level: whether the first axis of layers is not the samples, so that a batch has one λ.
+        sample_major: whether layers may see b · k rows, k consecutive rows for each sample, while
+            the model sees b.
+        one_level: whether the first axis of the layers' inputs is something other than samples, so
+            that a batch can have only one λ.
     """
 
     sample_major: bool = False
@@ -147,7 +149,7 @@ class ModelRows:
 
     @classmethod
     def of(cls, denoiser: Denoiser | None) -> ModelRows:
-        """Return how layers of a class of denoisers see the batch; None is any other model."""
+        """Return how the layers of a denoiser see the batch; None stands for any other model."""
         if denoiser is None:
             return cls()
         return cls(denoiser.sample_major, denoiser.one_level or denoiser.packed)
@@ -158,8 +160,9 @@ class ModelRows:
         """Check that a forward of the whole model can have `values` > 1 values of λ.
 
         Raises:
-            ValueError: layers see no samples first; or they may see multiples of the batch, and
-                there is not one value for each row of the first tensor, or blocks split the batch.
+            ValueError: the layers' first axis is not samples; or the layers may see multiples of
+                the batch, and the number of values is not the length of the first tensor, or blocks
+                split the batch.
         """
         kind = type(root).__name__
         if self.one_level:
@@ -195,7 +198,8 @@ class ModelRows:
         """Check that a part of the model, called by itself, can have `values` > 1 values of λ.
 
         Raises:
-            RuntimeError: layers may see several rows a sample, or no samples first.
+            RuntimeError: layers may see several rows for each sample, or their first axis is not
+                samples.
         """
         if self.sample_major or self.one_level:
             raise RuntimeError(
@@ -208,7 +212,7 @@ class ModelRows:
 
 
 def _cannot_assign(values: int, reason: str, remedy: str) -> str:
-    """Return the one message about rows that can't be assigned to samples."""
+    """Return the error message about rows that cannot be assigned to samples."""
     return (
         f"noise_level has {values} values, but {reason}: pass one value for the whole batch, or "
         f"{remedy}."
@@ -216,7 +220,7 @@ def _cannot_assign(values: int, reason: str, remedy: str) -> str:
 
 
 def _batch_size(arguments: Iterable[object]) -> int | None:
-    """Return the length of the first tensor that has an axis."""
+    """Return the length of the first tensor that has an axis; None if there is none."""
     for argument in arguments:
         if isinstance(argument, Tensor) and argument.dim() > 0:
             return len(argument)

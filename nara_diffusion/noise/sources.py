@@ -1,20 +1,20 @@
-"""Sources of λ: what gives λ to a forward outside of `noise_level(…)`.
+"""Sources of λ: what gives λ to a forward outside `noise_level(…)`.
 
-A model has one source. It is, in this order,
+A model has one source, the first of these that exists:
 
-1. the source that `set_noise_source(model, source)` set;
-2. the source that `register_noise_source` registered under the `noise_convention` of the model's
-   first adapter;
-3. `denoisers.Denoiser`, if Diffusers' pipelines pass a timestep to a model of its class.
+1. the source that `set_noise_source(model, source)` has set;
+2. the source that `register_noise_source` has registered under the `noise_convention` of the
+   model's first adapter;
+3. `timesteps.Denoiser`, if Diffusers' pipelines pass a timestep to a model of this class.
 
-`timesteps` computes λ from a timestep. Here is λ of a masked language model, the masked share of
-each sample's answer:
+`timesteps` computes λ from a timestep. This module computes λ of a masked language model, the
+masked share of each sample's answer:
 
     λ_i = masked tokens of answer i / tokens of answer i
 
-An adapter is saved with the name of its definition of λ (`noise_convention`). A model with a source
-that has another definition is an error. A source that is registered under that name says how to
-read λ for such an adapter.
+An adapter is saved with the name of its definition of λ (`noise_convention`). If the model's source
+has another definition, an error is raised. A source that is registered under that name computes λ
+for such adapters.
 """
 
 from __future__ import annotations
@@ -47,18 +47,18 @@ _registered: dict[str, NoiseSource] = {}
 
 
 def register_noise_source(source: NoiseSource) -> None:
-    """Use `source` for every model whose first adapter has the `noise_convention` of the source.
+    """Use `source` for every model if its first adapter has the source's convention.
 
         register_noise_source(ShareOfFrames())  # its `convention` is "share_of_frames"
         pipe.load_nara_weights("adapter")  # NaraConfig(noise_convention="share_of_frames")
 
     A source is a callable (module, args, kwargs) → λ (1,) or (b,) in [0, 1]. It applies to models
-    that are adapted afterwards, and takes precedence over the default of their class. All these
-    models share the one source.
+    that are adapted after this call, and takes precedence over the default of their class. All
+    these models share this one source.
 
     Raises:
-        ValueError: the source has no convention, one that this package defines, or the convention
-            of another source.
+        ValueError: the source has no convention, or its convention belongs to this package or to
+            another source.
     """
     name = getattr(source, "convention", None)
     if not (isinstance(name, str) and name and callable(source)):
@@ -82,8 +82,8 @@ def first_source(denoiser: Denoiser | None, convention: str | None) -> NoiseSour
     """Return the default source of a model; None if it has none.
 
     Args:
-        denoiser: the entry of the model's class.
-        convention: the definition of λ of the model's first adapter.
+        denoiser: the table's entry for the model's class.
+        convention: the first adapter's definition of λ.
     """
     if convention in _registered:
         return _registered[convention]
@@ -91,12 +91,12 @@ def first_source(denoiser: Denoiser | None, convention: str | None) -> NoiseSour
 
 
 def set_noise_source(model: nn.Module, source: NoiseSource | None) -> None:
-    """Read λ (1,) or (b,) from `source` at each forward of `model` outside of `noise_level(…)`.
+    """Read λ (1,) or (b,) from `source` at each forward of `model` outside `noise_level(…)`.
 
     None removes the source.
 
     Raises:
-        ValueError: `model` has no NaRA adapter, or one was trained with another convention of λ.
+        ValueError: `model` has no NaRA adapter, or one was trained with another definition of λ.
     """
     holders = core_holders(model)
     for holder in holders:
@@ -111,16 +111,16 @@ def set_noise_source(model: nn.Module, source: NoiseSource | None) -> None:
 class InputIdsNoise:
     """A noise source (`nara_diffusion.set_noise_source`): λ from the masks in `input_ids`.
 
-    The prompt doesn't count, whether guidance has masked it or not. Padding doesn't count if an
-    `attention_mask` shows it: (b, l), or (b, heads, l, l) where padding doesn't see itself.
+    The prompt does not count, whether or not guidance has masked it. Padding does not count if an
+    `attention_mask` shows it: (b, l), or (b, heads, l, l) if padding does not see itself.
 
     Args:
-        prompt_lengths: columns before each answer, padding on the left included: one number for
-            all rows, or (b,).
-        mask_token_id: the token that counts.
+        prompt_lengths: the number of columns before each answer, including padding on the left:
+            one number for all rows, or (b,).
+        mask_token_id: the mask token.
         repeated: how a sampler repeats the b rows if it passes k · b of them: "tiled", all rows and
-            then all again, as guidance does by torch.cat; "interleaved", each row k times in a
-            row. It is needed only if lengths differ.
+            then all again, as guidance does with torch.cat; "interleaved", each row k times in
+            succession. Needed only if the lengths differ.
     """
 
     convention = MASKED_SHARE
@@ -143,7 +143,7 @@ class InputIdsNoise:
         """Return λ (rows,) for a forward of `module`.
 
         Raises:
-            ValueError: the arguments don't determine λ.
+            ValueError: the arguments do not determine λ.
         """
         input_ids = _input_ids(args, kwargs)
         rows, width = input_ids.shape
@@ -162,7 +162,7 @@ class InputIdsNoise:
         return masked.sum(1).float() / lengths
 
     def _starts(self, rows: int) -> Tensor:
-        """Return where the answer of each row starts, (rows,)."""
+        """Return the first column of each row's answer, (rows,)."""
         lengths = self.prompt_lengths
         times, rest = divmod(rows, len(lengths))
         is_known = times == 1 or bool((lengths == lengths[0]).all()) or self.repeated is not None
@@ -192,11 +192,11 @@ def _input_ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 
 _HIDDEN = -1e4
-"""Attention's bias at or below which a token isn't seen; libraries add −1e4, −∞ or a dtype's least."""
+"""A token with this attention bias or less is hidden. Libraries add −1e4, −∞ or a minimum."""
 
 
 def _tokens_that_count(attention_mask: object, rows: int, width: int) -> Tensor:
-    """Return which tokens are no padding, (rows, l) bool."""
+    """Return which tokens are not padding, (rows, l) bool."""
     received = type(attention_mask).__name__
     if isinstance(attention_mask, Tensor):
         if attention_mask.shape == (rows, width):

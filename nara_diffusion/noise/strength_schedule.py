@@ -2,8 +2,8 @@
 
     ΔW(λ) = s(λ) · α/r · B C(λ) A            W0 + ΔW(λ) inside DoRA's norm, too
 
-s is piecewise linear between points (λ, strength), and constant before the first and after the last. Two points at one
-λ are a step: below that λ the first one counts, from that λ on the second.
+s is piecewise linear between points (λ, strength), and constant before the first and after the last
+point. Two points at one λ make a step: the first applies below that λ, the second from that λ on.
 """
 
 from __future__ import annotations
@@ -23,18 +23,20 @@ _EXAMPLE = "StrengthSchedule([(0, 1.0), (0.7, 0.3)])"
 
 
 class StrengthSchedule:
-    """An adapter's strength, piecewise linear in λ (0 = no noise, 1 = pure noise) and constant beyond its ends.
+    """An adapter's strength, piecewise linear in λ (1 = pure noise) and constant beyond its ends.
 
         StrengthSchedule([(0, 1.0), (0.7, 0.3)])              # 1 without noise, 0.3 from λ = 0.7 on
         StrengthSchedule([(0.5, 1.0), (0.5, 0.0)])            # 1 where λ < 0.5, 0 where λ ≥ 0.5
 
-    Schedules of the same points are equal. (λ and points are compared in float32, as λ is kept.)
+    Schedules with the same points are equal. (λ is float32, so it is compared with the points in
+    float32.)
 
     Args:
-        points: pairs (λ, strength), λ in [0, 1] and in ascending order; at most two at one λ.
+        points: pairs (λ, strength), with λ in [0, 1] and in ascending order; at most two at one λ.
 
     Raises:
-        ValueError: no points, what is no pair of finite numbers, λ outside of [0, 1] or out of order.
+        ValueError: there are no points, a point is not a pair of finite numbers, or λ is outside
+            [0, 1] or out of order.
     """
 
     __slots__ = ("points",)
@@ -53,26 +55,26 @@ class StrengthSchedule:
             )
 
     def __call__(self, noise_level: Level) -> Tensor:
-        """s(λ) (b,), float32, of λ (b,), or (1,) of a number.
+        """Return s(λ) (b,), float32, for λ (b,); (1,) for a number.
 
         Raises:
-            ValueError: λ is not in [0, 1], NaN or misshapen.
+            ValueError: λ is outside [0, 1], NaN or misshapen.
         """
         return self.at(as_level(noise_level))
 
     def at(self, noise_level: Tensor) -> Tensor:
-        """s(λ) (b,) of λ (b,), float32 in [0, 1]."""
+        """Return s(λ) (b,) for λ (b,), float32 in [0, 1]."""
         levels, strengths = torch.tensor(
             self.points, dtype=torch.float32, device=noise_level.device
         ).T  # (n,) each
-        passed = (noise_level[:, None] >= levels).sum(1)  # (b,), how many points are at or below λ
+        passed = (noise_level[:, None] >= levels).sum(1)  # (b,), number of points at or below λ
         below, above = (passed - 1).clamp(min=0), passed.clamp(max=len(levels) - 1)
         gap = levels[above] - levels[below]
         share = (noise_level - levels[below]) * (gap > 0) / gap.where(gap > 0, 1.0)
         return strengths[below] + share * (strengths[above] - strengths[below])
 
     def as_lists(self) -> list[list[float]]:
-        """The points as JSON has them."""
+        """Return the points as lists, as in JSON."""
         return [list(point) for point in self.points]
 
     def __eq__(self, other: object) -> bool:
@@ -86,7 +88,7 @@ class StrengthSchedule:
 
 
 def is_number(value: Any) -> bool:
-    """Whether `value` is a real number that float32 can reckon with, also squared, and no bool."""
+    """Return whether `value` is a real number, not a bool, with a square that fits float32."""
     return isinstance(value, Real) and not isinstance(value, bool) and -1e9 <= float(value) <= 1e9
 
 
@@ -119,10 +121,10 @@ def _pairs(points: Any) -> Iterator[tuple[float, float]]:
 
 @dataclass(frozen=True)
 class NoiseWindow:
-    """The noise levels that training draws λ from: low ≤ λ < high, and λ = 1 too where high is 1.
+    """The noise levels that training draws λ from: low ≤ λ < high, and also λ = 1 if high is 1.
 
     Raises:
-        ValueError: a window without a λ of [0, 1].
+        ValueError: not 0 ≤ low < high ≤ 1.
     """
 
     low: float = 0.0
@@ -137,17 +139,20 @@ class NoiseWindow:
 
     @property
     def is_everything(self) -> bool:
-        """Whether no λ in [0, 1] lies outside."""
+        """True if every λ in [0, 1] lies inside."""
         return self.low <= 0 and self.high >= 1
 
     def contains(self, noise_level: Tensor) -> Tensor:
-        """Whether λ (b,) lies inside, (b,) bool, in float32 as λ is."""
+        """Return whether each λ (b,) lies inside, (b,) bool, compared in float32."""
         levels = noise_level.float()
         low, high = levels.new_tensor(self.low), levels.new_tensor(self.high)
         return (levels >= low) & ((levels < high) | (high == 1))
 
     def as_schedule(self) -> StrengthSchedule | None:
-        """The strength of an adapter that is off outside: 1 where `contains` is true, else 0; None if always 1."""
+        """Return the strength that turns an adapter off outside the window; None if always 1.
+
+        It is 1 where `contains` is true, and 0 elsewhere.
+        """
         below = [(self.low, 0.0), (self.low, 1.0)] if self.low > 0 else []
         above = [(self.high, 1.0), (self.high, 0.0)] if self.high < 1 else []
         return StrengthSchedule(below + above) if below + above else None

@@ -1,14 +1,14 @@
 """λ from a timestep or a sigma. No other module computes it.
 
     convention   λ               the argument t of a denoiser
-    timestep     t / N           discrete schedules, N = num_train_timesteps; fractional t of Karras sigmas too; t / N
-                                 is passed by continuous ones
+    timestep     t / N           discrete schedules, N = num_train_timesteps; t may be fractional
+                                 (Karras sigmas); continuous schedules pass t / N
     flow         σ               x_σ = (1 − σ) x + σ ε; t is N σ, σ, 1 − σ or N (1 − σ)
-    edm          σ / (1 + σ)     x_σ = x + σ ε, t = ¼ ln σ (arXiv 2206.00364) or 2/π atan σ: the σ of the flow with as
-                                 much noise
+    edm          σ / (1 + σ)     x_σ = x + σ ε, t = ¼ ln σ (arXiv 2206.00364) or 2/π atan σ; this λ
+                                 is the σ of the flow with as much noise
 
-λ = 1 is pure noise in all of them. N is that of a source that a user has set; else of the present scheduler of the
-pipelines that loaded an adapter; else 1000.
+λ = 1 is pure noise in all of them. N comes from the source that a user has set; otherwise from the
+present schedulers of the pipelines that loaded an adapter; otherwise it is 1000.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from .level import arguments_of, as_tensor
 
 LARGEST_LOG_SIGMA = math.log(1e6)
-"""σ beyond 10⁶ is nobody's, but a timestep ¼ ln σ beyond 3.5 is a discrete schedule's."""
+"""No schedule has a σ above 10⁶, so a timestep above ¼ ln 10⁶ ≈ 3.5 belongs to a discrete one."""
 
 
 def _of_angle(angle: Tensor) -> Tensor:
-    return torch.sin(angle) / (torch.sin(angle) + torch.cos(angle))  # σ / (1 + σ) for σ = tan angle
+    return torch.sin(angle) / (torch.sin(angle) + torch.cos(angle))  # σ / (1 + σ), σ = tan angle
 
 
 _MEANINGS: dict[str, tuple[str, Callable[[Tensor, int], Tensor]]] = {
@@ -50,9 +50,9 @@ _PASSED: dict[str, Callable[[Tensor], Tensor]] = {
     "sigma": lambda t: t / 1000,
     "data": lambda t: (1000 - t) / 1000,
 }
-"""What pipelines make of their scheduler's t before they pass it; t itself where a meaning is missing."""
+"""Meaning → how pipelines convert their scheduler's t before they pass it. Others pass t itself."""
 COUNTED = ("discrete", "sigma_1000", "data_1000")
-"""The meanings of which λ depends on N."""
+"""The meanings for conversions to λ that depend on N."""
 
 CONVENTIONS = tuple(dict.fromkeys(convention for convention, _ in _MEANINGS.values()))
 """The names of λ's definitions above."""
@@ -65,26 +65,30 @@ _ROUNDING = 1e-4
 class TimestepNoise:
     """A source of λ (`nara_diffusion.set_noise_source`) that reads a denoiser's own timestep.
 
-    A timestep may be a number, 0-d, (1,), (b,), or (b, …) with one value for each token or frame. Then λ is that of the
-    noisiest one, which is being denoised; a conditioning image or frame has little noise or none.
+    A timestep may be a number, 0-d, (1,), (b,), or (b, …) with one value for each token or frame.
+    With several values for a sample, λ is that of the noisiest token or frame: that one is being
+    denoised, while a conditioning image or frame has little or no noise.
 
     Args:
-        meaning: "discrete" (t of a discrete schedule), "ratio" (t / N of one), "sigma_1000" (flow, N σ), "sigma" (flow,
-            σ), "data_1000" and "data" (flow, N (1 − σ) and 1 − σ), "edm" (¼ ln σ), "angle" (EDM, 2/π atan σ).
-        argument: the name of the argument of the denoiser's forward.
-        num_train_timesteps: N of the schedule, 1000 nearly always.
-        scale: what the pipeline multiplies the timestep with before it calls the denoiser (Sana's `timestep_scale`).
-        also: names of further arguments of the same meaning, each of which may be missing: timesteps of sound or of
-            actions beside those of a video. The noisiest of all counts.
-        packed: whether a timestep (n,) has one value a token or a distinct value of a sequence that is no batch.
-        pinned: (argument, value, t): where this other argument of the forward has this value, the denoiser runs at t,
-            whatever its timestep is.
+        meaning: "discrete" (t of a discrete schedule), "ratio" (t / N of one), "sigma_1000" (flow,
+            N σ), "sigma" (flow, σ), "data_1000" and "data" (flow, N (1 − σ) and 1 − σ), "edm"
+            (¼ ln σ), "angle" (EDM, 2/π atan σ).
+        argument: the name of the timestep argument of the denoiser's forward.
+        num_train_timesteps: N of the schedule, nearly always 1000.
+        scale: the factor that the pipeline applies to the timestep before it calls the denoiser
+            (Sana's `timestep_scale`).
+        also: names of further arguments with the same meaning, such as timesteps of sound or of
+            actions beside those of a video. Each may be missing. The noisiest counts.
+        packed: whether the n values of a timestep (n,) belong to the tokens of one packed sequence,
+            one for each token or each distinct value once, and not to a batch.
+        pinned: (argument, value, t): if this other argument of the forward has this value, the
+            denoiser runs at t, whatever its timestep is.
 
     Attributes:
         convention: the name of λ's definition, "timestep", "flow" or "edm".
 
     Raises:
-        ValueError: an unknown meaning.
+        ValueError: the meaning is unknown.
     """
 
     meaning: str = "discrete"
@@ -105,7 +109,7 @@ class TimestepNoise:
         self.convention = _MEANINGS[self.meaning][0]
 
     def noise_level(self, timestep: float | Tensor) -> Tensor:
-        """λ (1,) or (b,), float32, of a timestep of any of the accepted shapes and dtypes."""
+        """Return λ (1,) or (b,), float32, for a timestep of any accepted shape and dtype."""
         t = as_tensor(timestep).float()
         if t.numel() == 0:
             raise ValueError(
@@ -125,10 +129,11 @@ class TimestepNoise:
         return level.clamp(0, 1)
 
     def unrounded(self, timestep: Tensor, schedule: Tensor) -> Tensor:
-        """The timestep that a pipeline rounded to `timestep`, in float32; without exactly one, `timestep` itself.
+        """Return, in float32, the timestep that a pipeline rounded to `timestep`.
 
-        FLUX, Qwen-Image and others cast t to the dtype of their latents, which moves λ by up to 0.4 % in bfloat16. No
-        value is read by the host.
+        If not exactly one timestep of the schedule rounds to it, return `timestep` itself. FLUX,
+        Qwen-Image and others cast t to the dtype of their latents, which moves λ by up to 0.4 % in
+        bfloat16. The host reads no value.
 
         Args:
             timestep: of any shape, in half precision.
@@ -144,15 +149,18 @@ class TimestepNoise:
         return lowest.where(lowest == highest, timestep.float())
 
     def check(self, timestep: float | Tensor) -> None:
-        """Accept any timestep: the user has declared its meaning. `Denoiser` refuses ambiguous ones."""
+        """Accept any timestep, since the user has declared its meaning.
+
+        `Denoiser` refuses ambiguous timesteps.
+        """
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """λ of one forward of `module`: (b,), or (1,) if all samples have the same."""
+        """Return λ of one forward of `module`: (b,), or (1,) if all samples have the same λ."""
         arguments = arguments_of(module, args, kwargs)
         given = [
             t for name in (self.argument, *self.also) if (t := arguments.get(name)) is not None
         ]
-        # a video that is given, without noise, has no timesteps beside those of its sound
+        # a noise-free conditioning video has no timesteps; only its sound has
         given = [t for t in given if not isinstance(t, Tensor) or t.numel()] or given
         if self.pinned is not None and arguments.get(self.pinned[0]) == self.pinned[1]:
             given = [self.pinned[2]]
@@ -163,28 +171,31 @@ class TimestepNoise:
             )
         level = functools.reduce(torch.maximum, map(self.noise_level, given))
         self.check(given[0])
-        # one C for all, where pipelines expand a timestep to the batch: parts of the batch, as PAG's, may see it too
+        # pipelines expand a timestep to the batch: one C then also fits parts of it, such as PAG's
         is_shared = not level.requires_grad and bool((level == level[0]).all())
         return level[:1] if is_shared else level
 
 
 @dataclass
 class Denoiser(TimestepNoise):
-    """The default source of λ of a class of denoisers, until a user sets one; and how its layers see the batch.
+    """The default source of λ of a denoiser class, and how the layers of the class see the batch.
 
-    N is that of the present schedulers. A small discrete timestep might be ¼ ln σ of an EDM schedule instead:
+    N comes from the present schedulers. A small timestep is ambiguous:
 
-        discrete   t in [0, N], N = 1000: whole, fractional with Karras' sigmas, below 3.5 in the last steps alone
-        EDM        t = ¼ ln σ: within ±3.5 throughout, and for σ from 80 to 1, the first steps, from 1.1 to 0
+        discrete   t in [0, N], N = 1000: whole, or fractional with Karras sigmas; below 3.5 only in
+                   the last steps
+        EDM        t = ¼ ln σ: always within ±3.5; from 1.1 to 0 in the first steps, σ from 80 to 1
 
-    Confused with the other, the first steps of an EDM pipeline would run at λ = 0.001. So it is refused, unless a
-    present scheduler is discrete, or it is a whole number and there is none.
+    If an EDM timestep were read as a discrete one, the first steps would run at λ = 0.001. A small
+    timestep is therefore refused, unless a present scheduler is discrete, or there is no scheduler
+    and the timestep is a whole number.
 
     Attributes:
-        sample_major: whether layers may see b · k rows, k consecutive ones a sample, where the model sees b. Otherwise
-            another number of rows than the batch's is an error.
-        one_level: whether the first axis that layers see is not the samples': a batch of unequal λ is refused.
-        schedulers: of the pipelines that loaded the adapters; see `under`.
+        sample_major: whether layers may see b · k rows, k consecutive rows for each sample, while
+            the model sees b. If not, any number of rows other than the batch size is an error.
+        one_level: whether the first axis of the layers' inputs is something other than samples. If
+            so, a batch with different values of λ is refused.
+        schedulers: those of the pipelines that loaded the adapters; see `under`.
     """
 
     sample_major: bool = False
@@ -192,13 +203,20 @@ class Denoiser(TimestepNoise):
     schedulers: Sequence[Any] = ()
 
     def read_as(self, convention: str | None) -> Denoiser:
-        """The same for adapters with this `convention`: models of discrete schedules are trained in EDM's terms too, or
-        converted to a rectified flow."""
+        """Return this source with the meaning for adapters with this `convention`.
+
+        Models of discrete schedules are also trained with EDM timesteps, or converted to a
+        rectified flow.
+        """
         meanings = {"edm": "edm", "flow": "sigma_1000"} if self.meaning == "discrete" else {}
         return replace(self, meaning=meanings.get(convention or "", self.meaning))
 
     def under(self, schedulers: Sequence[Any]) -> Denoiser:
-        """The same while these are the schedulers of the pipelines, whose N have to agree where λ depends on it."""
+        """Return this source with the present schedulers of the pipelines, and their N.
+
+        Raises:
+            ValueError: λ depends on N, and the schedulers have different N.
+        """
         lengths = {
             length for one in schedulers if (length := one.config.get("num_train_timesteps"))
         }
@@ -213,7 +231,10 @@ class Denoiser(TimestepNoise):
         return replace(self, schedulers=schedulers, num_train_timesteps=lengths.pop())
 
     def noise_level(self, timestep: float | Tensor) -> Tensor:
-        """λ of a timestep; of the scheduler's own where a pipeline rounded it to half precision."""
+        """Return λ of a timestep.
+
+        If a pipeline rounded the timestep to half precision, use the scheduler's exact one.
+        """
         given = [getattr(one, "timesteps", None) for one in self.schedulers]
         schedules = [each.flatten() for each in given if isinstance(each, Tensor)]
         if (
@@ -247,7 +268,7 @@ class Denoiser(TimestepNoise):
 
 
 def passes_log_sigma(scheduler: Any) -> bool:
-    """Whether a scheduler of Diffusers hands ¼ ln σ to the denoiser as its timestep."""
+    """Return whether a Diffusers scheduler passes ¼ ln σ to the denoiser as its timestep."""
     config = scheduler.config
     continuous = (
         config.get("timestep_type") == "continuous"

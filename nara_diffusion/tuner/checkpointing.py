@@ -1,9 +1,10 @@
-"""Gradient checkpointing whose recomputation sees the C(λ) of its own forward.
+"""Gradient checkpointing that recomputes each block with the C(λ) of its own forward.
 
-Transformers, Diffusers and PyTorch's `CheckpointWrapper` (which FSDP uses) keep their checkpoint function as an
-attribute of the checkpointed module, a block or an instance of it. Each is replaced by one that passes C as explicit
-tensor inputs, which is right for reentrant and non-reentrant checkpoints alike, in whatever thread the backward pass
-recomputes, and lets gradients flow from the block to C. Under any other checkpoint function the recomputed layers find
+Transformers, Diffusers and PyTorch's `CheckpointWrapper` (which FSDP uses) keep their checkpoint
+function as an attribute of the checkpointed module: a block, or the wrapper around it. This module
+replaces each such function with one that passes C as explicit tensor inputs. That works for
+reentrant and non-reentrant checkpoints, in whatever thread the backward pass recomputes, and lets
+gradients flow from the block to C. Under any other checkpoint function, the recomputed layers find
 no C and raise.
 """
 
@@ -19,11 +20,11 @@ from nara_diffusion.layers.variants import CoreChannel, Key
 from nara_diffusion.noise.level import outer_modules
 
 _ATTRIBUTES = ("_gradient_checkpointing_func", "checkpoint_fn")
-"""Where Transformers and Diffusers, and where `CheckpointWrapper`, keep the function."""
+"""The attributes that keep it: of Transformers and Diffusers, and of `CheckpointWrapper`."""
 
 
 class CheckpointWithCore:
-    """Replaces `checkpoint` and passes the cores of `channel` from the forward to the recomputation."""
+    """Replace `checkpoint`, and pass the cores of `channel` from forward to recomputation."""
 
     def __init__(self, checkpoint: Callable[..., Any], channel: CoreChannel) -> None:
         self.checkpoint = checkpoint
@@ -39,7 +40,10 @@ class CheckpointWithCore:
         )
 
     def passes(self, channel: CoreChannel) -> bool:
-        """Whether it, or one that it wraps in an adapted part of an adapted model, passes the cores of `channel` on."""
+        """Return whether it passes on the cores of `channel`, itself or through one that it wraps.
+
+        It wraps another one if a part of an adapted model is itself an adapted model.
+        """
         inner = self.checkpoint
         return self.channel is channel or (
             isinstance(inner, CheckpointWithCore) and inner.passes(channel)
@@ -47,9 +51,10 @@ class CheckpointWithCore:
 
 
 class _WithCores:
-    """`function`, preceded by the cores of `keys` among its arguments.
+    """`function` with the cores of `keys` as its first arguments.
 
-    An object, not a closure: Diffusers asks for its `__call__`, which a compiler cannot trace on a function.
+    It is an object, not a closure: Diffusers reads its `__call__`, and a compiler cannot trace that
+    on a function.
     """
 
     def __init__(
@@ -62,14 +67,14 @@ class _WithCores:
     def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
         cores, args = inputs[: len(self.keys)], inputs[len(self.keys) :]
         if torch.compiler.is_compiling() and self.channel.pushed() is not None:
-            # traced as a part of the root's forward, whose C the graph itself hands to the recomputation
+            # traced as a part of the root's forward: the graph itself passes C to the recomputation
             return self.function(*args, **kwargs)
         with self.channel.using(dict(zip(self.keys, cores, strict=True))):
             return self.function(*args, **kwargs)
 
 
 def checkpoint_with_core(root: nn.Module, channel: CoreChannel) -> None:
-    """Wrap the checkpoint function of every checkpointed block below `root`. Harmless when repeated."""
+    """Wrap the checkpoint function of every checkpointed block below `root`; safe to repeat."""
     for module in outer_modules(root):
         for name in _ATTRIBUTES:
             checkpoint = module.__dict__.get(name)
@@ -79,7 +84,10 @@ def checkpoint_with_core(root: nn.Module, channel: CoreChannel) -> None:
 
 
 def checkpoint_without_core(root: nn.Module, channel: CoreChannel) -> None:
-    """Undo `checkpoint_with_core`. (A wrapper inside of another model's stays, and passes nothing on.)"""
+    """Undo `checkpoint_with_core`.
+
+    A wrapper inside another model's wrapper stays, and passes nothing on.
+    """
     for module in outer_modules(root):
         for name in _ATTRIBUTES:
             checkpoint = module.__dict__.get(name)

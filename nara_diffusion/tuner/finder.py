@@ -1,9 +1,10 @@
-"""Find λ of a model's forwards, and check that it is λ as the model's adapters were trained with it.
+"""Find λ of a model's forwards, and check that it has the definition used to train the adapters.
 
-An adapter's configuration names its definition of λ. If it names none, the adapter takes the definition of the source.
-Until a user sets a source, that definition is *assumed*: a source that is set later replaces it. The default source
-follows from the model's class and the first definition. N, and the meaning of a small timestep, come from the present
-scheduler of the pipelines that loaded the adapters.
+An adapter's configuration names its definition of λ. If it names none, the adapter takes the
+definition of the source. Until a user sets a source, that definition is *assumed*: a source that is
+set later replaces it. The default source depends on the model's class and on the first definition.
+N, and the meaning of a small timestep, come from the present schedulers of the pipelines that
+loaded the adapters.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ if TYPE_CHECKING:
 
 
 class NotSet(Enum):
-    """The value of `LevelFinder.given_source` until a user sets or removes a source. (Copies keep an enum's member.)"""
+    """The value of `LevelFinder.given_source` until a user sets or removes a source.
+
+    It is an enum because copies keep an enum's member.
+    """
 
     DEFAULT = auto()
 
@@ -42,14 +46,16 @@ class LevelFinder:
 
     Args:
         root: the adapted model.
-        configs: adapter → configuration. The holder of the cores owns this dict and changes it in place.
-        rows: what the layers see as rows.
-        denoiser: the entry of the root's class in the table of denoisers.
+        configs: adapter → configuration. The holder of the cores owns this dict and changes it in
+            place.
+        rows: how the layers see the batch.
+        denoiser: the table's entry for the root's class.
 
     Attributes:
-        given_source: the source of `set_noise_source`; None if it was removed.
+        given_source: the source that `set_noise_source` has set; None if it was removed.
         pipelines: weak references to the pipelines that loaded adapters.
-        length: N if there is no such pipeline: N of the last one, or of a training; None for 1000.
+        length: N if there is no such pipeline: N of the last pipeline, or of training; None means
+            1000.
     """
 
     def __init__(
@@ -68,7 +74,7 @@ class LevelFinder:
         self.pipelines: list[weakref.ref[DiffusionPipeline]] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "pipelines": []}  # they are not the pipelines of a copy
+        return {**self.__dict__, "pipelines": []}  # a copy has no pipelines
 
     # ------------------------------------------------------------------ the source
 
@@ -78,9 +84,9 @@ class LevelFinder:
         return self.given_source is NotSet.DEFAULT
 
     def present_source(self) -> NoiseSource | None:
-        """Return the source of λ for forwards outside of `noise_level(…)`; None if there is none.
+        """Return the source of λ for forwards outside `noise_level(…)`; None if there is none.
 
-        N and the meaning of small timesteps are those of the pipelines' present schedulers.
+        N and the meaning of small timesteps come from the pipelines' present schedulers.
         """
         if self.given_source is not NotSet.DEFAULT:
             return self.given_source
@@ -98,7 +104,7 @@ class LevelFinder:
         return source
 
     def set_source(self, source: NoiseSource | None) -> None:
-        """Do what `nara_diffusion.set_noise_source` does. Assumed definitions become that of `source`."""
+        """Set the source, or remove it with None. Assumed definitions become that of `source`."""
         self.given_source = source
         if source is None:
             return
@@ -127,11 +133,13 @@ class LevelFinder:
 
         Args:
             names: the adapters that the forward reads and that depend on λ.
-            entry: the context `noise_level(…)` around the forward; None to ask the source.
-            args, kwargs: the arguments of the forward.
+            entry: the context `noise_level(…)` around the forward; None to call the source.
+            args: the positional arguments of the forward.
+            kwargs: its keyword arguments.
 
         Raises:
-            ValueError: λ is not known, it may belong to another forward, or the layers cannot tell samples apart.
+            ValueError: λ is not known, it may belong to another forward, or the layers cannot tell
+                samples apart.
         """
         if entry is None:
             source = self.present_source()
@@ -150,10 +158,10 @@ class LevelFinder:
             self.rows.check_forward(len(level), self.root, args, kwargs)
         return level
 
-    # ------------------------------------------------------------------ the adapters' definitions of λ
+    # ------------------------------------------------------------------ adapters' definitions of λ
 
     def _definitions(self, but: str | None = None) -> dict[str, str]:
-        """Return adapter → its definition of λ, for the adapters that have one, except the adapter `but`."""
+        """Return adapter → definition of λ, for adapters that have one, except adapter `but`."""
         found = {}
         for name, config in self.configs.items():
             convention = convention_of(config)
@@ -165,8 +173,8 @@ class LevelFinder:
         """Return a copy of `config` that has a definition of λ if the source has one.
 
         Args:
-            name: the adapter's name; its present configuration, if any, does not count.
-            config: of an adapter that is to be added, or to take the place of the one of this name.
+            name: the adapter's name; its present configuration, if any, is ignored.
+            config: the configuration of an adapter to add, or to replace the one of this name.
 
         Raises:
             ValueError: the adapter defines λ differently from the source.
@@ -179,7 +187,7 @@ class LevelFinder:
             source = first_source(self.denoiser, first)
         if not is_assumed(config):
             _check_definition(source, name, own, self._remedy(own, list(others)))
-        config = copy(config)  # several models may share the caller's
+        config = copy(config)  # several models may share the original
         if source is not None and needs_noise(config) and (own is None or is_assumed(config)):
             config.noise_convention = getattr(source, "convention", None)
             config.assumes_convention = self.source_is_default
@@ -188,10 +196,11 @@ class LevelFinder:
         return config
 
     def adopt_convention(self, names: Iterable[str], convention: str) -> dict[str, str]:
-        """Give the adapters `names` this definition of λ if theirs is assumed, unless one of them has another.
+        """Give the adapters `names` this definition of λ if theirs is assumed.
 
         Returns:
-            The adapters that have another definition → that definition. If there are any, nothing changes.
+            Adapter → definition, for the adapters that have another definition. If there are any,
+            nothing changes.
         """
         others, assumed = {}, []
         for name in names:
@@ -208,7 +217,7 @@ class LevelFinder:
         return others
 
     def _remedy(self, convention: str | None, others: list[str]) -> str:
-        """Return the end of the error for an adapter that defines λ differently from the source."""
+        """Return the end of the error message if an adapter and the source define λ differently."""
         if others:
             return f"as {' and '.join(map(repr, others))} of this model needs: remove that first, or use another model."
         if not self.source_is_default:
@@ -235,7 +244,7 @@ class LevelFinder:
         return found
 
     def check_prediction(self, names: Iterable[str]) -> None:
-        """Raise ValueError if a pipeline's scheduler expects another prediction than that of the adapters `names`."""
+        """Raise ValueError if a pipeline's scheduler does not fit the prediction of an adapter."""
         for name in names:
             fields = getattr(self.configs[name], "scheduler", None)
             if fields is not None:
@@ -244,12 +253,12 @@ class LevelFinder:
 
 
 def is_assumed(config: LoraConfig) -> bool:
-    """Return True if the configuration only has the definition of λ of the model's default source."""
+    """Return True if the configuration's definition of λ is only that of the default source."""
     return getattr(config, "assumes_convention", False)
 
 
 def convention_of(config: LoraConfig) -> str | None:
-    """Return the definition of λ in a configuration; None if it has none, as a plain LoRA."""
+    """Return the definition of λ in a configuration; None if it has none, like a plain LoRA."""
     return getattr(config, "noise_convention", None)
 
 
@@ -258,7 +267,7 @@ def unknown_level(root: nn.Module, names: list[str], remedy: str | None = None) 
 
     Args:
         names: the adapters that depend on λ.
-        remedy: the end of the message; None for that of a forward.
+        remedy: the end of the message; None for the usual one, about a forward.
     """
     usual = (
         "call the model inside `with noise_level(model, value):`, or let it read λ from its own inputs by "
@@ -280,7 +289,7 @@ def _check_definition(
 
 
 def _how_to_declare(root: nn.Module) -> str:
-    """Return the end of the error for an unknown λ: what reads λ from the inputs of a model of this class."""
+    """Return the end of the error for an unknown λ: how to read λ from this model's inputs."""
     kinds = [kind.__name__ for kind in type(root).__mro__]
     if "ModelMixin" in kinds:  # of Diffusers
         declaration = f"register_denoiser('{kinds[0]}', meaning)"

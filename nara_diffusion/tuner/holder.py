@@ -1,11 +1,12 @@
-"""The holder of an adapted model's cores: a plain module at the model's root that computes C(λ) before each forward.
+"""The holder of an adapted model's cores: a module at the root that computes C(λ) for each forward.
 
-Only PEFT's layers know which adapters are active, merged, disabled or deleted, whatever PEFT or Diffusers did with
-them, so the holder asks the layers. It owns the cores and their strengths over λ. A `LevelFinder` finds λ, and a
-`Merging` finds and compares the λ of merged layers.
+Only PEFT's layers know which adapters are active, merged, disabled or deleted, whatever PEFT or
+Diffusers did with them, so the holder asks the layers. It owns the cores and their strengths over
+λ. A `LevelFinder` finds λ, and a `Merging` finds and compares the λ of merged layers.
 
-If an adapter has left `peft_config`, the next forward, saving or adding removes its cores; with the last adapter, the
-holder and its hooks go too. A core is trainable while the A of its adapter is, wherever parameters are listed.
+If an adapter has left `peft_config`, the next forward, save or addition removes its cores. If it
+was the last adapter, the holder and its hooks are removed too. A core is trainable while the A of
+its adapter is; every listing of parameters updates this.
 """
 
 from __future__ import annotations
@@ -37,17 +38,17 @@ from .merging import Merging
 class CoreHolder(nn.Module):
     """Own `cores[adapter][group]` of one adapted model.
 
-    It has each NaRA of the model, and a plain LoRA while its strength depends on λ.
+    It has an entry for each NaRA, and for a plain LoRA while its strength depends on λ.
 
     Args:
         root: the adapted model.
-        denoiser: the entry of its class in the table of denoisers.
+        denoiser: the table's entry for the root's class.
 
     Attributes:
         configs: adapter → the configuration that its cores were made for.
         layers: adapter → the layers that it adapts, as PEFT made them.
         schedules: adapter → its strength over λ, if it has one.
-        channel: hands C(λ) to the layers.
+        channel: passes C(λ) to the layers.
         finder: finds λ.
         merging: finds and compares λ of merged layers.
     """
@@ -68,11 +69,11 @@ class CoreHolder(nn.Module):
 
     @property
     def root(self) -> nn.Module:
-        """The adapted model. (An attribute of its own would make the root a submodule of the holder.)"""
+        """The adapted model. (As an attribute, the root would be a submodule of the holder.)"""
         return self.finder.root
 
     def forward(self, x: Any) -> Any:
-        """Return `x`: a root such as `nn.Sequential` calls each of its children, and so the holder."""
+        """Return `x`: a root such as `nn.Sequential` calls all of its children, also the holder."""
         return x
 
     # ------------------------------------------------------------------ adapters
@@ -84,7 +85,7 @@ class CoreHolder(nn.Module):
         self.layers[name] = layers
 
     def drop_deleted(self) -> None:
-        """Remove the adapters that have left `peft_config`, also if another one has taken their name."""
+        """Remove the adapters that have left `peft_config`, even if a new one has the same name."""
         present = getattr(self.root, "peft_config", {})
         for name, config in list(self.configs.items()):
             if present.get(name) is not config:
@@ -107,7 +108,7 @@ class CoreHolder(nn.Module):
         return cores
 
     def active_names(self) -> list[str]:
-        """Return the adapters for which some layer would read C now."""
+        """Return the adapters with a layer that would read C now."""
         self.drop_deleted()
         names = []
         for name, layers in self.layers.items():
@@ -126,26 +127,29 @@ class CoreHolder(nn.Module):
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Module]]:
-        """As `nn.Module.named_modules`. All listings of parameters call it, those of the root too."""
+        """Do as `nn.Module.named_modules`, with the present adapters and trainability.
+
+        Every listing of parameters calls it, also a listing of the root's.
+        """
         self.drop_deleted()
         self.follow_factors()
         return super().named_modules(memo, prefix, remove_duplicate)
 
     def state_dict(self, *args, **kwargs) -> dict[str, Tensor]:
-        """As `nn.Module.state_dict`."""
+        """Do as `nn.Module.state_dict`, without deleted adapters."""
         self.drop_deleted()
         return super().state_dict(*args, **kwargs)
 
     # ------------------------------------------------------------------ what the adapters need
 
     def depends_on_noise(self, name: str) -> bool:
-        """Return True if the adapter has cores here, and one of them or a strength needs λ."""
+        """Return True if the adapter has cores here, and a core or its strength needs λ."""
         if name not in self.cores:
             return False
         return name in self.schedules or self.cores_of(name).needs_noise
 
     def noisy(self, names: Iterable[str]) -> list[str]:
-        """Return those of these adapters that depend on λ."""
+        """Return the adapters in `names` that depend on λ."""
         return list(filter(self.depends_on_noise, names))
 
     @property
@@ -156,7 +160,7 @@ class CoreHolder(nn.Module):
     # ------------------------------------------------------------------ hooks of the root
 
     def attach(self) -> None:
-        """Become a child of the root, and compute C(λ) before each of its forwards. Harmless when repeated."""
+        """Become a child of the root, and hook C(λ) into its forwards; safe to repeat."""
         if getattr(self.root, HOLDER_NAME, None) is self:
             return
         setattr(self.root, HOLDER_NAME, self)
@@ -199,7 +203,10 @@ class CoreHolder(nn.Module):
         self.channel.push(entry, _beside_inputs(self.make_cores(names, level), args, kwargs))
 
     def _merged_at_in_forward(self) -> Tensor | None:
-        """Return λ of merged layers, if they stay merged in this forward: PEFT unmerges those that are disabled."""
+        """Return λ of merged layers, if they stay merged in this forward; else None.
+
+        PEFT unmerges disabled layers.
+        """
         for layers in self.layers.values():
             if layers and not layers[0].disable_adapters:
                 return self.merging.merged_at()
@@ -208,7 +215,7 @@ class CoreHolder(nn.Module):
     # ------------------------------------------------------------------ C(λ)
 
     def make_cores(self, names: list[str], level: Tensor | None) -> dict[Key, Tensor]:
-        """Return key → C (b or 1, r, r) for these adapters, without those that layers read as I."""
+        """Return key → C (b or 1, r, r) for these adapters, except where layers treat C as I."""
         found = {}
         for name in names:
             for group, core in self.cores_of(name).items():
@@ -217,7 +224,7 @@ class CoreHolder(nn.Module):
         return found
 
     def matrix(self, key: Key, level: Tensor | None) -> Tensor:
-        """Return C (b or 1, r, r), times the strength, float32, for the layers that read by `key`."""
+        """Return C (b or 1, r, r) times the strength, float32, for the layers with this key."""
         name, group = key
         core = self.cores_of(name).matrix(group, level)
         schedule = self.schedules.get(name)
@@ -228,17 +235,19 @@ class CoreHolder(nn.Module):
             core = core.to(level.device)  # an identity has no weights
         return schedule.at(level.to(core.device))[:, None, None] * core
 
-    # ------------------------------------------------------------------ C outside of a forward of the root
+    # ------------------------------------------------------------------ C outside a forward
 
     @torch.compiler.disable(recursive=True)
     def core_of_part(self, key: Key) -> Tensor:
-        """Return C for a layer whose key the channel does not have.
+        """Return C for a layer if the channel does not have its key.
 
-        It is C of the running forward if a context of another model was entered since. Otherwise a part of the model
-        was called by itself, and C is computed at λ of the context around that call.
+        If a forward of the root runs, a context of another model has been entered since it began,
+        and C is that of the forward. Otherwise a part of the model was called by itself, and C is
+        computed at λ of the context around that call.
 
         Raises:
-            RuntimeError: no forward of the root runs, and no context gives λ; or samples cannot be told apart.
+            RuntimeError: no forward of the root runs, and no context gives λ; or rows cannot be
+                assigned to samples.
         """
         name = key[0]
         entry = entry_for(self)
@@ -262,14 +271,18 @@ class CoreHolder(nn.Module):
     # ------------------------------------------------------------------ merging and export
 
     def level_to_merge(self, names: Iterable[str]) -> Tensor | None:
-        """Return λ (1,) to merge these adapters at; None if none depends on λ. Errors: see `Merging`."""
+        """Return λ (1,) to merge these adapters at; None if none of them depends on λ.
+
+        `Merging.level_to_merge` lists the errors.
+        """
         return self.merging.level_to_merge(self.noisy(names), entry_for(self))
 
     def level_to_export(self, name: str, noise_level: Level | None) -> Tensor | None:
         """Return λ (1,) to export an adapter at; None if it does not depend on λ.
 
         Args:
-            noise_level: None takes λ of the context `noise_level(…)`; without one, λ of merged layers.
+            noise_level: None takes λ of the context `noise_level(…)`, or, without a context, λ of
+                merged layers.
         """
         names = self.noisy([name])
         if not names:
@@ -280,16 +293,19 @@ class CoreHolder(nn.Module):
 
     @torch.no_grad()
     def core_to_merge(self, key: Key, layer: AdaptedLayer) -> tuple[Tensor, Tensor | None]:
-        """Return C (1, r, r) for a layer that is being merged, and λ (1,); None if C does not depend on λ."""
+        """Return C (1, r, r) for a layer that is being merged, and its λ (1,).
+
+        λ is None if C does not depend on it.
+        """
         name = key[0]
         needs_noise = self.depends_on_noise(name)
         level = self.merging.level_of_layer(name, layer, needs_noise, entry_for(self))
         return self.matrix(key, level), level
 
     def check_merged(self, merged: Tensor) -> None:
-        """Raise ValueError if `noise_level(…)` gives another λ than `merged`, λ of merged layers.
+        """Raise ValueError if λ of `noise_level(…)` is not `merged`, λ of merged layers.
 
-        Another λ is right for adapters beside those that `fuse_lora` merged.
+        Other adapters may run at another λ beside those that `fuse_lora` merged.
         """
         entry = entry_for(self)
         level = None if entry is None else entry.level
@@ -306,7 +322,7 @@ def holder_of(root: nn.Module) -> CoreHolder | None:
 
 
 def drop_idle_holder(root: nn.Module) -> None:
-    """Remove the holder of `root`, with its hooks and its source of λ, if it has no adapter left."""
+    """Remove the holder of `root`, its hooks and its source of λ, if no adapter is left."""
     holder = holder_of(root)
     if holder is not None:
         holder.drop_deleted()
@@ -341,7 +357,7 @@ def _is_trainable(layer: LoraLayer, name: str) -> bool:
 def _beside_inputs(
     cores: dict[Key, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[Key, Tensor]:
-    """Move cores on the CPU to the device of a forward's first tensor, so that no layer has to."""
+    """Move cores on the CPU to the device of the forward's first tensor, once for all layers."""
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor):
             break

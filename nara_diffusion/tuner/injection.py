@@ -1,4 +1,4 @@
-"""Add an adapter to a model: its cores, the holder hidden from PEFT, and the model as it was after an error."""
+"""Add an adapter to a model: make its cores, hide the holder from PEFT, and undo after an error."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from nara_diffusion.cores.registry import BUILT_IN, HOLDER_NAME, CoreSet, core_g
 
 @contextmanager
 def restored_on_error(*roots: nn.Module) -> Iterator[None]:
-    """After an error inside the context, restore the `roots`: modules, attributes, parameters and what is trainable.
+    """Restore the `roots` after an error inside the context.
 
-    Containers are restored in place, since handles of hooks refer to them. Values that were changed in place are not
-    restored; PEFT's initialisations that change the base give its weights new tensors.
+    This restores modules, attributes, parameters and what is trainable. Containers are restored in
+    place, since handles of hooks refer to them. Values that were changed in place are not restored,
+    but PEFT's initialisations that change the base give its weights new tensors.
     """
     modules: dict[int, nn.Module] = {}
     values = []
@@ -43,7 +44,7 @@ def restored_on_error(*roots: nn.Module) -> Iterator[None]:
 
 
 _State = list[tuple[str, object, object]]
-"""(name, value, shallow copy of the value if it is a container) of each attribute of a module"""
+"""For each attribute of a module: (name, value, shallow copy of the value if it is a container)."""
 
 
 def _attributes(module: nn.Module) -> _State:
@@ -67,7 +68,7 @@ def _restore(module: nn.Module, state: _State) -> None:
 
 @contextmanager
 def without_holder(root: nn.Module) -> Iterator[None]:
-    """Inside the context, PEFT does not see the cores: `target_modules` may match names of their modules."""
+    """Hide the cores from PEFT inside the context: `target_modules` may match their modules."""
     holder = root._modules.pop(HOLDER_NAME, None)
     try:
         yield
@@ -78,7 +79,7 @@ def without_holder(root: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def suggesting_targets(model: nn.Module, config: NaraConfig) -> Iterator[None]:
-    """Inside the context, PEFT's error about `target_modules` that match nothing also names the nearest modules."""
+    """Add the nearest module names to PEFT's error about `target_modules` that match nothing."""
     try:
         yield
     except ValueError as error:
@@ -112,13 +113,13 @@ def cores_for(
     """Return the cores of an adapter, on the device of its layers.
 
     Args:
-        layers: name → layer, of those that the adapter adapts.
+        layers: name → layer, for the layers that the adapter adapts.
         low_cpu_mem_usage: True if a file will replace the values, so that they may be on "meta".
         is_dispatched: True if accelerate offloads the layers one by one.
     """
     ranks: dict[str, int] = {}
     for name, layer in layers.items():
-        rank = layer.r[adapter_name]  # by rank_pattern
+        rank = layer.r[adapter_name]  # follows rank_pattern
         group = core_group(config, name, rank)
         ranks[group] = max(rank, ranks.get(group, 0))
     # a custom core may have values that no file holds

@@ -1,4 +1,4 @@
-"""C(λ) of an adapter, to look at it."""
+"""`core_matrix`: the C(λ) of an adapter, for inspection."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nara_diffusion.strict import PEFT_PREFIX
 
 @contextmanager
 def onloaded_cores(model: nn.Module) -> Iterator[None]:
-    """Inside the context, all cores at or below `model` are in memory."""
+    """Keep all cores at or below `model` in memory inside the context."""
     with ExitStack() as stack:
         for holder in find_holders(model):
             stack.enter_context(in_memory(holder.root))
@@ -30,14 +30,20 @@ def core_matrix(
     *,
     module: str | None = None,
 ) -> Tensor:
-    """C(λ) of one adapter: (b, r, r) for λ (b,), (1, r, r) for a float or a core without noise input.
+    """Return C(λ) of one adapter.
+
+    It is (b, r, r) for λ (b,), and (1, r, r) for a float or a core without noise input.
 
     Args:
-        model: an adapted model. noise_level: λ in [0, 1], a float or (b,).
-        module: for `core_sharing` other than "global", the name of an adapted module (as in `named_modules()`).
+        model: an adapted model.
+        noise_level: λ in [0, 1], a float or (b,).
+        adapter_name: the adapter.
+        module: for `core_sharing` other than "global", the name of an adapted module, as in
+            `named_modules()`.
 
     Raises:
-        ValueError: no NaRA adapter of that name, or several; λ out of range, or `module` missing or not adapted.
+        ValueError: there is no NaRA adapter of that name, or several; λ is out of range; or
+            `module` is missing or not adapted.
     """
     holders = core_holders(model)
     found = [holder.cores[adapter_name] for holder in holders if adapter_name in holder.cores]
@@ -67,7 +73,6 @@ def _group_of(model: nn.Module, module: str | None, adapter_name: str, cores: Co
             layer, "scaling", {}
         ):
             variant: Any = getattr(layer, "lora_variant", {}).get(adapter_name)
-            return (
-                next(iter(cores)) if variant is None else variant.key[1]
-            )  # an identity's layers have no variant
+            # the layers of an identity have no variant
+            return next(iter(cores)) if variant is None else variant.key[1]
     raise ValueError(f"'{module}' is not a module adapted by '{adapter_name}'.")

@@ -1,6 +1,7 @@
 """Merge an update that depends on λ at one λ, and refuse another λ until it is unmerged.
 
-The layers alone know what is merged into them: the LoRA variant of a merged layer keeps that λ as `merged_at`.
+Only the layers know what is merged into them: the LoRA variant of a merged layer keeps that λ as
+`merged_at`.
 """
 
 from __future__ import annotations
@@ -25,11 +26,12 @@ logger = logging.getLogger(__name__)
 
 
 class Merging:
-    """Find the λ at which adapters of one model are merged or exported, and compare a forward's λ with it.
+    """Find the λ to merge or export adapters of one model at, and compare a forward's λ with it.
 
     Args:
         root: the adapted model.
-        layers: adapter → the layers that it adapts. The holder of the cores owns this dict and changes it in place.
+        layers: adapter → the layers that it adapts. The holder of the cores owns this dict and
+            changes it in place.
     """
 
     def __init__(self, root: nn.Module, layers: dict[str, list[LoraLayer]]) -> None:
@@ -58,12 +60,12 @@ class Merging:
 
     @property
     def is_fused(self) -> bool:
-        """True if Diffusers' `fuse_lora` merged the adapters. (It warned that every step runs at one λ.)"""
+        """True if Diffusers' `fuse_lora` merged the adapters (it already warned)."""
         return "_safe_fusing" in vars(self.root)
 
     @property
     def binds_level(self) -> bool:
-        """True if a sampler must not run at another λ than that of merged layers."""
+        """True if a sampler must run at λ of merged layers."""
         return self.merged_at() is not None and not self.is_fused
 
     # ------------------------------------------------------------------ the λ to merge or export at
@@ -74,8 +76,9 @@ class Merging:
         """Return λ (1,) to merge or export adapters at.
 
         Args:
-            names: the adapters, all of which depend on λ.
-            level: None takes λ of `entry`, the context `noise_level(…)`; without one, λ of merged layers.
+            names: the adapters. All of them depend on λ.
+            level: None takes λ of `entry`, the context `noise_level(…)`, or, without a context, λ
+                of merged layers.
             remedy: the end of the error for an unknown λ.
 
         Raises:
@@ -95,7 +98,8 @@ class Merging:
         """Return λ (1,) to merge adapters at; None if `names`, those that depend on λ, is empty.
 
         Raises:
-            ValueError: as `one_level`; other adapters are merged at another λ; or weights are offloaded.
+            ValueError: λ is not known or differs between samples; other adapters are merged at
+                another λ; or weights are offloaded.
         """
         if is_offloaded(self.root):
             raise ValueError(
@@ -120,14 +124,14 @@ class Merging:
     def level_of_layer(
         self, name: str, layer: AdaptedLayer, depends_on_noise: bool, entry: Entry | None
     ) -> Tensor | None:
-        """Return λ (1,) to merge one layer of the adapter `name` at; None if its C does not depend on λ."""
+        """Return λ (1,) to merge one layer of an adapter at; None if its C does not depend on λ."""
         merged = self.merged_at()
-        if merged is not None and name in self.merged_names():  # other layers of the adapter are
+        if merged is not None and name in self.merged_names():  # other layers are merged
             return merged
         try:
             level = self.level_to_merge([name] if depends_on_noise else [], entry)
         except ValueError:
-            if self.is_fused:  # Diffusers has multiplied the layer by this before it merges
+            if self.is_fused:  # Diffusers scales the layer by this before it merges
                 scale: Any = self.root.lora_scale
                 layer.unscale_layer(scale)
             raise
@@ -158,7 +162,7 @@ class Merging:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> None:
-        """Warn, once a merge, if the source gives a forward another λ than `merged`, λ of merged layers."""
+        """Warn, once for each merge, if λ of the source is not `merged`, λ of merged layers."""
         if self._warned_of is merged or self.is_fused:
             return
         try:
@@ -180,7 +184,7 @@ class Merging:
 
 @contextmanager
 def unmerged_on_error(model: nn.Module) -> Iterator[None]:
-    """After an error inside the context, unmerge the layers that were merged before the one that failed."""
+    """After an error inside the context, unmerge the layers that it had merged until then."""
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     before = [list(layer.merged_adapters) for layer in layers]
     try:

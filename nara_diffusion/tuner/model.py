@@ -1,4 +1,4 @@
-"""`NaraModel`: PEFT's LoRA tuner, whose layers read C(λ) from a core at the adapted model's root."""
+"""`NaraModel`: PEFT's LoRA tuner with layers that read C(λ) from a core at the model's root."""
 
 from __future__ import annotations
 
@@ -54,14 +54,15 @@ _STATE_DICT_REMEDY = (
 
 
 class NaraModel(LoraModel):
-    """A model adapted with NaRA: LoRA layers whose update is s · B · C(λ) · A (arXiv 2605.29716, section 4).
+    """A model adapted with NaRA: LoRA layers with the update s · B · C(λ) · A.
 
-    Args and attributes are those of `peft.LoraModel`; the configuration is a `NaraConfig`. λ comes from
-    `nara_diffusion.noise_level` or a source. To give each sample its own λ, the adapted layers have to see the batch
-    first, (b, …): in a model that gives them (length, b, …), all samples of a forward need the same λ.
+    See section 4 of arXiv 2605.29716. Args and attributes are those of `peft.LoraModel`; the
+    configuration is a `NaraConfig`. λ comes from `nara_diffusion.noise_level` or a source. To give
+    each sample its own λ, the adapted layers have to see the batch first, (b, …). If the model's
+    layers get (length, b, …), all samples of a forward need the same λ.
 
-    Methods of LoraModel that would be wrong for an update that depends on λ take a λ (merging) or raise (weighted
-    sums, conversion of initialisations).
+    Methods of LoraModel that would be wrong for an update that depends on λ take a λ (merging) or
+    raise (weighted sums, conversion of initialisations).
     """
 
     _injected: dict[str, LoraLayer] | None = None
@@ -89,10 +90,10 @@ class NaraModel(LoraModel):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        """Inject as `peft.LoraModel.inject_adapter` does; then make the adapter's cores at the root of `model`.
+        """Do as `peft.LoraModel.inject_adapter`, then make the adapter's cores at the root.
 
-        If the present adapters of `model` are disabled, the new one is too, in new layers and in shared ones. After an
-        error, `model` is as it was.
+        If the present adapters of `model` are disabled, the new one is too, in new layers and in
+        shared ones. After an error, `model` is as it was.
         """
         config = self.peft_config[adapter_name]
         if not isinstance(config, NaraConfig):
@@ -109,8 +110,8 @@ class NaraModel(LoraModel):
         layers_only = {key: value for key, value in given.items() if not is_core_key(key)}
         try:
             with restored_on_error(model):
-                drop_idle_holder(model)  # its source of λ was set for adapters that are gone
-                vars(model)["peft_config"] = self.peft_config  # as PEFT does afterwards
+                drop_idle_holder(model)  # its source of λ belongs to adapters that are gone
+                vars(model)["peft_config"] = self.peft_config  # PEFT does so afterwards
                 holder = holder_of(model) or CoreHolder(model, denoiser_of(model))
                 config = holder.finder.with_convention(adapter_name, config)
                 self.peft_config[adapter_name] = config
@@ -190,7 +191,9 @@ class NaraModel(LoraModel):
         safe_merge: bool = False,
         noise_level: float | None = None,
     ) -> None:
-        """Merge the update of one λ into the base weights, until `unmerge_adapter`. All layers are merged, or none.
+        """Merge the update at one λ into the base weights, until `unmerge_adapter`.
+
+        Either all layers are merged or none.
 
         Args:
             adapter_names: as in PEFT.
@@ -198,8 +201,8 @@ class NaraModel(LoraModel):
             noise_level: λ in [0, 1]. None takes λ of the active `noise_level(…)` context.
 
         Raises:
-            ValueError: an adapter depends on λ, and λ is not known or differs between samples; or weights are
-                offloaded, so that they would come back without the adapter.
+            ValueError: an adapter depends on λ, and λ is not known or differs between samples; or
+                weights are offloaded, so that they would come back without the adapter.
         """
         holder = holder_of(self.model)
         if holder is None:  # no adapter is left: PEFT merges nothing and raises nothing
@@ -218,9 +221,9 @@ class NaraModel(LoraModel):
         adapter_names: list[str] | None = None,
         noise_level: float | None = None,
     ) -> nn.Module:
-        """Return the base model with the update of one λ in its weights; see `merge_adapter`."""
+        """Return the base model with the update at one λ merged into it; see `merge_adapter`."""
         self.merge_adapter(adapter_names, safe_merge, noise_level=noise_level)
-        with warnings.catch_warnings():  # PEFT does more than merge, and finds the layers merged
+        with warnings.catch_warnings():  # PEFT also unloads, and finds the layers merged
             warnings.filterwarnings("ignore", message="All adapters are already merged")
             return self._unload_and_optionally_merge(
                 progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
@@ -229,7 +232,7 @@ class NaraModel(LoraModel):
     # ------------------------------------------------------------------ removal
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete as `peft.LoraModel.delete_adapter` does; with the last adapter, remove the holder of the cores."""
+        """Do as `peft.LoraModel.delete_adapter`; with the last adapter, also remove the holder."""
         super().delete_adapter(adapter_name)
         drop_idle_holder(self.model)
 
@@ -240,10 +243,10 @@ class NaraModel(LoraModel):
             holder.detach()
         return base
 
-    # ------------------------------------------------------------------ refused, or right only for some adapters
+    # ------------------------------------------------------------------ restricted or unsupported
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
-        """Refuse an adapter for each sample: each would need C of its own samples."""
+        """Refuse a separate adapter for each sample: each would need C of its own samples."""
         if kwargs.get("adapter_names") is not None and holder_of(self.model) is not None:
             raise ValueError(
                 "adapter_names, an adapter for each sample, is not supported with NaRA: activate one, a batch for each."
@@ -251,7 +254,10 @@ class NaraModel(LoraModel):
         return super()._enable_peft_forward_hooks(*args, **kwargs)
 
     def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
-        """Refuse adapters other than `core_type="identity"`: no weighted sum of A's and B's expresses a core."""
+        """Refuse adapters with a core, since no weighted sum of A and B can express it.
+
+        Adapters with `core_type="identity"` are allowed.
+        """
         for name in adapters:
             if getattr(self.peft_config.get(name), "core_type", "identity") != "identity":
                 raise ValueError(
@@ -324,13 +330,13 @@ class NaraModel(LoraModel):
 
 
 def _adapters_are_off(model: nn.Module) -> bool:
-    """Return True if `model` has adapted layers, and the adapters of all of them are disabled."""
+    """Return True if `model` has adapted layers, and all of them have their adapters disabled."""
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     return bool(layers) and all(layer.disable_adapters for layer in layers)
 
 
 def _without_adapters(tensors: dict[str, Tensor], names: set[str]) -> dict[str, Tensor]:
-    """Return the tensors whose keys have none of these adapter names."""
+    """Return the tensors with none of these adapter names in their keys."""
     found = {}
     for key, tensor in tensors.items():
         if not any(f".{name}." in f"{key}." for name in names):
@@ -341,10 +347,12 @@ def _without_adapters(tensors: dict[str, Tensor], names: set[str]) -> dict[str, 
 def _cores_in(
     state_dict: dict[str, Tensor], model: nn.Module, adapter_name: str
 ) -> dict[str, Tensor]:
-    """Return the tensors of an adapter's cores in `state_dict`, which may come from a wrapper of `model`.
+    """Return the tensors of an adapter's cores in `state_dict`.
+
+    `state_dict` may come from a wrapper of `model`.
 
     Raises:
-        ValueError: one is missing, or not float32.
+        ValueError: a tensor is missing, or not float32.
     """
     found = {}
     for holder in find_holders(model):

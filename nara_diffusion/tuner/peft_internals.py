@@ -1,7 +1,7 @@
-"""The private names of PEFT that this package uses, each with its reason.
+"""The private names of PEFT that this package uses, each with the reason.
 
-PEFT promises nothing about them, hence the narrow range of PEFT versions in pyproject.toml. If a new version has moved
-one, tests/tuner/test_peft_internals.py names it.
+PEFT may change them at any time, so pyproject.toml allows only a narrow range of PEFT versions. If
+a new version moves a name, tests/tuner/test_peft_internals.py reports it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ OVERRIDDEN = {
     "_remove_adapter_name_from_key": "names the cores in files",
     "_remap_adapter_state_dict_for_load": "finds the cores in a file, and checks all its tensors",
 }
-"""Methods of `LoraModel` that `NaraModel` overrides. PEFT has no public hook in their place."""
+"""Methods of `LoraModel` that `NaraModel` overrides. PEFT has no public hooks for them."""
 
 READ: dict[type, dict[str, str]] = {
     LoraLayer: {

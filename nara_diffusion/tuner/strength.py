@@ -1,9 +1,9 @@
 """`set_strength`: the strength of an adapter, as a number or as a function of λ.
 
-A number is the scale of PEFT's layers. For a strength over λ, the layers read s(λ) · C(λ) as their core. The layers of
-a NaRA read a core anyway. The layers of a plain LoRA (PEFT's, or "identity") get NaRA's LoRA variant while they have
-such a strength, and the model's root gets a holder of cores if it has none. When the strength is removed, everything
-is as PEFT made it.
+A number sets the scale of PEFT's layers. For a strength over λ, the layers read s(λ) · C(λ) as
+their core. The layers of a NaRA read a core anyway. The layers of a plain LoRA (PEFT's, or
+"identity") get NaRA's LoRA variant while they have such a strength, and the model's root gets a
+holder of cores if it has none. Removing the strength restores everything as PEFT made it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from nara_diffusion.noise.strength_schedule import StrengthSchedule
 from .holder import CoreHolder, drop_idle_holder, holder_of
 
 Points = list[list[float]]
-"""[λ, strength] of each point of a schedule, as configurations have them."""
+"""[λ, strength] for each point of a schedule, as in configurations."""
 
 
 def set_strength(
@@ -42,23 +42,26 @@ def set_strength(
 
         set_strength(model, "default", StrengthSchedule([(0, 1.0), (0.7, 0.3)]))
 
-    A schedule replaces the adapter's schedule, if any, and any number. A number replaces a former number, and
-    multiplies the adapter's schedule, if any. None removes both; only None removes a schedule.
+    A schedule replaces the adapter's present schedule and number. A number replaces the present
+    number, and multiplies the adapter's schedule, if it has one. None removes both; only None
+    removes a schedule.
 
-    The adapter may be a NaRA or any LoRA (DoRA too), of a PeftModel, of `inject_adapter_in_model` or loaded by
-    Diffusers. With a schedule, forwards have to know λ: from `noise_level(model, value)`, a source set by
-    `set_noise_source`, or, for a denoiser of Diffusers, its timestep. The weights of Diffusers' `set_adapters` mean the
-    same. The call does not change which adapters are active. Deleting the adapter deletes its strength.
+    The adapter may be a NaRA or any LoRA, including DoRA, of a PeftModel, added by
+    `inject_adapter_in_model`, or loaded by Diffusers. With a schedule, forwards need λ: from
+    `noise_level(model, value)`, from a source set by `set_noise_source`, or, for a Diffusers
+    denoiser, from its timestep. The weights of Diffusers' `set_adapters` have the same meaning. The
+    call does not change which adapters are active. Deleting the adapter deletes its strength.
 
     Args:
         model: an adapted model, wrapped (PeftModel, DDP, `torch.compile`) or not.
         adapter_name: e.g. "default".
-        strength: a schedule, which a NaRA keeps in its configuration, so that it is saved and loaded with it; a number,
-            which is not saved, as PEFT saves none; or None: 1 at every λ.
+        strength: a schedule, a number, or None for 1 at every λ. A NaRA keeps a schedule in its
+            configuration, so the schedule is saved and loaded with the adapter. A number is not
+            saved, since PEFT saves none.
 
     Raises:
-        ValueError: there is no such adapter; `strength` is none of these; or a schedule would scale only a part of the
-            adapter (see `check_strength`).
+        ValueError: there is no such adapter; the adapter is merged; `strength` is none of these; or
+            a schedule would scale only a part of the adapter (see `check_strength`).
     """
     schedule = strength if isinstance(strength, StrengthSchedule) else None
     number = strength if schedule is None and strength is not None else 1.0
@@ -99,7 +102,7 @@ def roots_of(model: nn.Module, adapter_name: str) -> list[Any]:
 
 
 def layers_of(root: nn.Module, adapter_name: str) -> dict[str, Any]:
-    """Return name → layer for all layers of `root` that the adapter, of any kind, adapts."""
+    """Return name → layer for all layers of `root` that the adapter adapts, whatever its kind."""
     found = {}
     for name, module in root.named_modules():
         if isinstance(module, BaseTunerLayer) and _has_adapter(module, adapter_name):
@@ -116,7 +119,7 @@ def _has_adapter(layer: BaseTunerLayer, adapter_name: str) -> bool:
 
 
 def strength_of(root: nn.Module, adapter_name: str) -> StrengthSchedule | None:
-    """Return the strength of the adapter as a function of λ, if it has one."""
+    """Return the adapter's strength over λ; None if it has none."""
     holder = holder_of(root)
     if holder is None:
         return None
@@ -130,10 +133,10 @@ def strength_of(root: nn.Module, adapter_name: str) -> StrengthSchedule | None:
 def give_strength(
     root: nn.Module, adapter_name: str, strength: StrengthSchedule | Points | None
 ) -> None:
-    """Replace the strength over λ of an adapter, and that in the configuration of a NaRA.
+    """Replace an adapter's strength over λ, also in the configuration of a NaRA.
 
     Args:
-        strength: a schedule or its points, which `check_strength` has accepted; None removes the strength.
+        strength: a schedule or its points, accepted by `check_strength`; None removes the strength.
     """
     config = _config_of(root, adapter_name)
     layers = layers_of(root, adapter_name)
@@ -149,7 +152,7 @@ def give_strength(
         holder.schedules[adapter_name] = strength if is_schedule else StrengthSchedule(strength)
     holder = holder_of(root)
     if holder is not None and isinstance(config, NaraConfig):
-        config = copy(config)  # several models may share the caller's
+        config = copy(config)  # several models may share the original
         schedule = strength_of(root, adapter_name)
         config.strength = None if schedule is None else schedule.as_lists()
         completed = holder.finder.with_convention(adapter_name, config)
@@ -164,7 +167,7 @@ def _config_of(root: nn.Module, adapter_name: str) -> LoraConfig:
 def _take_strength(
     root: nn.Module, adapter_name: str, config: LoraConfig, layers: Mapping[str, LoraLayer]
 ) -> None:
-    """Undo `give_strength`. Harmless when repeated."""
+    """Undo `give_strength`; safe to repeat."""
     holder = holder_of(root)
     if holder is None or strength_of(root, adapter_name) is None:
         return
@@ -175,14 +178,14 @@ def _take_strength(
             _restore_variant(layer, adapter_name, config, holder)
     if not isinstance(config, NaraConfig):
         holder.remove(adapter_name)
-        if holder.finder.source_is_default:  # a source that a user has set stays for the next one
+        if holder.finder.source_is_default:  # a source set by the user stays for the next strength
             drop_idle_holder(root)
 
 
 def _restore_variant(
     layer: LoraLayer, adapter_name: str, config: LoraConfig, holder: CoreHolder
 ) -> None:
-    """Give a layer of a plain LoRA the LoRA variant that PEFT gave it, if any."""
+    """Give a layer of a plain LoRA the LoRA variant that PEFT gave it, or none if it had none."""
     variant = layer.lora_variant.get(adapter_name)
     if isinstance(variant, NaraVariant) and variant.channel is holder.channel:
         del layer.lora_variant[adapter_name]
@@ -192,7 +195,7 @@ def _restore_variant(
 
 
 def _holder_with(root: nn.Module, adapter_name: str, layers: Mapping[str, LoraLayer]) -> CoreHolder:
-    """Return the holder of `root` with the adapter in it; make both if they are missing."""
+    """Return the holder of `root` with the adapter in it; create whatever is missing."""
     holder = holder_of(root)
     if holder is None:
         holder = CoreHolder(root, denoiser_of(root))
@@ -227,11 +230,11 @@ def _variant_for(
 def check_strength(
     root: nn.Module, adapter_name: str, strength: StrengthSchedule | Points | None
 ) -> None:
-    """Refuse a change of strength after merging, and a strength over λ that would scale only a part of the adapter.
+    """Refuse a strength that would not take effect on the whole adapter.
 
     Raises:
-        ValueError: the adapter is merged; or `strength` is not None, and the adapter has layers without LoRA variants,
-            biases, or modules of its own.
+        ValueError: the adapter is merged; or `strength` is not None, and the adapter has layers
+            without LoRA variants, biases, or modules of its own.
     """
     layers = layers_of(root, adapter_name)
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
