@@ -1,4 +1,4 @@
-"""The custom node "Load NaRA" of ComfyUI; see README.md beside this file."""
+"""ComfyUI's custom node "Load NaRA"; see README.md beside this file."""
 
 from .node import LoadNaRA
 

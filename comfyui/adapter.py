@@ -1,9 +1,10 @@
-"""A NaRA's file on the modules of ComfyUI's own models: y += strength · up · M(λ) · down · x.
+"""Apply a NaRA's file to the modules of ComfyUI's own models: y += strength · up · M(λ) · down · x.
 
-    M(λ) = diag(C(λ) of each module that the matrix holds), (b, r, r)
+    M(λ) = diag(C(λ) of each module in the matrix), (b, r, r)
 
-ComfyUI keeps some of Diffusers' modules as one matrix, such as FLUX's q, k and v; there M is block-diagonal. Hooks are
-put on the modules once, and `up` and `down` stay where a module has computed; M alone is made at each call.
+ComfyUI stores some of Diffusers' modules as one matrix, such as FLUX's q, k and v; there M is
+block-diagonal. The adapter hooks the modules once, and keeps `up` and `down` on each module's
+device; only M is made at each call.
 """
 
 from __future__ import annotations
@@ -25,24 +26,24 @@ from nara_diffusion.loaders.insertion import TEXT_ENCODER
 from nara_diffusion.noise.prediction import flow_shift
 
 CONVENTIONS = {"sd15": ("timestep", "edm"), "sdxl": ("timestep", "edm")}
-"""{base: definitions of λ that it can have}; "flow" for all others."""
+"""{base: the definitions of λ that it can have}; "flow" for all others."""
 
 
 class LiveAdapter:
     """An adapter's denoiser part, by the names of the original code.
 
     Args:
-        path: what `save_nara_weights` wrote.
-        base: of `nara_diffusion.export.host_files.BASES`.
+        path: a file or folder that `save_nara_weights` wrote.
+        base: one of `nara_diffusion.export.host_files.BASES`.
 
     Attributes:
-        convention: how λ is defined, None where the adapter doesn't need it.
-        scheduler: the scheduler that it carries, if it has converted what its base predicts.
+        convention: the definition of λ; None if the adapter doesn't need it.
+        scheduler: the scheduler in its file, if the adapter has converted its base's prediction.
         encoders: {component: LoRA} of text encoders, which have no λ.
 
     Raises:
-        ValueError: a file that is none, a part that isn't the base's or that is neither a denoiser's nor a text
-            encoder's, DoRA.
+        ValueError: the file is no adapter; a part doesn't fit the base, or is neither a denoiser's
+            nor a text encoder's; or it is a DoRA.
     """
 
     def __init__(self, path: str, base: str) -> None:
@@ -90,7 +91,7 @@ class LiveAdapter:
         return config.noise_convention
 
     def check(self, model: nn.Module) -> None:
-        """Raises ValueError if a module is missing in ComfyUI's `model`, or has another size."""
+        """Raise ValueError if a module is missing in ComfyUI's `model`, or has another size."""
         modules = self._modules(model)
         for name, own in self.factors.items():
             wanted, found = (len(own.B), *own.A.shape[1:]), tuple(modules[name].weight.shape)  # type: ignore[arg-type]
@@ -100,7 +101,10 @@ class LiveAdapter:
                 )
 
     def _modules(self, model: nn.Module) -> dict[str, nn.Module]:
-        """The adapted modules of `model`, of which none may be missing, or compiled, by which λ would be kept."""
+        """Return the adapted modules of `model`.
+
+        Raise ValueError if one is missing, or is compiled, since that would fix λ.
+        """
         modules = dict(model.named_modules())
         missing = [name for name in self.factors if name not in modules]
         if missing:
@@ -116,7 +120,7 @@ class LiveAdapter:
         return {name: modules[name] for name in self.factors}
 
     def matrices(self, level: Tensor, strength: float) -> dict[str, Tensor]:
-        """{module: strength · M(λ) (b, r, r)} of λ (b,), on its device."""
+        """Return {module: strength · M(λ) (b, r, r)} at λ (b,), on its device."""
         cores = self.adapter.cores(level.float().cpu(), strength, level.device)
         return {
             name: _block_diagonal([cores[part] for part in own if part])
@@ -125,12 +129,13 @@ class LiveAdapter:
 
     @contextmanager
     def applied(self, model: nn.Module, level: Tensor, strength: float) -> Iterator[None]:
-        """Inside, forwards of ComfyUI's `model` have the adapter at λ (b,), with one value a row of the batch."""
+        """Apply the adapter inside the context to ComfyUI's `model` at λ (b,), one value for each
+        row of the batch."""
         if bool((level == level[0]).all()):
-            level = level[:1]  # also for layers that don't see the batch first
+            level = level[:1]  # some layers don't have the batch first
         if (modules := self._modules(model)) != self._hooked:
             _remove(self._handles)
-            own = weakref.ref(self)  # the hooks, which the model holds, go with this adapter
+            own = weakref.ref(self)  # the model keeps the hooks; they must not keep this adapter
             self._handles += [
                 module.register_forward_hook(_hook(own, name)) for name, module in modules.items()
             ]
@@ -142,7 +147,8 @@ class LiveAdapter:
             self._matrices = {}
 
     def update(self, name: str, module: nn.Module, x: Tensor) -> Tensor | None:
-        """up · M · down · x, of x (b, …, d_in) or (b, d_in, h, w); None outside of `applied`."""
+        """Return up · M · down · x, for x (b, …, d_in) or (b, d_in, h, w); None outside of
+        `applied`."""
         if name not in self._matrices:
             return None
         M = self._matrices[name].to(x.device, x.dtype)
@@ -182,7 +188,7 @@ def _remove(handles: list[Any]) -> None:
 
 
 def _block_diagonal(blocks: list[Tensor]) -> Tensor:
-    """(b, Σr, Σr) of blocks (b, r, r)."""
+    """Return the block-diagonal matrices (b, Σr, Σr) of blocks (b, r, r)."""
     if len(blocks) == 1:
         return blocks[0]
     rows = max(len(block) for block in blocks)

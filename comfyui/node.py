@@ -1,7 +1,7 @@
-"""The node: the adapter gets λ by the sampler's sigma, at each call of the model.
+"""The node: the adapter gets λ from the sampler's sigma, at each call of the model.
 
 convention   λ                                                         samplings
-timestep     timestep(σ) / num_timesteps, as Diffusers' t / N          discrete ones, that of LCM too
+timestep     timestep(σ) / num_timesteps, as Diffusers' t / N          discrete ones, also LCM's
 flow         σ                                                         flows
 edm          σ / (1 + σ)                                               all but flows
 """
@@ -26,11 +26,11 @@ _PREDICTIONS = {
     "X0": "sample",
     "CONST": "flow_prediction",
 }
-"""{class of comfy.model_sampling: what it takes the model's output for}."""
+"""{class of comfy.model_sampling: its interpretation of the model's output}."""
 
 
 class LoadNaRA:
-    """Model (and CLIP, where the adapter has text encoders) → the same with a NaRA."""
+    """Add a NaRA to a model, and to CLIP if the adapter has text encoders."""
 
     RETURN_TYPES = ("MODEL", "CLIP")
     FUNCTION = "load"
@@ -51,10 +51,11 @@ class LoadNaRA:
     def load(
         self, model: Any, nara_name: str, base: str, strength: float, clip: Any = None
     ) -> tuple[Any, Any]:
-        """The patched model and CLIP.
+        """Return the patched model and CLIP.
 
         Raises:
-            ValueError: see `LiveAdapter`; modules that the model lacks; text encoders without a CLIP to put them on.
+            ValueError: see `LiveAdapter`; modules that the model lacks; text encoders without a
+                CLIP to put them on.
         """
         adapter = LiveAdapter(folder_paths.get_full_path_or_raise("loras", nara_name), base)
         adapter.check(model.model.diffusion_model)
@@ -74,7 +75,8 @@ class LoadNaRA:
 def wrapper(
     adapter: LiveAdapter, base: Any, strength: float, previous: Callable[..., Any] | None
 ) -> Callable[[Any, dict[str, Any]], Any]:
-    """What ComfyUI calls in place of `apply_model`, around another node's wrapper if there is one."""
+    """Return the function that ComfyUI calls in place of `apply_model`; it calls another node's
+    wrapper, if any."""
 
     def call(apply_model: Any, args: dict[str, Any]) -> Any:
         check_prediction(adapter.scheduler, base.model_sampling)
@@ -88,7 +90,8 @@ def wrapper(
 
 
 def check_prediction(scheduler: Mapping[str, Any] | None, sampling: Any) -> None:
-    """Raises ValueError if a converted model is sampled as one that predicts something else."""
+    """Raise ValueError if ComfyUI would sample a converted model with another prediction than its
+    own."""
     prediction, taken = None if scheduler is None else prediction_in(scheduler), _taken(sampling)
     if scheduler is None or None in (prediction, taken) or prediction.kind == taken:  # type: ignore[union-attr]
         return
@@ -99,7 +102,7 @@ def check_prediction(scheduler: Mapping[str, Any] | None, sampling: Any) -> None
 
 
 def comfyui_words(fields: Mapping[str, Any]) -> str:
-    """ComfyUI's node that makes a model sample so, with its inputs, in words."""
+    """Return the name and inputs of ComfyUI's node that samples a model so, in words."""
     shift, prediction = flow_shift(fields), prediction_in(fields)
     if shift is not None:
         return f"the node ModelSamplingSD3 (shift {shift})"
@@ -112,10 +115,11 @@ def comfyui_words(fields: Mapping[str, Any]) -> str:
 
 
 def noise_level(convention: str | None, sampling: Any, sigma: Tensor) -> Tensor:
-    """λ (b,) of ComfyUI's σ (b,).
+    """Return λ (b,) of ComfyUI's σ (b,).
 
     Raises:
-        ValueError: the model samples in another way than the adapter was trained for, so that its σ gives no λ.
+        ValueError: the model samples in another way than the adapter was trained for, so that its σ
+            gives no λ.
     """
     is_flow = _taken(sampling) == "flow_prediction"
     if convention == "timestep" and not _is_discrete(sampling):
@@ -134,13 +138,14 @@ def noise_level(convention: str | None, sampling: Any, sigma: Tensor) -> Tensor:
 
 
 def _taken(sampling: Any) -> str | None:
-    """What ComfyUI takes the model's output for; None if it is none of `_PREDICTIONS`."""
+    """Return ComfyUI's interpretation of the model's output; None if it is none of
+    `_PREDICTIONS`."""
     names = [kind.__name__ for kind in type(sampling).__mro__]
     return next((_PREDICTIONS[name] for name in names if name in _PREDICTIONS), None)
 
 
 def _is_discrete(sampling: Any) -> bool:
-    """Whether `timestep` counts the steps of a schedule: its largest σ has the last one."""
+    """Return True if `timestep` counts the steps of a schedule: its largest σ has the last one."""
     steps = getattr(sampling, "num_timesteps", None)
     return steps is not None and int(sampling.timestep(sampling.sigmas[-1:])) == steps - 1
 

@@ -1,4 +1,4 @@
-"""nara-check: short trainings that measure what λ is worth to an adapter (docs/check.md)."""
+"""Short trainings that measure what λ is worth to an adapter (`nara-check`, docs/check.md)."""
 
 from .trials import CheckTask, Repeat, published, trials
 from .verdict import THRESHOLDS, Verdict, decide, judge

@@ -1,24 +1,25 @@
-"""Estimate before a training whether an adapter that knows the noise level λ is likely to beat LoRA.
+"""Estimate before a training whether an adapter that knows the noise level λ is likely to beat
+LoRA.
 
 The check takes minutes on a small model:
 
-    nara-check stabilityai/stable-diffusion-xl-base-1.0 dog --instance_prompt "a photo of sks dog" \\
-        --learning_rate 1e-3
+    nara-check stabilityai/stable-diffusion-xl-base-1.0 dog \\
+        --instance_prompt "a photo of sks dog" --learning_rate 1e-3
     nara-check GSAI-ML/LLaDA-8B-Base train.jsonl --max_length 256 --learning_rate 1e-3
 
 MODEL is an image model that train_scripts/dreambooth.py can train, or a masked-diffusion language
-model: a folder, or a repository on the Hub. DATA is a folder of images, or a JSON or JSON Lines file
-with records of instruction and output. All other flags are those of that train script. The check is
-its --check, with defaults for short trainings of rank 4.
+model: a folder, or a repository on the Hub. DATA is a folder of images, or a JSON or JSON Lines
+file with records of instruction and output. All other flags are those of the train script. The
+check is the script's --check, with defaults for short trainings of rank 4.
 
-It repeats short trainings of LoRA, of NaRA, of NaRA that reads the same λ for every sample, and of a
-cheaper way to give the model λ. Their held-out losses say whether λ is likely to help, and in which
-form. docs/check.md explains it.
+It repeats short trainings of LoRA, of NaRA, of NaRA that reads the same λ for every sample, and of
+a cheaper way to give the model λ. Their held-out losses say whether λ is likely to help, and in
+what form. docs/check.md explains it.
 
-Losses of texts are measured on the validation data, losses of images on --validation_data_dir.
-Without that folder one picture of four or more is held out. With fewer, the training pictures are
-measured under other noise, and layers aren't compared. Prior preservation is left out, and so are
-adapters of text encoders, since they don't depend on λ.
+The check measures losses of texts on the validation data, and losses of images on
+--validation_data_dir. Without that folder it holds out one picture of four or more. With fewer, it
+measures the training pictures under other noise, and doesn't compare layers. It leaves out prior
+preservation and adapters of text encoders, since they don't depend on λ.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ SHORT = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command `nara-check`."""
+    """Run the command `nara-check`."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     words = list(sys.argv[1:] if argv is None else argv)
     places = list(takewhile(lambda word: not word.startswith("-"), words))
@@ -126,7 +127,8 @@ def check(model: str, data: str, flags: Sequence[str]) -> dict[str, Any]:
 
 
 def check_run(args: Arguments | DreamBoothArguments) -> dict[str, Any]:
-    """Check the training that a train script's arguments describe. Return the content of check.json."""
+    """Check the training that a train script's arguments describe. Return the content of
+    check.json."""
     if isinstance(args, DreamBoothArguments):
         with start_run(args, "dreambooth", denoiser.write_checkpoint) as run:
             return check_images(dreambooth_train.FineTuning(args, run))
@@ -176,10 +178,10 @@ def text_loss(
     rows: Dataset,
     digits: Sequence[int] | None = None,
 ) -> Loss:
-    """Return the loss of `model` on rows by their positions in the stream of samples.
+    """Return the loss of `model` on rows, given their positions in the stream of samples.
 
     Args:
-        digits: the tokens of 0 … 9, to put λ as a digit at the end of each prompt; None doesn't.
+        digits: the tokens of 0 … 9, to put λ as a digit at the end of each prompt; None puts none.
     """
     device = tuning.run.accelerator.device
     mask = Backbone(model).mask_token_id()
@@ -235,7 +237,7 @@ def check_images(tuning: dreambooth_train.FineTuning) -> dict[str, Any]:
 
 
 def image_loss(step: TrainingStep, images: DreamBoothDataset) -> Loss:
-    """Return the loss of `step` on the instances at positions of `images`."""
+    """Return the loss of `step` on the instances at the given positions of `images`."""
 
     def loss(positions: Sequence[int]) -> DreamBoothLoss:
         items = []
@@ -248,7 +250,7 @@ def image_loss(step: TrainingStep, images: DreamBoothDataset) -> Loss:
 
 
 def _measured(tuning: dreambooth_train.FineTuning) -> str:
-    """Return in words what the held-out losses are measured on."""
+    """Return a description of the data behind the held-out losses."""
     if tuning.measured_on is tuning.dataset:
         return "Losses on the training pictures under other noise"
     if tuning.args.validation_data_dir is None:
@@ -277,8 +279,8 @@ def add_cheap(model: nn.Module, config: NaraConfig, further: Sequence[str] = ())
     """
     root = core_holders(model)[0].root
     modules = dict(root.named_modules())
-    all_parameters = 0  # of NaRA
-    of_layers = 0  # of its A and B
+    all_parameters = 0  # number of NaRA's parameters
+    of_layers = 0  # number of parameters in its A and B
     for name, parameter in root.named_parameters():
         if parameter.requires_grad:
             all_parameters += parameter.numel()

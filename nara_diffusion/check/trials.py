@@ -1,4 +1,4 @@
-"""Short trainings of NaRA and of adapters to compare it with. They show what λ is worth.
+"""Train NaRA and other adapters briefly, to show what λ is worth.
 
     base     the model without an adapter; it isn't trained
     lora     NaRA with a core that stays at C = I
@@ -9,9 +9,9 @@
 
 `time` and `token` are cheap ways to give the model λ. Their rank gives them about NaRA's number of
 parameters. The others start from the same A, with B = 0. All see the same samples at the same noise
-levels with the same noise, through the training's own loss, optimizer and learning rates. A core may
-speed up a training without knowing λ, so only NaRA's gain over `untold` is due to λ. Each repeat
-draws A, core, samples, noise and held-out samples anew.
+levels with the same noise, through the training's own loss, optimizer and learning rates. A core
+may speed up a training without knowing λ, so only NaRA's gain over `untold` is due to λ. Each
+repeat draws A, core, samples, noise and held-out samples anew.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from nara_diffusion.training.arguments import TrainingArguments
 from nara_diffusion.training.loop import StepLoss
 from nara_diffusion.training.optimization import build_lr_scheduler, build_optimizer, hold_core
 
-ADAPTER, CHEAP = "default", "cheap"  # the names of NaRA's adapter and of the cheap way's
+ADAPTER, CHEAP = "default", "cheap"  # the names of NaRA's adapter and of the cheap way's adapter
 TITLES = {
     "base": "base",
     "lora": "LoRA",
@@ -57,13 +57,11 @@ Arguments = TypeVar("Arguments", bound=TrainingArguments)
 class CheckTask:
     """The parts of a training that the check runs."""
 
-    model: (
-        nn.Module
-    )  # with the NaRA that `published` describes, perhaps a LoRA `CHEAP`; else frozen
-    config: NaraConfig  # of that NaRA
+    model: nn.Module  # with NaRA as in `published`, perhaps a LoRA `CHEAP`; else frozen
+    config: NaraConfig  # the configuration of that NaRA
     args: TrainingArguments  # learning rates and optimizer, as `published` returns them
-    loss: Loss  # of positions in the stream of samples, as in training
-    held_out: Loss  # of samples, or noise, that aren't trained on
+    loss: Loss  # the loss at positions in the stream of samples, as in training
+    held_out: Loss  # the loss on samples, or noise, outside of the training
     step_samples: int  # samples of an optimizer step, a multiple of args.train_batch_size
     told: tuple[Loss, Loss] | None = (
         None  # `loss` and `held_out` with the λ token; None: impossible
@@ -76,7 +74,7 @@ class CheckTask:
 
     @property
     def arms(self) -> list[str]:
-        """The arms that this task has."""
+        """The arms of this task."""
         cheap = None
         if self.told:
             cheap = "token"
@@ -93,8 +91,11 @@ class Repeat(NamedTuple):
 
 
 def published(args: Arguments) -> Arguments:
-    """Return a copy of a train script's arguments for the check: with the published NaRA of the same
-    rank, scale and targets in place of their adapter, and the schedule of a short training."""
+    """Return a copy of a train script's arguments for the check.
+
+    The published NaRA of the same rank, scale and targets replaces their adapter, and the schedule
+    is that of a short training.
+    """
     kept = (
         "use_rslora",
         "core_hidden_dims",
@@ -112,7 +113,7 @@ def published(args: Arguments) -> Arguments:
 
 
 def trials(task: CheckTask, progress: bool = True) -> Iterator[Repeat]:
-    """Yield the repeats. Each is trained when it is asked for. Raises ValueError if a loss is NaN or
+    """Yield the repeats; each one is trained on demand. Raise ValueError if a loss is NaN or
     infinite."""
     trained = task.steps * task.step_samples
     size = task.args.train_batch_size
@@ -135,8 +136,8 @@ def trials(task: CheckTask, progress: bool = True) -> Iterator[Repeat]:
 
 
 def restart(task: CheckTask, number: int, adapter: str = ADAPTER) -> None:
-    """Activate `adapter`. Draw its A and cores from the seed and the `number` of the repeat, with
-    B = 0 and C = I."""
+    """Activate `adapter`. Draw its A and cores from the seed and the `number` of the repeat; B = 0,
+    C = I."""
     torch.manual_seed(task.args.seed * 1_000_003 + number)
     for layer in task.model.modules():
         if isinstance(layer, LoraLayer):
@@ -152,7 +153,7 @@ def restart(task: CheckTask, number: int, adapter: str = ADAPTER) -> None:
 
 @contextmanager
 def _without_level(model: nn.Module, is_active: bool) -> Iterator[None]:
-    """If `is_active`, every core reads λ = 0.5, whatever the noise is."""
+    """Make every core read λ = 0.5 at any noise, if `is_active`."""
     with ExitStack() as changed:
         for module in model.modules():
             if is_active and isinstance(module, Core):
@@ -161,7 +162,7 @@ def _without_level(model: nn.Module, is_active: bool) -> Iterator[None]:
 
 
 def _half(core: nn.Module, levels: tuple[Tensor]) -> tuple[Tensor]:
-    """A hook that replaces λ by 0.5."""
+    """Replace λ by 0.5; a forward pre-hook of a core."""
     return (torch.full_like(levels[0], 0.5),)
 
 

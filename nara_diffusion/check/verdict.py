@@ -1,10 +1,11 @@
-"""The verdict of the check: is λ likely to pay, and with which adapter? (docs/check.md has the rules.)
+"""The verdict of the check: is λ likely to pay, and with what adapter? (docs/check.md has the
+rules.)
 
     d_k = mean over bins of λ of  (ℓ − ℓ') / max(ℓ, ℓ')        in repeat k
 
-ℓ is the mean loss of an arm on the held-out samples in a bin, ℓ' that of another arm. d lies between
-−1 and 1, so that one failed training doesn't decide the result. Its 95 % interval is Student's t
-over the repeats.
+ℓ is the mean loss of an arm on the held-out samples in a bin, ℓ' that of another arm. d lies
+between −1 and 1, so that one failed training doesn't decide the result. Its 95 % interval is
+Student's t over the repeats.
 """
 
 from __future__ import annotations
@@ -37,10 +38,9 @@ ABOUT = (
 """Arguments that check.json repeats."""
 LIKELY, UNLIKELY, UNKNOWN = "λ is likely to pay", "λ is unlikely to pay", "can't say"
 THRESHOLDS = {"pays": 0.02, "nothing": 0.005, "learnt": 0.02, "fewest": 3}
-"""
-pays     the smallest relative gain of a loss that pays
+"""pays     the smallest relative gain of a loss that pays
 nothing  the largest mean gain for the verdict UNLIKELY; a larger one may grow with more steps
-learnt   the gain of the lowest loss over the base's without which the trainings show nothing
+learnt   the least gain of the lowest loss over the base's; below it the trainings show nothing
 fewest   the least number of repeats for a verdict
 """
 
@@ -69,7 +69,7 @@ def decide(task: CheckTask, progress: bool) -> tuple[list[Repeat], Verdict]:
 
 
 def time_left(seconds: float, repeats: int) -> str:
-    """Return a line about the time that is left, after the first of at most `repeats` repeats took
+    """Return a line about the time left, after the first of at most `repeats` repeats took
     `seconds`."""
     least = (THRESHOLDS["fewest"] - 1) * seconds
     most = (repeats - 1) * seconds
@@ -80,8 +80,10 @@ def time_left(seconds: float, repeats: int) -> str:
 
 
 def judge(repeats: Sequence[Repeat], measured: str = HELD_OUT, no_cheap: str = NO_CHEAP) -> Verdict:
-    """Return the verdict of the first rule that applies; `measured` and `no_cheap` as in
-    `CheckTask`."""
+    """Return the verdict of the first rule that applies.
+
+    `measured` and `no_cheap` are as in `CheckTask`.
+    """
     losses = mean_losses(repeats)
     base = losses.pop("base")
     change = min(losses.values()) / base - 1
@@ -143,19 +145,22 @@ def _way_that_pays(
 
 
 def _excludes_a_gain(difference: Interval) -> bool:
-    """Return whether the interval excludes a gain that pays and includes none, and the mean shows no
-    gain that may grow."""
+    """Return True if no gain is to be expected.
+
+    Then the interval reaches zero and excludes a gain that pays, and the mean shows no gain that
+    may grow with more steps.
+    """
     excludes = difference.low > -THRESHOLDS["pays"] and difference.high >= 0
     return excludes and difference.mean > -THRESHOLDS["nothing"]
 
 
 def is_below(difference: Interval) -> bool:
-    """Return whether a loss is lower, by an interval below zero and a mean that pays."""
+    """Return True if a loss is lower: its interval is below zero and its mean pays."""
     return difference.high < 0 and difference.mean <= -THRESHOLDS["pays"]
 
 
 def differences(repeats: Sequence[Repeat]) -> dict[str, dict[str, Interval]]:
-    """Return {arm: {other: d}} of NaRA from all others, and of the cheap way from LoRA."""
+    """Return {arm: {other: d}} of NaRA against all others, and of the cheap way against LoRA."""
     means = bin_means(repeats)
     cheap = [arm for arm in WAYS if arm in means]
     pairs = {"nara": ["lora", "untold", *cheap]}
@@ -168,8 +173,10 @@ def differences(repeats: Sequence[Repeat]) -> dict[str, dict[str, Interval]]:
 
 
 def relative_difference(means: Tensor, others: Tensor) -> Interval:
-    """Return mean and interval of d, from the means (repeats, BINS) of two arms. d is 0 in bins
-    where both are only rounding."""
+    """Return mean and interval of d, from the means (repeats, BINS) of two arms.
+
+    d is 0 in bins where both means are only rounding errors.
+    """
     larger = torch.maximum(means, others)
     relative = ((means - others) / larger).masked_fill(larger <= 1e-10, 0.0)
     return interval(relative.nanmean(1).tolist())
@@ -201,13 +208,15 @@ def percent(share: float) -> str:
 
 
 def described(difference: Interval) -> str:
-    """Return a relative difference and its 95 % interval in words."""
+    """Return a relative difference and its 95 % interval as text."""
     return f"{percent(difference.mean)} ({percent(difference.low)} to {percent(difference.high)})"
 
 
 def check_training(task: CheckTask, run: Run) -> dict[str, Any]:
-    """Repeat the short trainings of a run until the verdict is clear. Print the verdict, write
-    check.json into the run's folder, and return its content."""
+    """Repeat the short trainings of a run until the verdict is clear.
+
+    Print the verdict, write check.json into the run's folder, and return its content.
+    """
     if run.accelerator.num_processes > 1:
         raise ValueError(
             f"--check runs in one process, got {run.accelerator.num_processes}: start it by python."

@@ -1,1 +1,2 @@
-"""The command line `nara`: it inspects, draws, compares, converts, checks and evaluates adapters."""
+"""The command line `nara`: it inspects, draws, compares, converts, checks and evaluates
+adapters."""

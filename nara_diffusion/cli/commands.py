@@ -1,4 +1,5 @@
-"""The commands `nara inspect`, `nara plot` and `nara convert`, which read an adapter's file without its base model."""
+"""The commands `nara inspect`, `nara plot` and `nara convert`. They read an adapter's file and need
+no base model."""
 
 from __future__ import annotations
 
@@ -32,11 +33,11 @@ _CORE_FIELDS = {
 def inspect(args: Any) -> str:
     """Describe an adapter's file: base model, adapted modules, definition of λ, core, and size.
 
-        nara inspect my-toy                                          # a folder of save_nara_weights, PEFT or a training
+        nara inspect my-toy                  # a folder of save_nara_weights, PEFT or a training
         nara inspect my-toy/pytorch_nara_weights.safetensors --json  # a file; JSON, for programs
 
-    The base model isn't needed. The line noise_convention says what λ is for this adapter: masked_share, the share of a
-    language model's answer that is masked; timestep, t / N; flow, σ; …
+    The base model isn't needed. The line noise_convention says what λ is for this adapter:
+    masked_share, the share of a language model's answer that is masked; timestep, t / N; flow, σ; …
     """
     file = AdapterFile.read(Path(args.file))
     content = (file.path or Path()).read_bytes()
@@ -56,7 +57,7 @@ def _described(part: AdapterPart) -> dict[str, Any]:
     )
     core = sum(
         parameter.numel() for parameter in cores_of(part).parameters()
-    )  # without Fourier frequencies, …
+    )  # parameters only, without Fourier frequencies, …
     fields = (
         "base_model_name_or_path",
         "lora_alpha",
@@ -86,7 +87,7 @@ def _described(part: AdapterPart) -> dict[str, Any]:
 
 
 def _text_of(found: dict[str, Any]) -> str:
-    """The text of a description, as `nara inspect` prints it."""
+    """Return the text of a description, as `nara inspect` prints it."""
     lines = [f"{found['file']}: {found['bytes']:,} bytes, sha256 {found['sha256']}"]
     for name, part in found["components"].items():
         sizes = part["parameters"]
@@ -118,9 +119,10 @@ def plot(args: Any) -> str:
         nara plot my-toy                            # writes my-toy.png
         nara plot my-toy --output core.png --points 201
 
-    Left: the distance of C(λ) from the identity, ‖C(λ) − I‖ / ‖I‖. A plain LoRA has 0. Middle: the singular values of
-    C(λ). They show which directions are amplified or switched off at each λ. Right: the strength over λ. If each layer
-    has its own core, lines are means over the cores, and the shaded range goes from the smallest to the largest.
+    Left: the distance of C(λ) from the identity, ‖C(λ) − I‖ / ‖I‖. A plain LoRA has 0. Middle: the
+    singular values of C(λ). They show what directions are amplified or switched off at each λ.
+    Right: the strength over λ. If each layer has its own core, lines are means over the cores, and
+    the shaded range goes from the smallest to the largest.
     """
     output = args.output or Path(f"{Path(args.file).resolve().stem}.png")
     if args.points < 2 or output.is_dir():
@@ -133,7 +135,7 @@ def plot(args: Any) -> str:
 
 
 def _draw(file: AdapterFile, path: Path, points: int) -> None:
-    """Write the plot to the PNG file `path`, with a row for each component. Creates its folder."""
+    """Write the plot to the PNG file `path`, with a row for each component. Create its folder."""
     from matplotlib.figure import Figure
 
     levels = torch.linspace(0, 1, points, dtype=torch.float32)
@@ -160,7 +162,8 @@ def _draw(file: AdapterFile, path: Path, points: int) -> None:
 
 
 def core_curves(part: AdapterPart, levels: Tensor) -> tuple[Tensor, Tensor]:
-    """(‖C − I‖ / ‖I‖ (g, n), singular values of C (g, n, r)) of the g cores at λ (n,)."""
+    """Return ‖C − I‖ / ‖I‖ (g, n) and the singular values of C (g, n, r) of the g cores at λ
+    (n,)."""
     cores = cores_of(part)
     with torch.no_grad():
         matrices = [
@@ -178,14 +181,15 @@ def core_curves(part: AdapterPart, levels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def convert(args: Any) -> str:
-    """Convert a NaRA between its two file formats. Tensors keep their values; the base model isn't needed.
+    """Convert a NaRA between its two file formats. Tensors keep their values; the base model isn't
+    needed.
 
-        nara convert my-toy folder --to peft                            # from save_nara_weights to PeftModel
-        nara convert my-toy folder --to peft --component text_encoder   # the same, one of several components
-        nara convert folder my-toy --to pipeline --component unet       # from PEFT to pipe.load_nara_weights
+        nara convert my-toy folder --to peft                       # for PeftModel
+        nara convert my-toy folder --to peft --component text_encoder  # one of several components
+        nara convert folder my-toy --to pipeline --component unet  # for pipe.load_nara_weights
 
-    To write a plain LoRA, use nara fold. To make a NaRA from a LoRA, call nara_diffusion.from_lora, or give a train
-    script --init_adapter.
+    To write a plain LoRA, use nara fold. To make a NaRA from a LoRA, call nara_diffusion.from_lora,
+    or give a train script --init_adapter.
     """
     source, output, form, component = args.file, args.output, args.to, args.component
     parts = AdapterFile.read(Path(source)).parts

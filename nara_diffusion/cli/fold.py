@@ -23,19 +23,21 @@ PEFT = "peft"
 def fold(args: Any) -> str:
     """Write a NaRA as a plain LoRA, for programs that know only LoRA. The base model isn't needed.
 
-        nara fold my-toy toy.safetensors --noise_level 0.4 --form kohya --base sdxl    # A1111, Forge, InvokeAI, ComfyUI
-        nara fold my-toy toy.safetensors --noise_level 0.4 --form comfyui --base flux  # ComfyUI, by its own keys
-        nara fold my-toy toy.safetensors --noise_level 0.4                             # Diffusers; no ComfyUI with SDXL
-        nara fold my-toy toy.safetensors --noise_level best                            # the LoRA nearest over all λ
-        nara fold outputs/dllm-1 lora --noise_level 0.4 --form peft                    # a folder for PeftModel
+        nara fold my-toy toy.safetensors --noise_level 0.4 --form kohya --base sdxl
+            # A1111, Forge, InvokeAI, ComfyUI
+        nara fold my-toy toy.safetensors --noise_level 0.4 --form comfyui --base flux
+            # ComfyUI, by its own keys
+        nara fold my-toy toy.safetensors --noise_level 0.4   # Diffusers; no ComfyUI with SDXL
+        nara fold my-toy toy.safetensors --noise_level best  # the LoRA nearest over all λ
+        nara fold outputs/dllm-1 lora --noise_level 0.4 --form peft  # a folder for PeftModel
 
-    The LoRA equals the NaRA at the chosen λ (1 = pure noise) and differs at any other; docs/export.md says by how much,
-    and which λ to choose. Adapters of text encoders don't depend on λ and go into the same file; --form peft writes
-    only one component.
+    The LoRA equals the NaRA at the chosen λ (1 = pure noise) and differs at any other;
+    docs/export.md says by how much, and how to choose λ. Adapters of text encoders don't depend on
+    λ and go into the same file; --form peft writes only one component.
     """
     logging.basicConfig(
         level=logging.WARNING, format="%(message)s"
-    )  # of the scheduler that the result needs
+    )  # shows the warning about the scheduler that the result needs
     file = AdapterFile.read(Path(args.file))
     adapters = {name: adapter_of_part(part) for name, part in file.parts.items()}
     _check(file, args)
@@ -59,7 +61,7 @@ def _fold(file: AdapterFile, adapters: Mapping[str, Adapter], args: Any) -> str:
     if args.form == PEFT:
         next(iter(loras.values())).save_pretrained(args.output)
     else:
-        base = args.base or BASES[0]  # keys of Diffusers' form need none
+        base = args.base or BASES[0]  # Diffusers' keys don't depend on the base
         save_host_file(loras, args.output, args.form, base)
     modules = sum(len(lora.layers) for lora in loras.values())
     if args.noise_level == "best":
@@ -73,7 +75,8 @@ def _fold(file: AdapterFile, adapters: Mapping[str, Adapter], args: Any) -> str:
 
 
 def _not_for_comfyui(file: AdapterFile) -> str:
-    """What ComfyUI would leave out of a file of Diffusers' form, without an error."""
+    """Return a warning about what ComfyUI would drop from a file of Diffusers' form without an
+    error."""
     if any(part.config.use_dora for part in file.parts.values()):
         return "; not for ComfyUI, which reads no DoRA"
     if "unet" in file.parts:
@@ -81,7 +84,7 @@ def _not_for_comfyui(file: AdapterFile) -> str:
     return ""
 
 
-# ---------------------------------------------------------------------- refused
+# ---------------------------------------------------------------------- checks
 
 
 def _check(file: AdapterFile, args: Any) -> None:

@@ -1,1 +1,1 @@
-"""What any part may use; it knows nothing of adapters."""
+"""Helpers that any part of the package may use; they know nothing of adapters."""

@@ -1,4 +1,5 @@
-"""Files and folders that are whole or absent: everything goes to a temporary name on the same disk first."""
+"""Write files and folders that are whole or absent: everything goes to a temporary name on the same
+disk first."""
 
 from __future__ import annotations
 
@@ -14,12 +15,13 @@ _PARTIAL = ".partial-"
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`, for a file or a folder; it becomes `path`, or vanishes on any error.
+    """Yield a temporary path beside `path`, for a file or a folder; it becomes `path`, or is
+    removed on any error.
 
-    An OSError that names no file, as that of a full disk, names `path`.
+    An OSError without a file name, as on a full disk, gets the name `path`.
     """
     partial = partial_name(path)
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+    shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
     try:
         yield partial
         put_in_place(partial, path)
@@ -30,7 +32,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def _name_target(error: BaseException, partial: Path, path: Path) -> None:
-    """Let an error of the operating system name `path` if it names no file, or a file in `partial`."""
+    """Set an OSError's file name to `path` if it has none, or has one in `partial`."""
     if not isinstance(error, OSError) or error.errno is None:
         return
     if error.filename is None or str(error.filename).startswith(str(partial)):
@@ -39,9 +41,10 @@ def _name_target(error: BaseException, partial: Path, path: Path) -> None:
 
 @contextmanager
 def atomic_write_files(folder: Path) -> Iterator[Path]:
-    """Yields an empty temporary folder whose files move into `folder` at the end, or vanish on any error.
+    """Yield an empty temporary folder. Its files move into `folder` at the end, or are removed on
+    any error.
 
-    What else is in `folder` stays. It is made if need be, and then is there only if all went well.
+    Other files in `folder` stay. A missing `folder` is made, and exists afterwards only on success.
     """
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
@@ -69,13 +72,11 @@ def check_free(paths: Iterable[Path], overwrite: bool) -> None:
 
 
 def put_in_place(partial: Path, path: Path) -> None:
-    """Let `partial` become `path`. A folder that was there is deleted last, and comes back on an error."""
+    """Rename `partial` to `path`. An existing folder is deleted last, and restored on an error."""
     aside = partial_name(path.with_name(f"old-{path.name}"))
     try:
         if path.is_dir():
-            shutil.rmtree(
-                aside, ignore_errors=True
-            )  # of a process that was killed while it deleted it
+            shutil.rmtree(aside, ignore_errors=True)  # left by a process killed during deletion
             os.replace(path, aside)
         os.replace(partial, path)
     except BaseException:
@@ -86,13 +87,14 @@ def put_in_place(partial: Path, path: Path) -> None:
 
 
 def delete_folder(folder: Path) -> None:
-    """Deletes `folder`; what is left of it, if that fails midway, no longer has its name."""
+    """Delete `folder`. If that fails midway, the remains no longer have its name."""
     aside = partial_name(folder)
-    shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed
+    shutil.rmtree(aside, ignore_errors=True)  # left by a killed process
     os.replace(folder, aside)
     shutil.rmtree(aside)
 
 
 def partial_name(path: Path) -> Path:
-    """The name under which `path` is written; the suffix stays last, since some writers choose their format by it."""
+    """Return the temporary name of `path`. The suffix stays last, since some writers choose their
+    format by it."""
     return path.with_name(f"{_PARTIAL}{path.name}")

@@ -9,17 +9,18 @@ from pathlib import Path
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 FILE_SUFFIXES = frozenset([".bin", ".ckpt", ".gguf", ".pt", ".pth", ".safetensors"])
-"""Endings of files of weights, which no repository's name has."""
+"""Suffixes of weight files; no repository's name has them."""
 
 
 def listed(names: Collection[str], kind: str = "") -> str:
-    """The first three of `names`, quoted, and the number of the others, which are of this `kind`."""
+    """Return the first three of `names`, quoted, and the number of the others, which are of this
+    `kind`."""
     shown = ", ".join(f"'{name}'" for name in list(names)[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more {kind}".rstrip()
 
 
 def counted(number: int, what: str) -> str:
-    """1 prompt, 4 prompts; 2 processes."""
+    """Return a number with its noun: "1 prompt", "4 prompts", "2 processes"."""
     return (
         f"{number} {what}"
         if number == 1
@@ -30,7 +31,8 @@ def counted(number: int, what: str) -> str:
 def refuse_file(
     source: str | Path, kind: str, remedy: str = "name the folder that it lies in."
 ) -> None:
-    """Raises ValueError where `source` is a file, or is named as one, and a folder or repository of `kind` is due."""
+    """Raise ValueError if `source` is a file, or is named as one; expected is a folder or
+    repository of `kind`."""
     path = Path(source)
     if path.is_file() or (path.suffix in FILE_SUFFIXES and not path.is_dir()):
         raise ValueError(
@@ -42,11 +44,13 @@ def refuse_file(
 def naming_source(
     source: str | Path, file: str, kind: str, remedy: str = "name the folder that it lies in."
 ) -> Iterator[None]:
-    """Inside, `file` of `kind` ("a model") is fetched from a folder or repository, `source` as the user named it.
+    """Explain errors inside the context, which fetches `file` of `kind` ("a model").
+
+    `source` is the folder or repository as the user named it.
 
     Raises:
-        ValueError: `source` is a file, for which there is a `remedy`; a folder has no such file; or there is no folder,
-            and no repository was reached.
+        ValueError: `source` is a file (the message has the `remedy`); a folder has no such file; or
+            there is no folder, and no repository was reached.
     """
     refuse_file(source, kind, remedy)
     try:
@@ -68,7 +72,10 @@ def naming_source(
 
 
 def is_out_of_reach(error: BaseException | None) -> bool:
-    """Whether a download failed since the Hub wasn't reached, which Diffusers words as a file that isn't there."""
+    """Return True if a download failed because the Hub wasn't reached.
+
+    Diffusers reports that as a missing file.
+    """
     while error is not None and not isinstance(error, LocalEntryNotFoundError):
         error = error.__cause__ or error.__context__
     return error is not None

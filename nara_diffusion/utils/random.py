@@ -1,11 +1,13 @@
-"""Stratified random numbers as a function of the samples' indices in the training stream, and of nothing else.
+"""Stratified random numbers: a function of the samples' indices in the training stream, and of
+nothing else.
 
-A sample meets the same number in any process, at any batch size, in any order, and in a resumed run. Of every
-n = `group_size` consecutive indices each takes one of the n equal strata of [0, 1),
+A sample gets the same number in any process, at any batch size, in any order, and in a resumed run.
+In every group of n = `group_size` consecutive indices, each index takes one of the n equal strata
+of [0, 1),
 
     u_i = ((i + shift) mod n + v_i) / n,   shift ~ U{0 … n − 1} a group,  v_i ~ U(0, 1) a sample
 
-so that u_i alone is still uniform, while the mean over the group varies far less.
+so that each u_i is still uniform, while the mean over the group varies far less.
 """
 
 from __future__ import annotations
@@ -21,10 +23,12 @@ Generators = Callable[[int], np.random.Generator]
 def stratified_uniform(
     indices: Sequence[int], group_size: int, shift: Generators, value: Generators
 ) -> torch.Tensor:
-    """u (b,), float64 in [0, 1), for each index; a group of 1 is independent draws.
+    """Return u (b,), float64 in [0, 1), for each index; with a group of 1 the draws are
+    independent.
 
     Args:
-        indices: of the samples in the training stream. group_size: n, the samples of a global batch, 1 or more.
+        indices: indices of the samples in the training stream.
+        group_size: n, the samples of a global batch, 1 or more.
         shift, value: the generators of a group's shift and of a sample's v, by number.
     """
     n = group_size

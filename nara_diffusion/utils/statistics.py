@@ -1,7 +1,8 @@
-"""Mean, standard deviation and 95 % interval of a few values, such as one figure of several training seeds.
+"""Mean, standard deviation and 95 % interval of a few values, such as one figure of several
+training seeds.
 
-With n values of mean m and sample deviation s (n − 1 in the denominator), the interval is m ± t · s / √n, where t is
-the 0.975 quantile of Student's t with n − 1 degrees of freedom.
+With n values of mean m and sample deviation s (n − 1 in the denominator), the interval is m ± t · s
+/ √n, where t is the 0.975 quantile of Student's t with n − 1 degrees of freedom.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from typing import NamedTuple
 
 
 class Interval(NamedTuple):
-    """`low` and `high` bound the 95 % interval; one value alone has a mean, and nan for the other three."""
+    """`low` and `high` bound the 95 % interval. A single value has a mean, and nan for the other
+    three."""
 
     mean: float
     std: float
@@ -22,7 +24,8 @@ class Interval(NamedTuple):
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """Mean, sample standard deviation, and the interval that holds the true mean with 95 % confidence."""
+    """Return mean, sample standard deviation, and the interval that contains the true mean with 95
+    % confidence."""
     from scipy.special import stdtrit
 
     mean, n = fmean(values), len(values)
