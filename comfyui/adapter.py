@@ -129,8 +129,7 @@ class LiveAdapter:
 
     @contextmanager
     def applied(self, model: nn.Module, level: Tensor, strength: float) -> Iterator[None]:
-        """Apply the adapter inside the context to ComfyUI's `model` at λ (b,), one value for each
-        row of the batch."""
+        """Apply the adapter to ComfyUI's `model` in the context, at λ (b,), a value a batch row."""
         if bool((level == level[0]).all()):
             level = level[:1]  # some layers don't have the batch first
         if (modules := self._modules(model)) != self._hooked:
@@ -147,8 +146,7 @@ class LiveAdapter:
             self._matrices = {}
 
     def update(self, name: str, module: nn.Module, x: Tensor) -> Tensor | None:
-        """Return up · M · down · x, for x (b, …, d_in) or (b, d_in, h, w); None outside of
-        `applied`."""
+        """Return up · M · down · x of x (b, …, d_in) or (b, d_in, h, w); None without `applied`."""
         if name not in self._matrices:
             return None
         M = self._matrices[name].to(x.device, x.dtype)

@@ -75,8 +75,7 @@ class LoadNaRA:
 def wrapper(
     adapter: LiveAdapter, base: Any, strength: float, previous: Callable[..., Any] | None
 ) -> Callable[[Any, dict[str, Any]], Any]:
-    """Return the function that ComfyUI calls in place of `apply_model`; it calls another node's
-    wrapper, if any."""
+    """Return a replacement for `apply_model` that also calls another node's wrapper, if any."""
 
     def call(apply_model: Any, args: dict[str, Any]) -> Any:
         check_prediction(adapter.scheduler, base.model_sampling)
@@ -90,8 +89,7 @@ def wrapper(
 
 
 def check_prediction(scheduler: Mapping[str, Any] | None, sampling: Any) -> None:
-    """Raise ValueError if ComfyUI would sample a converted model with another prediction than its
-    own."""
+    """Raise ValueError if ComfyUI would sample a converted model by another prediction."""
     prediction, taken = None if scheduler is None else prediction_in(scheduler), _taken(sampling)
     if scheduler is None or None in (prediction, taken) or prediction.kind == taken:  # type: ignore[union-attr]
         return
@@ -138,8 +136,7 @@ def noise_level(convention: str | None, sampling: Any, sigma: Tensor) -> Tensor:
 
 
 def _taken(sampling: Any) -> str | None:
-    """Return ComfyUI's interpretation of the model's output; None if it is none of
-    `_PREDICTIONS`."""
+    """Return ComfyUI's reading of the model's output; None if not in `_PREDICTIONS`."""
     names = [kind.__name__ for kind in type(sampling).__mro__]
     return next((_PREDICTIONS[name] for name in names if name in _PREDICTIONS), None)
 

@@ -1,5 +1,4 @@
-"""Estimate before a training whether an adapter that knows the noise level λ is likely to beat
-LoRA.
+"""Estimate before a training whether an adapter that reads the noise level λ will likely beat LoRA.
 
 The check takes minutes on a small model:
 
@@ -127,8 +126,7 @@ def check(model: str, data: str, flags: Sequence[str]) -> dict[str, Any]:
 
 
 def check_run(args: Arguments | DreamBoothArguments) -> dict[str, Any]:
-    """Check the training that a train script's arguments describe. Return the content of
-    check.json."""
+    """Check the training in a train script's arguments. Return the content of check.json."""
     if isinstance(args, DreamBoothArguments):
         with start_run(args, "dreambooth", denoiser.write_checkpoint) as run:
             return check_images(dreambooth_train.FineTuning(args, run))
@@ -269,8 +267,7 @@ def nara_config(args: TrainingArguments, convention: str) -> NaraConfig:
 
 
 def add_cheap(model: nn.Module, config: NaraConfig, further: Sequence[str] = ()) -> None:
-    """Add the LoRA `CHEAP` to a model that has a NaRA. Its rank gives it about NaRA's number of
-    parameters.
+    """Add the LoRA `CHEAP`, with about NaRA's number of parameters, to a model with a NaRA.
 
     Args:
         model: the model with NaRA.

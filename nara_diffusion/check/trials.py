@@ -113,8 +113,7 @@ def published(args: Arguments) -> Arguments:
 
 
 def trials(task: CheckTask, progress: bool = True) -> Iterator[Repeat]:
-    """Yield the repeats; each one is trained on demand. Raise ValueError if a loss is NaN or
-    infinite."""
+    """Yield the repeats, each trained on demand. Raise ValueError if a loss is not finite."""
     trained = task.steps * task.step_samples
     size = task.args.train_batch_size
     measured = math.ceil(task.samples / size) * size
@@ -136,8 +135,7 @@ def trials(task: CheckTask, progress: bool = True) -> Iterator[Repeat]:
 
 
 def restart(task: CheckTask, number: int, adapter: str = ADAPTER) -> None:
-    """Activate `adapter`. Draw its A and cores from the seed and the `number` of the repeat; B = 0,
-    C = I."""
+    """Activate `adapter` with B = 0 and C = I, A and cores drawn from seed and `number`."""
     torch.manual_seed(task.args.seed * 1_000_003 + number)
     for layer in task.model.modules():
         if isinstance(layer, LoraLayer):

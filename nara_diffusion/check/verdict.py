@@ -1,5 +1,4 @@
-"""The verdict of the check: is λ likely to pay, and with what adapter? (docs/check.md has the
-rules.)
+"""Decide whether λ is likely to pay, and with what adapter (rules: docs/check.md).
 
     d_k = mean over bins of λ of  (ℓ − ℓ') / max(ℓ, ℓ')        in repeat k
 
@@ -38,7 +37,8 @@ ABOUT = (
 """Arguments that check.json repeats."""
 LIKELY, UNLIKELY, UNKNOWN = "λ is likely to pay", "λ is unlikely to pay", "can't say"
 THRESHOLDS = {"pays": 0.02, "nothing": 0.005, "learnt": 0.02, "fewest": 3}
-"""pays     the smallest relative gain of a loss that pays
+"""
+pays     the smallest relative gain of a loss that pays
 nothing  the largest mean gain for the verdict UNLIKELY; a larger one may grow with more steps
 learnt   the least gain of the lowest loss over the base's; below it the trainings show nothing
 fewest   the least number of repeats for a verdict
@@ -69,8 +69,7 @@ def decide(task: CheckTask, progress: bool) -> tuple[list[Repeat], Verdict]:
 
 
 def time_left(seconds: float, repeats: int) -> str:
-    """Return a line about the time left, after the first of at most `repeats` repeats took
-    `seconds`."""
+    """Return a line about the time left; the first of at most `repeats` took `seconds`."""
     least = (THRESHOLDS["fewest"] - 1) * seconds
     most = (repeats - 1) * seconds
     return (

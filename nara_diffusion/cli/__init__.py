@@ -1,2 +1,1 @@
-"""The command line `nara`: it inspects, draws, compares, converts, checks and evaluates
-adapters."""
+"""The command line `nara`: inspect, plot, compare, convert, check and evaluate adapters."""

@@ -1,5 +1,4 @@
-"""The commands `nara inspect`, `nara plot` and `nara convert`. They read an adapter's file and need
-no base model."""
+"""The commands `nara inspect`, `nara plot` and `nara convert`; they need no base model."""
 
 from __future__ import annotations
 
@@ -181,8 +180,7 @@ def core_curves(part: AdapterPart, levels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def convert(args: Any) -> str:
-    """Convert a NaRA between its two file formats. Tensors keep their values; the base model isn't
-    needed.
+    """Convert a NaRA between its two file formats, without its base model. Tensors are unchanged.
 
         nara convert my-toy folder --to peft                       # for PeftModel
         nara convert my-toy folder --to peft --component text_encoder  # one of several components

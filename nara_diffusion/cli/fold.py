@@ -75,8 +75,7 @@ def _fold(file: AdapterFile, adapters: Mapping[str, Adapter], args: Any) -> str:
 
 
 def _not_for_comfyui(file: AdapterFile) -> str:
-    """Return a warning about what ComfyUI would drop from a file of Diffusers' form without an
-    error."""
+    """Return a warning about what ComfyUI silently drops from a file of Diffusers' form."""
     if any(part.config.use_dora for part in file.parts.values()):
         return "; not for ComfyUI, which reads no DoRA"
     if "unet" in file.parts:

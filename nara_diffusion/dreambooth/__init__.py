@@ -1,5 +1,4 @@
-"""Subject fine-tuning of image models: images, captions, cached latents and prompts, losses,
-metrics."""
+"""Subject fine-tuning of image models: images, captions, caches, losses, metrics."""
 
 from nara_diffusion.dreambooth.caches import LatentCache, PromptCache
 from nara_diffusion.dreambooth.dataset import DreamBoothDataset, TrainingSample, collate_samples

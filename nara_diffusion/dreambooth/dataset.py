@@ -244,8 +244,7 @@ def _middle(image: ImageRecord, target: Size) -> tuple[int, int]:
 
 
 def collate_samples(items: Sequence[Item]) -> dict[str, Any]:
-    """Return the batch of b items of one bucket: "samples", "prompts" and "time_ids" (B, 6)
-    float32.
+    """Return the batch of b items of a bucket: "samples", "prompts", "time_ids" (B, 6) float32.
 
     The B rows are all b instances, then, with prior preservation, their b class images.
     """

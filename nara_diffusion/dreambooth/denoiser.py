@@ -1,5 +1,4 @@
-"""The trained model: the denoiser, and the text encoders if they are trained too, with their
-adapters.
+"""The trained model: the denoiser, and text encoders if they are trained, with their adapters.
 
 It is one module with one forward, so that hooks, DistributedDataParallel and gradient accumulation
 see all of it. The adapter in the denoiser reads λ from the denoiser's own timestep. Text encoders
@@ -148,8 +147,7 @@ class AdaptedDenoiser(nn.Module):
 
 
 def adapt(model: Any, config: PeftConfig, name: str = ADAPTER) -> Any:
-    """Return `model` with the adapter. `model` itself changes; it is wrapped if PEFT keeps state in
-    the wrapper.
+    """Add the adapter to `model` in place. Return it, wrapped if PEFT keeps state in the wrapper.
 
     Adapters are float32. PEFT injects them in the dtype of the base layer, which would lose small
     steps.
@@ -180,8 +178,7 @@ def text_config(config: PeftConfig) -> PeftConfig:
 
 
 def _freeze_last_layer(encoder: nn.Module) -> None:
-    """Freeze the encoder's last layer: SDXL reads the states before it, so it would never get a
-    gradient."""
+    """Freeze the last layer: SDXL reads the states before it, so it would never get a gradient."""
     for name, module in encoder.named_modules():
         if name.endswith("encoder.layers"):
             module[-1].requires_grad_(False)  # type: ignore[index]
@@ -246,8 +243,7 @@ def read_checkpoint(model: AdaptedDenoiser, folder: Path) -> None:
 
 
 def _training_state(model: AdaptedDenoiser) -> dict[str, Tensor]:
-    """Return the tensors that training resumes from, by name: trained weights and all of the
-    adapters' tensors."""
+    """Return what training resumes from, by name: trained weights and all adapters' tensors."""
     names, state, seen = model.trained.keys(), {}, set()
     for name, tensor in model.state_dict().items():
         # VeRA's layers share their projections

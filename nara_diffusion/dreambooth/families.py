@@ -178,8 +178,7 @@ Z_IMAGE = Family(
 def _encode_qwen_image(
     pipe: DiffusionPipeline, prompts: list[str], length: int | None
 ) -> Embeddings:
-    """Return the states of Qwen2.5-VL (b, l, d) and their mask (b, l), 1 for text and 0 for
-    padding."""
+    """Return Qwen2.5-VL's states (b, l, d) and mask (b, l), 1 for text and 0 for padding."""
     states, mask = pipe.encode_prompt(prompts, max_sequence_length=length)
     return states, torch.ones(
         states.shape[:2], dtype=torch.int64, device=states.device
@@ -221,8 +220,7 @@ QWEN_IMAGE = Family(
 
 
 def _wan_inputs(call: Call) -> dict[str, Any]:
-    """Return the inputs for an image as a video of one frame; Wan 2.2's 5B takes one timestep a
-    token."""
+    """Return the inputs of a one-frame video; Wan 2.2's 5B takes one timestep a token."""
     timestep, (height, width) = call.timestep, call.sample.shape[2:]
     if call.family.timestep_of_tokens:
         timestep = timestep[:, None].expand(-1, (height // 2) * (width // 2))

@@ -95,8 +95,7 @@ class Family:
         time_ids: Tensor,
         embeddings: Embeddings,
     ) -> Tensor:
-        """Return the prediction (b, c, h, w) that the objective compares with its target; shapes as
-        in `Call`."""
+        """Return the prediction (b, c, h, w) for the objective's target; shapes as in `Call`."""
         # equals `denoiser.dtype`, which walks over all modules
         kept: Any = getattr(denoiser, "_keep_in_fp32_modules", None) or ()
         names = denoiser.named_parameters()

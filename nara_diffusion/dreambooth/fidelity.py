@@ -1,5 +1,4 @@
-"""Measure before, during and after training: subject fidelity, prompt fidelity, and the loss over
-λ.
+"""Measure before, during and after training: subject and prompt fidelity, and the loss over λ.
 
     image similarity    mean cosine between generated images and those of the subject; CLIP
                         recognises kinds of things, DINO the individual thing
@@ -99,8 +98,7 @@ class Encoder:
         return self._embed(images, embed)
 
     def texts(self, texts: Sequence[str]) -> torch.Tensor:
-        """Return unit vectors (n, d) float32 on the CPU, to compare with those of images; only CLIP
-        has them."""
+        """Return unit vectors (n, d) float32 on the CPU, to compare with images; needs CLIP."""
         self.check_text()
         tokenizer = AutoTokenizer.from_pretrained(self.name)
         length = self.model.config.text_config.max_position_embeddings
@@ -175,8 +173,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Measure `pipe`, which has no adapters, with those of a folder; all processes share the
-    work."""
+    """Measure `pipe`, the base, with the adapters of a folder; all processes share the work."""
 
     run: Run
     pipe: Any  # the base model's pipeline, which samples
@@ -196,8 +193,7 @@ class Evaluation:
         return rows
 
     def measure(self, folder: Path | None, name: str) -> Measurement:
-        """Measure with the adapter in `folder`, loaded as a user loads it; without an adapter if it
-        is None.
+        """Measure with the adapter in `folder`, loaded as a user loads it; None: without one.
 
         `name` is the title of the progress bar.
         """
@@ -230,8 +226,7 @@ class Evaluation:
         return image_similarity(self.similarity, images, references)
 
     def validate(self, model: torch.nn.Module) -> dict[str, float]:
-        """Measure `model` in training, as accelerate wrapped it. Write a sheet of samples, and
-        return the figures to log."""
+        """Return figures of `model`, as accelerate wrapped it, to log; write a sheet of samples."""
         accelerator, folder = self.run.accelerator, self.run.folder / ".partial-validation"
         folder.mkdir(exist_ok=True)
         try:
@@ -270,8 +265,7 @@ class Evaluation:
 
 
 def load_encoders(args: Any, device: torch.device) -> dict[str, Encoder | None]:
-    """Return the encoders of an `Evaluation` that a run's arguments name; load one that both name
-    only once."""
+    """Return an `Evaluation`'s encoders; load one that both arguments name only once."""
     names = sorted({args.similarity_model, args.alignment_model} - {None})
     encoders: dict[str | None, Encoder] = {
         name: _load_encoder(args, name, device) for name in names

@@ -1,5 +1,4 @@
-"""The flags of dreambooth/train.py, in groups. Flags that diffusers' own script has keep its
-names."""
+"""The flags of dreambooth/train.py, in groups, with diffusers' names where its script has them."""
 
 # ruff: noqa: RUF009 (option() is dataclasses.field() with metadata, not a shared default)
 from __future__ import annotations

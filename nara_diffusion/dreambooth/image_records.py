@@ -167,8 +167,7 @@ def make_records(
     *,
     progress: bool = True,
 ) -> list[ImageRecord]:
-    """Return the record of each image. Decode each once, to get its size and check that it is
-    whole.
+    """Return the record of each image, after decoding each once for its size and to check it.
 
     Args:
         sources: (name, function that returns the bytes of the file) of each image.
@@ -214,8 +213,7 @@ def _record(name: str, read: Callable[[], bytes], prompt: str) -> ImageRecord:
 
 
 def trained_on(records: Sequence[ImageRecord], folder: str | Path, prompt: str | None) -> str:
-    """Return a description of the images: how many, and with their own captions or the instance
-    prompt."""
+    """Return a description of the images: their number, with their own captions or the prompt."""
     own = sum(record.prompt != (prompt or "").strip() for record in records)
     images = counted(len(records), "image")
     if not own:

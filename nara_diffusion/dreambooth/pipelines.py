@@ -76,8 +76,7 @@ def model_index(name: str, **hub: Any) -> dict[str, Any]:
 
 
 def native_resolution(name: str, family: Family, **hub: Any) -> int | None:
-    """Return the side, in pixels, of the images that a model was made for; None if its
-    configuration has none."""
+    """Return the native side of a model's images, in pixels; None if not in its configuration."""
     read: Any = AutoencoderKL.load_config  # loads any model's configuration
     try:
         side = read(name, subfolder=family.denoiser, **hub).get("sample_size")
@@ -184,8 +183,7 @@ def modules_of(pipe: Any) -> dict[str, nn.Module]:
 
 
 def folders_of(args: Any, pipe: Any) -> dict[str, Path]:
-    """Return {component: folder} of the loaded models and scheduler; `args` is a
-    DreamBoothArguments."""
+    """Return {component: folder} of the models and scheduler that a DreamBoothArguments loads."""
     root = local_folder(args.pretrained_model_name_or_path, revision=args.revision)
     folders = {name: root / name for name in (*modules_of(pipe), "scheduler")}
     if args.pretrained_vae_model_name_or_path is not None:
@@ -194,8 +192,7 @@ def folders_of(args: Any, pipe: Any) -> dict[str, Path]:
 
 
 def sharing_pipeline(pipe: Any, dtype: torch.dtype) -> Any:
-    """Return a pipeline with its own modules around the parameters of `pipe`, which has no adapter
-    yet.
+    """Return a pipeline with new modules around the parameters of `pipe`, which has no adapter yet.
 
     The autoencoder is in `dtype`. It computes the same bits as a pipeline loaded in `dtype`.
     """
@@ -222,8 +219,7 @@ def sharing_pipeline(pipe: Any, dtype: torch.dtype) -> Any:
 def shipped_run(
     given: Mapping[str, Any], config: Path = CONFIGS / "sd_tiny_flow.yaml"
 ) -> dict[str, Any]:
-    """Return the arguments of the shipped run in `config`, or the defaults for the model that was
-    `given`."""
+    """Return the shipped run's arguments from `config`, or the `given` model's defaults."""
     if "pretrained_model_name_or_path" in given:
         return family_defaults(given)
     return shipped_settings(

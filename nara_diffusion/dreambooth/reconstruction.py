@@ -29,8 +29,7 @@ AT_MOST = 32
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """The first images of a run as its autoencoder shows them: their middle, at the training
-    size."""
+    """The first images of a run as its autoencoder shows them: their middle, at training size."""
 
     images: Sequence[Image.Image]
     psnr: float  # in dB, the mean over the images

@@ -1,5 +1,4 @@
-"""Generate images: samples, their files and a sheet of them, and class images for prior
-preservation."""
+"""Generate images: samples, with files and a sheet, and class images for prior preservation."""
 
 from __future__ import annotations
 
@@ -76,8 +75,7 @@ def render(
     generators: Sequence[torch.Generator],
     call: Mapping[str, Any],
 ) -> list[Image.Image]:
-    """Return an image for each of b prompts. A pipeline of a family gets its own arguments, any
-    other callable `call`."""
+    """Return an image a prompt; any callable but a family's pipeline gets `call` unchanged."""
     family = BY_PIPELINE.get(type(pipe).__name__)
     options = dict(call) if family is None else family.sampling(dict(call), len(prompts))
     output = pipe(prompt=list(prompts), generator=list(generators), **options)
@@ -127,8 +125,7 @@ def write_grid(
     columns: Mapping[str, Sequence[Image.Image]],
     references: Mapping[str, Sequence[Image.Image]] = MappingProxyType({}),
 ) -> None:
-    """Write a PNG: images of the subject, then for each prompt its images of each column, side by
-    side.
+    """Write a PNG: images of the subject, then each prompt's images, column by column.
 
     Args:
         prompts: one for each row, drawn above it with the titles of the columns.

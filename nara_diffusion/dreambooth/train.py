@@ -118,8 +118,7 @@ class FineTuning:
         self.measured_on = self._dataset(held_out, buckets) if held_out else self.dataset
 
     def _refuse_sharding(self) -> None:
-        """Raise ValueError for engines that shard the model: sampling needs all of it on each
-        process."""
+        """Raise ValueError for engines that shard the model; sampling needs it whole."""
         kind = self.run.accelerator.distributed_type
         if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
             raise ValueError(
@@ -163,8 +162,7 @@ class FineTuning:
         return sizes
 
     def _class_images(self) -> list[ImageRecord]:
-        """Return the images of prior preservation, after generating missing ones; none without it,
-        or in a check."""
+        """Return the images of prior preservation, if it is on; generate missing ones."""
         args, run = self.args, self.run
         if args.class_prompt is None or args.check:
             return []
@@ -202,8 +200,7 @@ class FineTuning:
         )
 
     def train(self) -> None:
-        """Train from the start or a checkpoint to the last step. Write the adapter to the run's
-        folder."""
+        """Train from the start or a checkpoint to the last step. Write the adapter."""
         args, run = self.args, self.run
         steps = run.plan(len(self.instances))
         self.evaluation = self._evaluation()
@@ -234,8 +231,7 @@ class FineTuning:
         save_adapter(run.accelerator, denoiser, run.folder, write_adapter)
 
     def _evaluation(self) -> Evaluation:
-        """Return the evaluation of the base's pipeline. Call it before the pipeline has an
-        adapter."""
+        """Return the evaluation of the base's pipeline, which must not have an adapter yet."""
         args, samples = self.args, self.measured_on.plain_samples()
         measured = (self.step.objective.unweighted, self.step.latents, samples, self.family)
         loss = ValidationLoss(*measured, args.seed, args.curve_points, args.train_batch_size)

@@ -105,8 +105,7 @@ def training_step(
     device: torch.device,
     group_size: int,
 ) -> TrainingStep:
-    """Return the loss of a run for the denoiser of `pipe`, which keeps the prediction type of its
-    scheduler."""
+    """Return a run's loss; the denoiser of `pipe` keeps its scheduler's prediction type."""
     objective = build_objective(
         pipe.scheduler,
         snr_gamma=args.snr_gamma,
@@ -141,8 +140,7 @@ def training_step(
 
 @dataclass(frozen=True)
 class ValidationLoss:
-    """The objective without weights, at equally spaced noise levels, on the same noise each
-    time."""
+    """The unweighted objective at equally spaced noise levels, on the same noise each time."""
 
     objective: Objective  # with weights of 1
     latents: LatentCache

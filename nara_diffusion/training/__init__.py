@@ -1,2 +1,1 @@
-"""The parts that both train scripts share: arguments, runs, checkpoints, the training loop,
-reports."""
+"""What both train scripts share: arguments, runs, checkpoints, the training loop, reports."""

@@ -96,8 +96,7 @@ def _check_predictions(
     schedulers: Iterable[Mapping[str, Any] | None],
     source_model: DiffusionPipeline | PreTrainedModel,
 ) -> None:
-    """Raise ValueError if a component was trained for another prediction than the model's scheduler
-    expects."""
+    """Raise ValueError if a component was trained for another prediction than the scheduler's."""
     for fields in schedulers:
         check_expected(getattr(source_model, "scheduler", None), fields)
 
@@ -157,8 +156,7 @@ def _check_same(config: PeftConfig, given: NaraConfig, origin: str) -> None:
 def write_adapter(
     model: PeftModel | PreTrainedModel, folder: Path, state: dict[str, Tensor]
 ) -> None:
-    """Write the files that a user loads onto the base model, or in its place. A
-    `checkpoints.Writer`."""
+    """Write what a user loads onto the base model, or in its place. A `checkpoints.Writer`."""
     if isinstance(model, PeftModel):
         # the base model has the embeddings; PEFT would reload its configuration to find out
         model.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False)

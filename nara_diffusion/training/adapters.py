@@ -103,8 +103,7 @@ NAMED = {
 
 
 def method_of(args: AdapterArguments) -> Method:
-    """Return the method that `args.adapter` names. Raise ValueError if there is none, or it can't
-    be trained here."""
+    """Return the method `args.adapter`. Raise ValueError if it is unknown or untrainable here."""
     chosen = args.adapter
     method = NAMED.get(chosen, Method(chosen, chosen.replace("_", " ")))
     if chosen in _REFUSED:
@@ -120,8 +119,7 @@ def method_of(args: AdapterArguments) -> Method:
 
 
 def title_of(args: AdapterArguments) -> str:
-    """Return the usual name of the method in `args`, such as "NaRA-C" for `nara` with a constant
-    core."""
+    """Return the method's usual name, such as "NaRA-C" for `nara` with a constant core."""
     method, config = method_of(args), adapter_config(args)
     title = method.title
     if method.family == "nara" and "core_type" not in method.fixed:
@@ -236,8 +234,7 @@ def _values(args: AdapterArguments, method: Method, options: Mapping[str, Any]) 
 
 
 def import_core_module(name: str) -> None:
-    """Import the module `name`. If it ends in .py, import that file and add its folder to
-    `sys.path`.
+    """Import the module `name`, or the file if it ends in .py; add its folder to `sys.path`.
 
     Raises:
         ValueError: there is no such module, its import fails, or it registers no core.
@@ -331,8 +328,7 @@ def check_target_modules(model: nn.Module, targets: Any) -> None:
 
 
 def recompute_activations(model: PreTrainedModel) -> None:
-    """Turn on gradient checkpointing by the model's own method, in the form that needs no gradient
-    at the inputs."""
+    """Turn on the model's gradient checkpointing, in the form without gradient at the inputs."""
     # the name up to transformers 5.23, deprecated since then
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
     enable({"use_reentrant": False})

@@ -16,8 +16,7 @@ from .optimization import check_optimizer
 
 
 def check_arguments(args: TrainingArguments) -> None:
-    """Raise ValueError for values that no run can use. Each script's arguments call it in
-    `__post_init__`."""
+    """Raise ValueError for values that no run can use. The arguments' `__post_init__` calls it."""
     counts = (
         "rank",
         "train_batch_size",

@@ -1,5 +1,4 @@
-"""The arguments that both train scripts share, in groups; a script inherits from them to add its
-own."""
+"""The arguments that both train scripts share, in groups; each script inherits from them."""
 
 # ruff: noqa: RUF009 (option() is dataclasses.field() with metadata, not a shared default)
 from __future__ import annotations
@@ -22,8 +21,7 @@ OPTIMIZERS = {
 }
 """{optimizer: (its module, its class)}."""
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt")
-"""The schedules of transformers that depend on step and warm-up only; others need a metric or more
-settings."""
+"""Transformers' schedules that need only step and warm-up; others need a metric or settings."""
 
 
 @dataclass
@@ -210,8 +208,7 @@ class TrainingArguments(AdapterArguments, OptimizationArguments, WindowArguments
 
 
 def schedule_of(args: WindowArguments) -> StrengthSchedule | None:
-    """Return the strength schedule of the trained adapter: 0 outside of the window; None without a
-    window.
+    """Return the adapter's strength schedule, 0 outside of the window; None without a window.
 
     A NaRA's file stores it. A LoRA's can't; the run says how to set it.
     """
@@ -230,8 +227,7 @@ _PLACES = re.compile(
 
 
 def without_folders(text: str, args: TrainingArguments) -> str:
-    """Return `text` for publication: each absolute path among the arguments is cut to its last
-    part."""
+    """Return `text` for publication, with the arguments' absolute paths cut to their last part."""
     places = [
         v
         for name, v in given_arguments(args).items()

@@ -1,5 +1,4 @@
-"""The folder checkpoint-N: all that a run needs to continue after step N as if it had never
-stopped.
+"""The folder checkpoint-N: all that a run needs to continue after step N as if it never stopped.
 
     checkpoint-N/adapter_config.json,        the adapter, written by the run's `Writer`
                  adapter_model.safetensors
@@ -49,8 +48,7 @@ from .options import given_arguments
 logger = logging.getLogger(__name__)
 
 Writer = Callable[[Any, Path, dict[str, Any]], None]
-"""Write an adapter's files, given (the model without wrappers, the folder, the model's state
-dict)."""
+"""Write an adapter's files: (model without wrappers, folder, the model's state dict) → None."""
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _LENGTH = "max_train_steps num_train_epochs check logging_steps validation_steps"
@@ -81,8 +79,7 @@ def save_checkpoint(
     write: Writer,
     limit: int | None,
 ) -> None:
-    """Write the checkpoint `target`, and delete the oldest ones beside it beyond `limit`. Every
-    process calls it.
+    """Write the checkpoint `target`. Delete the oldest beyond `limit`. Every process calls it.
 
     Args:
         facts: the run's fields of the manifest.
@@ -129,8 +126,7 @@ def _digests_of_files(folder: Path) -> dict[str, tuple[int, str]]:
 
 
 def save_adapter(accelerator: Accelerator, model: Any, folder: Path, write: Writer) -> None:
-    """Write the adapter's files to `folder`. Every process calls it. Raises OSError, as
-    `save_checkpoint`."""
+    """Write the adapter's files to `folder`, on every process. Raises as `save_checkpoint`."""
     state = trained_state(accelerator, model)
     if accelerator.is_main_process:
         try:
@@ -183,8 +179,7 @@ def last_checkpoint(folder: Path) -> str:
 
 @contextmanager
 def explained_disk_errors(folder: Path) -> Iterator[None]:
-    """Add the file's name, and the checkpoint in `folder` to resume from, to errors of a full or
-    read-only disk."""
+    """Add the file, and the checkpoint in `folder` to resume from, to errors of a full disk."""
     try:
         yield
     except OSError as error:
@@ -290,8 +285,7 @@ def check_random_states(checkpoint: Path, process: int) -> None:
 
 
 def warn_of_pickles(checkpoint: Path, engine: str) -> None:
-    """Log that resuming unpickles files of the checkpoint, if `engine` (see `engine_name`) does
-    so."""
+    """Log that resuming under `engine` (see `engine_name`) unpickles files, if it does."""
     if engine not in ("one process or DDP", "FSDP2 with FULL_STATE_DICT"):  # read with weights_only
         logger.warning(
             "%s: %s keeps its state in pickles, and resuming runs the code in them: resume only checkpoints that you "

@@ -1,5 +1,4 @@
-"""The command line of both train scripts: arguments from flags and a YAML file, logging, and
-one-line errors.
+"""The command line of both train scripts: flags and a YAML file, logging, one-line errors.
 
 Flags win over the file given as `--config`, the file wins over the defaults, and both are checked
 alike. `--help` shows the common options, `--help_all` all of them. Hyphens in a flag count as
@@ -55,8 +54,7 @@ _METAVARS: dict[type, str] = {
 }
 
 CONFIGS = Path(__file__).resolve().parents[2] / "train_scripts" / "configs"
-"""The settings of the shipped runs. Only a clone of the repository has them, and their models and
-data."""
+"""The shipped runs' settings. Only a clone has them, with their models and data."""
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 Defaults = Callable[[Mapping[str, Any]], Mapping[str, Any]]
@@ -238,8 +236,7 @@ def run_command(
     about: str | None,
     defaults: Defaults,
 ) -> None:
-    """Log progress from the first process and warnings from all, read the command line, and call
-    `main` with it.
+    """Log progress (first process) and warnings (all), read the command line, and call `main`.
 
     With --check, the command `nara check` gets the arguments instead of `main`.
 
@@ -285,8 +282,7 @@ def _terminate(number: int, _: object) -> None:
 def shipped_settings(
     config: Path, given: Mapping[str, Any], own: Sequence[str], *, toy: str, told: str, advice: str
 ) -> dict[str, Any]:
-    """Return the arguments of a shipped run, from the file `config`. If the user gives data, leave
-    its data out.
+    """Return a shipped run's arguments, from `config`, without its data if the user gives data.
 
     Args:
         given: the user's arguments.

@@ -1,5 +1,4 @@
-"""Save and restore the state of an engine's training: trained weights, optimizer, schedule and
-random states.
+"""Save and restore an engine's state: trained weights, optimizer, schedule, random states.
 
 | engine           | weights                        | optimizer, in a checkpoint                  |
 |------------------|--------------------------------|---------------------------------------------|
@@ -58,8 +57,7 @@ def trained_state(accelerator: Accelerator, model: nn.Module) -> dict[str, Tenso
 
 
 def save_state(accelerator: Accelerator, folder: Path) -> None:
-    """Write optimizer, schedule, scaler and random states, but no weights, to `folder`. Every
-    process calls it."""
+    """Write optimizer, schedule, scaler and random states, not weights; every process calls it."""
     engine = accelerator.distributed_type
     [model], [optimizer] = accelerator._models, accelerator._optimizers
     if engine == DistributedType.FSDP:

@@ -1,5 +1,4 @@
-"""accelerate's engines (one process, DDP, FSDP2, DeepSpeed): start one, load and prepare a model
-for it."""
+"""Start accelerate's engines (one process, DDP, FSDP2, DeepSpeed), and load and prepare models."""
 
 from __future__ import annotations
 
@@ -32,16 +31,14 @@ SHARDED = {
     DistributedType.FSDP: ("ACCELERATE_USE_FSDP", "FSDP"),
     DistributedType.DEEPSPEED: ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
 }
-"""{engine with a forward that hangs unless all processes run it: (environment variable that asks
-for it, its name)}."""
+"""{engine that needs all processes in each forward: (environment variable to select it, name)}."""
 
 
 # ---------------------------------------------------------------- starting
 
 
 def start_accelerator(args: TrainingArguments) -> Accelerator:
-    """Return the engine that the launcher asked for. `args`, not the launcher's files, set
-    accumulation and clipping.
+    """Return the launcher's engine, but with accumulation and clipping from `args`.
 
     Raises:
         ValueError: the launcher asks for FSDP1; for an engine or fp16 that needs a GPU, without
@@ -119,15 +116,13 @@ def accumulation_steps(args: TrainingArguments, processes: int) -> int:
 
 
 def global_batch(accelerator: Accelerator, args: TrainingArguments) -> int:
-    """Return the number of samples in one optimizer step, over all processes and accumulated
-    forwards."""
+    """Return the samples in an optimizer step, over all processes and accumulated forwards."""
     forwards = accelerator.gradient_accumulation_steps * accelerator.num_processes
     return args.train_batch_size * forwards
 
 
 def check_sharded(accelerator: Accelerator, args: TrainingArguments) -> None:
-    """Raise ValueError for arguments that an engine of `SHARDED` would train or save
-    differently."""
+    """Raise ValueError for arguments that a `SHARDED` engine would train or save differently."""
     stage, name = zero_stage(accelerator), SHARDED[accelerator.distributed_type][1]
     wrong = ""
     if method_of(args).family == "prompt" and stage in (0, 3):
@@ -171,8 +166,7 @@ def deepspeed_plugin(accelerator: Accelerator) -> DeepSpeedPlugin:
 def split_across_processes(
     accelerator: Accelerator, count: int, work: Callable[[Sequence[int]], Sequence[Any]]
 ) -> list[Any]:
-    """Return the results of `work` for 0 … count − 1, in order, on every process. Each process
-    computes a share.
+    """Return `work`'s results for 0 … count − 1, in order, on every process; all share the work.
 
     Args:
         work: from indices to a picklable result for each.

@@ -1,5 +1,4 @@
-"""The training loop of both scripts (accumulate, check, clip, step, log, validate, save, stop) and
-its data.
+"""The training loop of both scripts: accumulate, clip, step, log, validate, save, stop; its data.
 
 The loss of an optimizer step is the mean over its global batch: each forward's loss is the mean
 over its samples, accelerate divides by the accumulated forwards, and DDP averages over processes.
@@ -41,8 +40,7 @@ _ECHO = 2.0  # s; a second SIGINT within this time is the launcher's copy of the
 
 
 class StepLoss(Protocol):
-    """A loss function's value: the scalar to differentiate, and the losses (b,) and λ (b,) of its
-    samples."""
+    """A loss function's value: the scalar to differentiate; its samples' losses (b,) and λ (b,)."""
 
     @property
     def loss(self) -> Tensor: ...
@@ -87,8 +85,7 @@ def train(
     compute_loss: Callable[[Any], StepLoss],
     validate: Callable[[], dict[str, float]],
 ) -> None:
-    """Take the optimizer steps from `run.step` to `run.total_steps`, with what `prepare_training`
-    returned.
+    """Take the steps from `run.step` to `run.total_steps`, with what `prepare_training` returned.
 
     Args:
         compute_loss: batch → `StepLoss`, through `model`'s own `__call__`.
@@ -131,8 +128,7 @@ def train(
 
 
 def _collect(run: Run, step: StepLoss) -> None:
-    """Gather the losses of all processes, and raise if one isn't finite, before it can reach the
-    weights."""
+    """Gather all processes' losses. Raise if one isn't finite, before it reaches the weights."""
     losses = cast(Tensor, run.accelerator.gather(step.per_sample.detach().float()))
     if not losses.isfinite().all():
         raise _diverged(run, f"the loss became {losses[~losses.isfinite()][0].item()}")
@@ -141,8 +137,7 @@ def _collect(run: Run, step: StepLoss) -> None:
 
 
 def _prepare_gradients(run: Run, model: torch.nn.Module, optimizer: AcceleratedOptimizer) -> None:
-    """Drop the core's gradients in the first stage, clip all gradients, and raise if one isn't
-    finite."""
+    """Drop the core's gradients in the first stage, clip all, and raise if one isn't finite."""
     if run.step < run.args.core_start_step:
         hold_core(optimizer)
     limit = math.inf if run.args.max_grad_norm is None else run.args.max_grad_norm
@@ -190,8 +185,7 @@ def _stop(run: Run, number: int, is_saved: bool) -> None:
 
 
 def _signal_of_any_process(run: Run, number: int) -> int:
-    """Return the signal that some process got, or 0, so that all processes stop at the same
-    step."""
+    """Return the signal that any process got, or 0, so that all stop at the same step."""
     if run.accelerator.num_processes == 1:
         return number
     numbers = torch.tensor([number], device=run.accelerator.device)
@@ -231,8 +225,7 @@ class InterruptRequest:
 
 
 class ShuffledStream(Dataset):
-    """An endless stream: `stream[p]` is the sample at position p, a dict with p under the key
-    "position"."""
+    """An endless stream: `stream[p]` is the dict at position p, with p as its "position"."""
 
     def __init__(self, samples: Sequence[dict[str, Any]] | Any, seed: int):
         if len(samples) == 0:
@@ -258,8 +251,7 @@ class ShuffledStream(Dataset):
 def stream_loader(
     stream: Any, collate: Callable[[list[dict]], Any], *, batch_size: int, first: int, stop: int
 ) -> DataLoader:
-    """Return batches of consecutive positions from `first` to before `stop`; accelerate deals them
-    out to the processes."""
+    """Return batches of positions `first` … `stop` − 1; accelerate deals them to the processes."""
     # without this, each start draws from the global generator, and a resumed run starts twice
     generator = torch.Generator().manual_seed(0)
     positions: Any = range(first, stop)

@@ -1,5 +1,4 @@
-"""checkpoint.json, the manifest of a checkpoint; and the digests that identify files, data and
-base."""
+"""A checkpoint's manifest, checkpoint.json, and the digests that identify files, data and base."""
 
 from __future__ import annotations
 
@@ -33,8 +32,7 @@ def _own_digest(manifest: Mapping[str, Any]) -> str:
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """Return the content of checkpoint.json. If it has no digest, check only the names of its
-    fields.
+    """Return checkpoint.json's content. Without its digest, check only the names of its fields.
 
     Raises:
         ValueError: it is missing, corrupt, or of version 0.1.
@@ -76,8 +74,7 @@ def digest_file(path: Path) -> str:
 
 
 def digest_base(folders: Mapping[str, Path], variant: str | None = None) -> dict[str, str]:
-    """Return {part: its digest} of a model's files: one for all weights, one for each
-    configuration.
+    """Return {part: digest} of a model's files: one for all weights, one a configuration.
 
     Args:
         folders: {component: its folder}; the name is empty if the model has no components.
@@ -107,8 +104,7 @@ def _weight_files(folder: Path, variant: str | None) -> list[Path]:
 
 
 def local_folder(name: str, *, revision: str | None = None) -> Path:
-    """Return the folder of a model that `from_pretrained` has loaded: `name`, or its local copy
-    from the Hub."""
+    """Return the folder of a loaded model: `name`, or its local copy from the Hub."""
     return Path(
         name
         if Path(name).is_dir()

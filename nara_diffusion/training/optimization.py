@@ -1,5 +1,4 @@
-"""The optimizer and its schedule, with separate learning rates for A and B, the core, and text
-encoders."""
+"""The optimizer and its schedule, with learning rates for A and B, the core, and text encoders."""
 
 from __future__ import annotations
 
@@ -29,8 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_optimizer(args: OptimizationArguments) -> None:
-    """Raise ValueError for an optimizer that isn't installed or lacks an option, or a schedule
-    without warm-up."""
+    """Raise ValueError for a missing optimizer or option, or a warm-up that the schedule lacks."""
     known = [
         name
         for name in inspect.signature(_class_of(args.optimizer)).parameters
@@ -129,8 +127,7 @@ def _parameter_groups(model: nn.Module, args: TrainingArguments) -> list[dict[st
 def build_lr_scheduler(
     optimizer: torch.optim.Optimizer, args: OptimizationArguments, total_steps: int
 ) -> LRScheduler:
-    """Return the schedule over `total_steps` optimizer steps. Call its `step` once a step, on any
-    number of processes.
+    """Return the schedule over `total_steps`. Step it once a step, on any number of processes.
 
     `lr_warmup_steps` below 1 is a share of all steps.
     """
@@ -147,8 +144,7 @@ def is_core_parameter(name: str) -> bool:
 
 
 def hold_core(optimizer: Any) -> None:
-    """Delete the core's gradients, so that the next step leaves its weights and its Adam moments
-    unchanged."""
+    """Delete the core's gradients, so that a step leaves its weights and Adam moments unchanged."""
     for group in optimizer.param_groups:
         if group.get("name") == "core":
             for parameter in group["params"]:

@@ -1,5 +1,4 @@
-"""Options: the fields of a dataclass of arguments, and their values as the types that the
-annotations name.
+"""Options: fields of a dataclass of arguments, and their values as the annotated types.
 
 Each field is declared with `option(default, help, …)`. A value comes from a flag or from a YAML
 file:
@@ -131,8 +130,7 @@ def options_within(cls: type | DataclassInstance, container: str) -> dict[str, d
 
 
 def gathered(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `values`, but move those of fields that are declared `within` a dict into that
-    dict."""
+    """Return `values`, with those of fields declared `within` a dict moved into that dict."""
     found: dict[str, Any] = dict(values)
     for field in dataclasses.fields(cls):
         container = field.metadata["within"]
@@ -142,8 +140,7 @@ def gathered(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def spread_options(args: DataclassInstance) -> None:
-    """Set the fields that are declared `within` a dict from that dict. Call it first in
-    `__post_init__`.
+    """Set fields declared `within` a dict from that dict. Call it first in `__post_init__`.
 
     Raises:
         ValueError: a dict has another name, or a value of another type.
@@ -195,8 +192,7 @@ def kind_of(annotation: Any) -> type:
 
 
 def converted(origin: str, value: Any, annotation: Any, metadata: Mapping[str, Any]) -> Any:
-    """Return a word or words of the command line, or a value of JSON or YAML, as the annotated
-    type.
+    """Return words of the command line, or a value of JSON or YAML, as the annotated type.
 
     Args:
         origin: where the value comes from, for errors.

@@ -1,5 +1,4 @@
-"""A run's reports for people: a table on the screen, a plot over λ, the model card,
-results.json."""
+"""A run's reports for people: a table, a plot over λ, the model card, results.json."""
 
 from __future__ import annotations
 
@@ -239,8 +238,7 @@ def window_facts(args: TrainingArguments) -> dict[str, str]:
 
 
 def core_import(args: TrainingArguments) -> str:
-    """Return the line of a model card's code that registers a custom core; empty for other
-    adapters."""
+    """Return the model card's line of code that registers a custom core; empty for others."""
     if method_of(args).family != "nara" or args.core_type in BUILT_IN:
         return ""
     if args.core_module is None:
@@ -259,8 +257,7 @@ _ADVICE = {
 
 
 def advice(results: Mapping[str, Any]) -> list[str]:
-    """Return advice on figures that training didn't improve: losses that didn't fall, shares that
-    didn't rise."""
+    """Return advice on figures that training didn't improve (losses and shares)."""
     lines = []
     for name, line in _ADVICE.items():
         before, after = results.get(f"{name}_before"), results.get(f"{name}_after")
@@ -283,8 +280,7 @@ def finish(
     describe: Callable[[], Mapping[str, Any]],
     **others: Any,
 ) -> dict[str, Any]:
-    """Write a run's card and results.json, upload the folder if asked to, and print the table.
-    Return the results.
+    """Write card and results.json, upload if asked to, print the table. Return the results.
 
     Args:
         before, after: two measurements; results.json has their attributes `names`.

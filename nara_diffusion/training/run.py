@@ -107,14 +107,12 @@ class Run(Generic[Args]):
 
     @property
     def weights_dtype(self) -> torch.dtype:
-        """Dtype to load the model in: float32 if all weights are trained; other dtypes lose small
-        steps."""
+        """Dtype to load the model in: float32 to train all weights; others lose small steps."""
         return torch.float32 if method_of(self.args).family == "full" else self.dtype
 
     @property
     def fuses_optimizer(self) -> bool:
-        """True if AdamW may be PyTorch's fused one, which takes a third of the time for an
-        adapter's many tensors.
+        """True if AdamW may be the fused one, which takes a third of the time for an adapter's tensors.
 
         It may not be with fp16: the fused optimizer itself skips the steps that overflow, but
         accelerate recognises a skipped step by a missing call and would step the schedule. Nor
@@ -128,8 +126,7 @@ class Run(Generic[Args]):
     # ---------------------------------------------------------------- data, base and steps
 
     def record_data_digest(self, what: str, texts: Iterable[str]) -> None:
-        """Record the digest of "training data" or "validation data" for the run's checkpoints. Call
-        it before `plan`.
+        """Record the digest of "training data" or "validation data"; call it before `plan`.
 
         A resumed run warns if the data have changed. The order of other training data starts anew.
         """
@@ -231,16 +228,14 @@ class Run(Generic[Args]):
             logger.info("the schedule now has %d steps instead of %d", self.total_steps, before)
 
     def log(self, values: Mapping[str, float]) -> None:
-        """Append `values` of this step to metrics.jsonl, and pass them to the trackers, from the
-        main process."""
+        """Write this step's `values` to metrics.jsonl and the trackers, from the main process."""
         if self.is_main:
             with (self.folder / METRICS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": self.step, **values}) + "\n")
         self.accelerator.log(dict(values), step=self.step)
 
     def save_checkpoint(self) -> None:
-        """Write checkpoint-N of this step; see `checkpoints.save_checkpoint`. Every process calls
-        it."""
+        """Write this step's checkpoint (`checkpoints.save_checkpoint`). Every process calls it."""
         target = self.folder / f"checkpoint-{self.step}"
         limit = self.args.checkpoints_total_limit
         save_checkpoint(self.accelerator, target, self.facts_of_checkpoint(), self.write, limit)
@@ -260,8 +255,7 @@ class Run(Generic[Args]):
         }
 
     def upload(self) -> None:
-        """Upload the folder, without its checkpoints, to the repository of `--hub_model_id`, if
-        there is one."""
+        """Upload the folder, except checkpoints, to the repository `--hub_model_id`, if given."""
         if self.hub_id is None:
             return
         HfApi().upload_folder(

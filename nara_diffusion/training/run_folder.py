@@ -93,8 +93,7 @@ def _lock(args: TrainingArguments, name: str, undo: ExitStack) -> Path:
 
 
 def _folder_of(args: TrainingArguments, name: str) -> Path:
-    """Return the run's folder. Without --output_dir, `latest` means the newest numbered one with a
-    checkpoint."""
+    """Return the run's folder. Without --output_dir, `latest` is the newest with a checkpoint."""
     if args.output_dir is not None:
         return Path(args.output_dir)
     if (given := args.resume_from_checkpoint) is not None and len(Path(given).parts) > 1:
@@ -112,8 +111,7 @@ def _folder_of(args: TrainingArguments, name: str) -> Path:
 
 
 def _checkpoint(args: TrainingArguments, folder: Path) -> Path | None:
-    """Return the checkpoint to continue from; None for a new run, which needs a folder without
-    another run's files."""
+    """Return the checkpoint to continue from; None for a new run in an unused folder."""
     given, checkpoint = args.resume_from_checkpoint, None
     if given == "latest":
         if (checkpoint := latest_whole(folder)) is None and not _same_start(args, folder):
@@ -146,8 +144,7 @@ def _checkpoint(args: TrainingArguments, folder: Path) -> Path | None:
 
 
 def _check_names_in_optimizer(checkpoint: Path) -> None:
-    """Raise ValueError if FSDP2 wrote the optimizer's state when the core was called "nara_core" in
-    memory."""
+    """Raise ValueError for an optimizer state of FSDP2 that calls the core "nara_core"."""
     files = [*checkpoint.glob("optimizer_*/.metadata"), *checkpoint.glob("optimizer.bin")]
     if any(f"{NAME_IN_FILES}.cores.".encode() in file.read_bytes() for file in files):
         raise ValueError(
@@ -169,8 +166,7 @@ def check_empty(folder: Path, advice: str = _ANEW) -> None:
 
 
 def _same_start(args: TrainingArguments, folder: Path) -> bool:
-    """Return True if a run with these arguments began in `folder` and ended before its first
-    checkpoint."""
+    """Return True if a run with these arguments began in `folder` but left no checkpoint."""
     if not (folder / CONFIG).is_file() or (folder / RESULTS).exists():
         return False
     saved = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))

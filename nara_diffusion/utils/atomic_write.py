@@ -1,5 +1,4 @@
-"""Write files and folders that are whole or absent: everything goes to a temporary name on the same
-disk first."""
+"""Write files and folders whole or not at all, by a temporary name on the same disk."""
 
 from __future__ import annotations
 
@@ -15,8 +14,7 @@ _PARTIAL = ".partial-"
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, for a file or a folder; it becomes `path`, or is
-    removed on any error.
+    """Yield a temporary file or folder beside `path`. It becomes `path`, or is removed on an error.
 
     An OSError without a file name, as on a full disk, gets the name `path`.
     """
@@ -41,8 +39,7 @@ def _name_target(error: BaseException, partial: Path, path: Path) -> None:
 
 @contextmanager
 def atomic_write_files(folder: Path) -> Iterator[Path]:
-    """Yield an empty temporary folder. Its files move into `folder` at the end, or are removed on
-    any error.
+    """Yield an empty temporary folder. Its files move into `folder`, or are removed on an error.
 
     Other files in `folder` stay. A missing `folder` is made, and exists afterwards only on success.
     """
@@ -95,6 +92,5 @@ def delete_folder(folder: Path) -> None:
 
 
 def partial_name(path: Path) -> Path:
-    """Return the temporary name of `path`. The suffix stays last, since some writers choose their
-    format by it."""
+    """Return `path`'s temporary name. The suffix stays last, since some writers need it."""
     return path.with_name(f"{_PARTIAL}{path.name}")

@@ -13,8 +13,7 @@ FILE_SUFFIXES = frozenset([".bin", ".ckpt", ".gguf", ".pt", ".pth", ".safetensor
 
 
 def listed(names: Collection[str], kind: str = "") -> str:
-    """Return the first three of `names`, quoted, and the number of the others, which are of this
-    `kind`."""
+    """Return the first three of `names`, quoted, and the number of the others, by their `kind`."""
     shown = ", ".join(f"'{name}'" for name in list(names)[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more {kind}".rstrip()
 
@@ -31,8 +30,7 @@ def counted(number: int, what: str) -> str:
 def refuse_file(
     source: str | Path, kind: str, remedy: str = "name the folder that it lies in."
 ) -> None:
-    """Raise ValueError if `source` is a file, or is named as one; expected is a folder or
-    repository of `kind`."""
+    """Raise ValueError if `source` names a file, not a folder or repository of `kind`."""
     path = Path(source)
     if path.is_file() or (path.suffix in FILE_SUFFIXES and not path.is_dir()):
         raise ValueError(

@@ -1,5 +1,4 @@
-"""Stratified random numbers: a function of the samples' indices in the training stream, and of
-nothing else.
+"""Stratified random numbers, a function only of the samples' indices in the training stream.
 
 A sample gets the same number in any process, at any batch size, in any order, and in a resumed run.
 In every group of n = `group_size` consecutive indices, each index takes one of the n equal strata
@@ -23,8 +22,7 @@ Generators = Callable[[int], np.random.Generator]
 def stratified_uniform(
     indices: Sequence[int], group_size: int, shift: Generators, value: Generators
 ) -> torch.Tensor:
-    """Return u (b,), float64 in [0, 1), for each index; with a group of 1 the draws are
-    independent.
+    """Return u (b,), float64 in [0, 1), for each index; independent draws if the group is 1.
 
     Args:
         indices: indices of the samples in the training stream.

@@ -1,5 +1,4 @@
-"""Mean, standard deviation and 95 % interval of a few values, such as one figure of several
-training seeds.
+"""Mean, standard deviation and 95 % interval of a few values, such as a figure of several seeds.
 
 With n values of mean m and sample deviation s (n − 1 in the denominator), the interval is m ± t · s
 / √n, where t is the 0.975 quantile of Student's t with n − 1 degrees of freedom.
@@ -14,8 +13,7 @@ from typing import NamedTuple
 
 
 class Interval(NamedTuple):
-    """`low` and `high` bound the 95 % interval. A single value has a mean, and nan for the other
-    three."""
+    """`low` and `high` bound the 95 % interval. Of a single value, only the mean isn't nan."""
 
     mean: float
     std: float
@@ -24,8 +22,7 @@ class Interval(NamedTuple):
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """Return mean, sample standard deviation, and the interval that contains the true mean with 95
-    % confidence."""
+    """Return the mean, the sample standard deviation, and the mean's 95 % confidence interval."""
     from scipy.special import stdtrit
 
     mean, n = fmean(values), len(values)
