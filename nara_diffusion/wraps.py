@@ -149,7 +149,8 @@ def _named(model_id: str | os.PathLike[str], options: Mapping[str, str | None]) 
             f"The adapter in '{where}' is refused: its weights are no whole safetensors file ({error}): download or "
             "save it again."
         ) from error
-    except (TypeError, KeyError, AttributeError) as error:  # PEFT's, for malformed ones
+    except (TypeError, KeyError, AttributeError) as error:
+        # PEFT raises these for malformed configurations
         raise ValueError(
             f"The adapter in '{where}' is refused: {type(error).__name__}: {error}"
         ) from error

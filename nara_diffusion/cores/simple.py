@@ -71,7 +71,7 @@ class KnotsCore(Core):
         self.deviation = nn.Parameter(torch.zeros(knots, rank, rank, dtype=torch.float32))
 
     def forward(self, noise_level: Tensor) -> Tensor:
-        """λ (b,) → C (b, r, r), float32."""
+        """Return C (b, r, r), float32, for λ (b,)."""
         knots = len(self.deviation)
         with without_autocast(noise_level.device):
             place = noise_level.float()[:, None] * (knots - 1)  # (b, 1), from 0 to K − 1
@@ -100,7 +100,7 @@ class RankMaskCore(Core):
         self.min_rank = max(1, rank // 2) if min_rank is None else min(min_rank, rank)
 
     def forward(self, noise_level: Tensor) -> Tensor:
-        """λ (b,) → C (b, r, r), float32."""
+        """Return C (b, r, r), float32, for λ (b,)."""
         directions = torch.arange(self.rank, device=noise_level.device)  # (r,)
         return torch.diag_embed((directions < self.active_rank(noise_level)[:, None]).float())
 
@@ -126,7 +126,7 @@ class BinsCore(Core):
         self.bins = bins
 
     def forward(self, noise_level: Tensor) -> Tensor:
-        """λ (b,) → C (b, r, r), float32."""
+        """Return C (b, r, r), float32, for λ (b,)."""
         block = torch.arange(self.rank, device=noise_level.device) // (
             self.rank // self.bins
         )  # (r,)

@@ -125,7 +125,7 @@ def base_weight(base_layer: nn.Module) -> Tensor:
     """
     weight = getattr(base_layer, "weight", None)
     is_linear = type(base_layer) is nn.Linear
-    if type(weight) is nn.Parameter and (is_linear or not hasattr(base_layer, "W_q")):  # HQQ's
+    if type(weight) is nn.Parameter and (is_linear or not hasattr(base_layer, "W_q")):  # HQQ has it
         return weight
     if type(weight).__name__ == "Int8Params":
         return _dequantised_int8(base_layer, weight)

@@ -136,7 +136,7 @@ class _LinearInOne(Function):
         z = None if g is None else result
         ctx.save_for_backward(x, weight, bias, A, core, B, h, mixed, z, g)
         if g is not None:
-            # a view of the input could not be changed in place
+            # a view could not be changed in place
             return _scaled(result, g, bias, out=torch.empty_like(result))
         ctx.mark_dirty(result)
         return result

@@ -227,7 +227,11 @@ def outer_modules(root: nn.Module) -> list[nn.Module]:
 
 
 def core_holders(model: nn.Module) -> list[Any]:
-    """Return the holders of cores at or below `model`; raise ValueError if there are none."""
+    """Return the holders of cores at or below `model`.
+
+    Raises:
+        ValueError: `model` is not a module, or there are none.
+    """
     found = find_holders(checked_module(model))
     if not found:
         raise ValueError(

@@ -47,14 +47,15 @@ _registered: dict[str, NoiseSource] = {}
 
 
 def register_noise_source(source: NoiseSource) -> None:
-    """Use `source` for every model if its first adapter has the source's convention.
+    """Make `source` the default source of models that have its convention.
 
         register_noise_source(ShareOfFrames())  # its `convention` is "share_of_frames"
         pipe.load_nara_weights("adapter")  # NaraConfig(noise_convention="share_of_frames")
 
-    A source is a callable (module, args, kwargs) → λ (1,) or (b,) in [0, 1]. It applies to models
-    that are adapted after this call, and takes precedence over the default of their class. All
-    these models share this one source.
+    A model has the `noise_convention` of its first adapter. A source is a callable
+    (module, args, kwargs) → λ (1,) or (b,) in [0, 1]. It applies to models that are adapted after
+    this call, and takes precedence over the default of their class. All these models share this one
+    source.
 
     Raises:
         ValueError: the source has no convention, or its convention belongs to this package or to

@@ -1,4 +1,4 @@
-"""λ from a timestep or a sigma. No other module computes it.
+"""λ from a timestep or a sigma. No other module does this conversion.
 
     convention   λ               the argument t of a denoiser
     timestep     t / N           discrete schedules, N = num_train_timesteps; t may be fractional
@@ -52,7 +52,7 @@ _PASSED: dict[str, Callable[[Tensor], Tensor]] = {
 }
 """Meaning → how pipelines convert their scheduler's t before they pass it. Others pass t itself."""
 COUNTED = ("discrete", "sigma_1000", "data_1000")
-"""The meanings for conversions to λ that depend on N."""
+"""The meanings with a λ that depends on N."""
 
 CONVENTIONS = tuple(dict.fromkeys(convention for convention, _ in _MEANINGS.values()))
 """The names of λ's definitions above."""
@@ -203,7 +203,7 @@ class Denoiser(TimestepNoise):
     schedulers: Sequence[Any] = ()
 
     def read_as(self, convention: str | None) -> Denoiser:
-        """Return this source with the meaning for adapters with this `convention`.
+        """Return this source, with the meaning of the timestep that `convention` requires.
 
         Models of discrete schedules are also trained with EDM timesteps, or converted to a
         rectified flow.
@@ -243,7 +243,7 @@ class Denoiser(TimestepNoise):
             and timestep.dtype in (torch.bfloat16, torch.float16)
         ):
             device = timestep.device
-            is_async = device.type != "cpu"  # a copy to the CPU has to be waited for
+            is_async = device.type != "cpu"  # copies to the CPU must block
             there = [each.to(device, torch.float32, non_blocking=is_async) for each in schedules]
             timestep = self.unrounded(timestep, torch.cat(there))
         return super().noise_level(timestep)

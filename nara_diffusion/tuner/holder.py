@@ -127,16 +127,16 @@ class CoreHolder(nn.Module):
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Module]]:
-        """Do as `nn.Module.named_modules`, with the present adapters and trainability.
+        """Update the adapters and what is trainable, then list as `nn.Module.named_modules` does.
 
-        Every listing of parameters calls it, also a listing of the root's.
+        Every listing of parameters calls this method, also a listing of the root's parameters.
         """
         self.drop_deleted()
         self.follow_factors()
         return super().named_modules(memo, prefix, remove_duplicate)
 
     def state_dict(self, *args, **kwargs) -> dict[str, Tensor]:
-        """Do as `nn.Module.state_dict`, without deleted adapters."""
+        """Return the state dict of `nn.Module`, without deleted adapters."""
         self.drop_deleted()
         return super().state_dict(*args, **kwargs)
 
@@ -160,7 +160,7 @@ class CoreHolder(nn.Module):
     # ------------------------------------------------------------------ hooks of the root
 
     def attach(self) -> None:
-        """Become a child of the root, and hook C(λ) into its forwards; safe to repeat."""
+        """Become a child of the root, and compute C(λ) before its forwards; safe to repeat."""
         if getattr(self.root, HOLDER_NAME, None) is self:
             return
         setattr(self.root, HOLDER_NAME, self)

@@ -90,7 +90,7 @@ class NaraModel(LoraModel):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        """Do as `peft.LoraModel.inject_adapter`, then make the adapter's cores at the root.
+        """Inject the adapter as `peft.LoraModel` does, then make its cores at the root of `model`.
 
         If the present adapters of `model` are disabled, the new one is too, in new layers and in
         shared ones. After an error, `model` is as it was.
@@ -232,13 +232,13 @@ class NaraModel(LoraModel):
     # ------------------------------------------------------------------ removal
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Do as `peft.LoraModel.delete_adapter`; with the last adapter, also remove the holder."""
+        """Delete the adapter as `peft.LoraModel` does; after the last one, remove the holder."""
         super().delete_adapter(adapter_name)
         drop_idle_holder(self.model)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         holder = holder_of(self.model)
-        base: Any = super()._unload_and_optionally_merge(*args, **kwargs)  # annotated None in PEFT
+        base: Any = super()._unload_and_optionally_merge(*args, **kwargs)  # PEFT annotates None
         if holder is not None:
             holder.detach()
         return base
