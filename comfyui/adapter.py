@@ -129,7 +129,7 @@ class LiveAdapter:
 
     @contextmanager
     def applied(self, model: nn.Module, level: Tensor, strength: float) -> Iterator[None]:
-        """Apply the adapter to ComfyUI's `model` in the context, at λ (b,), a value a batch row."""
+        """Apply the adapter in the context to ComfyUI's `model` at λ (b,), one value per row."""
         if bool((level == level[0]).all()):
             level = level[:1]  # some layers don't have the batch first
         if (modules := self._modules(model)) != self._hooked:

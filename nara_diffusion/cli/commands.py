@@ -161,8 +161,7 @@ def _draw(file: AdapterFile, path: Path, points: int) -> None:
 
 
 def core_curves(part: AdapterPart, levels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ‖C − I‖ / ‖I‖ (g, n) and the singular values of C (g, n, r) of the g cores at λ
-    (n,)."""
+    """Return ‖C − I‖ / ‖I‖ (g, n) and C's singular values (g, n, r), of g cores at λ (n,)."""
     cores = cores_of(part)
     with torch.no_grad():
         matrices = [

@@ -120,8 +120,7 @@ class PromptCache:
         self.cache = TensorCache()
 
     def get(self, prompts: Sequence[str]) -> Embeddings:
-        """Return the family's embeddings of b prompts: parts (b, …), on the CPU, in the encoders'
-        dtype."""
+        """Return the embeddings of b prompts: parts (b, …), on the CPU, in the encoders' dtype."""
         entries = [self.cache.get(prompt, partial(self._encode, prompt)) for prompt in prompts]
         return tuple(stack_padded(parts) for parts in zip(*entries, strict=True))
 

@@ -22,7 +22,7 @@ METADATA_FILE = "metadata.jsonl"
 
 
 def check_prompt(prompt: str, name: str) -> str:
-    """Return `prompt` without white space around it. Raises ValueError if nothing is left."""
+    """Return `prompt` without white space around it. Raise ValueError if nothing is left."""
     if not prompt.strip():
         raise ValueError(f"{name} is empty: say what the images show, as in 'a photo of sks dog'.")
     return prompt.strip()

@@ -48,12 +48,12 @@ class ImageRecord:
     key: str  # a digest of its bytes, for caches
 
     def load(self) -> Image.Image:
-        """Return the image, upright, in mode RGB. Raises ValueError if it can't be decoded."""
+        """Return the image, upright, in mode RGB. Raise ValueError if it can't be decoded."""
         return decode_image(self.read(), self.name)
 
 
 def load_image(path: str | Path) -> Image.Image:
-    """Return a file's image, upright, in mode RGB. Raises ValueError if it can't be decoded."""
+    """Return a file's image, upright, in mode RGB. Raise ValueError if it can't be decoded."""
     return decode_image(Path(path).read_bytes(), str(path))
 
 

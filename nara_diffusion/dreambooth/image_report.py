@@ -41,8 +41,7 @@ _NOISE = "\n\nThe adapter reads the noise level λ from the timestep of each ste
 def describe(
     evaluation: Evaluation, before: Measurement, after: Measurement, pipe: Any, data: str
 ) -> dict[str, Any]:
-    """Write samples.png, samples-before and samples-after into the run's folder. Return the card's
-    arguments.
+    """Write samples.png, samples-before and samples-after. Return the model card's arguments.
 
     Args:
         data: the training data, in words.

@@ -79,8 +79,7 @@ class Objective:
         return replace(self, weight=torch.ones_like(self.weight))
 
     def corrupt(self, latents: Tensor, noise: Tensor, indices: Tensor) -> Corrupted:
-        """Mix `latents` and `noise` (b, c, h, w) at the noise levels of `indices` (b,). Index 0 has
-        the least noise."""
+        """Mix `latents` and `noise` (b, c, h, w) at `indices` (b,); index 0 has the least noise."""
         indices = indices.cpu()
         p = rows(self.p, indices, latents)
         q = rows(self.q, indices, latents)

@@ -55,8 +55,7 @@ class IdentityReading:
         self._scale = torch.hypot(objective.p, objective.q).reciprocal()
 
     def base_inputs(self, model_input: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Return z (b, c, h, w) and t (b,) for the base, from x_i (b, c, h, w) and its indices
-        (b,)."""
+        """Return z (b, c, h, w) and t (b,) for the base, from x_i (b, c, h, w) and i (b,)."""
         timestep = self.timesteps[indices.cpu()].to(model_input.device)
         return rows(self._scale, indices, model_input) * model_input, timestep
 

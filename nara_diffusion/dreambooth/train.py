@@ -162,7 +162,7 @@ class FineTuning:
         return sizes
 
     def _class_images(self) -> list[ImageRecord]:
-        """Return the images of prior preservation, if it is on; generate missing ones."""
+        """Return the images of prior preservation, after making missing ones; none in a check."""
         args, run = self.args, self.run
         if args.class_prompt is None or args.check:
             return []

@@ -293,7 +293,7 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
     """
     check_target_modules(model, getattr(config, "target_modules", None))
     with warnings.catch_warnings():
-        # PEFT 0.21 asks by a name that transformers deprecated in 5.24
+        # PEFT 0.21 uses a name that transformers deprecated in 5.24
         warnings.filterwarnings(
             "ignore", message="`is_gradient_checkpointing`", category=FutureWarning
         )

@@ -21,7 +21,7 @@ OPTIMIZERS = {
 }
 """{optimizer: (its module, its class)}."""
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt")
-"""Transformers' schedules that need only step and warm-up; others need a metric or settings."""
+"""Schedules by step and warm-up only; transformers' others need a metric or more settings."""
 
 
 @dataclass

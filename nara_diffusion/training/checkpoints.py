@@ -126,7 +126,7 @@ def _digests_of_files(folder: Path) -> dict[str, tuple[int, str]]:
 
 
 def save_adapter(accelerator: Accelerator, model: Any, folder: Path, write: Writer) -> None:
-    """Write the adapter's files to `folder`, on every process. Raises as `save_checkpoint`."""
+    """Write the adapter's files to `folder`; every process calls it. Raises OSError."""
     state = trained_state(accelerator, model)
     if accelerator.is_main_process:
         try:
@@ -179,7 +179,7 @@ def last_checkpoint(folder: Path) -> str:
 
 @contextmanager
 def explained_disk_errors(folder: Path) -> Iterator[None]:
-    """Add the file, and the checkpoint in `folder` to resume from, to errors of a full disk."""
+    """Name the file, and the checkpoint to resume from, in errors of a full or read-only disk."""
     try:
         yield
     except OSError as error:

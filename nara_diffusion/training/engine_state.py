@@ -96,7 +96,7 @@ def load_state(accelerator: Accelerator, folder: Path) -> None:
             accelerator.state.fsdp_plugin, accelerator, optimizer.optimizer, model, str(folder), 0
         )
     elif engine == DistributedType.DEEPSPEED:
-        # its float32 weights with it; the frozen ones aren't there
+        # the float32 weights load with it; the frozen ones are not in the file
         model.load_checkpoint(str(folder), DEEPSPEED_FOLDER, load_module_strict=False)
     own, rank = [] if engine in SHARDED else [optimizer], accelerator.process_index
     state = ([], own, accelerator._schedulers, accelerator._dataloaders, rank, accelerator.scaler)
@@ -109,8 +109,7 @@ def load_state(accelerator: Accelerator, folder: Path) -> None:
 
 
 def _reshard(model: nn.Module) -> None:
-    """Shard the outermost weights again. FSDP leaves them gathered after a forward without a
-    backward.
+    """Shard the outermost weights again; FSDP gathers them in a forward without backward.
 
     PyTorch doesn't find gathered weights in the optimizer.
     """

@@ -1,4 +1,4 @@
-"""The training loop of both scripts: accumulate, clip, step, log, validate, save, stop; its data.
+"""Both scripts' training loop: accumulate, check, clip, step, log, validate, save, stop; its data.
 
 The loss of an optimizer step is the mean over its global batch: each forward's loss is the mean
 over its samples, accelerate divides by the accumulated forwards, and DDP averages over processes.

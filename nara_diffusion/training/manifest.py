@@ -74,7 +74,7 @@ def digest_file(path: Path) -> str:
 
 
 def digest_base(folders: Mapping[str, Path], variant: str | None = None) -> dict[str, str]:
-    """Return {part: digest} of a model's files: one for all weights, one a configuration.
+    """Return {part: digest} of a model's files: one for all weights, one per configuration.
 
     Args:
         folders: {component: its folder}; the name is empty if the model has no components.

@@ -17,7 +17,7 @@ from nara_diffusion.cores.registry import HOLDER_NAME
 from .arguments import OPTIMIZERS, OptimizationArguments, TrainingArguments
 from .options import hint
 
-TEXT_ENCODER_MARK = "text_encoder"  # what a parameter's name starts with
+TEXT_ENCODER_MARK = "text_encoder"  # the prefix of a parameter's name
 _DEFAULTS: dict[str, dict[str, Any]] = {
     # the schedule sets the rate, so Adafactor's own relative rates are off
     "adafactor": {"relative_step": False, "scale_parameter": False},
@@ -127,7 +127,7 @@ def _parameter_groups(model: nn.Module, args: TrainingArguments) -> list[dict[st
 def build_lr_scheduler(
     optimizer: torch.optim.Optimizer, args: OptimizationArguments, total_steps: int
 ) -> LRScheduler:
-    """Return the schedule over `total_steps`. Step it once a step, on any number of processes.
+    """Return the schedule over `total_steps`. Call `step` once a step, on any number of processes.
 
     `lr_warmup_steps` below 1 is a share of all steps.
     """

@@ -100,7 +100,7 @@ class Run(Generic[Args]):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the frozen weights, which is that of the forward's mixed precision."""
+        """Dtype of the frozen weights, that of the forward's mixed precision."""
         return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(
             self.accelerator.mixed_precision, torch.float32
         )
@@ -112,11 +112,11 @@ class Run(Generic[Args]):
 
     @property
     def fuses_optimizer(self) -> bool:
-        """True if AdamW may be the fused one, which takes a third of the time for an adapter's tensors.
+        """True if AdamW may be PyTorch's fused one.
 
-        It may not be with fp16: the fused optimizer itself skips the steps that overflow, but
-        accelerate recognises a skipped step by a missing call and would step the schedule. Nor
-        under DeepSpeed, which has its own optimizer.
+        The fused one takes a third of the time for an adapter's many tensors. It doesn't work with
+        fp16: it skips the steps that overflow itself, but accelerate recognises a skipped step by a
+        missing call and would step the schedule. DeepSpeed has its own optimizer.
         """
         accelerator = self.accelerator
         if accelerator.distributed_type == DistributedType.DEEPSPEED:

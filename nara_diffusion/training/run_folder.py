@@ -57,7 +57,7 @@ def claimed_folder(
                 if answer[1] is not None:
                     check_same_run(answer[1], args, accelerator)
                     _check_names_in_optimizer(answer[1])
-                for left in folder.glob(".partial-*"):  # by a run that was killed while it wrote
+                for left in folder.glob(".partial-*"):  # left by a run killed while writing
                     shutil.rmtree(left, ignore_errors=True)
             except (ValueError, OSError, yaml.YAMLError) as error:
                 answer[2] = str(error)

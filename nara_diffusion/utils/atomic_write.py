@@ -92,5 +92,5 @@ def delete_folder(folder: Path) -> None:
 
 
 def partial_name(path: Path) -> Path:
-    """Return `path`'s temporary name. The suffix stays last, since some writers need it."""
+    """Return `path`'s temporary name. Its suffix is last: some writers choose a format by it."""
     return path.with_name(f"{_PARTIAL}{path.name}")

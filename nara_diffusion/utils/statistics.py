@@ -1,7 +1,7 @@
 """Mean, standard deviation and 95 % interval of a few values, such as a figure of several seeds.
 
-With n values of mean m and sample deviation s (n − 1 in the denominator), the interval is m ± t · s
-/ √n, where t is the 0.975 quantile of Student's t with n − 1 degrees of freedom.
+With n values of mean m and sample deviation s (n − 1 in the denominator), the interval is
+m ± t · s / √n, where t is the 0.975 quantile of Student's t with n − 1 degrees of freedom.
 """
 
 from __future__ import annotations
