@@ -130,7 +130,7 @@ class Encoder:
 
 
 def image_similarity(encoder: Encoder, generated: Images, reference: Images) -> float:
-    """Return subject fidelity: the mean cosine of each generated and each subject image, in [−1, 1]."""
+    """Return subject fidelity: the mean cosine of all pairs (generated, subject), in [−1, 1]."""
     return (encoder.images(generated) @ encoder.images(reference).T).mean().item()
 
 

@@ -75,7 +75,7 @@ def render(
     generators: Sequence[torch.Generator],
     call: Mapping[str, Any],
 ) -> list[Image.Image]:
-    """Return one image per prompt; a family's pipeline gets its own call, others `call` as it is."""
+    """Return one image per prompt; a family's pipeline gets its own call, others `call`."""
     family = BY_PIPELINE.get(type(pipe).__name__)
     options = dict(call) if family is None else family.sampling(dict(call), len(prompts))
     output = pipe(prompt=list(prompts), generator=list(generators), **options)
