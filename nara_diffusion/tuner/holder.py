@@ -208,7 +208,7 @@ class CoreHolder(nn.Module):
         PEFT unmerges disabled layers.
         """
         for layers in self.layers.values():
-            if layers and not layers[0].disable_adapters:
+            if layers and layers[0].merged and not layers[0].disable_adapters:
                 return self.merging.merged_at()
         return None
 
