@@ -55,7 +55,7 @@ Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
 @dataclass(frozen=True)
 class CheckTask:
-    """The parts of a training that the check runs."""
+    """The parts of a training that the check runs, and how many steps and samples it takes."""
 
     model: nn.Module  # with NaRA as in `published`, perhaps a LoRA `CHEAP`; else frozen
     config: NaraConfig  # the configuration of that NaRA
@@ -63,9 +63,7 @@ class CheckTask:
     loss: Loss  # the loss at positions in the stream of samples, as in training
     held_out: Loss  # the loss on samples, or noise, outside of the training
     step_samples: int  # samples of an optimizer step, a multiple of args.train_batch_size
-    told: tuple[Loss, Loss] | None = (
-        None  # `loss` and `held_out` with the λ token; None: impossible
-    )
+    told: tuple[Loss, Loss] | None = None  # `loss` and `held_out` with the λ token, if possible
     steps: int = 100  # optimizer steps of each training
     repeats: int = 6  # the largest number of repeats
     samples: int = 100  # held-out samples of a repeat, in whole batches
@@ -84,7 +82,7 @@ class CheckTask:
 
 
 class Repeat(NamedTuple):
-    """The measurement of one repeat."""
+    """The measurement of one repeat: λ (n,) of held-out samples, and their losses (n,) by arm."""
 
     noise_level: Tensor  # λ (n,) of the held-out samples
     losses: dict[str, Tensor]  # {arm: their losses (n,)}, for the task's arms

@@ -46,7 +46,7 @@ fewest   the least number of repeats for a verdict
 
 
 class Verdict(NamedTuple):
-    """The result of the check."""
+    """The result of the check: whether λ is likely to pay, and how to give it to an adapter."""
 
     answer: str  # LIKELY, UNLIKELY or UNKNOWN
     reason: str  # what to do, and the numbers

@@ -45,7 +45,7 @@ def read_records(
     config: str | None = None,
     limit: int | None = None,
 ) -> Dataset:
-    """Read the records of a file, a folder, or a data set on the Hub.
+    """Read the records (texts by field) of a file, a folder, or a data set on the Hub.
 
     A file is a JSON list, JSON Lines or CSV, gzipped or not, or parquet.
 
