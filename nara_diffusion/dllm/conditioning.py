@@ -94,7 +94,7 @@ def read_noise_from_input_ids(
 ) -> Iterator[InputIdsNoise]:
     """Inside, `model` reads λ from the masks in its input; afterwards from its former source.
 
-    For the arguments and errors see `InputIdsNoise`. To read λ so for good, call
+    `InputIdsNoise` describes the arguments and errors. To make this permanent, call
     set_noise_source(model, InputIdsNoise(…)).
     """
     before = [(holder, holder.finder.given_source) for holder in core_holders(model)]

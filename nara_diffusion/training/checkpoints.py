@@ -299,11 +299,14 @@ def changed_arguments(
 ) -> dict[str, tuple[Any, Any]]:
     """Return {name: (saved value, current value)} of the arguments that differ from `saved`.
 
-    `saved` is as `given_arguments` returned it. The arguments that resume a run are left out.
+    `saved` is as `given_arguments` returned it. The arguments that resume a run are left out. An
+    option that no longer exists counts unless it was off: the run would go on without it.
     """
     now = given_arguments(args)
-    names = sorted(now.keys() - {"output_dir", "resume_from_checkpoint"})
-    return {name: (saved.get(name), now[name]) for name in names if saved.get(name) != now[name]}
+    gone = {name for name, value in saved.items() if name not in now and value not in (None, False)}
+    names = sorted((now.keys() | gone) - {"output_dir", "resume_from_checkpoint"})
+    pairs = {name: (saved.get(name), now.get(name)) for name in names}
+    return {name: (old, new) for name, (old, new) in pairs.items() if old != new}
 
 
 def describe_changes(changed: Mapping[str, tuple[Any, Any]]) -> str:

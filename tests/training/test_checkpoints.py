@@ -21,6 +21,7 @@ from nara_diffusion.dllm import train as dllm
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
 from nara_diffusion.training.checkpoints import (
     check_random_states,
+    check_same_run,
     last_checkpoint,
     latest_whole,
     save_adapter,
@@ -214,6 +215,23 @@ def test_folder_of_another_run_is_refused_before_anything_is_loaded_and_an_empty
     with pytest.raises(TypeError):  # by the records that can't be loaded here
         dllm.main(text_arguments(tmp_path, **SHORT | {"output_dir": tmp_path / "deep" / "run"}))
     assert not (tmp_path / "deep").exists()
+
+
+def test_run_of_an_option_that_no_longer_exists_is_refused_unless_it_was_off(run: Path, tmp_path: Path) -> None:
+    """An earlier version's `--prediction_type v_prediction` would go on as what the base predicts."""
+    args, accelerator = parse_arguments(dllm.Arguments, ["--config", str(run / "config.yaml")]), Accelerator(cpu=True)
+    for value in (None, False, "v_prediction"):
+        folder = tmp_path / str(value)
+        shutil.copytree(run / "checkpoint-4", folder)
+        manifest = json.loads((folder / "checkpoint.json").read_text())
+        del manifest["digest"]
+        manifest["arguments"]["prediction_type"] = value
+        (folder / "checkpoint.json").write_text(json.dumps(manifest))
+        if value:
+            with pytest.raises(ValueError, match="prediction_type: 'v_prediction' there"):
+                check_same_run(folder, args, accelerator)
+        else:
+            check_same_run(folder, args, accelerator)
 
 
 def test_settings_of_a_run_are_a_file_of_arguments(run: Path) -> None:
