@@ -69,7 +69,11 @@ def main(argv: list[str] | None = None) -> int:
     planned = chosen(args.regimes)
     path = args.output or (alternatives.RECORDS if args.alternatives else RESULTS / "regimes.jsonl")
     if args.report:
-        print(report(planned, results.read(path)))
+        records = results.read(path)
+        if args.alternatives:
+            print(alternatives.report(records), alternatives.rates_table(alternatives.development()), sep="\n\n")
+        else:
+            print(report(planned, records))
         return 0
     arms = alternatives.rated([GROUPS[name] for name in args.alternatives]) if args.alternatives else rated(planned)
     arms = [(cell, arm, rates) for cell, arm, rates in arms if arm in (args.methods or ARMS)]

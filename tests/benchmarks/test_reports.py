@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import benchmark_regimes
 import pytest
 import report_quality
 from quality import results
 from quality.regimes.alternatives import RECORDS, SEEDS
 from quality.regimes.plan import PLAN, cell_of
-from quality.regimes.report import report, summary
+from quality.regimes.report import report
 from quality.regimes.runs import Run, record_of
 
 
@@ -17,12 +18,20 @@ def test_page_shows_the_tables_of_the_records(name):
     assert report_quality.filled(page) == page.read_text(encoding="utf-8")
 
 
-def test_report_of_the_regimes_is_that_of_its_page():
-    records = results.read(report_quality.RESULTS / "regimes.jsonl")
-    text = report(PLAN, records)
-    page = (report_quality.ROOT / "docs" / "results" / "regimes.md").read_text(encoding="utf-8")
-    assert page.endswith(f"\n\n{text}\n")
-    assert summary(PLAN, records).splitlines()[2].startswith("| eps_to_v | ")
+def test_report_of_the_regimes_has_every_cell_with_its_verdict():
+    text = report(PLAN, results.read(report_quality.RESULTS / "regimes.jsonl"))
+    sections = text.split("\n### ")
+    assert len(sections) == len(PLAN)
+    assert sections[0].startswith("### eps_to_v: attention, rank 4, 200 steps (10 seeds)")
+    assert "**nara wins: yes.**" in sections[0]
+    assert "| nara | 203920 | 0.3255 ± 0.0095 | **−0.0785** ± 0.0054 | 10 |" in sections[0]
+
+
+def test_report_of_the_alternatives_has_every_arm_and_difference(capsys):
+    assert benchmark_regimes.main(["--alternatives", "eps_to_v", "--report"]) == 0
+    text = capsys.readouterr().out
+    assert "| LoRA, read by the identity, r 4 | 47488 | 0.01 | 0.1977 ± 0.0016 |" in text
+    assert "| NaRA, r 4 | LoRA, read by the identity, r 4 | **+0.1265** ± 0.0049 |" in text
 
 
 @pytest.mark.slow

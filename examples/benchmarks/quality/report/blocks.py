@@ -55,8 +55,6 @@ OF_REGIMES: dict[str, Callable[[Path], str]] = {
     "asked": front.asked_table,
     "ordinary": front.ordinary_table,
     "alternatives": lambda folder: alternatives.front(read(folder / "alternatives.jsonl")),
-    "alternatives_all": lambda folder: alternatives.report(read(folder / "alternatives.jsonl")),
-    "alternatives_rates": lambda folder: alternatives.rates_table(alternatives.development(folder)),
     "check": lambda folder: check_table(read(folder / "check.jsonl"), read(folder / "regimes.jsonl")),
 }
 
@@ -73,7 +71,7 @@ def filled(page: str, results: Path) -> str:
 
 
 def block(name: str, results: Path) -> str | None:
-    """The table "loss text llada-tiny", "regimes", "alternatives_all"; None of an unknown kind."""
+    """The table "loss text llada-tiny", "regimes", "alternatives"; None of an unknown kind."""
     kind, *where = name.split()
     if kind in OF_REGIMES:
         return OF_REGIMES[kind](results)
