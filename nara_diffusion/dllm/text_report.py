@@ -17,11 +17,11 @@ from transformers import PreTrainedTokenizerBase
 
 from nara_diffusion.training.arguments import schedule_of, window_of
 from nara_diffusion.training.engines import split_across_processes
+from nara_diffusion.training.loss_curves import validation_means
 from nara_diffusion.training.report import (
     core_import,
     needs_schedule,
     reads_noise,
-    validation_means,
     write_text,
 )
 from nara_diffusion.training.run import Run

@@ -63,14 +63,24 @@ from nara_diffusion.training.adapter_weights import (
     write_adapter,
     write_checkpoint,
 )
-from nara_diffusion.training.adapters import build_adapter, recompute_activations, title_of
-from nara_diffusion.training.arguments import schedule_of, window_of
+from nara_diffusion.training.adapters import (
+    build_adapter,
+    recompute_activations,
+    title_of,
+    window_facts,
+)
+from nara_diffusion.training.arguments import (
+    CONFIGS,
+    schedule_of,
+    shipped_settings,
+    window_of,
+)
 from nara_diffusion.training.checkpoints import save_adapter
-from nara_diffusion.training.command import CONFIGS, run_command, shipped_settings
+from nara_diffusion.training.command import run_command
 from nara_diffusion.training.engines import load_whole, loading_in
 from nara_diffusion.training.loop import prepare_training, train
 from nara_diffusion.training.manifest import local_folder
-from nara_diffusion.training.report import finish, window_facts
+from nara_diffusion.training.report import finish
 from nara_diffusion.training.run import Run, start_run
 from nara_diffusion.utils.atomic_write import atomic_write_files
 from nara_diffusion.utils.naming import counted
@@ -93,7 +103,7 @@ def shipped_run(given: Mapping[str, Any]) -> dict[str, Any]:
         given,
         (source, "train_file", "validation_file", "test_file"),
         toy="a toy of 64 positions (5 of them a message, and one a letter)",
-        told="max_train_steps train_batch_size learning_rate gen_length checkpointing_steps",
+        shown="max_train_steps train_batch_size learning_rate gen_length checkpointing_steps",
         advice="LLaDA-8B add --pretrained_model_name_or_path GSAI-ML/LLaDA-8B-Instruct",
     )
 

@@ -26,7 +26,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from nara_diffusion.training.arguments import window_of
 from nara_diffusion.training.checkpoints import save_adapter
-from nara_diffusion.training.report import validation_means
+from nara_diffusion.training.loss_curves import validation_means
 from nara_diffusion.training.run import Run
 from nara_diffusion.utils.naming import is_out_of_reach
 

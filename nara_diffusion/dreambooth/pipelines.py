@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from nara_diffusion.noise.prediction import FLOW, prediction_by
-from nara_diffusion.training.command import CONFIGS, shipped_settings
+from nara_diffusion.training.arguments import CONFIGS, shipped_settings
 from nara_diffusion.training.manifest import local_folder
 from nara_diffusion.utils.naming import is_out_of_reach, naming_source, refuse_file
 
@@ -227,7 +227,7 @@ def shipped_run(
         given,
         ("instance_data_dir", "instance_prompt", "validation_prompts", "identifier"),
         toy="a toy of 64 pixels",
-        told="max_train_steps learning_rate rank num_inference_steps guidance_scale",
+        shown="max_train_steps learning_rate rank num_inference_steps guidance_scale",
         advice="SDXL at 1024 add --config train_scripts/configs/sdxl_dreambooth.yaml, or with settings of your own "
         "--pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0",
     )

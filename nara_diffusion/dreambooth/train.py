@@ -40,12 +40,17 @@ from accelerate.utils import DistributedType
 from diffusers.training_utils import generate_aspect_ratio_buckets, parse_buckets_string
 
 from nara_diffusion.training.adapter_weights import start_from
-from nara_diffusion.training.adapters import adapter_config, check_target_modules, title_of
+from nara_diffusion.training.adapters import (
+    adapter_config,
+    check_target_modules,
+    title_of,
+    window_facts,
+)
 from nara_diffusion.training.arguments import schedule_of
 from nara_diffusion.training.checkpoints import save_adapter
 from nara_diffusion.training.command import run_command
 from nara_diffusion.training.loop import prepare_training, train
-from nara_diffusion.training.report import finish, window_facts
+from nara_diffusion.training.report import finish
 from nara_diffusion.training.run import Run, start_run
 from nara_diffusion.utils.naming import counted
 

@@ -7,13 +7,10 @@ lower case. Some names are short for a method with fixed fields: `dora` is `lora
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import math
-import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from peft import (
@@ -29,10 +26,9 @@ from transformers import PreTrainedModel
 
 from nara_diffusion import NaraConfig, StrengthSchedule
 from nara_diffusion.config import changes_base
-from nara_diffusion.cores.registry import registered_cores
 from nara_diffusion.noise.sources import MASKED_SHARE
 
-from .arguments import AdapterArguments
+from .arguments import AdapterArguments, TrainingArguments, schedule_of, window_of
 from .options import hint
 
 ALL_LINEAR = "all-linear"
@@ -135,6 +131,23 @@ def title_of(args: AdapterArguments) -> str:
     return f"{title}-DoRA".replace("LoRA-DoRA", "DoRA") if has_dora else title
 
 
+def window_facts(args: TrainingArguments) -> dict[str, str]:
+    """Return the run's facts about its window of noise levels; empty without a window."""
+    window, method = window_of(args), method_of(args)
+    if window.is_everything:
+        return {}
+    until = "≤ λ ≤ 1" if window.high == 1 else f"≤ λ < {window.high:g}"
+    if method.family == "nara":
+        outside = "the adapter is off outside, by the strength in its file"
+    elif method.family == "lora":
+        outside = "its file can't hold that: give it its schedule as below"
+    else:
+        outside = f"outside, {method.title} stays on, where it was not trained: it takes no StrengthSchedule"
+    if schedule_of(args) is not None and getattr(adapter_config(args), "use_dora", False):
+        outside += " (but for DoRA's magnitudes, which hold at every λ)"
+    return {"noise levels": f"{window.low:g} {until}; {outside}"}
+
+
 # ---------------------------------------------------------------- configurations
 
 
@@ -231,32 +244,6 @@ def _values(args: AdapterArguments, method: Method, options: Mapping[str, Any]) 
         "lora_dropout": args.lora_dropout,
         f"{method.name}_dropout": args.lora_dropout,
     }
-
-
-def import_core_module(name: str) -> None:
-    """Import the module `name`, or the file if it ends in .py; add its folder to `sys.path`.
-
-    Raises:
-        ValueError: there is no such module, its import fails, or it registers no core.
-    """
-    folder = str(Path(name).resolve().parent)
-    if name.endswith(".py") and folder not in sys.path:
-        sys.path.append(folder)
-    try:
-        importlib.import_module(module_name(name))
-    except Exception as error:  # user code may raise anything
-        raise ValueError(
-            f"core_module {name!r} can't be imported: {type(error).__name__}: {error}"
-        ) from error
-    if not registered_cores():
-        raise ValueError(
-            f"core_module {name!r} registers no core: call nara_diffusion.register_core(NAME, …) in it."
-        )
-
-
-def module_name(name: str) -> str:
-    """Return the name under which Python imports the module that `--core_module` names."""
-    return Path(name).stem if name.endswith(".py") else name
 
 
 # ---------------------------------------------------------------- models

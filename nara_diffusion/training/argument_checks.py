@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
 
-from nara_diffusion.cores.registry import check_core_type
+from nara_diffusion.cores.registry import check_core_type, registered_cores
 
-from .adapters import adapter_config, import_core_module, method_of
+from .adapters import adapter_config, method_of
 from .arguments import TrainingArguments, schedule_of, window_of
 from .optimization import check_optimizer
 
@@ -104,3 +106,29 @@ def check_adapter(args: TrainingArguments, config: PeftConfig | None) -> None:
             "core_start_step trains A and B with C = I first, but core_init 'kaiming' starts from another C: "
             "use core_init 'zero_last', or core_start_step 0."
         )
+
+
+def import_core_module(name: str) -> None:
+    """Import the module `name`, or the file if it ends in .py; add its folder to `sys.path`.
+
+    Raises:
+        ValueError: there is no such module, its import fails, or it registers no core.
+    """
+    folder = str(Path(name).resolve().parent)
+    if name.endswith(".py") and folder not in sys.path:
+        sys.path.append(folder)
+    try:
+        importlib.import_module(module_name(name))
+    except Exception as error:  # user code may raise anything
+        raise ValueError(
+            f"core_module {name!r} can't be imported: {type(error).__name__}: {error}"
+        ) from error
+    if not registered_cores():
+        raise ValueError(
+            f"core_module {name!r} registers no core: call nara_diffusion.register_core(NAME, …) in it."
+        )
+
+
+def module_name(name: str) -> str:
+    """Return the name under which Python imports the module that `--core_module` names."""
+    return Path(name).stem if name.endswith(".py") else name

@@ -3,14 +3,20 @@
 # ruff: noqa: RUF009 (option() is dataclasses.field() with metadata, not a shared default)
 from __future__ import annotations
 
-import re
+import logging
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from nara_diffusion.noise.strength_schedule import NoiseWindow, StrengthSchedule
 
-from .options import given_arguments, option
+from .options import merged, option
+
+logger = logging.getLogger(__name__)
 
 OPTIMIZERS = {
     "AdamW": ("torch.optim", "AdamW"),
@@ -221,33 +227,42 @@ def window_of(args: WindowArguments) -> NoiseWindow:
     return NoiseWindow(0.0 if low is None else low, 1.0 if high is None else high)
 
 
-_PLACES = re.compile(
-    r"\w+_(file|dir|path|model)|dataset_name|init_adapter|core_module|resume_from_checkpoint"
-)
+# ---------------------------------------------------------------- the shipped runs
 
 
-def without_folders(text: str, args: TrainingArguments) -> str:
-    """Return `text` for publication, with the arguments' absolute paths cut to their last part."""
-    places = [
-        v
-        for name, v in given_arguments(args).items()
-        if _PLACES.fullmatch(name) and isinstance(v, str)
-    ]
-    written = {
-        form
-        for place in places
-        for form in (place, str(Path(place)), str(Path(place).expanduser()))
-    }
-    for path in sorted(written, key=len, reverse=True):
-        if (path.startswith("~") or Path(path).is_absolute()) and (name := Path(path).name):
-            text = text.replace(path, name)
-    return text
+CONFIGS = Path(__file__).resolve().parents[2] / "train_scripts" / "configs"
+"""The shipped runs' settings. Only a clone has them, with their models and data."""
 
 
-def public_arguments(args: TrainingArguments) -> dict[str, Any]:
-    """Return `given_arguments` for publication, without folders."""
-    values = given_arguments(args)
-    return {
-        n: without_folders(value, args) if isinstance(value, str) else value
-        for n, value in values.items()
-    }
+def shipped_settings(
+    config: Path, given: Mapping[str, Any], own: Sequence[str], *, toy: str, shown: str, advice: str
+) -> dict[str, Any]:
+    """Return a shipped run's arguments, from `config`, without its data if the user gives data.
+
+    Args:
+        given: the user's arguments.
+        own: the arguments that name data. The user gives data if the first of them is in `given`.
+            The log then says that they train the shipped model, `toy`, lists the settings `shown`,
+            and gives the `advice`.
+
+    Raises:
+        ValueError: outside of a clone, without such a file or model.
+    """
+    values = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    for name, value in values.items():
+        if str(value).startswith("examples/"):
+            values[name] = os.path.relpath(CONFIGS.parents[1] / value)
+    model = values.get("pretrained_model_name_or_path", config)
+    if not Path(model).exists():
+        raise ValueError(
+            "give --pretrained_model_name_or_path: only a clone of the repository has the shipped "
+            "models."
+        )
+    if own[0] not in given:
+        return values
+    both = merged(values, given)
+    names = [name for name in shown.split() if name in both and name not in given]
+    settings = ", ".join(f"{name} {both[name]}" for name in names)
+    taught = f"{model}, {toy}, with its own settings ({settings})"
+    logger.info("no model was named: your data teach %s; for %s", taught, advice)
+    return {name: value for name, value in values.items() if name not in own}

@@ -17,13 +17,11 @@ complete; older ones are deleted after that.
 
 from __future__ import annotations
 
-import errno
 import logging
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +48,6 @@ logger = logging.getLogger(__name__)
 Writer = Callable[[Any, Path, dict[str, Any]], None]
 """Write an adapter's files: (model without wrappers, folder, the model's state dict) → None."""
 
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _LENGTH = "max_train_steps num_train_epochs check logging_steps validation_steps"
 _LENGTH += " checkpointing_steps checkpoints_total_limit report_to hub_model_id"
 _MEASURED = "eval_batch_size generation_steps block_length extract evaluation_options test_file test_samples"
@@ -175,20 +172,6 @@ def last_checkpoint(folder: Path) -> str:
     if not (found := find_checkpoints(folder)):
         return "There is no checkpoint to continue from."
     return f"To continue, run the same command with --resume_from_checkpoint {found[-1]}"
-
-
-@contextmanager
-def explained_disk_errors(folder: Path) -> Iterator[None]:
-    """Name the file, and the checkpoint to resume from, in errors of a full or read-only disk."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _DISK_ERRORS:
-            raise
-        file = error.filename or f"a file in {folder}"
-        raise OSError(
-            f"{file} can't be written ({error.strerror}): make room, or name another folder. {last_checkpoint(folder)}"
-        ) from error
 
 
 def latest_whole(folder: Path) -> Path | None:

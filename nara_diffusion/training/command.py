@@ -53,9 +53,6 @@ _METAVARS: dict[type, str] = {
     bool: "true|false",
 }
 
-CONFIGS = Path(__file__).resolve().parents[2] / "train_scripts" / "configs"
-"""The shipped runs' settings. Only a clone has them, with their models and data."""
-
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 Defaults = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 """Map the given arguments, from flags or file, to values that replace the dataclass's defaults."""
@@ -277,36 +274,3 @@ def run_command(
 
 def _terminate(number: int, _: object) -> None:
     raise KeyboardInterrupt(number)
-
-
-def shipped_settings(
-    config: Path, given: Mapping[str, Any], own: Sequence[str], *, toy: str, told: str, advice: str
-) -> dict[str, Any]:
-    """Return a shipped run's arguments, from `config`, without its data if the user gives data.
-
-    Args:
-        given: the user's arguments.
-        own: the arguments that name data. The user gives data if the first of them is in `given`.
-            The log then says that they train the shipped model, `toy`, lists the settings in
-            `told`, and gives the `advice`.
-
-    Raises:
-        ValueError: outside of a clone, without such a file or model.
-    """
-    values = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    for name, value in values.items():
-        if str(value).startswith("examples/"):
-            values[name] = os.path.relpath(CONFIGS.parents[1] / value)
-    model = values.get("pretrained_model_name_or_path", config)
-    if not Path(model).exists():
-        raise ValueError(
-            "give --pretrained_model_name_or_path: only a clone of the repository has the shipped models."
-        )
-    if own[0] not in given:
-        return values
-    both = merged(values, given)
-    names = [name for name in told.split() if name in both and name not in given]
-    settings = ", ".join(f"{name} {both[name]}" for name in names)
-    taught = f"{model}, {toy}, with its own settings ({settings})"
-    logger.info("no model was named: your data teach %s; for %s", taught, advice)
-    return {name: value for name, value in values.items() if name not in own}

@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 
 from .checkpoints import last_checkpoint
 from .engines import prepare
-from .optimization import build_lr_scheduler, build_optimizer, hold_core
+from .optimization import build_lr_scheduler, build_optimizer, hold_core, may_fuse
 from .run import Run
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ def prepare_training(
     Args:
         samples: indexed by position, as in a `ShuffledStream`; `collate` makes batches of them.
     """
-    optimizer = build_optimizer(model, run.args, fused=run.fuses_optimizer)
+    optimizer = build_optimizer(model, run.args, fused=may_fuse(run.accelerator))
     scheduler = build_lr_scheduler(optimizer, run.args, run.total_steps)
     left = run.positions_left()
     size = run.args.train_batch_size

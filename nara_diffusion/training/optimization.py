@@ -8,6 +8,8 @@ import logging
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
@@ -55,7 +57,7 @@ def build_optimizer(
     (text_encoder_lr, if the script has it); empty groups are left out.
 
     Args:
-        fused: whether AdamW updates all parameters in one call; see `Run.fuses_optimizer`.
+        fused: whether AdamW updates all parameters in one call; see `may_fuse`.
 
     Raises:
         ValueError: nothing in `model` is trainable; or `core_start_step` is set and there is no
@@ -79,6 +81,18 @@ def build_optimizer(
     if args.optimizer == "prodigy":
         options["lr"] = args.learning_rate  # it allows only one rate for all groups
     return _class_of(args.optimizer)(groups, **options)
+
+
+def may_fuse(accelerator: Accelerator) -> bool:
+    """Return True if AdamW may be PyTorch's fused one under this engine.
+
+    The fused one takes a third of the time for an adapter's many tensors. It doesn't work with
+    fp16: it skips the steps that overflow itself, but accelerate recognises a skipped step by a
+    missing call and would step the schedule. DeepSpeed has its own optimizer.
+    """
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return False
+    return accelerator.device.type in ("cpu", "cuda") and accelerator.scaler is None
 
 
 def _is_unpaged(optimizer: str) -> bool:

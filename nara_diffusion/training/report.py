@@ -10,20 +10,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import ModelCardData
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
-from torch import Tensor
 
 from nara_diffusion.cores.registry import BUILT_IN, needs_noise
-from nara_diffusion.noise.strength_schedule import EVERYTHING, NoiseWindow
 from nara_diffusion.utils.atomic_write import atomic_write
 
-from .adapters import adapter_config, method_of, module_name, title_of
-from .arguments import TrainingArguments, public_arguments, schedule_of, window_of, without_folders
+from .adapters import adapter_config, method_of, title_of
+from .argument_checks import module_name
+from .arguments import TrainingArguments, schedule_of, window_of
+from .loss_curves import plot_noise_level_curves
+from .publication import public_arguments, public_values, upload, without_folders
 from .run import Run
+from .run_folder import RESULTS, as_yaml
 
 CURVE = "noise_level_curve.png"
 _SIDES = ("before", "after")
@@ -60,66 +58,6 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
         lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
     return "\n".join(lines)
-
-
-def validation_means(losses: Tensor, noise_levels: Tensor, window: NoiseWindow) -> dict[str, float]:
-    """Return {"validation_loss": mean} of losses (b,) at λ (b,).
-
-    With a window, add the means inside and outside of it, "validation_loss_inside" and
-    "validation_loss_outside".
-    """
-    parts = {"validation_loss": losses}
-    if not window.is_everything:
-        inside = window.contains(noise_levels)
-        parts |= {
-            "validation_loss_inside": losses[inside],
-            "validation_loss_outside": losses[~inside],
-        }
-    return {name: part.double().mean().item() for name, part in parts.items() if len(part)}
-
-
-def plot_noise_level_curves(
-    path: Path,
-    noise_levels: Sequence[float],
-    base: Sequence[float],
-    adapted: Sequence[float],
-    title: str,
-    unit: str,
-    window: NoiseWindow = EVERYTHING,
-) -> None:
-    """Write a PNG, Figure 1 of the paper.
-
-    Left: both losses over λ. Right: the adapter's gain, base − adapted.
-
-    Args:
-        noise_levels: λ of each point, in [0, 1].
-        base, adapted: the losses there, in `unit`.
-        window: the trained window, to be shaded.
-    """
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-    left.plot(noise_levels, base, marker="o", color="tab:gray", label="base model")
-    left.plot(noise_levels, adapted, marker="o", color="tab:blue", label="with the adapter")
-    left.set(
-        xlabel="noise level λ (1 = pure noise)",
-        ylabel=f"loss ({unit})",
-        xlim=(0, 1.02),
-        yscale="log",
-    )
-    left.yaxis.set_major_formatter("{x:g}")
-    left.yaxis.set_minor_formatter(LogFormatter())
-    right.axhline(0, color="tab:gray", linewidth=1)
-    gains = [before - after for before, after in zip(base, adapted, strict=True)]
-    right.plot(noise_levels, gains, marker="o", color="tab:green")
-    right.set(xlabel="noise level λ (1 = pure noise)", ylabel=f"gain ({unit})", xlim=(0, 1.02))
-    right.set_title("base model − adapted model", fontsize="medium")
-    for axes in () if window.is_everything else (left, right):
-        axes.axvspan(window.low, window.high, color="tab:blue", alpha=0.1, label="trained")
-    left.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
-    figure.suptitle(title)
-    with atomic_write(path) as partial:
-        figure.savefig(partial, dpi=120)
 
 
 def write_card(
@@ -174,7 +112,7 @@ def write_card(
     rows = "\n".join(f"| {' | '.join(row)} |" for row in figures)
     table = f"| | before | after |\n|---|---|---|\n{rows}"
     training = "\n".join(f"- {what}: {_one_line(value)}" for what, value in facts.items())
-    settings = yaml.safe_dump(public_arguments(args), sort_keys=False, allow_unicode=True).strip()
+    settings = as_yaml(public_arguments(args)).strip()
     fence = "`" * (
         1 + max(map(len, re.findall("`{2,}", settings)), default=2)
     )  # a prompt may contain ```
@@ -218,23 +156,6 @@ def reads_noise(args: TrainingArguments) -> bool:
 def needs_schedule(args: TrainingArguments) -> bool:
     """Return True if the adapter is a LoRA trained in a window, which its file can't store."""
     return method_of(args).family == "lora" and schedule_of(args) is not None
-
-
-def window_facts(args: TrainingArguments) -> dict[str, str]:
-    """Return the run's facts about its window of noise levels; empty without a window."""
-    window, method = window_of(args), method_of(args)
-    if window.is_everything:
-        return {}
-    until = "≤ λ ≤ 1" if window.high == 1 else f"≤ λ < {window.high:g}"
-    if method.family == "nara":
-        outside = "the adapter is off outside, by the strength in its file"
-    elif method.family == "lora":
-        outside = "its file can't hold that: give it its schedule as below"
-    else:
-        outside = f"outside, {method.title} stays on, where it was not trained: it takes no StrengthSchedule"
-    if schedule_of(args) is not None and getattr(adapter_config(args), "use_dora", False):
-        outside += " (but for DoRA's magnitudes, which hold at every λ)"
-    return {"noise levels": f"{window.low:g} {until}; {outside}"}
 
 
 def core_import(args: TrainingArguments) -> str:
@@ -292,14 +213,10 @@ def finish(
         **others: further results.
     """
     seconds = round(time.perf_counter() - run.started, 1)
-    others = {
-        n: without_folders(value, run.args) if isinstance(value, str) else value
-        for n, value in others.items()
-    }
     results = {
         "seconds": seconds,
         "adapter": run.args.adapter,
-        **others,
+        **public_values(others, run.args),
         "noise_levels": after.noise_levels,
     }
     for side, measured in zip(_SIDES, (before, after), strict=True):
@@ -309,8 +226,8 @@ def finish(
         since = "" if run.checkpoint is None else " since it was resumed"
         facts = {**facts, "time": f"{seconds:.0f} s{since}, evaluation included"}
         write_card(run, facts, before, after, figures, warnings=warnings, **describe())
-        write_json(run.folder / "results.json", results)
-        run.upload()
+        write_json(run.folder / RESULTS, results)
+        upload(run)
         lines = [
             f"\n{format_table(['', *_SIDES], figures)}\n",
             f"{seconds:.0f} s; everything is in {run.folder}",

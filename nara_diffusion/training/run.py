@@ -13,22 +13,20 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, broadcast_object_list, set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from huggingface_hub import HfApi
 
 from nara_diffusion.utils.atomic_write import atomic_write
 
 from .adapters import method_of
-from .arguments import TrainingArguments, public_arguments
+from .arguments import TrainingArguments
 from .checkpoints import (
     Writer,
     changed_arguments,
     check_random_states,
     describe_changes,
-    explained_disk_errors,
     save_checkpoint,
     warn_of_pickles,
 )
@@ -36,7 +34,14 @@ from .engine_state import load_state
 from .engines import engine_name, global_batch, start_accelerator
 from .manifest import digest_base, digest_texts, read_manifest
 from .options import given_arguments
-from .run_folder import CONFIG, LOCK, METRICS, claimed_folder, drop_later_steps
+from .run_folder import (
+    CONFIG,
+    METRICS,
+    as_yaml,
+    claimed_folder,
+    drop_later_steps,
+    explained_disk_errors,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -110,19 +115,6 @@ class Run(Generic[Args]):
         """Dtype to load the model in: float32 to train all weights; others lose small steps."""
         return torch.float32 if method_of(self.args).family == "full" else self.dtype
 
-    @property
-    def fuses_optimizer(self) -> bool:
-        """True if AdamW may be PyTorch's fused one.
-
-        The fused one takes a third of the time for an adapter's many tensors. It doesn't work with
-        fp16: it skips the steps that overflow itself, but accelerate recognises a skipped step by a
-        missing call and would step the schedule. DeepSpeed has its own optimizer.
-        """
-        accelerator = self.accelerator
-        if accelerator.distributed_type == DistributedType.DEEPSPEED:
-            return False
-        return accelerator.device.type in ("cpu", "cuda") and accelerator.scaler is None
-
     # ---------------------------------------------------------------- data, base and steps
 
     def record_data_digest(self, what: str, texts: Iterable[str]) -> None:
@@ -194,7 +186,7 @@ class Run(Generic[Args]):
         settings = given_arguments(self.args)
         if self.is_main:
             with atomic_write(self.folder / CONFIG) as partial:
-                partial.write_text(_as_yaml(settings | {"output_dir": str(self.folder)}), "utf-8")
+                partial.write_text(as_yaml(settings | {"output_dir": str(self.folder)}), "utf-8")
             drop_later_steps(self.folder / METRICS, self.step)
         project = self.accelerator.project_configuration
         project.set_directories(str(self.folder))
@@ -254,20 +246,6 @@ class Run(Generic[Args]):
             "digests": self.digests,
         }
 
-    def upload(self) -> None:
-        """Upload the folder, except checkpoints, to the repository `--hub_model_id`, if given."""
-        if self.hub_id is None:
-            return
-        HfApi().upload_folder(
-            repo_id=self.hub_id,
-            folder_path=str(self.folder),
-            commit_message="End of training",
-            ignore_patterns=["checkpoint-*/**", ".partial-*", LOCK, CONFIG],
-        )
-        # the folder's own config.yaml has whole paths, since the run resumes from it
-        content = _as_yaml(public_arguments(self.args)).encode()
-        HfApi().upload_file(repo_id=self.hub_id, path_in_repo=CONFIG, path_or_fileobj=content)
-
     def close(self) -> None:
         """End the run on all processes together.
 
@@ -308,7 +286,3 @@ def start_run(args: Args, name: str, write: Writer) -> Iterator[Run[Args]]:
         set_seed(args.seed)
         yield run
         run.close()
-
-
-def _as_yaml(values: Mapping[str, Any]) -> str:
-    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)

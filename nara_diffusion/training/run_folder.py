@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,15 @@ from .checkpoints import (
     check_files,
     check_same_run,
     find_checkpoints,
+    last_checkpoint,
     latest_whole,
 )
 from .manifest import MANIFEST
 
 OUTPUTS = Path("outputs")
 LOCK, CONFIG, METRICS, RESULTS = ".lock", "config.yaml", "metrics.jsonl", "results.json"
+
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +69,20 @@ def claimed_folder(
         if refusal:
             raise ValueError(refusal)
         yield folder, checkpoint
+
+
+@contextmanager
+def explained_disk_errors(folder: Path) -> Iterator[None]:
+    """Name the file, and the checkpoint to resume from, in errors of a full or read-only disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        file = error.filename or f"a file in {folder}"
+        raise OSError(
+            f"{file} can't be written ({error.strerror}): make room, or name another folder. {last_checkpoint(folder)}"
+        ) from error
 
 
 def _lock(args: TrainingArguments, name: str, undo: ExitStack) -> Path:
@@ -176,6 +194,11 @@ def _same_start(args: TrainingArguments, folder: Path) -> bool:
 def _remove_empty(folder: Path) -> None:
     with suppress(OSError):
         folder.rmdir()
+
+
+def as_yaml(values: Mapping[str, Any]) -> str:
+    """Return `values` as the text of a config.yaml, in their order."""
+    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
 
 
 def drop_later_steps(metrics: Path, step: int) -> None:

@@ -1,0 +1,66 @@
+"""What leaves this machine: a run's texts and arguments without folders, and the upload to the Hub.
+
+Model card, results.json and the uploaded config.yaml may be published, so paths of this machine are
+cut to their last part. The run's own config.yaml keeps them, since the run resumes from it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+
+from .arguments import TrainingArguments
+from .options import given_arguments
+from .run import Run
+from .run_folder import CONFIG, LOCK, as_yaml
+
+_PLACES = re.compile(
+    r"\w+_(file|dir|path|model)|dataset_name|init_adapter|core_module|resume_from_checkpoint"
+)
+"""Names of the arguments that may be paths."""
+
+
+def without_folders(text: str, args: TrainingArguments) -> str:
+    """Return `text` for publication, with the arguments' absolute paths cut to their last part."""
+    forms: set[str] = set()
+    for name, value in given_arguments(args).items():
+        if _PLACES.fullmatch(name) and isinstance(value, str):
+            path = Path(value)
+            forms |= {value, str(path), str(path.expanduser())}
+    for form in sorted(forms, key=len, reverse=True):
+        path = Path(form)
+        if path.name and (form.startswith("~") or path.is_absolute()):
+            text = text.replace(form, path.name)
+    return text
+
+
+def public_values(values: Mapping[str, Any], args: TrainingArguments) -> dict[str, Any]:
+    """Return `values` for publication, with texts as `without_folders` returns them."""
+    found = dict(values)
+    for name, value in values.items():
+        if isinstance(value, str):
+            found[name] = without_folders(value, args)
+    return found
+
+
+def public_arguments(args: TrainingArguments) -> dict[str, Any]:
+    """Return `given_arguments` for publication, without folders."""
+    return public_values(given_arguments(args), args)
+
+
+def upload(run: Run) -> None:
+    """Upload the run's folder, except checkpoints, to the repository `--hub_model_id`, if given."""
+    if run.hub_id is None:
+        return
+    HfApi().upload_folder(
+        repo_id=run.hub_id,
+        folder_path=str(run.folder),
+        commit_message="End of training",
+        ignore_patterns=["checkpoint-*/**", ".partial-*", LOCK, CONFIG],
+    )
+    content = as_yaml(public_arguments(run.args)).encode()
+    HfApi().upload_file(repo_id=run.hub_id, path_in_repo=CONFIG, path_or_fileobj=content)
