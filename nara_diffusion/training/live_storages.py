@@ -1,0 +1,112 @@
+"""Memory of a computation, counted in bytes of the tensors' storages while they live.
+
+Ops run on fake tensors, which have shape, dtype and device, and no data:
+
+    counter = LiveStorages(tensors_of(model))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        to_fake(model, mode)         # a model on the meta device
+        with counter: model(…).loss.backward()
+    counter.peak
+
+The same counter counts real tensors. A storage counts from the op that returns it until Python
+frees it; views share theirs. Nothing is rounded up to an allocator's blocks.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+
+class LiveStorages(TorchDispatchMode):
+    """Count the storages that ops inside the context return.
+
+    Args:
+        known: tensors that exist already, such as weights; they are not counted.
+
+    Attributes:
+        live: bytes of the counted storages that live now.
+        peak: the highest `live` since the start, or since `peak` was set.
+    """
+
+    def __init__(self, known: Iterable[Tensor] = ()) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._references: dict[int, weakref.ref] = {}
+        for tensor in known:
+            self._add(tensor, 0)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in tree_iter(result):
+            if isinstance(value, Tensor):
+                self._add(value, value.untyped_storage().nbytes())
+        return result
+
+    def _add(self, tensor: Tensor, size: int) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._references:
+            return
+
+        def forget(_: weakref.ref) -> None:
+            del self._references[key]
+            self.live -= size
+
+        self._references[key] = weakref.ref(storage, forget)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+
+def to_fake(model: nn.Module, mode: FakeTensorMode, device: str = "cpu") -> None:
+    """Replace all parameters and buffers of `model` by fake ones of `mode`, in place.
+
+    Shapes, strides, dtypes and `requires_grad` stay, and so do ties. `Module.to` can't do it: it
+    fails on fake tensors.
+
+    Args:
+        model: on any device; on meta it has taken no memory.
+        device: what the fake tensors say they are on.
+    """
+    made: dict[int, Tensor] = {}
+
+    def fake(tensor: Tensor) -> Tensor:
+        if id(tensor) not in made:
+            shape: Any = (tensor.size(), tensor.stride())
+            new = torch.empty_strided(*shape, dtype=tensor.dtype, device=device)
+            if isinstance(tensor, nn.Parameter):
+                new = nn.Parameter(new, requires_grad=tensor.requires_grad)
+            made[id(tensor)] = new
+        return made[id(tensor)]
+
+    with mode:
+        for module in model.modules():
+            own: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+            for tensors in own:
+                for name, tensor in tensors.items():
+                    if tensor is not None:
+                        tensors[name] = fake(tensor)
+
+
+def tensors_of(*models: nn.Module) -> Iterator[Tensor]:
+    """Yield the parameters and buffers of `models`, each once."""
+    seen: set[int] = set()
+    for model in models:
+        for tensor in (*model.parameters(), *model.buffers()):
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield tensor
+
+
+def nbytes(tensors: Iterable[Tensor]) -> int:
+    """Return the bytes of `tensors` together."""
+    return sum(tensor.nbytes for tensor in tensors)
