@@ -8,8 +8,8 @@ from pathlib import Path
 
 from quality.regimes import alternatives
 from quality.regimes.plan import PLAN, is_deciding
-from quality.regimes.report import confirmed
-from quality.report.data import NOTHING, Arm, Grid, difference, read_records, rounded_mean, select, table
+from quality.regimes.report import Confirmed, confirmed
+from quality.report.data import NOTHING, Arm, Grid, Record, change, difference, read_records, select, table
 from quality.report.tables import closed, loss_of, title
 from quality.results import read
 from quality.running import SEEDS
@@ -42,33 +42,55 @@ class Asked:
 
 
 _IDENTITY, _BIAS = "the base, read by the identity", "LoRA and b(λ) on the input token's logit, r 4"
-ASKED = (
-    Asked("sample an ε-model as a v-model", "eps_to_v", "read ε̂ as v; no training", _IDENTITY),
-    Asked("… of a schedule that ends in pure noise", "zero_snr", "the same", _IDENTITY),
-    Asked("… as a rectified flow", "eps_to_flow", "the same", _IDENTITY),
-    Asked("random tokens for masks, open answers", "blind_open", "LoRA and a bias b(λ), ten numbers", _BIAS),
-    Asked("… answers that follow from the prompt", "blind_determined", "LoRA, NaRA's parameters", "lora_params"),
-    Asked("masks that can be counted, open answers", "seen_open", "LoRA", "lora"),
-    Asked("a subject at λ < 0.5, the base elsewhere", "subject_low", "LoRA, off outside", "lora_gated"),
-    Asked("two subjects, by λ", "two_conditions", "two LoRAs, switched", "lora_switched"),
-)
+ASKED = {
+    "Squared error of the prediction": (
+        Asked("sample an ε-model as a v-model", "eps_to_v", "read ε̂ as v; no training", _IDENTITY),
+        Asked("… of a schedule that ends in pure noise", "zero_snr", "the same", _IDENTITY),
+        Asked("… as a rectified flow", "eps_to_flow", "the same", _IDENTITY),
+    ),
+    "Cross-entropy in nats a token": (
+        Asked("random tokens for masks, open answers", "blind_open", "LoRA and a bias b(λ), ten numbers", _BIAS),
+        Asked("… answers that follow from the prompt", "blind_determined", "LoRA, NaRA's size", "lora_params"),
+        Asked("masks that can be counted, open answers", "seen_open", "LoRA", "lora"),
+    ),
+    "Share of the base's error": (
+        Asked("a subject at λ < 0.5, the base elsewhere", "subject_low", "LoRA, off outside", "lora_gated"),
+        Asked("two subjects, by λ", "two_conditions", "two LoRAs, switched", "lora_switched"),
+    ),
+}
+"""{measure, with its unit: its rows}."""
 
 
 def asked_table(folder: Path) -> str:
-    """A row a regime: held-out losses on attention at rank 4, over ten seeds."""
+    """A table a measure, a row a regime: held-out losses on attention at rank 4, over ten seeds."""
     records, others = read(folder / "regimes.jsonl"), read(folder / "alternatives.jsonl")
     cells = {p.cell.regime: confirmed(p, records) for p in PLAN if is_deciding(p.cell) and not p.label}
-    rows = []
-    for row in ASKED:
-        cell = cells[row.regime]
-        if row.arm in cell.planned.arms:
-            simplest = cell.score(row.arm)
-        else:
-            group = next(group for group in alternatives.GROUPS if group.regime == row.regime)
-            simplest = alternatives.confirmed(group, others).score(row.arm)
-        own = [cell.score(arm) for arm in SHOWN]
-        rows.append([row.what, row.simplest, *(rounded_mean(each) for each in (simplest, *own))])
-    return table(["what is asked", "simplest that does as well", "it", *SHOWN.values()], rows)
+    header = ["what is asked", "simplest that does as well", "it", *SHOWN.values(), "NaRA − LoRA"]
+    parts = []
+    for measure, asked in ASKED.items():
+        rows = [_asked_row(row, cells[row.regime], others) for row in asked]
+        parts += [f"**{measure}**", table(header, rows)]
+    return "\n\n".join(parts)
+
+
+def _asked_row(row: Asked, cell: Confirmed, others: list[Record]) -> list[str]:
+    if row.arm in cell.planned.arms:
+        simplest = _sized(cell, row.arm)
+    else:
+        group = next(group for group in alternatives.GROUPS if group.regime == row.regime)
+        simplest = _sized(alternatives.confirmed(group, others), row.arm)
+    own = [_sized(cell, arm) for arm in SHOWN]
+    return [row.what, row.simplest, simplest, *own, change(cell.difference("nara", "lora"), 3)]
+
+
+def _sized(cell: Confirmed, arm: str) -> str:
+    """The mean score of an arm, and its trained parameters in thousands."""
+    score = cell.score(arm)
+    if score is None:
+        return NOTHING
+    sizes = [record.get("trainable_parameters", 0) for (name, _), record in cell.records.items() if name == arm]
+    size = f"{sizes[0] / 1000:.0f} k" if sizes[0] else "0"
+    return f"{score.mean:.3f} ({size})"
 
 
 # ---------------------------------------------------------------------- ordinary fine-tuning
