@@ -3,7 +3,7 @@
 from nara_diffusion.noise.sources import InputIdsNoise
 
 from .batches import AnswerCollator
-from .conditioning import read_noise_from_input_ids
+from .canvas import read_noise_from_input_ids
 from .decoding import Sampling
 from .encoding import EncodedRecords, encode_records
 from .exact_match import ExactMatch, exact_match

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_SAMPLE = 1000  # samples of the training stream that `trained_canvas` looks at
+
 Row = Mapping[str, Any]
 """A row of `encode_records`."""
 
@@ -214,3 +216,60 @@ def batches_of(
         for name, value in batch.items():
             batch[name] = value.to(device)
         yield batch
+
+
+# ---------------------------------------------------------------- training and generation compared
+
+
+def trained_canvas(
+    stream: ShuffledStream, collator: AnswerCollator, gen_length: int, block_length: int
+) -> tuple[str, list[str]]:
+    """Compare the canvas that generation fills with what training shows of it.
+
+    Args:
+        stream: its first samples are looked at.
+
+    Returns:
+        One line for the run's facts. Warnings, if generation goes beyond what training shows, or
+        ends before answers do.
+    """
+    rows = [stream[position] for position in range(min(len(stream.samples), _SAMPLE))]
+    prompts = [row["prompt_length"] for row in rows]
+    answers = [len(row["input_ids"]) - row["prompt_length"] for row in rows]
+    trained = collator.answer_lengths(rows)
+    padding = f"(trained_padding {collator.trained_padding})"
+    mean = round(sum(prompts + trained) / len(rows))
+    fact = (
+        f"prompts of {_span(prompts)} tokens, answers of {_span(answers)} tokens with their end, "
+        f"trained to {_span(trained)} tokens {padding}, {mean} positions a sample; "
+        f"generated: gen_length {gen_length} in {counted(gen_length // block_length, 'block')}"
+    )
+    short, long = [], []
+    for row, answer, end in zip(rows, answers, trained, strict=True):
+        is_whole = collator.is_whole(row)
+        length = answer - is_whole  # without the end token
+        if is_whole and end < gen_length:
+            short.append(end)
+        if row["instruction"] and length > gen_length:  # a text without a prompt may be longer
+            long.append(length)
+    warnings = []
+    samples = counted(len(rows), "sample")
+    if short:
+        warnings.append(
+            f"gen_length is {gen_length}, and {len(short)} of {samples} end before that, the "
+            f"shortest after {min(short)} tokens {padding}: what follows an answer there is not "
+            "trained, and generated answers can become worse than the base model's while the "
+            "validation loss falls; give --trained_padding gen_length"
+        )
+    if long:
+        warnings.append(
+            f"gen_length is {gen_length}, and {len(long)} of {samples} have longer answers, up to "
+            f"{max(long)} tokens: a generated answer is cut there, and exact match counts it as "
+            f"wrong; give --gen_length {max(long)}"
+        )
+    return fact, warnings
+
+
+def _span(numbers: Sequence[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return f"{low}" if low == high else f"{low} to {high}"

@@ -1,40 +1,58 @@
-"""The canvas: a prompt, and right behind it `gen_length` masks that generation fills.
+"""The canvas: a prompt, and right behind it `gen_length` masks that generation fills; and its λ.
 
 If prompts differ in length, each is followed by its own answer, and padding is on the right, as in
 training. A model learns what follows an answer from the end tokens that training puts behind
 answers, so both should reach equally far. A model that was trained on fewer end tokens continues
 after its answer, or takes the length of the canvas for that of the answer.
+
+λ of a canvas is the masked share of its answer. This package's losses and samplers set λ at each
+forward:
+
+    rows = ForwardRows(input_ids, attention_mask, noise_level)
+    if cfg_scale > 0:
+        rows = rows.with_masked_prompts(is_prompt, mask_token_id)
+    with conditioned(model, rows.noise_level):
+        …
+
+Other people's samplers don't. There, λ is read from `input_ids`. Where the prompts end is not among
+a forward's arguments, so it is given once:
+
+    with read_noise_from_input_ids(model, prompt_lengths=[12, 30]):
+        somebody_elses_generate(model, …)
+
+Inside it, `noise_level(model, …)` still takes precedence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from nara_diffusion.training.loop import ShuffledStream
-from nara_diffusion.utils.naming import counted
+from nara_diffusion.noise.level import core_holders, find_holders, noise_level
+from nara_diffusion.noise.rows import Repetition, guidance_rows
+from nara_diffusion.noise.sources import MASKED_SHARE, InputIdsNoise, set_noise_source
 
-from .batches import AnswerCollator
 from .models.backbone import Backbone
 from .tokenizer import mask_in_a_text
 
 _MAX_LENGTH = 512
-_SAMPLE = 1000  # samples of the training stream that `trained_canvas` looks at
 
 
 def place_prompts(
     backbone: Backbone,
-    input_ids: torch.Tensor,
+    input_ids: Tensor,
     gen_length: int,
     mask_token_id: int,
     pad_token_id: int,
     *,
-    prompt_lengths: torch.Tensor | Sequence[int] | None = None,
-    attention_mask: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    prompt_lengths: Tensor | Sequence[int] | None = None,
+    attention_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Put `gen_length` masks behind each prompt.
 
     An empty prompt becomes a BOS token if the model needs one.
@@ -74,10 +92,10 @@ def place_prompts(
 
 
 def _prompt_positions(
-    input_ids: torch.Tensor,
-    prompt_lengths: torch.Tensor | Sequence[int] | None,
-    attention_mask: torch.Tensor | None,
-) -> torch.Tensor:
+    input_ids: Tensor,
+    prompt_lengths: Tensor | Sequence[int] | None,
+    attention_mask: Tensor | None,
+) -> Tensor:
     """Return which tokens belong to prompts, (b, p) bool."""
     if prompt_lengths is not None and attention_mask is not None:
         raise ValueError("prompt_lengths and attention_mask say the same: pass one of them")
@@ -93,7 +111,7 @@ def _prompt_positions(
     return torch.arange(p, device=input_ids.device) < lengths[:, None]
 
 
-def _check_mask_token(input_ids: torch.Tensor, is_prompt: torch.Tensor, mask_token_id: int) -> None:
+def _check_mask_token(input_ids: Tensor, is_prompt: Tensor, mask_token_id: int) -> None:
     """Raise ValueError if a prompt contains the mask token."""
     holding = (is_prompt & (input_ids == mask_token_id)).any(1)  # (b,)
     if holding.any():
@@ -150,58 +168,80 @@ def checked_lengths(model: nn.Module, max_length: int | None, gen_length: int) -
     return max_length
 
 
-# ---------------------------------------------------------------- training and generation compared
+# ---------------------------------------------------------------- rows of a forward, and their λ
 
 
-def trained_canvas(
-    stream: ShuffledStream, collator: AnswerCollator, gen_length: int, block_length: int
-) -> tuple[str, list[str]]:
-    """Compare the canvas that generation fills with what training shows of it.
+@dataclass(frozen=True)
+class ForwardRows:
+    """The rows of a forward.
+
+    Attributes:
+        input_ids: (b, l), or (2b, l) with guidance: the rows, then the same with masked prompts.
+        attention_mask: as `input_ids`; None if there is no padding.
+        noise_level: λ of each row, (b,) or (2b,).
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor | None
+    noise_level: Tensor
+
+    def with_masked_prompts(self, is_prompt: Tensor, mask_token_id: int) -> ForwardRows:
+        """Return the rows of classifier-free guidance. `is_prompt`: (b, l) bool."""
+        input_ids = guidance_rows(self.input_ids)
+        input_ids[len(is_prompt) :].masked_fill_(is_prompt, mask_token_id)
+        padding = self.attention_mask
+        return ForwardRows(
+            input_ids,
+            None if padding is None else guidance_rows(padding),
+            guidance_rows(self.noise_level),
+        )
+
+
+def conditioned(model: nn.Module, level: Tensor) -> AbstractContextManager:
+    """Return the context `noise_level(model, λ)`; one that does nothing if no adapter needs λ.
+
+    Adapters without a `noise_convention` get that of the masked share.
 
     Args:
-        stream: its first samples are looked at.
+        model: the outermost module.
+        level: λ of each row, (b,) float32.
 
-    Returns:
-        One line for the run's facts. Warnings, if generation goes beyond what training shows, or
-        ends before answers do.
+    Raises:
+        ValueError: an adapter that needs λ was trained with another definition of it.
     """
-    rows = [stream[position] for position in range(min(len(stream.samples), _SAMPLE))]
-    prompts = [row["prompt_length"] for row in rows]
-    answers = [len(row["input_ids"]) - row["prompt_length"] for row in rows]
-    trained = collator.answer_lengths(rows)
-    padding = f"(trained_padding {collator.trained_padding})"
-    mean = round(sum(prompts + trained) / len(rows))
-    fact = (
-        f"prompts of {_span(prompts)} tokens, answers of {_span(answers)} tokens with their end, "
-        f"trained to {_span(trained)} tokens {padding}, {mean} positions a sample; "
-        f"generated: gen_length {gen_length} in {counted(gen_length // block_length, 'block')}"
-    )
-    short, long = [], []
-    for row, answer, end in zip(rows, answers, trained, strict=True):
-        is_whole = collator.is_whole(row)
-        length = answer - is_whole  # without the end token
-        if is_whole and end < gen_length:
-            short.append(end)
-        if row["instruction"] and length > gen_length:  # a text without a prompt may be longer
-            long.append(length)
-    warnings = []
-    samples = counted(len(rows), "sample")
-    if short:
-        warnings.append(
-            f"gen_length is {gen_length}, and {len(short)} of {samples} end before that, the "
-            f"shortest after {min(short)} tokens {padding}: what follows an answer there is not "
-            "trained, and generated answers can become worse than the base model's while the "
-            "validation loss falls; give --trained_padding gen_length"
-        )
-    if long:
-        warnings.append(
-            f"gen_length is {gen_length}, and {len(long)} of {samples} have longer answers, up to "
-            f"{max(long)} tokens: a generated answer is cut there, and exact match counts it as "
-            f"wrong; give --gen_length {max(long)}"
-        )
-    return fact, warnings
+    holders = find_holders(model)
+    if not any(holder.needs_noise or holder.merging.binds_level for holder in holders):
+        return nullcontext()
+    for holder in holders:
+        names = holder.noisy(holder.active_names())
+        for name, other in holder.finder.adopt_convention(names, MASKED_SHARE).items():
+            raise ValueError(
+                f"Adapter '{name}' was trained with λ defined as {other!r}, and this is "
+                f"{MASKED_SHARE!r}, the masked share of the answer: use an adapter that was trained "
+                "with that, or call the model yourself inside `with noise_level(model, value):`."
+            )
+    return noise_level(model, level)
 
 
-def _span(numbers: Sequence[int]) -> str:
-    low, high = min(numbers), max(numbers)
-    return f"{low}" if low == high else f"{low} to {high}"
+@contextmanager
+def read_noise_from_input_ids(
+    model: nn.Module,
+    prompt_lengths: int | Sequence[int] | Tensor,
+    *,
+    mask_token_id: int | None = None,
+    repeated: Repetition | None = None,
+) -> Iterator[InputIdsNoise]:
+    """Inside, `model` reads λ from the masks in its input; afterwards from its former source.
+
+    `InputIdsNoise` describes the arguments and errors. To make this permanent, call
+    set_noise_source(model, InputIdsNoise(…)).
+    """
+    before = [(holder, holder.finder.given_source) for holder in core_holders(model)]
+    mask = Backbone(model).mask_token_id(mask_token_id)
+    source = InputIdsNoise(prompt_lengths, mask_token_id=mask, repeated=repeated)
+    set_noise_source(model, source)
+    try:
+        yield source
+    finally:
+        for holder, former in before:
+            holder.finder.given_source = former

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
 from .batches import AnswerCollator, batches_of
-from .conditioning import ForwardRows, conditioned
+from .canvas import ForwardRows, conditioned
 from .masking import MaskedBatch, mask_answers
 from .models.backbone import Backbone, evaluating, guided, without_ddp
 

@@ -32,8 +32,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from nara_diffusion.noise.rows import guidance_rows
 
-from .canvas import place_prompts
-from .conditioning import ForwardRows, conditioned
+from .canvas import ForwardRows, conditioned, place_prompts
 from .decoding import Sampling, chat_sampling
 from .models.backbone import Backbone, evaluating, guided, without_ddp
 

@@ -35,6 +35,7 @@ from nara_diffusion.dllm import AnswerCollator, encode_records, load_backbone, m
 from nara_diffusion.dllm.batches import (
     GlobalBatchStream,
     rows_in_training,
+    trained_canvas,
     with_longest,
     without_held_out,
 )
@@ -42,7 +43,6 @@ from nara_diffusion.dllm.canvas import (
     check_canvas,
     check_positions,
     checked_lengths,
-    trained_canvas,
 )
 from nara_diffusion.dllm.decoding import chat_sampling
 from nara_diffusion.dllm.models.quantised import prepare_quantised
