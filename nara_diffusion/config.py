@@ -13,7 +13,8 @@ from typing import Any, Literal, NoReturn
 from peft import LoraConfig
 
 from nara_diffusion.cores.registry import BUILT_IN, check_core_type
-from nara_diffusion.noise.strength_schedule import StrengthSchedule, is_number
+from nara_diffusion.noise.level import is_number
+from nara_diffusion.noise.strength_schedule import StrengthSchedule
 from nara_diffusion.utils.atomic_write import atomic_write_files
 
 _CHOICES: dict[str, tuple[tuple[str | int, ...], tuple[str, ...]]] = {

@@ -13,7 +13,7 @@ is drawn from `generator` (or torch's global one), and the indices are 0 … b �
 
 Stratified λ: each of `group_size` consecutive indices takes one of as many equal strata of (ε, 1);
 see
-`nara_diffusion.utils.random`. A window of noise levels replaces (ε, 1), if it lies inside;
+`nara_diffusion.noise.window`. A window of noise levels replaces (ε, 1), if it lies inside;
 otherwise their intersection does.
 
 Complementary masks: each sequence appears twice, with mask m at λ = t and with ¬m at λ = 1 − t, so
@@ -31,8 +31,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from nara_diffusion.noise.strength_schedule import EVERYTHING, NoiseWindow
-from nara_diffusion.utils.random import stratified_uniform
+from nara_diffusion.noise.window import EVERYTHING, NoiseWindow, stratified_uniform
 
 MIN_NOISE_LEVEL = 1e-3
 """ε: the smallest λ that training draws."""

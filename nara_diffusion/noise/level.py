@@ -22,6 +22,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from contextlib import ContextDecorator
 from contextvars import ContextVar
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -78,6 +79,11 @@ def as_tensor(value: Any) -> Tensor:
         return torch.stack([as_tensor(one) for one in value])  # keeps their gradients
     tensor = torch.as_tensor(value)
     return torch.as_tensor(value, dtype=torch.float32) if tensor.is_floating_point() else tensor
+
+
+def is_number(value: Any) -> bool:
+    """Return whether `value` is a real number, not a bool, with a square that fits float32."""
+    return isinstance(value, Real) and not isinstance(value, bool) and -1e9 <= float(value) <= 1e9
 
 
 # ---------------------------------------------------------------------- contexts

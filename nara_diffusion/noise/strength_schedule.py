@@ -1,4 +1,4 @@
-"""The strength of an adapter as a function of λ, and the window of λ that training draws from.
+"""The strength of an adapter as a function of λ.
 
     ΔW(λ) = s(λ) · α/r · B C(λ) A            W0 + ΔW(λ) inside DoRA's norm, too
 
@@ -9,15 +9,13 @@ point. Two points at one λ make a step: the first applies below that λ, the se
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .level import Level, as_level
+from .level import Level, as_level, is_number
 
 _EXAMPLE = "StrengthSchedule([(0, 1.0), (0.7, 0.3)])"
 
@@ -87,11 +85,6 @@ class StrengthSchedule:
         return f"StrengthSchedule({list(self.points)})"
 
 
-def is_number(value: Any) -> bool:
-    """Return whether `value` is a real number, not a bool, with a square that fits float32."""
-    return isinstance(value, Real) and not isinstance(value, bool) and -1e9 <= float(value) <= 1e9
-
-
 def _pairs(points: Any) -> Iterator[tuple[float, float]]:
     given = (
         list(points)
@@ -117,45 +110,3 @@ def _pairs(points: Any) -> Iterator[tuple[float, float]]:
                 "t out of 1000 is λ = t / 1000."
             )
         yield float(point[0]), float(point[1])
-
-
-@dataclass(frozen=True)
-class NoiseWindow:
-    """The noise levels that training draws λ from: low ≤ λ < high, and also λ = 1 if high is 1.
-
-    Raises:
-        ValueError: not 0 ≤ low < high ≤ 1.
-    """
-
-    low: float = 0.0
-    high: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.low < self.high <= 1:
-            raise ValueError(
-                f"low is {self.low} and high {self.high}, expected 0 ≤ low < high ≤ 1: λ is 1 at pure noise, and "
-                "timestep 700 of 1000 is 0.7."
-            )
-
-    @property
-    def is_everything(self) -> bool:
-        """True if every λ in [0, 1] lies inside."""
-        return self.low <= 0 and self.high >= 1
-
-    def contains(self, noise_level: Tensor) -> Tensor:
-        """Return whether each λ (b,) lies inside, (b,) bool, compared in float32."""
-        levels = noise_level.float()
-        low, high = levels.new_tensor(self.low), levels.new_tensor(self.high)
-        return (levels >= low) & ((levels < high) | (high == 1))
-
-    def as_schedule(self) -> StrengthSchedule | None:
-        """Return the strength that turns an adapter off outside the window; None if always 1.
-
-        It is 1 where `contains` is true, and 0 elsewhere.
-        """
-        below = [(self.low, 0.0), (self.low, 1.0)] if self.low > 0 else []
-        above = [(self.high, 1.0), (self.high, 0.0)] if self.high < 1 else []
-        return StrengthSchedule(below + above) if below + above else None
-
-
-EVERYTHING = NoiseWindow()

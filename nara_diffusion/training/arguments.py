@@ -12,7 +12,8 @@ from typing import Any
 
 import yaml
 
-from nara_diffusion.noise.strength_schedule import NoiseWindow, StrengthSchedule
+from nara_diffusion.noise.strength_schedule import StrengthSchedule
+from nara_diffusion.noise.window import NoiseWindow
 
 from .options import merged, option
 

@@ -1,4 +1,4 @@
-"""Add an adapter to a model: make its cores, hide the holder from PEFT, and undo after an error."""
+"""Add an adapter to a model: check names, make cores, hide the holder, and undo after an error."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from difflib import get_close_matches
+from itertools import pairwise
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -14,6 +15,7 @@ from torch import nn
 
 from nara_diffusion.config import NaraConfig
 from nara_diffusion.cores.registry import BUILT_IN, HOLDER_NAME, CoreSet, core_group, make_cores
+from nara_diffusion.strict import PEFT_PREFIX
 
 
 @contextmanager
@@ -101,6 +103,31 @@ def _nearest_names(model: nn.Module, targets: str | Iterable[str]) -> list[str]:
         for match in get_close_matches(wanted, known, 1):
             found.add(repr(known[match]))
     return sorted(found)
+
+
+def check_adapter_names(model: nn.Module, names: set[str]) -> None:
+    """Raise ValueError if one of several adapters has the name of a part of a key.
+
+    PEFT would leave out tensors of such an adapter, or of another one, when saving.
+    """
+    if len(names) < 2:
+        return
+    for key in model.state_dict():
+        if not any(part in key for part in (".lora_", ".base_layer.", f"{HOLDER_NAME}.")):
+            continue
+        for before, name in pairwise(f"{PEFT_PREFIX}{key}".split(".")):
+            if name in names and not _precedes_adapter_name(before):
+                raise ValueError(
+                    f"adapter '{name}' is named like a part of '{key}', so that PEFT would leave "
+                    "out tensors when it saves one of several adapters. Choose another name."
+                )
+
+
+def _precedes_adapter_name(part: str) -> bool:
+    """Return True if the name of an adapter follows `part` in a key."""
+    if part == HOLDER_NAME:
+        return False
+    return part.startswith(("lora_", "cores", "modules_to_save"))
 
 
 def cores_for(

@@ -32,7 +32,6 @@ from nara_diffusion.noise.level import noise_level as at_noise_level
 from nara_diffusion.noise.rows import row_kind_of
 from nara_diffusion.strict import (
     PEFT_PREFIX,
-    check_adapter_names,
     check_core_precision,
     check_keeps_configuration,
     check_tensors,
@@ -42,7 +41,13 @@ from nara_diffusion.strict import (
 )
 
 from .holder import CoreHolder, drop_idle_holder, holder_of
-from .injection import cores_for, restored_on_error, suggesting_targets, without_holder
+from .injection import (
+    check_adapter_names,
+    cores_for,
+    restored_on_error,
+    suggesting_targets,
+    without_holder,
+)
 from .merging import unmerged_on_error
 from .strength import give_strength
 
