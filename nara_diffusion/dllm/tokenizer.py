@@ -37,6 +37,7 @@ _TURN_ENDS = ("<|eot_id|>", "<|im_end|>")
 _STOCK_TOKENIZERS: dict[str, type[PreTrainedTokenizerBase]] = {
     "llada": PreTrainedTokenizerFast,
     "illada": PreTrainedTokenizerFast,
+    "llada2_moe": PreTrainedTokenizerFast,
     "dream": Qwen2Tokenizer,
 }
 # The class that transformers 5 names if all of a tokenizer is in tokenizer.json

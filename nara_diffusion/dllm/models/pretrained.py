@@ -1,17 +1,16 @@
 """Loading masked language models into stock transformers classes.
 
-| checkpoint                   | class                   | note                          |
-|------------------------------|-------------------------|-------------------------------|
-| LLaDA, iLLaDA                | LlamaForCausalLM        | tensors renamed while loading |
-| Dream                        | ShiftedQwen2ForCausalLM | position i predicts token i   |
-| Llama, Qwen2                 | their …ForCausalLM      | attention made bidirectional  |
-| BERT, RoBERTa, ModernBERT, … | AutoModelForMaskedLM    | unchanged                     |
+| checkpoint                   | class                   | note                              |
+|------------------------------|-------------------------|-----------------------------------|
+| LLaDA, iLLaDA                | LlamaForCausalLM        | tensors renamed while loading     |
+| LLaDA2                       | Glm4MoeForCausalLM      | see `mixtures`                    |
+| LLaDA-MoE                    | Qwen3MoeForCausalLM     | attention made bidirectional      |
+| Dream                        | ShiftedQwen2ForCausalLM | position i predicts token i       |
+| Llama, Qwen2, Qwen3-MoE      | their …ForCausalLM      | attention made bidirectional      |
+| BERT, RoBERTa, ModernBERT, … | AutoModelForMaskedLM    | unchanged                         |
 
 `config.is_causal = False` makes attention bidirectional in transformers. No code of the checkpoint
 is run.
-
-LLaDA is a Llama without the causal mask, and with other names. Its tensors are renamed while they
-stream from disk, and its configuration is translated. An option that Llama lacks is an error.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForMaskedLM,
+    Glm4MoeForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedConfig,
@@ -32,6 +32,8 @@ from transformers import (
     PreTrainedTokenizerBase,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import CONFIG_NAME
@@ -39,6 +41,14 @@ from transformers.utils import CONFIG_NAME
 from nara_diffusion.utils.naming import naming_source
 
 from ..tokenizer import find_mask_token, load_tokenizer, set_special_tokens
+from .llada_format import KEY_MAPPING, checkpoint_name, llama_fields
+from .mixtures import (
+    LLADA2,
+    LLaDA2MoeConfig,
+    llada2_fields,
+    qwen3_moe_fields,
+    register_conversions,
+)
 from .quantised import quantization
 from .shifted_logits import ShiftedQwen2ForCausalLM
 
@@ -100,7 +110,7 @@ def load_backbone(
     size = config.vocab_size
     mask = find_mask_token(name, tokenizer, fields, size, mask_token_id, mask_token)
     if is_renamed:
-        kwargs["key_mapping"] = _KEY_MAPPING
+        kwargs["key_mapping"] = KEY_MAPPING
     if load_in_4bit or load_in_8bit:
         dtype = kwargs.get("dtype")
         kwargs["quantization_config"] = quantization(load_in_4bit, load_in_8bit, dtype)
@@ -138,6 +148,13 @@ def _class_and_config(
         raise ValueError(
             f"{name} has shifted_logits, which only Dream and Qwen2 have, and model_type {family!r}"
         )
+    if family == LLADA2:
+        register_conversions()
+        return Glm4MoeForCausalLM, _bidirectional(LLaDA2MoeConfig, llada2_fields(fields)), False
+    if "expert_intermediate_size" in fields:  # LLaDA-MoE, whose model_type is LLaDA's
+        return Qwen3MoeForCausalLM, _bidirectional(Qwen3MoeConfig, qwen3_moe_fields(fields)), False
+    if family == "qwen3_moe":
+        return Qwen3MoeForCausalLM, _bidirectional(Qwen3MoeConfig, fields), False
     if family in ("llada", "illada", "llama"):
         fields = llama_fields(fields) if "d_model" in fields else fields
         return LlamaForCausalLM, _bidirectional(LlamaConfig, fields), family != "llama"
@@ -145,9 +162,9 @@ def _class_and_config(
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, **hub)
         return AutoModelForMaskedLM, config, False
     raise ValueError(
-        f"{name} has model_type {family!r}. load_backbone knows LLaDA, iLLaDA, Dream, Llama, Qwen2 "
-        "and the encoders of AutoModelForMaskedLM (BERT, RoBERTa, ModernBERT, …), and runs no code "
-        "of a checkpoint"
+        f"{name} has model_type {family!r}. load_backbone knows LLaDA, iLLaDA, LLaDA-MoE, "
+        "LLaDA2, Dream, Llama, Qwen2, Qwen3-MoE and the encoders of AutoModelForMaskedLM (BERT, "
+        "RoBERTa, ModernBERT, …), and runs no code of a checkpoint"
     )
 
 
@@ -191,108 +208,3 @@ def _check_tensors(name: str, loading: Mapping[str, Any], original: Callable[[st
             lists.append(f"{len(keys)} {kind}: {', '.join(keys[:8])}")
     if lists:
         raise ValueError(f"the tensors of {name} don't fit its configuration; {'; '.join(lists)}")
-
-
-# ---------------------------------------------------------------- LLaDA's checkpoint format
-
-# Names of tensors: (in LLaDA, in LlamaForCausalLM), of the whole model and of a layer
-_OF_MODEL = (("wte", "model.embed_tokens"), ("ln_f", "model.norm"), ("ff_out", "lm_head"))
-_OF_LAYER = (
-    ("attn_norm", "input_layernorm"),
-    ("ff_norm", "post_attention_layernorm"),
-    ("q_proj", "self_attn.q_proj"),
-    ("k_proj", "self_attn.k_proj"),
-    ("v_proj", "self_attn.v_proj"),
-    ("attn_out", "self_attn.o_proj"),
-    ("ff_proj", "mlp.gate_proj"),
-    ("up_proj", "mlp.up_proj"),
-    ("ff_out", "mlp.down_proj"),
-)
-_LAYER = r"(\d+)"
-_TENSORS = [(f"model.transformer.{theirs}.", f"{ours}.") for theirs, ours in _OF_MODEL]
-for theirs, ours in _OF_LAYER:
-    theirs = f"model.transformer.blocks.{_LAYER}.{theirs}."
-    _TENSORS.append((theirs, f"model.layers.{_LAYER}.{ours}."))
-
-_KEY_MAPPING = {
-    "^" + theirs.replace(".", r"\."): ours.replace(_LAYER, r"\1") for theirs, ours in _TENSORS
-}
-"""For `from_pretrained(key_mapping=…)`, which allows one capture group in a pattern."""
-
-# Fields of a LLaDA configuration: their values that make its block a Llama block
-_EXPRESSIBLE: dict[str, tuple[Any, ...]] = {
-    "activation_type": ("silu",),
-    "block_type": ("llama",),
-    "layer_norm_type": ("rms",),
-    "rope": (True,),
-    "layer_norm_with_affine": (True,),
-    "alibi": (False,),
-    "attention_layer_norm": (False,),
-    "include_bias": (False,),
-    "input_emb_norm": (False,),
-    "scale_logits": (False,),
-    "bias_for_layer_norm": (False, None),
-    "include_qkv_bias": (False, None),
-    "clip_qkv": (None,),
-    "sliding_window": (None,),
-    "embedding_dropout": (0.0,),
-    "residual_dropout": (0.0,),
-}
-
-
-def llama_fields(fields: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of a LlamaConfig for those of a LLaDA checkpoint's config.json.
-
-    Raises:
-        ValueError: a field is missing, or has a value that Llama can't express; the message names
-            each.
-    """
-    unsupported = []
-    for name, allowed in _EXPRESSIBLE.items():
-        if name in fields and fields[name] not in allowed:
-            expected = " or ".join(map(repr, allowed))
-            unsupported.append(f"{name}={fields[name]!r} (only {expected})")
-    if unsupported:
-        raise ValueError(
-            "this LLaDA checkpoint has options that a stock Llama model can't express: "
-            + "; ".join(unsupported)
-        )
-    try:
-        return _translated(fields)
-    except KeyError as error:
-        raise ValueError(f"this LLaDA checkpoint's config.json lacks {error.args[0]}") from None
-
-
-def _translated(fields: dict[str, Any]) -> dict[str, Any]:
-    width, heads = fields["d_model"], fields["n_heads"]
-    # multi_query_attention is an older flag than n_kv_heads
-    key_heads = 1 if fields.get("multi_query_attention") else heads
-    theta = fields.get("rope_theta", 10000.0)
-    found = {
-        "vocab_size": fields.get("embedding_size") or fields["vocab_size"],
-        "hidden_size": width,
-        "intermediate_size": fields.get("mlp_hidden_size") or fields.get("mlp_ratio", 4) * width,
-        "num_hidden_layers": fields["n_layers"],
-        "num_attention_heads": heads,
-        "num_key_value_heads": fields.get("n_kv_heads") or key_heads,
-        "max_position_embeddings": fields["max_sequence_length"],
-        "rms_norm_eps": fields.get("rms_norm_eps", 1e-5),
-        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
-        "attention_dropout": fields.get("attention_dropout", 0.0),
-        "tie_word_embeddings": fields.get("weight_tying", True),  # LLaDA's own default
-        "eos_token_id": fields.get("eos_token_id"),
-        "bos_token_id": fields.get("bos_token_id"),
-    }
-    for name in ("dtype", "torch_dtype", "quantization_config"):
-        if name in fields:
-            found[name] = fields[name]
-    return found
-
-
-def checkpoint_name(name: str) -> str:
-    """Return the name in a LLaDA checkpoint of a LlamaForCausalLM tensor."""
-    for theirs, ours in _TENSORS:
-        found = re.match(ours, name)
-        if found:
-            return theirs.replace(_LAYER, "".join(found.groups())) + name[found.end() :]
-    return name
