@@ -101,7 +101,7 @@ def mask_answers(
     attention_mask = None
     if answer_lengths is not None:
         attention_mask = until_end(answer).long()
-    seed, indices = _key(seed, sample_indices, generator, b)
+    seed, indices = seed_and_indices(seed, sample_indices, generator, b)
     if noise_level is None:
         levels = draw_noise_levels(
             indices,
@@ -113,7 +113,7 @@ def mask_answers(
         levels = levels.to(device)
     else:
         levels = torch.as_tensor(noise_level, dtype=torch.float32, device=device).expand(b)
-        _check_levels(levels, complementary)
+        check_levels(levels, complementary)
     masked = draw_masks(answer, levels, indices, seed=seed)  # (b, l)
     targets = input_ids
     if complementary:
@@ -126,7 +126,7 @@ def mask_answers(
     return MaskedBatch(seen, targets, masked, answer, levels, attention_mask)
 
 
-def _check_levels(levels: torch.Tensor, complementary: bool) -> None:
+def check_levels(levels: torch.Tensor, complementary: bool = False) -> None:
     """Raise ValueError if a given λ masks nothing, or its complementary mask nothing."""
     is_drawable = (levels > 0) & (levels <= 1)
     interval = "(0, 1]"
@@ -225,8 +225,8 @@ def draw_noise_levels(
     u = stratified_uniform(
         sample_indices,
         group_size,
-        shift=partial(_random, seed, _SHIFT_STREAM),
-        value=partial(_random, seed, _LEVEL_STREAM),
+        shift=partial(random_of, seed, _SHIFT_STREAM),
+        value=partial(random_of, seed, _LEVEL_STREAM),
     )
     check_drawable(window, symmetric)
     top = 1 - MIN_NOISE_LEVEL if symmetric else 1.0
@@ -267,17 +267,18 @@ def draw_masks(
     """
     uniform = np.ones(answer.shape)
     for row, columns in enumerate(answer.cpu().numpy()):
-        random = _random(seed, _MASK_STREAM, sample_indices[row])
+        random = random_of(seed, _MASK_STREAM, sample_indices[row])
         uniform[row, columns] = random.random(int(columns.sum()))
     chosen = torch.from_numpy(uniform) < noise_level.cpu().double()[:, None]  # (b, l)
     return answer & chosen.to(answer.device)
 
 
-def _random(seed: int, stream: int, number: int) -> np.random.Generator:
+def random_of(seed: int, stream: int, number: int) -> np.random.Generator:
+    """Return the random numbers of one sample, for one use of them."""
     return np.random.default_rng((seed, stream, number))
 
 
-def _key(
+def seed_and_indices(
     seed: int | None, sample_indices: Lengths | None, generator: torch.Generator | None, b: int
 ) -> tuple[int, list[int]]:
     """Return the seed and the indices of the b samples, the key of all random numbers."""

@@ -52,6 +52,7 @@ class Arguments:
     lr_warmup_steps: int = option(200, "steps of linear warm-up")
     decay_share: float = option(0.3, "share of the steps, at the end, over which the learning rate falls to zero")
     weight_decay: float = option(0.01, "of AdamW")
+    muon: float = option(0.0, "learning rate of Muon, for the matrices of blocks; 0: AdamW trains all weights")
     train_size: int = option(40000, "questions a family to learn from")
     validation_size: int = option(128, "held-out questions a family")
     validation_steps: int = option(500, "steps between two rows of training_curve.csv")
@@ -87,6 +88,7 @@ class PreTraining:
             warmup=args.lr_warmup_steps,
             decay=args.decay_share,
             weight_decay=args.weight_decay,
+            muon=args.muon or None,
             row_steps=args.validation_steps,
             save_steps=args.checkpointing_steps,
             bf16=False,

@@ -1,0 +1,183 @@
+"""The objective of DiffusionGemma: one canvas a sample, denoised after a clean prefix.
+
+    L = mean_i [ mean_j − log p(x_ij | canvas_i, prefix_i)  +  w · mean_k − log p(x_ik | x_i<k) ]
+
+The first term is the decoder's, over the positions j of a canvas that belong to the answer, changed
+or not, without a factor 1/λ. The second is the encoder's next-token loss over the whole answer.
+
+*Two passes*: the first, without gradient, gives logits that the second sees where
+`self_conditioned` is true. Both run for every batch, so that all processes do the same.
+
+The encoder reads the whole clean row once, causally. The decoder's mask ends its view of the keys
+where the canvas starts, and, in layers with a sliding window of w positions, begins it w − 1 before
+that, which is what a cache of the prefix would hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DiffusionGemmaForBlockDiffusion, DynamicCache
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from .conditioning import conditioned
+from .loss import token_cross_entropy
+from .models.backbone import Backbone
+from .uniform import CanvasBatch, corrupt_canvases
+
+
+@dataclass(frozen=True)
+class BlockDiffusionLoss(CanvasBatch):
+    """The loss of a batch of b canvases.
+
+    Attributes:
+        loss: scalar, the mean of `per_sample` plus w times the mean of `encoder_loss`.
+        per_sample: (b,) the decoder's loss of each sample, in nats a token.
+        encoder_loss: (b,) the encoder's next-token loss of each sample; zeros if w is 0.
+        token_loss: (b, c) cross-entropy in nats; zero outside the answer.
+    """
+
+    loss: Tensor
+    per_sample: Tensor
+    encoder_loss: Tensor
+    token_loss: Tensor
+
+
+def block_diffusion_loss(
+    model: nn.Module,
+    input_ids: Tensor,
+    prompt_lengths: Tensor | Sequence[int],
+    *,
+    encoder_weight: float = 1.0,
+    **corruption: Any,
+) -> BlockDiffusionLoss:
+    """Corrupt one canvas of each answer, and score how well `model` restores it.
+
+    Args:
+        model: the outermost module around a DiffusionGemmaForBlockDiffusion.
+        input_ids: (b, l) clean tokens: prompt, answer, padding on the right.
+        prompt_lengths: (b,) tokens before the answer, 1 or more.
+        encoder_weight: w, 0 or more.
+        **corruption: of `corrupt_canvases`, without canvas_length and vocab_size.
+
+    Raises:
+        ValueError: as `corrupt_canvases`.
+    """
+    config: Any = block_model(model).config
+    batch = corrupt_canvases(
+        input_ids,
+        prompt_lengths,
+        canvas_length=config.canvas_length,
+        vocab_size=config.text_config.vocab_size,
+        **corruption,
+    )
+    return canvas_loss(model, batch, encoder_weight)
+
+
+def canvas_loss(
+    model: nn.Module, batch: CanvasBatch, encoder_weight: float = 1.0
+) -> BlockDiffusionLoss:
+    """Return the loss of a corrupted batch; see `block_diffusion_loss`."""
+    inner = block_model(model)
+    inputs = decoder_inputs(inner, batch)
+    with conditioned(model, batch.noise_level):
+        if batch.self_conditioned is not None:
+            with torch.no_grad():
+                first = model(**inputs, cache=DynamicCache()).logits  # (b, c, v)
+            inputs["self_conditioning_logits"] = first
+            inputs["self_conditioning_mask"] = batch.self_conditioned
+        output = model(**inputs, cache=DynamicCache())
+    token_loss = token_cross_entropy(output.logits, batch.targets) * batch.supervised  # (b, c)
+    per_sample = token_loss.sum(1) / batch.supervised.sum(1)
+    loss = per_sample.mean()
+    encoder_loss = torch.zeros_like(per_sample)
+    if encoder_weight:
+        encoder_loss = _next_token_loss(inner, output.encoder_last_hidden_state, batch)
+        loss = loss + encoder_weight * encoder_loss.mean()
+    return BlockDiffusionLoss(
+        **vars(batch),
+        loss=loss,
+        per_sample=per_sample,
+        encoder_loss=encoder_loss,
+        token_loss=token_loss,
+    )
+
+
+def block_model(model: nn.Module) -> DiffusionGemmaForBlockDiffusion:
+    """Return the DiffusionGemma in `model`.
+
+    Raises:
+        ValueError: it has none.
+    """
+    inner = Backbone(model).language_model
+    if not isinstance(inner, DiffusionGemmaForBlockDiffusion):
+        raise ValueError(
+            f"the model is a {type(inner or model).__name__}, and this loss is that of "
+            "DiffusionGemmaForBlockDiffusion: use masked_diffusion_loss for a masked model"
+        )
+    return inner
+
+
+def decoder_inputs(model: DiffusionGemmaForBlockDiffusion, batch: CanvasBatch) -> dict[str, Any]:
+    """Return the arguments of a forward: the clean rows, the canvases, their positions, the masks.
+
+    The cache has to keep all keys: pass a `DynamicCache()` without a configuration.
+    """
+    c = batch.canvas.shape[1]
+    offsets = torch.arange(c, device=batch.canvas.device)
+    return {
+        "input_ids": batch.input_ids,
+        "decoder_input_ids": batch.canvas,
+        "decoder_position_ids": batch.starts[:, None] + offsets,  # (b, c)
+        "decoder_attention_mask": _prefix_masks(model, batch),
+    }
+
+
+def _prefix_masks(
+    model: DiffusionGemmaForBlockDiffusion, batch: CanvasBatch
+) -> dict[str, Tensor | None]:
+    """Return, for each type of layer, which keys a canvas sees: (b, 1, c, l + c)."""
+    text: Any = model.config.get_text_config()
+    length = batch.input_ids.shape[1]
+    make_mask = ALL_MASK_ATTENTION_FUNCTIONS[text._attn_implementation]
+    windows = {"full_attention": length, "sliding_attention": text.sliding_window - 1}
+    masks = {}
+    for kind in set(text.layer_types):
+        masks[kind] = make_mask(
+            batch_size=len(batch.canvas),
+            q_length=batch.canvas.shape[1],
+            kv_length=length + batch.canvas.shape[1],
+            q_offset=length,
+            kv_offset=0,
+            mask_function=_prefix_and_canvas(batch.starts, length, windows[kind]),
+            attention_mask=None,
+            allow_is_causal_skip=False,
+            dtype=model.dtype,
+            device=batch.canvas.device,
+        )
+    return masks
+
+
+def _prefix_and_canvas(starts: Tensor, length: int, window: int) -> Any:
+    """Return the mask function: a canvas sees itself, and `window` tokens before its start."""
+
+    def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        start = starts[row]
+        return (key >= length) | ((key < start) & (key >= start - window))
+
+    return sees
+
+
+def _next_token_loss(
+    model: DiffusionGemmaForBlockDiffusion, hidden: Tensor, batch: CanvasBatch
+) -> Tensor:
+    """Return the encoder's mean − log p of each answer's tokens (b,), from its states (b, l, d)."""
+    cap = model.final_logit_softcapping
+    logits = torch.tanh(model.lm_head(hidden[:, :-1]).float() / cap) * cap  # (b, l − 1, v)
+    wanted = batch.answer[:, 1:]
+    losses = token_cross_entropy(logits, batch.input_ids[:, 1:]) * wanted
+    return losses.sum(1) / wanted.sum(1)

@@ -1,0 +1,129 @@
+"""Corruption of a canvas by uniform random tokens, as DiffusionGemma is trained.
+
+    t ~ U(ε, 1) for each sample;  changed_j ~ Bernoulli(t) for each j of the canvas;  λ = t
+    canvas_j = a token of the vocabulary, drawn uniformly, if changed_j; else the clean token
+
+An answer is split into blocks of `canvas_length` positions, its *canvases*; one of them is drawn
+for each sample. The prompt and the blocks before it stay clean. A drawn token may be the clean one,
+and nothing in the canvas says which tokens changed.
+
+Random numbers depend only on (seed, index of the sample in the training stream), and drawn λ are
+stratified, both as in `masking`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nara_diffusion.noise.strength_schedule import EVERYTHING, NoiseWindow
+
+from .masking import (
+    Lengths,
+    answer_positions,
+    check_levels,
+    draw_masks,
+    draw_noise_levels,
+    random_of,
+    seed_and_indices,
+)
+
+_BLOCK_STREAM, _TOKEN_STREAM, _SELF_STREAM = range(3, 6)  # after those of `masking`
+
+
+@dataclass(frozen=True)
+class CanvasBatch:
+    """A batch after corruption, with one canvas for each sample.
+
+    Attributes:
+        input_ids: (b, l) the clean tokens, padded on the right.
+        answer: (b, l) bool, the positions of the answers.
+        starts: (b,) where each canvas starts in its row.
+        canvas: (b, c) corrupted tokens; what the decoder sees.
+        targets: (b, c) the clean tokens.
+        supervised: (b, c) bool, the positions inside the answer; only those count in the loss.
+        noise_level: (b,) float32, λ.
+        self_conditioned: (b,) bool, the samples whose second pass sees the logits of the first;
+            None if there is only one pass.
+    """
+
+    input_ids: Tensor
+    answer: Tensor
+    starts: Tensor
+    canvas: Tensor
+    targets: Tensor
+    supervised: Tensor
+    noise_level: Tensor
+    self_conditioned: Tensor | None
+
+
+def corrupt_canvases(
+    input_ids: Tensor,
+    prompt_lengths: Lengths,
+    *,
+    canvas_length: int,
+    vocab_size: int,
+    answer_lengths: Lengths | None = None,
+    noise_level: Tensor | float | None = None,
+    generator: torch.Generator | None = None,
+    seed: int | None = None,
+    sample_indices: Lengths | None = None,
+    group_size: int | None = None,
+    window: NoiseWindow = EVERYTHING,
+    self_conditioning: float = 0.5,
+) -> CanvasBatch:
+    """Replace a share λ of one canvas of each answer by random tokens; see the equations above.
+
+    Positions of a canvas behind the end of its answer always hold random tokens.
+
+    Args:
+        input_ids: (b, l) clean tokens: prompt, answer, padding on the right.
+        prompt_lengths: (b,) tokens before the answer.
+        canvas_length: c, the positions of a block.
+        vocab_size: random tokens are drawn from 0 … vocab_size − 1.
+        answer_lengths: (b,) tokens of each answer; without them, answers end at l.
+        noise_level: λ in (0, 1], (b,) or one number; drawn if None.
+        generator, seed, sample_indices, group_size, window: as in `mask_answers`.
+        self_conditioning: the share of samples that are self-conditioned, in [0, 1]; 0 leaves the
+            first pass out.
+
+    Raises:
+        ValueError: as `mask_answers`.
+    """
+    b, device = len(input_ids), input_ids.device
+    answer = answer_positions(input_ids, prompt_lengths, answer_lengths=answer_lengths)
+    seed, indices = seed_and_indices(seed, sample_indices, generator, b)
+    if noise_level is None:
+        levels = draw_noise_levels(indices, seed=seed, group_size=group_size or b, window=window)
+        levels = levels.to(device)
+    else:
+        levels = torch.as_tensor(noise_level, dtype=torch.float32, device=device).expand(b)
+        check_levels(levels)
+    random = partial(random_of, seed)
+    blocks = (answer.sum(1) + canvas_length - 1) // canvas_length  # (b,)
+    chosen = [random(_BLOCK_STREAM, i).integers(n) for i, n in zip(indices, blocks, strict=True)]
+    starts = answer.int().argmax(1) + canvas_length * torch.tensor(chosen, device=device)
+    targets, supervised = _canvases(input_ids, answer, starts, canvas_length)
+    tokens = [random(_TOKEN_STREAM, i).integers(vocab_size, size=canvas_length) for i in indices]
+    noise = torch.from_numpy(np.stack(tokens)).to(device)  # (b, c)
+    changed = draw_masks(torch.ones_like(supervised), levels, indices, seed=seed)  # (b, c)
+    canvas = torch.where(changed | ~supervised, noise, targets)
+    conditioned = None
+    if self_conditioning:
+        draws = torch.tensor([random(_SELF_STREAM, i).random() for i in indices], device=device)
+        conditioned = draws < self_conditioning
+    return CanvasBatch(input_ids, answer, starts, canvas, targets, supervised, levels, conditioned)
+
+
+def _canvases(
+    input_ids: Tensor, answer: Tensor, starts: Tensor, canvas_length: int
+) -> tuple[Tensor, Tensor]:
+    """Return the canvases (b, c) of rows (b, l), and which of their positions are answers."""
+    positions = starts[:, None] + torch.arange(canvas_length, device=starts.device)  # (b, c)
+    inside = positions < input_ids.shape[1]
+    positions = positions.clamp(max=input_ids.shape[1] - 1)
+    return input_ids.gather(1, positions), answer.gather(1, positions) & inside

@@ -1,0 +1,100 @@
+import pytest
+import torch
+from transformers import DynamicCache
+from transformers.models.diffusion_gemma.modeling_diffusion_gemma import DiffusionGemmaModel
+
+from nara_diffusion.dllm.block_loss import block_diffusion_loss, canvas_loss
+from nara_diffusion.dllm.uniform import corrupt_canvases
+from tests.helpers.rounding import assert_near
+from tests.helpers.tiny_gemma import CANVAS, VOCABULARY, tiny_gemma
+
+KEY = {"seed": 3, "sample_indices": [10, 11, 12], "canvas_length": CANVAS, "vocab_size": VOCABULARY}
+
+
+def batch_of(**options):
+    ids = torch.randint(0, VOCABULARY, (3, 25), generator=torch.Generator().manual_seed(1))
+    return corrupt_canvases(ids, [4, 9, 5], answer_lengths=[14, 11, 20], **{**KEY, **options})
+
+
+def decoder_logits(model, batch, row, conditioning=None):
+    """Logits (c, v) of one canvas as `generate` makes them: a cache of the prefix, and the decoder after it."""
+    start = int(batch.starts[row])
+    cache = DynamicCache(config=model.config.get_text_config())
+    model.model.encoder(input_ids=batch.input_ids[row : row + 1, :start], cache=cache)
+    output = model(
+        decoder_input_ids=batch.canvas[row : row + 1],
+        cache=cache,
+        self_conditioning_logits=conditioning,
+        decoder_position_ids=torch.arange(start, start + CANVAS)[None],
+    )
+    return output.logits
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_the_loss_is_that_of_a_decoder_on_a_cache_of_the_prefix(attention):
+    model = tiny_gemma()
+    model.set_attn_implementation(attention)
+    batch = batch_of()
+    batch.self_conditioned[:] = torch.tensor([True, False, True])
+    with torch.no_grad():
+        loss = canvas_loss(model, batch, encoder_weight=0.3)
+        for row in range(3):
+            logits = decoder_logits(model, batch, row)
+            if batch.self_conditioned[row]:
+                logits = decoder_logits(model, batch, row, logits)
+            log_p = logits[0].double().log_softmax(-1)
+            expected = -log_p.gather(1, batch.targets[row, :, None])[:, 0] * batch.supervised[row]
+            assert_near(loss.token_loss[row].double(), expected, model)
+            mean = expected.sum() / batch.supervised[row].sum()
+            assert_near(loss.per_sample[row].double(), mean, model)
+    assert len(set(batch.starts.tolist())) == 3
+    assert batch.starts.max() > 4  # the window of 5 tokens cuts the prefix
+    assert_near(loss.loss, loss.per_sample.mean() + 0.3 * loss.encoder_loss.mean(), model)
+
+
+def test_the_encoder_learns_to_predict_each_token_of_the_answer():
+    model, batch = tiny_gemma(), batch_of()
+    with torch.no_grad():
+        loss = canvas_loss(model, batch)
+        for row, (start, end) in enumerate([(4, 18), (9, 20), (5, 25)]):
+            ids = batch.input_ids[row : row + 1, :end]
+            hidden = model.model.encoder(input_ids=ids).last_hidden_state
+            logits = 30 * torch.tanh(model.lm_head(hidden) / 30)
+            log_p = logits[0, start - 1 : -1].log_softmax(-1)
+            expected = -log_p.gather(1, ids[0, start:, None]).mean()
+            assert_near(loss.encoder_loss[row], expected, model)
+
+
+def test_without_encoder_weight_its_loss_is_zero_and_one_pass_runs_without_self_conditioning(monkeypatch):
+    model, calls = tiny_gemma(), []
+    forward = DiffusionGemmaModel.forward
+    monkeypatch.setattr(DiffusionGemmaModel, "forward", lambda *a, **k: calls.append(1) or forward(*a, **k))
+    loss = canvas_loss(model, batch_of(self_conditioning=0.0), encoder_weight=0.0)
+    assert len(calls) == 1
+    assert not loss.encoder_loss.any()
+    assert torch.equal(loss.loss, loss.per_sample.mean())
+
+
+def test_the_first_pass_gets_no_gradient():
+    model, batch = tiny_gemma(), batch_of()
+    batch.self_conditioned[:] = False
+    canvas_loss(model, batch, encoder_weight=0.0).loss.backward()
+    without = model.model.decoder.layers[0].mlp.up_proj.weight.grad.clone()
+    model.zero_grad()
+    batch = batch_of(self_conditioning=0.0)
+    canvas_loss(model, batch, encoder_weight=0.0).loss.backward()
+    assert_near(model.model.decoder.layers[0].mlp.up_proj.weight.grad, without, model)
+
+
+def test_canvas_and_vocabulary_are_the_models():
+    ids = torch.randint(0, VOCABULARY, (3, 25), generator=torch.Generator().manual_seed(1))
+    lengths = {"answer_lengths": [14, 11, 20], "seed": 3, "sample_indices": [10, 11, 12]}
+    loss = block_diffusion_loss(tiny_gemma(), ids, [4, 9, 5], **lengths)
+    expected = batch_of()
+    assert torch.equal(loss.canvas, expected.canvas)
+    assert torch.equal(loss.starts, expected.starts)
+
+
+def test_another_model_raises():
+    with pytest.raises(ValueError, match="DiffusionGemmaForBlockDiffusion"):
+        block_diffusion_loss(torch.nn.Linear(2, 2), torch.zeros(1, 4).long(), [1])
