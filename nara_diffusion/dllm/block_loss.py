@@ -24,7 +24,9 @@ from torch import Tensor, nn
 from transformers import DiffusionGemmaForBlockDiffusion, DynamicCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from .conditioning import conditioned
+from nara_diffusion.noise.sources import CORRUPTED_SHARE
+
+from .canvas import conditioned
 from .loss import token_cross_entropy
 from .models.backbone import Backbone
 from .uniform import CanvasBatch, corrupt_canvases
@@ -84,7 +86,7 @@ def canvas_loss(
     """Return the loss of a corrupted batch; see `block_diffusion_loss`."""
     inner = block_model(model)
     inputs = decoder_inputs(inner, batch)
-    with conditioned(model, batch.noise_level):
+    with conditioned(model, batch.noise_level, CORRUPTED_SHARE):
         if batch.self_conditioned is not None:
             with torch.no_grad():
                 first = model(**inputs, cache=DynamicCache()).logits  # (b, c, v)

@@ -197,14 +197,17 @@ class ForwardRows:
         )
 
 
-def conditioned(model: nn.Module, level: Tensor) -> AbstractContextManager:
+def conditioned(
+    model: nn.Module, level: Tensor, convention: str = MASKED_SHARE
+) -> AbstractContextManager:
     """Return the context `noise_level(model, λ)`; one that does nothing if no adapter needs λ.
 
-    Adapters without a `noise_convention` get that of the masked share.
+    Adapters without a `noise_convention` get this one.
 
     Args:
         model: the outermost module.
         level: λ of each row, (b,) float32.
+        convention: the name of λ's definition.
 
     Raises:
         ValueError: an adapter that needs λ was trained with another definition of it.
@@ -214,10 +217,10 @@ def conditioned(model: nn.Module, level: Tensor) -> AbstractContextManager:
         return nullcontext()
     for holder in holders:
         names = holder.noisy(holder.active_names())
-        for name, other in holder.finder.adopt_convention(names, MASKED_SHARE).items():
+        for name, other in holder.finder.adopt_convention(names, convention).items():
             raise ValueError(
                 f"Adapter '{name}' was trained with λ defined as {other!r}, and this is "
-                f"{MASKED_SHARE!r}, the masked share of the answer: use an adapter that was trained "
+                f"{convention!r}, a share of the answer's tokens: use an adapter that was trained "
                 "with that, or call the model yourself inside `with noise_level(model, value):`."
             )
     return noise_level(model, level)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nara_diffusion.noise.strength_schedule import EVERYTHING, NoiseWindow
+from nara_diffusion.noise.window import EVERYTHING, NoiseWindow
 
 from .masking import (
     Lengths,
