@@ -19,6 +19,8 @@ from torch import nn
 from nara_diffusion.layers.variants import CoreChannel, Key
 from nara_diffusion.noise.level import outer_modules
 
+from .twins import check_checkpointing
+
 _ATTRIBUTES = ("_gradient_checkpointing_func", "checkpoint_fn")
 """The attributes that keep it: of Transformers and Diffusers, and of `CheckpointWrapper`."""
 
@@ -80,6 +82,7 @@ def checkpoint_with_core(root: nn.Module, channel: CoreChannel) -> None:
             checkpoint = module.__dict__.get(name)
             wrapped = isinstance(checkpoint, CheckpointWithCore) and checkpoint.passes(channel)
             if callable(checkpoint) and not wrapped:
+                check_checkpointing(root, checkpoint)
                 setattr(module, name, CheckpointWithCore(checkpoint, channel))
 
 

@@ -33,6 +33,7 @@ from nara_diffusion.noise.timesteps import Denoiser
 from .checkpointing import checkpoint_with_core, checkpoint_without_core
 from .finder import LevelFinder
 from .merging import Merging
+from .twins import check_mergeable_twins, hook_twins, tie_as_before, twins_of
 
 
 class CoreHolder(nn.Module):
@@ -164,6 +165,10 @@ class CoreHolder(nn.Module):
         if getattr(self.root, HOLDER_NAME, None) is self:
             return
         setattr(self.root, HOLDER_NAME, self)
+        twins = twins_of(self.root)
+        if twins is not None:
+            self._handles = hook_twins(twins, self.begin, self.end)
+            return
         self._handles = (
             self.root.register_forward_pre_hook(_before_forward, with_kwargs=True),
             self.root.register_forward_hook(_after_forward, always_call=True),
@@ -173,11 +178,19 @@ class CoreHolder(nn.Module):
         """Undo `attach`."""
         for handle in self._handles:
             handle.remove()
+        self._handles = ()
+        tie_as_before(self.root)
         checkpoint_without_core(self.root, self.channel)
         self.root._modules.pop(HOLDER_NAME, None)
 
-    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Push C(λ) of the adapters that the layers will read in this forward of the root."""
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any], is_clean: bool = False) -> None:
+        """Push C(λ) of the adapters that the layers will read in this forward of the root.
+
+        Args:
+            args: the positional arguments of the forward.
+            kwargs: its keyword arguments.
+            is_clean: True for the encoder of twins (`twins`), whose λ is 0.
+        """
         self.channel.local.pushed = None
         names = self.active_names()
         if not getattr(self.root, "peft_config", None):
@@ -199,8 +212,16 @@ class CoreHolder(nn.Module):
         if torch.is_grad_enabled():
             checkpoint_with_core(self.root, self.channel)
         noisy = self.noisy(names)
-        level = self.finder.level_of_forward(noisy, entry, args, kwargs) if noisy else None
+        level = None
+        if noisy and is_clean:
+            level = torch.zeros(1)
+        elif noisy:
+            level = self.finder.level_of_forward(noisy, entry, args, kwargs)
         self.channel.push(entry, _beside_inputs(self.make_cores(names, level), args, kwargs))
+
+    def end(self) -> None:
+        """Take C(λ) away from the layers after a forward."""
+        self.channel.local.pushed = None
 
     def _merged_at_in_forward(self) -> Tensor | None:
         """Return λ of merged layers, if they stay merged in this forward; else None.
@@ -284,6 +305,7 @@ class CoreHolder(nn.Module):
             noise_level: None takes λ of the context `noise_level(…)`, or, without a context, λ of
                 merged layers.
         """
+        check_mergeable_twins(self.root)
         names = self.noisy([name])
         if not names:
             return None
@@ -341,7 +363,7 @@ def _before_forward(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 def _after_forward(root: nn.Module, args: tuple[Any, ...], output: object) -> None:
     holder = holder_of(root)
     if holder is not None:
-        holder.channel.local.pushed = None
+        holder.end()
 
 
 def _reads(layer: LoraLayer, name: str) -> bool:

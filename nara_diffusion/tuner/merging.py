@@ -21,6 +21,7 @@ from nara_diffusion.layers.offloading import is_offloaded
 from nara_diffusion.noise.level import Entry, as_level
 
 from .finder import LevelFinder, unknown_level
+from .twins import check_mergeable_twins
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +102,7 @@ class Merging:
             ValueError: λ is not known or differs between samples; other adapters are merged at
                 another λ; or weights are offloaded.
         """
+        check_mergeable_twins(self.root)
         if is_offloaded(self.root):
             raise ValueError(
                 f"Adapters cannot be merged while weights of {type(self.root).__name__} are offloaded, since they "

@@ -50,6 +50,7 @@ from .injection import (
 )
 from .merging import unmerged_on_error
 from .strength import give_strength
+from .twins import check_twin, decoder_name, share_factors, with_twins, without_twins
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +132,9 @@ class NaraModel(LoraModel):
                         low_cpu_mem_usage,
                         layers_only or None,
                     )
-                cores = cores_for(config, adapter_name, layers, low_cpu_mem_usage, is_dispatched)
+                shared = share_factors(model, adapter_name, layers)
+                owners = {name: layer for name, layer in layers.items() if name not in shared}
+                cores = cores_for(config, adapter_name, owners, low_cpu_mem_usage, is_dispatched)
                 holder.add(adapter_name, config, cores, list(layers.values()))
                 holder.attach()
                 check_adapter_names(model, set(self.peft_config))
@@ -164,6 +167,7 @@ class NaraModel(LoraModel):
         **kwargs: Any,
     ) -> None:
         check_target(target, lora_config, current_key)
+        check_twin(self.model, current_key)
         super()._create_and_replace(
             lora_config,
             adapter_name,
@@ -180,7 +184,8 @@ class NaraModel(LoraModel):
         self._injected[current_key] = layer
         if lora_config.reads_core:
             variant_class = variant_for(layer, lora_config.use_dora, current_key)
-            group = core_group(lora_config, current_key, layer.r[adapter_name])  # by rank_pattern
+            owner = decoder_name(self.model, current_key) or current_key
+            group = core_group(lora_config, owner, layer.r[adapter_name])  # by rank_pattern
             rows = row_kind_of(self.model, current_key)
             layer.lora_variant[adapter_name] = variant_class(
                 self._channel, adapter_name, group, current_key, rows
@@ -294,7 +299,8 @@ class NaraModel(LoraModel):
         selected = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
-        return {**selected, **_cores_in(state_dict, model, adapter_name)}
+        own = without_twins(model, selected)
+        return {**own, **_cores_in(state_dict, model, adapter_name)}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -321,7 +327,7 @@ class NaraModel(LoraModel):
         own = _without_adapters(present, set(peft_config) - {adapter_name})
         selected = super()._get_adapter_state_dict(model, config, adapter_name, own, [])
         expected = {}
-        for key, tensor in selected.items():
+        for key, tensor in without_twins(model, selected).items():
             is_whole = key in present  # PEFT leaves out ".weight" of DoRA's magnitudes
             expected[key if is_whole else f"{key}.weight"] = tensor
         for key in core:
@@ -331,7 +337,7 @@ class NaraModel(LoraModel):
             with_names_in_files(expected, adapter_name),
             with_names_in_files(present, adapter_name),
         )
-        return mapped
+        return with_twins(model, mapped, present)
 
 
 def _adapters_are_off(model: nn.Module) -> bool:

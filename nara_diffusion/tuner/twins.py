@@ -1,0 +1,198 @@
+"""Adapters of DiffusionGemma, whose encoder and decoder share their weights.
+
+    encoder   clean tokens, λ = 0:      y = W0 x + s B C(0) A x
+    decoder   a canvas with noise λ:    y = W0 x + s B C(λ) A x
+
+An adapter on one projection is one A, one B, one magnitude and one core in both: the modules of an
+encoder's layer are those of its *twin*, the decoder's layer with the same weight. They are saved
+once, under the decoder's name. A decoder may be adapted without its encoder, but not the reverse.
+
+Pipelines and `generate` call the encoder and the forward of the model by themselves, so that hooks
+of the root never run. The hooks that give C to the layers are those of the encoder and the decoder.
+
+Merging is refused: it would add the update to the shared weight twice, and at one λ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+_KIND = "DiffusionGemmaModel"
+_ENCODER, _DECODER = "encoder.language_model.", "decoder."
+_NO_FACTOR = r"(?!.*\.lora_)"
+"""The start of a pattern that matches no factor of an adapter."""
+
+
+class Twins(NamedTuple):
+    """The two parts of a DiffusionGemma, and the module that ties them."""
+
+    owner: nn.Module
+    encoder: nn.Module
+    decoder: nn.Module
+
+
+def twins_of(root: nn.Module) -> Twins | None:
+    """Return the twins of an adapted model, wrapped by PEFT or not; None for any other model."""
+    owner: nn.Module | None = root
+    while isinstance(owner, nn.Module):
+        if _KIND in [kind.__name__ for kind in type(owner).__mro__]:
+            return Twins(owner, owner.get_submodule("encoder"), owner.get_submodule("decoder"))
+        owner = getattr(owner, "model", None)
+    return None
+
+
+def decoder_name(root: nn.Module, name: str) -> str | None:
+    """Return the name of the twin of an encoder's layer; None for a layer without a twin."""
+    before, is_inside, rest = name.partition(_ENCODER)
+    return f"{before}{_DECODER}{rest}" if is_inside and twins_of(root) else None
+
+
+def check_twin(root: nn.Module, name: str) -> None:
+    """Raise ValueError for a layer of a DiffusionGemma that cannot be adapted.
+
+    It decides which experts see a token, or the model's encoder and decoder have different weights.
+    """
+    if twins_of(root) is None:
+        return
+    config: Any = root.config
+    if not config.tie_word_embeddings:
+        raise ValueError(
+            f"{type(root).__name__} has tie_word_embeddings=False, so that its encoder and decoder "
+            "have different weights: NaRA adapts it only if they share them."
+        )
+    if ".router." in name:
+        raise ValueError(
+            f"'{name}' is a router, whose update would send tokens to experts that were not trained "
+            "for them: leave it out, exclude_modules=r'.*router.*'."
+        )
+
+
+def share_factors(root: nn.Module, adapter_name: str, layers: Mapping[str, LoraLayer]) -> list[str]:
+    """Give encoder layers the factors of their twins; safe to repeat.
+
+    Args:
+        layers: name → layer of the adapter.
+
+    Returns:
+        The names of the layers that share.
+
+    Raises:
+        ValueError: an encoder's layer is adapted without its twin.
+    """
+    shared = []
+    for name, layer in layers.items():
+        twin = decoder_name(root, name)
+        if twin is None:
+            continue
+        if twin not in layers:
+            raise ValueError(
+                f"target_modules match '{name}' but not '{twin}', which has the same weight: adapt "
+                "both, or only the decoder."
+            )
+        for attribute in layer.adapter_layer_names:
+            own, other = getattr(layer, attribute), getattr(layers[twin], attribute)
+            if adapter_name in other:
+                own[adapter_name] = other[adapter_name]
+        shared.append(name)
+    return shared
+
+
+def without_twins(root: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return an adapter's tensors without those that an encoder's layer shares with its twin."""
+    return {key: tensor for key, tensor in tensors.items() if _twin_key(root, key) not in tensors}
+
+
+def with_twins(
+    root: nn.Module, tensors: dict[str, Tensor], names: Iterable[str]
+) -> dict[str, Tensor]:
+    """Return an adapter's tensors and, under `names`, those that encoder layers share."""
+    found = dict(tensors)
+    for name in names:
+        twin = _twin_key(root, name)
+        if twin in tensors:
+            found[name] = tensors[twin]
+    return found
+
+
+def _twin_key(root: nn.Module, key: str) -> str | None:
+    """Return the key of the decoder's tensor that an encoder's layer shares, if it is a factor."""
+    return decoder_name(root, key) if ".lora_" in key else None
+
+
+# ---------------------------------------------------------------- hooks
+
+
+class Begin(Protocol):
+    """`CoreHolder.begin`."""
+
+    def __call__(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], is_clean: bool = False
+    ) -> None: ...
+
+
+def hook_twins(twins: Twins, begin: Begin, end: Callable[[], None]) -> tuple[RemovableHandle, ...]:
+    """Call `begin` before, and `end` after each forward of both twins.
+
+    Until `tie_as_before`, `tie_weights()` of this model ties base weights only: the two factors of
+    adapters that another library has added to both twins stay apart.
+    """
+    owner: Any = twins.owner
+    patterns = {}
+    for target, source in type(owner)._tied_weights_keys.items():
+        patterns[_NO_FACTOR + target] = _NO_FACTOR + source
+    owner._tied_weights_keys = patterns
+    handles = []
+    for part in (twins.encoder, twins.decoder):
+        before = partial(_before, begin, part is twins.encoder)
+        handles.append(part.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(part.register_forward_hook(partial(_after, end), always_call=True))
+    return tuple(handles)
+
+
+def tie_as_before(root: nn.Module) -> None:
+    """Let `tie_weights()` tie what the class of the model says."""
+    twins = twins_of(root)
+    if twins is not None:
+        vars(twins.owner).pop("_tied_weights_keys", None)
+
+
+@torch.compiler.disable(recursive=True)
+def _before(
+    begin: Begin, is_clean: bool, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    begin(args, kwargs, is_clean)
+
+
+@torch.compiler.disable(recursive=True)
+def _after(end: Callable[[], None], part: nn.Module, args: tuple, output: object) -> None:
+    end()
+
+
+# ---------------------------------------------------------------- what twins cannot do
+
+
+def check_mergeable_twins(root: nn.Module) -> None:
+    """Raise ValueError if the weights that a merge changes belong to an encoder and a decoder."""
+    if twins_of(root) is not None:
+        raise ValueError(
+            f"Adapters of {type(root).__name__} cannot be merged or exported as a LoRA: its encoder "
+            "(λ = 0) and its decoder share each weight. Keep the adapter as it is."
+        )
+
+
+def check_checkpointing(root: nn.Module, checkpoint: Callable[..., Any]) -> None:
+    """Raise ValueError for reentrant checkpointing: it cuts off the encoder's gradient."""
+    is_reentrant = getattr(checkpoint, "keywords", {}).get("use_reentrant")
+    if is_reentrant and twins_of(root) is not None:
+        raise ValueError(
+            f"{type(root).__name__} has reentrant checkpointing, which cannot follow gradients "
+            "through the encoder's cache: pass gradient_checkpointing_kwargs="
+            '{"use_reentrant": False}.'
+        )

@@ -1,0 +1,205 @@
+"""Adapters on DiffusionGemma's encoder and decoder, which share their weights."""
+
+import copy
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from transformers import DynamicCache
+
+from nara_diffusion import NaraConfig, noise_level, to_lora
+from nara_diffusion.dllm.block_loss import canvas_loss
+from nara_diffusion.dllm.uniform import corrupt_canvases
+from nara_diffusion.tuner.holder import holder_of
+from tests.helpers.rounding import assert_far, assert_near
+from tests.helpers.tiny_gemma import CANVAS, VOCABULARY, tiny_gemma
+
+BOTH = r".*(encoder\.language_model|decoder)\.layers\..*(q_proj|o_proj|down_proj)"
+DECODER = r".*decoder\.layers\..*(q_proj|o_proj|down_proj)"
+
+
+def adapted(targets: str = BOTH, disturbed: bool = True, **fields):
+    torch.manual_seed(5)
+    config = NaraConfig(r=3, lora_alpha=7, target_modules=targets, core_scale=1.0, **fields)
+    model = get_peft_model(tiny_gemma(), config).eval()
+    if disturbed:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_" in name and "freq" not in name:
+                    parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+def inputs() -> dict:
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(0, VOCABULARY, (3, 8), generator=generator)
+    canvas = torch.randint(0, VOCABULARY, (3, CANVAS), generator=generator)
+    return {"input_ids": ids, "decoder_input_ids": canvas}
+
+
+def batch_of(**options):
+    ids = torch.randint(0, VOCABULARY, (3, 17), generator=torch.Generator().manual_seed(1))
+    key = {"seed": 3, "sample_indices": range(3), "canvas_length": CANVAS, "vocab_size": VOCABULARY}
+    return corrupt_canvases(ids, [4, 9, 5], **key, **options)
+
+
+def test_the_encoder_runs_at_lambda_zero_and_the_decoder_at_that_of_its_canvas():
+    model = adapted()
+    base, given, levels = model.get_base_model(), inputs(), torch.tensor([0.9, 0.2, 0.6])
+    with torch.no_grad():
+        with noise_level(model, levels):
+            logits = model(**given).logits
+        holder = holder_of(base)
+        for row in range(3):
+            one = {name: value[row : row + 1] for name, value in given.items()}
+            expected = _with_matrices(base, holder, one, float(levels[row]))
+            assert_near(logits[row : row + 1], expected, base)
+        with noise_level(model, levels.flip(0)):
+            assert_far(model(**given).logits[[0, 2]], logits[[0, 2]])
+
+
+def _with_matrices(base, holder, given, level):
+    """Logits with W0 + s B C A as weights: C(0) in the encoder, C(λ) in the decoder."""
+    plain = tiny_gemma()
+    plain.model.encoder = copy.deepcopy(plain.model.encoder)  # no longer tied
+    for name, layer in zip(_names(base), holder.layers["default"], strict=True):
+        key = ("default", layer.lora_variant["default"].key[1])
+        C = holder.matrix(key, torch.tensor([0.0 if ".encoder." in name else level]))[0]
+        A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        weight = layer.get_base_layer().weight + 7 / 3 * B @ C @ A
+        plain.get_submodule(name).weight = torch.nn.Parameter(weight)
+    return plain(**given).logits
+
+
+def _names(base):
+    return [name for name, module in base.named_modules() if hasattr(module, "lora_variant")]
+
+
+@pytest.mark.parametrize("fields", [{}, {"use_dora": True}, {"core_type": "knots", "core_sharing": "layer"}])
+def test_twins_have_one_adapter_which_is_saved_once_and_loads_into_both(fields, tmp_path):
+    model = adapted(**fields)
+    base = model.get_base_model()
+    for index in range(2):
+        one = base.model.encoder.language_model.layers[index].self_attn.q_proj
+        other = base.model.decoder.layers[index].self_attn.q_proj
+        assert one.lora_A["default"] is other.lora_A["default"]
+        assert one.lora_B["default"] is other.lora_B["default"]
+    saved = get_peft_model_state_dict(model)
+    assert not [key for key in saved if "encoder" in key]
+    factors = 6 * (3 if fields.get("use_dora") else 2)
+    assert sum(".decoder." in key for key in saved) == factors
+    model.save_pretrained(tmp_path)
+    for low_memory in (False, True):
+        torch.manual_seed(99)
+        other = PeftModel.from_pretrained(tiny_gemma(), tmp_path, low_cpu_mem_usage=low_memory).eval()
+        with torch.no_grad(), noise_level(model, [0.9, 0.2, 0.6]), noise_level(other, [0.9, 0.2, 0.6]):
+            assert_near(other(**inputs()).logits, model(**inputs()).logits, model)
+
+
+def test_a_file_without_a_decoder_layer_does_not_load(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    adapted().save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    del tensors[next(key for key in tensors if "layers.1.self_attn.q_proj.lora_A" in key)]
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=r"layers.1.self_attn.q_proj"):
+        PeftModel.from_pretrained(tiny_gemma(), tmp_path)
+
+
+def test_decoder_only_leaves_the_encoder_as_it_was_and_weights_can_be_tied_again():
+    model = adapted(DECODER)
+    base, plain = model.get_base_model(), tiny_gemma()
+    ids = inputs()["input_ids"]
+    assert torch.equal(
+        base.model.encoder(input_ids=ids).last_hidden_state, plain.model.encoder(input_ids=ids).last_hidden_state
+    )
+    base.tie_weights()
+    q_proj = base.model.decoder.layers[0].self_attn.q_proj
+    assert base.model.encoder.language_model.layers[0].self_attn.q_proj.weight is q_proj.base_layer.weight
+    assert_far(q_proj.lora_A["default"].weight, base.model.decoder.layers[1].self_attn.q_proj.lora_A["default"].weight)
+
+
+def test_tying_weights_again_keeps_adapters_apart_that_were_added_apart():
+    model = adapted(DECODER)
+    base = model.get_base_model()
+    model.add_adapter("plain", NaraConfig(r=3, target_modules=BOTH, core_type="identity"))
+    before = {name: value.clone() for name, value in model.state_dict().items() if "lora_" in name}
+    base.tie_weights()
+    for name, value in model.state_dict().items():
+        if "lora_" in name:
+            assert torch.equal(value, before[name]), name
+    model.unload()
+    assert "_tied_weights_keys" not in vars(base.model)
+
+
+def test_the_adapters_gradient_is_the_slope_of_the_loss_in_both_twins():
+    model, batch = adapted(), batch_of(self_conditioning=0.0)
+    A = model.get_base_model().model.decoder.layers[0].self_attn.q_proj.lora_A["default"].weight
+    canvas_loss(model, batch).loss.backward()
+    direction = A.grad / A.grad.norm()
+    losses = []
+    with torch.no_grad():
+        for step in (0.001, -0.002):
+            A.add_(step * direction)
+            losses.append(canvas_loss(model, batch).loss.item())
+    assert (losses[0] - losses[1]) / 0.002 == pytest.approx(A.grad.norm().item(), rel=0.02)
+    trainable = [id(parameter) for parameter in model.parameters() if parameter.requires_grad]
+    assert len(set(trainable)) == len(trainable)
+
+
+def test_checkpointing_without_reentrance_gives_the_same_gradients_and_with_it_raises():
+    grads = []
+    for checkpointing in (False, True):
+        model = adapted().train()
+        if checkpointing:
+            model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
+        canvas_loss(model, batch_of()).loss.backward()
+        grads.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys()
+    for name, grad in grads[0].items():
+        assert_near(grads[1][name], grad, model, 3)
+    model.get_base_model().activation_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(ValueError, match="reentrant"):
+        canvas_loss(model, batch_of())
+
+
+def test_merging_and_exporting_raise():
+    model = adapted()
+    with pytest.raises(ValueError, match="share each weight"):
+        model.merge_adapter(noise_level=0.5)
+    with pytest.raises(ValueError, match="share each weight"), noise_level(model, 0.5):
+        model.get_base_model().model.decoder.layers[0].self_attn.q_proj.merge()
+    with pytest.raises(ValueError, match="share each weight"):
+        to_lora(model, noise_level=0.5)
+
+
+def test_routers_and_encoders_without_their_twins_raise():
+    with pytest.raises(ValueError, match="router"):
+        adapted(r".*decoder.*router\.proj")
+    with pytest.raises(ValueError, match="only the decoder"):
+        adapted(r".*encoder.language_model.*layers.*q_proj")
+
+
+def test_without_lambda_the_decoder_raises_and_the_encoder_runs():
+    model = adapted().get_base_model()
+    cache = DynamicCache()
+    model.model.encoder(input_ids=inputs()["input_ids"], cache=cache)
+    with pytest.raises(ValueError, match="λ is not known"):
+        model.forward(decoder_input_ids=inputs()["decoder_input_ids"], cache=cache)
+
+
+def test_a_copy_of_the_model_has_its_own_hooks():
+    model = adapted()
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.mul_(0.5)
+        with noise_level(copied, 0.4):
+            other = copied(**inputs()).logits
+        with noise_level(model, 0.4):
+            assert_far(model(**inputs()).logits, other)
+        holder_of(model.get_base_model()).detach()
+        with noise_level(copied, 0.4):
+            assert torch.equal(copied(**inputs()).logits, other)
