@@ -9,9 +9,10 @@
     bins         C(λ) = diag(1 for i in block k(λ), else 0)     (Multi-LoRA)
                  k(λ) = min(⌊λ K⌋, K − 1)
 
-A learned D starts at zero, so C = I at step 0. Masks have no parameters: a direction that is off
-adds nothing to the output, and its row of A and column of B get a gradient of exactly zero. (AdamW
-still moves directions that it trained before, as long as its running mean of gradients lasts.)
+A learned D starts at zero, so C = I at step 0. Where λ is NaN, so is C. Masks have no parameters: a
+direction that is off adds nothing to the output, and its row of A and column of B get a gradient of
+exactly zero. (AdamW still moves directions that it trained before, as long as its running mean of
+gradients lasts.)
 """
 
 from __future__ import annotations
@@ -102,7 +103,8 @@ class RankMaskCore(Core):
     def forward(self, noise_level: Tensor) -> Tensor:
         """Return C (b, r, r), float32, for λ (b,)."""
         directions = torch.arange(self.rank, device=noise_level.device)  # (r,)
-        return torch.diag_embed((directions < self.active_rank(noise_level)[:, None]).float())
+        is_on = directions < self.active_rank(noise_level)[:, None]  # (b, r)
+        return torch.diag_embed(is_on + 0 * noise_level.float()[:, None])
 
     def active_rank(self, noise_level: Tensor) -> Tensor:
         """Return r(λ) (b,), as a float."""
@@ -130,7 +132,8 @@ class BinsCore(Core):
         block = torch.arange(self.rank, device=noise_level.device) // (
             self.rank // self.bins
         )  # (r,)
-        return torch.diag_embed((block == self.chosen_bin(noise_level)[:, None]).float())
+        is_on = block == self.chosen_bin(noise_level)[:, None]  # (b, r)
+        return torch.diag_embed(is_on + 0 * noise_level.float()[:, None])
 
     def chosen_bin(self, noise_level: Tensor) -> Tensor:
         """Return k(λ) (b,), as a float."""

@@ -1,6 +1,7 @@
 """λ: its unit and validation, its contexts, and the adapted models that a context applies to.
 
-λ is a float32 tensor (1,) or (b,) in [0, 1]; 1 is pure noise. A forward of an adapted model gets
+λ is a float32 tensor (1,) or (b,) in [0, 1]; 1 is pure noise. The host reads it only on the CPU:
+on another device, a λ outside [0, 1] becomes NaN, and so does the output. A forward of an adapted model gets
 λ from, in order of precedence,
 
 1. `with noise_level(model, value): …`;
@@ -42,7 +43,11 @@ def arguments_of(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
 def as_level(value: Level) -> Tensor:
     """Return `value` as a new float32 tensor (1,) or (b,) in [0, 1].
 
-    If `value` is a tensor, gradients flow to it.
+    If `value` is a tensor, gradients flow to it. If it is on another device than the CPU, values
+    outside [0, 1] become NaN.
+
+    Raises:
+        ValueError: `value` is misshapen, or has a value outside [0, 1].
     """
     try:
         level = as_tensor(value)
@@ -56,16 +61,42 @@ def as_level(value: Level) -> Tensor:
             "pass one number, or a tensor of shape (batch,)."
         )
     level = level.clone().float().reshape(-1)  # later writes to `value` don't change λ
-    _check_range(level)
-    return level
+    return _in_range(level)
 
 
 @torch.compiler.disable(recursive=True)
-def _check_range(level: Tensor) -> None:
-    if not bool(((level >= 0) & (level <= 1)).all()):
+def _in_range(level: Tensor) -> Tensor:
+    values = host_values(level)
+    if values is None:
+        return nan_outside(level)
+    if not all(0 <= value <= 1 for value in values):
         raise ValueError(
-            f"noise_level is {level.tolist()}: every value has to lie in [0, 1], where 1 is pure noise."
+            f"noise_level is {values}: every value has to lie in [0, 1], where 1 is pure noise."
         )
+    return level
+
+
+def host_values(tensor: Tensor) -> list[Any] | None:
+    """Return the values of a tensor on the CPU as a flat list; None for any other tensor.
+
+    Reading another one would wait for its device, and fake tensors have no values.
+    """
+    if tensor.device.type != "cpu" or type(tensor) not in (Tensor, nn.Parameter):
+        return None
+    return tensor.reshape(-1).tolist()
+
+
+def nan_outside(level: Tensor, slack: float = 0.0) -> Tensor:
+    """Return λ with NaN in place of values outside [−slack, 1 + slack]. The host reads none."""
+    return level.where((level - 0.5).abs() <= 0.5 + slack, torch.nan)
+
+
+def one_if_expanded(values: Tensor) -> Tensor:
+    """Return `values` (b, …), or their first (1, …) if they are one that was expanded.
+
+    The strides say so. After an operation, such as a cast, they no longer do.
+    """
+    return values[:1] if values.dim() > 0 and values.stride(0) == 0 else values
 
 
 def as_tensor(value: Any) -> Tensor:

@@ -7,8 +7,8 @@
 
 Shapes do not show what a row is: the number of tokens may equal the batch size by chance. It is
 therefore declared for each model (`ModelRows`) and determined for each layer (`row_kind_of`). If
-rows cannot be assigned to samples, several values of λ raise an error; one value for the whole
-batch works.
+rows cannot be assigned to samples, different values of λ raise an error; one value for the whole
+batch works. Only there the host reads values, to see whether they are all the same.
 """
 
 from __future__ import annotations
@@ -69,32 +69,41 @@ def core_of_rows(
         (rows, r, r), or (1, r, r) if all rows have the same C.
 
     Raises:
-        ValueError: there are several values of λ, and the rows cannot be assigned to samples.
+        ValueError: there are different values of λ, and the rows cannot be assigned to samples.
     """
     samples, rows = core.shape[0], x.shape[0]
     if samples == 1:
         return core
     if _lacks_batch_axis(x, kind):
-        raise ValueError(
-            _cannot_assign(
-                samples,
-                f"the rows that layer '{layer_name}' sees, {tuple(x.shape)}, are {kind}, not samples",
-                "leave the layer out by `exclude_modules`",
-            )
+        refusal = _cannot_assign(
+            samples,
+            f"the rows that layer '{layer_name}' sees, {tuple(x.shape)}, are {kind}, not samples",
+            "leave the layer out by `exclude_modules`",
         )
+        return _the_only(core, refusal)
     if samples == rows:
         return core
     if rows == 0:  # an expert without tokens: A and B get gradients of zero
         return core[:1]
     if sample_major and rows % samples == 0:
         return repeat_rows(core, rows // samples, "interleaved")
-    raise ValueError(
-        _cannot_assign(
-            samples,
-            f"the batch inside layer '{layer_name}' is {rows}",
-            "one a row as the layer sees them (after beams, repeats or CFG)",
-        )
+    refusal = _cannot_assign(
+        samples,
+        f"the batch inside layer '{layer_name}' is {rows}",
+        "one a row as the layer sees them (after beams, repeats or CFG)",
     )
+    return _the_only(core, refusal)
+
+
+def _the_only(values: Tensor, refusal: str) -> Tensor:
+    """Return the first of `values` (b, …), (1, …), if all are the same. The host reads that.
+
+    Raises:
+        ValueError: they differ; the message is `refusal`.
+    """
+    if not bool((values == values[:1]).all()):
+        raise ValueError(refusal)
+    return values[:1]
 
 
 def _lacks_batch_axis(x: Tensor, kind: RowKind) -> bool:
@@ -154,45 +163,47 @@ class ModelRows:
             return cls()
         return cls(denoiser.sample_major, denoiser.one_level or denoiser.packed)
 
-    def check_forward(
-        self, values: int, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> None:
-        """Check that a forward of the whole model can have `values` > 1 values of λ.
+    def level_of_forward(
+        self, level: Tensor, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Tensor:
+        """Return λ (b,) or (1,) for a forward of the whole model that was given λ (b,).
 
         Raises:
-            ValueError: the layers' first axis is not samples; or the layers may see multiples of
-                the batch, and the number of values is not the length of the first tensor, or blocks
-                split the batch.
+            ValueError: the values of λ differ, and the layers' first axis is not samples; or the
+                layers may see multiples of the batch, and the number of values is not the length of
+                the first tensor, or blocks split the batch.
         """
+        refusal = self._refusal(len(level), root, args, kwargs) if len(level) > 1 else None
+        return level if refusal is None else _the_only(level, refusal)
+
+    def _refusal(
+        self, values: int, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> str | None:
+        """Return why a forward can't have `values` different values of λ; None if it can."""
         kind = type(root).__name__
         if self.one_level:
-            raise ValueError(
-                _cannot_assign(
-                    values,
-                    f"the layers of {kind} see tokens where others see samples",
-                    "run the samples one by one",
-                )
+            return _cannot_assign(
+                values,
+                f"the layers of {kind} see tokens where others see samples",
+                "run the samples one by one",
             )
         if not self.sample_major:
-            return
+            return None
         batch = _batch_size(arguments_of(root, args, kwargs).values())
         if values != batch:
-            raise ValueError(
-                _cannot_assign(
-                    values,
-                    f"the batch is {batch}",
-                    "one a sample as the model sees them (after CFG or repeats)",
-                )
+            return _cannot_assign(
+                values,
+                f"the batch is {batch}",
+                "one a sample as the model sees them (after CFG or repeats)",
             )
         if any(_splits_batch(module) for module in outer_modules(root)):
-            raise ValueError(
-                _cannot_assign(
-                    values,
-                    f"blocks of {kind} run on slices of the batch (forward chunking, or FreeNoise's "
-                    "split inference)",
-                    "turn that off (chunking along dim=1 is fine)",
-                )
+            return _cannot_assign(
+                values,
+                f"blocks of {kind} run on slices of the batch (forward chunking, or FreeNoise's "
+                "split inference)",
+                "turn that off (chunking along dim=1 is fine)",
             )
+        return None
 
     def check_part(self, values: int) -> None:
         """Check that a part of the model, called by itself, can have `values` > 1 values of λ.

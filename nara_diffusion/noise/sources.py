@@ -25,7 +25,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .level import core_holders
+from .level import core_holders, host_values
 from .rows import REPETITIONS, Repetition, repeat_rows
 from .timesteps import CONVENTIONS, Denoiser
 
@@ -116,7 +116,9 @@ class InputIdsNoise:
     """A noise source (`nara_diffusion.set_noise_source`): λ from the masks in `input_ids`.
 
     The prompt does not count, whether or not guidance has masked it. Padding does not count if an
-    `attention_mask` shows it: (b, l), or (b, heads, l, l) if padding does not see itself.
+    `attention_mask` shows it: (b, l), or (b, heads, l, l) if padding does not see itself. On
+    another device than the CPU, where the host reads nothing, λ is NaN if that leaves no answer, or
+    if a mask (b, heads, l, l) is ambiguous.
 
     Args:
         prompt_lengths: the number of columns before each answer, including padding on the left:
@@ -139,7 +141,7 @@ class InputIdsNoise:
         if repeated not in (None, *REPETITIONS):
             choices = ", ".join(map(repr, REPETITIONS))
             raise ValueError(f"repeated is {repeated!r}, expected one of {choices}, or None")
-        self.prompt_lengths = torch.as_tensor(prompt_lengths).reshape(-1)
+        self.prompt_lengths = torch.as_tensor(prompt_lengths).reshape(-1).cpu()
         self.mask_token_id = mask_token_id
         self.repeated: Repetition | None = repeated
 
@@ -151,25 +153,25 @@ class InputIdsNoise:
         """
         input_ids = _input_ids(args, kwargs)
         rows, width = input_ids.shape
-        starts = self._starts(rows).to(input_ids.device)[:, None]
+        starts = self._starts(rows).to(input_ids.device, non_blocking=True)[:, None]
         answer = torch.arange(width, device=input_ids.device) >= starts  # (rows, l)
         attention_mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         if attention_mask is not None:
             answer = answer & _tokens_that_count(attention_mask, rows, width)
         lengths = answer.sum(1)  # (rows,)
-        if not lengths.all():
-            row = int((lengths == 0).nonzero()[0])
+        values = host_values(lengths)
+        if values is not None and 0 in values:
             raise ValueError(
-                f"λ can't be read: row {row} of input_ids has {width} tokens, and none is in an answer"
+                f"λ can't be read: row {values.index(0)} of input_ids has {width} tokens, and none is in an answer"
             )
         masked = answer & (input_ids == self.mask_token_id)
-        return masked.sum(1).float() / lengths
+        return masked.sum(1).float() / lengths  # 0 / 0 is NaN
 
     def _starts(self, rows: int) -> Tensor:
         """Return the first column of each row's answer, (rows,)."""
         lengths = self.prompt_lengths
         times, rest = divmod(rows, len(lengths))
-        is_known = times == 1 or bool((lengths == lengths[0]).all()) or self.repeated is not None
+        is_known = times == 1 or self.repeated is not None or len(set(lengths.tolist())) == 1
         if rest == 0 and is_known:
             return repeat_rows(lengths, times, self.repeated or "interleaved")
         raise ValueError(
@@ -216,16 +218,20 @@ def _tokens_that_count(attention_mask: object, rows: int, width: int) -> Tensor:
 
 
 def _seen_by_themselves(attention_mask: Tensor, rows: int, width: int) -> Tensor | None:
-    """Return which tokens see themselves, (rows, l) bool; None if rows or heads are ambiguous."""
+    """Return which tokens see themselves, (rows, l) bool; None if rows or heads are ambiguous.
+
+    If the host can't read that heads are ambiguous, no token counts.
+    """
     if attention_mask.ndim != 4 or any(n not in (1, width) for n in attention_mask.shape[2:]):
         return None
     square = attention_mask.expand(-1, -1, width, width)
     own = square.diagonal(dim1=2, dim2=3)  # (rows or 1, heads, l)
-    counts = own.bool()
-    if own.is_floating_point():
-        counts = own == 0
-        if not bool((counts | (own <= _HIDDEN)).all()):  # a bias in between
-            return None
-    if len(own) not in (1, rows) or not bool((counts == counts[:, :1]).all()):
+    if len(own) not in (1, rows):
         return None
-    return counts[:, 0].expand(rows, -1)
+    counts = own == 0 if own.is_floating_point() else own.bool()
+    is_clear = (counts == counts[:, :1]).all()
+    if own.is_floating_point():  # no bias in between
+        is_clear = is_clear & (counts | (own <= _HIDDEN)).all()
+    if host_values(is_clear) == [False]:
+        return None
+    return (counts[:, 0] & is_clear).expand(rows, -1)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .level import arguments_of, as_tensor
+from .level import arguments_of, as_tensor, host_values, nan_outside, one_if_expanded
 
 LARGEST_LOG_SIGMA = math.log(1e6)
 """No schedule has a σ above 10⁶, so a timestep above ¼ ln 10⁶ ≈ 3.5 belongs to a discrete one."""
@@ -109,7 +109,12 @@ class TimestepNoise:
         self.convention = _MEANINGS[self.meaning][0]
 
     def noise_level(self, timestep: float | Tensor) -> Tensor:
-        """Return λ (1,) or (b,), float32, for a timestep of any accepted shape and dtype."""
+        """Return λ (1,) or (b,), float32, for a timestep of any accepted shape and dtype.
+
+        Raises:
+            ValueError: λ is outside [0, 1]. If the timestep is on another device than the CPU, λ is
+                NaN instead.
+        """
         t = as_tensor(timestep).float()
         if t.numel() == 0:
             raise ValueError(
@@ -119,7 +124,10 @@ class TimestepNoise:
         if self.packed:
             level = level.max()
         level = level.flatten(1).amax(1) if level.dim() > 1 else level.reshape(-1)
-        if not bool(((level >= -_ROUNDING) & (level <= 1 + _ROUNDING)).all()):
+        values = host_values(level)
+        if values is None:
+            level = nan_outside(level, _ROUNDING)
+        elif not all(-_ROUNDING <= value <= 1 + _ROUNDING for value in values):
             counted = f" with N = {self.num_train_timesteps}" if self.meaning in COUNTED else ""
             raise ValueError(
                 f"{self.argument} is {t.tolist()}, which as {self.meaning!r} is no λ in [0, 1]{counted}. If this "
@@ -148,32 +156,34 @@ class TimestepNoise:
         highest = exact.where(is_meant, -torch.inf).amax(-1)
         return lowest.where(lowest == highest, timestep.float())
 
-    def check(self, timestep: float | Tensor) -> None:
-        """Accept any timestep, since the user has declared its meaning.
+    def checked(self, level: Tensor, timestep: float | Tensor) -> Tensor:
+        """Return λ of any timestep, since the user has declared its meaning.
 
         `Denoiser` refuses ambiguous timesteps.
         """
+        return level
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """Return λ of one forward of `module`: (b,), or (1,) if all samples have the same λ."""
+        """Return λ of one forward of `module`: (b,), or (1,) if the timestep is one for all.
+
+        A timestep is one for all if it is a number, 0-d, (1,), or expanded to the batch.
+        """
         arguments = arguments_of(module, args, kwargs)
-        given = [
-            t for name in (self.argument, *self.also) if (t := arguments.get(name)) is not None
-        ]
+        given = []
+        for name in (self.argument, *self.also):
+            if arguments.get(name) is not None:
+                given.append(one_if_expanded(as_tensor(arguments[name])))
         # a noise-free conditioning video has no timesteps; only its sound has
-        given = [t for t in given if not isinstance(t, Tensor) or t.numel()] or given
+        given = [t for t in given if t.numel()] or given
         if self.pinned is not None and arguments.get(self.pinned[0]) == self.pinned[1]:
-            given = [self.pinned[2]]
+            given = [as_tensor(self.pinned[2])]
         if not given:
             names = " and no ".join((self.argument, *self.also))
             raise ValueError(
                 f"λ can't be read: this forward of {type(module).__name__} got no {names}."
             )
         level = functools.reduce(torch.maximum, map(self.noise_level, given))
-        self.check(given[0])
-        # pipelines expand a timestep to the batch: one C then also fits parts of it, such as PAG's
-        is_shared = not level.requires_grad and bool((level == level[0]).all())
-        return level[:1] if is_shared else level
+        return self.checked(level, given[0])
 
 
 @dataclass
@@ -248,21 +258,34 @@ class Denoiser(TimestepNoise):
             timestep = self.unrounded(timestep, torch.cat(there))
         return super().noise_level(timestep)
 
-    def check(self, timestep: float | Tensor) -> None:
+    def checked(self, level: Tensor, timestep: float | Tensor) -> Tensor:
+        """Return λ of a timestep that can be read as discrete.
+
+        Raises:
+            ValueError: the timestep is small and therefore ambiguous. If it is on another device
+                than the CPU, λ is NaN instead, unless all schedulers are continuous.
+        """
         t = as_tensor(timestep).detach()
-        is_large = 4 * t.float().abs() >= LARGEST_LOG_SIGMA
-        if self.meaning != "discrete" or not t.is_floating_point() or bool(is_large.any()):
-            return
         continuous = [type(one).__name__ for one in self.schedulers if passes_log_sigma(one)]
-        if not continuous and (self.schedulers or bool((t == t.round()).all())):
-            return
-        who = (
-            f"{continuous[0]} passes ¼ ln σ"
-            if continuous
-            else "it may be ¼ ln σ of an EDM schedule"
-        )
+        if self.meaning != "discrete" or not t.is_floating_point():
+            return level
+        if self.schedulers and not continuous:
+            return level
+        is_discrete = (4 * t.float().abs() >= LARGEST_LOG_SIGMA).any()
+        if not continuous:
+            is_discrete = is_discrete | (t == t.round()).all()
+        known = host_values(is_discrete)
+        all_continuous = 0 < len(continuous) == len(self.schedulers)
+        if known is None and not all_continuous:
+            return level.where(is_discrete, torch.nan)
+        if known == [True]:
+            return level
+        shown = host_values(t) or f"{t.dtype} on {t.device}"
+        who = "it may be ¼ ln σ of an EDM schedule"
+        if continuous:
+            who = f"{continuous[0]} passes ¼ ln σ"
         raise ValueError(
-            f"{self.argument} is {t.tolist()}, which as 'discrete' would be almost no noise, but {who}: say what this "
+            f"{self.argument} is {shown}, which as 'discrete' would be almost no noise, but {who}: say what this "
             'pipeline means by it, once, set_noise_source(model, TimestepNoise("edm")) or TimestepNoise("discrete").'
         )
 

@@ -154,9 +154,7 @@ class LevelFinder:
             )
         if level is None:
             raise unknown_level(self.root, names)
-        if len(level) > 1:
-            self.rows.check_forward(len(level), self.root, args, kwargs)
-        return level
+        return self.rows.level_of_forward(level, self.root, args, kwargs)
 
     # ------------------------------------------------------------------ adapters' definitions of λ
 

@@ -133,8 +133,29 @@ def test_noisiest_of_several_or_packed_timesteps_counts_and_a_pinned_one_beats_a
     with pytest.raises(ValueError, match="got no timestep and no sound"):
         level_of(source)
     assert level_of(TimestepNoise("data", packed=True), timestep=torch.tensor([0.25, 0.75, 1.0])) == [0.75]
-    assert level_of(TimestepNoise("sigma"), timestep=torch.tensor([0.5, 0.5, 0.5])) == [0.5]  # shared
     assert level_of(TimestepNoise("sigma"), timestep=torch.tensor([0.5, 0.25])) == [0.5, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("timestep", "levels"),
+    [
+        (0.5, [0.5]),
+        (torch.tensor(0.5), [0.5]),
+        (torch.tensor([0.5]), [0.5]),
+        (torch.tensor(0.5).expand(3), [0.5]),
+        (torch.tensor([0.25, 0.5]).expand(3, 2), [0.5]),
+        (torch.tensor([0.5, 0.5, 0.5]), [0.5, 0.5, 0.5]),  # values aren't compared
+        (torch.tensor(0.5).expand(3).bfloat16(), [0.5, 0.5, 0.5]),  # a cast has no strides of 0
+    ],
+)
+def test_timestep_is_shared_by_its_shape_or_strides(timestep: float | torch.Tensor, levels: list[float]) -> None:
+    assert level_of(TimestepNoise("sigma"), timestep=timestep) == levels
+
+
+def test_timestep_and_that_of_sound_are_shared_only_together() -> None:
+    source, shared = TimestepNoise("sigma", also=("sound",)), torch.tensor(0.5).expand(2)
+    assert level_of(source, timestep=shared, sound=torch.tensor([0.25, 0.75])) == [0.5, 0.75]
+    assert level_of(source, timestep=shared, sound=torch.tensor(0.25).expand(2)) == [0.5]
 
 
 # ---------------------------------------------------------------------- models

@@ -111,6 +111,7 @@ def test_masked_prompts_stand_behind_the_rows_with_their_levels_and_padding(has_
 # ---------------------------------------------------------------------- what can't be assigned
 
 
+LEVELS, X = torch.tensor([0.1, 0.5, 0.9]), torch.zeros(3, 2, 7)
 REFUSED = "noise_level has 3 values, but .*: pass one value for the whole batch, or "
 
 
@@ -130,6 +131,10 @@ def test_rows_that_belong_to_no_known_sample_are_refused(rows: int, options: dic
     with pytest.raises(ValueError, match=REFUSED) as error:
         samples_of(rows, **options)
     error.match(message)
+    same = torch.full((SAMPLES, 2, 2), 0.5)
+    x = options.pop("x", torch.zeros(rows, 5, 7))
+    options = {"kind": "samples", "sample_major": False, "layer_name": "block.to_q"} | options
+    assert torch.equal(core_of_rows(same, x, **options), same[:1])  # one C for all rows, after all
 
 
 @pytest.mark.parametrize(
@@ -148,18 +153,20 @@ def test_model_with_tokens_first_refuses_several_levels_everywhere() -> None:
     for denoiser in (Denoiser("sigma", one_level=True), Denoiser("data", packed=True)):
         rows = ModelRows.of(denoiser)
         with pytest.raises(ValueError, match=f"{REFUSED}.*one by one"):
-            rows.check_forward(3, Stack(), (torch.zeros(3, 2, 7),), {})
+            rows.level_of_forward(LEVELS, Stack(), (torch.zeros(3, 2, 7),), {})
+        assert rows.level_of_forward(torch.full((3,), 0.3), Stack(), (), {}).tolist() == [pytest.approx(0.3)]
         with pytest.raises(RuntimeError, match=f"{REFUSED}call the whole model"):
             rows.check_part(3)
 
 
 def test_model_that_sees_multiples_takes_one_level_a_row_of_its_own_batch() -> None:
     rows = ModelRows.of(Denoiser("sigma", sample_major=True))
-    rows.check_forward(3, Stack(), (torch.zeros(3, 2, 7),), {})
-    rows.check_forward(3, Stack(), (), {"timestep": torch.zeros(3), "x": torch.zeros(3, 2, 7)})
+    for args, kwargs in (((X,), {}), ((), {"timestep": torch.zeros(3), "x": X})):
+        assert rows.level_of_forward(LEVELS, Stack(), args, kwargs) is LEVELS
     for args in ((torch.zeros(6, 2, 7),), (torch.zeros(2, 3, 7),), (torch.tensor(1.0),)):
         with pytest.raises(ValueError, match=f"{REFUSED}one a sample"):
-            rows.check_forward(3, Stack(), args, {})
+            rows.level_of_forward(LEVELS, Stack(), args, {})
+        assert len(rows.level_of_forward(torch.full((3,), 0.3), Stack(), args, {})) == 1
     with pytest.raises(RuntimeError, match=f"{REFUSED}call the whole model"):
         rows.check_part(3)
 
@@ -177,14 +184,15 @@ def test_blocks_that_split_the_batch_are_refused(attributes: dict[str, Any], is_
     vars(root.layer).update(attributes)
     rows, args = ModelRows(sample_major=True), (torch.zeros(3, 2, 7),)
     if not is_split:
-        return rows.check_forward(3, root, args, {})
+        assert rows.level_of_forward(LEVELS, root, args, {}) is LEVELS
+        return
     with pytest.raises(ValueError, match=f"{REFUSED}turn that off"):
-        rows.check_forward(3, root, args, {})
+        rows.level_of_forward(LEVELS, root, args, {})
 
 
 def test_model_of_samples_leaves_the_check_to_its_layers() -> None:
     for rows in (ModelRows.of(None), ModelRows.of(Denoiser("sigma"))):
-        rows.check_forward(3, Stack(), (torch.zeros(6, 2, 7),), {})
+        assert rows.level_of_forward(LEVELS, Stack(), (torch.zeros(6, 2, 7),), {}) is LEVELS
         rows.check_part(3)
 
 
