@@ -1,8 +1,8 @@
-"""Fine-tunes a masked-diffusion language model (LLaDA, Dream, …); it is nara_diffusion/dllm/train.py.
+"""Fine-tune a masked-diffusion language model (LLaDA, Dream, …). The code is in nara_diffusion/dllm/train.py.
 
 The shipped model and task, offline, on CPU, in minutes:
     accelerate launch train_scripts/dllm.py
-LLaDA-8B on all GPUs of the machine (--num_processes N: on N of them), in steps of global_batch_size samples together:
+LLaDA-8B on all GPUs of the machine (--num_processes N: on N of them), global_batch_size samples a step in total:
     accelerate launch train_scripts/dllm.py --config train_scripts/configs/llada_instruct_math14k.yaml
 """
 

@@ -1,4 +1,4 @@
-"""Teaches an image model a subject from a few images; it is nara_diffusion/dreambooth/train.py.
+"""Teach an image model a subject from a few images. The code is in nara_diffusion/dreambooth/train.py.
 
 The shipped model, a small rectified flow of SD3's classes, and images, offline, on CPU, in minutes:
     accelerate launch train_scripts/dreambooth.py

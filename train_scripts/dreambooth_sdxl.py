@@ -1,16 +1,18 @@
-"""Teaches Stable Diffusion XL a subject from a few images, with NaRA or another adapter, and shows what that brought.
+"""Teach Stable Diffusion XL a subject from a few images, and measure the result.
 
-It is train_scripts/dreambooth.py with the defaults of SDXL, and with a model and images of its own.
+The adapter is NaRA or another. This is train_scripts/dreambooth.py with SDXL's defaults and with another shipped model
+and images.
 
 The shipped model and images, offline, on CPU, in minutes:
     accelerate launch train_scripts/dreambooth_sdxl.py
-Your own five images, on one GPU; the file holds what suits SDXL, flags win over it:
+Your own five images, on one GPU; the file has settings for SDXL, and flags win over it:
     accelerate launch train_scripts/dreambooth_sdxl.py --config train_scripts/configs/sdxl_dreambooth.yaml \\
         --instance_data_dir dog --instance_prompt "a photo of sks dog" --output_dir sks-dog
 
-The small SDXL has settings of its own, not the defaults below: the log says them.
-Written to the output folder: the weights (for pipe.load_nara_weights), README.md (the model card, which says how to
-load them), samples.png, config.yaml, results.json, metrics.jsonl, noise_level_curve.png, checkpoint-N to resume from.
+The small SDXL has its own settings, not the defaults below; the log lists them.
+The output folder then has: the weights (for pipe.load_nara_weights), README.md (the model card, which says how to load
+them), samples.png, config.yaml, results.json, metrics.jsonl, noise_level_curve.png, and checkpoint-N folders to resume
+from.
 """
 
 import sys

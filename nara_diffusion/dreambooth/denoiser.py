@@ -2,8 +2,8 @@
 
 It is one module with one forward, so that hooks, DistributedDataParallel and gradient accumulation
 see all of it. The adapter in the denoiser reads λ from the denoiser's own timestep. Text encoders
-run before λ is known, so their adapters have C = I. It writes these files, and a user's pipeline
-reads them:
+run before λ is known, so their adapters have C = I. This module writes these files, and a user's
+pipeline reads them:
 
     NaRA's family          pytorch_nara_weights.safetensors   pipe.load_nara_weights(folder)
     lora, dora, rslora     pytorch_lora_weights.safetensors   pipe.load_lora_weights(folder)
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from peft import (
     LoraConfig,
@@ -74,7 +75,7 @@ class AdaptedDenoiser(nn.Module):
 
     def __init__(
         self,
-        pipe: Any,
+        pipe: DiffusionPipeline,
         config: PeftConfig,
         *,
         train_text_encoder: bool = False,
@@ -97,9 +98,8 @@ class AdaptedDenoiser(nn.Module):
             encoder = getattr(pipe, name)
             if gradient_checkpointing:
                 recompute_activations(encoder)
-            setattr(
-                self, name, adapt(encoder, deepcopy(text_config(config)))
-            )  # PEFT writes into it
+            own = deepcopy(text_config(config))  # PEFT writes into it
+            setattr(self, name, adapt(encoder, own))
             if name in self.family.cut_short:
                 _freeze_last_layer(encoder)
 
@@ -117,11 +117,7 @@ class AdaptedDenoiser(nn.Module):
     @property
     def trained(self) -> dict[str, nn.Parameter]:
         """The trained parameters, by name."""
-        return {
-            name: parameter
-            for name, parameter in self.named_parameters()
-            if parameter.requires_grad
-        }
+        return {name: each for name, each in self.named_parameters() if each.requires_grad}
 
     def forward(
         self,
@@ -146,21 +142,23 @@ class AdaptedDenoiser(nn.Module):
         return self.family.predict(self.denoiser, sample, timestep, time_ids, embeddings)
 
 
-def adapt(model: Any, config: PeftConfig, name: str = ADAPTER) -> Any:
+def adapt(model: nn.Module, config: PeftConfig, name: str = ADAPTER) -> nn.Module:
     """Add the adapter to `model` in place. Return it, wrapped if PEFT keeps state in the wrapper.
 
     Adapters are float32. PEFT injects them in the dtype of the base layer, which would lose small
     steps.
     """
     check_target_modules(model, getattr(config, "target_modules", None))
+    adapted = model
     if isinstance(config, LoraConfig):
         inject_adapter_in_model(config, model, adapter_name=name)
     else:
-        model = get_peft_model(model, config, adapter_name=name)
-    for parameter in model.parameters():
+        own: Any = model  # get_peft_model takes any module, but is declared for Transformers' only
+        adapted = get_peft_model(own, config, adapter_name=name)
+    for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    return model
+    return adapted
 
 
 def text_config(config: PeftConfig) -> PeftConfig:
@@ -168,20 +166,20 @@ def text_config(config: PeftConfig) -> PeftConfig:
 
     Text encoders run before λ is known.
     """
-    own: dict[str, Any] = {}
+    changes: dict[str, Any] = {"target_modules": TEXT_TARGETS}
     if isinstance(config, NaraConfig):
-        own = {
-            field.name: field.default for field in fields(NaraConfig) if field.name in CORE_FIELDS
-        }
-        own["core_type"] = "identity"
-    return replace(config, **own, target_modules=TEXT_TARGETS)
+        for field in fields(NaraConfig):
+            if field.name in CORE_FIELDS:
+                changes[field.name] = field.default
+        changes["core_type"] = "identity"
+    return replace(config, **changes)
 
 
 def _freeze_last_layer(encoder: nn.Module) -> None:
     """Freeze the last layer: SDXL reads the states before it, so it would never get a gradient."""
     for name, module in encoder.named_modules():
-        if name.endswith("encoder.layers"):
-            module[-1].requires_grad_(False)  # type: ignore[index]
+        if name.endswith("encoder.layers") and isinstance(module, nn.ModuleList):
+            module[-1].requires_grad_(False)
         elif name.endswith("final_layer_norm"):
             module.requires_grad_(False)
 
@@ -190,7 +188,10 @@ def _freeze_last_layer(encoder: nn.Module) -> None:
 
 
 def write_adapter(model: AdaptedDenoiser, folder: Path, state: dict[str, Any]) -> None:
-    """Write the files that a user loads into a pipeline. A `checkpoints.Writer`."""
+    """Write the files that a user loads into a pipeline.
+
+    This is a `checkpoints.Writer`; it doesn't need `state`.
+    """
     if isinstance(model.config, NaraConfig):
         model.pipe.save_nara_weights(folder, adapter_name=ADAPTER)
         return
@@ -211,26 +212,26 @@ def _write_lora(model: AdaptedDenoiser, folder: Path) -> None:
         tensors = get_peft_model_state_dict(
             component, adapter_name=ADAPTER, save_embedding_layers=False
         )
-        if name != model.family.denoiser:
-            # Transformers looks up DoRA's magnitudes by the full name, which PEFT shortens
-            tensors = {
-                f"{key}.weight" if key.endswith("_vector") else key: each
-                for key, each in tensors.items()
-            }
-        layers[f"{name}_lora_layers"] = {
-            key: each.detach().cpu().contiguous() for key, each in tensors.items()
-        }
+        own = {}
+        for key, tensor in tensors.items():
+            if key.endswith("_vector") and name != model.family.denoiser:
+                # Transformers looks up DoRA's magnitudes by the full name, which PEFT shortens
+                key += ".weight"
+            own[key] = tensor.detach().cpu().contiguous()
+        layers[f"{name}_lora_layers"] = own
         metadata[f"{name}_lora_adapter_metadata"] = component.peft_config[ADAPTER].to_dict()
-    type(model.pipe).save_lora_weights(folder, **layers, **metadata)
+    pipeline: Any = type(model.pipe)  # each family's class has LoRA's methods
+    pipeline.save_lora_weights(folder, **layers, **metadata)
 
 
 def write_checkpoint(model: AdaptedDenoiser, folder: Path, state: dict[str, Any]) -> None:
-    """Write the files that `read_checkpoint` reads. A `checkpoints.Writer`."""
+    """Write the files that `read_checkpoint` reads.
+
+    This is a `checkpoints.Writer`; it doesn't need `state`.
+    """
     write_adapter(model, folder, state)
-    tensors = {
-        name: tensor.detach().cpu().contiguous() for name, tensor in _training_state(model).items()
-    }
-    save_file(tensors, folder / TRAINABLE)
+    tensors = _training_state(model).items()
+    save_file({name: each.cpu().contiguous() for name, each in tensors}, folder / TRAINABLE)
 
 
 @torch.no_grad()
@@ -244,21 +245,22 @@ def read_checkpoint(model: AdaptedDenoiser, folder: Path) -> None:
 
 def _training_state(model: AdaptedDenoiser) -> dict[str, Tensor]:
     """Return what training resumes from, by name: trained weights and all adapters' tensors."""
-    names, state, seen = model.trained.keys(), {}, set()
+    names = model.trained.keys()
+    state: dict[str, Tensor] = {}
+    seen: set[int] = set()
     for name, tensor in model.state_dict().items():
-        # VeRA's layers share their projections
-        if (name in names or ADAPTER in name.split(".")) and tensor.data_ptr() not in seen:
+        is_own = name in names or ADAPTER in name.split(".")
+        if is_own and tensor.data_ptr() not in seen:  # VeRA's layers share their projections
             state[name] = tensor
             seen.add(tensor.data_ptr())
     return state
 
 
 @contextmanager
-def adapter_loaded(pipe: Any, folder: Path | None) -> Iterator[None]:
-    """Load the adapter in `folder` into `pipe` inside the context, as a user loads it.
+def adapter_loaded(pipe: DiffusionPipeline, folder: Path | None) -> Iterator[None]:
+    """Load the adapter in `folder` into `pipe` for the context, as a user loads it.
 
-    None leaves the base model. Raises ValueError if something in the folder isn't loaded
-    completely.
+    None leaves the base model. Raises ValueError if a file in the folder isn't loaded completely.
     """
     if folder is None:
         yield
@@ -277,7 +279,7 @@ def adapter_loaded(pipe: Any, folder: Path | None) -> Iterator[None]:
         yield
 
 
-def _load_lora(pipe: Any, folder: Path) -> None:
+def _load_lora(pipe: DiffusionPipeline, folder: Path) -> None:
     level = diffusers_logging.get_verbosity()
     diffusers_logging.set_verbosity_error()  # it warns of each text encoder that the file lacks
     try:

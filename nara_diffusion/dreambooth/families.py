@@ -1,7 +1,7 @@
 """The families that can be trained: those with a UNet (`unet_families`), and six flows.
 
 A flow's denoiser is a transformer. In the pipelines of these families σ is the timestep divided by
-1000, whatever the configuration of the scheduler says. The pipelines' own functions turn latents
+1000, regardless of the scheduler's configuration. The pipelines' own functions turn latents
 into tokens and back, as in Diffusers' training scripts.
 """
 
@@ -27,16 +27,15 @@ N = 1000
 
 def _guidance(call: Call) -> Tensor | None:
     """Return the guidance scale (b,) float32 if the denoiser has distilled guidance; else None."""
-    guidance = call.family.guidance
-    return (
-        None
-        if guidance is None
-        else torch.full((len(call.sample),), guidance, device=call.sample.device)
-    )
+    if call.family.guidance is None:
+        return None
+    return torch.full((len(call.sample),), call.family.guidance, device=call.sample.device)
 
 
 def _fit_guidance(pipe: DiffusionPipeline, family: Family) -> Family:
-    return family if pipe.transformer.config.guidance_embeds else replace(family, guidance=None)
+    if pipe.transformer.config.guidance_embeds:
+        return family
+    return replace(family, guidance=None)
 
 
 def _packed(call: Call) -> dict[str, Any]:
@@ -60,6 +59,14 @@ ATTENTION_TARGETS = (
 )  # fmt: skip
 
 
+FEED_FORWARD_TARGETS = (
+    "ff.net.0.proj",
+    "ff.net.2",
+    "ff_context.net.0.proj",
+    "ff_context.net.2",
+)
+
+
 SD3 = Family(
     name="stable-diffusion-3",
     title="Stable Diffusion 3 and 3.5",
@@ -77,10 +84,13 @@ SD3 = Family(
     divisor=lambda pipe: pipe.vae_scale_factor * pipe.transformer.config.patch_size,
     targets=ATTENTION_TARGETS,
     defaults={
-        "resolution": 1024, "guidance_scale": 7.0, "num_inference_steps": 28, "weighting_scheme": "logit_normal"
+        "resolution": 1024,
+        "guidance_scale": 7.0,
+        "num_inference_steps": 28,
+        "weighting_scheme": "logit_normal",
     },
     max_sequence_length=256,
-)  # fmt: skip
+)
 
 
 def _flux_inputs(call: Call) -> dict[str, Any]:
@@ -104,13 +114,7 @@ FLUX = Family(
     )[:2],
     inputs=_flux_inputs,
     output=_unpacked,
-    targets=(
-        *ATTENTION_TARGETS,
-        "ff.net.0.proj",
-        "ff.net.2",
-        "ff_context.net.0.proj",
-        "ff_context.net.2",
-    ),
+    targets=(*ATTENTION_TARGETS, *FEED_FORWARD_TARGETS),
     defaults={"resolution": 1024, "guidance_scale": 3.5, "num_inference_steps": 28},
     fit=_fit_guidance,
     max_sequence_length=512,
@@ -121,9 +125,8 @@ FLUX = Family(
 def _flux2_inputs(call: Call) -> dict[str, Any]:
     (states,), device = call.embeddings, call.sample.device
     return {
-        "hidden_states": Flux2Pipeline._pack_latents(
-            call.sample
-        ),  # (b, h w, c), latents are of patches
+        # (b, h w, c): these latents are patches already
+        "hidden_states": Flux2Pipeline._pack_latents(call.sample),
         "timestep": call.timestep.float() / N,
         "guidance": _guidance(call),
         "encoder_hidden_states": states,
@@ -165,8 +168,8 @@ Z_IMAGE = Family(
     encoder=_encode_z_image,
     inputs=lambda call: {
         "x": list(call.sample[:, :, None].unbind(0)),  # b times (c, 1, h, w)
-        "t": (N - call.timestep.float())
-        / N,  # as the pipeline rounds it: the transformer multiplies it by N
+        # as the pipeline rounds it: the transformer multiplies it by N
+        "t": (N - call.timestep.float()) / N,
         "cap_feats": [own[mask.bool()] for own, mask in zip(*call.embeddings, strict=True)],
     },
     output=lambda frames, call: -torch.stack(frames)[:, :, 0],
@@ -180,9 +183,9 @@ def _encode_qwen_image(
 ) -> Embeddings:
     """Return Qwen2.5-VL's states (b, l, d) and mask (b, l), 1 for text and 0 for padding."""
     states, mask = pipe.encode_prompt(prompts, max_sequence_length=length)
-    return states, torch.ones(
-        states.shape[:2], dtype=torch.int64, device=states.device
-    ) if mask is None else mask
+    if mask is None:
+        mask = torch.ones(states.shape[:2], dtype=torch.int64, device=states.device)
+    return states, mask
 
 
 def _qwen_image_inputs(call: Call) -> dict[str, Any]:
@@ -201,9 +204,9 @@ def _sampling_qwen_image(call: dict[str, Any], count: int) -> dict[str, Any]:
     """
     rest = {name: value for name, value in call.items() if name != "guidance_scale"}
     scale = call.get("guidance_scale", 1.0)
-    return (
-        rest if scale <= 1 else rest | {"true_cfg_scale": scale, "negative_prompt": [" "] * count}
-    )
+    if scale <= 1:
+        return rest
+    return {**rest, "true_cfg_scale": scale, "negative_prompt": [" "] * count}
 
 
 QWEN_IMAGE = Family(
@@ -235,8 +238,8 @@ def _wan_inputs(call: Call) -> dict[str, Any]:
 def _fit_wan(pipe: DiffusionPipeline, family: Family) -> Family:
     if pipe.transformer is None or pipe.transformer_2 is not None:
         raise ValueError(
-            "it has two transformers, one for high and one for low noise, like Wan 2.2's 14B: expected one, as in Wan "
-            "2.1 and Wan 2.2's 5B."
+            "it has two transformers, one for high and one for low noise, like Wan 2.2's 14B: "
+            "expected one, as in Wan 2.1 and Wan 2.2's 5B."
         )
     return replace(family, timestep_of_tokens=bool(pipe.config["expand_timesteps"]))
 

@@ -4,8 +4,9 @@
     x_λ (b, c, h, w), timestep (b,), embeddings → predict → prediction (b, c, h, w)
 
 x_λ, the timestep and the prediction are those of the objective. For a rectified flow they are
-x_σ = (1 − σ) x + σ ε, N σ and ε − x. Only the family's `inputs` and `output` convert them to the
-denoiser's own: σ, 1 − σ, tokens in place of a grid, the negative. `families` lists the families.
+x_σ = (1 − σ) x + σ ε, N σ and ε − x. A denoiser may want σ or 1 − σ for the timestep, tokens for
+the grid, or predict x − ε. Only the family's `inputs` and `output` convert between the two.
+`families` lists the families.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor, nn
 
@@ -42,36 +44,28 @@ class Family:
     # (pipe, prompts, max_sequence_length) → embeddings, by the pipeline's own `encode_prompt`
     encoder: Callable[[Any, list[str], int | None], Embeddings]
     inputs: Callable[[Call], dict[str, Any]]  # arguments of the denoiser's forward
-    output: Callable[[Any, Call], Tensor] = lambda output, call: (
-        output
-    )  # what the denoiser returns → prediction
+    # what the denoiser returns → prediction
+    output: Callable[[Any, Call], Tensor] = lambda output, call: output
     # image sides must be multiples of this number; by default for patches of 2 × 2 latents
     divisor: Callable[[Any], int] = lambda pipe: pipe.vae_scale_factor * 2
     denoiser: str = "transformer"  # the name of the component
     text_encoders: tuple[str, ...] = ()  # the components that can be trained too
     cut_short: tuple[str, ...] = ()  # text encoders with an unused last layer
     targets: tuple[str, ...] = TRANSFORMER_TARGETS  # the default of target_modules
-    defaults: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # further arguments that aren't the script's default
+    # arguments of a run that differ from the script's defaults
+    defaults: Mapping[str, Any] = field(default_factory=dict)
     is_flow: bool = True  # whether model and scheduler are a rectified flow
     # return the family with the settings of a pipeline; raise ValueError if it can't be trained
     fit: Callable[[Any, Family], Family] = lambda pipe, family: family
     # (arguments, number of images) → arguments of the pipeline's call
     sampling: Callable[[dict[str, Any], int], dict[str, Any]] = lambda call, count: call
-    images_of: Callable[[Any], Any] = lambda output: (
-        output.images
-    )  # output of the pipeline's call → b PIL images
-    picked: str = (
-        ".images[0]"  # the code that takes the first image from that output, for model cards
-    )
+    # output of the pipeline's call → b PIL images
+    images_of: Callable[[Any], Any] = lambda output: output.images
+    # code for model cards: takes the first image from that output
+    picked: str = ".images[0]"
     # settings:
-    max_sequence_length: int | None = (
-        None  # tokens of a prompt; None if it has only CLIP's own length
-    )
-    guidance: float | None = (
-        None  # the guidance of a denoiser with distilled guidance; None for others
-    )
+    max_sequence_length: int | None = None  # tokens of a prompt; None if it has only CLIP's length
+    guidance: float | None = None  # that of a denoiser with distilled guidance; None for others
     timestep_of_tokens: bool = False  # whether the denoiser takes one timestep for each token
 
     @property
@@ -96,15 +90,19 @@ class Family:
         embeddings: Embeddings,
     ) -> Tensor:
         """Return the prediction (b, c, h, w) for the objective's target; shapes as in `Call`."""
-        # equals `denoiser.dtype`, which walks over all modules
-        kept: Any = getattr(denoiser, "_keep_in_fp32_modules", None) or ()
-        names = denoiser.named_parameters()
-        dtype = next(p.dtype for name, p in names if not any(part in name for part in kept))
-        cast = tuple(
-            tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in embeddings
-        )
+        dtype = _computing_dtype(denoiser)
+        cast = tuple(each.to(dtype) if each.is_floating_point() else each for each in embeddings)
         call = Call(sample.to(dtype), timestep, cast, time_ids, self)
         return self.output(denoiser(**self.inputs(call), return_dict=False)[0], call)
+
+
+def _computing_dtype(denoiser: nn.Module) -> torch.dtype:
+    """Return `denoiser.dtype`, without that property's walk over all modules."""
+    kept: Any = getattr(denoiser, "_keep_in_fp32_modules", None) or ()
+    for name, parameter in denoiser.named_parameters():
+        if not any(part in name for part in kept):
+            return parameter.dtype
+    return torch.float32
 
 
 def stack_padded(tensors: Sequence[Tensor]) -> Tensor:

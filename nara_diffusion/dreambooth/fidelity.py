@@ -1,7 +1,7 @@
 """Measure before, during and after training: subject and prompt fidelity, and the loss over λ.
 
     image similarity    mean cosine between generated images and those of the subject; CLIP
-                        recognises kinds of things, DINO the individual thing
+                        recognises kinds of things, DINO tells individual things apart
     text alignment      mean cosine between a generated image and its prompt, by CLIP
 
 The first two are those of section 4.1 of DreamBooth's paper (arXiv 2208.12242); figures of
@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from PIL.Image import Image
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
@@ -31,6 +32,7 @@ from nara_diffusion.training.run import Run
 from nara_diffusion.utils.naming import is_out_of_reach
 
 from .denoiser import adapter_loaded, write_adapter
+from .image_arguments import DreamBoothArguments
 from .image_records import load_image, to_rgb
 from .reconstruction import Reconstruction
 from .samples import SampleSettings, sample_images, write_grid
@@ -87,9 +89,9 @@ class Encoder:
         """Return unit vectors (n, d) float32 on the CPU; files are opened batch by batch."""
 
         def embed(batch: list[Image | str | Path]) -> torch.Tensor:
-            loaded = [
-                to_rgb(image) if isinstance(image, Image) else load_image(image) for image in batch
-            ]
+            loaded = []
+            for image in batch:
+                loaded.append(to_rgb(image) if isinstance(image, Image) else load_image(image))
             inputs = self.processor(images=loaded, return_tensors="pt").to(self.device)
             if self.kind == "clip":
                 return self.model.get_image_features(**inputs).pooler_output  # (b, d)
@@ -122,11 +124,11 @@ class Encoder:
     def _embed(
         self, items: Sequence[Any], forward: Callable[[list[Any]], torch.Tensor]
     ) -> torch.Tensor:
-        batches = [
-            list(items[i : i + self.batch_size]) for i in range(0, len(items), self.batch_size)
-        ]
-        found = torch.cat([forward(batch).cpu() for batch in batches])  # (n, d)
-        return F.normalize(found, dim=1)
+        found = []
+        for start in range(0, len(items), self.batch_size):
+            batch = list(items[start : start + self.batch_size])
+            found.append(forward(batch).cpu())
+        return F.normalize(torch.cat(found), dim=1)  # (n, d)
 
 
 def image_similarity(encoder: Encoder, generated: Images, reference: Images) -> float:
@@ -175,7 +177,7 @@ class Evaluation:
     """Measure `pipe`, the base, with the adapters of a folder; all processes share the work."""
 
     run: Run
-    pipe: Any  # the base model's pipeline, which samples
+    pipe: DiffusionPipeline  # the base model's, which samples
     settings: SampleSettings
     loss: ValidationLoss
     references: Sequence[Image] = ()  # images of the subject
@@ -197,22 +199,15 @@ class Evaluation:
         `name` is the title of the progress bar.
         """
         with adapter_loaded(self.pipe, folder):
-            images = sample_images(
-                self.pipe, self.settings, self.run.accelerator, desc=f"sample {name}"
-            )
-            curve = self.loss.curve(self.pipe, self.run.accelerator).mean(1)
-        prompts, unread = (
-            [prompt for prompt, _ in self.settings.pairs],
-            self.run.args.identifier or (),
-        )
+            accelerator = self.run.accelerator
+            images = sample_images(self.pipe, self.settings, accelerator, desc=f"sample {name}")
+            curve = self.loss.curve(self.pipe, accelerator).mean(1)
+        shown = self.reconstruction and self.reconstruction.images
         return Measurement(
             images=images,
             similarity=self._similarity(images, self.references),
-            similarity_as_shown=self._similarity(
-                images, self.reconstruction and self.reconstruction.images
-            ),
-            text_alignment=self.alignment
-            and text_alignment(self.alignment, images, prompts, unread),
+            similarity_as_shown=self._similarity(images, shown),
+            text_alignment=self._alignment(images),
             noise_levels=self.loss.noise_levels.tolist(),
             curve=curve.tolist(),
             validation_loss=curve.mean().item(),
@@ -224,15 +219,21 @@ class Evaluation:
             return None
         return image_similarity(self.similarity, images, references)
 
+    def _alignment(self, images: Images) -> float | None:
+        """Return the text alignment; None without an encoder."""
+        if self.alignment is None:
+            return None
+        prompts = [prompt for prompt, _ in self.settings.pairs]
+        return text_alignment(self.alignment, images, prompts, self.run.args.identifier or ())
+
     def validate(self, model: torch.nn.Module) -> dict[str, float]:
         """Return figures of `model`, as accelerate wrapped it, to log; write a sheet of samples."""
         accelerator, folder = self.run.accelerator, self.run.folder / ".partial-validation"
         folder.mkdir(exist_ok=True)
         try:
             save_adapter(accelerator, model, folder, write_adapter)
-            with torch.random.fork_rng(
-                [accelerator.device] if accelerator.device.type == "cuda" else []
-            ):
+            devices = [accelerator.device] if accelerator.device.type == "cuda" else []
+            with torch.random.fork_rng(devices):
                 found = self.measure(folder, "for validation")
             accelerator.wait_for_everyone()
         finally:
@@ -240,9 +241,8 @@ class Evaluation:
                 shutil.rmtree(folder, ignore_errors=True)
         if accelerator.is_main_process:
             self._show(found.images)
-        means = validation_means(
-            torch.tensor(found.curve), self.loss.noise_levels, window_of(self.run.args)
-        )
+        curve, window = torch.tensor(found.curve), window_of(self.run.args)
+        means = validation_means(curve, self.loss.noise_levels, window)
         figures = {"similarity": found.similarity, "text_alignment": found.text_alignment}
         return means | {name: value for name, value in figures.items() if value is not None}
 
@@ -251,46 +251,44 @@ class Evaluation:
         path = self.run.folder / "validation" / f"step-{step}.png"
         path.parent.mkdir(exist_ok=True)
         write_grid(path, prompts, {f"step {step}": images}, self.subject)
-        galleries = np.split(
-            np.stack([np.asarray(image) for image in images]), len(prompts)
-        )  # (n, h, w, 3) each
-        shown = {
-            f"validation: {prompt}": part for prompt, part in zip(prompts, galleries, strict=True)
-        }
+        pixels = np.stack([np.asarray(image) for image in images])
+        shown = {}
+        for prompt, part in zip(prompts, np.split(pixels, len(prompts)), strict=True):
+            shown[f"validation: {prompt}"] = part  # (n, h, w, 3)
         for tracker in self.run.accelerator.trackers:
             if hasattr(tracker, "log_images"):
                 options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images(shown, step=step, **options)
 
 
-def load_encoders(args: Any, device: torch.device) -> dict[str, Encoder | None]:
-    """Return an `Evaluation`'s encoders; load one that both arguments name only once."""
-    names = sorted({args.similarity_model, args.alignment_model} - {None})
-    encoders: dict[str | None, Encoder] = {
-        name: _load_encoder(args, name, device) for name in names
-    }
-    if (alignment := encoders.get(args.alignment_model)) is not None:
+def load_encoders(args: DreamBoothArguments, device: torch.device) -> dict[str, Encoder | None]:
+    """Return the encoders of an `Evaluation`. One that both arguments name is loaded once."""
+    encoders: dict[str | None, Encoder] = {}
+    for name in (args.similarity_model, args.alignment_model):
+        if name is not None and name not in encoders:
+            encoders[name] = _load_encoder(args, name, device)
+    alignment = encoders.get(args.alignment_model)
+    if alignment is not None:
         alignment.check_text()
     return {"similarity": encoders.get(args.similarity_model), "alignment": alignment}
 
 
-def _load_encoder(args: Any, name: str, device: torch.device) -> Encoder:
+def _load_encoder(args: DreamBoothArguments, name: str, device: torch.device) -> Encoder:
     try:
         return Encoder(name, device=device)
     except OSError as error:
-        flags = [
-            flag for flag in ("similarity_model", "alignment_model") if getattr(args, flag) == name
-        ]
-        why, without = (
-            str(error).strip().partition("\n")[0],
-            "--similarity_model none --alignment_model none",
-        )
+        named = {
+            "--similarity_model": args.similarity_model,
+            "--alignment_model": args.alignment_model,
+        }
+        flags = " and ".join(flag for flag, value in named.items() if value == name)
+        why = str(error).strip().partition("\n")[0]
+        without = "--similarity_model none --alignment_model none"
         if is_out_of_reach(error):
             why = "the Hub can't be reached"
-            without += " --pretrained_vae_model_name_or_path none" * bool(
-                args.pretrained_vae_model_name_or_path
-            )
+            if args.pretrained_vae_model_name_or_path:
+                without += " --pretrained_vae_model_name_or_path none"
         raise ValueError(
-            f"--{' and --'.join(flags)} {name} can't be loaded ({why}): name a folder, or train without these figures "
-            f"by {without}."
+            f"{flags} {name} can't be loaded ({why}): name a folder, or train without these "
+            f"figures by {without}."
         ) from error

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
 from nara_diffusion.training.adapters import method_of
 from nara_diffusion.training.arguments import schedule_of
 from nara_diffusion.training.report import core_import, needs_schedule, reads_noise
@@ -11,6 +13,7 @@ from nara_diffusion.utils.naming import counted
 
 from .family import Family
 from .fidelity import Evaluation, Measurement
+from .image_arguments import DreamBoothArguments
 from .pipelines import family_of
 from .samples import SampleSettings, write_grid, write_images
 
@@ -39,9 +42,13 @@ _NOISE = "\n\nThe adapter reads the noise level λ from the timestep of each ste
 
 
 def describe(
-    evaluation: Evaluation, before: Measurement, after: Measurement, pipe: Any, data: str
+    evaluation: Evaluation,
+    before: Measurement,
+    after: Measurement,
+    pipe: DiffusionPipeline,
+    data: str,
 ) -> dict[str, Any]:
-    """Write samples.png, samples-before and samples-after. Return the model card's arguments.
+    """Write samples.png, samples-before/ and samples-after/. Return the model card's arguments.
 
     Args:
         data: the training data, in words.
@@ -52,16 +59,19 @@ def describe(
     write_grid(folder / GRID, settings.prompts, columns, evaluation.subject)
     for when, images in columns.items():
         write_images(folder / f"samples-{when}", images, settings)
+    samples = counted(len(after.images), "sample")
+    prompts = counted(len(settings.prompts), "prompt")
     ending = (
-        f"Over {counted(len(after.images), 'sample')} of {counted(len(settings.prompts), 'prompt')}. Similarity is "
-        "the mean cosine of samples and images of the subject, as they are and as the model's autoencoder shows them "
-        "(encoded and decoded); alignment is that of samples and their prompts. Figures of other encoders can't be "
-        "compared. Alignment often falls a little while similarity rises; where samples no "
-        "longer show what prompts ask for, take an earlier checkpoint, or a strength below 1."
+        f"Over {samples} of {prompts}. Similarity is the mean cosine of samples and images of the "
+        "subject, as they are and as the model's autoencoder shows them (encoded and decoded). "
+        "Alignment is the mean cosine of samples and their prompts. Figures of different encoders "
+        "can't be compared. Alignment often falls a little while similarity rises. If samples no "
+        "longer show what prompts ask for, use an earlier checkpoint, or a strength below 1."
     )
     shown = zip(settings.prompts, settings.names[:: settings.images_per_prompt], strict=True)
+    measured = "training" if args.validation_data_dir is None else "held-out"
     return {
-        "measured_on": f"{'training' if args.validation_data_dir is None else 'held-out'} images of the subject",
+        "measured_on": f"{measured} images of the subject",
         "unit": "mean squared error",
         "about": f"for `{args.pretrained_model_name_or_path}`, trained on {data}.",
         "how_good": (f"![training images, and samples before and after]({GRID})", ending),
@@ -75,51 +85,52 @@ def describe(
     }
 
 
-def _loading(args: Any, settings: SampleSettings, load_from: str, pipe: Any) -> str:
+def _loading(
+    args: DreamBoothArguments, settings: SampleSettings, load_from: str, pipe: DiffusionPipeline
+) -> str:
     """Return the card's code, and notes on it."""
-    dtype = {"fp16": "torch.float16", "bf16": "torch.bfloat16"}.get(
-        args.mixed_precision, "torch.float32"
-    )
+    dtypes: dict[str | None, str] = {"fp16": "torch.float16", "bf16": "torch.bfloat16"}
     method, family = method_of(args).family, family_of(pipe)
-    imports, ending = (
-        _IMPORTS.get(method, ""),
-        _NOISE if reads_noise(args) or needs_schedule(args) else "",
-    )
+    imports, lines = _IMPORTS.get(method, ""), _loading_lines(args, family, load_from)
     if needs_schedule(args):
-        lines = [
-            f"pipe.load_lora_weights({load_from!r}, adapter_name={_NAME!r})",
-            schedule_line(args, family),
-        ]
         imports += "\nfrom nara_diffusion import StrengthSchedule\n"
-    elif method in ("nara", "lora"):
-        lines = [f"pipe.load_{method}_weights({load_from!r})"]
-    else:  # PEFT changes the component itself
-        trained = [family.denoiser, *(family.text_encoders if args.train_text_encoder else [])]
-        lines = [
-            f"PeftModel.from_pretrained(pipe.{name}, {load_from!r}, subfolder={name!r})"
-            for name in trained
-        ]
     # components that are None must be passed as None
-    absent = {name for name, part in pipe.components.items() if part is None} - set(
-        pipe._optional_components
-    )
+    absent = [name for name, part in pipe.components.items() if part is None]
+    needed = sorted(set(absent) - set(pipe._optional_components))
     call = family.sampling(dict(settings.call), 1)
     code = _LOADING.format(
         pipeline=type(pipe).__name__,
-        absent="".join(f", {name}=None" for name in sorted(absent)),
+        absent="".join(f", {name}=None" for name in needed),
         imports=imports,
         base=args.pretrained_model_name_or_path,
-        dtype=dtype,
+        dtype=dtypes.get(args.mixed_precision, "torch.float32"),
         loading=core_import(args) + "\n".join(lines),
         prompt=settings.prompts[0],
         seed=settings.seed,
         call=",\n    ".join(f"{name}={value!r}" for name, value in call.items()),
         picked=family.picked,
     )
-    return code + ending
+    return code + (_NOISE if reads_noise(args) or needs_schedule(args) else "")
 
 
-def schedule_line(args: Any, family: Family) -> str:
+def _loading_lines(args: DreamBoothArguments, family: Family, load_from: str) -> list[str]:
+    """Return the code that loads the adapter into `pipe`."""
+    method = method_of(args).family
+    if needs_schedule(args):
+        load = f"pipe.load_lora_weights({load_from!r}, adapter_name={_NAME!r})"
+        return [load, schedule_line(args, family)]
+    if method in ("nara", "lora"):
+        return [f"pipe.load_{method}_weights({load_from!r})"]
+    trained = [family.denoiser]  # PEFT changes the component itself
+    if args.train_text_encoder:
+        trained += family.text_encoders
+    lines = []
+    for name in trained:
+        lines.append(f"PeftModel.from_pretrained(pipe.{name}, {load_from!r}, subfolder={name!r})")
+    return lines
+
+
+def schedule_line(args: DreamBoothArguments, family: Family) -> str:
     """Return the code that gives a LoRA its strength over λ."""
     schedule = repr(schedule_of(args))
     if args.train_text_encoder:  # text encoders run before λ is known
@@ -130,22 +141,22 @@ def schedule_line(args: Any, family: Family) -> str:
 
 def figures(before: Measurement, after: Measurement) -> list[list[str]]:
     """Return rows of (what, before, after) for similarity, alignment and validation loss."""
-    rows = {
-        "similarity to the subject": (before.similarity, after.similarity, "similarity_model"),
-        "similarity to it as the autoencoder shows it": (
-            before.similarity_as_shown,
-            after.similarity_as_shown,
+    rows = (
+        ("similarity to the subject", "similarity", "similarity_model"),
+        (
+            "similarity to it as the autoencoder shows it",
+            "similarity_as_shown",
             "similarity_model",
         ),
-        "alignment with the prompt": (
-            before.text_alignment,
-            after.text_alignment,
-            "alignment_model",
-        ),
-        "validation loss": (before.validation_loss, after.validation_loss, ""),
-    }
-    written = lambda value, flag: f"not measured (--{flag})" if value is None else f"{value:.3f}"  # noqa: E731
-    return [
-        [name, *(written(value, flag) for value in values)]
-        for name, (*values, flag) in rows.items()
-    ]
+        ("alignment with the prompt", "text_alignment", "alignment_model"),
+        ("validation loss", "validation_loss", ""),
+    )
+    table = []
+    for title, figure, flag in rows:
+        values = [getattr(measurement, figure) for measurement in (before, after)]
+        table.append([title, *(_written(value, flag) for value in values)])
+    return table
+
+
+def _written(value: float | None, flag: str) -> str:
+    return f"not measured (--{flag})" if value is None else f"{value:.3f}"

@@ -10,13 +10,15 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from safetensors import SafetensorError
 from torch import nn
 
@@ -36,17 +38,15 @@ STEPS = 500
 
 def family_named(pipeline: str) -> Family:
     """Return the family of a pipeline's class name. Raise ValueError if there is none."""
-    if pipeline not in BY_PIPELINE:
-        known = ", ".join(
-            f"{family.title} ({' or '.join(family.pipelines)})" for family in FAMILIES
-        )
-        raise ValueError(
-            f"{pipeline} is no class of pipelines that can be trained here: expected {known}."
-        )
-    return BY_PIPELINE[pipeline]
+    if pipeline in BY_PIPELINE:
+        return BY_PIPELINE[pipeline]
+    known = [f"{family.title} ({' or '.join(family.pipelines)})" for family in FAMILIES]
+    raise ValueError(
+        f"{pipeline} is no pipeline that can be trained here: expected {', '.join(known)}."
+    )
 
 
-def family_of(pipe: Any) -> Family:
+def family_of(pipe: DiffusionPipeline) -> Family:
     """Return the family of a pipeline, with its settings.
 
     Raises:
@@ -56,12 +56,12 @@ def family_of(pipe: Any) -> Family:
     return family.fit(pipe, family)
 
 
-def family_of_model(name: str, **hub: Any) -> Family:
+def family_of_model(name: str, *, revision: str | None = None) -> Family:
     """Return the family of a folder or repository. Raises as `model_index` and `family_named`."""
-    return family_named(str(model_index(name, **hub).get("_class_name")))
+    return family_named(str(model_index(name, revision=revision).get("_class_name")))
 
 
-def model_index(name: str, **hub: Any) -> dict[str, Any]:
+def model_index(name: str, *, revision: str | None = None) -> dict[str, Any]:
     """Return the `model_index.json` of a folder, or of a repository on the Hub.
 
     It names the classes of the pipeline and its components. Raises ValueError if there is none, or
@@ -70,17 +70,21 @@ def model_index(name: str, **hub: Any) -> dict[str, Any]:
     converted = (
         f"StableDiffusionXLPipeline.from_single_file('{name}').save_pretrained('{Path(name).stem}')"
     )
-    remedy = f"convert it by {converted}, or its own class, where the Hub can be reached, and name that folder."
+    remedy = (
+        f"convert it by {converted}, or its own class, where the Hub can be reached, "
+        "and name that folder."
+    )
     with naming_source(name, "model_index.json", "a model of Diffusers", remedy):
-        return dict(diffusers.DiffusionPipeline.load_config(name, **hub))  # type: ignore[arg-type]
+        read: Callable[..., Any] = DiffusionPipeline.load_config
+        return dict(read(name, revision=revision))
 
 
-def native_resolution(name: str, family: Family, **hub: Any) -> int | None:
+def native_resolution(name: str, family: Family, *, revision: str | None = None) -> int | None:
     """Return the native side of a model's images, in pixels; None if not in its configuration."""
-    read: Any = AutoencoderKL.load_config  # loads any model's configuration
+    read: Callable[..., Any] = AutoencoderKL.load_config  # loads any model's configuration
     try:
-        side = read(name, subfolder=family.denoiser, **hub).get("sample_size")
-        blocks = read(name, subfolder="vae", **hub).get("block_out_channels")
+        side = read(name, subfolder=family.denoiser, revision=revision).get("sample_size")
+        blocks = read(name, subfolder="vae", revision=revision).get("block_out_channels")
     except OSError:
         return None
     return side * 2 ** (len(blocks) - 1) if isinstance(side, int) and blocks else None
@@ -94,7 +98,7 @@ def load_pipeline(
     vae_dtype: torch.dtype = torch.float32,
     revision: str | None = None,
     variant: str | None = None,
-) -> Any:
+) -> DiffusionPipeline:
     """Load a pipeline of the class that its `model_index.json` names: frozen, on the CPU.
 
     Args:
@@ -112,105 +116,115 @@ def load_pipeline(
         refuse_file(vae_name, "an autoencoder")
     family = family_named(str(index.get("_class_name")))
     hub = {"revision": revision, "variant": variant}
-    vae_source = {"subfolder": "vae", **hub} if vae_name is None else {}
-    # Diffusers fails for missing components unless they are passed as None
-    absent: dict[str, Any] = {
-        part: None for part, classes in index.items() if classes == [None, None]
-    }
-    if "safety_checker" in index:  # it blackens images that it considers unsafe
-        absent |= {"safety_checker": None, "requires_safety_checker": False}
+    own_vae = {"subfolder": "vae", **hub}
     try:
         vae = getattr(diffusers, index["vae"][1]).from_pretrained(
-            vae_name or name, dtype=vae_dtype, **vae_source
+            vae_name or name, dtype=vae_dtype, **(own_vae if vae_name is None else {})
         )
-        kind = getattr(diffusers, index["_class_name"])
-        pipe: Any = kind.from_pretrained(name, vae=vae, dtype=dtype, **hub, **absent)
+        kind: type[DiffusionPipeline] = getattr(diffusers, index["_class_name"])
+        pipe = kind.from_pretrained(name, vae=vae, dtype=dtype, **hub, **_left_out(index))
         _check_scheduler(family.fit(pipe, family), pipe.scheduler)
     except (OSError, ValueError, TypeError, AttributeError, KeyError, SafetensorError) as error:
-        unreached = is_out_of_reach(error)
-        if (
-            variant
-            and not unreached
-            and any(each in str(error) for each in (f".{variant}.", f"variant={variant}"))
-        ):
+        if variant and not is_out_of_reach(error) and _lacks_variant(error, variant):
             logger.warning(
                 "%s lacks files of the variant %s: those without one are loaded", name, variant
             )
-            sources: dict[str, Any] = {
-                "vae_name": vae_name,
-                "vae_dtype": vae_dtype,
-                "revision": revision,
-            }
-            return load_pipeline(name, dtype=dtype, **sources)
-        what = f"pretrained_model_name_or_path {name}" + (
-            f" with the autoencoder {vae_name}" if vae_name else ""
-        )
-        why = (
-            "the Hub can't be reached: look at the connection, or name folders"
-            if unreached
-            else error
-        )
-        cure = (
-            "; --pretrained_vae_model_name_or_path none takes the model's own autoencoder"
-            if vae_name
-            else ""
-        )
-        cure += (
-            ", --similarity_model none --alignment_model none do without encoders"
-            if vae_name and unreached
-            else ""
-        )
-        raise ValueError(f"{what} can't be loaded as {family.title}: {why}{cure}") from error
+            return load_pipeline(
+                name, dtype=dtype, vae_name=vae_name, vae_dtype=vae_dtype, revision=revision
+            )
+        raise _not_loaded(name, vae_name, family, error) from error
     for module in modules_of(pipe).values():
         module.requires_grad_(False).eval()
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def _check_scheduler(family: Family, scheduler: Any) -> None:
+def _left_out(index: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `from_pretrained` for components that are None.
+
+    Diffusers fails for missing components unless they are passed as None.
+    """
+    absent: dict[str, Any] = {}
+    for part, classes in index.items():
+        if classes == [None, None]:
+            absent[part] = None
+    if "safety_checker" in index:  # it blackens images that it considers unsafe
+        absent |= {"safety_checker": None, "requires_safety_checker": False}
+    return absent
+
+
+def _lacks_variant(error: Exception, variant: str) -> bool:
+    """Return True if Diffusers or Transformers found no files of the variant."""
+    return f".{variant}." in str(error) or f"variant={variant}" in str(error)
+
+
+def _not_loaded(name: str, vae_name: str | None, family: Family, error: Exception) -> ValueError:
+    """Return the error for a model, or an autoencoder, that can't be loaded."""
+    what, why, cure = f"pretrained_model_name_or_path {name}", str(error), ""
+    unreached = is_out_of_reach(error)
+    if unreached:
+        why = "the Hub can't be reached: look at the connection, or name folders"
+    if vae_name:
+        what += f" with the autoencoder {vae_name}"
+        cure = "; --pretrained_vae_model_name_or_path none takes the model's own autoencoder"
+    if vae_name and unreached:
+        cure += ", --similarity_model none --alignment_model none do without encoders"
+    return ValueError(f"{what} can't be loaded as {family.title}: {why}{cure}")
+
+
+def _check_scheduler(family: Family, scheduler: SchedulerMixin) -> None:
     prediction = prediction_by(scheduler)
     is_flow = prediction is not None and prediction.kind == FLOW
     if not (is_flow if family.is_flow else hasattr(scheduler, "scale_model_input")):
         raise ValueError(
-            f"{type(scheduler).__name__} is no scheduler that {family.title} is trained with: put the one that the "
+            f"{type(scheduler).__name__} can't train {family.title}: put the scheduler that the "
             "model came with into its folder."
         )
 
 
-def modules_of(pipe: Any) -> dict[str, nn.Module]:
+def modules_of(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
     """Return the models of a pipeline, by name."""
     return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
 
 
-def folders_of(args: Any, pipe: Any) -> dict[str, Path]:
-    """Return {component: folder} of the models and scheduler that a DreamBoothArguments loads."""
-    root = local_folder(args.pretrained_model_name_or_path, revision=args.revision)
-    folders = {name: root / name for name in (*modules_of(pipe), "scheduler")}
-    if args.pretrained_vae_model_name_or_path is not None:
-        folders["vae"] = local_folder(args.pretrained_vae_model_name_or_path)
+def folders_of(
+    pipe: DiffusionPipeline, name: str, *, revision: str | None, vae_name: str | None
+) -> dict[str, Path]:
+    """Return {component: folder} of the files that `load_pipeline` read, given its arguments."""
+    root = local_folder(name, revision=revision)
+    folders = {part: root / part for part in (*modules_of(pipe), "scheduler")}
+    if vae_name is not None:
+        folders["vae"] = local_folder(vae_name)
     return folders
 
 
-def sharing_pipeline(pipe: Any, dtype: torch.dtype) -> Any:
+def sharing_pipeline(pipe: DiffusionPipeline, dtype: torch.dtype) -> DiffusionPipeline:
     """Return a pipeline with new modules around the parameters of `pipe`, which has no adapter yet.
 
     The autoencoder is in `dtype`. It computes the same bits as a pipeline loaded in `dtype`.
     """
     own = modules_of(pipe)
-    memo = {id(t): t for module in own.values() for t in (*module.parameters(), *module.buffers())}
+    memo: dict[int, Any] = {}
+    for module in own.values():
+        for tensor in (*module.parameters(), *module.buffers()):
+            memo[id(tensor)] = tensor  # deepcopy takes it as copied already
     modules = {name: copy.deepcopy(module, memo) for name, module in own.items()}
     if pipe.vae.dtype != dtype:
         modules["vae"] = copy.deepcopy(pipe.vae).to(dtype)
     scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
-    accepted = (
-        inspect.signature(type(pipe).__init__).parameters.keys() - pipe.components.keys() - {"self"}
-    )
+    components = {**pipe.components, **modules, "scheduler": scheduler}
+    other = type(pipe)(**components, **_options_of(pipe))
+    other.set_progress_bar_config(disable=True)
+    return other
+
+
+def _options_of(pipe: DiffusionPipeline) -> dict[str, Any]:
+    """Return the arguments of a pipeline's constructor that aren't components."""
+    accepted = inspect.signature(type(pipe).__init__).parameters.keys() - pipe.components.keys()
     options = {name: pipe.config[name] for name in accepted if name in pipe.config}
     if "add_watermarker" in accepted:
         options["add_watermarker"] = getattr(pipe, "watermark", None) is not None
-    other = type(pipe)(**{**pipe.components, **modules, "scheduler": scheduler}, **options)
-    other.set_progress_bar_config(disable=True)
-    return other
+    return options
 
 
 # ---------------------------------------------------------------------- shipped model, defaults
@@ -228,28 +242,24 @@ def shipped_run(
         ("instance_data_dir", "instance_prompt", "validation_prompts", "identifier"),
         toy="a toy of 64 pixels",
         shown="max_train_steps learning_rate rank num_inference_steps guidance_scale",
-        advice="SDXL at 1024 add --config train_scripts/configs/sdxl_dreambooth.yaml, or with settings of your own "
+        advice="SDXL at 1024 add --config train_scripts/configs/sdxl_dreambooth.yaml, "
+        "or with settings of your own "
         "--pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0",
     )
 
 
 def family_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the defaults for the `given` model and its family, in place of the script's own."""
-    name, hub = (
-        given["pretrained_model_name_or_path"],
-        {"revision": given.get("model_options", {}).get("revision")},
-    )
+    name = given["pretrained_model_name_or_path"]
     if not name:
         return {}  # the arguments raise for it
-    family = family_of_model(name, **hub)
+    revision = given.get("model_options", {}).get("revision")
+    family = family_of_model(name, revision=revision)
     defaults = {"target_modules": list(family.targets), **family.defaults, "max_train_steps": STEPS}
-    if (resolution := native_resolution(name, family, **hub)) is not None:
-        defaults["resolution"] = resolution
-        if given.get("resolution", resolution) > 2 * resolution:
-            logger.warning(
-                "%s was made for %d pixels, and resolution is %d",
-                name,
-                resolution,
-                given["resolution"],
-            )
-    return defaults
+    native = native_resolution(name, family, revision=revision)
+    if native is None:
+        return defaults
+    if given.get("resolution", native) > 2 * native:
+        wanted = given["resolution"]
+        logger.warning("%s was made for %d pixels, and resolution is %d", name, native, wanted)
+    return {**defaults, "resolution": native}

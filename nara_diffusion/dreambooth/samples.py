@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from tqdm.auto import tqdm
 
@@ -70,7 +71,7 @@ def sample_call(args: DreamBoothArguments, family: Family) -> dict[str, Any]:
 
 
 def render(
-    pipe: Any,
+    pipe: DiffusionPipeline,
     prompts: Sequence[str],
     generators: Sequence[torch.Generator],
     call: Mapping[str, Any],
@@ -78,12 +79,13 @@ def render(
     """Return one image per prompt; a family's pipeline gets its own call, others `call`."""
     family = BY_PIPELINE.get(type(pipe).__name__)
     options = dict(call) if family is None else family.sampling(dict(call), len(prompts))
-    output = pipe(prompt=list(prompts), generator=list(generators), **options)
+    call_pipe: Callable[..., Any] = pipe.__call__  # the base class declares none
+    output = call_pipe(prompt=list(prompts), generator=list(generators), **options)
     return output.images if family is None else family.images_of(output)
 
 
 def sample_images(
-    pipe: Any,
+    pipe: DiffusionPipeline,
     settings: SampleSettings,
     accelerator: Accelerator | None = None,
     desc: str = "sample",
@@ -133,49 +135,60 @@ def write_grid(
             ordered by prompt.
         references: {title: images of the subject}, for the rows on top; the first eight are shown.
     """
-    rows = [(title, [images[:8]]) for title, images in references.items()]
+    rows: list[_Row] = [(title, [images[:8]]) for title, images in references.items()]
     for number, prompt in enumerate(prompts):
-        each = {title: len(images) // len(prompts) for title, images in columns.items()}
-        parts = [
-            images[number * each[title] : (number + 1) * each[title]]
-            for title, images in columns.items()
-        ]
-        rows.append((f"{prompt} ({' | '.join(columns)})", parts))
+        blocks = []
+        for images in columns.values():
+            each = len(images) // len(prompts)
+            blocks.append(images[number * each : (number + 1) * each])
+        rows.append((f"{prompt} ({' | '.join(columns)})", blocks))
+    with atomic_write(path) as partial:
+        _sheet(rows).save(partial)
+
+
+_Row = tuple[str, Sequence[Sequence[Image.Image]]]
+"""A title, and blocks of images side by side."""
+
+
+def _sheet(rows: Sequence[_Row]) -> Image.Image:
+    """Return one image with a title above each row, and space between the blocks of a row."""
     step = CELL + GAP
-    width = max(sum(map(len, parts)) * step + len(parts) * 4 * GAP for _, parts in rows)
-    labels = [textwrap.wrap(label, max(20, width // 8)) for label, _ in rows]
-    sheet = Image.new(
-        "RGB", (width, sum(len(label) * (TEXT + GAP) + step for label in labels)), "white"
-    )
+    width = max(_width(blocks) for _, blocks in rows)
+    titles = [textwrap.wrap(title, max(20, width // 8)) for title, _ in rows]
+    height = sum(len(title) * (TEXT + GAP) + step for title in titles)
+    sheet = Image.new("RGB", (width, height), "white")
     pen, font, y = ImageDraw.Draw(sheet), ImageFont.load_default(TEXT), 0
-    for label, (_, parts) in zip(labels, rows, strict=True):
-        for line in label:
+    for title, (_, blocks) in zip(titles, rows, strict=True):
+        for line in title:
             pen.text((GAP, y), line, fill="black", font=font)
             y += TEXT + GAP
         x = 2 * GAP
-        for images in parts:
+        for images in blocks:
             for image in images:
-                # small images are enlarged without smoothing, so that their own pixels can be seen
-                how = (
-                    Image.Resampling.NEAREST
-                    if max(image.size) <= CELL
-                    else Image.Resampling.LANCZOS
-                )
-                sheet.paste(
-                    ImageOps.pad(image.convert("RGB"), (CELL, CELL), how, color="white"), (x, y)
-                )
+                sheet.paste(_cell(image), (x, y))
                 x += step
             x += 4 * GAP
         y += step
-    with atomic_write(path) as partial:
-        sheet.save(partial)
+    return sheet
+
+
+def _width(blocks: Sequence[Sequence[Image.Image]]) -> int:
+    """Return the width of a row, in pixels."""
+    return sum(map(len, blocks)) * (CELL + GAP) + len(blocks) * 4 * GAP
+
+
+def _cell(image: Image.Image) -> Image.Image:
+    """Return a square of `CELL` pixels; small images are enlarged without smoothing."""
+    small = max(image.size) <= CELL
+    how = Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
+    return ImageOps.pad(image.convert("RGB"), (CELL, CELL), how, color="white")
 
 
 # ---------------------------------------------------------------------- class images
 
 
 def generate_class_images(
-    make_pipe: Callable[[], Any],
+    make_pipe: Callable[[], DiffusionPipeline],
     folder: str | Path,
     prompt: str,
     count: int,
@@ -218,9 +231,8 @@ def generate_class_images(
         for start in tqdm(starts, desc="class images", unit="batch", disable=not progress):
             batch = mine[start : start + batch_size]
             generators = [torch_generator(seed, "class image", number) for number in batch]
-            for number, image in zip(
-                batch, render(pipe, [prompt] * len(batch), generators, call), strict=True
-            ):
+            images = render(pipe, [prompt] * len(batch), generators, call)
+            for number, image in zip(batch, images, strict=True):
                 with atomic_write(folder / _file_name(seed, number)) as partial:
                     image.save(partial, pnginfo=made_for)
     if accelerator is not None:
@@ -231,17 +243,20 @@ def generate_class_images(
 def _missing(folder: Path, prompt: str, count: int, seed: int) -> list[int]:
     """Return the numbers of the images to make."""
     present = {path.name for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES}
-    for name in sorted(name for name in present if name.startswith("class-")):
+    for name in sorted(present):
+        if not name.startswith("class-"):
+            continue
         with Image.open(folder / name) as image:
             made_for = image.info.get(PROMPT_KEY, prompt)
         if made_for != prompt:
             raise ValueError(
-                f"class_data_dir {folder} holds images made for another prompt: {name} shows {made_for!r}, but "
-                f"class_prompt is {prompt!r}. Name another folder, or remove them."
+                f"class_data_dir {folder} has images made for another prompt: {name} shows "
+                f"{made_for!r}, but class_prompt is {prompt!r}. Name another folder, or remove them."
             )
-    free = [
-        number for number in range(count + len(present)) if _file_name(seed, number) not in present
-    ]
+    free = []
+    for number in range(count + len(present)):
+        if _file_name(seed, number) not in present:
+            free.append(number)
     return free[: max(0, count - len(present))]
 
 

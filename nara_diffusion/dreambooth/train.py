@@ -1,8 +1,8 @@
-"""Teach an image model a subject from a few images, with NaRA or another adapter; show the gain.
+"""Teach an image model a subject from a few images, and measure the result.
 
-Stable Diffusion 1, 2, XL and 3, FLUX.1, FLUX.2, Z-Image, Qwen-Image and Wan (one frame): the
-model's model_index.json says which it is, and that sets the defaults (resolution, guidance,
-adapted modules); docs/dreambooth.md has the table.
+The adapter is NaRA or another. Models: Stable Diffusion 1, 2, XL and 3, FLUX.1, FLUX.2, Z-Image,
+Qwen-Image and Wan (one frame). The model's model_index.json says which it is, and that sets the
+defaults (resolution, guidance, adapted modules); docs/dreambooth.md has the table.
 
 The shipped model, a small rectified flow of SD3's classes, and images, offline, on CPU, in minutes:
     accelerate launch train_scripts/dreambooth.py
@@ -19,16 +19,15 @@ With --adapter lora, dora, … another method does the same; --help lists them. 
 starts from a LoRA or NaRA. --min_noise_level and --max_noise_level train a part of the noise levels
 (docs/strength.md).
 
-Written to the output folder: pytorch_nara_weights.safetensors (for pipe.load_nara_weights; for
-the files of other methods see nara_diffusion/dreambooth/denoiser.py), README.md (the model card,
-which says how to load them), samples.png with samples before and after and what the autoencoder can
-show, the samples themselves, noise_level_curve.png, results.json, metrics.jsonl, config.yaml,
-validation/step-N.png, and checkpoint-N folders to resume from.
+The output folder then has: pytorch_nara_weights.safetensors (for pipe.load_nara_weights; for the
+files of other methods see nara_diffusion/dreambooth/denoiser.py), README.md (the model card, which
+says how to load them), samples.png (before, after, and what the autoencoder can show), the samples
+themselves, noise_level_curve.png, results.json, metrics.jsonl, config.yaml, validation/step-N.png,
+and checkpoint-N folders to resume from.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -37,6 +36,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.training_utils import generate_aspect_ratio_buckets, parse_buckets_string
 
 from nara_diffusion.training.adapter_weights import start_from
@@ -65,7 +65,8 @@ from .reconstruction import reconstruct
 from .samples import SampleSettings, generate_class_images, sample_call
 from .training_step import ValidationLoss, training_step
 
-logger = logging.getLogger(__name__)
+FIGURES = ("similarity", "similarity_as_shown", "text_alignment", "validation_loss", "curve")
+"""The fields of a `Measurement` that results.json has."""
 
 
 def main(args: DreamBoothArguments) -> dict[str, Any]:
@@ -89,49 +90,55 @@ class FineTuning:
         self.args, self.run = args, run
         self._refuse_sharding()
         run_family(args)  # before the model is loaded
-        captions: Any = {"prompt": args.instance_prompt, "caption_column": args.caption_column}
-        folder = str(args.instance_data_dir)
-        self.instances = records_from_folder(folder, progress=run.is_main, **captions)
-        held_out = None
-        if args.validation_data_dir:
-            held_out = records_from_folder(args.validation_data_dir, **captions)
-        if args.check and not held_out and len({image.key for image in self.instances}) >= 4:
-            held_out = self.instances[-1:]  # copies of it aren't trained on either
-            self.instances = [image for image in self.instances if image.key != held_out[0].key]
-        run.record_data_digest("validation data", digested(held_out or []))
+        self.instances, held_out = self._records()
+        run.record_data_digest("validation data", digested(held_out))
         self.encoders = load_encoders(args, run.accelerator.device)
 
         self.pipe = self._load(run.dtype, vae_dtype=torch.float32)
-        run.record_base_digests(folders_of(args, self.pipe), args.variant)
+        name, vae = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
+        folders = folders_of(self.pipe, name, revision=args.revision, vae_name=vae)
+        run.record_base_digests(folders, args.variant)
         self.family = run_family(args, self.pipe)
-        self.step = training_step(
-            args, self.pipe, self.family, run.accelerator.device, run.global_batch
-        )
+        device = run.accelerator.device
+        self.step = training_step(args, self.pipe, self.family, device, run.global_batch)
+        convention = self.step.objective.source.convention
         self.config: Any = adapter_config(
-            args,
-            noise_convention=self.step.objective.source.convention,
-            strength=schedule_of(args),
+            args, noise_convention=convention, strength=schedule_of(args)
         )
         # errors that need the model come before hours of making class images
         buckets = self._buckets()
         check_target_modules(self.step.model, getattr(self.config, "target_modules", None))
         class_images = self._class_images()
         run.record_data_digest("training data", digested([*self.instances, *class_images]))
-        self.pipe.to(run.accelerator.device)
+        self.pipe.to(device)
         self.dataset = self._dataset(self.instances, buckets, class_images)
         self.dataset.warn_of_crops()
         self.measured_on = self._dataset(held_out, buckets) if held_out else self.dataset
+
+    def _records(self) -> tuple[list[ImageRecord], list[ImageRecord]]:
+        """Return the images to train on, and those held out for validation, if any."""
+        args = self.args
+        captions: Any = {"prompt": args.instance_prompt, "caption_column": args.caption_column}
+        folder = str(args.instance_data_dir)
+        images = records_from_folder(folder, progress=self.run.is_main, **captions)
+        if args.validation_data_dir:
+            return images, records_from_folder(args.validation_data_dir, **captions)
+        if args.check and len({image.key for image in images}) >= 4:
+            last = images[-1]  # copies of it aren't trained on either
+            return [image for image in images if image.key != last.key], [last]
+        return images, []
 
     def _refuse_sharding(self) -> None:
         """Raise ValueError for engines that shard the model; sampling needs it whole."""
         kind = self.run.accelerator.distributed_type
         if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
             raise ValueError(
-                f"this script trains where each device holds the whole model, and not with {kind.value}: launch it "
-                "with --multi_gpu, and turn on gradient_checkpointing and mixed_precision bf16 if memory is short."
+                f"this script needs the whole model on each device, so it can't train with {kind.value}: "
+                "launch it with --multi_gpu, and turn on gradient_checkpointing and mixed_precision "
+                "bf16 if memory is short."
             )
 
-    def _load(self, dtype: torch.dtype, vae_dtype: torch.dtype) -> Any:
+    def _load(self, dtype: torch.dtype, vae_dtype: torch.dtype) -> DiffusionPipeline:
         return load_pipeline(
             self.args.pretrained_model_name_or_path,
             dtype=dtype,
@@ -147,22 +154,20 @@ class FineTuning:
         if args.aspect_ratio_buckets is None:
             sizes = [(args.resolution, args.resolution)]
         elif args.aspect_ratio_buckets == "auto":
-            sizes = generate_aspect_ratio_buckets(
-                args.resolution, max(divisor, min(64, args.resolution // 4))
-            )
+            multiple = max(divisor, min(64, args.resolution // 4))
+            sizes = generate_aspect_ratio_buckets(args.resolution, multiple)
         else:
             sizes = parse_buckets_string(args.aspect_ratio_buckets)
         denoiser: Any = self.step.model
-        places = denoiser.config.get(
-            "pos_embed_max_size"
-        )  # Stable Diffusion 3: the maximum of patches on a side
+        # Stable Diffusion 3 has a maximum of patches on a side
+        places = denoiser.config.get("pos_embed_max_size")
         limit = math.inf if places is None else places * divisor
         for height, width in sizes:
             if height % divisor or width % divisor or max(height, width) > limit:
                 at_most = "" if places is None else f", at most {limit}"
                 raise ValueError(
-                    f"a training size of {height} x {width} pixels doesn't fit this model: both sides have to be "
-                    f"multiples of {divisor}{at_most}; see --resolution."
+                    f"a training size of {height} x {width} pixels doesn't fit this model: both "
+                    f"sides have to be multiples of {divisor}{at_most}; see --resolution."
                 )
         return sizes
 
@@ -213,16 +218,14 @@ class FineTuning:
         parts = prepare_training(run, model, self.dataset, collate_samples)
         denoiser = parts[0]
         self.trainable = sum(parameter.numel() for parameter in model.trained.values())
-        held_out = f"on {counted(len(self.measured_on.instances), 'image')} held out"
+        folder, measured_on = str(args.instance_data_dir), "on the training images"
+        if self.measured_on is not self.dataset:
+            measured_on = f"on {counted(len(self.measured_on.instances), 'image')} held out"
         self.facts = {
             "base": f"{args.pretrained_model_name_or_path} at {args.resolution} pixels",
             "adapter": title_of(args),
-            "trained on": trained_on(
-                self.instances, str(args.instance_data_dir), args.instance_prompt
-            ),
-            "validation loss": "on the training images"
-            if self.measured_on is self.dataset
-            else held_out,
+            "trained on": trained_on(self.instances, folder, args.instance_prompt),
+            "validation loss": measured_on,
             "optimizer steps": f"{steps} of {counted(run.global_batch, 'sample')}",
             "trainable parameters": f"{self.trainable:,}",
             "hardware": run.hardware,
@@ -279,13 +282,7 @@ class FineTuning:
             run,
             before,
             after,
-            names=(
-                "similarity",
-                "similarity_as_shown",
-                "text_alignment",
-                "validation_loss",
-                "curve",
-            ),
+            names=FIGURES,
             figures=figures(before, after),
             facts=self.facts,
             schedule_line=schedule_line(args, self.family),

@@ -19,16 +19,20 @@ SD = Family(
     title="Stable Diffusion 1 and 2",
     pipelines=("StableDiffusionPipeline",),
     # states (b, 77, d)
-    encoder=lambda pipe, prompts, length: pipe.encode_prompt(prompts, pipe.text_encoder.device, 1, False)[:1],
+    encoder=lambda pipe, prompts, length: pipe.encode_prompt(
+        prompts, pipe.text_encoder.device, 1, False
+    )[:1],
     inputs=lambda call: {
-        "sample": call.sample, "timestep": call.timestep, "encoder_hidden_states": call.embeddings[0]
+        "sample": call.sample,
+        "timestep": call.timestep,
+        "encoder_hidden_states": call.embeddings[0],
     },
     divisor=_unet_divisor,
     denoiser="unet",
     text_encoders=("text_encoder",),
     defaults={"resolution": 512, "guidance_scale": 7.5},
     is_flow=False,
-)  # fmt: skip
+)
 
 
 def _sdxl_inputs(call: Call) -> dict[str, Any]:
@@ -42,8 +46,8 @@ def _fit_sdxl(pipe: DiffusionPipeline, family: Family) -> Family:
     kind = pipe.unet.config.addition_embed_type
     if kind != "text_time" or pipe.text_encoder is None or pipe.text_encoder_2 is None:
         raise ValueError(
-            f"its UNet has addition_embed_type {kind!r}, expected 'text_time' and two text encoders: name SDXL's base "
-            "model, not its refiner."
+            f"its UNet has addition_embed_type {kind!r}, expected 'text_time' and two text "
+            "encoders: name SDXL's base model, not its refiner."
         )
     return family
 
