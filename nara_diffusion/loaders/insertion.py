@@ -34,11 +34,13 @@ DENOISERS = (
     "unconditional_transformer",
     "prior",
     "decoder",
+    "model",
 )
 """The components of pipelines that denoise.
 
 A second transformer is for little noise (Wan 2.2) or for guidance (Ideogram 4). unCLIP, Kandinsky,
-Würstchen and Stable Cascade have a prior, which makes embeddings, and a decoder.
+Würstchen and Stable Cascade have a prior, which makes embeddings, and a decoder. Pipelines of text
+have a model.
 """
 TEXT_ENCODER = "text_encoder"
 """The prefix of the names of text encoders among the components."""

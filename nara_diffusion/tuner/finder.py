@@ -21,11 +21,14 @@ from torch import Tensor, nn
 
 from nara_diffusion.config import NaraConfig
 from nara_diffusion.cores.registry import needs_noise
+from nara_diffusion.noise.canvas_source import CanvasNoise
 from nara_diffusion.noise.level import Entry, as_level, backward_pass
 from nara_diffusion.noise.prediction import check_expected
 from nara_diffusion.noise.rows import ModelRows
 from nara_diffusion.noise.sources import NoiseSource, first_source
 from nara_diffusion.noise.timesteps import Denoiser
+
+from .twins import twins_of
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -72,6 +75,7 @@ class LevelFinder:
         self.given_source: NoiseSource | NotSet | None = NotSet.DEFAULT
         self.length: int | None = None
         self.pipelines: list[weakref.ref[DiffusionPipeline]] = []
+        self._canvas_source: CanvasNoise | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "pipelines": []}  # a copy has no pipelines
@@ -92,7 +96,7 @@ class LevelFinder:
             return self.given_source
         definitions = self._definitions()
         first = next(iter(definitions.values()), None)
-        source = first_source(self.denoiser, first)
+        source = self._default_source(first)
         if not isinstance(source, Denoiser):
             return source
         schedulers = self.schedulers()
@@ -102,6 +106,19 @@ class LevelFinder:
         elif self.length is not None:
             source = replace(source, num_train_timesteps=self.length)
         return source
+
+    def _default_source(self, convention: str | None) -> NoiseSource | None:
+        """Return the source until a user sets one; `convention` is that of the first adapter."""
+        source = first_source(self.denoiser, convention)
+        if source is None and twins_of(self.root) is not None:
+            return self.canvas_source()
+        return source
+
+    def canvas_source(self) -> CanvasNoise:
+        """Return the default source of a DiffusionGemma, which follows its samplers."""
+        if self._canvas_source is None:
+            self._canvas_source = CanvasNoise(self.schedulers)
+        return self._canvas_source
 
     def set_source(self, source: NoiseSource | None) -> None:
         """Set the source, or remove it with None. Assumed definitions become that of `source`."""
@@ -182,7 +199,7 @@ class LevelFinder:
         source = self.given_source
         if source is NotSet.DEFAULT:
             first = next(iter(others.values()), own)
-            source = first_source(self.denoiser, first)
+            source = self._default_source(first)
         if not is_assumed(config):
             _check_definition(source, name, own, self._remedy(own, list(others)))
         config = copy(config)  # several models may share the original

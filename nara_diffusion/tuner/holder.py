@@ -33,7 +33,8 @@ from nara_diffusion.noise.timesteps import Denoiser
 from .checkpointing import checkpoint_with_core, checkpoint_without_core
 from .finder import LevelFinder
 from .merging import Merging
-from .twins import check_mergeable_twins, hook_twins, tie_as_before, twins_of
+from .twin_hooks import hook_twins, unhook_twins
+from .twins import check_mergeable_twins, twins_of
 
 
 class CoreHolder(nn.Module):
@@ -167,7 +168,8 @@ class CoreHolder(nn.Module):
         setattr(self.root, HOLDER_NAME, self)
         twins = twins_of(self.root)
         if twins is not None:
-            self._handles = hook_twins(twins, self.begin, self.end)
+            source = self.finder.canvas_source()
+            self._handles = hook_twins(self.root, twins, source, self.begin, self.end)
             return
         self._handles = (
             self.root.register_forward_pre_hook(_before_forward, with_kwargs=True),
@@ -179,7 +181,9 @@ class CoreHolder(nn.Module):
         for handle in self._handles:
             handle.remove()
         self._handles = ()
-        tie_as_before(self.root)
+        twins = twins_of(self.root)
+        if twins is not None:
+            unhook_twins(self.root, twins, self.finder.canvas_source())
         checkpoint_without_core(self.root, self.channel)
         self.root._modules.pop(HOLDER_NAME, None)
 

@@ -7,27 +7,19 @@ An adapter on one projection is one A, one B, one magnitude and one core in both
 encoder's layer are those of its *twin*, the decoder's layer with the same weight. They are saved
 once, under the decoder's name. A decoder may be adapted without its encoder, but not the reverse.
 
-Pipelines and `generate` call the encoder and the forward of the model by themselves, so that hooks
-of the root never run. The hooks that give C to the layers are those of the encoder and the decoder.
-
 Merging is refused: it would add the update to the shared weight twice, and at one λ.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
-import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 _KIND = "DiffusionGemmaModel"
 _ENCODER, _DECODER = "encoder.language_model.", "decoder."
-_NO_FACTOR = r"(?!.*\.lora_)"
-"""The start of a pattern that matches no factor of an adapter."""
 
 
 class Twins(NamedTuple):
@@ -124,55 +116,6 @@ def with_twins(
 def _twin_key(root: nn.Module, key: str) -> str | None:
     """Return the key of the decoder's tensor that an encoder's layer shares, if it is a factor."""
     return decoder_name(root, key) if ".lora_" in key else None
-
-
-# ---------------------------------------------------------------- hooks
-
-
-class Begin(Protocol):
-    """`CoreHolder.begin`."""
-
-    def __call__(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], is_clean: bool = False
-    ) -> None: ...
-
-
-def hook_twins(twins: Twins, begin: Begin, end: Callable[[], None]) -> tuple[RemovableHandle, ...]:
-    """Call `begin` before, and `end` after each forward of both twins.
-
-    Until `tie_as_before`, `tie_weights()` of this model ties base weights only: the two factors of
-    adapters that another library has added to both twins stay apart.
-    """
-    owner: Any = twins.owner
-    patterns = {}
-    for target, source in type(owner)._tied_weights_keys.items():
-        patterns[_NO_FACTOR + target] = _NO_FACTOR + source
-    owner._tied_weights_keys = patterns
-    handles = []
-    for part in (twins.encoder, twins.decoder):
-        before = partial(_before, begin, part is twins.encoder)
-        handles.append(part.register_forward_pre_hook(before, with_kwargs=True))
-        handles.append(part.register_forward_hook(partial(_after, end), always_call=True))
-    return tuple(handles)
-
-
-def tie_as_before(root: nn.Module) -> None:
-    """Let `tie_weights()` tie what the class of the model says."""
-    twins = twins_of(root)
-    if twins is not None:
-        vars(twins.owner).pop("_tied_weights_keys", None)
-
-
-@torch.compiler.disable(recursive=True)
-def _before(
-    begin: Begin, is_clean: bool, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
-    begin(args, kwargs, is_clean)
-
-
-@torch.compiler.disable(recursive=True)
-def _after(end: Callable[[], None], part: nn.Module, args: tuple, output: object) -> None:
-    end()
 
 
 # ---------------------------------------------------------------- what twins cannot do

@@ -53,8 +53,5 @@ def tiny_gemma(seed: int = 0, **text: object) -> DiffusionGemmaForBlockDiffusion
         vision_config=vision,
         canvas_length=CANVAS,
         initializer_range=0.3,
-        boi_token_id=None,
-        eoi_token_id=None,
-        image_token_id=None,
     )
     return DiffusionGemmaForBlockDiffusion(config).eval()

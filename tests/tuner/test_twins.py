@@ -186,7 +186,7 @@ def test_without_lambda_the_decoder_raises_and_the_encoder_runs():
     model = adapted().get_base_model()
     cache = DynamicCache()
     model.model.encoder(input_ids=inputs()["input_ids"], cache=cache)
-    with pytest.raises(ValueError, match="λ is not known"):
+    with pytest.raises(ValueError, match="λ can't be read: no sampler runs"):
         model.forward(decoder_input_ids=inputs()["decoder_input_ids"], cache=cache)
 
 

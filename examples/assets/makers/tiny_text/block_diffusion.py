@@ -56,9 +56,6 @@ def build_gemma(tokenizer: PreTrainedTokenizerFast) -> DiffusionGemmaForBlockDif
         text_config=text,
         vision_config=vision,
         canvas_length=CANVAS,
-        boi_token_id=None,
-        eoi_token_id=None,
-        image_token_id=None,
     )
     model = DiffusionGemmaForBlockDiffusion(config)
     model.model.encoder.vision_tower.requires_grad_(False)

@@ -1,0 +1,162 @@
+"""λ of DiffusionGemma's samplers: the share of the canvas that is not committed.
+
+    sampler                    λ of the call after step i of N
+    BlockRefinementScheduler   1 − mean of the positions that are committed
+    EntropyBoundScheduler      1 − mean of the positions that step i accepted
+    DiscreteDDIMScheduler      1 − (i + 1)/N, corrector sweeps included
+    `generate` (transformers)  1 − mean of the positions that step i accepted
+
+λ is 1 at the first call of a block, which has no logits to condition on. The schedulers of Diffusers
+are those of the pipelines that loaded the adapter. They tell λ only while they step, so at the first
+call of a block `step` and `step_correct` of the present scheduler's *instance* are replaced, until
+the adapter is unloaded. The sampler of `generate` is seen when the model's instance prepares it.
+
+Each call needs a step of its own before it: a second call after one step, or a forward that reads a
+prompt and a canvas at once, is not a sampler's, and its λ is not known.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import weakref
+from collections.abc import Callable
+from copy import deepcopy
+from functools import update_wrapper
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .sources import CORRUPTED_SHARE
+
+_STEPS = ("step", "step_correct")
+_REMEDY = "call the model inside `with noise_level(model, value):`"
+
+
+class CanvasNoise:
+    """The source of λ of one adapted DiffusionGemma, called with the arguments of its decoder.
+
+    Args:
+        schedulers: returns the present schedulers of the pipelines that loaded adapters.
+
+    Attributes:
+        watched: the schedulers whose steps are replaced.
+    """
+
+    convention = CORRUPTED_SHARE
+
+    def __init__(self, schedulers: Callable[[], list[Any]]) -> None:
+        self.schedulers = schedulers
+        self.watched: list[Any] = []
+        self.local = _State()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"schedulers": self.schedulers}  # a copy has its own samplers
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Return λ (1,) or (b,) of a call of the decoder.
+
+        Raises:
+            ValueError: no sampler runs, or it has not stepped since the last call.
+        """
+        state, schedulers = self.local, self.schedulers()
+        sampler = None if state.sampler is None else state.sampler()
+        if state.reads_prompt or (sampler is None and not schedulers):
+            raise ValueError(
+                "λ can't be read: no sampler runs (DiffusionGemmaPipeline with the adapter from "
+                f"pipe.load_nara_weights, or generate): {_REMEDY}."
+            )
+        if kwargs.get("self_conditioning_logits") is None:
+            self._begin_block(schedulers, sampler)
+            return torch.ones(1)
+        if sampler is not None and sampler.accepted_token_mask is not state.seen:
+            state.seen = sampler.accepted_token_mask
+            return _left(sampler.accepted_token_mask)
+        level, state.level = state.level, None
+        if level is None:
+            raise ValueError(f"λ can't be read: no step was taken since the last call: {_REMEDY}.")
+        return level
+
+    def _begin_block(self, schedulers: list[Any], sampler: Any) -> None:
+        self.local.level = None
+        self.local.seen = getattr(sampler, "accepted_token_mask", None)
+        for scheduler in schedulers:
+            if not any(scheduler is one for one in self.watched):
+                self.watched.append(scheduler)
+                for name in _STEPS:
+                    if hasattr(scheduler, name):
+                        setattr(scheduler, name, WatchedStep(self, scheduler, name))
+
+    def stepped(self, scheduler: Any, bound: dict[str, Any], output: Any) -> None:
+        """Note λ of the next call.
+
+        Args:
+            scheduler: it has made a step, or a corrector sweep.
+            bound: the arguments of that step.
+            output: what it returned.
+        """
+        state, kinds = self.local, [kind.__name__ for kind in type(scheduler).__mro__]
+        if "BlockRefinementScheduler" in kinds:
+            state.level = _left(scheduler._committed)
+        elif "EntropyBoundScheduler" in kinds:
+            accepted = output[1] if isinstance(output, tuple) else output.accepted_index
+            state.level = _left(accepted)
+        elif "DiscreteDDIMScheduler" in kinds:
+            done = (int(bound["timestep"]) + 1) / scheduler.num_inference_steps
+            state.level = torch.tensor([1 - done])
+        else:
+            raise ValueError(f"λ of {kinds[0]} is not known: {_REMEDY}.")
+
+    def forget(self) -> None:
+        """Put the methods of all schedulers back."""
+        for scheduler in self.watched:
+            for name in _STEPS:
+                if isinstance(vars(scheduler).get(name), WatchedStep):
+                    delattr(scheduler, name)
+        self.watched.clear()
+
+
+class _State(threading.local):
+    """What one thread's sampler has done.
+
+    Attributes:
+        sampler: weak reference to the sampler of the `generate` that runs.
+        seen: its mask at the last call.
+        level: λ of the next call; None if it has no step of its own.
+        reads_prompt: True if the running forward reads a prompt, too.
+    """
+
+    sampler: weakref.ref[Any] | None = None
+    seen: Tensor | None = None
+    level: Tensor | None = None
+    reads_prompt: bool = False
+
+
+class WatchedStep:
+    """A method of a scheduler that also tells a source of λ what it did.
+
+    It has the signature of the method, which the pipeline reads.
+    """
+
+    def __init__(self, source: CanvasNoise, scheduler: Any, name: str) -> None:
+        self.source, self.scheduler = source, scheduler
+        self.method = getattr(scheduler, name)
+        update_wrapper(self, self.method, updated=())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
+        return deepcopy(self.method, memo)  # a copied scheduler is not watched
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.method(*args, **kwargs)
+        bound = inspect.signature(self.method).bind(*args, **kwargs).arguments
+        self.source.stepped(self.scheduler, bound, output)
+        return output
+
+
+def _left(done: Tensor) -> Tensor:
+    """Return the share of positions (b, c) that is not `done`: (b,)."""
+    return 1 - done.float().mean(-1)

@@ -1,0 +1,122 @@
+"""Hooks and attributes of an adapted DiffusionGemma.
+
+Pipelines and `generate` call the encoder and the forward of the model by themselves, so that hooks
+of the root never run. The hooks that give C to the layers are those of the encoder and the decoder.
+
+Some attributes of instances are set too, until the adapters are unloaded (docs/errors.md):
+
+    model.model._tied_weights_keys      else `tie_weights()` ties factors that belong apart
+    model._prepare_sampler              shows the sampler of `generate` to the source of λ
+    decoder.create_diffusion_decoder_attention_mask
+                                        Diffusers 0.42 passes the cache under its former name
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from functools import partial, wraps
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from nara_diffusion.noise.canvas_source import CanvasNoise
+
+from .twins import Twins
+
+_NO_FACTOR = r"(?!.*\.lora_)"
+"""The start of a pattern that matches no factor of an adapter."""
+_TIES, _SAMPLER = "_tied_weights_keys", "_prepare_sampler"
+_MASK = "create_diffusion_decoder_attention_mask"
+
+
+class Begin(Protocol):
+    """`CoreHolder.begin`."""
+
+    def __call__(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], is_clean: bool = False
+    ) -> None: ...
+
+
+def hook_twins(
+    root: nn.Module, twins: Twins, source: CanvasNoise, begin: Begin, end: Callable[[], None]
+) -> tuple[RemovableHandle, ...]:
+    """Call `begin` before, and `end` after each forward of both twins, and set the attributes.
+
+    Args:
+        source: the default source of λ.
+    """
+    owner: Any = twins.owner
+    patterns = type(owner)._tied_weights_keys.items()
+    setattr(owner, _TIES, {_NO_FACTOR + key: _NO_FACTOR + value for key, value in patterns})
+    setattr(twins.decoder, _MASK, _with_former_name(getattr(twins.decoder, _MASK)))
+    if hasattr(root, _SAMPLER):
+        setattr(root, _SAMPLER, partial(_prepared, source, getattr(root, _SAMPLER)))
+    handles = [
+        owner.register_forward_pre_hook(partial(_before_model, source), with_kwargs=True),
+        owner.register_forward_hook(partial(_after_model, source), always_call=True),
+    ]
+    for part in (twins.encoder, twins.decoder):
+        before = partial(_before, begin, part is twins.encoder)
+        handles.append(part.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(part.register_forward_hook(partial(_after, end), always_call=True))
+    return tuple(handles)
+
+
+def unhook_twins(root: nn.Module, twins: Twins, source: CanvasNoise) -> None:
+    """Undo `hook_twins`, but for its handles."""
+    source.forget()
+    vars(twins.owner).pop(_TIES, None)
+    vars(twins.decoder).pop(_MASK, None)
+    vars(root).pop(_SAMPLER, None)
+
+
+def _with_former_name(make_mask: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `make_mask`, which also takes its `cache` as `past_key_values`."""
+
+    @wraps(make_mask)
+    def make(*args: Any, **kwargs: Any) -> Any:
+        if "past_key_values" in kwargs:
+            kwargs["cache"] = kwargs.pop("past_key_values")
+        return make_mask(*args, **kwargs)
+
+    return make
+
+
+def _prepared(source: CanvasNoise, prepare: Callable[[Any], Any], generation_config: Any) -> Any:
+    """Return the sampler of a `generate` that begins, and let `source` see it."""
+    is_static = "static" in (generation_config.cache_implementation or "")
+    if is_static and not generation_config.disable_compile:
+        raise ValueError(
+            "generate compiles the forward whole with a static cache, and no λ could enter it: pass "
+            "disable_compile=True."
+        )
+    sampler = prepare(generation_config)
+    source.local.sampler = weakref.ref(sampler)
+    return sampler
+
+
+@torch.compiler.disable(recursive=True)
+def _before_model(
+    source: CanvasNoise, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    source.local.reads_prompt = bool(args) or kwargs.get("input_ids") is not None
+
+
+@torch.compiler.disable(recursive=True)
+def _after_model(source: CanvasNoise, model: nn.Module, args: tuple, output: object) -> None:
+    source.local.reads_prompt = False
+
+
+@torch.compiler.disable(recursive=True)
+def _before(
+    begin: Begin, is_clean: bool, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    begin(args, kwargs, is_clean)
+
+
+@torch.compiler.disable(recursive=True)
+def _after(end: Callable[[], None], part: nn.Module, args: tuple, output: object) -> None:
+    end()

@@ -1,0 +1,73 @@
+"""load_nara_weights, save_nara_weights and unload_nara_weights on DiffusionGemmaPipeline."""
+
+import pytest
+import torch
+from diffusers import BlockRefinementScheduler, DiffusionGemmaPipeline
+from peft import get_peft_model
+
+from nara_diffusion import NaraConfig
+from nara_diffusion.noise.sources import CORRUPTED_SHARE
+from tests.helpers.tiny_gemma import CANVAS, tiny_gemma
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values.*:FutureWarning")
+
+
+class Processor:
+    eos_token_id = None
+
+    def apply_chat_template(self, messages, **_):
+        return {"input_ids": torch.tensor([[5, 9, 11], [7, 8, 40]])}
+
+
+def pipeline():
+    scheduler = BlockRefinementScheduler(threshold=0.4)
+    pipe = DiffusionGemmaPipeline(model=tiny_gemma(), scheduler=scheduler, processor=Processor())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def sampled(pipe):
+    generator = torch.Generator().manual_seed(3)
+    options = {"gen_length": 2 * CANVAS, "num_inference_steps": 4, "output_type": "seq", "generator": generator}
+    return pipe(prompt=["a", "b"], **options).sequences
+
+
+@pytest.fixture
+def folder(tmp_path):
+    torch.manual_seed(5)
+    targets = r".*(encoder\.language_model|decoder)\.layers\..*(q_proj|o_proj)"
+    convention = {"noise_convention": CORRUPTED_SHARE}
+    model = get_peft_model(tiny_gemma(), NaraConfig(r=3, target_modules=targets, core_scale=1.0, **convention))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.5 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_a_trained_folder_loads_runs_saves_and_unloads(folder, tmp_path):
+    pipe = pipeline()
+    pipe.load_nara_weights(folder)
+    adapted = sampled(pipe)
+    layers = pipe.model.model.decoder.layers[0].self_attn.q_proj
+    twin = pipe.model.model.encoder.language_model.layers[0].self_attn.q_proj
+    assert twin.lora_A["default_0"] is layers.lora_A["default_0"]
+
+    pipe.save_nara_weights(tmp_path / "saved")
+    other = pipeline()
+    other.load_nara_weights(tmp_path / "saved")
+    assert torch.equal(sampled(other), adapted)
+
+    state = tiny_gemma().state_dict()
+    other.unload_nara_weights()
+    assert all(torch.equal(value, state[name]) for name, value in other.model.state_dict().items())
+    with pytest.raises(TypeError, match="past_key_values"):  # diffusers 0.42.1 under transformers 5.24
+        sampled(other)
+
+
+def test_an_adapter_of_masks_does_not_load(folder):
+    path = folder / "adapter_config.json"
+    path.write_text(path.read_text().replace(CORRUPTED_SHARE, "masked_share"))
+    with pytest.raises(ValueError, match="masked_share"):
+        pipeline().load_nara_weights(folder)

@@ -1,0 +1,226 @@
+"""λ of each model call of DiffusionGemma's samplers, against loops of the test's own that set it by hand."""
+
+import copy
+import inspect
+
+import pytest
+import torch
+from diffusers import (
+    BlockRefinementScheduler,
+    DiffusionGemmaPipeline,
+    DiscreteDDIMScheduler,
+    EntropyBoundScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
+from peft import get_peft_model
+from transformers import DynamicCache
+from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
+    EntropyBoundSampler,
+    EntropyBoundSamplerConfig,
+)
+
+from nara_diffusion import NaraConfig, noise_level
+from nara_diffusion.tuner.holder import CoreHolder, holder_of
+from tests.helpers.tiny_gemma import CANVAS, VOCABULARY, tiny_gemma
+
+TARGETS = r".*(encoder\.language_model|decoder)\.layers\..*(q_proj|o_proj)"
+PROMPTS = torch.tensor([[5, 9, 11, 30], [7, 8, 40, 3], [22, 1, 2, 60]])
+STEPS, BLOCKS = 4, 2
+GENERATION = {
+    "max_new_tokens": BLOCKS * CANVAS,
+    "max_denoising_steps": STEPS,
+    "sampler_config": EntropyBoundSamplerConfig(entropy_bound=2.0),
+    "t_min": 0.4,
+    "t_max": 0.8,
+    "eos_token_id": None,
+}
+SCHEDULERS = {
+    "block refinement": lambda: BlockRefinementScheduler(threshold=0.4),
+    "entropy bound": lambda: EntropyBoundScheduler(entropy_bound=2.0),
+    "ddim": DiscreteDDIMScheduler,
+    "ddim with correctors": lambda: DiscreteDDIMScheduler(corrector_steps=1, corrector_k=2),
+}
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values.*:FutureWarning")
+
+
+class Processor:
+    """Three prompts of four tokens, whatever the messages."""
+
+    eos_token_id = None
+
+    def apply_chat_template(self, messages, **_):
+        return {"input_ids": PROMPTS}
+
+    def batch_decode(self, sequences, **_):
+        return [str(sequence.tolist()) for sequence in sequences]
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(5)
+    config = NaraConfig(r=3, target_modules=TARGETS, core_scale=1.0)
+    adapted = get_peft_model(tiny_gemma(), config).get_base_model().eval()
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return adapted
+
+
+def pipeline(model, scheduler):
+    pipe = DiffusionGemmaPipeline(model=model, scheduler=scheduler, processor=Processor())
+    pipe.set_progress_bar_config(disable=True)
+    holder_of(model).finder.add_pipeline(pipe)
+    return pipe
+
+
+def sampled(pipe, **options):
+    settings = {"gen_length": BLOCKS * CANVAS, "num_inference_steps": STEPS, "confidence_threshold": None, **options}
+    generator = torch.Generator().manual_seed(3)
+    return pipe(prompt=["a"] * 3, output_type="seq", generator=generator, **settings).sequences
+
+
+def by_hand(model, scheduler):
+    """The pipeline's loop at λ that the test computes; its tokens, and λ of each call."""
+    generator, levels, ids = torch.Generator().manual_seed(3), [], PROMPTS
+    sweeps = scheduler.config.get("corrector_steps", 0)
+    corrected = (STEPS - 1) // (1 + sweeps) if sweeps else 0
+    steps = STEPS - corrected * sweeps
+    options = {"block_length": CANVAS} if isinstance(scheduler, BlockRefinementScheduler) else {}
+    scheduler.set_timesteps(steps, device="cpu", **options)
+    known = inspect.signature(scheduler.step).parameters
+    given = {"mask_token_id": None, "temperature": 0.0, "generator": generator}
+    given = {name: value for name, value in given.items() if name in known}
+    for _ in range(BLOCKS):
+        cache = DynamicCache(config=model.config.get_text_config())
+        model.model.encoder(input_ids=ids, cache=cache)
+        canvas = torch.randint(0, VOCABULARY, (3, CANVAS), generator=generator)
+        level, conditioning = torch.ones(3), None
+
+        def logits(canvas, conditioning, level, cache=cache):
+            levels.append(level)
+            with noise_level(model, level):
+                return model(decoder_input_ids=canvas, cache=cache, self_conditioning_logits=conditioning).logits
+
+        for step in range(steps):
+            output = scheduler.step(logits(canvas, conditioning, level), step, canvas, **given)
+            canvas, conditioning = output.prev_sample, output.pred_logits
+            if isinstance(scheduler, BlockRefinementScheduler):
+                level = (~scheduler._committed).float().mean(1)
+            elif isinstance(scheduler, EntropyBoundScheduler):
+                level = (~output.accepted_index).float().mean(1)
+            else:
+                level = torch.full((3,), 1 - (step + 1) / steps)
+            for _ in range(sweeps if step < corrected else 0):
+                correct = logits(canvas, conditioning, level)
+                canvas = scheduler.step_correct(correct, step, canvas, generator=generator).prev_sample
+        ids = torch.cat([ids, canvas], 1)
+    return ids[:, PROMPTS.shape[1] :], levels
+
+
+@pytest.fixture
+def levels(monkeypatch):
+    """λ of each call of a decoder; that of the encoder, 0, is left out."""
+    seen, make = [], CoreHolder.make_cores
+
+    def recorded(holder, names, level):
+        if level.any() or len(level) > 1:
+            seen.append(level)
+        return make(holder, names, level)
+
+    monkeypatch.setattr(CoreHolder, "make_cores", recorded)
+    return seen
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+@torch.no_grad()
+def test_a_pipeline_runs_each_call_at_the_uncommitted_share(model, levels, name):
+    expected, by_loop = by_hand(model, SCHEDULERS[name]())
+    levels.clear()
+    pipe = pipeline(model, SCHEDULERS[name]())
+    assert torch.equal(sampled(pipe), expected)
+    assert len(levels) == len(by_loop)
+    for level, given in zip(levels, by_loop, strict=True):
+        torch.testing.assert_close(level.expand(3), given)
+    assert any(0 < level.min() < 1 for level in levels)
+    assert torch.equal(sampled(pipe), expected)  # the second run starts at λ = 1 again
+
+
+@torch.no_grad()
+def test_a_scheduler_that_is_swapped_is_followed_and_both_are_restored(model):
+    first, second = BlockRefinementScheduler(threshold=0.4), DiscreteDDIMScheduler()
+    expected = by_hand(model, DiscreteDDIMScheduler())[0]
+    pipe = pipeline(model, first)
+    signature = inspect.signature(first.step)
+    sampled(pipe)
+    assert inspect.signature(first.step) == signature
+    pipe.scheduler = second
+    assert torch.equal(sampled(pipe), expected)
+    pipe.unload_nara_weights()
+    for scheduler in (first, second):
+        assert not {"step", "step_correct"} & set(vars(scheduler))
+    assert "_prepare_sampler" not in vars(model)
+    assert "create_diffusion_decoder_attention_mask" not in vars(model.model.decoder)
+
+
+@torch.no_grad()
+def test_generate_runs_each_call_at_the_share_that_its_sampler_has_not_accepted(model, levels, monkeypatch):
+    accepted, accept = [], EntropyBoundSampler.accept_canvas
+
+    def recorded(sampler, *args):
+        canvas = accept(sampler, *args)
+        accepted.append(1 - sampler.accepted_token_mask.float().mean(1))
+        return canvas
+
+    monkeypatch.setattr(EntropyBoundSampler, "accept_canvas", recorded)
+    torch.manual_seed(4)
+    model.generate(PROMPTS, **GENERATION)
+    assert len(levels) == len(accepted) == BLOCKS * STEPS
+    for index, level in enumerate(levels):
+        expected = accepted[index - 1] if index % STEPS else torch.ones(3)
+        torch.testing.assert_close(level.expand(3), expected)
+    assert len({tuple(level.tolist()) for level in levels}) > 2
+
+
+def test_generate_with_a_static_cache_is_refused_unless_nothing_is_compiled(model):
+    with pytest.raises(ValueError, match="disable_compile=True"):
+        model.generate(PROMPTS, cache_implementation="static", **GENERATION)
+    model.generate(PROMPTS, cache_implementation="static", disable_compile=True, **GENERATION)
+
+
+@torch.no_grad()
+def test_calls_that_are_not_a_samplers_raise(model):
+    canvas, cache = PROMPTS, DynamicCache()
+    logits = torch.zeros(3, 4, VOCABULARY)
+    with pytest.raises(ValueError, match="no sampler runs"):
+        model(input_ids=PROMPTS, decoder_input_ids=canvas)
+    pipe = pipeline(model, BlockRefinementScheduler())
+    with pytest.raises(ValueError, match="no sampler runs"):
+        model(input_ids=PROMPTS, decoder_input_ids=canvas)
+    model.model.encoder(input_ids=PROMPTS, cache=cache)
+    with pytest.raises(ValueError, match="no step was taken"):
+        model(decoder_input_ids=canvas, cache=cache, self_conditioning_logits=logits)
+    sampled(pipe)
+    model(decoder_input_ids=canvas, cache=cache)
+    with pytest.raises(ValueError, match="no step was taken"):
+        model(decoder_input_ids=canvas, cache=cache, self_conditioning_logits=logits)
+
+
+def test_an_unknown_scheduler_raises(model):
+    source = holder_of(model).finder.canvas_source()
+    with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler is not known"):
+        source.stepped(FlowMatchEulerDiscreteScheduler(), {"timestep": 0}, None)
+
+
+@torch.no_grad()
+def test_a_copied_scheduler_steps_for_itself(model):
+    first = BlockRefinementScheduler(threshold=0.4)
+    pipe = pipeline(model, first)
+    expected = sampled(pipe)
+    committed = first._committed.clone()
+    pipe.scheduler = copy.deepcopy(first)
+    first._committed = None
+    assert torch.equal(sampled(pipe), expected)
+    assert first._committed is None
+    assert torch.equal(pipe.scheduler._committed, committed)
