@@ -34,7 +34,7 @@ from nara_diffusion.cores.registry import make_cores
 from nara_diffusion.noise.level import core_holders
 from nara_diffusion.training.arguments import TrainingArguments
 from nara_diffusion.training.loop import StepLoss
-from nara_diffusion.training.optimization import build_lr_scheduler, build_optimizer, hold_core
+from nara_diffusion.training.optimization import build_lr_scheduler, build_optimizer, freeze_core
 
 ADAPTER, CHEAP = "default", "cheap"  # the names of NaRA's adapter and of the cheap way's adapter
 TITLES = {
@@ -172,7 +172,7 @@ def _train(task: CheckTask, arm: str, loss: Loss, positions: range, progress: bo
             share = len(chosen) / len(group)
             (loss(chosen).loss * share).backward()
         if arm == "lora":
-            hold_core(optimizer)
+            freeze_core(optimizer)
         if task.args.max_grad_norm is not None:
             nn.utils.clip_grad_norm_(parameters, task.args.max_grad_norm)
         optimizer.step()

@@ -65,7 +65,6 @@ from nara_diffusion.training.adapter_weights import (
 )
 from nara_diffusion.training.adapters import (
     build_adapter,
-    recompute_activations,
     title_of,
     window_facts,
 )
@@ -80,6 +79,7 @@ from nara_diffusion.training.command import run_command
 from nara_diffusion.training.engines import load_whole, loading_in
 from nara_diffusion.training.loop import prepare_training, train
 from nara_diffusion.training.manifest import local_folder
+from nara_diffusion.training.optimization import recompute_activations
 from nara_diffusion.training.report import finish
 from nara_diffusion.training.run import Run, start_run
 from nara_diffusion.utils.atomic_write import atomic_write_files

@@ -43,11 +43,8 @@ from nara_diffusion.loaders.tensor_files import load_peft_adapter
 from nara_diffusion.noise.level import find_holders
 from nara_diffusion.strict import check_loaded, check_tensors
 from nara_diffusion.training.adapter_weights import TRAINABLE
-from nara_diffusion.training.adapters import (
-    CORE_FIELDS,
-    check_target_modules,
-    recompute_activations,
-)
+from nara_diffusion.training.adapters import CORE_FIELDS, check_target_modules
+from nara_diffusion.training.optimization import recompute_activations
 
 from .family import Embeddings, Family
 from .pipelines import family_of

@@ -17,7 +17,6 @@ from peft import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     LoraConfig,
     PeftConfig,
-    PeftModel,
     PromptLearningConfig,
     get_peft_model,
 )
@@ -32,14 +31,12 @@ from .arguments import AdapterArguments, TrainingArguments, schedule_of, window_
 from .options import hint
 
 ALL_LINEAR = "all-linear"
-_NARAS, _LORAS = (
-    {each.name for each in dataclasses.fields(cls)} for cls in (NaraConfig, LoraConfig)
-)
-CORE_FIELDS = _NARAS - _LORAS
+CORE_FIELDS = {each.name for each in dataclasses.fields(NaraConfig)}
+CORE_FIELDS -= {each.name for each in dataclasses.fields(LoraConfig)}
 """The fields that NaraConfig adds to LoraConfig."""
 
 _REFUSED = {
-    "adalora": "drops directions by a step of its own after each optimizer step, which this trainer doesn't take",
+    "adalora": "needs an extra step after each optimizer step, to drop directions",
     "xlora": "mixes adapters that are trained already",
 }
 _DATA_DRIVEN = ("corda", "eva", "lora_ga")
@@ -72,8 +69,7 @@ class Method:
 
     @property
     def family(self) -> Literal["nara", "lora", "other", "prompt", "full"]:
-        """ "nara" (a core), "lora" (peft.LoraConfig), "prompt" (virtual tokens), "other" of PEFT's,
-        "full"."""
+        """The kind: a core, LoraConfig, another method of PEFT, virtual tokens, or all weights."""
         if self.name in ("nara", "lora", "full"):
             return self.name  # type: ignore[return-value]
         return "prompt" if issubclass(self.config, PromptLearningConfig) else "other"
@@ -96,6 +92,8 @@ NAMED = {
     "full": Method("full", "full fine-tuning", "all weights"),
 }
 """The methods by the names that --adapter takes; PEFT's other methods keep their own names."""
+_OF_CORE = {"hypernetwork": "NaRA", "constant": "NaRA-C", "rank_mask": "T-LoRA", "identity": "LoRA"}
+"""{core_type: the usual name of NaRA with it}."""
 
 
 def method_of(args: AdapterArguments) -> Method:
@@ -120,13 +118,7 @@ def title_of(args: AdapterArguments) -> str:
     title = method.title
     if method.family == "nara" and "core_type" not in method.fixed:
         core = getattr(config, "core_type", "")
-        titles = {
-            "hypernetwork": "NaRA",
-            "constant": "NaRA-C",
-            "rank_mask": "T-LoRA",
-            "identity": "LoRA",
-        }
-        title = titles.get(core, f"NaRA with core {core!r}")
+        title = _OF_CORE.get(core, f"NaRA with core {core!r}")
     has_dora = getattr(config, "use_dora", False) and "DoRA" not in title
     return f"{title}-DoRA".replace("LoRA-DoRA", "DoRA") if has_dora else title
 
@@ -142,7 +134,7 @@ def window_facts(args: TrainingArguments) -> dict[str, str]:
     elif method.family == "lora":
         outside = "its file can't hold that: give it its schedule as below"
     else:
-        outside = f"outside, {method.title} stays on, where it was not trained: it takes no StrengthSchedule"
+        outside = f"{method.title} stays on outside, untrained there: it takes no StrengthSchedule"
     if schedule_of(args) is not None and getattr(adapter_config(args), "use_dora", False):
         outside += " (but for DoRA's magnitudes, which hold at every λ)"
     return {"noise levels": f"{window.low:g} {until}; {outside}"}
@@ -174,72 +166,76 @@ def adapter_config(
             that it refuses.
     """
     method = method_of(args)
-    own = method.family == "nara"
-    options = {
-        name: value
-        for name, value in args.adapter_options.items()
-        if own or name not in CORE_FIELDS
-    }
-    known = (
-        []
-        if method.config is None
-        else [each.name for each in dataclasses.fields(method.config) if each.init]
-    )
+    options = _checked_options(args, method)
+    if method.config is None:
+        return None
+    values = _values(args, method)
+    if method.family == "nara":
+        values |= {"noise_convention": noise_convention, "strength": strength}
+    known = _fields_of(method)
+    values = {name: value for name, value in values.items() if name in known}
+    try:
+        return method.config(**values | dict(method.fixed) | options | fields)
+    except (TypeError, ValueError) as error:
+        remedy = ""
+        if str(error).startswith("strength"):
+            remedy = " The window sets it: leave --min_noise_level and --max_noise_level out."
+        raise ValueError(f"{error}{remedy}") from error
+
+
+def _fields_of(method: Method) -> list[str]:
+    """Return the names of the fields that the method's configuration takes."""
+    if method.config is None:
+        return []
+    return [each.name for each in dataclasses.fields(method.config) if each.init]
+
+
+def _checked_options(args: AdapterArguments, method: Method) -> dict[str, Any]:
+    """Return `adapter_options`, without the core's fields if the adapter has no core."""
+    options = dict(args.adapter_options)
+    if method.family != "nara":
+        options = {name: value for name, value in options.items() if name not in CORE_FIELDS}
+    known = _fields_of(method)
     for name, value in options.items():
         if name not in known:
             raise ValueError(
-                f"adapter_options holds {name!r}, which adapter {args.adapter} lacks: {hint(name, known)}"
+                f"adapter_options has {name!r}, which adapter {args.adapter} lacks: "
+                f"{hint(name, known)}"
             )
-        if method.fixed.get(name, value) != value:
+        fixed = method.fixed.get(name, value)
+        if fixed != value:
             raise ValueError(
-                f"adapter {args.adapter} means {name} {method.fixed[name]!r}, adapter_options {value!r}."
+                f"adapter {args.adapter} means {name} {fixed!r}, adapter_options {value!r}."
             )
-    if method.config is None:
-        return None
     start = options.get("init_lora_weights", True)
     if changes_base(start) or start in _DATA_DRIVEN:
-        why = (
-            "needs a pass over data first" if start in _DATA_DRIVEN else "changes the base weights"
-        )
+        why = "changes the base weights"
+        if start in _DATA_DRIVEN:
+            why = "needs a pass over data first"
         raise ValueError(
             f"init_lora_weights={start} {why}: leave it out, or give true, gaussian or orthogonal."
         )
     if "core_hidden_dims" in options:
         options["core_hidden_dims"] = tuple(options["core_hidden_dims"])
-    values = _values(args, method, options)
-    if own:
-        values |= {"noise_convention": noise_convention, "strength": strength}
-    try:
-        return method.config(
-            **{name: value for name, value in values.items() if name in known}
-            | dict(method.fixed)
-            | options
-            | fields
-        )
-    except (TypeError, ValueError) as error:
-        window = " The strength is that of the window: leave --min_noise_level and --max_noise_level out."
-        raise ValueError(f"{error}{window if str(error).startswith('strength') else ''}") from error
+    return options
 
 
-def _values(args: AdapterArguments, method: Method, options: Mapping[str, Any]) -> dict[str, Any]:
+def _values(args: AdapterArguments, method: Method) -> dict[str, Any]:
     """Return {field, of any method: value} for the arguments that have a flag."""
-    rank, alpha = args.rank, args.rank if args.lora_alpha is None else args.lora_alpha
-    if (
-        args.adapter == "multi_lora"
-    ):  # r counts all blocks; each has the scale of a LoRA of rank --rank
-        blocks = options.get("core_bins", NaraConfig.core_bins)
-        rank, alpha = (
-            blocks * rank,
-            alpha * (math.sqrt(blocks) if options.get("use_rslora") else blocks),
-        )
+    rank = args.rank
+    alpha = rank if args.lora_alpha is None else args.lora_alpha
+    if args.adapter == "multi_lora":
+        # r counts all blocks; each has the scale of a LoRA of rank --rank
+        blocks = args.adapter_options.get("core_bins", NaraConfig.core_bins)
+        rank = blocks * rank
+        alpha *= math.sqrt(blocks) if args.adapter_options.get("use_rslora") else blocks
+    is_all = args.target_modules == [ALL_LINEAR]
     return {
         "r": rank,
         "lora_alpha": alpha,
         "alpha": alpha,
         "num_virtual_tokens": _VIRTUAL_TOKENS,
-        "target_modules": ALL_LINEAR
-        if args.target_modules == [ALL_LINEAR]
-        else list(args.target_modules),
+        "target_modules": ALL_LINEAR if is_all else list(args.target_modules),
         "core_type": args.core_type,
         "lora_dropout": args.lora_dropout,
         f"{method.name}_dropout": args.lora_dropout,
@@ -258,64 +254,45 @@ def build_adapter(
 ) -> nn.Module:
     """Wrap the language model `model` into a PeftModel. Only its adapter is trainable.
 
-    With `adapter` "full", return `model` itself with all its weights trainable. Raises as
-    `add_adapter`.
+    With `adapter` "full", return `model` itself with all its weights trainable.
+
+    Raises ValueError as `adapter_config` and `check_target_modules`.
     """
     options: dict[str, Any] = {}
     if method_of(args).family == "prompt":
-        # PEFT prepends the tokens in it; encoders have no `generate`
-        options["task_type"] = (
-            "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else "FEATURE_EXTRACTION"
-        )
+        # PEFT prepends the tokens in `generate`, which encoders lack
+        is_decoder = hasattr(model, "prepare_inputs_for_generation")
+        options["task_type"] = "CAUSAL_LM" if is_decoder else "FEATURE_EXTRACTION"
     config = adapter_config(args, noise_convention=noise_convention, strength=strength, **options)
     return model.requires_grad_(True) if config is None else add_adapter(model, config)
 
 
-def add_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
-    """Add an adapter to `model`. Only the adapter's weights are trainable.
-
-    Raises:
-        ValueError: a name in `target_modules` matches nothing; the message names modules that
-            would.
-    """
+def add_adapter(model: PreTrainedModel, config: PeftConfig) -> nn.Module:
+    """Wrap `model` into a PeftModel. Raise ValueError as `check_target_modules`."""
     check_target_modules(model, getattr(config, "target_modules", None))
     with warnings.catch_warnings():
         # PEFT 0.21 uses a name that transformers deprecated in 5.24
-        warnings.filterwarnings(
-            "ignore", message="`is_gradient_checkpointing`", category=FutureWarning
-        )
-        adapted = get_peft_model(model, config)
-    assert isinstance(adapted, PeftModel)
-    return adapted
+        known = "`is_gradient_checkpointing`"
+        warnings.filterwarnings("ignore", message=known, category=FutureWarning)
+        return get_peft_model(model, config)
 
 
 def check_target_modules(model: nn.Module, targets: Any) -> None:
-    """Raise ValueError for names that match no module.
+    """Raise ValueError for names that match no module; PEFT silently adapts only the others.
 
-    A name matches by PEFT's rule: it is a module's whole name, or its end after a dot. PEFT itself
-    adapts the other modules without a warning.
+    A name matches by PEFT's rule: it is a module's whole name, or its end after a dot.
     """
     if targets is None or isinstance(targets, str):
         return
-    names = [f".{name}" for name, _ in model.named_modules() if name]
-    unmatched = sorted(
-        target for target in targets if not any(name.endswith(f".{target}") for name in names)
-    )
+    unmatched = set(targets)
+    linear: set[str] = set()
+    for name, module in model.named_modules():
+        unmatched -= {target for target in unmatched if f".{name}".endswith(f".{target}")}
+        if isinstance(module, nn.Linear):
+            linear.add(name.rpartition(".")[2])
     if unmatched:
-        linear = {
-            name.rpartition(".")[2]: 0
-            for name, each in model.named_modules()
-            if isinstance(each, nn.Linear)
-        }
         raise ValueError(
-            f"target_modules {', '.join(unmatched)} match no module of {type(model).__name__}: "
-            f"{hint(unmatched[0], linear)} Its linear layers are {', '.join(sorted(linear))}; {ALL_LINEAR} takes all "
-            "but the output head."
+            f"target_modules {', '.join(sorted(unmatched))} match no module of {type(model).__name__}: "
+            f"{hint(min(unmatched), sorted(linear))} Its linear layers are {', '.join(sorted(linear))}; "
+            f"{ALL_LINEAR} takes all but the output head."
         )
-
-
-def recompute_activations(model: PreTrainedModel) -> None:
-    """Turn on the model's gradient checkpointing, in the form without gradient at the inputs."""
-    # the name up to transformers 5.23, deprecated since then
-    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-    enable({"use_reentrant": False})

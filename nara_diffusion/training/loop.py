@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 
 from .checkpoints import last_checkpoint
 from .engines import prepare
-from .optimization import build_lr_scheduler, build_optimizer, hold_core, may_fuse
+from .optimization import build_lr_scheduler, build_optimizer, freeze_core, may_fuse
 from .run import Run
 
 logger = logging.getLogger(__name__)
@@ -139,7 +139,7 @@ def _collect(run: Run, step: StepLoss) -> None:
 def _prepare_gradients(run: Run, model: torch.nn.Module, optimizer: AcceleratedOptimizer) -> None:
     """Drop the core's gradients in the first stage, clip all, and raise if one isn't finite."""
     if run.step < run.args.core_start_step:
-        hold_core(optimizer)
+        freeze_core(optimizer)
     limit = math.inf if run.args.max_grad_norm is None else run.args.max_grad_norm
     norm = run.accelerator.clip_grad_norm_(model.parameters(), limit)
     # fp16 overflows now and then: the scaler skips the step and lowers its scale

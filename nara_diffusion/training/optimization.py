@@ -1,4 +1,7 @@
-"""The optimizer and its schedule, with learning rates for A and B, the core, and text encoders."""
+"""The optimizer and its schedule, with learning rates for A and B, the core, and text encoders.
+
+Also what spares memory: gradient checkpointing.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import get_scheduler
+from transformers import PreTrainedModel, get_scheduler
 
 from nara_diffusion.cores.registry import HOLDER_NAME
 
@@ -157,9 +160,16 @@ def is_core_parameter(name: str) -> bool:
     return f"{HOLDER_NAME}." in name
 
 
-def hold_core(optimizer: Any) -> None:
+def freeze_core(optimizer: Any) -> None:
     """Delete the core's gradients, so that a step leaves its weights and Adam moments unchanged."""
     for group in optimizer.param_groups:
         if group.get("name") == "core":
             for parameter in group["params"]:
                 parameter.grad = None
+
+
+def recompute_activations(model: PreTrainedModel) -> None:
+    """Turn on the model's gradient checkpointing, in the form without gradient at the inputs."""
+    # the name up to transformers 5.23, deprecated since then
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})

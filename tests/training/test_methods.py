@@ -15,7 +15,7 @@ from nara_diffusion import NaraConfig, noise_level
 from nara_diffusion.cores import registry
 from nara_diffusion.dllm.text_arguments import Arguments
 from nara_diffusion.training.adapters import adapter_config, build_adapter, title_of
-from nara_diffusion.training.optimization import build_lr_scheduler, build_optimizer, hold_core
+from nara_diffusion.training.optimization import build_lr_scheduler, build_optimizer, freeze_core
 from tests.acceptance._text import backbone
 
 
@@ -76,7 +76,7 @@ def test_contradiction_is_refused() -> None:
     for changes, message in [
         ({"adapter": "nora"}, r"adapter is 'nora', which is no method: did you mean nara\?"),
         ({"adapter": "adalora"}, r"adapter adalora can't be trained here"),
-        ({"adapter_options": {"core_innit": "kaiming"}}, r"adapter_options holds 'core_innit', .* mean core_init"),
+        ({"adapter_options": {"core_innit": "kaiming"}}, r"'core_innit', .* mean core_init"),
         ({"adapter": "dora", "adapter_options": {"use_dora": False}}, r"adapter dora means use_dora True"),
         ({"adapter": "nara_c", "core_type": "knots"}, r"core_type is 'knots', but that of adapter nara_c is constant"),
         ({"adapter": "lora", "core_type": "constant"}, r"core_type is 'constant', but that of adapter lora is none"),
@@ -87,7 +87,7 @@ def test_contradiction_is_refused() -> None:
         ({"adapter_options": {"core_input": "both"}}, r"core_input is 'both': choose one of 'noise_level'"),
         ({"seed": -1}, r"seed must be from 0"),
         ({"global_batch_size": 8, "gradient_accumulation_steps": 2}, r"give one of the two"),
-        ({"optimizer_options": {"beta": 1}}, r"optimizer_options holds 'beta', which AdamW lacks: did you mean betas"),
+        ({"optimizer_options": {"beta": 1}}, r"'beta', which AdamW lacks: did you mean betas"),
         ({"lr_scheduler": "constant", "lr_warmup_steps": 5}, r"lr_scheduler 'constant' has no warm-up"),
         ({"core_module": "nowhere.py"}, r"core_module 'nowhere.py' can't be imported: ModuleNotFoundError"),
     ]:
@@ -124,7 +124,7 @@ def test_core_and_adapter_have_rates_of_their_own() -> None:
     for group in groups.values():
         for parameter in group["params"]:
             parameter.grad = torch.ones_like(parameter)
-    hold_core(optimizer)
+    freeze_core(optimizer)
     assert all(parameter.grad is None for parameter in groups["core"]["params"])
     assert all(parameter.grad is not None for parameter in groups["adapter"]["params"])
 
