@@ -50,7 +50,28 @@ class NaraDoraLinear(NaraVariant):
         base_layer: nn.Linear,
         magnitude: nn.Linear,
     ) -> Tensor:
-        core, scaling = self.batch_core(module.r[active_adapter], x), module.scaling[active_adapter]
+        core = self.batch_core(module.r[active_adapter], x)
+        shape = result.shape
+        if core.shape[0] not in (1, shape[0]):  # of parts: see (b, l, …) as (b·k, l / k, …)
+            x = x.reshape(core.shape[0], -1, x.shape[-1])
+            result = result.reshape(core.shape[0], -1, shape[-1])
+        y = self._scaled_sum(module, active_adapter, core, x, result, A, B, base_layer, magnitude)
+        return y.view(shape)
+
+    def _scaled_sum(
+        self,
+        module: AdaptedLayer,
+        active_adapter: str,
+        core: Tensor,
+        x: Tensor,
+        result: Tensor,
+        A: nn.Linear,
+        B: nn.Linear,
+        base_layer: nn.Linear,
+        magnitude: nn.Linear,
+    ) -> Tensor:
+        """Return y for x (b, …) and C (b or 1, r, r)."""
+        scaling = module.scaling[active_adapter]
         weight = base_matrix(module)
         K = times_core(B.weight.detach().flatten(1), core)
         norm = factored_row_norm(weight, A.weight.detach().flatten(1), K, scaling)

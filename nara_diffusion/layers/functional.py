@@ -18,6 +18,8 @@ SLICE = 2**22
 def apply_core(core: Tensor, h: Tensor) -> Tensor:
     """Return C h for each row of h: (b or 1, r, r), (b, …, r) → (b, …, r).
 
+    C may have (b·k, r, r) for h (b, l, …, r), which is then seen as (b·k, l / k, …, r).
+
     The product is computed in float32 at least, also under autocast, so that C − I is not rounded.
     (Computing B·C first would give the same result, but would turn every large product of the
     layer, and of its backward, into a batched one.)
@@ -32,9 +34,9 @@ def apply_core(core: Tensor, h: Tensor) -> Tensor:
 def _apply(core: Tensor, h: Tensor) -> Tensor:
     if core.shape[0] == 1:
         return F.linear(h, core[0])
-    if h.dim() == 3:
+    if h.dim() == 3 and h.shape[0] == core.shape[0]:
         return torch.bmm(h, core.mT)
-    return torch.bmm(h.reshape(h.shape[0], -1, h.shape[-1]), core.mT).view(h.shape)
+    return torch.bmm(h.reshape(core.shape[0], -1, h.shape[-1]), core.mT).view(h.shape)
 
 
 def apply_core_to_channels(core: Tensor, h: Tensor) -> Tensor:

@@ -22,7 +22,8 @@ from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 
 from nara_diffusion.noise.level import Entry, present
-from nara_diffusion.noise.rows import ModelRows, RowKind, core_of_rows
+from nara_diffusion.noise.parts import Parts, RowKind
+from nara_diffusion.noise.rows import ModelRows, core_of_rows
 
 from . import one_function
 from .adapted_layer import AdaptedLayer, base_weight, check_mergeable, delta_weight, factors
@@ -32,13 +33,15 @@ from .one_function import linear_in_one, runs_in_one
 
 Key = tuple[str, str]
 """(adapter, group of layers that share a core)"""
+Pushed = tuple[Entry | None, Entry | None, Mapping[Key, Tensor], Parts | None]
+"""What one forward gives its layers; see `CoreChannel`."""
 
 
 class CoreSource(Protocol):
     """What the channel and the variants need from the holder of the cores."""
 
-    def core_of_part(self, key: Key) -> Tensor:
-        """Return C (b or 1, r, r) for a layer outside any forward of the root."""
+    def core_of_part(self, key: Key) -> tuple[Tensor, Parts | None]:
+        """Return C (n, r, r), and the parts of its rows, outside any forward of the root."""
         ...
 
     def core_to_merge(self, key: Key, layer: AdaptedLayer) -> tuple[Tensor, Tensor | None]:
@@ -67,8 +70,9 @@ class CoreChannel:
         rows: how the model's layers see its batch.
 
     Attributes:
-        local: its attribute `pushed` is (present, entry, cores): the innermost context at the push,
-            the innermost context for this model, and key → C.
+        local: its attribute `pushed` is (present, entry, cores, parts): the innermost context at
+            the push, the innermost context for this model, key → C, and the parts of a sample that
+            the rows of C belong to, if they do.
     """
 
     def __init__(self, holder: CoreSource, rows: ModelRows) -> None:
@@ -82,8 +86,8 @@ class CoreChannel:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, local=threading.local())
 
-    def read(self, key: Key) -> Tensor:
-        """Return C (b or 1, r, r), float32, for a layer.
+    def read(self, key: Key) -> tuple[Tensor, Parts | None]:
+        """Return C (1 or b, r, r), float32, or C of parts and these parts, for a layer.
 
         It is C of the running forward, or of the context around a part that is called by itself.
         """
@@ -91,23 +95,25 @@ class CoreChannel:
         if pushed is not None and (torch.compiler.is_compiling() or pushed[0] is present.get()):
             core = pushed[2].get(key)
             if core is not None:
-                return core
+                return core, pushed[3]
         return self.holder.core_of_part(key)
 
-    def push(self, entry: Entry | None, cores: Mapping[Key, Tensor]) -> None:
+    def push(
+        self, entry: Entry | None, cores: Mapping[Key, Tensor], parts: Parts | None = None
+    ) -> None:
         """Give `cores` to the layers. `entry` is the context that gave λ; None for a source."""
         innermost = None if torch.compiler.is_compiling() else present.get()
-        self.local.pushed = (innermost, entry, cores)
+        self.local.pushed = (innermost, entry, cores, parts)
 
-    def pushed(self) -> tuple[Entry | None, Entry | None, Mapping[Key, Tensor]] | None:
+    def pushed(self) -> Pushed | None:
         """Return what the running forward has pushed; None if none runs."""
         return getattr(self.local, "pushed", None)
 
     @contextmanager
-    def using(self, cores: Mapping[Key, Tensor]) -> Iterator[None]:
+    def using(self, cores: Mapping[Key, Tensor], parts: Parts | None) -> Iterator[None]:
         """Give `cores` to the layers inside the context, and the previous ones afterwards."""
         before = self.pushed()
-        self.push(None if before is None else before[1], cores)
+        self.push(None if before is None else before[1], cores, parts)
         try:
             yield
         finally:
@@ -175,9 +181,18 @@ class NaraVariant(LoraVariant):
         raise NotImplementedError
 
     def batch_core(self, rank: int, x: Tensor) -> Tensor:
-        """Return C of the running forward for the rows of `x` (b, …): (b or 1, r, r), float32."""
-        core = self.channel.read(self.key)
+        """Return C of the running forward for the rows of `x` (b, …): (b or 1, r, r), float32.
+
+        If λ has k values for each sample, the result is (b·k, r, r), for x seen as (b·k, l / k, …).
+        """
+        core, parts = self.channel.read(self.key)
         core = core if core.shape[-1] == rank else core[:, :rank, :rank]
+        if parts is not None and core.shape[0] > 1:
+            core, is_of_parts = parts.core_of_layer(
+                core, x, kind=self.rows, is_image=self.is_conv, layer_name=self.layer_name
+            )
+            if is_of_parts:
+                return core
         if core.shape[0] == 1 or (self.rows == "samples" and core.shape[0] == x.shape[0]):
             return core  # the result of `core_of_rows`, without the cost of a call
         return core_of_rows(

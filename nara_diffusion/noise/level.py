@@ -1,7 +1,8 @@
 """λ: its unit and validation, its contexts, and the adapted models that a context applies to.
 
-λ is a float32 tensor (1,) or (b,) in [0, 1]; 1 is pure noise. The host reads it only on the CPU:
-on another device, a λ outside [0, 1] becomes NaN, and so does the output. A forward of an adapted model gets
+λ is a float32 tensor (1,), (b,) or (b, k) in [0, 1]; 1 is pure noise. The host reads it only on the
+CPU: on another device, a λ outside [0, 1] becomes NaN, and so does the output. A forward of an
+adapted model gets
 λ from, in order of precedence,
 
 1. `with noise_level(model, value): …`;
@@ -40,8 +41,8 @@ def arguments_of(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
     return dict(list(given.items())[1:])
 
 
-def as_level(value: Level) -> Tensor:
-    """Return `value` as a new float32 tensor (1,) or (b,) in [0, 1].
+def as_level(value: Level, *, axes: int = 1) -> Tensor:
+    """Return `value` as a new float32 tensor (1,) or (b,) in [0, 1], or (b, k) if `axes` is 2.
 
     If `value` is a tensor, gradients flow to it. If it is on another device than the CPU, values
     outside [0, 1] become NaN.
@@ -55,12 +56,12 @@ def as_level(value: Level) -> Tensor:
         raise ValueError(
             f"noise_level is {value!r}: pass a number in [0, 1], or a tensor or list, one a sample."
         ) from None
-    if level.is_complex() or level.dtype == torch.bool or level.dim() > 1 or level.numel() == 0:
+    if level.is_complex() or level.dtype == torch.bool or level.dim() > axes or level.numel() == 0:
         raise ValueError(
             f"noise_level has shape {tuple(level.shape)} and dtype {level.dtype}: "
-            "pass one number, or a tensor of shape (batch,)."
+            f"pass one number, or a tensor of shape (batch,){' or (batch, parts)' * (axes - 1)}."
         )
-    level = level.clone().float().reshape(-1)  # later writes to `value` don't change λ
+    level = torch.atleast_1d(level.clone().float())  # later writes to `value` don't change λ
     return _in_range(level)
 
 
@@ -156,7 +157,9 @@ class noise_level(ContextDecorator):
         model: an adapted model, wrapped (PeftModel, DDP, `torch.compile`) or not.
         value: λ in [0, 1], 1 = pure noise: a float, or a tensor, array or list (b,) with one value
             for each sample. Several values need adapted layers that see the batch first, (b, …).
-            If the model's layers get (length, b, …), pass a float.
+            If the model's layers get (length, b, …), pass a float. (b, k) has one value for each of
+            k equal, consecutive parts of the l positions of a sample, such as blocks of a text;
+            the layers then have to see (b, l, …). (1, k) applies to all samples.
 
     Raises:
         ValueError: `value` is outside [0, 1], NaN or misshapen, or `model` has no NaRA adapter.
@@ -187,7 +190,9 @@ class noise_level(ContextDecorator):
         return super().__call__(func)
 
     def __enter__(self) -> None:
-        entry = Entry(present.get(), frozenset(core_holders(self._model)), as_level(self._value))
+        entry = Entry(
+            present.get(), frozenset(core_holders(self._model)), as_level(self._value, axes=2)
+        )
         self._entries.append(entry)
         present.set(entry)
 

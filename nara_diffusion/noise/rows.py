@@ -4,6 +4,7 @@
     one per sample  λ (b,)   C (b, r, r)   row i of a layer's input (b, …) is sample i
     b · k rows      λ (b,)   C (b, r, r)   rows i·k to i·k + k − 1 are sample i: frames, tokens
     guidance        λ (b,)   λ (2b,)       the samples, then the same samples once more
+    k parts         λ (b, k)               parts of a sample's positions: see `parts`
 
 Shapes do not show what a row is: the number of tokens may equal the batch size by chance. It is
 therefore declared for each model (`ModelRows`) and determined for each layer (`row_kind_of`). If
@@ -23,15 +24,7 @@ from torch import Tensor, nn
 
 from .denoisers import Denoiser
 from .level import arguments_of, outer_modules
-
-RowKind = Literal["samples", "tokens", "positions"]
-"""What the rows of a layer's input are.
-
-    "samples"     (b, …)
-    "tokens"      (n, d) in a mixture of experts: the tokens of all samples, or of one expert
-    "positions"   (l, b, d) in PyTorch's attention without `batch_first`, or ids (l, l) of relative
-                  positions
-"""
+from .parts import FrameTokens, Parts, RowKind, parts_of, positions_of
 
 Repetition = Literal["tiled", "interleaved"]
 """The order of rows that are repeated k times: "tiled" abab, "interleaved" aabb."""
@@ -107,7 +100,7 @@ def _the_only(values: Tensor, refusal: str) -> Tensor:
 
 
 def _lacks_batch_axis(x: Tensor, kind: RowKind) -> bool:
-    if kind == "tokens":
+    if kind in ("tokens", "routed tokens"):
         return x.dim() == 2
     if kind == "positions":  # features (l, b, d), or integer ids (l, l)
         return x.dim() > (2 if x.is_floating_point() else 1)
@@ -121,16 +114,14 @@ def row_kind_of(root: nn.Module, name: str) -> RowKind:
     for part in name.split("."):
         around.append(layer)
         layer = getattr(layer, part)
-    if any(_has_experts(outer) for outer in around):
+    if any("Experts" in type(outer).__name__ for outer in around) or ".experts." in f".{name}.":
+        return "routed tokens"
+    if any(hasattr(outer, "experts") for outer in around):
         return "tokens"
     if isinstance(layer, (nn.Embedding, Embedding)):
         is_position = name.endswith(("relative_attention_bias", "distance_embedding"))
         return "positions" if is_position else "samples"
     return "positions" if any(_is_length_first(outer) for outer in around) else "samples"
-
-
-def _has_experts(module: nn.Module) -> bool:
-    return hasattr(module, "experts") or "Experts" in type(module).__name__
 
 
 def _is_length_first(module: nn.Module) -> bool:
@@ -151,17 +142,38 @@ class ModelRows:
             the model sees b.
         one_level: whether the first axis of the layers' inputs is something other than samples, so
             that a batch can have only one λ.
+        is_denoiser: whether it is a denoiser, so that only `frames` says what its layers see.
+        frames: where the layers of a denoiser see the frames of a video, if they do.
     """
 
     sample_major: bool = False
     one_level: bool = False
+    is_denoiser: bool = False
+    frames: FrameTokens | None = None
 
     @classmethod
     def of(cls, denoiser: Denoiser | None) -> ModelRows:
         """Return how the layers of a denoiser see the batch; None stands for any other model."""
         if denoiser is None:
             return cls()
-        return cls(denoiser.sample_major, denoiser.one_level or denoiser.packed)
+        has_one_level = denoiser.one_level or denoiser.packed
+        return cls(denoiser.sample_major, has_one_level, is_denoiser=True)
+
+    def parts_of_forward(
+        self, level: Tensor, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Parts:
+        """Return how λ (b or 1, k) belongs to the positions of a forward of the whole model.
+
+        Raises:
+            ValueError: the forward has no b samples of positions that k divides.
+        """
+        arguments, kind = arguments_of(root, args, kwargs), type(root).__name__
+        if self.is_denoiser:
+            raise ValueError(
+                f"noise_level has shape {tuple(level.shape)}, but the layers of {kind} aren't known to see the frames "
+                "of a video in order: pass one value a sample."
+            )
+        return parts_of(level, positions_of(arguments, kind))
 
     def level_of_forward(
         self, level: Tensor, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -205,21 +217,26 @@ class ModelRows:
             )
         return None
 
-    def check_part(self, values: int) -> None:
-        """Check that a part of the model, called by itself, can have `values` > 1 values of λ.
+    def level_of_part(self, level: Tensor) -> Tensor:
+        """Return λ (b,) or (1,) for a part of the model that is called by itself.
+
+        Args:
+            level: λ of the context, (1,), (b,) or (b, k).
 
         Raises:
-            RuntimeError: layers may see several rows for each sample, or their first axis is not
-                samples.
+            RuntimeError: there are several values, and layers may see several rows for each sample,
+                or their first axis is not samples; or k > 1.
         """
-        if self.sample_major or self.one_level:
+        has_parts = level.dim() == 2 and level.shape[1] > 1
+        if has_parts or (len(level) > 1 and (self.sample_major or self.one_level)):
             raise RuntimeError(
                 _cannot_assign(
-                    values,
+                    level.numel(),
                     "a part of a model, called by itself, may see several rows a sample",
                     "call the whole model",
                 )
             )
+        return level.reshape(-1)
 
 
 def _cannot_assign(values: int, reason: str, remedy: str) -> str:

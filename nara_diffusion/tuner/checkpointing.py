@@ -18,6 +18,7 @@ from torch import nn
 
 from nara_diffusion.layers.variants import CoreChannel, Key
 from nara_diffusion.noise.level import outer_modules
+from nara_diffusion.noise.parts import Parts
 
 from .twins import check_checkpointing
 
@@ -36,10 +37,9 @@ class CheckpointWithCore:
         pushed = self.channel.pushed()
         if pushed is None or not pushed[2]:
             return self.checkpoint(function, *args, **kwargs)
-        cores = pushed[2]
-        return self.checkpoint(
-            _WithCores(function, tuple(cores), self.channel), *cores.values(), *args, **kwargs
-        )
+        cores, parts = pushed[2], pushed[3]
+        with_cores = _WithCores(function, tuple(cores), parts, self.channel)
+        return self.checkpoint(with_cores, *cores.values(), *args, **kwargs)
 
     def passes(self, channel: CoreChannel) -> bool:
         """Return whether it passes on the cores of `channel`, itself or through one that it wraps.
@@ -60,10 +60,15 @@ class _WithCores:
     """
 
     def __init__(
-        self, function: Callable[..., Any], keys: tuple[Key, ...], channel: CoreChannel
+        self,
+        function: Callable[..., Any],
+        keys: tuple[Key, ...],
+        parts: Parts | None,
+        channel: CoreChannel,
     ) -> None:
         self.function = function
         self.keys = keys
+        self.parts = parts
         self.channel = channel
 
     def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
@@ -71,7 +76,7 @@ class _WithCores:
         if torch.compiler.is_compiling() and self.channel.pushed() is not None:
             # traced as a part of the root's forward: the graph itself passes C to the recomputation
             return self.function(*args, **kwargs)
-        with self.channel.using(dict(zip(self.keys, cores, strict=True))):
+        with self.channel.using(dict(zip(self.keys, cores, strict=True)), self.parts):
             return self.function(*args, **kwargs)
 
 

@@ -23,6 +23,7 @@ from nara_diffusion.config import NaraConfig
 from nara_diffusion.cores.registry import needs_noise
 from nara_diffusion.noise.canvas_source import CanvasNoise
 from nara_diffusion.noise.level import Entry, as_level, backward_pass
+from nara_diffusion.noise.parts import Parts
 from nara_diffusion.noise.prediction import check_expected
 from nara_diffusion.noise.rows import ModelRows
 from nara_diffusion.noise.sources import NoiseSource, first_source
@@ -145,8 +146,8 @@ class LevelFinder:
         entry: Entry | None,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-    ) -> Tensor:
-        """Return λ (1,) or (b,) for a forward of the root.
+    ) -> tuple[Tensor, Parts | None]:
+        """Return λ (1,), (b,) or (b·k,) for a forward of the root, and its k parts if it has some.
 
         Args:
             names: the adapters that the forward reads and that depend on λ.
@@ -160,7 +161,7 @@ class LevelFinder:
         """
         if entry is None:
             source = self.present_source()
-            level = None if source is None else as_level(source(self.root, args, kwargs))
+            level = None if source is None else as_level(source(self.root, args, kwargs), axes=2)
         elif entry.backward == backward_pass():
             level = entry.level
         else:
@@ -171,7 +172,11 @@ class LevelFinder:
             )
         if level is None:
             raise unknown_level(self.root, names)
-        return self.rows.level_of_forward(level, self.root, args, kwargs)
+        if level.dim() == 2 and level.shape[1] > 1:
+            parts = self.rows.parts_of_forward(level, self.root, args, kwargs)
+            return parts.levels(level), parts
+        level = level[:, 0] if level.dim() == 2 else level
+        return self.rows.level_of_forward(level, self.root, args, kwargs), None
 
     # ------------------------------------------------------------------ adapters' definitions of λ
 

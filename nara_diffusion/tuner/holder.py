@@ -26,6 +26,7 @@ from nara_diffusion.layers.adapted_layer import AdaptedLayer
 from nara_diffusion.layers.offloading import groups_of, in_memory
 from nara_diffusion.layers.variants import CoreChannel, Key
 from nara_diffusion.noise.level import Level, as_level, backward_pass, entry_for
+from nara_diffusion.noise.parts import Parts
 from nara_diffusion.noise.rows import ModelRows
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
 from nara_diffusion.noise.timesteps import Denoiser
@@ -216,12 +217,13 @@ class CoreHolder(nn.Module):
         if torch.is_grad_enabled():
             checkpoint_with_core(self.root, self.channel)
         noisy = self.noisy(names)
-        level = None
+        level = parts = None
         if noisy and is_clean:
             level = torch.zeros(1)
         elif noisy:
-            level = self.finder.level_of_forward(noisy, entry, args, kwargs)
-        self.channel.push(entry, _beside_inputs(self.make_cores(names, level), args, kwargs))
+            level, parts = self.finder.level_of_forward(noisy, entry, args, kwargs)
+        cores = _beside_inputs(self.make_cores(names, level), args, kwargs)
+        self.channel.push(entry, cores, parts)
 
     def end(self) -> None:
         """Take C(λ) away from the layers after a forward."""
@@ -263,8 +265,8 @@ class CoreHolder(nn.Module):
     # ------------------------------------------------------------------ C outside a forward
 
     @torch.compiler.disable(recursive=True)
-    def core_of_part(self, key: Key) -> Tensor:
-        """Return C for a layer if the channel does not have its key.
+    def core_of_part(self, key: Key) -> tuple[Tensor, Parts | None]:
+        """Return C, and the parts of its rows, for a layer if the channel does not have its key.
 
         If a forward of the root runs, a context of another model has been entered since it began,
         and C is that of the forward. Otherwise a part of the model was called by itself, and C is
@@ -278,7 +280,7 @@ class CoreHolder(nn.Module):
         entry = entry_for(self)
         pushed = self.channel.pushed()
         if pushed is not None and pushed[1] is entry and key in pushed[2]:
-            return pushed[2][key]
+            return pushed[2][key], pushed[3]
         level = None if entry is None else entry.level
         is_outdated = entry is None or entry.backward != backward_pass()
         if self.depends_on_noise(name) and (level is None or is_outdated):
@@ -288,10 +290,10 @@ class CoreHolder(nn.Module):
                 "recompute a part of it by a checkpoint other than the model's own "
                 "(`model.gradient_checkpointing_enable()`)."
             )
-        if level is not None and len(level) > 1:
-            self.channel.rows.check_part(len(level))
+        if level is not None:
+            level = self.channel.rows.level_of_part(level)
         with in_memory(self.root):
-            return self.matrix(key, level)
+            return self.matrix(key, level), None
 
     # ------------------------------------------------------------------ merging and export
 

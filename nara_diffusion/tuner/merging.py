@@ -89,11 +89,12 @@ class Merging:
             level = self.merged_at() if entry is None else entry.level
         if level is None:
             raise unknown_level(self.root, names, remedy)
+        level = level.detach().flatten()
         if level.unique().numel() > 1:
             raise ValueError(
                 f"noise_level is {level.tolist()}: pass a single value to merge or export."
             )
-        return level[:1].detach()
+        return level[:1]
 
     def level_to_merge(self, names: list[str], entry: Entry | None) -> Tensor | None:
         """Return λ (1,) to merge adapters at; None if `names`, those that depend on λ, is empty.
@@ -169,13 +170,13 @@ class Merging:
             return
         try:
             source = finder.present_source()
-            level = merged if source is None else as_level(source(self.root, args, kwargs))
+            level = merged if source is None else as_level(source(self.root, args, kwargs), axes=2)
         except ValueError:  # no adapter needs a source that cannot compute λ here
             return
         if bool((level == merged.to(level.device)).all()):
             return
         self._warned_of = merged
-        levels = ", ".join(f"{value:.6g}" for value in level.tolist())
+        levels = ", ".join(f"{value:.6g}" for value in level.flatten().tolist())
         warnings.warn(
             f"The adapter is merged at noise_level {merged.item():.6g}, at which every forward runs, but "
             f"the source tells [{levels}]: call unmerge_adapter() to run at that.",

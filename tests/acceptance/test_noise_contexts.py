@@ -62,7 +62,7 @@ def test_noise_level_that_is_none_raises_and_names_what_a_context_or_a_source_ga
         (1 + 2.0**-7, r"1\.0078125.*\[0, 1\]"),
         (torch.tensor([0.2, 1.5, 0.1]), r"1\.5.*\[0, 1\]"),
         (float("nan"), r"nan.*\[0, 1\]"),
-        (torch.full((3, 1), 0.5), r"\(3, 1\)"),
+        (torch.full((3, 1, 1), 0.5), r"\(3, 1, 1\)"),
         (torch.tensor([True, False, True]), r"bool"),
         (torch.tensor([0.1 + 1j]), r"complex"),
         ("0.3", r"'0\.3'"),

@@ -156,7 +156,7 @@ def test_model_with_tokens_first_refuses_several_levels_everywhere() -> None:
             rows.level_of_forward(LEVELS, Stack(), (torch.zeros(3, 2, 7),), {})
         assert rows.level_of_forward(torch.full((3,), 0.3), Stack(), (), {}).tolist() == [pytest.approx(0.3)]
         with pytest.raises(RuntimeError, match=f"{REFUSED}call the whole model"):
-            rows.check_part(3)
+            rows.level_of_part(torch.rand(3))
 
 
 def test_model_that_sees_multiples_takes_one_level_a_row_of_its_own_batch() -> None:
@@ -168,7 +168,7 @@ def test_model_that_sees_multiples_takes_one_level_a_row_of_its_own_batch() -> N
             rows.level_of_forward(LEVELS, Stack(), args, {})
         assert len(rows.level_of_forward(torch.full((3,), 0.3), Stack(), args, {})) == 1
     with pytest.raises(RuntimeError, match=f"{REFUSED}call the whole model"):
-        rows.check_part(3)
+        rows.level_of_part(torch.rand(3))
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_blocks_that_split_the_batch_are_refused(attributes: dict[str, Any], is_
 def test_model_of_samples_leaves_the_check_to_its_layers() -> None:
     for rows in (ModelRows.of(None), ModelRows.of(Denoiser("sigma"))):
         assert rows.level_of_forward(LEVELS, Stack(), (torch.zeros(6, 2, 7),), {}) is LEVELS
-        rows.check_part(3)
+        rows.level_of_part(torch.rand(3))
 
 
 # ---------------------------------------------------------------------- what a layer's rows are
@@ -215,7 +215,8 @@ class SmallExperts(nn.ModuleList):
     [
         (container(layer=nn.Linear(2, 2)), "layer", "samples"),
         (container(mlp=container(gate=nn.Linear(2, 2), experts=nn.ModuleList())), "mlp.gate", "tokens"),
-        (container(mlp=SmallExperts([nn.Linear(2, 2)])), "mlp.0", "tokens"),
+        (container(mlp=SmallExperts([nn.Linear(2, 2)])), "mlp.0", "routed tokens"),
+        (container(mlp=container(experts=nn.ModuleList([nn.Linear(2, 2)]))), "mlp.experts.0", "routed tokens"),
         (container(block=nn.TransformerEncoderLayer(4, 2, 6)), "block.linear1", "positions"),
         (container(block=nn.TransformerEncoderLayer(4, 2, 6, batch_first=True)), "block.linear1", "samples"),
         (container(words=nn.Embedding(3, 2)), "words", "samples"),
