@@ -19,7 +19,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from nara_diffusion.noise.denoisers import _DENOISERS
+from nara_diffusion.noise.sources import _DENOISERS
 from tests.acceptance._text import backbone
 from tests.helpers.process_state import fail_if_left, process_state
 

@@ -53,9 +53,8 @@ from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser, adapt, text_conf
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments, run_family
 from nara_diffusion.dreambooth.pipelines import family_defaults
 from nara_diffusion.dreambooth.training_step import DreamBoothLoss, TrainingStep
-from nara_diffusion.noise.denoisers import time_layers
 from nara_diffusion.noise.level import core_holders
-from nara_diffusion.noise.sources import MASKED_SHARE
+from nara_diffusion.noise.sources import MASKED_SHARE, time_layers
 from nara_diffusion.training import adapter_weights
 from nara_diffusion.training.adapters import adapter_config, add_adapter
 from nara_diffusion.training.arguments import TrainingArguments

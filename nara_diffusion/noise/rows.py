@@ -22,9 +22,9 @@ import torch
 from peft.tuners.lora.layer import Embedding
 from torch import Tensor, nn
 
-from .denoisers import Denoiser
 from .level import arguments_of, outer_modules
 from .parts import FrameTokens, Parts, RowKind, parts_of, positions_of
+from .timesteps import Denoiser
 
 Repetition = Literal["tiled", "interleaved"]
 """The order of rows that are repeated k times: "tiled" abab, "interleaved" aabb."""

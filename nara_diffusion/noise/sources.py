@@ -1,4 +1,4 @@
-"""Sources of λ: what gives λ to a forward outside `noise_level(…)`.
+"""Sources of λ: what gives λ to a forward outside `noise_level(…)`; the table of denoisers.
 
 A model has one source, the first of these that exists:
 
@@ -7,26 +7,29 @@ A model has one source, the first of these that exists:
    model's first adapter;
 3. `timesteps.Denoiser`, if Diffusers' pipelines pass a timestep to a model of this class.
 
-`timesteps` computes λ from a timestep. This module computes λ of a masked language model, the
-masked share of each sample's answer:
-
-    λ_i = masked tokens of answer i / tokens of answer i
+`timesteps` computes λ from a timestep, `masked_share` from the masks of a language model's input.
 
 An adapter is saved with the name of its definition of λ (`noise_convention`). If the model's source
 has another definition, an error is raised. A source that is registered under that name computes λ
 for such adapters.
+
+The table of denoisers says what the `timestep` of each class of models means. It follows the source
+of Diffusers' pipelines. A class is looked up by its name, then by the names of its base classes.
+`register_denoiser` adds a class. In some classes the model sees b samples, but its layers see b · k
+rows, k consecutive rows for each sample: frames of a video, timesteps of tokens or frames, tokens
+of a text inside an embedder. These classes are declared `sample_major`, because sizes do not show
+it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from dataclasses import replace
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
-from .level import core_holders, host_values
-from .rows import REPETITIONS, Repetition, repeat_rows
+from .level import core_holders
 from .timesteps import CONVENTIONS, Denoiser
 
 MASKED_SHARE = "masked_share"
@@ -109,129 +112,138 @@ def set_noise_source(model: nn.Module, source: NoiseSource | None) -> None:
         holder.finder.set_source(source)
 
 
-# ---------------------------------------------------------------------- masked share
+# ---------------------------------------------------------------------- the table of denoisers
+
+_PLAIN = {
+    "discrete": """UNet2DConditionModel AudioLDM2UNet2DConditionModel Kandinsky3UNet UNetControlNetXSModel
+        CogView3PlusTransformer2DModel CogView4Transformer2DModel DiTTransformer2DModel GlmImageTransformer2DModel
+        PixArtTransformer2DModel PriorTransformer""",
+    "sigma_1000": """BriaFiboTransformer2DModel BriaTransformer2DModel ChronoEditTransformer3DModel DreamLiteUNetModel
+        HeliosTransformer3DModel HunyuanImageTransformer2DModel HunyuanVideo15Transformer3DModel
+        HunyuanVideoFramepackTransformer3DModel HunyuanVideoTransformer3DModel JoyImageEditTransformer3DModel
+        Kandinsky5Transformer3DModel Kandinsky6SRTransformer3DModel Kandinsky6Transformer3DModel
+        MotifVideoTransformer3DModel SD3Transformer2DModel SanaTransformer2DModel WanVACETransformer3DModel""",
+    "sigma": """AceStepTransformer1DModel AuraFlowTransformer2DModel BriaFibo2Transformer2DModel
+        ChromaTransformer2DModel Flux2Transformer2DModel Flux3Transformer2DModel FluxTransformer2DModel
+        LongCatAudioDiTTransformer LongCatImageTransformer2DModel NucleusMoEImageTransformer2DModel
+        OvisImageTransformer2DModel PRXTransformer2DModel QwenImage21Transformer2DModel QwenImageTransformer2DModel
+        StableAudio3DiTModel""",
+    "data": """Ideogram4Transformer2DModel Lumina2Transformer2DModel LuminaNextDiT2DModel
+        MiniMaxMusic3Transformer1DModel OmniGenTransformer2DModel""",
+    "angle": "StableAudioDiTModel",
+}
+"""Meaning of `timestep` → classes with layers that see one row for each sample."""
+
+_SAMPLE_MAJOR = {
+    "discrete": """UNetMotionModel UNet3DConditionModel I2VGenXLUNet AllegroTransformer3DModel
+        CogVideoXTransformer3DModel ConsisIDTransformer3DModel HunyuanDiT2DModel LatteTransformer3DModel""",
+    "sigma_1000": """AnyFlowFARTransformer3DModel AnyFlowTransformer3DModel EasyAnimateTransformer3DModel
+        JoyImageEditPlusTransformer3DModel LTXVideoTransformer3DModel SanaVideoTransformer3DModel
+        SanaWMTransformer3DModel SkyReelsV2Transformer3DModel WanAnimateTransformer3DModel WanTransformer3DModel""",
+    "sigma": "CosmosTransformer3DModel Krea2Transformer2DModel SanaWMLTX2RefinerTransformer3DModel",
+    "data_1000": "MochiTransformer3DModel",
+    "edm": "UNetSpatioTemporalConditionModel",
+}
+"""Meaning of `timestep` → classes with layers that may see k rows for each sample."""
+
+_DENOISERS: dict[str, Denoiser] = {
+    **{name: Denoiser(meaning) for meaning, names in _PLAIN.items() for name in names.split()},
+    **{
+        name: Denoiser(meaning, sample_major=True)
+        for meaning, names in _SAMPLE_MAJOR.items()
+        for name in names.split()
+    },
+    "StableCascadeUNet": Denoiser("ratio", argument="timestep_ratio"),
+    "WuerstchenDiffNeXt": Denoiser("ratio", argument="r"),
+    "WuerstchenPrior": Denoiser("ratio", argument="r"),
+    "Cosmos3OmniTransformer": Denoiser(
+        "sigma_1000",
+        argument="vision_timesteps",
+        also=("sound_timesteps", "action_timesteps"),
+        packed=True,
+    ),
+    "ErnieImageTransformer2DModel": Denoiser(
+        "sigma_1000", one_level=True
+    ),  # tokens first, then samples
+    "HiDreamImageTransformer2DModel": Denoiser("sigma_1000", argument="timesteps"),
+    "LTX2VideoTransformer3DModel": Denoiser(
+        "sigma_1000", sample_major=True, also=("audio_timestep",)
+    ),
+    "WanAnimate2Transformer3DModel": Denoiser(
+        "sigma_1000", pinned=("kv_cache_mode", "extract", 1.0)
+    ),
+    "MiniMaxH3Transformer3DModel": Denoiser(
+        "data", packed=True
+    ),  # it gets the distinct timesteps of its tokens
+    "RFD4ProteinaTransformer": Denoiser(
+        "data", argument="bb_ca_time", also=("local_latents_time",)
+    ),
+    "ZImageTransformer2DModel": Denoiser("data", argument="t"),
+}
 
 
-class InputIdsNoise:
-    """A noise source (`nara_diffusion.set_noise_source`): λ from the masks in `input_ids`.
+def register_denoiser(
+    class_name: str,
+    meaning: str = "discrete",
+    *,
+    argument: str = "timestep",
+    sample_major: bool = False,
+) -> None:
+    """Declare what the timestep of a denoiser class means. Call it before you add adapters.
 
-    The prompt does not count, whether or not guidance has masked it. Padding does not count if an
-    `attention_mask` shows it: (b, l), or (b, heads, l, l) if padding does not see itself. On
-    another device than the CPU, where the host reads nothing, λ is NaN if that leaves no answer, or
-    if a mask (b, heads, l, l) is ambiguous.
+        register_denoiser("MyTransformer2DModel", "sigma")
 
-    Args:
-        prompt_lengths: the number of columns before each answer, including padding on the left:
-            one number for all rows, or (b,).
-        mask_token_id: the mask token.
-        repeated: how a sampler repeats the b rows if it passes k · b of them: "tiled", all rows and
-            then all again, as guidance does with torch.cat; "interleaved", each row k times in
-            succession. Needed only if the lengths differ.
+    Args: see `Denoiser`, and `TimestepNoise` for shapes and units.
+
+    Raises:
+        ValueError: the meaning is unknown, or the class already has a different declaration.
     """
-
-    convention = MASKED_SHARE
-
-    def __init__(
-        self,
-        prompt_lengths: int | Sequence[int] | Tensor,
-        *,
-        mask_token_id: int,
-        repeated: Repetition | None = None,
-    ) -> None:
-        if repeated not in (None, *REPETITIONS):
-            choices = ", ".join(map(repr, REPETITIONS))
-            raise ValueError(f"repeated is {repeated!r}, expected one of {choices}, or None")
-        self.prompt_lengths = torch.as_tensor(prompt_lengths).reshape(-1).cpu()
-        self.mask_token_id = mask_token_id
-        self.repeated: Repetition | None = repeated
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """Return λ (rows,) for a forward of `module`.
-
-        Raises:
-            ValueError: the arguments do not determine λ.
-        """
-        input_ids = _input_ids(args, kwargs)
-        rows, width = input_ids.shape
-        starts = self._starts(rows).to(input_ids.device, non_blocking=True)[:, None]
-        answer = torch.arange(width, device=input_ids.device) >= starts  # (rows, l)
-        attention_mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-        if attention_mask is not None:
-            answer = answer & _tokens_that_count(attention_mask, rows, width)
-        lengths = answer.sum(1)  # (rows,)
-        values = host_values(lengths)
-        if values is not None and 0 in values:
-            raise ValueError(
-                f"λ can't be read: row {values.index(0)} of input_ids has {width} tokens, and none is in an answer"
-            )
-        masked = answer & (input_ids == self.mask_token_id)
-        return masked.sum(1).float() / lengths  # 0 / 0 is NaN
-
-    def _starts(self, rows: int) -> Tensor:
-        """Return the first column of each row's answer, (rows,)."""
-        lengths = self.prompt_lengths
-        times, rest = divmod(rows, len(lengths))
-        is_known = times == 1 or self.repeated is not None or len(set(lengths.tolist())) == 1
-        if rest == 0 and is_known:
-            return repeat_rows(lengths, times, self.repeated or "interleaved")
+    denoiser = Denoiser(meaning, argument=argument, sample_major=sample_major)
+    if _DENOISERS.setdefault(class_name, denoiser) != denoiser:
         raise ValueError(
-            f"λ can't be read: prompt_lengths has {len(lengths)} values and this forward {rows} "
-            "rows. Pass how the sampler repeats rows, repeated='tiled' (all, then all again, as in "
-            "classifier-free guidance) or 'interleaved' (each several times), or one value a row"
+            f"{class_name} is declared already, as {_DENOISERS[class_name]}: give a model that means something else a "
+            "source of its own, set_noise_source(model, TimestepNoise(meaning))."
         )
 
 
-def _input_ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """Return the whole sequences (rows, l) that a forward gets."""
-    input_ids = kwargs.get("input_ids", args[0] if args else None)
-    if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point():
-        raise ValueError(
-            "λ can't be read: this forward has no input_ids (batch, length): use noise_level(…)"
-        )
-    cache = kwargs.get("past_key_values")
-    if cache is not None and cache.get_seq_length() > 0:
-        raise ValueError(
-            "λ can't be read from input_ids that continue a cache, a part of the sequence: use "
-            "noise_level(model, masked share of the whole answer)"
-        )
-    return input_ids
+def denoiser_of(model: nn.Module) -> Denoiser | None:
+    """Return the table's entry for the class of `model`; None if there is none.
 
-
-_HIDDEN = -1e4
-"""A token with this attention bias or less is hidden. Libraries add −1e4, −∞ or a minimum."""
-
-
-def _tokens_that_count(attention_mask: object, rows: int, width: int) -> Tensor:
-    """Return which tokens are not padding, (rows, l) bool."""
-    received = type(attention_mask).__name__
-    if isinstance(attention_mask, Tensor):
-        if attention_mask.shape == (rows, width):
-            return attention_mask.bool()
-        counts = _seen_by_themselves(attention_mask, rows, width)
-        if counts is not None:
-            return counts
-        received = f"of shape {tuple(attention_mask.shape)} and {attention_mask.dtype}"
-    raise ValueError(
-        f"λ can't be read: an attention_mask {received} doesn't show which tokens are padding: pass "
-        f"one of shape ({rows}, {width}), or use noise_level(…)"
+    In some classes, the meaning of `timestep` depends on the model's configuration.
+    """
+    name = next(
+        (kind.__name__ for kind in type(model).__mro__ if kind.__name__ in _DENOISERS), None
     )
+    if name is None:
+        return None
+    denoiser: Denoiser = _DENOISERS[name]
+    config: Any = getattr(model, "config", None)
+    if name == "SanaTransformer2DModel":
+        # only SanaSprint is conditioned on guidance; its timestep is σ
+        changes = (
+            {"meaning": "sigma"} if config.guidance_embeds else {"scale": config.timestep_scale}
+        )
+        return replace(denoiser, **changes)
+    if name == "CosmosTransformer3DModel" and config.extra_pos_embed_type == "learnable":
+        # Cosmos 1: ¼ ln σ of EDM
+        return replace(denoiser, meaning="edm")
+    if name == "SanaWMLTX2RefinerTransformer3DModel":  # it gets σ · timestep_scale_multiplier
+        return replace(denoiser, scale=config.timestep_scale_multiplier)
+    return denoiser
 
 
-def _seen_by_themselves(attention_mask: Tensor, rows: int, width: int) -> Tensor | None:
-    """Return which tokens see themselves, (rows, l) bool; None if rows or heads are ambiguous.
+_TIME_LAYERS = re.compile(
+    r"(.*\.)?(time_embedding\.linear_\d|time_emb_proj|time(step)?_embedder\.linear_\d|t_embedder\.mlp\.\d|time_proj"
+    r"|norm\w*\.linear|\w*mod(ulation\w*)?\.(linear|\d))"
+)
 
-    If the host can't read that heads are ambiguous, no token counts.
+
+def time_layers(model: nn.Module) -> list[str]:
+    """Return the names of a denoiser's linear layers that read the timestep's embedding.
+
+    Adapted layers are left out.
     """
-    if attention_mask.ndim != 4 or any(n not in (1, width) for n in attention_mask.shape[2:]):
-        return None
-    square = attention_mask.expand(-1, -1, width, width)
-    own = square.diagonal(dim1=2, dim2=3)  # (rows or 1, heads, l)
-    if len(own) not in (1, rows):
-        return None
-    counts = own == 0 if own.is_floating_point() else own.bool()
-    is_clear = (counts == counts[:, :1]).all()
-    if own.is_floating_point():  # no bias in between
-        is_clear = is_clear & (counts | (own <= _HIDDEN)).all()
-    if host_values(is_clear) == [False]:
-        return None
-    return (counts[:, 0] & is_clear).expand(rows, -1)
+    named = model.named_modules()
+    return [
+        name for name, each in named if isinstance(each, nn.Linear) and _TIME_LAYERS.fullmatch(name)
+    ]

@@ -26,10 +26,10 @@ from nara_diffusion.layers.dispatch import (
 )
 from nara_diffusion.layers.offloading import is_dispatched_by_layers
 from nara_diffusion.layers.variants import CoreChannel
-from nara_diffusion.noise.denoisers import denoiser_of
 from nara_diffusion.noise.level import find_holders
 from nara_diffusion.noise.level import noise_level as at_noise_level
 from nara_diffusion.noise.rows import row_kind_of
+from nara_diffusion.noise.sources import denoiser_of
 from nara_diffusion.strict import (
     PEFT_PREFIX,
     check_core_precision,

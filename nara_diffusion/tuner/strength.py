@@ -24,9 +24,9 @@ from nara_diffusion.cores.registry import SHARED, CoreSet, core_group
 from nara_diffusion.cores.simple import IdentityCore
 from nara_diffusion.layers.dispatch import PEFT_DORA, check_norm, variant_for
 from nara_diffusion.layers.variants import NaraVariant
-from nara_diffusion.noise.denoisers import denoiser_of
 from nara_diffusion.noise.level import checked_module
 from nara_diffusion.noise.rows import row_kind_of
+from nara_diffusion.noise.sources import denoiser_of
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
 
 from .holder import CoreHolder, drop_idle_holder, holder_of
