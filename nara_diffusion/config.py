@@ -81,8 +81,7 @@ class NaraConfig(LoraConfig):
             orthonormal rows, while B is zero, so that no direction repeats what a masked one has
             learned (T-LoRA's idea).
         core_knots: for "knots", their number, 2 or more, at equal distances from λ = 0 to λ = 1.
-        core_bins: for "bins", the number K of equal bins of λ. They share the rank r, a multiple of
-            K.
+        core_bins: for "bins", the number of equal bins of λ. It divides r, which they share.
         mask_density_radius: kept for files of version 0.1; nothing reads it.
         noise_convention: the name of λ's definition in training, such as "masked_share". A source
             of λ with another name is refused. None means unknown.
@@ -211,10 +210,7 @@ class NaraConfig(LoraConfig):
 
     def _check_core_numbers(self) -> None:
         if self.noise_embedding == "fourier" and self.noise_embedding_dim % 2:
-            self._refuse(
-                "noise_embedding_dim",
-                ": Fourier features are sine and cosine pairs, so pass an even number.",
-            )
+            self._refuse("noise_embedding_dim", ": sine and cosine are pairs: pass an even number.")
         if self.core_type == "knots" and self.core_knots < 2:
             self._refuse("core_knots", ": interpolation needs one at either end, so 2 or more.")
         given = self.scheduler
@@ -233,9 +229,8 @@ class NaraConfig(LoraConfig):
             for rank in sorted(ranks):
                 if rank % self.core_bins:
                     raise ValueError(
-                        f"r is {rank}, which {self.core_bins} bins cannot share evenly: with "
-                        "core_type='bins', r is the rank of all bins together, so pass core_bins "
-                        "times the rank of one."
+                        f"r is {rank}, the rank of all bins together, and {self.core_bins} bins "
+                        "cannot share it evenly: pass core_bins times the rank of one."
                     )
 
     def _check_strength(self, given: StrengthSchedule | list[list[float]]) -> None:
@@ -279,8 +274,7 @@ class NaraConfig(LoraConfig):
         if not starts_at_identity or self.core_init == "kaiming":
             raise ValueError(
                 f"init_lora_weights={start!r} needs C = I at step 0, but core_type={self.core_type!r} "
-                f"with core_init={self.core_init!r} may start at another C: use "
-                "init_lora_weights=True."
+                f"with core_init={self.core_init!r} may start at another C: use True."
             )
 
 

@@ -12,13 +12,11 @@ and a resumed run needs no random state. Give `seed` and `sample_indices` for th
 is drawn from `generator` (or torch's global one), and the indices are 0 … b − 1.
 
 Stratified λ: each of `group_size` consecutive indices takes one of as many equal strata of (ε, 1);
-see
-`nara_diffusion.noise.window`. A window of noise levels replaces (ε, 1), if it lies inside;
+see `nara_diffusion.noise.window`. A window of noise levels replaces (ε, 1), if it lies inside;
 otherwise their intersection does.
 
 Complementary masks: each sequence appears twice, with mask m at λ = t and with ¬m at λ = 1 − t, so
-that
-a step trains on each answer token exactly once. There t ~ U(ε, 1 − ε), so that both weights 1/λ are
+that a step trains on each answer token exactly once. There t ~ U(ε, 1 − ε), so that both weights 1/λ are
 finite. A window then has to contain 1 − λ with each λ.
 """
 

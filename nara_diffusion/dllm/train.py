@@ -8,8 +8,7 @@ samples together:
     train_scripts/configs/llada_instruct_math14k.yaml
 
 If the package is installed without a clone: accelerate launch -m nara_diffusion.dllm.train.
---adapter
-lora, dora, …, full trains with another method. --init_adapter starts from a LoRA or NaRA.
+--adapter lora, dora, …, full trains with another method. --init_adapter starts from a LoRA or NaRA.
 --min_noise_level and --max_noise_level train a part of the noise levels (docs/strength.md).
 
 The model is measured before and after. The output folder has adapter_config.json and
@@ -39,11 +38,7 @@ from nara_diffusion.dllm.batches import (
     with_longest,
     without_held_out,
 )
-from nara_diffusion.dllm.canvas import (
-    check_canvas,
-    check_positions,
-    checked_lengths,
-)
+from nara_diffusion.dllm.canvas import check_canvas, check_positions, checked_lengths
 from nara_diffusion.dllm.decoding import chat_sampling
 from nara_diffusion.dllm.models.quantised import prepare_quantised
 from nara_diffusion.dllm.records import load_records
@@ -63,17 +58,8 @@ from nara_diffusion.training.adapter_weights import (
     write_adapter,
     write_checkpoint,
 )
-from nara_diffusion.training.adapters import (
-    build_adapter,
-    title_of,
-    window_facts,
-)
-from nara_diffusion.training.arguments import (
-    CONFIGS,
-    schedule_of,
-    shipped_settings,
-    window_of,
-)
+from nara_diffusion.training.adapters import build_adapter, title_of, window_facts
+from nara_diffusion.training.arguments import CONFIGS, schedule_of, shipped_settings, window_of
 from nara_diffusion.training.checkpoints import save_adapter
 from nara_diffusion.training.command import run_command
 from nara_diffusion.training.engines import load_whole, loading_in
