@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 RowKind = Literal["samples", "tokens", "routed tokens", "positions"]
 """What the rows of a layer's input are.
@@ -44,7 +44,7 @@ class Positions:
     Attributes:
         samples: b.
         length: l, for each sample.
-        timesteps: the number of timesteps for each sample, where layers see one row for each.
+        timesteps: the number of timesteps that a denoiser gets for each sample.
     """
 
     samples: int
@@ -96,7 +96,7 @@ class Parts:
             ValueError: the layer does not see the positions in order.
         """
         rows = self.positions.samples * self.count
-        if self.frames is not None and self.frames.whole.fullmatch(layer_name):
+        if self.frames is not None and self._is_of_samples(layer_name):
             return core[rows:], False
         if not is_image and self._sees_positions(x, kind, layer_name):
             return core[:rows], True
@@ -106,11 +106,18 @@ class Parts:
             "pass one value a sample, or leave the layer out by `exclude_modules`."
         )
 
+    def _is_of_samples(self, layer_name: str) -> bool:
+        """Return whether a layer of a denoiser sees something else than the frames of a sample."""
+        assert self.frames is not None
+        has_one_time = self.positions.timesteps == 1 and self.frames.times.fullmatch(layer_name)
+        return bool(has_one_time or self.frames.whole.fullmatch(layer_name))
+
     def _sees_positions(self, x: Tensor, kind: RowKind, layer_name: str) -> bool:
         samples, length = self.positions.samples, self.positions.length
         if self.frames is not None and self.frames.times.fullmatch(layer_name):
-            rows = samples * self.positions.timesteps
-            return x.shape[:-1].numel() == rows and rows % (samples * self.count) == 0
+            rows = x.shape[:-1].numel()
+            known = (samples * self.positions.timesteps, samples * length)
+            return rows in known and rows % (samples * self.count) == 0
         if kind == "tokens" and x.dim() == 2:
             return len(x) == samples * length
         axes = 3 if x.is_floating_point() else 2
@@ -123,14 +130,51 @@ class Parts:
 class FrameTokens:
     """Where the layers of a denoiser see the frames of a video.
 
+    Its `hidden_states` have five axes. Its layers see the patches of the first frame, then those of
+    the next one.
+
     Attributes:
         whole: names of layers that see something else of each sample, such as its text. They take
             the sample's largest λ.
-        times: names of layers that see one row for each timestep of a sample, in order.
+        times: names of layers that see one row for each timestep, or each patch, of all samples in
+            order, over all axes but the last.
+        axis: the axis of frames in `hidden_states`, 2 in (b, c, f, h, w), 1 in (b, f, c, h, w).
     """
 
     whole: re.Pattern[str]
     times: re.Pattern[str]
+    axis: int = 2
+
+    def shape(self, model: nn.Module, arguments: Mapping[str, object]) -> tuple[int, int] | None:
+        """Return how many frames and positions a sample has; None without a video."""
+        video, config = arguments.get("hidden_states"), getattr(model, "config", None)
+        if not isinstance(video, Tensor) or video.dim() != 5 or config is None:
+            return None
+        patch = config.patch_size  # (frames, height, width)
+        frames = video.shape[self.axis] // patch[0]
+        return frames, frames * (video.shape[3] // patch[1]) * (video.shape[4] // patch[2])
+
+    def by_frame(
+        self, timestep: Tensor, model: nn.Module, arguments: Mapping[str, object]
+    ) -> Tensor | None:
+        """Return timesteps (b, …), one for each frame or patch, as (b, frames, n).
+
+        None stands for timesteps that are neither.
+        """
+        shape = self.shape(model, arguments)
+        if shape is None or timestep.dim() < 2 or timestep.shape[1:].numel() not in shape:
+            return None
+        return timestep.reshape(len(timestep), shape[0], -1)
+
+    def positions(self, model: nn.Module, arguments: Mapping[str, object]) -> Positions | None:
+        """Return the positions of a forward; None without a video."""
+        shape, video = self.shape(model, arguments), arguments.get("hidden_states")
+        if shape is None or not isinstance(video, Tensor):
+            return None
+        timestep = arguments.get("timestep")
+        has_several = isinstance(timestep, Tensor) and timestep.dim() > 1
+        timesteps = timestep.shape[1:].numel() if has_several else 1
+        return Positions(len(video), shape[1], timesteps)
 
 
 def parts_of(level: Tensor, positions: Positions, frames: FrameTokens | None = None) -> Parts:

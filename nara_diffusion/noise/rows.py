@@ -157,7 +157,7 @@ class ModelRows:
         if denoiser is None:
             return cls()
         has_one_level = denoiser.one_level or denoiser.packed
-        return cls(denoiser.sample_major, has_one_level, is_denoiser=True)
+        return cls(denoiser.sample_major, has_one_level, True, denoiser.frames)
 
     def parts_of_forward(
         self, level: Tensor, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -168,6 +168,9 @@ class ModelRows:
             ValueError: the forward has no b samples of positions that k divides.
         """
         arguments, kind = arguments_of(root, args, kwargs), type(root).__name__
+        positions = None if self.frames is None else self.frames.positions(root, arguments)
+        if positions is not None:
+            return parts_of(level, positions, self.frames)
         if self.is_denoiser:
             raise ValueError(
                 f"noise_level has shape {tuple(level.shape)}, but the layers of {kind} aren't known to see the frames "

@@ -30,6 +30,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from .level import core_holders
+from .parts import FrameTokens
 from .timesteps import CONVENTIONS, Denoiser
 
 MASKED_SHARE = "masked_share"
@@ -180,6 +181,29 @@ _DENOISERS: dict[str, Denoiser] = {
     ),
     "ZImageTransformer2DModel": Denoiser("data", argument="t"),
 }
+
+
+_WAN = FrameTokens(
+    whole=re.compile(
+        r"patch_embedding|condition_embedder\.(text|image)_embedder\..*|fps_(embedding|projection.*)"
+        r"|blocks\.\d+\.attn2\.(to_k|to_v|to_kv|add_k_proj|add_v_proj|to_added_kv)"
+    ),
+    times=re.compile(r"condition_embedder\.(time_embedder\..*|delta_embedder\..*|time_proj)"),
+)
+_FRAMES = {
+    "WanTransformer3DModel": _WAN,
+    "SkyReelsV2Transformer3DModel": _WAN,
+    "AnyFlowTransformer3DModel": replace(_WAN, axis=1),
+    "CosmosTransformer3DModel": FrameTokens(
+        whole=re.compile(
+            r"transformer_blocks\.\d+\.attn2\.(to_k|to_v|k_img|v_img)|(crossattn|img_context)_proj.*"
+        ),
+        times=re.compile(r"time_embed\..*|patch_embed\.proj|.*norm.*\.linear_[12]"),
+    ),
+}
+"""Class → where its layers see the frames of a video, for λ a frame."""
+for _name, _frames in _FRAMES.items():
+    _DENOISERS[_name] = replace(_DENOISERS[_name], frames=_frames)
 
 
 def register_denoiser(

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from .level import arguments_of, as_tensor, host_values, nan_outside, one_if_expanded
+from .parts import FrameTokens
 
 LARGEST_LOG_SIGMA = math.log(1e6)
 """No schedule has a σ above 10⁶, so a timestep above ¼ ln 10⁶ ≈ 3.5 belongs to a discrete one."""
@@ -66,8 +67,9 @@ class TimestepNoise:
     """A source of λ (`nara_diffusion.set_noise_source`) that reads a denoiser's own timestep.
 
     A timestep may be a number, 0-d, (1,), (b,), or (b, …) with one value for each token or frame.
-    With several values for a sample, λ is that of the noisiest token or frame: that one is being
-    denoised, while a conditioning image or frame has little or no noise.
+    With several values for a sample, each frame has its own λ (that of its noisiest token) if
+    `frames` says where the layers see the frames. Otherwise λ is that of the noisiest token or
+    frame: that one is being denoised, while a conditioning image or frame has little or no noise.
 
     Args:
         meaning: "discrete" (t of a discrete schedule), "ratio" (t / N of one), "sigma_1000" (flow,
@@ -83,6 +85,8 @@ class TimestepNoise:
             one for each token or each distinct value once, and not to a batch.
         pinned: (argument, value, t): if this other argument of the forward has this value, the
             denoiser runs at t, whatever its timestep is.
+        frames: where the layers see the frames of a video. In a denoiser that is in the table, None
+            takes the table's.
 
     Attributes:
         convention: the name of λ's definition, "timestep", "flow" or "edm".
@@ -99,6 +103,7 @@ class TimestepNoise:
     also: tuple[str, ...] = ()
     packed: bool = False
     pinned: tuple[str, Any, float] | None = None
+    frames: FrameTokens | None = None
     convention: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -166,7 +171,8 @@ class TimestepNoise:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Return λ of one forward of `module`: (b,), or (1,) if the timestep is one for all.
 
-        A timestep is one for all if it is a number, 0-d, (1,), or expanded to the batch.
+        It is (b, k) or (1, k) for k frames that have timesteps of their own. A timestep is one for
+        all if it is a number, 0-d, (1,), or expanded to the batch.
         """
         arguments = arguments_of(module, args, kwargs)
         given = []
@@ -182,8 +188,21 @@ class TimestepNoise:
             raise ValueError(
                 f"λ can't be read: this forward of {type(module).__name__} got no {names}."
             )
-        level = functools.reduce(torch.maximum, map(self.noise_level, given))
+        level = self._of_frames(given[0], module, arguments)
+        if level is None:
+            level = functools.reduce(torch.maximum, map(self.noise_level, given))
         return self.checked(level, given[0])
+
+    def _of_frames(
+        self, timestep: Tensor, module: nn.Module, arguments: dict[str, Any]
+    ) -> Tensor | None:
+        """Return λ (b, k) of frames; None if they have no timesteps of their own."""
+        if self.frames is None:
+            return None
+        timestep_of = self.frames.by_frame(timestep, module, arguments)  # (b, k, n)
+        if timestep_of is None:
+            return None
+        return self.noise_level(timestep_of.flatten(0, 1)).view(timestep_of.shape[:2])
 
 
 @dataclass

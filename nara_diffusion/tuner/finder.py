@@ -27,7 +27,7 @@ from nara_diffusion.noise.parts import Parts
 from nara_diffusion.noise.prediction import check_expected
 from nara_diffusion.noise.rows import ModelRows
 from nara_diffusion.noise.sources import NoiseSource, first_source
-from nara_diffusion.noise.timesteps import Denoiser
+from nara_diffusion.noise.timesteps import Denoiser, TimestepNoise
 
 from .twins import twins_of
 
@@ -93,8 +93,12 @@ class LevelFinder:
 
         N and the meaning of small timesteps come from the pipelines' present schedulers.
         """
-        if self.given_source is not NotSet.DEFAULT:
-            return self.given_source
+        given = self.given_source
+        if isinstance(given, TimestepNoise) and given.frames is None:
+            given = copy(given)
+            given.frames = self.rows.frames
+        if given is not NotSet.DEFAULT:
+            return given
         definitions = self._definitions()
         first = next(iter(definitions.values()), None)
         source = self._default_source(first)
