@@ -10,12 +10,13 @@ device; only M is made at each call.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from nara_diffusion.export.adapter_factors import adapter_of_part
 from nara_diffusion.export.host_files import HOST_DENOISERS, with_scale_1
@@ -26,7 +27,7 @@ from nara_diffusion.loaders.insertion import TEXT_ENCODER
 from nara_diffusion.noise.prediction import flow_shift
 
 CONVENTIONS = {"sd15": ("timestep", "edm"), "sdxl": ("timestep", "edm")}
-"""{base: the definitions of λ that it can have}; "flow" for all others."""
+"""{base: the definitions of λ that it can have}. All other bases have "flow"."""
 
 
 class LiveAdapter:
@@ -48,31 +49,33 @@ class LiveAdapter:
 
     def __init__(self, path: str, base: str) -> None:
         parts = dict(AdapterFile.read(path).parts)
-        component = next((name for name in HOST_DENOISERS if name in parts), None)
-        if component is None:
+        denoisers = [name for name in HOST_DENOISERS if name in parts]
+        if not denoisers:
             raise ValueError(
-                f"'{path}' has parts for {', '.join(parts)}, and none for a denoiser: it can't be used here."
+                f"'{path}' has parts for {', '.join(parts)}, but none for a denoiser: this node "
+                "can't use it."
             )
-        self.config = parts[component].config
+        denoiser = parts.pop(denoisers[0])
+        self.config = denoiser.config
         if self.config.use_dora:
             raise ValueError(
                 f"'{path}' is a NaRA-DoRA, which ComfyUI can't apply: sample it in Diffusers."
             )
-        self.adapter = adapter_of_part(parts.pop(component))
+        self.adapter = adapter_of_part(denoiser)
         self.scheduler = self.config.scheduler
         self.convention = self._convention(base, path)
-        layers = {
-            name: with_scale_1(name, layer) for name, layer in self.adapter.lora.layers.items()
-        }
+        layers = {}
+        for name, layer in self.adapter.lora.layers.items():
+            layers[name] = with_scale_1(name, layer)
         self.factors = original_layers(layers, base)
         self.parts = parts_of(layers, base)
-        if unknown := [name for name in parts if not name.startswith(TEXT_ENCODER)]:
-            raise ValueError(
-                f"'{path}' has a part for {', '.join(unknown)}, which this node can't apply."
-            )
-        self.encoders = {name: lora_of(adapter_of_part(part), None) for name, part in parts.items()}
+        self.encoders = {}
+        for name, part in parts.items():
+            if not name.startswith(TEXT_ENCODER):
+                raise ValueError(f"'{path}' has a part for {name}, which this node can't apply.")
+            self.encoders[name] = lora_of(adapter_of_part(part), None)
         self._hooked: dict[str, nn.Module] = {}
-        self._handles: list[Any] = []
+        self._handles: list[RemovableHandle] = []
         self._matrices: dict[str, Tensor] = {}
         self._placed: dict[str, tuple[Tensor, Tensor]] = {}
         weakref.finalize(self, _remove, self._handles)
@@ -85,8 +88,8 @@ class LiveAdapter:
         allowed = ("flow",) if is_flow else CONVENTIONS.get(base, ("flow",))
         if config.noise_convention not in allowed:
             raise ValueError(
-                f"'{path}' defines λ as {config.noise_convention!r}, where {base} has {' or '.join(allowed)}: "
-                "choose the base that it was trained on."
+                f"'{path}' defines λ as {config.noise_convention!r}, but {base} has "
+                f"{' or '.join(allowed)}: choose the base that it was trained on."
             )
         return config.noise_convention
 
@@ -94,10 +97,13 @@ class LiveAdapter:
         """Raise ValueError if a module is missing in ComfyUI's `model`, or has another size."""
         modules = self._modules(model)
         for name, own in self.factors.items():
-            wanted, found = (len(own.B), *own.A.shape[1:]), tuple(modules[name].weight.shape)  # type: ignore[arg-type]
+            wanted = (len(own.B), *own.A.shape[1:])
+            weight: Any = modules[name].weight
+            found = tuple(weight.shape)
             if wanted != found:
                 raise ValueError(
-                    f"{name} has a weight {found} in this model, the adapter was trained on {wanted}."
+                    f"{name} has a weight of shape {found} in this model, but the adapter was "
+                    f"trained on {wanted}."
                 )
 
     def _modules(self, model: nn.Module) -> dict[str, nn.Module]:
@@ -109,35 +115,38 @@ class LiveAdapter:
         missing = [name for name in self.factors if name not in modules]
         if missing:
             raise ValueError(
-                f"{len(missing)} of {len(self.factors)} modules aren't in this model, such as {missing[0]}: choose the "
-                "base that the adapter was trained on, and its checkpoint, and leave out nodes that compile it."
+                f"{len(missing)} of {len(self.factors)} modules aren't in this model, such as "
+                f"{missing[0]}: choose the base that the adapter was trained on, and its "
+                "checkpoint, and leave out nodes that compile it."
             )
         for name, module in modules.items():
             if getattr(module, "_compiled_call_impl", None) is not None:
                 raise ValueError(
-                    f"{name or 'the model'} is compiled, by which λ would stay that of one step: don't compile it."
+                    f"{name or 'the model'} is compiled, so λ would stay that of one step: don't "
+                    "compile it."
                 )
         return {name: modules[name] for name in self.factors}
 
     def matrices(self, level: Tensor, strength: float) -> dict[str, Tensor]:
         """Return {module: strength · M(λ) (b, r, r)} at λ (b,), on its device."""
         cores = self.adapter.cores(level.float().cpu(), strength, level.device)
-        return {
-            name: _block_diagonal([cores[part] for part in own if part])
-            for name, own in self.parts.items()
-        }
+        matrices = {}
+        for name, own in self.parts.items():
+            matrices[name] = _block_diagonal([cores[part] for part in own if part])
+        return matrices
 
     @contextmanager
     def applied(self, model: nn.Module, level: Tensor, strength: float) -> Iterator[None]:
         """Apply the adapter in the context to ComfyUI's `model` at λ (b,), one value per row."""
         if bool((level == level[0]).all()):
             level = level[:1]  # some layers don't have the batch first
-        if (modules := self._modules(model)) != self._hooked:
+        modules = self._modules(model)
+        if modules != self._hooked:
             _remove(self._handles)
-            own = weakref.ref(self)  # the model keeps the hooks; they must not keep this adapter
-            self._handles += [
-                module.register_forward_hook(_hook(own, name)) for name, module in modules.items()
-            ]
+            # the model keeps the hooks; they must not keep this adapter
+            own: weakref.ref[LiveAdapter] = weakref.ref(self)
+            for name, module in modules.items():
+                self._handles.append(module.register_forward_hook(_hook(own, name)))
             self._hooked = modules
         self._matrices = self.matrices(level, strength)
         try:
@@ -152,26 +161,24 @@ class LiveAdapter:
         M = self._matrices[name].to(x.device, x.dtype)
         if len(M) not in (1, len(x)):
             raise ValueError(
-                f"λ has {len(M)} values, and a layer sees a batch of {len(x)}: sample at one λ at a time."
+                f"λ has {len(M)} values, and a layer sees a batch of {len(x)}: sample at one λ at "
+                "a time."
             )
         down, up = self._placed.get(name) or (self.factors[name].A, self.factors[name].B)
         if (down.device, down.dtype) != (x.device, x.dtype):
             down, up = self._placed[name] = down.to(x.device, x.dtype), up.to(x.device, x.dtype)
+        M = M.expand(len(x), -1, -1)  # (b, r, r)
         if down.dim() == 2:
-            hidden = torch.einsum(
-                "brs,b...s->b...r", M.expand(len(x), -1, -1), nn.functional.linear(x, down)
-            )
+            hidden = torch.einsum("brs,b...s->b...r", M, nn.functional.linear(x, down))
             return nn.functional.linear(hidden, up)
-        options: Mapping[str, Any] = {
-            key: getattr(module, key) for key in ("stride", "padding", "dilation")
-        }
-        hidden = torch.einsum(
-            "brs,bs...->br...", M.expand(len(x), -1, -1), nn.functional.conv2d(x, down, **options)
-        )
-        return nn.functional.conv2d(hidden, up)
+        options: dict[str, Any] = {}
+        for key in ("stride", "padding", "dilation"):
+            options[key] = getattr(module, key)
+        hidden = nn.functional.conv2d(x, down, **options)  # (b, r, h', w')
+        return nn.functional.conv2d(torch.einsum("brs,bs...->br...", M, hidden), up)
 
 
-def _hook(adapter: weakref.ref[LiveAdapter], name: str) -> Any:
+def _hook(adapter: weakref.ref[LiveAdapter], name: str) -> Callable[..., Tensor]:
     def add(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         live = adapter()
         update = None if live is None else live.update(name, module, args[0])
@@ -180,7 +187,7 @@ def _hook(adapter: weakref.ref[LiveAdapter], name: str) -> Any:
     return add
 
 
-def _remove(handles: list[Any]) -> None:
+def _remove(handles: list[RemovableHandle]) -> None:
     while handles:
         handles.pop().remove()
 
@@ -189,8 +196,11 @@ def _block_diagonal(blocks: list[Tensor]) -> Tensor:
     """Return the block-diagonal matrices (b, Σr, Σr) of blocks (b, r, r)."""
     if len(blocks) == 1:
         return blocks[0]
-    rows = max(len(block) for block in blocks)
-    expanded = [block.expand(rows, -1, -1) for block in blocks]
-    return torch.stack(
-        [torch.block_diag(*(block[row] for block in expanded)) for row in range(rows)]
-    )
+    b, size = max(map(len, blocks)), sum(block.shape[-1] for block in blocks)
+    matrix = blocks[0].new_zeros(b, size, size)
+    start = 0
+    for block in blocks:
+        end = start + block.shape[-1]
+        matrix[:, start:end, start:end] = block
+        start = end
+    return matrix

@@ -1,4 +1,4 @@
-"""The node: the adapter gets λ from the sampler's sigma, at each call of the model.
+"""The node. It computes λ from the sampler's σ at each call of the model.
 
 convention   λ                                                         samplings
 timestep     timestep(σ) / num_timesteps, as Diffusers' t / N          discrete ones, also LCM's
@@ -9,11 +9,11 @@ edm          σ / (1 + σ)                                               all but
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import comfy.sd  # type: ignore[import-not-found]
 import folder_paths  # type: ignore[import-not-found]
-from torch import Tensor
+from torch import Tensor, nn
 
 from nara_diffusion.export.host_files import BASES, host_state_dict
 from nara_diffusion.noise.prediction import ZERO_SNR, flow_shift, prediction_in
@@ -27,6 +27,33 @@ _PREDICTIONS = {
     "CONST": "flow_prediction",
 }
 """{class of comfy.model_sampling: its interpretation of the model's output}."""
+
+
+class Sampling(Protocol):
+    """A `comfy.model_sampling`: how a model is sampled."""
+
+    sigmas: Tensor  # (n,), ascending
+    num_timesteps: int  # discrete ones only
+
+    def timestep(self, sigma: Tensor) -> Tensor: ...
+
+
+class BaseModel(Protocol):
+    """The attributes of a `comfy.model_base.BaseModel` that the node reads."""
+
+    diffusion_model: nn.Module
+    model_sampling: Sampling
+
+
+class Patcher(Protocol):
+    """The attributes of a `comfy.model_patcher.ModelPatcher` that the node uses."""
+
+    model: BaseModel
+    model_options: dict[str, Any]
+
+    def clone(self) -> Patcher: ...
+
+    def set_model_unet_function_wrapper(self, function: Callable[..., Tensor]) -> None: ...
 
 
 class LoadNaRA:
@@ -49,8 +76,8 @@ class LoadNaRA:
         }
 
     def load(
-        self, model: Any, nara_name: str, base: str, strength: float, clip: Any = None
-    ) -> tuple[Any, Any]:
+        self, model: Patcher, nara_name: str, base: str, strength: float, clip: object = None
+    ) -> tuple[Patcher, object]:
         """Return the patched model and CLIP.
 
         Raises:
@@ -73,11 +100,14 @@ class LoadNaRA:
 
 
 def wrapper(
-    adapter: LiveAdapter, base: Any, strength: float, previous: Callable[..., Any] | None
-) -> Callable[[Any, dict[str, Any]], Any]:
+    adapter: LiveAdapter,
+    base: BaseModel,
+    strength: float,
+    previous: Callable[..., Tensor] | None,
+) -> Callable[[Callable[..., Tensor], Mapping[str, Any]], Tensor]:
     """Return a replacement for `apply_model` that also calls another node's wrapper, if any."""
 
-    def call(apply_model: Any, args: dict[str, Any]) -> Any:
+    def call(apply_model: Callable[..., Tensor], args: Mapping[str, Any]) -> Tensor:
         check_prediction(adapter.scheduler, base.model_sampling)
         level = noise_level(adapter.convention, base.model_sampling, args["timestep"])
         with adapter.applied(base.diffusion_model, level, strength):
@@ -88,10 +118,11 @@ def wrapper(
     return call
 
 
-def check_prediction(scheduler: Mapping[str, Any] | None, sampling: Any) -> None:
+def check_prediction(scheduler: Mapping[str, Any] | None, sampling: Sampling) -> None:
     """Raise ValueError if ComfyUI would sample a converted model by another prediction."""
-    prediction, taken = None if scheduler is None else prediction_in(scheduler), _taken(sampling)
-    if scheduler is None or None in (prediction, taken) or prediction.kind == taken:  # type: ignore[union-attr]
+    prediction = None if scheduler is None else prediction_in(scheduler)
+    taken = _taken(sampling)
+    if scheduler is None or prediction is None or taken in (None, prediction.kind):
         return
     raise ValueError(
         f"With this adapter the model predicts {prediction}, and ComfyUI samples it as {taken}: put "
@@ -112,11 +143,11 @@ def comfyui_words(fields: Mapping[str, Any]) -> str:
     )
 
 
-def noise_level(convention: str | None, sampling: Any, sigma: Tensor) -> Tensor:
+def noise_level(convention: str | None, sampling: Sampling, sigma: Tensor) -> Tensor:
     """Return λ (b,) of ComfyUI's σ (b,).
 
     Raises:
-        ValueError: the model samples in another way than the adapter was trained for, so that its σ
+        ValueError: the model is sampled in another way than the adapter was trained for, so its σ
             gives no λ.
     """
     is_flow = _taken(sampling) == "flow_prediction"
@@ -135,20 +166,23 @@ def noise_level(convention: str | None, sampling: Any, sigma: Tensor) -> Tensor:
     return level.clamp(0, 1)
 
 
-def _taken(sampling: Any) -> str | None:
+def _taken(sampling: Sampling) -> str | None:
     """Return ComfyUI's reading of the model's output; None if not in `_PREDICTIONS`."""
-    names = [kind.__name__ for kind in type(sampling).__mro__]
-    return next((_PREDICTIONS[name] for name in names if name in _PREDICTIONS), None)
+    for kind in type(sampling).__mro__:
+        if kind.__name__ in _PREDICTIONS:
+            return _PREDICTIONS[kind.__name__]
+    return None
 
 
-def _is_discrete(sampling: Any) -> bool:
+def _is_discrete(sampling: Sampling) -> bool:
     """Return True if `timestep` counts the steps of a schedule: its largest σ has the last one."""
     steps = getattr(sampling, "num_timesteps", None)
     return steps is not None and int(sampling.timestep(sampling.sigmas[-1:])) == steps - 1
 
 
-def _unlike(wanted: str, sampling: Any, remedy: str) -> ValueError:
+def _unlike(wanted: str, sampling: Sampling, remedy: str) -> ValueError:
     kinds = ", ".join(kind.__name__ for kind in type(sampling).__bases__)
     return ValueError(
-        f"The adapter's λ is {wanted}, which {kinds}, by which the model is sampled, doesn't have: {remedy}."
+        f"The adapter's λ is {wanted}, but the model is sampled by {kinds}, which has no such "
+        f"value: {remedy}."
     )

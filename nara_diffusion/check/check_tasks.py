@@ -150,10 +150,10 @@ def check_text(tuning: dllm_train.FineTuning) -> dict[str, Any]:
     limit = Backbone(model).position_limit
     has_digits = len(set(digits)) == 10
     has_place = limit is None or tuning.padded < limit
-    told = None
+    with_token = None
     if has_digits and has_place:
         add_cheap(model, config)
-        told = (
+        with_token = (
             text_loss(tuning, model, tuning.train_rows, digits),
             text_loss(tuning, model, tuning.validation_rows, digits),
         )
@@ -164,7 +164,7 @@ def check_text(tuning: dllm_train.FineTuning) -> dict[str, Any]:
         loss=text_loss(tuning, model, tuning.train_rows),
         held_out=text_loss(tuning, model, tuning.validation_rows),
         step_samples=tuning.objective["group_size"],
-        told=told,
+        with_token=with_token,
     )
     return check_training(task, tuning.run)
 

@@ -63,7 +63,9 @@ class CheckTask:
     loss: Loss  # the loss at positions in the stream of samples, as in training
     held_out: Loss  # the loss on samples, or noise, outside of the training
     step_samples: int  # samples of an optimizer step, a multiple of args.train_batch_size
-    told: tuple[Loss, Loss] | None = None  # `loss` and `held_out` with the λ token, if possible
+    with_token: tuple[Loss, Loss] | None = (
+        None  # `loss` and `held_out` with the λ token, if possible
+    )
     steps: int = 100  # optimizer steps of each training
     repeats: int = 6  # the largest number of repeats
     samples: int = 100  # held-out samples of a repeat, in whole batches
@@ -74,7 +76,7 @@ class CheckTask:
     def arms(self) -> list[str]:
         """The arms of this task."""
         cheap = None
-        if self.told:
+        if self.with_token:
             cheap = "token"
         elif CHEAP in core_holders(self.model)[0].cores:
             cheap = "time"
@@ -123,8 +125,8 @@ def trials(task: CheckTask, progress: bool = True) -> Iterator[Repeat]:
         for arm in task.arms:
             restart(task, number, CHEAP if arm in WAYS else ADAPTER)
             loss, held_out = task.loss, task.held_out
-            if arm == "token" and task.told:
-                loss, held_out = task.told
+            if arm == "token" and task.with_token:
+                loss, held_out = task.with_token
             with _without_level(task.model, arm == "untold"):
                 if arm != "base":
                     _train(task, arm, loss, positions, progress)

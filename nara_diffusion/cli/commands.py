@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from argparse import Namespace
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nara_diffusion.export.adapter_factors import cores_of, schedule_of
 from nara_diffusion.loaders.adapter_part import AdapterPart
@@ -27,15 +29,17 @@ _CORE_FIELDS = {
     "identity": (),
 }
 """{core_type: the fields that describe such a core}."""
+_FIELDS = ("lora_alpha", "use_rslora", "core_type", "noise_convention", "strength", "scheduler")
+"""The fields of the configuration that `nara inspect` shows of every adapter."""
 
 
-def inspect(args: Any) -> str:
+def inspect(args: Namespace) -> str:
     """Describe an adapter's file: base model, adapted modules, definition of λ, core, and size.
 
         nara inspect my-toy                  # a folder of save_nara_weights, PEFT or a training
         nara inspect my-toy/pytorch_nara_weights.safetensors --json  # a file; JSON, for programs
 
-    The base model isn't needed. The line noise_convention says what λ is for this adapter:
+    The base model isn't needed. The line noise_convention is this adapter's definition of λ:
     masked_share, the share of a language model's answer that is masked; timestep, t / N; flow, σ; …
     """
     file = AdapterFile.read(Path(args.file))
@@ -47,87 +51,80 @@ def inspect(args: Any) -> str:
 
 
 def _described(part: AdapterPart) -> dict[str, Any]:
-    config, modules = part.config, part.modules
-    kinds = Counter(
-        next(word for word in reversed(name.split(".")) if not word.isdigit()) for name in modules
-    )
-    factors = sum(tensor.numel() for tensor in part.tensors.values()) - sum(
-        t.numel() for t in part.core.values()
-    )
-    core = sum(
-        parameter.numel() for parameter in cores_of(part).parameters()
-    )  # parameters only, without Fourier frequencies, …
-    fields = (
-        "base_model_name_or_path",
-        "lora_alpha",
-        "use_rslora",
-        "core_type",
-        "noise_convention",
-        "strength",
-    )
-    return {
+    config = part.config
+    described: dict[str, Any] = {
         "method": "NaRA-DoRA" if config.use_dora else "NaRA",
-        "modules": len(modules),
-        "module_kinds": dict(kinds),
-        "ranks": sorted(set(modules.values())),
-        **{
-            name.removesuffix("_name_or_path"): getattr(config, name)
-            for name in (*fields, "scheduler")
-        },
-        "core": {
-            name: getattr(config, name)
-            for name in _CORE_FIELDS.get(config.core_type, ("core_sharing",))
-        },
-        "parameters": {"core": core, "factors": factors},
-        "dtypes": sorted(
-            {str(tensor.dtype).removeprefix("torch.") for tensor in part.tensors.values()}
-        ),
+        "modules": len(part.modules),
+        "module_kinds": dict(Counter(map(_kind_of, part.modules))),
+        "ranks": sorted(set(part.modules.values())),
+        "base_model": config.base_model_name_or_path,
     }
+    for name in _FIELDS:
+        described[name] = getattr(config, name)
+    core_fields = _CORE_FIELDS.get(config.core_type, ("core_sharing",))
+    described["core"] = {name: getattr(config, name) for name in core_fields}
+    described["parameters"] = _sizes(part)
+    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in part.tensors.values()}
+    described["dtypes"] = sorted(dtypes)
+    return described
 
 
-def _text_of(found: dict[str, Any]) -> str:
+def _kind_of(module: str) -> str:
+    """Return the last word of a module's name that isn't a number: "to_out" of "attn.to_out.0"."""
+    words = module.split(".")
+    while words[-1].isdigit():
+        words.pop()
+    return words[-1]
+
+
+def _sizes(part: AdapterPart) -> dict[str, int]:
+    """Return the parameters of the core (no Fourier frequencies, …), and of A and B."""
+    core = sum(parameter.numel() for parameter in cores_of(part).parameters())
+    stored = sum(tensor.numel() for tensor in part.tensors.values())
+    factors = stored - sum(tensor.numel() for tensor in part.core.values())
+    return {"core": core, "factors": factors}
+
+
+def _text_of(found: Mapping[str, Any]) -> str:
     """Return the text of a description, as `nara inspect` prints it."""
     lines = [f"{found['file']}: {found['bytes']:,} bytes, sha256 {found['sha256']}"]
     for name, part in found["components"].items():
         sizes = part["parameters"]
-        total = f"{sum(sizes.values()):,}: A and B {sizes['factors']:,}, core {sizes['core']:,}"
-        rows = {
-            **part,
-            "parameters": total,
-            "noise_convention": part["noise_convention"] or "not stated",
-        }
+        rows = dict(part)
+        lines += ["", f"{name}: {rows.pop('method')}"]
         rows["base_model"] = part["base_model"] or "not stored in this file"
-        lines += ["", f"{name}: {part['method']}"]
-        lines += [
-            f"  {label:<17} {_words(value)}"
-            for label, value in rows.items()
-            if value and label != "method"
-        ]
+        rows["noise_convention"] = part["noise_convention"] or "not stated"
+        total = f"{sum(sizes.values()):,}"
+        rows["parameters"] = f"{total}: A and B {sizes['factors']:,}, core {sizes['core']:,}"
+        for label, value in rows.items():
+            if value:
+                lines.append(f"  {label:<17} {_words(value)}")
     return "\n".join(lines)
 
 
-def _words(value: Any) -> str:
+def _words(value: object) -> str:
+    """Return a value without brackets and quotes."""
     if isinstance(value, dict):
         return ", ".join(f"{name} {each}" for name, each in value.items())
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def plot(args: Any) -> str:
+def plot(args: Namespace) -> str:
     """Plot an adapter's core over λ.
 
         nara plot my-toy                            # writes my-toy.png
         nara plot my-toy --output core.png --points 201
 
     Left: the distance of C(λ) from the identity, ‖C(λ) − I‖ / ‖I‖. A plain LoRA has 0. Middle: the
-    singular values of C(λ). They show what directions are amplified or switched off at each λ.
+    singular values of C(λ). They show which directions are amplified or switched off at each λ.
     Right: the strength over λ. If each layer has its own core, lines are means over the cores, and
     the shaded range goes from the smallest to the largest.
     """
     output = args.output or Path(f"{Path(args.file).resolve().stem}.png")
-    if args.points < 2 or output.is_dir():
-        raise ValueError(
-            f"--points is {args.points}, --output {output}: pass 2 or more, and the name of a PNG file."
-        )
+    if args.points < 2:
+        raise ValueError(f"--points is {args.points}: pass 2 or more.")
+    if output.is_dir():
+        raise ValueError(f"--output {output} is a folder: pass the name of a PNG file.")
     check_free([output], args.overwrite)
     _draw(AdapterFile.read(Path(args.file)), output, args.points)
     return str(output)
@@ -140,9 +137,8 @@ def _draw(file: AdapterFile, path: Path, points: int) -> None:
     levels = torch.linspace(0, 1, points, dtype=torch.float32)
     curves = {name: core_curves(part, levels) for name, part in file.parts.items()}
     figure = Figure(figsize=(12, 3.4 * len(curves)), layout="constrained")
-    for row, (name, (distances, values)) in zip(
-        figure.subplots(len(curves), 3, squeeze=False), curves.items(), strict=True
-    ):
+    rows = figure.subplots(len(curves), 3, squeeze=False)
+    for row, (name, (distances, values)) in zip(rows, curves.items(), strict=True):
         config = file.parts[name].config
         schedule = schedule_of(config)
         strength = torch.ones_like(levels) if schedule is None else schedule.at(levels)
@@ -161,24 +157,27 @@ def _draw(file: AdapterFile, path: Path, points: int) -> None:
 
 
 def core_curves(part: AdapterPart, levels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ‖C − I‖ / ‖I‖ (g, n) and C's singular values (g, n, r), of g cores at λ (n,)."""
+    """Return ‖C − I‖ / ‖I‖ (g, n) and C's singular values (g, n, r), of g cores at λ (n,).
+
+    r is the largest rank; a core of a lower rank has NaN in place of the missing values.
+    """
     cores = cores_of(part)
+    matrices = []
     with torch.no_grad():
-        matrices = [
-            cores.matrix(group, levels).expand(len(levels), -1, -1).double() for group in cores
-        ]
-    rank = max(C.shape[-1] for C in matrices)
-    distances = [
-        (C - torch.eye(C.shape[-1])).flatten(1).norm(dim=1) / C.shape[-1] ** 0.5 for C in matrices
-    ]
-    values = [
-        torch.nn.functional.pad(torch.linalg.svdvals(C), (0, rank - C.shape[-1]), value=torch.nan)
-        for C in matrices
-    ]
+        for group in cores:
+            C = cores.matrix(group, levels)  # (n or 1, r, r)
+            matrices.append(C.expand(len(levels), -1, -1).double())
+    largest = max(C.shape[-1] for C in matrices)
+    distances, values = [], []
+    for C in matrices:
+        rank = C.shape[-1]
+        distances.append((C - torch.eye(rank)).flatten(1).norm(dim=1) / rank**0.5)
+        missing = (0, largest - rank)
+        values.append(nn.functional.pad(torch.linalg.svdvals(C), missing, value=torch.nan))
     return torch.stack(distances), torch.stack(values)
 
 
-def convert(args: Any) -> str:
+def convert(args: Namespace) -> str:
     """Convert a NaRA between its two file formats, without its base model. Tensors are unchanged.
 
         nara convert my-toy folder --to peft                       # for PeftModel
@@ -188,30 +187,40 @@ def convert(args: Any) -> str:
     To write a plain LoRA, use nara fold. To make a NaRA from a LoRA, call nara_diffusion.from_lora,
     or give a train script --init_adapter.
     """
-    source, output, form, component = args.file, args.output, args.to, args.component
+    source, output, form = args.file, args.output, args.to
     parts = AdapterFile.read(Path(source)).parts
     if (form == "peft") == (list(parts) == [MODEL]):
         other = "pipeline" if form == "peft" else "peft"
         raise ValueError(
             f"'{source}' is in the form {form!r} already: choose --to {other}, or use it as it is."
         )
-    if form == "pipeline":
-        if not (component or "").isidentifier():
-            raise ValueError(
-                "--to pipeline needs --component, the part that is adapted, such as unet or transformer."
-            )
-        parts = {str(component): parts[MODEL]}
-        with naming(source):
-            check_storable(parts[str(component)].config, str(component))
-    elif component not in parts and (component is not None or len(parts) > 1):
-        raise ValueError(f"the file has {', '.join(parts)}: choose one of these by --component.")
-    chosen = component or next(iter(parts))
-    file = AdapterFile({chosen: parts[chosen]})
-    names = (PEFT_WEIGHTS_NAME, PEFT_CONFIG_NAME) if form == "peft" else (WEIGHTS_NAME,)
-    check_free([output / name for name in names], args.overwrite)
     if form == "peft":
+        file = _one_component(parts, args.component)
+        check_free([output / PEFT_WEIGHTS_NAME, output / PEFT_CONFIG_NAME], args.overwrite)
         file.save_peft(output)
     else:
+        file = _as_component(parts[MODEL], args.component, source)
+        check_free([output / WEIGHTS_NAME], args.overwrite)
         output.mkdir(parents=True, exist_ok=True)
         file.save(output / WEIGHTS_NAME)
     return f"{output}: as {form}"
+
+
+def _one_component(parts: Mapping[str, AdapterPart], component: str | None) -> AdapterFile:
+    """Return the part that is called `component`; None takes the only one."""
+    if component not in parts and (component is not None or len(parts) > 1):
+        raise ValueError(f"the file has {', '.join(parts)}: choose one of these by --component.")
+    chosen = component or next(iter(parts))
+    return AdapterFile({chosen: parts[chosen]})
+
+
+def _as_component(part: AdapterPart, component: str | None, source: str) -> AdapterFile:
+    """Return the part as the `component` of a pipeline."""
+    if component is None or not component.isidentifier():
+        raise ValueError(
+            "--to pipeline needs --component, the part that is adapted, such as unet or "
+            "transformer."
+        )
+    with naming(source):
+        check_storable(part.config, component)
+    return AdapterFile({component: part})

@@ -10,18 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from peft import get_peft_model
 from safetensors.torch import load_file
 
 from nara_command import COMMANDS, OWN
-from nara_diffusion import core_matrix
-from nara_diffusion.cli.commands import core_curves
-from nara_diffusion.loaders.file import AdapterFile
 from tests.acceptance import _bases, _files
 from tests.acceptance._files import nara
 from tests.acceptance.test_files_refused import broken
-from tests.helpers.adapted import TwoLayers, disturb, nara_config
 
 PEFT, PIPELINES, EXPORTS = (_files.FILES / kind for kind in ("peft", "pipelines", "exports"))
 
@@ -82,22 +76,6 @@ def test_plot_writes_a_png(tmp_path: Path, capsys) -> None:
     assert output.read_bytes().startswith(b"\x89PNG\r\n")
     assert str(output) in capsys.readouterr().out
     assert [path.name for path in output.parent.iterdir()] == ["core.png"]
-
-
-@pytest.mark.parametrize("changes", [{"core_sharing": "layer"}, {"core_type": "bins", "core_bins": 2}], ids=str)
-def test_curves_are_those_of_the_adapted_model(tmp_path, changes):
-    model = get_peft_model(TwoLayers(), nara_config(target_modules=["first", "second"], **changes))
-    disturb(model)
-    model.save_pretrained(tmp_path)
-    levels = torch.linspace(0, 1, 7)
-    distances, values = core_curves(AdapterFile.read(tmp_path).parts["model"], levels)
-    for index, module in enumerate(["first", "second"][: len(distances)]):
-        with torch.no_grad():
-            C = core_matrix(model, levels, module=module).expand(7, -1, -1).double()
-        I = torch.eye(C.shape[-1], dtype=torch.float64)  # noqa: E741
-        torch.testing.assert_close(distances[index], (C - I).flatten(1).norm(dim=1) / I.norm(), rtol=1e-6, atol=1e-9)
-        grams = torch.linalg.eigvalsh(C.mT @ C).clamp(min=0).sqrt().flip(-1)
-        torch.testing.assert_close(values[index], grams, rtol=1e-4, atol=1e-5)
 
 
 # ---------------------------------------------------------------------- errors

@@ -120,11 +120,11 @@ def test_trials_refuses_a_loss_that_is_not_finite():
 
 
 def test_trials_of_the_token_train_and_measure_on_its_own_losses():
-    """`told` here is a task that a LoRA can learn; the other arms' it can't."""
+    """`with_token` here is a task that a LoRA can learn; the other arms' it can't."""
     task = linear_task(turning, settings={"steps": 30, "samples": 50, "repeats": 1}, learning_rate=1e-3)
     add_cheap(task.model, task.config)
     easy = linear_loss(task.model, torch.ones_like)
-    losses = next(trials(replace(task, told=(easy, easy)), progress=False)).losses
+    losses = next(trials(replace(task, with_token=(easy, easy)), progress=False)).losses
     assert list(losses) == ["base", "lora", "untold", "token", "nara"]
     assert losses["token"].mean() < 0.7 * min(losses["lora"].mean(), losses["base"].mean())
 

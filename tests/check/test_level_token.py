@@ -49,7 +49,7 @@ def questions(folder: Path, monkeypatch: Any, *flags: str) -> CheckTask:
 def test_check_of_text_tells_each_sample_its_own_level(tmp_path, monkeypatch):
     task = questions(tmp_path, monkeypatch, "--gen_length", "12")
     assert task.arms == ["base", "lora", "untold", "token", "nara"]
-    assert task.told is not None
+    assert task.with_token is not None
     restart(task, 0, CHEAP)
     names = {name for name, each in task.model.named_parameters() if each.requires_grad}
     assert names
@@ -57,7 +57,7 @@ def test_check_of_text_tells_each_sample_its_own_level(tmp_path, monkeypatch):
     nara_size = sum(each.numel() for name, each in task.model.named_parameters() if "default" in name)
     size = sum(each.numel() for each in task.model.parameters() if each.requires_grad)
     assert abs(size / nara_size - 1) < 0.1
-    for loss, told in zip((task.loss, task.held_out), task.told, strict=True):
+    for loss, told in zip((task.loss, task.held_out), task.with_token, strict=True):
         plain, changed = loss(range(5)), told(range(5))
         said = torch.tensor([DIGITS[int(10 * level)] for level in changed.noise_level])
         assert torch.equal(changed.input_ids[:, PROMPT], said)

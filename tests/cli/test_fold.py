@@ -1,0 +1,101 @@
+"""nara fold: PEFT's folder against s · B · C(λ) · A by hand, its last line, and its errors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+import nara_command
+from nara_diffusion import core_matrix
+from tests.helpers.adapted import TwoLayers, adapted
+
+LEVEL = 0.375
+TARGETS = ["first", "second"]
+
+
+def fold(source: Path, output: Path, *words: object, level: object = LEVEL) -> None:
+    nara_command.main(["fold", str(source), str(output), "--noise_level", str(level), *map(str, words)])
+
+
+def saved(path: Path, **changes: Any) -> PeftModel:
+    """A disturbed NaRA of ranks 4 and 3, saved in PEFT's folder `path`."""
+    torch.manual_seed(0)
+    changes |= {"core_sharing": "layer", "rank_pattern": {"second": 3}}
+    model = adapted(TwoLayers(), target_modules=TARGETS, **changes)
+    model.save_pretrained(str(path))
+    return model
+
+
+def by_hand(model: PeftModel, module: str, level: float, strength: float = 1.0) -> Tensor:
+    """strength · s · B · C(λ) · A, (d_out, d_in) float64."""
+    layer: Any = model.base_model.model.get_submodule(module)
+    A = layer.lora_A["default"].weight.detach().double()
+    B = layer.lora_B["default"].weight.detach().double()
+    C = core_matrix(model, level, module=module)[0].detach().double()
+    return strength * layer.scaling["default"] * B @ C @ A
+
+
+def update_of(model: PeftModel, module: str) -> Tensor:
+    layer: Any = model.base_model.model.get_submodule(module)
+    return layer.get_delta_weight("default").detach().double()
+
+
+@pytest.mark.parametrize("strength", [None, [[0.0, 1.0], [1.0, 0.2]]], ids=["plain", "with a strength over λ"])
+def test_the_folder_for_peft_is_the_nara_at_its_lambda(strength, tmp_path: Path, capsys) -> None:
+    model = saved(tmp_path / "nara", strength=strength)
+    fold(tmp_path / "nara", tmp_path / "lora", "--form", "peft")
+    folded = PeftModel.from_pretrained(TwoLayers(), str(tmp_path / "lora"))
+    there = 1.0 if strength is None else 1 - 0.8 * LEVEL
+    for module in TARGETS:
+        wanted = by_hand(model, module, LEVEL, there)
+        torch.testing.assert_close(update_of(folded, module), wanted, rtol=1e-5, atol=1e-6)
+    own = "" if strength is None else ", at its strength of 0.7 there"
+    assert capsys.readouterr().out == f"{tmp_path / 'lora'}: 2 modules, λ = 0.375{own}\n"
+
+
+def test_best_says_the_largest_relative_error(tmp_path: Path, capsys) -> None:
+    model = saved(tmp_path / "nara")
+    fold(tmp_path / "nara", tmp_path / "lora", "--form", "peft", level="best")
+    said = capsys.readouterr().out
+    folded = PeftModel.from_pretrained(TwoLayers(), str(tmp_path / "lora"))
+    errors, sizes = [], []
+    for level in torch.linspace(0, 1, 65).tolist():
+        wanted = torch.cat([by_hand(model, module, level).flatten() for module in TARGETS])
+        found = torch.cat([update_of(folded, module).flatten() for module in TARGETS])
+        errors.append((found - wanted).norm())
+        sizes.append(wanted.square().sum())
+    worst = float(max(errors) / torch.stack(sizes).mean().sqrt())
+    stated = float(said.split("error of ΔW is ")[1].rstrip("%\n")) / 100
+    assert stated == pytest.approx(worst, rel=0.02)
+
+
+def test_outputs_that_would_be_lost_or_not_found_are_refused(tmp_path: Path) -> None:
+    saved(tmp_path / "nara")
+    (tmp_path / "there.safetensors").write_text("mine")
+    fold(tmp_path / "nara", tmp_path / "lora", "--form", "peft")
+    for output, words, message in [
+        ("nara", ["--form", "peft"], "is the adapter itself"),
+        ("lora", ["--form", "peft"], "exists"),
+        ("new", [], "in PEFT's form"),
+        ("new", ["--form", "kohya"], "in PEFT's form"),
+    ]:
+        with pytest.raises(SystemExit, match=message):
+            fold(tmp_path / "nara", tmp_path / output, *words)
+    assert not (tmp_path / "new").exists()
+    pipeline = tmp_path / "pipeline"
+    nara_command.main(["convert", str(tmp_path / "nara"), str(pipeline), "--to", "pipeline", "--component", "unet"])
+    for output, words, message in [
+        ("new.pt", [], "must end in .safetensors"),
+        ("there.safetensors", [], "exists"),
+        ("new.safetensors", ["--form", "kohya"], "needs --base, one of sd15, sdxl"),
+    ]:
+        with pytest.raises(SystemExit, match=message):
+            fold(pipeline, tmp_path / output, *words)
+    assert (tmp_path / "there.safetensors").read_text() == "mine"
+    fold(pipeline, tmp_path / "there.safetensors", "--overwrite")
+    assert (tmp_path / "there.safetensors").read_bytes() != b"mine"
