@@ -105,7 +105,8 @@ def _text_part(regime: Denoising, batch: MaskedBatch, model: Any, turn: int, siz
     """The mean over the tokens that count; 0 where a sample has none."""
     count = max(1, len(batch.input_ids) // size)
     chosen: Any = {
-        name: value if value is None else value[turn % count :: count] for name, value in vars(batch).items()
+        name: value[turn % count :: count] if isinstance(value, Tensor) else value
+        for name, value in vars(replace(batch, places=None, opens=None)).items()
     }
     rows = MaskedBatch(**chosen)
     counted = regime.corruption.counted(rows)

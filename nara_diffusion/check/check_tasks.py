@@ -186,8 +186,8 @@ def text_loss(
 
     def loss(positions: Sequence[int]) -> MaskedDiffusionLoss:
         inputs = tuning.collator([stream[position] for position in positions])
-        on_device = {name: part.to(device) for name, part in inputs.items()}
-        batch = mask_answers(**on_device, mask_token_id=mask, **tuning.objective)
+        inputs["input_ids"] = inputs["input_ids"].to(device, non_blocking=True)
+        batch = mask_answers(**inputs, mask_token_id=mask, **tuning.objective)
         if digits is not None:
             batch = with_level_token(batch, digits)
         return batch_loss(model, batch)

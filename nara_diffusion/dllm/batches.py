@@ -9,6 +9,7 @@ how many of their rows it trains on.
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -136,11 +137,12 @@ def with_longest(rows: Dataset, global_batch: int) -> Dataset:
 
 @dataclass(frozen=True)
 class AnswerCollator:
-    """Turn rows into {input_ids (b, l), prompt_lengths (b,), answer_lengths (b,)}.
+    """Turn rows into {input_ids (b, l), prompt_lengths, answer_lengths}.
 
-    `input_ids` are padded on the right.
-    A "position" in the rows, their place in the training stream, becomes `sample_indices` (b,). The
-    batch then has the arguments of `masked_diffusion_loss`.
+    `input_ids` are padded on the right. Lengths are lists of b numbers, which stay on the CPU where
+    tensors of a batch are moved to a device. A "position" in the rows, their place in the training
+    stream, becomes `sample_indices`, a list, too. The batch then has the arguments of
+    `masked_diffusion_loss`.
 
     Args:
         end_token_id: the token that pads the rows.
@@ -157,10 +159,10 @@ class AnswerCollator:
     trained_padding: str | int = "longest"
     gen_length: int | None = None
 
-    def __call__(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
-        answer_lengths = torch.tensor(self.answer_lengths(rows))
-        prompt_lengths = torch.tensor([row["prompt_length"] for row in rows])
-        width = int((prompt_lengths + answer_lengths).max())
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
+        answer_lengths = self.answer_lengths(rows)
+        prompt_lengths = [int(row["prompt_length"]) for row in rows]
+        width = max(map(operator.add, prompt_lengths, answer_lengths))
         input_ids = torch.full((len(rows), width), self.end_token_id)  # (b, l)
         for padded, row in zip(input_ids, rows, strict=True):
             padded[: len(row["input_ids"])] = torch.as_tensor(row["input_ids"])
@@ -170,7 +172,7 @@ class AnswerCollator:
             "answer_lengths": answer_lengths,
         }
         if "position" in rows[0]:
-            batch["sample_indices"] = torch.tensor([row["position"] for row in rows])
+            batch["sample_indices"] = [row["position"] for row in rows]
         return batch
 
     def answer_lengths(self, rows: Sequence[Row]) -> list[int]:
@@ -213,8 +215,7 @@ def batches_of(
     for start in range(0, len(indices), batch_size):
         chosen = indices[start : start + batch_size]
         batch = collator([{**rows[i], "position": i} for i in chosen])
-        for name, value in batch.items():
-            batch[name] = value.to(device)
+        batch["input_ids"] = batch["input_ids"].to(device, non_blocking=True)
         yield batch
 
 

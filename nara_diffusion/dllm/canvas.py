@@ -53,10 +53,11 @@ def place_prompts(
     *,
     prompt_lengths: Tensor | Sequence[int] | None = None,
     attention_mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Put `gen_length` masks behind each prompt.
 
-    An empty prompt becomes a BOS token if the model needs one.
+    An empty prompt becomes a BOS token if the model needs one. Everything is checked and placed on
+    the CPU, and then moved to the device of `input_ids`.
 
     Args:
         input_ids: (b, p) prompts of any integer type.
@@ -65,13 +66,14 @@ def place_prompts(
 
     Returns:
         (b, l) int64 token ids: prompt, masks, padding; l is the longest prompt + gen_length. (b,)
-        where the answers start. (b, l) bool, False on padding.
+        where the answers start. (b, l) int64, 0 on padding; None if nothing is padded.
 
     Raises:
         ValueError: shapes that don't agree, a canvas longer than the model's positions, a prompt
             that contains the mask token.
     """
-    input_ids = input_ids.long()
+    device = input_ids.device
+    input_ids = input_ids.cpu().long()
     is_prompt = _prompt_positions(input_ids, prompt_lengths, attention_mask)  # (b, p)
     _check_mask_token(input_ids, is_prompt, mask_token_id)
     empty = ~is_prompt.any(1)  # (b,)
@@ -83,13 +85,15 @@ def place_prompts(
     longest_prompt = int(starts.max())
     check_canvas(backbone.model, longest_prompt, gen_length)
     length = longest_prompt + gen_length
-    positions = torch.arange(length, device=input_ids.device)
+    positions = torch.arange(length)
     real = positions < starts[:, None] + gen_length  # (b, l)
-    sequences = torch.full((len(input_ids), length), pad_token_id, device=input_ids.device)
+    sequences = torch.full((len(input_ids), length), pad_token_id)
     sequences[real] = mask_token_id
     # both sides run through the rows in order, and through the tokens of a row in order
     sequences[positions < starts[:, None]] = input_ids[is_prompt]
-    return sequences, starts, real
+    padding = None if real.all() else real.long().to(device, non_blocking=True)
+    sequences = sequences.to(device, non_blocking=True)
+    return sequences, starts.to(device, non_blocking=True), padding
 
 
 def _prompt_positions(
@@ -101,15 +105,15 @@ def _prompt_positions(
     if prompt_lengths is not None and attention_mask is not None:
         raise ValueError("prompt_lengths and attention_mask say the same: pass one of them")
     if attention_mask is not None:
-        return attention_mask.bool()
+        return attention_mask.cpu().bool()
     b, p = input_ids.shape
     given = p if prompt_lengths is None else prompt_lengths
-    lengths = torch.as_tensor(given, device=input_ids.device).expand(b)
+    lengths = torch.as_tensor(given).cpu().expand(b)
     if (lengths < 0).any() or (lengths > p).any():
         raise ValueError(
             f"prompt_lengths is {lengths.tolist()}, expected {b} lengths between 0 and {p}"
         )
-    return torch.arange(p, device=input_ids.device) < lengths[:, None]
+    return torch.arange(p) < lengths[:, None]
 
 
 def _check_mask_token(input_ids: Tensor, is_prompt: Tensor, mask_token_id: int) -> None:

@@ -23,7 +23,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .loss import masked_cross_entropy
-from .masking import MaskedBatch, answer_positions, until_end
+from .masking import MaskedBatch
+from .answers import answer_positions, until_end
 from .models.backbone import Backbone, evaluating, without_ddp
 from .tokenizer import mask_in_a_text
 

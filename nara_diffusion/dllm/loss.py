@@ -25,7 +25,7 @@ from .masking import MaskedBatch, mask_answers
 from .models.backbone import Backbone, evaluating, guided, without_ddp
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MaskedDiffusionLoss(MaskedBatch):
     """The loss of a masked batch of b' rows: b, or 2b with complementary masks.
 
@@ -55,7 +55,8 @@ def masked_diffusion_loss(
         model: the outermost module, as `accelerator.prepare` or `get_peft_model` returned it; its
             `__call__` is entered.
         input_ids: (b, l) clean tokens: prompt, answer, padding on the right.
-        prompt_lengths: (b,) tokens before the answer.
+        prompt_lengths: (b,) tokens before the answer. All lengths and indices are lists, or tensors
+            on the CPU; the host would wait for those on another device.
         mask_token_id: default `model.config.mask_token_id`.
         chunk_size: masked positions with logits at the same time; backward computes them again.
             None computes the logits of all positions at once, as most trainers do. The values are
@@ -103,7 +104,8 @@ def masked_cross_entropy(
         mask_token_id: for guidance; default `model.config.mask_token_id`.
     """
     backbone = Backbone(model)
-    if backbone.is_shifted and batch.answer[:, 0].any():
+    opens = batch.opens
+    if backbone.is_shifted and (batch.answer[:, 0].any() if opens is None else opens):
         raise ValueError(
             "an answer begins its row, and this model predicts the next token, so that nothing "
             "predicts the first: begin the row with a BOS token, and count it in prompt_lengths"
@@ -142,7 +144,9 @@ def _chunked_losses(
     head: nn.Module, hidden: Tensor, batch: MaskedBatch, chunk_size: int, cfg_scale: float
 ) -> Tensor:
     """Return − log p of the clean tokens (b, l) from hidden states (1 or 2, b, l, d) by chunks."""
-    places = batch.masked.flatten().nonzero()[:, 0]  # (m,)
+    places = batch.places  # (m,)
+    if places is None:
+        places = batch.masked.flatten().nonzero()[:, 0]
     counts = batch.masked.new_ones(len(places))
     if not len(places):
         # one place that counts zero, since every parameter has to get a gradient

@@ -31,12 +31,12 @@ import torch
 
 from nara_diffusion.noise.window import EVERYTHING, NoiseWindow, stratified_uniform
 
+from .answers import Lengths, host_answers, host_list, moved
+
 MIN_NOISE_LEVEL = 1e-3
 """ε: the smallest λ that training draws."""
 
 _SHIFT_STREAM, _LEVEL_STREAM, _MASK_STREAM = range(3)
-
-Lengths = torch.Tensor | Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ class MaskedBatch:
         answer: (b, l) bool, the positions that could have been masked.
         noise_level: (b,) float32, λ.
         attention_mask: (b, l) int64, 1 on prompt and answer; None if nothing is padded.
+        places: (m,) int64, where the flattened `masked` is True; None if the host doesn't know it.
+        opens: whether an answer begins its row; None if the host doesn't know it.
     """
 
     input_ids: torch.Tensor
@@ -58,6 +60,8 @@ class MaskedBatch:
     answer: torch.Tensor
     noise_level: torch.Tensor
     attention_mask: torch.Tensor | None
+    places: torch.Tensor | None = None
+    opens: bool | None = None
 
 
 def mask_answers(
@@ -75,6 +79,8 @@ def mask_answers(
     window: NoiseWindow = EVERYTHING,
 ) -> MaskedBatch:
     """Mask a share λ of each answer; see the equations above.
+
+    Everything is checked and drawn on the CPU, and then moved to the device of `input_ids`.
 
     Args:
         input_ids: (b, l) clean tokens: prompt, answer, padding on the right.
@@ -95,37 +101,49 @@ def mask_answers(
             indices without a seed, a window without λ (see `check_drawable`).
     """
     b, device = len(input_ids), input_ids.device
-    answer = answer_positions(input_ids, prompt_lengths, answer_lengths=answer_lengths)
-    attention_mask = None
-    if answer_lengths is not None:
-        attention_mask = until_end(answer).long()
+    answer, ends = host_answers(input_ids, prompt_lengths, answer_lengths)
     seed, indices = seed_and_indices(seed, sample_indices, generator, b)
     if noise_level is None:
-        levels = draw_noise_levels(
-            indices,
-            seed=seed,
-            group_size=group_size or b,
-            symmetric=complementary,
-            window=window,
+        levels = _drawn_levels(
+            indices, seed, group_size or b, symmetric=complementary, window=window
         )
-        levels = levels.to(device)
     else:
-        levels = torch.as_tensor(noise_level, dtype=torch.float32, device=device).expand(b)
-        check_levels(levels, complementary)
+        levels = given_levels(noise_level, b, complementary)
     masked = draw_masks(answer, levels, indices, seed=seed)  # (b, l)
+    attention_mask = None
+    if answer_lengths is not None:
+        attention_mask = (np.arange(answer.shape[1]) < ends[:, None]).astype(np.int64)
     targets = input_ids
     if complementary:
-        masked = torch.cat([masked, answer & ~masked])  # (2b, l)
-        levels = torch.cat([levels, 1 - levels])  # (2b,)
-        targets, answer = targets.repeat(2, 1), answer.repeat(2, 1)
+        masked = np.concatenate([masked, answer & ~masked])  # (2b, l)
+        levels = np.concatenate([levels, 1 - levels])  # (2b,)
+        targets, answer = targets.repeat(2, 1), np.concatenate([answer, answer])
         if attention_mask is not None:
-            attention_mask = attention_mask.repeat(2, 1)
-    seen = targets.masked_fill(masked, mask_token_id)
-    return MaskedBatch(seen, targets, masked, answer, levels, attention_mask)
+            attention_mask = np.concatenate([attention_mask, attention_mask])
+    is_masked = moved(masked, device)
+    return MaskedBatch(
+        input_ids=targets.masked_fill(is_masked, mask_token_id),
+        targets=targets,
+        masked=is_masked,
+        answer=moved(answer, device),
+        noise_level=moved(levels, device),
+        attention_mask=None if attention_mask is None else moved(attention_mask, device),
+        places=moved(np.flatnonzero(masked), device),
+        opens=bool(answer[:, 0].any()),
+    )
 
 
-def check_levels(levels: torch.Tensor, complementary: bool = False) -> None:
-    """Raise ValueError if a given λ masks nothing, or its complementary mask nothing."""
+def given_levels(
+    noise_level: torch.Tensor | float, b: int, complementary: bool = False
+) -> np.ndarray:
+    """Return a given λ as (b,) float32.
+
+    Raises:
+        ValueError: λ masks nothing, or its complementary mask does, or there are not 1 or b values.
+    """
+    is_tensor = isinstance(noise_level, torch.Tensor)
+    values = np.asarray(noise_level.tolist() if is_tensor else noise_level, np.float32)
+    levels = np.broadcast_to(values, (b,)).copy()
     is_drawable = (levels > 0) & (levels <= 1)
     interval = "(0, 1]"
     if complementary:
@@ -136,6 +154,7 @@ def check_levels(levels: torch.Tensor, complementary: bool = False) -> None:
             f"noise_level is {levels.tolist()}, expected values in {interval}: at 0 nothing is "
             "masked"
         )
+    return levels
 
 
 def with_level_token(batch: MaskedBatch, digits: Sequence[int]) -> MaskedBatch:
@@ -159,50 +178,7 @@ def with_level_token(batch: MaskedBatch, digits: Sequence[int]) -> MaskedBatch:
         parts[name] = parts[name].scatter(1, place, level)
     for name in ("masked", "answer"):
         parts[name] = parts[name].scatter(1, place, False)
-    return replace(batch, **parts)
-
-
-def until_end(answer: torch.Tensor) -> torch.Tensor:
-    """Return the positions (b, l) bool up to the end of each answer (b, l)."""
-    return answer.flip(1).cumsum(1).flip(1) > 0
-
-
-def answer_positions(
-    input_ids: torch.Tensor,
-    prompt_lengths: Lengths,
-    *,
-    answer_lengths: Lengths | None = None,
-) -> torch.Tensor:
-    """Return the positions of the answers: (b, l) bool.
-
-    Raises:
-        ValueError: lengths that are not one whole number a row; an answer that is empty or longer
-            than its row.
-    """
-    width = input_ids.shape[1]
-    positions = torch.arange(width, device=input_ids.device)
-    starts = _lengths("prompt_lengths", prompt_lengths, input_ids)
-    ends = torch.full_like(starts, width)
-    if answer_lengths is not None:
-        ends = starts + _lengths("answer_lengths", answer_lengths, input_ids)
-    bad = (starts < 0) | (ends <= starts) | (ends > width)
-    if bad.any():
-        row = int(bad.nonzero()[0])
-        raise ValueError(
-            f"row {row} of the batch: its answer would take positions {int(starts[row])} to "
-            f"{int(ends[row])} of {width}; an answer needs at least one token, and has to end "
-            "within its row"
-        )
-    return (positions >= starts[:, None]) & (positions < ends[:, None])
-
-
-def _lengths(name: str, lengths: Lengths, input_ids: torch.Tensor) -> torch.Tensor:
-    found = torch.as_tensor(lengths, device=input_ids.device)
-    if found.is_floating_point() or found.shape != (len(input_ids),):
-        raise ValueError(
-            f"{name} is {lengths!r}: pass a whole number for each of the {len(input_ids)} rows"
-        )
-    return found
+    return replace(batch, **parts, places=None, opens=None)
 
 
 def draw_noise_levels(
@@ -220,6 +196,18 @@ def draw_noise_levels(
     Args:
         symmetric: draw from (ε, 1 − ε).
     """
+    found = _drawn_levels(sample_indices, seed, group_size, symmetric=symmetric, window=window)
+    return torch.from_numpy(found)
+
+
+def _drawn_levels(
+    sample_indices: Sequence[int],
+    seed: int,
+    group_size: int,
+    *,
+    symmetric: bool,
+    window: NoiseWindow,
+) -> np.ndarray:
     u = stratified_uniform(
         sample_indices,
         group_size,
@@ -229,9 +217,9 @@ def draw_noise_levels(
     check_drawable(window, symmetric)
     top = 1 - MIN_NOISE_LEVEL if symmetric else 1.0
     low, high = max(window.low, MIN_NOISE_LEVEL), min(window.high, top)
-    levels = (low + (high - low) * u).float()
+    levels = (low + (high - low) * u).astype(np.float32)
     if high < top:  # rounding could reach the window's end, which is outside
-        levels = levels.clamp(max=float(np.nextafter(np.float32(high), np.float32(0))))
+        levels = levels.clip(max=np.nextafter(np.float32(high), np.float32(0)))
     return levels
 
 
@@ -256,19 +244,18 @@ def check_drawable(window: NoiseWindow, complementary: bool = False) -> None:
 
 
 def draw_masks(
-    answer: torch.Tensor, noise_level: torch.Tensor, sample_indices: Sequence[int], *, seed: int
-) -> torch.Tensor:
-    """Draw Bernoulli(λ) over the answers: (b, l) bool.
+    answer: np.ndarray, noise_level: np.ndarray, sample_indices: Sequence[int], *, seed: int
+) -> np.ndarray:
+    """Draw Bernoulli(λ), λ (b,), over the answers (b, l) bool: (b, l) bool.
 
     The j-th token of an answer always gets the same random number, so the masks of one (seed,
     index) grow with λ: losses at two λ are compared on nested masks.
     """
     uniform = np.ones(answer.shape)
-    for row, columns in enumerate(answer.cpu().numpy()):
+    for row, columns in enumerate(answer):
         random = random_of(seed, _MASK_STREAM, sample_indices[row])
         uniform[row, columns] = random.random(int(columns.sum()))
-    chosen = torch.from_numpy(uniform) < noise_level.cpu().double()[:, None]  # (b, l)
-    return answer & chosen.to(answer.device)
+    return answer & (uniform < noise_level[:, None].astype(np.float64))
 
 
 def random_of(seed: int, stream: int, number: int) -> np.random.Generator:
@@ -284,8 +271,9 @@ def seed_and_indices(
         if sample_indices is not None:
             raise ValueError("sample_indices came without a seed: pass seed=, or leave both out")
         device = "cpu" if generator is None else generator.device
-        seed = int(torch.randint(2**62, (), generator=generator, device=device))
-    indices = list(range(b)) if sample_indices is None else [int(i) for i in sample_indices]
+        (seed,) = torch.randint(2**62, (1,), generator=generator, device=device).tolist()
+        assert seed is not None
+    indices = list(range(b)) if sample_indices is None else list(host_list(sample_indices))
     if len(indices) != b:
         raise ValueError(f"sample_indices is {indices}, the batch is {b}: pass one index a sample")
     return seed, indices

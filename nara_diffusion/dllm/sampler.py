@@ -17,6 +17,9 @@ code:
   of its answer. Sampling stops when all rows are done;
 - steps without a token to place are skipped, and rows without one are left out. That changes
   nothing, since λ counts masks and not steps.
+
+The host reads one thing a step, the rows of the block with a mask left: it waits for the device
+there, and nowhere else.
 """
 
 from __future__ import annotations
@@ -190,7 +193,7 @@ class _State:
         ends: (e,) the tokens that end an answer.
         last, never: the tokens that are placed after all others, and those that are never
             predicted.
-        sequences, starts, real: what `place_prompts` returned.
+        sequences, starts, attention_mask: what `place_prompts` returned.
         generator: seeds the rows' own streams of random numbers.
     """
 
@@ -202,13 +205,12 @@ class _State:
     never: torch.Tensor
     sequences: torch.Tensor
     starts: torch.Tensor
-    real: torch.Tensor
+    attention_mask: torch.Tensor | None
     generator: torch.Generator | None
     forwards: int = 0
 
     def __post_init__(self) -> None:
         device = self.starts.device
-        self.attention_mask = None if self.real.all() else self.real.long()  # (b, l)
         self.columns = torch.arange(self.sampling.gen_length, device=device)  # (g,)
         self.positions = self.starts[:, None] + self.columns  # (b, g)
         self.masked = torch.ones_like(self.positions, dtype=torch.bool)  # (b, g)
@@ -227,11 +229,12 @@ class _State:
         """Fill all masks, block by block."""
         for start in range(0, self.sampling.gen_length, self.sampling.block):
             columns = slice(start, start + self.sampling.block)
-            for count in self.sampling.tokens_per_step():
-                if count == 0 or not self.masked[:, columns].any():
-                    continue
+            for count in filter(None, self.sampling.tokens_per_step()):
+                rows = self._open_rows(columns)
+                if not rows:
+                    break
                 noise_level = self.masked.float().mean(1)  # (b,)
-                self._step(columns, count)
+                self._step(rows, columns, count)
                 self._finish_rows()
                 if on_step_end is not None and self._is_stopped(on_step_end, noise_level):
                     return
@@ -247,13 +250,18 @@ class _State:
         self.masked &= self.answers == self.mask_token_id
         return step.stop
 
-    def _step(self, columns: slice, count: int) -> None:
-        # (a,); rows that are done with the block are left out
-        rows = self.masked[:, columns].any(1).nonzero()[:, 0]
+    def _open_rows(self, columns: slice) -> list[int]:
+        """Return the rows with a mask left in the block. The host reads them."""
+        is_open = self.masked[:, columns].any(1).tolist()
+        return [row for row, is_one in enumerate(is_open) if is_one]
+
+    def _step(self, open_rows: list[int], columns: slice, count: int) -> None:
+        """Place tokens in the a rows that are not done with the block."""
+        rows = torch.tensor(open_rows).to(self.masked.device, non_blocking=True)  # (a,)
         positions, masked = self.positions[rows, columns], self.masked[rows, columns]  # (a, k)
         logits = self._logits(rows, positions)  # (a, k, v)
         logits = logits.index_fill_(-1, self.never, float("-inf"))
-        uniform = partial(self._uniform, rows)
+        uniform = partial(self._uniform, open_rows)
         tokens, chosen = self.sampling.place(logits, masked, count, self.last, uniform)
         sequences = self.sequences[rows]
         tokens = torch.where(chosen, tokens, sequences.gather(1, positions))
@@ -278,10 +286,10 @@ class _State:
             logits = self.backbone.logits(given.input_ids, given.attention_mask, at=positions)
         return guided(logits.clone().unflatten(0, (-1, len(rows))), w)
 
-    def _uniform(self, rows: torch.Tensor, *shape: int, dtype: torch.dtype) -> torch.Tensor:
-        """Return the next random numbers of `rows` (a,), each from its own stream: (a, *shape)."""
+    def _uniform(self, rows: list[int], *shape: int, dtype: torch.dtype) -> torch.Tensor:
+        """Return the next random numbers of a rows, each from its own stream: (a, *shape)."""
         draws = []
-        for row in rows.tolist():
+        for row in rows:
             stream = self.streams[row]
             draws.append(torch.rand(shape, dtype=dtype, device=stream.device, generator=stream))
         return torch.stack(draws)

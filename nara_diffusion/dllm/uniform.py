@@ -22,15 +22,8 @@ from torch import Tensor
 
 from nara_diffusion.noise.window import EVERYTHING, NoiseWindow
 
-from .masking import (
-    Lengths,
-    answer_positions,
-    check_levels,
-    draw_masks,
-    draw_noise_levels,
-    random_of,
-    seed_and_indices,
-)
+from .answers import Lengths, host_answers, moved
+from .masking import draw_masks, draw_noise_levels, given_levels, random_of, seed_and_indices
 
 _BLOCK_STREAM, _TOKEN_STREAM, _SELF_STREAM = range(3, 6)  # after those of `masking`
 
@@ -95,28 +88,38 @@ def corrupt_canvases(
         ValueError: as `mask_answers`.
     """
     b, device = len(input_ids), input_ids.device
-    answer = answer_positions(input_ids, prompt_lengths, answer_lengths=answer_lengths)
+    on_host, _ = host_answers(input_ids, prompt_lengths, answer_lengths)  # (b, l)
     seed, indices = seed_and_indices(seed, sample_indices, generator, b)
     if noise_level is None:
-        levels = draw_noise_levels(indices, seed=seed, group_size=group_size or b, window=window)
-        levels = levels.to(device)
+        drawn = draw_noise_levels(indices, seed=seed, group_size=group_size or b, window=window)
+        levels = drawn.numpy()
     else:
-        levels = torch.as_tensor(noise_level, dtype=torch.float32, device=device).expand(b)
-        check_levels(levels)
+        levels = given_levels(noise_level, b)
     random = partial(random_of, seed)
-    blocks = (answer.sum(1) + canvas_length - 1) // canvas_length  # (b,)
+    blocks = (on_host.sum(1) + canvas_length - 1) // canvas_length  # (b,)
     chosen = [random(_BLOCK_STREAM, i).integers(n) for i, n in zip(indices, blocks, strict=True)]
-    starts = answer.int().argmax(1) + canvas_length * torch.tensor(chosen, device=device)
+    starts = moved(on_host.argmax(1) + canvas_length * np.array(chosen), device)  # (b,)
+    answer = moved(on_host, device)
     targets, supervised = _canvases(input_ids, answer, starts, canvas_length)
     tokens = [random(_TOKEN_STREAM, i).integers(vocab_size, size=canvas_length) for i in indices]
-    noise = torch.from_numpy(np.stack(tokens)).to(device)  # (b, c)
-    changed = draw_masks(torch.ones_like(supervised), levels, indices, seed=seed)  # (b, c)
+    noise = moved(np.stack(tokens), device)  # (b, c)
+    everywhere = np.ones((b, canvas_length), dtype=bool)
+    changed = moved(draw_masks(everywhere, levels, indices, seed=seed), device)  # (b, c)
     canvas = torch.where(changed | ~supervised, noise, targets)
     conditioned = None
     if self_conditioning:
-        draws = torch.tensor([random(_SELF_STREAM, i).random() for i in indices], device=device)
-        conditioned = draws < self_conditioning
-    return CanvasBatch(input_ids, answer, starts, canvas, targets, supervised, levels, conditioned)
+        draws = np.array([random(_SELF_STREAM, i).random() for i in indices])
+        conditioned = moved(draws < self_conditioning, device)
+    return CanvasBatch(
+        input_ids,
+        answer,
+        starts,
+        canvas,
+        targets,
+        supervised,
+        moved(levels, device),
+        conditioned,
+    )
 
 
 def _canvases(

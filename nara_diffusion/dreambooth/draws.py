@@ -120,7 +120,8 @@ def draw_indices(
         shift=partial(numpy_generator, seed, f"timestep shift {role}"),
         value=partial(numpy_generator, seed, f"timestep {role}"),
     )
-    return levels[(u * len(levels)).long().clamp(max=len(levels) - 1)]
+    index = torch.from_numpy(u * len(levels)).long()
+    return levels[index.clamp(max=len(levels) - 1)]
 
 
 def draw_noise(

@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from .strength_schedule import StrengthSchedule
@@ -67,7 +66,7 @@ EVERYTHING = NoiseWindow()
 
 def stratified_uniform(
     indices: Sequence[int], group_size: int, shift: Generators, value: Generators
-) -> Tensor:
+) -> np.ndarray:
     """Return u (b,), float64 in [0, 1), for each index; independent draws if the group is 1.
 
     Args:
@@ -77,6 +76,4 @@ def stratified_uniform(
     """
     n = group_size
     shifts = {group: int(shift(group).integers(n)) for group in {i // n for i in indices}}
-    return torch.tensor(
-        [((i + shifts[i // n]) % n + value(i).random()) / n for i in indices], dtype=torch.float64
-    )
+    return np.array([((i + shifts[i // n]) % n + value(i).random()) / n for i in indices])

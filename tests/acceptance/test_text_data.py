@@ -90,8 +90,8 @@ def test_batch_is_padded_with_end_tokens_of_which_a_number_or_all_up_to_gen_leng
     width = max(length + row["prompt_length"] for length, row in zip(trained, rows, strict=True))
     padded = [row["input_ids"] + [END] * (width - len(row["input_ids"])) for row in rows]
     assert batch["input_ids"].tolist() == padded
-    assert batch["prompt_lengths"].tolist() == [2, 1, 5]
-    assert batch["answer_lengths"].tolist() == trained
+    assert batch["prompt_lengths"] == [2, 1, 5]
+    assert batch["answer_lengths"] == trained
 
 
 # ---------------------------------------------------------------------- conversations
