@@ -60,7 +60,7 @@ class TensorCache:
 
 
 class LatentCache:
-    """Latents of training samples. Each distinct crop is encoded once.
+    """Latents (b, c, h / f, w / f) of training samples. Each distinct crop is encoded once.
 
     Args:
         vae: a frozen autoencoder with a posterior, in its own dtype and on its own device.
@@ -107,7 +107,9 @@ class LatentCache:
 
 
 class PromptCache:
-    """The embeddings of each distinct prompt, encoded once by a pipeline's frozen text encoders.
+    """Embeddings of prompts, in parts (b, …). Each distinct prompt is encoded once.
+
+    The pipeline's frozen text encoders encode it.
 
     Args:
         pipe: the pipeline, with its tokenizers and text encoders.
