@@ -57,7 +57,9 @@ class Float32Module(nn.Module):
 
 
 class Core(Float32Module):
-    """λ (b,) → C (b, r, r), or (1, r, r) if all samples share it; float32.
+    """λ (b,) → the deviation D = C − I (b, r, r), or (1, r, r) if all samples share it; float32.
+
+    D is small, and layers compute C h as h + D h, so that half precision does not round D away.
 
     Attributes:
         rank: r, the largest rank that reads this core. A layer of smaller rank r' reads
@@ -72,7 +74,7 @@ class Core(Float32Module):
         self.rank = rank
 
     def at(self, noise_level: Tensor | None = None) -> Tensor:
-        """Return C (b or 1, r, r), float32, at λ on any device.
+        """Return D (b or 1, r, r), float32, at λ on any device.
 
         A core without noise input ignores λ.
         """

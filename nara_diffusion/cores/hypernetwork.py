@@ -85,13 +85,9 @@ class HypernetworkCore(Core):
         self.layers = nn.ModuleList(dense)
 
     def forward(self, noise_level: Tensor) -> Tensor:
-        """Return C (b, r, r), float32, for λ (b,)."""
+        """Return D = η F(e(λ)) (b, r, r), float32, for λ (b,)."""
         with without_autocast(noise_level.device):
             h = self.embeddings["noise_level"](noise_level.float())  # (b, e)
             for layer in self.layers[:-1]:
                 h = F.silu(layer(h))
-            deviation = self.layers[-1](h).unflatten(-1, (self.rank, self.rank))  # F, (b, r, r)
-            return (
-                torch.eye(self.rank, dtype=torch.float32, device=deviation.device)
-                + self.scale * deviation
-            )
+            return self.scale * self.layers[-1](h).unflatten(-1, (self.rank, self.rank))

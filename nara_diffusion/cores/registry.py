@@ -134,7 +134,7 @@ class CustomCore(Core):
         self.needs_noise = bool(getattr(core, "needs_noise", True))
 
     def forward(self, *noise_level: Tensor) -> Tensor:
-        """Return C (b or 1, r, r), float32, for λ (b,), or for no argument if λ is not read."""
+        """Return C − I (b or 1, r, r), float32, for λ (b,), or for no argument if λ is not read."""
         default = noise_level[0].device if noise_level else torch.device("cpu")
         with without_autocast(self._device(default)):
             found = self.core(*(level.float() for level in noise_level))
@@ -145,7 +145,8 @@ class CustomCore(Core):
                 f"The core of core_type {self.name!r} returned {shape} for {batches[-1]} value(s) of λ and rank "
                 f"{self.rank}: return C ({batches[-1]}, {self.rank}, {self.rank}), or (1, {self.rank}, {self.rank})."
             )
-        return found.float()
+        found = found.float()
+        return found - torch.eye(self.rank, dtype=torch.float32, device=found.device)
 
 
 def rebuild_core(core: CustomCore, config: CoreConfig) -> Core:
@@ -177,12 +178,17 @@ class CoreSet(nn.ModuleDict):
     def needs_noise(self) -> bool:
         return any(bool(core.needs_noise) for core in self.values())
 
-    def matrix(self, group: str, noise_level: Tensor | None) -> Tensor:
-        """Return C (b or 1, r, r), float32, of one group at λ (b,).
+    def deviation(self, group: str, noise_level: Tensor | None) -> Tensor:
+        """Return D = C − I (b or 1, r, r), float32, of one group at λ (b,).
 
         A core without noise input ignores λ.
         """
         return self[group].at(noise_level)  # type: ignore[operator]
+
+    def matrix(self, group: str, noise_level: Tensor | None) -> Tensor:
+        """Return C = I + D (b or 1, r, r), float32, of one group at λ (b,)."""
+        D = self.deviation(group, noise_level)
+        return torch.eye(D.shape[-1], dtype=D.dtype, device=D.device) + D
 
 
 def make_cores(config: CoreConfig, ranks: dict[str, int]) -> CoreSet:

@@ -9,10 +9,10 @@
     bins         C(λ) = diag(1 for i in block k(λ), else 0)     (Multi-LoRA)
                  k(λ) = min(⌊λ K⌋, K − 1)
 
-A learned D starts at zero, so C = I at step 0. Where λ is NaN, so is C. Masks have no parameters: a
-direction that is off adds nothing to the output, and its row of A and column of B get a gradient of
-exactly zero. (AdamW still moves directions that it trained before, as long as its running mean of
-gradients lasts.)
+The modules return C − I. A learned D starts at zero, so C = I at step 0. Where λ is NaN, so is C.
+Masks have no parameters: a direction that is off adds nothing to the output, and its row of A and
+column of B get a gradient of exactly zero. (AdamW still moves directions that it trained before, as
+long as its running mean of gradients lasts.)
 """
 
 from __future__ import annotations
@@ -39,9 +39,8 @@ class ConstantCore(Core):
             nn.init.kaiming_uniform_(self.deviation, a=math.sqrt(5))
 
     def forward(self) -> Tensor:
-        """Return C (1, r, r), float32."""
-        identity = torch.eye(self.rank, dtype=torch.float32, device=self.deviation.device)
-        return (identity + self.scale * self.deviation.float())[None]
+        """Return η D (1, r, r), float32."""
+        return (self.scale * self.deviation.float())[None]
 
 
 class IdentityCore(Core):
@@ -50,8 +49,8 @@ class IdentityCore(Core):
     needs_noise = False
 
     def forward(self) -> Tensor:
-        """Return I (1, r, r), float32."""
-        return torch.eye(self.rank, dtype=torch.float32)[None]
+        """Return zeros (1, r, r), float32."""
+        return torch.zeros(1, self.rank, self.rank, dtype=torch.float32)
 
 
 class KnotsCore(Core):
@@ -72,17 +71,14 @@ class KnotsCore(Core):
         self.deviation = nn.Parameter(torch.zeros(knots, rank, rank, dtype=torch.float32))
 
     def forward(self, noise_level: Tensor) -> Tensor:
-        """Return C (b, r, r), float32, for λ (b,)."""
+        """Return η Σ_k φ_k(λ) D_k (b, r, r), float32, for λ (b,)."""
         knots = len(self.deviation)
         with without_autocast(noise_level.device):
             place = noise_level.float()[:, None] * (knots - 1)  # (b, 1), from 0 to K − 1
             index = torch.arange(knots, device=place.device)
             share = (1 - (place - index).abs()).clamp(min=0)  # (b, K)
-            deviation = (share @ self.deviation.float().flatten(1)).view(-1, self.rank, self.rank)
-            return (
-                torch.eye(self.rank, dtype=torch.float32, device=place.device)
-                + self.scale * deviation
-            )
+            deviation = share @ self.deviation.float().flatten(1)
+            return self.scale * deviation.view(-1, self.rank, self.rank)
 
 
 class RankMaskCore(Core):
@@ -101,10 +97,10 @@ class RankMaskCore(Core):
         self.min_rank = max(1, rank // 2) if min_rank is None else min(min_rank, rank)
 
     def forward(self, noise_level: Tensor) -> Tensor:
-        """Return C (b, r, r), float32, for λ (b,)."""
+        """Return C − I (b, r, r), float32, for λ (b,): −1 for each direction that is off."""
         directions = torch.arange(self.rank, device=noise_level.device)  # (r,)
-        is_on = directions < self.active_rank(noise_level)[:, None]  # (b, r)
-        return torch.diag_embed(is_on + 0 * noise_level.float()[:, None])
+        is_off = directions >= self.active_rank(noise_level)[:, None]  # (b, r)
+        return torch.diag_embed(0 * noise_level.float()[:, None] - is_off.float())
 
     def active_rank(self, noise_level: Tensor) -> Tensor:
         """Return r(λ) (b,), as a float."""
@@ -128,12 +124,11 @@ class BinsCore(Core):
         self.bins = bins
 
     def forward(self, noise_level: Tensor) -> Tensor:
-        """Return C (b, r, r), float32, for λ (b,)."""
-        block = torch.arange(self.rank, device=noise_level.device) // (
-            self.rank // self.bins
-        )  # (r,)
-        is_on = block == self.chosen_bin(noise_level)[:, None]  # (b, r)
-        return torch.diag_embed(is_on + 0 * noise_level.float()[:, None])
+        """Return C − I (b, r, r), float32, for λ (b,): −1 for each direction that is off."""
+        directions = torch.arange(self.rank, device=noise_level.device)  # (r,)
+        block = directions // (self.rank // self.bins)
+        is_off = block != self.chosen_bin(noise_level)[:, None]  # (b, r)
+        return torch.diag_embed(0 * noise_level.float()[:, None] - is_off.float())
 
     def chosen_bin(self, noise_level: Tensor) -> Tensor:
         """Return k(λ) (b,), as a float."""

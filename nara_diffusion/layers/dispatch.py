@@ -21,6 +21,20 @@ from .variants import NaraConv, NaraEmbedding, NaraLinear, NaraVariant
 
 _FORWARDS = (lora.Linear.forward, Embedding.forward, lora.Conv2d.forward)
 """The forwards of PEFT's layers that call LoRA variants."""
+
+
+class _OutsideAutocast:
+    """True unless autocast is on; for PEFT's `cast_input_dtype_enabled`.
+
+    PEFT converts a layer's input to the dtype of A. Under autocast, A's product converts it back: two
+    kernels a layer, and two in backward.
+    """
+
+    def __bool__(self) -> bool:
+        return not torch._C._is_any_autocast_enabled()
+
+
+OUTSIDE_AUTOCAST = _OutsideAutocast()
 _QUANTISED = ("Linear8bitLt", "Linear4bit", "GPTQLoraLinear", "HqqLoraLinear")
 """Names of further layers that call LoRA variants; their libraries may be missing."""
 

@@ -2,7 +2,7 @@
 
     y = g ⊙ (W0 x + s B C A x) + b,   g = m / ‖W0 + s B C A‖_row        (paper, appendix M)
 
-The norm is a constant: it gets no gradient. Letters are as in `variants`; g is (b or 1, d_out).
+The norm is a constant: it gets no gradient. Letters are as in `variants`; g is (n, d_out).
 """
 
 from __future__ import annotations
@@ -12,12 +12,19 @@ import torch.nn.functional as F
 from peft.utils.other import transpose
 from torch import Tensor, nn
 
-from . import one_function
 from .adapted_layer import CONVOLUTIONS, AdaptedLayer, base_matrix
-from .functional import apply_core, apply_core_to_channels, factored_row_norm, times_core
+from .functional import (
+    Magnitude,
+    linear_in_one,
+    mixed,
+    mixed_channels,
+    norm_parts,
+    row_norm,
+    scaled,
+    times_core,
+)
 from .offloading import is_managed, onloaded
-from .one_function import linear_in_one, runs_in_one
-from .variants import NaraVariant, is_dropout_free
+from .variants import NaraVariant, fits_one_function, frozen_base, is_dropout_free
 
 
 class NaraDoraLinear(NaraVariant):
@@ -50,59 +57,42 @@ class NaraDoraLinear(NaraVariant):
         base_layer: nn.Linear,
         magnitude: nn.Linear,
     ) -> Tensor:
-        core = self.batch_core(module.r[active_adapter], x)
-        shape = result.shape
-        if core.shape[0] not in (1, shape[0]):  # of parts: see (b, l, …) as (b·k, l / k, …)
-            x = x.reshape(core.shape[0], -1, x.shape[-1])
-            result = result.reshape(core.shape[0], -1, shape[-1])
-        y = self._scaled_sum(module, active_adapter, core, x, result, A, B, base_layer, magnitude)
-        return y.view(shape)
-
-    def _scaled_sum(
-        self,
-        module: AdaptedLayer,
-        active_adapter: str,
-        core: Tensor,
-        x: Tensor,
-        result: Tensor,
-        A: nn.Linear,
-        B: nn.Linear,
-        base_layer: nn.Linear,
-        magnitude: nn.Linear,
-    ) -> Tensor:
-        """Return y for x (b, …) and C (b or 1, r, r)."""
-        scaling = module.scaling[active_adapter]
+        D, scaling = self.deviation(module.r[active_adapter], x), module.scaling[active_adapter]
         weight = base_matrix(module)
-        K = times_core(B.weight.detach().flatten(1), core)
-        norm = factored_row_norm(weight, A.weight.detach().flatten(1), K, scaling)
-        gain = (magnitude.weight.view(1, -1) / norm).to(x.dtype)  # (b or 1, d_out)
-        is_large = result.numel() >= one_function.MIN_ELEMENTS
-        if not is_dropout_free(module, active_adapter):
+        K = times_core(B.weight.flatten(1), D)
+        norm = row_norm(norm_parts(weight, A.weight.flatten(1)), K, scaling)
+        is_dropped = not is_dropout_free(module, active_adapter)
+        if not is_dropped and not self.is_conv and fits_one_function(A, B, x, result):
+            base = frozen_base(module, result)
+            if base is not None:
+                operand = self.channel.operand(self.key, D, result)
+                scale = Magnitude(magnitude.weight, norm)
+                return linear_in_one(
+                    x, result, base, A.weight, D, operand, B.weight, scaling, scale
+                )
+        dtype = torch.promote_types(x.dtype, result.dtype)
+        gain = (magnitude.weight.view(1, -1) / norm).to(dtype)  # (n, d_out)
+        if is_dropped:
             dropped = module.lora_dropout[active_adapter](x)
-            gain = self._aligned(gain, result)
             base = self._base(base_layer, weight, dropped)
-            rise = self._rise(core, A, B, dropped)
-            return result + (gain - 1) * base + scaling * gain * rise
-        if is_large and runs_in_one(module, base_layer, A, B, x, result):
-            return linear_in_one(x, result, base_layer, A.weight, core, B.weight, scaling, gain)
-        gain = self._aligned(gain, result)
-        z = torch.add(result, self._rise(core, A, B, x), alpha=scaling)  # W0 x + b + s B C A x
-        if base_layer.bias is None:
-            return z * gain
-        bias = self._aligned(base_layer.bias[None], result)
-        return torch.addcmul((1 - gain) * bias, z, gain)
+            rise = self._rise(D, A, B, dropped)
+            return result + self._scaled(base, gain - 1) + scaling * self._scaled(rise, gain)
+        z = torch.add(result, self._rise(D, A, B, x), alpha=scaling)  # W0 x + b + s B C A x
+        bias = base_layer.bias
+        return self._scaled(z, gain, None if bias is None else bias.to(dtype))
 
-    def _rise(self, core: Tensor, A: nn.Linear, B: nn.Linear, x: Tensor) -> Tensor:
+    def _rise(self, D: Tensor, A: nn.Linear, B: nn.Linear, x: Tensor) -> Tensor:
         """Return B C A x (b, …, d_out)."""
-        return B(apply_core(core, A(x)))
+        return B(mixed(D, A(x)))
 
     def _base(self, base_layer: nn.Linear, weight: Tensor, x: Tensor) -> Tensor:
         """Return W0 x (b, …, d_out)."""
         return F.linear(x, weight.to(x.dtype))
 
-    def _aligned(self, rows: Tensor, result: Tensor) -> Tensor:
-        """Return `rows` (b or 1, d_out) in the axes of `result` (b, …, d_out)."""
-        return rows.view(rows.shape[0], *(1,) * (result.dim() - 2), rows.shape[1])
+    def _scaled(self, z: Tensor, gain: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return g ⊙ z + (1 − g) ⊙ b (b, …, d_out)."""
+        rows = z.reshape(len(gain), -1, gain.shape[1])  # (n, l, d_out)
+        return scaled(rows, gain[:, None], bias).view(z.shape)
 
     def merge_factor(
         self, module: AdaptedLayer, active_adapter: str, A: Tensor, K: Tensor
@@ -110,7 +100,7 @@ class NaraDoraLinear(NaraVariant):
         is_transposed = getattr(module, "fan_in_fan_out", False)
         with module._unmerged_base_weight(safe_merge=True) as weight:
             matrix = transpose(weight, is_transposed).flatten(1)
-            norm = factored_row_norm(matrix, A, K, module.scaling[active_adapter])[0]
+            norm = row_norm(norm_parts(matrix, A), K, module.scaling[active_adapter])[0]
         magnitude = module.lora_magnitude_vector[active_adapter].weight
         factor = magnitude.detach().flatten() / norm
         if isinstance(module, CONVOLUTIONS):
@@ -123,12 +113,14 @@ class NaraDoraConv(NaraDoraLinear):
 
     is_conv = True
 
-    def _rise(self, core: Tensor, A: nn.Linear, B: nn.Linear, x: Tensor) -> Tensor:
-        return B(apply_core_to_channels(core, A(x)))
+    def _rise(self, D: Tensor, A: nn.Linear, B: nn.Linear, x: Tensor) -> Tensor:
+        return B(mixed_channels(D, A(x)))
 
     def _base(self, base_layer: nn.Linear, weight: Tensor, x: Tensor) -> Tensor:
         return base_layer._conv_forward(x, base_layer.weight, None)  # type: ignore[operator]
 
-    def _aligned(self, rows: Tensor, result: Tensor) -> Tensor:
-        """Return `rows` (b or 1, d_out) in the axes of `result` (b, d_out, …)."""
-        return rows.view(*rows.shape, *(1,) * (result.dim() - 2))
+    def _scaled(self, z: Tensor, gain: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return g ⊙ z + (1 − g) ⊙ b (b, d_out, …)."""
+        columns = z.flatten(2)  # (b, d_out, l)
+        bias = None if bias is None else bias[:, None]
+        return scaled(columns, gain[:, :, None], bias).view(z.shape)

@@ -1,104 +1,294 @@
-"""C h on rows and channels, B·C, and DoRA's norm; with torch only.
+"""The products of an adapted layer, with torch only: h + D h, B C, DoRA's norm, and all in one function.
 
-Shapes: A (r, d_in), C (b, r, r), or (1, r, r) if the batch shares it, B (d_out, r).
+    y = W0 x + b + s B (h + D h),   h = A x,   D = C - I
+    y = g ⊙ (W0 x + s B (h + D h)) + b,   g = m / ‖W0 + s B C A‖_row           (NaRA-DoRA)
+
+Shapes: A (r, d_in), D (n, r, r), B (d_out, r). The n matrices are one for all positions, one for each
+sample, or one for each of k equal consecutive parts of a sample's positions: h (b, l, r) is seen as
+(n, b l / n, r). Layers get the deviation D and not C, since D is small: rounded to bfloat16, it loses
+no more than h + D h does, while C would lose D.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import Function
 
-from nara_diffusion.cores.float32 import is_autocast_enabled, without_autocast
+from nara_diffusion.cores.float32 import without_autocast
 
 SLICE = 2**22
 """Elements of W0 converted to float32 at once for DoRA's norm: 16 MiB, which may fit the cache."""
 
 
-def apply_core(core: Tensor, h: Tensor) -> Tensor:
-    """Return C h for each row of h: (b or 1, r, r), (b, …, r) → (b, …, r).
-
-    C may have (b·k, r, r) for h (b, l, …, r), which is then seen as (b·k, l / k, …, r).
-
-    The product is computed in float32 at least, also under autocast, so that C − I is not rounded.
-    (Computing B·C first would give the same result, but would turn every large product of the
-    layer, and of its backward, into a batched one.)
-    """
-    if core.dtype == h.dtype and core.device == h.device and not is_autocast_enabled(h.device):
-        return _apply(core, h)
+def mixed(deviation: Tensor, h: Tensor) -> Tensor:
+    """Return h + D h for each row of h: (n, r, r), (b, …, r) → (b, …, r), in float32 at least."""
     dtype = torch.promote_types(h.dtype, torch.float32)
     with without_autocast(h.device):
-        return _apply(core.to(h.device, dtype), h.to(dtype)).to(h.dtype)
+        rows = h.to(dtype).reshape(len(deviation), -1, h.shape[-1])
+        return _plus(rows, deviation.to(h.device, dtype)).view(h.shape).to(h.dtype)
 
 
-def _apply(core: Tensor, h: Tensor) -> Tensor:
-    if core.shape[0] == 1:
-        return F.linear(h, core[0])
-    if h.dim() == 3 and h.shape[0] == core.shape[0]:
-        return torch.bmm(h, core.mT)
-    return torch.bmm(h.reshape(core.shape[0], -1, h.shape[-1]), core.mT).view(h.shape)
-
-
-def apply_core_to_channels(core: Tensor, h: Tensor) -> Tensor:
-    """Return C h if the r features are channels: (b or 1, r, r), (b, r, …) → (b, r, …)."""
+def mixed_channels(deviation: Tensor, h: Tensor) -> Tensor:
+    """Return h + D h if the r features are channels: (b or 1, r, r), (b, r, …) → (b, r, …)."""
     dtype = torch.promote_types(h.dtype, torch.float32)
     with without_autocast(h.device):
-        mixed = torch.matmul(core.to(h.device, dtype), h.to(dtype).flatten(2))
-    return mixed.view(h.shape).to(h.dtype)
+        columns = h.to(dtype).flatten(2)
+        D = deviation.to(h.device, dtype).expand(len(h), -1, -1)
+        return torch.baddbmm(columns, D, columns).view(h.shape).to(h.dtype)
 
 
-def times_core(B: Tensor, core: Tensor) -> Tensor:
-    """Return K = B·C for norms and merging: (d_out, r), (b, r, r) → (b, d_out, r).
+def _plus(h: Tensor, D: Tensor, scale: float = 1.0) -> Tensor:
+    """Return `scale` (h + h Dᵀ): (n, l, r), (n, r, r) → (n, l, r)."""
+    if len(D) == 1:  # a batched product of one matrix is slow on CPUs
+        return torch.addmm(h[0], h[0], D[0].T, beta=scale, alpha=scale)[None]
+    return torch.baddbmm(h, h, D.mT, beta=scale, alpha=scale)
 
-    The result is float32 at least and not part of the graph. It is computed as one plain product
-    Cᵀ Bᵀ: with `matmul`, the algorithm, and so the last bits, would depend on whether B is
-    trainable.
+
+# ---------------------------------------------------------------------- DoRA's norm
+
+
+def times_core(B: Tensor, deviation: Tensor) -> Tensor:
+    """Return K = B C = B + B D for norms and merging: (d_out, r), (n, r, r) → (n, d_out, r).
+
+    The result is float32 at least and not part of the graph. In memory, it is (n, r, d_out).
     """
-    batch, rank, _ = core.shape
-    B, core = B.detach(), core.detach()
     dtype = torch.promote_types(B.dtype, torch.float32)
     with without_autocast(B.device):
-        rows = core.to(B.device, dtype).transpose(1, 2).reshape(batch * rank, rank)
-        return (rows @ B.to(dtype).T).view(batch, rank, -1).transpose(1, 2)
+        D = deviation.detach().to(B.device, dtype)
+        columns = B.detach().to(dtype).T.expand(len(D), -1, -1)  # (n, r, d_out)
+        return torch.baddbmm(columns, D.mT, columns).mT
 
 
-def factored_row_norm(weight: Tensor, A: Tensor, K: Tensor, scaling: float) -> Tensor:
-    """Return ‖W0 + s K A‖ by row, without the (b, d_out, d_in) product.
+@dataclass(frozen=True)
+class NormParts:
+    """What of ‖W0 + s K A‖ by row does not depend on K, float32 at least.
+
+    Attributes:
+        products: Pᵀ = A W0ᵀ (r, d_out).
+        gram: G = A Aᵀ (r, r).
+        squares: ‖W0‖² by row (d_out,).
+    """
+
+    products: Tensor
+    gram: Tensor
+    squares: Tensor
+
+
+def norm_parts(weight: Tensor, A: Tensor) -> NormParts:
+    """Return the parts for W0 (d_out, d_in) and A (r, d_in); W0 is converted in slices."""
+    dtype = torch.promote_types(torch.promote_types(weight.dtype, A.dtype), torch.float32)
+    products, squares = [], []
+    with without_autocast(weight.device):
+        A = A.detach().to(dtype)
+        for part in weight.detach().chunk(1 + weight.numel() // SLICE):
+            part = part.to(dtype)
+            products.append(A @ part.T)
+            squares.append(torch.linalg.vector_norm(part, dim=1).square())
+        if len(products) == 1:
+            return NormParts(products[0], A @ A.T, squares[0])
+        return NormParts(torch.cat(products, dim=1), A @ A.T, torch.cat(squares))
+
+
+def row_norm(parts: NormParts, K: Tensor, scaling: float) -> Tensor:
+    """Return ‖W0 + s K A‖ by row, without the (n, d_out, d_in) product.
 
         ‖W0 + s K A‖²_row = ‖W0‖²_row + Σ_r K ⊙ (2 s P + s² K G)
-        P = W0 Aᵀ (d_out, r),  G = A Aᵀ (r, r)
 
     This is NaRA-DoRA's norm (paper, appendix M). If s K A cancels most of W0, the precision of the
     result is that of P and ‖W0‖², so both are float32 at least.
 
     Args:
-        weight: W0 (d_out, d_in).
-        A: (r, d_in).
-        K: B·C (b, d_out, r).
+        parts: of W0 and A.
+        K: B C (n, d_out, r).
         scaling: s.
 
     Returns:
-        (b, d_out), float32 at least, not part of the graph: DoRA treats the norm as a constant
+        (n, d_out), float32 at least, not part of the graph: DoRA treats the norm as a constant
         (DoRA, section 4.3).
     """
-    dtype = torch.promote_types(weight.dtype, K.dtype)  # float32 or float64
-    weight, A, K = weight.detach(), A.detach(), K.detach()
-    with without_autocast(weight.device):
-        A, K = A.to(dtype), K.to(dtype).transpose(1, 2)  # (b, r, d_out): sums run along d_out
-        P, base = _of_base(weight, A)
-        G = (A @ A.T).expand(K.shape[0], -1, -1)
-        update = torch.bmm(G, K).mul_(scaling**2).add_(P, alpha=2 * scaling).mul_(K).sum(1)
-        return update.add_(base).clamp_min_(torch.finfo(dtype).tiny).sqrt_()
+    dtype = parts.squares.dtype
+    P, G, K = parts.products, parts.gram, K.detach().to(dtype).mT  # K (n, r, d_out)
+    P, G = P.expand(len(K), -1, -1), G.expand(len(K), -1, -1)
+    with without_autocast(K.device):
+        slope = torch.baddbmm(P, G, K, beta=2 * scaling, alpha=scaling**2)
+        square = slope.mul_(K).sum(1).add_(parts.squares)
+        return square.clamp_min_(torch.finfo(dtype).tiny).sqrt_()
 
 
-def _of_base(weight: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-    """Return Pᵀ = A W0ᵀ (r, d_out) and ‖W0‖²_row (d_out,) in the dtype of A (r, d_in).
+# ---------------------------------------------------------------------- one function
 
-    W0 is converted to that dtype in slices.
+
+@dataclass(frozen=True)
+class Magnitude:
+    """DoRA's m (d_out,) and the norm (n, d_out), which gets no gradient."""
+
+    weight: Tensor
+    norm: Tensor
+
+
+def linear_in_one(
+    x: Tensor,
+    result: Tensor,
+    base: tuple[Tensor, Tensor | None] | None,
+    A: Tensor,
+    deviation: Tensor,
+    operand: Tensor,
+    B: Tensor,
+    scaling: float,
+    magnitude: Magnitude | None = None,
+) -> Tensor:
+    """Return the output of an adapted linear layer, with few kernels and little memory.
+
+    The function computes in the dtype of `result` and converts x, A and B itself. It makes both terms
+    of the gradient of x in one tensor. In backward, matrices with a narrow side r have it as their
+    first axis.
+
+    Args:
+        x: (b, …, d_in).
+        result: W0 x + b (b, …, d_out).
+        base: W0 and b if they are frozen and made `result` from x. Then `result` is overwritten, and
+            the gradient that W0 gives to x is made here. DoRA needs it. None adds to `result`.
+        A: (r, d_in).
+        deviation: D (n, r, r), float32. Its gradient is made in float32.
+        operand: D without gradient, in the dtype that h + D h is computed in.
+        B: (d_out, r).
+        scaling: s.
+        magnitude: of DoRA.
+
+    Returns:
+        (b, …, d_out). x, `result`, A, D, B and m get gradients, which can be differentiated again.
     """
-    products, squares = [], []
-    for part in weight.chunk(1 + weight.numel() // SLICE):
-        part = part.to(A.dtype)
-        products.append(A @ part.T)
-        squares.append(torch.linalg.vector_norm(part, dim=1).square())
-    return torch.cat(products, dim=1), torch.cat(squares)
+    W, b = (None, None) if base is None else base
+    m, norm = (None, None) if magnitude is None else (magnitude.weight, magnitude.norm)
+    if W is not None:
+        result = result.detach()
+    return _LinearInOne.apply(x, result, W, b, A, deviation, B, operand, scaling, m, norm)
+
+
+class _LinearInOne(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        result: Tensor,
+        W: Tensor | None,
+        b: Tensor | None,
+        A: Tensor,
+        D: Tensor,
+        B: Tensor,
+        operand: Tensor,
+        s: float,
+        m: Tensor | None,
+        norm: Tensor | None,
+    ) -> Tensor:
+        rows, low_A, low_B = _converted(x, A, B, result.dtype)
+        h, raised = _narrow(rows, low_A, operand, s)
+        out = result if W is not None else torch.empty_like(result).contiguous()
+        z, sums = (each.reshape(-1, len(B)) for each in (result, out))
+        torch.addmm(z, raised.view(-1, len(A)), low_B.T, out=sums)
+        ctx.scaling = s
+        if m is None or norm is None:
+            ctx.save_for_backward(x, W, b, A, D, B, low_A, low_B, operand, h, raised, *[None] * 4)
+            if W is not None:
+                ctx.mark_dirty(result)
+            return out
+        gain = _gain(m, norm, result.dtype)
+        z = out.view(len(gain), -1, len(B))
+        ctx.save_for_backward(x, W, b, A, D, B, low_A, low_B, operand, h, raised, z, gain, m, norm)
+        scaled_out = torch.empty_like(out)  # a view could not be changed in place
+        scaled(z, gain[:, None], b, out=scaled_out.view(z.shape))
+        return scaled_out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, W, b, A, D, B, low_A, low_B, operand, h, raised, z, gain, m, norm = ctx.saved_tensors
+        s, dtype = ctx.scaling, h.dtype
+        needs_x, needs_result, _, _, needs_A, needs_D, needs_B, _, _, needs_m, _ = (
+            ctx.needs_input_grad
+        )
+        grad_x = grad_A = grad_D = grad_B = grad_m = None
+        with without_autocast(x.device):
+            rows = x.reshape(-1, x.shape[-1]).to(dtype)
+            if torch.is_grad_enabled():  # for second derivatives
+                rows, low_A, low_B = _converted(x, A, B, dtype)
+                operand = D.to(operand.device, operand.dtype)
+                h, raised = _narrow(rows, low_A, operand, s)
+                if m is not None:
+                    z = F.linear(rows, W.to(dtype), None if b is None else b.to(dtype))
+                    z = z.addmm(raised.view(-1, len(A)), low_B.T).view(len(norm), -1, len(B))
+                    gain = _gain(m, norm, dtype)
+            grad = gradients[0].reshape(-1, len(B))  # (b l, d_out)
+            if m is not None:
+                of_rows = grad.view(z.shape)
+                if needs_m:
+                    grad_m = _grad_of_magnitude(of_rows, z, b, norm).view(m.shape).to(m.dtype)
+                grad = (of_rows * gain[:, None]).view(grad.shape)
+            narrow = torch.mm(low_B.T, grad.T)  # (r, b l)
+            narrow = narrow.view(len(narrow), *h.shape[:2]).permute(1, 2, 0)  # (n, l, r)
+            grad_h = _plus(narrow.to(operand.dtype), operand.mT, s).to(dtype)
+            grad_h = grad_h.reshape(-1, len(A))
+            if needs_D:
+                grad_D = _grad_of_deviation(D, narrow, h, s)
+            if needs_B:
+                grad_B = torch.mm(raised.view(-1, len(A)).T, grad).T.to(B.dtype)
+            if needs_A:
+                grad_A = torch.mm(grad_h.T, rows).to(A.dtype)
+            if needs_x and W is None:
+                grad_x = torch.mm(grad_h, low_A)
+            elif needs_x:
+                grad_x = torch.mm(grad, W.to(dtype)).addmm_(grad_h, low_A)
+            if grad_x is not None:
+                grad_x = grad_x.view(x.shape).to(x.dtype)
+        grad_result = gradients[0] if needs_result else None
+        return grad_x, grad_result, None, None, grad_A, grad_D, grad_B, None, None, grad_m, None
+
+
+def _converted(
+    x: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return x as rows (b l, d_in), A and B in `dtype`."""
+    return x.reshape(-1, x.shape[-1]).to(dtype), A.to(dtype), B.to(dtype)
+
+
+def _narrow(rows: Tensor, A: Tensor, operand: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Return h = A x and s (h + D h), both (n, l, r)."""
+    h = torch.mm(rows, A.T).view(len(operand), -1, len(A))
+    if operand.dtype == h.dtype:
+        return h, _plus(h, operand, scale)
+    with without_autocast(h.device):
+        return h, _plus(h.to(operand.dtype), operand, scale).to(h.dtype)
+
+
+def _gain(m: Tensor, norm: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return g = m / norm (n, d_out)."""
+    return (m.view(1, -1) / norm).to(dtype)
+
+
+def scaled(z: Tensor, gain: Tensor, b: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """Return g ⊙ z + (1 − g) ⊙ b; g and b are broadcast to z."""
+    if b is None:
+        return torch.mul(z, gain, out=out)
+    dtype = torch.promote_types(z.dtype, gain.dtype)
+    return torch.lerp(b.to(dtype), z.to(dtype), gain.to(dtype), out=out)
+
+
+def _grad_of_magnitude(grad: Tensor, z: Tensor, b: Tensor | None, norm: Tensor) -> Tensor:
+    """Return the gradient of m (d_out,), summed in float32 at least."""
+    dtype = norm.dtype
+    total = (grad * z).sum(1, dtype=dtype)  # (n, d_out)
+    if b is not None:
+        total = torch.addcmul(total, grad.sum(1, dtype=dtype), b.to(dtype), value=-1)
+    return (total / norm).sum(0)
+
+
+def _grad_of_deviation(D: Tensor, narrow: Tensor, h: Tensor, scale: float) -> Tensor:
+    """Return the gradient of D (n, r, r), made in float32 at least."""
+    dtype = torch.promote_types(h.dtype, torch.float32)
+    like = D.detach().to(h.device, dtype)  # only its shape is read
+    grad = torch.baddbmm(like, narrow.to(dtype).mT, h.to(dtype), beta=0, alpha=scale)
+    return grad.to(D.device, D.dtype)

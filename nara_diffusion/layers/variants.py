@@ -1,138 +1,53 @@
 """NaRA's LoRA variants on linear layers (quantised or not), convolutions and embeddings.
 
-    y = W0 x + b + s B C A x                              (paper, equation 4)
+    y = W0 x + b + s B (h + D h),   h = A x,   D = C − I  (paper, equation 4)
 
-with x (b, …), A (r, d_in), C (b, r, r) or (1, r, r), B (d_out, r). NaRA-DoRA's are in `dora`.
+with x (b, …), A (r, d_in), D (n, r, r), B (d_out, r). NaRA-DoRA's are in `dora`.
 
-PEFT's own layers own A and B and call the variant's `forward`. A variant reads its C from the
-model's channel; it knows neither the core that made C nor the modality. If the rank r of a layer is
-below that of its core, the layer reads C[:r, :r].
+PEFT's own layers own A and B and call the variant's `forward`. A variant reads its D from the
+model's channel; it knows neither the core that made D nor the modality. If the rank r of a layer is
+below that of its core, the layer reads D[:r, :r].
+
+Linear layers run as one autograd function, `functional.linear_in_one`; `fits_one_function` has the
+exceptions.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
-from nara_diffusion.noise.level import Entry, present
-from nara_diffusion.noise.parts import Parts, RowKind
-from nara_diffusion.noise.rows import ModelRows, core_of_rows
+from nara_diffusion.cores.float32 import is_autocast_enabled
+from nara_diffusion.noise.parts import RowKind
+from nara_diffusion.noise.rows import core_of_rows
 
-from . import one_function
 from .adapted_layer import AdaptedLayer, base_weight, check_mergeable, delta_weight, factors
-from .functional import apply_core, apply_core_to_channels, times_core
+from .channel import CoreChannel
+from .functional import linear_in_one, mixed, mixed_channels, times_core
 from .offloading import is_managed, onloaded
-from .one_function import linear_in_one, runs_in_one
 
-Key = tuple[str, str]
-"""(adapter, group of layers that share a core)"""
-Pushed = tuple[Entry | None, Entry | None, Mapping[Key, Tensor], Parts | None]
-"""What one forward gives its layers; see `CoreChannel`."""
-
-
-class CoreSource(Protocol):
-    """What the channel and the variants need from the holder of the cores."""
-
-    def core_of_part(self, key: Key) -> tuple[Tensor, Parts | None]:
-        """Return C (n, r, r), and the parts of its rows, outside any forward of the root."""
-        ...
-
-    def core_to_merge(self, key: Key, layer: AdaptedLayer) -> tuple[Tensor, Tensor | None]:
-        """Return C (1, r, r) for a layer that is being merged, and its λ (1,) if C depends on λ."""
-        ...
-
-    def check_merged(self, merged: Tensor) -> None:
-        """Raise ValueError if λ of the context is not λ of merged layers."""
-        ...
-
-
-class CoreChannel:
-    """Pass C(λ) from the root of an adapted model to its layers, in one thread for one forward.
-
-    Before each forward of the root, the holder of the cores pushes C(λ) into a `threading.local`; a
-    forward hook removes it. (A compiled graph can read a `threading.local` but not a `ContextVar`,
-    and a forward does not switch to another async task.)
-
-    A layer accepts a pushed C only inside the same `noise_level(…)` as the push. No hook runs after
-    a forward that Ctrl-C has ended, but its C is not used at another λ. (If λ came from a timestep,
-    there is no context to compare. After Ctrl-C, a *part* of the model that is called by itself
-    then reads the old C, until the next forward of the whole model.)
-
-    Args:
-        holder: the holder of the cores.
-        rows: how the model's layers see its batch.
-
-    Attributes:
-        local: its attribute `pushed` is (present, entry, cores, parts): the innermost context at
-            the push, the innermost context for this model, key → C, and the parts of a sample that
-            the rows of C belong to, if they do.
-    """
-
-    def __init__(self, holder: CoreSource, rows: ModelRows) -> None:
-        self.holder = holder
-        self.rows = rows
-        self.local = threading.local()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "local"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, local=threading.local())
-
-    def read(self, key: Key) -> tuple[Tensor, Parts | None]:
-        """Return C (1 or b, r, r), float32, or C of parts and these parts, for a layer.
-
-        It is C of the running forward, or of the context around a part that is called by itself.
-        """
-        pushed = getattr(self.local, "pushed", None)
-        if pushed is not None and (torch.compiler.is_compiling() or pushed[0] is present.get()):
-            core = pushed[2].get(key)
-            if core is not None:
-                return core, pushed[3]
-        return self.holder.core_of_part(key)
-
-    def push(
-        self, entry: Entry | None, cores: Mapping[Key, Tensor], parts: Parts | None = None
-    ) -> None:
-        """Give `cores` to the layers. `entry` is the context that gave λ; None for a source."""
-        innermost = None if torch.compiler.is_compiling() else present.get()
-        self.local.pushed = (innermost, entry, cores, parts)
-
-    def pushed(self) -> Pushed | None:
-        """Return what the running forward has pushed; None if none runs."""
-        return getattr(self.local, "pushed", None)
-
-    @contextmanager
-    def using(self, cores: Mapping[Key, Tensor], parts: Parts | None) -> Iterator[None]:
-        """Give `cores` to the layers inside the context, and the previous ones afterwards."""
-        before = self.pushed()
-        self.push(None if before is None else before[1], cores, parts)
-        try:
-            yield
-        finally:
-            self.local.pushed = before
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class NaraVariant(LoraVariant):
-    """The base of all variants: reading C, and merging at one fixed C.
+    """The base of all variants: reading D, and merging at one fixed D.
 
     Args:
-        channel: passes C(λ) to the layer.
+        channel: passes D(λ) to the layer.
         adapter_name: the layer's adapter.
-        group: the group of layers that share its C.
+        group: the group of layers that share its D.
         layer_name: for error messages.
         rows: what the rows of the layer's input are.
 
     Attributes:
-        key: (adapter_name, group), the key of C in the channel.
-        merged_at: λ (1,) of the merged layer, if C depends on λ; otherwise None.
+        key: (adapter_name, group), the key of D in the channel.
+        merged_at: λ (1,) of the merged layer, if D depends on λ; otherwise None.
     """
 
     is_conv = False
@@ -166,7 +81,8 @@ class NaraVariant(LoraVariant):
 
         A sample without a batch axis counts as a batch of one.
         """
-        if not getattr(module, "cast_input_dtype_enabled", True) and x.is_floating_point():
+        is_left = not getattr(module, "cast_input_dtype_enabled", True) and x.is_floating_point()
+        if is_left and not is_autocast_enabled(x.device):
             # layerwise casting has turned PEFT's own conversion off
             A = module.lora_A[active_adapter]
             x = x if is_managed(A) else x.to(A.weight.dtype)
@@ -180,23 +96,23 @@ class NaraVariant(LoraVariant):
         """Do what `forward` does, for x (b, …)."""
         raise NotImplementedError
 
-    def batch_core(self, rank: int, x: Tensor) -> Tensor:
-        """Return C of the running forward for the rows of `x` (b, …): (b or 1, r, r), float32.
+    def deviation(self, rank: int, x: Tensor) -> Tensor:
+        """Return D of the running forward for the rows of `x` (b, …): (n, r, r), float32.
 
-        If λ has k values for each sample, the result is (b·k, r, r), for x seen as (b·k, l / k, …).
+        n is 1, b, or b·k if λ has k values for each sample: then x is seen as (b·k, l / k, …).
         """
-        core, parts = self.channel.read(self.key)
-        core = core if core.shape[-1] == rank else core[:, :rank, :rank]
-        if parts is not None and core.shape[0] > 1:
-            core, is_of_parts = parts.core_of_layer(
-                core, x, kind=self.rows, is_image=self.is_conv, layer_name=self.layer_name
+        D, parts = self.channel.read(self.key)
+        D = D if D.shape[-1] == rank else D[:, :rank, :rank]
+        if parts is not None and D.shape[0] > 1:
+            D, is_of_parts = parts.core_of_layer(
+                D, x, kind=self.rows, is_image=self.is_conv, layer_name=self.layer_name
             )
             if is_of_parts:
-                return core
-        if core.shape[0] == 1 or (self.rows == "samples" and core.shape[0] == x.shape[0]):
-            return core  # the result of `core_of_rows`, without the cost of a call
+                return D
+        if D.shape[0] == 1 or (self.rows == "samples" and D.shape[0] == x.shape[0]):
+            return D  # the result of `core_of_rows`, without the cost of a call
         return core_of_rows(
-            core,
+            D,
             x,
             kind=self.rows,
             sample_major=self.channel.rows.sample_major,
@@ -206,12 +122,12 @@ class NaraVariant(LoraVariant):
     # ------------------------------------------------------------------ merging
 
     def merge_safe(self, module: AdaptedLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        """Return the base weight with this adapter merged at one C."""
+        """Return the base weight with this adapter merged at one D."""
         check_mergeable(module, active_adapter, self.layer_name, orig_weight)
         rank = module.r[active_adapter]
-        core, level = self.channel.holder.core_to_merge(self.key, module)
+        D, level = self.channel.holder.core_to_merge(self.key, module)
         A, B = factors(module, active_adapter)
-        K = times_core(B, core[:, :rank, :rank])  # (1, d_out, r)
+        K = times_core(B, D[:, :rank, :rank])  # (1, d_out, r)
         scaling = module.scaling[active_adapter]
         factor = self.merge_factor(module, active_adapter, A, K)
         guard = module.register_forward_pre_hook(self._check_merged)
@@ -256,14 +172,15 @@ class NaraLinear(NaraVariant):
         self, module: AdaptedLayer, active_adapter: str, x: Tensor, result: Tensor
     ) -> Tensor:
         A, B = module.lora_A[active_adapter], module.lora_B[active_adapter]
-        core, scaling = self.batch_core(module.r[active_adapter], x), module.scaling[active_adapter]
-        is_large = result.numel() >= one_function.MIN_ELEMENTS
-        if is_large and is_dropout_free(module, active_adapter):
-            base_layer = module.get_base_layer()
-            if runs_in_one(module, base_layer, A, B, x, result):
-                return linear_in_one(x, result, base_layer, A.weight, core, B.weight, scaling)
-        h = A(module.lora_dropout[active_adapter](x))  # (b, …, r)
-        return torch.add(result, B(apply_core(core, h)), alpha=scaling)
+        D, scaling = self.deviation(module.r[active_adapter], x), module.scaling[active_adapter]
+        is_dropped = not is_dropout_free(module, active_adapter)
+        if is_dropped:
+            x = module.lora_dropout[active_adapter](x)
+        if not fits_one_function(A, B, x, result):
+            return torch.add(result, B(mixed(D, A(x))), alpha=scaling)
+        base = None if is_dropped else frozen_base(module, result)
+        operand = self.channel.operand(self.key, D, result)
+        return linear_in_one(x, result, base, A.weight, D, operand, B.weight, scaling)
 
 
 class NaraConv(NaraVariant):
@@ -278,9 +195,9 @@ class NaraConv(NaraVariant):
         self, module: AdaptedLayer, active_adapter: str, x: Tensor, result: Tensor
     ) -> Tensor:
         A, B = module.lora_A[active_adapter], module.lora_B[active_adapter]
-        core = self.batch_core(module.r[active_adapter], x)
+        D = self.deviation(module.r[active_adapter], x)
         h = A(module.lora_dropout[active_adapter](x))  # (b, r, …)
-        update = B(apply_core_to_channels(core, h))
+        update = B(mixed_channels(D, h))
         return torch.add(result, update, alpha=module.scaling[active_adapter])
 
 
@@ -294,16 +211,64 @@ class NaraEmbedding(NaraVariant):
     def update(
         self, module: AdaptedLayer, active_adapter: str, x: Tensor, result: Tensor
     ) -> Tensor:
-        core = self.batch_core(module.r[active_adapter], x)
+        D = self.deviation(module.r[active_adapter], x)
         with onloaded(module.lora_embedding_A, module.lora_embedding_B):
             h = module._embed(x, module.lora_embedding_A[active_adapter].T)  # (b, l, r)
             embed_scale = module._get_embed_scale()
             if embed_scale is not None:
                 h = h * embed_scale.to(h.dtype)
-            update = F.linear(apply_core(core, h), module.lora_embedding_B[active_adapter])
+            update = F.linear(mixed(D, h), module.lora_embedding_B[active_adapter])
             return torch.add(result, update, alpha=module.scaling[active_adapter])
 
 
 def is_dropout_free(layer: AdaptedLayer, adapter_name: str) -> bool:
     """Return whether the forward of an adapter applies no dropout."""
     return isinstance(layer.lora_dropout[adapter_name], nn.Identity) or not layer.training
+
+
+def fits_one_function(A: nn.Linear, B: nn.Linear, x: Tensor, result: Tensor) -> bool:
+    """Return whether `linear_in_one` may add the update of `x` to `result`.
+
+    Otherwise, the layer is computed step by step: by a compiler, which fuses the steps itself; for
+    `vmap`, `jvp` and TorchScript; if hooks, wrappers (offloading, pruning) or a bias are on A or B;
+    if dtypes differ outside autocast; or for subclasses of tensors.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[reportPrivateImportUsage]
+        return False
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return False
+    if not (_is_plain(A) and _is_plain(B)) or B.bias is not None or _has_any_global_hook():
+        return False
+    if not type(x) is type(result) is Tensor:
+        return False
+    if is_autocast_enabled(x.device):
+        return result.dtype == torch.get_autocast_dtype(x.device.type)
+    return A.weight.dtype == B.weight.dtype == x.dtype == result.dtype
+
+
+def frozen_base(layer: AdaptedLayer, result: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    """Return W0 and b if `linear_in_one` may make the gradient that W0 gives to x.
+
+    It is None if the base layer is trained, quantised or watched by a hook, if another tuner is in
+    between, or if several adapters are active.
+    """
+    base = layer._modules["base_layer"]
+    if not isinstance(base, nn.Linear) or not _is_plain(base) or len(layer.active_adapters) != 1:
+        return None
+    if not result.is_contiguous():
+        return None
+    bias = base.bias
+    if base.weight.requires_grad or (bias is not None and bias.requires_grad):
+        return None
+    return base.weight, bias
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Return whether `layer` is an `nn.Linear` that no hook or wrapper changes."""
+    own = vars(layer)
+    return (
+        type(layer) is nn.Linear
+        and "forward" not in own
+        and type(own["_parameters"].get("weight")) is nn.Parameter
+        and not any(own[hooks] for hooks in _HOOKS)
+    )

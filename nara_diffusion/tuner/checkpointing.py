@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nara_diffusion.layers.variants import CoreChannel, Key
+from nara_diffusion.layers.channel import CoreChannel, Key
 from nara_diffusion.noise.level import outer_modules
 from nara_diffusion.noise.parts import Parts
 
@@ -35,9 +35,9 @@ class CheckpointWithCore:
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         pushed = self.channel.pushed()
-        if pushed is None or not pushed[2]:
+        if pushed is None or not pushed.deviations:
             return self.checkpoint(function, *args, **kwargs)
-        cores, parts = pushed[2], pushed[3]
+        cores, parts = pushed.deviations, pushed.parts
         with_cores = _WithCores(function, tuple(cores), parts, self.channel)
         return self.checkpoint(with_cores, *cores.values(), *args, **kwargs)
 

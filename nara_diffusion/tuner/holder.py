@@ -23,8 +23,8 @@ from torch.utils.hooks import RemovableHandle
 from nara_diffusion.cores.registry import HOLDER_NAME, CoreSet
 from nara_diffusion.cores.simple import IdentityCore
 from nara_diffusion.layers.adapted_layer import AdaptedLayer
+from nara_diffusion.layers.channel import CoreChannel, Key
 from nara_diffusion.layers.offloading import groups_of, in_memory
-from nara_diffusion.layers.variants import CoreChannel, Key
 from nara_diffusion.noise.level import Level, as_level, backward_pass, entry_for
 from nara_diffusion.noise.parts import Parts
 from nara_diffusion.noise.rows import ModelRows
@@ -189,7 +189,7 @@ class CoreHolder(nn.Module):
         self.root._modules.pop(HOLDER_NAME, None)
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any], is_clean: bool = False) -> None:
-        """Push C(λ) of the adapters that the layers will read in this forward of the root.
+        """Push D(λ) of the adapters that the layers will read in this forward of the root.
 
         Args:
             args: the positional arguments of the forward.
@@ -222,11 +222,11 @@ class CoreHolder(nn.Module):
             level = torch.zeros(1)
         elif noisy:
             level, parts = self.finder.level_of_forward(noisy, entry, args, kwargs)
-        cores = _beside_inputs(self.make_cores(names, level), args, kwargs)
-        self.channel.push(entry, cores, parts)
+        deviations = _beside_inputs(self.deviations(names, level), args, kwargs)
+        self.channel.push(entry, deviations, parts)
 
     def end(self) -> None:
-        """Take C(λ) away from the layers after a forward."""
+        """Take D(λ) away from the layers after a forward."""
         self.channel.local.pushed = None
 
     def _merged_at_in_forward(self) -> Tensor | None:
@@ -239,37 +239,51 @@ class CoreHolder(nn.Module):
                 return self.merging.merged_at()
         return None
 
-    # ------------------------------------------------------------------ C(λ)
+    # ------------------------------------------------------------------ D(λ) = C(λ) − I
 
-    def make_cores(self, names: list[str], level: Tensor | None) -> dict[Key, Tensor]:
-        """Return key → C (b or 1, r, r) for these adapters, except where layers treat C as I."""
+    def deviations(self, names: list[str], level: Tensor | None) -> dict[Key, Tensor]:
+        """Return key → D (b or 1, r, r) for these adapters, except where layers treat C as I."""
         found = {}
         for name in names:
             for group, core in self.cores_of(name).items():
                 if name in self.schedules or not isinstance(core, IdentityCore):
-                    found[name, group] = self.matrix((name, group), level)
+                    found[name, group] = self.deviation((name, group), level)
         return found
 
-    def matrix(self, key: Key, level: Tensor | None) -> Tensor:
-        """Return C (b or 1, r, r) times the strength, float32, for the layers with this key."""
+    def deviation(self, key: Key, level: Tensor | None) -> Tensor:
+        """Return D = C − I (b or 1, r, r), float32, for the layers with this key.
+
+        If the adapter has a strength σ(λ), D is σ C − I.
+        """
         name, group = key
-        core = self.cores_of(name).matrix(group, level)
+        D = self.cores_of(name).deviation(group, level)
         schedule = self.schedules.get(name)
         if schedule is None:
-            return core
+            return D
         assert level is not None
-        if core.device.type == "cpu":
-            core = core.to(level.device)  # an identity has no weights
-        return schedule.at(level.to(core.device))[:, None, None] * core
+        if D.device.type == "cpu":
+            D = D.to(level.device)  # an identity has no weights
+        strength = schedule.at(level.to(D.device))[:, None, None]
+        identity = torch.eye(D.shape[-1], dtype=D.dtype, device=D.device)
+        return strength * D + (strength - 1) * identity
 
-    # ------------------------------------------------------------------ C outside a forward
+    def matrix(self, key: Key, level: Tensor | None) -> Tensor:
+        """Return C (b or 1, r, r) times the strength, float32, for export."""
+        D = self.deviation(key, level)
+        return torch.eye(D.shape[-1], dtype=D.dtype, device=D.device) + D
+
+    def has_strength(self, name: str) -> bool:
+        """Return True if the strength of the adapter depends on λ."""
+        return name in self.schedules
+
+    # ------------------------------------------------------------------ D outside a forward
 
     @torch.compiler.disable(recursive=True)
     def core_of_part(self, key: Key) -> tuple[Tensor, Parts | None]:
-        """Return C, and the parts of its rows, for a layer if the channel does not have its key.
+        """Return D, and the parts of its rows, for a layer if the channel does not have its key.
 
         If a forward of the root runs, a context of another model has been entered since it began,
-        and C is that of the forward. Otherwise a part of the model was called by itself, and C is
+        and D is that of the forward. Otherwise a part of the model was called by itself, and D is
         computed at λ of the context around that call.
 
         Raises:
@@ -279,8 +293,8 @@ class CoreHolder(nn.Module):
         name = key[0]
         entry = entry_for(self)
         pushed = self.channel.pushed()
-        if pushed is not None and pushed[1] is entry and key in pushed[2]:
-            return pushed[2][key], pushed[3]
+        if pushed is not None and pushed.entry is entry and key in pushed.deviations:
+            return pushed.deviations[key], pushed.parts
         level = None if entry is None else entry.level
         is_outdated = entry is None or entry.backward != backward_pass()
         if self.depends_on_noise(name) and (level is None or is_outdated):
@@ -293,7 +307,7 @@ class CoreHolder(nn.Module):
         if level is not None:
             level = self.channel.rows.level_of_part(level)
         with in_memory(self.root):
-            return self.matrix(key, level), None
+            return self.deviation(key, level), None
 
     # ------------------------------------------------------------------ merging and export
 
@@ -321,14 +335,14 @@ class CoreHolder(nn.Module):
 
     @torch.no_grad()
     def core_to_merge(self, key: Key, layer: AdaptedLayer) -> tuple[Tensor, Tensor | None]:
-        """Return C (1, r, r) for a layer that is being merged, and its λ (1,).
+        """Return D (1, r, r) for a layer that is being merged, and its λ (1,).
 
-        λ is None if C does not depend on it.
+        λ is None if D does not depend on it.
         """
         name = key[0]
         needs_noise = self.depends_on_noise(name)
         level = self.merging.level_of_layer(name, layer, needs_noise, entry_for(self))
-        return self.matrix(key, level), level
+        return self.deviation(key, level), level
 
     def check_merged(self, merged: Tensor) -> None:
         """Raise ValueError if λ of `noise_level(…)` is not `merged`, λ of merged layers.

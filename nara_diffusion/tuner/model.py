@@ -18,14 +18,15 @@ from nara_diffusion.cores.registry import (
     core_group,
     with_current_names,
 )
+from nara_diffusion.layers.channel import CoreChannel
 from nara_diffusion.layers.dispatch import (
+    OUTSIDE_AUTOCAST,
     check_target,
     keep_out_of_float8,
     make_directions_orthonormal,
     variant_for,
 )
 from nara_diffusion.layers.offloading import is_dispatched_by_layers
-from nara_diffusion.layers.variants import CoreChannel
 from nara_diffusion.noise.level import find_holders
 from nara_diffusion.noise.level import noise_level as at_noise_level
 from nara_diffusion.noise.rows import row_kind_of
@@ -190,6 +191,7 @@ class NaraModel(LoraModel):
             layer.lora_variant[adapter_name] = variant_class(
                 self._channel, adapter_name, group, current_key, rows
             )
+            layer.cast_input_dtype_enabled = OUTSIDE_AUTOCAST
         if lora_config.lora_a_init == "orthogonal":
             make_directions_orthonormal(layer, adapter_name)
 

@@ -47,7 +47,6 @@ def test_layers_follow_the_formula_forward_and_backward(core, sharing, use_dora,
     kinds, terms = SMALL[use_dora], 64
     if fused:
         kinds, terms = ["wide", "wide_trained", "linear", "bare"], 896
-        monkeypatch.setattr("nara_diffusion.layers.one_function.MIN_ELEMENTS", 0)
     base = Kinds(kinds)
     by_hand = ByHand(base, trained="trained")
     model = adapted(base, target_modules=kinds, use_dora=use_dora, core_sharing=sharing, **CORES[core])

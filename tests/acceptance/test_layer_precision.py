@@ -1,7 +1,8 @@
-"""Half precision: C stays float32 in every layer, and DoRA's small magnitudes and their gradients stay right.
+"""Half precision: C stays float32 in convolutions and embeddings; DoRA's small magnitudes and gradients stay right.
 
 C is made to show any rounding of it. Its rows, and its columns, sum to a thousandth of its entries; all rows of A are
-alike, or all columns of B, so that the update depends on these sums alone. In bfloat16 or float16 they would be lost.
+alike, or all columns of B, so that the update depends on these sums only. In bfloat16 or float16 they would be lost.
+tests/layers/test_half_precision.py has what linear layers promise.
 """
 
 from __future__ import annotations
@@ -19,19 +20,13 @@ from torch import Tensor, nn
 from nara_diffusion import NaraConfig, core_matrix, noise_level
 from tests.acceptance._by_hand import CORES, LEVELS, SMALL, ByHand, Kinds, assert_near, leaves, tensors_of, write
 from tests.acceptance._lives import FILE, frozen_sd, save_nara
-from tests.helpers.adapted import adapted
+from tests.helpers.adapted import adapted, exact_core
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups"),
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to"),
 ]
 dora = pytest.mark.parametrize("use_dora", [False, True], ids=["NaRA", "NaRA-DoRA"])
-
-
-@pytest.fixture(autouse=True)
-def _small_layers_are_fused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As large ones are; those whose base is trained are computed in parts."""
-    monkeypatch.setattr("nara_diffusion.layers.one_function.MIN_ELEMENTS", 0)
 
 
 def sensitive(kinds: list[str], dtype: torch.dtype, alike: str, use_dora: bool) -> tuple[PeftModel, ByHand]:
@@ -74,11 +69,15 @@ def backward(outputs: dict[str, Tensor], expected: dict[str, Tensor], dtype: tor
         (expected[name] * weighting.double()).sum().backward(retain_graph=True)
 
 
+half = pytest.mark.parametrize("kind", ["bfloat16", "float16", "autocast"])
+
+
 @pytest.mark.parametrize("alike", ["A", "B"])
-@pytest.mark.parametrize("kind", ["bfloat16", "float16", "autocast"])
+@half
 @dora
-def test_core_in_half_precision_layers_is_multiplied_in_float32_and_so_are_gradients(use_dora, kind, alike):
-    dtype, kinds = torch.float16 if kind == "float16" else torch.bfloat16, SMALL[use_dora]
+def test_core_in_half_precision_convolutions_and_embeddings_is_multiplied_in_float32(use_dora, kind, alike):
+    dtype = torch.float16 if kind == "float16" else torch.bfloat16
+    kinds = [name for name in SMALL[use_dora] if "conv" in name or name in ("grouped", "embedding")]
     model, by_hand = sensitive(kinds, dtype, alike, use_dora)
     inputs = of_dtype(Kinds(kinds).inputs(), dtype)
     if kind == "autocast":
@@ -108,7 +107,7 @@ def test_float64_model_computes_in_float64_beside_the_float32_core(use_dora):
     base = Kinds(kinds).double()
     inputs = of_dtype(base.inputs(), torch.float64)
     by_hand, model = ByHand(base), adapted(base, target_modules=kinds, use_dora=use_dora)
-    core, tensors = core_matrix(model, LEVELS).double(), leaves(tensors_of(model))
+    core, tensors = exact_core(model, LEVELS), leaves(tensors_of(model))
     with noise_level(model, LEVELS):
         outputs = model(inputs)
     for name, expected in by_hand.outputs(model.peft_config["default"], tensors, inputs, LEVELS, core=core).items():

@@ -63,7 +63,7 @@ def test_custom_core_that_its_factory_makes_in_another_dtype_is_stored_and_compu
     core = core_matrix(model, 0.5)
     (P,) = (t for name, t in model.named_parameters() if name.endswith("core.P"))
     assert P.dtype == core.dtype == float32
-    assert torch.equal(core[0], P)
+    torch.testing.assert_close(core[0], P)
 
 
 @pytest.mark.parametrize("core_type", ["hypernetwork", "knots", "mine"])

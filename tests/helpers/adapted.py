@@ -61,6 +61,12 @@ def adapted(model: nn.Module, **changes: Any) -> PeftModel:
     return peft_model.eval()
 
 
+def exact_core(model: PeftModel, level: Tensor) -> Tensor:
+    """C = I + D (b, r, r) in float64 with the D that layers get, which float32 would round beside I."""
+    (D,) = (core.at(level) for core in model.base_model.model.lora_core.cores["default"].children())
+    return torch.eye(D.shape[-1], dtype=torch.float64) + D.double()
+
+
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """max |actual − expected| / max |expected|."""
     assert actual.shape == expected.shape, (actual.shape, expected.shape)

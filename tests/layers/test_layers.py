@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nara_diffusion import core_matrix, noise_level
 from nara_diffusion.layers import functional
-from nara_diffusion.layers.functional import factored_row_norm
+from nara_diffusion.layers.functional import norm_parts, row_norm
 from nara_diffusion.noise.rows import ModelRows
 from tests.acceptance._by_hand import CORES, LEVELS, SMALL, Kinds, tensors_of
 from tests.helpers.adapted import OneLayer, adapted, disturb, nara_config, relative_error
@@ -188,7 +188,7 @@ def test_dora_makes_no_update_matrix_of_each_sample() -> None:
 def test_dora_norm_at_llada_width_is_exact_to_float32() -> None:
     W0, A, K = torch.randn(512, 768) * 0.02, torch.randn(32, 768) * 0.02, torch.randn(4, 512, 32)
     exact = (W0.double() + 0.5 * K.double() @ A.double()).norm(dim=2)
-    assert relative_error(factored_row_norm(W0, A, K, 0.5), exact) < 1e-6
+    assert relative_error(row_norm(norm_parts(W0, A), K, 0.5), exact) < 1e-6
 
 
 def nearly_cancelling(dtype: torch.dtype, residual: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -208,14 +208,14 @@ def test_dora_norm_of_a_half_precision_base_that_the_update_cancels_is_as_exact_
     W0, A, K = nearly_cancelling(dtype, residual)
     exact = (W0.double() + K.double() @ A.double()).norm(dim=2)
     dense = torch.linalg.norm(W0 + (K[0] @ A).to(dtype), dim=1)[None]  # as PEFT's DoRA
-    error, bound = (((norm - exact) / exact).abs().max() for norm in (factored_row_norm(W0, A, K, 1.0), dense))
+    error, bound = (((norm - exact) / exact).abs().max() for norm in (row_norm(norm_parts(W0, A), K, 1.0), dense))
     assert error <= 2 * bound
 
 
 def test_dora_norm_that_the_update_cancels_is_exact_in_float32_but_for_the_cancelled_digits() -> None:
     W0, A, K = nearly_cancelling(torch.float32, 0.1)
     exact = (W0.double() + K.double() @ A.double()).norm(dim=2)
-    error = ((factored_row_norm(W0, A, K, 1.0) - exact) / exact).abs().max()
+    error = ((row_norm(norm_parts(W0, A), K, 1.0) - exact) / exact).abs().max()
     assert error <= 10 * torch.finfo(torch.float32).eps / 0.1**2
 
 
@@ -223,7 +223,7 @@ def test_dora_norm_converts_a_large_half_precision_base_by_slices(monkeypatch: p
     monkeypatch.setattr(functional, "SLICE", 1000)
     W0, A, K = torch.randn(80, 96).bfloat16(), torch.randn(4, 96), torch.randn(2, 80, 4)
     with LargestTensor(torch.float32) as largest:
-        factored_row_norm(W0, A, K, 0.5)
+        row_norm(norm_parts(W0, A), K, 0.5)
     assert largest.numel <= 1000
 
 

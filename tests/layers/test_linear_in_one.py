@@ -1,9 +1,9 @@
-"""Large linear layers as one autograd function: what it computes, and when a layer is computed in parts instead."""
+"""Linear layers as one autograd function: what it computes, and when a layer is computed step by step instead."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import cycle
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from nara_diffusion import core_matrix, noise_level
-from nara_diffusion.layers import dora, one_function, variants
+from nara_diffusion import noise_level
+from nara_diffusion.layers import dora, functional, variants
 from tests.acceptance._by_hand import LEVELS
-from tests.helpers.adapted import OneLayer, adapted, nara_config, relative_error
+from tests.helpers.adapted import OneLayer, adapted, exact_core, nara_config, relative_error
 
 DORA = pytest.mark.parametrize("use_dora", [False, True], ids=["NaRA", "NaRA-DoRA"])
 
@@ -24,22 +24,21 @@ def one_layer(use_dora: bool) -> Any:
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """The outputs of layers that ran as one function, as small ones do here."""
-    found: list[Tensor] = []
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """One entry for each layer that ran as one function: True if W0's gradient of x was made there too."""
+    found: list[bool] = []
 
-    def counted(*args: Any) -> Tensor:
-        found.append(one_function.linear_in_one(*args))
-        return found[-1]
+    def counted(x: Tensor, result: Tensor, base: Any, *args: Any) -> Tensor:
+        found.append(base is not None)
+        return functional.linear_in_one(x, result, base, *args)
 
-    monkeypatch.setattr(one_function, "MIN_ELEMENTS", 0)
     for room in (variants, dora):
         monkeypatch.setattr(room, "linear_in_one", counted)
     return found
 
 
 @DORA
-def test_layer_in_one_function_gives_no_gradient_to_what_is_frozen(calls: list[Tensor], use_dora: bool) -> None:
+def test_layer_in_one_function_gives_no_gradient_to_what_is_frozen(calls: list[bool], use_dora: bool) -> None:
     model, x, found = one_layer(use_dora), torch.randn(3, 4, 7, requires_grad=True), []
     for frozen in (("none",), ("lora_A", "core"), ("lora_B",), ("magnitude",)):  # a core is trained where A is
         for name, parameter in model.named_parameters():
@@ -58,12 +57,14 @@ def test_layer_in_one_function_gives_no_gradient_to_what_is_frozen(calls: list[T
 
 @DORA
 def test_second_derivatives_of_a_layer_in_one_function_are_those_of_its_parts(
-    monkeypatch: pytest.MonkeyPatch, calls: list[Tensor], use_dora: bool
+    monkeypatch: pytest.MonkeyPatch, calls: list[bool], use_dora: bool
 ) -> None:
     model, x, found = one_layer(use_dora), torch.randn(3, 4, 7), []
     parameters = [p for p in model.parameters() if p.requires_grad]
-    for smallest in (0, 2**17):
-        monkeypatch.setattr(one_function, "MIN_ELEMENTS", smallest)
+    for in_one in (True, False):
+        if not in_one:
+            for room in (variants, dora):
+                monkeypatch.setattr(room, "fits_one_function", lambda *_: False)
         leaf = x.clone().requires_grad_()
         with noise_level(model, LEVELS):
             slopes = torch.autograd.grad(model(leaf).pow(3).sum(), [leaf, *parameters], create_graph=True)
@@ -75,10 +76,10 @@ def test_second_derivatives_of_a_layer_in_one_function_are_those_of_its_parts(
 
 
 def test_magnitudes_gradient_of_a_float64_layer_in_one_function_is_that_of_the_formula(
-    calls: list[Tensor],
+    calls: list[bool],
 ) -> None:
     model, x = one_layer(True).double(), torch.randn(3, 4, 7, dtype=torch.float64)
-    layer, C = model.base_model.model.layer, core_matrix(model, 0.4)[0].double()
+    layer, C = model.base_model.model.layer, exact_core(model, torch.tensor([0.4]))[0]
     A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     W = layer.base_layer.weight + 6 / 4 * B @ C @ A
     slope = torch.randn(3, 4, 5, dtype=torch.float64)
@@ -91,7 +92,7 @@ def test_magnitudes_gradient_of_a_float64_layer_in_one_function_is_that_of_the_f
 
 @DORA
 def test_batched_gradients_of_a_layer_in_one_function_are_those_of_one_after_the_other(
-    calls: list[Tensor], use_dora: bool
+    calls: list[bool], use_dora: bool
 ) -> None:
     model, x = one_layer(use_dora), torch.randn(3, 4, 7, requires_grad=True)
     leaves = [x, *(p for p in model.parameters() if p.requires_grad)]
@@ -106,7 +107,7 @@ def test_batched_gradients_of_a_layer_in_one_function_are_those_of_one_after_the
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:DeprecationWarning")  # PyTorch's own use of it
-def test_forward_mode_gradient_is_that_of_a_layer_in_parts(calls: list[Tensor]) -> None:
+def test_forward_mode_gradient_is_that_of_a_layer_in_parts(calls: list[bool]) -> None:
     model, x, direction = one_layer(True), torch.randn(3, 7), torch.randn(3, 7)
     with noise_level(model, LEVELS), torch.no_grad():
         expected = model(x + direction) - model(x)
@@ -118,7 +119,7 @@ def test_forward_mode_gradient_is_that_of_a_layer_in_parts(calls: list[Tensor]) 
 
 
 @DORA
-def test_output_of_a_layer_in_one_function_may_be_changed_in_place(calls: list[Tensor], use_dora: bool) -> None:
+def test_output_of_a_layer_in_one_function_may_be_changed_in_place(calls: list[bool], use_dora: bool) -> None:
     model, x, found = one_layer(use_dora), torch.randn(3, 4, 7), []
     for change in (lambda y: y * 2 + 1, lambda y: y.mul_(2).add_(1)):
         model.zero_grad()
@@ -135,24 +136,29 @@ def _two_active(layer: Any, model: Any) -> None:
     model.base_model.set_adapter(["default", "other"])
 
 
-UNFUSED: dict[str, Callable[[Any, Any], Any]] = {
-    "a hook on the base layer": lambda layer, _: layer.base_layer.register_forward_hook(lambda *_: None),
+STEPWISE: dict[str, Callable[[Any, Any], Any]] = {
     "a hook on B": lambda layer, _: layer.lora_B["default"].register_forward_pre_hook(lambda *_: None),
     "a bias of B": lambda layer, _: setattr(layer.lora_B["default"], "bias", nn.Parameter(torch.ones(5))),
-    "a trained base": lambda layer, _: layer.base_layer.weight.requires_grad_(),
-    "two active adapters": _two_active,
     "a weight that is remade": lambda layer, _: nn.utils.parametrizations.weight_norm(layer.lora_B["default"]),
-    "a forward of one's own": lambda layer, _: setattr(layer.base_layer, "forward", layer.base_layer.forward),
     "adapters of another dtype": lambda layer, _: layer.base_layer.bfloat16(),
+}
+BASE_BY_ITSELF: dict[str, Callable[[Any, Any], Any]] = {
+    "a hook on the base layer": lambda layer, _: layer.base_layer.register_forward_hook(lambda *_: None),
+    "a trained base": lambda layer, _: layer.base_layer.weight.requires_grad_(),
+    "a trained bias": lambda layer, _: layer.base_layer.bias.requires_grad_(),
+    "two active adapters": _two_active,
+    "a forward of one's own": lambda layer, _: setattr(layer.base_layer, "forward", layer.base_layer.forward),
+    "dropout": lambda layer, _: layer.lora_dropout.update({"default": nn.Dropout(0.5)}),
 }
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*")
-@pytest.mark.parametrize(("name", "use_dora"), list(zip(UNFUSED, cycle([False, True]), strict=False)))
-def test_layer_that_something_watches_or_changes_is_computed_in_parts(name: str, calls: Any, use_dora: bool) -> None:
+@DORA
+@pytest.mark.parametrize("name", STEPWISE)
+def test_layer_that_something_watches_or_changes_is_computed_step_by_step(name: str, calls: Any, use_dora: bool):
     model = one_layer(use_dora)
     layer = model.base_model.model.layer
-    UNFUSED[name](layer, model)
+    STEPWISE[name](layer, model)
     x = torch.randn(3, 4, 7, dtype=layer.base_layer.weight.dtype)
     with noise_level(model, LEVELS):
         output = model.eval()(x)
@@ -160,7 +166,27 @@ def test_layer_that_something_watches_or_changes_is_computed_in_parts(name: str,
     assert output.dtype == x.dtype
 
 
-def test_global_hook_sees_the_output_of_the_base_layer_which_is_computed_in_parts(calls: list[Tensor]) -> None:
+@DORA
+@pytest.mark.parametrize("name", BASE_BY_ITSELF)
+def test_base_that_is_watched_trained_or_shared_makes_its_own_gradients(name: str, calls: Any, use_dora: bool):
+    """Output and gradients are those of the steps. NaRA-DoRA, whose norm scales the base, is computed by steps."""
+    model, x, found = one_layer(use_dora).train(), torch.randn(3, 4, 7), []
+    BASE_BY_ITSELF[name](model.base_model.model.layer, model)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for is_watched in (False, True):
+        leaf = x.clone().requires_grad_()
+        torch.manual_seed(0)
+        watch = nn.modules.module.register_module_forward_hook(lambda *_: None) if is_watched else nullcontext()
+        with watch, noise_level(model, LEVELS):
+            output = model(leaf)
+        found.append([output, *torch.autograd.grad(output.pow(2).sum(), [leaf, *parameters], allow_unused=True)])
+    assert set(calls) == (set() if use_dora and name != "two active adapters" else {False})  # the other is a NaRA
+    for one, other in zip(*found, strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or relative_error(one, other) < 1e-5
+
+
+def test_global_hook_sees_the_output_of_the_base_layer(calls: list[bool]) -> None:
     model, x, seen = one_layer(False), torch.randn(3, 4, 7), []
     base_layer = model.base_model.model.layer.base_layer
     hook = nn.modules.module.register_module_forward_hook(
@@ -172,17 +198,15 @@ def test_global_hook_sees_the_output_of_the_base_layer_which_is_computed_in_part
     assert not calls
 
 
-def test_layer_in_training_with_dropout_under_autocast_or_torch_func_or_too_small_is_computed_in_parts(
-    monkeypatch: pytest.MonkeyPatch, calls: list[Tensor]
+@DORA
+def test_layer_under_torch_func_is_computed_step_by_step_and_under_autocast_as_one_function(
+    calls: list[bool], use_dora: bool
 ) -> None:
-    model, x = adapted(OneLayer(nn.Linear(7, 5)), target_modules=["layer"], lora_dropout=0.5), torch.randn(3, 7)
+    model, x = one_layer(use_dora), torch.randn(3, 7)
     with noise_level(model, 0.5):
-        model.train()(x)
-        with torch.autocast("cpu", torch.bfloat16):
-            model.eval()(x)
         torch.func.vmap(model.requires_grad_(False))(x)
         assert not calls
+        with torch.autocast("cpu", torch.bfloat16):
+            model(x)
         model(x)
-        monkeypatch.setattr(one_function, "MIN_ELEMENTS", 16)
-        model(x)
-    assert len(calls) == 1
+    assert calls == [True, True]
