@@ -1,37 +1,28 @@
-"""How long a step with NaRA takes beside PEFT's LoRA, NaRA-DoRA beside PEFT's DoRA, and both from parts.
+"""How long a step with NaRA takes beside PEFT's LoRA, and NaRA-DoRA beside PEFT's DoRA; and their kernels.
 
     python examples/benchmarks/benchmark_speed.py
 
 Four square projections (q, k, v, o) of one attention layer, adapted by each method, with a batch whose samples have
-different noise levels. The methods take turns within each round; a ratio is the median of the rounds' ratios. A train
-step is forward, backward and AdamW. "from parts" computes NaRA's layers step by step in place of one autograd function.
-One thread.
+different noise levels, in float32 and in bfloat16 under autocast. The methods take turns within each round; a ratio is
+the median of the rounds' ratios. A train step is forward, backward and AdamW. Inference runs twice with the same,
+frozen weights, as sampling does. One thread. kernel_counts.py says what is counted.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from benchmark_record import median_ratio, one_thread, run_command, save_record, summarize, times_in_turn
-from peft import LoraConfig, PeftModel, get_peft_model
+from kernel_counts import METHODS, kernels_of_layer
+from peft import PeftModel, get_peft_model
 from torch import nn
 
-from nara_diffusion import NaraConfig, noise_level
-from nara_diffusion.layers import one_function
+from nara_diffusion import noise_level
 
-METHODS: dict[str, Callable[..., LoraConfig]] = {
-    "LoRA": LoraConfig,
-    "NaRA": NaraConfig,
-    "DoRA": lambda **kwargs: LoraConfig(use_dora=True, **kwargs),
-    "NaRA-DoRA": lambda **kwargs: NaraConfig(use_dora=True, **kwargs),
-}
-PARTS = " from parts"
-RATIOS = (("NaRA", "LoRA"), ("NaRA-DoRA", "DoRA"), ("NaRA", f"NaRA{PARTS}"), ("NaRA-DoRA", f"NaRA-DoRA{PARTS}"))
+RATIOS = (("NaRA", "LoRA"), ("NaRA-DoRA", "DoRA"))
+DTYPES = {"float32": torch.float32, "bfloat16 under autocast": torch.bfloat16}
 
 
 class Projections(nn.Module):
@@ -48,37 +39,59 @@ class Projections(nn.Module):
 class Arm:
     """One method's model with its steps; all arms see the same base weights and inputs."""
 
-    def __init__(self, method: str, shape: tuple[int, int, int], rank: int) -> None:
+    def __init__(self, method: str, shape: tuple[int, int, int], rank: int, dtype: torch.dtype) -> None:
         torch.manual_seed(0)
-        self.min_elements = sys.maxsize if method.endswith(PARTS) else one_function.MIN_ELEMENTS
-        config = METHODS[method.removesuffix(PARTS)](r=rank, lora_alpha=rank, target_modules=["q", "k", "v", "o"])
-        self.model: PeftModel = get_peft_model(Projections(shape[-1]), config)
+        config = METHODS[method](r=rank, lora_alpha=rank, target_modules=["q", "k", "v", "o"])
+        self.model: PeftModel = get_peft_model(Projections(shape[-1]).to(dtype), config)
+        self.is_autocast = dtype != torch.float32
         # as after training: an adapter whose B or C - I is zero would not be a fair load
         with torch.no_grad():
             for parameter in self.model.parameters():
                 if parameter.requires_grad:
                     parameter.add_(0.01 * torch.randn_like(parameter))
         # inside a network the input is a hidden state, which gets a gradient too
-        self.x = torch.randn(shape, requires_grad=True)  # (b, l, d)
+        self.x = torch.randn(shape).to(dtype).requires_grad_()  # (b, l, d)
         self.noise_levels = torch.linspace(0.1, 0.9, shape[0]) if method.startswith("NaRA") else None  # (b,)
         self.optimizer = torch.optim.AdamW(p for p in self.model.parameters() if p.requires_grad)
 
-    def _noise(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self.noise_levels is None else noise_level(self.model, self.noise_levels)
+    def _forward(self) -> torch.Tensor:
+        no_noise: AbstractContextManager[Any] = nullcontext()
+        noise = no_noise if self.noise_levels is None else noise_level(self.model, self.noise_levels)
+        with noise, torch.autocast("cpu", torch.bfloat16, enabled=self.is_autocast):
+            return self.model(self.x)
 
     def train(self) -> None:
         self.model.train()
-        with self._noise(), patch.object(one_function, "MIN_ELEMENTS", self.min_elements):
-            self.model(self.x).square().mean().backward()
+        self._forward().square().mean().backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.x.grad = None
 
-    @torch.inference_mode()
+    def freeze(self) -> None:
+        """Prepare for inference."""
+        self.model.eval().requires_grad_(False)
+
+    @torch.no_grad()
     def inference(self) -> None:
-        self.model.eval()
-        with self._noise(), patch.object(one_function, "MIN_ELEMENTS", self.min_elements):
-            self.model(self.x)
+        self._forward()
+        self._forward()
+
+
+def times_of(dtype: torch.dtype, shape: tuple[int, int, int], rank: int, rounds: int) -> dict[str, Any]:
+    """{"train" or "inference": {method: seconds of each round}}."""
+    arms = {method: Arm(method, shape, rank, dtype) for method in METHODS}
+    train = times_in_turn({name: arm.train for name, arm in arms.items()}, rounds)
+    for arm in arms.values():
+        arm.freeze()
+    return {"train": train, "inference": times_in_turn({name: arm.inference for name, arm in arms.items()}, rounds)}
+
+
+def ratios_of(times: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """{"NaRA / LoRA": {"train" or "inference": the median of the rounds' ratios}}."""
+    found: dict[str, dict[str, float]] = {}
+    for ours, theirs in RATIOS:
+        found[f"{ours} / {theirs}"] = {kind: median_ratio(of[ours], of[theirs]) for kind, of in times.items()}
+    return found
 
 
 def main(
@@ -88,24 +101,22 @@ def main(
     output_dir: str = "outputs/benchmarks",
 ) -> dict[str, Any]:
     """Time every method `rounds` times; print a table, save it as JSON, return the figures."""
-    with one_thread():
-        arms = {method: Arm(method, shape, rank) for method in (*METHODS, f"NaRA{PARTS}", f"NaRA-DoRA{PARTS}")}
-        times = {
-            kind: times_in_turn({name: getattr(arm, kind) for name, arm in arms.items()}, rounds)
-            for kind in ("train", "inference")
+    seconds: dict[str, Any] = {}
+    ratios: dict[str, Any] = {}
+    for name, dtype in DTYPES.items():
+        with one_thread():
+            times = times_of(dtype, shape, rank, rounds)
+        seconds[name] = {
+            kind: {method: summarize(values) for method, values in of.items()} for kind, of in times.items()
         }
-    results = {kind: {name: summarize(values) for name, values in of.items()} for kind, of in times.items()}
-    ratios = {
-        f"{ours} / {theirs}": {kind: median_ratio(times[kind][ours], times[kind][theirs]) for kind in times}
-        for ours, theirs in RATIOS
-    }
-    for kind, methods in results.items():
-        for method, each in methods.items():
-            spread = f"{1e3 * each['quartile_low']:.1f} to {1e3 * each['quartile_high']:.1f}"
-            print(f"{kind:10s} {method:20s} {1e3 * each['median']:8.1f} ms   (half of them {spread})")
-    for name, ratio in ratios.items():
-        print(f"{name}: train {ratio['train']:.3f}, inference {ratio['inference']:.3f}")
-    figures = {"shape": shape, "rank": rank, "rounds": rounds, "seconds": results, "ratios": ratios}
+        ratios[name] = ratios_of(times)
+        for pair, ratio in ratios[name].items():
+            print(f"{name:24s} {pair:16s} train {ratio['train']:.3f}, inference {ratio['inference']:.3f}")
+    kernels = {method: kernels_of_layer(method) for method in METHODS}
+    for method, of in kernels.items():
+        counts = {kind: round(sum(operations.values())) for kind, operations in of.items()}
+        print(f"{method:10s} kernels a layer: {counts}")
+    figures = {"shape": shape, "rank": rank, "rounds": rounds, "seconds": seconds, "ratios": ratios, "kernels": kernels}
     print(f"saved to {save_record('benchmark_speed', figures, output_dir)}")
     return figures
 

@@ -235,7 +235,8 @@ class _LinearInOne(Function):
             if needs_D:
                 grad_D = _grad_of_deviation(D, narrow, h, s)
             if needs_B:
-                grad_B = torch.mm(raised.view(-1, len(A)).T, grad).T.to(B.dtype)
+                grad_B = torch.mm(raised.view(-1, len(A)).T, grad).T
+                grad_B = grad_B.to(B.dtype, memory_format=torch.contiguous_format)
             if needs_A:
                 grad_A = torch.mm(grad_h.T, rows).to(A.dtype)
             if needs_x and W is None:
