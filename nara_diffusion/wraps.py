@@ -253,7 +253,7 @@ def _check_not_compiled(part: str, model: nn.Module) -> None:
     compiled = getattr(model, "_orig_mod", None)
     if compiled is not None and nara_adapters_of(compiled):
         raise ValueError(
-            f"{part} is what torch.compile returned, in which Diffusers finds no adapter: take the model out, "
+            f"{part} is what torch.compile returned, and Diffusers finds no adapter in it: take the model out, "
             f"pipe.{part} = pipe.{part}._orig_mod, and compile it in place, pipe.{part}.compile()."
         )
 
