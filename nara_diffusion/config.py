@@ -85,6 +85,9 @@ class NaraConfig(LoraConfig):
         mask_density_radius: kept for files of version 0.1; nothing reads it.
         noise_convention: the name of λ's definition in training, such as "masked_share". A source
             of λ with another name is refused. None means unknown.
+        noise_level_per: what had a λ of its own in training, a "sample" or a "part" of one (a
+            frame, a block). Training sets it; a forward with the other warns once. None means
+            unknown.
         scheduler: class (`_class_name`) and configuration of the Diffusers scheduler that the
             adapter was trained for, if it predicts something other than its base. None: as the
             base.
@@ -111,6 +114,7 @@ class NaraConfig(LoraConfig):
     core_bins: int = 5
     mask_density_radius: int = 4
     noise_convention: str | None = None
+    noise_level_per: Literal["sample", "part"] | None = None
     scheduler: dict[str, Any] | None = None
     strength: StrengthSchedule | list[list[float]] | None = None
 
@@ -186,6 +190,9 @@ class NaraConfig(LoraConfig):
                     f", which core_type {self.core_type!r} doesn't read: leave it at {choices[0]!r}, "
                     f"or use core_type {' or '.join(map(repr, readers))}.",
                 )
+
+        if self.noise_level_per not in (None, "sample", "part"):
+            self._refuse("noise_level_per", ": choose 'sample' or 'part', or leave it at None.")
 
     def _check_numbers(self) -> None:
         widths = self.core_hidden_dims

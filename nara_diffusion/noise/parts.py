@@ -171,9 +171,9 @@ class FrameTokens:
         shape, video = self.shape(model, arguments), arguments.get("hidden_states")
         if shape is None or not isinstance(video, Tensor):
             return None
-        timestep = arguments.get("timestep")
-        has_several = isinstance(timestep, Tensor) and timestep.dim() > 1
-        timesteps = timestep.shape[1:].numel() if has_several else 1
+        timestep, timesteps = arguments.get("timestep"), 1
+        if isinstance(timestep, Tensor) and timestep.dim() > 1:
+            timesteps = timestep.shape[1:].numel()
         return Positions(len(video), shape[1], timesteps)
 
 

@@ -35,7 +35,14 @@ if TYPE_CHECKING:
 
 TRAINABLE = "trainable.safetensors"
 
-_FREE = {"core_init", "lora_a_init", "noise_convention", "scheduler", "strength"}
+_FREE = {
+    "core_init",
+    "lora_a_init",
+    "noise_convention",
+    "noise_level_per",
+    "scheduler",
+    "strength",
+}
 """Fields of a core that say how it starts or what it was trained for; its tensors mean the same."""
 _FLAGS = {"r": "rank", "lora_alpha": "lora_alpha", "core_type": "core_type"}
 """{field: the flag that sets it}; adapter_options sets the other fields."""

@@ -9,6 +9,7 @@ loaded the adapters.
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Iterable
 from copy import copy
@@ -16,6 +17,7 @@ from dataclasses import replace
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Any
 
+import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
@@ -43,6 +45,10 @@ class NotSet(Enum):
     """
 
     DEFAULT = auto()
+
+
+_KINDS = {"sample": "sample", "part": "part of a sample (a frame, a block)"}
+"""`NaraConfig.noise_level_per` → its name in messages."""
 
 
 class LevelFinder:
@@ -75,6 +81,7 @@ class LevelFinder:
         self.denoiser = denoiser
         self.given_source: NoiseSource | NotSet | None = NotSet.DEFAULT
         self.length: int | None = None
+        self._warned: set[str] = set()
         self.pipelines: list[weakref.ref[DiffusionPipeline]] = []
         self._canvas_source: CanvasNoise | None = None
 
@@ -176,11 +183,35 @@ class LevelFinder:
             )
         if level is None:
             raise unknown_level(self.root, names)
+        self._note_parts(names, level, is_for_all=entry is not None and level.numel() == 1)
         if level.dim() == 2 and level.shape[1] > 1:
             parts = self.rows.parts_of_forward(level, self.root, args, kwargs)
             return parts.levels(level), parts
         level = level[:, 0] if level.dim() == 2 else level
         return self.rows.level_of_forward(level, self.root, args, kwargs), None
+
+    def _note_parts(self, names: list[str], level: Tensor, is_for_all: bool) -> None:
+        """Record if training gives λ to samples or to their parts; warn once of the other use.
+
+        An adapter that was trained with both counts as trained with λ of parts. One λ of a context
+        for all is no other use.
+        """
+        now = "part" if level.dim() == 2 else "sample"
+        for name in names:
+            config = self.configs[name]
+            if not isinstance(config, NaraConfig) or config.noise_level_per == now:
+                continue
+            before = config.noise_level_per
+            if before is not None and not is_for_all and name not in self._warned:
+                self._warned.add(name)
+                warnings.warn(
+                    f"Adapter '{name}' was trained with λ for each {_KINDS[before]}, and this forward has one for "
+                    f"each {_KINDS[now]}, which it has not seen: its results may be worse.",
+                    UserWarning,
+                    stacklevel=2,
+                )
+            if self.root.training and torch.is_grad_enabled() and before != "part":
+                config.noise_level_per = now
 
     # ------------------------------------------------------------------ adapters' definitions of λ
 
