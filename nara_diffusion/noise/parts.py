@@ -99,7 +99,7 @@ class Parts:
         if self.frames is not None and self._is_of_samples(layer_name):
             return core[rows:], False
         if not is_image and self._sees_positions(x, kind, layer_name):
-            return core[:rows], True
+            return core if len(core) == rows else core[:rows], True
         raise ValueError(
             f"noise_level has {self.count} values for the {self.positions.length} positions of a sample, but layer "
             f"'{layer_name}' sees {tuple(x.shape)}, not these positions of {self.positions.samples} samples in order: "
