@@ -100,7 +100,7 @@ class OptimizationArguments:
     )
     core_start_step: int = option(
         0,
-        "Train A and B alone, with C = I, up to this step, then all: the paper's two stages.",
+        "Train only A and B, with C = I, up to this step, then all: the paper's two stages.",
         unit="optimizer steps",
         rare=True,
     )

@@ -168,7 +168,7 @@ def core_import(args: TrainingArguments) -> str:
 
 
 _ADVICE = {
-    "validation_loss": "The validation loss didn't fall: by it the base alone is as good or better. Try a lower "
+    "validation_loss": "The validation loss didn't fall: by it the base is as good or better. Try a lower "
     "--learning_rate, fewer steps, or more and more varied data.",
     "exact_match": "Exact match didn't rise; samples.jsonl has what was generated. A small file needs more "
     "--num_train_epochs or a higher --learning_rate. Long answers are seldom equal word for word: --extract compares a "

@@ -1,0 +1,117 @@
+"""The settings of a sampler, and which tokens its rules place, against loops over one place at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from nara_diffusion.dllm.decoding import Sampling
+
+GENERATOR = torch.Generator().manual_seed(3)
+LOGITS = 3 * torch.randn(2, 6, 9, generator=GENERATOR)  # (a, k, v)
+MASKED = torch.tensor([[True, True, False, True, True, True], [False, True, True, True, False, True]])
+NONE = torch.tensor([], dtype=torch.long)
+
+
+def place(count: int = 2, last: torch.Tensor = NONE, **settings: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def refuse(*shape: int, **kwargs: Any) -> torch.Tensor:
+        raise AssertionError("greedy decoding draws nothing")
+
+    return Sampling(gen_length=6, **settings).place(LOGITS, MASKED, count, last, refuse)
+
+
+def ranked(row: int) -> list[tuple[float, int]]:
+    """(probability of the likeliest token, place) of a row's masked places, the surest first."""
+    best = LOGITS.double().softmax(-1).amax(-1)
+    return sorted(((float(best[row, k]), k) for k in range(6) if MASKED[row, k]), reverse=True)
+
+
+@pytest.mark.parametrize(("length", "block", "steps"), [(12, 6, 6), (12, 4, 9), (12, 12, 5), (6, 3, 6), (8, 8, 8)])
+def test_steps_share_a_block_evenly(length: int, block: int, steps: int) -> None:
+    counts = Sampling(gen_length=length, block_length=block, steps=steps).tokens_per_step()
+    assert (sum(counts), len(counts)) == (block, steps // (length // block))
+    assert max(counts) - min(counts) <= 1
+    assert counts == sorted(counts, reverse=True)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_steps_place_the_surest_tokens(count: int) -> None:
+    tokens, chosen = place(count)
+    assert torch.equal(tokens, LOGITS.argmax(-1))
+    for row in range(2):
+        assert {k for k in range(6) if chosen[row, k]} == {k for _, k in ranked(row)[:count]}
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.8, 0.999])
+def test_threshold_places_all_surer_tokens_and_at_least_one(threshold: float) -> None:
+    _, chosen = place(confidence_threshold=threshold)
+    for row in range(2):
+        sure = [k for p, k in ranked(row) if p > threshold] or [ranked(row)[0][1]]
+        assert {k for k in range(6) if chosen[row, k]} == set(sure)
+
+
+@pytest.mark.parametrize("bound", [0.01, 0.6, 2.0])
+def test_entropy_bound_places_tokens_while_their_entropies_allow(bound: float) -> None:
+    _, chosen = place(entropy_bound=bound, remasking="entropy")
+    p = LOGITS.double().softmax(-1)
+    entropy = -(p * p.log()).sum(-1)  # (a, k)
+    for row in range(2):
+        order = sorted((k for k in range(6) if MASKED[row, k]), key=lambda k: float(entropy[row, k]))
+        for n, k in enumerate(order, 1):
+            of_first = [float(entropy[row, i]) for i in order[:n]]
+            assert bool(chosen[row, k]) == (n == 1 or sum(of_first) - max(of_first) <= bound)
+
+
+def test_last_tokens_come_after_all_others() -> None:
+    sure = [ranked(row)[0][1] for row in range(2)]
+    ends = torch.tensor(sorted({int(LOGITS[row, sure[row]].argmax()) for row in range(2)}))
+    tokens, chosen = place(1, last=ends)
+    assert torch.equal(tokens, LOGITS.argmax(-1))
+    for row in range(2):
+        left = [k for _, k in ranked(row) if int(tokens[row, k]) not in ends.tolist()]
+        assert sure[row] not in left
+        assert int(tokens[row, int(chosen[row].int().argmax())]) not in ends.tolist()
+        assert int(chosen[row].sum()) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"gen_length": 6, "block_length": 4}, "4 .* gen_length 6"),
+        ({"gen_length": 6, "block_length": 2, "steps": 4}, "3 blocks"),
+        ({"steps": 2, "factor": 1.0}, "steps and factor"),
+        ({"factor": 1.0, "remasking": "entropy"}, "factor goes with"),
+        ({"entropy_bound": 1.0, "remasking": "random"}, "entropy_bound goes with"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"remasking": "lowest"}, "remasking is 'lowest'"),
+    ],
+)
+def test_impossible_settings_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Sampling(**settings)
+
+
+def test_confidence_beside_last_tokens_is_that_among_the_others() -> None:
+    ends = torch.tensor([int(LOGITS[0, 0].argmax()), int(LOGITS[1, 1].argmax())]).unique()
+    others = [token for token in range(9) if token not in ends.tolist()]
+    among_all = LOGITS.double().softmax(-1).amax(-1)  # (a, k)
+    among_others = LOGITS.double()[..., others].softmax(-1).amax(-1)
+    is_other = ~torch.isin(LOGITS.argmax(-1), ends) & MASKED
+    row, k = divmod(int(((among_others - among_all) * is_other).argmax()), 6)
+    threshold = float(among_all[row, k] + among_others[row, k]) / 2
+    _, chosen = place(last=ends, confidence_threshold=threshold)
+    assert torch.equal(chosen[row], (is_other & (among_others > threshold))[row])
+
+
+def test_random_order_places_last_tokens_last_too() -> None:
+    tokens = LOGITS.argmax(-1)
+    last = tokens[0, 0].reshape(1)
+    draws = torch.full((2, 6), 0.5)
+    draws[0, 0] = 0.9  # the highest score, but for an end token
+    settings = Sampling(gen_length=6, remasking="random")
+    chosen = settings.place(LOGITS, MASKED, 1, last, lambda *shape, **kwargs: draws)[1]
+    assert not chosen[0, 0]
+    assert chosen.sum(1).tolist() == [1, 1]
