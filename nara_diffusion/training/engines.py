@@ -69,7 +69,7 @@ def start_accelerator(args: TrainingArguments) -> Accelerator:
     )
     if launched != accelerator.num_processes:
         raise ValueError(
-            f"{launched} processes were launched, and accelerate runs each by itself: it finds no GPU. On CPU, launch with "
+            f"{launched} processes were launched, and accelerate runs each apart: it finds no GPU. On CPU, launch with "
             "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu."
         )
     for kind, name in asked.items():
