@@ -10,6 +10,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 from peft.tuners.lora import LoraLayer
@@ -26,6 +27,7 @@ from .twins import check_mergeable_twins
 logger = logging.getLogger(__name__)
 
 
+@dataclass(eq=False)
 class Merging:
     """Find the λ to merge or export adapters of one model at, and compare a forward's λ with it.
 
@@ -35,10 +37,9 @@ class Merging:
             changes it in place.
     """
 
-    def __init__(self, root: nn.Module, layers: dict[str, list[LoraLayer]]) -> None:
-        self.root = root
-        self.layers = layers
-        self._warned_of: Tensor | None = None
+    root: nn.Module
+    layers: dict[str, list[LoraLayer]]
+    _warned_of: Tensor | None = field(default=None, init=False, repr=False)
 
     # ------------------------------------------------------------------ what is merged
 
