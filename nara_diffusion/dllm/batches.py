@@ -153,11 +153,13 @@ class AnswerCollator:
             a number: that many tokens.
             Except under "longest", a row's loss doesn't depend on the rows beside it.
         gen_length: length of the answers under "gen_length".
+        multiple: whole answers are padded on to a multiple of this length.
     """
 
     end_token_id: int
     trained_padding: str | int = "longest"
     gen_length: int | None = None
+    multiple: int = 1
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
         answer_lengths = self.answer_lengths(rows)
@@ -196,11 +198,13 @@ class AnswerCollator:
     def padded_length(self, length: int, prompt: int, longest: int) -> int:
         """Return the length of a row with its trained padding, beside a row of `longest` tokens."""
         if self.trained_padding == "longest":
-            return longest
-        if self.trained_padding == "gen_length":
+            padded = longest
+        elif self.trained_padding == "gen_length":
             assert self.gen_length is not None
-            return max(length, prompt + self.gen_length)
-        return length + int(self.trained_padding)
+            padded = max(length, prompt + self.gen_length)
+        else:
+            padded = length + int(self.trained_padding)
+        return padded + (prompt - padded) % self.multiple
 
 
 def batches_of(
@@ -249,7 +253,7 @@ def trained_canvas(
     for row, answer, end in zip(rows, answers, trained, strict=True):
         is_whole = collator.is_whole(row)
         length = answer - is_whole  # without the end token
-        if is_whole and end < gen_length:
+        if is_whole and end < gen_length and collator.multiple == 1:  # else a canvas ends it
             short.append(end)
         if row["instruction"] and length > gen_length:  # a text without a prompt may be longer
             long.append(length)

@@ -15,20 +15,22 @@ that, which is what a cache of the prefix would hold.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import DiffusionGemmaForBlockDiffusion, DynamicCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from nara_diffusion.noise.sources import CORRUPTED_SHARE
 
+from .batches import AnswerCollator, batches_of
 from .canvas import conditioned
 from .loss import token_cross_entropy
-from .models.backbone import Backbone
+from .models.backbone import Backbone, evaluating, without_ddp
 from .uniform import CanvasBatch, corrupt_canvases
 
 
@@ -107,6 +109,41 @@ def canvas_loss(
         encoder_loss=encoder_loss,
         token_loss=token_loss,
     )
+
+
+@torch.no_grad()
+def canvas_curve(
+    model: nn.Module,
+    rows: Sequence[Mapping[str, Any]],
+    noise_levels: Sequence[float],
+    *,
+    collator: AnswerCollator,
+    batch_size: int = 16,
+    seed: int = 0,
+    progress: bool = True,
+) -> list[float]:
+    """Return the decoder's mean loss at each noise level, in nats a token.
+
+    A row has the same canvas and nested corruptions at all levels.
+
+    Args:
+        model: the outermost module.
+        rows: of `encode_records`.
+        noise_levels: λ in (0, 1].
+        collator: how rows become a batch.
+    """
+    model = without_ddp(model)
+    device, losses = Backbone(model).device, []
+    bar = tqdm(total=len(noise_levels) * len(rows), unit="row", disable=not progress)
+    with evaluating(model), bar:
+        for level in noise_levels:
+            total = 0.0
+            for batch in batches_of(rows, range(len(rows)), collator, batch_size, device):
+                key = {"seed": seed, "noise_level": level, "encoder_weight": 0.0}
+                total += block_diffusion_loss(model, **batch, **key).per_sample.sum().item()
+                bar.update(len(batch["input_ids"]))
+            losses.append(total / len(rows))
+    return losses
 
 
 def block_model(model: nn.Module) -> DiffusionGemmaForBlockDiffusion:

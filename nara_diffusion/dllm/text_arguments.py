@@ -115,8 +115,18 @@ class ObjectiveArguments:
     trained_padding: str = option(
         "gen_length",
         "End tokens after an answer that are trained on: gen_length, up to the length of generated "
-        "answers; longest, up to the longest sample of the global batch; or a number.",
+        "answers (DiffusionGemma: to the end of a canvas); longest, up to the longest sample of the "
+        "global batch; or a number.",
         unit="tokens",
+        rare=True,
+    )
+    train_on_encoder: bool = option(
+        True, "DiffusionGemma: adapt the encoder with the decoder, by one adapter.", rare=True
+    )
+    encoder_loss_weight: float | None = option(
+        None,
+        "DiffusionGemma: weight of the encoder's next-token loss; none takes 1 if the encoder is "
+        "adapted, else 0.",
         rare=True,
     )
     complementary: bool = option(
@@ -185,6 +195,7 @@ class Arguments(ModelArguments, TrainingArguments, ObjectiveArguments):
         check_arguments(self)
         check_drawable(window_of(self), self.complementary)
         require(self, "at least 1", lambda value: value >= 1, *_COUNTS)
+        require(self, "0 or more", lambda value: value >= 0, "encoder_loss_weight")
         if (self.train_file is None) == (self.dataset_name is None):
             got = "neither" if self.train_file is None else "both"
             raise ValueError(

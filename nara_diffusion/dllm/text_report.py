@@ -29,8 +29,8 @@ from nara_diffusion.training.run import Run
 from .batches import AnswerCollator, batches_of
 from .decoding import Sampling
 from .exact_match import exact_match
-from .loss import masked_diffusion_loss, noise_level_curve
 from .models.backbone import evaluating
+from .objective import curve_of, loss_of
 from .text_arguments import Arguments
 
 _LOADING = """\
@@ -120,7 +120,7 @@ class Evaluation:
         """Return the validation loss at these λ."""
         args = self.run.args
         rows: Any = self.validation_rows
-        return noise_level_curve(
+        return curve_of(model)(
             model,
             rows,
             noise_levels,
@@ -145,7 +145,7 @@ class Evaluation:
             for batch in batches_of(rows, indices, self.collator, size, device):
                 # not the seed of training, which draws for the same indices
                 seed = args.seed + 1
-                loss = masked_diffusion_loss(model, **batch, seed=seed, group_size=len(rows))
+                loss = loss_of(model)(model, **batch, seed=seed, group_size=len(rows))
                 pairs += zip(loss.per_sample.tolist(), loss.noise_level.tolist(), strict=True)
             return pairs
 

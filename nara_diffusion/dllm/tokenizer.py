@@ -109,19 +109,20 @@ def find_mask_token(
 
 
 def set_special_tokens(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, mask_token_id: int
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, mask_token_id: int | None
 ) -> None:
-    """Make model and tokenizer agree on mask, beginning, end and padding.
+    """Make model and tokenizer agree on mask (if any), beginning, end and padding.
 
     Padding is the end token if there is no other. The beginning is the tokenizer's, since that of
     Dream's configuration is its end.
     """
     config: Any = model.config
     text: Any = tokenizer.convert_ids_to_tokens
-    config.mask_token_id = mask_token_id
+    if mask_token_id is not None:
+        config.mask_token_id = mask_token_id
     if tokenizer.bos_token_id is not None:
         config.bos_token_id = tokenizer.bos_token_id
-    if tokenizer.mask_token_id != mask_token_id:
+    if mask_token_id is not None and tokenizer.mask_token_id != mask_token_id:
         tokenizer.mask_token = text(mask_token_id)
     # some configurations have no end, others a default that this vocabulary doesn't have
     configured = getattr(config, "eos_token_id", None)

@@ -30,7 +30,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from nara_diffusion.dllm import AnswerCollator, encode_records, load_backbone, masked_diffusion_loss
+from nara_diffusion.dllm import encode_records, load_backbone
 from nara_diffusion.dllm.batches import (
     GlobalBatchStream,
     rows_in_training,
@@ -39,10 +39,16 @@ from nara_diffusion.dllm.batches import (
     without_held_out,
 )
 from nara_diffusion.dllm.canvas import check_canvas, check_positions, checked_lengths
-from nara_diffusion.dllm.decoding import chat_sampling
 from nara_diffusion.dllm.models.quantised import prepare_quantised
+from nara_diffusion.dllm.objective import (
+    adapter_options,
+    answers_of,
+    collator_of,
+    loss_of,
+    objective_options,
+    sampling_of,
+)
 from nara_diffusion.dllm.records import load_records
-from nara_diffusion.dllm.sampler import answer_prompts
 from nara_diffusion.dllm.text_report import (
     Evaluation,
     Measurement,
@@ -123,7 +129,7 @@ class FineTuning:
         if args.gradient_checkpointing:
             recompute_activations(self.backbone)
         self.objective: dict[str, Any] = {"seed": args.seed, "group_size": run.global_batch}
-        self.objective |= {"complementary": args.complementary, "window": window_of(args)}
+        self.objective |= {"window": window_of(args), **objective_options(self.backbone, args)}
 
     def _load_base(self) -> None:
         """Load the base model and its tokenizer."""
@@ -143,8 +149,8 @@ class FineTuning:
         folder = local_folder(args.pretrained_model_name_or_path, revision=args.revision)
         run.record_base_digests({"": folder})
         self.sampling = args.sampling()
-        if self.tokenizer.chat_template is not None:
-            self.sampling = chat_sampling(self.backbone, self.sampling)
+        is_chat = self.tokenizer.chat_template is not None
+        self.sampling = sampling_of(self.backbone, self.sampling, chat=is_chat)
 
     def _encode_records(self) -> None:
         """Turn the records into rows, and warn of rows that are trained on and measured on."""
@@ -179,7 +185,7 @@ class FineTuning:
         """Find the longest sample and the longest canvas, and check them."""
         args = self.args
         end = end_token_id(self.tokenizer)
-        self.collator = AnswerCollator(end, args.trained_padding, args.gen_length)
+        self.collator = collator_of(self.backbone, args, end)
         longest = max(part.longest for part in self.encoded)
         longest_prompt = max(part.longest_prompt for part in self.encoded)
         self.padded = self.collator.padded_length(longest, longest_prompt, longest)
@@ -208,7 +214,7 @@ class FineTuning:
         self.facts = self._facts(stream, steps)
         run.open(self.facts)
         run.restore()
-        loss = partial(masked_diffusion_loss, model, **self.objective)
+        loss = partial(loss_of(model), model, **self.objective)
         validate = partial(self.evaluation.validate, self.adapted)
         train(run, parts, lambda batch: loss(**batch), validate)
         save_adapter(run.accelerator, model, run.folder, write_adapter)
@@ -219,7 +225,8 @@ class FineTuning:
     def _adapt(self) -> nn.Module:
         """Return the base model with its adapter."""
         args, checkpoint = self.args, self.run.checkpoint
-        model = build_adapter(self.backbone, args, strength=schedule_of(args))
+        options = adapter_options(self.backbone, args)
+        model = build_adapter(self.backbone, args, strength=schedule_of(args), **options)
         check_canvas(model, *self.canvas)  # again, since the adapter may take some positions
         what = f"samples have up to {self.padded} tokens"
         check_positions(model, self.padded, what, "lower --max_length")
@@ -235,7 +242,7 @@ class FineTuning:
         row = self.test_rows[lengths.index(max(lengths))]
         prompt = row["input_ids"][: row["prompt_length"]]
         ends = stop_token_ids(self.adapted, self.tokenizer)
-        answer_prompts(self.adapted, [prompt], eos_token_id=ends, **vars(self.sampling))
+        answers_of(self.adapted, [prompt], eos_token_id=ends, **vars(self.sampling))
 
     def _facts(self, stream: GlobalBatchStream, steps: int) -> dict[str, str]:
         """Return {what: value} of the run, for its log and its card."""

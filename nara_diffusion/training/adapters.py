@@ -251,6 +251,7 @@ def build_adapter(
     *,
     noise_convention: str | None = MASKED_SHARE,
     strength: StrengthSchedule | None = None,
+    target_modules: str | None = None,
 ) -> nn.Module:
     """Wrap the language model `model` into a PeftModel. Only its adapter is trainable.
 
@@ -259,6 +260,8 @@ def build_adapter(
     Raises ValueError as `adapter_config` and `check_target_modules`.
     """
     options: dict[str, Any] = {}
+    if target_modules is not None:  # a pattern, in place of the names in `args`
+        options["target_modules"] = target_modules
     if method_of(args).family == "prompt":
         # PEFT prepends the tokens in `generate`, which encoders lack
         is_decoder = hasattr(model, "prepare_inputs_for_generation")

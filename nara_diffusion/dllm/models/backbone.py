@@ -58,8 +58,14 @@ class Backbone:
         self.is_shifted = isinstance(self.language_model, ShiftedQwen2ForCausalLM)
 
     def configured(self, name: str) -> Any:
-        """Return a field of the language model's configuration; None if there is none."""
-        return getattr(getattr(self.language_model, "config", None), name, None)
+        """Return a field of the language model's configuration; None if there is none.
+
+        A model of texts and images has some of them in the configuration of its text part.
+        """
+        config = getattr(self.language_model, "config", None)
+        if config is None or getattr(config, name, None) is not None:
+            return getattr(config, name, None)
+        return getattr(config.get_text_config(), name, None)
 
     @property
     def device(self) -> torch.device:

@@ -5,6 +5,7 @@
 | LLaDA, iLLaDA                | LlamaForCausalLM        | tensors renamed while loading     |
 | LLaDA2                       | Glm4MoeForCausalLM      | see `mixtures`                    |
 | LLaDA-MoE                    | Qwen3MoeForCausalLM     | attention made bidirectional      |
+| DiffusionGemma               | …ForBlockDiffusion      | unchanged; no mask token          |
 | Dream                        | ShiftedQwen2ForCausalLM | position i predicts token i       |
 | Llama, Qwen2, Qwen3-MoE      | their …ForCausalLM      | attention made bidirectional      |
 | BERT, RoBERTa, ModernBERT, … | AutoModelForMaskedLM    | unchanged                         |
@@ -24,6 +25,7 @@ from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForMaskedLM,
+    DiffusionGemmaForBlockDiffusion,
     Glm4MoeForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
@@ -107,8 +109,10 @@ def load_backbone(
             raise ValueError(f"it has no {CONFIG_NAME}")
     model_class, config, is_renamed = _class_and_config(name, fields, hub)
     tokenizer = load_tokenizer(name, family=fields.get("model_type", ""), **hub)
-    size = config.vocab_size
-    mask = find_mask_token(name, tokenizer, fields, size, mask_token_id, mask_token)
+    mask = None
+    if fields.get("model_type") != "diffusion_gemma":  # that one has random tokens
+        size = config.vocab_size
+        mask = find_mask_token(name, tokenizer, fields, size, mask_token_id, mask_token)
     if is_renamed:
         kwargs["key_mapping"] = KEY_MAPPING
     if load_in_4bit or load_in_8bit:
@@ -139,6 +143,9 @@ def _class_and_config(
     """
     family = fields.get("model_type", "").lower()
     shifted = fields.get("shifted_logits", family == "dream")
+    if family == "diffusion_gemma":
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **hub)
+        return DiffusionGemmaForBlockDiffusion, config, False
     if family in ("dream", "qwen2"):
         if not shifted:
             return Qwen2ForCausalLM, _bidirectional(Qwen2Config, fields), False
@@ -163,7 +170,7 @@ def _class_and_config(
         return AutoModelForMaskedLM, config, False
     raise ValueError(
         f"{name} has model_type {family!r}. load_backbone knows LLaDA, iLLaDA, LLaDA-MoE, "
-        "LLaDA2, Dream, Llama, Qwen2, Qwen3-MoE and the encoders of AutoModelForMaskedLM (BERT, "
+        "LLaDA2, DiffusionGemma, Dream, Llama, Qwen2, Qwen3-MoE and the encoders of AutoModelForMaskedLM (BERT, "
         "RoBERTa, ModernBERT, …), and runs no code of a checkpoint"
     )
 

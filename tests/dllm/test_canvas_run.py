@@ -1,0 +1,101 @@
+"""dllm.py on gemma-tiny: what it trains and writes, how it resumes, and its adapter in Diffusers' pipeline."""
+
+import json
+
+import pytest
+import torch
+from diffusers import BlockRefinementScheduler, DiffusionGemmaPipeline
+from safetensors.torch import load_file
+
+from nara_diffusion.dllm import load_backbone, prompt_text
+from nara_diffusion.dllm.batches import AnswerCollator
+from nara_diffusion.dllm.canvas_sampler import answer_canvases
+from nara_diffusion.dllm.objective import adapter_options, objective_options, sampling_of
+from nara_diffusion.dllm.text_arguments import Arguments
+from nara_diffusion.dllm.train import main
+from tests.acceptance._runs import ASSETS, TEXT, text_flags
+from tests.helpers.tiny_gemma import tiny_gemma
+
+GEMMA = ASSETS / "gemma-tiny"
+pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values.*:FutureWarning")
+
+
+def arguments(folder, **changes):
+    flags = text_flags(folder) | {
+        "pretrained_model_name_or_path": str(GEMMA),
+        "target_modules": ["all-linear"],
+        "lora_dropout": 0.0,
+        "max_train_steps": 4,
+        "gen_length": 16,
+        **changes,
+    }
+    return Arguments(**{name: str(value) if name.endswith("_file") else value for name, value in flags.items()})
+
+
+def test_a_run_saves_one_adapter_resumes_to_the_same_bits_and_loads_into_the_pipeline(tmp_path):
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    results = main(arguments(tmp_path, output_dir=str(whole)))
+    assert {"exact_match_before", "exact_match_after", "n"} <= results.keys()
+    tensors = load_file(whole / TEXT)
+    assert not [key for key in tensors if "encoder" in key or "router" in key or "vision" in key]
+    assert sum("lora_A" in key for key in tensors) == 4 * 6 + 3  # the last layer has no v_proj
+    assert json.loads((whole / "adapter_config.json").read_text())["noise_convention"] == "corrupted_share"
+
+    halves.mkdir()
+    (whole / "checkpoint-2").rename(halves / "checkpoint-2")
+    (halves / "config.yaml").write_text((whole / "config.yaml").read_text())
+    main(arguments(tmp_path, output_dir=str(halves), resume_from_checkpoint="latest"))
+    resumed = load_file(halves / TEXT)
+    assert all(torch.equal(resumed[key], tensor) for key, tensor in tensors.items())
+
+    model, tokenizer = load_backbone(str(GEMMA))
+    pipe = DiffusionGemmaPipeline(model=model, scheduler=BlockRefinementScheduler(), processor=tokenizer)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_nara_weights(whole)
+    assert isinstance(pipe("reverse: planet", gen_length=16, num_inference_steps=8).texts[0], str)
+
+
+def test_the_shipped_model_answers_what_it_was_trained_on():
+    model, tokenizer = load_backbone(str(GEMMA))
+    questions = ["reverse: planet", "upper: planet", "sort: zebra"]
+    prompts = [tokenizer(prompt_text(tokenizer, one), add_special_tokens=False)["input_ids"] for one in questions]
+    ends = tokenizer.convert_tokens_to_ids(["<|eot_id|>", "<|endoftext|>"])
+    options = {"eos_token_id": ends, "gen_length": 16, "generator": torch.Generator().manual_seed(0)}
+    result = answer_canvases(model, prompts, **options)
+    texts = tokenizer.batch_decode(result.answers, skip_special_tokens=True)
+    assert texts == ["tenalp", "PLANET", "aberz"]
+    assert 1 < result.forwards <= 16
+
+
+def test_whole_answers_are_padded_to_the_end_of_their_canvas():
+    rows = [{"input_ids": [5] * 3 + [6] * 4 + [2], "prompt_length": 3}, {"input_ids": [5, 6, 2], "prompt_length": 1}]
+    batch = AnswerCollator(2, trained_padding=0, multiple=4)(rows)
+    assert batch["answer_lengths"].tolist() == [8, 4]
+    cut = {"input_ids": [5] * 3 + [6] * 5, "prompt_length": 3}
+    assert AnswerCollator(2, trained_padding=0, multiple=4).answer_lengths([cut]) == [5]
+
+
+def test_options_choose_the_layers_and_the_encoders_loss(tmp_path):
+    model = tiny_gemma()
+    both, decoder = arguments(tmp_path), arguments(tmp_path, train_on_encoder=False, target_modules=["q_proj"])
+    assert objective_options(model, both) == {"encoder_weight": 1.0}
+    assert objective_options(model, decoder) == {"encoder_weight": 0.0}
+    assert objective_options(model, arguments(tmp_path, encoder_loss_weight=0.3)) == {"encoder_weight": 0.3}
+    pattern = adapter_options(model, decoder)["target_modules"]
+    assert pattern == r".*\.decoder\.layers\.\d+\.(self_attn|mlp)\.(q_proj)"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"complementary": True}, "complementary"),
+        ({"adapter": "prompt_tuning"}, "prompt_tuning"),
+        ({"target_modules": ["proj"]}, "never routers or experts"),
+        ({"gen_length": 20}, "canvas has 6 positions"),
+        ({"evaluation_options": {"cfg_scale": 1.0}}, "cfg_scale"),
+    ],
+)
+def test_what_the_model_does_not_have_raises(tmp_path, changes, words):
+    args, model = arguments(tmp_path, **{"gen_length": 12, **changes}), tiny_gemma()
+    with pytest.raises(ValueError, match=words):
+        objective_options(model, args), adapter_options(model, args), sampling_of(model, args.sampling(), chat=True)
