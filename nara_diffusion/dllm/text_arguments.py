@@ -40,10 +40,20 @@ class ModelArguments:
     load_in_8bit: bool = option(
         False, "Round the frozen weights to 8 bits, by bitsandbytes.", rare=True
     )
-    model_options: dict[str, Any] = option({}, "How the model is loaded:", rare=True)
+    model_options: dict[str, Any] = option({}, "How the model is loaded and adapted:", rare=True)
     revision: str | None = option(None, "branch, tag or commit on the Hub", within="model_options")
     mask_token: str | None = option(
         None, "text of the mask token, if the checkpoint doesn't name it", within="model_options"
+    )
+    train_on_encoder: bool = option(
+        True,
+        "DiffusionGemma: adapt its encoder, too, by the adapter of its decoder",
+        within="model_options",
+    )
+    encoder_loss_weight: float | None = option(
+        None,
+        "weight of its next-token loss; none takes 1 if it is adapted, else 0",
+        within="model_options",
     )
     dataset_name: str | None = option(
         None, "Data set on the Hub, or NAME:SPLIT, instead of a file."
@@ -118,15 +128,6 @@ class ObjectiveArguments:
         "answers (DiffusionGemma: to the end of a canvas); longest, up to the longest sample of the "
         "global batch; or a number.",
         unit="tokens",
-        rare=True,
-    )
-    train_on_encoder: bool = option(
-        True, "DiffusionGemma: adapt the encoder with the decoder, by one adapter.", rare=True
-    )
-    encoder_loss_weight: float | None = option(
-        None,
-        "DiffusionGemma: weight of the encoder's next-token loss; none takes 1 if the encoder is "
-        "adapted, else 0.",
         rare=True,
     )
     complementary: bool = option(

@@ -70,17 +70,22 @@ def test_the_shipped_model_answers_what_it_was_trained_on():
 def test_whole_answers_are_padded_to_the_end_of_their_canvas():
     rows = [{"input_ids": [5] * 3 + [6] * 4 + [2], "prompt_length": 3}, {"input_ids": [5, 6, 2], "prompt_length": 1}]
     batch = AnswerCollator(2, trained_padding=0, multiple=4)(rows)
-    assert batch["answer_lengths"].tolist() == [8, 4]
+    assert batch["answer_lengths"] == [8, 4]
     cut = {"input_ids": [5] * 3 + [6] * 5, "prompt_length": 3}
     assert AnswerCollator(2, trained_padding=0, multiple=4).answer_lengths([cut]) == [5]
 
 
 def test_options_choose_the_layers_and_the_encoders_loss(tmp_path):
     model = tiny_gemma()
-    both, decoder = arguments(tmp_path), arguments(tmp_path, train_on_encoder=False, target_modules=["q_proj"])
+    both, decoder = (
+        arguments(tmp_path),
+        arguments(tmp_path, model_options={"train_on_encoder": False}, target_modules=["q_proj"]),
+    )
     assert objective_options(model, both) == {"encoder_weight": 1.0}
     assert objective_options(model, decoder) == {"encoder_weight": 0.0}
-    assert objective_options(model, arguments(tmp_path, encoder_loss_weight=0.3)) == {"encoder_weight": 0.3}
+    assert objective_options(model, arguments(tmp_path, model_options={"encoder_loss_weight": 0.3})) == {
+        "encoder_weight": 0.3
+    }
     pattern = adapter_options(model, decoder)["target_modules"]
     assert pattern == r".*\.decoder\.layers\.\d+\.(self_attn|mlp)\.(q_proj)"
 

@@ -122,14 +122,14 @@ def by_hand(model, scheduler):
 @pytest.fixture
 def levels(monkeypatch):
     """λ of each call of a decoder; that of the encoder, 0, is left out."""
-    seen, make = [], CoreHolder.make_cores
+    seen, make = [], CoreHolder.deviations
 
     def recorded(holder, names, level):
         if level.any() or len(level) > 1:
             seen.append(level)
         return make(holder, names, level)
 
-    monkeypatch.setattr(CoreHolder, "make_cores", recorded)
+    monkeypatch.setattr(CoreHolder, "deviations", recorded)
     return seen
 
 

@@ -23,7 +23,7 @@ from tests.acceptance._runs import text_flags
 from tests.helpers.small_pipelines import small_flux, small_sd3, small_sdxl
 
 CONFIGS = sorted((ROOT / "train_scripts" / "configs").glob("*.yaml"))
-TEXT_CONFIGS = [path for path in CONFIGS if path.stem.startswith(("llada", "dream_"))]
+TEXT_CONFIGS = [path for path in CONFIGS if path.stem.startswith(("llada", "dream_", "diffusiongemma"))]
 IMAGE_CONFIGS = [path for path in CONFIGS if path not in TEXT_CONFIGS]
 NEEDED = {
     Arguments: ["--pretrained_model_name_or_path", "x", "--train_file", "y"],
