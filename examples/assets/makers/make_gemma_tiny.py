@@ -24,6 +24,7 @@ import torch
 from make_llada_tiny import Arguments as LladaArguments
 from make_llada_tiny import PreTraining
 from tiny_text.block_diffusion import CANVAS, build_gemma, save_gemma
+from tiny_text.data import exact_match_by_family
 from tiny_text.tokenizer import build_tokenizer
 from tiny_training import option, parse, write_results
 from torch import Tensor
@@ -81,6 +82,7 @@ def main(args: Arguments) -> dict:
     model = build_gemma(tokenizer)
     done = PreTraining(args, model, tokenizer, canvas_losses, lambda: save_gemma(model, tokenizer, args.output_dir))
     results = {**done.results(), "losses": {str(level): done.validation_loss(level) for level in LEVELS}}
+    results["exact_match"] = exact_match_by_family(model, tokenizer, done.held_out, gen_length=CANVAS)
     return write_results(args.output_dir, results, training=done.training.curve)
 
 

@@ -85,7 +85,10 @@ def training_and_validation(
 
 
 def exact_match_by_family(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, held_out: dict[str, list[Question]]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    held_out: dict[str, list[Question]],
+    gen_length: int = GEN_LENGTH,
 ) -> dict[str, float]:
     """The share of each family's questions that greedy generation, one token a step, answers to the letter."""
     scores = {}
@@ -93,6 +96,6 @@ def exact_match_by_family(
         records = [{"instruction": question, "output": answer} for question, answer in items]
         rows = encode_records(normalized(records, source=name), tokenizer, max_length=MAX_TOKENS).rows
         scores[name] = exact_match(
-            model, tokenizer, rows, gen_length=GEN_LENGTH, batch_size=BATCH, progress=False
+            model, tokenizer, rows, gen_length=gen_length, batch_size=BATCH, progress=False
         ).score
     return scores
