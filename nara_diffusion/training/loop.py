@@ -1,4 +1,4 @@
-"""Both scripts' training loop: accumulate, check, clip, step, log, validate, save, stop; its data.
+"""Both scripts' training loop: accumulate, clip, step, check, log, validate, save, stop; its data.
 
 The loss of an optimizer step is the mean over its global batch: each forward's loss is the mean
 over its samples, accelerate divides by the accumulated forwards, and DDP averages over processes.
@@ -19,6 +19,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -26,6 +27,7 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.scheduler import AcceleratedScheduler
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
@@ -93,8 +95,8 @@ def train(
             model's mode and the global random state unchanged.
 
     Raises:
-        TrainingDiverged: the loss or the gradient's norm isn't finite; the weights are still those
-            of the step before.
+        TrainingDiverged: a loss or a gradient's norm wasn't finite. The host reads them before it
+            logs, validates or saves, and not in between; so no such step is ever saved.
         SystemExit: code 130 after Ctrl-C, 143 after SIGTERM, once a checkpoint is written.
     """
     accelerator, args, (model, optimizer, scheduler, loader) = run.accelerator, run.args, parts
@@ -102,14 +104,17 @@ def train(
         total=run.total_steps, initial=run.step, desc="train", unit="step", disable=not run.is_main
     )
     model.train()
+    pending = _Pending()
     with InterruptRequest() as interrupt, bar:
         for batch in loader:
             with accelerator.accumulate(model):
                 step = compute_loss(batch)
-                _collect(run, step)
+                pending.losses.append((run.step + 1, step.per_sample.detach().float()))
                 accelerator.backward(step.loss)
                 if accelerator.sync_gradients:
-                    _prepare_gradients(run, model, optimizer)
+                    norm = _prepare_gradients(run, model, optimizer)
+                    if norm is not None:
+                        pending.norms.append((run.step + 1, norm))
                 optimizer.step()
                 if accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
                     scheduler.step()
@@ -118,33 +123,70 @@ def train(
                 continue
             run.step += 1
             bar.update()
-            if run.step % args.logging_steps == 0 or run.step == run.total_steps:
+            is_logged = run.step % args.logging_steps == 0 or run.step == run.total_steps
+            dues = (args.validation_steps, args.checkpointing_steps)
+            if is_logged or any(_due(run.step, every) for every in dues):
+                _collect(run, pending)
+            if is_logged:
                 _report(run, bar, optimizer)
             if _due(run.step, args.validation_steps):
                 run.log(validate())
             is_saved = _save_if_due(run)
             if number := _signal_of_any_process(run, interrupt.signal):
+                _collect(run, pending)
                 _stop(run, number, is_saved)
 
 
-def _collect(run: Run, step: StepLoss) -> None:
-    """Gather all processes' losses. Raise if one isn't finite, before it reaches the weights."""
-    losses = cast(Tensor, run.accelerator.gather(step.per_sample.detach().float()))
-    if not losses.isfinite().all():
-        raise _diverged(run, f"the loss became {losses[~losses.isfinite()][0].item()}")
+@dataclass
+class _Pending:
+    """What the host hasn't read yet: (step, tensor) of each forward or step, on the device."""
+
+    losses: list[tuple[int, Tensor]] = field(default_factory=list)  # (b,) of each forward
+    norms: list[tuple[int, Tensor]] = field(default_factory=list)  # of each step's gradient
+
+
+def _collect(run: Run, pending: _Pending) -> None:
+    """Read all processes' losses since the last time. Raise if one, or a norm, isn't finite."""
+    if not pending.losses:
+        return
+    steps = [step for step, _ in pending.losses]
+    own = torch.stack([losses for _, losses in pending.losses])  # (n, b)
+    gathered = cast(Tensor, run.accelerator.gather(own))  # (processes · n, b)
+    values = gathered.unflatten(0, (-1, len(own))).transpose(0, 1).flatten(1).tolist()
+    bad = []
     total, number = run.unlogged
-    run.unlogged = [total + losses.double().sum().item(), number + len(losses)]
+    for step, losses in zip(steps, values, strict=True):
+        bad += [(step, f"the loss became {loss}") for loss in losses if not math.isfinite(loss)]
+        total, number = total + sum(losses), number + len(losses)
+    if pending.norms:
+        norms = torch.stack([norm for _, norm in pending.norms]).tolist()
+        for (step, _), norm in zip(pending.norms, norms, strict=True):
+            if not math.isfinite(norm):
+                bad.append((step, f"the gradient's norm became {norm}"))
+    if bad:
+        step, what = min(bad, key=lambda each: each[0])
+        raise _diverged(run, step, what)
+    run.unlogged = [total, number]
+    pending.losses.clear()
+    pending.norms.clear()
 
 
-def _prepare_gradients(run: Run, model: torch.nn.Module, optimizer: AcceleratedOptimizer) -> None:
-    """Drop the core's gradients in the first stage, clip all, and raise if one isn't finite."""
+def _prepare_gradients(
+    run: Run, model: torch.nn.Module, optimizer: AcceleratedOptimizer
+) -> Tensor | None:
+    """Drop the core's gradients in the first stage, and clip all.
+
+    Return their norm; None under fp16, which overflows now and then: the scaler then skips the step
+    and lowers its scale.
+    """
     if run.step < run.args.core_start_step:
         freeze_core(optimizer)
     limit = math.inf if run.args.max_grad_norm is None else run.args.max_grad_norm
     norm = run.accelerator.clip_grad_norm_(model.parameters(), limit)
-    # fp16 overflows now and then: the scaler skips the step and lowers its scale
-    if norm is not None and run.accelerator.scaler is None and not math.isfinite(float(norm)):
-        raise _diverged(run, f"the gradient's norm became {float(norm)}")
+    if norm is None or run.accelerator.scaler is not None:
+        return None
+    norm = torch.as_tensor(norm).detach()
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def _report(run: Run, bar: tqdm, optimizer: AcceleratedOptimizer) -> None:
@@ -158,9 +200,9 @@ def _report(run: Run, bar: tqdm, optimizer: AcceleratedOptimizer) -> None:
     bar.set_postfix(loss=f"{values['loss']:.3g}", lr=f"{values['learning_rate']:.3g}")
 
 
-def _diverged(run: Run, what: str) -> TrainingDiverged:
+def _diverged(run: Run, step: int, what: str) -> TrainingDiverged:
     return TrainingDiverged(
-        f"{what} in step {run.step + 1}; training stops and nothing is overwritten. Lower --learning_rate or "
+        f"{what} in step {step}; training stops and nothing is overwritten. Lower --learning_rate or "
         "--core_learning_rate, lengthen --lr_warmup_steps, or take bf16 in place of fp16. "
         f"{last_checkpoint(run.folder)}"
     )

@@ -182,7 +182,7 @@ def test_ctrl_c_while_a_checkpoint_is_written_stops_after_it(
     )
 
 
-def test_divergence_stops_before_it_reaches_the_weights(tmp_path: Path) -> None:
+def test_divergence_stops_before_it_is_saved(tmp_path: Path) -> None:
     args = text_arguments(tmp_path, **SHORT)
     with pytest.MonkeyPatch.context() as patch:
         loss = dllm.masked_diffusion_loss
