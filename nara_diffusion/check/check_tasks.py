@@ -40,9 +40,10 @@ from torch import nn
 from nara_diffusion import NaraConfig
 from nara_diffusion.dllm import train as dllm_train
 from nara_diffusion.dllm.batches import GlobalBatchStream
-from nara_diffusion.dllm.loss import MaskedDiffusionLoss, batch_loss
+from nara_diffusion.dllm.loss import batch_loss
 from nara_diffusion.dllm.masking import mask_answers, with_level_token
 from nara_diffusion.dllm.models.backbone import Backbone
+from nara_diffusion.dllm.objective import TextLoss, adapter_options, has_canvas, loss_of
 from nara_diffusion.dllm.text_arguments import Arguments
 from nara_diffusion.dllm.tokenizer import digit_tokens
 from nara_diffusion.dreambooth import denoiser
@@ -143,13 +144,15 @@ def check_text(tuning: dllm_train.FineTuning) -> dict[str, Any]:
         tuning: the training; its backbone has no adapter yet.
     """
     args = published(tuning.args)
-    config = nara_config(args, MASKED_SHARE)
+    options = {"noise_convention": MASKED_SHARE, **adapter_options(tuning.backbone, args)}
+    config = nara_config(args, **options)
     adapted = add_adapter(tuning.backbone, config)
     model = adapted.to(tuning.run.accelerator.device).train()
     digits = digit_tokens(tuning.tokenizer)
     limit = Backbone(model).position_limit
     has_digits = len(set(digits)) == 10
     has_place = limit is None or tuning.padded < limit
+    has_place = has_place and not has_canvas(model)
     with_token = None
     if has_digits and has_place:
         add_cheap(model, config)
@@ -181,12 +184,14 @@ def text_loss(
         digits: the tokens of 0 … 9, to put λ as a digit at the end of each prompt; None puts none.
     """
     device = tuning.run.accelerator.device
-    mask = Backbone(model).mask_token_id()
+    mask = None if has_canvas(model) else Backbone(model).mask_token_id()
     stream = GlobalBatchStream(rows, tuning.args.seed, tuning.objective["group_size"])
 
-    def loss(positions: Sequence[int]) -> MaskedDiffusionLoss:
+    def loss(positions: Sequence[int]) -> TextLoss:
         inputs = tuning.collator([stream[position] for position in positions])
         inputs["input_ids"] = inputs["input_ids"].to(device, non_blocking=True)
+        if mask is None:
+            return loss_of(model)(model, **inputs, **tuning.objective)
         batch = mask_answers(**inputs, mask_token_id=mask, **tuning.objective)
         if digits is not None:
             batch = with_level_token(batch, digits)
@@ -258,9 +263,9 @@ def _measured(tuning: dreambooth_train.FineTuning) -> str:
 # ---------------------------------------------------------------------- adapters
 
 
-def nara_config(args: TrainingArguments, convention: str) -> NaraConfig:
+def nara_config(args: TrainingArguments, noise_convention: str, **fields: Any) -> NaraConfig:
     """Return the configuration of the NaRA that `published` arguments describe."""
-    config = adapter_config(args, noise_convention=convention)
+    config = adapter_config(args, noise_convention=noise_convention, **fields)
     assert isinstance(config, NaraConfig)
     return config
 

@@ -7,12 +7,16 @@ import torch
 from diffusers import BlockRefinementScheduler, DiffusionGemmaPipeline
 from safetensors.torch import load_file
 
+from nara_diffusion.check.check_tasks import text_loss
 from nara_diffusion.dllm import load_backbone, prompt_text
-from nara_diffusion.dllm.batches import AnswerCollator
+from nara_diffusion.dllm.batches import AnswerCollator, GlobalBatchStream
+from nara_diffusion.dllm.block_loss import block_diffusion_loss
 from nara_diffusion.dllm.canvas_sampler import answer_canvases
 from nara_diffusion.dllm.objective import adapter_options, objective_options, sampling_of
 from nara_diffusion.dllm.text_arguments import Arguments
-from nara_diffusion.dllm.train import main
+from nara_diffusion.dllm.train import FineTuning, main
+from nara_diffusion.training.adapter_weights import write_checkpoint
+from nara_diffusion.training.run import start_run
 from tests.acceptance._runs import ASSETS, TEXT, text_flags
 from tests.helpers.tiny_gemma import tiny_gemma
 
@@ -104,3 +108,15 @@ def test_what_the_model_does_not_have_raises(tmp_path, changes, words):
     args, model = arguments(tmp_path, **{"gen_length": 12, **changes}), tiny_gemma()
     with pytest.raises(ValueError, match=words):
         objective_options(model, args), adapter_options(model, args), sampling_of(model, args.sampling(), chat=True)
+
+
+def test_the_check_measures_the_objective_of_the_run(tmp_path):
+    args = arguments(tmp_path, output_dir=str(tmp_path / "out"))
+    with start_run(args, "dllm", write_checkpoint) as run:
+        tuning = FineTuning(args, run)
+        found = text_loss(tuning, tuning.backbone, tuning.train_rows)([2, 0])
+    stream = GlobalBatchStream(tuning.train_rows, args.seed, 4)
+    batch = tuning.collator([stream[2], stream[0]])
+    expected = block_diffusion_loss(tuning.backbone, **batch, seed=args.seed, group_size=4)
+    torch.testing.assert_close(found.per_sample, expected.per_sample)
+    assert torch.equal(found.noise_level, expected.noise_level)
