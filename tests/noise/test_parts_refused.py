@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nara_diffusion import noise_level
-from nara_diffusion.noise.parts import Parts, Positions, parts_of, positions_of
+from nara_diffusion.noise.parts import Parts, Positions, RowKind, parts_of, positions_of
 from tests.helpers.adapted import OneLayer, TwoLayers, adapted
 
 SAMPLES, PARTS, LENGTH = 3, 4, 20
@@ -127,3 +127,12 @@ def test_levels_of_rows_are_those_of_parts_in_order() -> None:
     assert parts == Parts(PARTS, Positions(SAMPLES, LENGTH))
     assert torch.equal(parts.levels(LEVELS), LEVELS.flatten())
     assert torch.equal(parts.levels(LEVELS[:1]), LEVELS[0].repeat(SAMPLES))
+
+
+@pytest.mark.parametrize(("kind", "rows"), [("tokens", 59), ("tokens", 12), ("routed tokens", 60), ("positions", 60)])
+def test_flattened_tokens_have_to_be_all_tokens_in_order(kind: RowKind, rows: int) -> None:
+    parts, core = parts_of(LEVELS, Positions(SAMPLES, LENGTH)), torch.rand(12, 2, 2)
+    options = {"is_image": False, "layer_name": "gate"}
+    assert parts.core_of_layer(core, torch.zeros(60, 7), kind="tokens", **options) == (core, True)
+    with pytest.raises(ValueError, match="'gate' sees"):
+        parts.core_of_layer(core, torch.zeros(rows, 7), kind=kind, **options)
