@@ -45,6 +45,18 @@ tokens = generate(model, prompt, {sampling})
 print(tokenizer.decode(tokens[0, prompt.shape[1] :], skip_special_tokens=True))
 ```"""
 
+_LOADING_CANVAS = """\
+```python
+{imports}
+from nara_diffusion.dllm import load_backbone, prompt_text
+
+{loading}
+text = prompt_text(tokenizer, {question!r})
+prompt = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+tokens = model.generate(prompt, max_new_tokens={sampling}).sequences
+print(tokenizer.decode(tokens[0, prompt.shape[1] :], skip_special_tokens=True))
+```"""
+
 Question = str | list[dict[str, str]]
 """A text, or the turns of a conversation."""
 
@@ -195,18 +207,22 @@ def describe(
     run, args = evaluation.run, evaluation.run.args
     write_text(run.folder / "samples.jsonl", "".join(lines))
     base, data = args.pretrained_model_name_or_path, args.dataset_name or args.train_file
+    has_canvas = evaluation.collator.multiple > 1
+    where = run.hub_id or str(run.folder)
     return {
         "measured_on": "validation records",
-        "unit": "nats per masked token",
+        "unit": "nats per token" if has_canvas else "nats per masked token",
         "about": f"for the masked-diffusion language model `{base}`, trained on `{data}`.",
         "how_good": ("", "Exact match compares generated answers. [Samples](samples.jsonl)."),
-        "loading": _loading(args, evaluation.sampling, run.hub_id or str(run.folder), question),
+        "loading": _loading(args, evaluation.sampling, where, question, has_canvas),
         "tags": ["masked-diffusion", "text-generation"],
         "library": "transformers" if args.adapter == "full" else "peft",
     }
 
 
-def _loading(args: Arguments, sampling: Sampling, folder: str, question: Question) -> str:
+def _loading(
+    args: Arguments, sampling: Sampling, folder: str, question: Question, has_canvas: bool
+) -> str:
     """Return the card's code that loads the adapter and asks a question."""
     base, names, imports, lines = args.pretrained_model_name_or_path, ["mask_token"], "", []
     if args.adapter == "full":
@@ -225,16 +241,21 @@ def _loading(args: Arguments, sampling: Sampling, folder: str, question: Questio
         imports += "\nfrom nara_diffusion import StrengthSchedule, set_strength"
         lines.append(schedule_line(args))
     settings = [f"{name}={value!r}" for name, value in sampling.changed().items()]
-    code = _LOADING.format(
+    if has_canvas:
+        settings = [str(sampling.gen_length)]
+    code = (_LOADING_CANVAS if has_canvas else _LOADING).format(
         imports=imports,
         loading=core_import(args) + "\n".join(lines),
         question=question,
         sampling=", ".join(settings),
     )
     if reads_noise(args) or needs_schedule(args):
-        code += (
-            "\n\nIn `generate` the adapter runs at λ, the masked share of the answer, at each step."
+        share = (
+            "share of the canvas that is not accepted"
+            if has_canvas
+            else "masked share of the answer"
         )
+        code += f"\n\nIn `generate` the adapter runs at λ, the {share}, at each step."
     return code
 
 

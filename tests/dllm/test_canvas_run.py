@@ -45,6 +45,9 @@ def test_a_run_saves_one_adapter_resumes_to_the_same_bits_and_loads_into_the_pip
     assert sum("lora_A" in key for key in tensors) == 4 * 6 + 3  # the last layer has no v_proj
     assert json.loads((whole / "adapter_config.json").read_text())["noise_convention"] == "corrupted_share"
 
+    code = (whole / "README.md").read_text().split("```python")[1].split("```")[0]
+    exec(code, {})
+
     halves.mkdir()
     (whole / "checkpoint-2").rename(halves / "checkpoint-2")
     (halves / "config.yaml").write_text((whole / "config.yaml").read_text())
