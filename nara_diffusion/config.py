@@ -91,6 +91,9 @@ class NaraConfig(LoraConfig):
         scheduler: class (`_class_name`) and configuration of the Diffusers scheduler that the
             adapter was trained for, if it predicts something other than its base. None: as the
             base.
+        few_steps: how an adapter for few steps is sampled: "num_inference_steps", "guidance_scale",
+            "timesteps", "timestep_spacing" and the line of code that sets its "scheduler". None: as
+            the base.
         strength: the strength of the update over λ, StrengthSchedule([(λ, strength), …]) or its
             points. None means 1.
 
@@ -116,6 +119,7 @@ class NaraConfig(LoraConfig):
     noise_convention: str | None = None
     noise_level_per: Literal["sample", "part"] | None = None
     scheduler: dict[str, Any] | None = None
+    few_steps: dict[str, Any] | None = None
     strength: StrengthSchedule | list[list[float]] | None = None
 
     assumes_convention = False
@@ -223,6 +227,11 @@ class NaraConfig(LoraConfig):
         given = self.scheduler
         if given is not None and (not isinstance(given, dict) or "_class_name" not in given):
             self._refuse("scheduler", ": pass a scheduler's configuration with its _class_name.")
+        steps = self.few_steps
+        if steps is not None and (
+            not isinstance(steps, dict) or not _is_size(steps.get("num_inference_steps"))
+        ):
+            self._refuse("few_steps", ": pass a dict with num_inference_steps, a positive integer.")
         ranks = {self.r, *(self.rank_pattern or {}).values()}
         if self.rank_mask_min is not None:
             is_rank = _is_size(self.rank_mask_min) and self.rank_mask_min <= min(ranks)

@@ -17,6 +17,7 @@ weights and the adapters' buffers, by their names in the model.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
@@ -64,6 +65,7 @@ class AdaptedDenoiser(nn.Module):
         config: the configuration of the denoiser's adapter, PEFT's or NaRA's; `text_config` makes
             that of the text encoders from it.
         family: the family of `pipe`, with the settings of the run; None takes its defaults.
+        beside: an adapter that `pipe` has loaded, and that stays active and as it is.
 
     Raises:
         ValueError: a target module that the denoiser lacks; a NaRA that a pipeline couldn't save
@@ -78,6 +80,7 @@ class AdaptedDenoiser(nn.Module):
         train_text_encoder: bool = False,
         gradient_checkpointing: bool = False,
         family: Family | None = None,
+        beside: str | None = None,
     ) -> None:
         super().__init__()
         self.family = family_of(pipe) if family is None else family
@@ -89,6 +92,9 @@ class AdaptedDenoiser(nn.Module):
         if gradient_checkpointing:
             base.enable_gradient_checkpointing()
         setattr(self, self.family.denoiser, adapt(base, config))
+        if beside is not None:
+            base.set_adapters([beside, ADAPTER])
+            freeze_adapter(base, beside)
         for holder in find_holders(self.denoiser):
             holder.finder.length = pipe.scheduler.config.get("num_train_timesteps")
         for name in self.family.text_encoders if train_text_encoder else ():
@@ -148,7 +154,9 @@ def adapt(model: nn.Module, config: PeftConfig, name: str = ADAPTER) -> nn.Modul
     check_target_modules(model, getattr(config, "target_modules", None))
     adapted = model
     if isinstance(config, LoraConfig):
-        inject_adapter_in_model(config, model, adapter_name=name)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+            inject_adapter_in_model(config, model, adapter_name=name)
     else:
         own: Any = model  # get_peft_model takes any module, but is declared for Transformers' only
         adapted = get_peft_model(own, config, adapter_name=name)
@@ -156,6 +164,13 @@ def adapt(model: nn.Module, config: PeftConfig, name: str = ADAPTER) -> nn.Modul
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return adapted
+
+
+def freeze_adapter(model: nn.Module, name: str) -> None:
+    """Freeze the adapter `name` of `model`, which PEFT lets train when it is made active."""
+    for key, parameter in model.named_parameters():
+        if name in key.split("."):
+            parameter.requires_grad_(False)
 
 
 def text_config(config: PeftConfig) -> PeftConfig:

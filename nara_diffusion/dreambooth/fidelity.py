@@ -14,13 +14,15 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from PIL.Image import Image
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
@@ -36,7 +38,6 @@ from .image_arguments import DreamBoothArguments
 from .image_records import load_image, to_rgb
 from .reconstruction import Reconstruction
 from .samples import SampleSettings, sample_images, write_grid
-from .training_step import ValidationLoss
 
 Images = Sequence[Image | str | Path]
 """PIL images, or files of images."""
@@ -159,6 +160,14 @@ def without_words(prompt: str, words: Iterable[str]) -> str:
 # ---------------------------------------------------------------------- of a training
 
 
+class LossCurve(Protocol):
+    """A loss at several noise levels λ (points,), such as `ValidationLoss`."""
+
+    @property
+    def noise_levels(self) -> torch.Tensor: ...
+    def curve(self, pipe: Any, accelerator: Accelerator) -> torch.Tensor: ...
+
+
 @dataclass(frozen=True)
 class Measurement:
     """The figures of one measurement. Mean cosines are None without an encoder."""
@@ -179,7 +188,7 @@ class Evaluation:
     run: Run
     pipe: DiffusionPipeline  # the base model's, which samples
     settings: SampleSettings
-    loss: ValidationLoss
+    loss: LossCurve
     references: Sequence[Image] = ()  # images of the subject
     similarity: Encoder | None = None  # compares samples with the subject
     alignment: Encoder | None = None  # compares samples with their prompts
@@ -193,12 +202,16 @@ class Evaluation:
             rows[self.reconstruction.title] = self.reconstruction.images
         return rows
 
+    def loaded(self, folder: Path | None) -> AbstractContextManager[None]:
+        """Return a context with the adapter in `folder`, loaded as a user loads it."""
+        return adapter_loaded(self.pipe, folder)
+
     def measure(self, folder: Path | None, name: str) -> Measurement:
         """Measure with the adapter in `folder`, loaded as a user loads it; None: without one.
 
         `name` is the title of the progress bar.
         """
-        with adapter_loaded(self.pipe, folder):
+        with self.loaded(folder):
             accelerator = self.run.accelerator
             images = sample_images(self.pipe, self.settings, accelerator, desc=f"sample {name}")
             curve = self.loss.curve(self.pipe, accelerator).mean(1)

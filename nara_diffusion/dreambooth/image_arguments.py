@@ -16,6 +16,7 @@ from .family import Family
 from .image_options import (
     WEIGHTING,
     DataArguments,
+    FewStepArguments,
     ImageAdapterArguments,
     ModelArguments,
     ObjectiveArguments,
@@ -33,6 +34,7 @@ class DreamBoothArguments(
     ImageAdapterArguments,
     TrainingArguments,
     ObjectiveArguments,
+    FewStepArguments,
     ValidationArguments,
 ):
     def __post_init__(self) -> None:
@@ -41,7 +43,9 @@ class DreamBoothArguments(
             raise ValueError("pretrained_model_name_or_path is empty: name the model to adapt.")
         check_arguments(self)
         _check_ranges(self)
-        if self.instance_data_dir is None:
+        if self.distill_to is not None:
+            _check_distillation(self)
+        elif self.instance_data_dir is None:
             raise ValueError(
                 "instance_data_dir is missing: name the folder of images to learn from."
             )
@@ -86,7 +90,7 @@ def _check_combinations(args: DreamBoothArguments) -> None:
             f"adapter {args.adapter} trains all weights, which Diffusers' scripts do for images: "
             "choose another."
         )
-    if (args.class_data_dir is None) != (args.class_prompt is None):
+    if args.distill_to is None and (args.class_data_dir is None) != (args.class_prompt is None):
         raise ValueError(
             "prior preservation needs class_data_dir and class_prompt: give both, or neither."
         )
@@ -99,6 +103,36 @@ def _check_combinations(args: DreamBoothArguments) -> None:
             f"weighting_scheme {args.weighting_scheme!r} weights the errors, and so does snr_gamma: "
             "leave one out."
         )
+
+
+_NO_PART = (
+    "instance_data_dir", "validation_data_dir", "class_data_dir", "train_text_encoder", "check",
+    "min_noise_level", "max_noise_level", "snr_gamma", "noise_offset", "caption_dropout", "random_flip",
+    "center_crop", "aspect_ratio_buckets", "stratified_timesteps",
+)  # fmt: skip
+"""Arguments about images, or about levels that a distillation sets by itself."""
+
+
+def _check_distillation(args: DreamBoothArguments) -> None:
+    """Raise ValueError for arguments that --distill_to can't be used with."""
+    require(args, "from 1 to 8", lambda value: 1 <= value <= 8, "distill_to")
+    require(args, "at least 10", lambda value: value >= 10, "trajectories")
+    given = [name for name in _NO_PART if getattr(args, name) not in (None, False, 0.0)]
+    if args.weighting_scheme != "none":
+        given.append("weighting_scheme")
+    if given:
+        raise ValueError(
+            f"{given[0]} is {getattr(args, given[0])}, but distill_to learns from the teacher's samples, at its own "
+            "steps: leave one of them out."
+        )
+    steps, student = args.num_inference_steps, args.distill_to or 1
+    if steps % student or steps == student:
+        raise ValueError(
+            f"num_inference_steps is {steps} and distill_to {student}: the teacher's steps have to be a multiple of "
+            f"the student's, such as {student * max(2, round(steps / student))}."
+        )
+    if args.prompts_file is None and args.instance_prompt is None:
+        raise ValueError("distill_to needs prompts: give prompts_file or instance_prompt.")
 
 
 def run_family(args: DreamBoothArguments, pipe: DiffusionPipeline | None = None) -> Family:

@@ -155,6 +155,31 @@ class ObjectiveArguments:
 
 
 @dataclass
+class FewStepArguments:
+    """Few steps (docs/few_steps.md)"""
+
+    distill_to: int | None = option(
+        None,
+        "Teach the model to sample in so many steps, 1 to 8, without guidance. It needs prompts and no images; the "
+        "teacher takes --num_inference_steps with --guidance_scale, and --init_adapter is part of it.",
+        unit="steps",
+    )
+    prompts_file: str | None = option(
+        None,
+        "Text file with the prompts to distill, one a line; none takes the instance and the class prompt.",
+    )
+    distillation_options: dict[str, Any] = option({}, "How the teacher is sampled:", rare=True)
+    trajectories: int = option(
+        200, "samples of the teacher, a tenth held out", within="distillation_options"
+    )
+    trajectories_dir: str | None = option(
+        None,
+        "folder to keep them in, for several runs; none means the output folder",
+        within="distillation_options",
+    )
+
+
+@dataclass
 class ValidationArguments:
     """Samples and measurement"""
 

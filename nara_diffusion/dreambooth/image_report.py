@@ -85,8 +85,57 @@ def describe(
     }
 
 
+def describe_student(
+    evaluation: Evaluation,
+    before: Measurement,
+    after: Measurement,
+    pipe: DiffusionPipeline,
+    sampler: str,
+) -> dict[str, Any]:
+    """Write samples.png and the folders of a distillation. Return the model card's arguments.
+
+    Args:
+        sampler: the code that sets the student's scheduler; empty if the pipeline has it.
+    """
+    run, settings = evaluation.run, evaluation.settings
+    steps = settings.call["num_inference_steps"]
+    taken = counted(steps, "step")
+    columns = {
+        "the teacher": evaluation.references,
+        f"the base, {taken}": before.images,
+        f"with the adapter, {taken}": after.images,
+    }
+    write_grid(run.folder / GRID, settings.prompts, columns)
+    for when, images in zip(("teacher", "before", "after"), columns.values(), strict=True):
+        write_images(run.folder / f"samples-{when}", images, settings)
+    ending = (
+        f"Over {counted(len(after.images), 'sample')}, each compared with the teacher's of the same prompt and seed. "
+        "The error of a step starts from the teacher's own latents and is a share of the base's without guidance; the "
+        "distance is that of the sampled latents from the teacher's, as a mean square."
+    )
+    shown = zip(settings.prompts, settings.names[:: settings.images_per_prompt], strict=True)
+    base = run.args.pretrained_model_name_or_path
+    return {
+        "measured_on": "the teacher's held-out trajectories",
+        "unit": "share of the base's error",
+        "about": f"for `{base}`, which it teaches to sample in {taken} without guidance.",
+        "how_good": (f"![the teacher, the base and the adapter]({GRID})", ending),
+        "loading": _loading(run.args, settings, run.hub_id or str(run.folder), pipe, sampler),
+        "tags": ["text-to-image", family_of(pipe).name, "diffusers", "few-step"],
+        "library": "diffusers",
+        "instance_prompt": settings.prompts[0],
+        "widget": [
+            {"text": text, "output": {"url": f"samples-after/{name}"}} for text, name in shown
+        ],
+    }
+
+
 def _loading(
-    args: DreamBoothArguments, settings: SampleSettings, load_from: str, pipe: DiffusionPipeline
+    args: DreamBoothArguments,
+    settings: SampleSettings,
+    load_from: str,
+    pipe: DiffusionPipeline,
+    sampler: str = "",
 ) -> str:
     """Return the card's code, and notes on it."""
     dtypes: dict[str | None, str] = {"fp16": "torch.float16", "bf16": "torch.bfloat16"}
@@ -94,6 +143,9 @@ def _loading(
     imports, lines = _IMPORTS.get(method, ""), _loading_lines(args, family, load_from)
     if needs_schedule(args):
         imports += "\nfrom nara_diffusion import StrengthSchedule\n"
+    if sampler:
+        lines.append(sampler)
+        imports = f"\nfrom diffusers import DDIMScheduler{imports or chr(10)}"
     # components that are None must be passed as None
     absent = [name for name, part in pipe.components.items() if part is None]
     needed = sorted(set(absent) - set(pipe._optional_components))

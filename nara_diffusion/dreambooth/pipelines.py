@@ -236,6 +236,8 @@ def shipped_run(
     """Return the shipped run's arguments from `config`, or the `given` model's defaults."""
     if "pretrained_model_name_or_path" in given:
         return family_defaults(given)
+    if "distill_to" in given:
+        config = config.with_name(f"{config.stem}_4_steps.yaml")
     return shipped_settings(
         config,
         given,
@@ -256,6 +258,9 @@ def family_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
     revision = given.get("model_options", {}).get("revision")
     family = family_of_model(name, revision=revision)
     defaults = {"target_modules": list(family.targets), **family.defaults, "max_train_steps": STEPS}
+    if "distill_to" in given:
+        defaults |= {"adapter": "dora"}
+        defaults.pop("weighting_scheme", None)
     native = native_resolution(name, family, revision=revision)
     if native is None:
         return defaults

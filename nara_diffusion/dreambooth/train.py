@@ -56,6 +56,7 @@ from nara_diffusion.utils.naming import counted
 
 from .dataset import DreamBoothDataset, collate_samples
 from .denoiser import AdaptedDenoiser, read_checkpoint, write_adapter, write_checkpoint
+from .distill import Distillation
 from .fidelity import Evaluation, load_encoders
 from .image_arguments import DreamBoothArguments, run_family
 from .image_records import ImageRecord, Size, class_records, records_from_folder, trained_on
@@ -74,7 +75,7 @@ def main(args: DreamBoothArguments) -> dict[str, Any]:
     if args.check:
         raise ValueError("main only trains: for a check call nara_command.check_run(args).")
     with start_run(args, "dreambooth", write_checkpoint) as run:
-        tuning = FineTuning(args, run)
+        tuning = FineTuning(args, run) if args.distill_to is None else Distillation(args, run)
         tuning.train()
         return tuning.report()
 

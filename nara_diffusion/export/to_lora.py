@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from nara_diffusion.cores.registry import needs_noise
 from nara_diffusion.noise.level import Level, as_level
 from nara_diffusion.noise.prediction import prediction_in
 
@@ -71,6 +72,12 @@ def lora_of(adapter: Adapter, noise_level: Level | Literal["best"] | None) -> Pl
         raise ValueError(
             f"The adapter predicts {prediction_in(fields)}, which its base doesn't, and a LoRA's file can't say so: "
             "programs would sample noise. Load it by pipe.load_nara_weights, with a scheduler that expects this."
+        )
+    steps = getattr(adapter.config, "few_steps", None)
+    if steps is not None and steps["num_inference_steps"] > 1 and needs_noise(adapter.config):
+        raise ValueError(
+            f"The adapter samples in {steps['num_inference_steps']} steps, and its update differs from step to step: a "
+            "LoRA of one λ would be right in one of them. Load it by pipe.load_nara_weights."
         )
     if isinstance(noise_level, str):
         cores, error = _nearest(adapter)

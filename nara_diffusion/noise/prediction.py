@@ -114,3 +114,28 @@ def flow_shift(fields: Mapping[str, Any]) -> float | None:
     if prediction is None or prediction.kind != FLOW:
         return None
     return float(fields.get("flow_shift") or fields.get("shift") or 1.0)
+
+
+def other_sampling(pipe: Any, few_steps: Mapping[str, Any]) -> str | None:
+    """Return how a pipeline samples otherwise than an adapter for few steps needs, and the lines
+    that set it; None if it samples so.
+
+    Args:
+        pipe: a pipeline in its call.
+        few_steps: `NaraConfig.few_steps` of the adapter.
+    """
+    scheduler = pipe.scheduler
+    steps, wanted = scheduler.num_inference_steps, few_steps["num_inference_steps"]
+    if steps is None:  # not in a call, as in training
+        return None
+    found = [] if steps == wanted else [f"{steps} steps"]
+    guidance = getattr(pipe, "_guidance_scale", 1.0)
+    if guidance > 1:
+        found.append(f"guidance_scale {guidance:g}")
+    spacing = few_steps.get("timestep_spacing")
+    if spacing is not None and scheduler.config.get("timestep_spacing") != spacing:
+        found.append(f"{type(scheduler).__name__} with other timesteps")
+    if not found:
+        return None
+    lines = [few_steps.get("scheduler"), f"pipe(…, num_inference_steps={wanted}, guidance_scale=1)"]
+    return f"{', '.join(found)}: {'; '.join(filter(None, lines))}"

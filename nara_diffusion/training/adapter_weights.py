@@ -37,6 +37,7 @@ TRAINABLE = "trainable.safetensors"
 
 _FREE = {
     "core_init",
+    "few_steps",
     "lora_a_init",
     "noise_convention",
     "noise_level_per",

@@ -53,14 +53,14 @@ def public_arguments(args: TrainingArguments) -> dict[str, Any]:
 
 
 def upload(run: Run) -> None:
-    """Upload the run's folder, except checkpoints, to the repository `--hub_model_id`, if given."""
+    """Upload the run's folder, except checkpoints and trajectories, to the repository `--hub_model_id`, if given."""
     if run.hub_id is None:
         return
     HfApi().upload_folder(
         repo_id=run.hub_id,
         folder_path=str(run.folder),
         commit_message="End of training",
-        ignore_patterns=["checkpoint-*/**", ".partial-*", LOCK, CONFIG],
+        ignore_patterns=["checkpoint-*/**", "trajectories/**", ".partial-*", LOCK, CONFIG],
     )
     content = as_yaml(public_arguments(run.args)).encode()
     HfApi().upload_file(repo_id=run.hub_id, path_in_repo=CONFIG, path_or_fileobj=content)

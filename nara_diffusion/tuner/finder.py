@@ -26,7 +26,7 @@ from nara_diffusion.cores.registry import needs_noise
 from nara_diffusion.noise.canvas_source import CanvasNoise
 from nara_diffusion.noise.level import Entry, as_level, backward_pass
 from nara_diffusion.noise.parts import Parts
-from nara_diffusion.noise.prediction import check_expected
+from nara_diffusion.noise.prediction import check_expected, other_sampling
 from nara_diffusion.noise.rows import ModelRows
 from nara_diffusion.noise.sources import NoiseSource, first_source
 from nara_diffusion.noise.timesteps import Denoiser, TimestepNoise
@@ -64,6 +64,7 @@ class LevelFinder:
     Attributes:
         given_source: the source that `set_noise_source` has set; None if it was removed.
         pipelines: weak references to the pipelines that loaded adapters.
+        warned_of: adapters for few steps that were sampled in another way.
         length: N if there is no such pipeline: N of the last pipeline, or of training; None means
             1000.
     """
@@ -84,6 +85,7 @@ class LevelFinder:
         self._warned: set[str] = set()
         self.pipelines: list[weakref.ref[DiffusionPipeline]] = []
         self._canvas_source: CanvasNoise | None = None
+        self.warned_of: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "pipelines": []}  # a copy has no pipelines
@@ -299,12 +301,30 @@ class LevelFinder:
         return found
 
     def check_prediction(self, names: Iterable[str]) -> None:
-        """Raise ValueError if a pipeline's scheduler does not fit the prediction of an adapter."""
+        """Raise ValueError if a pipeline's scheduler does not fit the prediction of an adapter.
+
+        Warn once if a pipeline samples an adapter for few steps in another way.
+        """
         for name in names:
+            self._warn_of_sampling(name)
             fields = getattr(self.configs[name], "scheduler", None)
             if fields is not None:
                 for scheduler in self.schedulers():
                     check_expected(scheduler, fields)
+
+    def _warn_of_sampling(self, name: str) -> None:
+        few_steps = getattr(self.configs[name], "few_steps", None)
+        if few_steps is None or name in self.warned_of:
+            return
+        for pipe in filter(None, [reference() for reference in self.pipelines]):
+            difference = other_sampling(pipe, few_steps)
+            if difference is not None:
+                self.warned_of.add(name)
+                warnings.warn(
+                    f"Adapter '{name}' was trained to sample in {few_steps['num_inference_steps']} steps, but the "
+                    f"pipeline takes {difference}",
+                    stacklevel=2,
+                )
 
 
 def is_assumed(config: LoraConfig) -> bool:

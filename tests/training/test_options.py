@@ -169,6 +169,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """{settings: a tiny pipeline of the classes that they are for}."""
     kinds: dict[str, Any] = {"sd3_dreambooth": small_sd3, "flux_dreambooth": small_flux, "sdxl_dreambooth": small_sdxl}
     kinds |= {"sd_tiny_flow": small_sd3, "sdxl_tiny": small_sdxl}
+    kinds |= {"sdxl_4_steps": small_sdxl, "sdxl_tiny_4_steps": small_sdxl, "sd_tiny_flow_4_steps": small_sd3}
     folders = {}
     for name, make in kinds.items():
         folders[name] = tmp_path_factory.mktemp(name)
@@ -180,9 +181,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_shipped_settings_for_images_are_read(
     capsys: pytest.CaptureFixture[str], path: Path, models: dict[str, Path]
 ) -> None:
-    """As far as the folder of images."""
+    """As far as the folder of images, or the file of prompts."""
     script = "dreambooth_sdxl.py" if path.stem.startswith("sdxl") else "dreambooth.py"
-    flags = {"pretrained_model_name_or_path": models[path.stem], "instance_data_dir": "nowhere"}
+    flags = {"pretrained_model_name_or_path": models[path.stem], "mixed_precision": "no"}
+    data = "prompts_file" if path.stem.endswith("4_steps") else "instance_data_dir"
+    flags |= {data: "nowhere", "similarity_model": None, "alignment_model": None}
     said = refusal(capsys, script, "--config", str(path), **flags, instance_prompt="a photo of sks dog")
     assert "nowhere" in said
     assert list(Path().iterdir()) == []

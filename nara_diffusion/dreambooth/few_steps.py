@@ -1,0 +1,123 @@
+"""Few-step sampling: the levels of a deterministic sampler, its step, and a student's target.
+
+At a level the denoiser sees z = p x + q ε and predicts y = α x + β ε (`objectives`). A step of DDIM
+(arXiv 2010.02502, η = 0), or of Euler's method on a rectified flow, goes from a level with (p, q)
+to one with (p', q') with D = p β − q α:
+
+    x̂ = (β z − q y) / D        ε̂ = (p y − α z) / D        z' = p' x̂ + q' ε̂
+
+Solved for y, this is the prediction that lands on a given z', the target of a student that takes
+the step at once:
+
+    y = (D z' − (p' β − q' α) z) / (p q' − q p')
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
+    FlowMatchEulerDiscreteScheduler,
+)
+from torch import Tensor
+
+from nara_diffusion.noise.prediction import FLOW
+
+from .family import Family
+from .objectives import Objective
+
+FAMILIES = ("stable-diffusion", "stable-diffusion-xl", "stable-diffusion-3")
+"""The families with plain classifier-free guidance, and with the sampler's own timesteps."""
+DDIM = {"timestep_spacing": "trailing", "clip_sample": False}
+"""How DDIM is set. Trailing timesteps start at pure noise, and those of K steps are among those of
+a multiple of K."""
+
+
+@dataclass(frozen=True)
+class Level:
+    """A noise level of a path; at the last one the denoiser isn't called, and α, β are 0."""
+
+    timestep: float
+    p: float
+    q: float
+    alpha: float = 0.0
+    beta: float = 0.0
+
+
+def check_family(family: Family) -> None:
+    """Raise ValueError for a family that can't be distilled."""
+    if family.name not in FAMILIES:
+        raise ValueError(
+            f"distill_to teaches Stable Diffusion 1, 2, XL and 3, and this model is {family.title}, "
+            "which has timesteps or a guidance of its own: leave distill_to out."
+        )
+
+
+def sampler_of(scheduler: Any, objective: Objective) -> Any:
+    """Return the deterministic sampler of a model: DDIM, or Euler's method for a rectified flow."""
+    if objective.prediction_type == FLOW:
+        return FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
+    return DDIMScheduler.from_config(scheduler.config, **DDIM)
+
+
+def sampler_line(objective: Objective) -> str:
+    """Return the code that sets the sampler of `sampler_of`; empty if the model has it already."""
+    if objective.prediction_type == FLOW:
+        return ""
+    options = ", ".join(f"{name}={value!r}" for name, value in DDIM.items())
+    return f"pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, {options})"
+
+
+def levels_of(sampler: Any, objective: Objective, steps: int, parts: int = 1) -> list[Level]:
+    """Return the levels of `steps` steps, each in `parts` equal parts: steps · parts + 1 of them.
+
+    The first, and every `parts`-th after it, are the levels of a pipeline that samples in `steps`
+    steps with `sampler`. (Where N isn't a multiple of the steps, DDIM's own step lands one of its N
+    timesteps beside the next one.)
+    """
+    if objective.prediction_type == FLOW:
+        return _flow_levels(sampler, steps, parts)
+    sampler.set_timesteps(steps * parts)
+    levels = []
+    for timestep in sampler.timesteps.tolist():
+        numbers = (objective.p, objective.q, objective.alpha, objective.beta)
+        levels.append(Level(timestep, *(values[timestep].item() for values in numbers)))
+    clean = float(sampler.final_alpha_cumprod)
+    return [*levels, Level(0, clean**0.5, (1 - clean) ** 0.5)]
+
+
+def _flow_levels(sampler: Any, steps: int, parts: int) -> list[Level]:
+    sampler.set_timesteps(steps)
+    ends = sampler.sigmas.double().tolist()  # steps + 1, the last is 0
+    sigmas = []
+    for here, there in itertools.pairwise(ends):
+        sigmas += [here + (there - here) * part / parts for part in range(parts)]
+    length = sampler.config.num_train_timesteps
+    levels = [Level(length * sigma, 1 - sigma, sigma, -1.0, 1.0) for sigma in sigmas]
+    return [*levels, Level(0, 1.0, 0.0)]
+
+
+def advance(z: Tensor, y: Tensor, here: Level, there: Level) -> Tensor:
+    """Return z' of a step from `here` to `there`; z, y and z' are (b, c, h, w)."""
+    determinant = here.p * here.beta - here.q * here.alpha
+    on_z = (there.p * here.beta - there.q * here.alpha) / determinant
+    on_y = (there.q * here.p - there.p * here.q) / determinant
+    return on_z * z + on_y * y
+
+
+def landing(here: Level, there: Level) -> tuple[float, float]:
+    """Return (a, b): the prediction that a step from z lands on z' with is a z + b z'."""
+    determinant = here.p * here.beta - here.q * here.alpha
+    across = here.p * there.q - here.q * there.p
+    return -(there.p * here.beta - there.q * here.alpha) / across, determinant / across
+
+
+def landings(levels: Sequence[Level]) -> Tensor:
+    """Return `landing` of each of the K steps between K + 1 levels, (K, 2) float32."""
+    pairs = itertools.pairwise(levels)
+    return torch.tensor([landing(here, there) for here, there in pairs])

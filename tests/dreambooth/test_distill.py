@@ -1,0 +1,175 @@
+"""A run of --distill_to: what it writes and resumes, what it refuses, beside a user's own adapter, and its warning."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from nara_diffusion import NaraConfig, to_lora
+from nara_diffusion.dreambooth.denoiser import adapt, freeze_adapter
+from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
+from nara_diffusion.dreambooth.student import load_own, loaded_beside
+from nara_diffusion.training.options import gathered
+from tests.acceptance._commands import results, run, tensors
+from tests.acceptance._runs import COMMON
+from tests.helpers.adapted import disturb
+from tests.helpers.small_pipelines import pixels, small_sd3, small_sdxl
+
+LINE = (
+    "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing='trailing', clip_sample=False)"
+)
+SAMPLED: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 1.0}
+
+
+def flags_of(folder: Path, pipe: Any) -> dict[str, Any]:
+    pipe.save_pretrained(folder / "model")
+    (folder / "prompts.txt").write_text("a photo of toy\nred cube on grass\na toy\n")
+    return COMMON | {
+        "pretrained_model_name_or_path": folder / "model",
+        "distill_to": 2,
+        "prompts_file": folder / "prompts.txt",
+        "distillation_options": {"trajectories": 12},
+        "adapter": "nara",
+        "resolution": 16,
+        "train_batch_size": 4,
+        "num_validation_images": 1,
+        "num_inference_steps": 6,
+        "guidance_scale": 3.0,
+        "similarity_model": None,
+        "alignment_model": None,
+    }
+
+
+@pytest.fixture(scope="module")
+def sdxl(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return flags_of(tmp_path_factory.mktemp("distill"), small_sdxl())
+
+
+@pytest.fixture(scope="module")
+def ended(sdxl: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ended") / "out"
+    run("dreambooth_sdxl.py", **sdxl, output_dir=folder)
+    return folder
+
+
+def test_run_learns_and_writes_its_files(ended: Path) -> None:
+    found = results(ended)
+    assert found["curve_before"] == pytest.approx([1, 1], rel=1e-5)
+    assert found["validation_loss_after"] < found["validation_loss_before"]
+    assert found["end_error_after"] < found["end_error_before"]
+    card = (ended / "README.md").read_text()
+    assert LINE in card
+    assert "num_inference_steps=2" in card
+    assert "guidance_scale=1.0" in card
+    for when in ("teacher", "before", "after"):
+        assert len(list((ended / f"samples-{when}").glob("*.png"))) == 3
+    assert (ended / "samples.png").is_file()
+
+
+def test_killed_run_goes_on_to_the_bits_of_one_run_without_the_teacher(
+    sdxl: dict[str, Any], ended: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(ended, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "checkpoint-6")
+    caplog.set_level("INFO")
+    run("dreambooth_sdxl.py", **sdxl, output_dir=tmp_path / "out", resume_from_checkpoint="latest")
+    assert "of the teacher, 6 steps each, took" not in caplog.text
+    torch.testing.assert_close(tensors(tmp_path / "out"), tensors(ended), rtol=0, atol=0)
+
+
+def test_flow_is_taught_too(tmp_path: Path) -> None:
+    flags = flags_of(tmp_path, small_sd3()) | {"adapter": "lora", "learning_rate": 3e-2, "max_train_steps": 16}
+    flags |= {"target_modules": "all-linear", "train_batch_size": 8}
+    run("dreambooth.py", **flags, output_dir=tmp_path / "out")
+    found = results(tmp_path / "out")
+    assert found["validation_loss_after"] < 1
+    assert "DDIMScheduler" not in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_pipeline_that_samples_otherwise_is_warned_once(sdxl: dict[str, Any], ended: Path) -> None:
+    pipe = DiffusionPipeline.from_pretrained(sdxl["pretrained_model_name_or_path"])
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_nara_weights(ended)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            pixels(pipe, guidance_scale=4.0, num_inference_steps=3)
+    (text,) = [str(each.message) for each in caught if "trained to sample" in str(each.message)]
+    assert "3 steps, guidance_scale 4, EulerDiscreteScheduler with other timesteps" in text
+    assert LINE in text
+    assert "num_inference_steps=2, guidance_scale=1" in text
+    pipe.unload_nara_weights()
+    pipe.load_nara_weights(ended)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing", clip_sample=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        pixels(pipe, **SAMPLED)
+
+
+def test_lora_of_one_level_is_refused_for_a_core_that_reads_it(sdxl: dict[str, Any], ended: Path) -> None:
+    pipe = DiffusionPipeline.from_pretrained(sdxl["pretrained_model_name_or_path"])
+    pipe.load_nara_weights(ended, adapter_name="fast")
+    with pytest.raises(ValueError, match="samples in 2 steps, and its update differs from step to step"):
+        to_lora(pipe.unet, 0.4, "fast")
+    with safe_open(ended / "pytorch_nara_weights.safetensors", "pt") as file:
+        assert "few_steps" in str(file.metadata())
+
+
+def test_student_learns_beside_the_users_own_adapter(sdxl: dict[str, Any], tmp_path: Path) -> None:
+    own = small_sdxl()
+    adapt(own.unet, NaraConfig(r=2, target_modules=["to_k", "to_q"], core_hidden_dims=(4,)), "mine")
+    disturb(own.unet, scale=0.3)
+    own.save_nara_weights(tmp_path / "own", adapter_name="mine")
+    run("dreambooth_sdxl.py", **sdxl, init_adapter=tmp_path / "own", output_dir=tmp_path / "out")
+    written = load_file(tmp_path / "out" / "pytorch_nara_weights.safetensors")
+    assert not any("own" in key.split(".") for key in written)
+    assert results(tmp_path / "out")["validation_loss_after"] < 1
+
+    pipe = small_sdxl()
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing", clip_sample=False)
+    load_own(pipe, str(tmp_path / "own"), "own")
+    assert not any(parameter.requires_grad for key, parameter in pipe.unet.named_parameters() if ".own." in key)
+    before = pixels(pipe, **SAMPLED)
+    with loaded_beside(pipe, tmp_path / "out", "own"):
+        assert pipe.get_active_adapters() == ["own", "default"]
+        assert not torch.allclose(pixels(pipe, **SAMPLED), before)
+    torch.testing.assert_close(pixels(pipe, **SAMPLED), before, rtol=0, atol=0)
+
+
+def test_freezing_leaves_other_adapters_as_they_are() -> None:
+    pipe = small_sdxl()
+    for name in ("own", "other"):
+        adapt(pipe.unet, NaraConfig(r=2, target_modules=["to_k"], core_type="identity"), name)
+        pipe.unet.set_adapters([name])
+    pipe.unet.set_adapters(["own", "other"])
+    freeze_adapter(pipe.unet, "own")
+    trained = [key for key, parameter in pipe.unet.named_parameters() if parameter.requires_grad]
+    assert trained
+    assert all("other" in key.split(".") for key in trained)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"distill_to": 9}, "from 1 to 8"),
+        ({"distill_to": 4}, "a multiple of the student's, such as 8"),
+        ({"distill_to": 6}, "such as 12"),
+        ({"prompts_file": None}, "needs prompts"),
+        ({"instance_data_dir": "pictures"}, "instance_data_dir is pictures, but distill_to"),
+        ({"snr_gamma": 5.0}, "snr_gamma is 5"),
+        ({"check": True}, "check is True"),
+        ({"trajectories": 3}, "at least 10"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(changes: dict[str, Any], message: str) -> None:
+    flags = {"pretrained_model_name_or_path": "model", "distill_to": 2, "prompts_file": "p", "num_inference_steps": 6}
+    with pytest.raises(ValueError, match=message):
+        DreamBoothArguments(**gathered(DreamBoothArguments, flags | changes))
