@@ -55,7 +55,7 @@ from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments, run_f
 from nara_diffusion.dreambooth.pipelines import family_defaults
 from nara_diffusion.dreambooth.training_step import DreamBoothLoss, TrainingStep
 from nara_diffusion.noise.level import core_holders
-from nara_diffusion.noise.sources import MASKED_SHARE, time_layers
+from nara_diffusion.noise.sources import time_layers
 from nara_diffusion.training import adapter_weights
 from nara_diffusion.training.adapters import adapter_config, add_adapter
 from nara_diffusion.training.arguments import TrainingArguments
@@ -144,14 +144,16 @@ def check_text(tuning: dllm_train.FineTuning) -> dict[str, Any]:
         tuning: the training; its backbone has no adapter yet.
     """
     args = published(tuning.args)
-    options = {"noise_convention": MASKED_SHARE, **adapter_options(tuning.backbone, args)}
+    backbone = Backbone(tuning.backbone)
+    convention = backbone.noise_convention
+    options = {"noise_convention": convention, **adapter_options(tuning.backbone, args)}
     config = nara_config(args, **options)
     adapted = add_adapter(tuning.backbone, config)
     model = adapted.to(tuning.run.accelerator.device).train()
     digits = digit_tokens(tuning.tokenizer)
-    limit = Backbone(model).position_limit
+    limit = backbone.position_limit
     has_digits = len(set(digits)) == 10
-    has_place = limit is None or tuning.padded < limit
+    has_place = (limit is None or tuning.padded < limit) and backbone.block_length is None
     has_place = has_place and not has_canvas(model)
     with_token = None
     if has_digits and has_place:
@@ -184,7 +186,8 @@ def text_loss(
         digits: the tokens of 0 … 9, to put λ as a digit at the end of each prompt; None puts none.
     """
     device = tuning.run.accelerator.device
-    mask = None if has_canvas(model) else Backbone(model).mask_token_id()
+    backbone = Backbone(model)
+    mask = None if has_canvas(model) else backbone.mask_token_id()
     stream = GlobalBatchStream(rows, tuning.args.seed, tuning.objective["group_size"])
 
     def loss(positions: Sequence[int]) -> TextLoss:
@@ -192,7 +195,8 @@ def text_loss(
         inputs["input_ids"] = inputs["input_ids"].to(device, non_blocking=True)
         if mask is None:
             return loss_of(model)(model, **inputs, **tuning.objective)
-        batch = mask_answers(**inputs, mask_token_id=mask, **tuning.objective)
+        inputs |= {"mask_token_id": mask, "block_length": backbone.block_length}
+        batch = mask_answers(**inputs, **tuning.objective)
         if digits is not None:
             batch = with_level_token(batch, digits)
         return batch_loss(model, batch)

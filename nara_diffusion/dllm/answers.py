@@ -55,6 +55,30 @@ def host_answers(
     return (positions >= starts[:, None]) & (positions < ends[:, None]), ends
 
 
+def active_blocks(
+    answer: np.ndarray, draws: np.ndarray, block_length: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the block of one token of each answer: (b, l') bool, and its end (b,).
+
+    Blocks have B positions of the sequence, prompt included; l' is the end of the last one.
+
+    Args:
+        answer: (b, l) bool.
+        draws: (b,) in [0, 1), the token's place in its answer.
+        block_length: B.
+    """
+    token = (draws * answer.sum(1)).astype(np.int64)  # (b,)
+    place = (answer.cumsum(1) <= token[:, None]).sum(1)  # of the sequence
+    block = place // block_length
+    width = int(block.max() + 1) * block_length
+    whole = np.zeros((len(answer), width), dtype=bool)
+    cut = answer[:, :width]
+    whole[:, : cut.shape[1]] = cut
+    active = whole & (np.arange(width) // block_length == block[:, None])
+    ends = width - active[:, ::-1].argmax(1)
+    return active, ends
+
+
 def _lengths(name: str, lengths: Lengths, b: int) -> np.ndarray:
     found = np.asarray(host_list(lengths))
     if found.dtype.kind not in "iu" or found.shape != (b,):

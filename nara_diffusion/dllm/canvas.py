@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from nara_diffusion.noise.level import core_holders, find_holders, noise_level
 from nara_diffusion.noise.masked_share import InputIdsNoise
 from nara_diffusion.noise.rows import Repetition, guidance_rows
-from nara_diffusion.noise.sources import MASKED_SHARE, set_noise_source
+from nara_diffusion.noise.sources import set_noise_source
 
 from .models.backbone import Backbone
 from .tokenizer import mask_in_a_text
@@ -183,7 +183,7 @@ class ForwardRows:
     Attributes:
         input_ids: (b, l), or (2b, l) with guidance: the rows, then the same with masked prompts.
         attention_mask: as `input_ids`; None if there is no padding.
-        noise_level: λ of each row, (b,) or (2b,).
+        noise_level: λ of each row, (b,) or (2b,), or of its k blocks, (b, k) or (2b, k).
     """
 
     input_ids: Tensor
@@ -203,7 +203,7 @@ class ForwardRows:
 
 
 def conditioned(
-    model: nn.Module, level: Tensor, convention: str = MASKED_SHARE
+    model: nn.Module, level: Tensor, convention: str | None = None
 ) -> AbstractContextManager:
     """Return the context `noise_level(model, λ)`; one that does nothing if no adapter needs λ.
 
@@ -211,8 +211,8 @@ def conditioned(
 
     Args:
         model: the outermost module.
-        level: λ of each row, (b,) float32.
-        convention: the name of λ's definition.
+        level: λ of each row, (b,) float32, or of its k blocks, (b, k).
+        convention: the name of λ's definition; None takes that of the model's masks.
 
     Raises:
         ValueError: an adapter that needs λ was trained with another definition of it.
@@ -220,6 +220,7 @@ def conditioned(
     holders = find_holders(model)
     if not any(holder.needs_noise or holder.merging.binds_level for holder in holders):
         return nullcontext()
+    convention = convention or Backbone(model).noise_convention
     for holder in holders:
         names = holder.noisy(holder.active_names())
         for name, other in holder.finder.adopt_convention(names, convention).items():

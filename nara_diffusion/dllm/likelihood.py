@@ -72,10 +72,16 @@ def log_likelihood(
             stays in its mode, and in DDP.
 
     Raises:
-        ValueError: see `answer_positions`; or a text that contains the mask token.
+        ValueError: see `answer_positions`; or a text that contains the mask token; or a model with
+            attention by blocks (LLaDA2).
     """
     model = model if differentiable else without_ddp(model)
     backbone = Backbone(model)
+    if backbone.block_length is not None:
+        raise ValueError(
+            f"{type(backbone.language_model).__name__} sees a text block by block, and this bound "
+            "is one of models that see all of it: use noise_level_curve for a loss"
+        )
     mask = backbone.mask_token_id(mask_token_id)
     answers = answer_positions(input_ids, prompt_lengths, answer_lengths=answer_lengths)
     holding = (until_end(answers) & (input_ids == mask)).any(1)  # (b,)

@@ -5,6 +5,9 @@ answer i, including the EOS padding that is trained on. Each sequence has its ow
 adapters run at that:
 
     L = 1/B Σ_i  1/n_i Σ_{j masked}  − log p(x_ij | masked x_i) / λ_i
+
+A model whose attention goes by blocks (LLaDA2) is trained on one block of each answer a step: all
+of the above is about that block, and the adapters run at λ = 0 on the clean ones before it.
 """
 
 from __future__ import annotations
@@ -71,7 +74,9 @@ def masked_diffusion_loss(
             another λ than the masked share; or an answer without a prompt, for a model that
             predicts the next token.
     """
-    mask = Backbone(model).mask_token_id(mask_token_id)
+    backbone = Backbone(model)
+    masking["block_length"] = backbone.block_length
+    mask = backbone.mask_token_id(mask_token_id)
     batch = mask_answers(input_ids, prompt_lengths, mask_token_id=mask, **masking)
     return batch_loss(model, batch, chunk_size)
 
@@ -110,7 +115,7 @@ def masked_cross_entropy(
             "an answer begins its row, and this model predicts the next token, so that nothing "
             "predicts the first: begin the row with a BOS token, and count it in prompt_lengths"
         )
-    rows = ForwardRows(batch.input_ids, batch.attention_mask, batch.noise_level)
+    rows = ForwardRows(batch.input_ids, batch.attention_mask, batch.forward_level)
     if cfg_scale > 0:
         is_prompt = batch.answer.cumsum(1) == 0  # (b, l)
         rows = rows.with_masked_prompts(is_prompt, backbone.mask_token_id(mask_token_id))
@@ -227,7 +232,8 @@ def noise_level_curve(
         for level in noise_levels:
             loss = count = 0.0
             for batch in batches_of(rows, range(len(rows)), collate, batch_size, device):
-                masked = mask_answers(**batch, mask_token_id=mask, noise_level=level, seed=seed)
+                batch |= {"noise_level": level, "block_length": backbone.block_length}
+                masked = mask_answers(**batch, mask_token_id=mask, seed=seed)
                 lengths = masked.answer.sum(1)  # (b,)
                 of_row = masked_cross_entropy(model, masked).double().sum(1)  # (b,)
                 loss += (of_row / lengths).sum().item()

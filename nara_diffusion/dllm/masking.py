@@ -15,6 +15,9 @@ Stratified λ: each of `group_size` consecutive indices takes one of as many equ
 see `nara_diffusion.noise.window`. A window of noise levels replaces (ε, 1), if it lies inside;
 otherwise their intersection does.
 
+In blocks (LLaDA2): the answer of a step is the block of an answer token that is drawn uniformly, so
+that each token has the same weight. The prompt and earlier blocks are clean, later ones cut off.
+
 Complementary masks: each sequence appears twice, with mask m at λ = t and with ¬m at λ = 1 − t, so
 that a step trains on each answer token exactly once. There t ~ U(ε, 1 − ε), so that both weights 1/λ are
 finite. A window then has to contain 1 − λ with each λ.
@@ -23,20 +26,21 @@ finite. A window then has to contain 1 − λ with each λ.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from nara_diffusion.noise.window import EVERYTHING, NoiseWindow, stratified_uniform
 
-from .answers import Lengths, host_answers, host_list, moved
+from .answers import Lengths, active_blocks, host_answers, host_list, moved
 
 MIN_NOISE_LEVEL = 1e-3
 """ε: the smallest λ that training draws."""
 
-_SHIFT_STREAM, _LEVEL_STREAM, _MASK_STREAM = range(3)
+_SHIFT_STREAM, _LEVEL_STREAM, _MASK_STREAM, _BLOCK_STREAM = range(4)
 
 
 @dataclass(frozen=True)
@@ -48,10 +52,11 @@ class MaskedBatch:
         targets: (b, l) the clean tokens.
         masked: (b, l) bool.
         answer: (b, l) bool, the positions that could have been masked.
-        noise_level: (b,) float32, λ.
+        noise_level: (b,) float32, λ of the answer, or of the active block.
         attention_mask: (b, l) int64, 1 on prompt and answer; None if nothing is padded.
         places: (m,) int64, where the flattened `masked` is True; None if the host doesn't know it.
         opens: whether an answer begins its row; None if the host doesn't know it.
+        block_length: B, if `answer` is a block of the answer; l is a multiple of it.
     """
 
     input_ids: torch.Tensor
@@ -62,6 +67,15 @@ class MaskedBatch:
     attention_mask: torch.Tensor | None
     places: torch.Tensor | None = None
     opens: bool | None = None
+    block_length: int | None = field(default=None, kw_only=True)
+
+    @property
+    def forward_level(self) -> torch.Tensor:
+        """λ that a forward runs at: (b,), or (b, l / B), 0 outside the active block."""
+        if self.block_length is None:
+            return self.noise_level
+        is_active = self.answer.unflatten(1, (-1, self.block_length)).any(2)  # (b, l / B)
+        return is_active * self.noise_level[:, None]
 
 
 def mask_answers(
@@ -77,8 +91,9 @@ def mask_answers(
     group_size: int | None = None,
     complementary: bool = False,
     window: NoiseWindow = EVERYTHING,
+    block_length: int | None = None,
 ) -> MaskedBatch:
-    """Mask a share λ of each answer; see the equations above.
+    """Mask a share λ of each answer, or of one of its blocks; see the equations above.
 
     Everything is checked and drawn on the CPU, and then moved to the device of `input_ids`.
 
@@ -95,6 +110,8 @@ def mask_answers(
             batch; 1 draws them independently.
         complementary: return 2b rows, the second half with the complementary masks.
         window: the window that λ is drawn from.
+        block_length: B; None masks whole answers. Otherwise l becomes a multiple of it, which ends
+            with the last active block.
 
     Raises:
         ValueError: lengths that leave a row without an answer or exceed l, λ outside (0, 1],
@@ -103,6 +120,11 @@ def mask_answers(
     b, device = len(input_ids), input_ids.device
     answer, ends = host_answers(input_ids, prompt_lengths, answer_lengths)
     seed, indices = seed_and_indices(seed, sample_indices, generator, b)
+    if block_length is not None:
+        draws = [random_of(seed, _BLOCK_STREAM, index).random() for index in indices]
+        answer, ends = active_blocks(answer, np.array(draws), block_length)
+        rest = answer.shape[1] - input_ids.shape[1]
+        input_ids = F.pad(input_ids, (0, rest))  # a negative rest cuts
     if noise_level is None:
         levels = _drawn_levels(
             indices, seed, group_size or b, symmetric=complementary, window=window
@@ -111,7 +133,7 @@ def mask_answers(
         levels = given_levels(noise_level, b, complementary)
     masked = draw_masks(answer, levels, indices, seed=seed)  # (b, l)
     attention_mask = None
-    if answer_lengths is not None:
+    if answer_lengths is not None or block_length is not None:
         attention_mask = (np.arange(answer.shape[1]) < ends[:, None]).astype(np.int64)
     targets = input_ids
     if complementary:
@@ -130,6 +152,7 @@ def mask_answers(
         attention_mask=None if attention_mask is None else moved(attention_mask, device),
         places=moved(np.flatnonzero(masked), device),
         opens=bool(answer[:, 0].any()),
+        block_length=block_length,
     )
 
 

@@ -36,6 +36,9 @@ from .timesteps import CONVENTIONS, Denoiser
 MASKED_SHARE = "masked_share"
 """The name of λ's definition for masked language models."""
 
+BLOCK_SHARE = "masked_share_of_block"
+"""The same, of each block of the answer: clean text has λ = 0 (LLaDA2)."""
+
 CORRUPTED_SHARE = "corrupted_share"
 """The name of λ's definition for DiffusionGemma: the share of a canvas that holds random tokens."""
 
@@ -74,7 +77,7 @@ def register_noise_source(source: NoiseSource) -> None:
             f"{source!r} is no source of λ: expected a callable (module, args, kwargs) → λ (1,) or "
             "(b,) with an attribute `convention`, the name of its definition."
         )
-    if name in (*CONVENTIONS, MASKED_SHARE, CORRUPTED_SHARE):
+    if name in (*CONVENTIONS, MASKED_SHARE, BLOCK_SHARE, CORRUPTED_SHARE):
         raise ValueError(
             f"λ as {name!r} is defined by this package: choose another name for your definition, or "
             "give one model its own source, set_noise_source(model, source)."

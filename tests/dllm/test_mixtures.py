@@ -8,33 +8,36 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Glm4MoeForCausalLM, Qwen3MoeForCausalLM
+from transformers import Qwen3MoeForCausalLM
 
 from nara_diffusion.dllm import load_backbone
+from nara_diffusion.dllm.models.block_causal import LLaDA2ForCausalLM
 from tests.helpers.mixtures import LLADA2, LLADA_MOE, MASK, VOCABULARY, ByHand, block_seen, write_checkpoint
 
-KINDS = {"LLaDA2": (LLADA2, Glm4MoeForCausalLM), "LLaDA-MoE": (LLADA_MOE, Qwen3MoeForCausalLM)}
+KINDS = {"LLaDA2": (LLADA2 | {"block_length": 4}, LLaDA2ForCausalLM), "LLaDA-MoE": (LLADA_MOE, Qwen3MoeForCausalLM)}
 IDS = torch.randint(6, VOCABULARY, (2, 11), generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("experts", ["eager", "grouped_mm"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_checkpoint_in_its_stock_class_has_the_logits_by_hand(kind: str, experts: str, tmp_path: Path) -> None:
+def test_checkpoint_in_its_stock_class_has_the_logits_by_hand(
+    kind: str, experts: str, attention: str, tmp_path: Path
+) -> None:
     fields, stock = KINDS[kind]
     by_hand = ByHand(fields, write_checkpoint(tmp_path, fields))
     # grouped products of experts, the default of transformers, aren't there in float64
     dtype, atol = (torch.float64, 1e-5) if experts == "eager" else (torch.float32, 1e-4)
-    model, tokenizer = load_backbone(str(tmp_path), dtype=dtype, experts_implementation=experts)
+    how = {"experts_implementation": experts, "attn_implementation": attention}
+    model, tokenizer = load_backbone(str(tmp_path), dtype=dtype, **how)
     assert type(model) is stock
     assert model.config.mask_token_id == tokenizer.mask_token_id == MASK
-    seen = block_seen(11, 4)
-    for row in IDS:
-        whole, blocks = by_hand(row), by_hand(row, seen)
-        assert float((whole - blocks).abs().max()) > 1  # the mask matters
-        with torch.no_grad():
-            torch.testing.assert_close(model(row[None]).logits[0].double(), whole, rtol=0, atol=atol)
-            logits = model(row[None], attention_mask=seen[None, None]).logits[0]
-            torch.testing.assert_close(logits.double(), blocks, rtol=0, atol=atol)
+    whole = torch.stack([by_hand(row) for row in IDS])
+    blocks = torch.stack([by_hand(row, block_seen(11, 4)) for row in IDS])
+    assert float((whole - blocks).abs().max()) > 1
+    with torch.no_grad():
+        logits = model(IDS).logits.double()
+    torch.testing.assert_close(logits, blocks if kind == "LLaDA2" else whole, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -45,7 +48,16 @@ def test_padding_on_the_right_changes_nothing(kind: str, tmp_path: Path) -> None
     real = torch.arange(11) < torch.tensor([[11], [7]])
     with torch.no_grad():
         logits = model(IDS, attention_mask=real.long()).logits
-    torch.testing.assert_close(logits[1, :7], by_hand(IDS[1, :7]), rtol=0, atol=1e-5)
+    seen = block_seen(7, 4 if kind == "LLaDA2" else 7)
+    torch.testing.assert_close(logits[1, :7], by_hand(IDS[1, :7], seen), rtol=0, atol=1e-5)
+
+
+def test_attention_that_takes_no_block_mask_is_refused(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, LLADA2)
+    model, _ = load_backbone(str(tmp_path))
+    model.config._attn_implementation = "flex_attention"
+    with pytest.raises(ValueError, match="takes no block mask"):
+        model(IDS)
 
 
 @pytest.mark.parametrize("kind", KINDS)

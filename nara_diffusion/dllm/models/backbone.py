@@ -27,6 +27,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
+from nara_diffusion.noise.sources import BLOCK_SHARE, MASKED_SHARE
+
+from .block_causal import LLaDA2ForCausalLM
 from .shifted_logits import ShiftedQwen2ForCausalLM
 
 # Configuration fields of transformers that change logits after the head.
@@ -46,6 +49,8 @@ class Backbone:
         language_model: the outermost model of transformers in it, or None.
         is_shifted: True if it was trained to predict the next token (Dream), so that nothing
             predicts the first one.
+        block_length: the length of the blocks that its attention goes by (LLaDA2); None if each
+            position sees all others.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -56,6 +61,13 @@ class Backbone:
                 self.language_model = module
                 break
         self.is_shifted = isinstance(self.language_model, ShiftedQwen2ForCausalLM)
+        is_in_blocks = isinstance(self.language_model, LLaDA2ForCausalLM)
+        self.block_length: int | None = self.configured("block_length") if is_in_blocks else None
+
+    @property
+    def noise_convention(self) -> str:
+        """The name of λ's definition in training and sampling."""
+        return MASKED_SHARE if self.block_length is None else BLOCK_SHARE
 
     def configured(self, name: str) -> Any:
         """Return a field of the language model's configuration; None if there is none.

@@ -2,8 +2,8 @@
 
 | checkpoint | class               | router                                | attention     |
 |------------|---------------------|---------------------------------------|---------------|
-| LLaDA2     | Glm4MoeForCausalLM  | sigmoid, a bias for the choice,       | block-causal  |
-|            |                     | groups, a shared expert               |               |
+| LLaDA2     | Glm4MoeForCausalLM, | sigmoid, a bias for the choice,       | block-causal  |
+|            | see `block_causal`  | groups, a shared expert               |               |
 | LLaDA-MoE  | Qwen3MoeForCausalLM | softmax                               | bidirectional |
 
 LLaDA2's tensors are renamed, its fused q, k and v are split, and the experts of a layer are stacked

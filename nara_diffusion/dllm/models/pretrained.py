@@ -3,7 +3,7 @@
 | checkpoint                   | class                   | note                              |
 |------------------------------|-------------------------|-----------------------------------|
 | LLaDA, iLLaDA                | LlamaForCausalLM        | tensors renamed while loading     |
-| LLaDA2                       | Glm4MoeForCausalLM      | see `mixtures`                    |
+| LLaDA2                       | LLaDA2ForCausalLM       | see `mixtures`, `block_causal`    |
 | LLaDA-MoE                    | Qwen3MoeForCausalLM     | attention made bidirectional      |
 | DiffusionGemma               | …ForBlockDiffusion      | unchanged; no mask token          |
 | Dream                        | ShiftedQwen2ForCausalLM | position i predicts token i       |
@@ -26,7 +26,6 @@ from transformers import (
     AutoConfig,
     AutoModelForMaskedLM,
     DiffusionGemmaForBlockDiffusion,
-    Glm4MoeForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedConfig,
@@ -43,6 +42,7 @@ from transformers.utils import CONFIG_NAME
 from nara_diffusion.utils.naming import naming_source
 
 from ..tokenizer import find_mask_token, load_tokenizer, set_special_tokens
+from .block_causal import LLaDA2ForCausalLM
 from .llada_format import KEY_MAPPING, checkpoint_name, llama_fields
 from .mixtures import (
     LLADA2,
@@ -157,7 +157,7 @@ def _class_and_config(
         )
     if family == LLADA2:
         register_conversions()
-        return Glm4MoeForCausalLM, _bidirectional(LLaDA2MoeConfig, llada2_fields(fields)), False
+        return LLaDA2ForCausalLM, _bidirectional(LLaDA2MoeConfig, llada2_fields(fields)), False
     if "expert_intermediate_size" in fields:  # LLaDA-MoE, whose model_type is LLaDA's
         return Qwen3MoeForCausalLM, _bidirectional(Qwen3MoeConfig, qwen3_moe_fields(fields)), False
     if family == "qwen3_moe":

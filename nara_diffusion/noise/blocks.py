@@ -1,0 +1,151 @@
+"""Texts in blocks: which position sees which, and λ of each block.
+
+The positions of a sequence, prompt included, are divided into blocks of B:
+
+    position i sees position j    if  ⌊i / B⌋ ≥ ⌊j / B⌋
+    λ of a block                  = its masked tokens / its tokens that belong to the answer
+
+Prompt, earlier blocks and padding are clean: λ = 0. So keys and values of finished blocks never
+change, and a cache of them is exact.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .level import arguments_of
+from .sources import BLOCK_SHARE
+
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+
+def block_mask(real: Tensor, block_length: int, queries: int | None = None) -> Tensor:
+    """Return which positions see which: (b, 1, q, l) bool.
+
+    Each position sees itself, so that no row is empty.
+
+    Args:
+        real: (b, l) bool or int, False on padding.
+        block_length: B.
+        queries: q, the number of last positions to return rows for; default: all.
+    """
+    places = torch.arange(real.shape[1], device=real.device)
+    of_query = places[-queries:] if queries else places
+    block = places // block_length
+    seen = (of_query // block_length)[:, None] >= block  # (q, l)
+    is_own = of_query[:, None] == places
+    return ((seen & real.bool()[:, None]) | is_own)[:, None]
+
+
+def attention_argument(mask: Tensor, implementation: str | None, dtype: torch.dtype) -> Tensor:
+    """Return a mask (b, 1, q, l) bool in the form that transformers' attention function takes.
+
+    Raises:
+        ValueError: the attention function takes no such mask.
+    """
+    if implementation == "sdpa":
+        return mask
+    if implementation == "eager":
+        hidden = torch.zeros((), dtype=dtype, device=mask.device)
+        return torch.where(mask, hidden, torch.finfo(dtype).min)
+    raise ValueError(
+        f"attn_implementation is {implementation!r}, which takes no block mask: load the model with "
+        "attn_implementation='sdpa'"
+    )
+
+
+class BlockNoise:
+    """A noise source: λ (b, k) of the k blocks that Diffusers' LLaDA2Pipeline passes to its model.
+
+    The last block is the active one, the scheduler knows its length, and the tail that the
+    pipeline's attention mask hides doesn't count. Before a run's first forward, the pipeline fills
+    all behind the prompt with masks: there the last token is the mask, and the first mask of the
+    block begins the answer.
+
+    Args:
+        pipe: the pipeline; a weak reference is kept.
+    """
+
+    convention = BLOCK_SHARE
+
+    def __init__(self, pipe: DiffusionPipeline) -> None:
+        self._pipe: weakref.ref[DiffusionPipeline] | None = weakref.ref(pipe)
+        self._schedule: Tensor | None = None  # each run of the pipeline makes a new one
+        self._length = 0
+        self._mask: Tensor | None = None  # (), the mask token
+        self._first = 0  # the length of the run's first forward
+        self._answer: Tensor | None = None  # (B,) bool, columns of its last block behind the prompt
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_pipe": None, "_schedule": None}  # a copy has no pipeline
+
+    def block_length(self) -> int | None:
+        """Return the length of a block in the present run; None before a run."""
+        pipe = None if self._pipe is None else self._pipe()
+        schedule = getattr(getattr(pipe, "scheduler", None), "_transfer_schedule", None)
+        if schedule is None:
+            return None
+        if schedule is not self._schedule:
+            self._schedule, self._mask = schedule, None
+            self._length = int(schedule.sum())
+        return self._length
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Return λ (b, k) for a forward of `module`.
+
+        Raises:
+            ValueError: no pipeline with a scheduler of blocks runs.
+        """
+        arguments = arguments_of(module, args, kwargs)
+        input_ids, real = arguments["input_ids"], arguments.get("attention_mask")
+        length, b = self.block_length(), len(input_ids)
+        if length is None:
+            raise ValueError(
+                "λ of the blocks isn't known outside a run of LLaDA2Pipeline with a "
+                "BlockRefinementScheduler: use noise_level(model, λ of each block)."
+            )
+        block = input_ids[:, -length:]  # (b, B)
+        if self._mask is None:
+            self._mask, self._first = block[0, -1].clone(), input_ids.shape[1]
+            self._answer = (block == self._mask).any(0).cumsum(0) > 0
+        answer = torch.ones_like(block, dtype=torch.bool)
+        if isinstance(real, Tensor) and real.dim() == 2:
+            answer = real[:, -length:].bool()
+        if input_ids.shape[1] == self._first and self._answer is not None:
+            answer = answer & self._answer
+        masked = answer & (block == self._mask)
+        levels = torch.zeros(b, input_ids.shape[1] // length, device=block.device)
+        levels[:, -1] = masked.sum(1) / answer.sum(1).clamp(min=1)
+        return levels
+
+
+class BlockMaskHook:
+    """A forward pre-hook that puts the block mask in place of LLaDA2Pipeline's mask (b, l).
+
+    Under a mask (b, l), earlier blocks would see later ones.
+
+    Args:
+        source: knows the length of a block.
+    """
+
+    def __init__(self, source: BlockNoise) -> None:
+        self.source = source
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Return the arguments with the block mask; None leaves them as they are."""
+        real, length = kwargs.get("attention_mask"), self.source.block_length()
+        if length is None or not isinstance(real, Tensor) or real.dim() != 2:
+            return None
+        config: Any = module.config
+        dtype = next(module.parameters()).dtype
+        mask = attention_argument(
+            block_mask(real, length), getattr(config, "_attn_implementation", None), dtype
+        )
+        return args, {**kwargs, "attention_mask": mask}
