@@ -33,8 +33,12 @@ from torch import nn
 from .models.backbone import Backbone
 
 REMASKING = ("low_confidence", "random", "maskgit_plus", "topk_margin", "entropy")
-CHAT_BLOCK_LENGTHS = {"llama": 32}
-"""{model_type: the block length of the model's own chat}: LLaDA's. Dream's has one block."""
+CHAT_SETTINGS: dict[str, dict[str, Any]] = {
+    "llama": {"block_length": 32},  # LLaDA
+    "qwen3_moe": {"block_length": 32},  # LLaDA-MoE
+    "llada2_moe": {"confidence_threshold": 0.95},  # its block length is the model's
+}
+"""{model_type: the published settings of the model's own chat}. Dream's has one block."""
 _PARALLEL = ("confidence_threshold", "factor", "entropy_bound")
 _LAST = -1e9  # below every score
 
@@ -227,17 +231,43 @@ def _entropy(logits: torch.Tensor) -> torch.Tensor:
     return torch.special.entr(logits.softmax(-1)).sum(-1)
 
 
-def chat_sampling(model: nn.Module, sampling: Sampling) -> Sampling:
-    """Return the settings for prompts that come from the chat template.
+def model_sampling(model: nn.Module, sampling: Sampling, *, chat: bool) -> Sampling:
+    """Return the settings for a model, and for prompts that come from the chat template if `chat`.
 
-    Without a `block_length`, it becomes that of the model's own chat, if it divides gen_length, and
-    the number of blocks divides `steps`.
+    The block length of attention is that of sampling. For a chat, settings that aren't given become
+    those of the model's own, if its block length divides gen_length and its blocks divide `steps`.
+
+    Raises:
+        ValueError: the model's attention goes by other blocks, or by blocks and not with guidance.
     """
     backbone = Backbone(model)
-    if backbone.is_shifted or sampling.block_length is not None:
+    settings = CHAT_SETTINGS.get(backbone.configured("model_type") or "", {}) if chat else {}
+    block = backbone.block_length
+    if block is not None:
+        _check_blocks(block, sampling)
+        sampling = replace(sampling, block_length=block)
+    elif backbone.is_shifted or sampling.block_length is not None:
         return sampling
-    block = CHAT_BLOCK_LENGTHS.get(backbone.configured("model_type"))
-    if block is None or sampling.gen_length % block:
-        return sampling
-    blocks = sampling.gen_length // block
-    return sampling if (sampling.steps or 0) % blocks else replace(sampling, block_length=block)
+    elif "block_length" in settings:
+        block = settings["block_length"]
+        blocks, rest = divmod(sampling.gen_length, block)
+        if rest or (sampling.steps or 0) % blocks:
+            return sampling
+        sampling = replace(sampling, block_length=block)
+    rules = [name for name in ("steps", *_PARALLEL) if getattr(sampling, name) is not None]
+    if "confidence_threshold" in settings and not rules:
+        return replace(sampling, confidence_threshold=settings["confidence_threshold"])
+    return sampling
+
+
+def _check_blocks(block_length: int, sampling: Sampling) -> None:
+    if sampling.block_length not in (None, block_length):
+        raise ValueError(
+            f"block_length is {sampling.block_length}, and the model's attention goes by blocks of "
+            f"{block_length}: leave it out, or set model.config.block_length"
+        )
+    if sampling.cfg_scale > 0:
+        raise ValueError(
+            f"cfg_scale is {sampling.cfg_scale}, and a model with attention by blocks is sampled "
+            "without guidance: leave it out"
+        )

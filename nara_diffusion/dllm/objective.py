@@ -21,7 +21,7 @@ from nara_diffusion.training.adapters import ALL_LINEAR, method_of
 from .batches import AnswerCollator
 from .block_loss import BlockDiffusionLoss, block_diffusion_loss, canvas_curve
 from .canvas_sampler import answer_canvases, canvas_sampling
-from .decoding import Sampling, chat_sampling
+from .decoding import Sampling, model_sampling
 from .loss import MaskedDiffusionLoss, masked_diffusion_loss, noise_level_curve
 from .models.backbone import Backbone
 from .sampler import Generation, answer_prompts
@@ -57,7 +57,7 @@ def sampling_of(model: nn.Module, sampling: Sampling, *, chat: bool) -> Sampling
     """Return the settings of generation for a model, and for its chat."""
     if has_canvas(model):
         return canvas_sampling(model, sampling)
-    return chat_sampling(model, sampling) if chat else sampling
+    return model_sampling(model, sampling, chat=chat)
 
 
 def collator_of(model: nn.Module, args: Arguments, end_token_id: int) -> AnswerCollator:
@@ -98,7 +98,7 @@ def adapter_options(model: nn.Module, args: Arguments) -> Mapping[str, Any]:
         ValueError: an adapter, or names of layers, that DiffusionGemma cannot have.
     """
     if not has_canvas(model):
-        return {}
+        return {"noise_convention": Backbone(model).noise_convention}
     if method_of(args).family in ("prompt", "full"):
         raise ValueError(
             f"adapter is {args.adapter}, and DiffusionGemma is trained with adapters of its layers: "

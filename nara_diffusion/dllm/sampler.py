@@ -7,8 +7,8 @@ rules of `decoding`. Classifier-free guidance combines logits as
 
 A noise-aware model runs at λ = masked share of the answer over all blocks, for each sample in each
 step, so λ goes from 1 to 0. Rows with masked prompts have the λ of their sample. There is no cache
-of keys and values: with k or v adapted, it would belong to the λ of an older step. Unlike LLaDA's
-code:
+of keys and values: with k or v adapted, it would belong to the λ of an older step. (A model whose
+attention goes by blocks is sampled by `block_filling`, with a cache.) Unlike LLaDA's code:
 
 - an empty prompt becomes a BOS token if position i predicts token i + 1 (Dream), so that something
   predicts the first token of the answer; prompts may differ in length (`canvas`);
@@ -33,11 +33,11 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from nara_diffusion.noise.rows import guidance_rows
-
-from .canvas import ForwardRows, conditioned, place_prompts
-from .decoding import Sampling, chat_sampling
-from .models.backbone import Backbone, evaluating, guided, without_ddp
+from .block_filling import fill_blocks
+from .canvas import place_prompts
+from .decoding import Sampling, model_sampling
+from .models.backbone import Backbone, evaluating, without_ddp
+from .unmasking import GenerationStep, State
 
 
 @dataclass(frozen=True)
@@ -57,26 +57,6 @@ class Generation:
     forwards: int
 
 
-@dataclass
-class GenerationStep:
-    """The argument of `on_step_end`, which may change `sequences` and `stop`.
-
-    Attributes:
-        index: the number of steps before this one.
-        noise_level: (b,) the λ that the model ran at; rows that are done have 0.
-        sequences: (b, l) prompt, answer so far, padding. A mask may be filled; no other token may
-            become a mask.
-        masked: (b, gen_length) which tokens of the answers are still masks.
-        stop: True ends sampling after this step; masks that are left stay.
-    """
-
-    index: int
-    noise_level: torch.Tensor
-    sequences: torch.Tensor
-    masked: torch.Tensor
-    stop: bool = False
-
-
 @torch.no_grad()
 def generate(
     model: nn.Module,
@@ -91,6 +71,7 @@ def generate(
     stop_at_eos: bool = True,
     pad_token_id: int | None = None,
     return_stats: bool = False,
+    use_cache: bool | None = None,
     on_step_end: Callable[[GenerationStep], None] | None = None,
     **settings: Any,
 ) -> torch.Tensor | Generation:
@@ -113,6 +94,8 @@ def generate(
         eos_token_id: one or several; by default those of the configuration.
         stop_at_eos: finish a row at its first eos token.
         return_stats: return a `Generation`, with the number of forwards, instead of the sequences.
+        use_cache: keep keys and values of the prompt and of finished blocks; None does so if the
+            model's attention goes by blocks (LLaDA2), where they never change.
         on_step_end: called after each step with a `GenerationStep`, which it may change.
         **settings: of `nara_diffusion.dllm.Sampling`: gen_length (128), steps, block_length,
             temperature, top_p, cfg_scale, remasking, confidence_threshold, factor, entropy_bound,
@@ -124,7 +107,8 @@ def generate(
 
     Raises:
         ValueError: impossible arguments, a prompt that contains the mask token, more positions than
-            the model has, or an adapter that was trained with another λ than the masked share.
+            the model has, a cache for a model without blocks, or an adapter that was trained with
+            another λ than the masked share (LLaDA2: of each block).
     """
     is_tensor = isinstance(input_ids, torch.Tensor)
     if not is_tensor or input_ids.ndim != 2 or input_ids.is_floating_point():
@@ -134,8 +118,12 @@ def generate(
         )
     backbone = Backbone(without_ddp(model))
     sampling = Sampling(**settings)
-    if chat:
-        sampling = chat_sampling(backbone.model, sampling)
+    if use_cache and backbone.block_length is None:
+        raise ValueError(
+            "use_cache=True, and this model sees the masks of later blocks: keys and values change "
+            "with each token, and with λ; leave it out (LLaDA2 has attention by blocks)"
+        )
+    sampling = model_sampling(backbone.model, sampling, chat=chat)
     mask = backbone.mask_token_id(mask_token_id)
     configured = backbone.configured("pad_token_id")
     padding = configured if pad_token_id is None else pad_token_id
@@ -154,9 +142,12 @@ def generate(
     tokens = partial(torch.tensor, dtype=torch.long, device=input_ids.device)
     last = ends if sampling.confidence_eos_eot_inf else []
     special = (tokens(ends if stop_at_eos else []), tokens(last), tokens(never))
-    state = _State(backbone, sampling, mask, *special, *placed, generator)
+    state = State(backbone, sampling, mask, *special, *placed, generator)
     with evaluating(backbone.model):
-        state.fill(on_step_end)
+        if backbone.block_length is None:
+            state.fill(on_step_end)
+        else:
+            fill_blocks(state, on_step_end, use_cache is not False)
     if not return_stats:
         return state.sequences
     return Generation(state.sequences, state.answers, state.starts, state.forwards)
@@ -183,126 +174,3 @@ def answer_prompts(
     result = generate(model, input_ids, prompt_lengths=lengths, return_stats=True, **sampling)
     assert isinstance(result, Generation)
     return result
-
-
-@dataclass
-class _State:
-    """The sequences, and the step that fills some of their masks.
-
-    Attributes:
-        ends: (e,) the tokens that end an answer.
-        last, never: the tokens that are placed after all others, and those that are never
-            predicted.
-        sequences, starts, attention_mask: what `place_prompts` returned.
-        generator: seeds the rows' own streams of random numbers.
-    """
-
-    backbone: Backbone
-    sampling: Sampling
-    mask_token_id: int
-    ends: torch.Tensor
-    last: torch.Tensor
-    never: torch.Tensor
-    sequences: torch.Tensor
-    starts: torch.Tensor
-    attention_mask: torch.Tensor | None
-    generator: torch.Generator | None
-    forwards: int = 0
-
-    def __post_init__(self) -> None:
-        device = self.starts.device
-        self.columns = torch.arange(self.sampling.gen_length, device=device)  # (g,)
-        self.positions = self.starts[:, None] + self.columns  # (b, g)
-        self.masked = torch.ones_like(self.positions, dtype=torch.bool)  # (b, g)
-        self.streams: list[torch.Generator] = []
-        if self.sampling.temperature > 0 or self.sampling.remasking == "random":
-            source = "cpu" if self.generator is None else self.generator.device
-            size = (len(self.starts),)
-            seeds = torch.randint(2**62, size, generator=self.generator, device=source)
-            self.streams = [torch.Generator(device).manual_seed(seed) for seed in seeds.tolist()]
-
-    @property
-    def answers(self) -> torch.Tensor:
-        return self.sequences.gather(1, self.positions)  # (b, g)
-
-    def fill(self, on_step_end: Callable[[GenerationStep], None] | None) -> None:
-        """Fill all masks, block by block."""
-        for start in range(0, self.sampling.gen_length, self.sampling.block):
-            columns = slice(start, start + self.sampling.block)
-            for count in filter(None, self.sampling.tokens_per_step()):
-                rows = self._open_rows(columns)
-                if not rows:
-                    break
-                noise_level = self.masked.float().mean(1)  # (b,)
-                self._step(rows, columns, count)
-                self._finish_rows()
-                if on_step_end is not None and self._is_stopped(on_step_end, noise_level):
-                    return
-
-    def _is_stopped(
-        self, on_step_end: Callable[[GenerationStep], None], noise_level: torch.Tensor
-    ) -> bool:
-        """Call `on_step_end`, take its sequences, and return True if it stops."""
-        sequences, masked = self.sequences.clone(), self.masked.clone()
-        step = GenerationStep(self.forwards - 1, noise_level, sequences, masked)
-        on_step_end(step)
-        self.sequences = step.sequences
-        self.masked &= self.answers == self.mask_token_id
-        return step.stop
-
-    def _open_rows(self, columns: slice) -> list[int]:
-        """Return the rows with a mask left in the block. The host reads them."""
-        is_open = self.masked[:, columns].any(1).tolist()
-        return [row for row, is_one in enumerate(is_open) if is_one]
-
-    def _step(self, open_rows: list[int], columns: slice, count: int) -> None:
-        """Place tokens in the a rows that are not done with the block."""
-        rows = torch.tensor(open_rows).to(self.masked.device, non_blocking=True)  # (a,)
-        positions, masked = self.positions[rows, columns], self.masked[rows, columns]  # (a, k)
-        logits = self._logits(rows, positions)  # (a, k, v)
-        logits = logits.index_fill_(-1, self.never, float("-inf"))
-        uniform = partial(self._uniform, open_rows)
-        tokens, chosen = self.sampling.place(logits, masked, count, self.last, uniform)
-        sequences = self.sequences[rows]
-        tokens = torch.where(chosen, tokens, sequences.gather(1, positions))
-        placed = sequences.scatter(1, positions, tokens)
-        self.sequences = self.sequences.index_copy(0, rows, placed)
-        self.masked[rows, columns] = masked & ~chosen
-
-    def _logits(self, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Return the guided logits (a, k, v) of `rows` (a,), each at its own λ, at `positions` (a,
-        k)."""
-        self.forwards += 1
-        w = self.sampling.cfg_scale
-        padding = None if self.attention_mask is None else self.attention_mask[rows]
-        noise_level = self.masked[rows].float().mean(1)  # (a,)
-        given = ForwardRows(self.sequences[rows], padding, noise_level)  # a rows
-        if w > 0:
-            columns = torch.arange(self.sequences.shape[1], device=rows.device)
-            is_prompt = columns < self.starts[rows, None]  # (a, l)
-            given = given.with_masked_prompts(is_prompt, self.mask_token_id)  # 2a rows
-            positions = guidance_rows(positions)
-        with conditioned(self.backbone.model, given.noise_level):
-            logits = self.backbone.logits(given.input_ids, given.attention_mask, at=positions)
-        return guided(logits.clone().unflatten(0, (-1, len(rows))), w)
-
-    def _uniform(self, rows: list[int], *shape: int, dtype: torch.dtype) -> torch.Tensor:
-        """Return the next random numbers of a rows, each from its own stream: (a, *shape)."""
-        draws = []
-        for row in rows:
-            stream = self.streams[row]
-            draws.append(torch.rand(shape, dtype=dtype, device=stream.device, generator=stream))
-        return torch.stack(draws)
-
-    def _finish_rows(self) -> None:
-        """Fill the rest of each row that has no mask before its first end token."""
-        answers = self.answers
-        is_end = torch.isin(answers, self.ends) & ~self.masked  # (b, g)
-        has_end = is_end.any(1, keepdim=True)  # (b, 1)
-        last = len(self.columns) - 1
-        first = torch.where(has_end, is_end.int().argmax(1, keepdim=True), last)  # (b, 1)
-        is_open = (self.masked & (self.columns < first)).any(1, keepdim=True)
-        rest = has_end & ~is_open & (self.columns > first)  # (b, g)
-        filled = torch.where(rest, answers.gather(1, first), answers)
-        self.sequences = self.sequences.scatter(1, self.positions, filled)
-        self.masked = self.masked & ~rest

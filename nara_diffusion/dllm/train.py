@@ -27,8 +27,9 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nara_diffusion.dllm import encode_records, load_backbone
 from nara_diffusion.dllm.batches import (
@@ -39,6 +40,7 @@ from nara_diffusion.dllm.batches import (
     without_held_out,
 )
 from nara_diffusion.dllm.canvas import check_canvas, check_positions, checked_lengths
+from nara_diffusion.dllm.models.backbone import Backbone
 from nara_diffusion.dllm.models.quantised import prepare_quantised
 from nara_diffusion.dllm.objective import (
     adapter_options,
@@ -141,9 +143,9 @@ class FineTuning:
                 options[name] = value
         if args.is_quantised:
             options["device_map"] = {"": str(run.accelerator.device)}
-        self.load = partial(load_backbone, args.pretrained_model_name_or_path, **options)
+        self.options = options
         with loading_in(run.accelerator, run.weights_dtype):
-            self.backbone, self.tokenizer = self.load(dtype=run.weights_dtype)
+            self.backbone, self.tokenizer = self._load(run.weights_dtype)
         if args.is_quantised:
             prepare_quantised(self.backbone)
         folder = local_folder(args.pretrained_model_name_or_path, revision=args.revision)
@@ -151,6 +153,15 @@ class FineTuning:
         self.sampling = args.sampling()
         is_chat = self.tokenizer.chat_template is not None
         self.sampling = sampling_of(self.backbone, self.sampling, chat=is_chat)
+
+    def _load(self, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """Return the base model and its tokenizer."""
+        args = self.args
+        name = args.pretrained_model_name_or_path
+        model, tokenizer = load_backbone(name, dtype=dtype, **self.options)
+        if Backbone(model).block_length is not None and args.block_length is not None:
+            model.config.block_length = args.block_length
+        return model, tokenizer
 
     def _encode_records(self) -> None:
         """Turn the records into rows, and warn of rows that are trained on and measured on."""
@@ -294,7 +305,7 @@ class FineTuning:
                 return self.evaluation.measure(self.adapted)
 
         def load() -> PreTrainedModel:
-            model: Any = self.load(dtype=self.run.dtype)[0]
+            model: Any = self._load(self.run.dtype)[0]
             return model.to(accelerator.device)
 
         return self.evaluation.measure(load_whole(accelerator, load))

@@ -131,7 +131,7 @@ RULE = {"remasking": "entropy", "entropy_bound": 0.1, "top_p": 0.9, "confidence_
 def test_facts_report_and_card_have_the_canvas_and_the_options_and_block_length_of_generation(
     arguments, caplog: Any, given: dict[str, Any], block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(decoding.CHAT_BLOCK_LENGTHS, "llama", 4)
+    monkeypatch.setitem(decoding.CHAT_SETTINGS, "llama", {"block_length": 4})
     asked: list[dict[str, Any]] = []
     watched = lambda *args, **how: asked.append(how) or exact_match(*args, **how)  # noqa: E731
     monkeypatch.setattr(text_report, "exact_match", watched)

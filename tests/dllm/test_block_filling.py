@@ -1,0 +1,121 @@
+"""Sampling block by block: compared with a loop by hand, and with itself without the cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from nara_diffusion.dllm import GenerationStep, generate, load_backbone
+from nara_diffusion.dllm.models.backbone import Backbone
+from tests.acceptance._text import END, backbone, nara
+from tests.helpers.mixtures import LLADA2, MASK, VOCABULARY, ByHand, block_seen, write_checkpoint
+
+B = 4
+FIELDS = LLADA2 | {"block_length": B}
+PROMPTS = torch.randint(6, MASK, (3, 9), generator=torch.Generator().manual_seed(3))
+LENGTHS = [9, 3, 4]
+RULES: dict[str, dict[str, Any]] = {
+    "steps": {"steps": 6},
+    "threshold": {"confidence_threshold": 0.3},
+    "sampled": {"temperature": 0.7, "confidence_threshold": 0.2},
+}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Any:
+    write_checkpoint(tmp_path, FIELDS)
+    return load_backbone(str(tmp_path), dtype=torch.float64, experts_implementation="eager")[0]
+
+
+def answers(model: Any, use_cache: bool, **settings: Any) -> Tensor:
+    options = {"gen_length": 12, "prompt_lengths": LENGTHS, "generator": torch.Generator().manual_seed(5)}
+    sequences = generate(model, PROMPTS, use_cache=use_cache, **{**options, **settings})
+    assert isinstance(sequences, Tensor)
+    return sequences
+
+
+def by_hand(logits: ByHand, prompt: list[int], gen_length: int, threshold: float) -> tuple[list[int], list[float]]:
+    """The answer of the public greedy loop, and λ of the active block before each of its steps."""
+    text, levels = prompt + [MASK] * gen_length, []
+    for start in range(len(prompt) // B * B, len(text), B):
+        own = [i for i in range(start, min(start + B, len(text))) if i >= len(prompt)]
+        while left := [i for i in own if text[i] == MASK]:
+            levels.append(len(left) / len(own))
+            seen = torch.tensor(text[: own[-1] + 1])
+            p = logits(seen, block_seen(len(seen), B))[left]
+            p[:, MASK] = -torch.inf
+            best = p.softmax(-1).max(-1)
+            order = best.values.argsort(descending=True).tolist()
+            for rank, j in enumerate(order):
+                if rank == 0 or best.values[j] > threshold:
+                    text[left[j]] = int(best.indices[j])
+    return text[len(prompt) :], levels
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_answers_and_levels_are_those_of_the_loop_by_hand(model: Any, use_cache: bool, tmp_path: Path) -> None:
+    logits, levels = ByHand(FIELDS, write_checkpoint(tmp_path, FIELDS)), []
+
+    def keep(step: GenerationStep) -> None:
+        levels.append(step.noise_level.tolist())
+
+    how = {"confidence_threshold": 0.3, "stop_at_eos": False, "on_step_end": keep}
+    found = answers(model, use_cache, **how)
+    for row, length in enumerate(LENGTHS):
+        expected, of_row = by_hand(logits, PROMPTS[row, :length].tolist(), 12, 0.3)
+        assert found[row, length : length + 12].tolist() == expected
+        assert [level[row] for level in levels if level[row] > 0] == pytest.approx(of_row)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_cache_changes_no_token_of_the_base(model: Any, rule: str) -> None:
+    for settings in (RULES[rule], RULES[rule] | {"eos_token_id": [END, 9, 10, 11, 12]}):
+        torch.testing.assert_close(answers(model, True, **settings), answers(model, False, **settings))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_cache_changes_no_token_of_an_adapted_model(model: Any, rule: str) -> None:
+    base = answers(model, True, **RULES[rule])
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"]
+    adapted = nara(model, target_modules=targets)
+    cached = answers(adapted, True, **RULES[rule])
+    torch.testing.assert_close(cached, answers(adapted, False, **RULES[rule]))
+    assert not cached.equal(base)
+
+
+def test_finished_text_isn_t_computed_again(model: Any) -> None:
+    widths: list[int] = []
+    model.model.embed_tokens.register_forward_hook(lambda _, args, __: widths.append(args[0].shape[1]))
+    answers(model, True, steps=3, stop_at_eos=False)
+    # blocks 0 (prompts of 3 and 4 tokens end in it) to 5, each in one step and a forward at λ = 0
+    assert widths == [4] * (6 + 5)
+    widths.clear()
+    generate(model, PROMPTS, gen_length=4, steps=1)
+    assert widths == [8, 4, 4, 4]  # the prompt's two whole blocks at once
+
+
+def test_adapter_with_one_level_a_sample_is_refused(model: Any) -> None:
+    with pytest.raises(ValueError, match="'masked_share', and this is 'masked_share_of_block'"):
+        answers(nara(model, noise_convention="masked_share"), True)
+
+
+def test_settings_that_don_t_go_with_blocks_are_refused(model: Any) -> None:
+    with pytest.raises(ValueError, match="blocks of 4"):
+        answers(model, True, block_length=6)
+    with pytest.raises(ValueError, match="without guidance"):
+        answers(model, True, cfg_scale=1.0)
+    with pytest.raises(ValueError, match="sees the masks of later blocks"):
+        generate(backbone(VOCABULARY), PROMPTS, gen_length=12, use_cache=True)
+
+
+def test_chat_takes_the_published_threshold(model: Any) -> None:
+    assert Backbone(model).block_length == B
+    forwards = []
+    for settings in ({"chat": True}, {"confidence_threshold": 0.95}, {"chat": True, "steps": 3}):
+        found = generate(model, PROMPTS[:1], gen_length=12, stop_at_eos=False, return_stats=True, **settings)
+        forwards.append((found.forwards, found.answers.tolist()))  # type: ignore[union-attr]
+    assert forwards[0] == forwards[1] != forwards[2]
