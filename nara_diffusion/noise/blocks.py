@@ -11,17 +11,14 @@ change, and a cache of them is exact.
 
 from __future__ import annotations
 
-import weakref
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .level import arguments_of
 from .sources import BLOCK_SHARE
-
-if TYPE_CHECKING:
-    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 
 def block_mask(real: Tensor, block_length: int, queries: int | None = None) -> Tensor:
@@ -60,7 +57,7 @@ def attention_argument(mask: Tensor, implementation: str | None, dtype: torch.dt
 
 
 class BlockNoise:
-    """A noise source: λ (b, k) of the k blocks that Diffusers' LLaDA2Pipeline passes to its model.
+    """The source of λ (b, k) of the k blocks that Diffusers' LLaDA2Pipeline passes to its model.
 
     The last block is the active one, the scheduler knows its length, and the tail that the
     pipeline's attention mask hides doesn't count. Before a run's first forward, the pipeline fills
@@ -68,32 +65,30 @@ class BlockNoise:
     block begins the answer.
 
     Args:
-        pipe: the pipeline; a weak reference is kept.
+        schedulers: returns the present schedulers of the pipelines that loaded adapters.
     """
 
     convention = BLOCK_SHARE
 
-    def __init__(self, pipe: DiffusionPipeline) -> None:
-        self._pipe: weakref.ref[DiffusionPipeline] | None = weakref.ref(pipe)
+    def __init__(self, schedulers: Callable[[], Sequence[Any]]) -> None:
+        self.schedulers = schedulers
         self._schedule: Tensor | None = None  # each run of the pipeline makes a new one
         self._length = 0
         self._mask: Tensor | None = None  # (), the mask token
         self._first = 0  # the length of the run's first forward
         self._answer: Tensor | None = None  # (B,) bool, columns of its last block behind the prompt
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_pipe": None, "_schedule": None}  # a copy has no pipeline
-
     def block_length(self) -> int | None:
         """Return the length of a block in the present run; None before a run."""
-        pipe = None if self._pipe is None else self._pipe()
-        schedule = getattr(getattr(pipe, "scheduler", None), "_transfer_schedule", None)
-        if schedule is None:
-            return None
-        if schedule is not self._schedule:
-            self._schedule, self._mask = schedule, None
-            self._length = int(schedule.sum())
-        return self._length
+        for scheduler in self.schedulers():
+            schedule = getattr(scheduler, "_transfer_schedule", None)
+            if schedule is None:
+                continue
+            if schedule is not self._schedule:
+                self._schedule, self._mask = schedule, None
+                self._length = int(schedule.sum())
+            return self._length
+        return None
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Return λ (b, k) for a forward of `module`.
@@ -123,29 +118,15 @@ class BlockNoise:
         levels[:, -1] = masked.sum(1) / answer.sum(1).clamp(min=1)
         return levels
 
+    def with_block_mask(self, module: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+        """Return the arguments with the block mask in place of the pipeline's mask (b, l).
 
-class BlockMaskHook:
-    """A forward pre-hook that puts the block mask in place of LLaDA2Pipeline's mask (b, l).
-
-    Under a mask (b, l), earlier blocks would see later ones.
-
-    Args:
-        source: knows the length of a block.
-    """
-
-    def __init__(self, source: BlockNoise) -> None:
-        self.source = source
-
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Return the arguments with the block mask; None leaves them as they are."""
-        real, length = kwargs.get("attention_mask"), self.source.block_length()
+        Under that mask, earlier blocks would see later ones. None leaves the arguments as they are.
+        """
+        real, length = kwargs.get("attention_mask"), self.block_length()
         if length is None or not isinstance(real, Tensor) or real.dim() != 2:
             return None
-        config: Any = module.config
+        implementation = getattr(module.config, "_attn_implementation", None)
         dtype = next(module.parameters()).dtype
-        mask = attention_argument(
-            block_mask(real, length), getattr(config, "_attn_implementation", None), dtype
-        )
-        return args, {**kwargs, "attention_mask": mask}
+        mask = attention_argument(block_mask(real, length), implementation, dtype)
+        return {**kwargs, "attention_mask": mask}

@@ -23,12 +23,13 @@ from torch import Tensor, nn
 
 from nara_diffusion.config import NaraConfig
 from nara_diffusion.cores.registry import needs_noise
+from nara_diffusion.noise.blocks import BlockNoise
 from nara_diffusion.noise.canvas_source import CanvasNoise
 from nara_diffusion.noise.level import Entry, as_level, backward_pass
 from nara_diffusion.noise.parts import Parts
 from nara_diffusion.noise.prediction import check_expected, other_sampling
 from nara_diffusion.noise.rows import ModelRows
-from nara_diffusion.noise.sources import NoiseSource, first_source
+from nara_diffusion.noise.sources import BLOCK_SHARE, NoiseSource, first_source
 from nara_diffusion.noise.timesteps import Denoiser, TimestepNoise
 
 from .twins import twins_of
@@ -86,6 +87,7 @@ class LevelFinder:
         self.pipelines: list[weakref.ref[DiffusionPipeline]] = []
         self._canvas_source: CanvasNoise | None = None
         self.warned_of: set[str] = set()
+        self.block_source = BlockNoise(self.schedulers)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "pipelines": []}  # a copy has no pipelines
@@ -126,13 +128,18 @@ class LevelFinder:
         source = first_source(self.denoiser, convention)
         if source is None and twins_of(self.root) is not None:
             return self.canvas_source()
-        return source
+        return self.block_source if convention == BLOCK_SHARE else source
 
     def canvas_source(self) -> CanvasNoise:
         """Return the default source of a DiffusionGemma, which follows its samplers."""
         if self._canvas_source is None:
             self._canvas_source = CanvasNoise(self.schedulers)
         return self._canvas_source
+
+    def block_masked(self, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+        """Return the arguments of a forward with a block mask, if LLaDA2Pipeline runs; else None."""
+        is_text = self.denoiser is None and bool(self.pipelines)
+        return self.block_source.with_block_mask(self.root, kwargs) if is_text else None
 
     def set_source(self, source: NoiseSource | None) -> None:
         """Set the source, or remove it with None. Assumed definitions become that of `source`."""

@@ -373,10 +373,15 @@ def drop_idle_holder(root: nn.Module) -> None:
 
 
 @torch.compiler.disable(recursive=True)
-def _before_forward(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _before_forward(
+    root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     holder = holder_of(root)
-    if holder is not None:
-        holder.begin(args, kwargs)
+    if holder is None:
+        return None
+    holder.begin(args, kwargs)
+    changed = holder.finder.block_masked(kwargs)
+    return None if changed is None else (args, changed)
 
 
 @torch.compiler.disable(recursive=True)

@@ -1,0 +1,135 @@
+"""load_nara_weights on LLaDA2Pipeline: its λ, its block mask, and what is left after unloading."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import BlockRefinementScheduler, LLaDA2Pipeline
+from torch import Tensor
+
+from nara_diffusion import noise_level
+from nara_diffusion.dllm import load_backbone
+from nara_diffusion.noise.sources import BLOCK_SHARE
+from tests.acceptance._text import nara
+from tests.helpers.mixtures import LLADA2, MASK, block_seen, write_checkpoint
+
+B = 4  # of the pipeline; the model's own is 8, so that the hook's mask shows
+PROMPT = torch.randint(6, MASK, (2, 6), generator=torch.Generator().manual_seed(1))
+RUN = {"gen_length": 7, "block_length": B, "num_inference_steps": 2, "threshold": 0.4, "editing_threshold": None}
+RUN |= {"output_type": "seq", "mask_token_id": MASK, "eos_early_stop": False}
+TARGETS = ["q_proj", "k_proj", "v_proj"]
+
+
+def fresh(folder: Path) -> Any:
+    return load_backbone(str(folder), dtype=torch.float64, experts_implementation="eager")[0]
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    write_checkpoint(tmp_path / "base", LLADA2 | {"block_length": 8})
+    return tmp_path / "base"
+
+
+def adapter(base: Path, folder: Path, **changes: Any) -> Any:
+    options = {"noise_convention": BLOCK_SHARE, "target_modules": TARGETS}
+    model = nara(fresh(base), **{**options, **changes})
+    model.save_pretrained(folder)
+    return model
+
+
+def pipeline(base: Path) -> Any:
+    pipe = LLaDA2Pipeline(model=fresh(base), scheduler=BlockRefinementScheduler(), tokenizer=None)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def by_hand(model: Any) -> tuple[Tensor, list[list[float]]]:
+    """The sequences of the same run, block by block, with λ of each block given; and λ of the active block."""
+    scheduler = BlockRefinementScheduler()
+    scheduler.set_timesteps(2, block_length=B)
+    prompt, end, levels = PROMPT.shape[1], PROMPT.shape[1] + RUN["gen_length"], []
+    text = torch.full((2, 16), MASK)
+    text[:, :prompt] = PROMPT
+    for start in range(prompt // B * B, end, B):
+        own = [i for i in range(start, start + B) if prompt <= i < end]
+        for step in range(2):
+            if not (text[:, start : start + B] == MASK).any():
+                break
+            share = (text[:, own] == MASK).double().mean(1)
+            level = torch.zeros(2, start // B + 1)
+            level[:, -1] = share
+            levels.append(share.tolist())
+            width = start + B
+            seen = block_seen(width, B) & (torch.arange(width) < end) | torch.eye(width, dtype=torch.bool)
+            with torch.no_grad(), noise_level(model, level):
+                logits = model(text[:, :width], attention_mask=seen[None, None]).logits
+            options = {"mask_token_id": MASK, "threshold": 0.4, "temperature": 0.0}
+            output = scheduler.step(logits[:, start:], step, text[:, start:width], **options)
+            text[:, start:width] = output.prev_sample
+    return text[:, prompt:end], levels
+
+
+def test_adapted_pipeline_samples_under_the_block_mask_at_each_block_s_level(base: Path, tmp_path: Path) -> None:
+    model, pipe = adapter(base, tmp_path / "adapter"), pipeline(base)
+    pipe.load_nara_weights(tmp_path / "adapter")
+    expected, levels = by_hand(model)
+    found: list[list[float]] = []
+    source = pipe.model.lora_core.finder.block_source
+    call = type(source).__call__
+
+    class Watched(type(source)):
+        def __call__(self, *args: Any) -> Tensor:
+            level = call(self, *args)
+            assert not level[:, :-1].any()
+            found.append(level[:, -1].tolist())
+            return level
+
+    source.__class__ = Watched
+    for _ in range(2):  # a second run begins anew
+        found.clear()
+        assert pipe(input_ids=PROMPT, **RUN).sequences.equal(expected)
+        # the pipeline calls the model once more for a block without masks
+        seen = [level for level in found if any(level)]
+        assert seen == [pytest.approx(level) for level in levels if any(level)]
+    assert len({tuple(level) for level in found}) > 2
+
+
+def test_unloaded_pipeline_samples_as_before_loading(base: Path, tmp_path: Path) -> None:
+    adapter(base, tmp_path / "adapter")
+    pipe = pipeline(base)
+    before = pipe(input_ids=PROMPT, **RUN).sequences
+    pipe.load_nara_weights(tmp_path / "adapter")
+    assert not pipe(input_ids=PROMPT, **RUN).sequences.equal(before)
+    pipe.unload_nara_weights()
+    assert pipe(input_ids=PROMPT, **RUN).sequences.equal(before)
+
+
+def test_adapter_without_a_level_runs_under_the_block_mask_too(base: Path, tmp_path: Path) -> None:
+    adapter(base, tmp_path / "adapter", core_type="constant", noise_convention=None)
+    pipe, masks = pipeline(base), []
+    pipe.load_nara_weights(tmp_path / "adapter")
+    layer = pipe.model.model.layers[0].self_attn
+    layer.register_forward_pre_hook(lambda _, __, kw: masks.append(kw["attention_mask"]), with_kwargs=True)
+    pipe(input_ids=PROMPT[:, :4], **{**RUN, "gen_length": 8})
+    assert [mask.shape[-1] for mask in masks[::2]] == [8, 12]
+    for mask in masks:
+        assert mask[0, 0].equal(block_seen(mask.shape[-1], B))
+
+
+def test_forward_outside_a_run_asks_for_the_level(base: Path, tmp_path: Path) -> None:
+    adapter(base, tmp_path / "adapter")
+    pipe = pipeline(base)
+    pipe.load_nara_weights(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="outside a run of LLaDA2Pipeline"):
+        pipe.model(PROMPT)
+
+
+def test_adapter_of_another_definition_does_not_run(base: Path, tmp_path: Path) -> None:
+    adapter(base, tmp_path / "adapter", noise_convention="masked_share")
+    pipe = pipeline(base)
+    pipe.load_nara_weights(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="λ is not known"):
+        pipe(input_ids=PROMPT, **RUN)
