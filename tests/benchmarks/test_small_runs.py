@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import benchmark_decoding
+import benchmark_few_steps
 import benchmark_memory_8b as memory
 import benchmark_quality
 import benchmark_regimes
@@ -80,6 +81,18 @@ def test_benchmark_regimes_counts_what_is_left_and_makes_it_once(tmp_path, capsy
     assert lines[0] == "120 runs of eps_to_v, attention, rank 4, 200 steps"
     assert sum(int(line.split()[0]) for line in lines[1:]) == 50
     assert "more" in str(for_terminal(lambda: benchmark_regimes.main(["--regimes", "one_image"])))
+
+
+def test_benchmark_few_steps_runs_an_arm_once_and_needs_its_trials(tmp_path):
+    path = tmp_path / "few.jsonl"
+    asked = ["--arms", "DoRA each step, r 1", "--steps", "2", "--seeds", "40", "--output", str(path)]
+    assert benchmark_few_steps.main(["--stage", "dev", *asked]) == 0
+    assert benchmark_few_steps.main(["--stage", "dev", *asked]) == 0
+    records = results.read(path)
+    assert [record["rates"]["learning_rate"] for record in records] == [1e-3, 2.5e-3, 4e-3, 6e-3]
+    assert all(0 < record["validation_loss_after"] < 2 for record in records)
+    with pytest.raises(ValueError, match="lacks trials"):
+        benchmark_few_steps.main(["--stage", "confirm", *asked])
 
 
 def test_measure_house_counts_the_library(tmp_path):
