@@ -197,8 +197,10 @@ class Arguments(ModelArguments, TrainingArguments, ObjectiveArguments):
         check_drawable(window_of(self), self.complementary)
         require(self, "at least 1", lambda value: value >= 1, *_COUNTS)
         require(self, "0 or more", lambda value: value >= 0, "encoder_loss_weight")
-        if (self.train_file is None) == (self.dataset_name is None):
-            got = "neither" if self.train_file is None else "both"
+        has_both = self.train_file is not None and self.dataset_name is not None
+        has_none = self.train_file is None and self.dataset_name is None
+        if has_both or (has_none and self.plan is None):
+            got = "both" if has_both else "neither"
             raise ValueError(
                 "training data come from train_file or from dataset_name: give one of them, "
                 f"got {got}."

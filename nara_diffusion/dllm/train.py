@@ -74,12 +74,14 @@ from nara_diffusion.training.engines import load_whole, loading_in
 from nara_diffusion.training.loop import prepare_training, train
 from nara_diffusion.training.manifest import local_folder
 from nara_diffusion.training.optimization import recompute_activations
+from nara_diffusion.training.plan import show_plan
 from nara_diffusion.training.report import finish
 from nara_diffusion.training.run import Run, start_run
 from nara_diffusion.utils.atomic_write import atomic_write_files
 from nara_diffusion.utils.naming import counted
 
 from .text_arguments import Arguments
+from .text_plan import planned_text_step
 
 logger = logging.getLogger(__name__)
 
@@ -103,9 +105,14 @@ def shipped_run(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def main(args: Arguments) -> dict[str, Any]:
-    """Train, measure before and after, save, and return the content of results.json."""
+    """Train, measure before and after, save, and return the content of results.json.
+
+    With `plan`, print what that needs instead, and return the figures.
+    """
     if args.check:
         raise ValueError("main only trains: for a check call nara_command.check_run(args).")
+    if args.plan is not None:
+        return show_plan(args, planned_text_step)
     with start_run(args, "dllm", write_checkpoint) as run:
         tuning = FineTuning(args, run)
         tuning.train()

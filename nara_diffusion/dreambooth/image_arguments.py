@@ -45,7 +45,7 @@ class DreamBoothArguments(
         _check_ranges(self)
         if self.distill_to is not None:
             _check_distillation(self)
-        elif self.instance_data_dir is None:
+        elif self.instance_data_dir is None and self.plan is None:
             raise ValueError(
                 "instance_data_dir is missing: name the folder of images to learn from."
             )
@@ -108,7 +108,7 @@ def _check_combinations(args: DreamBoothArguments) -> None:
 _NO_PART = (
     "instance_data_dir", "validation_data_dir", "class_data_dir", "train_text_encoder", "check",
     "min_noise_level", "max_noise_level", "snr_gamma", "noise_offset", "caption_dropout", "random_flip",
-    "center_crop", "aspect_ratio_buckets", "stratified_timesteps",
+    "center_crop", "aspect_ratio_buckets", "stratified_timesteps", "plan",
 )  # fmt: skip
 """Arguments about images, or about levels that a distillation sets by itself."""
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.training_utils import generate_aspect_ratio_buckets, parse_buckets_string
 from safetensors import SafetensorError
 from torch import nn
 
@@ -225,6 +227,33 @@ def _options_of(pipe: DiffusionPipeline) -> dict[str, Any]:
     if "add_watermarker" in accepted:
         options["add_watermarker"] = getattr(pipe, "watermark", None) is not None
     return options
+
+
+def training_sizes(args: Any, family: Family, pipe: Any) -> list[tuple[int, int]]:
+    """Return the sizes (h, w) that a DreamBoothArguments trains at, in pixels.
+
+    Raises:
+        ValueError: one doesn't fit the model.
+    """
+    divisor = family.divisor(pipe)
+    if args.aspect_ratio_buckets is None:
+        sizes = [(args.resolution, args.resolution)]
+    elif args.aspect_ratio_buckets == "auto":
+        multiple = max(divisor, min(64, args.resolution // 4))
+        sizes = generate_aspect_ratio_buckets(args.resolution, multiple)
+    else:
+        sizes = parse_buckets_string(args.aspect_ratio_buckets)
+    # Stable Diffusion 3: the maximum of patches on a side
+    places = getattr(pipe, family.denoiser).config.get("pos_embed_max_size")
+    limit = math.inf if places is None else places * divisor
+    for height, width in sizes:
+        if height % divisor or width % divisor or max(height, width) > limit:
+            at_most = "" if places is None else f", at most {limit}"
+            raise ValueError(
+                f"a training size of {height} x {width} pixels doesn't fit this model: both "
+                f"sides have to be multiples of {divisor}{at_most}; see --resolution."
+            )
+    return sizes
 
 
 # ---------------------------------------------------------------------- shipped model, defaults

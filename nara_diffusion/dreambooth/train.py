@@ -28,7 +28,6 @@ and checkpoint-N folders to resume from.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -37,7 +36,6 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from diffusers.training_utils import generate_aspect_ratio_buckets, parse_buckets_string
 
 from nara_diffusion.training.adapter_weights import start_from
 from nara_diffusion.training.adapters import (
@@ -50,6 +48,7 @@ from nara_diffusion.training.arguments import schedule_of
 from nara_diffusion.training.checkpoints import save_adapter
 from nara_diffusion.training.command import run_command
 from nara_diffusion.training.loop import prepare_training, train
+from nara_diffusion.training.plan import show_plan
 from nara_diffusion.training.report import finish
 from nara_diffusion.training.run import Run, start_run
 from nara_diffusion.utils.naming import counted
@@ -59,9 +58,16 @@ from .denoiser import AdaptedDenoiser, read_checkpoint, write_adapter, write_che
 from .distill import Distillation
 from .fidelity import Evaluation, load_encoders
 from .image_arguments import DreamBoothArguments, run_family
+from .image_plan import planned_image_step
 from .image_records import ImageRecord, Size, class_records, records_from_folder, trained_on
 from .image_report import describe, figures, schedule_line
-from .pipelines import folders_of, load_pipeline, sharing_pipeline, shipped_run
+from .pipelines import (
+    folders_of,
+    load_pipeline,
+    sharing_pipeline,
+    shipped_run,
+    training_sizes,
+)
 from .reconstruction import reconstruct
 from .samples import SampleSettings, generate_class_images, sample_call
 from .training_step import ValidationLoss, training_step
@@ -71,9 +77,14 @@ FIGURES = ("similarity", "similarity_as_shown", "text_alignment", "validation_lo
 
 
 def main(args: DreamBoothArguments) -> dict[str, Any]:
-    """Train, measure before and after, and save. Return the content of results.json."""
+    """Train, measure before and after, and save. Return the content of results.json.
+
+    With `plan`, print what that needs instead, and return the figures.
+    """
     if args.check:
         raise ValueError("main only trains: for a check call nara_command.check_run(args).")
+    if args.plan is not None:
+        return show_plan(args, planned_image_step)
     with start_run(args, "dreambooth", write_checkpoint) as run:
         tuning = FineTuning(args, run) if args.distill_to is None else Distillation(args, run)
         tuning.train()
@@ -107,7 +118,7 @@ class FineTuning:
             args, noise_convention=convention, strength=schedule_of(args)
         )
         # errors that need the model come before hours of making class images
-        buckets = self._buckets()
+        buckets = training_sizes(args, self.family, self.pipe)
         check_target_modules(self.step.model, getattr(self.config, "target_modules", None))
         class_images = self._class_images()
         run.record_data_digest("training data", digested([*self.instances, *class_images]))
@@ -148,29 +159,6 @@ class FineTuning:
             revision=self.args.revision,
             variant=self.args.variant,
         )
-
-    def _buckets(self) -> list[Size]:
-        """Return the sizes to train at. Raise ValueError for one that doesn't fit the model."""
-        args, divisor = self.args, self.family.divisor(self.pipe)
-        if args.aspect_ratio_buckets is None:
-            sizes = [(args.resolution, args.resolution)]
-        elif args.aspect_ratio_buckets == "auto":
-            multiple = max(divisor, min(64, args.resolution // 4))
-            sizes = generate_aspect_ratio_buckets(args.resolution, multiple)
-        else:
-            sizes = parse_buckets_string(args.aspect_ratio_buckets)
-        denoiser: Any = self.step.model
-        # Stable Diffusion 3 has a maximum of patches on a side
-        places = denoiser.config.get("pos_embed_max_size")
-        limit = math.inf if places is None else places * divisor
-        for height, width in sizes:
-            if height % divisor or width % divisor or max(height, width) > limit:
-                at_most = "" if places is None else f", at most {limit}"
-                raise ValueError(
-                    f"a training size of {height} x {width} pixels doesn't fit this model: both "
-                    f"sides have to be multiples of {divisor}{at_most}; see --resolution."
-                )
-        return sizes
 
     def _class_images(self) -> list[ImageRecord]:
         """Return the images of prior preservation, after making missing ones; none in a check."""

@@ -21,6 +21,7 @@ import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from nara_diffusion.cores.float32 import is_autocast_enabled
@@ -226,12 +227,16 @@ def is_dropout_free(layer: AdaptedLayer, adapter_name: str) -> bool:
     return isinstance(layer.lora_dropout[adapter_name], nn.Identity) or not layer.training
 
 
+_TENSORS = (Tensor, FakeTensor)
+
+
 def fits_one_function(A: nn.Linear, B: nn.Linear, x: Tensor, result: Tensor) -> bool:
     """Return whether `linear_in_one` may add the update of `x` to `result`.
 
     Otherwise, the layer is computed step by step: by a compiler, which fuses the steps itself; for
     `vmap`, `jvp` and TorchScript; if hooks, wrappers (offloading, pruning) or a bias are on A or B;
-    if dtypes differ outside autocast; or for subclasses of tensors.
+    if dtypes differ outside autocast; or for subclasses of tensors, except fake
+    ones, so that what is planned is what runs.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[reportPrivateImportUsage]
         return False
@@ -239,7 +244,7 @@ def fits_one_function(A: nn.Linear, B: nn.Linear, x: Tensor, result: Tensor) -> 
         return False
     if not (_is_plain(A) and _is_plain(B)) or B.bias is not None or _has_any_global_hook():
         return False
-    if not type(x) is type(result) is Tensor:
+    if type(x) not in _TENSORS or type(result) not in _TENSORS:
         return False
     if is_autocast_enabled(x.device):
         return result.dtype == torch.get_autocast_dtype(x.device.type)
@@ -269,6 +274,6 @@ def _is_plain(layer: nn.Module) -> bool:
     return (
         type(layer) is nn.Linear
         and "forward" not in own
-        and type(own["_parameters"].get("weight")) is nn.Parameter
+        and type(own["_parameters"].get("weight")) in (nn.Parameter, FakeTensor)
         and not any(own[hooks] for hooks in _HOOKS)
     )

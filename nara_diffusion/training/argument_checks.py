@@ -33,7 +33,7 @@ def check_arguments(args: TrainingArguments) -> None:
         "checkpoints_total_limit",
     )
     require(args, "at least 1", lambda value: value >= 1, *counts)
-    rates = ("learning_rate", "core_learning_rate", "num_train_epochs", "max_grad_norm")
+    rates = ("learning_rate", "core_learning_rate", "num_train_epochs", "max_grad_norm", "plan")
     require(args, "above 0", lambda value: value > 0, *rates)
     require(
         args,
@@ -71,6 +71,8 @@ def check_arguments(args: TrainingArguments) -> None:
         raise ValueError(
             f"init_adapter starts from a LoRA or a NaRA, which adapter {args.adapter} is not: give nara."
         )
+    if args.check and args.plan is not None:
+        raise ValueError("check measures a training, and plan computes what it needs: give one.")
     if args.check and (
         family in ("prompt", "full") or args.resume_from_checkpoint or args.hub_model_id or start
     ):

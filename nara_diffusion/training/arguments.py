@@ -171,6 +171,13 @@ class RunArguments:
         False,
         "Measure whether λ can help this training, write check.json, and stop before it; docs/check.md.",
     )
+    plan: float | None = option(
+        None,
+        "Print the memory and FLOPs that this training needs, from configurations alone, and stop before it; with a "
+        "size, such as --plan 24, also the cheapest flags that fit; docs/runs.md.",
+        unit="GB",
+        bare="inf",
+    )
     logging_steps: int = option(
         10, "Write to metrics.jsonl every so often.", unit="optimizer steps", rare=True
     )

@@ -200,6 +200,8 @@ class ArgumentParser(argparse.ArgumentParser):
             group.add_argument(
                 f"--no_{field.name}", action="store_false", help=argparse.SUPPRESS, **common
             )
+        elif field.metadata["bare"] is not None:
+            settings = {"nargs": "?", "const": field.metadata["bare"]}
         elif kind is list:
             settings = {"nargs": "+"}
         elif kind is dict:

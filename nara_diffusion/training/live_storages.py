@@ -90,11 +90,11 @@ def to_fake(model: nn.Module, mode: FakeTensorMode, device: str = "cpu") -> None
 
     with mode:
         for module in model.modules():
-            own: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-            for tensors in own:
-                for name, tensor in tensors.items():
+            for kind in ("_parameters", "_buffers"):
+                own = vars(module)[kind]
+                for name, tensor in own.items():
                     if tensor is not None:
-                        tensors[name] = fake(tensor)
+                        own[name] = fake(tensor)
 
 
 def tensors_of(*models: nn.Module) -> Iterator[Tensor]:

@@ -78,6 +78,7 @@ def option(
     rare: bool = False,
     within: str = "",
     sentences: bool = False,
+    bare: str | None = None,
 ) -> Any:
     """Declare one argument.
 
@@ -91,6 +92,7 @@ def option(
         within: the dict argument that sets it, by NAME=VALUE instead of a flag.
         sentences: for a list: each word of the command line is one element, with its spaces and
             commas.
+        bare: the value of a flag that is given without one.
     """
     metadata = {
         "help": help,
@@ -99,6 +101,7 @@ def option(
         "rare": rare,
         "within": within,
         "sentences": sentences,
+        "bare": bare,
     }
     has_flag = not within
     if isinstance(default, (list, dict)):

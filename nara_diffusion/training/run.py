@@ -47,6 +47,9 @@ logger = logging.getLogger(__name__)
 
 Args = TypeVar("Args", bound=TrainingArguments, covariant=True)
 
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+"""{mixed precision: its dtype}; float32 for others."""
+
 
 @dataclass
 class Run(Generic[Args]):
@@ -106,9 +109,7 @@ class Run(Generic[Args]):
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the frozen weights, that of the forward's mixed precision."""
-        return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(
-            self.accelerator.mixed_precision, torch.float32
-        )
+        return DTYPES.get(self.accelerator.mixed_precision, torch.float32)
 
     @property
     def weights_dtype(self) -> torch.dtype:

@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -102,11 +103,7 @@ def load_backbone(
     """
     name = pretrained_model_name_or_path
     hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
-    folder = Path(name, hub.get("subfolder") or "")
-    with naming_source(folder, CONFIG_NAME, "a model of transformers"):
-        fields, _ = PreTrainedConfig.get_config_dict(name, **hub)
-        if not fields:
-            raise ValueError(f"it has no {CONFIG_NAME}")
+    fields = _config_fields(name, hub)
     model_class, config, is_renamed = _class_and_config(name, fields, hub)
     tokenizer = load_tokenizer(name, family=fields.get("model_type", ""), **hub)
     mask = None
@@ -131,6 +128,31 @@ def load_backbone(
         del model._weight_conversions  # saved copies have the names of the class
     set_special_tokens(model, tokenizer, mask)
     return model, tokenizer
+
+
+def backbone_on_meta(name: str, dtype: torch.dtype, **hub: Any) -> PreTrainedModel:
+    """Return the model that `load_backbone` loads, on the meta device: from its config.json alone.
+
+    Its mask token is 0. Raises ValueError as `load_backbone` does.
+
+    Args:
+        name: a folder or a repository on the Hub.
+        **hub: some of `HUB_ARGUMENTS`.
+    """
+    model_class, config, _ = _class_and_config(name, _config_fields(name, hub), hub)
+    with torch.device("meta"):
+        model = model_class._from_config(config, dtype=dtype)
+    model.config.mask_token_id = 0
+    return model.requires_grad_(False)
+
+
+def _config_fields(name: str, hub: Mapping[str, Any]) -> dict[str, Any]:
+    folder = Path(name, hub.get("subfolder") or "")
+    with naming_source(folder, CONFIG_NAME, "a model of transformers"):
+        fields, _ = PreTrainedConfig.get_config_dict(name, **hub)
+        if not fields:
+            raise ValueError(f"it has no {CONFIG_NAME}")
+    return fields
 
 
 def _class_and_config(

@@ -1,0 +1,185 @@
+"""The step that `dreambooth.py --plan` takes: the run's own pipeline and loss, and no images.
+
+Its batch has the largest of the run's sizes. It encodes an image first, as a run does, so that the
+autoencoder counts; of the text encoders only the weights do, unless they are trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from torch import Tensor
+
+from nara_diffusion.training.adapters import adapter_config
+from nara_diffusion.training.arguments import schedule_of
+from nara_diffusion.training.planned_step import PlannedStep, dtype_of
+
+from .dataset import TrainingSample, collate_samples
+from .denoiser import AdaptedDenoiser
+from .family import Embeddings, Family
+from .image_arguments import DreamBoothArguments, run_family
+from .image_records import ImageRecord, Size
+from .pipelines import family_named, model_index, modules_of, training_sizes
+from .training_step import training_step
+
+_WIDTHS = ("cross_attention_dim", "joint_attention_dim", "cap_feat_dim", "text_dim")
+"""What denoisers call the width of a prompt's states, in their configurations."""
+_WITH_MASK = ("z-image", "qwen-image")
+
+
+def planned_image_step(args: DreamBoothArguments) -> PlannedStep:
+    """Return the training step of an image run, from the configurations of its pipeline alone.
+
+    Raises:
+        ValueError: as the run does for its model, adapter and sizes.
+    """
+    pipe = pipeline_on_meta(args)
+    family = run_family(args, pipe)
+    cpu = torch.device("cpu")
+    step = training_step(args, pipe, family, cpu, args.train_batch_size)
+    size = max(training_sizes(args, family, pipe), key=lambda size: size[0] * size[1])
+    convention = step.objective.source.convention
+    config: Any = adapter_config(args, noise_convention=convention, strength=schedule_of(args))
+    with torch.device("meta"):
+        model = AdaptedDenoiser(
+            pipe,
+            config,
+            train_text_encoder=args.train_text_encoder,
+            gradient_checkpointing=args.gradient_checkpointing,
+            family=family,
+        )
+    prompts: Any = None if args.train_text_encoder else PlannedPrompts(pipe, family)
+    step = replace(step, model=model, prompts=prompts)
+    batch = _batch(args, size)
+    return PlannedStep(
+        model=model,
+        loss=lambda: step(batch).loss,
+        forward=f"{len(batch['samples'])} x {size[0]} x {size[1]} pixels",
+        frozen=list(modules_of(pipe).values()),
+        encode=lambda: step.latents.sample(batch["samples"], seed=args.seed),
+    )
+
+
+def pipeline_on_meta(args: DreamBoothArguments) -> Any:
+    """Return the pipeline that `load_pipeline` loads, frozen, with its models on the meta device.
+
+    Tokenizers are `PlannedTokenizer`s.
+    """
+    name, vae = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
+    index = model_index(name, revision=args.revision)
+    family_named(str(index.get("_class_name")))
+    parts: dict[str, Any] = {}
+    for part, described in index.items():
+        if not isinstance(described, (list, tuple)) or part == "safety_checker":
+            continue
+        library, class_name = described
+        source = {"subfolder": part, "revision": args.revision}
+        folder = name
+        if part == "vae" and vae is not None:
+            folder, source = vae, {}
+        dtype = torch.float32 if part == "vae" else dtype_of(args)
+        if class_name is None:
+            parts[part] = None
+        elif "Tokenizer" in class_name:
+            parts[part] = PlannedTokenizer()
+        elif library == "transformers":
+            parts[part] = _language_model(class_name, folder, dtype, **source)
+        else:
+            parts[part] = _component(class_name, folder, dtype, **source)
+    for part, tokenizer in parts.items():
+        if isinstance(tokenizer, PlannedTokenizer):
+            encoder = parts.get(part.replace("tokenizer", "text_encoder"))
+            places = getattr(getattr(encoder, "config", None), "max_position_embeddings", None)
+            tokenizer.model_max_length = places or tokenizer.model_max_length
+    kind: Any = getattr(diffusers, index["_class_name"])
+    accepted = kind.__init__.__code__.co_varnames
+    fields = {key: value for key, value in index.items() if key in accepted and key not in parts}
+    if "safety_checker" in accepted:
+        fields |= {"safety_checker": None, "requires_safety_checker": False}
+    return kind(**parts, **fields)
+
+
+def _language_model(class_name: str, folder: str, dtype: torch.dtype, **source: Any) -> Any:
+    kind = getattr(transformers, class_name)
+    config = kind.config_class.from_pretrained(folder, **source)
+    with torch.device("meta"):
+        return kind._from_config(config, dtype=dtype).requires_grad_(False).eval()
+
+
+def _component(class_name: str, folder: str, dtype: torch.dtype, **source: Any) -> Any:
+    """Return a scheduler, or a model on meta."""
+    kind: Any = getattr(diffusers, class_name)
+    config = kind.load_config(folder, **source)
+    if class_name.endswith("Scheduler"):
+        return kind.from_config(config)
+    with torch.device("meta"):
+        return kind.from_config(config).to(dtype).requires_grad_(False).eval()
+
+
+# ---------------------------------------------------------------- the batch
+
+
+class PlannedSample(TrainingSample):
+    """A sample whose pixels are zeros."""
+
+    def pixel_values(self) -> Tensor:
+        return torch.zeros(3, *self.target)
+
+
+def _batch(args: DreamBoothArguments, size: Size) -> dict[str, Any]:
+    """Return a batch of images of `size`, with class images if the run has them."""
+    roles = ["instance"] if args.class_prompt is None else ["instance", "class"]
+    items = []
+    for position in range(args.train_batch_size):
+        samples: list[TrainingSample] = []
+        for role in roles:
+            image = ImageRecord("planned", bytes, size, "", f"{role} {position}")
+            samples.append(PlannedSample(image, size, 0, 0, False, position, role, ""))
+        items.append({"samples": samples})
+    return collate_samples(items)
+
+
+class PlannedPrompts:
+    """Embeddings of the shapes that a family's encoders return, in place of a `PromptCache`."""
+
+    def __init__(self, pipe: Any, family: Family) -> None:
+        self.pipe, self.family = pipe, family
+
+    def get(self, prompts: Sequence[str]) -> Embeddings:
+        """Return the embeddings of b prompts of the maximal length, each (b, …)."""
+        config, b = getattr(self.pipe, self.family.denoiser).config, len(prompts)
+        length = self.family.max_sequence_length
+        if length is None:
+            length = self.pipe.tokenizer.model_max_length
+        elif self.family.name == "stable-diffusion-3":
+            length += self.pipe.tokenizer.model_max_length
+        width = next(config[name] for name in _WIDTHS if name in config)
+        found = [torch.zeros(b, length, width)]
+        pooled = config.get("pooled_projection_dim")
+        if self.family.name == "stable-diffusion-xl":
+            pooled = self.pipe.text_encoder_2.config.projection_dim
+        if pooled is not None:
+            found.append(torch.zeros(b, pooled))
+        if self.family.name in _WITH_MASK:
+            found.append(torch.ones(b, length, dtype=torch.int64))
+        return tuple(found)
+
+
+class PlannedTokenizer:
+    """Token ids of the maximal length for any prompt; CLIP's tokenizers are called like it."""
+
+    model_max_length = 77
+
+    def tokenize(self, prompt: str) -> list[str]:
+        """Return no tokens: none of `prompt` is a textual inversion."""
+        return []
+
+    def __call__(self, prompts: Sequence[str], padding: Any = None, **_: Any) -> Any:
+        length = self.model_max_length if padding == "max_length" else 2
+        ids = torch.zeros(len(prompts), length, dtype=torch.long)
+        return transformers.BatchEncoding({"input_ids": ids, "attention_mask": ids + 1})

@@ -1,0 +1,115 @@
+"""`--plan`: print what a run needs, from configurations alone, and the cheapest flags that fit."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from typing import Any, TypeVar
+
+from .adapters import title_of
+from .arguments import TrainingArguments
+from .engines import accumulation_steps
+from .planned_step import Needs, PlannedStep, dtype_of, measure
+
+logger = logging.getLogger(__name__)
+
+Args = TypeVar("Args", bound=TrainingArguments)
+
+GB = 10**9
+_PROCESSES = (2, 4, 8)
+
+
+def show_plan(args: Args, describe: Callable[[Args], PlannedStep]) -> dict[str, Any]:
+    """Print what the run of `args` needs. Return the figures, in bytes, by name.
+
+    Nothing is loaded, and nothing is written. If `--plan` names a size that the run exceeds, print
+    the cheapest change of flags that fits.
+
+    Args:
+        describe: returns the step of a run; called again for changed arguments.
+    """
+    step = describe(args)
+    needs = measure(step, args)
+    lines = [_title(args, step), *_table(args, needs)]
+    if args.plan is not None and args.plan < math.inf:
+        lines += _fitting(args, describe, needs)
+    if os.environ.get("RANK", "0") == "0":
+        sys.stdout.write("\n".join(lines) + "\n")
+    return asdict(needs)
+
+
+def _title(args: TrainingArguments, step: PlannedStep) -> str:
+    precision = str(dtype_of(args)).removeprefix("torch.")
+    model = args.pretrained_model_name_or_path
+    return f"{model}: {title_of(args)}, {precision}, {step.forward} a forward (nothing is loaded)"
+
+
+def _table(args: TrainingArguments, needs: Needs) -> Iterator[str]:
+    """Yield the lines of a plan, memory in GB."""
+    notes = {
+        "weights": f"{needs.frozen:,} frozen parameters",
+        "adapter": f"{needs.trainable:,} trainable parameters",
+        "gradients": "after the backward",
+        "optimizer": args.optimizer,
+        "activations": "highest in a step, with the gradients made until then",
+        "peak": "of all tensors of a training step; the driver and gaps take 1 to 2 GB more",
+    }
+    for name, note in notes.items():
+        yield f"  {name:<12}{getattr(needs, name) / GB:8.2f} GB  {note}"
+    for engine in needs.gathered:
+        sizes = [f"{needs.sharded(engine, n) / GB:.1f} of {n}" for n in _PROCESSES]
+        yield f"  {engine:<12}{', '.join(sizes)} processes, GB a process"
+    forwards = accumulation_steps(args, int(os.environ.get("WORLD_SIZE", 1)))
+    each = needs.flops / 1e12
+    yield f"  FLOPs       {forwards * each:8.4g} TFLOP an optimizer step: {forwards} x {each:.4g}"
+
+
+# ---------------------------------------------------------------- flags that fit
+
+
+def _fitting(args: Args, describe: Callable[[Args], PlannedStep], needs: Needs) -> Iterator[str]:
+    """Yield whether the run fits into `--plan` GB, and else the cheapest flags that do."""
+    limit = (args.plan or 0) * GB
+    if needs.peak <= limit:
+        yield f"It fits into {args.plan:g} GB."
+        return
+    found = None
+    for flags, changed in cheaper(args):
+        found = measure(describe(changed), changed)
+        if found.peak <= limit:
+            yield f"It doesn't fit into {args.plan:g} GB. {flags} does: {found.peak / GB:.1f} GB."
+            return
+    least = "" if found is None else f", even with {flags}: {found.peak / GB:.1f} GB"
+    shorter = "--max_length" if hasattr(args, "max_length") else "--resolution"
+    yield f"It doesn't fit into {args.plan:g} GB{least}. Lower {shorter}, or use several GPUs."
+
+
+def cheaper(args: Args) -> Iterator[tuple[str, Args]]:
+    """Yield (flags, arguments) that need less memory, those that cost least first.
+
+    A batch of 1 with more accumulation costs utilisation, gradient checkpointing a second forward,
+    and 4 bits precision. Each costs more than those before it together.
+    """
+    changes: list[tuple[str, dict[str, Any]]] = []
+    batch = args.train_batch_size
+    if batch > 1:
+        flags, fields = "--train_batch_size 1", {"train_batch_size": 1}
+        if args.global_batch_size is None:
+            steps = batch * args.gradient_accumulation_steps
+            fields["gradient_accumulation_steps"] = steps
+            flags += f" --gradient_accumulation_steps {steps}"
+        changes.append((flags, fields))
+    if not args.gradient_checkpointing:
+        changes.append(("--gradient_checkpointing", {"gradient_checkpointing": True}))
+    if hasattr(args, "load_in_4bit") and not args.is_quantised and args.adapter != "full":
+        changes.append(("--load_in_4bit", {"load_in_4bit": True}))
+    for code in range(1, 2 ** len(changes)):
+        chosen = [change for place, change in enumerate(changes) if code >> place & 1]
+        merged: dict[str, Any] = {}
+        for _, fields in chosen:
+            merged |= fields
+        yield " ".join(flags for flags, _ in chosen), replace(args, **merged)

@@ -1,0 +1,210 @@
+"""What a training step needs: one true step on fake tensors, its memory and its FLOPs.
+
+A main describes its step as a `PlannedStep`: a model on the meta device, and its loss. `measure`
+runs loss and backward on fake tensors of the CPU, under the run's autocast:
+
+    peak = weights + adapter + optimizer + max(step, gradients + update)
+
+`step` is the highest sum of activations, temporary tensors and gradients that live at once. Norms
+return float32, as under CUDA's autocast. Quantised weights, which can't be fake, are
+counted by formula, and the unpacked copy of the largest one counts in `step`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import convert_outputs_to_fp32
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import flop_counter
+
+from .arguments import TrainingArguments
+from .live_storages import LiveStorages, nbytes, tensors_of, to_fake
+from .run import DTYPES
+
+_FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_STATES = {"AdamW": 8.0, "PagedAdamW": 8.0, "AdamW8bit": 2 + 2 * 4 / 256, "prodigy": 16.0}
+"""Bytes that an optimizer keeps for each trained number."""
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """The training step of a run, described by its main.
+
+    Attributes:
+        model: the module to train, on meta, with its adapter.
+        loss: one forward of `model`, on tensors of the CPU; returns the scalar loss.
+        forward: the forward in words, such as "1 x 1024 tokens".
+        frozen: further modules on the device, on meta here: text encoders, an autoencoder.
+        encode: fills the run's caches, before its first step.
+        blocks: the parts of `model` whose weights FSDP2 gathers one after the other; none if it
+            can't be sharded.
+        packed: {quantised weight: bytes of a number in 4 or 8 bits}.
+    """
+
+    model: nn.Module
+    loss: Callable[[], Tensor]
+    forward: str
+    frozen: Sequence[nn.Module] = ()
+    encode: Callable[[], object] = lambda: None
+    blocks: Sequence[nn.Module] = ()
+    packed: Mapping[Tensor, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What one process needs. Memory is in bytes."""
+
+    weights: int  # frozen
+    adapter: int  # trained weights
+    gradients: int
+    optimizer: int
+    activations: int  # `step` of the module's docstring
+    peak: int
+    gathered: Mapping[str, int]  # {sharding engine: weights and buckets beside a process's share}
+    trainable: int  # numbers
+    frozen: int  # numbers
+    flops: int  # of one forward and its backward
+
+    def sharded(self, engine: str, processes: int) -> int:
+        """Return the peak of a process if `engine` divides weights and optimizer among all."""
+        whole = self.peak - self.activations
+        return -(-whole // processes) + self.activations + self.gathered[engine]
+
+
+def measure(step: PlannedStep, args: TrainingArguments) -> Needs:
+    """Run a forward and backward of `step` on fake tensors, and return what they need.
+
+    The models of `step` become fake ones.
+    """
+    everything = nn.ModuleList([step.model, *step.frozen])
+    trained = [p for p in step.model.parameters() if p.requires_grad]
+    frozen = [p for p in tensors_of(everything) if not p.requires_grad]
+    packed = {id(weight): size for weight, size in step.packed.items()}
+    weights = sum(p.numel() * packed.get(id(p), p.element_size()) for p in frozen)
+    unpacked = max((weight.nbytes for weight in step.packed), default=0)
+    gathered = _gathered(step)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    to_fake(everything, mode)
+    _autocast(step.model, dtype_of(args))
+    _norms_as_on_cuda(step.model)
+    step.model.train()
+    counter = StepCounter(tensors_of(everything))
+    with mode, counter:
+        step.encode()
+        counter.flops = 0
+        if args.gradient_accumulation_steps > 1 or args.global_batch_size is not None:
+            for parameter in step.model.parameters():  # the gradients of earlier forwards
+                if parameter.requires_grad:
+                    parameter.grad = torch.zeros_like(parameter)
+        step.loss().backward()
+    adapter = gradients = nbytes(trained)
+    is_fused = args.optimizer == "AdamW" and dtype_of(args) != torch.float16
+    optimizer = optimizer_bytes(trained, args.optimizer)
+    activations = counter.peak + unpacked
+    highest = max(activations, gradients + (0 if is_fused else adapter))
+    return Needs(
+        weights=round(weights),
+        adapter=adapter,
+        gradients=gradients,
+        optimizer=optimizer,
+        activations=activations,
+        peak=round(weights) + adapter + optimizer + highest,
+        gathered=gathered,
+        trainable=sum(p.numel() for p in trained),
+        frozen=sum(p.numel() for p in frozen),
+        flops=counter.flops,
+    )
+
+
+def dtype_of(args: TrainingArguments) -> torch.dtype:
+    """Return the dtype of the forward that the arguments or accelerate's launcher ask for."""
+    name = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    return DTYPES.get(name, torch.float32)
+
+
+def optimizer_bytes(trained: Iterable[Tensor], optimizer: str) -> int:
+    """Return the bytes of the states that an optimizer of `--optimizer` keeps."""
+    total = 0.0
+    for parameter in trained:
+        size = parameter.numel()
+        if optimizer == "adafactor":
+            is_matrix = parameter.dim() > 1
+            total += 4 * (sum(size // n for n in parameter.shape[-2:]) if is_matrix else size)
+        elif optimizer == "AdamW8bit" and size < 4096:
+            total += 8 * size
+        else:
+            total += _STATES[optimizer] * size
+    return round(total)
+
+
+def _autocast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Wrap the forward of `model` as accelerate does for mixed precision."""
+    if dtype != torch.float32:
+        forward = torch.autocast("cpu", dtype)(model.forward)
+        model.forward = convert_outputs_to_fp32(forward)
+
+
+def _norms_as_on_cuda(model: nn.Module) -> None:
+    """Have the norms of `model` return float32 under autocast, as CUDA's do; the CPU's don't."""
+    for module in model.modules():
+        if type(module) in (nn.LayerNorm, nn.GroupNorm):
+            module.forward = partial(_norm, module, module.forward)
+
+
+def _norm(module: Any, otherwise: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    if not torch.is_autocast_enabled("cpu"):
+        return otherwise(x)
+    weight = None if module.weight is None else module.weight.float()
+    bias = None if module.bias is None else module.bias.float()
+    if isinstance(module, nn.GroupNorm):
+        return F.group_norm(x.float(), module.num_groups, weight, bias, module.eps)
+    return F.layer_norm(x.float(), module.normalized_shape, weight, bias, module.eps)
+
+
+class StepCounter(LiveStorages):
+    """Count live storages, and FLOPs by PyTorch's formulas.
+
+    (`FlopCounterMode` itself watches modules by hooks, which keep what checkpointing frees.)
+    """
+
+    flops = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        operation = func._overloadpacket
+        if operation is _FLASH:
+            self.flops += flop_counter.sdpa_flop_count(*(x.shape for x in args[:3]))
+        elif operation is _FLASH_BACKWARD:
+            self.flops += flop_counter.sdpa_backward_flop_count(*(x.shape for x in args[:4]))
+        elif formula := flop_counter.flop_registry.get(operation):
+            self.flops += formula(*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+def _gathered(step: PlannedStep) -> dict[str, int]:
+    """Return {sharding engine: bytes that a process has beside its share of the weights}.
+
+    FSDP2 keeps what is in no block, and two blocks: one at work, one that comes next. ZeRO-3 keeps
+    10⁹ numbers, fetches 5 · 10⁷ more, and has a bucket of 5 · 10⁸ float32 gradients: DeepSpeed's
+    defaults.
+    """
+    if not step.blocks:
+        return {}
+    sizes = [nbytes(block.parameters()) for block in step.blocks]
+    weights = list(step.model.parameters())
+    whole = nbytes(weights)
+    numbers = sum(weight.numel() for weight in weights)
+    live = round(whole * min(1.0, 1.05e9 / numbers))
+    fsdp = whole - sum(sizes) + 2 * max(sizes)
+    return {"FSDP2": fsdp, "ZeRO-3": live + 4 * 5 * 10**8}
