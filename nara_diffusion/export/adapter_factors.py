@@ -36,6 +36,7 @@ from nara_diffusion.strict import adapter_tensors
 from nara_diffusion.tuner.holder import holder_of
 from nara_diffusion.tuner.inspection import onloaded_cores
 from nara_diffusion.tuner.strength import layers_of, roots_of, strength_of
+from nara_diffusion.tuner.twins import check_foldable_file
 
 from .plain_lora import PlainLora, PlainLoraLayer, layers_of_tensors, others_of
 
@@ -245,7 +246,11 @@ def adapter_of_part(part: AdapterPart) -> Adapter:
     """Return the adapter of a file that `AdapterFile.read` has checked.
 
     Its factors are in float32 or better.
+
+    Raises:
+        ValueError: it is one of DiffusionGemma.
     """
+    check_foldable_file(part.config)
     config, cores, schedule = part.config, cores_of(part), schedule_of(part.config)
     tensors = {}
     for key, tensor in part.tensors.items():

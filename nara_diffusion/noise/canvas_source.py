@@ -6,13 +6,14 @@
     DiscreteDDIMScheduler      1 − (i + 1)/N, corrector sweeps included
     `generate` (transformers)  1 − mean of the positions that step i accepted
 
-λ is 1 at the first call of a block, which has no logits to condition on. The schedulers of Diffusers
-are those of the pipelines that loaded the adapter. They tell λ only while they step, so at the first
-call of a block `step` and `step_correct` of the present scheduler's *instance* are replaced, until
-the adapter is unloaded. The sampler of `generate` is seen when the model's instance prepares it.
+λ is 1 at the first call of a block: the encoder has run, there are no logits to condition on, and
+the scheduler's next step is step 0. The schedulers of Diffusers are those of the pipelines that
+loaded the adapter. They tell λ only while they step, so at the first call of a block `step` and
+`step_correct` of the present scheduler's *instance* are replaced, until the adapter is unloaded. The
+sampler of `generate` is seen when the model's instance prepares it.
 
-Each call needs a step of its own before it: a second call after one step, or a forward that reads a
-prompt and a canvas at once, is not a sampler's, and its λ is not known.
+Any other call needs a step of its own before it, and is conditioned on the logits of that step. λ of
+other calls is not known, nor that of a forward that reads a prompt and a canvas at once.
 """
 
 from __future__ import annotations
@@ -70,19 +71,24 @@ class CanvasNoise:
                 "λ can't be read: no sampler runs (DiffusionGemmaPipeline with the adapter from "
                 f"pipe.load_nara_weights, or generate): {_REMEDY}."
             )
-        if kwargs.get("self_conditioning_logits") is None:
+        logits = kwargs.get("self_conditioning_logits")
+        if state.prefix_is_new and logits is None:
             self._begin_block(schedulers, sampler)
             return torch.ones(1)
         if sampler is not None and sampler.accepted_token_mask is not state.seen:
             state.seen = sampler.accepted_token_mask
             return _left(sampler.accepted_token_mask)
         level, state.level = state.level, None
-        if level is None:
-            raise ValueError(f"λ can't be read: no step was taken since the last call: {_REMEDY}.")
+        last = None if state.logits is None else state.logits()
+        if level is None or last is None or logits is not last:
+            raise ValueError(
+                "λ can't be read: no step was taken since the last call, or this one is not "
+                f"conditioned on its logits: {_REMEDY}."
+            )
         return level
 
     def _begin_block(self, schedulers: list[Any], sampler: Any) -> None:
-        self.local.level = None
+        self.local.level, self.local.begins_block = None, sampler is None
         self.local.seen = getattr(sampler, "accepted_token_mask", None)
         for scheduler in schedulers:
             if not any(scheduler is one for one in self.watched):
@@ -98,8 +104,17 @@ class CanvasNoise:
             scheduler: it has made a step, or a corrector sweep.
             bound: the arguments of that step.
             output: what it returned.
+
+        Raises:
+            ValueError: the scheduler is not known, or the block has begun without a step 0.
         """
         state, kinds = self.local, [kind.__name__ for kind in type(scheduler).__mro__]
+        if state.begins_block and int(bound["timestep"]) != 0:
+            raise ValueError(
+                "the last call ran at λ = 1, as a block's first, but the step after it has timestep "
+                f"{int(bound['timestep'])}: {_REMEDY}."
+            )
+        state.begins_block = False
         if "BlockRefinementScheduler" in kinds:
             state.level = _left(scheduler._committed)
         elif "EntropyBoundScheduler" in kinds:
@@ -127,12 +142,18 @@ class _State(threading.local):
         sampler: weak reference to the sampler of the `generate` that runs.
         seen: its mask at the last call.
         level: λ of the next call; None if it has no step of its own.
+        logits: weak reference to those of the last step.
+        begins_block: True if the last call was a block's first, and a scheduler has to step.
+        prefix_is_new: True if no decoder has run since the encoder.
         reads_prompt: True if the running forward reads a prompt, too.
     """
 
     sampler: weakref.ref[Any] | None = None
     seen: Tensor | None = None
     level: Tensor | None = None
+    logits: weakref.ref[Tensor] | None = None
+    begins_block: bool = False
+    prefix_is_new: bool = False
     reads_prompt: bool = False
 
 
@@ -143,7 +164,7 @@ class WatchedStep:
     """
 
     def __init__(self, source: CanvasNoise, scheduler: Any, name: str) -> None:
-        self.source, self.scheduler = source, scheduler
+        self.source, self.scheduler, self.name = source, scheduler, name
         self.method = getattr(scheduler, name)
         update_wrapper(self, self.method, updated=())
 
@@ -152,6 +173,9 @@ class WatchedStep:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         output = self.method(*args, **kwargs)
+        if self.name == "step":
+            logits = output[-1] if isinstance(output, tuple) else output.pred_logits
+            self.source.local.logits = weakref.ref(logits)
         bound = inspect.signature(self.method).bind(*args, **kwargs).arguments
         self.source.stepped(self.scheduler, bound, output)
         return output

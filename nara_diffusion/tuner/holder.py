@@ -325,10 +325,10 @@ class CoreHolder(nn.Module):
             noise_level: None takes λ of the context `noise_level(…)`, or, without a context, λ of
                 merged layers.
         """
-        check_mergeable_twins(self.root)
         names = self.noisy([name])
         if not names:
             return None
+        check_mergeable_twins(self.root)
         remedy = "a plain LoRA is exact at one λ alone. Pass noise_level=…, or export inside `with noise_level(…):`."
         level = None if noise_level is None else as_level(noise_level)
         return self.merging.one_level(names, level, entry_for(self), remedy)

@@ -59,7 +59,7 @@ def hook_twins(
         owner.register_forward_hook(partial(_after_model, source), always_call=True),
     ]
     for part in (twins.encoder, twins.decoder):
-        before = partial(_before, begin, part is twins.encoder)
+        before = partial(_before, begin, source, part is twins.encoder)
         handles.append(part.register_forward_pre_hook(before, with_kwargs=True))
         handles.append(part.register_forward_hook(partial(_after, end), always_call=True))
     return tuple(handles)
@@ -112,9 +112,15 @@ def _after_model(source: CanvasNoise, model: nn.Module, args: tuple, output: obj
 
 @torch.compiler.disable(recursive=True)
 def _before(
-    begin: Begin, is_clean: bool, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    begin: Begin,
+    source: CanvasNoise,
+    is_clean: bool,
+    part: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> None:
     begin(args, kwargs, is_clean)
+    source.local.prefix_is_new = is_clean
 
 
 @torch.compiler.disable(recursive=True)

@@ -7,7 +7,8 @@ An adapter on one projection is one A, one B, one magnitude and one core in both
 encoder's layer are those of its *twin*, the decoder's layer with the same weight. They are saved
 once, under the decoder's name. A decoder may be adapted without its encoder, but not the reverse.
 
-Merging is refused: it would add the update to the shared weight twice, and at one λ.
+Merging is refused: it would add the update to the shared weight twice, and at one λ. An export as a
+LoRA is refused if λ matters, and from a file, which has no keys of the encoder.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from typing import Any, NamedTuple
 
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+
+from nara_diffusion.config import NaraConfig
+from nara_diffusion.noise.sources import CORRUPTED_SHARE
 
 _KIND = "DiffusionGemmaModel"
 _ENCODER, _DECODER = "encoder.language_model.", "decoder."
@@ -127,6 +131,20 @@ def check_mergeable_twins(root: nn.Module) -> None:
         raise ValueError(
             f"Adapters of {type(root).__name__} cannot be merged or exported as a LoRA: its encoder "
             "(λ = 0) and its decoder share each weight. Keep the adapter as it is."
+        )
+
+
+def check_foldable_file(config: NaraConfig) -> None:
+    """Raise ValueError if a file's adapter is one of DiffusionGemma, whose keys it has once.
+
+    Args:
+        config: the adapter's configuration in the file.
+    """
+    base = (getattr(config, "auto_mapping", None) or {}).get("base_model_class") or ""
+    if config.noise_convention == CORRUPTED_SHARE or "DiffusionGemma" in base:
+        raise ValueError(
+            "The file's adapter is one of DiffusionGemma, and a LoRA of one λ is right for neither its "
+            "encoder (λ = 0) nor its decoder, which share it: load the file as it is."
         )
 
 

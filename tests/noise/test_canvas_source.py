@@ -183,6 +183,29 @@ def test_generate_runs_each_call_at_the_share_that_its_sampler_has_not_accepted(
     assert len({tuple(level.tolist()) for level in levels}) > 2
 
 
+@torch.no_grad()
+def test_samples_that_end_at_different_blocks_leave_lambda_of_the_others_as_it_is(model, levels):
+    options = GENERATION | {"max_new_tokens": 3 * CANVAS, "pad_token_id": 0, "return_dict_in_generate": False}
+    torch.manual_seed(4)
+    whole = model.generate(PROMPTS, **options)[:, PROMPTS.shape[1] :].unflatten(1, (3, CANVAS))
+    expected = torch.stack([level.expand(3) for level in levels]).unflatten(0, (3, STEPS))
+    first, second, third = ([set(block) for block in row] for row in whole.tolist())
+    of_first = first[0] - set().union(*second, *third)
+    of_second = second[1] - second[0] - set().union(*first, *third)
+    assert of_first
+    assert of_second
+    levels.clear()
+    torch.manual_seed(4)
+    ended = model.generate(PROMPTS, **options | {"eos_token_id": [of_first.pop(), of_second.pop()]})
+    blocks = ended[:, PROMPTS.shape[1] :].unflatten(1, (3, CANVAS))
+    found = torch.stack([level.expand(3) for level in levels]).unflatten(0, (3, STEPS))
+    for row, running in enumerate([1, 2, 3]):
+        assert torch.equal(found[:running, :, row], expected[:running, :, row])
+        assert not blocks[row, running:].any()
+    assert torch.equal(blocks[2], whole[2])
+    assert not torch.equal(blocks[0], whole[0])
+
+
 def test_generate_with_a_static_cache_is_refused_unless_nothing_is_compiled(model):
     with pytest.raises(ValueError, match="disable_compile=True"):
         model.generate(PROMPTS, cache_implementation="static", **GENERATION)
@@ -201,10 +224,37 @@ def test_calls_that_are_not_a_samplers_raise(model):
     model.model.encoder(input_ids=PROMPTS, cache=cache)
     with pytest.raises(ValueError, match="no step was taken"):
         model(decoder_input_ids=canvas, cache=cache, self_conditioning_logits=logits)
-    sampled(pipe)
-    model(decoder_input_ids=canvas, cache=cache)
+    sampled(pipe)  # leaves λ of a step that no call has read
+    for conditioning in (logits, None):
+        with pytest.raises(ValueError, match="no step was taken"):
+            model(decoder_input_ids=canvas, cache=cache, self_conditioning_logits=conditioning)
+    with noise_level(model, 0.5):
+        model.model.encoder(input_ids=PROMPTS, cache=cache)
+        model(decoder_input_ids=canvas, cache=cache)
     with pytest.raises(ValueError, match="no step was taken"):
-        model(decoder_input_ids=canvas, cache=cache, self_conditioning_logits=logits)
+        model(decoder_input_ids=canvas, cache=cache)
+
+
+@torch.no_grad()
+def test_a_loop_that_encodes_again_before_each_step_raises_at_its_second_step(model):
+    pipe = pipeline(model, BlockRefinementScheduler(threshold=0.4))
+    scheduler = pipe.scheduler
+    scheduler.set_timesteps(STEPS, block_length=CANVAS)
+    canvas = torch.randint(0, VOCABULARY, (3, CANVAS), generator=torch.Generator().manual_seed(3))
+
+    def step(index):
+        cache = DynamicCache()
+        model.model.encoder(input_ids=PROMPTS, cache=cache)
+        logits = model(decoder_input_ids=canvas, cache=cache).logits
+        return scheduler.step(logits, index, canvas, mask_token_id=None)
+
+    step(0)
+    with pytest.raises(ValueError, match="timestep 1"):
+        step(1)
+    output = step(0)
+    cache = DynamicCache()
+    model.model.encoder(input_ids=PROMPTS, cache=cache)
+    model(decoder_input_ids=output.prev_sample, cache=cache, self_conditioning_logits=output.pred_logits)
 
 
 def test_an_unknown_scheduler_raises(model):

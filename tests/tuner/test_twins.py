@@ -7,6 +7,7 @@ import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from transformers import DynamicCache
 
+import nara_command
 from nara_diffusion import NaraConfig, noise_level, to_lora
 from nara_diffusion.dllm.block_loss import canvas_loss
 from nara_diffusion.dllm.uniform import corrupt_canvases
@@ -69,6 +70,35 @@ def _with_matrices(base, holder, given, level):
         weight = layer.get_base_layer().weight + 7 / 3 * B @ C @ A
         plain.get_submodule(name).weight = torch.nn.Parameter(weight)
     return plain(**given).logits
+
+
+def test_lambda_of_parts_is_that_of_the_canvas_in_the_decoder_and_zero_in_the_encoder():
+    model = adapted()
+    base, levels = model.get_base_model(), torch.tensor([[0.9, 0.2, 0.6], [0.1, 0.7, 0.4], [0.3, 0.8, 0.5]])
+    plain = tiny_gemma()
+    plain.model.encoder = copy.deepcopy(plain.model.encoder)
+    for name, layer in zip(_names(base), holder_of(base).layers["default"], strict=True):
+        plain.get_submodule(name).register_forward_hook(_update_of_parts(base, layer, levels, ".encoder." in name))
+    with torch.no_grad(), noise_level(model, levels):
+        assert_near(model(**inputs()).logits, plain(**inputs()).logits, base, 3)
+    with pytest.raises(ValueError, match="3 samples of 6 positions"), noise_level(model, levels[:, :1].expand(-1, 4)):
+        model(**inputs())
+
+
+def _update_of_parts(base, layer, levels, is_encoder):
+    """A hook that adds s B C A x to a layer's output: C(0), or C(λ) of each third of the canvas."""
+    C = holder_of(base).matrix(("default", layer.lora_variant["default"].key[1]), levels.flatten())
+    zero = holder_of(base).matrix(("default", layer.lora_variant["default"].key[1]), torch.zeros(1))
+    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+
+    def hook(module, args, output):
+        inner = args[0] @ A.T
+        each = zero.expand(*inner.shape[:2], -1, -1)
+        if not is_encoder:
+            each = C.unflatten(0, levels.shape).repeat_interleave(CANVAS // levels.shape[1], 1)  # (b, c, r, r)
+        return output + 7 / 3 * torch.einsum("blij,blj->bli", each, inner) @ B.T
+
+    return hook
 
 
 def _names(base):
@@ -173,6 +203,23 @@ def test_merging_and_exporting_raise():
         model.get_base_model().model.decoder.layers[0].self_attn.q_proj.merge()
     with pytest.raises(ValueError, match="share each weight"):
         to_lora(model, noise_level=0.5)
+
+
+@pytest.mark.parametrize("core_type", ["hypernetwork", "identity"])
+def test_a_file_is_not_folded(tmp_path, core_type):
+    adapted(DECODER, core_type=core_type).save_pretrained(tmp_path / "nara")
+    with pytest.raises(SystemExit, match="right for neither its encoder"):
+        nara_command.main(["fold", f"{tmp_path}/nara", f"{tmp_path}/lora", "--noise_level", "0.5", "--form", "peft"])
+    assert not (tmp_path / "lora").exists()
+
+
+def test_an_adapter_without_lambda_is_exported_for_each_twin(tmp_path):
+    model = adapted(core_type="identity", use_dora=True)
+    to_lora(model).save_pretrained(tmp_path)
+    plain = PeftModel.from_pretrained(tiny_gemma(), tmp_path).eval()
+    with torch.no_grad():
+        assert_near(plain(**inputs()).logits, model(**inputs()).logits, model)
+        assert_far(plain(**inputs()).logits, tiny_gemma()(**inputs()).logits)
 
 
 def test_routers_and_encoders_without_their_twins_raise():
