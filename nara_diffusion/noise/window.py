@@ -72,7 +72,8 @@ def stratified_uniform(
     Args:
         indices: indices of the samples in the training stream.
         group_size: n, the samples of a global batch, 1 or more.
-        shift, value: the generators of a group's shift and of a sample's v, by number.
+        shift: the generator of a group's shift, by the group's number.
+        value: the generator of a sample's v, by its index.
     """
     n = group_size
     shifts = {group: int(shift(group).integers(n)) for group in {i // n for i in indices}}
