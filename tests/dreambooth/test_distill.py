@@ -173,3 +173,14 @@ def test_settings_that_do_not_fit_are_refused(changes: dict[str, Any], message: 
     flags = {"pretrained_model_name_or_path": "model", "distill_to": 2, "prompts_file": "p", "num_inference_steps": 6}
     with pytest.raises(ValueError, match=message):
         DreamBoothArguments(**gathered(DreamBoothArguments, flags | changes))
+
+
+@pytest.mark.slow
+def test_shipped_run_comes_nearer_to_the_teacher(tmp_path: Path) -> None:
+    run("dreambooth_sdxl.py", distill_to=4, output_dir=tmp_path / "out")
+    found = results(tmp_path / "out")
+    assert found["adapter"] == "dora"
+    assert found["validation_loss_after"] < 0.45
+    assert found["end_error_after"] < 0.7 * found["end_error_before"]
+    assert found["similarity_after"] > 0.95 > found["similarity_before"]
+    assert found["text_alignment_after"] > found["text_alignment_before"]
