@@ -22,7 +22,7 @@ from tests.acceptance._commands import (
     results,
     run,
 )
-from tests.acceptance._runs import TEXT, image_flags, text_flags
+from tests.acceptance._runs import ASSETS, TEXT, image_flags, text_flags
 from tests.helpers.small_pipelines import small_sd3, small_sdxl
 
 ENDS = [Moment("step", 3), Moment("name", 4), Moment("step", 3, signal.SIGTERM), Moment("step", 3, signal.SIGINT)]
@@ -68,6 +68,17 @@ def test_text_run_that_ended_early_goes_on_to_the_same_bits(
     assert_same_bits(out, undisturbed)
     assert results(out) | {"seconds": 0} == results(undisturbed) | {"seconds": 0}
     assert {name for name in names(out) if "checkpoint" in name} == {"checkpoint-4", "checkpoint-6"}
+
+
+@pytest.mark.slow
+def test_run_on_canvases_that_is_killed_goes_on_to_the_same_bits(
+    text: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    flags = text | {"pretrained_model_name_or_path": ASSETS / "gemma-tiny", "gen_length": 16, "complementary": False}
+    flags |= {"target_modules": ["all-linear"], "adapter": "nara_dora", "max_length": 60}
+    run("dllm.py", **flags, output_dir=tmp_path / "whole")
+    check_goes_on("dllm.py", Moment("step", 3), tmp_path, caplog, **flags)
+    assert_same_bits(tmp_path / "out", tmp_path / "whole")
 
 
 IMAGES: dict[str, Any] = {"gradient_accumulation_steps": 2, "lora_dropout": 0.2, "caption_dropout": 0.3}

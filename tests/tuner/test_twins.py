@@ -1,6 +1,7 @@
 """Adapters on DiffusionGemma's encoder and decoder, which share their weights."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from nara_diffusion import NaraConfig, noise_level, to_lora
 from nara_diffusion.dllm.block_loss import canvas_loss
 from nara_diffusion.dllm.uniform import corrupt_canvases
 from nara_diffusion.tuner.holder import holder_of
+from tests.helpers.adapted import relative_error
 from tests.helpers.rounding import assert_far, assert_near
 from tests.helpers.tiny_gemma import CANVAS, VOCABULARY, tiny_gemma
 
@@ -177,6 +179,22 @@ def test_the_adapters_gradient_is_the_slope_of_the_loss_in_both_twins():
     assert (losses[0] - losses[1]) / 0.002 == pytest.approx(A.grad.norm().item(), rel=0.02)
     trainable = [id(parameter) for parameter in model.parameters() if parameter.requires_grad]
     assert len(set(trainable)) == len(trainable)
+
+
+def test_a_step_under_autocast_is_that_of_float32_but_for_rounding(monkeypatch):
+    monkeypatch.setattr(f"{__name__}.tiny_gemma", partial(tiny_gemma, num_experts=2))  # rounding changes no routes
+    losses, grads = [], []
+    for is_low in (False, True):
+        model = adapted(core_type="knots").train()
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_low):
+            losses.append(canvas_loss(model, batch_of()))
+        losses[-1].loss.backward()
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert losses[1].token_loss.dtype == losses[1].encoder_loss.dtype == torch.float32
+    assert relative_error(losses[1].token_loss, losses[0].token_loss) < 0.05
+    assert relative_error(losses[1].encoder_loss, losses[0].encoder_loss) < 0.05
+    for name, grad in grads[0].items():
+        assert torch.cosine_similarity(grads[1][name].flatten(), grad.flatten(), 0) > 0.98, name
 
 
 def test_checkpointing_without_reentrance_gives_the_same_gradients_and_with_it_raises():
