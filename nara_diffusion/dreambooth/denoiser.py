@@ -47,7 +47,7 @@ from nara_diffusion.training.adapter_weights import TRAINABLE
 from nara_diffusion.training.adapters import CORE_FIELDS, check_target_modules
 from nara_diffusion.training.optimization import recompute_activations
 
-from .family import Embeddings, Family
+from .family import Family, Placed
 from .pipelines import family_of
 
 ADAPTER = "default"
@@ -128,7 +128,7 @@ class AdaptedDenoiser(nn.Module):
         timestep: Tensor,
         time_ids: Tensor,
         prompts: list[str] | None = None,
-        embeddings: Embeddings | None = None,
+        embeddings: Placed | None = None,
     ) -> Tensor:
         """Return the prediction (b, c, h, w), in the objective's terms.
 
@@ -137,7 +137,7 @@ class AdaptedDenoiser(nn.Module):
             timestep: (b,).
             time_ids: (b, 6).
             prompts: b prompts, if the text encoders are trained.
-            embeddings: the prompts' embeddings, if the text encoders are frozen.
+            embeddings: the prompts' embeddings, `placed`, if the text encoders are frozen.
         """
         if embeddings is None:
             assert prompts is not None

@@ -130,8 +130,8 @@ def _flux2_inputs(call: Call) -> dict[str, Any]:
         "timestep": call.timestep.float() / N,
         "guidance": _guidance(call),
         "encoder_hidden_states": states,
-        "txt_ids": Flux2Pipeline._prepare_text_ids(states).to(device),
-        "img_ids": Flux2Pipeline._prepare_latent_ids(call.sample).to(device),
+        "txt_ids": Flux2Pipeline._prepare_text_ids(states).to(device, non_blocking=True),
+        "img_ids": Flux2Pipeline._prepare_latent_ids(call.sample).to(device, non_blocking=True),
     }
 
 
@@ -170,7 +170,7 @@ Z_IMAGE = Family(
         "x": list(call.sample[:, :, None].unbind(0)),  # b times (c, 1, h, w)
         # as the pipeline rounds it: the transformer multiplies it by N
         "t": (N - call.timestep.float()) / N,
-        "cap_feats": [own[mask.bool()] for own, mask in zip(*call.embeddings, strict=True)],
+        "cap_feats": [own[:tokens] for own, tokens in zip(*call.embeddings, strict=True)],
     },
     output=lambda frames, call: -torch.stack(frames)[:, :, 0],
     defaults={"resolution": 1024, "guidance_scale": 5.0, "num_inference_steps": 30},
@@ -189,12 +189,13 @@ def _encode_qwen_image(
 
 
 def _qwen_image_inputs(call: Call) -> dict[str, Any]:
-    mask, (b, _, h, w) = call.embeddings[1], call.sample.shape
+    (states, tokens), (b, _, h, w) = call.embeddings, call.sample.shape
+    mask, length = None, states.shape[1]
+    if min(tokens) < length:
+        ends = torch.tensor(tokens).to(states.device, non_blocking=True)
+        mask = torch.arange(length, device=states.device) < ends[:, None]  # (b, l)
     shapes = [[(1, h // 2, w // 2)]] * b
-    return _packed(call) | {
-        "encoder_hidden_states_mask": None if mask.all() else mask,
-        "img_shapes": shapes,
-    }
+    return _packed(call) | {"encoder_hidden_states_mask": mask, "img_shapes": shapes}
 
 
 def _sampling_qwen_image(call: dict[str, Any], count: int) -> dict[str, Any]:

@@ -20,6 +20,11 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor, nn
 
 Embeddings = tuple[Tensor, ...]
+"""Embeddings of prompts, each (b, …): floating-point ones, and a mask (b, l), 1 for text."""
+
+Placed = tuple[Tensor | list[int], ...]
+"""Embeddings on a device; in place of a mask, the number of tokens of each prompt."""
+
 TRANSFORMER_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
@@ -29,7 +34,8 @@ class Call:
 
     sample: Tensor  # x_λ (b, c, h, w), in the denoiser's dtype
     timestep: Tensor  # (b,)
-    embeddings: Embeddings  # each (b, …); floating-point ones in the denoiser's dtype
+    # tensors (b, …) in the denoiser's dtype; in place of a mask, the number of tokens of each prompt
+    embeddings: tuple[Any, ...]
     time_ids: Tensor  # (b, 6), the (H, W, top, left, h, w) of each `TrainingSample`, in pixels
     family: Family  # with the settings of the run
 
@@ -87,13 +93,39 @@ class Family:
         sample: Tensor,
         timestep: Tensor,
         time_ids: Tensor,
-        embeddings: Embeddings,
+        embeddings: Placed,
     ) -> Tensor:
-        """Return the prediction (b, c, h, w) for the objective's target; shapes as in `Call`."""
+        """Return the prediction (b, c, h, w) for the objective's target; shapes as in `Call`.
+
+        The host reads a mask on a device; `placed` keeps it from there.
+        """
         dtype = _computing_dtype(denoiser)
-        cast = tuple(each.to(dtype) if each.is_floating_point() else each for each in embeddings)
+        cast = tuple(_cast(each, dtype) for each in embeddings)
         call = Call(sample.to(dtype), timestep, cast, time_ids, self)
         return self.output(denoiser(**self.inputs(call), return_dict=False)[0], call)
+
+
+def placed(embeddings: Embeddings, device: torch.device) -> Placed:
+    """Return embeddings on `device`; if they are on the CPU, without waiting for `device`."""
+    parts: list[Tensor | list[int]] = []
+    for part in embeddings:
+        if part.is_floating_point():
+            is_here = part.device.type == "cpu"  # copies to the CPU must block
+            parts.append(part.to(device, non_blocking=is_here))
+        else:
+            parts.append(_tokens(part))
+    return tuple(parts)
+
+
+def _cast(part: Tensor | list[int], dtype: torch.dtype) -> Tensor | list[int]:
+    if isinstance(part, list):
+        return part
+    return part.to(dtype) if part.is_floating_point() else _tokens(part)
+
+
+def _tokens(mask: Tensor) -> list[int]:
+    """Return the number of tokens of each prompt, from a mask (b, l) with padding on the right."""
+    return mask.sum(1).tolist()
 
 
 def _computing_dtype(denoiser: nn.Module) -> torch.dtype:

@@ -87,15 +87,16 @@ class Objective:
         beta = rows(self.beta, indices, latents)
         return Corrupted(
             model_input=p * latents + q * noise,
-            timestep=self.timestep[indices].to(latents.device),
+            timestep=self.timestep[indices].to(latents.device, non_blocking=True),
             target=alpha * latents + beta * noise,
-            weight=self.weight[indices].to(latents.device),
+            weight=self.weight[indices].to(latents.device, non_blocking=True),
         )
 
 
 def rows(values: Tensor, indices: Tensor, like: Tensor) -> Tensor:
     """Return values (N,) at `indices` (b,) as (b, 1, 1, 1) float32, on the device of `like`."""
-    return values[indices.cpu()].float()[:, None, None, None].to(like.device)
+    chosen = values[indices.cpu()].float()
+    return chosen[:, None, None, None].to(like.device, non_blocking=True)
 
 
 def build_objective(

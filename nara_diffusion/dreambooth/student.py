@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from nara_diffusion.training.engines import split_across_processes
 
 from .caches import PromptCache
 from .denoiser import ADAPTER, LORA_WEIGHTS, freeze_adapter
+from .family import placed
 from .few_steps import Level, landings
 from .fidelity import Evaluation, Images
 from .pipelines import modules_of
@@ -48,17 +50,16 @@ class StudentLoss:
     embeddings: PromptCache
     teacher: Teacher  # its time ids and device
 
-    def __call__(self, batch: Mapping[str, Tensor]) -> DreamBoothLoss:
-        numbers, steps = batch["trajectory"].cpu(), batch["step"].cpu()
+    def __call__(self, batch: Mapping[str, list[int]]) -> DreamBoothLoss:
+        numbers, steps = torch.tensor(batch["trajectory"]), torch.tensor(batch["step"])
         z, target = self.pairs(numbers, steps)
         timestep = self.timesteps(steps)
-        parts = self.embeddings.get(self.prompts_of(numbers))
-        device = self.teacher.device
-        given = tuple(part.to(device) for part in parts)
+        there = partial(Tensor.to, device=self.teacher.device, non_blocking=True)
+        given = placed(self.embeddings.get(self.prompts_of(numbers)), self.teacher.device)
         ids = self.teacher.time_ids(len(z))
-        prediction = self.model(z.to(device), timestep.to(device), ids, embeddings=given)
-        errors = (prediction.float() - target.to(device)).square().flatten(1).mean(1)
-        losses = errors / self.base_errors[steps].to(device)
+        prediction = self.model(there(z), there(timestep), ids, embeddings=given)
+        errors = (prediction.float() - there(target)).square().flatten(1).mean(1)
+        losses = errors / there(self.base_errors[steps])
         return DreamBoothLoss(losses.mean(), losses, self.source.noise_level(timestep))
 
     def pairs(self, numbers: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,8 +122,7 @@ class StepErrors:
         errors: list[float] = []
         for numbers in torch.arange(len(loss.prompts)).split(self.batch_size):
             z, target = loss.pairs(numbers, torch.full_like(numbers, step))
-            parts = student.embeddings(loss.prompts_of(numbers))
-            given = tuple(part.to(student.device) for part in parts)
+            given = placed(student.embeddings(loss.prompts_of(numbers)), student.device)
             found = student.predict(z.to(student.device), loss.levels[step], given).cpu()
             errors += (found - target).square().flatten(1).mean(1).tolist()
         return errors

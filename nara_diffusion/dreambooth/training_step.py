@@ -20,7 +20,7 @@ from nara_diffusion.training.engines import split_across_processes
 from .caches import LatentCache, PromptCache
 from .dataset import TrainingSample
 from .draws import draw_indices, draw_noise, drawable_levels
-from .family import Family
+from .family import Family, placed
 from .image_arguments import DreamBoothArguments
 from .objectives import Corrupted, Objective, build_objective, squared_errors
 
@@ -62,10 +62,11 @@ class TrainingStep:
 
     def _predict(self, corrupted: Corrupted, batch: Mapping[str, Any]) -> Tensor:
         """Return the model's prediction (b, c, h, w)."""
-        inputs = (corrupted.model_input, corrupted.timestep, batch["time_ids"].to(self.device))
+        time_ids = batch["time_ids"].to(self.device, non_blocking=True)
+        inputs = (corrupted.model_input, corrupted.timestep, time_ids)
         if self.prompts is None:
             return self.model(*inputs, prompts=batch["prompts"])
-        embeddings = tuple(part.to(self.device) for part in self.prompts.get(batch["prompts"]))
+        embeddings = placed(self.prompts.get(batch["prompts"]), self.device)
         return self.model(*inputs, embeddings=embeddings)
 
     def _corrupt(self, samples: Sequence[TrainingSample]) -> Corrupted:
@@ -80,8 +81,9 @@ class TrainingStep:
             indices.append(self._indices(positions, role))
             shape, offset = latents.shape[1:], self.noise_offset
             noise.append(draw_noise(positions, shape, seed=self.seed, offset=offset, role=role))
-        drawn = torch.cat(noise).to(self.device)
-        return self.objective.corrupt(latents.to(self.device), drawn, torch.cat(indices))
+        drawn = torch.cat(noise).to(self.device, non_blocking=True)
+        latents = latents.to(self.device, non_blocking=True)
+        return self.objective.corrupt(latents, drawn, torch.cat(indices))
 
     def _indices(self, positions: Sequence[int], role: str) -> Tensor:
         """Return the index (b,) of each position's noise level."""
@@ -183,7 +185,7 @@ class ValidationLoss:
             indices = torch.full((len(batch),), index)
             corrupted = self.objective.corrupt(latents.to(device), noise.to(device), indices)
             states = self.family.encode(pipe, [sample.prompt for sample in batch])
-            embeddings = tuple(part.to(device) for part in states)
+            embeddings = placed(states, device)
             time_ids = torch.tensor([sample.time_ids for sample in batch], device=device)
             inputs = (corrupted.model_input, corrupted.timestep)
             prediction = self.family.predict(denoiser, *inputs, time_ids, embeddings)

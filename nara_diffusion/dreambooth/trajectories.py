@@ -27,7 +27,7 @@ from nara_diffusion.training.loop import ShuffledStream
 from nara_diffusion.utils.atomic_write import atomic_write
 
 from .draws import seeded_normal
-from .family import Embeddings, Family
+from .family import Embeddings, Family, Placed, placed
 from .few_steps import Level, advance
 
 logger = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ class Teacher:
             empty = tuple(torch.zeros_like(part) for part in empty)
         return tuple(torch.cat(parts) for parts in zip(empty, given, strict=True))
 
-    def predict(self, z: Tensor, level: Level, embeddings: Embeddings) -> Tensor:
+    def predict(self, z: Tensor, level: Level, embeddings: Placed) -> Tensor:
         """Return the guided prediction (b, c, h, w) float32 at z of one level."""
         copies = 2 if self.guidance_scale > 1 else 1
         sample = torch.cat([z] * copies)
@@ -86,7 +86,7 @@ class Teacher:
     @torch.no_grad()
     def sample(self, z: Tensor, prompts: Sequence[str], levels: Sequence[Level]) -> list[Tensor]:
         """Return the latents at all levels, from the noise z (b, c, h, w) at the first of them."""
-        embeddings = tuple(part.to(self.device) for part in self.embeddings(prompts))
+        embeddings = placed(self.embeddings(prompts), self.device)
         path = [z.to(self.device)]
         for here, there in itertools.pairwise(levels):
             y = self.predict(path[-1], here, embeddings)
@@ -167,10 +167,10 @@ class Segments(Dataset):
         return {**self.stream[position], "step": position % self.steps}
 
 
-def collate_segments(samples: Sequence[Mapping[str, int]]) -> dict[str, Tensor]:
-    """Return {"trajectory": (b,), "step": (b,)}, both int64."""
+def collate_segments(samples: Sequence[Mapping[str, int]]) -> dict[str, list[int]]:
+    """Return {"trajectory": b numbers, "step": b numbers}, as lists, which stay with the host."""
     names = ("trajectory", "step")
-    return {name: torch.tensor([sample[name] for sample in samples]) for name in names}
+    return {name: [sample[name] for sample in samples] for name in names}
 
 
 def read_prompts(path: str) -> list[str]:

@@ -37,11 +37,13 @@ class StrengthSchedule:
             [0, 1] or out of order.
     """
 
-    __slots__ = ("points",)
+    __slots__ = ("_table", "points")
 
     def __init__(self, points: Iterable[Sequence[float]]) -> None:
         self.points: tuple[tuple[float, float], ...] = tuple(_pairs(points))
-        levels = torch.tensor([level for level, _ in self.points], dtype=torch.float32).tolist()
+        # (n, 2), copied to a device without waiting for it
+        self._table = torch.tensor(self.points, dtype=torch.float32, device="cpu")
+        levels = self._table[:, 0].tolist()
         for before, after in pairwise(levels):
             if after < before:
                 raise ValueError(
@@ -62,9 +64,7 @@ class StrengthSchedule:
 
     def at(self, noise_level: Tensor) -> Tensor:
         """Return s(λ) (b,) for λ (b,), float32 in [0, 1]."""
-        levels, strengths = torch.tensor(
-            self.points, dtype=torch.float32, device=noise_level.device
-        ).T  # (n,) each
+        levels, strengths = self._table.to(noise_level.device, non_blocking=True).T  # (n,) each
         passed = (noise_level[:, None] >= levels).sum(1)  # (b,), number of points at or below λ
         below, above = (passed - 1).clamp(min=0), passed.clamp(max=len(levels) - 1)
         gap = levels[above] - levels[below]

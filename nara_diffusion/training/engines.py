@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import (
+    DataLoaderConfiguration,
     DeepSpeedPlugin,
     DistributedType,
     GradientAccumulationPlugin,
@@ -62,6 +63,7 @@ def start_accelerator(args: TrainingArguments) -> Accelerator:
     accelerator = Accelerator(
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=steps),
         mixed_precision=args.mixed_precision,
+        dataloader_config=DataLoaderConfiguration(non_blocking=True),
         log_with=[*args.report_to] if args.report_to else None,
         # trackers need a folder now; `Run.open` sets the final one
         project_config=ProjectConfiguration(logging_dir="."),

@@ -15,12 +15,8 @@ from __future__ import annotations
 
 import logging
 import math
-import signal
-import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -33,12 +29,11 @@ from tqdm.auto import tqdm
 
 from .checkpoints import last_checkpoint
 from .engines import prepare
+from .interrupts import InterruptRequest
 from .optimization import build_lr_scheduler, build_optimizer, freeze_core, may_fuse
 from .run import Run
 
 logger = logging.getLogger(__name__)
-
-_ECHO = 2.0  # s; a second SIGINT within this time is the launcher's copy of the first
 
 
 class StepLoss(Protocol):
@@ -105,7 +100,7 @@ def train(
     )
     model.train()
     pending = _Pending()
-    with InterruptRequest() as interrupt, bar:
+    with InterruptRequest(accelerator.num_processes) as interrupt, bar:
         for batch in loader:
             with accelerator.accumulate(model):
                 step = compute_loss(batch)
@@ -132,7 +127,7 @@ def train(
             if _due(run.step, args.validation_steps):
                 run.log(validate())
             is_saved = _save_if_due(run)
-            if number := _signal_of_any_process(run, interrupt.signal):
+            if number := interrupt.of_any_process():
                 _collect(run, pending)
                 _stop(run, number, is_saved)
 
@@ -226,44 +221,8 @@ def _stop(run: Run, number: int, is_saved: bool) -> None:
     raise SystemExit(128 + number)
 
 
-def _signal_of_any_process(run: Run, number: int) -> int:
-    """Return the signal that any process got, or 0, so that all stop at the same step."""
-    if run.accelerator.num_processes == 1:
-        return number
-    numbers = torch.tensor([number], device=run.accelerator.device)
-    return int(cast(Tensor, run.accelerator.gather(numbers)).max().item())
-
-
 def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
-
-
-class InterruptRequest:
-    """Record Ctrl-C and SIGTERM: `with InterruptRequest() as request: …`.
-
-    `request.signal` is the signal that came, SIGINT (Ctrl-C) or SIGTERM, or 0. A second Ctrl-C
-    stops at once. Outside the main thread, where Python allows no handlers, it stays 0.
-    """
-
-    def __init__(self) -> None:
-        self.signal, self._came = 0, 0.0
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> InterruptRequest:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.signal and time.monotonic() > self._came + _ECHO:
-            raise KeyboardInterrupt
-        if not self.signal:
-            self.signal, self._came = number, time.monotonic()
 
 
 class ShuffledStream(Dataset):

@@ -1,27 +1,39 @@
 """A step of training or sampling never waits for the device: the host reads no value, but for the end of generation.
 
-Counted on the CPU, and run on fake tensors, which have no values: a read raises.
+Models are on the meta device, which has no values: what reads one raises, and so does what mixes its tensors with the
+host's. (FakeTensorMode would take the host's own tensors for the device's.)
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from device_reads import DEVICE, DeviceReads
 from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config
 
+from nara_diffusion import NaraConfig, noise_level
 from nara_diffusion.dllm import generate, masked_diffusion_loss
 from nara_diffusion.dllm.models.shifted_logits import ShiftedQwen2ForCausalLM
-from nara_diffusion.training.live_storages import to_fake
-from tests.helpers.adapted import disturb, nara_config
-from tests.helpers.host_reads import HostReads, fake_mode
-from tests.helpers.small_pipelines import small_flux, small_sd, small_sd3, small_sdxl
+from nara_diffusion.dllm.unmasking import State
+from nara_diffusion.dreambooth.caches import LatentCache, PromptCache
+from nara_diffusion.dreambooth.dataset import DreamBoothDataset, collate_samples
+from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser
+from nara_diffusion.dreambooth.image_records import records_from_folder
+from nara_diffusion.dreambooth.objectives import build_objective
+from nara_diffusion.dreambooth.pipelines import family_of
+from nara_diffusion.dreambooth.training_step import TrainingStep
+from tests.dreambooth.pictures import folder_of
+from tests.helpers.adapted import nara_config
+from tests.helpers.pipelines.families import FAMILY_PIPELINES
 
-MASK, LENGTH = 30, 11
-FAMILIES = {"sd": small_sd, "sdxl": small_sdxl, "sd3": small_sd3, "flux": small_flux}
 SIZE: dict[str, Any] = {
     "vocab_size": 32,
     "hidden_size": 24,
@@ -30,122 +42,114 @@ SIZE: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "is_causal": False,
-    "mask_token_id": MASK,
+    "mask_token_id": 30,
     "pad_token_id": 31,
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-BATCH: dict[str, Any] = {
-    "input_ids": torch.arange(3 * LENGTH).remainder(29).view(3, LENGTH),
-    "prompt_lengths": [2, 4, 3],
-    "sample_indices": [5, 6, 7],
-    "seed": 0,
+TEXT_MODELS: dict[str, Callable[[], Any]] = {
+    "llada": lambda: LlamaForCausalLM(LlamaConfig(**SIZE)),
+    "dream": lambda: ShiftedQwen2ForCausalLM(Qwen2Config(**SIZE)),
 }
+TOKENS = {"flux": 12, "flux2": 64, "z_image": 96, "qwen_image": 300, "wan": 20}
+STRENGTH = [[0.0, 1.0], [0.7, 0.3]]
 
 
-def text_model(kind: str = "llada", **changes: Any) -> Any:
-    is_llada = kind == "llada"
-    base = LlamaForCausalLM(LlamaConfig(**SIZE)) if is_llada else ShiftedQwen2ForCausalLM(Qwen2Config(**SIZE))
-    model = get_peft_model(base, nara_config(target_modules=["q_proj", "o_proj", "up_proj"], **changes))
-    disturb(model)
-    return model.train()
-
-
-def step(model: nn.Module, loss: Tensor) -> None:
+def finish(model: nn.Module, loss: Tensor) -> None:
     """The rest of a training step."""
-    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], foreach=True)
+    trained = [each for each in model.parameters() if each.requires_grad]
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
+    torch.nn.utils.clip_grad_norm_(trained, 1.0)
+    torch.optim.AdamW(trained, foreach=True).step()
+    assert all(each.grad is not None for each in trained)
+
+
+def test_a_read_of_the_device_raises_and_so_do_tensors_of_the_host_among_its_own() -> None:
+    on_device, of_host = torch.ones(2, device=DEVICE), torch.ones(2)
+    for read in (Tensor.tolist, Tensor.cpu, Tensor.nonzero, Tensor.unique):
+        with pytest.raises(NotImplementedError):
+            read(on_device)
+    for use in (lambda: bool(on_device.any()), lambda: on_device[0].item(), lambda: on_device + of_host):
+        with pytest.raises(RuntimeError):
+            use()
 
 
 # ---------------------------------------------------------------------- text
 
 
-@pytest.mark.parametrize("kind", ["llada", "dream"])
-@pytest.mark.parametrize("options", [{}, {"complementary": True}, {"chunk_size": None}])
-def test_step_of_text_training_reads_nothing(kind: str, options: dict[str, Any]) -> None:
-    model = text_model(kind)
-    with HostReads() as reads:
-        loss = masked_diffusion_loss(model, **BATCH, **options).loss
-        loss.backward()
-    assert reads.names == []
+@cache
+def text_model(kind: str) -> Any:
+    names = ["q_proj", "o_proj", "up_proj"]
+    return get_peft_model(TEXT_MODELS[kind](), nara_config(target_modules=names, strength=STRENGTH)).to(DEVICE)
 
 
-def test_step_of_text_training_runs_on_fake_tensors() -> None:
-    model, mode = text_model(), fake_mode()
-    to_fake(model, mode)
-    with mode:
-        batch = BATCH | {"input_ids": mode.from_tensor(BATCH["input_ids"])}
-        result = masked_diffusion_loss(model, **batch)
-        step(model, result.loss)
-        assert result.per_sample.shape == (3,)
-        with pytest.raises(Exception, match="_local_scalar_dense"):  # this is how a read shows
-            result.loss.item()
+@pytest.mark.parametrize("kind", TEXT_MODELS)
+@pytest.mark.parametrize("options", [{}, {"complementary": True}, {"chunk_size": None}], ids=str)
+def test_training_step_of_a_text_model_reads_nothing(kind: str, options: dict[str, Any]) -> None:
+    model = text_model(kind).train()
+    texts = torch.arange(33).remainder(29).view(3, 11).to(DEVICE)
+    result = masked_diffusion_loss(model, texts, [2, 4, 3], sample_indices=[5, 6, 7], seed=0, **options)
+    finish(model, result.loss)
+    assert result.per_sample.shape == (6 if options.get("complementary") else 3,)
 
 
-@pytest.mark.parametrize("settings", [{}, {"temperature": 0.7}, {"cfg_scale": 1.5, "remasking": "random"}])
-def test_step_of_generation_reads_one_thing(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    model = text_model().eval()
-    prompts = torch.arange(2 * 3).view(2, 3)
+@pytest.mark.parametrize("kind", TEXT_MODELS)
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.7}, {"cfg_scale": 1.5, "remasking": "random"}], ids=str)
+def test_sampling_step_of_a_text_model_reads_one_thing(
+    kind: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, prompts = text_model(kind).eval(), torch.zeros(2, 3, dtype=torch.long, device=DEVICE)
+
+    def uniform(self: State, rows: list[int], *shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.rand(len(rows), *shape, dtype=dtype, device=DEVICE)
+
+    of_host = torch.Generator()  # the device has none
+    monkeypatch.setattr(torch, "Generator", lambda device: of_host)
+    monkeypatch.setattr(State, "_uniform", uniform)
 
     def reads(length: int) -> int:
-        with HostReads() as found:
-            options = {"stop_at_eos": False, "block_length": 2, "return_stats": True, **settings}
+        options = {"stop_at_eos": False, "block_length": 2, "return_stats": True, **settings}
+        with DeviceReads() as found:
             result = generate(model, prompts, gen_length=length, steps=length, **options)
         assert result.forwards == length  # type: ignore[union-attr]
-        return len(found.names)
+        return found.count
 
-    monkeypatch.setattr("nara_diffusion.noise.level.host_values", lambda tensor: None)  # as on a device
-    lists: list[int] = []
-    tolist = Tensor.tolist
-    monkeypatch.setattr(Tensor, "tolist", lambda tensor: lists.append(tensor.numel()) or tolist(tensor))
-    assert reads(8) - reads(4) == 0  # all that is read by an op is read at the start
-    before = len(lists)
-    reads(4)
-    four, before = len(lists) - before, len(lists)
-    reads(8)
-    assert (len(lists) - before - four) / 4 == 1  # the rows with a mask left
+    assert reads(6) - reads(4) == 2  # the rows with a mask left
 
 
 # ---------------------------------------------------------------------- images
 
 
-def denoiser_of(pipe: Any) -> Any:
-    return getattr(pipe, "unet", None) or pipe.transformer
-
-
-def recorded(name: str) -> tuple[Any, tuple, dict[str, Any]]:
-    """An adapted denoiser, and the arguments of one of its pipeline's calls."""
-    pipe, seen = FAMILIES[name](), []
-    denoiser = denoiser_of(pipe)
-    handle = denoiser.register_forward_pre_hook(lambda _, *given: seen.append(given), with_kwargs=True)
-    pipe("a toy", num_inference_steps=1, output_type="latent", height=16, width=16)
-    handle.remove()
-    denoiser.add_adapter(nara_config(target_modules=["to_q", "to_k", "to_out.0"]))
-    disturb(denoiser)
-    return denoiser, *seen[0]
-
-
-def on(mode: Any, value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return mode.from_tensor(value)
-    return {key: on(mode, each) for key, each in value.items()} if isinstance(value, dict) else value
+def training_of(name: str, folder: Path) -> tuple[TrainingStep, dict[str, Any]]:
+    """A family's training step on the device, and a batch of two images with prompts of unequal lengths."""
+    pipe = FAMILY_PIPELINES[name]()
+    family, objective = family_of(pipe), build_objective(pipe.scheduler)
+    family = replace(family, max_sequence_length=TOKENS.get(name, family.max_sequence_length))
+    core = {"core_hidden_dims": (4, 4), "noise_convention": objective.source.convention, "strength": STRENGTH}
+    model = AdaptedDenoiser(pipe, NaraConfig(r=2, target_modules=["to_q", "to_v"], **core), family=family)
+    records = records_from_folder(folder_of(folder, [(64, 64)] * 2), prompt="a toy", progress=False)
+    records[1] = replace(records[1], prompt="a red toy")
+    data = DreamBoothDataset(records, [(64, 32)], batch_size=2, seed=1)
+    caches = LatentCache(pipe.vae), PromptCache(pipe, family)
+    step = TrainingStep(model.to(DEVICE), objective, *caches, DEVICE, seed=3)
+    return step, collate_samples([data[0], data[1]])
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", FAMILIES)
-def test_step_of_an_image_model_reads_nothing_and_runs_on_fake_tensors(name: str) -> None:
-    denoiser, args, kwargs = recorded(name)
-    with HostReads() as reads:
-        output = denoiser(*args, **kwargs)
-        (output[0] if isinstance(output, tuple) else output.sample).square().mean().backward()
-    assert reads.names == []
-    mode = fake_mode()
-    to_fake(denoiser, mode)
-    with mode:
-        args, kwargs = tuple(on(mode, each) for each in args), {key: on(mode, each) for key, each in kwargs.items()}
-        with torch.no_grad():
-            denoiser(*args, **kwargs)
-        output = denoiser(*args, **kwargs)
-        step(denoiser, (output[0] if isinstance(output, tuple) else output.sample).square().mean())
+@pytest.mark.parametrize("name", FAMILY_PIPELINES)
+def test_training_and_sampling_step_of_an_image_model_read_nothing(name: str, tmp_path: Path) -> None:
+    step, batch = training_of(name, tmp_path)
+    assert len(set(batch["prompts"])) == 2
+    finish(step.model.train(), step(batch).loss)
+    step.model.eval()
+    with torch.no_grad():
+        assert step(batch).loss.device == DEVICE
+        assert step(batch).loss.device == DEVICE
+
+
+def test_context_with_values_on_the_device_reads_nothing() -> None:
+    model = text_model("llada").eval()
+    texts = torch.zeros(2, 5, dtype=torch.long, device=DEVICE)
+    for level in (torch.rand(2, device=DEVICE), torch.rand((), device=DEVICE), 0.3):
+        with noise_level(model, level), torch.no_grad():
+            model(texts)

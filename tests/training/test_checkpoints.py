@@ -17,6 +17,7 @@ import yaml
 from accelerate import Accelerator
 from filelock import FileLock
 
+from nara_diffusion.dllm import masked_diffusion_loss
 from nara_diffusion.dllm import train as dllm
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
 from nara_diffusion.training.checkpoints import (
@@ -27,7 +28,8 @@ from nara_diffusion.training.checkpoints import (
     save_adapter,
 )
 from nara_diffusion.training.command import parse_arguments
-from nara_diffusion.training.loop import InterruptRequest, TrainingDiverged
+from nara_diffusion.training.interrupts import InterruptRequest
+from nara_diffusion.training.loop import TrainingDiverged
 from nara_diffusion.training.manifest import digest_base, digest_texts, read_manifest, write_manifest
 from nara_diffusion.training.options import given_arguments
 from tests.acceptance._commands import names
@@ -185,16 +187,15 @@ def test_ctrl_c_while_a_checkpoint_is_written_stops_after_it(
 def test_divergence_stops_before_it_is_saved(tmp_path: Path) -> None:
     args = text_arguments(tmp_path, **SHORT)
     with pytest.MonkeyPatch.context() as patch:
-        loss = dllm.masked_diffusion_loss
         steps: list[int] = []
 
         def diverging(*parts: Any, **options: Any) -> Any:
             steps.append(1)
-            value = loss(*parts, **options)
+            value = masked_diffusion_loss(*parts, **options)
             value.per_sample[0] *= float("nan") if len(steps) == 3 else 1.0
             return value
 
-        patch.setattr(dllm, "masked_diffusion_loss", diverging)
+        patch.setattr(dllm, "loss_of", lambda model: diverging)
         with pytest.raises(TrainingDiverged, match=r"loss became nan in step 3; .*checkpoint-2$"):
             dllm.main(args)
 
@@ -258,7 +259,7 @@ def test_digests_know_texts_and_weights_again(tmp_path: Path) -> None:
 
 def test_second_ctrl_c_stops_at_once_and_the_launcher_s_echo_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 1.0, 3.0])
-    monkeypatch.setattr("nara_diffusion.training.loop.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("nara_diffusion.training.interrupts.time.monotonic", lambda: next(clock))
     before = signal.getsignal(signal.SIGINT)
     with InterruptRequest() as request:
         for _ in range(2):  # the second within a second, which is the launcher's

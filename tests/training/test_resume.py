@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch.optim import SGD
 from transformers import get_scheduler
 
+from nara_diffusion.dllm import masked_diffusion_loss
 from nara_diffusion.dllm import train as dllm
 from nara_diffusion.dllm.text_arguments import Arguments
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
@@ -110,17 +111,16 @@ def test_other_data_start_anew_in_the_order_of_a_run_that_begins_with_them(
 ) -> None:
     """From the end of a run that is shorter than its interval of checkpoints."""
     seen: list[list[int]] = []
-    loss = dllm.masked_diffusion_loss
 
     def watched(*parts: Any, **options: Any) -> Any:
         seen.extend(options["input_ids"].tolist())
-        return loss(*parts, **options)
+        return masked_diffusion_loss(*parts, **options)
 
     other = tmp_path / "other.jsonl"
     other.write_text("".join(f'{{"instruction": "say {n}", "output": "{n}"}}\n' for n in range(8)))
     options: dict[str, Any] = {"train_file": str(other), "checkpointing_steps": 500}
     run = train(tmp_path, checkpointing_steps=500)
-    monkeypatch.setattr(dllm, "masked_diffusion_loss", watched)
+    monkeypatch.setattr(dllm, "loss_of", lambda model: watched)
     train(tmp_path / "fresh", **options)
     options |= LATEST | {"max_train_steps": None, "num_train_epochs": 1}
     train(tmp_path, **options)  # 8 records in steps of 4
