@@ -88,7 +88,7 @@ def reads_of_loss(method: str) -> int:
     return reads.count
 
 
-def reads_of_generation(method: str) -> float:
+def reads_of_generation(method: str) -> int:
     """Reads of one step of `generate`, for two prompts: the slope between four steps and eight."""
     model = text_model(method)
     prompts = torch.zeros(2, 3, dtype=torch.long)
@@ -97,4 +97,6 @@ def reads_of_generation(method: str) -> float:
         with DeviceReads() as reads:
             generate(model, prompts.to(DEVICE), gen_length=steps, steps=steps, block_length=2, stop_at_eos=False)
         counts.append(reads.count)
-    return (counts[1] - counts[0]) / 4
+    of_step, rest = divmod(counts[1] - counts[0], 4)
+    assert rest == 0, counts
+    return of_step

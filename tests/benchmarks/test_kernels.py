@@ -1,8 +1,9 @@
-"""NaRA launches no more kernels than PEFT's LoRA, and NaRA-DoRA fewer than PEFT's DoRA."""
+"""NaRA launches no more kernels than PEFT's LoRA, and NaRA-DoRA fewer than PEFT's DoRA; neither reads the device."""
 
 from __future__ import annotations
 
 import pytest
+from device_reads import reads_of_generation, reads_of_loss, reads_of_unet
 from kernel_counts import kernels_of_hypernetwork, kernels_of_layer
 
 MOST = {"NaRA": (5, 11, 5), "NaRA-DoRA": (20, 19, 20)}
@@ -18,3 +19,9 @@ def test_kernels_of_a_layer_are_at_most_those_of_the_aims(method: str) -> None:
 def test_hypernetwork_launches_ten_kernels_under_autocast() -> None:
     found = kernels_of_hypernetwork()
     assert found.total() <= 10, found
+
+
+def test_reads_are_none_but_one_in_a_step_of_generation() -> None:
+    small = {"block_out_channels": (32, 64, 64), "transformer_layers_per_block": 1, "attention_head_dim": 8}
+    small["layers_per_block"] = 1
+    assert (reads_of_unet("NaRA", **small), reads_of_loss("NaRA"), reads_of_generation("NaRA")) == (0, 0, 1)
