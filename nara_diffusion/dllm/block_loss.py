@@ -6,7 +6,8 @@ The first term is the decoder's, over the positions j of a canvas that belong to
 or not, without a factor 1/λ. The second is the encoder's next-token loss over the whole answer.
 
 *Two passes*: the first, without gradient, gives logits that the second sees where
-`self_conditioned` is true. Both run for every batch, so that all processes do the same.
+`self_conditioned` is true. Both run for every batch, so that all processes do the same. An encoder
+that is not trained runs once.
 
 The encoder reads the whole clean row once, causally. The decoder's mask ends its view of the keys
 where the canvas starts, and, in layers with a sliding window of w positions, begins it w − 1 before
@@ -29,7 +30,7 @@ from nara_diffusion.noise.sources import CORRUPTED_SHARE
 
 from .batches import AnswerCollator, batches_of
 from .canvas import conditioned
-from .loss import token_cross_entropy
+from .loss import by_chunks, token_cross_entropy
 from .models.backbone import Backbone, evaluating, without_ddp
 from .uniform import CanvasBatch, corrupt_canvases
 
@@ -83,24 +84,35 @@ def block_diffusion_loss(
 
 
 def canvas_loss(
-    model: nn.Module, batch: CanvasBatch, encoder_weight: float = 1.0
+    model: nn.Module, batch: CanvasBatch, encoder_weight: float = 1.0, chunk_size: int = 256
 ) -> BlockDiffusionLoss:
-    """Return the loss of a corrupted batch; see `block_diffusion_loss`."""
+    """Return the loss of a corrupted batch; see `block_diffusion_loss`.
+
+    Args:
+        chunk_size: positions for which the encoder has logits at the same time.
+    """
     inner = block_model(model)
-    inputs = decoder_inputs(inner, batch)
+    inputs, cache, encoded = decoder_inputs(inner, batch), DynamicCache(), None
     with conditioned(model, batch.noise_level, CORRUPTED_SHARE):
         if batch.self_conditioned is not None:
             with torch.no_grad():
-                first = model(**inputs, cache=DynamicCache()).logits  # (b, c, v)
-            inputs["self_conditioning_logits"] = first
+                first = model(**inputs, cache=cache)
+            inputs["self_conditioning_logits"] = first.logits  # (b, c, v)
             inputs["self_conditioning_mask"] = batch.self_conditioned
-        output = model(**inputs, cache=DynamicCache())
+            if _encoder_learns(inner):
+                cache = DynamicCache()
+            else:
+                del inputs["input_ids"]  # the cache has them
+                encoded = first.encoder_last_hidden_state
+        output = model(**inputs, cache=cache)
+    if encoded is None:
+        encoded = output.encoder_last_hidden_state
     token_loss = token_cross_entropy(output.logits, batch.targets) * batch.supervised  # (b, c)
     per_sample = token_loss.sum(1) / batch.supervised.sum(1)
     loss = per_sample.mean()
     encoder_loss = torch.zeros_like(per_sample)
     if encoder_weight:
-        encoder_loss = _next_token_loss(inner, output.encoder_last_hidden_state, batch)
+        encoder_loss = _next_token_loss(inner, encoded, batch, chunk_size)
         loss = loss + encoder_weight * encoder_loss.mean()
     return BlockDiffusionLoss(
         **vars(batch),
@@ -211,12 +223,23 @@ def _prefix_and_canvas(starts: Tensor, length: int, window: int) -> Any:
     return sees
 
 
+def _encoder_learns(model: DiffusionGemmaForBlockDiffusion) -> bool:
+    """Return True if a backward needs the graph of the encoder."""
+    parameters = model.model.encoder.parameters()
+    return torch.is_grad_enabled() and any(one.requires_grad for one in parameters)
+
+
 def _next_token_loss(
-    model: DiffusionGemmaForBlockDiffusion, hidden: Tensor, batch: CanvasBatch
+    model: DiffusionGemmaForBlockDiffusion, hidden: Tensor, batch: CanvasBatch, chunk_size: int
 ) -> Tensor:
     """Return the encoder's mean − log p of each answer's tokens (b,), from its states (b, l, d)."""
-    cap = model.final_logit_softcapping
-    logits = torch.tanh(model.lm_head(hidden[:, :-1]).float() / cap) * cap  # (b, l − 1, v)
-    wanted = batch.answer[:, 1:]
-    losses = token_cross_entropy(logits, batch.input_ids[:, 1:]) * wanted
-    return losses.sum(1) / wanted.sum(1)
+    cap, places = model.final_logit_softcapping, batch.places
+
+    def loss(hidden: Tensor, wanted: Tensor) -> Tensor:
+        logits = torch.tanh(model.lm_head(hidden[0]).float() / cap) * cap  # (chunk, v)
+        return token_cross_entropy(logits, wanted)
+
+    before = hidden.flatten(0, 1)[None, places - 1]  # (1, m, d)
+    of_places = by_chunks(loss, before, batch.input_ids.flatten()[places], chunk_size)
+    losses = of_places.new_zeros(batch.answer.numel()).scatter(0, places, of_places)
+    return losses.view_as(batch.answer).sum(1) / batch.answer[:, 1:].sum(1)

@@ -12,7 +12,7 @@ of the above is about that block, and the adapters run at λ = 0 on the clean on
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,16 +162,26 @@ def _chunked_losses(
 
     at_places = hidden.flatten(1, 2)[:, places]  # (1 or 2, m, d)
     wanted = batch.targets.flatten()[places]  # (m,)
+    of_masks = by_chunks(loss, at_places, wanted, chunk_size) * counts
+    everywhere = of_masks.new_zeros(batch.masked.numel())
+    return everywhere.scatter(0, places, of_masks).view_as(batch.masked)
+
+
+def by_chunks(
+    loss: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, wanted: Tensor, chunk_size: int
+) -> Tensor:
+    """Return `loss(hidden states (n, c, d), tokens (c,))` of all chunks of m places: (m,).
+
+    Backward computes each chunk again, so that the logits of only one exist at a time.
+    """
     losses: list[Tensor] = []
-    for chunk in zip(at_places.split(chunk_size, 1), wanted.split(chunk_size), strict=True):
+    for chunk in zip(hidden.split(chunk_size, 1), wanted.split(chunk_size), strict=True):
         if torch.is_grad_enabled():
             found: Any = checkpoint(loss, *chunk, use_reentrant=False)
             losses.append(found)
         else:
             losses.append(loss(*chunk))
-    of_masks = torch.cat(losses) * counts
-    everywhere = of_masks.new_zeros(batch.masked.numel())
-    return everywhere.scatter(0, places, of_masks).view_as(batch.masked)
+    return torch.cat(losses)
 
 
 def token_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ class CanvasBatch:
     Attributes:
         input_ids: (b, l) the clean tokens, padded on the right.
         answer: (b, l) bool, the positions of the answers.
+        places: (m,) indices into (b·l,) of the answers' positions, except in the first column.
         starts: (b,) where each canvas starts in its row.
         canvas: (b, c) corrupted tokens; what the decoder sees.
         targets: (b, c) the clean tokens.
@@ -46,6 +47,7 @@ class CanvasBatch:
 
     input_ids: Tensor
     answer: Tensor
+    places: Tensor
     starts: Tensor
     canvas: Tensor
     targets: Tensor
@@ -100,6 +102,8 @@ def corrupt_canvases(
     chosen = [random(_BLOCK_STREAM, i).integers(n) for i, n in zip(indices, blocks, strict=True)]
     starts = moved(on_host.argmax(1) + canvas_length * np.array(chosen), device)  # (b,)
     answer = moved(on_host, device)
+    is_predicted = on_host.copy()  # by the token before it
+    is_predicted[:, 0] = False
     targets, supervised = _canvases(input_ids, answer, starts, canvas_length)
     tokens = [random(_TOKEN_STREAM, i).integers(vocab_size, size=canvas_length) for i in indices]
     noise = moved(np.stack(tokens), device)  # (b, c)
@@ -113,6 +117,7 @@ def corrupt_canvases(
     return CanvasBatch(
         input_ids,
         answer,
+        moved(np.flatnonzero(is_predicted), device),
         starts,
         canvas,
         targets,

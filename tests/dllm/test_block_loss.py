@@ -75,6 +75,36 @@ def test_without_encoder_weight_its_loss_is_zero_and_one_pass_runs_without_self_
     assert torch.equal(loss.loss, loss.per_sample.mean())
 
 
+def test_the_encoders_logits_exist_for_a_chunk_at_a_time():
+    model, rows, found = tiny_gemma(), [], []
+    model.lm_head.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[:-1].numel()))
+    for size in (64, 5):
+        model.zero_grad()
+        rows.clear()
+        loss = canvas_loss(model, batch_of(), 0.3, chunk_size=size)
+        loss.loss.backward()
+        of_encoder = [count for count in rows if count != 3 * CANVAS]
+        assert sum(of_encoder) == 2 * (14 + 11 + 20)  # backward computes each again
+        assert max(of_encoder) <= size
+        found.append((loss.encoder_loss, model.model.encoder.language_model.layers[0].mlp.up_proj.weight.grad))
+    for one, other in zip(*found, strict=True):
+        assert_near(one, other, model)
+
+
+def test_an_encoder_that_does_not_learn_runs_once():
+    model, runs, losses = tiny_gemma(), [], []
+    model.model.encoder.register_forward_hook(lambda *_: runs.append(1))
+    for learns in (True, False):
+        model.model.encoder.requires_grad_(learns)
+        model.model.decoder.self_conditioning.requires_grad_()
+        losses.append(canvas_loss(model, batch_of(), 0.3))
+    assert len(runs) == 2 + 1
+    assert_near(losses[1].token_loss, losses[0].token_loss, model)
+    assert_near(losses[1].encoder_loss, losses[0].encoder_loss, model)
+    losses[1].loss.backward()
+    assert model.model.decoder.self_conditioning.up_proj.weight.grad.any()
+
+
 def test_the_first_pass_gets_no_gradient():
     model, batch = tiny_gemma(), batch_of()
     batch.self_conditioned[:] = False
