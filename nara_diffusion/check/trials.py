@@ -191,7 +191,7 @@ def _measure(task: CheckTask, held_out: Loss, positions: range) -> tuple[Tensor,
     losses = torch.cat([step.per_sample for step in steps]).double().cpu()
     if not losses.isfinite().all():
         raise ValueError(
-            "the loss is no longer a finite number: lower the learning rate, or use no float16."
+            "the loss is no longer a finite number: lower the learning rate, or don't use float16."
         )
     return torch.cat([step.noise_level for step in steps]).float().cpu(), losses
 

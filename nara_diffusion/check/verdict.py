@@ -218,7 +218,7 @@ def check_training(task: CheckTask, run: Run) -> dict[str, Any]:
     """
     if run.accelerator.num_processes > 1:
         raise ValueError(
-            f"--check runs in one process, got {run.accelerator.num_processes}: start it by python."
+            f"--check runs in one process, got {run.accelerator.num_processes}: start it with python."
         )
     repeats, verdict = decide(task, run.is_main)
     compared: dict[str, dict[str, Any]] = {}

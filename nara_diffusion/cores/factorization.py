@@ -35,7 +35,7 @@ def shared_factors(updates: Tensor, rank: int | None = None) -> tuple[Tensor, Te
             "pass float32 or float64 matrices stacked as (n, d_out, d_in)."
         )
     if not bool(torch.isfinite(updates).all()):
-        raise ValueError("updates holds NaN or infinity: pass finite matrices.")
+        raise ValueError("updates has NaN or infinity: pass finite matrices.")
     n, d_out, d_in = updates.shape
     if rank is not None and not 1 <= rank <= max(d_out, d_in):
         raise ValueError(

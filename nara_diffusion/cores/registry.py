@@ -96,8 +96,8 @@ def check_core_type(name: object) -> None:
     if name not in known:
         raise ValueError(
             f"core_type is {name!r}: choose one of {', '.join(map(repr, known))}. If it is a custom core, first "
-            f"import the module that calls nara_diffusion.register_core({name!r}, factory), as where the adapter was "
-            "trained; the train scripts do by --core_module."
+            f"import the module that calls nara_diffusion.register_core({name!r}, factory), as in the adapter's "
+            "training; in the train scripts, --core_module does this."
         )
 
 

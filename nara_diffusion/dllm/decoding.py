@@ -93,9 +93,7 @@ class Sampling:
     def _check_lengths(self) -> None:
         block, length = self.block, self.gen_length
         if block < 1 or length < 1 or length % block:
-            raise ValueError(
-                f"block_length {block} doesn't divide gen_length {length}, as it has to"
-            )
+            raise ValueError(f"block_length {block} has to divide gen_length {length}")
         blocks = length // block
         if self.steps is not None and (self.steps < blocks or self.steps % blocks):
             raise ValueError(

@@ -121,7 +121,7 @@ def encode_records(
         logger.warning(
             f"{name}: {inside.sum()} of {len(rows)} outputs have the end token {encoder.end_text!r}"
             " inside them: an answer ends there, and the model learns nothing after it; remove the "
-            f"token, or write it otherwise. The first of them answers {question!r}"
+            f"token, or write it in another way. The first of them answers {question!r}"
         )
     place = int(numbers["record"][prompts.argmax()])
     hardest = encoder.name_of(records[place], place)
@@ -293,8 +293,8 @@ class RecordEncoder:
             asked = chat_text(self.tokenizer, turns, add_generation_prompt=False)
             opened, closed = prompt.removeprefix(asked), whole.removeprefix(asked)[:60]
             raise ValueError(
-                f"the tokenizer's chat template begins an answer with {opened!r} as generation "
-                f"prompt, and a turn with an answer otherwise, {closed!r}: the end of the turn "
-                "can't be found; change the tokenizer's chat_template to begin both alike"
+                f"the tokenizer's chat template begins an answer with {opened!r} in a generation "
+                f"prompt, but with {closed!r} in a turn with an answer, so the end of the turn can't "
+                "be found: change the tokenizer's chat_template so that both begin alike"
             )
         return Pair(prompt, whole.removeprefix(prompt), instruction, output, answer)

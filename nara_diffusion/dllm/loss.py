@@ -100,8 +100,8 @@ def masked_cross_entropy(
     cfg_scale: float = 0.0,
     mask_token_id: int | None = None,
 ) -> Tensor:
-    """Return − log p of the clean token at each masked position, else zero: (b, l), at least
-    float32.
+    """Return −log p of the clean token at each masked position, and zero elsewhere: (b, l), float32
+    or float64.
 
     Args:
         cfg_scale: w of classifier-free guidance (`backbone.guided`); 0 turns it off. Rows with
@@ -112,7 +112,7 @@ def masked_cross_entropy(
     opens = batch.opens
     if backbone.is_shifted and (batch.answer[:, 0].any() if opens is None else opens):
         raise ValueError(
-            "an answer begins its row, and this model predicts the next token, so that nothing "
+            "an answer begins its row, and this model predicts the next token, so nothing "
             "predicts the first: begin the row with a BOS token, and count it in prompt_lengths"
         )
     rows = ForwardRows(batch.input_ids, batch.attention_mask, batch.forward_level)
@@ -135,7 +135,7 @@ def masked_cross_entropy(
     if losses.shape != (*batch.masked.shape, 1):
         raise ValueError(
             f"{type(backbone.language_model).__name__} changes what its output head returns, so "
-            "that the loss can't be computed in it: pass chunk_size=None"
+            "the loss can't be computed there: pass chunk_size=None"
         )
     return losses.squeeze(-1)
 

@@ -262,7 +262,7 @@ def check_drawable(window: NoiseWindow, complementary: bool = False) -> None:
         low = min(window.low, 1 - window.high)
         raise ValueError(
             f"{given}, and complementary masks need 1 − λ beside each λ: leave complementary out, "
-            f"or take a window that is the same from both ends, as from {low:g} to {1 - low:g}."
+            f"or take a window that is symmetric about 0.5, such as {low:g} to {1 - low:g}."
         )
 
 
@@ -298,5 +298,7 @@ def seed_and_indices(
         assert seed is not None
     indices = list(range(b)) if sample_indices is None else list(host_list(sample_indices))
     if len(indices) != b:
-        raise ValueError(f"sample_indices is {indices}, the batch is {b}: pass one index a sample")
+        raise ValueError(
+            f"sample_indices is {indices}, the batch is {b}: pass one index per sample"
+        )
     return seed, indices

@@ -34,7 +34,7 @@ _END = 1
 
 
 def planned_text_step(args: Arguments) -> PlannedStep:
-    """Return the training step of a text run, from the model's config.json alone.
+    """Return the training step of a text run, from the model's config.json only.
 
     Raises:
         ValueError: as the run does for its model, adapter and lengths.

@@ -91,7 +91,7 @@ def find_mask_token(
         known = tokenizer.get_vocab().get(mask_token)
         if known is None:
             raise ValueError(
-                f"mask_token {mask_token!r} isn't a token of {name}: name one of its vocabulary"
+                f"mask_token {mask_token!r} isn't a token of {name}: name one from its vocabulary"
             )
     for candidate in (fields.get("mask_token_id"), tokenizer.mask_token_id):
         known = candidate if known is None else known

@@ -107,9 +107,9 @@ class LatentCache:
 
 
 class PromptCache:
-    """Embeddings of prompts, in parts (b, …). Each distinct prompt is encoded once.
+    """Cache the embeddings of prompts, in parts (b, …).
 
-    The pipeline's frozen text encoders encode it.
+    The pipeline's frozen text encoders encode each distinct prompt once.
 
     Args:
         pipe: the pipeline, with its tokenizers and text encoders.

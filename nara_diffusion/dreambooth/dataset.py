@@ -122,7 +122,7 @@ Item = dict[str, list[TrainingSample]]
 
 
 class DreamBoothDataset(Dataset):
-    """`dataset[p]` is the `Item` of position p, for `stream_loader`.
+    """Map each position p of the training stream to its `Item`, for `stream_loader`.
 
     Args:
         instances: the images of the subject.

@@ -302,6 +302,6 @@ def _load_encoder(args: DreamBoothArguments, name: str, device: torch.device) ->
             if args.pretrained_vae_model_name_or_path:
                 without += " --pretrained_vae_model_name_or_path none"
         raise ValueError(
-            f"{flags} {name} can't be loaded ({why}): name a folder, or train without these "
-            f"figures by {without}."
+            f"{flags} {name} can't be loaded ({why}): name a folder, or leave these figures "
+            f"out with {without}."
         ) from error

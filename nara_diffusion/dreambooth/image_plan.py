@@ -33,7 +33,7 @@ _WITH_MASK = ("z-image", "qwen-image")
 
 
 def planned_image_step(args: DreamBoothArguments) -> PlannedStep:
-    """Return the training step of an image run, from the configurations of its pipeline alone.
+    """Return the training step of an image run, from its pipeline's configurations only.
 
     Raises:
         ValueError: as the run does for its model, adapter and sizes.

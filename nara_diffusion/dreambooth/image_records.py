@@ -76,7 +76,7 @@ def decode_image(content: bytes, name: str) -> Image.Image:
         if isinstance(error, UnidentifiedImageError):  # its own message is a memory address
             why = "no kind of image that Pillow reads"
         raise ValueError(
-            f"{name} can't be decoded ({why}): save it again as 8-bit PNG or JPEG, or remove it."
+            f"{name} can't be decoded ({why}): save it again as an 8-bit PNG or JPEG, or remove it."
         ) from error
 
 

@@ -128,7 +128,7 @@ def build_objective(
         objective = _discrete(scheduler, kind)
     else:
         raise ValueError(
-            f"{type(scheduler).__name__} with prediction_type {kind!r} is no schedule to train with: "
+            f"{type(scheduler).__name__} with prediction_type {kind!r} is not a schedule to train with: "
             f"expected betas and discrete timesteps, and one of {', '.join(KINDS)}."
         )
     if snr_gamma is None:

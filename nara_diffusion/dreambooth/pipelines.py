@@ -44,7 +44,7 @@ def family_named(pipeline: str) -> Family:
         return BY_PIPELINE[pipeline]
     known = [f"{family.title} ({' or '.join(family.pipelines)})" for family in FAMILIES]
     raise ValueError(
-        f"{pipeline} is no pipeline that can be trained here: expected {', '.join(known)}."
+        f"{pipeline} is not a pipeline that can be trained here: expected {', '.join(known)}."
     )
 
 

@@ -184,5 +184,5 @@ def read_prompts(path: str) -> list[str]:
         raise ValueError(f"prompts_file '{path}' can't be read: {error}") from error
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise ValueError(f"prompts_file '{path}' has no prompt: write one a line.")
+        raise ValueError(f"prompts_file '{path}' has no prompt: write one per line.")
     return prompts

@@ -137,7 +137,7 @@ def adapter_of_model(model: nn.Module, adapter_name: str) -> Iterator[Adapter]:
     root, *others = roots_of(model, adapter_name)
     if others:
         raise ValueError(
-            f"Several models below {type(model).__name__} have '{adapter_name}': pass the one meant."
+            f"Several models below {type(model).__name__} have '{adapter_name}': pass the intended one."
         )
     config: Any = root.peft_config[adapter_name]
     holder: Any = holder_of(root)

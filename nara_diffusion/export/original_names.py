@@ -258,7 +258,7 @@ def _of_unet(name: str, base: str, layers_per_block: int) -> str:
     match = _BLOCK.fullmatch(name)
     if match is None or (match[3] == "resnets" and match[5] not in _IN_RESNET):
         raise ValueError(
-            f"'{name}' is no module of Stable Diffusion's UNet: choose the base that the adapter is "
+            f"'{name}' is not a module of Stable Diffusion's UNet: choose the base that the adapter is "
             "for."
         )
     side, block, kind, layer = match[1], int(match[2] or 0), match[3], int(match[4])

@@ -180,7 +180,7 @@ def check_storable(config: NaraConfig, component: str) -> None:
             continue
         raise ValueError(
             f"The adapter of {component} has {name}={getattr(config, name)!r}, which changes the base "
-            "model itself, so that unloading could not restore it: train without it, or use "
+            "model itself, so unloading could not restore it: train without it, or use "
             "peft.PeftModel's save_pretrained and from_pretrained on the component."
         )
 

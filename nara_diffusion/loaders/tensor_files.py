@@ -178,7 +178,7 @@ def check_regular(path: Path) -> None:
         )
     if path.exists() and not path.is_file():
         raise ValueError(
-            f"'{path}' is no regular file, but a folder, pipe or device: name a safetensors file."
+            f"'{path}' is not a regular file but a folder, pipe or device: name a safetensors file."
         )
 
 
@@ -188,7 +188,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(
-            f"'{path}' can't be read ({error}): it is damaged, download or save it again."
+            f"'{path}' can't be read ({error}): it is damaged. Download or save it again."
         ) from None
 
 

@@ -54,7 +54,7 @@ def as_level(value: Level, *, axes: int = 1) -> Tensor:
         level = as_tensor(value)
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(
-            f"noise_level is {value!r}: pass a number in [0, 1], or a tensor or list, one a sample."
+            f"noise_level is {value!r}: pass a number in [0, 1], or a tensor or list with one value per sample."
         ) from None
     if level.is_complex() or level.dtype == torch.bool or level.dim() > axes or level.numel() == 0:
         raise ValueError(
@@ -207,8 +207,8 @@ class noise_level(ContextDecorator):
         present.set(entry.parent if innermost is entry else None)
         if innermost is not entry:
             raise RuntimeError(
-                "A noise_level(…) was left while another one is the innermost, so that no λ is known from here on: "
-                "leave contexts in the reverse order of entering them, as nested `with` blocks do (a generator that "
+                "A noise_level(…) was exited while another one is the innermost, so no λ is known from here on: exit "
+                "contexts in the reverse order of entering them, as nested `with` blocks do (a generator that "
                 "is suspended inside of one, and closed later, does not)."
             )
 
@@ -235,7 +235,7 @@ def backward_pass() -> int:
 def checked_module(model: Any) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ValueError(
-            f"{type(model).__name__} is no torch.nn.Module: pass the model itself, e.g. pipe.unet."
+            f"{type(model).__name__} is not a torch.nn.Module: pass the model itself, e.g. pipe.unet."
         )
     return model
 

@@ -81,7 +81,7 @@ class InputIdsNoise:
         raise ValueError(
             f"λ can't be read: prompt_lengths has {len(lengths)} values and this forward {rows} "
             "rows. Pass how the sampler repeats rows, repeated='tiled' (all, then all again, as in "
-            "classifier-free guidance) or 'interleaved' (each several times), or one value a row"
+            "classifier-free guidance) or 'interleaved' (each several times), or one value per row"
         )
 
 

@@ -103,7 +103,7 @@ class Parts:
         raise ValueError(
             f"noise_level has {self.count} values for the {self.positions.length} positions of a sample, but layer "
             f"'{layer_name}' sees {tuple(x.shape)}, not these positions of {self.positions.samples} samples in order: "
-            "pass one value a sample, or leave the layer out by `exclude_modules`."
+            "pass one value per sample, or leave the layer out by `exclude_modules`."
         )
 
     def _is_of_samples(self, layer_name: str) -> bool:
@@ -208,6 +208,6 @@ def positions_of(arguments: Mapping[str, object], model_name: str) -> Positions:
     if sequence is None or sequence.dim() < 2 + sequence.is_floating_point():
         raise ValueError(
             f"noise_level has several values a sample, but this forward of {model_name} has no single sequence of "
-            "positions, ids (b, l) or features (b, l, d): pass one value a sample."
+            "positions, ids (b, l) or features (b, l, d): pass one value per sample."
         )
     return Positions(sequence.shape[0], sequence.shape[1])

@@ -83,7 +83,7 @@ def core_of_rows(
     refusal = _cannot_assign(
         samples,
         f"the batch inside layer '{layer_name}' is {rows}",
-        "one a row as the layer sees them (after beams, repeats or CFG)",
+        "one per row as the layer sees them (after beams, repeats or CFG)",
     )
     return _the_only(core, refusal)
 
@@ -174,7 +174,7 @@ class ModelRows:
         if self.is_denoiser:
             raise ValueError(
                 f"noise_level has shape {tuple(level.shape)}, but the layers of {kind} aren't known to see the frames "
-                "of a video in order: pass one value a sample."
+                "of a video in order: pass one value per sample."
             )
         return parts_of(level, positions_of(arguments, kind))
 
@@ -209,7 +209,7 @@ class ModelRows:
             return _cannot_assign(
                 values,
                 f"the batch is {batch}",
-                "one a sample as the model sees them (after CFG or repeats)",
+                "one per sample as the model sees them (after CFG or repeats)",
             )
         if any(_splits_batch(module) for module in outer_modules(root)):
             return _cannot_assign(

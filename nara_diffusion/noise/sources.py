@@ -74,7 +74,7 @@ def register_noise_source(source: NoiseSource) -> None:
     name = getattr(source, "convention", None)
     if not (isinstance(name, str) and name and callable(source)):
         raise ValueError(
-            f"{source!r} is no source of λ: expected a callable (module, args, kwargs) → λ (1,) or "
+            f"{source!r} is not a source of λ: expected a callable (module, args, kwargs) → λ (1,) or "
             "(b,) with an attribute `convention`, the name of its definition."
         )
     if name in (*CONVENTIONS, MASKED_SHARE, BLOCK_SHARE, CORRUPTED_SHARE):

@@ -51,7 +51,7 @@ class StrengthSchedule:
                 )
         if any(first == last for first, last in zip(levels, levels[2:], strict=False)):
             raise ValueError(
-                "points has three points at one λ, of which the middle one would never count: pass two."
+                "points has three points at one λ, but the middle one would never apply: pass two."
             )
 
     def __call__(self, noise_level: Level) -> Tensor:

@@ -107,7 +107,7 @@ def method_of(args: AdapterArguments) -> Method:
     if chosen != "full" and (method.config is None or chosen != chosen.lower()):
         known = [*NAMED, *(str(kind.value).lower() for kind in PEFT_TYPE_TO_CONFIG_MAPPING)]
         raise ValueError(
-            f"adapter is {chosen!r}, which is no method: {hint(chosen, dict.fromkeys(known))}"
+            f"adapter is {chosen!r}, which is not a method: {hint(chosen, dict.fromkeys(known))}"
         )
     return method
 

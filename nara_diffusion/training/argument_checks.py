@@ -57,7 +57,7 @@ def check_arguments(args: TrainingArguments) -> None:
     if args.global_batch_size is not None and args.gradient_accumulation_steps != 1:
         raise ValueError(
             f"gradient_accumulation_steps is {args.gradient_accumulation_steps} and global_batch_size "
-            f"{args.global_batch_size}, from which the former follows: give one of the two."
+            f"{args.global_batch_size}, which already determines it: give only one of the two."
         )
     if args.core_module is not None:
         import_core_module(args.core_module)
@@ -77,7 +77,7 @@ def check_arguments(args: TrainingArguments) -> None:
         family in ("prompt", "full") or args.resume_from_checkpoint or args.hub_model_id or start
     ):
         raise ValueError(
-            "check measures what λ tells a low-rank adapter before its training: leave resume_from_checkpoint, "
+            "check measures, before a training, what λ is worth to a low-rank adapter: leave resume_from_checkpoint, "
             "hub_model_id and init_adapter out, and give adapter nara or lora."
         )
 

@@ -173,7 +173,7 @@ class RunArguments:
     )
     plan: float | None = option(
         None,
-        "Print the memory and FLOPs that this training needs, from configurations alone, and stop before it; with a "
+        "Print the memory and FLOPs that this training needs, from its configurations only, and stop before it; with a "
         "size, such as --plan 24, also the cheapest flags that fit; docs/runs.md.",
         unit="GB",
         bare="inf",

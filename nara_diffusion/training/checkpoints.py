@@ -191,8 +191,8 @@ def latest_whole(folder: Path) -> Path | None:
         return path
     if damaged:
         raise ValueError(
-            f"--resume_from_checkpoint latest: no checkpoint in {folder} is whole. {' '.join(damaged)} Bring the files "
-            "back, or start a new run in a fresh --output_dir."
+            f"--resume_from_checkpoint latest: no checkpoint in {folder} is whole. {' '.join(damaged)} Restore the "
+            "files, or start a new run in a fresh --output_dir."
         )
     return None
 
@@ -222,11 +222,11 @@ def check_same_run(checkpoint: Path, args: TrainingArguments, accelerator: Accel
     )
     if manifest["engine"] != engine:
         raise ValueError(
-            f"{checkpoint} was written under {manifest['engine']} and this run is under {engine}, which keep the "
-            "optimizer in other ways: launch it as it was."
+            f"{checkpoint} was written under {manifest['engine']} and this run is under {engine}, which store the "
+            "optimizer differently: launch it as before."
         )
     if manifest["processes"] != processes:
-        why, batch = "each of which has random states of its own", global_batch(accelerator, args)
+        why, batch = "since each process has its own random states", global_batch(accelerator, args)
         if manifest["batch"] != batch:
             why = f"which makes a global batch of {batch} instead of {manifest['batch']}"
         raise ValueError(
@@ -263,7 +263,7 @@ def check_random_states(checkpoint: Path, process: int) -> None:
         ) from error
     if not all(torch.equal(then.cpu(), now.cpu()) for then, now in pairs):
         raise ValueError(
-            f"{file} doesn't give the random states back, on other devices say: dropout would differ."
+            f"{file} can't restore the random states, as on other devices: dropout would differ."
         )
 
 

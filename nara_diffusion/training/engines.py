@@ -71,8 +71,8 @@ def start_accelerator(args: TrainingArguments) -> Accelerator:
     )
     if launched != accelerator.num_processes:
         raise ValueError(
-            f"{launched} processes were launched, and accelerate runs each apart: it finds no GPU. On CPU, launch with "
-            "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu."
+            f"{launched} processes were launched, but accelerate found no GPU and runs each by itself. On CPU, launch "
+            "with ACCELERATE_USE_CPU=true accelerate launch --multi_gpu."
         )
     for kind, name in asked.items():
         if accelerator.distributed_type != kind:
@@ -128,7 +128,7 @@ def check_sharded(accelerator: Accelerator, args: TrainingArguments) -> None:
     stage, name = zero_stage(accelerator), SHARDED[accelerator.distributed_type][1]
     wrong = ""
     if method_of(args).family == "prompt" and stage in (0, 3):
-        wrong = f"adapter {args.adapter} is saved by running its own small network, whose weights {name} shards"
+        wrong = f"adapter {args.adapter} is saved by running its own small network, and {name} shards its weights"
     elif args.optimizer == "adafactor":
         wrong = (
             f"optimizer adafactor takes means over the rows of whole matrices, which {name} shards"

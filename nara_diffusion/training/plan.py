@@ -1,4 +1,4 @@
-"""`--plan`: print what a run needs, from configurations alone, and the cheapest flags that fit."""
+"""`--plan`: print what a run needs, from its configurations only, and the cheapest flags that fit."""
 
 from __future__ import annotations
 

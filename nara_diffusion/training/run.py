@@ -146,7 +146,7 @@ class Run(Generic[Args]):
         for what, digest in self.digests.items():
             if what.startswith("base model") and saved.get(what, digest) != digest:
                 raise ValueError(
-                    f"{self.checkpoint} belongs to a run with another {what}: bring it back, or start a new run."
+                    f"{self.checkpoint} belongs to a run with another {what}: restore it, or start a new run."
                 )
 
     def plan(self, samples: int) -> int:
@@ -166,7 +166,7 @@ class Run(Generic[Args]):
             self.total_steps = self.data_start + max(1, steps)
         if self.total_steps < self.step:
             raise ValueError(
-                f"the run ends at step {self.total_steps}, but {self.checkpoint} is past it: give a greater "
+                f"the run ends at step {self.total_steps}, but {self.checkpoint} is past it: give a larger "
                 "--max_train_steps or --num_train_epochs, or resume an earlier checkpoint."
             )
         return self.total_steps

@@ -150,7 +150,7 @@ def _checkpoint(args: TrainingArguments, folder: Path) -> Path | None:
                 or "none"
             )
             raise ValueError(
-                f"--resume_from_checkpoint {checkpoint} is no checkpoint: it has no {MANIFEST}. Name a checkpoint-N "
+                f"--resume_from_checkpoint {checkpoint} is not a checkpoint: it has no {MANIFEST}. Name a checkpoint-N "
                 f"folder ({checkpoint.parent} has {present}), or `latest` with the --output_dir of the run."
             )
         check_files(checkpoint)

@@ -329,7 +329,7 @@ class CoreHolder(nn.Module):
         if not names:
             return None
         check_mergeable_twins(self.root)
-        remedy = "a plain LoRA is exact at one λ alone. Pass noise_level=…, or export inside `with noise_level(…):`."
+        remedy = "a plain LoRA is exact at only one λ. Pass noise_level=…, or export inside `with noise_level(…):`."
         level = None if noise_level is None else as_level(noise_level)
         return self.merging.one_level(names, level, entry_for(self), remedy)
 

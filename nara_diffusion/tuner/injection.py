@@ -118,7 +118,7 @@ def check_adapter_names(model: nn.Module, names: set[str]) -> None:
         for before, name in pairwise(f"{PEFT_PREFIX}{key}".split(".")):
             if name in names and not _precedes_adapter_name(before):
                 raise ValueError(
-                    f"adapter '{name}' is named like a part of '{key}', so that PEFT would leave "
+                    f"adapter '{name}' is named like a part of '{key}', so PEFT would leave "
                     "out tensors when it saves one of several adapters. Choose another name."
                 )
 

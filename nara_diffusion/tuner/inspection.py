@@ -51,7 +51,7 @@ def core_matrix(
         names = ", ".join(sorted({repr(name) for holder in holders for name in holder.cores}))
         raise ValueError(
             f"There {f'are {len(found)} adapters' if found else 'is no adapter'} '{adapter_name}': the model has "
-            f"{names}. Of several models below this one, pass the one that is meant."
+            f"{names}. Of several models below this one, pass the intended one."
         )
     cores: CoreSet = found[0]
     group = (

@@ -142,7 +142,7 @@ class Merging:
         if level is not None and self.is_fused:
             logger.warning(
                 "%s: '%s' is fused at noise_level %.6g: until unfuse_lora() every step runs at the C of that λ, "
-                "whatever its own is.",
+                "not of its own.",
                 type(self.root).__name__,
                 name,
                 level.item(),
@@ -180,7 +180,7 @@ class Merging:
         levels = ", ".join(f"{value:.6g}" for value in level.flatten().tolist())
         warnings.warn(
             f"The adapter is merged at noise_level {merged.item():.6g}, at which every forward runs, but "
-            f"the source tells [{levels}]: call unmerge_adapter() to run at that.",
+            f"the source tells [{levels}]: call unmerge_adapter() to run at these.",
             UserWarning,
             stacklevel=2,
         )

@@ -56,7 +56,7 @@ from .twins import check_twin, decoder_name, share_factors, with_twins, without_
 logger = logging.getLogger(__name__)
 
 _STATE_DICT_REMEDY = (
-    "leave state_dict out, or convert A and B alone and give the core as model.state_dict() has it"
+    "leave state_dict out, or convert only A and B, and give the core as model.state_dict() has it"
 )
 
 
@@ -110,7 +110,7 @@ class NaraModel(LoraModel):
         is_dispatched = is_dispatched_by_layers(model)
         if is_dispatched and not hasattr(model, "hf_device_map"):
             raise ValueError(
-                f"{type(model).__name__} is offloaded layer by layer, so that a new adapter would have no values: load "
+                f"{type(model).__name__} is offloaded layer by layer, so a new adapter would have no values: load "
                 "it by pipe.load_nara_weights(), or add it before enable_sequential_cpu_offload()."
             )
         given = state_dict or {}

@@ -60,7 +60,7 @@ def check_twin(root: nn.Module, name: str) -> None:
     config: Any = root.config
     if not config.tie_word_embeddings:
         raise ValueError(
-            f"{type(root).__name__} has tie_word_embeddings=False, so that its encoder and decoder "
+            f"{type(root).__name__} has tie_word_embeddings=False, so its encoder and decoder "
             "have different weights: NaRA adapts it only if they share them."
         )
     if ".router." in name:

@@ -165,7 +165,7 @@ def test_source_of_a_registered_definition_is_read_where_an_adapter_loads_until_
     for other, message in [
         *((Share(name), "is defined by this package") for name in ("timestep", "flow", "edm", "masked_share")),
         (Share(), "'positive_share' has a source already"),
-        *((other, "is no source of λ: expected a callable") for other in (lambda *_: None, "λ", named)),
+        *((other, "is not a source of λ: expected a callable") for other in (lambda *_: None, "λ", named)),
     ]:
         with pytest.raises(ValueError, match=message):
             register_noise_source(other)  # type: ignore[arg-type]

@@ -244,7 +244,10 @@ def test_end_token_inside_an_answer_is_warned_of(tmp_path: Path, caplog: pytest.
 def test_template_that_adds_text_with_the_generation_prompt_alone_is_refused(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(LLADA_TINY)
     tokenizer.chat_template += "{% if add_generation_prompt %}<think>\n\n</think>{% endif %}"
-    with pytest.raises(ValueError, match=r"begins an answer with '.*<think>\\n\\n</think>' as .* can't be found"):
+    with pytest.raises(
+        ValueError,
+        match=r"begins an answer with '.*<think>\\n\\n</think>' in a generation prompt, but .* can't be found",
+    ):
         rows_of(tmp_path, tokenizer, "AB", "CDE", max_length=64)
 
 

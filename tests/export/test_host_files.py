@@ -191,7 +191,7 @@ REFUSED: list[tuple[str, str, dict[str, Any], str, str, str]] = [
     ("prior", "conv_in", {}, "kohya", "sdxl", "no keys for 'prior', expected the denoiser, text_encoder"),
     ("transformer", "conv_in", {}, "kohya", "wan", "has no name in wan's original code"),
     ("unet", "up_blocks.0.attentions.0.proj_in", {}, "comfyui", "sd15", "only in up blocks 1, 2, 3"),
-    ("unet", "mid_block.resnets.0.norm1", {}, "comfyui", "sdxl", "is no module of Stable Diffusion's UNet"),
+    ("unet", "mid_block.resnets.0.norm1", {}, "comfyui", "sdxl", "is not a module of Stable Diffusion's UNet"),
     (
         "unet",
         "conv_in",

@@ -88,11 +88,13 @@ def test_a_pipe_or_a_broken_link_in_place_of_a_file_is_refused_and_not_waited_fo
     for path in (weights[1], single):
         os.mkfifo(path)
     held = [os.open(path, os.O_RDWR) for path in (weights[1], single)]  # so that a reader doesn't wait for a writer
-    for folder, what in zip(folders, ("is a link to 'nowhere', which isn't there", "is no regular file"), strict=True):
+    for folder, what in zip(
+        folders, ("is a link to 'nowhere', which isn't there", "is not a regular file"), strict=True
+    ):
         refused(lambda folder=folder: pipe.load_nara_weights(folder), pipe, str(folder), what)
         with pytest.raises(ValueError, match=f"{folder}.* {what}"):
             PeftModel.from_pretrained(_bases.language_model(), folder)
-    refused(lambda: pipe.load_nara_weights(single), pipe, str(single), "is no regular file")
+    refused(lambda: pipe.load_nara_weights(single), pipe, str(single), "is not a regular file")
     for descriptor in held:
         os.close(descriptor)
 

@@ -164,7 +164,7 @@ def test_model_that_sees_multiples_takes_one_level_a_row_of_its_own_batch() -> N
     for args, kwargs in (((X,), {}), ((), {"timestep": torch.zeros(3), "x": X})):
         assert rows.level_of_forward(LEVELS, Stack(), args, kwargs) is LEVELS
     for args in ((torch.zeros(6, 2, 7),), (torch.zeros(2, 3, 7),), (torch.tensor(1.0),)):
-        with pytest.raises(ValueError, match=f"{REFUSED}one a sample"):
+        with pytest.raises(ValueError, match=f"{REFUSED}one per sample"):
             rows.level_of_forward(LEVELS, Stack(), args, {})
         assert len(rows.level_of_forward(torch.full((3,), 0.3), Stack(), args, {})) == 1
     with pytest.raises(RuntimeError, match=f"{REFUSED}call the whole model"):

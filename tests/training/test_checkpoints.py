@@ -66,7 +66,7 @@ def test_latest_is_the_one_written_last(run: Path, tmp_path: Path) -> None:
     assert latest_whole(run) == run / "checkpoint-3"
     write_manifest(run / "checkpoint-3", before)
     named = text_arguments(tmp_path, **SHORT, resume_from_checkpoint=str(run / "checkpoint-9"))
-    with pytest.raises(ValueError, match=r"is no checkpoint: .* has checkpoint-3, checkpoint-4"):
+    with pytest.raises(ValueError, match=r"is not a checkpoint: .* has checkpoint-3, checkpoint-4"):
         dllm.main(named)
 
 
@@ -95,7 +95,7 @@ def test_manifest_without_a_digest_is_read(run: Path, tmp_path: Path) -> None:
 
 
 def test_random_states_that_cannot_be_restored_are_an_error(run: Path) -> None:
-    with pytest.raises(ValueError, match=r"random_states_0.pkl doesn't give the random states back"):
+    with pytest.raises(ValueError, match=r"random_states_0.pkl can't restore the random states"):
         check_random_states(run / "checkpoint-4", 0)  # nothing was loaded
     with pytest.raises(ValueError, match=r"random_states_1.pkl can't be read"):
         check_random_states(run / "checkpoint-4", 1)

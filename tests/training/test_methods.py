@@ -74,7 +74,7 @@ def test_options_are_fields_of_the_configuration() -> None:
 
 def test_contradiction_is_refused() -> None:
     for changes, message in [
-        ({"adapter": "nora"}, r"adapter is 'nora', which is no method: did you mean nara\?"),
+        ({"adapter": "nora"}, r"adapter is 'nora', which is not a method: did you mean nara\?"),
         ({"adapter": "adalora"}, r"adapter adalora can't be trained here"),
         ({"adapter_options": {"core_innit": "kaiming"}}, r"'core_innit', .* mean core_init"),
         ({"adapter": "dora", "adapter_options": {"use_dora": False}}, r"adapter dora means use_dora True"),
@@ -86,7 +86,7 @@ def test_contradiction_is_refused() -> None:
         ({"core_start_step": 3, "adapter_options": {"core_init": "kaiming"}}, r"core_start_step trains A and B"),
         ({"adapter_options": {"core_input": "both"}}, r"core_input is 'both': choose one of 'noise_level'"),
         ({"seed": -1}, r"seed must be from 0"),
-        ({"global_batch_size": 8, "gradient_accumulation_steps": 2}, r"give one of the two"),
+        ({"global_batch_size": 8, "gradient_accumulation_steps": 2}, r"give only one of the two"),
         ({"optimizer_options": {"beta": 1}}, r"'beta', which AdamW lacks: did you mean betas"),
         ({"lr_scheduler": "constant", "lr_warmup_steps": 5}, r"lr_scheduler 'constant' has no warm-up"),
         ({"core_module": "nowhere.py"}, r"core_module 'nowhere.py' can't be imported: ModuleNotFoundError"),

@@ -109,7 +109,7 @@ class Backbone:
         token = self.configured("bos_token_id")
         if token is None:
             raise ValueError(
-                "there is an empty prompt, this model predicts the next token, so that nothing "
+                "there is an empty prompt, this model predicts the next token, so nothing "
                 "predicts the first one, and its configuration has no bos_token_id: begin the "
                 "prompt with a token, or set model.config.bos_token_id"
             )

@@ -8,7 +8,7 @@
 
 LLaDA2's tensors are renamed, its fused q, k and v are split, and the experts of a layer are stacked
 while they stream from disk; a saved copy has the names of the public checkpoints again. Routers are
-no linear layers, and experts are stacked parameters: adapters on linear layers leave both alone.
+no linear layers, and experts are stacked parameters: adapters on linear layers change neither.
 """
 
 from __future__ import annotations

@@ -131,7 +131,7 @@ def load_backbone(
 
 
 def backbone_on_meta(name: str, dtype: torch.dtype, **hub: Any) -> PreTrainedModel:
-    """Return the model that `load_backbone` loads, on the meta device: from its config.json alone.
+    """Return the model that `load_backbone` loads, on the meta device: from its config.json only.
 
     Its mask token is 0. Raises ValueError as `load_backbone` does.
 
