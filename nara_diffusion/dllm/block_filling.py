@@ -1,4 +1,4 @@
-"""Sampling block by block, for models whose attention goes by blocks (LLaDA2).
+"""Sampling block by block, for models with attention by blocks (LLaDA2).
 
 Blocks have B positions of the sequence, prompt included, so the first one may begin with the end of
 a prompt. One block after another is filled by the rules of `decoding`, under the block mask of

@@ -6,7 +6,7 @@ adapters run at that:
 
     L = 1/B Σ_i  1/n_i Σ_{j masked}  − log p(x_ij | masked x_i) / λ_i
 
-A model whose attention goes by blocks (LLaDA2) is trained on one block of each answer a step: all
+A model with attention by blocks (LLaDA2) is trained on one block of each answer a step: all
 of the above is about that block, and the adapters run at λ = 0 on the clean ones before it.
 """
 

@@ -41,7 +41,7 @@ class CanvasBatch:
         targets: (b, c) the clean tokens.
         supervised: (b, c) bool, the positions inside the answer; only those count in the loss.
         noise_level: (b,) float32, λ.
-        self_conditioned: (b,) bool, the samples whose second pass sees the logits of the first;
+        self_conditioned: (b,) bool, the samples with a second pass that sees the logits of the first;
             None if there is only one pass.
     """
 

@@ -125,7 +125,7 @@ def _component(class_name: str, folder: str, dtype: torch.dtype, **source: Any) 
 
 
 class PlannedSample(TrainingSample):
-    """A sample whose pixels are zeros."""
+    """A sample with pixels of zero."""
 
     def pixel_values(self) -> Tensor:
         return torch.zeros(3, *self.target)

@@ -42,7 +42,7 @@ class CanvasNoise:
         schedulers: returns the present schedulers of the pipelines that loaded adapters.
 
     Attributes:
-        watched: the schedulers whose steps are replaced.
+        watched: the schedulers with replaced steps.
     """
 
     convention = CORRUPTED_SHARE

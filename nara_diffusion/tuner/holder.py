@@ -194,7 +194,7 @@ class CoreHolder(nn.Module):
         Args:
             args: the positional arguments of the forward.
             kwargs: its keyword arguments.
-            is_clean: True for the encoder of twins (`twins`), whose λ is 0.
+            is_clean: True for the encoder of twins (`twins`), which runs at λ = 0.
         """
         self.channel.local.pushed = None
         names = self.active_names()

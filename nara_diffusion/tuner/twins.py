@@ -1,4 +1,4 @@
-"""Adapters of DiffusionGemma, whose encoder and decoder share their weights.
+"""Adapters of DiffusionGemma: its encoder and decoder share their weights.
 
     encoder   clean tokens, λ = 0:      y = W0 x + s B C(0) A x
     decoder   a canvas with noise λ:    y = W0 x + s B C(λ) A x
