@@ -7,8 +7,8 @@ a prompt. One block after another is filled by the rules of `decoding`, under th
     λ (b, k) = 0 for the prompt and finished blocks, masked share of the answer in the active block
 
 Finished text is clean for ever: keys and values that a layer computed at λ = 0 stay right. So a
-cache of them is exact, and a step computes the B positions of its block only. It takes one forward
-of each finished block.
+cache of them is exact, and a step computes the B positions of its block only. The first step of a
+block computes the block before it, too, which is clean by then, and adds it to the cache.
 """
 
 from __future__ import annotations
@@ -31,11 +31,10 @@ class BlockReader(Protocol):
     """What filling blocks needs from a model: the logits of a block behind clean text."""
 
     def logits(self, sequences: Tensor, block: int, level: Tensor) -> Tensor:
-        """Return logits (b, B, v) of a block of `sequences` (b, l) at λ = `level` (b,)."""
-        ...
+        """Return logits (b, B, v) of a block of `sequences` (b, l) at λ = `level` (b,).
 
-    def finish(self, sequences: Tensor, blocks: int) -> None:
-        """Take note that the first `blocks` blocks of `sequences` (b, l) are clean."""
+        All earlier blocks are clean.
+        """
         ...
 
 
@@ -56,12 +55,9 @@ class WholeText:
         with conditioned(self.backbone.model, levels):
             return self.backbone.logits(sequences[:, :end], self.real[:, :end], at=at)
 
-    def finish(self, sequences: Tensor, blocks: int) -> None:
-        pass
-
 
 class CachedText:
-    """Compute the block at each step, and each finished block once, at λ = 0.
+    """Compute the block, and the clean ones before it that no step has computed, at λ = 0.
 
     Args:
         real: (b, l), 0 on padding.
@@ -70,26 +66,18 @@ class CachedText:
     def __init__(self, backbone: Backbone, real: Tensor, block_length: int) -> None:
         self.backbone, self.real, self.block_length = backbone, real, block_length
         self.cache: Any = DynamicCache()
-        self.finished = 0  # positions
+        self.cached = 0  # blocks
 
     def logits(self, sequences: Tensor, block: int, level: Tensor) -> Tensor:
-        logits = self._forward(sequences, (block + 1) * self.block_length, level)
+        start, end = self.cached * self.block_length, (block + 1) * self.block_length
+        levels = F.pad(level[:, None], (block - self.cached, 0))  # (b, clean blocks + 1)
+        places = torch.arange(start, end, device=sequences.device)[None]
+        kwargs = {CACHE: self.cache, "use_cache": True, "position_ids": places}
+        kwargs |= {"attention_mask": self.real[:, :end], "logits_to_keep": self.block_length}
+        with conditioned(self.backbone.model, levels):
+            output = self.backbone.model(sequences[:, start:end], **kwargs)
         self.cache.crop(-self.block_length)
-        return logits
-
-    def finish(self, sequences: Tensor, blocks: int) -> None:
-        end = blocks * self.block_length
-        if end > self.finished:
-            clean = torch.zeros(len(sequences), device=sequences.device)
-            self._forward(sequences, end, clean, logits_to_keep=1)
-            self.finished = end
-
-    def _forward(self, sequences: Tensor, end: int, level: Tensor, **kwargs: Any) -> Tensor:
-        tokens = sequences[:, self.finished : end]
-        places = torch.arange(self.finished, end, device=tokens.device)[None]
-        kwargs |= {CACHE: self.cache, "use_cache": True, "position_ids": places}
-        with conditioned(self.backbone.model, level):
-            output = self.backbone.model(tokens, attention_mask=self.real[:, :end], **kwargs)
+        self.cached = block
         return output.logits
 
 
@@ -108,13 +96,10 @@ def fill_blocks(
     reader = kind(state.backbone, F.pad(real, rest), block_length)
     first = int(state.starts.min()) // block_length
     last = (width + rest[1]) // block_length
-    reader.finish(state.sequences, first)
     for block in range(first, last):
-        if _fill_block(state, reader, block, block_length, on_step_end):
+        is_stopped = _fill_block(state, reader, block, block_length, on_step_end)
+        if is_stopped or not state.masked.any():
             break
-        if not state.masked.any():
-            break
-        reader.finish(state.sequences, block + 1)
     state.sequences = state.sequences[:, :width]
 
 

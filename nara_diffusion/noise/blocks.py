@@ -20,6 +20,14 @@ from torch import Tensor, nn
 from .level import arguments_of
 from .sources import BLOCK_SHARE
 
+LLADA2 = "llada2_moe"
+"""LLaDA2's `model_type`."""
+
+
+def goes_by_blocks(model: nn.Module) -> bool:
+    """Return True for a LLaDA2, in the class of this package or in that of its own checkpoint."""
+    return getattr(getattr(model, "config", None), "model_type", None) == LLADA2
+
 
 def block_mask(real: Tensor, block_length: int, queries: int | None = None) -> Tensor:
     """Return which positions see which: (b, 1, q, l) bool.
@@ -121,10 +129,14 @@ class BlockNoise:
     def with_block_mask(self, module: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any] | None:
         """Return the arguments with the block mask in place of the pipeline's mask (b, l).
 
-        Under that mask, earlier blocks would see later ones. None leaves the arguments as they are.
+        Under that mask, earlier blocks would see later ones. The pipeline gives positions and uses
+        no cache: other forwards between its runs, of `generate` or a loss, keep their arguments.
+        None leaves the arguments as they are.
         """
         real, length = kwargs.get("attention_mask"), self.block_length()
         if length is None or not isinstance(real, Tensor) or real.dim() != 2:
+            return None
+        if kwargs.get("position_ids") is None or kwargs.get("use_cache"):
             return None
         implementation = getattr(module.config, "_attn_implementation", None)
         dtype = next(module.parameters()).dtype

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from nara_diffusion.config import NaraConfig
 from nara_diffusion.cores.registry import needs_noise
-from nara_diffusion.noise.blocks import BlockNoise
+from nara_diffusion.noise.blocks import BlockNoise, goes_by_blocks
 from nara_diffusion.noise.canvas_source import CanvasNoise
 from nara_diffusion.noise.level import Entry, as_level, backward_pass
 from nara_diffusion.noise.parts import Parts
@@ -128,7 +128,9 @@ class LevelFinder:
         source = first_source(self.denoiser, convention)
         if source is None and twins_of(self.root) is not None:
             return self.canvas_source()
-        return self.block_source if convention == BLOCK_SHARE else source
+        if source is None and (convention == BLOCK_SHARE or goes_by_blocks(self.root)):
+            return self.block_source
+        return source
 
     def canvas_source(self) -> CanvasNoise:
         """Return the default source of a DiffusionGemma, which follows its samplers."""
@@ -287,7 +289,7 @@ class LevelFinder:
         if not self.source_is_default:
             return f"which set_noise_source has set. Set one of {convention!r} before, set_noise_source(model, source)."
         return (
-            "which is what its class means by its timestep. Add the adapter to the model that it was trained on; for a "
+            "which is λ of this class of models. Add the adapter to the model that it was trained on; for a "
             "custom definition of λ, call register_noise_source(source) before the model's first adapter is added."
         )
 

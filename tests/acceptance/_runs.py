@@ -13,6 +13,7 @@ from nara_diffusion.dllm.text_arguments import Arguments
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
 from nara_diffusion.training.options import gathered
 from tests.acceptance._commands import ROOT
+from tests.helpers.mixtures import LLADA2, write_checkpoint
 
 TEXT = "adapter_model.safetensors"
 IMAGES = "pytorch_nara_weights.safetensors"
@@ -57,6 +58,29 @@ def text_flags(folder: Path) -> dict[str, Any]:
         "eval_batch_size": 4,
         "gen_length": 8,
         "generation_steps": 4,
+    }
+
+
+def block_flags(folder: Path) -> dict[str, Any]:
+    """A random LLaDA2 with blocks of 4 in the public format, and a task of words; files are made in `folder`.
+
+    The answer is the last word of the question and two words that are always the same.
+    """
+    write_checkpoint(folder / "model", LLADA2 | {"block_length": 4, "moe_intermediate_size": 8})
+    flags = text_flags(folder)
+    random = np.random.default_rng(7)
+    for name in ("train", "validation", "test"):
+        rows = []
+        for _ in range(24 if name == "train" else 5):
+            words = [f"w{n}" for n in random.integers(6, 12, random.integers(2, 7))]
+            answer = f"{words[-1]} w20 w21"
+            rows.append(json.dumps({"instruction": " ".join(words), "output": answer, "answer": answer}) + "\n")
+        Path(flags[f"{name}_file"]).write_text("".join(rows))
+    return flags | {
+        "pretrained_model_name_or_path": folder / "model",
+        "target_modules": ["all-linear"],
+        "gen_length": 8,
+        "generation_steps": None,
     }
 
 

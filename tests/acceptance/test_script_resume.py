@@ -22,7 +22,7 @@ from tests.acceptance._commands import (
     results,
     run,
 )
-from tests.acceptance._runs import ASSETS, TEXT, image_flags, text_flags
+from tests.acceptance._runs import ASSETS, TEXT, block_flags, image_flags, text_flags
 from tests.helpers.small_pipelines import small_sd3, small_sdxl
 
 ENDS = [Moment("step", 3), Moment("name", 4), Moment("step", 3, signal.SIGTERM), Moment("step", 3, signal.SIGINT)]
@@ -79,6 +79,16 @@ def test_run_on_canvases_that_is_killed_goes_on_to_the_same_bits(
     run("dllm.py", **flags, output_dir=tmp_path / "whole")
     check_goes_on("dllm.py", Moment("step", 3), tmp_path, caplog, **flags)
     assert_same_bits(tmp_path / "out", tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_run_of_llada2_that_was_killed_goes_on_to_the_same_bits(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    flags, whole = block_flags(tmp_path), tmp_path / "whole"
+    run("dllm.py", **flags, output_dir=whole)
+    check_goes_on("dllm.py", Moment("step", 3), tmp_path, caplog, **flags)
+    assert_same_bits(tmp_path / "out", whole)
 
 
 IMAGES: dict[str, Any] = {"gradient_accumulation_steps": 2, "lora_dropout": 0.2, "caption_dropout": 0.3}

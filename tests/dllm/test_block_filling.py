@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PromptTuningConfig, get_peft_model
 from torch import Tensor
 
 from nara_diffusion.dllm import GenerationStep, generate, load_backbone
@@ -91,16 +92,17 @@ def test_finished_text_isn_t_computed_again(model: Any) -> None:
     widths: list[int] = []
     model.model.embed_tokens.register_forward_hook(lambda _, args, __: widths.append(args[0].shape[1]))
     answers(model, True, steps=3, stop_at_eos=False)
-    # blocks 0 (prompts of 3 and 4 tokens end in it) to 5, each in one step and a forward at λ = 0
-    assert widths == [4] * (6 + 5)
+    # blocks 0 (prompts of 3 and 4 tokens end in it) to 5 in one step each, which computes the finished block too
+    assert widths == [4] + [8] * 5
     widths.clear()
     generate(model, PROMPTS, gen_length=4, steps=1)
-    assert widths == [8, 4, 4, 4]  # the prompt's two whole blocks at once
+    assert widths == [12, 8]  # the prompt's two whole blocks at once
 
 
-def test_adapter_with_one_level_a_sample_is_refused(model: Any) -> None:
-    with pytest.raises(ValueError, match="'masked_share', and this is 'masked_share_of_block'"):
-        answers(nara(model, noise_convention="masked_share"), True)
+def test_adapters_with_virtual_tokens_are_refused(model: Any) -> None:
+    adapted = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    with pytest.raises(ValueError, match="4 virtual tokens"):
+        answers(adapted, True)
 
 
 def test_settings_that_don_t_go_with_blocks_are_refused(model: Any) -> None:

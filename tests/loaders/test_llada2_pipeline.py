@@ -127,9 +127,19 @@ def test_forward_outside_a_run_asks_for_the_level(base: Path, tmp_path: Path) ->
         pipe.model(PROMPT)
 
 
-def test_adapter_of_another_definition_does_not_run(base: Path, tmp_path: Path) -> None:
-    adapter(base, tmp_path / "adapter", noise_convention="masked_share")
+def test_adapter_of_another_definition_is_refused_at_loading(base: Path, tmp_path: Path) -> None:
+    adapter(base, tmp_path / "adapter")
+    file = tmp_path / "adapter/adapter_config.json"
+    file.write_text(file.read_text().replace(BLOCK_SHARE, "masked_share"))
     pipe = pipeline(base)
-    pipe.load_nara_weights(tmp_path / "adapter")
-    with pytest.raises(ValueError, match="λ is not known"):
-        pipe(input_ids=PROMPT, **RUN)
+    before = set(pipe.model.state_dict())
+    with pytest.raises(ValueError, match="'masked_share', but the source of λ tells 'masked_share_of_block'"):
+        pipe.load_nara_weights(tmp_path / "adapter")
+    assert set(pipe.model.state_dict()) == before
+    with pytest.raises(ValueError, match="'masked_share_of_block'"):  # nor is it made
+        adapter(base, tmp_path / "other", noise_convention="masked_share")
+
+
+def test_adapter_without_a_definition_takes_that_of_the_blocks(base: Path) -> None:
+    model = nara(fresh(base), noise_convention=None, target_modules=TARGETS)
+    assert model.peft_config["default"].noise_convention == BLOCK_SHARE

@@ -61,8 +61,14 @@ class Backbone:
                 self.language_model = module
                 break
         self.is_shifted = isinstance(self.language_model, ShiftedQwen2ForCausalLM)
-        is_in_blocks = isinstance(self.language_model, LLaDA2ForCausalLM)
-        self.block_length: int | None = self.configured("block_length") if is_in_blocks else None
+        self.block_length: int | None = None
+        if isinstance(self.language_model, LLaDA2ForCausalLM):
+            self.block_length = self.configured("block_length")
+            if self.virtual_tokens:
+                raise ValueError(
+                    f"the adapter puts {self.virtual_tokens} virtual tokens before a text, which "
+                    "would shift the blocks of LLaDA2's attention: adapt its layers (nara, lora, …)"
+                )
 
     @property
     def noise_convention(self) -> str:

@@ -23,9 +23,10 @@ from transformers.conversion_mapping import (
 )
 from transformers.core_model_loading import Split, WeightConverter, WeightRenaming
 
+from nara_diffusion.noise.blocks import LLADA2
+
 from .llada_format import check_expressible
 
-LLADA2 = "llada2_moe"
 BLOCK_LENGTH = 32
 """LLaDA2's published length of a block, in tokens."""
 

@@ -40,18 +40,13 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import CONFIG_NAME
 
+from nara_diffusion.noise.blocks import LLADA2
 from nara_diffusion.utils.naming import naming_source
 
 from ..tokenizer import find_mask_token, load_tokenizer, set_special_tokens
 from .block_causal import LLaDA2ForCausalLM
 from .llada_format import KEY_MAPPING, checkpoint_name, llama_fields
-from .mixtures import (
-    LLADA2,
-    LLaDA2MoeConfig,
-    llada2_fields,
-    qwen3_moe_fields,
-    register_conversions,
-)
+from .mixtures import LLaDA2MoeConfig, llada2_fields, qwen3_moe_fields, register_conversions
 from .quantised import quantization
 from .shifted_logits import ShiftedQwen2ForCausalLM
 
