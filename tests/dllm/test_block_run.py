@@ -25,13 +25,17 @@ def arguments(folder: Path, **changes: Any) -> Arguments:
 
 
 def test_a_run_learns_and_its_folder_answers_alike_in_the_pipeline_and_in_generate(tmp_path: Path) -> None:
-    how = {"max_train_steps": 30, "learning_rate": 3e-2, "rank": 8, "lora_alpha": 8.0, "checkpointing_steps": 30}
+    how = {
+        "max_train_steps": 40,
+        "train_batch_size": 8,
+        "learning_rate": 3e-2,
+        "rank": 8,
+        "lora_alpha": 8.0,
+        "checkpointing_steps": 40,
+    }
     results = main(arguments(tmp_path, **how))
     run = tmp_path / "run"
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    losses = [line["loss"] for line in lines if "loss" in line]
-    assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
-    assert results["validation_loss_after"] < results["validation_loss_before"]
+    assert results["validation_loss_after"] < 0.9 * results["validation_loss_before"]
     config = json.loads((run / "adapter_config.json").read_text())
     assert (config["noise_convention"], config["noise_level_per"]) == ("masked_share_of_block", "part")
     code = (run / "README.md").read_text().split("```python")[1].split("```")[0]
