@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from nara_diffusion.dreambooth.captions import own_captions
-from nara_diffusion.dreambooth.fidelity import Encoder, text_alignment
+from nara_diffusion.dreambooth.encoders import Encoder, text_alignment
 from nara_diffusion.dreambooth.image_records import image_files
 from nara_diffusion.utils.statistics import interval
 

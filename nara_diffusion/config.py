@@ -14,7 +14,7 @@ from peft import LoraConfig
 
 from nara_diffusion.cores.registry import BUILT_IN, check_core_type
 from nara_diffusion.noise.level import is_number
-from nara_diffusion.noise.strength_schedule import StrengthSchedule
+from nara_diffusion.noise.strength_schedule import StrengthSchedule, unscaled_fields
 from nara_diffusion.utils.atomic_write import atomic_write_files
 
 _CHOICES: dict[str, tuple[tuple[str | int, ...], tuple[str, ...]]] = {
@@ -35,9 +35,6 @@ _REFUSED = (
     "megatron_config", "monteclora_config", "target_parameters", "use_bdlora", "use_qalora", "velora_config",
 )  # fmt: skip
 """LoRA options that make PEFT compute the update without C(λ)."""
-_UNSCALED = ("bias", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters")
-"""LoRA options that change the model outside s · B · C · A, unless their value is in `_UNSET`."""
-_UNSET = (None, False, "none", [])
 
 
 class NaraPeftType(str, Enum):
@@ -292,19 +289,6 @@ class NaraConfig(LoraConfig):
                 f"init_lora_weights={start!r} needs C = I at step 0, but core_type={self.core_type!r} "
                 f"with core_init={self.core_init!r} may start at another C: use True."
             )
-
-
-def changes_base(start: object) -> bool:
-    """Return True if `init_lora_weights` changes base weights, to W − s·B·A or quantised ones."""
-    return str(start).lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga"))
-
-
-def unscaled_fields(config: LoraConfig) -> list[str]:
-    """Return the LoRA options that change the model where a strength over λ has no effect."""
-    changed = [name for name in _UNSCALED if getattr(config, name, None) not in _UNSET]
-    if changes_base(config.init_lora_weights):
-        changed.append("init_lora_weights")
-    return changed
 
 
 def _is_size(value: object) -> bool:

@@ -49,8 +49,8 @@ def check_tensors(
             `modules_to_save`. None means `expected`.
 
     Raises:
-        ValueError: a tensor is missing, unknown, misshapen or not finite, has integers but the model
-            has real numbers, or belongs to a core and is not float32.
+        ValueError: a tensor is missing, unknown, misshapen or not finite, has integers but the
+            model has real numbers, or belongs to a core and is not float32.
     """
     known = expected if known is None else known
     if missing := _absent(expected, given):
@@ -124,7 +124,10 @@ def check_core_precision(key: str, tensor: Tensor, like: Tensor, where: str, rem
 
 
 def is_core_key(key: str) -> bool:
-    """Return True if a name, in a file or in a model, is that of a core's tensor. Only a NaRA has one."""
+    """Return True if a name, in a file or a model, is that of a core's tensor.
+
+    Only a NaRA has one.
+    """
     return not {NAME_IN_FILES, HOLDER_NAME}.isdisjoint(key.split("."))
 
 

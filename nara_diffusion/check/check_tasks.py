@@ -24,9 +24,7 @@ preservation and adapters of text encoders, since they don't depend on λ.
 from __future__ import annotations
 
 import logging
-import re
 import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import takewhile
@@ -34,10 +32,8 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from nara_diffusion import NaraConfig
 from nara_diffusion.dllm import train as dllm_train
 from nara_diffusion.dllm.batches import GlobalBatchStream
 from nara_diffusion.dllm.loss import batch_loss
@@ -46,24 +42,21 @@ from nara_diffusion.dllm.models.backbone import Backbone
 from nara_diffusion.dllm.objective import TextLoss, adapter_options, has_canvas, loss_of
 from nara_diffusion.dllm.text_arguments import Arguments
 from nara_diffusion.dllm.tokenizer import digit_tokens
-from nara_diffusion.dreambooth import denoiser
+from nara_diffusion.dreambooth import denoiser_files
 from nara_diffusion.dreambooth import train as dreambooth_train
 from nara_diffusion.dreambooth.caches import PromptCache
 from nara_diffusion.dreambooth.dataset import DreamBoothDataset, collate_samples
-from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser, adapt, text_config
+from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments, run_family
 from nara_diffusion.dreambooth.pipelines import family_defaults
 from nara_diffusion.dreambooth.training_step import DreamBoothLoss, TrainingStep
-from nara_diffusion.noise.level import core_holders
 from nara_diffusion.noise.sources import time_layers
 from nara_diffusion.training import adapter_weights
-from nara_diffusion.training.adapters import adapter_config, add_adapter
-from nara_diffusion.training.arguments import TrainingArguments
+from nara_diffusion.training.adapters import add_adapter
 from nara_diffusion.training.command import parse_arguments
-from nara_diffusion.training.optimization import is_core_parameter
 from nara_diffusion.training.run import start_run
 
-from .trials import CHEAP, HELD_OUT, NO_CHEAP, CheckTask, Loss, published
+from .trials import HELD_OUT, NO_CHEAP, CheckTask, Loss, add_cheap, nara_config, published
 from .verdict import check_training
 
 SHORT = {
@@ -128,7 +121,7 @@ def check(model: str, data: str, flags: Sequence[str]) -> dict[str, Any]:
 def check_run(args: Arguments | DreamBoothArguments) -> dict[str, Any]:
     """Check the training in a train script's arguments. Return the content of check.json."""
     if isinstance(args, DreamBoothArguments):
-        with start_run(args, "dreambooth", denoiser.write_checkpoint) as run:
+        with start_run(args, "dreambooth", denoiser_files.write_checkpoint) as run:
             return check_images(dreambooth_train.FineTuning(args, run))
     with start_run(args, "dllm", adapter_weights.write_checkpoint) as run:
         return check_text(dllm_train.FineTuning(args, run))
@@ -262,47 +255,3 @@ def _measured(tuning: dreambooth_train.FineTuning) -> str:
     if tuning.args.validation_data_dir is None:
         return "Losses on a picture held out"
     return HELD_OUT
-
-
-# ---------------------------------------------------------------------- adapters
-
-
-def nara_config(args: TrainingArguments, noise_convention: str, **fields: Any) -> NaraConfig:
-    """Return the configuration of the NaRA that `published` arguments describe."""
-    config = adapter_config(args, noise_convention=noise_convention, **fields)
-    assert isinstance(config, NaraConfig)
-    return config
-
-
-def add_cheap(model: nn.Module, config: NaraConfig, further: Sequence[str] = ()) -> None:
-    """Add the LoRA `CHEAP`, with about NaRA's number of parameters, to a model with a NaRA.
-
-    Args:
-        model: the model with NaRA.
-        config: the configuration of that NaRA.
-        further: names of linear layers to adapt in addition to NaRA's.
-    """
-    root = core_holders(model)[0].root
-    modules = dict(root.named_modules())
-    all_parameters = 0  # number of NaRA's parameters
-    of_layers = 0  # number of parameters in its A and B
-    for name, parameter in root.named_parameters():
-        if parameter.requires_grad:
-            all_parameters += parameter.numel()
-            if not is_core_parameter(name):
-                of_layers += parameter.numel()
-    of_a_rank = of_layers / config.r
-    for name in further:
-        of_a_rank += modules[name].in_features + modules[name].out_features
-    rank = max(1, round(all_parameters / of_a_rank))
-    adapted = [name for name, module in modules.items() if isinstance(module, LoraLayer)]
-    layers = "|".join(map(re.escape, [*adapted, *further]))
-    lora = replace(
-        text_config(config),
-        r=rank,
-        lora_alpha=config.lora_alpha * rank / config.r,
-        target_modules=layers,
-    )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-        adapt(root, lora, CHEAP)

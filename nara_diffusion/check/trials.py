@@ -17,11 +17,13 @@ repeat draws A, core, samples, noise and held-out samples anew.
 from __future__ import annotations
 
 import math
+import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
-from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -31,10 +33,17 @@ from tqdm.auto import tqdm
 from nara_diffusion import NaraConfig
 from nara_diffusion.cores.float32 import Core
 from nara_diffusion.cores.registry import make_cores
+from nara_diffusion.dreambooth.denoiser import adapt, text_config
 from nara_diffusion.noise.level import core_holders
+from nara_diffusion.training.adapters import adapter_config
 from nara_diffusion.training.arguments import TrainingArguments
 from nara_diffusion.training.loop import StepLoss
-from nara_diffusion.training.optimization import build_lr_scheduler, build_optimizer, freeze_core
+from nara_diffusion.training.optimization import (
+    build_lr_scheduler,
+    build_optimizer,
+    freeze_core,
+    is_core_parameter,
+)
 
 ADAPTER, CHEAP = "default", "cheap"  # the names of NaRA's adapter and of the cheap way's adapter
 TITLES = {
@@ -199,3 +208,47 @@ def _measure(task: CheckTask, held_out: Loss, positions: range) -> tuple[Tensor,
 def chunks(positions: range, size: int) -> list[range]:
     """Return `positions` in parts of `size`; the last may be shorter."""
     return [positions[start : start + size] for start in range(0, len(positions), size)]
+
+
+# ---------------------------------------------------------------------- adapters
+
+
+def nara_config(args: TrainingArguments, noise_convention: str, **fields: Any) -> NaraConfig:
+    """Return the configuration of the NaRA that `published` arguments describe."""
+    config = adapter_config(args, noise_convention=noise_convention, **fields)
+    assert isinstance(config, NaraConfig)
+    return config
+
+
+def add_cheap(model: nn.Module, config: NaraConfig, further: Sequence[str] = ()) -> None:
+    """Add the LoRA `CHEAP`, with about NaRA's number of parameters, to a model with a NaRA.
+
+    Args:
+        model: the model with NaRA.
+        config: the configuration of that NaRA.
+        further: names of linear layers to adapt in addition to NaRA's.
+    """
+    root = core_holders(model)[0].root
+    modules = dict(root.named_modules())
+    all_parameters = 0  # number of NaRA's parameters
+    of_layers = 0  # number of parameters in its A and B
+    for name, parameter in root.named_parameters():
+        if parameter.requires_grad:
+            all_parameters += parameter.numel()
+            if not is_core_parameter(name):
+                of_layers += parameter.numel()
+    of_a_rank = of_layers / config.r
+    for name in further:
+        of_a_rank += modules[name].in_features + modules[name].out_features
+    rank = max(1, round(all_parameters / of_a_rank))
+    adapted = [name for name, module in modules.items() if isinstance(module, LoraLayer)]
+    layers = "|".join(map(re.escape, [*adapted, *further]))
+    lora = replace(
+        text_config(config),
+        r=rank,
+        lora_alpha=config.lora_alpha * rank / config.r,
+        target_modules=layers,
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        adapt(root, lora, CHEAP)

@@ -131,8 +131,7 @@ def _decision(found: dict[str, dict[str, Interval]]) -> tuple[str, str, str | No
 def _way_that_pays(
     found: dict[str, dict[str, Interval]], cheap: str | None, gains: bool
 ) -> tuple[str, str, str | None]:
-    """Return answer, advice and way if λ pays in NaRA; `gains`: the cheap way is better than
-    LoRA."""
+    """Return answer, advice and way if λ pays in NaRA; `gains`: the cheap way beats LoRA."""
     if cheap is None:
         return LIKELY, "take NaRA", "nara"
     name = TITLES[cheap]

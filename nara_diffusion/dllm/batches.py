@@ -63,8 +63,7 @@ def without_held_out(training: EncodedRecords, held_out: EncodedRecords) -> Enco
 
 
 def rows_in_training(training: Dataset, **measured: Dataset) -> list[str]:
-    """Return a warning for each of the `measured` data sets, by name, that has rows of
-    `training`."""
+    """Return a warning for each of the `measured` data sets that has rows of `training`."""
     trained = set(_row_keys(training))
     warnings = []
     for name, rows in measured.items():
@@ -214,8 +213,7 @@ def batches_of(
     batch_size: int,
     device: torch.device,
 ) -> Iterator[dict[str, Any]]:
-    """Yield the rows at `indices` as batches on `device`; the index is the key of random
-    numbers."""
+    """Yield the rows at `indices` as batches on `device`; random numbers follow the index."""
     for start in range(0, len(indices), batch_size):
         chosen = indices[start : start + batch_size]
         batch = collator([{**rows[i], "position": i} for i in chosen])

@@ -6,7 +6,7 @@ a prompt. One block after another is filled by the rules of `decoding`, under th
 
     λ (b, k) = 0 for the prompt and finished blocks, masked share of the answer in the active block
 
-Finished text is clean for ever: keys and values that a layer computed at λ = 0 stay right. So a
+Finished text stays clean: keys and values that a layer computed at λ = 0 stay right. So a
 cache of them is exact, and a step computes the B positions of its block only. The first step of a
 block computes the block before it, too, which is clean by then, and adds it to the cache.
 """

@@ -222,7 +222,7 @@ def conditioned(
         return nullcontext()
     convention = convention or Backbone(model).noise_convention
     for holder in holders:
-        names = holder.noisy(holder.active_names())
+        names = holder.deviations.noisy(holder.active_names())
         for name, other in holder.finder.adopt_convention(names, convention).items():
             raise ValueError(
                 f"Adapter '{name}' was trained with λ defined as {other!r}, and this is "

@@ -284,8 +284,7 @@ class RecordEncoder:
     def _in_template(
         self, turns: Sequence[Mapping[str, str]], instruction: str, output: str, answer: str
     ) -> Pair:
-        """Return the pair of an output and the turns before it, as the chat template writes
-        them."""
+        """Return the pair of an output and the turns before it, in the chat template."""
         prompt = chat_text(self.tokenizer, turns)
         answered = [*turns, {"role": "assistant", "content": output}]
         whole = chat_text(self.tokenizer, answered, add_generation_prompt=False)

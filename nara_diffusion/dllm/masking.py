@@ -3,24 +3,23 @@
     t ~ U(ε, 1) for each sequence;  masked_j ~ Bernoulli(t) for each j of the answer;  λ = t
 
 as in LLaDA's supervised fine-tuning (arXiv 2502.09992, algorithm 2). The prompt is never masked. A
-sequence is prompt, answer, padding: `prompt_lengths` (b,) says where the answer starts,
-`answer_lengths` (b,) where it ends (at l by default).
+sequence is prompt, answer, padding, by `prompt_lengths` (b,) and `answer_lengths` (b,). Without the
+latter, the answer ends at l.
 
 Random numbers depend only on (seed, index of the sample in the training stream): a sample has the
-same λ and the same masks with any number of processes, any batch size, any order and any padding,
-and a resumed run needs no random state. Give `seed` and `sample_indices` for that. Otherwise a seed
-is drawn from `generator` (or torch's global one), and the indices are 0 … b − 1.
+same λ and masks with any number of processes, batch size, order and padding, and a resumed run
+needs no random state. Without `seed` and `sample_indices`, a seed is drawn from `generator` (or
+torch's global one), and the indices are 0 … b − 1.
 
-Stratified λ: each of `group_size` consecutive indices takes one of as many equal strata of (ε, 1);
-see `nara_diffusion.noise.window`. A window of noise levels replaces (ε, 1), if it lies inside;
-otherwise their intersection does.
+Stratified λ: each of `group_size` consecutive indices takes one of as many equal strata of (ε, 1),
+or of its intersection with a window of noise levels (`noise.window`).
 
 In blocks (LLaDA2): the answer of a step is the block of an answer token that is drawn uniformly, so
 that each token has the same weight. The prompt and earlier blocks are clean, later ones cut off.
 
-Complementary masks: each sequence appears twice, with mask m at λ = t and with ¬m at λ = 1 − t, so
-that a step trains on each answer token exactly once. There t ~ U(ε, 1 − ε), so that both weights 1/λ are
-finite. A window then has to contain 1 − λ with each λ.
+Complementary masks: each sequence appears twice, with mask m at λ = t and ¬m at λ = 1 − t, so a
+step trains each answer token once. Both 1/λ are finite by t ~ U(ε, 1 − ε), and a window has to
+contain 1 − λ with each λ.
 """
 
 from __future__ import annotations
@@ -255,8 +254,7 @@ def check_drawable(window: NoiseWindow, complementary: bool = False) -> None:
     given = f"min_noise_level is {window.low} and max_noise_level {window.high}"
     if window.low >= top or window.high <= MIN_NOISE_LEVEL:
         raise ValueError(
-            f"{given}, and masked shares are drawn from {MIN_NOISE_LEVEL} to {top:g}: widen the "
-            "window."
+            f"{given}, but masked shares are from {MIN_NOISE_LEVEL} to {top:g}: widen the window."
         )
     if complementary and abs(window.low + window.high - 1) > 1e-9:
         low = min(window.low, 1 - window.high)

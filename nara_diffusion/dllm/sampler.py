@@ -7,8 +7,8 @@ rules of `decoding`. Classifier-free guidance combines logits as
 
 A noise-aware model runs at λ = masked share of the answer over all blocks, for each sample in each
 step, so λ goes from 1 to 0. Rows with masked prompts have the λ of their sample. There is no cache
-of keys and values: with k or v adapted, it would belong to the λ of an older step. (A model whose
-attention goes by blocks is sampled by `block_filling`, with a cache.) Unlike LLaDA's code:
+of keys and values: with k or v adapted, it would belong to the λ of an older step. (`block_filling`
+samples models with attention by blocks, with a cache.) Unlike LLaDA's code:
 
 - an empty prompt becomes a BOS token if position i predicts token i + 1 (Dream), so that something
   predicts the first token of the answer; prompts may differ in length (`canvas`);

@@ -3,11 +3,17 @@
 # ruff: noqa: RUF009 (option() is dataclasses.field() with metadata, not a shared default)
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 from nara_diffusion.training.argument_checks import check_arguments, require
-from nara_diffusion.training.arguments import TrainingArguments, window_of
+from nara_diffusion.training.arguments import (
+    CONFIGS,
+    TrainingArguments,
+    shipped_settings,
+    window_of,
+)
 from nara_diffusion.training.options import option, spread_options
 
 from .decoding import REMASKING, Sampling
@@ -229,3 +235,21 @@ class Arguments(ModelArguments, TrainingArguments, ObjectiveArguments):
             if field.name != "steps":
                 settings[field.name] = getattr(self, field.name)
         return Sampling(**settings)
+
+
+def shipped_run(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of the shipped run if no model is `given`.
+
+    Its data are left out if other data are given.
+    """
+    if "pretrained_model_name_or_path" in given:
+        return {}
+    source = "dataset_name" if "dataset_name" in given else "train_file"
+    return shipped_settings(
+        CONFIGS / "llada_tiny.yaml",
+        given,
+        (source, "train_file", "validation_file", "test_file"),
+        toy="a toy of 64 positions (5 of them a message, and one a letter)",
+        shown="max_train_steps train_batch_size learning_rate gen_length checkpointing_steps",
+        advice="LLaDA-8B add --pretrained_model_name_or_path GSAI-ML/LLaDA-8B-Instruct",
+    )

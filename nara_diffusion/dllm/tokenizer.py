@@ -275,8 +275,7 @@ def token_ids(
 
 
 def backend_of(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:
-    """Return the tokenizer of the library `tokenizers`, or None if this one is written in
-    Python."""
+    """Return the tokenizer of the library `tokenizers`; None if this one is in Python."""
     return getattr(tokenizer, "backend_tokenizer", None) if tokenizer.is_fast else None
 
 

@@ -2,8 +2,7 @@
 
 The shipped model and task, offline, on CPU, in minutes:
     accelerate launch train_scripts/dllm.py
-LLaDA-8B on all GPUs of the machine (--num_processes N: on N of them), in steps of global_batch_size
-samples together:
+LLaDA-8B on all GPUs of the machine (--num_processes N: on N of them):
     accelerate launch train_scripts/dllm.py --config
     train_scripts/configs/llada_instruct_math14k.yaml
 
@@ -16,14 +15,13 @@ adapter_model.safetensors (a model folder for --adapter full), README.md (the mo
 how to load them), config.yaml, results.json, metrics.jsonl, noise_level_curve.png, samples.jsonl,
 and checkpoint-N folders to resume from.
 
-The shipped model has its own settings, not the defaults below:
-train_scripts/configs/llada_tiny.yaml.
+The shipped model has its own settings: train_scripts/configs/llada_tiny.yaml.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -67,7 +65,7 @@ from nara_diffusion.training.adapter_weights import (
     write_checkpoint,
 )
 from nara_diffusion.training.adapters import build_adapter, title_of, window_facts
-from nara_diffusion.training.arguments import CONFIGS, schedule_of, shipped_settings, window_of
+from nara_diffusion.training.arguments import schedule_of, window_of
 from nara_diffusion.training.checkpoints import save_adapter
 from nara_diffusion.training.command import run_command
 from nara_diffusion.training.engines import load_whole, loading_in
@@ -80,28 +78,10 @@ from nara_diffusion.training.run import Run, start_run
 from nara_diffusion.utils.atomic_write import atomic_write_files
 from nara_diffusion.utils.naming import counted
 
-from .text_arguments import Arguments
+from .text_arguments import Arguments, shipped_run
 from .text_plan import planned_text_step
 
 logger = logging.getLogger(__name__)
-
-
-def shipped_run(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of the shipped run if no model is `given`.
-
-    Its data are left out if other data are given.
-    """
-    if "pretrained_model_name_or_path" in given:
-        return {}
-    source = "dataset_name" if "dataset_name" in given else "train_file"
-    return shipped_settings(
-        CONFIGS / "llada_tiny.yaml",
-        given,
-        (source, "train_file", "validation_file", "test_file"),
-        toy="a toy of 64 positions (5 of them a message, and one a letter)",
-        shown="max_train_steps train_batch_size learning_rate gen_length checkpointing_steps",
-        advice="LLaDA-8B add --pretrained_model_name_or_path GSAI-ML/LLaDA-8B-Instruct",
-    )
 
 
 def main(args: Arguments) -> dict[str, Any]:
@@ -132,9 +112,8 @@ class FineTuning:
         self._load_base()
         self._encode_records()
         self._check_lengths()
-        measured = (self.validation_rows, self.test_rows)
-        how = (self.collator, self.sampling)
-        self.evaluation = Evaluation(run, self.tokenizer, *measured, *how)
+        measured = (self.validation_rows, self.test_rows, self.collator, self.sampling)
+        self.evaluation = Evaluation(run, self.tokenizer, *measured)
         if args.gradient_checkpointing:
             recompute_activations(self.backbone)
         self.objective: dict[str, Any] = {"seed": args.seed, "group_size": run.global_batch}
@@ -246,8 +225,9 @@ class FineTuning:
         options = adapter_options(self.backbone, args)
         model = build_adapter(self.backbone, args, strength=schedule_of(args), **options)
         check_canvas(model, *self.canvas)  # again, since the adapter may take some positions
-        what = f"samples have up to {self.padded} tokens"
-        check_positions(model, self.padded, what, "lower --max_length")
+        check_positions(
+            model, self.padded, f"samples have up to {self.padded} tokens", "lower --max_length"
+        )
         if checkpoint is not None:
             load_checkpoint(model, checkpoint)
         elif args.init_adapter is not None:

@@ -136,8 +136,7 @@ class State:
         self.masked = self.masked & (self.answers == self.mask_token_id)
 
     def _logits(self, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Return the guided logits (a, k, v) of `rows` (a,), each at its own λ, at `positions` (a,
-        k)."""
+        """Return guided logits (a, k, v) of `rows` (a,), each at its λ, at `positions` (a, k)."""
         self.forwards += 1
         w = self.sampling.cfg_scale
         padding = None if self.attention_mask is None else self.attention_mask[rows]

@@ -25,9 +25,10 @@ from nara_diffusion.training.report import finish
 from nara_diffusion.training.run import Run
 
 from .caches import PromptCache
-from .denoiser import AdaptedDenoiser, read_checkpoint, write_adapter
+from .denoiser import AdaptedDenoiser
+from .denoiser_files import read_checkpoint, write_adapter
+from .encoders import load_encoders
 from .few_steps import check_family, levels_of, sampler_line, sampler_of
-from .fidelity import load_encoders
 from .image_arguments import DreamBoothArguments, run_family
 from .image_report import describe_student
 from .objectives import build_objective

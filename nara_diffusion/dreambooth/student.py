@@ -1,7 +1,7 @@
 """The loss and the measurements of a student that samples in K steps.
 
-From the teacher's latents z_k, the student predicts y_k at once, without guidance. Its target is the
-prediction that lands on z_(k+1) (`few_steps.landing`):
+From the teacher's latents z_k, the student predicts y_k at once, without guidance. Its target is
+the prediction that lands on z_(k+1) (`few_steps.landing`):
 
     loss = mean over samples of (1 / e_k) · mean (prediction − y_k)²
 
@@ -28,10 +28,12 @@ from nara_diffusion.noise.timesteps import TimestepNoise
 from nara_diffusion.training.engines import split_across_processes
 
 from .caches import PromptCache
-from .denoiser import ADAPTER, LORA_WEIGHTS, freeze_adapter
+from .denoiser import ADAPTER, freeze_adapter
+from .denoiser_files import LORA_WEIGHTS
+from .encoders import Images
 from .family import placed
 from .few_steps import Level, landings
-from .fidelity import Evaluation, Images
+from .fidelity import Evaluation
 from .pipelines import modules_of
 from .training_step import DreamBoothLoss
 from .trajectories import Teacher

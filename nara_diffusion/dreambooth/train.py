@@ -20,10 +20,10 @@ starts from a LoRA or NaRA. --min_noise_level and --max_noise_level train a part
 (docs/strength.md).
 
 The output folder then has: pytorch_nara_weights.safetensors (for pipe.load_nara_weights; for the
-files of other methods see nara_diffusion/dreambooth/denoiser.py), README.md (the model card, which
-says how to load them), samples.png (before, after, and what the autoencoder can show), the samples
-themselves, noise_level_curve.png, results.json, metrics.jsonl, config.yaml, validation/step-N.png,
-and checkpoint-N folders to resume from.
+files of other methods see nara_diffusion/dreambooth/denoiser_files.py), README.md (the model card,
+which says how to load them), samples.png (before, after, and what the autoencoder can show), the
+samples themselves, noise_level_curve.png, results.json, metrics.jsonl, config.yaml,
+validation/step-N.png, and checkpoint-N folders to resume from.
 """
 
 from __future__ import annotations
@@ -54,9 +54,11 @@ from nara_diffusion.training.run import Run, start_run
 from nara_diffusion.utils.naming import counted
 
 from .dataset import DreamBoothDataset, collate_samples
-from .denoiser import AdaptedDenoiser, read_checkpoint, write_adapter, write_checkpoint
+from .denoiser import AdaptedDenoiser
+from .denoiser_files import read_checkpoint, write_adapter, write_checkpoint
 from .distill import Distillation
-from .fidelity import Evaluation, load_encoders
+from .encoders import load_encoders
+from .fidelity import Evaluation
 from .image_arguments import DreamBoothArguments, run_family
 from .image_plan import planned_image_step
 from .image_records import ImageRecord, Size, class_records, records_from_folder, trained_on

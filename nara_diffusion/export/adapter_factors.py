@@ -1,13 +1,15 @@
-"""One adapter of a model or of a file: the factors A, B, s and the magnitude of each layer, and C(λ).
+"""One adapter of a model or a file: A, B, s and the magnitude of each layer, and C(λ).
 
     ΔW(λ) = s · B · C(λ) · A          A (r, d_in …), B (d_out, r …), C (b, r, r), s a number
 
-C includes a strength that depends on λ. It is I in a layer that reads no core. For one λ, B includes C:
+C includes a strength that depends on λ. It is I in a layer that reads no core. For one λ, B
+includes C:
 
     s · B · C(λ) · A  =  α/r · B' · A,        B' = (s r / α) · B · C(λ)
 
-α and r are those of the configuration. s differs from α/r if a strength was set; B' then includes it
-too. In a grouped convolution B is block-diagonal and C is not, so A' = (s r / α) · C(λ) · A instead.
+α and r are those of the configuration. s differs from α/r if a strength was set; B' then includes
+it too. In a grouped convolution B is block-diagonal and C is not, so A' = (s r / α) · C(λ) · A
+instead.
 """
 
 from __future__ import annotations
@@ -30,10 +32,10 @@ from nara_diffusion.layers.dispatch import PEFT_DORA
 from nara_diffusion.layers.offloading import onloaded
 from nara_diffusion.layers.variants import NaraVariant
 from nara_diffusion.loaders.adapter_part import AdapterPart, configured_scaling
-from nara_diffusion.noise.level import Level, as_level
+from nara_diffusion.noise.level import Level, as_level, entry_for
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
 from nara_diffusion.strict import adapter_tensors
-from nara_diffusion.tuner.holder import holder_of
+from nara_diffusion.tuner.holder import CoreHolder, holder_of
 from nara_diffusion.tuner.inspection import onloaded_cores
 from nara_diffusion.tuner.strength import layers_of, roots_of, strength_of
 from nara_diffusion.tuner.twins import check_foldable_file
@@ -131,8 +133,8 @@ def adapter_of_model(model: nn.Module, adapter_name: str) -> Iterator[Adapter]:
 
     Raises:
         ValueError: there is no such adapter, or several models inside `model` have it; it is of
-            another method than LoRA, or of a LoRA variant that can't be a plain LoRA; or the weights
-            are offloaded or sharded.
+            another method than LoRA, or of a LoRA variant that can't be a plain LoRA; or the
+            weights are offloaded or sharded.
     """
     root, *others = roots_of(model, adapter_name)
     if others:
@@ -140,7 +142,7 @@ def adapter_of_model(model: nn.Module, adapter_name: str) -> Iterator[Adapter]:
             f"Several models below {type(model).__name__} have '{adapter_name}': pass the intended one."
         )
     config: Any = root.peft_config[adapter_name]
-    holder: Any = holder_of(root)
+    holder = holder_of(root)
     if not isinstance(config, LoraConfig):
         raise ValueError(
             f"Adapter '{adapter_name}' is a {type(config).__name__.removesuffix('Config')}: only a NaRA or a LoRA can "
@@ -160,13 +162,17 @@ def adapter_of_model(model: nn.Module, adapter_name: str) -> Iterator[Adapter]:
     schedules = set() if strength is None else {strength}
     make, level_of = _no_core, _no_level
     if holder is not None and adapter_name in holder.cores:
-        make, level_of = holder.matrix, partial(holder.level_to_export, adapter_name)
+        make, level_of = holder.deviations.matrix, partial(_level_of, holder, adapter_name)
     with onloaded_cores(model):
         yield Adapter(config, lora, keys, make, level_of, schedules)
 
 
 def _no_core(key: CoreKey, level: Tensor | None) -> Tensor:
     raise AssertionError(f"no layer reads a core, but {key} was asked for")
+
+
+def _level_of(holder: CoreHolder, adapter_name: str, level: Level | None) -> Tensor | None:
+    return holder.merging.level_to_export(adapter_name, level, entry_for(holder))
 
 
 def _no_level(level: Level | None) -> None:

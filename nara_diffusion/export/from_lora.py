@@ -17,7 +17,7 @@ from diffusers.loaders.peft import PeftAdapterMixin
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
 
-from nara_diffusion.config import NaraConfig, changes_base
+from nara_diffusion.config import NaraConfig
 from nara_diffusion.loaders.insertion import (
     LOADED_FLAG,
     TEXT_ENCODER,
@@ -25,6 +25,7 @@ from nara_diffusion.loaders.insertion import (
     read_schedule_of,
 )
 from nara_diffusion.noise.prediction import flow_shift
+from nara_diffusion.noise.strength_schedule import changes_base
 from nara_diffusion.strict import check_tensors
 from nara_diffusion.tuner.injection import restored_on_error
 from nara_diffusion.tuner.strength import layers_of
@@ -49,15 +50,15 @@ def from_lora(
         model = from_lora("folder of a PEFT LoRA", backbone, core_type="hypernetwork")
         from_lora("pytorch_lora_weights.safetensors", pipe)              # then pipe.save_nara_weights(…)
 
-    If the LoRA was folded from an adapter with a `scheduler`, the pipeline's scheduler must expect its
-    prediction.
+    If the LoRA was folded from an adapter with a `scheduler`, the pipeline's scheduler must expect
+    its prediction.
 
     Args:
-        lora: a folder in PEFT's format, as `save_pretrained` of a PeftModel or of `to_lora(…)` writes it;
-            or, for a pipeline, a file that Diffusers reads (Diffusers' names, kohya's, …), or a folder
-            with one.
-        model: the base. A module is wrapped in a PeftModel. A Diffusers model gets the adapter injected.
-            So does a pipeline; its text encoders get plain LoRAs (core_type "identity").
+        lora: a folder in PEFT's format, as `save_pretrained` of a PeftModel or of `to_lora(…)`
+            writes it; or, for a pipeline, a file that Diffusers reads (Diffusers' names, kohya's,
+            …), or a folder with one.
+        model: the base. A module is wrapped in a PeftModel. A Diffusers model gets the adapter
+            injected. So does a pipeline; its text encoders get plain LoRAs (core_type "identity").
         adapter_name: the name of the new adapter.
         core: fields of NaraConfig, such as core_type, core_sharing, noise_convention, lora_dropout.
 
@@ -65,10 +66,10 @@ def from_lora(
         A PeftModel, or the Diffusers model or pipeline itself. The adapter is active and trainable.
 
     Raises:
-        ValueError: `lora` can't be read as a LoRA, or has trained biases, tokens or modules; `model`
-            lacks one of its layers, or has one of another shape; `core` has a field that comes from the
-            LoRA, or a core that doesn't start at C = I (core_init "kaiming", core_type "rank_mask" or
-            "bins"). Then `model` is unchanged.
+        ValueError: `lora` can't be read as a LoRA, or has trained biases, tokens or modules;
+            `model` lacks one of its layers, or has one of another shape; `core` has a field that
+            comes from the LoRA, or a core that doesn't start at C = I (core_init "kaiming",
+            core_type "rank_mask" or "bins"). Then `model` is unchanged.
     """
     if decided := sorted(_DECIDED & core.keys()):
         raise ValueError(

@@ -41,9 +41,9 @@ _IN_CLIP = re.compile(r"encoder\.layers\.\d+\.(self_attn|mlp)\.")
 def host_state_dict(loras: Mapping[str, PlainLora], form: str, base: str) -> dict[str, Tensor]:
     """Return the tensors of a file for another program.
 
-    `up` includes the scale α/r, and alpha is the rank. In kohya's form for a UNet and its text encoders,
-    all layers of a component have one alpha, the smallest of their ranks, and `up` includes
-    rank / alpha: Diffusers reads one alpha for all attention of a component.
+    `up` includes the scale α/r, and alpha is the rank. In kohya's form for a UNet and its text
+    encoders, all layers of a component have one alpha, the smallest of their ranks, and `up`
+    includes rank / alpha: Diffusers reads one alpha for all attention of a component.
 
     Args:
         loras: {component of the pipeline ("unet", "transformer", "text_encoder", …): its LoRA}.
@@ -87,7 +87,8 @@ def save_host_file(
     Its folder is created.
 
     Raises:
-        ValueError: see `host_state_dict`. OSError: the target is full, a folder, or can't be written.
+        ValueError: see `host_state_dict`. OSError: the target is full, a folder, or can't be
+            written.
     """
     path = Path(path)
     found = host_state_dict(loras, form, base)

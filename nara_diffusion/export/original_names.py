@@ -1,4 +1,4 @@
-"""Names of modules in the models' original code, which kohya's files and ComfyUI use, for Diffusers' names.
+"""Original names of modules, used by kohya's files and ComfyUI, for Diffusers' names.
 
 FLUX and SD3 have q, k and v fused in one matrix there. Its LoRA is block-diagonal and exact:
 
@@ -136,8 +136,9 @@ def parts_of(names: Collection[str], base: str) -> dict[str, list[str | None]]:
         base: "sd15", "sdxl", "flux", "sd3" or "wan".
 
     Raises:
-        ValueError: a module has no name there, or the UNet of `base` doesn't have it; or the modules
-            don't show how many layers each block of their UNet has, but the names depend on it.
+        ValueError: a module has no name there, or the UNet of `base` doesn't have it; or the
+            modules don't show how many layers each block of their UNet has, but the names depend on
+            it.
     """
     if base in UNETS:
         layers_per_block = _layers_per_block(names, base)
@@ -184,7 +185,7 @@ def original_layers(layers: Mapping[str, PlainLoraLayer], base: str) -> dict[str
 
 
 def _is_last_context_norm(name: str, layer: PlainLoraLayer) -> bool:
-    """Return True for the context's modulation in SD3's last block, with two rows for each column."""
+    """Return True for the context's modulation in SD3's last block (2 d rows, d columns)."""
     is_modulation = name.endswith("context_block.adaLN_modulation.1")
     return is_modulation and len(layer.B) == 2 * layer.A.shape[1]
 

@@ -107,9 +107,11 @@ class PlainLora:
         layers: {name of the module in the adapted model: its factors}.
         others: the adapter's other tensors, by PEFT's keys: trained biases, token embeddings,
             modules_to_save.
-        error: the error over λ of `to_lora(model, "best")`. None for a LoRA of one λ: it is exact there.
-        scheduler: class and configuration of the Diffusers scheduler that it needs. Only LoRAs that an
-            earlier version folded, from an adapter that predicts something else than its base, have it.
+        error: the error over λ of `to_lora(model, "best")`. None for a LoRA of one λ: it is exact
+            there.
+        scheduler: class and configuration of the Diffusers scheduler that it needs. Only LoRAs that
+            an earlier version folded, from an adapter that predicts something else than its base,
+            have it.
     """
 
     config: LoraConfig
@@ -119,7 +121,7 @@ class PlainLora:
     scheduler: Mapping[str, Any] | None = None
 
     def state_dict(self, prefix: str = "") -> dict[str, Tensor]:
-        """Return the tensors by PEFT's keys, as `peft.get_peft_model_state_dict` does, with `prefix`."""
+        """Return the tensors as `peft.get_peft_model_state_dict` does, with `prefix` before each key."""
         found = tensors_of_layers(self.layers, prefix)
         for key, tensor in self.others.items():
             found[f"{prefix}{key}"] = tensor.contiguous()

@@ -1,7 +1,8 @@
 """Read a LoRA: a folder of PEFT, or, for a pipeline, a file that Diffusers reads.
 
-`lora_state_dict` of the pipeline converts files (Diffusers' own names, kohya's, …). It drops keys of
-DoRA in kohya's files, and layers that match no module, at most with a warning. Here both are errors.
+`lora_state_dict` of the pipeline converts files (Diffusers' own names, kohya's, …). It drops keys
+of DoRA in kohya's files, and layers that match no module, at most with a warning. Here both are
+errors.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ def _of_tensors(config: LoraConfig, tensors: Mapping[str, Tensor]) -> PlainLora:
 
 
 def _scheduler(folder: Path, text: str | None = None) -> dict[str, Any] | None:
-    """Return the scheduler that an earlier version wrote into a file's metadata or folder, if any."""
+    """Return the scheduler that an earlier version wrote beside or into the file, if any."""
     path = folder / "scheduler" / "scheduler_config.json"
     if text:
         fields = dict(json.loads(text))
@@ -190,7 +191,7 @@ def _check_all_converted(tensors: Mapping[str, Tensor], parts: Mapping[str, Plai
 def _converted(
     tensors: Mapping[str, Tensor], pipe: DiffusionPipeline
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Return {Diffusers' key, with the component: tensor}, and {Diffusers' key of an alpha: alpha}."""
+    """Return {key: tensor} and {key of an alpha: alpha}, both by Diffusers' keys of a pipeline."""
     converter: Any = pipe
     options: dict[str, Any] = {}
     if hasattr(converter, "unet"):
@@ -206,7 +207,7 @@ def _converted(
 
 
 def _kohyas(key: str) -> str:
-    """Return kohya's key for ComfyUI's key of a UNet (`nara fold --form comfyui`), or `key` itself."""
+    """Return kohya's key for ComfyUI's key of a UNet (`nara fold --form comfyui`), else `key`."""
     match = _COMFYUI.fullmatch(key)
     if match is None:
         return key

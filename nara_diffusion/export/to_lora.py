@@ -1,7 +1,7 @@
 """Export of a NaRA as one plain LoRA: exactly that of one λ, or the nearest over all λ.
 
-The LoRA that is nearest over all λ has the mean C̄ of C(λ) in place of C(λ). For any A and B,
-C̄ is the X that minimises ∫ ‖s B (C(λ) − X) A‖² dλ. The error is computed from r × r matrices, without
+The LoRA that is nearest over all λ has the mean C̄ of C(λ) in place of C(λ). For any A and B, C̄ is
+the X that minimises ∫ ‖s B (C(λ) − X) A‖² dλ. The error is computed from r × r matrices, without
 the dense ΔW (d_out, d_in):
 
     ‖s B D A‖² = Σ (Bᵀ B D s² A Aᵀ) ⊙ D,        D = C(λ) − C̄
@@ -38,18 +38,18 @@ def to_lora(
 
         to_lora(model, noise_level=0.5).save_pretrained("folder")      # for PeftModel.from_pretrained, without NaRA
 
-    At that λ the update equals the NaRA's up to rounding (a relative 1e-7 in float32). At any other λ it
-    differs. It includes a strength from `set_strength` or the configuration. Every `core_type` and
-    `core_sharing` can be exported, and a plain LoRA with a strength over λ too.
+    At that λ the update equals the NaRA's up to rounding (a relative 1e-7 in float32). At any other
+    λ it differs. It includes a strength from `set_strength` or the configuration. Every `core_type`
+    and `core_sharing` can be exported, and a plain LoRA with a strength over λ too.
 
     Args:
         model: a PeftModel, a model with an injected adapter (`inject_adapter_in_model`,
-            `unet.add_adapter`, `load_nara_weights`), or a model that contains one of these; quantised
-            or not.
+            `unet.add_adapter`, `load_nara_weights`), or a model that contains one of these;
+            quantised or not.
         noise_level: λ in [0, 1], 1 = pure noise. None takes λ from `with noise_level(model, …)`; an
-            adapter that doesn't depend on λ needs none. "best" returns the LoRA with the nearest update
-            over all λ, for hosts without schedules, with its `error`. For a DoRA this compares the
-            update inside the norm.
+            adapter that doesn't depend on λ needs none. "best" returns the LoRA with the nearest
+            update over all λ, for hosts without schedules, with its `error`. For a DoRA this
+            compares the update inside the norm.
         adapter_name: the name of the adapter.
 
     Raises:

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
-from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, Embedding
+from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, Embedding, LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import transpose
 from torch import Tensor, nn
@@ -85,6 +85,21 @@ class AdaptedLayer(Protocol):
     def _unmerged_base_weight(self, safe_merge: bool) -> AbstractContextManager[Tensor]:
         """Yield W0 without the other adapters that are merged into it, for DoRA's norm."""
         ...
+
+
+def reads_core(layer: LoraLayer, adapter_name: str) -> bool:
+    """Return True if a forward of the layer would read the adapter's C now."""
+    is_off = layer.disable_adapters or layer.merged
+    return not is_off and adapter_name in layer.active_adapters
+
+
+def is_trainable(layer: LoraLayer, adapter_name: str) -> bool:
+    """Return True if the adapter's A is trainable in this layer."""
+    if adapter_name in layer.lora_A:
+        parameters = layer.lora_A[adapter_name].parameters()
+        return any(parameter.requires_grad for parameter in parameters)
+    embeddings = layer.lora_embedding_A
+    return adapter_name in embeddings and embeddings[adapter_name].requires_grad
 
 
 def factors(layer: AdaptedLayer, adapter_name: str) -> tuple[Tensor, Tensor]:

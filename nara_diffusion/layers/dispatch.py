@@ -26,8 +26,8 @@ _FORWARDS = (lora.Linear.forward, Embedding.forward, lora.Conv2d.forward)
 class _OutsideAutocast:
     """True unless autocast is on; for PEFT's `cast_input_dtype_enabled`.
 
-    PEFT converts a layer's input to the dtype of A. Under autocast, A's product converts it back: two
-    kernels a layer, and two in backward.
+    PEFT converts a layer's input to the dtype of A. Under autocast, A's product converts it back:
+    two kernels a layer, and two in backward.
     """
 
     def __bool__(self) -> bool:

@@ -4,9 +4,9 @@
 
 The norm is a constant: it gets no gradient. Letters are as in `variants`; g is (n, d_out).
 
-W0 Aᵀ, A Aᵀ and ‖W0‖ do not depend on λ, but are not kept between forwards. PEFT merges another adapter
-of the layer by writing to `weight.data` in place, and hot-swaps A so. Neither the version of a tensor
-nor its storage shows that, and no forward need run in between.
+W0 Aᵀ, A Aᵀ and ‖W0‖ do not depend on λ, but are not kept between forwards. PEFT merges another
+adapter of the layer by writing to `weight.data` in place, and hot-swaps A so. Neither the version
+of a tensor nor its storage shows that, and no forward need run in between.
 """
 
 from __future__ import annotations

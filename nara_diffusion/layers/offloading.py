@@ -47,6 +47,13 @@ def groups_of(module: nn.Module) -> list[Any]:
     return [hook.group for hook in _hooks_of(module) if hasattr(hook, "group")]
 
 
+def onload_groups(module: nn.Module) -> None:
+    """Load what the forward of `module` loads, if Diffusers offloads it in groups."""
+    if "_diffusers_hook" in vars(module):
+        for group in groups_of(module):
+            group.onload_()
+
+
 @contextmanager
 def in_memory(module: nn.Module) -> Iterator[None]:
     """Keep the weights that the forward of `module` loads in memory, even if they are on disk."""

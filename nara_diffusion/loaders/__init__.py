@@ -1,1 +1,1 @@
-"""Loading, saving and unloading the NaRA adapters of Diffusers pipelines, and the files that hold them."""
+"""Files of NaRA adapters, and loading, saving and unloading them in Diffusers pipelines."""

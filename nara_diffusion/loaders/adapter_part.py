@@ -1,7 +1,7 @@
 """The part of an adapter for one component: its configuration, its tensors, and the check of both.
 
-The check compares a file with its own configuration, without its base model. The sizes of the base's
-layers are compared when the adapter is loaded. Both use `strict.check_tensors`.
+The check compares a file with its own configuration, without its base model. The sizes of the
+base's layers are compared when the adapter is loaded. Both use `strict.check_tensors`.
 """
 
 from __future__ import annotations

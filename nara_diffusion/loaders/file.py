@@ -9,8 +9,8 @@ A pipeline's file is one safetensors file, with the configurations in its metada
                                               with the fields of NaraConfig
 
 PEFT's folder has one component, in adapter_config.json and adapter_model.safetensors.
-`PeftModel.save_pretrained`, `train_scripts/dllm.py` and its checkpoints write it. Its keys begin with
-"base_model.model.".
+`PeftModel.save_pretrained`, `train_scripts/dllm.py` and its checkpoints write it. Its keys begin
+with "base_model.model.".
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from .tensor_files import (
 
 FORMAT_VERSION = 1
 BASE = "base_model_name_or_path"
-"""The field with the base model's name. For a directory of this machine it is the last part."""
+"""The field with the base model's name: for a local directory, only its last part."""
 MODEL = "model"
 """The name of a PEFT folder's component if no other is given."""
 
@@ -60,7 +60,8 @@ class AdapterFile:
 
     Attributes:
         parts: {component: its configuration and tensors}.
-        path: the file with the tensors; None for a dict, and for an adapter that is not written yet.
+        path: the file with the tensors; None for a dict, and for an adapter that is not written
+            yet.
     """
 
     parts: dict[str, AdapterPart]
@@ -184,7 +185,7 @@ def _of_pipeline(
         component, _, rest = key.partition(".")
         if component not in split:
             raise ValueError(
-                f"{origin} has '{key}', but its configuration is for {listed(configs)} only: damaged."
+                f"{origin} has '{key}', but its configuration is only for {listed(configs)}: it is damaged."
             )
         split[component][rest] = tensor
     parts = {}
@@ -219,7 +220,7 @@ def _configs(text: str, origin: str) -> dict[str, NaraConfig]:
         components = {name: dict(own) for name, own in given.items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(
-            f"The configuration in the metadata of {origin} can't be read ({error!r}): damaged."
+            f"The configuration in the metadata of {origin} can't be read ({error!r}): it is damaged."
         ) from None
     if version != FORMAT_VERSION:
         raise ValueError(

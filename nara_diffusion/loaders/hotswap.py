@@ -1,8 +1,8 @@
 """Hotswap: replace an adapter's weights in place, so that a compiled model is not recompiled.
 
-The new adapter has the ranks of the old one, since C(λ) is r × r. `enable_lora_hotswap(target_rank=r)`
-with r its own rank makes the scales tensors. Then adapters with another lora_alpha don't recompile the
-model either.
+The new adapter has the ranks of the old one, since C(λ) is r × r.
+`enable_lora_hotswap(target_rank=r)` with r its own rank makes the scales tensors. Then adapters
+with another lora_alpha don't recompile the model either.
 """
 
 from __future__ import annotations
@@ -88,14 +88,14 @@ def check_swappable(
     old = nara_adapters_of(model).get(adapter_name)
     if old is None:
         raise ValueError(
-            f"'{adapter_name}' of {component} is a LoRA, or not there: a NaRA can only be swapped for "
+            f"'{adapter_name}' of {component} is a LoRA, or does not exist: a NaRA can only be swapped for "
             f"a NaRA; {_REMEDY}"
         )
     for field in _HAS_TO_AGREE:
         there, given = getattr(old, field), getattr(part.config, field)
         if there != given:
             raise ValueError(
-                f"{field} is {given!r} in the new adapter, and {there!r} in '{adapter_name}' of "
+                f"{field} is {given!r} in the new adapter but {there!r} in '{adapter_name}' of "
                 f"{component}, and hotswap keeps the modules: {_REMEDY}"
             )
     _holder(model).finder.with_convention(adapter_name, part.config)
@@ -104,9 +104,9 @@ def check_swappable(
 
 
 def prepare_swap(model: nn.Module, adapter_name: str, part: AdapterPart) -> Callable[[], None]:
-    """Compute what takes the adapter's place, and return the function that writes it in place.
+    """Compute the new adapter's values, and return the function that writes them in place.
 
-    An error occurs here, not when writing.
+    Errors are raised here, not while writing.
     """
     config = part.config
     there = part_of(model, adapter_name).tensors

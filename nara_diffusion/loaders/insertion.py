@@ -16,10 +16,11 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from nara_diffusion.config import NaraConfig, unscaled_fields
+from nara_diffusion.config import NaraConfig
 from nara_diffusion.cores.registry import needs_noise
 from nara_diffusion.layers.offloading import groups_of
 from nara_diffusion.noise.prediction import check_expected
+from nara_diffusion.noise.strength_schedule import unscaled_fields
 from nara_diffusion.strict import adapter_tensors, check_tensors
 from nara_diffusion.tuner.holder import drop_idle_holder, holder_of
 
@@ -130,10 +131,10 @@ def part_of(model: nn.Module, adapter_name: str) -> AdapterPart:
 
 
 def check_schedulers(pipe: Pipeline, configs: Mapping[str, NaraConfig]) -> None:
-    """Raise ValueError if an adapter needs another prediction than the pipeline's scheduler expects.
+    """Raise ValueError if the pipeline's scheduler expects another prediction than an adapter's.
 
-    An adapter of an earlier version may predict something else than its base. Its configuration then
-    has the `scheduler` that samples it.
+    An adapter of an earlier version may predict something else than its base. Its configuration
+    then has the `scheduler` that samples it.
 
     Args:
         pipe: the pipeline.
@@ -145,13 +146,13 @@ def check_schedulers(pipe: Pipeline, configs: Mapping[str, NaraConfig]) -> None:
 
 
 def read_schedule_of(pipe: Any) -> None:
-    """Let the denoisers' adapters read N and the meaning of timesteps from the present scheduler."""
+    """Let the denoisers' adapters read N and t's meaning from the present scheduler."""
     for name in DENOISERS:
         model = uncompiled(getattr(pipe, name, None))
         if isinstance(model, nn.Module):
             holder = holder_of(unwrapped(model))
             if holder is not None:
-                holder.finder.add_pipeline(pipe)
+                holder.finder.usage.add_pipeline(pipe)
 
 
 # ---------------------------------------------------------------------- refused
@@ -169,7 +170,7 @@ def check_not_wrapped(model: nn.Module, component: str, method: str) -> None:
 
 
 def check_storable(config: NaraConfig, component: str) -> None:
-    """Raise ValueError if the adapter cannot run in `component`, or not be unloaded from it."""
+    """Raise ValueError if the adapter could not run in `component`, or be unloaded from it."""
     if component.startswith(TEXT_ENCODER) and needs_noise(config):
         raise ValueError(
             f"The adapter of {component} has core_type={config.core_type!r}, but text encoders run "
@@ -231,8 +232,8 @@ def insert(
     """Add an adapter, inside `restored_on_error`. It is active, even if the others were disabled.
 
     A, B and magnitudes take the dtype of their base layer, like those of a LoRA, or float32 if
-    layerwise casting stores the base as float8. The core stays in float32. Dropout is active only if
-    `model` is in training mode.
+    layerwise casting stores the base as float8. The core stays in float32. Dropout is active only
+    if `model` is in training mode.
 
     Raises:
         ValueError: the tensors are not those that the configuration needs in this model: see
@@ -243,8 +244,8 @@ def insert(
     layers = tuner_layers(model)
     if layers and all(layer.disable_adapters for layer in layers):
         logger.warning(
-            "the adapters of %s were off, by disable_lora(): loading '%s' switches it on. "
-            "pipe.set_adapters chooses.",
+            "The adapters of %s were disabled by disable_lora(): loading '%s' enables them again. "
+            "Choose the active ones by pipe.set_adapters.",
             type(model).__name__,
             adapter_name,
         )
@@ -262,7 +263,7 @@ def insert(
     )
     loaded = adapter_tensors(model, adapter_name)
     in_memory = {key: tensor for key, tensor in loaded.items() if not tensor.is_meta}
-    check_tensors(in_memory, in_memory)  # finite in the dtypes that PEFT has converted them to
+    check_tensors(in_memory, in_memory)  # finite in the dtypes that PEFT converted them to
     for layer in tuner_layers(model):
         if isinstance(layer, LoraLayer) and adapter_name in layer.lora_dropout:
             layer.lora_dropout[adapter_name].train(model.training)
@@ -274,7 +275,7 @@ def _is_float8(dtype: torch.dtype) -> bool:
 
 
 def remove(model: nn.Module, adapter_names: list[str]) -> None:
-    """Remove adapters. The others stay active or inactive; if none is left, so does the base model."""
+    """Remove adapters. The others stay active or inactive; without any, the base model stays."""
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Adapter .* was active which is now deleted")

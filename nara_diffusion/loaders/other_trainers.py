@@ -19,7 +19,7 @@ class PipelineComponents:
     """Some models of a pipeline, by their names in it, with its methods for NaRA adapters."""
 
     hf_device_map = None
-    """Diffusers reads it: the models aren't spread over several devices."""
+    """Read by Diffusers. None: the models are not spread over several devices."""
 
     def __init__(self, **components: nn.Module) -> None:
         self.components = components
@@ -32,7 +32,7 @@ class PipelineComponents:
 def checkpoint_nara_weights(
     accelerator: Accelerator, *, adapter_name: str = "default", **components: nn.Module
 ) -> PipelineComponents:
-    """Make `accelerator.save_state` and `load_state` write and read only the adapter of these models.
+    """Let `accelerator.save_state` and `load_state` handle only the adapter of these models.
 
         nara = checkpoint_nara_weights(accelerator, unet=unet)  # after unet.add_adapter(NaraConfig(…))
 

@@ -1,4 +1,4 @@
-"""Files of tensors: find them on disk or on the Hub, read and write them, and recognise a NaRA's."""
+"""Find files of tensors on disk or on the Hub, read and write them, and recognise a NaRA's."""
 
 from __future__ import annotations
 

@@ -54,21 +54,21 @@ def load_nara_weights(
     low_cpu_mem_usage: bool = True,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Load a NaRA adapter into the denoiser, and into the text encoders if it has a part for them.
+    """Load a NaRA adapter into the denoiser and, if it has parts for them, the text encoders.
 
     The adapter is loaded completely, or the pipeline is unchanged. Afterwards `set_adapters`,
-    `delete_adapters`, `disable_lora`, `unload_lora_weights`, … work as for a LoRA. λ is read from the
-    timestep of each step.
+    `delete_adapters`, `disable_lora`, `unload_lora_weights`, … work as for a LoRA. λ is read from
+    the timestep of each step.
 
     Args:
-        pretrained_model_name_or_path_or_dict: the file that `save_nara_weights` wrote, its folder or a
-            repository on the Hub; or, for the denoiser, a folder or repository in PEFT's form, as
-            `PeftModel.save_pretrained` and train_scripts/dllm.py write it; or a dict of tensors, with
-            the file's `metadata`.
+        pretrained_model_name_or_path_or_dict: the file that `save_nara_weights` wrote, its folder
+            or a repository on the Hub; or, for the denoiser, a folder or repository in PEFT's form,
+            as `PeftModel.save_pretrained` and train_scripts/dllm.py write it; or a dict of tensors,
+            with the file's `metadata`.
         adapter_name: its name; None takes "default_0", "default_1", ….
-        hotswap: replace the weights of the adapter of that name in place, so that a compiled model is
-            not recompiled. Both need the same ranks r. For another lora_alpha without recompilation
-            call `enable_lora_hotswap(target_rank=r)` before the first load.
+        hotswap: replace the weights of the adapter of that name in place, so that a compiled model
+            is not recompiled. Both need the same ranks r. For another lora_alpha without
+            recompilation call `enable_lora_hotswap(target_rank=r)` before the first load.
         weight_name: the file's name in its folder; None is "pytorch_nara_weights.safetensors".
         subfolder: as for `load_lora_weights`, like the next six arguments.
         revision: of a repository on the Hub.
@@ -144,8 +144,8 @@ def save_nara_weights(
         safe_serialization: True; other formats are not written.
 
     Raises:
-        ValueError: there is no such adapter; it is in a component that the file can't hold, such as a
-            ControlNet; or `weight_name` does not end in .safetensors.
+        ValueError: there is no such adapter; it is in a component that the file can't hold, such as
+            a ControlNet; or `weight_name` does not end in .safetensors.
     """
     if not safe_serialization:
         raise ValueError("Adapters are saved as safetensors only: leave safe_serialization out.")

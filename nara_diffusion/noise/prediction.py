@@ -117,8 +117,9 @@ def flow_shift(fields: Mapping[str, Any]) -> float | None:
 
 
 def other_sampling(pipe: Any, few_steps: Mapping[str, Any]) -> str | None:
-    """Return how a pipeline samples otherwise than an adapter for few steps needs, and the lines
-    that set it; None if it samples so.
+    """Return what in a pipeline's sampling doesn't fit an adapter for few steps; None if all fits.
+
+    The text also has the lines of code that set what fits.
 
     Args:
         pipe: a pipeline in its call.
@@ -139,3 +140,13 @@ def other_sampling(pipe: Any, few_steps: Mapping[str, Any]) -> str | None:
         return None
     lines = [few_steps.get("scheduler"), f"pipe(…, num_inference_steps={wanted}, guidance_scale=1)"]
     return f"{', '.join(found)}: {'; '.join(filter(None, lines))}"
+
+
+def passes_log_sigma(scheduler: Any) -> bool:
+    """Return True if a Diffusers scheduler passes ¼ ln σ to the denoiser as its timestep."""
+    config = scheduler.config
+    continuous = (
+        config.get("timestep_type") == "continuous"
+        and config.get("prediction_type") == "v_prediction"
+    )
+    return type(scheduler).__name__.startswith("EDM") or continuous

@@ -10,13 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .level import Level, as_level, is_number
 
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+_UNSCALED = ("bias", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters")
+"""LoRA options that change the model outside s · B · C · A, unless their value is in `_UNSET`."""
+_UNSET = (None, False, "none", [])
 _EXAMPLE = "StrengthSchedule([(0, 1.0), (0.7, 0.3)])"
 
 
@@ -106,7 +112,23 @@ def _pairs(points: Any) -> Iterator[tuple[float, float]]:
             )
         if not 0 <= point[0] <= 1:
             raise ValueError(
-                f"points holds {point!r}, whose λ is {point[0]:g}: λ lies in [0, 1], where 1 is pure noise; a timestep "
-                "t out of 1000 is λ = t / 1000."
+                f"points holds {point!r}, but λ lies in [0, 1], and 1 is pure noise: divide a timestep out of 1000 "
+                "by 1000."
             )
         yield float(point[0]), float(point[1])
+
+
+# ---------------------------------------------------------------------- what it can't scale
+
+
+def changes_base(start: object) -> bool:
+    """Return True if `init_lora_weights` changes base weights, to W − s·B·A or quantised ones."""
+    return str(start).lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga"))
+
+
+def unscaled_fields(config: LoraConfig) -> list[str]:
+    """Return the LoRA options that change the model, but that a strength over λ doesn't scale."""
+    changed = [name for name in _UNSCALED if getattr(config, name, None) not in _UNSET]
+    if changes_base(config.init_lora_weights):
+        changed.append("init_lora_weights")
+    return changed

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from .level import arguments_of, as_tensor, host_values, nan_outside, one_if_expanded
 from .parts import FrameTokens
+from .prediction import passes_log_sigma
 
 LARGEST_LOG_SIGMA = math.log(1e6)
 """No schedule has a σ above 10⁶, so a timestep above ¼ ln 10⁶ ≈ 3.5 belongs to a discrete one."""
@@ -58,6 +59,7 @@ COUNTED = ("discrete", "sigma_1000", "data_1000")
 CONVENTIONS = tuple(dict.fromkeys(convention for convention, _ in _MEANINGS.values()))
 """The names of λ's definitions above."""
 
+_HALF = (torch.bfloat16, torch.float16)
 _ROUNDING = 1e-4
 """How far λ may lie outside [0, 1]: SanaSprint's first σ is 1 + 4e-6."""
 
@@ -188,21 +190,14 @@ class TimestepNoise:
             raise ValueError(
                 f"λ can't be read: this forward of {type(module).__name__} got no {names}."
             )
-        level = self._of_frames(given[0], module, arguments)
-        if level is None:
+        by_frame = (
+            None if self.frames is None else self.frames.by_frame(given[0], module, arguments)
+        )
+        if by_frame is not None:
+            level = self.noise_level(by_frame.flatten(0, 1)).view(by_frame.shape[:2])
+        else:
             level = functools.reduce(torch.maximum, map(self.noise_level, given))
         return self.checked(level, given[0])
-
-    def _of_frames(
-        self, timestep: Tensor, module: nn.Module, arguments: dict[str, Any]
-    ) -> Tensor | None:
-        """Return λ (b, k) of frames; None if they have no timesteps of their own."""
-        if self.frames is None:
-            return None
-        timestep_of = self.frames.by_frame(timestep, module, arguments)  # (b, k, n)
-        if timestep_of is None:
-            return None
-        return self.noise_level(timestep_of.flatten(0, 1)).view(timestep_of.shape[:2])
 
 
 @dataclass
@@ -266,11 +261,7 @@ class Denoiser(TimestepNoise):
         """
         given = [getattr(one, "timesteps", None) for one in self.schedulers]
         schedules = [each.flatten() for each in given if isinstance(each, Tensor)]
-        if (
-            schedules
-            and isinstance(timestep, Tensor)
-            and timestep.dtype in (torch.bfloat16, torch.float16)
-        ):
+        if schedules and isinstance(timestep, Tensor) and timestep.dtype in _HALF:
             device = timestep.device
             is_async = device.type != "cpu"  # copies to the CPU must block
             there = [each.to(device, torch.float32, non_blocking=is_async) for each in schedules]
@@ -307,13 +298,3 @@ class Denoiser(TimestepNoise):
             f"{self.argument} is {shown}, which as 'discrete' would be almost no noise, but {who}: say what this "
             'pipeline means by it, once, set_noise_source(model, TimestepNoise("edm")) or TimestepNoise("discrete").'
         )
-
-
-def passes_log_sigma(scheduler: Any) -> bool:
-    """Return whether a Diffusers scheduler passes ¼ ln σ to the denoiser as its timestep."""
-    config = scheduler.config
-    continuous = (
-        config.get("timestep_type") == "continuous"
-        and config.get("prediction_type") == "v_prediction"
-    )
-    return type(scheduler).__name__.startswith("EDM") or continuous

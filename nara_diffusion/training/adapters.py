@@ -24,8 +24,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from nara_diffusion import NaraConfig, StrengthSchedule
-from nara_diffusion.config import changes_base
 from nara_diffusion.noise.sources import MASKED_SHARE
+from nara_diffusion.noise.strength_schedule import changes_base
 
 from .arguments import AdapterArguments, TrainingArguments, schedule_of, window_of
 from .options import hint
@@ -275,8 +275,7 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig) -> nn.Module:
     check_target_modules(model, getattr(config, "target_modules", None))
     with warnings.catch_warnings():
         # PEFT 0.21 uses a name that transformers deprecated in 5.24
-        known = "`is_gradient_checkpointing`"
-        warnings.filterwarnings("ignore", message=known, category=FutureWarning)
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         return get_peft_model(model, config)
 
 

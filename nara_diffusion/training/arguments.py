@@ -54,8 +54,8 @@ class AdapterArguments:
     )
     init_adapter: str | None = option(
         None,
-        "Start from this adapter: a LoRA's file or folder (PEFT's, Diffusers', …), whose core starts as C = I, or a "
-        "NaRA of this package. Its layers, rank, lora_alpha and DoRA have to be those of the flags.",
+        "Start from this adapter: a NaRA of this package, or a LoRA's file or folder (PEFT's, Diffusers', …); the core "
+        "then starts as C = I. Its layers, rank, lora_alpha and DoRA have to be those of the flags.",
     )
     core_type: str = option(
         "hypernetwork",
@@ -128,7 +128,7 @@ class OptimizationArguments:
     )
     weight_decay: float = option(0.0, "The optimizer's decoupled weight decay.", rare=True)
     max_grad_norm: float | None = option(
-        1.0, "Norm to which gradients are clipped; none disables it.", rare=True
+        1.0, "Largest norm of the gradients, which are clipped to it; none disables it.", rare=True
     )
     mixed_precision: str | None = option(
         None,

@@ -175,9 +175,9 @@ def last_checkpoint(folder: Path) -> str:
 
 
 def latest_whole(folder: Path) -> Path | None:
-    """Return the last written checkpoint in `folder` that is whole; None if there is no checkpoint.
+    """Return the latest undamaged checkpoint in `folder`; None if there is no checkpoint.
 
-    It logs the damaged ones after it. Raises ValueError if all are damaged.
+    Damaged ones that were written later are logged. Raise ValueError if all are damaged.
     """
     damaged: list[str] = []
     for path in reversed(find_checkpoints(folder)):
@@ -187,7 +187,7 @@ def latest_whole(folder: Path) -> Path | None:
             damaged.append(str(error))
             continue
         if damaged:
-            logger.warning("%s The one before it is taken.", " ".join(damaged))
+            logger.warning("%s Resuming from the one before.", " ".join(damaged))
         return path
     if damaged:
         raise ValueError(
@@ -211,15 +211,12 @@ def check_files(checkpoint: Path) -> None:
 
 
 def check_same_run(checkpoint: Path, args: TrainingArguments, accelerator: Accelerator) -> None:
-    """Raise ValueError if this run can't continue a checkpoint to the same bits.
+    """Raise ValueError if this run can't continue a checkpoint bit for bit.
 
     The message names the engine, the processes or the arguments that differ.
     """
-    manifest, engine, processes = (
-        read_manifest(checkpoint),
-        engine_name(accelerator),
-        accelerator.num_processes,
-    )
+    manifest = read_manifest(checkpoint)
+    engine, processes = engine_name(accelerator), accelerator.num_processes
     if manifest["engine"] != engine:
         raise ValueError(
             f"{checkpoint} was written under {manifest['engine']} and this run is under {engine}, which store the "
@@ -231,7 +228,7 @@ def check_same_run(checkpoint: Path, args: TrainingArguments, accelerator: Accel
             why = f"which makes a global batch of {batch} instead of {manifest['batch']}"
         raise ValueError(
             f"{checkpoint} was written by {counted(manifest['processes'], 'process')} and this run has {processes}, "
-            f"{why}: launch as many, or start a new run from its adapter by --init_adapter."
+            f"{why}: launch as many processes, or start a new run from its adapter by --init_adapter."
         )
     changed = changed_arguments(args, manifest["arguments"])
     refused = {name: values for name, values in changed.items() if name not in MAY_CHANGE}
@@ -271,8 +268,8 @@ def warn_of_pickles(checkpoint: Path, engine: str) -> None:
     """Log that resuming under `engine` (see `engine_name`) unpickles files, if it does."""
     if engine not in ("one process or DDP", "FSDP2 with FULL_STATE_DICT"):  # read with weights_only
         logger.warning(
-            "%s: %s keeps its state in pickles, and resuming runs the code in them: resume only checkpoints that you "
-            "or people you trust have written",
+            "%s: %s stores its state in pickles, and resuming runs the code in them: resume only from checkpoints "
+            "that you or people you trust have written",
             *(checkpoint, engine),
         )
 
@@ -282,8 +279,8 @@ def changed_arguments(
 ) -> dict[str, tuple[Any, Any]]:
     """Return {name: (saved value, current value)} of the arguments that differ from `saved`.
 
-    `saved` is as `given_arguments` returned it. The arguments that resume a run are left out. An
-    option that no longer exists counts unless it was off: the run would go on without it.
+    `saved` is what `given_arguments` returned. The arguments that resume a run are left out. An
+    option that no longer exists counts unless it was off, since the run would go on without it.
     """
     now = given_arguments(args)
     gone = {name for name, value in saved.items() if name not in now and value not in (None, False)}

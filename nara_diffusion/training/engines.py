@@ -42,9 +42,9 @@ def start_accelerator(args: TrainingArguments) -> Accelerator:
     """Return the launcher's engine, but with accumulation and clipping from `args`.
 
     Raises:
-        ValueError: the launcher asks for FSDP1; for an engine or fp16 that needs a GPU, without
-            one; for an engine that accelerate replaces. Or see `accumulation_steps` and
-            `check_sharded`.
+        ValueError: the launcher asks for FSDP1; an engine or fp16 needs a GPU, and there is none;
+            or accelerate starts another engine than the launcher asks for. `accumulation_steps`
+            and `check_sharded` list further errors.
     """
     asked = {
         kind: name for kind, (variable, name) in SHARDED.items() if parse_flag_from_env(variable)
@@ -130,13 +130,11 @@ def check_sharded(accelerator: Accelerator, args: TrainingArguments) -> None:
     if method_of(args).family == "prompt" and stage in (0, 3):
         wrong = f"adapter {args.adapter} is saved by running its own small network, and {name} shards its weights"
     elif args.optimizer == "adafactor":
-        wrong = (
-            f"optimizer adafactor takes means over the rows of whole matrices, which {name} shards"
-        )
+        wrong = f"optimizer adafactor takes means over rows of whole matrices, which {name} shards"
     elif args.is_quantised:
         wrong = f"load_in_4bit and load_in_8bit aren't trained under {name}, which shards or casts weights"
     elif stage and accelerator.mixed_precision == "fp16":
-        wrong = "mixed_precision is fp16, in which DeepSpeed would round the trained weights and the core"
+        wrong = "mixed_precision is fp16, and DeepSpeed would round the trained weights and the core to it"
     elif stage and args.core_start_step:
         wrong = f"core_start_step is {args.core_start_step}, but DeepSpeed steps as soon as it has the gradients"
     if wrong:
@@ -240,9 +238,8 @@ def loading_in(accelerator: Accelerator, dtype: torch.dtype) -> Iterator[None]:
         return
     plugin = deepspeed_plugin(accelerator)
     with ExitStack() as undo:
-        undo.callback(
-            plugin.set_deepspeed_weakref
-        )  # a copy of the configuration, for `from_pretrained`
+        # it gives `from_pretrained` a copy of the configuration
+        undo.callback(plugin.set_deepspeed_weakref)
         undo.enter_context(_without_bf16(accelerator))
         plugin.set_deepspeed_weakref()
         yield

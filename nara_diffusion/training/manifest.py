@@ -45,8 +45,8 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is missing or corrupt ({error}).") from error
     if version != FORMAT:
         raise ValueError(
-            f"{checkpoint} is of version 0.1, whose runs this version doesn't continue: finish it with version 0.1, or "
-            "start a new one, from its adapter by --init_adapter."
+            f"{checkpoint} was written by version 0.1, and this version can't continue it: finish the run with 0.1, "
+            "or start a new one from its adapter by --init_adapter."
         )
     if missing := sorted(_FIELDS - manifest.keys()):
         raise ValueError(f"{path} is corrupt: it lacks {', '.join(missing)}.")

@@ -53,7 +53,9 @@ def public_arguments(args: TrainingArguments) -> dict[str, Any]:
 
 
 def upload(run: Run) -> None:
-    """Upload the run's folder, except checkpoints and trajectories, to the repository `--hub_model_id`, if given."""
+    """Upload the run's folder to the repository `--hub_model_id`, if given.
+
+    Checkpoints and trajectories are left out."""
     if run.hub_id is None:
         return
     HfApi().upload_folder(

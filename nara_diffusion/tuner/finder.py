@@ -9,15 +9,12 @@ loaded the adapters.
 
 from __future__ import annotations
 
-import warnings
-import weakref
 from collections.abc import Iterable
 from copy import copy
 from dataclasses import replace
 from enum import Enum, auto
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
@@ -27,16 +24,12 @@ from nara_diffusion.noise.blocks import BlockNoise, goes_by_blocks
 from nara_diffusion.noise.canvas_source import CanvasNoise
 from nara_diffusion.noise.level import Entry, as_level, backward_pass
 from nara_diffusion.noise.parts import Parts
-from nara_diffusion.noise.prediction import check_expected, other_sampling
 from nara_diffusion.noise.rows import ModelRows
 from nara_diffusion.noise.sources import BLOCK_SHARE, NoiseSource, first_source
 from nara_diffusion.noise.timesteps import Denoiser, TimestepNoise
 
 from .twins import twins_of
-
-if TYPE_CHECKING:
-    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-    from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from .usage import Usage
 
 
 class NotSet(Enum):
@@ -46,10 +39,6 @@ class NotSet(Enum):
     """
 
     DEFAULT = auto()
-
-
-_KINDS = {"sample": "sample", "part": "part of a sample (a frame, a block)"}
-"""`NaraConfig.noise_level_per` → its name in messages."""
 
 
 class LevelFinder:
@@ -64,10 +53,8 @@ class LevelFinder:
 
     Attributes:
         given_source: the source that `set_noise_source` has set; None if it was removed.
-        pipelines: weak references to the pipelines that loaded adapters.
-        warned_of: adapters for few steps that were sampled in another way.
-        length: N if there is no such pipeline: N of the last pipeline, or of training; None means
-            1000.
+        usage: the pipelines that loaded adapters, and checks of how they use them.
+        length: N without such a pipeline: that of the last one, or of training. None means 1000.
     """
 
     def __init__(
@@ -83,14 +70,9 @@ class LevelFinder:
         self.denoiser = denoiser
         self.given_source: NoiseSource | NotSet | None = NotSet.DEFAULT
         self.length: int | None = None
-        self._warned: set[str] = set()
-        self.pipelines: list[weakref.ref[DiffusionPipeline]] = []
+        self.usage = Usage(configs)
         self._canvas_source: CanvasNoise | None = None
-        self.warned_of: set[str] = set()
-        self.block_source = BlockNoise(self.schedulers)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "pipelines": []}  # a copy has no pipelines
+        self.block_source = BlockNoise(self.usage.schedulers)
 
     # ------------------------------------------------------------------ the source
 
@@ -115,7 +97,7 @@ class LevelFinder:
         source = self._default_source(first)
         if not isinstance(source, Denoiser):
             return source
-        schedulers = self.schedulers()
+        schedulers = self.usage.schedulers()
         if schedulers:
             source = source.under(schedulers)
             self.length = source.num_train_timesteps
@@ -135,12 +117,12 @@ class LevelFinder:
     def canvas_source(self) -> CanvasNoise:
         """Return the default source of a DiffusionGemma, which follows its samplers."""
         if self._canvas_source is None:
-            self._canvas_source = CanvasNoise(self.schedulers)
+            self._canvas_source = CanvasNoise(self.usage.schedulers)
         return self._canvas_source
 
     def block_masked(self, kwargs: dict[str, Any]) -> dict[str, Any] | None:
-        """Return the arguments of a forward with a block mask, if LLaDA2Pipeline runs; else None."""
-        is_text = self.denoiser is None and bool(self.pipelines)
+        """Return a forward's arguments with a block mask, if LLaDA2Pipeline runs; else None."""
+        is_text = self.denoiser is None and bool(self.usage.pipelines)
         return self.block_source.with_block_mask(self.root, kwargs) if is_text else None
 
     def set_source(self, source: NoiseSource | None) -> None:
@@ -163,11 +145,7 @@ class LevelFinder:
     # ------------------------------------------------------------------ λ of a forward
 
     def level_of_forward(
-        self,
-        names: list[str],
-        entry: Entry | None,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        self, names: list[str], entry: Entry | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Tensor, Parts | None]:
         """Return λ (1,), (b,) or (b·k,) for a forward of the root, and its k parts if it has some.
 
@@ -194,35 +172,13 @@ class LevelFinder:
             )
         if level is None:
             raise unknown_level(self.root, names)
-        self._note_parts(names, level, is_for_all=entry is not None and level.numel() == 1)
+        is_for_all = entry is not None and level.numel() == 1
+        self.usage.note_parts(self.root, names, level, is_for_all)
         if level.dim() == 2 and level.shape[1] > 1:
             parts = self.rows.parts_of_forward(level, self.root, args, kwargs)
             return parts.levels(level), parts
         level = level[:, 0] if level.dim() == 2 else level
         return self.rows.level_of_forward(level, self.root, args, kwargs), None
-
-    def _note_parts(self, names: list[str], level: Tensor, is_for_all: bool) -> None:
-        """Record if training gives λ to samples or to their parts; warn once of the other use.
-
-        An adapter that was trained with both counts as trained with λ of parts. One λ of a context
-        for all is no other use.
-        """
-        now = "part" if level.dim() == 2 else "sample"
-        for name in names:
-            config = self.configs[name]
-            if not isinstance(config, NaraConfig) or config.noise_level_per == now:
-                continue
-            before = config.noise_level_per
-            if before is not None and not is_for_all and name not in self._warned:
-                self._warned.add(name)
-                warnings.warn(
-                    f"Adapter '{name}' was trained with λ for each {_KINDS[before]}, and this forward has one for "
-                    f"each {_KINDS[now]}, which it has not seen: its results may be worse.",
-                    UserWarning,
-                    stacklevel=2,
-                )
-            if self.root.training and torch.is_grad_enabled() and before != "part":
-                config.noise_level_per = now
 
     # ------------------------------------------------------------------ adapters' definitions of λ
 
@@ -293,48 +249,6 @@ class LevelFinder:
             "custom definition of λ, call register_noise_source(source) before the model's first adapter is added."
         )
 
-    # ------------------------------------------------------------------ the pipelines' schedulers
-
-    def add_pipeline(self, pipe: DiffusionPipeline) -> None:
-        """Remember a pipeline that loaded an adapter."""
-        self.pipelines = [ref for ref in self.pipelines if ref() not in (None, pipe)]
-        self.pipelines.append(weakref.ref(pipe))
-
-    def schedulers(self) -> list[SchedulerMixin]:
-        """Return the present schedulers of the pipelines that loaded adapters."""
-        found = []
-        for reference in self.pipelines:
-            scheduler = getattr(reference(), "scheduler", None)
-            if hasattr(scheduler, "config"):
-                found.append(scheduler)
-        return found
-
-    def check_prediction(self, names: Iterable[str]) -> None:
-        """Raise ValueError if a pipeline's scheduler does not fit the prediction of an adapter.
-
-        Warn once if a pipeline samples an adapter for few steps in another way.
-        """
-        for name in names:
-            self._warn_of_sampling(name)
-            fields = getattr(self.configs[name], "scheduler", None)
-            if fields is not None:
-                for scheduler in self.schedulers():
-                    check_expected(scheduler, fields)
-
-    def _warn_of_sampling(self, name: str) -> None:
-        few_steps = getattr(self.configs[name], "few_steps", None)
-        if few_steps is None or name in self.warned_of:
-            return
-        for pipe in filter(None, [reference() for reference in self.pipelines]):
-            difference = other_sampling(pipe, few_steps)
-            if difference is not None:
-                self.warned_of.add(name)
-                warnings.warn(
-                    f"Adapter '{name}' was trained to sample in {few_steps['num_inference_steps']} steps, but the "
-                    f"pipeline takes {difference}",
-                    stacklevel=2,
-                )
-
 
 def is_assumed(config: LoraConfig) -> bool:
     """Return True if the configuration's definition of λ is only that of the default source."""
@@ -367,7 +281,7 @@ def _check_definition(
     of_source = getattr(source, "convention", None)
     if source is not None and convention is not None and of_source != convention:
         raise ValueError(
-            f"Adapter '{adapter_name}' was trained with λ defined as {convention!r}, but the source of λ tells "
+            f"Adapter '{adapter_name}' was trained with λ defined as {convention!r}, but the source of λ gives "
             f"{of_source!r}, {remedy}"
         )
 

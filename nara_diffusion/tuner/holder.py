@@ -1,8 +1,7 @@
 """The holder of an adapted model's cores: a module at the root that computes C(λ) for each forward.
 
 Only PEFT's layers know which adapters are active, merged, disabled or deleted, whatever PEFT or
-Diffusers did with them, so the holder asks the layers. It owns the cores and their strengths over
-λ. A `LevelFinder` finds λ, and a `Merging` finds and compares the λ of merged layers.
+Diffusers did with them, so the holder asks the layers. It owns the cores and their strengths.
 
 If an adapter has left `peft_config`, the next forward, save or addition removes its cores. If it
 was the last adapter, the holder and its hooks are removed too. A core is trainable while the A of
@@ -11,7 +10,7 @@ its adapter is; every listing of parameters updates this.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,27 +20,27 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from nara_diffusion.cores.registry import HOLDER_NAME, CoreSet
-from nara_diffusion.cores.simple import IdentityCore
-from nara_diffusion.layers.adapted_layer import AdaptedLayer
+from nara_diffusion.layers.adapted_layer import AdaptedLayer, is_trainable, reads_core
 from nara_diffusion.layers.channel import CoreChannel, Key
-from nara_diffusion.layers.offloading import groups_of, in_memory
-from nara_diffusion.noise.level import Level, as_level, backward_pass, entry_for
+from nara_diffusion.layers.offloading import in_memory, onload_groups
+from nara_diffusion.noise.level import backward_pass, entry_for
 from nara_diffusion.noise.parts import Parts
 from nara_diffusion.noise.rows import ModelRows
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
 from nara_diffusion.noise.timesteps import Denoiser
 
 from .checkpointing import checkpoint_with_core, checkpoint_without_core
+from .deviations import Deviations, beside_inputs
 from .finder import LevelFinder
 from .merging import Merging
 from .twin_hooks import hook_twins, unhook_twins
-from .twins import check_mergeable_twins, twins_of
+from .twins import twins_of
 
 
 class CoreHolder(nn.Module):
     """Own `cores[adapter][group]` of one adapted model.
 
-    It has an entry for each NaRA, and for a plain LoRA while its strength depends on λ.
+    Each NaRA has an entry; a plain LoRA has one while its strength depends on λ.
 
     Args:
         root: the adapted model.
@@ -51,7 +50,8 @@ class CoreHolder(nn.Module):
         configs: adapter → the configuration that its cores were made for.
         layers: adapter → the layers that it adapts, as PEFT made them.
         schedules: adapter → its strength over λ, if it has one.
-        channel: passes C(λ) to the layers.
+        deviations: computes D(λ) = C(λ) − I.
+        channel: passes D(λ) to the layers.
         finder: finds λ.
         merging: finds and compares λ of merged layers.
     """
@@ -64,10 +64,11 @@ class CoreHolder(nn.Module):
         self.configs: dict[str, LoraConfig] = {}
         self.layers: dict[str, list[LoraLayer]] = {}
         self.schedules: dict[str, StrengthSchedule] = {}
+        self.deviations = Deviations(self.cores, self.schedules)
         rows = ModelRows.of(denoiser)
         self.channel = CoreChannel(self, rows)
         self.finder = LevelFinder(root, self.configs, rows, denoiser)
-        self.merging = Merging(root, self.layers)
+        self.merging = Merging(root, self.layers, self.deviations)
         self._handles: tuple[RemovableHandle, ...] = ()
 
     @property
@@ -104,25 +105,19 @@ class CoreHolder(nn.Module):
         peft_config: Any = self.root.peft_config
         peft_config[name] = self.configs[name] = config
 
-    def cores_of(self, name: str) -> CoreSet:
-        """Return group → core of an adapter."""
-        cores = self.cores[name]
-        assert isinstance(cores, CoreSet)
-        return cores
-
     def active_names(self) -> list[str]:
         """Return the adapters with a layer that would read C now."""
         self.drop_deleted()
         names = []
         for name, layers in self.layers.items():
-            if any(_reads(layer, name) for layer in layers):
+            if any(reads_core(layer, name) for layer in layers):
                 names.append(name)
         return names
 
     def follow_factors(self) -> None:
         """Make each core trainable if the A of its adapter is, and frozen if not."""
         for name, layers in self.layers.items():
-            trainable = bool(layers) and _is_trainable(layers[0], name)
+            trainable = bool(layers) and is_trainable(layers[0], name)
             for parameter in self.cores[name].parameters():
                 if parameter.requires_grad != trainable:
                     parameter.requires_grad = trainable
@@ -143,22 +138,14 @@ class CoreHolder(nn.Module):
         self.drop_deleted()
         return super().state_dict(*args, **kwargs)
 
-    # ------------------------------------------------------------------ what the adapters need
-
-    def depends_on_noise(self, name: str) -> bool:
-        """Return True if the adapter has cores here, and a core or its strength needs λ."""
-        if name not in self.cores:
-            return False
-        return name in self.schedules or self.cores_of(name).needs_noise
-
-    def noisy(self, names: Iterable[str]) -> list[str]:
-        """Return the adapters in `names` that depend on λ."""
-        return list(filter(self.depends_on_noise, names))
+    def has_strength(self, name: str) -> bool:
+        """Return True if the strength of the adapter depends on λ."""
+        return name in self.schedules
 
     @property
     def needs_noise(self) -> bool:
         """True if a layer would read a C that depends on λ."""
-        return bool(self.noisy(self.active_names()))
+        return bool(self.deviations.noisy(self.active_names()))
 
     # ------------------------------------------------------------------ hooks of the root
 
@@ -202,79 +189,30 @@ class CoreHolder(nn.Module):
             self.detach()  # the adapters have been unloaded
             return
         entry = entry_for(self)
-        merged = self._merged_at_in_forward()
-        self.finder.check_prediction(names)
+        merged = self.merging.merged_at_in_forward()
+        self.finder.usage.check_prediction(names)
         if merged is not None:
-            self.finder.check_prediction(self.merging.merged_names())
+            self.finder.usage.check_prediction(self.merging.merged_names())
             if entry is None:
                 self.merging.warn_of_source(merged, self.finder, args, kwargs)
         self.follow_factors()
         if not names:
             return
-        if "_diffusers_hook" in vars(self.root):
-            for group in groups_of(self.root):
-                group.onload_()
+        onload_groups(self.root)
         if torch.is_grad_enabled():
             checkpoint_with_core(self.root, self.channel)
-        noisy = self.noisy(names)
+        noisy = self.deviations.noisy(names)
         level = parts = None
         if noisy and is_clean:
             level = torch.zeros(1)
         elif noisy:
             level, parts = self.finder.level_of_forward(noisy, entry, args, kwargs)
-        deviations = _beside_inputs(self.deviations(names, level), args, kwargs)
+        deviations = beside_inputs(self.deviations.of(names, level), args, kwargs)
         self.channel.push(entry, deviations, parts)
 
     def end(self) -> None:
         """Take D(λ) away from the layers after a forward."""
         self.channel.local.pushed = None
-
-    def _merged_at_in_forward(self) -> Tensor | None:
-        """Return λ of merged layers, if they stay merged in this forward; else None.
-
-        PEFT unmerges disabled layers.
-        """
-        for layers in self.layers.values():
-            if layers and layers[0].merged and not layers[0].disable_adapters:
-                return self.merging.merged_at()
-        return None
-
-    # ------------------------------------------------------------------ D(λ) = C(λ) − I
-
-    def deviations(self, names: list[str], level: Tensor | None) -> dict[Key, Tensor]:
-        """Return key → D (b or 1, r, r) for these adapters, except where layers treat C as I."""
-        found = {}
-        for name in names:
-            for group, core in self.cores_of(name).items():
-                if name in self.schedules or not isinstance(core, IdentityCore):
-                    found[name, group] = self.deviation((name, group), level)
-        return found
-
-    def deviation(self, key: Key, level: Tensor | None) -> Tensor:
-        """Return D = C − I (b or 1, r, r), float32, for the layers with this key.
-
-        If the adapter has a strength σ(λ), D is σ C − I.
-        """
-        name, group = key
-        D = self.cores_of(name).deviation(group, level)
-        schedule = self.schedules.get(name)
-        if schedule is None:
-            return D
-        assert level is not None
-        if D.device.type == "cpu":
-            D = D.to(level.device)  # an identity has no weights
-        strength = schedule.at(level.to(D.device))[:, None, None]
-        identity = torch.eye(D.shape[-1], dtype=D.dtype, device=D.device)
-        return strength * D + (strength - 1) * identity
-
-    def matrix(self, key: Key, level: Tensor | None) -> Tensor:
-        """Return C (b or 1, r, r) times the strength, float32, for export."""
-        D = self.deviation(key, level)
-        return torch.eye(D.shape[-1], dtype=D.dtype, device=D.device) + D
-
-    def has_strength(self, name: str) -> bool:
-        """Return True if the strength of the adapter depends on λ."""
-        return name in self.schedules
 
     # ------------------------------------------------------------------ D outside a forward
 
@@ -297,41 +235,18 @@ class CoreHolder(nn.Module):
             return pushed.deviations[key], pushed.parts
         level = None if entry is None else entry.level
         is_outdated = entry is None or entry.backward != backward_pass()
-        if self.depends_on_noise(name) and (level is None or is_outdated):
+        if self.deviations.depends_on_noise(name) and (level is None or is_outdated):
             raise RuntimeError(
-                f"No C(λ) has reached a layer for adapter '{name}'. The forward of the whole adapted model makes C: "
-                "call that forward, or call a part of the model inside `with noise_level(model, value):`, and do not "
-                "recompute a part of it by a checkpoint other than the model's own "
-                "(`model.gradient_checkpointing_enable()`)."
+                f"No C(λ) has reached a layer for adapter '{name}': the forward of the whole adapted model makes C. "
+                "Call that forward, or call a part of it inside `with noise_level(model, value):`. For checkpointing, "
+                "use the model's own `gradient_checkpointing_enable()`."
             )
         if level is not None:
             level = self.channel.rows.level_of_part(level)
         with in_memory(self.root):
-            return self.deviation(key, level), None
+            return self.deviations.at(key, level), None
 
-    # ------------------------------------------------------------------ merging and export
-
-    def level_to_merge(self, names: Iterable[str]) -> Tensor | None:
-        """Return λ (1,) to merge these adapters at; None if none of them depends on λ.
-
-        `Merging.level_to_merge` lists the errors.
-        """
-        return self.merging.level_to_merge(self.noisy(names), entry_for(self))
-
-    def level_to_export(self, name: str, noise_level: Level | None) -> Tensor | None:
-        """Return λ (1,) to export an adapter at; None if it does not depend on λ.
-
-        Args:
-            noise_level: None takes λ of the context `noise_level(…)`, or, without a context, λ of
-                merged layers.
-        """
-        names = self.noisy([name])
-        if not names:
-            return None
-        check_mergeable_twins(self.root)
-        remedy = "a plain LoRA is exact at only one λ. Pass noise_level=…, or export inside `with noise_level(…):`."
-        level = None if noise_level is None else as_level(noise_level)
-        return self.merging.one_level(names, level, entry_for(self), remedy)
+    # ------------------------------------------------------------------ merging
 
     @torch.no_grad()
     def core_to_merge(self, key: Key, layer: AdaptedLayer) -> tuple[Tensor, Tensor | None]:
@@ -339,22 +254,16 @@ class CoreHolder(nn.Module):
 
         λ is None if D does not depend on it.
         """
-        name = key[0]
-        needs_noise = self.depends_on_noise(name)
-        level = self.merging.level_of_layer(name, layer, needs_noise, entry_for(self))
-        return self.deviation(key, level), level
+        level = self.merging.level_of_layer(key[0], layer, entry_for(self))
+        return self.deviations.at(key, level), level
 
     def check_merged(self, merged: Tensor) -> None:
         """Raise ValueError if λ of `noise_level(…)` is not `merged`, λ of merged layers.
 
         Other adapters may run at another λ beside those that `fuse_lora` merged.
         """
-        entry = entry_for(self)
-        level = None if entry is None else entry.level
-        if level is None or backward_pass() != -1:
-            return
         if not (self.merging.is_fused and self.needs_noise):
-            self.merging.check_level(merged, level)
+            self.merging.check_context(merged, entry_for(self))
 
 
 def holder_of(root: nn.Module) -> CoreHolder | None:
@@ -389,30 +298,3 @@ def _after_forward(root: nn.Module, args: tuple[Any, ...], output: object) -> No
     holder = holder_of(root)
     if holder is not None:
         holder.end()
-
-
-def _reads(layer: LoraLayer, name: str) -> bool:
-    return not layer.disable_adapters and not layer.merged and name in layer.active_adapters
-
-
-def _is_trainable(layer: LoraLayer, name: str) -> bool:
-    if name in layer.lora_A:
-        return any(parameter.requires_grad for parameter in layer.lora_A[name].parameters())
-    return name in layer.lora_embedding_A and layer.lora_embedding_A[name].requires_grad
-
-
-def _beside_inputs(
-    cores: dict[Key, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[Key, Tensor]:
-    """Move cores on the CPU to the device of the forward's first tensor, once for all layers."""
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor):
-            break
-    else:
-        return cores
-    if value.device.type == "cpu":
-        return cores
-    moved = {}
-    for key, core in cores.items():
-        moved[key] = core.to(value.device) if core.device.type == "cpu" else core
-    return moved

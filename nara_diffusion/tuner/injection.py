@@ -1,7 +1,8 @@
-"""Add an adapter to a model: check names, make cores, hide the holder, and undo after an error."""
+"""Add an adapter to a model: check it, make cores, hide the holder, and undo after an error."""
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -11,11 +12,49 @@ from itertools import pairwise
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from nara_diffusion.config import NaraConfig
 from nara_diffusion.cores.registry import BUILT_IN, HOLDER_NAME, CoreSet, core_group, make_cores
+from nara_diffusion.layers.offloading import is_dispatched_by_layers
 from nara_diffusion.strict import PEFT_PREFIX
+
+logger = logging.getLogger(__name__)
+
+
+def checked_config(model: nn.Module, adapter_name: str, config: object) -> NaraConfig:
+    """Return the configuration of an adapter that can be added to `model`.
+
+    Raises:
+        ValueError: it is no `NaraConfig`, or the layers of `model` are offloaded one by one.
+    """
+    if not isinstance(config, NaraConfig):
+        raise ValueError(
+            f"Adapter '{adapter_name}' has a {type(config).__name__}: NaraModel needs a NaraConfig."
+        )
+    if is_dispatched_by_layers(model) and not hasattr(model, "hf_device_map"):
+        raise ValueError(
+            f"{type(model).__name__} is offloaded layer by layer, so a new adapter would have no values: load "
+            "it by pipe.load_nara_weights(), or add it before enable_sequential_cpu_offload()."
+        )
+    return config
+
+
+def adapters_are_off(model: nn.Module) -> bool:
+    """Return True if `model` has adapted layers, and all of them have their adapters disabled."""
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    return bool(layers) and all(layer.disable_adapters for layer in layers)
+
+
+def warn_of_disabled(model: nn.Module, adapter_name: str) -> None:
+    """Warn that a new adapter is disabled, because the adapters of `model` are."""
+    logger.warning(
+        "The adapters of %s are disabled (disable_lora() or disable_adapters()), and so is the new adapter '%s': "
+        "call enable_lora() or enable_adapters() to enable them.",
+        type(model).__name__,
+        adapter_name,
+    )
 
 
 @contextmanager

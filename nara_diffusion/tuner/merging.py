@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from nara_diffusion.layers.adapted_layer import AdaptedLayer
 from nara_diffusion.layers.offloading import is_offloaded
-from nara_diffusion.noise.level import Entry, as_level
+from nara_diffusion.noise.level import Entry, Level, as_level, backward_pass
 
+from .deviations import Deviations
 from .finder import LevelFinder, unknown_level
 from .twins import check_mergeable_twins
 
@@ -35,10 +36,12 @@ class Merging:
         root: the adapted model.
         layers: adapter → the layers that it adapts. The holder of the cores owns this dict and
             changes it in place.
+        deviations: knows which adapters depend on λ.
     """
 
     root: nn.Module
     layers: dict[str, list[LoraLayer]]
+    deviations: Deviations
     _warned_of: Tensor | None = field(default=None, init=False, repr=False)
 
     # ------------------------------------------------------------------ what is merged
@@ -59,6 +62,16 @@ class Merging:
             if layers and name in layers[0].merged_adapters:
                 names.append(name)
         return names
+
+    def merged_at_in_forward(self) -> Tensor | None:
+        """Return λ (1,) of merged layers, if they stay merged in this forward; else None.
+
+        PEFT unmerges disabled layers.
+        """
+        for layers in self.layers.values():
+            if layers and layers[0].merged and not layers[0].disable_adapters:
+                return self.merged_at()
+        return None
 
     @property
     def is_fused(self) -> bool:
@@ -97,8 +110,8 @@ class Merging:
             )
         return level[:1]
 
-    def level_to_merge(self, names: list[str], entry: Entry | None) -> Tensor | None:
-        """Return λ (1,) to merge adapters at; None if `names`, those that depend on λ, is empty.
+    def level_to_merge(self, names: Iterable[str], entry: Entry | None) -> Tensor | None:
+        """Return λ (1,) to merge these adapters at; None if none of them depends on λ.
 
         Raises:
             ValueError: λ is not known or differs between samples; other adapters are merged at
@@ -110,13 +123,14 @@ class Merging:
                 f"Adapters cannot be merged while weights of {type(self.root).__name__} are offloaded, since they "
                 "would come back without them: merge first, then offload."
             )
-        if not names:
+        noisy = self.deviations.noisy(names)
+        if not noisy:
             return None
         remedy = (
             "a λ-dependent update can only be merged at one λ. Pass noise_level=…, or merge inside "
             "`with noise_level(model, value):`."
         )
-        level = self.one_level(names, None, entry, remedy)
+        level = self.one_level(noisy, None, entry, remedy)
         merged = self.merged_at()
         if merged is not None and level.item() != merged.item():
             raise ValueError(
@@ -125,15 +139,13 @@ class Merging:
             )
         return level
 
-    def level_of_layer(
-        self, name: str, layer: AdaptedLayer, depends_on_noise: bool, entry: Entry | None
-    ) -> Tensor | None:
+    def level_of_layer(self, name: str, layer: AdaptedLayer, entry: Entry | None) -> Tensor | None:
         """Return λ (1,) to merge one layer of an adapter at; None if its C does not depend on λ."""
         merged = self.merged_at()
         if merged is not None and name in self.merged_names():  # other layers are merged
             return merged
         try:
-            level = self.level_to_merge([name] if depends_on_noise else [], entry)
+            level = self.level_to_merge([name], entry)
         except ValueError:
             if self.is_fused:  # Diffusers scales the layer by this before it merges
                 scale: Any = self.root.lora_scale
@@ -149,10 +161,31 @@ class Merging:
             )
         return level
 
+    def level_to_export(
+        self, name: str, noise_level: Level | None, entry: Entry | None
+    ) -> Tensor | None:
+        """Return λ (1,) to export an adapter at; None if it does not depend on λ.
+
+        Args:
+            name: the adapter.
+            noise_level: None takes λ of `entry`, the context `noise_level(…)`, or, without a
+                context, λ of merged layers.
+        """
+        noisy = self.deviations.noisy([name])
+        if not noisy:
+            return None
+        check_mergeable_twins(self.root)
+        remedy = "a plain LoRA is exact at only one λ. Pass noise_level=…, or export inside `with noise_level(…):`."
+        level = None if noise_level is None else as_level(noise_level)
+        return self.one_level(noisy, level, entry, remedy)
+
     # ------------------------------------------------------------------ another λ
 
-    def check_level(self, merged: Tensor, level: Tensor) -> None:
-        """Raise ValueError if `level`, λ of a forward, is not `merged`, λ of merged layers."""
+    def check_context(self, merged: Tensor, entry: Entry | None) -> None:
+        """Raise ValueError if λ of the context `entry` is not `merged`, λ of merged layers."""
+        level = None if entry is None else entry.level
+        if level is None or backward_pass() != -1:
+            return
         if not bool((level == merged.to(level.device)).all()):
             raise ValueError(
                 f"The adapter is merged at noise_level {merged.item():.6g}, but this forward asks for "
@@ -179,8 +212,8 @@ class Merging:
         self._warned_of = merged
         levels = ", ".join(f"{value:.6g}" for value in level.flatten().tolist())
         warnings.warn(
-            f"The adapter is merged at noise_level {merged.item():.6g}, at which every forward runs, but "
-            f"the source tells [{levels}]: call unmerge_adapter() to run at these.",
+            f"The adapter is merged at noise_level {merged.item():.6g}, and every forward runs at that, but "
+            f"the source gives [{levels}]: call unmerge_adapter() to follow the source.",
             UserWarning,
             stacklevel=2,
         )

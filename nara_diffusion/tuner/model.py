@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from peft.tuners.lora import LoraLayer, LoraModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from nara_diffusion.config import NaraConfig
-from nara_diffusion.cores.registry import (
-    HOLDER_NAME,
-    NAME_IN_FILES,
-    core_group,
-    with_current_names,
-)
+from nara_diffusion.cores.registry import core_group, with_current_names
 from nara_diffusion.layers.channel import CoreChannel
 from nara_diffusion.layers.dispatch import (
     OUTSIDE_AUTOCAST,
@@ -27,13 +20,11 @@ from nara_diffusion.layers.dispatch import (
     variant_for,
 )
 from nara_diffusion.layers.offloading import is_dispatched_by_layers
-from nara_diffusion.noise.level import find_holders
+from nara_diffusion.noise.level import entry_for
 from nara_diffusion.noise.level import noise_level as at_noise_level
 from nara_diffusion.noise.rows import row_kind_of
 from nara_diffusion.noise.sources import denoiser_of
 from nara_diffusion.strict import (
-    PEFT_PREFIX,
-    check_core_precision,
     check_keeps_configuration,
     check_tensors,
     is_core_key,
@@ -43,21 +34,25 @@ from nara_diffusion.strict import (
 
 from .holder import CoreHolder, drop_idle_holder, holder_of
 from .injection import (
+    adapters_are_off,
     check_adapter_names,
+    checked_config,
     cores_for,
     restored_on_error,
     suggesting_targets,
+    warn_of_disabled,
     without_holder,
 )
 from .merging import unmerged_on_error
+from .state_names import (
+    core_name_in_file,
+    core_tensors,
+    expected_tensors,
+    with_model_names,
+    without_adapters,
+)
 from .strength import give_strength
 from .twins import check_twin, decoder_name, share_factors, with_twins, without_twins
-
-logger = logging.getLogger(__name__)
-
-_STATE_DICT_REMEDY = (
-    "leave state_dict out, or convert only A and B, and give the core as model.state_dict() has it"
-)
 
 
 class NaraModel(LoraModel):
@@ -102,17 +97,8 @@ class NaraModel(LoraModel):
         If the present adapters of `model` are disabled, the new one is too, in new layers and in
         shared ones. After an error, `model` is as it was.
         """
-        config = self.peft_config[adapter_name]
-        if not isinstance(config, NaraConfig):
-            raise ValueError(
-                f"Adapter '{adapter_name}' has a {type(config).__name__}: NaraModel needs a NaraConfig."
-            )
+        config = checked_config(model, adapter_name, self.peft_config[adapter_name])
         is_dispatched = is_dispatched_by_layers(model)
-        if is_dispatched and not hasattr(model, "hf_device_map"):
-            raise ValueError(
-                f"{type(model).__name__} is offloaded layer by layer, so a new adapter would have no values: load "
-                "it by pipe.load_nara_weights(), or add it before enable_sequential_cpu_offload()."
-            )
         given = state_dict or {}
         layers_only = {key: value for key, value in given.items() if not is_core_key(key)}
         try:
@@ -122,7 +108,7 @@ class NaraModel(LoraModel):
                 holder = holder_of(model) or CoreHolder(model, denoiser_of(model))
                 config = holder.finder.with_convention(adapter_name, config)
                 self.peft_config[adapter_name] = config
-                are_off = _adapters_are_off(model)
+                are_off = adapters_are_off(model)
                 layers = self._injected = {}
                 self._channel = holder.channel
                 with without_holder(model), suggesting_targets(model, config):
@@ -140,12 +126,7 @@ class NaraModel(LoraModel):
                 holder.attach()
                 check_adapter_names(model, set(self.peft_config))
                 if are_off:
-                    logger.warning(
-                        "the adapters of %s are off, as disable_lora() or disable_adapters() has left them, and so is "
-                        "'%s': call enable_lora() or enable_adapters() to switch them on.",
-                        type(model).__name__,
-                        adapter_name,
-                    )
+                    warn_of_disabled(model, adapter_name)
                 for layer in layers.values():
                     layer._disable_adapters = are_off
                 holder.follow_factors()
@@ -158,25 +139,13 @@ class NaraModel(LoraModel):
             self._injected = self._channel = None
 
     def _create_and_replace(
-        self,
-        lora_config,
-        adapter_name: str,
-        target,
-        target_name: str,
-        parent,
-        current_key: str,
-        **kwargs: Any,
+        self, lora_config, adapter_name: str, target, target_name: str, parent, **kwargs: Any
     ) -> None:
+        current_key: str = kwargs["current_key"]
         check_target(target, lora_config, current_key)
         check_twin(self.model, current_key)
         super()._create_and_replace(
-            lora_config,
-            adapter_name,
-            target,
-            target_name,
-            parent,
-            current_key=current_key,
-            **kwargs,
+            lora_config, adapter_name, target, target_name, parent, **kwargs
         )
         layer = getattr(parent, target_name)
         keep_out_of_float8(layer, adapter_name)
@@ -223,7 +192,7 @@ class NaraModel(LoraModel):
         names = self.active_adapters if adapter_names is None else adapter_names
         level = nullcontext() if noise_level is None else at_noise_level(self.model, noise_level)
         with level, unmerged_on_error(self.model):
-            holder.level_to_merge(name for name in names if name in holder.cores)
+            holder.merging.level_to_merge(names, entry_for(holder))
             super().merge_adapter(adapter_names, safe_merge)
 
     def merge_and_unload(
@@ -273,7 +242,7 @@ class NaraModel(LoraModel):
         for name in adapters:
             if getattr(self.peft_config.get(name), "core_type", "identity") != "identity":
                 raise ValueError(
-                    f"add_weighted_adapter would ignore the core of adapter '{name}', whose update depends on λ. "
+                    f"add_weighted_adapter would ignore the core of adapter '{name}', so its update would be wrong. "
                     "Activate several adapters together instead: model.base_model.set_adapter([…])."
                 )
         super().add_weighted_adapter(adapters, *args, **kwargs)
@@ -282,9 +251,9 @@ class NaraModel(LoraModel):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        prefix, holder, rest = key.rpartition(f"{HOLDER_NAME}.cores.{adapter_name}.")
-        if holder:
-            return f"{prefix}{NAME_IN_FILES}.{rest}"
+        core = core_name_in_file(key, adapter_name)
+        if core is not None:
+            return core
         return super()._remove_adapter_name_from_key(key, adapter_name)
 
     @classmethod
@@ -302,7 +271,7 @@ class NaraModel(LoraModel):
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
         own = without_twins(model, selected)
-        return {**own, **_cores_in(state_dict, model, adapter_name)}
+        return {**own, **core_tensors(state_dict, model, adapter_name)}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -315,72 +284,14 @@ class NaraModel(LoraModel):
         given = without_second_biases(with_current_names(state_dict), adapter_name)
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, given)
         present = model.state_dict()
-        core = [key for key in present if f"{HOLDER_NAME}.cores.{adapter_name}." in key]
-        for key in core:
-            saved = cls._remove_adapter_name_from_key(key, adapter_name)
-            for name in (saved, f"{PEFT_PREFIX}{saved}"):
-                if name in mapped:
-                    mapped[key] = mapped.pop(name)
-        for key in list(mapped):
-            without_prefix = key.removeprefix(PEFT_PREFIX)
-            if key not in present and without_prefix in present:
-                mapped[without_prefix] = mapped.pop(key)
+        mapped = with_model_names(mapped, present, adapter_name)
         peft_config: Any = model.peft_config
-        own = _without_adapters(present, set(peft_config) - {adapter_name})
+        own = without_adapters(present, set(peft_config) - {adapter_name})
         selected = super()._get_adapter_state_dict(model, config, adapter_name, own, [])
-        expected = {}
-        for key, tensor in without_twins(model, selected).items():
-            is_whole = key in present  # PEFT leaves out ".weight" of DoRA's magnitudes
-            expected[key if is_whole else f"{key}.weight"] = tensor
-        for key in core:
-            expected[key] = present[key]
+        expected = expected_tensors(model, selected, adapter_name)
         check_tensors(
             with_names_in_files(mapped, adapter_name),
             with_names_in_files(expected, adapter_name),
             with_names_in_files(present, adapter_name),
         )
         return with_twins(model, mapped, present)
-
-
-def _adapters_are_off(model: nn.Module) -> bool:
-    """Return True if `model` has adapted layers, and all of them have their adapters disabled."""
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    return bool(layers) and all(layer.disable_adapters for layer in layers)
-
-
-def _without_adapters(tensors: dict[str, Tensor], names: set[str]) -> dict[str, Tensor]:
-    """Return the tensors with none of these adapter names in their keys."""
-    found = {}
-    for key, tensor in tensors.items():
-        if not any(f".{name}." in f"{key}." for name in names):
-            found[key] = tensor
-    return found
-
-
-def _cores_in(
-    state_dict: dict[str, Tensor], model: nn.Module, adapter_name: str
-) -> dict[str, Tensor]:
-    """Return the tensors of an adapter's cores in `state_dict`.
-
-    `state_dict` may come from a wrapper of `model`.
-
-    Raises:
-        ValueError: a tensor is missing, or not float32.
-    """
-    found = {}
-    for holder in find_holders(model):
-        if adapter_name not in holder.cores:
-            continue
-        for name, like in holder.cores[adapter_name].state_dict().items():
-            ending = f"{HOLDER_NAME}.cores.{adapter_name}.{name}"
-            key = next((key for key in state_dict if key.endswith(ending)), None)
-            if key is None:
-                raise ValueError(
-                    f"'{name}' of the core of adapter '{adapter_name}' is missing from what would be saved: "
-                    f"{_STATE_DICT_REMEDY}."
-                )
-            found[key] = state_dict[key]
-            check_core_precision(
-                key, found[key], like, "in the state_dict to be saved", _STATE_DICT_REMEDY
-            )
-    return found

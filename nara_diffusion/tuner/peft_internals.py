@@ -28,7 +28,7 @@ READ: dict[type, dict[str, str]] = {
     PeftConfig: {"_get_peft_type": "tells whether an adapter on the Hub is a NaRA"},
     Embedding: {
         "_embed": "looks up A with the padding and sparsity of the base layer",
-        "_get_embed_scale": "is the factor by which some models scale their embeddings",
+        "_get_embed_scale": "is the scale of the embeddings in some models",
     },
 }
 """PEFT's class → its methods that the layers and loaders call."""

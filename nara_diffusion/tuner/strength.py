@@ -19,7 +19,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
-from nara_diffusion.config import NaraConfig, unscaled_fields
+from nara_diffusion.config import NaraConfig
 from nara_diffusion.cores.registry import SHARED, CoreSet, core_group
 from nara_diffusion.cores.simple import IdentityCore
 from nara_diffusion.layers.dispatch import PEFT_DORA, check_norm, variant_for
@@ -27,7 +27,7 @@ from nara_diffusion.layers.variants import NaraVariant
 from nara_diffusion.noise.level import checked_module
 from nara_diffusion.noise.rows import row_kind_of
 from nara_diffusion.noise.sources import denoiser_of
-from nara_diffusion.noise.strength_schedule import StrengthSchedule
+from nara_diffusion.noise.strength_schedule import StrengthSchedule, unscaled_fields
 
 from .holder import CoreHolder, drop_idle_holder, holder_of
 
@@ -172,7 +172,7 @@ def _take_strength(
     if holder is None or strength_of(root, adapter_name) is None:
         return
     del holder.schedules[adapter_name]
-    cores = holder.cores_of(adapter_name)
+    cores = holder.deviations.cores_of(adapter_name)
     if all(isinstance(core, IdentityCore) for core in cores.values()):
         for layer in layers.values():
             _restore_variant(layer, adapter_name, config, holder)
@@ -217,7 +217,7 @@ def _variant_for(
     adapter_name: str,
 ) -> NaraVariant:
     """Return NaRA's LoRA variant for a layer of a plain LoRA."""
-    cores = holder.cores_of(adapter_name)
+    cores = holder.deviations.cores_of(adapter_name)
     group = next(iter(cores))
     if isinstance(config, NaraConfig):
         own = core_group(config, name, layer.r[adapter_name])
@@ -276,5 +276,7 @@ def _missed_in_layer(layer: BaseTunerLayer, name: str, adapter_name: str) -> str
     if adapter_name in layer.lora_A:
         A: Any = layer.lora_A[adapter_name].weight
         if len(A) != layer.r[adapter_name]:
-            return f"layer '{name}', in which enable_lora_hotswap has made room for rank {len(A)}"
+            return (
+                f"layer '{name}', since enable_lora_hotswap has made room there for rank {len(A)}"
+            )
     return None

@@ -65,7 +65,7 @@ def check_twin(root: nn.Module, name: str) -> None:
         )
     if ".router." in name:
         raise ValueError(
-            f"'{name}' is a router, whose update would send tokens to experts that were not trained "
+            f"'{name}' is a router, and its update would send tokens to experts that were not trained "
             "for them: leave it out, exclude_modules=r'.*router.*'."
         )
 

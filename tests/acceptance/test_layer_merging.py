@@ -132,7 +132,7 @@ def test_a_source_that_tells_another_level_than_that_of_a_merge_is_warned_of_onc
         for told[0] in (None, [LEVEL] * 3):  # a source that can't tell stops no merged model
             assert_all_near(run(model, inputs), expected)  # without a warning, which would be an error
         told[0] = [0.3, 0.7, 0.3]
-        with pytest.warns(UserWarning, match=r"merged at noise_level 0\.35.* source tells \[0\.3, 0\.7.*unmerge_ad"):
+        with pytest.warns(UserWarning, match=r"merged at noise_level 0\.35.* source gives \[0\.3, 0\.7.*unmerge_ad"):
             assert_all_near(run(model, inputs), expected)
         run(model, inputs)  # said once
         model.unmerge_adapter()

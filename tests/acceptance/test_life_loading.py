@@ -146,13 +146,13 @@ def test_loading_after_disabling_says_what_is_on(folder: Path, caplog: Any) -> N
     pipe.disable_lora()
     off = predict(pipe)
     pipe.load_nara_weights(folder, adapter_name="b")
-    assert "were off, by disable_lora(): loading 'b' switches it on" in caplog.text
-    assert "are off" not in caplog.text
+    assert "were disabled by disable_lora(): loading 'b' enables them again" in caplog.text
+    assert "are disabled" not in caplog.text
     assert pipe.get_active_adapters() == ["b"]
     assert_near(predict(pipe), on, pipe.unet)
     pipe.disable_lora()
     pipe.unet.add_adapter(nara_config(target_modules=["to_k", "to_v"]), "c")  # of one that is adapted, and a new one
-    assert "are off, as disable_lora() or disable_adapters() has left them, and so is 'c'" in caplog.text
+    assert "are disabled (disable_lora() or disable_adapters()), and so is the new adapter 'c'" in caplog.text
     fill(pipe.unet, "c")
     assert torch.equal(predict(pipe), off)
 

@@ -283,5 +283,5 @@ def test_schedule_is_refused_where_a_lora_has_room_for_another_rank(tmp_path: Pa
     pipe: Any = frozen_sd()
     pipe.enable_lora_hotswap(target_rank=5)
     pipe.load_lora_weights(save_lora(tmp_path), adapter_name="toy")
-    with pytest.raises(ValueError, match=r"layer '.*', in which enable_lora_hotswap has made room for rank 5: give"):
+    with pytest.raises(ValueError, match=r"layer '.*', since enable_lora_hotswap has made room there for rank 5: give"):
         pipe.set_adapters("toy", SCHEDULE)

@@ -129,7 +129,7 @@ def test_pipeline_of_edm_tells_its_level_once_that_is_declared_or_the_adapter_sa
     again.load_nara_weights(tmp_path, adapter_name="default")
     with pytest.raises(ValueError, match=r"timestep is 999.* as 'edm' is no λ"):
         again("red")
-    with pytest.raises(ValueError, match="trained with λ defined as 'edm', but the source of λ tells 'timestep'"):
+    with pytest.raises(ValueError, match="trained with λ defined as 'edm', but the source of λ gives 'timestep'"):
         set_noise_source(again.unet, TimestepNoise())
     set_noise_source(unet, TimestepNoise("edm"))
     for each, reference in ((pipe, stock), (again, Stock(plain, again.unet))):

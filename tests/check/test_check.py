@@ -18,8 +18,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from nara_diffusion import NaraConfig, core_matrix, noise_level
 from nara_diffusion.check import Repeat, decide, judge, published, trials
-from nara_diffusion.check.check_tasks import add_cheap
-from nara_diffusion.check.trials import CHEAP, NO_CHEAP, CheckTask, restart
+from nara_diffusion.check.trials import CHEAP, NO_CHEAP, CheckTask, add_cheap, restart
 from nara_diffusion.check.verdict import LIKELY, UNKNOWN, UNLIKELY, bin_means, differences, time_left
 from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser
 from nara_diffusion.noise.sources import time_layers

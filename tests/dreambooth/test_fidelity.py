@@ -22,7 +22,7 @@ from transformers import (
     Dinov2Model,
 )
 
-from nara_diffusion.dreambooth.fidelity import Encoder, image_similarity, load_encoders, text_alignment, without_words
+from nara_diffusion.dreambooth.encoders import Encoder, image_similarity, load_encoders, text_alignment, without_words
 from nara_diffusion.utils.statistics import Interval, interval
 from tests.dreambooth.pictures import noise
 

@@ -16,8 +16,9 @@ from PIL import Image
 
 from nara_diffusion.dreambooth import DreamBoothDataset, LatentCache, records_from_folder
 from nara_diffusion.dreambooth.draws import draw_noise
+from nara_diffusion.dreambooth.encoders import Encoder, image_similarity, text_alignment
 from nara_diffusion.dreambooth.families import SDXL
-from nara_diffusion.dreambooth.fidelity import Encoder, Evaluation, image_similarity, text_alignment
+from nara_diffusion.dreambooth.fidelity import Evaluation
 from nara_diffusion.dreambooth.objectives import build_objective
 from nara_diffusion.dreambooth.reconstruction import reconstruct
 from nara_diffusion.dreambooth.samples import (

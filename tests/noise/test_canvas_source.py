@@ -20,7 +20,8 @@ from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
 )
 
 from nara_diffusion import NaraConfig, noise_level
-from nara_diffusion.tuner.holder import CoreHolder, holder_of
+from nara_diffusion.tuner.deviations import Deviations
+from nara_diffusion.tuner.holder import holder_of
 from tests.helpers.tiny_gemma import CANVAS, VOCABULARY, tiny_gemma
 
 TARGETS = r".*(encoder\.language_model|decoder)\.layers\..*(q_proj|o_proj)"
@@ -71,7 +72,7 @@ def model():
 def pipeline(model, scheduler):
     pipe = DiffusionGemmaPipeline(model=model, scheduler=scheduler, processor=Processor())
     pipe.set_progress_bar_config(disable=True)
-    holder_of(model).finder.add_pipeline(pipe)
+    holder_of(model).finder.usage.add_pipeline(pipe)
     return pipe
 
 
@@ -122,14 +123,14 @@ def by_hand(model, scheduler):
 @pytest.fixture
 def levels(monkeypatch):
     """λ of each call of a decoder; that of the encoder, 0, is left out."""
-    seen, make = [], CoreHolder.deviations
+    seen, make = [], Deviations.of
 
-    def recorded(holder, names, level):
+    def recorded(deviations, names, level):
         if level.any() or len(level) > 1:
             seen.append(level)
-        return make(holder, names, level)
+        return make(deviations, names, level)
 
-    monkeypatch.setattr(CoreHolder, "deviations", recorded)
+    monkeypatch.setattr(Deviations, "of", recorded)
     return seen
 
 

@@ -82,7 +82,7 @@ def test_changed_manifest_is_damage_and_the_checkpoint_before_is_taken(
     for left_out in (lost, lost | {"digest"}) if lost else (lost,):
         path.write_text(json.dumps({name: value for name, value in content.items() if name not in left_out}))
         assert latest_whole(copy) == copy / "checkpoint-3"
-        assert re.search(r"checkpoint-4/checkpoint\.json is corrupt: .* The one before it is taken", caplog.text)
+        assert re.search(r"checkpoint-4/checkpoint\.json is corrupt: .* Resuming from the one before", caplog.text)
 
 
 def test_manifest_without_a_digest_is_read(run: Path, tmp_path: Path) -> None:

@@ -210,7 +210,7 @@ def test_latest_names_a_damaged_checkpoint_and_goes_on_from_the_one_before_if_th
     log.write_text('{"step": 1, \0\0}\n[1]\n{"loss": 1}\n' + log.read_text() + '{"step": 2, "lo')
     train(tmp_path, **LATEST)
     assert f"{log}: broken lines are dropped (1, 2, 3)" in caplog.messages
-    (said,) = [record.message for record in caplog.records if "The one before it is taken" in record.message]
+    (said,) = [record.message for record in caplog.records if "Resuming from the one before" in record.message]
     assert "checkpoint-2" in said
     assert f"continues from {run / 'checkpoint-1'}" in caplog.messages
     assert_same_bits(run, ended)

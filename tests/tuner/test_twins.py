@@ -67,7 +67,7 @@ def _with_matrices(base, holder, given, level):
     plain.model.encoder = copy.deepcopy(plain.model.encoder)  # no longer tied
     for name, layer in zip(_names(base), holder.layers["default"], strict=True):
         key = ("default", layer.lora_variant["default"].key[1])
-        C = holder.matrix(key, torch.tensor([0.0 if ".encoder." in name else level]))[0]
+        C = holder.deviations.matrix(key, torch.tensor([0.0 if ".encoder." in name else level]))[0]
         A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
         weight = layer.get_base_layer().weight + 7 / 3 * B @ C @ A
         plain.get_submodule(name).weight = torch.nn.Parameter(weight)

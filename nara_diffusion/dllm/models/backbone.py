@@ -226,8 +226,7 @@ def _hooked(
     before: Callable[[Tensor], Tensor],
     after: Callable[[Tensor], Tensor] | None = None,
 ) -> Iterator[None]:
-    """Inside, in this thread, `head` gets `before(hidden states)` and returns `after(its
-    output)`."""
+    """Inside, in this thread, `head` gets `before(states)` and returns `after(output)`."""
     thread = threading.get_ident()
 
     def pre(_: nn.Module, args: tuple) -> tuple | None:

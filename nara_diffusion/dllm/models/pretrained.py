@@ -175,7 +175,7 @@ def _class_and_config(
     if family == LLADA2:
         register_conversions()
         return LLaDA2ForCausalLM, _bidirectional(LLaDA2MoeConfig, llada2_fields(fields)), False
-    if "expert_intermediate_size" in fields:  # LLaDA-MoE, whose model_type is LLaDA's
+    if "expert_intermediate_size" in fields:  # LLaDA-MoE has LLaDA's model_type
         return Qwen3MoeForCausalLM, _bidirectional(Qwen3MoeConfig, qwen3_moe_fields(fields)), False
     if family == "qwen3_moe":
         return Qwen3MoeForCausalLM, _bidirectional(Qwen3MoeConfig, fields), False

@@ -6,7 +6,7 @@ from functools import cache
 from statistics import fmean
 from typing import Any
 
-from nara_diffusion.dreambooth.fidelity import Encoder, text_alignment
+from nara_diffusion.dreambooth.encoders import Encoder, text_alignment
 from nara_diffusion.dreambooth.samples import SampleSettings, sample_images
 from quality.images.held_out import IDENTIFIER, base, instance_prompt, pictures_of, places_of
 from quality.running import ASSETS

@@ -1,5 +1,4 @@
-"""`generate` writes what LLaDA's sampler by hand writes, with λ = masked share of each answer at each step; the
-rules by which a step places tokens are the papers' sentences in plain Python; Dream begins with BOS."""
+"""`generate` writes what LLaDA's sampler by hand writes, with λ = masked share of each answer at each step."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nara_diffusion.dllm import Sampling, generate, load_backbone, log_likelihood, masked_diffusion_loss
+from nara_diffusion.dllm import generate, load_backbone, log_likelihood, masked_diffusion_loss
 from tests.acceptance._text import (
     DREAM_BOS,
     DREAM_MASK,
@@ -24,9 +23,7 @@ from tests.acceptance._text import (
     adapted_pair,
     bound,
     greedy,
-    nucleus,
 )
-from tests.acceptance._text import chosen as by_rule
 
 VOCABULARY = 40
 PROMPTS = [[5, 9, 11], [7, 7, 30, 8, 21, 3], [12]]
@@ -137,63 +134,6 @@ def test_end_token_of_the_configuration_is_never_predicted_or_placed_last(
     found: Any = generate(model, torch.tensor(PROMPTS[:1]), **options, stop_at_eos=False, **{setting: True})
     assert found[0, len(PROMPTS[0]) :].tolist() == expected != whole
     assert (end in expected) is is_last
-
-
-# ---------------------------------------------------------------- rules of a step
-
-
-RULES: list[dict[str, Any]] = [
-    {},
-    {"remasking": "entropy"},
-    {"remasking": "topk_margin"},
-    {"remasking": "maskgit_plus", "top_p": 0.8},
-    {"remasking": "entropy", "top_p": 0.7},
-    {"confidence_threshold": 0.6},
-    {"factor": 1.0},
-    {"factor": 1.6},
-    {"entropy_bound": 0.4},
-    {"entropy_bound": 1.2, "remasking": "entropy"},
-]
-
-
-@pytest.mark.parametrize("rule", RULES, ids=str)
-@pytest.mark.parametrize("last", [(), (2, 3)])
-def test_place_chooses_what_the_rule_by_hand_does(rule: dict[str, Any], last: tuple[int, ...]) -> None:
-    random = torch.Generator().manual_seed(0)
-    sampling = Sampling(gen_length=6, **rule)
-    numbers = set()
-    for _ in range(12):
-        logits = 4 * torch.randn(2, 6, 9, generator=random)
-        masked = torch.ones(2, 6, dtype=torch.bool)
-        masked[1, 2] = False
-        tokens, chosen = sampling.place(logits, masked, 2, torch.tensor(last, dtype=torch.long), torch.rand)
-        for row in range(2):
-            places = masked[row].nonzero()[:, 0].tolist()
-            expected = by_rule(logits[row, places].double().tolist(), 2, last, **rule)
-            found = chosen[row].nonzero()[:, 0].tolist()
-            assert found == sorted(places[place] for place in expected)
-            assert {places.index(j): int(tokens[row, j]) for j in found} == expected
-            numbers.add(len(found))
-    assert numbers == {2} or len(numbers) > 1
-
-
-@pytest.mark.parametrize("remasking", ["low_confidence", "random"])
-def test_place_draws_from_the_nucleus_and_keeps_the_surest_of_all_probabilities_or_any(remasking: str) -> None:
-    logits = torch.tensor([[1.0, 0.9, -1.0, -2.0, -3.0], [1.2, 0.1, 0.05, -0.1, -0.2]])
-    sampling, rows = Sampling(gen_length=2, temperature=0.7, top_p=0.8, remasking=remasking), 20000
-    random = torch.Generator().manual_seed(0)
-    draw = lambda *shape, dtype: torch.rand(rows, *shape, dtype=dtype, generator=random)  # noqa: E731
-    masked = torch.ones(rows, 2, dtype=torch.bool)
-    tokens, chosen = sampling.place(logits.expand(rows, 2, 5), masked, 1, torch.tensor([], dtype=torch.long), draw)
-    for place in range(2):
-        shares = torch.bincount(tokens[:, place], minlength=5) / rows
-        expected = nucleus([x / 0.7 for x in logits[place].tolist()], 0.8)
-        assert shares.tolist() == pytest.approx(expected, abs=0.015)
-        assert [share > 0 for share in shares] == [p > 0 for p in expected]
-    assert (chosen.sum(1) == 1).all()
-    confidence = logits.softmax(-1).expand(rows, 2, 5).gather(2, tokens[..., None])[..., 0]
-    surest = chosen[:, 0] == (confidence[:, 0] > confidence[:, 1])
-    assert float(surest.float().mean()) == pytest.approx(1 if remasking == "low_confidence" else 0.5, abs=0.015)
 
 
 # ---------------------------------------------------------------- Dream

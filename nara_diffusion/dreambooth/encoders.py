@@ -1,0 +1,174 @@
+"""Encoders of images and prompts, and the two figures of DreamBooth's paper.
+
+    image similarity    mean cosine between generated images and those of the subject; CLIP
+                        recognises kinds of things, DINO tells individual things apart
+    text alignment      mean cosine between a generated image and its prompt, by CLIP
+
+See section 4.1 of arXiv 2208.12242. Figures of different encoders can't be compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL.Image import Image
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+
+from nara_diffusion.utils.naming import is_out_of_reach
+
+from .image_arguments import DreamBoothArguments
+from .image_records import load_image, to_rgb
+
+Images = Sequence[Image | str | Path]
+"""PIL images, or files of images."""
+
+
+class Encoder:
+    """Encode pictures and texts as unit vectors.
+
+    CLIP gives projected features; DINO and DINOv2 give the last layer's CLS token. The model's own
+    image processor prepares images, in its PIL form: if torchvision is installed, its resizing
+    would differ in the last bits.
+
+    Args:
+        model_path: a folder, or a repository on the Hub, with the model and its processor.
+        device: where it runs; None is CUDA if there is one, else the CPU.
+        batch_size: images or texts of one forward.
+
+    Raises:
+        ValueError: a model of another type, or weights that don't fill the model.
+        OSError: as `from_pretrained`.
+    """
+
+    def __init__(
+        self,
+        model_path: str | Path,
+        *,
+        device: str | torch.device | None = None,
+        batch_size: int = 32,
+    ) -> None:
+        self.name, self.batch_size = str(model_path), batch_size
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        model, loading = AutoModel.from_pretrained(
+            self.name, dtype=torch.float32, output_loading_info=True
+        )
+        self.kind = model.config.model_type
+        if self.kind not in ("clip", "vit", "dinov2"):
+            raise ValueError(
+                f"{self.name} is a {type(model).__name__}, expected CLIP, DINO or DINOv2"
+            )
+        # DINO's checkpoints lack the class's pooling layer, which isn't used here
+        missing = sorted(key for key in loading["missing_keys"] if "pooler" not in key)
+        if missing:
+            raise ValueError(
+                f"the weights of {self.name} lack {len(missing)} tensors, such as {missing[0]}"
+            )
+        self.model = model.eval().requires_grad_(False).to(self.device)
+        self.processor = AutoImageProcessor.from_pretrained(self.name, backend="pil")
+
+    def images(self, images: Images) -> torch.Tensor:
+        """Return unit vectors (n, d) float32 on the CPU; files are opened batch by batch."""
+
+        def embed(batch: list[Image | str | Path]) -> torch.Tensor:
+            loaded = []
+            for image in batch:
+                loaded.append(to_rgb(image) if isinstance(image, Image) else load_image(image))
+            inputs = self.processor(images=loaded, return_tensors="pt").to(self.device)
+            if self.kind == "clip":
+                return self.model.get_image_features(**inputs).pooler_output  # (b, d)
+            return self.model(**inputs).last_hidden_state[:, 0]  # (b, l, d) → (b, d)
+
+        return self._embed(images, embed)
+
+    def texts(self, texts: Sequence[str]) -> torch.Tensor:
+        """Return unit vectors (n, d) float32 on the CPU, to compare with images; needs CLIP."""
+        self.check_text()
+        tokenizer = AutoTokenizer.from_pretrained(self.name)
+        length = self.model.config.text_config.max_position_embeddings
+
+        def embed(batch: list[str]) -> torch.Tensor:
+            inputs = tokenizer(
+                batch, padding=True, truncation=True, max_length=length, return_tensors="pt"
+            )
+            return self.model.get_text_features(**inputs.to(self.device)).pooler_output  # (b, d)
+
+        return self._embed(texts, embed)
+
+    def check_text(self) -> None:
+        """Raise ValueError if the model has no text tower."""
+        if self.kind != "clip":
+            raise ValueError(
+                f"{self.name} is a {type(self.model).__name__}, which has no text tower: give CLIP"
+            )
+
+    @torch.no_grad()
+    def _embed(
+        self, items: Sequence[Any], forward: Callable[[list[Any]], torch.Tensor]
+    ) -> torch.Tensor:
+        found = []
+        for start in range(0, len(items), self.batch_size):
+            batch = list(items[start : start + self.batch_size])
+            found.append(forward(batch).cpu())
+        return F.normalize(torch.cat(found), dim=1)  # (n, d)
+
+
+def image_similarity(encoder: Encoder, generated: Images, reference: Images) -> float:
+    """Return subject fidelity: the mean cosine of all pairs (generated, subject), in [−1, 1]."""
+    return (encoder.images(generated) @ encoder.images(reference).T).mean().item()
+
+
+def text_alignment(
+    encoder: Encoder, images: Images, prompts: Sequence[str], identifier: Iterable[str] = ()
+) -> float:
+    """Return the prompt fidelity: the mean cosine of each image and its own prompt, in [−1, 1].
+
+    Args:
+        encoder: a CLIP.
+        identifier: words to leave out of the prompts, such as the subject's rare token, which CLIP
+            doesn't know.
+    """
+    texts = encoder.texts([without_words(prompt, identifier) for prompt in prompts])
+    return (encoder.images(images) * texts).sum(1).mean().item()
+
+
+def without_words(prompt: str, words: Iterable[str]) -> str:
+    """Return `prompt` without `words`, in any case, and the commas and full stops after them."""
+    dropped = {word.lower() for word in words}
+    return " ".join(word for word in prompt.split() if word.strip(",.").lower() not in dropped)
+
+
+def load_encoders(args: DreamBoothArguments, device: torch.device) -> dict[str, Encoder | None]:
+    """Return the encoders of an `Evaluation`. One that both arguments name is loaded once."""
+    encoders: dict[str | None, Encoder] = {}
+    for name in (args.similarity_model, args.alignment_model):
+        if name is not None and name not in encoders:
+            encoders[name] = _load_encoder(args, name, device)
+    alignment = encoders.get(args.alignment_model)
+    if alignment is not None:
+        alignment.check_text()
+    return {"similarity": encoders.get(args.similarity_model), "alignment": alignment}
+
+
+def _load_encoder(args: DreamBoothArguments, name: str, device: torch.device) -> Encoder:
+    try:
+        return Encoder(name, device=device)
+    except OSError as error:
+        named = {
+            "--similarity_model": args.similarity_model,
+            "--alignment_model": args.alignment_model,
+        }
+        flags = " and ".join(flag for flag, value in named.items() if value == name)
+        why = str(error).strip().partition("\n")[0]
+        without = "--similarity_model none --alignment_model none"
+        if is_out_of_reach(error):
+            why = "the Hub can't be reached"
+            if args.pretrained_vae_model_name_or_path:
+                without += " --pretrained_vae_model_name_or_path none"
+        raise ValueError(
+            f"{flags} {name} can't be loaded ({why}): name a folder, or leave these figures "
+            f"out with {without}."
+        ) from error
