@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from nara_diffusion.config import NaraConfig
 from nara_diffusion.cores.registry import needs_noise
 from nara_diffusion.noise.level import Level, as_level
 from nara_diffusion.noise.prediction import prediction_in
@@ -73,10 +74,12 @@ def lora_of(adapter: Adapter, noise_level: Level | Literal["best"] | None) -> Pl
             f"The adapter predicts {prediction_in(fields)}, which its base doesn't, and a LoRA's file can't say so: "
             "programs would sample noise. Load it by pipe.load_nara_weights, with a scheduler that expects this."
         )
-    steps = getattr(adapter.config, "few_steps", None)
-    if steps is not None and steps["num_inference_steps"] > 1 and needs_noise(adapter.config):
+    config = adapter.config
+    steps = config.few_steps if isinstance(config, NaraConfig) else None
+    number = 1 if steps is None else steps["num_inference_steps"]
+    if isinstance(config, NaraConfig) and number > 1 and needs_noise(config):
         raise ValueError(
-            f"The adapter samples in {steps['num_inference_steps']} steps, and its update differs from step to step: a "
+            f"The adapter samples in {number} steps, and its update differs from step to step: a "
             "LoRA of one λ would be right in one of them. Load it by pipe.load_nara_weights."
         )
     if isinstance(noise_level, str):
