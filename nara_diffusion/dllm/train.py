@@ -10,10 +10,9 @@ If the package is installed without a clone: accelerate launch -m nara_diffusion
 --adapter lora, dora, …, full trains with another method. --init_adapter starts from a LoRA or NaRA.
 --min_noise_level and --max_noise_level train a part of the noise levels (docs/strength.md).
 
-The model is measured before and after. The output folder has adapter_config.json and
-adapter_model.safetensors (a model folder for --adapter full), README.md (the model card, which says
-how to load them), config.yaml, results.json, metrics.jsonl, noise_level_curve.png, samples.jsonl,
-and checkpoint-N folders to resume from.
+The model is measured before and after. The output folder has the adapter in PEFT's format (a model
+folder for --adapter full), README.md (the model card, which says how to load it), config.yaml,
+results.json, metrics.jsonl, noise_level_curve.png, samples.jsonl, and checkpoint-N to resume from.
 
 The shipped model has its own settings: train_scripts/configs/llada_tiny.yaml.
 """
@@ -225,9 +224,8 @@ class FineTuning:
         options = adapter_options(self.backbone, args)
         model = build_adapter(self.backbone, args, strength=schedule_of(args), **options)
         check_canvas(model, *self.canvas)  # again, since the adapter may take some positions
-        check_positions(
-            model, self.padded, f"samples have up to {self.padded} tokens", "lower --max_length"
-        )
+        what = f"samples have up to {self.padded} tokens"
+        check_positions(model, self.padded, what, "lower --max_length")
         if checkpoint is not None:
             load_checkpoint(model, checkpoint)
         elif args.init_adapter is not None:

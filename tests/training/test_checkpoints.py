@@ -113,7 +113,7 @@ def test_resume_that_runs_pickles_warns_once(
     dllm.main(text_arguments(folder, **SHORT, resume_from_checkpoint="latest"))
     said = [message for message in caplog.messages if "resuming runs the code in them" in message]
     assert len(said) == ("SHARDED" in engine or "ZeRO" in engine)
-    assert all(f"checkpoint-4: {engine} keeps its state in pickles" in message for message in said)
+    assert all(f"checkpoint-4: {engine} stores its state in pickles" in message for message in said)
 
 
 def test_full_disk_leaves_earlier_checkpoints_and_no_part_of_a_new_one(tmp_path: Path) -> None:
