@@ -1,4 +1,4 @@
-"""Talk with a masked-diffusion language model (LLaDA, Dream, …) in the terminal, with or without an adapter.
+"""Talk with a diffusion language model (LLaDA, Dream, DiffusionGemma, …) in the terminal, with or without an adapter.
 
     python examples/chat.py GSAI-ML/LLaDA-8B-Instruct --adapter my-answers --strength 0.8 --steps 64
     python examples/chat.py examples/assets/llada-tiny --adapter outputs/dllm-1 --system "Answer in a word."
@@ -22,7 +22,9 @@ import yaml
 from peft import PeftModel
 
 from nara_diffusion import set_strength
-from nara_diffusion.dllm import GenerationStep, encode_prompts, generate, load_backbone, prompt_text, stop_token_ids
+from nara_diffusion.dllm import GenerationStep, encode_prompts, load_backbone, prompt_text, stop_token_ids
+from nara_diffusion.dllm.models.backbone import Backbone
+from nara_diffusion.dllm.objective import answers_of
 
 
 def readable(tokenizer: Any, tokens: torch.Tensor, masked: torch.Tensor) -> str:
@@ -37,16 +39,17 @@ def readable(tokenizer: Any, tokens: torch.Tensor, masked: torch.Tensor) -> str:
 def answer(model: Any, tokenizer: Any, turns: list[dict[str, str]], **sampling: Any) -> str:
     """The model's answer to the conversation `turns`, {"role": …, "content": …} each."""
     prompt = prompt_text(tokenizer, turns if tokenizer.chat_template else turns[-1]["content"])
-    ids = torch.tensor(encode_prompts(tokenizer, [prompt]), device=next(model.parameters()).device)  # (1, p)
+    (ids,) = encode_prompts(tokenizer, [prompt])
 
     def show(step: GenerationStep) -> None:
-        text = readable(tokenizer, step.sequences[0, ids.shape[1] :], step.masked[0]) if step.masked.any() else ""
+        text = readable(tokenizer, step.sequences[0, len(ids) :], step.masked[0]) if step.masked.any() else ""
         print(f"\r\x1b[2K{' '.join(text.split())[-79:]}", end="", flush=True)
 
     sampling |= {"eos_token_id": stop_token_ids(model, tokenizer), "chat": bool(tokenizer.chat_template)}
-    sampling |= {"on_step_end": show if sys.stdout.isatty() else None}
-    sequences: Any = generate(model, ids, **sampling)
-    return tokenizer.decode(sequences[0, ids.shape[1] :], skip_special_tokens=True).strip()
+    if not Backbone(model).has_canvas:
+        sampling |= {"on_step_end": show if sys.stdout.isatty() else None}
+    answers = answers_of(model, [ids], **sampling).answers  # (1, g)
+    return tokenizer.decode(answers[0], skip_special_tokens=True).strip()
 
 
 def trained_gen_length(adapter: str | None) -> int | None:
@@ -75,7 +78,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()  # type: ignore[arg-type]
     sampling = {name: getattr(args, name) for name in ("steps", "block_length", "temperature")}
     positions = getattr(model.config, "max_position_embeddings", 512)
-    sampling["gen_length"] = args.gen_length or trained_gen_length(args.adapter) or min(128, positions // 4)
+    default = max(getattr(model.config, "canvas_length", 0), min(128, positions // 4))
+    sampling["gen_length"] = args.gen_length or trained_gen_length(args.adapter) or default
     opening = [] if args.system is None else [{"role": "system", "content": args.system}]
     turns = list(opening)
     for line in filter(None, map(str.strip, sys.stdin)):

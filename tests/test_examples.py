@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.helpers.small_pipelines import small_sdxl
 
@@ -58,6 +59,13 @@ def test_chat_answers_each_line_by_the_conversation_so_far_and_goes_on_after_a_t
     said = capsys.readouterr()
     assert said.out.rstrip("\n").split("\n") == ["PLANET", "tenalp"]
     assert re.search("^error: .* 64 positions: .*; /clear starts a new conversation$", said.err, re.MULTILINE)
+
+
+def test_chat_answers_by_canvases(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("reverse: planet"))
+    torch.manual_seed(0)
+    import_module("chat").main([str(EXAMPLES / "assets" / "gemma-tiny"), "--gen_length", "16"])
+    assert capsys.readouterr().out == "tenalp\n"
 
 
 def test_chat_keeps_the_system_message_and_takes_the_length_of_the_adapter_s_run(tmp_path, capsys, monkeypatch):

@@ -39,7 +39,7 @@ from nara_diffusion.dllm.batches import GlobalBatchStream
 from nara_diffusion.dllm.loss import batch_loss
 from nara_diffusion.dllm.masking import mask_answers, with_level_token
 from nara_diffusion.dllm.models.backbone import Backbone
-from nara_diffusion.dllm.objective import TextLoss, adapter_options, has_canvas, loss_of
+from nara_diffusion.dllm.objective import TextLoss, adapter_options, loss_of
 from nara_diffusion.dllm.text_arguments import Arguments
 from nara_diffusion.dllm.tokenizer import digit_tokens
 from nara_diffusion.dreambooth import denoiser_files
@@ -138,16 +138,14 @@ def check_text(tuning: dllm_train.FineTuning) -> dict[str, Any]:
     """
     args = published(tuning.args)
     backbone = Backbone(tuning.backbone)
-    convention = backbone.noise_convention
-    options = {"noise_convention": convention, **adapter_options(tuning.backbone, args)}
-    config = nara_config(args, **options)
+    config = nara_config(args, **adapter_options(tuning.backbone, args))
     adapted = add_adapter(tuning.backbone, config)
     model = adapted.to(tuning.run.accelerator.device).train()
     digits = digit_tokens(tuning.tokenizer)
     limit = backbone.position_limit
     has_digits = len(set(digits)) == 10
     has_place = (limit is None or tuning.padded < limit) and backbone.block_length is None
-    has_place = has_place and not has_canvas(model)
+    has_place = has_place and not backbone.has_canvas
     with_token = None
     if has_digits and has_place:
         add_cheap(model, config)
@@ -180,7 +178,7 @@ def text_loss(
     """
     device = tuning.run.accelerator.device
     backbone = Backbone(model)
-    mask = None if has_canvas(model) else backbone.mask_token_id()
+    mask = None if backbone.has_canvas else backbone.mask_token_id()
     stream = GlobalBatchStream(rows, tuning.args.seed, tuning.objective["group_size"])
 
     def loss(positions: Sequence[int]) -> TextLoss:

@@ -26,8 +26,6 @@ from tqdm.auto import tqdm
 from transformers import DiffusionGemmaForBlockDiffusion, DynamicCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from nara_diffusion.noise.sources import CORRUPTED_SHARE
-
 from .batches import AnswerCollator, batches_of
 from .canvas import conditioned
 from .loss import by_chunks, token_cross_entropy
@@ -93,7 +91,7 @@ def canvas_loss(
     """
     inner = block_model(model)
     inputs, cache, encoded = decoder_inputs(inner, batch), DynamicCache(), None
-    with conditioned(model, batch.noise_level, CORRUPTED_SHARE):
+    with conditioned(model, batch.noise_level):
         if batch.self_conditioned is not None:
             with torch.no_grad():
                 first = model(**inputs, cache=cache)

@@ -202,17 +202,14 @@ class ForwardRows:
         )
 
 
-def conditioned(
-    model: nn.Module, level: Tensor, convention: str | None = None
-) -> AbstractContextManager:
+def conditioned(model: nn.Module, level: Tensor) -> AbstractContextManager:
     """Return the context `noise_level(model, λ)`; one that does nothing if no adapter needs λ.
 
-    Adapters without a `noise_convention` get this one.
+    Adapters without a `noise_convention` get the one of the model.
 
     Args:
         model: the outermost module.
         level: λ of each row, (b,) float32, or of its k blocks, (b, k).
-        convention: the name of λ's definition; None takes that of the model's masks.
 
     Raises:
         ValueError: an adapter that needs λ was trained with another definition of it.
@@ -220,7 +217,7 @@ def conditioned(
     holders = find_holders(model)
     if not any(holder.needs_noise or holder.merging.binds_level for holder in holders):
         return nullcontext()
-    convention = convention or Backbone(model).noise_convention
+    convention = Backbone(model).noise_convention
     for holder in holders:
         names = holder.deviations.noisy(holder.active_names())
         for name, other in holder.finder.adopt_convention(names, convention).items():

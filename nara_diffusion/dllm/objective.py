@@ -13,9 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from torch import nn
-from transformers import DiffusionGemmaForBlockDiffusion
 
-from nara_diffusion.noise.sources import CORRUPTED_SHARE
 from nara_diffusion.training.adapters import ALL_LINEAR, method_of
 
 from .batches import AnswerCollator
@@ -32,30 +30,25 @@ _LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 """The linear layers of attention and of the dense MLP; routers and experts are never adapted."""
 
 
-def has_canvas(model: nn.Module) -> bool:
-    """Return True for DiffusionGemma, which fills canvases of random tokens."""
-    return isinstance(Backbone(model).language_model, DiffusionGemmaForBlockDiffusion)
-
-
 def loss_of(model: nn.Module) -> Callable[..., TextLoss]:
     """Return the objective of a model: `masked_diffusion_loss`, or `block_diffusion_loss`."""
-    return block_diffusion_loss if has_canvas(model) else masked_diffusion_loss
+    return block_diffusion_loss if Backbone(model).has_canvas else masked_diffusion_loss
 
 
 def curve_of(model: nn.Module) -> Callable[..., list[float]]:
     """Return the function that computes the validation loss at noise levels."""
-    return canvas_curve if has_canvas(model) else noise_level_curve
+    return canvas_curve if Backbone(model).has_canvas else noise_level_curve
 
 
 def answers_of(model: nn.Module, prompts: Sequence[Sequence[int]], **sampling: Any) -> Generation:
     """Answer prompts of unequal length by the model's own sampler."""
-    answer = answer_canvases if has_canvas(model) else answer_prompts
+    answer = answer_canvases if Backbone(model).has_canvas else answer_prompts
     return answer(model, prompts, **sampling)
 
 
 def sampling_of(model: nn.Module, sampling: Sampling, *, chat: bool) -> Sampling:
     """Return the settings of generation for a model, and for its chat."""
-    if has_canvas(model):
+    if Backbone(model).has_canvas:
         return canvas_sampling(model, sampling)
     return model_sampling(model, sampling, chat=chat)
 
@@ -63,7 +56,7 @@ def sampling_of(model: nn.Module, sampling: Sampling, *, chat: bool) -> Sampling
 def collator_of(model: nn.Module, args: Arguments, end_token_id: int) -> AnswerCollator:
     """Return how rows become batches: answers of a canvas model end where a canvas ends."""
     collator = AnswerCollator(end_token_id, args.trained_padding, args.gen_length)
-    if not has_canvas(model):
+    if not Backbone(model).has_canvas:
         return collator
     canvas: Any = Backbone(model).configured("canvas_length")
     padding = 0 if args.trained_padding == "gen_length" else args.trained_padding
@@ -76,7 +69,7 @@ def objective_options(model: nn.Module, args: Arguments) -> dict[str, Any]:
     Raises:
         ValueError: an option belongs to the other kind of model.
     """
-    if not has_canvas(model):
+    if not Backbone(model).has_canvas:
         if not args.train_on_encoder or args.encoder_loss_weight is not None:
             raise ValueError(
                 "train_on_encoder and encoder_loss_weight are DiffusionGemma's: this model has no "
@@ -97,8 +90,9 @@ def adapter_options(model: nn.Module, args: Arguments) -> Mapping[str, Any]:
     Raises:
         ValueError: an adapter, or names of layers, that DiffusionGemma cannot have.
     """
-    if not has_canvas(model):
-        return {"noise_convention": Backbone(model).noise_convention}
+    convention = {"noise_convention": Backbone(model).noise_convention}
+    if not Backbone(model).has_canvas:
+        return convention
     if method_of(args).family in ("prompt", "full"):
         raise ValueError(
             f"adapter is {args.adapter}, and DiffusionGemma is trained with adapters of its layers: "
@@ -114,4 +108,4 @@ def adapter_options(model: nn.Module, args: Arguments) -> Mapping[str, Any]:
     parts = r"(encoder\.language_model|decoder)" if args.train_on_encoder else "decoder"
     layers = "|".join(map(re.escape, names))
     pattern = rf".*\.{parts}\.layers\.\d+\.(self_attn|mlp)\.({layers})"
-    return {"noise_convention": CORRUPTED_SHARE, "target_modules": pattern}
+    return {**convention, "target_modules": pattern}

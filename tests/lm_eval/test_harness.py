@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -62,6 +63,18 @@ def test_generate_until_answers_each_question_as_the_sampler_does_alone(harness:
         assert text == (expected.split("\n")[0] if how is shorter else expected)
 
 
+def test_a_model_of_canvases_answers_by_its_own_sampler_and_has_no_likelihood() -> None:
+    harness = NaraDLLM(str(Path(LLADA_TINY).with_name("gemma-tiny")), batch_size=3, device="cpu")
+    asked = []
+    for question in ("reverse: planet", "upper: planet", "sort: zebra"):
+        prompt = harness.apply_chat_template([{"role": "user", "content": question}])
+        asked.append((prompt, {"gen_length": 16, "until": []}))
+    torch.manual_seed(0)
+    assert harness.generate_until(requests("generate_until", *asked)) == ["tenalp", "PLANET", "aberz"]
+    with pytest.raises(ValueError, match="random tokens in place of masks"):
+        harness.loglikelihood(requests("loglikelihood", ("a", "b")))
+
+
 @pytest.mark.parametrize(
     ("until", "expected"),
     [(["three", ".", "stop"], "  one "), ("two", "  one stop "), ([], "  one stop two. three")],
@@ -72,7 +85,7 @@ def test_generate_until_ends_before_the_first_stop_text_and_keeps_white_space(
     ids = harness.tokenizer("  one stop two. three", add_special_tokens=False).input_ids
     answers = torch.tensor([[*ids, harness.tokenizer.eos_token_id, *ids]])
     generation = type("Found", (), {"answers": answers})
-    monkeypatch.setattr("nara_diffusion.lm_eval.harness_model.answer_prompts", lambda *_, **__: generation)
+    monkeypatch.setattr("nara_diffusion.lm_eval.harness_model.answers_of", lambda *_, **__: generation)
     assert harness.generate_until(requests("generate_until", ("q", {"until": until, "gen_length": 30}))) == [expected]
 
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from nara_diffusion.noise.sources import BLOCK_SHARE, MASKED_SHARE
+from nara_diffusion.noise.sources import BLOCK_SHARE, CORRUPTED_SHARE, MASKED_SHARE
 
 from .block_causal import LLaDA2ForCausalLM
 from .shifted_logits import ShiftedQwen2ForCausalLM
@@ -51,6 +51,7 @@ class Backbone:
             predicts the first one.
         block_length: the length of the blocks that its attention goes by (LLaDA2); None if each
             position sees all others.
+        has_canvas: True for DiffusionGemma, which fills canvases of random tokens, without masks.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -61,6 +62,8 @@ class Backbone:
                 self.language_model = module
                 break
         self.is_shifted = isinstance(self.language_model, ShiftedQwen2ForCausalLM)
+        kinds = [kind.__name__ for kind in type(self.language_model).__mro__]
+        self.has_canvas = "DiffusionGemmaForBlockDiffusion" in kinds
         self.block_length: int | None = None
         if isinstance(self.language_model, LLaDA2ForCausalLM):
             self.block_length = self.configured("block_length")
@@ -73,6 +76,8 @@ class Backbone:
     @property
     def noise_convention(self) -> str:
         """The name of λ's definition in training and sampling."""
+        if self.has_canvas:
+            return CORRUPTED_SHARE
         return MASKED_SHARE if self.block_length is None else BLOCK_SHARE
 
     def configured(self, name: str) -> Any:
@@ -94,8 +99,13 @@ class Backbone:
         """Return `given`, or the mask token of the configuration.
 
         Raises:
-            ValueError: neither names one.
+            ValueError: neither names one, or the model has no masks.
         """
+        if self.has_canvas:
+            raise ValueError(
+                "DiffusionGemma has random tokens in place of masks, and this function needs masks: "
+                "train it by train_scripts/dllm.py, sample it by its own generate (docs/text.md)"
+            )
         known = self.configured("mask_token_id") if given is None else given
         if known is None:
             raise ValueError(
