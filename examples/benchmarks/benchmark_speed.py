@@ -1,6 +1,6 @@
 """How long a step with NaRA takes beside PEFT's LoRA, and NaRA-DoRA beside PEFT's DoRA; and their kernels.
 
-    python examples/benchmarks/benchmark_speed.py
+    python examples/benchmarks/benchmark_speed.py [--device cuda]
 
 Four square projections (q, k, v, o) of one attention layer, adapted by each method, with a batch whose samples have
 different noise levels, in float32 and in bfloat16 under autocast. The methods take turns within each round; a ratio is
@@ -39,8 +39,11 @@ class Projections(nn.Module):
 class Arm:
     """One method's model with its steps; all arms see the same base weights and inputs."""
 
-    def __init__(self, method: str, shape: tuple[int, int, int], rank: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, method: str, shape: tuple[int, int, int], rank: int, dtype: torch.dtype, device: str = "cpu"
+    ) -> None:
         torch.manual_seed(0)
+        self.device = device
         config = METHODS[method](r=rank, lora_alpha=rank, target_modules=["q", "k", "v", "o"])
         self.model: PeftModel = get_peft_model(Projections(shape[-1]).to(dtype), config)
         self.is_autocast = dtype != torch.float32
@@ -49,15 +52,17 @@ class Arm:
             for parameter in self.model.parameters():
                 if parameter.requires_grad:
                     parameter.add_(0.01 * torch.randn_like(parameter))
+        self.model.to(device)
         # inside a network the input is a hidden state, which gets a gradient too
-        self.x = torch.randn(shape).to(dtype).requires_grad_()  # (b, l, d)
-        self.noise_levels = torch.linspace(0.1, 0.9, shape[0]) if method.startswith("NaRA") else None  # (b,)
+        self.x = torch.randn(shape).to(device, dtype).requires_grad_()  # (b, l, d)
+        levels = torch.linspace(0.1, 0.9, shape[0], device=device)  # (b,)
+        self.noise_levels = levels if method.startswith("NaRA") else None
         self.optimizer = torch.optim.AdamW(p for p in self.model.parameters() if p.requires_grad)
 
     def _forward(self) -> torch.Tensor:
         no_noise: AbstractContextManager[Any] = nullcontext()
         noise = no_noise if self.noise_levels is None else noise_level(self.model, self.noise_levels)
-        with noise, torch.autocast("cpu", torch.bfloat16, enabled=self.is_autocast):
+        with noise, torch.autocast(self.device, torch.bfloat16, enabled=self.is_autocast):
             return self.model(self.x)
 
     def train(self) -> None:
@@ -66,6 +71,12 @@ class Arm:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.x.grad = None
+        self.finish()
+
+    def finish(self) -> None:
+        """Wait for the device."""
+        if self.device != "cpu":
+            torch.accelerator.synchronize()
 
     def freeze(self) -> None:
         """Prepare for inference."""
@@ -75,11 +86,14 @@ class Arm:
     def inference(self) -> None:
         self._forward()
         self._forward()
+        self.finish()
 
 
-def times_of(dtype: torch.dtype, shape: tuple[int, int, int], rank: int, rounds: int) -> dict[str, Any]:
+def times_of(
+    dtype: torch.dtype, shape: tuple[int, int, int], rank: int, rounds: int, device: str = "cpu"
+) -> dict[str, Any]:
     """{"train" or "inference": {method: seconds of each round}}."""
-    arms = {method: Arm(method, shape, rank, dtype) for method in METHODS}
+    arms = {method: Arm(method, shape, rank, dtype, device) for method in METHODS}
     train = times_in_turn({name: arm.train for name, arm in arms.items()}, rounds)
     for arm in arms.values():
         arm.freeze()
@@ -99,13 +113,14 @@ def main(
     shape: tuple[int, int, int] = (4, 256, 1280),
     rank: int = 16,
     output_dir: str = "outputs/benchmarks",
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Time every method `rounds` times; print a table, save it as JSON, return the figures."""
     seconds: dict[str, Any] = {}
     ratios: dict[str, Any] = {}
     for name, dtype in DTYPES.items():
         with one_thread():
-            times = times_of(dtype, shape, rank, rounds)
+            times = times_of(dtype, shape, rank, rounds, device)
         seconds[name] = {
             kind: {method: summarize(values) for method, values in of.items()} for kind, of in times.items()
         }
@@ -116,7 +131,8 @@ def main(
     for method, of in kernels.items():
         counts = {kind: round(sum(operations.values())) for kind, operations in of.items()}
         print(f"{method:10s} kernels a layer: {counts}")
-    figures = {"shape": shape, "rank": rank, "rounds": rounds, "seconds": seconds, "ratios": ratios, "kernels": kernels}
+    figures = {"device": device, "shape": shape, "rank": rank, "rounds": rounds}
+    figures |= {"seconds": seconds, "ratios": ratios, "kernels": kernels}
     print(f"saved to {save_record('benchmark_speed', figures, output_dir)}")
     return figures
 

@@ -25,7 +25,7 @@ METHODS: dict[str, Callable[..., LoraConfig]] = {
     "NaRA-DoRA": lambda **kwargs: NaraConfig(use_dora=True, **kwargs),
 }
 WIDTH, RANK, SAMPLES = 512, 16, 2
-_FREE = ("aten::empty", "aten::new_empty", "aten::detach", "aten::_unsafe_view", "aten::promote_types")
+_FREE = ("aten::empty", "aten::new_empty", "aten::detach", "aten::_unsafe_view", "aten::promote_types", "prim::device")
 
 
 class Kernels(TorchDispatchMode):

@@ -23,6 +23,8 @@ from nara_diffusion.cores.float32 import without_autocast
 
 SLICE = 2**22
 """Elements of W0 converted to float32 at once for DoRA's norm: 16 MiB, which may fit the cache."""
+DEVICE_SLICE = 2**26
+"""The same on other devices than the CPU, where each slice launches more kernels."""
 
 
 def mixed(deviation: Tensor, h: Tensor) -> Tensor:
@@ -85,7 +87,8 @@ def norm_parts(weight: Tensor, A: Tensor) -> NormParts:
     products, squares = [], []
     with without_autocast(weight.device):
         A = A.detach().to(dtype)
-        for part in weight.detach().chunk(1 + weight.numel() // SLICE):
+        size = SLICE if weight.is_cpu else DEVICE_SLICE
+        for part in weight.detach().chunk(1 + weight.numel() // size):
             part = part.to(dtype)
             products.append(A @ part.T)
             squares.append(torch.linalg.vector_norm(part, dim=1).square())
