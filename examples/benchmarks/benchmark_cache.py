@@ -80,13 +80,15 @@ def compare(model: nn.Module, length: int, steps: int, rounds: int) -> dict[str,
     }
 
 
-def main(steps: int = 8, rounds: int = 3, output_dir: str = "outputs/benchmarks") -> dict[str, Any]:
+def main(
+    steps: int = 8, rounds: int = 3, lengths: tuple[int, ...] = LENGTHS, output_dir: str = "outputs/benchmarks"
+) -> dict[str, Any]:
     """Time all lengths, `steps` steps a block; print a table, save it as JSON, return the figures."""
     model = random_model()
     figures: dict[str, Any] = {}
     print("| tokens | with the cache, a second | without | ratio |\n|---:|---:|---:|---:|")
     with one_thread():
-        for length in LENGTHS:
+        for length in lengths:
             found = figures[str(length)] = compare(model, length, steps, rounds)
             speed = found["tokens_per_second"]
             print(f"| {length} | {speed['cache']:.1f} | {speed['none']:.1f} | {found['ratio']:.2f} |", flush=True)
