@@ -43,11 +43,13 @@ class Rehearsed:
         targets: the modules to adapt.
         billions: parameters of the model.
         passes: forwards of each adapted layer in a training step, checkpointing aside.
+        saving: how many times less checkpointing keeps, at least.
     """
 
     targets: list[str] | str
     billions: float
     passes = 1
+    saving = 3.0
 
     def build(self) -> Any:
         """Return the model, where meta is the default device."""
@@ -245,6 +247,7 @@ class Canvas(Rehearsed):
     billions: float
     targets: list[str] | str
     passes = 2  # without gradient for self-conditioning, and with
+    saving = 0.0  # the encoder isn't checkpointed, and on meta its attention keeps all probabilities
 
     def build(self) -> Any:
         text = {

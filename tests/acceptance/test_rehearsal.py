@@ -46,7 +46,7 @@ def test_model_of_true_size_trains_saves_loads_and_samples(
         file = saved(model, adapted, tmp_path / str(use_dora))
         assert_keys_and_shapes(file, layers, use_dora)
         found = train_on_fake_tensors(model, adapted)
-        assert found["kept"] > 3 * kept
+        assert found["kept"] > model.saving * kept
         forwards = len(layers) * model.passes
         more = [found[way].total() - alone[way].total() for way in ("forward", "backward")]
         assert more[0] <= MOST[use_dora][0] * forwards + ONCE * model.passes, found["forward"] - alone["forward"]
