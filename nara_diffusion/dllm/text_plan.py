@@ -19,13 +19,12 @@ from nara_diffusion.training.adapters import build_adapter, method_of
 from nara_diffusion.training.optimization import recompute_activations
 from nara_diffusion.training.planned_step import PlannedStep, dtype_of
 
-from .batches import AnswerCollator
 from .canvas import checked_lengths
-from .loss import batch_loss, masked_diffusion_loss
+from .loss import batch_loss
 from .masking import MaskedBatch, mask_answers
 from .models.backbone import Backbone
 from .models.pretrained import backbone_on_meta
-from .objective import loss_of
+from .objective import adapter_options, collator_of, objective_options
 from .text_arguments import Arguments
 
 _NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # a constant for 64 numbers, in 8 bits with a scale for 256
@@ -42,10 +41,7 @@ def planned_text_step(args: Arguments) -> PlannedStep:
     dtype = torch.float32 if method_of(args).family == "full" else dtype_of(args)
     hub = {} if args.revision is None else {"revision": args.revision}
     backbone = backbone_on_meta(args.pretrained_model_name_or_path, dtype, **hub)
-    if loss_of(backbone) is not masked_diffusion_loss:
-        raise ValueError(
-            "--plan computes masked diffusion, and this model is trained by blocks: leave it out."
-        )
+    _check_computable(backbone, dtype)
     packed = {}
     if args.is_quantised:
         size = _NF4 if args.load_in_4bit else _INT8
@@ -57,9 +53,10 @@ def planned_text_step(args: Arguments) -> PlannedStep:
     if args.gradient_checkpointing:
         recompute_activations(backbone)
     length = checked_lengths(backbone, args.max_length, args.gen_length)
+    objective_options(backbone, args)
     with torch.device("meta"):
-        model = build_adapter(backbone, args)
-    batch = _longest_batch(args, length, Backbone(model).position_limit or math.inf)
+        model = build_adapter(backbone, args, **adapter_options(backbone, args))
+    batch = _longest_batch(model, args, length)
     rows, width = batch.input_ids.shape
     return PlannedStep(
         model=model,
@@ -70,17 +67,26 @@ def planned_text_step(args: Arguments) -> PlannedStep:
     )
 
 
-def _longest_batch(args: Arguments, length: int, limit: float) -> MaskedBatch:
-    """Return a batch of masked rows of `length` tokens and their padding, at most `limit`."""
+def _longest_batch(model: nn.Module, args: Arguments, length: int) -> MaskedBatch:
+    """Return masked rows of `length` tokens and their padding, at most the model's positions."""
+    limit = Backbone(model).position_limit or math.inf
     prompt = min(args.max_prompt_length or length, length - 1)
     if args.trained_padding == "gen_length":
         prompt = int(min(prompt, limit - args.gen_length))
     row = {"input_ids": [_END] * length, "prompt_length": prompt}
-    collator = AnswerCollator(_END, args.trained_padding, args.gen_length)
-    batch: dict[str, Any] = collator([row] * args.train_batch_size)
-    level = 0.5 if args.complementary else 1.0
-    masking = {"noise_level": level, "complementary": args.complementary}
-    return mask_answers(**batch, **masking, mask_token_id=0, seed=0)
+    batch: dict[str, Any] = collator_of(model, args, _END)([row] * args.train_batch_size)
+    batch["noise_level"] = 0.5 if args.complementary else 1.0
+    batch |= {"complementary": args.complementary, "block_length": Backbone(model).block_length}
+    return mask_answers(**batch, mask_token_id=0, seed=0)
+
+
+def _check_computable(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    if Backbone(model).has_canvas:
+        raise ValueError("--plan computes masked diffusion, which DiffusionGemma isn't trained by.")
+    if model.config._experts_implementation == "grouped_mm" and dtype != torch.bfloat16:
+        raise ValueError(
+            "--plan computes a mixture of experts in bfloat16 only: add --mixed_precision bf16."
+        )
 
 
 def _quantised_weights(model: PreTrainedModel) -> Iterator[Tensor]:

@@ -105,11 +105,13 @@ class Family:
         return self.output(denoiser(**self.inputs(call), return_dict=False)[0], call)
 
 
-def placed(embeddings: Embeddings, device: torch.device) -> Placed:
+def placed(embeddings: Placed, device: torch.device) -> Placed:
     """Return embeddings on `device`; if they are on the CPU, without waiting for `device`."""
     parts: list[Tensor | list[int]] = []
     for part in embeddings:
-        if part.is_floating_point():
+        if isinstance(part, list):
+            parts.append(part)
+        elif part.is_floating_point():
             is_here = part.device.type == "cpu"  # copies to the CPU must block
             parts.append(part.to(device, non_blocking=is_here))
         else:

@@ -6,8 +6,10 @@ autoencoder counts; of the text encoders only the weights do, unless they are tr
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import diffusers
@@ -21,7 +23,7 @@ from nara_diffusion.training.planned_step import PlannedStep, dtype_of
 
 from .dataset import TrainingSample, collate_samples
 from .denoiser import AdaptedDenoiser
-from .family import Embeddings, Family
+from .family import Family, Placed
 from .image_arguments import DreamBoothArguments, run_family
 from .image_records import ImageRecord, Size
 from .pipelines import family_named, model_index, modules_of, training_sizes
@@ -29,7 +31,6 @@ from .training_step import training_step
 
 _WIDTHS = ("cross_attention_dim", "joint_attention_dim", "cap_feat_dim", "text_dim")
 """What denoisers call the width of a prompt's states, in their configurations."""
-_WITH_MASK = ("z-image", "qwen-image")
 
 
 def planned_image_step(args: DreamBoothArguments) -> PlannedStep:
@@ -73,52 +74,45 @@ def pipeline_on_meta(args: DreamBoothArguments) -> Any:
     name, vae = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
     index = model_index(name, revision=args.revision)
     family_named(str(index.get("_class_name")))
-    parts: dict[str, Any] = {}
-    for part, described in index.items():
-        if not isinstance(described, (list, tuple)) or part == "safety_checker":
-            continue
-        library, class_name = described
-        source = {"subfolder": part, "revision": args.revision}
-        folder = name
-        if part == "vae" and vae is not None:
-            folder, source = vae, {}
-        dtype = torch.float32 if part == "vae" else dtype_of(args)
-        if class_name is None:
-            parts[part] = None
-        elif "Tokenizer" in class_name:
-            parts[part] = PlannedTokenizer()
-        elif library == "transformers":
-            parts[part] = _language_model(class_name, folder, dtype, **source)
-        else:
-            parts[part] = _component(class_name, folder, dtype, **source)
-    for part, tokenizer in parts.items():
-        if isinstance(tokenizer, PlannedTokenizer):
-            encoder = parts.get(part.replace("tokenizer", "text_encoder"))
-            places = getattr(getattr(encoder, "config", None), "max_position_embeddings", None)
-            tokenizer.model_max_length = places or tokenizer.model_max_length
     kind: Any = getattr(diffusers, index["_class_name"])
-    accepted = kind.__init__.__code__.co_varnames
-    fields = {key: value for key, value in index.items() if key in accepted and key not in parts}
-    if "safety_checker" in accepted:
-        fields |= {"safety_checker": None, "requires_safety_checker": False}
-    return kind(**parts, **fields)
+    fields: dict[str, Any] = {}
+    for part in inspect.signature(kind).parameters.keys() & index.keys():
+        described = index[part]
+        if not isinstance(described, (list, tuple)):
+            fields[part] = described
+        elif described[1] is None or part == "safety_checker":
+            fields[part] = None
+        elif "Tokenizer" in described[1]:
+            fields[part] = PlannedTokenizer()
+        elif part == "vae" and vae is not None:
+            fields[part] = _component(described, vae, torch.float32)
+        else:
+            dtype = torch.float32 if part == "vae" else dtype_of(args)
+            source = {"subfolder": part, "revision": args.revision}
+            fields[part] = _component(described, name, dtype, **source)
+    if "safety_checker" in fields:
+        fields["requires_safety_checker"] = False
+    pipe = kind(**fields)
+    for part, tokenizer in pipe.components.items():
+        if isinstance(tokenizer, PlannedTokenizer):
+            config = getattr(pipe, part.replace("tokenizer", "text_encoder")).config
+            tokenizer.model_max_length = getattr(config, "max_position_embeddings", 77)
+    return pipe
 
 
-def _language_model(class_name: str, folder: str, dtype: torch.dtype, **source: Any) -> Any:
-    kind = getattr(transformers, class_name)
-    config = kind.config_class.from_pretrained(folder, **source)
-    with torch.device("meta"):
-        return kind._from_config(config, dtype=dtype).requires_grad_(False).eval()
-
-
-def _component(class_name: str, folder: str, dtype: torch.dtype, **source: Any) -> Any:
-    """Return a scheduler, or a model on meta."""
-    kind: Any = getattr(diffusers, class_name)
-    config = kind.load_config(folder, **source)
+def _component(described: Sequence[str], folder: str, dtype: torch.dtype, **source: Any) -> Any:
+    """Return a scheduler, or a model on meta, of (library, class)."""
+    library, class_name = described
+    kind: Any = getattr(transformers if library == "transformers" else diffusers, class_name)
     if class_name.endswith("Scheduler"):
-        return kind.from_config(config)
+        return kind.from_config(kind.load_config(folder, **source))
+    if library == "transformers":
+        config = kind.config_class.from_pretrained(folder, **source)
+        make = partial(kind._from_config, config, dtype=dtype)
+    else:
+        make = partial(kind.from_config, kind.load_config(folder, **source))
     with torch.device("meta"):
-        return kind.from_config(config).to(dtype).requires_grad_(False).eval()
+        return make().to(dtype).requires_grad_(False).eval()
 
 
 # ---------------------------------------------------------------- the batch
@@ -134,13 +128,11 @@ class PlannedSample(TrainingSample):
 def _batch(args: DreamBoothArguments, size: Size) -> dict[str, Any]:
     """Return a batch of images of `size`, with class images if the run has them."""
     roles = ["instance"] if args.class_prompt is None else ["instance", "class"]
-    items = []
-    for position in range(args.train_batch_size):
-        samples: list[TrainingSample] = []
+    items: list[dict[str, Any]] = [{"samples": []} for _ in range(args.train_batch_size)]
+    for position, item in enumerate(items):
         for role in roles:
             image = ImageRecord("planned", bytes, size, "", f"{role} {position}")
-            samples.append(PlannedSample(image, size, 0, 0, False, position, role, ""))
-        items.append({"samples": samples})
+            item["samples"].append(PlannedSample(image, size, 0, 0, False, position, role, ""))
     return collate_samples(items)
 
 
@@ -148,26 +140,25 @@ class PlannedPrompts:
     """Embeddings of the shapes that a family's encoders return, in place of a `PromptCache`."""
 
     def __init__(self, pipe: Any, family: Family) -> None:
-        self.pipe, self.family = pipe, family
-
-    def get(self, prompts: Sequence[str]) -> Embeddings:
-        """Return the embeddings of b prompts of the maximal length, each (b, …)."""
-        config, b = getattr(self.pipe, self.family.denoiser).config, len(prompts)
-        length = self.family.max_sequence_length
-        if length is None:
-            length = self.pipe.tokenizer.model_max_length
-        elif self.family.name == "stable-diffusion-3":
-            length += self.pipe.tokenizer.model_max_length
+        config = getattr(pipe, family.denoiser).config
+        length = family.max_sequence_length or 0
+        if family.max_sequence_length is None or family.name == "stable-diffusion-3":
+            length += pipe.tokenizer.model_max_length
         width = next(config[name] for name in _WIDTHS if name in config)
-        found = [torch.zeros(b, length, width)]
         pooled = config.get("pooled_projection_dim")
-        if self.family.name == "stable-diffusion-xl":
-            pooled = self.pipe.text_encoder_2.config.projection_dim
-        if pooled is not None:
-            found.append(torch.zeros(b, pooled))
-        if self.family.name in _WITH_MASK:
-            found.append(torch.ones(b, length, dtype=torch.int64))
-        return tuple(found)
+        if family.name == "stable-diffusion-xl":
+            pooled = pipe.text_encoder_2.config.projection_dim
+        self.shapes = [(length, width), (pooled,)] if pooled else [(length, width)]
+        self.has_mask = family.name in ("z-image", "qwen-image")
+
+    def get(self, prompts: Sequence[str]) -> Placed:
+        """Return the embeddings of b prompts of the maximal length, each (b, …)."""
+        parts: list[Tensor | list[int]] = []
+        for shape in self.shapes:
+            parts.append(torch.zeros(len(prompts), *shape))
+        if self.has_mask:
+            parts.append([self.shapes[0][0]] * len(prompts))
+        return tuple(parts)
 
 
 class PlannedTokenizer:
