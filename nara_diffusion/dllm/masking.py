@@ -3,8 +3,7 @@
     t ~ U(ε, 1) for each sequence;  masked_j ~ Bernoulli(t) for each j of the answer;  λ = t
 
 as in LLaDA's supervised fine-tuning (arXiv 2502.09992, algorithm 2). The prompt is never masked. A
-sequence is prompt, answer, padding, by `prompt_lengths` (b,) and `answer_lengths` (b,). Without the
-latter, the answer ends at l.
+sequence is prompt, answer, padding, by `prompt_lengths` and `answer_lengths` (b,), which may be None.
 
 Random numbers depend only on (seed, index of the sample in the training stream): a sample has the
 same λ and masks with any number of processes, batch size, order and padding, and a resumed run
@@ -18,8 +17,7 @@ In blocks (LLaDA2): the answer of a step is the block of an answer token that is
 that each token has the same weight. The prompt and earlier blocks are clean, later ones cut off.
 
 Complementary masks: each sequence appears twice, with mask m at λ = t and ¬m at λ = 1 − t, so a
-step trains each answer token once. Both 1/λ are finite by t ~ U(ε, 1 − ε), and a window has to
-contain 1 − λ with each λ.
+step trains each answer token once. Both 1/λ are finite: t ~ U(ε, 1 − ε). A window has both λ.
 """
 
 from __future__ import annotations

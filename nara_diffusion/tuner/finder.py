@@ -2,9 +2,8 @@
 
 An adapter's configuration names its definition of λ. If it names none, the adapter takes the
 definition of the source. Until a user sets a source, that definition is *assumed*: a source that is
-set later replaces it. The default source depends on the model's class and on the first definition.
-N, and the meaning of a small timestep, come from the present schedulers of the pipelines that
-loaded the adapters.
+set later replaces it. The default source depends on the model's class and the first definition. N,
+and the meaning of a small timestep, come from the schedulers of the pipelines that loaded adapters.
 """
 
 from __future__ import annotations
