@@ -119,6 +119,6 @@ if __name__ == "__main__":
         print(f"planned {plan / 1e9:.2f} GB, resident {real / 1e9:.2f} GB, ratio {plan / real:.2f}")
         raise SystemExit
     print(HEAD)
-    print("|---|" + "---:|" * HEAD.count("|", 2), flush=True)
+    print("|---|" + "---:|" * (HEAD.count("|") - 2), flush=True)
     for each in RUNS:
         print(row(each), flush=True)
