@@ -31,7 +31,7 @@ CONFIGS = ROOT / "train_scripts" / "configs"
 ASSETS = ROOT / "examples" / "assets"
 MODELS = {"dream": "dream-7b", "flux": "flux.1-dev", "llada": "llada-8b", "sd3": "sd3.5-medium", "sdxl": "sdxl"}
 COLUMNS = ("weights", "adapter", "optimizer", "activations", "peak")
-HEAD = "| file | trained, M | weights, GB | adapter | optimizer | activations | peak | TFLOP a forward and backward |"
+HEAD = "| file | trained, M | weights, GB | adapter | optimizer | activations | peak | TFLOP per forward and backward |"
 FILES = [f.stem for f in sorted(CONFIGS.glob("*.yaml")) if not {"tiny", "4", "diffusiongemma"} & {*f.stem.split("_")}]
 RUNS = [*FILES, "llada_instruct_math14k --load_in_8bit", "llada_instruct_math14k --load_in_4bit"]
 """Files without those of tiny models, and without what --plan refuses; with further flags."""
