@@ -190,7 +190,7 @@ def test_hotswap_at_equal_rank_gives_the_adapter_that_came(root: Path) -> None:
 
 def test_hotswap_that_would_mix_two_adapters_is_refused(root: Path, tmp_path: Path) -> None:
     for old, new, message in [
-        ({"core_type": "bins", "core_bins": 2}, {"core_type": "bins", "core_bins": 4}, "core_bins is 4 .*, and 2 in"),
+        ({"core_type": "bins", "core_bins": 2}, {"core_type": "bins", "core_bins": 4}, "core_bins is 4 .* but 2 in"),
         ({}, {"noise_convention": "edm"}, "defined as 'edm', but .* as 'b' of this model needs"),
         ({"text": True}, {}, "no part for 'text_encoder'"),
     ]:

@@ -110,7 +110,7 @@ def test_lengths_are_refused_before_a_record_is_tokenised(arguments, monkeypatch
     for changes, message in [
         ({"gen_length": 64}, "gen_length is 64, and the model has 64 positions: lower it"),
         ({"max_length": 65}, "max_length is 65, and the model has 64 positions: lower it"),
-        ({"gen_length": 12, "block_length": 5}, "block_length 5 doesn't divide gen_length 12"),
+        ({"gen_length": 12, "block_length": 5}, "block_length 5 has to divide gen_length 12"),
     ]:
         args = arguments(**changes)
         with pytest.raises(ValueError, match=message):

@@ -173,7 +173,7 @@ def test_dream_answers_and_scores_after_a_bos_token_where_there_is_no_prompt(mon
 
 def test_generate_refuses_impossible_settings_by_name_and_says_how_texts_are_encoded(pair: Any) -> None:
     for options, message in [
-        ({"block_length": 3}, "block_length 3 doesn't divide"),
+        ({"block_length": 3}, "block_length 3 has to divide"),
         ({"block_length": 4, "steps": 3}, "steps is 3 and there are 2 blocks"),
         ({"remasking": "entropie"}, "remasking is 'entropie', expected one of 'low_confidence', .*'entropy'"),
         ({"temperature": -1.0}, "temperature is -1.0"),

@@ -110,8 +110,8 @@ def test_weighting_scheme_weights_errors_as_diffusers(scheme: str) -> None:
 @pytest.mark.parametrize(
     ("scheduler", "message"),
     [
-        (DDPMScheduler(prediction_type="flow"), "prediction_type 'flow' is no schedule .* one of epsilon"),
-        (EDMEulerScheduler(), "EDMEulerScheduler with prediction_type 'epsilon' is no schedule"),
+        (DDPMScheduler(prediction_type="flow"), "prediction_type 'flow' is not a schedule .* one of epsilon"),
+        (EDMEulerScheduler(), "EDMEulerScheduler with prediction_type 'epsilon' is not a schedule"),
         (
             EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction"),
             "betas and discrete timesteps",

@@ -133,7 +133,7 @@ def test_adapter_of_another_definition_is_refused_at_loading(base: Path, tmp_pat
     file.write_text(file.read_text().replace(BLOCK_SHARE, "masked_share"))
     pipe = pipeline(base)
     before = set(pipe.model.state_dict())
-    with pytest.raises(ValueError, match="'masked_share', but the source of λ tells 'masked_share_of_block'"):
+    with pytest.raises(ValueError, match="'masked_share', but the source of λ gives 'masked_share_of_block'"):
         pipe.load_nara_weights(tmp_path / "adapter")
     assert set(pipe.model.state_dict()) == before
     with pytest.raises(ValueError, match="'masked_share_of_block'"):  # nor is it made
