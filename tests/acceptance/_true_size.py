@@ -44,12 +44,14 @@ class Rehearsed:
         billions: parameters of the model.
         passes: forwards of each adapted layer in a training step, checkpointing aside.
         saving: how many times less checkpointing keeps, at least.
+        unused: a part of the names of layers that nothing reads, and that get no gradient.
     """
 
     targets: list[str] | str
     billions: float
     passes = 1
     saving = 3.0
+    unused = "none"
 
     def build(self) -> Any:
         """Return the model, where meta is the default device."""
@@ -59,6 +61,10 @@ class Rehearsed:
         with torch.device("meta"):
             model = self.build()
         return model.to(torch.bfloat16).requires_grad_(False).eval()
+
+    def alone(self) -> Any:
+        """Return the model without an adapter, to count its own kernels."""
+        return self.frozen()
 
     def adapted(self, **options: Any) -> Any:
         """Return the model with a NaRA of rank 16 in float32."""
@@ -114,6 +120,7 @@ class Denoiser(Rehearsed):
     inputs: Callable[[Callable[..., Tensor], int], dict[str, Any]]
     latents: str = "hidden_states"
     targets: list[str] | str = "all"
+    unused: str = "none"
 
     @property
     def component(self) -> str:
@@ -265,6 +272,13 @@ class Canvas(Rehearsed):
         config = DiffusionGemmaConfig(text_config=text, vision_config=Gemma4VisionConfig().to_dict())
         return DiffusionGemmaForBlockDiffusion(config)
 
+    def alone(self) -> Any:
+        model = self.frozen()
+        for name, parameter in model.named_parameters():
+            if name.endswith("input_layernorm.weight"):
+                parameter.requires_grad_()  # an encoder that doesn't learn runs once for both passes
+        return model
+
     def loss(self, model: Any, device: str) -> Tensor:
         with unset_fake_temporarily():  # canvases are drawn by NumPy
             ids, key = torch.full((2, LENGTH), 3), {"seed": 0, "sample_indices": [0, 1]}
@@ -330,7 +344,13 @@ MODELS: dict[str, Rehearsed] = {
         targets=JOINT,
     ),
     "qwen-image": Denoiser(
-        diffusers.QwenImagePipeline, diffusers.QwenImageTransformer2DModel, {}, 20.4, _qwen, targets=JOINT
+        diffusers.QwenImagePipeline,
+        diffusers.QwenImageTransformer2DModel,
+        {},
+        20.4,
+        _qwen,
+        targets=JOINT,
+        unused="transformer_blocks.59.attn.to_add_out",  # the text after the last block
     ),
     "wan-14b": Denoiser(diffusers.WanPipeline, diffusers.WanTransformer3DModel, {}, 14.3, _wan, targets=ATTENTION),
     "llada-8b": Text("llada-8b", 8.02, LINEAR),

@@ -184,5 +184,7 @@ def test_model_that_cannot_be_trained_is_refused(folder: Path, tmp_path: Path) -
         load_pipeline(str(folder), dtype=torch.float32)
     index = json.loads((folder / "model_index.json").read_text()) | {"_class_name": "StableCascadeDecoderPipeline"}
     (folder / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=r"StableCascadeDecoderPipeline is not a pipeline .* expected Stable Diffusion 1"):
+    with pytest.raises(
+        ValueError, match=r"StableCascadeDecoderPipeline is not a pipeline .* expected Stable Diffusion 1"
+    ):
         load_pipeline(str(folder), dtype=torch.float32)
