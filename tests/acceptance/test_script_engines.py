@@ -157,7 +157,7 @@ def test_run_killed_before_its_first_checkpoint_begins_anew_and_another_number_o
     assert "config.yaml" in names(tmp_path / "run")
     in_two_processes([("ddp", "dllm.py", values)], tmp_path)
     assert_same_bits(tmp_path / "run", ddp)
-    with pytest.raises(SystemExit, match="by 2 processes and this run has 1, each of which has random states"):
+    with pytest.raises(SystemExit, match="by 2 processes and this run has 1, since each process"):
         run("dllm.py", **{**values, "train_batch_size": 4})
     with pytest.raises(SystemExit, match="which makes a global batch of 2 instead of 4"):
         run("dllm.py", **values)
@@ -195,7 +195,7 @@ def test_zero_3_in_bf16_trains_all_weights_in_float32(flags: dict[str, Any], tmp
         ("ddp", "fsdp2", {}, "under one process or DDP and this run is under FSDP2 with SHARDED_STATE_DICT"),
         ("zero-2", "ddp", {}, "was written under DeepSpeed ZeRO-2 and this run is under one process or DDP"),
         (None, "fsdp2", {"load_in_4bit": True}, "aren't trained under FSDP, which shards or casts weights"),
-        (None, "zero-2", {"mixed_precision": "fp16"}, "mixed_precision is fp16, in which DeepSpeed would round"),
+        (None, "zero-2", {"mixed_precision": "fp16"}, "mixed_precision is fp16, and DeepSpeed would round"),
         (None, "zero-2", {"core_start_step": 1}, "core_start_step is 1, but DeepSpeed steps as soon as"),
     ],
 )
