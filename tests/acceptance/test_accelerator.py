@@ -129,7 +129,7 @@ def test_compiled_with_cuda_graphs_gives_the_outputs_of_each_level(device: str) 
             logits = fast(ids.to(device)).logits.clone()
         assert error(logits, stock.each(levels, ids)) < 1e-3
     assert sum(counters["graph_break"].values()) <= 1
-    assert counters["inductor"]["cudagraph_skips"] == 0
+    assert counters["inductor"]["cudagraph_skips"] == (device == "cpu")  # there are none on a CPU
 
 
 OFFLOADS = {
