@@ -275,7 +275,7 @@ class Canvas(Rehearsed):
     def alone(self) -> Any:
         model = self.frozen()
         for name, parameter in model.named_parameters():
-            if name.endswith("input_layernorm.weight"):
+            if name.endswith("input_layernorm.weight") and "vision" not in name:
                 parameter.requires_grad_()  # an encoder that doesn't learn runs once for both passes
         return model
 
