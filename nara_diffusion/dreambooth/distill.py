@@ -34,7 +34,7 @@ from .image_report import describe_student
 from .objectives import build_objective
 from .pipelines import folders_of, load_pipeline, sharing_pipeline
 from .samples import SampleSettings, sample_images
-from .student import StepErrors, StudentEvaluation, StudentLoss, load_own
+from .student import StepErrors, StudentEvaluation, StudentLoss, contents_of, load_own
 from .trajectories import (
     Segments,
     Teacher,
@@ -117,8 +117,9 @@ class Distillation:
     def _trajectories(self, teacher: Teacher, prompts: Sequence[str]) -> Tensor:
         args, run = self.args, self.run
         settings = (args.seed, args.resolution, args.num_inference_steps, self.steps)
-        settings += (args.guidance_scale, args.max_sequence_length, args.flow_shift)
-        texts = [*prompts, *map(str, settings), *run.digests.values(), args.init_adapter or ""]
+        settings += (args.guidance_scale, args.max_sequence_length, args.flow_shift, run.dtype)
+        texts = [*prompts, *map(str, settings), *run.digests.values()]
+        texts += contents_of(self.pipe, OWN)
         digest = digest_texts(texts)
         run.record_data_digest("training data", [digest])
         folder = run.folder / TRAJECTORIES

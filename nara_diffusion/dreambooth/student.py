@@ -10,6 +10,9 @@ where e_k is the base's own error of step k, so that each step counts alike.
 
 from __future__ import annotations
 
+import hashlib
+import json
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -171,6 +174,25 @@ def load_own(pipe: Any, path: str, name: str) -> None:
         freeze_adapter(module, name)
 
 
+def contents_of(pipe: Any, name: str) -> list[str]:
+    """Return what the adapter `name` of `pipe` computes depends on, for a digest."""
+    texts = []
+    for component, module in modules_of(pipe).items():
+        config = getattr(module, "peft_config", {}).get(name)
+        if config is None:
+            continue
+        texts.append(component + json.dumps(config.to_dict(), sort_keys=True, default=_as_text))
+        for key, tensor in module.state_dict().items():
+            if name in key.split("."):
+                values = tensor.detach().cpu().double().numpy().tobytes()
+                texts += [key, hashlib.sha256(values).hexdigest()]
+    return texts
+
+
+def _as_text(value: Any) -> Any:
+    return sorted(map(str, value)) if isinstance(value, (set, frozenset)) else str(value)
+
+
 @contextmanager
 def loaded_beside(pipe: Any, folder: Path | None, name: str) -> Iterator[None]:
     """Load the adapter in `folder` inside the context, beside `name`, which stays active."""
@@ -179,7 +201,9 @@ def loaded_beside(pipe: Any, folder: Path | None, name: str) -> Iterator[None]:
         return
     is_lora = (folder / LORA_WEIGHTS).is_file()
     load = pipe.load_lora_weights if is_lora else pipe.load_nara_weights
-    load(folder, adapter_name=ADAPTER)
+    with warnings.catch_warnings():  # two adapters are intended
+        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+        load(folder, adapter_name=ADAPTER)
     try:
         pipe.set_adapters([name, ADAPTER])
         yield

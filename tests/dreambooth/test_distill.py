@@ -144,6 +144,19 @@ def test_student_learns_beside_the_users_own_adapter(sdxl: dict[str, Any], tmp_p
     torch.testing.assert_close(pixels(pipe, **SAMPLED), before, rtol=0, atol=0)
 
 
+def test_another_adapter_at_the_same_path_makes_other_trajectories(sdxl: dict[str, Any], tmp_path: Path) -> None:
+    flags = sdxl | {"init_adapter": tmp_path / "own", "max_train_steps": 1, "adapter": "lora"}
+    flags["distillation_options"] = {"trajectories": 10, "trajectories_dir": str(tmp_path / "kept")}
+    own = small_sdxl()
+    adapt(own.unet, NaraConfig(r=2, target_modules=["to_k"], core_hidden_dims=(4,)), "mine")
+    for number, seed in enumerate((1, 1, 2)):
+        disturb(own.unet, seed=seed, scale=0.3)
+        own.save_nara_weights(tmp_path / "own", adapter_name="mine")
+        run("dreambooth_sdxl.py", **flags, output_dir=tmp_path / str(number))
+    first, second = (load_file(path)["trajectories"] for path in sorted((tmp_path / "kept").iterdir()))
+    assert not torch.equal(first, second)
+
+
 def test_freezing_leaves_other_adapters_as_they_are() -> None:
     pipe = small_sdxl()
     for name in ("own", "other"):
