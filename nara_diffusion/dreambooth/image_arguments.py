@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, replace
 
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -9,7 +10,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from nara_diffusion.training.adapters import method_of
 from nara_diffusion.training.argument_checks import check_arguments, require
 from nara_diffusion.training.arguments import TrainingArguments
-from nara_diffusion.training.options import spread_options
+from nara_diffusion.training.options import default_of, spread_options
 
 from .captions import check_prompt
 from .family import Family
@@ -106,9 +107,10 @@ def _check_combinations(args: DreamBoothArguments) -> None:
 
 
 _NO_PART = (
-    "instance_data_dir", "validation_data_dir", "class_data_dir", "train_text_encoder", "check",
-    "min_noise_level", "max_noise_level", "snr_gamma", "noise_offset", "caption_dropout", "random_flip",
-    "center_crop", "aspect_ratio_buckets", "stratified_timesteps", "plan",
+    "instance_data_dir", "validation_data_dir", "class_data_dir", "caption_column", "identifier", "check", "plan",
+    "train_text_encoder", "min_noise_level", "max_noise_level", "stratified_timesteps", "curve_points",
+    "snr_gamma", "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "noise_offset", "caption_dropout",
+    "random_flip", "center_crop", "crops_per_image", "aspect_ratio_buckets", "num_class_images", "prior_loss_weight",
 )  # fmt: skip
 """Arguments about images, or about levels that a distillation sets by itself."""
 
@@ -117,13 +119,16 @@ def _check_distillation(args: DreamBoothArguments) -> None:
     """Raise ValueError for arguments that --distill_to can't be used with."""
     require(args, "from 1 to 8", lambda value: 1 <= value <= 8, "distill_to")
     require(args, "at least 10", lambda value: value >= 10, "trajectories")
-    given = [name for name in _NO_PART if getattr(args, name) not in (None, False, 0.0)]
-    if args.weighting_scheme != "none":
-        given.append("weighting_scheme")
+    defaults = {field.name: default_of(field) for field in dataclasses.fields(args)}
+    given = [name for name in _NO_PART if getattr(args, name) != defaults[name]]
     if given:
         raise ValueError(
             f"{given[0]} is {getattr(args, given[0])}, but distill_to learns from the teacher's samples, at its own "
             "steps: leave one of them out."
+        )
+    if args.prompts_file is not None and args.class_prompt is not None:
+        raise ValueError(
+            "prompts_file has the prompts of the trajectories: add class_prompt to it as a line, or leave one out."
         )
     steps, student = args.num_inference_steps, args.distill_to or 1
     if steps % student or steps == student:

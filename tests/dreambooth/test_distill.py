@@ -179,6 +179,8 @@ def test_freezing_leaves_other_adapters_as_they_are() -> None:
         ({"instance_data_dir": "pictures"}, "instance_data_dir is pictures, but distill_to"),
         ({"snr_gamma": 5.0}, "snr_gamma is 5"),
         ({"check": True}, "check is True"),
+        ({"curve_points": 9}, "curve_points is 9"),
+        ({"class_prompt": "a toy"}, "add class_prompt to it"),
         ({"trajectories": 3}, "at least 10"),
     ],
 )
