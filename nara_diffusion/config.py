@@ -15,7 +15,7 @@ from peft import LoraConfig
 from nara_diffusion.cores.registry import BUILT_IN, check_core_type
 from nara_diffusion.noise.level import is_number
 from nara_diffusion.noise.strength_schedule import StrengthSchedule, unscaled_fields
-from nara_diffusion.utils.atomic_write import atomic_write_files
+from nara_diffusion.utils.files import atomic_write_files
 
 _CHOICES: dict[str, tuple[tuple[str | int, ...], tuple[str, ...]]] = {
     "core_init": (("zero_last", "kaiming", "zero_all"), ("hypernetwork", "constant")),

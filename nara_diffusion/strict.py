@@ -18,7 +18,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 
 from nara_diffusion.cores.registry import HOLDER_NAME, NAME_IN_FILES
-from nara_diffusion.utils.naming import listed
+from nara_diffusion.utils.files import listed
 
 PEFT_PREFIX = "base_model.model."
 """The prefix of every module name in PEFT's files."""

@@ -20,7 +20,7 @@ from quality.report.figures import controls_figure, loss_figure
 from quality.report.tables import SUITES
 from quality.running import SEEDS
 
-from nara_diffusion.utils.atomic_write import atomic_write
+from nara_diffusion.utils.files import atomic_write
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"

@@ -18,7 +18,7 @@ from nara_diffusion.loaders.adapter_part import AdapterPart
 from nara_diffusion.loaders.file import MODEL, AdapterFile, naming
 from nara_diffusion.loaders.insertion import check_storable
 from nara_diffusion.loaders.tensor_files import PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME, WEIGHTS_NAME
-from nara_diffusion.utils.atomic_write import atomic_write, check_free
+from nara_diffusion.utils.files import atomic_write, check_free
 
 _CORE_FIELDS = {
     "hypernetwork": ("core_scale", "core_hidden_dims", "core_sharing", "noise_embedding"),

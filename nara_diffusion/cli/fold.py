@@ -16,7 +16,7 @@ from nara_diffusion.export.host_files import BASES, save_host_file
 from nara_diffusion.export.plain_lora import PlainLora
 from nara_diffusion.export.to_lora import lora_of
 from nara_diffusion.loaders.file import MODEL, AdapterFile
-from nara_diffusion.utils.atomic_write import check_free
+from nara_diffusion.utils.files import check_free
 
 PEFT = "peft"
 

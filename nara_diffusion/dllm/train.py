@@ -74,8 +74,7 @@ from nara_diffusion.training.optimization import recompute_activations
 from nara_diffusion.training.plan import show_plan
 from nara_diffusion.training.report import finish
 from nara_diffusion.training.run import Run, start_run
-from nara_diffusion.utils.atomic_write import atomic_write_files
-from nara_diffusion.utils.naming import counted
+from nara_diffusion.utils.files import atomic_write_files, counted
 
 from .text_arguments import Arguments, shipped_run
 from .text_plan import planned_text_step

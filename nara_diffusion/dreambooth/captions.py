@@ -14,7 +14,7 @@ from collections.abc import Collection, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
-from nara_diffusion.utils.naming import listed
+from nara_diffusion.utils.files import listed
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from nara_diffusion.training.adapters import method_of
 from nara_diffusion.training.arguments import schedule_of
 from nara_diffusion.training.report import core_import, needs_schedule, reads_noise
-from nara_diffusion.utils.naming import counted
+from nara_diffusion.utils.files import counted
 
 from .family import Family
 from .fidelity import Evaluation, Measurement

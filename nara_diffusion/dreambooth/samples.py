@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from tqdm.auto import tqdm
 
 from nara_diffusion.training.engines import split_across_processes
-from nara_diffusion.utils.atomic_write import atomic_write
+from nara_diffusion.utils.files import atomic_write
 
 from .captions import check_prompt
 from .draws import torch_generator

@@ -51,7 +51,7 @@ from nara_diffusion.training.loop import prepare_training, train
 from nara_diffusion.training.plan import show_plan
 from nara_diffusion.training.report import finish
 from nara_diffusion.training.run import Run, start_run
-from nara_diffusion.utils.naming import counted
+from nara_diffusion.utils.files import counted
 
 from .dataset import DreamBoothDataset, collate_samples
 from .denoiser import AdaptedDenoiser

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from nara_diffusion.training.engines import split_across_processes
 from nara_diffusion.training.loop import ShuffledStream
-from nara_diffusion.utils.atomic_write import atomic_write
+from nara_diffusion.utils.files import atomic_write
 
 from .draws import seeded_normal
 from .family import Embeddings, Family, Placed, placed

@@ -29,7 +29,7 @@ from nara_diffusion.noise.strength_schedule import changes_base
 from nara_diffusion.strict import check_tensors
 from nara_diffusion.tuner.injection import restored_on_error
 from nara_diffusion.tuner.strength import layers_of
-from nara_diffusion.utils.naming import listed
+from nara_diffusion.utils.files import listed
 
 from .adapter_factors import adapter_of_model
 from .plain_lora import PlainLora

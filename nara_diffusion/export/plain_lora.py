@@ -17,7 +17,7 @@ from torch import Tensor
 from nara_diffusion.loaders.adapter_part import by_pattern, configured_scaling
 from nara_diffusion.loaders.tensor_files import save_tensors
 from nara_diffusion.strict import PEFT_PREFIX, is_core_key
-from nara_diffusion.utils.atomic_write import atomic_write_files
+from nara_diffusion.utils.files import atomic_write_files
 
 ERROR_FILE = "export_error.json"
 

@@ -34,7 +34,7 @@ from nara_diffusion.loaders.tensor_files import (
     read_tensors,
 )
 from nara_diffusion.strict import PEFT_PREFIX
-from nara_diffusion.utils.naming import listed
+from nara_diffusion.utils.files import listed
 
 from .host_files import with_text_model
 from .plain_lora import PlainLora, layers_of_tensors, others_of

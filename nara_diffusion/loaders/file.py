@@ -28,8 +28,7 @@ from torch import Tensor
 from nara_diffusion.config import NaraConfig, NaraPeftType
 from nara_diffusion.cores.registry import with_current_names
 from nara_diffusion.strict import PEFT_PREFIX, is_core_key
-from nara_diffusion.utils.atomic_write import atomic_write_files
-from nara_diffusion.utils.naming import listed
+from nara_diffusion.utils.files import atomic_write_files, listed
 
 from .adapter_part import AdapterPart, check_part, config_from_fields, config_to_fields
 from .tensor_files import (

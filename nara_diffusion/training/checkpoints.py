@@ -29,13 +29,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import load
 
-from nara_diffusion.utils.atomic_write import (
+from nara_diffusion.utils.files import (
     atomic_write_files,
+    counted,
     delete_folder,
     partial_name,
     put_in_place,
 )
-from nara_diffusion.utils.naming import counted
 
 from .arguments import TrainingArguments
 from .engine_state import save_state, trained_state

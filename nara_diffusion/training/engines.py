@@ -23,7 +23,7 @@ from torch import nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from nara_diffusion.noise.level import find_holders
-from nara_diffusion.utils.naming import counted
+from nara_diffusion.utils.files import counted
 
 from .adapters import method_of
 from .arguments import TrainingArguments

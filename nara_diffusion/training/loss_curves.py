@@ -11,7 +11,7 @@ from matplotlib.ticker import LogFormatter
 from torch import Tensor
 
 from nara_diffusion.noise.window import EVERYTHING, NoiseWindow
-from nara_diffusion.utils.atomic_write import atomic_write
+from nara_diffusion.utils.files import atomic_write
 
 
 def validation_means(losses: Tensor, noise_levels: Tensor, window: NoiseWindow) -> dict[str, float]:

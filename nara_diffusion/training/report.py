@@ -13,7 +13,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from nara_diffusion.cores.registry import BUILT_IN, needs_noise
-from nara_diffusion.utils.atomic_write import atomic_write
+from nara_diffusion.utils.files import atomic_write
 
 from .adapters import adapter_config, method_of, title_of
 from .argument_checks import module_name

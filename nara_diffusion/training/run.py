@@ -18,7 +18,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import broadcast_object_list, set_seed
 from huggingface_hub import HfApi
 
-from nara_diffusion.utils.atomic_write import atomic_write
+from nara_diffusion.utils.files import atomic_write
 
 from .adapters import method_of
 from .arguments import TrainingArguments

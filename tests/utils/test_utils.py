@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nara_diffusion.utils.atomic_write import atomic_write, atomic_write_files, delete_folder
+from nara_diffusion.utils.files import atomic_write, atomic_write_files, delete_folder
 from nara_diffusion.utils.statistics import interval
 
 

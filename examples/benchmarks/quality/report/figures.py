@@ -12,7 +12,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from nara_diffusion.utils.atomic_write import atomic_write
+from nara_diffusion.utils.files import atomic_write
 from quality.report.data import Arm, Grid
 from quality.report.tables import LORA, baseline_of, bin_value, noise_levels, ordered, title
 from quality.running import is_noise_aware
