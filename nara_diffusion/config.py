@@ -1,4 +1,7 @@
-"""`NaraConfig`: PEFT's LoraConfig plus the options of the noise-conditioned core."""
+"""`NaraConfig`: PEFT's LoraConfig plus the options of the noise-conditioned core.
+
+Also what λ cannot scale: the LoRA options that change the model outside of s · B · C(λ) · A.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from peft import LoraConfig
 
 from nara_diffusion.cores.registry import BUILT_IN, check_core_type
 from nara_diffusion.noise.level import is_number
-from nara_diffusion.noise.strength_schedule import StrengthSchedule, unscaled_fields
+from nara_diffusion.noise.strength_schedule import StrengthSchedule
 from nara_diffusion.utils.files import atomic_write_files
 
 _CHOICES: dict[str, tuple[tuple[str | int, ...], tuple[str, ...]]] = {
@@ -35,6 +38,9 @@ _REFUSED = (
     "megatron_config", "monteclora_config", "target_parameters", "use_bdlora", "use_qalora", "velora_config",
 )  # fmt: skip
 """LoRA options that make PEFT compute the update without C(λ)."""
+_UNSCALED = ("bias", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters")
+"""LoRA options that change the model outside s · B · C · A, unless their value is in `_UNSET`."""
+_UNSET = (None, False, "none", [])
 
 
 class NaraPeftType(str, Enum):
@@ -298,3 +304,19 @@ def _is_size(value: object) -> bool:
 def is_idle(name: str, value: object) -> bool:
     """Return True if a field that `NaraConfig` lacks has no effect on the adapter."""
     return not value or _GONE.get(name) == value
+
+
+# ---------------------------------------------------------------------- what λ can't scale
+
+
+def changes_base(start: object) -> bool:
+    """Return True if `init_lora_weights` changes base weights, to W − s·B·A or quantised ones."""
+    return str(start).lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga"))
+
+
+def unscaled_fields(config: LoraConfig) -> list[str]:
+    """Return the LoRA options that change the model, but that a strength over λ doesn't scale."""
+    changed = [name for name in _UNSCALED if getattr(config, name, None) not in _UNSET]
+    if changes_base(config.init_lora_weights):
+        changed.append("init_lora_weights")
+    return changed

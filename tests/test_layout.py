@@ -19,6 +19,8 @@ FLOORS = (
 """From below. A room, or a module of the package itself, imports only itself and what is before it here."""
 IMPORTERS = ("import_module", "__import__", "run_module")
 """Functions that import a module by its name."""
+LONGEST = 500
+"""The most lines of a file, which has one subject. A longer one is two subjects."""
 
 
 def imports(package: Path) -> dict[str, set[str]]:
@@ -135,6 +137,11 @@ def test_mathematics_imports_torch_alone(room):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = {name.split(".")[0] for name in names_in(node, "")}
             assert names.isdisjoint({"peft", "diffusers", "transformers"}), path
+
+
+def test_no_file_has_more_than_500_lines():
+    lengths = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in PACKAGE.rglob("*.py")}
+    assert {name: length for name, length in lengths.items() if length > LONGEST} == {}
 
 
 def test_no_file_name_comes_twice():

@@ -17,7 +17,7 @@ from diffusers.loaders.peft import PeftAdapterMixin
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
 
-from nara_diffusion.config import NaraConfig
+from nara_diffusion.config import NaraConfig, changes_base
 from nara_diffusion.loaders.insertion import (
     LOADED_FLAG,
     TEXT_ENCODER,
@@ -25,7 +25,6 @@ from nara_diffusion.loaders.insertion import (
     read_schedule_of,
 )
 from nara_diffusion.noise.prediction import flow_shift
-from nara_diffusion.noise.strength_schedule import changes_base
 from nara_diffusion.strict import check_tensors
 from nara_diffusion.tuner.injection import restored_on_error
 from nara_diffusion.tuner.strength import layers_of

@@ -10,19 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .level import Level, as_level, is_number
 
-if TYPE_CHECKING:
-    from peft import LoraConfig
-
-_UNSCALED = ("bias", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters")
-"""LoRA options that change the model outside s · B · C · A, unless their value is in `_UNSET`."""
-_UNSET = (None, False, "none", [])
 _EXAMPLE = "StrengthSchedule([(0, 1.0), (0.7, 0.3)])"
 
 
@@ -116,19 +110,3 @@ def _pairs(points: Any) -> Iterator[tuple[float, float]]:
                 "by 1000."
             )
         yield float(point[0]), float(point[1])
-
-
-# ---------------------------------------------------------------------- what it can't scale
-
-
-def changes_base(start: object) -> bool:
-    """Return True if `init_lora_weights` changes base weights, to W − s·B·A or quantised ones."""
-    return str(start).lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga"))
-
-
-def unscaled_fields(config: LoraConfig) -> list[str]:
-    """Return the LoRA options that change the model, but that a strength over λ doesn't scale."""
-    changed = [name for name in _UNSCALED if getattr(config, name, None) not in _UNSET]
-    if changes_base(config.init_lora_weights):
-        changed.append("init_lora_weights")
-    return changed

@@ -24,8 +24,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from nara_diffusion import NaraConfig, StrengthSchedule
+from nara_diffusion.config import changes_base
 from nara_diffusion.noise.sources import MASKED_SHARE
-from nara_diffusion.noise.strength_schedule import changes_base
 
 from .arguments import AdapterArguments, TrainingArguments, schedule_of, window_of
 from .options import hint

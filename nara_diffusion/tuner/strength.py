@@ -19,7 +19,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
-from nara_diffusion.config import NaraConfig
+from nara_diffusion.config import NaraConfig, unscaled_fields
 from nara_diffusion.cores.registry import SHARED, CoreSet, core_group
 from nara_diffusion.cores.simple import IdentityCore
 from nara_diffusion.layers.dispatch import PEFT_DORA, check_norm, variant_for
@@ -27,7 +27,7 @@ from nara_diffusion.layers.variants import NaraVariant
 from nara_diffusion.noise.level import checked_module
 from nara_diffusion.noise.rows import row_kind_of
 from nara_diffusion.noise.sources import denoiser_of
-from nara_diffusion.noise.strength_schedule import StrengthSchedule, unscaled_fields
+from nara_diffusion.noise.strength_schedule import StrengthSchedule
 
 from .holder import CoreHolder, drop_idle_holder, holder_of
 
