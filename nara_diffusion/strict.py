@@ -1,4 +1,9 @@
-"""The strict check of an adapter's tensors: names, shapes, dtypes and values.
+"""An adapter's tensors: their names, and the strict check of names, shapes, dtypes and values.
+
+    in the model   …lora_A.{adapter}.weight     lora_core.cores.{adapter}.{group}.…
+    in a file      …lora_A.weight               nara_core.{group}.…
+
+PEFT renames the factors; this file adds the cores.
 
 PEFT, Diffusers and Transformers ignore tensors with unexpected names, at most with a warning, and
 leave the layers at random values. Here nothing is half loaded: `check_tensors` compares a file with
@@ -18,6 +23,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 
 from nara_diffusion.cores.registry import HOLDER_NAME, NAME_IN_FILES
+from nara_diffusion.noise.level import find_holders
 from nara_diffusion.utils.files import listed
 
 PEFT_PREFIX = "base_model.model."
@@ -31,6 +37,138 @@ _OTHER_BASE = (
     "The rank is right, so the adapter was most likely trained on another base model, with layers "
     "of other sizes: load it into that one (`nara inspect FILE` shows its name if the file has it)."
 )
+_AS_IN_MODEL = (
+    "leave state_dict out, or convert only A and B, and give the core as model.state_dict() has it"
+)
+
+
+# ---------------------------------------------------------------------- names
+
+
+def is_core_key(key: str) -> bool:
+    """Return True if a name, in a file or a model, is that of a core's tensor.
+
+    Only a NaRA has one.
+    """
+    return not {NAME_IN_FILES, HOLDER_NAME}.isdisjoint(key.split("."))
+
+
+def with_names_in_files(tensors: Mapping[str, Tensor], adapter_name: str) -> dict[str, Tensor]:
+    """Return a model's `tensors`, those of the core under the names that they have in files."""
+    in_model = f"{HOLDER_NAME}.cores.{adapter_name}."
+    return {key.replace(in_model, f"{NAME_IN_FILES}."): tensor for key, tensor in tensors.items()}
+
+
+def core_name_in_file(key: str, adapter_name: str) -> str | None:
+    """Return the name in files of a core's tensor; None if `key` is no core's of this adapter."""
+    prefix, holder, rest = key.rpartition(f"{HOLDER_NAME}.cores.{adapter_name}.")
+    return f"{prefix}{NAME_IN_FILES}.{rest}" if holder else None
+
+
+def with_model_names(
+    mapped: Mapping[str, Tensor], present: Iterable[str], adapter_name: str
+) -> dict[str, Tensor]:
+    """Return the tensors of a file under the names of the model.
+
+    Args:
+        mapped: the tensors, with the factors renamed by PEFT.
+        present: the names in the model's state dict.
+    """
+    found = dict(mapped)
+    for key in present:
+        saved = core_name_in_file(key, adapter_name)
+        if saved is None:
+            continue
+        for name in (saved, f"{PEFT_PREFIX}{saved}"):
+            if name in found:
+                found[key] = found.pop(name)
+    names = set(present)
+    for key in list(found):
+        without_prefix = key.removeprefix(PEFT_PREFIX)
+        if key not in names and without_prefix in names:
+            found[without_prefix] = found.pop(key)
+    return found
+
+
+def expected_tensors(
+    model: nn.Module, selected: Mapping[str, Tensor], adapter_name: str
+) -> dict[str, Tensor]:
+    """Return the tensors that a file of this adapter has to have, by their names in the model.
+
+    Args:
+        selected: the adapter's tensors without its cores, as PEFT would save them, each once.
+    """
+    present = model.state_dict()
+    expected = {}
+    for key, tensor in selected.items():
+        is_whole = key in present  # PEFT leaves out ".weight" of DoRA's magnitudes
+        expected[key if is_whole else f"{key}.weight"] = tensor
+    for key, tensor in present.items():
+        if core_name_in_file(key, adapter_name) is not None:
+            expected[key] = tensor
+    return expected
+
+
+def without_adapters(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    """Return the tensors with none of these adapter names in their keys."""
+    others = [f".{name}." for name in names]
+    found = {}
+    for key, tensor in tensors.items():
+        if not any(other in f"{key}." for other in others):
+            found[key] = tensor
+    return found
+
+
+def core_tensors(
+    state_dict: Mapping[str, Tensor], model: nn.Module, adapter_name: str
+) -> dict[str, Tensor]:
+    """Return the tensors of an adapter's cores in `state_dict`.
+
+    `state_dict` may come from a wrapper of `model`.
+
+    Raises:
+        ValueError: a tensor is missing, or not float32.
+    """
+    found = {}
+    for holder in find_holders(model):
+        if adapter_name not in holder.cores:
+            continue
+        for name, like in holder.cores[adapter_name].state_dict().items():
+            key = _ending_with(f"{HOLDER_NAME}.cores.{adapter_name}.{name}", state_dict)
+            if key is None:
+                raise ValueError(
+                    f"'{name}' of the core of adapter '{adapter_name}' is missing from what would be "
+                    f"saved: {_AS_IN_MODEL}."
+                )
+            found[key] = state_dict[key]
+            check_core_precision(
+                key, found[key], like, "in the state_dict to be saved", _AS_IN_MODEL
+            )
+    return found
+
+
+def _ending_with(ending: str, keys: Iterable[str]) -> str | None:
+    for key in keys:
+        if key.endswith(ending):
+            return key
+    return None
+
+
+def without_second_biases(tensors: Mapping[str, Tensor], adapter_name: str) -> dict[str, Tensor]:
+    """Return a file's `tensors` without PEFT's copies of biases in `modules_to_save`.
+
+    PEFT writes such copies if `bias` is "all".
+    """
+    own = f".modules_to_save.{adapter_name}."
+    kept = {}
+    for key, tensor in tensors.items():
+        is_copy = ".modules_to_save." in key and own not in key and key.endswith(".bias")
+        if not is_copy:
+            kept[key] = tensor
+    return kept
+
+
+# ---------------------------------------------------------------------- a file before loading
 
 
 def check_tensors(
@@ -118,37 +256,6 @@ def check_core_precision(key: str, tensor: Tensor, like: Tensor, where: str, rem
             f"'{key}' is {tensor.dtype} {where}, but a core is kept in float32, since rounding "
             f"changes C(λ) − I by several per cent: {remedy}."
         )
-
-
-# ---------------------------------------------------------------------- names
-
-
-def is_core_key(key: str) -> bool:
-    """Return True if a name, in a file or a model, is that of a core's tensor.
-
-    Only a NaRA has one.
-    """
-    return not {NAME_IN_FILES, HOLDER_NAME}.isdisjoint(key.split("."))
-
-
-def with_names_in_files(tensors: Mapping[str, Tensor], adapter_name: str) -> dict[str, Tensor]:
-    """Return a model's `tensors`, those of the core under the names that they have in files."""
-    in_model = f"{HOLDER_NAME}.cores.{adapter_name}."
-    return {key.replace(in_model, f"{NAME_IN_FILES}."): tensor for key, tensor in tensors.items()}
-
-
-def without_second_biases(tensors: Mapping[str, Tensor], adapter_name: str) -> dict[str, Tensor]:
-    """Return a file's `tensors` without PEFT's copies of biases in `modules_to_save`.
-
-    PEFT writes such copies if `bias` is "all".
-    """
-    own = f".modules_to_save.{adapter_name}."
-    kept = {}
-    for key, tensor in tensors.items():
-        is_copy = ".modules_to_save." in key and own not in key and key.endswith(".bias")
-        if not is_copy:
-            kept[key] = tensor
-    return kept
 
 
 # ---------------------------------------------------------------------- after loading, any method

@@ -27,8 +27,13 @@ from nara_diffusion.noise.sources import denoiser_of
 from nara_diffusion.strict import (
     check_keeps_configuration,
     check_tensors,
+    core_name_in_file,
+    core_tensors,
+    expected_tensors,
     is_core_key,
+    with_model_names,
     with_names_in_files,
+    without_adapters,
     without_second_biases,
 )
 
@@ -44,13 +49,6 @@ from .injection import (
     without_holder,
 )
 from .merging import unmerged_on_error
-from .state_names import (
-    core_name_in_file,
-    core_tensors,
-    expected_tensors,
-    with_model_names,
-    without_adapters,
-)
 from .strength import give_strength
 from .twins import check_twin, decoder_name, share_factors, with_twins, without_twins
 
@@ -288,7 +286,7 @@ class NaraModel(LoraModel):
         peft_config: Any = model.peft_config
         own = without_adapters(present, set(peft_config) - {adapter_name})
         selected = super()._get_adapter_state_dict(model, config, adapter_name, own, [])
-        expected = expected_tensors(model, selected, adapter_name)
+        expected = expected_tensors(model, without_twins(model, selected), adapter_name)
         check_tensors(
             with_names_in_files(mapped, adapter_name),
             with_names_in_files(expected, adapter_name),
