@@ -28,8 +28,7 @@ from nara_diffusion.training.checkpoints import (
     save_adapter,
 )
 from nara_diffusion.training.command import parse_arguments
-from nara_diffusion.training.interrupts import InterruptRequest
-from nara_diffusion.training.loop import TrainingDiverged
+from nara_diffusion.training.loop import InterruptRequest, TrainingDiverged
 from nara_diffusion.training.manifest import digest_base, digest_texts, read_manifest, write_manifest
 from nara_diffusion.training.options import given_arguments
 from tests.acceptance._commands import names
@@ -259,7 +258,7 @@ def test_digests_know_texts_and_weights_again(tmp_path: Path) -> None:
 
 def test_second_ctrl_c_stops_at_once_and_the_launcher_s_echo_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 1.0, 3.0])
-    monkeypatch.setattr("nara_diffusion.training.interrupts.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("nara_diffusion.training.loop.time.monotonic", lambda: next(clock))
     before = signal.getsignal(signal.SIGINT)
     with InterruptRequest() as request:
         for _ in range(2):  # the second within a second, which is the launcher's
