@@ -23,7 +23,7 @@ from shipped_task import GEN_LENGTH, fine_tune, load_rows, load_shipped_model, m
 from torch import nn
 
 from nara_diffusion import NaraConfig, core_matrix, noise_level, register_core
-from nara_diffusion.cores.hypernetwork import HypernetworkCore, NoiseEmbedding
+from nara_diffusion.cores.core import HypernetworkCore, NoiseEmbedding
 from nara_diffusion.dllm import exact_match
 
 

@@ -19,6 +19,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from nara_diffusion.cores.core import CUSTOM
 from nara_diffusion.noise.sources import _DENOISERS
 from tests.acceptance._text import backbone
 from tests.helpers.process_state import fail_if_left, process_state
@@ -52,6 +53,16 @@ def _same_draws_in_every_test() -> None:
 @pytest.fixture
 def tiny_llama() -> LlamaForCausalLM:
     return backbone(50)
+
+
+@pytest.fixture
+def _custom_cores() -> Iterator[None]:
+    """A test starts without custom cores, and its own are forgotten after it."""
+    before = dict(CUSTOM)
+    CUSTOM.clear()
+    yield
+    CUSTOM.clear()
+    CUSTOM.update(before)
 
 
 @pytest.fixture

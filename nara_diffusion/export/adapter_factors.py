@@ -27,7 +27,7 @@ from peft.tuners.lora.layer import Embedding, LoraVariant, ParamWrapper
 from torch import Tensor, nn
 
 from nara_diffusion.config import NaraConfig
-from nara_diffusion.cores.registry import CoreSet, core_group, make_cores
+from nara_diffusion.cores.core import CoreSet, core_group, make_cores
 from nara_diffusion.layers.dispatch import PEFT_DORA
 from nara_diffusion.layers.offloading import onloaded
 from nara_diffusion.layers.variants import NaraVariant

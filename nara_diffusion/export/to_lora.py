@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from nara_diffusion.config import NaraConfig
-from nara_diffusion.cores.registry import needs_noise
+from nara_diffusion.cores.core import needs_noise
 from nara_diffusion.noise.level import Level, as_level
 from nara_diffusion.noise.prediction import prediction_in
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import Function
 
-from nara_diffusion.cores.float32 import without_autocast
+from nara_diffusion.cores.core import without_autocast
 
 SLICE = 2**22
 """Elements of W0 converted to float32 at once for DoRA's norm: 16 MiB, which may fit the cache."""

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook
 
-from nara_diffusion.cores.float32 import is_autocast_enabled
+from nara_diffusion.cores.core import is_autocast_enabled
 from nara_diffusion.noise.parts import RowKind
 from nara_diffusion.noise.rows import core_of_rows
 

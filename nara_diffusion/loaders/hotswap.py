@@ -15,7 +15,7 @@ from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 from torch import nn
 
 from nara_diffusion.config import NaraConfig
-from nara_diffusion.cores.registry import CustomCore, rebuild_core
+from nara_diffusion.cores.custom import CustomCore, rebuild_core
 from nara_diffusion.strict import check_tensors
 from nara_diffusion.tuner.holder import CoreHolder, holder_of
 from nara_diffusion.tuner.strength import check_strength, give_strength, layers_of, strength_of

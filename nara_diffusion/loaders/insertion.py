@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from nara_diffusion.config import NaraConfig, unscaled_fields
-from nara_diffusion.cores.registry import needs_noise
+from nara_diffusion.cores.core import needs_noise
 from nara_diffusion.layers.offloading import groups_of
 from nara_diffusion.noise.prediction import check_expected
 from nara_diffusion.strict import adapter_tensors, check_tensors

@@ -10,7 +10,7 @@ from typing import Any
 
 from peft import PeftConfig
 
-from nara_diffusion.cores.registry import check_core_type, registered_cores
+from nara_diffusion.cores.core import CUSTOM, check_core_type
 
 from .adapters import adapter_config, method_of
 from .arguments import TrainingArguments, schedule_of, window_of
@@ -125,7 +125,7 @@ def import_core_module(name: str) -> None:
         raise ValueError(
             f"core_module {name!r} can't be imported: {type(error).__name__}: {error}"
         ) from error
-    if not registered_cores():
+    if not CUSTOM:
         raise ValueError(
             f"core_module {name!r} registers no core: call nara_diffusion.register_core(NAME, …) in it."
         )

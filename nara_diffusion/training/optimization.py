@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, get_scheduler
 
-from nara_diffusion.cores.registry import HOLDER_NAME
+from nara_diffusion.cores.core import HOLDER_NAME
 
 from .arguments import OPTIMIZERS, OptimizationArguments, TrainingArguments
 from .options import hint

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
-from nara_diffusion.cores.registry import NAME_IN_FILES
+from nara_diffusion.cores.core import NAME_IN_FILES
 from nara_diffusion.utils.files import atomic_write
 
 from .arguments import TrainingArguments

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nara_diffusion.cores.registry import CoreSet
-from nara_diffusion.cores.simple import IdentityCore
+from nara_diffusion.cores.core import CoreSet, IdentityCore
 from nara_diffusion.layers.channel import Key
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
 

@@ -18,7 +18,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from nara_diffusion.config import NaraConfig
-from nara_diffusion.cores.registry import needs_noise
+from nara_diffusion.cores.core import needs_noise
 from nara_diffusion.noise.blocks import BlockNoise, goes_by_blocks
 from nara_diffusion.noise.canvas_source import CanvasNoise
 from nara_diffusion.noise.level import Entry, as_level, backward_pass

@@ -19,7 +19,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from nara_diffusion.cores.registry import HOLDER_NAME, CoreSet
+from nara_diffusion.cores.core import HOLDER_NAME, CoreSet
 from nara_diffusion.layers.adapted_layer import AdaptedLayer, is_trainable, reads_core
 from nara_diffusion.layers.channel import CoreChannel, Key
 from nara_diffusion.layers.offloading import in_memory, onload_groups

@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from nara_diffusion.config import NaraConfig
-from nara_diffusion.cores.registry import BUILT_IN, HOLDER_NAME, CoreSet, core_group, make_cores
+from nara_diffusion.cores.core import BUILT_IN, HOLDER_NAME, CoreSet, core_group, make_cores
 from nara_diffusion.layers.offloading import is_dispatched_by_layers
 from nara_diffusion.strict import PEFT_PREFIX
 

@@ -10,7 +10,7 @@ from peft.tuners.lora import LoraLayer, LoraModel
 from torch import Tensor, nn
 
 from nara_diffusion.config import NaraConfig
-from nara_diffusion.cores.registry import core_group, with_current_names
+from nara_diffusion.cores.core import core_group, with_current_names
 from nara_diffusion.layers.channel import CoreChannel
 from nara_diffusion.layers.dispatch import (
     OUTSIDE_AUTOCAST,

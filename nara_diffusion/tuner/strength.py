@@ -20,8 +20,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from nara_diffusion.config import NaraConfig, unscaled_fields
-from nara_diffusion.cores.registry import SHARED, CoreSet, core_group
-from nara_diffusion.cores.simple import IdentityCore
+from nara_diffusion.cores.core import SHARED, CoreSet, IdentityCore, core_group
 from nara_diffusion.layers.dispatch import PEFT_DORA, check_norm, variant_for
 from nara_diffusion.layers.variants import NaraVariant
 from nara_diffusion.noise.level import checked_module

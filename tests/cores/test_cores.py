@@ -10,9 +10,10 @@ from peft import PeftModel
 from torch import Tensor, float32, float64, nn
 
 from nara_diffusion import core_matrix, noise_level, register_core, shared_factors
-from nara_diffusion.cores import registry
-from nara_diffusion.cores.simple import BinsCore, RankMaskCore
+from nara_diffusion.cores.core import BinsCore, RankMaskCore
 from tests.helpers.adapted import OneLayer, TwoLayers, adapted, nara_config, relative_error
+
+pytestmark = pytest.mark.usefixtures("_custom_cores")
 
 
 class Still(nn.Module):
@@ -35,11 +36,6 @@ class Answering(nn.Module):
 
     def forward(self, noise_level: Tensor) -> Any:
         return self.answer
-
-
-@pytest.fixture(autouse=True)
-def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_custom", {})
 
 
 def one_layer(core: Any) -> PeftModel:

@@ -12,7 +12,6 @@ from peft import LoraConfig
 from transformers import LlamaForCausalLM
 
 from nara_diffusion import NaraConfig, noise_level
-from nara_diffusion.cores import registry
 from nara_diffusion.dllm.text_arguments import Arguments
 from nara_diffusion.training.adapters import adapter_config, build_adapter, title_of
 from nara_diffusion.training.optimization import build_lr_scheduler, build_optimizer, freeze_core
@@ -100,8 +99,8 @@ def test_missing_target_is_refused_with_what_there_is() -> None:
         build_adapter(llama(), arguments(target_modules=["q_pro"]))
 
 
+@pytest.mark.usefixtures("_custom_cores")
 def test_core_module_registers_the_core(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_custom", {})
     monkeypatch.setattr("sys.path", [*__import__("sys").path])
     file = tmp_path / "my_own_cores.py"
     file.write_text(

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nara_diffusion.cores.float32 import Core
+from nara_diffusion.cores.core import Core
 
 EVALUATED = ("mean_core", "reversed")
 """Ablations of the trained adapter."""

@@ -1,0 +1,491 @@
+"""The cores: λ (b,) → C(λ) (b, r, r), with torch only.
+
+    ΔW(λ) = s · B · C(λ) · A                                      (NaRA, arXiv 2605.29716, section 4)
+
+    hypernetwork  C(λ) = I + η F(e(λ)): NaRA
+    constant      C = I + η D, one learned D (r, r); an ablation of the paper (NaRA-C)
+    identity      C = I: LoRA
+    knots         C(λ) = I + η Σ_k φ_k(λ) D_k
+                  φ_k(λ) = max(0, 1 − |λ (K − 1) − k|),   k = 0 … K − 1
+    rank_mask     C(λ) = diag(1 for i < r(λ), else 0)             (T-LoRA, arXiv 2507.05964)
+                  r(λ) = ⌊(r − r_min)(1 − λ)⌋ + r_min
+    bins          C(λ) = diag(1 for i in block k(λ), else 0)      (Multi-LoRA)
+                  k(λ) = min(⌊λ K⌋, K − 1)
+
+Shapes: A (r, d_in), B (d_out, r), λ = noise_level (b,) in [0, 1], 1 = pure noise. The modules
+return the deviation D = C − I. A learned D starts at zero, so C = I at step 0. Where λ is NaN, so
+is C. Masks have no parameters: a direction that is off adds nothing to the output, and its row of A
+and column of B get a gradient of exactly zero. (AdamW still moves directions that it trained
+before, as long as its running mean of gradients lasts.)
+
+Deliberate differences from the reference implementation: there is one C for each *sample*; the
+product is B·C·A as in the paper (the reference computes B·Cᵀ·A); and every core stores and computes
+in float32, whatever the model does.
+"""
+
+from __future__ import annotations
+
+import itertools
+import keyword
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+CoreInit = Literal["zero_last", "kaiming", "zero_all"]
+
+
+# ---------------------------------------------------------------------- float32
+
+
+def is_autocast_enabled(device: torch.device) -> bool:
+    """Return whether autocast is on for `device`.
+
+    "meta" has no autocast, and PyTorch raises an error for it.
+    """
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Turn autocast off for `device` inside the context.
+
+    Entering `torch.autocast` costs more than small products do, so it is entered only if autocast
+    is on.
+    """
+    return (
+        torch.autocast(device.type, enabled=False) if is_autocast_enabled(device) else nullcontext()
+    )
+
+
+class Float32Module(nn.Module):
+    """A module with floating-point tensors that follow `.to(device)` but always stay float32.
+
+    In bfloat16, C − I would change by five per cent, so `model.to(bfloat16)` leaves these tensors
+    in float32.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Float32Module:
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            changed = fn(tensor)
+            return changed if changed.dtype == tensor.dtype else tensor.to(changed.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """Convert what is loaded, here and below, to float32.
+
+        `assign=True` would keep the dtypes of `state_dict`, which is a copy.
+        """
+        for key, tensor in state_dict.items():
+            if key.startswith(prefix) and isinstance(tensor, Tensor) and tensor.is_floating_point():
+                state_dict[key] = tensor.float()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class Dense(Float32Module):
+    """y = x Wᵀ + b in float32, zero until `reset`.
+
+    It is not an `nn.Linear`, so quantisers, casters and "all-linear" skip it.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(out_features, in_features, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.zeros(out_features, dtype=torch.float32))
+
+    def reset(self, zero: bool) -> None:
+        """Set the weight to zero, or to Kaiming-uniform values with a = √5 (paper, appendix).
+
+        The bias becomes zero in both cases.
+        """
+        nn.init.zeros_(self.bias)
+        if zero:
+            nn.init.zeros_(self.weight)
+        else:
+            nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.float(), self.bias.float())
+
+
+class Core(Float32Module):
+    """λ (b,) → the deviation D = C − I (b, r, r), or (1, r, r) if all samples share it; float32.
+
+    D is small, and layers compute C h as h + D h, so that half precision does not round D away.
+
+    Attributes:
+        rank: r, the largest rank that reads this core. A layer of smaller rank r' reads
+            C[:r', :r'].
+        needs_noise: whether the core reads λ. If not, it is called without arguments.
+    """
+
+    needs_noise: bool = True
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.rank = rank
+
+    def at(self, noise_level: Tensor | None = None) -> Tensor:
+        """Return D (b or 1, r, r), float32, at λ on any device.
+
+        A core without noise input ignores λ.
+        """
+        if not self.needs_noise:
+            return self()
+        assert noise_level is not None
+        return self(noise_level.to(self._device(noise_level.device)))
+
+    def _device(self, default: torch.device) -> torch.device:
+        """Return the device of the tensors.
+
+        Return `default` if there are no tensors, or if all are on "meta" until accelerate's hooks
+        load them.
+        """
+        devices = [tensor.device for tensor in (*self.parameters(), *self.buffers())]
+        found = next((device for device in devices if device.type != "meta"), None)
+        if found is not None:
+            return found
+        is_offloaded = any("_hf_hook" in vars(module) for module in self.modules())
+        return default if is_offloaded or not devices else devices[0]
+
+
+# ---------------------------------------------------------------------- the hypernetwork
+
+
+class NoiseEmbedding(Float32Module):
+    """e(λ): (b,) → (b, out_dim).
+
+    fourier   [sin(λ w), cos(λ w)] with dim / 2 frozen w ~ N(0, scale²); as in the reference, there
+              is no factor 2π
+    mlp       SiLU(w λ + b) of width dim, learnable
+    raw       λ itself, of width 1
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, kind: str, dim: int, scale: float) -> None:
+        super().__init__()
+        self.kind = kind
+        self.out_dim = 1 if kind == "raw" else dim
+        if kind == "fourier":
+            self.register_buffer("frequencies", torch.randn(dim // 2, dtype=torch.float32) * scale)
+        elif kind == "mlp":
+            self.projection = Dense(1, dim)
+            self.projection.reset(zero=False)
+
+    def forward(self, noise_level: Tensor) -> Tensor:
+        level = noise_level[:, None]
+        if self.kind == "fourier":
+            angle = level * self.frequencies.float()  # (b, dim / 2)
+            return torch.cat([angle.sin(), angle.cos()], dim=-1)
+        return F.silu(self.projection(level)) if self.kind == "mlp" else level
+
+
+class HypernetworkCore(Core):
+    """C(λ) = I + η F(e(λ)); F is Linear–SiLU–…–Linear with output r².
+
+    All layers of a group share one F.
+
+    Args:
+        rank: r.
+        scale: η, `core_scale`.
+        hidden_dims: widths of F's hidden layers.
+        init: "zero_last" and "zero_all" make C = I exactly at step 0; "kaiming" does not.
+        embedding: e(λ).
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        *,
+        scale: float,
+        hidden_dims: Sequence[int],
+        init: CoreInit,
+        embedding: NoiseEmbedding,
+    ) -> None:
+        super().__init__(rank)
+        self.scale = scale
+        widths = [embedding.out_dim, *hidden_dims, rank * rank]
+        dense = [Dense(i, o) for i, o in itertools.pairwise(widths)]
+        for layer in dense:
+            layer.reset(zero=init == "zero_all" or (init == "zero_last" and layer is dense[-1]))
+        self.embeddings = nn.ModuleDict({"noise_level": embedding})  # its name in files
+        self.layers = nn.ModuleList(dense)
+
+    def forward(self, noise_level: Tensor) -> Tensor:
+        """Return D = η F(e(λ)) (b, r, r), float32, for λ (b,)."""
+        with without_autocast(noise_level.device):
+            h = self.embeddings["noise_level"](noise_level.float())  # (b, e)
+            for layer in self.layers[:-1]:
+                h = F.silu(layer(h))
+            return self.scale * self.layers[-1](h).unflatten(-1, (self.rank, self.rank))
+
+
+# ---------------------------------------------------------------------- cores without a hypernetwork
+
+
+class ConstantCore(Core):
+    """NaRA-C: C = I + η D with one learnable D (r, r) and no noise input."""
+
+    needs_noise = False
+
+    def __init__(self, rank: int, *, scale: float, init: CoreInit) -> None:
+        super().__init__(rank)
+        self.scale = scale
+        self.deviation = nn.Parameter(torch.zeros(rank, rank, dtype=torch.float32))
+        if init == "kaiming":
+            nn.init.kaiming_uniform_(self.deviation, a=math.sqrt(5))
+
+    def forward(self) -> Tensor:
+        """Return η D (1, r, r), float32."""
+        return (self.scale * self.deviation.float())[None]
+
+
+class IdentityCore(Core):
+    """C = I: plain LoRA. It has no parameters, and layers leave it out of the product."""
+
+    needs_noise = False
+
+    def forward(self) -> Tensor:
+        """Return zeros (1, r, r), float32."""
+        return torch.zeros(1, self.rank, self.rank, dtype=torch.float32)
+
+
+class KnotsCore(Core):
+    """Interpolates between learned matrices at K equidistant values of λ.
+
+    This core is not in the paper; see RESULTS.md. C is linear in λ between two knots, and each λ
+    trains only the two knots beside it.
+
+    Args:
+        rank: r.
+        knots: K ≥ 2, the first at λ = 0 and the last at λ = 1.
+        scale: η.
+    """
+
+    def __init__(self, rank: int, knots: int, *, scale: float) -> None:
+        super().__init__(rank)
+        self.scale = scale
+        self.deviation = nn.Parameter(torch.zeros(knots, rank, rank, dtype=torch.float32))
+
+    def forward(self, noise_level: Tensor) -> Tensor:
+        """Return η Σ_k φ_k(λ) D_k (b, r, r), float32, for λ (b,)."""
+        knots = len(self.deviation)
+        with without_autocast(noise_level.device):
+            place = noise_level.float()[:, None] * (knots - 1)  # (b, 1), from 0 to K − 1
+            index = torch.arange(knots, device=place.device)
+            share = (1 - (place - index).abs()).clamp(min=0)  # (b, K)
+            deviation = share @ self.deviation.float().flatten(1)
+            return self.scale * deviation.view(-1, self.rank, self.rank)
+
+
+class RankMaskCore(Core):
+    """T-LoRA: the first r(λ) of r directions; all of them without noise, `min_rank` in pure noise.
+
+    Because of the paper's ⌊⌋, the last direction is on only at λ = 0, so masked-diffusion language
+    models never train it.
+
+    Args:
+        rank: r.
+        min_rank: r_min in [1, r], or None for half of r, at least 1.
+    """
+
+    def __init__(self, rank: int, min_rank: int | None = None) -> None:
+        super().__init__(rank)
+        self.min_rank = max(1, rank // 2) if min_rank is None else min(min_rank, rank)
+
+    def forward(self, noise_level: Tensor) -> Tensor:
+        """Return C − I (b, r, r), float32, for λ (b,): −1 for each direction that is off."""
+        directions = torch.arange(self.rank, device=noise_level.device)  # (r,)
+        is_off = directions >= self.active_rank(noise_level)[:, None]  # (b, r)
+        return torch.diag_embed(0 * noise_level.float()[:, None] - is_off.float())
+
+    def active_rank(self, noise_level: Tensor) -> Tensor:
+        """Return r(λ) (b,), as a float."""
+        return _floor_of_share(self.rank - self.min_rank, 1 - noise_level.float()) + self.min_rank
+
+
+class BinsCore(Core):
+    """Multi-LoRA, a baseline of the paper: r / K directions for each of K equal bins of λ.
+
+    The directions of a bin are a block. Each block is a separate LoRA, trained and used only in its
+    bin. The scale of a block is lora_alpha / r with the *total* rank r, so lora_alpha = K · α gives
+    each block the scale α / (r / K) of a single LoRA. With DoRA, all blocks share one magnitude.
+
+    Args:
+        rank: r, a multiple of `bins`.
+        bins: K.
+    """
+
+    def __init__(self, rank: int, bins: int) -> None:
+        super().__init__(rank)
+        self.bins = bins
+
+    def forward(self, noise_level: Tensor) -> Tensor:
+        """Return C − I (b, r, r), float32, for λ (b,): −1 for each direction that is off."""
+        directions = torch.arange(self.rank, device=noise_level.device)  # (r,)
+        block = directions // (self.rank // self.bins)
+        is_off = block != self.chosen_bin(noise_level)[:, None]  # (b, r)
+        return torch.diag_embed(0 * noise_level.float()[:, None] - is_off.float())
+
+    def chosen_bin(self, noise_level: Tensor) -> Tensor:
+        """Return k(λ) (b,), as a float."""
+        return _floor_of_share(self.bins, noise_level.float()).clamp(max=self.bins - 1)
+
+
+def _floor_of_share(count: int, share: Tensor) -> Tensor:
+    """Return ⌊count · share⌋ for a share (b,) in [0, 1], a fraction such as t / 1000 in float32.
+
+    The exact product may be an integer, and a few roundings, each below count · 2⁻²⁴, may put the
+    computed one just under it. Adding count · 2⁻²¹ corrects this. For fractions of 1000 and a count
+    below 1000, that is far less than the distance to the next integer.
+    """
+    return torch.floor(count * share + count * 2.0**-21)
+
+
+# ---------------------------------------------------------------------- name → core
+
+
+class CoreConfig(Protocol):
+    """The fields of a `NaraConfig` that describe cores."""
+
+    r: int
+    core_type: str
+    core_scale: float
+    core_hidden_dims: tuple[int, ...]
+    core_init: CoreInit
+    core_sharing: Literal["global", "module_type", "layer"]
+    core_knots: int
+    core_bins: int
+    noise_embedding: Literal["fourier", "mlp", "raw"]
+    noise_embedding_dim: int
+    fourier_scale: float
+    rank_mask_min: int | None
+    strength: Any
+
+
+CoreMaker = Callable[[Any, int], Core]
+"""(the NaraConfig, r) → the core."""
+
+_BUILT_IN: dict[str, CoreMaker] = {
+    "hypernetwork": lambda config, rank: HypernetworkCore(
+        rank,
+        scale=config.core_scale,
+        hidden_dims=config.core_hidden_dims,
+        init=config.core_init,
+        embedding=NoiseEmbedding(
+            config.noise_embedding, config.noise_embedding_dim, config.fourier_scale
+        ),
+    ),
+    "constant": lambda config, rank: ConstantCore(
+        rank, scale=config.core_scale, init=config.core_init
+    ),
+    "identity": lambda config, rank: IdentityCore(rank),
+    "rank_mask": lambda config, rank: RankMaskCore(rank, config.rank_mask_min),
+    "bins": lambda config, rank: BinsCore(rank, config.core_bins),
+    "knots": lambda config, rank: KnotsCore(rank, config.core_knots, scale=config.core_scale),
+}
+BUILT_IN = tuple(_BUILT_IN)
+CUSTOM: dict[str, CoreMaker] = {}
+"""Name → maker of each custom core, filled by `register_core`."""
+
+
+def check_core_type(name: object) -> None:
+    """Raise ValueError if there is no core type of that name."""
+    known = (*BUILT_IN, *CUSTOM)
+    if name not in known:
+        raise ValueError(
+            f"core_type is {name!r}: choose one of {', '.join(map(repr, known))}. If it is a custom core, first "
+            f"import the module that calls nara_diffusion.register_core({name!r}, factory), as in the adapter's "
+            "training; in the train scripts, --core_module does this."
+        )
+
+
+def build_core(config: CoreConfig, rank: int) -> Core:
+    """Return the core that a NaraConfig describes, for layers of rank up to `rank`."""
+    make = CUSTOM.get(config.core_type) or _BUILT_IN[config.core_type]
+    return make(config, rank)
+
+
+def needs_noise(config: CoreConfig) -> bool:
+    """Return True if the core or the strength of this NaraConfig depends on λ."""
+    with torch.device("meta"):
+        return config.strength is not None or build_core(config, config.r).needs_noise
+
+
+# ---------------------------------------------------------------------- the cores of one adapter
+
+HOLDER_NAME = "lora_core"
+"""The attribute of an adapted model that holds its cores.
+
+Parameters are named `lora_core.cores.{adapter}.{group}.…`, since other programs train the
+parameters with "lora_" in their names.
+"""
+NAME_IN_FILES = "nara_core"
+"""Its name in adapter files: `nara_core.{group}.…`."""
+SHARED = "shared"
+"""The group of all layers."""
+
+
+class CoreSet(nn.ModuleDict):
+    """Group of layers → its core; made by `make_cores`."""
+
+    @property
+    def needs_noise(self) -> bool:
+        return any(bool(core.needs_noise) for core in self.values())
+
+    def deviation(self, group: str, noise_level: Tensor | None) -> Tensor:
+        """Return D = C − I (b or 1, r, r), float32, of one group at λ (b,).
+
+        A core without noise input ignores λ.
+        """
+        return self[group].at(noise_level)  # type: ignore[operator]
+
+    def matrix(self, group: str, noise_level: Tensor | None) -> Tensor:
+        """Return C = I + D (b or 1, r, r), float32, of one group at λ (b,)."""
+        D = self.deviation(group, noise_level)
+        return torch.eye(D.shape[-1], dtype=D.dtype, device=D.device) + D
+
+
+def make_cores(config: CoreConfig, ranks: dict[str, int]) -> CoreSet:
+    """Return the cores that a NaraConfig describes.
+
+    Args:
+        ranks: group → the largest rank among its layers.
+    """
+    return CoreSet({group: build_core(config, rank) for group, rank in ranks.items()})
+
+
+def core_group(config: CoreConfig, module_name: str, rank: int) -> str:
+    """Return the name of the core that an adapted module of this rank reads.
+
+    `core_sharing` gives one core to all modules, to all modules of one name, or to each module. All
+    modules of one rank share a core that has no parameters but depends on the rank.
+    """
+    if config.core_type in ("rank_mask", "bins"):
+        return f"rank-{rank}"
+    if config.core_sharing == "global":
+        return SHARED
+    if config.core_sharing == "module_type":
+        group = re.sub(r"(\.\d+)+$", "", module_name).rpartition(".")[2]  # to_out.0 → to_out
+    else:
+        group = module_name.replace(".", "-")
+    # attributes of `nn.ModuleDict`; "at" and "groups" once were, and files have them with "_"
+    taken = hasattr(CoreSet, group) or keyword.iskeyword(group) or group in ("at", "groups")
+    return f"{group}_" if taken else group
+
+
+def with_current_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the `tensors` of a file, with the shared core's current name.
+
+    Its name was `nara_core.global`.
+    """
+    return {
+        key.replace("nara_core.global.", f"{NAME_IN_FILES}.{SHARED}."): tensor
+        for key, tensor in tensors.items()
+    }
