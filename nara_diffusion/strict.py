@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from itertools import pairwise
 from typing import cast
 
 import torch
@@ -166,6 +167,31 @@ def without_second_biases(tensors: Mapping[str, Tensor], adapter_name: str) -> d
         if not is_copy:
             kept[key] = tensor
     return kept
+
+
+def check_adapter_names(model: nn.Module, names: set[str]) -> None:
+    """Raise ValueError if one of several adapters has the name of a part of a key.
+
+    PEFT would leave out tensors of such an adapter, or of another one, when saving.
+    """
+    if len(names) < 2:
+        return
+    for key in model.state_dict():
+        if not any(part in key for part in (".lora_", ".base_layer.", f"{HOLDER_NAME}.")):
+            continue
+        for before, name in pairwise(f"{PEFT_PREFIX}{key}".split(".")):
+            if name in names and not _precedes_adapter_name(before):
+                raise ValueError(
+                    f"adapter '{name}' is named like a part of '{key}', so PEFT would leave "
+                    "out tensors when it saves one of several adapters. Choose another name."
+                )
+
+
+def _precedes_adapter_name(part: str) -> bool:
+    """Return True if the name of an adapter follows `part` in a key."""
+    if part == HOLDER_NAME:
+        return False
+    return part.startswith(("lora_", "cores", "modules_to_save"))
 
 
 # ---------------------------------------------------------------------- a file before loading

@@ -26,7 +26,7 @@ from nara_diffusion.loaders.insertion import (
 )
 from nara_diffusion.noise.prediction import flow_shift
 from nara_diffusion.strict import check_tensors
-from nara_diffusion.tuner.injection import restored_on_error
+from nara_diffusion.tuner.model import restored_on_error
 from nara_diffusion.tuner.strength import layers_of
 from nara_diffusion.utils.files import listed
 

@@ -69,12 +69,7 @@ def in_memory(module: nn.Module) -> Iterator[None]:
 
 def is_offloaded(model: nn.Module) -> bool:
     """Return whether weights of `model` are elsewhere between forwards, or are kept as copies."""
-    return any(_accelerates(module) or groups_of(module) for module in model.modules())
-
-
-def is_dispatched_by_layers(model: nn.Module) -> bool:
-    """Return whether accelerate offloads the layers of `model` one by one."""
-    return any(_accelerates(module) for module in model.modules())
+    return any(offloading_hooks(module) or groups_of(module) for module in model.modules())
 
 
 def _hooks_of(module: nn.Module) -> list[Any]:
@@ -84,10 +79,10 @@ def _hooks_of(module: nn.Module) -> list[Any]:
     """
     registry = getattr(module, "_diffusers_hook", None)
     of_diffusers = [] if registry is None else list(reversed(registry.hooks.values()))
-    return [*_accelerates(module), *of_diffusers]
+    return [*offloading_hooks(module), *of_diffusers]
 
 
-def _accelerates(module: nn.Module) -> list[Any]:
+def offloading_hooks(module: nn.Module) -> list[Any]:
     """Return accelerate's offloading hooks; the hook of a module may be a sequence of hooks."""
     hook = vars(module).get("_hf_hook")
     hooks = getattr(hook, "hooks", [hook])

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from nara_diffusion.config import NaraConfig
-from nara_diffusion.tuner.injection import restored_on_error
+from nara_diffusion.tuner.model import restored_on_error
 
 from .adapter_part import AdapterPart
 from .file import AdapterFile, naming

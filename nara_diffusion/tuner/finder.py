@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from copy import copy
 from dataclasses import replace
 from enum import Enum, auto
-from typing import Any
+from typing import Any, NamedTuple
 
 from peft import LoraConfig
 from torch import Tensor, nn
@@ -27,7 +27,6 @@ from nara_diffusion.noise.rows import ModelRows
 from nara_diffusion.noise.sources import BLOCK_SHARE, NoiseSource, first_source
 from nara_diffusion.noise.timesteps import Denoiser, TimestepNoise
 
-from .twins import twins_of
 from .usage import Usage
 
 
@@ -298,3 +297,26 @@ def _how_to_declare(root: nn.Module) -> str:
             "nara_diffusion.dllm."
         )
     return ""
+
+
+# ---------------------------------------------------------------------- a forward with two λ
+
+_WITH_TWINS = "DiffusionGemmaModel"
+
+
+class Twins(NamedTuple):
+    """The encoder (λ = 0) and the decoder (λ) of a DiffusionGemma, and the module that ties them."""
+
+    owner: nn.Module
+    encoder: nn.Module
+    decoder: nn.Module
+
+
+def twins_of(root: nn.Module) -> Twins | None:
+    """Return the twins of an adapted model, wrapped by PEFT or not; None for any other model."""
+    owner: nn.Module | None = root
+    while isinstance(owner, nn.Module):
+        if _WITH_TWINS in [kind.__name__ for kind in type(owner).__mro__]:
+            return Twins(owner, owner.get_submodule("encoder"), owner.get_submodule("decoder"))
+        owner = getattr(owner, "model", None)
+    return None

@@ -31,10 +31,9 @@ from nara_diffusion.noise.timesteps import Denoiser
 
 from .checkpointing import checkpoint_with_core, checkpoint_without_core
 from .deviations import Deviations, beside_inputs
-from .finder import LevelFinder
+from .finder import LevelFinder, twins_of
 from .merging import Merging
 from .twin_hooks import hook_twins, unhook_twins
-from .twins import twins_of
 
 
 class CoreHolder(nn.Module):

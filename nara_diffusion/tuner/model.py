@@ -1,16 +1,35 @@
-"""`NaraModel`: PEFT's LoRA tuner with layers that read C(λ) from a core at the model's root."""
+"""`NaraModel`: PEFT's LoRA tuner with layers that read C(λ) from a core at the model's root.
+
+    y = W0 x + s · B · C(λ) · A x        C(λ) of the layer's group, made by the root's holder
+
+Adding an adapter checks it, injects its layers, makes its cores, and undoes all after an error.
+"""
 
 from __future__ import annotations
 
+import logging
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import copy
+from difflib import get_close_matches
 from typing import Any
 
+import torch
 from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from nara_diffusion.config import NaraConfig
-from nara_diffusion.cores.core import core_group, with_current_names
+from nara_diffusion.cores.core import (
+    BUILT_IN,
+    HOLDER_NAME,
+    CoreSet,
+    core_group,
+    make_cores,
+    with_current_names,
+)
 from nara_diffusion.layers.channel import CoreChannel
 from nara_diffusion.layers.dispatch import (
     OUTSIDE_AUTOCAST,
@@ -19,12 +38,13 @@ from nara_diffusion.layers.dispatch import (
     make_directions_orthonormal,
     variant_for,
 )
-from nara_diffusion.layers.offloading import is_dispatched_by_layers
+from nara_diffusion.layers.offloading import offloading_hooks
 from nara_diffusion.noise.level import entry_for
 from nara_diffusion.noise.level import noise_level as at_noise_level
 from nara_diffusion.noise.rows import row_kind_of
 from nara_diffusion.noise.sources import denoiser_of
 from nara_diffusion.strict import (
+    check_adapter_names,
     check_keeps_configuration,
     check_tensors,
     core_name_in_file,
@@ -37,20 +57,13 @@ from nara_diffusion.strict import (
     without_second_biases,
 )
 
+from .finder import twins_of
 from .holder import CoreHolder, drop_idle_holder, holder_of
-from .injection import (
-    adapters_are_off,
-    check_adapter_names,
-    checked_config,
-    cores_for,
-    restored_on_error,
-    suggesting_targets,
-    warn_of_disabled,
-    without_holder,
-)
 from .merging import unmerged_on_error
 from .strength import give_strength
 from .twins import check_twin, decoder_name, share_factors, with_twins, without_twins
+
+logger = logging.getLogger(__name__)
 
 
 class NaraModel(LoraModel):
@@ -117,7 +130,9 @@ class NaraModel(LoraModel):
                         low_cpu_mem_usage,
                         layers_only or None,
                     )
-                shared = share_factors(model, adapter_name, layers)
+                shared = []
+                if twins_of(model) is not None:
+                    shared = share_factors(model, adapter_name, layers)
                 owners = {name: layer for name, layer in layers.items() if name not in shared}
                 cores = cores_for(config, adapter_name, owners, low_cpu_mem_usage, is_dispatched)
                 holder.add(adapter_name, config, cores, list(layers.values()))
@@ -141,7 +156,10 @@ class NaraModel(LoraModel):
     ) -> None:
         current_key: str = kwargs["current_key"]
         check_target(target, lora_config, current_key)
-        check_twin(self.model, current_key)
+        owner = current_key
+        if twins_of(self.model) is not None:
+            check_twin(self.model, current_key)
+            owner = decoder_name(self.model, current_key) or current_key
         super()._create_and_replace(
             lora_config, adapter_name, target, target_name, parent, **kwargs
         )
@@ -152,7 +170,6 @@ class NaraModel(LoraModel):
         self._injected[current_key] = layer
         if lora_config.reads_core:
             variant_class = variant_for(layer, lora_config.use_dora, current_key)
-            owner = decoder_name(self.model, current_key) or current_key
             group = core_group(lora_config, owner, layer.r[adapter_name])  # by rank_pattern
             rows = row_kind_of(self.model, current_key)
             layer.lora_variant[adapter_name] = variant_class(
@@ -268,8 +285,9 @@ class NaraModel(LoraModel):
         selected = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
-        own = without_twins(model, selected)
-        return {**own, **core_tensors(state_dict, model, adapter_name)}
+        if twins_of(model) is not None:
+            selected = without_twins(model, selected)
+        return {**selected, **core_tensors(state_dict, model, adapter_name)}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -286,10 +304,186 @@ class NaraModel(LoraModel):
         peft_config: Any = model.peft_config
         own = without_adapters(present, set(peft_config) - {adapter_name})
         selected = super()._get_adapter_state_dict(model, config, adapter_name, own, [])
-        expected = expected_tensors(model, without_twins(model, selected), adapter_name)
+        has_twins = twins_of(model) is not None
+        if has_twins:
+            selected = without_twins(model, selected)
+        expected = expected_tensors(model, selected, adapter_name)
         check_tensors(
             with_names_in_files(mapped, adapter_name),
             with_names_in_files(expected, adapter_name),
             with_names_in_files(present, adapter_name),
         )
-        return with_twins(model, mapped, present)
+        return with_twins(model, mapped, present) if has_twins else mapped
+
+
+# ---------------------------------------------------------------------- adding an adapter
+
+
+def checked_config(model: nn.Module, adapter_name: str, config: object) -> NaraConfig:
+    """Return the configuration of an adapter that can be added to `model`.
+
+    Raises:
+        ValueError: it is no `NaraConfig`, or the layers of `model` are offloaded one by one.
+    """
+    if not isinstance(config, NaraConfig):
+        raise ValueError(
+            f"Adapter '{adapter_name}' has a {type(config).__name__}: NaraModel needs a NaraConfig."
+        )
+    if is_dispatched_by_layers(model) and not hasattr(model, "hf_device_map"):
+        raise ValueError(
+            f"{type(model).__name__} is offloaded layer by layer, so a new adapter would have no values: load "
+            "it by pipe.load_nara_weights(), or add it before enable_sequential_cpu_offload()."
+        )
+    return config
+
+
+def is_dispatched_by_layers(model: nn.Module) -> bool:
+    """Return True if accelerate offloads the layers of `model` one by one."""
+    hooked = [module for module in model.modules() if "_hf_hook" in vars(module)]
+    return any(map(offloading_hooks, hooked))
+
+
+def adapters_are_off(model: nn.Module) -> bool:
+    """Return True if `model` has adapted layers, and all of them have their adapters disabled."""
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    return bool(layers) and all(layer.disable_adapters for layer in layers)
+
+
+def warn_of_disabled(model: nn.Module, adapter_name: str) -> None:
+    """Warn that a new adapter is disabled, because the adapters of `model` are."""
+    logger.warning(
+        "The adapters of %s are disabled (disable_lora() or disable_adapters()), and so is the new adapter '%s': "
+        "call enable_lora() or enable_adapters() to enable them.",
+        type(model).__name__,
+        adapter_name,
+    )
+
+
+@contextmanager
+def restored_on_error(*roots: nn.Module) -> Iterator[None]:
+    """Restore the `roots` after an error inside the context.
+
+    This restores modules, attributes, parameters and what is trainable. Containers are restored in
+    place, since handles of hooks refer to them. Values that were changed in place are not restored,
+    but PEFT's initialisations that change the base give its weights new tensors.
+    """
+    modules: dict[int, nn.Module] = {}
+    values = []
+    for root in roots:
+        for module in root.modules():
+            modules[id(module)] = module
+        for parameter in root.parameters():
+            values.append((parameter, parameter.data, parameter.requires_grad))
+    states = [(module, _attributes(module)) for module in modules.values()]
+    try:
+        yield
+    except BaseException:
+        for module, state in states:
+            _restore(module, state)
+        for parameter, data, requires_grad in values:
+            parameter.data = data
+            parameter.requires_grad = requires_grad
+        raise
+
+
+_State = list[tuple[str, object, object]]
+"""For each attribute of a module: (name, value, shallow copy of the value if it is a container)."""
+
+
+def _attributes(module: nn.Module) -> _State:
+    found: _State = []
+    for name, value in vars(module).items():
+        is_container = type(value) in (dict, list, set, OrderedDict)
+        found.append((name, value, copy(value) if is_container else None))
+    return found
+
+
+def _restore(module: nn.Module, state: _State) -> None:
+    vars(module).clear()
+    for name, value, before in state:
+        if isinstance(value, list) and isinstance(before, list):
+            value[:] = before
+        elif isinstance(value, (dict, set)) and before is not None:
+            value.clear()
+            value.update(before)  # type: ignore[call-overload]
+        vars(module)[name] = value
+
+
+@contextmanager
+def without_holder(root: nn.Module) -> Iterator[None]:
+    """Hide the cores from PEFT inside the context: `target_modules` may match their modules."""
+    holder = root._modules.pop(HOLDER_NAME, None)
+    try:
+        yield
+    finally:
+        if holder is not None:
+            root._modules[HOLDER_NAME] = holder
+
+
+@contextmanager
+def suggesting_targets(model: nn.Module, config: NaraConfig) -> Iterator[None]:
+    """Add the nearest module names to PEFT's error about `target_modules` that match nothing."""
+    try:
+        yield
+    except ValueError as error:
+        if "not found in the base model" not in str(error):
+            raise
+        names = _nearest_names(model, config.target_modules or ())
+        hint = f" Did you mean {', '.join(names)}?" if names else ""
+        raise type(error)(f"{error}{hint}") from None
+
+
+def _nearest_names(model: nn.Module, targets: str | Iterable[str]) -> list[str]:
+    known = {}
+    for path, _ in model.named_modules():
+        name = path.rpartition(".")[2]
+        known[name.lower()] = name
+    found = set()
+    for target in [targets] if isinstance(targets, str) else targets:
+        wanted = target.rpartition(".")[2].lower()
+        for match in get_close_matches(wanted, known, 1):
+            found.add(repr(known[match]))
+    return sorted(found)
+
+
+def cores_for(
+    config: NaraConfig,
+    adapter_name: str,
+    layers: dict[str, LoraLayer],
+    low_cpu_mem_usage: bool,
+    is_dispatched: bool,
+) -> CoreSet:
+    """Return the cores of an adapter, on the device of its layers.
+
+    Args:
+        layers: name → layer, for the layers that the adapter adapts.
+        low_cpu_mem_usage: True if a file will replace the values, so that they may be on "meta".
+        is_dispatched: True if accelerate offloads the layers one by one.
+    """
+    ranks: dict[str, int] = {}
+    for name, layer in layers.items():
+        rank = layer.r[adapter_name]  # follows rank_pattern
+        group = core_group(config, name, rank)
+        ranks[group] = max(rank, ranks.get(group, 0))
+    # a custom core may have values that no file holds
+    on_meta = low_cpu_mem_usage and config.core_type in BUILT_IN
+    with torch.device("meta") if on_meta else nullcontext():
+        cores = make_cores(config, ranks)
+    if any(parameter.is_meta for parameter in cores.parameters()):
+        return cores
+    return cores.to(_device_for(layers.values(), low_cpu_mem_usage or is_dispatched))
+
+
+def _device_for(layers: Iterable[LoraLayer], will_be_loaded: bool) -> torch.device:
+    """Return the first device of the layers' parameters other than "meta".
+
+    If all parameters are on "meta", return "meta", or the CPU if their values will be loaded.
+    """
+    is_empty = True
+    for layer in layers:
+        assert isinstance(layer, nn.Module)
+        for parameter in layer.parameters():
+            if parameter.device.type != "meta":
+                return parameter.device
+            is_empty = False
+    return torch.device("cpu" if is_empty or will_be_loaded else "meta")

@@ -24,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 
 from nara_diffusion.noise.canvas_source import CanvasNoise
 
-from .twins import Twins
+from .finder import Twins
 
 _NO_FACTOR = r"(?!.*\.lora_)"
 """The start of a pattern that matches no factor of an adapter."""

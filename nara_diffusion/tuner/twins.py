@@ -14,7 +14,7 @@ LoRA is refused if λ matters, and from a file, which has no keys of the encoder
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -22,26 +22,9 @@ from torch import Tensor, nn
 from nara_diffusion.config import NaraConfig
 from nara_diffusion.noise.sources import CORRUPTED_SHARE
 
-_KIND = "DiffusionGemmaModel"
+from .finder import twins_of
+
 _ENCODER, _DECODER = "encoder.language_model.", "decoder."
-
-
-class Twins(NamedTuple):
-    """The two parts of a DiffusionGemma, and the module that ties them."""
-
-    owner: nn.Module
-    encoder: nn.Module
-    decoder: nn.Module
-
-
-def twins_of(root: nn.Module) -> Twins | None:
-    """Return the twins of an adapted model, wrapped by PEFT or not; None for any other model."""
-    owner: nn.Module | None = root
-    while isinstance(owner, nn.Module):
-        if _KIND in [kind.__name__ for kind in type(owner).__mro__]:
-            return Twins(owner, owner.get_submodule("encoder"), owner.get_submodule("decoder"))
-        owner = getattr(owner, "model", None)
-    return None
 
 
 def decoder_name(root: nn.Module, name: str) -> str | None:
