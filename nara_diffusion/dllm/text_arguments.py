@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from nara_diffusion.training.argument_checks import check_arguments, require
+from nara_diffusion.training.adapters import check_adapter
 from nara_diffusion.training.arguments import (
     CONFIGS,
     TrainingArguments,
+    check_arguments,
+    require,
     shipped_settings,
     window_of,
 )
@@ -200,6 +202,7 @@ class Arguments(ModelArguments, TrainingArguments, ObjectiveArguments):
         if not self.pretrained_model_name_or_path:
             raise ValueError("pretrained_model_name_or_path is empty: name the model to adapt.")
         check_arguments(self)
+        check_adapter(self)
         check_drawable(window_of(self), self.complementary)
         require(self, "at least 1", lambda value: value >= 1, *_COUNTS)
         require(self, "0 or more", lambda value: value >= 0, "encoder_loss_weight")

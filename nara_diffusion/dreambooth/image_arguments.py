@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-from nara_diffusion.training.adapters import method_of
-from nara_diffusion.training.argument_checks import check_arguments, require
-from nara_diffusion.training.arguments import TrainingArguments
+from nara_diffusion.training.adapters import check_adapter, method_of
+from nara_diffusion.training.arguments import TrainingArguments, check_arguments, require
 from nara_diffusion.training.options import default_of, spread_options
 
 from .captions import check_prompt
@@ -43,6 +42,7 @@ class DreamBoothArguments(
         if not self.pretrained_model_name_or_path:
             raise ValueError("pretrained_model_name_or_path is empty: name the model to adapt.")
         check_arguments(self)
+        check_adapter(self)
         _check_ranges(self)
         if self.distill_to is not None:
             _check_distillation(self)

@@ -7,10 +7,13 @@ lower case. Some names are short for a method with fixed fields: `dora` is `lora
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
+import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from peft import (
@@ -25,6 +28,7 @@ from transformers import PreTrainedModel
 
 from nara_diffusion import NaraConfig, StrengthSchedule
 from nara_diffusion.config import changes_base
+from nara_diffusion.cores.registry import check_core_type, registered_cores
 from nara_diffusion.noise.sources import MASKED_SHARE
 
 from .arguments import AdapterArguments, TrainingArguments, schedule_of, window_of
@@ -240,6 +244,70 @@ def _values(args: AdapterArguments, method: Method) -> dict[str, Any]:
         "lora_dropout": args.lora_dropout,
         f"{method.name}_dropout": args.lora_dropout,
     }
+
+
+# ---------------------------------------------------------------- checks
+
+
+def check_adapter(args: TrainingArguments) -> None:
+    """Raise ValueError for an adapter that no run can train. The arguments' `__post_init__` calls it.
+
+    Import --core_module first, which may register the core.
+    """
+    if args.core_module is not None:
+        import_core_module(args.core_module)
+    check_core_type(args.core_type)
+    method, config = method_of(args), adapter_config(args, strength=schedule_of(args))
+    meant = method.fixed.get("core_type", args.core_type if method.family == "nara" else "none")
+    if args.core_type not in ("hypernetwork", meant):
+        raise ValueError(
+            f"core_type is {args.core_type!r}, but that of adapter {args.adapter} is {meant}."
+        )
+    if args.core_start_step and getattr(config, "core_init", None) == "kaiming":
+        raise ValueError(
+            "core_start_step trains A and B with C = I first, but core_init 'kaiming' starts from another C: "
+            "use core_init 'zero_last', or core_start_step 0."
+        )
+    family, start = method.family, args.init_adapter
+    if start is not None and not Path(start).expanduser().exists():
+        raise ValueError(f"init_adapter is {start!r}: there is no such file or folder.")
+    if start is not None and family not in ("nara", "lora"):
+        raise ValueError(
+            f"init_adapter starts from a LoRA or a NaRA, which adapter {args.adapter} is not: give nara."
+        )
+    if args.check and (
+        family in ("prompt", "full") or args.resume_from_checkpoint or args.hub_model_id or start
+    ):
+        raise ValueError(
+            "check measures, before a training, what λ is worth to a low-rank adapter: leave resume_from_checkpoint, "
+            "hub_model_id and init_adapter out, and give adapter nara or lora."
+        )
+
+
+def import_core_module(name: str) -> None:
+    """Import the module `name`, or the file if it ends in .py; add its folder to `sys.path`.
+
+    Raises:
+        ValueError: there is no such module, its import fails, or it registers no core.
+    """
+    folder = str(Path(name).resolve().parent)
+    if name.endswith(".py") and folder not in sys.path:
+        sys.path.append(folder)
+    try:
+        importlib.import_module(module_name(name))
+    except Exception as error:  # user code may raise anything
+        raise ValueError(
+            f"core_module {name!r} can't be imported: {type(error).__name__}: {error}"
+        ) from error
+    if not registered_cores():
+        raise ValueError(
+            f"core_module {name!r} registers no core: call nara_diffusion.register_core(NAME, …) in it."
+        )
+
+
+def module_name(name: str) -> str:
+    """Return the name under which Python imports the module that `--core_module` names."""
+    return Path(name).stem if name.endswith(".py") else name
 
 
 # ---------------------------------------------------------------- models

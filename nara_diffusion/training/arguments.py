@@ -1,21 +1,27 @@
-"""The arguments that both train scripts share, in groups; each script inherits from them."""
+"""The arguments that both train scripts share, in groups, and the checks of their values.
+
+Each script's arguments inherit from `TrainingArguments`. `adapters` checks what the adapter needs.
+"""
 
 # ruff: noqa: RUF009 (option() is dataclasses.field() with metadata, not a shared default)
 from __future__ import annotations
 
+import importlib
+import inspect
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
 from nara_diffusion.noise.window import NoiseWindow
 
-from .options import merged, option
+from .options import hint, merged, option
 
 logger = logging.getLogger(__name__)
 
@@ -233,6 +239,108 @@ def window_of(args: WindowArguments) -> NoiseWindow:
     """Return the window of noise levels that `args` describe; by default all of [0, 1]."""
     low, high = args.min_noise_level, args.max_noise_level
     return NoiseWindow(0.0 if low is None else low, 1.0 if high is None else high)
+
+
+# ---------------------------------------------------------------- checks
+
+
+def check_arguments(args: TrainingArguments) -> None:
+    """Raise ValueError for values that no run can use; see `adapters.check_adapter` for its adapter.
+
+    The arguments' `__post_init__` calls both.
+    """
+    counts = (
+        "rank",
+        "train_batch_size",
+        "gradient_accumulation_steps",
+        "global_batch_size",
+        "max_train_steps",
+    )
+    counts += (
+        "logging_steps",
+        "validation_steps",
+        "checkpointing_steps",
+        "checkpoints_total_limit",
+    )
+    require(args, "at least 1", lambda value: value >= 1, *counts)
+    rates = ("learning_rate", "core_learning_rate", "num_train_epochs", "max_grad_norm", "plan")
+    require(args, "above 0", lambda value: value > 0, *rates)
+    require(
+        args,
+        "at least 0",
+        lambda value: value >= 0,
+        "core_start_step",
+        "lr_warmup_steps",
+        "weight_decay",
+    )
+    require(
+        args,
+        "from 0 to 4294967295, as NumPy's generator takes it",
+        lambda value: 0 <= value < 2**32,
+        "seed",
+    )
+    require(args, "in [0, 1)", lambda value: 0 <= value < 1, "lora_dropout")
+    try:
+        window_of(args)
+    except ValueError as error:
+        raise ValueError(f"min_noise_level and max_noise_level: {error}") from error
+    if args.global_batch_size is not None and args.gradient_accumulation_steps != 1:
+        raise ValueError(
+            f"gradient_accumulation_steps is {args.gradient_accumulation_steps} and global_batch_size "
+            f"{args.global_batch_size}, which already determines it: give only one of the two."
+        )
+    check_optimizer(args)
+    if args.check and args.plan is not None:
+        raise ValueError("check measures a training, and plan computes what it needs: give one.")
+
+
+def require(
+    args: TrainingArguments, expected: str, holds: Callable[[Any], bool], *names: str
+) -> None:
+    """Raise ValueError for the first of `names` if `holds(value)` is false; None counts as not set.
+
+    The message contains the argument's name, its value and what was `expected`.
+    """
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and not holds(value):
+            raise ValueError(f"{name} must be {expected}, got {value}.")
+
+
+def check_optimizer(args: OptimizationArguments) -> None:
+    """Raise ValueError for a missing optimizer or option, or a warm-up that the schedule lacks."""
+    known = [
+        name
+        for name in inspect.signature(optimizer_class(args.optimizer)).parameters
+        if name not in ("params", "lr")
+    ]
+    for name in args.optimizer_options:
+        if name not in known:
+            raise ValueError(
+                f"optimizer_options holds {name!r}, which {args.optimizer} lacks: {hint(name, known)}"
+            )
+    if args.lr_scheduler == "constant" and args.lr_warmup_steps > 0:
+        raise ValueError(
+            f"lr_scheduler 'constant' has no warm-up, and lr_warmup_steps is {args.lr_warmup_steps:g}: use "
+            "constant_with_warmup."
+        )
+
+
+def optimizer_class(optimizer: str) -> Any:
+    """Return the class of an optimizer. Raise ValueError if its package is missing."""
+    module, name = OPTIMIZERS["AdamW" if is_unpaged(optimizer) else optimizer]
+    try:
+        return getattr(importlib.import_module(module), name)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise ValueError(
+            f"optimizer {optimizer} needs {package} ({error}): pip install {package}."
+        ) from error
+
+
+def is_unpaged(optimizer: str) -> bool:
+    """Return True for PagedAdamW on a machine without a GPU, where AdamW takes its place."""
+    return optimizer == "PagedAdamW" and not torch.accelerator.is_available()
 
 
 # ---------------------------------------------------------------- the shipped runs

@@ -5,8 +5,6 @@ Also what spares memory: gradient checkpointing.
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import logging
 from typing import Any
 
@@ -19,8 +17,7 @@ from transformers import PreTrainedModel, get_scheduler
 
 from nara_diffusion.cores.core import HOLDER_NAME
 
-from .arguments import OPTIMIZERS, OptimizationArguments, TrainingArguments
-from .options import hint
+from .arguments import OptimizationArguments, TrainingArguments, is_unpaged, optimizer_class
 
 TEXT_ENCODER_MARK = "text_encoder"  # the prefix of a parameter's name
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -30,25 +27,6 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 logger = logging.getLogger(__name__)
-
-
-def check_optimizer(args: OptimizationArguments) -> None:
-    """Raise ValueError for a missing optimizer or option, or a warm-up that the schedule lacks."""
-    known = [
-        name
-        for name in inspect.signature(_class_of(args.optimizer)).parameters
-        if name not in ("params", "lr")
-    ]
-    for name in args.optimizer_options:
-        if name not in known:
-            raise ValueError(
-                f"optimizer_options holds {name!r}, which {args.optimizer} lacks: {hint(name, known)}"
-            )
-    if args.lr_scheduler == "constant" and args.lr_warmup_steps > 0:
-        raise ValueError(
-            f"lr_scheduler 'constant' has no warm-up, and lr_warmup_steps is {args.lr_warmup_steps:g}: use "
-            "constant_with_warmup."
-        )
 
 
 def build_optimizer(
@@ -75,7 +53,7 @@ def build_optimizer(
     options = {
         name: tuple(value) if isinstance(value, list) else value for name, value in options.items()
     }
-    if _is_unpaged(args.optimizer):
+    if is_unpaged(args.optimizer):
         logger.warning(
             "PagedAdamW moves its states between the memory of GPU and CPU, and there is no GPU: as AdamW"
         )
@@ -83,7 +61,7 @@ def build_optimizer(
         options.setdefault("fused", True)
     if args.optimizer == "prodigy":
         options["lr"] = args.learning_rate  # it allows only one rate for all groups
-    return _class_of(args.optimizer)(groups, **options)
+    return optimizer_class(args.optimizer)(groups, **options)
 
 
 def may_fuse(accelerator: Accelerator) -> bool:
@@ -96,21 +74,6 @@ def may_fuse(accelerator: Accelerator) -> bool:
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return False
     return accelerator.device.type in ("cpu", "cuda") and accelerator.scaler is None
-
-
-def _is_unpaged(optimizer: str) -> bool:
-    return optimizer == "PagedAdamW" and not torch.accelerator.is_available()
-
-
-def _class_of(optimizer: str) -> Any:
-    module, name = OPTIMIZERS["AdamW" if _is_unpaged(optimizer) else optimizer]
-    try:
-        return getattr(importlib.import_module(module), name)
-    except ImportError as error:
-        package = module.partition(".")[0]
-        raise ValueError(
-            f"optimizer {optimizer} needs {package} ({error}): pip install {package}."
-        ) from error
 
 
 def _parameter_groups(model: nn.Module, args: TrainingArguments) -> list[dict[str, Any]]:
