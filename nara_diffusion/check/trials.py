@@ -36,13 +36,13 @@ from nara_diffusion.dreambooth.denoiser import adapt, text_config
 from nara_diffusion.noise.level import core_holders
 from nara_diffusion.training.adapters import adapter_config
 from nara_diffusion.training.arguments import TrainingArguments
-from nara_diffusion.training.loop import StepLoss
-from nara_diffusion.training.optimization import (
+from nara_diffusion.training.engines import (
     build_lr_scheduler,
     build_optimizer,
     freeze_core,
     is_core_parameter,
 )
+from nara_diffusion.training.loop import StepLoss
 
 ADAPTER, CHEAP = "default", "cheap"  # the names of NaRA's adapter and of the cheap way's adapter
 TITLES = {

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from nara_diffusion.training.adapters import build_adapter, method_of
-from nara_diffusion.training.optimization import recompute_activations
+from nara_diffusion.training.engines import recompute_activations
 from nara_diffusion.training.planned_step import PlannedStep, dtype_of
 
 from .canvas import checked_lengths

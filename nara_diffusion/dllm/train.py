@@ -67,10 +67,9 @@ from nara_diffusion.training.adapters import build_adapter, title_of, window_fac
 from nara_diffusion.training.arguments import schedule_of, window_of
 from nara_diffusion.training.checkpoints import save_adapter
 from nara_diffusion.training.command import run_command
-from nara_diffusion.training.engines import load_whole, loading_in
+from nara_diffusion.training.engines import load_whole, loading_in, recompute_activations
 from nara_diffusion.training.loop import prepare_training, train
 from nara_diffusion.training.manifest import local_folder
-from nara_diffusion.training.optimization import recompute_activations
 from nara_diffusion.training.plan import show_plan
 from nara_diffusion.training.report import finish
 from nara_diffusion.training.run import Run, start_run

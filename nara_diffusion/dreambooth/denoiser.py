@@ -20,7 +20,7 @@ from nara_diffusion import NaraConfig
 from nara_diffusion.loaders.insertion import check_storable
 from nara_diffusion.noise.level import find_holders
 from nara_diffusion.training.adapters import CORE_FIELDS, check_target_modules
-from nara_diffusion.training.optimization import recompute_activations
+from nara_diffusion.training.engines import recompute_activations
 
 from .family import Family, Placed
 from .pipelines import family_of

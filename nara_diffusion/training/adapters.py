@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 
 from nara_diffusion import NaraConfig, StrengthSchedule
 from nara_diffusion.config import changes_base
-from nara_diffusion.cores.registry import check_core_type, registered_cores
+from nara_diffusion.cores.core import CUSTOM, check_core_type
 from nara_diffusion.noise.sources import MASKED_SHARE
 
 from .arguments import AdapterArguments, TrainingArguments, schedule_of, window_of
@@ -299,7 +299,7 @@ def import_core_module(name: str) -> None:
         raise ValueError(
             f"core_module {name!r} can't be imported: {type(error).__name__}: {error}"
         ) from error
-    if not registered_cores():
+    if not CUSTOM:
         raise ValueError(
             f"core_module {name!r} registers no core: call nara_diffusion.register_core(NAME, …) in it."
         )

@@ -35,8 +35,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from .checkpoints import last_checkpoint
-from .engines import prepare
-from .optimization import build_lr_scheduler, build_optimizer, freeze_core, may_fuse
+from .engines import build_lr_scheduler, build_optimizer, freeze_core, may_fuse, prepare
 from .run import Run
 
 logger = logging.getLogger(__name__)

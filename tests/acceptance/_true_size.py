@@ -26,7 +26,7 @@ from nara_diffusion.dllm.models.backbone import Backbone
 from nara_diffusion.dllm.models.pretrained import backbone_on_meta
 from nara_diffusion.dllm.uniform import CanvasBatch, corrupt_canvases
 from nara_diffusion.dllm.unmasking import State
-from nara_diffusion.training.optimization import recompute_activations
+from nara_diffusion.training.engines import recompute_activations
 from tests.acceptance._runs import ASSETS
 
 RANK, LENGTH, PROMPT, CANVAS = 16, 1024, 512, 256

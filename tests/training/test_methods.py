@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 from nara_diffusion import NaraConfig, noise_level
 from nara_diffusion.dllm.text_arguments import Arguments
 from nara_diffusion.training.adapters import adapter_config, build_adapter, title_of
-from nara_diffusion.training.optimization import build_lr_scheduler, build_optimizer, freeze_core
+from nara_diffusion.training.engines import build_lr_scheduler, build_optimizer, freeze_core
 from tests.acceptance._text import backbone
 
 

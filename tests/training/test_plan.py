@@ -28,8 +28,8 @@ from nara_diffusion.dreambooth.image_plan import PlannedPrompts, pipeline_on_met
 from nara_diffusion.dreambooth.pipelines import modules_of
 from nara_diffusion.training.arguments import OPTIMIZERS
 from nara_diffusion.training.command import parse_arguments
+from nara_diffusion.training.engines import build_optimizer
 from nara_diffusion.training.live_storages import tensors_of
-from nara_diffusion.training.optimization import build_optimizer
 from nara_diffusion.training.planned_step import StepCounter, optimizer_bytes
 from nara_diffusion.training.run import start_run
 from tests.helpers.mixtures import LLADA2
