@@ -49,9 +49,8 @@ def groups_of(module: nn.Module) -> list[Any]:
 
 def onload_groups(module: nn.Module) -> None:
     """Load what the forward of `module` loads, if Diffusers offloads it in groups."""
-    if "_diffusers_hook" in vars(module):
-        for group in groups_of(module):
-            group.onload_()
+    for group in groups_of(module):
+        group.onload_()
 
 
 @contextmanager

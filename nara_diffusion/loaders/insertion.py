@@ -218,7 +218,8 @@ def offloading_suspended(pipe: Any) -> Iterator[None]:
 
 
 def _has_groups_on_disk(model: nn.Module) -> bool:
-    for module in model.modules():
+    hooked = [module for module in model.modules() if "_diffusers_hook" in vars(module)]
+    for module in hooked:
         for group in groups_of(module):
             if group.offload_to_disk_path is not None:
                 return True

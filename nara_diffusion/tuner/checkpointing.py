@@ -1,7 +1,7 @@
 """Gradient checkpointing that recomputes each block with the C(λ) of its own forward.
 
 Transformers, Diffusers and PyTorch's `CheckpointWrapper` (which FSDP uses) keep their checkpoint
-function as an attribute of the checkpointed module: a block, or the wrapper around it. This module
+function as an attribute of the checkpointed module: a block, or the wrapper around it. The holder
 replaces each such function with one that passes C as explicit tensor inputs. That works for
 reentrant and non-reentrant checkpoints, in whatever thread the backward pass recomputes, and lets
 gradients flow from the block to C. Under any other checkpoint function, the recomputed layers find
@@ -14,16 +14,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 
 from nara_diffusion.layers.channel import CoreChannel, Key
-from nara_diffusion.noise.level import outer_modules
 from nara_diffusion.noise.parts import Parts
-
-from .twins import check_checkpointing
-
-_ATTRIBUTES = ("_gradient_checkpointing_func", "checkpoint_fn")
-"""The attributes that keep it: of Transformers and Diffusers, and of `CheckpointWrapper`."""
 
 
 class CheckpointWithCore:
@@ -78,26 +71,3 @@ class _WithCores:
             return self.function(*args, **kwargs)
         with self.channel.using(dict(zip(self.keys, cores, strict=True)), self.parts):
             return self.function(*args, **kwargs)
-
-
-def checkpoint_with_core(root: nn.Module, channel: CoreChannel) -> None:
-    """Wrap the checkpoint function of every checkpointed block below `root`; safe to repeat."""
-    for module in outer_modules(root):
-        for name in _ATTRIBUTES:
-            checkpoint = module.__dict__.get(name)
-            wrapped = isinstance(checkpoint, CheckpointWithCore) and checkpoint.passes(channel)
-            if callable(checkpoint) and not wrapped:
-                check_checkpointing(root, checkpoint)
-                setattr(module, name, CheckpointWithCore(checkpoint, channel))
-
-
-def checkpoint_without_core(root: nn.Module, channel: CoreChannel) -> None:
-    """Undo `checkpoint_with_core`.
-
-    A wrapper inside another model's wrapper stays, and passes nothing on.
-    """
-    for module in outer_modules(root):
-        for name in _ATTRIBUTES:
-            checkpoint = module.__dict__.get(name)
-            if isinstance(checkpoint, CheckpointWithCore) and checkpoint.channel is channel:
-                setattr(module, name, checkpoint.checkpoint)

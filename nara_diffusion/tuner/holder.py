@@ -1,7 +1,11 @@
-"""The holder of an adapted model's cores: a module at the root that computes C(λ) for each forward.
+"""The holder of an adapted model's cores: a module at the root that computes D(λ) for each forward.
+
+    D(λ) = C(λ) − I                             (b or 1, r, r), float32, for λ (b,)
+    D' = σ(λ) C(λ) − I = σ D + (σ − 1) I        for an adapter with a strength σ
 
 Only PEFT's layers know which adapters are active, merged, disabled or deleted, whatever PEFT or
-Diffusers did with them, so the holder asks the layers. It owns the cores and their strengths.
+Diffusers did with them, so the holder asks the layers. It owns the cores and their strengths, and
+passes D to the layers, also where a checkpoint runs a block again.
 
 If an adapter has left `peft_config`, the next forward, save or addition removes its cores. If it
 was the last adapter, the holder and its hooks are removed too. A core is trainable while the A of
@@ -10,7 +14,8 @@ its adapter is; every listing of parameters updates this.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,21 +24,24 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from nara_diffusion.cores.core import HOLDER_NAME, CoreSet
+from nara_diffusion.cores.core import HOLDER_NAME, CoreSet, IdentityCore
 from nara_diffusion.layers.adapted_layer import AdaptedLayer, is_trainable, reads_core
 from nara_diffusion.layers.channel import CoreChannel, Key
 from nara_diffusion.layers.offloading import in_memory, onload_groups
-from nara_diffusion.noise.level import backward_pass, entry_for
+from nara_diffusion.noise.level import backward_pass, entry_for, outer_modules
 from nara_diffusion.noise.parts import Parts
 from nara_diffusion.noise.rows import ModelRows
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
 from nara_diffusion.noise.timesteps import Denoiser
 
-from .checkpointing import checkpoint_with_core, checkpoint_without_core
-from .deviations import Deviations, beside_inputs
+from .checkpointing import CheckpointWithCore
 from .finder import LevelFinder, twins_of
 from .merging import Merging
 from .twin_hooks import hook_twins, unhook_twins
+from .twins import check_checkpointing
+
+_CHECKPOINTS = ("_gradient_checkpointing_func", "checkpoint_fn")
+"""The attributes that keep a checkpoint function: of Transformers and Diffusers, of PyTorch's wrapper."""
 
 
 class CoreHolder(nn.Module):
@@ -67,7 +75,7 @@ class CoreHolder(nn.Module):
         rows = ModelRows.of(denoiser)
         self.channel = CoreChannel(self, rows)
         self.finder = LevelFinder(root, self.configs, rows, denoiser)
-        self.merging = Merging(root, self.layers, self.deviations)
+        self.merging = Merging(root, self.layers, self.deviations.noisy)
         self._handles: tuple[RemovableHandle, ...] = ()
 
     @property
@@ -188,7 +196,7 @@ class CoreHolder(nn.Module):
             self.detach()  # the adapters have been unloaded
             return
         entry = entry_for(self)
-        merged = self.merging.merged_at_in_forward()
+        merged = self.merged_in_forward()
         self.finder.usage.check_prediction(names)
         if merged is not None:
             self.finder.usage.check_prediction(self.merging.merged_names())
@@ -197,7 +205,8 @@ class CoreHolder(nn.Module):
         self.follow_factors()
         if not names:
             return
-        onload_groups(self.root)
+        if "_diffusers_hook" in vars(self.root):
+            onload_groups(self.root)
         if torch.is_grad_enabled():
             checkpoint_with_core(self.root, self.channel)
         noisy = self.deviations.noisy(names)
@@ -246,6 +255,16 @@ class CoreHolder(nn.Module):
             return self.deviations.at(key, level), None
 
     # ------------------------------------------------------------------ merging
+
+    def merged_in_forward(self) -> Tensor | None:
+        """Return λ (1,) of merged layers, if they stay merged in this forward; else None.
+
+        PEFT unmerges disabled layers.
+        """
+        for layers in self.layers.values():
+            if layers and layers[0].merged and not layers[0].disable_adapters:
+                return self.merging.merged_at()
+        return None
 
     @torch.no_grad()
     def core_to_merge(self, key: Key, layer: AdaptedLayer) -> tuple[Tensor, Tensor | None]:
@@ -297,3 +316,111 @@ def _after_forward(root: nn.Module, args: tuple[Any, ...], output: object) -> No
     holder = holder_of(root)
     if holder is not None:
         holder.end()
+
+
+# ---------------------------------------------------------------------- D of the adapters
+
+
+@dataclass(eq=False)
+class Deviations:
+    """Compute D(λ) of the adapters of one model.
+
+    The holder of the cores owns both dicts and changes them in place.
+
+    Args:
+        cores: adapter → its cores.
+        schedules: adapter → its strength over λ, if it has one.
+    """
+
+    cores: nn.ModuleDict
+    schedules: dict[str, StrengthSchedule]
+
+    def cores_of(self, name: str) -> CoreSet:
+        """Return group → core of an adapter."""
+        cores = self.cores[name]
+        assert isinstance(cores, CoreSet)
+        return cores
+
+    def depends_on_noise(self, name: str) -> bool:
+        """Return True if the adapter has cores here, and a core or its strength needs λ."""
+        if name not in self.cores:
+            return False
+        return name in self.schedules or self.cores_of(name).needs_noise
+
+    def noisy(self, names: Iterable[str]) -> list[str]:
+        """Return the adapters in `names` that depend on λ."""
+        return list(filter(self.depends_on_noise, names))
+
+    def of(self, names: Iterable[str], level: Tensor | None) -> dict[Key, Tensor]:
+        """Return key → D (b or 1, r, r) for these adapters, except where layers treat C as I."""
+        found = {}
+        for name in names:
+            for group, core in self.cores_of(name).items():
+                if name in self.schedules or not isinstance(core, IdentityCore):
+                    found[name, group] = self.at((name, group), level)
+        return found
+
+    def at(self, key: Key, level: Tensor | None) -> Tensor:
+        """Return D (b or 1, r, r), float32, for the layers with this key.
+
+        It includes the adapter's strength.
+        """
+        name, group = key
+        D = self.cores_of(name).deviation(group, level)
+        schedule = self.schedules.get(name)
+        if schedule is None:
+            return D
+        assert level is not None
+        if D.device.type == "cpu":
+            D = D.to(level.device)  # an identity has no weights
+        strength = schedule.at(level.to(D.device))[:, None, None]
+        identity = torch.eye(D.shape[-1], dtype=D.dtype, device=D.device)
+        return strength * D + (strength - 1) * identity
+
+    def matrix(self, key: Key, level: Tensor | None) -> Tensor:
+        """Return C (b or 1, r, r) times the strength, float32, for export."""
+        D = self.at(key, level)
+        return torch.eye(D.shape[-1], dtype=D.dtype, device=D.device) + D
+
+
+def beside_inputs(
+    deviations: dict[Key, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[Key, Tensor]:
+    """Move D from the CPU to the device of the forward's first tensor, once for all layers."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            break
+    else:
+        return deviations
+    if value.device.type == "cpu":
+        return deviations
+    moved = {}
+    for key, D in deviations.items():
+        moved[key] = D.to(value.device) if D.device.type == "cpu" else D
+    return moved
+
+
+# ---------------------------------------------------------------------- checkpointed blocks
+
+
+def checkpoint_with_core(root: nn.Module, channel: CoreChannel) -> None:
+    """Wrap the checkpoint function of every checkpointed block below `root`; safe to repeat."""
+    for module in outer_modules(root):
+        for name in _CHECKPOINTS:
+            checkpoint = module.__dict__.get(name)
+            wrapped = isinstance(checkpoint, CheckpointWithCore) and checkpoint.passes(channel)
+            if callable(checkpoint) and not wrapped:
+                check_checkpointing(root, checkpoint)
+                setattr(module, name, CheckpointWithCore(checkpoint, channel))
+
+
+def checkpoint_without_core(root: nn.Module, channel: CoreChannel) -> None:
+    """Undo `checkpoint_with_core`.
+
+    A wrapper inside another model's wrapper stays, and passes nothing on.
+    """
+    for module in outer_modules(root):
+        for name in _CHECKPOINTS:
+            checkpoint = module.__dict__.get(name)
+            if isinstance(checkpoint, CheckpointWithCore) and checkpoint.channel is channel:
+                setattr(module, name, checkpoint.checkpoint)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +21,6 @@ from nara_diffusion.layers.adapted_layer import AdaptedLayer
 from nara_diffusion.layers.offloading import is_offloaded
 from nara_diffusion.noise.level import Entry, Level, as_level, backward_pass
 
-from .deviations import Deviations
 from .finder import LevelFinder, unknown_level
 from .twins import check_mergeable_twins
 
@@ -36,12 +35,12 @@ class Merging:
         root: the adapted model.
         layers: adapter → the layers that it adapts. The holder of the cores owns this dict and
             changes it in place.
-        deviations: knows which adapters depend on λ.
+        noisy: returns those of the given adapters that depend on λ.
     """
 
     root: nn.Module
     layers: dict[str, list[LoraLayer]]
-    deviations: Deviations
+    noisy: Callable[[Iterable[str]], list[str]]
     _warned_of: Tensor | None = field(default=None, init=False, repr=False)
 
     # ------------------------------------------------------------------ what is merged
@@ -62,16 +61,6 @@ class Merging:
             if layers and name in layers[0].merged_adapters:
                 names.append(name)
         return names
-
-    def merged_at_in_forward(self) -> Tensor | None:
-        """Return λ (1,) of merged layers, if they stay merged in this forward; else None.
-
-        PEFT unmerges disabled layers.
-        """
-        for layers in self.layers.values():
-            if layers and layers[0].merged and not layers[0].disable_adapters:
-                return self.merged_at()
-        return None
 
     @property
     def is_fused(self) -> bool:
@@ -123,7 +112,7 @@ class Merging:
                 f"Adapters cannot be merged while weights of {type(self.root).__name__} are offloaded, since they "
                 "would come back without them: merge first, then offload."
             )
-        noisy = self.deviations.noisy(names)
+        noisy = self.noisy(names)
         if not noisy:
             return None
         remedy = (
@@ -171,7 +160,7 @@ class Merging:
             noise_level: None takes λ of `entry`, the context `noise_level(…)`, or, without a
                 context, λ of merged layers.
         """
-        noisy = self.deviations.noisy([name])
+        noisy = self.noisy([name])
         if not noisy:
             return None
         check_mergeable_twins(self.root)

@@ -20,8 +20,7 @@ from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
 )
 
 from nara_diffusion import NaraConfig, noise_level
-from nara_diffusion.tuner.deviations import Deviations
-from nara_diffusion.tuner.holder import holder_of
+from nara_diffusion.tuner.holder import Deviations, holder_of
 from tests.helpers.tiny_gemma import CANVAS, VOCABULARY, tiny_gemma
 
 TARGETS = r".*(encoder\.language_model|decoder)\.layers\..*(q_proj|o_proj)"
