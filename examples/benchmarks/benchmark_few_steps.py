@@ -29,7 +29,7 @@ from quality.report.data import change, table
 
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
 from nara_diffusion.dreambooth.train import main as distil
-from nara_diffusion.training.options import gathered
+from nara_diffusion.training.command import gathered
 from nara_diffusion.utils.statistics import interval
 
 PLAN = yaml.safe_load((Path(__file__).parent / "few_steps.yaml").read_text(encoding="utf-8"))

@@ -16,7 +16,7 @@ from nara_diffusion.training.arguments import (
     shipped_settings,
     window_of,
 )
-from nara_diffusion.training.options import option, spread_options
+from nara_diffusion.training.command import option, spread_options
 
 from .decoding import REMASKING, Sampling
 from .masking import check_drawable

@@ -9,7 +9,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from nara_diffusion.training.adapters import check_adapter, method_of
 from nara_diffusion.training.arguments import TrainingArguments, check_arguments, require
-from nara_diffusion.training.options import default_of, spread_options
+from nara_diffusion.training.command import default_of, spread_options
 
 from .captions import check_prompt
 from .family import Family

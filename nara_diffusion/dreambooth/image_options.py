@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nara_diffusion.training.arguments import AdapterArguments
-from nara_diffusion.training.options import option
+from nara_diffusion.training.command import option
 
 from .family import TRANSFORMER_TARGETS
 

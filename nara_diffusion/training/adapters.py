@@ -32,7 +32,7 @@ from nara_diffusion.cores.core import CUSTOM, check_core_type
 from nara_diffusion.noise.sources import MASKED_SHARE
 
 from .arguments import AdapterArguments, TrainingArguments, schedule_of, window_of
-from .options import hint
+from .command import hint
 
 ALL_LINEAR = "all-linear"
 CORE_FIELDS = {each.name for each in dataclasses.fields(NaraConfig)}

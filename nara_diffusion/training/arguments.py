@@ -21,7 +21,7 @@ import yaml
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
 from nara_diffusion.noise.window import NoiseWindow
 
-from .options import hint, merged, option
+from .command import hint, merged, option
 
 logger = logging.getLogger(__name__)
 

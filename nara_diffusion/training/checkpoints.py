@@ -38,10 +38,10 @@ from nara_diffusion.utils.files import (
 )
 
 from .arguments import TrainingArguments
+from .command import given_arguments
 from .engine_state import save_state, trained_state
 from .engines import engine_name, global_batch
 from .manifest import FORMAT, digest_file, read_manifest, write_manifest
-from .options import given_arguments
 
 logger = logging.getLogger(__name__)
 

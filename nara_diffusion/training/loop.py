@@ -35,6 +35,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from .checkpoints import last_checkpoint
+from .command import TrainingDiverged
 from .engines import build_lr_scheduler, build_optimizer, freeze_core, may_fuse, prepare
 from .run import Run
 
@@ -50,10 +51,6 @@ class StepLoss(Protocol):
     def per_sample(self) -> Tensor: ...
     @property
     def noise_level(self) -> Tensor: ...
-
-
-class TrainingDiverged(ArithmeticError):
-    """The loss or its gradient is not finite."""
 
 
 class Prepared(NamedTuple):

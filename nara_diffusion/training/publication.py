@@ -14,7 +14,7 @@ from typing import Any
 from huggingface_hub import HfApi
 
 from .arguments import TrainingArguments
-from .options import given_arguments
+from .command import given_arguments
 from .run import Run
 from .run_folder import CONFIG, LOCK, as_yaml
 

@@ -30,10 +30,10 @@ from .checkpoints import (
     save_checkpoint,
     warn_of_pickles,
 )
+from .command import given_arguments
 from .engine_state import load_state
 from .engines import engine_name, global_batch, start_accelerator
 from .manifest import digest_base, digest_texts, read_manifest
-from .options import given_arguments
 from .run_folder import (
     CONFIG,
     METRICS,

@@ -11,7 +11,7 @@ from PIL import Image
 
 from nara_diffusion.dllm.text_arguments import Arguments
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
-from nara_diffusion.training.options import gathered
+from nara_diffusion.training.command import gathered
 from tests.acceptance._commands import ROOT
 from tests.helpers.mixtures import LLADA2, write_checkpoint
 

@@ -17,7 +17,7 @@ from nara_diffusion import NaraConfig, to_lora
 from nara_diffusion.dreambooth.denoiser import adapt, freeze_adapter
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
 from nara_diffusion.dreambooth.student import load_own, loaded_beside
-from nara_diffusion.training.options import gathered
+from nara_diffusion.training.command import gathered
 from tests.acceptance._commands import results, run, tensors
 from tests.acceptance._runs import COMMON
 from tests.helpers.adapted import disturb

@@ -27,10 +27,9 @@ from nara_diffusion.training.checkpoints import (
     latest_whole,
     save_adapter,
 )
-from nara_diffusion.training.command import parse_arguments
-from nara_diffusion.training.loop import InterruptRequest, TrainingDiverged
+from nara_diffusion.training.command import TrainingDiverged, given_arguments, parse_arguments
+from nara_diffusion.training.loop import InterruptRequest
 from nara_diffusion.training.manifest import digest_base, digest_texts, read_manifest, write_manifest
-from nara_diffusion.training.options import given_arguments
 from tests.acceptance._commands import names
 from tests.acceptance._commands import run as command
 from tests.acceptance._runs import TEXT, text_arguments, text_flags

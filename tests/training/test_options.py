@@ -16,8 +16,7 @@ import yaml
 import nara_command
 from nara_diffusion.dllm.text_arguments import Arguments
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
-from nara_diffusion.training.command import ArgumentParser, parse_arguments
-from nara_diffusion.training.options import ADVICE
+from nara_diffusion.training.command import ADVICE, ArgumentParser, parse_arguments
 from tests.acceptance._commands import ROOT, refusal, run
 from tests.acceptance._runs import text_flags
 from tests.helpers.small_pipelines import small_flux, small_sd3, small_sdxl

@@ -12,7 +12,7 @@ import yaml
 
 from nara_diffusion.dllm import train as dllm
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
-from nara_diffusion.training.options import given_arguments
+from nara_diffusion.training.command import given_arguments
 from nara_diffusion.training.report import write_card
 from tests.acceptance._runs import ASSETS, text_arguments
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from nara_diffusion.training.adapters import CORE_FIELDS
+from nara_diffusion.training.command import gathered
 from nara_diffusion.training.engines import build_lr_scheduler, build_optimizer
-from nara_diffusion.training.options import gathered
 from quality import results
 from quality.wrong_noise import EVALUATED, GRID, while_evaluating
 
