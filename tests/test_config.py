@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora.config import ArrowConfig, BdLoraConfig, EvaConfig, KasaConfig, MontecloraConfig, VeloraConfig
 
 from nara_diffusion import NaraConfig, StrengthSchedule, noise_level
-from nara_diffusion.loaders.adapter_part import config_from_fields, config_to_fields
+from nara_diffusion.loaders.file import config_from_fields, config_to_fields
 from tests.helpers.adapted import TwoLayers, nara_config
 
 CONFIG = "adapter_config.json"

@@ -20,7 +20,7 @@ from nara_diffusion.strict import check_tensors
 from nara_diffusion.tuner.holder import CoreHolder, holder_of
 from nara_diffusion.tuner.strength import check_strength, give_strength, layers_of, strength_of
 
-from .adapter_part import AdapterPart, by_pattern, configured_scaling
+from .file import AdapterPart, by_pattern, configured_scaling
 from .insertion import adapters_of, nara_adapters_of, part_of
 
 REQUEST = "_prepare_lora_hotswap_kwargs"

@@ -23,7 +23,7 @@ from nara_diffusion.noise.prediction import check_expected
 from nara_diffusion.strict import adapter_tensors, check_tensors
 from nara_diffusion.tuner.holder import drop_idle_holder, holder_of
 
-from .adapter_part import AdapterPart
+from .file import AdapterPart
 
 logger = logging.getLogger(__name__)
 
