@@ -1,4 +1,4 @@
-"""Find λ of a model's forwards, and check that it has the definition used to train the adapters.
+"""Find λ of a model's forwards, and compare it and its use with what the adapters were trained for.
 
 An adapter's configuration names its definition of λ. If it names none, the adapter takes the
 definition of the source. Until a user sets a source, that definition is *assumed*: a source that is
