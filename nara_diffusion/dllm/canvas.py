@@ -33,10 +33,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nara_diffusion.noise.level import core_holders, find_holders, noise_level
+from nara_diffusion.noise.level import core_holders, find_holders, noise_level, set_noise_source
 from nara_diffusion.noise.masked_share import InputIdsNoise
 from nara_diffusion.noise.rows import Repetition, guidance_rows
-from nara_diffusion.noise.sources import set_noise_source
 
 from .models.backbone import Backbone
 from .tokenizer import mask_in_a_text

@@ -11,7 +11,7 @@ needs no random state. Without `seed` and `sample_indices`, a seed is drawn from
 torch's global one), and the indices are 0 … b − 1.
 
 Stratified λ: each of `group_size` consecutive indices takes one of as many equal strata of (ε, 1),
-or of its intersection with a window of noise levels (`noise.window`).
+or of its intersection with a window of noise levels (`NoiseWindow`).
 
 In blocks (LLaDA2): the answer of a step is the block of an answer token that is drawn uniformly, so
 that each token has the same weight. The prompt and earlier blocks are clean, later ones cut off.
@@ -30,7 +30,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from nara_diffusion.noise.window import EVERYTHING, NoiseWindow, stratified_uniform
+from nara_diffusion.noise.level import EVERYTHING, NoiseWindow, stratified_uniform
 
 from .answers import Lengths, active_blocks, host_answers, host_list, moved
 

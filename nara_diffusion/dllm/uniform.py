@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nara_diffusion.noise.window import EVERYTHING, NoiseWindow
+from nara_diffusion.noise.level import EVERYTHING, NoiseWindow
 
 from .answers import Lengths, host_answers, moved
 from .masking import draw_masks, draw_noise_levels, given_levels, random_of, seed_and_indices

@@ -8,7 +8,7 @@ the use of a number, so that two uses never share theirs. `index` is the positio
 samples. So a sample gets the same crop, latent and noise in any process, at any batch size and in
 any order, and a resumed run needs no random state. Normal numbers are drawn on the CPU, so they
 don't depend on the device. Stratified u, and so the noise levels, are spread evenly over a global
-batch (`nara_diffusion.noise.window`). A class image has the position of its instance but another
+batch (`noise.level.stratified_uniform`). A class image has the position of its instance but another
 role, so the two get independent noise.
 """
 
@@ -23,7 +23,7 @@ import torch
 from diffusers.training_utils import compute_density_for_timestep_sampling
 from torch import Tensor
 
-from nara_diffusion.noise.window import EVERYTHING, NoiseWindow, stratified_uniform
+from nara_diffusion.noise.level import EVERYTHING, NoiseWindow, stratified_uniform
 
 _DRAWS = 2**20
 

@@ -30,8 +30,8 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.training_utils import compute_loss_weighting_for_sd3
 from torch import Tensor
 
-from nara_diffusion.noise.prediction import FLOW, KINDS, passes_log_sigma, prediction_by
-from nara_diffusion.noise.timesteps import TimestepNoise
+from nara_diffusion.noise.prediction import FLOW, KINDS, prediction_by
+from nara_diffusion.noise.timesteps import TimestepNoise, passes_log_sigma
 
 
 class Scheduler(Protocol):

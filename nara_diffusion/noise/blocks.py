@@ -17,16 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .level import arguments_of
-from .sources import BLOCK_SHARE
+from .level import BLOCK_SHARE, arguments_of
 
 LLADA2 = "llada2_moe"
 """LLaDA2's `model_type`."""
-
-
-def goes_by_blocks(model: nn.Module) -> bool:
-    """Return True for a LLaDA2, in the class of this package or in that of its own checkpoint."""
-    return getattr(getattr(model, "config", None), "model_type", None) == LLADA2
 
 
 def block_mask(real: Tensor, block_length: int, queries: int | None = None) -> Tensor:

@@ -1,12 +1,19 @@
-"""λ: its unit and validation, its contexts, and the adapted models that a context applies to.
+"""λ: its unit and validation, contexts and sources, and the levels that training draws.
 
 λ is a float32 tensor (1,), (b,) or (b, k) in [0, 1]; 1 is pure noise. The host reads it only on the
 CPU: on another device, a λ outside [0, 1] becomes NaN, and so does the output. A forward of an
-adapted model gets
-λ from, in order of precedence,
+adapted model gets λ from the first of these that exists:
 
-1. `with noise_level(model, value): …`;
-2. a source, set once by `set_noise_source(model, source)` and called at each forward.
+1. the context `with noise_level(model, value): …`;
+2. the source that `set_noise_source(model, source)` has set;
+3. the source that `register_noise_source` has registered under the `noise_convention` of the
+   model's first adapter;
+4. `timesteps.Denoiser`, if Diffusers' pipelines pass a timestep to a model of this class (`rows`
+   has the table); the sources of text models, `blocks` and `canvas_source`.
+
+An adapter is saved with the name of its definition of λ (`noise_convention`). If the model's source
+has another definition, an error is raised. `masked_share` reads λ from the masks of a language
+model's input.
 
 The contexts are entries of one `ContextVar`, and each entry knows its parent. Threads therefore do
 not see each other's λ, and a thread that is started inside a context has none. Each async task has
@@ -24,8 +31,9 @@ import inspect
 from collections.abc import Callable, Sequence
 from contextlib import ContextDecorator
 from contextvars import ContextVar
+from dataclasses import dataclass
 from numbers import Real
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -229,6 +237,87 @@ def backward_pass() -> int:
     return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
 
 
+# ---------------------------------------------------------------------- sources
+
+MASKED_SHARE = "masked_share"
+"""The name of λ's definition for masked language models."""
+
+BLOCK_SHARE = "masked_share_of_block"
+"""The same, of each block of the answer: clean text has λ = 0 (LLaDA2)."""
+
+CORRUPTED_SHARE = "corrupted_share"
+"""The name of λ's definition for DiffusionGemma: the share of a canvas that holds random tokens."""
+
+CONVENTIONS = ("timestep", "flow", "edm", MASKED_SHARE, BLOCK_SHARE, CORRUPTED_SHARE)
+"""The names of this package's definitions of λ; `timesteps` has the first three."""
+
+
+class NoiseSource(Protocol):
+    """Computes λ (1,) or (b,) from a forward's arguments. `convention` names its definition."""
+
+    convention: str
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor: ...
+
+
+_registered: dict[str, NoiseSource] = {}
+
+
+def register_noise_source(source: NoiseSource) -> None:
+    """Make `source` the default source of models that have its convention.
+
+        register_noise_source(ShareOfFrames())  # its `convention` is "share_of_frames"
+        pipe.load_nara_weights("adapter")  # NaraConfig(noise_convention="share_of_frames")
+
+    A model has the `noise_convention` of its first adapter. A source is a callable
+    (module, args, kwargs) → λ (1,) or (b,) in [0, 1]. It applies to models that are adapted after
+    this call, and takes precedence over the default of their class. All these models share this one
+    source.
+
+    Raises:
+        ValueError: the source has no convention, or its convention belongs to this package or to
+            another source.
+    """
+    name = getattr(source, "convention", None)
+    if not (isinstance(name, str) and name and callable(source)):
+        raise ValueError(
+            f"{source!r} is not a source of λ: expected a callable (module, args, kwargs) → λ (1,) or "
+            "(b,) with an attribute `convention`, the name of its definition."
+        )
+    if name in CONVENTIONS:
+        raise ValueError(
+            f"λ as {name!r} is defined by this package: choose another name for your definition, or "
+            "give one model its own source, set_noise_source(model, source)."
+        )
+    if _registered.setdefault(name, source) is not source:
+        raise ValueError(
+            f"λ as {name!r} has a source already, {_registered[name]!r}: choose another name for "
+            "your definition."
+        )
+
+
+def registered_source(convention: str | None) -> NoiseSource | None:
+    """Return the registered source with this definition of λ; None if there is none."""
+    return _registered.get(convention or "")
+
+
+def set_noise_source(model: nn.Module, source: NoiseSource | None) -> None:
+    """Read λ (1,) or (b,) from `source` at each forward of `model` outside `noise_level(…)`.
+
+    None removes the source.
+
+    Raises:
+        ValueError: `model` has no NaRA adapter, or one was trained with another definition of λ.
+    """
+    holders = core_holders(model)
+    for holder in holders:
+        holder.finder.check_source(source)
+    for holder in holders:
+        holder.finder.set_source(source)
+
+
 # ---------------------------------------------------------------------- adapted models
 
 
@@ -280,3 +369,65 @@ def core_holders(model: nn.Module) -> list[Any]:
             f"{type(model).__name__} holds no NaRA adapter: add one first, e.g. get_peft_model(model, NaraConfig(…))."
         )
     return found
+
+
+# ---------------------------------------------------------------------- levels that training draws
+
+Generators = Callable[[int], np.random.Generator]
+
+
+@dataclass(frozen=True)
+class NoiseWindow:
+    """The noise levels that training draws λ from: low ≤ λ < high, and also λ = 1 if high is 1.
+
+    Raises:
+        ValueError: not 0 ≤ low < high ≤ 1.
+    """
+
+    low: float = 0.0
+    high: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.low < self.high <= 1:
+            raise ValueError(
+                f"low is {self.low} and high {self.high}, expected 0 ≤ low < high ≤ 1: λ is 1 at pure noise, and "
+                "timestep 700 of 1000 is 0.7."
+            )
+
+    @property
+    def is_everything(self) -> bool:
+        """True if every λ in [0, 1] lies inside."""
+        return self.low <= 0 and self.high >= 1
+
+    def contains(self, noise_level: Tensor) -> Tensor:
+        """Return whether each λ (b,) lies inside, (b,) bool, compared in float32."""
+        levels = noise_level.float()
+        low, high = levels.new_tensor(self.low), levels.new_tensor(self.high)
+        return (levels >= low) & ((levels < high) | (high == 1))
+
+
+EVERYTHING = NoiseWindow()
+
+
+def stratified_uniform(
+    indices: Sequence[int], group_size: int, shift: Generators, value: Generators
+) -> np.ndarray:
+    """Return u (b,), float64 in [0, 1), for each index; independent draws if the group is 1.
+
+    Random numbers depend only on the samples' indices: a sample gets the same number in any
+    process, at any batch size, in any order, and in a resumed run. In every group of n consecutive
+    indices, each index takes one of the n equal strata of [0, 1),
+
+        u_i = ((i + shift) mod n + v_i) / n,   shift ~ U{0 … n − 1} a group,  v_i ~ U(0, 1) a sample
+
+    so that each u_i is still uniform, while the mean over the group varies far less.
+
+    Args:
+        indices: indices of the samples in the training stream.
+        group_size: n, the samples of a global batch, 1 or more.
+        shift: the generator of a group's shift, by the group's number.
+        value: the generator of a sample's v, by its index.
+    """
+    n = group_size
+    shifts = {group: int(shift(group).integers(n)) for group in {i // n for i in indices}}
+    return np.array([((i + shifts[i // n]) % n + value(i).random()) / n for i in indices])

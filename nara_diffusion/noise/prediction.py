@@ -140,13 +140,3 @@ def other_sampling(pipe: Any, few_steps: Mapping[str, Any]) -> str | None:
         return None
     lines = [few_steps.get("scheduler"), f"pipe(…, num_inference_steps={wanted}, guidance_scale=1)"]
     return f"{', '.join(found)}: {'; '.join(filter(None, lines))}"
-
-
-def passes_log_sigma(scheduler: Any) -> bool:
-    """Return True if a Diffusers scheduler passes ¼ ln σ to the denoiser as its timestep."""
-    config = scheduler.config
-    continuous = (
-        config.get("timestep_type") == "continuous"
-        and config.get("prediction_type") == "v_prediction"
-    )
-    return type(scheduler).__name__.startswith("EDM") or continuous

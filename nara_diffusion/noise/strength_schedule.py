@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .level import Level, as_level, is_number
+from .level import Level, NoiseWindow, as_level, is_number
 
 _EXAMPLE = "StrengthSchedule([(0, 1.0), (0.7, 0.3)])"
 
@@ -83,6 +83,14 @@ class StrengthSchedule:
 
     def __repr__(self) -> str:
         return f"StrengthSchedule({list(self.points)})"
+
+
+def within(window: NoiseWindow) -> StrengthSchedule:
+    """Return the strength that turns an adapter off outside a window: 1 inside, 0 elsewhere."""
+    low, high = window.low, window.high
+    below = [(low, 0.0), (low, 1.0)] if low > 0 else []
+    above = [(high, 1.0), (high, 0.0)] if high < 1 else []
+    return StrengthSchedule(below + above or [(0.0, 1.0)])
 
 
 def _pairs(points: Any) -> Iterator[tuple[float, float]]:

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from .level import arguments_of, as_tensor, host_values, nan_outside, one_if_expanded
 from .parts import FrameTokens
-from .prediction import passes_log_sigma
 
 LARGEST_LOG_SIGMA = math.log(1e6)
 """No schedule has a σ above 10⁶, so a timestep above ¼ ln 10⁶ ≈ 3.5 belongs to a discrete one."""
@@ -56,8 +55,6 @@ _PASSED: dict[str, Callable[[Tensor], Tensor]] = {
 COUNTED = ("discrete", "sigma_1000", "data_1000")
 """The meanings with a λ that depends on N."""
 
-CONVENTIONS = tuple(dict.fromkeys(convention for convention, _ in _MEANINGS.values()))
-"""The names of λ's definitions above."""
 
 _HALF = (torch.bfloat16, torch.float16)
 _ROUNDING = 1e-4
@@ -298,3 +295,13 @@ class Denoiser(TimestepNoise):
             f"{self.argument} is {shown}, which as 'discrete' would be almost no noise, but {who}: say what this "
             'pipeline means by it, once, set_noise_source(model, TimestepNoise("edm")) or TimestepNoise("discrete").'
         )
+
+
+def passes_log_sigma(scheduler: Any) -> bool:
+    """Return True if a Diffusers scheduler passes ¼ ln σ to the denoiser as its timestep."""
+    config = scheduler.config
+    continuous = (
+        config.get("timestep_type") == "continuous"
+        and config.get("prediction_type") == "v_prediction"
+    )
+    return type(scheduler).__name__.startswith("EDM") or continuous

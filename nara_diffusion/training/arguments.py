@@ -18,8 +18,8 @@ from typing import Any
 import torch
 import yaml
 
-from nara_diffusion.noise.strength_schedule import StrengthSchedule
-from nara_diffusion.noise.window import NoiseWindow
+from nara_diffusion.noise.level import NoiseWindow
+from nara_diffusion.noise.strength_schedule import StrengthSchedule, within
 
 from .command import hint, merged, option
 
@@ -232,7 +232,8 @@ def schedule_of(args: WindowArguments) -> StrengthSchedule | None:
 
     A NaRA's file stores it. A LoRA's can't; the run says how to set it.
     """
-    return window_of(args).as_schedule()
+    window = window_of(args)
+    return None if window.is_everything else within(window)
 
 
 def window_of(args: WindowArguments) -> NoiseWindow:

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from copy import copy
 from dataclasses import replace
 from enum import Enum, auto
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -22,13 +23,19 @@ from torch import Tensor, nn
 
 from nara_diffusion.config import NaraConfig
 from nara_diffusion.cores.core import needs_noise
-from nara_diffusion.noise.blocks import BlockNoise, goes_by_blocks
+from nara_diffusion.noise.blocks import LLADA2, BlockNoise
 from nara_diffusion.noise.canvas_source import CanvasNoise
-from nara_diffusion.noise.level import Entry, as_level, backward_pass
+from nara_diffusion.noise.level import (
+    BLOCK_SHARE,
+    Entry,
+    NoiseSource,
+    as_level,
+    backward_pass,
+    registered_source,
+)
 from nara_diffusion.noise.parts import Parts
 from nara_diffusion.noise.prediction import check_expected, other_sampling
 from nara_diffusion.noise.rows import ModelRows
-from nara_diffusion.noise.sources import BLOCK_SHARE, NoiseSource, first_source
 from nara_diffusion.noise.timesteps import Denoiser, TimestepNoise
 
 if TYPE_CHECKING:
@@ -76,7 +83,6 @@ class LevelFinder:
         self.length: int | None = None
         self.usage = Usage(configs)
         self._canvas_source: CanvasNoise | None = None
-        self.block_source = BlockNoise(self.usage.schedulers)
 
     # ------------------------------------------------------------------ the source
 
@@ -111,12 +117,19 @@ class LevelFinder:
 
     def _default_source(self, convention: str | None) -> NoiseSource | None:
         """Return the source until a user sets one; `convention` is that of the first adapter."""
-        source = first_source(self.denoiser, convention)
+        source = registered_source(convention)
+        if source is None and self.denoiser is not None:
+            source = self.denoiser.read_as(convention)
         if source is None and twins_of(self.root) is not None:
             return self.canvas_source()
-        if source is None and (convention == BLOCK_SHARE or goes_by_blocks(self.root)):
+        if source is None and (convention == BLOCK_SHARE or _goes_by_blocks(self.root)):
             return self.block_source
         return source
+
+    @cached_property
+    def block_source(self) -> BlockNoise:
+        """The default source of a LLaDA2, which follows LLaDA2Pipeline."""
+        return BlockNoise(self.usage.schedulers)
 
     def canvas_source(self) -> CanvasNoise:
         """Return the default source of a DiffusionGemma, which follows its samplers."""
@@ -252,6 +265,11 @@ class LevelFinder:
             "which is λ of this class of models. Add the adapter to the model that it was trained on; for a "
             "custom definition of λ, call register_noise_source(source) before the model's first adapter is added."
         )
+
+
+def _goes_by_blocks(model: nn.Module) -> bool:
+    """Return True for a LLaDA2, in the class of this package or in that of its own checkpoint."""
+    return getattr(getattr(model, "config", None), "model_type", None) == LLADA2
 
 
 def is_assumed(config: LoraConfig) -> bool:

@@ -41,8 +41,7 @@ from nara_diffusion.layers.dispatch import (
 from nara_diffusion.layers.offloading import offloading_hooks
 from nara_diffusion.noise.level import entry_for
 from nara_diffusion.noise.level import noise_level as at_noise_level
-from nara_diffusion.noise.rows import row_kind_of
-from nara_diffusion.noise.sources import denoiser_of
+from nara_diffusion.noise.rows import denoiser_of, row_kind_of
 from nara_diffusion.strict import (
     check_adapter_names,
     check_keeps_configuration,

@@ -24,8 +24,7 @@ from nara_diffusion.cores.core import SHARED, CoreSet, IdentityCore, core_group
 from nara_diffusion.layers.dispatch import PEFT_DORA, check_norm, variant_for
 from nara_diffusion.layers.variants import NaraVariant
 from nara_diffusion.noise.level import checked_module
-from nara_diffusion.noise.rows import row_kind_of
-from nara_diffusion.noise.sources import denoiser_of
+from nara_diffusion.noise.rows import denoiser_of, row_kind_of
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
 
 from .holder import CoreHolder, drop_idle_holder, holder_of

@@ -20,7 +20,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from nara_diffusion.config import NaraConfig
-from nara_diffusion.noise.sources import CORRUPTED_SHARE
+from nara_diffusion.noise.level import CORRUPTED_SHARE
 
 from .finder import twins_of
 

@@ -21,7 +21,8 @@ from nara_diffusion import (
     register_noise_source,
     set_noise_source,
 )
-from nara_diffusion.noise import sources
+from nara_diffusion.noise import level as level_module
+from nara_diffusion.noise.timesteps import _MEANINGS
 from tests.helpers.adapted import nara_config
 from tests.helpers.small_pipelines import small_unet
 
@@ -158,12 +159,13 @@ def test_source_of_another_convention_is_refused_on_all_models_at_once() -> None
 def test_source_of_a_registered_definition_is_read_where_an_adapter_loads_until_it_is_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "_registered", {})
+    monkeypatch.setattr(level_module, "_registered", {})
     source, named = Share(), SimpleNamespace(convention="mine")
+    meanings = {TimestepNoise(meaning).convention for meaning in _MEANINGS}
     for _ in range(2):
         register_noise_source(source)  # type: ignore[arg-type]
     for other, message in [
-        *((Share(name), "is defined by this package") for name in ("timestep", "flow", "edm", "masked_share")),
+        *((Share(name), "is defined by this package") for name in (*meanings, "masked_share")),
         (Share(), "'positive_share' has a source already"),
         *((other, "is not a source of λ: expected a callable") for other in (lambda *_: None, "λ", named)),
     ]:

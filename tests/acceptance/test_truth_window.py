@@ -20,7 +20,8 @@ from nara_diffusion.dllm import train as dllm
 from nara_diffusion.dllm.masking import draw_noise_levels
 from nara_diffusion.dreambooth import train as dreambooth
 from nara_diffusion.dreambooth.draws import drawable_levels
-from nara_diffusion.noise.window import NoiseWindow
+from nara_diffusion.noise.level import NoiseWindow
+from nara_diffusion.noise.strength_schedule import within
 from tests.acceptance._commands import by_the_card
 from tests.acceptance._runs import TEXT, image_arguments, image_flags, text_arguments
 from tests.helpers.small_pipelines import small_sdxl
@@ -45,7 +46,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_what_is_drawn_is_at_strength_1_and_all_else_at_0(low: float, high: float, monkeypatch) -> None:
     """low ≤ λ < high in float32, and λ = 1 too where high is 1."""
     window = NoiseWindow(low, high)
-    schedule: Any = window.as_schedule()
+    schedule = within(window)
     edges = [np.float32(edge) for edge in (low, high)]
     near = [np.nextafter(edge, np.float32(to)) for edge in edges for to in (0, 1)]
     levels = torch.tensor([0.0, 0.5, 1.0, *map(float, edges), *map(float, near)], dtype=torch.float32)
@@ -57,7 +58,7 @@ def test_what_is_drawn_is_at_strength_1_and_all_else_at_0(low: float, high: floa
     uniform = torch.tensor([0.0, 2**-53, 0.5, 1 - 2**-53], dtype=torch.float64)
     monkeypatch.setattr("nara_diffusion.dllm.masking.stratified_uniform", lambda *args, **kwargs: uniform.numpy())
     assert schedule(draw_noise_levels([0, 1, 2, 3], seed=0, window=window)).tolist() == [1.0] * 4
-    assert NoiseWindow().as_schedule() is None
+    assert within(NoiseWindow())(levels).tolist() == [1.0] * len(levels)
 
 
 def test_window_without_a_noise_level_is_refused() -> None:

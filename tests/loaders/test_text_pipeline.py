@@ -6,7 +6,7 @@ from diffusers import BlockRefinementScheduler, DiffusionGemmaPipeline
 from peft import get_peft_model
 
 from nara_diffusion import NaraConfig
-from nara_diffusion.noise.sources import CORRUPTED_SHARE
+from nara_diffusion.noise.level import CORRUPTED_SHARE
 from tests.helpers.tiny_gemma import CANVAS, tiny_gemma
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values.*:FutureWarning")

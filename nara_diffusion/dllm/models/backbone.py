@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from nara_diffusion.noise.sources import BLOCK_SHARE, CORRUPTED_SHARE, MASKED_SHARE
+from nara_diffusion.noise.level import BLOCK_SHARE, CORRUPTED_SHARE, MASKED_SHARE
 
 from .block_causal import LLaDA2ForCausalLM
 from .shifted_logits import ShiftedQwen2ForCausalLM
