@@ -69,11 +69,10 @@ from nara_diffusion.training.checkpoints import save_adapter
 from nara_diffusion.training.command import run_command
 from nara_diffusion.training.engines import load_whole, loading_in, recompute_activations
 from nara_diffusion.training.loop import prepare_training, train
-from nara_diffusion.training.manifest import local_folder
 from nara_diffusion.training.plan import show_plan
 from nara_diffusion.training.report import finish
 from nara_diffusion.training.run import Run, start_run
-from nara_diffusion.utils.files import atomic_write_files, counted
+from nara_diffusion.utils.files import atomic_write_files, counted, local_folder
 
 from .text_arguments import Arguments, shipped_run
 from .text_plan import planned_text_step

@@ -20,9 +20,9 @@ from nara_diffusion import NaraConfig
 from nara_diffusion.training.adapters import adapter_config, check_target_modules, title_of
 from nara_diffusion.training.checkpoints import save_adapter
 from nara_diffusion.training.loop import prepare_training, train
-from nara_diffusion.training.manifest import digest_texts
 from nara_diffusion.training.report import finish
 from nara_diffusion.training.run import Run
+from nara_diffusion.utils.files import digest_texts
 
 from .caches import PromptCache
 from .denoiser import AdaptedDenoiser

@@ -17,6 +17,7 @@ complete; older ones are deleted after that.
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import shutil
@@ -33,6 +34,8 @@ from nara_diffusion.utils.files import (
     atomic_write_files,
     counted,
     delete_folder,
+    digest_file,
+    digest_texts,
     partial_name,
     put_in_place,
 )
@@ -41,12 +44,16 @@ from .arguments import TrainingArguments
 from .command import given_arguments
 from .engine_state import save_state, trained_state
 from .engines import engine_name, global_batch
-from .manifest import FORMAT, digest_file, read_manifest, write_manifest
 
 logger = logging.getLogger(__name__)
 
 Writer = Callable[[Any, Path, dict[str, Any]], None]
 """Write an adapter's files: (model without wrappers, folder, the model's state dict) → None."""
+
+MANIFEST = "checkpoint.json"
+FORMAT = 2
+_FIELDS = {"step", "total_steps", "data_start", "unlogged", "batch", "processes", "engine"}
+_FIELDS |= {"arguments", "digests", "written", "files"}
 
 _LENGTH = "max_train_steps num_train_epochs check logging_steps validation_steps"
 _LENGTH += " checkpointing_steps checkpoints_total_limit report_to hub_model_id"
@@ -64,6 +71,44 @@ MAY_CHANGE = frozenset(f"{_LENGTH} {_MEASURED} {_DATA} {_PLACES}".split())
 Digests check data and base: other data restart their order, another base is an error. All other
 arguments define what is trained, or how.
 """
+
+
+# ---------------------------------------------------------------- the manifest
+
+
+def write_manifest(checkpoint: Path, manifest: Mapping[str, Any]) -> None:
+    """Write checkpoint.json, with the digest of its own content as the last field."""
+    content = json.loads(json.dumps(manifest))  # as JSON reads it: keys are strings
+    content = {**content, "digest": _own_digest(content)}
+    (checkpoint / MANIFEST).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _own_digest(manifest: Mapping[str, Any]) -> str:
+    return digest_texts([json.dumps({**manifest, "digest": None}, sort_keys=True)])
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """Return checkpoint.json's content. Without its digest, check only the names of its fields.
+
+    Raises:
+        ValueError: it is missing, corrupt, or of version 0.1.
+    """
+    path = checkpoint / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        version = manifest.get("format")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is missing or corrupt ({error}).") from error
+    if version != FORMAT:
+        raise ValueError(
+            f"{checkpoint} was written by version 0.1, and this version can't continue it: finish the run with 0.1, "
+            "or start a new one from its adapter by --init_adapter."
+        )
+    if missing := sorted(_FIELDS - manifest.keys()):
+        raise ValueError(f"{path} is corrupt: it lacks {', '.join(missing)}.")
+    if manifest.get("digest", expected := _own_digest(manifest)) != expected:
+        raise ValueError(f"{path} is corrupt: its content isn't what was saved.")
+    return manifest
 
 
 # ---------------------------------------------------------------- writing

@@ -18,7 +18,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import broadcast_object_list, set_seed
 from huggingface_hub import HfApi
 
-from nara_diffusion.utils.files import atomic_write
+from nara_diffusion.utils.files import atomic_write, digest_base, digest_texts
 
 from .adapters import method_of
 from .arguments import TrainingArguments
@@ -27,13 +27,13 @@ from .checkpoints import (
     changed_arguments,
     check_random_states,
     describe_changes,
+    read_manifest,
     save_checkpoint,
     warn_of_pickles,
 )
 from .command import given_arguments
 from .engine_state import load_state
 from .engines import engine_name, global_batch, start_accelerator
-from .manifest import digest_base, digest_texts, read_manifest
 from .run_folder import (
     CONFIG,
     METRICS,

@@ -21,6 +21,7 @@ from nara_diffusion.utils.files import atomic_write
 
 from .arguments import TrainingArguments
 from .checkpoints import (
+    MANIFEST,
     MAY_CHANGE,
     changed_arguments,
     check_files,
@@ -29,7 +30,6 @@ from .checkpoints import (
     last_checkpoint,
     latest_whole,
 )
-from .manifest import MANIFEST
 
 OUTPUTS = Path("outputs")
 LOCK, CONFIG, METRICS, RESULTS = ".lock", "config.yaml", "metrics.jsonl", "results.json"

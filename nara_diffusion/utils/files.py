@@ -1,18 +1,21 @@
-"""Files written whole or not at all, and messages that name files and count things.
+"""Files written whole or not at all, their digests, and messages that name and count things.
 
 A file or folder is written by a temporary name on the same disk, then renamed.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.utils.sha import sha_fileobj
 
 _PARTIAL = ".partial-"
 
@@ -157,6 +160,63 @@ def is_out_of_reach(error: BaseException | None) -> bool:
     while error is not None and not isinstance(error, LocalEntryNotFoundError):
         error = error.__cause__ or error.__context__
     return error is not None
+
+
+# ---------------------------------------------------------------------- what identifies files
+
+
+def digest_texts(texts: Iterable[str]) -> str:
+    """Return the SHA-256 of texts, in their order."""
+    found = hashlib.sha256()
+    for text in texts:
+        content = text.encode("utf-8", errors="surrogatepass")
+        found.update(len(content).to_bytes(8, "big") + content)
+    return found.hexdigest()
+
+
+def digest_file(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return sha_fileobj(file).hex()
+
+
+def digest_base(folders: Mapping[str, Path], variant: str | None = None) -> dict[str, str]:
+    """Return {part: digest} of a model's files: one for all weights, one per configuration.
+
+    Args:
+        folders: {component: its folder}; the name is empty if the model has no components.
+        variant: the variant of the weights to read, such as fp16, if there are some.
+    """
+    weights = [
+        (name, file) for name, folder in folders.items() for file in _weight_files(folder, variant)
+    ]
+    found = {
+        "base model": digest_texts(
+            text for name, file in weights for text in (name, digest_file(file))
+        )
+    }
+    for name, folder in folders.items():
+        for file in (folder / config for config in ("config.json", "scheduler_config.json")):
+            if file.is_file():
+                found[f"base model configuration {Path(name, file.name).as_posix()}"] = digest_file(
+                    file
+                )
+    return found
+
+
+def _weight_files(folder: Path, variant: str | None) -> list[Path]:
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    named = [file for file in files if variant and f".{variant}" in file.stem]
+    return named or [file for file in files if "." not in file.stem]
+
+
+def local_folder(name: str, *, revision: str | None = None) -> Path:
+    """Return the folder of a loaded model: `name`, or its local copy from the Hub."""
+    return Path(
+        name
+        if Path(name).is_dir()
+        else snapshot_download(name, revision=revision, local_files_only=True)
+    )
 
 
 # ---------------------------------------------------------------------- lists and numbers

@@ -25,11 +25,13 @@ from nara_diffusion.training.checkpoints import (
     check_same_run,
     last_checkpoint,
     latest_whole,
+    read_manifest,
     save_adapter,
+    write_manifest,
 )
 from nara_diffusion.training.command import TrainingDiverged, given_arguments, parse_arguments
 from nara_diffusion.training.loop import InterruptRequest
-from nara_diffusion.training.manifest import digest_base, digest_texts, read_manifest, write_manifest
+from nara_diffusion.utils.files import digest_base, digest_texts
 from tests.acceptance._commands import names
 from tests.acceptance._commands import run as command
 from tests.acceptance._runs import TEXT, text_arguments, text_flags
