@@ -15,8 +15,7 @@ from huggingface_hub import HfApi
 
 from .arguments import TrainingArguments
 from .command import given_arguments
-from .run import Run
-from .run_folder import CONFIG, LOCK, as_yaml
+from .run import CONFIG, LOCK, Run, as_yaml
 
 _PLACES = re.compile(
     r"\w+_(file|dir|path|model)|dataset_name|init_adapter|core_module|resume_from_checkpoint"
