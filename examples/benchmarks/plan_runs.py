@@ -29,12 +29,19 @@ from nara_diffusion.training.run import start_run
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "train_scripts" / "configs"
 ASSETS = ROOT / "examples" / "assets"
-MODELS = {"dream": "dream-7b", "flux": "flux.1-dev", "llada": "llada-8b", "sd3": "sd3.5-medium", "sdxl": "sdxl"}
+TEXT = {"diffusiongemma": "diffusiongemma-26b", "dream": "dream-7b", "llada": "llada-8b"}
+MODELS = {**TEXT, "flux": "flux.1-dev", "sd3": "sd3.5-medium", "sdxl": "sdxl"}
 COLUMNS = ("weights", "adapter", "optimizer", "activations", "peak")
 HEAD = "| file | trained, M | weights, GB | adapter | optimizer | activations | peak | TFLOP per forward and backward |"
-FILES = [f.stem for f in sorted(CONFIGS.glob("*.yaml")) if not {"tiny", "4", "diffusiongemma"} & {*f.stem.split("_")}]
-RUNS = [*FILES, "llada_instruct_math14k --load_in_8bit", "llada_instruct_math14k --load_in_4bit"]
-"""Files without those of tiny models, and without what --plan refuses; with further flags."""
+FILES = [f.stem for f in sorted(CONFIGS.glob("*.yaml")) if not {"tiny", "4"} & {*f.stem.split("_")}]
+RUNS = [
+    *FILES,
+    "llada_instruct_math14k --load_in_8bit",
+    "llada_instruct_math14k --load_in_4bit",
+    "llada_instruct_math14k of llada-moe-7b",
+    "llada_instruct_math14k of llada2-mini",
+]
+"""Files without those of tiny models, and without what --plan refuses; with further flags, or of another model."""
 
 
 def planned(module: Any, words: list[str]) -> dict[str, Any]:
@@ -46,12 +53,13 @@ def planned(module: Any, words: list[str]) -> dict[str, Any]:
 
 def row(run: str) -> str:
     """Return one row of the table: that of a file, and of further flags, at the true size of its model."""
-    name, *flags = run.split()
+    called, _, other = run.partition(" of ")
+    name, *flags = called.split()
     family = name.partition("_")[0]
     words = ["--config", str(CONFIGS / f"{name}.yaml"), *flags]
-    words += ["--pretrained_model_name_or_path", str(ASSETS / "true_size" / MODELS[family])]
+    words += ["--pretrained_model_name_or_path", str(ASSETS / "true_size" / (other or MODELS[family]))]
     module = text
-    if family not in ("dream", "llada"):
+    if family not in TEXT:
         module = images
         words += ["--pretrained_vae_model_name_or_path", "none"]
     figures = planned(module, words)

@@ -237,7 +237,8 @@ def _next_token_loss(
         logits = torch.tanh(model.lm_head(hidden[0]).float() / cap) * cap  # (chunk, v)
         return token_cross_entropy(logits, wanted)
 
-    before = hidden.flatten(0, 1)[None, places - 1]  # (1, m, d)
+    # the model's output has the dtype of the loss, and its head another outside of autocast
+    before = hidden.flatten(0, 1)[None, places - 1].to(model.lm_head.weight.dtype)  # (1, m, d)
     of_places = by_chunks(loss, before, batch.input_ids.flatten()[places], chunk_size)
     losses = of_places.new_zeros(batch.answer.numel()).scatter(0, places, of_places)
     return losses.view_as(batch.answer).sum(1) / batch.answer[:, 1:].sum(1)

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from nara_diffusion.training.adapters import ALL_LINEAR, method_of
 
@@ -61,6 +62,12 @@ def collator_of(model: nn.Module, args: Arguments, end_token_id: int) -> AnswerC
     canvas: Any = Backbone(model).configured("canvas_length")
     padding = 0 if args.trained_padding == "gen_length" else args.trained_padding
     return replace(collator, trained_padding=padding, multiple=canvas)
+
+
+def set_block_length(model: PreTrainedModel, args: Arguments) -> None:
+    """Give a model with attention by blocks the length that the arguments name."""
+    if Backbone(model).block_length is not None and args.block_length is not None:
+        model.config.block_length = args.block_length
 
 
 def objective_options(model: nn.Module, args: Arguments) -> dict[str, Any]:

@@ -2,13 +2,15 @@
 
 Its rows are the longest that the flags and the model's positions allow: --max_length tokens, of
 them --max_prompt_length (else all but one) of the prompt, and the trained padding. All tokens of
-the answers are masked; half of them under complementary masks.
+the answers are masked; half of them under complementary masks. A model with blocks is trained on
+the last one, DiffusionGemma on one canvas, in two passes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,13 +21,15 @@ from nara_diffusion.training.adapters import build_adapter, method_of
 from nara_diffusion.training.engines import recompute_activations
 from nara_diffusion.training.planned_step import PlannedStep, dtype_of
 
+from .block_loss import canvas_loss
 from .canvas import checked_lengths
 from .loss import batch_loss
 from .masking import MaskedBatch, mask_answers
 from .models.backbone import Backbone
 from .models.pretrained import backbone_on_meta
-from .objective import adapter_options, collator_of, objective_options
+from .objective import TextLoss, adapter_options, collator_of, objective_options, set_block_length
 from .text_arguments import Arguments
+from .uniform import CanvasBatch, corrupt_canvases
 
 _NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # a constant for 64 numbers, in 8 bits with a scale for 256
 _INT8 = 1.0  # and a scale for each row
@@ -41,7 +45,7 @@ def planned_text_step(args: Arguments) -> PlannedStep:
     dtype = torch.float32 if method_of(args).family == "full" else dtype_of(args)
     hub = {} if args.revision is None else {"revision": args.revision}
     backbone = backbone_on_meta(args.pretrained_model_name_or_path, dtype, **hub)
-    _check_computable(backbone, dtype)
+    set_block_length(backbone, args)
     packed = {}
     if args.is_quantised:
         size = _NF4 if args.load_in_4bit else _INT8
@@ -49,44 +53,53 @@ def planned_text_step(args: Arguments) -> PlannedStep:
         for parameter in backbone.parameters():
             if parameter not in packed:
                 parameter.data = parameter.data.float()  # as `prepare_quantised` does
-    blocks = _blocks(backbone)
+    blocks = [] if Backbone(backbone).has_canvas else _blocks(backbone)  # twins aren't sharded
     if args.gradient_checkpointing:
         recompute_activations(backbone)
     length = checked_lengths(backbone, args.max_length, args.gen_length)
-    objective_options(backbone, args)
+    options = objective_options(backbone, args)
     with torch.device("meta"):
         model = build_adapter(backbone, args, **adapter_options(backbone, args))
     batch = _longest_batch(model, args, length)
     rows, width = batch.input_ids.shape
+    forward = f"{rows} x {width} tokens"
+    if isinstance(batch, CanvasBatch):
+        loss: Callable[..., TextLoss] = partial(canvas_loss, model, batch, **options)
+        forward += f" and {batch.canvas.shape[1]} of a canvas"
+    else:
+        loss = partial(batch_loss, model, batch)
     return PlannedStep(
         model=model,
-        loss=lambda: batch_loss(model, batch).loss,
-        forward=f"{rows} x {width} tokens",
+        loss=lambda: loss().loss,
+        forward=forward,
         blocks=blocks,
         packed=packed,
     )
 
 
-def _longest_batch(model: nn.Module, args: Arguments, length: int) -> MaskedBatch:
-    """Return masked rows of `length` tokens and their padding, at most the model's positions."""
+def _longest_batch(model: nn.Module, args: Arguments, length: int) -> MaskedBatch | CanvasBatch:
+    """Return rows of `length` tokens and their padding, at most the model's positions."""
     limit = Backbone(model).position_limit or math.inf
     prompt = min(args.max_prompt_length or length, length - 1)
     if args.trained_padding == "gen_length":
         prompt = int(min(prompt, limit - args.gen_length))
     row = {"input_ids": [_END] * length, "prompt_length": prompt}
     batch: dict[str, Any] = collator_of(model, args, _END)([row] * args.train_batch_size)
-    batch["noise_level"] = 0.5 if args.complementary else 1.0
-    batch |= {"complementary": args.complementary, "block_length": Backbone(model).block_length}
-    return mask_answers(**batch, mask_token_id=0, seed=0)
-
-
-def _check_computable(model: PreTrainedModel, dtype: torch.dtype) -> None:
     if Backbone(model).has_canvas:
-        raise ValueError("--plan computes masked diffusion, which DiffusionGemma isn't trained by.")
-    if model.config._experts_implementation == "grouped_mm" and dtype != torch.bfloat16:
-        raise ValueError(
-            "--plan computes a mixture of experts in bfloat16 only: add --mixed_precision bf16."
-        )
+        sizes = {
+            "canvas_length": Backbone(model).configured("canvas_length"),
+            "vocab_size": _END + 1,
+        }
+        return corrupt_canvases(**batch, **sizes, seed=0)
+    block = Backbone(model).block_length
+    if block is not None:
+        width = batch["input_ids"].shape[1]
+        last = (width - 1) // block * block
+        batch["prompt_lengths"] = [last] * args.train_batch_size
+        batch["answer_lengths"] = [width - last] * args.train_batch_size
+    batch["noise_level"] = 0.5 if args.complementary else 1.0
+    batch |= {"complementary": args.complementary, "block_length": block}
+    return mask_answers(**batch, mask_token_id=0, seed=0)
 
 
 def _quantised_weights(model: PreTrainedModel) -> Iterator[Tensor]:

@@ -37,7 +37,6 @@ from nara_diffusion.dllm.batches import (
     without_held_out,
 )
 from nara_diffusion.dllm.canvas import check_canvas, check_positions, checked_lengths
-from nara_diffusion.dllm.models.backbone import Backbone
 from nara_diffusion.dllm.models.quantised import prepare_quantised
 from nara_diffusion.dllm.objective import (
     adapter_options,
@@ -46,6 +45,7 @@ from nara_diffusion.dllm.objective import (
     loss_of,
     objective_options,
     sampling_of,
+    set_block_length,
 )
 from nara_diffusion.dllm.records import load_records
 from nara_diffusion.dllm.text_report import (
@@ -141,8 +141,7 @@ class FineTuning:
         args = self.args
         name = args.pretrained_model_name_or_path
         model, tokenizer = load_backbone(name, dtype=dtype, **self.options)
-        if Backbone(model).block_length is not None and args.block_length is not None:
-            model.config.block_length = args.block_length
+        set_block_length(model, args)
         return model, tokenizer
 
     def _encode_records(self) -> None:

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import convert_outputs_to_fp32
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import flop_counter
 
 from .arguments import TrainingArguments
@@ -31,6 +31,7 @@ from .run import DTYPES
 
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_GROUPED = torch.ops.aten._grouped_mm
 _STATES = {"AdamW": 8.0, "PagedAdamW": 8.0, "AdamW8bit": 2 + 2 * 4 / 256, "prodigy": 16.0}
 """Bytes that an optimizer keeps for each trained number."""
 
@@ -181,15 +182,31 @@ class StepCounter(LiveStorages):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        result = super().__torch_dispatch__(func, types, args, kwargs)
         operation = func._overloadpacket
-        if operation is _FLASH:
+        if operation is _GROUPED and isinstance(args[0], FakeTensor):
+            func, kwargs = _grouped_product, {}
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        if operation is _GROUPED:
+            self.flops += 2 * args[0].numel() * args[1].shape[-1]
+        elif operation is _FLASH:
             self.flops += flop_counter.sdpa_flop_count(*(x.shape for x in args[:3]))
         elif operation is _FLASH_BACKWARD:
             self.flops += flop_counter.sdpa_backward_flop_count(*(x.shape for x in args[:4]))
         elif formula := flop_counter.flop_registry.get(operation):
             self.flops += formula(*args, **(kwargs or {}), out_val=result)
         return result
+
+
+def _grouped_product(rows: Tensor, weights: Tensor, ends: Tensor, *_: object) -> Tensor:
+    """Return the product of mixtures of experts, in any dtype: PyTorch's fake one knows bfloat16.
+
+    Args:
+        rows: (s, i), ordered by expert, or their transpose (o, s).
+        weights: (e, i, o), or (s, i) for a gradient of weights.
+        ends: (e,) where the rows of each expert end.
+    """
+    experts = (len(ends),) if weights.dim() == 2 else ()
+    return rows.new_empty(*experts, len(rows), weights.shape[-1])
 
 
 def _gathered(step: PlannedStep) -> dict[str, int]:

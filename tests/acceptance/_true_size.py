@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion, DynamicCache, Gemma4VisionConfig
+from transformers import DynamicCache
 
 from nara_diffusion import NaraConfig, noise_level
 from nara_diffusion.dllm import masked_diffusion_loss
@@ -257,20 +257,7 @@ class Canvas(Rehearsed):
     saving = 0.0  # the encoder isn't checkpointed, and on meta its attention keeps all probabilities
 
     def build(self) -> Any:
-        text = {
-            "hidden_size": 2816,
-            "intermediate_size": 2112,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 8,
-            "num_global_key_value_heads": 2,
-            "global_head_dim": 512,
-            "num_experts": 128,
-            "top_k_experts": 8,
-            "moe_intermediate_size": 704,
-            "sliding_window": 1024,
-        }
-        config = DiffusionGemmaConfig(text_config=text, vision_config=Gemma4VisionConfig().to_dict())
-        return DiffusionGemmaForBlockDiffusion(config)
+        return backbone_on_meta(str(TRUE_SIZE / "diffusiongemma-26b"), torch.bfloat16)
 
     def alone(self) -> Any:
         model = self.frozen()

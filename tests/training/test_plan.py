@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import subprocess
@@ -13,30 +12,26 @@ from pathlib import Path
 import plan_runs
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from nara_diffusion.dllm import AnswerCollator, load_backbone
+from nara_diffusion.dllm import load_backbone
 from nara_diffusion.dllm import train as text
 from nara_diffusion.dllm.models.quantised import prepare_quantised
 from nara_diffusion.dreambooth import train as images
 from nara_diffusion.dreambooth.family import placed
 from nara_diffusion.dreambooth.image_arguments import run_family
 from nara_diffusion.dreambooth.image_plan import PlannedPrompts, pipeline_on_meta
-from nara_diffusion.dreambooth.pipelines import modules_of
 from nara_diffusion.training.arguments import OPTIMIZERS
 from nara_diffusion.training.command import parse_arguments
 from nara_diffusion.training.engines import build_optimizer
-from nara_diffusion.training.live_storages import tensors_of
 from nara_diffusion.training.planned_step import StepCounter, optimizer_bytes
-from nara_diffusion.training.run import start_run
-from tests.helpers.mixtures import LLADA2
 from tests.helpers.pipelines.families import FAMILY_PIPELINES
+from tests.helpers.plans import counted_run, planned, text_words
 
 ASSETS = Path(__file__).parents[2] / "examples" / "assets"
-PROMPT, GEN_LENGTH = 20, 12
 CONFIGURATIONS = ("config.json", "scheduler_config.json", "model_index.json")
 
 
@@ -51,73 +46,6 @@ def folders(tmp_path_factory):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(file, target)
     return root
-
-
-def text_words(model, *more):
-    return [
-        "--pretrained_model_name_or_path",
-        str(model),
-        "--target_modules",
-        "all-linear",
-        "--gen_length",
-        "12",
-        *more,
-    ]
-
-
-def planned(module, words):
-    kind = text.Arguments if module is text else images.DreamBoothArguments
-    return module.main(parse_arguments(kind, [*words, "--plan"], defaults=module.shipped_run))
-
-
-def counted_run(module, args, monkeypatch):
-    """The highest live storages of the training loop of a real run, and its adapter's optimizer states."""
-    found, frozen = [], []
-
-    def counted(run, parts, loss, validate):
-        with StepCounter(tensors_of(parts.model, *frozen)) as counter:
-            original(run, parts, loss, validate)
-        states = [value for state in parts.optimizer.state.values() for value in state.values()]
-        found.extend([counter.peak, sum(value.nbytes for value in states if value.dim())])
-
-    AcceleratorState._reset_state(True)  # the precision of an earlier test would stay
-    original = module.train
-    monkeypatch.setattr(module, "train", counted)
-    with start_run(args, "run", module.write_checkpoint) as run:
-        tuning = module.FineTuning(args, run)
-        if module is images:
-            frozen.extend(modules_of(tuning.pipe).values())  # encoders run in the loop
-        tuning.train()
-    return found
-
-
-@pytest.mark.parametrize(
-    "flags", [["--mixed_precision", "bf16"], ["--gradient_checkpointing", "--lora_dropout", "0.1"]]
-)
-def test_plan_of_a_text_run_is_what_the_run_holds(flags, folders, tmp_path, monkeypatch):
-    lines = [json.dumps({"instruction": chr(97 + i) * PROMPT, "output": "bca"[: 1 + i % 3]}) for i in range(20)]
-    (tmp_path / "data.jsonl").write_text("\n".join(lines))
-    words = ["--train_batch_size", "8", "--max_length", "40", "--gen_length", str(GEN_LENGTH), *flags]
-    words += ["--train_file", str(tmp_path / "data.jsonl"), "--validation_samples", "2", "--max_train_steps", "1"]
-    words += ["--min_noise_level", "0.999", "--validation_steps", "none", "--checkpointing_steps", "none"]
-    real = text_words(ASSETS / "llada-tiny", "--output_dir", str(tmp_path / "out"), *words)
-    args = parse_arguments(text.Arguments, real)
-    widths = []
-    collate = AnswerCollator.__call__
-
-    def measured(self, rows):
-        batch = collate(self, rows)
-        widths.append((batch["input_ids"].shape[1], max(int(n) for n in batch["prompt_lengths"])))
-        return batch
-
-    monkeypatch.setattr(AnswerCollator, "__call__", measured)
-    peak, states = counted_run(text, args, monkeypatch)
-    prompt = max(prompt for _, prompt in widths)
-    figures = planned(
-        text, [*text_words(folders / "llada-tiny"), *words, "--data_options", f"max_prompt_length={prompt}"]
-    )
-    assert figures["activations"] == pytest.approx(peak, rel=0.02)
-    assert figures["optimizer"] == states
 
 
 def test_plan_of_an_image_run_is_what_the_run_holds(folders, tmp_path, monkeypatch):
@@ -210,16 +138,7 @@ def test_other_families_are_planned_with_prompts_of_their_encoders_shapes(name, 
     assert images.main(args)["flops"] > 0
 
 
-def test_mixtures_are_planned_in_bf16_and_what_has_no_plan_is_refused(tmp_path, capsys):
-    fields = LLADA2 | {"hidden_size": 32, "moe_intermediate_size": 16}  # bf16 kernels read 16 bytes at a time
-    (tmp_path / "config.json").write_text(json.dumps(fields))
-    words = text_words(tmp_path)
-    words[words.index("all-linear")] = "q_proj"
-    assert planned(text, [*words, "--mixed_precision", "bf16"])["trainable"] > 0
-    with pytest.raises(ValueError, match="mixed_precision bf16"):
-        planned(text, words)
-    with pytest.raises(ValueError, match="DiffusionGemma"):
-        planned(text, text_words(ASSETS / "gemma-tiny"))
+def test_a_run_with_a_teacher_has_no_plan(capsys):
     with pytest.raises(SystemExit):
         planned(images, ["--pretrained_model_name_or_path", str(ASSETS / "sdxl-tiny"), "--distill_to", "2"])
     assert "plan is inf, but distill_to" in capsys.readouterr().err
@@ -287,3 +206,18 @@ def test_flops_are_those_of_pytorch_and_attention_counts():
     with StepCounter() as counter:
         nn.functional.scaled_dot_product_attention(q, k, k)
     assert counter.flops == 2 * 2 * (2 * 3 * 7 * 11 * 16)
+
+
+def test_products_of_experts_count_and_are_planned_in_any_dtype():
+    rows, weights = torch.randn(12, 16).bfloat16(), torch.randn(3, 16, 8).bfloat16()
+    ends = torch.tensor([2, 7, 12], dtype=torch.int32)
+    with StepCounter() as real:
+        nn.functional.grouped_mm(rows.requires_grad_(), weights.requires_grad_(), offs=ends).square().sum().backward()
+    assert real.flops == 3 * 2 * (12 * 16 * 8)
+    with FakeTensorMode(), StepCounter() as planned_counter:
+        rows, weights = (torch.empty(shape, requires_grad=True) for shape in ((12, 15), (3, 15, 7)))
+        product = nn.functional.grouped_mm(rows, weights, offs=torch.empty(3, dtype=torch.int32))
+        product.square().sum().backward()
+    assert product.shape == (12, 7)
+    assert planned_counter.flops == 3 * 2 * (12 * 15 * 7)
+    assert (rows.grad.shape, weights.grad.shape, weights.grad.dtype) == (rows.shape, weights.shape, torch.float32)

@@ -1,0 +1,51 @@
+"""--plan of a command line, and the memory of the real run."""
+
+from __future__ import annotations
+
+from accelerate.state import AcceleratorState
+
+from nara_diffusion.dllm import train as text
+from nara_diffusion.dreambooth import train as images
+from nara_diffusion.dreambooth.pipelines import modules_of
+from nara_diffusion.training.command import parse_arguments
+from nara_diffusion.training.live_storages import tensors_of
+from nara_diffusion.training.planned_step import StepCounter
+from nara_diffusion.training.run import start_run
+
+
+def text_words(model, *more):
+    return [
+        "--pretrained_model_name_or_path",
+        str(model),
+        "--target_modules",
+        "all-linear",
+        "--gen_length",
+        "12",
+        *more,
+    ]
+
+
+def planned(module, words):
+    kind = text.Arguments if module is text else images.DreamBoothArguments
+    return module.main(parse_arguments(kind, [*words, "--plan"], defaults=module.shipped_run))
+
+
+def counted_run(module, args, monkeypatch):
+    """The highest live storages of the training loop of a real run, and its adapter's optimizer states."""
+    found, frozen = [], []
+
+    def counted(run, parts, loss, validate):
+        with StepCounter(tensors_of(parts.model, *frozen)) as counter:
+            original(run, parts, loss, validate)
+        states = [value for state in parts.optimizer.state.values() for value in state.values()]
+        found.extend([counter.peak, sum(value.nbytes for value in states if value.dim())])
+
+    AcceleratorState._reset_state(True)  # the precision of an earlier test would stay
+    original = module.train
+    monkeypatch.setattr(module, "train", counted)
+    with start_run(args, "run", module.write_checkpoint) as run:
+        tuning = module.FineTuning(args, run)
+        if module is images:
+            frozen.extend(modules_of(tuning.pipe).values())  # encoders run in the loop
+        tuning.train()
+    return found
