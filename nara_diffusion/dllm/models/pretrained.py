@@ -3,7 +3,7 @@
 | checkpoint                   | class                   | note                              |
 |------------------------------|-------------------------|-----------------------------------|
 | LLaDA, iLLaDA                | LlamaForCausalLM        | tensors renamed while loading     |
-| LLaDA2                       | LLaDA2ForCausalLM       | see `mixtures`, `block_causal`    |
+| LLaDA2                       | LLaDA2ForCausalLM       | tensors renamed; `block_causal`   |
 | LLaDA-MoE                    | Qwen3MoeForCausalLM     | attention made bidirectional      |
 | DiffusionGemma               | …ForBlockDiffusion      | unchanged; no mask token          |
 | Dream                        | ShiftedQwen2ForCausalLM | position i predicts token i       |
@@ -11,7 +11,13 @@
 | BERT, RoBERTa, ModernBERT, … | AutoModelForMaskedLM    | unchanged                         |
 
 `config.is_causal = False` makes attention bidirectional in transformers. No code of the checkpoint
-is run.
+is run. Options of config.json that the stock class can't express are an error.
+
+LLaDA is a Llama under other names, bit for bit. LLaDA2 and LLaDA-MoE are mixtures of experts.
+LLaDA2's router has a sigmoid, a bias for the choice, groups and a shared expert; LLaDA-MoE's is a
+softmax. LLaDA2's fused q, k and v are split, and the experts of a layer are stacked while they
+stream from disk; a saved copy has the names of the public checkpoints again. Routers are no linear
+layers, and experts are stacked parameters: adapters on linear layers change neither.
 """
 
 from __future__ import annotations
@@ -19,7 +25,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError
@@ -27,6 +33,7 @@ from transformers import (
     AutoConfig,
     AutoModelForMaskedLM,
     DiffusionGemmaForBlockDiffusion,
+    Glm4MoeConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedConfig,
@@ -37,6 +44,11 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+from transformers.core_model_loading import Split, WeightConverter, WeightRenaming
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import CONFIG_NAME
 
@@ -45,8 +57,6 @@ from nara_diffusion.utils.files import naming_source
 
 from ..tokenizer import find_mask_token, load_tokenizer, set_special_tokens
 from .block_causal import LLaDA2ForCausalLM
-from .llada_format import KEY_MAPPING, checkpoint_name, llama_fields
-from .mixtures import LLaDA2MoeConfig, llada2_fields, qwen3_moe_fields, register_conversions
 from .quantised import quantization
 from .shifted_logits import ShiftedQwen2ForCausalLM
 
@@ -232,3 +242,234 @@ def _check_tensors(name: str, loading: Mapping[str, Any], original: Callable[[st
             lists.append(f"{len(keys)} {kind}: {', '.join(keys[:8])}")
     if lists:
         raise ValueError(f"the tensors of {name} don't fit its configuration; {'; '.join(lists)}")
+
+
+# ---------------------------------------------------------------- LLaDA
+
+
+# Names of tensors: (in LLaDA, in LlamaForCausalLM), of the whole model and of a layer
+_OF_MODEL = (("wte", "model.embed_tokens"), ("ln_f", "model.norm"), ("ff_out", "lm_head"))
+_OF_LAYER = (
+    ("attn_norm", "input_layernorm"),
+    ("ff_norm", "post_attention_layernorm"),
+    ("q_proj", "self_attn.q_proj"),
+    ("k_proj", "self_attn.k_proj"),
+    ("v_proj", "self_attn.v_proj"),
+    ("attn_out", "self_attn.o_proj"),
+    ("ff_proj", "mlp.gate_proj"),
+    ("up_proj", "mlp.up_proj"),
+    ("ff_out", "mlp.down_proj"),
+)
+_LAYER = r"(\d+)"
+_TENSORS = [(f"model.transformer.{theirs}.", f"{ours}.") for theirs, ours in _OF_MODEL]
+for theirs, ours in _OF_LAYER:
+    theirs = f"model.transformer.blocks.{_LAYER}.{theirs}."
+    _TENSORS.append((theirs, f"model.layers.{_LAYER}.{ours}."))
+
+KEY_MAPPING = {
+    "^" + theirs.replace(".", r"\."): ours.replace(_LAYER, r"\1") for theirs, ours in _TENSORS
+}
+"""For `from_pretrained(key_mapping=…)`, which allows one capture group in a pattern."""
+
+# Fields of a LLaDA configuration: their values that make its block a Llama block
+_EXPRESSIBLE: dict[str, tuple[Any, ...]] = {
+    "activation_type": ("silu",),
+    "block_type": ("llama",),
+    "layer_norm_type": ("rms",),
+    "rope": (True,),
+    "layer_norm_with_affine": (True,),
+    "alibi": (False,),
+    "attention_layer_norm": (False,),
+    "include_bias": (False,),
+    "input_emb_norm": (False,),
+    "scale_logits": (False,),
+    "bias_for_layer_norm": (False, None),
+    "include_qkv_bias": (False, None),
+    "clip_qkv": (None,),
+    "sliding_window": (None,),
+    "embedding_dropout": (0.0,),
+    "residual_dropout": (0.0,),
+}
+
+
+def llama_fields(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a LlamaConfig for those of a LLaDA checkpoint's config.json.
+
+    Raises:
+        ValueError: a field is missing, or has a value that Llama can't express; the message names
+            each.
+    """
+    check_expressible("LLaDA", "Llama", fields, _EXPRESSIBLE)
+    try:
+        return _translated(fields)
+    except KeyError as error:
+        raise ValueError(f"this LLaDA checkpoint's config.json lacks {error.args[0]}") from None
+
+
+def check_expressible(
+    kind: str, stock: str, fields: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]]
+) -> None:
+    """Raise ValueError for fields with values that the stock class can't express.
+
+    Args:
+        kind: the checkpoint's kind.
+        stock: the name of the stock class, without its ending.
+        allowed: field → the values that the stock class expresses.
+    """
+    unsupported = []
+    for name, values in allowed.items():
+        if name in fields and fields[name] not in values:
+            expected = " or ".join(map(repr, values))
+            unsupported.append(f"{name}={fields[name]!r} (only {expected})")
+    if unsupported:
+        raise ValueError(
+            f"this {kind} checkpoint has options that a stock {stock} model can't express: "
+            + "; ".join(unsupported)
+        )
+
+
+def _translated(fields: dict[str, Any]) -> dict[str, Any]:
+    width, heads = fields["d_model"], fields["n_heads"]
+    # multi_query_attention is an older flag than n_kv_heads
+    key_heads = 1 if fields.get("multi_query_attention") else heads
+    theta = fields.get("rope_theta", 10000.0)
+    found = {
+        "vocab_size": fields.get("embedding_size") or fields["vocab_size"],
+        "hidden_size": width,
+        "intermediate_size": fields.get("mlp_hidden_size") or fields.get("mlp_ratio", 4) * width,
+        "num_hidden_layers": fields["n_layers"],
+        "num_attention_heads": heads,
+        "num_key_value_heads": fields.get("n_kv_heads") or key_heads,
+        "max_position_embeddings": fields["max_sequence_length"],
+        "rms_norm_eps": fields.get("rms_norm_eps", 1e-5),
+        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+        "attention_dropout": fields.get("attention_dropout", 0.0),
+        "tie_word_embeddings": fields.get("weight_tying", True),  # LLaDA's own default
+        "eos_token_id": fields.get("eos_token_id"),
+        "bos_token_id": fields.get("bos_token_id"),
+    }
+    for name in ("dtype", "torch_dtype", "quantization_config"):
+        if name in fields:
+            found[name] = fields[name]
+    return found
+
+
+def checkpoint_name(name: str) -> str:
+    """Return the name in a LLaDA checkpoint of a LlamaForCausalLM tensor."""
+    for theirs, ours in _TENSORS:
+        found = re.match(ours, name)
+        if found:
+            return theirs.replace(_LAYER, "".join(found.groups())) + name[found.end() :]
+    return name
+
+
+# ---------------------------------------------------------------- LLaDA2 and LLaDA-MoE
+
+
+BLOCK_LENGTH = 32
+"""LLaDA2's published length of a block, in tokens."""
+
+
+class LLaDA2MoeConfig(Glm4MoeConfig):
+    """The configuration of LLaDA2 for Glm4MoeForCausalLM, with LLaDA2's names and defaults.
+
+    `block_length` is the length of the blocks that its attention and its generation go by.
+    """
+
+    model_type = LLADA2
+    attribute_map: ClassVar[dict[str, str]] = {
+        **Glm4MoeConfig.attribute_map,
+        "num_experts": "n_routed_experts",
+        "num_shared_experts": "n_shared_experts",
+        "use_qkv_bias": "attention_bias",
+    }
+    n_group: int = 8
+    topk_group: int = 4
+    routed_scaling_factor: float = 2.5
+    first_k_dense_replace: int = 0
+    use_qk_norm: bool = True
+    num_mtp_layers: int = 0
+    block_length: int = BLOCK_LENGTH
+
+
+# Fields of a configuration: their values that the stock class expresses; absent fields count as such
+_LLADA2: dict[str, tuple[Any, ...]] = {
+    "use_bias": (False,),
+    "norm_head": (False,),
+    "use_qk_norm": (True,),
+    "rope_scaling": (None,),
+    "score_function": ("sigmoid", None),
+    "moe_router_enable_expert_bias": (True, None),
+    "num_nextn_predict_layers": (0, None),
+}
+_LLADA_MOE: dict[str, tuple[Any, ...]] = {
+    "qk_layernorm": (True,),
+    "rope_scaling": (None,),
+    "clip_qkv": (None,),
+    "shared_expert_intermediate_size": (None,),
+    "moe_router_score_function": ("softmax", None),
+    "moe_router_enable_expert_bias": (False, None),
+    "router_num_group": (None,),
+    "routed_scaling_factor": (1.0, None),
+}
+
+
+def register_conversions() -> None:
+    """Tell transformers how LLaDA2's tensors become those of Glm4MoeForCausalLM, and back."""
+    stacking = get_checkpoint_conversion_mapping("qwen2_moe")
+    assert stacking is not None
+    conversions = [
+        *stacking,
+        WeightRenaming(r"^model\.word_embeddings\.", "model.embed_tokens."),
+        WeightRenaming(r"\.attention\.", ".self_attn."),
+        WeightConverter(
+            source_patterns="query_key_value",
+            target_patterns=["q_proj", "k_proj", "v_proj"],
+            operations=[Split(dim=0)],
+        ),
+        WeightRenaming(r"\.self_attn\.dense\.", ".self_attn.o_proj."),
+        WeightRenaming(r"\.self_attn\.query_layernorm\.", ".self_attn.q_norm."),
+        WeightRenaming(r"\.self_attn\.key_layernorm\.", ".self_attn.k_norm."),
+        WeightRenaming(r"\.mlp\.gate\.expert_bias", ".mlp.gate.e_score_correction_bias"),
+    ]
+    register_checkpoint_conversion_mapping(LLADA2, conversions, overwrite=True)
+
+
+def llada2_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a LLaDA2MoeConfig for those of a LLaDA2 checkpoint's config.json.
+
+    Raises:
+        ValueError: a field has a value that Glm4Moe can't express.
+    """
+    check_expressible("LLaDA2", "Glm4Moe", fields, _LLADA2)
+    found = dict(fields)
+    if not found.get("num_shared_experts", found.get("n_shared_experts", 1)):
+        raise ValueError("this LLaDA2 checkpoint has no shared expert, which Glm4Moe always has")
+    # LLaDA2 scales the weights of several experts to a sum, and leaves that of one
+    found["norm_topk_prob"] = found["num_experts_per_tok"] > 1
+    found.setdefault("tie_word_embeddings", False)
+    return found
+
+
+def qwen3_moe_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a Qwen3MoeConfig for those of a LLaDA-MoE checkpoint's config.json.
+
+    Raises:
+        ValueError: a field has a value that Qwen3Moe can't express.
+    """
+    check_expressible("LLaDA-MoE", "Qwen3Moe", fields, _LLADA_MOE)
+    layers = fields["num_hidden_layers"]
+    frequencies = fields.get("moe_layer_freq") or [1] * layers
+    dense = [layer for layer, frequency in enumerate(frequencies) if not frequency]
+    heads = fields["num_attention_heads"]
+    return {
+        **fields,
+        "head_dim": fields.get("head_dim") or fields["hidden_size"] // heads,
+        "num_key_value_heads": fields.get("num_key_value_heads") or heads,
+        "intermediate_size": fields.get("dense_intermediate_size") or fields["hidden_size"],
+        "moe_intermediate_size": fields["expert_intermediate_size"],
+        "mlp_only_layers": dense,
+        "decoder_sparse_step": 1,
+        "norm_topk_prob": bool(fields.get("norm_topk_prob")),
+        "output_router_logits": False,
+    }
