@@ -22,9 +22,8 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
 
-from .answers import answer_positions, until_end
 from .loss import masked_cross_entropy
-from .masking import MaskedBatch
+from .masking import MaskedBatch, answer_positions, until_end
 from .models.backbone import Backbone, evaluating, without_ddp
 from .tokenizer import mask_in_a_text
 

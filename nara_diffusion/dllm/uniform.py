@@ -22,8 +22,16 @@ from torch import Tensor
 
 from nara_diffusion.noise.level import EVERYTHING, NoiseWindow
 
-from .answers import Lengths, host_answers, moved
-from .masking import draw_masks, draw_noise_levels, given_levels, random_of, seed_and_indices
+from .masking import (
+    Lengths,
+    draw_masks,
+    draw_noise_levels,
+    given_levels,
+    host_answers,
+    moved,
+    random_of,
+    seed_and_indices,
+)
 
 _BLOCK_STREAM, _TOKEN_STREAM, _SELF_STREAM = range(3, 6)  # after those of `masking`
 

@@ -20,9 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from nara_diffusion.dllm.answers import answer_positions
 from nara_diffusion.dllm.loss import masked_cross_entropy
-from nara_diffusion.dllm.masking import MIN_NOISE_LEVEL, MaskedBatch
+from nara_diffusion.dllm.masking import MIN_NOISE_LEVEL, MaskedBatch, answer_positions
 from nara_diffusion.dllm.models.backbone import evaluating
 from quality.text.data import Rows
 
