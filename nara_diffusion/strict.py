@@ -172,10 +172,9 @@ def without_second_biases(tensors: Mapping[str, Tensor], adapter_name: str) -> d
 def check_adapter_names(model: nn.Module, names: set[str]) -> None:
     """Raise ValueError if one of several adapters has the name of a part of a key.
 
-    PEFT would leave out tensors of such an adapter, or of another one, when saving.
+    PEFT would leave out tensors of such an adapter, or of another one, when saving. It saves a
+    single adapter whole.
     """
-    if len(names) < 2:
-        return
     for key in model.state_dict():
         if not any(part in key for part in (".lora_", ".base_layer.", f"{HOLDER_NAME}.")):
             continue

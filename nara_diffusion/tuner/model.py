@@ -136,7 +136,8 @@ class NaraModel(LoraModel):
                 cores = cores_for(config, adapter_name, owners, low_cpu_mem_usage, is_dispatched)
                 holder.add(adapter_name, config, cores, list(layers.values()))
                 holder.attach()
-                check_adapter_names(model, set(self.peft_config))
+                if len(self.peft_config) > 1:
+                    check_adapter_names(model, set(self.peft_config))
                 if are_off:
                     warn_of_disabled(model, adapter_name)
                 for layer in layers.values():
