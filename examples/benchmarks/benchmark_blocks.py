@@ -129,17 +129,38 @@ def bayes_table() -> str:
 
 
 def report(records: list[dict[str, Any]]) -> str:
-    """A table a base, task and length: a row an arm, its means over the seeds, and its paired difference to LoRA."""
+    """The trials; then a table a base, task and length: means over the seeds, and paired differences to LoRA."""
     cells = defaultdict(lambda: defaultdict(dict))
     for record in records:
         if record["stage"] == "confirm":
             cells[record["base"], record["task"], record["steps"]][record["arm"]][record["seed"]] = record
-    parts = []
+    parts = [trials_table(records)]
     for (base, task, steps), arms in cells.items():
         rows = [_row(title, own, arms.get("LoRA", {})) for title, own in arms.items()]
         header = ["arm", "parameters", "seeds", "loss", "first pass", "second pass", "exact at 4, 8, 16", "− LoRA"]
         parts.append(f"### {base}, {task}, {steps} steps\n\n{table(header, rows)}")
     return "\n\n".join(parts)
+
+
+def trials_table(records: list[dict[str, Any]]) -> str:
+    """A row an arm and task: what was tried on the development seeds, short."""
+    tried = defaultdict(dict)
+    for record in records:
+        if record["stage"] == "dev":
+            rates = " / ".join(f"{rate:g}" for rate in record["rates"].values())
+            tried[record["task"], record["arm"], record["trainable_parameters"]][rates] = record["score"]
+    rows = []
+    for (task, title, size), scores in tried.items():
+        best = min((score for score in scores.values() if score is not None), default=None)
+        texts = (f"{rates or 'untrained'}: {_marked(score, best)}" for rates, score in scores.items())
+        rows.append([task, title, str(size), "; ".join(texts)])
+    return table(["task", "arm", "parameters", "trials (rate, or rate / core's rate: loss)"], rows)
+
+
+def _marked(score: float | None, best: float | None) -> str:
+    if score is None:
+        return "diverged"
+    return f"**{score:.4f}**" if score == best else f"{score:.4f}"
 
 
 def _row(title: str, own: Mapping[int, Mapping[str, Any]], other: Mapping[int, Mapping[str, Any]]) -> list[str]:
