@@ -3,7 +3,6 @@
 from nara_diffusion.noise.masked_share import InputIdsNoise
 
 from .batches import AnswerCollator
-from .canvas import read_noise_from_input_ids
 from .decoding import Sampling
 from .encoding import EncodedRecords, encode_records
 from .exact_match import ExactMatch, exact_match
@@ -15,6 +14,7 @@ from .loss import (
     noise_level_curve,
 )
 from .masking import MaskedBatch, mask_answers
+from .models.backbone import read_noise_from_input_ids
 from .models.pretrained import load_backbone
 from .records import read_records
 from .sampler import Generation, GenerationStep, generate

@@ -21,10 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 
-from .canvas import conditioned
-from .models.backbone import Backbone
+from .decoding import GenerationStep, State
+from .models.backbone import Backbone, conditioned
 from .models.block_causal import CACHE
-from .unmasking import GenerationStep, State
 
 
 class BlockReader(Protocol):

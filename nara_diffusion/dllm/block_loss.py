@@ -27,9 +27,8 @@ from transformers import DiffusionGemmaForBlockDiffusion, DynamicCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from .batches import AnswerCollator, batches_of
-from .canvas import conditioned
 from .loss import by_chunks, token_cross_entropy
-from .models.backbone import Backbone, evaluating, without_ddp
+from .models.backbone import Backbone, conditioned, evaluating, without_ddp
 from .uniform import CanvasBatch, corrupt_canvases
 
 

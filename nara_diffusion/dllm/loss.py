@@ -23,9 +23,8 @@ from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
 from .batches import AnswerCollator, batches_of
-from .canvas import ForwardRows, conditioned
 from .masking import MaskedBatch, mask_answers
-from .models.backbone import Backbone, evaluating, guided, without_ddp
+from .models.backbone import Backbone, ForwardRows, conditioned, evaluating, guided, without_ddp
 
 
 @dataclass(frozen=True, kw_only=True)

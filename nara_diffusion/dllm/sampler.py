@@ -1,8 +1,8 @@
-"""LLaDA's semi-autoregressive sampler (arXiv 2502.09992, algorithms 4 and 5).
+"""LLaDA's semi-autoregressive sampler (arXiv 2502.09992, algorithms 4 and 5), and its canvas.
 
-The answer starts as `gen_length` masks and is filled block by block, with the masks of later blocks
-in sight. In each step the model predicts every mask of the block, and some get their tokens by the
-rules of `decoding`. Classifier-free guidance combines logits as
+The canvas is a prompt, and right behind it `gen_length` masks. It is filled block by block, with
+the masks of later blocks in sight. In each step the model predicts every mask of the block, and
+some get their tokens by the rules of `decoding`. Classifier-free guidance combines logits as
 (1 + w) · l(x) − w · l(x with its prompt masked).
 
 A noise-aware model runs at λ = masked share of the answer over all blocks, for each sample in each
@@ -11,12 +11,18 @@ of keys and values: with k or v adapted, it would belong to the λ of an older s
 samples models with attention by blocks, with a cache.) Unlike LLaDA's code:
 
 - an empty prompt becomes a BOS token if position i predicts token i + 1 (Dream), so that something
-  predicts the first token of the answer; prompts may differ in length (`canvas`);
+  predicts the first token of the answer;
+- prompts may differ in length: each is followed by its own answer, and padding is on the right, as
+  in training;
 - the mask token is never predicted, so that a step cannot undo another;
 - a row is done if no mask is left before its first end-of-sequence token: that token fills the rest
   of its answer. Sampling stops when all rows are done;
 - steps without a token to place are skipped, and rows without one are left out. That changes
   nothing, since λ counts masks and not steps.
+
+A model learns what follows an answer from the end tokens that training puts behind answers, so both
+should reach equally far. A model that was trained on fewer end tokens continues after its answer,
+or takes the length of the canvas for that of the answer.
 
 The host reads one thing a step, the rows of the block with a mask left: it waits for the device
 there, and nowhere else.
@@ -30,14 +36,16 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from .block_filling import fill_blocks
-from .canvas import place_prompts
-from .decoding import Sampling, model_sampling
+from .decoding import GenerationStep, Sampling, State, model_sampling
 from .models.backbone import Backbone, evaluating, without_ddp
-from .unmasking import GenerationStep, State
+from .tokenizer import mask_in_a_text
+
+_MAX_LENGTH = 512
 
 
 @dataclass(frozen=True)
@@ -174,3 +182,135 @@ def answer_prompts(
     result = generate(model, input_ids, prompt_lengths=lengths, return_stats=True, **sampling)
     assert isinstance(result, Generation)
     return result
+
+
+# ---------------------------------------------------------------- the canvas
+
+
+def place_prompts(
+    backbone: Backbone,
+    input_ids: Tensor,
+    gen_length: int,
+    mask_token_id: int,
+    pad_token_id: int,
+    *,
+    prompt_lengths: Tensor | Sequence[int] | None = None,
+    attention_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Put `gen_length` masks behind each prompt.
+
+    An empty prompt becomes a BOS token if the model needs one. Everything is checked and placed on
+    the CPU, and then moved to the device of `input_ids`.
+
+    Args:
+        input_ids: (b, p) prompts of any integer type.
+        prompt_lengths: (b,), lengths of prompts that are padded on the right.
+        attention_mask: (b, p), instead of them: 0 on padding, which may be on the right or left.
+
+    Returns:
+        (b, l) int64 token ids: prompt, masks, padding; l is the longest prompt + gen_length. (b,)
+        where the answers start. (b, l) int64, 0 on padding; None if nothing is padded.
+
+    Raises:
+        ValueError: shapes that don't agree, a canvas longer than the model's positions, a prompt
+            that contains the mask token.
+    """
+    device = input_ids.device
+    input_ids = input_ids.cpu().long()
+    is_prompt = _prompt_positions(input_ids, prompt_lengths, attention_mask)  # (b, p)
+    _check_mask_token(input_ids, is_prompt, mask_token_id)
+    empty = ~is_prompt.any(1)  # (b,)
+    opening = backbone.opening_token() if empty.any() else None
+    if opening is not None:
+        input_ids = F.pad(input_ids, (1, 0), value=opening)  # (b, 1 + p)
+        is_prompt = torch.cat([empty[:, None], is_prompt], 1)
+    starts = is_prompt.sum(1)  # (b,)
+    longest_prompt = int(starts.max())
+    check_canvas(backbone.model, longest_prompt, gen_length)
+    length = longest_prompt + gen_length
+    positions = torch.arange(length)
+    real = positions < starts[:, None] + gen_length  # (b, l)
+    sequences = torch.full((len(input_ids), length), pad_token_id)
+    sequences[real] = mask_token_id
+    # both sides run through the rows in order, and through the tokens of a row in order
+    sequences[positions < starts[:, None]] = input_ids[is_prompt]
+    padding = None if real.all() else real.long().to(device, non_blocking=True)
+    sequences = sequences.to(device, non_blocking=True)
+    return sequences, starts.to(device, non_blocking=True), padding
+
+
+def _prompt_positions(
+    input_ids: Tensor,
+    prompt_lengths: Tensor | Sequence[int] | None,
+    attention_mask: Tensor | None,
+) -> Tensor:
+    """Return which tokens belong to prompts, (b, p) bool."""
+    if prompt_lengths is not None and attention_mask is not None:
+        raise ValueError("prompt_lengths and attention_mask say the same: pass one of them")
+    if attention_mask is not None:
+        return attention_mask.cpu().bool()
+    b, p = input_ids.shape
+    given = p if prompt_lengths is None else prompt_lengths
+    lengths = torch.as_tensor(given).cpu().expand(b)
+    if (lengths < 0).any() or (lengths > p).any():
+        raise ValueError(
+            f"prompt_lengths is {lengths.tolist()}, expected {b} lengths between 0 and {p}"
+        )
+    return torch.arange(p) < lengths[:, None]
+
+
+def _check_mask_token(input_ids: Tensor, is_prompt: Tensor, mask_token_id: int) -> None:
+    """Raise ValueError if a prompt contains the mask token."""
+    holding = (is_prompt & (input_ids == mask_token_id)).any(1)  # (b,)
+    if holding.any():
+        name = "the prompt" if len(input_ids) == 1 else f"prompt {int(holding.nonzero()[0])}"
+        raise ValueError(f"{name} {mask_in_a_text(mask_token_id)}")
+
+
+# ---------------------------------------------------------------- lengths
+
+
+def check_positions(model: nn.Module, length: int, what: str, remedy: str) -> None:
+    """Raise ValueError if `length` tokens exceed the model's positions.
+
+    Args:
+        what: the start of the message.
+        remedy: its end.
+    """
+    limit = Backbone(model).position_limit
+    if limit is not None and length > limit:
+        raise ValueError(f"{what}, and the model has {limit} positions: {remedy}")
+
+
+def check_canvas(model: nn.Module, longest_prompt: int, gen_length: int, record: str = "") -> None:
+    """Raise ValueError if a canvas exceeds the model's positions.
+
+    Args:
+        record: what messages call the record with the longest prompt.
+    """
+    length = longest_prompt + gen_length
+    left = (Backbone(model).position_limit or 0) - gen_length
+    remedy = "lower gen_length, or take shorter prompts and conversations"
+    if record and left > 0:
+        remedy += (
+            f" (the longest is {record}); --data_options max_prompt_length={left} leaves longer "
+            "ones out"
+        )
+    what = f"the longest prompt has {longest_prompt} tokens and gen_length is {gen_length}"
+    check_positions(model, length, f"{what}, together {length}", remedy)
+
+
+def checked_lengths(model: nn.Module, max_length: int | None, gen_length: int) -> int:
+    """Return the `max_length` of a training run; None is 512, or the model's positions if fewer.
+
+    Raises:
+        ValueError: one of both exceeds the model's positions.
+    """
+    what = f"gen_length is {gen_length}"
+    remedy = "lower it, since prompt and answer share them"
+    check_positions(model, gen_length + 1, what, remedy)
+    if max_length is None:
+        return min(_MAX_LENGTH, Backbone(model).position_limit or _MAX_LENGTH)
+    remedy = "lower it; longer answers are cut"
+    check_positions(model, max_length, f"max_length is {max_length}", remedy)
+    return max_length

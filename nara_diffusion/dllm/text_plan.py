@@ -22,12 +22,12 @@ from nara_diffusion.training.engines import recompute_activations
 from nara_diffusion.training.planned_step import PlannedStep, dtype_of
 
 from .block_loss import canvas_loss
-from .canvas import checked_lengths
 from .loss import batch_loss
 from .masking import MaskedBatch, mask_answers
 from .models.backbone import Backbone
 from .models.pretrained import backbone_on_meta
 from .objective import TextLoss, adapter_options, collator_of, objective_options, set_block_length
+from .sampler import checked_lengths
 from .text_arguments import Arguments
 from .uniform import CanvasBatch, corrupt_canvases
 

@@ -36,7 +36,6 @@ from nara_diffusion.dllm.batches import (
     with_longest,
     without_held_out,
 )
-from nara_diffusion.dllm.canvas import check_canvas, check_positions, checked_lengths
 from nara_diffusion.dllm.models.quantised import prepare_quantised
 from nara_diffusion.dllm.objective import (
     adapter_options,
@@ -48,6 +47,7 @@ from nara_diffusion.dllm.objective import (
     set_block_length,
 )
 from nara_diffusion.dllm.records import load_records
+from nara_diffusion.dllm.sampler import check_canvas, check_positions, checked_lengths
 from nara_diffusion.dllm.text_report import (
     Evaluation,
     Measurement,

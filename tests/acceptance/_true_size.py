@@ -20,12 +20,11 @@ from transformers import DynamicCache
 from nara_diffusion import NaraConfig, noise_level
 from nara_diffusion.dllm import masked_diffusion_loss
 from nara_diffusion.dllm.block_loss import canvas_loss
-from nara_diffusion.dllm.canvas import place_prompts
-from nara_diffusion.dllm.decoding import Sampling
+from nara_diffusion.dllm.decoding import Sampling, State
 from nara_diffusion.dllm.models.backbone import Backbone
 from nara_diffusion.dllm.models.pretrained import backbone_on_meta
+from nara_diffusion.dllm.sampler import place_prompts
 from nara_diffusion.dllm.uniform import CanvasBatch, corrupt_canvases
-from nara_diffusion.dllm.unmasking import State
 from nara_diffusion.training.engines import recompute_activations
 from tests.acceptance._runs import ASSETS
 
