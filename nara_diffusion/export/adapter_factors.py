@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from nara_diffusion.config import NaraConfig
 from nara_diffusion.cores.core import CoreSet, core_group, make_cores
-from nara_diffusion.layers.dispatch import PEFT_DORA
+from nara_diffusion.layers.dora import PEFT_DORA
 from nara_diffusion.layers.offloading import onloaded
 from nara_diffusion.layers.variants import NaraVariant
 from nara_diffusion.loaders.file import AdapterPart, configured_scaling

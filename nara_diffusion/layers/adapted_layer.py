@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, Embedding, LoraLayer
@@ -85,21 +85,6 @@ class AdaptedLayer(Protocol):
     def _unmerged_base_weight(self, safe_merge: bool) -> AbstractContextManager[Tensor]:
         """Yield W0 without the other adapters that are merged into it, for DoRA's norm."""
         ...
-
-
-def reads_core(layer: LoraLayer, adapter_name: str) -> bool:
-    """Return True if a forward of the layer would read the adapter's C now."""
-    is_off = layer.disable_adapters or layer.merged
-    return not is_off and adapter_name in layer.active_adapters
-
-
-def is_trainable(layer: LoraLayer, adapter_name: str) -> bool:
-    """Return True if the adapter's A is trainable in this layer."""
-    if adapter_name in layer.lora_A:
-        parameters = layer.lora_A[adapter_name].parameters()
-        return any(parameter.requires_grad for parameter in parameters)
-    embeddings = layer.lora_embedding_A
-    return adapter_name in embeddings and embeddings[adapter_name].requires_grad
 
 
 def factors(layer: AdaptedLayer, adapter_name: str) -> tuple[Tensor, Tensor]:
@@ -203,3 +188,23 @@ def check_mergeable(
             f"{type(layer).__name__} doesn't dequantise it. Leave it unmerged, or quantise the base "
             "by Transformers before adding the adapter."
         )
+
+
+@torch.no_grad()
+def make_directions_orthonormal(layer: LoraLayer, adapter_name: str) -> None:
+    """Replace the r directions of a layer with orthonormal ones; the other factor stays zero.
+
+    The directions are the rows of A (r, d_in …), or the columns of an embedding's B (d_out, r). If
+    there are more directions than features, the features are orthonormal instead.
+
+    T-LoRA (arXiv 2507.05964) starts A and B as singular vectors of a random matrix, so that the
+    directions do not overlap, and keeps frozen copies to subtract their product in each forward.
+    Here B is zero, so no copies are needed.
+    """
+    if isinstance(layer, Embedding):
+        factor = layer.lora_embedding_B[adapter_name]
+    else:
+        factor = cast(Tensor, layer.lora_A[adapter_name].weight)
+    if not factor.is_meta:
+        random = torch.empty(factor.shape, dtype=torch.float32)
+        factor.copy_(nn.init.orthogonal_(random))

@@ -1,8 +1,9 @@
-"""NaRA's LoRA variants on linear layers (quantised or not), convolutions and embeddings.
+"""NaRA's LoRA variants: how D(λ) reaches a layer, what the layer does with it, which layer has which.
 
     y = W0 x + b + s B (h + D h),   h = A x,   D = C − I  (paper, equation 4)
 
-with x (b, …), A (r, d_in), D (n, r, r), B (d_out, r). NaRA-DoRA's are in `dora`.
+with x (b, …), A (r, d_in), D (n, r, r), B (d_out, r), on linear layers (quantised or not),
+convolutions and embeddings. NaRA-DoRA's variants are in `dora`.
 
 PEFT's own layers own A and B and call the variant's `forward`. A variant reads its D from the
 model's channel; it knows neither the core that made D nor the modality. If the rank r of a layer is
@@ -14,26 +15,174 @@ exceptions.
 
 from __future__ import annotations
 
-from typing import Any
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol, cast
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
-from peft.tuners.lora.layer import LoraVariant
+from peft.tuners import lora
+from peft.tuners.lora.layer import Embedding, LoraLayer, LoraVariant
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn.modules.module import _has_any_global_hook
 
 from nara_diffusion.cores.core import is_autocast_enabled
-from nara_diffusion.noise.parts import RowKind
-from nara_diffusion.noise.rows import core_of_rows
+from nara_diffusion.noise.level import Entry, present
+from nara_diffusion.noise.parts import Parts, RowKind
+from nara_diffusion.noise.rows import ModelRows, core_of_rows
 
-from .adapted_layer import AdaptedLayer, base_weight, check_mergeable, delta_weight, factors
-from .channel import CoreChannel
-from .functional import linear_in_one, mixed, mixed_channels, times_core
+from .adapted_layer import (
+    CONVOLUTIONS,
+    AdaptedLayer,
+    base_weight,
+    check_mergeable,
+    delta_weight,
+    factors,
+)
+from .functional import (
+    fits_one_function,
+    is_plain,
+    linear_in_one,
+    mixed,
+    mixed_channels,
+    times_core,
+)
 from .offloading import is_managed, onloaded
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# ---------------------------------------------------------------------- D of the running forward
+
+Key = tuple[str, str]
+"""(adapter, group of layers that share a core)"""
+
+
+class CoreSource(Protocol):
+    """What the channel and the variants need from the holder of the cores."""
+
+    def core_of_part(self, key: Key) -> tuple[Tensor, Parts | None]:
+        """Return D (n, r, r), and the parts of its rows, outside any forward of the root."""
+        ...
+
+    def core_to_merge(self, key: Key, layer: AdaptedLayer) -> tuple[Tensor, Tensor | None]:
+        """Return D (1, r, r) for a layer that is being merged, and its λ (1,) if D depends on λ."""
+        ...
+
+    def check_merged(self, merged: Tensor) -> None:
+        """Raise ValueError if λ of the context is not λ of merged layers."""
+        ...
+
+    def has_strength(self, name: str) -> bool:
+        """Return whether the strength of an adapter depends on λ."""
+        ...
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What one forward has pushed.
+
+    Attributes:
+        present: the innermost context at the push.
+        entry: the innermost context for this model; None if a source gave λ.
+        deviations: key → D (n, r, r), float32.
+        parts: the parts of a sample that the rows of D belong to, if they do.
+        operands: copies of D in other dtypes, made when a layer asks for them.
+    """
+
+    present: Entry | None
+    entry: Entry | None
+    deviations: Mapping[Key, Tensor]
+    parts: Parts | None = None
+    operands: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
+
+
+class CoreChannel:
+    """Pass D(λ) from the root of an adapted model to its layers, in one thread for one forward.
+
+    Before each forward of the root, the holder of the cores pushes D(λ) into a `threading.local`; a
+    forward hook removes it. (A compiled graph can read a `threading.local` but not a `ContextVar`,
+    and a forward does not switch to another async task.)
+
+    A layer accepts a pushed D only inside the same `noise_level(…)` as the push. No hook runs after
+    a forward that Ctrl-C has ended, but its D is not used at another λ. (If λ came from a timestep,
+    there is no context to compare. After Ctrl-C, a *part* of the model that is called by itself
+    then reads the old D, until the next forward of the whole model.)
+
+    Args:
+        holder: the holder of the cores.
+        rows: how the model's layers see its batch.
+
+    Attributes:
+        local: its attribute `pushed` is a `Pushed`, or None.
+    """
+
+    def __init__(self, holder: CoreSource, rows: ModelRows) -> None:
+        self.holder = holder
+        self.rows = rows
+        self.local = threading.local()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "local"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, local=threading.local())
+
+    def read(self, key: Key) -> tuple[Tensor, Parts | None]:
+        """Return D (1 or b, r, r), float32, or D of parts and these parts, for a layer.
+
+        It is D of the running forward, or of the context around a part that is called by itself.
+        """
+        pushed = self.pushed()
+        is_current = pushed is not None and (
+            torch.compiler.is_compiling() or pushed.present is present.get()
+        )
+        if pushed is not None and is_current:
+            deviation = pushed.deviations.get(key)
+            if deviation is not None:
+                return deviation, pushed.parts
+        return self.holder.core_of_part(key)
+
+    def operand(self, key: Key, deviation: Tensor, like: Tensor) -> Tensor:
+        """Return D in the dtype and on the device of `like`, without gradient.
+
+        It is converted once a forward. If the adapter has a strength, D may be nearly −I, and
+        rounding it would leave much of what should vanish, so D stays in float32.
+        """
+        dtype, device = like.dtype, like.device
+        if self.holder.has_strength(key[0]):
+            dtype = torch.promote_types(dtype, torch.float32)
+        if deviation.dtype == dtype and deviation.device == device:
+            return deviation.detach()
+        pushed = self.pushed()
+        if pushed is None or pushed.deviations.get(key) is not deviation:
+            return deviation.detach().to(device, dtype)
+        name = (key, dtype, device, torch.is_inference_mode_enabled())
+        if name not in pushed.operands:
+            pushed.operands[name] = deviation.detach().to(device, dtype)
+        return pushed.operands[name]
+
+    def push(
+        self, entry: Entry | None, deviations: Mapping[Key, Tensor], parts: Parts | None = None
+    ) -> None:
+        """Give D to the layers. `entry` is the context that gave λ; None for a source."""
+        innermost = None if torch.compiler.is_compiling() else present.get()
+        self.local.pushed = Pushed(innermost, entry, deviations, parts)
+
+    def pushed(self) -> Pushed | None:
+        """Return what the running forward has pushed; None if none runs."""
+        return getattr(self.local, "pushed", None)
+
+    @contextmanager
+    def using(self, deviations: Mapping[Key, Tensor], parts: Parts | None) -> Iterator[None]:
+        """Give D to the layers inside the context, and the previous ones afterwards."""
+        before = self.pushed()
+        self.push(None if before is None else before.entry, deviations, parts)
+        try:
+            yield
+        finally:
+            self.local.pushed = before
+
+
+# ---------------------------------------------------------------------- variants
 
 
 class NaraVariant(LoraVariant):
@@ -227,30 +376,6 @@ def is_dropout_free(layer: AdaptedLayer, adapter_name: str) -> bool:
     return isinstance(layer.lora_dropout[adapter_name], nn.Identity) or not layer.training
 
 
-_TENSORS = (Tensor, FakeTensor)
-
-
-def fits_one_function(A: nn.Linear, B: nn.Linear, x: Tensor, result: Tensor) -> bool:
-    """Return whether `linear_in_one` may add the update of `x` to `result`.
-
-    Otherwise, the layer is computed step by step: by a compiler, which fuses the steps itself; for
-    `vmap`, `jvp` and TorchScript; if hooks, wrappers (offloading, pruning) or a bias are on A or B;
-    if dtypes differ outside autocast; or for subclasses of tensors, except fake
-    ones, so that what is planned is what runs.
-    """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[reportPrivateImportUsage]
-        return False
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return False
-    if not (_is_plain(A) and _is_plain(B)) or B.bias is not None or _has_any_global_hook():
-        return False
-    if type(x) not in _TENSORS or type(result) not in _TENSORS:
-        return False
-    if is_autocast_enabled(x.device):
-        return result.dtype == torch.get_autocast_dtype(x.device.type)
-    return A.weight.dtype == B.weight.dtype == x.dtype == result.dtype
-
-
 def frozen_base(layer: AdaptedLayer, result: Tensor) -> tuple[Tensor, Tensor | None] | None:
     """Return W0 and b if `linear_in_one` may make the gradient that W0 gives to x.
 
@@ -258,7 +383,7 @@ def frozen_base(layer: AdaptedLayer, result: Tensor) -> tuple[Tensor, Tensor | N
     between, or if several adapters are active.
     """
     base = layer._modules["base_layer"]
-    if not isinstance(base, nn.Linear) or not _is_plain(base) or len(layer.active_adapters) != 1:
+    if not isinstance(base, nn.Linear) or not is_plain(base) or len(layer.active_adapters) != 1:
         return None
     if not result.is_contiguous():
         return None
@@ -268,12 +393,99 @@ def frozen_base(layer: AdaptedLayer, result: Tensor) -> tuple[Tensor, Tensor | N
     return base.weight, bias
 
 
-def _is_plain(layer: nn.Module) -> bool:
-    """Return whether `layer` is an `nn.Linear` that no hook or wrapper changes."""
-    own = vars(layer)
-    return (
-        type(layer) is nn.Linear
-        and "forward" not in own
-        and type(own["_parameters"].get("weight")) in (nn.Parameter, FakeTensor)
-        and not any(own[hooks] for hooks in _HOOKS)
+# ---------------------------------------------------------------------- which layer has which variant
+
+_FORWARDS = (lora.Linear.forward, Embedding.forward, lora.Conv2d.forward)
+"""The forwards of PEFT's layers that call LoRA variants."""
+_QUANTISED = ("Linear8bitLt", "Linear4bit", "GPTQLoraLinear", "HqqLoraLinear")
+"""Names of further layers that call LoRA variants; their libraries may be missing."""
+
+
+def check_target(target: nn.Module, reads_core: bool, name: str) -> None:
+    """Refuse a module that NaRA cannot adapt, before PEFT adapts it.
+
+    Args:
+        reads_core: whether the update depends on a core.
+        name: for messages.
+
+    Raises:
+        ValueError: PEFT's layer does not compute the update in the way the module computes W0 x
+            (PEFT's convolution A has neither dilation nor padding mode); or no LoRA variant covers
+            the module.
+    """
+    base = target.get_base_layer() if isinstance(target, LoraLayer) else target
+    if isinstance(base, nn.modules.conv._ConvNd):
+        _check_convolution(base, name)
+    if reads_core and isinstance(base, nn.MultiheadAttention):
+        raise ValueError(
+            f"NaRA cannot adapt '{name}' (MultiheadAttention): PEFT merges its update before each "
+            'forward, without λ. Leave it out by `exclude_modules`, or use core_type="identity".'
+        )
+
+
+def _check_convolution(base: nn.modules.conv._ConvNd, name: str) -> None:
+    if base.padding_mode != "zeros":
+        option = f"padding_mode={base.padding_mode!r}"
+    elif any(step != 1 for step in base.dilation):
+        option = f"dilation={base.dilation}"
+    else:
+        return
+    raise ValueError(
+        f"NaRA cannot adapt '{name}' ({type(base).__name__} with {option}): PEFT's convolution A "
+        "has dilation 1 and pads with zeros, so the forward would not be that of W0 + s·B·C·A. "
+        "Leave it out by `exclude_modules`."
     )
+
+
+def variant_for(layer: LoraLayer, name: str) -> type[NaraVariant]:
+    """Return the LoRA variant for a layer that PEFT has made, without DoRA (`dora.with_norm`).
+
+    Raises:
+        ValueError: PEFT's class for the layer does not call LoRA variants.
+    """
+    kind: type[Any] = type(layer)
+    if kind.forward not in _FORWARDS and kind.__name__ not in _QUANTISED:
+        raise ValueError(
+            f"NaRA cannot adapt '{name}' ({type(layer.get_base_layer()).__name__}, adapted by "
+            f"PEFT's {kind.__name__}): that class skips λ-dependent updates. Leave it out by "
+            '`exclude_modules`, or use core_type="identity".'
+        )
+    if isinstance(layer, Embedding):
+        return NaraEmbedding
+    if isinstance(layer, CONVOLUTIONS):
+        return NaraConv
+    return NaraLinear
+
+
+# ---------------------------------------------------------------------- states of PEFT's layers
+
+
+class _OutsideAutocast:
+    """True unless autocast is on; for PEFT's `cast_input_dtype_enabled`.
+
+    PEFT converts a layer's input to the dtype of A. Under autocast, A's product converts it back:
+    two kernels a layer, and two in backward.
+    """
+
+    def __bool__(self) -> bool:
+        return not torch._C._is_any_autocast_enabled()
+
+
+OUTSIDE_AUTOCAST = _OutsideAutocast()
+
+
+def keep_out_of_float8(layer: LoraLayer, adapter_name: str) -> None:
+    """Convert A and B to float32 if PEFT made them float8.
+
+    PEFT does so if the base weight is under layerwise casting.
+    """
+    for attribute in layer.adapter_layer_names:
+        factors = cast(nn.Module, getattr(layer, attribute))
+        for name, parameter in factors.named_parameters():
+            if name.split(".")[0] == adapter_name and is_float8(parameter.dtype):
+                parameter.data = parameter.data.float()
+
+
+def is_float8(dtype: torch.dtype) -> bool:
+    """Return True for a dtype of 8-bit floats, which layerwise casting may store weights in."""
+    return dtype.is_floating_point and dtype.itemsize == 1

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-import torch
 from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
 from diffusers.loaders.lora_base import _func_optionally_disable_offloading
 from peft import PeftModel, inject_adapter_in_model, set_peft_model_state_dict
@@ -19,6 +18,7 @@ from torch import nn
 from nara_diffusion.config import NaraConfig, unscaled_fields
 from nara_diffusion.cores.core import needs_noise
 from nara_diffusion.layers.offloading import groups_of
+from nara_diffusion.layers.variants import is_float8
 from nara_diffusion.noise.prediction import check_expected
 from nara_diffusion.strict import adapter_tensors, check_tensors
 from nara_diffusion.tuner.holder import drop_idle_holder, holder_of
@@ -239,7 +239,7 @@ def insert(
         ValueError: the tensors are not those that the configuration needs in this model: see
             `strict.check_tensors`.
     """
-    if any(_is_float8(parameter.dtype) for parameter in model.parameters()):
+    if any(is_float8(parameter.dtype) for parameter in model.parameters()):
         low_cpu_mem_usage = False  # PEFT would convert A and B to the base layer's float8
     layers = tuner_layers(model)
     if layers and all(layer.disable_adapters for layer in layers):
@@ -268,10 +268,6 @@ def insert(
         if isinstance(layer, LoraLayer) and adapter_name in layer.lora_dropout:
             layer.lora_dropout[adapter_name].train(model.training)
     setattr(model, LOADED_FLAG, True)
-
-
-def _is_float8(dtype: torch.dtype) -> bool:
-    return dtype.is_floating_point and dtype.itemsize == 1
 
 
 def remove(model: nn.Module, adapter_names: list[str]) -> None:

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from nara_diffusion.cores.core import HOLDER_NAME, CoreSet, IdentityCore
-from nara_diffusion.layers.adapted_layer import AdaptedLayer, is_trainable, reads_core
-from nara_diffusion.layers.channel import CoreChannel, Key
+from nara_diffusion.layers.adapted_layer import AdaptedLayer
 from nara_diffusion.layers.offloading import in_memory, onload_groups
+from nara_diffusion.layers.variants import CoreChannel, Key
 from nara_diffusion.noise.level import backward_pass, entry_for, outer_modules
 from nara_diffusion.noise.parts import Parts
 from nara_diffusion.noise.rows import ModelRows
@@ -117,14 +117,14 @@ class CoreHolder(nn.Module):
         self.drop_deleted()
         names = []
         for name, layers in self.layers.items():
-            if any(reads_core(layer, name) for layer in layers):
+            if any(_reads_core(layer, name) for layer in layers):
                 names.append(name)
         return names
 
     def follow_factors(self) -> None:
         """Make each core trainable if the A of its adapter is, and frozen if not."""
         for name, layers in self.layers.items():
-            trainable = bool(layers) and is_trainable(layers[0], name)
+            trainable = bool(layers) and _is_trainable(layers[0], name)
             for parameter in self.cores[name].parameters():
                 if parameter.requires_grad != trainable:
                     parameter.requires_grad = trainable
@@ -316,6 +316,21 @@ def _after_forward(root: nn.Module, args: tuple[Any, ...], output: object) -> No
     holder = holder_of(root)
     if holder is not None:
         holder.end()
+
+
+def _reads_core(layer: LoraLayer, adapter_name: str) -> bool:
+    """Return True if a forward of the layer would read the adapter's C now."""
+    is_off = layer.disable_adapters or layer.merged
+    return not is_off and adapter_name in layer.active_adapters
+
+
+def _is_trainable(layer: LoraLayer, adapter_name: str) -> bool:
+    """Return True if the adapter's A is trainable in this layer."""
+    if adapter_name in layer.lora_A:
+        parameters = layer.lora_A[adapter_name].parameters()
+        return any(parameter.requires_grad for parameter in parameters)
+    embeddings = layer.lora_embedding_A
+    return adapter_name in embeddings and embeddings[adapter_name].requires_grad
 
 
 # ---------------------------------------------------------------------- D of the adapters

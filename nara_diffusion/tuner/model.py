@@ -30,15 +30,16 @@ from nara_diffusion.cores.core import (
     make_cores,
     with_current_names,
 )
-from nara_diffusion.layers.channel import CoreChannel
-from nara_diffusion.layers.dispatch import (
+from nara_diffusion.layers.adapted_layer import make_directions_orthonormal
+from nara_diffusion.layers.dora import check_norm, with_norm
+from nara_diffusion.layers.offloading import offloading_hooks
+from nara_diffusion.layers.variants import (
     OUTSIDE_AUTOCAST,
+    CoreChannel,
     check_target,
     keep_out_of_float8,
-    make_directions_orthonormal,
     variant_for,
 )
-from nara_diffusion.layers.offloading import offloading_hooks
 from nara_diffusion.noise.level import entry_for
 from nara_diffusion.noise.level import noise_level as at_noise_level
 from nara_diffusion.noise.rows import denoiser_of, row_kind_of
@@ -155,7 +156,10 @@ class NaraModel(LoraModel):
         self, lora_config, adapter_name: str, target, target_name: str, parent, **kwargs: Any
     ) -> None:
         current_key: str = kwargs["current_key"]
-        check_target(target, lora_config, current_key)
+        check_target(target, lora_config.reads_core, current_key)
+        has_norm = lora_config.reads_core and lora_config.use_dora
+        if has_norm:
+            check_norm(target, current_key)
         owner = current_key
         if twins_of(self.model) is not None:
             check_twin(self.model, current_key)
@@ -169,7 +173,8 @@ class NaraModel(LoraModel):
         assert self._channel is not None
         self._injected[current_key] = layer
         if lora_config.reads_core:
-            variant_class = variant_for(layer, lora_config.use_dora, current_key)
+            variant_class = variant_for(layer, current_key)
+            variant_class = with_norm(variant_class) if has_norm else variant_class
             group = core_group(lora_config, owner, layer.r[adapter_name])  # by rank_pattern
             rows = row_kind_of(self.model, current_key)
             layer.lora_variant[adapter_name] = variant_class(

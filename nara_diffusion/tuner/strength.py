@@ -21,8 +21,8 @@ from torch import nn
 
 from nara_diffusion.config import NaraConfig, unscaled_fields
 from nara_diffusion.cores.core import SHARED, CoreSet, IdentityCore, core_group
-from nara_diffusion.layers.dispatch import PEFT_DORA, check_norm, variant_for
-from nara_diffusion.layers.variants import NaraVariant
+from nara_diffusion.layers.dora import PEFT_DORA, check_norm, with_norm
+from nara_diffusion.layers.variants import NaraVariant, variant_for
 from nara_diffusion.noise.level import checked_module
 from nara_diffusion.noise.rows import denoiser_of, row_kind_of
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
@@ -220,8 +220,9 @@ def _variant_for(
     if isinstance(config, NaraConfig):
         own = core_group(config, name, layer.r[adapter_name])
         group = own if own in cores else group
-    is_dora = isinstance(layer.lora_variant.get(adapter_name), PEFT_DORA)
-    variant_class = variant_for(layer, is_dora, name)
+    variant_class = variant_for(layer, name)
+    if isinstance(layer.lora_variant.get(adapter_name), PEFT_DORA):
+        variant_class = with_norm(variant_class)
     return variant_class(holder.channel, adapter_name, group, name, row_kind_of(root, name))
 
 
@@ -269,8 +270,8 @@ def _missed_in_layer(layer: BaseTunerLayer, name: str, adapter_name: str) -> str
     if not isinstance(layer, LoraLayer) or not is_known:
         return f"layer '{name}', which is adapted by PEFT's {type(layer).__name__}"
     if variant is not None:
-        check_norm(layer.get_base_layer(), name)
-    variant_for(layer, variant is not None, name)
+        check_norm(layer, name)
+    variant_for(layer, name)
     if adapter_name in layer.lora_A:
         A: Any = layer.lora_A[adapter_name].weight
         if len(A) != layer.r[adapter_name]:
