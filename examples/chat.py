@@ -24,7 +24,7 @@ from peft import PeftModel
 from nara_diffusion import set_strength
 from nara_diffusion.dllm import GenerationStep, encode_prompts, load_backbone, prompt_text, stop_token_ids
 from nara_diffusion.dllm.models.backbone import Backbone
-from nara_diffusion.dllm.objective import answers_of
+from nara_diffusion.dllm.text_arguments import answers_of
 
 
 def readable(tokenizer: Any, tokens: torch.Tensor, masked: torch.Tensor) -> str:

@@ -39,8 +39,7 @@ from nara_diffusion.dllm.batches import GlobalBatchStream
 from nara_diffusion.dllm.loss import batch_loss
 from nara_diffusion.dllm.masking import mask_answers, with_level_token
 from nara_diffusion.dllm.models.backbone import Backbone
-from nara_diffusion.dllm.objective import TextLoss, adapter_options, loss_of
-from nara_diffusion.dllm.text_arguments import Arguments
+from nara_diffusion.dllm.text_arguments import Arguments, TextLoss, adapter_options, loss_of
 from nara_diffusion.dllm.tokenizer import digit_tokens
 from nara_diffusion.dreambooth import denoiser_files
 from nara_diffusion.dreambooth import train as dreambooth_train

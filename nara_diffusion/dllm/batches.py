@@ -1,9 +1,10 @@
 """Batches: the rows that are trained on, their order, and how they become a batch.
 
-Without a validation file, some records are held out of training (`records`). Different texts can
-give equal rows of tokens, for example if a chat template drops white space or answers are cut: such
-rows are also left out of training. Files that the user gives stay as they are; then the run says
-how many of their rows it trains on.
+Without a validation file, some records are held out of training. Equal records count once there:
+copies of held-out records are left out of training. Different texts can give equal rows of tokens,
+for example if a chat template drops white space or answers are cut: such rows are also left out of
+training. Files that the user gives stay as they are; then the run says how many of their rows it
+trains on.
 """
 
 from __future__ import annotations
@@ -30,13 +31,66 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_MOST_HELD_OUT = 128  # records, at most, of the tenth that is held out by default
+_TRAINED_ON = ("instruction", "input", "output", "turns")
 _SAMPLE = 1000  # samples of the training stream that `trained_canvas` looks at
 
 Row = Mapping[str, Any]
 """A row of `encode_records`."""
 
 
-# ---------------------------------------------------------------- rows of training and validation
+# ---------------------------------------------------------------- records and rows of training and validation
+
+
+def hold_out(records: Dataset, number: int | None, seed: int) -> tuple[Dataset, Dataset]:
+    """Return (training, validation) records.
+
+    Args:
+        records: with their "number", from 0.
+        number: how many different records are held out; by default a tenth of them, 128 at most.
+
+    Raises:
+        ValueError: fewer different training records would be left than are held out.
+    """
+    first = _first_copies(records)
+    different = sorted(set(first))
+    held_out = number or max(1, min(_MOST_HELD_OUT, len(different) // 10))
+    left = len(different) - held_out
+    if left < held_out:
+        copies = f", {len(different)} of them different" if len(different) < len(records) else ""
+        remedy = "lower validation_samples, or " if len(different) > 1 else ""
+        raise ValueError(
+            f"training records: {len(records)}{copies}. {held_out} can't be spared for validation, "
+            f"since that leaves {max(left, 0)}: {remedy}give a validation_file"
+        )
+    once = records if len(different) == len(records) else records.select(different)
+    parts = once.train_test_split(test_size=held_out, seed=seed)
+    if once is records:
+        return parts["train"], parts["test"]
+    held = set(parts["test"]["number"][:])
+    copies = [i for i, copied in enumerate(first) if i != copied and copied not in held]
+    training = records.select([*parts["train"]["number"][:], *copies])
+    dropped = len(records) - len(training) - held_out
+    if dropped:
+        logger.warning(
+            "training data: copies of held-out records are left out: %d (%d of %d differ)",
+            dropped,
+            len(different),
+            len(records),
+        )
+    return training, parts["test"]
+
+
+def _first_copies(records: Dataset) -> list[int]:
+    """Return, for each record, the number of the first one with the same prompt and answer."""
+    names = [name for name in _TRAINED_ON if name in records.column_names]
+    seen: dict[bytes, int] = {}
+    first: list[int] = []
+    for batch in column_batches(records, names):
+        for values in zip(*batch.values(), strict=True):
+            digest = sha256(repr(values).encode()).digest()
+            first.append(seen.setdefault(digest, len(first)))
+    return first
 
 
 def without_held_out(training: EncodedRecords, held_out: EncodedRecords) -> EncodedRecords:

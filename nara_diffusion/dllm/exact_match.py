@@ -26,7 +26,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .objective import answers_of
+from .text_arguments import answers_of
 from .tokenizer import decode_answer, stop_token_ids
 
 logger = logging.getLogger(__name__)

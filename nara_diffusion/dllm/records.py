@@ -1,12 +1,19 @@
-"""Records: read from files or the Hub, and divided into training, validation and test.
+"""Records: read from files or the Hub, and how a record becomes a question and its answer.
 
-`record_forms` describes the forms. `datasets` loads and caches all records. It loads JSON as lines
-of text, which are parsed here: its own JSON reader makes a date of the text "2024-01-02" and 1.5 of
-1.50, and its errors name neither the file nor the line. All columns of a CSV file are texts, for
-the same reason.
+The first record shows the form, by the usual names of its fields or by names that the user gives:
 
-Without a validation file, some records are held out of training. Equal records count once there:
-copies of held-out records are left out of training.
+    {"messages": [{"role": "user", "content": …}, …]}    a conversation; also "conversations",
+                                                         "from" and "value"
+    {"instruction": …, "input": …, "output": …, "answer": …}    as in Alpaca and LLM-Adapters
+    {"prompt": …, "completion": …}    also "question"; "response" or "answer"
+    {"text": …}    a text without a prompt
+
+A generation is compared with `answer`; without that field, with the whole output. Fields hold
+texts, numbers, true or false.
+
+`datasets` loads and caches all records. It loads JSON as lines of text, which are parsed here: its
+own JSON reader makes a date of the text "2024-01-02" and 1.5 of 1.50, and its errors name neither
+the file nor the line. All columns of a CSV file are texts, for the same reason.
 """
 
 from __future__ import annotations
@@ -16,26 +23,53 @@ import glob
 import gzip
 import json
 import logging
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from hashlib import sha256
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
-
-from .record_forms import BLANK, FIELDS, TEXTS, RecordReader, field_names
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
 
-    from .text_arguments import Arguments
-
 logger = logging.getLogger(__name__)
 
+BLANK = "\ufeff \t"
+"""Characters of a line that holds no record: white space, and the mark at the start of a file."""
+FIELDS = {
+    "messages": ("messages", "conversations"),
+    "instruction": ("instruction", "prompt", "question"),
+    "input": ("input", "context"),
+    "output": ("output", "completion", "response", "answer"),
+    "answer": ("answer",),
+    "text": ("text",),
+}
+TEXTS = ("instruction", "input", "output", "answer")
+# (fields that a form needs, fields that it may have)
+_FORMS = (
+    (("messages",), ("answer",)),
+    (("instruction", "output"), ("input", "answer")),
+    (("text",), ()),
+)
+_EXPECTED = (
+    "messages or conversations, or a question (instruction, prompt or question) and its answer "
+    "(output, completion, response or answer), or text"
+)
+_ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+}
+_KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool", *_ROLES)
+# Fractions stay as the file writes them, and NaN counts as missing.
+_JSON = json.JSONDecoder(parse_float=str, parse_constant=lambda _: None)
+
 BATCH = 1000  # records of one call
-_MOST_HELD_OUT = 128  # records, at most, of the tenth that is held out by default
-_TRAINED_ON = ("instruction", "input", "output", "turns")
-_MAKE_ROWS = ("records", "record_forms", "encoding", "tokenizer")  # modules
+_MAKE_ROWS = ("records", "encoding", "tokenizer")  # modules
 
 
 def read_records(
@@ -218,82 +252,212 @@ def with_column(rows: Dataset, name: str, values: Iterable[Any]) -> Dataset:
     return untyped.add_column(name, values)
 
 
-# ---------------------------------------------------------------- training, validation, test
+# ---------------------------------------------------------------- forms of records
 
 
-def load_records(args: Arguments) -> tuple[Dataset, Dataset, Dataset]:
-    """Return the (training, validation, test) records that a run's arguments name.
-
-    Raises:
-        ValueError: see `read_records` and `hold_out`.
-    """
-    fields: dict[str, str] = {}
-    for what in FIELDS:
-        name = getattr(args, f"{what}_field")
-        if name is not None:
-            fields[what] = name
-    config, source = args.dataset_config_name, args.dataset_name or args.train_file
-    assert source is not None  # the arguments' own check
-    records = read_records(source, fields, config=config, limit=args.max_train_samples)
-    records = with_column(records, "number", range(len(records)))
-    if args.validation_file is None:
-        records, validation = hold_out(records, args.validation_samples, args.seed)
-    else:
-        validation = read_records(args.validation_file, fields, config=config)
-    test = validation
-    if args.test_file is not None:
-        test = read_records(args.test_file, fields, config=config)
-    if args.test_samples is not None:
-        test = test.select(range(min(len(test), args.test_samples)))
-    return records, validation, test
-
-
-def hold_out(records: Dataset, number: int | None, seed: int) -> tuple[Dataset, Dataset]:
-    """Return (training, validation) records.
+def field_names(record: object, given: Mapping[str, str], where: str) -> dict[str, str]:
+    """Return {what: the name of its field} for the form of `record`.
 
     Args:
-        records: with their "number", from 0.
-        number: how many different records are held out; by default a tenth of them, 128 at most.
+        given: names that the user gives; they replace the usual ones.
+        where: what messages call the record.
 
     Raises:
-        ValueError: fewer different training records would be left than are held out.
+        ValueError: the record has no known form.
     """
-    first = _first_copies(records)
-    different = sorted(set(first))
-    held_out = number or max(1, min(_MOST_HELD_OUT, len(different) // 10))
-    left = len(different) - held_out
-    if left < held_out:
-        copies = f", {len(different)} of them different" if len(different) < len(records) else ""
-        remedy = "lower validation_samples, or " if len(different) > 1 else ""
+    present = list(record) if isinstance(record, Mapping) else []
+    found: dict[str, str] = {}
+    for what, usual in FIELDS.items():
+        names = [name for name in usual if name in present]
+        found[what] = given.get(what, names[0] if names else "")
+    for needed, optional in _FORMS:
+        form = (*needed, *optional)
+        if given.keys() <= set(form) and all(found[what] in present for what in needed):
+            return {what: name for what, name in found.items() if name and what in form}
+    fields = ", ".join(map(str, present)) or f"none, it is {repr(record)[:60]}"
+    raise ValueError(
+        f"{where} has the fields {fields}; expected {dict(given) or _EXPECTED}: name them with "
+        "--data_options messages_field=NAME, or instruction_field=NAME output_field=NAME, "
+        "or text_field=NAME"
+    )
+
+
+@dataclass(frozen=True)
+class RecordReader:
+    """Turn a batch that `datasets` loaded into a batch of records.
+
+    Attributes:
+        source: what messages call the file or data set.
+        kind: "table": rows have the fields; "lines": each line of text is a JSON object;
+            "list": all lines together are one JSON list.
+        names: {what: the name of its field}.
+    """
+
+    source: str
+    kind: str
+    names: Mapping[str, str]
+
+    def __call__(
+        self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]
+    ) -> dict[str, list[Any]]:
+        columns: dict[str, list[Any]] = {name: [] for name in TEXTS}
+        if "messages" in self.names:
+            columns["turns"] = []
+        for where, record in self.numbered(batch, indices):
+            row = self.row(record, where)
+            for name, column in columns.items():
+                column.append(row[name])
+        return columns
+
+    def numbered(
+        self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]
+    ) -> Iterator[tuple[str, Any]]:
+        """Yield each record of a batch, after what messages call it."""
+        for index, record in self._parsed_records(batch, indices):
+            yield f"record {index + 1} of {self.source}", record
+
+    def _parsed_records(
+        self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]
+    ) -> Iterator[tuple[int, Any]]:
+        if self.kind == "list":
+            yield from enumerate(self.parsed("\n".join(batch["text"]), 1))
+        elif self.kind == "lines":
+            for index, line in zip(indices, batch["text"], strict=False):
+                if line.strip(BLANK):
+                    yield index, self.parsed(line, index + 1)
+        else:
+            rows = zip(*batch.values(), strict=True)
+            for index, values in zip(indices, rows, strict=False):
+                yield index, dict(zip(batch, values, strict=True))
+
+    def parsed(self, text: str, line: int) -> Any:
+        """Return the JSON value of a text that begins in this line.
+
+        Raises:
+            ValueError: the text isn't JSON.
+        """
+        try:
+            return _JSON.decode(text.lstrip("\ufeff"))
+        except json.JSONDecodeError as error:
+            place = f"line {line + error.lineno - 1}, column {error.colno}"
+            raise ValueError(
+                f"{self.source} breaks at {place}: {error.msg}. Each line has to hold one whole "
+                "object; a list over several lines has to start with ["
+            ) from None
+        except RecursionError:
+            why = "nested too deeply"
+        except ValueError as error:  # Python limits the digits of a number
+            why = f"too large a number ({error})"
+        raise ValueError(f"{self.source} can't be read at line {line}: {why}; remove the record")
+
+    def row(self, record: object, where: str) -> dict[str, Any]:
+        """Return {instruction, input, output, answer} of a record, and `turns` of a conversation.
+
+        Raises:
+            ValueError: the record isn't of the first one's form.
+        """
+        if not isinstance(record, Mapping):
+            raise ValueError(f"{where}: expected an object, found {repr(record)[:60]}")
+        if "messages" in self.names:
+            row = self._conversation(record, where)
+        elif "text" in self.names:
+            row = {"instruction": "", "input": "", "output": self.text(record, "text", where)}
+        else:
+            names = ("instruction", "input", "output")
+            row = {what: self.text(record, what, where) for what in names}
+        row["answer"] = row["output"]
+        if "answer" in self.names:
+            row["answer"] = self.text(record, "answer", where).strip()
+        _check_characters(row, where)
+        return row
+
+    def _conversation(self, record: Mapping[str, Any], where: str) -> dict[str, Any]:
+        name = self.names["messages"]
+        if record.get(name) is None:
+            found = f"has no {name}, it has {', '.join(record)}"
+            if name in record:
+                found = f"has null as its {name}"
+            raise ValueError(
+                f"{where} {found}: the first record decides the form of all, so put other forms "
+                "into their own files"
+            )
+        return read_conversation(record[name], f"{where}, field {name!r}")
+
+    def text(self, record: Mapping[str, Any], what: str, where: str) -> str:
+        """Return the text of a field unchanged: leading white space can be Python's indentation.
+
+        Raises:
+            ValueError: the field is missing, empty or no text; `input` may be missing or empty.
+        """
+        name = self.names.get(what)
+        value = record.get(name, "") if name else ""
+        if isinstance(value, float) and math.isnan(value):
+            value = None  # Parquet's missing value
+        if not isinstance(value, str | int | float | None):
+            raise ValueError(
+                f"{where}: its {what}, field {name!r}, is {repr(value)[:60]}: "
+                "expected a text or a number"
+            )
+        text = "" if value is None else str(value)
+        if isinstance(value, bool):
+            text = text.lower()
+        if not text.strip() and what != "input":
+            raise ValueError(
+                f"{where}: its {what}, field {name!r}, is missing or empty; it has "
+                f"{', '.join(record)}, and the first record decides the form: "
+                f"--data_options {what}_field=NAME gives another name"
+            )
+        return text
+
+
+def _check_characters(row: Mapping[str, Any], where: str) -> None:
+    """Raise ValueError if a text of `row` has half a surrogate pair, which UTF-8 can't write."""
+    texts = [row[name] for name in TEXTS]
+    texts += [turn["content"] for turn in row.get("turns", [])]
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise ValueError(f"{where} has half a character, {half!r}: write it whole") from None
+
+
+def read_conversation(messages: object, where: str) -> dict[str, Any]:
+    """Return the record of a list of messages, without those after the assistant's last one.
+
+    Raises:
+        ValueError: a message isn't {role, content}; a user's message or an answer to it is missing.
+    """
+    turns = []
+    for message in messages if isinstance(messages, list) else [messages]:
+        turns.append(_turn(message, where))
+    while turns and turns[-1]["role"] != "assistant":
+        turns.pop()
+    questions = [turn["content"] for turn in turns if turn["role"] == "user"]
+    if not questions or not turns[-1]["content"].strip():
         raise ValueError(
-            f"training records: {len(records)}{copies}. {held_out} can't be spared for validation, "
-            f"since that leaves {max(left, 0)}: {remedy}give a validation_file"
+            f"{where}: expected a user's message and the assistant's answer, "
+            f"found {messages!r:.100}"
         )
-    once = records if len(different) == len(records) else records.select(different)
-    parts = once.train_test_split(test_size=held_out, seed=seed)
-    if once is records:
-        return parts["train"], parts["test"]
-    held = set(parts["test"]["number"][:])
-    copies = [i for i, copied in enumerate(first) if i != copied and copied not in held]
-    training = records.select([*parts["train"]["number"][:], *copies])
-    dropped = len(records) - len(training) - held_out
-    if dropped:
-        logger.warning(
-            "training data: copies of held-out records are left out: %d (%d of %d differ)",
-            dropped,
-            len(different),
-            len(records),
-        )
-    return training, parts["test"]
+    *before, answer = turns
+    return {
+        "turns": before if len(before) > 1 else [],  # a single user message is the instruction
+        "instruction": questions[-1],
+        "input": "",
+        "output": answer["content"],
+    }
 
 
-def _first_copies(records: Dataset) -> list[int]:
-    """Return, for each record, the number of the first one with the same prompt and answer."""
-    names = [name for name in _TRAINED_ON if name in records.column_names]
-    seen: dict[bytes, int] = {}
-    first: list[int] = []
-    for batch in column_batches(records, names):
-        for values in zip(*batch.values(), strict=True):
-            digest = sha256(repr(values).encode()).digest()
-            first.append(seen.setdefault(digest, len(first)))
-    return first
+def _turn(message: object, where: str) -> dict[str, str]:
+    known = message if isinstance(message, Mapping) else {}
+    role = known.get("role", known.get("from"))
+    content = known.get("content", known.get("value"))
+    if not isinstance(role, str) or not isinstance(content, str):
+        why = ": content has to be a text" if isinstance(role, str) else ""
+        raise ValueError(
+            f"{where}: expected a list of {{role, content}} or {{from, value}}, "
+            f"found {message!r:.60}{why}"
+        )
+    if role not in _KNOWN_ROLES:
+        expected = ", ".join(_KNOWN_ROLES)
+        raise ValueError(f"{where}: the role {role!r} is unknown, expected one of {expected}")
+    return {"role": _ROLES.get(role, role), "content": content}

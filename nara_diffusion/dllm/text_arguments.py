@@ -1,13 +1,24 @@
-"""The arguments of dllm/train.py."""
+"""The arguments of dllm/train.py, and what they select: records, and what a model's kind needs.
+
+A kind has its loss, its loss over λ, its sampler, and the layers that are adapted:
+
+    masked models      masks,          `loss`,         `sampler`,          all linear layers
+    DiffusionGemma     random tokens,  `block_loss`,   `canvas_sampler`,   the text layers of both
+                                                                           twins, without routers
+"""
 
 # ruff: noqa: RUF009 (option() is dataclasses.field() with metadata, not a shared default)
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
 
-from nara_diffusion.training.adapters import check_adapter
+from torch import nn
+from transformers import PreTrainedModel
+
+from nara_diffusion.training.adapters import ALL_LINEAR, check_adapter, method_of
 from nara_diffusion.training.arguments import (
     CONFIGS,
     TrainingArguments,
@@ -18,9 +29,22 @@ from nara_diffusion.training.arguments import (
 )
 from nara_diffusion.training.command import option, spread_options
 
-from .decoding import REMASKING, Sampling
+from .batches import AnswerCollator, hold_out
+from .block_loss import BlockDiffusionLoss, block_diffusion_loss, canvas_curve
+from .canvas_sampler import answer_canvases, canvas_sampling
+from .decoding import REMASKING, Sampling, model_sampling
+from .loss import MaskedDiffusionLoss, masked_diffusion_loss, noise_level_curve
 from .masking import check_drawable
+from .models.backbone import Backbone
+from .records import FIELDS, read_records, with_column
+from .sampler import Generation, answer_prompts
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+TextLoss = MaskedDiffusionLoss | BlockDiffusionLoss
+_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The linear layers of attention and of the dense MLP; routers and experts are never adapted."""
 _COUNTS = (
     "max_length",
     "eval_batch_size",
@@ -256,3 +280,120 @@ def shipped_run(given: Mapping[str, Any]) -> dict[str, Any]:
         shown="max_train_steps train_batch_size learning_rate gen_length checkpointing_steps",
         advice="LLaDA-8B add --pretrained_model_name_or_path GSAI-ML/LLaDA-8B-Instruct",
     )
+
+
+def load_records(args: Arguments) -> tuple[Dataset, Dataset, Dataset]:
+    """Return the (training, validation, test) records that a run's arguments name.
+
+    Raises:
+        ValueError: see `read_records` and `hold_out`.
+    """
+    fields: dict[str, str] = {}
+    for what in FIELDS:
+        name = getattr(args, f"{what}_field")
+        if name is not None:
+            fields[what] = name
+    config, source = args.dataset_config_name, args.dataset_name or args.train_file
+    assert source is not None  # the arguments' own check
+    records = read_records(source, fields, config=config, limit=args.max_train_samples)
+    records = with_column(records, "number", range(len(records)))
+    if args.validation_file is None:
+        records, validation = hold_out(records, args.validation_samples, args.seed)
+    else:
+        validation = read_records(args.validation_file, fields, config=config)
+    test = validation
+    if args.test_file is not None:
+        test = read_records(args.test_file, fields, config=config)
+    if args.test_samples is not None:
+        test = test.select(range(min(len(test), args.test_samples)))
+    return records, validation, test
+
+
+# ---------------------------------------------------------------- what a model's kind needs
+
+
+def loss_of(model: nn.Module) -> Callable[..., TextLoss]:
+    """Return the objective of a model: `masked_diffusion_loss`, or `block_diffusion_loss`."""
+    return block_diffusion_loss if Backbone(model).has_canvas else masked_diffusion_loss
+
+
+def curve_of(model: nn.Module) -> Callable[..., list[float]]:
+    """Return the function that computes the validation loss at noise levels."""
+    return canvas_curve if Backbone(model).has_canvas else noise_level_curve
+
+
+def answers_of(model: nn.Module, prompts: Sequence[Sequence[int]], **sampling: Any) -> Generation:
+    """Answer prompts of unequal length by the model's own sampler."""
+    answer = answer_canvases if Backbone(model).has_canvas else answer_prompts
+    return answer(model, prompts, **sampling)
+
+
+def sampling_of(model: nn.Module, sampling: Sampling, *, chat: bool) -> Sampling:
+    """Return the settings of generation for a model, and for its chat."""
+    if Backbone(model).has_canvas:
+        return canvas_sampling(model, sampling)
+    return model_sampling(model, sampling, chat=chat)
+
+
+def collator_of(model: nn.Module, args: Arguments, end_token_id: int) -> AnswerCollator:
+    """Return how rows become batches: answers of a canvas model end where a canvas ends."""
+    collator = AnswerCollator(end_token_id, args.trained_padding, args.gen_length)
+    if not Backbone(model).has_canvas:
+        return collator
+    canvas: Any = Backbone(model).configured("canvas_length")
+    padding = 0 if args.trained_padding == "gen_length" else args.trained_padding
+    return replace(collator, trained_padding=padding, multiple=canvas)
+
+
+def set_block_length(model: PreTrainedModel, args: Arguments) -> None:
+    """Give a model with attention by blocks the length that the arguments name."""
+    if Backbone(model).block_length is not None and args.block_length is not None:
+        model.config.block_length = args.block_length
+
+
+def objective_options(model: nn.Module, args: Arguments) -> dict[str, Any]:
+    """Return the arguments of the loss that a model's kind has.
+
+    Raises:
+        ValueError: an option belongs to the other kind of model.
+    """
+    if not Backbone(model).has_canvas:
+        if not args.train_on_encoder or args.encoder_loss_weight is not None:
+            raise ValueError(
+                "train_on_encoder and encoder_loss_weight are DiffusionGemma's: this model has no "
+                "encoder; leave them out."
+            )
+        return {"complementary": args.complementary}
+    if args.complementary:
+        raise ValueError(
+            "complementary needs masks, and DiffusionGemma has random tokens: leave it out."
+        )
+    weight = args.encoder_loss_weight
+    return {"encoder_weight": float(args.train_on_encoder) if weight is None else weight}
+
+
+def adapter_options(model: nn.Module, args: Arguments) -> Mapping[str, Any]:
+    """Return what `build_adapter` is given beside the arguments.
+
+    Raises:
+        ValueError: an adapter, or names of layers, that DiffusionGemma cannot have.
+    """
+    convention = {"noise_convention": Backbone(model).noise_convention}
+    if not Backbone(model).has_canvas:
+        return convention
+    if method_of(args).family in ("prompt", "full"):
+        raise ValueError(
+            f"adapter is {args.adapter}, and DiffusionGemma is trained with adapters of its layers: "
+            "give nara, lora or dora."
+        )
+    names = _LINEAR if args.target_modules == [ALL_LINEAR] else args.target_modules
+    unknown = sorted(set(names) - set(_LINEAR))
+    if unknown:
+        raise ValueError(
+            f"target_modules {', '.join(unknown)}: of DiffusionGemma, {', '.join(_LINEAR)} of "
+            "attention and the dense MLP are adapted, never routers or experts."
+        )
+    parts = r"(encoder\.language_model|decoder)" if args.train_on_encoder else "decoder"
+    layers = "|".join(map(re.escape, names))
+    pattern = rf".*\.{parts}\.layers\.\d+\.(self_attn|mlp)\.({layers})"
+    return {**convention, "target_modules": pattern}

@@ -26,9 +26,15 @@ from .loss import batch_loss
 from .masking import MaskedBatch, mask_answers
 from .models.backbone import Backbone
 from .models.pretrained import backbone_on_meta
-from .objective import TextLoss, adapter_options, collator_of, objective_options, set_block_length
 from .sampler import checked_lengths
-from .text_arguments import Arguments
+from .text_arguments import (
+    Arguments,
+    TextLoss,
+    adapter_options,
+    collator_of,
+    objective_options,
+    set_block_length,
+)
 from .uniform import CanvasBatch, corrupt_canvases
 
 _NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # a constant for 64 numbers, in 8 bits with a scale for 256

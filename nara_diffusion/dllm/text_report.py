@@ -30,8 +30,7 @@ from .batches import AnswerCollator, batches_of
 from .decoding import Sampling
 from .exact_match import exact_match
 from .models.backbone import evaluating
-from .objective import curve_of, loss_of
-from .text_arguments import Arguments
+from .text_arguments import Arguments, curve_of, loss_of
 
 _LOADING = """\
 ```python

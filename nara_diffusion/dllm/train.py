@@ -37,17 +37,17 @@ from nara_diffusion.dllm.batches import (
     without_held_out,
 )
 from nara_diffusion.dllm.models.quantised import prepare_quantised
-from nara_diffusion.dllm.objective import (
+from nara_diffusion.dllm.sampler import check_canvas, check_positions, checked_lengths
+from nara_diffusion.dllm.text_arguments import (
     adapter_options,
     answers_of,
     collator_of,
+    load_records,
     loss_of,
     objective_options,
     sampling_of,
     set_block_length,
 )
-from nara_diffusion.dllm.records import load_records
-from nara_diffusion.dllm.sampler import check_canvas, check_positions, checked_lengths
 from nara_diffusion.dllm.text_report import (
     Evaluation,
     Measurement,

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from nara_diffusion.dllm import log_likelihood, stop_token_ids
 from nara_diffusion.dllm.models.backbone import Backbone
-from nara_diffusion.dllm.objective import answers_of
+from nara_diffusion.dllm.text_arguments import answers_of
 from nara_diffusion.dllm.tokenizer import decode_answer
 
 from .harness_loading import checked_max_length, load_adapted

@@ -12,8 +12,7 @@ from nara_diffusion.dllm import load_backbone, prompt_text
 from nara_diffusion.dllm.batches import AnswerCollator, GlobalBatchStream
 from nara_diffusion.dllm.block_loss import block_diffusion_loss
 from nara_diffusion.dllm.canvas_sampler import answer_canvases
-from nara_diffusion.dllm.objective import adapter_options, objective_options, sampling_of
-from nara_diffusion.dllm.text_arguments import Arguments
+from nara_diffusion.dllm.text_arguments import Arguments, adapter_options, objective_options, sampling_of
 from nara_diffusion.dllm.train import FineTuning, main
 from nara_diffusion.training.adapter_weights import write_checkpoint
 from nara_diffusion.training.run import start_run
