@@ -31,13 +31,15 @@ _ALPACA = (
     "Below is an instruction that describes a task{more}. Write a response that appropriately "
     "completes the request.\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
 )
-_TURN_ENDS = ("<|eot_id|>", "<|im_end|>")
+_TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<|role_end|>")
+_MASK = "<|mask|>"  # LLaDA2 and LLaDA-MoE have it, and nothing there names it
 
 # {model_type: the stock class that reads its files}, for checkpoints that may name their own class
 _STOCK_TOKENIZERS: dict[str, type[PreTrainedTokenizerBase]] = {
     "llada": PreTrainedTokenizerFast,
     "illada": PreTrainedTokenizerFast,
     "llada2_moe": PreTrainedTokenizerFast,
+    "lladamoe": PreTrainedTokenizerFast,
     "dream": Qwen2Tokenizer,
 }
 # The class that transformers 5 names if all of a tokenizer is in tokenizer.json
@@ -83,6 +85,8 @@ def find_mask_token(
 ) -> int:
     """Return the mask token's id: the given one, else that of config.json or of the tokenizer.
 
+    A token <|mask|> of the vocabulary is one, named or not.
+
     Raises:
         ValueError: nothing names one, the name isn't a token, or the id is outside the vocabulary.
     """
@@ -93,7 +97,8 @@ def find_mask_token(
             raise ValueError(
                 f"mask_token {mask_token!r} isn't a token of {name}: name one from its vocabulary"
             )
-    for candidate in (fields.get("mask_token_id"), tokenizer.mask_token_id):
+    unnamed = tokenizer.get_vocab().get(_MASK)
+    for candidate in (fields.get("mask_token_id"), tokenizer.mask_token_id, unnamed):
         known = candidate if known is None else known
     if known is None:
         raise ValueError(

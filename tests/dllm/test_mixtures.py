@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import Qwen3MoeForCausalLM
 
 from nara_diffusion.dllm import load_backbone
 from nara_diffusion.dllm.models.block_causal import LLaDA2ForCausalLM
+from nara_diffusion.dllm.tokenizer import stop_token_ids
 from tests.helpers.mixtures import LLADA2, LLADA_MOE, MASK, VOCABULARY, ByHand, block_seen, write_checkpoint
 
 KINDS = {"LLaDA2": (LLADA2 | {"block_length": 4}, LLaDA2ForCausalLM), "LLaDA-MoE": (LLADA_MOE, Qwen3MoeForCausalLM)}
@@ -83,6 +85,7 @@ UNKNOWN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "score_function": (LLADA2, {"score_function": "softmax"}),
     "moe_router_score_function": (LLADA_MOE, {"moe_router_score_function": "sigmoid"}),
     "shared_expert_intermediate_size": (LLADA_MOE, {"shared_expert_intermediate_size": 16}),
+    "partial_rotary_factor": (LLADA_MOE, {"partial_rotary_factor": 0.5}),
 }
 
 
@@ -100,3 +103,19 @@ def test_missing_tensor_of_llada2_is_refused(tmp_path: Path) -> None:
     save_file({key: value for key, value in state.items() if key != gone}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"missing: model.layers.1.self_attn.o_proj"):
         load_backbone(str(tmp_path))
+
+
+def test_mask_that_only_the_vocabulary_has_is_found_and_so_is_the_end_of_a_turn(tmp_path: Path) -> None:
+    """As in the public checkpoints of LLaDA2 and LLaDA-MoE: no file says which token is the mask."""
+    write_checkpoint(tmp_path, LLADA_MOE)
+    names = {"<mask>": "<|mask|>", "w9": "<|role_end|>"}
+    for file in tmp_path.glob("*token*.json"):
+        content = file.read_text()
+        for old, new in names.items():
+            content = content.replace(f'"{old}"', f'"{new}"')
+        fields = json.loads(content)
+        fields.pop("mask_token", None)
+        file.write_text(json.dumps(fields))
+    model, tokenizer = load_backbone(str(tmp_path))
+    assert model.config.mask_token_id == tokenizer.mask_token_id == MASK
+    assert set(stop_token_ids(model, tokenizer)) == {tokenizer.eos_token_id, 9}

@@ -44,9 +44,21 @@ LLADA2: dict[str, Any] = {
     "norm_head": False,
     "rope_scaling": None,
     "attention_dropout": 0.0,
+    "embedding_dropout": 0.0,
+    "output_dropout": 0.0,
     "hidden_act": "silu",
     "tie_word_embeddings": False,
+    "score_function": "sigmoid",
+    "router_dtype": "fp32",
+    "moe_router_enable_expert_bias": True,
+    "norm_topk_prob": True,
+    "output_router_logits": False,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 20,
+    "use_cache": False,
 }
+"""All fields that the public configuration of LLaDA2.0-mini has, at a tiny size."""
 LLADA_MOE: dict[str, Any] = {
     "model_type": "llada",
     "architectures": ["LLaDAMoEModelLM"],
@@ -64,7 +76,18 @@ LLADA_MOE: dict[str, Any] = {
     "norm_topk_prob": None,
     "moe_router_score_function": "softmax",
     "moe_router_enable_expert_bias": False,
+    "router_num_group": None,
+    "router_topk_group": None,
+    "routed_scaling_factor": 1,
+    "router_aux_loss_coef": 0.01,
+    "output_router_logits": False,
     "qk_layernorm": True,
+    "clip_qkv": None,
+    "rope_scaling": None,
+    "partial_rotary_factor": 1,
+    "attention_dropout": 0.0,
+    "initializer_range": 0.02,
+    "use_cache": False,
     "rope_theta": 600.0,
     "rms_norm_eps": 1e-5,
     "max_position_embeddings": 128,
@@ -72,6 +95,7 @@ LLADA_MOE: dict[str, Any] = {
     "hidden_act": "silu",
     "tie_word_embeddings": False,
 }
+"""All fields that the public configuration of LLaDA-MoE-7B-A1B has, at a tiny size."""
 
 
 def write_checkpoint(folder: Path, fields: dict[str, Any], seed: int = 0) -> dict[str, Tensor]:

@@ -405,6 +405,7 @@ _LLADA2: dict[str, tuple[Any, ...]] = {
 _LLADA_MOE: dict[str, tuple[Any, ...]] = {
     "qk_layernorm": (True,),
     "rope_scaling": (None,),
+    "partial_rotary_factor": (1, None),
     "clip_qkv": (None,),
     "shared_expert_intermediate_size": (None,),
     "moe_router_score_function": ("softmax", None),
