@@ -9,6 +9,7 @@ step did not accept (`noise.canvas_source`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -71,7 +72,8 @@ def answer_canvases(
     sampling = canvas_sampling(model, Sampling(**settings))
     options: dict[str, Any] = {"max_denoising_steps": len(sampling.tokens_per_step())}
     if sampling.temperature:
-        options |= {"t_min": sampling.temperature, "t_max": sampling.temperature}
+        hottest = math.nextafter(sampling.temperature, math.inf)  # t_max has to be higher
+        options |= {"t_min": sampling.temperature, "t_max": hottest}
     if sampling.entropy_bound is not None:
         options["sampler_config"] = EntropyBoundSamplerConfig(float(sampling.entropy_bound))
     padding = eos_token_id[0]
