@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import DynamicCache
 
-from nara_diffusion import NaraConfig, noise_level
+from nara_diffusion import noise_level
 from nara_diffusion.dllm import masked_diffusion_loss
 from nara_diffusion.dllm.block_loss import canvas_loss
 from nara_diffusion.dllm.decoding import Sampling, State
@@ -25,193 +20,22 @@ from nara_diffusion.dllm.models.backbone import Backbone
 from nara_diffusion.dllm.models.pretrained import backbone_on_meta
 from nara_diffusion.dllm.sampler import place_prompts
 from nara_diffusion.dllm.uniform import CanvasBatch, corrupt_canvases
-from nara_diffusion.training.engines import recompute_activations
+from tests.acceptance._rehearsed import (
+    Denoiser,
+    Rehearsed,
+    flux_inputs,
+    qwen_inputs,
+    sd3_inputs,
+    sdxl_inputs,
+    wan_inputs,
+)
 from tests.acceptance._runs import ASSETS
 
-RANK, LENGTH, PROMPT, CANVAS = 16, 1024, 512, 256
+LENGTH, PROMPT, CANVAS = 1024, 512, 256
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 JOINT = [*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TWINS = r".*(encoder\.language_model|decoder)\.layers\..*(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-
-
-class Rehearsed:
-    """A model in bfloat16 on meta, with an adapter or without: the base of `Denoiser`, `Text` and `Canvas`.
-
-    Attributes:
-        targets: the modules to adapt.
-        billions: parameters of the model.
-        passes: forwards of each adapted layer in a training step, checkpointing aside.
-        saving: how many times less checkpointing keeps, at least.
-        unused: a part of the names of layers that nothing reads, and that get no gradient.
-    """
-
-    targets: list[str] | str
-    billions: float
-    passes = 1
-    saving = 3.0
-    unused = "none"
-
-    def build(self) -> Any:
-        """Return the model, where meta is the default device."""
-        raise NotImplementedError
-
-    def frozen(self) -> Any:
-        with torch.device("meta"):
-            model = self.build()
-        return model.to(torch.bfloat16).requires_grad_(False).eval()
-
-    def alone(self) -> Any:
-        """Return the model without an adapter, to count its own kernels."""
-        return self.frozen()
-
-    def adapted(self, **options: Any) -> Any:
-        """Return the model with a NaRA of rank 16 in float32."""
-        config = NaraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=self.targets, **options)
-        model = self.frozen()
-        with torch.device("meta"):
-            return self.insert(model, config)
-
-    def insert(self, model: Any, config: NaraConfig) -> Any:
-        return get_peft_model(model, config)
-
-    def save(self, model: Any, folder: Path) -> Path:
-        """Return the file with the adapter's weights."""
-        model.save_pretrained(folder)
-        return folder / "adapter_model.safetensors"
-
-    def load(self, folder: Path) -> Any:
-        """Return a new model with the adapter in `folder`."""
-        return PeftModel.from_pretrained(self.frozen(), folder)
-
-    def checkpoint(self, model: Any, is_on: bool) -> None:
-        """Turn gradient checkpointing on or off."""
-        if is_on:
-            recompute_activations(model.get_base_model())
-        else:
-            model.get_base_model().activation_checkpointing_disable()
-
-    def loss(self, model: Any, device: str) -> Tensor:
-        """Return the scalar loss of two samples with a λ each. The inputs of the first layer get a gradient too."""
-        raise NotImplementedError
-
-    def sample(self, model: Any, device: str) -> Tensor:
-        """Return what the model predicts in a step of sampling with guidance."""
-        raise NotImplementedError
-
-
-# ---------------------------------------------------------------------- images
-
-
-@dataclass
-class Denoiser(Rehearsed):
-    """A denoiser of a Diffusers pipeline.
-
-    Attributes:
-        inputs: (draw, number of samples) → the arguments of a forward; `draw(*shape)` returns a tensor.
-        latents: the name of the argument that has the noisy latents.
-    """
-
-    pipeline: Any
-    kind: Any
-    fields: dict[str, Any]
-    billions: float
-    inputs: Callable[[Callable[..., Tensor], int], dict[str, Any]]
-    latents: str = "hidden_states"
-    targets: list[str] | str = "all"
-    unused: str = "none"
-
-    @property
-    def component(self) -> str:
-        return "unet" if "unet" in inspect.signature(self.pipeline).parameters else "transformer"
-
-    def build(self) -> Any:
-        return self.kind.from_config(self.fields)
-
-    def insert(self, model: Any, config: NaraConfig) -> Any:
-        model.add_adapter(config)
-        return model
-
-    def around(self, denoiser: nn.Module) -> Any:
-        """Return the pipeline of `denoiser`, without its other models."""
-        names = dict(inspect.signature(self.pipeline).parameters)
-        required = [name for name, parameter in names.items() if parameter.default is inspect.Parameter.empty]
-        is_flow = self.component == "transformer"
-        scheduler = diffusers.FlowMatchEulerDiscreteScheduler() if is_flow else diffusers.DDPMScheduler()
-        return self.pipeline(**{**dict.fromkeys(required), self.component: denoiser, "scheduler": scheduler})
-
-    def save(self, model: Any, folder: Path) -> Path:
-        self.around(model).save_nara_weights(folder)
-        (file,) = folder.glob("*.safetensors")
-        return file
-
-    def load(self, folder: Path) -> Any:
-        model = self.frozen()
-        self.around(model).load_nara_weights(folder)
-        return model.to("meta")  # where all layers are on meta, their core is loaded to the CPU
-
-    def checkpoint(self, model: Any, is_on: bool) -> None:
-        (model.enable_gradient_checkpointing if is_on else model.disable_gradient_checkpointing)()
-
-    def loss(self, model: Any, device: str) -> Tensor:
-        given = self.inputs(partial(torch.randn, dtype=torch.bfloat16, device=device), 2)
-        for name in (self.latents, "encoder_hidden_states"):
-            given[name].requires_grad_()
-        output = model(**given, return_dict=False)[0]
-        return (output.float() - torch.randn_like(output)).square().mean()
-
-    def sample(self, model: Any, device: str) -> Tensor:
-        given = self.inputs(partial(torch.randn, dtype=torch.bfloat16, device=device), 4)
-        given["timestep"] = given["timestep"][0].expand(4)
-        return model(**given, return_dict=False)[0]
-
-
-def _sdxl(draw: Callable[..., Tensor], n: int) -> dict[str, Any]:
-    return {
-        "sample": draw(n, 4, 128, 128),
-        "timestep": draw(n, dtype=torch.float32),
-        "encoder_hidden_states": draw(n, 77, 2048),
-        "added_cond_kwargs": {"text_embeds": draw(n, 1280), "time_ids": draw(n, 6)},
-    }
-
-
-def _sd3(draw: Callable[..., Tensor], n: int) -> dict[str, Any]:
-    return {
-        "hidden_states": draw(n, 16, 128, 128),
-        "timestep": draw(n, dtype=torch.float32),
-        "encoder_hidden_states": draw(n, 333, 4096),
-        "pooled_projections": draw(n, 2048),
-    }
-
-
-def _flux(draw: Callable[..., Tensor], n: int) -> dict[str, Any]:
-    return {
-        "hidden_states": draw(n, 4096, 64),
-        "timestep": draw(n),
-        "encoder_hidden_states": draw(n, 512, 4096),
-        "pooled_projections": draw(n, 768),
-        "guidance": draw(n),
-        "img_ids": draw(4096, 3),
-        "txt_ids": draw(512, 3),
-    }
-
-
-def _qwen(draw: Callable[..., Tensor], n: int) -> dict[str, Any]:
-    return {
-        "hidden_states": draw(n, 4096, 64),
-        "timestep": draw(n),
-        "encoder_hidden_states": draw(n, 512, 3584),
-        "img_shapes": [[(1, 64, 64)]] * n,
-    }
-
-
-def _wan(draw: Callable[..., Tensor], n: int) -> dict[str, Any]:
-    """Of 81 frames of 480 × 832 pixels."""
-    return {
-        "hidden_states": draw(n, 16, 21, 60, 104),
-        "timestep": draw(n, dtype=torch.float32),
-        "encoder_hidden_states": draw(n, 512, 4096),
-    }
 
 
 # ---------------------------------------------------------------------- text
@@ -309,7 +133,7 @@ MODELS: dict[str, Rehearsed] = {
         diffusers.UNet2DConditionModel,
         _shipped("sdxl/unet"),
         2.57,
-        _sdxl,
+        sdxl_inputs,
         latents="sample",
         targets=ATTENTION,
     ),
@@ -318,7 +142,7 @@ MODELS: dict[str, Rehearsed] = {
         diffusers.SD3Transformer2DModel,
         {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "pos_embed_max_size": 192},
         2.03,
-        _sd3,
+        sd3_inputs,
         targets=JOINT,
     ),
     "flux.1": Denoiser(
@@ -326,7 +150,7 @@ MODELS: dict[str, Rehearsed] = {
         diffusers.FluxTransformer2DModel,
         _shipped("flux.1-dev/transformer"),
         11.9,
-        _flux,
+        flux_inputs,
         targets=JOINT,
     ),
     "qwen-image": Denoiser(
@@ -334,11 +158,13 @@ MODELS: dict[str, Rehearsed] = {
         diffusers.QwenImageTransformer2DModel,
         {},
         20.4,
-        _qwen,
+        qwen_inputs,
         targets=JOINT,
         unused="transformer_blocks.59.attn.to_add_out",  # the text after the last block
     ),
-    "wan-14b": Denoiser(diffusers.WanPipeline, diffusers.WanTransformer3DModel, {}, 14.3, _wan, targets=ATTENTION),
+    "wan-14b": Denoiser(
+        diffusers.WanPipeline, diffusers.WanTransformer3DModel, {}, 14.3, wan_inputs, targets=ATTENTION
+    ),
     "llada-8b": Text("llada-8b", 8.02, LINEAR),
     "dream-7b": Text("dream-7b", 7.62, LINEAR),
     "diffusiongemma-26b": Canvas(25.4, TWINS),

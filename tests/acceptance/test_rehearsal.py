@@ -20,7 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nara_diffusion.layers import functional
 from nara_diffusion.training.live_storages import LiveStorages, tensors_of, to_fake
-from tests.acceptance._true_size import MODELS, RANK, Rehearsed
+from tests.acceptance._rehearsed import RANK, Rehearsed
+from tests.acceptance._true_size import MODELS
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 MOST = {False: (6, 12), True: (22, 23)}

@@ -6,12 +6,11 @@ b, k, l, d_in, d_out and r are 3, 4, 20, 7, 5 and 2. The layers here don't mix p
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, inject_adapter_in_model
+from peft import inject_adapter_in_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -268,43 +267,3 @@ def test_layers_that_see_the_flattened_tokens_of_the_batch_have_parts_and_expert
         model(x)
     with noise_level(model, LEVELS[:, :1]), pytest.raises(ValueError, match="are routed tokens, not samples"):
         model(x)
-
-
-# ---------------------------------------------------------------------- what an adapter was trained with
-
-
-@pytest.mark.parametrize(("trained", "level"), [("sample", LEVELS[:, 0]), ("part", LEVELS), ("part", LEVELS[:, :1])])
-def test_file_says_whether_samples_or_parts_had_a_level_in_training_and_the_other_use_warns_once(
-    tmp_path: Path, trained: str, level: Tensor
-) -> None:
-    model, x = adapted(OneLayer(nn.Linear(7, 5)), target_modules=["layer"]), torch.randn(SAMPLES, LENGTH, 7)
-    with noise_level(model, level):
-        model(x)
-    assert model.peft_config["default"].noise_level_per is None  # no training
-    model.train()
-    with noise_level(model, level):
-        model(x)
-    model.save_pretrained(str(tmp_path))
-    loaded = PeftModel.from_pretrained(OneLayer(nn.Linear(7, 5)), str(tmp_path))
-    assert loaded.peft_config["default"].noise_level_per == trained
-    for same in (level, 0.5):  # one number for all is no other use
-        with noise_level(loaded, same):
-            loaded(x)
-    other = LEVELS if trained == "sample" else LEVELS[:, 0]
-    with noise_level(loaded, other):
-        with pytest.warns(UserWarning, match="trained with λ for each " + trained) as warned:
-            loaded(x)
-        loaded(x)
-    assert len(warned) == 1
-    assert loaded.peft_config["default"].noise_level_per == trained
-
-
-def test_training_with_both_counts_as_training_with_parts() -> None:
-    model, x = adapted(OneLayer(nn.Linear(7, 5)), target_modules=["layer"]).train(), torch.randn(SAMPLES, LENGTH, 7)
-    with noise_level(model, LEVELS[:, 0]):
-        model(x)
-    with noise_level(model, LEVELS), pytest.warns(UserWarning, match="for each sample, and this forward"):
-        model(x)
-    with noise_level(model, LEVELS[:, 0]):
-        model(x)
-    assert model.peft_config["default"].noise_level_per == "part"
