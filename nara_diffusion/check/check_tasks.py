@@ -41,11 +41,10 @@ from nara_diffusion.dllm.masking import mask_answers, with_level_token
 from nara_diffusion.dllm.models.backbone import Backbone
 from nara_diffusion.dllm.text_arguments import Arguments, TextLoss, adapter_options, loss_of
 from nara_diffusion.dllm.tokenizer import digit_tokens
-from nara_diffusion.dreambooth import denoiser_files
 from nara_diffusion.dreambooth import train as dreambooth_train
 from nara_diffusion.dreambooth.caches import PromptCache
 from nara_diffusion.dreambooth.dataset import DreamBoothDataset, collate_samples
-from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser
+from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser, write_checkpoint
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments, run_family
 from nara_diffusion.dreambooth.pipelines import family_defaults
 from nara_diffusion.dreambooth.training_step import DreamBoothLoss, TrainingStep
@@ -120,7 +119,7 @@ def check(model: str, data: str, flags: Sequence[str]) -> dict[str, Any]:
 def check_run(args: Arguments | DreamBoothArguments) -> dict[str, Any]:
     """Check the training in a train script's arguments. Return the content of check.json."""
     if isinstance(args, DreamBoothArguments):
-        with start_run(args, "dreambooth", denoiser_files.write_checkpoint) as run:
+        with start_run(args, "dreambooth", write_checkpoint) as run:
             return check_images(dreambooth_train.FineTuning(args, run))
     with start_run(args, "dllm", adapter_weights.write_checkpoint) as run:
         return check_text(dllm_train.FineTuning(args, run))

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .dataset import TrainingSample
 from .draws import seeded_normal
-from .family import Embeddings, Family, stack_padded
+from .families import Embeddings, Family, stack_padded
 from .pipelines import family_of
 
 logger = logging.getLogger(__name__)

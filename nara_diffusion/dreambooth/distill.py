@@ -25,8 +25,7 @@ from nara_diffusion.training.run import Run
 from nara_diffusion.utils.files import digest_texts
 
 from .caches import PromptCache
-from .denoiser import AdaptedDenoiser
-from .denoiser_files import read_checkpoint, write_adapter
+from .denoiser import AdaptedDenoiser, read_checkpoint, write_adapter
 from .encoders import load_encoders
 from .few_steps import check_family, levels_of, sampler_line, sampler_of
 from .image_arguments import DreamBoothArguments, run_family

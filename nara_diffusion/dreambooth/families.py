@@ -1,28 +1,222 @@
-"""The families that can be trained: those with a UNet (`unet_families`), and six flows.
+"""Families of image models: how each encodes a prompt, calls its denoiser and samples.
 
-A flow's denoiser is a transformer. In the pipelines of these families σ is the timestep divided by
-1000, regardless of the scheduler's configuration. The pipelines' own functions turn latents
-into tokens and back, as in Diffusers' training scripts.
+    prompts → encode → embeddings, a tuple of (b, …)
+    x_λ (b, c, h, w), timestep (b,), embeddings → predict → prediction (b, c, h, w)
+
+x_λ, the timestep and the prediction are those of the objective. For a rectified flow they are
+x_σ = (1 − σ) x + σ ε, N σ and ε − x. A denoiser may want σ or 1 − σ for the timestep, tokens for
+the grid, or predict x − ε. Only the family's `inputs` and `output` convert between the two.
+
+Those with a UNet are Stable Diffusion 1, 2 and XL. The denoisers of the six flows are transformers.
+In their pipelines σ is the timestep divided by 1000, regardless of the scheduler's configuration.
+The pipelines' own functions turn latents into tokens and back, as in Diffusers' training scripts.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from diffusers.pipelines.flux2.pipeline_flux2 import Flux2Pipeline
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from torch import Tensor
+from torch import Tensor, nn
 
-from .family import Call, Embeddings, Family, stack_padded
-from .unet_families import SD, SDXL
+Embeddings = tuple[Tensor, ...]
+"""Embeddings of prompts, each (b, …): floating-point ones, and a mask (b, l), 1 for text."""
+
+Placed = tuple[Tensor | list[int], ...]
+"""Embeddings on a device; in place of a mask, the number of tokens of each prompt."""
+
+TRANSFORMER_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a denoiser, in the objective's terms."""
+
+    sample: Tensor  # x_λ (b, c, h, w), in the denoiser's dtype
+    timestep: Tensor  # (b,)
+    # tensors (b, …) in the denoiser's dtype; in place of a mask, the number of tokens of each prompt
+    embeddings: tuple[Any, ...]
+    time_ids: Tensor  # (b, 6), the (H, W, top, left, h, w) of each `TrainingSample`, in pixels
+    family: Family  # with the settings of the run
+
+
+@dataclass(frozen=True)
+class Family:
+    """See the module's docstring. A run changes the settings by `dataclasses.replace`."""
+
+    name: str  # the Hub's tag of its models
+    title: str  # for messages
+    pipelines: tuple[str, ...]  # names of the pipelines' classes, as in `model_index.json`
+    # (pipe, prompts, max_sequence_length) → embeddings, by the pipeline's own `encode_prompt`
+    encoder: Callable[[Any, list[str], int | None], Embeddings]
+    inputs: Callable[[Call], dict[str, Any]]  # arguments of the denoiser's forward
+    # what the denoiser returns → prediction
+    output: Callable[[Any, Call], Tensor] = lambda output, call: output
+    # image sides must be multiples of this number; by default for patches of 2 × 2 latents
+    divisor: Callable[[Any], int] = lambda pipe: pipe.vae_scale_factor * 2
+    denoiser: str = "transformer"  # the name of the component
+    text_encoders: tuple[str, ...] = ()  # the components that can be trained too
+    cut_short: tuple[str, ...] = ()  # text encoders with an unused last layer
+    targets: tuple[str, ...] = TRANSFORMER_TARGETS  # the default of target_modules
+    # arguments of a run that differ from the script's defaults
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    is_flow: bool = True  # whether model and scheduler are a rectified flow
+    # return the family with the settings of a pipeline; raise ValueError if it can't be trained
+    fit: Callable[[Any, Family], Family] = lambda pipe, family: family
+    # (arguments, number of images) → arguments of the pipeline's call
+    sampling: Callable[[dict[str, Any], int], dict[str, Any]] = lambda call, count: call
+    # output of the pipeline's call → b PIL images
+    images_of: Callable[[Any], Any] = lambda output: output.images
+    # code for model cards: takes the first image from that output
+    picked: str = ".images[0]"
+    # settings:
+    max_sequence_length: int | None = None  # tokens of a prompt; None if it has only CLIP's length
+    guidance: float | None = None  # that of a denoiser with distilled guidance; None for others
+    timestep_of_tokens: bool = False  # whether the denoiser takes one timestep for each token
+
+    @property
+    def sample_call(self) -> dict[str, Any]:
+        """The settings that make the pipeline's call encode prompts in the same way."""
+        length = self.max_sequence_length
+        return {} if length is None else {"max_sequence_length": length}
+
+    def encode(self, pipe: DiffusionPipeline, prompts: Sequence[str]) -> Embeddings:
+        """Return the embeddings of b prompts, each (b, …).
+
+        They have gradients if the text encoders' weights require them.
+        """
+        return tuple(self.encoder(pipe, list(prompts), self.max_sequence_length))
+
+    def predict(
+        self,
+        denoiser: nn.Module,
+        sample: Tensor,
+        timestep: Tensor,
+        time_ids: Tensor,
+        embeddings: Placed,
+    ) -> Tensor:
+        """Return the prediction (b, c, h, w) for the objective's target; shapes as in `Call`.
+
+        The host reads a mask on a device; `placed` keeps it from there.
+        """
+        dtype = _computing_dtype(denoiser)
+        cast = tuple(_cast(each, dtype) for each in embeddings)
+        call = Call(sample.to(dtype), timestep, cast, time_ids, self)
+        return self.output(denoiser(**self.inputs(call), return_dict=False)[0], call)
+
+
+def placed(embeddings: Placed, device: torch.device) -> Placed:
+    """Return embeddings on `device`; if they are on the CPU, without waiting for `device`."""
+    parts: list[Tensor | list[int]] = []
+    for part in embeddings:
+        if isinstance(part, list):
+            parts.append(part)
+        elif part.is_floating_point():
+            is_here = part.device.type == "cpu"  # copies to the CPU must block
+            parts.append(part.to(device, non_blocking=is_here))
+        else:
+            parts.append(_tokens(part))
+    return tuple(parts)
+
+
+def _cast(part: Tensor | list[int], dtype: torch.dtype) -> Tensor | list[int]:
+    if isinstance(part, list):
+        return part
+    return part.to(dtype) if part.is_floating_point() else _tokens(part)
+
+
+def _tokens(mask: Tensor) -> list[int]:
+    """Return the number of tokens of each prompt, from a mask (b, l) with padding on the right."""
+    return mask.sum(1).tolist()
+
+
+def _computing_dtype(denoiser: nn.Module) -> torch.dtype:
+    """Return `denoiser.dtype`, without that property's walk over all modules."""
+    kept: Any = getattr(denoiser, "_keep_in_fp32_modules", None) or ()
+    for name, parameter in denoiser.named_parameters():
+        if not any(part in name for part in kept):
+            return parameter.dtype
+    return torch.float32
+
+
+def stack_padded(tensors: Sequence[Tensor]) -> Tensor:
+    """Stack tensors (l_i, …) to (b, l, …), with zeros after the shorter ones."""
+    return nn.utils.rnn.pad_sequence(list(tensors), batch_first=True)
+
+
+# ---------------------------------------------------------------- with a UNet
+
+
+def _unet_divisor(pipe: DiffusionPipeline) -> int:
+    """Return the ratio of an image's side to that of the UNet's smallest feature map."""
+    return pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
+
+
+SD = Family(
+    name="stable-diffusion",
+    title="Stable Diffusion 1 and 2",
+    pipelines=("StableDiffusionPipeline",),
+    # states (b, 77, d)
+    encoder=lambda pipe, prompts, length: pipe.encode_prompt(
+        prompts, pipe.text_encoder.device, 1, False
+    )[:1],
+    inputs=lambda call: {
+        "sample": call.sample,
+        "timestep": call.timestep,
+        "encoder_hidden_states": call.embeddings[0],
+    },
+    divisor=_unet_divisor,
+    denoiser="unet",
+    text_encoders=("text_encoder",),
+    defaults={"resolution": 512, "guidance_scale": 7.5},
+    is_flow=False,
+)
+
+
+def _sdxl_inputs(call: Call) -> dict[str, Any]:
+    states, pooled = call.embeddings
+    # bf16 can't represent all integers above 256, such as sizes and crop positions
+    conditions = {"text_embeds": pooled, "time_ids": call.time_ids.float()}
+    return {**SD.inputs(call), "encoder_hidden_states": states, "added_cond_kwargs": conditions}
+
+
+def _fit_sdxl(pipe: DiffusionPipeline, family: Family) -> Family:
+    kind = pipe.unet.config.addition_embed_type
+    if kind != "text_time" or pipe.text_encoder is None or pipe.text_encoder_2 is None:
+        raise ValueError(
+            f"its UNet has addition_embed_type {kind!r}, expected 'text_time' and two text "
+            "encoders: name SDXL's base model, not its refiner."
+        )
+    return family
+
+
+SDXL = Family(
+    name="stable-diffusion-xl",
+    title="Stable Diffusion XL",
+    pipelines=("StableDiffusionXLPipeline",),
+    # states of two CLIPs (b, 77, d_1 + d_2), and the pooled state of the second (b, p)
+    encoder=lambda pipe, prompts, length: pipe.encode_prompt(
+        prompts, device=pipe.text_encoder.device, do_classifier_free_guidance=False
+    )[::2],
+    inputs=_sdxl_inputs,
+    divisor=_unet_divisor,
+    denoiser="unet",
+    text_encoders=("text_encoder", "text_encoder_2"),
+    cut_short=("text_encoder",),
+    is_flow=False,
+    fit=_fit_sdxl,
+)
+
 
 N = 1000
 
 
-# ---------------------------------------------------------------------- rectified flows
+# ---------------------------------------------------------------- rectified flows
 
 
 def _guidance(call: Call) -> Tensor | None:

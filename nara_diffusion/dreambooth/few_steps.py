@@ -28,7 +28,7 @@ from torch import Tensor
 
 from nara_diffusion.noise.prediction import FLOW
 
-from .family import Family
+from .families import Family
 from .objectives import Objective
 
 FAMILIES = ("stable-diffusion", "stable-diffusion-xl", "stable-diffusion-3")

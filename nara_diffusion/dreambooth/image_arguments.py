@@ -12,7 +12,7 @@ from nara_diffusion.training.arguments import TrainingArguments, check_arguments
 from nara_diffusion.training.command import default_of, spread_options
 
 from .captions import check_prompt
-from .family import Family
+from .families import Family
 from .image_options import (
     WEIGHTING,
     DataArguments,

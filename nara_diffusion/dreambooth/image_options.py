@@ -9,7 +9,7 @@ from typing import Any
 from nara_diffusion.training.arguments import AdapterArguments
 from nara_diffusion.training.command import option
 
-from .family import TRANSFORMER_TARGETS
+from .families import TRANSFORMER_TARGETS
 
 UNET_TARGETS = list(TRANSFORMER_TARGETS)
 WEIGHTING = ("cosmap", "sigma_sqrt")

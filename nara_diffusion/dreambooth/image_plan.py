@@ -23,7 +23,7 @@ from nara_diffusion.training.planned_step import PlannedStep, dtype_of
 
 from .dataset import TrainingSample, collate_samples
 from .denoiser import AdaptedDenoiser
-from .family import Family, Placed
+from .families import Family, Placed
 from .image_arguments import DreamBoothArguments, run_family
 from .image_records import ImageRecord, Size
 from .pipelines import family_named, model_index, modules_of, training_sizes

@@ -11,7 +11,7 @@ from nara_diffusion.training.arguments import schedule_of
 from nara_diffusion.training.report import core_import, needs_schedule, reads_noise
 from nara_diffusion.utils.files import counted
 
-from .family import Family
+from .families import Family
 from .fidelity import Evaluation, Measurement
 from .image_arguments import DreamBoothArguments
 from .pipelines import family_of

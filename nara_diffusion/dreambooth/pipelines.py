@@ -28,8 +28,7 @@ from nara_diffusion.noise.prediction import FLOW, prediction_by
 from nara_diffusion.training.arguments import CONFIGS, shipped_settings
 from nara_diffusion.utils.files import is_out_of_reach, local_folder, naming_source, refuse_file
 
-from .families import BY_PIPELINE, FAMILIES
-from .family import Family
+from .families import BY_PIPELINE, FAMILIES, Family
 
 logger = logging.getLogger(__name__)
 

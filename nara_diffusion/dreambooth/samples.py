@@ -21,8 +21,7 @@ from nara_diffusion.utils.files import atomic_write
 
 from .captions import check_prompt
 from .draws import torch_generator
-from .families import BY_PIPELINE
-from .family import Family
+from .families import BY_PIPELINE, Family
 from .image_arguments import DreamBoothArguments
 from .image_records import IMAGE_SUFFIXES
 

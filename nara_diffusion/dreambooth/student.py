@@ -31,10 +31,9 @@ from nara_diffusion.noise.timesteps import TimestepNoise
 from nara_diffusion.training.engines import split_across_processes
 
 from .caches import PromptCache
-from .denoiser import ADAPTER, freeze_adapter
-from .denoiser_files import LORA_WEIGHTS
+from .denoiser import ADAPTER, LORA_WEIGHTS, freeze_adapter
 from .encoders import Images
-from .family import placed
+from .families import placed
 from .few_steps import Level, landings
 from .fidelity import Evaluation
 from .pipelines import modules_of

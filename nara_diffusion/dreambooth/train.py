@@ -20,7 +20,7 @@ starts from a LoRA or NaRA. --min_noise_level and --max_noise_level train a part
 (docs/strength.md).
 
 The output folder then has: pytorch_nara_weights.safetensors (for pipe.load_nara_weights; for the
-files of other methods see nara_diffusion/dreambooth/denoiser_files.py), README.md (the model card,
+files of other methods see nara_diffusion/dreambooth/denoiser.py), README.md (the model card,
 which says how to load them), samples.png (before, after, and what the autoencoder can show), the
 samples themselves, noise_level_curve.png, results.json, metrics.jsonl, config.yaml,
 validation/step-N.png, and checkpoint-N folders to resume from.
@@ -54,8 +54,7 @@ from nara_diffusion.training.run import Run, start_run
 from nara_diffusion.utils.files import counted
 
 from .dataset import DreamBoothDataset, collate_samples
-from .denoiser import AdaptedDenoiser
-from .denoiser_files import read_checkpoint, write_adapter, write_checkpoint
+from .denoiser import AdaptedDenoiser, read_checkpoint, write_adapter, write_checkpoint
 from .distill import Distillation
 from .encoders import load_encoders
 from .fidelity import Evaluation

@@ -20,7 +20,7 @@ from nara_diffusion.training.engines import split_across_processes
 from .caches import LatentCache, PromptCache
 from .dataset import TrainingSample
 from .draws import draw_indices, draw_noise, drawable_levels
-from .family import Family, placed
+from .families import Family, placed
 from .image_arguments import DreamBoothArguments
 from .objectives import Corrupted, Objective, build_objective, squared_errors
 

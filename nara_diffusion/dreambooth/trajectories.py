@@ -27,7 +27,7 @@ from nara_diffusion.training.loop import ShuffledStream
 from nara_diffusion.utils.files import atomic_write
 
 from .draws import seeded_normal
-from .family import Embeddings, Family, Placed, placed
+from .families import Embeddings, Family, Placed, placed
 from .few_steps import Level, advance
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from torch import Tensor
 from nara_diffusion import NaraConfig
 from nara_diffusion.dreambooth.caches import PromptCache, scale_latents
 from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser
-from nara_diffusion.dreambooth.family import Family
+from nara_diffusion.dreambooth.families import Family
 from nara_diffusion.dreambooth.objectives import build_objective
 from nara_diffusion.dreambooth.pipelines import family_of
 from tests.helpers.adapted import disturb

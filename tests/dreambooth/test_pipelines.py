@@ -14,8 +14,14 @@ from peft import HiraConfig, LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 
 from nara_diffusion import NaraConfig
-from nara_diffusion.dreambooth.denoiser import TEXT_TARGETS, AdaptedDenoiser, text_config
-from nara_diffusion.dreambooth.denoiser_files import LORA_WEIGHTS, adapter_loaded, write_adapter
+from nara_diffusion.dreambooth.denoiser import (
+    LORA_WEIGHTS,
+    TEXT_TARGETS,
+    AdaptedDenoiser,
+    adapter_loaded,
+    text_config,
+    write_adapter,
+)
 from nara_diffusion.dreambooth.image_options import UNET_TARGETS
 from nara_diffusion.dreambooth.pipelines import family_defaults, load_pipeline, sharing_pipeline
 from tests.helpers.small_pipelines import pixels, small_sd3, small_sdxl

@@ -21,7 +21,7 @@ from nara_diffusion.dllm import load_backbone
 from nara_diffusion.dllm import train as text
 from nara_diffusion.dllm.models.quantised import prepare_quantised
 from nara_diffusion.dreambooth import train as images
-from nara_diffusion.dreambooth.family import placed
+from nara_diffusion.dreambooth.families import placed
 from nara_diffusion.dreambooth.image_arguments import run_family
 from nara_diffusion.dreambooth.image_plan import PlannedPrompts, pipeline_on_meta
 from nara_diffusion.training.arguments import OPTIMIZERS
