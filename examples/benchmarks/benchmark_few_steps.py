@@ -1,13 +1,15 @@
-"""Does a core that reads λ pay in four steps, each with its own job? Distils sdxl-tiny by the arms of few_steps.yaml.
+"""Does a core that reads λ pay in four steps, each with its own job? Distils a small model by arms of few_steps.yaml.
 
-    python examples/benchmarks/benchmark_few_steps.py --stage dev --output few.jsonl      # rates, development seeds
-    python examples/benchmarks/benchmark_few_steps.py --stage confirm --output few.jsonl  # the best ones, fresh seeds
+    python examples/benchmarks/benchmark_few_steps.py --stage dev --output few.jsonl       # rates, development seed
+    python examples/benchmarks/benchmark_few_steps.py --stage confirm --output few.jsonl   # the best ones, fresh seeds
+    python examples/benchmarks/benchmark_few_steps.py --stage samplers --output few.jsonl  # the base untrained
     python examples/benchmarks/benchmark_few_steps.py --report --output few.jsonl
 
-A run is one of `dreambooth_sdxl.py --distill_to 4`. All arms of a seed meet the same trajectories of the teacher in the
-same order. Scores: `validation_loss` (teacher-forced error, as a share of the base's, mean over the steps), `end_error`
-(sampled), similarity and alignment of the samples. Each run becomes a line of --output: stop whenever you like, and
-give the same command again. A run takes about two minutes of one core.
+A run is one of `dreambooth_sdxl.py --distill_to 4` (with `--base sd-tiny-flow`, of `dreambooth.py`), without its card.
+All arms of a seed meet the same trajectories of the teacher in the same order. `score` is the teacher-forced error, as
+a share of the base's, mean over the steps; `end` the distance of the sampled end from the teacher's; similarity is that
+of the samples to the teacher's, alignment that with the prompt. Each run becomes a line of --output: stop whenever you
+like, and give the same command again; several processes may share the file. A run takes about 40 s of one core.
 """
 
 from __future__ import annotations
@@ -16,44 +18,65 @@ import argparse
 import itertools
 import sys
 import tempfile
+import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, ClassVar
+from unittest.mock import patch
 
+import diffusers
+import torch
 import yaml
 from benchmark_record import ROOT, for_terminal, provenance
+from PIL import Image
 from quality import results
 from quality.report.data import change, table
 
+from nara_diffusion.dreambooth.denoiser_files import write_checkpoint
+from nara_diffusion.dreambooth.distill import Distillation
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
-from nara_diffusion.dreambooth.train import main as distil
+from nara_diffusion.dreambooth.samples import write_grid
+from nara_diffusion.dreambooth.student import StudentEvaluation
+from nara_diffusion.training import loop
 from nara_diffusion.training.command import gathered
+from nara_diffusion.training.run import start_run
 from nara_diffusion.utils.statistics import interval
 
 PLAN = yaml.safe_load((Path(__file__).parent / "few_steps.yaml").read_text(encoding="utf-8"))
-CONFIG = ROOT / "train_scripts" / "configs" / "sdxl_tiny_4_steps.yaml"
-MEASURES = ("validation_loss_after", "end_error_after", "similarity_after", "text_alignment_after")
+CONFIGS = ROOT / "train_scripts" / "configs"
+MEASURES = ("score", "end", "similarity", "alignment")
+NO_FLAGS = ("grid", "rates_of", "targets")
+COLUMNS = ("arm", "parameters", *MEASURES, "seconds a step")
+TEACHER = "teacher"
+WIDTHS = ("narrow", "wide")
+MARKS = {"b_learning_rate": "lora_B", "magnitude_learning_rate": "lora_magnitude_vector"}
+"""{a rate that no flag has: the parameters that it holds for}."""
 
 
-def trials(arm: Mapping[str, Any]) -> Iterator[dict[str, float]]:
+# ---------------------------------------------------------------- rates
+
+
+def trials(arm: Mapping[str, Any]) -> list[dict[str, float]]:
     """The combinations of an arm's grid of rates."""
     grid = PLAN["grids"][arm["grid"]]
-    for values in itertools.product(*grid.values()):
-        yield dict(zip(grid, values, strict=True))
+    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
 
-def best_rates(title: str, records: list[dict[str, Any]]) -> dict[str, float]:
-    """The rates with the lowest mean score on the development seeds.
+def best_rates(title: str, records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The rates with the lowest mean score on the development seeds, of the arm itself or of the one that it names.
 
     Raises:
         ValueError: a trial is missing.
     """
+    title = PLAN["arms"][title].get("rates_of", title)
     scores = defaultdict(list)
     for record in records:
-        if record["stage"] == "dev" and record["arm"] == title:
-            scores[tuple(record["rates"].items())].append(record["validation_loss_after"])
+        if (record["stage"], record["arm"]) == ("dev", title):
+            scores[tuple(record["rates"].items())].append(record["score"])
     wanted = [tuple(rates.items()) for rates in trials(PLAN["arms"][title])]
     missing = [rates for rates in wanted if len(scores[rates]) < len(PLAN["stages"]["dev"])]
     if missing:
@@ -61,64 +84,237 @@ def best_rates(title: str, records: list[dict[str, Any]]) -> dict[str, float]:
     return dict(min(wanted, key=lambda rates: fmean(scores[rates])))
 
 
-def run(title: str, seed: int, rates: Mapping[str, float], steps: int) -> dict[str, Any]:
-    """Distil by one arm, and return its figures."""
-    settings = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
+@contextmanager
+def own_rates(rates: Mapping[str, float]) -> Iterator[None]:
+    """Inside, optimizers have a group for the parameters of each rate in `MARKS`."""
+    build = loop.build_optimizer
+
+    def built(model: torch.nn.Module, args: Any, **options: Any) -> torch.optim.Optimizer:
+        optimizer = build(model, args, **options)
+        named = dict(model.named_parameters())
+        for name, rate in rates.items():
+            chosen = [parameter for key, parameter in named.items() if MARKS[name] in key and parameter.requires_grad]
+            numbers = {id(parameter) for parameter in chosen}
+            for group in optimizer.param_groups:
+                group["params"] = [each for each in group["params"] if id(each) not in numbers]
+            optimizer.add_param_group({"name": name, "params": chosen, "lr": rate})
+        return optimizer
+
+    with patch.object(loop, "build_optimizer", built):
+        yield
+
+
+# ---------------------------------------------------------------- runs
+
+
+class Trial(Distillation):
+    """A run that measures its student only. Runs of one seed share the teacher's samples."""
+
+    teachers: ClassVar[dict[tuple, StudentEvaluation]] = {}
+
+    def _evaluation(self, prompts: Sequence[str]) -> StudentEvaluation:
+        key = (self.args.pretrained_model_name_or_path, self.args.seed)
+        if key not in self.teachers:
+            self.teachers[key] = super()._evaluation(prompts)
+        own = {"run": self.run, "pipe": self.sampling_pipe, "loss": self.errors}
+        return replace(self.teachers[key], **own)
+
+    def report(self) -> dict[str, Any]:
+        """The student's figures."""
+        after = self.evaluation.measure(self.run.folder, "after")
+        self.samples = after.images
+        with self.evaluation.loaded(self.run.folder):
+            end = self.errors.end_error(self.sampling_pipe)
+        figures = {"score": after.validation_loss, "by_step": after.curve, "end": end}
+        return figures | {"similarity": after.similarity, "alignment": after.text_alignment}
+
+    def untrained(self, pictures: Path | None) -> Iterator[dict[str, Any]]:
+        """The base's figures with each sampler, number of calls and guidance."""
+        loss, self.errors = self._losses()
+        evaluation, held_out = self._evaluation(loss.prompts), self.errors.loss
+        sampler = self.sampling_pipe.scheduler
+        keep(pictures, TEACHER, evaluation.references)
+        for name, (calls, choices) in itertools.product(PLAN["samplers"], PLAN["calls"].items()):
+            kind = getattr(diffusers, PLAN["samplers"][name])
+            for steps, guidance in choices:
+                options = {"timestep_spacing": "trailing"} | ({"clip_sample": False} if name == "DDIM" else {})
+                self.sampling_pipe.scheduler = kind.from_config(sampler.config, **options)
+                how = {"num_inference_steps": steps, "guidance_scale": guidance}
+                settings = replace(evaluation.settings, call=evaluation.settings.call | how)
+                shown = replace(evaluation, settings=settings).measure(None, "base")
+                guided = ", guidance" if guidance > 1 else ""
+                keep(pictures, f"{name}, {steps} steps{guided}", shown.images)
+                call = settings.call | {"output_type": "latent"}
+                ends = self.sampling_pipe(
+                    prompt=list(held_out.prompts), latents=held_out.trajectories[:, 0].clone(), **call
+                ).images
+                figures = {"end": (ends - held_out.trajectories[:, -1]).square().mean().item()}
+                figures |= {"similarity": shown.similarity, "alignment": shown.text_alignment}
+                yield {"arm": name, "calls": calls, "guidance": guidance, **figures}
+        self.sampling_pipe.scheduler = sampler
+
+
+@contextmanager
+def started(base: str, seed: int, arm: Mapping[str, Any], steps: int) -> Iterator[Trial]:
+    """A run of `arm`, flags of the train script, in a folder that goes with the context."""
+    settings = yaml.safe_load((CONFIGS / PLAN["bases"][base]).read_text(encoding="utf-8"))
     for name, value in settings.items():
         if str(value).startswith("examples/"):
             settings[name] = str(ROOT / value)
-    arm = {name: value for name, value in PLAN["arms"][title].items() if name != "grid"}
+    kept = Path(tempfile.gettempdir()) / "nara-few-steps"  # trajectories serve all arms of a seed
+    settings |= {**PLAN["shared"], **arm, "seed": seed, "max_train_steps": steps}
+    settings |= {"validation_steps": None, "checkpointing_steps": None}
+    settings["distillation_options"] = settings["distillation_options"] | {"trajectories_dir": str(kept)}
     with tempfile.TemporaryDirectory() as folder:
-        kept = Path(tempfile.gettempdir()) / "nara-few-steps"  # trajectories serve all arms of a seed
-        settings |= {**arm, **rates, "seed": seed, "output_dir": f"{folder}/out", "max_train_steps": steps}
-        settings |= {"validation_steps": None, "checkpointing_steps": None}
-        settings["distillation_options"] = settings["distillation_options"] | {"trajectories_dir": str(kept)}
-        found = distil(DreamBoothArguments(**gathered(DreamBoothArguments, settings)))
-    names = (*MEASURES, "curve_after", "trainable_parameters", "seconds", "end_error_before")
-    return {name: found[name] for name in names if name in found}
+        settings["output_dir"] = f"{folder}/out"
+        args = DreamBoothArguments(**gathered(DreamBoothArguments, settings))
+        with start_run(args, "dreambooth", write_checkpoint) as run:
+            yield Trial(args, run)
+
+
+def flags(title: str, width: str) -> dict[str, Any]:
+    """An arm's flags of the train script, without its rates."""
+    arm = {name: value for name, value in PLAN["arms"][title].items() if name not in NO_FLAGS}
+    arm["rank"] = arm["rank"][WIDTHS.index(width)]
+    if "targets" in PLAN["arms"][title]:
+        arm["target_modules"] = PLAN["targets"][PLAN["arms"][title]["targets"]]
+    return arm
+
+
+def run(
+    base: str, title: str, width: str, seed: int, rates: Mapping[str, float], steps: int, pictures: Path | None = None
+) -> dict[str, Any]:
+    """Distil by one arm, and return its figures. The processor's seconds are those of the training."""
+    given = {name: rate for name, rate in rates.items() if name not in MARKS}
+    others = {name: rate for name, rate in rates.items() if name in MARKS}
+    with started(base, seed, flags(title, width) | given, steps) as trial, own_rates(others):
+        start = time.process_time()
+        trial.train()
+        seconds = time.process_time() - start
+        figures = trial.report()
+        keep(pictures, title, trial.samples)
+        return {**figures, "trainable_parameters": trial.trainable, "processor_seconds": round(seconds, 1)}
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def keep(folder: Path | None, title: str, images: Sequence[Image.Image]) -> None:
+    """Write a column of the grid into `folder`, unless it is None."""
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for number, image in enumerate(images):
+            image.save(folder / f"{title}-{number}.png")
+
+
+def draw(folder: Path) -> None:
+    """Write `folder`.png, with the columns in `folder` in the order of their making, the teacher first."""
+    first = sorted(folder.glob("*-0.png"), key=lambda file: file.stat().st_mtime)
+    titles = [file.stem.removesuffix("-0") for file in first]
+    columns = {}
+    for title in sorted(titles, key=lambda each: each != TEACHER):
+        files = sorted(folder.glob(f"{title}-?.png"))
+        columns[title] = [Image.open(file).convert("RGB") for file in files]
+    settings = yaml.safe_load((CONFIGS / "sdxl_tiny_4_steps.yaml").read_text(encoding="utf-8"))
+    write_grid(folder.with_suffix(".png"), settings["validation_prompts"], columns)
+
+
+def sample_untrained(base: str, seeds: Sequence[int], output: Path, pictures: Path | None) -> None:
+    """Add the base's figures with Diffusers' samplers to `output`, unless it has them."""
+    for seed in seeds:
+        own = {"stage": "samplers", "base": base, "seed": seed}
+        if not any(own.items() <= record.items() for record in results.read(output)):
+            with started(base, seed, {}, 1) as trial:
+                found = list(trial.untrained(pictures))
+            results.append(output, [{**provenance(), **own, **figures} for figures in found])
 
 
 def main(argv: list[str] | None = None) -> int:
     """Does what the command line asks for; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", choices=tuple(PLAN["stages"]), default="dev")
+    parser.add_argument("--stage", choices=(*PLAN["stages"], "samplers"), default="dev")
+    parser.add_argument("--base", choices=tuple(PLAN["bases"]), default="sdxl-tiny")
     parser.add_argument("--arms", nargs="+", choices=tuple(PLAN["arms"]), default=tuple(PLAN["arms"]))
+    parser.add_argument("--width", choices=WIDTHS, default="narrow", help="which of an arm's ranks")
     parser.add_argument("--seeds", nargs="+", type=int, help="default: those of the stage")
     parser.add_argument("--steps", type=int, default=200, help="optimizer steps")
     parser.add_argument("--output", type=Path, default=Path("outputs/few_steps.jsonl"))
+    parser.add_argument(
+        "--pictures", type=Path, help="keep the samples in this folder; with --report, draw them as a grid"
+    )
     parser.add_argument("--report", action="store_true", help="print what the records say, and end")
     args = parser.parse_args(argv)
     if args.report:
-        print(report([each for each in results.read(args.output) if each["steps"] == args.steps]))
+        print(report(results.read(args.output)))
+        if args.pictures:
+            draw(args.pictures)
         return 0
-    for title in args.arms:
+    if args.stage == "samplers":
+        sample_untrained(args.base, args.seeds or PLAN["stages"]["confirm"], args.output, args.pictures)
+        return 0
+    arms = [title for title in args.arms if args.stage == "confirm" or "grid" in PLAN["arms"][title]]
+    for seed, title in itertools.product(args.seeds or PLAN["stages"][args.stage], arms):
+        cell = {"stage": args.stage, "base": args.base, "width": args.width, "steps": args.steps}
         known = results.read(args.output)
-        chosen = list(trials(PLAN["arms"][title])) if args.stage == "dev" else [best_rates(title, known)]
-        for seed, rates in itertools.product(args.seeds or PLAN["stages"][args.stage], chosen):
-            own = {"stage": args.stage, "arm": title, "seed": seed, "rates": rates, "steps": args.steps}
-            if not any(own.items() <= record.items() for record in known):
-                figures = run(title, seed, rates, args.steps)
+        for rates in trials(PLAN["arms"][title]) if args.stage == "dev" else [best_rates(title, known)]:
+            own = {**cell, "arm": title, "seed": seed, "rates": rates}
+            if not any(own.items() <= record.items() for record in results.read(args.output)):
+                figures = run(args.base, title, args.width, seed, rates, args.steps, args.pictures)
                 results.append(args.output, [{**provenance(), **own, **figures}])
     return 0
 
 
+# ---------------------------------------------------------------- the report
+
+
 def report(records: list[dict[str, Any]]) -> str:
-    """A row an arm: its means over the fresh seeds, and its paired difference to DoRA r 4."""
-    scores: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
+    """A table a cell: means over the seeds that all arms of the cell have; then the plan's paired differences."""
+    parts = [base_report([record for record in records if record["stage"] == "samplers"])]
+    cells: dict[tuple, dict[str, dict[int, dict[str, Any]]]] = defaultdict(lambda: defaultdict(dict))
     for record in records:
         if record["stage"] == "confirm":
-            scores[record["arm"]][record["seed"]] = record
+            cell = (record["base"], record["width"], record["steps"])
+            cells[cell][record["arm"]][record["seed"]] = record
+    for (base, width, steps), arms in cells.items():
+        seeds = sorted(set.intersection(*(set(own) for own in arms.values())))
+        rows = [row_of(title, [own[seed] for seed in seeds]) for title, own in arms.items()]
+        pairs = [pair for pair in PLAN["pairs"] if {*pair} <= arms.keys()]
+        differences = [[*pair, *differences_of(arms, pair, seeds)] for pair in pairs]
+        parts += [f"{base}, {width}, {steps} steps, {len(seeds)} seeds", table(COLUMNS, rows)]
+        parts += [table(["arm", "−", "score", "end", "similarity", "alignment"], differences)]
+    return "\n\n".join(parts)
+
+
+def base_report(records: Sequence[Mapping[str, Any]]) -> str:
+    """The untrained base's table: means over all seeds, lowest distance of the end first."""
+    found = defaultdict(list)
+    for record in records:
+        found[record["base"], record["arm"], record["calls"], record["guidance"]].append(record)
     rows = []
-    for title, own in scores.items():
-        other = scores.get("DoRA r 4", {})
-        pairs = [own[seed][MEASURES[0]] - other[seed][MEASURES[0]] for seed in own if seed in other]
-        difference = change(interval(pairs), 4) if len(pairs) > 1 and title != "DoRA r 4" else "–"
-        means = [f"{fmean(record[name] for record in own.values()):.4f}" for name in MEASURES]
-        size = next(iter(own.values()))["trainable_parameters"]
-        rows.append([title, str(size), str(len(own)), *means, difference])
-    return table(
-        ["arm", "parameters", "seeds", *(name.removesuffix("_after") for name in MEASURES), "− DoRA r 4"], rows
-    )
+    for key, own in found.items():
+        rows.append([*map(str, key), str(len(own)), *(mean_of(own, name) for name in MEASURES[1:])])
+    return table(["base", "sampler", "calls", "guidance", "seeds", *MEASURES[1:]], rows)
+
+
+def row_of(title: str, own: Sequence[Mapping[str, Any]]) -> list[str]:
+    """An arm's row."""
+    rank = PLAN["arms"][title]["rank"][WIDTHS.index(own[0]["width"])]
+    seconds = fmean(record["processor_seconds"] / record["steps"] for record in own)
+    means = [mean_of(own, name) for name in MEASURES]
+    return [f"{title}, r {rank}", f"{own[0]['trainable_parameters']:,}", *means, f"{seconds:.3f}"]
+
+
+def mean_of(records: Sequence[Mapping[str, Any]], name: str) -> str:
+    """A figure's mean."""
+    return f"{fmean(record[name] for record in records):.4f}"
+
+
+def differences_of(
+    arms: Mapping[str, Mapping[int, Mapping[str, Any]]], pair: Sequence[str], seeds: Sequence[int]
+) -> list[str]:
+    """The paired differences of two arms' figures, with half of their 95 % intervals."""
+    one, other = (arms[title] for title in pair)
+    return [change(interval([one[seed][name] - other[seed][name] for seed in seeds]), 4) for name in MEASURES]
 
 
 if __name__ == "__main__":

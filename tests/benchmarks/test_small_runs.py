@@ -12,9 +12,13 @@ import benchmark_regimes
 import benchmark_speed
 import measure_house
 import pytest
+import torch
 from benchmark_record import for_terminal
+from PIL import Image
 from quality import results
 from quality.regimes.runs import FURTHER, REGIMES, Cell, Run, record_of
+
+from nara_diffusion.training.arguments import TrainingArguments
 
 pytestmark = pytest.mark.slow
 RUNS = {
@@ -86,14 +90,35 @@ def test_benchmark_regimes_counts_what_is_left_and_makes_it_once(tmp_path, capsy
 
 def test_benchmark_few_steps_runs_an_arm_once_and_needs_its_trials(tmp_path):
     path = tmp_path / "few.jsonl"
-    asked = ["--arms", "DoRA each step, r 1", "--steps", "2", "--seeds", "40", "--output", str(path)]
+    asked = ["--arms", "DoRA each step", "--steps", "2", "--seeds", "40", "--output", str(path)]
     assert benchmark_few_steps.main(["--stage", "dev", *asked]) == 0
     assert benchmark_few_steps.main(["--stage", "dev", *asked]) == 0
     records = results.read(path)
     assert [record["rates"]["learning_rate"] for record in records] == [1e-3, 2.5e-3, 4e-3, 6e-3]
-    assert all(0 < record["validation_loss_after"] < 2 for record in records)
+    assert all(0 < record["score"] < 2 for record in records)
+    assert benchmark_few_steps.main(["--stage", "confirm", *asked]) == 0
+    assert results.read(path)[-1]["rates"] == min(records, key=lambda record: record["score"])["rates"]
     with pytest.raises(ValueError, match="lacks trials"):
-        benchmark_few_steps.main(["--stage", "confirm", *asked])
+        benchmark_few_steps.main(["--stage", "confirm", "--output", str(path), "--arms", "LoRA"])
+
+
+def test_benchmark_few_steps_gives_named_parameters_a_rate_of_their_own():
+    model = torch.nn.ModuleDict({"lora_A": torch.nn.Linear(3, 2), "lora_B": torch.nn.Linear(2, 3)})
+    with benchmark_few_steps.own_rates({"b_learning_rate": 0.5}):
+        optimizer = benchmark_few_steps.loop.build_optimizer(model, TrainingArguments(learning_rate=0.1))
+    found = {id(each): group["lr"] for group in optimizer.param_groups for each in group["params"]}
+    rates = {name: found[id(parameter)] for name, parameter in model.named_parameters()}
+    assert rates == {"lora_A.weight": 0.1, "lora_A.bias": 0.1, "lora_B.weight": 0.5, "lora_B.bias": 0.5}
+
+
+def test_benchmark_few_steps_samples_the_base_and_draws_what_it_kept(tmp_path):
+    path, pictures = tmp_path / "few.jsonl", tmp_path / "grid"
+    asked = ["--output", str(path), "--pictures", str(pictures)]
+    assert benchmark_few_steps.main(["--stage", "samplers", "--seeds", "40", *asked]) == 0
+    found = {(record["arm"], record["calls"], record["guidance"]): record["end"] for record in results.read(path)}
+    assert len(found) == 12
+    assert benchmark_few_steps.main(["--report", *asked]) == 0
+    assert Image.open(tmp_path / "grid.png").width > 12 * 64
 
 
 def test_measure_house_counts_the_library(tmp_path):
