@@ -36,7 +36,7 @@ from PIL import Image
 from quality import results
 from quality.report.data import change, table
 
-from nara_diffusion.dreambooth.denoiser_files import write_checkpoint
+from nara_diffusion.dreambooth.denoiser import write_checkpoint
 from nara_diffusion.dreambooth.distill import Distillation
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
 from nara_diffusion.dreambooth.samples import write_grid
