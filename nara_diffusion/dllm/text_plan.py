@@ -26,6 +26,7 @@ from .loss import batch_loss
 from .masking import MaskedBatch, mask_answers
 from .models.backbone import Backbone
 from .models.pretrained import backbone_on_meta
+from .models.quantised import check_roundable
 from .sampler import checked_lengths
 from .text_arguments import (
     Arguments,
@@ -54,6 +55,7 @@ def planned_text_step(args: Arguments) -> PlannedStep:
     set_block_length(backbone, args)
     packed = {}
     if args.is_quantised:
+        check_roundable(backbone.config)
         size = _NF4 if args.load_in_4bit else _INT8
         packed = dict.fromkeys(_quantised_weights(backbone), size)
         for parameter in backbone.parameters():

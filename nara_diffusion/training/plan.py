@@ -77,13 +77,17 @@ def _fitting(args: Args, describe: Callable[[Args], PlannedStep], needs: Needs) 
     if needs.peak <= limit:
         yield f"It fits into {args.plan:g} GB."
         return
-    found = None
+    least = ""
     for flags, changed in cheaper(args):
-        found = measure(describe(changed), changed)
-        if found.peak <= limit:
-            yield f"It doesn't fit into {args.plan:g} GB. {flags} does: {found.peak / GB:.1f} GB."
+        try:
+            step = describe(changed)
+        except ValueError:  # the run would refuse these flags
+            continue
+        peak = measure(step, changed).peak
+        if peak <= limit:
+            yield f"It doesn't fit into {args.plan:g} GB. {flags} does: {peak / GB:.1f} GB."
             return
-    least = "" if found is None else f", even with {flags}: {found.peak / GB:.1f} GB"
+        least = f", even with {flags}: {peak / GB:.1f} GB"
     shorter = "--max_length" if hasattr(args, "max_length") else "--resolution"
     yield f"It doesn't fit into {args.plan:g} GB{least}. Lower {shorter}, or use several GPUs."
 

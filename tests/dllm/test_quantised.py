@@ -25,6 +25,7 @@ from tests.acceptance._commands import (
     run,
 )
 from tests.acceptance._runs import ASSETS, text_arguments, text_flags
+from tests.helpers.mixtures import LLADA2, write_checkpoint
 
 functional = pytest.importorskip("bitsandbytes.functional")
 pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast")
@@ -112,3 +113,11 @@ def test_missing_bitsandbytes_is_refused_with_the_extra_s_name(monkeypatch: pyte
     for option in ("load_in_4bit", "load_in_8bit"):
         with pytest.raises(ValueError, match=r"need bitsandbytes, which isn't installed: pip install .*\[optimizers\]"):
             load_backbone(LLADA_TINY, **{option: True})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("option", ["load_in_4bit", "load_in_8bit"])
+def test_mixtures_are_refused_since_experts_would_become_larger(option: str, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, LLADA2)
+    for name, experts in ((tmp_path, 8), (ASSETS / "gemma-tiny", 4)):
+        with pytest.raises(ValueError, match=f"{experts} stacked experts"):
+            load_backbone(str(name), **{option: True})  # type: ignore[arg-type]

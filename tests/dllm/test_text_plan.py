@@ -67,3 +67,12 @@ def test_plan_is_what_the_run_holds(name, generated, flags, tmp_path, monkeypatc
     figures = planned(text, [*text_words(tmp_path / "bare"), *words, *lengths])
     assert figures["activations"] == pytest.approx(peak, rel=0.01)
     assert figures["optimizer"] == states
+
+
+def test_flags_that_fit_are_never_those_that_the_run_refuses(capsys):
+    """A mixture of experts isn't rounded."""
+    words = [*text_words(ASSETS / "gemma-tiny"), "--gen_length", "16", "--train_batch_size", "1"]
+    with pytest.raises(ValueError, match="4 stacked experts"):
+        planned(text, [*words, "--load_in_4bit"])
+    text.main(parse_arguments(text.Arguments, [*words, "--plan", "1e-6"]))
+    assert "even with --gradient_checkpointing: 0.0 GB. Lower --max_length" in capsys.readouterr().out

@@ -57,7 +57,7 @@ from nara_diffusion.utils.files import naming_source
 
 from ..tokenizer import find_mask_token, load_tokenizer, set_special_tokens
 from .block_causal import LLaDA2ForCausalLM
-from .quantised import quantization
+from .quantised import check_roundable, quantization
 from .shifted_logits import ShiftedQwen2ForCausalLM
 
 HUB_ARGUMENTS = (
@@ -118,6 +118,7 @@ def load_backbone(
     if is_renamed:
         kwargs["key_mapping"] = KEY_MAPPING
     if load_in_4bit or load_in_8bit:
+        check_roundable(config)
         dtype = kwargs.get("dtype")
         kwargs["quantization_config"] = quantization(load_in_4bit, load_in_8bit, dtype)
     try:

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 import torch
 from peft import prepare_model_for_kbit_training
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
 
 def quantization(
@@ -36,6 +36,19 @@ def quantization(
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
+
+
+def check_roundable(config: PreTrainedConfig) -> None:
+    """Raise ValueError for a mixture of experts: bitsandbytes rounds the weights of linear layers.
+
+    Experts are stacked, and `prepare_quantised` would cast them to float32.
+    """
+    experts = getattr(config.get_text_config(), "num_experts", None)
+    if experts is not None:
+        raise ValueError(
+            f"load_in_4bit and load_in_8bit round linear layers only, and this model has {experts} "
+            "stacked experts, which would take more memory than in bfloat16: leave them out."
+        )
 
 
 def prepare_quantised(model: PreTrainedModel) -> None:
