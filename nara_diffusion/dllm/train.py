@@ -36,6 +36,7 @@ from nara_diffusion.dllm.batches import (
     with_longest,
     without_held_out,
 )
+from nara_diffusion.dllm.models.backbone import Backbone
 from nara_diffusion.dllm.models.quantised import prepare_quantised
 from nara_diffusion.dllm.sampler import check_canvas, check_positions, checked_lengths
 from nara_diffusion.dllm.text_arguments import (
@@ -67,7 +68,12 @@ from nara_diffusion.training.adapters import build_adapter, title_of, window_fac
 from nara_diffusion.training.arguments import schedule_of, window_of
 from nara_diffusion.training.checkpoints import save_adapter
 from nara_diffusion.training.command import run_command
-from nara_diffusion.training.engines import load_whole, loading_in, recompute_activations
+from nara_diffusion.training.engines import (
+    check_whole,
+    load_whole,
+    loading_in,
+    recompute_activations,
+)
 from nara_diffusion.training.loop import prepare_training, train
 from nara_diffusion.training.plan import show_plan
 from nara_diffusion.training.report import finish
@@ -128,6 +134,8 @@ class FineTuning:
         self.options = options
         with loading_in(run.accelerator, run.weights_dtype):
             self.backbone, self.tokenizer = self._load(run.weights_dtype)
+        if Backbone(self.backbone).has_canvas:
+            check_whole(run.accelerator, "DiffusionGemma's encoder and decoder share their weights")
         if args.is_quantised:
             prepare_quantised(self.backbone)
         folder = local_folder(args.pretrained_model_name_or_path, revision=args.revision)

@@ -159,6 +159,17 @@ def check_sharded(accelerator: Accelerator, args: TrainingArguments) -> None:
         raise ValueError(f"{wrong}: give another, or launch with --multi_gpu.")
 
 
+def check_whole(accelerator: Accelerator, why: str) -> None:
+    """Raise ValueError if the engine shards the weights of a model that can't be sharded.
+
+    Args:
+        why: the start of the message.
+    """
+    if accelerator.distributed_type == DistributedType.FSDP or zero_stage(accelerator) == 3:
+        name = SHARDED[accelerator.distributed_type][1]
+        raise ValueError(f"{why}, and {name} would shard them: launch with --multi_gpu, or ZeRO-2.")
+
+
 def engine_name(accelerator: Accelerator) -> str:
     """Return the engine's name, which says how it stores the optimizer."""
     if accelerator.distributed_type == DistributedType.FSDP:

@@ -36,7 +36,7 @@ from tests.acceptance._commands import (
     words,
 )
 from tests.acceptance._engines import in_two_processes, needs_deepspeed, needs_gloo
-from tests.acceptance._runs import image_flags, text_arguments, text_flags
+from tests.acceptance._runs import ASSETS, image_flags, text_arguments, text_flags
 from tests.helpers.small_pipelines import small_sdxl
 
 TWO: dict[str, Any] = {"train_batch_size": 2}
@@ -44,6 +44,12 @@ BF16: dict[str, Any] = {"mixed_precision": "bf16"}
 PRECISIONS: dict[str, dict[str, Any]] = {"no": {}, "bf16": BF16}
 if find_spec("bitsandbytes"):
     PRECISIONS["4bit"] = {"load_in_4bit": True}
+GEMMA: dict[str, Any] = {
+    "pretrained_model_name_or_path": ASSETS / "gemma-tiny",
+    "target_modules": ["all-linear"],
+    "gen_length": 16,
+    "generation_steps": None,
+}
 
 
 def slow(test: Any) -> Any:
@@ -97,6 +103,17 @@ def test_launched_run_in_two_processes_is_that_of_one(
     assert found.keys() == expected.keys()
     for name in ("n", "exact_match_after", "curve_before", "curve_after", "validation_loss_after"):
         assert found[name] == pytest.approx(expected[name], rel=1e-4), name
+
+
+@slow
+def test_diffusion_gemma_in_two_processes_is_that_of_one(flags: dict[str, Any], tmp_path: Path) -> None:
+    """Encoder and decoder share each factor, which gets its gradient from both, and the model runs twice a step."""
+    gemma = flags | GEMMA
+    run("dllm.py", **gemma, output_dir=tmp_path / "one")
+    in_two_processes([("ddp", "dllm.py", gemma | TWO | {"output_dir": tmp_path / "two"})], tmp_path)
+    assert deviation(tmp_path / "two", tmp_path / "one", tmp_path / "one") < 1e-3
+    for mine, theirs in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +213,8 @@ def test_zero_3_in_bf16_trains_all_weights_in_float32(flags: dict[str, Any], tmp
         ("zero-2", "ddp", {}, "was written under DeepSpeed ZeRO-2 and this run is under one process or DDP"),
         (None, "fsdp2", {"load_in_4bit": True}, "aren't trained under FSDP, which shards or casts weights"),
         (None, "zero-2", {"mixed_precision": "fp16"}, "mixed_precision is fp16, and DeepSpeed would round"),
+        (None, "fsdp2", GEMMA, "share their weights, and FSDP would shard them"),
+        (None, "zero-3", GEMMA, "share their weights, and DeepSpeed would shard them"),
         (None, "zero-2", {"core_start_step": 1}, "core_start_step is 1, but DeepSpeed steps as soon as"),
     ],
 )
