@@ -43,6 +43,7 @@ def flags_of(folder: Path, pipe: Any) -> dict[str, Any]:
         "num_validation_images": 1,
         "num_inference_steps": 6,
         "guidance_scale": 3.0,
+        "evaluation_options": {},
         "similarity_model": None,
         "alignment_model": None,
     }
