@@ -83,7 +83,7 @@ def main(run: str | Path, output: str | Path = "docs/nara.png", question: int = 
     draw_trace(middle, after, f"with NaRA: {shares[1]}", right=True)
     right.plot(results["noise_levels"], results["curve_before"], "o-", color="tab:gray", label="base model")
     right.plot(results["noise_levels"], results["curve_after"], "o-", color="tab:green", label="with NaRA")
-    right.set(xlabel="noise level λ (1 = all masked)", ylabel="loss (nats a masked token)", yscale="log")
+    right.set(xlabel="noise level λ (1 = all masked)", ylabel="loss (nats per masked token)", yscale="log")
     right.set_title("loss on held-out questions")
     right.legend(loc="center right")
     figure.suptitle(f"“{record['instruction']}”  →  {record['answer']}")

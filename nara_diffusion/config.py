@@ -1,6 +1,7 @@
 """`NaraConfig`: PEFT's LoraConfig plus the options of the noise-conditioned core.
 
-Also what λ cannot scale: the LoRA options that change the model outside of s · B · C(λ) · A.
+The last section lists what a strength over λ can't scale: the LoRA options that change the model
+outside of s · B · C(λ) · A.
 """
 
 from __future__ import annotations
@@ -310,12 +311,12 @@ def is_idle(name: str, value: object) -> bool:
 
 
 def changes_base(start: object) -> bool:
-    """Return True if `init_lora_weights` changes base weights, to W − s·B·A or quantised ones."""
+    """Return True if `init_lora_weights` changes the base, to W − s·B·A or quantised weights."""
     return str(start).lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga"))
 
 
 def unscaled_fields(config: LoraConfig) -> list[str]:
-    """Return the LoRA options that change the model, but that a strength over λ doesn't scale."""
+    """Return the LoRA options that change the model in ways that a strength over λ can't scale."""
     changed = [name for name in _UNSCALED if getattr(config, name, None) not in _UNSET]
     if changes_base(config.init_lora_weights):
         changed.append("init_lora_weights")

@@ -3,12 +3,12 @@
     in the model   …lora_A.{adapter}.weight     lora_core.cores.{adapter}.{group}.…
     in a file      …lora_A.weight               nara_core.{group}.…
 
-PEFT renames the factors; this file adds the cores.
+PEFT renames the factors; this file renames the cores.
 
 PEFT, Diffusers and Transformers ignore tensors with unexpected names, at most with a warning, and
-leave the layers at random values. Here nothing is half loaded: `check_tensors` compares a file with
-the adapter that it is loaded into, and `check_loaded` compares the adapter of any method with its
-file after loading.
+leave the layers at random values. Here a file is loaded whole or not at all: `check_tensors`
+compares it with the adapter before loading, and `check_loaded` does so after loading, for the
+adapter of any method.
 """
 
 from __future__ import annotations
@@ -49,19 +49,19 @@ _AS_IN_MODEL = (
 def is_core_key(key: str) -> bool:
     """Return True if a name, in a file or a model, is that of a core's tensor.
 
-    Only a NaRA has one.
+    Only a NaRA has such tensors.
     """
     return not {NAME_IN_FILES, HOLDER_NAME}.isdisjoint(key.split("."))
 
 
 def with_names_in_files(tensors: Mapping[str, Tensor], adapter_name: str) -> dict[str, Tensor]:
-    """Return a model's `tensors`, those of the core under the names that they have in files."""
+    """Return a model's `tensors`, with those of the core renamed as in files."""
     in_model = f"{HOLDER_NAME}.cores.{adapter_name}."
     return {key.replace(in_model, f"{NAME_IN_FILES}."): tensor for key, tensor in tensors.items()}
 
 
 def core_name_in_file(key: str, adapter_name: str) -> str | None:
-    """Return the name in files of a core's tensor; None if `key` is no core's of this adapter."""
+    """Return a core tensor's name in files; None if `key` isn't a core tensor of this adapter."""
     prefix, holder, rest = key.rpartition(f"{HOLDER_NAME}.cores.{adapter_name}.")
     return f"{prefix}{NAME_IN_FILES}.{rest}" if holder else None
 
@@ -170,10 +170,10 @@ def without_second_biases(tensors: Mapping[str, Tensor], adapter_name: str) -> d
 
 
 def check_adapter_names(model: nn.Module, names: set[str]) -> None:
-    """Raise ValueError if one of several adapters has the name of a part of a key.
+    """Raise ValueError if one of several adapters is named like a part of a key.
 
-    PEFT would leave out tensors of such an adapter, or of another one, when saving. It saves a
-    single adapter whole.
+    PEFT would then leave out tensors of that adapter, or of another one, when saving. With a single
+    adapter, it saves all tensors.
     """
     for key in model.state_dict():
         if not any(part in key for part in (".lora_", ".base_layer.", f"{HOLDER_NAME}.")):
@@ -212,7 +212,7 @@ def check_tensors(
             `modules_to_save`. None means `expected`.
 
     Raises:
-        ValueError: a tensor is missing, unknown, misshapen or not finite, has integers but the
+        ValueError: a tensor is missing, unknown, misshapen or not finite, has integers where the
             model has real numbers, or belongs to a core and is not float32.
     """
     known = expected if known is None else known
@@ -334,7 +334,7 @@ _configuration_is_kept: ContextVar[bool] = ContextVar("nara_configuration_is_kep
 
 @contextmanager
 def beside_configuration() -> Iterator[None]:
-    """Make `check_keeps_configuration` accept any model: the caller keeps the configuration."""
+    """Make `check_keeps_configuration` accept any model: the caller saves the configuration."""
     token = _configuration_is_kept.set(True)
     try:
         yield
@@ -343,9 +343,9 @@ def beside_configuration() -> Iterator[None]:
 
 
 def check_keeps_configuration(model: nn.Module, adapter_name: str) -> None:
-    """Raise ValueError if the tensors of a NaRA are collected from a model of Diffusers.
+    """Raise ValueError if the tensors of a NaRA are collected from a Diffusers model.
 
-    Its `save_lora_weights` and `save_lora_adapter` write no configuration that could be loaded.
+    Diffusers' `save_lora_weights` and `save_lora_adapter` write no configuration to load it with.
     """
     original = type(model._modules.get("_orig_mod", model))
     is_of_diffusers = any(kind.__name__ == "ModelMixin" for kind in original.__mro__)

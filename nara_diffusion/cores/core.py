@@ -1,4 +1,4 @@
-"""The cores: λ (b,) → C(λ) (b, r, r), with torch only.
+"""The cores: λ (b,) → C(λ) (b, r, r), in plain torch.
 
     ΔW(λ) = s · B · C(λ) · A                                      (NaRA, arXiv 2605.29716, section 4)
 
@@ -16,7 +16,7 @@ Shapes: A (r, d_in), B (d_out, r), λ = noise_level (b,) in [0, 1], 1 = pure noi
 return the deviation D = C − I. A learned D starts at zero, so C = I at step 0. Where λ is NaN, so
 is C. Masks have no parameters: a direction that is off adds nothing to the output, and its row of A
 and column of B get a gradient of exactly zero. (AdamW still moves directions that it trained
-before, as long as its running mean of gradients lasts.)
+before, until its running mean of gradients has decayed.)
 
 Deliberate differences from the reference implementation: there is one C for each *sample*; the
 product is B·C·A as in the paper (the reference computes B·Cᵀ·A); and every core stores and computes
@@ -77,7 +77,7 @@ class Float32Module(nn.Module):
         return super()._apply(keep_dtype, recurse)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        """Convert what is loaded, here and below, to float32.
+        """Convert what is loaded, here and in submodules, to float32.
 
         `assign=True` would keep the dtypes of `state_dict`, which is a copy.
         """
@@ -341,9 +341,9 @@ class BinsCore(Core):
 def _floor_of_share(count: int, share: Tensor) -> Tensor:
     """Return ⌊count · share⌋ for a share (b,) in [0, 1], a fraction such as t / 1000 in float32.
 
-    The exact product may be an integer, and a few roundings, each below count · 2⁻²⁴, may put the
-    computed one just under it. Adding count · 2⁻²¹ corrects this. For fractions of 1000 and a count
-    below 1000, that is far less than the distance to the next integer.
+    Where the exact product is an integer, a few roundings, each below count · 2⁻²⁴, may leave the
+    computed one just under it. Adding count · 2⁻²¹ corrects this. For multiples of 1/1000 and a
+    count below 1000, that is far less than the distance to the next integer.
     """
     return torch.floor(count * share + count * 2.0**-21)
 
@@ -396,7 +396,7 @@ CUSTOM: dict[str, CoreMaker] = {}
 
 
 def check_core_type(name: object) -> None:
-    """Raise ValueError if there is no core type of that name."""
+    """Raise ValueError if there is no core type with that name."""
     known = (*BUILT_IN, *CUSTOM)
     if name not in known:
         raise ValueError(

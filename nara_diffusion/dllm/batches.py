@@ -1,10 +1,10 @@
-"""Batches: the rows that are trained on, their order, and how they become a batch.
+"""Batches: which rows are trained on, in which order, and how they become a batch.
 
-Without a validation file, some records are held out of training. Equal records count once there:
-copies of held-out records are left out of training. Different texts can give equal rows of tokens,
-for example if a chat template drops white space or answers are cut: such rows are also left out of
-training. Files that the user gives stay as they are; then the run says how many of their rows it
-trains on.
+Without a validation file, some records are held out of training. Equal records count once in this
+split: copies of held-out records are left out of training. Different texts can give equal rows of
+tokens, for example if a chat template drops white space or answers are cut: such rows are also left
+out of training. Validation and test files that the user gives stay as they are; if they repeat
+training rows, the run says how many.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def hold_out(records: Dataset, number: int | None, seed: int) -> tuple[Dataset, 
         number: how many different records are held out; by default a tenth of them, 128 at most.
 
     Raises:
-        ValueError: fewer different training records would be left than are held out.
+        ValueError: fewer different records would be left for training than are held out.
     """
     first = _first_copies(records)
     different = sorted(set(first))
@@ -94,7 +94,7 @@ def _first_copies(records: Dataset) -> list[int]:
 
 
 def without_held_out(training: EncodedRecords, held_out: EncodedRecords) -> EncodedRecords:
-    """Return `training` without the rows that `held_out` has too.
+    """Return `training` without the rows that are also in `held_out`.
 
     Raises:
         ValueError: no row is left.
@@ -131,7 +131,7 @@ def rows_in_training(training: Dataset, **measured: Dataset) -> list[str]:
 
 
 def _row_keys(rows: Dataset) -> Iterator[bytes]:
-    """Yield a digest of each row's tokens and of where its answer begins."""
+    """Yield a digest of each row: its tokens, and where its answer begins."""
     for table in column_batches(rows, ("input_ids", "prompt_length"), "arrow"):
         ids = table["input_ids"].combine_chunks()
         ends = ids.value_lengths().to_numpy().cumsum()
@@ -148,8 +148,8 @@ class GlobalBatchStream(ShuffledStream):
     """A stream of encoded rows with one record at each position.
 
     If a conversation has several rows, (seed, position) draws one of them. Under "longest", each
-    row has the number of tokens of the longest row in its global batch, which may be part of other
-    forwards and other processes.
+    row also carries the length of the longest row in its global batch, even if that row belongs to
+    another forward or another process.
     """
 
     def __init__(self, rows: Dataset, seed: int, global_batch: int):
@@ -176,7 +176,7 @@ class GlobalBatchStream(ShuffledStream):
 
 
 def with_longest(rows: Dataset, global_batch: int) -> Dataset:
-    """Return rows for validation, in their order, with "longest" as in `GlobalBatchStream`."""
+    """Return rows for validation, in order, with "longest" as in `GlobalBatchStream`."""
     lengths = [len(ids) for ids in rows["input_ids"]]
     longest: list[int] = []
     for first in range(0, len(lengths), global_batch):
@@ -192,9 +192,9 @@ def with_longest(rows: Dataset, global_batch: int) -> Dataset:
 class AnswerCollator:
     """Turn rows into {input_ids (b, l), prompt_lengths, answer_lengths}.
 
-    `input_ids` are padded on the right. Lengths are lists of b numbers, which stay on the CPU where
-    tensors of a batch are moved to a device. A "position" in the rows, their place in the training
-    stream, becomes `sample_indices`, a list, too. The batch then has the arguments of
+    `input_ids` are padded on the right. Lengths are lists of b numbers, so they stay on the CPU
+    when the tensors of a batch are moved to a device. If the rows have a "position", their place in
+    the training stream, it becomes the list `sample_indices`. The batch then has the arguments of
     `masked_diffusion_loss`.
 
     Args:
@@ -206,7 +206,7 @@ class AnswerCollator:
             a number: that many tokens.
             Except under "longest", a row's loss doesn't depend on the rows beside it.
         gen_length: length of the answers under "gen_length".
-        multiple: whole answers are padded on to a multiple of this length.
+        multiple: whole answers are padded further, to a multiple of this length.
     """
 
     end_token_id: int
@@ -284,7 +284,7 @@ def trained_canvas(
     """Compare the canvas that generation fills with what training shows of it.
 
     Args:
-        stream: its first samples are looked at.
+        stream: only its first samples are read.
 
     Returns:
         One line for the run's facts. Warnings, if generation goes beyond what training shows, or

@@ -6,9 +6,9 @@ a prompt. One block after another is filled by the rules of `decoding`, under th
 
     λ (b, k) = 0 for the prompt and finished blocks, masked share of the answer in the active block
 
-Finished text stays clean: keys and values that a layer computed at λ = 0 stay right. So a
-cache of them is exact, and a step computes the B positions of its block only. The first step of a
-block computes the block before it, too, which is clean by then, and adds it to the cache.
+Finished text stays clean, so keys and values that a layer computed at λ = 0 stay valid: a cache of
+them is exact, and a step computes only the B positions of its block. The first step of a block also
+computes the block before it, which is clean by then, and adds it to the cache.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .models.block_causal import CACHE
 
 
 class BlockReader(Protocol):
-    """What filling blocks needs from a model: the logits of a block behind clean text."""
+    """What filling blocks needs from a model: the logits of a block that follows clean text."""
 
     def logits(self, sequences: Tensor, block: int, level: Tensor) -> Tensor:
         """Return logits (b, B, v) of a block of `sequences` (b, l) at λ = `level` (b,).

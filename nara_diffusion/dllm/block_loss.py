@@ -1,4 +1,4 @@
-"""The objective of DiffusionGemma: one canvas a sample, denoised after a clean prefix.
+"""The objective of DiffusionGemma: one canvas per sample, denoised after a clean prefix.
 
     L = mean_i [ mean_j − log p(x_ij | canvas_i, prefix_i)  +  w · mean_k − log p(x_ik | x_i<k) ]
 
@@ -9,9 +9,9 @@ or not, without a factor 1/λ. The second is the encoder's next-token loss over 
 `self_conditioned` is true. Both run for every batch, so that all processes do the same. An encoder
 that is not trained runs once.
 
-The encoder reads the whole clean row once, causally. The decoder's mask ends its view of the keys
-where the canvas starts, and, in layers with a sliding window of w positions, begins it w − 1 before
-that, which is what a cache of the prefix would hold.
+The encoder reads the whole clean row once, causally. Of its keys, the decoder's mask shows those
+before the canvas; in layers with a sliding window of n positions, only the last n − 1 of them. A
+cache of the prefix would hold just these.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class BlockDiffusionLoss(CanvasBatch):
 
     Attributes:
         loss: scalar, the mean of `per_sample` plus w times the mean of `encoder_loss`.
-        per_sample: (b,) the decoder's loss of each sample, in nats a token.
+        per_sample: (b,) the decoder's loss of each sample, in nats per token.
         encoder_loss: (b,) the encoder's next-token loss of each sample; zeros if w is 0.
         token_loss: (b, c) cross-entropy in nats; zero outside the answer.
     """
@@ -131,7 +131,7 @@ def canvas_curve(
     seed: int = 0,
     progress: bool = True,
 ) -> list[float]:
-    """Return the decoder's mean loss at each noise level, in nats a token.
+    """Return the decoder's mean loss at each noise level, in nats per token.
 
     A row has the same canvas and nested corruptions at all levels.
 

@@ -17,10 +17,11 @@ best tokens of each row:
     entropy_bound          the largest n with H₁ + … + Hₙ − max(H₁, …, Hₙ) ≤ it   (2)
 
 H₁, H₂, … are the entropies of q, in nats, in the order of the scores. All rules but `steps` place
-several tokens if the model is sure of them (parallel decoding). (1) is from arXiv 2505.22618, (2)
-is EB-Sampler's, arXiv 2505.24857.
+several tokens at once if the model is sure of them (parallel decoding). (1) is from arXiv
+2505.22618; (2) is EB-Sampler's, arXiv 2505.24857.
 
-`State` has the texts with their masks. Its step runs the model at λ = masked share of each answer.
+`State` holds the texts with their masks. Its step runs the model at λ = masked share of each
+answer.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class Sampling:
         remasking: the score, see above.
         confidence_threshold, factor, entropy_bound: one of the rules above, instead of `steps`.
         logits_eos_inf: never predict the end token of the model's configuration, as in LLaDA's
-            code. Then another end token ends an answer, or it fills its length.
+            code. An answer then ends with another end token, or fills its length.
         confidence_eos_eot_inf: place end tokens after all others, as in LLaDA's code.
 
     Raises:
@@ -107,7 +108,7 @@ class Sampling:
             )
 
     def _check_rule(self) -> None:
-        """Raise ValueError for several rules, or a rule that `remasking` doesn't go with."""
+        """Raise ValueError for several rules, or for one that doesn't go with `remasking`."""
         rules = [name for name in ("steps", *_PARALLEL) if getattr(self, name) is not None]
         if len(rules) > 1:
             raise ValueError(
@@ -237,11 +238,13 @@ def _entropy(logits: torch.Tensor) -> torch.Tensor:
 def model_sampling(model: nn.Module, sampling: Sampling, *, chat: bool) -> Sampling:
     """Return the settings for a model, and for prompts that come from the chat template if `chat`.
 
-    The block length of attention is that of sampling. For a chat, settings that aren't given become
-    those of the model's own, if its block length divides gen_length and its blocks divide `steps`.
+    If attention goes by blocks, sampling takes their length. For a chat, settings that aren't given
+    take the model's own values, if its block length divides gen_length and the number of blocks
+    divides `steps`.
 
     Raises:
-        ValueError: the model's attention goes by other blocks, or by blocks and not with guidance.
+        ValueError: the model's attention has another block length; or it has blocks, and guidance
+            is on.
     """
     backbone = Backbone(model)
     settings = CHAT_SETTINGS.get(backbone.configured("model_type") or "", {}) if chat else {}
@@ -289,7 +292,7 @@ class GenerationStep:
         sequences: (b, l) prompt, answer so far, padding. A mask may be filled; no other token may
             become a mask.
         masked: (b, gen_length) which tokens of the answers are still masks.
-        stop: True ends sampling after this step; masks that are left stay.
+        stop: True ends sampling after this step; remaining masks stay masks.
     """
 
     index: int

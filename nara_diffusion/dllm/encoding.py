@@ -4,8 +4,8 @@ With a chat template in the tokenizer, the prompt ends with the text that opens 
 turn, and the answer is that turn as the template closes it. Attention is bidirectional, so a later
 turn would show an earlier answer: a conversation becomes pairs (everything before, next answer),
 and each row ends with its answer. A text without a prompt begins with BOS, if the tokenizer has
-one. One end-of-sequence token ends an answer. The collator adds more, which are trained on: LLaDA
-learns in this way where to stop (arXiv 2502.09992, appendix B.1).
+one. One end-of-sequence token ends an answer. The collator adds more, which are trained on too:
+this is how LLaDA learns where to stop (arXiv 2502.09992, appendix B.1).
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ def _log_lengths(
 
 @dataclass(frozen=True)
 class Pair:
-    """A prompt and its answer, as texts; of a record or of an earlier turn."""
+    """A prompt and its answer, as texts, from a record or from an earlier turn."""
 
     prompt: str
     closed: str  # the output and the end of its turn
@@ -195,7 +195,7 @@ class RecordEncoder:
     source: str
 
     def cache_key(self) -> list[Any]:
-        """Return all that the rows depend on beside the records."""
+        """Return everything besides the records that the rows depend on."""
         tokenizer, backend = self.tokenizer, backend_of(self.tokenizer)
         vocabulary = tokenizer if backend is None else backend.to_str()
         special = tokenizer.special_tokens_map
@@ -257,7 +257,7 @@ class RecordEncoder:
         }
 
     def pairs(self, record: Mapping[str, Any]) -> list[Pair]:
-        """Return the pairs of a record: one, or several of a conversation."""
+        """Return the pairs of a record: one, or several for a conversation."""
         instruction, output, answer = (record[key] for key in ("instruction", "output", "answer"))
         turns = record.get("turns") or []
         if not instruction:

@@ -3,11 +3,11 @@
 Rules find the answer in a generated text and compare it, here and in the tasks of `nara-eval`:
 
     text     the whole text, with runs of white space as one space
-    number   the last number without commas; the right answer's last number within 0.001
-    letter   the last of A … E that is a word of its own
+    number   the last number, ignoring commas; right if within 0.001 of the right answer's
+    letter   the last of A … E that stands as a separate word
     choice   the first of answer1 … answer5, ending1 … ending4, option1, option2, solution1,
-             solution2, true, false that is of the right answer's kind; the rule letter if the right
-             answer names none of them
+             solution2, true, false that is of the same kind as the right answer; if the right
+             answer contains none of these, the rule "letter" applies
 
 The last three are those of LLM-Adapters (arXiv 2304.01933). Its own scripts differ if a word
 contains a choice: they find "A" in "Answer" and "true" in "untrue", but not "True"; these rules

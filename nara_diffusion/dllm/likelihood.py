@@ -3,10 +3,10 @@
     log p(x | prompt)  ≥  − E_k E_masks (n / k) Σ_{j masked} − log p(x_j | masked x)
     k ~ U{1 … n}, masks of k tokens
 
-Drawing the number of masked tokens, k, has less variance than drawing a probability, and k is
-stratified: sample s of S takes k from the s-th part of {1 … n}. If n tokens have at most S masks,
-2ⁿ − 1 ≤ S, all of them are run, each with weight 1 / (n · C(n, k)), and no randomness is left. The
-model runs at λ = k / n.
+Drawing the number of masked tokens, k, gives less variance than drawing a probability, and k is
+stratified: sample s of S takes k from the s-th part of {1 … n}. If n tokens have at most S possible
+masks, 2ⁿ − 1 ≤ S, all of them are run, each with weight 1 / (n · C(n, k)), and no randomness is
+left. The model runs at λ = k / n.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def weighted_masks(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return masks (m, l) of an `answer` (l,), and their weights (m,), which sum to 1.
 
-    They are all masks that exist, or `samples` of them with a stratified number of tokens.
+    These are all possible masks, or `samples` of them with a stratified number of tokens.
     """
     n = int(answer.sum())
     if n < 63 and 2**n - 1 <= samples:

@@ -6,8 +6,9 @@ adapters run at that:
 
     L = 1/B Σ_i  1/n_i Σ_{j masked}  − log p(x_ij | masked x_i) / λ_i
 
-A model with attention by blocks (LLaDA2) is trained on one block of each answer a step: all
-of the above is about that block, and the adapters run at λ = 0 on the clean ones before it.
+A model with attention by blocks (LLaDA2) is trained on one block of each answer per step:
+all of the above then applies to that block, and the adapters run at λ = 0 on the clean ones before
+it.
 """
 
 from __future__ import annotations
@@ -60,10 +61,10 @@ def masked_diffusion_loss(
         prompt_lengths: (b,) tokens before the answer. All lengths and indices are lists, or tensors
             on the CPU; the host would wait for those on another device.
         mask_token_id: default `model.config.mask_token_id`.
-        chunk_size: masked positions with logits at the same time; backward computes them again.
-            None computes the logits of all positions at once, as most trainers do. The values are
-            the same. Models with an adapted head, or one that can't be reached (`Backbone.head` is
-            None), always do the latter.
+        chunk_size: how many masked positions have logits at the same time; backward computes the
+            logits again. None computes those of all positions at once, as most trainers do. The
+            values are the same. Models with an adapted head, or with one that can't be reached
+            (`Backbone.head` is None), always compute all at once.
         **masking: of `mask_answers`: answer_lengths (b,); noise_level, λ in (0, 1], (b,) or one
             number, instead of drawing it; generator, or seed with sample_indices (b,); group_size;
             complementary; window.
@@ -205,7 +206,7 @@ def noise_level_curve(
     mask_token_id: int | None = None,
     progress: bool = True,
 ) -> list[float]:
-    """Return the validation loss at each noise level, in nats a masked token.
+    """Return the validation loss at each noise level, in nats per masked token.
 
     This is the training objective at fixed λ, but with the actual number of masked tokens instead
     of the expected one, λ·n:

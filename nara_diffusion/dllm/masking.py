@@ -3,22 +3,23 @@
     t ~ U(ε, 1) for each sequence;  masked_j ~ Bernoulli(t) for each j of the answer;  λ = t
 
 as in LLaDA's supervised fine-tuning (arXiv 2502.09992, algorithm 2). The prompt is never masked. A
-sequence is prompt, answer, padding, by `prompt_lengths` and `answer_lengths` (b,), which may be
-None. Lengths are checked, and all is drawn, on the CPU, before anything is moved.
+sequence consists of prompt, answer and padding, as `prompt_lengths` and `answer_lengths` (b,) say;
+either may be None. All checks and draws happen on the CPU, before anything is moved to a device.
 
 Random numbers depend only on (seed, index of the sample in the training stream): a sample has the
-same λ and masks with any number of processes, batch size, order and padding, and a resumed run
+same λ and masks for any number of processes, batch size, order and padding, and a resumed run
 needs no random state. Without `seed` and `sample_indices`, a seed is drawn from `generator` (or
 torch's global one), and the indices are 0 … b − 1.
 
 Stratified λ: each of `group_size` consecutive indices takes one of as many equal strata of (ε, 1),
 or of its intersection with a window of noise levels (`noise.level`).
 
-In blocks (LLaDA2): the answer of a step is the block of an answer token that is drawn uniformly, so
-that each token has the same weight. The prompt and earlier blocks are clean, later ones cut off.
+In blocks (LLaDA2): an answer token is drawn uniformly, and its block is what the step trains, so
+each token has the same weight. The prompt and earlier blocks are clean, later ones cut off.
 
 Complementary masks: each sequence appears twice, with mask m at λ = t and ¬m at λ = 1 − t, so a
-step trains each answer token once. Both 1/λ are finite: t ~ U(ε, 1 − ε). A window has both λ.
+step trains each answer token once. t ~ U(ε, 1 − ε) keeps both 1/λ finite. A window has to contain
+both λ.
 """
 
 from __future__ import annotations
@@ -162,7 +163,7 @@ def given_levels(
     """Return a given λ as (b,) float32.
 
     Raises:
-        ValueError: λ masks nothing, or its complementary mask does, or there are not 1 or b values.
+        ValueError: λ masks nothing, or its complement does, or there are neither 1 nor b values.
     """
     is_tensor = isinstance(noise_level, torch.Tensor)
     values = np.asarray(noise_level.tolist() if is_tensor else noise_level, np.float32)
@@ -250,15 +251,15 @@ def _drawn_levels(
 
 
 def check_drawable(window: NoiseWindow, complementary: bool = False) -> None:
-    """Raise ValueError for a window without any λ that is drawn.
+    """Raise ValueError if no λ can be drawn from the window.
 
-    For complementary masks, also for a window that has some λ but not 1 − λ.
+    For complementary masks, also raise it if the window contains some λ but not 1 − λ.
     """
     top = 1 - MIN_NOISE_LEVEL if complementary else 1.0
     given = f"min_noise_level is {window.low} and max_noise_level {window.high}"
     if window.low >= top or window.high <= MIN_NOISE_LEVEL:
         raise ValueError(
-            f"{given}, but masked shares are from {MIN_NOISE_LEVEL} to {top:g}: widen the window."
+            f"{given}, but masked shares go from {MIN_NOISE_LEVEL} to {top:g}: widen the window."
         )
     if complementary and abs(window.low + window.high - 1) > 1e-9:
         low = min(window.low, 1 - window.high)
@@ -391,5 +392,5 @@ def until_end(answer: torch.Tensor) -> torch.Tensor:
 
 
 def moved(values: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Return `values` as a tensor on `device`; the host doesn't wait for it."""
+    """Return `values` as a tensor on `device`, without making the host wait."""
     return torch.from_numpy(values).to(device, non_blocking=True)

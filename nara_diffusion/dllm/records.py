@@ -1,6 +1,6 @@
-"""Records: read from files or the Hub, and how a record becomes a question and its answer.
+"""Records: how they are read from files or the Hub, and become questions with their answers.
 
-The first record shows the form, by the usual names of its fields or by names that the user gives:
+The first record decides the form, by the usual names of its fields or by names that the user gives:
 
     {"messages": [{"role": "user", "content": …}, …]}    a conversation; also "conversations",
                                                          "from" and "value"
@@ -12,8 +12,8 @@ A generation is compared with `answer`; without that field, with the whole outpu
 texts, numbers, true or false.
 
 `datasets` loads and caches all records. It loads JSON as lines of text, which are parsed here: its
-own JSON reader makes a date of the text "2024-01-02" and 1.5 of 1.50, and its errors name neither
-the file nor the line. All columns of a CSV file are texts, for the same reason.
+own JSON reader turns the text "2024-01-02" into a date and 1.50 into 1.5, and its errors name
+neither the file nor the line. For the same reason, all columns of a CSV file are read as text.
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ def _records(
 
 
 def _rows_of(rows: Dataset, limit: int, is_json: bool) -> int:
-    """Return the number of rows that hold the first `limit` records; blank lines hold none."""
+    """Return how many rows hold the first `limit` records; blank lines hold none."""
     if not is_json:
         return min(limit, len(rows))
     found = 0
@@ -221,8 +221,8 @@ def mapped(
     """Return `rows.map` of batches and their indices, in several processes if that pays.
 
     The result is cached on disk by the rows, `key`, and the code that makes it. `datasets` itself
-    wouldn't see that the code of an installed package changed, and takes a tokenizer that was only
-    used for a changed one.
+    wouldn't notice that the code of an installed package has changed, and would take a tokenizer
+    that has merely been used for one that has changed.
     """
     from datasets.fingerprint import Hasher
 
@@ -312,7 +312,7 @@ class RecordReader:
     def numbered(
         self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]
     ) -> Iterator[tuple[str, Any]]:
-        """Yield each record of a batch, after what messages call it."""
+        """Yield (what messages call the record, record) for each record of a batch."""
         for index, record in self._parsed_records(batch, indices):
             yield f"record {index + 1} of {self.source}", record
 
@@ -387,7 +387,7 @@ class RecordReader:
         """Return the text of a field unchanged: leading white space can be Python's indentation.
 
         Raises:
-            ValueError: the field is missing, empty or no text; `input` may be missing or empty.
+            ValueError: the field is missing, empty or not a text; `input` may be missing or empty.
         """
         name = self.names.get(what)
         value = record.get(name, "") if name else ""

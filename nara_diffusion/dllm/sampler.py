@@ -1,8 +1,8 @@
 """LLaDA's semi-autoregressive sampler (arXiv 2502.09992, algorithms 4 and 5), and its canvas.
 
-The canvas is a prompt, and right behind it `gen_length` masks. It is filled block by block, with
-the masks of later blocks in sight. In each step the model predicts every mask of the block, and
-some get their tokens by the rules of `decoding`. Classifier-free guidance combines logits as
+The canvas is a prompt followed by `gen_length` masks. It is filled block by block, with the masks
+of later blocks in sight. In each step the model predicts every mask of the block, and some get
+their tokens by the rules of `decoding`. Classifier-free guidance combines logits as
 (1 + w) · l(x) − w · l(x with its prompt masked).
 
 A noise-aware model runs at λ = masked share of the answer over all blocks, for each sample in each
@@ -20,11 +20,11 @@ samples models with attention by blocks, with a cache.) Unlike LLaDA's code:
 - steps without a token to place are skipped, and rows without one are left out. That changes
   nothing, since λ counts masks and not steps.
 
-A model learns what follows an answer from the end tokens that training puts behind answers, so both
-should reach equally far. A model that was trained on fewer end tokens continues after its answer,
-or takes the length of the canvas for that of the answer.
+A model learns what follows an answer from the end tokens that training puts after answers, so those
+should reach as far as the canvas does. A model that was trained on fewer end tokens continues after
+its answer, or takes the length of the canvas for that of the answer.
 
-The host reads one thing a step, the rows of the block with a mask left: it waits for the device
+The host reads one thing per step, which rows of the block have a mask left: it waits for the device
 there, and nowhere else.
 """
 
@@ -279,7 +279,7 @@ def check_positions(model: nn.Module, length: int, what: str, remedy: str) -> No
     """
     limit = Backbone(model).position_limit
     if limit is not None and length > limit:
-        raise ValueError(f"{what}, and the model has {limit} positions: {remedy}")
+        raise ValueError(f"{what}, but the model has {limit} positions: {remedy}")
 
 
 def check_canvas(model: nn.Module, longest_prompt: int, gen_length: int, record: str = "") -> None:
@@ -304,7 +304,7 @@ def checked_lengths(model: nn.Module, max_length: int | None, gen_length: int) -
     """Return the `max_length` of a training run; None is 512, or the model's positions if fewer.
 
     Raises:
-        ValueError: one of both exceeds the model's positions.
+        ValueError: one of the two exceeds the model's positions.
     """
     what = f"gen_length is {gen_length}"
     remedy = "lower it, since prompt and answer share them"

@@ -1,6 +1,6 @@
-"""The arguments of dllm/train.py, and what they select: records, and what a model's kind needs.
+"""The arguments of dllm/train.py, the records that they select, and what each kind of model needs.
 
-A kind has its loss, its loss over λ, its sampler, and the layers that are adapted:
+Each kind of model has its own corruption, loss, loss over λ, sampler, and layers to adapt:
 
     masked models      masks,          `loss`,         `sampler`,          all linear layers
     DiffusionGemma     random tokens,  `block_loss`,   `canvas_sampler`,   the text layers of both
@@ -235,8 +235,8 @@ class Arguments(ModelArguments, TrainingArguments, ObjectiveArguments):
         if has_both or (has_none and self.plan is None):
             got = "both" if has_both else "neither"
             raise ValueError(
-                "training data come from train_file or from dataset_name: give one of them, "
-                f"got {got}."
+                "training data come from either train_file or dataset_name: give exactly one, "
+                f"not {got}."
             )
         is_both = self.load_in_4bit and self.load_in_8bit
         if self.is_quantised and (self.adapter == "full" or is_both):
@@ -267,7 +267,7 @@ class Arguments(ModelArguments, TrainingArguments, ObjectiveArguments):
 def shipped_run(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of the shipped run if no model is `given`.
 
-    Its data are left out if other data are given.
+    If other data are given, the shipped data are left out.
     """
     if "pretrained_model_name_or_path" in given:
         return {}
@@ -323,7 +323,7 @@ def curve_of(model: nn.Module) -> Callable[..., list[float]]:
 
 
 def answers_of(model: nn.Module, prompts: Sequence[Sequence[int]], **sampling: Any) -> Generation:
-    """Answer prompts of unequal length by the model's own sampler."""
+    """Answer prompts of unequal length with the model's own sampler."""
     answer = answer_canvases if Backbone(model).has_canvas else answer_prompts
     return answer(model, prompts, **sampling)
 
@@ -336,7 +336,7 @@ def sampling_of(model: nn.Module, sampling: Sampling, *, chat: bool) -> Sampling
 
 
 def collator_of(model: nn.Module, args: Arguments, end_token_id: int) -> AnswerCollator:
-    """Return how rows become batches: answers of a canvas model end where a canvas ends."""
+    """Return the collator: the answers of a canvas model are padded to the end of a canvas."""
     collator = AnswerCollator(end_token_id, args.trained_padding, args.gen_length)
     if not Backbone(model).has_canvas:
         return collator
@@ -346,7 +346,7 @@ def collator_of(model: nn.Module, args: Arguments, end_token_id: int) -> AnswerC
 
 
 def set_block_length(model: PreTrainedModel, args: Arguments) -> None:
-    """Give a model with attention by blocks the length that the arguments name."""
+    """Give a model with attention by blocks the block length that the arguments name."""
     if Backbone(model).block_length is not None and args.block_length is not None:
         model.config.block_length = args.block_length
 
@@ -373,7 +373,7 @@ def objective_options(model: nn.Module, args: Arguments) -> dict[str, Any]:
 
 
 def adapter_options(model: nn.Module, args: Arguments) -> Mapping[str, Any]:
-    """Return what `build_adapter` is given beside the arguments.
+    """Return what `build_adapter` gets besides the arguments.
 
     Raises:
         ValueError: an adapter, or names of layers, that DiffusionGemma cannot have.

@@ -1,9 +1,9 @@
 """The step that `dllm.py --plan` takes: the run's own model, masks and loss, and no data.
 
-Its rows are the longest that the flags and the model's positions allow: --max_length tokens, of
-them --max_prompt_length (else all but one) of the prompt, and the trained padding. All tokens of
-the answers are masked; half of them under complementary masks. A model with blocks is trained on
-the last one, DiffusionGemma on one canvas, in two passes.
+Its rows are the longest that the flags and the model's positions allow: --max_length tokens, with
+--max_prompt_length of them in the prompt (by default all but one), plus the trained padding. All
+tokens of the answers are masked, or half of them under complementary masks. A model with blocks is
+trained on the last block, DiffusionGemma on one canvas, in two passes.
 """
 
 from __future__ import annotations

@@ -62,12 +62,12 @@ Question = str | list[dict[str, str]]
 
 @dataclass(frozen=True)
 class Measurement:
-    """What is measured of a model.
+    """What was measured for one model.
 
     Attributes:
         exact_match: share of right answers, in [0, 1].
         generations: one {instruction, generation, extracted, answer, correct} a test row.
-        noise_levels, curve: λ, and the loss at each in nats a masked token.
+        noise_levels, curve: λ, and the loss at each in nats per masked token.
         validation_loss: the training objective on the validation rows.
     """
 
@@ -80,10 +80,12 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Measure a model, without DDP's wrapper and with its adapter as it is.
+    """The measurements of a run: call `measure` with a model before and after training.
+
+    Pass the model without DDP's wrapper. Its adapter stays as enabled or disabled as it was.
 
     Attributes:
-        validation_rows, test_rows: of `encode_records`.
+        validation_rows, test_rows: rows from `encode_records`.
         sampling: how answers to the test rows are generated.
     """
 

@@ -85,7 +85,7 @@ def find_mask_token(
 ) -> int:
     """Return the mask token's id: the given one, else that of config.json or of the tokenizer.
 
-    A token <|mask|> of the vocabulary is one, named or not.
+    If the vocabulary has a token <|mask|>, it is the mask token even if nothing names it.
 
     Raises:
         ValueError: nothing names one, the name isn't a token, or the id is outside the vocabulary.
@@ -116,10 +116,10 @@ def find_mask_token(
 def set_special_tokens(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, mask_token_id: int | None
 ) -> None:
-    """Make model and tokenizer agree on mask (if any), beginning, end and padding.
+    """Make model and tokenizer agree on the mask (if any), BOS, EOS and padding tokens.
 
-    Padding is the end token if there is no other. The beginning is the tokenizer's, since that of
-    Dream's configuration is its end.
+    Without a padding token, EOS pads. BOS is the tokenizer's, since Dream's configuration names its
+    EOS token as BOS.
     """
     config: Any = model.config
     text: Any = tokenizer.convert_ids_to_tokens
@@ -179,7 +179,7 @@ def digit_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def mask_in_a_text(mask_token_id: int) -> str:
-    """Return the error about a text that contains the mask token, to follow the text's name."""
+    """Return an error message's end, after a text's name: the text contains the mask token."""
     return (
         f"holds the mask token ({mask_token_id}), and the model would take it for a masked token: "
         "write it otherwise, or leave it out"

@@ -102,9 +102,9 @@ def main(args: Arguments) -> dict[str, Any]:
 
 
 class FineTuning:
-    """One run: its rows and its base model, then `train` and `report`.
+    """One run: creating it loads the rows and the base model; then call `train` and `report`.
 
-    The constructor raises all errors that don't need an adapter.
+    The constructor raises all errors that can be found without an adapter.
     """
 
     def __init__(self, args: Arguments, run: Run[Arguments]) -> None:
@@ -153,7 +153,7 @@ class FineTuning:
         return model, tokenizer
 
     def _encode_records(self) -> None:
-        """Turn the records into rows, and warn of rows that are trained on and measured on."""
+        """Turn the records into rows, and warn of rows that are both trained on and measured on."""
         args, run = self.args, self.run
         encode = partial(
             encode_records,
@@ -237,7 +237,7 @@ class FineTuning:
         return model
 
     def _try_longest_prompt(self) -> None:
-        """Answer the longest test prompt, so that what can't be generated fails before training."""
+        """Answer the longest test prompt: if generation can't work, it fails before training."""
         lengths = list(self.test_rows["prompt_length"])
         row = self.test_rows[lengths.index(max(lengths))]
         prompt = row["input_ids"][: row["prompt_length"]]

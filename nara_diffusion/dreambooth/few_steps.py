@@ -74,11 +74,11 @@ def sampler_line(objective: Objective) -> str:
 
 
 def levels_of(sampler: Any, objective: Objective, steps: int, parts: int = 1) -> list[Level]:
-    """Return the levels of `steps` steps, each in `parts` equal parts: steps · parts + 1 of them.
+    """Return the steps · parts + 1 levels of `steps` steps that are each split into `parts`.
 
-    The first, and every `parts`-th after it, are the levels of a pipeline that samples in `steps`
-    steps with `sampler`. (Where N isn't a multiple of the steps, DDIM's own step lands one of its N
-    timesteps beside the next one.)
+    The first level, and every `parts`-th one after it, are those of a pipeline that samples in
+    `steps` steps with `sampler`. (If N, the length of the schedule, isn't a multiple of the steps,
+    DDIM's own step ends one timestep away from the next level.)
     """
     if objective.prediction_type == FLOW:
         return _flow_levels(sampler, steps, parts)

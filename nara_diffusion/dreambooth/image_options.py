@@ -166,7 +166,7 @@ class FewStepArguments:
     )
     prompts_file: str | None = option(
         None,
-        "Text file with the prompts to distill, one a line; none takes the instance and the class prompt.",
+        "Text file with the prompts to distill, one per line; none: the instance and class prompts.",
     )
     distillation_options: dict[str, Any] = option({}, "How the teacher is sampled:", rare=True)
     trajectories: int = option(

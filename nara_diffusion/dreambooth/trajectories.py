@@ -174,7 +174,7 @@ def collate_segments(samples: Sequence[Mapping[str, int]]) -> dict[str, list[int
 
 
 def read_prompts(path: str) -> list[str]:
-    """Return the prompts in a text file, one a line; empty lines are skipped.
+    """Return the prompts in a text file, one per line; empty lines are skipped.
 
     Raises ValueError if the file can't be read as text or has no prompt.
     """

@@ -96,7 +96,7 @@ class Adapter:
         """Return the plain LoRA s · B · C · A with that C (r, r) of each module."""
         if self.config.lora_bias:
             raise ValueError(
-                "The adapter has biases of B (lora_bias=True): save it by save_pretrained."
+                "The adapter has biases of B (lora_bias=True): use save_pretrained instead."
             )
         layers = {}
         for name, layer in self.lora.layers.items():
@@ -193,7 +193,7 @@ def _factors(
         kind += "" if variant is None else f" with {type(variant).__name__}"
         raise ValueError(
             f"Adapter '{adapter_name}' can't be exported as a plain LoRA, since layer '{name}' is "
-            f"adapted by PEFT's {kind}: save it by save_pretrained, for PEFT only."
+            f"adapted by PEFT's {kind}: use save_pretrained instead; only PEFT can read its files."
         )
     own: Any = layer
     rank: int = own.r[adapter_name]

@@ -152,9 +152,10 @@ def _nara_config(lora: PlainLora, core: Mapping[str, Any]) -> NaraConfig:
 
 
 def copy_tensors(lora: PlainLora, root: nn.Module, adapter_name: str, origin: str) -> None:
-    """Copy A, B and magnitudes of `lora` into an adapter of `root`: all, or none. Cores stay.
+    """Copy A, B and magnitudes of `lora` into an adapter of `root`, all or none.
 
-    Values keep every bit: a parameter with a coarser dtype takes the dtype of the tensor.
+    Cores are left alone. Values keep every bit: a parameter with a coarser dtype takes the tensor's
+    dtype.
 
     Args:
         lora: the LoRA.

@@ -140,7 +140,7 @@ def _named(
     if component not in encoders:
         known = ", ".join(["the denoiser", *encoders])
         raise ValueError(
-            f"A {form} file of {base} has no keys for '{component}', expected {known}."
+            f"A {form} file for {base} has no keys for '{component}': expected one of {known}."
         )
     return _kohyas(encoders[component], layers, base)
 

@@ -1,4 +1,4 @@
-"""Export of a NaRA as one plain LoRA: exactly that of one λ, or the nearest over all λ.
+"""Export a NaRA as one plain LoRA: its exact update at one λ, or the nearest one over all λ.
 
 The LoRA that is nearest over all λ has the mean C̄ of C(λ) in place of C(λ). For any A and B, C̄ is
 the X that minimises ∫ ‖s B (C(λ) − X) A‖² dλ. The error is computed from r × r matrices, without
@@ -6,9 +6,9 @@ the dense ΔW (d_out, d_in):
 
     ‖s B D A‖² = Σ (Bᵀ B D s² A Aᵀ) ⊙ D,        D = C(λ) − C̄
 
-The grid of λ has 257 equidistant points. It also has the points between which C is linear in λ or
-constant: the knots of "knots", and a strength's points, with both sides of each of its steps
-(neighbouring float32 numbers).
+The grid of λ has 257 equidistant points, plus every point where C(λ) bends or jumps: the knots of
+"knots" and the points of a strength schedule. At each jump of a schedule, the grid has a point on
+either side (neighbouring float32 numbers).
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def _grid(adapter: Adapter) -> tuple[Tensor, Tensor]:
 
 
 def _breakpoints(adapter: Adapter) -> Tensor:
-    """Return the points (p,) between which C is linear in λ, or constant; float32."""
+    """Return the points (p,) where C(λ) bends or jumps, float32."""
     config: Any = adapter.config
     found = [torch.empty(0, dtype=torch.float32)]
     for schedule in adapter.schedules:

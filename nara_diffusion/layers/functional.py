@@ -1,12 +1,12 @@
-"""The products of an adapted layer, with torch only: h + D h, B C, DoRA's norm, and all in one function.
+"""An adapted layer's products, in plain torch: h + D h, B C, DoRA's norm, and one fused function.
 
     y = W0 x + b + s B (h + D h),   h = A x,   D = C - I
     y = g ⊙ (W0 x + s B (h + D h)) + b,   g = m / ‖W0 + s B C A‖_row           (NaRA-DoRA)
 
 Shapes: A (r, d_in), D (n, r, r), B (d_out, r). The n matrices are one for all positions, one for each
 sample, or one for each of k equal consecutive parts of a sample's positions: h (b, l, r) is seen as
-(n, b l / n, r). Layers get the deviation D and not C, since D is small: rounded to bfloat16, it loses
-no more than h + D h does, while C would lose D.
+(n, b l / n, r). Layers get the deviation D and not C, because D is small: rounding D to bfloat16
+costs no more than rounding h + D h, while rounding C would wipe D out.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def times_core(B: Tensor, deviation: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class NormParts:
-    """What of ‖W0 + s K A‖ by row does not depend on K, float32 at least.
+    """The parts of ‖W0 + s K A‖ by row that do not depend on K, at least float32.
 
     Attributes:
         products: Pᵀ = A W0ᵀ (r, d_out).
@@ -150,15 +150,16 @@ def linear_in_one(
 ) -> Tensor:
     """Return the output of an adapted linear layer, with few kernels and little memory.
 
-    The function computes in the dtype of `result` and converts x, A and B itself. It makes both terms
-    of the gradient of x in one tensor. In backward, matrices with a narrow side r have it as their
-    first axis.
+    The function computes in the dtype of `result` and converts x, A and B itself. It accumulates
+    both terms of the gradient of x in one tensor. In backward, matrices with a narrow side r have
+    it as their first axis.
 
     Args:
         x: (b, …, d_in).
         result: W0 x + b (b, …, d_out).
-        base: W0 and b if they are frozen and made `result` from x. Then `result` is overwritten, and
-            the gradient that W0 gives to x is made here. DoRA needs it. None adds to `result`.
+        base: W0 and b, if they are frozen and made `result` from x. Then `result` is overwritten,
+            and the gradient that reaches x through W0 is computed here. DoRA needs this. If None,
+            the update is added to `result`.
         A: (r, d_in).
         deviation: D (n, r, r), float32. Its gradient is made in float32.
         operand: D without gradient, in the dtype that h + D h is computed in.
@@ -310,10 +311,10 @@ _TENSORS = (Tensor, FakeTensor)
 def fits_one_function(A: nn.Linear, B: nn.Linear, x: Tensor, result: Tensor) -> bool:
     """Return whether `linear_in_one` may add the update of `x` to `result`.
 
-    Otherwise, the layer is computed step by step: by a compiler, which fuses the steps itself; for
-    `vmap`, `jvp` and TorchScript; if hooks, wrappers (offloading, pruning) or a bias are on A or B;
-    if dtypes differ outside autocast; or for subclasses of tensors, except fake
-    ones, so that what is planned is what runs.
+    Otherwise, the layer is computed step by step: under a compiler, which fuses the steps itself;
+    for `vmap`, `jvp` and TorchScript; if A or B has hooks, wrappers (offloading, pruning) or a
+    bias; if dtypes differ outside autocast; or for tensor subclasses, except fake tensors, so that
+    `--plan` measures what runs.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[reportPrivateImportUsage]
         return False

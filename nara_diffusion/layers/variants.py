@@ -1,4 +1,4 @@
-"""NaRA's LoRA variants: how D(λ) reaches a layer, what the layer does with it, which layer has which.
+"""NaRA's LoRA variants: how D(λ) reaches a layer, how the layer applies it, who gets which variant.
 
     y = W0 x + b + s B (h + D h),   h = A x,   D = C − I  (paper, equation 4)
 
@@ -9,8 +9,8 @@ PEFT's own layers own A and B and call the variant's `forward`. A variant reads 
 model's channel; it knows neither the core that made D nor the modality. If the rank r of a layer is
 below that of its core, the layer reads D[:r, :r].
 
-Linear layers run as one autograd function, `functional.linear_in_one`; `fits_one_function` has the
-exceptions.
+Linear layers run as one autograd function, `functional.linear_in_one`, except where
+`fits_one_function` says otherwise.
 """
 
 from __future__ import annotations
@@ -102,10 +102,10 @@ class CoreChannel:
     forward hook removes it. (A compiled graph can read a `threading.local` but not a `ContextVar`,
     and a forward does not switch to another async task.)
 
-    A layer accepts a pushed D only inside the same `noise_level(…)` as the push. No hook runs after
-    a forward that Ctrl-C has ended, but its D is not used at another λ. (If λ came from a timestep,
-    there is no context to compare. After Ctrl-C, a *part* of the model that is called by itself
-    then reads the old D, until the next forward of the whole model.)
+    A layer accepts a pushed D only inside the same `noise_level(…)` as the push. So although no
+    hook runs after a forward that Ctrl-C has ended, its D is not used at another λ. (If λ came from
+    a timestep, there is no context to compare: after Ctrl-C, a *part* of the model that is called
+    by itself reads the old D, until the next forward of the whole model.)
 
     Args:
         holder: the holder of the cores.
@@ -129,7 +129,7 @@ class CoreChannel:
     def read(self, key: Key) -> tuple[Tensor, Parts | None]:
         """Return D (1 or b, r, r), float32, or D of parts and these parts, for a layer.
 
-        It is D of the running forward, or of the context around a part that is called by itself.
+        D belongs to the running forward, or to the context around a part that is called by itself.
         """
         pushed = self.pushed()
         is_current = pushed is not None and (
@@ -144,7 +144,7 @@ class CoreChannel:
     def operand(self, key: Key, deviation: Tensor, like: Tensor) -> Tensor:
         """Return D in the dtype and on the device of `like`, without gradient.
 
-        It is converted once a forward. If the adapter has a strength, D may be nearly −I, and
+        It is converted once per forward. If the adapter has a strength, D may be nearly −I, and
         rounding it would leave much of what should vanish, so D stays in float32.
         """
         dtype, device = like.dtype, like.device
@@ -168,7 +168,7 @@ class CoreChannel:
         self.local.pushed = Pushed(innermost, entry, deviations, parts)
 
     def pushed(self) -> Pushed | None:
-        """Return what the running forward has pushed; None if none runs."""
+        """Return what the running forward has pushed; None if no forward is running."""
         return getattr(self.local, "pushed", None)
 
     @contextmanager
@@ -289,7 +289,7 @@ class NaraVariant(LoraVariant):
         return merged.to(orig_weight.dtype)
 
     def _check_merged(self, module: AdaptedLayer, args: tuple[Any, ...]) -> None:
-        """Check λ before the forward of a merged layer, since the root may not run and check it."""
+        """Check λ before a merged layer's forward: the root may not have run, so it can't check."""
         if module.merged and not module.disable_adapters and self.merged_at is not None:
             self.channel.holder.check_merged(self.merged_at)
 
@@ -377,9 +377,9 @@ def is_dropout_free(layer: AdaptedLayer, adapter_name: str) -> bool:
 
 
 def frozen_base(layer: AdaptedLayer, result: Tensor) -> tuple[Tensor, Tensor | None] | None:
-    """Return W0 and b if `linear_in_one` may make the gradient that W0 gives to x.
+    """Return W0 and b if `linear_in_one` may compute the gradient that reaches x through W0.
 
-    It is None if the base layer is trained, quantised or watched by a hook, if another tuner is in
+    Return None if the base layer is trained, quantised or watched by a hook, if another tuner is in
     between, or if several adapters are active.
     """
     base = layer._modules["base_layer"]
@@ -464,7 +464,7 @@ class _OutsideAutocast:
     """True unless autocast is on; for PEFT's `cast_input_dtype_enabled`.
 
     PEFT converts a layer's input to the dtype of A. Under autocast, A's product converts it back:
-    two kernels a layer, and two in backward.
+    two kernels per layer, and two more in backward.
     """
 
     def __bool__(self) -> bool:

@@ -3,7 +3,7 @@
 A pipeline's file is one safetensors file, with the configurations in its metadata:
 
     unet.down_blocks.1.….to_q.lora_A.weight   A, B and DoRA's magnitude of each adapted module
-    unet.nara_core.shared.layers.0.weight     the core, once a component
+    unet.nara_core.shared.layers.0.weight     the core, once per component
     text_encoder.….q_proj.lora_A.weight       text encoders run before there is a λ: C = I
     __metadata__["nara_adapter_metadata"]     {"format_version": 1, "components": {"unet": {…}}},
                                               with the fields of NaraConfig

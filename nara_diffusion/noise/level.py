@@ -8,12 +8,12 @@ adapted model gets λ from the first of these that exists:
 2. the source that `set_noise_source(model, source)` has set;
 3. the source that `register_noise_source` has registered under the `noise_convention` of the
    model's first adapter;
-4. `timesteps.Denoiser`, if Diffusers' pipelines pass a timestep to a model of this class (`rows`
-   has the table); the sources of text models, `blocks` and `canvas_source`.
+4. the default of its class: `timesteps.Denoiser` if Diffusers' pipelines pass a timestep to models
+   of this class (`rows` has the table); `blocks` has LLaDA2's, `canvas_source` DiffusionGemma's.
 
 An adapter is saved with the name of its definition of λ (`noise_convention`). If the model's source
-has another definition, an error is raised. `masked_share` reads λ from the masks of a language
-model's input.
+has another definition, an error is raised. `masked_share` has the source that reads λ from the
+masks in a language model's input; it is never a default.
 
 The contexts are entries of one `ContextVar`, and each entry knows its parent. Threads therefore do
 not see each other's λ, and a thread that is started inside a context has none. Each async task has
@@ -88,7 +88,7 @@ def _in_range(level: Tensor) -> Tensor:
 def host_values(tensor: Tensor) -> list[Any] | None:
     """Return the values of a tensor on the CPU as a flat list; None for any other tensor.
 
-    Reading another one would wait for its device, and fake tensors have no values.
+    Reading any other tensor would mean waiting for its device, and fake tensors have no values.
     """
     if tensor.device.type != "cpu" or type(tensor) not in (Tensor, nn.Parameter):
         return None
@@ -101,9 +101,9 @@ def nan_outside(level: Tensor, slack: float = 0.0) -> Tensor:
 
 
 def one_if_expanded(values: Tensor) -> Tensor:
-    """Return `values` (b, …), or their first (1, …) if they are one that was expanded.
+    """Return `values` (b, …), or only the first (1, …) if they are one value that was expanded.
 
-    The strides say so. After an operation, such as a cast, they no longer do.
+    The strides show that. After an operation, such as a cast, they no longer do.
     """
     return values[:1] if values.dim() > 0 and values.stride(0) == 0 else values
 
@@ -342,8 +342,8 @@ def find_holders(model: nn.Module) -> list[Any]:
 def outer_modules(root: nn.Module) -> list[nn.Module]:
     """Return `root` and the modules below it, in any order.
 
-    Modules inside adapted layers and holders are left out: they are five sixths of an adapted SDXL
-    UNet, and samplers look for holders at every step.
+    Modules inside adapted layers and holders are left out: they make up five sixths of an adapted
+    SDXL UNet, and samplers look for holders at every step.
     """
     found: dict[int, nn.Module] = {}
     left: list[nn.Module | None] = [root]
@@ -415,10 +415,10 @@ def stratified_uniform(
     """Return u (b,), float64 in [0, 1), for each index; independent draws if the group is 1.
 
     Random numbers depend only on the samples' indices: a sample gets the same number in any
-    process, at any batch size, in any order, and in a resumed run. In every group of n consecutive
+    process, at any batch size, in any order, and after resuming. In every group of n consecutive
     indices, each index takes one of the n equal strata of [0, 1),
 
-        u_i = ((i + shift) mod n + v_i) / n,   shift ~ U{0 … n − 1} a group,  v_i ~ U(0, 1) a sample
+        u_i = ((i + shift) mod n + v_i) / n,   shift ~ U{0 … n − 1} per group,  v_i ~ U(0, 1)
 
     so that each u_i is still uniform, while the mean over the group varies far less.
 

@@ -9,11 +9,11 @@
 Shapes do not show what a row is: the number of tokens may equal the batch size by chance. It is
 therefore declared for each model (`ModelRows`) and determined for each layer (`row_kind_of`). If
 rows cannot be assigned to samples, different values of λ raise an error; one value for the whole
-batch works. Only there the host reads values, to see whether they are all the same.
+batch works. Only in this case does the host read the values, to see whether they are all the same.
 
 The table of denoisers says what the `timestep` of each class of models means, and what its layers
-see. It follows the source of Diffusers' pipelines. A class is looked up by its name, then by the
-names of its base classes. `register_denoiser` adds a class. In some classes the model sees b
+see. It follows the source code of Diffusers' pipelines. A class is looked up by its name, then by
+the names of its base classes. `register_denoiser` adds a class. In some classes the model sees b
 samples, but its layers see b · k rows, k consecutive rows for each sample: frames of a video,
 timesteps of tokens or frames, tokens of a text inside an embedder. These classes are declared
 `sample_major`, because sizes do not show it.
@@ -97,7 +97,7 @@ def core_of_rows(
 
 
 def _the_only(values: Tensor, refusal: str) -> Tensor:
-    """Return the first of `values` (b, …), (1, …), if all are the same. The host reads that.
+    """Return the first of `values` (b, …), as (1, …), if all are the same; the host reads them.
 
     Raises:
         ValueError: they differ; the message is `refusal`.
@@ -386,8 +386,8 @@ def register_denoiser(
     denoiser = Denoiser(meaning, argument=argument, sample_major=sample_major)
     if _DENOISERS.setdefault(class_name, denoiser) != denoiser:
         raise ValueError(
-            f"{class_name} is declared already, as {_DENOISERS[class_name]}: give a model that means something else a "
-            "source of its own, set_noise_source(model, TimestepNoise(meaning))."
+            f"{class_name} is already declared, as {_DENOISERS[class_name]}: if the timestep of your model means "
+            "something else, call set_noise_source(model, TimestepNoise(meaning))."
         )
 
 

@@ -1,4 +1,4 @@
-"""λ from a timestep or a sigma. No other module does this conversion.
+"""λ from a timestep or a sigma, converted in this module only.
 
     convention   λ               the argument t of a denoiser
     timestep     t / N           discrete schedules, N = num_train_timesteps; t may be fractional
@@ -7,8 +7,8 @@
     edm          σ / (1 + σ)     x_σ = x + σ ε, t = ¼ ln σ (arXiv 2206.00364) or 2/π atan σ; this λ
                                  is the σ of the flow with as much noise
 
-λ = 1 is pure noise in all of them. N comes from the source that a user has set; otherwise from the
-present schedulers of the pipelines that loaded an adapter; otherwise it is 1000.
+λ = 1 is pure noise in all of them. N comes from the source that a user has set; failing that, from
+the current schedulers of the pipelines that loaded an adapter; failing that, it is 1000.
 """
 
 from __future__ import annotations
@@ -79,10 +79,10 @@ class TimestepNoise:
         scale: the factor that the pipeline applies to the timestep before it calls the denoiser
             (Sana's `timestep_scale`).
         also: names of further arguments with the same meaning, such as timesteps of sound or of
-            actions beside those of a video. Each may be missing. The noisiest counts.
+            actions beside those of a video. Each may be missing. The noisiest one counts.
         packed: whether the n values of a timestep (n,) belong to the tokens of one packed sequence,
             one for each token or each distinct value once, and not to a batch.
-        pinned: (argument, value, t): if this other argument of the forward has this value, the
+        pinned: (argument, value, t): if the forward's argument of this name has this value, the
             denoiser runs at t, whatever its timestep is.
         frames: where the layers see the frames of a video. In a denoiser that is in the table, None
             takes the table's.

@@ -252,7 +252,7 @@ def _values(args: AdapterArguments, method: Method) -> dict[str, Any]:
 def check_adapter(args: TrainingArguments) -> None:
     """Raise ValueError for an adapter that no run can train. The arguments' `__post_init__` calls it.
 
-    Import --core_module first, which may register the core.
+    Import --core_module before: it may register the core.
     """
     if args.core_module is not None:
         import_core_module(args.core_module)

@@ -318,7 +318,7 @@ def check_optimizer(args: OptimizationArguments) -> None:
     for name in args.optimizer_options:
         if name not in known:
             raise ValueError(
-                f"optimizer_options holds {name!r}, which {args.optimizer} lacks: {hint(name, known)}"
+                f"optimizer_options has {name!r}, which {args.optimizer} doesn't take: {hint(name, known)}"
             )
     if args.lr_scheduler == "constant" and args.lr_warmup_steps > 0:
         raise ValueError(

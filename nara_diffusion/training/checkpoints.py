@@ -1,18 +1,18 @@
-"""The folder checkpoint-N: all that a run needs to continue after step N as if it never stopped.
+"""The folder checkpoint-N: all that a run needs to go on after step N as if it had never stopped.
 
     checkpoint-N/adapter_config.json,        the adapter, written by the run's `Writer`
                  adapter_model.safetensors
                  optimizer.bin,              as accelerate writes them (scaler.pt with fp16); the
                  scheduler.bin, scaler.pt    engine decides the optimizer's form, see `engine_state`
                  random_states_P.pkl         of process P
-                 checkpoint.json             the manifest: step, length of the schedule, losses that
-                                             aren't logged yet, processes, engine, arguments,
+                 checkpoint.json             the manifest: step, length of the schedule, losses not
+                                             yet logged, number of processes, engine, arguments,
                                              digests of files, data, base and the manifest itself
 
 The step is enough to find the place in the data: `loop.ShuffledStream` makes the order a function
-of (seed, position). A checkpoint contains neither the data nor the frozen base model; it recognises
-them by their digests. A checkpoint is written under a temporary name and renamed when it is
-complete; older ones are deleted after that.
+of (seed, position). A checkpoint contains neither the data nor the frozen base model; it records
+their digests to recognise them. A checkpoint is written under a temporary name and renamed when it
+is complete; only then are older ones deleted.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def save_checkpoint(
     Args:
         facts: the run's fields of the manifest.
         write: writes the adapter's files.
-        limit: checkpoints to keep; None keeps all.
+        limit: number of checkpoints to keep; None keeps all.
 
     Raises:
         OSError: the disk is full, for example. Nothing of the checkpoint is left then, and earlier
@@ -195,8 +195,8 @@ def _delete_oldest(folder: Path, limit: int | None, newest: Path) -> None:
 def find_checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints in a run's folder, in the order they were written.
 
-    Their steps may not ascend: a run that resumed from an earlier checkpoint writes lower steps
-    later.
+    Steps don't always ascend in this order: a run that resumed from an earlier checkpoint writes
+    lower steps later.
     """
 
     def written(path: Path) -> tuple[float, int]:

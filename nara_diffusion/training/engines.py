@@ -1,8 +1,8 @@
-"""A model's way through accelerate's engines: one process, DDP, FSDP2, or DeepSpeed.
+"""Training under accelerate's engines (one process, DDP, FSDP2, DeepSpeed), and the optimizer.
 
-They are started with the arguments' accumulation and clipping, models are loaded whole or in
-float32 where an engine would do otherwise, and prepared together with the optimizer. Its learning
-rates are those of A and B, of the core, and of text encoders.
+Accumulation and clipping come from the arguments, not from the launcher's configuration. Models are
+loaded whole, or in float32, where an engine would do otherwise. The optimizer has separate learning
+rates for A and B, for the core, and for text encoders.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 def start_accelerator(args: TrainingArguments) -> Accelerator:
-    """Return the launcher's engine, but with accumulation and clipping from `args`.
+    """Return the engine that the launcher asks for, with accumulation and clipping from `args`.
 
     Raises:
         ValueError: the launcher asks for FSDP1; an engine or fp16 needs a GPU, and there is none;
@@ -198,7 +198,7 @@ def split_across_processes(
     """Return `work`'s results for 0 … count − 1, in order, on every process; all share the work.
 
     Args:
-        work: from indices to a picklable result for each.
+        work: takes indices, and returns a picklable result for each.
     """
     mine = range(accelerator.process_index, count, accelerator.num_processes)
     mine = range(count) if accelerator.distributed_type in SHARDED else mine
@@ -218,7 +218,8 @@ def prepare(accelerator: Accelerator, model: nn.Module, *others: Any) -> list[An
     wrapper.
 
     With --fsdp_cpu_ram_efficient_loading, accelerate gives all processes the weights of the main
-    one. It expects only sharded tensors in a state dict, but the core's frequencies are a buffer.
+    one. For that it expects only sharded tensors in a state dict; the core's frequencies, a buffer,
+    aren't sharded.
     """
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         if accelerator.mixed_precision == "bf16":
@@ -335,8 +336,8 @@ def may_fuse(accelerator: Accelerator) -> bool:
     """Return True if AdamW may be PyTorch's fused one under this engine.
 
     The fused one takes a third of the time for an adapter's many tensors. It doesn't work with
-    fp16: it skips the steps that overflow itself, but accelerate recognises a skipped step by a
-    missing call and would step the schedule. DeepSpeed has its own optimizer.
+    fp16: it skips overflowing steps by itself, while accelerate recognises a skipped step by a
+    missing call, and so would step the schedule. DeepSpeed has its own optimizer.
     """
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return False
@@ -374,9 +375,10 @@ def _parameter_groups(model: nn.Module, args: TrainingArguments) -> list[dict[st
 def build_lr_scheduler(
     optimizer: torch.optim.Optimizer, args: OptimizationArguments, total_steps: int
 ) -> LRScheduler:
-    """Return the schedule over `total_steps`. Call `step` once a step, on any number of processes.
+    """Return the schedule over `total_steps`.
 
-    `lr_warmup_steps` below 1 is a share of all steps.
+    Call its `step` once per optimizer step, however many processes there are. `lr_warmup_steps`
+    below 1 is a share of all steps.
     """
     warmup = args.lr_warmup_steps
     steps = round(warmup * total_steps) if warmup < 1 else int(warmup)
@@ -402,7 +404,7 @@ def freeze_core(optimizer: Any) -> None:
 
 
 def recompute_activations(model: PreTrainedModel) -> None:
-    """Turn on the model's gradient checkpointing, in the form without gradient at the inputs."""
+    """Turn on the model's gradient checkpointing, in the form that needs no gradient at inputs."""
     # the name up to transformers 5.23, deprecated since then
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
     enable({"use_reentrant": False})

@@ -1,4 +1,4 @@
-"""Both scripts' training loop: accumulate, clip, step, check, log, validate, save, stop; its data.
+"""Both scripts' training loop, the order of its data, and how Ctrl-C and SIGTERM end it.
 
 The loss of an optimizer step is the mean over its global batch: each forward's loss is the mean
 over its samples, accelerate divides by the accumulated forwards, and DDP averages over processes.
@@ -10,7 +10,7 @@ number of processes or accumulated forwards. An epoch's last batch is filled fro
 that all forwards have equally many samples. To resume, start at k. With new data, k counts from the
 step where the new data began.
 
-Ctrl-C and SIGTERM end training after the present step, in all processes at once.
+Ctrl-C and SIGTERM end training after the current step, in all processes at once.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 
 class StepLoss(Protocol):
-    """A loss function's value: the scalar to differentiate; its samples' losses (b,) and λ (b,)."""
+    """What a loss function returns: the scalar to differentiate, losses (b,) and λ (b,)."""
 
     @property
     def loss(self) -> Tensor: ...
@@ -92,8 +92,8 @@ def train(
             model's mode and the global random state unchanged.
 
     Raises:
-        TrainingDiverged: a loss or a gradient's norm wasn't finite. The host reads them before it
-            logs, validates or saves, and not in between; so no such step is ever saved.
+        TrainingDiverged: a loss or a gradient's norm wasn't finite. The host reads them only before
+            it logs, validates or saves, so no such step is ever saved.
         SystemExit: code 130 after Ctrl-C, 143 after SIGTERM, once a checkpoint is written.
     """
     accelerator, args, (model, optimizer, scheduler, loader) = run.accelerator, run.args, parts
@@ -276,10 +276,10 @@ class InterruptRequest:
     """Record Ctrl-C and SIGTERM: `with InterruptRequest() as request: …`.
 
     `request.signal` is the signal that came, SIGINT (Ctrl-C) or SIGTERM, or 0. A second Ctrl-C
-    stops at once. Outside the main thread, where Python allows no handlers, it stays 0.
+    stops at once. Outside the main thread, where Python allows no handlers, `signal` stays 0.
 
     Args:
-        processes: how many train together. All of them make a request, at the same time.
+        processes: how many train together. All of them enter a request at the same time.
     """
 
     def __init__(self, processes: int = 1) -> None:

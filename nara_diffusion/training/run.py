@@ -120,12 +120,12 @@ class Run(Generic[Args]):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the frozen weights, that of the forward's mixed precision."""
+        """Dtype of the frozen weights: that of the forward's mixed precision."""
         return DTYPES.get(self.accelerator.mixed_precision, torch.float32)
 
     @property
     def weights_dtype(self) -> torch.dtype:
-        """Dtype to load the model in: float32 to train all weights; others lose small steps."""
+        """Dtype to load the model in: float32 to train all weights; others lose small updates."""
         return torch.float32 if method_of(self.args).family == "full" else self.dtype
 
     # ---------------------------------------------------------------- data, base and steps
@@ -133,7 +133,8 @@ class Run(Generic[Args]):
     def record_data_digest(self, what: str, texts: Iterable[str]) -> None:
         """Record the digest of "training data" or "validation data"; call it before `plan`.
 
-        A resumed run warns if the data have changed. The order of other training data starts anew.
+        A resumed run warns if the data have changed. With new training data, their order starts
+        from the beginning.
         """
         self.digests[what] = digest_texts(texts)
         saved = self.resumed.get("digests", self.digests)
@@ -184,7 +185,7 @@ class Run(Generic[Args]):
         return self.total_steps
 
     def positions_left(self) -> range:
-        """Return the positions in the stream of training data that are left to the run."""
+        """Return the positions in the stream of training data that the run has yet to train on."""
         first = self.step - self.data_start
         stop = self.total_steps - self.data_start
         return range(self.global_batch * first, self.global_batch * stop)
@@ -262,9 +263,9 @@ class Run(Generic[Args]):
     def close(self) -> None:
         """End the run on all processes together.
 
-        Without the wait, a process may free gloo's process group while its thread still holds
-        gathered tensors. The thread then waits for the interpreter's lock, and the process for the
-        thread.
+        Without that, a process may free gloo's process group while gloo's thread still holds
+        gathered tensors. Then the thread waits for the interpreter's lock, and the process waits
+        for the thread.
         """
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
@@ -311,7 +312,7 @@ def claimed_folder(
     """Make and lock the run's folder; yield it with the checkpoint to continue from, or None.
 
     One run at a time writes to a folder; a second one gets an error before it loads anything. A run
-    that wrote nothing leaves no folder. `name` is the NAME of numbered folders.
+    that writes nothing leaves no folder behind. `name` is the NAME of numbered folders.
 
     Raises:
         ValueError: another run uses the folder or has left something in it, or it can't be written;
@@ -338,7 +339,7 @@ def claimed_folder(
 
 @contextmanager
 def explained_disk_errors(folder: Path) -> Iterator[None]:
-    """Name the file, and the checkpoint to resume from, in errors of a full or read-only disk."""
+    """Name the file, and the checkpoint to resume from, if the disk is full or read-only."""
     try:
         yield
     except OSError as error:

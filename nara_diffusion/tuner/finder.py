@@ -1,9 +1,10 @@
-"""Find λ of a model's forwards, and compare it and its use with what the adapters were trained for.
+"""Find λ for a model's forwards, and check that adapters are used as they were trained.
 
 An adapter's configuration names its definition of λ. If it names none, the adapter takes the
 definition of the source. Until a user sets a source, that definition is *assumed*: a source that is
-set later replaces it. The default source depends on the model's class and the first definition. N,
-and the meaning of a small timestep, come from the schedulers of the pipelines that loaded adapters.
+set later replaces it. The default source depends on the model's class and on the definition of its
+first adapter. N, the length of the noise schedule, and the meaning of a small timestep come from
+the schedulers of the pipelines that loaded adapters.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class LevelFinder:
     Attributes:
         given_source: the source that `set_noise_source` has set; None if it was removed.
         usage: the pipelines that loaded adapters, and checks of how they use them.
-        length: N without such a pipeline: that of the last one, or of training. None means 1000.
+        length: N if no such pipeline is left: the last one's, or that of training. None means 1000.
     """
 
     def __init__(
@@ -138,12 +139,12 @@ class LevelFinder:
         return self._canvas_source
 
     def block_masked(self, kwargs: dict[str, Any]) -> dict[str, Any] | None:
-        """Return a forward's arguments with a block mask, if LLaDA2Pipeline runs; else None."""
+        """Return a forward's arguments with a block mask while LLaDA2Pipeline runs; else None."""
         is_text = self.denoiser is None and bool(self.usage.pipelines)
         return self.block_source.with_block_mask(self.root, kwargs) if is_text else None
 
     def set_source(self, source: NoiseSource | None) -> None:
-        """Set the source, or remove it with None. Assumed definitions become that of `source`."""
+        """Set the source, or remove it if None. Assumed definitions become that of `source`."""
         self.given_source = source
         if source is None:
             return
@@ -164,7 +165,7 @@ class LevelFinder:
     def level_of_forward(
         self, names: list[str], entry: Entry | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Tensor, Parts | None]:
-        """Return λ (1,), (b,) or (b·k,) for a forward of the root, and its k parts if it has some.
+        """Return λ (1,), (b,) or (b·k,) for a forward of the root, and its k parts, if any.
 
         Args:
             names: the adapters that the forward reads and that depend on λ.
@@ -238,8 +239,8 @@ class LevelFinder:
         """Give the adapters `names` this definition of λ if theirs is assumed.
 
         Returns:
-            Adapter → definition, for the adapters that have another definition. If there are any,
-            nothing changes.
+            Adapter → definition, for the adapters that have a different one. If there are any, this
+            method changes nothing.
         """
         others, assumed = {}, []
         for name in names:

@@ -3,9 +3,9 @@
     D(λ) = C(λ) − I                             (b or 1, r, r), float32, for λ (b,)
     D' = σ(λ) C(λ) − I = σ D + (σ − 1) I        for an adapter with a strength σ
 
-Only PEFT's layers know which adapters are active, merged, disabled or deleted, whatever PEFT or
-Diffusers did with them, so the holder asks the layers. It owns the cores and their strengths, and
-passes D to the layers, also where a checkpoint runs a block again.
+The holder owns the cores and their strengths, and passes D to the layers, also when a gradient
+checkpoint runs a block again. Whatever PEFT or Diffusers did with the adapters, only PEFT's layers
+know which ones are active, merged, disabled or deleted, so the holder asks the layers.
 
 If an adapter has left `peft_config`, the next forward, save or addition removes its cores. If it
 was the last adapter, the holder and its hooks are removed too. A core is trainable while the A of
@@ -45,7 +45,7 @@ _CHECKPOINTS = ("_gradient_checkpointing_func", "checkpoint_fn")
 
 
 class CoreHolder(nn.Module):
-    """Own `cores[adapter][group]` of one adapted model.
+    """The owner of one adapted model's cores, `cores[adapter][group]`.
 
     Each NaRA has an entry; a plain LoRA has one while its strength depends on λ.
 
@@ -84,7 +84,7 @@ class CoreHolder(nn.Module):
         return self.finder.root
 
     def forward(self, x: Any) -> Any:
-        """Return `x`: a root such as `nn.Sequential` calls all of its children, also the holder."""
+        """Return `x`: a root such as `nn.Sequential` calls all its children, the holder too."""
         return x
 
     # ------------------------------------------------------------------ adapters
@@ -228,13 +228,13 @@ class CoreHolder(nn.Module):
     def core_of_part(self, key: Key) -> tuple[Tensor, Parts | None]:
         """Return D, and the parts of its rows, for a layer if the channel does not have its key.
 
-        If a forward of the root runs, a context of another model has been entered since it began,
-        and D is that of the forward. Otherwise a part of the model was called by itself, and D is
-        computed at λ of the context around that call.
+        If a forward of the root is running, another model's context has been entered since it
+        began, and D is that of the forward. Otherwise a part of the model was called by itself, and
+        D is computed at the λ of the context around that call.
 
         Raises:
-            RuntimeError: no forward of the root runs, and no context gives λ; or rows cannot be
-                assigned to samples.
+            RuntimeError: no forward of the root is running, and no context gives λ; or rows cannot
+                be assigned to samples.
         """
         name = key[0]
         entry = entry_for(self)
@@ -257,9 +257,9 @@ class CoreHolder(nn.Module):
     # ------------------------------------------------------------------ merging
 
     def merged_in_forward(self) -> Tensor | None:
-        """Return λ (1,) of merged layers, if they stay merged in this forward; else None.
+        """Return λ (1,) of merged layers if they stay merged in this forward; otherwise None.
 
-        PEFT unmerges disabled layers.
+        They don't if the adapters are disabled: PEFT then unmerges the layers.
         """
         for layers in self.layers.values():
             if layers and layers[0].merged and not layers[0].disable_adapters:
@@ -276,9 +276,9 @@ class CoreHolder(nn.Module):
         return self.deviations.at(key, level), level
 
     def check_merged(self, merged: Tensor) -> None:
-        """Raise ValueError if λ of `noise_level(…)` is not `merged`, λ of merged layers.
+        """Raise ValueError if the λ of `noise_level(…)` is not `merged`, the λ of merged layers.
 
-        Other adapters may run at another λ beside those that `fuse_lora` merged.
+        Beside adapters that `fuse_lora` merged, others may run at another λ.
         """
         if not (self.merging.is_fused and self.needs_noise):
             self.merging.check_context(merged, entry_for(self))
@@ -432,7 +432,7 @@ def checkpoint_with_core(root: nn.Module, channel: CoreChannel) -> None:
 def checkpoint_without_core(root: nn.Module, channel: CoreChannel) -> None:
     """Undo `checkpoint_with_core`.
 
-    A wrapper inside another model's wrapper stays, and passes nothing on.
+    A wrapper inside another model's wrapper stays in place but passes nothing on.
     """
     for module in outer_modules(root):
         for name in _CHECKPOINTS:

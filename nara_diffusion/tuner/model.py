@@ -2,7 +2,8 @@
 
     y = W0 x + s · B · C(λ) · A x        C(λ) of the layer's group, made by the root's holder
 
-Adding an adapter checks it, injects its layers, makes its cores, and undoes all after an error.
+Adding an adapter means checking it, injecting its layers and making its cores. After an error, the
+model is as it was before.
 """
 
 from __future__ import annotations
@@ -105,8 +106,8 @@ class NaraModel(LoraModel):
     ) -> None:
         """Inject the adapter as `peft.LoraModel` does, then make its cores at the root of `model`.
 
-        If the present adapters of `model` are disabled, the new one is too, in new layers and in
-        shared ones. After an error, `model` is as it was.
+        If the present adapters of `model` are disabled, the new one is disabled too, in new layers
+        and in shared ones. After an error, `model` is as it was.
         """
         config = checked_config(model, adapter_name, self.peft_config[adapter_name])
         is_dispatched = is_dispatched_by_layers(model)
@@ -247,7 +248,7 @@ class NaraModel(LoraModel):
     # ------------------------------------------------------------------ restricted or unsupported
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
-        """Refuse a separate adapter for each sample: each would need C of its own samples."""
+        """Refuse a separate adapter for each sample: each would need the C of its own samples."""
         if kwargs.get("adapter_names") is not None and holder_of(self.model) is not None:
             raise ValueError(
                 "adapter_names, an adapter for each sample, is not supported with NaRA: activate one, a batch for each."
@@ -328,7 +329,7 @@ def checked_config(model: nn.Module, adapter_name: str, config: object) -> NaraC
     """Return the configuration of an adapter that can be added to `model`.
 
     Raises:
-        ValueError: it is no `NaraConfig`, or the layers of `model` are offloaded one by one.
+        ValueError: it isn't a `NaraConfig`, or the layers of `model` are offloaded one by one.
     """
     if not isinstance(config, NaraConfig):
         raise ValueError(
@@ -369,8 +370,8 @@ def restored_on_error(*roots: nn.Module) -> Iterator[None]:
     """Restore the `roots` after an error inside the context.
 
     This restores modules, attributes, parameters and what is trainable. Containers are restored in
-    place, since handles of hooks refer to them. Values that were changed in place are not restored,
-    but PEFT's initialisations that change the base give its weights new tensors.
+    place, since hook handles refer to them. Values that were changed in place are not restored; but
+    where one of PEFT's initialisations changes the base, it gives the weights new tensors.
     """
     modules: dict[int, nn.Module] = {}
     values = []

@@ -121,8 +121,8 @@ def test_prompts_and_arguments_are_refused(shared: LLaDAPipeline) -> None:
         (["a", " \n"], {}, r"prompt ' \\n' is empty"),
         ([{"role": "assistant", "content": "a"}], {}, "doesn't end with the user's turn"),
         ([USER], {"apply_template": False}, "without a chat template"),
-        ("a", {"gen_length": 65}, "gen_length is 65, .* and the model has 64 positions"),
-        ("a" * 100, {}, r"the longest prompt has \d+ tokens and gen_length is 12, .* and the model has 64 positions"),
+        ("a", {"gen_length": 65}, "gen_length is 65, .* but the model has 64 positions"),
+        ("a" * 100, {}, r"the longest prompt has \d+ tokens and gen_length is 12, .* but the model has 64 positions"),
     ]:
         with pytest.raises(ValueError, match=message):
             shared(prompt, **{**LENGTH, **arguments})

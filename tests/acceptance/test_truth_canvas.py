@@ -92,7 +92,7 @@ def test_a_canvas_beyond_the_models_positions_is_refused_before_training(argumen
     long = [{"instruction": "a" * (38 + n), "output": "b"} for n in range(9)]
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(record) + "\n" for record in long))
     args = arguments(gen_length=30, train_file=tmp_path / "own.jsonl")
-    message = r"the longest prompt has \d+ tokens and gen_length is 30, together \d+, and the model has 64"
+    message = r"the longest prompt has \d+ tokens and gen_length is 30, together \d+, but the model has 64"
     message += r".* \(the longest is record [1-9] of .*own\.jsonl\); "
     message += r"--data_options max_prompt_length=34 leaves longer ones out$"
     with pytest.raises(ValueError, match=message):
@@ -108,8 +108,8 @@ NO_CORE: dict[str, Any] = {"adapter": "lora", "adapter_options": {}, "core_learn
 def test_lengths_are_refused_before_a_record_is_tokenised(arguments, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nara_diffusion.dllm.train.encode_records", lambda *_, **__: pytest.fail("tokenised"))
     for changes, message in [
-        ({"gen_length": 64}, "gen_length is 64, and the model has 64 positions: lower it"),
-        ({"max_length": 65}, "max_length is 65, and the model has 64 positions: lower it"),
+        ({"gen_length": 64}, "gen_length is 64, but the model has 64 positions: lower it"),
+        ({"max_length": 65}, "max_length is 65, but the model has 64 positions: lower it"),
         ({"gen_length": 12, "block_length": 5}, "block_length 5 has to divide gen_length 12"),
     ]:
         args = arguments(**changes)
@@ -120,7 +120,7 @@ def test_lengths_are_refused_before_a_record_is_tokenised(arguments, monkeypatch
 
 def test_samples_beyond_the_positions_that_virtual_tokens_leave_are_refused(arguments) -> None:
     changes = {"adapter": "prompt_tuning", "adapter_options": {"num_virtual_tokens": 30}, "gen_length": 20}
-    with pytest.raises(ValueError, match=r"together \d+, and the model has 34 positions"):
+    with pytest.raises(ValueError, match=r"together \d+, but the model has 34 positions"):
         main(arguments(**NO_CORE | changes))
 
 

@@ -1,6 +1,6 @@
 """What losses and samplers ask of a masked language model, whatever wraps it.
 
-Wrappers are DDP, FSDP, torch.compile and PEFT. Prompt tuning and P-tuning put n virtual tokens
+The wrappers are DDP, FSDP, torch.compile and PEFT. Prompt tuning and P-tuning put n virtual tokens
 before a text, and the model has an output for each of them:
 
     n virtual tokens, then the l tokens of the text → hidden states and logits (b, n + l, …)
@@ -21,8 +21,8 @@ part.
     with conditioned(model, rows.noise_level):
         …
 
-Other people's samplers don't. There, λ is read from `input_ids`. Where the prompts end is not among
-a forward's arguments, so it is given once:
+Other people's samplers don't. There, λ is read from `input_ids`. A forward's arguments don't say
+where the prompts end, so give that once:
 
     with read_noise_from_input_ids(model, prompt_lengths=[12, 30]):
         somebody_elses_generate(model, …)
@@ -110,7 +110,7 @@ class Backbone:
     def configured(self, name: str) -> Any:
         """Return a field of the language model's configuration; None if there is none.
 
-        A model of texts and images has some of them in the configuration of its text part.
+        A model of text and images has some fields in the configuration of its text part.
         """
         config = getattr(self.language_model, "config", None)
         if config is None or getattr(config, name, None) is not None:
@@ -142,7 +142,7 @@ class Backbone:
         return int(known)
 
     def opening_token(self) -> int | None:
-        """Return BOS if it has to precede an answer without a prompt; None if the model needs none.
+        """Return BOS if it has to precede an answer without a prompt; None if it doesn't.
 
         Raises:
             ValueError: the model needs one, and its configuration names none.
@@ -182,7 +182,7 @@ class Backbone:
     ) -> Tensor:
         """Return logits (b, l, v) of a text (b, l), or (b, k, v) at its positions `at` (b, k).
 
-        The latter cost less.
+        Logits at some positions only cost less.
         """
         if at is None:
             return self._of_text(self._forward(input_ids, attention_mask), input_ids)
@@ -301,7 +301,7 @@ def guided(logits: Tensor, scale: float) -> Tensor:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run the context in `model.eval()`; then each module gets back its own mode."""
+    """Run the context in `model.eval()`; afterwards each module gets its own mode back."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

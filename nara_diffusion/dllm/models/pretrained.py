@@ -1,4 +1,4 @@
-"""Loading masked language models into stock transformers classes.
+"""Load masked language models into stock transformers classes.
 
 | checkpoint                   | class                   | note                              |
 |------------------------------|-------------------------|-----------------------------------|
@@ -13,10 +13,10 @@
 `config.is_causal = False` makes attention bidirectional in transformers. No code of the checkpoint
 is run. Options of config.json that the stock class can't express are an error.
 
-LLaDA is a Llama under other names, bit for bit. LLaDA2 and LLaDA-MoE are mixtures of experts.
-LLaDA2's router has a sigmoid, a bias for the choice, groups and a shared expert; LLaDA-MoE's is a
+LLaDA is bit for bit a Llama with other tensor names. LLaDA2 and LLaDA-MoE are mixtures of experts.
+LLaDA2 routes by a sigmoid, with groups, a bias for the choice and a shared expert; LLaDA-MoE by a
 softmax. LLaDA2's fused q, k and v are split, and the experts of a layer are stacked while they
-stream from disk; a saved copy has the names of the public checkpoints again. Routers are no linear
+stream from disk; a saved copy has the names of the public checkpoints again. Routers aren't linear
 layers, and experts are stacked parameters: adapters on linear layers change neither.
 """
 
@@ -94,7 +94,7 @@ def load_backbone(
     Args:
         pretrained_model_name_or_path: a folder or a repository on the Hub.
         mask_token_id: the mask token, if the checkpoint doesn't name it.
-        mask_token: the same by its text.
+        mask_token: the same, by its text.
         load_in_4bit: quantise the linear layers' weights with bitsandbytes: NF4 with double
             quantisation, computed in `dtype`. For other settings pass a `quantization_config`.
         load_in_8bit: the same in 8 bits.

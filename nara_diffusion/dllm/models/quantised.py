@@ -1,4 +1,4 @@
-"""Models in 4 or 8 bits, by bitsandbytes."""
+"""Models in 4 or 8 bits, with bitsandbytes."""
 
 from __future__ import annotations
 
