@@ -269,13 +269,13 @@ def model_sampling(model: nn.Module, sampling: Sampling, *, chat: bool) -> Sampl
 def _check_blocks(block_length: int, sampling: Sampling) -> None:
     if sampling.block_length not in (None, block_length):
         raise ValueError(
-            f"block_length is {sampling.block_length}, and the model's attention goes by blocks of "
+            f"block_length is {sampling.block_length}, but the model's attention goes by blocks of "
             f"{block_length}: leave it out, or set model.config.block_length"
         )
     if sampling.cfg_scale > 0:
         raise ValueError(
-            f"cfg_scale is {sampling.cfg_scale}, and a model with attention by blocks is sampled "
-            "without guidance: leave it out"
+            f"cfg_scale is {sampling.cfg_scale}, but a model with attention by blocks can't be sampled "
+            "with guidance: leave it out"
         )
 
 

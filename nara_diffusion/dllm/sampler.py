@@ -197,7 +197,7 @@ def place_prompts(
     prompt_lengths: Tensor | Sequence[int] | None = None,
     attention_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Put `gen_length` masks behind each prompt.
+    """Put `gen_length` masks after each prompt.
 
     An empty prompt becomes a BOS token if the model needs one. Everything is checked and placed on
     the CPU, and then moved to the device of `input_ids`.

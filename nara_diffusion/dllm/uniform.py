@@ -81,7 +81,7 @@ def corrupt_canvases(
 ) -> CanvasBatch:
     """Replace a share λ of one canvas of each answer by random tokens; see the equations above.
 
-    Positions of a canvas behind the end of its answer always hold random tokens.
+    Positions of a canvas after the end of its answer always hold random tokens.
 
     Args:
         input_ids: (b, l) clean tokens: prompt, answer, padding on the right.

@@ -189,7 +189,7 @@ class DreamBoothDataset(Dataset):
             which = f"{losing} of {counted(len(shares), 'image')}"
             remedies = "--aspect_ratio_buckets auto leaves out less, --center_crop keeps the middle"
             logger.warning(
-                "random crops leave out %s, more than a fifth of %s: %s", share, which, remedies
+                "random crops leave out %s, and more than a fifth in %s: %s", share, which, remedies
             )
 
     def __getitem__(self, position: int) -> Item:

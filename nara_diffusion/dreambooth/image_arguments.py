@@ -176,6 +176,6 @@ def _without_meaning(family: Family) -> dict[str, str]:
     if family.is_flow:
         reasons["snr_gamma"] = "is a rectified flow, which --weighting_scheme weights"
     else:
-        reasons["weighting_scheme"] = "is no rectified flow"
-        reasons["flow_shift"] = "is no rectified flow"
+        reasons["weighting_scheme"] = "isn't a rectified flow"
+        reasons["flow_shift"] = "isn't a rectified flow"
     return reasons

@@ -254,7 +254,7 @@ def adapter_of_part(part: AdapterPart) -> Adapter:
     Its factors are in float32 or better.
 
     Raises:
-        ValueError: it is one of DiffusionGemma.
+        ValueError: it is an adapter of DiffusionGemma.
     """
     check_foldable_file(part.config)
     config, cores, schedule = part.config, cores_of(part), schedule_of(part.config)

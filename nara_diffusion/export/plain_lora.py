@@ -194,7 +194,7 @@ def _layer(config: LoraConfig, name: str, own: Mapping[str, Tensor]) -> PlainLor
 
 
 def others_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors that are no factors and no core: trained biases, tokens, modules."""
+    """Return the tensors that are neither factors nor cores: trained biases, tokens, modules."""
     found = {}
     for key, tensor in tensors.items():
         if ".lora_" not in key and not is_core_key(key):

@@ -1,7 +1,7 @@
-"""Read a LoRA: a folder of PEFT, or, for a pipeline, a file that Diffusers reads.
+"""Read a LoRA from a PEFT folder or, for a pipeline, from a file that Diffusers can read.
 
-`lora_state_dict` of the pipeline converts files (Diffusers' own names, kohya's, …). It drops keys
-of DoRA in kohya's files, and layers that match no module, at most with a warning. Here both are
+The pipeline's `lora_state_dict` converts files (Diffusers' own names, kohya's, …). It drops DoRA
+keys in kohya's files, and layers that match no module, with a warning at most. Here both are
 errors.
 """
 
@@ -60,7 +60,7 @@ def read_lora(
 ) -> tuple[dict[str, PlainLora], str]:
     """Return {component: its LoRA}, and the name of the source in messages.
 
-    If `model` is no pipeline, the only component has an empty name.
+    If `model` isn't a pipeline, the only component has an empty name.
 
     Raises:
         ValueError: see `from_lora`.
@@ -91,13 +91,13 @@ def is_pipeline(model: object) -> TypeGuard[DiffusionPipeline]:
 def _of_folder(folder: Path) -> PlainLora:
     if is_nara(folder):
         raise ValueError(
-            "it is a NaRA already: load it by PeftModel.from_pretrained(model, folder) or "
+            "it is already a NaRA: load it with PeftModel.from_pretrained(model, folder) or "
             "pipe.load_nara_weights(folder)."
         )
     config = PeftConfig.from_pretrained(str(folder))
     if type(config) is not LoraConfig:
         kind = type(config).__name__.removesuffix("Config")
-        raise ValueError(f"it is a {kind}, which is no LoRA.")
+        raise ValueError(f"it is a {kind}, not a LoRA.")
     found = _of_tensors(config, read_peft_tensors(folder))
     return replace(found, scheduler=_scheduler(folder))
 

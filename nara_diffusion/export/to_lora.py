@@ -72,7 +72,7 @@ def lora_of(adapter: Adapter, noise_level: Level | Literal["best"] | None) -> Pl
     if fields is not None:
         raise ValueError(
             f"The adapter predicts {prediction_in(fields)}, which its base doesn't, and a LoRA's file can't say so: "
-            "programs would sample noise. Load it by pipe.load_nara_weights, with a scheduler that expects this."
+            "programs would sample noise. Load it with pipe.load_nara_weights and a scheduler that expects this."
         )
     config = adapter.config
     steps = config.few_steps if isinstance(config, NaraConfig) else None
@@ -80,7 +80,7 @@ def lora_of(adapter: Adapter, noise_level: Level | Literal["best"] | None) -> Pl
     if isinstance(config, NaraConfig) and number > 1 and needs_noise(config):
         raise ValueError(
             f"The adapter samples in {number} steps, and its update differs from step to step: a "
-            "LoRA of one λ would be right in one of them. Load it by pipe.load_nara_weights."
+            "LoRA of one λ would be right in only one of them. Load it with pipe.load_nara_weights."
         )
     if isinstance(noise_level, str):
         cores, error = _nearest(adapter)

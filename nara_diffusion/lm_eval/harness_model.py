@@ -151,7 +151,7 @@ class NaraDLLM(LM):
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def _opened(self, prompt: list[int]) -> list[int]:
-        """Return `prompt` behind the BOS token; in a template it stays as in training."""
+        """Return `prompt` after the BOS token; in a template it stays as in training."""
         is_open = prompt[:1] == self.opening or (self.has_template and prompt)
         return prompt if is_open else [*self.opening, *prompt]
 

@@ -233,7 +233,7 @@ def _of_peft(path: Path, tensors: dict[str, Tensor]) -> AdapterPart:
     kind = adapter_type(config)
     if kind != NaraPeftType.NARA.value:
         raise ValueError(
-            f"'{config}' describes an adapter of type {kind}, not NARA: load it by "
+            f"'{config}' describes an adapter of type {kind}, not NARA: load it with "
             "pipe.load_lora_weights(…) or peft.PeftModel.from_pretrained(…)."
         )
     given = read_config_file(config)
@@ -281,7 +281,7 @@ def _kind_without_configuration(tensors: Mapping[str, Tensor]) -> str:
             "metadata="
         )
     if any(".lora" in key for key in tensors):
-        return "a LoRA, without core: load it by pipe.load_lora_weights(…)"
+        return "a LoRA, without core: load it with pipe.load_lora_weights(…)"
     found = listed(tensors) or "no tensor"
     return f"no NaRA adapter: it has {found}. Pass what save_nara_weights wrote"
 

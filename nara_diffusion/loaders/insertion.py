@@ -145,7 +145,7 @@ def check_schedulers(pipe: Pipeline, configs: Mapping[str, NaraConfig]) -> None:
 
 
 def read_schedule_of(pipe: Any) -> None:
-    """Let the denoisers' adapters read N and t's meaning from the present scheduler."""
+    """Let the denoisers' adapters read N and t's meaning from the current scheduler."""
     for name in DENOISERS:
         model = uncompiled(getattr(pipe, name, None))
         if isinstance(model, nn.Module):
@@ -199,8 +199,8 @@ def offloading_suspended(pipe: Any) -> Iterator[None]:
     for name, part in parts.items():
         if _has_groups_on_disk(part):
             raise ValueError(
-                f"Group offloading keeps the weights of {name} on disk, in files that do not follow a "
-                "change of adapters: load, save or unload adapters first, then call "
+                f"Group offloading keeps the weights of {name} on disk, in files that are not updated when "
+                "adapters change: load, save or unload adapters first, then call "
                 "enable_group_offload(…)."
             )
     model, sequential, grouped = _func_optionally_disable_offloading(pipe)

@@ -259,7 +259,7 @@ def _name_to_save(models: Mapping[str, nn.Module], name: str | None) -> str:
         others += adapters_of(model)
     wanted = name or (naras[0] if len(naras) == 1 else "default")
     if wanted not in naras:
-        hint = f" '{wanted}' is a LoRA: save it by save_lora_weights." if wanted in others else ""
+        hint = f" '{wanted}' is a LoRA: save it with save_lora_weights." if wanted in others else ""
         raise ValueError(
             f"There is no NaRA adapter '{wanted}' to save: the pipeline has {_quoted(naras)}.{hint}"
         )

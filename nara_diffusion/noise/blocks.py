@@ -31,7 +31,7 @@ def block_mask(real: Tensor, block_length: int, queries: int | None = None) -> T
     Args:
         real: (b, l) bool or int, False on padding.
         block_length: B.
-        queries: q, the number of last positions to return rows for; default: all.
+        queries: q: return rows only for the last q positions; by default for all.
     """
     places = torch.arange(real.shape[1], device=real.device)
     of_query = places[-queries:] if queries else places
@@ -62,12 +62,12 @@ class BlockNoise:
     """The source of λ (b, k) of the k blocks that Diffusers' LLaDA2Pipeline passes to its model.
 
     The last block is the active one, the scheduler knows its length, and the tail that the
-    pipeline's attention mask hides doesn't count. Before a run's first forward, the pipeline fills
-    all behind the prompt with masks: there the last token is the mask, and the first mask of the
+    pipeline's attention mask hides doesn't count. Before a run's first forward, the pipeline puts
+    masks everywhere after the prompt: there the last token is the mask, and the first mask of the
     block begins the answer.
 
     Args:
-        schedulers: returns the present schedulers of the pipelines that loaded adapters.
+        schedulers: returns the current schedulers of the pipelines that loaded adapters.
     """
 
     convention = BLOCK_SHARE
@@ -81,7 +81,7 @@ class BlockNoise:
         self._answer: Tensor | None = None  # (B,) bool, columns of its last block behind the prompt
 
     def block_length(self) -> int | None:
-        """Return the length of a block in the present run; None before a run."""
+        """Return the length of a block in the current run; None before a run."""
         for scheduler in self.schedulers():
             schedule = getattr(scheduler, "_transfer_schedule", None)
             if schedule is None:

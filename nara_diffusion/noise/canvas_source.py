@@ -9,7 +9,7 @@
 λ is 1 at the first call of a block: the encoder has run, there are no logits to condition on, and
 the scheduler's next step is step 0. The schedulers of Diffusers are those of the pipelines that
 loaded the adapter. They tell λ only while they step, so at the first call of a block `step` and
-`step_correct` of the present scheduler's *instance* are replaced, until the adapter is unloaded. The
+`step_correct` of the current scheduler *instance* are replaced, until the adapter is unloaded. The
 sampler of `generate` is seen when the model's instance prepares it.
 
 Any other call needs a step of its own before it, and is conditioned on the logits of that step. λ of
@@ -39,7 +39,7 @@ class CanvasNoise:
     """The source of λ of one adapted DiffusionGemma, called with the arguments of its decoder.
 
     Args:
-        schedulers: returns the present schedulers of the pipelines that loaded adapters.
+        schedulers: returns the current schedulers of the pipelines that loaded adapters.
 
     Attributes:
         watched: the schedulers with replaced steps.

@@ -88,7 +88,7 @@ def check_expected(scheduler: Any, fields: Mapping[str, Any] | None) -> None:
     """Raise ValueError if `scheduler` expects another prediction than the adapter makes.
 
     Args:
-        scheduler: the pipeline's present scheduler.
+        scheduler: the pipeline's current scheduler.
         fields: `NaraConfig.scheduler` of the adapter; None if it predicts what its base predicts.
     """
     if fields is None:

@@ -170,7 +170,7 @@ class TimestepNoise:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Return λ of one forward of `module`: (b,), or (1,) if the timestep is one for all.
 
-        It is (b, k) or (1, k) for k frames that have timesteps of their own. A timestep is one for
+        It is (b, k) or (1, k) for k frames with separate timesteps. A timestep is one for
         all if it is a number, 0-d, (1,), or expanded to the batch.
         """
         arguments = arguments_of(module, args, kwargs)
@@ -201,14 +201,14 @@ class TimestepNoise:
 class Denoiser(TimestepNoise):
     """The default source of λ of a denoiser class, and how the layers of the class see the batch.
 
-    N comes from the present schedulers. A small timestep is ambiguous:
+    N comes from the current schedulers. A small timestep is ambiguous:
 
         discrete   t in [0, N], N = 1000: whole, or fractional with Karras sigmas; below 3.5 only in
                    the last steps
         EDM        t = ¼ ln σ: always within ±3.5; from 1.1 to 0 in the first steps, σ from 80 to 1
 
     If an EDM timestep were read as a discrete one, the first steps would run at λ = 0.001. A small
-    timestep is therefore refused, unless a present scheduler is discrete, or there is no scheduler
+    timestep is therefore refused, unless a current scheduler is discrete, or there is no scheduler
     and the timestep is a whole number.
 
     Attributes:
@@ -233,7 +233,7 @@ class Denoiser(TimestepNoise):
         return replace(self, meaning=meanings.get(convention or "", self.meaning))
 
     def under(self, schedulers: Sequence[Any]) -> Denoiser:
-        """Return this source with the present schedulers of the pipelines, and their N.
+        """Return this source with the current schedulers of the pipelines, and their N.
 
         Raises:
             ValueError: λ depends on N, and the schedulers have different N.

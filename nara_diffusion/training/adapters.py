@@ -52,11 +52,13 @@ _VIRTUAL_TOKENS = 20
 
 @dataclass(frozen=True)
 class Method:
-    """Attributes:
-    name: the PeftType in lower case, "nara" or "full".
-    title: the usual name.
-    source: where it was published; "PEFT" for PEFT's other methods.
-    fixed: the fields of the configuration that the method's name sets.
+    """A method that `--adapter` can name.
+
+    Attributes:
+        name: the PeftType in lower case, "nara" or "full".
+        title: the usual name.
+        source: where it was published; "PEFT" for PEFT's other methods.
+        fixed: the configuration fields that the method's name sets.
     """
 
     name: str

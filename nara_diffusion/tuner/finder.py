@@ -95,7 +95,7 @@ class LevelFinder:
     def present_source(self) -> NoiseSource | None:
         """Return the source of λ for forwards outside `noise_level(…)`; None if there is none.
 
-        N and the meaning of small timesteps come from the pipelines' present schedulers.
+        N and the meaning of small timesteps come from the pipelines' current schedulers.
         """
         given = self.given_source
         if isinstance(given, TimestepNoise) and given.frames is None:
@@ -213,7 +213,7 @@ class LevelFinder:
         """Return a copy of `config` that has a definition of λ if the source has one.
 
         Args:
-            name: the adapter's name; its present configuration, if any, is ignored.
+            name: the adapter's name; its current configuration, if any, is ignored.
             config: the configuration of an adapter to add, or to replace the one of this name.
 
         Raises:
@@ -363,7 +363,7 @@ class Usage:
         self.pipelines.append(weakref.ref(pipe))
 
     def schedulers(self) -> list[SchedulerMixin]:
-        """Return the present schedulers of the pipelines that loaded adapters."""
+        """Return the current schedulers of the pipelines that loaded adapters."""
         found = []
         for reference in self.pipelines:
             scheduler = getattr(reference(), "scheduler", None)

@@ -106,7 +106,7 @@ class NaraModel(LoraModel):
     ) -> None:
         """Inject the adapter as `peft.LoraModel` does, then make its cores at the root of `model`.
 
-        If the present adapters of `model` are disabled, the new one is disabled too, in new layers
+        If the adapters that `model` has are disabled, the new one is disabled too, in new layers
         and in shared ones. After an error, `model` is as it was.
         """
         config = checked_config(model, adapter_name, self.peft_config[adapter_name])

@@ -1,11 +1,11 @@
 """Hooks and attributes of an adapted DiffusionGemma.
 
-Pipelines and `generate` call the encoder and the forward of the model by themselves, so that hooks
-of the root never run. The hooks that give C to the layers are those of the encoder and the decoder.
+Pipelines and `generate` call the encoder and the model's forward directly, so hooks of the root
+never run. Instead, hooks of the encoder and of the decoder give C to the layers.
 
 Some attributes of instances are set too, until the adapters are unloaded (docs/errors.md):
 
-    model.model._tied_weights_keys      else `tie_weights()` ties factors that belong apart
+    model.model._tied_weights_keys      else `tie_weights()` ties factors that must stay separate
     model._prepare_sampler              shows the sampler of `generate` to the source of λ
     decoder.create_diffusion_decoder_attention_mask
                                         Diffusers 0.42 passes the cache under its former name
@@ -43,7 +43,7 @@ class Begin(Protocol):
 def hook_twins(
     root: nn.Module, twins: Twins, source: CanvasNoise, begin: Begin, end: Callable[[], None]
 ) -> tuple[RemovableHandle, ...]:
-    """Call `begin` before, and `end` after each forward of both twins, and set the attributes.
+    """Call `begin` before and `end` after each forward of both twins, and set the attributes above.
 
     Args:
         source: the default source of λ.
@@ -66,7 +66,7 @@ def hook_twins(
 
 
 def unhook_twins(root: nn.Module, twins: Twins, source: CanvasNoise) -> None:
-    """Undo `hook_twins`, but for its handles."""
+    """Undo `hook_twins`, except for its handles."""
     source.forget()
     vars(twins.owner).pop(_TIES, None)
     vars(twins.decoder).pop(_MASK, None)

@@ -148,7 +148,7 @@ def test_random_crops_that_leave_out_much_are_said_with_the_share_and_the_flags(
     wide = records_from_folder(folder_of(tmp_path, [(96, 54), (64, 64)]), prompt="a toy")
     squares = {"buckets": [(32, 32)]}
     dataset(wide, **squares).warn_of_crops()
-    assert "random crops leave out up to 44 % of an image, more than a fifth of 1 of 2 images" in caplog.text
+    assert "random crops leave out up to 44 % of an image, and more than a fifth in 1 of 2 images" in caplog.text
     assert "--aspect_ratio_buckets auto" in caplog.text
     assert "--center_crop" in caplog.text
     caplog.clear()

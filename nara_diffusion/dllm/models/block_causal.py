@@ -43,9 +43,9 @@ class LLaDA2ForCausalLM(Glm4MoeForCausalLM):
         """Return logits (b, q, v). Arguments are the stock class's.
 
         Args:
-            input_ids: (b, q), the tokens behind the cache, if there is one, in whole blocks.
+            input_ids: (b, q), whole blocks of tokens; with a cache, those after the cached ones.
             attention_mask: (b, l), False on padding, for the cached tokens too; or a mask
-                (b, 1, q, l) that is used as it is.
+                (b, 1, q, l), used unchanged.
 
         Raises:
             ValueError: `labels` were given, or the attention function takes no block mask.

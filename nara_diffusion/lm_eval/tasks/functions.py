@@ -118,7 +118,7 @@ def humaneval_programs(
 def mbpp_programs(
     resps: Sequence[Sequence[str]], docs: Sequence[Mapping[str, Any]]
 ) -> list[list[str]]:
-    """Return each answer behind the set-up code of its tests; a filter of lm-eval."""
+    """Return each answer after the set-up code of its tests; a filter for lm-eval."""
     found = []
     for texts, doc in zip(resps, docs, strict=True):
         setup = doc.get("test_setup_code") or ""
