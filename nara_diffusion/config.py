@@ -294,7 +294,7 @@ class NaraConfig(LoraConfig):
         if not starts_at_identity or self.core_init == "kaiming":
             raise ValueError(
                 f"init_lora_weights={start!r} needs C = I at step 0, but core_type={self.core_type!r} "
-                f"with core_init={self.core_init!r} may start at another C: use True."
+                f"with core_init={self.core_init!r} may start with a different C: use True."
             )
 
 

@@ -185,7 +185,7 @@ def _load_into_transformers(
     name = given.get("adapter_name") or "default"
     if name in getattr(self, "peft_config", {}):
         raise ValueError(
-            f"The model has an adapter '{name}', and load_adapter does not replace it by a NaRA: pass another "
+            f"The model has an adapter '{name}', and load_adapter does not replace it with a NaRA: pass another "
             "adapter_name, or call delete_adapter first."
         )
     with nullcontext() if model_id is None else _named(model_id, hub), restored_on_error(self):
@@ -290,7 +290,7 @@ def _find_lora_file(original: _Function, *args: Any, **kwargs: Any) -> str:
     found = original(*args, **kwargs)
     if str(found).endswith(".safetensors") and is_nara(Path(found)):
         raise ValueError(
-            f"'{found}' holds a NaRA adapter: loading it as a LoRA would leave out the core. Load it by "
+            f"'{found}' holds a NaRA adapter: loading it as a LoRA would leave out the core. Load it with "
             "pipe.load_nara_weights(…)."
         )
     return found

@@ -208,7 +208,7 @@ def convert(args: Namespace) -> str:
 def _one_component(parts: Mapping[str, AdapterPart], component: str | None) -> AdapterFile:
     """Return the part that is called `component`; None takes the only one."""
     if component not in parts and (component is not None or len(parts) > 1):
-        raise ValueError(f"the file has {', '.join(parts)}: choose one of these by --component.")
+        raise ValueError(f"the file has {', '.join(parts)}: choose one of these with --component.")
     chosen = component or next(iter(parts))
     return AdapterFile({chosen: parts[chosen]})
 

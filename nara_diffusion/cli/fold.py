@@ -89,12 +89,12 @@ def _check(file: AdapterFile, args: Namespace) -> None:
     if args.form == PEFT and len(file.parts) > 1:
         raise ValueError(
             f"--form peft writes one component, but the file has {', '.join(file.parts)}: choose "
-            "another --form, or split the file by nara convert --component."
+            "another --form, or split the file with nara convert --component."
         )
     if args.form != PEFT and MODEL in file.parts:
         raise ValueError(
             "the adapter is in PEFT's form, which names no component of a pipeline: use --form "
-            "peft, or convert it first by nara convert --to pipeline."
+            "peft, or convert it first with nara convert --to pipeline."
         )
     if args.base is None and args.form not in (PEFT, "diffusers"):
         raise ValueError(

@@ -37,7 +37,7 @@ def canvas_sampling(model: nn.Module, sampling: Sampling) -> Sampling:
     for name, value in sampling.changed().items():
         if name not in _OWN:
             raise ValueError(
-                f"{name} is {value!r}, which DiffusionGemma's sampler lacks: it has "
+                f"{name} is {value!r}, which DiffusionGemma's sampler doesn't take: it takes "
                 f"{', '.join(_OWN)}."
             )
     if sampling.block_length not in (None, canvas) or sampling.gen_length % canvas:

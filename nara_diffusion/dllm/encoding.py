@@ -294,6 +294,6 @@ class RecordEncoder:
             raise ValueError(
                 f"the tokenizer's chat template begins an answer with {opened!r} in a generation "
                 f"prompt, but with {closed!r} in a turn with an answer, so the end of the turn can't "
-                "be found: change the tokenizer's chat_template so that both begin alike"
+                "be found: change the tokenizer's chat_template so that both begin in the same way"
             )
         return Pair(prompt, whole.removeprefix(prompt), instruction, output, answer)

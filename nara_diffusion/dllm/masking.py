@@ -302,7 +302,7 @@ def seed_and_indices(
     indices = list(range(b)) if sample_indices is None else list(host_list(sample_indices))
     if len(indices) != b:
         raise ValueError(
-            f"sample_indices is {indices}, the batch is {b}: pass one index per sample"
+            f"sample_indices is {indices}, but the batch is {b}: pass one index per sample"
         )
     return seed, indices
 
@@ -342,7 +342,7 @@ def host_answers(
     if is_bad.any():
         row = int(is_bad.argmax())
         raise ValueError(
-            f"row {row} of the batch: its answer would take positions {starts[row]} to "
+            f"row {row} of the batch: its answer would fill positions {starts[row]} to "
             f"{ends[row]} of {width}; an answer needs at least one token, and has to end "
             "within its row"
         )

@@ -366,7 +366,7 @@ def objective_options(model: nn.Module, args: Arguments) -> dict[str, Any]:
         return {"complementary": args.complementary}
     if args.complementary:
         raise ValueError(
-            "complementary needs masks, and DiffusionGemma has random tokens: leave it out."
+            "complementary needs masks, but DiffusionGemma has random tokens: leave it out."
         )
     weight = args.encoder_loss_weight
     return {"encoder_weight": float(args.train_on_encoder) if weight is None else weight}

@@ -230,7 +230,7 @@ def chat_text(
     if not tokenizer.chat_template:
         start = textwrap.shorten(str(turns), 100, placeholder=" …")
         raise ValueError(
-            f"the conversation {start} needs a chat template: take an instruct model, or set the "
+            f"the conversation {start} needs a chat template: use an instruct model, or set the "
             "tokenizer's chat_template"
         )
     copies = [dict(turn) for turn in turns]
@@ -242,7 +242,7 @@ def chat_text(
         roles = ", ".join(repr(turn["role"]) for turn in turns)
         raise ValueError(
             f"the tokenizer's chat template refuses the turns {roles} ({error}): leave out the "
-            "system message, and let turns of user and assistant alternate"
+            "system message, and let the turns of user and assistant alternate"
         ) from error
     return text
 

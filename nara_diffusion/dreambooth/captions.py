@@ -45,7 +45,7 @@ def own_captions(images: Sequence[Path], column: str | None = None) -> list[str]
         return [found.get(image.name, "") for image in images]
     if column is not None:
         raise ValueError(
-            f"caption_column {column!r} is a key of {METADATA_FILE}, which {metadata.parent} lacks."
+            f"caption_column {column!r} is a key of {METADATA_FILE}, but {metadata.parent} has no such file."
         )
     return [_text_beside(image) for image in images]
 

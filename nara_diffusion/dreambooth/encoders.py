@@ -102,7 +102,7 @@ class Encoder:
         """Raise ValueError if the model has no text tower."""
         if self.kind != "clip":
             raise ValueError(
-                f"{self.name} is a {type(self.model).__name__}, which has no text tower: give CLIP"
+                f"{self.name} is a {type(self.model).__name__}, which has no text tower: use CLIP"
             )
 
     @torch.no_grad()

@@ -418,7 +418,7 @@ QWEN_IMAGE = Family(
 
 
 def _wan_inputs(call: Call) -> dict[str, Any]:
-    """Return the inputs of a one-frame video; Wan 2.2's 5B takes one timestep a token."""
+    """Return the inputs of a one-frame video; Wan 2.2's 5B takes one timestep per token."""
     timestep, (height, width) = call.timestep, call.sample.shape[2:]
     if call.family.timestep_of_tokens:
         timestep = timestep[:, None].expand(-1, (height // 2) * (width // 2))

@@ -206,7 +206,7 @@ def _record(name: str, read: Callable[[], bytes], prompt: str) -> ImageRecord:
     if max(width, height) > LONGEST * min(width, height):
         raise ValueError(
             f"{name} is {width} x {height} pixels: one side is more than {LONGEST} times the other. "
-            "Cut it to the part to learn, or remove it."
+            "Crop it to the part to learn, or remove it."
         )
     key = hashlib.blake2b(content, digest_size=16).hexdigest()
     return ImageRecord(name, read, (height, width), prompt, key)

@@ -54,7 +54,7 @@ def reconstruct(vae: ModelMixin, samples: Sequence[TrainingSample]) -> Reconstru
     found = Reconstruction(images, sum(ratios) / len(ratios))
     if found.psnr < FAITHFUL:
         logger.info(
-            "the model's autoencoder shows the training images at %.1f dB (PSNR). Below %.0f dB it "
+            "the model's autoencoder reproduces the training images at %.1f dB (PSNR). Below %.0f dB it "
             "changes colours and shapes, whatever the adapter: see its row in samples.png. A larger "
             "model shows more",
             found.psnr,

@@ -112,7 +112,7 @@ def _insert(
     root = model.get_base_model() if isinstance(model, PeftModel) else model
     if name in getattr(root, "peft_config", {}):
         raise ValueError(
-            f"{type(root).__name__} has an adapter '{name}' already: choose another adapter_name."
+            f"{type(root).__name__} already has an adapter '{name}': choose another adapter_name."
         )
     config = _nara_config(lora, core)
     undo.enter_context(restored_on_error(root))
@@ -228,7 +228,7 @@ def check_identity(root: nn.Module, adapter_name: str, config: NaraConfig) -> No
         for core in adapter.cores(level).values():
             if not torch.equal(core, torch.eye(core.shape[-1]).expand_as(core)):
                 raise ValueError(
-                    f"core_type {config.core_type!r} (core_init {config.core_init!r}) has a C that is not I at first, "
+                    f"core_type {config.core_type!r} (core_init {config.core_init!r}) has a C that is not I at step 0, "
                     'so the NaRA would not start as the LoRA: choose core_type "hypernetwork", "constant" or "knots" '
                     'with core_init "zero_last", or core_type "identity".'
                 )

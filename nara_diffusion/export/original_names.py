@@ -235,7 +235,7 @@ def _layers_per_block(names: Collection[str], base: str) -> int:
         if _of_unet(name, base, 1) != _of_unet(name, base, 2):
             raise ValueError(
                 "The adapter doesn't show how many layers each block of its UNet has, one or two. The "
-                f"name of '{name}' in {base}'s original code depends on it: use the form diffusers, "
+                f"name of '{name}' in {base}'s original code depends on it: use --form diffusers, "
                 "which needs no such name."
             )
     return least

@@ -136,7 +136,7 @@ def _found(path: Path) -> Path:
         return files[0]
     raise ValueError(
         f"There is no LoRA file '{path}', nor a folder with {CONFIG_NAME} or one LoRA file: pass the "
-        "path of a file. Download a LoRA on the Hub first, by "
+        "path of a file. Download a LoRA from the Hub first, with "
         "huggingface_hub.snapshot_download(repository)."
     )
 
@@ -183,7 +183,7 @@ def _check_all_converted(tensors: Mapping[str, Tensor], parts: Mapping[str, Plai
     kept = sum(len(part.layers) for part in parts.values())
     if not parts or kept < len(names):
         raise ValueError(
-            f"it has {len(names)} layers of a LoRA, and Diffusers' converters keep fewer: convert it to "
+            f"it has {len(names)} layers of a LoRA, but Diffusers' converters keep fewer: convert it to "
             "PEFT's format with the program that wrote it."
         )
 

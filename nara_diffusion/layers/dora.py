@@ -162,5 +162,5 @@ def check_norm(target: nn.Module | LoraLayer, name: str) -> None:
     if reason:
         raise ValueError(
             f"NaRA-DoRA cannot adapt '{name}' ({type(base).__name__}), which is {reason}. Leave it "
-            "out by `exclude_modules`, or set use_dora=False."
+            "out with `exclude_modules`, or set use_dora=False."
         )

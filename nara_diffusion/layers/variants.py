@@ -419,7 +419,7 @@ def check_target(target: nn.Module, reads_core: bool, name: str) -> None:
     if reads_core and isinstance(base, nn.MultiheadAttention):
         raise ValueError(
             f"NaRA cannot adapt '{name}' (MultiheadAttention): PEFT merges its update before each "
-            'forward, without λ. Leave it out by `exclude_modules`, or use core_type="identity".'
+            'forward, without λ. Leave it out with `exclude_modules`, or use core_type="identity".'
         )
 
 
@@ -433,7 +433,7 @@ def _check_convolution(base: nn.modules.conv._ConvNd, name: str) -> None:
     raise ValueError(
         f"NaRA cannot adapt '{name}' ({type(base).__name__} with {option}): PEFT's convolution A "
         "has dilation 1 and pads with zeros, so the forward would not be that of W0 + s·B·C·A. "
-        "Leave it out by `exclude_modules`."
+        "Leave it out with `exclude_modules`."
     )
 
 
@@ -447,7 +447,7 @@ def variant_for(layer: LoraLayer, name: str) -> type[NaraVariant]:
     if kind.forward not in _FORWARDS and kind.__name__ not in _QUANTISED:
         raise ValueError(
             f"NaRA cannot adapt '{name}' ({type(layer.get_base_layer()).__name__}, adapted by "
-            f"PEFT's {kind.__name__}): that class skips λ-dependent updates. Leave it out by "
+            f"PEFT's {kind.__name__}): that class skips λ-dependent updates. Leave it out with "
             '`exclude_modules`, or use core_type="identity".'
         )
     if isinstance(layer, Embedding):

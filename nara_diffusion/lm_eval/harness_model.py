@@ -266,7 +266,7 @@ class NaraDLLM(LM):
         return estimates.tolist()
 
     def _are_greedy(self, pairs: Sequence[Pair]) -> list[bool]:
-        """Return whether sampling at temperature 0, one token a step, gives exactly each answer."""
+        """Return whether sampling at temperature 0, one token per step, gives exactly each answer."""
         found = [False] * len(pairs)
         order = sorted(range(len(pairs)), key=lambda i: (len(pairs[i][1]), len(pairs[i][0])))
         for length, group in groupby(order, key=lambda i: len(pairs[i][1])):

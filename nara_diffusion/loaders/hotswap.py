@@ -81,7 +81,7 @@ def check_swappable(
         if adapter_name in adapters_of(model):
             raise ValueError(
                 f"The new adapter has no part for '{component}', but '{adapter_name}' has; "
-                "hot-swapping would mix the two: remove the old one by "
+                "hot-swapping would mix the two: remove the old one with "
                 f"pipe.delete_adapters('{adapter_name}'), then load without hotswap."
             )
         return

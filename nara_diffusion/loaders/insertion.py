@@ -245,7 +245,7 @@ def insert(
     if layers and all(layer.disable_adapters for layer in layers):
         logger.warning(
             "The adapters of %s were disabled by disable_lora(): loading '%s' enables them again. "
-            "Choose the active ones by pipe.set_adapters.",
+            "Choose the active ones with pipe.set_adapters.",
             type(model).__name__,
             adapter_name,
         )

@@ -25,7 +25,7 @@ METADATA_KEY = "nara_adapter_metadata"
 """The key of the configurations in the metadata of a pipeline's file."""
 PICKLE = (
     "a pickle of torch.save, which may run code when it is read, and isn't read here: get the "
-    "adapter as safetensors, or write it as such by "
+    "adapter as safetensors, or write it as such with "
     "safetensors.torch.save_file(torch.load(path, weights_only=True), …)"
 )
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")

@@ -246,7 +246,7 @@ def _name_to_load(models: Mapping[str, nn.Module], name: str | None, hotswap: bo
         raise ValueError(
             f"adapter_name '{name}' is a duplicate, since the pipeline has an adapter of that name: "
             f"choose another name, delete the other adapter by pipe.delete_adapters('{name}'), or "
-            "replace it by hotswap=True."
+            "replace it with hotswap=True."
         )
     return name
 
@@ -280,7 +280,7 @@ def _check_nothing_left_out(pipe: Pipeline, models: Mapping[str, nn.Module], nam
     if left_out:
         raise ValueError(
             f"Adapter '{name}' is in {_quoted(left_out)} too, which a pipeline's file has no place for: "
-            "save that part by peft.PeftModel, or remove it first, "
+            "save that part with peft.PeftModel, or remove it first, "
             f"pipe.{left_out[0]}.delete_adapters('{name}')."
         )
 
@@ -289,7 +289,7 @@ def _part_to_save(pipe: Pipeline, model: nn.Module, component: str, name: str) -
     config = adapters_of(model)[name]
     if not isinstance(config, NaraConfig):
         raise ValueError(
-            f"'{name}' of {component} is a plain LoRA, which a NaRA's file cannot hold: add it by "
+            f"'{name}' of {component} is a plain LoRA, which a NaRA's file cannot hold: add it as "
             'NaraConfig(core_type="identity", …), which is the same.'
         )
     check_storable(config, component)

@@ -103,7 +103,7 @@ class Parts:
         raise ValueError(
             f"noise_level has {self.count} values for the {self.positions.length} positions of a sample, but layer "
             f"'{layer_name}' sees {tuple(x.shape)}, not these positions of {self.positions.samples} samples in order: "
-            "pass one value per sample, or leave the layer out by `exclude_modules`."
+            "pass one value per sample, or leave the layer out with `exclude_modules`."
         )
 
     def _is_of_samples(self, layer_name: str) -> bool:

@@ -79,7 +79,7 @@ def core_of_rows(
         refusal = _cannot_assign(
             samples,
             f"the rows that layer '{layer_name}' sees, {tuple(x.shape)}, are {kind}, not samples",
-            "leave the layer out by `exclude_modules`",
+            "leave the layer out with `exclude_modules`",
         )
         return _the_only(core, refusal)
     if samples == rows:

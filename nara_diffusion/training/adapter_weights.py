@@ -154,7 +154,7 @@ def _check_same(config: PeftConfig, given: NaraConfig, origin: str) -> None:
         )
     here, there = config.noise_convention, given.noise_convention
     if here is not None and there is not None and here != there:
-        raise ValueError(f"{origin} was trained with λ as {there!r}, this run's is {here!r}.")
+        raise ValueError(f"{origin} was trained with λ as {there!r}, but this run has {here!r}.")
 
 
 # ---------------------------------------------------------------- a language model's files

@@ -281,7 +281,7 @@ def check_adapter(args: TrainingArguments) -> None:
         family in ("prompt", "full") or args.resume_from_checkpoint or args.hub_model_id or start
     ):
         raise ValueError(
-            "check measures, before a training, what λ is worth to a low-rank adapter: leave resume_from_checkpoint, "
+            "check measures, before training, what λ is worth to a low-rank adapter: leave resume_from_checkpoint, "
             "hub_model_id and init_adapter out, and give adapter nara or lora."
         )
 

@@ -292,7 +292,9 @@ def check_arguments(args: TrainingArguments) -> None:
         )
     check_optimizer(args)
     if args.check and args.plan is not None:
-        raise ValueError("check measures a training, and plan computes what it needs: give one.")
+        raise ValueError(
+            "check measures a training run, and plan computes what it needs: give only one."
+        )
 
 
 def require(
@@ -322,7 +324,7 @@ def check_optimizer(args: OptimizationArguments) -> None:
             )
     if args.lr_scheduler == "constant" and args.lr_warmup_steps > 0:
         raise ValueError(
-            f"lr_scheduler 'constant' has no warm-up, and lr_warmup_steps is {args.lr_warmup_steps:g}: use "
+            f"lr_scheduler 'constant' has no warm-up, but lr_warmup_steps is {args.lr_warmup_steps:g}: use "
             "constant_with_warmup."
         )
 

@@ -102,7 +102,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     if version != FORMAT:
         raise ValueError(
             f"{checkpoint} was written by version 0.1, and this version can't continue it: finish the run with 0.1, "
-            "or start a new one from its adapter by --init_adapter."
+            "or start a new one from its adapter with --init_adapter."
         )
     if missing := sorted(_FIELDS - manifest.keys()):
         raise ValueError(f"{path} is corrupt: it lacks {', '.join(missing)}.")
@@ -273,7 +273,7 @@ def check_same_run(checkpoint: Path, args: TrainingArguments, accelerator: Accel
             why = f"which makes a global batch of {batch} instead of {manifest['batch']}"
         raise ValueError(
             f"{checkpoint} was written by {counted(manifest['processes'], 'process')} and this run has {processes}, "
-            f"{why}: launch as many processes, or start a new run from its adapter by --init_adapter."
+            f"{why}: launch as many processes, or start a new run from its adapter with --init_adapter."
         )
     changed = changed_arguments(args, manifest["arguments"])
     refused = {name: values for name, values in changed.items() if name not in MAY_CHANGE}
@@ -305,7 +305,7 @@ def check_random_states(checkpoint: Path, process: int) -> None:
         ) from error
     if not all(torch.equal(then.cpu(), now.cpu()) for then, now in pairs):
         raise ValueError(
-            f"{file} can't restore the random states, as on other devices: dropout would differ."
+            f"{file} can't restore the random states (were they saved on other devices?): dropout would differ."
         )
 
 

@@ -433,7 +433,7 @@ def _check_names_in_optimizer(checkpoint: Path) -> None:
     if any(f"{NAME_IN_FILES}.cores.".encode() in file.read_bytes() for file in files):
         raise ValueError(
             f"{checkpoint} was written by an earlier version, with other names in the optimizer's state: finish the "
-            "run with that version, or start a new one from its adapter by --init_adapter."
+            "run with that version, or start a new one from its adapter with --init_adapter."
         )
 
 

@@ -251,7 +251,7 @@ class NaraModel(LoraModel):
         """Refuse a separate adapter for each sample: each would need the C of its own samples."""
         if kwargs.get("adapter_names") is not None and holder_of(self.model) is not None:
             raise ValueError(
-                "adapter_names, an adapter for each sample, is not supported with NaRA: activate one, a batch for each."
+                "adapter_names, an adapter for each sample, is not supported with NaRA: run one batch per adapter."
             )
         return super()._enable_peft_forward_hooks(*args, **kwargs)
 

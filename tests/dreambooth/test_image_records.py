@@ -183,7 +183,7 @@ def test_captions_that_cannot_be_read_are_refused_by_file_and_line(images) -> No
         with pytest.raises(ValueError, match=message):
             own_captions(images, column)
 
-    refused("caption_column 'said' is a key of metadata.jsonl, which .* lacks", "said")
+    refused("caption_column 'said' is a key of metadata.jsonl, but .* has no such file", "said")
     images[1].with_suffix(".txt").write_bytes("über".encode("latin-1"))
     refused(r"b\.txt isn't UTF-8 text .*: save it as UTF-8")
     lines = {

@@ -181,7 +181,7 @@ def _class_and_config(
         return ShiftedQwen2ForCausalLM, _bidirectional(Qwen2Config, fields), False
     if shifted:
         raise ValueError(
-            f"{name} has shifted_logits, which only Dream and Qwen2 have, and model_type {family!r}"
+            f"{name} has shifted_logits, which only Dream and Qwen2 have, but model_type {family!r}"
         )
     if family == LLADA2:
         register_conversions()
