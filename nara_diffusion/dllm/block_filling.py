@@ -96,8 +96,7 @@ def fill_blocks(
     first = int(state.starts.min()) // block_length
     last = (width + rest[1]) // block_length
     for block in range(first, last):
-        is_stopped = _fill_block(state, reader, block, block_length, on_step_end)
-        if is_stopped or not state.masked.any():
+        if _fill_block(state, reader, block, block_length, on_step_end):
             break
     state.sequences = state.sequences[:, :width]
 
@@ -109,25 +108,27 @@ def _fill_block(
     block_length: int,
     on_step_end: Callable[[GenerationStep], None] | None,
 ) -> bool:
-    """Fill the masks of a block; return True if `on_step_end` stops."""
+    """Fill the masks of a block. Return True if that was all: no mask is left, or `on_step_end` stops.
+
+    The host reads which rows have a mask left, once a step.
+    """
     b, width = state.sequences.shape
-    places = torch.arange(width, device=state.sequences.device).view(-1, block_length)[block]
+    device = state.sequences.device
+    places = torch.arange(width, device=device).view(-1, block_length)[block]
     in_block = state.positions // block_length == block  # (b, g)
     size = in_block.sum(1).clamp(min=1)  # (b,)
-    for count in state.sampling.tokens_per_step():
+    for step, count in enumerate(filter(None, state.sampling.tokens_per_step())):
         left = state.masked & in_block  # (b, g)
-        if not left.any():
-            return False
-        if count == 0:
-            continue
+        rows = [row for row, is_open in enumerate(left.any(1).tolist()) if is_open]
+        if not rows:  # nothing to begin with: finished answers have no masks in later blocks
+            return step == 0 and not state.masked.any()
         level = left.sum(1) / size  # (b,)
         logits = reader.logits(state.sequences, block, level)  # (b, B, v)
         state.forwards += 1
         masked = left.new_zeros(b, width).scatter(1, state.positions, left)[:, places]  # (b, B)
-        is_open = masked.any(1).tolist()
-        rows = [row for row, is_one in enumerate(is_open) if is_one]
+        index = torch.tensor(rows).to(device, non_blocking=True)  # (a,)
         positions = places.expand(len(rows), -1)
-        state.place(rows, positions, masked[rows], logits[rows], count)
+        state.place(rows, positions, masked[index], logits[index], count)
         state.finish_rows()
         if on_step_end is not None and state.is_stopped(on_step_end, level):
             return True

@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config
 
 from nara_diffusion import NaraConfig, noise_level
-from nara_diffusion.dllm import generate, masked_diffusion_loss
+from nara_diffusion.dllm import generate, load_backbone, masked_diffusion_loss
+from nara_diffusion.dllm.block_loss import block_diffusion_loss
+from nara_diffusion.dllm.canvas_sampler import answer_canvases
 from nara_diffusion.dllm.decoding import State
 from nara_diffusion.dllm.models.shifted_logits import ShiftedQwen2ForCausalLM
 from nara_diffusion.dreambooth.caches import LatentCache, PromptCache
@@ -32,7 +34,9 @@ from nara_diffusion.dreambooth.pipelines import family_of
 from nara_diffusion.dreambooth.training_step import TrainingStep
 from tests.dreambooth.pictures import folder_of
 from tests.helpers.adapted import nara_config
+from tests.helpers.mixtures import LLADA2, write_checkpoint
 from tests.helpers.pipelines.families import FAMILY_PIPELINES
+from tests.helpers.tiny_gemma import tiny_gemma
 
 SIZE: dict[str, Any] = {
     "vocab_size": 32,
@@ -115,6 +119,54 @@ def test_sampling_step_of_a_text_model_reads_one_thing(
         return found.count
 
     assert reads(6) - reads(4) == 2  # the rows with a mask left
+
+
+def llada2(folder: Path) -> Any:
+    """Experts' kernels read 16 bytes at a time, in bfloat16."""
+    write_checkpoint(folder, LLADA2 | {"hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16})
+    model, _ = load_backbone(str(folder), dtype=torch.bfloat16)
+    model.config.block_length = 4
+    return get_peft_model(model, nara_config(target_modules=["q_proj", "o_proj"])).to(DEVICE)
+
+
+def gemma() -> Any:
+    targets = r".*(encoder\.language_model|decoder)\.layers\..*(q_proj|v_proj)"
+    model = tiny_gemma(hidden_size=32, moe_intermediate_size=16).bfloat16()
+    return get_peft_model(model, nara_config(target_modules=targets)).to(DEVICE)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["llada2", "gemma"])
+def test_training_step_on_a_block_reads_nothing(kind: str, tmp_path: Path) -> None:
+    texts = torch.arange(33).remainder(29).view(3, 11).to(DEVICE)
+    model: Any = llada2(tmp_path).train() if kind == "llada2" else gemma().train()
+    loss = masked_diffusion_loss if kind == "llada2" else block_diffusion_loss
+    finish(model, loss(model, texts, [2, 4, 3], sample_indices=[5, 6, 7], seed=0).loss)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_sampling_step_on_a_block_reads_one_thing_and_the_next_block_nothing(tmp_path: Path) -> None:
+    model, prompts = llada2(tmp_path).eval(), torch.zeros(2, 3, dtype=torch.long, device=DEVICE)
+    counts = []
+    for length in (4, 8):
+        with DeviceReads() as found:
+            options = {"steps": length // 2, "stop_at_eos": False, "return_stats": True}
+            result: Any = generate(model, prompts, gen_length=length, **options)
+        counts.append(found.count - result.forwards)
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_adds_no_reads_to_the_sampler_of_diffusion_gemma(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' own reads are two a step: which canvases are finished."""
+    monkeypatch.setattr("device_reads.torch.ones", torch.zeros)  # none is
+    counts = []
+    for model in (gemma(), gemma().unload()):
+        with DeviceReads() as found:
+            answer_canvases(model, [[5, 6, 7], [8, 9]], eos_token_id=[2], gen_length=6, steps=3)
+        counts.append(found.count)
+    assert counts[0] == counts[1] > 2 * 3
 
 
 # ---------------------------------------------------------------------- images
