@@ -1,1 +1,1 @@
-"""λ (b,) → C (b, r, r), with torch only: one module for each kind of core."""
+"""Map λ (b,) to C (b, r, r) in plain torch."""

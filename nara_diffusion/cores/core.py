@@ -13,14 +13,14 @@
                   k(λ) = min(⌊λ K⌋, K − 1)
 
 Shapes: A (r, d_in), B (d_out, r), λ = noise_level (b,) in [0, 1], 1 = pure noise. The modules
-return the deviation D = C − I. A learned D starts at zero, so C = I at step 0. Where λ is NaN, so
-is C. Masks have no parameters: a direction that is off adds nothing to the output, and its row of A
+return the deviation D = C − I. A learned D starts at zero, so C = I at step 0. If λ is NaN, so is
+C. Masks have no parameters. A direction that is off adds nothing to the output, and its row of A
 and column of B get a gradient of exactly zero. (AdamW still moves directions that it trained
 before, until its running mean of gradients has decayed.)
 
-Deliberate differences from the reference implementation: there is one C for each *sample*; the
-product is B·C·A as in the paper (the reference computes B·Cᵀ·A); and every core stores and computes
-in float32, whatever the model does.
+This module deliberately differs from the reference implementation in three ways. There is one C for
+each *sample*. The product is B·C·A as in the paper (the reference computes B·Cᵀ·A). Every core
+stores its parameters and computes in float32, whatever the dtype of the model.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ CoreInit = Literal["zero_last", "kaiming", "zero_all"]
 def is_autocast_enabled(device: torch.device) -> bool:
     """Return whether autocast is on for `device`.
 
-    "meta" has no autocast, and PyTorch raises an error for it.
+    On "meta" there is no autocast, and PyTorch would raise an error.
     """
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
@@ -54,8 +54,8 @@ def is_autocast_enabled(device: torch.device) -> bool:
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Turn autocast off for `device` inside the context.
 
-    Entering `torch.autocast` costs more than small products do, so it is entered only if autocast
-    is on.
+    Entering `torch.autocast` takes longer than a small matrix product, so it is entered only if
+    autocast is on.
     """
     return (
         torch.autocast(device.type, enabled=False) if is_autocast_enabled(device) else nullcontext()
@@ -63,7 +63,7 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 
 
 class Float32Module(nn.Module):
-    """A module with floating-point tensors that follow `.to(device)` but always stay float32.
+    """A module that follows `.to(device)` but keeps its floating-point tensors in float32.
 
     In bfloat16, C − I would change by five per cent, so `model.to(bfloat16)` leaves these tensors
     in float32.
@@ -77,7 +77,7 @@ class Float32Module(nn.Module):
         return super()._apply(keep_dtype, recurse)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        """Convert what is loaded, here and in submodules, to float32.
+        """Load the tensors of this module and its submodules as float32.
 
         `assign=True` would keep the dtypes of `state_dict`, which is a copy.
         """
@@ -90,7 +90,7 @@ class Float32Module(nn.Module):
 class Dense(Float32Module):
     """y = x Wᵀ + b in float32, zero until `reset`.
 
-    It is not an `nn.Linear`, so quantisers, casters and "all-linear" skip it.
+    This class does not derive from `nn.Linear`, so quantisers, casters and "all-linear" skip it.
     """
 
     def __init__(self, in_features: int, out_features: int) -> None:
@@ -116,12 +116,12 @@ class Dense(Float32Module):
 class Core(Float32Module):
     """λ (b,) → the deviation D = C − I (b, r, r), or (1, r, r) if all samples share it; float32.
 
-    D is small, and layers compute C h as h + D h, so that half precision does not round D away.
+    D is small, so layers compute C h as h + D h. Half precision then does not round D away.
 
     Attributes:
         rank: r, the largest rank that reads this core. A layer of smaller rank r' reads
             C[:r', :r'].
-        needs_noise: whether the core reads λ. If not, it is called without arguments.
+        needs_noise: whether the core reads λ. If False, the core is called without arguments.
     """
 
     needs_noise: bool = True
@@ -141,10 +141,10 @@ class Core(Float32Module):
         return self(noise_level.to(self._device(noise_level.device)))
 
     def _device(self, default: torch.device) -> torch.device:
-        """Return the device of the tensors.
+        """Return the device of the core's tensors.
 
-        Return `default` if there are no tensors, or if all are on "meta" until accelerate's hooks
-        load them.
+        Return `default` if there are no tensors, or if all of them stay on "meta" until
+        accelerate's hooks load them.
         """
         devices = [tensor.device for tensor in (*self.parameters(), *self.buffers())]
         found = next((device for device in devices if device.type != "meta"), None)
@@ -158,12 +158,12 @@ class Core(Float32Module):
 
 
 class NoiseEmbedding(Float32Module):
-    """e(λ): (b,) → (b, out_dim).
+    """Embed λ (b,) as e(λ) (b, out_dim).
 
     fourier   [sin(λ w), cos(λ w)] with dim / 2 frozen w ~ N(0, scale²); as in the reference, there
               is no factor 2π
     mlp       SiLU(w λ + b) of width dim, learnable
-    raw       λ itself, of width 1
+    raw       λ itself, with width 1
     """
 
     frequencies: Tensor
@@ -187,16 +187,16 @@ class NoiseEmbedding(Float32Module):
 
 
 class HypernetworkCore(Core):
-    """C(λ) = I + η F(e(λ)); F is Linear–SiLU–…–Linear with output r².
+    """The core C(λ) = I + η F(e(λ)) of NaRA, with a hypernetwork F.
 
-    All layers of a group share one F.
+    F is Linear–SiLU–…–Linear with r² outputs. All layers of a group share one F.
 
     Args:
         rank: r.
         scale: η, `core_scale`.
-        hidden_dims: widths of F's hidden layers.
+        hidden_dims: the widths of F's hidden layers.
         init: "zero_last" and "zero_all" make C = I exactly at step 0; "kaiming" does not.
-        embedding: e(λ).
+        embedding: the module that computes e(λ).
     """
 
     def __init__(
@@ -230,7 +230,7 @@ class HypernetworkCore(Core):
 
 
 class ConstantCore(Core):
-    """NaRA-C: C = I + η D with one learnable D (r, r) and no noise input."""
+    """The core C = I + η D of NaRA-C, with one learnable D (r, r) and no noise input."""
 
     needs_noise = False
 
@@ -247,7 +247,7 @@ class ConstantCore(Core):
 
 
 class IdentityCore(Core):
-    """C = I: plain LoRA. It has no parameters, and layers leave it out of the product."""
+    """The core C = I of plain LoRA; it has no parameters, and layers skip it in the product."""
 
     needs_noise = False
 
@@ -257,10 +257,10 @@ class IdentityCore(Core):
 
 
 class KnotsCore(Core):
-    """Interpolates between learned matrices at K equidistant values of λ.
+    """A core that interpolates between learned matrices at K equidistant values of λ.
 
     This core is not in the paper; see RESULTS.md. C is linear in λ between two knots, and each λ
-    trains only the two knots beside it.
+    trains only the two nearest knots.
 
     Args:
         rank: r.
@@ -285,10 +285,10 @@ class KnotsCore(Core):
 
 
 class RankMaskCore(Core):
-    """T-LoRA: the first r(λ) of r directions; all of them without noise, `min_rank` in pure noise.
+    """The core of T-LoRA, which keeps only the first r(λ) of the r directions.
 
-    Because of the paper's ⌊⌋, the last direction is on only at λ = 0, so masked-diffusion language
-    models never train it.
+    All directions are on at λ = 0, and `min_rank` of them at λ = 1. Because the paper rounds down,
+    the last direction is on only at λ = 0, so masked-diffusion language models never train it.
 
     Args:
         rank: r.
@@ -311,11 +311,11 @@ class RankMaskCore(Core):
 
 
 class BinsCore(Core):
-    """Multi-LoRA, a baseline of the paper: r / K directions for each of K equal bins of λ.
+    """The core of Multi-LoRA, a baseline of the paper, with r / K directions for each of K bins.
 
-    The directions of a bin are a block. Each block is a separate LoRA, trained and used only in its
-    bin. The scale of a block is lora_alpha / r with the *total* rank r, so lora_alpha = K · α gives
-    each block the scale α / (r / K) of a single LoRA. With DoRA, all blocks share one magnitude.
+    The K bins of λ are equally wide. The directions of a bin form a block, a separate LoRA that is
+    trained and used only in its bin. Its scale is lora_alpha / r with the *total* rank r, so
+    lora_alpha = K · α scales it by α / (r / K). With DoRA, all blocks share one magnitude.
 
     Args:
         rank: r, a multiple of `bins`.
@@ -341,9 +341,9 @@ class BinsCore(Core):
 def _floor_of_share(count: int, share: Tensor) -> Tensor:
     """Return ⌊count · share⌋ for a share (b,) in [0, 1], a fraction such as t / 1000 in float32.
 
-    Where the exact product is an integer, a few roundings, each below count · 2⁻²⁴, may leave the
-    computed one just under it. Adding count · 2⁻²¹ corrects this. For multiples of 1/1000 and a
-    count below 1000, that is far less than the distance to the next integer.
+    If the exact product is an integer, a few rounding errors, each below count · 2⁻²⁴, may leave
+    the computed product just under it. Adding count · 2⁻²¹ corrects this. For multiples of 1/1000
+    and a count below 1000, this is far less than the distance to the next integer.
     """
     return torch.floor(count * share + count * 2.0**-21)
 
@@ -396,7 +396,7 @@ CUSTOM: dict[str, CoreMaker] = {}
 
 
 def check_core_type(name: object) -> None:
-    """Raise ValueError if there is no core type with that name."""
+    """Raise ValueError if there is no core type with this name."""
     known = (*BUILT_IN, *CUSTOM)
     if name not in known:
         raise ValueError(
@@ -413,7 +413,7 @@ def build_core(config: CoreConfig, rank: int) -> Core:
 
 
 def needs_noise(config: CoreConfig) -> bool:
-    """Return True if the core or the strength of this NaraConfig depends on λ."""
+    """Return whether the core or the strength of a NaraConfig depends on λ."""
     with torch.device("meta"):
         return config.strength is not None or build_core(config, config.r).needs_noise
 
@@ -433,7 +433,7 @@ SHARED = "shared"
 
 
 class CoreSet(nn.ModuleDict):
-    """Group of layers → its core; made by `make_cores`."""
+    """The cores of one adapter by group of layers, made by `make_cores`."""
 
     @property
     def needs_noise(self) -> bool:
@@ -456,7 +456,7 @@ def make_cores(config: CoreConfig, ranks: dict[str, int]) -> CoreSet:
     """Return the cores that a NaraConfig describes.
 
     Args:
-        ranks: group → the largest rank among its layers.
+        ranks: the largest rank among the layers of each group.
     """
     return CoreSet({group: build_core(config, rank) for group, rank in ranks.items()})
 
@@ -464,8 +464,8 @@ def make_cores(config: CoreConfig, ranks: dict[str, int]) -> CoreSet:
 def core_group(config: CoreConfig, module_name: str, rank: int) -> str:
     """Return the name of the core that an adapted module of this rank reads.
 
-    `core_sharing` gives one core to all modules, to all modules of one name, or to each module. All
-    modules of one rank share a core that has no parameters but depends on the rank.
+    Depending on `core_sharing`, all modules share a core, all modules of one name share a core, or
+    each module has its own. Cores without parameters that depend on the rank are shared by rank.
     """
     if config.core_type in ("rank_mask", "bins"):
         return f"rank-{rank}"
@@ -475,15 +475,15 @@ def core_group(config: CoreConfig, module_name: str, rank: int) -> str:
         group = re.sub(r"(\.\d+)+$", "", module_name).rpartition(".")[2]  # to_out.0 → to_out
     else:
         group = module_name.replace(".", "-")
-    # attributes of `nn.ModuleDict`; "at" and "groups" once were, and files have them with "_"
+    # attributes of `nn.ModuleDict`; "at" and "groups" once were, so files contain them with "_"
     taken = hasattr(CoreSet, group) or keyword.iskeyword(group) or group in ("at", "groups")
     return f"{group}_" if taken else group
 
 
 def with_current_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the `tensors` of a file, with the shared core's current name.
+    """Return the `tensors` of a file, with the current name of the shared core.
 
-    Its name was `nara_core.global`.
+    In earlier versions, its name was `nara_core.global`.
     """
     return {
         key.replace("nara_core.global.", f"{NAME_IN_FILES}.{SHARED}."): tensor

@@ -1,4 +1,4 @@
-"""Custom cores: `register_core`, and a module of the user's as a core."""
+"""Register custom cores, and run a user's module as a core."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ def register_core(name: str, factory: CoreFactory) -> None:
 
     The factory, a class or a function, returns a module. Each forward calls the module once as
     `core(noise_level)`, with λ (b,) float32 in [0, 1]. The module returns C (b, r, r), or (1, r, r)
-    for all samples. If it has an attribute `needs_noise = False`, it is called without arguments,
-    and the adapter runs without λ. Its parameters are trained, saved and loaded with the adapter,
-    in float32. A layer of smaller rank r' reads C[:r', :r'].
+    for all samples. If the module has an attribute `needs_noise = False`, it is called without
+    arguments, and the adapter runs without λ. The module's parameters are trained, saved and loaded
+    with the adapter, in float32. A layer of smaller rank r' reads C[:r', :r'].
 
-    An adapter is saved with the name of its core, not with the code: register the core in each
+    An adapter is saved with the name of its core, but without its code. Register the core in each
     program before you make or load such an adapter. The factory is also called under
-    `torch.device("meta")`, so it must not read values of tensors. Build the core from
+    `torch.device("meta")`, so it must not read the values of tensors. Build the core from
     `nn.Parameter`s and `nara_diffusion.cores.core.Dense`, since quantisers, casters and
     `target_modules="all-linear"` change layers such as `nn.Linear`. Registering a name again
     replaces its factory.
 
     Raises:
-        ValueError: `name` is empty or that of a built-in core, or `factory` is not callable.
+        ValueError: `name` is empty or names a built-in core, or `factory` is not callable.
     """
     if not isinstance(name, str) or not name or name in BUILT_IN:
         raise ValueError(
@@ -47,7 +47,7 @@ def register_core(name: str, factory: CoreFactory) -> None:
 
 
 class CustomCore(Core):
-    """A core made by a registered factory. It runs in float32, and checks the shape of its C."""
+    """A core from a registered factory, which runs in float32 and checks the shape of its C."""
 
     def __init__(self, core: Any, rank: int, name: str) -> None:
         super().__init__(rank)
@@ -61,7 +61,7 @@ class CustomCore(Core):
         self.needs_noise = bool(getattr(core, "needs_noise", True))
 
     def forward(self, *noise_level: Tensor) -> Tensor:
-        """Return C − I (b or 1, r, r), float32, for λ (b,), or for no argument if λ is not read."""
+        """Return C − I (b or 1, r, r), float32, for λ (b,), or without λ if the core ignores it."""
         default = noise_level[0].device if noise_level else torch.device("cpu")
         with without_autocast(self._device(default)):
             found = self.core(*(level.float() for level in noise_level))
@@ -77,7 +77,7 @@ class CustomCore(Core):
 
 
 def rebuild_core(core: CustomCore, config: CoreConfig) -> Core:
-    """Return a new core from another configuration that shares the tensors of `core`."""
+    """Return a core for another configuration that shares its tensors with `core`."""
     device = next((tensor.device for tensor in (*core.parameters(), *core.buffers())), None)
     rebuilt = build_core(config, core.rank)
     rebuilt.load_state_dict(core.state_dict(keep_vars=True), assign=True)

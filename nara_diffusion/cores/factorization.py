@@ -1,4 +1,4 @@
-"""Theorem 4.1 of the paper: any N update matrices have shared factors B, A and N cores."""
+"""Factor update matrices into shared B and A and one core each (theorem 4.1 of the paper)."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ def shared_factors(updates: Tensor, rank: int | None = None) -> tuple[Tensor, Te
     """Factor N update matrices into shared B and A and N cores: ΔW_i = B · C_i · A.
 
     This is theorem 4.1 of the paper. B and A are orthonormal bases of the joint column and row
-    spaces; the basis of the smaller space is padded with zeros. C_i = Bᵀ ΔW_i Aᵀ.
+    spaces, and C_i = Bᵀ ΔW_i Aᵀ. The basis of the smaller space is padded with zeros.
 
     Args:
         updates: (n, d_out, d_in), float32 or float64, n ≥ 1.
-        rank: r. None takes the smallest r that reproduces every update: the larger dimension of the
-            two spaces. A smaller r keeps the leading directions.
+        rank: r. None means the smallest r that reproduces every update, which is the larger of the
+            two spaces' dimensions. With a smaller r, only the leading directions are kept.
 
     Returns:
         B (d_out, r), cores (n, r, r), A (r, d_in).

@@ -1,1 +1,1 @@
-"""y = W0 x + s B C A x: the adapted layers."""
+"""Adapted layers, which compute y = W0 x + s B C A x."""

@@ -1,6 +1,6 @@
-"""PEFT's adapted layers: the attributes that this package reads, and the matrices A, B, W0 and ΔW.
+"""Read attributes of PEFT's adapted layers, and the matrices A, B, W0 and ΔW.
 
-DoRA's norm and merging need the matrices. They are correct for quantised layers too, including
+DoRA's norm and merging need these matrices. They are also correct for quantised layers, including
 bitsandbytes layers that PEFT reads wrongly.
 """
 
@@ -21,12 +21,12 @@ CONVOLUTIONS = (Conv1d, Conv2d, Conv3d)
 
 
 class AdaptedLayer(Protocol):
-    """A layer that PEFT has adapted; mappings are adapter → value.
+    """A layer that PEFT has adapted. Its mappings are keyed by adapter name.
 
     Attributes:
-        lora_A, lora_B: the factors, except those of embeddings: linear layers or convolutions.
+        lora_A, lora_B: the factors as linear layers or convolutions, except those of embeddings.
         lora_embedding_A, lora_embedding_B: the factors of an embedding, (r, n) and (d_out, r).
-        lora_magnitude_vector: modules with DoRA's m as `weight`.
+        lora_magnitude_vector: modules that hold DoRA's m as `weight`.
         lora_bias: whether B has a bias.
         merged: whether any adapter is merged into the base layer.
     """
@@ -52,11 +52,11 @@ class AdaptedLayer(Protocol):
     def disable_adapters(self) -> bool: ...
 
     def get_base_layer(self) -> nn.Linear:
-        """Return the layer that is adapted. The annotation `nn.Linear` stands for all kinds."""
+        """Return the base layer. It may be of any kind, although the annotation is `nn.Linear`."""
         ...
 
     def unscale_layer(self, scale: float | None = None) -> None:
-        """Divide `scaling` of the active adapters; None resets it."""
+        """Divide the `scaling` of the active adapters by `scale`, or reset it if None."""
         ...
 
     def register_forward_pre_hook(self, hook: Any) -> Any: ...
@@ -69,28 +69,28 @@ class AdaptedLayer(Protocol):
     """The number of dimensions of a convolution's weight: its spatial axes plus 2."""
 
     def _embed(self, input: Tensor, weight: Tensor) -> Tensor:
-        """Look ids up in the weight of an embedding."""
+        """Return the rows of an embedding's weight for the given ids."""
         ...
 
     def _get_embed_scale(self) -> Tensor | None:
-        """Return the factor of the base embedding's output, if it has one, as Gemma's does."""
+        """Return the factor that scales the base embedding's output, as in Gemma, or None."""
         ...
 
     def _cache_store(self, key: str, value: Any) -> None:
-        """Store what unmerging needs."""
+        """Store a value that unmerging needs."""
         ...
 
     def _cache_pop(self, key: str) -> Any: ...
 
     def _unmerged_base_weight(self, safe_merge: bool) -> AbstractContextManager[Tensor]:
-        """Yield W0 without the other adapters that are merged into it, for DoRA's norm."""
+        """Yield W0, for DoRA's norm, without the other adapters that are merged into it."""
         ...
 
 
 def factors(layer: AdaptedLayer, adapter_name: str) -> tuple[Tensor, Tensor]:
     """Return A (r, k) and B (d_out, r), detached, with flattened kernels.
 
-    `layer` is never a convolution with groups, since PEFT does not merge those.
+    `layer` is never a grouped convolution, since PEFT does not merge those.
     """
     if isinstance(layer, Embedding):
         A, B = layer.lora_embedding_A[adapter_name], layer.lora_embedding_B[adapter_name]
@@ -118,10 +118,10 @@ def delta_weight(layer: AdaptedLayer, A: Tensor, K: Tensor, scaling: float) -> T
 def base_weight(base_layer: nn.Module) -> Tensor:
     """Return W0 of a layer, dequantised if necessary.
 
-    PEFT's function would break a compiled graph, so it is not called for plain weights. It would
-    also break later forwards of 8-bit layers, so these are dequantised here. On a CPU, bitsandbytes
-    reorders 4-bit weights at the first inference and then dequantises them wrongly; for these,
-    W0ᵀ = layer(I) − b.
+    PEFT's own function would break a compiled graph, so it is not called for plain weights. It
+    would also break later forwards of 8-bit layers, so these are dequantised here. On a CPU,
+    bitsandbytes reorders 4-bit weights at the first inference and then dequantises them wrongly.
+    For these weights, this function computes W0ᵀ = layer(I) − b.
     """
     weight = getattr(base_layer, "weight", None)
     is_linear = type(base_layer) is nn.Linear
@@ -159,15 +159,15 @@ def _is_packed(base_layer: nn.Module) -> bool:
 def check_mergeable(
     layer: AdaptedLayer, adapter_name: str, layer_name: str, weight: Tensor
 ) -> None:
-    """Refuse a layer that PEFT would merge wrongly, before anything is changed.
+    """Raise an error, before anything is changed, if PEFT would merge a layer wrongly.
 
     Args:
         weight: the weight that PEFT merges into, dequantised if PEFT dequantises it.
 
     Raises:
-        ValueError: B has a bias, and the layer has no bias to add it to, or is quantised (PEFT
-            would ignore the scale); bitsandbytes has reordered the 4-bit weight; or PEFT treats an
-            integer weight as a plain one.
+        ValueError: B has a bias, but the layer has no bias to add it to, or is quantised (PEFT
+            would ignore the scale). Or bitsandbytes has reordered the 4-bit weight. Or PEFT treats
+            an integer weight as a floating-point weight.
     """
     base_layer = layer.get_base_layer()
     is_quantised = type(base_layer.weight).__name__ in ("Params4bit", "Int8Params")
@@ -192,14 +192,15 @@ def check_mergeable(
 
 @torch.no_grad()
 def make_directions_orthonormal(layer: LoraLayer, adapter_name: str) -> None:
-    """Replace the r directions of a layer with orthonormal ones; the other factor stays zero.
+    """Replace the r directions of a layer with orthonormal directions.
 
     The directions are the rows of A (r, d_in …), or the columns of an embedding's B (d_out, r). If
-    there are more directions than features, the features are orthonormal instead.
+    there are more directions than features, the features are orthonormal instead. The other factor
+    stays zero.
 
-    T-LoRA (arXiv 2507.05964) starts A and B as singular vectors of a random matrix, so that the
-    directions do not overlap, and keeps frozen copies to subtract their product in each forward.
-    Here B is zero, so no copies are needed.
+    T-LoRA (arXiv 2507.05964) initialises A and B with singular vectors of a random matrix, so that
+    the directions do not overlap. It keeps frozen copies of A and B, and subtracts their product in
+    each forward. Here B is zero, so no copies are needed.
     """
     if isinstance(layer, Embedding):
         factor = layer.lora_embedding_B[adapter_name]

@@ -1,12 +1,13 @@
-"""NaRA-DoRA's LoRA variants on linear layers (quantised or not) and convolutions.
+"""Apply NaRA-DoRA to linear layers (quantised or not) and convolutions.
 
     y = g ⊙ (W0 x + s B C A x) + b,   g = m / ‖W0 + s B C A‖_row        (paper, appendix M)
 
-The norm is a constant: it gets no gradient. Letters are as in `variants`; g is (n, d_out).
+The norm is treated as a constant and gets no gradient. Letters are as in `variants`; g is
+(n, d_out).
 
-W0 Aᵀ, A Aᵀ and ‖W0‖ do not depend on λ, but are not kept between forwards. PEFT merges another
-adapter of the layer by writing to `weight.data` in place, and hot-swaps A so. Neither the version
-of a tensor nor its storage shows that, and no forward need run in between.
+W0 Aᵀ, A Aᵀ and ‖W0‖ do not depend on λ, but they are not cached between forwards. PEFT merges
+another adapter of the layer by writing to `weight.data` in place, and hot-swaps A in the same way.
+Neither a tensor's version nor its storage shows such a write, and it may happen between forwards.
 """
 
 from __future__ import annotations
@@ -43,10 +44,9 @@ PEFT_DORA = (DoraLinearVariant, DoraConv1dVariant, DoraConv2dVariant, DoraConv3d
 
 
 class NaraDoraLinear(NaraVariant):
-    """y = g ⊙ (W0 x + s B C A x) + b, with the norm computed from its factors.
+    """Compute y = g ⊙ (W0 x + s B C A x) + b, with the norm computed from the factors.
 
-    With dropout, the base product that the magnitude scales also uses the dropped-out input, as in
-    PEFT.
+    If there is dropout, the base product W0 x also uses the input after dropout, as in PEFT.
     """
 
     def update(
@@ -58,7 +58,7 @@ class NaraDoraLinear(NaraVariant):
         read = (A, B, base_layer, magnitude)
         if not any(map(is_managed, read)):
             return self._update(module, active_adapter, x, result, *read)
-        with onloaded(*read):  # the norm reads their weights
+        with onloaded(*read):  # the norm reads the weights of these modules
             return self._update(module, active_adapter, x, result, *read)
 
     def _update(
@@ -124,7 +124,7 @@ class NaraDoraLinear(NaraVariant):
 
 
 class NaraDoraConv(NaraDoraLinear):
-    """NaRA-DoRA on a convolution: a row is an output channel, over input channels and kernel."""
+    """Apply NaRA-DoRA to a convolution; a row of W0 is one output channel, flattened."""
 
     is_conv = True
 
@@ -142,12 +142,12 @@ class NaraDoraConv(NaraDoraLinear):
 
 
 def with_norm(variant: type[NaraVariant]) -> type[NaraVariant]:
-    """Return NaRA-DoRA's variant for the layers of a variant without DoRA."""
+    """Return the DoRA counterpart of a variant without DoRA."""
     return {NaraLinear: NaraDoraLinear, NaraConv: NaraDoraConv}.get(variant, variant)
 
 
 def check_norm(target: nn.Module | LoraLayer, name: str) -> None:
-    """Raise ValueError if NaRA-DoRA cannot compute the norm of a module, adapted or not."""
+    """Raise ValueError if NaRA-DoRA cannot compute the norm of a module, whether adapted or not."""
     base = target.get_base_layer() if isinstance(target, LoraLayer) else target
     weight, reason = getattr(base, "weight", None), ""
     if isinstance(base, nn.Embedding):

@@ -1,12 +1,12 @@
-"""An adapted layer's products, in plain torch: h + D h, B C, DoRA's norm, and one fused function.
+"""Compute an adapted layer's products in plain torch.
 
     y = W0 x + b + s B (h + D h),   h = A x,   D = C - I
     y = g ⊙ (W0 x + s B (h + D h)) + b,   g = m / ‖W0 + s B C A‖_row           (NaRA-DoRA)
 
-Shapes: A (r, d_in), D (n, r, r), B (d_out, r). The n matrices are one for all positions, one for each
-sample, or one for each of k equal consecutive parts of a sample's positions: h (b, l, r) is seen as
-(n, b l / n, r). Layers get the deviation D and not C, because D is small: rounding D to bfloat16
-costs no more than rounding h + D h, while rounding C would wipe D out.
+Shapes: A (r, d_in), D (n, r, r), B (d_out, r). There is one matrix for all positions, one for each
+sample, or one for each of k equal consecutive parts of a sample's positions. h (b, l, r) is viewed
+as (n, b l / n, r). Layers get the deviation D rather than C, because D is small. Rounding D to
+bfloat16 costs no more than rounding h + D h, while rounding C would wipe out D.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ DEVICE_SLICE = 2**26
 
 
 def mixed(deviation: Tensor, h: Tensor) -> Tensor:
-    """Return h + D h for each row of h: (n, r, r), (b, …, r) → (b, …, r), in float32 at least."""
+    """Return h + D h (b, …, r), in at least float32, for D (n, r, r) and h (b, …, r)."""
     dtype = torch.promote_types(h.dtype, torch.float32)
     with without_autocast(h.device):
         rows = h.to(dtype).reshape(len(deviation), -1, h.shape[-1])
@@ -39,7 +39,7 @@ def mixed(deviation: Tensor, h: Tensor) -> Tensor:
 
 
 def mixed_channels(deviation: Tensor, h: Tensor) -> Tensor:
-    """Return h + D h if the r features are channels: (b or 1, r, r), (b, r, …) → (b, r, …)."""
+    """Return h + D h (b, r, …) for D (b or 1, r, r) and h (b, r, …) with the features as channels."""
     dtype = torch.promote_types(h.dtype, torch.float32)
     with without_autocast(h.device):
         columns = h.to(dtype).flatten(2)
@@ -48,8 +48,8 @@ def mixed_channels(deviation: Tensor, h: Tensor) -> Tensor:
 
 
 def _plus(h: Tensor, D: Tensor, scale: float = 1.0) -> Tensor:
-    """Return `scale` (h + h Dᵀ): (n, l, r), (n, r, r) → (n, l, r)."""
-    if len(D) == 1:  # a batched product of one matrix is slow on CPUs
+    """Return `scale` (h + h Dᵀ), (n, l, r), for h (n, l, r) and D (n, r, r)."""
+    if len(D) == 1:  # a batched product with one matrix is slow on CPUs
         return torch.addmm(h[0], h[0], D[0].T, beta=scale, alpha=scale)[None]
     return torch.baddbmm(h, h, D.mT, beta=scale, alpha=scale)
 
@@ -58,9 +58,9 @@ def _plus(h: Tensor, D: Tensor, scale: float = 1.0) -> Tensor:
 
 
 def times_core(B: Tensor, deviation: Tensor) -> Tensor:
-    """Return K = B C = B + B D for norms and merging: (d_out, r), (n, r, r) → (n, d_out, r).
+    """Return K = B C = B + B D (n, d_out, r), for norms and merging, from B (d_out, r) and D.
 
-    The result is float32 at least and not part of the graph. In memory, it is (n, r, d_out).
+    The result is in at least float32 and is detached. Its memory layout is (n, r, d_out).
     """
     dtype = torch.promote_types(B.dtype, torch.float32)
     with without_autocast(B.device):
@@ -71,12 +71,12 @@ def times_core(B: Tensor, deviation: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class NormParts:
-    """The parts of ‖W0 + s K A‖ by row that do not depend on K, at least float32.
+    """The parts of the row norm ‖W0 + s K A‖ that do not depend on K, in at least float32.
 
     Attributes:
         products: Pᵀ = A W0ᵀ (r, d_out).
         gram: G = A Aᵀ (r, r).
-        squares: ‖W0‖² by row (d_out,).
+        squares: ‖W0‖² of each row, (d_out,).
     """
 
     products: Tensor
@@ -85,7 +85,7 @@ class NormParts:
 
 
 def norm_parts(weight: Tensor, A: Tensor) -> NormParts:
-    """Return the parts for W0 (d_out, d_in) and A (r, d_in); W0 is converted in slices."""
+    """Return the norm parts for W0 (d_out, d_in) and A (r, d_in), converting W0 in slices."""
     dtype = torch.promote_types(torch.promote_types(weight.dtype, A.dtype), torch.float32)
     products, squares = [], []
     with without_autocast(weight.device):
@@ -101,21 +101,21 @@ def norm_parts(weight: Tensor, A: Tensor) -> NormParts:
 
 
 def row_norm(parts: NormParts, K: Tensor, scaling: float) -> Tensor:
-    """Return ‖W0 + s K A‖ by row, without the (n, d_out, d_in) product.
+    """Return the norm of each row of W0 + s K A, without the (n, d_out, d_in) product.
 
         ‖W0 + s K A‖²_row = ‖W0‖²_row + Σ_r K ⊙ (2 s P + s² K G)
 
     This is NaRA-DoRA's norm (paper, appendix M). If s K A cancels most of W0, the precision of the
-    result is that of P and ‖W0‖², so both are float32 at least.
+    result is that of P and ‖W0‖², so both are in at least float32.
 
     Args:
-        parts: of W0 and A.
+        parts: the norm parts of W0 and A.
         K: B C (n, d_out, r).
         scaling: s.
 
     Returns:
-        (n, d_out), float32 at least, not part of the graph: DoRA treats the norm as a constant
-        (DoRA, section 4.3).
+        The norms (n, d_out), in at least float32. They are detached, because DoRA treats the norm
+        as a constant (DoRA, section 4.3).
     """
     dtype = parts.squares.dtype
     P, G, K = parts.products, parts.gram, K.detach().to(dtype).mT  # K (n, r, d_out)
@@ -131,7 +131,7 @@ def row_norm(parts: NormParts, K: Tensor, scaling: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Magnitude:
-    """DoRA's m (d_out,) and the norm (n, d_out), which gets no gradient."""
+    """The magnitude m (d_out,) of DoRA, and the norm (n, d_out), which gets no gradient."""
 
     weight: Tensor
     norm: Tensor
@@ -152,23 +152,24 @@ def linear_in_one(
 
     The function computes in the dtype of `result` and converts x, A and B itself. It accumulates
     both terms of the gradient of x in one tensor. In backward, matrices with a narrow side r have
-    it as their first axis.
+    r as their first axis.
 
     Args:
-        x: (b, …, d_in).
-        result: W0 x + b (b, …, d_out).
-        base: W0 and b, if they are frozen and made `result` from x. Then `result` is overwritten,
-            and the gradient that reaches x through W0 is computed here. DoRA needs this. If None,
-            the update is added to `result`.
-        A: (r, d_in).
-        deviation: D (n, r, r), float32. Its gradient is made in float32.
-        operand: D without gradient, in the dtype that h + D h is computed in.
-        B: (d_out, r).
+        x: the input (b, …, d_in).
+        result: the base output W0 x + b (b, …, d_out).
+        base: W0 and b, if they are frozen and `result` was computed from them. `result` is then
+            overwritten, and the gradient that reaches x through W0 is computed here. DoRA needs
+            this. If None, the update is added to `result`.
+        A: the factor (r, d_in).
+        deviation: D (n, r, r), float32. Its gradient is computed in float32.
+        operand: D without gradient, in the dtype used to compute h + D h.
+        B: the factor (d_out, r).
         scaling: s.
-        magnitude: of DoRA.
+        magnitude: the magnitude and norm of DoRA; None without DoRA.
 
     Returns:
-        (b, …, d_out). x, `result`, A, D, B and m get gradients, which can be differentiated again.
+        The output (b, …, d_out). x, `result`, A, D, B and m get gradients, which can themselves be
+        differentiated.
     """
     W, b = (None, None) if base is None else base
     m, norm = (None, None) if magnitude is None else (magnitude.weight, magnitude.norm)
@@ -286,7 +287,7 @@ def scaled(z: Tensor, gain: Tensor, b: Tensor | None, out: Tensor | None = None)
 
 
 def _grad_of_magnitude(grad: Tensor, z: Tensor, b: Tensor | None, norm: Tensor) -> Tensor:
-    """Return the gradient of m (d_out,), summed in float32 at least."""
+    """Return the gradient of m (d_out,), summed in at least float32."""
     dtype = norm.dtype
     total = (grad * z).sum(1, dtype=dtype)  # (n, d_out)
     if b is not None:
@@ -295,14 +296,14 @@ def _grad_of_magnitude(grad: Tensor, z: Tensor, b: Tensor | None, norm: Tensor) 
 
 
 def _grad_of_deviation(D: Tensor, narrow: Tensor, h: Tensor, scale: float) -> Tensor:
-    """Return the gradient of D (n, r, r), made in float32 at least."""
+    """Return the gradient of D (n, r, r), computed in at least float32."""
     dtype = torch.promote_types(h.dtype, torch.float32)
     like = D.detach().to(h.device, dtype)  # only its shape is read
     grad = torch.baddbmm(like, narrow.to(dtype).mT, h.to(dtype), beta=0, alpha=scale)
     return grad.to(D.device, D.dtype)
 
 
-# ---------------------------------------------------------------------- where one function fits
+# ---------------------------------------------------------------------- when one function fits
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _TENSORS = (Tensor, FakeTensor)
@@ -311,10 +312,10 @@ _TENSORS = (Tensor, FakeTensor)
 def fits_one_function(A: nn.Linear, B: nn.Linear, x: Tensor, result: Tensor) -> bool:
     """Return whether `linear_in_one` may add the update of `x` to `result`.
 
-    Otherwise, the layer is computed step by step: under a compiler, which fuses the steps itself;
-    for `vmap`, `jvp` and TorchScript; if A or B has hooks, wrappers (offloading, pruning) or a
-    bias; if dtypes differ outside autocast; or for tensor subclasses, except fake tensors, so that
-    `--plan` measures what runs.
+    If not, the layer is computed step by step. This is the case under a compiler, which fuses the
+    steps itself, and for `vmap`, `jvp` and TorchScript. It is also the case if A or B has hooks,
+    wrappers (offloading, pruning) or a bias, or if dtypes differ outside autocast. The last case is
+    tensor subclasses, except fake tensors: `--plan` uses these to measure the real computation.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[reportPrivateImportUsage]
         return False

@@ -1,14 +1,13 @@
-"""Weights that other libraries' hooks load or convert only while their own module runs.
+"""Read weights that other libraries' hooks load or convert only while their own module runs.
 
-    accelerate     `_hf_hook`          CPU and disk offload: otherwise, weights are on "meta"
-    Diffusers      `_diffusers_hook`   group offloading: otherwise, weights are on the CPU, or on
-                                       disk and without values
-                                       layerwise casting: otherwise, they are in a storage dtype
-                                       such as float8
+                 hook               kind                    weights between forwards
+    accelerate   `_hf_hook`         CPU and disk offload    on "meta"
+    Diffusers    `_diffusers_hook`  group offloading        on the CPU, or on disk without values
+                                    layerwise casting       in a storage dtype such as float8
 
-Code that reads weights without calling their module has to load them itself. The LoRA variants read
-B, W0 and the magnitude in this way, and the hook of the root calls the cores before Diffusers has
-loaded them.
+Code that reads weights without calling their module must load them itself. The LoRA variants read
+B, W0 and the magnitude in this way, and the root's hook calls the cores before Diffusers has loaded
+them.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from torch import nn
 
 
 def is_managed(module: nn.Module) -> bool:
-    """Return whether accelerate or Diffusers has put a hook around the forward of `module`."""
+    """Return whether accelerate or Diffusers has hooked the forward of `module`."""
     return "_hf_hook" in vars(module) or "_diffusers_hook" in vars(module)
 
 
@@ -43,19 +42,19 @@ def onloaded(*modules: nn.Module) -> Iterator[None]:
 
 
 def groups_of(module: nn.Module) -> list[Any]:
-    """Return the groups of Diffusers' group offloading that the forward of `module` loads."""
+    """Return the groups that Diffusers' group offloading loads for the forward of `module`."""
     return [hook.group for hook in _hooks_of(module) if hasattr(hook, "group")]
 
 
 def onload_groups(module: nn.Module) -> None:
-    """Load what the forward of `module` loads, if Diffusers offloads it in groups."""
+    """Load the weights for the forward of `module` if Diffusers offloads it in groups."""
     for group in groups_of(module):
         group.onload_()
 
 
 @contextmanager
 def in_memory(module: nn.Module) -> Iterator[None]:
-    """Keep the weights that the forward of `module` loads in memory, even if they are on disk."""
+    """Keep in memory the weights that the forward of `module` loads, even if they are on disk."""
     groups = groups_of(module)
     for group in groups:
         group.onload_()
@@ -67,14 +66,14 @@ def in_memory(module: nn.Module) -> Iterator[None]:
 
 
 def is_offloaded(model: nn.Module) -> bool:
-    """Return whether weights of `model` are elsewhere between forwards, or are kept as copies."""
+    """Return whether hooks move weights of `model` away between forwards, or keep copies of them."""
     return any(offloading_hooks(module) or groups_of(module) for module in model.modules())
 
 
 def _hooks_of(module: nn.Module) -> list[Any]:
-    """Return the hooks around the forward of `module`, the outermost first.
+    """Return the hooks around the forward of `module`, starting with the outermost.
 
-    They include all of Diffusers' hooks, also one that only counts calls.
+    The list includes all of Diffusers' hooks, even one that only counts calls.
     """
     registry = getattr(module, "_diffusers_hook", None)
     of_diffusers = [] if registry is None else list(reversed(registry.hooks.values()))
@@ -82,7 +81,7 @@ def _hooks_of(module: nn.Module) -> list[Any]:
 
 
 def offloading_hooks(module: nn.Module) -> list[Any]:
-    """Return accelerate's offloading hooks; the hook of a module may be a sequence of hooks."""
+    """Return accelerate's offloading hooks on `module`, also those inside a sequence of hooks."""
     hook = vars(module).get("_hf_hook")
     hooks = getattr(hook, "hooks", [hook])
     return [each for each in hooks if getattr(each, "offload", False)]

@@ -1,4 +1,4 @@
-"""NaRA's LoRA variants: how D(λ) reaches a layer, how the layer applies it, who gets which variant.
+"""Define NaRA's LoRA variants, which pass D(λ) to a layer and apply it there.
 
     y = W0 x + b + s B (h + D h),   h = A x,   D = C − I  (paper, equation 4)
 
@@ -6,11 +6,11 @@ with x (b, …), A (r, d_in), D (n, r, r), B (d_out, r), on linear layers (quant
 convolutions and embeddings. NaRA-DoRA's variants are in `dora`.
 
 PEFT's own layers own A and B and call the variant's `forward`. A variant reads its D from the
-model's channel; it knows neither the core that made D nor the modality. If the rank r of a layer is
-below that of its core, the layer reads D[:r, :r].
+model's channel and knows neither the core that computed D nor the modality. If the rank r of a
+layer is lower than that of its core, the layer reads D[:r, :r].
 
-Linear layers run as one autograd function, `functional.linear_in_one`, except where
-`fits_one_function` says otherwise.
+A linear layer runs as one autograd function, `functional.linear_in_one`, unless `fits_one_function`
+returns False.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ Key = tuple[str, str]
 
 
 class CoreSource(Protocol):
-    """What the channel and the variants need from the holder of the cores."""
+    """The part of the core holder's interface that the channel and the variants use."""
 
     def core_of_part(self, key: Key) -> tuple[Tensor, Parts | None]:
-        """Return D (n, r, r), and the parts of its rows, outside any forward of the root."""
+        """Return D (n, r, r) outside any forward of the root, and the parts for its rows, if any."""
         ...
 
     def core_to_merge(self, key: Key, layer: AdaptedLayer) -> tuple[Tensor, Tensor | None]:
@@ -68,7 +68,7 @@ class CoreSource(Protocol):
         ...
 
     def check_merged(self, merged: Tensor) -> None:
-        """Raise ValueError if λ of the context is not λ of merged layers."""
+        """Raise ValueError if the context's λ differs from the λ of merged layers."""
         ...
 
     def has_strength(self, name: str) -> bool:
@@ -78,14 +78,14 @@ class CoreSource(Protocol):
 
 @dataclass(frozen=True)
 class Pushed:
-    """What one forward has pushed.
+    """The values of D that one forward has pushed.
 
     Attributes:
-        present: the innermost context at the push.
-        entry: the innermost context for this model; None if a source gave λ.
-        deviations: key → D (n, r, r), float32.
-        parts: the parts of a sample that the rows of D belong to, if they do.
-        operands: copies of D in other dtypes, made when a layer asks for them.
+        present: the innermost context at the time of the push.
+        entry: the innermost context for this model; None if λ came from a source.
+        deviations: D (n, r, r), float32, by key.
+        parts: the parts of a sample, if the rows of D belong to parts; otherwise None.
+        operands: copies of D in other dtypes, made when a layer requests them.
     """
 
     present: Entry | None
@@ -98,21 +98,21 @@ class Pushed:
 class CoreChannel:
     """Pass D(λ) from the root of an adapted model to its layers, in one thread for one forward.
 
-    Before each forward of the root, the holder of the cores pushes D(λ) into a `threading.local`; a
-    forward hook removes it. (A compiled graph can read a `threading.local` but not a `ContextVar`,
-    and a forward does not switch to another async task.)
+    Before each forward of the root, the core holder pushes D(λ) into a `threading.local`; a forward
+    hook removes it. (A compiled graph can read a `threading.local` but not a `ContextVar`, and a
+    forward does not switch to another async task.)
 
-    A layer accepts a pushed D only inside the same `noise_level(…)` as the push. So although no
-    hook runs after a forward that Ctrl-C has ended, its D is not used at another λ. (If λ came from
-    a timestep, there is no context to compare: after Ctrl-C, a *part* of the model that is called
-    by itself reads the old D, until the next forward of the whole model.)
+    A layer accepts a pushed D only inside the same `noise_level(…)` as the push. If Ctrl-C ends a
+    forward, the hook does not run, but the old D is still never used at another λ. (If λ came from
+    a timestep, there is no context to compare. A *part* of the model that is called directly then
+    reads the old D until the next forward of the whole model.)
 
     Args:
-        holder: the holder of the cores.
-        rows: how the model's layers see its batch.
+        holder: the core holder.
+        rows: the description of how the model's layers see its batch.
 
     Attributes:
-        local: its attribute `pushed` is a `Pushed`, or None.
+        local: thread-local storage with an attribute `pushed`, which is a `Pushed` or None.
     """
 
     def __init__(self, holder: CoreSource, rows: ModelRows) -> None:
@@ -127,9 +127,9 @@ class CoreChannel:
         self.__dict__.update(state, local=threading.local())
 
     def read(self, key: Key) -> tuple[Tensor, Parts | None]:
-        """Return D (1 or b, r, r), float32, or D of parts and these parts, for a layer.
+        """Return D (1 or b, r, r), float32, for a layer, or D of parts together with the parts.
 
-        D belongs to the running forward, or to the context around a part that is called by itself.
+        D belongs to the current forward, or to the context around a part that is called directly.
         """
         pushed = self.pushed()
         is_current = pushed is not None and (
@@ -144,8 +144,8 @@ class CoreChannel:
     def operand(self, key: Key, deviation: Tensor, like: Tensor) -> Tensor:
         """Return D in the dtype and on the device of `like`, without gradient.
 
-        It is converted once per forward. If the adapter has a strength, D may be nearly −I, and
-        rounding it would leave much of what should vanish, so D stays in float32.
+        D is converted once per forward. If the adapter has a strength, D stays in float32, because
+        it may be nearly −I, and after rounding, C = I + D would not be close enough to zero.
         """
         dtype, device = like.dtype, like.device
         if self.holder.has_strength(key[0]):
@@ -163,17 +163,17 @@ class CoreChannel:
     def push(
         self, entry: Entry | None, deviations: Mapping[Key, Tensor], parts: Parts | None = None
     ) -> None:
-        """Give D to the layers. `entry` is the context that gave λ; None for a source."""
+        """Give D to the layers; `entry` is the context that set λ, or None if a source did."""
         innermost = None if torch.compiler.is_compiling() else present.get()
         self.local.pushed = Pushed(innermost, entry, deviations, parts)
 
     def pushed(self) -> Pushed | None:
-        """Return what the running forward has pushed; None if no forward is running."""
+        """Return the values that the current forward has pushed, or None outside a forward."""
         return getattr(self.local, "pushed", None)
 
     @contextmanager
     def using(self, deviations: Mapping[Key, Tensor], parts: Parts | None) -> Iterator[None]:
-        """Give D to the layers inside the context, and the previous ones afterwards."""
+        """Give D to the layers inside the context, and restore the previous values on exit."""
         before = self.pushed()
         self.push(None if before is None else before.entry, deviations, parts)
         try:
@@ -186,18 +186,18 @@ class CoreChannel:
 
 
 class NaraVariant(LoraVariant):
-    """The base of all variants: reading D, and merging at one fixed D.
+    """The base class of all variants, which reads D and merges at one fixed D.
 
     Args:
-        channel: passes D(λ) to the layer.
-        adapter_name: the layer's adapter.
-        group: the group of layers that share its D.
-        layer_name: for error messages.
-        rows: what the rows of the layer's input are.
+        channel: the channel that passes D(λ) to the layer.
+        adapter_name: the name of the layer's adapter.
+        group: the name of the group of layers that share D.
+        layer_name: the layer's name, for error messages.
+        rows: the kind of rows in the layer's input.
 
     Attributes:
         key: (adapter_name, group), the key of D in the channel.
-        merged_at: λ (1,) of the merged layer, if D depends on λ; otherwise None.
+        merged_at: λ (1,) of the merge if D depends on λ; None otherwise, or if not merged.
     """
 
     is_conv = False
@@ -220,14 +220,14 @@ class NaraVariant(LoraVariant):
         return False
 
     def init(self, module: AdaptedLayer, adapter_name: str, **kwargs: Any) -> None:
-        """Do nothing: PEFT has made A, B and the magnitude, and the core belongs to the root."""
+        """Do nothing, since PEFT has made A, B and the magnitude, and the core is at the root."""
 
     # ------------------------------------------------------------------ forward
 
     def forward(
         self, module: AdaptedLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
     ) -> Tensor:
-        """Return `result` plus the update of `x`. PEFT calls this method.
+        """Return `result` plus the update for `x`. PEFT calls this method.
 
         A sample without a batch axis counts as a batch of one.
         """
@@ -243,13 +243,13 @@ class NaraVariant(LoraVariant):
     def update(
         self, module: AdaptedLayer, active_adapter: str, x: Tensor, result: Tensor
     ) -> Tensor:
-        """Do what `forward` does, for x (b, …)."""
+        """Return `result` plus the update for x (b, …)."""
         raise NotImplementedError
 
     def deviation(self, rank: int, x: Tensor) -> Tensor:
-        """Return D of the running forward for the rows of `x` (b, …): (n, r, r), float32.
+        """Return D (n, r, r), float32, of the current forward for the rows of `x` (b, …).
 
-        n is 1, b, or b·k if λ has k values for each sample: then x is seen as (b·k, l / k, …).
+        n is 1, b, or b·k. It is b·k if λ has k values per sample; x is then seen as (b·k, l / k, …).
         """
         D, parts = self.channel.read(self.key)
         D = D if D.shape[-1] == rank else D[:, :rank, :rank]
@@ -283,13 +283,13 @@ class NaraVariant(LoraVariant):
         guard = module.register_forward_pre_hook(self._check_merged)
         self.merged_at = level
         module._cache_store(f"{active_adapter}-nara", (A, K, scaling, factor, guard))
-        # read it again: DoRA's norm may have unmerged other adapters and merged them again
+        # read the weight again: DoRA's norm may have unmerged and remerged other adapters
         weight = base_weight(module.get_base_layer()).data
         merged = factor * (weight + delta_weight(module, A, K[0], scaling))
         return merged.to(orig_weight.dtype)
 
     def _check_merged(self, module: AdaptedLayer, args: tuple[Any, ...]) -> None:
-        """Check λ before a merged layer's forward: the root may not have run, so it can't check."""
+        """Check λ before a merged layer's forward, because the root's own check may not have run."""
         if module.merged and not module.disable_adapters and self.merged_at is not None:
             self.channel.holder.check_merged(self.merged_at)
 
@@ -307,7 +307,7 @@ class NaraVariant(LoraVariant):
     def merge_factor(
         self, module: AdaptedLayer, active_adapter: str, A: Tensor, K: Tensor
     ) -> Tensor | float:
-        """Return the factor of each merged row: 1, or DoRA's m / ‖W0 + s K A‖.
+        """Return the factor for each merged row, which is 1, or m / ‖W0 + s K A‖ with DoRA.
 
         Args:
             K: B C (1, d_out, r).
@@ -316,7 +316,7 @@ class NaraVariant(LoraVariant):
 
 
 class NaraLinear(NaraVariant):
-    """y = W0 x + b + s B C A x; the update is added to the base layer's output."""
+    """Compute y = W0 x + b + s B C A x by adding the update to the base layer's output."""
 
     def update(
         self, module: AdaptedLayer, active_adapter: str, x: Tensor, result: Tensor
@@ -334,9 +334,9 @@ class NaraLinear(NaraVariant):
 
 
 class NaraConv(NaraVariant):
-    """The same update on a convolution: A is a convolution, and B has kernel 1.
+    """Apply the same update to a convolution, with a convolution A and a pointwise B.
 
-    The number of spatial axes is arbitrary.
+    The convolution may have any number of spatial axes.
     """
 
     is_conv = True
@@ -352,10 +352,10 @@ class NaraConv(NaraVariant):
 
 
 class NaraEmbedding(NaraVariant):
-    """y = W0[x] + s A[:, x] Cᵀ Bᵀ.
+    """Compute y = W0[x] + s A[:, x]ᵀ Cᵀ Bᵀ.
 
-    PEFT looks ids up in A and then applies B, so ΔW = s (B C A)ᵀ in the weight's layout. Ids (n,),
-    such as the positions `arange(n)`, are one sample.
+    PEFT looks up ids in A and then applies B, so ΔW = s (B C A)ᵀ in the weight's layout. Ids of
+    shape (n,), such as the positions `arange(n)`, count as one sample.
     """
 
     def update(
@@ -379,8 +379,8 @@ def is_dropout_free(layer: AdaptedLayer, adapter_name: str) -> bool:
 def frozen_base(layer: AdaptedLayer, result: Tensor) -> tuple[Tensor, Tensor | None] | None:
     """Return W0 and b if `linear_in_one` may compute the gradient that reaches x through W0.
 
-    Return None if the base layer is trained, quantised or watched by a hook, if another tuner is in
-    between, or if several adapters are active.
+    Return None if the base layer is trained, quantised or hooked, if another tuner wraps it, or if
+    several adapters are active.
     """
     base = layer._modules["base_layer"]
     if not isinstance(base, nn.Linear) or not is_plain(base) or len(layer.active_adapters) != 1:
@@ -402,16 +402,16 @@ _QUANTISED = ("Linear8bitLt", "Linear4bit", "GPTQLoraLinear", "HqqLoraLinear")
 
 
 def check_target(target: nn.Module, reads_core: bool, name: str) -> None:
-    """Refuse a module that NaRA cannot adapt, before PEFT adapts it.
+    """Raise an error for a module that NaRA cannot adapt, before PEFT adapts it.
 
     Args:
         reads_core: whether the update depends on a core.
-        name: for messages.
+        name: the module's name, for error messages.
 
     Raises:
-        ValueError: PEFT's layer does not compute the update in the way the module computes W0 x
-            (PEFT's convolution A has neither dilation nor padding mode); or no LoRA variant covers
-            the module.
+        ValueError: no LoRA variant supports the module, or PEFT's layer would not compute the
+            update in the same way as the module computes W0 x (the convolution A in PEFT ignores
+            dilation and padding mode).
     """
     base = target.get_base_layer() if isinstance(target, LoraLayer) else target
     if isinstance(base, nn.modules.conv._ConvNd):
@@ -438,7 +438,7 @@ def _check_convolution(base: nn.modules.conv._ConvNd, name: str) -> None:
 
 
 def variant_for(layer: LoraLayer, name: str) -> type[NaraVariant]:
-    """Return the LoRA variant for a layer that PEFT has made, without DoRA (`dora.with_norm`).
+    """Return the LoRA variant for a PEFT layer, without DoRA (`dora.with_norm` adds that).
 
     Raises:
         ValueError: PEFT's class for the layer does not call LoRA variants.
@@ -461,10 +461,10 @@ def variant_for(layer: LoraLayer, name: str) -> type[NaraVariant]:
 
 
 class _OutsideAutocast:
-    """True unless autocast is on; for PEFT's `cast_input_dtype_enabled`.
+    """A flag for PEFT's `cast_input_dtype_enabled` that is true unless autocast is on.
 
-    PEFT converts a layer's input to the dtype of A. Under autocast, A's product converts it back:
-    two kernels per layer, and two more in backward.
+    PEFT converts a layer's input to the dtype of A. Under autocast, the product with A converts it
+    back. This would cost two kernels per layer, and two more in backward.
     """
 
     def __bool__(self) -> bool:
@@ -477,7 +477,7 @@ OUTSIDE_AUTOCAST = _OutsideAutocast()
 def keep_out_of_float8(layer: LoraLayer, adapter_name: str) -> None:
     """Convert A and B to float32 if PEFT made them float8.
 
-    PEFT does so if the base weight is under layerwise casting.
+    PEFT makes them float8 if the base weight is under layerwise casting.
     """
     for attribute in layer.adapter_layer_names:
         factors = cast(nn.Module, getattr(layer, attribute))
@@ -487,5 +487,5 @@ def keep_out_of_float8(layer: LoraLayer, adapter_name: str) -> None:
 
 
 def is_float8(dtype: torch.dtype) -> bool:
-    """Return True for a dtype of 8-bit floats, which layerwise casting may store weights in."""
+    """Return whether `dtype` is an 8-bit float, a possible storage dtype of layerwise casting."""
     return dtype.is_floating_point and dtype.itemsize == 1

@@ -1,12 +1,12 @@
-"""Texts in blocks: which position sees which, and λ of each block.
+"""Compute the attention mask and λ of texts that are generated block by block.
 
 The positions of a sequence, prompt included, are divided into blocks of B:
 
     position i sees position j    if  ⌊i / B⌋ ≥ ⌊j / B⌋
     λ of a block                  = its masked tokens / its tokens that belong to the answer
 
-Prompt, earlier blocks and padding are clean: λ = 0. So keys and values of finished blocks never
-change, and a cache of them is exact.
+The prompt, earlier blocks and padding are clean (λ = 0). The keys and values of finished blocks
+therefore never change, and a cache of them is exact.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ LLADA2 = "llada2_moe"
 
 
 def block_mask(real: Tensor, block_length: int, queries: int | None = None) -> Tensor:
-    """Return which positions see which: (b, 1, q, l) bool.
+    """Return the attention mask (b, 1, q, l) bool, True where a query position sees a key position.
 
-    Each position sees itself, so that no row is empty.
+    Each position sees itself, so no row is empty.
 
     Args:
         real: (b, l) bool or int, False on padding.
-        block_length: B.
-        queries: q: return rows only for the last q positions; by default for all.
+        block_length: B, the number of positions in a block.
+        queries: q. The mask has rows for the last q positions only, or for all l if this is None.
     """
     places = torch.arange(real.shape[1], device=real.device)
     of_query = places[-queries:] if queries else places
@@ -45,7 +45,7 @@ def attention_argument(mask: Tensor, implementation: str | None, dtype: torch.dt
     """Return a mask (b, 1, q, l) bool in the form that transformers' attention function takes.
 
     Raises:
-        ValueError: the attention function takes no such mask.
+        ValueError: the attention function does not support such a mask.
     """
     if implementation == "sdpa":
         return mask
@@ -59,12 +59,12 @@ def attention_argument(mask: Tensor, implementation: str | None, dtype: torch.dt
 
 
 class BlockNoise:
-    """The source of λ (b, k) of the k blocks that Diffusers' LLaDA2Pipeline passes to its model.
+    """Compute λ (b, k) for the k blocks that Diffusers' LLaDA2Pipeline passes to its model.
 
-    The last block is the active one, the scheduler knows its length, and the tail that the
-    pipeline's attention mask hides doesn't count. Before a run's first forward, the pipeline puts
-    masks everywhere after the prompt: there the last token is the mask, and the first mask of the
-    block begins the answer.
+    The last block is the active one. The scheduler knows the block length. Positions that the
+    pipeline's attention mask hides do not count. Before the first forward of a run, the pipeline
+    fills every position after the prompt with the mask token. The last token of that first forward
+    is therefore the mask token, and the first mask in its last block is where the answer begins.
 
     Args:
         schedulers: returns the current schedulers of the pipelines that loaded adapters.
@@ -74,14 +74,14 @@ class BlockNoise:
 
     def __init__(self, schedulers: Callable[[], Sequence[Any]]) -> None:
         self.schedulers = schedulers
-        self._schedule: Tensor | None = None  # each run of the pipeline makes a new one
+        self._schedule: Tensor | None = None  # the pipeline makes a new one in each run
         self._length = 0
         self._mask: Tensor | None = None  # (), the mask token
-        self._first = 0  # the length of the run's first forward
-        self._answer: Tensor | None = None  # (B,) bool, columns of its last block behind the prompt
+        self._first = 0  # the sequence length in the run's first forward
+        self._answer: Tensor | None = None  # (B,) bool, columns of its last block after the prompt
 
     def block_length(self) -> int | None:
-        """Return the length of a block in the current run; None before a run."""
+        """Return the block length of the current run, or None before the first run."""
         for scheduler in self.schedulers():
             schedule = getattr(scheduler, "_transfer_schedule", None)
             if schedule is None:
@@ -96,7 +96,7 @@ class BlockNoise:
         """Return λ (b, k) for a forward of `module`.
 
         Raises:
-            ValueError: no pipeline with a scheduler of blocks runs.
+            ValueError: no pipeline with a block scheduler is running.
         """
         arguments = arguments_of(module, args, kwargs)
         input_ids, real = arguments["input_ids"], arguments.get("attention_mask")
@@ -121,11 +121,11 @@ class BlockNoise:
         return levels
 
     def with_block_mask(self, module: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any] | None:
-        """Return the arguments with the block mask in place of the pipeline's mask (b, l).
+        """Return the arguments with the block mask in place of the pipeline's mask (b, l), or None.
 
-        Under that mask, earlier blocks would see later ones. The pipeline gives positions and uses
-        no cache: other forwards between its runs, of `generate` or a loss, keep their arguments.
-        None leaves the arguments as they are.
+        Under the pipeline's mask, earlier blocks would see later ones. A call by the pipeline passes
+        position ids and uses no cache. For any other forward, such as one of `generate` or of a
+        loss, the result is None, and the caller keeps the arguments unchanged.
         """
         real, length = kwargs.get("attention_mask"), self.block_length()
         if length is None or not isinstance(real, Tensor) or real.dim() != 2:

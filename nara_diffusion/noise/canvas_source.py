@@ -1,19 +1,19 @@
-"""λ of DiffusionGemma's samplers: the share of the canvas that is not committed.
+"""Read λ from DiffusionGemma's samplers: the share of the canvas that is not yet committed.
 
     sampler                    λ of the call after step i of N
-    BlockRefinementScheduler   1 − mean of the positions that are committed
-    EntropyBoundScheduler      1 − mean of the positions that step i accepted
-    DiscreteDDIMScheduler      1 − (i + 1)/N, corrector sweeps included
-    `generate` (transformers)  1 − mean of the positions that step i accepted
+    BlockRefinementScheduler   1 − fraction of positions that are committed
+    EntropyBoundScheduler      1 − fraction of positions that step i accepted
+    DiscreteDDIMScheduler      1 − (i + 1)/N, also after corrector sweeps
+    `generate` (transformers)  1 − fraction of positions that step i accepted
 
-λ is 1 at the first call of a block: the encoder has run, there are no logits to condition on, and
-the scheduler's next step is step 0. The schedulers of Diffusers are those of the pipelines that
-loaded the adapter. They tell λ only while they step, so at the first call of a block `step` and
-`step_correct` of the current scheduler *instance* are replaced, until the adapter is unloaded. The
-sampler of `generate` is seen when the model's instance prepares it.
+λ is 1 at the first call of a block. At that call, the encoder has run, there are no logits to
+condition on, and the scheduler's next step is step 0. The Diffusers schedulers are those of the
+pipelines that loaded the adapter. They reveal λ only while they step. At the first call of a block,
+this module therefore replaces `step` and `step_correct` on the current scheduler *instance*, until
+the adapter is unloaded. It finds the sampler of `generate` when the model instance prepares it.
 
-Any other call needs a step of its own before it, and is conditioned on the logits of that step. λ of
-other calls is not known, nor that of a forward that reads a prompt and a canvas at once.
+Each later call must follow a new step and be conditioned on the logits of that step. In all other
+calls λ is unknown, and likewise in a forward that reads a prompt and a canvas at once.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ _REMEDY = "call the model inside `with noise_level(model, value):`"
 
 
 class CanvasNoise:
-    """The source of λ of one adapted DiffusionGemma, called with the arguments of its decoder.
+    """Compute λ for one adapted DiffusionGemma from the arguments of its decoder.
 
     Args:
         schedulers: returns the current schedulers of the pipelines that loaded adapters.
 
     Attributes:
-        watched: the schedulers with replaced steps.
+        watched: the schedulers with replaced `step` methods.
     """
 
     convention = CORRUPTED_SHARE
@@ -59,10 +59,10 @@ class CanvasNoise:
         self.__init__(**state)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """Return λ (1,) or (b,) of a call of the decoder.
+        """Return λ (1,) or (b,) for one call of the decoder.
 
         Raises:
-            ValueError: no sampler runs, or it has not stepped since the last call.
+            ValueError: no sampler is running, or the sampler has not stepped since the last call.
         """
         state, schedulers = self.local, self.schedulers()
         sampler = None if state.sampler is None else state.sampler()
@@ -98,15 +98,15 @@ class CanvasNoise:
                         setattr(scheduler, name, WatchedStep(self, scheduler, name))
 
     def stepped(self, scheduler: Any, bound: dict[str, Any], output: Any) -> None:
-        """Note λ of the next call.
+        """Record λ for the next call.
 
         Args:
-            scheduler: it has made a step, or a corrector sweep.
+            scheduler: the scheduler that has just made a step or a corrector sweep.
             bound: the arguments of that step.
-            output: what it returned.
+            output: the return value of that step.
 
         Raises:
-            ValueError: the scheduler is not known, or the block has begun without a step 0.
+            ValueError: the scheduler is unknown, or the block began without a step 0.
         """
         state, kinds = self.local, [kind.__name__ for kind in type(scheduler).__mro__]
         if state.begins_block and int(bound["timestep"]) != 0:
@@ -127,7 +127,7 @@ class CanvasNoise:
             raise ValueError(f"λ of {kinds[0]} is not known: {_REMEDY}.")
 
     def forget(self) -> None:
-        """Put the methods of all schedulers back."""
+        """Restore the original methods of all schedulers."""
         for scheduler in self.watched:
             for name in _STEPS:
                 if isinstance(vars(scheduler).get(name), WatchedStep):
@@ -136,16 +136,16 @@ class CanvasNoise:
 
 
 class _State(threading.local):
-    """What one thread's sampler has done.
+    """The state of the sampler in one thread.
 
     Attributes:
-        sampler: weak reference to the sampler of the `generate` that runs.
-        seen: its mask at the last call.
-        level: λ of the next call; None if it has no step of its own.
-        logits: weak reference to those of the last step.
-        begins_block: True if the last call was a block's first, and a scheduler has to step.
-        prefix_is_new: True if no decoder has run since the encoder.
-        reads_prompt: True if the running forward reads a prompt, too.
+        sampler: weak reference to the sampler of the `generate` call in progress.
+        seen: the sampler's mask at the last call.
+        level: λ for the next call; None if the sampler has not stepped since the last call.
+        logits: weak reference to the logits of the last step.
+        begins_block: True if the last call was the first of a block and a scheduler must step next.
+        prefix_is_new: True if the decoder has not run since the encoder ran.
+        reads_prompt: True if the current forward also reads a prompt.
     """
 
     sampler: weakref.ref[Any] | None = None
@@ -158,9 +158,9 @@ class _State(threading.local):
 
 
 class WatchedStep:
-    """A method of a scheduler that also tells a source of λ what it did.
+    """Call a scheduler's method, then report the call to a source of λ.
 
-    It has the signature of the method, which the pipeline reads.
+    The replacement keeps the method's signature, because the pipeline reads it.
     """
 
     def __init__(self, source: CanvasNoise, scheduler: Any, name: str) -> None:
@@ -182,5 +182,5 @@ class WatchedStep:
 
 
 def _left(done: Tensor) -> Tensor:
-    """Return the share of positions (b, c) that is not `done`: (b,)."""
+    """Return the fraction of positions (b, c) that are not `done`, as (b,)."""
     return 1 - done.float().mean(-1)

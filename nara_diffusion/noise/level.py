@@ -1,27 +1,28 @@
 """λ: its unit and validation, contexts and sources, and the levels that training draws.
 
-λ is a float32 tensor (1,), (b,) or (b, k) in [0, 1]; 1 is pure noise. The host reads it only on the
-CPU: on another device, a λ outside [0, 1] becomes NaN, and so does the output. A forward of an
-adapted model gets λ from the first of these that exists:
+λ is a float32 tensor (1,), (b,) or (b, k) in [0, 1]; 1 is pure noise. Its values are checked on the
+host only if it is on the CPU. On another device, a λ outside [0, 1] becomes NaN, and so does the
+output. A forward of an adapted model takes λ from the first of these that exists:
 
 1. the context `with noise_level(model, value): …`;
-2. the source that `set_noise_source(model, source)` has set;
-3. the source that `register_noise_source` has registered under the `noise_convention` of the
+2. the source that was set with `set_noise_source(model, source)`;
+3. the source that was registered with `register_noise_source` for the `noise_convention` of the
    model's first adapter;
-4. the default of its class: `timesteps.Denoiser` if Diffusers' pipelines pass a timestep to models
-   of this class (`rows` has the table); `blocks` has LLaDA2's, `canvas_source` DiffusionGemma's.
+4. the default source of the model's class: `timesteps.Denoiser` for classes that receive a timestep
+   from Diffusers' pipelines (see the table in `rows`), `blocks.BlockNoise` for LLaDA2, and
+   `canvas_source.CanvasNoise` for DiffusionGemma.
 
 An adapter is saved with the name of its definition of λ (`noise_convention`). If the model's source
-has another definition, an error is raised. `masked_share` has the source that reads λ from the
-masks in a language model's input; it is never a default.
+uses another definition, an error is raised. The source in `masked_share`, which reads λ from the
+masks in a language model's input, is never a default.
 
 The contexts are entries of one `ContextVar`, and each entry knows its parent. Threads therefore do
-not see each other's λ, and a thread that is started inside a context has none. Each async task has
-its own λ. Generators behave as under `torch.no_grad`: a generator that is suspended inside the
-context leaves λ to its caller. Exit contexts in reverse order; otherwise an error is raised and λ
-is cleared.
+not see each other's λ, and a thread that is started inside a context has no λ. Each async task has
+its own λ. Generators behave as under `torch.no_grad`: if a generator is suspended inside the
+context, its λ stays set for the caller. Exit contexts in reverse order; otherwise an error is
+raised and λ is cleared.
 
-A part of the model that is called by itself, such as the encoder in `generate` of T5 and BART, uses
+If a part of the model is called directly, such as the encoder in `generate` of T5 and BART, it uses
 the λ of the context around the call. Only forwards of the whole model call a source.
 """
 
@@ -44,7 +45,7 @@ Level = float | Tensor | np.ndarray | Sequence[float]
 
 
 def arguments_of(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
-    """Return name → argument of a forward of `module`, in the order of its signature."""
+    """Return the arguments of a forward of `module` by name, in the order of its signature."""
     given = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
     return dict(list(given.items())[1:])
 
@@ -52,11 +53,11 @@ def arguments_of(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
 def as_level(value: Level, *, axes: int = 1) -> Tensor:
     """Return `value` as a new float32 tensor (1,) or (b,) in [0, 1], or (b, k) if `axes` is 2.
 
-    If `value` is a tensor, gradients flow to it. If it is on another device than the CPU, values
-    outside [0, 1] become NaN.
+    If `value` is a tensor, gradients flow to it. If that tensor is not on the CPU, values outside
+    [0, 1] become NaN.
 
     Raises:
-        ValueError: `value` is misshapen, or has a value outside [0, 1].
+        ValueError: `value` has a wrong shape, or contains a number outside [0, 1].
     """
     try:
         level = as_tensor(value)
@@ -86,9 +87,10 @@ def _in_range(level: Tensor) -> Tensor:
 
 
 def host_values(tensor: Tensor) -> list[Any] | None:
-    """Return the values of a tensor on the CPU as a flat list; None for any other tensor.
+    """Return the values of a CPU tensor as a flat list, or None for any other tensor.
 
-    Reading any other tensor would mean waiting for its device, and fake tensors have no values.
+    Reading a tensor on another device would block until that device is done, and fake tensors have
+    no values.
     """
     if tensor.device.type != "cpu" or type(tensor) not in (Tensor, nn.Parameter):
         return None
@@ -96,14 +98,14 @@ def host_values(tensor: Tensor) -> list[Any] | None:
 
 
 def nan_outside(level: Tensor, slack: float = 0.0) -> Tensor:
-    """Return λ with NaN in place of values outside [−slack, 1 + slack]. The host reads none."""
+    """Return λ with NaN for values outside [−slack, 1 + slack], without a copy to the host."""
     return level.where((level - 0.5).abs() <= 0.5 + slack, torch.nan)
 
 
 def one_if_expanded(values: Tensor) -> Tensor:
-    """Return `values` (b, …), or only the first (1, …) if they are one value that was expanded.
+    """Return `values` (b, …), or only the first as (1, …) if one value was expanded to the batch.
 
-    The strides show that. After an operation, such as a cast, they no longer do.
+    An expanded tensor has a stride of zero. After an operation such as a cast, it no longer does.
     """
     return values[:1] if values.dim() > 0 and values.stride(0) == 0 else values
 
@@ -111,18 +113,18 @@ def one_if_expanded(values: Tensor) -> Tensor:
 def as_tensor(value: Any) -> Tensor:
     """Return `value` as a tensor.
 
-    Real numbers of Python and numpy become float32, whatever torch's default dtype is.
+    Real numbers from Python and NumPy become float32, whatever the default dtype of torch is.
     """
     if isinstance(value, Tensor):
         return value
     if isinstance(value, (list, tuple)) and any(isinstance(one, Tensor) for one in value):
-        return torch.stack([as_tensor(one) for one in value])  # keeps their gradients
+        return torch.stack([as_tensor(one) for one in value])  # keeps the gradients
     tensor = torch.as_tensor(value)
     return torch.as_tensor(value, dtype=torch.float32) if tensor.is_floating_point() else tensor
 
 
 def is_number(value: Any) -> bool:
-    """Return whether `value` is a real number, not a bool, with a square that fits float32."""
+    """Return whether `value` is a real number (not a bool) and its square fits into float32."""
     return isinstance(value, Real) and not isinstance(value, bool) and -1e9 <= float(value) <= 1e9
 
 
@@ -130,13 +132,13 @@ def is_number(value: Any) -> bool:
 
 
 class Entry:
-    """One entered context.
+    """A `noise_level` context that has been entered.
 
     Attributes:
-        parent: the context around it, if any.
-        holders: the holders of cores that it applies to.
-        level: λ; None after the context has exited, since copies of the `ContextVar` may remain.
-        backward: `backward_pass()` at the time of entry.
+        parent: the enclosing context, or None.
+        holders: the core holders that the context applies to.
+        level: λ; None after the context has exited, because copies of the `ContextVar` may remain.
+        backward: the value of `backward_pass()` on entry.
     """
 
     __slots__ = ("backward", "holders", "level", "parent")
@@ -152,25 +154,27 @@ present: ContextVar[Entry | None] = ContextVar("nara_noise_level", default=None)
 
 
 class noise_level(ContextDecorator):
-    """Run forwards of `model` and of its parts at noise level λ = `value`, whatever the source.
+    """Run forwards of `model` and its parts at noise level λ = `value`, overriding any source.
 
         with noise_level(model, 0.3):
             model(x)
 
-    Contexts can be nested and entered again. On exit, also after an exception, the previous value
-    is restored. Other threads and async tasks do not see λ. (`value` is copied. If it is a tensor
-    that requires a gradient, it receives one.)
+    Contexts can be nested and entered again. On exit, even after an exception, the previous value
+    is restored. Other threads and async tasks do not see λ. `value` is copied. A tensor that
+    requires a gradient receives one.
 
     Args:
-        model: an adapted model, wrapped (PeftModel, DDP, `torch.compile`) or not.
+        model: an adapted model. It may be wrapped (PeftModel, DDP, `torch.compile`).
         value: λ in [0, 1], 1 = pure noise: a float, or a tensor, array or list (b,) with one value
-            for each sample. Several values need adapted layers that see the batch first, (b, …).
-            If the model's layers get (length, b, …), pass a float. (b, k) has one value for each of
-            k equal, consecutive parts of the l positions of a sample, such as blocks of a text;
-            the layers then have to see (b, l, …). (1, k) applies to all samples.
+            for each sample. Several values require that the inputs of the adapted layers start with
+            the batch axis, (b, …). If the layers get (length, b, …), pass a float. A value (b, k)
+            holds one λ for each of k equal, consecutive parts of a sample's l positions, such as
+            blocks of a text; the layers must then get (b, l, …). A value (1, k) applies to all
+            samples.
 
     Raises:
-        ValueError: `value` is outside [0, 1], NaN or misshapen, or `model` has no NaRA adapter.
+        ValueError: `value` is outside [0, 1], is NaN or has a wrong shape, or `model` has no NaRA
+            adapter.
         RuntimeError: on exit, if another context is the innermost.
     """
 
@@ -179,11 +183,11 @@ class noise_level(ContextDecorator):
         self._entries: list[Entry] = []
 
     def __call__(self, func: Callable[..., Any]) -> Callable[..., Any]:
-        """Decorate `func`: its calls run at λ.
+        """Decorate `func` so that its calls run at λ.
 
         Raises:
-            ValueError: `func` is a generator or `async def`, so its body runs after its call has
-                returned.
+            ValueError: `func` is a generator or an `async def` function, so its body would only run
+                after the call has returned.
         """
         kinds = (
             inspect.isgeneratorfunction,
@@ -222,7 +226,7 @@ class noise_level(ContextDecorator):
 
 
 def entry_for(holder: Any) -> Entry | None:
-    """Return the innermost open context for the model of `holder`; None if there is none."""
+    """Return the innermost open context for the model of `holder`, or None if there is none."""
     entry = present.get()
     while entry is not None and (entry.level is None or holder not in entry.holders):
         entry = entry.parent
@@ -230,9 +234,9 @@ def entry_for(holder: Any) -> Entry | None:
 
 
 def backward_pass() -> int:
-    """Return the number of the backward pass that runs in this thread.
+    """Return the number of the backward pass that is running in this thread.
 
-    Outside a backward pass, and while a compiler traces, it is −1.
+    The result is −1 outside a backward pass and while a compiler is tracing.
     """
     return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
 
@@ -253,7 +257,7 @@ CONVENTIONS = ("timestep", "flow", "edm", MASKED_SHARE, BLOCK_SHARE, CORRUPTED_S
 
 
 class NoiseSource(Protocol):
-    """Computes λ (1,) or (b,) from a forward's arguments. `convention` names its definition."""
+    """Compute λ (1,) or (b,) from a forward's arguments; `convention` names the definition of λ."""
 
     convention: str
 
@@ -271,14 +275,14 @@ def register_noise_source(source: NoiseSource) -> None:
         register_noise_source(ShareOfFrames())  # its `convention` is "share_of_frames"
         pipe.load_nara_weights("adapter")  # NaraConfig(noise_convention="share_of_frames")
 
-    A model has the `noise_convention` of its first adapter. A source is a callable
-    (module, args, kwargs) → λ (1,) or (b,) in [0, 1]. It applies to models that are adapted after
-    this call, and takes precedence over the default of their class. All these models share this one
-    source.
+    A model takes the `noise_convention` of its first adapter. A source is a callable
+    (module, args, kwargs) → λ (1,) or (b,) in [0, 1]. The source applies to models that are adapted
+    after this call, and takes precedence over the default source of their class. All these models
+    share this one object.
 
     Raises:
-        ValueError: the source has no convention, or its convention belongs to this package or to
-            another source.
+        ValueError: the source has no convention, or its convention is already used by this package
+            or by another source.
     """
     name = getattr(source, "convention", None)
     if not (isinstance(name, str) and name and callable(source)):
@@ -299,17 +303,18 @@ def register_noise_source(source: NoiseSource) -> None:
 
 
 def registered_source(convention: str | None) -> NoiseSource | None:
-    """Return the registered source with this definition of λ; None if there is none."""
+    """Return the source that is registered for this convention, or None if there is none."""
     return _registered.get(convention or "")
 
 
 def set_noise_source(model: nn.Module, source: NoiseSource | None) -> None:
     """Read λ (1,) or (b,) from `source` at each forward of `model` outside `noise_level(…)`.
 
-    None removes the source.
+    Pass None to remove the source.
 
     Raises:
-        ValueError: `model` has no NaRA adapter, or one was trained with another definition of λ.
+        ValueError: `model` has no NaRA adapter, or an adapter was trained with another definition
+            of λ.
     """
     holders = core_holders(model)
     for holder in holders:
@@ -330,7 +335,7 @@ def checked_module(model: Any) -> nn.Module:
 
 
 def find_holders(model: nn.Module) -> list[Any]:
-    """Return the holders of cores at or below `model`."""
+    """Return the core holders in `model`, including `model` itself."""
     return [
         child
         for module in outer_modules(model)
@@ -340,10 +345,10 @@ def find_holders(model: nn.Module) -> list[Any]:
 
 
 def outer_modules(root: nn.Module) -> list[nn.Module]:
-    """Return `root` and the modules below it, in any order.
+    """Return `root` and its submodules, in no particular order.
 
-    Modules inside adapted layers and holders are left out: they make up five sixths of an adapted
-    SDXL UNet, and samplers look for holders at every step.
+    Modules inside adapted layers and holders are skipped. They make up five sixths of the modules
+    of an adapted SDXL UNet, and samplers look for holders at every step.
     """
     found: dict[int, nn.Module] = {}
     left: list[nn.Module | None] = [root]
@@ -358,10 +363,10 @@ def outer_modules(root: nn.Module) -> list[nn.Module]:
 
 
 def core_holders(model: nn.Module) -> list[Any]:
-    """Return the holders of cores at or below `model`.
+    """Return the core holders in `model`, including `model` itself.
 
     Raises:
-        ValueError: `model` is not a module, or there are none.
+        ValueError: `model` is not a module, or has no core holders.
     """
     found = find_holders(checked_module(model))
     if not found:
@@ -378,10 +383,10 @@ Generators = Callable[[int], np.random.Generator]
 
 @dataclass(frozen=True)
 class NoiseWindow:
-    """The noise levels that training draws λ from: low ≤ λ < high, and also λ = 1 if high is 1.
+    """The range that training draws λ from: low ≤ λ < high, and also λ = 1 if high is 1.
 
     Raises:
-        ValueError: not 0 ≤ low < high ≤ 1.
+        ValueError: the bounds do not satisfy 0 ≤ low < high ≤ 1.
     """
 
     low: float = 0.0
@@ -396,11 +401,11 @@ class NoiseWindow:
 
     @property
     def is_everything(self) -> bool:
-        """True if every λ in [0, 1] lies inside."""
+        """Return whether the window contains every λ in [0, 1]."""
         return self.low <= 0 and self.high >= 1
 
     def contains(self, noise_level: Tensor) -> Tensor:
-        """Return whether each λ (b,) lies inside, (b,) bool, compared in float32."""
+        """Return whether each λ (b,) lies inside the window, as (b,) bool, compared in float32."""
         levels = noise_level.float()
         low, high = levels.new_tensor(self.low), levels.new_tensor(self.high)
         return (levels >= low) & ((levels < high) | (high == 1))
@@ -412,21 +417,22 @@ EVERYTHING = NoiseWindow()
 def stratified_uniform(
     indices: Sequence[int], group_size: int, shift: Generators, value: Generators
 ) -> np.ndarray:
-    """Return u (b,), float64 in [0, 1), for each index; independent draws if the group is 1.
+    """Return u (b,), float64 in [0, 1), one draw for each index.
 
-    Random numbers depend only on the samples' indices: a sample gets the same number in any
-    process, at any batch size, in any order, and after resuming. In every group of n consecutive
-    indices, each index takes one of the n equal strata of [0, 1),
+    The draws are independent if `group_size` is 1. A draw depends only on the sample's index, so a
+    sample gets the same number in any process, at any batch size, in any order, and after resuming.
+    In every group of n consecutive indices, each index falls into a different one of the n equal
+    strata of [0, 1),
 
         u_i = ((i + shift) mod n + v_i) / n,   shift ~ U{0 … n − 1} per group,  v_i ~ U(0, 1)
 
-    so that each u_i is still uniform, while the mean over the group varies far less.
+    so each u_i is still uniform, while the mean over the group varies far less.
 
     Args:
         indices: indices of the samples in the training stream.
-        group_size: n, the samples of a global batch, 1 or more.
-        shift: the generator of a group's shift, by the group's number.
-        value: the generator of a sample's v, by its index.
+        group_size: n, the number of samples in a global batch, 1 or more.
+        shift: returns the random generator for a group's shift, given the group's number.
+        value: returns the random generator for a sample's v, given the sample's index.
     """
     n = group_size
     shifts = {group: int(shift(group).integers(n)) for group in {i // n for i in indices}}

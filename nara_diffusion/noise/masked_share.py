@@ -1,4 +1,4 @@
-"""λ of a masked language model, read from its input: the masked share of each sample's answer.
+"""Read λ of a masked language model from its input: the masked share of each sample's answer.
 
 λ_i = masked tokens of answer i / tokens of answer i
 """
@@ -16,20 +16,20 @@ from .rows import REPETITIONS, Repetition, repeat_rows
 
 
 class InputIdsNoise:
-    """A noise source (`nara_diffusion.set_noise_source`): λ from the masks in `input_ids`.
+    """Compute λ from the masks in `input_ids`; pass it to `nara_diffusion.set_noise_source`.
 
     The prompt does not count, whether or not guidance has masked it. Padding does not count if an
-    `attention_mask` shows it: (b, l), or (b, heads, l, l) if padding does not see itself. On
-    another device than the CPU, where the host reads nothing, λ is NaN if that leaves no answer, or
-    if a mask (b, heads, l, l) is ambiguous.
+    `attention_mask` marks it. That mask may be (b, l), or (b, heads, l, l) if padding does not see
+    itself. If the tensors are not on the CPU, no error can be raised. Instead, λ is NaN if no
+    answer tokens remain, or if a mask (b, heads, l, l) is ambiguous.
 
     Args:
-        prompt_lengths: the number of columns before each answer, including padding on the left:
-            one number for all rows, or (b,).
-        mask_token_id: the mask token.
-        repeated: how a sampler repeats the b rows if it passes k · b of them: "tiled", all rows and
-            then all again, as guidance does with torch.cat; "interleaved", each row k times in
-            succession. Needed only if the lengths differ.
+        prompt_lengths: the number of columns before each answer, including padding on the left,
+            as one number for all rows, or as (b,).
+        mask_token_id: the id of the mask token.
+        repeated: how a sampler repeats the b rows if it passes k · b of them. "tiled" means that
+            the whole batch is repeated, as guidance does with torch.cat. "interleaved" means that
+            each row is repeated k times in succession. Needed only if the lengths differ.
     """
 
     convention = MASKED_SHARE
@@ -85,7 +85,7 @@ class InputIdsNoise:
 
 
 def _input_ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """Return the whole sequences (rows, l) that a forward gets."""
+    """Return the complete sequences (rows, l) that a forward gets."""
     input_ids = kwargs.get("input_ids", args[0] if args else None)
     if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point():
         raise ValueError(
@@ -121,9 +121,9 @@ def _tokens_that_count(attention_mask: object, rows: int, width: int) -> Tensor:
 
 
 def _seen_by_themselves(attention_mask: Tensor, rows: int, width: int) -> Tensor | None:
-    """Return which tokens see themselves, (rows, l) bool; None if rows or heads are ambiguous.
+    """Return which tokens see themselves, (rows, l) bool, or None if rows or heads are ambiguous.
 
-    If the host can't read that heads are ambiguous, no token counts.
+    If the heads are ambiguous and the mask is not on the CPU, no token counts.
     """
     if attention_mask.ndim != 4 or any(n not in (1, width) for n in attention_mask.shape[2:]):
         return None

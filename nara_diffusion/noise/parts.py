@@ -1,14 +1,14 @@
-"""λ of parts of a sample: blocks of a text, frames of a video.
+"""Assign separate λ to parts of a sample, such as blocks of a text or frames of a video.
 
     λ (b, k)   C (b·k, r, r)   a layer's input (b, l, …) is seen as (b·k, l / k, …)
 
 The k parts are equal and consecutive, so this view copies nothing. k and l belong to the forward
-and travel with C. A layer that sees anything else than the l positions of b samples in order raises
-an error with its name, whatever its sizes are. In Wan, `attn2.to_k` sees 512 text tokens, which 8
-frames would divide.
+and travel with C. If a layer sees anything other than the l positions of b samples in order, an
+error with its name is raised. Sizes alone cannot show this: in Wan, `attn2.to_k` sees 512 text
+tokens, and 8 frames would divide 512.
 
-Denoisers of videos declare with `FrameTokens` which layers see other things. Those of a whole
-sample, its text for example, take the sample's largest λ.
+Video denoisers declare with `FrameTokens` which layers see other inputs. Layers that see something
+of the whole sample, such as its text, take the sample's largest λ.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Positions:
     """The positions that the layers see in one forward.
 
     Attributes:
-        samples: b.
-        length: l, for each sample.
+        samples: b, the number of samples.
+        length: l, the number of positions in each sample.
         timesteps: the number of timesteps that a denoiser gets for each sample.
     """
 
@@ -54,12 +54,12 @@ class Positions:
 
 @dataclass(frozen=True)
 class Parts:
-    """How λ (b, k) belongs to the positions of one forward.
+    """The assignment of λ (b, k) to the positions of one forward.
 
     Attributes:
-        count: k.
+        count: k, the number of parts in a sample.
         positions: b and l.
-        frames: what the layers of a denoiser see; None for other models.
+        frames: where the layers of a denoiser see frames; None for other models.
     """
 
     count: int
@@ -67,9 +67,9 @@ class Parts:
     frames: FrameTokens | None = None
 
     def levels(self, level: Tensor) -> Tensor:
-        """Return λ of all rows of C for λ (b or 1, k): (b·k,).
+        """Return λ (b·k,), one value for each row of C, for λ (b or 1, k).
 
-        For a denoiser, the largest λ of each sample follows: (b·k + b,).
+        For a denoiser, append the largest λ of each sample, so the result is (b·k + b,).
         """
         level = level.expand(self.positions.samples, self.count)
         if self.frames is None:
@@ -79,18 +79,18 @@ class Parts:
     def core_of_layer(
         self, core: Tensor, x: Tensor, *, kind: RowKind, is_image: bool, layer_name: str
     ) -> tuple[Tensor, bool]:
-        """Return C for the input of a layer, and whether its rows are those of parts.
+        """Return C for the input of a layer, and whether C has one row for each part.
 
         Args:
-            core: C of `levels`.
+            core: C at the values of λ that `levels` returns.
             x: the input of the layer, features (b, l, …, d) or ids (b, l).
-            kind: what its rows are.
+            kind: the kind of rows in `x`.
             is_image: whether the layer is a convolution.
-            layer_name: for the declaration and the error message.
+            layer_name: the layer's name, for the declaration and the error message.
 
         Returns:
-            C (b·k, r, r), for x seen as (b·k, l / k, …), and True; or C (b, r, r) of the samples'
-            largest λ, and False.
+            C (b·k, r, r), for x viewed as (b·k, l / k, …), and True; or C (b, r, r) at the largest
+            λ of each sample, and False.
 
         Raises:
             ValueError: the layer does not see the positions in order.
@@ -107,7 +107,7 @@ class Parts:
         )
 
     def _is_of_samples(self, layer_name: str) -> bool:
-        """Return whether a layer of a denoiser sees something else than the frames of a sample."""
+        """Return whether a layer of a denoiser sees something other than a sample's frames."""
         assert self.frames is not None
         has_one_time = self.positions.timesteps == 1 and self.frames.times.fullmatch(layer_name)
         return bool(has_one_time or self.frames.whole.fullmatch(layer_name))
@@ -128,17 +128,17 @@ class Parts:
 
 @dataclass(frozen=True)
 class FrameTokens:
-    """Where the layers of a denoiser see the frames of a video.
+    """The layout of a video's frames in the inputs of a denoiser's layers.
 
-    Its `hidden_states` have five axes. Its layers see the patches of the first frame, then those of
-    the next one.
+    The denoiser's `hidden_states` have five axes. Its layers see the patches of the first frame,
+    then the patches of the second frame, and so on.
 
     Attributes:
-        whole: names of layers that see something else of each sample, such as its text. They take
+        whole: names of layers that see another part of each sample, such as its text. They take
             the sample's largest λ.
-        times: names of layers that see one row for each timestep, or each patch, of all samples in
-            order, over all axes but the last.
-        axis: the axis of frames in `hidden_states`, 2 in (b, c, f, h, w), 1 in (b, f, c, h, w).
+        times: names of layers with one input row for each timestep or each patch of all samples, in
+            order, counted over all axes but the last.
+        axis: the frame axis in `hidden_states`: 2 in (b, c, f, h, w), 1 in (b, f, c, h, w).
     """
 
     whole: re.Pattern[str]
@@ -146,7 +146,7 @@ class FrameTokens:
     axis: int = 2
 
     def shape(self, model: nn.Module, arguments: Mapping[str, object]) -> tuple[int, int] | None:
-        """Return how many frames and positions a sample has; None without a video."""
+        """Return how many frames and positions a sample has, or None if there is no video."""
         video, config = arguments.get("hidden_states"), getattr(model, "config", None)
         if not isinstance(video, Tensor) or video.dim() != 5 or config is None:
             return None
@@ -159,7 +159,7 @@ class FrameTokens:
     ) -> Tensor | None:
         """Return timesteps (b, …), one for each frame or patch, as (b, frames, n).
 
-        None stands for timesteps that are neither.
+        Return None if the timesteps are neither one per frame nor one per patch.
         """
         shape = self.shape(model, arguments)
         if shape is None or timestep.dim() < 2 or timestep.shape[1:].numel() not in shape:
@@ -167,7 +167,7 @@ class FrameTokens:
         return timestep.reshape(len(timestep), shape[0], -1)
 
     def positions(self, model: nn.Module, arguments: Mapping[str, object]) -> Positions | None:
-        """Return the positions of a forward; None without a video."""
+        """Return the positions of a forward, or None if there is no video."""
         shape, video = self.shape(model, arguments), arguments.get("hidden_states")
         if shape is None or not isinstance(video, Tensor):
             return None
@@ -178,10 +178,10 @@ class FrameTokens:
 
 
 def parts_of(level: Tensor, positions: Positions, frames: FrameTokens | None = None) -> Parts:
-    """Return how λ (b or 1, k) belongs to the positions of one forward.
+    """Return the assignment of λ (b or 1, k) to the positions of one forward.
 
     Raises:
-        ValueError: b differs from that of the forward, or k does not divide l.
+        ValueError: b differs from the forward's batch size, or k does not divide l.
     """
     given, count = level.shape
     samples, length = positions.samples, positions.length
@@ -196,10 +196,11 @@ def parts_of(level: Tensor, positions: Positions, frames: FrameTokens | None = N
 def positions_of(arguments: Mapping[str, object], model_name: str) -> Positions:
     """Return the positions of a forward that gets one sequence: ids (b, l) or features (b, l, d).
 
-    It is the argument with a name that language models use for it, otherwise the first tensor.
+    The sequence is the argument with a name that language models use for it. If there is no such
+    argument, it is the first tensor.
 
     Raises:
-        ValueError: there is none, or several.
+        ValueError: the forward gets no sequence, or several.
     """
     given = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
     named = [name for name in (*_SEQUENCES, *_OTHERS) if name in given]

@@ -1,13 +1,14 @@
-"""What a denoiser predicts, its path from data to noise, and what a scheduler expects.
+"""Compare what a denoiser predicts with what a scheduler expects.
 
     path                  x_t                                prediction
     variance preserving   √ᾱ x + √(1 − ᾱ) ε, ᾱ_N > 0         ε, v = √ᾱ ε − √(1 − ᾱ) x, or x
-    zero terminal SNR     the same with ᾱ_N = 0              v or x: at ᾱ = 0, ε says nothing of x
+    zero terminal SNR     the same with ᾱ_N = 0              v or x: at ᾱ = 0, ε does not determine x
     rectified flow        (1 − σ) x + σ ε                    ε − x
 
-An adapter of an earlier version may predict something other than its base; `NaraConfig.scheduler`
-then describes the scheduler that it needs. A pipeline with a scheduler that expects another
-prediction would produce noise without an error. Loading and each forward therefore compare the two.
+An adapter from an earlier version of this package may predict something other than its base does.
+`NaraConfig.scheduler` then describes the scheduler that the adapter needs. With a scheduler that
+expects another prediction, a pipeline would produce noise without raising an error. The two are
+therefore compared when an adapter is loaded and at each forward.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ KINDS = ("epsilon", "v_prediction", "sample", FLOW)
 
 
 class Prediction(NamedTuple):
-    """Kind and path of a prediction. Kinds are named as in Diffusers' `prediction_type`."""
+    """The kind and path of a prediction; kinds are named as in Diffusers' `prediction_type`."""
 
     kind: str
     path: str = "variance preserving"
@@ -48,7 +49,7 @@ class Prediction(NamedTuple):
 
 
 def prediction_of(class_name: str, config: Mapping[str, Any]) -> Prediction | None:
-    """Return the prediction that a Diffusers scheduler expects; None if its config has none."""
+    """Return the prediction that a Diffusers scheduler expects, or None if its config names none."""
     if class_name.startswith("FlowMatch"):
         return Prediction(FLOW, "rectified flow")
     kind = config.get("prediction_type")
@@ -60,12 +61,12 @@ def prediction_of(class_name: str, config: Mapping[str, Any]) -> Prediction | No
 
 
 def prediction_in(fields: Mapping[str, Any]) -> Prediction | None:
-    """Return `prediction_of` the scheduler fields in an adapter's configuration."""
+    """Return the prediction that the scheduler fields of an adapter's configuration describe."""
     return prediction_of(fields["_class_name"], fields)
 
 
 def prediction_by(scheduler: Any) -> Prediction | None:
-    """Return `prediction_of` a scheduler; None if there is no scheduler."""
+    """Return the prediction that `scheduler` expects, or None if there is no scheduler."""
     if scheduler is None:
         return None
     unread = _unread_paths(type(scheduler))
@@ -75,9 +76,10 @@ def prediction_by(scheduler: Any) -> Prediction | None:
 
 @cache
 def _unread_paths(kind: type) -> frozenset[str]:
-    """Return the options that a scheduler class does not read.
+    """Return the options that a scheduler class ignores.
 
-    `from_config` may still keep another class's values for them in the configuration.
+    The configuration may still contain values for them if `from_config` took them from another
+    class.
     """
     parameters = inspect.signature(kind).parameters
     passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
@@ -85,11 +87,12 @@ def _unread_paths(kind: type) -> frozenset[str]:
 
 
 def check_expected(scheduler: Any, fields: Mapping[str, Any] | None) -> None:
-    """Raise ValueError if `scheduler` expects another prediction than the adapter makes.
+    """Raise ValueError unless `scheduler` expects the prediction that the adapter makes.
 
     Args:
         scheduler: the pipeline's current scheduler.
-        fields: `NaraConfig.scheduler` of the adapter; None if it predicts what its base predicts.
+        fields: `NaraConfig.scheduler` of the adapter; None if the adapter predicts what its base
+            predicts.
     """
     if fields is None:
         return
@@ -102,14 +105,14 @@ def check_expected(scheduler: Any, fields: Mapping[str, Any] | None) -> None:
 
 
 def how_to_set(fields: Mapping[str, Any]) -> str:
-    """Return the line of code that sets a scheduler with these fields, for messages."""
+    """Return a line of code, for error messages, that sets a scheduler with these fields."""
     options = (f"{name}={fields[name]!r}" for name in _NAMED if fields.get(name) is not None)
     given = ", ".join(("pipe.scheduler.config", *options))
     return f"pipe.scheduler = {fields['_class_name']}.from_config({given})"
 
 
 def flow_shift(fields: Mapping[str, Any]) -> float | None:
-    """Return the shift of σ of a rectified-flow scheduler; None for any other scheduler."""
+    """Return the σ shift of a rectified-flow scheduler, or None for any other scheduler."""
     prediction = prediction_in(fields)
     if prediction is None or prediction.kind != FLOW:
         return None
@@ -117,17 +120,17 @@ def flow_shift(fields: Mapping[str, Any]) -> float | None:
 
 
 def other_sampling(pipe: Any, few_steps: Mapping[str, Any]) -> str | None:
-    """Return what in a pipeline's sampling doesn't fit an adapter for few steps; None if all fits.
+    """Return a message if a pipeline's sampling settings do not suit a few-step adapter, else None.
 
-    The text also has the lines of code that set what fits.
+    The message names the settings and includes the lines of code that correct them.
 
     Args:
-        pipe: a pipeline in its call.
+        pipe: a pipeline whose call is in progress.
         few_steps: `NaraConfig.few_steps` of the adapter.
     """
     scheduler = pipe.scheduler
     steps, wanted = scheduler.num_inference_steps, few_steps["num_inference_steps"]
-    if steps is None:  # not in a call, as in training
+    if steps is None:  # no call is in progress, as in training
         return None
     found = [] if steps == wanted else [f"{steps} steps"]
     guidance = getattr(pipe, "_guidance_scale", 1.0)

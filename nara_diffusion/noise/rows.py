@@ -1,22 +1,22 @@
-"""λ of the samples → C of the rows that a layer sees; the table of denoisers.
+"""Map λ of the samples to C for the rows that a layer sees, and hold the table of denoisers.
 
     one for all     λ (1,)   C (1, r, r)   for every row
     one per sample  λ (b,)   C (b, r, r)   row i of a layer's input (b, …) is sample i
     b · k rows      λ (b,)   C (b, r, r)   rows i·k to i·k + k − 1 are sample i: frames, tokens
-    guidance        λ (b,)   λ (2b,)       the samples, then the same samples once more
+    guidance        λ (b,)   λ (2b,)       the samples, then the same samples again
     k parts         λ (b, k)               parts of a sample's positions: see `parts`
 
 Shapes do not show what a row is: the number of tokens may equal the batch size by chance. It is
 therefore declared for each model (`ModelRows`) and determined for each layer (`row_kind_of`). If
-rows cannot be assigned to samples, different values of λ raise an error; one value for the whole
-batch works. Only in this case does the host read the values, to see whether they are all the same.
+rows cannot be assigned to samples, different values of λ raise an error, while one value for the
+whole batch works. Only in this case are the values read on the host, to compare them.
 
-The table of denoisers says what the `timestep` of each class of models means, and what its layers
-see. It follows the source code of Diffusers' pipelines. A class is looked up by its name, then by
+The table of denoisers says what the `timestep` of each model class means, and what its layers see.
+The table follows the source code of Diffusers' pipelines. A class is looked up by its name, then by
 the names of its base classes. `register_denoiser` adds a class. In some classes the model sees b
-samples, but its layers see b · k rows, k consecutive rows for each sample: frames of a video,
-timesteps of tokens or frames, tokens of a text inside an embedder. These classes are declared
-`sample_major`, because sizes do not show it.
+samples, but its layers see b · k rows, with k consecutive rows for each sample. These rows may be
+frames of a video, timesteps of tokens or frames, or text tokens inside an embedder. Such classes
+are declared `sample_major`, because sizes do not show it.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ REPETITIONS: tuple[Repetition, ...] = ("tiled", "interleaved")
 
 
 def repeat_rows(values: Tensor, times: int, order: Repetition) -> Tensor:
-    """Repeat `values` (b, …) of samples for b · `times` rows: return (b · times, …)."""
+    """Return `values` (b, …) of samples, repeated for b · `times` rows, as (b · times, …)."""
     if order == "interleaved":
         return values.repeat_interleave(times, dim=0)
     return torch.cat([values] * times)
 
 
 def guidance_rows(values: Tensor) -> Tensor:
-    """Repeat `values` (b, …) of samples for the 2b rows of classifier-free guidance.
+    """Return `values` (b, …) of samples, repeated for the 2b rows of classifier-free guidance.
 
     The conditional rows come first. Both rows of a sample have the same λ.
     """
@@ -60,14 +60,14 @@ def core_of_rows(
     """Return C for each row of a layer's input.
 
     Args:
-        core: C of the samples, (b, r, r), or (1, r, r) for all.
+        core: C of the samples, (b, r, r), or (1, r, r) for all samples.
         x: the input of the layer, (rows, …).
-        kind: what the rows are.
+        kind: the kind of rows in `x`.
         sample_major: whether the layer may see b · k rows, k consecutive rows for each sample.
-        layer_name: for the error message.
+        layer_name: the layer's name, for the error message.
 
     Returns:
-        (rows, r, r), or (1, r, r) if all rows have the same C.
+        C (rows, r, r), or (1, r, r) if all rows have the same C.
 
     Raises:
         ValueError: there are different values of λ, and the rows cannot be assigned to samples.
@@ -97,10 +97,10 @@ def core_of_rows(
 
 
 def _the_only(values: Tensor, refusal: str) -> Tensor:
-    """Return the first of `values` (b, …), as (1, …), if all are the same; the host reads them.
+    """Return the first of `values` (b, …) as (1, …) after reading them to check that all are equal.
 
     Raises:
-        ValueError: they differ; the message is `refusal`.
+        ValueError: the values differ. The message is `refusal`.
     """
     if not bool((values == values[:1]).all()):
         raise ValueError(refusal)
@@ -116,7 +116,7 @@ def _lacks_batch_axis(x: Tensor, kind: RowKind) -> bool:
 
 
 def row_kind_of(root: nn.Module, name: str) -> RowKind:
-    """Return what the rows of layer `name` below `root` are, judged by the modules around it."""
+    """Return the kind of rows that layer `name` in `root` sees, judged by the modules around it."""
     layer: nn.Module = root
     around = []
     for part in name.split("."):
@@ -133,7 +133,7 @@ def row_kind_of(root: nn.Module, name: str) -> RowKind:
 
 
 def _is_length_first(module: nn.Module) -> bool:
-    """Return whether `module`, or an attention right below it, takes (l, b, d)."""
+    """Return whether `module`, or an attention module directly inside it, takes (l, b, d)."""
     for each in (module, *module._modules.values()):
         is_attention = isinstance(each, nn.MultiheadAttention)
         if (each is module or is_attention) and getattr(each, "batch_first", None) is False:
@@ -143,15 +143,15 @@ def _is_length_first(module: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class ModelRows:
-    """How the layers of a model see its batch.
+    """A description of how the layers of a model see its batch.
 
     Attributes:
         sample_major: whether layers may see b · k rows, k consecutive rows for each sample, while
             the model sees b.
-        one_level: whether the first axis of the layers' inputs is something other than samples, so
-            that a batch can have only one λ.
-        is_denoiser: whether it is a denoiser, so that only `frames` says what its layers see.
-        frames: where the layers of a denoiser see the frames of a video, if they do.
+        one_level: whether the first axis of the layers' inputs is not the sample axis, so a batch
+            can have only one λ.
+        is_denoiser: whether the model is a denoiser, so only `frames` says what its layers see.
+        frames: where the layers of a denoiser see the frames of a video; None if they see none.
     """
 
     sample_major: bool = False
@@ -161,7 +161,7 @@ class ModelRows:
 
     @classmethod
     def of(cls, denoiser: Denoiser | None) -> ModelRows:
-        """Return how the layers of a denoiser see the batch; None stands for any other model."""
+        """Return how the layers of a denoiser, or of any other model (None), see the batch."""
         if denoiser is None:
             return cls()
         has_one_level = denoiser.one_level or denoiser.packed
@@ -170,10 +170,10 @@ class ModelRows:
     def parts_of_forward(
         self, level: Tensor, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Parts:
-        """Return how λ (b or 1, k) belongs to the positions of a forward of the whole model.
+        """Return the assignment of λ (b or 1, k) to the positions of a forward of the whole model.
 
         Raises:
-            ValueError: the forward has no b samples of positions that k divides.
+            ValueError: the forward does not have b samples, or k does not divide their length.
         """
         arguments, kind = arguments_of(root, args, kwargs), type(root).__name__
         positions = None if self.frames is None else self.frames.positions(root, arguments)
@@ -192,9 +192,9 @@ class ModelRows:
         """Return λ (b,) or (1,) for a forward of the whole model that was given λ (b,).
 
         Raises:
-            ValueError: the values of λ differ, and the layers' first axis is not samples; or the
-                layers may see multiples of the batch, and the number of values is not the length of
-                the first tensor, or blocks split the batch.
+            ValueError: the values of λ differ, but the layers' first axis is not the sample axis.
+                Or the layers may see multiples of the batch, but the number of values is not the
+                length of the first tensor, or blocks split the batch.
         """
         refusal = self._refusal(len(level), root, args, kwargs) if len(level) > 1 else None
         return level if refusal is None else _the_only(level, refusal)
@@ -202,7 +202,7 @@ class ModelRows:
     def _refusal(
         self, values: int, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> str | None:
-        """Return why a forward can't have `values` different values of λ; None if it can."""
+        """Return why a forward can't have `values` different values of λ, or None if it can."""
         kind = type(root).__name__
         if self.one_level:
             return _cannot_assign(
@@ -229,14 +229,14 @@ class ModelRows:
         return None
 
     def level_of_part(self, level: Tensor) -> Tensor:
-        """Return λ (b,) or (1,) for a part of the model that is called by itself.
+        """Return λ (b,) or (1,) for a part of the model that is called directly.
 
         Args:
             level: λ of the context, (1,), (b,) or (b, k).
 
         Raises:
-            RuntimeError: there are several values, and layers may see several rows for each sample,
-                or their first axis is not samples; or k > 1.
+            RuntimeError: there are several values, but layers may see several rows for each sample,
+                or their first axis is not the sample axis; or k > 1.
         """
         has_parts = level.dim() == 2 and level.shape[1] > 1
         if has_parts or (len(level) > 1 and (self.sample_major or self.one_level)):
@@ -259,7 +259,7 @@ def _cannot_assign(values: int, reason: str, remedy: str) -> str:
 
 
 def _batch_size(arguments: Iterable[object]) -> int | None:
-    """Return the length of the first tensor that has an axis; None if there is none."""
+    """Return the length of the first tensor that has an axis, or None if there is no such tensor."""
     for argument in arguments:
         if isinstance(argument, Tensor) and argument.dim() > 0:
             return len(argument)
@@ -267,7 +267,7 @@ def _batch_size(arguments: Iterable[object]) -> int | None:
 
 
 def _splits_batch(module: nn.Module) -> bool:
-    """Return whether `module` runs on slices of the batch: chunking, or FreeNoise's wrapper."""
+    """Return whether `module` runs on slices of the batch, through chunking or FreeNoise."""
     own = vars(module)
     if own.get("_chunk_size") is not None and own.get("_chunk_dim") == 0:
         return True
@@ -374,11 +374,11 @@ def register_denoiser(
     argument: str = "timestep",
     sample_major: bool = False,
 ) -> None:
-    """Declare what the timestep of a denoiser class means. Call it before you add adapters.
+    """Declare what the timestep of a denoiser class means.
 
         register_denoiser("MyTransformer2DModel", "sigma")
 
-    Args: see `Denoiser`, and `TimestepNoise` for shapes and units.
+    Call this before you add adapters. The arguments are those of `Denoiser` and `TimestepNoise`.
 
     Raises:
         ValueError: the meaning is unknown, or the class already has a different declaration.
@@ -392,7 +392,7 @@ def register_denoiser(
 
 
 def denoiser_of(model: nn.Module) -> Denoiser | None:
-    """Return the table's entry for the class of `model`; None if there is none.
+    """Return the table's entry for the class of `model`, or None if there is none.
 
     In some classes, the meaning of `timestep` depends on the model's configuration.
     """
@@ -426,7 +426,7 @@ _TIME_LAYERS = re.compile(
 def time_layers(model: nn.Module) -> list[str]:
     """Return the names of a denoiser's linear layers that read the timestep's embedding.
 
-    Adapted layers are left out.
+    Layers that are already adapted are skipped.
     """
     named = model.named_modules()
     return [

@@ -1,6 +1,6 @@
-"""The strength of an adapter as a function of λ.
+"""Define the strength of an adapter as a function of λ.
 
-    ΔW(λ) = s(λ) · α/r · B C(λ) A            W0 + ΔW(λ) inside DoRA's norm, too
+    ΔW(λ) = s(λ) · α/r · B C(λ) A            also inside DoRA's norm of W0 + ΔW(λ)
 
 s is piecewise linear between points (λ, strength), and constant before the first and after the last
 point. Two points at one λ make a step: the first applies below that λ, the second from that λ on.
@@ -26,11 +26,12 @@ class StrengthSchedule:
         StrengthSchedule([(0, 1.0), (0.7, 0.3)])              # 1 without noise, 0.3 from λ = 0.7 on
         StrengthSchedule([(0.5, 1.0), (0.5, 0.0)])            # 1 where λ < 0.5, 0 where λ ≥ 0.5
 
-    Schedules with the same points are equal. (λ is float32, so it is compared with the points in
-    float32.)
+    Schedules with the same points are equal. λ is float32, so it is compared with the points in
+    float32.
 
     Args:
-        points: pairs (λ, strength), with λ in [0, 1] and in ascending order; at most two at one λ.
+        points: pairs (λ, strength), with λ in [0, 1] and in ascending order. At most two points may
+            have the same λ.
 
     Raises:
         ValueError: there are no points, a point is not a pair of finite numbers, or λ is outside
@@ -58,7 +59,7 @@ class StrengthSchedule:
         """Return s(λ) (b,), float32, for λ (b,); (1,) for a number.
 
         Raises:
-            ValueError: λ is outside [0, 1], NaN or misshapen.
+            ValueError: λ is outside [0, 1], is NaN or has a wrong shape.
         """
         return self.at(as_level(noise_level))
 
@@ -72,7 +73,7 @@ class StrengthSchedule:
         return strengths[below] + share * (strengths[above] - strengths[below])
 
     def as_lists(self) -> list[list[float]]:
-        """Return the points as lists, as in JSON."""
+        """Return the points as nested lists, ready for JSON."""
         return [list(point) for point in self.points]
 
     def __eq__(self, other: object) -> bool:
@@ -86,7 +87,7 @@ class StrengthSchedule:
 
 
 def within(window: NoiseWindow) -> StrengthSchedule:
-    """Return the strength that turns an adapter off outside a window: 1 inside, 0 elsewhere."""
+    """Return a schedule that is 1 inside a window and 0 elsewhere."""
     low, high = window.low, window.high
     below = [(low, 0.0), (low, 1.0)] if low > 0 else []
     above = [(high, 1.0), (high, 0.0)] if high < 1 else []

@@ -1,14 +1,14 @@
-"""λ from a timestep or a sigma, converted in this module only.
+"""Convert a timestep or a sigma to λ. Only this module does so.
 
     convention   λ               the argument t of a denoiser
     timestep     t / N           discrete schedules, N = num_train_timesteps; t may be fractional
-                                 (Karras sigmas); continuous schedules pass t / N
+                                 (Karras sigmas); continuous schedules pass t / N itself
     flow         σ               x_σ = (1 − σ) x + σ ε; t is N σ, σ, 1 − σ or N (1 − σ)
     edm          σ / (1 + σ)     x_σ = x + σ ε, t = ¼ ln σ (arXiv 2206.00364) or 2/π atan σ; this λ
                                  is the σ of the flow with as much noise
 
-λ = 1 is pure noise in all of them. N comes from the source that a user has set; failing that, from
-the current schedulers of the pipelines that loaded an adapter; failing that, it is 1000.
+λ = 1 is pure noise in all of them. N comes from the source if the user has set one, otherwise from
+the current schedulers of the pipelines that loaded an adapter. Without either, N is 1000.
 """
 
 from __future__ import annotations
@@ -63,12 +63,12 @@ _ROUNDING = 1e-4
 
 @dataclass(eq=False)
 class TimestepNoise:
-    """A source of λ (`nara_diffusion.set_noise_source`) that reads a denoiser's own timestep.
+    """Compute λ from a denoiser's own timestep; pass it to `nara_diffusion.set_noise_source`.
 
     A timestep may be a number, 0-d, (1,), (b,), or (b, …) with one value for each token or frame.
-    With several values for a sample, each frame has its own λ (that of its noisiest token) if
-    `frames` says where the layers see the frames. Otherwise λ is that of the noisiest token or
-    frame: that one is being denoised, while a conditioning image or frame has little or no noise.
+    If a sample has several values and `frames` says where the layers see the frames, each frame
+    takes the λ of its noisiest token. Otherwise the sample takes the λ of its noisiest token or
+    frame. This is what is being denoised; a conditioning image or frame has little or no noise.
 
     Args:
         meaning: "discrete" (t of a discrete schedule), "ratio" (t / N of one), "sigma_1000" (flow,
@@ -78,17 +78,17 @@ class TimestepNoise:
         num_train_timesteps: N of the schedule, nearly always 1000.
         scale: the factor that the pipeline applies to the timestep before it calls the denoiser
             (Sana's `timestep_scale`).
-        also: names of further arguments with the same meaning, such as timesteps of sound or of
-            actions beside those of a video. Each may be missing. The noisiest one counts.
-        packed: whether the n values of a timestep (n,) belong to the tokens of one packed sequence,
-            one for each token or each distinct value once, and not to a batch.
-        pinned: (argument, value, t): if the forward's argument of this name has this value, the
+        also: names of further arguments with the same meaning, such as the timesteps of sound or
+            actions in a video model. Any of them may be missing. The noisiest timestep counts.
+        packed: whether the n values of a timestep (n,) belong to one packed sequence rather than to
+            a batch, either one for each token or each distinct value once.
+        pinned: (argument, value, t). If the forward's argument of this name has this value, the
             denoiser runs at t, whatever its timestep is.
-        frames: where the layers see the frames of a video. In a denoiser that is in the table, None
-            takes the table's.
+        frames: where the layers see the frames of a video. If this is None and the denoiser is in
+            the table, the table's entry is used.
 
     Attributes:
-        convention: the name of λ's definition, "timestep", "flow" or "edm".
+        convention: the name of the definition of λ: "timestep", "flow" or "edm".
 
     Raises:
         ValueError: the meaning is unknown.
@@ -116,8 +116,7 @@ class TimestepNoise:
         """Return λ (1,) or (b,), float32, for a timestep of any accepted shape and dtype.
 
         Raises:
-            ValueError: λ is outside [0, 1]. If the timestep is on another device than the CPU, λ is
-                NaN instead.
+            ValueError: λ is outside [0, 1]. If the timestep is not on the CPU, λ is NaN instead.
         """
         t = as_tensor(timestep).float()
         if t.numel() == 0:
@@ -143,13 +142,13 @@ class TimestepNoise:
     def unrounded(self, timestep: Tensor, schedule: Tensor) -> Tensor:
         """Return, in float32, the timestep that a pipeline rounded to `timestep`.
 
-        If not exactly one timestep of the schedule rounds to it, return `timestep` itself. FLUX,
+        If none or several timesteps of the schedule round to `timestep`, return it unchanged. FLUX,
         Qwen-Image and others cast t to the dtype of their latents, which moves λ by up to 0.4 % in
-        bfloat16. The host reads no value.
+        bfloat16. No values are copied to the host.
 
         Args:
-            timestep: of any shape, in half precision.
-            schedule: (n,) float32 on the same device, the timesteps of the pipeline's scheduler.
+            timestep: a tensor of any shape, in half precision.
+            schedule: the timesteps of the pipeline's scheduler, (n,) float32 on the same device.
         """
         passed = _PASSED.get(self.meaning, lambda t: t)
         exact = passed(schedule) * self.scale  # (n,)
@@ -161,17 +160,17 @@ class TimestepNoise:
         return lowest.where(lowest == highest, timestep.float())
 
     def checked(self, level: Tensor, timestep: float | Tensor) -> Tensor:
-        """Return λ of any timestep, since the user has declared its meaning.
+        """Return `level` unchanged for any timestep, since the user has declared its meaning.
 
-        `Denoiser` refuses ambiguous timesteps.
+        `Denoiser` overrides this and raises an error for ambiguous timesteps.
         """
         return level
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """Return λ of one forward of `module`: (b,), or (1,) if the timestep is one for all.
+        """Return λ for one forward of `module`: (b,), or (1,) if all samples share one timestep.
 
-        It is (b, k) or (1, k) for k frames with separate timesteps. A timestep is one for
-        all if it is a number, 0-d, (1,), or expanded to the batch.
+        λ is (b, k) or (1, k) for k frames with separate timesteps. The samples share one timestep
+        if it is a number, 0-d, (1,), or expanded to the batch.
         """
         arguments = arguments_of(module, args, kwargs)
         given = []
@@ -208,15 +207,15 @@ class Denoiser(TimestepNoise):
         EDM        t = ¼ ln σ: always within ±3.5; from 1.1 to 0 in the first steps, σ from 80 to 1
 
     If an EDM timestep were read as a discrete one, the first steps would run at λ = 0.001. A small
-    timestep is therefore refused, unless a current scheduler is discrete, or there is no scheduler
-    and the timestep is a whole number.
+    timestep therefore raises an error, unless a current scheduler is discrete, or there is no
+    scheduler and the timestep is a whole number.
 
     Attributes:
         sample_major: whether layers may see b · k rows, k consecutive rows for each sample, while
-            the model sees b. If not, any number of rows other than the batch size is an error.
-        one_level: whether the first axis of the layers' inputs is something other than samples. If
-            so, a batch with different values of λ is refused.
-        schedulers: those of the pipelines that loaded the adapters; see `under`.
+            the model sees b. If False, any number of rows other than the batch size is an error.
+        one_level: whether the first axis of the layers' inputs is not the sample axis. If True, a
+            batch with different values of λ raises an error.
+        schedulers: the schedulers of the pipelines that loaded the adapters; see `under`.
     """
 
     sample_major: bool = False
@@ -226,7 +225,7 @@ class Denoiser(TimestepNoise):
     def read_as(self, convention: str | None) -> Denoiser:
         """Return this source, with the meaning of the timestep that `convention` requires.
 
-        Models of discrete schedules are also trained with EDM timesteps, or converted to a
+        Models with a discrete schedule can also be trained with EDM timesteps, or converted to a
         rectified flow.
         """
         meanings = {"edm": "edm", "flow": "sigma_1000"} if self.meaning == "discrete" else {}
@@ -254,7 +253,7 @@ class Denoiser(TimestepNoise):
     def noise_level(self, timestep: float | Tensor) -> Tensor:
         """Return λ of a timestep.
 
-        If a pipeline rounded the timestep to half precision, use the scheduler's exact one.
+        If a pipeline rounded the timestep to half precision, use the scheduler's exact timestep.
         """
         given = [getattr(one, "timesteps", None) for one in self.schedulers]
         schedules = [each.flatten() for each in given if isinstance(each, Tensor)]
@@ -266,11 +265,11 @@ class Denoiser(TimestepNoise):
         return super().noise_level(timestep)
 
     def checked(self, level: Tensor, timestep: float | Tensor) -> Tensor:
-        """Return λ of a timestep that can be read as discrete.
+        """Return `level` if the timestep can be read as discrete.
 
         Raises:
-            ValueError: the timestep is small and therefore ambiguous. If it is on another device
-                than the CPU, λ is NaN instead, unless all schedulers are continuous.
+            ValueError: the timestep is small and therefore ambiguous. If it is not on the CPU, λ is
+                NaN instead, unless all schedulers are continuous.
         """
         t = as_tensor(timestep).detach()
         continuous = [type(one).__name__ for one in self.schedulers if passes_log_sigma(one)]
@@ -298,7 +297,7 @@ class Denoiser(TimestepNoise):
 
 
 def passes_log_sigma(scheduler: Any) -> bool:
-    """Return True if a Diffusers scheduler passes ¼ ln σ to the denoiser as its timestep."""
+    """Return whether a Diffusers scheduler passes ¼ ln σ to the denoiser as the timestep."""
     config = scheduler.config
     continuous = (
         config.get("timestep_type") == "continuous"

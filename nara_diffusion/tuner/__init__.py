@@ -1,1 +1,1 @@
-"""The PEFT plugin: configuration, injection, the holder of cores, merging, files."""
+"""The PEFT plugin, which injects, merges and saves adapters and owns their cores."""

@@ -1,11 +1,11 @@
-"""Gradient checkpointing that recomputes each block with the C(λ) of its own forward.
+"""Recompute each gradient-checkpointed block with the C(λ) of its own forward.
 
-Transformers, Diffusers and PyTorch's `CheckpointWrapper` (which FSDP uses) keep their checkpoint
-function as an attribute of the checkpointed module: a block, or the wrapper around it. The holder
-replaces each such function with one that passes C as explicit tensor inputs. That works for
-reentrant and non-reentrant checkpoints, in whatever thread the backward pass recomputes, and lets
-gradients flow from the block to C. Under any other checkpoint function, the recomputed layers find
-no C and raise.
+Transformers, Diffusers and PyTorch's `CheckpointWrapper` (which FSDP uses) store the checkpoint
+function as an attribute of a module, either the checkpointed block or the wrapper around it. The
+core holder replaces each such function with one that passes C as explicit tensor inputs. This works
+for reentrant and non-reentrant checkpoints, in whatever thread the backward pass recomputes, and
+lets gradients flow from the block to C. With any other checkpoint function, the recomputed layers
+find no C and raise an error.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from nara_diffusion.noise.parts import Parts
 
 
 class CheckpointWithCore:
-    """Replace `checkpoint`, and pass the cores of `channel` from forward to recomputation."""
+    """Call `checkpoint`, and pass the cores of `channel` from the forward to the recomputation."""
 
     def __init__(self, checkpoint: Callable[..., Any], channel: CoreChannel) -> None:
         self.checkpoint = checkpoint
@@ -35,9 +35,9 @@ class CheckpointWithCore:
         return self.checkpoint(with_cores, *cores.values(), *args, **kwargs)
 
     def passes(self, channel: CoreChannel) -> bool:
-        """Return whether it passes on the cores of `channel`, itself or through one that it wraps.
+        """Return whether this object, or one that it wraps, passes on the cores of `channel`.
 
-        It wraps another one if a part of an adapted model is itself an adapted model.
+        It wraps another such object if a part of an adapted model is itself an adapted model.
         """
         inner = self.checkpoint
         return self.channel is channel or (
@@ -46,10 +46,10 @@ class CheckpointWithCore:
 
 
 class _WithCores:
-    """`function` with the cores of `keys` as its first arguments.
+    """Call `function` with the cores of `keys` as additional leading arguments.
 
-    It is an object, not a closure: Diffusers reads its `__call__`, and a compiler cannot trace that
-    on a function.
+    This is an object rather than a closure because Diffusers reads its `__call__`, and a compiler
+    cannot trace this attribute of a function.
     """
 
     def __init__(

@@ -1,10 +1,10 @@
 """Find λ for a model's forwards, and check that adapters are used as they were trained.
 
 An adapter's configuration names its definition of λ. If it names none, the adapter takes the
-definition of the source. Until a user sets a source, that definition is *assumed*: a source that is
-set later replaces it. The default source depends on the model's class and on the definition of its
-first adapter. N, the length of the noise schedule, and the meaning of a small timestep come from
-the schedulers of the pipelines that loaded adapters.
+definition of the source. Until the user sets a source, that definition is *assumed*, and a source
+that is set later replaces it. The default source depends on the model's class and on the definition
+of its first adapter. The length N of the noise schedule and the meaning of a small timestep come
+from the schedulers of the pipelines that loaded adapters.
 """
 
 from __future__ import annotations
@@ -47,26 +47,27 @@ if TYPE_CHECKING:
 class NotSet(Enum):
     """The value of `LevelFinder.given_source` until a user sets or removes a source.
 
-    It is an enum because copies keep an enum's member.
+    The value is an enum member because copying a member returns the same object.
     """
 
     DEFAULT = auto()
 
 
 class LevelFinder:
-    """Find λ of the forwards of one adapted model.
+    """Find λ for the forwards of one adapted model.
 
     Args:
         root: the adapted model.
-        configs: adapter → configuration. The holder of the cores owns this dict and changes it in
+        configs: configurations by adapter name. The core holder owns this dict and changes it in
             place.
-        rows: how the layers see the batch.
+        rows: the description of how the layers see the batch.
         denoiser: the table's entry for the root's class.
 
     Attributes:
         given_source: the source that `set_noise_source` has set; None if it was removed.
-        usage: the pipelines that loaded adapters, and checks of how they use them.
-        length: N if no such pipeline is left: the last one's, or that of training. None means 1000.
+        usage: the pipelines that loaded adapters, and checks of how they use the adapters.
+        length: N to use if no such pipeline is left, from the last pipeline or from training. None
+            means 1000.
     """
 
     def __init__(
@@ -89,11 +90,11 @@ class LevelFinder:
 
     @property
     def source_is_default(self) -> bool:
-        """True until a user sets or removes a source."""
+        """Return True until the user sets or removes a source."""
         return self.given_source is NotSet.DEFAULT
 
     def present_source(self) -> NoiseSource | None:
-        """Return the source of λ for forwards outside `noise_level(…)`; None if there is none.
+        """Return the source of λ for forwards outside `noise_level(…)`, or None if there is none.
 
         N and the meaning of small timesteps come from the pipelines' current schedulers.
         """
@@ -117,7 +118,7 @@ class LevelFinder:
         return source
 
     def _default_source(self, convention: str | None) -> NoiseSource | None:
-        """Return the source until a user sets one; `convention` is that of the first adapter."""
+        """Return the default source for the definition of λ in the first adapter, `convention`."""
         source = registered_source(convention)
         if source is None and self.denoiser is not None:
             source = self.denoiser.read_as(convention)
@@ -129,22 +130,22 @@ class LevelFinder:
 
     @cached_property
     def block_source(self) -> BlockNoise:
-        """The default source of a LLaDA2, which follows LLaDA2Pipeline."""
+        """Return the default source of a LLaDA2 model, which follows LLaDA2Pipeline."""
         return BlockNoise(self.usage.schedulers)
 
     def canvas_source(self) -> CanvasNoise:
-        """Return the default source of a DiffusionGemma, which follows its samplers."""
+        """Return the default source of a DiffusionGemma model, which follows its samplers."""
         if self._canvas_source is None:
             self._canvas_source = CanvasNoise(self.usage.schedulers)
         return self._canvas_source
 
     def block_masked(self, kwargs: dict[str, Any]) -> dict[str, Any] | None:
-        """Return a forward's arguments with a block mask while LLaDA2Pipeline runs; else None."""
+        """Return the arguments with a block mask if LLaDA2Pipeline calls the forward, else None."""
         is_text = self.denoiser is None and bool(self.usage.pipelines)
         return self.block_source.with_block_mask(self.root, kwargs) if is_text else None
 
     def set_source(self, source: NoiseSource | None) -> None:
-        """Set the source, or remove it if None. Assumed definitions become that of `source`."""
+        """Set the source, or remove it if None, and replace assumed definitions of λ with its own."""
         self.given_source = source
         if source is None:
             return
@@ -165,16 +166,16 @@ class LevelFinder:
     def level_of_forward(
         self, names: list[str], entry: Entry | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Tensor, Parts | None]:
-        """Return λ (1,), (b,) or (b·k,) for a forward of the root, and its k parts, if any.
+        """Return λ (1,), (b,) or (b·k,) for a forward of the root, and the parts, if any.
 
         Args:
-            names: the adapters that the forward reads and that depend on λ.
+            names: the adapters that are active in the forward and depend on λ.
             entry: the context `noise_level(…)` around the forward; None to call the source.
             args: the positional arguments of the forward.
-            kwargs: its keyword arguments.
+            kwargs: the keyword arguments of the forward.
 
         Raises:
-            ValueError: λ is not known, it may belong to another forward, or the layers cannot tell
+            ValueError: λ is unknown, λ may belong to another forward, or the layers cannot tell
                 samples apart.
         """
         if entry is None:
@@ -201,7 +202,7 @@ class LevelFinder:
     # ------------------------------------------------------------------ adapters' definitions of λ
 
     def _definitions(self, but: str | None = None) -> dict[str, str]:
-        """Return adapter → definition of λ, for adapters that have one, except adapter `but`."""
+        """Return the definitions of λ by adapter name, without adapter `but`."""
         found = {}
         for name, config in self.configs.items():
             convention = convention_of(config)
@@ -210,11 +211,12 @@ class LevelFinder:
         return found
 
     def with_convention(self, name: str, config: NaraConfig) -> NaraConfig:
-        """Return a copy of `config` that has a definition of λ if the source has one.
+        """Return a copy of `config` with the source's definition of λ, if the source has one.
 
         Args:
-            name: the adapter's name; its current configuration, if any, is ignored.
-            config: the configuration of an adapter to add, or to replace the one of this name.
+            name: the adapter's name. Its current configuration, if any, is ignored.
+            config: the configuration of an adapter that will be added, or will replace the adapter
+                with this name.
 
         Raises:
             ValueError: the adapter defines λ differently from the source.
@@ -236,11 +238,11 @@ class LevelFinder:
         return config
 
     def adopt_convention(self, names: Iterable[str], convention: str) -> dict[str, str]:
-        """Give the adapters `names` this definition of λ if theirs is assumed.
+        """Give the adapters `names` this definition of λ if their current definition is assumed.
 
         Returns:
-            Adapter → definition, for the adapters that have a different one. If there are any, this
-            method changes nothing.
+            The definitions, by adapter name, of the adapters with a different definition. If there
+            are any, this method changes nothing.
         """
         others, assumed = {}, []
         for name in names:
@@ -257,7 +259,7 @@ class LevelFinder:
         return others
 
     def _remedy(self, convention: str | None, others: list[str]) -> str:
-        """Return the end of the error message if an adapter and the source define λ differently."""
+        """Return the end of the error message for different definitions of λ."""
         if others:
             return f"as {' and '.join(map(repr, others))} of this model needs: remove that first, or use another model."
         if not self.source_is_default:
@@ -269,17 +271,17 @@ class LevelFinder:
 
 
 def _goes_by_blocks(model: nn.Module) -> bool:
-    """Return True for a LLaDA2, in the class of this package or in that of its own checkpoint."""
+    """Return whether `model` is a LLaDA2, in this package's class or in its checkpoint's own class."""
     return getattr(getattr(model, "config", None), "model_type", None) == LLADA2
 
 
 def is_assumed(config: LoraConfig) -> bool:
-    """Return True if the configuration's definition of λ is only that of the default source."""
+    """Return whether the configuration's definition of λ was only assumed from the default source."""
     return getattr(config, "assumes_convention", False)
 
 
 def convention_of(config: LoraConfig) -> str | None:
-    """Return the definition of λ in a configuration; None if it has none, like a plain LoRA."""
+    """Return the definition of λ in a configuration, or None if it has none, as in a plain LoRA."""
     return getattr(config, "noise_convention", None)
 
 
@@ -288,7 +290,7 @@ def unknown_level(root: nn.Module, names: list[str], remedy: str | None = None) 
 
     Args:
         names: the adapters that depend on λ.
-        remedy: the end of the message; None for the usual one, about a forward.
+        remedy: the end of the message. None means the usual remedy, for a forward.
     """
     usual = (
         "call the model inside `with noise_level(model, value):`, or let it read λ from its own inputs by "
@@ -310,7 +312,7 @@ def _check_definition(
 
 
 def _how_to_declare(root: nn.Module) -> str:
-    """Return the end of the error for an unknown λ: how to read λ from this model's inputs."""
+    """Return the end of the error for an unknown λ, which says how this model can get its λ."""
     kinds = [kind.__name__ for kind in type(root).__mro__]
     if "ModelMixin" in kinds:  # of Diffusers
         declaration = f"register_denoiser('{kinds[0]}', meaning)"
@@ -333,13 +335,13 @@ _KINDS = {"sample": "sample", "part": "part of a sample (a frame, a block)"}
 class Usage:
     """Compare how the adapters of one model are used with how they were trained.
 
-    `NaraConfig` records what a scheduler has to expect (`scheduler`), how an adapter for few steps
-    is sampled (`few_steps`), and whether training had a λ for each sample or for each part of a
-    sample (`noise_level_per`). A scheduler that expects another prediction is an error. For the
-    other two there is a warning, once for each adapter.
+    `NaraConfig` records the prediction that a scheduler must expect (`scheduler`), how a few-step
+    adapter is sampled (`few_steps`), and whether training used one λ for each sample or for each
+    part of a sample (`noise_level_per`). A scheduler that expects another prediction raises an
+    error. The other two differences cause one warning per adapter.
 
     Args:
-        configs: adapter → configuration. The holder of the cores owns this dict and changes it in
+        configs: configurations by adapter name. The core holder owns this dict and changes it in
             place.
 
     Attributes:
@@ -374,7 +376,7 @@ class Usage:
     def check_prediction(self, names: Iterable[str]) -> None:
         """Raise ValueError if a pipeline's scheduler does not fit the prediction of an adapter.
 
-        Warn once if a pipeline samples an adapter for few steps in another way.
+        Warn once if a pipeline samples a few-step adapter in a way that does not suit it.
         """
         for name in names:
             self._warn_of_sampling(name)
@@ -403,15 +405,15 @@ class Usage:
     def note_parts(
         self, root: nn.Module, names: Iterable[str], level: Tensor, is_for_all: bool
     ) -> None:
-        """Record if training gives λ to samples or to their parts; warn once of the other use.
+        """Record whether training uses λ per sample or per part, and warn once of the other use.
 
-        An adapter that was trained with both counts as trained with λ of parts.
+        An adapter that was trained with both counts as trained with λ per part.
 
         Args:
             root: the adapted model.
             names: the adapters that depend on λ.
             level: λ (b,) of samples, or (b, k) of their k parts.
-            is_for_all: True for one λ of a context for all samples, which fits both.
+            is_for_all: True if a context sets one λ for all samples, which is valid for both.
         """
         now = "part" if level.dim() == 2 else "sample"
         for name in names:
@@ -437,7 +439,7 @@ _WITH_TWINS = "DiffusionGemmaModel"
 
 
 class Twins(NamedTuple):
-    """The encoder (λ = 0) and the decoder (λ) of a DiffusionGemma, and the module that ties them."""
+    """The encoder (at λ = 0) and the decoder (at λ) of a DiffusionGemma, and their parent module."""
 
     owner: nn.Module
     encoder: nn.Module
@@ -445,7 +447,7 @@ class Twins(NamedTuple):
 
 
 def twins_of(root: nn.Module) -> Twins | None:
-    """Return the twins of an adapted model, wrapped by PEFT or not; None for any other model."""
+    """Return the twins of a DiffusionGemma, with or without PEFT's wrapper; None otherwise."""
     owner: nn.Module | None = root
     while isinstance(owner, nn.Module):
         if _WITH_TWINS in [kind.__name__ for kind in type(owner).__mro__]:

@@ -1,15 +1,15 @@
-"""The holder of an adapted model's cores: a module at the root that computes D(λ) for each forward.
+"""Hold the cores of an adapted model at its root, and compute D(λ) for each forward.
 
     D(λ) = C(λ) − I                             (b or 1, r, r), float32, for λ (b,)
     D' = σ(λ) C(λ) − I = σ D + (σ − 1) I        for an adapter with a strength σ
 
 The holder owns the cores and their strengths, and passes D to the layers, also when a gradient
-checkpoint runs a block again. Whatever PEFT or Diffusers did with the adapters, only PEFT's layers
-know which ones are active, merged, disabled or deleted, so the holder asks the layers.
+checkpoint recomputes a block. PEFT or Diffusers may change the adapters at any time, and only
+PEFT's layers know which adapters are active, merged, disabled or deleted, so the holder asks them.
 
-If an adapter has left `peft_config`, the next forward, save or addition removes its cores. If it
-was the last adapter, the holder and its hooks are removed too. A core is trainable while the A of
-its adapter is; every listing of parameters updates this.
+If an adapter is no longer in `peft_config`, the next forward, save or addition removes its cores.
+If it was the last adapter, the holder and its hooks are removed too. A core is trainable while the
+A of its adapter is trainable. Every call that lists parameters updates this.
 """
 
 from __future__ import annotations
@@ -45,22 +45,22 @@ _CHECKPOINTS = ("_gradient_checkpointing_func", "checkpoint_fn")
 
 
 class CoreHolder(nn.Module):
-    """The owner of one adapted model's cores, `cores[adapter][group]`.
+    """Own the cores of one adapted model, `cores[adapter][group]`.
 
-    Each NaRA has an entry; a plain LoRA has one while its strength depends on λ.
+    Each NaRA has an entry. A plain LoRA has an entry only while its strength depends on λ.
 
     Args:
         root: the adapted model.
         denoiser: the table's entry for the root's class.
 
     Attributes:
-        configs: adapter → the configuration that its cores were made for.
-        layers: adapter → the layers that it adapts, as PEFT made them.
-        schedules: adapter → its strength over λ, if it has one.
-        deviations: computes D(λ) = C(λ) − I.
-        channel: passes D(λ) to the layers.
-        finder: finds λ.
-        merging: finds and compares λ of merged layers.
+        configs: the configuration of each adapter, by name, at the time its cores were made.
+        layers: the PEFT layers of each adapter, by name.
+        schedules: the strength over λ of each adapter that has one, by name.
+        deviations: the object that computes D(λ) = C(λ) − I.
+        channel: the channel that passes D(λ) to the layers.
+        finder: the object that finds λ for a forward.
+        merging: the object that finds and compares the λ of merged layers.
     """
 
     is_core_holder = True
@@ -80,40 +80,40 @@ class CoreHolder(nn.Module):
 
     @property
     def root(self) -> nn.Module:
-        """The adapted model. (As an attribute, the root would be a submodule of the holder.)"""
+        """Return the adapted model. As a plain attribute, it would be a submodule of the holder."""
         return self.finder.root
 
     def forward(self, x: Any) -> Any:
-        """Return `x`: a root such as `nn.Sequential` calls all its children, the holder too."""
+        """Return `x`, because a root such as `nn.Sequential` also calls the holder as a child."""
         return x
 
     # ------------------------------------------------------------------ adapters
 
     def add(self, name: str, config: LoraConfig, cores: CoreSet, layers: list[LoraLayer]) -> None:
-        """Add an adapter, or replace one. `layers` are those that it adapts."""
+        """Add or replace an adapter with its configuration, cores and adapted layers."""
         self.cores[name] = cores
         self.configs[name] = config
         self.layers[name] = layers
 
     def drop_deleted(self) -> None:
-        """Remove the adapters that have left `peft_config`, even if a new one has the same name."""
+        """Remove adapters that left `peft_config`, even if a new adapter has the same name."""
         present = getattr(self.root, "peft_config", {})
         for name, config in list(self.configs.items()):
             if present.get(name) is not config:
                 self.remove(name)
 
     def remove(self, name: str) -> None:
-        """Remove an adapter. If it is merged, it stays in the base weights."""
+        """Remove an adapter; a merged update remains in the base weights."""
         self.schedules.pop(name, None)
         del self.cores[name], self.configs[name], self.layers[name]
 
     def reconfigure(self, name: str, config: LoraConfig) -> None:
-        """Replace the configuration of an adapter that stays."""
+        """Replace the configuration of an existing adapter."""
         peft_config: Any = self.root.peft_config
         peft_config[name] = self.configs[name] = config
 
     def active_names(self) -> list[str]:
-        """Return the adapters with a layer that would read C now."""
+        """Return the adapters with at least one layer that would read C now."""
         self.drop_deleted()
         names = []
         for name, layers in self.layers.items():
@@ -122,7 +122,7 @@ class CoreHolder(nn.Module):
         return names
 
     def follow_factors(self) -> None:
-        """Make each core trainable if the A of its adapter is, and frozen if not."""
+        """Make each core trainable if the A of its adapter is trainable, and freeze it if not."""
         for name, layers in self.layers.items():
             trainable = bool(layers) and _is_trainable(layers[0], name)
             for parameter in self.cores[name].parameters():
@@ -132,9 +132,9 @@ class CoreHolder(nn.Module):
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Module]]:
-        """Update the adapters and what is trainable, then list as `nn.Module.named_modules` does.
+        """Update the adapters and what is trainable, then do as `nn.Module.named_modules` does.
 
-        Every listing of parameters calls this method, also a listing of the root's parameters.
+        Any call that lists parameters, of the holder or of the root, calls this method.
         """
         self.drop_deleted()
         self.follow_factors()
@@ -151,13 +151,13 @@ class CoreHolder(nn.Module):
 
     @property
     def needs_noise(self) -> bool:
-        """True if a layer would read a C that depends on λ."""
+        """Return whether a layer would read a C that depends on λ."""
         return bool(self.deviations.noisy(self.active_names()))
 
     # ------------------------------------------------------------------ hooks of the root
 
     def attach(self) -> None:
-        """Become a child of the root, and compute C(λ) before its forwards; safe to repeat."""
+        """Become a child of the root, and compute C(λ) before its forwards. Repeating is safe."""
         if getattr(self.root, HOLDER_NAME, None) is self:
             return
         setattr(self.root, HOLDER_NAME, self)
@@ -187,7 +187,7 @@ class CoreHolder(nn.Module):
 
         Args:
             args: the positional arguments of the forward.
-            kwargs: its keyword arguments.
+            kwargs: the keyword arguments of the forward.
             is_clean: True for the encoder of twins (`twins`), which runs at λ = 0.
         """
         self.channel.local.pushed = None
@@ -226,14 +226,14 @@ class CoreHolder(nn.Module):
 
     @torch.compiler.disable(recursive=True)
     def core_of_part(self, key: Key) -> tuple[Tensor, Parts | None]:
-        """Return D, and the parts of its rows, for a layer if the channel does not have its key.
+        """Return D, and the parts for its rows, for a layer with a key that the channel lacks.
 
-        If a forward of the root is running, another model's context has been entered since it
-        began, and D is that of the forward. Otherwise a part of the model was called by itself, and
-        D is computed at the λ of the context around that call.
+        If a forward of the root is running, another model's context has been entered since that
+        forward began, and the forward's D is returned. Otherwise a part of the model was called
+        directly, and D is computed at the λ of the context around that call.
 
         Raises:
-            RuntimeError: no forward of the root is running, and no context gives λ; or rows cannot
+            RuntimeError: no forward of the root is running, and no context sets λ; or rows cannot
                 be assigned to samples.
         """
         name = key[0]
@@ -257,9 +257,9 @@ class CoreHolder(nn.Module):
     # ------------------------------------------------------------------ merging
 
     def merged_in_forward(self) -> Tensor | None:
-        """Return λ (1,) of merged layers if they stay merged in this forward; otherwise None.
+        """Return λ (1,) of merged layers if they stay merged in this forward, otherwise None.
 
-        They don't if the adapters are disabled: PEFT then unmerges the layers.
+        If the adapters are disabled, the layers do not stay merged, because PEFT unmerges them.
         """
         for layers in self.layers.values():
             if layers and layers[0].merged and not layers[0].disable_adapters:
@@ -278,14 +278,14 @@ class CoreHolder(nn.Module):
     def check_merged(self, merged: Tensor) -> None:
         """Raise ValueError if the λ of `noise_level(…)` is not `merged`, the λ of merged layers.
 
-        Beside adapters that `fuse_lora` merged, others may run at another λ.
+        If the adapters were merged by `fuse_lora`, other adapters may run at another λ.
         """
         if not (self.merging.is_fused and self.needs_noise):
             self.merging.check_context(merged, entry_for(self))
 
 
 def holder_of(root: nn.Module) -> CoreHolder | None:
-    """Return the holder of the adapted model `root`; None if it has none."""
+    """Return the holder of the adapted model `root`, or None if it has none."""
     holder = root._modules.get(HOLDER_NAME)
     return holder if isinstance(holder, CoreHolder) else None
 
@@ -338,26 +338,26 @@ def _is_trainable(layer: LoraLayer, adapter_name: str) -> bool:
 
 @dataclass(eq=False)
 class Deviations:
-    """Compute D(λ) of the adapters of one model.
+    """Compute D(λ) for the adapters of one model.
 
-    The holder of the cores owns both dicts and changes them in place.
+    The core holder owns both dicts and changes them in place.
 
     Args:
-        cores: adapter → its cores.
-        schedules: adapter → its strength over λ, if it has one.
+        cores: the cores of each adapter, by name.
+        schedules: the strength over λ of each adapter that has one, by name.
     """
 
     cores: nn.ModuleDict
     schedules: dict[str, StrengthSchedule]
 
     def cores_of(self, name: str) -> CoreSet:
-        """Return group → core of an adapter."""
+        """Return the cores of an adapter, by group."""
         cores = self.cores[name]
         assert isinstance(cores, CoreSet)
         return cores
 
     def depends_on_noise(self, name: str) -> bool:
-        """Return True if the adapter has cores here, and a core or its strength needs λ."""
+        """Return True if the adapter has cores, and one of them or the strength depends on λ."""
         if name not in self.cores:
             return False
         return name in self.schedules or self.cores_of(name).needs_noise
@@ -367,7 +367,7 @@ class Deviations:
         return list(filter(self.depends_on_noise, names))
 
     def of(self, names: Iterable[str], level: Tensor | None) -> dict[Key, Tensor]:
-        """Return key → D (b or 1, r, r) for these adapters, except where layers treat C as I."""
+        """Return D (b or 1, r, r) by key for these adapters, except if layers treat C as I."""
         found = {}
         for name in names:
             for group, core in self.cores_of(name).items():
@@ -378,7 +378,7 @@ class Deviations:
     def at(self, key: Key, level: Tensor | None) -> Tensor:
         """Return D (b or 1, r, r), float32, for the layers with this key.
 
-        It includes the adapter's strength.
+        The result includes the adapter's strength.
         """
         name, group = key
         D = self.cores_of(name).deviation(group, level)
@@ -387,7 +387,7 @@ class Deviations:
             return D
         assert level is not None
         if D.device.type == "cpu":
-            D = D.to(level.device)  # an identity has no weights
+            D = D.to(level.device)  # an identity core has no weights
         strength = schedule.at(level.to(D.device))[:, None, None]
         identity = torch.eye(D.shape[-1], dtype=D.dtype, device=D.device)
         return strength * D + (strength - 1) * identity
@@ -419,7 +419,7 @@ def beside_inputs(
 
 
 def checkpoint_with_core(root: nn.Module, channel: CoreChannel) -> None:
-    """Wrap the checkpoint function of every checkpointed block below `root`; safe to repeat."""
+    """Wrap the checkpoint function of every checkpointed block in `root`. Repeating is safe."""
     for module in outer_modules(root):
         for name in _CHECKPOINTS:
             checkpoint = module.__dict__.get(name)
@@ -432,7 +432,7 @@ def checkpoint_with_core(root: nn.Module, channel: CoreChannel) -> None:
 def checkpoint_without_core(root: nn.Module, channel: CoreChannel) -> None:
     """Undo `checkpoint_with_core`.
 
-    A wrapper inside another model's wrapper stays in place but passes nothing on.
+    A wrapper inside another model's wrapper stays in place but no longer passes on cores.
     """
     for module in outer_modules(root):
         for name in _CHECKPOINTS:

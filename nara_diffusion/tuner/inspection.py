@@ -1,4 +1,4 @@
-"""`core_matrix`: the C(λ) of an adapter, for inspection."""
+"""Compute the C(λ) of an adapter for inspection."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nara_diffusion.strict import PEFT_PREFIX
 
 @contextmanager
 def onloaded_cores(model: nn.Module) -> Iterator[None]:
-    """Keep all cores at or below `model` in memory inside the context."""
+    """Keep all cores in `model` in memory inside the context."""
     with ExitStack() as stack:
         for holder in find_holders(model):
             stack.enter_context(in_memory(holder.root))
@@ -32,18 +32,18 @@ def core_matrix(
 ) -> Tensor:
     """Return C(λ) of one adapter.
 
-    It is (b, r, r) for λ (b,), and (1, r, r) for a float or a core without noise input.
+    The result is (b, r, r) for λ (b,), and (1, r, r) for a float or a core without noise input.
 
     Args:
         model: an adapted model.
         noise_level: λ in [0, 1], a float or (b,).
-        adapter_name: the adapter.
-        module: for `core_sharing` other than "global", the name of an adapted module, as in
-            `named_modules()`.
+        adapter_name: the name of the adapter.
+        module: the name of an adapted module, as in `named_modules()`. Required unless
+            `core_sharing` is "global".
 
     Raises:
-        ValueError: there is no NaRA adapter of that name, or several; λ is out of range; or
-            `module` is missing or not adapted.
+        ValueError: no NaRA adapter has this name, or several do; λ is out of range; or `module` is
+            missing or not adapted.
     """
     holders = core_holders(model)
     found = [holder.cores[adapter_name] for holder in holders if adapter_name in holder.cores]
@@ -73,6 +73,6 @@ def _group_of(model: nn.Module, module: str | None, adapter_name: str, cores: Co
             layer, "scaling", {}
         ):
             variant: Any = getattr(layer, "lora_variant", {}).get(adapter_name)
-            # the layers of an identity have no variant
+            # layers with an identity core have no variant
             return next(iter(cores)) if variant is None else variant.key[1]
     raise ValueError(f"'{module}' is not a module adapted by '{adapter_name}'.")

@@ -1,7 +1,7 @@
-"""Merge an update that depends on λ at one λ, and refuse another λ until it is unmerged.
+"""Merge an update at one λ, and raise an error for any other λ until the update is unmerged.
 
-Only the layers know what is merged into them: the LoRA variant of a merged layer keeps that λ as
-`merged_at`.
+Only the layers know what is merged into them. The LoRA variant of a merged layer stores the λ of
+the merge as `merged_at`.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class Merging:
-    """Find the λ to merge or export adapters of one model at, and compare a forward's λ with it.
+    """Find the λ for merging or exporting one model's adapters, and compare it with a forward's λ.
 
     Args:
         root: the adapted model.
-        layers: adapter → the layers that it adapts. The holder of the cores owns this dict and
-            changes it in place.
-        noisy: returns those of the given adapters that depend on λ.
+        layers: the layers of each adapter, by name. The core holder owns this dict and changes it
+            in place.
+        noisy: a function that returns which of the given adapters depend on λ.
     """
 
     root: nn.Module
@@ -46,7 +46,7 @@ class Merging:
     # ------------------------------------------------------------------ what is merged
 
     def merged_at(self) -> Tensor | None:
-        """Return λ (1,) of merged layers; None if none is merged at a C that depends on λ."""
+        """Return λ (1,) of merged layers, or None if no layer was merged with a λ-dependent C."""
         for name, layers in self.layers.items():
             variant = layers[0].lora_variant.get(name) if layers else None
             level = getattr(variant, "merged_at", None)
@@ -64,12 +64,12 @@ class Merging:
 
     @property
     def is_fused(self) -> bool:
-        """True if Diffusers' `fuse_lora` merged the adapters (it already warned)."""
+        """Return True if Diffusers' `fuse_lora` merged the adapters (it already warned)."""
         return "_safe_fusing" in vars(self.root)
 
     @property
     def binds_level(self) -> bool:
-        """True if a sampler must run at λ of merged layers."""
+        """Return whether a sampler must run at the λ of merged layers."""
         return self.merged_at() is not None and not self.is_fused
 
     # ------------------------------------------------------------------ the λ to merge or export at
@@ -77,16 +77,16 @@ class Merging:
     def one_level(
         self, names: list[str], level: Tensor | None, entry: Entry | None, remedy: str
     ) -> Tensor:
-        """Return λ (1,) to merge or export adapters at.
+        """Return the λ (1,) for merging or exporting adapters.
 
         Args:
             names: the adapters. All of them depend on λ.
-            level: None takes λ of `entry`, the context `noise_level(…)`, or, without a context, λ
-                of merged layers.
-            remedy: the end of the error for an unknown λ.
+            level: λ. If None, it is the λ of `entry` or, if `entry` is None, of merged layers.
+            entry: the current context `noise_level(…)`, or None.
+            remedy: the end of the error message for an unknown λ.
 
         Raises:
-            ValueError: λ is not known, or differs between samples.
+            ValueError: λ is unknown, or differs between samples.
         """
         if level is None:
             level = self.merged_at() if entry is None else entry.level
@@ -100,10 +100,10 @@ class Merging:
         return level[:1]
 
     def level_to_merge(self, names: Iterable[str], entry: Entry | None) -> Tensor | None:
-        """Return λ (1,) to merge these adapters at; None if none of them depends on λ.
+        """Return the λ (1,) for merging these adapters, or None if none of them depends on λ.
 
         Raises:
-            ValueError: λ is not known or differs between samples; other adapters are merged at
+            ValueError: λ is unknown or differs between samples; other adapters are merged at
                 another λ; or weights are offloaded.
         """
         check_mergeable_twins(self.root)
@@ -129,14 +129,14 @@ class Merging:
         return level
 
     def level_of_layer(self, name: str, layer: AdaptedLayer, entry: Entry | None) -> Tensor | None:
-        """Return λ (1,) to merge one layer of an adapter at; None if its C does not depend on λ."""
+        """Return the λ (1,) for merging one layer, or None if its C does not depend on λ."""
         merged = self.merged_at()
         if merged is not None and name in self.merged_names():  # other layers are merged
             return merged
         try:
             level = self.level_to_merge([name], entry)
         except ValueError:
-            if self.is_fused:  # Diffusers scales the layer by this before it merges
+            if self.is_fused:  # Diffusers scales the layer by this before merging
                 scale: Any = self.root.lora_scale
                 layer.unscale_layer(scale)
             raise
@@ -153,12 +153,12 @@ class Merging:
     def level_to_export(
         self, name: str, noise_level: Level | None, entry: Entry | None
     ) -> Tensor | None:
-        """Return λ (1,) to export an adapter at; None if it does not depend on λ.
+        """Return the λ (1,) for exporting an adapter, or None if the adapter does not depend on λ.
 
         Args:
-            name: the adapter.
-            noise_level: None takes λ of `entry`, the context `noise_level(…)`, or, without a
-                context, λ of merged layers.
+            name: the name of the adapter.
+            noise_level: λ. If None, it is the λ of `entry` or, if `entry` is None, of merged layers.
+            entry: the current context `noise_level(…)`, or None.
         """
         noisy = self.noisy([name])
         if not noisy:
@@ -171,7 +171,7 @@ class Merging:
     # ------------------------------------------------------------------ another λ
 
     def check_context(self, merged: Tensor, entry: Entry | None) -> None:
-        """Raise ValueError if λ of the context `entry` is not `merged`, λ of merged layers."""
+        """Raise ValueError if the λ of the context `entry` is not `merged`, the λ of the merge."""
         level = None if entry is None else entry.level
         if level is None or backward_pass() != -1:
             return
@@ -188,7 +188,7 @@ class Merging:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> None:
-        """Warn, once for each merge, if λ of the source is not `merged`, λ of merged layers."""
+        """Warn once per merge if the λ of the source is not `merged`, the λ of the merge."""
         if self._warned_of is merged or self.is_fused:
             return
         try:
@@ -210,7 +210,7 @@ class Merging:
 
 @contextmanager
 def unmerged_on_error(model: nn.Module) -> Iterator[None]:
-    """After an error inside the context, unmerge the layers that it had merged until then."""
+    """After an error inside the context, unmerge the layers that were merged inside it."""
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     before = [list(layer.merged_adapters) for layer in layers]
     try:

@@ -1,9 +1,9 @@
-"""`NaraModel`: PEFT's LoRA tuner with layers that read C(λ) from a core at the model's root.
+"""Extend PEFT's LoRA tuner with layers that read C(λ) from a core at the model's root.
 
-    y = W0 x + s · B · C(λ) · A x        C(λ) of the layer's group, made by the root's holder
+    y = W0 x + s · B · C(λ) · A x        C(λ) of the layer's group, computed by the root's holder
 
-Adding an adapter means checking it, injecting its layers and making its cores. After an error, the
-model is as it was before.
+To add an adapter, the tuner checks it, injects its layers and makes its cores. After an error, the
+model is unchanged.
 """
 
 from __future__ import annotations
@@ -68,15 +68,15 @@ logger = logging.getLogger(__name__)
 
 
 class NaraModel(LoraModel):
-    """A model adapted with NaRA: LoRA layers with the update s · B · C(λ) · A.
+    """A model with LoRA layers that compute the update s · B · C(λ) · A of NaRA.
 
-    See section 4 of arXiv 2605.29716. Args and attributes are those of `peft.LoraModel`; the
-    configuration is a `NaraConfig`. λ comes from `nara_diffusion.noise_level` or a source. To give
-    each sample its own λ, the adapted layers have to see the batch first, (b, …). If the model's
-    layers get (length, b, …), all samples of a forward need the same λ.
+    See section 4 of arXiv 2605.29716. Arguments and attributes are those of `peft.LoraModel`; the
+    configuration is a `NaraConfig`. λ comes from `nara_diffusion.noise_level` or a source. Samples
+    can have different λ only if the adapted layers get the batch axis first, (b, …). If the layers
+    get (length, b, …), all samples of a forward need the same λ.
 
-    Methods of LoraModel that would be wrong for an update that depends on λ take a λ (merging) or
-    raise (weighted sums, conversion of initialisations).
+    Some methods of LoraModel would be wrong for an update that depends on λ. Here, merging takes a
+    λ, while weighted sums and conversion of initialisations raise an error.
     """
 
     _injected: dict[str, LoraLayer] | None = None
@@ -106,8 +106,8 @@ class NaraModel(LoraModel):
     ) -> None:
         """Inject the adapter as `peft.LoraModel` does, then make its cores at the root of `model`.
 
-        If the adapters that `model` has are disabled, the new one is disabled too, in new layers
-        and in shared ones. After an error, `model` is as it was.
+        If the existing adapters of `model` are disabled, the new adapter is disabled in all its
+        layers, too. After an error, `model` is unchanged.
         """
         config = checked_config(model, adapter_name, self.peft_config[adapter_name])
         is_dispatched = is_dispatched_by_layers(model)
@@ -116,7 +116,7 @@ class NaraModel(LoraModel):
         try:
             with restored_on_error(model):
                 drop_idle_holder(model)  # its source of λ belongs to adapters that are gone
-                vars(model)["peft_config"] = self.peft_config  # PEFT does so afterwards
+                vars(model)["peft_config"] = self.peft_config  # PEFT also does this, but later
                 holder = holder_of(model) or CoreHolder(model, denoiser_of(model))
                 config = holder.finder.with_convention(adapter_name, config)
                 self.peft_config[adapter_name] = config
@@ -195,16 +195,16 @@ class NaraModel(LoraModel):
     ) -> None:
         """Merge the update at one λ into the base weights, until `unmerge_adapter`.
 
-        Either all layers are merged or none.
+        Either all layers are merged, or none.
 
         Args:
             adapter_names: as in PEFT.
             safe_merge: as in PEFT.
-            noise_level: λ in [0, 1]. None takes λ of the active `noise_level(…)` context.
+            noise_level: λ in [0, 1]. None means the λ of the active `noise_level(…)` context.
 
         Raises:
-            ValueError: an adapter depends on λ, and λ is not known or differs between samples; or
-                weights are offloaded, so that they would come back without the adapter.
+            ValueError: an adapter depends on λ, but λ is unknown or differs between samples; or
+                weights are offloaded, so they would be reloaded without the adapter.
         """
         holder = holder_of(self.model)
         if holder is None:  # no adapter is left: PEFT merges nothing and raises nothing
@@ -225,7 +225,7 @@ class NaraModel(LoraModel):
     ) -> nn.Module:
         """Return the base model with the update at one λ merged into it; see `merge_adapter`."""
         self.merge_adapter(adapter_names, safe_merge, noise_level=noise_level)
-        with warnings.catch_warnings():  # PEFT also unloads, and finds the layers merged
+        with warnings.catch_warnings():  # PEFT warns that layers are already merged
             warnings.filterwarnings("ignore", message="All adapters are already merged")
             return self._unload_and_optionally_merge(
                 progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
@@ -234,7 +234,7 @@ class NaraModel(LoraModel):
     # ------------------------------------------------------------------ removal
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete the adapter as `peft.LoraModel` does; after the last one, remove the holder."""
+        """Delete the adapter as `peft.LoraModel` does, and remove the holder after the last one."""
         super().delete_adapter(adapter_name)
         drop_idle_holder(self.model)
 
@@ -248,7 +248,7 @@ class NaraModel(LoraModel):
     # ------------------------------------------------------------------ restricted or unsupported
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
-        """Refuse a separate adapter for each sample: each would need the C of its own samples."""
+        """Raise an error for one adapter per sample, since each would need its own samples' C."""
         if kwargs.get("adapter_names") is not None and holder_of(self.model) is not None:
             raise ValueError(
                 "adapter_names, an adapter for each sample, is not supported with NaRA: run one batch per adapter."
@@ -256,7 +256,7 @@ class NaraModel(LoraModel):
         return super()._enable_peft_forward_hooks(*args, **kwargs)
 
     def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
-        """Refuse adapters with a core, since no weighted sum of A and B can express it.
+        """Raise an error for adapters with a core, which no weighted sum of A and B can express.
 
         Adapters with `core_type="identity"` are allowed.
         """
@@ -329,7 +329,7 @@ def checked_config(model: nn.Module, adapter_name: str, config: object) -> NaraC
     """Return the configuration of an adapter that can be added to `model`.
 
     Raises:
-        ValueError: it isn't a `NaraConfig`, or the layers of `model` are offloaded one by one.
+        ValueError: `config` isn't a `NaraConfig`, or `model`'s layers are offloaded one by one.
     """
     if not isinstance(config, NaraConfig):
         raise ValueError(
@@ -350,13 +350,13 @@ def is_dispatched_by_layers(model: nn.Module) -> bool:
 
 
 def adapters_are_off(model: nn.Module) -> bool:
-    """Return True if `model` has adapted layers, and all of them have their adapters disabled."""
+    """Return whether `model` has adapted layers and the adapters are disabled in all of them."""
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     return bool(layers) and all(layer.disable_adapters for layer in layers)
 
 
 def warn_of_disabled(model: nn.Module, adapter_name: str) -> None:
-    """Warn that a new adapter is disabled, because the adapters of `model` are."""
+    """Warn that a new adapter is disabled because the existing adapters of `model` are disabled."""
     logger.warning(
         "The adapters of %s are disabled (disable_lora() or disable_adapters()), and so is the new adapter '%s': "
         "call enable_lora() or enable_adapters() to enable them.",
@@ -370,8 +370,8 @@ def restored_on_error(*roots: nn.Module) -> Iterator[None]:
     """Restore the `roots` after an error inside the context.
 
     This restores modules, attributes, parameters and what is trainable. Containers are restored in
-    place, since hook handles refer to them. Values that were changed in place are not restored; but
-    where one of PEFT's initialisations changes the base, it gives the weights new tensors.
+    place, since hook handles refer to them. Tensor values that were changed in place are not
+    restored. PEFT's initialisations that change the base do not need this: they set new tensors.
     """
     modules: dict[int, nn.Module] = {}
     values = []
@@ -417,7 +417,7 @@ def _restore(module: nn.Module, state: _State) -> None:
 
 @contextmanager
 def without_holder(root: nn.Module) -> Iterator[None]:
-    """Hide the cores from PEFT inside the context: `target_modules` may match their modules."""
+    """Hide the cores from PEFT inside the context, since `target_modules` may match them."""
     holder = root._modules.pop(HOLDER_NAME, None)
     try:
         yield
@@ -428,7 +428,7 @@ def without_holder(root: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def suggesting_targets(model: nn.Module, config: NaraConfig) -> Iterator[None]:
-    """Add the nearest module names to PEFT's error about `target_modules` that match nothing."""
+    """Add similar module names to PEFT's error about `target_modules` that match nothing."""
     try:
         yield
     except ValueError as error:
@@ -462,8 +462,8 @@ def cores_for(
     """Return the cores of an adapter, on the device of its layers.
 
     Args:
-        layers: name → layer, for the layers that the adapter adapts.
-        low_cpu_mem_usage: True if a file will replace the values, so that they may be on "meta".
+        layers: the adapted layers, by name.
+        low_cpu_mem_usage: True if a file will replace the values, so they may be on "meta".
         is_dispatched: True if accelerate offloads the layers one by one.
     """
     ranks: dict[str, int] = {}
@@ -471,7 +471,7 @@ def cores_for(
         rank = layer.r[adapter_name]  # follows rank_pattern
         group = core_group(config, name, rank)
         ranks[group] = max(rank, ranks.get(group, 0))
-    # a custom core may have values that no file holds
+    # a custom core may have values that are not saved to a file
     on_meta = low_cpu_mem_usage and config.core_type in BUILT_IN
     with torch.device("meta") if on_meta else nullcontext():
         cores = make_cores(config, ranks)
@@ -481,7 +481,7 @@ def cores_for(
 
 
 def _device_for(layers: Iterable[LoraLayer], will_be_loaded: bool) -> torch.device:
-    """Return the first device of the layers' parameters other than "meta".
+    """Return the first device, other than "meta", of the layers' parameters.
 
     If all parameters are on "meta", return "meta", or the CPU if their values will be loaded.
     """

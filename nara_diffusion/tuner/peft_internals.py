@@ -1,7 +1,7 @@
-"""The private names of PEFT that this package uses, each with the reason.
+"""Import the private names of PEFT that this package uses, with a reason for each.
 
-PEFT may change them at any time, so pyproject.toml allows only a narrow range of PEFT versions. If
-a new version moves a name, tests/tuner/test_peft_internals.py reports it.
+PEFT may change these names at any time, so pyproject.toml allows only a narrow range of PEFT
+versions. If a new version moves a name, tests/tuner/test_peft_internals.py reports it.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""`set_strength`: the strength of an adapter, as a number or as a function of λ.
+"""Set the strength of an adapter to a number or to a function of λ.
 
 A number sets the scale of PEFT's layers. For a strength over λ, the layers read s(λ) · C(λ) as
 their core. The layers of a NaRA read a core anyway. The layers of a plain LoRA (PEFT's, or
 "identity") get NaRA's LoRA variant while they have such a strength, and the model's root gets a
-holder of cores if it has none. Removing the strength restores everything as PEFT made it.
+core holder if it has none. Removing the strength restores the state that PEFT created.
 """
 
 from __future__ import annotations
@@ -36,29 +36,30 @@ Points = list[list[float]]
 def set_strength(
     model: nn.Module, adapter_name: str, strength: StrengthSchedule | float | None
 ) -> None:
-    """Set the strength of one adapter of `model`, a factor of its update, from the next forward on.
+    """Set the strength of one adapter, a factor of its update, from the next forward on.
 
         set_strength(model, "default", StrengthSchedule([(0, 1.0), (0.7, 0.3)]))
 
     A schedule replaces the adapter's present schedule and number. A number replaces the present
-    number, and multiplies the adapter's schedule, if it has one. None removes both; only None
-    removes a schedule.
+    number, and multiplies the adapter's schedule, if it has one. None removes both. A schedule can
+    only be removed with None.
 
-    The adapter may be a NaRA or any LoRA, including DoRA, of a PeftModel, added by
-    `inject_adapter_in_model`, or loaded by Diffusers. With a schedule, forwards need λ: from
-    `noise_level(model, value)`, from a source set by `set_noise_source`, or, for a Diffusers
-    denoiser, from its timestep. The weights of Diffusers' `set_adapters` have the same meaning. The
-    call does not change which adapters are active. Deleting the adapter deletes its strength.
+    The adapter may be a NaRA or any LoRA, including DoRA. It may belong to a PeftModel, or may have
+    been added by `inject_adapter_in_model` or loaded by Diffusers. With a schedule, forwards need
+    λ, which comes from `noise_level(model, value)`, from a source set by `set_noise_source`, or, in
+    a Diffusers denoiser, from the timestep. The weights of Diffusers' `set_adapters` have the same
+    meaning. The call does not change which adapters are active. Deleting the adapter deletes its
+    strength.
 
     Args:
-        model: an adapted model, wrapped (PeftModel, DDP, `torch.compile`) or not.
-        adapter_name: e.g. "default".
+        model: an adapted model. It may be wrapped (PeftModel, DDP, `torch.compile`).
+        adapter_name: the name of the adapter, e.g. "default".
         strength: a schedule, a number, or None for 1 at every λ. A NaRA keeps a schedule in its
             configuration, so the schedule is saved and loaded with the adapter. A number is not
-            saved, since PEFT saves none.
+            saved, because PEFT does not save it.
 
     Raises:
-        ValueError: there is no such adapter; the adapter is merged; `strength` is none of these; or
+        ValueError: there is no such adapter; the adapter is merged; `strength` has another type; or
             a schedule would scale only a part of the adapter (see `check_strength`).
     """
     schedule = strength if isinstance(strength, StrengthSchedule) else None
@@ -78,10 +79,10 @@ def set_strength(
 
 
 def roots_of(model: nn.Module, adapter_name: str) -> list[Any]:
-    """Return the models at or below `model` that have the adapter, without PEFT's wrappers.
+    """Return the models in `model`, or `model` itself, that have the adapter, without PEFT wrappers.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no model has the adapter.
     """
     found, names = [], set()
     for module in checked_module(model).modules():
@@ -100,7 +101,7 @@ def roots_of(model: nn.Module, adapter_name: str) -> list[Any]:
 
 
 def layers_of(root: nn.Module, adapter_name: str) -> dict[str, Any]:
-    """Return name → layer for all layers of `root` that the adapter adapts, whatever its kind."""
+    """Return the layers of `root`, by name, that an adapter of any kind adapts."""
     found = {}
     for name, module in root.named_modules():
         if isinstance(module, BaseTunerLayer) and _has_adapter(module, adapter_name):
@@ -117,7 +118,7 @@ def _has_adapter(layer: BaseTunerLayer, adapter_name: str) -> bool:
 
 
 def strength_of(root: nn.Module, adapter_name: str) -> StrengthSchedule | None:
-    """Return the adapter's strength over λ; None if it has none."""
+    """Return the adapter's strength over λ, or None if it has none."""
     holder = holder_of(root)
     if holder is None:
         return None
@@ -131,10 +132,10 @@ def strength_of(root: nn.Module, adapter_name: str) -> StrengthSchedule | None:
 def give_strength(
     root: nn.Module, adapter_name: str, strength: StrengthSchedule | Points | None
 ) -> None:
-    """Replace an adapter's strength over λ, also in the configuration of a NaRA.
+    """Replace an adapter's strength over λ and, for a NaRA, also the one in its configuration.
 
     Args:
-        strength: a schedule or its points, accepted by `check_strength`; None removes the strength.
+        strength: a schedule or points that `check_strength` accepts; None removes the strength.
     """
     config = _config_of(root, adapter_name)
     layers = layers_of(root, adapter_name)
@@ -176,14 +177,14 @@ def _take_strength(
             _restore_variant(layer, adapter_name, config, holder)
     if not isinstance(config, NaraConfig):
         holder.remove(adapter_name)
-        if holder.finder.source_is_default:  # a source set by the user stays for the next strength
+        if holder.finder.source_is_default:  # a source set by the user stays for a new strength
             drop_idle_holder(root)
 
 
 def _restore_variant(
     layer: LoraLayer, adapter_name: str, config: LoraConfig, holder: CoreHolder
 ) -> None:
-    """Give a layer of a plain LoRA the LoRA variant that PEFT gave it, or none if it had none."""
+    """Restore the LoRA variant that PEFT gave a plain LoRA's layer, or remove it if none."""
     variant = layer.lora_variant.get(adapter_name)
     if isinstance(variant, NaraVariant) and variant.channel is holder.channel:
         del layer.lora_variant[adapter_name]
@@ -193,7 +194,7 @@ def _restore_variant(
 
 
 def _holder_with(root: nn.Module, adapter_name: str, layers: Mapping[str, LoraLayer]) -> CoreHolder:
-    """Return the holder of `root` with the adapter in it; create whatever is missing."""
+    """Return the holder of `root` with the adapter in it, creating whatever is missing."""
     holder = holder_of(root)
     if holder is None:
         holder = CoreHolder(root, denoiser_of(root))
@@ -229,11 +230,11 @@ def _variant_for(
 def check_strength(
     root: nn.Module, adapter_name: str, strength: StrengthSchedule | Points | None
 ) -> None:
-    """Refuse a strength that would not take effect on the whole adapter.
+    """Raise an error for a strength that would not affect the whole adapter.
 
     Raises:
-        ValueError: the adapter is merged; or `strength` is not None, and the adapter has layers
-            without LoRA variants, biases, or modules of its own.
+        ValueError: the adapter is merged; or `strength` is not None, and the adapter has trained
+            biases, modules of its own, or layers without support for LoRA variants.
     """
     layers = layers_of(root, adapter_name)
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
@@ -252,7 +253,7 @@ def check_strength(
 
 
 def _missed(root: nn.Module, layers: Mapping[str, BaseTunerLayer], adapter_name: str) -> str | None:
-    """Return what a strength over λ would not scale; None if it scales all of the adapter."""
+    """Return what a strength over λ would not scale, or None if it scales the whole adapter."""
     for name in unscaled_fields(_config_of(root, adapter_name)):
         return f"what {name} changes in the model"
     for name, layer in layers.items():

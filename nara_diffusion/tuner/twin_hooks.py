@@ -1,14 +1,15 @@
-"""Hooks and attributes of an adapted DiffusionGemma.
+"""Set hooks and attributes on an adapted DiffusionGemma.
 
-Pipelines and `generate` call the encoder and the model's forward directly, so hooks of the root
-never run. Instead, hooks of the encoder and of the decoder give C to the layers.
+Pipelines and `generate` call the encoder and the model's forward directly, so hooks on the root
+never run. Instead, hooks on the encoder and on the decoder give C to the layers.
 
-Some attributes of instances are set too, until the adapters are unloaded (docs/errors.md):
+Some instance attributes are also set, until the adapters are unloaded (docs/errors.md):
 
-    model.model._tied_weights_keys      else `tie_weights()` ties factors that must stay separate
+    model.model._tied_weights_keys      stops `tie_weights()` from tying factors that must be separate
     model._prepare_sampler              shows the sampler of `generate` to the source of λ
     decoder.create_diffusion_decoder_attention_mask
-                                        Diffusers 0.42 passes the cache under its former name
+                                        accepts the cache under the former name, as Diffusers 0.42
+                                        passes it
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _MASK = "create_diffusion_decoder_attention_mask"
 
 
 class Begin(Protocol):
-    """`CoreHolder.begin`."""
+    """The signature of `CoreHolder.begin`."""
 
     def __call__(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], is_clean: bool = False
@@ -66,7 +67,7 @@ def hook_twins(
 
 
 def unhook_twins(root: nn.Module, twins: Twins, source: CanvasNoise) -> None:
-    """Undo `hook_twins`, except for its handles."""
+    """Undo `hook_twins`, except for the hooks, which the caller removes through their handles."""
     source.forget()
     vars(twins.owner).pop(_TIES, None)
     vars(twins.decoder).pop(_MASK, None)
@@ -74,7 +75,7 @@ def unhook_twins(root: nn.Module, twins: Twins, source: CanvasNoise) -> None:
 
 
 def _with_former_name(make_mask: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `make_mask`, which also takes its `cache` as `past_key_values`."""
+    """Return a version of `make_mask` that also accepts its `cache` as `past_key_values`."""
 
     @wraps(make_mask)
     def make(*args: Any, **kwargs: Any) -> Any:
@@ -86,7 +87,7 @@ def _with_former_name(make_mask: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _prepared(source: CanvasNoise, prepare: Callable[[Any], Any], generation_config: Any) -> Any:
-    """Return the sampler of a `generate` that begins, and let `source` see it."""
+    """Return the sampler of a starting `generate` call, and show it to `source`."""
     is_static = "static" in (generation_config.cache_implementation or "")
     if is_static and not generation_config.disable_compile:
         raise ValueError(

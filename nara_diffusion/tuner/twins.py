@@ -1,14 +1,15 @@
-"""Adapters of DiffusionGemma: its encoder and decoder share their weights.
+"""Adapt DiffusionGemma, a model with an encoder and a decoder that share their weights.
 
     encoder   clean tokens, λ = 0:      y = W0 x + s B C(0) A x
     decoder   a canvas with noise λ:    y = W0 x + s B C(λ) A x
 
-An adapter on one projection is one A, one B, one magnitude and one core in both: the modules of an
-encoder's layer are those of its *twin*, the decoder's layer with the same weight. They are saved
+An adapter on one projection has one A, one B, one magnitude and one core for both. An encoder layer
+uses the modules of its *twin*, the decoder layer with the same weight. These modules are saved
 once, under the decoder's name. A decoder may be adapted without its encoder, but not the reverse.
 
-Merging is refused: it would add the update to the shared weight twice, and at one λ. An export as a
-LoRA is refused if λ matters, and from a file, which has no keys of the encoder.
+Merging raises an error, because it would add the update to the shared weight twice, and at one λ.
+Exporting a LoRA raises an error if the adapter depends on λ. Exporting from a file always raises an
+error, because the file has no keys for the encoder.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _ENCODER, _DECODER = "encoder.language_model.", "decoder."
 
 
 def decoder_name(root: nn.Module, name: str) -> str | None:
-    """Return the name of the twin of an encoder's layer; None for a layer without a twin."""
+    """Return the name of an encoder layer's twin, or None for a layer without a twin."""
     before, is_inside, rest = name.partition(_ENCODER)
     return f"{before}{_DECODER}{rest}" if is_inside and twins_of(root) else None
 
@@ -36,7 +37,8 @@ def decoder_name(root: nn.Module, name: str) -> str | None:
 def check_twin(root: nn.Module, name: str) -> None:
     """Raise ValueError for a layer of a DiffusionGemma that cannot be adapted.
 
-    It decides which experts see a token, or the model's encoder and decoder have different weights.
+    This is a layer that routes tokens to experts, or any layer if the encoder and decoder of the
+    model have different weights.
     """
     if twins_of(root) is None:
         return
@@ -54,16 +56,16 @@ def check_twin(root: nn.Module, name: str) -> None:
 
 
 def share_factors(root: nn.Module, adapter_name: str, layers: Mapping[str, LoraLayer]) -> list[str]:
-    """Give encoder layers the factors of their twins; safe to repeat.
+    """Give encoder layers the factors of their twins. Repeating is safe.
 
     Args:
-        layers: name → layer of the adapter.
+        layers: the adapted layers, by name.
 
     Returns:
-        The names of the layers that share.
+        The names of the encoder layers that share factors.
 
     Raises:
-        ValueError: an encoder's layer is adapted without its twin.
+        ValueError: an encoder layer is adapted without its twin.
     """
     shared = []
     for name, layer in layers.items():
@@ -84,14 +86,14 @@ def share_factors(root: nn.Module, adapter_name: str, layers: Mapping[str, LoraL
 
 
 def without_twins(root: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return an adapter's tensors without those that an encoder's layer shares with its twin."""
+    """Return an adapter's tensors without those that encoder layers share with their twins."""
     return {key: tensor for key, tensor in tensors.items() if _twin_key(root, key) not in tensors}
 
 
 def with_twins(
     root: nn.Module, tensors: dict[str, Tensor], names: Iterable[str]
 ) -> dict[str, Tensor]:
-    """Return an adapter's tensors and, under `names`, those that encoder layers share."""
+    """Return an adapter's tensors with the shared ones repeated under the encoder layers' `names`."""
     found = dict(tensors)
     for name in names:
         twin = _twin_key(root, name)
@@ -101,7 +103,7 @@ def with_twins(
 
 
 def _twin_key(root: nn.Module, key: str) -> str | None:
-    """Return the key of the decoder's tensor that an encoder's layer shares, if it is a factor."""
+    """Return the decoder's key for a factor of an encoder layer, or None for any other key."""
     return decoder_name(root, key) if ".lora_" in key else None
 
 
@@ -109,7 +111,7 @@ def _twin_key(root: nn.Module, key: str) -> str | None:
 
 
 def check_mergeable_twins(root: nn.Module) -> None:
-    """Raise ValueError if the weights that a merge changes belong to an encoder and a decoder."""
+    """Raise ValueError if a merge would change weights that an encoder and a decoder share."""
     if twins_of(root) is not None:
         raise ValueError(
             f"Adapters of {type(root).__name__} cannot be merged or exported as a LoRA: its encoder "
@@ -118,7 +120,7 @@ def check_mergeable_twins(root: nn.Module) -> None:
 
 
 def check_foldable_file(config: NaraConfig) -> None:
-    """Raise ValueError if a file's adapter is one of DiffusionGemma, whose keys it has once.
+    """Raise ValueError for a DiffusionGemma adapter, since its file has no keys for the encoder.
 
     Args:
         config: the adapter's configuration in the file.
@@ -132,7 +134,7 @@ def check_foldable_file(config: NaraConfig) -> None:
 
 
 def check_checkpointing(root: nn.Module, checkpoint: Callable[..., Any]) -> None:
-    """Raise ValueError for reentrant checkpointing: it cuts off the encoder's gradient."""
+    """Raise ValueError for reentrant checkpointing, which cuts off the encoder's gradient."""
     is_reentrant = getattr(checkpoint, "keywords", {}).get("use_reentrant")
     if is_reentrant and twins_of(root) is not None:
         raise ValueError(
