@@ -1,10 +1,9 @@
-"""Batches: which rows are trained on, in which order, and how they become a batch.
+"""Batches: select the rows to train on, order them, and collate them.
 
-Without a validation file, some records are held out of training. Equal records count once in this
-split: copies of held-out records are left out of training. Different texts can give equal rows of
-tokens, for example if a chat template drops white space or answers are cut: such rows are also left
-out of training. Validation and test files that the user gives stay as they are; if they repeat
-training rows, the run says how many.
+Without a validation file, some records are held out of training. Copies of held-out records are
+removed from training. Different texts can also give equal rows of tokens, for example if a chat
+template drops white space or answers are cut. Such rows are removed from training too. Validation
+and test files that the user gives aren't changed; the run warns if they repeat training rows.
 """
 
 from __future__ import annotations
@@ -31,12 +30,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_MOST_HELD_OUT = 128  # records, at most, of the tenth that is held out by default
+_MOST_HELD_OUT = 128  # records; the default is to hold out a tenth, but not more than this
 _TRAINED_ON = ("instruction", "input", "output", "turns")
-_SAMPLE = 1000  # samples of the training stream that `trained_canvas` looks at
+_SAMPLE = 1000  # samples of the training stream that `trained_canvas` reads
 
 Row = Mapping[str, Any]
-"""A row of `encode_records`."""
+"""A row that `encode_records` returned."""
 
 
 # ---------------------------------------------------------------- records and rows of training and validation
@@ -46,11 +45,11 @@ def hold_out(records: Dataset, number: int | None, seed: int) -> tuple[Dataset, 
     """Return (training, validation) records.
 
     Args:
-        records: with their "number", from 0.
-        number: how many different records are held out; by default a tenth of them, 128 at most.
+        records: the records, each with its "number", counted from 0.
+        number: the number of distinct records to hold out. None holds out a tenth, 128 at most.
 
     Raises:
-        ValueError: fewer different records would be left for training than are held out.
+        ValueError: more distinct records would be held out than left for training.
     """
     first = _first_copies(records)
     different = sorted(set(first))
@@ -117,7 +116,7 @@ def without_held_out(training: EncodedRecords, held_out: EncodedRecords) -> Enco
 
 
 def rows_in_training(training: Dataset, **measured: Dataset) -> list[str]:
-    """Return a warning for each of the `measured` data sets that has rows of `training`."""
+    """Return a warning for each of the `measured` data sets that repeats rows of `training`."""
     trained = set(_row_keys(training))
     warnings = []
     for name, rows in measured.items():
@@ -131,7 +130,7 @@ def rows_in_training(training: Dataset, **measured: Dataset) -> list[str]:
 
 
 def _row_keys(rows: Dataset) -> Iterator[bytes]:
-    """Yield a digest of each row: its tokens, and where its answer begins."""
+    """Yield a digest of each row, made from its tokens and the start of its answer."""
     for table in column_batches(rows, ("input_ids", "prompt_length"), "arrow"):
         ids = table["input_ids"].combine_chunks()
         ends = ids.value_lengths().to_numpy().cumsum()
@@ -147,9 +146,9 @@ def _row_keys(rows: Dataset) -> Iterator[bytes]:
 class GlobalBatchStream(ShuffledStream):
     """A stream of encoded rows with one record at each position.
 
-    If a conversation has several rows, (seed, position) draws one of them. Under "longest", each
-    row also carries the length of the longest row in its global batch, even if that row belongs to
-    another forward or another process.
+    If a conversation has several rows, one of them is drawn by (seed, position). Each row stores
+    the length of the longest row in its global batch as "longest", even if another forward or
+    process takes that row.
     """
 
     def __init__(self, rows: Dataset, seed: int, global_batch: int):
@@ -176,7 +175,7 @@ class GlobalBatchStream(ShuffledStream):
 
 
 def with_longest(rows: Dataset, global_batch: int) -> Dataset:
-    """Return rows for validation, in order, with "longest" as in `GlobalBatchStream`."""
+    """Return the rows for validation, in order, with "longest" as in `GlobalBatchStream`."""
     lengths = [len(ids) for ids in rows["input_ids"]]
     longest: list[int] = []
     for first in range(0, len(lengths), global_batch):
@@ -192,21 +191,22 @@ def with_longest(rows: Dataset, global_batch: int) -> Dataset:
 class AnswerCollator:
     """Turn rows into {input_ids (b, l), prompt_lengths, answer_lengths}.
 
-    `input_ids` are padded on the right. Lengths are lists of b numbers, so they stay on the CPU
-    when the tensors of a batch are moved to a device. If the rows have a "position", their place in
-    the training stream, it becomes the list `sample_indices`. The batch then has the arguments of
-    `masked_diffusion_loss`.
+    `input_ids` are padded on the right. The lengths are lists of b numbers, so they stay on the CPU
+    when the tensors of a batch are moved to a device. If the rows have a "position" in the training
+    stream, the batch also has a list `sample_indices` with these positions. All entries of a batch
+    are arguments of `masked_diffusion_loss`.
 
     Args:
         end_token_id: the token that pads the rows.
-        trained_padding: how much of the padding counts as answer, and is masked and trained on:
+        trained_padding: the part of the padding that counts as answer, to be masked and trained on:
             "gen_length": up to `gen_length` tokens after the prompt, which generation fills;
-            "longest": up to the longest row of the global batch, as in LLaDA; rows have its length
-                under "longest" (see `GlobalBatchStream`), else the longest given row counts;
-            a number: that many tokens.
-            Except under "longest", a row's loss doesn't depend on the rows beside it.
-        gen_length: length of the answers under "gen_length".
-        multiple: whole answers are padded further, to a multiple of this length.
+            "longest": up to the length of the longest row in the global batch, as in LLaDA. The
+                rows store this length as "longest" (see `GlobalBatchStream`). If they don't, the
+                longest row of the batch counts;
+            a number: this many tokens.
+            Except with "longest", the loss of a row doesn't depend on the other rows.
+        gen_length: the length of the answers with "gen_length".
+        multiple: a length; complete answers are padded further, to a multiple of it.
     """
 
     end_token_id: int
@@ -231,9 +231,9 @@ class AnswerCollator:
         return batch
 
     def answer_lengths(self, rows: Sequence[Row]) -> list[int]:
-        """Return how many tokens of each row are trained on.
+        """Return the number of tokens of each row that are trained on.
 
-        A cut answer gets no padding, since it has no end.
+        An answer that was cut gets no padding, since it has no end token.
         """
         longest = max(len(row["input_ids"]) for row in rows)
         lengths = []
@@ -245,11 +245,11 @@ class AnswerCollator:
         return lengths
 
     def is_whole(self, row: Row) -> bool:
-        """Return True if the row's answer has its end and wasn't cut."""
+        """Return True if the answer of the row is complete, with its end token."""
         return int(row["input_ids"][-1]) == self.end_token_id
 
     def padded_length(self, length: int, prompt: int, longest: int) -> int:
-        """Return the length of a row with its trained padding, beside a row of `longest` tokens."""
+        """Return the length of a row with its trained padding; see the class for `longest`."""
         if self.trained_padding == "longest":
             padded = longest
         elif self.trained_padding == "gen_length":
@@ -267,7 +267,7 @@ def batches_of(
     batch_size: int,
     device: torch.device,
 ) -> Iterator[dict[str, Any]]:
-    """Yield the rows at `indices` as batches on `device`; random numbers follow the index."""
+    """Yield the rows at `indices` as batches on `device`, with `indices` as `sample_indices`."""
     for start in range(0, len(indices), batch_size):
         chosen = indices[start : start + batch_size]
         batch = collator([{**rows[i], "position": i} for i in chosen])
@@ -281,14 +281,14 @@ def batches_of(
 def trained_canvas(
     stream: ShuffledStream, collator: AnswerCollator, gen_length: int, block_length: int
 ) -> tuple[str, list[str]]:
-    """Compare the canvas that generation fills with what training shows of it.
+    """Compare the canvas of generation with the part of it that training covers.
 
     Args:
-        stream: only its first samples are read.
+        stream: the training stream. Only the first samples are read.
 
     Returns:
-        One line for the run's facts. Warnings, if generation goes beyond what training shows, or
-        ends before answers do.
+        A line for the run's facts, and warnings. There is a warning if generation goes beyond the
+        positions that training covers, or ends before the answers do.
     """
     rows = [stream[position] for position in range(min(len(stream.samples), _SAMPLE))]
     prompts = [row["prompt_length"] for row in rows]
@@ -305,7 +305,7 @@ def trained_canvas(
     for row, answer, end in zip(rows, answers, trained, strict=True):
         is_whole = collator.is_whole(row)
         length = answer - is_whole  # without the end token
-        if is_whole and end < gen_length and collator.multiple == 1:  # else a canvas ends it
+        if is_whole and end < gen_length and collator.multiple == 1:  # else it ends with a canvas
             short.append(end)
         if row["instruction"] and length > gen_length:  # a text without a prompt may be longer
             long.append(length)

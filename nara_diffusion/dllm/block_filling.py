@@ -1,14 +1,14 @@
 """Sampling block by block, for models with attention by blocks (LLaDA2).
 
-Blocks have B positions of the sequence, prompt included, so the first one may begin with the end of
-a prompt. One block after another is filled by the rules of `decoding`, under the block mask of
-`nara_diffusion.noise.blocks`. A noise-aware model runs at
+A block has B positions of the sequence, prompt included, so the first block may begin with the end
+of a prompt. The blocks are filled one after another by the rules of `decoding`, under the block
+mask of `nara_diffusion.noise.blocks`. A noise-aware model runs at
 
     λ (b, k) = 0 for the prompt and finished blocks, masked share of the answer in the active block
 
-Finished text stays clean, so keys and values that a layer computed at λ = 0 stay valid: a cache of
-them is exact, and a step computes only the B positions of its block. The first step of a block also
-computes the block before it, which is clean by then, and adds it to the cache.
+Finished text stays clean, so the keys and values that a layer computed for it at λ = 0 stay valid.
+A cache is therefore exact, and a step computes only the B positions of its block. The first step of
+a block also computes the previous block, which is clean by then, and adds it to the cache.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from .models.block_causal import CACHE
 
 
 class BlockReader(Protocol):
-    """What filling blocks needs from a model: the logits of a block that follows clean text."""
+    """A model that returns the logits of a block after clean text."""
 
     def logits(self, sequences: Tensor, block: int, level: Tensor) -> Tensor:
-        """Return logits (b, B, v) of a block of `sequences` (b, l) at λ = `level` (b,).
+        """Return the logits (b, B, v) of a block of `sequences` (b, l) at λ = `level` (b,).
 
-        All earlier blocks are clean.
+        All earlier blocks must be clean.
         """
         ...
 
 
 class WholeText:
-    """Compute all positions up to the block at each step.
+    """A `BlockReader` that computes all positions up to the block at each step.
 
     Args:
         real: (b, l), 0 on padding.
@@ -56,7 +56,9 @@ class WholeText:
 
 
 class CachedText:
-    """Compute the block, and the clean ones before it that no step has computed, at λ = 0.
+    """A `BlockReader` with a cache, which computes a block and the clean blocks not yet cached.
+
+    The clean blocks run at λ = 0.
 
     Args:
         real: (b, l), 0 on padding.
@@ -108,9 +110,10 @@ def _fill_block(
     block_length: int,
     on_step_end: Callable[[GenerationStep], None] | None,
 ) -> bool:
-    """Fill the masks of a block. Return True if that was all: no mask is left, or `on_step_end` stops.
+    """Fill the masks of a block. Return True if generation is finished.
 
-    The host reads which rows have a mask left, once a step.
+    It is finished if no row has a mask left, or `on_step_end` stops it. The host reads once per
+    step which rows still have a mask.
     """
     b, width = state.sequences.shape
     device = state.sequences.device
@@ -120,7 +123,7 @@ def _fill_block(
     for step, count in enumerate(filter(None, state.sampling.tokens_per_step())):
         left = state.masked & in_block  # (b, g)
         rows = [row for row, is_open in enumerate(left.any(1).tolist()) if is_open]
-        if not rows:  # nothing to begin with: finished answers have no masks in later blocks
+        if not rows:  # at step 0, all answers may be finished, with no masks in later blocks
             return step == 0 and not state.masked.any()
         level = left.sum(1) / size  # (b,)
         logits = reader.logits(state.sequences, block, level)  # (b, B, v)

@@ -2,16 +2,17 @@
 
     L = mean_i [ mean_j − log p(x_ij | canvas_i, prefix_i)  +  w · mean_k − log p(x_ik | x_i<k) ]
 
-The first term is the decoder's, over the positions j of a canvas that belong to the answer, changed
-or not, without a factor 1/λ. The second is the encoder's next-token loss over the whole answer.
+The first term is the loss of the decoder, over the positions j of a canvas that belong to the
+answer, whether changed or not. It has no factor 1/λ. The second term is the next-token loss of the
+encoder over the whole answer.
 
-*Two passes*: the first, without gradient, gives logits that the second sees where
-`self_conditioned` is true. Both run for every batch, so that all processes do the same. An encoder
-that is not trained runs once.
+*Two passes*: the first pass has no gradient. In the second pass, samples with `self_conditioned`
+see the logits of the first. Both passes run for every batch, so that all processes run the same
+forwards. An encoder that isn't trained runs only once.
 
-The encoder reads the whole clean row once, causally. Of its keys, the decoder's mask shows those
-before the canvas; in layers with a sliding window of n positions, only the last n − 1 of them. A
-cache of the prefix would hold just these.
+The encoder reads the whole clean row once, causally. The decoder's mask shows only the keys before
+the canvas. In layers with a sliding window of n positions, it shows only the last n − 1 of them. A
+cache of the prefix would hold the same keys.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ class BlockDiffusionLoss(CanvasBatch):
 
     Attributes:
         loss: scalar, the mean of `per_sample` plus w times the mean of `encoder_loss`.
-        per_sample: (b,) the decoder's loss of each sample, in nats per token.
-        encoder_loss: (b,) the encoder's next-token loss of each sample; zeros if w is 0.
+        per_sample: (b,) the decoder's loss for each sample, in nats per token.
+        encoder_loss: (b,) the encoder's next-token loss for each sample; zeros if w is 0.
         token_loss: (b, c) cross-entropy in nats; zero outside the answer.
     """
 
@@ -57,17 +58,17 @@ def block_diffusion_loss(
     encoder_weight: float = 1.0,
     **corruption: Any,
 ) -> BlockDiffusionLoss:
-    """Corrupt one canvas of each answer, and score how well `model` restores it.
+    """Corrupt one canvas of each answer, and return the loss of `model` in restoring it.
 
     Args:
         model: the outermost module around a DiffusionGemmaForBlockDiffusion.
         input_ids: (b, l) clean tokens: prompt, answer, padding on the right.
-        prompt_lengths: (b,) tokens before the answer, 1 or more.
+        prompt_lengths: (b,) the number of tokens before each answer, 1 or more.
         encoder_weight: w, 0 or more.
-        **corruption: of `corrupt_canvases`, without canvas_length and vocab_size.
+        **corruption: arguments of `corrupt_canvases` except canvas_length and vocab_size.
 
     Raises:
-        ValueError: as `corrupt_canvases`.
+        ValueError: see `corrupt_canvases`.
     """
     config: Any = block_model(model).config
     batch = corrupt_canvases(
@@ -86,7 +87,7 @@ def canvas_loss(
     """Return the loss of a corrupted batch; see `block_diffusion_loss`.
 
     Args:
-        chunk_size: positions for which the encoder has logits at the same time.
+        chunk_size: the number of positions with encoder logits in memory at the same time.
     """
     inner = block_model(model)
     inputs, cache, encoded = decoder_inputs(inner, batch), DynamicCache(), None
@@ -133,13 +134,13 @@ def canvas_curve(
 ) -> list[float]:
     """Return the decoder's mean loss at each noise level, in nats per token.
 
-    A row has the same canvas and nested corruptions at all levels.
+    A row has the same canvas at all levels, and a higher level only changes more tokens.
 
     Args:
         model: the outermost module.
-        rows: of `encode_records`.
+        rows: rows from `encode_records`.
         noise_levels: λ in (0, 1].
-        collator: how rows become a batch.
+        collator: the collator that makes batches of rows.
     """
     model = without_ddp(model)
     device, losses = Backbone(model).device, []
@@ -159,7 +160,7 @@ def block_model(model: nn.Module) -> DiffusionGemmaForBlockDiffusion:
     """Return the DiffusionGemma in `model`.
 
     Raises:
-        ValueError: it has none.
+        ValueError: `model` contains no DiffusionGemma.
     """
     inner = Backbone(model).language_model
     if not isinstance(inner, DiffusionGemmaForBlockDiffusion):
@@ -171,9 +172,9 @@ def block_model(model: nn.Module) -> DiffusionGemmaForBlockDiffusion:
 
 
 def decoder_inputs(model: DiffusionGemmaForBlockDiffusion, batch: CanvasBatch) -> dict[str, Any]:
-    """Return the arguments of a forward: the clean rows, the canvases, their positions, the masks.
+    """Return the arguments of a forward: clean rows, canvases, their positions, and the masks.
 
-    The cache has to keep all keys: pass a `DynamicCache()` without a configuration.
+    Also pass a `DynamicCache()` without a configuration, since the cache has to keep all keys.
     """
     c = batch.canvas.shape[1]
     offsets = torch.arange(c, device=batch.canvas.device)
@@ -188,7 +189,7 @@ def decoder_inputs(model: DiffusionGemmaForBlockDiffusion, batch: CanvasBatch) -
 def _prefix_masks(
     model: DiffusionGemmaForBlockDiffusion, batch: CanvasBatch
 ) -> dict[str, Tensor | None]:
-    """Return, for each type of layer, which keys a canvas sees: (b, 1, c, l + c)."""
+    """Return, for each type of layer, the mask of the keys that a canvas sees, (b, 1, c, l + c)."""
     text: Any = model.config.get_text_config()
     length = batch.input_ids.shape[1]
     make_mask = ALL_MASK_ATTENTION_FUNCTIONS[text._attn_implementation]
@@ -236,7 +237,7 @@ def _next_token_loss(
         logits = torch.tanh(model.lm_head(hidden[0]).float() / cap) * cap  # (chunk, v)
         return token_cross_entropy(logits, wanted)
 
-    # the model's output has the dtype of the loss, and its head another outside of autocast
+    # outside of autocast, the head's dtype may differ from that of the hidden states
     before = hidden.flatten(0, 1)[None, places - 1].to(model.lm_head.weight.dtype)  # (1, m, d)
     of_places = by_chunks(loss, before, batch.input_ids.flatten()[places], chunk_size)
     losses = of_places.new_zeros(batch.answer.numel()).scatter(0, places, of_places)

@@ -4,8 +4,8 @@ A step predicts a token x for each mask of a block, ranks the masks by a score, 
 best tokens of each row:
 
     remasking         score
-    low_confidence    p(x), p = softmax(logits)                                 LLaDA's
-    random            a uniform random number                                   LLaDA's
+    low_confidence    p(x), p = softmax(logits)                                 LLaDA
+    random            a uniform random number                                   LLaDA
     maskgit_plus      q(x), q = softmax(logits / T) within top_p                Dream's `alg`
     topk_margin       q of the likeliest token − q of the second                Dream's `alg`
     entropy           − H(q)                                                    Dream's `alg`
@@ -16,11 +16,11 @@ best tokens of each row:
     factor                 the largest n with (n + 1)(1 − n-th best score) < it   (1)
     entropy_bound          the largest n with H₁ + … + Hₙ − max(H₁, …, Hₙ) ≤ it   (2)
 
-H₁, H₂, … are the entropies of q, in nats, in the order of the scores. All rules but `steps` place
-several tokens at once if the model is sure of them (parallel decoding). (1) is from arXiv
-2505.22618; (2) is EB-Sampler's, arXiv 2505.24857.
+H₁, H₂, … are the entropies of q, in nats, in the order of the scores. All rules except `steps`
+place several tokens at once if the model is sure of them (parallel decoding). The rules marked (1)
+are from arXiv 2505.22618. Rule (2) is that of EB-Sampler, arXiv 2505.24857.
 
-`State` holds the texts with their masks. Its step runs the model at λ = masked share of each
+`State` holds the texts with their masks. Its step runs the model at λ, the masked share of each
 answer.
 """
 
@@ -44,7 +44,7 @@ CHAT_SETTINGS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"block_length": 32},  # LLaDA-MoE
     "llada2_moe": {"confidence_threshold": 0.95},  # its block length is the model's
 }
-"""{model_type: the published settings of the model's own chat}. Dream's has one block."""
+"""{model_type: the published settings for chats}. Dream's chat uses a single block."""
 _PARALLEL = ("confidence_threshold", "factor", "entropy_bound")
 _LAST = -1e9  # below every score
 
@@ -55,20 +55,21 @@ class Sampling:
 
     Attributes:
         gen_length: the number of tokens of each answer.
-        steps: the number of forwards; default: one for each token.
-        block_length: the number of tokens of a block; default: gen_length.
-        temperature: T; 0 is greedy.
-        top_p: draw only from the likeliest tokens that together have this probability; default:
+        steps: the number of forwards. The default is one for each token.
+        block_length: the number of tokens of a block. The default is gen_length.
+        temperature: T. With 0, sampling is greedy.
+        top_p: the total probability of the likeliest tokens to draw from. The default is to draw
             from all tokens.
-        cfg_scale: w, the scale of classifier-free guidance; 0 turns it off.
-        remasking: the score, see above.
-        confidence_threshold, factor, entropy_bound: one of the rules above, instead of `steps`.
-        logits_eos_inf: never predict the end token of the model's configuration, as in LLaDA's
-            code. An answer then ends with another end token, or fills its length.
-        confidence_eos_eot_inf: place end tokens after all others, as in LLaDA's code.
+        cfg_scale: w, the scale of classifier-free guidance. With 0, there is no guidance.
+        remasking: the score; see the module's docstring.
+        confidence_threshold, factor, entropy_bound: the parameter of a rule in the module's
+            docstring. At most one of them can replace `steps`.
+        logits_eos_inf: True to never predict the end token of the model's configuration, as in
+            LLaDA's code. An answer then ends with another end token, or takes its full length.
+        confidence_eos_eot_inf: True to place end tokens after all others, as in LLaDA's code.
 
     Raises:
-        ValueError: a value is out of its range, or two settings contradict each other.
+        ValueError: a value is out of range, or two settings contradict each other.
     """
 
     gen_length: int = 128
@@ -108,7 +109,7 @@ class Sampling:
             )
 
     def _check_rule(self) -> None:
-        """Raise ValueError for several rules, or for one that doesn't go with `remasking`."""
+        """Raise ValueError if there are several rules, or the rule doesn't fit `remasking`."""
         rules = [name for name in ("steps", *_PARALLEL) if getattr(self, name) is not None]
         if len(rules) > 1:
             raise ValueError(
@@ -131,7 +132,7 @@ class Sampling:
         return self.gen_length if self.block_length is None else self.block_length
 
     def changed(self) -> dict[str, Any]:
-        """Return gen_length, and the settings that aren't the defaults."""
+        """Return gen_length and all settings that differ from their defaults."""
         found = {"gen_length": self.gen_length}
         for name, value in vars(self).items():
             if value != getattr(Sampling, name):
@@ -139,7 +140,7 @@ class Sampling:
         return found
 
     def tokens_per_step(self) -> list[int]:
-        """Return how many tokens each step of a block places by `steps`; ones for other rules."""
+        """Return the number of tokens that each step of a block places; ones without `steps`."""
         steps = (self.steps or self.gen_length) // (self.gen_length // self.block)
         whole, rest = divmod(self.block, steps)
         return [whole + (step < rest) for step in range(steps)]
@@ -152,14 +153,15 @@ class Sampling:
         last: torch.Tensor,
         uniform: Callable[..., torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Predict a token for each place of a block, and choose the places that get theirs.
+        """Predict a token for each place of a block, and choose the places to fill.
 
         Args:
             logits: (a, k, v).
             masked: (a, k) bool, the places to choose from.
-            count: how many places of a row are chosen by the rule `steps`.
-            last: (e,) tokens that are placed after all others.
-            uniform: returns random numbers in [0, 1): f(*shape of a row, dtype=…) → (a, *shape).
+            count: the number of places that the rule `steps` chooses in each row.
+            last: (e,) the tokens to place after all others.
+            uniform: a function f(*shape of a row, dtype=…) → (a, *shape) that returns random
+                numbers in [0, 1).
 
         Returns:
             Tokens (a, k), and the chosen places (a, k) bool.
@@ -184,8 +186,8 @@ class Sampling:
         """Return the predicted tokens (a, k): the likeliest ones, or a sample of q."""
         if self.temperature == 0:
             return shaped.argmax(-1)
-        # The Gumbel noise is float64: lower precision has too few values, and samples get visibly
-        # worse (arXiv 2409.02908).
+        # The Gumbel noise is float64. At lower precision it takes too few values, and samples get
+        # visibly worse (arXiv 2409.02908).
         draws = uniform(*shaped.shape[1:], dtype=torch.float64)
         draws = draws.clamp(min=torch.finfo(torch.float64).tiny)
         return (shaped.double() - torch.log(-torch.log(draws))).argmax(-1)
@@ -193,7 +195,7 @@ class Sampling:
     def _best(
         self, score: torch.Tensor, shaped: torch.Tensor, order: torch.Tensor, count: int
     ) -> torch.Tensor:
-        """Return which of the ranked places (a, k) are chosen; the first one always is."""
+        """Return the mask of chosen places among the ranked ones (a, k); the first always is."""
         n = torch.arange(1, score.shape[1] + 1, device=score.device)  # (k,)
         if self.confidence_threshold is not None:
             best = score > self.confidence_threshold
@@ -236,15 +238,18 @@ def _entropy(logits: torch.Tensor) -> torch.Tensor:
 
 
 def model_sampling(model: nn.Module, sampling: Sampling, *, chat: bool) -> Sampling:
-    """Return the settings for a model, and for prompts that come from the chat template if `chat`.
+    """Return `sampling` with the model's own values for some settings.
 
-    If attention goes by blocks, sampling takes their length. For a chat, settings that aren't given
-    take the model's own values, if its block length divides gen_length and the number of blocks
-    divides `steps`.
+    If the model's attention is by blocks, sampling uses the same block length. For a chat, unset
+    settings take the model's published values, if its block length divides gen_length and the
+    number of blocks divides `steps`.
+
+    Args:
+        chat: True if the prompts come from the chat template.
 
     Raises:
-        ValueError: the model's attention has another block length; or it has blocks, and guidance
-            is on.
+        ValueError: the model's attention is by blocks, and either block_length differs from the
+            length of these blocks or guidance is on.
     """
     backbone = Backbone(model)
     settings = CHAT_SETTINGS.get(backbone.configured("model_type") or "", {}) if chat else {}
@@ -287,12 +292,12 @@ class GenerationStep:
     """The argument of `on_step_end`, which may change `sequences` and `stop`.
 
     Attributes:
-        index: the number of steps before this one.
-        noise_level: (b,) the λ that the model ran at; rows that are done have 0.
-        sequences: (b, l) prompt, answer so far, padding. A mask may be filled; no other token may
-            become a mask.
-        masked: (b, gen_length) which tokens of the answers are still masks.
-        stop: True ends sampling after this step; remaining masks stay masks.
+        index: the index of the step, from 0.
+        noise_level: (b,) the λ that the model ran at; 0 for finished rows.
+        sequences: (b, l) prompt, answer so far, padding. `on_step_end` may fill masks, but must not
+            add any.
+        masked: (b, gen_length) bool, the tokens of the answers that are still masks.
+        stop: set to True to end sampling after this step. Masks that are left then remain.
     """
 
     index: int
@@ -304,14 +309,14 @@ class GenerationStep:
 
 @dataclass
 class State:
-    """The sequences, and the step that fills some of their masks.
+    """The sequences during generation, with the step that fills some of their masks.
 
     Attributes:
         ends: (e,) the tokens that end an answer.
         last, never: the tokens that are placed after all others, and those that are never
             predicted.
-        sequences, starts, attention_mask: what `place_prompts` returned.
-        generator: seeds the rows' own streams of random numbers.
+        sequences, starts, attention_mask: the results of `place_prompts`.
+        generator: the generator that seeds a stream of random numbers for each row.
     """
 
     backbone: Backbone
@@ -359,7 +364,7 @@ class State:
     def is_stopped(
         self, on_step_end: Callable[[GenerationStep], None], noise_level: torch.Tensor
     ) -> bool:
-        """Call `on_step_end`, take its sequences, and return True if it stops."""
+        """Call `on_step_end`, take over its sequences, and return True if it ends sampling."""
         sequences, masked = self.sequences.clone(), self.masked.clone()
         step = GenerationStep(self.forwards - 1, noise_level, sequences, masked)
         on_step_end(step)
@@ -368,12 +373,12 @@ class State:
         return step.stop
 
     def _open_rows(self, columns: slice) -> list[int]:
-        """Return the rows with a mask left in the block. The host reads them."""
+        """Return the rows that still have a mask in the block; the host waits for the device."""
         is_open = self.masked[:, columns].any(1).tolist()
         return [row for row, is_one in enumerate(is_open) if is_one]
 
     def _step(self, open_rows: list[int], columns: slice, count: int) -> None:
-        """Place tokens in the a rows that are not done with the block."""
+        """Place tokens in the a rows that still have a mask in the block."""
         rows = torch.tensor(open_rows).to(self.masked.device, non_blocking=True)  # (a,)
         positions, masked = self.positions[rows, columns], self.masked[rows, columns]  # (a, k)
         self.place(open_rows, positions, masked, self._logits(rows, positions), count)
@@ -386,11 +391,13 @@ class State:
         logits: torch.Tensor,
         count: int,
     ) -> None:
-        """Place tokens of a `rows` at some of the `masked` (a, k) ones among `positions` (a, k).
+        """Place tokens in the a rows `rows`, at some of their masked positions.
 
         Args:
+            positions: (a, k).
+            masked: (a, k) bool, True where a position holds a mask.
             logits: (a, k, v), changed in place.
-            count: how many of a row are placed by the rule `steps`.
+            count: the number of tokens that the rule `steps` places in each row.
         """
         logits = logits.index_fill_(-1, self.never, float("-inf"))
         uniform = partial(self._uniform, rows)
@@ -403,7 +410,10 @@ class State:
         self.masked = self.masked & (self.answers == self.mask_token_id)
 
     def _logits(self, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Return guided logits (a, k, v) of `rows` (a,), each at its λ, at `positions` (a, k)."""
+        """Return the guided logits (a, k, v) of `rows` (a,) at `positions` (a, k).
+
+        Each row runs at its own λ.
+        """
         self.forwards += 1
         w = self.sampling.cfg_scale
         padding = None if self.attention_mask is None else self.attention_mask[rows]
@@ -419,7 +429,7 @@ class State:
         return guided(logits.clone().unflatten(0, (-1, len(rows))), w)
 
     def _uniform(self, rows: list[int], *shape: int, dtype: torch.dtype) -> torch.Tensor:
-        """Return the next random numbers of a rows, each from its own stream: (a, *shape)."""
+        """Return the next random numbers (a, *shape); each row has its own stream."""
         draws = []
         for row in rows:
             stream = self.streams[row]
@@ -427,7 +437,7 @@ class State:
         return torch.stack(draws)
 
     def finish_rows(self) -> None:
-        """Fill the rest of each row that has no mask before its first end token."""
+        """Fill each row after its first end token, if no mask comes before that token."""
         answers = self.answers
         is_end = torch.isin(answers, self.ends) & ~self.masked  # (b, g)
         has_end = is_end.any(1, keepdim=True)  # (b, 1)

@@ -1,11 +1,12 @@
-"""Rows: records as token ids, each a prompt, an answer and its end.
+"""Encode records as rows of token ids: a prompt, an answer and its end.
 
-With a chat template in the tokenizer, the prompt ends with the text that opens the assistant's
-turn, and the answer is that turn as the template closes it. Attention is bidirectional, so a later
-turn would show an earlier answer: a conversation becomes pairs (everything before, next answer),
-and each row ends with its answer. A text without a prompt begins with BOS, if the tokenizer has
-one. One end-of-sequence token ends an answer. The collator adds more, which are trained on too:
-this is how LLaDA learns where to stop (arXiv 2502.09992, appendix B.1).
+If the tokenizer has a chat template, the prompt ends with the text that opens the assistant's turn.
+The answer is this turn, closed as the template closes it. Attention is bidirectional, so a later
+turn would reveal an earlier answer. A conversation is therefore split into pairs (all earlier
+turns, next answer), and each row ends with its answer. A text without a prompt begins with BOS, if
+the tokenizer has a BOS token. One end-of-sequence token ends an answer. The collator adds more of
+them, which are also trained on: this is how LLaDA learns where to stop (arXiv 2502.09992,
+appendix B.1).
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ class EncodedRecords:
     """Attributes:
     rows: Dataset of `input_ids` (prompt, answer, end), `prompt_length`, `instruction`,
         `answer`, and `record`, a number that the pairs of one conversation share.
-    longest, longest_prompt: tokens of the longest row, and of the longest prompt.
-    longest_prompt_in: what messages call the record with the longest prompt.
+    longest, longest_prompt: the numbers of tokens in the longest row and in the longest prompt.
+    longest_prompt_in: the name of the record with the longest prompt, for messages.
     """
 
     rows: Dataset
@@ -60,7 +61,7 @@ class EncodedRecords:
     longest_prompt_in: str
 
     def digest(self) -> str:
-        """Return the SHA-256 of all tokens, and of where rows, answers and records begin."""
+        """Return the SHA-256 of all tokens and of the starts of rows, answers and records."""
         digests = [hashlib.sha256() for _ in range(4)]
         for table in column_batches(self.rows, _DIGESTED, "arrow"):
             ids = table["input_ids"].combine_chunks()
@@ -79,20 +80,22 @@ def encode_records(
     train_on: str = "last",
     name: str = "records",
 ) -> EncodedRecords:
-    """Tokenise the records that `read_records` returned; `datasets` caches the rows.
+    """Tokenise the records that `read_records` returned. The rows are cached by `datasets`.
 
     Args:
-        records: with `instruction`, `input`, `output`, `answer`, and `turns` of conversations. They
-            may have `number`, their place in their file, from 0.
-        max_length: tokens of prompt, answer and end together. Longer answers are cut, and a prompt
-            that fills `max_length` drops its record; both are logged.
-        max_prompt_length: also drop records with a longer prompt.
+        records: records with `instruction`, `input`, `output`, `answer`, and `turns` for
+            conversations. `number`, the place of a record in its file from 0, is optional.
+        max_length: the maximum number of tokens of prompt, answer and end together. Longer answers
+            are cut. A record is dropped if its prompt alone fills `max_length`. Both are logged.
+        max_prompt_length: the maximum number of tokens of a prompt. Records with a longer prompt
+            are dropped.
         train_on: the answers of a conversation that become rows, "last" or "all".
-        name: what the log calls the records.
+        name: the name of the records, for the log.
 
     Raises:
-        ValueError: no record is left; a text contains the mask token; a conversation has no chat
-            template, or one that refuses it or opens an answer and a generation prompt differently.
+        ValueError: no record is left; a text contains the mask token; or there is a conversation,
+            but the chat template is missing, rejects it, or opens an answer and a generation prompt
+            differently.
     """
     from datasets import Features, List, Value
 
@@ -132,7 +135,7 @@ def encode_records(
 def _nothing_left(
     name: str, size: int, shortest: int, encoder: RecordEncoder, given: int | None
 ) -> ValueError:
-    """Return the error for records with prompts that are all too long."""
+    """Return the error to raise if the prompts of all records are too long."""
     flags = []
     if encoder.max_length <= shortest:
         flags.append(f"--max_length {shortest + 1} or more")
@@ -148,7 +151,7 @@ def _nothing_left(
 def _log_lengths(
     name: str, size: int, numbers: Mapping[str, np.ndarray], encoder: RecordEncoder
 ) -> None:
-    """Log the length of most rows, and what was dropped or cut."""
+    """Log the length of most rows, and the numbers of dropped records and cut answers."""
     lengths = numbers["length"]
     pairs_of_record = dict(zip(numbers["record"].tolist(), numbers["pairs"].tolist(), strict=True))
     late = sum(pairs_of_record.values()) - len(lengths)
@@ -175,7 +178,7 @@ def _log_lengths(
 
 @dataclass(frozen=True)
 class Pair:
-    """A prompt and its answer, as texts, from a record or from an earlier turn."""
+    """A prompt and its answer as texts, from a record or an earlier turn of a conversation."""
 
     prompt: str
     closed: str  # the output and the end of its turn
@@ -195,7 +198,7 @@ class RecordEncoder:
     source: str
 
     def cache_key(self) -> list[Any]:
-        """Return everything besides the records that the rows depend on."""
+        """Return everything that the rows depend on, except the records."""
         tokenizer, backend = self.tokenizer, backend_of(self.tokenizer)
         vocabulary = tokenizer if backend is None else backend.to_str()
         special = tokenizer.special_tokens_map
@@ -203,7 +206,7 @@ class RecordEncoder:
         return [vocabulary, tokenizer.chat_template, special, *limits]
 
     def name_of(self, record: Mapping[str, Any], place: int) -> str:
-        """Return what messages call a record: its number, and its file."""
+        """Return the name of a record in messages, made from its number and its file."""
         name = f"record {record.get('number', place) + 1}"
         return f"{name} of {self.source}" if self.source else name
 
@@ -257,7 +260,7 @@ class RecordEncoder:
         }
 
     def pairs(self, record: Mapping[str, Any]) -> list[Pair]:
-        """Return the pairs of a record: one, or several for a conversation."""
+        """Return the pairs of a record. A conversation may have several."""
         instruction, output, answer = (record[key] for key in ("instruction", "output", "answer"))
         turns = record.get("turns") or []
         if not instruction:
@@ -270,7 +273,7 @@ class RecordEncoder:
         return [*pairs, self._in_template(turns, instruction, output, answer)]
 
     def _earlier_pairs(self, turns: Sequence[Mapping[str, str]]) -> list[Pair]:
-        """Return a pair for each answer among the turns before the last answer."""
+        """Return a pair for each answer before the last one."""
         pairs: list[Pair] = []
         question = None
         for i, turn in enumerate(turns):
@@ -284,7 +287,7 @@ class RecordEncoder:
     def _in_template(
         self, turns: Sequence[Mapping[str, str]], instruction: str, output: str, answer: str
     ) -> Pair:
-        """Return the pair of an output and the turns before it, in the chat template."""
+        """Return the pair of an output and its earlier turns, in the form of the chat template."""
         prompt = chat_text(self.tokenizer, turns)
         answered = [*turns, {"role": "assistant", "content": output}]
         whole = chat_text(self.tokenizer, answered, add_generation_prompt=False)

@@ -1,17 +1,18 @@
 """Exact match: the share of right answers among those that a masked language model generates.
 
-Rules find the answer in a generated text and compare it, here and in the tasks of `nara-eval`:
+A rule extracts the answer from a generated text and compares it with the right answer. The tasks of
+`nara-eval` use the same rules:
 
-    text     the whole text, with runs of white space as one space
-    number   the last number, ignoring commas; right if within 0.001 of the right answer's
-    letter   the last of A … E that stands as a separate word
+    text     the whole text, with each run of white space as one space
+    number   the last number, ignoring commas; right if within 0.001 of the right number
+    letter   the last of A … E that is a separate word
     choice   the first of answer1 … answer5, ending1 … ending4, option1, option2, solution1,
              solution2, true, false that is of the same kind as the right answer; if the right
              answer contains none of these, the rule "letter" applies
 
-The last three are those of LLM-Adapters (arXiv 2304.01933). Its own scripts differ if a word
-contains a choice: they find "A" in "Answer" and "true" in "untrue", but not "True"; these rules
-find only "True".
+The last three rules are from LLM-Adapters (arXiv 2304.01933), but the scripts of that project match
+parts of words: they find "A" in "Answer" and "true" in "untrue". They don't find "True", which the
+rules here do.
 """
 
 from __future__ import annotations
@@ -44,10 +45,10 @@ class ExactMatch:
     """The result of `exact_match`.
 
     Attributes:
-        score: share of right answers, in [0, 1].
-        correct, total: their numbers.
-        generations: one {instruction, generation, extracted, answer, correct} a row, in the rows'
-            order.
+        score: the share of right answers, in [0, 1].
+        correct, total: the numbers of right answers and of all answers.
+        generations: one {instruction, generation, extracted, answer, correct} for each row, in the
+            order of the rows.
         forwards: the number of forwards of the model.
     """
 
@@ -70,17 +71,19 @@ def exact_match(
 ) -> ExactMatch:
     """Generate an answer to the prompt of each row, and count the right ones.
 
-    A generation is the text before its first end token. It is right if `extract` finds the same in
-    it and in the row's `answer`.
+    A generation is the text before the first end token. It is right if `extract` finds the same
+    answer in the generation and in the row's `answer`.
 
     Args:
         model: the outermost module.
-        rows: of `encode_records`, with `input_ids`, `prompt_length`, `instruction` and `answer`.
-        extract: a rule, "text", "number", "letter" or "choice"; or a function from text to text.
+        rows: rows from `encode_records`, with `input_ids`, `prompt_length`, `instruction` and
+            `answer`.
+        extract: the name of a rule ("text", "number", "letter" or "choice"), or a function from
+            text to text.
         **sampling: arguments of `generate`, such as gen_length.
 
     Raises:
-        ValueError: an unknown `extract`.
+        ValueError: `extract` is not a known rule.
     """
     _warn_of_nameless(rows, extract)
     ends = stop_token_ids(model, tokenizer)
@@ -113,7 +116,7 @@ def exact_match(
 def _warn_of_nameless(
     rows: Sequence[Mapping[str, Any]], extract: str | Callable[[str], str]
 ) -> None:
-    """Warn of right answers that `extract` finds nothing in."""
+    """Log a warning if `extract` finds nothing in some right answers."""
     nameless = []
     for row in rows:
         _, is_right = compare(extract, row["answer"], row["answer"])
@@ -131,17 +134,17 @@ def _warn_of_nameless(
 
 
 def compare(extract: str | Callable[[str], str], text: str, answer: str) -> tuple[str, bool]:
-    """Return the answer that a generated `text` names, and whether it equals the right `answer`.
+    """Extract the answer from a generated `text`, and compare it with the right `answer`.
 
     Args:
-        extract: "text", "number", "letter" or "choice"; or a function from text to text
-            that has to return the same for both texts.
+        extract: the name of a rule ("text", "number", "letter" or "choice"), or a function from
+            text to text. With a function, the answer is right if both texts give the same result.
 
     Returns:
-        The named answer is "" if the text names none.
+        The extracted answer, "" if there is none, and whether it is right.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: `extract` is not a known rule.
     """
     if extract == "number":
         return _compare_numbers(text, answer)
@@ -173,7 +176,7 @@ def _compare_numbers(text: str, answer: str) -> tuple[str, bool]:
 
 
 def _first_choice(text: str, kind: str) -> str:
-    """Return the first choice of a kind in `text`, or ""."""
+    """Return the first choice of this kind in `text`, or "" if there is none."""
     for choice in _CHOICE.findall(text):
         if _kind(choice.lower()) == kind:
             return choice.lower()
@@ -181,7 +184,7 @@ def _first_choice(text: str, kind: str) -> str:
 
 
 def _kind(choice: str) -> str:
-    """Return what a choice is one of: "answer" for "answer1", "truth" for "true" and "false"."""
+    """Return the kind of a choice: "answer" for "answer1", "truth" for "true" and "false"."""
     return "truth" if choice in ("true", "false") else choice[:-1]
 
 

@@ -1,12 +1,12 @@
-"""The Monte-Carlo likelihood of answers (LLaDA, arXiv 2502.09992, equation 6):
+"""Monte-Carlo estimates of the likelihood of answers (LLaDA, arXiv 2502.09992, equation 6):
 
     log p(x | prompt)  ≥  − E_k E_masks (n / k) Σ_{j masked} − log p(x_j | masked x)
     k ~ U{1 … n}, masks of k tokens
 
-Drawing the number of masked tokens, k, gives less variance than drawing a probability, and k is
+Drawing the number of masked tokens, k, gives less variance than drawing a probability. k is also
 stratified: sample s of S takes k from the s-th part of {1 … n}. If n tokens have at most S possible
-masks, 2ⁿ − 1 ≤ S, all of them are run, each with weight 1 / (n · C(n, k)), and no randomness is
-left. The model runs at λ = k / n.
+masks (2ⁿ − 1 ≤ S), all of them are run, each with weight 1 / (n · C(n, k)), so the result is not
+random. The model runs at λ = k / n.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .tokenizer import mask_in_a_text
 
 
 class _Task(NamedTuple):
-    """A mask (l,) of a row, and its weight in the row's estimate."""
+    """A mask (l,) of a row, with its weight in the row's estimate."""
 
     row: int
     mask: torch.Tensor
@@ -56,23 +56,24 @@ def log_likelihood(
     Args:
         model: the outermost module.
         input_ids: (b, l) prompt, answer, padding on the right.
-        prompt_lengths: (b,) tokens before the answer. It may be 0: a model that predicts the next
-            token (Dream) then sees a BOS token in front.
-        answer_lengths: (b,) tokens of each answer; by default answers end at l.
-        samples: S, the number of masks of an answer.
-        batch_size: masked sequences of one forward, which may belong to several answers.
+        prompt_lengths: (b,) the number of tokens before each answer. If it is 0 and the model
+            predicts the next token (Dream), a BOS token is put in front.
+        answer_lengths: (b,) the number of tokens of each answer. By default answers end at l.
+        samples: S, the number of masks for each answer.
+        batch_size: the number of masked sequences in one forward. They may belong to several
+            answers.
         seed: the seed of the masks.
-        sample_indices: (b,). The masks of row i depend only on (seed, sample_indices[i]) and on the
-            answer's length; by default on (seed, i). Rows with the same index and length are
-            compared on the same masks.
-        cfg_scale: w of classifier-free guidance, as in `generate`; 0 turns it off.
-        differentiable: keep the graph of all samples × rows, for a loss such as that of
-            preferences. A few samples are then enough, with another seed in each step. The model
-            stays in its mode, and in DDP.
+        sample_indices: (b,), by default 0 … b − 1. The masks of row i depend only on (seed,
+            sample_indices[i]) and on the length of the answer, so rows with equal index and length
+            get the same masks.
+        cfg_scale: w of classifier-free guidance, as in `generate`. With 0, there is no guidance.
+        differentiable: True to keep the graph of all samples and rows, for example for a preference
+            loss. A few samples are then enough, with another seed in each step. The model keeps its
+            mode and its DDP wrapper.
 
     Raises:
-        ValueError: see `answer_positions`; or a text that contains the mask token; or a model with
-            attention by blocks (LLaDA2).
+        ValueError: a text contains the mask token, or the model's attention is by blocks (LLaDA2).
+            See also `answer_positions`.
     """
     model = model if differentiable else without_ddp(model)
     backbone = Backbone(model)
@@ -114,7 +115,7 @@ def log_likelihood(
 def _tasks(
     answers: torch.Tensor, indices: Sequence[int], samples: int, seed: int
 ) -> dict[int, list[_Task]]:
-    """Return the masks to run, by the length of their text, so that nothing is padded."""
+    """Return the masks to run, grouped by the length of the text so that none needs padding."""
     by_length: dict[int, list[_Task]] = {}
     for row, (answer, index) in enumerate(zip(answers, indices, strict=True)):
         masks, weights = weighted_masks(answer, samples, np.random.default_rng((seed, index)))
@@ -147,7 +148,8 @@ def weighted_masks(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return masks (m, l) of an `answer` (l,), and their weights (m,), which sum to 1.
 
-    These are all possible masks, or `samples` of them with a stratified number of tokens.
+    If there are at most `samples` possible masks, return all of them. Otherwise return `samples`
+    masks, with the number of masked tokens stratified.
     """
     n = int(answer.sum())
     if n < 63 and 2**n - 1 <= samples:

@@ -1,13 +1,13 @@
-"""Losses of masked language models: the objective, and the same at chosen noise levels.
+"""Losses of masked language models: the training objective, and the loss at given noise levels.
 
-LLaDA's objective for supervised fine-tuning (arXiv 2502.09992, algorithm 2), with n_i the length of
-answer i, including the EOS padding that is trained on. Each sequence has its own λ, and its
-adapters run at that:
+The objective is that of LLaDA's supervised fine-tuning (arXiv 2502.09992, algorithm 2). n_i is the
+length of answer i, including the EOS padding that is trained on. Each sequence has its own λ, and
+the adapters run at this λ:
 
     L = 1/B Σ_i  1/n_i Σ_{j masked}  − log p(x_ij | masked x_i) / λ_i
 
-A model with attention by blocks (LLaDA2) is trained on one block of each answer per step:
-all of the above then applies to that block, and the adapters run at λ = 0 on the clean ones before
+A model with attention by blocks (LLaDA2) is trained on one block of each answer per step. The
+objective then applies to this block alone, and the adapters run at λ = 0 on the clean blocks before
 it.
 """
 
@@ -34,8 +34,8 @@ class MaskedDiffusionLoss(MaskedBatch):
 
     Attributes:
         loss: scalar, the mean of `per_sample`.
-        per_sample: (b',) each sequence's share, divided by its λ and its answer's length.
-        token_loss: (b', l) cross-entropy in nats; zero where nothing is masked.
+        per_sample: (b',) the loss of each sequence, divided by λ and the length of the answer.
+        token_loss: (b', l) cross-entropy in nats; zero at positions that aren't masked.
     """
 
     loss: Tensor
@@ -52,27 +52,27 @@ def masked_diffusion_loss(
     chunk_size: int | None = 256,
     **masking: Any,
 ) -> MaskedDiffusionLoss:
-    """Mask the answers at random, and score how well `model` fills them in.
+    """Mask the answers at random, and return the loss of `model` in filling them in.
 
     Args:
-        model: the outermost module, as `accelerator.prepare` or `get_peft_model` returned it; its
-            `__call__` is entered.
+        model: the outermost module, as `accelerator.prepare` or `get_peft_model` returned it. The
+            loss calls this module itself, not an inner one.
         input_ids: (b, l) clean tokens: prompt, answer, padding on the right.
-        prompt_lengths: (b,) tokens before the answer. All lengths and indices are lists, or tensors
-            on the CPU; the host would wait for those on another device.
-        mask_token_id: default `model.config.mask_token_id`.
-        chunk_size: how many masked positions have logits at the same time; backward computes the
-            logits again. None computes those of all positions at once, as most trainers do. The
-            values are the same. Models with an adapted head, or with one that can't be reached
-            (`Backbone.head` is None), always compute all at once.
-        **masking: of `mask_answers`: answer_lengths (b,); noise_level, λ in (0, 1], (b,) or one
-            number, instead of drawing it; generator, or seed with sample_indices (b,); group_size;
-            complementary; window.
+        prompt_lengths: (b,) the number of tokens before each answer. Pass all lengths and indices
+            as lists or CPU tensors, since the host would have to wait for other devices.
+        mask_token_id: the mask token; by default `model.config.mask_token_id`.
+        chunk_size: the number of masked positions with logits in memory at the same time. Backward
+            computes the logits again. None computes all logits at once, as most trainers do, with
+            the same result. If the head is adapted or can't be reached (`Backbone.head` is None),
+            all logits are always computed at once.
+        **masking: arguments of `mask_answers`: answer_lengths (b,); noise_level, a λ in (0, 1], as
+            (b,) or one number, instead of a drawn λ; generator, or seed with sample_indices (b,);
+            group_size; complementary; window.
 
     Raises:
-        ValueError: see `mask_answers`; or no mask token; or an adapter that was trained with
-            another λ than the masked share; or an answer without a prompt, for a model that
-            predicts the next token.
+        ValueError: there is no mask token; the adapter was trained with a λ that isn't the masked
+            share; or an answer has no prompt, but the model predicts the next token. See also
+            `mask_answers`.
     """
     backbone = Backbone(model)
     masking["block_length"] = backbone.block_length
@@ -100,13 +100,14 @@ def masked_cross_entropy(
     cfg_scale: float = 0.0,
     mask_token_id: int | None = None,
 ) -> Tensor:
-    """Return −log p of the clean token at each masked position, and zero elsewhere: (b, l), float32
-    or float64.
+    """Return −log p of the clean token at each masked position, and zero elsewhere.
+
+    The result is (b, l), in float32 or float64.
 
     Args:
-        cfg_scale: w of classifier-free guidance (`backbone.guided`); 0 turns it off. Rows with
-            masked prompts run at the λ of their sample.
-        mask_token_id: for guidance; default `model.config.mask_token_id`.
+        cfg_scale: w of classifier-free guidance (`backbone.guided`). With 0, there is no guidance.
+            Rows with masked prompts run at the λ of their sample.
+        mask_token_id: the mask token for guidance; by default `model.config.mask_token_id`.
     """
     backbone = Backbone(model)
     opens = batch.opens
@@ -121,7 +122,7 @@ def masked_cross_entropy(
         rows = rows.with_masked_prompts(is_prompt, backbone.mask_token_id(mask_token_id))
     with conditioned(model, rows.noise_level):
         head = None if chunk_size is None else backbone.head
-        # an adapted head has to see whole rows, for their λ
+        # an adapted head needs whole rows, each with its λ
         if head is None or chunk_size is None or hasattr(head, "lora_A"):
             logits = backbone.logits(rows.input_ids, rows.attention_mask)
             logits = guided(_by_prompt(logits, batch), cfg_scale)  # (b, l, v)
@@ -141,20 +142,20 @@ def masked_cross_entropy(
 
 
 def _by_prompt(states: Tensor, batch: MaskedBatch) -> Tensor:
-    """Return `states` (b or 2b, l, …) as (1 or 2, b, l, …): with the prompt, and with it masked."""
+    """Return `states` (b or 2b, l, …) as (1 or 2, b, l, …): prompt visible, then prompt masked."""
     return states.unflatten(0, (-1, len(batch.targets)))
 
 
 def _chunked_losses(
     head: nn.Module, hidden: Tensor, batch: MaskedBatch, chunk_size: int, cfg_scale: float
 ) -> Tensor:
-    """Return − log p of the clean tokens (b, l) from hidden states (1 or 2, b, l, d) by chunks."""
+    """Return − log p of the clean tokens (b, l) from hidden states (1 or 2, b, l, d), in chunks."""
     places = batch.places  # (m,)
     if places is None:
         places = batch.masked.flatten().nonzero()[:, 0]
     counts = batch.masked.new_ones(len(places))
     if not len(places):
-        # one place that counts zero, since every parameter has to get a gradient
+        # one place with weight zero, since every parameter has to get a gradient
         places, counts = places.new_zeros(1), batch.masked.new_zeros(1)
 
     def loss(hidden: Tensor, wanted: Tensor) -> Tensor:
@@ -170,9 +171,15 @@ def _chunked_losses(
 def by_chunks(
     loss: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, wanted: Tensor, chunk_size: int
 ) -> Tensor:
-    """Return `loss(hidden states (n, c, d), tokens (c,))` of all chunks of m places: (m,).
+    """Return the losses (m,) of m places, computed chunk by chunk.
 
-    Backward computes each chunk again, so that the logits of only one exist at a time.
+    Backward computes each chunk again, so the logits of only one chunk exist at a time.
+
+    Args:
+        loss: a function of hidden states (n, c, d) and tokens (c,) that returns losses (c,).
+        hidden: (n, m, d).
+        wanted: (m,) tokens.
+        chunk_size: the maximum of c.
     """
     losses: list[Tensor] = []
     for chunk in zip(hidden.split(chunk_size, 1), wanted.split(chunk_size), strict=True):
@@ -185,7 +192,7 @@ def by_chunks(
 
 
 def token_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return − log p(target), computed at least in float32: (…, v), (…) → (…)."""
+    """Return − log p(target) in float32 or higher: (…, v), (…) → (…)."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     losses = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none")
     return losses.view_as(targets)
@@ -209,26 +216,26 @@ def noise_level_curve(
     """Return the validation loss at each noise level, in nats per masked token.
 
     This is the training objective at fixed λ, but with the actual number of masked tokens instead
-    of the expected one, λ·n:
+    of the expected number, λ·n:
 
         loss(λ) = Σ_i (1/n_i) Σ_{j masked} − log p(x_ij)  /  Σ_i (1/n_i) Σ_{j masked} 1
 
-    over all rows i with answers of n_i tokens. That ratio keeps the variance low, and so do masks
-    that depend only on (seed, row, λ) and grow with λ: two models, or two λ, are compared on the
-    same masks.
+    The sums run over all rows i, with answers of n_i tokens. This ratio has a low variance. The
+    masks depend only on (seed, row, λ) and grow with λ, so two models are compared on the same
+    masks, and two λ on nested masks.
 
     Args:
         model: the outermost module.
-        rows: of `encode_records`.
+        rows: rows from `encode_records`.
         noise_levels: λ in (0, 1].
-        collator: how rows become a batch; padding that is trained on counts. Default: only each
-            answer and its end.
+        collator: the collator that makes batches of rows. Padding that it marks as trained counts.
+            By default only each answer and its end count.
 
     Returns:
-        One loss for each noise level; NaN if no token got masked.
+        One loss for each noise level; NaN if no token was masked.
 
     Raises:
-        ValueError: a noise level outside (0, 1].
+        ValueError: a noise level is outside (0, 1].
     """
     model = without_ddp(model)
     backbone = Backbone(model)

@@ -2,20 +2,20 @@
 
     t ~ U(ε, 1) for each sequence;  masked_j ~ Bernoulli(t) for each j of the answer;  λ = t
 
-as in LLaDA's supervised fine-tuning (arXiv 2502.09992, algorithm 2). The prompt is never masked. A
-sequence consists of prompt, answer and padding, as `prompt_lengths` and `answer_lengths` (b,) say;
-either may be None. All checks and draws happen on the CPU, before anything is moved to a device.
+This is the masking of LLaDA's supervised fine-tuning (arXiv 2502.09992, algorithm 2). The prompt is
+never masked. A sequence consists of prompt, answer and padding, with lengths `prompt_lengths` and
+`answer_lengths` (b,). All checks and draws happen on the CPU, before anything moves to a device.
 
-Random numbers depend only on (seed, index of the sample in the training stream): a sample has the
+Random numbers depend only on (seed, index of the sample in the training stream). A sample has the
 same λ and masks for any number of processes, batch size, order and padding, and a resumed run
 needs no random state. Without `seed` and `sample_indices`, a seed is drawn from `generator` (or
-torch's global one), and the indices are 0 … b − 1.
+torch's global generator), and the indices are 0 … b − 1.
 
-Stratified λ: each of `group_size` consecutive indices takes one of as many equal strata of (ε, 1),
-or of its intersection with a window of noise levels (`noise.level`).
+Stratified λ: the interval (ε, 1), or its intersection with a window of noise levels, is divided
+into `group_size` equal strata. Each of as many consecutive indices takes one (`noise.level`).
 
-In blocks (LLaDA2): an answer token is drawn uniformly, and its block is what the step trains, so
-each token has the same weight. The prompt and earlier blocks are clean, later ones cut off.
+Blocks (LLaDA2): an answer token is drawn uniformly, and the step trains its block, so that each
+token has the same weight. The prompt and earlier blocks are clean; later blocks are cut off.
 
 Complementary masks: each sequence appears twice, with mask m at λ = t and ¬m at λ = 1 − t, so a
 step trains each answer token once. t ~ U(ε, 1 − ε) keeps both 1/λ finite. A window has to contain
@@ -35,8 +35,8 @@ import torch.nn.functional as F
 from nara_diffusion.noise.level import EVERYTHING, NoiseWindow, stratified_uniform
 
 Lengths = torch.Tensor | Sequence[int]
-"""Of lengths, indices and λ the host needs the values. Those of a tensor on another device than the
-CPU are copied, and that waits for the device: pass lists, or tensors on the CPU."""
+"""Lengths or indices. Pass lists or CPU tensors: the host needs the values, and would have to wait
+for any other device."""
 
 MIN_NOISE_LEVEL = 1e-3
 """ε: the smallest λ that training draws."""
@@ -49,15 +49,16 @@ class MaskedBatch:
     """A batch after masking.
 
     Attributes:
-        input_ids: (b, l) with the mask token at masked positions; what the model sees.
+        input_ids: (b, l) the tokens that the model sees, with the mask token at masked positions.
         targets: (b, l) the clean tokens.
-        masked: (b, l) bool.
+        masked: (b, l) bool, the masked positions.
         answer: (b, l) bool, the positions that could have been masked.
-        noise_level: (b,) float32, λ of the answer, or of the active block.
+        noise_level: (b,) float32, λ of the answer or of the active block.
         attention_mask: (b, l) int64, 1 on prompt and answer; None if nothing is padded.
-        places: (m,) int64, where the flattened `masked` is True; None if the host doesn't know it.
-        opens: whether an answer begins its row; None if the host doesn't know it.
-        block_length: B, if `answer` is a block of the answer; l is a multiple of it.
+        places: (m,) int64, the indices of True in the flattened `masked`; None if unknown on the
+            host.
+        opens: True if an answer begins its row; None if unknown on the host.
+        block_length: B, if `answer` is only a block of the answer. l is then a multiple of B.
     """
 
     input_ids: torch.Tensor
@@ -72,7 +73,7 @@ class MaskedBatch:
 
     @property
     def forward_level(self) -> torch.Tensor:
-        """λ that a forward runs at: (b,), or (b, l / B), 0 outside the active block."""
+        """The λ of a forward: (b,), or with blocks (b, l / B), 0 except in the active block."""
         if self.block_length is None:
             return self.noise_level
         is_active = self.answer.unflatten(1, (-1, self.block_length)).any(2)  # (b, l / B)
@@ -100,23 +101,23 @@ def mask_answers(
 
     Args:
         input_ids: (b, l) clean tokens: prompt, answer, padding on the right.
-        prompt_lengths: (b,) tokens before the answer.
-        mask_token_id: the token that replaces a masked one.
-        answer_lengths: (b,) tokens of each answer; without them, answers end at l.
-        noise_level: λ in (0, 1], (b,) or one number; drawn if None.
-        generator: draws the seed if `seed` is None.
-        seed: key of the random numbers, with `sample_indices`.
+        prompt_lengths: (b,) the number of tokens before each answer.
+        mask_token_id: the mask token.
+        answer_lengths: (b,) the number of tokens of each answer. By default answers end at l.
+        noise_level: λ in (0, 1], as (b,) or one number. None draws λ.
+        generator: the generator that draws the seed if `seed` is None.
+        seed: the seed of the random numbers, together with `sample_indices`.
         sample_indices: (b,) indices of the samples in the training stream.
-        group_size: the number of consecutive samples that drawn λ are stratified over; default: the
-            batch; 1 draws them independently.
-        complementary: return 2b rows, the second half with the complementary masks.
+        group_size: the number of consecutive samples to stratify drawn λ over. The default is the
+            batch; 1 draws each λ independently.
+        complementary: True to return 2b rows, the second half with the complementary masks.
         window: the window that λ is drawn from.
-        block_length: B; None masks whole answers. Otherwise l becomes a multiple of it, which ends
-            with the last active block.
+        block_length: B; None masks whole answers. With blocks, l becomes a multiple of B, the end
+            of the last active block.
 
     Raises:
-        ValueError: lengths that leave a row without an answer or exceed l, λ outside (0, 1],
-            indices without a seed, a window without λ (see `check_drawable`).
+        ValueError: a row has no answer or is longer than l; λ is outside (0, 1]; there are indices
+            without a seed; or no λ can be drawn from the window (see `check_drawable`).
     """
     b, device = len(input_ids), input_ids.device
     answer, ends = host_answers(input_ids, prompt_lengths, answer_lengths)
@@ -163,7 +164,7 @@ def given_levels(
     """Return a given λ as (b,) float32.
 
     Raises:
-        ValueError: λ masks nothing, or its complement does, or there are neither 1 nor b values.
+        ValueError: λ or its complement masks nothing, or there are neither 1 nor b values.
     """
     is_tensor = isinstance(noise_level, torch.Tensor)
     values = np.asarray(noise_level.tolist() if is_tensor else noise_level, np.float32)
@@ -182,10 +183,10 @@ def given_levels(
 
 
 def with_level_token(batch: MaskedBatch, digits: Sequence[int]) -> MaskedBatch:
-    """Return `batch` with a token for λ at the end of each prompt; rows are one token longer.
+    """Return `batch` with a token for λ after each prompt, which makes rows one token longer.
 
     Args:
-        digits: ten ids; a row gets number ⌊10 λ⌋.
+        digits: the ids of ten tokens. Each row gets the token with index ⌊10 λ⌋.
     """
     b, length = batch.input_ids.shape
     place = (batch.answer.cumsum(1) == 0).sum(1, keepdim=True)  # (b, 1)
@@ -216,12 +217,12 @@ def draw_noise_levels(
     symmetric: bool = False,
     window: NoiseWindow = EVERYTHING,
 ) -> torch.Tensor:
-    """Return λ for each index of the training stream: (b,) float32 in (ε, 1), and in `window`.
+    """Return λ for each index of the training stream: (b,) float32, in (ε, 1) and in `window`.
 
-    The same index gets the same λ in any process and in any batch.
+    An index gets the same λ in any process and any batch.
 
     Args:
-        symmetric: draw from (ε, 1 − ε).
+        symmetric: True to draw from (ε, 1 − ε).
     """
     found = _drawn_levels(sample_indices, seed, group_size, symmetric=symmetric, window=window)
     return torch.from_numpy(found)
@@ -245,7 +246,7 @@ def _drawn_levels(
     top = 1 - MIN_NOISE_LEVEL if symmetric else 1.0
     low, high = max(window.low, MIN_NOISE_LEVEL), min(window.high, top)
     levels = (low + (high - low) * u).astype(np.float32)
-    if high < top:  # rounding could reach the window's end, which is outside
+    if high < top:  # rounding could reach the window's end, which doesn't belong to the window
         levels = levels.clip(max=np.nextafter(np.float32(high), np.float32(0)))
     return levels
 
@@ -272,10 +273,10 @@ def check_drawable(window: NoiseWindow, complementary: bool = False) -> None:
 def draw_masks(
     answer: np.ndarray, noise_level: np.ndarray, sample_indices: Sequence[int], *, seed: int
 ) -> np.ndarray:
-    """Draw Bernoulli(λ), λ (b,), over the answers (b, l) bool: (b, l) bool.
+    """Draw a mask (b, l) bool over the answers (b, l) bool, by Bernoulli(λ) with λ (b,).
 
-    The j-th token of an answer always gets the same random number, so the masks of one (seed,
-    index) grow with λ: losses at two λ are compared on nested masks.
+    The j-th token of an answer always gets the same random number. The masks of one (seed, index)
+    therefore grow with λ, and losses at two λ are compared on nested masks.
     """
     uniform = np.ones(answer.shape)
     for row, columns in enumerate(answer):
@@ -285,14 +286,14 @@ def draw_masks(
 
 
 def random_of(seed: int, stream: int, number: int) -> np.random.Generator:
-    """Return the random numbers of one sample, for one use of them."""
+    """Return the random generator of one sample, for one purpose."""
     return np.random.default_rng((seed, stream, number))
 
 
 def seed_and_indices(
     seed: int | None, sample_indices: Lengths | None, generator: torch.Generator | None, b: int
 ) -> tuple[int, list[int]]:
-    """Return the seed and the indices of the b samples, the key of all random numbers."""
+    """Return the seed and the indices of the b samples, which fix all random numbers."""
     if seed is None:
         if sample_indices is not None:
             raise ValueError("sample_indices came without a seed: pass seed=, or leave both out")
@@ -319,8 +320,8 @@ def answer_positions(
     """Return the positions of the answers: (b, l) bool.
 
     Raises:
-        ValueError: lengths that are not one whole number a row; an answer that is empty or longer
-            than its row.
+        ValueError: the lengths aren't one whole number for each row, or an answer is empty or
+            longer than its row.
     """
     return moved(host_answers(input_ids, prompt_lengths, answer_lengths)[0], input_ids.device)
 
@@ -331,7 +332,7 @@ def host_answers(
     """Return the positions of the answers (b, l) bool, and their ends (b,), on the CPU.
 
     Raises:
-        ValueError: as `answer_positions`.
+        ValueError: see `answer_positions`.
     """
     b, width = input_ids.shape
     starts = _lengths("prompt_lengths", prompt_lengths, b)
@@ -353,17 +354,17 @@ def host_answers(
 def active_blocks(
     answer: np.ndarray, draws: np.ndarray, block_length: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the block of one token of each answer: (b, l') bool, and its end (b,).
+    """Return the answer positions (b, l') bool in the block of a drawn token, and their ends (b,).
 
-    Blocks have B positions of the sequence, prompt included; l' is the end of the last one.
+    Blocks have B positions of the sequence, prompt included. l' is the end of the last block.
 
     Args:
         answer: (b, l) bool.
-        draws: (b,) in [0, 1), the token's place in its answer.
+        draws: (b,) in [0, 1), the place of the drawn token in its answer.
         block_length: B.
     """
     token = (draws * answer.sum(1)).astype(np.int64)  # (b,)
-    place = (answer.cumsum(1) <= token[:, None]).sum(1)  # of the sequence
+    place = (answer.cumsum(1) <= token[:, None]).sum(1)  # in the sequence
     block = place // block_length
     width = int(block.max() + 1) * block_length
     whole = np.zeros((len(answer), width), dtype=bool)
@@ -387,10 +388,10 @@ def host_list(values: Lengths) -> Sequence[int]:
 
 
 def until_end(answer: torch.Tensor) -> torch.Tensor:
-    """Return the positions (b, l) bool up to the end of each answer (b, l)."""
+    """Return the positions (b, l) bool from the start of the row to the end of the answer."""
     return answer.flip(1).cumsum(1).flip(1) > 0
 
 
 def moved(values: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Return `values` as a tensor on `device`, without making the host wait."""
+    """Return `values` as a tensor on `device`, without waiting for the copy."""
     return torch.from_numpy(values).to(device, non_blocking=True)

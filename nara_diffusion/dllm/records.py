@@ -1,6 +1,6 @@
-"""Records: how they are read from files or the Hub, and become questions with their answers.
+"""Read records from files or the Hub, as questions with their answers.
 
-The first record decides the form, by the usual names of its fields or by names that the user gives:
+The fields of the first record decide the form, by their usual names or by names from the user:
 
     {"messages": [{"role": "user", "content": …}, …]}    a conversation; also "conversations",
                                                          "from" and "value"
@@ -8,12 +8,12 @@ The first record decides the form, by the usual names of its fields or by names 
     {"prompt": …, "completion": …}    also "question"; "response" or "answer"
     {"text": …}    a text without a prompt
 
-A generation is compared with `answer`; without that field, with the whole output. Fields hold
-texts, numbers, true or false.
+A generation is compared with `answer`, or with the whole output if there is no such field. Fields
+hold texts, numbers, true or false.
 
-`datasets` loads and caches all records. It loads JSON as lines of text, which are parsed here: its
-own JSON reader turns the text "2024-01-02" into a date and 1.50 into 1.5, and its errors name
-neither the file nor the line. For the same reason, all columns of a CSV file are read as text.
+`datasets` loads and caches all records. JSON is loaded as lines of text and parsed here, since the
+JSON reader of `datasets` turns the text "2024-01-02" into a date and 1.50 into 1.5, and its errors
+name neither the file nor the line. For the same reason, all columns of a CSV file are read as text.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BLANK = "\ufeff \t"
-"""Characters of a line that holds no record: white space, and the mark at the start of a file."""
+"""The characters of a blank line: white space and the byte order mark."""
 FIELDS = {
     "messages": ("messages", "conversations"),
     "instruction": ("instruction", "prompt", "question"),
@@ -47,7 +47,7 @@ FIELDS = {
     "text": ("text",),
 }
 TEXTS = ("instruction", "input", "output", "answer")
-# (fields that a form needs, fields that it may have)
+# (required fields of a form, optional fields)
 _FORMS = (
     (("messages",), ("answer",)),
     (("instruction", "output"), ("input", "answer")),
@@ -65,11 +65,11 @@ _ROLES = {
     "model": "assistant",
 }
 _KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool", *_ROLES)
-# Fractions stay as the file writes them, and NaN counts as missing.
+# Fractions are kept as written in the file, and NaN counts as missing.
 _JSON = json.JSONDecoder(parse_float=str, parse_constant=lambda _: None)
 
-BATCH = 1000  # records of one call
-_MAKE_ROWS = ("records", "encoding", "tokenizer")  # modules
+BATCH = 1000  # records in one call
+_MAKE_ROWS = ("records", "encoding", "tokenizer")  # the modules that make rows
 
 
 def read_records(
@@ -87,20 +87,20 @@ def read_records(
         name: a name with a suffix, or one that begins with . or / or ~, is a file or folder and is
             never looked for on the Hub. Any other name is a folder or a data set on the Hub, and
             may end in :SPLIT (default: train).
-        fields: {"messages", "instruction", "input", "output", "text" or "answer": its field's
-            name}.
-        config: configuration of a data set on the Hub.
-        limit: take this many records from the start.
+        fields: {"messages", "instruction", "input", "output", "text" or "answer": the name of this
+            field in the records}.
+        config: the configuration of a data set on the Hub.
+        limit: the number of records to take from the start; None takes all.
 
     Returns:
         A Dataset of the texts `instruction`, `input`, `output` and `answer`. Conversations also
-        have `turns`, {role, content} each: all before the output, or none if that is only the
-        instruction. Its `info.description` names the source and the form.
+        have `turns`, a list of {role, content} before the output, empty if that is only the
+        instruction. `info.description` of the Dataset names the source and the form.
 
     Raises:
-        ValueError: the source can't be read, is empty, or is broken (with the line); the first
-            record has no known form; another record lacks a field or has no text there (with its
-            number).
+        ValueError: the source can't be read, is empty or is corrupt (the message has the line); the
+            first record has no known form; or a field of another record is missing or isn't text
+            (the message has the number of the record).
     """
     from datasets import load_dataset
 
@@ -124,7 +124,7 @@ def read_records(
 
 
 def _file_options(path: Path) -> tuple[str, dict[str, Any]]:
-    """Return the builder of `datasets` for a file, and its options."""
+    """Return the builder of `datasets` for a file, and the builder's options."""
     suffix = Path(path.name.removesuffix(".gz")).suffix
     kind = {".parquet": "parquet", ".csv": "csv"}.get(suffix, "text")
     options: dict[str, Any] = {"data_files": glob.escape(str(path.absolute())), "split": "train"}
@@ -145,7 +145,7 @@ def _csv_options(path: Path) -> dict[str, Any]:
 
 
 def _check_encoding(path: Path) -> None:
-    """Raise ValueError with the first line of a text file that isn't UTF-8."""
+    """Raise ValueError if a text file isn't UTF-8. The message has the first such line."""
     with _opened(path) as file:
         for number, line in enumerate(file, 1):
             try:
@@ -165,7 +165,7 @@ def _opened(path: Path) -> IO[bytes]:
 
 
 def normalized(records: Iterable[Mapping[str, Any]], *, source: str) -> Dataset:
-    """Return `records` as `read_records` would from a file that messages call `source`."""
+    """Return `records` as `read_records` would return them from a file named `source`."""
     from datasets import Dataset
 
     lines = [json.dumps(record) for record in records]
@@ -175,7 +175,7 @@ def normalized(records: Iterable[Mapping[str, Any]], *, source: str) -> Dataset:
 def _records(
     rows: Dataset, fields: Mapping[str, str], source: str, limit: int | None, *, is_json: bool
 ) -> Dataset:
-    """Return the records of what `datasets` loaded: tables of fields, or lines of JSON."""
+    """Return the records in the rows that `datasets` loaded, a table of fields or JSON lines."""
     from datasets import Features, List, Value
 
     is_list = is_json and "".join(rows[:BATCH]["text"]).lstrip(BLANK).startswith("[")
@@ -198,7 +198,7 @@ def _records(
 
 
 def _rows_of(rows: Dataset, limit: int, is_json: bool) -> int:
-    """Return how many rows hold the first `limit` records; blank lines hold none."""
+    """Return the number of rows that hold the first `limit` records, blank lines included."""
     if not is_json:
         return min(limit, len(rows))
     found = 0
@@ -218,11 +218,11 @@ def mapped(
     batch_size: int,
     desc: str,
 ) -> Dataset:
-    """Return `rows.map` of batches and their indices, in several processes if that pays.
+    """Return `rows.map` over batches and their indices, in several processes if that is faster.
 
-    The result is cached on disk by the rows, `key`, and the code that makes it. `datasets` itself
-    wouldn't notice that the code of an installed package has changed, and would take a tokenizer
-    that has merely been used for one that has changed.
+    The cache key on disk consists of the rows, `key`, and the code of the modules that make rows.
+    The cache of `datasets` itself doesn't notice changed code in an installed package, and mistakes
+    a tokenizer that has merely been used for a changed one.
     """
     from datasets.fingerprint import Hasher
 
@@ -242,7 +242,7 @@ def mapped(
 
 
 def column_batches(rows: Dataset, names: Sequence[str], format: str | None = None) -> Iterator[Any]:
-    """Yield batches of the columns `names`: dicts, or tables of pyarrow in the format "arrow"."""
+    """Yield batches of the columns `names`, as dicts, or as pyarrow tables with format "arrow"."""
     yield from rows.select_columns(list(names)).with_format(format).iter(BATCH)
 
 
@@ -256,11 +256,11 @@ def with_column(rows: Dataset, name: str, values: Iterable[Any]) -> Dataset:
 
 
 def field_names(record: object, given: Mapping[str, str], where: str) -> dict[str, str]:
-    """Return {what: the name of its field} for the form of `record`.
+    """Return {what: field name} for the form of `record`.
 
     Args:
-        given: names that the user gives; they replace the usual ones.
-        where: what messages call the record.
+        given: field names from the user, which replace the usual names.
+        where: the name of the record, for messages.
 
     Raises:
         ValueError: the record has no known form.
@@ -287,10 +287,10 @@ class RecordReader:
     """Turn a batch that `datasets` loaded into a batch of records.
 
     Attributes:
-        source: what messages call the file or data set.
-        kind: "table": rows have the fields; "lines": each line of text is a JSON object;
-            "list": all lines together are one JSON list.
-        names: {what: the name of its field}.
+        source: the name of the file or data set, for messages.
+        kind: "table" if rows have the fields, "lines" if each line of text is a JSON object, or
+            "list" if all lines together are one JSON list.
+        names: {what: field name}.
     """
 
     source: str
@@ -312,7 +312,7 @@ class RecordReader:
     def numbered(
         self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]
     ) -> Iterator[tuple[str, Any]]:
-        """Yield (what messages call the record, record) for each record of a batch."""
+        """Yield (name for messages, record) for each record of a batch."""
         for index, record in self._parsed_records(batch, indices):
             yield f"record {index + 1} of {self.source}", record
 
@@ -331,7 +331,7 @@ class RecordReader:
                 yield index, dict(zip(batch, values, strict=True))
 
     def parsed(self, text: str, line: int) -> Any:
-        """Return the JSON value of a text that begins in this line.
+        """Return the JSON value of a text that begins at line `line`.
 
         Raises:
             ValueError: the text isn't JSON.
@@ -351,10 +351,10 @@ class RecordReader:
         raise ValueError(f"{self.source} can't be read at line {line}: {why}; remove the record")
 
     def row(self, record: object, where: str) -> dict[str, Any]:
-        """Return {instruction, input, output, answer} of a record, and `turns` of a conversation.
+        """Return {instruction, input, output, answer} of a record, with `turns` if it has turns.
 
         Raises:
-            ValueError: the record isn't of the first one's form.
+            ValueError: the record doesn't have the form of the first record.
         """
         if not isinstance(record, Mapping):
             raise ValueError(f"{where}: expected an object, found {repr(record)[:60]}")
@@ -384,15 +384,15 @@ class RecordReader:
         return read_conversation(record[name], f"{where}, field {name!r}")
 
     def text(self, record: Mapping[str, Any], what: str, where: str) -> str:
-        """Return the text of a field unchanged: leading white space can be Python's indentation.
+        """Return the text of a field. White space is kept, as it may be indentation of code.
 
         Raises:
-            ValueError: the field is missing, empty or not a text; `input` may be missing or empty.
+            ValueError: the field is missing, empty or not text. `input` may be missing or empty.
         """
         name = self.names.get(what)
         value = record.get(name, "") if name else ""
         if isinstance(value, float) and math.isnan(value):
-            value = None  # Parquet's missing value
+            value = None  # a missing value in Parquet
         if not isinstance(value, str | int | float | None):
             raise ValueError(
                 f"{where}: its {what}, field {name!r}, is {repr(value)[:60]}: "
@@ -411,7 +411,7 @@ class RecordReader:
 
 
 def _check_characters(row: Mapping[str, Any], where: str) -> None:
-    """Raise ValueError if a text of `row` has half a surrogate pair, which UTF-8 can't write."""
+    """Raise ValueError if a text has half a surrogate pair, which UTF-8 can't encode."""
     texts = [row[name] for name in TEXTS]
     texts += [turn["content"] for turn in row.get("turns", [])]
     try:
@@ -422,10 +422,10 @@ def _check_characters(row: Mapping[str, Any], where: str) -> None:
 
 
 def read_conversation(messages: object, where: str) -> dict[str, Any]:
-    """Return the record of a list of messages, without those after the assistant's last one.
+    """Return the record of a list of messages. Messages after the assistant's last are dropped.
 
     Raises:
-        ValueError: a message isn't {role, content}; a user's message or an answer to it is missing.
+        ValueError: a message isn't {role, content}, or a user's message or its answer is missing.
     """
     turns = []
     for message in messages if isinstance(messages, list) else [messages]:

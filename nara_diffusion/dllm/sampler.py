@@ -1,31 +1,31 @@
 """LLaDA's semi-autoregressive sampler (arXiv 2502.09992, algorithms 4 and 5), and its canvas.
 
-The canvas is a prompt followed by `gen_length` masks. It is filled block by block, with the masks
-of later blocks in sight. In each step the model predicts every mask of the block, and some get
-their tokens by the rules of `decoding`. Classifier-free guidance combines logits as
+The canvas is a prompt followed by `gen_length` masks. It is filled block by block, and the model
+also sees the masks of later blocks. In each step the model predicts every mask of the block, and
+the rules of `decoding` choose which of them to fill. Classifier-free guidance combines logits as
 (1 + w) · l(x) − w · l(x with its prompt masked).
 
-A noise-aware model runs at λ = masked share of the answer over all blocks, for each sample in each
-step, so λ goes from 1 to 0. Rows with masked prompts have the λ of their sample. There is no cache
-of keys and values: with k or v adapted, it would belong to the λ of an older step. (`block_filling`
-samples models with attention by blocks, with a cache.) Unlike LLaDA's code:
+In each step, a noise-aware model runs each sample at λ, the masked share of the whole answer, which
+goes from 1 to 0. Rows with masked prompts have the λ of their sample. There is no cache of keys and
+values, since adapted keys or values would belong to the λ of an earlier step. (`block_filling` uses
+a cache for models with attention by blocks.) The differences from LLaDA's code are:
 
-- an empty prompt becomes a BOS token if position i predicts token i + 1 (Dream), so that something
-  predicts the first token of the answer;
-- prompts may differ in length: each is followed by its own answer, and padding is on the right, as
-  in training;
-- the mask token is never predicted, so that a step cannot undo another;
-- a row is done if no mask is left before its first end-of-sequence token: that token fills the rest
-  of its answer. Sampling stops when all rows are done;
-- steps without a token to place are skipped, and rows without one are left out. That changes
-  nothing, since λ counts masks and not steps.
+- An empty prompt becomes a BOS token if position i predicts token i + 1 (Dream). Otherwise no
+  position would predict the first token of the answer.
+- Prompts may differ in length. Each is followed by its own answer, and padding is on the right, as
+  in training.
+- The mask token is never predicted, so a step can't undo an earlier step.
+- A row is finished if no mask is left before its first end-of-sequence token. This token then fills
+  the rest of the answer. Sampling stops when all rows are finished.
+- Steps without a token to place are skipped, and so are rows without such a token. This doesn't
+  change the result, since λ depends on masks and not on steps.
 
-A model learns what follows an answer from the end tokens that training puts after answers, so those
-should reach as far as the canvas does. A model that was trained on fewer end tokens continues after
-its answer, or takes the length of the canvas for that of the answer.
+A model learns the end of an answer from the end tokens that training puts after it, which should
+therefore reach as far as the canvas does. A model trained on fewer end tokens may continue after
+the answer, or make the answer as long as the canvas.
 
-The host reads one thing per step, which rows of the block have a mask left: it waits for the device
-there, and nowhere else.
+In each step the host reads only which rows still have a mask in the block, and waits for the device
+only there.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ class Generation:
     """The result of `generate`.
 
     Attributes:
-        sequences: (b, l) prompt, answer, padding.
-        answers: (b, gen_length).
-        prompt_lengths: (b,) where each answer starts.
-        forwards: the number of forwards; a guided step counts once.
+        sequences: (b, l) token ids: prompt, answer, padding.
+        answers: (b, gen_length) token ids.
+        prompt_lengths: (b,) the start of each answer in `sequences`.
+        forwards: the number of forwards; a guided step counts as one.
     """
 
     sequences: torch.Tensor
@@ -86,37 +86,39 @@ def generate(
     """Answer the prompts in `input_ids`.
 
     Args:
-        model: the outermost module. Of a DistributedDataParallel its `.module` runs, since
-            processes may need different numbers of steps. Under FSDP and DeepSpeed ZeRO-3 give
-            every process the same number (stop_at_eos=False and `steps`).
+        model: the outermost module. For a DistributedDataParallel, its `.module` is called, since
+            processes may need different numbers of steps. Under FSDP and DeepSpeed ZeRO-3, all
+            processes need the same number: set stop_at_eos=False and `steps`.
         input_ids: (b, p) prompts, of any integer type.
-        prompt_lengths: (b,) of prompts padded on the right.
-        attention_mask: (b, p), instead of `prompt_lengths`; padding may be on either side.
-        chat: True if the prompts come from the chat template: the default of `block_length` is then
-            that of the model's own chat (LLaDA: 32), if it divides `gen_length`.
-        generator: seeds a stream of random numbers for each row, for Gumbel noise and random
-            remasking. A row's numbers don't depend on the rows beside it, only on its place among
-            them.
-        mask_token_id: None takes that of the model's configuration.
-        pad_token_id: None takes that of the model's configuration.
-        eos_token_id: one or several; by default those of the configuration.
-        stop_at_eos: finish a row at its first eos token.
-        return_stats: return a `Generation`, with the number of forwards, instead of the sequences.
-        use_cache: keep keys and values of the prompt and of finished blocks; None does so if the
-            model's attention goes by blocks (LLaDA2), where they never change.
-        on_step_end: called after each step with a `GenerationStep`, which it may change.
-        **settings: of `nara_diffusion.dllm.Sampling`: gen_length (128), steps, block_length,
-            temperature, top_p, cfg_scale, remasking, confidence_threshold, factor, entropy_bound,
-            logits_eos_inf, confidence_eos_eot_inf.
+        prompt_lengths: (b,) the lengths of prompts that are padded on the right.
+        attention_mask: (b, p), instead of `prompt_lengths`. Padding may be on either side.
+        chat: True if the prompts come from the chat template. The default of `block_length` is then
+            the published value for the model's chat (LLaDA: 32), if it divides `gen_length`.
+        generator: the generator that seeds a stream of random numbers for each row, for Gumbel
+            noise and random remasking. The numbers depend on the index of the row in the batch, but
+            not on the other rows.
+        mask_token_id: the mask token; by default that of the model's configuration.
+        pad_token_id: the padding token; by default that of the model's configuration.
+        eos_token_id: one or several end tokens; by default those of the configuration.
+        stop_at_eos: True to finish a row at its first end token.
+        return_stats: True to return a `Generation`, with the number of forwards.
+        use_cache: True to keep the keys and values of the prompt and of finished blocks. The
+            default is True if the model's attention is by blocks (LLaDA2), since they then never
+            change.
+        on_step_end: a function that is called after each step with a `GenerationStep`, which the
+            function may change.
+        **settings: settings of `nara_diffusion.dllm.Sampling`: gen_length (128), steps,
+            block_length, temperature, top_p, cfg_scale, remasking, confidence_threshold, factor,
+            entropy_bound, logits_eos_inf, confidence_eos_eot_inf.
 
     Returns:
         (b, longest prompt + gen_length) int64 token ids: prompt, answer, padding on the right. An
         empty prompt becomes a BOS token if the model predicts the next token (Dream).
 
     Raises:
-        ValueError: impossible arguments, a prompt that contains the mask token, more positions than
-            the model has, a cache for a model without blocks, or an adapter that was trained with
-            another λ than the masked share (LLaDA2: of each block).
+        ValueError: an argument is invalid, a prompt contains the mask token, the canvas is longer
+            than the model's positions, there is a cache but no attention by blocks, or the adapter
+            was trained with a λ that isn't the masked share (for LLaDA2, that of each block).
     """
     is_tensor = isinstance(input_ids, torch.Tensor)
     if not is_tensor or input_ids.ndim != 2 or input_ids.is_floating_point():
@@ -172,9 +174,9 @@ def answer_prompts(
     device: torch.device | None = None,
     **sampling: Any,
 ) -> Generation:
-    """Call `generate` for prompts of unequal length, as lists of token ids.
+    """Call `generate` for prompts of unequal length, given as lists of token ids.
 
-    By default they go to the `device` of the model's parameters.
+    The default `device` is that of the model's parameters.
     """
     lengths = [len(prompt) for prompt in prompts]
     rows = [torch.as_tensor(prompt, dtype=torch.long) for prompt in prompts]
@@ -204,16 +206,18 @@ def place_prompts(
 
     Args:
         input_ids: (b, p) prompts of any integer type.
-        prompt_lengths: (b,), lengths of prompts that are padded on the right.
-        attention_mask: (b, p), instead of them: 0 on padding, which may be on the right or left.
+        prompt_lengths: (b,) the lengths of prompts that are padded on the right.
+        attention_mask: (b, p), instead of `prompt_lengths`. It is 0 on padding, which may be on
+            either side.
 
     Returns:
-        (b, l) int64 token ids: prompt, masks, padding; l is the longest prompt + gen_length. (b,)
-        where the answers start. (b, l) int64, 0 on padding; None if nothing is padded.
+        The token ids (b, l) int64 of prompt, masks and padding, with l the longest prompt +
+        gen_length. The starts (b,) of the answers. The attention mask (b, l) int64, 0 on padding,
+        or None if nothing is padded.
 
     Raises:
-        ValueError: shapes that don't agree, a canvas longer than the model's positions, a prompt
-            that contains the mask token.
+        ValueError: the shapes don't agree, the canvas is longer than the model's positions, or a
+            prompt contains the mask token.
     """
     device = input_ids.device
     input_ids = input_ids.cpu().long()
@@ -232,7 +236,7 @@ def place_prompts(
     real = positions < starts[:, None] + gen_length  # (b, l)
     sequences = torch.full((len(input_ids), length), pad_token_id)
     sequences[real] = mask_token_id
-    # both sides run through the rows in order, and through the tokens of a row in order
+    # both sides go through the rows in order, and through the tokens of each row in order
     sequences[positions < starts[:, None]] = input_ids[is_prompt]
     padding = None if real.all() else real.long().to(device, non_blocking=True)
     sequences = sequences.to(device, non_blocking=True)
@@ -244,7 +248,7 @@ def _prompt_positions(
     prompt_lengths: Tensor | Sequence[int] | None,
     attention_mask: Tensor | None,
 ) -> Tensor:
-    """Return which tokens belong to prompts, (b, p) bool."""
+    """Return the mask (b, p) bool of tokens that belong to prompts."""
     if prompt_lengths is not None and attention_mask is not None:
         raise ValueError("prompt_lengths and attention_mask say the same: pass one of them")
     if attention_mask is not None:
@@ -275,7 +279,7 @@ def check_positions(model: nn.Module, length: int, what: str, remedy: str) -> No
 
     Args:
         what: the start of the message.
-        remedy: its end.
+        remedy: the end of the message.
     """
     limit = Backbone(model).position_limit
     if limit is not None and length > limit:
@@ -286,7 +290,7 @@ def check_canvas(model: nn.Module, longest_prompt: int, gen_length: int, record:
     """Raise ValueError if a canvas exceeds the model's positions.
 
     Args:
-        record: what messages call the record with the longest prompt.
+        record: the name of the record with the longest prompt, for messages.
     """
     length = longest_prompt + gen_length
     left = (Backbone(model).position_limit or 0) - gen_length
@@ -301,10 +305,12 @@ def check_canvas(model: nn.Module, longest_prompt: int, gen_length: int, record:
 
 
 def checked_lengths(model: nn.Module, max_length: int | None, gen_length: int) -> int:
-    """Return the `max_length` of a training run; None is 512, or the model's positions if fewer.
+    """Return the `max_length` of a training run.
+
+    The default is 512, or the number of the model's positions if there are fewer.
 
     Raises:
-        ValueError: one of the two exceeds the model's positions.
+        ValueError: `max_length` or `gen_length` exceeds the model's positions.
     """
     what = f"gen_length is {gen_length}"
     remedy = "lower it, since prompt and answer share them"

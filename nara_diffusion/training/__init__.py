@@ -1,1 +1,1 @@
-"""What both train scripts share: arguments, runs, checkpoints, the training loop, reports."""
+"""Code that both train scripts share: arguments, runs, checkpoints, training loop, reports."""

@@ -1,9 +1,9 @@
-"""Weights from and to files: `--init_adapter`, and what fine-tuning a language model writes.
+"""Read weights for `--init_adapter`, and write the weights of a fine-tuned language model.
 
 an adapter         adapter_config.json, adapter_model.safetensors: PEFT's format, for PeftModel
 all weights        config.json, model.safetensors: transformers' format, for load_backbone
-in a checkpoint    the same; for virtual tokens also trainable.safetensors: P-tuning's network,
-                   which makes them
+in a checkpoint    the same files; for virtual tokens also trainable.safetensors, with the weights
+                   of P-tuning's network, which computes the tokens
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ _FREE = {
     "scheduler",
     "strength",
 }
-"""Fields of a core that say how it starts or what it was trained for; its tensors mean the same."""
+"""Fields of a core that may differ: they don't change the meaning of its tensors."""
 _FLAGS = {"r": "rank", "lora_alpha": "lora_alpha", "core_type": "core_type"}
-"""{field: the flag that sets it}; adapter_options sets the other fields."""
+"""{field: the flag that sets it}. The other fields are set by --adapter_options."""
 
 # ---------------------------------------------------------------- --init_adapter
 
@@ -55,18 +55,19 @@ def start_from(
     path: str,
     source_model: DiffusionPipeline | PreTrainedModel,
 ) -> None:
-    """Copy the adapter in `path` into the adapters "default" (same layers) of `components`.
+    """Copy the adapter in `path` into the adapter "default" of each component.
 
-    A LoRA sets A, B and the magnitudes; the core keeps its start, C = I. A NaRA also sets its core.
+    Both must adapt the same layers. A LoRA sets A, B and the magnitudes, and the core keeps its
+    initial value, C = I. A NaRA also sets the core.
 
     Args:
-        components: {name: adapted model without PEFT's wrapper}; the name is empty for a model
-            outside of a pipeline.
-        source_model: the pipeline or model; its class decides how a LoRA's file is read.
+        components: {name: adapted model without PEFT's wrapper}. The name is empty for a model that
+            isn't part of a pipeline.
+        source_model: the pipeline or model. Its class decides how the file of a LoRA is read.
 
     Raises:
-        ValueError: the file has no such adapter, or differs from the adapters in layers, rank, α,
-            DoRA, core, λ's convention or prediction. The message names the flag to change.
+        ValueError: the file has no such adapter, or its layers, rank, α, DoRA, core, definition of
+            λ or prediction type differ from the run's. The message names the flag to change.
     """
     file, origin = Path(path).expanduser(), f"init_adapter '{path}'"
     with naming(path):
@@ -86,7 +87,7 @@ def start_from(
 
 
 def _check_components(given: Sequence[str], trained: Sequence[str], origin: str) -> None:
-    """Raise ValueError if the components in the file differ from those that the run trains."""
+    """Raise ValueError if the file and the run adapt different components."""
     if set(given) == set(trained):
         return
     if "" in trained:
@@ -103,7 +104,7 @@ def _check_predictions(
     schedulers: Iterable[Mapping[str, Any] | None],
     source_model: DiffusionPipeline | PreTrainedModel,
 ) -> None:
-    """Raise ValueError if a component was trained for another prediction than the scheduler's."""
+    """Raise ValueError if a component was trained for a prediction type unlike the scheduler's."""
     for fields in schedulers:
         check_expected(getattr(source_model, "scheduler", None), fields)
 
@@ -135,7 +136,7 @@ def _config_of(root: nn.Module) -> PeftConfig:
 
 
 def _check_same(config: PeftConfig, given: NaraConfig, origin: str) -> None:
-    """Raise ValueError if a NaRA has another configuration than the run's adapter."""
+    """Raise ValueError if the configuration of a NaRA differs from that of the run's adapter."""
     if not isinstance(config, NaraConfig):
         raise ValueError(
             f"{origin} is a NaRA with core_type {given.core_type!r}: give --adapter nara."
@@ -163,9 +164,9 @@ def _check_same(config: PeftConfig, given: NaraConfig, origin: str) -> None:
 def write_adapter(
     model: PeftModel | PreTrainedModel, folder: Path, state: dict[str, Tensor]
 ) -> None:
-    """Write what a user loads onto the base model, or in its place. A `checkpoints.Writer`."""
+    """Write the adapter, or the whole model, as users load it. A `checkpoints.Writer`."""
     if isinstance(model, PeftModel):
-        # the base model has the embeddings; PEFT would reload its configuration to find out
+        # the embeddings belong to the base model; PEFT would reload its configuration to check
         model.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; the run writes its own
     else:

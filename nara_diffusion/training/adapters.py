@@ -1,7 +1,8 @@
-"""Build an adapted model from the method that `--adapter` names, and its options.
+"""Build an adapted model from the method that `--adapter` names and the method's options.
 
-NaRA's family comes from this package. All other methods are PEFT's, named by their PeftType in
-lower case. Some names are short for a method with fixed fields: `dora` is `lora` with use_dora.
+NaRA and its variants come from this package. All other methods come from PEFT and are named by
+their PeftType in lower case. Some names stand for a method with fixed fields: `dora` is `lora` with
+use_dora.
 """
 
 from __future__ import annotations
@@ -55,9 +56,9 @@ class Method:
     """A method that `--adapter` can name.
 
     Attributes:
-        name: the PeftType in lower case, "nara" or "full".
-        title: the usual name.
-        source: where it was published; "PEFT" for PEFT's other methods.
+        name: the PeftType in lower case, or "full".
+        title: the usual name of the method.
+        source: the publication; "PEFT" for PEFT's other methods.
         fixed: the configuration fields that the method's name sets.
     """
 
@@ -68,14 +69,14 @@ class Method:
 
     @property
     def config(self) -> Any:
-        """The class of its configuration; None for full fine-tuning and for an unknown name."""
+        """The configuration class; None for full fine-tuning and for unknown names."""
         if self.name == "nara":
             return NaraConfig
         return PEFT_TYPE_TO_CONFIG_MAPPING.get(self.name.upper())  # type: ignore[call-overload]
 
     @property
     def family(self) -> Literal["nara", "lora", "other", "prompt", "full"]:
-        """The kind: a core, LoraConfig, another method of PEFT, virtual tokens, or all weights."""
+        """The kind of method: with a core, LoRA, other PEFT method, virtual tokens, all weights."""
         if self.name in ("nara", "lora", "full"):
             return self.name  # type: ignore[return-value]
         return "prompt" if issubclass(self.config, PromptLearningConfig) else "other"
@@ -97,13 +98,17 @@ NAMED = {
     "p_tuning": Method("p_tuning", "P-tuning", "arXiv 2103.10385"),
     "full": Method("full", "full fine-tuning", "all weights"),
 }
-"""The methods by the names that --adapter takes; PEFT's other methods keep their own names."""
+"""{value of --adapter: method}. PEFT's other methods keep their own names."""
 _OF_CORE = {"hypernetwork": "NaRA", "constant": "NaRA-C", "rank_mask": "T-LoRA", "identity": "LoRA"}
-"""{core_type: the usual name of NaRA with it}."""
+"""{core_type: the usual name of a NaRA with this core}."""
 
 
 def method_of(args: AdapterArguments) -> Method:
-    """Return the method `args.adapter`. Raise ValueError if it is unknown or untrainable here."""
+    """Return the method that `args.adapter` names.
+
+    Raises:
+        ValueError: the method is unknown or can't be trained here.
+    """
     chosen = args.adapter
     method = NAMED.get(chosen, Method(chosen, chosen.replace("_", " ")))
     if chosen in _REFUSED:
@@ -130,7 +135,7 @@ def title_of(args: AdapterArguments) -> str:
 
 
 def window_facts(args: TrainingArguments) -> dict[str, str]:
-    """Return the run's facts about its window of noise levels; empty without a window."""
+    """Return {what: value} about the run's window of noise levels; empty without a window."""
     window, method = window_of(args), method_of(args)
     if window.is_everything:
         return {}
@@ -158,18 +163,18 @@ def adapter_config(
 ) -> PeftConfig | None:
     """Return the configuration of the adapter that `args` describe; None for full fine-tuning.
 
-    A file of arguments may set `adapter_options` for several methods: an adapter without a core
-    ignores the core's fields.
+    One file of arguments can serve several methods: an adapter without a core ignores the core's
+    fields in `adapter_options`.
 
     Args:
-        noise_convention: how λ is defined, for adapters that depend on it.
-        strength: the strength schedule of a window of noise levels, for NaRA's family; other
-            adapters can't store it.
+        noise_convention: the definition of λ, for adapters that depend on λ.
+        strength: the strength schedule for a window of noise levels. Only NaRA and its variants
+            store it.
         fields: further fields of the configuration, such as task_type.
 
     Raises:
-        ValueError: `adapter_options` names a field that the configuration lacks, or has a value
-            that it refuses.
+        ValueError: `adapter_options` has an unknown field, or a value that the configuration
+            doesn't accept.
     """
     method = method_of(args)
     options = _checked_options(args, method)
@@ -197,7 +202,7 @@ def _fields_of(method: Method) -> list[str]:
 
 
 def _checked_options(args: AdapterArguments, method: Method) -> dict[str, Any]:
-    """Return `adapter_options`, without the core's fields if the adapter has no core."""
+    """Return `adapter_options`. Drop the core's fields if the adapter has no core."""
     options = dict(args.adapter_options)
     if method.family != "nara":
         options = {name: value for name, value in options.items() if name not in CORE_FIELDS}
@@ -227,7 +232,7 @@ def _checked_options(args: AdapterArguments, method: Method) -> dict[str, Any]:
 
 
 def _values(args: AdapterArguments, method: Method) -> dict[str, Any]:
-    """Return {field, of any method: value} for the arguments that have a flag."""
+    """Return {configuration field: value} for the arguments that have a flag of their own."""
     rank = args.rank
     alpha = rank if args.lora_alpha is None else args.lora_alpha
     if args.adapter == "multi_lora":
@@ -252,9 +257,10 @@ def _values(args: AdapterArguments, method: Method) -> dict[str, Any]:
 
 
 def check_adapter(args: TrainingArguments) -> None:
-    """Raise ValueError for an adapter that no run can train. The arguments' `__post_init__` calls it.
+    """Raise ValueError for an adapter that no run can train.
 
-    Import --core_module before: it may register the core.
+    The `__post_init__` of the arguments calls this. Import --core_module first, since it may
+    register the core.
     """
     if args.core_module is not None:
         import_core_module(args.core_module)
@@ -287,10 +293,12 @@ def check_adapter(args: TrainingArguments) -> None:
 
 
 def import_core_module(name: str) -> None:
-    """Import the module `name`, or the file if it ends in .py; add its folder to `sys.path`.
+    """Import the module `name`, or the file `name` if it ends in .py.
+
+    The folder of a file is added to `sys.path`.
 
     Raises:
-        ValueError: there is no such module, its import fails, or it registers no core.
+        ValueError: the module is missing, can't be imported, or registers no core.
     """
     folder = str(Path(name).resolve().parent)
     if name.endswith(".py") and folder not in sys.path:
@@ -323,17 +331,18 @@ def build_adapter(
     strength: StrengthSchedule | None = None,
     target_modules: str | None = None,
 ) -> nn.Module:
-    """Wrap the language model `model` into a PeftModel. Only its adapter is trainable.
+    """Return a PeftModel around the language model `model`, with only the adapter trainable.
 
     With `adapter` "full", return `model` itself with all its weights trainable.
 
-    Raises ValueError as `adapter_config` and `check_target_modules`.
+    Raises:
+        ValueError: see `adapter_config` and `check_target_modules`.
     """
     options: dict[str, Any] = {}
     if target_modules is not None:  # a pattern, in place of the names in `args`
         options["target_modules"] = target_modules
     if method_of(args).family == "prompt":
-        # PEFT prepends the tokens in `generate`, which encoders lack
+        # PEFT prepends the tokens in `generate`, a method that encoders don't have
         is_decoder = hasattr(model, "prepare_inputs_for_generation")
         options["task_type"] = "CAUSAL_LM" if is_decoder else "FEATURE_EXTRACTION"
     config = adapter_config(args, noise_convention=noise_convention, strength=strength, **options)
@@ -341,18 +350,19 @@ def build_adapter(
 
 
 def add_adapter(model: PreTrainedModel, config: PeftConfig) -> nn.Module:
-    """Wrap `model` into a PeftModel. Raise ValueError as `check_target_modules`."""
+    """Return a PeftModel around `model`. Raise ValueError if `check_target_modules` does."""
     check_target_modules(model, getattr(config, "target_modules", None))
     with warnings.catch_warnings():
-        # PEFT 0.21 uses a name that transformers deprecated in 5.24
+        # PEFT 0.21 uses a name that transformers 5.24 deprecated
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         return get_peft_model(model, config)
 
 
 def check_target_modules(model: nn.Module, targets: Any) -> None:
-    """Raise ValueError for names that match no module; PEFT silently adapts only the others.
+    """Raise ValueError for names that match no module; PEFT would silently ignore them.
 
-    A name matches by PEFT's rule: it is a module's whole name, or its end after a dot.
+    As in PEFT, a name matches a module if it equals the module's full name or the end of the full
+    name after a dot.
     """
     if targets is None or isinstance(targets, str):
         return

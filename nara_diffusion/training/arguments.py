@@ -1,6 +1,7 @@
-"""The arguments that both train scripts share, in groups, and the checks of their values.
+"""The arguments that both train scripts share, in groups, with checks of their values.
 
-Each script's arguments inherit from `TrainingArguments`. `adapters` checks what the adapter needs.
+The arguments of each script inherit from `TrainingArguments`. The module `adapters` checks the
+arguments of the adapter.
 """
 
 # ruff: noqa: RUF009 (option() is dataclasses.field() with metadata, not a shared default)
@@ -32,9 +33,9 @@ OPTIMIZERS = {
     "prodigy": ("prodigyopt", "Prodigy"),
     "adafactor": ("transformers", "Adafactor"),
 }
-"""{optimizer: (its module, its class)}."""
+"""{optimizer: (module, class)}."""
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt")
-"""Schedules by step and warm-up only; transformers' others need a metric or more settings."""
+"""The schedules that need only the step and the warm-up, unlike transformers' other schedules."""
 
 
 @dataclass
@@ -217,7 +218,7 @@ class RunArguments:
 
 @dataclass
 class TrainingArguments(AdapterArguments, OptimizationArguments, WindowArguments, RunArguments):
-    """The arguments that every training has."""
+    """The arguments that all training runs share."""
 
     pretrained_model_name_or_path: str = option("", "Folder or Hub id of the model to adapt.")
 
@@ -230,14 +231,15 @@ class TrainingArguments(AdapterArguments, OptimizationArguments, WindowArguments
 def schedule_of(args: WindowArguments) -> StrengthSchedule | None:
     """Return the adapter's strength schedule, 0 outside of the window; None without a window.
 
-    A NaRA's file stores it. A LoRA's can't; the run says how to set it.
+    The file of a NaRA stores the schedule. The file of a LoRA can't, so the run tells the user how
+    to set it.
     """
     window = window_of(args)
     return None if window.is_everything else within(window)
 
 
 def window_of(args: WindowArguments) -> NoiseWindow:
-    """Return the window of noise levels that `args` describe; by default all of [0, 1]."""
+    """Return the window of noise levels that `args` describe. The default is all of [0, 1]."""
     low, high = args.min_noise_level, args.max_noise_level
     return NoiseWindow(0.0 if low is None else low, 1.0 if high is None else high)
 
@@ -246,9 +248,10 @@ def window_of(args: WindowArguments) -> NoiseWindow:
 
 
 def check_arguments(args: TrainingArguments) -> None:
-    """Raise ValueError for values that no run can use; see `adapters.check_adapter` for its adapter.
+    """Raise ValueError for values that no run can use.
 
-    The arguments' `__post_init__` calls both.
+    `adapters.check_adapter` does the same for the adapter. The `__post_init__` of the arguments
+    calls both functions.
     """
     counts = (
         "rank",
@@ -300,9 +303,10 @@ def check_arguments(args: TrainingArguments) -> None:
 def require(
     args: TrainingArguments, expected: str, holds: Callable[[Any], bool], *names: str
 ) -> None:
-    """Raise ValueError for the first of `names` if `holds(value)` is false; None counts as not set.
+    """Raise ValueError for the first argument in `names` that fails the test `holds`.
 
-    The message contains the argument's name, its value and what was `expected`.
+    An argument that is None isn't tested. The message contains the argument's name, its value and
+    what was `expected`.
     """
     for name in names:
         value = getattr(args, name)
@@ -311,7 +315,7 @@ def require(
 
 
 def check_optimizer(args: OptimizationArguments) -> None:
-    """Raise ValueError for a missing optimizer or option, or a warm-up that the schedule lacks."""
+    """Raise ValueError if the optimizer or an option is missing, or the schedule has no warm-up."""
     known = [
         name
         for name in inspect.signature(optimizer_class(args.optimizer)).parameters
@@ -330,7 +334,7 @@ def check_optimizer(args: OptimizationArguments) -> None:
 
 
 def optimizer_class(optimizer: str) -> Any:
-    """Return the class of an optimizer. Raise ValueError if its package is missing."""
+    """Return the class of an optimizer. Raise ValueError if its package isn't installed."""
     module, name = OPTIMIZERS["AdamW" if is_unpaged(optimizer) else optimizer]
     try:
         return getattr(importlib.import_module(module), name)
@@ -342,7 +346,7 @@ def optimizer_class(optimizer: str) -> Any:
 
 
 def is_unpaged(optimizer: str) -> bool:
-    """Return True for PagedAdamW on a machine without a GPU, where AdamW takes its place."""
+    """Return True for PagedAdamW on a machine without a GPU; AdamW then takes its place."""
     return optimizer == "PagedAdamW" and not torch.accelerator.is_available()
 
 
@@ -350,22 +354,23 @@ def is_unpaged(optimizer: str) -> bool:
 
 
 CONFIGS = Path(__file__).resolve().parents[2] / "train_scripts" / "configs"
-"""The shipped runs' settings. Only a clone has them, with their models and data."""
+"""The settings of the shipped runs. Only a clone has them, and their models and data."""
 
 
 def shipped_settings(
     config: Path, given: Mapping[str, Any], own: Sequence[str], *, toy: str, shown: str, advice: str
 ) -> dict[str, Any]:
-    """Return a shipped run's arguments, from `config`, without its data if the user gives data.
+    """Return the arguments of a shipped run, without its data if the user gives other data.
 
     Args:
+        config: the file of the shipped run.
         given: the user's arguments.
-        own: the arguments that name data. The user gives data if the first of them is in `given`.
-            The log then says that they train the shipped model, `toy`, lists the settings `shown`,
-            and gives the `advice`.
+        own: the arguments that name data. If the first of them is in `given`, the user gives data.
+            The log then says that the data train the shipped model, `toy`, lists the settings
+            `shown`, and gives the `advice`.
 
     Raises:
-        ValueError: outside of a clone, without such a file or model.
+        ValueError: the file or the model is missing, as it is outside of a clone.
     """
     values = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
     for name, value in values.items():

@@ -1,18 +1,18 @@
-"""The folder checkpoint-N: all that a run needs to go on after step N as if it had never stopped.
+"""The folder checkpoint-N: all that a run needs to continue exactly after step N.
 
     checkpoint-N/adapter_config.json,        the adapter, written by the run's `Writer`
                  adapter_model.safetensors
-                 optimizer.bin,              as accelerate writes them (scaler.pt with fp16); the
-                 scheduler.bin, scaler.pt    engine decides the optimizer's form, see `engine_state`
-                 random_states_P.pkl         of process P
+                 optimizer.bin,              as accelerate writes them; scaler.pt only with fp16;
+                 scheduler.bin, scaler.pt    see `engine_state` for the optimizer's form
+                 random_states_P.pkl         the random states of process P
                  checkpoint.json             the manifest: step, length of the schedule, losses not
                                              yet logged, number of processes, engine, arguments,
                                              digests of files, data, base and the manifest itself
 
-The step is enough to find the place in the data: `loop.ShuffledStream` makes the order a function
-of (seed, position). A checkpoint contains neither the data nor the frozen base model; it records
-their digests to recognise them. A checkpoint is written under a temporary name and renamed when it
-is complete; only then are older ones deleted.
+The step is enough to find the place in the data, since their order in `loop.ShuffledStream` depends
+only on (seed, position). A checkpoint contains neither the data nor the frozen base model, but
+records the digests of both. A checkpoint is written under a temporary name and renamed when it is
+complete. Only then are older checkpoints deleted.
 """
 
 from __future__ import annotations
@@ -68,8 +68,9 @@ _PLACES = "pretrained_model_name_or_path pretrained_vae_model_name_or_path init_
 MAY_CHANGE = frozenset(f"{_LENGTH} {_MEASURED} {_DATA} {_PLACES}".split())
 """Arguments that may change when a run resumes.
 
-Digests check data and base: other data restart their order, another base is an error. All other
-arguments define what is trained, or how.
+The data and the base model are checked by their digests: changed data start again from the
+beginning, and a changed base model is an error. All arguments that aren't in this set define what
+is trained, or how.
 """
 
 
@@ -77,8 +78,8 @@ arguments define what is trained, or how.
 
 
 def write_manifest(checkpoint: Path, manifest: Mapping[str, Any]) -> None:
-    """Write checkpoint.json, with the digest of its own content as the last field."""
-    content = json.loads(json.dumps(manifest))  # as JSON reads it: keys are strings
+    """Write checkpoint.json; its last field is the digest of all other fields."""
+    content = json.loads(json.dumps(manifest))  # as JSON reads it, with strings as keys
     content = {**content, "digest": _own_digest(content)}
     (checkpoint / MANIFEST).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
@@ -88,10 +89,12 @@ def _own_digest(manifest: Mapping[str, Any]) -> str:
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """Return checkpoint.json's content. Without its digest, check only the names of its fields.
+    """Return the content of checkpoint.json.
+
+    If the file has no digest, check only that all fields are present.
 
     Raises:
-        ValueError: it is missing, corrupt, or of version 0.1.
+        ValueError: the file is missing, corrupt, or from version 0.1.
     """
     path = checkpoint / MANIFEST
     try:
@@ -121,16 +124,18 @@ def save_checkpoint(
     write: Writer,
     limit: int | None,
 ) -> None:
-    """Write the checkpoint `target`. Delete the oldest beyond `limit`. Every process calls it.
+    """Write the checkpoint `target`, and delete the oldest checkpoints beyond `limit`.
+
+    Every process calls this function.
 
     Args:
-        facts: the run's fields of the manifest.
-        write: writes the adapter's files.
+        facts: the fields of the manifest that the run sets.
+        write: the function that writes the adapter's files.
         limit: number of checkpoints to keep; None keeps all.
 
     Raises:
-        OSError: the disk is full, for example. Nothing of the checkpoint is left then, and earlier
-            ones are untouched.
+        OSError: the checkpoint can't be written, for example because the disk is full. The partial
+            checkpoint is then deleted, and earlier checkpoints are unchanged.
     """
     partial = partial_name(target)  # every process writes its random states into the same folder
     is_main = accelerator.is_main_process
@@ -159,7 +164,7 @@ def save_checkpoint(
 
 
 def _digests_of_files(folder: Path) -> dict[str, tuple[int, str]]:
-    """Return {name: (size, digest)} of the files in a folder and below."""
+    """Return {name: (size, digest)} of the files in a folder and its subfolders."""
     found = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file():
@@ -168,7 +173,11 @@ def _digests_of_files(folder: Path) -> dict[str, tuple[int, str]]:
 
 
 def save_adapter(accelerator: Accelerator, model: Any, folder: Path, write: Writer) -> None:
-    """Write the adapter's files to `folder`; every process calls it. Raises OSError."""
+    """Write the adapter's files to `folder`. Every process calls this function.
+
+    Raises:
+        OSError: the files can't be written.
+    """
     state = trained_state(accelerator, model)
     if accelerator.is_main_process:
         try:
@@ -182,7 +191,7 @@ def save_adapter(accelerator: Accelerator, model: Any, folder: Path, write: Writ
 
 
 def _delete_oldest(folder: Path, limit: int | None, newest: Path) -> None:
-    """Delete checkpoints beyond `limit`, the oldest first; `newest` stays."""
+    """Delete checkpoints beyond `limit`, the oldest first, but never `newest`."""
     others = [path for path in find_checkpoints(folder) if path != newest]
     for path in [] if limit is None else others[: max(0, len(others) + 1 - limit)]:
         logger.info("deleting %s (--checkpoints_total_limit %d)", path, limit)
@@ -195,8 +204,8 @@ def _delete_oldest(folder: Path, limit: int | None, newest: Path) -> None:
 def find_checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints in a run's folder, in the order they were written.
 
-    Steps don't always ascend in this order: a run that resumed from an earlier checkpoint writes
-    lower steps later.
+    Their steps don't always ascend: a run that resumes from an earlier checkpoint writes lower
+    steps later.
     """
 
     def written(path: Path) -> tuple[float, int]:
@@ -222,7 +231,10 @@ def last_checkpoint(folder: Path) -> str:
 def latest_whole(folder: Path) -> Path | None:
     """Return the latest undamaged checkpoint in `folder`; None if there is no checkpoint.
 
-    Damaged ones that were written later are logged. Raise ValueError if all are damaged.
+    Later checkpoints that are damaged are logged.
+
+    Raises:
+        ValueError: all checkpoints are damaged.
     """
     damaged: list[str] = []
     for path in reversed(find_checkpoints(folder)):
@@ -246,7 +258,7 @@ def latest_whole(folder: Path) -> Path | None:
 
 
 def check_files(checkpoint: Path) -> None:
-    """Raise ValueError with the name of a file that is missing or damaged."""
+    """Raise ValueError if a file of the checkpoint is missing or damaged; the message names it."""
     for name, (size, digest) in read_manifest(checkpoint)["files"].items():
         file = checkpoint / name
         if not file.is_file():
@@ -258,7 +270,7 @@ def check_files(checkpoint: Path) -> None:
 def check_same_run(checkpoint: Path, args: TrainingArguments, accelerator: Accelerator) -> None:
     """Raise ValueError if this run can't continue a checkpoint bit for bit.
 
-    The message names the engine, the processes or the arguments that differ.
+    The message says which engine, number of processes or arguments differ.
     """
     manifest = read_manifest(checkpoint)
     engine, processes = engine_name(accelerator), accelerator.num_processes
@@ -288,8 +300,8 @@ def check_same_run(checkpoint: Path, args: TrainingArguments, accelerator: Accel
 def check_random_states(checkpoint: Path, process: int) -> None:
     """Raise ValueError unless `load_state` has restored the random generators of this process.
 
-    accelerate silently skips what it can't load. It restores Python's, NumPy's, PyTorch's and
-    CUDA's in this order, so the last one shows whether all were restored.
+    accelerate silently skips states that it can't load. It restores the generators of Python,
+    NumPy, PyTorch and CUDA in this order, so checking the last of them is enough.
     """
     file = checkpoint / f"random_states_{process}.pkl"
     try:
@@ -310,7 +322,7 @@ def check_random_states(checkpoint: Path, process: int) -> None:
 
 
 def warn_of_pickles(checkpoint: Path, engine: str) -> None:
-    """Log that resuming under `engine` (see `engine_name`) unpickles files, if it does."""
+    """Log a warning if resuming under `engine` (see `engine_name`) unpickles files."""
     if engine not in ("one process or DDP", "FSDP2 with FULL_STATE_DICT"):  # read with weights_only
         logger.warning(
             "%s: %s stores its state in pickles, and resuming runs the code in them: resume only from checkpoints "
@@ -324,8 +336,9 @@ def changed_arguments(
 ) -> dict[str, tuple[Any, Any]]:
     """Return {name: (saved value, current value)} of the arguments that differ from `saved`.
 
-    `saved` is what `given_arguments` returned. The arguments that resume a run are left out. An
-    option that no longer exists counts unless it was off, since the run would go on without it.
+    `saved` is an earlier result of `given_arguments`. The arguments output_dir and
+    resume_from_checkpoint are ignored. An option that no longer exists counts as changed if it was
+    on, since the resumed run would not have it.
     """
     now = given_arguments(args)
     gone = {name for name, value in saved.items() if name not in now and value not in (None, False)}
@@ -335,5 +348,5 @@ def changed_arguments(
 
 
 def describe_changes(changed: Mapping[str, tuple[Any, Any]]) -> str:
-    """Return a description of the arguments in `changed_arguments`."""
+    """Return a description of `changed`, a result of `changed_arguments`."""
     return ", ".join(f"{name}: {old!r} there, {new!r} now" for name, (old, new) in changed.items())

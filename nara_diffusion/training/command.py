@@ -1,20 +1,20 @@
-"""The command line of both train scripts: options, their flags and YAML file, one-line errors.
+"""The command line of both train scripts: options, flags, the YAML file and one-line errors.
 
 An option is a field of a dataclass of arguments, declared with `option(default, help, …)`:
 
     bool               --flag, --no_flag, --flag true
     list[str]          words separated by spaces or commas; with `sentences`, quoted texts
-    dict[str, Any]     NAME=VALUE …, values as JSON, else as YAML; several flags and the file add up
+    dict[str, Any]     NAME=VALUE …, values as JSON or else YAML; several flags and the file combine
     X | None           also takes `none`
 
-A field that is declared `within` a dict has no flag: a NAME=VALUE of that dict sets it
-(`spread_options`). Flags win over the file given as `--config`, the file wins over the defaults,
-and both are checked alike. `--help` shows the common options, `--help_all` all of them. Hyphens in
-a flag count as underscores.
+A field that is declared `within` a dict has no flag; a NAME=VALUE of that dict sets it
+(`spread_options`). Flags win over the file given as `--config`, and the file wins over the
+defaults. Both are checked in the same way. `--help` shows the common options, `--help_all` all
+options. Hyphens in a flag count as underscores.
 
-An error that this package raises is shown as one line that says what to do. So is a stop by Ctrl-C
-or by SIGTERM, which Slurm and Kubernetes send before they kill. (In the loop, either one ends the
-step in progress and saves.) Any other error keeps its traceback.
+An error that this package raises is shown as one line that says what to do. Any other error keeps
+its traceback. Ctrl-C and SIGTERM, which Slurm and Kubernetes send before they kill a process, are
+also reported in one line. During training, either one finishes the current step and saves.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ _PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 
 Arguments = TypeVar("Arguments", bound="DataclassInstance")
 Defaults = Callable[[Mapping[str, Any]], Mapping[str, Any]]
-"""Map the given arguments, from flags or file, to values that replace the dataclass's defaults."""
+"""Map the given arguments, from flags or file, to new defaults for the other arguments."""
 
 
 # ---------------------------------------------------------------- declarations
@@ -83,16 +83,15 @@ def option(
     """Declare one argument.
 
     Args:
-        default: its value if neither the file nor a flag sets it; a list or dict is copied for each
-            instance.
+        default: the value without file or flag; each instance gets its own copy of a list or dict.
         help: one sentence for `--help`.
-        unit: what a number counts, for `--help`.
-        choices: the words that are allowed.
-        rare: True if only `--help_all` shows it.
-        within: the dict argument that sets it, by NAME=VALUE instead of a flag.
-        sentences: for a list: each word of the command line is one element, with its spaces and
-            commas.
-        bare: the value of a flag that is given without one.
+        unit: the unit of a number, for `--help`.
+        choices: the allowed words.
+        rare: True if only `--help_all` shows the argument.
+        within: the dict argument that sets this argument by NAME=VALUE, instead of a flag.
+        sentences: True if each word on the command line is one element of the list, spaces and
+            commas included.
+        bare: the value if the flag is given without a value.
     """
     metadata = {"help": help, "unit": unit, "choices": choices, "rare": rare}
     metadata |= {"within": within, "sentences": sentences, "bare": bare}
@@ -111,7 +110,7 @@ def default_of(field: dataclasses.Field) -> Any:
 
 
 def given_arguments(args: DataclassInstance) -> dict[str, Any]:
-    """Return {name: value} that can rebuild `args`, a dataclass of options."""
+    """Return the {name: value} needed to rebuild `args`, a dataclass of options."""
     fields = dataclasses.fields(args)
     return {field.name: getattr(args, field.name) for field in fields if field.init}
 
@@ -126,7 +125,7 @@ def options_within(cls: type | DataclassInstance, container: str) -> dict[str, d
 
 
 def gathered(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `values`, with those of fields declared `within` a dict moved into that dict."""
+    """Return `values`, with each field that is declared `within` a dict moved into that dict."""
     found: dict[str, Any] = dict(values)
     for field in dataclasses.fields(cls):
         container = field.metadata["within"]
@@ -136,10 +135,10 @@ def gathered(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def spread_options(args: DataclassInstance) -> None:
-    """Set fields declared `within` a dict from that dict. Call it first in `__post_init__`.
+    """Set the fields declared `within` a dict from that dict. Call this first in `__post_init__`.
 
     Raises:
-        ValueError: a dict has another name, or a value of another type.
+        ValueError: a dict has an unknown name, or a value of the wrong type.
     """
     hints = typing.get_type_hints(type(args))
     containers = {field.metadata["within"]: None for field in dataclasses.fields(args)}
@@ -153,7 +152,7 @@ def spread_options(args: DataclassInstance) -> None:
 
 
 def hint(name: str, known: Iterable[str]) -> str:
-    """Return the end of an error about an unknown `name`: the nearest known one, or all of them."""
+    """Return the end of an error about an unknown `name`: the nearest known name, or all names."""
     near = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {near[0]}?" if near else f"it takes {', '.join(known)}."
 
@@ -162,7 +161,7 @@ def hint(name: str, known: Iterable[str]) -> str:
 
 
 def merged(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of `high` over those of `low`. If both have a dict, merge its entries.
+    """Return `low` updated with `high`. If both have a dict under one name, merge the two dicts.
 
     If `high` has epochs, drop the steps of `low`; steps would otherwise win.
     """
@@ -188,14 +187,15 @@ def kind_of(annotation: Any) -> type:
 
 
 def converted(origin: str, value: Any, annotation: Any, metadata: Mapping[str, Any]) -> Any:
-    """Return words of the command line, or a value of JSON or YAML, as the annotated type.
+    """Return `value` converted to the annotated type.
 
     Args:
-        origin: where the value comes from, for errors.
-        metadata: that of the field; see `option`.
+        origin: the source of the value, for errors.
+        value: words of the command line, or a value from JSON or YAML.
+        metadata: the metadata of the field; see `option`.
 
     Raises:
-        ValueError: the value can't be converted, or is none of the choices.
+        ValueError: the value can't be converted, or isn't one of the choices.
     """
     kind, optional = kind_of(annotation), isinstance(annotation, types.UnionType)
     words = value if isinstance(value, list) else [value]
@@ -240,7 +240,7 @@ def _read_settings(origin: str, words: Sequence[Any]) -> dict[str, Any]:
 
 
 def _read_value(text: str) -> Any:
-    """Return a value written as JSON, which reads 1e-4 as a number, or else as YAML."""
+    """Return a value read as JSON, or else as YAML. YAML alone would read 1e-4 as a text."""
     try:
         return json.loads(text)
     except ValueError:
@@ -256,14 +256,14 @@ def parse_arguments(
     description: str | None = None,
     defaults: Defaults = lambda given: {},
 ) -> Arguments:
-    """Return the command line, and the file that `--config` names, as an instance of `cls`.
+    """Return the arguments of the command line and of the file `--config` as an instance of `cls`.
 
-    On an error, print it with the usage, and exit.
+    If there is an error, print the error and the usage, and exit.
 
     Args:
         cls: the dataclass of arguments.
-        argv: the command line; None takes the program's own.
-        description: what `--help` shows first.
+        argv: the command line; None means the program's own.
+        description: the first text that `--help` shows.
         defaults: see `Defaults`.
     """
     words = list(sys.argv[1:] if argv is None else argv)
@@ -278,8 +278,8 @@ def parse_arguments(
 class ArgumentParser(argparse.ArgumentParser):
     """The parser of `cls`, a dataclass of options.
 
-    Each class that `cls` inherits options from has a group of flags; its docstring is the group's
-    title.
+    Each class that `cls` inherits options from becomes a group of flags. The docstring of the class
+    is the title of the group.
     """
 
     def __init__(self, cls: type, description: str | None = None, show_all: bool = False) -> None:
@@ -298,10 +298,10 @@ class ArgumentParser(argparse.ArgumentParser):
         self.add_argument("--help_all", action="help", help=about)
 
     def given(self, words: Sequence[str]) -> dict[str, Any]:
-        """Return {argument: value} of the command line `words`, merged over the file that it names.
+        """Return {argument: value} of the command line `words`, which override the config file.
 
         Raises:
-            ValueError: unknown flag or key, or a value of another type.
+            ValueError: a flag or key is unknown, or a value has the wrong type.
         """
         found, unknown = self.parse_known_args([_underscored(word) for word in words])
         flags = [word[2:].partition("=")[0] for word in unknown if word.startswith("--")]
@@ -339,7 +339,7 @@ class ArgumentParser(argparse.ArgumentParser):
         return found
 
     def _advice(self, name: str) -> str:
-        """Return what to do about an unknown flag or key."""
+        """Return advice about an unknown flag or key."""
         positive = name.removeprefix("no_")
         if positive in self._fields:
             container = self._fields[positive].metadata["within"]
@@ -356,7 +356,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def _add_options(self, show_all: bool) -> None:
         left = {name: field for name, field in self._fields.items() if field.init}
-        for owner in self._cls.__mro__:  # a class may declare an inherited field anew
+        for owner in self._cls.__mro__:  # a class may redeclare an inherited field
             names = [name for name in inspect.get_annotations(owner) if name in left]
             if names:
                 group = self._group((owner.__doc__ or "").strip().partition("\n")[0])
@@ -364,7 +364,7 @@ class ArgumentParser(argparse.ArgumentParser):
                     self._add_option(group, left.pop(name), show_all)
 
     def _group(self, title: str) -> argparse._ArgumentGroup:
-        """Return the group of that title, which several classes may share."""
+        """Return the group with this title; several classes may share a group."""
         for group in self._action_groups:
             if group.title == title:
                 return group
@@ -374,7 +374,7 @@ class ArgumentParser(argparse.ArgumentParser):
         self, group: argparse._ArgumentGroup, field: dataclasses.Field, show_all: bool
     ) -> None:
         kind, choices = kind_of(self._hints[field.name]), field.metadata["choices"]
-        # no default, so that the parser returns only what was given
+        # no default, so that the parser returns only given flags
         common: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS}
         text = argparse.SUPPRESS
         if show_all or not field.metadata["rare"]:
@@ -423,7 +423,7 @@ ALIASES = {
     "steps": "max_train_steps",
     "prompt": "instance_prompt",
 }
-"""{name in other programs: ours}."""
+"""{name in other programs: our name}."""
 _PRODIGY = ("beta3", "decouple", "use_bias_correction", "safeguard_warmup")
 ADVICE: dict[str, str] = {
     **{f"prodigy_{name}": f"give --optimizer_options {name}=VALUE." for name in _PRODIGY},
@@ -458,19 +458,19 @@ def run_command(
 ) -> None:
     """Log progress (first process) and warnings (all), read the command line, and call `main`.
 
-    With --check, the command `nara check` gets the arguments instead of `main`.
+    With --check, pass the arguments to the command `nara check` instead of `main`.
 
     Args:
         arguments: the dataclass of arguments.
-        about: what `--help` shows first.
+        about: the first text that `--help` shows.
         defaults: see `Defaults`.
     """
     first = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(level=logging.INFO if first else logging.WARNING, format="%(message)s")
-    # accelerate logs a line for each file of a checkpoint
+    # accelerate logs one line for each file of a checkpoint
     logging.getLogger("accelerate").setLevel(logging.WARNING)
     if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:
-        # `accelerate launch` of one process doesn't forward SIGTERM: ask for one when it dies
+        # `accelerate launch` of one process doesn't forward SIGTERM: request it when that dies
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     previous = signal.signal(signal.SIGTERM, _terminate)
     try:

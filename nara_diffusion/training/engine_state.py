@@ -7,8 +7,8 @@
 |                  |                                | optimizer.bin                               |
 | DeepSpeed ZeRO   | gathered under stage 3         | deepspeed/: its parts, with float32 weights |
 
-`accelerator.save_state` would also store the frozen base model under FSDP. It gives hooks no
-weights under FSDP and DeepSpeed.
+This module replaces `accelerator.save_state`, which also stores the frozen base model under FSDP,
+and passes no weights to hooks under FSDP and DeepSpeed.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ DEEPSPEED_FOLDER = "deepspeed"
 def trained_state(accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor]:
     """Return {name in the model without wrappers: whole tensor} of all trained weights and buffers.
 
-    Only the main process gets it; every process calls it. `model` is as `accelerator.prepare`
-    returned it.
+    Every process calls this function, but only the main process gets the tensors. `model` is the
+    model that `accelerator.prepare` returned.
     """
     if accelerator.distributed_type == DistributedType.FSDP:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -57,12 +57,15 @@ def trained_state(accelerator: Accelerator, model: nn.Module) -> dict[str, Tenso
 
 
 def save_state(accelerator: Accelerator, folder: Path) -> None:
-    """Write optimizer, schedule, scaler and random states, not weights; every process calls it."""
+    """Write optimizer, schedule, scaler and random states, but no weights.
+
+    Every process calls this function.
+    """
     engine = accelerator.distributed_type
     [model], [optimizer] = accelerator._models, accelerator._optimizers
     if engine == DistributedType.FSDP:
         _reshard(model)
-        # unwrapped: accelerate's scaler would see the steps with which PyTorch allocates states
+        # unwrapped: PyTorch allocates states by a step that accelerate's scaler would notice
         save_fsdp_optimizer(
             accelerator.state.fsdp_plugin, accelerator, optimizer.optimizer, model, str(folder), 0
         )
@@ -84,9 +87,12 @@ def save_state(accelerator: Accelerator, folder: Path) -> None:
 
 
 def load_state(accelerator: Accelerator, folder: Path) -> None:
-    """Restore what `save_state` wrote, after `accelerator.prepare`. Every process calls it.
+    """Restore the states that `save_state` wrote, after `accelerator.prepare`.
 
-    If the schedule's length has changed, the new schedule sets the next step's rates.
+    Every process calls this function.
+
+    If the length of the schedule has changed, the next step takes its learning rates from the new
+    schedule.
     """
     engine = accelerator.distributed_type
     [model], [optimizer] = accelerator._models, accelerator._optimizers
@@ -96,7 +102,7 @@ def load_state(accelerator: Accelerator, folder: Path) -> None:
             accelerator.state.fsdp_plugin, accelerator, optimizer.optimizer, model, str(folder), 0
         )
     elif engine == DistributedType.DEEPSPEED:
-        # the float32 weights load with it; the frozen ones are not in the file
+        # this also loads the float32 weights; the frozen weights are not in the file
         model.load_checkpoint(str(folder), DEEPSPEED_FOLDER, load_module_strict=False)
     own, rank = [] if engine in SHARDED else [optimizer], accelerator.process_index
     state = ([], own, accelerator._schedulers, accelerator._dataloaders, rank, accelerator.scaler)
@@ -109,9 +115,9 @@ def load_state(accelerator: Accelerator, folder: Path) -> None:
 
 
 def _reshard(model: nn.Module) -> None:
-    """Shard the outermost weights again; FSDP gathers them in a forward without backward.
+    """Shard the outermost weights again, which FSDP gathers in a forward without backward.
 
-    PyTorch doesn't find gathered weights in the optimizer.
+    PyTorch can't match gathered weights with the optimizer's states.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):

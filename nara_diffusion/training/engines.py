@@ -1,8 +1,8 @@
 """Training under accelerate's engines (one process, DDP, FSDP2, DeepSpeed), and the optimizer.
 
-Accumulation and clipping come from the arguments, not from the launcher's configuration. Models are
-loaded whole, or in float32, where an engine would do otherwise. The optimizer has separate learning
-rates for A and B, for the core, and for text encoders.
+Accumulation and clipping come from the arguments, not from the launcher's configuration. Some
+engines would load only a part of a model, or round it; functions here load it whole and in float32.
+The optimizer has separate learning rates for A and B, for the core, and for text encoders.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ SHARDED = {
 
 TEXT_ENCODER_MARK = "text_encoder"  # the prefix of a parameter's name
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    # the schedule sets the rate, so Adafactor's own relative rates are off
+    # the schedule sets the learning rate, so Adafactor's own relative rates are off
     "adafactor": {"relative_step": False, "scale_parameter": False},
     "prodigy": {"use_bias_correction": True, "safeguard_warmup": True},
 }
@@ -60,9 +60,9 @@ def start_accelerator(args: TrainingArguments) -> Accelerator:
     """Return the engine that the launcher asks for, with accumulation and clipping from `args`.
 
     Raises:
-        ValueError: the launcher asks for FSDP1; an engine or fp16 needs a GPU, and there is none;
-            or accelerate starts another engine than the launcher asks for. `accumulation_steps`
-            and `check_sharded` list further errors.
+        ValueError: the launcher asks for FSDP1; there is no GPU, but the engine or fp16 needs one;
+            or accelerate doesn't start the requested engine. See also `accumulation_steps` and
+            `check_sharded`.
     """
     asked = {
         kind: name for kind, (variable, name) in SHARDED.items() if parse_flag_from_env(variable)
@@ -83,9 +83,9 @@ def start_accelerator(args: TrainingArguments) -> Accelerator:
         mixed_precision=args.mixed_precision,
         dataloader_config=DataLoaderConfiguration(non_blocking=True),
         log_with=[*args.report_to] if args.report_to else None,
-        # trackers need a folder now; `Run.open` sets the final one
+        # trackers need a folder already; `Run.open` sets the final folder
         project_config=ProjectConfiguration(logging_dir="."),
-        step_scheduler_with_optimizer=False,  # the loop steps the schedule once an optimizer step
+        step_scheduler_with_optimizer=False,  # the loop steps the schedule once per optimizer step
     )
     if launched != accelerator.num_processes:
         raise ValueError(
@@ -114,10 +114,10 @@ def start_accelerator(args: TrainingArguments) -> Accelerator:
 
 
 def accumulation_steps(args: TrainingArguments, processes: int) -> int:
-    """Return how many forwards of one process make an optimizer step.
+    """Return the number of forwards that one process accumulates for an optimizer step.
 
-    That is --gradient_accumulation_steps, or the share of --global_batch_size for each of
-    `processes`.
+    This is --gradient_accumulation_steps. If --global_batch_size is set, it is divided by
+    `processes` and by the batch of a forward instead.
 
     Raises:
         ValueError: the global batch can't be divided evenly.
@@ -136,13 +136,13 @@ def accumulation_steps(args: TrainingArguments, processes: int) -> int:
 
 
 def global_batch(accelerator: Accelerator, args: TrainingArguments) -> int:
-    """Return the samples in an optimizer step, over all processes and accumulated forwards."""
+    """Return the number of samples in one optimizer step, over all processes and forwards."""
     forwards = accelerator.gradient_accumulation_steps * accelerator.num_processes
     return args.train_batch_size * forwards
 
 
 def check_sharded(accelerator: Accelerator, args: TrainingArguments) -> None:
-    """Raise ValueError for arguments that a `SHARDED` engine would train or save differently."""
+    """Raise ValueError for arguments that train or save differently under engines in `SHARDED`."""
     stage, name = zero_stage(accelerator), SHARDED[accelerator.distributed_type][1]
     wrong = ""
     if method_of(args).family == "prompt" and stage in (0, 3):
@@ -160,7 +160,7 @@ def check_sharded(accelerator: Accelerator, args: TrainingArguments) -> None:
 
 
 def check_whole(accelerator: Accelerator, why: str) -> None:
-    """Raise ValueError if the engine shards the weights of a model that can't be sharded.
+    """Raise ValueError if the engine shards weights; call this for models that can't be sharded.
 
     Args:
         why: the start of the message.
@@ -171,7 +171,7 @@ def check_whole(accelerator: Accelerator, why: str) -> None:
 
 
 def engine_name(accelerator: Accelerator) -> str:
-    """Return the engine's name, which says how it stores the optimizer."""
+    """Return the engine's name; engines with equal names store the optimizer in the same form."""
     if accelerator.distributed_type == DistributedType.FSDP:
         return f"FSDP2 with {accelerator.state.fsdp_plugin.state_dict_type.name}"  # type: ignore[union-attr]
     stage = zero_stage(accelerator)
@@ -179,7 +179,7 @@ def engine_name(accelerator: Accelerator) -> str:
 
 
 def zero_stage(accelerator: Accelerator) -> int:
-    """Return DeepSpeed's ZeRO stage, 1 to 3; 0 under other engines."""
+    """Return DeepSpeed's ZeRO stage, from 1 to 3, or 0 under another engine."""
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         return 0
     return deepspeed_plugin(accelerator).zero_stage
@@ -195,10 +195,12 @@ def deepspeed_plugin(accelerator: Accelerator) -> DeepSpeedPlugin:
 def split_across_processes(
     accelerator: Accelerator, count: int, work: Callable[[Sequence[int]], Sequence[Any]]
 ) -> list[Any]:
-    """Return `work`'s results for 0 … count − 1, in order, on every process; all share the work.
+    """Share `work` on 0 … count − 1 between all processes, and return all results on each of them.
+
+    The results are in the order of the indices.
 
     Args:
-        work: takes indices, and returns a picklable result for each.
+        work: a function that takes indices and returns a picklable result for each.
     """
     mine = range(accelerator.process_index, count, accelerator.num_processes)
     mine = range(count) if accelerator.distributed_type in SHARDED else mine
@@ -210,16 +212,16 @@ def split_across_processes(
 
 
 def prepare(accelerator: Accelerator, model: nn.Module, *others: Any) -> list[Any]:
-    """Call `accelerator.prepare` for a model with an adapter, also under FSDP2 and DeepSpeed.
+    """Call `accelerator.prepare` in a way that suits a model with an adapter under every engine.
 
-    Mixed precision is autocast, as under DDP. The engines' own would round the core's float32
-    weights (C − I is then off by some per cent), and DeepSpeed's would round the trained ones.
-    DeepSpeed's `torch_autocast` would miss evaluation, which calls the model without DeepSpeed's
-    wrapper.
+    Mixed precision uses autocast under all engines, as it does under DDP. The mixed precision of
+    FSDP2 and DeepSpeed would round the core's float32 weights, with an error of some per cent in
+    C − I. DeepSpeed's would also round all trained weights. DeepSpeed's `torch_autocast` wouldn't
+    apply to evaluation, which calls the model without DeepSpeed's wrapper.
 
-    With --fsdp_cpu_ram_efficient_loading, accelerate gives all processes the weights of the main
-    one. For that it expects only sharded tensors in a state dict; the core's frequencies, a buffer,
-    aren't sharded.
+    With --fsdp_cpu_ram_efficient_loading, accelerate copies the weights of the main process to all
+    others. It expects a state dict with sharded tensors only, but the core's frequencies are a
+    buffer that isn't sharded.
     """
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         if accelerator.mixed_precision == "bf16":
@@ -247,7 +249,7 @@ def prepare(accelerator: Accelerator, model: nn.Module, *others: Any) -> list[An
 
 @contextmanager
 def _without_bf16(accelerator: Accelerator) -> Iterator[None]:
-    """Remove bf16 from DeepSpeed's configuration inside the context; it would cast all weights."""
+    """Remove bf16 from DeepSpeed's configuration inside the context, since it casts all weights."""
     config = deepspeed_plugin(accelerator).deepspeed_config
     own = config["bf16"]
     config["bf16"] = {"enabled": False}
@@ -259,16 +261,16 @@ def _without_bf16(accelerator: Accelerator) -> Iterator[None]:
 
 @contextmanager
 def loading_in(accelerator: Accelerator, dtype: torch.dtype) -> Iterator[None]:
-    """Make `from_pretrained` return float32 weights also under ZeRO-3, if `dtype` is float32.
+    """Make `from_pretrained` return float32 weights under ZeRO-3 too, if `dtype` is float32.
 
-    DeepSpeed's bf16 would cast them while they load.
+    DeepSpeed would otherwise cast the weights to bf16 during loading.
     """
     if dtype != torch.float32 or zero_stage(accelerator) != 3:
         yield
         return
     plugin = deepspeed_plugin(accelerator)
     with ExitStack() as undo:
-        # it gives `from_pretrained` a copy of the configuration
+        # `set_deepspeed_weakref` gives `from_pretrained` a copy of the configuration
         undo.callback(plugin.set_deepspeed_weakref)
         undo.enter_context(_without_bf16(accelerator))
         plugin.set_deepspeed_weakref()
@@ -276,10 +278,10 @@ def loading_in(accelerator: Accelerator, dtype: torch.dtype) -> Iterator[None]:
 
 
 def load_whole(accelerator: Accelerator, load: Callable[[], Any]) -> Any:
-    """Call `load` so that `from_pretrained` gives each process the whole model, under any engine.
+    """Call `load` so that `from_pretrained` gives each process the whole model under any engine.
 
-    ZeRO-3 would give only parts of it, and --fsdp_cpu_ram_efficient_loading an empty model outside
-    of the main process.
+    ZeRO-3 would give each process only a part of the model. --fsdp_cpu_ram_efficient_loading would
+    give an empty model to all processes but the main one.
     """
     variable = "FSDP_CPU_RAM_EFFICIENT_LOADING"
     before = os.environ.pop(variable, None)
@@ -302,14 +304,14 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Return the optimizer over all trainable parameters.
 
-    Its groups are "adapter" (learning_rate), "core" (core_learning_rate) and "text_encoder"
-    (text_encoder_lr, if the script has it); empty groups are left out.
+    The groups are "adapter" (learning_rate), "core" (core_learning_rate) and "text_encoder"
+    (text_encoder_lr, if the script has this argument). Empty groups are omitted.
 
     Args:
-        fused: whether AdamW updates all parameters in one call; see `may_fuse`.
+        fused: True if AdamW should update all parameters in one call; see `may_fuse`.
 
     Raises:
-        ValueError: nothing in `model` is trainable; or `core_start_step` is set and there is no
+        ValueError: `model` has no trainable parameter, or `core_start_step` is set but there is no
             core.
     """
     groups = _parameter_groups(model, args)
@@ -328,16 +330,16 @@ def build_optimizer(
     if args.optimizer == "AdamW" and fused:
         options.setdefault("fused", True)
     if args.optimizer == "prodigy":
-        options["lr"] = args.learning_rate  # it allows only one rate for all groups
+        options["lr"] = args.learning_rate  # Prodigy allows only one rate for all groups
     return optimizer_class(args.optimizer)(groups, **options)
 
 
 def may_fuse(accelerator: Accelerator) -> bool:
-    """Return True if AdamW may be PyTorch's fused one under this engine.
+    """Return True if PyTorch's fused AdamW works under this engine.
 
-    The fused one takes a third of the time for an adapter's many tensors. It doesn't work with
-    fp16: it skips overflowing steps by itself, while accelerate recognises a skipped step by a
-    missing call, and so would step the schedule. DeepSpeed has its own optimizer.
+    The fused AdamW needs a third of the time for the many tensors of an adapter. It doesn't work
+    with fp16: if gradients overflow, it skips the step internally. accelerate wouldn't notice, and
+    would step the schedule. DeepSpeed has its own optimizer.
     """
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return False
@@ -375,10 +377,10 @@ def _parameter_groups(model: nn.Module, args: TrainingArguments) -> list[dict[st
 def build_lr_scheduler(
     optimizer: torch.optim.Optimizer, args: OptimizationArguments, total_steps: int
 ) -> LRScheduler:
-    """Return the schedule over `total_steps`.
+    """Return the learning-rate schedule over `total_steps`.
 
-    Call its `step` once per optimizer step, however many processes there are. `lr_warmup_steps`
-    below 1 is a share of all steps.
+    Call its method `step` once per optimizer step, for any number of processes. A value of
+    `lr_warmup_steps` below 1 is a share of all steps.
     """
     warmup = args.lr_warmup_steps
     steps = round(warmup * total_steps) if warmup < 1 else int(warmup)
@@ -388,12 +390,12 @@ def build_lr_scheduler(
 
 
 def is_core_parameter(name: str) -> bool:
-    """Return True if `name`, a parameter of a model, belongs to a core."""
+    """Return True if the parameter `name` of a model belongs to a core."""
     return f"{HOLDER_NAME}." in name
 
 
 def freeze_core(optimizer: Any) -> None:
-    """Delete the core's gradients, so that a step leaves its weights and Adam moments unchanged."""
+    """Delete the gradients of the core, so that a step doesn't change its weights and moments."""
     for group in optimizer.param_groups:
         if group.get("name") == "core":
             for parameter in group["params"]:
@@ -404,7 +406,7 @@ def freeze_core(optimizer: Any) -> None:
 
 
 def recompute_activations(model: PreTrainedModel) -> None:
-    """Turn on the model's gradient checkpointing, in the form that needs no gradient at inputs."""
-    # the name up to transformers 5.23, deprecated since then
+    """Turn on the model's gradient checkpointing, in the form that needs no gradient of inputs."""
+    # the name of the argument up to transformers 5.23, deprecated since then
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
     enable({"use_reentrant": False})

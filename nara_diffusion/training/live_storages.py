@@ -1,6 +1,6 @@
-"""Memory of a computation, counted in bytes of the tensors' storages while they live.
+"""Measure the memory of a computation, in bytes of all tensor storages that exist at once.
 
-Ops run on fake tensors, which have shape, dtype and device, and no data:
+The operations run on fake tensors, which have a shape, dtype and device, but no data:
 
     counter = LiveStorages(tensors_of(model))
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -8,8 +8,8 @@ Ops run on fake tensors, which have shape, dtype and device, and no data:
         with counter: model(…).loss.backward()
     counter.peak
 
-The same counter counts real tensors. A storage counts from the op that returns it until Python
-frees it; views share theirs. Nothing is rounded up to an allocator's blocks.
+The counter works for real tensors too. A storage counts from the operation that returns it until
+Python frees it. Views share one storage. Sizes aren't rounded up to the blocks of an allocator.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from torch.utils._pytree import tree_iter
 
 
 class LiveStorages(TorchDispatchMode):
-    """Count the storages that ops inside the context return.
+    """Count the storages that operations inside the context return.
 
     Args:
-        known: tensors that exist already, such as weights; they are not counted.
+        known: existing tensors, such as weights, which are not counted.
 
     Attributes:
-        live: bytes of the counted storages that live now.
-        peak: the highest `live` since the start, or since `peak` was set.
+        live: bytes of the counted storages that currently exist.
+        peak: the highest value of `live` since the start, or since `peak` was last set.
     """
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
@@ -68,14 +68,14 @@ class LiveStorages(TorchDispatchMode):
 
 
 def to_fake(model: nn.Module, mode: FakeTensorMode, device: str = "cpu") -> None:
-    """Replace all parameters and buffers of `model` by fake ones of `mode`, in place.
+    """Replace all parameters and buffers of `model` with fake tensors of `mode`, in place.
 
-    Shapes, strides, dtypes and `requires_grad` stay, and so do ties. `Module.to` can't do it: it
-    fails on fake tensors.
+    Shapes, strides, dtypes, `requires_grad` and tied weights are kept. `Module.to` can't be used
+    instead, since it fails on fake tensors.
 
     Args:
-        model: on any device; on meta it has taken no memory.
-        device: what the fake tensors say they are on.
+        model: a model on any device. On the meta device it takes no memory.
+        device: the device that the fake tensors report.
     """
     made: dict[int, Tensor] = {}
 
@@ -108,5 +108,5 @@ def tensors_of(*models: nn.Module) -> Iterator[Tensor]:
 
 
 def nbytes(tensors: Iterable[Tensor]) -> int:
-    """Return the bytes of `tensors` together."""
+    """Return the total size of `tensors` in bytes."""
     return sum(tensor.nbytes for tensor in tensors)

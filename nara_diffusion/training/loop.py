@@ -1,14 +1,14 @@
-"""Both scripts' training loop, the order of its data, and how Ctrl-C and SIGTERM end it.
+"""The training loop of both scripts, the order of its data, and its end by Ctrl-C or SIGTERM.
 
 The loss of an optimizer step is the mean over its global batch: each forward's loss is the mean
 over its samples, accelerate divides by the accumulated forwards, and DDP averages over processes.
 
-The order of the data is a function of (seed, position) and nothing else. Position p of the endless
-stream is sample π_e[p mod n] of epoch e = ⌊p / n⌋, where π_e is a permutation drawn from (seed, e).
-Optimizer step k takes the G positions k·G … (k+1)·G − 1, where G is the global batch, for any
-number of processes or accumulated forwards. An epoch's last batch is filled from the next epoch, so
-that all forwards have equally many samples. To resume, start at k. With new data, k counts from the
-step where the new data began.
+The order of the data depends only on (seed, position). Position p of the endless stream is sample
+π_e[p mod n] of epoch e = ⌊p / n⌋, where π_e is a permutation drawn from (seed, e). Optimizer step k
+takes the G positions k·G … (k+1)·G − 1, where G is the global batch, for any number of processes or
+accumulated forwards. The last batch of an epoch is filled up from the next epoch, so that all
+forwards have the same number of samples. A run that resumes starts at its step k. If its data have
+changed, k counts from the first step with the new data.
 
 Ctrl-C and SIGTERM end training after the current step, in all processes at once.
 """
@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 
 class StepLoss(Protocol):
-    """What a loss function returns: the scalar to differentiate, losses (b,) and λ (b,)."""
+    """The result of a loss function: the scalar to differentiate, losses (b,) and λ (b,)."""
 
     @property
     def loss(self) -> Tensor: ...
@@ -65,10 +65,11 @@ class Prepared(NamedTuple):
 def prepare_training(
     run: Run, model: torch.nn.Module, samples: Dataset, collate: Callable[[list[dict]], Any]
 ) -> Prepared:
-    """Return model, optimizer, schedule and loader of a planned run.
+    """Return the model, optimizer, schedule and data loader of a planned run.
 
     Args:
-        samples: indexed by position, as in a `ShuffledStream`; `collate` makes batches of them.
+        samples: the samples, indexed by position as in a `ShuffledStream`.
+        collate: the function that turns a list of samples into a batch.
     """
     optimizer = build_optimizer(model, run.args, fused=may_fuse(run.accelerator))
     scheduler = build_lr_scheduler(optimizer, run.args, run.total_steps)
@@ -84,17 +85,19 @@ def train(
     compute_loss: Callable[[Any], StepLoss],
     validate: Callable[[], dict[str, float]],
 ) -> None:
-    """Take the steps from `run.step` to `run.total_steps`, with what `prepare_training` returned.
+    """Train from `run.step` to `run.total_steps`.
 
     Args:
-        compute_loss: batch → `StepLoss`, through `model`'s own `__call__`.
-        validate: returns {name: value} to log every `--validation_steps` steps; it leaves the
-            model's mode and the global random state unchanged.
+        parts: the result of `prepare_training`.
+        compute_loss: a function batch → `StepLoss` that enters the `__call__` of the model.
+        validate: a function that returns {name: value} to log every `--validation_steps` steps. It
+            must not change the model's mode or the global random state.
 
     Raises:
-        TrainingDiverged: a loss or a gradient's norm wasn't finite. The host reads them only before
-            it logs, validates or saves, so no such step is ever saved.
-        SystemExit: code 130 after Ctrl-C, 143 after SIGTERM, once a checkpoint is written.
+        TrainingDiverged: a loss or the norm of a gradient isn't finite. The host checks this only
+            before it logs, validates or saves, so no such step is ever saved.
+        SystemExit: training was stopped and a checkpoint written. The code is 130 after Ctrl-C and
+            143 after SIGTERM.
     """
     accelerator, args, (model, optimizer, scheduler, loader) = run.accelerator, run.args, parts
     bar = tqdm(
@@ -136,14 +139,14 @@ def train(
 
 @dataclass
 class _Pending:
-    """What the host hasn't read yet: (step, tensor) of each forward or step, on the device."""
+    """Values on the device that the host has yet to read, as (step, tensor)."""
 
     losses: list[tuple[int, Tensor]] = field(default_factory=list)  # (b,) of each forward
     norms: list[tuple[int, Tensor]] = field(default_factory=list)  # of each step's gradient
 
 
 def _collect(run: Run, pending: _Pending) -> None:
-    """Read all processes' losses since the last time. Raise if one, or a norm, isn't finite."""
+    """Read the pending losses of all processes. Raise if a loss or a norm isn't finite."""
     if not pending.losses:
         return
     steps = [step for step, _ in pending.losses]
@@ -171,10 +174,10 @@ def _collect(run: Run, pending: _Pending) -> None:
 def _prepare_gradients(
     run: Run, model: torch.nn.Module, optimizer: AcceleratedOptimizer
 ) -> Tensor | None:
-    """Drop the core's gradients in the first stage, and clip all.
+    """Clip all gradients, after deleting those of the core before `core_start_step`.
 
-    Return their norm; None under fp16, which overflows now and then: the scaler then skips the step
-    and lowers its scale.
+    Return the norm of the gradients. Return None under fp16, since an overflow is normal there: the
+    scaler skips the step and lowers its scale.
     """
     if run.step < run.args.core_start_step:
         freeze_core(optimizer)
@@ -206,7 +209,7 @@ def _diverged(run: Run, step: int, what: str) -> TrainingDiverged:
 
 
 def _save_if_due(run: Run) -> bool:
-    """Write this step's checkpoint if one is due. Return whether it was."""
+    """Write a checkpoint if one is due at this step. Return True if it was written."""
     every = run.args.checkpointing_steps
     is_due = _due(run.step, every) or (every is not None and run.step == run.total_steps)
     if is_due:
@@ -231,7 +234,7 @@ def _due(step: int, every: int | None) -> bool:
 
 
 class ShuffledStream(Dataset):
-    """An endless stream: `stream[p]` is the dict at position p, with p as its "position"."""
+    """An endless stream of samples: `stream[p]` is a dict with p as its "position"."""
 
     def __init__(self, samples: Sequence[dict[str, Any]] | Any, seed: int):
         if len(samples) == 0:
@@ -257,8 +260,8 @@ class ShuffledStream(Dataset):
 def stream_loader(
     stream: Any, collate: Callable[[list[dict]], Any], *, batch_size: int, first: int, stop: int
 ) -> DataLoader:
-    """Return batches of positions `first` … `stop` − 1; accelerate deals them to the processes."""
-    # without this, each start draws from the global generator, and a resumed run starts twice
+    """Return a loader for positions `first` … `stop` − 1; accelerate splits it among processes."""
+    # without a generator, each start draws from the global one, and a resumed run starts twice
     generator = torch.Generator().manual_seed(0)
     positions: Any = range(first, stop)
     return DataLoader(
@@ -269,22 +272,23 @@ def stream_loader(
 # ---------------------------------------------------------------- Ctrl-C and SIGTERM
 
 
-_ECHO = 2.0  # s; a second SIGINT within this time is the launcher's copy of the first
+_ECHO = 2.0  # seconds; a second SIGINT within this time is the launcher's copy of the first
 
 
 class InterruptRequest:
-    """Record Ctrl-C and SIGTERM: `with InterruptRequest() as request: …`.
+    """Record Ctrl-C and SIGTERM inside the context: `with InterruptRequest() as request: …`.
 
-    `request.signal` is the signal that came, SIGINT (Ctrl-C) or SIGTERM, or 0. A second Ctrl-C
-    stops at once. Outside the main thread, where Python allows no handlers, `signal` stays 0.
+    `request.signal` is the signal received, SIGINT (Ctrl-C) or SIGTERM, or else 0. A second Ctrl-C
+    stops the program at once. Python allows signal handlers only in the main thread; in another
+    thread `signal` is always 0.
 
     Args:
-        processes: how many train together. All of them enter a request at the same time.
+        processes: the number of processes of the run. All of them enter the context together.
     """
 
     def __init__(self, processes: int = 1) -> None:
         self.signal, self._came = 0, 0.0
-        # gloo's tensors are on the CPU, so that `of_any_process` waits for no device
+        # gloo uses tensors on the CPU, so `of_any_process` doesn't wait for a device
         self._group = dist.new_group(backend="gloo") if processes > 1 else None
         self._previous: dict[int, Any] = {}
 
@@ -299,7 +303,7 @@ class InterruptRequest:
             signal.signal(number, handler)
 
     def of_any_process(self) -> int:
-        """Return the signal that any process got, or 0, so that all stop at the same step."""
+        """Return the signal that any process received, or 0. All processes get the same answer."""
         if self._group is None:
             return self.signal
         numbers = torch.tensor([self.signal])

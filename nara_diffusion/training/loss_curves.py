@@ -1,4 +1,4 @@
-"""The loss over λ: its means inside and outside of the trained window, and its plot."""
+"""The loss as a function of λ: means inside and outside the trained window, and a plot."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from nara_diffusion.utils.files import atomic_write
 def validation_means(losses: Tensor, noise_levels: Tensor, window: NoiseWindow) -> dict[str, float]:
     """Return {"validation_loss": mean} of losses (b,) at λ (b,).
 
-    With a window, add the means inside and outside of it, "validation_loss_inside" and
-    "validation_loss_outside".
+    With a window, also return "validation_loss_inside" and "validation_loss_outside", the means
+    inside and outside the window.
     """
     parts = {"validation_loss": losses}
     if not window.is_everything:
@@ -39,14 +39,14 @@ def plot_noise_level_curves(
     unit: str,
     window: NoiseWindow = EVERYTHING,
 ) -> None:
-    """Write a PNG, Figure 1 of the paper.
+    """Plot the losses over λ into a PNG file, as in Figure 1 of the paper.
 
-    Left: both losses over λ. Right: the adapter's gain, base − adapted.
+    The left plot shows both losses. The right plot shows the adapter's gain, base − adapted.
 
     Args:
         noise_levels: λ of each point, in [0, 1].
-        base, adapted: the losses there, in `unit`.
-        window: the trained window, to be shaded.
+        base, adapted: the loss of each model at each point, in `unit`.
+        window: the trained window, which is shaded.
     """
     figure = Figure(figsize=(10, 4), layout="constrained")
     FigureCanvasAgg(figure)

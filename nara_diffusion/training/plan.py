@@ -1,4 +1,4 @@
-"""`--plan`: print what a run needs, from its configurations only, and the cheapest flags that fit."""
+"""`--plan`: print the memory and FLOPs of a run, and the cheapest flags that make it fit."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ _PROCESSES = (2, 4, 8)
 
 
 def show_plan(args: Args, describe: Callable[[Args], PlannedStep]) -> dict[str, Any]:
-    """Print what the run of `args` needs. Return the figures, in bytes, by name.
+    """Print the memory and FLOPs of the run of `args`, and return {name: figure}, in bytes.
 
-    Nothing is loaded, and nothing is written. If `--plan` names a size that the run exceeds, print
-    the cheapest change of flags that fits.
+    No weights are loaded and no files are written. If the run needs more memory than `--plan`
+    allows, also print the cheapest change of flags that makes it fit.
 
     Args:
-        describe: returns the step of a run; called again for changed arguments.
+        describe: a function that returns the step of a run. It is also called with changed
+            arguments.
     """
     step = describe(args)
     needs = measure(step, args)
@@ -49,7 +50,7 @@ def _title(args: TrainingArguments, step: PlannedStep) -> str:
 
 
 def _table(args: TrainingArguments, needs: Needs) -> Iterator[str]:
-    """Yield the lines of a plan, memory in GB."""
+    """Yield the lines of a plan, with memory in GB."""
     notes = {
         "weights": f"{needs.frozen:,} frozen parameters",
         "adapter": f"{needs.trainable:,} trainable parameters",
@@ -72,7 +73,7 @@ def _table(args: TrainingArguments, needs: Needs) -> Iterator[str]:
 
 
 def _fitting(args: Args, describe: Callable[[Args], PlannedStep], needs: Needs) -> Iterator[str]:
-    """Yield whether the run fits into `--plan` GB, and else the cheapest flags that do."""
+    """Yield a line on whether the run fits into `--plan` GB, and if not, the cheapest flags."""
     limit = (args.plan or 0) * GB
     if needs.peak <= limit:
         yield f"It fits into {args.plan:g} GB."
@@ -93,10 +94,10 @@ def _fitting(args: Args, describe: Callable[[Args], PlannedStep], needs: Needs) 
 
 
 def cheaper(args: Args) -> Iterator[tuple[str, Args]]:
-    """Yield (flags, arguments) that need less memory, those that cost least first.
+    """Yield (flags, arguments) that need less memory, cheapest first.
 
-    A batch of 1 with more accumulation costs utilisation, gradient checkpointing a second forward,
-    and 4 bits precision. Each costs more than those before it together.
+    A batch of 1 with more accumulation lowers utilisation. Gradient checkpointing needs a second
+    forward. Loading in 4 bits loses precision. Each costs more than all earlier ones together.
     """
     changes: list[tuple[str, dict[str, Any]]] = []
     batch = args.train_batch_size

@@ -1,13 +1,13 @@
-"""What a training step needs: one true step on fake tensors, its memory and its FLOPs.
+"""Measure the memory and FLOPs of a training step by running it on fake tensors.
 
-A main describes its step as a `PlannedStep`: a model on the meta device, and its loss. `measure`
-runs loss and backward on fake tensors of the CPU, under the run's autocast:
+A train script describes its step as a `PlannedStep`: a model on the meta device, and its loss.
+`measure` runs loss and backward on fake CPU tensors, under the run's autocast:
 
     peak = weights + adapter + optimizer + max(step, gradients + update)
 
-`step` is the highest sum of activations, temporary tensors and gradients that live at once. Norms
-return float32, as under CUDA's autocast. Quantised weights, which can't be fake, are
-counted by formula, and the unpacked copy of the largest one counts in `step`.
+`step` is the highest sum of activations, temporary tensors and gradients that exist at once. Norms
+return float32, as they do under CUDA's autocast. Quantised weights can't be fake tensors, so they
+are counted by a formula. `step` includes an unpacked copy of the largest of them.
 """
 
 from __future__ import annotations
@@ -38,17 +38,19 @@ _STATES = {"AdamW": 8.0, "PagedAdamW": 8.0, "AdamW8bit": 2 + 2 * 4 / 256, "prodi
 
 @dataclass(frozen=True)
 class PlannedStep:
-    """The training step of a run, described by its main.
+    """The training step of a run, as a train script describes it.
 
     Attributes:
-        model: the module to train, on meta, with its adapter.
-        loss: one forward of `model`, on tensors of the CPU; returns the scalar loss.
-        forward: the forward in words, such as "1 x 1024 tokens".
-        frozen: further modules on the device, on meta here: text encoders, an autoencoder.
-        encode: fills the run's caches, before its first step.
-        blocks: the parts of `model` whose weights FSDP2 gathers one after the other; none if it
-            can't be sharded.
-        packed: {quantised weight: bytes of a number in 4 or 8 bits}.
+        model: the module to train, with its adapter, on the meta device.
+        loss: a function that runs one forward of `model` on CPU tensors and returns the scalar
+            loss.
+        forward: a description of the forward, such as "1 x 1024 tokens".
+        frozen: other modules that the run keeps on the device, such as text encoders or an
+            autoencoder. Here they are on the meta device.
+        encode: a function that fills the run's caches before the first step.
+        blocks: the parts of `model` that FSDP2 gathers one after the other; empty if `model` can't
+            be sharded.
+        packed: {quantised weight: bytes per number in 4 or 8 bits}.
     """
 
     model: nn.Module
@@ -62,29 +64,29 @@ class PlannedStep:
 
 @dataclass(frozen=True)
 class Needs:
-    """What one process needs. Memory is in bytes."""
+    """The needs of one process. Memory is in bytes."""
 
-    weights: int  # frozen
-    adapter: int  # trained weights
+    weights: int  # of frozen weights
+    adapter: int  # of trained weights
     gradients: int
     optimizer: int
-    activations: int  # `step` of the module's docstring
+    activations: int  # `step` in the module's docstring
     peak: int
-    gathered: Mapping[str, int]  # {sharding engine: weights and buckets beside a process's share}
-    trainable: int  # numbers
-    frozen: int  # numbers
+    gathered: Mapping[str, int]  # {sharding engine: weights and buckets on top of its own share}
+    trainable: int  # number of trained weights
+    frozen: int  # number of frozen weights
     flops: int  # of one forward and its backward
 
     def sharded(self, engine: str, processes: int) -> int:
-        """Return the peak of a process if `engine` divides weights and optimizer among all."""
+        """Return the peak of each process if `engine` shards weights and optimizer over all."""
         whole = self.peak - self.activations
         return -(-whole // processes) + self.activations + self.gathered[engine]
 
 
 def measure(step: PlannedStep, args: TrainingArguments) -> Needs:
-    """Run a forward and backward of `step` on fake tensors, and return what they need.
+    """Return the memory and FLOPs of a forward and backward of `step` on fake tensors.
 
-    The models of `step` become fake ones.
+    The tensors of the models in `step` are replaced with fake tensors.
     """
     everything = nn.ModuleList([step.model, *step.frozen])
     trained = [p for p in step.model.parameters() if p.requires_grad]
@@ -103,7 +105,7 @@ def measure(step: PlannedStep, args: TrainingArguments) -> Needs:
         step.encode()
         counter.flops = 0
         if args.gradient_accumulation_steps > 1 or args.global_batch_size is not None:
-            for parameter in step.model.parameters():  # the gradients of earlier forwards
+            for parameter in step.model.parameters():  # gradients of earlier forwards
                 if parameter.requires_grad:
                     parameter.grad = torch.zeros_like(parameter)
         step.loss().backward()
@@ -127,13 +129,13 @@ def measure(step: PlannedStep, args: TrainingArguments) -> Needs:
 
 
 def dtype_of(args: TrainingArguments) -> torch.dtype:
-    """Return the dtype of the forward that the arguments or accelerate's launcher ask for."""
+    """Return the dtype of the forward that the arguments or accelerate's launcher set."""
     name = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     return DTYPES.get(name, torch.float32)
 
 
 def optimizer_bytes(trained: Iterable[Tensor], optimizer: str) -> int:
-    """Return the bytes of the states that an optimizer of `--optimizer` keeps."""
+    """Return the bytes of the states that the optimizer `optimizer` keeps for `trained`."""
     total = 0.0
     for parameter in trained:
         size = parameter.numel()
@@ -155,7 +157,7 @@ def _autocast(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _norms_as_on_cuda(model: nn.Module) -> None:
-    """Have the norms of `model` return float32 under autocast, as CUDA's do; the CPU's don't."""
+    """Make the norms of `model` return float32 under autocast, as on CUDA but not on the CPU."""
     for module in model.modules():
         if type(module) in (nn.LayerNorm, nn.GroupNorm):
             module.forward = partial(_norm, module, module.forward)
@@ -174,7 +176,7 @@ def _norm(module: Any, otherwise: Callable[[Tensor], Tensor], x: Tensor) -> Tens
 class StepCounter(LiveStorages):
     """Count live storages, and FLOPs by PyTorch's formulas.
 
-    (`FlopCounterMode` itself watches modules by hooks, which keep what checkpointing frees.)
+    `FlopCounterMode` isn't used, since its module hooks keep tensors that checkpointing frees.
     """
 
     flops = 0
@@ -198,23 +200,25 @@ class StepCounter(LiveStorages):
 
 
 def _grouped_product(rows: Tensor, weights: Tensor, ends: Tensor, *_: object) -> Tensor:
-    """Return the product of mixtures of experts, in any dtype: PyTorch's fake one knows bfloat16.
+    """Return the grouped product of a mixture of experts, in any dtype.
+
+    PyTorch's own version for fake tensors accepts only bfloat16.
 
     Args:
         rows: (s, i), ordered by expert, or their transpose (o, s).
         weights: (e, i, o), or (s, i) for a gradient of weights.
-        ends: (e,) where the rows of each expert end.
+        ends: (e,), the index after the last row of each expert.
     """
     experts = (len(ends),) if weights.dim() == 2 else ()
     return rows.new_empty(*experts, len(rows), weights.shape[-1])
 
 
 def _gathered(step: PlannedStep) -> dict[str, int]:
-    """Return {sharding engine: bytes that a process has beside its share of the weights}.
+    """Return {sharding engine: bytes that a process holds on top of its share of the weights}.
 
-    FSDP2 keeps what is in no block, and two blocks: one at work, one that comes next. ZeRO-3 keeps
-    10⁹ numbers, fetches 5 · 10⁷ more, and has a bucket of 5 · 10⁸ float32 gradients: DeepSpeed's
-    defaults.
+    FSDP2 holds the weights outside of all blocks, the current block and the next block. With
+    DeepSpeed's defaults, ZeRO-3 keeps 10⁹ numbers, prefetches 5 · 10⁷ more, and has a bucket of
+    5 · 10⁸ float32 gradients.
     """
     if not step.blocks:
         return {}

@@ -1,7 +1,8 @@
-"""What leaves this machine: a run's texts and arguments without folders, and the upload to the Hub.
+"""Prepare a run for publication: remove folder names from its files, and upload it to the Hub.
 
-Model card, results.json and the uploaded config.yaml may be published, so paths of this machine are
-cut to their last part. The run's own config.yaml keeps them, since the run resumes from it.
+The model card, results.json and the uploaded config.yaml may be published, so paths on this machine
+are cut to their last part. The run's own config.yaml keeps the full paths, which are needed to
+resume the run.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from .run import CONFIG, LOCK, Run, as_yaml
 _PLACES = re.compile(
     r"\w+_(file|dir|path|model)|dataset_name|init_adapter|core_module|resume_from_checkpoint"
 )
-"""Names of the arguments that may be paths."""
+"""The names of arguments that may be paths."""
 
 
 def without_folders(text: str, args: TrainingArguments) -> str:
@@ -38,7 +39,7 @@ def without_folders(text: str, args: TrainingArguments) -> str:
 
 
 def public_values(values: Mapping[str, Any], args: TrainingArguments) -> dict[str, Any]:
-    """Return `values` for publication, with texts as `without_folders` returns them."""
+    """Return `values` for publication, after applying `without_folders` to all texts."""
     found = dict(values)
     for name, value in values.items():
         if isinstance(value, str):
@@ -52,9 +53,7 @@ def public_arguments(args: TrainingArguments) -> dict[str, Any]:
 
 
 def upload(run: Run) -> None:
-    """Upload the run's folder to the repository `--hub_model_id`, if given.
-
-    Checkpoints and trajectories are left out."""
+    """Upload the run's folder, without checkpoints and trajectories, to `--hub_model_id` if set."""
     if run.hub_id is None:
         return
     HfApi().upload_folder(

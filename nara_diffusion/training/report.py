@@ -1,4 +1,4 @@
-"""A run's reports for people: a table, a plot over λ, the model card, results.json."""
+"""The reports of a run: a table, a plot over λ, the model card and results.json."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table as text, the first column flush left, the others flush right."""
+    """Return a table as text, with the first column flush left and all others flush right."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = []
     for first, *others in (header, ["-" * width for width in widths], *rows):
@@ -78,16 +78,18 @@ def write_card(
     """Write noise_level_curve.png and the model card, README.md, into the run's folder.
 
     Args:
-        facts: {what: value} of the run, such as the number of trainable parameters.
-        before, after: measurements: the loss `curve` over `noise_levels`, `measured_on`, in `unit`.
-        figures: rows of (what, before, after); `how_good` has the texts before and after these
-            rows.
-        about: the end of the card's first sentence: the purpose of the adapter, and its training
-            data.
+        facts: {what: value} about the run, such as the number of trainable parameters.
+        before, after: measurements, with the loss `curve` over `noise_levels`.
+        figures: rows of (what, before, after).
+        measured_on: the data behind the curves, in words.
+        unit: the unit of the curves.
+        about: the end of the card's first sentence, with the purpose of the adapter and its
+            training data.
+        how_good: the texts before and after the rows of `figures`.
         loading: the code that loads the adapter.
-        warnings: limits of the figures, printed before them.
-        tags, library, others: fields of the front matter that the Hub reads; None leaves a field
-            out.
+        warnings: limitations of the figures, printed before them.
+        tags, library, others: fields of the front matter that the Hub reads. A field with the value
+            None is omitted.
     """
     args = run.args
     method, title, name = (
@@ -113,7 +115,7 @@ def write_card(
     settings = as_yaml(public_arguments(args)).strip()
     fence = "`" * (
         1 + max(map(len, re.findall("`{2,}", settings)), default=2)
-    )  # a prompt may contain ```
+    )  # since a prompt may contain ```
     curve = f"The loss at each noise level:\n\n![loss over the noise level]({CURVE})"
     good = (
         how_good[0],
@@ -157,7 +159,7 @@ def needs_schedule(args: TrainingArguments) -> bool:
 
 
 def core_import(args: TrainingArguments) -> str:
-    """Return the model card's line of code that registers a custom core; empty for others."""
+    """Return the line of code in the model card that registers a custom core; else ""."""
     if method_of(args).family != "nara" or args.core_type in BUILT_IN:
         return ""
     if args.core_module is None:
@@ -176,7 +178,7 @@ _ADVICE = {
 
 
 def advice(results: Mapping[str, Any]) -> list[str]:
-    """Return advice on figures that training didn't improve (losses and shares)."""
+    """Return advice about losses and shares that training didn't improve."""
     lines = []
     for name, line in _ADVICE.items():
         before, after = results.get(f"{name}_before"), results.get(f"{name}_after")
@@ -199,15 +201,20 @@ def finish(
     describe: Callable[[], Mapping[str, Any]],
     **others: Any,
 ) -> dict[str, Any]:
-    """Write card and results.json, upload if asked to, print the table. Return the results.
+    """Write the model card and results.json, upload them if asked to, and return the results.
+
+    The table of figures is also printed.
 
     Args:
-        before, after: two measurements; results.json has their attributes `names`.
+        before, after: the two measurements.
+        names: the attributes of the measurements that results.json contains.
         figures: rows of the table, (what, before, after).
-        facts: see `write_card`; on the main process, `describe` returns its further arguments.
-        schedule_line: the code that gives an adapter its strength over λ, printed if the adapter's
-            file can't store it.
-        warnings: limits of the figures; in card and results.json, and printed.
+        facts: see `write_card`.
+        schedule_line: the code that sets the adapter's strength over λ, printed if the adapter's
+            file can't store the strength.
+        warnings: limitations of the figures, which are printed and stored in both files.
+        describe: a function that returns the other arguments of `write_card`; only the main process
+            calls it.
         **others: further results.
     """
     seconds = round(time.perf_counter() - run.started, 1)

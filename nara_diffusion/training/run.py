@@ -1,6 +1,6 @@
-"""One training run: its accelerator, its current step, its losses, its log, and its folder.
+"""One training run: its accelerator, current step, losses, log and folder.
 
-The folder is `--output_dir`, that of the resumed run, or the next `outputs/NAME-N`.
+The folder is `--output_dir`, the folder of the resumed run, or the next `outputs/NAME-N`.
 """
 
 from __future__ import annotations
@@ -60,28 +60,28 @@ _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 Args = TypeVar("Args", bound=TrainingArguments, covariant=True)
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
-"""{mixed precision: its dtype}; float32 for others."""
+"""{mixed precision: dtype}. The dtype is float32 for all other values."""
 
 
 @dataclass
 class Run(Generic[Args]):
-    """The state of a run; `start_run` makes it.
+    """The state of a run, created by `start_run`.
 
     Attributes:
         accelerator: accelerate's engine.
         args: the arguments as given.
-        name: names numbered output folders and trackers' projects.
-        write: writes the adapter's files into a checkpoint.
+        name: the name in numbered output folders and in trackers' projects.
+        write: the function that writes the adapter's files into a checkpoint.
         checkpoint: the folder that the run continues from, or None.
-        folder: where the run writes.
-        resumed: the manifest of `checkpoint`; empty without one.
+        folder: the folder that the run writes to.
+        resumed: the manifest of `checkpoint`; empty without a checkpoint.
         started: the time of the start, by `time.perf_counter`, in seconds.
-        step: optimizer steps done.
-        total_steps: optimizer steps to do; `plan` sets it.
-        data_start: the step where the training data began: 0, unless a resumed run got other data.
+        step: the number of completed optimizer steps.
+        total_steps: the number of all optimizer steps, set by `plan`.
+        data_start: the step where the current training data began; 0 unless the data changed.
         unlogged: the sum and the number of the samples' losses since the last log.
-        hub_id: the repository to upload to, on the main process; else None.
-        digests: {content: digest}; `record_data_digest` and `record_base_digests` set it.
+        hub_id: the repository to upload to; None on all processes but the main one.
+        digests: {content: digest}, set by `record_data_digest` and `record_base_digests`.
     """
 
     accelerator: Accelerator
@@ -115,26 +115,26 @@ class Run(Generic[Args]):
 
     @property
     def global_batch(self) -> int:
-        """Number of samples in one optimizer step, over all processes and accumulated forwards."""
+        """The number of samples in one optimizer step, over all processes and forwards."""
         return global_batch(self.accelerator, self.args)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the frozen weights: that of the forward's mixed precision."""
+        """The dtype of the frozen weights, which follows the mixed precision of the forward."""
         return DTYPES.get(self.accelerator.mixed_precision, torch.float32)
 
     @property
     def weights_dtype(self) -> torch.dtype:
-        """Dtype to load the model in: float32 to train all weights; others lose small updates."""
+        """The dtype to load the model in. Training all weights needs float32 for small updates."""
         return torch.float32 if method_of(self.args).family == "full" else self.dtype
 
     # ---------------------------------------------------------------- data, base and steps
 
     def record_data_digest(self, what: str, texts: Iterable[str]) -> None:
-        """Record the digest of "training data" or "validation data"; call it before `plan`.
+        """Record the digest of "training data" or "validation data". Call this before `plan`.
 
-        A resumed run warns if the data have changed. With new training data, their order starts
-        from the beginning.
+        A resumed run warns if the data have changed. Changed training data start again from the
+        beginning.
         """
         self.digests[what] = digest_texts(texts)
         saved = self.resumed.get("digests", self.digests)
@@ -151,7 +151,7 @@ class Run(Generic[Args]):
         """Record the digests of the base model (see `digest_base`) for the run's checkpoints.
 
         Raises:
-            ValueError: the run resumes a checkpoint of another base.
+            ValueError: the run resumes a checkpoint of another base model.
         """
         digests = [digest_base(folders, variant) if self.is_main else {}]
         self.digests |= broadcast_object_list(digests)[0]
@@ -163,13 +163,13 @@ class Run(Generic[Args]):
                 )
 
     def plan(self, samples: int) -> int:
-        """Set and return the number of optimizer steps of the run, including those done.
+        """Set and return the number of all optimizer steps of the run, completed steps included.
 
-        It is `--max_train_steps`, or what `--num_train_epochs` (by default 1) passes over `samples`
-        need.
+        The number is `--max_train_steps`, or the steps of `--num_train_epochs` (by default 1)
+        passes over `samples`.
 
         Raises:
-            ValueError: the checkpoint is past that number.
+            ValueError: the checkpoint is beyond this number.
         """
         if self.args.max_train_steps is not None:
             self.total_steps = self.args.max_train_steps
@@ -185,7 +185,7 @@ class Run(Generic[Args]):
         return self.total_steps
 
     def positions_left(self) -> range:
-        """Return the positions in the stream of training data that the run has yet to train on."""
+        """Return the positions in the stream of training data that are still to be trained on."""
         first = self.step - self.data_start
         stop = self.total_steps - self.data_start
         return range(self.global_batch * first, self.global_batch * stop)
@@ -195,7 +195,7 @@ class Run(Generic[Args]):
     def open(self, facts: Mapping[str, str]) -> None:
         """Write the configuration into the run's folder, start the trackers, and log `facts`.
 
-        Call it once data and model are known to be usable.
+        Call this after all checks of the data and the model.
         """
         settings = given_arguments(self.args)
         if self.is_main:
@@ -213,9 +213,9 @@ class Run(Generic[Args]):
             logger.info("output folder: %s", self.folder)
 
     def restore(self) -> None:
-        """Restore optimizer, schedule and random states from the run's checkpoint, if it has one.
+        """Restore optimizer, schedule and random states from the run's checkpoint, if there is one.
 
-        Call it after `accelerator.prepare` for the objects to restore.
+        Call this after `accelerator.prepare` has received these objects.
         """
         if self.checkpoint is None:
             return
@@ -247,7 +247,7 @@ class Run(Generic[Args]):
         save_checkpoint(self.accelerator, target, self.facts_of_checkpoint(), self.write, limit)
 
     def facts_of_checkpoint(self) -> dict[str, Any]:
-        """Return the run's fields of a checkpoint's manifest."""
+        """Return the fields of a checkpoint's manifest that the run sets."""
         return {
             "step": self.step,
             "total_steps": self.total_steps,
@@ -263,9 +263,8 @@ class Run(Generic[Args]):
     def close(self) -> None:
         """End the run on all processes together.
 
-        Without that, a process may free gloo's process group while gloo's thread still holds
-        gathered tensors. Then the thread waits for the interpreter's lock, and the process waits
-        for the thread.
+        Otherwise a process might free gloo's process group while gloo's thread still holds gathered
+        tensors. The thread would wait for the interpreter's lock, and the process for the thread.
         """
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
@@ -273,13 +272,13 @@ class Run(Generic[Args]):
 
 @contextmanager
 def start_run(args: Args, name: str, write: Writer) -> Iterator[Run[Args]]:
-    """Start a run: check the arguments, start accelerate, take the folder, and seed all generators.
+    """Start a run: check the arguments, start accelerate, lock the folder, seed all generators.
 
-    The checks come before anything is loaded. Use it as `with start_run(…) as run`. `write` writes
-    the adapter's files into a checkpoint.
+    Use this as `with start_run(…) as run`. The checks come before anything is loaded. `write` is
+    the function that writes the adapter's files into a checkpoint.
 
     Raises:
-        ValueError: a tracker isn't installed; or see `start_accelerator` and `claimed_folder`.
+        ValueError: a tracker isn't installed. See also `start_accelerator` and `claimed_folder`.
     """
     installed = {str(tracker) for tracker in get_available_trackers()}
     for tracker in args.report_to or []:
@@ -295,7 +294,7 @@ def start_run(args: Args, name: str, write: Writer) -> Iterator[Run[Args]]:
         resumed = {} if checkpoint is None else read_manifest(checkpoint)
         run = Run(accelerator, args, name, write, checkpoint, folder, resumed)
         if args.hub_model_id is not None and run.is_main:
-            # before the training, so that a missing login shows at once
+            # before training, so that a missing login is reported at once
             run.hub_id = HfApi().create_repo(args.hub_model_id, exist_ok=True).repo_id
         set_seed(args.seed)
         yield run
@@ -309,14 +308,14 @@ def start_run(args: Args, name: str, write: Writer) -> Iterator[Run[Args]]:
 def claimed_folder(
     args: TrainingArguments, name: str, accelerator: Accelerator
 ) -> Iterator[tuple[Path, Path | None]]:
-    """Make and lock the run's folder; yield it with the checkpoint to continue from, or None.
+    """Create and lock the run's folder; yield it with the checkpoint to continue from, or None.
 
-    One run at a time writes to a folder; a second one gets an error before it loads anything. A run
+    Only one run at a time can write to a folder; a second run fails before it loads anything. A run
     that writes nothing leaves no folder behind. `name` is the NAME of numbered folders.
 
     Raises:
-        ValueError: another run uses the folder or has left something in it, or it can't be written;
-            there is no such checkpoint, it is damaged, or belongs to another run.
+        ValueError: the folder is in use, isn't empty or can't be written to; or the checkpoint is
+            missing, damaged, or from a different run.
     """
     with ExitStack() as undo:
         answer: list[Any] = [None, None, ""]
@@ -327,7 +326,7 @@ def claimed_folder(
                 if answer[1] is not None:
                     check_same_run(answer[1], args, accelerator)
                     _check_names_in_optimizer(answer[1])
-                for left in folder.glob(".partial-*"):  # left by a run killed while writing
+                for left in folder.glob(".partial-*"):  # from a run that was killed while writing
                     shutil.rmtree(left, ignore_errors=True)
             except (ValueError, OSError, yaml.YAMLError) as error:
                 answer[2] = str(error)
@@ -339,7 +338,7 @@ def claimed_folder(
 
 @contextmanager
 def explained_disk_errors(folder: Path) -> Iterator[None]:
-    """Name the file, and the checkpoint to resume from, if the disk is full or read-only."""
+    """Add the file and the checkpoint to resume from to errors of a full or read-only disk."""
     try:
         yield
     except OSError as error:
@@ -377,7 +376,7 @@ def _lock(args: TrainingArguments, name: str, undo: ExitStack) -> Path:
 
 
 def _folder_of(args: TrainingArguments, name: str) -> Path:
-    """Return the run's folder. Without --output_dir, `latest` is the newest with a checkpoint."""
+    """Return the run's folder; for `latest` without --output_dir, the newest with a checkpoint."""
     if args.output_dir is not None:
         return Path(args.output_dir)
     if (given := args.resume_from_checkpoint) is not None and len(Path(given).parts) > 1:
@@ -428,7 +427,7 @@ def _checkpoint(args: TrainingArguments, folder: Path) -> Path | None:
 
 
 def _check_names_in_optimizer(checkpoint: Path) -> None:
-    """Raise ValueError for an optimizer state of FSDP2 that calls the core "nara_core"."""
+    """Raise ValueError for an FSDP2 optimizer state that uses the core's old name, "nara_core"."""
     files = [*checkpoint.glob("optimizer_*/.metadata"), *checkpoint.glob("optimizer.bin")]
     if any(f"{NAME_IN_FILES}.cores.".encode() in file.read_bytes() for file in files):
         raise ValueError(
@@ -441,7 +440,7 @@ _ANEW = "Name a fresh folder, or continue the run in it with --resume_from_check
 
 
 def check_empty(folder: Path, advice: str = _ANEW) -> None:
-    """Raise ValueError, with what was found and `advice`, if a folder isn't empty."""
+    """Raise ValueError, with the names of some files and `advice`, if a folder isn't empty."""
     if found := sorted(path.name for path in folder.iterdir() if path.name != LOCK):
         what = ", ".join(found[:4]) + ", …" * (len(found) > 4)
         raise ValueError(
@@ -468,9 +467,9 @@ def as_yaml(values: Mapping[str, Any]) -> str:
 
 
 def drop_later_steps(metrics: Path, step: int) -> None:
-    """Drop the lines of metrics.jsonl after `step`, which a resumed run repeats, and broken lines.
+    """Drop the lines of metrics.jsonl that come after `step` or are incomplete.
 
-    A killed run may leave its last line broken.
+    A resumed run repeats the later steps. A killed run may leave an incomplete last line.
     """
     if not metrics.exists():
         return
