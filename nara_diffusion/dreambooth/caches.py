@@ -2,11 +2,11 @@
 
     q(z | x) = N(μ(x), σ(x)²),    z = μ + σ ε,    latents = `scale_latents` of z
 
-with ε ~ N(0, I) drawn from (seed, position). μ, σ and the embeddings are computed once; ε is drawn
-anew each time. So a cache changes the time of a step and nothing else.
+with ε ~ N(0, I) drawn from (seed, position). μ, σ and the embeddings are computed once, while ε is
+drawn anew each time. A cache therefore makes a step faster but doesn't change its result.
 
-Each image and prompt is encoded by itself. Bits depend on the batch, and a resumed run, which sees
-other samples in its batches, has to get the same bits.
+Each image and each prompt is encoded alone. In a batch, the last bits would depend on the other
+samples, and a resumed run has to get the same bits with different batches.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ logger = logging.getLogger(__name__)
 
 
 class TensorCache:
-    """Tensors by key, on the CPU.
+    """A cache of tensors by key, on the CPU.
 
     Args:
-        memory_mib: how much to keep, in MiB. Tensors that don't fit are made again at each use. In
-            float32, a prompt of SDXL takes 620 KiB.
+        memory_mib: the size of the cache in MiB. Tensors that don't fit are recomputed at each use.
+            In float32, a prompt of SDXL takes 620 KiB.
     """
 
     def __init__(self, memory_mib: float = 1024.0) -> None:
@@ -60,11 +60,13 @@ class TensorCache:
 
 
 class LatentCache:
-    """Latents (b, c, h / f, w / f) of training samples. Each distinct crop is encoded once.
+    """A cache of the latents (b, c, h / f, w / f) of training samples.
+
+    Each distinct crop is encoded once.
 
     Args:
-        vae: a frozen autoencoder with a posterior, in its own dtype and on its own device.
-        memory_mib: how much to keep. An SDXL latent at 1024² takes 512 KiB in float32.
+        vae: a frozen autoencoder with a posterior. It is used in its own dtype and on its device.
+        memory_mib: the size of the cache in MiB. An SDXL latent at 1024² takes 512 KiB in float32.
     """
 
     def __init__(self, vae: ModelMixin, *, memory_mib: float = 1024.0) -> None:
@@ -72,10 +74,10 @@ class LatentCache:
         self.cache = TensorCache(memory_mib)
 
     def sample(self, samples: Sequence[TrainingSample], *, seed: int) -> Tensor:
-        """Return latents (b, c, h / f, w / f) of samples of one size, float32 on the CPU.
+        """Return the latents (b, c, h / f, w / f) of samples of one size, float32 on the CPU.
 
-        f is the factor of the autoencoder and its patches. ε is drawn from `seed` and from the
-        position and role of each sample.
+        f is the downscaling factor of the autoencoder and its patches. ε depends on `seed` and on
+        the position and role of each sample.
         """
         mean, std = self._posterior(samples)
         rows = []
@@ -86,7 +88,7 @@ class LatentCache:
         return scale_latents(self.vae, mean + std * torch.cat(rows))
 
     def mode(self, samples: Sequence[TrainingSample]) -> Tensor:
-        """Return the latents that `sample` returns, with ε = 0, for a validation loss."""
+        """Return the same latents as `sample`, but with ε = 0, for a validation loss."""
         mean, _ = self._posterior(samples)
         return scale_latents(self.vae, mean)
 
@@ -107,13 +109,14 @@ class LatentCache:
 
 
 class PromptCache:
-    """Cache the embeddings of prompts, in parts (b, …).
+    """A cache of the embeddings of prompts, in parts (b, …).
 
     The pipeline's frozen text encoders encode each distinct prompt once.
 
     Args:
         pipe: the pipeline, with its tokenizers and text encoders.
-        family: its family with the settings of the run; None takes the family's defaults.
+        family: the family of the pipeline, with the settings of the run; by default with the
+            family's own settings.
     """
 
     def __init__(self, pipe: DiffusionPipeline, family: Family | None = None) -> None:
@@ -140,14 +143,14 @@ def posterior_of(vae: ModelMixin, pixels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def reads_videos(vae: ModelMixin) -> bool:
-    """Return True if an autoencoder reads images as videos, as Wan's and Qwen-Image's do."""
+    """Return True if an autoencoder takes images as videos, as Wan's and Qwen-Image's do."""
     return "temperal_downsample" in vae.config
 
 
 def scale_latents(vae: ModelMixin, z: Tensor) -> Tensor:
-    """Return the latents that the denoiser reads, from z (b, c, h, w) of an autoencoder.
+    """Return the latents that the denoiser takes, from z (b, c, h, w) of an autoencoder.
 
-    m and d are `latents_mean` and `latents_std` of the configuration, if it has them:
+    m and d are `latents_mean` and `latents_std` in the configuration, if present:
 
         AutoencoderKL          (z − shift_factor) · scaling_factor, or (z − m) · scaling_factor / d
         Wan's, Qwen-Image's    (z − m) / d

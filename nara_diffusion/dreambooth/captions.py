@@ -1,9 +1,9 @@
 """Captions of a folder of images.
 
-They come from a metadata.jsonl in the folder, with a line {"file_name": "dog.png", "text": "a photo
-of …"} for each image, or from text files beside the images: dog.txt for dog.png. A line for an
-image that isn't there is an error. An image without a caption gets the instance prompt, and the log
-says so; without an instance prompt it is an error.
+The captions come from a metadata.jsonl in the folder, with a line {"file_name": "dog.png", "text":
+"a photo of …"} for each image, or from text files next to the images, such as dog.txt for dog.png.
+A line for an image that doesn't exist is an error. An image without a caption gets the instance
+prompt, which is logged. If there is no instance prompt, a missing caption is an error.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ METADATA_FILE = "metadata.jsonl"
 
 
 def check_prompt(prompt: str, name: str) -> str:
-    """Return `prompt` without white space around it. Raise ValueError if nothing is left."""
+    """Return `prompt` stripped of white space. Raise ValueError if nothing is left."""
     if not prompt.strip():
         raise ValueError(f"{name} is empty: say what the images show, as in 'a photo of sks dog'.")
     return prompt.strip()
 
 
 def own_captions(images: Sequence[Path], column: str | None = None) -> list[str]:
-    """Return the caption of each image file of one folder, "" for an image without one.
+    """Return the captions of the image files of one folder, "" for an image without a caption.
 
     Args:
-        column: the key in metadata.jsonl; None takes "text".
+        column: the key of captions in metadata.jsonl; None means "text".
 
     Raises:
-        ValueError: a caption can't be read, or a line names no image (the message has file and
-            line); or `column` is given without a metadata.jsonl.
+        ValueError: a caption can't be read, a line names no image (the message has the file and the
+            line), or `column` is given but there is no metadata.jsonl.
     """
     metadata = images[0].parent / METADATA_FILE
     if metadata.exists():
@@ -51,7 +51,7 @@ def own_captions(images: Sequence[Path], column: str | None = None) -> list[str]
 
 
 def fill_captions(captions: Sequence[str], names: Sequence[str], prompt: str | None) -> list[str]:
-    """Return `captions` with the instance prompt in place of empty ones.
+    """Return `captions` with the instance prompt in place of empty captions.
 
     Raises:
         ValueError: some captions are empty and there is no prompt.
@@ -85,7 +85,7 @@ def _warn_of_images_without_row(
 
 
 def _read_metadata(path: Path, column: str, images: Sequence[str]) -> dict[str, str]:
-    """Return {file_name: caption} for names among `images`; null is an empty caption."""
+    """Return {file_name: caption} for the names in `images`; null means an empty caption."""
     captions: dict[str, str] = {}
     lines: dict[str, int] = {}
     for number, line in enumerate(_read(path).split("\n"), 1):
@@ -114,7 +114,7 @@ def _read_row(line: str, column: str, where: str) -> tuple[str, str]:
         row = json.loads(line)
         name, caption = row["file_name"], row[column]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        # ValueError also for too many digits, RecursionError for too many brackets
+        # too many digits also raise ValueError; too many brackets raise RecursionError
         expected = f'{{"file_name": …, "{column}": …}}'
         raise ValueError(f"{where}: expected {expected}, found {line[:60]} ({error}).") from None
     if caption is None:
@@ -125,7 +125,7 @@ def _read_row(line: str, column: str, where: str) -> tuple[str, str]:
                 f"{where}: {key!r} is {json.dumps(value)[:60]}, expected a text in quotes."
             )
     try:
-        # JSON may have one half of a surrogate pair, which no tokenizer takes
+        # JSON may contain half a surrogate pair, which no tokenizer accepts
         f"{name}{caption}".encode()
     except UnicodeEncodeError as error:
         half = f"\\u{ord(error.object[error.start]):04x}"
@@ -136,7 +136,7 @@ def _read_row(line: str, column: str, where: str) -> tuple[str, str]:
 
 
 def _text_beside(image: Path) -> str:
-    """Return the content of the image's text file on one line, "" if there is no such file."""
+    """Return the content of the image's text file as one line, or "" if there is no such file."""
     file = image.with_suffix(".txt")
     return " ".join(_read(file).split()) if file.is_file() else ""
 

@@ -1,15 +1,15 @@
-"""Training samples: everything at position p of the stream is a function of (seed, p).
+"""Training samples: everything at position p of the stream depends only on (seed, p).
 
-A position determines an image, crop, flip, prompt and time_ids. With prior preservation it also
+A position determines an image, crop, flip, prompt and time_ids. With prior preservation, it also
 determines a class image, from a separate stream. The class image is cut to the bucket of its
-instance image, so that one forward takes both.
+instance image, so that one forward can take both.
 
     (H, W) --scale by s = max(h / H, w / W)--> (H', W') --mirror?--> --cut at (top, left)--> (h, w)
     time_ids = (H, W, top, left, h, w)
 
-This is as in SDXL's training (arXiv 2307.01952, section 2.2). The original size (H, W) is that of
-the upright file; top and left are counted in the scaled and mirrored image. `draws` has the random
-numbers.
+SDXL was trained in this way (arXiv 2307.01952, section 2.2). The original size (H, W) is that of
+the upright image; top and left are counted in the scaled and mirrored image. The random numbers
+come from `draws`.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ logger = logging.getLogger(__name__)
 class TrainingSample:
     """One training sample, without its pixels."""
 
-    image: ImageRecord  # the image that it is cut from
+    image: ImageRecord  # the image that the sample is cut from
     target: Size  # (h, w)
-    top: int  # where the cut begins, in the scaled and mirrored image
+    top: int  # the start of the cut, in the scaled and mirrored image
     left: int
     flip: bool  # whether the image is mirrored
-    position: int  # in the training stream; with `role`, the key of its random numbers
+    position: int  # in the training stream; random numbers depend on it and on `role`
     role: str  # "instance" or "class"
     prompt: str  # its caption, or "" if the caption is dropped
 
@@ -58,7 +58,7 @@ class TrainingSample:
         return f"{self.image.key} {self.target} {self.top} {self.left} {self.flip}"
 
     def pixel_values(self) -> torch.Tensor:
-        """Return the pixels (3, h, w), float32 in [−1, 1]. One resampling scales and cuts."""
+        """Return the pixels (3, h, w), float32 in [−1, 1], scaled and cut in one resampling."""
         image = self.image.load()
         height, width = scaled_size(self.image.size, self.target)
         h, w = self.target
@@ -75,26 +75,27 @@ class TrainingSample:
 
 
 def scaled_size(original: Size, target: Size) -> Size:
-    """Return (H', W'), `original` scaled so that it just covers `target`."""
+    """Return (H', W'), the size `original` scaled to just cover `target`."""
     scale = max(target[0] / original[0], target[1] / original[1])
     height, width = round(original[0] * scale), round(original[1] * scale)
     return max(target[0], height), max(target[1], width)
 
 
 def left_out(original: Size, target: Size) -> float:
-    """Return the share of an image that a crop to `target` leaves out."""
+    """Return the share of an image that a crop to `target` removes."""
     height, width = scaled_size(original, target)
     return 1 - target[0] * target[1] / (height * width)
 
 
 class BucketOrder:
-    """`order[p]` is the number of the image at position p. Each batch has images of one bucket.
+    """The order of the images: `order[p]` is the index of the image at position p.
 
-    Let bucket c have n_c of the n images. Batch m has the positions m·b … (m + 1)·b − 1 and belongs
-    to round ⌊m / n⌋. A round is n batches, n_c of them from bucket c, in an order drawn from (seed,
-    round). The j-th batch of bucket c takes the samples j·b … (j + 1)·b − 1 of that bucket's own
-    endless stream of permutations. So each round shows every image exactly b times, whatever the
-    sizes of the buckets. With one bucket it is the order of `ShuffledStream`.
+    All images of a batch are in the same bucket. Let bucket c have n_c of the n images. Batch m has
+    the positions m·b … (m + 1)·b − 1 and belongs to round ⌊m / n⌋. A round has n batches, n_c of
+    them from bucket c, in an order drawn from (seed, round). The j-th batch of bucket c takes the
+    samples j·b … (j + 1)·b − 1 of an endless stream of permutations of that bucket. Each round
+    therefore shows every image exactly b times, for any sizes of the buckets. With one bucket, this
+    is the order of `ShuffledStream`.
     """
 
     def __init__(self, buckets: Sequence[Size], batch_size: int, seed: int) -> None:
@@ -118,7 +119,7 @@ class BucketOrder:
 
 
 Item = dict[str, list[TrainingSample]]
-"""{"samples": [instance]} of one position; with prior preservation [instance, class image]."""
+"""{"samples": [instance]} of one position, or [instance, class image] with prior preservation."""
 
 
 class DreamBoothDataset(Dataset):
@@ -126,15 +127,16 @@ class DreamBoothDataset(Dataset):
 
     Args:
         instances: the images of the subject.
-        buckets: sizes (h, w) to train at; one for a fixed resolution.
-        batch_size: samples of one forward on one process (`train_batch_size`). They share a bucket.
+        buckets: the sizes (h, w) to train at; a single size for a fixed resolution.
+        batch_size: the number of samples in one forward on one process (`train_batch_size`). They
+            are all in the same bucket.
         seed: the seed of order, crops, flips and dropped captions.
-        class_images: images for prior preservation, or none.
+        class_images: the images for prior preservation; empty without prior preservation.
         crop: "center" or "random".
-        crops_per_image: the number of places for random crops of an image, to bound the cache of
-            latents; None allows any place.
-        flip: mirror half of the samples.
-        caption_dropout: the probability that an instance gets the empty prompt in place of its
+        crops_per_image: the number of places for random crops of an image, which limits the cache
+            of latents; None allows any place.
+        flip: True to mirror half of the samples.
+        caption_dropout: the probability that an instance gets the empty prompt instead of its
             caption.
     """
 
@@ -180,7 +182,7 @@ class DreamBoothDataset(Dataset):
             )
 
     def warn_of_crops(self) -> None:
-        """Log how much of the images random crops leave out, if that is more than a fifth."""
+        """Log the share of the images that random crops remove, if it is more than a fifth."""
         pairs = zip(self.instances, self.targets, strict=True)
         shares = [left_out(image.size, target) for image, target in pairs]
         losing = sum(share > 0.2 for share in shares)
@@ -208,8 +210,10 @@ class DreamBoothDataset(Dataset):
         return samples
 
     def plain_samples(self) -> list[TrainingSample]:
-        """Return the middle of each instance image once, not mirrored, for a validation loss.
-        `position` counts the images."""
+        """Return one unmirrored centre crop of each instance image, for a validation loss.
+
+        The `position` of a sample is the index of its image.
+        """
         samples = []
         for number, image in enumerate(self.instances):
             target = self.targets[number]
@@ -238,15 +242,15 @@ class DreamBoothDataset(Dataset):
 
 
 def _middle(image: ImageRecord, target: Size) -> tuple[int, int]:
-    """Return (top, left) of the cut in the middle."""
+    """Return (top, left) of the centre crop."""
     height, width = scaled_size(image.size, target)
     return (height - target[0]) // 2, (width - target[1]) // 2
 
 
 def collate_samples(items: Sequence[Item]) -> dict[str, Any]:
-    """Return the batch of b items of a bucket: "samples", "prompts", "time_ids" (B, 6) float32.
+    """Return the batch of b items: "samples", "prompts" and "time_ids" (B, 6) float32.
 
-    The B rows are all b instances, then, with prior preservation, their b class images.
+    The B rows are the b instances, followed by their b class images with prior preservation.
     """
     samples: list[TrainingSample] = []
     for role in zip(*(item["samples"] for item in items), strict=True):

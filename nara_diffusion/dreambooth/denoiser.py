@@ -1,8 +1,8 @@
-"""The trained model: the denoiser, and text encoders if they are trained, with their adapters.
+"""The trained model: the denoiser and, if trained, the text encoders, with their adapters.
 
-It is one module with one forward, so that hooks, DistributedDataParallel and gradient accumulation
-see all of it. The adapter in the denoiser reads λ from the denoiser's own timestep. Text encoders
-run before λ is known, so their adapters have C = I. A user's pipeline loads its files:
+The model is one module with one forward, so that hooks, DistributedDataParallel and gradient
+accumulation apply to all of it. The adapter in the denoiser reads λ from the denoiser's timestep.
+Text encoders run before λ is known, so their adapters have C = I. Users load the files as follows:
 
     NaRA's family          pytorch_nara_weights.safetensors   pipe.load_nara_weights(folder)
     lora, dora, rslora     pytorch_lora_weights.safetensors   pipe.load_lora_weights(folder)
@@ -10,8 +10,8 @@ run before λ is known, so their adapters have C = I. A user's pipeline loads it
                                                                   pipe.unet, "folder/unet")
 
 COMPONENT is the name of a trained model in the pipeline: unet, transformer, text_encoder, …. A
-checkpoint has the same files and trainable.safetensors, which training resumes from: the trained
-weights and the adapters' buffers, by their names in the model.
+checkpoint has the same files, and trainable.safetensors, from which training resumes. This file has
+the trained weights and the adapters' buffers, by their names in the model.
 """
 
 from __future__ import annotations
@@ -54,20 +54,22 @@ TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
 
 class AdaptedDenoiser(nn.Module):
-    """The denoiser of `pipe` in fine-tuning, and its text encoders if `train_text_encoder`.
+    """The denoiser of `pipe` with an adapter, and its text encoders if `train_text_encoder`.
 
-    The trained weights are float32; all others keep their dtype. The modules are those of `pipe`.
+    The trained weights are float32; all other weights keep their dtype. The modules of `pipe` are
+    adapted in place.
 
     Args:
         pipe: a pipeline of a known family, with frozen weights.
-        config: the configuration of the denoiser's adapter, PEFT's or NaRA's; `text_config` makes
-            that of the text encoders from it.
-        family: the family of `pipe`, with the settings of the run; None takes its defaults.
-        beside: an adapter that `pipe` has loaded, and that stays active and as it is.
+        config: the configuration of the denoiser's adapter, from PEFT or for a NaRA. `text_config`
+            derives the configuration for the text encoders.
+        family: the family of `pipe`, with the settings of the run; by default with the family's own
+            settings.
+        beside: the name of an adapter already in `pipe`, which stays active and unchanged.
 
     Raises:
-        ValueError: a target module that the denoiser lacks; a NaRA that a pipeline couldn't save
-            and load.
+        ValueError: a target module isn't in the denoiser, or a pipeline couldn't save and load the
+            NaRA.
     """
 
     def __init__(
@@ -128,7 +130,7 @@ class AdaptedDenoiser(nn.Module):
         prompts: list[str] | None = None,
         embeddings: Placed | None = None,
     ) -> Tensor:
-        """Return the prediction (b, c, h, w), in the objective's terms.
+        """Return the prediction (b, c, h, w), as the objective defines it.
 
         Args:
             sample: the corrupted latents (b, c, h, w).
@@ -144,10 +146,10 @@ class AdaptedDenoiser(nn.Module):
 
 
 def adapt(model: nn.Module, config: PeftConfig, name: str = ADAPTER) -> nn.Module:
-    """Add the adapter to `model` in place. Return it, wrapped if PEFT keeps state in the wrapper.
+    """Add the adapter to `model` in place, and return the adapted model.
 
-    Adapters are float32. PEFT injects them in the dtype of the base layer, which would lose small
-    steps.
+    The model is returned in PEFT's wrapper if PEFT keeps state there. Adapters are float32. In the
+    dtype of the base layer, which PEFT would use, small steps would be lost.
     """
     check_target_modules(model, getattr(config, "target_modules", None))
     adapted = model
@@ -165,16 +167,16 @@ def adapt(model: nn.Module, config: PeftConfig, name: str = ADAPTER) -> nn.Modul
 
 
 def freeze_adapter(model: nn.Module, name: str) -> None:
-    """Freeze the adapter `name` of `model`, which PEFT lets train when it is made active."""
+    """Freeze the adapter `name` of `model`, since PEFT makes active adapters trainable."""
     for key, parameter in model.named_parameters():
         if name in key.split("."):
             parameter.requires_grad_(False)
 
 
 def text_config(config: PeftConfig) -> PeftConfig:
-    """Return the configuration for text encoders: the denoiser's own with other targets, and C = I.
+    """Return the adapter configuration for text encoders: `config` with other targets and C = I.
 
-    Text encoders run before λ is known.
+    C is fixed since text encoders run before λ is known.
     """
     changes: dict[str, Any] = {"target_modules": TEXT_TARGETS}
     if isinstance(config, NaraConfig):
@@ -257,7 +259,7 @@ def read_checkpoint(model: AdaptedDenoiser, folder: Path) -> None:
 
 
 def _training_state(model: AdaptedDenoiser) -> dict[str, Tensor]:
-    """Return what training resumes from, by name: trained weights and all adapters' tensors."""
+    """Return {name: tensor} of the trained weights and all adapter tensors, to resume from."""
     names = model.trained.keys()
     state: dict[str, Tensor] = {}
     seen: set[int] = set()
@@ -271,9 +273,12 @@ def _training_state(model: AdaptedDenoiser) -> dict[str, Tensor]:
 
 @contextmanager
 def adapter_loaded(pipe: DiffusionPipeline, folder: Path | None) -> Iterator[None]:
-    """Load the adapter in `folder` into `pipe` for the context, as a user loads it.
+    """Load the adapter in `folder` into `pipe` inside the context, as a user would.
 
-    None leaves the base model. Raises ValueError if a file in the folder isn't loaded completely.
+    If `folder` is None, the base model is used.
+
+    Raises:
+        ValueError: a file in the folder can't be loaded completely.
     """
     if folder is None:
         yield

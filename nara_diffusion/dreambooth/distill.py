@@ -1,8 +1,9 @@
 """Teach a model to sample in K steps without guidance: `--distill_to K`.
 
-The teacher is the base with its guidance, in many steps; with --init_adapter, the base with that
-adapter. The student is the same model with a new adapter, which learns to land in one step where
-the teacher lands in several (`few_steps`, `student`). It needs prompts and no images.
+The teacher is the base model with guidance and many steps. With --init_adapter, the teacher also
+has that adapter. The student is the same model with a new adapter, and learns to reach in one step
+the point that the teacher reaches in several (`few_steps`, `student`). Distillation needs prompts,
+but no images.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ OWN = "own"
 
 
 class Distillation:
-    """One run of `--distill_to`. Call `train`, then `report`."""
+    """A run of `--distill_to`. Call `train`, then `report`."""
 
     def __init__(self, args: DreamBoothArguments, run: Run) -> None:
         self.args, self.run = args, run
@@ -82,12 +83,12 @@ class Distillation:
 
     @property
     def beside(self) -> str | None:
-        """The name of the user's adapter; None without one."""
+        """The name of the user's adapter; None without a user's adapter."""
         return None if self.args.init_adapter is None else OWN
 
     @property
     def parts(self) -> int:
-        """The teacher's steps for one of the student's."""
+        """The number of teacher steps for one student step."""
         return self.args.num_inference_steps // self.steps
 
     def _config(self) -> Any:
@@ -131,7 +132,7 @@ class Distillation:
         )
 
     def _losses(self) -> tuple[StudentLoss, StepErrors]:
-        """Return the loss on the training trajectories, and the errors on those held out."""
+        """Return the loss on training trajectories and the errors on held-out trajectories."""
         args, accelerator = self.args, self.run.accelerator
         prompts = self.prompts
         teacher = Teacher(
@@ -157,7 +158,7 @@ class Distillation:
     # ------------------------------------------------------------------ the run
 
     def train(self) -> None:
-        """Train from the start or a checkpoint to the last step. Write the adapter."""
+        """Train from the start or a checkpoint to the last step, and write the adapter."""
         args, run = self.args, self.run
         loss, self.errors = self._losses()
         samples = Segments(len(loss.prompts), self.steps, args.seed)

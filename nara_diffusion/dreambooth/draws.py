@@ -1,15 +1,15 @@
-"""Random numbers of image training. Each depends on (seed, stream, index) and on nothing else.
+"""Random numbers of image training. Each depends only on (seed, stream, index).
 
     noise level  i = I[⌊u · k⌋],  u ~ U[0, 1)
     noise        ε ~ N(0, 1) (c, h, w);  with offset noise  ε + κ δ,  δ ~ N(0, 1) (c, 1, 1)
 
-I (k,) lists the noise levels inside the window, each as often as it should be drawn. `stream` names
-the use of a number, so that two uses never share theirs. `index` is the position in the stream of
-samples. So a sample gets the same crop, latent and noise in any process, at any batch size and in
-any order, and a resumed run needs no random state. Normal numbers are drawn on the CPU, so they
-don't depend on the device. Stratified u, and so the noise levels, are spread evenly over a global
-batch (`noise.level.stratified_uniform`). A class image has the position of its instance but another
-role, so the two get independent noise.
+I (k,) lists the noise levels inside the window, each as often as it should be drawn. `stream` is
+the purpose of a number, so that two purposes never share numbers. `index` is the position in the
+stream of samples. A sample therefore gets the same crop, latent and noise in any process, at any
+batch size and in any order, and a resumed run needs no random state. Normal numbers are drawn on
+the CPU, so they don't depend on the device. Stratified u spread the noise levels evenly over a
+global batch (`noise.level.stratified_uniform`). A class image has the position of its instance but
+a different role, so the two get independent noise.
 """
 
 from __future__ import annotations
@@ -43,8 +43,10 @@ def torch_generator(seed: int, stream: str, index: int) -> torch.Generator:
 def seeded_normal(
     shape: Sequence[int], *, seed: int, stream: str, indices: Sequence[int]
 ) -> Tensor:
-    """Return standard normal float32 numbers (b, *shape) on the CPU. Row i depends only on (seed,
-    stream, indices[i])."""
+    """Return standard normal numbers (b, *shape), float32 on the CPU.
+
+    Row i depends only on (seed, stream, indices[i]).
+    """
     rows = []
     for index in indices:
         generator = torch_generator(seed, stream, int(index))
@@ -61,15 +63,15 @@ def drawable_levels(
     logit_std: float = 1.0,
     mode_scale: float = 1.29,
 ) -> Tensor:
-    """Return I (k,) int64, ascending: the noise levels in `window`, each as often as Diffusers'
-    --weighting_scheme draws it.
+    """Return I (k,) int64, ascending, the indices of the noise levels that can be drawn.
 
-    "logit_normal" and "mode" draw unevenly. For these I is a large sorted sample, so that
-    stratified u follow the same distribution.
+    Each noise level in `window` appears as often as Diffusers' --weighting_scheme would draw it.
+    "logit_normal" and "mode" don't draw evenly. For them, I is a large sorted sample, so that
+    stratified u have the same distribution.
 
     Args:
         noise_levels: λ (N,) of the schedule, least noise first.
-        scheme: Diffusers' weighting_scheme; it counts timesteps from the noisy end.
+        scheme: Diffusers' weighting_scheme, which counts timesteps from the noisy end.
         logit_mean, logit_std, mode_scale: as in `compute_density_for_timestep_sampling`.
     """
     count = len(noise_levels)
@@ -110,8 +112,8 @@ def draw_indices(
     Args:
         positions: the positions of the samples in the training stream.
         levels: I (k,), from `drawable_levels`.
-        stratified: spread the levels of each `group_size` consecutive positions evenly.
-        group_size: samples of a global batch.
+        stratified: True to spread the levels of each `group_size` consecutive positions evenly.
+        group_size: the number of samples in a global batch.
         role: "instance" or "class".
     """
     u = stratified_uniform(
@@ -132,7 +134,7 @@ def draw_noise(
     offset: float = 0.0,
     role: str = "instance",
 ) -> Tensor:
-    """Draw ε (b, c, h, w), float32 on the CPU, for samples of `shape` (c, h, w); `offset` is κ."""
+    """Return noise ε (b, c, h, w), float32 on the CPU, for a `shape` (c, h, w). `offset` is κ."""
     noise = seeded_normal(shape, seed=seed, stream=f"noise {role}", indices=positions)
     if not offset:
         return noise

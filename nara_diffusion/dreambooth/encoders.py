@@ -1,10 +1,10 @@
-"""Encoders of images and prompts, and the two figures of DreamBooth's paper.
+"""Encoders of images and prompts, and the two metrics of the DreamBooth paper.
 
     image similarity    mean cosine between generated images and those of the subject; CLIP
                         recognises kinds of things, DINO tells individual things apart
     text alignment      mean cosine between a generated image and its prompt, by CLIP
 
-See section 4.1 of arXiv 2208.12242. Figures of different encoders can't be compared.
+See section 4.1 of arXiv 2208.12242. Figures from different encoders can't be compared.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from .image_arguments import DreamBoothArguments
 from .image_records import load_image, to_rgb
 
 Images = Sequence[Image | str | Path]
-"""PIL images, or files of images."""
+"""PIL images, or paths of image files."""
 
 
 class Encoder:
     """Encode pictures and texts as unit vectors.
 
-    CLIP gives projected features; DINO and DINOv2 give the last layer's CLS token. The model's own
-    image processor prepares images, in its PIL form: if torchvision is installed, its resizing
-    would differ in the last bits.
+    CLIP returns projected features; DINO and DINOv2 return the CLS token of the last layer. Images
+    are prepared by the PIL version of the model's image processor, since the resizing of
+    torchvision gives slightly different bits.
 
     Args:
         model_path: a folder, or a repository on the Hub, with the model and its processor.
-        device: where it runs; None is CUDA if there is one, else the CPU.
-        batch_size: images or texts of one forward.
+        device: the device of the model. None means CUDA if available, else the CPU.
+        batch_size: the number of images or texts in one forward.
 
     Raises:
-        ValueError: a model of another type, or weights that don't fill the model.
-        OSError: as `from_pretrained`.
+        ValueError: the model has an unknown type, or its weights are incomplete.
+        OSError: `from_pretrained` can't load the model.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Encoder:
         self.processor = AutoImageProcessor.from_pretrained(self.name, backend="pil")
 
     def images(self, images: Images) -> torch.Tensor:
-        """Return unit vectors (n, d) float32 on the CPU; files are opened batch by batch."""
+        """Return unit vectors (n, d), float32 on the CPU. Files are opened batch by batch."""
 
         def embed(batch: list[Image | str | Path]) -> torch.Tensor:
             loaded = []
@@ -85,7 +85,7 @@ class Encoder:
         return self._embed(images, embed)
 
     def texts(self, texts: Sequence[str]) -> torch.Tensor:
-        """Return unit vectors (n, d) float32 on the CPU, to compare with images; needs CLIP."""
+        """Return unit vectors (n, d), float32 on the CPU, to compare with images. Needs CLIP."""
         self.check_text()
         tokenizer = AutoTokenizer.from_pretrained(self.name)
         length = self.model.config.text_config.max_position_embeddings
@@ -117,32 +117,32 @@ class Encoder:
 
 
 def image_similarity(encoder: Encoder, generated: Images, reference: Images) -> float:
-    """Return subject fidelity: the mean cosine of all pairs (generated, subject), in [−1, 1]."""
+    """Return the subject fidelity: the mean cosine of all pairs (generated, reference)."""
     return (encoder.images(generated) @ encoder.images(reference).T).mean().item()
 
 
 def text_alignment(
     encoder: Encoder, images: Images, prompts: Sequence[str], identifier: Iterable[str] = ()
 ) -> float:
-    """Return the prompt fidelity: the mean cosine of each image and its own prompt, in [−1, 1].
+    """Return the prompt fidelity: the mean cosine of each image and its prompt, in [−1, 1].
 
     Args:
-        encoder: a CLIP.
-        identifier: words to leave out of the prompts, such as the subject's rare token, which CLIP
-            doesn't know.
+        encoder: a CLIP encoder.
+        identifier: words to remove from the prompts, such as the rare token of the subject, which
+            CLIP doesn't know.
     """
     texts = encoder.texts([without_words(prompt, identifier) for prompt in prompts])
     return (encoder.images(images) * texts).sum(1).mean().item()
 
 
 def without_words(prompt: str, words: Iterable[str]) -> str:
-    """Return `prompt` without `words`, in any case, and the commas and full stops after them."""
+    """Return `prompt` without `words`, in any case, and without punctuation right after them."""
     dropped = {word.lower() for word in words}
     return " ".join(word for word in prompt.split() if word.strip(",.").lower() not in dropped)
 
 
 def load_encoders(args: DreamBoothArguments, device: torch.device) -> dict[str, Encoder | None]:
-    """Return the encoders of an `Evaluation`. One that both arguments name is loaded once."""
+    """Return the encoders of an `Evaluation`. If both are the same model, it is loaded once."""
     encoders: dict[str | None, Encoder] = {}
     for name in (args.similarity_model, args.alignment_model):
         if name is not None and name not in encoders:

@@ -3,13 +3,13 @@
     prompts → encode → embeddings, a tuple of (b, …)
     x_λ (b, c, h, w), timestep (b,), embeddings → predict → prediction (b, c, h, w)
 
-x_λ, the timestep and the prediction are those of the objective. For a rectified flow they are
-x_σ = (1 − σ) x + σ ε, N σ and ε − x. A denoiser may want σ or 1 − σ for the timestep, tokens for
-the grid, or predict x − ε. Only the family's `inputs` and `output` convert between the two.
+x_λ, the timestep and the prediction are defined by the objective. For a rectified flow they are
+x_σ = (1 − σ) x + σ ε, N σ and ε − x. A denoiser may take σ or 1 − σ instead of the timestep, take
+tokens instead of a grid, or predict x − ε. Only `inputs` and `output` of the family convert them.
 
-Those with a UNet are Stable Diffusion 1, 2 and XL. The denoisers of the six flows are transformers.
-In their pipelines σ is the timestep divided by 1000, regardless of the scheduler's configuration.
-The pipelines' own functions turn latents into tokens and back, as in Diffusers' training scripts.
+The families with a UNet are Stable Diffusion 1, 2 and XL. The six flows have transformers. In their
+pipelines, σ is the timestep divided by 1000 for any scheduler configuration. The functions of the
+pipelines turn latents into tokens and back, as in Diffusers' training scripts.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor, nn
 
 Embeddings = tuple[Tensor, ...]
-"""Embeddings of prompts, each (b, …): floating-point ones, and a mask (b, l), 1 for text."""
+"""Embeddings of prompts, each (b, …), in floating point; also a mask (b, l), 1 for text."""
 
 Placed = tuple[Tensor | list[int], ...]
-"""Embeddings on a device; in place of a mask, the number of tokens of each prompt."""
+"""Embeddings on a device, with the number of tokens of each prompt instead of a mask."""
 
 TRANSFORMER_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a denoiser, in the objective's terms."""
+    """One call of a denoiser, with the quantities that the objective defines."""
 
     sample: Tensor  # x_λ (b, c, h, w), in the denoiser's dtype
     timestep: Tensor  # (b,)
@@ -47,7 +47,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Family:
-    """See the module's docstring. A run changes the settings by `dataclasses.replace`."""
+    """A family of image models. A run changes its settings by `dataclasses.replace`."""
 
     name: str  # the Hub's tag of its models
     title: str  # for messages
@@ -57,7 +57,7 @@ class Family:
     inputs: Callable[[Call], dict[str, Any]]  # arguments of the denoiser's forward
     # what the denoiser returns → prediction
     output: Callable[[Any, Call], Tensor] = lambda output, call: output
-    # image sides must be multiples of this number; by default for patches of 2 × 2 latents
+    # the divisor of image sides; the default is for patches of 2 × 2 latents
     divisor: Callable[[Any], int] = lambda pipe: pipe.vae_scale_factor * 2
     denoiser: str = "transformer"  # the name of the component
     text_encoders: tuple[str, ...] = ()  # the components that can be trained too
@@ -81,7 +81,7 @@ class Family:
 
     @property
     def sample_call(self) -> dict[str, Any]:
-        """The settings that make the pipeline's call encode prompts in the same way."""
+        """The arguments that make the pipeline's call encode prompts as the family does."""
         length = self.max_sequence_length
         return {} if length is None else {"max_sequence_length": length}
 
@@ -100,9 +100,10 @@ class Family:
         time_ids: Tensor,
         embeddings: Placed,
     ) -> Tensor:
-        """Return the prediction (b, c, h, w) for the objective's target; shapes as in `Call`.
+        """Return the prediction (b, c, h, w) of the objective's target.
 
-        The host reads a mask on a device; `placed` keeps it from there.
+        The shapes are those in `Call`. Pass `placed` embeddings: the host would have to wait for a
+        mask on a device.
         """
         dtype = _computing_dtype(denoiser)
         cast = tuple(_cast(each, dtype) for each in embeddings)
@@ -111,7 +112,7 @@ class Family:
 
 
 def placed(embeddings: Placed, device: torch.device) -> Placed:
-    """Return embeddings on `device`; if they are on the CPU, without waiting for `device`."""
+    """Return embeddings on `device`. If they come from the CPU, the host doesn't wait."""
     parts: list[Tensor | list[int]] = []
     for part in embeddings:
         if isinstance(part, list):
@@ -145,7 +146,7 @@ def _computing_dtype(denoiser: nn.Module) -> torch.dtype:
 
 
 def stack_padded(tensors: Sequence[Tensor]) -> Tensor:
-    """Stack tensors (l_i, …) to (b, l, …), with zeros after the shorter ones."""
+    """Stack tensors (l_i, …) into (b, l, …), and pad the shorter ones with zeros."""
     return nn.utils.rnn.pad_sequence(list(tensors), batch_first=True)
 
 
@@ -362,7 +363,7 @@ Z_IMAGE = Family(
     encoder=_encode_z_image,
     inputs=lambda call: {
         "x": list(call.sample[:, :, None].unbind(0)),  # b times (c, 1, h, w)
-        # as the pipeline rounds it: the transformer multiplies it by N
+        # rounded as in the pipeline, since the transformer multiplies it by N
         "t": (N - call.timestep.float()) / N,
         "cap_feats": [own[:tokens] for own, tokens in zip(*call.embeddings, strict=True)],
     },

@@ -6,8 +6,8 @@ to one with (p', q') with D = p β − q α:
 
     x̂ = (β z − q y) / D        ε̂ = (p y − α z) / D        z' = p' x̂ + q' ε̂
 
-Solved for y, this is the prediction that lands on a given z', the target of a student that takes
-the step at once:
+Solving for y gives the prediction that leads to a given z'. This is the target of a student that
+takes the whole step at once:
 
     y = (D z' − (p' β − q' α) z) / (p q' − q p')
 """
@@ -32,15 +32,15 @@ from .families import Family
 from .objectives import Objective
 
 FAMILIES = ("stable-diffusion", "stable-diffusion-xl", "stable-diffusion-3")
-"""The families with plain classifier-free guidance, and with the sampler's own timesteps."""
+"""The families that use plain classifier-free guidance and the sampler's own timesteps."""
 DDIM = {"timestep_spacing": "trailing", "clip_sample": False}
-"""How DDIM is set. Trailing timesteps start at pure noise, and those of K steps are among those of
-a multiple of K."""
+"""The settings of DDIM. Trailing timesteps start at pure noise, and the timesteps of K steps are
+among those of any multiple of K steps."""
 
 
 @dataclass(frozen=True)
 class Level:
-    """A noise level of a path; at the last one the denoiser isn't called, and α, β are 0."""
+    """A noise level of a path. At the last level the denoiser isn't called, and α and β are 0."""
 
     timestep: float
     p: float
@@ -74,11 +74,11 @@ def sampler_line(objective: Objective) -> str:
 
 
 def levels_of(sampler: Any, objective: Objective, steps: int, parts: int = 1) -> list[Level]:
-    """Return the steps · parts + 1 levels of `steps` steps that are each split into `parts`.
+    """Return the steps · parts + 1 levels of `steps` steps, each split into `parts`.
 
-    The first level, and every `parts`-th one after it, are those of a pipeline that samples in
-    `steps` steps with `sampler`. (If N, the length of the schedule, isn't a multiple of the steps,
-    DDIM's own step ends one timestep away from the next level.)
+    The first level and every `parts`-th level after it are the levels of a pipeline that samples in
+    `steps` steps with `sampler`. If N, the length of the schedule, isn't a multiple of the number
+    of steps, a step of DDIM ends one timestep away from the next level.
     """
     if objective.prediction_type == FLOW:
         return _flow_levels(sampler, steps, parts)
@@ -103,7 +103,7 @@ def _flow_levels(sampler: Any, steps: int, parts: int) -> list[Level]:
 
 
 def advance(z: Tensor, y: Tensor, here: Level, there: Level) -> Tensor:
-    """Return z' of a step from `here` to `there`; z, y and z' are (b, c, h, w)."""
+    """Return z' (b, c, h, w) after a step from `here` to `there`; z and y are (b, c, h, w)."""
     determinant = here.p * here.beta - here.q * here.alpha
     on_z = (there.p * here.beta - there.q * here.alpha) / determinant
     on_y = (there.q * here.p - there.p * here.q) / determinant
@@ -111,7 +111,7 @@ def advance(z: Tensor, y: Tensor, here: Level, there: Level) -> Tensor:
 
 
 def landing(here: Level, there: Level) -> tuple[float, float]:
-    """Return (a, b): the prediction that a step from z lands on z' with is a z + b z'."""
+    """Return (a, b) such that the prediction a z + b z' makes a step lead from z to z'."""
     determinant = here.p * here.beta - here.q * here.alpha
     across = here.p * there.q - here.q * there.p
     return -(there.p * here.beta - there.q * here.alpha) / across, determinant / across

@@ -1,8 +1,8 @@
 """Measure before, during and after training: subject and prompt fidelity, and the loss over λ.
 
-`encoders` has the figures. A training loads the saved adapter into a pipeline as a user does, and
-measures that; all processes share the work. `examples/subject_metrics.py` measures folders of
-several seeds.
+The metrics are defined in `encoders`. A run loads the saved adapter into a pipeline as a user
+would, and measures that pipeline. All processes share the work. `examples/subject_metrics.py`
+measures the folders of several seeds.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class LossCurve(Protocol):
 
 @dataclass(frozen=True)
 class Measurement:
-    """The figures of one measurement. Mean cosines are None without an encoder."""
+    """The figures of one measurement. A mean cosine is None if its encoder is missing."""
 
     images: list[Image]  # samples, one for each (prompt, seed)
     similarity: float | None  # of the samples and the subject's images
@@ -54,10 +54,10 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Measure `pipe`, the base, with the adapters of a folder; all processes share the work."""
+    """Measure the base pipeline `pipe` with saved adapters. All processes share the work."""
 
     run: Run
-    pipe: DiffusionPipeline  # the base model's, which samples
+    pipe: DiffusionPipeline  # the pipeline of the base model, for sampling
     settings: SampleSettings
     loss: LossCurve
     references: Sequence[Image] = ()  # images of the subject
@@ -74,13 +74,13 @@ class Evaluation:
         return rows
 
     def loaded(self, folder: Path | None) -> AbstractContextManager[None]:
-        """Return a context with the adapter in `folder`, loaded as a user loads it."""
+        """Return a context with the adapter in `folder`, loaded as a user would load it."""
         return adapter_loaded(self.pipe, folder)
 
     def measure(self, folder: Path | None, name: str) -> Measurement:
-        """Measure with the adapter in `folder`, loaded as a user loads it; None: without one.
+        """Return a measurement with the adapter in `folder`, loaded as a user would load it.
 
-        `name` is the title of the progress bar.
+        If `folder` is None, measure the base model. `name` is the title of the progress bar.
         """
         with self.loaded(folder):
             accelerator = self.run.accelerator
@@ -111,7 +111,7 @@ class Evaluation:
         return text_alignment(self.alignment, images, prompts, self.run.args.identifier or ())
 
     def validate(self, model: torch.nn.Module) -> dict[str, float]:
-        """Return figures of `model`, as accelerate wrapped it, to log; write a sheet of samples."""
+        """Return the figures of `model`, as wrapped by accelerate, and write a sheet of samples."""
         accelerator, folder = self.run.accelerator, self.run.folder / ".partial-validation"
         folder.mkdir(exist_ok=True)
         try:

@@ -1,4 +1,4 @@
-"""The arguments of dreambooth/train.py: all flags, their checks, and the family that they fit."""
+"""The arguments of dreambooth/train.py, with their checks and the family that they select."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class DreamBoothArguments(
 
     @property
     def prompts(self) -> list[str]:
-        """The prompts to sample; none if the captions of the images are to be sampled."""
+        """The prompts of samples; empty if samples use the captions of the images."""
         if self.validation_prompts:
             return self.validation_prompts
         return [] if self.instance_prompt is None else [self.instance_prompt]
@@ -112,7 +112,7 @@ _NO_PART = (
     "snr_gamma", "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "noise_offset", "caption_dropout",
     "random_flip", "center_crop", "crops_per_image", "aspect_ratio_buckets", "num_class_images", "prior_loss_weight",
 )  # fmt: skip
-"""Arguments about images, or about levels that a distillation sets by itself."""
+"""Arguments that concern images, or levels that a distillation sets itself."""
 
 
 def _check_distillation(args: DreamBoothArguments) -> None:
@@ -144,10 +144,10 @@ def run_family(args: DreamBoothArguments, pipe: DiffusionPipeline | None = None)
     """Return the family of a run, with the settings of `args`.
 
     Args:
-        pipe: the pipeline of the run; None finds the family by the model's name.
+        pipe: the pipeline of the run. Without it, the family is found by the name of the model.
 
     Raises:
-        ValueError: the model is of no family, or an argument has no meaning for the family.
+        ValueError: the model belongs to no family, or an argument has no meaning for the family.
     """
     if pipe is None:
         family = family_of_model(args.pretrained_model_name_or_path, revision=args.revision)

@@ -1,7 +1,7 @@
-"""The step that `dreambooth.py --plan` takes: the run's own pipeline and loss, and no images.
+"""The step of `dreambooth.py --plan`, with the run's own pipeline and loss, but without images.
 
-Its batch has the largest of the run's sizes. It encodes an image first, as a run does, so that the
-autoencoder counts; of the text encoders only the weights do, unless they are trained.
+The batch has the largest size of the run. As in a run, an image is encoded first, so the work of
+the autoencoder counts. Only the weights of the text encoders count, unless they are trained.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from .pipelines import family_named, model_index, modules_of, training_sizes
 from .training_step import training_step
 
 _WIDTHS = ("cross_attention_dim", "joint_attention_dim", "cap_feat_dim", "text_dim")
-"""What denoisers call the width of a prompt's states, in their configurations."""
+"""The names of the width of a prompt's states in the configurations of denoisers."""
 
 
 def planned_image_step(args: DreamBoothArguments) -> PlannedStep:
     """Return the training step of an image run, from its pipeline's configurations only.
 
     Raises:
-        ValueError: as the run does for its model, adapter and sizes.
+        ValueError: the run would fail because of its model, adapter or sizes.
     """
     pipe = pipeline_on_meta(args)
     family = run_family(args, pipe)
@@ -69,7 +69,7 @@ def planned_image_step(args: DreamBoothArguments) -> PlannedStep:
 def pipeline_on_meta(args: DreamBoothArguments) -> Any:
     """Return the pipeline that `load_pipeline` loads, frozen, with its models on the meta device.
 
-    Tokenizers are `PlannedTokenizer`s.
+    Its tokenizers are `PlannedTokenizer`s.
     """
     name, vae = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
     index = model_index(name, revision=args.revision)
@@ -137,7 +137,7 @@ def _batch(args: DreamBoothArguments, size: Size) -> dict[str, Any]:
 
 
 class PlannedPrompts:
-    """Embeddings of the shapes that a family's encoders return, in place of a `PromptCache`."""
+    """A stand-in for a `PromptCache` that returns embeddings of the right shapes."""
 
     def __init__(self, pipe: Any, family: Family) -> None:
         config = getattr(pipe, family.denoiser).config
@@ -162,7 +162,7 @@ class PlannedPrompts:
 
 
 class PlannedTokenizer:
-    """Token ids of the maximal length for any prompt; CLIP's tokenizers are called like it."""
+    """A stand-in for CLIP's tokenizers that returns the maximum number of token ids."""
 
     model_max_length = 77
 

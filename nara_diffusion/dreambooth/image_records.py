@@ -1,9 +1,9 @@
 """A folder of images as records: upright RGB images, each with a caption (`captions`).
 
 EXIF rotation is applied, transparent parts become white, and an animation gives its first frame.
-All images are decoded once before training starts, so that a broken one shows at once and not at
-step 3 000. Pixels aren't kept: they are read again when a crop of them is needed, usually once, for
-the latent cache.
+All images are decoded once before training, so that a broken image is found at once and not at
+step 3 000. Pixels aren't kept in memory. They are read again when a crop is needed, usually once,
+for the latent cache.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ IMAGE_SUFFIXES = frozenset(
     [".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"]
 )
 LONGEST = 32
-"""The largest ratio of an image's sides. A crop of a longer image shows almost nothing of it."""
+"""The largest ratio of an image's sides. A crop of a longer image would show almost nothing."""
 
 
 # ---------------------------------------------------------------------- images
@@ -89,10 +89,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def image_files(folder: str | Path) -> list[Path]:
-    """Return the image files directly in `folder`, by name; warn of everything else there.
+    """Return the image files directly in `folder`, by name. Log a warning about all other files.
 
     Raises:
-        ValueError: there are no images, or there is a subfolder as kohya's scripts name them, such
+        ValueError: there are no images, or there is a subfolder named as in kohya's scripts, such
             as "10_sks dog".
     """
     folder = Path(folder)
@@ -139,8 +139,8 @@ def records_from_folder(
         caption_column: the key of captions in metadata.jsonl; None takes "text".
 
     Raises:
-        ValueError: the folder has no images or broken ones (the message names all); or a caption is
-            missing or can't be read.
+        ValueError: there are no images; some images are broken (the message names all of them); or
+            a caption is missing or can't be read.
         OSError: the folder can't be read.
     """
     images = image_files(folder)
@@ -150,8 +150,11 @@ def records_from_folder(
 
 
 def class_records(folder: str | Path, *, prompt: str, progress: bool = True) -> list[ImageRecord]:
-    """Return the class images of prior preservation, all with the class prompt. Raises as
-    `records_from_folder`."""
+    """Return the class images for prior preservation, all with the class prompt.
+
+    Raises:
+        ValueError, OSError: see `records_from_folder`.
+    """
     sources = _sources(image_files(folder))
     prompts = [check_prompt(prompt, "class_prompt")] * len(sources)
     return make_records(sources, prompts, progress=progress)
@@ -167,10 +170,10 @@ def make_records(
     *,
     progress: bool = True,
 ) -> list[ImageRecord]:
-    """Return the record of each image, after decoding each once for its size and to check it.
+    """Return the record of each image. Each image is decoded once, to check it and get its size.
 
     Args:
-        sources: (name, function that returns the bytes of the file) of each image.
+        sources: (name, function that returns the bytes of the file) for each image.
 
     Raises:
         ValueError: images are broken; the message names all of them.
@@ -213,7 +216,7 @@ def _record(name: str, read: Callable[[], bytes], prompt: str) -> ImageRecord:
 
 
 def trained_on(records: Sequence[ImageRecord], folder: str | Path, prompt: str | None) -> str:
-    """Return a description of the images: their number, with their own captions or the prompt."""
+    """Return a description of the images, with their number and the origin of their captions."""
     own = sum(record.prompt != (prompt or "").strip() for record in records)
     images = counted(len(records), "image")
     if not own:

@@ -1,4 +1,4 @@
-"""The report of a run: table, sheet of samples, curve and model card, in the run's folder."""
+"""The report of a run: a table, a sheet of samples, a curve and the model card."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def describe(
     pipe: DiffusionPipeline,
     data: str,
 ) -> dict[str, Any]:
-    """Write samples.png, samples-before/ and samples-after/. Return the model card's arguments.
+    """Write samples.png, samples-before/ and samples-after/, and return the card's arguments.
 
     Args:
         data: the training data, in words.
@@ -92,10 +92,10 @@ def describe_student(
     pipe: DiffusionPipeline,
     sampler: str,
 ) -> dict[str, Any]:
-    """Write samples.png and the folders of a distillation. Return the model card's arguments.
+    """Write samples.png and the folders of a distillation, and return the card's arguments.
 
     Args:
-        sampler: the code that sets the student's scheduler; empty if the pipeline has it.
+        sampler: the code that sets the student's scheduler; empty if the pipeline already has it.
     """
     run, settings = evaluation.run, evaluation.settings
     steps = settings.call["num_inference_steps"]
@@ -137,7 +137,7 @@ def _loading(
     pipe: DiffusionPipeline,
     sampler: str = "",
 ) -> str:
-    """Return the card's code, and notes on it."""
+    """Return the code on the model card, with notes."""
     dtypes: dict[str | None, str] = {"fp16": "torch.float16", "bf16": "torch.bfloat16"}
     method, family = method_of(args).family, family_of(pipe)
     imports, lines = _IMPORTS.get(method, ""), _loading_lines(args, family, load_from)

@@ -1,7 +1,7 @@
-"""What a denoiser learns, as one table.
+"""The training objectives of denoisers, in one table.
 
 At each of N noise levels, least noise first, with latents x and noise ε, the denoiser sees
-p x + q ε and its timestep t. It should predict α x + β ε:
+p x + q ε and the timestep t. It should predict α x + β ε:
 
     loss = w · mean (prediction − α x − β ε)²
 
@@ -11,8 +11,8 @@ p x + q ε and its timestep t. It should predict α x + β ε:
     sample             √ᾱ        √(1 − ᾱ)    1             0           t         t / N
     flow_prediction    1 − σ     σ           −1            1           N σ       σ
 
-A rectified flow (arXiv 2209.03003) has σ = s u / (1 + (s − 1) u) at u = 1/N, 2/N, …, 1. Its w comes
-from Diffusers' --weighting_scheme.
+A rectified flow (arXiv 2209.03003) has σ = s u / (1 + (s − 1) u) at u = 1/N, 2/N, …, 1. Diffusers'
+--weighting_scheme sets its w.
 
 Min-SNR-γ (arXiv 2303.09556) weights the squared error in x by min(SNR, γ), with SNR = p² / q². For
 a given input, an error e of the prediction is an error q e / (α q − β p) of x, so
@@ -52,7 +52,7 @@ class Corrupted:
 
 @dataclass(frozen=True)
 class Objective:
-    """The table of the module's docstring, for one scheduler."""
+    """The table in the module's docstring, for one scheduler."""
 
     prediction_type: str  # "epsilon", "v_prediction", "sample" or "flow_prediction"
     source: TimestepNoise  # reads λ from `timestep`
@@ -79,7 +79,7 @@ class Objective:
         return replace(self, weight=torch.ones_like(self.weight))
 
     def corrupt(self, latents: Tensor, noise: Tensor, indices: Tensor) -> Corrupted:
-        """Mix `latents` and `noise` (b, c, h, w) at `indices` (b,); index 0 has the least noise."""
+        """Mix `latents` and `noise` (b, c, h, w) at `indices` (b,). Index 0 has the least noise."""
         indices = indices.cpu()
         p = rows(self.p, indices, latents)
         q = rows(self.q, indices, latents)
@@ -110,13 +110,13 @@ def build_objective(
 
     Args:
         scheduler: the scheduler, `pipe.scheduler`.
-        snr_gamma: γ of min-SNR weights; None weights all noise levels alike.
-        shift: s of a rectified flow. None takes the scheduler's, or 1 if that depends on the size
-            of the image.
-        weighting_scheme: Diffusers' weights of a rectified flow.
+        snr_gamma: γ of min-SNR weights; None gives all noise levels the same weight.
+        shift: s of a rectified flow. None takes the scheduler's shift, or 1 if that depends on the
+            size of the image.
+        weighting_scheme: the name of Diffusers' weights for a rectified flow.
 
     Raises:
-        ValueError: an unknown prediction type, or a schedule without betas.
+        ValueError: the prediction type is unknown, or the schedule has no betas.
     """
     prediction, config = prediction_by(scheduler), scheduler.config
     kind = config.get("prediction_type", "epsilon")
@@ -144,7 +144,7 @@ def _own_shift(config: Mapping[str, Any]) -> float:
 
 
 def _min_snr_weight(objective: Objective, gamma: float) -> Tensor:
-    """Return w (N,) float32. At SNR 0 an ε says nothing of x, and its weight is the limit, 1."""
+    """Return w (N,) float32. At SNR 0, ε says nothing about x, and its weight is the limit, 1."""
     p, q = objective.p, objective.q
     weight = torch.minimum(p**2, gamma * q**2) / (objective.alpha * q - objective.beta * p) ** 2
     return weight.nan_to_num(1.0).float()

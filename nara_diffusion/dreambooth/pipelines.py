@@ -1,8 +1,8 @@
-"""The trained pipeline, a sampling pipeline with the same frozen weights, and the runs' defaults.
+"""The trained pipeline, a sampling pipeline with the same frozen weights, and default settings.
 
-The sampling pipeline has its own modules around the parameters of the trained one, so adapters and
-gradient checkpointing affect only one of them. `load_nara_weights` works on it as on a freshly
-loaded pipeline, without a second copy of the base model.
+The sampling pipeline has its own modules around the parameters of the trained pipeline, so adapters
+and gradient checkpointing affect only one of the two. `load_nara_weights` works as it does on a
+freshly loaded pipeline, but there is no second copy of the base model.
 """
 
 from __future__ import annotations
@@ -33,11 +33,12 @@ from .families import BY_PIPELINE, FAMILIES, Family
 logger = logging.getLogger(__name__)
 
 STEPS = 500
-"""The optimizer steps of a run on a named model. A pass over five images is two steps."""
+"""The default number of optimizer steps if the user names a model. A pass over five images has
+only two steps."""
 
 
 def family_named(pipeline: str) -> Family:
-    """Return the family of a pipeline's class name. Raise ValueError if there is none."""
+    """Return the family of a pipeline class, given by name. Raise ValueError if there is none."""
     if pipeline in BY_PIPELINE:
         return BY_PIPELINE[pipeline]
     known = [f"{family.title} ({' or '.join(family.pipelines)})" for family in FAMILIES]
@@ -50,22 +51,28 @@ def family_of(pipe: DiffusionPipeline) -> Family:
     """Return the family of a pipeline, with its settings.
 
     Raises:
-        ValueError: no family has its class, or the family can't train it.
+        ValueError: the pipeline belongs to no family, or the family can't train it.
     """
     family = family_named(type(pipe).__name__)
     return family.fit(pipe, family)
 
 
 def family_of_model(name: str, *, revision: str | None = None) -> Family:
-    """Return the family of a folder or repository. Raises as `model_index` and `family_named`."""
+    """Return the family of a folder or repository.
+
+    Raises:
+        ValueError: see `model_index` and `family_named`.
+    """
     return family_named(str(model_index(name, revision=revision).get("_class_name")))
 
 
 def model_index(name: str, *, revision: str | None = None) -> dict[str, Any]:
     """Return the `model_index.json` of a folder, or of a repository on the Hub.
 
-    It names the classes of the pipeline and its components. Raises ValueError if there is none, or
-    the Hub can't be reached.
+    The file names the classes of the pipeline and its components.
+
+    Raises:
+        ValueError: there is no such file, or the Hub can't be reached.
     """
     converted = (
         f"StableDiffusionXLPipeline.from_single_file('{name}').save_pretrained('{Path(name).stem}')"
@@ -80,7 +87,7 @@ def model_index(name: str, *, revision: str | None = None) -> dict[str, Any]:
 
 
 def native_resolution(name: str, family: Family, *, revision: str | None = None) -> int | None:
-    """Return the native side of a model's images, in pixels; None if not in its configuration."""
+    """Return the native side of a model's images in pixels; None if the configuration lacks it."""
     read: Callable[..., Any] = AutoencoderKL.load_config  # loads any model's configuration
     try:
         side = read(name, subfolder=family.denoiser, revision=revision).get("sample_size")
@@ -99,17 +106,17 @@ def load_pipeline(
     revision: str | None = None,
     variant: str | None = None,
 ) -> DiffusionPipeline:
-    """Load a pipeline of the class that its `model_index.json` names: frozen, on the CPU.
+    """Load a frozen pipeline onto the CPU, with the class that its `model_index.json` names.
 
     Args:
-        name: folder, or id on the Hub.
+        name: a folder, or an id on the Hub.
         dtype: the dtype of all components except the autoencoder.
-        vae_name: folder or id of another autoencoder; None takes the pipeline's own.
-        revision, variant: of the pipeline, and of its own autoencoder; a model without files of the
-            variant is loaded from the others, with a warning.
+        vae_name: the folder or id of another autoencoder; None means the pipeline's own.
+        revision, variant: the revision and the variant of the pipeline and of its own autoencoder.
+            A model without files of this variant is loaded from its other files, with a warning.
 
     Raises:
-        ValueError: there is no such pipeline or autoencoder, or its family can't be trained.
+        ValueError: the pipeline or the autoencoder doesn't exist, or the family can't be trained.
     """
     index = model_index(name, revision=revision)
     if vae_name is not None:
@@ -199,9 +206,9 @@ def folders_of(
 
 
 def sharing_pipeline(pipe: DiffusionPipeline, dtype: torch.dtype) -> DiffusionPipeline:
-    """Return a pipeline with new modules around the parameters of `pipe`, which has no adapter yet.
+    """Return a pipeline with new modules around the parameters of `pipe`, before it is adapted.
 
-    The autoencoder is in `dtype`. It computes the same bits as a pipeline loaded in `dtype`.
+    The autoencoder is in `dtype`. The pipeline computes the same bits as one loaded in `dtype`.
     """
     own = modules_of(pipe)
     memo: dict[int, Any] = {}
@@ -228,10 +235,10 @@ def _options_of(pipe: DiffusionPipeline) -> dict[str, Any]:
 
 
 def training_sizes(args: Any, family: Family, pipe: Any) -> list[tuple[int, int]]:
-    """Return the sizes (h, w) that a DreamBoothArguments trains at, in pixels.
+    """Return the sizes (h, w) in pixels that a run with `args` trains at.
 
     Raises:
-        ValueError: one doesn't fit the model.
+        ValueError: a size doesn't fit the model.
     """
     divisor = family.divisor(pipe)
     if args.aspect_ratio_buckets is None:
@@ -260,7 +267,7 @@ def training_sizes(args: Any, family: Family, pipe: Any) -> list[tuple[int, int]
 def shipped_run(
     given: Mapping[str, Any], config: Path = CONFIGS / "sd_tiny_flow.yaml"
 ) -> dict[str, Any]:
-    """Return the shipped run's arguments from `config`, or the `given` model's defaults."""
+    """Return the arguments of the shipped run, or the defaults of the `given` model if any."""
     if "pretrained_model_name_or_path" in given:
         return family_defaults(given)
     if "distill_to" in given:
@@ -278,7 +285,7 @@ def shipped_run(
 
 
 def family_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the defaults for the `given` model and its family, in place of the script's own."""
+    """Return the defaults for the `given` model and its family, instead of the script's own."""
     name = given["pretrained_model_name_or_path"]
     if not name:
         return {}  # the arguments raise for it

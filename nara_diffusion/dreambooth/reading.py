@@ -1,18 +1,18 @@
-"""The prediction of an ε-, v- or x-model, read as another prediction. This needs no training.
+"""Convert the prediction of an ε-, v- or x-model to another prediction type, without training.
 
-ε, v, x and the velocity of a rectified flow are one prediction, read four ways. At noise level i an
+ε, v, x and the velocity of a rectified flow are equivalent predictions. At noise level i, an
 objective shows x_i = p x + q ε and asks for α x + β ε. With φ = atan(q / p), the base model sees
 
     z = x_i / √(p² + q²) = cos φ x + sin φ ε
 
-at its own timestep of the nearest φ. It predicts a x̂ + b ε̂, with (a, b) = (0, 1) for ε,
-(−sin φ, cos φ) for v and (1, 0) for x. The two equations give x̂ and ε̂, and so the reading:
+at its own timestep with the nearest φ. It predicts a x̂ + b ε̂, with (a, b) = (0, 1) for ε,
+(−sin φ, cos φ) for v and (1, 0) for x. The two equations determine x̂ and ε̂, and therefore:
 
     α x̂ + β ε̂ = ((α b − β a) z + (β cos φ − α sin φ) (a x̂ + b ε̂)) / (b cos φ − a sin φ)
 
-A φ outside the base's schedule is clamped to its end. Only there does the reading leave something
-to train: in the last steps at zero terminal SNR, where ᾱ is below the smallest of the base, and at
-both ends of a flow.
+A φ outside the base's schedule is clamped to the end of the schedule. Only there is something left
+to train: in the last steps of a schedule with zero terminal SNR, since ᾱ is below the base's
+smallest value, and at both ends of a flow.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from .objectives import Objective, Scheduler, build_objective, rows
 
 
 class IdentityReading:
-    """The prediction of a base model, read as the one that an objective asks for.
+    """Convert the prediction of a base model to the prediction that an objective asks for.
 
         prediction = reading.prediction(x, base(*reading.base_inputs(x, indices)), indices)
 
     Args:
-        base_scheduler: the scheduler of the base. It has betas, and the base predicts ε, v or x.
-        objective: the objective that asks for the prediction.
+        base_scheduler: the scheduler of the base model, with betas and a prediction of ε, v or x.
+        objective: the objective that defines the new prediction.
 
     Attributes:
-        timesteps: t (N,) int64, by the objective's index.
+        timesteps: t (N,) int64, indexed by the objective's noise level.
         angles: φ (N,) float64, clamped.
-        clamped: (N,) bool, True if φ lies outside the schedule of the base.
+        clamped: (N,) bool, True if φ is outside the schedule of the base model.
 
     Raises:
-        ValueError: the base has another kind of scheduler or prediction.
+        ValueError: the scheduler has no betas, or the base model has another prediction type.
     """
 
     def __init__(self, base_scheduler: Scheduler, objective: Objective) -> None:
@@ -64,8 +64,8 @@ class IdentityReading:
 
         Args:
             model_input: x_i (b, c, h, w).
-            base_prediction: the prediction of the base for `base_inputs`.
-            indices: (b,) of the noise levels.
+            base_prediction: the prediction of the base model for `base_inputs`.
+            indices: (b,) the indices of the noise levels.
         """
         z = self.base_inputs(model_input, indices)[0].float()
         alpha = rows(self.objective.alpha, indices, model_input)

@@ -1,4 +1,4 @@
-"""Reconstruct images by the autoencoder: encode and decode, without denoiser or adapter.
+"""Reconstruct images with the autoencoder alone, without denoiser or adapter.
 
     x (3, h, w) in [−1, 1] → μ(x) → x̂ (3, h, w),    PSNR = 10 log10(4 / mean (x − x̂)²), in dB
 
@@ -22,14 +22,15 @@ from .dataset import TrainingSample
 logger = logging.getLogger(__name__)
 
 FAITHFUL = 25.0
-"""A PSNR in dB. Below it, colours and shapes of the images change visibly."""
+"""A PSNR in dB. Below this value, colours and shapes in the images change visibly."""
 AT_MOST = 32
-"""How many images to decode: enough for a sheet and a mean. A large one takes a second on a GPU."""
+"""The number of images to decode: enough for a sheet and a mean. Large images take a second each
+on a GPU."""
 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """The first images of a run as its autoencoder shows them: their middle, at training size."""
+    """The first images of a run after reconstruction, as centre crops at training size."""
 
     images: Sequence[Image.Image]
     psnr: float  # in dB, the mean over the images
@@ -42,7 +43,7 @@ class Reconstruction:
 
 @torch.no_grad()
 def reconstruct(vae: ModelMixin, samples: Sequence[TrainingSample]) -> Reconstruction:
-    """Encode and decode samples one by one. Log if that changes them visibly."""
+    """Encode and decode samples one by one, and log a warning if they change visibly."""
     images, ratios = [], []
     for sample in samples[:AT_MOST]:
         pixels = sample.pixel_values()
@@ -64,7 +65,7 @@ def reconstruct(vae: ModelMixin, samples: Sequence[TrainingSample]) -> Reconstru
 
 
 def decoded_pixels(vae: ModelMixin, pixels: Tensor) -> Tensor:
-    """Return x̂ (3, h, w), float32 on the CPU, in [−1, 1], of x (3, h, w)."""
+    """Return x̂ (3, h, w), float32 on the CPU in [−1, 1], the reconstruction of x (3, h, w)."""
     weight = next(vae.parameters())
     mean, _ = posterior_of(vae, pixels[None].to(weight.device, weight.dtype))
     if reads_videos(vae):  # a video of one frame

@@ -1,4 +1,4 @@
-"""Generate images: samples, with files and a sheet, and class images for prior preservation."""
+"""Generate samples, write them to files and a sheet, and generate class images for a prior."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .families import BY_PIPELINE, Family
 from .image_arguments import DreamBoothArguments
 from .image_records import IMAGE_SUFFIXES
 
-# in pixels: the square of an image on a sheet, the space around it, the height of a text line
+# in pixels: the side of an image on a sheet, the space around images, the height of a text line
 CELL, GAP, TEXT = 128, 4, 15
 PROMPT_KEY = "class_prompt"  # in a class image's metadata
 
@@ -75,7 +75,7 @@ def render(
     generators: Sequence[torch.Generator],
     call: Mapping[str, Any],
 ) -> list[Image.Image]:
-    """Return one image per prompt; a family's pipeline gets its own call, others `call`."""
+    """Return one image per prompt. `call` is adjusted to the family of the pipeline, if any."""
     family = BY_PIPELINE.get(type(pipe).__name__)
     options = dict(call) if family is None else family.sampling(dict(call), len(prompts))
     call_pipe: Callable[..., Any] = pipe.__call__  # the base class declares none
@@ -89,7 +89,7 @@ def sample_images(
     accelerator: Accelerator | None = None,
     desc: str = "sample",
 ) -> list[Image.Image]:
-    """Return one image for each of `settings.pairs`; all processes share the work."""
+    """Return one image for each pair in `settings.pairs`. All processes share the work."""
     show = accelerator is None or accelerator.is_main_process
 
     def work(indices: Sequence[int]) -> list[Image.Image]:
@@ -97,7 +97,7 @@ def sample_images(
         images = []
         for start in tqdm(starts, desc=desc, unit="batch", leave=False, disable=not show):
             pairs = [settings.pairs[i] for i in indices[start : start + settings.batch_size]]
-            # generators on the CPU: a seed gives the same noise on any device
+            # CPU generators, so that a seed gives the same noise on any device
             generators = [torch.Generator().manual_seed(seed) for _, seed in pairs]
             images += render(pipe, [prompt for prompt, _ in pairs], generators, settings.call)
         return images
@@ -126,13 +126,14 @@ def write_grid(
     columns: Mapping[str, Sequence[Image.Image]],
     references: Mapping[str, Sequence[Image.Image]] = MappingProxyType({}),
 ) -> None:
-    """Write a PNG: images of the subject, then each prompt's images, column by column.
+    """Write a sheet of samples as a PNG file, with images of the subject on top.
 
     Args:
-        prompts: one for each row, drawn above it with the titles of the columns.
-        columns: {title: images}, such as before and after. Each column has equally many images,
-            ordered by prompt.
-        references: {title: images of the subject}, for the rows on top; the first eight are shown.
+        prompts: the prompts, one for each row. A row is headed by its prompt and the titles of the
+            columns.
+        columns: {title: images}, for example before and after training. All columns have the same
+            number of images, ordered by prompt.
+        references: {title: images of the subject} for the rows on top. At most eight are shown.
     """
     rows: list[_Row] = [(title, [images[:8]]) for title, images in references.items()]
     for number, prompt in enumerate(prompts):
@@ -150,7 +151,7 @@ _Row = tuple[str, Sequence[Sequence[Image.Image]]]
 
 
 def _sheet(rows: Sequence[_Row]) -> Image.Image:
-    """Return one image with a title above each row, and space between the blocks of a row."""
+    """Return an image of all rows, with titles above them and space between blocks."""
     step = CELL + GAP
     width = max(_width(blocks) for _, blocks in rows)
     titles = [textwrap.wrap(title, max(20, width // 8)) for title, _ in rows]
@@ -177,7 +178,7 @@ def _width(blocks: Sequence[Sequence[Image.Image]]) -> int:
 
 
 def _cell(image: Image.Image) -> Image.Image:
-    """Return a square of `CELL` pixels; small images are enlarged without smoothing."""
+    """Return `image` as a square of `CELL` pixels. Small images are enlarged without smoothing."""
     small = max(image.size) <= CELL
     how = Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
     return ImageOps.pad(image.convert("RGB"), (CELL, CELL), how, color="white")
@@ -198,30 +199,33 @@ def generate_class_images(
     progress: bool = True,
     **call: Any,
 ) -> int:
-    """Make the class images that `folder` lacks. Return their number, over all processes.
+    """Generate the class images that are missing in `folder`, and return their number.
 
-    Image i has its own generator, seeded by (seed, i), and the file `class-{seed}-{i}.png`, with
-    the prompt in its metadata. So an interrupted set is completed, several processes share the
-    work, and the same command makes the same images. A folder that already has enough images, of
-    any origin, is used as it is.
+    Image i has its own generator, seeded by (seed, i). It is written to `class-{seed}-{i}.png`,
+    with the prompt in the metadata. An interrupted set can thus be completed, several processes can
+    share the work, and the same command generates the same images. If the folder already has enough
+    images of any origin, nothing is generated.
 
     Args:
-        make_pipe: loads a text-to-image pipeline onto its device; called only if images are
-            missing.
+        make_pipe: a function that loads a text-to-image pipeline onto its device. It is called only
+            if images are missing.
         count: the number of images that the folder should have.
-        batch_size: images at once.
-        accelerator: accelerate's, if several processes share the work; all of them call this, and
-            leave together.
+        batch_size: the number of images in one call.
+        accelerator: accelerate's engine, if several processes share the work. All of them call this
+            function and return together.
         call: arguments of the pipeline's call, such as height, width, num_inference_steps.
 
+    Returns:
+        The number of new images, over all processes.
+
     Raises:
-        ValueError: an empty prompt, or a folder with images made for another prompt.
+        ValueError: the prompt is empty, or the folder has images for a different prompt.
     """
     prompt, folder = check_prompt(prompt, "class_prompt"), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     missing = mine = _missing(folder, prompt, count, seed)
     if accelerator is not None:
-        accelerator.wait_for_everyone()  # all count before any process adds an image
+        accelerator.wait_for_everyone()  # all processes count before any of them adds an image
         mine = missing[accelerator.process_index :: accelerator.num_processes]
     if mine:
         pipe, made_for = make_pipe(), PngImagePlugin.PngInfo()
@@ -240,7 +244,7 @@ def generate_class_images(
 
 
 def _missing(folder: Path, prompt: str, count: int, seed: int) -> list[int]:
-    """Return the numbers of the images to make."""
+    """Return the indices of the images to generate."""
     present = {path.name for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES}
     for name in sorted(present):
         if not name.startswith("class-"):

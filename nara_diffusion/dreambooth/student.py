@@ -1,11 +1,11 @@
 """The loss and the measurements of a student that samples in K steps.
 
-From the teacher's latents z_k, the student predicts y_k at once, without guidance. Its target is
-the prediction that lands on z_(k+1) (`few_steps.landing`):
+From the teacher's latents z_k, the student predicts y_k in one call, without guidance. The target
+is the prediction that leads to z_(k+1) (`few_steps.landing`):
 
     loss = mean over samples of (1 / e_k) · mean (prediction − y_k)²
 
-where e_k is the base's own error of step k, so that each step counts alike.
+e_k is the error of the base model at step k, so that all steps have the same weight.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from .trajectories import Teacher
 
 @dataclass(frozen=True)
 class StudentLoss:
-    """`loss(batch)` is the loss of a batch that `collate_segments` made."""
+    """The loss of the student: `loss(batch)`, for a batch from `collate_segments`."""
 
     model: nn.Module  # an `AdaptedDenoiser`, as accelerate wrapped it
     trajectories: Tensor  # (n, K + 1, c, h, w), float32 on the CPU
@@ -84,8 +84,7 @@ class StudentLoss:
 
 @dataclass(frozen=True)
 class StepErrors:
-    """A pipeline's error at each of the K steps, as a share of the base's, on held-out
-    trajectories. A `LossCurve`."""
+    """The errors of a pipeline on held-out trajectories, relative to the base. A `LossCurve`."""
 
     loss: StudentLoss  # of the held-out trajectories
     batch_size: int
@@ -111,7 +110,7 @@ class StepErrors:
 
     @torch.no_grad()
     def end_error(self, pipe: Any) -> float:
-        """Return the mean squared distance of the sampled end from the teacher's."""
+        """Return the mean squared distance between the final latents and those of the teacher."""
         loss, student = self.loss, replace(self.loss.teacher, pipe=pipe, guidance_scale=1.0)
         distances = []
         for numbers in torch.arange(len(loss.prompts)).split(self.batch_size):
@@ -134,13 +133,15 @@ class StepErrors:
 
 @dataclass(frozen=True)
 class StudentEvaluation(Evaluation):
-    """Measure K steps without guidance. `references` are the teacher's samples, one for each of
-    the student's, with the same prompt and seed."""
+    """Measure sampling in K steps without guidance.
+
+    `references` has a teacher's sample for each student's sample, with the same prompt and seed.
+    """
 
     beside: str | None = None  # an adapter of `pipe` that stays active
 
     def loaded(self, folder: Path | None) -> AbstractContextManager[None]:
-        """Return a context with the adapter in `folder`, beside the one that `pipe` has."""
+        """Return a context with the adapter in `folder` loaded next to the adapter `beside`."""
         if self.beside is None:
             return super().loaded(folder)
         return loaded_beside(self.pipe, folder, self.beside)
@@ -151,7 +152,7 @@ class StudentEvaluation(Evaluation):
         return {"the teacher": self.references}
 
     def _similarity(self, images: Images, references: Images | None) -> float | None:
-        """Return the mean cosine of each sample and the teacher's; None without an encoder."""
+        """Return the mean cosine of student and teacher samples; None without an encoder."""
         if self.similarity is None or references is None:
             return None
         pairs = F.cosine_similarity(
@@ -174,7 +175,7 @@ def load_own(pipe: Any, path: str, name: str) -> None:
 
 
 def contents_of(pipe: Any, name: str) -> list[str]:
-    """Return what the adapter `name` of `pipe` computes depends on, for a digest."""
+    """Return everything that the output of the adapter `name` depends on, for a digest."""
     texts = []
     for component, module in modules_of(pipe).items():
         config = getattr(module, "peft_config", {}).get(name)
@@ -194,7 +195,7 @@ def _as_text(value: Any) -> Any:
 
 @contextmanager
 def loaded_beside(pipe: Any, folder: Path | None, name: str) -> Iterator[None]:
-    """Load the adapter in `folder` inside the context, beside `name`, which stays active."""
+    """Load the adapter in `folder` inside the context. The adapter `name` stays active."""
     if folder is None:
         yield
         return

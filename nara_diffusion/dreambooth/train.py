@@ -78,9 +78,9 @@ FIGURES = ("similarity", "similarity_as_shown", "text_alignment", "validation_lo
 
 
 def main(args: DreamBoothArguments) -> dict[str, Any]:
-    """Train, measure before and after, and save. Return the content of results.json.
+    """Train, measure before and after, save, and return the content of results.json.
 
-    With `plan`, print what that needs instead, and return the figures.
+    With `plan`, only print the memory and FLOPs of the run, and return these figures.
     """
     if args.check:
         raise ValueError("main only trains: for a check call nara_command.check_run(args).")
@@ -95,7 +95,7 @@ def main(args: DreamBoothArguments) -> dict[str, Any]:
 class FineTuning:
     """One training run.
 
-    After construction it has its data, the base model and the loss, and has raised for invalid
+    The constructor loads the data, the base model and the loss, and raises errors for invalid
     arguments. Then call `check`, or `train` and `report`.
     """
 
@@ -137,7 +137,7 @@ class FineTuning:
         if args.validation_data_dir:
             return images, records_from_folder(args.validation_data_dir, **captions)
         if args.check and len({image.key for image in images}) >= 4:
-            last = images[-1]  # copies of it aren't trained on either
+            last = images[-1]  # its copies aren't trained on either
             return [image for image in images if image.key != last.key], [last]
         return images, []
 
@@ -200,7 +200,7 @@ class FineTuning:
         )
 
     def train(self) -> None:
-        """Train from the start or a checkpoint to the last step. Write the adapter."""
+        """Train from the start or a checkpoint to the last step, and write the adapter."""
         args, run = self.args, self.run
         steps = run.plan(len(self.instances))
         self.evaluation = self._evaluation()

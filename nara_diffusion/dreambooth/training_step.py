@@ -1,6 +1,7 @@
 """One forward of training: a batch of samples → latents → noise → the denoiser's error.
 
-`caches` has the latents, `draws` the noise levels and the noise, `objectives` the error.
+The latents come from `caches`, the noise levels and the noise from `draws`, and the error from
+`objectives`.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class DreamBoothLoss(NamedTuple):
 
 @dataclass(frozen=True)
 class TrainingStep:
-    """`step(batch)` is the loss of a batch that `collate_samples` made."""
+    """The loss of training: `step(batch)`, for a batch from `collate_samples`."""
 
     model: nn.Module  # an `AdaptedDenoiser`, as accelerate wrapped it
     objective: Objective
@@ -107,7 +108,7 @@ def training_step(
     device: torch.device,
     group_size: int,
 ) -> TrainingStep:
-    """Return a run's loss; the denoiser of `pipe` keeps its scheduler's prediction type."""
+    """Return the loss of a run, for the prediction type of the scheduler of `pipe`."""
     objective = build_objective(
         pipe.scheduler,
         snr_gamma=args.snr_gamma,
@@ -164,8 +165,10 @@ class ValidationLoss:
         return self.objective.noise_levels[self.indices]
 
     def curve(self, pipe: DiffusionPipeline, accelerator: Accelerator) -> Tensor:
-        """Return the loss (points, samples) of `pipe` as it is, on every process. The samples are
-        ordered by size."""
+        """Return the losses (points, samples) of `pipe` on every process.
+
+        The samples are ordered by size.
+        """
 
         def work(points: Sequence[int]) -> list[list[float]]:
             return [self._at(pipe, self.indices[point]) for point in points]

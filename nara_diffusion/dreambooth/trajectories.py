@@ -1,8 +1,8 @@
-"""Trajectories of a teacher: the base with guidance, sampled in many steps; and their samples.
+"""Trajectories of a teacher, the base model sampled with guidance and in many steps.
 
-A trajectory is z (K + 1, c, h, w): the latents at the levels of K steps, from noise to the end. The
-teacher takes several steps between two of them. Noise and prompt of trajectory i depend only on
-(seed, i), so that processes share the work and a run makes the same ones again.
+A trajectory z (K + 1, c, h, w) has the latents at the levels of K steps, from noise to the end. The
+teacher takes several steps from one of these levels to the next. The noise and prompt of trajectory
+i depend only on (seed, i), so that processes can share the work and trajectories are reproducible.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Teacher:
-    """A pipeline's denoiser with classifier-free guidance, in the objective's terms."""
+    """The denoiser of a pipeline with classifier-free guidance."""
 
     pipe: Any
     family: Family  # with the settings of the run
-    guidance_scale: float  # 1 or less: no guidance, one call a step
+    guidance_scale: float  # at 1 or less, there is no guidance and one call per step
     resolution: int  # pixels
     batch_size: int
 
@@ -55,12 +55,12 @@ class Teacher:
         return denoiser.config.in_channels, side, side
 
     def time_ids(self, count: int) -> Tensor:
-        """Return (count, 6): the whole image, uncut."""
+        """Return the time ids (count, 6) of whole images, which aren't cropped."""
         side = self.resolution
         return torch.tensor([[side, side, 0, 0, side, side]] * count, device=self.device)
 
     def embeddings(self, prompts: Sequence[str]) -> Embeddings:
-        """Return the prompts' embeddings, after those without a prompt if there is guidance."""
+        """Return the embeddings of the prompts, with guidance after those of empty prompts."""
         given = self.family.encode(self.pipe, prompts)
         if self.guidance_scale <= 1:
             return given
@@ -105,11 +105,12 @@ def make_trajectories(
 ) -> Tensor:
     """Return the trajectories (n, K + 1, c, h, w) of n prompts, float32 on the CPU.
 
-    They are read from `path`, or made and written to it; all processes share the work.
+    If `path` exists, they are read from it. Otherwise all processes share the work of computing
+    them, and write them to `path`.
 
     Args:
-        levels: the teacher's K · parts + 1 levels; every `parts`-th is kept.
-        seed: of the noise at the first level.
+        levels: the teacher's K · parts + 1 levels. Every `parts`-th level is kept.
+        seed: the seed of the noise at the first level.
     """
     accelerator.wait_for_everyone()
     is_made = path.is_file()
@@ -157,7 +158,7 @@ def _make(
 
 
 class Segments(Dataset):
-    """The training data: position p is step p mod K of a trajectory, in a shuffled order."""
+    """The training data: position p is step p mod K of a trajectory. The order is shuffled."""
 
     def __init__(self, trajectories: int, steps: int, seed: int) -> None:
         samples = [{"trajectory": number} for number in range(trajectories)]
@@ -168,15 +169,16 @@ class Segments(Dataset):
 
 
 def collate_segments(samples: Sequence[Mapping[str, int]]) -> dict[str, list[int]]:
-    """Return {"trajectory": b numbers, "step": b numbers}, as lists, which stay with the host."""
+    """Return {"trajectory": b indices, "step": b indices} as lists, which stay on the host."""
     names = ("trajectory", "step")
     return {name: [sample[name] for sample in samples] for name in names}
 
 
 def read_prompts(path: str) -> list[str]:
-    """Return the prompts in a text file, one per line; empty lines are skipped.
+    """Return the prompts in a text file, one per line. Empty lines are skipped.
 
-    Raises ValueError if the file can't be read as text or has no prompt.
+    Raises:
+        ValueError: the file can't be read as text or has no prompt.
     """
     try:
         lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
