@@ -64,7 +64,8 @@ def _described(part: AdapterPart) -> dict[str, Any]:
     core_fields = _CORE_FIELDS.get(config.core_type, ("core_sharing",))
     described["core"] = {name: getattr(config, name) for name in core_fields}
     numbers = cores_of(part).logit_bias
-    described["logit_bias"] = None if numbers is None else (SCALE * numbers).tolist()
+    if numbers is not None:
+        described["logit_bias"] = [round(SCALE * number, 4) for number in numbers.tolist()]
     described["parameters"] = _sizes(part)
     dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in part.tensors.values()}
     described["dtypes"] = sorted(dtypes)
