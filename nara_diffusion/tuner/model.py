@@ -259,7 +259,7 @@ class NaraModel(LoraModel):
         return super()._enable_peft_forward_hooks(*args, **kwargs)
 
     def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
-        """Raise an error for adapters with a core or b(λ), which no weighted sum of A and B expresses.
+        """Raise an error for adapters with a core or b(λ), which no weighted sum of A and B can give.
 
         Adapters with `core_type="identity"` and no bias are allowed.
         """
