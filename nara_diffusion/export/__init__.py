@@ -1,4 +1,4 @@
-"""Export of NaRA to plain LoRAs, and import of those, for hosts that know only LoRA."""
+"""Export NaRAs as plain LoRAs for programs that support only LoRA, and import plain LoRAs."""
 
 from .from_lora import from_lora
 from .host_files import save_host_file

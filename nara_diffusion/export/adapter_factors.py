@@ -1,15 +1,15 @@
-"""One adapter of a model or a file: A, B, s and the magnitude of each layer, and C(λ).
+"""Read one adapter from a model or a file, with A, B, s, magnitude and C(λ) of each layer.
 
     ΔW(λ) = s · B · C(λ) · A          A (r, d_in …), B (d_out, r …), C (b, r, r), s a number
 
-C includes a strength that depends on λ. It is I in a layer that reads no core. For one λ, B
-includes C:
+C includes a strength that depends on λ. In a layer that reads no core, C is I. At a fixed λ, C can
+be folded into B:
 
     s · B · C(λ) · A  =  α/r · B' · A,        B' = (s r / α) · B · C(λ)
 
-α and r are those of the configuration. s differs from α/r if a strength was set; B' then includes
-it too. In a grouped convolution B is block-diagonal and C is not, so A' = (s r / α) · C(λ) · A
-instead.
+α and r are those of the configuration. If a strength was set, s differs from α/r, and B' includes
+the strength too. In a grouped convolution, B is block-diagonal and C is not, so C is folded into A
+instead, as A' = (s r / α) · C(λ) · A.
 """
 
 from __future__ import annotations
@@ -55,11 +55,12 @@ class Adapter:
     """One adapter, with copies of its factors on the CPU.
 
     Attributes:
-        config: its configuration.
-        lora: its modules, ranks, factors and further tensors as a LoRA, without C.
-        keys: {module: the key of its core}; None for layers that read no core.
-        make: (key, λ (b,)) → C (b or 1, r, r), float32.
-        level_of: λ as given → λ (1,) or (b,), or None if the cores need no λ.
+        config: the adapter's configuration.
+        lora: the adapter's modules, ranks, factors and other tensors as a LoRA, without C.
+        keys: {module: the key of its core}; the key is None for layers that read no core.
+        make: a function (key, λ (b,)) → C (b or 1, r, r), float32.
+        level_of: a function that converts the given λ to (1,) or (b,), or to None if the cores need
+            no λ.
         schedules: the strengths over λ that C includes.
     """
 
@@ -75,7 +76,7 @@ class Adapter:
     ) -> dict[str, Tensor]:
         """Return {module: strength · C (b or 1, r, r)} at λ (b,), float32.
 
-        Layers that share a core share its memory.
+        Layers that share a core share the memory of its matrix.
         """
         ranks = {name: layer.rank for name, layer in self.lora.layers.items()}
         made: dict[CoreKey | None, Tensor] = {}
@@ -93,7 +94,7 @@ class Adapter:
         return found
 
     def folded(self, cores: Mapping[str, Tensor]) -> PlainLora:
-        """Return the plain LoRA s · B · C · A with that C (r, r) of each module."""
+        """Return the plain LoRA s · B · C · A for the given C (r, r) of each module."""
         if self.config.lora_bias:
             raise ValueError(
                 "The adapter has biases of B (lora_bias=True): use save_pretrained instead."
@@ -107,7 +108,7 @@ class Adapter:
 def _folded(name: str, layer: PlainLoraLayer, core: Tensor, config: LoraConfig) -> PlainLoraLayer:
     """Return s · B · C · A of one layer as α/r · B' · A'.
 
-    Products are computed in float64 and kept in float32 or better.
+    Products are computed in float64 and stored in at least float32.
     """
     scaling = configured_scaling(config, name, layer.rank)
     gain = 1.0 if scaling == layer.scaling else layer.scaling / scaling
@@ -129,12 +130,12 @@ def _kept(product: Tensor, like: Tensor) -> Tensor:
 
 @contextmanager
 def adapter_of_model(model: nn.Module, adapter_name: str) -> Iterator[Adapter]:
-    """Yield an adapter of a model. Inside the context, its cores are in memory.
+    """Yield an adapter of a model, with its cores in memory inside the context.
 
     Raises:
-        ValueError: there is no such adapter, or several models inside `model` have it; it is of
-            another method than LoRA, or of a LoRA variant that can't be a plain LoRA; or the
-            weights are offloaded or sharded.
+        ValueError: there is no such adapter, or several models inside `model` have it; the adapter
+            is not a LoRA, or its LoRA variant can't be expressed as a plain LoRA; or the weights
+            are offloaded or sharded.
     """
     root, *others = roots_of(model, adapter_name)
     if others:
@@ -185,7 +186,7 @@ def _factors(
     """Return copies of a layer's factors.
 
     Raises:
-        ValueError: the layer can't be one of a plain LoRA, or its weights are offloaded.
+        ValueError: a plain LoRA can't express the layer, or the layer's weights are offloaded.
     """
     is_lora = isinstance(layer, LoraLayer) and not isinstance(layer, ParamWrapper)
     if not is_lora or not isinstance(variant, _EXPORTED):
@@ -209,7 +210,7 @@ def _factors(
             magnitude = _copied(own.lora_magnitude_vector[adapter_name].weight, name)
     groups = getattr(own.get_base_layer(), "groups", 1)
     return PlainLoraLayer(
-        A=A[:rank].clone(),  # hotswap makes room for larger ranks
+        A=A[:rank].clone(),  # hotswap may have padded A to a larger rank
         B=B[:, : rank // groups].clone(),
         alpha=float(own.scaling[adapter_name]) * rank,
         rank=rank,
@@ -227,7 +228,7 @@ def _copied(tensor: Tensor, name: str) -> Tensor:
 
 
 def _plain_config(config: LoraConfig, root: nn.Module | None = None) -> LoraConfig:
-    """Return the LoraConfig with an adapter's modules, ranks and scales, and its base if known."""
+    """Return a LoraConfig with an adapter's modules, ranks, scales and, if known, its base."""
     given = {}
     for field in fields(LoraConfig):
         if field.init:
@@ -237,7 +238,7 @@ def _plain_config(config: LoraConfig, root: nn.Module | None = None) -> LoraConf
         base = config.base_model_name_or_path or getattr(root, "name_or_path", None)
         given["base_model_name_or_path"] = base or None
         if config.task_type is None and config.auto_mapping is None:
-            # for AutoPeftModel, as PEFT's save_pretrained does
+            # AutoPeftModel needs this; PEFT's save_pretrained does the same
             given["auto_mapping"] = {
                 "base_model_class": type(root).__name__,
                 "parent_library": type(root).__module__,
@@ -251,10 +252,10 @@ def _plain_config(config: LoraConfig, root: nn.Module | None = None) -> LoraConf
 def adapter_of_part(part: AdapterPart) -> Adapter:
     """Return the adapter of a file that `AdapterFile.read` has checked.
 
-    Its factors are in float32 or better.
+    The factors are in at least float32.
 
     Raises:
-        ValueError: it is an adapter of DiffusionGemma.
+        ValueError: the adapter is for DiffusionGemma.
     """
     check_foldable_file(part.config)
     config, cores, schedule = part.config, cores_of(part), schedule_of(part.config)
@@ -290,7 +291,7 @@ def schedule_of(config: NaraConfig) -> StrengthSchedule | None:
 
 
 def cores_of(part: AdapterPart) -> CoreSet:
-    """Return the cores of a file, with its values."""
+    """Return the cores that a file contains, with their values loaded."""
     cores = make_cores(part.config, part.core_ranks)
     cores.load_state_dict(part.core)
     return cores

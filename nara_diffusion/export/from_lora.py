@@ -1,4 +1,4 @@
-"""A NaRA that starts as a given LoRA: the LoRA's A, B and magnitudes, and a core with C(λ) = I."""
+"""Create a NaRA that starts as a given LoRA, with its A, B and magnitudes, and C(λ) = I."""
 
 from __future__ import annotations
 
@@ -44,20 +44,20 @@ _DECIDED = {
 def from_lora(
     lora: str | os.PathLike[str], model: Any, adapter_name: str = "default", **core: Any
 ) -> Any:
-    """Add a NaRA to `model` that equals the given LoRA or DoRA at step 0: same tensors, C(λ) = I.
+    """Add a NaRA that equals the given LoRA or DoRA at step 0, with the same tensors and C(λ) = I.
 
         model = from_lora("folder of a PEFT LoRA", backbone, core_type="hypernetwork")
         from_lora("pytorch_lora_weights.safetensors", pipe)              # then pipe.save_nara_weights(…)
 
     If the LoRA was folded from an adapter with a `scheduler`, the pipeline's scheduler must expect
-    its prediction.
+    that adapter's prediction.
 
     Args:
-        lora: a folder in PEFT's format, as `save_pretrained` of a PeftModel or of `to_lora(…)`
-            writes it; or, for a pipeline, a file that Diffusers reads (Diffusers' names, kohya's,
-            …), or a folder with one.
-        model: the base. A module is wrapped in a PeftModel. A Diffusers model gets the adapter
-            injected. So does a pipeline; its text encoders get plain LoRAs (core_type "identity").
+        lora: a folder in PEFT's format, written by `save_pretrained` of a PeftModel or of
+            `to_lora(…)`. For a pipeline, it may also be a file that Diffusers reads (with
+            Diffusers' names, kohya's, …), or a folder with such a file.
+        model: the base. A module is wrapped in a PeftModel. In a Diffusers model or pipeline, the
+            adapter is injected; a pipeline's text encoders get plain LoRAs (core_type "identity").
         adapter_name: the name of the new adapter.
         core: fields of NaraConfig, such as core_type, core_sharing, noise_convention, lora_dropout.
 
@@ -65,10 +65,10 @@ def from_lora(
         A PeftModel, or the Diffusers model or pipeline itself. The adapter is active and trainable.
 
     Raises:
-        ValueError: `lora` can't be read as a LoRA, or has trained biases, tokens or modules;
-            `model` lacks one of its layers, or has one of another shape; `core` has a field that
-            comes from the LoRA, or a core that doesn't start at C = I (core_init "kaiming",
-            core_type "rank_mask" or "bins"). Then `model` is unchanged.
+        ValueError: `lora` can't be read as a LoRA, or has trained biases, tokens or modules; a
+            layer of `lora` is missing from `model` or has another shape there; `core` sets a field
+            that comes from the LoRA, or a core that doesn't start at C = I (core_init "kaiming",
+            core_type "rank_mask" or "bins"). `model` is then unchanged.
     """
     if decided := sorted(_DECIDED & core.keys()):
         raise ValueError(
@@ -104,10 +104,10 @@ def _insert(
     undo: ExitStack,
     inject: bool,
 ) -> Any:
-    """Add the adapter to `model`; an error in `undo` removes it.
+    """Add the adapter to `model`, and register its removal after an error in `undo`.
 
     Args:
-        inject: True adds it without a PeftModel around the model.
+        inject: whether to inject the adapter without wrapping the model in a PeftModel.
     """
     root = model.get_base_model() if isinstance(model, PeftModel) else model
     if name in getattr(root, "peft_config", {}):
@@ -141,7 +141,7 @@ def _nara_config(lora: PlainLora, core: Mapping[str, Any]) -> NaraConfig:
         if field.init and field.name not in ("peft_type", "auto_mapping", "inference_mode"):
             given[field.name] = copy.copy(getattr(lora.config, field.name))
     if not changes_base(given["init_lora_weights"]):
-        given["init_lora_weights"] = True  # the LoRA's tensors replace what it draws
+        given["init_lora_weights"] = True  # the LoRA's tensors replace these values
     if lora.scheduler is not None:
         given["scheduler"] = dict(lora.scheduler)
     config = NaraConfig(**given | dict(core))
@@ -152,16 +152,16 @@ def _nara_config(lora: PlainLora, core: Mapping[str, Any]) -> NaraConfig:
 
 
 def copy_tensors(lora: PlainLora, root: nn.Module, adapter_name: str, origin: str) -> None:
-    """Copy A, B and magnitudes of `lora` into an adapter of `root`, all or none.
+    """Copy A, B and magnitudes of `lora` into an adapter of `root`, all of them or none.
 
-    Cores are left alone. Values keep every bit: a parameter with a coarser dtype takes the tensor's
-    dtype.
+    Cores are unchanged. The copy is exact, because a parameter with a less precise dtype takes the
+    dtype of the tensor.
 
     Args:
         lora: the LoRA.
         root: the adapted model.
         adapter_name: the adapter's name.
-        origin: the name of the LoRA in messages.
+        origin: the name of the LoRA in error messages.
 
     Raises:
         ValueError: the layers, ranks, scales, shapes or kinds of tensors differ.
@@ -171,7 +171,7 @@ def copy_tensors(lora: PlainLora, root: nn.Module, adapter_name: str, origin: st
     parameters = _parameters(root, adapter_name)
     given = lora.state_dict()
     for key in parameters.keys() & given.keys():
-        # kernels of 1 × 1 and magnitudes are written with and without axes of 1
+        # files may contain 1 × 1 kernels and magnitudes with or without axes of size 1
         shape = parameters[key].shape
         if given[key].squeeze().shape == parameters[key].squeeze().shape:
             given[key] = given[key].reshape(shape)
@@ -203,7 +203,7 @@ def check_scales(
     """Compare a file's {layer: (rank, scale)} with an adapter of `root`.
 
     Raises:
-        ValueError: the layers, or the ranks or scales of one, differ.
+        ValueError: the layers differ, or the rank or scale of a layer differs.
     """
     layers: dict[str, Any] = layers_of(root, adapter_name)
     if different := sorted(given.keys() ^ layers.keys()):

@@ -1,4 +1,4 @@
-"""Files of plain LoRAs for other programs: their forms and their keys.
+"""Write plain LoRAs to files for other programs, in the form and with the keys that they read.
 
     diffusers   unet.….lora_A.weight, transformer.….lora_A.weight      load_lora_weights; in ComfyUI FLUX and SD3
     kohya       lora_unet_….lora_down.weight, .alpha, lora_te1_…       A1111, Forge, SD.Next, InvokeAI, ComfyUI
@@ -42,8 +42,9 @@ def host_state_dict(loras: Mapping[str, PlainLora], form: str, base: str) -> dic
     """Return the tensors of a file for another program.
 
     `up` includes the scale α/r, and alpha is the rank. In kohya's form for a UNet and its text
-    encoders, all layers of a component have one alpha, the smallest of their ranks, and `up`
-    includes rank / alpha: Diffusers reads one alpha for all attention of a component.
+    encoders, all layers of a component have the same alpha, the smallest of their ranks, and `up`
+    also includes rank / alpha. The reason is that Diffusers reads only one alpha for all attention
+    layers of a component.
 
     Args:
         loras: {component of the pipeline ("unet", "transformer", "text_encoder", …): its LoRA}.
@@ -52,8 +53,8 @@ def host_state_dict(loras: Mapping[str, PlainLora], form: str, base: str) -> dic
 
     Raises:
         ValueError: there is no such form or base; the form has no key for a component or module, or
-            `base` doesn't have it; the adapter has what such files can't express (see
-            `with_scale_1`), or is a DoRA and the form isn't Diffusers'.
+            `base` doesn't have that module; such files can't express a part of the adapter (see
+            `with_scale_1`); or the adapter is a DoRA and the form isn't Diffusers'.
     """
     if form not in FORMS or base not in BASES:
         raise ValueError(
@@ -84,11 +85,11 @@ def save_host_file(
 ) -> None:
     """Write the tensors of `host_state_dict` to a safetensors file, completely or not at all.
 
-    Its folder is created.
+    The folder is created if it does not exist.
 
     Raises:
-        ValueError: see `host_state_dict`. OSError: the target is full, a folder, or can't be
-            written.
+        ValueError: `host_state_dict` raises an error.
+        OSError: the disk is full, or `path` is a folder or can't be written.
     """
     path = Path(path)
     found = host_state_dict(loras, form, base)
@@ -97,10 +98,11 @@ def save_host_file(
 
 
 def with_scale_1(name: str, layer: PlainLoraLayer) -> PlainLoraLayer:
-    """Return the layer with its scale in B, in B's dtype. The product is computed in float64.
+    """Return the layer with its scale folded into B, in B's dtype, computed in float64.
 
     Raises:
-        ValueError: it is an embedding or a grouped convolution; such files can't express these.
+        ValueError: the layer is an embedding or a grouped convolution, which files for other
+            programs can't express.
     """
     if layer.is_embedding or layer.groups > 1:
         kind = "an embedding" if layer.is_embedding else "a grouped convolution"
@@ -119,7 +121,7 @@ def _with_alpha(layer: PlainLoraLayer, alpha: float) -> PlainLoraLayer:
 
 
 def with_text_model(name: str) -> str:
-    """Return the name with `text_model`, which CLIPTextModel of transformers 5 does not have."""
+    """Return the name with `text_model`, which CLIPTextModel in transformers 5 no longer has."""
     return f"text_model.{name}" if _IN_CLIP.match(name) else name
 
 
@@ -147,7 +149,7 @@ def _named(
 
 def _kohyas(prefix: str, layers: Mapping[str, PlainLoraLayer], base: str) -> dict[str, Tensor]:
     """Return the tensors of one component in kohya's form."""
-    # with the smallest rank as alpha, `up` grows; if it shrank, float16 would lose small values
+    # with the smallest rank as alpha, `up` can only grow; smaller values could vanish in float16
     smallest = min((layer.rank for layer in layers.values()), default=0)
     found: dict[str, Tensor] = {}
     for name, layer in layers.items():

@@ -1,6 +1,7 @@
-"""Original names of modules, used by kohya's files and ComfyUI, for Diffusers' names.
+"""Map Diffusers' module names to the original names that kohya's files and ComfyUI use.
 
-FLUX and SD3 have q, k and v fused in one matrix there. Its LoRA is block-diagonal and exact:
+The original code of FLUX and SD3 fuses q, k and v into one matrix. The LoRA for it is
+block-diagonal and exact:
 
     [ΔW_q; ΔW_k; ΔW_v] = diag(up_q, up_k, up_v) · [down_q; down_k; down_v]
 
@@ -10,7 +11,7 @@ Stability's UNets (SD 1.5, SDXL), with n layers in each down block and n + 1 in 
     down_blocks.i.downsamplers.0  input_blocks.((i+1)(n+1)).0.op
     mid_block                     middle_block.0, .1, .2
     up_blocks.i.resnets.j         output_blocks.(i(n+1) + j).0, and .1 for attentions
-    up_blocks.i.upsamplers.0      output_blocks.(i(n+1) + n).1.conv, 2 in place of 1 behind an attention
+    up_blocks.i.upsamplers.0      output_blocks.(i(n+1) + n).1.conv, or .2.conv after an attention
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _NUMBER = re.compile(r"blocks\.(\d+)\.")
 
 
 def _each(pattern: str) -> list[str]:
-    """Return a pattern's names of q, k and v, the letter in the place of "?"."""
+    """Return the three names that a pattern yields with q, k and v in place of "?"."""
     return [pattern.replace("?", letter) for letter in "qkv"]
 
 
@@ -127,18 +128,18 @@ UNETS = {"sd15": (1, 2, 3), "sdxl": (0, 1)}
 
 
 def parts_of(names: Collection[str], base: str) -> dict[str, list[str | None]]:
-    """Return {name in the original code: the modules that its matrix has, from top to bottom}.
+    """Return {name in the original code: the modules that form its matrix, from top to bottom}.
 
-    A module that is not in `names` is None.
+    None takes the place of a module that is not in `names`.
 
     Args:
         names: the names of a denoiser's modules in Diffusers.
         base: "sd15", "sdxl", "flux", "sd3" or "wan".
 
     Raises:
-        ValueError: a module has no name there, or the UNet of `base` doesn't have it; or the
-            modules don't show how many layers each block of their UNet has, but the names depend on
-            it.
+        ValueError: a module has no name in the original code, or the UNet of `base` doesn't have
+            the module; or the names depend on the number of layers in each block of the UNet, but
+            the modules don't show that number.
     """
     if base in UNETS:
         layers_per_block = _layers_per_block(names, base)
@@ -156,7 +157,7 @@ def parts_of(names: Collection[str], base: str) -> dict[str, list[str | None]]:
 
 
 def _entry(pattern: str, name: str, base: str) -> tuple[str, Sequence[str]]:
-    """Return the entry of a base's table with a module's pattern: matrix and modules."""
+    """Return the entry of a base's table that matches a module's name, as (matrix, modules)."""
     for original, modules in _TABLES[base].items():
         if pattern in modules:
             return original, modules
@@ -167,17 +168,17 @@ def _entry(pattern: str, name: str, base: str) -> tuple[str, Sequence[str]]:
 
 
 def original_layers(layers: Mapping[str, PlainLoraLayer], base: str) -> dict[str, PlainLoraLayer]:
-    """Return {name in the original code: factors} of layers with scale 1; see `parts_of`.
+    """Return {name in the original code: factors} for layers with scale 1 (see `parts_of`).
 
     Args:
         layers: {name in Diffusers: factors}.
-        base: as for `parts_of`.
+        base: the kind of model, as for `parts_of`.
     """
     found = {}
     for name, parts in parts_of(layers, base).items():
         own = _fused([None if part is None else layers[part] for part in parts])
         if base == "sd3" and _is_last_context_norm(name, own):
-            # scale and shift in Diffusers, shift and scale in the original code
+            # Diffusers has scale, then shift; the original code has shift, then scale
             scale, shift = own.B.chunk(2)
             own = replace(own, B=torch.cat([shift, scale]))
         found[name] = own
@@ -185,13 +186,13 @@ def original_layers(layers: Mapping[str, PlainLoraLayer], base: str) -> dict[str
 
 
 def _is_last_context_norm(name: str, layer: PlainLoraLayer) -> bool:
-    """Return True for the context's modulation in SD3's last block (2 d rows, d columns)."""
+    """Return whether a layer is the context's modulation in SD3's last block (2 d rows, d columns)."""
     is_modulation = name.endswith("context_block.adaLN_modulation.1")
     return is_modulation and len(layer.B) == 2 * layer.A.shape[1]
 
 
 def _fused(parts: Sequence[PlainLoraLayer | None]) -> PlainLoraLayer:
-    """Stack the parts of one matrix from top to bottom. A part without a LoRA has ΔW = 0."""
+    """Stack the parts of one matrix from top to bottom, with ΔW = 0 for parts without a LoRA."""
     present = [part for part in parts if part is not None]
     if len(parts) == 1:
         return present[0]
@@ -209,7 +210,7 @@ def _fused(parts: Sequence[PlainLoraLayer | None]) -> PlainLoraLayer:
 
 
 def _width(parts: Sequence[PlainLoraLayer | None]) -> int:
-    """Return the number of rows of q, k and v, which may come with FLUX's proj_mlp."""
+    """Return the number of rows in q, k and v, which FLUX may fuse with proj_mlp."""
     for part in parts[:3]:
         if part is not None:
             return len(part.B)
@@ -225,7 +226,7 @@ def _width(parts: Sequence[PlainLoraLayer | None]) -> int:
 def _layers_per_block(names: Collection[str], base: str) -> int:
     """Return the number of layers in each down block.
 
-    Up blocks have one more. The released UNets have two.
+    Up blocks have one layer more. The released UNets have two layers in each down block.
     """
     down, up = _number_of_layers(names, "down"), _number_of_layers(names, "up")
     least = max(down, up - 1, 1)
@@ -242,7 +243,7 @@ def _layers_per_block(names: Collection[str], base: str) -> int:
 
 
 def _number_of_layers(names: Collection[str], side: str) -> int:
-    """Return how many layers the blocks of one side, "down" or "up", have at least."""
+    """Return the least number of layers that blocks on one side, "down" or "up", must have."""
     layer = re.compile(rf"{side}_blocks\.\d+\.(?:resnets|attentions)\.(\d+)\.")
     least = 0
     for name in names:
@@ -253,7 +254,7 @@ def _number_of_layers(names: Collection[str], side: str) -> int:
 
 
 def _of_unet(name: str, base: str, layers_per_block: int) -> str:
-    """Return the original name of a UNet's module; the module's docstring has the rule."""
+    """Return the original name of a UNet's module, by the rule at the top of this file."""
     if name in _OUTSIDE:
         return _OUTSIDE[name]
     match = _BLOCK.fullmatch(name)

@@ -1,4 +1,4 @@
-"""A plain LoRA outside any model: its factors by module, its LoraConfig, and its error."""
+"""Represent a plain LoRA outside any model, with its factors, LoraConfig and error."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ ERROR_FILE = "export_error.json"
 
 @dataclass(frozen=True)
 class ExportError:
-    """Errors at several noise levels, relative to the size of the update.
+    """The errors of an export at several noise levels, relative to the size of the update.
 
     Attributes:
         noise_levels: λ (n,).
-        weights: how often each λ occurs (n,); they sum to 1.
-        update: ‖ΔW_exported(λ) − ΔW(λ)‖_F over all layers (n,), divided by the root mean square of
-            ‖ΔW‖_F over λ.
+        weights: the weight of each λ (n,). The weights sum to 1.
+        update: the errors (n,), ‖ΔW_exported(λ) − ΔW(λ)‖_F over all layers, divided by the root
+            mean square of ‖ΔW‖_F over λ.
     """
 
     noise_levels: list[float]
@@ -39,12 +39,12 @@ class ExportError:
 
     @property
     def worst_update(self) -> float:
-        """The largest of `update`."""
+        """Return the largest value in `update`."""
         return max(self.update)
 
     @property
     def mean_update(self) -> float:
-        """The root mean square of `update`, weighted by `weights`."""
+        """Return the root mean square of `update`, weighted by `weights`."""
         pairs = zip(self.weights, self.update, strict=True)
         return math.sqrt(sum(weight * error**2 for weight, error in pairs))
 
@@ -59,15 +59,16 @@ class ExportError:
 
 @dataclass(frozen=True)
 class PlainLoraLayer:
-    """One layer of a plain LoRA: ΔW = alpha / rank · B · A.
+    """One layer of a plain LoRA, with the update ΔW = alpha / rank · B · A.
 
     Attributes:
-        A: (rank, d_in), in a convolution (rank, d_in, *kernel), in an embedding (rank, n).
-        B: (d_out, rank), in a convolution (d_out, rank / groups, 1, …).
-        alpha: alpha / rank is the scale, even with use_rslora in the configuration.
+        A: the factor (rank, d_in); in a convolution (rank, d_in, *kernel), in an embedding
+            (rank, n).
+        B: the factor (d_out, rank); in a convolution (d_out, rank / groups, 1, …).
+        alpha: the numerator of the scale alpha / rank, even with use_rslora in the configuration.
         rank: the rank r.
         magnitude: DoRA's m, in PEFT's shape for the layer, or None.
-        is_embedding: True if the module is an embedding. Then its weight changes by ΔWᵀ (n, d_out).
+        is_embedding: whether the module is an embedding, so its weight changes by ΔWᵀ (n, d_out).
     """
 
     A: Tensor
@@ -79,16 +80,16 @@ class PlainLoraLayer:
 
     @property
     def scaling(self) -> float:
-        """alpha / rank."""
+        """Return the scale alpha / rank."""
         return self.alpha / self.rank
 
     @property
     def groups(self) -> int:
-        """The groups of a convolution; 1 for any other layer."""
+        """Return the number of groups of a convolution, or 1 for any other layer."""
         return self.rank // self.B.shape[1]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return A, B and the magnitude by PEFT's names in a module."""
+        """Return A, B and the magnitude under the names that PEFT gives them in a module."""
         if self.is_embedding:
             found = {"lora_embedding_A": self.A, "lora_embedding_B": self.B}
         else:
@@ -107,11 +108,11 @@ class PlainLora:
         layers: {name of the module in the adapted model: its factors}.
         others: the adapter's other tensors, by PEFT's keys: trained biases, token embeddings,
             modules_to_save.
-        error: the error over λ of `to_lora(model, "best")`. None for a LoRA of one λ: it is exact
-            there.
-        scheduler: class and configuration of the Diffusers scheduler that it needs. Only LoRAs that
-            an earlier version folded, from an adapter that predicts something else than its base,
-            have it.
+        error: the error over λ of `to_lora(model, "best")`. None for a LoRA at one λ, since it is
+            exact there.
+        scheduler: the class and configuration of the Diffusers scheduler that the LoRA needs. This
+            is set only if an earlier version of this package folded the LoRA from an adapter that
+            predicts something other than its base does.
     """
 
     config: LoraConfig
@@ -130,7 +131,7 @@ class PlainLora:
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write adapter_config.json and adapter_model.safetensors, for `PeftModel.from_pretrained`.
 
-        If there is an `error`, write export_error.json too. All files are written, or none.
+        If there is an `error`, also write export_error.json. Either all files are written, or none.
         """
         with atomic_write_files(Path(directory)) as partial:
             save_tensors(self.state_dict(PEFT_PREFIX), partial / SAFETENSORS_WEIGHTS_NAME)
@@ -143,7 +144,7 @@ class PlainLora:
 
 
 def tensors_of_layers(layers: Mapping[str, PlainLoraLayer], prefix: str = "") -> dict[str, Tensor]:
-    """Return the factors of layers by PEFT's keys, each with `prefix`."""
+    """Return the factors of layers by PEFT's keys, with `prefix` before each key."""
     found = {}
     for name, layer in layers.items():
         for key, tensor in layer.tensors().items():
@@ -154,7 +155,7 @@ def tensors_of_layers(layers: Mapping[str, PlainLoraLayer], prefix: str = "") ->
 def layers_of_tensors(
     config: LoraConfig, tensors: Mapping[str, Tensor]
 ) -> dict[str, PlainLoraLayer]:
-    """Return {module: its factors} of tensors by PEFT's keys. Other tensors are left out.
+    """Return {module: its factors} from tensors by PEFT's keys, ignoring any other tensors.
 
     Raises:
         ValueError: A or B of a module is missing, or doesn't have the configuration's rank; or the
@@ -169,7 +170,7 @@ def layers_of_tensors(
 
 
 def _layer(config: LoraConfig, name: str, own: Mapping[str, Tensor]) -> PlainLoraLayer:
-    """Return a layer from its tensors: "A", "B" or "embedding_A", …, "magnitude_vector"."""
+    """Return a layer from its tensors "A" and "B" (or "embedding_A", …) and "magnitude_vector"."""
     rank = by_pattern(config.rank_pattern, name, config.r)
     is_embedding = any(kind.startswith("embedding") for kind in own)
     letters = ("embedding_A", "embedding_B") if is_embedding else ("A", "B")
@@ -194,7 +195,7 @@ def _layer(config: LoraConfig, name: str, own: Mapping[str, Tensor]) -> PlainLor
 
 
 def others_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors that are neither factors nor cores: trained biases, tokens, modules."""
+    """Return the other tensors, such as trained biases, tokens and modules, without cores."""
     found = {}
     for key, tensor in tensors.items():
         if ".lora_" not in key and not is_core_key(key):

@@ -1,8 +1,8 @@
 """Read a LoRA from a PEFT folder or, for a pipeline, from a file that Diffusers can read.
 
-The pipeline's `lora_state_dict` converts files (Diffusers' own names, kohya's, …). It drops DoRA
-keys in kohya's files, and layers that match no module, with a warning at most. Here both are
-errors.
+The pipeline's `lora_state_dict` converts files with Diffusers' own names, kohya's and others. It
+drops DoRA keys in kohya's files, and layers that match no module, with a warning at most. This
+module raises an error in both cases.
 """
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ Values = dict[str, tuple[Tensor, float | None]]
 def read_lora(
     lora: str | os.PathLike[str], model: nn.Module | DiffusionPipeline
 ) -> tuple[dict[str, PlainLora], str]:
-    """Return {component: its LoRA}, and the name of the source in messages.
+    """Return {component: its LoRA}, and the name of the source for error messages.
 
     If `model` isn't a pipeline, the only component has an empty name.
 
     Raises:
-        ValueError: see `from_lora`.
+        ValueError: `lora` can't be read; see `from_lora`.
     """
     path, origin = Path(lora).expanduser(), f"'{lora}'"
     try:
@@ -84,7 +84,7 @@ def read_lora(
 
 
 def is_pipeline(model: object) -> TypeGuard[DiffusionPipeline]:
-    """Return True if `model` is a pipeline of Diffusers. The base class is imported here."""
+    """Return whether `model` is a Diffusers pipeline, importing the base class only here."""
     return isinstance(model, diffusers.DiffusionPipeline)  # type: ignore[attr-defined]
 
 
@@ -111,7 +111,7 @@ def _of_tensors(config: LoraConfig, tensors: Mapping[str, Tensor]) -> PlainLora:
 
 
 def _scheduler(folder: Path, text: str | None = None) -> dict[str, Any] | None:
-    """Return the scheduler that an earlier version wrote beside or into the file, if any."""
+    """Return the scheduler, if any, that an earlier version wrote into the file or next to it."""
     path = folder / "scheduler" / "scheduler_config.json"
     if text:
         fields = dict(json.loads(text))
@@ -125,7 +125,7 @@ def _scheduler(folder: Path, text: str | None = None) -> dict[str, Any] | None:
 
 
 def _found(path: Path) -> Path:
-    """Return the LoRA's file: `path`, or the one in that folder."""
+    """Return the LoRA's file, which is `path` itself or the only suitable file in that folder."""
     if path.is_file():
         return path
     named = path / "pytorch_lora_weights.safetensors"
@@ -142,7 +142,7 @@ def _found(path: Path) -> Path:
 
 
 def _of_file(path: Path, pipe: nn.Module | DiffusionPipeline) -> dict[str, PlainLora]:
-    """Return {component: its LoRA}."""
+    """Return {component: its LoRA} from a file."""
     tensors, metadata = read_tensors(path)
     metadata = metadata or {}
     scheduler = _scheduler(path.parent, metadata.get("nara_scheduler"))
@@ -191,7 +191,7 @@ def _check_all_converted(tensors: Mapping[str, Tensor], parts: Mapping[str, Plai
 def _converted(
     tensors: Mapping[str, Tensor], pipe: DiffusionPipeline
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Return {key: tensor} and {key of an alpha: alpha}, both by Diffusers' keys of a pipeline."""
+    """Return {key: tensor} and {key of an alpha: alpha}, with the keys that Diffusers uses."""
     converter: Any = pipe
     options: dict[str, Any] = {}
     if hasattr(converter, "unet"):
@@ -207,7 +207,7 @@ def _converted(
 
 
 def _kohyas(key: str) -> str:
-    """Return kohya's key for ComfyUI's key of a UNet (`nara fold --form comfyui`), else `key`."""
+    """Return kohya's key for ComfyUI's key of a UNet module, or any other `key` unchanged."""
     match = _COMFYUI.fullmatch(key)
     if match is None:
         return key
@@ -221,7 +221,7 @@ def _by_peft_names(
     component: str,
     pipe: DiffusionPipeline,
 ) -> Values:
-    """Return the values by PEFT's keys, without the component."""
+    """Return the values by PEFT's keys, without the component's prefix."""
     new: Values = {}
     old: Values = {}
     for key, tensor in own.items():
@@ -236,7 +236,7 @@ def _by_peft_names(
 
 
 def _alpha_of(key: str, alphas: Mapping[str, float]) -> float | None:
-    """Return the alpha of the layer that `key` belongs to, if the file has it."""
+    """Return the alpha of the layer that `key` belongs to, or None if the file does not have it."""
     layer = key.partition(".lora.")[0]
     for name in (f"{layer}.alpha", key.replace(".lora_A.weight", ".alpha"), f"{key}.alpha"):
         if name in alphas:
@@ -245,9 +245,10 @@ def _alpha_of(key: str, alphas: Mapping[str, float]) -> float | None:
 
 
 def _config_of(values: Values) -> LoraConfig:
-    """Return the configuration of a file that has none.
+    """Return a configuration for a file that has none.
 
-    It names each module in full. Ranks are those of A. α is the file's, or else the rank: scale 1.
+    The configuration lists the full name of each module. The ranks are those of A. α is the file's;
+    if the file has no α, it is the rank, which makes the scale 1.
     """
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
@@ -281,12 +282,12 @@ def _most_common(values: Mapping[str, Number]) -> Number:
 
 
 def _pattern(values: Mapping[str, Number], default: Number) -> dict[str, Number]:
-    """Return {pattern of a module: its value} of the values that differ from `default`."""
+    """Return {pattern for a module: its value} for all values that differ from `default`."""
     return {f"^{re.escape(name)}": value for name, value in values.items() if value != default}
 
 
 def _configs(metadata: Mapping[str, str]) -> dict[str, LoraConfig]:
-    """Return {component: its configuration}, from the metadata that `save_lora_weights` writes."""
+    """Return {component: its configuration} from the metadata that `save_lora_weights` writes."""
     split: dict[str, dict[str, Any]] = {}
     try:
         for key, value in json.loads(metadata.get(LORA_ADAPTER_METADATA_KEY, "{}")).items():

@@ -1,14 +1,14 @@
-"""Export a NaRA as one plain LoRA: its exact update at one λ, or the nearest one over all λ.
+"""Export a NaRA as one plain LoRA, with its exact update at one λ or the nearest over all λ.
 
-The LoRA that is nearest over all λ has the mean C̄ of C(λ) in place of C(λ). For any A and B, C̄ is
+The LoRA that is nearest over all λ uses the mean C̄ of C(λ) in place of C(λ). For any A and B, C̄ is
 the X that minimises ∫ ‖s B (C(λ) − X) A‖² dλ. The error is computed from r × r matrices, without
 the dense ΔW (d_out, d_in):
 
     ‖s B D A‖² = Σ (Bᵀ B D s² A Aᵀ) ⊙ D,        D = C(λ) − C̄
 
-The grid of λ has 257 equidistant points, plus every point where C(λ) bends or jumps: the knots of
-"knots" and the points of a strength schedule. At each jump of a schedule, the grid has a point on
-either side (neighbouring float32 numbers).
+The grid of λ has 257 equidistant points, plus every point where C(λ) bends or jumps. These are the
+knots of "knots" and the points of a strength schedule. At each jump of a schedule, the grid has a
+point on either side (neighbouring float32 numbers).
 """
 
 from __future__ import annotations
@@ -35,39 +35,40 @@ def to_lora(
 ) -> PlainLora:
     """Return the adapter of `model` at one λ as a plain LoRA, or a DoRA if it is a NaRA-DoRA.
 
-    The model stays as it is.
+    The model is not changed.
 
         to_lora(model, noise_level=0.5).save_pretrained("folder")      # for PeftModel.from_pretrained, without NaRA
 
-    At that λ the update equals the NaRA's up to rounding (a relative 1e-7 in float32). At any other
-    λ it differs. It includes a strength from `set_strength` or the configuration. Every `core_type`
-    and `core_sharing` can be exported, and a plain LoRA with a strength over λ too.
+    At that λ, the update equals the NaRA's up to rounding (a relative error of 1e-7 in float32). At
+    any other λ, the two differ. The export includes a strength from `set_strength` or from the
+    configuration. Every `core_type` and `core_sharing` can be exported. So can a plain LoRA with a
+    strength over λ.
 
     Args:
         model: a PeftModel, a model with an injected adapter (`inject_adapter_in_model`,
-            `unet.add_adapter`, `load_nara_weights`), or a model that contains one of these;
-            quantised or not.
-        noise_level: λ in [0, 1], 1 = pure noise. None takes λ from `with noise_level(model, …)`; an
-            adapter that doesn't depend on λ needs none. "best" returns the LoRA with the nearest
-            update over all λ, for hosts without schedules, with its `error`. For a DoRA this
-            compares the update inside the norm.
+            `unet.add_adapter`, `load_nara_weights`), or a model that contains one of these. It may
+            be quantised.
+        noise_level: λ in [0, 1], 1 = pure noise. None means the λ of `with noise_level(model, …)`;
+            an adapter that doesn't depend on λ needs no λ. "best" returns the LoRA with the nearest
+            update over all λ, together with its `error`, for programs without schedules. For a
+            DoRA, the updates inside the norm are compared.
         adapter_name: the name of the adapter.
 
     Raises:
-        ValueError: there is no such adapter; λ is missing, or differs between samples; the adapter
-            can't be a plain LoRA (a variant such as aLoRA, another method than LoRA, biases of B,
-            another prediction than its base's); or its weights are offloaded or sharded.
+        ValueError: there is no such adapter; λ is missing, or differs between samples; a plain LoRA
+            can't express the adapter (a variant such as aLoRA, a method other than LoRA, biases of
+            B, a prediction other than its base's); or the weights are offloaded or sharded.
     """
     if isinstance(noise_level, str) and noise_level != "best":
         raise ValueError(f'noise_level is {noise_level!r}: pass a number in [0, 1], or "best".')
     if noise_level is not None and not isinstance(noise_level, str):
-        as_level(noise_level)  # a λ out of range is an error for adapters that need none, too
+        as_level(noise_level)  # a λ out of range is an error even if the adapter needs no λ
     with adapter_of_model(model, adapter_name) as adapter:
         return lora_of(adapter, noise_level)
 
 
 def lora_of(adapter: Adapter, noise_level: Level | Literal["best"] | None) -> PlainLora:
-    """Do as `to_lora`, for an adapter of a model or of a file."""
+    """Return a plain LoRA as `to_lora` does, for an adapter from a model or a file."""
     fields = getattr(adapter.config, "scheduler", None)
     if fields is not None:
         raise ValueError(
@@ -95,7 +96,7 @@ _GRID = 257
 
 
 def _nearest(adapter: Adapter) -> tuple[dict[str, Tensor], ExportError]:
-    """Return {module: the mean C̄ (r, r) of C(λ)}, float64, and its error over λ."""
+    """Return {module: the mean C̄ (r, r) of C(λ)}, float64, and the export's error over λ."""
     levels, weights = _grid(adapter)
     means: dict[str, Tensor] = {}
     errors = sizes = torch.zeros(len(levels), dtype=torch.float64)
@@ -120,7 +121,7 @@ def _squared_norms(layer: PlainLoraLayer, D: Tensor) -> Tensor:
 
 
 def _grid(adapter: Adapter) -> tuple[Tensor, Tensor]:
-    """Return λ (n,), ascending, float32, and their weights by the trapezoidal rule (sum 1)."""
+    """Return λ (n,), ascending, float32, and the weights (n,) of the trapezoidal rule (sum 1)."""
     levels = torch.cat(
         [torch.linspace(0, 1, _GRID, dtype=torch.float32), _breakpoints(adapter)]
     ).unique()

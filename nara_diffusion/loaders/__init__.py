@@ -1,1 +1,1 @@
-"""Files of NaRA adapters, and loading, saving and unloading them in Diffusers pipelines."""
+"""Read and write adapter files, and load, save and unload adapters in Diffusers pipelines."""

@@ -1,19 +1,19 @@
-"""An adapter's file: the configuration and tensors of each component, in one of two formats.
+"""Read and write adapter files, which hold each component's configuration and tensors.
 
-A pipeline's file is one safetensors file, with the configurations in its metadata:
+There are two formats. A pipeline's file is a safetensors file with configurations in its metadata:
 
     unet.down_blocks.1.….to_q.lora_A.weight   A, B and DoRA's magnitude of each adapted module
     unet.nara_core.shared.layers.0.weight     the core, once per component
-    text_encoder.….q_proj.lora_A.weight       text encoders run before there is a λ: C = I
+    text_encoder.….q_proj.lora_A.weight       C = I, since text encoders run before there is a λ
     __metadata__["nara_adapter_metadata"]     {"format_version": 1, "components": {"unet": {…}}},
                                               with the fields of NaraConfig
 
-PEFT's folder has one component, in adapter_config.json and adapter_model.safetensors.
-`PeftModel.save_pretrained`, `train_scripts/dllm.py` and its checkpoints write it. Its keys begin
+A PEFT folder has one component, in adapter_config.json and adapter_model.safetensors. It is written
+by `PeftModel.save_pretrained` and by `train_scripts/dllm.py`, also for checkpoints. Its keys begin
 with "base_model.model.".
 
-Each part is compared with its own configuration, without the base model. The sizes of the base's
-layers are compared when the adapter is loaded. Both use `strict.check_tensors`.
+Each part is checked against its own configuration, without the base model. The sizes of the base's
+layers are checked when the adapter is loaded. Both checks use `strict.check_tensors`.
 """
 
 from __future__ import annotations
@@ -90,12 +90,12 @@ Source = str | os.PathLike[str] | Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """An adapter outside of any model.
+    """An adapter outside any model.
 
     Attributes:
         parts: {component: its configuration and tensors}.
-        path: the file with the tensors; None for a dict, and for an adapter that is not written
-            yet.
+        path: the file with the tensors; None for a dict, or for an adapter that has not been
+            written yet.
     """
 
     parts: dict[str, AdapterPart]
@@ -115,16 +115,16 @@ class AdapterFile:
         """Read a file, a folder, a repository on the Hub, or a dict of tensors with its `metadata`.
 
         Args:
-            source: where the adapter is.
-            component: the name of a PEFT folder's component.
+            source: the file, folder, repository or dict to read.
+            component: the component name to use for a PEFT folder.
             weight_name: the file's name in its folder or repository.
-            subfolder: the folder in the folder or repository.
-            metadata: the metadata of a dict of tensors.
+            subfolder: the subfolder of the folder or repository.
+            metadata: the metadata for a dict of tensors.
             hub: options for downloads.
 
         Raises:
-            ValueError: there is no file, or it is damaged or of another kind.
-            OSError: the Hub's error.
+            ValueError: there is no file, or the file is damaged or of another kind.
+            OSError: the download from the Hub failed.
         """
         if not isinstance(source, Mapping) and metadata is not None:
             raise ValueError("metadata is for a dict of tensors: a file has its own.")
@@ -139,11 +139,11 @@ class AdapterFile:
             return cls(_of_pipeline(tensors, metadata, f"'{path}'"), path)
 
     def save(self, path: Path, save_function: Callable[..., None] | None = None) -> None:
-        """Write a pipeline's file, completely or not at all, as `save_file` of safetensors does.
+        """Write a pipeline's file completely or not at all, with safetensors' `save_file`.
 
         Args:
-            path: the file.
-            save_function: called in place of safetensors' `save_file`, with its arguments.
+            path: the file to write.
+            save_function: a function to call instead of `save_file`, with the same arguments.
         """
         tensors = {}
         components = {}
@@ -156,7 +156,7 @@ class AdapterFile:
         save_tensors(tensors, path, {METADATA_KEY: text}, save_function)
 
     def save_peft(self, folder: Path) -> None:
-        """Write a PEFT folder with the only part: configuration and tensors, both or none."""
+        """Write a PEFT folder with the only part, both configuration and tensors, or nothing."""
         (part,) = self.parts.values()
         tensors = {f"{PEFT_PREFIX}{key}": tensor for key, tensor in part.tensors.items()}
         with atomic_write_files(folder) as partial:
@@ -169,8 +169,8 @@ class AdapterPart:
     """The part of an adapter for one component.
 
     Attributes:
-        config: its configuration.
-        tensors: its tensors, by their names in the component.
+        config: the configuration of the part.
+        tensors: the tensors of the part, by their names in the component.
     """
 
     config: NaraConfig
@@ -178,7 +178,7 @@ class AdapterPart:
 
     @property
     def modules(self) -> dict[str, int]:
-        """{adapted module: its rank}."""
+        """Return {adapted module: its rank}."""
         found = {}
         for key in self.tensors:
             name, is_factor, _ = key.partition(".lora_")
@@ -188,7 +188,7 @@ class AdapterPart:
 
     @property
     def core(self) -> dict[str, Tensor]:
-        """{name in the core: tensor} of the core's tensors."""
+        """Return {name in the core: tensor} for the core's tensors."""
         found = {}
         for key, tensor in self.tensors.items():
             if is_core_key(key):
@@ -197,7 +197,7 @@ class AdapterPart:
 
     @property
     def core_ranks(self) -> dict[str, int]:
-        """{group of layers that share a core: the largest of their ranks}."""
+        """Return {group of layers that share a core: the largest of their ranks}."""
         found: dict[str, int] = {}
         for name, rank in self.modules.items():
             group = core_group(self.config, name, rank)
@@ -207,11 +207,11 @@ class AdapterPart:
 
 @contextmanager
 def naming(source: Source) -> Iterator[None]:
-    """Name the adapter's `source` in errors from inside, unless they name it already."""
+    """Add the adapter's `source` to errors raised inside the context, unless they name it."""
     try:
         yield
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        # PEFT raises the last three for odd configurations
+        # PEFT raises the last three errors for malformed configurations
         is_clear = isinstance(error, ValueError)
         if is_clear and not isinstance(source, Mapping) and str(source) in str(error):
             raise
@@ -224,7 +224,7 @@ def naming(source: Source) -> Iterator[None]:
 
 
 def _of_peft(path: Path, tensors: dict[str, Tensor]) -> AdapterPart:
-    """Return the part in a PEFT folder with the weights in `path`."""
+    """Return the adapter part from the PEFT folder that contains the weights file `path`."""
     config = path.with_name(PEFT_CONFIG_NAME)
     if not config.is_file():
         raise ValueError(
@@ -251,7 +251,7 @@ def _of_peft(path: Path, tensors: dict[str, Tensor]) -> AdapterPart:
 def _of_pipeline(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None, origin: str
 ) -> dict[str, AdapterPart]:
-    """Return the parts in a pipeline's file. `origin` is its name in messages."""
+    """Return the parts in a pipeline's file, which error messages call `origin`."""
     if not metadata or METADATA_KEY not in metadata:
         raise ValueError(f"{origin} is {_kind_without_configuration(tensors)}.")
     configs = _configs(metadata[METADATA_KEY], origin)
@@ -274,7 +274,7 @@ def _of_pipeline(
 
 
 def _kind_without_configuration(tensors: Mapping[str, Tensor]) -> str:
-    """Describe a file that has no configuration of a NaRA, for the message of an error."""
+    """Describe a file without a NaRA configuration, for an error message."""
     if any(map(is_core_key, tensors)):
         return (
             "a NaRA's, but its configuration is missing: pass safe_open(file, 'pt').metadata() as "
@@ -314,7 +314,7 @@ def _configs(text: str, origin: str) -> dict[str, NaraConfig]:
 
 
 def _fields(config: NaraConfig) -> dict[str, Any]:
-    """Return a configuration's fields for a pipeline's file, with the base model if it is known."""
+    """Return a configuration's fields for a pipeline's file, with the base model if known."""
     found = config_to_fields(config)
     if config.base_model_name_or_path:
         found[BASE] = config.base_model_name_or_path
@@ -327,7 +327,7 @@ def _fields(config: NaraConfig) -> dict[str, Any]:
 def config_to_fields(config: NaraConfig) -> dict[str, Any]:
     """Return a configuration's fields as JSON values.
 
-    Fields of one machine and fields that are None are left out.
+    Fields that depend on the machine and fields that are None are left out.
     """
     found = {}
     for name, value in config.to_dict().items():
@@ -343,7 +343,7 @@ def config_from_fields(given: Mapping[str, Any], origin: str) -> NaraConfig:
     """Return the configuration from `config_to_fields`, or from PEFT's adapter_config.json.
 
     Raises:
-        ValueError: a field is missing, unknown or wrong; the message names the `origin`.
+        ValueError: a field is missing, unknown or invalid. The message names the `origin`.
     """
     known = {field.name for field in fields(NaraConfig)}
     own = {}
@@ -359,7 +359,7 @@ def config_from_fields(given: Mapping[str, Any], origin: str) -> NaraConfig:
     try:
         return NaraConfig(**own)
     except (TypeError, ValueError, AttributeError, ImportError) as error:
-        # PEFT's checks raise the last two
+        # PEFT's checks raise the last two errors
         raise ValueError(f"The configuration of {origin} is refused: {error}") from error
 
 
@@ -370,13 +370,13 @@ def check_part(part: AdapterPart, *, beside: bool) -> None:
     """Compare the tensors of a file with those that its configuration describes.
 
     Args:
-        part: the file's part.
-        beside: True if a file of this form may also have biases, tokens, embeddings and
+        part: the part of the file to check.
+        beside: True if a file of this form may also contain biases, tokens, embeddings and
             `modules_to_save`.
 
     Raises:
-        ValueError: no module has factors, `target_modules` doesn't name one that has; or see
-            `check_tensors`.
+        ValueError: no module has factors, a module with factors is not in `target_modules`, or
+            `check_tensors` raises an error.
     """
     config = part.config
     if not part.modules:
@@ -397,7 +397,7 @@ def check_part(part: AdapterPart, *, beside: bool) -> None:
 
 
 def _is_target(config: NaraConfig, name: str) -> bool:
-    if config.target_modules in (None, "all-linear"):  # PEFT writes names in their place
+    if config.target_modules in (None, "all-linear"):  # PEFT writes names instead
         return True
     return bool(check_target_module_exists(config, name.partition(".base_layer")[0]))
 
@@ -409,9 +409,9 @@ def _core_tensors(part: AdapterPart) -> dict[str, Tensor]:
 
 
 def _factors(part: AdapterPart, name: str, rank: int) -> dict[str, Tensor]:
-    """Return {key: a tensor like it} of a module's factors.
+    """Return {key: an empty tensor of the expected shape and dtype} for a module's factors.
 
-    Sizes of the base's layer are taken from the file.
+    The sizes of the base's layer are taken from the file.
     """
     tensors = part.tensors
     A, B = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
@@ -435,13 +435,13 @@ def _factors(part: AdapterPart, name: str, rank: int) -> dict[str, Tensor]:
 
 
 def _shape(tensor: object) -> tuple[int, ...]:
-    """Return a tensor's shape, as one of two axes or more."""
+    """Return a tensor's shape, extended to at least two axes."""
     shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else ()
     return shape if len(shape) > 1 else (*shape, 1, 1)[:2]
 
 
 def _like(tensor: object, shape: tuple[int, ...]) -> Tensor:
-    """Return a tensor of that shape on "meta", in the dtype of `tensor` if layers compute in it."""
+    """Return a "meta" tensor of that shape, in the dtype of `tensor` if layers can compute in it."""
     dtype = torch.float32
     if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype.itemsize > 1:
         dtype = tensor.dtype
@@ -449,7 +449,7 @@ def _like(tensor: object, shape: tuple[int, ...]) -> Tensor:
 
 
 def _may_stand_beside(config: NaraConfig, key: str, tensor: object) -> bool:
-    """Return True if a bias, token, embedding or module may be in a file beside the factors."""
+    """Return whether a tensor other than a factor, such as a bias, may be in the file."""
     if not isinstance(tensor, Tensor) or ".lora_" in key or is_core_key(key):
         return False
     module, _, kind = key.rpartition(".")

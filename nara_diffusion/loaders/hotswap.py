@@ -1,8 +1,8 @@
-"""Hotswap: replace an adapter's weights in place, so that a compiled model is not recompiled.
+"""Replace an adapter's weights in place (hotswap), so that a compiled model is not recompiled.
 
-The new adapter has the ranks of the old one, since C(λ) is r × r.
-`enable_lora_hotswap(target_rank=r)` with r its own rank makes the scales tensors. Then adapters
-with another lora_alpha don't recompile the model either.
+The new adapter must have the ranks of the old adapter, since C(λ) is r × r. To store the scales as
+tensors, call `enable_lora_hotswap(target_rank=r)` with the adapter's own rank r. An adapter with
+another lora_alpha then causes no recompilation either.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ _REMEDY = "load it without hotswap under another name, and delete the old one."
 
 
 def prepare_for_hotswap(model: nn.Module, request: Mapping[str, Any]) -> None:
-    """Make scales tensors, and pad LoRAs, as `enable_lora_hotswap` has requested.
+    """Turn scales into tensors and pad LoRAs, as requested with `enable_lora_hotswap`.
 
     Raises:
-        ValueError: a NaRA has another rank than the target, which PEFT pads to.
+        ValueError: the rank of a NaRA differs from the target rank, to which PEFT would pad it.
         RuntimeError: the model is compiled.
     """
     target = request["target_rank"]
@@ -70,13 +70,13 @@ def prepare_for_hotswap(model: nn.Module, request: Mapping[str, Any]) -> None:
 def check_swappable(
     model: nn.Module, component: str, adapter_name: str, part: AdapterPart | None
 ) -> None:
-    """Raise ValueError if a part cannot take the place of the adapter of that name.
+    """Raise ValueError if a part cannot replace the adapter with that name.
 
     Args:
         model: the component's model.
-        component: its name.
+        component: the name of the component.
         adapter_name: the name of the adapter to replace.
-        part: the new adapter's part for this component; None if it has none.
+        part: the new adapter's part for this component, or None if there is none.
     """
     if part is None:
         if adapter_name in adapters_of(model):
@@ -105,9 +105,9 @@ def check_swappable(
 
 
 def prepare_swap(model: nn.Module, adapter_name: str, part: AdapterPart) -> Callable[[], None]:
-    """Compute the new adapter's values, and return the function that writes them in place.
+    """Compute the new adapter's values, and return a function that writes them in place.
 
-    Errors are raised here, not while writing.
+    All errors are raised here, before anything is written.
     """
     config = part.config
     there = part_of(model, adapter_name).tensors

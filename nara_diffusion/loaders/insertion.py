@@ -1,4 +1,4 @@
-"""A pipeline's components that adapters adapt, and the insertion and removal of an adapter."""
+"""Find the components of a pipeline that can be adapted, and insert or remove adapters."""
 
 from __future__ import annotations
 
@@ -54,14 +54,14 @@ LOADED_FLAG = "_hf_peft_config_loaded"
 
 
 class Pipeline(Protocol):
-    """A pipeline of Diffusers, or some models of one (`PipelineComponents`)."""
+    """A Diffusers pipeline, or some of its models (`PipelineComponents`)."""
 
     @property
     def components(self) -> dict[str, Any]: ...
 
 
 def denoiser_name(pipe: Pipeline) -> str:
-    """Return the component that an adapter without named parts is for.
+    """Return the name of the component for an adapter without named parts.
 
     Raises:
         ValueError: the pipeline has no denoiser.
@@ -76,7 +76,7 @@ def denoiser_name(pipe: Pipeline) -> str:
 
 
 def adaptable_models(pipe: Pipeline) -> dict[str, nn.Module]:
-    """Return {component: model} of all components that an adapter may adapt, denoisers first.
+    """Return {component: model} for all components that can be adapted, denoisers first.
 
     Raises:
         ValueError: the pipeline has no denoiser.
@@ -94,27 +94,27 @@ def adaptable_models(pipe: Pipeline) -> dict[str, nn.Module]:
 
 
 def uncompiled(model: Any) -> Any:
-    """Return the original of a model that `torch.compile` returned; any other object as it is."""
+    """Return the original of a model that was compiled, or any other object unchanged."""
     return getattr(model, "_orig_mod", model)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the base model of a PeftModel, adapters included; any other model as it is."""
+    """Return the base model of a PeftModel, including adapters, or any other model unchanged."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def tuner_layers(model: nn.Module) -> list[BaseTunerLayer]:
-    """Return PEFT's layers of all kinds."""
+    """Return all of PEFT's layers in `model`, of any kind."""
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
 
 def adapters_of(model: nn.Module) -> dict[str, Any]:
-    """Return {adapter name: configuration} of all adapters."""
+    """Return {adapter name: configuration} for all adapters."""
     return getattr(model, "peft_config", None) or {}
 
 
 def nara_adapters_of(model: nn.Module) -> dict[str, NaraConfig]:
-    """Return {adapter name: configuration} of the NaRA adapters."""
+    """Return {adapter name: configuration} for the NaRA adapters."""
     found = {}
     for name, config in adapters_of(model).items():
         if isinstance(config, NaraConfig):
@@ -123,7 +123,7 @@ def nara_adapters_of(model: nn.Module) -> dict[str, NaraConfig]:
 
 
 def part_of(model: nn.Module, adapter_name: str) -> AdapterPart:
-    """Return the adapter's configuration and tensors, as a file has them."""
+    """Return the adapter's configuration and tensors, in the form that files contain."""
     tensors = adapter_tensors(model, adapter_name)
     return AdapterPart(nara_adapters_of(model)[adapter_name], tensors)
 
@@ -132,10 +132,10 @@ def part_of(model: nn.Module, adapter_name: str) -> AdapterPart:
 
 
 def check_schedulers(pipe: Pipeline, configs: Mapping[str, NaraConfig]) -> None:
-    """Raise ValueError if the pipeline's scheduler expects another prediction than an adapter's.
+    """Raise ValueError if the pipeline's scheduler does not fit the prediction of an adapter.
 
-    An adapter of an earlier version may predict something else than its base. Its configuration
-    then has the `scheduler` that samples it.
+    An adapter from an earlier version of this package may predict something other than its base
+    does. Its configuration then names the `scheduler` to sample it with.
 
     Args:
         pipe: the pipeline.
@@ -147,7 +147,7 @@ def check_schedulers(pipe: Pipeline, configs: Mapping[str, NaraConfig]) -> None:
 
 
 def read_schedule_of(pipe: Any) -> None:
-    """Let the denoisers' adapters read N and t's meaning from the current scheduler."""
+    """Make the denoisers' adapters take N and the meaning of t from the current scheduler."""
     for name in DENOISERS:
         model = uncompiled(getattr(pipe, name, None))
         if isinstance(model, nn.Module):
@@ -156,11 +156,11 @@ def read_schedule_of(pipe: Any) -> None:
                 holder.finder.usage.add_pipeline(pipe)
 
 
-# ---------------------------------------------------------------------- refused
+# ---------------------------------------------------------------------- checks
 
 
 def check_not_wrapped(model: nn.Module, component: str, method: str) -> None:
-    """Raise ValueError if a pipeline's component is a PeftModel: `method` does not work for it."""
+    """Raise ValueError if a component is a PeftModel, for which `method` does not work."""
     if isinstance(model, PeftModel):
         raise ValueError(
             f"{component} is a PeftModel, and pipe.{method} cannot change its adapters. Put its base "
@@ -195,7 +195,7 @@ def offloading_suspended(pipe: Any) -> Iterator[None]:
     """Remove accelerate's offloading hooks from `pipe`, and restore them on exit, as for a LoRA.
 
     Raises:
-        ValueError: group offloading keeps weights on disk.
+        ValueError: weights are on disk because of group offloading.
     """
     parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
     for name, part in parts.items():
@@ -231,15 +231,15 @@ def _has_groups_on_disk(model: nn.Module) -> bool:
 def insert(
     model: nn.Module, adapter_name: str, part: AdapterPart, low_cpu_mem_usage: bool = True
 ) -> None:
-    """Add an adapter, inside `restored_on_error`. It is active, even if the others were disabled.
+    """Add an adapter and activate it, even if the other adapters were disabled.
 
-    A, B and magnitudes take the dtype of their base layer, like those of a LoRA, or float32 if
-    layerwise casting stores the base as float8. The core stays in float32. Dropout is active only
-    if `model` is in training mode.
+    Call this inside `restored_on_error`. As in a LoRA, A, B and magnitudes take the dtype of their
+    base layer. They take float32 if layerwise casting stores the base as float8. The core stays in
+    float32. Dropout is active only if `model` is in training mode.
 
     Raises:
-        ValueError: the tensors are not those that the configuration needs in this model: see
-            `strict.check_tensors`.
+        ValueError: the tensors are not those that the configuration needs in this model (see
+            `strict.check_tensors`).
     """
     if any(is_float8(parameter.dtype) for parameter in model.parameters()):
         low_cpu_mem_usage = False  # PEFT would convert A and B to the base layer's float8
@@ -254,7 +254,7 @@ def insert(
     for layer in layers:
         layer._disable_adapters = False
     with warnings.catch_warnings():
-        # several adapters are intended, and the strict check says more about keys
+        # several adapters are intended, and the strict check reports more about keys
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
         warnings.filterwarnings("ignore", message="The following .* keys did not match")
         inject_adapter_in_model(
@@ -265,7 +265,7 @@ def insert(
     )
     loaded = adapter_tensors(model, adapter_name)
     in_memory = {key: tensor for key, tensor in loaded.items() if not tensor.is_meta}
-    check_tensors(in_memory, in_memory)  # finite in the dtypes that PEFT converted them to
+    check_tensors(in_memory, in_memory)  # still finite in the dtypes that PEFT converted to
     for layer in tuner_layers(model):
         if isinstance(layer, LoraLayer) and adapter_name in layer.lora_dropout:
             layer.lora_dropout[adapter_name].train(model.training)
@@ -273,7 +273,7 @@ def insert(
 
 
 def remove(model: nn.Module, adapter_names: list[str]) -> None:
-    """Remove adapters. The others stay active or inactive; without any, the base model stays."""
+    """Remove adapters without changing which others are active; after the last, restore the base."""
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Adapter .* was active which is now deleted")

@@ -1,9 +1,9 @@
-"""A NaRA in other people's training scripts, which have a pipeline's models but no pipeline.
+"""Use a NaRA in other training scripts, which have the models of a pipeline but no pipeline.
 
-    nara = checkpoint_nara_weights(accelerator, unet=unet)  # accelerator.save_state and load_state have the adapter
-    nara.save_nara_weights("outputs")                       # as of a pipeline
+    nara = checkpoint_nara_weights(accelerator, unet=unet)  # for accelerator.save_state and load_state
+    nara.save_nara_weights("outputs")                       # as with a pipeline
 
-docs/other_trainers.md shows it in a script of Diffusers.
+docs/other_trainers.md shows how to do this in a training script from Diffusers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .weights import load_nara_weights, save_nara_weights
 
 
 class PipelineComponents:
-    """Some models of a pipeline, by their names in it, with its methods for NaRA adapters."""
+    """Some of a pipeline's models under their names, with the pipeline methods for NaRA adapters."""
 
     hf_device_map = None
     """Read by Diffusers. None: the models are not spread over several devices."""
@@ -32,23 +32,24 @@ class PipelineComponents:
 def checkpoint_nara_weights(
     accelerator: Accelerator, *, adapter_name: str = "default", **components: nn.Module
 ) -> PipelineComponents:
-    """Let `accelerator.save_state` and `load_state` handle only the adapter of these models.
+    """Make `accelerator.save_state` and `load_state` save and load only these models' adapter.
 
         nara = checkpoint_nara_weights(accelerator, unet=unet)  # after unet.add_adapter(NaraConfig(…))
 
-    A checkpoint then holds the file that `pipe.load_nara_weights` reads.
+    Each checkpoint then contains a file that `pipe.load_nara_weights` can read.
 
     Args:
         accelerator: the script's accelerator.
-        adapter_name: the name of the adapter that is trained.
-        components: the models with adapters, unwrapped, by their names in the pipeline: unet,
-            transformer, text_encoder, ….
+        adapter_name: the name of the adapter that is being trained.
+        components: the unwrapped models with adapters, by their names in the pipeline (unet,
+            transformer, text_encoder, …).
 
     Returns:
-        The models, with the pipeline's methods `save_nara_weights` and `load_nara_weights`.
+        An object that holds the models and has the pipeline's methods `save_nara_weights` and
+        `load_nara_weights`.
 
     Raises:
-        ValueError: the accelerator uses FSDP or DeepSpeed, which write models themselves.
+        ValueError: the accelerator uses FSDP or DeepSpeed, which save models themselves.
     """
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise ValueError(
@@ -68,7 +69,7 @@ def checkpoint_nara_weights(
         for model, tensors in zip(models, weights, strict=True):
             if not is_adapted(model):
                 others.append(tensors)
-        weights[:] = others  # accelerate writes these
+        weights[:] = others  # accelerate saves these
 
     def load(models: list[nn.Module], folder: str) -> None:
         adapted.load_nara_weights(folder, adapter_name, hotswap=True)

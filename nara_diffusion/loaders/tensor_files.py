@@ -1,4 +1,4 @@
-"""Find files of tensors on disk or on the Hub, read and write them, and recognise a NaRA's."""
+"""Find, read and write tensor files on disk or on the Hub, and recognise those of a NaRA."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ _PICKLE_STARTS = (b"PK", *(b"\x80" + bytes([version]) for version in range(6)))
 
 
 def is_nara(path: Path) -> bool:
-    """Return True if a file, or a folder of PEFT's or of a pipeline, has a NaRA adapter.
+    """Return whether a file, a PEFT folder or a pipeline's adapter folder contains a NaRA adapter.
 
-    A file that can't be read is none: whoever reads it raises the error.
+    For a file that can't be read, return False. Code that reads the file later raises the error.
 
     Raises:
         ValueError: a folder's adapter_config.json is damaged.
@@ -53,7 +53,7 @@ def is_nara(path: Path) -> bool:
 
 
 def is_nara_for_peft(source: str, subfolder: str | None = None, **hub: object) -> bool:
-    """Return True if a folder or repository that PEFT is about to load has a NaRA adapter."""
+    """Return whether a folder or repository that PEFT is about to load contains a NaRA adapter."""
     folder = Path(source, subfolder or "")
     if (folder / PEFT_CONFIG_NAME).is_file():
         return is_nara(folder)
@@ -65,7 +65,7 @@ def is_nara_for_peft(source: str, subfolder: str | None = None, **hub: object) -
 
 
 def _has_core(path: Path) -> bool:
-    """Return True if a safetensors file has a NaRA's metadata, or tensors of a core."""
+    """Return whether a safetensors file contains NaRA metadata or tensors of a core."""
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             names = list(file.keys())
@@ -76,7 +76,7 @@ def _has_core(path: Path) -> bool:
 
 
 def adapter_type(path: Path) -> str:
-    """Return `peft_type` of an adapter_config.json. Raise ValueError if there is none."""
+    """Return the `peft_type` in an adapter_config.json, or raise ValueError if there is none."""
     kind = read_config_file(path).get("peft_type")
     if not isinstance(kind, str):
         raise ValueError(
@@ -94,10 +94,11 @@ def locate(
     subfolder: str | None,
     hub: Mapping[str, Any],
 ) -> Path:
-    """Return the safetensors file that `source`, a file, folder or repository, stands for.
+    """Return the path of the safetensors file for `source`, a file, folder or repository.
 
     Raises:
-        ValueError: there is no such file. OSError: the Hub's error.
+        ValueError: there is no such file.
+        OSError: the download from the Hub failed.
     """
     path = Path(source).expanduser()
     if path.is_file():
@@ -140,7 +141,7 @@ def _download(repository: str, name: str, subfolder: str | None, hub: Mapping[st
 
 
 def _in_folder(folder: Path, weight_name: str | None) -> Path:
-    """Return the file `weight_name` of a folder. None takes NaRA's, PEFT's or the only one."""
+    """Return the file `weight_name` in a folder or, if None, NaRA's, PEFT's or the only file."""
     files = sorted(folder.iterdir()) if folder.is_dir() else []
     others = [path.name for path in files if path.suffix == ".safetensors" and path.is_file()]
     if weight_name is not None:
@@ -169,7 +170,7 @@ def _in_folder(folder: Path, weight_name: str | None) -> Path:
 def check_regular(path: Path) -> None:
     """Raise ValueError if `path` is a broken link, or a folder, pipe or device.
 
-    Reading a pipe or device would wait for its end.
+    Reading from a pipe or device could block forever.
     """
     if path.is_symlink() and not path.exists():
         raise ValueError(
@@ -183,7 +184,7 @@ def check_regular(path: Path) -> None:
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
-    """Return the fields of a JSON file such as adapter_config.json; an error names the file."""
+    """Return the fields of a JSON file such as adapter_config.json, naming the file in errors."""
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError, RecursionError) as error:
@@ -195,10 +196,11 @@ def read_config_file(path: Path) -> dict[str, Any]:
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str] | None]:
     """Return the tensors and metadata of a safetensors file.
 
-    Tensors are copied, so that the file may be overwritten afterwards.
+    Tensors are copied, so the file may be overwritten afterwards.
 
     Raises:
-        ValueError: it is no file, is cut off, or has another format, such as a pickle.
+        ValueError: `path` is not a file, or the file is truncated or has another format, such as
+            pickle.
     """
     check_regular(path)
     try:
@@ -220,10 +222,10 @@ def save_tensors(
     metadata: Mapping[str, str] | None = None,
     save_function: Callable[..., None] | None = None,
 ) -> None:
-    """Write a safetensors file, completely or not at all, as `save_file` of safetensors does.
+    """Write a safetensors file completely or not at all, with safetensors' `save_file`.
 
     Raises:
-        OSError: the target is full or can't be written; the message names both.
+        OSError: the disk is full or the file can't be written. The message names file and cause.
     """
     save = save_function or save_file
     contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
@@ -235,9 +237,9 @@ def save_tensors(
 
 
 def copied(tensor: Tensor) -> Tensor:
-    """Return a copy that shares no memory and is aligned like a model's weights.
+    """Return a copy of a tensor that shares no memory and is aligned like a model's weights.
 
-    The last bits of products depend on that alignment. Anything but a tensor is returned as it is.
+    The last bits of products depend on the alignment. Any object but a tensor is returned unchanged.
     """
     return tensor.detach().clone() if isinstance(tensor, Tensor) else tensor
 
@@ -248,22 +250,22 @@ def copied(tensor: Tensor) -> Tensor:
 def read_peft_tensors(
     source: str | Path, subfolder: str | None = None, **hub: Any
 ) -> dict[str, Tensor]:
-    """Return the tensors of an adapter of any method in PEFT's format, by PEFT's keys."""
+    """Return the tensors of an adapter in PEFT's format, of any method, by PEFT's keys."""
     tensors, _ = read_tensors(locate(source, PEFT_WEIGHTS_NAME, subfolder, hub))
     return tensors
 
 
 def load_peft_adapter(model: Any, source: str | Path, **options: Any) -> PeftModel:
-    """`PeftModel.from_pretrained`, with a check that all tensors of the file were loaded.
+    """Call `PeftModel.from_pretrained`, and check that all tensors of the file were loaded.
 
     Args:
         model: the base model.
         source: a folder or repository.
-        options: `revision`, `subfolder`, ….
+        options: further options, such as `revision` and `subfolder`.
 
     Raises:
-        ValueError: nothing is there; the folder's weights are missing or damaged; or see
-            `check_loaded`.
+        ValueError: there is no adapter; the folder's weights are missing or damaged; or
+            `check_loaded` raises an error.
     """
     tensors = read_peft_tensors(source, **options)
     adapted = PeftModel.from_pretrained(model, str(source), **options)
@@ -272,10 +274,10 @@ def load_peft_adapter(model: Any, source: str | Path, **options: Any) -> PeftMod
 
 
 def load_whole_model(kind: Any, folder: Path, **options: object) -> nn.Module:
-    """Call `from_pretrained` of a class of Diffusers or Transformers, and check what it loaded.
+    """Load a Diffusers or Transformers model with `from_pretrained`, and check what was loaded.
 
     Raises:
-        ValueError: a tensor is missing or unexpected; the message names it.
+        ValueError: a tensor is missing or unexpected. The message names the tensor.
     """
     model, loading = kind.from_pretrained(str(folder), output_loading_info=True, **options)
     missing = sorted(loading["missing_keys"])

@@ -1,4 +1,4 @@
-"""The three methods that every Diffusers pipeline gets: load, save and unload a NaRA adapter."""
+"""Define the pipeline methods that load, save and unload NaRA adapters in Diffusers."""
 
 from __future__ import annotations
 
@@ -53,38 +53,38 @@ def load_nara_weights(
     low_cpu_mem_usage: bool = True,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Load a NaRA adapter into the denoiser and, if it has parts for them, the text encoders.
+    """Load a NaRA adapter into the denoiser and into any text encoders that it has parts for.
 
-    The adapter is loaded completely, or the pipeline is unchanged. Afterwards `set_adapters`,
-    `delete_adapters`, `disable_lora`, `unload_lora_weights`, … work as for a LoRA. λ is read from
-    the timestep of each step.
+    The adapter is loaded completely, or the pipeline is unchanged. Afterwards, `set_adapters`,
+    `delete_adapters`, `disable_lora`, `unload_lora_weights` and others work as for a LoRA. λ is
+    read from the timestep of each step.
 
     Args:
-        pretrained_model_name_or_path_or_dict: the file that `save_nara_weights` wrote, its folder
-            or a repository on the Hub; or, for the denoiser, a folder or repository in PEFT's form,
-            as `PeftModel.save_pretrained` and train_scripts/dllm.py write it; or a dict of tensors,
-            with the file's `metadata`.
-        adapter_name: its name; None takes "default_0", "default_1", ….
-        hotswap: replace the weights of the adapter of that name in place, so that a compiled model
-            is not recompiled. Both need the same ranks r. For another lora_alpha without
-            recompilation call `enable_lora_hotswap(target_rank=r)` before the first load.
-        weight_name: the file's name in its folder; None is "pytorch_nara_weights.safetensors".
+        pretrained_model_name_or_path_or_dict: a file that `save_nara_weights` wrote, its folder, or
+            a repository on the Hub. For the denoiser, it may also be a folder or repository in
+            PEFT's format, as written by `PeftModel.save_pretrained` and train_scripts/dllm.py. Or a
+            dict of tensors, together with `metadata`.
+        adapter_name: the adapter's name. None means the first free "default_0", "default_1", ….
+        hotswap: whether to replace the weights of the adapter with this name in place, so that a
+            compiled model is not recompiled. Both adapters need the same ranks r. If lora_alpha
+            differs, call `enable_lora_hotswap(target_rank=r)` before the first load.
+        weight_name: the file's name in its folder. None means "pytorch_nara_weights.safetensors".
         subfolder: as for `load_lora_weights`, like the next six arguments.
-        revision: of a repository on the Hub.
-        token: for private repositories.
-        cache_dir: where downloads are kept.
-        force_download: download even if the file is there.
-        proxies: protocol → URL.
-        local_files_only: never download.
+        revision: the revision of a repository on the Hub.
+        token: the token for private repositories.
+        cache_dir: the folder for downloads.
+        force_download: whether to download even if the file is in the cache.
+        proxies: the URL of the proxy for each protocol.
+        local_files_only: whether to use only local files and never download.
         use_safetensors: None or True; other formats are not read.
-        low_cpu_mem_usage: skip the initialisation of weights that the load replaces.
-        metadata: the metadata of a dict of tensors: `safe_open(file, "pt").metadata()`.
+        low_cpu_mem_usage: whether to skip initialising weights that will be replaced.
+        metadata: the metadata for a dict of tensors, from `safe_open(file, "pt").metadata()`.
 
     Raises:
-        ValueError: the pipeline has no denoiser; the file is missing, damaged or of another kind (a
-            LoRA); the adapter is for another base model, another definition of λ or another
-            prediction; or the name is a duplicate. The pipeline is unchanged.
-        OSError: the Hub's error.
+        ValueError: the pipeline has no denoiser; the file is missing, damaged or of another kind
+            (such as a LoRA); the adapter is for another base model, another definition of λ or
+            another prediction; or the name is already in use. The pipeline is unchanged.
+        OSError: the download from the Hub failed.
     """
     if use_safetensors is False:
         raise ValueError(
@@ -130,21 +130,22 @@ def save_nara_weights(
     save_function: Callable[..., Any] | None = None,
     safe_serialization: bool = True,
 ) -> None:
-    """Save one NaRA adapter, of all components, to one file, completely or not at all.
+    """Save one NaRA adapter with all its components to one file, completely or not at all.
 
     Components that PEFT has wrapped (`pipe.unet = get_peft_model(pipe.unet, …)`) are included.
 
     Args:
         save_directory: the folder, created if it does not exist.
-        adapter_name: the adapter; None takes the only NaRA, or "default".
-        is_main_process: False writes nothing; pass it in all but one of several processes.
-        weight_name: the file's name; None is "pytorch_nara_weights.safetensors".
-        save_function: called as save_function(tensors, path, metadata=…), in place of `save_file`.
-        safe_serialization: True; other formats are not written.
+        adapter_name: the name of the adapter. None means the only NaRA, or "default".
+        is_main_process: if False, nothing is written. Pass False in all processes but one.
+        weight_name: the file's name. None means "pytorch_nara_weights.safetensors".
+        save_function: a function to call instead of safetensors' `save_file`, as
+            save_function(tensors, path, metadata=…).
+        safe_serialization: must be True; other formats are not written.
 
     Raises:
-        ValueError: there is no such adapter; it is in a component that the file can't hold, such as
-            a ControlNet; or `weight_name` does not end in .safetensors.
+        ValueError: there is no such adapter; the adapter is also in a component that the file can't
+            hold, such as a ControlNet; or `weight_name` does not end in .safetensors.
     """
     if not safe_serialization:
         raise ValueError("Adapters are saved as safetensors only: leave safe_serialization out.")
@@ -167,9 +168,9 @@ def save_nara_weights(
 
 
 def unload_nara_weights(self: Pipeline) -> None:
-    """Remove all NaRA adapters of the pipeline. LoRAs stay as they are.
+    """Remove all NaRA adapters from the pipeline, leaving LoRAs unchanged.
 
-    Fused weights stay fused, as with a LoRA: call `unfuse_lora` first.
+    Fused weights stay fused, as with a LoRA. To avoid this, call `unfuse_lora` first.
     """
     models = {}
     for component, model in adaptable_models(self).items():
@@ -185,7 +186,7 @@ def unload_nara_weights(self: Pipeline) -> None:
 
 
 def _check_parts(parts: Mapping[str, AdapterPart], models: Mapping[str, nn.Module]) -> None:
-    """Raise ValueError if a part is for no model of the pipeline, or can't be loaded into it."""
+    """Raise ValueError if the pipeline has no model for a part, or the part can't be loaded."""
     for name, part in parts.items():
         if name not in models:
             raise ValueError(
@@ -202,7 +203,7 @@ def _insert_all(
     name: str,
     low_cpu_mem_usage: bool,
 ) -> None:
-    """Insert the parts into all components, or, after an error, into none."""
+    """Insert the parts into all components or, after an error, into none."""
     with ExitStack() as undo:
         for component, model in models.items():
             if component not in parts:
@@ -218,7 +219,7 @@ def _insert_all(
 
 
 def _swap_all(models: Mapping[str, nn.Module], parts: Mapping[str, AdapterPart], name: str) -> None:
-    """Replace the adapter of that name in all components, or, after an error, in none."""
+    """Replace the adapter with that name in all components or, after an error, in none."""
     for component, model in models.items():
         check_swappable(model, component, name, parts.get(component))
     swaps = [prepare_swap(models[component], name, part) for component, part in parts.items()]
@@ -230,7 +231,7 @@ def _swap_all(models: Mapping[str, nn.Module], parts: Mapping[str, AdapterPart],
 
 
 def _name_to_load(models: Mapping[str, nn.Module], name: str | None, hotswap: bool) -> str:
-    """Return the name to load an adapter under: `name`, or the first free default_N."""
+    """Return the name for an adapter to load, which is `name` or the first free default_N."""
     existing = {adapter for model in models.values() for adapter in adapters_of(model)}
     if hotswap and name not in existing:
         raise ValueError(
@@ -252,7 +253,7 @@ def _name_to_load(models: Mapping[str, nn.Module], name: str | None, hotswap: bo
 
 
 def _name_to_save(models: Mapping[str, nn.Module], name: str | None) -> str:
-    """Return the name of the adapter to save: `name`; if None, the only NaRA's, or "default"."""
+    """Return the name of the adapter to save; if `name` is None, the only NaRA's or "default"."""
     naras, others = [], []
     for model in models.values():
         naras += [adapter for adapter in nara_adapters_of(model) if adapter not in naras]
@@ -271,7 +272,7 @@ def _quoted(names: Iterable[str]) -> str:
 
 
 def _check_nothing_left_out(pipe: Pipeline, models: Mapping[str, nn.Module], name: str) -> None:
-    """Raise ValueError if a component that a pipeline's file can't hold has the adapter."""
+    """Raise ValueError if the adapter is also in a component that a pipeline's file can't hold."""
     left_out = []
     for component, model in pipe.components.items():
         is_other = component not in models and isinstance(model, nn.Module)
@@ -293,7 +294,7 @@ def _part_to_save(pipe: Pipeline, model: nn.Module, component: str, name: str) -
             'NaraConfig(core_type="identity", …), which is the same.'
         )
     check_storable(config, component)
-    config = copy(config)  # the model keeps its own
+    config = copy(config)  # the model's own configuration stays unchanged
     base = getattr(pipe, "name_or_path", None) or config.base_model_name_or_path
     config.base_model_name_or_path = Path(base).name if base and Path(base).exists() else base
     return AdapterPart(config, part_of(model, name).tensors)

@@ -1,1 +1,1 @@
-"""Helpers that any part of the package may use; they know nothing of adapters."""
+"""Helpers that any part of the package may use. They do not depend on adapters."""

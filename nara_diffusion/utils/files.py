@@ -1,6 +1,6 @@
-"""Files written whole or not at all, their digests, and messages that name and count things.
+"""Write files completely or not at all, compute digests, and word messages with names and counts.
 
-A file or folder is written by a temporary name on the same disk, then renamed.
+A file or folder is written under a temporary name on the same disk and then renamed.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ _PARTIAL = ".partial-"
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary file or folder beside `path`. It becomes `path`, or is removed on an error.
+    """Yield a temporary path next to `path`, and rename it to `path` on success.
 
-    An OSError without a file name, as on a full disk, gets the name `path`.
+    After an error, the temporary file or folder is removed. An OSError without a file name, as on a
+    full disk, gets the name `path`.
     """
     partial = partial_name(path)
     shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
@@ -38,7 +39,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def _name_target(error: BaseException, partial: Path, path: Path) -> None:
-    """Set an OSError's file name to `path` if it has none, or has one in `partial`."""
+    """Set an OSError's file name to `path` if it has none or names a file in `partial`."""
     if not isinstance(error, OSError) or error.errno is None:
         return
     if error.filename is None or str(error.filename).startswith(str(partial)):
@@ -47,9 +48,10 @@ def _name_target(error: BaseException, partial: Path, path: Path) -> None:
 
 @contextmanager
 def atomic_write_files(folder: Path) -> Iterator[Path]:
-    """Yield an empty temporary folder. Its files move into `folder`, or are removed on an error.
+    """Yield an empty temporary folder, and move its files into `folder` on success.
 
-    Other files in `folder` stay. A missing `folder` is made, and exists afterwards only on success.
+    After an error, the files are removed. Other files in `folder` stay. If `folder` does not exist,
+    it is created only on success.
     """
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
@@ -77,7 +79,7 @@ def check_free(paths: Iterable[Path], overwrite: bool) -> None:
 
 
 def put_in_place(partial: Path, path: Path) -> None:
-    """Rename `partial` to `path`. An existing folder is deleted last, and restored on an error."""
+    """Rename `partial` to `path`, and delete an existing folder last or restore it on an error."""
     aside = partial_name(path.with_name(f"old-{path.name}"))
     try:
         if path.is_dir():
@@ -92,7 +94,7 @@ def put_in_place(partial: Path, path: Path) -> None:
 
 
 def delete_folder(folder: Path) -> None:
-    """Delete `folder`. If that fails midway, the remains no longer have its name."""
+    """Delete `folder`, renaming it first so that a failure leaves no partial folder of its name."""
     aside = partial_name(folder)
     shutil.rmtree(aside, ignore_errors=True)  # left by a killed process
     os.replace(folder, aside)
@@ -100,7 +102,7 @@ def delete_folder(folder: Path) -> None:
 
 
 def partial_name(path: Path) -> Path:
-    """Return `path`'s temporary name. Its suffix is last: some writers choose a format by it."""
+    """Return the temporary name of `path`, with the same suffix, since writers may depend on it."""
     return path.with_name(f"{_PARTIAL}{path.name}")
 
 
@@ -113,7 +115,7 @@ FILE_SUFFIXES = frozenset([".bin", ".ckpt", ".gguf", ".pt", ".pth", ".safetensor
 def refuse_file(
     source: str | Path, kind: str, remedy: str = "name the folder that it lies in."
 ) -> None:
-    """Raise ValueError if `source` names a file, not a folder or repository of `kind`."""
+    """Raise ValueError if `source` is a file instead of a folder or repository of `kind`."""
     path = Path(source)
     if path.is_file() or (path.suffix in FILE_SUFFIXES and not path.is_dir()):
         raise ValueError(
@@ -125,13 +127,13 @@ def refuse_file(
 def naming_source(
     source: str | Path, file: str, kind: str, remedy: str = "name the folder that it lies in."
 ) -> Iterator[None]:
-    """Explain errors inside the context, which fetches `file` of `kind` ("a model").
+    """Explain errors raised inside the context, which fetches `file` of `kind` ("a model").
 
-    `source` is the folder or repository as the user named it.
+    `source` is the folder or repository that the user named.
 
     Raises:
-        ValueError: `source` is a file (the message has the `remedy`); a folder has no such file; or
-            there is no folder, and no repository was reached.
+        ValueError: `source` is a file (the message includes the `remedy`); the folder has no such
+            file; or there is no such folder, and no repository could be reached.
     """
     refuse_file(source, kind, remedy)
     try:
@@ -153,9 +155,9 @@ def naming_source(
 
 
 def is_out_of_reach(error: BaseException | None) -> bool:
-    """Return True if a download failed because the Hub wasn't reached.
+    """Return whether a download failed because the Hub could not be reached.
 
-    Diffusers reports that as a missing file.
+    Diffusers reports this case as a missing file.
     """
     while error is not None and not isinstance(error, LocalEntryNotFoundError):
         error = error.__cause__ or error.__context__
@@ -166,7 +168,7 @@ def is_out_of_reach(error: BaseException | None) -> bool:
 
 
 def digest_texts(texts: Iterable[str]) -> str:
-    """Return the SHA-256 of texts, in their order."""
+    """Return the SHA-256 of `texts` in the given order."""
     found = hashlib.sha256()
     for text in texts:
         content = text.encode("utf-8", errors="surrogatepass")
@@ -181,11 +183,11 @@ def digest_file(path: Path) -> str:
 
 
 def digest_base(folders: Mapping[str, Path], variant: str | None = None) -> dict[str, str]:
-    """Return {part: digest} of a model's files: one for all weights, one per configuration.
+    """Return {part: digest} for a model's files, one for all weights and one per configuration.
 
     Args:
-        folders: {component: its folder}; the name is empty if the model has no components.
-        variant: the variant of the weights to read, such as fp16, if there are some.
+        folders: {component: its folder}. The name is empty if the model has no components.
+        variant: the variant of the weights to read, such as fp16, or None.
     """
     weights = [
         (name, file) for name, folder in folders.items() for file in _weight_files(folder, variant)
@@ -211,7 +213,7 @@ def _weight_files(folder: Path, variant: str | None) -> list[Path]:
 
 
 def local_folder(name: str, *, revision: str | None = None) -> Path:
-    """Return the folder of a loaded model: `name`, or its local copy from the Hub."""
+    """Return the folder of a loaded model, which is `name` or its local copy from the Hub."""
     return Path(
         name
         if Path(name).is_dir()
@@ -223,7 +225,7 @@ def local_folder(name: str, *, revision: str | None = None) -> Path:
 
 
 def listed(names: Collection[str], kind: str = "") -> str:
-    """Return the first three of `names`, quoted, and the number of the others, by their `kind`."""
+    """Return text with the first three `names`, quoted, and the number of others of that `kind`."""
     shown = ", ".join(f"'{name}'" for name in list(names)[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more {kind}".rstrip()
 

@@ -1,4 +1,4 @@
-"""Mean, standard deviation and 95 % interval of a few values, such as a figure of several seeds.
+"""Compute the mean, standard deviation and 95 % interval of a few values, such as one per seed.
 
 With n values of mean m and sample deviation s (n − 1 in the denominator), the interval is
 m ± t · s / √n, where t is the 0.975 quantile of Student's t with n − 1 degrees of freedom.
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 
 class Interval(NamedTuple):
-    """`low` and `high` bound the 95 % interval. Of a single value, only the mean isn't nan."""
+    """The mean, the deviation and the 95 % interval from `low` to `high`; NaN if undefined."""
 
     mean: float
     std: float
