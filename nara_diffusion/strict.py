@@ -142,7 +142,7 @@ def core_tensors(
                     f"saved: {_AS_IN_MODEL}."
                 )
             found[key] = state_dict[key]
-            check_core_precision(
+            _check_core_precision(
                 key, found[key], like, "in the state_dict to be saved", _AS_IN_MODEL
             )
     return found
@@ -246,7 +246,7 @@ def _check_tensor(key: str, tensor: object, like: Tensor, has_shape: bool) -> No
         )
     if is_core_key(key):
         remedy = "save it again without converting it"
-        check_core_precision(key, tensor, like, "in the checkpoint", remedy)
+        _check_core_precision(key, tensor, like, "in the checkpoint", remedy)
     if tensor.is_floating_point() and not bool(tensor.to(like.dtype).isfinite().all()):
         raise ValueError(
             f"'{key}' has NaN or infinity in the checkpoint, or a value that is too large for its "
@@ -270,7 +270,7 @@ def _has_rank_of(key: str, tensor: Tensor, like: Tensor) -> bool:
     return tensor.shape[axis_of_rank] == like.shape[axis_of_rank]
 
 
-def check_core_precision(key: str, tensor: Tensor, like: Tensor, where: str, remedy: str) -> None:
+def _check_core_precision(key: str, tensor: Tensor, like: Tensor, where: str, remedy: str) -> None:
     """Raise ValueError if a core's tensor is not float32, or if its integers have another dtype.
 
     Converting a rounded tensor back to float32 does not restore it.

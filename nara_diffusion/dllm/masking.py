@@ -124,7 +124,7 @@ def mask_answers(
     seed, indices = seed_and_indices(seed, sample_indices, generator, b)
     if block_length is not None:
         draws = [random_of(seed, _BLOCK_STREAM, index).random() for index in indices]
-        answer, ends = active_blocks(answer, np.array(draws), block_length)
+        answer, ends = _active_blocks(answer, np.array(draws), block_length)
         rest = answer.shape[1] - input_ids.shape[1]
         input_ids = F.pad(input_ids, (0, rest))  # a negative rest cuts
     if noise_level is None:
@@ -300,7 +300,7 @@ def seed_and_indices(
         device = "cpu" if generator is None else generator.device
         (seed,) = torch.randint(2**62, (1,), generator=generator, device=device).tolist()
         assert seed is not None
-    indices = list(range(b)) if sample_indices is None else list(host_list(sample_indices))
+    indices = list(range(b)) if sample_indices is None else list(_host_list(sample_indices))
     if len(indices) != b:
         raise ValueError(
             f"sample_indices is {indices}, but the batch is {b}: pass one index per sample"
@@ -351,7 +351,7 @@ def host_answers(
     return (positions >= starts[:, None]) & (positions < ends[:, None]), ends
 
 
-def active_blocks(
+def _active_blocks(
     answer: np.ndarray, draws: np.ndarray, block_length: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the answer positions (b, l') bool in the block of a drawn token, and their ends (b,).
@@ -376,13 +376,13 @@ def active_blocks(
 
 
 def _lengths(name: str, lengths: Lengths, b: int) -> np.ndarray:
-    found = np.asarray(host_list(lengths))
+    found = np.asarray(_host_list(lengths))
     if found.dtype.kind not in "iu" or found.shape != (b,):
         raise ValueError(f"{name} is {lengths!r}: pass a whole number for each of the {b} rows")
     return found
 
 
-def host_list(values: Lengths) -> Sequence[int]:
+def _host_list(values: Lengths) -> Sequence[int]:
     """Return `values` on the CPU."""
     return values.tolist() if isinstance(values, torch.Tensor) else values
 

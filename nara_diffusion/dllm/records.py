@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-BLANK = "\ufeff \t"
+_BLANK = "\ufeff \t"
 """The characters of a blank line: white space and the byte order mark."""
 FIELDS = {
     "messages": ("messages", "conversations"),
@@ -178,16 +178,16 @@ def _records(
     """Return the records in the rows that `datasets` loaded, a table of fields or JSON lines."""
     from datasets import Features, List, Value
 
-    is_list = is_json and "".join(rows[:BATCH]["text"]).lstrip(BLANK).startswith("[")
+    is_list = is_json and "".join(rows[:BATCH]["text"]).lstrip(_BLANK).startswith("[")
     kind = "list" if is_list else "lines" if is_json else "table"
     if limit is not None and not is_list:
         rows = rows.select(range(_rows_of(rows, limit, is_json)))
     size = len(rows) if is_list else BATCH
-    first = next(RecordReader(source, kind, {}).numbered(rows[:size], range(size)), None)
+    first = next(_RecordReader(source, kind, {}).numbered(rows[:size], range(size)), None)
     if first is None:
         raise ValueError(f"{source} holds no records")
     where, record = first
-    reader = RecordReader(source, kind, field_names(record, fields, where))
+    reader = _RecordReader(source, kind, _field_names(record, fields, where))
     features: dict[str, Any] = dict.fromkeys(TEXTS, Value("string"))
     if "messages" in reader.names:
         features["turns"] = List({"role": Value("string"), "content": Value("string")})
@@ -203,7 +203,7 @@ def _rows_of(rows: Dataset, limit: int, is_json: bool) -> int:
         return min(limit, len(rows))
     found = 0
     for number, line in enumerate(rows["text"], 1):
-        found += bool(line.strip(BLANK))
+        found += bool(line.strip(_BLANK))
         if found == limit:
             return number
     return len(rows)
@@ -255,7 +255,7 @@ def with_column(rows: Dataset, name: str, values: Iterable[Any]) -> Dataset:
 # ---------------------------------------------------------------- forms of records
 
 
-def field_names(record: object, given: Mapping[str, str], where: str) -> dict[str, str]:
+def _field_names(record: object, given: Mapping[str, str], where: str) -> dict[str, str]:
     """Return {what: field name} for the form of `record`.
 
     Args:
@@ -283,7 +283,7 @@ def field_names(record: object, given: Mapping[str, str], where: str) -> dict[st
 
 
 @dataclass(frozen=True)
-class RecordReader:
+class _RecordReader:
     """Turn a batch that `datasets` loaded into a batch of records.
 
     Attributes:
@@ -323,7 +323,7 @@ class RecordReader:
             yield from enumerate(self.parsed("\n".join(batch["text"]), 1))
         elif self.kind == "lines":
             for index, line in zip(indices, batch["text"], strict=False):
-                if line.strip(BLANK):
+                if line.strip(_BLANK):
                     yield index, self.parsed(line, index + 1)
         else:
             rows = zip(*batch.values(), strict=True)
@@ -381,7 +381,7 @@ class RecordReader:
                 f"{where} {found}: the first record decides the form of all, so put other forms "
                 "into their own files"
             )
-        return read_conversation(record[name], f"{where}, field {name!r}")
+        return _read_conversation(record[name], f"{where}, field {name!r}")
 
     def text(self, record: Mapping[str, Any], what: str, where: str) -> str:
         """Return the text of a field. White space is kept, as it may be indentation of code.
@@ -421,7 +421,7 @@ def _check_characters(row: Mapping[str, Any], where: str) -> None:
         raise ValueError(f"{where} has half a character, {half!r}: write it whole") from None
 
 
-def read_conversation(messages: object, where: str) -> dict[str, Any]:
+def _read_conversation(messages: object, where: str) -> dict[str, Any]:
     """Return the record of a list of messages. Messages after the assistant's last are dropped.
 
     Raises:

@@ -241,7 +241,7 @@ def _of_peft(path: Path, tensors: dict[str, Tensor]) -> AdapterPart:
     part = AdapterPart(config_from_fields(given, f"'{config}'"), with_current_names(own))
     part.config.base_model_name_or_path = given.get(BASE)
     part.config.auto_mapping = given.get("auto_mapping")
-    check_part(part, beside=True)
+    _check_part(part, beside=True)
     return part
 
 
@@ -267,7 +267,7 @@ def _of_pipeline(
     for name, own in split.items():
         parts[name] = AdapterPart(configs[name], own)
         try:
-            check_part(parts[name], beside=False)
+            _check_part(parts[name], beside=False)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
     return parts
@@ -366,7 +366,7 @@ def config_from_fields(given: Mapping[str, Any], origin: str) -> NaraConfig:
 # ---------------------------------------------------------------------- the check, without a base
 
 
-def check_part(part: AdapterPart, *, beside: bool) -> None:
+def _check_part(part: AdapterPart, *, beside: bool) -> None:
     """Compare the tensors of a file with those that its configuration describes.
 
     Args:

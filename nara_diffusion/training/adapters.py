@@ -264,7 +264,7 @@ def check_adapter(args: TrainingArguments) -> None:
     register the core.
     """
     if args.core_module is not None:
-        import_core_module(args.core_module)
+        _import_core_module(args.core_module)
     check_core_type(args.core_type)
     method, config = method_of(args), adapter_config(args, strength=schedule_of(args))
     meant = method.fixed.get("core_type", args.core_type if method.family == "nara" else "none")
@@ -293,7 +293,7 @@ def check_adapter(args: TrainingArguments) -> None:
         )
 
 
-def import_core_module(name: str) -> None:
+def _import_core_module(name: str) -> None:
     """Import the module `name`, or the file `name` if it ends in .py.
 
     The folder of a file is added to `sys.path`.

@@ -293,7 +293,7 @@ def check_arguments(args: TrainingArguments) -> None:
             f"gradient_accumulation_steps is {args.gradient_accumulation_steps} and global_batch_size "
             f"{args.global_batch_size}, which already determines it: give only one of the two."
         )
-    check_optimizer(args)
+    _check_optimizer(args)
     if args.check and args.plan is not None:
         raise ValueError(
             "check measures a training run, and plan computes what it needs: give only one."
@@ -314,7 +314,7 @@ def require(
             raise ValueError(f"{name} must be {expected}, got {value}.")
 
 
-def check_optimizer(args: OptimizationArguments) -> None:
+def _check_optimizer(args: OptimizationArguments) -> None:
     """Raise ValueError if the optimizer or an option is missing, or the schedule has no warm-up."""
     known = [
         name

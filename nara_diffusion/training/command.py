@@ -118,7 +118,7 @@ def given_arguments(args: DataclassInstance) -> dict[str, Any]:
 # ---------------------------------------------------------------- options within a dict
 
 
-def options_within(cls: type | DataclassInstance, container: str) -> dict[str, dataclasses.Field]:
+def _options_within(cls: type | DataclassInstance, container: str) -> dict[str, dataclasses.Field]:
     """Return {name: field} of the fields that are declared `within` the dict `container`."""
     fields = dataclasses.fields(cls)
     return {field.name: field for field in fields if field.metadata["within"] == container}
@@ -143,7 +143,7 @@ def spread_options(args: DataclassInstance) -> None:
     hints = typing.get_type_hints(type(args))
     containers = {field.metadata["within"]: None for field in dataclasses.fields(args)}
     for container in filter(None, containers):
-        known = options_within(args, container)
+        known = _options_within(args, container)
         for name, value in getattr(args, container).items():
             if name not in known:
                 raise ValueError(f"{container} has no {name!r}: {hint(name, known)}")
@@ -176,7 +176,7 @@ def merged(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def kind_of(annotation: Any) -> type:
+def _kind_of(annotation: Any) -> type:
     """Return the type in an annotation like `list[str] | None`.
 
     It is int, float, str, bool, list or dict.
@@ -197,7 +197,7 @@ def converted(origin: str, value: Any, annotation: Any, metadata: Mapping[str, A
     Raises:
         ValueError: the value can't be converted, or isn't one of the choices.
     """
-    kind, optional = kind_of(annotation), isinstance(annotation, types.UnionType)
+    kind, optional = _kind_of(annotation), isinstance(annotation, types.UnionType)
     words = value if isinstance(value, list) else [value]
     if optional and [str(word).lower() for word in words] == ["none"]:
         return None
@@ -373,13 +373,13 @@ class ArgumentParser(argparse.ArgumentParser):
     def _add_option(
         self, group: argparse._ArgumentGroup, field: dataclasses.Field, show_all: bool
     ) -> None:
-        kind, choices = kind_of(self._hints[field.name]), field.metadata["choices"]
+        kind, choices = _kind_of(self._hints[field.name]), field.metadata["choices"]
         # no default, so that the parser returns only given flags
         common: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS}
         text = argparse.SUPPRESS
         if show_all or not field.metadata["rare"]:
             lines = [_help_of(field)]
-            for name, part in options_within(self._cls, field.name).items():
+            for name, part in _options_within(self._cls, field.name).items():
                 lines.append(f"{name}: {_help_of(part)}")
             text = "\n".join(lines)
         metavar = "{" + ",".join(choices) + "}" if choices else _METAVARS.get(kind, "TEXT")

@@ -201,7 +201,7 @@ class Run(Generic[Args]):
         if self.is_main:
             with atomic_write(self.folder / CONFIG) as partial:
                 partial.write_text(as_yaml(settings | {"output_dir": str(self.folder)}), "utf-8")
-            drop_later_steps(self.folder / METRICS, self.step)
+            _drop_later_steps(self.folder / METRICS, self.step)
         project = self.accelerator.project_configuration
         project.set_directories(str(self.folder))
         project.logging_dir = str(self.folder)
@@ -398,7 +398,7 @@ def _checkpoint(args: TrainingArguments, folder: Path) -> Path | None:
     given, checkpoint = args.resume_from_checkpoint, None
     if given == "latest":
         if (checkpoint := latest_whole(folder)) is None and not _same_start(args, folder):
-            check_empty(
+            _check_empty(
                 folder,
                 "It has no checkpoint to continue from: name the run's own folder, or a fresh one.",
             )
@@ -422,7 +422,7 @@ def _checkpoint(args: TrainingArguments, folder: Path) -> Path | None:
     if given != "latest" and (
         checkpoint is None or checkpoint.parent.resolve() != folder.resolve()
     ):
-        check_empty(folder)
+        _check_empty(folder)
     return checkpoint
 
 
@@ -439,7 +439,7 @@ def _check_names_in_optimizer(checkpoint: Path) -> None:
 _ANEW = "Name a fresh folder, or continue the run in it with --resume_from_checkpoint latest and the same arguments."
 
 
-def check_empty(folder: Path, advice: str = _ANEW) -> None:
+def _check_empty(folder: Path, advice: str = _ANEW) -> None:
     """Raise ValueError, with the names of some files and `advice`, if a folder isn't empty."""
     if found := sorted(path.name for path in folder.iterdir() if path.name != LOCK):
         what = ", ".join(found[:4]) + ", …" * (len(found) > 4)
@@ -466,7 +466,7 @@ def as_yaml(values: Mapping[str, Any]) -> str:
     return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
 
 
-def drop_later_steps(metrics: Path, step: int) -> None:
+def _drop_later_steps(metrics: Path, step: int) -> None:
     """Drop the lines of metrics.jsonl that come after `step` or are incomplete.
 
     A resumed run repeats the later steps. A killed run may leave an incomplete last line.

@@ -181,7 +181,7 @@ class CoreHolder(nn.Module):
         twins = twins_of(self.root)
         if twins is not None:
             unhook_twins(self.root, twins, self.finder.canvas_source())
-        checkpoint_without_core(self.root, self.channel)
+        _checkpoint_without_core(self.root, self.channel)
         self.root._modules.pop(HOLDER_NAME, None)
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any], is_clean: bool = False) -> None:
@@ -210,14 +210,14 @@ class CoreHolder(nn.Module):
         if "_diffusers_hook" in vars(self.root):
             onload_groups(self.root)
         if torch.is_grad_enabled():
-            checkpoint_with_core(self.root, self.channel)
+            _checkpoint_with_core(self.root, self.channel)
         noisy = self.deviations.noisy(names)
         level = parts = None
         if noisy and is_clean:
             level = torch.zeros(1)
         elif noisy:
             level, parts = self.finder.level_of_forward(noisy, entry, args, kwargs)
-        deviations = beside_inputs(self.deviations.of(names, level), args, kwargs)
+        deviations = _beside_inputs(self.deviations.of(names, level), args, kwargs)
         self.channel.push(entry, deviations, parts, level)
 
     def end(self) -> None:
@@ -400,7 +400,7 @@ class Deviations:
         return torch.eye(D.shape[-1], dtype=D.dtype, device=D.device) + D
 
 
-def beside_inputs(
+def _beside_inputs(
     deviations: dict[Key, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[Key, Tensor]:
     """Move D from the CPU to the device of the forward's first tensor, once for all layers."""
@@ -420,7 +420,7 @@ def beside_inputs(
 # ---------------------------------------------------------------------- checkpointed blocks
 
 
-def checkpoint_with_core(root: nn.Module, channel: CoreChannel) -> None:
+def _checkpoint_with_core(root: nn.Module, channel: CoreChannel) -> None:
     """Wrap the checkpoint function of every checkpointed block in `root`. Repeating is safe."""
     for module in outer_modules(root):
         for name in _CHECKPOINTS:
@@ -431,8 +431,8 @@ def checkpoint_with_core(root: nn.Module, channel: CoreChannel) -> None:
                 setattr(module, name, CheckpointWithCore(checkpoint, channel))
 
 
-def checkpoint_without_core(root: nn.Module, channel: CoreChannel) -> None:
-    """Undo `checkpoint_with_core`.
+def _checkpoint_without_core(root: nn.Module, channel: CoreChannel) -> None:
+    """Undo `_checkpoint_with_core`.
 
     A wrapper inside another model's wrapper stays in place but no longer passes on cores.
     """

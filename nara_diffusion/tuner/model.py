@@ -110,8 +110,8 @@ class NaraModel(LoraModel):
         If the existing adapters of `model` are disabled, the new adapter is disabled in all its
         layers, too. After an error, `model` is unchanged.
         """
-        config = checked_config(model, adapter_name, self.peft_config[adapter_name])
-        is_dispatched = is_dispatched_by_layers(model)
+        config = _checked_config(model, adapter_name, self.peft_config[adapter_name])
+        is_dispatched = _is_dispatched_by_layers(model)
         given = state_dict or {}
         layers_only = {key: value for key, value in given.items() if not is_core_key(key)}
         try:
@@ -121,10 +121,10 @@ class NaraModel(LoraModel):
                 holder = holder_of(model) or CoreHolder(model, denoiser_of(model))
                 config = holder.finder.with_convention(adapter_name, config)
                 self.peft_config[adapter_name] = config
-                are_off = adapters_are_off(model)
+                are_off = _adapters_are_off(model)
                 layers = self._injected = {}
                 self._channel = holder.channel
-                with without_holder(model), suggesting_targets(model, config):
+                with _without_holder(model), _suggesting_targets(model, config):
                     super().inject_adapter(
                         model,
                         adapter_name,
@@ -136,7 +136,7 @@ class NaraModel(LoraModel):
                 if twins_of(model) is not None:
                     shared = share_factors(model, adapter_name, layers)
                 owners = {name: layer for name, layer in layers.items() if name not in shared}
-                cores = cores_for(config, adapter_name, owners, low_cpu_mem_usage, is_dispatched)
+                cores = _cores_for(config, adapter_name, owners, low_cpu_mem_usage, is_dispatched)
                 holder.add(adapter_name, config, cores, list(layers.values()))
                 holder.attach()
                 if config.logit_bias_bins is not None:
@@ -144,7 +144,7 @@ class NaraModel(LoraModel):
                 if len(self.peft_config) > 1:
                     check_adapter_names(model, set(self.peft_config))
                 if are_off:
-                    warn_of_disabled(model, adapter_name)
+                    _warn_of_disabled(model, adapter_name)
                 for layer in layers.values():
                     layer._disable_adapters = are_off
                 holder.follow_factors()
@@ -330,7 +330,7 @@ class NaraModel(LoraModel):
 # ---------------------------------------------------------------------- adding an adapter
 
 
-def checked_config(model: nn.Module, adapter_name: str, config: object) -> NaraConfig:
+def _checked_config(model: nn.Module, adapter_name: str, config: object) -> NaraConfig:
     """Return the configuration of an adapter that can be added to `model`.
 
     Raises:
@@ -340,7 +340,7 @@ def checked_config(model: nn.Module, adapter_name: str, config: object) -> NaraC
         raise ValueError(
             f"Adapter '{adapter_name}' has a {type(config).__name__}: NaraModel needs a NaraConfig."
         )
-    if is_dispatched_by_layers(model) and not hasattr(model, "hf_device_map"):
+    if _is_dispatched_by_layers(model) and not hasattr(model, "hf_device_map"):
         raise ValueError(
             f"{type(model).__name__} is offloaded layer by layer, so a new adapter would have no values: load "
             "it by pipe.load_nara_weights(), or add it before enable_sequential_cpu_offload()."
@@ -348,19 +348,19 @@ def checked_config(model: nn.Module, adapter_name: str, config: object) -> NaraC
     return config
 
 
-def is_dispatched_by_layers(model: nn.Module) -> bool:
+def _is_dispatched_by_layers(model: nn.Module) -> bool:
     """Return True if accelerate offloads the layers of `model` one by one."""
     hooked = [module for module in model.modules() if "_hf_hook" in vars(module)]
     return any(map(offloading_hooks, hooked))
 
 
-def adapters_are_off(model: nn.Module) -> bool:
+def _adapters_are_off(model: nn.Module) -> bool:
     """Return whether `model` has adapted layers and the adapters are disabled in all of them."""
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     return bool(layers) and all(layer.disable_adapters for layer in layers)
 
 
-def warn_of_disabled(model: nn.Module, adapter_name: str) -> None:
+def _warn_of_disabled(model: nn.Module, adapter_name: str) -> None:
     """Warn that a new adapter is disabled because the existing adapters of `model` are disabled."""
     logger.warning(
         "The adapters of %s are disabled (disable_lora() or disable_adapters()), and so is the new adapter '%s': "
@@ -421,7 +421,7 @@ def _restore(module: nn.Module, state: _State) -> None:
 
 
 @contextmanager
-def without_holder(root: nn.Module) -> Iterator[None]:
+def _without_holder(root: nn.Module) -> Iterator[None]:
     """Hide the cores from PEFT inside the context, since `target_modules` may match them."""
     holder = root._modules.pop(HOLDER_NAME, None)
     try:
@@ -432,7 +432,7 @@ def without_holder(root: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def suggesting_targets(model: nn.Module, config: NaraConfig) -> Iterator[None]:
+def _suggesting_targets(model: nn.Module, config: NaraConfig) -> Iterator[None]:
     """Add similar module names to PEFT's error about `target_modules` that match nothing."""
     try:
         yield
@@ -457,7 +457,7 @@ def _nearest_names(model: nn.Module, targets: str | Iterable[str]) -> list[str]:
     return sorted(found)
 
 
-def cores_for(
+def _cores_for(
     config: NaraConfig,
     adapter_name: str,
     layers: dict[str, LoraLayer],

@@ -116,7 +116,7 @@ def load_backbone(
         size = config.vocab_size
         mask = find_mask_token(name, tokenizer, fields, size, mask_token_id, mask_token)
     if is_renamed:
-        kwargs["key_mapping"] = KEY_MAPPING
+        kwargs["key_mapping"] = _KEY_MAPPING
     if load_in_4bit or load_in_8bit:
         check_roundable(config)
         dtype = kwargs.get("dtype")
@@ -184,14 +184,14 @@ def _class_and_config(
             f"{name} has shifted_logits, which only Dream and Qwen2 have, but model_type {family!r}"
         )
     if family == LLADA2:
-        register_conversions()
-        return LLaDA2ForCausalLM, _bidirectional(LLaDA2MoeConfig, llada2_fields(fields)), False
+        _register_conversions()
+        return LLaDA2ForCausalLM, _bidirectional(LLaDA2MoeConfig, _llada2_fields(fields)), False
     if "expert_intermediate_size" in fields:  # LLaDA-MoE has LLaDA's model_type
-        return Qwen3MoeForCausalLM, _bidirectional(Qwen3MoeConfig, qwen3_moe_fields(fields)), False
+        return Qwen3MoeForCausalLM, _bidirectional(Qwen3MoeConfig, _qwen3_moe_fields(fields)), False
     if family == "qwen3_moe":
         return Qwen3MoeForCausalLM, _bidirectional(Qwen3MoeConfig, fields), False
     if family in ("llada", "illada", "llama"):
-        fields = llama_fields(fields) if "d_model" in fields else fields
+        fields = _llama_fields(fields) if "d_model" in fields else fields
         return LlamaForCausalLM, _bidirectional(LlamaConfig, fields), family != "llama"
     if family in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not fields.get("is_encoder_decoder"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, **hub)
@@ -267,7 +267,7 @@ for theirs, ours in _OF_LAYER:
     theirs = f"model.transformer.blocks.{_LAYER}.{theirs}."
     _TENSORS.append((theirs, f"model.layers.{_LAYER}.{ours}."))
 
-KEY_MAPPING = {
+_KEY_MAPPING = {
     "^" + theirs.replace(".", r"\."): ours.replace(_LAYER, r"\1") for theirs, ours in _TENSORS
 }
 """For `from_pretrained(key_mapping=…)`, which allows one capture group in a pattern."""
@@ -293,21 +293,21 @@ _EXPRESSIBLE: dict[str, tuple[Any, ...]] = {
 }
 
 
-def llama_fields(fields: dict[str, Any]) -> dict[str, Any]:
+def _llama_fields(fields: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of a LlamaConfig for those of a LLaDA checkpoint's config.json.
 
     Raises:
         ValueError: a field is missing, or has a value that Llama can't express; the message names
             each.
     """
-    check_expressible("LLaDA", "Llama", fields, _EXPRESSIBLE)
+    _check_expressible("LLaDA", "Llama", fields, _EXPRESSIBLE)
     try:
         return _translated(fields)
     except KeyError as error:
         raise ValueError(f"this LLaDA checkpoint's config.json lacks {error.args[0]}") from None
 
 
-def check_expressible(
+def _check_expressible(
     kind: str, stock: str, fields: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]]
 ) -> None:
     """Raise ValueError for fields with values that the stock class can't express.
@@ -416,7 +416,7 @@ _LLADA_MOE: dict[str, tuple[Any, ...]] = {
 }
 
 
-def register_conversions() -> None:
+def _register_conversions() -> None:
     """Tell transformers how LLaDA2's tensors become those of Glm4MoeForCausalLM, and back."""
     stacking = get_checkpoint_conversion_mapping("qwen2_moe")
     assert stacking is not None
@@ -437,13 +437,13 @@ def register_conversions() -> None:
     register_checkpoint_conversion_mapping(LLADA2, conversions, overwrite=True)
 
 
-def llada2_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+def _llada2_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a LLaDA2MoeConfig for those of a LLaDA2 checkpoint's config.json.
 
     Raises:
         ValueError: a field has a value that Glm4Moe can't express.
     """
-    check_expressible("LLaDA2", "Glm4Moe", fields, _LLADA2)
+    _check_expressible("LLaDA2", "Glm4Moe", fields, _LLADA2)
     found = dict(fields)
     if not found.get("num_shared_experts", found.get("n_shared_experts", 1)):
         raise ValueError("this LLaDA2 checkpoint has no shared expert, which Glm4Moe always has")
@@ -453,13 +453,13 @@ def llada2_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def qwen3_moe_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+def _qwen3_moe_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a Qwen3MoeConfig for those of a LLaDA-MoE checkpoint's config.json.
 
     Raises:
         ValueError: a field has a value that Qwen3Moe can't express.
     """
-    check_expressible("LLaDA-MoE", "Qwen3Moe", fields, _LLADA_MOE)
+    _check_expressible("LLaDA-MoE", "Qwen3Moe", fields, _LLADA_MOE)
     layers = fields["num_hidden_layers"]
     frequencies = fields.get("moe_layer_freq") or [1] * layers
     dense = [layer for layer, frequency in enumerate(frequencies) if not frequency]
