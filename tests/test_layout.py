@@ -154,8 +154,8 @@ def test_no_file_name_comes_twice():
 FILES = {
     "__init__.py": "from .tuner import model",
     "strict.py": "",
-    "utils/naming.py": "",
-    "noise/level.py": "from ..utils import naming",
+    "utils/files.py": "",
+    "noise/level.py": "from ..utils import files",
     "layers/variants.py": "from nara_diffusion.noise.level import Level",
     "tuner/model.py": "import nara_diffusion.strict\nfrom ..layers.variants import rows_of",
     "dllm/train.py": "",
@@ -178,7 +178,7 @@ def package_with(folder: Path, **changed: str) -> Path:
 def test_a_package_without_circles_is_accepted(tmp_path):
     package = package_with(tmp_path)
     found = imports(package)
-    assert found["nara_diffusion.noise.level"] == {"nara_diffusion.utils", "nara_diffusion.utils.naming"}
+    assert found["nara_diffusion.noise.level"] == {"nara_diffusion.utils", "nara_diffusion.utils.files"}
     assert (upward(found), circle(found), own_modules_imported_by_name(package)) == ([], [], [])
 
 
@@ -195,7 +195,7 @@ def test_a_package_without_circles_is_accepted(tmp_path):
         ("dllm__train", "__import__('nara_diffusion.check.tasks')", "check.tasks"),
         ("noise__level", "from nara_diffusion.layers.variants import rows_of", "layers.variants"),
         ("strict", "from .tuner.model import NaraModel", "tuner.model"),
-        ("utils__naming", "if TYPE_CHECKING:\n    from nara_diffusion.noise.level import Level", "noise.level"),
+        ("utils__files", "if TYPE_CHECKING:\n    from nara_diffusion.noise.level import Level", "noise.level"),
     ],
 )
 def test_an_import_from_above_and_its_circle_are_found(place, code, target, tmp_path):

@@ -30,6 +30,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import load
 
+from nara_diffusion.cores.core import NAME_IN_FILES
 from nara_diffusion.utils.files import (
     atomic_write_files,
     counted,
@@ -294,6 +295,16 @@ def check_same_run(checkpoint: Path, args: TrainingArguments, accelerator: Accel
             f"{checkpoint} belongs to a run of another configuration ({describe_changes(refused)}). Give the same "
             f"arguments (--config {checkpoint.parent / 'config.yaml'} has them), or start a new run from its adapter "
             "with --init_adapter."
+        )
+
+
+def check_names_in_optimizer(checkpoint: Path) -> None:
+    """Raise ValueError for an FSDP2 optimizer state that uses the core's old name, "nara_core"."""
+    files = [*checkpoint.glob("optimizer_*/.metadata"), *checkpoint.glob("optimizer.bin")]
+    if any(f"{NAME_IN_FILES}.cores.".encode() in file.read_bytes() for file in files):
+        raise ValueError(
+            f"{checkpoint} was written by an earlier version, with other names in the optimizer's state: finish the "
+            "run with that version, or start a new one from its adapter with --init_adapter."
         )
 
 

@@ -25,7 +25,6 @@ from accelerate.utils import broadcast_object_list, set_seed
 from filelock import FileLock, Timeout
 from huggingface_hub import HfApi
 
-from nara_diffusion.cores.core import NAME_IN_FILES
 from nara_diffusion.utils.files import atomic_write, digest_base, digest_texts
 
 from .adapters import method_of
@@ -36,6 +35,7 @@ from .checkpoints import (
     Writer,
     changed_arguments,
     check_files,
+    check_names_in_optimizer,
     check_random_states,
     check_same_run,
     describe_changes,
@@ -325,7 +325,7 @@ def claimed_folder(
                 answer[:2] = folder, _checkpoint(args, folder)
                 if answer[1] is not None:
                     check_same_run(answer[1], args, accelerator)
-                    _check_names_in_optimizer(answer[1])
+                    check_names_in_optimizer(answer[1])
                 for left in folder.glob(".partial-*"):  # from a run that was killed while writing
                     shutil.rmtree(left, ignore_errors=True)
             except (ValueError, OSError, yaml.YAMLError) as error:
@@ -424,16 +424,6 @@ def _checkpoint(args: TrainingArguments, folder: Path) -> Path | None:
     ):
         _check_empty(folder)
     return checkpoint
-
-
-def _check_names_in_optimizer(checkpoint: Path) -> None:
-    """Raise ValueError for an FSDP2 optimizer state that uses the core's old name, "nara_core"."""
-    files = [*checkpoint.glob("optimizer_*/.metadata"), *checkpoint.glob("optimizer.bin")]
-    if any(f"{NAME_IN_FILES}.cores.".encode() in file.read_bytes() for file in files):
-        raise ValueError(
-            f"{checkpoint} was written by an earlier version, with other names in the optimizer's state: finish the "
-            "run with that version, or start a new one from its adapter with --init_adapter."
-        )
 
 
 _ANEW = "Name a fresh folder, or continue the run in it with --resume_from_checkpoint latest and the same arguments."

@@ -245,6 +245,28 @@ def _check_tensors(name: str, loading: Mapping[str, Any], original: Callable[[st
         raise ValueError(f"the tensors of {name} don't fit its configuration; {'; '.join(lists)}")
 
 
+def _check_expressible(
+    kind: str, stock: str, fields: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]]
+) -> None:
+    """Raise ValueError for fields with values that the stock class can't express.
+
+    Args:
+        kind: the checkpoint's kind.
+        stock: the name of the stock class, without its ending.
+        allowed: field → the values that the stock class expresses.
+    """
+    unsupported = []
+    for name, values in allowed.items():
+        if name in fields and fields[name] not in values:
+            expected = " or ".join(map(repr, values))
+            unsupported.append(f"{name}={fields[name]!r} (only {expected})")
+    if unsupported:
+        raise ValueError(
+            f"this {kind} checkpoint has options that a stock {stock} model can't express: "
+            + "; ".join(unsupported)
+        )
+
+
 # ---------------------------------------------------------------- LLaDA
 
 
@@ -262,10 +284,13 @@ _OF_LAYER = (
     ("ff_out", "mlp.down_proj"),
 )
 _LAYER = r"(\d+)"
-_TENSORS = [(f"model.transformer.{theirs}.", f"{ours}.") for theirs, ours in _OF_MODEL]
-for theirs, ours in _OF_LAYER:
-    theirs = f"model.transformer.blocks.{_LAYER}.{theirs}."
-    _TENSORS.append((theirs, f"model.layers.{_LAYER}.{ours}."))
+_TENSORS = [
+    *((f"model.transformer.{theirs}.", f"{ours}.") for theirs, ours in _OF_MODEL),
+    *(
+        (f"model.transformer.blocks.{_LAYER}.{theirs}.", f"model.layers.{_LAYER}.{ours}.")
+        for theirs, ours in _OF_LAYER
+    ),
+]
 
 _KEY_MAPPING = {
     "^" + theirs.replace(".", r"\."): ours.replace(_LAYER, r"\1") for theirs, ours in _TENSORS
@@ -305,28 +330,6 @@ def _llama_fields(fields: dict[str, Any]) -> dict[str, Any]:
         return _translated(fields)
     except KeyError as error:
         raise ValueError(f"this LLaDA checkpoint's config.json lacks {error.args[0]}") from None
-
-
-def _check_expressible(
-    kind: str, stock: str, fields: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]]
-) -> None:
-    """Raise ValueError for fields with values that the stock class can't express.
-
-    Args:
-        kind: the checkpoint's kind.
-        stock: the name of the stock class, without its ending.
-        allowed: field → the values that the stock class expresses.
-    """
-    unsupported = []
-    for name, values in allowed.items():
-        if name in fields and fields[name] not in values:
-            expected = " or ".join(map(repr, values))
-            unsupported.append(f"{name}={fields[name]!r} (only {expected})")
-    if unsupported:
-        raise ValueError(
-            f"this {kind} checkpoint has options that a stock {stock} model can't express: "
-            + "; ".join(unsupported)
-        )
 
 
 def _translated(fields: dict[str, Any]) -> dict[str, Any]:
