@@ -1,10 +1,10 @@
-"""Apply a NaRA's file to the modules of ComfyUI's own models: y += strength · up · M(λ) · down · x.
+"""Apply a NaRA to the modules of ComfyUI's own models: y += strength · up · M(λ) · down · x.
 
     M(λ) = diag(C(λ) of each module in the matrix), (b, r, r)
 
-ComfyUI stores some of Diffusers' modules as one matrix, such as FLUX's q, k and v; there M is
+ComfyUI stores some of Diffusers' modules as one matrix, such as FLUX's q, k and v. For these, M is
 block-diagonal. The adapter hooks the modules once, and keeps `up` and `down` on each module's
-device; only M is made at each call.
+device. Only M is computed at each call.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from nara_diffusion.loaders.insertion import TEXT_ENCODER
 from nara_diffusion.noise.prediction import flow_shift
 
 CONVENTIONS = {"sd15": ("timestep", "edm"), "sdxl": ("timestep", "edm")}
-"""{base: the definitions of λ that it can have}. All other bases have "flow"."""
+"""{base: its possible definitions of λ}. All other bases have "flow"."""
 
 
 class LiveAdapter:
-    """An adapter's denoiser part, by the names of the original code.
+    """The denoiser part of an adapter, with module names as in the original code.
 
     Args:
         path: a file or folder that `save_nara_weights` wrote.
         base: one of `nara_diffusion.export.host_files.BASES`.
 
     Attributes:
-        convention: the definition of λ; None if the adapter doesn't need it.
-        scheduler: the scheduler in its file, if the adapter has converted its base's prediction.
-        encoders: {component: LoRA} of text encoders, which have no λ.
+        convention: the definition of λ; None if the adapter doesn't need λ.
+        scheduler: the scheduler in the file, if the adapter changes the base's prediction type.
+        encoders: {component: LoRA} for the text encoders, which have no λ.
 
     Raises:
-        ValueError: the file is no adapter; a part doesn't fit the base, or is neither a denoiser's
-            nor a text encoder's; or it is a DoRA.
+        ValueError: the file isn't an adapter, the adapter is a DoRA, or a part of it doesn't fit
+            the base or is for neither a denoiser nor a text encoder.
     """
 
     def __init__(self, path: str, base: str) -> None:
@@ -94,7 +94,7 @@ class LiveAdapter:
         return config.noise_convention
 
     def check(self, model: nn.Module) -> None:
-        """Raise ValueError if a module is missing in ComfyUI's `model`, or has another size."""
+        """Raise ValueError if a module is missing in ComfyUI's `model` or has the wrong size."""
         modules = self._modules(model)
         for name, own in self.factors.items():
             wanted = (len(own.B), *own.A.shape[1:])
@@ -109,7 +109,8 @@ class LiveAdapter:
     def _modules(self, model: nn.Module) -> dict[str, nn.Module]:
         """Return the adapted modules of `model`.
 
-        Raise ValueError if one is missing, or is compiled, since that would fix λ.
+        Raises:
+            ValueError: a module is missing, or is compiled, which would fix λ.
         """
         modules = dict(model.named_modules())
         missing = [name for name in self.factors if name not in modules]
@@ -128,7 +129,7 @@ class LiveAdapter:
         return {name: modules[name] for name in self.factors}
 
     def matrices(self, level: Tensor, strength: float) -> dict[str, Tensor]:
-        """Return {module: strength · M(λ) (b, r, r)} at λ (b,), on its device."""
+        """Return {module: strength · M(λ) (b, r, r)} at λ (b,), on the device of `level`."""
         cores = self.adapter.cores(level.float().cpu(), strength, level.device)
         matrices = {}
         for name, own in self.parts.items():
@@ -137,13 +138,13 @@ class LiveAdapter:
 
     @contextmanager
     def applied(self, model: nn.Module, level: Tensor, strength: float) -> Iterator[None]:
-        """Apply the adapter in the context to ComfyUI's `model` at λ (b,), one value per row."""
+        """Apply the adapter to ComfyUI's `model` inside the context, with λ (b,) for the rows."""
         if bool((level == level[0]).all()):
             level = level[:1]  # some layers don't have the batch first
         modules = self._modules(model)
         if modules != self._hooked:
             _remove(self._handles)
-            # the model keeps the hooks; they must not keep this adapter
+            # the model keeps the hooks, which must not keep this adapter alive
             own: weakref.ref[LiveAdapter] = weakref.ref(self)
             for name, module in modules.items():
                 self._handles.append(module.register_forward_hook(_hook(own, name)))
@@ -155,7 +156,7 @@ class LiveAdapter:
             self._matrices = {}
 
     def update(self, name: str, module: nn.Module, x: Tensor) -> Tensor | None:
-        """Return up · M · down · x of x (b, …, d_in) or (b, d_in, h, w); None without `applied`."""
+        """Return up · M · down · x, with x (b, …, d_in) or (b, d_in, h, w); None if not applied."""
         if name not in self._matrices:
             return None
         M = self._matrices[name].to(x.device, x.dtype)
@@ -193,7 +194,7 @@ def _remove(handles: list[RemovableHandle]) -> None:
 
 
 def _block_diagonal(blocks: list[Tensor]) -> Tensor:
-    """Return the block-diagonal matrices (b, Σr, Σr) of blocks (b, r, r)."""
+    """Return the block-diagonal matrices (b, Σr, Σr) made of blocks (b, r, r)."""
     if len(blocks) == 1:
         return blocks[0]
     b, size = max(map(len, blocks)), sum(block.shape[-1] for block in blocks)

@@ -1,4 +1,4 @@
-"""The node. It computes λ from the sampler's σ at each call of the model.
+"""The node "Load NaRA", which computes λ from the sampler's σ at each call of the model.
 
 convention   λ                                                         samplings
 timestep     timestep(σ) / num_timesteps, as Diffusers' t / N          discrete ones, also LCM's
@@ -26,11 +26,11 @@ _PREDICTIONS = {
     "X0": "sample",
     "CONST": "flow_prediction",
 }
-"""{class of comfy.model_sampling: its interpretation of the model's output}."""
+"""{class of comfy.model_sampling: the prediction type of the model's output}."""
 
 
 class Sampling(Protocol):
-    """A `comfy.model_sampling`: how a model is sampled."""
+    """A `comfy.model_sampling`, which defines the sampling of a model."""
 
     sigmas: Tensor  # (n,), ascending
     num_timesteps: int  # discrete ones only
@@ -119,7 +119,7 @@ def wrapper(
 
 
 def check_prediction(scheduler: Mapping[str, Any] | None, sampling: Sampling) -> None:
-    """Raise ValueError if ComfyUI would sample a converted model by another prediction."""
+    """Raise ValueError if ComfyUI would sample a converted model with the wrong prediction type."""
     prediction = None if scheduler is None else prediction_in(scheduler)
     taken = _taken(sampling)
     if scheduler is None or prediction is None or taken in (None, prediction.kind):
@@ -131,7 +131,7 @@ def check_prediction(scheduler: Mapping[str, Any] | None, sampling: Sampling) ->
 
 
 def comfyui_words(fields: Mapping[str, Any]) -> str:
-    """Return the name and inputs of ComfyUI's node that samples a model so, in words."""
+    """Return a description of ComfyUI's node for these scheduler fields, with name and inputs."""
     shift, prediction = flow_shift(fields), prediction_in(fields)
     if shift is not None:
         return f"the node ModelSamplingSD3 (shift {shift})"
@@ -144,11 +144,11 @@ def comfyui_words(fields: Mapping[str, Any]) -> str:
 
 
 def noise_level(convention: str | None, sampling: Sampling, sigma: Tensor) -> Tensor:
-    """Return λ (b,) of ComfyUI's σ (b,).
+    """Return λ (b,) for ComfyUI's σ (b,).
 
     Raises:
-        ValueError: the model is sampled in another way than the adapter was trained for, so its σ
-            gives no λ.
+        ValueError: λ can't be computed from σ, since the sampling of the model differs from the
+            adapter's training.
     """
     is_flow = _taken(sampling) == "flow_prediction"
     if convention == "timestep" and not _is_discrete(sampling):
@@ -167,7 +167,7 @@ def noise_level(convention: str | None, sampling: Sampling, sigma: Tensor) -> Te
 
 
 def _taken(sampling: Sampling) -> str | None:
-    """Return ComfyUI's reading of the model's output; None if not in `_PREDICTIONS`."""
+    """Return the prediction type that ComfyUI assumes; None if it isn't in `_PREDICTIONS`."""
     for kind in type(sampling).__mro__:
         if kind.__name__ in _PREDICTIONS:
             return _PREDICTIONS[kind.__name__]
@@ -175,7 +175,7 @@ def _taken(sampling: Sampling) -> str | None:
 
 
 def _is_discrete(sampling: Sampling) -> bool:
-    """Return True if `timestep` counts the steps of a schedule: its largest σ has the last one."""
+    """Return True if `timestep` counts the steps of a schedule, with the last at the largest σ."""
     steps = getattr(sampling, "num_timesteps", None)
     return steps is not None and int(sampling.timestep(sampling.sigmas[-1:])) == steps - 1
 

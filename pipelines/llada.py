@@ -7,15 +7,15 @@
     pipe.load_nara_weights("outputs/dllm-1")  # the folder that train_scripts/dllm.py wrote
     print(pipe("How many days has a leap year?", gen_length=64, steps=32).texts[0])
 
-The same call reads what `pipe.save_pretrained(folder)` wrote. Without this file's folder on the
-path:
+`from_pretrained` also loads a folder that `pipe.save_pretrained(folder)` wrote. If the folder of
+this file isn't on the Python path, use:
 
     DiffusionPipeline.from_pretrained(
         folder, custom_pipeline="pipelines/llada.py", trust_remote_code=True
     )
 
-The sampler is `nara_diffusion.dllm.generate`: adapters run at λ, the masked share of each answer,
-at every step.
+The sampler is `nara_diffusion.dllm.generate`. At every step, adapters run at λ, the masked share of
+each answer.
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ Weight = float | StrengthSchedule | None
 
 @dataclass
 class LLaDAPipelineOutput(BaseOutput):
-    """What the pipeline returns.
+    """The output of the pipeline.
 
     Attributes:
-        texts: the answers, each up to its first end token; all answers to the first prompt come
+        texts: the answers, each up to its first end token. All answers to the first prompt come
             first.
         sequences: (b, l) token ids: prompt, answer, padding.
         answers: (b, gen_length) token ids.
-        prompt_lengths: (b,) where the answers start in `sequences`.
-        forwards: how often the model ran.
+        prompt_lengths: (b,) the starts of the answers in `sequences`.
+        forwards: the number of forwards of the model.
     """
 
     texts: list[str]
@@ -69,17 +69,16 @@ class LLaDAPipelineOutput(BaseOutput):
 class LLaDAPipeline(LoraBaseMixin, DiffusionPipeline):
     """Answer questions and chats by unmasking tokens.
 
-    `delete_adapters`, `disable_lora`, `enable_lora`, … are Diffusers' own, and work on the adapters
-    that `load_nara_weights` loaded.
+    Diffusers' own methods, such as `delete_adapters`, `disable_lora` and `enable_lora`, work on the
+    adapters that `load_nara_weights` loaded.
 
     Args:
         transformer: a bidirectional language model with a mask token in its configuration, as
-            `load_backbone` makes it.
-        tokenizer: chats need its chat template.
+            `load_backbone` returns it.
+        tokenizer: the tokenizer of the model. Chats need a tokenizer with a chat template.
 
     Raises:
-        ValueError: a model that only sees the tokens before a token, one without a mask token, or
-            one that PEFT wraps.
+        ValueError: the model is causal, has no mask token, or is wrapped by PEFT.
     """
 
     model_cpu_offload_seq = "transformer"
@@ -110,10 +109,11 @@ class LLaDAPipeline(LoraBaseMixin, DiffusionPipeline):
         adapter_names: str | list[str],
         adapter_weights: Weight | list[Weight] = None,
     ) -> None:
-        """Activate adapters at strengths: one for all, or one for each.
+        """Activate adapters and set their strengths.
 
         Args:
-            adapter_weights: numbers or StrengthSchedules; None is 1.
+            adapter_weights: one strength for all adapters, or one for each. A strength is a number
+                or a StrengthSchedule; None means 1.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         weights = adapter_weights
@@ -134,8 +134,8 @@ class LLaDAPipeline(LoraBaseMixin, DiffusionPipeline):
     ) -> LLaDAPipeline:
         """Load a saved pipeline, or a language model from its own folder or repository.
 
-        Arguments are those of `DiffusionPipeline.from_pretrained`; for a language model (LLaDA,
-        Dream, Llama, Qwen2, BERT, …), those of `load_backbone`.
+        A saved pipeline takes the arguments of `DiffusionPipeline.from_pretrained`. A language
+        model (LLaDA, Dream, Llama, Qwen2, BERT, …) takes the arguments of `load_backbone`.
         """
         name = str(pretrained_model_name_or_path)
         hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
@@ -161,26 +161,28 @@ class LLaDAPipeline(LoraBaseMixin, DiffusionPipeline):
         """Answer one prompt or several.
 
         Args:
-            prompt: a question, or several; or a chat, a list of {"role": …, "content": …} that ends
-                with the user's turn; or several chats.
-            gen_length: tokens of an answer.
-            num_answers_per_prompt: how many answers each prompt gets; they differ at a temperature
-                above 0.
-            apply_template: put questions into the tokenizer's chat template, or into Alpaca's if it
-                has none, as in training. False takes the texts as they are.
-            return_dict: False returns (texts, sequences).
-            callback_on_step_end: called after each step as f(pipe, step, noise_level, tensors):
-                noise_level (b,) is the λ that the model ran at, tensors those of the next argument.
-                If it returns a dict with "sequences", they are replaced. `pipe._interrupt = True`
-                stops; masks that are left stay.
-            callback_on_step_end_tensor_inputs: of "sequences" (b, l) and "masked" (b, gen_length).
-            **sampling: of `nara_diffusion.dllm.generate`: stop_at_eos, generator, and the settings
-                of `Sampling`, such as steps and temperature. With a chat template, the default of
-                `block_length` is that of the model's own chat (LLaDA: 32), if it divides
-                `gen_length`.
+            prompt: one or several questions, or one or several chats. A chat is a list of
+                {"role": …, "content": …} that ends with the user's turn.
+            gen_length: the number of tokens of an answer.
+            num_answers_per_prompt: the number of answers to each prompt. They differ if the
+                temperature is above 0.
+            apply_template: True to put questions into the tokenizer's chat template as in training,
+                or into Alpaca's if the tokenizer has none. False to use the texts unchanged.
+            return_dict: False to return (texts, sequences).
+            callback_on_step_end: a function f(pipe, step, noise_level, tensors) that is called
+                after each step. noise_level (b,) is the λ that the model ran at. tensors are those
+                of the next argument. If the function returns a dict with "sequences", they replace
+                the current ones. If it sets `pipe._interrupt = True`, sampling stops, and masks
+                that are left remain.
+            callback_on_step_end_tensor_inputs: the names of tensors for the function, among
+                "sequences" (b, l) and "masked" (b, gen_length).
+            **sampling: arguments of `nara_diffusion.dllm.generate`: stop_at_eos, generator, and the
+                settings of `Sampling`, such as steps and temperature. With a chat template, the
+                default of `block_length` is the published value for the model's chat (LLaDA: 32),
+                if it divides `gen_length`.
 
         Raises:
-            ValueError: impossible prompts or arguments.
+            ValueError: a prompt or an argument is invalid.
         """
         is_one = isinstance(prompt, str) or (prompt and isinstance(prompt[0], Mapping))
         prompts: list[Any] = [prompt] if is_one else list(prompt)
@@ -195,7 +197,7 @@ class LLaDAPipeline(LoraBaseMixin, DiffusionPipeline):
         ends = stop_token_ids(self.transformer, self.tokenizer)
         self._interrupt = False
         progress_bar: Any = self.progress_bar
-        # it counts tokens, since the number of steps isn't known
+        # the bar counts tokens, since the number of steps isn't known
         with progress_bar(total=len(texts) * gen_length) as bar:
 
             def step_end(step: GenerationStep) -> None:
@@ -226,11 +228,11 @@ class LLaDAPipeline(LoraBaseMixin, DiffusionPipeline):
         )
 
     def prompt_text(self, prompt: str | Chat, apply_template: bool = True) -> str:
-        """Return the text that the model reads before its answer to one question or chat.
+        """Return the text that the model reads before it answers one question or chat.
 
         Raises:
-            ValueError: an empty prompt, a chat that doesn't end with the user's turn, or one
-                without a chat template.
+            ValueError: the prompt is empty, a chat doesn't end with the user's turn, or there is no
+                chat template for a chat.
         """
         can_chat = apply_template and self.tokenizer.chat_template
         if isinstance(prompt, str):

@@ -1,8 +1,8 @@
-"""Stable Diffusion XL with the NaRA methods in its class, for editors.
+"""Stable Diffusion XL with the NaRA methods in its class, for completion in editors.
 
     from pipelines.stable_diffusion_xl_nara import StableDiffusionXLPipeline
 
-or, without this file's folder on the path,
+If the folder of this file isn't on the Python path, use:
 
     DiffusionPipeline.from_pretrained(
         "stabilityai/stable-diffusion-xl-base-1.0",
@@ -11,8 +11,8 @@ or, without this file's folder on the path,
     )
 
 `import nara_diffusion` gives every pipeline these methods, but an editor only sees them in a class.
-This class has the name of Diffusers' own, so that it saves a stock pipeline and
-`AutoPipelineForImage2Image.from_pipe` knows it.
+This class has the same name as Diffusers' class. It therefore saves a stock pipeline, and
+`AutoPipelineForImage2Image.from_pipe` recognises it.
 """
 
 import diffusers

@@ -2,7 +2,7 @@
 
 The shipped model and task, offline, on CPU, in minutes:
     accelerate launch train_scripts/dllm.py
-LLaDA-8B on all GPUs of the machine (--num_processes N: on N of them), global_batch_size samples a step in total:
+LLaDA-8B on all GPUs of the machine (or on N of them with --num_processes N), with global_batch_size samples per step:
     accelerate launch train_scripts/dllm.py --config train_scripts/configs/llada_instruct_math14k.yaml
 """
 

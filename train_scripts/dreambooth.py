@@ -1,6 +1,6 @@
 """Teach an image model a subject from a few images. The code is in nara_diffusion/dreambooth/train.py.
 
-The shipped model, a small rectified flow of SD3's classes, and images, offline, on CPU, in minutes:
+The shipped model (a small rectified flow with SD3's classes) and images, offline, on CPU, in minutes:
     accelerate launch train_scripts/dreambooth.py
 Your own five images, on one GPU:
     accelerate launch train_scripts/dreambooth.py --pretrained_model_name_or_path MODEL --mixed_precision bf16 \\

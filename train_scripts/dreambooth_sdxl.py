@@ -1,16 +1,16 @@
 """Teach Stable Diffusion XL a subject from a few images, and measure the result.
 
-The adapter is NaRA or another. This is train_scripts/dreambooth.py with SDXL's defaults and with another shipped model
-and images.
+The adapter is a NaRA or another adapter. This script is train_scripts/dreambooth.py with SDXL's defaults, and with a
+different shipped model and images.
 
 The shipped model and images, offline, on CPU, in minutes:
     accelerate launch train_scripts/dreambooth_sdxl.py
-Your own five images, on one GPU; the file has settings for SDXL, and flags win over it:
+Your own five images, on one GPU, with the settings of a file for SDXL (flags win over the file):
     accelerate launch train_scripts/dreambooth_sdxl.py --config train_scripts/configs/sdxl_dreambooth.yaml \\
         --instance_data_dir dog --instance_prompt "a photo of sks dog" --output_dir sks-dog
 
-The small SDXL has its own settings, not the defaults below; the log lists them.
-The output folder then has: the weights (for pipe.load_nara_weights), README.md (the model card, which says how to load
+The small shipped SDXL has its own settings instead of the defaults below. The log lists them.
+The output folder contains the weights (for pipe.load_nara_weights), README.md (the model card, which says how to load
 them), samples.png, config.yaml, results.json, metrics.jsonl, noise_level_curve.png, and checkpoint-N folders to resume
 from.
 """

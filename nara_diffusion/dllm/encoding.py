@@ -48,11 +48,13 @@ _COLUMNS = ("input_ids", "instruction", "answer", *_NUMBERS)
 
 @dataclass(frozen=True)
 class EncodedRecords:
-    """Attributes:
-    rows: Dataset of `input_ids` (prompt, answer, end), `prompt_length`, `instruction`,
-        `answer`, and `record`, a number that the pairs of one conversation share.
-    longest, longest_prompt: the numbers of tokens in the longest row and in the longest prompt.
-    longest_prompt_in: the name of the record with the longest prompt, for messages.
+    """The rows of some records, as `encode_records` returns them.
+
+    Attributes:
+        rows: a Dataset of `input_ids` (prompt, answer, end), `prompt_length`, `instruction`,
+            `answer`, and `record`, a number that the pairs of one conversation share.
+        longest, longest_prompt: the numbers of tokens in the longest row and the longest prompt.
+        longest_prompt_in: the name of the record with the longest prompt, for messages.
     """
 
     rows: Dataset

@@ -1,6 +1,6 @@
-"""The arguments of dllm/train.py, the records that they select, and what each kind of model needs.
+"""The arguments of dllm/train.py, the records that they select, and the two kinds of models.
 
-Each kind of model has its own corruption, loss, loss over λ, sampler, and layers to adapt:
+Each kind of model has its own corruption, loss, sampler and layers to adapt:
 
     masked models      masks,          `loss`,         `sampler`,          all linear layers
     DiffusionGemma     random tokens,  `block_loss`,   `canvas_sampler`,   the text layers of both
@@ -284,7 +284,7 @@ class Arguments(ModelArguments, TrainingArguments, ObjectiveArguments):
 def shipped_run(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of the shipped run if no model is `given`.
 
-    If other data are given, the shipped data are left out.
+    If other data are given, the shipped data aren't used.
     """
     if "pretrained_model_name_or_path" in given:
         return {}
@@ -346,14 +346,14 @@ def answers_of(model: nn.Module, prompts: Sequence[Sequence[int]], **sampling: A
 
 
 def sampling_of(model: nn.Module, sampling: Sampling, *, chat: bool) -> Sampling:
-    """Return the settings of generation for a model, and for its chat."""
+    """Return the settings of generation for a model, and for a chat if `chat`."""
     if Backbone(model).has_canvas:
         return canvas_sampling(model, sampling)
     return model_sampling(model, sampling, chat=chat)
 
 
 def collator_of(model: nn.Module, args: Arguments, end_token_id: int) -> AnswerCollator:
-    """Return the collator: the answers of a canvas model are padded to the end of a canvas."""
+    """Return the collator. Answers for a canvas model are padded to the end of a canvas."""
     collator = AnswerCollator(end_token_id, args.trained_padding, args.gen_length)
     if not Backbone(model).has_canvas:
         return collator
@@ -369,10 +369,10 @@ def set_block_length(model: PreTrainedModel, args: Arguments) -> None:
 
 
 def objective_options(model: nn.Module, args: Arguments) -> dict[str, Any]:
-    """Return the arguments of the loss that a model's kind has.
+    """Return the arguments of the loss for this kind of model.
 
     Raises:
-        ValueError: an option belongs to the other kind of model.
+        ValueError: an option is for the other kind of model.
     """
     if not Backbone(model).has_canvas:
         if not args.train_on_encoder or args.encoder_loss_weight is not None:
@@ -390,10 +390,10 @@ def objective_options(model: nn.Module, args: Arguments) -> dict[str, Any]:
 
 
 def adapter_options(model: nn.Module, args: Arguments) -> Mapping[str, Any]:
-    """Return what `build_adapter` gets besides the arguments.
+    """Return the keyword arguments of `build_adapter` for this kind of model.
 
     Raises:
-        ValueError: an adapter, or names of layers, that DiffusionGemma cannot have.
+        ValueError: DiffusionGemma can't have this adapter or these target modules.
     """
     convention = {"noise_convention": Backbone(model).noise_convention}
     if not Backbone(model).has_canvas:

@@ -1,9 +1,9 @@
-"""The step that `dllm.py --plan` takes: the run's own model, masks and loss, and no data.
+"""The step of `dllm.py --plan`, with the run's own model, masks and loss, but without data.
 
-Its rows are the longest that the flags and the model's positions allow: --max_length tokens, with
+The rows are as long as the flags and the model's positions allow: --max_length tokens, with
 --max_prompt_length of them in the prompt (by default all but one), plus the trained padding. All
-tokens of the answers are masked, or half of them under complementary masks. A model with blocks is
-trained on the last block, DiffusionGemma on one canvas, in two passes.
+tokens of the answers are masked, or half of them with complementary masks. A model with blocks is
+trained on the last block. DiffusionGemma is trained on one canvas, in two passes.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def planned_text_step(args: Arguments) -> PlannedStep:
     """Return the training step of a text run, from the model's config.json only.
 
     Raises:
-        ValueError: as the run does for its model, adapter and lengths.
+        ValueError: the run would fail because of its model, adapter or lengths.
     """
     dtype = torch.float32 if method_of(args).family == "full" else dtype_of(args)
     hub = {} if args.revision is None else {"revision": args.revision}

@@ -1,6 +1,6 @@
-"""The report of a text run: measurements before and after training, and what the card says.
+"""The report of a text run: measurements before and after training, and texts for the model card.
 
-All processes share the measurements.
+All processes share the work of measuring.
 """
 
 from __future__ import annotations
@@ -62,12 +62,12 @@ Question = str | list[dict[str, str]]
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was measured for one model.
+    """The measurements of one model.
 
     Attributes:
-        exact_match: share of right answers, in [0, 1].
-        generations: one {instruction, generation, extracted, answer, correct} a test row.
-        noise_levels, curve: λ, and the loss at each in nats per masked token.
+        exact_match: the share of right answers, in [0, 1].
+        generations: one {instruction, generation, extracted, answer, correct} for each test row.
+        noise_levels, curve: values of λ, and the loss at each λ in nats per masked token.
         validation_loss: the training objective on the validation rows.
     """
 
@@ -80,13 +80,13 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The measurements of a run: call `measure` with a model before and after training.
+    """The evaluation of a run: call `measure` with a model before and after training.
 
-    Pass the model without DDP's wrapper. Its adapter stays as enabled or disabled as it was.
+    Pass the model without DDP's wrapper. The evaluation doesn't enable or disable its adapter.
 
     Attributes:
         validation_rows, test_rows: rows from `encode_records`.
-        sampling: how answers to the test rows are generated.
+        sampling: the settings for generating answers to the test rows.
     """
 
     run: Run[Arguments]
@@ -97,7 +97,7 @@ class Evaluation:
     sampling: Sampling
 
     def measure(self, model: nn.Module) -> Measurement:
-        """Return all measurements; the curve's λ are equally spaced up to 1."""
+        """Return all measurements. The λ of the curve are equally spaced up to 1."""
         accelerator, points = self.run.accelerator, self.run.args.curve_points
         levels = [(i + 1) / points for i in range(points)]
 
@@ -145,9 +145,10 @@ class Evaluation:
 
     @torch.no_grad()
     def validate(self, model: nn.Module) -> dict[str, float]:
-        """Return {"validation_loss"}: the training objective, at the same λ and masks in each call.
+        """Return {"validation_loss": …}, the training objective on the validation rows.
 
-        λ is stratified over all rows. A run in a window also has the means inside and outside it.
+        All calls use the same λ and masks, with λ stratified over all rows. A run with a window
+        also returns the means inside and outside the window.
         """
         args, accelerator = self.run.args, self.run.accelerator
         rows: Any = self.validation_rows
@@ -156,7 +157,7 @@ class Evaluation:
             pairs: list[tuple[float, float]] = []
             size, device = args.eval_batch_size, accelerator.device
             for batch in batches_of(rows, indices, self.collator, size, device):
-                # not the seed of training, which draws for the same indices
+                # not the training seed, since training draws for the same indices
                 seed = args.seed + 1
                 loss = loss_of(model)(model, **batch, seed=seed, group_size=len(rows))
                 pairs += zip(loss.per_sample.tolist(), loss.noise_level.tolist(), strict=True)
@@ -178,7 +179,7 @@ def figures(before: Measurement, after: Measurement) -> list[list[str]]:
 
 
 def first_question(records: Dataset, rows: Dataset) -> Question:
-    """Return the first conversation that `rows` have of `records`, or else their first question."""
+    """Return the first conversation of `records` among `rows`, or else the first question."""
     for place in rows["record"]:
         turns = records[place].get("turns")
         if turns:
@@ -192,7 +193,7 @@ def describe(
     """Write samples.jsonl into the run's folder, and return the texts of its card.
 
     Args:
-        question: what the card's code asks the model.
+        question: the question in the card's code.
     """
     lines = []
     for one, other in zip(before.generations, after.generations, strict=True):

@@ -1,7 +1,7 @@
-"""Tokenizers: loading them, prompts as texts and token ids, and answers as texts.
+"""Load tokenizers, turn prompts into texts and token ids, and decode answers.
 
 With a chat template, a prompt is the template's text up to the start of the assistant's turn.
-Without one it has Alpaca's form, which LLM-Adapters uses too.
+Without a chat template, a prompt has the form of Alpaca, as in LLM-Adapters.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ _ALPACA = (
     "completes the request.\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
 )
 _TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<|role_end|>")
-_MASK = "<|mask|>"  # LLaDA2 and LLaDA-MoE have it, and nothing there names it
+_MASK = "<|mask|>"  # LLaDA2 and LLaDA-MoE have this token, but no configuration names it
 
-# {model_type: the stock class that reads its files}, for checkpoints that may name their own class
+# {model_type: the stock class for its files}, for checkpoints that may name their own class
 _STOCK_TOKENIZERS: dict[str, type[PreTrainedTokenizerBase]] = {
     "llada": PreTrainedTokenizerFast,
     "illada": PreTrainedTokenizerFast,
@@ -42,7 +42,7 @@ _STOCK_TOKENIZERS: dict[str, type[PreTrainedTokenizerBase]] = {
     "lladamoe": PreTrainedTokenizerFast,
     "dream": Qwen2Tokenizer,
 }
-# The class that transformers 5 names if all of a tokenizer is in tokenizer.json
+# The class that transformers 5 names if tokenizer.json holds the whole tokenizer
 _WHOLE_IN_ITS_FILE = "TokenizersBackend"
 
 
@@ -54,7 +54,7 @@ def load_tokenizer(name: str, *, family: str, **hub: Any) -> PreTrainedTokenizer
 
     Args:
         family: the checkpoint's model_type.
-        **hub: arguments of `from_pretrained` that say where the files are.
+        **hub: arguments of `from_pretrained` that locate the files.
 
     Raises:
         ValueError: the tokenizer is missing or damaged.
@@ -63,8 +63,8 @@ def load_tokenizer(name: str, *, family: str, **hub: Any) -> PreTrainedTokenizer
         stock = _STOCK_TOKENIZERS.get(family.lower())
         if stock is None:
             named = get_tokenizer_config(name, **hub).get("tokenizer_class")
-            # AutoTokenizer would go by the model's type: Qwen2's class has its own rules for
-            # splitting
+            # AutoTokenizer would choose the class by model type, and Qwen2's class splits texts by
+            # its own rules
             stock = PreTrainedTokenizerFast if named == _WHOLE_IN_ITS_FILE else AutoTokenizer
         return stock.from_pretrained(name, trust_remote_code=False, **hub)
     except (OSError, ValueError) as error:
@@ -83,12 +83,13 @@ def find_mask_token(
     mask_token_id: int | None,
     mask_token: str | None,
 ) -> int:
-    """Return the mask token's id: the given one, else that of config.json or of the tokenizer.
+    """Return the id of the mask token: as given, or else from config.json or the tokenizer.
 
-    If the vocabulary has a token <|mask|>, it is the mask token even if nothing names it.
+    If none of these names a mask token but the vocabulary has <|mask|>, that token is used.
 
     Raises:
-        ValueError: nothing names one, the name isn't a token, or the id is outside the vocabulary.
+        ValueError: there is no mask token, the given name isn't a token, or the id is outside the
+            vocabulary.
     """
     known: Any = mask_token_id
     if mask_token is not None:
@@ -118,8 +119,8 @@ def set_special_tokens(
 ) -> None:
     """Make model and tokenizer agree on the mask (if any), BOS, EOS and padding tokens.
 
-    Without a padding token, EOS pads. BOS is the tokenizer's, since Dream's configuration names its
-    EOS token as BOS.
+    If there is no padding token, EOS is used. BOS comes from the tokenizer, since the configuration
+    of Dream gives its EOS token as BOS.
     """
     config: Any = model.config
     text: Any = tokenizer.convert_ids_to_tokens
@@ -129,7 +130,7 @@ def set_special_tokens(
         config.bos_token_id = tokenizer.bos_token_id
     if mask_token_id is not None and tokenizer.mask_token_id != mask_token_id:
         tokenizer.mask_token = text(mask_token_id)
-    # some configurations have no end, others a default that this vocabulary doesn't have
+    # some configurations have no end token, others a default outside of the vocabulary
     configured = getattr(config, "eos_token_id", None)
     if isinstance(configured, list):
         configured = configured[0] if configured else None
@@ -150,10 +151,10 @@ def set_special_tokens(
 
 
 def end_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the token that ends an answer: eos, or sep for encoders.
+    """Return the id of the token that ends an answer: EOS, or SEP for encoders.
 
     Raises:
-        ValueError: the tokenizer has neither.
+        ValueError: the tokenizer has neither token.
     """
     for name in ("eos_token_id", "sep_token_id"):
         token: int | None = getattr(tokenizer, name)
@@ -163,7 +164,7 @@ def end_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def stop_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return all tokens that end an answer: the model's, the tokenizer's, and the end of a turn."""
+    """Return the ids of all tokens that end an answer, including the end of a chat turn."""
     configured = Backbone(model).configured("eos_token_id")
     ids = configured if isinstance(configured, list) else [configured]
     vocabulary = tokenizer.get_vocab()
@@ -173,13 +174,13 @@ def stop_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list
 
 
 def digit_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the ids of the ten digits; they are equal if the tokenizer doesn't know digits."""
+    """Return the ids of the ten digits. They are all equal if the tokenizer has no digits."""
     ids: Any = tokenizer(list(string.digits), add_special_tokens=False)["input_ids"]
     return [of_digit[-1] for of_digit in ids]
 
 
 def mask_in_a_text(mask_token_id: int) -> str:
-    """Return an error message's end, after a text's name: the text contains the mask token."""
+    """Return the end of the error message for a text that contains the mask token."""
     return (
         f"holds the mask token ({mask_token_id}), and the model would take it for a masked token: "
         "write it otherwise, or leave it out"
@@ -197,9 +198,9 @@ def prompt_text(
     """Return the text that the model reads before it answers.
 
     Args:
-        instruction: a question; or the turns of a conversation, {role, content} each, which need a
-            chat template.
-        input: the second part of the question.
+        instruction: a question, or the turns of a conversation as {role, content}. A conversation
+            needs a chat template.
+        input: the second part of the question, if any.
     """
     if not isinstance(instruction, str):
         return chat_text(tokenizer, instruction)
@@ -211,7 +212,7 @@ def prompt_text(
 
 
 def user_turn(instruction: str, input: str) -> dict[str, str]:
-    """Return a question and its second part as a turn of the user."""
+    """Return a question and its second part as a user's turn."""
     content = f"{instruction}\n\n{input}" if input else instruction
     return {"role": "user", "content": content}
 
@@ -222,10 +223,11 @@ def chat_text(
     *,
     add_generation_prompt: bool = True,
 ) -> str:
-    """Return a conversation, {role, content} a turn, as the chat template writes it.
+    """Return a conversation, a list of {role, content}, as text by the chat template.
 
     Raises:
-        ValueError: there is no template, or it refuses the turns; many refuse a system message.
+        ValueError: there is no chat template, or the template rejects the turns. Many templates
+            reject a system message.
     """
     if not tokenizer.chat_template:
         start = textwrap.shorten(str(turns), 100, placeholder=" …")
@@ -250,7 +252,7 @@ def chat_text(
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
     """Return the token ids of prompts, with the special tokens that open a text.
 
-    Prompts from a chat template have them already.
+    Prompts from a chat template already contain these tokens.
     """
     if tokenizer.chat_template:
         return token_ids(tokenizer, prompts, add_special_tokens=False)
@@ -280,7 +282,7 @@ def token_ids(
 
 
 def backend_of(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:
-    """Return the tokenizer of the library `tokenizers`; None if this one is in Python."""
+    """Return the backend from the library `tokenizers`; None for a tokenizer in pure Python."""
     return getattr(tokenizer, "backend_tokenizer", None) if tokenizer.is_fast else None
 
 
@@ -294,7 +296,7 @@ def decode_answer(
     """Return the text before the first end token.
 
     Args:
-        strip: False keeps white space around the text, such as a program's indentation.
+        strip: True to remove white space around the text. Use False for program code.
     """
     places = [place for place, token in enumerate(answer) if token in ends]
     kept = answer[: places[0]] if places else answer

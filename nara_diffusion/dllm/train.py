@@ -89,7 +89,7 @@ logger = logging.getLogger(__name__)
 def main(args: Arguments) -> dict[str, Any]:
     """Train, measure before and after, save, and return the content of results.json.
 
-    With `plan`, print what that needs instead, and return the figures.
+    With `plan`, only print the memory and FLOPs of the run, and return these figures.
     """
     if args.check:
         raise ValueError("main only trains: for a check call nara_command.check_run(args).")
@@ -102,14 +102,15 @@ def main(args: Arguments) -> dict[str, Any]:
 
 
 class FineTuning:
-    """One run: creating it loads the rows and the base model; then call `train` and `report`.
+    """One training run.
 
-    The constructor raises all errors that can be found without an adapter.
+    The constructor loads the rows and the base model, and raises all errors that can be found
+    without an adapter. Then call `train` and `report`.
     """
 
     def __init__(self, args: Arguments, run: Run[Arguments]) -> None:
         self.args, self.run = args, run
-        with run.accelerator.main_process_first():  # the others read its cache
+        with run.accelerator.main_process_first():  # the other processes read its cache
             self.records = load_records(args)
         self._load_base()
         self._encode_records()
@@ -153,7 +154,7 @@ class FineTuning:
         return model, tokenizer
 
     def _encode_records(self) -> None:
-        """Turn the records into rows, and warn of rows that are both trained on and measured on."""
+        """Turn the records into rows, and warn if rows for measuring are also trained on."""
         args, run = self.args, self.run
         encode = partial(
             encode_records,
@@ -201,7 +202,7 @@ class FineTuning:
                 logger.warning("%s", warning)
 
     def train(self) -> None:
-        """Train the adapter, from the run's checkpoint if there is one, and save it."""
+        """Train the adapter, starting from the run's checkpoint if there is one, and save it."""
         args, run = self.args, self.run
         stream = GlobalBatchStream(self.train_rows, args.seed, run.global_batch)
         steps = run.plan(len(stream.samples))
@@ -237,7 +238,7 @@ class FineTuning:
         return model
 
     def _try_longest_prompt(self) -> None:
-        """Answer the longest test prompt: if generation can't work, it fails before training."""
+        """Answer the longest test prompt, so that failures of generation come before training."""
         lengths = list(self.test_rows["prompt_length"])
         row = self.test_rows[lengths.index(max(lengths))]
         prompt = row["input_ids"][: row["prompt_length"]]
@@ -245,7 +246,7 @@ class FineTuning:
         answers_of(self.adapted, [prompt], eos_token_id=ends, **vars(self.sampling))
 
     def _facts(self, stream: GlobalBatchStream, steps: int) -> dict[str, str]:
-        """Return {what: value} of the run, for its log and its card."""
+        """Return {what: value} about the run, for the log and the model card."""
         args, run = self.args, self.run
         block = self.sampling.block
         canvas, warnings = trained_canvas(stream, self.collator, args.gen_length, block)

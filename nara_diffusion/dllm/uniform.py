@@ -1,14 +1,14 @@
-"""Corruption of a canvas by uniform random tokens, as DiffusionGemma is trained.
+"""Corrupt a canvas with uniform random tokens, as in the training of DiffusionGemma.
 
     t ~ U(ε, 1) for each sample;  changed_j ~ Bernoulli(t) for each j of the canvas;  λ = t
     canvas_j = a token of the vocabulary, drawn uniformly, if changed_j; else the clean token
 
-An answer is split into blocks of `canvas_length` positions, its *canvases*; one of them is drawn
-for each sample. The prompt and the blocks before it stay clean. A drawn token may be the clean one,
-and nothing in the canvas says which tokens changed.
+An answer is split into blocks of `canvas_length` positions, its *canvases*. One canvas is drawn for
+each sample. The prompt and all earlier blocks stay clean. A drawn token may equal the clean token,
+and the canvas doesn't show which tokens changed.
 
-Random numbers depend only on (seed, index of the sample in the training stream), and drawn λ are
-stratified, both as in `masking`.
+As in `masking`, random numbers depend only on (seed, index of the sample in the training stream),
+and drawn λ are stratified.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ class CanvasBatch:
     Attributes:
         input_ids: (b, l) the clean tokens, padded on the right.
         answer: (b, l) bool, the positions of the answers.
-        places: (m,) indices into (b·l,) of the answers' positions, except in the first column.
-        starts: (b,) where each canvas starts in its row.
-        canvas: (b, c) corrupted tokens; what the decoder sees.
+        places: (m,) the answers' positions as indices into (b·l,), except in the first column.
+        starts: (b,) the start of each canvas in its row.
+        canvas: (b, c) the corrupted tokens, which the decoder sees.
         targets: (b, c) the clean tokens.
-        supervised: (b, c) bool, the positions inside the answer; only those count in the loss.
+        supervised: (b, c) bool, the positions inside the answer. Only these count in the loss.
         noise_level: (b,) float32, λ.
-        self_conditioned: (b,) bool, the samples with a second pass that sees the logits of the first;
-            None if there is only one pass.
+        self_conditioned: (b,) bool, the samples that see the logits of the first pass in the second
+            pass; None if there is only one pass.
     """
 
     input_ids: Tensor
@@ -79,23 +79,24 @@ def corrupt_canvases(
     window: NoiseWindow = EVERYTHING,
     self_conditioning: float = 0.5,
 ) -> CanvasBatch:
-    """Replace a share λ of one canvas of each answer by random tokens; see the equations above.
+    """Replace a share λ of one canvas of each answer with random tokens.
 
-    Positions of a canvas after the end of its answer always hold random tokens.
+    See the equations in the module's docstring. The positions of a canvas after the end of its
+    answer always hold random tokens.
 
     Args:
         input_ids: (b, l) clean tokens: prompt, answer, padding on the right.
-        prompt_lengths: (b,) tokens before the answer.
-        canvas_length: c, the positions of a block.
-        vocab_size: random tokens are drawn from 0 … vocab_size − 1.
-        answer_lengths: (b,) tokens of each answer; without them, answers end at l.
-        noise_level: λ in (0, 1], (b,) or one number; drawn if None.
-        generator, seed, sample_indices, group_size, window: as in `mask_answers`.
-        self_conditioning: the share of samples that are self-conditioned, in [0, 1]; 0 leaves the
-            first pass out.
+        prompt_lengths: (b,) the number of tokens before each answer.
+        canvas_length: c, the number of positions in a block.
+        vocab_size: the end of the range 0 … vocab_size − 1 that random tokens are drawn from.
+        answer_lengths: (b,) the number of tokens of each answer. By default answers end at l.
+        noise_level: λ in (0, 1], as (b,) or one number. None draws λ.
+        generator, seed, sample_indices, group_size, window: see `mask_answers`.
+        self_conditioning: the share of self-conditioned samples, in [0, 1]. With 0, there is no
+            first pass.
 
     Raises:
-        ValueError: as `mask_answers`.
+        ValueError: see `mask_answers`.
     """
     b, device = len(input_ids), input_ids.device
     on_host, _ = host_answers(input_ids, prompt_lengths, answer_lengths)  # (b, l)

@@ -43,7 +43,7 @@ class Reconstruction:
 
 @torch.no_grad()
 def reconstruct(vae: ModelMixin, samples: Sequence[TrainingSample]) -> Reconstruction:
-    """Encode and decode samples one by one, and log a warning if they change visibly."""
+    """Encode and decode samples one by one, and log a message if they change visibly."""
     images, ratios = [], []
     for sample in samples[:AT_MOST]:
         pixels = sample.pixel_values()
