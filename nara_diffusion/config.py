@@ -1,7 +1,7 @@
-"""`NaraConfig`: PEFT's LoraConfig plus the options of the noise-conditioned core.
+"""Extend PEFT's LoraConfig with the options of the noise-conditioned core.
 
-The last section lists what a strength over λ can't scale: the LoRA options that change the model
-outside of s · B · C(λ) · A.
+The last section lists the LoRA options that a strength over λ can't scale, because they change the
+model outside s · B · C(λ) · A.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _UNSET = (None, False, "none", [])
 
 
 class NaraPeftType(str, Enum):
-    """NaRA's entry among PEFT's types."""
+    """The entry for NaRA among PEFT's types."""
 
     NARA = "NARA"
 
@@ -57,49 +57,50 @@ class NaraPeftType(str, Enum):
 
 @dataclass
 class NaraConfig(LoraConfig):
-    """Configuration of NaRA: ΔW(λ) = s · B · C(λ) · A with C(λ) = I + η F(e(λ)).
+    """The configuration of NaRA, ΔW(λ) = s · B · C(λ) · A with C(λ) = I + η F(e(λ)).
 
     See section 4 of arXiv 2605.29716. All fields of `peft.LoraConfig` keep their meaning;
     `use_dora=True` is NaRA-DoRA. With `rank_pattern`, all layers share one core of the largest
     rank, and a layer of rank r' reads the leading block C(λ)[:r', :r'].
 
     Args:
-        core_type: how C is made. "hypernetwork" is NaRA. "constant" is NaRA-C: one learnable C,
-            without noise input. "identity" is plain LoRA: C = I; it needs no λ and can be merged.
-            "rank_mask" is T-LoRA: the noisier the input, the fewer of the r directions are on.
-            "bins" is Multi-LoRA: each bin of λ has its own r / core_bins directions. "knots"
+        core_type: the kind of core. "hypernetwork" is NaRA. "constant" is NaRA-C, with one
+            learnable C and no noise input. "identity" is plain LoRA with C = I, which needs no λ
+            and can be merged. "rank_mask" is T-LoRA, with fewer of the r directions on for noisier
+            inputs. "bins" is Multi-LoRA, with r / core_bins directions for each bin of λ. "knots"
             interpolates between learned matrices at core_knots values of λ (best with core_sharing
             "layer"). The name of a registered custom core is also accepted.
         core_scale: η in C = I + η F(e(λ)), greater than 0.
-        core_hidden_dims: widths of the hidden layers of the hypernetwork F.
-        core_init: how F is initialised. "zero_last": the last layer is zero, so C = I at step 0.
-            "zero_all": all layers are zero, and at first only the last bias receives a gradient.
-            "kaiming": C is not I at step 0.
+        core_hidden_dims: the widths of the hidden layers of the hypernetwork F.
+        core_init: the initialisation of F. With "zero_last", the last layer is zero, so C = I at
+            step 0. With "zero_all", all layers are zero, and at first only the last bias receives a
+            gradient. With "kaiming", C is not I at step 0.
         core_input: kept for files of version 0.1; only one choice is left.
-        core_sharing: which adapted modules share one F: all ("global"), those of one name such as
-            q_proj ("module_type"), or none ("layer").
-        noise_embedding: e(λ): frozen Gaussian Fourier features, a learnable Linear and SiLU, or λ.
-        noise_embedding_dim: width of e(λ); even for "fourier", unused by "raw".
-        fourier_scale: standard deviation of the Fourier frequencies, in radians per unit of λ.
-        rank_mask_min: for "rank_mask", the number of directions that stay on in pure noise; None
+        core_sharing: which adapted modules share one F, either all ("global"), all with the same
+            name such as q_proj ("module_type"), or none ("layer").
+        noise_embedding: the embedding e(λ), which is frozen Gaussian Fourier features ("fourier"),
+            a learnable Linear and SiLU ("mlp"), or λ itself ("raw").
+        noise_embedding_dim: the width of e(λ). It must be even for "fourier"; "raw" ignores it.
+        fourier_scale: the standard deviation of the Fourier frequencies, in radians per unit of λ.
+        rank_mask_min: for "rank_mask", the number of directions that stay on in pure noise. None
             means half of r.
-        lora_a_init: how A is initialised. "peft": as init_lora_weights says. "orthogonal": with
-            orthonormal rows, while B is zero, so that no direction repeats what a masked one has
-            learned (T-LoRA's idea).
-        core_knots: for "knots", their number, 2 or more, at equal distances from λ = 0 to λ = 1.
-        core_bins: for "bins", the number of equal bins of λ. It divides r, which they share.
+        lora_a_init: the initialisation of A. "peft" follows init_lora_weights. "orthogonal" makes
+            the rows of A orthonormal and B zero, so that no direction repeats what a masked
+            direction has learned (as in T-LoRA).
+        core_knots: for "knots", the number of knots, 2 or more, equally spaced from λ = 0 to λ = 1.
+        core_bins: for "bins", the number of equal bins of λ. It must divide r.
         mask_density_radius: kept for files of version 0.1; nothing reads it.
-        noise_convention: the name of λ's definition in training, such as "masked_share". A source
-            of λ with another name is refused. None means unknown.
-        noise_level_per: what had a λ of its own in training, a "sample" or a "part" of one (a
-            frame, a block). Training sets it; a forward with the other warns once. None means
-            unknown.
-        scheduler: class (`_class_name`) and configuration of the Diffusers scheduler that the
-            adapter was trained for, if it predicts something other than its base. None: as the
-            base.
-        few_steps: how an adapter for few steps is sampled: "num_inference_steps", "guidance_scale",
-            "timesteps", "timestep_spacing" and the line of code that sets its "scheduler". None: as
-            the base.
+        noise_convention: the name of the definition of λ in training, such as "masked_share". A
+            source of λ with another definition raises an error. None means unknown.
+        noise_level_per: whether training used one λ per "sample" or per "part" of a sample (a frame
+            or a block). Training sets this field. A forward of the other kind warns once. None
+            means unknown.
+        scheduler: the class (`_class_name`) and configuration of the Diffusers scheduler that the
+            adapter was trained for, if it predicts something other than its base does. None means
+            the prediction of the base.
+        few_steps: the sampling settings of a few-step adapter, which are "num_inference_steps",
+            "guidance_scale", "timesteps", "timestep_spacing" and the line of code that sets its
+            "scheduler". None means the settings of the base.
         strength: the strength of the update over λ, StrengthSchedule([(λ, strength), …]) or its
             points. None means 1.
         logit_bias_bins: for DiffusionGemma, with any core_type: the number of equal bins of λ with
@@ -169,7 +170,7 @@ class NaraConfig(LoraConfig):
         subfolder: str | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Load as PEFT's method does, but name the adapter's folder or repository in errors."""
+        """Load as PEFT's method does, and name the adapter's folder or repository in errors."""
         path = pretrained_model_name_or_path
         try:
             return super().from_pretrained(path, subfolder, **kwargs)  # type: ignore[arg-type]
@@ -180,13 +181,13 @@ class NaraConfig(LoraConfig):
             raise ValueError(f"The configuration in '{where}' is refused: {error}") from error
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Save as PEFT's method does, but with an atomic write of adapter_config.json."""
+        """Save as PEFT's method does, but write adapter_config.json atomically."""
         with atomic_write_files(Path(save_directory)) as partial:
             super().save_pretrained(str(partial), **kwargs)
 
     @property
     def reads_core(self) -> bool:
-        """True if the layers read a C, because it is not I or because a strength scales it."""
+        """Return whether the layers read C, because C is not I or because a strength scales it."""
         return self.core_type != "identity" or self.strength is not None
 
     def _refuse(self, name: str, reason: str) -> NoReturn:
@@ -319,7 +320,7 @@ def is_idle(name: str, value: object) -> bool:
 
 
 def changes_base(start: object) -> bool:
-    """Return True if `init_lora_weights` changes the base, to W − s·B·A or quantised weights."""
+    """Return whether `init_lora_weights` changes the base to W − s·B·A or to quantised weights."""
     return str(start).lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga"))
 
 

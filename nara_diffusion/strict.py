@@ -1,4 +1,4 @@
-"""An adapter's tensors: their names, and the strict check of names, shapes, dtypes and values.
+"""Convert the names of an adapter's tensors, and strictly check names, shapes, dtypes and values.
 
     in the model   …lora_A.{adapter}.weight     lora_core.cores.{adapter}.{group}.…
     in a file      …lora_A.weight               nara_core.{group}.…
@@ -6,9 +6,9 @@
 PEFT renames the factors; this file renames the cores.
 
 PEFT, Diffusers and Transformers ignore tensors with unexpected names, at most with a warning, and
-leave the layers at random values. Here a file is loaded whole or not at all: `check_tensors`
-compares it with the adapter before loading, and `check_loaded` does so after loading, for the
-adapter of any method.
+leave the layers at random values. In this package, a file is loaded completely or not at all.
+`check_tensors` compares the file with the adapter before loading. `check_loaded` compares them
+after loading, and works for adapters of any method.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _AS_IN_MODEL = (
 
 
 def is_core_key(key: str) -> bool:
-    """Return True if a name, in a file or a model, is that of a core's tensor.
+    """Return whether a name, in a file or a model, belongs to a core's tensor.
 
     Only a NaRA has such tensors.
     """
@@ -55,13 +55,13 @@ def is_core_key(key: str) -> bool:
 
 
 def with_names_in_files(tensors: Mapping[str, Tensor], adapter_name: str) -> dict[str, Tensor]:
-    """Return a model's `tensors`, with those of the core renamed as in files."""
+    """Return a model's `tensors`, with core tensors under the names that files use."""
     in_model = f"{HOLDER_NAME}.cores.{adapter_name}."
     return {key.replace(in_model, f"{NAME_IN_FILES}."): tensor for key, tensor in tensors.items()}
 
 
 def core_name_in_file(key: str, adapter_name: str) -> str | None:
-    """Return a core tensor's name in files; None if `key` isn't a core tensor of this adapter."""
+    """Return a core tensor's name in files, or None if `key` isn't a core tensor of this adapter."""
     prefix, holder, rest = key.rpartition(f"{HOLDER_NAME}.cores.{adapter_name}.")
     return f"{prefix}{NAME_IN_FILES}.{rest}" if holder else None
 
@@ -94,10 +94,10 @@ def with_model_names(
 def expected_tensors(
     model: nn.Module, selected: Mapping[str, Tensor], adapter_name: str
 ) -> dict[str, Tensor]:
-    """Return the tensors that a file of this adapter has to have, by their names in the model.
+    """Return the tensors that a file of this adapter must contain, by their names in the model.
 
     Args:
-        selected: the adapter's tensors without its cores, as PEFT would save them, each once.
+        selected: the tensors, without cores, that PEFT would save for the adapter, each once.
     """
     present = model.state_dict()
     expected = {}
@@ -111,7 +111,7 @@ def expected_tensors(
 
 
 def without_adapters(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
-    """Return the tensors with none of these adapter names in their keys."""
+    """Return the tensors without any that have one of these adapter names in their keys."""
     others = [f".{name}." for name in names]
     found = {}
     for key, tensor in tensors.items():
@@ -170,10 +170,10 @@ def without_second_biases(tensors: Mapping[str, Tensor], adapter_name: str) -> d
 
 
 def check_adapter_names(model: nn.Module, names: set[str]) -> None:
-    """Raise ValueError if one of several adapters is named like a part of a key.
+    """Raise ValueError if the name of one of several adapters is also a part of a key.
 
-    PEFT would then leave out tensors of that adapter, or of another one, when saving. With a single
-    adapter, it saves all tensors.
+    When saving, PEFT would then skip tensors of that adapter or of another. If there is only one
+    adapter, PEFT saves all tensors.
     """
     for key in model.state_dict():
         if not any(part in key for part in (".lora_", ".base_layer.", f"{HOLDER_NAME}.")):
@@ -203,7 +203,7 @@ def check_tensors(
 ) -> None:
     """Compare a file's tensors with those of the adapter that it is loaded into.
 
-    Both have the model's names. A core that is missing is never replaced by a fresh draw.
+    Both use the model's names. A missing core is an error and never stays at random values.
 
     Args:
         given: the file's tensors.
@@ -212,8 +212,8 @@ def check_tensors(
             `modules_to_save`. None means `expected`.
 
     Raises:
-        ValueError: a tensor is missing, unknown, misshapen or not finite, has integers where the
-            model has real numbers, or belongs to a core and is not float32.
+        ValueError: a tensor is missing, unknown or not finite, has a wrong shape, contains integers
+            although the model has real numbers, or belongs to a core and is not float32.
     """
     known = expected if known is None else known
     if missing := _absent(expected, given):
@@ -232,7 +232,7 @@ def _absent(wanted: Iterable[str], present: Mapping[str, object]) -> list[str]:
 
 
 def _check_tensor(key: str, tensor: object, like: Tensor, has_shape: bool) -> None:
-    """Compare one tensor of a file with the model's; compare shapes if `has_shape`."""
+    """Compare one tensor of a file with the model's, including shapes if `has_shape`."""
     if not isinstance(tensor, Tensor):
         raise _wrong_kind(key, type(tensor).__name__, like)
     if tensor.is_complex() or tensor.is_floating_point() != like.is_floating_point():
@@ -262,7 +262,7 @@ def _wrong_kind(key: str, kind: object, like: Tensor) -> ValueError:
 
 
 def _has_rank_of(key: str, tensor: Tensor, like: Tensor) -> bool:
-    """Return True if a factor has the right rank, so that only the base's layer size differs."""
+    """Return whether a factor has the right rank, so only the size of the base's layer differs."""
     kind = key.partition(".lora_")[2]
     axis_of_rank = 0 if "A" in kind else 1
     if not kind or tensor.dim() != like.dim() or like.dim() < 2:
@@ -273,7 +273,7 @@ def _has_rank_of(key: str, tensor: Tensor, like: Tensor) -> bool:
 def _check_core_precision(key: str, tensor: Tensor, like: Tensor, where: str, remedy: str) -> None:
     """Raise ValueError if a core's tensor is not float32, or if its integers have another dtype.
 
-    Converting a rounded tensor back to float32 does not restore it.
+    Converting a rounded tensor back to float32 would not restore its values.
     """
     expected = torch.float32 if like.is_floating_point() else like.dtype
     if tensor.dtype != expected:
@@ -293,8 +293,8 @@ def check_loaded(
 
     Args:
         model: a PeftModel, or a model with adapters from `inject_adapter_in_model`.
-        tensors: under PEFT's names, with or without its prefix.
-        origin: the file, for messages.
+        tensors: the file's tensors under PEFT's names, with or without its prefix.
+        origin: the name of the file in error messages.
 
     Raises:
         ValueError: a tensor is not in the model, or the model has one that is not in the file.
@@ -334,7 +334,7 @@ _configuration_is_kept: ContextVar[bool] = ContextVar("nara_configuration_is_kep
 
 @contextmanager
 def beside_configuration() -> Iterator[None]:
-    """Make `check_keeps_configuration` accept any model: the caller saves the configuration."""
+    """Make `check_keeps_configuration` accept any model, since the caller saves the configuration."""
     token = _configuration_is_kept.set(True)
     try:
         yield
@@ -345,7 +345,8 @@ def beside_configuration() -> Iterator[None]:
 def check_keeps_configuration(model: nn.Module, adapter_name: str) -> None:
     """Raise ValueError if the tensors of a NaRA are collected from a Diffusers model.
 
-    Diffusers' `save_lora_weights` and `save_lora_adapter` write no configuration to load it with.
+    `save_lora_weights` and `save_lora_adapter` in Diffusers do not write the configuration that is
+    needed to load a NaRA.
     """
     original = type(model._modules.get("_orig_mod", model))
     is_of_diffusers = any(kind.__name__ == "ModelMixin" for kind in original.__mro__)

@@ -1,10 +1,10 @@
-"""Extend other libraries: add three methods to pipelines, and replace five functions.
+"""Extend other libraries by adding three methods to pipelines and replacing five functions.
 
-For a model or file without NaRA, each of the five calls the library's own function. Without the
-replacement, that function
+For a model or file without NaRA, each replacement calls the library's own function. Without the
+replacement, the library's function
 
-PEFT           PeftModel.from_pretrained       would leave a refused NaRA on the base, half loaded
-               PeftModel.load_adapter          would do the same, beside other adapters
+PEFT           PeftModel.from_pretrained       would leave a partly loaded NaRA after an error
+               PeftModel.load_adapter          would do the same
 Transformers   PeftAdapterMixin.load_adapter   would read only A and B, and leave the core random
 Diffusers      LoraBaseMixin.set_adapters      would accept numbers, but no StrengthSchedule
                lora_base._get_model_file       would load a NaRA's file as a LoRA, without the core
@@ -53,7 +53,7 @@ _HUB = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "forc
 
 
 def extend_pipelines(*methods: Callable[..., Any]) -> None:
-    """Add `methods` to the two base classes of Diffusers' pipelines as soon as these exist.
+    """Add `methods` to the two base classes of Diffusers' pipelines once the classes are defined.
 
     Importing the classes here would take ten times as long as importing this package, and training
     on text does not need them.
@@ -74,7 +74,7 @@ def extend_pipelines(*methods: Callable[..., Any]) -> None:
 
 
 def wrap_other_libraries() -> None:
-    """Replace the five functions; safe to repeat."""
+    """Replace the five functions. Repeating is safe."""
     _around(PeftModel, "from_pretrained", _from_pretrained)
     _around(PeftModel, "load_adapter", _load_adapter)
     _around(TransformersAdapterMixin, "load_adapter", _load_into_transformers)
@@ -258,7 +258,7 @@ def _check_not_compiled(part: str, model: nn.Module) -> None:
 
 
 def _check_weight(part: str, weight: _Weight) -> None:
-    """Raise ValueError if `weight`, for the component `part`, has an unusable schedule."""
+    """Raise ValueError if the `weight` for component `part` contains an unusable schedule."""
     is_schedule = isinstance(weight, StrengthSchedule)
     if not _holds_schedule(weight) or (is_schedule and not part.startswith(TEXT_ENCODER)):
         return
@@ -278,7 +278,7 @@ def _holds_schedule(weight: _Weight) -> bool:
 
 
 def _numbers(weights: _Weight) -> _Weight:
-    """Return the weights with 1 in place of each schedule."""
+    """Return the weights with each schedule replaced by 1."""
     if isinstance(weights, Mapping):
         return {key: _numbers(weight) for key, weight in weights.items()}
     if isinstance(weights, list):

@@ -1,4 +1,4 @@
-"""Short trainings that measure what λ is worth to an adapter (`nara-check`, docs/check.md)."""
+"""Run short trainings to measure whether λ helps an adapter (`nara-check`, docs/check.md)."""
 
 from .trials import CheckTask, Repeat, published, trials
 from .verdict import THRESHOLDS, Verdict, decide, judge

@@ -88,9 +88,9 @@ def check(model: str, data: str, flags: Sequence[str]) -> dict[str, Any]:
     """Check the training of `model` on `data`, and return the content of check.json.
 
     Args:
-        model: folder or repository of the model.
+        model: the folder or repository of the model.
         data: a folder of images, or a file of records.
-        flags: further words of the command line.
+        flags: the remaining command-line arguments.
 
     Raises:
         ValueError: `data` is neither a file nor a folder.
@@ -117,7 +117,7 @@ def check(model: str, data: str, flags: Sequence[str]) -> dict[str, Any]:
 
 
 def check_run(args: Arguments | DreamBoothArguments) -> dict[str, Any]:
-    """Check the training in a train script's arguments. Return the content of check.json."""
+    """Run the check for a train script's arguments, and return the content of check.json."""
     if isinstance(args, DreamBoothArguments):
         with start_run(args, "dreambooth", write_checkpoint) as run:
             return check_images(dreambooth_train.FineTuning(args, run))
@@ -129,10 +129,10 @@ def check_run(args: Arguments | DreamBoothArguments) -> dict[str, Any]:
 
 
 def check_text(tuning: dllm_train.FineTuning) -> dict[str, Any]:
-    """Check a training on texts. Return the content of check.json.
+    """Check a training on texts, and return the content of check.json.
 
     Args:
-        tuning: the training; its backbone has no adapter yet.
+        tuning: the training, with a backbone that has no adapter yet.
     """
     args = published(tuning.args)
     backbone = Backbone(tuning.backbone)
@@ -169,10 +169,10 @@ def text_loss(
     rows: Dataset,
     digits: Sequence[int] | None = None,
 ) -> Loss:
-    """Return the loss of `model` on rows, given their positions in the stream of samples.
+    """Return a function that computes the loss of `model` at positions in the stream of samples.
 
     Args:
-        digits: the tokens of 0 … 9, to put λ as a digit at the end of each prompt; None puts none.
+        digits: the tokens of 0 … 9, to append λ as a digit to each prompt. None appends nothing.
     """
     device = tuning.run.accelerator.device
     backbone = Backbone(model)
@@ -197,10 +197,10 @@ def text_loss(
 
 
 def check_images(tuning: dreambooth_train.FineTuning) -> dict[str, Any]:
-    """Check a training on images. Return the content of check.json.
+    """Check a training on images, and return the content of check.json.
 
     Args:
-        tuning: the training; its pipeline has no adapter yet.
+        tuning: the training, with a pipeline that has no adapter yet.
     """
     args, pipe, step = published(tuning.args), tuning.pipe, tuning.step
     config = nara_config(args, step.objective.source.convention)
@@ -232,7 +232,7 @@ def check_images(tuning: dreambooth_train.FineTuning) -> dict[str, Any]:
 
 
 def image_loss(step: TrainingStep, images: DreamBoothDataset) -> Loss:
-    """Return the loss of `step` on the instances at the given positions of `images`."""
+    """Return a function that computes the loss of `step` at given positions in `images`."""
 
     def loss(positions: Sequence[int]) -> DreamBoothLoss:
         items = []

@@ -1,17 +1,17 @@
-"""Train NaRA and other adapters briefly, to show what λ is worth.
+"""Train NaRA and other adapters briefly, to measure how much λ helps.
 
     base     the model without an adapter; it isn't trained
     lora     NaRA with a core that stays at C = I
     untold   NaRA with λ = 0.5 for every sample, in training and in measurement
-    time     a LoRA of NaRA's layers and of those that read the timestep, if the model has them
-    token    a LoRA of NaRA's layers, and the digit ⌊10 λ⌋ at the end of the prompt, if it fits
+    time     a LoRA on NaRA's layers and on the layers that read the timestep, if there are any
+    token    a LoRA on NaRA's layers, and the digit ⌊10 λ⌋ at the end of the prompt, if it fits
     nara     NaRA
 
-`time` and `token` are cheap ways to give the model λ. Their rank gives them about NaRA's number of
-parameters. The others start from the same A, with B = 0. All see the same samples at the same noise
-levels with the same noise, through the training's own loss, optimizer and learning rates. A core
-may speed up a training without knowing λ, so only NaRA's gain over `untold` is due to λ. Each
-repeat draws A, core, samples, noise and held-out samples anew.
+`time` and `token` are cheap ways to give the model λ. Their rank is chosen so that they have about
+as many parameters as NaRA. The others start from the same A, with B = 0. All see the same samples
+at the same noise levels with the same noise, and use the training's own loss, optimizer and
+learning rates. A core may speed up a training without knowing λ, so only NaRA's gain over `untold`
+is due to λ. In each repeat, A, core, samples, noise and held-out samples are drawn anew.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
 @dataclass(frozen=True)
 class CheckTask:
-    """The parts of a training that the check runs, and how many steps and samples it takes."""
+    """The parts of a training to check, and the number of steps and samples that the check uses."""
 
     model: nn.Module  # with NaRA as in `published`, perhaps a LoRA `CHEAP`; else frozen
     config: NaraConfig  # the configuration of that NaRA
@@ -82,7 +82,7 @@ class CheckTask:
 
     @property
     def arms(self) -> list[str]:
-        """The arms of this task."""
+        """Return the arms of this task."""
         cheap = None
         if self.with_token:
             cheap = "token"
@@ -101,8 +101,8 @@ class Repeat(NamedTuple):
 def published(args: Arguments) -> Arguments:
     """Return a copy of a train script's arguments for the check.
 
-    The published NaRA of the same rank, scale and targets replaces their adapter, and the schedule
-    is that of a short training.
+    In the copy, the adapter is the published NaRA of the same rank, scale and targets, and the
+    schedule is that of a short training.
     """
     kept = (
         "use_rslora",
@@ -143,7 +143,7 @@ def trials(task: CheckTask, progress: bool = True) -> Iterator[Repeat]:
 
 
 def restart(task: CheckTask, number: int, adapter: str = ADAPTER) -> None:
-    """Activate `adapter` with B = 0 and C = I, A and cores drawn from seed and `number`."""
+    """Activate `adapter` with B = 0, C = I, and A and cores drawn from the seed and `number`."""
     torch.manual_seed(task.args.seed * 1_000_003 + number)
     for layer in task.model.modules():
         if isinstance(layer, LoraLayer):
@@ -205,7 +205,7 @@ def _measure(task: CheckTask, held_out: Loss, positions: range) -> tuple[Tensor,
 
 
 def chunks(positions: range, size: int) -> list[range]:
-    """Return `positions` in parts of `size`; the last may be shorter."""
+    """Return `positions` in chunks of `size`. The last chunk may be shorter."""
     return [positions[start : start + size] for start in range(0, len(positions), size)]
 
 
@@ -220,7 +220,7 @@ def nara_config(args: TrainingArguments, noise_convention: str, **fields: Any) -
 
 
 def add_cheap(model: nn.Module, config: NaraConfig, further: Sequence[str] = ()) -> None:
-    """Add the LoRA `CHEAP`, with about NaRA's number of parameters, to a model with a NaRA.
+    """Add the LoRA `CHEAP`, with about as many parameters as NaRA, to a model with a NaRA.
 
     Args:
         model: the model with NaRA.

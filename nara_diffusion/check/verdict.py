@@ -1,9 +1,9 @@
-"""Decide whether λ is likely to pay, and with what adapter (rules: docs/check.md).
+"""Decide whether λ is likely to help, and with which adapter (see docs/check.md for the rules).
 
     d_k = mean over bins of λ of  (ℓ − ℓ') / max(ℓ, ℓ')        in repeat k
 
-ℓ is the mean loss of an arm on the held-out samples in a bin, ℓ' that of another arm. d lies
-between −1 and 1, so that one failed training doesn't decide the result. Its 95 % interval is
+ℓ is the mean loss of one arm on the held-out samples in a bin, and ℓ' is that of another arm. d
+lies between −1 and 1, so one failed training doesn't decide the result. The 95 % interval of d uses
 Student's t over the repeats.
 """
 
@@ -46,7 +46,7 @@ fewest   the least number of repeats for a verdict
 
 
 class Verdict(NamedTuple):
-    """The result of the check: whether λ is likely to pay, and how to give it to an adapter."""
+    """The result of the check, whether λ is likely to help and how to give it to an adapter."""
 
     answer: str  # LIKELY, UNLIKELY or UNKNOWN
     reason: str  # what to do, and the numbers
@@ -69,7 +69,7 @@ def decide(task: CheckTask, progress: bool) -> tuple[list[Repeat], Verdict]:
 
 
 def time_left(seconds: float, repeats: int) -> str:
-    """Return a line about the time left; the first of at most `repeats` took `seconds`."""
+    """Return a line about the time left if the first of at most `repeats` took `seconds`."""
     least = (THRESHOLDS["fewest"] - 1) * seconds
     most = (repeats - 1) * seconds
     return (
@@ -153,12 +153,12 @@ def _excludes_a_gain(difference: Interval) -> bool:
 
 
 def is_below(difference: Interval) -> bool:
-    """Return True if a loss is lower: its interval is below zero and its mean pays."""
+    """Return whether a loss is lower, with an interval below zero and a mean gain that pays."""
     return difference.high < 0 and difference.mean <= -THRESHOLDS["pays"]
 
 
 def differences(repeats: Sequence[Repeat]) -> dict[str, dict[str, Interval]]:
-    """Return {arm: {other: d}} of NaRA against all others, and of the cheap way against LoRA."""
+    """Return {arm: {other: d}} for NaRA against all others, and for the cheap way against LoRA."""
     means = bin_means(repeats)
     cheap = [arm for arm in WAYS if arm in means]
     pairs = {"nara": ["lora", "untold", *cheap]}
@@ -171,9 +171,9 @@ def differences(repeats: Sequence[Repeat]) -> dict[str, dict[str, Interval]]:
 
 
 def relative_difference(means: Tensor, others: Tensor) -> Interval:
-    """Return mean and interval of d, from the means (repeats, BINS) of two arms.
+    """Return the mean and interval of d from the mean losses (repeats, BINS) of two arms.
 
-    d is 0 in bins where both means are only rounding errors.
+    In bins with means that are only rounding errors, d is 0.
     """
     larger = torch.maximum(means, others)
     relative = ((means - others) / larger).masked_fill(larger <= 1e-10, 0.0)

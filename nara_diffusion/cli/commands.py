@@ -162,7 +162,7 @@ def _draw(file: AdapterFile, path: Path, points: int) -> None:
 def core_curves(part: AdapterPart, levels: Tensor) -> tuple[Tensor, Tensor]:
     """Return ‖C − I‖ / ‖I‖ (g, n) and C's singular values (g, n, r), of g cores at λ (n,).
 
-    r is the largest rank; a core of a lower rank has NaN in place of the missing values.
+    r is the largest rank. For a core of lower rank, the missing values are NaN.
     """
     cores = cores_of(part)
     matrices = []

@@ -55,7 +55,7 @@ def fold(args: Namespace) -> str:
 def _described(
     loras: Mapping[str, PlainLora], adapters: Mapping[str, Adapter], noise_level: float | str
 ) -> str:
-    """Return the number of modules, and what the LoRA is at `noise_level`, in words."""
+    """Return text with the number of modules and a description of the LoRA at `noise_level`."""
     modules = sum(len(lora.layers) for lora in loras.values())
     if not isinstance(noise_level, float):
         errors = [lora.error.worst_update for lora in loras.values() if lora.error is not None]

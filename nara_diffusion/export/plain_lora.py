@@ -195,7 +195,7 @@ def _layer(config: LoraConfig, name: str, own: Mapping[str, Tensor]) -> PlainLor
 
 
 def others_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the other tensors, such as trained biases, tokens and modules, without cores."""
+    """Return the tensors that are neither factors nor cores, such as biases and tokens."""
     found = {}
     for key, tensor in tensors.items():
         if ".lora_" not in key and not is_core_key(key):

@@ -33,9 +33,10 @@ HELP = ("-h", "--help")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run lm-eval's command on `argv`; None takes the program's own arguments.
+    """Run lm-eval's command on `argv`, or on the program's own arguments if None.
 
-    A user's error ends it with a message; LMEVAL_LOG_LEVEL=DEBUG shows the traceback.
+    If the user makes an error, the program exits with a message. LMEVAL_LOG_LEVEL=DEBUG shows the
+    traceback.
     """
     try:
         from lm_eval._cli import HarnessCLI
@@ -64,9 +65,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def adjusted(args: argparse.Namespace) -> argparse.Namespace:
-    """Add what no flag says: the settings of --config, this package's tasks, model and device.
+    """Add the settings of --config, and this package's tasks and default model and device.
 
-    Flags win. --model_args and --gen_kwargs replace single entries of the file's.
+    Flags take precedence. --model_args and --gen_kwargs replace only the entries that they name.
 
     Raises:
         ValueError, OSError: see `read_config`.
@@ -98,7 +99,7 @@ def read_config(config: str) -> dict[str, Any]:
     """Return the settings of the file `config`, or of the preset with that name.
 
     Raises:
-        ValueError, OSError: there is neither, or the file can't be read.
+        ValueError, OSError: there is no such file or preset, or the file can't be read.
     """
     from lm_eval.config.evaluate_config import EvaluatorConfig
 

@@ -1,4 +1,4 @@
-"""The model that lm-eval measures: loading it with its adapter, and the length of its texts."""
+"""Load the model that lm-eval measures, with its adapter, and choose its maximum text length."""
 
 from __future__ import annotations
 
@@ -25,8 +25,10 @@ def load_adapted(
     peft_revision: str | None = None,
     **backbone: Any,
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """Return the model in evaluation mode on its device, with its adapter active; and its
-    tokenizer."""
+    """Return the model with its active adapter, and its tokenizer.
+
+    The model is on its device and in evaluation mode.
+    """
     if pretrained is None and peft is None:
         raise ValueError(
             "--model_args names no model: pretrained=FOLDER_OR_REPOSITORY, or peft=ADAPTER, or both"
@@ -52,7 +54,7 @@ def load_adapted(
 
 
 def checked_max_length(given: int | None, limit: int | None) -> int:
-    """Return max_length: as `given`, or the model's limit of positions."""
+    """Return max_length, which is `given` or, if None, the model's limit of positions."""
     if limit is None and given is None:
         raise ValueError(
             "the model's configuration has no limit of positions: add max_length=N to --model_args"

@@ -1,12 +1,12 @@
-"""lm-eval's interface to a masked-diffusion language model, with or without an adapter.
+"""Implement lm-eval's interface for a masked-diffusion model, with or without an adapter.
 
-    generate_until   answers by `nara_diffusion.dllm.generate`
-    loglikelihood    the bound of `nara_diffusion.dllm.log_likelihood`, and whether greedy sampling
-                     gives the text
+    generate_until   answers from `nara_diffusion.dllm.generate`
+    loglikelihood    the bound from `nara_diffusion.dllm.log_likelihood`, and whether greedy
+                     sampling gives the text
 
-λ is the masked share of the answer; those functions set it in each forward for each sample.
-Requests are sorted by length; a result doesn't depend on the other requests of its batch. Under
-`accelerate launch` each process has the whole model and a part of the requests.
+λ is the masked share of the answer. These two functions set λ in each forward for each sample.
+Requests are sorted by length. A result doesn't depend on the other requests in its batch. Under
+`accelerate launch`, each process has the whole model and a part of the requests.
 """
 
 from __future__ import annotations
@@ -51,28 +51,30 @@ Pair = tuple[list[int], list[int]]
 
 
 class NaraDLLM(LM):
-    """`--model nara_dllm`.
+    """The lm-eval model `--model nara_dllm`.
 
     Args (--model_args):
-        pretrained: folder or repository of the model; by default, the one that the adapter names.
-        peft, peft_revision: folder or repository of any adapter that PEFT loads, such as a NaRA.
-        batch_size: sequences of one forward, at least 1; also by --batch_size.
-        max_length: tokens of prompt and answer together; longer prompts lose their start. Default:
-            the model's limit.
-        samples: number of random masks that estimate a likelihood, at least 1; answers with no more
-            possible masks are scored exactly.
-        seed: the seed of those masks.
-        cfg_scale: classifier-free guidance in likelihoods; for answers it belongs to --gen_kwargs.
-        greedy: True also checks in loglikelihood if greedy sampling gives the text, which costs one
-            forward for each token; some tasks report it (LAMBADA's acc), most don't.
-        device: of the model, unless there is a device_map.
-        **backbone: further arguments of `load_backbone`: dtype, load_in_8bit, load_in_4bit,
-            mask_token, revision, attn_implementation, device_map, ….
+        pretrained: the folder or repository of the model. By default, the adapter names it.
+        peft, peft_revision: the folder or repository of any adapter that PEFT loads, such as a
+            NaRA, and its revision.
+        batch_size: the number of sequences in one forward, at least 1. --batch_size also sets it.
+        max_length: the number of tokens in prompt and answer together. Longer prompts lose their
+            start. The default is the model's limit.
+        samples: the number of random masks for estimating a likelihood, at least 1. Answers with at
+            most this many possible masks are scored exactly.
+        seed: the seed for these masks.
+        cfg_scale: the classifier-free guidance scale for likelihoods. For answers, set it with
+            --gen_kwargs.
+        greedy: whether loglikelihood also checks if greedy sampling gives the text. This costs one
+            forward for each token. Some tasks report it (LAMBADA's acc), but most don't.
+        device: the device of the model, unless there is a device_map.
+        **backbone: further arguments of `load_backbone`, such as dtype, load_in_8bit, load_in_4bit,
+            mask_token, revision, attn_implementation and device_map.
 
     Raises:
-        ValueError: neither `pretrained` nor `peft`; batch_size="auto"; sampler settings, which
-            belong to --gen_kwargs; a max_length beyond the model's positions; see also
-            `load_backbone`.
+        ValueError: neither `pretrained` nor `peft` is given; batch_size is "auto"; the arguments
+            include sampler settings, which belong in --gen_kwargs; max_length exceeds the model's
+            positions; or `load_backbone` raises an error.
     """
 
     def __init__(
@@ -123,7 +125,7 @@ class NaraDLLM(LM):
     def create_from_arg_obj(
         cls, arg_dict: Mapping[str, Any], additional_config: Mapping[str, Any] | None = None
     ) -> NaraDLLM:
-        """Create it from --model_args and lm-eval's other flags; --model_args win."""
+        """Create the model from --model_args, which take precedence, and lm-eval's other flags."""
         arguments: dict[str, Any] = {}
         for name, value in (additional_config or {}).items():
             if value is not None:
@@ -133,21 +135,20 @@ class NaraDLLM(LM):
     # ---------------------------------------------------------------- prompts
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """Return the template that --apply_chat_template uses; `ALPACA` if the tokenizer has
-        none."""
+        """Return the template for --apply_chat_template, or `ALPACA` if the tokenizer has none."""
         self.has_template = bool(chat_template)
         return str(self.tokenizer.chat_template or ALPACA) if self.has_template else None
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """Return the conversation as text, in the form that training used."""
+        """Return the conversation as text, in the form used in training."""
         self.has_template = True
         return templated(self.tokenizer, chat_history, add_generation_prompt=add_generation_prompt)
 
     @property
     def tokenizer_name(self) -> str:
-        """The key of lm-eval's cache of prompts."""
+        """Return the key for lm-eval's cache of prompts."""
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def _opened(self, prompt: list[int]) -> list[int]:
@@ -158,7 +159,7 @@ class NaraDLLM(LM):
     # ---------------------------------------------------------------- generation
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """Return an answer to each request: the text before an end token and any of its `until`."""
+        """Return an answer to each request, up to an end token or any of the request's `until`."""
         prompts, settings, rooms = [], [], []
         for request in requests:
             given: Any = request.args
@@ -203,7 +204,7 @@ class NaraDLLM(LM):
     # ---------------------------------------------------------------- likelihood
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """Return (log-likelihood in nats, whether greedy sampling gives it) of each continuation.
+        """Return each continuation's log-likelihood in nats, and if greedy sampling gives it.
 
         Raises:
             ValueError: a continuation is longer than `max_length`.

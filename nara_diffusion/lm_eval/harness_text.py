@@ -1,6 +1,6 @@
-"""Requests of lm-eval: their texts as token ids, and their gen_kwargs as arguments of `generate`.
+"""Convert lm-eval's requests to token ids and to arguments of `generate`.
 
-Texts become token ids as in training.
+Texts are tokenised in the same way as in training.
 """
 
 from __future__ import annotations
@@ -30,15 +30,14 @@ _QUESTION = "QUESTION"  # a text that no template has after the user's
 
 
 def read_gen_kwargs(gen_kwargs: Mapping[str, Any]) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """Return the texts that end an answer, and the arguments of `generate`, of a request.
+    """Return the texts that end a request's answer, and the arguments for `generate`.
 
-    `gen_length` is 256 unless it or one of lm-eval's names for it is given. `temperature` counts
-    unless do_sample is false, as in lm-eval's own models. The other settings are those of
-    `generate`.
+    `gen_length` is 256 unless it is given by this name or by one of lm-eval's names for it. As in
+    lm-eval's own models, `temperature` is used unless do_sample is false. The other settings are
+    those of `generate`.
 
     Raises:
-        ValueError: a setting that the masked-diffusion sampler doesn't have, or a value that it
-            refuses.
+        ValueError: the masked-diffusion sampler doesn't have a setting, or a value is invalid.
     """
     given = {name: value for name, value in gen_kwargs.items() if value is not None}
     until = given.pop("until", [])
@@ -70,11 +69,12 @@ def templated(
 ) -> str:
     """Return a conversation as the text that the model continues.
 
-    The tokenizer's chat template writes it. Without one, each turn of the user has Alpaca's form,
-    after the system message. Both are as in `nara_diffusion.dllm.encode_records`.
+    The text comes from the tokenizer's chat template. If there is no template, each user turn has
+    Alpaca's form and follows the system message. `nara_diffusion.dllm.encode_records` does the
+    same.
 
     Args:
-        history: messages {role, content}.
+        history: the messages, as dicts with role and content.
         add_generation_prompt: False if the last message is the beginning of the assistant's answer.
 
     Raises:
@@ -92,10 +92,10 @@ def templated(
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, has_template: bool) -> list[int]:
-    """Return a prompt's token ids, with the special tokens that open it, not those that close it.
+    """Return a prompt's token ids, with opening but without closing special tokens.
 
-    A text from a chat template, or one that begins with the BOS token, has its special tokens
-    already; none are added.
+    A text that comes from a chat template or begins with the BOS token already has its special
+    tokens, so none are added.
     """
     is_open = tokenizer.bos_token is not None and text.startswith(str(tokenizer.bos_token))
     if is_open or (has_template and tokenizer.chat_template):
@@ -109,10 +109,10 @@ def encode_pair(
 ) -> tuple[list[int], list[int]]:
     """Return the token ids of a prompt and of its answer.
 
-    Under a template, the prompt ends with the template, and the answer is encoded separately, as in
-    training. Without one, both together are the ids of the whole text. Spaces at the end of the
-    context, or of the start of the answer in it, belong to the continuation, as in most
-    vocabularies.
+    With a template, the prompt ends where the template ends, and the answer is encoded separately,
+    as in training. Without a template, the two lists together are the ids of the whole text. Spaces
+    at the end of the context, or of the start of the answer in it, go to the continuation, because
+    most vocabularies join a space to the next word.
 
     Raises:
         ValueError: the continuation has no token of its own.

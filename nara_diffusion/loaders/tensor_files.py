@@ -225,7 +225,7 @@ def save_tensors(
     """Write a safetensors file completely or not at all, with safetensors' `save_file`.
 
     Raises:
-        OSError: the disk is full or the file can't be written. The message names file and cause.
+        OSError: the disk is full or the file can't be written. The message names file and reason.
     """
     save = save_function or save_file
     contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
