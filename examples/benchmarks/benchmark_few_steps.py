@@ -50,7 +50,8 @@ PLAN = yaml.safe_load((Path(__file__).parent / "few_steps.yaml").read_text(encod
 CONFIGS = ROOT / "train_scripts" / "configs"
 MEASURES = ("score", "end", "similarity", "alignment")
 NO_FLAGS = ("grid", "rates_of", "targets")
-COLUMNS = ("arm", "parameters", *MEASURES, "seconds a step")
+COMPARED = ("score", "similarity")
+COLUMNS = ("arm", "parameters", *MEASURES)
 TEACHER = "teacher"
 WIDTHS = ("narrow", "wide")
 MARKS = {"b_learning_rate": "lora_B", "magnitude_learning_rate": "lora_magnitude_vector"}
@@ -132,26 +133,25 @@ class Trial(Distillation):
         """The base's figures with each sampler, number of calls and guidance."""
         loss, self.errors = self._losses()
         evaluation, held_out = self._evaluation(loss.prompts), self.errors.loss
-        sampler = self.sampling_pipe.scheduler
+        pipe: Any = self.sampling_pipe
+        sampler = pipe.scheduler
         keep(pictures, TEACHER, evaluation.references)
         for name, (calls, choices) in itertools.product(PLAN["samplers"], PLAN["calls"].items()):
             kind = getattr(diffusers, PLAN["samplers"][name])
             for steps, guidance in choices:
                 options = {"timestep_spacing": "trailing"} | ({"clip_sample": False} if name == "DDIM" else {})
-                self.sampling_pipe.scheduler = kind.from_config(sampler.config, **options)
+                pipe.scheduler = kind.from_config(sampler.config, **options)
                 how = {"num_inference_steps": steps, "guidance_scale": guidance}
                 settings = replace(evaluation.settings, call=evaluation.settings.call | how)
                 shown = replace(evaluation, settings=settings).measure(None, "base")
                 guided = ", guidance" if guidance > 1 else ""
                 keep(pictures, f"{name}, {steps} steps{guided}", shown.images)
                 call = settings.call | {"output_type": "latent"}
-                ends = self.sampling_pipe(
-                    prompt=list(held_out.prompts), latents=held_out.trajectories[:, 0].clone(), **call
-                ).images
+                ends = pipe(prompt=list(held_out.prompts), latents=held_out.trajectories[:, 0].clone(), **call).images
                 figures = {"end": (ends - held_out.trajectories[:, -1]).square().mean().item()}
                 figures |= {"similarity": shown.similarity, "alignment": shown.text_alignment}
                 yield {"arm": name, "calls": calls, "guidance": guidance, **figures}
-        self.sampling_pipe.scheduler = sampler
+        pipe.scheduler = sampler
 
 
 @contextmanager
@@ -184,7 +184,7 @@ def flags(title: str, width: str) -> dict[str, Any]:
 def run(
     base: str, title: str, width: str, seed: int, rates: Mapping[str, float], steps: int, pictures: Path | None = None
 ) -> dict[str, Any]:
-    """Distil by one arm, and return its figures. The processor's seconds are those of the training."""
+    """Distil by one arm, and return its figures. The time has that of the teacher, if the run made its samples."""
     given = {name: rate for name, rate in rates.items() if name not in MARKS}
     others = {name: rate for name, rate in rates.items() if name in MARKS}
     with started(base, seed, flags(title, width) | given, steps) as trial, own_rates(others):
@@ -210,12 +210,13 @@ def keep(folder: Path | None, title: str, images: Sequence[Image.Image]) -> None
 def draw(folder: Path) -> None:
     """Write `folder`.png, with the columns in `folder` in the order of their making, the teacher first."""
     first = sorted(folder.glob("*-0.png"), key=lambda file: file.stat().st_mtime)
-    titles = [file.stem.removesuffix("-0") for file in first]
-    columns = {}
-    for title in sorted(titles, key=lambda each: each != TEACHER):
-        files = sorted(folder.glob(f"{title}-?.png"))
-        columns[title] = [Image.open(file).convert("RGB") for file in files]
+    titles = sorted((file.stem.removesuffix("-0") for file in first), key=lambda title: title != TEACHER)
     settings = yaml.safe_load((CONFIGS / "sdxl_tiny_4_steps.yaml").read_text(encoding="utf-8"))
+    columns = {}
+    for title in titles:
+        count = len(list(folder.glob(f"{title}-*.png")))
+        numbers = range(0, count, count // len(settings["validation_prompts"]))  # the first one of each prompt
+        columns[title] = [Image.open(folder / f"{title}-{number}.png").convert("RGB") for number in numbers]
     write_grid(folder.with_suffix(".png"), settings["validation_prompts"], columns)
 
 
@@ -245,7 +246,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--report", action="store_true", help="print what the records say, and end")
     args = parser.parse_args(argv)
     if args.report:
-        print(report(results.read(args.output)))
+        print(base_report(results.read(args.output)), report(results.read(args.output)), sep="\n\n")
         if args.pictures:
             draw(args.pictures)
         return 0
@@ -268,28 +269,35 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def report(records: list[dict[str, Any]]) -> str:
-    """A table a cell: means over the seeds that all arms of the cell have; then the plan's paired differences."""
-    parts = [base_report([record for record in records if record["stage"] == "samplers"])]
+    """Two tables a cell: means over the seeds that its arms share, and paired differences.
+
+    An arm with fewer than three seeds is left out.
+    """
+    parts = []
     cells: dict[tuple, dict[str, dict[int, dict[str, Any]]]] = defaultdict(lambda: defaultdict(dict))
     for record in records:
         if record["stage"] == "confirm":
             cell = (record["base"], record["width"], record["steps"])
             cells[cell][record["arm"]][record["seed"]] = record
-    for (base, width, steps), arms in cells.items():
+    for (base, width, steps), found in cells.items():
+        arms = {title: own for title, own in found.items() if len(own) > 2}
+        if not arms:
+            continue
         seeds = sorted(set.intersection(*(set(own) for own in arms.values())))
         rows = [row_of(title, [own[seed] for seed in seeds]) for title, own in arms.items()]
         pairs = [pair for pair in PLAN["pairs"] if {*pair} <= arms.keys()]
         differences = [[*pair, *differences_of(arms, pair, seeds)] for pair in pairs]
         parts += [f"{base}, {width}, {steps} steps, {len(seeds)} seeds", table(COLUMNS, rows)]
-        parts += [table(["arm", "−", "score", "end", "similarity", "alignment"], differences)]
+        parts += [table(["arm", "−", *COMPARED], differences)]
     return "\n\n".join(parts)
 
 
 def base_report(records: Sequence[Mapping[str, Any]]) -> str:
-    """The untrained base's table: means over all seeds, lowest distance of the end first."""
+    """The untrained base's table: means over all seeds."""
     found = defaultdict(list)
     for record in records:
-        found[record["base"], record["arm"], record["calls"], record["guidance"]].append(record)
+        if record["stage"] == "samplers":
+            found[record["base"], record["arm"], record["calls"], record["guidance"]].append(record)
     rows = []
     for key, own in found.items():
         rows.append([*map(str, key), str(len(own)), *(mean_of(own, name) for name in MEASURES[1:])])
@@ -299,9 +307,8 @@ def base_report(records: Sequence[Mapping[str, Any]]) -> str:
 def row_of(title: str, own: Sequence[Mapping[str, Any]]) -> list[str]:
     """An arm's row."""
     rank = PLAN["arms"][title]["rank"][WIDTHS.index(own[0]["width"])]
-    seconds = fmean(record["processor_seconds"] / record["steps"] for record in own)
     means = [mean_of(own, name) for name in MEASURES]
-    return [f"{title}, r {rank}", f"{own[0]['trainable_parameters']:,}", *means, f"{seconds:.3f}"]
+    return [f"{title}, r {rank}", f"{own[0]['trainable_parameters']:,}", *means]
 
 
 def mean_of(records: Sequence[Mapping[str, Any]], name: str) -> str:
@@ -314,7 +321,7 @@ def differences_of(
 ) -> list[str]:
     """The paired differences of two arms' figures, with half of their 95 % intervals."""
     one, other = (arms[title] for title in pair)
-    return [change(interval([one[seed][name] - other[seed][name] for seed in seeds]), 4) for name in MEASURES]
+    return [change(interval([one[seed][name] - other[seed][name] for seed in seeds]), 4) for name in COMPARED]
 
 
 if __name__ == "__main__":

@@ -118,7 +118,8 @@ def test_benchmark_few_steps_samples_the_base_and_draws_what_it_kept(tmp_path):
     found = {(record["arm"], record["calls"], record["guidance"]): record["end"] for record in results.read(path)}
     assert len(found) == 12
     assert benchmark_few_steps.main(["--report", *asked]) == 0
-    assert Image.open(tmp_path / "grid.png").width > 12 * 64
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.width > 12 * 64
 
 
 def test_measure_house_counts_the_library(tmp_path):
