@@ -312,7 +312,7 @@ def _is_size(value: object) -> bool:
 
 
 def is_idle(name: str, value: object) -> bool:
-    """Return True if a field that `NaraConfig` lacks has no effect on the adapter."""
+    """Return whether a field that `NaraConfig` does not have has no effect on the adapter."""
     return not value or _GONE.get(name) == value
 
 

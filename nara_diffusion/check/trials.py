@@ -168,7 +168,7 @@ def _without_level(model: nn.Module, is_active: bool) -> Iterator[None]:
 
 
 def _half(core: nn.Module, levels: tuple[Tensor]) -> tuple[Tensor]:
-    """Replace λ by 0.5; a forward pre-hook of a core."""
+    """Replace λ with 0.5, as a forward pre-hook of a core."""
     return (torch.full_like(levels[0], 0.5),)
 
 

@@ -78,7 +78,7 @@ def templated(
         add_generation_prompt: False if the last message is the beginning of the assistant's answer.
 
     Raises:
-        ValueError: the chat template refuses the conversation.
+        ValueError: the chat template rejects the conversation.
     """
     if not add_generation_prompt:
         return templated(tokenizer, history[:-1]) + history[-1]["content"]

@@ -228,7 +228,7 @@ class CoreHolder(nn.Module):
 
     @torch.compiler.disable(recursive=True)
     def core_of_part(self, key: Key) -> tuple[Tensor, Parts | None]:
-        """Return D, and the parts for its rows, for a layer with a key that the channel lacks.
+        """Return D, and the parts for its rows, for a layer with a key that isn't in the channel.
 
         If a forward of the root is running, another model's context has been entered since that
         forward began, and the forward's D is returned. Otherwise a part of the model was called

@@ -1,22 +1,23 @@
-"""b(λ): learned numbers on the logit of the token that a canvas shows, for DiffusionGemma.
+"""Add a learned bias b(λ) to the logit of the token that a DiffusionGemma canvas shows.
 
     z'_ij[v] = z_ij[v] + b(λ_i)  for v = canvas_ij, the token that position j of sample i shows
     b(λ) = 10 p_k                k = min(⌊λ n⌋, n − 1), p (n,) float32, zero at first
 
-DiffusionGemma replaces tokens of its canvas by random ones, and its input doesn't show how many.
-By Bayes' rule, the log-odds that a token was not replaced depend on λ by a sum, ln((1 − λ) / λ)
-plus what the text says, so this sum is what a bias on its logit can learn; docs/results/blocks.md
-compares it with cores. The factor 10 lets a rate that suits A and B move b as far as that rule needs.
+DiffusionGemma replaces tokens of its canvas with random tokens, and its input doesn't show how
+many. By Bayes' rule, the log-odds that a token was not replaced are ln((1 − λ) / λ) plus a term
+that depends on the text. A bias on the token's logit can learn the first term.
+docs/results/blocks.md compares this bias with cores. Thanks to the factor 10, a learning rate that
+suits A and B can move b as far as Bayes' rule requires.
 
-z (b, c, v) are the outputs of `lm_head`, before the model's soft cap. λ is that of the decoder, as
-for C(λ): of `noise_level(…)`, or of a sampler. The p of an adapter is a tensor of its `CoreSet`, so
-it is saved, loaded, frozen and deleted with the cores. The biases of active adapters are added up;
-disabled ones add nothing. No strength or scale of an adapter changes b.
+z (b, c, v) is the output of `lm_head`, before the model's soft cap. λ is the λ of the decoder, as
+for C(λ), from `noise_level(…)` or from a sampler. The p of an adapter is a tensor of its `CoreSet`,
+so p is saved, loaded, frozen and deleted with the cores. The biases of active adapters are summed.
+Disabled adapters add nothing. The strength or scale of an adapter does not change b.
 
-`generate` and pipelines call the model's forward without its hooks, but `decoder` and `lm_head` are
-called as modules, one after the other. A hook before the decoder computes the biases of its canvas,
-and a hook after `lm_head` adds them, once. Other calls of `lm_head`, such as that for the encoder's
-own loss, get none.
+`generate` and pipelines call the model's forward without its hooks, but they call `decoder` and
+`lm_head` as modules, one after the other. A hook before the decoder computes the biases of its
+canvas, and a hook after `lm_head` adds them once. Other calls of `lm_head`, such as the call for
+the encoder's own loss, get no bias.
 """
 
 from __future__ import annotations
@@ -39,14 +40,14 @@ SCALE = 10.0
 
 
 def bias_at(numbers: Tensor, level: Tensor) -> Tensor:
-    """Return b(λ) (m,), float32, for the parameter p (n,) and λ (m,). Where λ is NaN, so is b."""
+    """Return b(λ) (m,), float32, for the parameter p (n,) and λ (m,); b is NaN if λ is NaN."""
     bins, level = len(numbers), level.to(numbers.device).float()
     chosen = floor_of_share(bins, level).clamp(0, bins - 1).nan_to_num()
     return SCALE * numbers.float()[chosen.long()] + 0 * level
 
 
 def hook_logits(holder: CoreHolder) -> None:
-    """Make the model of `holder` add b(λ) to its logits; safe to repeat.
+    """Make the model of `holder` add b(λ) to its logits. Repeating is safe.
 
     Raises:
         ValueError: the model is not a DiffusionGemma with its output head.
@@ -71,7 +72,7 @@ def hook_logits(holder: CoreHolder) -> None:
 def _before_decoder(
     holder: CoreHolder, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
-    """Compute the biases of a canvas. The hook that gives C(λ) to the layers has run before."""
+    """Compute the biases of a canvas, after the hook that gives C(λ) to the layers."""
     local, pushed = holder.channel.local, holder.channel.pushed()
     local.canvas = None
     if pushed is None or pushed.level is None:
@@ -83,7 +84,7 @@ def _before_decoder(
 
 
 def _sum_of_biases(holder: CoreHolder, level: Tensor) -> Tensor | None:
-    """Return the sum of b(λ) (m,) over the active adapters; None if none of them has a bias."""
+    """Return the sum of b(λ) (m,) over the active adapters, or None if no adapter has a bias."""
     total = None
     for name in holder.active_names():
         cores = holder.deviations.cores_of(name)
@@ -96,7 +97,7 @@ def _sum_of_biases(holder: CoreHolder, level: Tensor) -> Tensor | None:
 
 
 def _of_positions(bias: Tensor, parts: Parts | None, shown: Tensor) -> Tensor:
-    """Return b of each position (b, c), for b(λ) (1,) or (b,), or (b·k,) of parts."""
+    """Return b for each position (b, c), from b(λ) (1,) or (b,), or (b·k,) for parts."""
     if parts is not None:
         bias = bias.view(len(shown), parts.count)
         return bias.repeat_interleave(shown.shape[1] // parts.count, 1)
@@ -114,7 +115,7 @@ def _after_decoder(holder: CoreHolder, decoder: nn.Module, args: tuple, output: 
 def _after_head(
     holder: CoreHolder, head: nn.Module, args: tuple[Any, ...], logits: Tensor
 ) -> Tensor | None:
-    """Add the biases to the canvas's logits (b, c, v): float32, in which the model caps them."""
+    """Add the biases to the canvas's logits (b, c, v) in float32, before the model caps them."""
     canvas = getattr(holder.channel.local, "canvas", None)
     if canvas is None or logits.shape[:-1] != canvas[0].shape:
         return None

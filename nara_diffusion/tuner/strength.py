@@ -166,7 +166,7 @@ def _config_of(root: nn.Module, adapter_name: str) -> LoraConfig:
 def _take_strength(
     root: nn.Module, adapter_name: str, config: LoraConfig, layers: Mapping[str, LoraLayer]
 ) -> None:
-    """Undo `give_strength`; safe to repeat."""
+    """Undo `give_strength`. Repeating is safe."""
     holder = holder_of(root)
     if holder is None or strength_of(root, adapter_name) is None:
         return
