@@ -103,13 +103,13 @@ class NaraConfig(LoraConfig):
             "scheduler". None means the settings of the base.
         strength: the strength of the update over λ, StrengthSchedule([(λ, strength), …]) or its
             points. None means 1.
-        logit_bias_bins: for DiffusionGemma, with any core_type: the number of equal bins of λ with
-            a learned bias on the logit of the token that a position of the canvas shows. None: no
-            bias. A strength doesn't scale it.
+        logit_bias_bins: for DiffusionGemma with any core_type, the number of equal bins of λ. Each
+            bin has a learned bias on the logit of the token that a canvas position shows. A
+            strength doesn't scale the bias. None means no bias.
 
     Raises:
-        ValueError: a field or choice does not exist, a number is out of range, or a LoRA option has
-            no meaning for an update that depends on λ. The message names the field.
+        ValueError: a field or choice does not exist, a number is out of range, or a LoRA option is
+            undefined for an update that depends on λ. The message names the field.
     """
 
     core_type: str = "hypernetwork"
