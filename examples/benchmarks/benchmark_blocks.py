@@ -18,7 +18,6 @@ import argparse
 import itertools
 import sys
 from collections import defaultdict
-from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -26,13 +25,10 @@ from typing import Any
 import yaml
 from benchmark_record import for_terminal, provenance
 from quality import results
-from quality.blocks.bayes import CANVASES, bayes_losses, open_canvases
 from quality.blocks.longer import make_base
-from quality.blocks.runs import Arm, Run, figures_of
+from quality.blocks.report import bayes_table, sections
+from quality.blocks.runs import Arm, Run, figures_of, held_out_bayes
 from quality.regimes.runs import rounded
-from quality.report.data import change, table
-
-from nara_diffusion.utils.statistics import interval
 
 PLAN = yaml.safe_load((Path(__file__).parent / "blocks.yaml").read_text(encoding="utf-8"))
 FIRST = PLAN["tasks"][0]
@@ -56,7 +52,7 @@ def trials(task: str, title: str, records: list[dict[str, Any]]) -> list[dict[st
         ValueError: a trial of the first task is missing.
     """
     other = PLAN["arms"][title].get("rates_of")
-    if other is None and task == FIRST:
+    if other is None and (task == FIRST or len(grid_of(title)) == 1):
         return grid_of(title)
     return ranked(FIRST, other or title, records)[:2]
 
@@ -96,12 +92,14 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.bayes:
         print(bayes_table())
+        told, untold = (held_out_bayes(args.base, is_told) for is_told in (True, False))
+        print(f"held-out rows of {args.base}: told λ {told:.4f}, not told {untold:.4f}")
         return 0
     if args.make_base:
         print(f"exact match {make_base(args.make_base, Path(args.base)):.3f}")
         return 0
     if args.report:
-        print(report(results.read(args.output)))
+        print(sections(results.read(args.output)))
         return 0
     steps = args.steps or PLAN["lengths"][args.length]
     base = Path(args.base).name
@@ -116,63 +114,6 @@ def main(argv: list[str] | None = None) -> int:
                 figures = figures_of(run, samples=args.stage == "confirm")
                 results.append(args.output, [{**provenance(), **own, **rounded(figures)}])
     return 0
-
-
-def bayes_table() -> str:
-    """A row a canvas of random characters: nats a place of a reader who is told λ, and of one who isn't."""
-    rows = []
-    for sizes in CANVASES:
-        seen = open_canvases(*sizes)
-        told, untold = (bayes_losses(seen, is_told).mean().item() for is_told in (True, False))
-        rows.append([*map(str, sizes), f"{told:.4f}", f"{untold:.4f}", f"{untold - told:.4f}"])
-    return table(["positions", "characters", "vocabulary", "told λ", "not told", "difference"], rows)
-
-
-def report(records: list[dict[str, Any]]) -> str:
-    """The trials; then a table a base, task and length: means over the seeds, and paired differences to LoRA."""
-    cells = defaultdict(lambda: defaultdict(dict))
-    for record in records:
-        if record["stage"] == "confirm":
-            cells[record["base"], record["task"], record["steps"]][record["arm"]][record["seed"]] = record
-    parts = [trials_table(records)]
-    for (base, task, steps), arms in cells.items():
-        rows = [_row(title, own, arms.get("LoRA", {})) for title, own in arms.items()]
-        header = ["arm", "parameters", "seeds", "loss", "first pass", "second pass", "exact at 4, 8, 16", "− LoRA"]
-        parts.append(f"### {base}, {task}, {steps} steps\n\n{table(header, rows)}")
-    return "\n\n".join(parts)
-
-
-def trials_table(records: list[dict[str, Any]]) -> str:
-    """A row an arm and task: what was tried on the development seeds, short."""
-    tried = defaultdict(dict)
-    for record in records:
-        if record["stage"] == "dev":
-            rates = " / ".join(f"{rate:g}" for rate in record["rates"].values())
-            tried[record["task"], record["arm"], record["trainable_parameters"]][rates] = record["score"]
-    rows = []
-    for (task, title, size), scores in tried.items():
-        best = min((score for score in scores.values() if score is not None), default=None)
-        texts = (f"{rates or 'untrained'}: {_marked(score, best)}" for rates, score in scores.items())
-        rows.append([task, title, str(size), "; ".join(texts)])
-    return table(["task", "arm", "parameters", "trials (rate, or rate / core's rate: loss)"], rows)
-
-
-def _marked(score: float | None, best: float | None) -> str:
-    if score is None:
-        return "diverged"
-    return f"**{score:.4f}**" if score == best else f"{score:.4f}"
-
-
-def _row(title: str, own: Mapping[int, Mapping[str, Any]], other: Mapping[int, Mapping[str, Any]]) -> list[str]:
-    whole = [record for record in own.values() if record["score"] is not None]
-    both = [seed for seed in own if seed in other and None not in (own[seed]["score"], other[seed]["score"])]
-    pairs = [own[seed]["score"] - other[seed]["score"] for seed in both]
-    difference = change(interval(pairs), 4) if len(pairs) > 1 and title != "LoRA" else "–"
-    means = [f"{fmean(record['score'] for record in whole):.4f}"]
-    means += [f"{fmean(fmean(record[name]) for record in whole):.4f}" for name in ("first", "second")]
-    steps = next(iter(whole))["exact"]
-    exact = ", ".join(f"{fmean(record['exact'][name] for record in whole):.3f}" for name in steps)
-    return [title, str(whole[0]["trainable_parameters"]), str(len(whole)), *means, exact or "–", difference]
 
 
 if __name__ == "__main__":

@@ -110,16 +110,20 @@ def test_bayes_is_the_posterior_over_all_clean_canvases():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("title", ["base", "NaRA", "DoRA on both twins", "LoRA and e(λ)"])
-def test_an_arm_is_run_once_and_measured(title, tmp_path):
+@pytest.mark.parametrize(
+    ("arms", "counts"),
+    [(["base"], (1, 1)), (["LoRA and e(λ)"], (4, 2)), (["NaRA", "NaRA on both twins"], (6, 4))],
+)
+def test_arms_are_run_once_and_measured(arms, counts, tmp_path):
     path = tmp_path / "blocks.jsonl"
-    asked = ["--arms", title, "--tasks", "case", "--steps", "2", "--seeds", "60", "--output", str(path)]
-    for _ in range(2):
-        assert benchmark_blocks.main(asked) == 0
+    asked = ["--arms", *arms, "--steps", "2", "--output", str(path)]
+    for task in ("open", "case", "open"):
+        assert benchmark_blocks.main([*asked, "--tasks", task]) == 0
     records = results.read(path)
-    assert len(records) == (1 if title == "base" else 4)
+    assert tuple(sum(record["task"] == task for record in records) for task in ("open", "case")) == counts
     assert all(len(record["first"]) == len(record["second"]) == 10 for record in records)
-    assert benchmark_blocks.main(["--stage", "confirm", *asked]) == 0
+    confirmed = [*asked, "--stage", "confirm", "--tasks", "case", "--seeds", "70"]
+    assert benchmark_blocks.main(confirmed) == 0
     assert list(results.read(path)[-1]["exact"]) == ["4", "8", "16"]
 
 

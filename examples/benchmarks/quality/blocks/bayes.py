@@ -22,7 +22,7 @@ from torch import Tensor
 
 LEVELS = 200
 """Of the grid of λ of a reader who isn't told it."""
-CANVASES = ((16, 36, 284), (64, 36, 284), (256, 36, 284), (16, 36, 36), (64, 36, 36), (256, 36, 36), (256, 36, 262144))
+CANVASES = ((16, 36, 284), (64, 36, 284), (256, 36, 284), (16, 36, 36), (256, 36, 36), (256, 36, 262144))
 """(positions, characters, vocabulary) of the table."""
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -28,9 +28,11 @@ from nara_diffusion.dllm.models.backbone import conditioned
 from nara_diffusion.dllm.uniform import CanvasBatch, corrupt_canvases
 from nara_diffusion.noise.level import CORRUPTED_SHARE
 from nara_diffusion.training.adapters import build_adapter
+from quality.blocks.bayes import Seen, bayes_losses
 from quality.blocks.controls import Control, Controlled
 from quality.blocks.tasks import CanvasRows, Task, load_task
 from quality.images.held_out import BINS
+from quality.regimes.text.data import CHARACTERS
 from quality.running import ASSETS, BASE, optimize
 from quality.text.runs import text_arguments
 
@@ -191,10 +193,7 @@ class Tuning:
     def figures(self, samples: bool = True) -> dict[str, Any]:
         """Losses by bin of λ of both passes, their mean, and exact match of generated `samples`."""
         first, second = [], []
-        for index, chosen in enumerate(torch.arange(len(self.task.held_out)).chunk(BINS)):
-            order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(index))
-            level = (index + (order + 0.5) / len(chosen)) / BINS  # (n,)
-            key = {"seed": HELD_OUT_SEED, "sample_indices": chosen.tolist(), "noise_level": level}
+        for chosen, key in held_out_bins(self.task.held_out):
             one, two, _ = self.token_loss("held_out", chosen, 2, **key)
             first.append(one.mean().item())
             second.append(two.mean().item())
@@ -216,6 +215,30 @@ class Tuning:
                 self.model.model, tokenizer, self.task.sampled.rows, batch_size=128, progress=False, **options
             ).score
         return found
+
+
+def held_out_bins(rows: CanvasRows) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+    """The held-out rows (n,) of each bin of λ, and their corruption, the same for all arms and seeds."""
+    for index, chosen in enumerate(torch.arange(len(rows)).chunk(BINS)):
+        order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(index))
+        level = (index + (order + 0.5) / len(chosen)) / BINS  # (n,)
+        yield chosen, {"seed": HELD_OUT_SEED, "sample_indices": chosen.tolist(), "noise_level": level}
+
+
+def held_out_bayes(base: str, is_told: bool) -> float:
+    """The mean loss of Bayes' rule on the held-out rows of `open`."""
+    model, tokenizer = base_of(base)
+    rows = task_of(base, "open").held_out
+    ids = tokenizer(list(CHARACTERS), add_special_tokens=False)["input_ids"]
+    characters, vocabulary = torch.tensor(ids)[:, 0], model.config.text_config.vocab_size
+    losses = []
+    for chosen, key in held_out_bins(rows):
+        batch = corrupted(base, rows, chosen, **key)
+        known, is_open = (torch.isin(tokens, characters) for tokens in (batch.canvas, batch.targets))
+        same = batch.canvas == batch.targets
+        seen = Seen(known, same, is_open, batch.noise_level, len(characters), vocabulary)
+        losses.append(bayes_losses(seen, is_told).mean().item())
+    return fmean(losses)
 
 
 def corrupted(base: str, rows: CanvasRows, chosen: Tensor, **corruption: Any) -> CanvasBatch:

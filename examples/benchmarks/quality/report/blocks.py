@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from quality.blocks.report import bayes_table, page_table
 from quality.regimes import alternatives
 from quality.regimes.checked import check_table
 from quality.regimes.plan import PLAN
@@ -55,6 +56,8 @@ OF_REGIMES: dict[str, Callable[[Path], str]] = {
     "asked": front.asked_table,
     "ordinary": front.ordinary_table,
     "alternatives": lambda folder: alternatives.front(read(folder / "alternatives.jsonl")),
+    "canvas": page_table,
+    "canvas_bayes": lambda folder: bayes_table(),
     "check": lambda folder: check_table(read(folder / "check.jsonl"), read(folder / "regimes.jsonl")),
 }
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from quality.blocks.report import asked_row
 from quality.regimes import alternatives
 from quality.regimes.plan import PLAN, is_deciding
 from quality.regimes.report import Confirmed, confirmed
@@ -59,6 +60,8 @@ ASKED = {
     ),
 }
 """{measure, with its unit: its rows}."""
+CANVAS = ("Cross-entropy in nats a token", "DiffusionGemma's canvas, open answers", "LoRA and a bias b(λ), ten numbers")
+"""The row of block diffusion: its measure, what is asked, the simplest."""
 
 
 def asked_table(folder: Path) -> str:
@@ -69,6 +72,8 @@ def asked_table(folder: Path) -> str:
     parts = []
     for measure, asked in ASKED.items():
         rows = [_asked_row(row, cells[row.regime], others) for row in asked]
+        if measure == CANVAS[0]:
+            rows.append([*CANVAS[1:], *asked_row(folder, SHOWN.values())])
         parts += [f"**{measure}**", table(header, rows)]
     return "\n\n".join(parts)
 

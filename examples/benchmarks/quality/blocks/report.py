@@ -1,0 +1,161 @@
+"""The tables of block diffusion, from its records: trials of rates, losses, bins of λ, exact match, Bayes' rule."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+
+from nara_diffusion.utils.statistics import Interval, interval
+from quality.blocks.bayes import CANVASES, bayes_losses, open_canvases
+from quality.report.data import NOTHING, Record, change, table
+from quality.results import read
+
+RECORDS = "blocks.jsonl"
+BASE, SHORT, LONG = "gemma-tiny", 300, 1000
+REFERENCE, BEST = "LoRA", "LoRA and b(λ)"
+DIGITS = 4
+Cell = dict[str, dict[int, Record]]
+"""arm → seed → record."""
+
+
+def cell(records: Iterable[Record], *, stage: str = "confirm", base: str = BASE, task: str, steps: int) -> Cell:
+    """The records of one base, task and length that didn't diverge."""
+    own = {"stage": stage, "base": base, "task": task, "steps": steps}.items()
+    found: Cell = defaultdict(dict)
+    for record in records:
+        if own <= record.items() and record["score"] is not None:
+            found[record["arm"]][record["seed"]] = record
+    return found
+
+
+def paired(found: Cell, one: str, other: str, figure: str = "score") -> Interval | None:
+    """The difference of two arms over the seeds that both have; None if these are fewer than two."""
+    seeds = sorted(found.get(one, {}).keys() & found.get(other, {}).keys())
+    if len(seeds) < 2 or one == other:
+        return None
+    return interval([_value(found[one][seed], figure) - _value(found[other][seed], figure) for seed in seeds])
+
+
+def _value(record: Record, figure: str) -> float:
+    value = record[figure]
+    return value if isinstance(value, float) else fmean(value)
+
+
+def _means(own: Mapping[int, Record], *figures: str) -> list[str]:
+    return [f"{fmean(_value(record, figure) for record in own.values()):.{DIGITS}f}" for figure in figures]
+
+
+def losses_table(found: Cell) -> str:
+    """A row an arm: its losses, and the paired differences of their means."""
+    header = ["arm", "parameters", "seeds", "first pass", "second pass", "mean", f"− {REFERENCE}", f"− {BEST}"]
+    rows = []
+    for arm, own in found.items():
+        size = next(iter(own.values()))["trainable_parameters"]
+        differences = [change(paired(found, arm, other), DIGITS) for other in (REFERENCE, BEST)]
+        rows.append([arm, str(size), str(len(own)), *_means(own, "first", "second", "score"), *differences])
+    return table(header, rows)
+
+
+def bins_table(found: Cell) -> str:
+    """A row an arm: the mean loss of both passes in each bin of λ, of the reference, and differences of the others."""
+    rows = []
+    for arm, own in found.items():
+        shared = [seed for seed in own if seed in found[REFERENCE]]
+        bins = [
+            fmean(_of_bin(own[seed], i) - (arm != REFERENCE) * _of_bin(found[REFERENCE][seed], i) for seed in shared)
+            for i in range(10)
+        ]
+        sign = "" if arm == REFERENCE else "+"
+        rows.append([arm if not sign else f"{arm} − {REFERENCE}", *(f"{x:{sign}.3f}".replace("-", "−") for x in bins)])
+    return table(["λ", *(f"{(i + 0.5) / 10:.2f}" for i in range(10))], rows)
+
+
+def _of_bin(record: Record, index: int) -> float:
+    return (record["first"][index] + record["second"][index]) / 2
+
+
+def exact_table(found: Cell) -> str:
+    """A row an arm: exact match at each number of steps, and the loss."""
+    rows = []
+    for arm, own in found.items():
+        steps = next(iter(own.values()))["exact"]
+        shares = [f"{100 * fmean(record['exact'][name] for record in own.values()):.1f} %" for name in steps]
+        difference = change(paired(found, arm, REFERENCE), DIGITS)
+        rows.append([arm, str(len(own)), *shares, *_means(own, "score"), difference])
+    return table(["arm", "seeds", "4 steps", "8 steps", "16 steps", "loss", f"− {REFERENCE}"], rows)
+
+
+def trials_table(records: Sequence[Record]) -> str:
+    """A row an arm and task: what was tried on the development seed."""
+    tried: dict[tuple[str, str, int], dict[str, float | None]] = defaultdict(dict)
+    for record in records:
+        if record["stage"] == "dev" and record["steps"] == SHORT:
+            rates = " / ".join(f"{rate:g}" for rate in record["rates"].values())
+            tried[record["task"], record["arm"], record["trainable_parameters"]][rates] = record["score"]
+    rows = []
+    for (task, arm, size), scores in tried.items():
+        best = min((score for score in scores.values() if score is not None), default=None)
+        texts = (f"{rates or 'untrained'}: {_marked(score, best)}" for rates, score in scores.items())
+        rows.append([task, arm, str(size), "; ".join(texts)])
+    return table(["task", "arm", "parameters", "trials (rate, or rate / core's rate: loss)"], rows)
+
+
+def _marked(score: float | None, best: float | None) -> str:
+    if score is None:
+        return "diverged"
+    return f"**{score:.{DIGITS}f}**" if score == best else f"{score:.{DIGITS}f}"
+
+
+def bayes_table() -> str:
+    """A row a canvas of random characters: nats a place of a reader who is told λ, and of one who isn't."""
+    rows = []
+    for sizes in CANVASES:
+        seen = open_canvases(*sizes)
+        told, untold = (bayes_losses(seen, is_told).mean().item() for is_told in (True, False))
+        rows.append([*map(str, sizes), f"{told:.3f}", f"{untold:.3f}", f"{untold - told:.3f}"])
+    return table(["positions", "characters", "vocabulary", "told λ", "not told", "difference"], rows)
+
+
+def sections(records: Sequence[Record]) -> str:
+    """Everything that `records` say."""
+    parts = [trials_table(records)]
+    for key in dict.fromkeys((r["base"], r["task"], r["steps"]) for r in records if r["stage"] == "confirm"):
+        found = cell(records, base=key[0], task=key[1], steps=key[2])
+        parts += [f"### {key[0]}, {key[1]}, {key[2]} steps", losses_table(found)]
+        parts += [bins_table(found)] if REFERENCE in found else []
+        parts += [exact_table(found)] if next(iter(next(iter(found.values())).values()))["exact"] else []
+    return "\n\n".join(parts)
+
+
+def both_lengths_table(records: Sequence[Record]) -> str:
+    """A row an arm: its loss on `open`, short and long, and the paired differences to the reference."""
+    lengths = {steps: cell(records, task="open", steps=steps) for steps in (SHORT, LONG)}
+    header = ["arm", "parameters"]
+    for steps, found in lengths.items():
+        header += [f"{steps} steps ({len(found[REFERENCE])} seeds)", f"− {REFERENCE}"]
+    rows = []
+    for arm, own in lengths[SHORT].items():
+        row = [arm, str(next(iter(own.values()))["trainable_parameters"])]
+        for found in lengths.values():
+            row += _means(found[arm], "score") if found.get(arm) else [NOTHING]
+            row.append(change(paired(found, arm, REFERENCE), DIGITS))
+        rows.append(row)
+    return table(header, rows)
+
+
+def page_table(folder: Path) -> str:
+    """The table of docs/results/blocks.md, from the records in `folder`."""
+    return both_lengths_table(read(folder / RECORDS))
+
+
+def asked_row(folder: Path, arms: Iterable[str]) -> list[str]:
+    """The row of RESULTS.md: the simplest that does as well, each of `arms`, and NaRA − LoRA."""
+    found = cell(read(folder / RECORDS), task="open", steps=SHORT)
+    figures = []
+    for arm in (BEST, *arms):
+        own = found.get(arm)
+        size = next(iter(own.values()))["trainable_parameters"] / 1000 if own else 0
+        figures.append(f"{fmean(r['score'] for r in own.values()):.3f} ({size:.0f} k)" if own else NOTHING)
+    return [*figures, change(paired(found, "NaRA", REFERENCE), 3)]
