@@ -96,7 +96,7 @@ REFUSED: list[tuple[list[str], str]] = [
     (["fold", "{peft}", "{out}/l.safetensors", *ONE], "names no component"),
     (["fold", "{pipeline}", "/proc/l.safetensors", *ONE], "'/proc/l.safetensors' can't be written"),
     (["convert", "{cut}", "{out}/peft", "--to", "peft"], "{cut}"),
-    (["convert", "{pipeline}", "{out}/peft", "--to", "peft"], "by --component"),
+    (["convert", "{pipeline}", "{out}/peft", "--to", "peft"], "with --component"),
     (["convert", "{peft}", "{note}", "--to", "pipeline", "--component", "unet"], "exists: '{note}'"),
     (["convert", "{peft}", "{out}/x", "--to", "pipeline"], "needs --component"),
     (["draw", "{peft}"], "expected one of inspect, plot"),

@@ -188,7 +188,7 @@ def test_a_unets_layers_per_block_are_read_from_its_modules_or_not_needed():
 REFUSED: list[tuple[str, str, dict[str, Any], str, str, str]] = [
     ("unet", "conv_in", {}, "webui", "sdxl", "form is 'webui'"),
     ("unet", "conv_in", {}, "kohya", "sd2", "base is 'sd2'"),
-    ("prior", "conv_in", {}, "kohya", "sdxl", "no keys for 'prior', expected the denoiser, text_encoder"),
+    ("prior", "conv_in", {}, "kohya", "sdxl", "no keys for 'prior': expected"),
     ("transformer", "conv_in", {}, "kohya", "wan", "has no name in wan's original code"),
     ("unet", "up_blocks.0.attentions.0.proj_in", {}, "comfyui", "sd15", "only in up blocks 1, 2, 3"),
     ("unet", "mid_block.resnets.0.norm1", {}, "comfyui", "sdxl", "is not a module of Stable Diffusion's UNet"),

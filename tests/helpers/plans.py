@@ -43,9 +43,12 @@ def counted_run(module, args, monkeypatch):
     AcceleratorState._reset_state(True)  # the precision of an earlier test would stay
     original = module.train
     monkeypatch.setattr(module, "train", counted)
-    with start_run(args, "run", module.write_checkpoint) as run:
-        tuning = module.FineTuning(args, run)
-        if module is images:
-            frozen.extend(modules_of(tuning.pipe).values())  # encoders run in the loop
-        tuning.train()
+    try:
+        with start_run(args, "run", module.write_checkpoint) as run:
+            tuning = module.FineTuning(args, run)
+            if module is images:
+                frozen.extend(modules_of(tuning.pipe).values())  # encoders run in the loop
+            tuning.train()
+    finally:
+        AcceleratorState._reset_state(True)  # nor stays this one's
     return found

@@ -130,7 +130,7 @@ def test_help_has_groups_defaults_and_units_and_hides_rare_options(capsys: pytes
         assert length.count("(default: none)") == 2
 
 
-@pytest.mark.parametrize(("cls", "most"), [(Arguments, 61), (DreamBoothArguments, 75)])
+@pytest.mark.parametrize(("cls", "most"), [(Arguments, 62), (DreamBoothArguments, 75)])
 def test_scripts_have_few_options_and_help_fewer(cls: type, most: int) -> None:
     actions = [action for action in ArgumentParser(cls)._actions if action.dest not in ("help", "help_all")]
     assert len({action.dest for action in actions}) <= most
