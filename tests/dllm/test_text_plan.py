@@ -25,9 +25,10 @@ SLOW = [
     ("llada-tiny", "12", RECOMPUTED),
     ("LLaDA-MoE", "12", []),
     ("LLaDA2", "12", [*BF16, *RECOMPUTED]),
+    ("gemma-tiny", "16", BF16),
     ("gemma-tiny", "16", [*RECOMPUTED, "--model_options", "train_on_encoder=false"]),
 ]
-RUNS = [("llada-tiny", "12", BF16), ("LLaDA2", "12", []), ("gemma-tiny", "16", BF16)]
+RUNS = [("llada-tiny", "12", BF16), ("LLaDA2", "12", [])]
 RUNS += [pytest.param(*run, marks=pytest.mark.slow) for run in SLOW]
 
 
