@@ -20,6 +20,7 @@ import nara_command
 from nara_diffusion import NaraConfig, StrengthSchedule, noise_level, set_strength
 from nara_diffusion.dllm.block_loss import canvas_loss
 from nara_diffusion.dllm.uniform import corrupt_canvases
+from nara_diffusion.loaders.hotswap import check_swappable, part_of
 from nara_diffusion.strict import check_loaded
 from nara_diffusion.tuner.holder import holder_of
 from nara_diffusion.tuner.logit_bias import bias_at
@@ -275,3 +276,10 @@ def test_what_has_no_canvas_or_no_place_for_the_bias_raises(tmp_path):
     model.save_pretrained(tmp_path / "nara")
     with pytest.raises(SystemExit, match="right for neither its encoder"):
         nara_command.main(["fold", f"{tmp_path}/nara", f"{tmp_path}/lora", "--noise_level", "0.5", "--form", "peft"])
+
+
+@pytest.mark.parametrize("bins", [BINS + 1, None])
+def test_a_hotswap_keeps_the_number_of_bins(bins):
+    other = part_of(adapted(logit_bias_bins=bins).get_base_model(), "default")
+    with pytest.raises(ValueError, match=f"logit_bias_bins is {bins} in the new adapter but {BINS}"):
+        check_swappable(adapted().get_base_model(), "model", "default", other)
