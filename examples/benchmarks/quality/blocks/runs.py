@@ -7,9 +7,11 @@ first pass, half that of a second one, which sees the logits of the first (self-
 from __future__ import annotations
 
 import copy
+import itertools
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -30,7 +32,8 @@ from nara_diffusion.noise.level import CORRUPTED_SHARE
 from nara_diffusion.training.adapters import build_adapter
 from quality.blocks.bayes import Seen, bayes_losses
 from quality.blocks.controls import Control, Controlled
-from quality.blocks.tasks import CanvasRows, Task, load_task
+from quality.blocks.tasks import SAMPLED, CanvasRows, Task, load_task
+from quality.blocks.truth import true_levels
 from quality.images.held_out import BINS
 from quality.regimes.text.data import CHARACTERS
 from quality.running import ASSETS, BASE, optimize
@@ -60,6 +63,11 @@ class Arm:
     on_encoder: bool = False
     control: str | None = None
     self_conditioned: bool = True
+
+    @property
+    def reads_level(self) -> bool:
+        """Whether λ changes what it does."""
+        return self.adapter != BASE and (self.core_type != "identity" or self.control in ("bias", "embedding"))
 
 
 @dataclass(frozen=True)
@@ -208,12 +216,13 @@ class Tuning:
             return found
         _, tokenizer = base_of(self.run.base)
         length = self.task.sampled.canvas
-        for steps in SAMPLING_STEPS:
+        for is_true, steps in itertools.product((False, True)[: 1 + self.arm.reads_level], SAMPLING_STEPS):
             generator = torch.Generator().manual_seed(HELD_OUT_SEED)
             options = {"gen_length": length, "steps": steps, "generator": generator, "extract": str.casefold}
-            found[str(steps)] = exact_match(
-                self.model.model, tokenizer, self.task.sampled.rows, batch_size=128, progress=False, **options
-            ).score
+            rows, model = self.task.sampled, self.model.model
+            with true_levels(self.model, block_model(model), rows, tokenizer) if is_true else nullcontext():
+                result = exact_match(model, tokenizer, rows.rows, batch_size=SAMPLED, progress=False, **options)
+            found[f"{steps}, true λ" if is_true else str(steps)] = result.score
         return found
 
 
