@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from itertools import product
 
 import benchmark_blocks
@@ -12,7 +13,10 @@ from quality import results
 from quality.blocks.bayes import bayes_losses, open_canvases
 from quality.blocks.controls import SCALE, Control
 from quality.blocks.runs import Arm, Prefixes, Run, Tuning, base_of, task_of
+from quality.blocks.truth import true_levels
 from transformers import DynamicCache
+
+from nara_diffusion.dllm.block_loss import block_model
 
 BASE = "gemma-tiny"
 RATES = {"learning_rate": 1e-2, "core_learning_rate": 1e-3}
@@ -78,6 +82,29 @@ def test_lambda_of_generate_is_the_share_that_its_sampler_did_not_accept():
         torch.testing.assert_close(level, 1 - mask.float().mean(1))
 
 
+def test_true_levels_are_the_shares_of_wrong_tokens_but_for_the_case():
+    tuned = tuning(core_type="identity", control="bias")
+    inner, (_, tokenizer) = block_model(tuned.model.model), base_of(BASE)
+    task = tuned.task.sampled
+    rows = replace(task, rows=task.rows[:3], input_ids=task.input_ids[:3], prompt_lengths=task.prompt_lengths[:3])
+    assert len(set(rows.prompt_lengths.tolist())) > 1
+    order = sorted(range(3), key=lambda row: rows.rows[row]["prompt_length"])
+    texts = [rows.rows[row]["answer"].swapcase() + "<|eot_id|>" for row in order]
+    canvas = torch.full((3, rows.canvas), tokenizer.convert_tokens_to_ids("<|endoftext|>"))
+    for line, text in zip(canvas, texts, strict=True):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        line[: len(ids)] = torch.tensor(ids)
+    wrong = torch.tensor([0, 3, rows.canvas])
+    for line, count in zip(canvas, wrong.tolist(), strict=True):
+        line[:count] = tokenizer.convert_tokens_to_ids("?")
+    levels = []
+    own = tuned.model.control.own
+    tuned.model.control.own = lambda level: levels.append(level) or own(level)
+    with true_levels(tuned.model, inner, rows, tokenizer), torch.no_grad():
+        inner.forward(input_ids=torch.randint(284, (3, 5)), decoder_input_ids=canvas, cache=DynamicCache())
+    torch.testing.assert_close(levels, [wrong / rows.canvas])
+
+
 def test_prefixes_are_what_the_frozen_encoder_computes():
     """The losses of a decoder that reads them are those of the package's own loss."""
     one = tuning(control="bias")
@@ -124,7 +151,9 @@ def test_arms_are_run_once_and_measured(arms, counts, tmp_path):
     assert all(len(record["first"]) == len(record["second"]) == 10 for record in records)
     confirmed = [*asked, "--stage", "confirm", "--tasks", "case", "--seeds", "70"]
     assert benchmark_blocks.main(confirmed) == 0
-    assert list(results.read(path)[-1]["exact"]) == ["4", "8", "16"]
+    steps = ["4", "8", "16"]
+    true = [] if arms == ["base"] else [f"{each}, true λ" for each in steps]
+    assert list(results.read(path)[-1]["exact"]) == steps + true
 
 
 def test_confirmation_needs_the_trials(tmp_path):

@@ -1,6 +1,7 @@
 """What is learned: questions that gemma-tiny was not pre-trained on, as token ids with one canvas behind each prompt.
 
-case   the shipped unseen task, each letter of an answer in a random case: the prompt says which letters
+plain  the shipped unseen task
+case   the same, each letter of an answer in a random case: the prompt says which letters
 open   random characters: neither the prompt nor the rest of an answer says anything of a character; eight fewer
        than the canvas has positions
 """
@@ -68,7 +69,10 @@ def load_task(name: str, tokenizer: PreTrainedTokenizerBase, canvas: int) -> Tas
         questions = list(islice(_open_questions(canvas - 8), BINS * EACH_BIN + TRAIN))
         held_out = encoded(questions[: BINS * EACH_BIN], tokenizer, canvas)
         return Task(encoded(questions[-TRAIN:], tokenizer, canvas), held_out, None)
-    train, test, validation = (list(_in_random_case(_rows_of(part), part)) for part in ("train", "test", "validation"))
+    parts = {part: _rows_of(part) for part in ("train", "test", "validation")}
+    if name == "case":
+        parts = {part: list(_in_random_case(rows, part)) for part, rows in parts.items()}
+    train, test, validation = parts.values()
     held_out = (test * BINS)[: BINS * EACH_BIN]  # each is met at some λ
     return Task(
         encoded(train, tokenizer, canvas),
