@@ -34,6 +34,8 @@ _SIZES = ("r", "noise_embedding_dim", "core_bins", "core_knots")
 _SCALES = ("core_scale", "fourier_scale")
 _GONE = {"core_normalization": "none", "noise_scale": "linear", "layer_embedding_dim": 16}
 """{removed field of version 0.1: its default there}. Files with that default load as before."""
+ABSENT = {"noise_level_per": "sample"}
+"""{field that files of version 0.2 lack: its value for them}. Later files have it, even as None."""
 _REFUSED = (
     "alora_invocation_tokens", "arrow_config", "ensure_weight_tying", "kasa_config", "layer_replication",
     "megatron_config", "monteclora_config", "target_parameters", "use_bdlora", "use_qalora", "velora_config",
@@ -94,7 +96,7 @@ class NaraConfig(LoraConfig):
             source of λ with another definition raises an error. None means unknown.
         noise_level_per: whether training used one λ per "sample" or per "part" of a sample (a frame
             or a block). Training sets this field. A forward of the other kind warns once. None
-            means unknown.
+            means unknown; a file without this field (version 0.2) means "sample".
         scheduler: the class (`_class_name`) and configuration of the Diffusers scheduler that the
             adapter was trained for, if it predicts something other than its base does. None means
             the prediction of the base.
@@ -179,6 +181,11 @@ class NaraConfig(LoraConfig):
             if where in str(error):
                 raise
             raise ValueError(f"The configuration in '{where}' is refused: {error}") from error
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """Read the fields as PEFT's method does, and add the fields that version 0.2 lacked."""
+        return ABSENT | super().from_json_file(path_json_file, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Save as PEFT's method does, but write adapter_config.json atomically."""

@@ -35,7 +35,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
-from nara_diffusion.config import NaraConfig, NaraPeftType, is_idle
+from nara_diffusion.config import ABSENT, NaraConfig, NaraPeftType, is_idle
 from nara_diffusion.cores.core import (
     BUILT_IN,
     NAME_IN_FILES,
@@ -327,11 +327,12 @@ def _fields(config: NaraConfig) -> dict[str, Any]:
 def config_to_fields(config: NaraConfig) -> dict[str, Any]:
     """Return a configuration's fields as JSON values.
 
-    Fields that depend on the machine and fields that are None are left out.
+    Fields that depend on the machine are left out, and so are fields that are None, unless files
+    without them have another value.
     """
     found = {}
     for name, value in config.to_dict().items():
-        if name in _OF_ONE_MACHINE or value is None:
+        if name in _OF_ONE_MACHINE or (value is None and name not in ABSENT):
             continue
         if isinstance(value, Enum):
             value = value.value
@@ -346,7 +347,7 @@ def config_from_fields(given: Mapping[str, Any], origin: str) -> NaraConfig:
         ValueError: a field is missing, unknown or invalid. The message names the `origin`.
     """
     known = {field.name for field in fields(NaraConfig)}
-    own = {}
+    own: dict[str, Any] = {**ABSENT}
     for name, value in given.items():
         if name in _OF_ONE_MACHINE or (name not in known and is_idle(name, value)):
             continue

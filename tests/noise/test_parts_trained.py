@@ -5,15 +5,20 @@ b, k, l, d_in and d_out are 3, 4, 20, 7 and 5.
 
 from __future__ import annotations
 
+import json
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, inject_adapter_in_model
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from nara_diffusion import noise_level
-from tests.helpers.adapted import OneLayer, adapted
+from nara_diffusion.loaders.file import METADATA_KEY, AdapterFile
+from nara_diffusion.loaders.insertion import insert, part_of
+from tests.helpers.adapted import OneLayer, TwoLayers, adapted, nara_config
 
 SAMPLES, LENGTH = 3, 20
 LEVELS = torch.tensor([[0.9, 0.1, 0.4, 0.7], [0.2, 0.6, 0.0, 1.0], [0.3, 0.8, 0.5, 0.15]])
@@ -54,3 +59,46 @@ def test_training_with_both_counts_as_training_with_parts() -> None:
     with noise_level(model, LEVELS[:, 0]):
         model(x)
     assert model.peft_config["default"].noise_level_per == "part"
+
+
+# ---------------------------------------------------------------------- files of version 0.2, which had one λ a sample
+
+
+def warned_by(model: nn.Module) -> bool:
+    """Whether a forward with λ for each part gives the warning."""
+    with warnings.catch_warnings(record=True) as caught, noise_level(model, LEVELS):
+        warnings.simplefilter("always")
+        model(torch.randn(SAMPLES, LENGTH, 7))
+    return any("was trained with λ for each sample" in str(warning.message) for warning in caught)
+
+
+@pytest.mark.parametrize("is_old", [True, False])
+def test_peft_folder_without_the_field_counts_as_trained_with_a_level_a_sample(tmp_path: Path, is_old: bool) -> None:
+    untrained = adapted(OneLayer(nn.Linear(7, 5)), target_modules=["layer"])
+    assert not warned_by(untrained)
+    untrained.save_pretrained(str(tmp_path))
+    config = tmp_path / "adapter_config.json"
+    fields = json.loads(config.read_text())
+    assert fields.pop("noise_level_per") is None  # this version writes it
+    if is_old:
+        config.write_text(json.dumps(fields))
+    loaded = PeftModel.from_pretrained(OneLayer(nn.Linear(7, 5)), str(tmp_path))
+    assert warned_by(loaded) is is_old
+    other = OneLayer(nn.Linear(7, 5))
+    insert(other, "default", AdapterFile.read(tmp_path).parts["model"])
+    assert warned_by(other) is is_old
+
+
+@pytest.mark.parametrize("is_old", [True, False])
+def test_pipelines_file_without_the_field_counts_as_trained_with_a_level_a_sample(tmp_path: Path, is_old: bool) -> None:
+    untrained = inject_adapter_in_model(nara_config(target_modules=["second"]), TwoLayers())
+    AdapterFile({"transformer": part_of(untrained, "default")}).save(tmp_path / "old.safetensors")
+    with safe_open(tmp_path / "old.safetensors", "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        content = json.loads(file.metadata()[METADATA_KEY])
+    assert content["components"]["transformer"].pop("noise_level_per") is None
+    path, metadata = (tensors, {METADATA_KEY: json.dumps(content)}) if is_old else (tmp_path / "old.safetensors", None)
+    (part,) = AdapterFile.read(path, metadata=metadata).parts.values()
+    loaded = TwoLayers()
+    insert(loaded, "default", part)
+    assert warned_by(loaded) is is_old
