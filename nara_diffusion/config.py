@@ -41,10 +41,8 @@ _REFUSED = (
     "megatron_config", "monteclora_config", "target_parameters", "use_bdlora", "use_qalora", "velora_config",
 )  # fmt: skip
 """LoRA options that make PEFT compute the update without C(λ)."""
-_UNSCALED = (
-    "bias", "logit_bias_bins", "lora_bias", "modules_to_save", "target_parameters", "trainable_token_indices",
-)  # fmt: skip
-"""Options that change the model outside s · B · C · A, unless their value is in `_UNSET`."""
+_UNSCALED = ("bias", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters")
+"""LoRA options that change the model outside s · B · C · A, unless their value is in `_UNSET`."""
 _UNSET = (None, False, "none", [])
 
 
@@ -105,9 +103,6 @@ class NaraConfig(LoraConfig):
             "scheduler". None means the settings of the base.
         strength: the strength of the update over λ, StrengthSchedule([(λ, strength), …]) or its
             points. None means 1.
-        logit_bias_bins: for DiffusionGemma with any core_type, the number of equal bins of λ. Each
-            bin has a learned bias on the logit of the token that a canvas position shows. A
-            strength doesn't scale the bias. None means no bias.
 
     Raises:
         ValueError: a field or choice does not exist, a number is out of range, or a LoRA option is
@@ -133,7 +128,6 @@ class NaraConfig(LoraConfig):
     scheduler: dict[str, Any] | None = None
     few_steps: dict[str, Any] | None = None
     strength: StrengthSchedule | list[list[float]] | None = None
-    logit_bias_bins: int | None = None
 
     assumes_convention = False
     """Not a field. True if `noise_convention` is only the definition of the default source."""
@@ -242,8 +236,6 @@ class NaraConfig(LoraConfig):
             self._refuse("noise_embedding_dim", ": sine and cosine are pairs: pass an even number.")
         if self.core_type == "knots" and self.core_knots < 2:
             self._refuse("core_knots", ": interpolation needs one at either end, so 2 or more.")
-        if self.logit_bias_bins is not None and not _is_size(self.logit_bias_bins):
-            self._refuse("logit_bias_bins", ": pass a positive integer, or None for no bias.")
         given = self.scheduler
         if given is not None and (not isinstance(given, dict) or "_class_name" not in given):
             self._refuse("scheduler", ": pass a scheduler's configuration with its _class_name.")
@@ -332,7 +324,7 @@ def changes_base(start: object) -> bool:
 
 
 def unscaled_fields(config: LoraConfig) -> list[str]:
-    """Return the options that change the model in ways that a strength over λ can't scale."""
+    """Return the LoRA options that change the model in ways that a strength over λ can't scale."""
     changed = [name for name in _UNSCALED if getattr(config, name, None) not in _UNSET]
     if changes_base(config.init_lora_weights):
         changed.append("init_lora_weights")

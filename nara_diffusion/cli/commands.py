@@ -17,7 +17,6 @@ from nara_diffusion.export.adapter_factors import cores_of, schedule_of
 from nara_diffusion.loaders.file import MODEL, AdapterFile, AdapterPart, naming
 from nara_diffusion.loaders.insertion import check_storable
 from nara_diffusion.loaders.tensor_files import PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME, WEIGHTS_NAME
-from nara_diffusion.tuner.logit_bias import SCALE
 from nara_diffusion.utils.files import atomic_write, check_free
 
 _CORE_FIELDS = {
@@ -63,9 +62,6 @@ def _described(part: AdapterPart) -> dict[str, Any]:
         described[name] = getattr(config, name)
     core_fields = _CORE_FIELDS.get(config.core_type, ("core_sharing",))
     described["core"] = {name: getattr(config, name) for name in core_fields}
-    numbers = cores_of(part).logit_bias
-    if numbers is not None:
-        described["logit_bias"] = [round(SCALE * number, 4) for number in numbers.tolist()]
     described["parameters"] = _sizes(part)
     dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in part.tensors.values()}
     described["dtypes"] = sorted(dtypes)

@@ -15,7 +15,8 @@
 Shapes: A (r, d_in), B (d_out, r), λ = noise_level (b,) in [0, 1], 1 = pure noise. The modules
 return the deviation D = C − I. A learned D starts at zero, so C = I at step 0. If λ is NaN, so is
 C. Masks have no parameters. A direction that is off adds nothing to the output, and its row of A
-and column of B get a gradient of exactly zero.
+and column of B get a gradient of exactly zero. (AdamW still moves directions that it trained
+before, until its running mean of gradients has decayed.)
 
 This module deliberately differs from the reference implementation in three ways. There is one C for
 each *sample*. The product is B·C·A as in the paper (the reference computes B·Cᵀ·A). Every core
@@ -306,7 +307,7 @@ class RankMaskCore(Core):
 
     def active_rank(self, noise_level: Tensor) -> Tensor:
         """Return r(λ) (b,), as a float."""
-        return floor_of_share(self.rank - self.min_rank, 1 - noise_level.float()) + self.min_rank
+        return _floor_of_share(self.rank - self.min_rank, 1 - noise_level.float()) + self.min_rank
 
 
 class BinsCore(Core):
@@ -334,10 +335,10 @@ class BinsCore(Core):
 
     def chosen_bin(self, noise_level: Tensor) -> Tensor:
         """Return k(λ) (b,), as a float."""
-        return floor_of_share(self.bins, noise_level.float()).clamp(max=self.bins - 1)
+        return _floor_of_share(self.bins, noise_level.float()).clamp(max=self.bins - 1)
 
 
-def floor_of_share(count: int, share: Tensor) -> Tensor:
+def _floor_of_share(count: int, share: Tensor) -> Tensor:
     """Return ⌊count · share⌋ for a share (b,) in [0, 1], a fraction such as t / 1000 in float32.
 
     If the exact product is an integer, a few rounding errors, each below count · 2⁻²⁴, may leave
@@ -366,7 +367,6 @@ class CoreConfig(Protocol):
     fourier_scale: float
     rank_mask_min: int | None
     strength: Any
-    logit_bias_bins: int | None
 
 
 CoreMaker = Callable[[Any, int], Core]
@@ -413,9 +413,9 @@ def build_core(config: CoreConfig, rank: int) -> Core:
 
 
 def needs_noise(config: CoreConfig) -> bool:
-    """Return whether the core, the strength or a logit bias of a NaraConfig depends on λ."""
+    """Return whether the core or the strength of a NaraConfig depends on λ."""
     with torch.device("meta"):
-        return config.strength is not None or make_cores(config, {SHARED: config.r}).needs_noise
+        return config.strength is not None or build_core(config, config.r).needs_noise
 
 
 # ---------------------------------------------------------------------- the cores of one adapter
@@ -432,18 +432,12 @@ SHARED = "shared"
 """The group of all layers."""
 
 
-class CoreSet(Float32Module, nn.ModuleDict):
-    """The cores of one adapter by group of layers, and p (n,) of `tuner.logit_bias` or None."""
-
-    logit_bias: nn.Parameter | None
-
-    def __init__(self, cores: Mapping[str, Core]) -> None:
-        super().__init__(cores)
-        self.register_parameter("logit_bias", None)
+class CoreSet(nn.ModuleDict):
+    """The cores of one adapter by group of layers, made by `make_cores`."""
 
     @property
     def needs_noise(self) -> bool:
-        return self.logit_bias is not None or any(bool(core.needs_noise) for core in self.values())
+        return any(bool(core.needs_noise) for core in self.values())
 
     def deviation(self, group: str, noise_level: Tensor | None) -> Tensor:
         """Return D = C − I (b or 1, r, r), float32, of one group at λ (b,).
@@ -464,10 +458,7 @@ def make_cores(config: CoreConfig, ranks: dict[str, int]) -> CoreSet:
     Args:
         ranks: the largest rank among the layers of each group.
     """
-    cores = CoreSet({group: build_core(config, rank) for group, rank in ranks.items()})
-    if config.logit_bias_bins is not None:
-        cores.logit_bias = nn.Parameter(torch.zeros(config.logit_bias_bins, dtype=torch.float32))
-    return cores
+    return CoreSet({group: build_core(config, rank) for group, rank in ranks.items()})
 
 
 def core_group(config: CoreConfig, module_name: str, rank: int) -> str:

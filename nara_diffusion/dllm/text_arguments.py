@@ -87,13 +87,6 @@ class ModelArguments:
         "weight of its next-token loss; none takes 1 if it is adapted, else 0",
         within="model_options",
     )
-    logit_bias_bins: int | None = option(
-        None,
-        "DiffusionGemma: learn a bias b(λ) on the logit of the token that the canvas shows, one in each of this many "
-        "bins of λ (10). For a plain LoRA with it: --adapter nara --core_type identity.",
-        unit="bins",
-        rare=True,
-    )
     dataset_name: str | None = option(
         None, "Data set on the Hub, or NAME:SPLIT, instead of a file."
     )
@@ -232,16 +225,6 @@ class Arguments(ModelArguments, TrainingArguments, ObjectiveArguments):
         spread_options(self)
         if not self.pretrained_model_name_or_path:
             raise ValueError("pretrained_model_name_or_path is empty: name the model to adapt.")
-        if self.logit_bias_bins is not None:
-            if method_of(self).family != "nara":
-                raise ValueError(
-                    f"logit_bias_bins is a field of NaRA, and adapter is {self.adapter}: for a plain "
-                    "LoRA with it give --adapter nara --core_type identity."
-                )
-            self.adapter_options = {
-                **self.adapter_options,
-                "logit_bias_bins": self.logit_bias_bins,
-            }
         check_arguments(self)
         check_adapter(self)
         check_drawable(window_of(self), self.complementary)

@@ -85,7 +85,6 @@ class Pushed:
         entry: the innermost context for this model; None if λ came from a source.
         deviations: D (n, r, r), float32, by key.
         parts: the parts of a sample, if the rows of D belong to parts; otherwise None.
-        level: λ (n,) of these rows; None if no adapter of this forward depends on λ.
         operands: copies of D in other dtypes, made when a layer requests them.
     """
 
@@ -93,7 +92,6 @@ class Pushed:
     entry: Entry | None
     deviations: Mapping[Key, Tensor]
     parts: Parts | None = None
-    level: Tensor | None = None
     operands: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
 
 
@@ -163,15 +161,11 @@ class CoreChannel:
         return pushed.operands[name]
 
     def push(
-        self,
-        entry: Entry | None,
-        deviations: Mapping[Key, Tensor],
-        parts: Parts | None = None,
-        level: Tensor | None = None,
+        self, entry: Entry | None, deviations: Mapping[Key, Tensor], parts: Parts | None = None
     ) -> None:
         """Give D to the layers; `entry` is the context that set λ, or None if a source did."""
         innermost = None if torch.compiler.is_compiling() else present.get()
-        self.local.pushed = Pushed(innermost, entry, deviations, parts, level)
+        self.local.pushed = Pushed(innermost, entry, deviations, parts)
 
     def pushed(self) -> Pushed | None:
         """Return the values that the current forward has pushed, or None outside a forward."""

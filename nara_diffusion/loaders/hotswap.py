@@ -34,7 +34,6 @@ _HAS_TO_AGREE = (
     "rank_mask_min",
     "core_bins",
     "core_knots",
-    "logit_bias_bins",
     "noise_embedding",
     "noise_embedding_dim",
     "use_dora",

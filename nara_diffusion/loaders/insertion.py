@@ -44,8 +44,6 @@ have a model.
 """
 TEXT_ENCODER = "text_encoder"
 """The prefix of the names of text encoders among the components."""
-_UNLOADED = ("lora_bias", "logit_bias_bins")
-"""What changes the model outside of s · B · C · A, but is unloaded with the adapter."""
 LOADED_FLAG = "_hf_peft_config_loaded"
 """The attribute that tells Diffusers and Transformers that a model has adapters."""
 
@@ -178,7 +176,7 @@ def check_storable(config: NaraConfig, component: str) -> None:
             'before there is a λ: use NaraConfig(core_type="identity", …) there.'
         )
     for name in unscaled_fields(config):
-        if name in _UNLOADED or not getattr(config, name):
+        if name == "lora_bias" or not getattr(config, name):  # a bias of B goes with its layer
             continue
         raise ValueError(
             f"The adapter of {component} has {name}={getattr(config, name)!r}, which changes the base "

@@ -44,12 +44,7 @@ _FREE = {
     "strength",
 }
 """Fields of a core that may differ: they don't change the meaning of its tensors."""
-_FLAGS = {
-    "r": "rank",
-    "lora_alpha": "lora_alpha",
-    "core_type": "core_type",
-    "logit_bias_bins": "logit_bias_bins",
-}
+_FLAGS = {"r": "rank", "lora_alpha": "lora_alpha", "core_type": "core_type"}
 """{field: the flag that sets it}. The other fields are set by --adapter_options."""
 
 # ---------------------------------------------------------------- --init_adapter

@@ -131,8 +131,7 @@ def title_of(args: AdapterArguments) -> str:
         core = getattr(config, "core_type", "")
         title = _OF_CORE.get(core, f"NaRA with core {core!r}")
     has_dora = getattr(config, "use_dora", False) and "DoRA" not in title
-    title = f"{title}-DoRA".replace("LoRA-DoRA", "DoRA") if has_dora else title
-    return f"{title} and b(λ)" if getattr(config, "logit_bias_bins", None) else title
+    return f"{title}-DoRA".replace("LoRA-DoRA", "DoRA") if has_dora else title
 
 
 def window_facts(args: TrainingArguments) -> dict[str, str]:

@@ -390,8 +390,8 @@ def build_lr_scheduler(
 
 
 def is_core_parameter(name: str) -> bool:
-    """Return True if the parameter `name` of a model belongs to a core; a logit bias does not."""
-    return f"{HOLDER_NAME}." in name and not name.endswith(".logit_bias")
+    """Return True if the parameter `name` of a model belongs to a core."""
+    return f"{HOLDER_NAME}." in name
 
 
 def freeze_core(optimizer: Any) -> None:

@@ -61,7 +61,6 @@ class CoreHolder(nn.Module):
         channel: the channel that passes D(λ) to the layers.
         finder: the object that finds λ for a forward.
         merging: the object that finds and compares the λ of merged layers.
-        logit_handles: the hooks of `logit_bias`, if an adapter has one.
     """
 
     is_core_holder = True
@@ -78,7 +77,6 @@ class CoreHolder(nn.Module):
         self.finder = LevelFinder(root, self.configs, rows, denoiser)
         self.merging = Merging(root, self.layers, self.deviations.noisy)
         self._handles: tuple[RemovableHandle, ...] = ()
-        self.logit_handles: tuple[RemovableHandle, ...] = ()
 
     @property
     def root(self) -> nn.Module:
@@ -175,9 +173,9 @@ class CoreHolder(nn.Module):
 
     def detach(self) -> None:
         """Undo `attach`."""
-        for handle in (*self._handles, *self.logit_handles):
+        for handle in self._handles:
             handle.remove()
-        self._handles = self.logit_handles = ()
+        self._handles = ()
         twins = twins_of(self.root)
         if twins is not None:
             unhook_twins(self.root, twins, self.finder.canvas_source())
@@ -218,7 +216,7 @@ class CoreHolder(nn.Module):
         elif noisy:
             level, parts = self.finder.level_of_forward(noisy, entry, args, kwargs)
         deviations = _beside_inputs(self.deviations.of(names, level), args, kwargs)
-        self.channel.push(entry, deviations, parts, level)
+        self.channel.push(entry, deviations, parts)
 
     def end(self) -> None:
         """Take D(λ) away from the layers after a forward."""

@@ -60,7 +60,6 @@ from nara_diffusion.strict import (
 
 from .finder import twins_of
 from .holder import CoreHolder, drop_idle_holder, holder_of
-from .logit_bias import hook_logits
 from .merging import unmerged_on_error
 from .strength import give_strength
 from .twins import check_twin, decoder_name, share_factors, with_twins, without_twins
@@ -139,8 +138,6 @@ class NaraModel(LoraModel):
                 cores = _cores_for(config, adapter_name, owners, low_cpu_mem_usage, is_dispatched)
                 holder.add(adapter_name, config, cores, list(layers.values()))
                 holder.attach()
-                if config.logit_bias_bins is not None:
-                    hook_logits(holder)
                 if len(self.peft_config) > 1:
                     check_adapter_names(model, set(self.peft_config))
                 if are_off:
@@ -259,16 +256,14 @@ class NaraModel(LoraModel):
         return super()._enable_peft_forward_hooks(*args, **kwargs)
 
     def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
-        """Raise an error for adapters with a core or b(λ), which no weighted sum of A and B can give.
+        """Raise an error for adapters with a core, which no weighted sum of A and B can give.
 
-        Adapters with `core_type="identity"` and no bias are allowed.
+        Adapters with `core_type="identity"` are allowed.
         """
         for name in adapters:
-            config = self.peft_config.get(name)
-            has_core = getattr(config, "core_type", "identity") != "identity"
-            if has_core or getattr(config, "logit_bias_bins", None) is not None:
+            if getattr(self.peft_config.get(name), "core_type", "identity") != "identity":
                 raise ValueError(
-                    f"add_weighted_adapter would ignore the core or b(λ) of adapter '{name}', so it would be wrong. "
+                    f"add_weighted_adapter would ignore the core of adapter '{name}', so its update would be wrong. "
                     "Activate several adapters together instead: model.base_model.set_adapter([…])."
                 )
         super().add_weighted_adapter(adapters, *args, **kwargs)

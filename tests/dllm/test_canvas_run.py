@@ -15,15 +15,11 @@ from nara_diffusion.dllm.canvas_sampler import answer_canvases
 from nara_diffusion.dllm.text_arguments import Arguments, adapter_options, objective_options, sampling_of
 from nara_diffusion.dllm.train import FineTuning, main
 from nara_diffusion.training.adapter_weights import write_checkpoint
-from nara_diffusion.training.adapters import build_adapter
-from nara_diffusion.training.engines import build_optimizer
 from nara_diffusion.training.run import start_run
-from nara_diffusion.tuner.holder import holder_of
 from tests.acceptance._runs import ASSETS, TEXT, text_flags
 from tests.helpers.tiny_gemma import tiny_gemma
 
 GEMMA = ASSETS / "gemma-tiny"
-BIAS = "base_model.model.nara_core.logit_bias"
 pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values.*:FutureWarning")
 
 
@@ -41,15 +37,12 @@ def arguments(folder, **changes):
 
 def test_a_run_saves_one_adapter_resumes_to_the_same_bits_and_loads_into_the_pipeline(tmp_path):
     whole, halves = tmp_path / "whole", tmp_path / "halves"
-    results = main(arguments(tmp_path, output_dir=str(whole), logit_bias_bins=10))
+    results = main(arguments(tmp_path, output_dir=str(whole)))
     assert {"exact_match_before", "exact_match_after", "n"} <= results.keys()
     tensors = load_file(whole / TEXT)
     assert not [key for key in tensors if "encoder" in key or "router" in key or "vision" in key]
     assert sum("lora_A" in key for key in tensors) == 4 * 6 + 3  # the last layer has no v_proj
-    config = json.loads((whole / "adapter_config.json").read_text())
-    assert (config["noise_convention"], config["logit_bias_bins"]) == ("corrupted_share", 10)
-    assert tensors[BIAS].any()
-    assert "NaRA and b(λ)" in (whole / "README.md").read_text()
+    assert json.loads((whole / "adapter_config.json").read_text())["noise_convention"] == "corrupted_share"
 
     code = (whole / "README.md").read_text().split("```python")[1].split("```")[0]
     exec(code, {})
@@ -57,7 +50,7 @@ def test_a_run_saves_one_adapter_resumes_to_the_same_bits_and_loads_into_the_pip
     halves.mkdir()
     (whole / "checkpoint-2").rename(halves / "checkpoint-2")
     (halves / "config.yaml").write_text((whole / "config.yaml").read_text())
-    main(arguments(tmp_path, output_dir=str(halves), resume_from_checkpoint="latest", logit_bias_bins=10))
+    main(arguments(tmp_path, output_dir=str(halves), resume_from_checkpoint="latest"))
     resumed = load_file(halves / TEXT)
     assert all(torch.equal(resumed[key], tensor) for key, tensor in tensors.items())
 
@@ -65,7 +58,6 @@ def test_a_run_saves_one_adapter_resumes_to_the_same_bits_and_loads_into_the_pip
     pipe = DiffusionGemmaPipeline(model=model, scheduler=BlockRefinementScheduler(), processor=tokenizer)
     pipe.set_progress_bar_config(disable=True)
     pipe.load_nara_weights(whole)
-    assert torch.equal(holder_of(pipe.model).cores["default_0"].logit_bias, tensors[BIAS])
     assert isinstance(pipe("reverse: planet", gen_length=16, num_inference_steps=8).texts[0], str)
 
 
@@ -102,25 +94,6 @@ def test_options_choose_the_layers_and_the_encoders_loss(tmp_path):
     }
     pattern = adapter_options(model, decoder)["target_modules"]
     assert pattern == r".*\.decoder\.layers\.\d+\.(self_attn|mlp)\.(q_proj)"
-
-
-@pytest.mark.parametrize("adapter", ["lora", "dora", "vera"])
-def test_a_logit_bias_needs_a_nara(tmp_path, adapter):
-    with pytest.raises(ValueError, match="--adapter nara --core_type identity"):
-        arguments(tmp_path, adapter=adapter, logit_bias_bins=10)
-
-
-def test_the_flag_of_a_logit_bias_is_a_field_of_the_adapter_and_has_the_rate_of_A_and_B(tmp_path):
-    args = arguments(tmp_path, core_type="identity", logit_bias_bins=3, core_learning_rate=0.5)
-    adapted = build_adapter(tiny_gemma(), args, **adapter_options(tiny_gemma(), args))
-    numbers = holder_of(adapted.get_base_model()).cores["default"].logit_bias
-    assert numbers.shape == (3,)
-    (group,) = build_optimizer(adapted, args).param_groups
-    assert (group["name"], group["lr"]) == ("adapter", args.learning_rate)
-    assert any(parameter is numbers for parameter in group["params"])
-    llada = load_backbone(str(ASSETS / "llada-tiny"))[0]
-    with pytest.raises(ValueError, match="logit_bias_bins is for DiffusionGemma"):
-        build_adapter(llada, args)
 
 
 @pytest.mark.parametrize(
