@@ -28,6 +28,7 @@ from nara_diffusion.noise.prediction import flow_shift
 from nara_diffusion.strict import check_tensors
 from nara_diffusion.tuner.model import restored_on_error
 from nara_diffusion.tuner.strength import layers_of
+from nara_diffusion.tuner.twins import with_equal_twins, without_twins
 from nara_diffusion.utils.files import listed
 
 from .adapter_factors import adapter_of_model
@@ -170,6 +171,10 @@ def copy_tensors(lora: PlainLora, root: nn.Module, adapter_name: str, origin: st
     check_scales(scales, root, adapter_name, origin)
     parameters = _parameters(root, adapter_name)
     given = lora.state_dict()
+    configs: Any = root.peft_config
+    if isinstance(configs[adapter_name], NaraConfig):  # a plain LoRA keeps twins apart
+        given = with_equal_twins(root, given, origin)
+        parameters = without_twins(root, parameters)
     for key in parameters.keys() & given.keys():
         # files may contain 1 × 1 kernels and magnitudes with or without axes of size 1
         shape = parameters[key].shape
@@ -189,7 +194,7 @@ def _parameters(root: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
     """Return the adapter's factors and magnitudes in `root`, by PEFT's keys."""
     own = re.compile(rf"(.*\.lora_\w+)\.{re.escape(adapter_name)}(\.\w+)?")
     found = {}
-    for name, parameter in root.named_parameters():
+    for name, parameter in root.named_parameters(remove_duplicate=False):
         match = own.fullmatch(name)
         if match:
             key = f"{match[1]}{match[2] or ''}"

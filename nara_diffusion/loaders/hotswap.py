@@ -19,6 +19,8 @@ from nara_diffusion.cores.custom import CustomCore, rebuild_core
 from nara_diffusion.strict import check_tensors
 from nara_diffusion.tuner.holder import CoreHolder, holder_of
 from nara_diffusion.tuner.strength import check_strength, give_strength, layers_of, strength_of
+from nara_diffusion.tuner.twins import decoder_name, with_encoder_layers
+from nara_diffusion.utils.files import listed
 
 from .file import AdapterPart, by_pattern, configured_scaling
 from .insertion import adapters_of, nara_adapters_of, part_of
@@ -100,7 +102,23 @@ def check_swappable(
             )
     _holder(model).finder.with_convention(adapter_name, part.config)
     check_strength(model, adapter_name, part.config.strength)
+    _check_encoder_layers(model, adapter_name, part)
     check_tensors(part.tensors, part_of(model, adapter_name).tensors)
+
+
+def _check_encoder_layers(model: nn.Module, adapter_name: str, part: AdapterPart) -> None:
+    """Raise ValueError if only one of the adapters is also in a DiffusionGemma's encoder.
+
+    The files of both have the same tensors, since encoder layers share those of the decoder.
+    """
+    given = with_encoder_layers(model, part.config, part.modules)
+    there = layers_of(model, adapter_name)
+    different = [name for name in given.keys() ^ there.keys() if decoder_name(model, name)]
+    if different:
+        raise ValueError(
+            f"{listed(sorted(different))} is adapted by the new adapter or by '{adapter_name}', but not "
+            f"by both, and hotswap keeps the modules: {_REMEDY}"
+        )
 
 
 def prepare_swap(model: nn.Module, adapter_name: str, part: AdapterPart) -> Callable[[], None]:

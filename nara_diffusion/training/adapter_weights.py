@@ -26,6 +26,7 @@ from nara_diffusion.loaders.file import AdapterFile, AdapterPart, configured_sca
 from nara_diffusion.loaders.tensor_files import is_nara, load_whole_model
 from nara_diffusion.noise.prediction import check_expected
 from nara_diffusion.strict import check_loaded, check_tensors
+from nara_diffusion.tuner.twins import with_encoder_layers
 
 from .adapters import CORE_FIELDS
 
@@ -112,7 +113,7 @@ def _check_predictions(
 def _copy_nara(part: AdapterPart, root: nn.Module, origin: str) -> None:
     _check_same(_config_of(root), part.config, origin)
     scales = {}
-    for name, rank in part.modules.items():
+    for name, rank in with_encoder_layers(root, part.config, part.modules).items():
         scales[name] = rank, configured_scaling(part.config, name, rank)
     check_scales(scales, root, "default", origin)
     set_peft_model_state_dict(root, part.tensors, adapter_name="default")

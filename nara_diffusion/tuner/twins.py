@@ -17,7 +17,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
 from nara_diffusion.config import NaraConfig
@@ -100,6 +102,45 @@ def with_twins(
         if twin in tensors:
             found[name] = tensors[twin]
     return found
+
+
+def with_encoder_layers(
+    root: nn.Module, config: NaraConfig, ranks: Mapping[str, int]
+) -> dict[str, int]:
+    """Return the adapted layers of a file, with the encoder layers that it does not name.
+
+    Args:
+        root: the model that the file is for.
+        config: the adapter's configuration in the file.
+        ranks: {layer with factors in the file: its rank}.
+    """
+    found = dict(ranks)
+    for name, _ in root.named_modules():
+        twin = decoder_name(root, name)
+        if twin is None or twin not in ranks:
+            continue
+        if check_target_module_exists(config, name):
+            found[name] = ranks[twin]
+    return found
+
+
+def with_equal_twins(
+    root: nn.Module, tensors: Mapping[str, Tensor], origin: str
+) -> dict[str, Tensor]:
+    """Return the tensors of a LoRA without the encoder's, which must equal the decoder's.
+
+    Raises:
+        ValueError: an encoder layer has other factors than its twin.
+    """
+    kept = without_twins(root, tensors)
+    for key in sorted(tensors.keys() - kept.keys()):
+        twin = decoder_name(root, key)
+        if twin is not None and not torch.equal(tensors[key], tensors[twin]):
+            raise ValueError(
+                f"{origin} has '{key}' of the encoder unlike the decoder's, but a NaRA has one A and one B "
+                "for both: give a NaRA, or a LoRA of the decoder (--model_options train_on_encoder=false)."
+            )
+    return kept
 
 
 def _twin_key(root: nn.Module, key: str) -> str | None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import BlockRefinementScheduler, LLaDA2Pipeline
+from peft.functional import set_adapter
 from torch import Tensor
 
 from nara_diffusion import noise_level
@@ -125,6 +126,38 @@ def test_forward_outside_a_run_asks_for_the_level(base: Path, tmp_path: Path) ->
     pipe.load_nara_weights(tmp_path / "adapter")
     with pytest.raises(ValueError, match="outside a run of LLaDA2Pipeline"):
         pipe.model(PROMPT)
+
+
+def test_forward_after_a_run_does_not_take_the_run_for_its_own(base: Path, tmp_path: Path) -> None:
+    adapter(base, tmp_path / "adapter")
+    pipe = pipeline(base)
+    pipe.load_nara_weights(tmp_path / "adapter")
+    pipe(input_ids=PROMPT, **RUN)
+    text = torch.full((2, 8), MASK)
+    places, real = torch.arange(8).expand(2, -1), torch.ones(2, 8, dtype=torch.long)
+    for arguments in ({}, {"attention_mask": real}, {"attention_mask": real, "position_ids": places}):
+        with pytest.raises(ValueError, match="outside a run of LLaDA2Pipeline"):
+            pipe.model(text, **arguments)
+
+
+def test_pipelines_that_share_a_model_have_each_the_levels_of_their_own_run(base: Path, tmp_path: Path) -> None:
+    model, pipe = adapter(base, tmp_path / "adapter"), pipeline(base)
+    other = LLaDA2Pipeline(model=pipe.model, scheduler=BlockRefinementScheduler(), tokenizer=None)
+    other.set_progress_bar_config(disable=True)
+    pipe.load_nara_weights(tmp_path / "adapter", adapter_name="first")
+    other.load_nara_weights(tmp_path / "adapter", adapter_name="second")
+    set_adapter(pipe.model, "first")
+    expected, _ = by_hand(model)
+    whole = RUN | {"block_length": 2 * B}
+    of_whole = None
+    for _ in range(2):
+        assert pipe(input_ids=PROMPT, **RUN).sequences.equal(expected)
+        found = other(input_ids=PROMPT, **whole).sequences
+        assert of_whole is None or found.equal(of_whole)
+        of_whole = found
+    alone = pipeline(base)
+    alone.load_nara_weights(tmp_path / "adapter")
+    assert alone(input_ids=PROMPT, **whole).sequences.equal(of_whole)
 
 
 def test_adapter_of_another_definition_is_refused_at_loading(base: Path, tmp_path: Path) -> None:
