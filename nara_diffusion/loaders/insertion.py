@@ -151,7 +151,7 @@ def read_schedule_of(pipe: Any) -> None:
         if isinstance(model, nn.Module):
             holder = holder_of(unwrapped(model))
             if holder is not None:
-                holder.finder.usage.add_pipeline(pipe)
+                holder.finder.add_pipeline(pipe)
 
 
 # ---------------------------------------------------------------------- checks

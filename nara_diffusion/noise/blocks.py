@@ -66,6 +66,9 @@ class BlockNoise:
     fills every position after the prompt with the mask token. The last token of that first forward
     is therefore the mask token, and the first mask in its last block is where the answer begins.
 
+    Each run makes a new schedule, so the newest schedule is that of the current run. A forward of
+    the run has the pipeline's arguments, and as many positions as the forward before it, or B more.
+
     Args:
         schedulers: returns the current schedulers of the pipelines that loaded adapters.
     """
@@ -74,65 +77,90 @@ class BlockNoise:
 
     def __init__(self, schedulers: Callable[[], Sequence[Any]]) -> None:
         self.schedulers = schedulers
-        self._schedule: Tensor | None = None  # the pipeline makes a new one in each run
-        self._length = 0
-        self._mask: Tensor | None = None  # (), the mask token
-        self._first = 0  # the sequence length in the run's first forward
-        self._answer: Tensor | None = None  # (B,) bool, columns of its last block after the prompt
+        self._known: list[Tensor] = []  # the schedules of all runs up to now
+        self._schedule: Tensor | None = None  # of the current run
+        self._length = 0  # B
+        self._width = 0  # positions of the run's last forward; 0 before its first
+        self._first = 0  # positions of the run's first forward
+        self._mask = torch.zeros(())  # the mask token
+        self._answer = torch.ones(0)  # (B,) bool, columns of its first block after the prompt
 
-    def block_length(self) -> int | None:
-        """Return the block length of the current run, or None before the first run."""
-        for scheduler in self.schedulers():
-            schedule = getattr(scheduler, "_transfer_schedule", None)
-            if schedule is None:
-                continue
-            if schedule is not self._schedule:
-                self._schedule, self._mask = schedule, None
-                self._length = int(schedule.sum())
-            return self._length
-        return None
+    def ignore_past_runs(self) -> None:
+        """Take no schedule that exists now for that of a new run."""
+        self._known = self._schedules()
+
+    def _schedules(self) -> list[Tensor]:
+        found = [getattr(each, "_transfer_schedule", None) for each in self.schedulers()]
+        return [schedule for schedule in found if schedule is not None]
+
+    def _follow_run(self) -> None:
+        """Find the current run: the one with the newest schedule."""
+        present = self._schedules()
+        for schedule in present:
+            if not any(schedule is one for one in self._known):
+                self._schedule, self._length = schedule, int(schedule.sum())
+                self._width = 0
+        self._known = present
+        if not any(self._schedule is one for one in present):
+            self._schedule = None
+
+    def _of_run(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor] | None:
+        """Return the tokens and the mask (b, l) of a forward of the current run, otherwise None."""
+        self._follow_run()
+        real = kwargs.get("attention_mask")
+        if self._schedule is None or not isinstance(real, Tensor) or real.dim() != 2:
+            return None
+        input_ids = arguments_of(module, args, kwargs).get("input_ids")
+        if input_ids is None or kwargs.get("position_ids") is None or kwargs.get("use_cache"):
+            return None
+        width = input_ids.shape[1]
+        if self._width == 0:
+            block = input_ids[:, -self._length :]  # (b, B)
+            self._mask, self._first = block[0, -1].clone(), width
+            self._answer = (block == self._mask).any(0).cumsum(0) > 0
+        elif width not in (self._width, self._width + self._length):
+            return None
+        self._width = width
+        return input_ids, real
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Return λ (b, k) for a forward of `module`.
 
         Raises:
-            ValueError: no pipeline with a block scheduler is running.
+            ValueError: the forward does not belong to a run of LLaDA2Pipeline.
         """
-        arguments = arguments_of(module, args, kwargs)
-        input_ids, real = arguments["input_ids"], arguments.get("attention_mask")
-        length, b = self.block_length(), len(input_ids)
-        if length is None:
+        found = self._of_run(module, args, kwargs)
+        if found is None:
             raise ValueError(
                 "λ of the blocks isn't known outside a run of LLaDA2Pipeline with a "
                 "BlockRefinementScheduler: use noise_level(model, λ of each block)."
             )
+        input_ids, real = found
+        length, width = self._length, input_ids.shape[1]
         block = input_ids[:, -length:]  # (b, B)
-        if self._mask is None:
-            self._mask, self._first = block[0, -1].clone(), input_ids.shape[1]
-            self._answer = (block == self._mask).any(0).cumsum(0) > 0
-        answer = torch.ones_like(block, dtype=torch.bool)
-        if isinstance(real, Tensor) and real.dim() == 2:
-            answer = real[:, -length:].bool()
-        if input_ids.shape[1] == self._first and self._answer is not None:
+        answer = real[:, -length:].bool()
+        if width == self._first:
             answer = answer & self._answer
         masked = answer & (block == self._mask)
-        levels = torch.zeros(b, input_ids.shape[1] // length, device=block.device)
+        levels = torch.zeros(len(block), width // length, device=block.device)
         levels[:, -1] = masked.sum(1) / answer.sum(1).clamp(min=1)
         return levels
 
-    def with_block_mask(self, module: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    def with_block_mask(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> dict[str, Any] | None:
         """Return the arguments with the block mask in place of the pipeline's mask (b, l), or None.
 
-        Under the pipeline's mask, earlier blocks would see later ones. A call by the pipeline passes
-        position ids and uses no cache. For any other forward, such as one of `generate` or of a
-        loss, the result is None, and the caller keeps the arguments unchanged.
+        Under the pipeline's mask, earlier blocks would see later ones. For a forward outside of the
+        pipeline's run, such as one of `generate` or of a loss, the result is None, and the caller
+        keeps the arguments unchanged.
         """
-        real, length = kwargs.get("attention_mask"), self.block_length()
-        if length is None or not isinstance(real, Tensor) or real.dim() != 2:
-            return None
-        if kwargs.get("position_ids") is None or kwargs.get("use_cache"):
+        found = self._of_run(module, args, kwargs)
+        if found is None:
             return None
         implementation = getattr(module.config, "_attn_implementation", None)
         dtype = next(module.parameters()).dtype
-        mask = attention_argument(block_mask(real, length), implementation, dtype)
+        mask = attention_argument(block_mask(found[1], self._length), implementation, dtype)
         return {**kwargs, "attention_mask": mask}

@@ -139,10 +139,15 @@ class LevelFinder:
             self._canvas_source = CanvasNoise(self.usage.schedulers)
         return self._canvas_source
 
-    def block_masked(self, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    def add_pipeline(self, pipe: DiffusionPipeline) -> None:
+        """Remember a pipeline that loaded an adapter."""
+        self.usage.add_pipeline(pipe)
+        self.block_source.ignore_past_runs()
+
+    def block_masked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
         """Return the arguments with a block mask if LLaDA2Pipeline calls the forward, else None."""
         is_text = self.denoiser is None and bool(self.usage.pipelines)
-        return self.block_source.with_block_mask(self.root, kwargs) if is_text else None
+        return self.block_source.with_block_mask(self.root, args, kwargs) if is_text else None
 
     def set_source(self, source: NoiseSource | None) -> None:
         """Set the source, or remove it if None, and replace assumed definitions of λ with its own."""

@@ -307,7 +307,7 @@ def _before_forward(
     if holder is None:
         return None
     holder.begin(args, kwargs)
-    changed = holder.finder.block_masked(kwargs)
+    changed = holder.finder.block_masked(args, kwargs)
     return None if changed is None else (args, changed)
 
 

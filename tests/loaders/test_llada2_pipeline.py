@@ -128,6 +128,27 @@ def test_forward_outside_a_run_asks_for_the_level(base: Path, tmp_path: Path) ->
         pipe.model(PROMPT)
 
 
+def test_adapter_that_is_enabled_in_the_middle_of_a_block_has_its_level(base: Path, tmp_path: Path) -> None:
+    adapter(base, tmp_path / "adapter")
+    pipe, levels = pipeline(base), []
+    pipe.load_nara_weights(tmp_path / "adapter")
+    layers = [each for each in pipe.model.modules() if hasattr(each, "lora_variant")]
+    for layer in layers:
+        layer.enable_adapters(False)
+    make = pipe.model.lora_core.deviations.of
+    pipe.model.lora_core.deviations.of = lambda names, level: levels.append(level) or make(names, level)
+
+    def enable(*_: Any) -> dict[str, Tensor]:
+        for layer in layers:
+            layer.enable_adapters(True)
+        return {}
+
+    run = RUN | {"gen_length": B, "num_inference_steps": B, "threshold": 2.0}  # a token at each step
+    pipe(input_ids=PROMPT[:, :B], callback_on_step_end=enable, **run)
+    expected = [[0, left, 0, left] for left in (0.75, 0.5, 0.25)]
+    assert [level.tolist() for level in levels if level is not None and level.any()] == expected
+
+
 def test_forward_after_a_run_does_not_take_the_run_for_its_own(base: Path, tmp_path: Path) -> None:
     adapter(base, tmp_path / "adapter")
     pipe = pipeline(base)
