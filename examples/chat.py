@@ -24,7 +24,7 @@ from peft import PeftModel
 from nara_diffusion import set_strength
 from nara_diffusion.dllm import GenerationStep, encode_prompts, load_backbone, prompt_text, stop_token_ids
 from nara_diffusion.dllm.models.backbone import Backbone
-from nara_diffusion.dllm.text_arguments import answers_of
+from nara_diffusion.dllm.sampler import answer_prompts
 
 
 def readable(tokenizer: Any, tokens: torch.Tensor, masked: torch.Tensor) -> str:
@@ -48,7 +48,7 @@ def answer(model: Any, tokenizer: Any, turns: list[dict[str, str]], **sampling: 
     sampling |= {"eos_token_id": stop_token_ids(model, tokenizer), "chat": bool(tokenizer.chat_template)}
     if not Backbone(model).has_canvas:
         sampling |= {"on_step_end": show if sys.stdout.isatty() else None}
-    answers = answers_of(model, [ids], **sampling).answers  # (1, g)
+    answers = answer_prompts(model, [ids], **sampling).answers  # (1, g)
     return tokenizer.decode(answers[0], skip_special_tokens=True).strip()
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,9 +19,8 @@ from torch import Tensor, nn
 from transformers.models.diffusion_gemma.generation_diffusion_gemma import EntropyBoundSamplerConfig
 
 from .block_loss import block_model
-from .decoding import Sampling
+from .decoding import Generation, Sampling
 from .models.backbone import evaluating
-from .sampler import Generation
 
 _OWN = ("gen_length", "steps", "block_length", "temperature", "entropy_bound")
 """The settings of `Sampling` that this sampler supports."""
@@ -45,39 +45,42 @@ def canvas_sampling(model: nn.Module, sampling: Sampling) -> Sampling:
             f"gen_length is {sampling.gen_length} and block_length {sampling.block_length}, and the "
             f"model's canvas has {canvas} positions: give a multiple of it, and no block_length."
         )
-    return Sampling(**{**vars(sampling), "block_length": canvas})
+    return replace(sampling, block_length=canvas)
 
 
-@torch.no_grad()
-def answer_canvases(
+def fill_canvases(
     model: nn.Module,
-    prompts: Sequence[Sequence[int]],
-    *,
-    eos_token_id: Sequence[int],
+    input_ids: Tensor,
+    is_prompt: Tensor,
+    sampling: Sampling,
+    end_token_ids: Sequence[int],
+    pad_token_id: int,
     generator: torch.Generator | None = None,
-    chat: bool = False,
-    **settings: Any,
 ) -> Generation:
-    """Answer prompts of unequal length, given as lists of token ids.
+    """Answer prompts.
 
     Args:
         model: the outermost module around a DiffusionGemmaForBlockDiffusion.
-        eos_token_id: the tokens that end an answer.
+        input_ids: (b, p) prompts.
+        is_prompt: (b, p) bool, on the CPU, False on padding.
+        sampling: the settings. By default a canvas has as many steps as positions. A temperature of
+            0 selects the model's own temperatures.
+        end_token_ids: the tokens that end an answer; none to fill all canvases.
+        pad_token_id: the token around the texts, and after the end of an answer.
         generator: the generator that seeds the random numbers; None means torch's own.
-        chat: has no effect, since this sampler uses the same settings for a chat.
-        **settings: settings of `Sampling`. By default a canvas has as many steps as positions. A
-            temperature of 0 selects the model's own temperatures.
+
+    Raises:
+        ValueError: a prompt is empty, or this sampler doesn't support a setting.
     """
     inner = block_model(model)
-    sampling = canvas_sampling(model, Sampling(**settings))
+    sampling = canvas_sampling(model, sampling)
     options: dict[str, Any] = {"max_denoising_steps": len(sampling.tokens_per_step())}
     if sampling.temperature:
         hottest = math.nextafter(sampling.temperature, math.inf)  # t_max has to be higher
         options |= {"t_min": sampling.temperature, "t_max": hottest}
     if sampling.entropy_bound is not None:
         options["sampler_config"] = EntropyBoundSamplerConfig(float(sampling.entropy_bound))
-    padding = eos_token_id[0]
-    input_ids, mask = _padded_on_the_left(prompts, padding, inner.device)
+    prompts, real = _padded_on_the_left(input_ids, is_prompt, pad_token_id)
     calls: list[int] = []
     counter = inner.model.decoder.register_forward_pre_hook(lambda *_: calls.append(1))
     devices = [inner.device] if inner.device.type == "cuda" else []
@@ -89,31 +92,36 @@ def answer_canvases(
                 torch.manual_seed(int(seed))
             generate: Any = inner.generate
             sequences: Tensor = generate(
-                input_ids,
-                attention_mask=mask,
+                prompts,
+                attention_mask=real,
                 max_new_tokens=sampling.gen_length,
-                eos_token_id=list(eos_token_id),
-                pad_token_id=padding,
+                eos_token_id=list(end_token_ids) or None,
+                pad_token_id=pad_token_id,
                 return_dict_in_generate=False,
                 **options,
             )
     finally:
         counter.remove()
-    width = input_ids.shape[1]
+    width = prompts.shape[1]
     rest = (0, width + sampling.gen_length - sequences.shape[1])  # it ended early
-    sequences = torch.nn.functional.pad(sequences, rest, value=padding)
-    starts = torch.full((len(prompts),), width, device=inner.device)
-    return Generation(sequences, sequences[:, width:], starts, len(calls))
+    sequences = torch.nn.functional.pad(sequences, rest, value=pad_token_id)
+    answers = sequences[:, width:]
+    starts = is_prompt.sum(1)  # (b,)
+    rows = zip(sequences, (starts - width).tolist(), strict=True)
+    sequences = torch.stack([row.roll(shift) for row, shift in rows])  # padding on the right
+    return Generation(sequences, answers, starts.to(sequences.device), len(calls))
 
 
 def _padded_on_the_left(
-    prompts: Sequence[Sequence[int]], padding: int, device: torch.device
+    input_ids: Tensor, is_prompt: Tensor, pad_token_id: int
 ) -> tuple[Tensor, Tensor]:
-    """Return the padded prompts and their attention mask, each (b, p)."""
-    width = max(len(prompt) for prompt in prompts)
-    ids = torch.full((len(prompts), width), padding, device=device)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.as_tensor(prompt, device=device)
-        mask[row, width - len(prompt) :] = 1
-    return ids, mask
+    """Return the prompts with padding on the left and their attention mask, each (b, longest)."""
+    lengths = is_prompt.sum(1, keepdim=True)  # (b, 1)
+    if not lengths.all():
+        raise ValueError("a prompt is empty, and DiffusionGemma needs one token or more, e.g. BOS")
+    width = int(lengths.max())
+    real = torch.arange(width) >= width - lengths  # (b, longest)
+    prompts = torch.full(real.shape, pad_token_id)
+    # both sides go through the rows in order, and through the tokens of each row in order
+    prompts[real] = input_ids.cpu().long()[is_prompt]
+    return prompts.to(input_ids.device), real.long().to(input_ids.device)

@@ -284,6 +284,26 @@ def _check_blocks(block_length: int, sampling: Sampling) -> None:
         )
 
 
+# ---------------------------------------------------------------- the result
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The result of `generate`.
+
+    Attributes:
+        sequences: (b, l) token ids: prompt, answer, padding.
+        answers: (b, gen_length) token ids.
+        prompt_lengths: (b,) the start of each answer in `sequences`.
+        forwards: the number of forwards; a guided step counts as one.
+    """
+
+    sequences: torch.Tensor
+    answers: torch.Tensor
+    prompt_lengths: torch.Tensor
+    forwards: int
+
+
 # ---------------------------------------------------------------- the state of sampling, and its step
 
 

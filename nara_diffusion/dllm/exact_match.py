@@ -27,7 +27,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .text_arguments import answers_of
+from .sampler import answer_prompts
 from .tokenizer import decode_answer, stop_token_ids
 
 logger = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ def exact_match(
             indices = by_length[start : start + batch_size]
             batch = [rows[i] for i in indices]
             prompts = [row["input_ids"][: row["prompt_length"]] for row in batch]
-            result = answers_of(model, prompts, **sampling)
+            result = answer_prompts(model, prompts, **sampling)
             forwards += result.forwards
             for i, row, answer in zip(indices, batch, result.answers.tolist(), strict=True):
                 text = decode_answer(tokenizer, answer, ends)

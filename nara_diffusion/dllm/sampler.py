@@ -31,7 +31,6 @@ only there.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -41,28 +40,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from .block_filling import fill_blocks
-from .decoding import GenerationStep, Sampling, State, model_sampling
+from .canvas_sampler import fill_canvases
+from .decoding import Generation, GenerationStep, Sampling, State, model_sampling
 from .models.backbone import Backbone, evaluating, without_ddp
 from .tokenizer import mask_in_a_text
 
 _MAX_LENGTH = 512
-
-
-@dataclass(frozen=True)
-class Generation:
-    """The result of `generate`.
-
-    Attributes:
-        sequences: (b, l) token ids: prompt, answer, padding.
-        answers: (b, gen_length) token ids.
-        prompt_lengths: (b,) the start of each answer in `sequences`.
-        forwards: the number of forwards; a guided step counts as one.
-    """
-
-    sequences: torch.Tensor
-    answers: torch.Tensor
-    prompt_lengths: torch.Tensor
-    forwards: int
 
 
 @torch.no_grad()
@@ -85,6 +68,8 @@ def generate(
 ) -> torch.Tensor | Generation:
     """Answer the prompts in `input_ids`.
 
+    DiffusionGemma is sampled by transformers' own `generate` (`canvas_sampler`), with its cache.
+
     Args:
         model: the outermost module. For a DistributedDataParallel, its `.module` is called, since
             processes may need different numbers of steps. Under FSDP and DeepSpeed ZeRO-3, all
@@ -96,7 +81,7 @@ def generate(
             the published value for the model's chat (LLaDA: 32), if it divides `gen_length`.
         generator: the generator that seeds a stream of random numbers for each row, for Gumbel
             noise and random remasking. The numbers depend on the index of the row in the batch, but
-            not on the other rows.
+            not on the other rows. For DiffusionGemma, it seeds one stream for the whole batch.
         mask_token_id: the mask token; by default that of the model's configuration.
         pad_token_id: the padding token; by default that of the model's configuration.
         eos_token_id: one or several end tokens; by default those of the configuration.
@@ -104,12 +89,13 @@ def generate(
         return_stats: True to return a `Generation`, with the number of forwards.
         use_cache: True to keep the keys and values of the prompt and of finished blocks. The
             default is True if the model's attention is by blocks (LLaDA2), since they then never
-            change.
+            change. DiffusionGemma always has its cache.
         on_step_end: a function that is called after each step with a `GenerationStep`, which the
             function may change.
         **settings: settings of `nara_diffusion.dllm.Sampling`: gen_length (128), steps,
             block_length, temperature, top_p, cfg_scale, remasking, confidence_threshold, factor,
-            entropy_bound, logits_eos_inf, confidence_eos_eot_inf.
+            entropy_bound, logits_eos_inf, confidence_eos_eot_inf. DiffusionGemma takes gen_length,
+            steps, temperature and entropy_bound.
 
     Returns:
         (b, longest prompt + gen_length) int64 token ids: prompt, answer, padding on the right. An
@@ -117,8 +103,9 @@ def generate(
 
     Raises:
         ValueError: an argument is invalid, a prompt contains the mask token, the canvas is longer
-            than the model's positions, there is a cache but no attention by blocks, or the adapter
-            was trained with a λ that isn't the masked share (for LLaDA2, that of each block).
+            than the model's positions, there is a cache but no attention by blocks, the adapter was
+            trained with a λ that isn't the masked share (for LLaDA2, that of each block), or
+            DiffusionGemma's sampler doesn't support a setting.
     """
     is_tensor = isinstance(input_ids, torch.Tensor)
     if not is_tensor or input_ids.ndim != 2 or input_ids.is_floating_point():
@@ -128,6 +115,21 @@ def generate(
         )
     backbone = Backbone(without_ddp(model))
     sampling = Sampling(**settings)
+    configured = _token_list(backbone.configured("eos_token_id"))
+    ends = configured if eos_token_id is None else _token_list(eos_token_id)
+    stops = ends if stop_at_eos else []
+    if pad_token_id is None:
+        pad_token_id = backbone.configured("pad_token_id")
+    prompts = {"prompt_lengths": prompt_lengths, "attention_mask": attention_mask}
+    if backbone.has_canvas:
+        _check_canvas_options(use_cache, mask_token_id=mask_token_id, on_step_end=on_step_end)
+        is_prompt = _prompt_positions(input_ids, **prompts)
+        check_canvas(backbone.model, int(is_prompt.sum(1).max()), sampling.gen_length)
+        padding = 0 if pad_token_id is None else pad_token_id
+        filled = fill_canvases(
+            backbone.model, input_ids, is_prompt, sampling, stops, padding, generator
+        )
+        return filled if return_stats else filled.sequences
     if use_cache and backbone.block_length is None:
         raise ValueError(
             "use_cache=True, and this model sees the masks of later blocks: keys and values change "
@@ -135,23 +137,12 @@ def generate(
         )
     sampling = model_sampling(backbone.model, sampling, chat=chat)
     mask = backbone.mask_token_id(mask_token_id)
-    configured = backbone.configured("pad_token_id")
-    padding = configured if pad_token_id is None else pad_token_id
-    placed = place_prompts(
-        backbone,
-        input_ids,
-        sampling.gen_length,
-        mask,
-        mask if padding is None else padding,
-        prompt_lengths=prompt_lengths,
-        attention_mask=attention_mask,
-    )
-    configured = backbone.configured("eos_token_id")
-    ends = _token_list(configured if eos_token_id is None else eos_token_id)
-    never = [mask, *_token_list(configured)] if sampling.logits_eos_inf else [mask]
+    padding = mask if pad_token_id is None else pad_token_id
+    placed = place_prompts(backbone, input_ids, sampling.gen_length, mask, padding, **prompts)
+    never = [mask, *configured] if sampling.logits_eos_inf else [mask]
     tokens = partial(torch.tensor, dtype=torch.long, device=input_ids.device)
     last = ends if sampling.confidence_eos_eot_inf else []
-    special = (tokens(ends if stop_at_eos else []), tokens(last), tokens(never))
+    special = (tokens(stops), tokens(last), tokens(never))
     state = State(backbone, sampling, mask, *special, *placed, generator)
     with evaluating(backbone.model):
         if backbone.block_length is None:
@@ -161,6 +152,17 @@ def generate(
     if not return_stats:
         return state.sequences
     return Generation(state.sequences, state.answers, state.starts, state.forwards)
+
+
+def _check_canvas_options(use_cache: bool | None, **without: object) -> None:
+    """Raise ValueError for an argument of `generate` that DiffusionGemma's sampler doesn't take."""
+    given = [name for name, value in without.items() if value is not None]
+    given += ["use_cache=False"] if use_cache is False else []
+    if given:
+        raise ValueError(
+            f"{' and '.join(given)} can't be given for DiffusionGemma: transformers' own generate "
+            "fills its canvases, without masks and always with its cache; leave it out"
+        )
 
 
 def _token_list(ids: int | Sequence[int] | None) -> list[int]:
@@ -248,7 +250,7 @@ def _prompt_positions(
     prompt_lengths: Tensor | Sequence[int] | None,
     attention_mask: Tensor | None,
 ) -> Tensor:
-    """Return the mask (b, p) bool of tokens that belong to prompts."""
+    """Return the mask (b, p) bool, on the CPU, of tokens that belong to prompts."""
     if prompt_lengths is not None and attention_mask is not None:
         raise ValueError("prompt_lengths and attention_mask say the same: pass one of them")
     if attention_mask is not None:

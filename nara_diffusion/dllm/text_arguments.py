@@ -11,7 +11,7 @@ Each kind of model has its own corruption, loss, sampler and layers to adapt:
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -31,13 +31,12 @@ from nara_diffusion.training.command import option, spread_options
 
 from .batches import AnswerCollator, hold_out
 from .block_loss import BlockDiffusionLoss, block_diffusion_loss, canvas_curve
-from .canvas_sampler import answer_canvases, canvas_sampling
+from .canvas_sampler import canvas_sampling
 from .decoding import REMASKING, Sampling, model_sampling
 from .loss import MaskedDiffusionLoss, masked_diffusion_loss, noise_level_curve
 from .masking import check_drawable
 from .models.backbone import Backbone
 from .records import FIELDS, read_records, with_column
-from .sampler import Generation, answer_prompts
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -320,12 +319,6 @@ def loss_of(model: nn.Module) -> Callable[..., TextLoss]:
 def curve_of(model: nn.Module) -> Callable[..., list[float]]:
     """Return the function that computes the validation loss at noise levels."""
     return canvas_curve if Backbone(model).has_canvas else noise_level_curve
-
-
-def answers_of(model: nn.Module, prompts: Sequence[Sequence[int]], **sampling: Any) -> Generation:
-    """Answer prompts of unequal length with the model's own sampler."""
-    answer = answer_canvases if Backbone(model).has_canvas else answer_prompts
-    return answer(model, prompts, **sampling)
 
 
 def sampling_of(model: nn.Module, sampling: Sampling, *, chat: bool) -> Sampling:

@@ -38,10 +38,14 @@ from nara_diffusion.dllm.batches import (
 )
 from nara_diffusion.dllm.models.backbone import Backbone
 from nara_diffusion.dllm.models.quantised import prepare_quantised
-from nara_diffusion.dllm.sampler import check_canvas, check_positions, checked_lengths
+from nara_diffusion.dllm.sampler import (
+    answer_prompts,
+    check_canvas,
+    check_positions,
+    checked_lengths,
+)
 from nara_diffusion.dllm.text_arguments import (
     adapter_options,
-    answers_of,
     collator_of,
     load_records,
     loss_of,
@@ -243,7 +247,7 @@ class FineTuning:
         row = self.test_rows[lengths.index(max(lengths))]
         prompt = row["input_ids"][: row["prompt_length"]]
         ends = stop_token_ids(self.adapted, self.tokenizer)
-        answers_of(self.adapted, [prompt], eos_token_id=ends, **vars(self.sampling))
+        answer_prompts(self.adapted, [prompt], eos_token_id=ends, **vars(self.sampling))
 
     def _facts(self, stream: GlobalBatchStream, steps: int) -> dict[str, str]:
         """Return {what: value} about the run, for the log and the model card."""

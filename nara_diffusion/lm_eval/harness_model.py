@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from nara_diffusion.dllm import log_likelihood, stop_token_ids
 from nara_diffusion.dllm.models.backbone import Backbone
-from nara_diffusion.dllm.text_arguments import answers_of
+from nara_diffusion.dllm.sampler import answer_prompts
 from nara_diffusion.dllm.tokenizer import decode_answer
 
 from .harness_loading import checked_max_length, load_adapted
@@ -196,7 +196,7 @@ class NaraDLLM(LM):
         ends = [*self.ends, *(vocabulary[stop] for stop in until if stop in special)]
         chat = self.has_template and bool(self.tokenizer.chat_template)
         options = {"chat": chat, "eos_token_id": ends, **sampling}
-        result = answers_of(self.model, prompts, **options)
+        result = answer_prompts(self.model, prompts, **options)
         tokens = result.answers.tolist()
         texts = [decode_answer(self.tokenizer, answer, ends, strip=False) for answer in tokens]
         return [cut(text, until) for text in texts]
@@ -274,7 +274,7 @@ class NaraDLLM(LM):
             for batch in _split(list(group), self.batch_size):
                 prompts = [pairs[i][0] for i in batch]
                 options = {"gen_length": length, "stop_at_eos": False, "cfg_scale": self.cfg_scale}
-                result = answers_of(self.model, prompts, **options)
+                result = answer_prompts(self.model, prompts, **options)
                 for i, answer in zip(batch, result.answers.tolist(), strict=True):
                     found[i] = answer == pairs[i][1]
         return found

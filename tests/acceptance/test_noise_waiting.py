@@ -22,9 +22,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config
 from nara_diffusion import NaraConfig, noise_level
 from nara_diffusion.dllm import generate, load_backbone, masked_diffusion_loss
 from nara_diffusion.dllm.block_loss import block_diffusion_loss
-from nara_diffusion.dllm.canvas_sampler import answer_canvases
 from nara_diffusion.dllm.decoding import State
 from nara_diffusion.dllm.models.shifted_logits import ShiftedQwen2ForCausalLM
+from nara_diffusion.dllm.sampler import answer_prompts
 from nara_diffusion.dreambooth.caches import LatentCache, PromptCache
 from nara_diffusion.dreambooth.dataset import DreamBoothDataset, collate_samples
 from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser
@@ -164,7 +164,7 @@ def test_an_adapter_adds_no_reads_to_the_sampler_of_diffusion_gemma(monkeypatch:
     counts = []
     for model in (gemma(), gemma().unload()):
         with DeviceReads() as found:
-            answer_canvases(model, [[5, 6, 7], [8, 9]], eos_token_id=[2], gen_length=6, steps=3)
+            answer_prompts(model, [[5, 6, 7], [8, 9]], eos_token_id=[2], gen_length=6, steps=3)
         counts.append(found.count)
     assert counts[0] == counts[1] > 2 * 3
 

@@ -23,7 +23,7 @@ from nara_diffusion.training.arguments import TrainingArguments
 pytestmark = pytest.mark.slow
 RUNS = {
     benchmark_speed: {"rounds": 2, "shape": (4, 8, 32), "rank": 5},
-    benchmark_cache: {"steps": 1, "rounds": 1, "lengths": (64,)},
+    benchmark_cache: {"steps": 1, "rounds": 1, "lengths": (32,)},
     benchmark_decoding: {"questions": 2, "steps": 2},
 }
 MADE_WITH = {"command", "hardware", "versions", "commit"}
@@ -34,6 +34,12 @@ def test_benchmark_writes_a_record(benchmark, tmp_path):
     assert benchmark.main(**RUNS[benchmark], output_dir=tmp_path)
     record = json.loads((tmp_path / f"{benchmark.__name__}.json").read_text(encoding="utf-8"))
     assert record.keys() > MADE_WITH
+
+
+def test_benchmark_cache_makes_the_same_tokens_in_each_way(tmp_path):
+    models = benchmark_cache.main(steps=2, rounds=1, lengths=(96,), output_dir=tmp_path)["models"]
+    assert models["llada2"]["lengths"]["96"]["same_tokens"] == {"each step": 1.0}
+    assert models["diffusion_gemma"]["lengths"]["96"]["same_tokens"] == {"each step": 1.0, "each block": 1.0}
 
 
 @pytest.mark.parametrize(

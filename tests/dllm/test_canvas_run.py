@@ -11,7 +11,7 @@ from nara_diffusion.check.check_tasks import text_loss
 from nara_diffusion.dllm import load_backbone, prompt_text
 from nara_diffusion.dllm.batches import AnswerCollator, GlobalBatchStream
 from nara_diffusion.dllm.block_loss import block_diffusion_loss
-from nara_diffusion.dllm.canvas_sampler import answer_canvases
+from nara_diffusion.dllm.sampler import answer_prompts
 from nara_diffusion.dllm.text_arguments import Arguments, adapter_options, objective_options, sampling_of
 from nara_diffusion.dllm.train import FineTuning, main
 from nara_diffusion.training.adapter_weights import write_checkpoint
@@ -67,7 +67,7 @@ def test_the_shipped_model_answers_what_it_was_trained_on():
     prompts = [tokenizer(prompt_text(tokenizer, one), add_special_tokens=False)["input_ids"] for one in questions]
     ends = tokenizer.convert_tokens_to_ids(["<|eot_id|>", "<|endoftext|>"])
     options = {"eos_token_id": ends, "gen_length": 16, "generator": torch.Generator().manual_seed(0)}
-    result = answer_canvases(model, prompts, **options)
+    result = answer_prompts(model, prompts, **options)
     texts = tokenizer.batch_decode(result.answers, skip_special_tokens=True)
     assert texts == ["tenalp", "PLANET", "aberz"]
     assert 1 < result.forwards <= 16

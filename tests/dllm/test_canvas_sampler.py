@@ -1,4 +1,4 @@
-"""DiffusionGemma's cache: every call of the decoder, over several canvases, against a forward from scratch."""
+"""`generate` on DiffusionGemma: its cache changes no logit and no token; its arguments."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from peft import get_peft_model
+from torch import Tensor
 from transformers import DynamicCache
 from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
     EntropyBoundSampler,
@@ -15,7 +17,9 @@ from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
 )
 
 from nara_diffusion import NaraConfig, noise_level
-from nara_diffusion.dllm.canvas_sampler import answer_canvases
+from nara_diffusion.dllm import generate, load_backbone
+from nara_diffusion.dllm.sampler import answer_prompts
+from tests.acceptance._runs import ASSETS
 from tests.helpers.adapted import disturb
 from tests.helpers.rounding import assert_far, assert_near
 from tests.helpers.tiny_gemma import CANVAS, tiny_gemma
@@ -78,16 +82,17 @@ class FromScratch:
         return output
 
 
-def adapted_gemma() -> Any:
-    adapted = get_peft_model(tiny_gemma(), NaraConfig(r=3, lora_alpha=7, target_modules=TWINS, core_scale=1.0)).eval()
-    disturb(adapted, seed=2)
+def adapted_gemma(base: Any = None, scale: float = 0.4) -> Any:
+    config = NaraConfig(r=3, lora_alpha=7, target_modules=TWINS, core_scale=1.0)
+    adapted = get_peft_model(tiny_gemma() if base is None else base, config).eval()
+    disturb(adapted, seed=2, scale=scale)
     return adapted
 
 
 def answers(adapted: Any, **settings: Any) -> Any:
     """With 4 steps a canvas: a random model makes much of small differences, in time."""
     settings = {"eos_token_id": [2], "gen_length": CANVASES * CANVAS, "steps": CANVASES * STEPS} | settings
-    return answer_canvases(adapted, PROMPTS, generator=torch.Generator().manual_seed(3), **settings)
+    return answer_prompts(adapted, PROMPTS, generator=torch.Generator().manual_seed(3), **settings)
 
 
 def test_the_cache_of_clean_canvases_changes_no_logit_and_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,3 +123,99 @@ def test_temperature_is_that_of_all_steps(monkeypatch: pytest.MonkeyPatch) -> No
     assert len(scaled) == CANVASES * STEPS
     for divided, scores in scaled:
         torch.testing.assert_close(divided, scores / 0.3)
+
+
+# ---------------------------------------------------------------------- `generate`
+
+
+def by_hand(adapted: Any, canvases: int, steps: int, bound: float) -> tuple[list[Tensor], list[Tensor]]:
+    """The texts (1, l) of a plain loop that encodes the whole prefix of each row, without padding, at each call.
+
+    Also λ (b,) of each call.
+    """
+    inner, used, texts = adapted.get_base_model(), [], [torch.tensor([prompt]) for prompt in PROMPTS]
+    config = inner.config.get_text_config()
+    shape = (len(PROMPTS), inner.config.canvas_length)
+    for _ in range(canvases):
+        canvas, levels, scores = torch.randint(0, config.vocab_size, shape), torch.ones(len(PROMPTS)), None
+        for left in range(steps, 0, -1):
+            rows = []
+            used.append(levels)
+            for i, text in enumerate(texts):
+                given = {
+                    "input_ids": text,
+                    "decoder_input_ids": canvas[i : i + 1],
+                    "cache": DynamicCache(config=config),
+                }
+                given |= {} if scores is None else {"self_conditioning_logits": scores[i : i + 1]}
+                with noise_level(adapted, float(levels[i])):
+                    rows.append(adapted(**given).logits)
+            scores = torch.cat(rows) / (0.4 + 0.4 * left / steps)
+            drawn = scores.softmax(-1).flatten(0, 1).multinomial(1).view(shape)
+            entropy, order = torch.special.entr(scores.softmax(-1)).sum(-1).sort()
+            accepted = (entropy.cumsum(1) - entropy <= bound).gather(1, order.argsort())
+            canvas = torch.where(accepted, drawn, torch.randint(0, config.vocab_size, shape))
+            levels = 1 - accepted.float().mean(1)
+        texts = [torch.cat([text, best[None]], 1) for text, best in zip(texts, scores.argmax(-1), strict=True)]
+    return texts, used
+
+
+def test_generate_gives_the_tokens_of_a_plain_loop_that_encodes_the_prefix_at_each_call() -> None:
+    adapted = adapted_gemma(load_backbone(str(ASSETS / "gemma-tiny"))[0], 0.1)
+    config = adapted.get_base_model().generation_config
+    config.sampler_config, config.confidence_threshold = EntropyBoundSamplerConfig(0.3), 1e-9  # no canvas ends early
+    lengths = [len(prompt) for prompt in PROMPTS]
+    width = max(lengths)
+    on_the_right = torch.tensor([prompt + [0] * (width - len(prompt)) for prompt in PROMPTS])
+    on_the_left = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in PROMPTS])
+    torch.manual_seed(5)
+    with torch.no_grad():
+        expected, levels = by_hand(adapted, canvases=3, steps=4, bound=0.3)
+    assert len(set(torch.cat(levels).tolist())) > 9
+    for input_ids, padding in (
+        (on_the_right, {"prompt_lengths": lengths}),
+        (on_the_left, {"attention_mask": (on_the_left > 0).long()}),
+    ):
+        torch.manual_seed(5)
+        options: dict[str, Any] = {"gen_length": 48, "steps": 12, "stop_at_eos": False, "return_stats": True}
+        found: Any = generate(adapted, input_ids, pad_token_id=3, **padding, **options)
+        assert found.forwards == len(levels) == 12
+        assert found.prompt_lengths.tolist() == lengths
+        for row, text in enumerate(expected):
+            padded = F.pad(text[0], (0, width + 48 - text.shape[1]), value=3)
+            assert torch.equal(found.sequences[row], padded)
+            assert torch.equal(found.answers[row], text[0, -48:])
+
+
+def test_an_answer_ends_at_its_first_end_token_and_is_padded_unless_it_may_not_stop() -> None:
+    adapted, prompts = adapted_gemma(), torch.tensor([[5, 9, 11], [7, 8, 40]])
+
+    def answers_of(**given: Any) -> Tensor:
+        torch.manual_seed(1)
+        found: Any = generate(adapted, prompts, gen_length=2 * CANVAS, steps=4, pad_token_id=3, **given)
+        return found[:, 3:]
+
+    whole = answers_of(stop_at_eos=False)
+    end = int(whole[0, 2])
+    places = [(row == end).nonzero()[0].item() if end in row else 2 * CANVAS for row in whole]
+    assert torch.equal(answers_of(eos_token_id=end, stop_at_eos=False), whole)
+    stopped = answers_of(eos_token_id=end)
+    assert places[0] == 2
+    for row, place, cut in zip(whole, places, stopped, strict=True):
+        assert torch.equal(cut[: place + 1], row[: place + 1])
+        assert (cut[place + 1 :] == 3).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"use_cache": False}, "use_cache=False can't be given for DiffusionGemma"),
+        ({"mask_token_id": 3, "on_step_end": print}, "mask_token_id and on_step_end can't"),
+        ({"gen_length": 21 * CANVAS}, "together 129, but the model has 128 positions"),
+        ({"prompt_lengths": [3, 0]}, "a prompt is empty"),
+        ({"cfg_scale": 1.0}, "cfg_scale is 1.0, which DiffusionGemma's sampler doesn't take"),
+    ],
+)
+def test_generate_refuses_what_the_sampler_of_diffusion_gemma_does_not_have(changes: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        generate(tiny_gemma(), torch.tensor([[5, 9, 11], [7, 8, 40]]), **{"gen_length": CANVAS, **changes})

@@ -141,7 +141,7 @@ def test_presets_name_tasks_of_lm_eval_whose_answers_are_generated_where_a_prese
 @pytest.mark.parametrize("name", CONFIGS)
 def test_preset_runs_with_its_settings(name: str, tasks: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """But for lengths all of them reach `generate` and `log_likelihood`."""
-    preset, asked = CONFIGS[name], {"answers_of": [], "log_likelihood": []}
+    preset, asked = CONFIGS[name], {"answer_prompts": [], "log_likelihood": []}
     for function, calls in asked.items():
         real = getattr(harness_model, function)
         watched = lambda *args, real=real, calls=calls, **given: calls.append(given) or real(*args, **given)  # noqa: E731
@@ -159,7 +159,7 @@ def test_preset_runs_with_its_settings(name: str, tasks: str, tmp_path: Path, mo
         assert found["n-shot"][task] == preset["num_fewshot"]
     assert bool(found["chat_template"]) is preset.get("apply_chat_template", False)
     if kwargs:
-        (given,) = {json.dumps(call, sort_keys=True, default=str) for call in asked["answers_of"]}
+        (given,) = {json.dumps(call, sort_keys=True, default=str) for call in asked["answer_prompts"]}
         expected = {**{key: value for key, value in kwargs.items() if key not in ("do_sample", "until")}, **small}
         expected = {key: value for key, value in expected.items() if (key, value) != ("temperature", 0)}
         expected |= {"chat": preset.get("apply_chat_template", False)}
@@ -167,4 +167,4 @@ def test_preset_runs_with_its_settings(name: str, tasks: str, tmp_path: Path, mo
     else:
         (call,), options = asked["log_likelihood"], preset["model_args"]
         assert (call["samples"], call["cfg_scale"]) == (options.get("samples", 128), options.get("cfg_scale", 0.0))
-        assert bool(asked["answers_of"]) is options.get("greedy", True)
+        assert bool(asked["answer_prompts"]) is options.get("greedy", True)

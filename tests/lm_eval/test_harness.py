@@ -85,7 +85,7 @@ def test_generate_until_ends_before_the_first_stop_text_and_keeps_white_space(
     ids = harness.tokenizer("  one stop two. three", add_special_tokens=False).input_ids
     answers = torch.tensor([[*ids, harness.tokenizer.eos_token_id, *ids]])
     generation = type("Found", (), {"answers": answers})
-    monkeypatch.setattr("nara_diffusion.lm_eval.harness_model.answers_of", lambda *_, **__: generation)
+    monkeypatch.setattr("nara_diffusion.lm_eval.harness_model.answer_prompts", lambda *_, **__: generation)
     assert harness.generate_until(requests("generate_until", ("q", {"until": until, "gen_length": 30}))) == [expected]
 
 

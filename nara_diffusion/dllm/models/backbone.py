@@ -131,7 +131,7 @@ class Backbone:
         if self.has_canvas:
             raise ValueError(
                 "DiffusionGemma has random tokens in place of masks, and this function needs masks: "
-                "train it with train_scripts/dllm.py, sample it with its own generate (docs/text.md)"
+                "train it with train_scripts/dllm.py, sample it with generate (docs/text.md)"
             )
         known = self.configured("mask_token_id") if given is None else given
         if known is None:
