@@ -9,13 +9,14 @@ A random LLaDA2 and a random DiffusionGemma of some 5 M parameters, with a NaRA 
     each step   without a cache: every step computes the whole text before its block, too
     each block  DiffusionGemma only: every block starts from the text alone, which is encoded once a block
 
-All ways take turns within a round; a ratio is the median of the rounds' ratios. The tokens that they share with the
-cache's are counted. One thread.
+All ways take turns within a round; a ratio is the median of the rounds' ratios. Seconds are processor time of one
+thread, which other programs change little. The tokens that the ways share with the cache's are counted.
 """
 
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -169,7 +170,8 @@ def compare(ways: Ways, length: int, rounds: int) -> dict[str, Any]:
     def run(name: str) -> None:
         answers[name] = ways[name]()
 
-    times = times_in_turn({name: lambda name=name: run(name) for name in ways}, rounds)
+    arms = {name: lambda name=name: run(name) for name in ways}
+    times = times_in_turn(arms, rounds, time.process_time)
     others = [name for name in ways if name != "cache"]
     return {
         "tokens_per_second": {name: length / statistics.median(values) for name, values in times.items()},
