@@ -46,6 +46,8 @@ CHAT_SETTINGS: dict[str, dict[str, Any]] = {
 }
 """{model_type: the published settings for chats}. Dream's chat uses a single block."""
 _PARALLEL = ("confidence_threshold", "factor", "entropy_bound")
+_CONFIDENT = ("low_confidence", "maskgit_plus")
+"""The scores that are probabilities."""
 _LAST = -1e9  # below every score
 
 
@@ -117,9 +119,9 @@ class Sampling:
             )
         orders = REMASKING
         if rules in (["confidence_threshold"], ["factor"]):
-            orders = ("low_confidence", "maskgit_plus")
+            orders = _CONFIDENT
         elif rules == ["entropy_bound"]:
-            orders = ("low_confidence", "maskgit_plus", "topk_margin", "entropy")
+            orders = (*_CONFIDENT, "topk_margin", "entropy")
         if self.remasking not in orders:
             expected = " or ".join(orders)
             raise ValueError(
@@ -241,8 +243,8 @@ def model_sampling(model: nn.Module, sampling: Sampling, *, chat: bool) -> Sampl
     """Return `sampling` with the model's own values for some settings.
 
     If the model's attention is by blocks, sampling uses the same block length. For a chat, unset
-    settings take the model's published values, if its block length divides gen_length and the
-    number of blocks divides `steps`.
+    settings take the model's published values, if its block length divides gen_length, the number
+    of blocks divides `steps`, and the score is a probability for a threshold.
 
     Args:
         chat: True if the prompts come from the chat template.
@@ -266,7 +268,8 @@ def model_sampling(model: nn.Module, sampling: Sampling, *, chat: bool) -> Sampl
             return sampling
         sampling = replace(sampling, block_length=block)
     rules = [name for name in ("steps", *_PARALLEL) if getattr(sampling, name) is not None]
-    if "confidence_threshold" in settings and not rules:
+    has_confidence = sampling.remasking in _CONFIDENT
+    if "confidence_threshold" in settings and has_confidence and not rules:
         return replace(sampling, confidence_threshold=settings["confidence_threshold"])
     return sampling
 

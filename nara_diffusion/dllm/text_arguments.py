@@ -348,7 +348,7 @@ def objective_options(model: nn.Module, args: Arguments) -> dict[str, Any]:
     """Return the arguments of the loss for this kind of model.
 
     Raises:
-        ValueError: an option is for the other kind of model.
+        ValueError: an option is for the other kind of model, or has no effect.
     """
     if not Backbone(model).has_canvas:
         if not args.train_on_encoder or args.encoder_loss_weight is not None:
@@ -362,6 +362,11 @@ def objective_options(model: nn.Module, args: Arguments) -> dict[str, Any]:
             "complementary needs masks, but DiffusionGemma has random tokens: leave it out."
         )
     weight = args.encoder_loss_weight
+    if weight and not args.train_on_encoder:
+        raise ValueError(
+            f"encoder_loss_weight is {weight}, but train_on_encoder is False, so no trained weight "
+            "changes the encoder's loss: leave one of them out."
+        )
     return {"encoder_weight": float(args.train_on_encoder) if weight is None else weight}
 
 

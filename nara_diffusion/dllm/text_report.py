@@ -188,12 +188,17 @@ def first_question(records: Dataset, rows: Dataset) -> Question:
 
 
 def describe(
-    evaluation: Evaluation, before: Measurement, after: Measurement, question: Question
+    evaluation: Evaluation,
+    before: Measurement,
+    after: Measurement,
+    question: Question,
+    attention_blocks: int | None = None,
 ) -> dict[str, Any]:
     """Write samples.jsonl into the run's folder, and return the texts of its card.
 
     Args:
         question: the question in the card's code.
+        attention_blocks: the length of the blocks that the model's attention goes by (LLaDA2).
     """
     lines = []
     for one, other in zip(before.generations, after.generations, strict=True):
@@ -216,14 +221,21 @@ def describe(
         "unit": "nats per token" if has_canvas else "nats per masked token",
         "about": f"for the masked-diffusion language model `{base}`, trained on `{data}`.",
         "how_good": ("", "Exact match compares generated answers. [Samples](samples.jsonl)."),
-        "loading": _loading(args, evaluation.sampling, where, question, has_canvas),
+        "loading": _loading(
+            args, evaluation.sampling, where, question, has_canvas, attention_blocks
+        ),
         "tags": ["masked-diffusion", "text-generation"],
         "library": "transformers" if args.adapter == "full" else "peft",
     }
 
 
 def _loading(
-    args: Arguments, sampling: Sampling, folder: str, question: Question, has_canvas: bool
+    args: Arguments,
+    sampling: Sampling,
+    folder: str,
+    question: Question,
+    has_canvas: bool,
+    attention_blocks: int | None,
 ) -> str:
     """Return the card's code that loads the adapter and asks a question."""
     base, names, imports, lines = args.pretrained_model_name_or_path, ["mask_token"], "", []
@@ -238,6 +250,8 @@ def _loading(
         value = getattr(args, name)
         if value:
             options += f", {name}={value!r}"
+    if attention_blocks is not None and args.block_length is not None:
+        lines.insert(0, f"model.config.block_length = {attention_blocks}")
     lines.insert(0, f"model, tokenizer = load_backbone({base!r}{options})")
     if needs_schedule(args):
         imports += "\nfrom nara_diffusion import StrengthSchedule, set_strength"
@@ -252,11 +266,11 @@ def _loading(
         sampling=", ".join(settings),
     )
     if reads_noise(args) or needs_schedule(args):
-        share = (
-            "share of the canvas that is not accepted"
-            if has_canvas
-            else "masked share of the answer"
-        )
+        share = "masked share of the answer"
+        if has_canvas:
+            share = "share of the canvas that is not accepted"
+        elif attention_blocks is not None:
+            share += " in each block"
         code += f"\n\nIn `generate` the adapter runs at λ, the {share}, at each step."
     return code
 

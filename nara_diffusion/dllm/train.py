@@ -277,6 +277,7 @@ class FineTuning:
         args, run = self.args, self.run
         before = self._measure_base()
         question = first_question(self.records[2], self.test_rows)
+        blocks = Backbone(self.backbone).block_length
         after = self.evaluation.measure(self.adapted)
         return finish(
             run,
@@ -286,7 +287,7 @@ class FineTuning:
             figures=figures(before, after),
             facts=self.facts,
             schedule_line=schedule_line(args),
-            describe=partial(describe, self.evaluation, before, after, question),
+            describe=partial(describe, self.evaluation, before, after, question, blocks),
             warnings=self.warnings,
             n=len(self.test_rows),
             trainable_parameters=self.trainable,

@@ -121,3 +121,10 @@ def test_chat_takes_the_published_threshold(model: Any) -> None:
         found = generate(model, PROMPTS[:1], gen_length=12, stop_at_eos=False, return_stats=True, **settings)
         forwards.append((found.forwards, found.answers.tolist()))  # type: ignore[union-attr]
     assert forwards[0] == forwards[1] != forwards[2]
+
+
+def test_chat_leaves_the_published_threshold_out_where_the_order_has_no_confidence(model: Any) -> None:
+    options = {"gen_length": 12, "stop_at_eos": False, "return_stats": True, "remasking": "entropy"}
+    found = [generate(model, PROMPTS[:1], chat=chat, **options) for chat in (True, False)]
+    assert found[0].answers.equal(found[1].answers)  # type: ignore[union-attr]
+    assert found[0].forwards == 12  # type: ignore[union-attr]

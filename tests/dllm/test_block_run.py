@@ -57,6 +57,17 @@ def test_a_run_learns_and_its_folder_answers_alike_in_the_pipeline_and_in_genera
         assert not expected.equal(of_base)
 
 
+@pytest.mark.parametrize("adapter", ["nara", "full"])
+def test_a_run_with_blocks_of_its_own_is_loaded_by_its_card(tmp_path: Path, adapter: str) -> None:
+    how = {"block_length": 2, "max_train_steps": 1, "checkpointing_steps": None, "adapter": adapter}
+    main(arguments(tmp_path, **how))
+    card, scope = (tmp_path / "run" / "README.md").read_text(), {}
+    exec(card.split("```python")[1].split("```")[0], scope)
+    assert scope["model"].config.block_length == 2
+    assert scope["tokens"].shape[1] == scope["prompt"].shape[1] + 8
+    assert ("the masked share of the answer in each block" in card) == (adapter == "nara")
+
+
 def test_full_fine_tuning_writes_a_model_in_the_public_format(tmp_path: Path) -> None:
     main(arguments(tmp_path, adapter="full", max_train_steps=2, learning_rate=1e-3))
     before, after = load_file(tmp_path / "model/model.safetensors"), load_file(tmp_path / "run/model.safetensors")

@@ -104,6 +104,7 @@ def test_options_choose_the_layers_and_the_encoders_loss(tmp_path):
         ({"target_modules": ["proj"]}, "never routers or experts"),
         ({"gen_length": 20}, "canvas has 6 positions"),
         ({"evaluation_options": {"cfg_scale": 1.0}}, "cfg_scale"),
+        ({"model_options": {"train_on_encoder": False, "encoder_loss_weight": 0.5}}, "encoder_loss_weight is 0.5"),
     ],
 )
 def test_what_the_model_does_not_have_raises(tmp_path, changes, words):
