@@ -52,10 +52,10 @@ def answer(model: Any, tokenizer: Any, turns: list[dict[str, str]], **sampling: 
     return tokenizer.decode(answers[0], skip_special_tokens=True).strip()
 
 
-def trained_gen_length(adapter: str | None) -> int | None:
-    """The --gen_length of the run that made the adapter, if its folder has that run's config.yaml."""
+def of_run(adapter: str | None, name: str) -> int | None:
+    """A setting of the run that made the adapter, if its folder has that run's config.yaml."""
     config = None if adapter is None else Path(adapter) / "config.yaml"
-    return yaml.safe_load(config.read_text(encoding="utf-8")).get("gen_length") if config and config.is_file() else None
+    return yaml.safe_load(config.read_text(encoding="utf-8")).get(name) if config and config.is_file() else None
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -75,11 +75,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         model = PeftModel.from_pretrained(model, args.adapter)
         if args.strength is not None:
             set_strength(model, "default", args.strength)
+    blocks = args.block_length or of_run(args.adapter, "block_length")
+    if blocks and Backbone(model).block_length is not None:  # LLaDA2's attention has the blocks of its training
+        model.config.block_length = blocks
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()  # type: ignore[arg-type]
     sampling = {name: getattr(args, name) for name in ("steps", "block_length", "temperature")}
     positions = getattr(model.config, "max_position_embeddings", 512)
     default = max(getattr(model.config, "canvas_length", 0), min(128, positions // 4))
-    sampling["gen_length"] = args.gen_length or trained_gen_length(args.adapter) or default
+    sampling["gen_length"] = args.gen_length or of_run(args.adapter, "gen_length") or default
     opening = [] if args.system is None else [{"role": "system", "content": args.system}]
     turns = list(opening)
     for line in filter(None, map(str.strip, sys.stdin)):

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.helpers.mixtures import LLADA2, write_checkpoint
 from tests.helpers.small_pipelines import small_sdxl
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -78,6 +79,18 @@ def test_chat_keeps_the_system_message_and_takes_the_length_of_the_adapter_s_run
     told = [[turn["content"] for turn in turns] for turns, _ in seen]
     assert told == [["be short", "one"], ["be short", "two"]]
     assert {kept["gen_length"] for _, kept in seen} == {12}
+
+
+def test_chat_gives_llada2_the_blocks_of_the_adapter_s_run(tmp_path, monkeypatch):
+    chat, seen = import_module("chat"), []
+    write_checkpoint(tmp_path / "model", LLADA2 | {"block_length": 4})
+    (tmp_path / "config.yaml").write_text("block_length: 2\ngen_length: 8\n")
+    monkeypatch.setattr(chat.PeftModel, "from_pretrained", lambda model, folder: model)
+    monkeypatch.setattr(chat, "answer", lambda model, *_, **kept: seen.append(model.config.block_length) or "A")
+    for flags in ([], ["--block_length", "8"]):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("one"))
+        chat.main([str(tmp_path / "model"), "--adapter", str(tmp_path), *flags])
+    assert seen == [2, 8]
 
 
 @pytest.mark.slow
