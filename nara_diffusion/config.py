@@ -99,8 +99,8 @@ class NaraConfig(LoraConfig):
             adapter was trained for, if it predicts something other than its base does. None means
             the prediction of the base.
         few_steps: the sampling settings of a few-step adapter, which are "num_inference_steps",
-            "guidance_scale", "timesteps", "timestep_spacing" and the line of code that sets its
-            "scheduler". None means the settings of the base.
+            "guidance_scale", "timesteps", the scheduler's "timestep_spacing" and "shift_terminal",
+            and the line of code that sets its "scheduler". None means the settings of the base.
         strength: the strength of the update over λ, StrengthSchedule([(λ, strength), …]) or its
             points. None means 1.
 

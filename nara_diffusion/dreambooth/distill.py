@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from nara_diffusion import NaraConfig
+from nara_diffusion.noise.prediction import TIMESTEP_SETTINGS
 from nara_diffusion.training.adapters import adapter_config, check_target_modules, title_of
 from nara_diffusion.training.checkpoints import save_adapter
 from nara_diffusion.training.loop import prepare_training, train
@@ -63,7 +64,7 @@ class Distillation:
         run.record_base_digests(folders_of(self.pipe, name, **files), args.variant)
         self.family = run_family(args, self.pipe)
         self.objective = build_objective(self.pipe.scheduler, shift=args.flow_shift)
-        self.sampler = sampler_of(self.pipe.scheduler, self.objective)
+        self.sampler = sampler_of(self.pipe.scheduler, self.objective, self.steps)
         self.levels = levels_of(self.sampler, self.objective, self.steps)
         self.config = self._config()
         check_target_modules(
@@ -91,6 +92,11 @@ class Distillation:
         """The number of teacher steps for one student step."""
         return self.args.num_inference_steps // self.steps
 
+    @property
+    def sampler_line(self) -> str:
+        """The code that sets the student's scheduler in a pipeline of the base."""
+        return sampler_line(self.pipe.scheduler, self.objective, self.steps)
+
     def _config(self) -> Any:
         config: Any = adapter_config(self.args, noise_convention=self.objective.source.convention)
         if isinstance(config, NaraConfig):
@@ -98,8 +104,8 @@ class Distillation:
                 "num_inference_steps": self.steps,
                 "guidance_scale": 1.0,
                 "timesteps": [level.timestep for level in self.levels[:-1]],
-                "timestep_spacing": None if self.family.is_flow else "trailing",
-                "scheduler": sampler_line(self.objective),
+                "scheduler": self.sampler_line,
+                **{name: self.sampler.config.get(name) for name in TIMESTEP_SETTINGS},
             }
         return config
 
@@ -252,7 +258,7 @@ class Distillation:
                 before,
                 after,
                 self.pipe,
-                sampler_line(self.objective),
+                self.sampler_line,
             ),
             n=len(after.images),
             trainable_parameters=self.trainable,

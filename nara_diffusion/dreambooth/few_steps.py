@@ -58,19 +58,39 @@ def check_family(family: Family) -> None:
         )
 
 
-def sampler_of(scheduler: Any, objective: Objective) -> Any:
+def sampler_of(scheduler: Any, objective: Objective, steps: int) -> Any:
     """Return the deterministic sampler of a model: DDIM, or Euler's method for a rectified flow."""
-    if objective.prediction_type == FLOW:
-        return FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
-    return DDIMScheduler.from_config(scheduler.config, **DDIM)
+    options = _sampler_options(scheduler, objective, steps)
+    return _sampler_class(objective).from_config(scheduler.config, **options)
 
 
-def sampler_line(objective: Objective) -> str:
+def sampler_line(scheduler: Any, objective: Objective, steps: int) -> str:
     """Return the code that sets the sampler of `sampler_of`; empty if the model has it already."""
-    if objective.prediction_type == FLOW:
+    given = _sampler_options(scheduler, objective, steps)
+    if not given:
         return ""
-    options = ", ".join(f"{name}={value!r}" for name, value in DDIM.items())
-    return f"pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, {options})"
+    options = ", ".join(f"{name}={value!r}" for name, value in given.items())
+    name = _sampler_class(objective).__name__
+    return f"pipe.scheduler = {name}.from_config(pipe.scheduler.config, {options})"
+
+
+def _sampler_class(objective: Objective) -> Any:
+    is_flow = objective.prediction_type == FLOW
+    return FlowMatchEulerDiscreteScheduler if is_flow else DDIMScheduler
+
+
+def _sampler_options(scheduler: Any, objective: Objective, steps: int) -> dict[str, Any]:
+    """Return the settings that differ from the model's own scheduler.
+
+    By default, the last of K steps of Euler's method starts at σ of about 0.001 and changes
+    nothing. With `shift_terminal` it starts at 1/K, shifted as the scheduler shifts every σ.
+    """
+    if objective.prediction_type != FLOW:
+        return DDIM
+    if steps == 1:
+        return {}
+    shift = float(scheduler.config.shift)
+    return {"shift_terminal": shift / (steps - 1 + shift)}
 
 
 def levels_of(sampler: Any, objective: Objective, steps: int, parts: int = 1) -> list[Level]:

@@ -145,7 +145,8 @@ def _loading(
         imports += "\nfrom nara_diffusion import StrengthSchedule\n"
     if sampler:
         lines.append(sampler)
-        imports = f"\nfrom diffusers import DDIMScheduler{imports or chr(10)}"
+        scheduler = sampler.removeprefix("pipe.scheduler = ").split(".")[0]
+        imports = f"\nfrom diffusers import {scheduler}{imports or chr(10)}"
     # components that are None must be passed as None
     absent = [name for name, part in pipe.components.items() if part is None]
     needed = sorted(set(absent) - set(pipe._optional_components))

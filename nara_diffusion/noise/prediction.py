@@ -29,6 +29,8 @@ _NAMED = (
     "timestep_spacing",
 )
 """Fields that may differ between a base's scheduler and the one that an adapter needs."""
+TIMESTEP_SETTINGS = ("timestep_spacing", "shift_terminal")
+"""Fields of a scheduler that a few-step adapter was trained with."""
 _PATHS = frozenset({"use_flow_sigmas", "rescale_betas_zero_snr"})
 """Options that change the path. Not every class has them."""
 KINDS = ("epsilon", "v_prediction", "sample", FLOW)
@@ -129,16 +131,20 @@ def other_sampling(pipe: Any, few_steps: Mapping[str, Any]) -> str | None:
         few_steps: `NaraConfig.few_steps` of the adapter.
     """
     scheduler = pipe.scheduler
-    steps, wanted = scheduler.num_inference_steps, few_steps["num_inference_steps"]
+    steps = getattr(
+        scheduler, "num_inference_steps", None
+    )  # a flow's lacks it before its first call
+    wanted = few_steps["num_inference_steps"]
     if steps is None:  # no call is in progress, as in training
         return None
     found = [] if steps == wanted else [f"{steps} steps"]
     guidance = getattr(pipe, "_guidance_scale", 1.0)
     if guidance > 1:
         found.append(f"guidance_scale {guidance:g}")
-    spacing = few_steps.get("timestep_spacing")
-    if spacing is not None and scheduler.config.get("timestep_spacing") != spacing:
-        found.append(f"{type(scheduler).__name__} with other timesteps")
+    for name in TIMESTEP_SETTINGS:
+        setting = few_steps.get(name)
+        if setting is not None and scheduler.config.get(name) != setting:
+            found.append(f"{type(scheduler).__name__} with other timesteps")
     if not found:
         return None
     lines = [few_steps.get("scheduler"), f"pipe(…, num_inference_steps={wanted}, guidance_scale=1)"]

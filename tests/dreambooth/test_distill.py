@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -87,12 +87,37 @@ def test_killed_run_goes_on_to_the_bits_of_one_run_without_the_teacher(
 
 
 def test_flow_is_taught_too(tmp_path: Path) -> None:
-    flags = flags_of(tmp_path, small_sd3()) | {"adapter": "lora", "learning_rate": 3e-2, "max_train_steps": 16}
+    flags = flags_of(tmp_path, small_sd3()) | {"adapter": "nara", "learning_rate": 3e-2, "max_train_steps": 16}
     flags |= {"target_modules": "all-linear", "train_batch_size": 8}
     run("dreambooth.py", **flags, output_dir=tmp_path / "out")
     found = results(tmp_path / "out")
     assert found["validation_loss_after"] < 1
-    assert "DDIMScheduler" not in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    line = "pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, shift_terminal=0.75)"
+    assert "from diffusers import FlowMatchEulerDiscreteScheduler" in card
+    assert line in card
+
+    pipe = small_sd3()
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_nara_weights(tmp_path / "out")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        pixels(pipe, **SAMPLED)
+    (text,) = [str(each.message) for each in caught if "trained to sample" in str(each.message)]
+    assert "the pipeline takes FlowMatchEulerDiscreteScheduler with other timesteps" in text
+    assert line in text
+
+    fresh = small_sd3()
+    fresh.load_nara_weights(tmp_path / "out")
+    exec(line, {"pipe": fresh, "FlowMatchEulerDiscreteScheduler": FlowMatchEulerDiscreteScheduler})
+    call = {"prompt_embeds": "encoder_hidden_states", "pooled_prompt_embeds": "pooled_projections"}
+    embeds = dict(zip(call, fresh.encode_prompt("a toy", None, None)[::2], strict=True))
+    inputs = {call[name]: value for name, value in embeds.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        latents = torch.randn(1, fresh.transformer.config.in_channels, 4, 4)
+        fresh.transformer(latents, timestep=torch.tensor([500.0]), **inputs)  # by hand, before any call of the pipeline
+        pixels(fresh, **SAMPLED)
 
 
 def test_pipeline_that_samples_otherwise_is_warned_once(sdxl: dict[str, Any], ended: Path) -> None:

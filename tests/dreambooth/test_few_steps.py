@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from accelerate import Accelerator
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 
 from nara_diffusion.dreambooth.caches import PromptCache
-from nara_diffusion.dreambooth.few_steps import advance, check_family, landing, levels_of, sampler_of
+from nara_diffusion.dreambooth.few_steps import advance, check_family, landing, levels_of, sampler_line, sampler_of
 from nara_diffusion.dreambooth.objectives import build_objective
 from nara_diffusion.dreambooth.pipelines import family_of
 from nara_diffusion.dreambooth.student import StepErrors, StudentLoss
@@ -30,7 +31,7 @@ SCHEDULERS = {
 def test_steps_are_those_of_diffusers_sampler(kind: str) -> None:
     scheduler = SCHEDULERS[kind]
     objective = build_objective(scheduler)
-    sampler = sampler_of(scheduler, objective)
+    sampler = sampler_of(scheduler, objective, 5)
     levels = levels_of(sampler, objective, 5)
     own = type(sampler).from_config(sampler.config)
     own.set_timesteps(5)
@@ -43,10 +44,30 @@ def test_steps_are_those_of_diffusers_sampler(kind: str) -> None:
         torch.testing.assert_close(z, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_no_step_of_a_flow_is_idle(shift: float) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    objective = build_objective(scheduler)
+    for steps in (1, 2, 4, 7):
+        sampler = sampler_of(scheduler, objective, steps)
+        sampler.set_timesteps(steps)
+        least = shift / steps / (1 + (shift - 1) / steps)  # 1 / K, shifted
+        assert sampler.sigmas[-2].item() == pytest.approx(least)
+        drops = -sampler.sigmas.diff()
+        assert drops.min() > 0.15 / steps
+        assert sampler.sigmas[0] == 1
+        line = sampler_line(scheduler, objective, steps)
+        assert (line == "") == (steps == 1)
+        pipe = SimpleNamespace(scheduler=scheduler)
+        exec(line, {"pipe": pipe, "FlowMatchEulerDiscreteScheduler": FlowMatchEulerDiscreteScheduler})
+        pipe.scheduler.set_timesteps(steps)
+        assert torch.equal(pipe.scheduler.sigmas, sampler.sigmas)
+
+
 @pytest.mark.parametrize("kind", SCHEDULERS)
 def test_a_target_lands_where_the_teacher_lands(kind: str) -> None:
     objective = build_objective(SCHEDULERS[kind])
-    levels = levels_of(sampler_of(SCHEDULERS[kind], objective), objective, 3)
+    levels = levels_of(sampler_of(SCHEDULERS[kind], objective, 3), objective, 3)
     z, end = torch.randn(2, 2, 3, 4, 5, dtype=torch.float64)
     for here, there in itertools.pairwise(levels):
         a, b = landing(here, there)
@@ -56,8 +77,8 @@ def test_a_target_lands_where_the_teacher_lands(kind: str) -> None:
 @pytest.mark.parametrize("kind", SCHEDULERS)
 def test_the_teacher_passes_through_the_student_levels(kind: str) -> None:
     objective = build_objective(SCHEDULERS[kind])
-    sampler = sampler_of(SCHEDULERS[kind], objective)
     for steps, parts in ((1, 4), (3, 4), (4, 3), (8, 2)):
+        sampler = sampler_of(SCHEDULERS[kind], objective, steps)
         fine = levels_of(sampler, objective, steps, parts)
         assert len(fine) == steps * parts + 1
         assert fine[::parts] == levels_of(sampler, objective, steps)
@@ -66,7 +87,7 @@ def test_the_teacher_passes_through_the_student_levels(kind: str) -> None:
 
 def teacher_of(pipe: Any, guidance_scale: float) -> tuple[Teacher, Any, Any]:
     objective = build_objective(pipe.scheduler)
-    pipe.scheduler = sampler_of(pipe.scheduler, objective)
+    pipe.scheduler = sampler_of(pipe.scheduler, objective, 5)
     pipe.set_progress_bar_config(disable=True)
     return Teacher(pipe, family_of(pipe), guidance_scale, 16, 2), objective, pipe.scheduler
 
