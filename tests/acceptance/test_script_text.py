@@ -22,7 +22,7 @@ from nara_diffusion.dllm import (
     read_records,
 )
 from nara_diffusion.training.report import advice
-from tests.acceptance._commands import by_the_card, metrics, names, results, run, tensors
+from tests.acceptance._commands import ROOT, by_the_card, metrics, names, results, run, tensors
 from tests.acceptance._runs import ASSETS, TEXT, text_flags
 
 IDS = torch.tensor([[65, 70, 283, 283, 80, 283]])
@@ -166,3 +166,28 @@ def test_run_with_another_adapter_is_loaded_by_its_card(
     with torch.no_grad():
         after = logits(model, 0.5) if adapter != "lora" else model.eval()(IDS).logits
         assert (after - base(IDS).logits).abs().max() > 1e-5
+
+
+SMALL = {"llada": "llada-tiny", "dream": "dream-tiny", "diffusiongemma": "gemma-tiny"}
+LARGE = [path for path in sorted((ROOT / "train_scripts/configs").glob("*.yaml")) if path.stem.split("_")[0] in SMALL]
+LARGE = [path for path in LARGE if not path.stem.endswith("_tiny")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", LARGE, ids=lambda path: path.stem)
+def test_settings_for_a_larger_model_take_two_steps_on_the_small_one(
+    flags: dict[str, Any], tmp_path: Path, path: Path
+) -> None:
+    """With its own settings, except for what the small model or a computer without a GPU doesn't have."""
+    out, family = tmp_path / "out", path.stem.split("_")[0]
+    changes = {name: flags[name] for name in ("train_file", "validation_file", "test_file", "eval_batch_size")}
+    changes |= {"pretrained_model_name_or_path": ASSETS / SMALL[family], "mixed_precision": "no"}
+    changes |= {"max_length": 40, "gen_length": 16, "validation_samples": None}
+    changes |= {} if family == "diffusiongemma" else {"generation_steps": 4}
+    run("dllm.py", **changes, **SHORT, config=path, num_train_epochs=None, output_dir=out)
+    given, saved = (yaml.safe_load(file.read_text()) for file in (path, out / "config.yaml"))
+    own = given.keys() - changes.keys() - SHORT.keys() - {"num_train_epochs"}
+    assert {name: saved.get(name) for name in own} == {name: given[name] for name in own}
+    found = results(out)
+    assert found["exact_match_after"] is not None
+    assert any(tensor.any() for name, tensor in tensors(out).items() if "lora_B" in name)
