@@ -142,7 +142,8 @@ class LevelFinder:
     def add_pipeline(self, pipe: DiffusionPipeline) -> None:
         """Remember a pipeline that loaded an adapter."""
         self.usage.add_pipeline(pipe)
-        self.block_source.ignore_past_runs()
+        if self.denoiser is None:
+            self.block_source.ignore_past_runs()
 
     def block_masked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
         """Return the arguments with a block mask if LLaDA2Pipeline calls the forward, else None."""
