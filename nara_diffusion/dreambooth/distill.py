@@ -124,7 +124,8 @@ class Distillation:
         args, run = self.args, self.run
         settings = (args.seed, args.resolution, args.num_inference_steps, self.steps)
         settings += (args.guidance_scale, args.max_sequence_length, args.flow_shift, run.dtype)
-        texts = [*prompts, *map(str, settings), *run.digests.values()]
+        fine = levels_of(self.sampler, self.objective, self.steps, self.parts)
+        texts = [*prompts, *map(str, (*settings, *fine)), *run.digests.values()]
         texts += contents_of(self.pipe, OWN)
         digest = digest_texts(texts)
         run.record_data_digest("training data", [digest])
@@ -132,7 +133,6 @@ class Distillation:
         if args.trajectories_dir is not None:
             folder = Path(args.trajectories_dir).expanduser()
         path = folder / f"{digest[:16]}.safetensors"
-        fine = levels_of(self.sampler, self.objective, self.steps, self.parts)
         return make_trajectories(
             teacher, prompts, fine, self.parts, args.seed, path, run.accelerator
         )

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from nara_diffusion import NaraConfig, to_lora
+from nara_diffusion.dreambooth import few_steps
 from nara_diffusion.dreambooth.denoiser import adapt, freeze_adapter
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
 from nara_diffusion.dreambooth.student import load_own, loaded_beside
@@ -181,6 +182,15 @@ def test_another_adapter_at_the_same_path_makes_other_trajectories(sdxl: dict[st
         run("dreambooth_sdxl.py", **flags, output_dir=tmp_path / str(number))
     first, second = (load_file(path)["trajectories"] for path in sorted((tmp_path / "kept").iterdir()))
     assert not torch.equal(first, second)
+
+
+def test_other_levels_make_other_trajectories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = flags_of(tmp_path, small_sd3()) | {"max_train_steps": 1, "adapter": "lora", "target_modules": ["to_k"]}
+    flags["distillation_options"] = {"trajectories": 10, "trajectories_dir": str(tmp_path / "kept")}
+    run("dreambooth.py", **flags, output_dir=tmp_path / "0")
+    monkeypatch.setattr(few_steps, "_sampler_options", lambda *_: {})  # the levels of an earlier version
+    run("dreambooth.py", **flags, output_dir=tmp_path / "1")
+    assert len(list((tmp_path / "kept").iterdir())) == 2
 
 
 def test_freezing_leaves_other_adapters_as_they_are() -> None:
