@@ -7,9 +7,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -18,21 +20,24 @@ from nara_diffusion.dreambooth import few_steps
 from nara_diffusion.dreambooth.denoiser import adapt, freeze_adapter
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
 from nara_diffusion.dreambooth.student import load_own, loaded_beside
+from nara_diffusion.loaders.file import AdapterFile
 from nara_diffusion.training.command import gathered
 from tests.acceptance._commands import results, run, tensors
 from tests.acceptance._runs import COMMON
 from tests.helpers.adapted import disturb
-from tests.helpers.small_pipelines import pixels, small_sd3, small_sdxl
+from tests.helpers.small_pipelines import BETAS, pixels, small_sd3, small_sdxl
 
 LINE = (
     "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing='trailing', clip_sample=False)"
 )
 SAMPLED: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 1.0}
+TEACHER: dict[str, Any] = {"num_inference_steps": 6, "guidance_scale": 3.0}
+PROMPTS = ["a photo of toy", "red cube on grass", "a toy"]
 
 
 def flags_of(folder: Path, pipe: Any) -> dict[str, Any]:
     pipe.save_pretrained(folder / "model")
-    (folder / "prompts.txt").write_text("a photo of toy\nred cube on grass\na toy\n")
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
     return COMMON | {
         "pretrained_model_name_or_path": folder / "model",
         "distill_to": 2,
@@ -74,6 +79,32 @@ def test_run_learns_and_writes_its_files(ended: Path) -> None:
     for when in ("teacher", "before", "after"):
         assert len(list((ended / f"samples-{when}").glob("*.png"))) == 3
     assert (ended / "samples.png").is_file()
+
+
+def test_file_says_the_steps_their_timesteps_and_the_guidance(ended: Path) -> None:
+    scheduler = DDIMScheduler(**BETAS, timestep_spacing="trailing")
+    scheduler.set_timesteps(2)
+    config = AdapterFile.read(ended).parts["unet"].config
+    assert config.few_steps == {
+        **SAMPLED,
+        "timesteps": scheduler.timesteps.tolist(),
+        "timestep_spacing": "trailing",
+        "scheduler": LINE,
+    }
+
+
+@pytest.mark.parametrize(("when", "call"), [("before", SAMPLED), ("teacher", TEACHER)])
+def test_samples_are_those_of_the_card_s_sampler(
+    sdxl: dict[str, Any], ended: Path, when: str, call: dict[str, Any]
+) -> None:
+    pipe = DiffusionPipeline.from_pretrained(sdxl["pretrained_model_name_or_path"])
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing", clip_sample=False)
+    pipe.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(0) for _ in PROMPTS]
+    images = pipe(PROMPTS, generator=generators, height=16, width=16, **call).images
+    for number, image in enumerate(images):
+        found = np.asarray(Image.open(ended / f"samples-{when}" / f"{number:02d}-seed-0.png")).astype(int)
+        assert abs(found - np.asarray(image).astype(int)).max() <= 1
 
 
 def test_killed_run_goes_on_to_the_bits_of_one_run_without_the_teacher(

@@ -1,0 +1,112 @@
+"""The teacher of --distill_to: its prompts, its own adapter, and what makes other trajectories."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file
+
+from nara_diffusion.dreambooth import distill
+from nara_diffusion.dreambooth.few_steps import levels_of, sampler_of
+from nara_diffusion.dreambooth.objectives import build_objective
+from nara_diffusion.dreambooth.pipelines import family_of
+from nara_diffusion.dreambooth.trajectories import Teacher
+from tests.acceptance._commands import run
+from tests.acceptance._runs import COMMON
+from tests.helpers.adapted import disturb
+from tests.helpers.small_pipelines import small_sdxl
+
+NO_CORE: dict[str, Any] = {"adapter": "dora", "core_learning_rate": None, "adapter_options": {}}
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("model")
+    small_sdxl().save_pretrained(folder)
+    return COMMON | {
+        "pretrained_model_name_or_path": folder,
+        "distill_to": 2,
+        "instance_prompt": "a photo of toy",
+        "class_prompt": "red cube on grass",
+        "distillation_options": {"trajectories": 11},
+        "resolution": 16,
+        "num_validation_images": 1,
+        "num_inference_steps": 6,
+        "guidance_scale": 3.0,
+        "evaluation_options": {},
+        "max_train_steps": 1,
+        **NO_CORE,
+    }
+
+
+def with_lora(folder: Path) -> Any:
+    """A pipeline with a disturbed LoRA, which is saved in `folder`."""
+    pipe = small_sdxl()
+    pipe.unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_k", "to_q"]), "mine")
+    disturb(pipe.unet, scale=0.3)
+    factors = {key.replace(".mine", ""): tensor for key, tensor in pipe.unet.state_dict().items() if "lora_" in key}
+    pipe.save_lora_weights(folder, unet_lora_layers=factors)
+    return pipe
+
+
+def test_teacher_has_the_users_lora_and_each_trajectory_its_prompt(
+    flags: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipe, losses = with_lora(tmp_path / "own"), []
+    errors = distill.StepErrors
+    monkeypatch.setattr(distill, "StepErrors", lambda loss, size: losses.append(loss) or errors(loss, size))
+    monkeypatch.setattr(distill, "train", lambda run, parts, loss, validate: losses.append(loss))
+    options = {"trajectories": 11, "trajectories_dir": str(tmp_path / "kept")}
+    caplog.set_level("INFO")
+    run(
+        "dreambooth_sdxl.py",
+        **flags | {"distillation_options": options, "init_adapter": tmp_path / "own", "output_dir": tmp_path / "out"},
+    )
+    assert "11 trajectories of the teacher, 6 steps each, took" in caplog.text
+    (path,) = (tmp_path / "kept").iterdir()
+    kept = load_file(path)["trajectories"]
+    objective = build_objective(pipe.scheduler)
+    fine = levels_of(sampler_of(pipe.scheduler, objective), objective, 2, 3)
+    teacher = Teacher(pipe, family_of(pipe), 3.0, 16, 4)
+    prompts = [flags["instance_prompt"], flags["class_prompt"]] * 6
+    expected = torch.stack(teacher.sample(kept[:, 0], prompts[:11], fine)[::3], 1)
+    torch.testing.assert_close(kept, expected, rtol=1e-3, atol=1e-3)
+    held_out, training = losses[1], losses[-1]
+    assert torch.equal(torch.cat([training.trajectories, held_out.trajectories]), kept)
+    assert [*training.prompts, *held_out.prompts] == prompts[:11]
+    assert len(held_out.prompts) == 1
+    card = (tmp_path / "out" / "README.md").read_text()
+    for line in ("num_inference_steps=2", "guidance_scale=1.0", "pipe.scheduler = DDIMScheduler"):
+        assert line in card
+
+
+class Named(Exception):
+    """Carries the file of the trajectories."""
+
+
+def test_every_setting_of_the_teacher_names_other_trajectories(
+    flags: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def named(teacher: Any, prompts: Any, levels: Any, parts: Any, seed: Any, path: Path, accelerator: Any) -> None:
+        raise Named(path.name)
+
+    monkeypatch.setattr(distill, "make_trajectories", named)
+    changes: list[dict[str, Any]] = [
+        {},
+        {"rank": 2},
+        {"guidance_scale": 2.0},
+        {"seed": 1},
+        {"resolution": 32},
+        {"class_prompt": "a toy"},
+    ]
+    names = []
+    for number, change in enumerate(changes):
+        with pytest.raises(Named) as caught:
+            run("dreambooth_sdxl.py", **flags | change, output_dir=tmp_path / str(number))
+        names.append(str(caught.value))
+    assert names[0] == names[1]  # the student's rank
+    assert len(set(names[1:])) == len(names) - 1
