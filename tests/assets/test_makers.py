@@ -49,6 +49,13 @@ def test_make_uniform_tiny_writes_a_backbone(tmp_path):
     assert load_backbone(tmp_path)[0].config.mask_token_id is not None
 
 
+def test_make_gemma_tiny_writes_a_model_of_canvases(tmp_path):
+    make = pytest.importorskip("make_gemma_tiny")
+    results = make.main(make.Arguments(output_dir=tmp_path, max_train_steps=2, **TEXT))
+    assert results["steps"] == 2
+    assert load_backbone(tmp_path)[0].config.canvas_length == 16
+
+
 def test_make_sdxl_tiny_writes_a_pipeline_on_two_clips_of_unequal_widths(tmp_path):
     clips = {"clip_smaller": tmp_path / "smaller", "clip": tmp_path / "clip"}
     for width, folder in zip((32, 48), clips.values(), strict=True):

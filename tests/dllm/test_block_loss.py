@@ -3,7 +3,8 @@ import torch
 from transformers import DynamicCache
 from transformers.models.diffusion_gemma.modeling_diffusion_gemma import DiffusionGemmaModel
 
-from nara_diffusion.dllm.block_loss import block_diffusion_loss, canvas_loss
+from nara_diffusion.dllm.batches import AnswerCollator
+from nara_diffusion.dllm.block_loss import block_diffusion_loss, canvas_curve, canvas_loss
 from nara_diffusion.dllm.uniform import corrupt_canvases
 from tests.helpers.rounding import assert_near
 from tests.helpers.tiny_gemma import CANVAS, VOCABULARY, tiny_gemma
@@ -123,6 +124,24 @@ def test_canvas_and_vocabulary_are_the_models():
     expected = batch_of()
     assert torch.equal(loss.canvas, expected.canvas)
     assert torch.equal(loss.starts, expected.starts)
+
+
+def test_the_curve_is_the_mean_over_rows_at_each_level_whatever_the_batches():
+    generator, rows = torch.Generator().manual_seed(4), []
+    for prompt, length in [(3, 11), (5, 9), (2, 14), (4, 20), (6, 13)]:
+        ids = torch.randint(0, VOCABULARY, (length,), generator=generator).tolist()
+        rows.append({"input_ids": ids, "prompt_length": prompt})
+    model, collator = tiny_gemma(), AnswerCollator(2, trained_padding=0, multiple=CANVAS)
+    options = {"collator": collator, "seed": 7, "progress": False}
+    found = canvas_curve(model, rows, [0.3, 1.0], batch_size=2, **options)
+    for level, mean in zip([0.3, 1.0], found, strict=True):
+        losses = []
+        for index, row in enumerate(rows):
+            with torch.no_grad():
+                batch = collator([{**row, "position": index}])
+                losses.append(block_diffusion_loss(model, **batch, seed=7, noise_level=level).per_sample.item())
+        assert mean == pytest.approx(sum(losses) / 5, rel=1e-4)
+    assert found[0] != pytest.approx(found[1], rel=1e-3)
 
 
 def test_another_model_raises():

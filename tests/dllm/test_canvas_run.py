@@ -16,6 +16,7 @@ from nara_diffusion.dllm.text_arguments import Arguments, adapter_options, objec
 from nara_diffusion.dllm.train import FineTuning, main
 from nara_diffusion.training.adapter_weights import write_checkpoint
 from nara_diffusion.training.run import start_run
+from tests.acceptance._commands import ROOT, results, run
 from tests.acceptance._runs import ASSETS, TEXT, text_flags
 from tests.helpers.tiny_gemma import tiny_gemma
 
@@ -71,6 +72,16 @@ def test_the_shipped_model_answers_what_it_was_trained_on():
     texts = tokenizer.batch_decode(result.answers, skip_special_tokens=True)
     assert texts == ["tenalp", "PLANET", "aberz"]
     assert 1 < result.forwards <= 16
+
+
+@pytest.mark.slow
+def test_the_shipped_run_learns_an_unseen_task(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    run("dllm.py", config=ROOT / "train_scripts" / "configs" / "diffusiongemma_tiny.yaml", output_dir=tmp_path / "out")
+    found = results(tmp_path / "out")
+    assert found["n"] == 256
+    assert found["exact_match_before"] == 0
+    assert found["exact_match_after"] >= 0.9
 
 
 def test_whole_answers_are_padded_to_the_end_of_their_canvas():

@@ -64,6 +64,7 @@ def test_levels_are_those_of_masking_and_corruption_grows_with_them():
 def test_self_conditioned_samples_have_the_given_share():
     batch = corrupted([1] * 2000, [2] * 2000, 3, self_conditioning=0.3)
     assert batch.self_conditioned.float().mean().item() == pytest.approx(0.3, abs=0.04)
+    assert corrupted([1] * 2000, [2] * 2000, 3).self_conditioned.float().mean().item() == pytest.approx(0.5, abs=0.04)
     assert corrupted([1], [2], 3, self_conditioning=0.0).self_conditioned is None
 
 
