@@ -4,9 +4,11 @@ import pytest
 import torch
 from diffusers import BlockRefinementScheduler, DiffusionGemmaPipeline
 from peft import get_peft_model
+from peft.functional import delete_adapter, set_adapter
 
 from nara_diffusion import NaraConfig
 from nara_diffusion.noise.level import CORRUPTED_SHARE
+from tests.helpers.adapted import disturb
 from tests.helpers.tiny_gemma import CANVAS, tiny_gemma
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values.*:FutureWarning")
@@ -32,18 +34,22 @@ def sampled(pipe):
     return pipe(prompt=["a", "b"], **options).sequences
 
 
+BOTH = r".*(encoder\.language_model|decoder)\.layers\..*(q_proj|o_proj)"
+DECODER = r".*decoder\.layers\..*(q_proj|o_proj)"
+
+
+def trained(folder, targets=BOTH, seed=1):
+    model = get_peft_model(
+        tiny_gemma(), NaraConfig(r=3, target_modules=targets, core_scale=1.0, noise_convention=CORRUPTED_SHARE)
+    )
+    disturb(model, seed=seed)
+    model.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def folder(tmp_path):
-    torch.manual_seed(5)
-    targets = r".*(encoder\.language_model|decoder)\.layers\..*(q_proj|o_proj)"
-    convention = {"noise_convention": CORRUPTED_SHARE}
-    model = get_peft_model(tiny_gemma(), NaraConfig(r=3, target_modules=targets, core_scale=1.0, **convention))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.add_(0.5 * torch.randn_like(parameter))
-    model.save_pretrained(tmp_path)
-    return tmp_path
+    return trained(tmp_path)
 
 
 def test_a_trained_folder_loads_runs_saves_and_unloads(folder, tmp_path):
@@ -64,6 +70,33 @@ def test_a_trained_folder_loads_runs_saves_and_unloads(folder, tmp_path):
     assert all(torch.equal(value, state[name]) for name, value in other.model.state_dict().items())
     with pytest.raises(TypeError, match="past_key_values"):  # diffusers 0.42.1 under transformers 5.24
         sampled(other)
+
+
+def test_adapters_are_swapped_chosen_deleted_and_loaded_again(tmp_path):
+    folders = [trained(tmp_path / "0"), trained(tmp_path / "1", seed=2), trained(tmp_path / "2", DECODER, seed=3)]
+    alone = []
+    for folder in folders:
+        pipe = pipeline()
+        pipe.load_nara_weights(folder)
+        alone.append(sampled(pipe))
+    assert len({str(each) for each in alone}) == 3
+
+    pipe = pipeline()
+    pipe.load_nara_weights(folders[0], adapter_name="x")
+    pipe.load_nara_weights(folders[1], adapter_name="x", hotswap=True)
+    assert torch.equal(sampled(pipe), alone[1])
+    with pytest.raises(ValueError, match="hotswap keeps the modules"):
+        pipe.load_nara_weights(folders[2], adapter_name="x", hotswap=True)
+    pipe.load_nara_weights(folders[2], adapter_name="y")
+    for name, expected in (("x", alone[1]), ("y", alone[2])):
+        set_adapter(pipe.model, name)
+        assert torch.equal(sampled(pipe), expected)
+    set_adapter(pipe.model, "x")
+    delete_adapter(pipe.model, "y", "lora_")
+    assert torch.equal(sampled(pipe), alone[1])
+    pipe.unload_nara_weights()
+    pipe.load_nara_weights(folders[2])
+    assert torch.equal(sampled(pipe), alone[2])
 
 
 def test_an_adapter_of_masks_does_not_load(folder):
