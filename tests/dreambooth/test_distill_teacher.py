@@ -70,7 +70,7 @@ def test_teacher_has_the_users_lora_and_each_trajectory_its_prompt(
     (path,) = (tmp_path / "kept").iterdir()
     kept = load_file(path)["trajectories"]
     objective = build_objective(pipe.scheduler)
-    fine = levels_of(sampler_of(pipe.scheduler, objective), objective, 2, 3)
+    fine = levels_of(sampler_of(pipe.scheduler, objective, 2), objective, 2, 3)
     teacher = Teacher(pipe, family_of(pipe), 3.0, 16, 4)
     prompts = [flags["instance_prompt"], flags["class_prompt"]] * 6
     expected = torch.stack(teacher.sample(kept[:, 0], prompts, fine)[::3], 1)
