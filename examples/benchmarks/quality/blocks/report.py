@@ -15,6 +15,8 @@ from quality.results import read
 RECORDS = "blocks.jsonl"
 BASE, SHORT, LONG = "gemma-tiny", 300, 1000
 REFERENCE, BEST = "LoRA", "LoRA and b(λ)"
+TWINS = " on both twins"
+EXACT_STEPS = ("4", "8", "16")
 DIGITS = 4
 Cell = dict[str, dict[int, Record]]
 """arm → seed → record."""
@@ -39,7 +41,7 @@ def paired(found: Cell, one: str, other: str, figure: str = "score") -> Interval
 
 
 def _value(record: Record, figure: str) -> float:
-    value = record[figure]
+    value = _exact(record) if figure == "exact" else record[figure]
     return value if isinstance(value, float) else fmean(value)
 
 
@@ -77,14 +79,26 @@ def _of_bin(record: Record, index: int) -> float:
 
 
 def exact_table(found: Cell) -> str:
-    """A row an arm: exact match at each number of steps, and the loss."""
+    """A row an arm: exact match at each number of steps, its mean, at the true λ too, and the loss."""
     rows = []
     for arm, own in found.items():
-        steps = next(iter(own.values()))["exact"]
-        shares = [f"{100 * fmean(record['exact'][name] for record in own.values()):.1f} %" for name in steps]
-        difference = change(paired(found, arm, REFERENCE), DIGITS)
-        rows.append([arm, str(len(own)), *shares, *_means(own, "score"), difference])
-    return table(["arm", "seeds", "4 steps", "8 steps", "16 steps", "loss", f"− {REFERENCE}"], rows)
+        shares = [f"{100 * fmean(record['exact'][steps] for record in own.values()):.1f} %" for steps in EXACT_STEPS]
+        differences = (change(paired(found, arm, REFERENCE, figure), DIGITS) for figure in ("exact", "score"))
+        exact, loss = differences
+        rows.append([arm, str(len(own)), *shares, _at_true_level(own), exact, *_means(own, "score"), loss])
+    header = ["arm", "seeds", *(f"{steps} steps" for steps in EXACT_STEPS), "true λ", f"exact − {REFERENCE}"]
+    return table([*header, "loss", f"loss − {REFERENCE}"], rows)
+
+
+def _exact(record: Record, is_true: bool = False) -> float:
+    """The mean of a record's exact match over the numbers of steps."""
+    return fmean(record["exact"][f"{steps}, true λ" if is_true else steps] for steps in EXACT_STEPS)
+
+
+def _at_true_level(own: Mapping[int, Record]) -> str:
+    """The mean exact match at the true λ of the runs that have it."""
+    shares = [_exact(record, True) for record in own.values() if len(record["exact"]) > len(EXACT_STEPS)]
+    return f"{100 * fmean(shares):.1f} %" if shares else NOTHING
 
 
 def trials_table(records: Sequence[Record]) -> str:
@@ -130,13 +144,16 @@ def sections(records: Sequence[Record]) -> str:
 
 
 def both_lengths_table(records: Sequence[Record]) -> str:
-    """A row an arm: its loss on `open`, short and long, and the paired differences to the reference."""
+    """A row an arm that ran on all seeds: its loss on `open`, short and long, and differences to the reference."""
     lengths = {steps: cell(records, task="open", steps=steps) for steps in (SHORT, LONG)}
     header = ["arm", "parameters"]
     for steps, found in lengths.items():
         header += [f"{steps} steps ({len(found[REFERENCE])} seeds)", f"− {REFERENCE}"]
     rows = []
+    whole = lengths[SHORT][REFERENCE].keys()
     for arm, own in lengths[SHORT].items():
+        if not whole <= own.keys():
+            continue
         row = [arm, str(next(iter(own.values()))["trainable_parameters"])]
         for found in lengths.values():
             row += _means(found[arm], "score") if found.get(arm) else [NOTHING]
@@ -150,12 +167,32 @@ def page_table(folder: Path) -> str:
     return both_lengths_table(read(folder / RECORDS))
 
 
+def shared_seeds_table(folder: Path) -> str:
+    """A row an arm: its short loss on `open`, on both twins or the decoder, over the seeds that all of them have."""
+    found = cell(read(folder / RECORDS), task="open", steps=SHORT)
+    seeds = set.intersection(*(set(own) for arm, own in found.items() if arm.endswith(TWINS)))
+    rows = []
+    for arm, own in found.items():
+        if seeds <= own.keys():
+            reference = REFERENCE + TWINS if arm.endswith(TWINS) else REFERENCE
+            chosen = {name: {seed: found[name][seed] for seed in seeds} for name in (arm, reference)}
+            size = next(iter(own.values()))["trainable_parameters"]
+            rows.append([arm, str(size), *_means(chosen[arm], "score"), change(paired(chosen, arm, reference), DIGITS)])
+    return table(["arm", "parameters", f"loss ({len(seeds)} seeds)", f"− {REFERENCE} there"], rows)
+
+
+def answers_table(folder: Path, task: str) -> str:
+    """The exact match of a task after long training."""
+    return exact_table(cell(read(folder / RECORDS), task=task, steps=LONG))
+
+
 def asked_row(folder: Path, arms: Iterable[str]) -> list[str]:
     """The row of RESULTS.md: the simplest that does as well, each of `arms`, and NaRA − LoRA."""
     found = cell(read(folder / RECORDS), task="open", steps=SHORT)
     figures = []
+    whole = found[REFERENCE].keys()
     for arm in (BEST, *arms):
-        own = found.get(arm)
+        own = found[arm] if whole <= found.get(arm, {}).keys() else {}
         size = next(iter(own.values()))["trainable_parameters"] / 1000 if own else 0
         figures.append(f"{fmean(r['score'] for r in own.values()):.3f} ({size:.0f} k)" if own else NOTHING)
     return [*figures, change(paired(found, "NaRA", REFERENCE), 3)]

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
-from quality.blocks.report import bayes_table, page_table
+from quality.blocks.report import answers_table, bayes_table, page_table, shared_seeds_table
 from quality.regimes import alternatives
 from quality.regimes.checked import check_table
 from quality.regimes.plan import PLAN
@@ -57,6 +58,9 @@ OF_REGIMES: dict[str, Callable[[Path], str]] = {
     "ordinary": front.ordinary_table,
     "alternatives": lambda folder: alternatives.front(read(folder / "alternatives.jsonl")),
     "canvas": page_table,
+    "canvas_twins": shared_seeds_table,
+    "canvas_case": partial(answers_table, task="case"),
+    "canvas_plain": partial(answers_table, task="plain"),
     "canvas_bayes": lambda folder: bayes_table(),
     "check": lambda folder: check_table(read(folder / "check.jsonl"), read(folder / "regimes.jsonl")),
 }
