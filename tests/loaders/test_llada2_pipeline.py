@@ -159,17 +159,22 @@ def test_forward_after_a_run_does_not_take_the_run_for_its_own(base: Path, tmp_p
     for arguments in ({}, {"attention_mask": real}, {"attention_mask": real, "position_ids": places}):
         with pytest.raises(ValueError, match="outside a run of LLaDA2Pipeline"):
             pipe.model(text, **arguments)
+    pipe.scheduler = BlockRefinementScheduler()
+    places, real = torch.arange(16).expand(2, -1), torch.ones(2, 16, dtype=torch.long)
+    with pytest.raises(ValueError, match="outside a run of LLaDA2Pipeline"):  # as wide as the run's last forward
+        pipe.model(text.repeat(1, 2), attention_mask=real, position_ids=places)
 
 
 def test_pipelines_that_share_a_model_have_each_the_levels_of_their_own_run(base: Path, tmp_path: Path) -> None:
     model, pipe = adapter(base, tmp_path / "adapter"), pipeline(base)
     other = LLaDA2Pipeline(model=pipe.model, scheduler=BlockRefinementScheduler(), tokenizer=None)
     other.set_progress_bar_config(disable=True)
+    whole = RUN | {"block_length": 2 * B}
+    other(input_ids=PROMPT, **whole)  # a run before the adapter
     pipe.load_nara_weights(tmp_path / "adapter", adapter_name="first")
     other.load_nara_weights(tmp_path / "adapter", adapter_name="second")
     set_adapter(pipe.model, "first")
     expected, _ = by_hand(model)
-    whole = RUN | {"block_length": 2 * B}
     of_whole = None
     for _ in range(2):
         assert pipe(input_ids=PROMPT, **RUN).sequences.equal(expected)
