@@ -166,7 +166,7 @@ class Training:
 def optimizers_of(model: nn.Module, plan: Plan) -> list[torch.optim.Optimizer]:
     """AdamW, and Muon where the plan has it: for the matrices inside the model's blocks, not those at its ends."""
     named = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
-    inside = ("blocks.", "language_model.layers.")
+    inside = ("blocks.", "model.layers.")
     by_muon = {name for name, w in named if plan.muon and w.ndim == 2 and any(part in name for part in inside)}
     rest = [weight for name, weight in named if name not in by_muon]
     adamw = torch.optim.AdamW(rest, plan.learning_rate, betas=(0.9, 0.98), weight_decay=plan.weight_decay, fused=True)
