@@ -62,10 +62,11 @@ def test_chat_answers_each_line_by_the_conversation_so_far_and_goes_on_after_a_t
     assert re.search("^error: .* 64 positions: .*; /clear starts a new conversation$", said.err, re.MULTILINE)
 
 
-def test_chat_answers_by_canvases(capsys, monkeypatch):
+@pytest.mark.parametrize("name", ["gemma-tiny", "llada2-tiny"])
+def test_chat_answers_by_canvases_and_by_blocks(name, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("reverse: planet"))
     torch.manual_seed(0)
-    import_module("chat").main([str(EXAMPLES / "assets" / "gemma-tiny"), "--gen_length", "16"])
+    import_module("chat").main([str(EXAMPLES / "assets" / name), "--gen_length", "16"])
     assert capsys.readouterr().out == "tenalp\n"
 
 

@@ -42,8 +42,9 @@ def test_make_llada_tiny_stopped_and_resumed_gives_the_same_weights(family, tmp_
     assert load_backbone(tmp_path / "whole")[0].config.mask_token_id is not None
 
 
-def test_make_uniform_tiny_writes_a_backbone(tmp_path):
-    make = pytest.importorskip("make_uniform_tiny")
+@pytest.mark.parametrize("name", ["make_uniform_tiny", "make_llada2_tiny"])
+def test_maker_writes_a_backbone(name, tmp_path):
+    make = pytest.importorskip(name)
     results = make.main(make.Arguments(output_dir=tmp_path, max_train_steps=2, **TEXT))
     assert results["steps"] == 2
     assert load_backbone(tmp_path)[0].config.mask_token_id is not None

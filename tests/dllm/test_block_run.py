@@ -1,4 +1,4 @@
-"""dllm.py on a random LLaDA2: it learns, its folder loads into LLaDA2Pipeline, and all weights can be trained."""
+"""dllm.py on a random LLaDA2, and on the shipped one: it learns, and its folder loads into LLaDA2Pipeline."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from diffusers import BlockRefinementScheduler, LLaDA2Pipeline
 from safetensors.torch import load_file
 
 from nara_diffusion.dllm import encode_prompts, load_backbone, prompt_text
+from nara_diffusion.dllm.models.block_causal import LLaDA2ForCausalLM
 from nara_diffusion.dllm.sampler import answer_prompts
 from nara_diffusion.dllm.text_arguments import Arguments
 from nara_diffusion.dllm.train import main
-from tests.acceptance._runs import block_flags
+from tests.acceptance._commands import ROOT, results, run
+from tests.acceptance._runs import ASSETS, block_flags
 from tests.helpers.mixtures import MASK
 
 
@@ -24,33 +26,29 @@ def arguments(folder: Path, **changes: Any) -> Arguments:
     return Arguments(**{name: str(value) if isinstance(value, Path) else value for name, value in flags.items()})
 
 
-def test_a_run_learns_and_its_folder_answers_alike_in_the_pipeline_and_in_generate(tmp_path: Path) -> None:
-    how = {
-        "max_train_steps": 40,
-        "train_batch_size": 8,
-        "learning_rate": 3e-2,
-        "rank": 8,
-        "lora_alpha": 8.0,
-        "checkpointing_steps": 40,
-    }
-    results = main(arguments(tmp_path, **how))
-    run = tmp_path / "run"
-    assert results["validation_loss_after"] < 0.9 * results["validation_loss_before"]
-    config = json.loads((run / "adapter_config.json").read_text())
+def pipeline(model: Any, tokenizer: Any) -> Any:
+    pipe = LLaDA2Pipeline(model=model, scheduler=BlockRefinementScheduler(), tokenizer=tokenizer)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_folder_of_a_run_answers_alike_in_the_pipeline_and_in_generate(tmp_path: Path) -> None:
+    main(arguments(tmp_path, max_train_steps=8, train_batch_size=8, learning_rate=3e-2, checkpointing_steps=None))
+    folder = tmp_path / "run"
+    config = json.loads((folder / "adapter_config.json").read_text())
     assert (config["noise_convention"], config["noise_level_per"]) == ("masked_share_of_block", "part")
-    code = (run / "README.md").read_text().split("```python")[1].split("```")[0]
+    code = (folder / "README.md").read_text().split("```python")[1].split("```")[0]
     exec(code, {})
 
     model, tokenizer = load_backbone(str(tmp_path / "model"))
     rows = [json.loads(line) for line in (tmp_path / "test.jsonl").read_text().splitlines()]
     prompts = encode_prompts(tokenizer, [prompt_text(tokenizer, row["instruction"]) for row in rows])
-    pipe: Any = LLaDA2Pipeline(model=model, scheduler=BlockRefinementScheduler(), tokenizer=tokenizer)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = pipeline(model, tokenizer)
     rule = {"gen_length": 8, "confidence_threshold": 0.6, "stop_at_eos": False}
     of_pipe = {"gen_length": 8, "block_length": 4, "num_inference_steps": 4, "threshold": 0.6, "output_type": "seq"}
     of_pipe |= {"editing_threshold": None, "eos_early_stop": False, "mask_token_id": MASK}
     base = [answer_prompts(model, [prompt], **rule).answers for prompt in prompts]
-    pipe.load_nara_weights(run)
+    pipe.load_nara_weights(folder)
     for prompt, of_base in zip(prompts, base, strict=True):
         expected = answer_prompts(model, [prompt], **rule).answers
         assert pipe(input_ids=torch.tensor([prompt]), **of_pipe).sequences.equal(expected)
@@ -66,6 +64,40 @@ def test_a_run_with_blocks_of_its_own_is_loaded_by_its_card(tmp_path: Path, adap
     assert scope["model"].config.block_length == 2
     assert scope["tokens"].shape[1] == scope["prompt"].shape[1] + 8
     assert ("the masked share of the answer in each block" in card) == (adapter == "nara")
+
+
+def answers(pipe: Any, rows: list[dict[str, str]]) -> list[str]:
+    """What the pipeline writes to each row, by the shipped model's blocks of 16."""
+    how = {"gen_length": 16, "block_length": 16, "num_inference_steps": 16, "threshold": 0.95}
+    return [pipe(row["instruction"], **how, editing_threshold=None).texts[0] for row in rows]
+
+
+def test_the_shipped_model_answers_in_the_pipeline_what_it_was_trained_on() -> None:
+    model, tokenizer = load_backbone(str(ASSETS / "llada2-tiny"))
+    assert (type(model), model.config.block_length) == (LLaDA2ForCausalLM, 16)
+    pipe = pipeline(model, tokenizer)
+    rows = [{"instruction": question} for question in ("reverse: planet", "upper: planet", "double: abc")]
+    assert answers(pipe, rows) == ["tenalp", "PLANET", "abcabc"]
+
+
+@pytest.mark.slow
+def test_the_configured_run_learns_a_task_and_its_folder_answers_it_in_the_pipeline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    run("dllm.py", config="train_scripts/configs/llada2_tiny.yaml", output_dir=tmp_path / "run")
+    found = results(tmp_path / "run")
+    assert (found["exact_match_before"], found["n"]) == (0, 256)
+    assert found["exact_match_after"] >= 0.9
+    test = Path("examples/assets/two-step/test.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in test[:100]]
+    model, tokenizer = load_backbone("examples/assets/llada2-tiny")
+    pipe = pipeline(model, tokenizer)
+    pipe.load_nara_weights(tmp_path / "run")
+    right = [text == row["answer"] for text, row in zip(answers(pipe, rows), rows, strict=True)]
+    assert sum(right) >= 90
+    pipe.unload_nara_weights()
+    assert not set(answers(pipe, rows[:9])) & {row["answer"] for row in rows[:9]}
 
 
 def test_full_fine_tuning_writes_a_model_in_the_public_format(tmp_path: Path) -> None:
