@@ -271,12 +271,12 @@ def main(argv: list[str] | None = None) -> int:
 def report(records: list[dict[str, Any]]) -> str:
     """Two tables a cell: means over the seeds that its arms share, and paired differences.
 
-    An arm with fewer than three seeds is left out.
+    Arms with fewer than three seeds and bases of earlier versions are left out.
     """
     parts = []
     cells: dict[tuple, dict[str, dict[int, dict[str, Any]]]] = defaultdict(lambda: defaultdict(dict))
     for record in records:
-        if record["stage"] == "confirm":
+        if record["stage"] == "confirm" and record["base"] in PLAN["bases"]:
             cell = (record["base"], record["width"], record["steps"])
             cells[cell][record["arm"]][record["seed"]] = record
     for (base, width, steps), found in cells.items():

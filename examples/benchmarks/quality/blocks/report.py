@@ -167,18 +167,17 @@ def page_table(folder: Path) -> str:
     return both_lengths_table(read(folder / RECORDS))
 
 
-def shared_seeds_table(folder: Path) -> str:
-    """A row an arm: its short loss on `open`, on both twins or the decoder, over the seeds that all of them have."""
-    found = cell(read(folder / RECORDS), task="open", steps=SHORT)
-    seeds = set.intersection(*(set(own) for arm, own in found.items() if arm.endswith(TWINS)))
+def twins_table(folder: Path) -> str:
+    """A row an arm: its short loss on `open` on both twins, over the seeds that all of these arms have."""
+    every = cell(read(folder / RECORDS), task="open", steps=SHORT)
+    found = {arm: own for arm, own in every.items() if arm.endswith(TWINS)}
+    seeds = set.intersection(*(set(own) for own in found.values()))
+    shared = {arm: {seed: own[seed] for seed in seeds} for arm, own in found.items()}
     rows = []
-    for arm, own in found.items():
-        if seeds <= own.keys():
-            reference = REFERENCE + TWINS if arm.endswith(TWINS) else REFERENCE
-            chosen = {name: {seed: found[name][seed] for seed in seeds} for name in (arm, reference)}
-            size = next(iter(own.values()))["trainable_parameters"]
-            rows.append([arm, str(size), *_means(chosen[arm], "score"), change(paired(chosen, arm, reference), DIGITS)])
-    return table(["arm", "parameters", f"loss ({len(seeds)} seeds)", f"− {REFERENCE} there"], rows)
+    for arm, own in shared.items():
+        size = next(iter(own.values()))["trainable_parameters"]
+        rows.append([arm, str(size), *_means(own, "score"), change(paired(shared, arm, REFERENCE + TWINS), DIGITS)])
+    return table(["arm", "parameters", f"loss ({len(seeds)} seeds)", f"− {REFERENCE}{TWINS}"], rows)
 
 
 def answers_table(folder: Path, task: str) -> str:

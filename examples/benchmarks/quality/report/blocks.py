@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from quality.blocks.report import answers_table, bayes_table, page_table, shared_seeds_table
+from quality.blocks.report import answers_table, bayes_table, page_table, twins_table
 from quality.regimes import alternatives
 from quality.regimes.checked import check_table
 from quality.regimes.plan import PLAN
@@ -58,7 +58,7 @@ OF_REGIMES: dict[str, Callable[[Path], str]] = {
     "ordinary": front.ordinary_table,
     "alternatives": lambda folder: alternatives.front(read(folder / "alternatives.jsonl")),
     "canvas": page_table,
-    "canvas_twins": shared_seeds_table,
+    "canvas_twins": twins_table,
     "canvas_case": partial(answers_table, task="case"),
     "canvas_plain": partial(answers_table, task="plain"),
     "canvas_bayes": lambda folder: bayes_table(),
