@@ -42,6 +42,7 @@ def test_example_prints_and_draws_what_it_shows(name, tmp_path, capsys):
     assert "output_dir" not in places or (tmp_path / f"{name}.png").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_preferences_go_where_imitation_does_not(capsys):
     """A run of 20 steps of the 80: on held-out pairs, and in what is written."""
     found = import_module("07_preferences").main(steps=20, n=40, batch_size=8)

@@ -198,6 +198,7 @@ def test_student_learns_beside_the_users_own_adapter(sdxl: dict[str, Any], tmp_p
     torch.testing.assert_close(pixels(pipe, **SAMPLED), before, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_another_adapter_at_the_same_path_makes_other_trajectories(sdxl: dict[str, Any], tmp_path: Path) -> None:
     flags = sdxl | {"init_adapter": tmp_path / "own", "max_train_steps": 1, "adapter": "lora"}
     flags["distillation_options"] = {"trajectories": 10, "trajectories_dir": str(tmp_path / "kept")}
