@@ -288,7 +288,7 @@ def report(records: list[dict[str, Any]]) -> str:
         pairs = [pair for pair in PLAN["pairs"] if {*pair} <= arms.keys()]
         differences = [[*pair, *differences_of(arms, pair, seeds)] for pair in pairs]
         parts += [f"{base}, {width}, {steps} steps, {len(seeds)} seeds", table(COLUMNS, rows)]
-        parts += [table(["arm", "−", *COMPARED], differences)]
+        parts += [table(["arm", "−", *COMPARED], differences)] if differences else []
     return "\n\n".join(parts)
 
 

@@ -89,7 +89,7 @@ def _sampler_options(scheduler: Any, objective: Objective, steps: int) -> dict[s
         return DDIM
     if steps == 1:
         return {}
-    shift = float(scheduler.config.shift)
+    shift = float(scheduler.config.get("shift", 1.0))
     return {"shift_terminal": shift / (steps - 1 + shift)}
 
 

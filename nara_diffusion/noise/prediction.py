@@ -131,9 +131,8 @@ def other_sampling(pipe: Any, few_steps: Mapping[str, Any]) -> str | None:
         few_steps: `NaraConfig.few_steps` of the adapter.
     """
     scheduler = pipe.scheduler
-    steps = getattr(
-        scheduler, "num_inference_steps", None
-    )  # a flow's lacks it before its first call
+    # the scheduler of a flow has no number before its first call
+    steps = getattr(scheduler, "num_inference_steps", None)
     wanted = few_steps["num_inference_steps"]
     if steps is None:  # no call is in progress, as in training
         return None

@@ -9,7 +9,12 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 
 from nara_diffusion.dreambooth.caches import PromptCache
 from nara_diffusion.dreambooth.few_steps import advance, check_family, landing, levels_of, sampler_line, sampler_of
@@ -62,6 +67,13 @@ def test_no_step_of_a_flow_is_idle(shift: float) -> None:
         exec(line, {"pipe": pipe, "FlowMatchEulerDiscreteScheduler": FlowMatchEulerDiscreteScheduler})
         pipe.scheduler.set_timesteps(steps)
         assert torch.equal(pipe.scheduler.sigmas, sampler.sigmas)
+
+
+def test_a_flow_with_a_scheduler_of_another_class_is_taught_too() -> None:
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    sampler = sampler_of(scheduler, build_objective(scheduler), 4)
+    sampler.set_timesteps(4)
+    torch.testing.assert_close(sampler.sigmas, torch.tensor([1.0, 0.75, 0.5, 0.25, 0.0]), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", SCHEDULERS)
