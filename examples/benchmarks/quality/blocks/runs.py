@@ -67,7 +67,7 @@ class Arm:
     @property
     def reads_level(self) -> bool:
         """Whether λ changes what it does."""
-        return self.adapter != BASE and (self.core_type != "identity" or self.control in ("bias", "embedding"))
+        return self.adapter != BASE and (self.core_type != "identity" or self.control in ("bias", "embedding", "token"))
 
 
 @dataclass(frozen=True)
