@@ -3,6 +3,7 @@
     python examples/benchmarks/benchmark_few_steps.py --stage dev --output few.jsonl       # rates, development seed
     python examples/benchmarks/benchmark_few_steps.py --stage confirm --output few.jsonl   # the best ones, fresh seeds
     python examples/benchmarks/benchmark_few_steps.py --stage samplers --output few.jsonl  # the base untrained
+    python examples/benchmarks/benchmark_few_steps.py --stage costs --output few.jsonl     # time and memory of a step
     python examples/benchmarks/benchmark_few_steps.py --report --output few.jsonl
 
 A run is one of `dreambooth_sdxl.py --distill_to 4` (with `--base sd-tiny-flow`, of `dreambooth.py`), without its card.
@@ -20,29 +21,32 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any, ClassVar
 from unittest.mock import patch
 
 import diffusers
 import torch
 import yaml
-from benchmark_record import ROOT, for_terminal, provenance
+from benchmark_record import ROOT, for_terminal, median_ratio, one_thread, provenance, times_in_turn
 from PIL import Image
 from quality import results
 from quality.report.data import change, table
+from torch import Tensor
 
 from nara_diffusion.dreambooth.denoiser import write_checkpoint
 from nara_diffusion.dreambooth.distill import Distillation
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
 from nara_diffusion.dreambooth.samples import write_grid
 from nara_diffusion.dreambooth.student import StudentEvaluation
+from nara_diffusion.dreambooth.trajectories import Segments, collate_segments
 from nara_diffusion.training import loop
 from nara_diffusion.training.command import gathered
+from nara_diffusion.training.live_storages import LiveStorages, tensors_of
 from nara_diffusion.training.run import start_run
 from nara_diffusion.utils.statistics import interval
 
@@ -196,6 +200,54 @@ def run(
         return {**figures, "trainable_parameters": trial.trainable, "processor_seconds": round(seconds, 1)}
 
 
+# ---------------------------------------------------------------- costs
+
+
+def measure_costs(base: str, titles: Sequence[str], width: str, rounds: int = 20) -> list[dict[str, Any]]:
+    """Seconds of processor time of an optimizer step of each arm, taking turns, and the bytes that it needs.
+
+    A ratio is the median of the rounds' ratios to the first arm. Memory is that of all tensors alive at once in a step,
+    but for the model's own and the optimizer's.
+    """
+    steps: dict[str, Callable[[], None]] = {}
+    known: dict[str, list[Tensor]] = {}
+    with ExitStack() as runs:
+        for title in titles:
+            trial = runs.enter_context(started(base, PLAN["stages"]["dev"][0], flags(title, width), 1))
+            steps[title], known[title] = step_of(trial)
+        with one_thread():
+            times = times_in_turn(steps, rounds, time.process_time)
+        peaks = {}
+        for title, step in steps.items():
+            counter = LiveStorages(known[title])
+            with counter:
+                step()
+            peaks[title] = counter.peak
+    first = times[titles[0]]
+    return [
+        {"arm": title, "step_seconds": median(times[title]), "ratio": median_ratio(times[title], first), "peak": peak}
+        for title, peak in peaks.items()
+    ]
+
+
+def step_of(trial: Trial) -> tuple[Callable[[], None], list[Tensor]]:
+    """An optimizer step of a run's model, on its first batch; the tensors of the model and the optimizer."""
+    loss, _ = trial._losses()
+    model = trial._model().train()
+    segments = Segments(len(loss.prompts), trial.steps, trial.args.seed)
+    batch = collate_segments([segments[position] for position in range(trial.args.train_batch_size)])
+    optimizer, loss = loop.build_optimizer(model, trial.args), replace(loss, model=model)
+
+    def step() -> None:
+        loss(batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()  # makes the optimizer's tensors
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    return step, [*tensors_of(model), *states]
+
+
 # ---------------------------------------------------------------- pictures
 
 
@@ -233,7 +285,7 @@ def sample_untrained(base: str, seeds: Sequence[int], output: Path, pictures: Pa
 def main(argv: list[str] | None = None) -> int:
     """Does what the command line asks for; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", choices=(*PLAN["stages"], "samplers"), default="dev")
+    parser.add_argument("--stage", choices=(*PLAN["stages"], "samplers", "costs"), default="dev")
     parser.add_argument("--base", choices=tuple(PLAN["bases"]), default="sdxl-tiny")
     parser.add_argument("--arms", nargs="+", choices=tuple(PLAN["arms"]), default=tuple(PLAN["arms"]))
     parser.add_argument("--width", choices=WIDTHS, default="narrow", help="which of an arm's ranks")
@@ -246,12 +298,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--report", action="store_true", help="print what the records say, and end")
     args = parser.parse_args(argv)
     if args.report:
-        print(base_report(results.read(args.output)), report(results.read(args.output)), sep="\n\n")
+        records = results.read(args.output)
+        print(base_report(records), report(records), costs_report(records), sep="\n\n")
         if args.pictures:
             draw(args.pictures)
         return 0
     if args.stage == "samplers":
         sample_untrained(args.base, args.seeds or PLAN["stages"]["confirm"], args.output, args.pictures)
+        return 0
+    if args.stage == "costs":
+        own = {"stage": "costs", "base": args.base, "width": args.width}
+        for figures in measure_costs(args.base, args.arms, args.width):
+            results.append(args.output, [{**provenance(), **own, **figures}])
         return 0
     arms = [title for title in args.arms if args.stage == "confirm" or "grid" in PLAN["arms"][title]]
     for seed, title in itertools.product(args.seeds or PLAN["stages"][args.stage], arms):
@@ -302,6 +360,16 @@ def base_report(records: Sequence[Mapping[str, Any]]) -> str:
     for key, own in found.items():
         rows.append([*map(str, key), str(len(own)), *(mean_of(own, name) for name in MEASURES[1:])])
     return table(["base", "sampler", "calls", "guidance", "seeds", *MEASURES[1:]], rows)
+
+
+def costs_report(records: Sequence[Mapping[str, Any]]) -> str:
+    """The table of time and memory."""
+    rows = []
+    for record in records:
+        if record["stage"] == "costs":
+            figures = (f"{1000 * record['step_seconds']:.0f}", f"{record['ratio']:.2f}", f"{record['peak'] / 1e6:.1f}")
+            rows.append([record["base"], record["width"], record["arm"], *figures])
+    return table(["base", "width", "arm", "ms a step", "ratio", "MB"], rows)
 
 
 def row_of(title: str, own: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -117,6 +117,12 @@ def test_benchmark_few_steps_gives_named_parameters_a_rate_of_their_own():
     assert rates == {"lora_A.weight": 0.1, "lora_A.bias": 0.1, "lora_B.weight": 0.5, "lora_B.bias": 0.5}
 
 
+def test_benchmark_few_steps_measures_what_a_step_costs():
+    lora, dora = benchmark_few_steps.measure_costs("sd-tiny-flow", ["LoRA", "Knots-DoRA"], "narrow", rounds=2)
+    assert lora["ratio"] == 1 < dora["ratio"]
+    assert 4 * 100_000 < lora["peak"] < dora["peak"]  # more than the gradients
+
+
 def test_benchmark_few_steps_samples_the_base_and_draws_what_it_kept(tmp_path):
     path, pictures = tmp_path / "few.jsonl", tmp_path / "grid"
     asked = ["--output", str(path), "--pictures", str(pictures)]
