@@ -13,6 +13,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
 )
 from peft import get_peft_model
+from torch.nn.functional import one_hot
 from transformers import DynamicCache
 from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
     EntropyBoundSampler,
@@ -76,17 +77,17 @@ def pipeline(model, scheduler):
 
 
 def sampled(pipe, **options):
-    settings = {"gen_length": BLOCKS * CANVAS, "num_inference_steps": STEPS, "confidence_threshold": None, **options}
-    generator = torch.Generator().manual_seed(3)
-    return pipe(prompt=["a"] * 3, output_type="seq", generator=generator, **settings).sequences
+    settings = {"gen_length": BLOCKS * CANVAS, "num_inference_steps": STEPS, "confidence_threshold": None}
+    settings |= {"prompt": ["a"] * 3, "output_type": "seq", "generator": torch.Generator().manual_seed(3)}
+    return pipe(**settings | options).sequences
 
 
-def by_hand(model, scheduler):
-    """The pipeline's loop at λ that the test computes; its tokens, and λ of each call."""
+def by_hand(model, scheduler, budget=STEPS, entropy=None):
+    """The pipeline's loop at λ that the test computes; its tokens, and λ of each call. An `entropy` stops it early."""
     generator, levels, ids = torch.Generator().manual_seed(3), [], PROMPTS
     sweeps = scheduler.config.get("corrector_steps", 0)
-    corrected = (STEPS - 1) // (1 + sweeps) if sweeps else 0
-    steps = STEPS - corrected * sweeps
+    corrected = (budget - 1) // (1 + sweeps) if sweeps else 0
+    steps = budget - corrected * sweeps
     options = {"block_length": CANVAS} if isinstance(scheduler, BlockRefinementScheduler) else {}
     scheduler.set_timesteps(steps, device="cpu", **options)
     known = inspect.signature(scheduler.step).parameters
@@ -97,6 +98,7 @@ def by_hand(model, scheduler):
         model.model.encoder(input_ids=ids, cache=cache)
         canvas = torch.randint(0, VOCABULARY, (3, CANVAS), generator=generator)
         level, conditioning = torch.ones(3), None
+        is_frozen, predicted = torch.zeros(3, dtype=torch.bool), torch.full_like(canvas, -1)
 
         def logits(canvas, conditioning, level, cache=cache):
             levels.append(level)
@@ -115,6 +117,14 @@ def by_hand(model, scheduler):
             for _ in range(sweeps if step < corrected else 0):
                 correct = logits(canvas, conditioning, level)
                 canvas = scheduler.step_correct(correct, step, canvas, generator=generator).prev_sample
+            if entropy is not None:  # a sample is frozen once it predicts the same tokens twice
+                log_p, before = conditioning.log_softmax(-1), predicted
+                predicted = torch.where(is_frozen[:, None], before, log_p.argmax(-1))
+                is_sure = -(log_p.exp() * log_p).sum(-1).mean(1) < entropy
+                is_frozen = is_frozen | (is_sure & (predicted == before).all(1))
+                canvas = torch.where(is_frozen[:, None], predicted, canvas)
+                if is_frozen.all():
+                    break
         ids = torch.cat([ids, canvas], 1)
     return ids[:, PROMPTS.shape[1] :], levels
 
@@ -145,6 +155,20 @@ def test_a_pipeline_runs_each_call_at_the_uncommitted_share(model, levels, name)
         torch.testing.assert_close(level.expand(3), given)
     assert any(0 < level.min() < 1 for level in levels)
     assert torch.equal(sampled(pipe), expected)  # the second run starts at λ = 1 again
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+@torch.no_grad()
+def test_a_block_that_ends_early_leaves_lambda_of_the_next_as_it_is(model, levels, name):
+    chosen = torch.randint(0, VOCABULARY, (CANVAS,), generator=torch.Generator().manual_seed(8))
+    likely = 7 * one_hot(chosen, VOCABULARY)  # stable predictions
+    model.lm_head.register_forward_hook(lambda _, __, logits: logits + likely)
+    expected, by_loop = by_hand(model, SCHEDULERS[name](), budget=6, entropy=2.0)
+    levels.clear()
+    options = {"num_inference_steps": 6, "confidence_threshold": 2.0}
+    assert torch.equal(sampled(pipeline(model, SCHEDULERS[name]()), **options), expected)
+    assert len(by_loop) < BLOCKS * 6
+    torch.testing.assert_close([level.expand(3) for level in levels], by_loop)
 
 
 @torch.no_grad()
