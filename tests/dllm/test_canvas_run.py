@@ -36,8 +36,9 @@ def arguments(folder, **changes):
     return Arguments(**{name: str(value) if name.endswith("_file") else value for name, value in flags.items()})
 
 
-def test_a_run_saves_one_adapter_resumes_to_the_same_bits_and_loads_into_the_pipeline(tmp_path):
+def test_a_run_saves_one_adapter_resumes_to_the_same_bits_and_loads_into_the_pipeline(tmp_path, caplog):
     whole, halves = tmp_path / "whole", tmp_path / "halves"
+    caplog.set_level("INFO")
     results = main(arguments(tmp_path, output_dir=str(whole)))
     assert {"exact_match_before", "exact_match_after", "n"} <= results.keys()
     tensors = load_file(whole / TEXT)
@@ -45,8 +46,12 @@ def test_a_run_saves_one_adapter_resumes_to_the_same_bits_and_loads_into_the_pip
     assert sum("lora_A" in key for key in tensors) == 4 * 6 + 3  # the last layer has no v_proj
     assert json.loads((whole / "adapter_config.json").read_text())["noise_convention"] == "corrupted_share"
 
-    code = (whole / "README.md").read_text().split("```python")[1].split("```")[0]
-    exec(code, {})
+    card = (whole / "README.md").read_text()
+    canvas = "answers of 4 to 8 tokens with their end, trained to 16 tokens (trained_padding 0)"
+    for text in (card, caplog.text):
+        assert canvas in text
+        assert "generated: gen_length 16 in 1 block" in text
+    exec(card.split("```python")[1].split("```")[0], {})
 
     halves.mkdir()
     (whole / "checkpoint-2").rename(halves / "checkpoint-2")
