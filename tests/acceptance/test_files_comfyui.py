@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nara_diffusion import NaraConfig, StrengthSchedule, noise_level
 from nara_diffusion.export.original_names import parts_of
+from nara_diffusion.loaders.file import AdapterFile
 from tests.acceptance import _bases, _files
 from tests.acceptance._comfyui import (
     CONST,
@@ -34,7 +35,7 @@ from tests.acceptance._comfyui import (
     named,
 )
 from tests.acceptance._comfyui import named_as_stability_does as renamed
-from tests.helpers.adapted import disturb
+from tests.helpers.adapted import disturb, relative_error
 
 OUTPUTS = _files.expected("pipelines")
 PIPELINES = _files.FILES / "pipelines"
@@ -193,6 +194,24 @@ def test_lcm_has_the_noise_level_of_its_timestep_not_of_its_fifty_sigmas(changes
     x, context, y = _bases.unet_inputs()
     wanted = _bases.unet_output(pipe.unet, x, torch.tensor([19, 19, 819]), context, y)
     _files.assert_near(found, wanted, pipe.unet)
+
+
+@torch.no_grad()
+def test_few_step_file_is_played_at_the_level_of_each_of_its_steps(comfy) -> None:
+    few_steps = {"num_inference_steps": 4, "guidance_scale": 1.0, "timesteps": [999, 749, 499, 249]}
+    pipe, file = saved(comfy, core_type="knots", core_knots=4, few_steps=few_steps)
+    assert AdapterFile.read(comfy.folder / file).parts["unet"].config.few_steps == few_steps
+    unet = _bases.unet()
+    patched, _ = comfy.load(sdxl(unet), file, "sdxl", 1.0)
+    x, context, y = _bases.unet_inputs()
+    for timestep in few_steps["timesteps"]:
+        found = sampled(patched, patched.model.model_sampling.sigmas[[timestep] * 3])
+        with noise_level(pipe.unet, timestep / 1000):
+            wanted = _bases.unet_output(pipe.unet, x, torch.tensor(timestep), context, y)
+        _files.assert_near(found, wanted, pipe.unet)
+        with noise_level(pipe.unet, 0.1):
+            other = _bases.unet_output(pipe.unet, x, torch.tensor(timestep), context, y)
+        assert relative_error(found, other) > 1e-2
 
 
 @pytest.mark.parametrize(
