@@ -144,8 +144,9 @@ class BlockNoise:
         if width == self._first:
             answer = answer & self._answer
         masked = answer & (block == self._mask)
-        levels = torch.zeros(len(block), width // length, device=block.device)
-        levels[:, -1] = masked.sum(1) / answer.sum(1).clamp(min=1)
+        shape = (len(block), width // length)
+        levels = torch.zeros(shape, dtype=torch.float32, device=block.device)
+        levels[:, -1] = masked.sum(1).float() / answer.sum(1).clamp(min=1)
         return levels
 
     def with_block_mask(

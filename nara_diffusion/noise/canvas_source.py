@@ -23,7 +23,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from copy import deepcopy
-from functools import update_wrapper
+from functools import partial, update_wrapper
 from typing import Any
 
 import torch
@@ -91,11 +91,15 @@ class CanvasNoise:
         self.local.level, self.local.begins_block = None, sampler is None
         self.local.seen = getattr(sampler, "accepted_token_mask", None)
         for scheduler in schedulers:
-            if not any(scheduler is one for one in self.watched):
-                self.watched.append(scheduler)
-                for name in _STEPS:
-                    if hasattr(scheduler, name):
-                        setattr(scheduler, name, WatchedStep(self, scheduler, name))
+            if any(scheduler is one for one in self.watched):
+                continue
+            self.watched.append(scheduler)
+            for name in filter(partial(hasattr, scheduler), _STEPS):
+                step = getattr(scheduler, name)
+                if not isinstance(step, WatchedStep):
+                    step = WatchedStep(scheduler, name)
+                    setattr(scheduler, name, step)
+                step.sources.append(self)
 
     def stepped(self, scheduler: Any, bound: dict[str, Any], output: Any) -> None:
         """Record λ for the next call.
@@ -122,7 +126,7 @@ class CanvasNoise:
             state.level = _left(accepted)
         elif "DiscreteDDIMScheduler" in kinds:
             done = (int(bound["timestep"]) + 1) / scheduler.num_inference_steps
-            state.level = torch.tensor([1 - done])
+            state.level = torch.tensor([1 - done], dtype=torch.float32)
         else:
             raise ValueError(f"λ of {kinds[0]} is not known: {_REMEDY}.")
 
@@ -130,8 +134,11 @@ class CanvasNoise:
         """Restore the original methods of all schedulers."""
         for scheduler in self.watched:
             for name in _STEPS:
-                if isinstance(vars(scheduler).get(name), WatchedStep):
-                    delattr(scheduler, name)
+                step = vars(scheduler).get(name)
+                if isinstance(step, WatchedStep):
+                    step.sources.remove(self)
+                    if not step.sources:
+                        delattr(scheduler, name)
         self.watched.clear()
 
 
@@ -158,13 +165,14 @@ class _State(threading.local):
 
 
 class WatchedStep:
-    """Call a scheduler's method, then report the call to a source of λ.
+    """Call a scheduler's method, then report the call to the sources of λ of the adapted models.
 
     The replacement keeps the method's signature, because the pipeline reads it.
     """
 
-    def __init__(self, source: CanvasNoise, scheduler: Any, name: str) -> None:
-        self.source, self.scheduler, self.name = source, scheduler, name
+    def __init__(self, scheduler: Any, name: str) -> None:
+        self.sources: list[CanvasNoise] = []
+        self.scheduler, self.name = scheduler, name
         self.method = getattr(scheduler, name)
         update_wrapper(self, self.method, updated=())
 
@@ -173,11 +181,12 @@ class WatchedStep:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         output = self.method(*args, **kwargs)
-        if self.name == "step":
-            logits = output[-1] if isinstance(output, tuple) else output.pred_logits
-            self.source.local.logits = weakref.ref(logits)
         bound = inspect.signature(self.method).bind(*args, **kwargs).arguments
-        self.source.stepped(self.scheduler, bound, output)
+        for source in self.sources:
+            if self.name == "step":
+                logits = output[-1] if isinstance(output, tuple) else output.pred_logits
+                source.local.logits = weakref.ref(logits)
+            source.stepped(self.scheduler, bound, output)
         return output
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from functools import partial, wraps
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -52,7 +52,7 @@ def hook_twins(
     owner: Any = twins.owner
     patterns = type(owner)._tied_weights_keys.items()
     setattr(owner, _TIES, {_NO_FACTOR + key: _NO_FACTOR + value for key, value in patterns})
-    setattr(twins.decoder, _MASK, _with_former_name(getattr(twins.decoder, _MASK)))
+    setattr(twins.decoder, _MASK, partial(_with_former_name, getattr(twins.decoder, _MASK)))
     if hasattr(root, _SAMPLER):
         setattr(root, _SAMPLER, partial(_prepared, source, getattr(root, _SAMPLER)))
     handles = [
@@ -74,16 +74,11 @@ def unhook_twins(root: nn.Module, twins: Twins, source: CanvasNoise) -> None:
     vars(root).pop(_SAMPLER, None)
 
 
-def _with_former_name(make_mask: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a version of `make_mask` that also accepts its `cache` as `past_key_values`."""
-
-    @wraps(make_mask)
-    def make(*args: Any, **kwargs: Any) -> Any:
-        if "past_key_values" in kwargs:
-            kwargs["cache"] = kwargs.pop("past_key_values")
-        return make_mask(*args, **kwargs)
-
-    return make
+def _with_former_name(make_mask: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call `make_mask`, whose argument `cache` may also be given as `past_key_values`."""
+    if "past_key_values" in kwargs:
+        kwargs["cache"] = kwargs.pop("past_key_values")
+    return make_mask(*args, **kwargs)
 
 
 def _prepared(source: CanvasNoise, prepare: Callable[[Any], Any], generation_config: Any) -> Any:

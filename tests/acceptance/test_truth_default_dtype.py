@@ -6,10 +6,12 @@ Everything is computed twice on one float32 model: with float32 as default dtype
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from diffusers import DiscreteDDIMScheduler
 from torch import Tensor
 
 from nara_diffusion import (
@@ -21,6 +23,8 @@ from nara_diffusion import (
     to_lora,
 )
 from nara_diffusion.dllm import masked_diffusion_loss, read_noise_from_input_ids
+from nara_diffusion.noise.blocks import BlockNoise
+from nara_diffusion.noise.canvas_source import CanvasNoise
 from tests.helpers.adapted import TwoLayers, adapted
 
 STEP = StrengthSchedule([(0.3, 1.0), (0.3, -2.0)])
@@ -50,6 +54,25 @@ def counted(llama: Any) -> Tensor:
         return llama(IDS).logits
 
 
+def after_a_step(_: Any) -> Tensor:
+    """λ after the first of six steps of a canvas."""
+    scheduler, source = DiscreteDDIMScheduler(), CanvasNoise(list)
+    scheduler.set_timesteps(6)
+    source.stepped(scheduler, {"timestep": 0}, None)
+    assert source.local.level is not None
+    return source.local.level
+
+
+def in_a_block(llama: Any) -> Tensor:
+    """λ of a prompt's block, and of a block with two of three masks left."""
+    model, scheduler = llama.get_base_model(), SimpleNamespace(_transfer_schedule=torch.ones(3).long())
+    source = BlockNoise(lambda: [scheduler])
+    ids = torch.tensor([[5, 6, 7, MASK, MASK, MASK]])
+    given = {"attention_mask": torch.ones_like(ids), "position_ids": ids}
+    source(model, (ids,), given)
+    return source(model, (ids.where(torch.arange(6) != 4, 8),), given)
+
+
 WAYS: dict[str, Callable[[Any], Tensor]] = {
     "a number": in_context,
     "a list": lambda model: in_context(model, [0.3, 0.7, 0.1]),
@@ -66,6 +89,8 @@ WAYS: dict[str, Callable[[Any], Tensor]] = {
 OF_TEXT: dict[str, Callable[[Any], Tensor]] = {
     "a loss": lambda llama: masked_diffusion_loss(llama, IDS, torch.tensor([2, 2]), noise_level=0.3, seed=1).per_sample,
     "a share of masks": counted,
+    "a step of a canvas": after_a_step,
+    "a block": in_a_block,
 }
 
 

@@ -21,8 +21,8 @@ class Processor:
         return {"input_ids": torch.tensor([[5, 9, 11], [7, 8, 40]])}
 
 
-def pipeline():
-    scheduler = BlockRefinementScheduler(threshold=0.4)
+def pipeline(scheduler=None):
+    scheduler = scheduler or BlockRefinementScheduler(threshold=0.4)
     pipe = DiffusionGemmaPipeline(model=tiny_gemma(), scheduler=scheduler, processor=Processor())
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -97,6 +97,25 @@ def test_adapters_are_swapped_chosen_deleted_and_loaded_again(tmp_path):
     pipe.unload_nara_weights()
     pipe.load_nara_weights(folders[2])
     assert torch.equal(sampled(pipe), alone[2])
+
+
+def test_models_that_share_a_scheduler_are_sampled_and_unloaded_in_any_order(tmp_path):
+    folders, alone = [trained(tmp_path / "0"), trained(tmp_path / "1", seed=2)], []
+    for folder in folders:
+        pipe = pipeline()
+        pipe.load_nara_weights(folder)
+        alone.append(sampled(pipe))
+    for first in (0, 1):
+        scheduler = BlockRefinementScheduler(threshold=0.4)
+        pipes = [pipeline(scheduler), pipeline(scheduler)]
+        for pipe, folder in zip(pipes, folders, strict=True):
+            pipe.load_nara_weights(folder)
+        for i in (0, 1, 0):
+            assert torch.equal(sampled(pipes[i]), alone[i])
+        pipes[first].unload_nara_weights()
+        assert torch.equal(sampled(pipes[1 - first]), alone[1 - first])
+        pipes[1 - first].unload_nara_weights()
+        assert not {"step", "step_correct"} & set(vars(scheduler))
 
 
 def test_an_adapter_of_masks_does_not_load(folder):

@@ -1,6 +1,7 @@
 """Adapters on DiffusionGemma's encoder and decoder, which share their weights."""
 
 import copy
+import io
 from functools import partial
 
 import pytest
@@ -255,9 +256,17 @@ def test_without_lambda_the_decoder_raises_and_the_encoder_runs():
         model.forward(decoder_input_ids=inputs()["decoder_input_ids"], cache=cache)
 
 
-def test_a_copy_of_the_model_has_its_own_hooks():
+def through_pickle(model):
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize("copy_of", [copy.deepcopy, through_pickle])
+def test_a_copy_of_the_model_has_its_own_hooks(copy_of):
     model = adapted()
-    copied = copy.deepcopy(model)
+    copied = copy_of(model)
     with torch.no_grad():
         for parameter in copied.parameters():
             parameter.mul_(0.5)
