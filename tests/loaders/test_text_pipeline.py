@@ -8,6 +8,7 @@ from peft.functional import delete_adapter, set_adapter
 
 from nara_diffusion import NaraConfig
 from nara_diffusion.noise.level import CORRUPTED_SHARE
+from nara_diffusion.tuner.holder import Deviations, holder_of
 from tests.helpers.adapted import disturb
 from tests.helpers.tiny_gemma import CANVAS, tiny_gemma
 
@@ -21,16 +22,16 @@ class Processor:
         return {"input_ids": torch.tensor([[5, 9, 11], [7, 8, 40]])}
 
 
-def pipeline(scheduler=None):
+def pipeline(scheduler=None, model=None):
     scheduler = scheduler or BlockRefinementScheduler(threshold=0.4)
-    pipe = DiffusionGemmaPipeline(model=tiny_gemma(), scheduler=scheduler, processor=Processor())
+    pipe = DiffusionGemmaPipeline(model=model or tiny_gemma(), scheduler=scheduler, processor=Processor())
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def sampled(pipe):
+def sampled(pipe, **options):
     generator = torch.Generator().manual_seed(3)
-    options = {"gen_length": 2 * CANVAS, "num_inference_steps": 4, "output_type": "seq", "generator": generator}
+    options |= {"gen_length": 2 * CANVAS, "num_inference_steps": 4, "output_type": "seq", "generator": generator}
     return pipe(prompt=["a", "b"], **options).sequences
 
 
@@ -116,6 +117,39 @@ def test_models_that_share_a_scheduler_are_sampled_and_unloaded_in_any_order(tmp
         assert torch.equal(sampled(pipes[1 - first]), alone[1 - first])
         pipes[1 - first].unload_nara_weights()
         assert not {"step", "step_correct"} & set(vars(scheduler))
+
+
+@pytest.mark.parametrize("is_trained", [True, False], ids=["trained", "loaded"])
+def test_levels_of_a_model_in_bfloat16_are_float32(tmp_path, monkeypatch, is_trained):
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "moe_intermediate_size": 16, "head_dim": 16}  # of its kernels
+    model = tiny_gemma(**sizes, global_head_dim=16).bfloat16().requires_grad_(False)
+    trained = get_peft_model(model, NaraConfig(r=3, target_modules=BOTH, core_scale=1.0))
+    disturb(trained)
+    assert {each.dtype for each in trained.parameters() if each.requires_grad} == {torch.float32}
+    if not is_trained:
+        trained.save_pretrained(tmp_path)
+        model = trained.unload()
+    pipe, levels, shares, make = pipeline(model=model), [], [], Deviations.of
+    if is_trained:
+        holder_of(model).finder.add_pipeline(pipe)
+    else:
+        pipe.load_nara_weights(tmp_path)
+
+    def recorded(deviations, names, level):
+        levels.append(level)
+        found = make(deviations, names, level)
+        assert {each.dtype for each in found.values()} == {torch.float32}
+        return found
+
+    def after_step(pipe, *_):
+        shares.append(1 - pipe.scheduler._committed.float().mean(1))
+        return {}
+
+    monkeypatch.setattr(Deviations, "of", recorded)
+    sampled(pipe, callback_on_step_end=after_step)
+    for block in (0, 1):
+        expected = [torch.zeros(1), torch.ones(1), *shares[4 * block : 4 * block + 3]]
+        torch.testing.assert_close(levels[5 * block : 5 * block + 5], expected, rtol=0, atol=1e-6)
 
 
 def test_an_adapter_of_masks_does_not_load(folder):
