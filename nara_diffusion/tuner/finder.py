@@ -146,9 +146,11 @@ class LevelFinder:
             self.block_source.ignore_past_runs()
 
     def block_masked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
-        """Return the arguments with a block mask if LLaDA2Pipeline calls the forward, else None."""
-        is_text = self.denoiser is None and bool(self.usage.pipelines)
-        return self.block_source.with_block_mask(self.root, args, kwargs) if is_text else None
+        """Return a LLaDA2's arguments with a block mask if LLaDA2Pipeline calls it, else None."""
+        has_blocks = BLOCK_SHARE in self._definitions().values() or _goes_by_blocks(self.root)
+        if not (has_blocks and self.usage.pipelines):
+            return None
+        return self.block_source.with_block_mask(self.root, args, kwargs)
 
     def set_source(self, source: NoiseSource | None) -> None:
         """Set the source, or remove it if None, and replace assumed definitions of λ with its own."""
@@ -357,8 +359,8 @@ class Usage:
     def __init__(self, configs: dict[str, LoraConfig]) -> None:
         self.configs = configs
         self.pipelines: list[weakref.ref[DiffusionPipeline]] = []
-        self._warned_of_sampling: set[str] = set()
-        self._warned_of_parts: set[str] = set()
+        self._warned_of_sampling: dict[str, LoraConfig] = {}
+        self._warned_of_parts: dict[str, LoraConfig] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "pipelines": []}  # a copy has no pipelines
@@ -392,14 +394,15 @@ class Usage:
                     check_expected(scheduler, fields)
 
     def _warn_of_sampling(self, name: str) -> None:
-        few_steps = getattr(self.configs[name], "few_steps", None)
-        if few_steps is None or name in self._warned_of_sampling:
+        config = self.configs[name]
+        few_steps = getattr(config, "few_steps", None)
+        if few_steps is None or self._warned_of_sampling.get(name) is config:
             return
         for reference in self.pipelines:
             pipe = reference()
             difference = None if pipe is None else other_sampling(pipe, few_steps)
             if difference is not None:
-                self._warned_of_sampling.add(name)
+                self._warned_of_sampling[name] = config
                 warnings.warn(
                     f"Adapter '{name}' was trained to sample in {few_steps['num_inference_steps']} steps, but the "
                     f"pipeline takes {difference}",
@@ -427,8 +430,9 @@ class Usage:
             if not isinstance(config, NaraConfig) or config.noise_level_per == now:
                 continue
             before = config.noise_level_per
-            if before is not None and not is_for_all and name not in self._warned_of_parts:
-                self._warned_of_parts.add(name)
+            is_known = is_for_all or self._warned_of_parts.get(name) is config
+            if before is not None and not is_known:
+                self._warned_of_parts[name] = config
                 warnings.warn(
                     f"Adapter '{name}' was trained with λ for each {_KINDS[before]}, and this forward has one for "
                     f"each {_KINDS[now]}, which it has not seen: its results may be worse.",

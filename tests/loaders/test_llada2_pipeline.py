@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import BlockRefinementScheduler, LLaDA2Pipeline
+from peft import get_peft_model
 from peft.functional import set_adapter
 from torch import Tensor
 
-from nara_diffusion import noise_level
+from nara_diffusion import NaraConfig, noise_level
 from nara_diffusion.dllm import load_backbone
 from nara_diffusion.noise.level import BLOCK_SHARE
 from tests.acceptance._text import nara
@@ -118,6 +120,18 @@ def test_adapter_without_a_level_runs_under_the_block_mask_too(base: Path, tmp_p
     assert [mask.shape[-1] for mask in masks[::2]] == [8, 12]
     for mask in masks:
         assert mask[0, 0].equal(block_seen(mask.shape[-1], B))
+
+
+def test_model_without_blocks_keeps_its_attention(tiny_llama: Any, tmp_path: Path) -> None:
+    tiny_llama.config.is_causal = False
+    pipe = LLaDA2Pipeline(model=tiny_llama, scheduler=BlockRefinementScheduler(), tokenizer=None)
+    pipe.set_progress_bar_config(disable=True)
+    run = {"input_ids": PROMPT.clamp(max=MASK - 1), **RUN, "mask_token_id": 49}
+    before = pipe(**run).sequences
+    untrained = get_peft_model(copy.deepcopy(tiny_llama), NaraConfig(target_modules=TARGETS, core_type="identity"))
+    untrained.save_pretrained(tmp_path)
+    pipe.load_nara_weights(tmp_path)
+    assert pipe(**run).sequences.equal(before)
 
 
 def test_forward_outside_a_run_asks_for_the_level(base: Path, tmp_path: Path) -> None:

@@ -50,6 +50,21 @@ def test_file_says_whether_samples_or_parts_had_a_level_in_training_and_the_othe
     assert loaded.peft_config["default"].noise_level_per == trained
 
 
+def test_another_adapter_of_the_same_name_is_warned_of_too(tmp_path: Path) -> None:
+    model = adapted(OneLayer(nn.Linear(7, 5)), target_modules=["layer"])
+    model.peft_config["default"].noise_level_per = "sample"
+    model.save_pretrained(str(tmp_path))
+    for name in ("one", "two"):
+        model.load_adapter(str(tmp_path), name)
+    model.set_adapter("two")
+    assert [warned_by(model), warned_by(model)] == [True, False]
+    model.set_adapter("one")
+    model.delete_adapter("two")
+    model.load_adapter(str(tmp_path), "two")
+    model.set_adapter("two")
+    assert warned_by(model)
+
+
 def test_training_with_both_counts_as_training_with_parts() -> None:
     model, x = adapted(OneLayer(nn.Linear(7, 5)), target_modules=["layer"]).train(), torch.randn(SAMPLES, LENGTH, 7)
     with noise_level(model, LEVELS[:, 0]):
