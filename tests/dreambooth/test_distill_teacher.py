@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
 from nara_diffusion.dreambooth import distill
@@ -79,6 +80,13 @@ def test_teacher_has_the_users_lora_and_each_trajectory_its_prompt(
     assert torch.equal(torch.cat([training.trajectories, held_out.trajectories]), kept)
     assert [*training.prompts, *held_out.prompts] == prompts
     assert len(held_out.prompts) == 1
+    student = training.model
+    trained = [key for key, parameter in student.named_parameters() if parameter.requires_grad]
+    assert trained
+    assert all("default" in key.split(".") for key in trained)
+    layers = [each for each in student.modules() if isinstance(each, LoraLayer)]
+    assert {name for each in layers for name in each.lora_A} == {"own", "default"}
+    assert all(set(each.active_adapters) == {"own", "default"} for each in layers)
     card = (tmp_path / "out" / "README.md").read_text()
     for line in ("num_inference_steps=2", "guidance_scale=1.0", "pipe.scheduler = DDIMScheduler"):
         assert line in card
