@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,31 +20,6 @@ from transformers.models.diffusion_gemma.generation_diffusion_gemma import Entro
 from .block_loss import block_model
 from .decoding import Generation, Sampling
 from .models.backbone import evaluating
-
-_OWN = ("gen_length", "steps", "block_length", "temperature", "entropy_bound")
-"""The settings of `Sampling` that this sampler supports."""
-
-
-def canvas_sampling(model: nn.Module, sampling: Sampling) -> Sampling:
-    """Return `sampling` with the model's canvas as its block.
-
-    Raises:
-        ValueError: gen_length is not a multiple of the canvas length, block_length differs from the
-            canvas length, or this sampler doesn't support a setting.
-    """
-    canvas: Any = block_model(model).config.canvas_length
-    for name, value in sampling.changed().items():
-        if name not in _OWN:
-            raise ValueError(
-                f"{name} is {value!r}, which DiffusionGemma's sampler doesn't take: it takes "
-                f"{', '.join(_OWN)}."
-            )
-    if sampling.block_length not in (None, canvas) or sampling.gen_length % canvas:
-        raise ValueError(
-            f"gen_length is {sampling.gen_length} and block_length {sampling.block_length}, and the "
-            f"model's canvas has {canvas} positions: give a multiple of it, and no block_length."
-        )
-    return replace(sampling, block_length=canvas)
 
 
 def fill_canvases(
@@ -63,17 +37,16 @@ def fill_canvases(
         model: the outermost module around a DiffusionGemmaForBlockDiffusion.
         input_ids: (b, p) prompts.
         is_prompt: (b, p) bool, on the CPU, False on padding.
-        sampling: the settings. By default a canvas has as many steps as positions. A temperature of
-            0 selects the model's own temperatures.
+        sampling: the settings, from `model_sampling`. By default a canvas has as many steps as
+            positions. A temperature of 0 selects the model's own temperatures.
         end_token_ids: the tokens that end an answer; none to fill all canvases.
         pad_token_id: the token around the texts, and after the end of an answer.
         generator: the generator that seeds the random numbers; None means torch's own.
 
     Raises:
-        ValueError: a prompt is empty, or this sampler doesn't support a setting.
+        ValueError: a prompt is empty.
     """
     inner = block_model(model)
-    sampling = canvas_sampling(model, sampling)
     options: dict[str, Any] = {"max_denoising_steps": len(sampling.tokens_per_step())}
     if sampling.temperature:
         hottest = math.nextafter(sampling.temperature, math.inf)  # t_max has to be higher

@@ -26,17 +26,15 @@ answer.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from nara_diffusion.noise.rows import guidance_rows
-
-from .models.backbone import Backbone, ForwardRows, conditioned, guided
+from .models.backbone import Backbone
 
 REMASKING = ("low_confidence", "random", "maskgit_plus", "topk_margin", "entropy")
 CHAT_SETTINGS: dict[str, dict[str, Any]] = {
@@ -48,6 +46,8 @@ CHAT_SETTINGS: dict[str, dict[str, Any]] = {
 _PARALLEL = ("confidence_threshold", "factor", "entropy_bound")
 _CONFIDENT = ("low_confidence", "maskgit_plus")
 """The scores that are probabilities."""
+_OF_CANVAS = ("gen_length", "steps", "block_length", "temperature", "entropy_bound")
+"""The settings of DiffusionGemma's sampler."""
 _LAST = -1e9  # below every score
 
 
@@ -242,22 +242,21 @@ def _entropy(logits: torch.Tensor) -> torch.Tensor:
 def model_sampling(model: nn.Module, sampling: Sampling, *, chat: bool) -> Sampling:
     """Return `sampling` with the model's own values for some settings.
 
-    If the model's attention is by blocks, sampling uses the same block length. For a chat, unset
-    settings take the model's published values, if its block length divides gen_length, the number
-    of blocks divides `steps`, and the score is a probability for a threshold.
+    If the model has blocks or a canvas, that is the block. For a chat, unset settings take the
+    model's published values, if its block length divides gen_length, the number of blocks divides
+    `steps`, and the score is a probability for a threshold.
 
     Args:
         chat: True if the prompts come from the chat template.
 
     Raises:
-        ValueError: the model's attention is by blocks, and either block_length differs from the
-            length of these blocks or guidance is on.
+        ValueError: the model's blocks have another length, or its sampler doesn't take a setting.
     """
     backbone = Backbone(model)
     settings = CHAT_SETTINGS.get(backbone.configured("model_type") or "", {}) if chat else {}
-    block = backbone.block_length
+    block = backbone.configured("canvas_length") if backbone.has_canvas else backbone.block_length
     if block is not None:
-        _check_blocks(block, sampling)
+        _check_blocks(block, sampling, backbone.has_canvas)
         sampling = replace(sampling, block_length=block)
     elif backbone.is_shifted or sampling.block_length is not None:
         return sampling
@@ -274,17 +273,17 @@ def model_sampling(model: nn.Module, sampling: Sampling, *, chat: bool) -> Sampl
     return sampling
 
 
-def _check_blocks(block_length: int, sampling: Sampling) -> None:
+def _check_blocks(block_length: int, sampling: Sampling, has_canvas: bool) -> None:
     if sampling.block_length not in (None, block_length):
         raise ValueError(
-            f"block_length is {sampling.block_length}, but the model's attention goes by blocks of "
-            f"{block_length}: leave it out, or set model.config.block_length"
+            f"block_length is {sampling.block_length}, but the model has blocks of {block_length}: "
+            "leave it out, or for LLaDA2 set model.config.block_length"
         )
-    if sampling.cfg_scale > 0:
-        raise ValueError(
-            f"cfg_scale is {sampling.cfg_scale}, but a model with attention by blocks can't be sampled "
-            "with guidance: leave it out"
-        )
+    for name, value in sampling.changed().items():
+        if name == "cfg_scale" or (has_canvas and name not in _OF_CANVAS):
+            raise ValueError(
+                f"{name} is {value!r}, which a model that is sampled by its own blocks doesn't take"
+            )
 
 
 # ---------------------------------------------------------------- the result
@@ -330,6 +329,24 @@ class GenerationStep:
     stop: bool = False
 
 
+class Reader(Protocol):
+    """A way to read a text with masks."""
+
+    def blocks(self, state: State) -> Iterable[torch.Tensor]:
+        """Yield the positions (b, k) of each block, in the order of filling."""
+        ...
+
+    def level(self, state: State, positions: torch.Tensor) -> torch.Tensor:
+        """Return λ (b,) for the next step at these positions (b, k)."""
+        ...
+
+    def logits(
+        self, state: State, rows: torch.Tensor, positions: torch.Tensor, level: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the logits (a, k, v) of `rows` (a,), given positions (b, k) and λ (b,)."""
+        ...
+
+
 @dataclass
 class State:
     """The sequences during generation, with the step that fills some of their masks.
@@ -370,21 +387,58 @@ class State:
     def answers(self) -> torch.Tensor:
         return self.sequences.gather(1, self.positions)  # (b, g)
 
-    def fill(self, on_step_end: Callable[[GenerationStep], None] | None) -> None:
-        """Fill all masks, block by block."""
-        for start in range(0, self.sampling.gen_length, self.sampling.block):
-            columns = slice(start, start + self.sampling.block)
+    def fill(self, reader: Reader, on_step_end: Callable[[GenerationStep], None] | None) -> None:
+        """Fill all masks, block by block. The host reads once per step which rows have one left."""
+        for positions in reader.blocks(self):
             for count in filter(None, self.sampling.tokens_per_step()):
-                rows = self._open_rows(columns)
+                masked = self.masked_at(positions)
+                rows = [row for row, is_open in enumerate(masked.any(1).tolist()) if is_open]
                 if not rows:
                     break
-                noise_level = self.masked.float().mean(1)  # (b,)
-                self._step(rows, columns, count)
-                self.finish_rows()
-                if on_step_end is not None and self.is_stopped(on_step_end, noise_level):
+                level = reader.level(self, positions)
+                self.step(reader, rows, positions, level, count)
+                if on_step_end is not None and self._is_stopped(on_step_end, level):
                     return
 
-    def is_stopped(
+    def are_answers(self, positions: torch.Tensor) -> torch.Tensor:
+        """Return which positions (b, k) belong to the answers, as bool."""
+        columns = positions - self.starts[:, None]
+        return (columns >= 0) & (columns < self.sampling.gen_length)
+
+    def masked_at(self, positions: torch.Tensor) -> torch.Tensor:
+        """Return which positions (b, k) hold a mask, as bool."""
+        columns = positions - self.starts[:, None]
+        masked = self.masked.gather(1, columns.clamp(0, self.sampling.gen_length - 1))
+        return masked & self.are_answers(positions)
+
+    def step(
+        self,
+        reader: Reader,
+        rows: list[int],
+        positions: torch.Tensor,
+        level: torch.Tensor,
+        count: int,
+    ) -> None:
+        """Place tokens in the a rows `rows`, at some of the masked `positions` (b, k).
+
+        Args:
+            level: (b,) λ.
+            count: the number of tokens that the rule `steps` places in each row.
+        """
+        self.forwards += 1
+        index = torch.tensor(rows).to(positions.device, non_blocking=True)  # (a,)
+        logits = reader.logits(self, index, positions, level)  # (a, k, v)
+        logits = logits.index_fill(-1, self.never, float("-inf"))
+        masked, uniform = self.masked_at(positions)[index], partial(self._uniform, rows)
+        tokens, chosen = self.sampling.place(logits, masked, count, self.last, uniform)
+        sequences, positions = self.sequences[index], positions[index]
+        tokens = torch.where(chosen, tokens, sequences.gather(1, positions))
+        placed = sequences.scatter(1, positions, tokens)
+        self.sequences = self.sequences.index_copy(0, index, placed)
+        self.masked = self.masked & (self.answers == self.mask_token_id)
+        self._finish_rows()
+
+    def _is_stopped(
         self, on_step_end: Callable[[GenerationStep], None], noise_level: torch.Tensor
     ) -> bool:
         """Call `on_step_end`, take over its sequences, and return True if it ends sampling."""
@@ -395,62 +449,6 @@ class State:
         self.masked &= self.answers == self.mask_token_id
         return step.stop
 
-    def _open_rows(self, columns: slice) -> list[int]:
-        """Return the rows that still have a mask in the block; the host waits for the device."""
-        is_open = self.masked[:, columns].any(1).tolist()
-        return [row for row, is_one in enumerate(is_open) if is_one]
-
-    def _step(self, open_rows: list[int], columns: slice, count: int) -> None:
-        """Place tokens in the a rows that still have a mask in the block."""
-        rows = torch.tensor(open_rows).to(self.masked.device, non_blocking=True)  # (a,)
-        positions, masked = self.positions[rows, columns], self.masked[rows, columns]  # (a, k)
-        self.place(open_rows, positions, masked, self._logits(rows, positions), count)
-
-    def place(
-        self,
-        rows: list[int],
-        positions: torch.Tensor,
-        masked: torch.Tensor,
-        logits: torch.Tensor,
-        count: int,
-    ) -> None:
-        """Place tokens in the a rows `rows`, at some of their masked positions.
-
-        Args:
-            positions: (a, k).
-            masked: (a, k) bool, True where a position holds a mask.
-            logits: (a, k, v), changed in place.
-            count: the number of tokens that the rule `steps` places in each row.
-        """
-        logits = logits.index_fill_(-1, self.never, float("-inf"))
-        uniform = partial(self._uniform, rows)
-        tokens, chosen = self.sampling.place(logits, masked, count, self.last, uniform)
-        index = torch.tensor(rows).to(positions.device, non_blocking=True)  # (a,)
-        sequences = self.sequences[index]
-        tokens = torch.where(chosen, tokens, sequences.gather(1, positions))
-        placed = sequences.scatter(1, positions, tokens)
-        self.sequences = self.sequences.index_copy(0, index, placed)
-        self.masked = self.masked & (self.answers == self.mask_token_id)
-
-    def _logits(self, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Return the guided logits (a, k, v) of `rows` (a,) at `positions` (a, k).
-
-        Each row runs at its own λ.
-        """
-        self.forwards += 1
-        w = self.sampling.cfg_scale
-        padding = None if self.attention_mask is None else self.attention_mask[rows]
-        noise_level = self.masked[rows].float().mean(1)  # (a,)
-        given = ForwardRows(self.sequences[rows], padding, noise_level)  # a rows
-        if w > 0:
-            columns = torch.arange(self.sequences.shape[1], device=rows.device)
-            is_prompt = columns < self.starts[rows, None]  # (a, l)
-            given = given.with_masked_prompts(is_prompt, self.mask_token_id)  # 2a rows
-            positions = guidance_rows(positions)
-        with conditioned(self.backbone.model, given.noise_level):
-            logits = self.backbone.logits(given.input_ids, given.attention_mask, at=positions)
-        return guided(logits.clone().unflatten(0, (-1, len(rows))), w)
-
     def _uniform(self, rows: list[int], *shape: int, dtype: torch.dtype) -> torch.Tensor:
         """Return the next random numbers (a, *shape); each row has its own stream."""
         draws = []
@@ -459,7 +457,7 @@ class State:
             draws.append(torch.rand(shape, dtype=dtype, device=stream.device, generator=stream))
         return torch.stack(draws)
 
-    def finish_rows(self) -> None:
+    def _finish_rows(self) -> None:
         """Fill each row after its first end token, if no mask comes before that token."""
         answers = self.answers
         is_end = torch.isin(answers, self.ends) & ~self.masked  # (b, g)

@@ -30,7 +30,7 @@ only there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -39,10 +39,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from nara_diffusion.noise.rows import guidance_rows
+
 from .block_filling import fill_blocks
 from .canvas_sampler import fill_canvases
 from .decoding import Generation, GenerationStep, Sampling, State, model_sampling
-from .models.backbone import Backbone, evaluating, without_ddp
+from .models.backbone import (
+    Backbone,
+    ForwardRows,
+    conditioned,
+    evaluating,
+    guided,
+    without_ddp,
+)
 from .tokenizer import mask_in_a_text
 
 _MAX_LENGTH = 512
@@ -114,7 +123,7 @@ def generate(
             "torch.tensor(encode_prompts(tokenizer, [text])) makes one; LLaDAPipeline takes a text"
         )
     backbone = Backbone(without_ddp(model))
-    sampling = Sampling(**settings)
+    sampling = model_sampling(backbone.model, Sampling(**settings), chat=chat)
     configured = _token_list(backbone.configured("eos_token_id"))
     ends = configured if eos_token_id is None else _token_list(eos_token_id)
     stops = ends if stop_at_eos else []
@@ -135,7 +144,6 @@ def generate(
             "use_cache=True, and this model sees the masks of later blocks: keys and values change "
             "with each token, and with λ; leave it out (LLaDA2 has attention by blocks)"
         )
-    sampling = model_sampling(backbone.model, sampling, chat=chat)
     mask = backbone.mask_token_id(mask_token_id)
     padding = mask if pad_token_id is None else pad_token_id
     placed = place_prompts(backbone, input_ids, sampling.gen_length, mask, padding, **prompts)
@@ -146,12 +154,37 @@ def generate(
     state = State(backbone, sampling, mask, *special, *placed, generator)
     with evaluating(backbone.model):
         if backbone.block_length is None:
-            state.fill(on_step_end)
+            state.fill(WholeText(), on_step_end)
         else:
             fill_blocks(state, on_step_end, use_cache is not False)
     if not return_stats:
         return state.sequences
     return Generation(state.sequences, state.answers, state.starts, state.forwards)
+
+
+class WholeText:
+    """Read all of a text at each step, with guidance. λ is the masked share of the answer."""
+
+    def blocks(self, state: State) -> Iterable[torch.Tensor]:
+        return state.positions.split(state.sampling.block, dim=1)
+
+    def level(self, state: State, positions: torch.Tensor) -> torch.Tensor:
+        return state.masked.float().mean(1)
+
+    def logits(
+        self, state: State, rows: torch.Tensor, positions: torch.Tensor, level: torch.Tensor
+    ) -> torch.Tensor:
+        w, positions = state.sampling.cfg_scale, positions[rows]
+        padding = None if state.attention_mask is None else state.attention_mask[rows]
+        given = ForwardRows(state.sequences[rows], padding, level[rows])  # a rows
+        if w > 0:
+            columns = torch.arange(state.sequences.shape[1], device=rows.device)
+            is_prompt = columns < state.starts[rows, None]  # (a, l)
+            given = given.with_masked_prompts(is_prompt, state.mask_token_id)  # 2a rows
+            positions = guidance_rows(positions)
+        with conditioned(state.backbone.model, given.noise_level):
+            logits = state.backbone.logits(given.input_ids, given.attention_mask, at=positions)
+        return guided(logits.unflatten(0, (-1, len(rows))), w)
 
 
 def _check_canvas_options(use_cache: bool | None, **without: object) -> None:

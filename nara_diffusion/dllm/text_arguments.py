@@ -31,8 +31,7 @@ from nara_diffusion.training.command import option, spread_options
 
 from .batches import AnswerCollator, hold_out
 from .block_loss import BlockDiffusionLoss, block_diffusion_loss, canvas_curve
-from .canvas_sampler import canvas_sampling
-from .decoding import REMASKING, Sampling, model_sampling
+from .decoding import REMASKING, Sampling
 from .loss import MaskedDiffusionLoss, masked_diffusion_loss, noise_level_curve
 from .masking import check_drawable
 from .models.backbone import Backbone
@@ -319,13 +318,6 @@ def loss_of(model: nn.Module) -> Callable[..., TextLoss]:
 def curve_of(model: nn.Module) -> Callable[..., list[float]]:
     """Return the function that computes the validation loss at noise levels."""
     return canvas_curve if Backbone(model).has_canvas else noise_level_curve
-
-
-def sampling_of(model: nn.Module, sampling: Sampling, *, chat: bool) -> Sampling:
-    """Return the settings of generation for a model, and for a chat if `chat`."""
-    if Backbone(model).has_canvas:
-        return canvas_sampling(model, sampling)
-    return model_sampling(model, sampling, chat=chat)
 
 
 def collator_of(model: nn.Module, args: Arguments, end_token_id: int) -> AnswerCollator:

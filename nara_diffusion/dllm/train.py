@@ -36,6 +36,7 @@ from nara_diffusion.dllm.batches import (
     with_longest,
     without_held_out,
 )
+from nara_diffusion.dllm.decoding import model_sampling
 from nara_diffusion.dllm.models.backbone import Backbone
 from nara_diffusion.dllm.models.quantised import prepare_quantised
 from nara_diffusion.dllm.sampler import (
@@ -50,7 +51,6 @@ from nara_diffusion.dllm.text_arguments import (
     load_records,
     loss_of,
     objective_options,
-    sampling_of,
     set_block_length,
 )
 from nara_diffusion.dllm.text_report import (
@@ -147,7 +147,7 @@ class FineTuning:
         run.record_base_digests({"": folder})
         self.sampling = args.sampling()
         is_chat = self.tokenizer.chat_template is not None
-        self.sampling = sampling_of(self.backbone, self.sampling, chat=is_chat)
+        self.sampling = model_sampling(self.backbone, self.sampling, chat=is_chat)
 
     def _load(self, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Return the base model and its tokenizer."""

@@ -18,7 +18,7 @@ from nara_diffusion.dllm.block_loss import canvas_loss
 from nara_diffusion.dllm.decoding import Sampling, State
 from nara_diffusion.dllm.models.backbone import Backbone
 from nara_diffusion.dllm.models.pretrained import backbone_on_meta
-from nara_diffusion.dllm.sampler import place_prompts
+from nara_diffusion.dllm.sampler import WholeText, place_prompts
 from nara_diffusion.dllm.uniform import CanvasBatch, corrupt_canvases
 from tests.acceptance._rehearsed import (
     Denoiser,
@@ -65,8 +65,8 @@ class Text(Rehearsed):
         moved = [None if each is None else each.to(device) for each in placed]
         tokens = torch.zeros(1, dtype=torch.long, device=device)
         state = State(backbone, sampling, 0, tokens, tokens[:0], tokens, *moved, None)
-        state._step([0, 1], slice(0, 32), 4)
-        state.finish_rows()
+        reader, places = WholeText(), state.positions[:, :32]
+        state.step(reader, [0, 1], places, reader.level(state, places), 4)
         return state.sequences
 
 

@@ -108,7 +108,7 @@ def test_adapters_with_virtual_tokens_are_refused(model: Any) -> None:
 def test_settings_that_don_t_go_with_blocks_are_refused(model: Any) -> None:
     with pytest.raises(ValueError, match="blocks of 4"):
         answers(model, True, block_length=6)
-    with pytest.raises(ValueError, match="with guidance"):
+    with pytest.raises(ValueError, match="cfg_scale is"):
         answers(model, True, cfg_scale=1.0)
     with pytest.raises(ValueError, match="sees the masks of later blocks"):
         generate(backbone(VOCABULARY), PROMPTS, gen_length=12, use_cache=True)

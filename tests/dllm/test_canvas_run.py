@@ -11,8 +11,9 @@ from nara_diffusion.check.check_tasks import text_loss
 from nara_diffusion.dllm import load_backbone, prompt_text
 from nara_diffusion.dllm.batches import AnswerCollator, GlobalBatchStream
 from nara_diffusion.dllm.block_loss import block_diffusion_loss
+from nara_diffusion.dllm.decoding import model_sampling
 from nara_diffusion.dllm.sampler import answer_prompts
-from nara_diffusion.dllm.text_arguments import Arguments, adapter_options, objective_options, sampling_of
+from nara_diffusion.dllm.text_arguments import Arguments, adapter_options, objective_options
 from nara_diffusion.dllm.train import FineTuning, main
 from nara_diffusion.training.adapter_weights import write_checkpoint
 from nara_diffusion.training.run import start_run
@@ -118,7 +119,7 @@ def test_options_choose_the_layers_and_the_encoders_loss(tmp_path):
         ({"complementary": True}, "complementary"),
         ({"adapter": "prompt_tuning"}, "prompt_tuning"),
         ({"target_modules": ["proj"]}, "never routers or experts"),
-        ({"gen_length": 20}, "canvas has 6 positions"),
+        ({"gen_length": 20}, "block_length 6 has to divide gen_length 20"),
         ({"evaluation_options": {"cfg_scale": 1.0}}, "cfg_scale"),
         ({"model_options": {"train_on_encoder": False, "encoder_loss_weight": 0.5}}, "encoder_loss_weight is 0.5"),
     ],
@@ -126,7 +127,7 @@ def test_options_choose_the_layers_and_the_encoders_loss(tmp_path):
 def test_what_the_model_does_not_have_raises(tmp_path, changes, words):
     args, model = arguments(tmp_path, **{"gen_length": 12, **changes}), tiny_gemma()
     with pytest.raises(ValueError, match=words):
-        objective_options(model, args), adapter_options(model, args), sampling_of(model, args.sampling(), chat=True)
+        objective_options(model, args), adapter_options(model, args), model_sampling(model, args.sampling(), chat=True)
 
 
 def test_the_check_measures_the_objective_of_the_run(tmp_path):
