@@ -44,18 +44,6 @@ tokens = generate(model, prompt, {sampling})
 print(tokenizer.decode(tokens[0, prompt.shape[1] :], skip_special_tokens=True))
 ```"""
 
-_LOADING_CANVAS = """\
-```python
-{imports}
-from nara_diffusion.dllm import load_backbone, prompt_text
-
-{loading}
-text = prompt_text(tokenizer, {question!r})
-prompt = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
-tokens = model.generate(prompt, max_new_tokens={sampling}).sequences
-print(tokenizer.decode(tokens[0, prompt.shape[1] :], skip_special_tokens=True))
-```"""
-
 Question = str | list[dict[str, str]]
 """A text, or the turns of a conversation."""
 
@@ -257,9 +245,7 @@ def _loading(
         imports += "\nfrom nara_diffusion import StrengthSchedule, set_strength"
         lines.append(schedule_line(args))
     settings = [f"{name}={value!r}" for name, value in sampling.changed().items()]
-    if has_canvas:
-        settings = [str(sampling.gen_length)]
-    code = (_LOADING_CANVAS if has_canvas else _LOADING).format(
+    code = _LOADING.format(
         imports=imports,
         loading=core_import(args) + "\n".join(lines),
         question=question,
