@@ -128,8 +128,6 @@ def _file_options(path: Path) -> tuple[str, dict[str, Any]]:
     suffix = Path(path.name.removesuffix(".gz")).suffix
     kind = {".parquet": "parquet", ".csv": "csv"}.get(suffix, "text")
     options: dict[str, Any] = {"data_files": glob.escape(str(path.absolute())), "split": "train"}
-    if kind != "parquet":
-        _check_encoding(path)
     if kind == "csv":
         options |= _csv_options(path)
     return kind, options
@@ -142,20 +140,6 @@ def _csv_options(path: Path) -> dict[str, Any]:
     with _opened(path) as file:
         header = next(csv.reader(line.decode("utf-8-sig") for line in file), [])
     return {"features": Features({name: Value("string") for name in header}), "na_filter": False}
-
-
-def _check_encoding(path: Path) -> None:
-    """Raise ValueError if a text file isn't UTF-8. The message has the first such line."""
-    with _opened(path) as file:
-        for number, line in enumerate(file, 1):
-            try:
-                is_text = "\0" not in line.decode()  # UTF-16 has zero bytes
-            except UnicodeDecodeError:
-                is_text = False
-            if not is_text:
-                raise ValueError(
-                    f"line {number} isn't UTF-8 (perhaps UTF-16 or Latin-1): save it as UTF-8"
-                )
 
 
 def _opened(path: Path) -> IO[bytes]:
@@ -344,11 +328,6 @@ class _RecordReader:
                 f"{self.source} breaks at {place}: {error.msg}. Each line has to hold one whole "
                 "object; a list over several lines has to start with ["
             ) from None
-        except RecursionError:
-            why = "nested too deeply"
-        except ValueError as error:  # Python limits the digits of a number
-            why = f"too large a number ({error})"
-        raise ValueError(f"{self.source} can't be read at line {line}: {why}; remove the record")
 
     def row(self, record: object, where: str) -> dict[str, Any]:
         """Return {instruction, input, output, answer} of a record, with `turns` if it has turns.
@@ -368,7 +347,6 @@ class _RecordReader:
         row["answer"] = row["output"]
         if "answer" in self.names:
             row["answer"] = self.text(record, "answer", where).strip()
-        _check_characters(row, where)
         return row
 
     def _conversation(self, record: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -408,17 +386,6 @@ class _RecordReader:
                 f"--data_options {what}_field=NAME gives another name"
             )
         return text
-
-
-def _check_characters(row: Mapping[str, Any], where: str) -> None:
-    """Raise ValueError if a text has half a surrogate pair, which UTF-8 can't encode."""
-    texts = [row[name] for name in TEXTS]
-    texts += [turn["content"] for turn in row.get("turns", [])]
-    try:
-        "".join(texts).encode()
-    except UnicodeEncodeError as error:
-        half = error.object[error.start]
-        raise ValueError(f"{where} has half a character, {half!r}: write it whole") from None
 
 
 def _read_conversation(messages: object, where: str) -> dict[str, Any]:
