@@ -157,17 +157,9 @@ def canvas_curve(
 
 
 def block_model(model: nn.Module) -> DiffusionGemmaForBlockDiffusion:
-    """Return the DiffusionGemma in `model`.
-
-    Raises:
-        ValueError: `model` contains no DiffusionGemma.
-    """
+    """Return the DiffusionGemma in `model`."""
     inner = Backbone(model).language_model
-    if not isinstance(inner, DiffusionGemmaForBlockDiffusion):
-        raise ValueError(
-            f"the model is a {type(inner or model).__name__}, and this loss is that of "
-            "DiffusionGemmaForBlockDiffusion: use masked_diffusion_loss for a masked model"
-        )
+    assert isinstance(inner, DiffusionGemmaForBlockDiffusion)
     return inner
 
 

@@ -128,7 +128,7 @@ def mask_answers(
         rest = answer.shape[1] - input_ids.shape[1]
         input_ids = F.pad(input_ids, (0, rest))  # a negative rest cuts
     if noise_level is None:
-        levels = _drawn_levels(
+        levels = draw_noise_levels(
             indices, seed, group_size or b, symmetric=complementary, window=window
         )
     else:
@@ -211,12 +211,12 @@ def with_level_token(batch: MaskedBatch, digits: Sequence[int]) -> MaskedBatch:
 
 def draw_noise_levels(
     sample_indices: Sequence[int],
-    *,
     seed: int,
     group_size: int = 1,
+    *,
     symmetric: bool = False,
     window: NoiseWindow = EVERYTHING,
-) -> torch.Tensor:
+) -> np.ndarray:
     """Return λ for each index of the training stream: (b,) float32, in (ε, 1) and in `window`.
 
     An index gets the same λ in any process and any batch.
@@ -224,18 +224,6 @@ def draw_noise_levels(
     Args:
         symmetric: True to draw from (ε, 1 − ε).
     """
-    found = _drawn_levels(sample_indices, seed, group_size, symmetric=symmetric, window=window)
-    return torch.from_numpy(found)
-
-
-def _drawn_levels(
-    sample_indices: Sequence[int],
-    seed: int,
-    group_size: int,
-    *,
-    symmetric: bool,
-    window: NoiseWindow,
-) -> np.ndarray:
     u = stratified_uniform(
         sample_indices,
         group_size,

@@ -102,8 +102,7 @@ def corrupt_canvases(
     on_host, _ = host_answers(input_ids, prompt_lengths, answer_lengths)  # (b, l)
     seed, indices = seed_and_indices(seed, sample_indices, generator, b)
     if noise_level is None:
-        drawn = draw_noise_levels(indices, seed=seed, group_size=group_size or b, window=window)
-        levels = drawn.numpy()
+        levels = draw_noise_levels(indices, seed, group_size or b, window=window)
     else:
         levels = given_levels(noise_level, b)
     random = partial(random_of, seed)

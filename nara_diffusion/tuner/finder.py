@@ -84,7 +84,6 @@ class LevelFinder:
         self.given_source: NoiseSource | NotSet | None = NotSet.DEFAULT
         self.length: int | None = None
         self.usage = Usage(configs)
-        self._canvas_source: CanvasNoise | None = None
 
     # ------------------------------------------------------------------ the source
 
@@ -123,7 +122,7 @@ class LevelFinder:
         if source is None and self.denoiser is not None:
             source = self.denoiser.read_as(convention)
         if source is None and twins_of(self.root) is not None:
-            return self.canvas_source()
+            return self.canvas_source
         if source is None and (convention == BLOCK_SHARE or _goes_by_blocks(self.root)):
             return self.block_source
         return source
@@ -133,11 +132,10 @@ class LevelFinder:
         """Return the default source of a LLaDA2 model, which follows LLaDA2Pipeline."""
         return BlockNoise(self.usage.schedulers)
 
+    @cached_property
     def canvas_source(self) -> CanvasNoise:
         """Return the default source of a DiffusionGemma model, which follows its samplers."""
-        if self._canvas_source is None:
-            self._canvas_source = CanvasNoise(self.usage.schedulers)
-        return self._canvas_source
+        return CanvasNoise(self.usage.schedulers)
 
     def add_pipeline(self, pipe: DiffusionPipeline) -> None:
         """Remember a pipeline that loaded an adapter."""
@@ -179,8 +177,6 @@ class LevelFinder:
         Args:
             names: the adapters that are active in the forward and depend on λ.
             entry: the context `noise_level(…)` around the forward; None to call the source.
-            args: the positional arguments of the forward.
-            kwargs: the keyword arguments of the forward.
 
         Raises:
             ValueError: λ is unknown, λ may belong to another forward, or the layers cannot tell

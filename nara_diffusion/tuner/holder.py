@@ -163,7 +163,7 @@ class CoreHolder(nn.Module):
         setattr(self.root, HOLDER_NAME, self)
         twins = twins_of(self.root)
         if twins is not None:
-            source = self.finder.canvas_source()
+            source = self.finder.canvas_source
             self._handles = hook_twins(self.root, twins, source, self.begin, self.end)
             return
         self._handles = (
@@ -178,7 +178,7 @@ class CoreHolder(nn.Module):
         self._handles = ()
         twins = twins_of(self.root)
         if twins is not None:
-            unhook_twins(self.root, twins, self.finder.canvas_source())
+            unhook_twins(self.root, twins, self.finder.canvas_source)
         _checkpoint_without_core(self.root, self.channel)
         self.root._modules.pop(HOLDER_NAME, None)
 
@@ -186,8 +186,6 @@ class CoreHolder(nn.Module):
         """Push D(λ) of the adapters that the layers will read in this forward of the root.
 
         Args:
-            args: the positional arguments of the forward.
-            kwargs: the keyword arguments of the forward.
             is_clean: True for the encoder of twins (`twins`), which runs at λ = 0.
         """
         self.channel.local.pushed = None

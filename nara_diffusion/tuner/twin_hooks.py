@@ -17,7 +17,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,16 +33,12 @@ _TIES, _SAMPLER = "_tied_weights_keys", "_prepare_sampler"
 _MASK = "create_diffusion_decoder_attention_mask"
 
 
-class Begin(Protocol):
-    """The signature of `CoreHolder.begin`."""
-
-    def __call__(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], is_clean: bool = False
-    ) -> None: ...
-
-
 def hook_twins(
-    root: nn.Module, twins: Twins, source: CanvasNoise, begin: Begin, end: Callable[[], None]
+    root: nn.Module,
+    twins: Twins,
+    source: CanvasNoise,
+    begin: Callable[..., None],
+    end: Callable[[], None],
 ) -> tuple[RemovableHandle, ...]:
     """Call `begin` before and `end` after each forward of both twins, and set the attributes above.
 
@@ -108,7 +104,7 @@ def _after_model(source: CanvasNoise, model: nn.Module, args: tuple, output: obj
 
 @torch.compiler.disable(recursive=True)
 def _before(
-    begin: Begin,
+    begin: Callable[..., None],
     source: CanvasNoise,
     is_clean: bool,
     part: nn.Module,

@@ -37,20 +37,8 @@ def decoder_name(root: nn.Module, name: str) -> str | None:
 
 
 def check_twin(root: nn.Module, name: str) -> None:
-    """Raise ValueError for a layer of a DiffusionGemma that cannot be adapted.
-
-    This is a layer that routes tokens to experts, or any layer if the encoder and decoder of the
-    model have different weights.
-    """
-    if twins_of(root) is None:
-        return
-    config: Any = root.config
-    if not config.tie_word_embeddings:
-        raise ValueError(
-            f"{type(root).__name__} has tie_word_embeddings=False, so its encoder and decoder "
-            "have different weights: NaRA adapts it only if they share them."
-        )
-    if ".router." in name:
+    """Raise ValueError for a layer of a DiffusionGemma that routes tokens to experts."""
+    if twins_of(root) is not None and ".router." in name:
         raise ValueError(
             f"'{name}' is a router, and its update would send tokens to experts that were not trained "
             "for them: leave it out, exclude_modules=r'.*router.*'."

@@ -145,7 +145,6 @@ def test_files_that_the_stock_class_is_not_are_refused_by_name(tmp_path: Path) -
         ({"alibi": True}, None, "alibi"),
         ({"block_type": "sequential"}, None, "block_type"),
         ({"model_type": "mamba"}, None, "mamba"),
-        ({"shifted_logits": True}, None, "has shifted_logits, which only Dream"),
         ({"model_type": "qwen2", "use_sliding_window": True}, None, "use_sliding_window=True isn't supported"),
         ({"n_layers": 3}, None, r"missing: model\.transformer\.blocks\.2"),
         ({}, "model.transformer.blocks.0.q_proj.bias", r"model\.transformer\.blocks\.0\.q_proj\.bias"),

@@ -142,8 +142,3 @@ def test_the_curve_is_the_mean_over_rows_at_each_level_whatever_the_batches():
                 losses.append(block_diffusion_loss(model, **batch, seed=7, noise_level=level).per_sample.item())
         assert mean == pytest.approx(sum(losses) / 5, rel=1e-4)
     assert found[0] != pytest.approx(found[1], rel=1e-3)
-
-
-def test_another_model_raises():
-    with pytest.raises(ValueError, match="DiffusionGemmaForBlockDiffusion"):
-        block_diffusion_loss(torch.nn.Linear(2, 2), torch.zeros(1, 4).long(), [1])

@@ -179,10 +179,6 @@ def _class_and_config(
             return Qwen2ForCausalLM, _bidirectional(Qwen2Config, fields), False
         fields = {**fields, "shifted_logits": True}  # a saved copy is read as this class again
         return ShiftedQwen2ForCausalLM, _bidirectional(Qwen2Config, fields), False
-    if shifted:
-        raise ValueError(
-            f"{name} has shifted_logits, which only Dream and Qwen2 have, but model_type {family!r}"
-        )
     if family == LLADA2:
         _register_conversions()
         return LLaDA2ForCausalLM, _bidirectional(LLaDA2MoeConfig, _llada2_fields(fields)), False
@@ -303,14 +299,9 @@ _EXPRESSIBLE: dict[str, tuple[Any, ...]] = {
     "block_type": ("llama",),
     "layer_norm_type": ("rms",),
     "rope": (True,),
-    "layer_norm_with_affine": (True,),
     "alibi": (False,),
-    "attention_layer_norm": (False,),
-    "include_bias": (False,),
     "input_emb_norm": (False,),
     "scale_logits": (False,),
-    "bias_for_layer_norm": (False, None),
-    "include_qkv_bias": (False, None),
     "clip_qkv": (None,),
     "sliding_window": (None,),
     "embedding_dropout": (0.0,),
@@ -334,8 +325,6 @@ def _llama_fields(fields: dict[str, Any]) -> dict[str, Any]:
 
 def _translated(fields: dict[str, Any]) -> dict[str, Any]:
     width, heads = fields["d_model"], fields["n_heads"]
-    # multi_query_attention is an older flag than n_kv_heads
-    key_heads = 1 if fields.get("multi_query_attention") else heads
     theta = fields.get("rope_theta", 10000.0)
     found = {
         "vocab_size": fields.get("embedding_size") or fields["vocab_size"],
@@ -343,7 +332,7 @@ def _translated(fields: dict[str, Any]) -> dict[str, Any]:
         "intermediate_size": fields.get("mlp_hidden_size") or fields.get("mlp_ratio", 4) * width,
         "num_hidden_layers": fields["n_layers"],
         "num_attention_heads": heads,
-        "num_key_value_heads": fields.get("n_kv_heads") or key_heads,
+        "num_key_value_heads": fields.get("n_kv_heads") or heads,
         "max_position_embeddings": fields["max_sequence_length"],
         "rms_norm_eps": fields.get("rms_norm_eps", 1e-5),
         "rope_parameters": {"rope_type": "default", "rope_theta": theta},
