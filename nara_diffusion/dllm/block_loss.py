@@ -61,9 +61,6 @@ def block_diffusion_loss(
     """Corrupt one canvas of each answer, and return the loss of `model` in restoring it.
 
     Args:
-        model: the outermost module around a DiffusionGemmaForBlockDiffusion.
-        input_ids: (b, l) clean tokens: prompt, answer, padding on the right.
-        prompt_lengths: (b,) the number of tokens before each answer, 1 or more.
         encoder_weight: w, 0 or more.
         **corruption: arguments of `corrupt_canvases` except canvas_length and vocab_size.
 
@@ -134,13 +131,8 @@ def canvas_curve(
 ) -> list[float]:
     """Return the decoder's mean loss at each noise level, in nats per token.
 
-    A row has the same canvas at all levels, and a higher level only changes more tokens.
-
-    Args:
-        model: the outermost module.
-        rows: rows from `encode_records`.
-        noise_levels: λ in (0, 1].
-        collator: the collator that makes batches of rows.
+    A row has the same canvas at all levels, and a higher level only changes more tokens. The
+    arguments are those of `noise_level_curve`.
     """
     model = without_ddp(model)
     device, losses = Backbone(model).device, []

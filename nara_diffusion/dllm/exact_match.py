@@ -136,9 +136,7 @@ def _warn_of_nameless(
 def compare(extract: str | Callable[[str], str], text: str, answer: str) -> tuple[str, bool]:
     """Extract the answer from a generated `text`, and compare it with the right `answer`.
 
-    Args:
-        extract: the name of a rule ("text", "number", "letter" or "choice"), or a function from
-            text to text. With a function, the answer is right if both texts give the same result.
+    If `extract` is a function, the answer is right if both texts give the same result.
 
     Returns:
         The extracted answer, "" if there is none, and whether it is right.

@@ -347,9 +347,7 @@ def _active_blocks(
     Blocks have B positions of the sequence, prompt included. l' is the end of the last block.
 
     Args:
-        answer: (b, l) bool.
         draws: (b,) in [0, 1), the place of the drawn token in its answer.
-        block_length: B.
     """
     token = (draws * answer.sum(1)).astype(np.int64)  # (b,)
     place = (answer.cumsum(1) <= token[:, None]).sum(1)  # in the sequence

@@ -240,11 +240,7 @@ def with_column(rows: Dataset, name: str, values: Iterable[Any]) -> Dataset:
 
 
 def _field_names(record: object, given: Mapping[str, str], where: str) -> dict[str, str]:
-    """Return {what: field name} for the form of `record`.
-
-    Args:
-        given: field names from the user, which replace the usual names.
-        where: the name of the record, for messages.
+    """Return {what: field name} for the form of `record`. Names from the user replace usual ones.
 
     Raises:
         ValueError: the record has no known form.

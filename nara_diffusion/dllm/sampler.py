@@ -239,11 +239,7 @@ def place_prompts(
     An empty prompt becomes a BOS token if the model needs one. Everything is checked and placed on
     the CPU, and then moved to the device of `input_ids`.
 
-    Args:
-        input_ids: (b, p) prompts of any integer type.
-        prompt_lengths: (b,) the lengths of prompts that are padded on the right.
-        attention_mask: (b, p), instead of `prompt_lengths`. It is 0 on padding, which may be on
-            either side.
+    The arguments are those of `generate`.
 
     Returns:
         The token ids (b, l) int64 of prompt, masks and padding, with l the longest prompt +
@@ -310,12 +306,7 @@ def _check_mask_token(input_ids: Tensor, is_prompt: Tensor, mask_token_id: int) 
 
 
 def check_positions(model: nn.Module, length: int, what: str, remedy: str) -> None:
-    """Raise ValueError if `length` tokens exceed the model's positions.
-
-    Args:
-        what: the start of the message.
-        remedy: the end of the message.
-    """
+    """Raise ValueError if `length` tokens exceed the model's positions: `what`, …: `remedy`."""
     limit = Backbone(model).position_limit
     if limit is not None and length > limit:
         raise ValueError(f"{what}, but the model has {limit} positions: {remedy}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -89,13 +90,12 @@ class Evaluation:
         accelerator, points = self.run.accelerator, self.run.args.curve_points
         levels = [(i + 1) / points for i in range(points)]
 
-        def generate(indices: Sequence[int]) -> list[dict[str, Any]]:
-            return self._generations(model, indices)
-
         def losses(indices: Sequence[int]) -> list[float]:
             return self._curve(model, [levels[i] for i in indices])
 
-        generations = split_across_processes(accelerator, len(self.test_rows), generate)
+        generations = split_across_processes(
+            accelerator, len(self.test_rows), partial(self._generations, model)
+        )
         curve = split_across_processes(accelerator, len(levels), losses)
         share = sum(generation["correct"] for generation in generations) / len(generations)
         validation_loss = self.validate(model)["validation_loss"]

@@ -52,9 +52,7 @@ _WHOLE_IN_ITS_FILE = "TokenizersBackend"
 def load_tokenizer(name: str, *, family: str, **hub: Any) -> PreTrainedTokenizerBase:
     """Load a checkpoint's tokenizer without running its code or asking on the terminal.
 
-    Args:
-        family: the checkpoint's model_type.
-        **hub: arguments of `from_pretrained` that locate the files.
+    `family` is the checkpoint's model_type.
 
     Raises:
         ValueError: the tokenizer is missing or damaged.
@@ -272,13 +270,8 @@ def token_ids(
     """Return the token ids of each text."""
     if not texts:
         return []
-    backend = backend_of(tokenizer)
-    if backend is None or backend.truncation or backend.padding:
-        ids: Any = tokenizer(list(texts), add_special_tokens=add_special_tokens)["input_ids"]
-        return ids
-    # 1.3 times as fast as the tokenizer's own call
-    encoded = backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
-    return [text.ids for text in encoded]
+    ids: Any = tokenizer(list(texts), add_special_tokens=add_special_tokens)["input_ids"]
+    return ids
 
 
 def backend_of(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:

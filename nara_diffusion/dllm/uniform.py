@@ -84,14 +84,11 @@ def corrupt_canvases(
     See the equations in the module's docstring. The positions of a canvas after the end of its
     answer always hold random tokens.
 
+    The other arguments are those of `mask_answers`.
+
     Args:
-        input_ids: (b, l) clean tokens: prompt, answer, padding on the right.
-        prompt_lengths: (b,) the number of tokens before each answer.
         canvas_length: c, the number of positions in a block.
         vocab_size: the end of the range 0 … vocab_size − 1 that random tokens are drawn from.
-        answer_lengths: (b,) the number of tokens of each answer. By default answers end at l.
-        noise_level: λ in (0, 1], as (b,) or one number. None draws λ.
-        generator, seed, sample_indices, group_size, window: see `mask_answers`.
         self_conditioning: the share of self-conditioned samples, in [0, 1]. With 0, there is no
             first pass.
 

@@ -91,7 +91,7 @@ def from_lora(
             own = {"core_type": "identity"} if component.startswith(TEXT_ENCODER) else core
             _insert(part, getattr(model, component), adapter_name, own, origin, undo, inject=True)
         configs = {name: getattr(model, name).peft_config[adapter_name] for name in parts}
-        check_schedulers(model, configs)
+        check_schedulers(model, [config.scheduler for config in configs.values()])
         read_schedule_of(model)
     return model
 

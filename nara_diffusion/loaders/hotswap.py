@@ -73,11 +73,7 @@ def check_swappable(
 ) -> None:
     """Raise ValueError if a part cannot replace the adapter with that name.
 
-    Args:
-        model: the component's model.
-        component: the name of the component.
-        adapter_name: the name of the adapter to replace.
-        part: the new adapter's part for this component, or None if there is none.
+    `part` is the new adapter's part for this component, or None if there is none.
     """
     if part is None:
         if adapter_name in adapters_of(model):

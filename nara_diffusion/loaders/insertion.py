@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -129,19 +129,14 @@ def part_of(model: nn.Module, adapter_name: str) -> AdapterPart:
 # ---------------------------------------------------------------------- schedulers
 
 
-def check_schedulers(pipe: Pipeline, configs: Mapping[str, NaraConfig]) -> None:
-    """Raise ValueError if the pipeline's scheduler does not fit the prediction of an adapter.
+def check_schedulers(owner: object, needed: Iterable[Mapping[str, Any] | None]) -> None:
+    """Raise ValueError unless the scheduler of `owner`, a pipeline, fits the adapters' predictions.
 
     An adapter from an earlier version of this package may predict something other than its base
-    does. Its configuration then names the `scheduler` to sample it with.
-
-    Args:
-        pipe: the pipeline.
-        configs: {component: configuration}.
+    does. Its `NaraConfig.scheduler`, one of `needed`, then describes how to sample it.
     """
-    for config in configs.values():
-        if config.scheduler is not None:
-            check_expected(getattr(pipe, "scheduler", None), config.scheduler)
+    for fields in needed:
+        check_expected(getattr(owner, "scheduler", None), fields)
 
 
 def read_schedule_of(pipe: Any) -> None:

@@ -111,7 +111,7 @@ def load_nara_weights(
     with naming(source):
         _check_parts(file.parts, models)
         adapter_name = _name_to_load(models, adapter_name, hotswap)
-        check_schedulers(self, {name: part.config for name, part in file.parts.items()})
+        check_schedulers(self, [part.config.scheduler for part in file.parts.values()])
         with offloading_suspended(self):
             if hotswap:
                 _swap_all(models, file.parts, adapter_name)

@@ -102,12 +102,7 @@ class CanvasNoise:
                 step.sources.append(self)
 
     def stepped(self, scheduler: Any, bound: dict[str, Any], output: Any) -> None:
-        """Record λ for the next call.
-
-        Args:
-            scheduler: the scheduler that has just made a step or a corrector sweep.
-            bound: the arguments of that step.
-            output: the return value of that step.
+        """Record λ for the next call, given a step or a corrector sweep that was just made.
 
         Raises:
             ValueError: the scheduler is unknown, or the block began without a step 0.

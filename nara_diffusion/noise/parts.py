@@ -39,17 +39,11 @@ _OTHERS = ("decoder_input_ids", "decoder_inputs_embeds", "encoder_hidden_states"
 
 @dataclass(frozen=True)
 class Positions:
-    """The positions that the layers see in one forward.
+    """The positions that the layers see in one forward."""
 
-    Attributes:
-        samples: b, the number of samples.
-        length: l, the number of positions in each sample.
-        timesteps: the number of timesteps that a denoiser gets for each sample.
-    """
-
-    samples: int
-    length: int
-    timesteps: int = 1
+    samples: int  # b
+    length: int  # l
+    timesteps: int = 1  # of each sample, for a denoiser
 
 
 @dataclass(frozen=True)
@@ -84,9 +78,7 @@ class Parts:
         Args:
             core: C at the values of λ that `levels` returns.
             x: the input of the layer, features (b, l, …, d) or ids (b, l).
-            kind: the kind of rows in `x`.
             is_image: whether the layer is a convolution.
-            layer_name: the layer's name, for the declaration and the error message.
 
         Returns:
             C (b·k, r, r), for x viewed as (b·k, l / k, …), and True; or C (b, r, r) at the largest

@@ -88,13 +88,13 @@ def _unread_paths(kind: type) -> frozenset[str]:
     return frozenset() if passes_on else _PATHS - frozenset(parameters)
 
 
-def check_expected(scheduler: Any, fields: Mapping[str, Any]) -> None:
+def check_expected(scheduler: Any, fields: Mapping[str, Any] | None) -> None:
     """Raise ValueError unless `scheduler` expects the prediction that the adapter makes.
 
-    Args:
-        scheduler: the pipeline's current scheduler.
-        fields: `NaraConfig.scheduler` of the adapter.
+    `fields` is `NaraConfig.scheduler`; None if the adapter predicts what its base predicts.
     """
+    if fields is None:
+        return
     expected, predicted = prediction_by(scheduler), prediction_in(fields)
     if expected != predicted:
         raise ValueError(
@@ -122,10 +122,6 @@ def other_sampling(pipe: Any, few_steps: Mapping[str, Any]) -> str | None:
     """Return a message if a pipeline's sampling settings do not suit a few-step adapter, else None.
 
     The message names the settings and includes the lines of code that correct them.
-
-    Args:
-        pipe: a pipeline whose call is in progress.
-        few_steps: `NaraConfig.few_steps` of the adapter.
     """
     scheduler = pipe.scheduler
     # the scheduler of a flow has no number before its first call

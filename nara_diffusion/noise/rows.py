@@ -62,9 +62,7 @@ def core_of_rows(
     Args:
         core: C of the samples, (b, r, r), or (1, r, r) for all samples.
         x: the input of the layer, (rows, …).
-        kind: the kind of rows in `x`.
         sample_major: whether the layer may see b · k rows, k consecutive rows for each sample.
-        layer_name: the layer's name, for the error message.
 
     Returns:
         C (rows, r, r), or (1, r, r) if all rows have the same C.
@@ -146,12 +144,8 @@ class ModelRows:
     """A description of how the layers of a model see its batch.
 
     Attributes:
-        sample_major: whether layers may see b · k rows, k consecutive rows for each sample, while
-            the model sees b.
-        one_level: whether the first axis of the layers' inputs is not the sample axis, so a batch
-            can have only one λ.
+        sample_major, one_level, frames: as in `Denoiser`.
         is_denoiser: whether the model is a denoiser, so only `frames` says what its layers see.
-        frames: where the layers of a denoiser see the frames of a video; None if they see none.
     """
 
     sample_major: bool = False

@@ -8,7 +8,7 @@ in a checkpoint    the same files; for virtual tokens also trainable.safetensors
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +23,8 @@ from nara_diffusion.export.from_lora import check_identity, check_scales, copy_t
 from nara_diffusion.export.plain_lora import PlainLora
 from nara_diffusion.export.read_lora import read_lora
 from nara_diffusion.loaders.file import AdapterFile, AdapterPart, configured_scaling, naming
+from nara_diffusion.loaders.insertion import check_schedulers
 from nara_diffusion.loaders.tensor_files import is_nara, load_whole_model
-from nara_diffusion.noise.prediction import check_expected
 from nara_diffusion.strict import check_loaded, check_tensors
 from nara_diffusion.tuner.twins import with_encoder_layers
 
@@ -76,13 +76,13 @@ def start_from(
             naras = AdapterFile.read(file, next(iter(components))).parts
             schedulers = [part.config.scheduler for part in naras.values()]
             _check_components(list(naras), list(components), origin)
-            _check_predictions(schedulers, source_model)
+            check_schedulers(source_model, schedulers)
             for name, root in components.items():
                 _copy_nara(naras[name], root, origin)
         else:
             loras = read_lora(file, source_model)[0]
             _check_components(list(loras), list(components), origin)
-            _check_predictions([part.scheduler for part in loras.values()], source_model)
+            check_schedulers(source_model, [part.scheduler for part in loras.values()])
             for name, root in components.items():
                 _copy_lora(loras[name], root, origin)
 
@@ -99,15 +99,6 @@ def _check_components(given: Sequence[str], trained: Sequence[str], origin: str)
     raise ValueError(
         f"{origin} is for {there}, but this run trains {', '.join(trained)}: see --train_text_encoder."
     )
-
-
-def _check_predictions(
-    schedulers: Iterable[Mapping[str, Any] | None],
-    source_model: DiffusionPipeline | PreTrainedModel,
-) -> None:
-    """Raise ValueError if a component was trained for a prediction type unlike the scheduler's."""
-    for fields in schedulers:
-        check_expected(getattr(source_model, "scheduler", None), fields)
 
 
 def _copy_nara(part: AdapterPart, root: nn.Module, origin: str) -> None:

@@ -40,11 +40,7 @@ def hook_twins(
     begin: Callable[..., None],
     end: Callable[[], None],
 ) -> tuple[RemovableHandle, ...]:
-    """Call `begin` before and `end` after each forward of both twins, and set the attributes above.
-
-    Args:
-        source: the default source of λ.
-    """
+    """Call `begin` before and `end` after each forward of both twins, and set the attributes above."""
     owner: Any = twins.owner
     patterns = type(owner)._tied_weights_keys.items()
     setattr(owner, _TIES, {_NO_FACTOR + key: _NO_FACTOR + value for key, value in patterns})

@@ -46,13 +46,9 @@ def check_twin(root: nn.Module, name: str) -> None:
 
 
 def share_factors(root: nn.Module, adapter_name: str, layers: Mapping[str, LoraLayer]) -> list[str]:
-    """Give encoder layers the factors of their twins. Repeating is safe.
+    """Give encoder layers the factors of their twins, and return the names of these layers.
 
-    Args:
-        layers: the adapted layers, by name.
-
-    Returns:
-        The names of the encoder layers that share factors.
+    Repeating is safe.
 
     Raises:
         ValueError: an encoder layer is adapted without its twin.
@@ -95,13 +91,7 @@ def with_twins(
 def with_encoder_layers(
     root: nn.Module, config: NaraConfig, ranks: Mapping[str, int]
 ) -> dict[str, int]:
-    """Return the adapted layers of a file, with the encoder layers that it does not name.
-
-    Args:
-        root: the model that the file is for.
-        config: the adapter's configuration in the file.
-        ranks: {layer with factors in the file: its rank}.
-    """
+    """Return {adapted layer: its rank} of a file, with the encoder layers that it does not name."""
     found = dict(ranks)
     for name, _ in root.named_modules():
         twin = decoder_name(root, name)
@@ -149,11 +139,7 @@ def check_mergeable_twins(root: nn.Module) -> None:
 
 
 def check_foldable_file(config: NaraConfig) -> None:
-    """Raise ValueError for a DiffusionGemma adapter, since its file has no keys for the encoder.
-
-    Args:
-        config: the adapter's configuration in the file.
-    """
+    """Raise ValueError for a DiffusionGemma adapter, since its file has no keys for the encoder."""
     base = (getattr(config, "auto_mapping", None) or {}).get("base_model_class") or ""
     if config.noise_convention == CORRUPTED_SHARE or "DiffusionGemma" in base:
         raise ValueError(

@@ -140,10 +140,6 @@ def backbone_on_meta(name: str, dtype: torch.dtype, **hub: Any) -> PreTrainedMod
     """Return the model that `load_backbone` loads, on the meta device: from its config.json only.
 
     Its mask token is 0. Raises ValueError as `load_backbone` does.
-
-    Args:
-        name: a folder or a repository on the Hub.
-        **hub: some of `HUB_ARGUMENTS`.
     """
     model_class, config, _ = _class_and_config(name, _config_fields(name, hub), hub)
     with torch.device("meta"):
@@ -164,11 +160,7 @@ def _config_fields(name: str, hub: Mapping[str, Any]) -> dict[str, Any]:
 def _class_and_config(
     name: str, fields: dict[str, Any], hub: Mapping[str, Any]
 ) -> tuple[Any, PreTrainedConfig, bool]:
-    """Return the class, the configuration, and whether the tensors have LLaDA's names.
-
-    Args:
-        fields: those of config.json.
-    """
+    """Return the class, the configuration, and whether the tensors have LLaDA's names."""
     family = fields.get("model_type", "").lower()
     shifted = fields.get("shifted_logits", family == "dream")
     if family == "diffusion_gemma":
@@ -220,9 +212,7 @@ def _bidirectional(
 def _check_tensors(name: str, loading: Mapping[str, Any], original: Callable[[str], str]) -> None:
     """Raise ValueError if a checkpoint's tensors don't fit the model; transformers only logs it.
 
-    Args:
-        loading: the information of `from_pretrained(output_loading_info=True)`.
-        original: the function from a tensor's name in the model to that in the checkpoint.
+    `original` turns a tensor's name in the model into that in the checkpoint.
     """
     unknown = [key for key in loading["unexpected_keys"] if not _OTHER_HEADS.search(key)]
     misshapen = []
@@ -244,13 +234,7 @@ def _check_tensors(name: str, loading: Mapping[str, Any], original: Callable[[st
 def _check_expressible(
     kind: str, stock: str, fields: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]]
 ) -> None:
-    """Raise ValueError for fields with values that the stock class can't express.
-
-    Args:
-        kind: the checkpoint's kind.
-        stock: the name of the stock class, without its ending.
-        allowed: field → the values that the stock class expresses.
-    """
+    """Raise ValueError for fields with other values than the stock class expresses, `allowed`."""
     unsupported = []
     for name, values in allowed.items():
         if name in fields and fields[name] not in values:
@@ -385,24 +369,21 @@ class LLaDA2MoeConfig(Glm4MoeConfig):
     block_length: int = BLOCK_LENGTH
 
 
-# Fields of a configuration: their values that the stock class expresses; absent fields count as such
+# Fields of a configuration: their values that the stock class expresses; absent fields count as such.
+# Those that change which tensors there are aren't listed, since missing or unknown ones are refused.
 _LLADA2: dict[str, tuple[Any, ...]] = {
     "use_bias": (False,),
     "norm_head": (False,),
-    "use_qk_norm": (True,),
     "rope_scaling": (None,),
     "score_function": ("sigmoid", None),
-    "moe_router_enable_expert_bias": (True, None),
     "num_nextn_predict_layers": (0, None),
 }
 _LLADA_MOE: dict[str, tuple[Any, ...]] = {
-    "qk_layernorm": (True,),
     "rope_scaling": (None,),
     "partial_rotary_factor": (1, None),
     "clip_qkv": (None,),
     "shared_expert_intermediate_size": (None,),
     "moe_router_score_function": ("softmax", None),
-    "moe_router_enable_expert_bias": (False, None),
     "router_num_group": (None,),
     "routed_scaling_factor": (1.0, None),
 }

@@ -33,18 +33,9 @@ class ShiftedQwen2ForCausalLM(Qwen2ForCausalLM):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Return logits (b, l, v); position i predicts token i. Arguments are the stock class's.
-
-        Raises:
-            ValueError: `labels` were given; the stock loss would shift once more.
-        """
-        if labels is not None:
-            raise ValueError(
-                "this model doesn't take labels: use nara_diffusion.dllm.masked_diffusion_loss"
-            )
+        """Return logits (b, l, v); position i predicts token i. It makes no loss of labels."""
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
