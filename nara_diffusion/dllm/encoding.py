@@ -25,7 +25,6 @@ from nara_diffusion.utils.files import counted
 
 from .records import BATCH, column_batches, mapped
 from .tokenizer import (
-    backend_of,
     chat_text,
     encode_prompts,
     end_token_id,
@@ -201,7 +200,8 @@ class RecordEncoder:
 
     def cache_key(self) -> list[Any]:
         """Return everything that the rows depend on, except the records."""
-        tokenizer, backend = self.tokenizer, backend_of(self.tokenizer)
+        tokenizer = self.tokenizer
+        backend = getattr(tokenizer, "backend_tokenizer", None)  # none in pure Python
         vocabulary = tokenizer if backend is None else backend.to_str()
         special = tokenizer.special_tokens_map
         limits = (self.max_length, self.max_prompt_length, self.train_on)

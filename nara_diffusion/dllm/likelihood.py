@@ -23,7 +23,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .loss import masked_cross_entropy
-from .masking import MaskedBatch, answer_positions, until_end
+from .masking import MaskedBatch, answer_positions
 from .models.backbone import Backbone, evaluating, without_ddp
 from .tokenizer import mask_in_a_text
 
@@ -84,7 +84,8 @@ def log_likelihood(
         )
     mask = backbone.mask_token_id(mask_token_id)
     answers = answer_positions(input_ids, prompt_lengths, answer_lengths=answer_lengths)
-    holding = (until_end(answers) & (input_ids == mask)).any(1)  # (b,)
+    until_end = answers.flip(1).cumsum(1).flip(1) > 0  # (b, l)
+    holding = (until_end & (input_ids == mask)).any(1)  # (b,)
     if holding.any():
         raise ValueError(f"row {int(holding.nonzero()[0])} {mask_in_a_text(mask)}")
     input_ids, answers = _opened(backbone, input_ids, answers)

@@ -373,11 +373,6 @@ def _host_list(values: Lengths) -> Sequence[int]:
     return values.tolist() if isinstance(values, torch.Tensor) else values
 
 
-def until_end(answer: torch.Tensor) -> torch.Tensor:
-    """Return the positions (b, l) bool from the start of the row to the end of the answer."""
-    return answer.flip(1).cumsum(1).flip(1) > 0
-
-
 def moved(values: np.ndarray, device: torch.device) -> torch.Tensor:
     """Return `values` as a tensor on `device`, without waiting for the copy."""
     return torch.from_numpy(values).to(device, non_blocking=True)

@@ -29,7 +29,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
@@ -137,15 +137,10 @@ def _csv_options(path: Path) -> dict[str, Any]:
     """Return options that read each column of a CSV file as text, and an empty field as ""."""
     from datasets import Features, Value
 
-    with _opened(path) as file:
-        header = next(csv.reader(line.decode("utf-8-sig") for line in file), [])
+    opened = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "rt", encoding="utf-8-sig") as file:
+        header = next(csv.reader(file), [])
     return {"features": Features({name: Value("string") for name in header}), "na_filter": False}
-
-
-def _opened(path: Path) -> IO[bytes]:
-    if path.suffix == ".gz":
-        return cast("IO[bytes]", gzip.open(path))
-    return path.open("rb")
 
 
 def normalized(records: Iterable[Mapping[str, Any]], *, source: str) -> Dataset:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import string
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jinja2 import TemplateError
 from torch import nn
@@ -23,9 +23,6 @@ from transformers import (
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from .models.backbone import Backbone
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
 
 _ALPACA = (
     "Below is an instruction that describes a task{more}. Write a response that appropriately "
@@ -272,11 +269,6 @@ def token_ids(
         return []
     ids: Any = tokenizer(list(texts), add_special_tokens=add_special_tokens)["input_ids"]
     return ids
-
-
-def backend_of(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:
-    """Return the backend from the library `tokenizers`; None for a tokenizer in pure Python."""
-    return getattr(tokenizer, "backend_tokenizer", None) if tokenizer.is_fast else None
 
 
 def decode_answer(

@@ -56,14 +56,8 @@ class NotSet(Enum):
 class LevelFinder:
     """Find λ for the forwards of one adapted model.
 
-    Args:
-        root: the adapted model.
-        configs: configurations by adapter name. The core holder owns this dict and changes it in
-            place.
-        rows: the description of how the layers see the batch.
-        denoiser: the table's entry for the root's class.
-
     Attributes:
+        configs: configurations by adapter name. The core holder changes this dict in place.
         given_source: the source that `set_noise_source` has set; None if it was removed.
         usage: the pipelines that loaded adapters, and checks of how they use the adapters.
         length: N to use if no such pipeline is left, from the last pipeline or from training. None
@@ -290,12 +284,7 @@ def convention_of(config: LoraConfig) -> str | None:
 
 
 def unknown_level(root: nn.Module, names: list[str], remedy: str | None = None) -> ValueError:
-    """Return the error for an unknown λ.
-
-    Args:
-        names: the adapters that depend on λ.
-        remedy: the end of the message. None means the usual remedy, for a forward.
-    """
+    """Return the error for an unknown λ, with the usual remedy for a forward or another one."""
     usual = (
         "call the model inside `with noise_level(model, value):`, or let it read λ from its own inputs by "
         f"`set_noise_source(model, source)`.{_how_to_declare(root)}"
@@ -343,10 +332,6 @@ class Usage:
     adapter is sampled (`few_steps`), and whether training used one λ for each sample or for each
     part of a sample (`noise_level_per`). A scheduler that expects another prediction raises an
     error. The other two differences cause one warning per adapter.
-
-    Args:
-        configs: configurations by adapter name. The core holder owns this dict and changes it in
-            place.
 
     Attributes:
         pipelines: weak references to the pipelines that loaded adapters.
@@ -413,8 +398,6 @@ class Usage:
         An adapter that was trained with both counts as trained with λ per part.
 
         Args:
-            root: the adapted model.
-            names: the adapters that depend on λ.
             level: λ (b,) of samples, or (b, k) of their k parts.
             is_for_all: True if a context sets one λ for all samples, which is valid for both.
         """

@@ -297,17 +297,9 @@ def _llama_fields(fields: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of a LlamaConfig for those of a LLaDA checkpoint's config.json.
 
     Raises:
-        ValueError: a field is missing, or has a value that Llama can't express; the message names
-            each.
+        ValueError: a field has a value that Llama can't express.
     """
     _check_expressible("LLaDA", "Llama", fields, _EXPRESSIBLE)
-    try:
-        return _translated(fields)
-    except KeyError as error:
-        raise ValueError(f"this LLaDA checkpoint's config.json lacks {error.args[0]}") from None
-
-
-def _translated(fields: dict[str, Any]) -> dict[str, Any]:
     width, heads = fields["d_model"], fields["n_heads"]
     theta = fields.get("rope_theta", 10000.0)
     found = {
