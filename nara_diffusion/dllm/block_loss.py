@@ -17,19 +17,17 @@ cache of the prefix would hold the same keys.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import DiffusionGemmaForBlockDiffusion, DynamicCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from .batches import AnswerCollator, batches_of
 from .loss import by_chunks, token_cross_entropy
-from .models.backbone import Backbone, conditioned, evaluating, without_ddp
+from .models.backbone import Backbone, conditioned
 from .uniform import CanvasBatch, corrupt_canvases
 
 
@@ -48,6 +46,11 @@ class BlockDiffusionLoss(CanvasBatch):
     per_sample: Tensor
     encoder_loss: Tensor
     token_loss: Tensor
+
+    @property
+    def sums(self) -> tuple[Tensor, Tensor]:
+        """The decoder's loss for each sample and its weight, for `noise_level_curve`."""
+        return self.per_sample, torch.ones_like(self.per_sample)
 
 
 def block_diffusion_loss(
@@ -116,36 +119,6 @@ def canvas_loss(
         encoder_loss=encoder_loss,
         token_loss=token_loss,
     )
-
-
-@torch.no_grad()
-def canvas_curve(
-    model: nn.Module,
-    rows: Sequence[Mapping[str, Any]],
-    noise_levels: Sequence[float],
-    *,
-    collator: AnswerCollator,
-    batch_size: int = 16,
-    seed: int = 0,
-    progress: bool = True,
-) -> list[float]:
-    """Return the decoder's mean loss at each noise level, in nats per token.
-
-    A row has the same canvas at all levels, and a higher level only changes more tokens. The
-    arguments are those of `noise_level_curve`.
-    """
-    model = without_ddp(model)
-    device, losses = Backbone(model).device, []
-    bar = tqdm(total=len(noise_levels) * len(rows), unit="row", disable=not progress)
-    with evaluating(model), bar:
-        for level in noise_levels:
-            total = 0.0
-            for batch in batches_of(rows, range(len(rows)), collator, batch_size, device):
-                key = {"seed": seed, "noise_level": level, "encoder_weight": 0.0}
-                total += block_diffusion_loss(model, **batch, **key).per_sample.sum().item()
-                bar.update(len(batch["input_ids"]))
-            losses.append(total / len(rows))
-    return losses
 
 
 def block_model(model: nn.Module) -> DiffusionGemmaForBlockDiffusion:

@@ -42,6 +42,12 @@ class MaskedDiffusionLoss(MaskedBatch):
     per_sample: Tensor
     token_loss: Tensor
 
+    @property
+    def sums(self) -> tuple[Tensor, Tensor]:
+        """Σ_j − log p / n and Σ_j 1 / n over the masked tokens j of each row, (b',) float64."""
+        lengths = self.answer.sum(1)
+        return self.token_loss.double().sum(1) / lengths, self.masked.double().sum(1) / lengths
+
 
 def masked_diffusion_loss(
     model: nn.Module,
@@ -207,6 +213,7 @@ def noise_level_curve(
     rows: Sequence[Mapping[str, Any]],
     noise_levels: Sequence[float],
     *,
+    loss: Callable[..., Any] = masked_diffusion_loss,
     collator: AnswerCollator | None = None,
     batch_size: int = 16,
     seed: int = 0,
@@ -228,6 +235,8 @@ def noise_level_curve(
         model: the outermost module.
         rows: rows from `encode_records`.
         noise_levels: λ in (0, 1].
+        loss: the objective. Of DiffusionGemma, `block_loss.block_diffusion_loss`; the curve is then
+            the mean of its losses per sample.
         collator: the collator that makes batches of rows. Padding that it marks as trained counts.
             By default only each answer and its end count.
 
@@ -239,22 +248,20 @@ def noise_level_curve(
     """
     model = without_ddp(model)
     backbone = Backbone(model)
-    mask, device = backbone.mask_token_id(mask_token_id), backbone.device
+    options = {} if mask_token_id is None else {"mask_token_id": mask_token_id}
     padding = backbone.configured("pad_token_id") or 0
     collate = collator or AnswerCollator(padding, trained_padding=0)
     losses = []
-    total = len(noise_levels) * len(rows)
-    bar = tqdm(total=total, desc="loss over λ", unit="row", disable=not progress)
+    size = len(noise_levels) * len(rows)
+    bar = tqdm(total=size, desc="loss over λ", unit="row", disable=not progress)
     with evaluating(model), bar:
         for level in noise_levels:
-            loss = count = 0.0
-            for batch in batches_of(rows, range(len(rows)), collate, batch_size, device):
-                batch |= {"noise_level": level, "block_length": backbone.block_length}
-                masked = mask_answers(**batch, mask_token_id=mask, seed=seed)
-                lengths = masked.answer.sum(1)  # (b,)
-                of_row = masked_cross_entropy(model, masked).double().sum(1)  # (b,)
-                loss += (of_row / lengths).sum().item()
-                count += (masked.masked.double().sum(1) / lengths).sum().item()
-                bar.update(len(lengths))
-            losses.append(loss / count if count else float("nan"))
+            total = count = 0.0
+            for batch in batches_of(rows, range(len(rows)), collate, batch_size, backbone.device):
+                found = loss(model, **batch, noise_level=level, seed=seed, **options)
+                of_rows, weights = found.sums  # (b,)
+                total += of_rows.sum().item()
+                count += weights.sum().item()
+                bar.update(len(weights))
+            losses.append(total / count if count else float("nan"))
     return losses

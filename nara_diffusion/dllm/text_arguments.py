@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -30,7 +31,7 @@ from nara_diffusion.training.arguments import (
 from nara_diffusion.training.command import option, spread_options
 
 from .batches import AnswerCollator, hold_out
-from .block_loss import BlockDiffusionLoss, block_diffusion_loss, canvas_curve
+from .block_loss import BlockDiffusionLoss, block_diffusion_loss
 from .decoding import REMASKING, Sampling
 from .loss import MaskedDiffusionLoss, masked_diffusion_loss, noise_level_curve
 from .masking import check_drawable
@@ -317,7 +318,9 @@ def loss_of(model: nn.Module) -> Callable[..., TextLoss]:
 
 def curve_of(model: nn.Module) -> Callable[..., list[float]]:
     """Return the function that computes the validation loss at noise levels."""
-    return canvas_curve if Backbone(model).has_canvas else noise_level_curve
+    if not Backbone(model).has_canvas:
+        return noise_level_curve
+    return partial(noise_level_curve, loss=partial(block_diffusion_loss, encoder_weight=0.0))
 
 
 def collator_of(model: nn.Module, args: Arguments, end_token_id: int) -> AnswerCollator:

@@ -4,7 +4,8 @@ from transformers import DynamicCache
 from transformers.models.diffusion_gemma.modeling_diffusion_gemma import DiffusionGemmaModel
 
 from nara_diffusion.dllm.batches import AnswerCollator
-from nara_diffusion.dllm.block_loss import block_diffusion_loss, canvas_curve, canvas_loss
+from nara_diffusion.dllm.block_loss import block_diffusion_loss, canvas_loss
+from nara_diffusion.dllm.loss import noise_level_curve
 from nara_diffusion.dllm.uniform import corrupt_canvases
 from tests.helpers.rounding import assert_near
 from tests.helpers.tiny_gemma import CANVAS, VOCABULARY, tiny_gemma
@@ -132,8 +133,8 @@ def test_the_curve_is_the_mean_over_rows_at_each_level_whatever_the_batches():
         ids = torch.randint(0, VOCABULARY, (length,), generator=generator).tolist()
         rows.append({"input_ids": ids, "prompt_length": prompt})
     model, collator = tiny_gemma(), AnswerCollator(2, trained_padding=0, multiple=CANVAS)
-    options = {"collator": collator, "seed": 7, "progress": False}
-    found = canvas_curve(model, rows, [0.3, 1.0], batch_size=2, **options)
+    options = {"collator": collator, "seed": 7, "progress": False, "loss": block_diffusion_loss}
+    found = noise_level_curve(model, rows, [0.3, 1.0], batch_size=2, **options)
     for level, mean in zip([0.3, 1.0], found, strict=True):
         losses = []
         for index, row in enumerate(rows):
