@@ -136,7 +136,8 @@ def check_schedulers(owner: object, needed: Iterable[Mapping[str, Any] | None]) 
     does. Its `NaraConfig.scheduler`, one of `needed`, then describes how to sample it.
     """
     for fields in needed:
-        check_expected(getattr(owner, "scheduler", None), fields)
+        if fields is not None:
+            check_expected(getattr(owner, "scheduler", None), fields)
 
 
 def read_schedule_of(pipe: Any) -> None:

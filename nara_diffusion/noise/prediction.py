@@ -88,13 +88,11 @@ def _unread_paths(kind: type) -> frozenset[str]:
     return frozenset() if passes_on else _PATHS - frozenset(parameters)
 
 
-def check_expected(scheduler: Any, fields: Mapping[str, Any] | None) -> None:
+def check_expected(scheduler: Any, fields: Mapping[str, Any]) -> None:
     """Raise ValueError unless `scheduler` expects the prediction that the adapter makes.
 
-    `fields` is `NaraConfig.scheduler`; None if the adapter predicts what its base predicts.
+    `fields` is its `NaraConfig.scheduler`.
     """
-    if fields is None:
-        return
     expected, predicted = prediction_by(scheduler), prediction_in(fields)
     if expected != predicted:
         raise ValueError(

@@ -369,8 +369,10 @@ class Usage:
         """
         for name in names:
             self._warn_of_sampling(name)
-            for scheduler in self.schedulers():
-                check_expected(scheduler, getattr(self.configs[name], "scheduler", None))
+            fields = getattr(self.configs[name], "scheduler", None)
+            if fields is not None:
+                for scheduler in self.schedulers():
+                    check_expected(scheduler, fields)
 
     def _warn_of_sampling(self, name: str) -> None:
         config = self.configs[name]
