@@ -50,7 +50,7 @@ class BlockText:
 
     def level(self, state: State, positions: Tensor) -> Tensor:
         size = state.are_answers(positions).sum(1).clamp(min=1)
-        return state.masked_at(positions).sum(1) / size
+        return state.masked_at(positions).sum(1).float() / size
 
     def logits(self, state: State, rows: Tensor, positions: Tensor, level: Tensor) -> Tensor:
         end = self.start + self.block_length
