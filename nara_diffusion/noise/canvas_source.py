@@ -133,7 +133,8 @@ class CanvasNoise:
                 if isinstance(step, WatchedStep):
                     step.sources.remove(self)
                     if not step.sources:
-                        delattr(scheduler, name)
+                        vars(scheduler).pop(name)
+                        vars(scheduler).update(step.before)
         self.watched.clear()
 
 
@@ -168,6 +169,8 @@ class WatchedStep:
     def __init__(self, scheduler: Any, name: str) -> None:
         self.sources: list[CanvasNoise] = []
         self.scheduler, self.name = scheduler, name
+        own = vars(scheduler)
+        self.before = {name: own[name]} if name in own else {}
         self.method = getattr(scheduler, name)
         update_wrapper(self, self.method, updated=())
 

@@ -82,7 +82,7 @@ def _prepared(source: CanvasNoise, prepare: Callable[[Any], Any], generation_con
             "disable_compile=True."
         )
     sampler = prepare(generation_config)
-    source.local.sampler = weakref.ref(sampler)
+    source.local.sampler, source.local.seen = weakref.ref(sampler), sampler.accepted_token_mask
     return sampler
 
 

@@ -51,7 +51,7 @@ def share_factors(root: nn.Module, adapter_name: str, layers: Mapping[str, LoraL
     Repeating is safe.
 
     Raises:
-        ValueError: an encoder layer is adapted without its twin.
+        ValueError: an encoder layer is adapted without its twin, or has another rank.
     """
     shared = []
     for name, layer in layers.items():
@@ -62,6 +62,12 @@ def share_factors(root: nn.Module, adapter_name: str, layers: Mapping[str, LoraL
             raise ValueError(
                 f"target_modules match '{name}' but not '{twin}', which has the same weight: adapt "
                 "both, or only the decoder."
+            )
+        rank, other_rank = layer.r[adapter_name], layers[twin].r[adapter_name]
+        if rank != other_rank:
+            raise ValueError(
+                f"rank_pattern gives '{name}' rank {rank} but '{twin}', which has the same weight, "
+                f"rank {other_rank}: give both the same."
             )
         for attribute in layer.adapter_layer_names:
             own, other = getattr(layer, attribute), getattr(layers[twin], attribute)
@@ -79,8 +85,12 @@ def without_twins(root: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, T
 def with_twins(
     root: nn.Module, tensors: dict[str, Tensor], names: Iterable[str]
 ) -> dict[str, Tensor]:
-    """Return an adapter's tensors with the shared ones repeated under the encoder layers' `names`."""
-    found = dict(tensors)
+    """Return an adapter's tensors with the shared ones repeated under the encoder layers' `names`.
+
+    Raises:
+        ValueError: `tensors` contain other factors for an encoder layer.
+    """
+    found = with_equal_twins(root, tensors, "the file")
     for name in names:
         twin = _twin_key(root, name)
         if twin in tensors:

@@ -22,7 +22,7 @@ from nara_diffusion.dllm.sampler import answer_prompts
 from tests.acceptance._runs import ASSETS
 from tests.helpers.adapted import disturb
 from tests.helpers.rounding import assert_far, assert_near
-from tests.helpers.tiny_gemma import CANVAS, tiny_gemma
+from tests.helpers.tiny_gemma import CANVAS, VOCABULARY, tiny_gemma
 
 TWINS = r".*(encoder\.language_model|decoder)\.layers\..*(q_proj|k_proj|v_proj|o_proj|down_proj)"
 PROMPTS = [[5, 9, 11, 30, 8, 12, 41], [7, 8, 40], [22, 1, 6, 60]]
@@ -219,3 +219,12 @@ def test_an_answer_ends_at_its_first_end_token_and_is_padded_unless_it_may_not_s
 def test_generate_refuses_what_the_sampler_of_diffusion_gemma_does_not_have(changes: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         generate(tiny_gemma(), torch.tensor([[5, 9, 11], [7, 8, 40]]), **{"gen_length": CANVAS, **changes})
+
+
+def test_generate_that_starts_from_logits_of_the_users_raises() -> None:
+    model = get_peft_model(tiny_gemma(), NaraConfig(r=2, target_modules=TWINS, core_scale=1.0)).get_base_model()
+    prompts, options = torch.tensor(PROMPTS[1:2]), {"max_new_tokens": CANVAS, "max_denoising_steps": 2}
+    for _ in range(2):  # also after another run
+        with pytest.raises(ValueError, match="no step was taken"):
+            model.generate(prompts, self_conditioning_logits=torch.zeros(1, CANVAS, VOCABULARY), **options)
+        model.generate(prompts, **options)

@@ -1,5 +1,7 @@
 """load_nara_weights, save_nara_weights and unload_nara_weights on DiffusionGemmaPipeline."""
 
+from functools import wraps
+
 import pytest
 import torch
 from diffusers import BlockRefinementScheduler, DiffusionGemmaPipeline
@@ -117,6 +119,26 @@ def test_models_that_share_a_scheduler_are_sampled_and_unloaded_in_any_order(tmp
         assert torch.equal(sampled(pipes[1 - first]), alone[1 - first])
         pipes[1 - first].unload_nara_weights()
         assert not {"step", "step_correct"} & set(vars(scheduler))
+
+
+def test_a_schedulers_own_step_is_called_and_put_back(folder):
+    pipe, calls = pipeline(), []
+    expected = pipeline()
+    expected.load_nara_weights(folder)
+    step = pipe.scheduler.step
+
+    @wraps(step)
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return step(*args, **kwargs)
+
+    pipe.scheduler.step = counted
+    pipe.load_nara_weights(folder)
+    assert torch.equal(sampled(pipe), sampled(expected))
+    assert len(calls) == 8
+    pipe.unload_nara_weights()
+    assert pipe.scheduler.step is counted
+    assert "step_correct" not in vars(pipe.scheduler)
 
 
 @pytest.mark.parametrize("is_trained", [True, False], ids=["trained", "loaded"])

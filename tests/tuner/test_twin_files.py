@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nara_diffusion import NaraConfig, from_lora, noise_level
@@ -70,6 +71,21 @@ def test_a_run_does_not_start_from_a_file_of_other_twins(there: str, given: str,
     model = adapted(there)
     with pytest.raises(ValueError, match=r"layers.*'model\.encoder\.language_model\.layers\.0\.mlp\.down_proj'"):
         start_from({"": model.get_base_model()}, str(tmp_path), model)
+
+
+def test_a_file_with_other_factors_for_the_encoder_does_not_load(tmp_path: Path) -> None:
+    given = adapted(seed=1)
+    given.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    encoder = {key.replace(".decoder.", ".encoder.language_model."): tensor for key, tensor in tensors.items()}
+    key = next(key for key in encoder if "encoder" in key and "lora_A" in key)
+    for factor, fits in ((encoder[key].clone(), True), (encoder[key] + 0.1, False)):
+        save_file({**tensors, key: factor}, tmp_path / "adapter_model.safetensors", {"format": "pt"})
+        if fits:
+            assert torch.equal(logits(PeftModel.from_pretrained(tiny_gemma(), tmp_path).eval()), logits(given))
+            continue
+        with pytest.raises(ValueError, match=r"encoder.*unlike the decoder's"):
+            PeftModel.from_pretrained(tiny_gemma(), tmp_path)
 
 
 @pytest.mark.parametrize("use_dora", [False, True])

@@ -248,6 +248,12 @@ def test_routers_and_encoders_without_their_twins_raise():
         adapted(r".*encoder.language_model.*layers.*q_proj")
 
 
+@pytest.mark.parametrize("twin", ["encoder", "decoder"])
+def test_twins_of_different_rank_raise(twin):
+    with pytest.raises(ValueError, match=r"rank_pattern gives '.*q_proj' rank \d but '.*q_proj'.*rank \d"):
+        adapted(rank_pattern={rf".*{twin}.*q_proj": 5})
+
+
 def test_without_lambda_the_decoder_raises_and_the_encoder_runs():
     model = adapted().get_base_model()
     cache = DynamicCache()
