@@ -104,6 +104,13 @@ def test_defaults_on_a_named_model_are_its_own_size_and_hundreds_of_steps(
     assert "resolution" not in family_defaults({NAMED: str(tmp_path)})
 
 
+def test_another_model_is_taught_with_dora_by_default() -> None:
+    model = {NAMED: str(ASSETS / "sd-tiny-flow")}
+    defaults, of_student = family_defaults(model), family_defaults({**model, "distill_to": 4})
+    assert of_student.pop("adapter") == "dora"
+    assert of_student == {name: value for name, value in defaults.items() if name != "weighting_scheme"}
+
+
 def test_images_larger_than_the_model_has_positions_for_are_refused(tmp_path: Path) -> None:
     pipe = small_sd3()
     limit = pipe.transformer.config.pos_embed_max_size * pipe.vae_scale_factor * pipe.transformer.config.patch_size
