@@ -12,6 +12,7 @@ therefore never change, and a cache of them is exact.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -58,6 +59,34 @@ def attention_argument(mask: Tensor, implementation: str | None, dtype: torch.dt
     )
 
 
+@dataclass(frozen=True)
+class _Run:
+    """A run of LLaDA2Pipeline.
+
+    Attributes:
+        schedule: the scheduler's `_transfer_schedule`, which adds up to B.
+        real: the attention mask of the first forward.
+        width: how many positions the first forward has.
+        mask: the mask token.
+        answer: (B,) bool, the columns of the first block after the prompt.
+    """
+
+    schedule: Tensor
+    real: Tensor
+    width: int
+    mask: Tensor
+    answer: Tensor
+
+    @property
+    def block_length(self) -> int:
+        """B."""
+        return int(self.schedule.sum())
+
+
+def _is_among(one: Tensor, tensors: Sequence[Tensor]) -> bool:
+    return any(one is each for each in tensors)
+
+
 class BlockNoise:
     """Compute λ (b, k) for the k blocks that Diffusers' LLaDA2Pipeline passes to its model.
 
@@ -66,8 +95,8 @@ class BlockNoise:
     fills every position after the prompt with the mask token. The last token of that first forward
     is therefore the mask token, and the first mask in its last block is where the answer begins.
 
-    Each run makes a new schedule, so the newest schedule is that of the current run. A forward of
-    the run has the pipeline's arguments, and as many positions as the forward before it, or B more.
+    Each run makes a new schedule, and all its forwards get views of one attention mask. Runs that
+    share a model may therefore take turns, but must not begin at the same time.
 
     Args:
         schedulers: returns the current schedulers of the pipelines that loaded adapters.
@@ -78,52 +107,49 @@ class BlockNoise:
     def __init__(self, schedulers: Callable[[], Sequence[Any]]) -> None:
         self.schedulers = schedulers
         self._known: list[Tensor] = []  # the schedules of all runs up to now
-        self._schedule: Tensor | None = None  # of the current run
-        self._length = 0  # B
-        self._width = 0  # positions of the run's last forward; 0 before its first
-        self._first = 0  # positions of the run's first forward
-        self._mask = torch.zeros(())  # the mask token
-        self._answer = torch.ones(0)  # (B,) bool, columns of its first block after the prompt
+        self._runs: list[_Run] = []
 
     def ignore_past_runs(self) -> None:
         """Take no schedule that exists now for that of a new run."""
         self._known = self._schedules()
 
     def _schedules(self) -> list[Tensor]:
-        found = [getattr(each, "_transfer_schedule", None) for each in self.schedulers()]
-        return [schedule for schedule in found if schedule is not None]
+        found: list[Tensor] = []
+        for scheduler in self.schedulers():
+            schedule = getattr(scheduler, "_transfer_schedule", None)
+            if schedule is not None and not _is_among(schedule, found):
+                found.append(schedule)
+        return found
 
-    def _follow_run(self) -> None:
-        """Find the current run: the one with the newest schedule."""
+    def _run(self, input_ids: Tensor, real: Tensor) -> _Run | None:
+        """Return the run of a forward, or None if its attention mask (b, l) is not that of a run."""
         present = self._schedules()
-        for schedule in present:
-            if not any(schedule is one for one in self._known):
-                self._schedule, self._length = schedule, int(schedule.sum())
-                self._width = 0
+        self._runs = [run for run in self._runs if _is_among(run.schedule, present)]
+        for run in self._runs:
+            if run.real.untyped_storage().data_ptr() == real.untyped_storage().data_ptr():
+                return run
+        new = [schedule for schedule in present if not _is_among(schedule, self._known)]
         self._known = present
-        if not any(self._schedule is one for one in present):
-            self._schedule = None
+        if len(new) != 1:
+            return None
+        block = input_ids[:, -int(new[0].sum()) :]  # (b, B)
+        mask = block[0, -1].clone()
+        answer = (block == mask).any(0).cumsum(0) > 0  # (B,)
+        self._runs.append(_Run(new[0], real, input_ids.shape[1], mask, answer))
+        return self._runs[-1]
 
     def _of_run(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Tensor, Tensor] | None:
-        """Return the tokens and the mask (b, l) of a forward of the current run, otherwise None."""
-        self._follow_run()
+    ) -> tuple[_Run, Tensor, Tensor] | None:
+        """Return the run, the tokens and the mask (b, l) of a forward; None outside of a run."""
         real = kwargs.get("attention_mask")
-        if self._schedule is None or not isinstance(real, Tensor) or real.dim() != 2:
-            return None
         input_ids = arguments_of(module, args, kwargs).get("input_ids")
-        if input_ids is None or kwargs.get("position_ids") is None or kwargs.get("use_cache"):
+        if not isinstance(real, Tensor) or real.dim() != 2 or input_ids is None:
             return None
-        width = input_ids.shape[1]
-        if self._width == 0:
-            block = input_ids[:, -self._length :]  # (b, B)
-            self._mask, self._first = block[0, -1].clone(), width
-            self._answer = (block == self._mask).any(0).cumsum(0) > 0
-        elif width not in (self._width, self._width + self._length):
+        if kwargs.get("position_ids") is None or kwargs.get("use_cache"):
             return None
-        self._width = width
-        return input_ids, real
+        run = self._run(input_ids, real)
+        return None if run is None else (run, input_ids, real)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Return λ (b, k) for a forward of `module`.
@@ -137,13 +163,13 @@ class BlockNoise:
                 "λ of the blocks isn't known outside a run of LLaDA2Pipeline with a "
                 "BlockRefinementScheduler: use noise_level(model, λ of each block)."
             )
-        input_ids, real = found
-        length, width = self._length, input_ids.shape[1]
+        run, input_ids, real = found
+        length, width = run.block_length, input_ids.shape[1]
         block = input_ids[:, -length:]  # (b, B)
         answer = real[:, -length:].bool()
-        if width == self._first:
-            answer = answer & self._answer
-        masked = answer & (block == self._mask)
+        if width == run.width:
+            answer = answer & run.answer
+        masked = answer & (block == run.mask)
         shape = (len(block), width // length)
         levels = torch.zeros(shape, dtype=torch.float32, device=block.device)
         levels[:, -1] = masked.sum(1).float() / answer.sum(1).clamp(min=1)
@@ -161,7 +187,8 @@ class BlockNoise:
         found = self._of_run(module, args, kwargs)
         if found is None:
             return None
+        run, _, real = found
         implementation = getattr(module.config, "_attn_implementation", None)
         dtype = next(module.parameters()).dtype
-        mask = attention_argument(block_mask(found[1], self._length), implementation, dtype)
+        mask = attention_argument(block_mask(real, run.block_length), implementation, dtype)
         return {**kwargs, "attention_mask": mask}

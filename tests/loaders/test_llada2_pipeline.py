@@ -200,6 +200,31 @@ def test_pipelines_that_share_a_model_have_each_the_levels_of_their_own_run(base
     assert alone(input_ids=PROMPT, **whole).sequences.equal(of_whole)
 
 
+@pytest.mark.parametrize("first_step", [0, 3])  # at step 3 both runs see as many positions
+def test_runs_that_take_turns_have_each_their_own_levels(base: Path, tmp_path: Path, first_step: int) -> None:
+    adapter(base, tmp_path / "adapter")
+    pipe, whole, inner = pipeline(base), RUN | {"block_length": 2 * B, "gen_length": 10}, []
+    other = LLaDA2Pipeline(model=pipe.model, scheduler=BlockRefinementScheduler(), tokenizer=None)
+    other.set_progress_bar_config(disable=True)
+    pipe.load_nara_weights(tmp_path / "adapter", adapter_name="first")
+    other.load_nara_weights(tmp_path / "adapter", adapter_name="second")
+    set_adapter(pipe.model, "first")
+    alone, of_other = pipe(input_ids=PROMPT, **RUN).sequences, other(input_ids=PROMPT, **whole).sequences
+
+    def run_other(_: Any, step: int, *__: Any) -> dict[str, Tensor]:
+        if step >= first_step:
+            inner.append(other(input_ids=PROMPT, **whole).sequences)
+        return {}
+
+    assert pipe(input_ids=PROMPT, callback_on_step_end=run_other, **RUN).sequences.equal(alone)
+    assert inner
+    assert all(each.equal(of_other) for each in inner)
+    same = LLaDA2Pipeline(**pipe.components)  # with the same scheduler
+    same.load_nara_weights(tmp_path / "adapter", adapter_name="third")
+    set_adapter(pipe.model, "third")
+    assert same(input_ids=PROMPT, **RUN).sequences.equal(alone)
+
+
 def test_adapter_of_another_definition_is_refused_at_loading(base: Path, tmp_path: Path) -> None:
     adapter(base, tmp_path / "adapter")
     file = tmp_path / "adapter/adapter_config.json"
