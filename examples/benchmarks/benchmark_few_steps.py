@@ -40,10 +40,9 @@ from torch import Tensor
 
 from nara_diffusion.dreambooth.denoiser import write_checkpoint
 from nara_diffusion.dreambooth.distill import Distillation
+from nara_diffusion.dreambooth.fidelity import Evaluation
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
 from nara_diffusion.dreambooth.samples import write_grid
-from nara_diffusion.dreambooth.student import StudentEvaluation
-from nara_diffusion.dreambooth.trajectories import Segments, collate_segments
 from nara_diffusion.training import loop
 from nara_diffusion.training.command import gathered
 from nara_diffusion.training.live_storages import LiveStorages, tensors_of
@@ -115,28 +114,28 @@ def own_rates(rates: Mapping[str, float]) -> Iterator[None]:
 class Trial(Distillation):
     """A run that measures its student only. Runs of one seed share the teacher's samples."""
 
-    teachers: ClassVar[dict[tuple, StudentEvaluation]] = {}
+    teachers: ClassVar[dict[tuple, Evaluation]] = {}
 
-    def _evaluation(self, prompts: Sequence[str]) -> StudentEvaluation:
+    def _evaluation(self) -> Evaluation:
         key = (self.args.pretrained_model_name_or_path, self.args.seed)
         if key not in self.teachers:
-            self.teachers[key] = super()._evaluation(prompts)
-        own = {"run": self.run, "pipe": self.sampling_pipe, "loss": self.errors}
+            self.teachers[key] = super()._evaluation()
+        own = {"run": self.run, "pipe": self.sampling_pipe, "loss": self.held_out}
         return replace(self.teachers[key], **own)
 
     def report(self) -> dict[str, Any]:
         """The student's figures."""
         after = self.evaluation.measure(self.run.folder, "after")
         self.samples = after.images
-        with self.evaluation.loaded(self.run.folder):
-            end = self.errors.end_error(self.sampling_pipe)
+        end = self.end_error(self.run.folder)
         figures = {"score": after.validation_loss, "by_step": after.curve, "end": end}
         return figures | {"similarity": after.similarity, "alignment": after.text_alignment}
 
     def untrained(self, pictures: Path | None) -> Iterator[dict[str, Any]]:
         """The base's figures with each sampler, number of calls and guidance."""
-        loss, self.errors = self._losses()
-        evaluation, held_out = self._evaluation(loss.prompts), self.errors.loss
+        _, held_out = self._losses()
+        self.held_out = held_out
+        evaluation = self._evaluation()
         pipe: Any = self.sampling_pipe
         sampler = pipe.scheduler
         keep(pictures, TEACHER, evaluation.references)
@@ -234,8 +233,8 @@ def step_of(trial: Trial) -> tuple[Callable[[], None], list[Tensor]]:
     """An optimizer step of a run's model, on its first batch; the tensors of the model and the optimizer."""
     loss, _ = trial._losses()
     model = trial._model().train()
-    segments = Segments(len(loss.prompts), trial.steps, trial.args.seed)
-    batch = collate_segments([segments[position] for position in range(trial.args.train_batch_size)])
+    samples = trial.samples_of(loss)
+    batch = [samples[position] for position in range(trial.args.train_batch_size)]
     optimizer, loss = loop.build_optimizer(model, trial.args), replace(loss, model=model)
 
     def step() -> None:

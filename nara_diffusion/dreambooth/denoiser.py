@@ -272,10 +272,12 @@ def _training_state(model: AdaptedDenoiser) -> dict[str, Tensor]:
 
 
 @contextmanager
-def adapter_loaded(pipe: DiffusionPipeline, folder: Path | None) -> Iterator[None]:
+def adapter_loaded(pipe: Any, folder: Path | None, beside: str | None = None) -> Iterator[None]:
     """Load the adapter in `folder` into `pipe` inside the context, as a user would.
 
-    If `folder` is None, the base model is used.
+    Args:
+        folder: the adapter's folder; None means the base model.
+        beside: the name of an adapter of `pipe` that stays active.
 
     Raises:
         ValueError: a file in the folder can't be loaded completely.
@@ -285,23 +287,34 @@ def adapter_loaded(pipe: DiffusionPipeline, folder: Path | None) -> Iterator[Non
         return
     family = family_of(pipe)
     with ExitStack() as stack:
+        stack.callback(_unload, pipe, beside)
         if (folder / LORA_WEIGHTS).is_file():
-            stack.callback(pipe.unload_lora_weights)
             _load_lora(pipe, folder)
         elif not (folder / family.denoiser).is_dir():
-            pipe.load_nara_weights(folder)
-            stack.callback(pipe.unload_nara_weights)
+            pipe.load_nara_weights(folder, adapter_name=ADAPTER)
         for name in (family.denoiser, *family.text_encoders):
             if (folder / name).is_dir():
                 stack.callback(load_peft_adapter(getattr(pipe, name), folder / name).unload)
+        if beside is not None:
+            pipe.set_adapters([beside, ADAPTER])
         yield
 
 
-def _load_lora(pipe: DiffusionPipeline, folder: Path) -> None:
+def _unload(pipe: Any, beside: str | None) -> None:
+    if beside is None:
+        pipe.unload_lora_weights()
+    else:
+        pipe.delete_adapters(ADAPTER)
+        pipe.set_adapters(beside)
+
+
+def _load_lora(pipe: Any, folder: Path) -> None:
     level = diffusers_logging.get_verbosity()
     diffusers_logging.set_verbosity_error()  # it warns of each text encoder that the file lacks
     try:
-        pipe.load_lora_weights(folder, adapter_name=ADAPTER)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+            pipe.load_lora_weights(folder, adapter_name=ADAPTER)
     finally:
         diffusers_logging.set_verbosity(level)
     parts: dict[str, dict[str, Tensor]] = {}

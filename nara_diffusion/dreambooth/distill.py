@@ -18,42 +18,40 @@ import torch
 from torch import Tensor
 
 from nara_diffusion import NaraConfig
+from nara_diffusion.loaders.tensor_files import is_nara
 from nara_diffusion.noise.prediction import TIMESTEP_SETTINGS
 from nara_diffusion.training.adapters import adapter_config, check_target_modules, title_of
 from nara_diffusion.training.checkpoints import save_adapter
-from nara_diffusion.training.loop import prepare_training, train
+from nara_diffusion.training.loop import ShuffledStream, prepare_training, train
 from nara_diffusion.training.report import finish
 from nara_diffusion.training.run import Run
-from nara_diffusion.utils.files import digest_texts
+from nara_diffusion.utils.files import digest_file, digest_texts, local_folder
 
 from .caches import PromptCache
 from .denoiser import AdaptedDenoiser, read_checkpoint, write_adapter
-from .encoders import load_encoders
-from .few_steps import check_family, levels_of, sampler_line, sampler_of
+from .draws import seeded_normal
+from .encoders import load_encoders, paired_similarity
+from .few_steps import check_family, landings, student_sampler, teacher_sampler
+from .fidelity import Evaluation
 from .image_arguments import DreamBoothArguments, run_family
 from .image_report import describe_student
 from .objectives import build_objective
 from .pipelines import folders_of, load_pipeline, sharing_pipeline
 from .samples import SampleSettings, sample_images
-from .student import StepErrors, StudentEvaluation, StudentLoss, contents_of, load_own
-from .trajectories import (
-    Segments,
-    Teacher,
-    collate_segments,
-    make_trajectories,
-    read_prompts,
-)
+from .student import StudentLoss
+from .trajectories import make_trajectories, read_prompts, sample_latents
 
 TRAJECTORIES = "trajectories"
 OWN = "own"
-"""The name of the user's adapter (--init_adapter) in both pipelines."""
+"""The name of the user's adapter (--init_adapter) in the pipelines."""
 
 
 class Distillation:
     """A run of `--distill_to`. Call `train`, then `report`."""
 
     def __init__(self, args: DreamBoothArguments, run: Run) -> None:
-        self.args, self.run = args, run
+        assert args.distill_to is not None
+        self.args, self.run, self.steps = args, run, args.distill_to
         check_family(run_family(args))  # before the model is loaded
         self.prompts = self._prompts()
         device = run.accelerator.device
@@ -63,53 +61,16 @@ class Distillation:
         self.pipe = load_pipeline(name, dtype=run.dtype, variant=args.variant, **files).to(device)
         run.record_base_digests(folders_of(self.pipe, name, **files), args.variant)
         self.family = run_family(args, self.pipe)
-        self.objective = build_objective(self.pipe.scheduler, shift=args.flow_shift)
-        self.sampler = sampler_of(self.pipe.scheduler, self.objective, self.steps)
-        self.levels = levels_of(self.sampler, self.objective, self.steps)
+        self.denoiser = getattr(self.pipe, self.family.denoiser)
+        self.source = build_objective(self.pipe.scheduler).source
+        self._set_samplers()
         self.config = self._config()
-        check_target_modules(
-            getattr(self.pipe, self.family.denoiser), getattr(self.config, "target_modules", None)
-        )
-        self.sampling_pipe = sharing_pipeline(self.pipe, run.dtype)
-        self.sampling_pipe.scheduler = self.sampler
+        check_target_modules(self.denoiser, getattr(self.config, "target_modules", None))
         if args.init_adapter is not None:
-            load_own(self.pipe, args.init_adapter, OWN)
-            load_own(self.sampling_pipe, args.init_adapter, OWN)
-
-    @property
-    def steps(self) -> int:
-        """K."""
-        assert self.args.distill_to is not None
-        return self.args.distill_to
-
-    @property
-    def beside(self) -> str | None:
-        """The name of the user's adapter; None without a user's adapter."""
-        return None if self.args.init_adapter is None else OWN
-
-    @property
-    def parts(self) -> int:
-        """The number of teacher steps for one student step."""
-        return self.args.num_inference_steps // self.steps
-
-    @property
-    def sampler_line(self) -> str:
-        """The code that sets the student's scheduler in a pipeline of the base."""
-        return sampler_line(self.pipe.scheduler, self.objective, self.steps)
-
-    def _config(self) -> Any:
-        config: Any = adapter_config(self.args, noise_convention=self.objective.source.convention)
-        if isinstance(config, NaraConfig):
-            config.few_steps = {
-                "num_inference_steps": self.steps,
-                "guidance_scale": 1.0,
-                "timesteps": [level.timestep for level in self.levels[:-1]],
-                "scheduler": self.sampler_line,
-                **{name: self.sampler.config.get(name) for name in TIMESTEP_SETTINGS},
-            }
-        return config
-
-    # ------------------------------------------------------------------ data
+            is_own_nara = is_nara(Path(args.init_adapter).expanduser())
+            for pipe in (self.pipe, self.teacher, self.sampling_pipe):
+                load: Any = pipe.load_nara_weights if is_own_nara else pipe.load_lora_weights
+                load(args.init_adapter, adapter_name=OWN)
 
     def _prompts(self) -> list[str]:
         """Return one prompt for each trajectory."""
@@ -120,58 +81,107 @@ class Distillation:
             known = [prompt for prompt in (args.instance_prompt, args.class_prompt) if prompt]
         return [known[i % len(known)] for i in range(args.trajectories)]
 
-    def _trajectories(self, teacher: Teacher, prompts: Sequence[str]) -> Tensor:
-        args, run = self.args, self.run
-        settings = (args.seed, args.resolution, args.num_inference_steps, self.steps)
-        settings += (args.guidance_scale, args.max_sequence_length, args.flow_shift, run.dtype)
-        fine = levels_of(self.sampler, self.objective, self.steps, self.parts)
-        texts = [*prompts, *map(str, (*settings, *fine)), *run.digests.values()]
-        texts += contents_of(self.pipe, OWN)
+    def _set_samplers(self) -> None:
+        """Set the pipelines of teacher and student, and the arguments of their calls."""
+        args, dtype = self.args, self.run.dtype
+        size = {"height": args.resolution, "width": args.resolution, **self.family.sample_call}
+        self.sampling_pipe = sharing_pipeline(self.pipe, dtype)
+        sampler, self.line = student_sampler(self.pipe.scheduler, self.steps, self.family.is_flow)
+        self.sampling_pipe.scheduler = sampler
+        self.student_call = {**size, "num_inference_steps": self.steps, "guidance_scale": 1.0}
+        self.timesteps, self.landings = landings(sampler, self.steps)
+        self.teacher = sharing_pipeline(self.pipe, dtype)
+        self.parts = args.num_inference_steps // self.steps
+        self.teacher.scheduler, call = teacher_sampler(sampler, self.steps, self.parts)
+        self.teacher_call = {**size, **call, "guidance_scale": args.guidance_scale}
+
+    @property
+    def beside(self) -> str | None:
+        """The name of the user's adapter; None without a user's adapter."""
+        return None if self.args.init_adapter is None else OWN
+
+    def _config(self) -> Any:
+        config: Any = adapter_config(self.args, noise_convention=self.source.convention)
+        if isinstance(config, NaraConfig):
+            sampler = self.sampling_pipe.scheduler
+            config.few_steps = {
+                "num_inference_steps": self.steps,
+                "guidance_scale": 1.0,
+                "timesteps": self.timesteps.tolist(),
+                "scheduler": self.line,
+                **{name: sampler.config.get(name) for name in TIMESTEP_SETTINGS},
+            }
+        return config
+
+    # ------------------------------------------------------------------ data
+
+    def _trajectories(self) -> Tensor:
+        """Return the teacher's trajectories (n, K + 1, c, h, w), from a file if it has them."""
+        args, run, prompts = self.args, self.run, self.prompts
+        side = args.resolution // self.pipe.vae_scale_factor
+        shape = (self.denoiser.config.in_channels, side, side)
+
+        def sample(indices: Sequence[int]) -> Tensor:
+            noise = seeded_normal(shape, seed=args.seed, stream="trajectory", indices=indices)
+            given = [prompts[i] for i in indices]
+            path = sample_latents(self.teacher, given, noise, self.teacher_call)
+            return path[:, :: self.parts].contiguous()
+
+        settings = (args.seed, self.teacher_call, self.timesteps.tolist(), run.dtype)
+        texts = [*prompts, *map(str, settings), *run.digests.values()]
+        if args.init_adapter is not None:
+            texts += digests_of(args.init_adapter)
         digest = digest_texts(texts)
         run.record_data_digest("training data", [digest])
-        folder = run.folder / TRAJECTORIES
-        if args.trajectories_dir is not None:
-            folder = Path(args.trajectories_dir).expanduser()
+        folder = Path(args.trajectories_dir or run.folder / TRAJECTORIES).expanduser()
         path = folder / f"{digest[:16]}.safetensors"
-        return make_trajectories(
-            teacher, prompts, fine, self.parts, args.seed, path, run.accelerator
-        )
+        size = args.sample_batch_size
+        return make_trajectories(sample, len(prompts), size, path, run.accelerator)
 
-    def _losses(self) -> tuple[StudentLoss, StepErrors]:
-        """Return the loss on training trajectories and the errors on held-out trajectories."""
-        args, accelerator = self.args, self.run.accelerator
-        prompts = self.prompts
-        teacher = Teacher(
-            self.pipe, self.family, args.guidance_scale, args.resolution, args.sample_batch_size
-        )
-        trajectories = self._trajectories(teacher, prompts)
+    def _losses(self) -> tuple[StudentLoss, StudentLoss]:
+        """Return the loss on training trajectories, and on held-out trajectories."""
+        args, prompts = self.args, self.prompts
+        trajectories = self._trajectories()
         count = max(1, args.trajectories // 10)
+        time_ids = [[args.resolution, args.resolution, 0, 0, args.resolution, args.resolution]]
         held_out = StudentLoss(
-            getattr(self.pipe, self.family.denoiser),
+            self.denoiser,
             trajectories[-count:],
             prompts[-count:],
-            self.levels,
+            self.timesteps,
+            self.landings,
             torch.ones(self.steps),
-            self.objective.source,
+            self.source,
             PromptCache(self.pipe, self.family),
-            teacher,
+            torch.tensor(time_ids, device=self.run.accelerator.device),
+            args.sample_batch_size,
         )
-        base = StepErrors(held_out, args.sample_batch_size).errors(self.pipe, accelerator).mean(1)
-        held_out = replace(held_out, base_errors=base)
-        loss = replace(held_out, trajectories=trajectories[:-count], prompts=prompts[:-count])
-        return loss, StepErrors(held_out, args.sample_batch_size)
+        base_errors = held_out.curve(self.pipe, self.run.accelerator).mean(1)
+        held_out = replace(held_out, base_errors=base_errors)
+        return replace(
+            held_out, trajectories=trajectories[:-count], prompts=prompts[:-count]
+        ), held_out
 
     # ------------------------------------------------------------------ the run
 
     def train(self) -> None:
         """Train from the start or a checkpoint to the last step, and write the adapter."""
         args, run = self.args, self.run
-        loss, self.errors = self._losses()
-        samples = Segments(len(loss.prompts), self.steps, args.seed)
-        steps = run.plan(len(loss.prompts) * self.steps)
-        self.evaluation = self._evaluation(loss.prompts)
-        model = self._model()
-        parts = prepare_training(run, model, samples, collate_segments)
+        loss, self.held_out = self._losses()
+        count = len(loss.prompts)
+        samples = ShuffledStream([{"trajectory": number} for number in range(count)], args.seed)
+        steps = run.plan(count * self.steps)
+        self.evaluation = self._evaluation()
+        model = AdaptedDenoiser(
+            self.pipe,
+            self.config,
+            gradient_checkpointing=args.gradient_checkpointing,
+            family=self.family,
+            beside=self.beside,
+        )
+        if run.checkpoint is not None:
+            read_checkpoint(model, run.checkpoint)
+        parts = prepare_training(run, model, samples, list)
         self.trainable = sum(parameter.numel() for parameter in model.trained.values())
         teacher = f"{args.num_inference_steps} steps, guidance {args.guidance_scale:g}"
         self.facts = {
@@ -179,8 +189,8 @@ class Distillation:
             "adapter": title_of(args),
             "student": f"{self.steps} steps without guidance, one call each",
             "teacher": teacher + (f", with {args.init_adapter}" if args.init_adapter else ""),
-            "trained on": f"{len(loss.prompts)} trajectories of the teacher",
-            "validation loss": f"on {len(self.errors.loss.prompts)} trajectories held out",
+            "trained on": f"{count} trajectories of the teacher",
+            "validation loss": f"on {len(self.held_out.prompts)} trajectories held out",
             "optimizer steps": f"{steps} of {run.global_batch} samples",
             "trainable parameters": f"{self.trainable:,}",
             "hardware": run.hardware,
@@ -191,53 +201,43 @@ class Distillation:
         train(run, parts, replace(loss, model=parts[0]), validate)
         save_adapter(run.accelerator, parts[0], run.folder, write_adapter)
 
-    def _evaluation(self, prompts: Sequence[str]) -> StudentEvaluation:
+    def _evaluation(self) -> Evaluation:
+        """Return the evaluation, with a sample of the teacher for each of the student's."""
         args = self.args
-        shown = args.prompts or list(dict.fromkeys(prompts))[:4]
-        size = {"height": args.resolution, "width": args.resolution, **self.family.sample_call}
-        student = {"num_inference_steps": self.steps, "guidance_scale": 1.0}
         settings = SampleSettings(
-            shown, args.num_validation_images, args.seed, args.sample_batch_size, size | student
+            args.prompts or list(dict.fromkeys(self.prompts))[:4],
+            args.num_validation_images,
+            args.seed,
+            args.sample_batch_size,
+            self.student_call,
         )
-        teacher = {
-            "num_inference_steps": args.num_inference_steps,
-            "guidance_scale": args.guidance_scale,
-        }
-        slow = replace(settings, call=size | teacher)
-        images = sample_images(self.sampling_pipe, slow, self.run.accelerator, desc="teacher")
-        return StudentEvaluation(
+        slow = replace(settings, call=self.teacher_call)
+        images = sample_images(self.teacher, slow, self.run.accelerator, desc="teacher")
+        return Evaluation(
             self.run,
             self.sampling_pipe,
             settings,
-            self.errors,
+            self.held_out,
             images,
-            similarity=self.encoders["similarity"],
-            alignment=self.encoders["alignment"],
+            **self.encoders,
+            compare=paired_similarity,
+            title="the teacher",
             beside=self.beside,
         )
 
-    def _model(self) -> AdaptedDenoiser:
-        args, checkpoint = self.args, self.run.checkpoint
-        model = AdaptedDenoiser(
-            self.pipe,
-            self.config,
-            gradient_checkpointing=args.gradient_checkpointing,
-            family=self.family,
-            beside=self.beside,
-        )
-        if checkpoint is not None:
-            read_checkpoint(model, checkpoint)
-        return model
+    def end_error(self, folder: Path | None) -> float:
+        """Return the `StudentLoss.end_error` with the adapter in `folder`; None means the base."""
+        with self.evaluation.loaded(folder):
+            return self.held_out.end_error(
+                self.sampling_pipe, self.student_call, self.run.accelerator
+            )
 
     def report(self) -> dict[str, Any]:
         """Measure, write the report, and return the content of results.json."""
         args, run = self.args, self.run
         before = self.evaluation.measure(None, "before")
         after = self.evaluation.measure(run.folder, "after")
-        ends = []
-        for folder in (None, run.folder):
-            with self.evaluation.loaded(folder):
-                ends.append(self.errors.end_error(self.sampling_pipe))
+        ends = [self.end_error(None), self.end_error(run.folder)]
         figures = [
             ["error of a step, share of the base's", before.validation_loss, after.validation_loss],
             ["distance of the end from the teacher's", *ends],
@@ -253,12 +253,7 @@ class Distillation:
             facts=self.facts,
             schedule_line="",
             describe=partial(
-                describe_student,
-                self.evaluation,
-                before,
-                after,
-                self.pipe,
-                self.sampler_line,
+                describe_student, self.evaluation, before, after, self.pipe, self.line
             ),
             n=len(after.images),
             trainable_parameters=self.trainable,
@@ -268,6 +263,15 @@ class Distillation:
             end_error_before=ends[0],
             end_error_after=ends[1],
         )
+
+
+def digests_of(adapter: str) -> list[str]:
+    """Return the digest of each file of an adapter, given by its file, folder or Hub id."""
+    path = Path(adapter).expanduser()
+    if path.is_file():
+        return [digest_file(path)]
+    files = sorted(path for path in local_folder(str(path)).iterdir() if path.is_file())
+    return list(map(digest_file, files))
 
 
 def written(value: Any) -> str:

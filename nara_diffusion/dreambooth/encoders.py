@@ -121,6 +121,11 @@ def image_similarity(encoder: Encoder, generated: Images, reference: Images) -> 
     return (encoder.images(generated) @ encoder.images(reference).T).mean().item()
 
 
+def paired_similarity(encoder: Encoder, generated: Images, reference: Images) -> float:
+    """Return the mean cosine of each generated image and the reference at its place."""
+    return (encoder.images(generated) * encoder.images(reference)).sum(1).mean().item()
+
+
 def text_alignment(
     encoder: Encoder, images: Images, prompts: Sequence[str], identifier: Iterable[str] = ()
 ) -> float:

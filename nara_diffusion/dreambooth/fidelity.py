@@ -8,7 +8,7 @@ measures the folders of several seeds.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,22 +60,25 @@ class Evaluation:
     pipe: DiffusionPipeline  # the pipeline of the base model, for sampling
     settings: SampleSettings
     loss: LossCurve
-    references: Sequence[Image] = ()  # images of the subject
+    references: Sequence[Image] = ()  # images of the subject, or of a teacher
     similarity: Encoder | None = None  # compares samples with the subject
     alignment: Encoder | None = None  # compares samples with their prompts
     reconstruction: Reconstruction | None = None  # of `references`
+    compare: Callable[[Encoder, Images, Images], float] = image_similarity
+    title: str = "training images"  # of `references`
+    beside: str | None = None  # an adapter of `pipe` that stays active
 
     @property
     def subject(self) -> dict[str, Sequence[Image]]:
         """Rows of a sheet, {title: images of the subject}."""
-        rows = {"training images": self.references}
+        rows = {self.title: self.references}
         if self.reconstruction is not None:
             rows[self.reconstruction.title] = self.reconstruction.images
         return rows
 
     def loaded(self, folder: Path | None) -> AbstractContextManager[None]:
         """Return a context with the adapter in `folder`, loaded as a user would load it."""
-        return adapter_loaded(self.pipe, folder)
+        return adapter_loaded(self.pipe, folder, self.beside)
 
     def measure(self, folder: Path | None, name: str) -> Measurement:
         """Return a measurement with the adapter in `folder`, loaded as a user would load it.
@@ -101,7 +104,7 @@ class Evaluation:
         """Return the image similarity; None without an encoder or references."""
         if self.similarity is None or references is None:
             return None
-        return image_similarity(self.similarity, images, references)
+        return self.compare(self.similarity, images, references)
 
     def _alignment(self, images: Images) -> float | None:
         """Return the text alignment; None without an encoder."""

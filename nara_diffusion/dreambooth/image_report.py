@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from PIL.Image import Image
 
 from nara_diffusion.training.adapters import method_of
 from nara_diffusion.training.arguments import schedule_of
@@ -54,11 +56,9 @@ def describe(
         data: the training data, in words.
     """
     run, settings = evaluation.run, evaluation.settings
-    folder, args = run.folder, run.args
+    args = run.args
     columns = {"before": before.images, "after": after.images}
-    write_grid(folder / GRID, settings.prompts, columns, evaluation.subject)
-    for when, images in columns.items():
-        write_images(folder / f"samples-{when}", images, settings)
+    write_grid(run.folder / GRID, settings.prompts, columns, evaluation.subject)
     samples = counted(len(after.images), "sample")
     prompts = counted(len(settings.prompts), "prompt")
     ending = (
@@ -68,20 +68,14 @@ def describe(
         "can't be compared. Alignment often falls a little while similarity rises. If samples no "
         "longer show what prompts ask for, use an earlier checkpoint, or a strength below 1."
     )
-    shown = zip(settings.prompts, settings.names[:: settings.images_per_prompt], strict=True)
     measured = "training" if args.validation_data_dir is None else "held-out"
     return {
         "measured_on": f"{measured} images of the subject",
         "unit": "mean squared error",
         "about": f"for `{args.pretrained_model_name_or_path}`, trained on {data}.",
         "how_good": (f"![training images, and samples before and after]({GRID})", ending),
-        "loading": _loading(args, settings, run.hub_id or str(folder), pipe),
-        "tags": ["text-to-image", family_of(pipe).name, "diffusers", "dreambooth"],
-        "library": "diffusers",
         "instance_prompt": args.instance_prompt,
-        "widget": [
-            {"text": text, "output": {"url": f"samples-after/{name}"}} for text, name in shown
-        ],
+        **_described(evaluation, columns, pipe, "dreambooth"),
     }
 
 
@@ -98,35 +92,48 @@ def describe_student(
         sampler: the code that sets the student's scheduler; empty if the pipeline already has it.
     """
     run, settings = evaluation.run, evaluation.settings
-    steps = settings.call["num_inference_steps"]
-    taken = counted(steps, "step")
-    columns = {
-        "the teacher": evaluation.references,
-        f"the base, {taken}": before.images,
-        f"with the adapter, {taken}": after.images,
-    }
-    write_grid(run.folder / GRID, settings.prompts, columns)
-    for when, images in zip(("teacher", "before", "after"), columns.values(), strict=True):
-        write_images(run.folder / f"samples-{when}", images, settings)
+    taken = counted(settings.call["num_inference_steps"], "step")
+    columns = {"teacher": evaluation.references, "before": before.images, "after": after.images}
+    titles = ("the teacher", f"the base, {taken}", f"with the adapter, {taken}")
+    titled = dict(zip(titles, columns.values(), strict=True))
+    write_grid(run.folder / GRID, settings.prompts, titled)
     ending = (
         f"Over {counted(len(after.images), 'sample')}, each compared with the teacher's of the same prompt and seed. "
         "The error of a step starts from the teacher's own latents and is a share of the base's without guidance; the "
         "distance is that of the sampled latents from the teacher's, as a mean square."
     )
-    shown = zip(settings.prompts, settings.names[:: settings.images_per_prompt], strict=True)
     base = run.args.pretrained_model_name_or_path
     return {
         "measured_on": "the teacher's held-out trajectories",
         "unit": "share of the base's error",
         "about": f"for `{base}`, which it teaches to sample in {taken} without guidance.",
         "how_good": (f"![the teacher, the base and the adapter]({GRID})", ending),
-        "loading": _loading(run.args, settings, run.hub_id or str(run.folder), pipe, sampler),
-        "tags": ["text-to-image", family_of(pipe).name, "diffusers", "few-step"],
-        "library": "diffusers",
         "instance_prompt": settings.prompts[0],
-        "widget": [
-            {"text": text, "output": {"url": f"samples-after/{name}"}} for text, name in shown
-        ],
+        **_described(evaluation, columns, pipe, "few-step", sampler),
+    }
+
+
+def _described(
+    evaluation: Evaluation,
+    columns: Mapping[str, Sequence[Image]],
+    pipe: DiffusionPipeline,
+    tag: str,
+    sampler: str = "",
+) -> dict[str, Any]:
+    """Write a folder samples-NAME for each of the columns, and return arguments of the card."""
+    run, settings = evaluation.run, evaluation.settings
+    for name, images in columns.items():
+        write_images(run.folder / f"samples-{name}", images, settings)
+    widget = []
+    for text, name in zip(
+        settings.prompts, settings.names[:: settings.images_per_prompt], strict=True
+    ):
+        widget.append({"text": text, "output": {"url": f"samples-after/{name}"}})
+    return {
+        "loading": _loading(run.args, settings, run.hub_id or str(run.folder), pipe, sampler),
+        "tags": ["text-to-image", family_of(pipe).name, "diffusers", tag],
+        "library": "diffusers",
+        "widget": widget,
     }
 
 
@@ -135,7 +142,7 @@ def _loading(
     settings: SampleSettings,
     load_from: str,
     pipe: DiffusionPipeline,
-    sampler: str = "",
+    sampler: str,
 ) -> str:
     """Return the code on the model card, with notes."""
     dtypes: dict[str | None, str] = {"fp16": "torch.float16", "bf16": "torch.bfloat16"}

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -28,6 +28,8 @@ from .image_records import IMAGE_SUFFIXES
 # in pixels: the side of an image on a sheet, the space around images, the height of a text line
 CELL, GAP, TEXT = 128, 4, 15
 PROMPT_KEY = "class_prompt"  # in a class image's metadata
+
+Made = TypeVar("Made")
 
 
 # ---------------------------------------------------------------------- samples
@@ -90,19 +92,37 @@ def sample_images(
     desc: str = "sample",
 ) -> list[Image.Image]:
     """Return one image for each pair in `settings.pairs`. All processes share the work."""
+
+    def make(indices: Sequence[int]) -> list[Image.Image]:
+        pairs = [settings.pairs[i] for i in indices]
+        # CPU generators, so that a seed gives the same noise on any device
+        generators = [torch.Generator().manual_seed(seed) for _, seed in pairs]
+        return render(pipe, [prompt for prompt, _ in pairs], generators, settings.call)
+
+    return made_in_batches(make, len(settings.pairs), settings.batch_size, accelerator, desc)
+
+
+def made_in_batches(
+    make: Callable[[Sequence[int]], Iterable[Made]],
+    count: int,
+    batch_size: int,
+    accelerator: Accelerator | None,
+    desc: str,
+) -> list[Made]:
+    """Return what `make` returns for 0 … count − 1. All processes share the work.
+
+    Args:
+        make: a function that takes at most `batch_size` indices and returns a result for each.
+    """
     show = accelerator is None or accelerator.is_main_process
 
-    def work(indices: Sequence[int]) -> list[Image.Image]:
-        starts = range(0, len(indices), settings.batch_size)
-        images = []
+    def work(indices: Sequence[int]) -> list[Made]:
+        made: list[Made] = []
+        starts = range(0, len(indices), batch_size)
         for start in tqdm(starts, desc=desc, unit="batch", leave=False, disable=not show):
-            pairs = [settings.pairs[i] for i in indices[start : start + settings.batch_size]]
-            # CPU generators, so that a seed gives the same noise on any device
-            generators = [torch.Generator().manual_seed(seed) for _, seed in pairs]
-            images += render(pipe, [prompt for prompt, _ in pairs], generators, settings.call)
-        return images
+            made += make(indices[start : start + batch_size])
+        return made
 
-    count = len(settings.pairs)
     if accelerator is None:
         return work(range(count))
     return split_across_processes(accelerator, count, work)

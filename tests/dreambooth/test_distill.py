@@ -16,10 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from nara_diffusion import NaraConfig, to_lora
-from nara_diffusion.dreambooth import few_steps
-from nara_diffusion.dreambooth.denoiser import adapt, freeze_adapter
+from nara_diffusion.dreambooth import distill
+from nara_diffusion.dreambooth.denoiser import adapt, adapter_loaded, freeze_adapter
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
-from nara_diffusion.dreambooth.student import load_own, loaded_beside
 from nara_diffusion.loaders.file import AdapterFile
 from nara_diffusion.training.command import gathered
 from tests.acceptance._commands import results, run, tensors
@@ -110,7 +109,7 @@ def test_killed_run_goes_on_to_the_bits_of_one_run_without_the_teacher(
     shutil.rmtree(tmp_path / "out" / "checkpoint-6")
     caplog.set_level("INFO")
     run("dreambooth_sdxl.py", **sdxl, output_dir=tmp_path / "out", resume_from_checkpoint="latest")
-    assert "of the teacher, 6 steps each, took" not in caplog.text
+    assert "of the teacher took" not in caplog.text
     torch.testing.assert_close(tensors(tmp_path / "out"), tensors(ended), rtol=0, atol=0)
 
 
@@ -189,10 +188,9 @@ def test_student_learns_beside_the_users_own_adapter(sdxl: dict[str, Any], tmp_p
 
     pipe = small_sdxl()
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing", clip_sample=False)
-    load_own(pipe, str(tmp_path / "own"), "own")
-    assert not any(parameter.requires_grad for key, parameter in pipe.unet.named_parameters() if ".own." in key)
+    pipe.load_nara_weights(tmp_path / "own", adapter_name="own")
     before = pixels(pipe, **SAMPLED)
-    with loaded_beside(pipe, tmp_path / "out", "own"):
+    with adapter_loaded(pipe, tmp_path / "out", "own"):
         assert pipe.get_active_adapters() == ["own", "default"]
         assert not torch.allclose(pixels(pipe, **SAMPLED), before)
     torch.testing.assert_close(pixels(pipe, **SAMPLED), before, rtol=0, atol=0)
@@ -216,7 +214,8 @@ def test_other_levels_make_other_trajectories(tmp_path: Path, monkeypatch: pytes
     flags = flags_of(tmp_path, small_sd3()) | {"max_train_steps": 1, "adapter": "lora", "target_modules": ["to_k"]}
     flags["distillation_options"] = {"trajectories": 10, "trajectories_dir": str(tmp_path / "kept")}
     run("dreambooth.py", **flags, output_dir=tmp_path / "0")
-    monkeypatch.setattr(few_steps, "_sampler_options", lambda *_: {})  # the levels of an earlier version
+    earlier = FlowMatchEulerDiscreteScheduler()  # the levels of an earlier version
+    monkeypatch.setattr(distill, "student_sampler", lambda *_: (earlier, ""))
     run("dreambooth.py", **flags, output_dir=tmp_path / "1")
     assert len(list((tmp_path / "kept").iterdir())) == 2
 
@@ -244,6 +243,7 @@ def test_freezing_leaves_other_adapters_as_they_are() -> None:
         ({"snr_gamma": 5.0}, "snr_gamma is 5"),
         ({"check": True}, "check is True"),
         ({"curve_points": 9}, "curve_points is 9"),
+        ({"flow_shift": 2.0}, "flow_shift is 2"),
         ({"class_prompt": "a toy"}, "add class_prompt to it"),
         ({"trajectories": 3}, "at least 10"),
     ],

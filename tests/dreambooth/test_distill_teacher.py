@@ -12,10 +12,8 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
 from nara_diffusion.dreambooth import distill
-from nara_diffusion.dreambooth.few_steps import levels_of, sampler_of
-from nara_diffusion.dreambooth.objectives import build_objective
-from nara_diffusion.dreambooth.pipelines import family_of
-from nara_diffusion.dreambooth.trajectories import Teacher
+from nara_diffusion.dreambooth.few_steps import student_sampler
+from nara_diffusion.dreambooth.trajectories import sample_latents
 from tests.acceptance._commands import run
 from tests.acceptance._runs import COMMON
 from tests.helpers.adapted import disturb
@@ -57,26 +55,27 @@ def with_lora(folder: Path) -> Any:
 def test_teacher_has_the_users_lora_and_each_trajectory_its_prompt(
     flags: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    pipe, losses = with_lora(tmp_path / "own"), []
-    errors = distill.StepErrors
-    monkeypatch.setattr(distill, "StepErrors", lambda loss, size: losses.append(loss) or errors(loss, size))
-    monkeypatch.setattr(distill, "train", lambda run, parts, loss, validate: losses.append(loss))
+    pipe, losses, trained = with_lora(tmp_path / "own"), [], []
+    made = distill.Distillation._losses
+    monkeypatch.setattr(distill.Distillation, "_losses", lambda self: losses.append(made(self)) or losses[-1])
+    monkeypatch.setattr(distill, "train", lambda run, parts, loss, validate: trained.append(loss))
     options = {"trajectories": 12, "trajectories_dir": str(tmp_path / "kept")}
     caplog.set_level("INFO")
     run(
         "dreambooth_sdxl.py",
         **flags | {"distillation_options": options, "init_adapter": tmp_path / "own", "output_dir": tmp_path / "out"},
     )
-    assert "12 trajectories of the teacher, 6 steps each, took" in caplog.text
+    assert "12 trajectories of the teacher took" in caplog.text
     (path,) = (tmp_path / "kept").iterdir()
     kept = load_file(path)["trajectories"]
-    objective = build_objective(pipe.scheduler)
-    fine = levels_of(sampler_of(pipe.scheduler, objective, 2), objective, 2, 3)
-    teacher = Teacher(pipe, family_of(pipe), 3.0, 16, 4)
+    pipe.scheduler, _ = student_sampler(pipe.scheduler, 2, False)
+    pipe.set_progress_bar_config(disable=True)
     prompts = [flags["instance_prompt"], flags["class_prompt"]] * 6
-    expected = torch.stack(teacher.sample(kept[:, 0], prompts, fine)[::3], 1)
+    call = {"num_inference_steps": 6, "guidance_scale": 3.0, "height": 16, "width": 16}
+    expected = sample_latents(pipe, prompts, kept[:, 0], call)[:, ::3]
     torch.testing.assert_close(kept, expected, rtol=1e-3, atol=1e-3)
-    held_out, training = losses[1], losses[-1]
+    ((training, held_out),) = losses
+    assert torch.equal(trained[0].trajectories, training.trajectories)
     assert torch.equal(torch.cat([training.trajectories, held_out.trajectories]), kept)
     assert [*training.prompts, *held_out.prompts] == prompts
     assert len(held_out.prompts) == 1
@@ -99,7 +98,7 @@ class Named(Exception):
 def test_every_setting_of_the_teacher_names_other_trajectories(
     flags: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def named(teacher: Any, prompts: Any, levels: Any, parts: Any, seed: Any, path: Path, accelerator: Any) -> None:
+    def named(sample: Any, count: int, batch_size: int, path: Path, accelerator: Any) -> None:
         raise Named(path.name)
 
     monkeypatch.setattr(distill, "make_trajectories", named)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,11 +17,12 @@ from diffusers import (
 )
 
 from nara_diffusion.dreambooth.caches import PromptCache
-from nara_diffusion.dreambooth.few_steps import advance, check_family, landing, levels_of, sampler_line, sampler_of
+from nara_diffusion.dreambooth.families import Family
+from nara_diffusion.dreambooth.few_steps import check_family, landings, student_sampler, teacher_sampler
 from nara_diffusion.dreambooth.objectives import build_objective
 from nara_diffusion.dreambooth.pipelines import family_of
-from nara_diffusion.dreambooth.student import StepErrors, StudentLoss
-from nara_diffusion.dreambooth.trajectories import Segments, Teacher, collate_segments, make_trajectories, read_prompts
+from nara_diffusion.dreambooth.student import StudentLoss
+from nara_diffusion.dreambooth.trajectories import make_trajectories, read_prompts, sample_latents
 from tests.helpers.small_pipelines import BETAS, small_flux, small_sd, small_sd3, small_sdxl
 
 SCHEDULERS = {
@@ -32,36 +33,45 @@ SCHEDULERS = {
 }
 
 
+def sampler_of(kind: str, steps: int) -> Any:
+    return student_sampler(SCHEDULERS[kind], steps, kind == "flow")[0]
+
+
 @pytest.mark.parametrize("kind", SCHEDULERS)
-def test_steps_are_those_of_diffusers_sampler(kind: str) -> None:
-    scheduler = SCHEDULERS[kind]
-    objective = build_objective(scheduler)
-    sampler = sampler_of(scheduler, objective, 5)
-    levels = levels_of(sampler, objective, 5)
-    own = type(sampler).from_config(sampler.config)
-    own.set_timesteps(5)
-    z = torch.randn(2, 3, 4, 5)
-    for timestep, here, there in zip(own.timesteps, levels[:-1], levels[1:], strict=True):
-        assert here.timestep == pytest.approx(timestep.item(), rel=1e-6)
-        y = torch.randn(z.shape)
-        expected = own.step(y, timestep, z).prev_sample
-        z = advance(z, y, here, there)
-        torch.testing.assert_close(z, expected, rtol=1e-4, atol=1e-4)
+def test_a_target_makes_diffusers_sampler_land_where_the_teacher_lands(kind: str) -> None:
+    sampler = sampler_of(kind, 3)
+    timesteps, factors = landings(sampler, 3)
+    z, end = torch.randn(2, 2, 3, 4, 5)
+    sampler.set_timesteps(3)
+    assert torch.equal(timesteps, sampler.timesteps)
+    for timestep, (a, b) in zip(timesteps, factors, strict=True):
+        found = sampler.step(a * z + b * end, timestep, z).prev_sample
+        torch.testing.assert_close(found, end, rtol=1e-4, atol=1e-4)
+
+
+def test_a_target_is_that_of_ddim_s_formula() -> None:
+    """ε = (z' − √(ᾱ' / ᾱ) z) / (√(1 − ᾱ') − √(ᾱ' (1 − ᾱ) / ᾱ)), in float64."""
+    alphas = DDIMScheduler(**BETAS).alphas_cumprod.double()
+    timesteps, factors = landings(sampler_of("epsilon", 4), 4)
+    assert timesteps.tolist() == [999, 749, 499, 249]
+    ends = [*alphas[timesteps[1:]], torch.tensor(1.0, dtype=torch.float64)]
+    for here, there, found in zip(alphas[timesteps], ends, factors, strict=True):
+        d = (1 - there).sqrt() - (there * (1 - here) / here).sqrt()
+        expected = torch.stack([-(there / here).sqrt() / d, 1 / d])
+        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_no_step_of_a_flow_is_idle(shift: float) -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
-    objective = build_objective(scheduler)
     for steps in (1, 2, 4, 7):
-        sampler = sampler_of(scheduler, objective, steps)
+        sampler, line = student_sampler(scheduler, steps, True)
         sampler.set_timesteps(steps)
         least = shift / steps / (1 + (shift - 1) / steps)  # 1 / K, shifted
         assert sampler.sigmas[-2].item() == pytest.approx(least)
         drops = -sampler.sigmas.diff()
         assert drops.min() > 0.15 / steps
         assert sampler.sigmas[0] == 1
-        line = sampler_line(scheduler, objective, steps)
         assert (line == "") == (steps == 1)
         pipe = SimpleNamespace(scheduler=scheduler)
         exec(line, {"pipe": pipe, "FlowMatchEulerDiscreteScheduler": FlowMatchEulerDiscreteScheduler})
@@ -71,75 +81,73 @@ def test_no_step_of_a_flow_is_idle(shift: float) -> None:
 
 def test_a_flow_with_a_scheduler_of_another_class_is_taught_too() -> None:
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-    sampler = sampler_of(scheduler, build_objective(scheduler), 4)
+    sampler, _ = student_sampler(scheduler, 4, True)
     sampler.set_timesteps(4)
     torch.testing.assert_close(sampler.sigmas, torch.tensor([1.0, 0.75, 0.5, 0.25, 0.0]), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", SCHEDULERS)
-def test_a_target_lands_where_the_teacher_lands(kind: str) -> None:
-    objective = build_objective(SCHEDULERS[kind])
-    levels = levels_of(sampler_of(SCHEDULERS[kind], objective, 3), objective, 3)
-    z, end = torch.randn(2, 2, 3, 4, 5, dtype=torch.float64)
-    for here, there in itertools.pairwise(levels):
-        a, b = landing(here, there)
-        torch.testing.assert_close(advance(z, a * z + b * end, here, there), end)
-
-
-@pytest.mark.parametrize("kind", SCHEDULERS)
 def test_the_teacher_passes_through_the_student_levels(kind: str) -> None:
-    objective = build_objective(SCHEDULERS[kind])
     for steps, parts in ((1, 4), (3, 4), (4, 3), (8, 2)):
-        sampler = sampler_of(SCHEDULERS[kind], objective, steps)
-        fine = levels_of(sampler, objective, steps, parts)
-        assert len(fine) == steps * parts + 1
-        assert fine[::parts] == levels_of(sampler, objective, steps)
-        assert [level.timestep for level in fine] == sorted({level.timestep for level in fine}, reverse=True)
+        sampler = sampler_of(kind, steps)
+        timesteps, _ = landings(sampler, steps)
+        fine, call = teacher_sampler(sampler, steps, parts)
+        fine.set_timesteps(**call)
+        assert len(fine.timesteps) == steps * parts
+        torch.testing.assert_close(fine.timesteps[::parts], timesteps)
+        assert (fine.timesteps.diff() < 0).all()
+    if kind == "flow":  # of 8 steps in 2 parts: each half of a step is half of its σ
+        middles = (fine.sigmas[:-2:2] + fine.sigmas[2::2]) / 2
+        torch.testing.assert_close(fine.sigmas[1::2], middles)
 
 
-def teacher_of(pipe: Any, guidance_scale: float) -> tuple[Teacher, Any, Any]:
-    objective = build_objective(pipe.scheduler)
-    pipe.scheduler = sampler_of(pipe.scheduler, objective, 5)
+CALL: dict[str, Any] = {"num_inference_steps": 5, "height": 16, "width": 16}
+
+
+def sampling(pipe: Any) -> tuple[Any, Family, tuple[int, int, int]]:
+    """A pipeline with the sampler of five steps, its family, and the shape of its latents."""
+    family = family_of(pipe)
+    pipe.scheduler, _ = student_sampler(pipe.scheduler, 5, family.is_flow)
     pipe.set_progress_bar_config(disable=True)
-    return Teacher(pipe, family_of(pipe), guidance_scale, 16, 2), objective, pipe.scheduler
+    side = 16 // pipe.vae_scale_factor
+    return pipe, family, (getattr(pipe, family.denoiser).config.in_channels, side, side)
 
 
-@pytest.mark.parametrize(
-    ("make", "guidance_scale"), [(small_sd, 3.5), (small_sdxl, 2.5), (small_sdxl, 1.0), (small_sd3, 4.0)]
-)
-def test_the_teacher_samples_as_the_pipeline_does(make: Any, guidance_scale: float) -> None:
-    teacher, objective, sampler = teacher_of(make(), guidance_scale)
-    levels = levels_of(sampler, objective, 5)
-    noise, prompts = torch.randn(2, *teacher.shape), ["a photo of toy", "red cube on grass"]
-    path = teacher.sample(noise, prompts, levels)
-    call = {"num_inference_steps": 5, "guidance_scale": guidance_scale, "height": 16, "width": 16}
-    call |= teacher.family.sample_call
-    with torch.no_grad():
-        expected = teacher.pipe(prompt=prompts, latents=noise, output_type="latent", **call).images
-    assert [len(z) for z in path] == [2] * 6
-    torch.testing.assert_close(path[-1], expected, rtol=1e-3, atol=1e-3)
+@pytest.mark.parametrize(("make", "guidance_scale"), [(small_sd, 3.5), (small_sdxl, 1.0), (small_sd3, 4.0)])
+def test_latents_are_those_after_each_step_of_the_pipeline(make: Any, guidance_scale: float) -> None:
+    pipe, family, shape = sampling(make())
+    noise, prompts = torch.randn(2, *shape), ["a photo of toy", "red cube on grass"]
+    call = {**CALL, **family.sample_call, "guidance_scale": guidance_scale}
+    path = sample_latents(pipe, prompts, noise, call)
+    assert path.shape == (2, 6, *shape)
+    assert torch.equal(path[:, 0], noise)
+    expected = pipe(prompts, latents=noise, output_type="latent", **call).images
+    torch.testing.assert_close(path[:, -1], expected)
+    denoiser, ids = getattr(pipe, family.denoiser), torch.tensor([[16, 16, 0, 0, 16, 16]] * 2)
+    pipe.scheduler.set_timesteps(5)
+    z = noise
+    for number, timestep in enumerate(pipe.scheduler.timesteps):
+        with torch.no_grad():
+            given, empty = family.encode(pipe, prompts), family.encode(pipe, ["", ""])
+            y = family.predict(denoiser, z, timestep.expand(2), ids, given)
+            base = family.predict(denoiser, z, timestep.expand(2), ids, empty)
+        y = base + guidance_scale * (y - base)
+        z = pipe.scheduler.step(y, timestep, z).prev_sample
+        torch.testing.assert_close(path[:, number + 1], z, rtol=1e-3, atol=1e-3)
 
 
-def test_trajectories_are_made_once_and_depend_on_prompt_and_number_only(tmp_path: Any) -> None:
-    teacher, objective, sampler = teacher_of(small_sdxl(), 2.0)
-    fine, prompts = levels_of(sampler, objective, 2, 3), ["a toy", "red cube", "a toy"]
-    accelerator = Accelerator(cpu=True)
-    made = make_trajectories(teacher, prompts, fine, 3, 5, tmp_path / "a", accelerator)
-    assert made.shape == (3, 3, *teacher.shape)
-    noise = made[1:2, 0]
-    alone = torch.stack(teacher.sample(noise, prompts[1:2], fine)[::3], 1)
-    torch.testing.assert_close(made[1:2], alone, rtol=1e-3, atol=1e-4)
-    assert not torch.equal(made[0, 0], made[2, 0])
-    again = make_trajectories(teacher, [], [], 3, 5, tmp_path / "a", accelerator)
-    assert torch.equal(again, made)
+def test_trajectories_are_made_once_and_depend_on_their_numbers_only(tmp_path: Any) -> None:
+    accelerator, asked = Accelerator(cpu=True), []
 
+    def sample(indices: Any) -> torch.Tensor:
+        asked.append(list(indices))
+        return torch.tensor(indices)[:, None] * torch.ones(5)
 
-def test_each_step_of_the_data_is_as_frequent_and_each_trajectory_comes_once_a_pass() -> None:
-    data = Segments(trajectories=6, steps=4, seed=3)
-    batch = collate_segments([data[position] for position in range(24)])
-    assert batch["step"] == list(range(4)) * 6
-    for epoch in torch.tensor(batch["trajectory"]).split(6):
-        assert sorted(epoch.tolist()) == list(range(6))
+    made = make_trajectories(sample, 3, 2, tmp_path / "a" / "b", accelerator)
+    assert torch.equal(made, torch.arange(3)[:, None] * torch.ones(5))
+    assert asked == [[0, 1], [2]]
+    assert torch.equal(make_trajectories(sample, 3, 2, tmp_path / "a" / "b", accelerator), made)
+    assert len(asked) == 2
 
 
 class Fixed(torch.nn.Module):
@@ -154,39 +162,49 @@ class Fixed(torch.nn.Module):
         return self.value
 
 
+def loss_of(pipe: Any, family: Family, paths: torch.Tensor, prompts: list[str], base: torch.Tensor) -> StudentLoss:
+    timesteps, factors = landings(pipe.scheduler, len(base))
+    source, cache = build_objective(pipe.scheduler).source, PromptCache(pipe, family)
+    ids = torch.tensor([[16, 16, 0, 0, 16, 16]])
+    denoiser = getattr(pipe, family.denoiser)
+    return StudentLoss(denoiser, paths, prompts, timesteps, factors, base, source, cache, ids, batch_size=2)
+
+
 def test_the_loss_is_the_error_to_the_target_over_the_base_error() -> None:
-    teacher, objective, sampler = teacher_of(small_sdxl(), 2.0)
-    levels = levels_of(sampler, objective, 3)
-    paths = torch.randn(4, 4, *teacher.shape)
-    cache = PromptCache(teacher.pipe, teacher.family)
-    model, base = Fixed(torch.randn(3, *teacher.shape)), torch.tensor([0.5, 2.0, 4.0])
-    loss = StudentLoss(model, paths, ["a", "b", "c", "d"], levels, base, objective.source, cache, teacher)
-    found = loss({"trajectory": [3, 0, 2], "step": [0, 2, 1]})
-    for row, (number, step) in enumerate([(3, 0), (0, 2), (2, 1)]):
-        a, b = landing(levels[step], levels[step + 1])
+    pipe, family, shape = sampling(small_sdxl())
+    paths, base = torch.randn(4, 4, *shape), torch.tensor([0.5, 2.0, 4.0])
+    model = Fixed(torch.randn(3, *shape))
+    loss = replace(loss_of(pipe, family, paths, ["a", "b", "c", "d"], base), model=model)
+    cells = [(3, 0), (0, 2), (2, 1)]
+    found = loss([{"trajectory": number, "position": step + 3 * number} for number, step in cells])
+    for row, (number, step) in enumerate(cells):
+        a, b = loss.landings[step]
         error = (model.value[row] - a * paths[number, step] - b * paths[number, step + 1]).square().mean()
         torch.testing.assert_close(found.per_sample[row], error / base[step], rtol=1e-4, atol=1e-5)
-        assert model.timestep[row] == levels[step].timestep
-        assert found.noise_level[row].item() == pytest.approx(levels[step].timestep / 1000)
+        assert model.timestep[row] == loss.timesteps[step]
+        assert found.noise_level[row].item() == pytest.approx(loss.timesteps[step].item() / 1000)
     torch.testing.assert_close(found.loss, found.per_sample.mean())
 
 
-def test_errors_are_shares_of_the_base_and_the_end_is_that_of_the_sampler() -> None:
-    teacher, objective, sampler = teacher_of(small_sdxl(), 3.0)
-    levels, prompts = levels_of(sampler, objective, 2), ["a toy", "red cube", "on grass"]
-    paths = torch.randn(3, 3, *teacher.shape)
-    cache = PromptCache(teacher.pipe, teacher.family)
-    loss = StudentLoss(teacher.pipe.unet, paths, prompts, levels, torch.ones(2), objective.source, cache, teacher)
-    errors = StepErrors(loss, batch_size=2)
-    found = errors.errors(teacher.pipe, Accelerator(cpu=True))
-    student = Teacher(teacher.pipe, teacher.family, 1.0, 16, 2)
+@pytest.mark.parametrize("make", [small_sdxl, small_sd3])
+def test_errors_are_shares_of_the_base_and_the_end_is_that_of_the_pipeline(make: Any) -> None:
+    pipe, family, shape = sampling(make())
+    prompts, base = ["a toy", "red cube", "on grass"], torch.tensor([0.5, 2.0])
+    paths = torch.randn(3, 3, *shape)
+    loss, accelerator = loss_of(pipe, family, paths, prompts, base), Accelerator(cpu=True)
+    found = loss.curve(pipe, accelerator)
+    denoiser, ids = getattr(pipe, family.denoiser), torch.tensor([[16, 16, 0, 0, 16, 16]] * 3)
     for step in range(2):
-        y = student.predict(paths[:, step], levels[step], student.embeddings(prompts))
-        a, b = landing(levels[step], levels[step + 1])
-        expected = (y - a * paths[:, step] - b * paths[:, step + 1]).square().mean((1, 2, 3))
+        with torch.no_grad():
+            given, timestep = family.encode(pipe, prompts), loss.timesteps[step].expand(3)
+            y = family.predict(denoiser, paths[:, step], timestep, ids, given)
+        a, b = loss.landings[step]
+        expected = (y - a * paths[:, step] - b * paths[:, step + 1]).square().mean((1, 2, 3)) / base[step]
         torch.testing.assert_close(found[step], expected, rtol=1e-3, atol=1e-4)
-    end = student.sample(paths[:, 0], prompts, levels)[-1]
-    assert errors.end_error(teacher.pipe) == pytest.approx((end - paths[:, 2]).square().mean().item(), rel=1e-4)
+    call = {**CALL, "num_inference_steps": 2, "guidance_scale": 1.0, **family.sample_call}
+    ends = pipe(prompts, latents=paths[:, 0], output_type="latent", **call).images
+    expected = (ends - paths[:, -1]).square().mean().item()
+    assert loss.end_error(pipe, call, accelerator) == pytest.approx(expected, rel=1e-4)
 
 
 def test_prompts_are_lines_and_other_families_are_refused(tmp_path: Any) -> None:
