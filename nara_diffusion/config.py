@@ -239,11 +239,6 @@ class NaraConfig(LoraConfig):
         given = self.scheduler
         if given is not None and (not isinstance(given, dict) or "_class_name" not in given):
             self._refuse("scheduler", ": pass a scheduler's configuration with its _class_name.")
-        steps = self.few_steps
-        if steps is not None and (
-            not isinstance(steps, dict) or not _is_size(steps.get("num_inference_steps"))
-        ):
-            self._refuse("few_steps", ": pass a dict with num_inference_steps, a positive integer.")
         ranks = {self.r, *(self.rank_pattern or {}).values()}
         if self.rank_mask_min is not None:
             is_rank = _is_size(self.rank_mask_min) and self.rank_mask_min <= min(ranks)

@@ -34,6 +34,7 @@ from peft import (
     get_peft_model_state_dict,
     inject_adapter_in_model,
 )
+from peft.functional import set_requires_grad
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -94,7 +95,7 @@ class AdaptedDenoiser(nn.Module):
         setattr(self, self.family.denoiser, adapt(base, config))
         if beside is not None:
             base.set_adapters([beside, ADAPTER])
-            freeze_adapter(base, beside)
+            set_requires_grad(base, beside, requires_grad=False)  # PEFT trains what is active
         for holder in find_holders(self.denoiser):
             holder.finder.length = pipe.scheduler.config.get("num_train_timesteps")
         for name in self.family.text_encoders if train_text_encoder else ():
@@ -164,13 +165,6 @@ def adapt(model: nn.Module, config: PeftConfig, name: str = ADAPTER) -> nn.Modul
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return adapted
-
-
-def freeze_adapter(model: nn.Module, name: str) -> None:
-    """Freeze the adapter `name` of `model`, since PEFT makes active adapters trainable."""
-    for key, parameter in model.named_parameters():
-        if name in key.split("."):
-            parameter.requires_grad_(False)
 
 
 def text_config(config: PeftConfig) -> PeftConfig:

@@ -31,19 +31,32 @@ from .caches import PromptCache
 from .denoiser import AdaptedDenoiser, read_checkpoint, write_adapter
 from .draws import seeded_normal
 from .encoders import load_encoders, paired_similarity
-from .few_steps import check_family, landings, student_sampler, teacher_sampler
+from .few_steps import (
+    check_family,
+    landings,
+    make_trajectories,
+    read_prompts,
+    sample_latents,
+    student_sampler,
+    teacher_sampler,
+)
 from .fidelity import Evaluation
 from .image_arguments import DreamBoothArguments, run_family
-from .image_report import describe_student
+from .image_report import describe_student, figures
 from .objectives import build_objective
 from .pipelines import folders_of, load_pipeline, sharing_pipeline
-from .samples import SampleSettings, sample_images
+from .samples import SampleSettings, sample_call, sample_images
 from .student import StudentLoss
-from .trajectories import make_trajectories, read_prompts, sample_latents
 
 TRAJECTORIES = "trajectories"
 OWN = "own"
 """The name of the user's adapter (--init_adapter) in the pipelines."""
+FIGURES = {
+    "validation_loss": "error of a step, share of the base's",
+    "similarity": "similarity to the teacher's samples",
+    "text_alignment": "alignment with the prompt",
+}
+"""{a figure in results.json: its name in the report}."""
 
 
 class Distillation:
@@ -66,6 +79,7 @@ class Distillation:
         self._set_samplers()
         self.config = self._config()
         check_target_modules(self.denoiser, getattr(self.config, "target_modules", None))
+        self.beside = None if args.init_adapter is None else OWN
         if args.init_adapter is not None:
             is_own_nara = is_nara(Path(args.init_adapter).expanduser())
             for pipe in (self.pipe, self.teacher, self.sampling_pipe):
@@ -75,30 +89,24 @@ class Distillation:
     def _prompts(self) -> list[str]:
         """Return one prompt for each trajectory."""
         args = self.args
+        known = [prompt for prompt in (args.instance_prompt, args.class_prompt) if prompt]
         if args.prompts_file is not None:
             known = read_prompts(args.prompts_file)
-        else:
-            known = [prompt for prompt in (args.instance_prompt, args.class_prompt) if prompt]
         return [known[i % len(known)] for i in range(args.trajectories)]
 
     def _set_samplers(self) -> None:
         """Set the pipelines of teacher and student, and the arguments of their calls."""
-        args, dtype = self.args, self.run.dtype
-        size = {"height": args.resolution, "width": args.resolution, **self.family.sample_call}
-        self.sampling_pipe = sharing_pipeline(self.pipe, dtype)
-        sampler, self.line = student_sampler(self.pipe.scheduler, self.steps, self.family.is_flow)
+        args, steps = self.args, self.steps
+        call = sample_call(args, self.family)
+        self.student_call = {**call, "num_inference_steps": steps, "guidance_scale": 1.0}
+        self.sampling_pipe = sharing_pipeline(self.pipe, self.run.dtype)
+        sampler, self.line = student_sampler(self.pipe.scheduler, steps, self.family.is_flow)
         self.sampling_pipe.scheduler = sampler
-        self.student_call = {**size, "num_inference_steps": self.steps, "guidance_scale": 1.0}
-        self.timesteps, self.landings = landings(sampler, self.steps)
-        self.teacher = sharing_pipeline(self.pipe, dtype)
-        self.parts = args.num_inference_steps // self.steps
-        self.teacher.scheduler, call = teacher_sampler(sampler, self.steps, self.parts)
-        self.teacher_call = {**size, **call, "guidance_scale": args.guidance_scale}
-
-    @property
-    def beside(self) -> str | None:
-        """The name of the user's adapter; None without a user's adapter."""
-        return None if self.args.init_adapter is None else OWN
+        self.timesteps, self.landings = landings(sampler, steps)
+        self.teacher = sharing_pipeline(self.pipe, self.run.dtype)
+        self.parts = args.num_inference_steps // steps
+        self.teacher.scheduler, more = teacher_sampler(sampler, steps, self.parts)
+        self.teacher_call = {**call, **more}
 
     def _config(self) -> Any:
         config: Any = adapter_config(self.args, noise_convention=self.source.convention)
@@ -158,9 +166,8 @@ class Distillation:
         )
         base_errors = held_out.curve(self.pipe, self.run.accelerator).mean(1)
         held_out = replace(held_out, base_errors=base_errors)
-        return replace(
-            held_out, trajectories=trajectories[:-count], prompts=prompts[:-count]
-        ), held_out
+        loss = replace(held_out, trajectories=trajectories[:-count], prompts=prompts[:-count])
+        return loss, held_out
 
     # ------------------------------------------------------------------ the run
 
@@ -226,11 +233,10 @@ class Distillation:
         )
 
     def end_error(self, folder: Path | None) -> float:
-        """Return the `StudentLoss.end_error` with the adapter in `folder`; None means the base."""
+        """Return the held-out `end_error` with the adapter in `folder`; None means the base."""
+        call, accelerator = self.student_call, self.run.accelerator
         with self.evaluation.loaded(folder):
-            return self.held_out.end_error(
-                self.sampling_pipe, self.student_call, self.run.accelerator
-            )
+            return self.held_out.end_error(self.sampling_pipe, call, accelerator)
 
     def report(self) -> dict[str, Any]:
         """Measure, write the report, and return the content of results.json."""
@@ -238,23 +244,18 @@ class Distillation:
         before = self.evaluation.measure(None, "before")
         after = self.evaluation.measure(run.folder, "after")
         ends = [self.end_error(None), self.end_error(run.folder)]
-        figures = [
-            ["error of a step, share of the base's", before.validation_loss, after.validation_loss],
-            ["distance of the end from the teacher's", *ends],
-            ["similarity to the teacher's samples", before.similarity, after.similarity],
-            ["alignment with the prompt", before.text_alignment, after.text_alignment],
-        ]
+        rows = figures(before, after, FIGURES)
+        rows.append(["distance of the end from the teacher's", *(f"{end:.3f}" for end in ends)])
+        measured = (self.evaluation, before, after)
         return finish(
             run,
             before,
             after,
-            names=("similarity", "text_alignment", "validation_loss", "curve"),
-            figures=[[str(name), *map(written, values)] for name, *values in figures],
+            names=(*FIGURES, "curve"),
+            figures=rows,
             facts=self.facts,
             schedule_line="",
-            describe=partial(
-                describe_student, self.evaluation, before, after, self.pipe, self.line
-            ),
+            describe=partial(describe_student, *measured, self.pipe, self.line),
             n=len(after.images),
             trainable_parameters=self.trainable,
             base_model=args.pretrained_model_name_or_path,
@@ -272,8 +273,3 @@ def digests_of(adapter: str) -> list[str]:
         return [digest_file(path)]
     files = sorted(path for path in local_folder(str(path)).iterdir() if path.is_file())
     return list(map(digest_file, files))
-
-
-def written(value: Any) -> str:
-    """Return a figure as text."""
-    return "not measured" if value is None else f"{value:.3f}"

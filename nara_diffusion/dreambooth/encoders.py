@@ -146,8 +146,8 @@ def without_words(prompt: str, words: Iterable[str]) -> str:
     return " ".join(word for word in prompt.split() if word.strip(",.").lower() not in dropped)
 
 
-def load_encoders(args: DreamBoothArguments, device: torch.device) -> dict[str, Encoder | None]:
-    """Return the encoders of an `Evaluation`. If both are the same model, it is loaded once."""
+def load_encoders(args: DreamBoothArguments, device: torch.device) -> dict[str, Any]:
+    """Return the encoders of an `Evaluation`, or None. If both are one model, it is loaded once."""
     encoders: dict[str | None, Encoder] = {}
     for name in (args.similarity_model, args.alignment_model):
         if name is not None and name not in encoders:

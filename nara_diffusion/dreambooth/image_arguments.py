@@ -119,7 +119,6 @@ _NO_PART = (
 def _check_distillation(args: DreamBoothArguments) -> None:
     """Raise ValueError for arguments that --distill_to can't be used with."""
     require(args, "from 1 to 8", lambda value: 1 <= value <= 8, "distill_to")
-    require(args, "at least 10", lambda value: value >= 10, "trajectories")
     defaults = {field.name: default_of(field) for field in dataclasses.fields(args)}
     given = [name for name in _NO_PART if getattr(args, name) != defaults[name]]
     if given:

@@ -124,10 +124,8 @@ def _described(
     run, settings = evaluation.run, evaluation.settings
     for name, images in columns.items():
         write_images(run.folder / f"samples-{name}", images, settings)
-    widget = []
-    for text, name in zip(
-        settings.prompts, settings.names[:: settings.images_per_prompt], strict=True
-    ):
+    widget, firsts = [], settings.names[:: settings.images_per_prompt]
+    for text, name in zip(settings.prompts, firsts, strict=True):
         widget.append({"text": text, "output": {"url": f"samples-after/{name}"}})
     return {
         "loading": _loading(run.args, settings, run.hub_id or str(run.folder), pipe, sampler),
@@ -199,24 +197,19 @@ def schedule_line(args: DreamBoothArguments, family: Family) -> str:
     return f"pipe.set_adapters({_NAME!r}, adapter_weights={schedule})"
 
 
-def figures(before: Measurement, after: Measurement) -> list[list[str]]:
-    """Return rows of (what, before, after) for similarity, alignment and validation loss."""
-    rows = (
-        ("similarity to the subject", "similarity", "similarity_model"),
-        (
-            "similarity to it as the autoencoder shows it",
-            "similarity_as_shown",
-            "similarity_model",
-        ),
-        ("alignment with the prompt", "text_alignment", "alignment_model"),
-        ("validation loss", "validation_loss", ""),
-    )
+_FLAGS = {
+    "similarity": "similarity_model",
+    "similarity_as_shown": "similarity_model",
+    "text_alignment": "alignment_model",
+}
+"""{figure: the flag without which it isn't measured}."""
+
+
+def figures(before: Measurement, after: Measurement, titles: Mapping[str, str]) -> list[list[str]]:
+    """Return rows of (what, before, after) for {attribute of a measurement: what}."""
     table = []
-    for title, figure, flag in rows:
-        values = [getattr(measurement, figure) for measurement in (before, after)]
-        table.append([title, *(_written(value, flag) for value in values)])
+    for name, title in titles.items():
+        values = [getattr(measurement, name) for measurement in (before, after)]
+        missing = f"not measured (--{_FLAGS.get(name)})"
+        table.append([title, *(missing if x is None else f"{x:.3f}" for x in values)])
     return table
-
-
-def _written(value: float | None, flag: str) -> str:
-    return f"not measured (--{flag})" if value is None else f"{value:.3f}"

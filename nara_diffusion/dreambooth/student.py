@@ -24,9 +24,9 @@ from nara_diffusion.noise.timesteps import TimestepNoise
 
 from .caches import PromptCache
 from .families import placed
+from .few_steps import sample_latents
 from .samples import made_in_batches
 from .training_step import DreamBoothLoss
-from .trajectories import sample_latents
 
 
 @dataclass(frozen=True)

@@ -73,8 +73,13 @@ from .reconstruction import reconstruct
 from .samples import SampleSettings, generate_class_images, sample_call
 from .training_step import ValidationLoss, training_step
 
-FIGURES = ("similarity", "similarity_as_shown", "text_alignment", "validation_loss", "curve")
-"""The fields of a `Measurement` that results.json has."""
+FIGURES = {
+    "similarity": "similarity to the subject",
+    "similarity_as_shown": "similarity to it as the autoencoder shows it",
+    "text_alignment": "alignment with the prompt",
+    "validation_loss": "validation loss",
+}
+"""{a figure in results.json: its name in the report}."""
 
 
 def main(args: DreamBoothArguments) -> dict[str, Any]:
@@ -272,8 +277,8 @@ class FineTuning:
             run,
             before,
             after,
-            names=FIGURES,
-            figures=figures(before, after),
+            names=(*FIGURES, "curve"),
+            figures=figures(before, after, FIGURES),
             facts=self.facts,
             schedule_line=schedule_line(args, self.family),
             describe=partial(describe, self.evaluation, before, after, self.pipe, data),

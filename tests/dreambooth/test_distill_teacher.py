@@ -12,8 +12,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
 from nara_diffusion.dreambooth import distill
-from nara_diffusion.dreambooth.few_steps import student_sampler
-from nara_diffusion.dreambooth.trajectories import sample_latents
+from nara_diffusion.dreambooth.few_steps import sample_latents, student_sampler
 from tests.acceptance._commands import run
 from tests.acceptance._runs import COMMON
 from tests.helpers.adapted import disturb
@@ -65,7 +64,7 @@ def test_teacher_has_the_users_lora_and_each_trajectory_its_prompt(
         "dreambooth_sdxl.py",
         **flags | {"distillation_options": options, "init_adapter": tmp_path / "own", "output_dir": tmp_path / "out"},
     )
-    assert "12 trajectories of the teacher took" in caplog.text
+    assert "12 trajectories took" in caplog.text
     (path,) = (tmp_path / "kept").iterdir()
     kept = load_file(path)["trajectories"]
     pipe.scheduler, _ = student_sampler(pipe.scheduler, 2, False)

@@ -18,11 +18,18 @@ from diffusers import (
 
 from nara_diffusion.dreambooth.caches import PromptCache
 from nara_diffusion.dreambooth.families import Family
-from nara_diffusion.dreambooth.few_steps import check_family, landings, student_sampler, teacher_sampler
+from nara_diffusion.dreambooth.few_steps import (
+    check_family,
+    landings,
+    make_trajectories,
+    read_prompts,
+    sample_latents,
+    student_sampler,
+    teacher_sampler,
+)
 from nara_diffusion.dreambooth.objectives import build_objective
 from nara_diffusion.dreambooth.pipelines import family_of
 from nara_diffusion.dreambooth.student import StudentLoss
-from nara_diffusion.dreambooth.trajectories import make_trajectories, read_prompts, sample_latents
 from tests.helpers.small_pipelines import BETAS, small_flux, small_sd, small_sd3, small_sdxl
 
 SCHEDULERS = {
@@ -92,7 +99,7 @@ def test_the_teacher_passes_through_the_student_levels(kind: str) -> None:
         sampler = sampler_of(kind, steps)
         timesteps, _ = landings(sampler, steps)
         fine, call = teacher_sampler(sampler, steps, parts)
-        fine.set_timesteps(**call)
+        fine.set_timesteps(**(call or {"num_inference_steps": steps * parts}))
         assert len(fine.timesteps) == steps * parts
         torch.testing.assert_close(fine.timesteps[::parts], timesteps)
         assert (fine.timesteps.diff() < 0).all()
