@@ -48,7 +48,6 @@ from .pipelines import folders_of, load_pipeline, sharing_pipeline
 from .samples import SampleSettings, sample_call, sample_images
 from .student import StudentLoss
 
-TRAJECTORIES = "trajectories"
 OWN = "own"
 """The name of the user's adapter (--init_adapter) in the pipelines."""
 FIGURES = {
@@ -141,7 +140,7 @@ class Distillation:
             texts += digests_of(args.init_adapter)
         digest = digest_texts(texts)
         run.record_data_digest("training data", [digest])
-        folder = Path(args.trajectories_dir or run.folder / TRAJECTORIES).expanduser()
+        folder = Path(args.trajectories_dir or run.folder / "trajectories").expanduser()
         path = folder / f"{digest[:16]}.safetensors"
         size = args.sample_batch_size
         return make_trajectories(sample, len(prompts), size, path, run.accelerator)
@@ -176,19 +175,10 @@ class Distillation:
         args, run = self.args, self.run
         loss, self.held_out = self._losses()
         count = len(loss.prompts)
-        samples = ShuffledStream([{"trajectory": number} for number in range(count)], args.seed)
         steps = run.plan(count * self.steps)
         self.evaluation = self._evaluation()
-        model = AdaptedDenoiser(
-            self.pipe,
-            self.config,
-            gradient_checkpointing=args.gradient_checkpointing,
-            family=self.family,
-            beside=self.beside,
-        )
-        if run.checkpoint is not None:
-            read_checkpoint(model, run.checkpoint)
-        parts = prepare_training(run, model, samples, list)
+        model = self._model()
+        parts = prepare_training(run, model, self.samples_of(loss), list)
         self.trainable = sum(parameter.numel() for parameter in model.trained.values())
         teacher = f"{args.num_inference_steps} steps, guidance {args.guidance_scale:g}"
         self.facts = {
@@ -207,6 +197,23 @@ class Distillation:
         validate = partial(self.evaluation.validate, parts[0])
         train(run, parts, replace(loss, model=parts[0]), validate)
         save_adapter(run.accelerator, parts[0], run.folder, write_adapter)
+
+    def samples_of(self, loss: StudentLoss) -> ShuffledStream:
+        """Return the samples of training, in their order."""
+        numbers = [{"trajectory": number} for number in range(len(loss.prompts))]
+        return ShuffledStream(numbers, self.args.seed)
+
+    def _model(self) -> AdaptedDenoiser:
+        model = AdaptedDenoiser(
+            self.pipe,
+            self.config,
+            gradient_checkpointing=self.args.gradient_checkpointing,
+            family=self.family,
+            beside=self.beside,
+        )
+        if self.run.checkpoint is not None:
+            read_checkpoint(model, self.run.checkpoint)
+        return model
 
     def _evaluation(self) -> Evaluation:
         """Return the evaluation, with a sample of the teacher for each of the student's."""

@@ -197,19 +197,12 @@ def schedule_line(args: DreamBoothArguments, family: Family) -> str:
     return f"pipe.set_adapters({_NAME!r}, adapter_weights={schedule})"
 
 
-_FLAGS = {
-    "similarity": "similarity_model",
-    "similarity_as_shown": "similarity_model",
-    "text_alignment": "alignment_model",
-}
-"""{figure: the flag without which it isn't measured}."""
-
-
 def figures(before: Measurement, after: Measurement, titles: Mapping[str, str]) -> list[list[str]]:
     """Return rows of (what, before, after) for {attribute of a measurement: what}."""
     table = []
     for name, title in titles.items():
         values = [getattr(measurement, name) for measurement in (before, after)]
-        missing = f"not measured (--{_FLAGS.get(name)})"
+        encoder = "alignment" if name == "text_alignment" else "similarity"
+        missing = f"not measured (--{encoder}_model)"
         table.append([title, *(missing if x is None else f"{x:.3f}" for x in values)])
     return table
