@@ -224,7 +224,6 @@ def test_only_the_students_adapter_is_trained() -> None:
     pipe, config = small_sdxl(), NaraConfig(r=2, target_modules=["to_k"], core_hidden_dims=(4,))
     adapt(pipe.unet, config, "own")
     model = AdaptedDenoiser(pipe, config, beside="own")
-    assert pipe.unet.active_adapters() == ["own", "default"]
     trained = {key for key in model.state_dict() if "default" in key.split(".") and "freq" not in key}
     assert model.trained.keys() == trained
 
