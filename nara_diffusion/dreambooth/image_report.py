@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from PIL.Image import Image
 
+from nara_diffusion.loaders.tensor_files import is_nara
 from nara_diffusion.training.adapters import method_of
 from nara_diffusion.training.arguments import schedule_of
 from nara_diffusion.training.report import core_import, needs_schedule, reads_noise
@@ -145,7 +147,9 @@ def _loading(
     """Return the code on the model card, with notes."""
     dtypes: dict[str | None, str] = {"fp16": "torch.float16", "bf16": "torch.bfloat16"}
     method, family = method_of(args).family, family_of(pipe)
-    imports, lines = _IMPORTS.get(method, ""), _loading_lines(args, family, load_from)
+    lines = _loading_lines(args, family, load_from)
+    has_nara = any("load_nara_weights" in line for line in lines)
+    imports = _IMPORTS.get("nara" if has_nara else method, "")
     if needs_schedule(args):
         imports += "\nfrom nara_diffusion import StrengthSchedule\n"
     if sampler:
@@ -172,8 +176,16 @@ def _loading(
 
 
 def _loading_lines(args: DreamBoothArguments, family: Family, load_from: str) -> list[str]:
-    """Return the code that loads the adapter into `pipe`."""
+    """Return the code that loads the adapter into `pipe`, beside the adapter of its teacher if any."""
     method = method_of(args).family
+    if args.distill_to and args.init_adapter and method in ("nara", "lora"):
+        kind = "nara" if is_nara(Path(args.init_adapter).expanduser()) else "lora"
+        weights = f", [1.0, {schedule_of(args)!r}]" if needs_schedule(args) else ""
+        return [
+            f"pipe.load_{kind}_weights({args.init_adapter!r}, adapter_name='own')",
+            f"pipe.load_{method}_weights({load_from!r}, adapter_name={_NAME!r})",
+            f"pipe.set_adapters(['own', {_NAME!r}]{weights})",
+        ]
     if needs_schedule(args):
         load = f"pipe.load_lora_weights({load_from!r}, adapter_name={_NAME!r})"
         return [load, schedule_line(args, family)]

@@ -176,7 +176,9 @@ def test_lora_of_one_level_is_refused_for_a_core_that_reads_it(sdxl: dict[str, A
         assert "few_steps" in str(file.metadata())
 
 
-def test_student_learns_beside_the_users_own_adapter(sdxl: dict[str, Any], tmp_path: Path) -> None:
+def test_student_learns_beside_the_users_own_adapter(
+    sdxl: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     own = small_sdxl()
     adapt(own.unet, NaraConfig(r=2, target_modules=["to_k", "to_q"], core_hidden_dims=(4,)), "mine")
     disturb(own.unet, scale=0.3)
@@ -185,6 +187,12 @@ def test_student_learns_beside_the_users_own_adapter(sdxl: dict[str, Any], tmp_p
     written = load_file(tmp_path / "out" / "pytorch_nara_weights.safetensors")
     assert not any("own" in key.split(".") for key in written)
     assert results(tmp_path / "out")["validation_loss_after"] < 1
+    card: dict[str, Any] = {}
+    monkeypatch.chdir(tmp_path)
+    exec((tmp_path / "out" / "README.md").read_text().split("```python")[1].split("```")[0], card)
+    assert card["pipe"].get_active_adapters() == ["own", "subject"]
+    sample = np.asarray(Image.open(tmp_path / "out" / "samples-after" / "00-seed-0.png")).astype(int)
+    assert abs(sample - np.asarray(card["image"]).astype(int)).max() <= 1
 
     pipe = small_sdxl()
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing", clip_sample=False)

@@ -85,7 +85,9 @@ def test_teacher_has_the_users_lora_and_each_trajectory_its_prompt(
     assert {name for each in layers for name in each.lora_A} == {"own", "default"}
     assert all(set(each.active_adapters) == {"own", "default"} for each in layers)
     card = (tmp_path / "out" / "README.md").read_text()
-    for line in ("num_inference_steps=2", "guidance_scale=1.0", "pipe.scheduler = DDIMScheduler"):
+    lines = ["num_inference_steps=2", "guidance_scale=1.0", "pipe.scheduler = DDIMScheduler"]
+    lines += [f"pipe.load_lora_weights('{tmp_path / 'own'}', adapter_name='own')", "set_adapters(['own', 'subject'])"]
+    for line in lines:
         assert line in card
 
 
