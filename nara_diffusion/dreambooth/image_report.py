@@ -155,7 +155,7 @@ def _loading(
     if sampler:
         lines.append(sampler)
         scheduler = sampler.removeprefix("pipe.scheduler = ").split(".")[0]
-        imports = f"\nfrom diffusers import {scheduler}{imports or chr(10)}"
+        imports = f"from diffusers import {scheduler}\n{imports}"
     # components that are None must be passed as None
     absent = [name for name, part in pipe.components.items() if part is None]
     needed = sorted(set(absent) - set(pipe._optional_components))

@@ -91,6 +91,16 @@ def test_teacher_has_the_users_lora_and_each_trajectory_its_prompt(
         assert line in card
 
 
+def test_card_of_another_kind_of_adapter_has_code_that_runs(
+    flags: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("dreambooth_sdxl.py", **flags | {"adapter": "loha", "output_dir": tmp_path})
+    monkeypatch.chdir(tmp_path)
+    card: dict[str, Any] = {}
+    exec((tmp_path / "README.md").read_text().split("```python")[1].split("```")[0], card)
+    assert type(card["pipe"].scheduler).__name__ == "DDIMScheduler"
+
+
 class Named(Exception):
     """Carries the file of the trajectories."""
 
