@@ -16,6 +16,8 @@ RECORDS = "blocks.jsonl"
 BASE, SHORT, LONG = "gemma-tiny", 300, 1000
 REFERENCE, BEST = "LoRA", "LoRA and b(λ)"
 TWINS = " on both twins"
+ONE_PASS = ", no second pass"
+LONGER = ("64", "256")
 EXACT_STEPS = ("4", "8", "16")
 DIGITS = 4
 Cell = dict[str, dict[int, Record]]
@@ -47,6 +49,13 @@ def _value(record: Record, figure: str) -> float:
 
 def _means(own: Mapping[int, Record], *figures: str) -> list[str]:
     return [f"{fmean(_value(record, figure) for record in own.values()):.{DIGITS}f}" for figure in figures]
+
+
+def shared(found: Cell, arms: Iterable[str]) -> Cell:
+    """Those of `arms`, with the seeds that all of them have."""
+    own = {arm: found[arm] for arm in arms}
+    seeds = sorted(set.intersection(*(set(records) for records in own.values()))) if own else []
+    return {arm: {seed: records[seed] for seed in seeds} for arm, records in own.items()}
 
 
 def losses_table(found: Cell) -> str:
@@ -145,7 +154,8 @@ def sections(records: Sequence[Record]) -> str:
 
 def both_lengths_table(records: Sequence[Record]) -> str:
     """A row an arm that ran on all seeds: its loss on `open`, short and long, and differences to the reference."""
-    lengths = {steps: cell(records, task="open", steps=steps) for steps in (SHORT, LONG)}
+    short, long = (cell(records, task="open", steps=steps) for steps in (SHORT, LONG))
+    lengths = {SHORT: short, LONG: shared(long, [arm for arm in long if arm in short])}
     header = ["arm", "parameters"]
     for steps, found in lengths.items():
         header += [f"{steps} steps ({len(found[REFERENCE])} seeds)", f"− {REFERENCE}"]
@@ -170,19 +180,47 @@ def page_table(folder: Path) -> str:
 def twins_table(folder: Path) -> str:
     """A row an arm: its short loss on `open` on both twins, over the seeds that all of these arms have."""
     every = cell(read(folder / RECORDS), task="open", steps=SHORT)
-    found = {arm: own for arm, own in every.items() if arm.endswith(TWINS)}
-    seeds = set.intersection(*(set(own) for own in found.values()))
-    shared = {arm: {seed: own[seed] for seed in seeds} for arm, own in found.items()}
+    found = shared(every, [arm for arm in every if arm.endswith(TWINS)])
     rows = []
-    for arm, own in shared.items():
+    for arm, own in found.items():
         size = next(iter(own.values()))["trainable_parameters"]
-        rows.append([arm, str(size), *_means(own, "score"), change(paired(shared, arm, REFERENCE + TWINS), DIGITS)])
-    return table(["arm", "parameters", f"loss ({len(seeds)} seeds)", f"− {REFERENCE}{TWINS}"], rows)
+        rows.append([arm, str(size), *_means(own, "score"), change(paired(found, arm, REFERENCE + TWINS), DIGITS)])
+    return table(["arm", "parameters", f"loss ({_seeds(found)} seeds)", f"− {REFERENCE}{TWINS}"], rows)
+
+
+def one_pass_table(folder: Path) -> str:
+    """A row an arm that had no second pass in training: its short losses on `open` in both passes."""
+    every = cell(read(folder / RECORDS), task="open", steps=SHORT)
+    found = shared(every, [arm for arm in every if arm.endswith(ONE_PASS)])
+    rows = []
+    for arm, own in found.items():
+        differences = [change(paired(found, arm, REFERENCE + ONE_PASS, name), DIGITS) for name in ("first", "second")]
+        first, second = _means(own, "first", "second")
+        rows.append([arm.removesuffix(ONE_PASS), first, differences[0], second, differences[1]])
+    return table([f"{_seeds(found)} seeds", "first pass", f"− {REFERENCE}", "second pass", f"− {REFERENCE}"], rows)
+
+
+def longer_table(folder: Path) -> str:
+    """A row a canvas: the losses of the arms on `open`, and differences to the reference."""
+    records = read(folder / RECORDS)
+    arms = (REFERENCE, BEST, "NaRA")
+    header = ["positions", "seeds", REFERENCE, *(f"{arm} − {REFERENCE}" for arm in arms[1:])]
+    rows = []
+    for positions in LONGER:
+        found = shared(cell(records, base=f"gemma-{positions}", task="open", steps=200), arms)
+        differences = [change(paired(found, arm, REFERENCE), DIGITS) for arm in arms[1:]]
+        rows.append([positions, _seeds(found), *_means(found[REFERENCE], "score"), *differences])
+    return table(header, rows)
+
+
+def _seeds(found: Cell) -> str:
+    return str(len(next(iter(found.values()))))
 
 
 def answers_table(folder: Path, task: str) -> str:
     """The exact match of a task after long training."""
-    return exact_table(cell(read(folder / RECORDS), task=task, steps=LONG))
+    every = cell(read(folder / RECORDS), task=task, steps=LONG)
+    return exact_table(shared(every, every))
 
 
 def asked_row(folder: Path, arms: Iterable[str]) -> list[str]:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from quality.blocks.report import answers_table, bayes_table, page_table, twins_table
+from quality.blocks.report import answers_table, bayes_table, longer_table, one_pass_table, page_table, twins_table
 from quality.regimes import alternatives
 from quality.regimes.checked import check_table
 from quality.regimes.plan import PLAN
@@ -59,6 +59,8 @@ OF_REGIMES: dict[str, Callable[[Path], str]] = {
     "alternatives": lambda folder: alternatives.front(read(folder / "alternatives.jsonl")),
     "canvas": page_table,
     "canvas_twins": twins_table,
+    "canvas_one_pass": one_pass_table,
+    "canvas_longer": longer_table,
     "canvas_case": partial(answers_table, task="case"),
     "canvas_plain": partial(answers_table, task="plain"),
     "canvas_bayes": lambda folder: bayes_table(),
