@@ -70,8 +70,10 @@ def trials(arm: Mapping[str, Any]) -> list[dict[str, float]]:
     return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
 
-def best_rates(title: str, records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def best_rates(title: str, base: str, records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """The rates with the lowest mean score on the development seeds, of the arm itself or of the one that it names.
+
+    The scores are those of `base`. Of scores that agree in four digits, the first of the grid wins.
 
     Raises:
         ValueError: a trial is missing.
@@ -79,13 +81,13 @@ def best_rates(title: str, records: Sequence[Mapping[str, Any]]) -> dict[str, fl
     title = PLAN["arms"][title].get("rates_of", title)
     scores = defaultdict(list)
     for record in records:
-        if (record["stage"], record["arm"]) == ("dev", title):
+        if (record["stage"], record["base"], record["arm"]) == ("dev", base, title):
             scores[tuple(record["rates"].items())].append(record["score"])
     wanted = [tuple(rates.items()) for rates in trials(PLAN["arms"][title])]
     missing = [rates for rates in wanted if len(scores[rates]) < len(PLAN["stages"]["dev"])]
     if missing:
         raise ValueError(f"{title} lacks trials at {dict(missing[0])}: run --stage dev first.")
-    return dict(min(wanted, key=lambda rates: fmean(scores[rates])))
+    return dict(min(wanted, key=lambda rates: round(fmean(scores[rates]), 4)))
 
 
 @contextmanager
@@ -202,7 +204,7 @@ def run(
 # ---------------------------------------------------------------- costs
 
 
-def measure_costs(base: str, titles: Sequence[str], width: str, rounds: int = 20) -> list[dict[str, Any]]:
+def measure_costs(base: str, titles: Sequence[str], width: str, rounds: int = 40) -> list[dict[str, Any]]:
     """Seconds of processor time of an optimizer step of each arm, taking turns, and the bytes that it needs.
 
     A ratio is the median of the rounds' ratios to the first arm. Memory is that of all tensors alive at once in a step,
@@ -314,7 +316,7 @@ def main(argv: list[str] | None = None) -> int:
     for seed, title in itertools.product(args.seeds or PLAN["stages"][args.stage], arms):
         cell = {"stage": args.stage, "base": args.base, "width": args.width, "steps": args.steps}
         known = results.read(args.output)
-        for rates in trials(PLAN["arms"][title]) if args.stage == "dev" else [best_rates(title, known)]:
+        for rates in trials(PLAN["arms"][title]) if args.stage == "dev" else [best_rates(title, args.base, known)]:
             own = {**cell, "arm": title, "seed": seed, "rates": rates}
             if not any(own.items() <= record.items() for record in results.read(args.output)):
                 figures = run(args.base, title, args.width, seed, rates, args.steps, args.pictures)
