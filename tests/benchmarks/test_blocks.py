@@ -12,11 +12,11 @@ import torch
 from quality import results
 from quality.blocks.bayes import bayes_losses, open_canvases
 from quality.blocks.controls import SCALE, Control
-from quality.blocks.runs import Arm, Prefixes, Run, Tuning, base_of, task_of
+from quality.blocks.runs import Arm, Prefixes, Run, Tuning, base_of, corrupted, task_of
 from quality.blocks.truth import true_levels
 from transformers import DynamicCache
 
-from nara_diffusion.dllm.block_loss import block_model
+from nara_diffusion.dllm.block_loss import block_model, decoder_inputs
 
 BASE = "gemma-tiny"
 RATES = {"learning_rate": 1e-2, "core_learning_rate": 1e-3}
@@ -60,6 +60,24 @@ def test_an_embedding_is_added_to_the_canvas_only():
     assert (other.logits - same.logits)[0].abs().max() == 0
     assert (other.logits - same.logits)[1].abs().max() > 0.1
     torch.testing.assert_close(other.encoder_last_hidden_state, same.encoder_last_hidden_state)
+
+
+def test_a_token_of_lambda_is_one_more_on_the_canvas():
+    model, plain = copy.deepcopy(base_of(BASE)[0]), base_of(BASE)[0]
+    control, seeing = Control("token", model), torch.randn(2, 17, 284)
+    seeing[:, 16] = 0
+    batch = corrupted(BASE, task_of(BASE, "open").train, torch.arange(2), seed=3, sample_indices=[0, 1])
+    starts = (batch.starts + torch.tensor([0, -1])).tolist()  # unequal
+    longer = torch.cat([batch.canvas, torch.tensor([[77], [99]])], 1)
+    control.level = torch.tensor([0.25, 1.0])
+    with torch.no_grad():
+        control.numbers.data[[2, 9]] = plain.model.decoder.embed_tokens(longer[:, -1])
+        given = decoder_inputs(model, replace(batch, starts=torch.tensor(starts)))
+        found = model(**given, self_conditioning_logits=seeing[:, :16], cache=DynamicCache()).logits
+        for i, start in enumerate(starts):
+            own = {"input_ids": batch.input_ids[i : i + 1, :start], "decoder_input_ids": longer[i : i + 1]}
+            expected = plain(**own, self_conditioning_logits=seeing[i : i + 1], cache=DynamicCache()).logits[0, :16]
+            torch.testing.assert_close(found[i], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_lambda_of_generate_is_the_share_that_its_sampler_did_not_accept():
