@@ -55,6 +55,7 @@ MEASURES = ("score", "end", "similarity", "alignment")
 NO_FLAGS = ("grid", "rates_of", "targets")
 COMPARED = ("score", "similarity")
 COLUMNS = ("arm", "parameters", *MEASURES)
+CORES = ("DoRA", "Knots-DoRA", "Knots-DoRA without λ")
 TEACHER = "teacher"
 WIDTHS = ("narrow", "wide")
 MARKS = {"b_learning_rate": "lora_B", "magnitude_learning_rate": "lora_magnitude_vector"}
@@ -300,7 +301,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.report:
         records = results.read(args.output)
-        print(base_report(records), report(records), costs_report(records), sep="\n\n")
+        parts = [base_report, report, cells_table, seconds_table, costs_report]
+        print(*(part(records) for part in parts), sep="\n\n")
         if args.pictures:
             draw(args.pictures)
         return 0
@@ -361,6 +363,51 @@ def base_report(records: Sequence[Mapping[str, Any]]) -> str:
     for key, own in found.items():
         rows.append([*map(str, key), str(len(own)), *(mean_of(own, name) for name in MEASURES[1:])])
     return table(["base", "sampler", "calls", "guidance", "seeds", *MEASURES[1:]], rows)
+
+
+def cells_table(records: Sequence[Mapping[str, Any]]) -> str:
+    """A row a cell: the score of DoRA, Knots-DoRA and the latter without λ, over the seeds that these have.
+
+    A cell is a base, the layers that are adapted, ranks and steps. An arm that has fewer than two seeds is left out.
+    """
+    rows = []
+    for base, layers, width, steps in itertools.product(PLAN["bases"], PLAN["layers"], WIDTHS, (200, 600)):
+        suffix = PLAN["layers"][layers]
+        titles = [f"{name}, {suffix}" for name in CORES]
+        runs = [runs_of(records, base, title, width, steps) for title in titles]
+        found = {title: own for title, own in zip(titles, runs, strict=True) if len(own) > 1}
+        if {*titles[:2]} <= found.keys():
+            seeds = sorted(set.intersection(*map(set, found.values())))
+            scores = [mean_of([found[t][s] for s in seeds], "score") if t in found else "–" for t in titles]
+            changes = [differences_of(found, [titles[1], t], seeds)[0] if t in found else "–" for t in titles[::2]]
+            ranks = "/".join(str(PLAN["arms"][title]["rank"][WIDTHS.index(width)]) for title in titles[:2])
+            rows.append([f"{base}, {layers}", ranks, str(steps), str(len(seeds)), *scores, *changes])
+    header = ["base, layers", "ranks", "steps", "seeds", *CORES, "Knots-DoRA − DoRA", "− without λ"]
+    return table(header, rows)
+
+
+def seconds_table(records: Sequence[Mapping[str, Any]]) -> str:
+    """A row of `seconds` in few_steps.yaml: a simpler arm that took more steps, and an arm's difference to it."""
+    rows = []
+    for base, simple, more, arm, steps in PLAN["seconds"]:
+        found = {
+            simple: runs_of(records, base, simple, "narrow", more),
+            arm: runs_of(records, base, arm, "narrow", steps),
+        }
+        seeds = sorted(set.intersection(*map(set, found.values())))
+        if len(seeds) > 1:
+            score = mean_of([found[simple][seed] for seed in seeds], "score")
+            row = [f"{simple}, {more} steps", score, f"{arm}, {steps} steps"]
+            rows.append([*row, differences_of(found, [arm, simple], seeds)[0], str(len(seeds))])
+    return table(["simpler", "score", "arm", "arm − simpler", "seeds"], rows)
+
+
+def runs_of(
+    records: Sequence[Mapping[str, Any]], base: str, title: str, width: str, steps: int
+) -> dict[int, Mapping[str, Any]]:
+    """{fresh seed: the record of an arm}."""
+    own = {"stage": "confirm", "base": base, "arm": title, "width": width, "steps": steps}.items()
+    return {record["seed"]: record for record in records if own <= record.items()}
 
 
 def costs_report(records: Sequence[Mapping[str, Any]]) -> str:
