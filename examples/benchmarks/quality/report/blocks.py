@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+from benchmark_few_steps import cells_table, costs_report, seconds_table
+
 from quality.blocks.report import answers_table, bayes_table, longer_table, one_pass_table, page_table, twins_table
 from quality.regimes import alternatives
 from quality.regimes.checked import check_table
@@ -63,6 +65,9 @@ OF_REGIMES: dict[str, Callable[[Path], str]] = {
     "canvas_longer": longer_table,
     "canvas_case": partial(answers_table, task="case"),
     "canvas_plain": partial(answers_table, task="plain"),
+    "few_steps": lambda folder: cells_table(read(folder / "few_steps.jsonl")),
+    "few_steps_seconds": lambda folder: seconds_table(read(folder / "few_steps.jsonl")),
+    "few_steps_costs": lambda folder: costs_report(read(folder / "few_steps.jsonl")),
     "canvas_bayes": lambda folder: bayes_table(),
     "check": lambda folder: check_table(read(folder / "check.jsonl"), read(folder / "regimes.jsonl")),
 }
