@@ -40,6 +40,7 @@ from torch import Tensor
 
 from nara_diffusion.dreambooth.denoiser import write_checkpoint
 from nara_diffusion.dreambooth.distill import Distillation
+from nara_diffusion.dreambooth.families import Family
 from nara_diffusion.dreambooth.fidelity import Evaluation
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
 from nara_diffusion.dreambooth.samples import write_grid
@@ -52,7 +53,7 @@ from nara_diffusion.utils.statistics import interval
 PLAN = yaml.safe_load((Path(__file__).parent / "few_steps.yaml").read_text(encoding="utf-8"))
 CONFIGS = ROOT / "train_scripts" / "configs"
 MEASURES = ("score", "end", "similarity", "alignment")
-NO_FLAGS = ("grid", "rates_of", "targets")
+NO_FLAGS = ("grid", "rates_of", "targets", "all_weights")
 COMPARED = ("score", "similarity")
 COLUMNS = ("arm", "parameters", *MEASURES)
 CORES = ("DoRA", "Knots-DoRA", "Knots-DoRA without λ")
@@ -128,9 +129,12 @@ class Trial(Distillation):
 
     def report(self) -> dict[str, Any]:
         """The student's figures."""
-        after = self.evaluation.measure(self.run.folder, "after")
+        return self._figures(self.run.folder)
+
+    def _figures(self, folder: Path | None) -> dict[str, Any]:
+        after = self.evaluation.measure(folder, "after")
         self.samples = after.images
-        end = self.end_error(self.run.folder)
+        end = self.end_error(folder)
         figures = {"score": after.validation_loss, "by_step": after.curve, "end": end}
         return figures | {"similarity": after.similarity, "alignment": after.text_alignment}
 
@@ -160,9 +164,42 @@ class Trial(Distillation):
         pipe.scheduler = sampler
 
 
+class AllWeights(Trial):
+    """A run that trains the denoiser itself, without an adapter."""
+
+    def train(self) -> None:
+        """Train from the start to the last step."""
+        loss, self.held_out = self._losses()
+        self.run.plan(len(loss.prompts) * self.steps)
+        self.evaluation = self._evaluation()
+        model = Whole(self.denoiser.requires_grad_(True), self.family)
+        self.trainable = sum(parameter.numel() for parameter in model.parameters())
+        parts = loop.prepare_training(self.run, model, self.samples_of(loss), list)
+        self.run.open({})
+        loop.train(self.run, parts, replace(loss, model=parts[0]), dict)
+
+    def report(self) -> dict[str, Any]:
+        """The student's figures; its weights are those of the pipeline, which shares them."""
+        return self._figures(None)
+
+
+class Whole(torch.nn.Module):
+    """A denoiser as `StudentLoss` calls it."""
+
+    def __init__(self, denoiser: torch.nn.Module, family: Family) -> None:
+        super().__init__()
+        self.denoiser, self.family = denoiser, family
+
+    def forward(self, *inputs: Any, **embeddings: Any) -> Tensor:
+        return self.family.predict(self.denoiser, *inputs, **embeddings)
+
+
 @contextmanager
-def started(base: str, seed: int, arm: Mapping[str, Any], steps: int) -> Iterator[Trial]:
-    """A run of `arm`, flags of the train script, in a folder that goes with the context."""
+def started(base: str, seed: int, arm: Mapping[str, Any], steps: int, whole: bool = False) -> Iterator[Trial]:
+    """A run of `arm`, flags of the train script, in a folder that goes with the context.
+
+    With `whole`, all weights of the denoiser are trained.
+    """
     settings = yaml.safe_load((CONFIGS / PLAN["bases"][base]).read_text(encoding="utf-8"))
     for name, value in settings.items():
         if str(value).startswith("examples/"):
@@ -175,7 +212,7 @@ def started(base: str, seed: int, arm: Mapping[str, Any], steps: int) -> Iterato
         settings["output_dir"] = f"{folder}/out"
         args = DreamBoothArguments(**gathered(DreamBoothArguments, settings))
         with start_run(args, "dreambooth", write_checkpoint) as run:
-            yield Trial(args, run)
+            yield (AllWeights if whole else Trial)(args, run)
 
 
 def flags(title: str, width: str) -> dict[str, Any]:
@@ -193,7 +230,8 @@ def run(
     """Distil by one arm, and return its figures. The time has that of the teacher, if the run made its samples."""
     given = {name: rate for name, rate in rates.items() if name not in MARKS}
     others = {name: rate for name, rate in rates.items() if name in MARKS}
-    with started(base, seed, flags(title, width) | given, steps) as trial, own_rates(others):
+    whole = PLAN["arms"][title].get("all_weights", False)
+    with started(base, seed, flags(title, width) | given, steps, whole) as trial, own_rates(others):
         start = time.process_time()
         trial.train()
         seconds = time.process_time() - start
