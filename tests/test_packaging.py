@@ -107,6 +107,7 @@ def missing_of(page: Path, identifiers: set[str]) -> list[str]:
 ORDERS = ("import nara_diffusion, diffusers", "import diffusers; diffusers.ModularPipeline; import nara_diffusion")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("imports", ORDERS)
 def test_pipelines_have_the_three_methods_whichever_is_imported_first(imports):
     check = "for kind in (diffusers.DDPMPipeline, diffusers.StableDiffusionXLPipeline, diffusers.ModularPipeline):\n"

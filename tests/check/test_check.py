@@ -72,6 +72,7 @@ def turning(levels: Tensor) -> Tensor:
     return 1 - 2 * levels
 
 
+@pytest.mark.slow
 def test_decide_of_an_update_that_turns_with_the_level_is_likely():
     """A static update can do nothing; C(λ) can turn the sign."""
     repeats, verdict = decide(linear_task(turning, settings=LONG), progress=False)

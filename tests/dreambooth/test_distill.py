@@ -218,6 +218,7 @@ def test_another_adapter_at_the_same_path_makes_other_trajectories(sdxl: dict[st
     assert not torch.equal(first, second)
 
 
+@pytest.mark.slow
 def test_other_levels_make_other_trajectories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = flags_of(tmp_path, small_sd3()) | {"max_train_steps": 1, "adapter": "lora", "target_modules": ["to_k"]}
     flags["distillation_options"] = {"trajectories": 10, "trajectories_dir": str(tmp_path / "kept")}

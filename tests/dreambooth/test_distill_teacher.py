@@ -91,6 +91,7 @@ def test_teacher_has_the_users_lora_and_each_trajectory_its_prompt(
         assert line in card
 
 
+@pytest.mark.slow
 def test_card_of_another_kind_of_adapter_has_code_that_runs(
     flags: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -58,6 +58,7 @@ def test_run_goes_on_for_more_steps_with_other_prompts_to_the_bits_of_one_run(
     assert (results(longer)["n"], (longer / "validation" / "step-6.png").exists()) == (4, True)
 
 
+@pytest.mark.slow
 def test_run_goes_on_with_other_images_and_its_card_says_what_they_show_and_where_the_loss_was_measured(
     sdxl: dict[str, Any], ended: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

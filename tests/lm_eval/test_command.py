@@ -31,6 +31,7 @@ def results_in(folder: Path) -> dict[str, Any]:
     return json.loads(file.read_text())
 
 
+@pytest.mark.slow
 def test_both_kinds_of_request_in_one_run(
     adapter: str, tasks: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,7 +17,7 @@ from tests.helpers.denoisers import WARNINGS_OF_DIFFUSERS, denoiser
 from tests.helpers.pipelines.families import small_wan_images
 from tests.helpers.small_pipelines import quiet
 
-pytestmark = WARNINGS_OF_DIFFUSERS
+pytestmark = [*WARNINGS_OF_DIFFUSERS, pytest.mark.slow]
 FRAMES, PATCHES = 4, 6
 TARGETS = ["to_q", "to_v", "net.0.proj", "time_proj"]
 

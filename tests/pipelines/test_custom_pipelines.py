@@ -44,6 +44,7 @@ def test_llada_s_saved_pipeline_is_read_by_diffusers(tmp_path: Path) -> None:
     assert pipe("upper: planet", gen_length=12).texts == ["PLANET"]
 
 
+@pytest.mark.slow
 def test_sdxl_s_gives_the_stock_pixels_with_an_adapter_and_is_taken_over_by_another_task(tmp_path: Path) -> None:
     trained, saved = small_sdxl(), tmp_path / "sdxl"
     trained.save_pretrained(saved)

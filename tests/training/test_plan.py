@@ -87,6 +87,7 @@ def test_plan_needs_no_data_and_writes_nothing(folders, tmp_path, monkeypatch, c
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_plan_with_a_size_names_flags_that_fit(folders, capsys):
     words = text_words(folders / "llada-tiny", "--train_batch_size", "8", "--load_in_8bit")
     needed = planned(text, [*words, "--train_batch_size", "1", "--gradient_accumulation_steps", "8"])["peak"] / 1e9
