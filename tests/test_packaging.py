@@ -116,6 +116,7 @@ def test_pipelines_have_the_three_methods_whichever_is_imported_first(imports):
     subprocess.run([sys.executable, "-c", f"{imports}\n{check}"], cwd=ROOT, check=True)
 
 
+@pytest.mark.slow
 def test_import_leaves_diffusers_pipelines_to_who_uses_them():
     check = "import sys, nara_diffusion\nassert 'diffusers.pipelines.pipeline_utils' not in sys.modules"
     subprocess.run([sys.executable, "-c", check], cwd=ROOT, check=True)
