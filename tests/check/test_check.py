@@ -83,6 +83,7 @@ def test_decide_of_an_update_that_turns_with_the_level_is_likely():
         assert losses["nara"] < 0.5 * min(losses["lora"], losses["untold"])
 
 
+@pytest.mark.slow
 def test_decide_of_a_static_update_is_unlikely_after_three_repeats():
     repeats, verdict = decide(linear_task(torch.ones_like, rest=5, settings=LONG), progress=False)
     assert (verdict.answer, len(repeats)) == (UNLIKELY, 3)

@@ -48,6 +48,7 @@ def folders(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 def test_plan_of_an_image_run_is_what_the_run_holds(folders, tmp_path, monkeypatch):
     words = ["--resolution", "64", "--train_batch_size", "12", "--max_train_steps", "1", "--validation_steps", "none"]
     words += ["--instance_data_dir", str(ASSETS / "subject"), "--instance_prompt", "a photo of sks toy"]
