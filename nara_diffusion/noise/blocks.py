@@ -65,6 +65,7 @@ class _Run:
 
     Attributes:
         schedule: the scheduler's `_transfer_schedule`, which adds up to B.
+        block_length: B, which the host reads once.
         real: the attention mask of the first forward.
         width: how many positions the first forward has.
         mask: the mask token.
@@ -72,15 +73,11 @@ class _Run:
     """
 
     schedule: Tensor
+    block_length: int
     real: Tensor
     width: int
     mask: Tensor
     answer: Tensor
-
-    @property
-    def block_length(self) -> int:
-        """B."""
-        return int(self.schedule.sum())
 
 
 def _is_among(one: Tensor, tensors: Sequence[Tensor]) -> bool:
@@ -132,10 +129,11 @@ class BlockNoise:
         self._known = present
         if len(new) != 1:
             return None
-        block = input_ids[:, -int(new[0].sum()) :]  # (b, B)
+        length = int(new[0].sum())
+        block = input_ids[:, -length:]  # (b, B)
         mask = block[0, -1].clone()
         answer = (block == mask).any(0).cumsum(0) > 0  # (B,)
-        self._runs.append(_Run(new[0], real, input_ids.shape[1], mask, answer))
+        self._runs.append(_Run(new[0], length, real, input_ids.shape[1], mask, answer))
         return self._runs[-1]
 
     def _of_run(

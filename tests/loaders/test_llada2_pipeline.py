@@ -12,9 +12,11 @@ from diffusers import BlockRefinementScheduler, LLaDA2Pipeline
 from peft import get_peft_model
 from peft.functional import set_adapter
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nara_diffusion import NaraConfig, noise_level
 from nara_diffusion.dllm import load_backbone
+from nara_diffusion.noise.blocks import BlockNoise
 from nara_diffusion.noise.level import BLOCK_SHARE
 from tests.acceptance._text import nara
 from tests.helpers.mixtures import LLADA2, MASK, block_seen, write_checkpoint
@@ -223,6 +225,24 @@ def test_runs_that_take_turns_have_each_their_own_levels(base: Path, tmp_path: P
     same.load_nara_weights(tmp_path / "adapter", adapter_name="third")
     set_adapter(pipe.model, "third")
     assert same(input_ids=PROMPT, **RUN).sequences.equal(alone)
+
+
+def test_later_forwards_of_a_run_read_no_value_from_the_device(base: Path) -> None:
+    class WithoutReads(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            assert function is not torch.ops.aten._local_scalar_dense.default
+            return function(*args, **(kwargs or {}))
+
+    model, scheduler = fresh(base), BlockRefinementScheduler()
+    scheduler.set_timesteps(2, block_length=B)
+    source = BlockNoise(lambda: [scheduler])
+    ids = torch.full((2, B), MASK)
+    given = {"attention_mask": torch.ones_like(ids), "position_ids": ids}
+    source(model, (ids,), given)
+    with WithoutReads():
+        level = source(model, (ids.where(torch.arange(B) > 0, 8),), given)
+        assert source.with_block_mask(model, (ids,), given) is not None
+    assert level.tolist() == [[0.75], [0.75]]
 
 
 def test_adapter_of_another_definition_is_refused_at_loading(base: Path, tmp_path: Path) -> None:
