@@ -7,6 +7,7 @@ Some instance attributes are also set, until the adapters are unloaded (docs/err
 
     model.model._tied_weights_keys      stops `tie_weights()` from tying factors that must be separate
     model._prepare_sampler              shows the sampler of `generate` to the source of λ
+    model._compile_functions            refuses a `generate` that compiles, with a static cache
     decoder.create_diffusion_decoder_attention_mask
                                         accepts the cache under the former name, as Diffusers 0.42
                                         passes it
@@ -17,7 +18,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -29,7 +30,7 @@ from .finder import Twins
 
 _NO_FACTOR = r"(?!.*\.lora_)"
 """The start of a pattern that matches no factor of an adapter."""
-_TIES, _SAMPLER = "_tied_weights_keys", "_prepare_sampler"
+_TIES, _SAMPLER, _COMPILE = "_tied_weights_keys", "_prepare_sampler", "_compile_functions"
 _MASK = "create_diffusion_decoder_attention_mask"
 
 
@@ -47,6 +48,7 @@ def hook_twins(
     setattr(twins.decoder, _MASK, partial(_with_former_name, getattr(twins.decoder, _MASK)))
     if hasattr(root, _SAMPLER):
         setattr(root, _SAMPLER, partial(_prepared, source, getattr(root, _SAMPLER)))
+        setattr(root, _COMPILE, _refuse_to_compile)
     handles = [
         owner.register_forward_pre_hook(partial(_before_model, source), with_kwargs=True),
         owner.register_forward_hook(partial(_after_model, source), always_call=True),
@@ -64,6 +66,7 @@ def unhook_twins(root: nn.Module, twins: Twins, source: CanvasNoise) -> None:
     vars(twins.owner).pop(_TIES, None)
     vars(twins.decoder).pop(_MASK, None)
     vars(root).pop(_SAMPLER, None)
+    vars(root).pop(_COMPILE, None)
 
 
 def _with_former_name(make_mask: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -75,15 +78,16 @@ def _with_former_name(make_mask: Callable[..., Any], *args: Any, **kwargs: Any) 
 
 def _prepared(source: CanvasNoise, prepare: Callable[[Any], Any], generation_config: Any) -> Any:
     """Return the sampler of a starting `generate` call, and show it to `source`."""
-    is_static = "static" in (generation_config.cache_implementation or "")
-    if is_static and not generation_config.disable_compile:
-        raise ValueError(
-            "generate compiles the forward whole with a static cache, and no λ could enter it: pass "
-            "disable_compile=True."
-        )
     sampler = prepare(generation_config)
     source.local.sampler, source.local.seen = weakref.ref(sampler), sampler.accepted_token_mask
     return sampler
+
+
+def _refuse_to_compile(*_: object) -> NoReturn:
+    raise ValueError(
+        "generate compiles the forward whole with a static cache, and no λ could enter it: pass "
+        "disable_compile=True."
+    )
 
 
 @torch.compiler.disable(recursive=True)

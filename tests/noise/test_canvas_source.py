@@ -14,7 +14,7 @@ from diffusers import (
 )
 from peft import get_peft_model
 from torch.nn.functional import one_hot
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
     EntropyBoundSampler,
     EntropyBoundSamplerConfig,
@@ -184,7 +184,7 @@ def test_a_scheduler_that_is_swapped_is_followed_and_both_are_restored(model):
     pipe.unload_nara_weights()
     for scheduler in (first, second):
         assert not {"step", "step_correct"} & set(vars(scheduler))
-    assert "_prepare_sampler" not in vars(model)
+    assert not {"_prepare_sampler", "_compile_functions"} & vars(model).keys()
     assert "create_diffusion_decoder_attention_mask" not in vars(model.model.decoder)
 
 
@@ -230,10 +230,18 @@ def test_samples_that_end_at_different_blocks_leave_lambda_of_the_others_as_it_i
     assert not torch.equal(blocks[0], whole[0])
 
 
-def test_generate_with_a_static_cache_is_refused_unless_nothing_is_compiled(model):
+def static_cache(model):
+    return StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=40)
+
+
+@pytest.mark.parametrize("is_given", [False, True])
+def test_generate_with_a_static_cache_is_refused_unless_nothing_is_compiled(model, is_given):
+    def options():
+        return {"cache": static_cache(model)} if is_given else {"cache_implementation": "static"}
+
     with pytest.raises(ValueError, match="disable_compile=True"):
-        model.generate(PROMPTS, cache_implementation="static", **GENERATION)
-    model.generate(PROMPTS, cache_implementation="static", disable_compile=True, **GENERATION)
+        model.generate(PROMPTS, **options(), **GENERATION)
+    model.generate(PROMPTS, **options(), disable_compile=True, **GENERATION)
 
 
 @torch.no_grad()
