@@ -18,8 +18,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
+
+from nara_diffusion.noise.level import find_holders
 
 from .decoding import GenerationStep, State
 from .models.backbone import conditioned
@@ -73,7 +75,13 @@ class BlockText:
 def fill_blocks(
     state: State, on_step_end: Callable[[GenerationStep], None] | None, use_cache: bool
 ) -> None:
-    """Fill all masks of `state`, block by block."""
+    """Fill all masks of `state`, block by block.
+
+    Raises:
+        ValueError: there is a cache, and an adapter was trained with one λ for each sample.
+    """
+    if use_cache:
+        _check_parts(state.backbone.model)
     block_length, width = state.sampling.block, state.sequences.shape[1]
     rest = (0, -width % block_length)
     real = state.attention_mask
@@ -81,3 +89,15 @@ def fill_blocks(
     state.sequences = F.pad(state.sequences, rest)
     state.fill(BlockText(F.pad(real, rest), block_length, use_cache), on_step_end)
     state.sequences = state.sequences[:, :width]
+
+
+def _check_parts(model: nn.Module) -> None:
+    """Raise ValueError for an active adapter that has only seen one λ for all blocks of a sample."""
+    for holder in find_holders(model):
+        for name in holder.deviations.noisy(holder.active_names()):
+            if getattr(holder.finder.configs[name], "noise_level_per", None) == "sample":
+                raise ValueError(
+                    f"Adapter '{name}' was trained with one λ for each sample (its noise_level_per is "
+                    "'sample'), and cached blocks stay at λ = 0: pass use_cache=False to generate, or "
+                    "train it with λ for each block (train_scripts/dllm.py)."
+                )

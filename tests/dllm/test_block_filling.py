@@ -13,6 +13,7 @@ from torch import Tensor
 from nara_diffusion.dllm import GenerationStep, generate, load_backbone
 from nara_diffusion.dllm.models.backbone import Backbone
 from tests.acceptance._text import END, backbone, nara
+from tests.helpers.adapted import nara_config
 from tests.helpers.mixtures import LLADA2, MASK, VOCABULARY, ByHand, block_seen, write_checkpoint
 
 B = 4
@@ -32,7 +33,7 @@ def model(tmp_path: Path) -> Any:
     return load_backbone(str(tmp_path), dtype=torch.float64, experts_implementation="eager")[0]
 
 
-def answers(model: Any, use_cache: bool, **settings: Any) -> Tensor:
+def answers(model: Any, use_cache: bool | None, **settings: Any) -> Tensor:
     options = {"gen_length": 12, "prompt_lengths": LENGTHS, "generator": torch.Generator().manual_seed(5)}
     sequences = generate(model, PROMPTS, use_cache=use_cache, **{**options, **settings})
     assert isinstance(sequences, Tensor)
@@ -86,6 +87,27 @@ def test_cache_changes_no_token_of_an_adapted_model(model: Any, rule: str) -> No
     cached = answers(adapted, True, **RULES[rule])
     torch.testing.assert_close(cached, answers(adapted, False, **RULES[rule]))
     assert not cached.equal(base)
+
+
+def test_adapters_with_one_level_a_sample_are_refused_with_the_cache(model: Any) -> None:
+    base = answers(model, True)
+    model = nara(model, target_modules=["q_proj", "down_proj"])
+    model.add_adapter("still", nara_config(core_type="identity", r=3, target_modules=["v_proj"]))
+    for config in model.peft_config.values():
+        config.noise_level_per = "sample"
+    for use_cache in (True, None):
+        with pytest.raises(ValueError, match=r"'default' .*noise_level_per is 'sample'.* use_cache=False"):
+            answers(model, use_cache)
+    with pytest.warns(UserWarning, match="for each sample, and this forward") as warned:
+        found = answers(model, False)
+    assert len(warned) == 1
+    model.peft_config["default"].noise_level_per = "part"
+    assert answers(model, True).equal(found)
+    model.peft_config["default"].noise_level_per = "sample"
+    model.set_adapter("still")  # it has no λ
+    answers(model, True)
+    with model.disable_adapter():
+        assert answers(model, True).equal(base)
 
 
 def test_finished_text_isn_t_computed_again(model: Any) -> None:
