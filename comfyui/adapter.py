@@ -24,7 +24,6 @@ from nara_diffusion.export.original_names import original_layers, parts_of
 from nara_diffusion.export.to_lora import lora_of
 from nara_diffusion.loaders.file import AdapterFile
 from nara_diffusion.loaders.insertion import TEXT_ENCODER
-from nara_diffusion.noise.prediction import flow_shift
 
 CONVENTIONS = {"sd15": ("timestep", "edm"), "sdxl": ("timestep", "edm")}
 """{base: its possible definitions of λ}. All other bases have "flow"."""
@@ -39,7 +38,6 @@ class LiveAdapter:
 
     Attributes:
         convention: the definition of λ; None if the adapter doesn't need λ.
-        scheduler: the scheduler in the file, if the adapter changes the base's prediction type.
         encoders: {component: LoRA} for the text encoders, which have no λ.
 
     Raises:
@@ -62,7 +60,6 @@ class LiveAdapter:
                 f"'{path}' is a NaRA-DoRA, which ComfyUI can't apply: sample it in Diffusers."
             )
         self.adapter = adapter_of_part(denoiser)
-        self.scheduler = self.config.scheduler
         self.convention = self._convention(base, path)
         layers = {}
         for name, layer in self.adapter.lora.layers.items():
@@ -84,8 +81,7 @@ class LiveAdapter:
         config = self.config
         if self.adapter.level_of(0.5) is None:
             return None
-        is_flow = self.scheduler is not None and flow_shift(self.scheduler) is not None
-        allowed = ("flow",) if is_flow else CONVENTIONS.get(base, ("flow",))
+        allowed = CONVENTIONS.get(base, ("flow",))
         if config.noise_convention not in allowed:
             raise ValueError(
                 f"'{path}' defines λ as {config.noise_convention!r}, but {base} has "

@@ -16,17 +16,8 @@ import folder_paths  # type: ignore[import-not-found]
 from torch import Tensor, nn
 
 from nara_diffusion.export.host_files import BASES, host_state_dict
-from nara_diffusion.noise.prediction import ZERO_SNR, flow_shift, prediction_in
 
 from .adapter import LiveAdapter
-
-_PREDICTIONS = {
-    "EPS": "epsilon",
-    "V_PREDICTION": "v_prediction",
-    "X0": "sample",
-    "CONST": "flow_prediction",
-}
-"""{class of comfy.model_sampling: the prediction type of the model's output}."""
 
 
 class Sampling(Protocol):
@@ -108,7 +99,6 @@ def wrapper(
     """Return a replacement for `apply_model` that also calls another node's wrapper, if any."""
 
     def call(apply_model: Callable[..., Tensor], args: Mapping[str, Any]) -> Tensor:
-        check_prediction(adapter.scheduler, base.model_sampling)
         level = noise_level(adapter.convention, base.model_sampling, args["timestep"])
         with adapter.applied(base.diffusion_model, level, strength):
             if previous is not None:
@@ -118,31 +108,6 @@ def wrapper(
     return call
 
 
-def check_prediction(scheduler: Mapping[str, Any] | None, sampling: Sampling) -> None:
-    """Raise ValueError if ComfyUI would sample a converted model with the wrong prediction type."""
-    prediction = None if scheduler is None else prediction_in(scheduler)
-    taken = _taken(sampling)
-    if scheduler is None or prediction is None or taken in (None, prediction.kind):
-        return
-    raise ValueError(
-        f"With this adapter the model predicts {prediction}, and ComfyUI samples it as {taken}: put "
-        f"{comfyui_words(scheduler)} behind it."
-    )
-
-
-def comfyui_words(fields: Mapping[str, Any]) -> str:
-    """Return a description of ComfyUI's node for these scheduler fields, with name and inputs."""
-    shift, prediction = flow_shift(fields), prediction_in(fields)
-    if shift is not None:
-        return f"the node ModelSamplingSD3 (shift {shift})"
-    if prediction is None or prediction.path == "rectified flow":
-        return "a node that samples it so"
-    sampling = {"epsilon": "eps", "v_prediction": "v_prediction", "sample": "x0"}[prediction.kind]
-    return (
-        f"the node ModelSamplingDiscrete (sampling {sampling}, zsnr {prediction.path == ZERO_SNR})"
-    )
-
-
 def noise_level(convention: str | None, sampling: Sampling, sigma: Tensor) -> Tensor:
     """Return λ (b,) for ComfyUI's σ (b,).
 
@@ -150,7 +115,7 @@ def noise_level(convention: str | None, sampling: Sampling, sigma: Tensor) -> Te
         ValueError: λ can't be computed from σ, since the sampling of the model differs from the
             adapter's training.
     """
-    is_flow = _taken(sampling) == "flow_prediction"
+    is_flow = "CONST" in [kind.__name__ for kind in type(sampling).__mro__]
     if convention == "timestep" and not _is_discrete(sampling):
         raise _unlike("timestep / N", sampling, "choose the node ModelSamplingDiscrete")
     if convention == "flow" and not is_flow:
@@ -164,14 +129,6 @@ def noise_level(convention: str | None, sampling: Sampling, sigma: Tensor) -> Te
     else:
         level = sigma / (1 + sigma) if convention == "edm" else sigma
     return level.clamp(0, 1)
-
-
-def _taken(sampling: Sampling) -> str | None:
-    """Return the prediction type that ComfyUI assumes; None if it isn't in `_PREDICTIONS`."""
-    for kind in type(sampling).__mro__:
-        if kind.__name__ in _PREDICTIONS:
-            return _PREDICTIONS[kind.__name__]
-    return None
 
 
 def _is_discrete(sampling: Sampling) -> bool:

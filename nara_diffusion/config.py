@@ -34,6 +34,10 @@ _SIZES = ("r", "noise_embedding_dim", "core_bins", "core_knots")
 _SCALES = ("core_scale", "fourier_scale")
 _GONE = {"core_normalization": "none", "noise_scale": "linear", "layer_embedding_dim": 16}
 """{removed field of version 0.1: its default there}. Files with that default load as before."""
+OTHER_PREDICTION = (
+    "an adapter of version 0.1 or 0.2 that has one predicts something other than its base does. Use "
+    "it with that version, or train one that predicts what its base does (docs/conversion.md)."
+)
 ABSENT = {"noise_level_per": "sample"}
 """{field that files of version 0.2 lack: its value for them}. Later files have it, even as None."""
 _REFUSED = (
@@ -95,9 +99,7 @@ class NaraConfig(LoraConfig):
         noise_level_per: whether training used one λ per "sample" or per "part" of a sample (a frame
             or a block). Training sets this field. A forward of the other kind warns once. None
             means unknown; a file without this field (version 0.2) means "sample".
-        scheduler: the class (`_class_name`) and configuration of the Diffusers scheduler that the
-            adapter was trained for, if it predicts something other than its base does. None means
-            the prediction of the base.
+        scheduler: kept for files of versions 0.1 and 0.2; only None is left.
         few_steps: the sampling settings of a few-step adapter, which are "num_inference_steps",
             "guidance_scale", "timesteps", the scheduler's "timestep_spacing" and "shift_terminal",
             and the line of code that sets its "scheduler". None means the settings of the base.
@@ -125,7 +127,7 @@ class NaraConfig(LoraConfig):
     mask_density_radius: int = 4
     noise_convention: str | None = None
     noise_level_per: Literal["sample", "part"] | None = None
-    scheduler: dict[str, Any] | None = None
+    scheduler: None = None
     few_steps: dict[str, Any] | None = None
     strength: StrengthSchedule | list[list[float]] | None = None
 
@@ -149,6 +151,8 @@ class NaraConfig(LoraConfig):
         self.rank_pattern = self.rank_pattern or {}
         self.alpha_pattern = self.alpha_pattern or {}
         check_core_type(self.core_type)
+        if self.scheduler is not None:
+            raise ValueError(f"NaraConfig can't have a scheduler any more: {OTHER_PREDICTION}")
         self._check_choices()
         self._check_numbers()
         self._check_patterns()
@@ -236,9 +240,6 @@ class NaraConfig(LoraConfig):
             self._refuse("noise_embedding_dim", ": sine and cosine are pairs: pass an even number.")
         if self.core_type == "knots" and self.core_knots < 2:
             self._refuse("core_knots", ": interpolation needs one at either end, so 2 or more.")
-        given = self.scheduler
-        if given is not None and (not isinstance(given, dict) or "_class_name" not in given):
-            self._refuse("scheduler", ": pass a scheduler's configuration with its _class_name.")
         ranks = {self.r, *(self.rank_pattern or {}).values()}
         if self.rank_mask_min is not None:
             is_rank = _is_size(self.rank_mask_min) and self.rank_mask_min <= min(ranks)

@@ -28,7 +28,7 @@ _CORE_FIELDS = {
     "identity": (),
 }
 """{core_type: the fields that describe such a core}."""
-_FIELDS = ("lora_alpha", "use_rslora", "core_type", "noise_convention", "strength", "scheduler")
+_FIELDS = ("lora_alpha", "use_rslora", "core_type", "noise_convention", "strength")
 """The fields of the configuration that `nara inspect` shows of every adapter."""
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,8 +35,6 @@ def fold(args: Namespace) -> str:
     docs/export.md says by how much, and how to choose λ. Adapters of text encoders don't depend on
     λ and go into the same file; --form peft writes only one component.
     """
-    # shows the warning about the scheduler that the result needs
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
     file = AdapterFile.read(Path(args.file))
     adapters = {name: adapter_of_part(part) for name, part in file.parts.items()}
     _check(file, args)

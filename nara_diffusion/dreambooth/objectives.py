@@ -30,8 +30,14 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.training_utils import compute_loss_weighting_for_sd3
 from torch import Tensor
 
-from nara_diffusion.noise.prediction import FLOW, KINDS, prediction_by
-from nara_diffusion.noise.timesteps import TimestepNoise, passes_log_sigma
+from nara_diffusion.noise.timesteps import (
+    FLOW,
+    TimestepNoise,
+    passes_log_sigma,
+    prediction_type,
+)
+
+_KINDS = ("epsilon", "v_prediction", "sample", FLOW)
 
 
 class Scheduler(Protocol):
@@ -118,18 +124,18 @@ def build_objective(
     Raises:
         ValueError: the prediction type is unknown, or the schedule has no betas.
     """
-    prediction, config = prediction_by(scheduler), scheduler.config
-    kind = config.get("prediction_type", "epsilon")
-    if prediction is not None and prediction.kind == FLOW:
+    config = scheduler.config
+    kind = prediction_type(scheduler) or "epsilon"
+    if kind == FLOW:
         if shift is None:
             shift = _own_shift(config)
         objective = _flow(config.num_train_timesteps, float(shift), weighting_scheme)
-    elif kind in KINDS and "beta_schedule" in config and not passes_log_sigma(scheduler):
+    elif kind in _KINDS and "beta_schedule" in config and not passes_log_sigma(scheduler):
         objective = _discrete(scheduler, kind)
     else:
         raise ValueError(
             f"{type(scheduler).__name__} with prediction_type {kind!r} is not a schedule to train with: "
-            f"expected betas and discrete timesteps, and one of {', '.join(KINDS)}."
+            f"expected betas and discrete timesteps, and one of {', '.join(_KINDS)}."
         )
     if snr_gamma is None:
         return objective

@@ -24,7 +24,7 @@ from diffusers.training_utils import generate_aspect_ratio_buckets, parse_bucket
 from safetensors import SafetensorError
 from torch import nn
 
-from nara_diffusion.noise.prediction import FLOW, prediction_by
+from nara_diffusion.noise.timesteps import FLOW, prediction_type
 from nara_diffusion.training.arguments import CONFIGS, shipped_settings
 from nara_diffusion.utils.files import is_out_of_reach, local_folder, naming_source, refuse_file
 
@@ -180,8 +180,7 @@ def _not_loaded(name: str, vae_name: str | None, family: Family, error: Exceptio
 
 
 def _check_scheduler(family: Family, scheduler: SchedulerMixin) -> None:
-    prediction = prediction_by(scheduler)
-    is_flow = prediction is not None and prediction.kind == FLOW
+    is_flow = prediction_type(scheduler) == FLOW
     if not (is_flow if family.is_flow else hasattr(scheduler, "scale_model_input")):
         raise ValueError(
             f"{type(scheduler).__name__} can't train {family.title}: put the scheduler that the "

@@ -21,10 +21,8 @@ from nara_diffusion.config import NaraConfig, changes_base
 from nara_diffusion.loaders.insertion import (
     LOADED_FLAG,
     TEXT_ENCODER,
-    check_schedulers,
     read_schedule_of,
 )
-from nara_diffusion.noise.prediction import flow_shift
 from nara_diffusion.strict import check_tensors
 from nara_diffusion.tuner.model import restored_on_error
 from nara_diffusion.tuner.strength import layers_of
@@ -49,9 +47,6 @@ def from_lora(
 
         model = from_lora("folder of a PEFT LoRA", backbone, core_type="hypernetwork")
         from_lora("pytorch_lora_weights.safetensors", pipe)              # then pipe.save_nara_weights(…)
-
-    If the LoRA was folded from an adapter with a `scheduler`, the pipeline's scheduler must expect
-    that adapter's prediction.
 
     Args:
         lora: a folder in PEFT's format, written by `save_pretrained` of a PeftModel or of
@@ -90,8 +85,6 @@ def from_lora(
         for component, part in parts.items():
             own = {"core_type": "identity"} if component.startswith(TEXT_ENCODER) else core
             _insert(part, getattr(model, component), adapter_name, own, origin, undo, inject=True)
-        configs = {name: getattr(model, name).peft_config[adapter_name] for name in parts}
-        check_schedulers(model, [config.scheduler for config in configs.values()])
         read_schedule_of(model)
     return model
 
@@ -143,13 +136,7 @@ def _nara_config(lora: PlainLora, core: Mapping[str, Any]) -> NaraConfig:
             given[field.name] = copy.copy(getattr(lora.config, field.name))
     if not changes_base(given["init_lora_weights"]):
         given["init_lora_weights"] = True  # the LoRA's tensors replace these values
-    if lora.scheduler is not None:
-        given["scheduler"] = dict(lora.scheduler)
-    config = NaraConfig(**given | dict(core))
-    is_flow = config.scheduler is not None and flow_shift(config.scheduler) is not None
-    if is_flow and config.noise_convention is None:
-        config.noise_convention = "flow"
-    return config
+    return NaraConfig(**given | dict(core))
 
 
 def copy_tensors(lora: PlainLora, root: nn.Module, adapter_name: str, origin: str) -> None:

@@ -8,7 +8,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from peft import LoraConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
@@ -110,16 +109,12 @@ class PlainLora:
             modules_to_save.
         error: the error over λ of `to_lora(model, "best")`. None for a LoRA at one λ, since it is
             exact there.
-        scheduler: the class and configuration of the Diffusers scheduler that the LoRA needs. This
-            is set only if an earlier version of this package folded the LoRA from an adapter that
-            predicts something other than its base does.
     """
 
     config: LoraConfig
     layers: Mapping[str, PlainLoraLayer]
     others: Mapping[str, Tensor] = field(default_factory=dict)
     error: ExportError | None = None
-    scheduler: Mapping[str, Any] | None = None
 
     def state_dict(self, prefix: str = "") -> dict[str, Tensor]:
         """Return the tensors as `peft.get_peft_model_state_dict` does, with `prefix` before each key."""

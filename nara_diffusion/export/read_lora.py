@@ -12,7 +12,6 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
@@ -26,10 +25,10 @@ from peft import LoraConfig, PeftConfig
 from peft.utils import CONFIG_NAME
 from torch import Tensor, nn
 
-from nara_diffusion.loaders.insertion import DENOISERS, TEXT_ENCODER, denoiser_name
+from nara_diffusion.config import OTHER_PREDICTION
+from nara_diffusion.loaders.insertion import TEXT_ENCODER, denoiser_name
 from nara_diffusion.loaders.tensor_files import (
     is_nara,
-    read_config_file,
     read_peft_tensors,
     read_tensors,
 )
@@ -94,12 +93,14 @@ def _of_folder(folder: Path) -> PlainLora:
             "it is already a NaRA: load it with PeftModel.from_pretrained(model, folder) or "
             "pipe.load_nara_weights(folder)."
         )
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    if scheduler.is_file():
+        raise ValueError(f"it has '{scheduler.relative_to(folder)}': {OTHER_PREDICTION}")
     config = PeftConfig.from_pretrained(str(folder))
     if type(config) is not LoraConfig:
         kind = type(config).__name__.removesuffix("Config")
         raise ValueError(f"it is a {kind}, not a LoRA.")
-    found = _of_tensors(config, read_peft_tensors(folder))
-    return replace(found, scheduler=_scheduler(folder))
+    return _of_tensors(config, read_peft_tensors(folder))
 
 
 def _of_tensors(config: LoraConfig, tensors: Mapping[str, Tensor]) -> PlainLora:
@@ -108,20 +109,6 @@ def _of_tensors(config: LoraConfig, tensors: Mapping[str, Tensor]) -> PlainLora:
     if not layers:
         raise ValueError(f"no LoRA in PEFT's format: it has {listed(own) or 'no tensors'}.")
     return PlainLora(config, layers, others_of(own))
-
-
-def _scheduler(folder: Path, text: str | None = None) -> dict[str, Any] | None:
-    """Return the scheduler, if any, that an earlier version wrote into the file or next to it."""
-    path = folder / "scheduler" / "scheduler_config.json"
-    if text:
-        fields = dict(json.loads(text))
-    elif path.is_file():
-        fields = read_config_file(path)
-    else:
-        return None
-    for name in ("_diffusers_version", "_use_default_values"):
-        fields.pop(name, None)
-    return fields or None
 
 
 def _found(path: Path) -> Path:
@@ -145,7 +132,8 @@ def _of_file(path: Path, pipe: nn.Module | DiffusionPipeline) -> dict[str, Plain
     """Return {component: its LoRA} from a file."""
     tensors, metadata = read_tensors(path)
     metadata = metadata or {}
-    scheduler = _scheduler(path.parent, metadata.get("nara_scheduler"))
+    if "nara_scheduler" in metadata:
+        raise ValueError(f"it has nara_scheduler in its metadata: {OTHER_PREDICTION}")
     if not is_pipeline(pipe):
         raise ValueError(
             "it isn't in PEFT's form, which has an adapter_config.json: name such a folder. A file of "
@@ -171,8 +159,8 @@ def _of_file(path: Path, pipe: nn.Module | DiffusionPipeline) -> dict[str, Plain
             )
         values = _by_peft_names(own, alphas, component, pipe)
         config = configs.get(component) or _config_of(values)
-        part = _of_tensors(config, {key: tensor for key, (tensor, _) in values.items()})
-        parts[component] = replace(part, scheduler=scheduler if component in DENOISERS else None)
+        tensors_only = {key: tensor for key, (tensor, _) in values.items()}
+        parts[component] = _of_tensors(config, tensors_only)
     _check_all_converted(tensors, parts)
     return parts
 

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from nara_diffusion.config import NaraConfig
 from nara_diffusion.cores.core import needs_noise
 from nara_diffusion.noise.level import Level, as_level
-from nara_diffusion.noise.prediction import prediction_in
 
 from .adapter_factors import Adapter, adapter_of_model
 from .plain_lora import ExportError, PlainLora, PlainLoraLayer
@@ -57,7 +56,7 @@ def to_lora(
     Raises:
         ValueError: there is no such adapter; λ is missing, or differs between samples; a plain LoRA
             can't express the adapter (a variant such as aLoRA, a method other than LoRA, biases of
-            B, a prediction other than its base's); or the weights are offloaded or sharded.
+            B); or the weights are offloaded or sharded.
     """
     if isinstance(noise_level, str) and noise_level != "best":
         raise ValueError(f'noise_level is {noise_level!r}: pass a number in [0, 1], or "best".')
@@ -69,12 +68,6 @@ def to_lora(
 
 def lora_of(adapter: Adapter, noise_level: Level | Literal["best"] | None) -> PlainLora:
     """Return a plain LoRA as `to_lora` does, for an adapter from a model or a file."""
-    fields = getattr(adapter.config, "scheduler", None)
-    if fields is not None:
-        raise ValueError(
-            f"The adapter predicts {prediction_in(fields)}, which its base doesn't, and a LoRA's file can't say so: "
-            "programs would sample noise. Load it with pipe.load_nara_weights and a scheduler that expects this."
-        )
     config = adapter.config
     steps = config.few_steps if isinstance(config, NaraConfig) else None
     number = 1 if steps is None else steps["num_inference_steps"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -19,7 +19,6 @@ from nara_diffusion.config import NaraConfig, unscaled_fields
 from nara_diffusion.cores.core import needs_noise
 from nara_diffusion.layers.offloading import groups_of
 from nara_diffusion.layers.variants import is_float8
-from nara_diffusion.noise.prediction import check_expected
 from nara_diffusion.strict import adapter_tensors, check_tensors
 from nara_diffusion.tuner.holder import drop_idle_holder, holder_of
 
@@ -124,20 +123,6 @@ def part_of(model: nn.Module, adapter_name: str) -> AdapterPart:
     """Return the adapter's configuration and tensors, in the form that files contain."""
     tensors = adapter_tensors(model, adapter_name)
     return AdapterPart(nara_adapters_of(model)[adapter_name], tensors)
-
-
-# ---------------------------------------------------------------------- schedulers
-
-
-def check_schedulers(owner: object, needed: Iterable[Mapping[str, Any] | None]) -> None:
-    """Raise ValueError unless the scheduler of `owner`, a pipeline, fits the adapters' predictions.
-
-    An adapter from an earlier version of this package may predict something other than its base
-    does. Its `NaraConfig.scheduler`, one of `needed`, then describes how to sample it.
-    """
-    for fields in needed:
-        if fields is not None:
-            check_expected(getattr(owner, "scheduler", None), fields)
 
 
 def read_schedule_of(pipe: Any) -> None:

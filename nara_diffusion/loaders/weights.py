@@ -21,7 +21,6 @@ from .insertion import (
     adaptable_models,
     adapters_of,
     check_not_wrapped,
-    check_schedulers,
     check_storable,
     denoiser_name,
     insert,
@@ -82,8 +81,8 @@ def load_nara_weights(
 
     Raises:
         ValueError: the pipeline has no denoiser; the file is missing, damaged or of another kind
-            (such as a LoRA); the adapter is for another base model, another definition of λ or
-            another prediction; or the name is already in use. The pipeline is unchanged.
+            (such as a LoRA); the adapter is for another base model or another definition of
+            λ; or the name is already in use. The pipeline is unchanged.
         OSError: the download from the Hub failed.
     """
     if use_safetensors is False:
@@ -111,7 +110,6 @@ def load_nara_weights(
     with naming(source):
         _check_parts(file.parts, models)
         adapter_name = _name_to_load(models, adapter_name, hotswap)
-        check_schedulers(self, [part.config.scheduler for part in file.parts.values()])
         with offloading_suspended(self):
             if hotswap:
                 _swap_all(models, file.parts, adapter_name)

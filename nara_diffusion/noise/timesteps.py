@@ -296,6 +296,15 @@ class Denoiser(TimestepNoise):
         )
 
 
+FLOW = "flow_prediction"
+
+
+def prediction_type(scheduler: Any) -> str | None:
+    """Return the prediction that a Diffusers scheduler expects, as in `prediction_type`, if any."""
+    is_flow = type(scheduler).__name__.startswith("FlowMatch")
+    return FLOW if is_flow else scheduler.config.get("prediction_type")
+
+
 def passes_log_sigma(scheduler: Any) -> bool:
     """Return whether a Diffusers scheduler passes ¼ ln σ to the denoiser as the timestep."""
     config = scheduler.config

@@ -23,7 +23,6 @@ from nara_diffusion.export.from_lora import check_identity, check_scales, copy_t
 from nara_diffusion.export.plain_lora import PlainLora
 from nara_diffusion.export.read_lora import read_lora
 from nara_diffusion.loaders.file import AdapterFile, AdapterPart, configured_scaling, naming
-from nara_diffusion.loaders.insertion import check_schedulers
 from nara_diffusion.loaders.tensor_files import is_nara, load_whole_model
 from nara_diffusion.strict import check_loaded, check_tensors
 from nara_diffusion.tuner.twins import with_encoder_layers
@@ -41,7 +40,6 @@ _FREE = {
     "lora_a_init",
     "noise_convention",
     "noise_level_per",
-    "scheduler",
     "strength",
 }
 """Fields of a core that may differ: they don't change the meaning of its tensors."""
@@ -68,21 +66,18 @@ def start_from(
 
     Raises:
         ValueError: the file has no such adapter, or its layers, rank, α, DoRA, core, definition of
-            λ or prediction type differ from the run's. The message names the flag to change.
+            λ differ from the run's. The message names the flag to change.
     """
     file, origin = Path(path).expanduser(), f"init_adapter '{path}'"
     with naming(path):
         if is_nara(file):
             naras = AdapterFile.read(file, next(iter(components))).parts
-            schedulers = [part.config.scheduler for part in naras.values()]
             _check_components(list(naras), list(components), origin)
-            check_schedulers(source_model, schedulers)
             for name, root in components.items():
                 _copy_nara(naras[name], root, origin)
         else:
             loras = read_lora(file, source_model)[0]
             _check_components(list(loras), list(components), origin)
-            check_schedulers(source_model, [part.scheduler for part in loras.values()])
             for name, root in components.items():
                 _copy_lora(loras[name], root, origin)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from copy import copy
 from dataclasses import replace
 from enum import Enum, auto
@@ -35,7 +35,6 @@ from nara_diffusion.noise.level import (
     registered_source,
 )
 from nara_diffusion.noise.parts import Parts
-from nara_diffusion.noise.prediction import check_expected, other_sampling
 from nara_diffusion.noise.rows import ModelRows
 from nara_diffusion.noise.timesteps import Denoiser, TimestepNoise
 
@@ -328,10 +327,9 @@ _KINDS = {"sample": "sample", "part": "part of a sample (a frame, a block)"}
 class Usage:
     """Compare how the adapters of one model are used with how they were trained.
 
-    `NaraConfig` records the prediction that a scheduler must expect (`scheduler`), how a few-step
-    adapter is sampled (`few_steps`), and whether training used one λ for each sample or for each
-    part of a sample (`noise_level_per`). A scheduler that expects another prediction raises an
-    error. The other two differences cause one warning per adapter.
+    `NaraConfig` records how a few-step adapter is sampled (`few_steps`), and whether training used
+    one λ for each sample or for each part of a sample (`noise_level_per`). Each difference causes
+    one warning per adapter.
 
     Attributes:
         pipelines: weak references to the pipelines that loaded adapters.
@@ -362,33 +360,23 @@ class Usage:
                 found.append(scheduler)
         return found
 
-    def check_prediction(self, names: Iterable[str]) -> None:
-        """Raise ValueError if a pipeline's scheduler does not fit the prediction of an adapter.
-
-        Warn once if a pipeline samples a few-step adapter in a way that does not suit it.
-        """
+    def warn_of_sampling(self, names: Iterable[str]) -> None:
+        """Warn once if a pipeline samples a few-step adapter in a way that does not suit it."""
         for name in names:
-            self._warn_of_sampling(name)
-            fields = getattr(self.configs[name], "scheduler", None)
-            if fields is not None:
-                for scheduler in self.schedulers():
-                    check_expected(scheduler, fields)
-
-    def _warn_of_sampling(self, name: str) -> None:
-        config = self.configs[name]
-        few_steps = getattr(config, "few_steps", None)
-        if few_steps is None or self._warned_of_sampling.get(name) is config:
-            return
-        for reference in self.pipelines:
-            pipe = reference()
-            difference = None if pipe is None else other_sampling(pipe, few_steps)
-            if difference is not None:
-                self._warned_of_sampling[name] = config
-                warnings.warn(
-                    f"Adapter '{name}' was trained to sample in {few_steps['num_inference_steps']} steps, but the "
-                    f"pipeline takes {difference}",
-                    stacklevel=2,
-                )
+            config = self.configs[name]
+            few_steps = getattr(config, "few_steps", None)
+            if few_steps is None or self._warned_of_sampling.get(name) is config:
+                continue
+            for reference in self.pipelines:
+                pipe = reference()
+                difference = None if pipe is None else _other_sampling(pipe, few_steps)
+                if difference is not None:
+                    self._warned_of_sampling[name] = config
+                    steps = few_steps["num_inference_steps"]
+                    warnings.warn(
+                        f"Adapter '{name}' was trained to sample in {steps} steps, but the pipeline takes {difference}",
+                        stacklevel=2,
+                    )
 
     # ------------------------------------------------------------------ samples or their parts
 
@@ -420,6 +408,35 @@ class Usage:
                 )
             if root.training and torch.is_grad_enabled() and before != "part":
                 config.noise_level_per = now
+
+
+TIMESTEP_SETTINGS = ("timestep_spacing", "shift_terminal")
+"""Fields of a scheduler that a few-step adapter was trained with."""
+
+
+def _other_sampling(pipe: Any, few_steps: Mapping[str, Any]) -> str | None:
+    """Return a message if a pipeline's sampling settings do not suit a few-step adapter, else None.
+
+    The message names the settings and includes the lines of code that correct them.
+    """
+    scheduler = pipe.scheduler
+    # the scheduler of a flow has no number before its first call
+    steps = getattr(scheduler, "num_inference_steps", None)
+    wanted = few_steps["num_inference_steps"]
+    if steps is None:  # no call is in progress, as in training
+        return None
+    found = [] if steps == wanted else [f"{steps} steps"]
+    guidance = getattr(pipe, "_guidance_scale", 1.0)
+    if guidance > 1:
+        found.append(f"guidance_scale {guidance:g}")
+    for name in TIMESTEP_SETTINGS:
+        setting = few_steps.get(name)
+        if setting is not None and scheduler.config.get(name) != setting:
+            found.append(f"{type(scheduler).__name__} with other timesteps")
+    if not found:
+        return None
+    lines = [few_steps.get("scheduler"), f"pipe(…, num_inference_steps={wanted}, guidance_scale=1)"]
+    return f"{', '.join(found)}: {'; '.join(filter(None, lines))}"
 
 
 # ---------------------------------------------------------------------- a forward with two λ

@@ -195,9 +195,9 @@ class CoreHolder(nn.Module):
             return
         entry = entry_for(self)
         merged = self.merged_in_forward()
-        self.finder.usage.check_prediction(names)
+        self.finder.usage.warn_of_sampling(names)
         if merged is not None:
-            self.finder.usage.check_prediction(self.merging.merged_names())
+            self.finder.usage.warn_of_sampling(self.merging.merged_names())
             if entry is None:
                 self.merging.warn_of_source(merged, self.finder, args, kwargs)
         self.follow_factors()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
@@ -42,6 +43,15 @@ def header(path: Path) -> dict[str, Any]:
     with safe_open(path, "pt") as file:
         metadata = dict(file.metadata() or {})
     return {key: json.loads(value) if value.startswith("{") else value for key, value in metadata.items()}
+
+
+def unet_folder(folder: Path) -> Path:
+    """Copy the PEFT folder of a UNet's NaRA to `folder`, without the scheduler, which no version after 0.2 reads."""
+    shutil.copytree(FILES / "peft" / "converted", folder)
+    fields = json.loads((folder / PEFT_CONFIG).read_text())
+    del fields["scheduler"]
+    (folder / PEFT_CONFIG).write_text(json.dumps(fields))
+    return folder
 
 
 def layers_of(tensors: Mapping[str, Tensor], component: str = "") -> set[str]:

@@ -47,10 +47,6 @@ def comfy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]
     folder = tmp_path_factory.mktemp("loras")
     for name in ("sdxl_float32", "sdxl_bfloat16", "sdxl_unet_float32", "flux_float32"):
         shutil.copy(PIPELINES / name / _files.PIPELINE_WEIGHTS, folder / f"{name}.safetensors")
-    pipe = _bases.sdxl()
-    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, prediction_type="v_prediction")
-    pipe.load_nara_weights(_files.FILES / "peft" / "converted")
-    pipe.save_nara_weights(folder, weight_name="converted.safetensors")
     with comfyui(folder) as found:
         found.folder = folder
         yield found
@@ -149,15 +145,6 @@ def joined(*layers: Any) -> nn.Linear:
     both.weight.data = torch.cat([layer.weight.data for layer in layers])
     both.bias.data = torch.cat([layer.bias.data for layer in layers])
     return both
-
-
-def test_a_converted_model_is_sampled_by_its_prediction_alone(comfy) -> None:
-    unet = _bases.unet()
-    patched, _ = comfy.load(sdxl(unet, Discrete, V_PREDICTION), "converted.safetensors", "sdxl", 1.0)
-    _files.assert_near(sampled(patched), _files.expected("peft")["converted"], unet)
-    other, _ = comfy.load(sdxl(), "converted.safetensors", "sdxl", 1.0)
-    with pytest.raises(ValueError, match="v_prediction"):
-        sampled(other)
 
 
 @pytest.mark.parametrize(

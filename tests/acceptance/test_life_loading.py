@@ -1,22 +1,20 @@
 """`load_nara_weights`, `save_nara_weights` and `unload_nara_weights` of a pipeline, as their namesakes of a LoRA.
 
-N, the meaning of small timesteps and the prediction come from the present scheduler of the pipelines that loaded.
+N and the meaning of small timesteps come from the present scheduler of the pipelines that loaded.
 """
 
 from __future__ import annotations
 
 import gc
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EDMEulerScheduler, EulerDiscreteScheduler
+from diffusers import DDIMScheduler, EDMEulerScheduler, EulerDiscreteScheduler
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from nara_diffusion import noise_level
 from tests.acceptance._files import assert_same_tensors, header, refused, state
 from tests.acceptance._lives import (
     FILE,
@@ -167,24 +165,7 @@ def test_dropout_of_a_loaded_adapter_is_at_work_in_training_mode_alone(tmp_path:
 # ---------------------------------------------------------------- the scheduler of the pipelines that loaded
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-FLOW = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
 V = EulerDiscreteScheduler(**BETAS, prediction_type="v_prediction")
-
-
-def fields_of(scheduler: Any) -> dict[str, Any]:
-    """`NaraConfig.scheduler` as earlier versions wrote it."""
-    return {key: value for key, value in scheduler.config.items() if not key.startswith("_")} | {
-        "_class_name": type(scheduler).__name__
-    }
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """NaRAs of earlier versions that predict something else than their base."""
-    root = tmp_path_factory.mktemp("naras")
-    for name, scheduler, convention in (("flow", FLOW, "flow"), ("v", V, "timestep")):
-        save_nara(root / name, noise_convention=convention, scheduler=fields_of(scheduler))
-    return root
 
 
 def test_timesteps_count_by_the_last_scheduler_without_a_pipeline(folder: Path) -> None:
@@ -220,46 +201,3 @@ def test_small_timesteps_are_discrete_if_the_scheduler_is(folder: Path) -> None:
     for pipe.scheduler in (EDMEulerScheduler(), continuous):
         with pytest.raises(ValueError, match=rf"{type(pipe.scheduler).__name__} passes ¼ ln σ"):
             predict(pipe, torch.tensor([0.4, 1.3, 2.1]))
-
-
-def test_adapter_of_another_prediction_is_refused_before_anything_is_loaded(root: Path) -> None:
-    pipe: Any = frozen_sd()
-    image = pixels(pipe)
-    with pytest.raises(ValueError, match=r"predict flow_prediction.*expects epsilon") as refused:
-        pipe.load_nara_weights(root / "flow")
-    assert torch.equal(pixels(pipe), image)
-    assert not pipe.get_active_adapters()
-    line = re.search(r"pipe\.scheduler = .*?\)(?=\.$)", str(refused.value))
-    exec(line[0], {"pipe": pipe, "DPMSolverMultistepScheduler": DPMSolverMultistepScheduler})  # type: ignore[index]
-    pipe.load_nara_weights(root / "flow")
-    expected: Any = frozen_sd()
-    expected.scheduler = FLOW
-    expected.load_nara_weights(root / "flow")
-    assert torch.equal(pixels(pipe), pixels(expected))
-
-
-def test_scheduler_that_no_longer_fits_is_refused_at_each_forward(root: Path) -> None:
-    pipe: Any = frozen_sd()
-    pipe.scheduler = FLOW
-    pipe.load_nara_weights(root / "flow", adapter_name="toy")
-    predict(pipe)
-    pipe.scheduler = EulerDiscreteScheduler.from_config(FLOW.config)  # keeps `use_flow_sigmas`, and doesn't read it
-    with pytest.raises(ValueError, match="predict flow_prediction, but EulerDiscreteScheduler"):
-        predict(pipe)
-    pipe.scheduler = FLOW
-    with noise_level(pipe.unet, 0.3):
-        pipe.fuse_lora(components=["unet"])
-    predict(pipe)
-    pipe.scheduler = V
-    with pytest.raises(ValueError, match=r"predict flow_prediction.*expects v_prediction"):
-        predict(pipe)
-
-
-def test_adapters_of_different_predictions_are_refused_together(root: Path, tmp_path: Path) -> None:
-    pipe: Any = frozen_sd()
-    zero_snr = EulerDiscreteScheduler.from_config(V.config, rescale_betas_zero_snr=True)
-    pipe.scheduler = V
-    pipe.load_nara_weights(root / "v", adapter_name="v")
-    with pytest.raises(ValueError, match=r"predict v_prediction on zero .* expects v_prediction\."):
-        pipe.load_nara_weights(save_nara(tmp_path, scheduler=fields_of(zero_snr)), adapter_name="zero")
-    predict(pipe)

@@ -70,7 +70,7 @@ def test_inspect_prints_a_line_a_field_and_leaves_out_what_is_not_set(tmp_path, 
     assert rows["module_kinds"] == "first 1, second 1"
     assert rows["noise_convention"] == "not stated"
     assert rows["strength"] == "[0.0, 1.0], [1.0, 0.25]"
-    assert {"use_rslora", "scheduler", "method"}.isdisjoint(rows)
+    assert {"use_rslora", "method"}.isdisjoint(rows)
 
 
 @pytest.mark.parametrize("changes", [{"core_sharing": "layer"}, {"core_type": "bins", "core_bins": 2}], ids=str)

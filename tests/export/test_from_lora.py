@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
@@ -127,34 +125,17 @@ def test_a_hosts_file_of_which_diffusers_would_drop_a_part_is_refused(change, me
         from_lora(file, pipe.unet)
 
 
-# ---------------------------------------------------------------------- adapters of another prediction
-
-FLOW = diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
-FIELDS = {
-    "_class_name": "DPMSolverMultistepScheduler",
-    "num_train_timesteps": 1000,
-    "prediction_type": "flow_prediction",
-    "use_flow_sigmas": True,
-}
-
-
-def test_adapter_of_another_prediction_cannot_become_a_lora() -> None:
-    pipe: Any = small_sdxl()
-    pipe.unet.add_adapter(nara_config(target_modules=["to_q"], noise_convention="flow", scheduler=FIELDS), "toy")
-    with pytest.raises(ValueError, match="predicts flow_prediction, which its base doesn't"):
-        to_lora(pipe.unet, 0.4, "toy")
-
-
-def test_folded_lora_of_an_earlier_version_needs_a_scheduler_of_its_prediction(tmp_path: Path) -> None:
+def test_lora_that_version_0_2_folded_for_another_prediction_is_refused(tmp_path: Path) -> None:
     pipe, file = small_sdxl(), tmp_path / "lora.safetensors"
     pipe.unet.add_adapter(nara_config(target_modules=["to_q", "to_v"]), "toy")
-    disturb(pipe.unet)
-    save_host_file({"unet": to_lora(pipe.unet, 0.4, "toy")}, file, "kohya", "sdxl")
-    save_file(load_file(file), file, {"format": "pt", "nara_scheduler": json.dumps(FIELDS)})
+    lora = to_lora(pipe.unet, 0.4, "toy")
+    save_host_file({"unet": lora}, file, "kohya", "sdxl")
+    save_file(load_file(file), file, {"format": "pt", "nara_scheduler": "{}"})
+    lora.save_pretrained(tmp_path / "peft")
+    (tmp_path / "peft" / "scheduler").mkdir()
+    (tmp_path / "peft" / "scheduler" / "scheduler_config.json").write_text("{}")
     other: Any = small_sdxl()
-    with pytest.raises(ValueError, match=r"predict flow_prediction.*expects epsilon.*use_flow_sigmas=True"):
-        from_lora(file, other)
-    assert not hasattr(other.unet, "peft_config")
-    other.scheduler = FLOW
-    config = from_lora(file, other).unet.peft_config["default"]
-    assert (config.scheduler, config.noise_convention) == (FIELDS, "flow")
+    for source, name in ((file, "nara_scheduler"), (tmp_path / "peft", "scheduler_config.json")):
+        with pytest.raises(ValueError, match=rf"{name}.*predicts something other than its base"):
+            from_lora(source, other)
+        assert not hasattr(other.unet, "peft_config")

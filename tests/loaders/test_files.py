@@ -31,7 +31,7 @@ FOLDER, FILE = _files.FILES / "pipelines" / "sdxl_float32", _files.PIPELINE_WEIG
 
 
 def test_repositories_of_either_format_are_loaded_and_what_is_nowhere_is_named(monkeypatch, tmp_path: Path) -> None:
-    repositories = {"me/toy": FOLDER, "me/peft": _files.FILES / "peft" / "converted"}  # in place of the Hub
+    repositories = {"me/toy": FOLDER, "me/peft": _files.unet_folder(tmp_path / "given")}  # in place of the Hub
 
     def download(repository: str, *, weights_name: str, **options: Any) -> str:
         path = repositories.get(repository, tmp_path) / weights_name
@@ -42,7 +42,6 @@ def test_repositories_of_either_format_are_loaded_and_what_is_nowhere_is_named(m
     monkeypatch.setattr(files, "_get_model_file", download)
     for name, parts in (("me/toy", {"unet", "text_encoder", "text_encoder_2"}), ("me/peft", {"unet"})):
         pipe: Any = _bases.sdxl()
-        pipe.scheduler.register_to_config(prediction_type="v_prediction")  # for which me/peft was trained
         pipe.load_nara_weights(name)
         assert set(pipe.get_list_adapters()) == parts
     with pytest.raises(OSError, match=r"me/other .*pytorch_nara_weights\.safetensors"):
