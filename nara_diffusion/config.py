@@ -213,6 +213,9 @@ class NaraConfig(LoraConfig):
 
         if self.noise_level_per not in (None, "sample", "part"):
             self._refuse("noise_level_per", ": choose 'sample' or 'part', or leave it at None.")
+        steps = self.few_steps
+        if steps is not None and not (isinstance(steps, dict) and "num_inference_steps" in steps):
+            self._refuse("few_steps", ": pass sampling settings with their num_inference_steps.")
 
     def _check_numbers(self) -> None:
         widths = self.core_hidden_dims

@@ -22,6 +22,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"core_type": "hyper"}, "core_type is 'hyper': choose one of 'hypernetwork', 'constant', 'identity'"),
     ({"core_init": "zeros"}, "core_init is 'zeros': choose one of 'zero_last', 'kaiming', 'zero_all'"),
     ({"core_sharing": "model"}, "core_sharing is 'model': choose one of 'global', 'module_type', 'layer'"),
+    ({"few_steps": {"guidance_scale": 1.0}}, "few_steps is .* num_inference_steps"),
+    ({"few_steps": 4}, "few_steps is 4"),
     ({"core_hidden_dims": ()}, "core_hidden_dims is"),
     ({"core_hidden_dims": (256.0,)}, "core_hidden_dims is"),
     ({"core_hidden_dims": 256}, "core_hidden_dims is 256: pass one positive integer a hidden layer"),
