@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import shlex
 import subprocess
 import sys
@@ -41,10 +42,11 @@ COMMONSENSE = ("arc_challenge", "arc_easy", "boolq", "hellaswag", "openbookqa", 
 TASKS = {
     "math": [f"llm_adapters_{name}" for name in MATH],
     "commonsense": [f"llm_adapters_{name}" for name in COMMONSENSE],
-    "code": ["nara_humaneval", "nara_mbpp"],
+    "code": ["humaneval_instruct", "mbpp_instruct"],
 }
 """{domain: tasks of nara-eval, the columns of its table}"""
-METRICS = ("acc,none", "pass@1,program")  # what lm-eval calls the score, with the filter of the answers
+METRICS = ("acc,none", "pass@1,create_test", "pass_at_1,extract_code")  # what lm-eval calls a score, and its filter
+PAPER = "gen_length=512,steps=32,block_length=16"  # the sampler's settings, which the other tasks' files have
 METHODS = ("base", "prompt_tuning", "p_tuning", "lora", "hira", "multi_lora", "nara_c", "nara", "dora", "nara_dora")
 """The rows: base, the model without training, or a value of dllm.py's --adapter."""
 
@@ -105,7 +107,7 @@ def commands(args: argparse.Namespace, run: Run) -> Iterator[list[str]]:
             *("--model_args", json.dumps(model), "--tasks", ",".join(TASKS[domain])),
             *("--apply_chat_template", "--batch_size", "16", "--output_path", str(evaluation)),
             *("--use_cache", str(evaluation / "answers")),  # answers that a stopped evaluation has
-            *(["--confirm_run_unsafe_code"] if domain == "code" else []),
+            *(["--confirm_run_unsafe_code", "--gen_kwargs", PAPER] if domain == "code" else []),
             *shlex.split(args.evaluation_arguments),
         ]
 
@@ -139,7 +141,7 @@ def percents(found: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, float]
     """{column: percent} of nara-eval's results, with the average over the tasks."""
     results = [found["results"][task] for task in tasks]
     values = [100 * next(float(result[metric]) for metric in METRICS if metric in result) for result in results]
-    columns = [task.removeprefix("llm_adapters_").removeprefix("nara_") for task in tasks]
+    columns = [task.removeprefix("llm_adapters_").removesuffix("_instruct") for task in tasks]
     return {**dict(zip(columns, values, strict=True)), "average": fmean(values)}
 
 
@@ -174,6 +176,8 @@ def cell(values: Sequence[float], mean: str, spread: str) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run what is left to run, one seed of everything first, and print the tables."""
     args = parse_arguments(argv)
+    if args.confirm_run_unsafe_code:
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # asked for by the metric of lm-eval's code tasks
     runs = ((domain, method, seed) for seed in args.seeds for domain in args.domains for method in args.methods)
     for run in dict.fromkeys((domain, method, 0 if method == "base" else seed) for domain, method, seed in runs):
         for command in commands(args, run):

@@ -1,22 +1,17 @@
-"""The shipped task files: they load, ask what they should, and score answers that are known to be right or wrong.
-Programs in answers run apart from us, not for longer or larger than they may, and nothing of them is left."""
+"""The shipped task files: they load, ask what they should, and score answers that are known to be right or wrong."""
 
 from __future__ import annotations
 
 import json
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from lm_eval import simple_evaluate
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 
 from nara_diffusion.lm_eval.__main__ import TASKS
-from nara_diffusion.lm_eval.tasks.functions import code_of, run_program
 
 SETS: dict[str, tuple[str, list[tuple[str, Any, str]]]] = {
     "AddSub": ("addsub", [("1 + 1.5?", 2.5, "The answer is 2.5"), ("1 + 1?", 2.0, "3")]),
@@ -83,121 +78,3 @@ def test_every_set_scores_the_right_answer_and_not_the_wrong_one(tmp_path: Path)
     assert results["llm_adapters_math"]["acc,none"] == pytest.approx((5 * 0.5 + 0.9) / 6)  # over sets, not questions
     papers = {"gen_length": 512, "steps": 32, "block_length": 16, "until": []}
     assert all(gen_kwargs == papers for _, gen_kwargs in model.asked)
-
-
-HUMANEVAL = {
-    "task_id": "HumanEval/0",
-    "prompt": 'from typing import List\n\n\ndef total(numbers: List[int]) -> int:\n    """Sum of numbers."""\n',
-    "canonical_solution": "    return sum(numbers)\n",
-    "test": "def check(candidate):\n    assert candidate([1, 2, 3]) == 6\n    assert candidate([]) == 0\n",
-    "entry_point": "total",
-}
-MBPP = {
-    "task_id": 11,
-    "text": "Write a function that doubles.",
-    "code": "def double(x):\n    return 2 * x",
-    "test_list": ["assert double(2) == 4", "assert double(-1) == -2", "assert double('ab') == 'abab'"],
-    "test_setup_code": "",
-}
-
-
-def code_task(folder: Path, name: str, rows: list[dict[str, Any]]) -> TaskManager:
-    """The shipped task with local data in place of the Hub's."""
-    (folder / "rows.json").write_text(json.dumps(rows))
-    data = {"dataset_path": "json", "dataset_name": None}
-    data |= {"dataset_kwargs": {"data_files": {"test": str(folder / "rows.json")}}}
-    changed = {"include": str(TASKS / "code" / f"{name}.yaml"), "task": f"local_{name}", **data}
-    (folder / "task.yaml").write_text(yaml.safe_dump(changed))
-    return TaskManager(include_path=str(folder), include_defaults=False)
-
-
-@pytest.mark.parametrize(
-    ("name", "row", "answers", "expected"),
-    [
-        (
-            "nara_humaneval",
-            HUMANEVAL,
-            [
-                "Sure:\n```python\ndef total(numbers: List[int]) -> int:\n    return sum(numbers)\n```\nIt sums.",
-                "```python\ndef total(numbers):\n    return max(numbers)\n```",
-                "I can't.",
-            ],
-            1 / 3,
-        ),
-        ("nara_humaneval_completion", HUMANEVAL, ["    return sum(numbers)\n", "    return 6\n"], 1 / 2),
-        ("nara_mbpp", MBPP, ["```python\ndef double(x):\n    return x + x\n```", "def double(x): return 4"], 1 / 2),
-    ],
-)
-def test_code_is_judged_by_running_it(
-    tmp_path: Path, name: str, row: dict[str, Any], answers: list[str], expected: float
-) -> None:
-    manager = code_task(tmp_path, name, [row] * len(answers))
-    model = Scripted(answers)
-    results = run(model, [f"local_{name}"], manager, confirm_run_unsafe_code=True)
-    assert results[f"local_{name}"]["pass@1,program"] == pytest.approx(expected)
-    prompt, gen_kwargs = model.asked[0]
-    assert (row.get("prompt") or "assert double('ab') == 'abab'") in prompt
-    assert gen_kwargs["gen_length"] == 512
-
-
-def test_code_is_not_run_unless_that_is_asked_for(tmp_path: Path) -> None:
-    model = Scripted([f"open({str(tmp_path / 'ran')!r}, 'w')"])
-    with pytest.raises(ValueError, match="marked as unsafe"):
-        run(model, ["local_nara_mbpp"], code_task(tmp_path, "nara_mbpp", [MBPP]))
-    assert not (tmp_path / "ran").exists()
-
-
-def test_program_is_the_first_block_that_has_what_is_wanted() -> None:
-    text = "Run\n```bash\nls\n```\nthen\n```py\ndef f():\n    return 1\n```\nand\n```\nf()\n```"
-    assert code_of(text, r"^def f\b") == "def f():\n    return 1\n"
-    assert code_of(text, r"^def g\b") == "ls\n"
-    assert code_of("```python\ndef f(): ...", r"^def f\b") == "def f(): ..."
-    assert code_of("no block", r"^def f\b") == "no block"
-
-
-# ---------------------------------------------------------------- programs
-
-SMALL = {"seconds": 60, "memory": 2**30, "file_size": 2**16}
-posix_only = pytest.mark.skipif(sys.platform == "win32", reason="POSIX limits")
-
-
-@pytest.mark.parametrize(
-    ("program", "reason"),
-    [
-        ("assert sum([1, 2]) == 3", "passed"),
-        ("def f():\n    return 1\n\nassert f() == 2, 'f gives 1'", "AssertionError: f gives 1"),
-        ("import sys; sys.exit(0)\nassert False", "ended early, with status 0"),
-        ("import os; os._exit(0)", "ended early, with status 0"),
-        ("import os; os.kill(os.getpid(), 9)", "ended early, with status -9"),
-        ("input()", "EOFError: EOF when reading a line"),
-        ("import os; assert 'NARA_TEST_SECRET' not in os.environ", "passed"),
-        pytest.param("x = bytearray(2**28)", "passed", marks=posix_only),
-        pytest.param("x = bytearray(2**31)", "MemoryError", marks=posix_only),
-        pytest.param("open('x', 'wb').write(bytes(2**20))", "OSError: [Errno 27] File too large", marks=posix_only),
-    ],
-)
-def test_program_ends_as_it_may(program: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NARA_TEST_SECRET", "1")
-    assert run_program(program, **SMALL) == reason
-
-
-def test_program_without_end_is_stopped() -> None:
-    assert run_program("while True: pass", seconds=1) == "timed out"
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
-@pytest.mark.parametrize("ending", ["", "import time; time.sleep(600)"])
-def test_what_a_program_started_ends_with_it(tmp_path: Path, ending: str) -> None:
-    told = tmp_path / "child"
-    program = f"""
-import subprocess, sys
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-open({str(told)!r}, "w").write(str(child.pid))
-{ending}
-"""
-    assert run_program(program, seconds=1) == ("timed out" if ending else "passed")
-    status = Path(f"/proc/{told.read_text()}/status")
-    end = time.monotonic() + 30  # whoever adopted it may take note of its end a little later
-    while status.exists() and "zombie" not in status.read_text() and time.monotonic() < end:
-        time.sleep(0.01)
-    assert not status.exists() or "zombie" in status.read_text()
