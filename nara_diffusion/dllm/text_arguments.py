@@ -22,9 +22,10 @@ from transformers import PreTrainedModel
 from nara_diffusion.training.adapters import ALL_LINEAR, check_adapter, method_of
 from nara_diffusion.training.arguments import (
     CONFIGS,
+    Count,
+    NotNegative,
     TrainingArguments,
     check_arguments,
-    require,
     shipped_settings,
     window_of,
 )
@@ -44,16 +45,6 @@ if TYPE_CHECKING:
 TextLoss = MaskedDiffusionLoss | BlockDiffusionLoss
 _LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linear layers of attention and of the dense MLP; routers and experts are never adapted."""
-_COUNTS = (
-    "max_length",
-    "eval_batch_size",
-    "gen_length",
-    "curve_points",
-    "validation_samples",
-    "test_samples",
-    "max_train_samples",
-    "max_prompt_length",
-)
 
 
 @dataclass
@@ -81,7 +72,7 @@ class ModelArguments:
         "DiffusionGemma: adapt its encoder, too, by the adapter of its decoder",
         within="model_options",
     )
-    encoder_loss_weight: float | None = option(
+    encoder_loss_weight: NotNegative | None = option(
         None,
         "weight of its next-token loss; none takes 1 if it is adapted, else 0",
         within="model_options",
@@ -92,7 +83,7 @@ class ModelArguments:
     train_file: str | None = option(
         None, "File of records: JSON list, JSON Lines or CSV, gzip of one, or parquet."
     )
-    max_train_samples: int | None = option(
+    max_train_samples: Count | None = option(
         None, "Number of training records to take from the start; none takes all.", unit="records"
     )
     train_on: str = option(
@@ -106,13 +97,13 @@ class ModelArguments:
     test_file: str | None = option(
         None, "Records for exact match, before and after; none takes the validation ones."
     )
-    validation_samples: int | None = option(
+    validation_samples: Count | None = option(
         None,
         "Records held out of the training data if there is no file; none takes a tenth, at most 128.",
         unit="records",
         rare=True,
     )
-    test_samples: int | None = option(
+    test_samples: Count | None = option(
         None,
         "Number of test records to take from the start; none takes all.",
         unit="records",
@@ -138,10 +129,10 @@ class ModelArguments:
     answer_field: str | None = option(
         None, "field that a generation is compared with", within="data_options"
     )
-    max_prompt_length: int | None = option(
+    max_prompt_length: Count | None = option(
         None, "tokens; records with longer prompts are left out", within="data_options"
     )
-    max_length: int | None = option(
+    max_length: Count | None = option(
         None,
         "Length of prompt and answer together, without padding; longer answers are cut. None takes "
         "512, or the model's positions if it has fewer.",
@@ -164,8 +155,8 @@ class ObjectiveArguments:
     complementary: bool = option(
         False, "Train on each sample twice, with complementary masks.", rare=True
     )
-    eval_batch_size: int = option(16, "Samples of a forward in evaluation.", unit="samples")
-    gen_length: int = option(128, "Length of a generated answer.", unit="tokens")
+    eval_batch_size: Count = option(16, "Samples of a forward in evaluation.", unit="samples")
+    gen_length: Count = option(128, "Length of a generated answer.", unit="tokens")
     generation_steps: int | None = option(
         None, "Denoising steps of an answer; none takes one for each token.", unit="steps"
     )
@@ -210,7 +201,7 @@ class ObjectiveArguments:
     confidence_eos_eot_inf: bool = option(
         False, "place end tokens last", within="evaluation_options"
     )
-    curve_points: int = option(
+    curve_points: Count = option(
         10,
         "noise levels in the picture of the loss",
         unit="points",
@@ -227,8 +218,6 @@ class Arguments(ModelArguments, TrainingArguments, ObjectiveArguments):
         check_arguments(self)
         check_adapter(self)
         check_drawable(window_of(self), self.complementary)
-        require(self, "at least 1", lambda value: value >= 1, *_COUNTS)
-        require(self, "0 or more", lambda value: value >= 0, "encoder_loss_weight")
         has_both = self.train_file is not None and self.dataset_name is not None
         has_none = self.train_file is None and self.dataset_name is None
         if has_both or (has_none and self.plan is None):

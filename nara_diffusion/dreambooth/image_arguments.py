@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from nara_diffusion.training.adapters import check_adapter, method_of
-from nara_diffusion.training.arguments import TrainingArguments, check_arguments, require
+from nara_diffusion.training.arguments import TrainingArguments, check_arguments
 from nara_diffusion.training.command import default_of, spread_options
 
 from .captions import check_prompt
@@ -43,7 +43,6 @@ class DreamBoothArguments(
             raise ValueError("pretrained_model_name_or_path is empty: name the model to adapt.")
         check_arguments(self)
         check_adapter(self)
-        _check_ranges(self)
         if self.distill_to is not None:
             _check_distillation(self)
         elif self.instance_data_dir is None and self.plan is None:
@@ -64,19 +63,6 @@ class DreamBoothArguments(
         if self.validation_prompts:
             return self.validation_prompts
         return [] if self.instance_prompt is None else [self.instance_prompt]
-
-
-def _check_ranges(args: DreamBoothArguments) -> None:
-    counts = ("num_validation_images", "num_inference_steps", "sample_batch_size", "curve_points")
-    counts += ("crops_per_image", "num_class_images")
-    require(args, "at least 1", lambda value: value >= 1, *counts)
-    require(args, "at least 8", lambda value: value >= 8, "resolution")
-    positive = ("text_encoder_lr", "snr_gamma", "logit_std", "flow_shift")
-    require(args, "above 0", lambda value: value > 0, *positive)
-    least_0 = ("prior_loss_weight", "guidance_scale", "noise_offset", "max_sequence_length")
-    least_0 += ("training_guidance_scale",)
-    require(args, "at least 0", lambda value: value >= 0, *least_0)
-    require(args, "in [0, 1], a probability", lambda value: 0 <= value <= 1, "caption_dropout")
 
 
 def _check_combinations(args: DreamBoothArguments) -> None:
@@ -118,7 +104,6 @@ _NO_PART = (
 
 def _check_distillation(args: DreamBoothArguments) -> None:
     """Raise ValueError for arguments that --distill_to can't be used with."""
-    require(args, "from 1 to 8", lambda value: 1 <= value <= 8, "distill_to")
     defaults = {field.name: default_of(field) for field in dataclasses.fields(args)}
     given = [name for name in _NO_PART if getattr(args, name) != defaults[name]]
     if given:

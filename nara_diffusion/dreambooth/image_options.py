@@ -4,9 +4,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from nara_diffusion.training.arguments import AdapterArguments
+from nara_diffusion.training.arguments import (
+    AdapterArguments,
+    Count,
+    NotNegative,
+    NotNegativeInt,
+    Positive,
+    Range,
+    Share,
+)
 from nara_diffusion.training.command import option
 
 from .families import TRANSFORMER_TARGETS
@@ -14,6 +22,9 @@ from .families import TRANSFORMER_TARGETS
 UNET_TARGETS = list(TRANSFORMER_TARGETS)
 WEIGHTING = ("cosmap", "sigma_sqrt")
 SCHEMES = ("none", "logit_normal", "mode", *WEIGHTING)
+
+
+FewSteps = Annotated[int, Range("from 1 to 8", lambda steps: 1 <= steps <= 8)]
 
 
 @dataclass
@@ -31,12 +42,12 @@ class ModelArguments:
     variant: str | None = option(
         None, "variant of the weight files, such as fp16", within="model_options"
     )
-    max_sequence_length: int | None = option(
+    max_sequence_length: NotNegativeInt | None = option(
         None,
         "tokens of a prompt, if the model has a choice; none means what its pipeline does",
         within="model_options",
     )
-    training_guidance_scale: float | None = option(
+    training_guidance_scale: NotNegative | None = option(
         None,
         "guidance scale that FLUX reads in training; none: the default of its samples",
         within="model_options",
@@ -59,12 +70,12 @@ class DataArguments:
     caption_column: str | None = option(
         None, "key of the captions in metadata.jsonl", within="data_options"
     )
-    crops_per_image: int | None = option(
+    crops_per_image: Count | None = option(
         4,
         "places of random crops, to bound the cache of latents; none means anywhere",
         within="data_options",
     )
-    resolution: int = option(
+    resolution: Count = option(
         1024, "Side of the square that images are scaled and cut to.", unit="pixels"
     )
     aspect_ratio_buckets: str | None = option(
@@ -77,7 +88,7 @@ class DataArguments:
         False, "Cut the middle, not one of a few random places at each draw.", rare=True
     )
     random_flip: bool = option(False, "Mirror half of the samples.", rare=True)
-    caption_dropout: float = option(
+    caption_dropout: Share = option(
         0.0,
         "Share of samples with the empty prompt in place of their caption; class images keep theirs.",
         rare=True,
@@ -95,8 +106,8 @@ class PriorArguments:
         rare=True,
     )
     class_prompt: str | None = option(None, "What they show: 'a photo of a dog'.", rare=True)
-    num_class_images: int = option(100, "Number of class images.", rare=True)
-    prior_loss_weight: float = option(1.0, "Weight of the loss on class images.", rare=True)
+    num_class_images: Count = option(100, "Number of class images.", rare=True)
+    prior_loss_weight: NotNegative = option(1.0, "Weight of the loss on class images.", rare=True)
 
 
 @dataclass
@@ -112,7 +123,7 @@ class ImageAdapterArguments(AdapterArguments):
         "C = I: they know no λ.",
         rare=True,
     )
-    text_encoder_lr: float | None = option(
+    text_encoder_lr: Positive | None = option(
         None, "Learning rate of the text encoders; none means --learning_rate.", rare=True
     )
 
@@ -124,7 +135,7 @@ class ObjectiveArguments:
     stratified_timesteps: bool = option(
         False, "Spread the timesteps of each optimizer step evenly over the schedule.", rare=True
     )
-    snr_gamma: float | None = option(
+    snr_gamma: Positive | None = option(
         None, "γ of min-SNR weights, usually 5; none weights all timesteps alike.", rare=True
     )
     weighting_scheme: str = option(
@@ -135,7 +146,7 @@ class ObjectiveArguments:
         rare=True,
     )
     objective_options: dict[str, Any] = option({}, "Further settings of the objective:", rare=True)
-    noise_offset: float = option(
+    noise_offset: NotNegative = option(
         0.0,
         "standard deviation of a shift of each channel's noise, usually 0.1 at most",
         within="objective_options",
@@ -145,9 +156,11 @@ class ObjectiveArguments:
         "mean of logit_normal; above 0 means less noise, as in Diffusers' scripts",
         within="objective_options",
     )
-    logit_std: float = option(1.0, "standard deviation of logit_normal", within="objective_options")
+    logit_std: Positive = option(
+        1.0, "standard deviation of logit_normal", within="objective_options"
+    )
     mode_scale: float = option(1.29, "scale of mode", within="objective_options")
-    flow_shift: float | None = option(
+    flow_shift: Positive | None = option(
         None,
         "s of σ → s σ / (1 + (s − 1) σ); none: the scheduler's, or 1 if it depends on the size",
         within="objective_options",
@@ -158,7 +171,7 @@ class ObjectiveArguments:
 class FewStepArguments:
     """Few steps (docs/few_steps.md)"""
 
-    distill_to: int | None = option(
+    distill_to: FewSteps | None = option(
         None,
         "Teach the model to sample in so many steps, 1 to 8, without guidance. It needs prompts and no images; the "
         "teacher takes --num_inference_steps with --guidance_scale, and --init_adapter is part of it.",
@@ -189,11 +202,11 @@ class ValidationArguments:
         "instance prompt, or without one the first four captions.",
         sentences=True,
     )
-    num_validation_images: int = option(
+    num_validation_images: Count = option(
         4, "Images for each prompt, with the seeds --seed, --seed + 1, ….", rare=True
     )
-    num_inference_steps: int = option(30, "Denoising steps of a sample.")
-    guidance_scale: float = option(5.0, "Classifier-free guidance of samples; 1 disables it.")
+    num_inference_steps: Count = option(30, "Denoising steps of a sample.")
+    guidance_scale: NotNegative = option(5.0, "Classifier-free guidance of samples; 1 disables it.")
     validation_data_dir: str | None = option(
         None,
         "Further images of the subject for the validation loss; none takes the training images, "
@@ -212,7 +225,7 @@ class ValidationArguments:
     evaluation_options: dict[str, Any] = option(
         {}, "How samples are made and losses measured:", rare=True
     )
-    sample_batch_size: int = option(4, "images to sample at once", within="evaluation_options")
-    curve_points: int = option(
+    sample_batch_size: Count = option(4, "images to sample at once", within="evaluation_options")
+    curve_points: Count = option(
         10, "noise levels to measure the validation loss at", within="evaluation_options"
     )

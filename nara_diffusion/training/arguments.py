@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 
 import torch
 import yaml
@@ -38,6 +38,21 @@ SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "inverse_sq
 """The schedules that need only the step and the warm-up, unlike transformers' other schedules."""
 
 
+class Range(NamedTuple):
+    """The values that an argument's annotation allows; None is allowed too."""
+
+    expected: str
+    holds: Callable[[float], bool]
+
+
+_LEAST_0 = Range("at least 0", lambda value: value >= 0)
+Count = Annotated[int, Range("at least 1", lambda value: value >= 1)]
+NotNegativeInt = Annotated[int, _LEAST_0]
+NotNegative = Annotated[float, _LEAST_0]
+Positive = Annotated[float, Range("above 0", lambda value: value > 0)]
+Share = Annotated[float, Range("in [0, 1]", lambda value: 0 <= value <= 1)]
+
+
 @dataclass
 class AdapterArguments:
     """Adapter"""
@@ -47,11 +62,11 @@ class AdapterArguments:
         "How to fine-tune: nara, nara_dora, nara_c, lora, dora, another method of PEFT by its name (hira, vera, oft, "
         "prompt_tuning, …), or full for all weights.",
     )
-    rank: int = option(8, "Inner size r of A (r, d_in), C (r, r) and B (d_out, r).")
+    rank: Count = option(8, "Inner size r of A (r, d_in), C (r, r) and B (d_out, r).")
     lora_alpha: float | None = option(
         None, "The update is scaled by lora_alpha / rank; none means rank, so by 1 as in the paper."
     )
-    lora_dropout: float = option(0.0, "Dropout on the input of A.", unit="probability")
+    lora_dropout: Share = option(0.0, "Dropout on the input of A.", unit="probability")
     target_modules: list[str] = option(
         ["q_proj", "k_proj", "v_proj", "o_proj"], "Names of the modules to adapt, or all-linear."
     )
@@ -82,30 +97,30 @@ class AdapterArguments:
 class OptimizationArguments:
     """Optimization"""
 
-    train_batch_size: int = option(4, "Samples of one forward on one process.", unit="samples")
-    gradient_accumulation_steps: int = option(
+    train_batch_size: Count = option(4, "Samples of one forward on one process.", unit="samples")
+    gradient_accumulation_steps: Count = option(
         1, "Forwards that make one optimizer step.", unit="forwards"
     )
-    global_batch_size: int | None = option(
+    global_batch_size: Count | None = option(
         None,
         "Samples of one optimizer step over all processes, however many there are; in place of "
         "--gradient_accumulation_steps, which then follows from it.",
         unit="samples",
     )
-    max_train_steps: int | None = option(
+    max_train_steps: Count | None = option(
         None,
         "Optimizer steps to train, in place of --num_train_epochs. Without both, dllm.py makes one pass, dreambooth.py "
         "takes 500 steps, and a run without a model as many as its log says.",
         unit="optimizer steps",
     )
-    num_train_epochs: float | None = option(
+    num_train_epochs: Positive | None = option(
         None, "Passes over the training data, where --max_train_steps isn't given.", unit="epochs"
     )
-    learning_rate: float = option(1e-4, "Peak learning rate of A and B.")
-    core_learning_rate: float | None = option(
+    learning_rate: Positive = option(1e-4, "Peak learning rate of A and B.")
+    core_learning_rate: Positive | None = option(
         None, "Peak learning rate of the core's F; none means --learning_rate."
     )
-    core_start_step: int = option(
+    core_start_step: NotNegativeInt = option(
         0,
         "Train only A and B, with C = I, up to this step, then all: the paper's two stages.",
         unit="optimizer steps",
@@ -117,7 +132,7 @@ class OptimizationArguments:
         choices=SCHEDULES,
         rare=True,
     )
-    lr_warmup_steps: float = option(
+    lr_warmup_steps: NotNegative = option(
         0.0,
         "Steps over which the learning rate rises from 0; below 1, a share of all steps.",
         unit="optimizer steps",
@@ -133,8 +148,8 @@ class OptimizationArguments:
     optimizer_options: dict[str, Any] = option(
         {}, "Further arguments of the optimizer's class: betas=[0.9,0.99], eps=1e-6, ….", rare=True
     )
-    weight_decay: float = option(0.0, "The optimizer's decoupled weight decay.", rare=True)
-    max_grad_norm: float | None = option(
+    weight_decay: NotNegative = option(0.0, "The optimizer's decoupled weight decay.", rare=True)
+    max_grad_norm: Positive | None = option(
         1.0, "Largest norm of the gradients, which are clipped to it; none disables it.", rare=True
     )
     mixed_precision: str | None = option(
@@ -173,30 +188,32 @@ class RunArguments:
         None,
         "Folder of everything that is written; none makes a fresh numbered one under outputs/.",
     )
-    seed: int = option(0, "Seed of the weights, the order of the data, masks and dropout.")
+    seed: NotNegativeInt = option(
+        0, "Seed of the weights, the order of the data, masks and dropout."
+    )
     check: bool = option(
         False,
         "Measure whether λ can help this training, write check.json, and stop before it; docs/check.md.",
     )
-    plan: float | None = option(
+    plan: Positive | None = option(
         None,
         "Print the memory and FLOPs that this training needs, from its configurations only, and stop before it; with a "
         "size, such as --plan 24, also the cheapest flags that fit; docs/runs.md.",
         unit="GB",
         bare="inf",
     )
-    logging_steps: int = option(
+    logging_steps: Count = option(
         10, "Write to metrics.jsonl every so often.", unit="optimizer steps", rare=True
     )
-    validation_steps: int | None = option(
+    validation_steps: Count | None = option(
         100, "Measure the validation loss every so often; none never.", unit="optimizer steps"
     )
-    checkpointing_steps: int | None = option(
+    checkpointing_steps: Count | None = option(
         500,
         "Write a checkpoint-N folder every so often, and at the end; none never.",
         unit="optimizer steps",
     )
-    checkpoints_total_limit: int | None = option(
+    checkpoints_total_limit: Count | None = option(
         2, "Checkpoints to keep, oldest deleted first; none keeps all.", unit="folders", rare=True
     )
     resume_from_checkpoint: str | None = option(
@@ -253,37 +270,7 @@ def check_arguments(args: TrainingArguments) -> None:
     `adapters.check_adapter` does the same for the adapter. The `__post_init__` of the arguments
     calls both functions.
     """
-    counts = (
-        "rank",
-        "train_batch_size",
-        "gradient_accumulation_steps",
-        "global_batch_size",
-        "max_train_steps",
-    )
-    counts += (
-        "logging_steps",
-        "validation_steps",
-        "checkpointing_steps",
-        "checkpoints_total_limit",
-    )
-    require(args, "at least 1", lambda value: value >= 1, *counts)
-    rates = ("learning_rate", "core_learning_rate", "num_train_epochs", "max_grad_norm", "plan")
-    require(args, "above 0", lambda value: value > 0, *rates)
-    require(
-        args,
-        "at least 0",
-        lambda value: value >= 0,
-        "core_start_step",
-        "lr_warmup_steps",
-        "weight_decay",
-    )
-    require(
-        args,
-        "from 0 to 4294967295, as NumPy's generator takes it",
-        lambda value: 0 <= value < 2**32,
-        "seed",
-    )
-    require(args, "in [0, 1)", lambda value: 0 <= value < 1, "lora_dropout")
+    _check_ranges(args)
     try:
         window_of(args)
     except ValueError as error:
@@ -300,18 +287,14 @@ def check_arguments(args: TrainingArguments) -> None:
         )
 
 
-def require(
-    args: TrainingArguments, expected: str, holds: Callable[[Any], bool], *names: str
-) -> None:
-    """Raise ValueError for the first argument in `names` that fails the test `holds`.
-
-    An argument that is None isn't tested. The message contains the argument's name, its value and
-    what was `expected`.
-    """
-    for name in names:
+def _check_ranges(args: TrainingArguments) -> None:
+    """Raise ValueError for the first number that is outside the `Range` of its annotation."""
+    for name, annotation in get_type_hints(type(args), include_extras=True).items():
         value = getattr(args, name)
-        if value is not None and not holds(value):
-            raise ValueError(f"{name} must be {expected}, got {value}.")
+        for part in (annotation, *get_args(annotation)):  # X, or X | None
+            for allowed in getattr(part, "__metadata__", ()):
+                if value is not None and not allowed.holds(value):
+                    raise ValueError(f"{name} must be {allowed.expected}, got {value}.")
 
 
 def _check_optimizer(args: OptimizationArguments) -> None:

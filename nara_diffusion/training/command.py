@@ -31,7 +31,6 @@ import re
 import signal
 import sys
 import traceback
-import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
@@ -181,7 +180,7 @@ def _kind_of(annotation: Any) -> type:
 
     It is int, float, str, bool, list or dict.
     """
-    if isinstance(annotation, types.UnionType):
+    if type(None) in typing.get_args(annotation):
         [annotation] = [each for each in typing.get_args(annotation) if each is not type(None)]
     return typing.get_origin(annotation) or annotation
 
@@ -197,7 +196,7 @@ def converted(origin: str, value: Any, annotation: Any, metadata: Mapping[str, A
     Raises:
         ValueError: the value can't be converted, or isn't one of the choices.
     """
-    kind, optional = _kind_of(annotation), isinstance(annotation, types.UnionType)
+    kind, optional = _kind_of(annotation), type(None) in typing.get_args(annotation)
     words = value if isinstance(value, list) else [value]
     if optional and [str(word).lower() for word in words] == ["none"]:
         return None

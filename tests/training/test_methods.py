@@ -84,7 +84,7 @@ def test_contradiction_is_refused() -> None:
         ({"adapter": "lora", "adapter_options": {"init_lora_weights": "eva"}}, r"init_lora_weights=eva needs a pass"),
         ({"core_start_step": 3, "adapter_options": {"core_init": "kaiming"}}, r"core_start_step trains A and B"),
         ({"adapter_options": {"core_input": "both"}}, r"core_input is 'both': choose one of 'noise_level'"),
-        ({"seed": -1}, r"seed must be from 0"),
+        ({"seed": -1}, r"seed must be at least 0"),
         ({"global_batch_size": 8, "gradient_accumulation_steps": 2}, r"give only one of the two"),
         ({"optimizer_options": {"beta": 1}}, r"'beta', which AdamW doesn't take: did you mean betas"),
         ({"lr_scheduler": "constant", "lr_warmup_steps": 5}, r"lr_scheduler 'constant' has no warm-up"),
