@@ -344,12 +344,8 @@ class ArgumentParser(argparse.ArgumentParser):
             container = self._fields[positive].metadata["within"]
             if container:
                 return f"--{positive}: give --{container} {positive}=VALUE."
-        if positive in ADVICE:
-            return f"--{positive}: {ADVICE[positive]}"
         flags = [flag[2:] for flag in self._option_string_actions if flag.startswith("--")]
         near = difflib.get_close_matches(name, flags, n=1)
-        if ALIASES.get(name) in flags:
-            near = [ALIASES[name]]
         meant = f"did you mean --{near[0]}?" if near else "--help_all lists the known ones."
         return f"unrecognized --{name}: {meant}"
 
@@ -412,34 +408,6 @@ def _help_of(field: dataclasses.Field) -> str:
         shown = shown.lower()
     unit = f" [{field.metadata['unit']}]" if field.metadata["unit"] else ""
     return f"{field.metadata['help']}{unit} (default: {shown or 'none'})".replace("%", "%%")
-
-
-# ---------------------------------------------------------------- flags of other programs
-
-ALIASES = {
-    "lr": "learning_rate",
-    "epochs": "num_train_epochs",
-    "steps": "max_train_steps",
-    "prompt": "instance_prompt",
-}
-"""{name in other programs: our name}."""
-_PRODIGY = ("beta3", "decouple", "use_bias_correction", "safeguard_warmup")
-ADVICE: dict[str, str] = {
-    **{f"prodigy_{name}": f"give --optimizer_options {name}=VALUE." for name in _PRODIGY},
-    "adam_beta1": "give --optimizer_options betas=[0.9,0.999].",
-    "adam_beta2": "give --optimizer_options betas=[0.9,0.999].",
-    "adam_epsilon": "give --optimizer_options eps=1e-8.",
-    "adam_weight_decay": "give --weight_decay.",
-    "cache_dir": "set the environment variable HF_HOME instead.",
-    "prediction_type": "leave it out: a model is trained as what it predicts (docs/conversion.md).",
-    "push_to_hub": "give only --hub_model_id, the repository to upload to.",
-    "use_8bit_adam": "give --optimizer AdamW8bit.",
-    "use_dora": "give --adapter nara_dora or dora, or --adapter_options use_dora=true.",
-    "validation_epochs": "give --validation_steps.",
-    "validation_prompt": "give --validation_prompts.",
-    "with_prior_preservation": "give only --class_data_dir and --class_prompt.",
-}
-"""{flag of Diffusers' or kohya's scripts: the flag to use here}."""
 
 
 # ---------------------------------------------------------------- the command

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import subprocess
 import sys
@@ -16,7 +15,7 @@ import yaml
 import nara_command
 from nara_diffusion.dllm.text_arguments import Arguments
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
-from nara_diffusion.training.command import ADVICE, ArgumentParser, parse_arguments
+from nara_diffusion.training.command import ArgumentParser, parse_arguments
 from tests.acceptance._commands import ROOT, refusal, run
 from tests.acceptance._runs import text_flags
 from tests.helpers.small_pipelines import small_flux, small_sd3, small_sdxl
@@ -61,7 +60,6 @@ def test_flags_are_read() -> None:
 def test_mistake_is_said_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     for argv, said in [
         (["--rnk", "3"], "unrecognized --rnk: did you mean --rank?"),
-        (["--lr", "3"], "unrecognized --lr: did you mean --learning_rate?"),
         (["--zzz", "3"], "unrecognized --zzz: --help_all lists the known ones."),
         (["--rank", "3.5"], "argument --rank is '3.5', expected a whole number"),
         (["--rank", "0"], "rank must be at least 1, got 0."),
@@ -72,19 +70,12 @@ def test_mistake_is_said_in_one_line(capsys: pytest.CaptureFixture[str]) -> None
         (["--evaluation_options", "curve_points=deep"], "evaluation_options: curve_points is 'deep', expected a whole"),
         (["--evaluation_options", "remasking=low"], "evaluation_options: remasking: 'low' is none of low_confidence"),
         (["--evaluation_options", "top_p"], "expected NAME=VALUE, got 'top_p'"),
-        (["--use_8bit_adam"], "--use_8bit_adam: give --optimizer AdamW8bit."),
         (["--top_p", "1"], "--top_p: give --evaluation_options top_p=VALUE."),
         (["stray"], "unrecognized arguments: stray"),
         (["--config", "none.yaml"], "--config none.yaml can't be read as YAML"),
     ]:
         assert said in refusal(capsys, "dllm.py", *NEEDED[Arguments], *argv)
     assert list(Path().iterdir()) == []  # nothing was begun
-
-
-def test_prompt_is_taken_for_the_prompt_of_the_images(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        parse("--prompt", "a photo of sks dog", cls=DreamBoothArguments)
-    assert "did you mean --instance_prompt?" in capsys.readouterr().err
 
 
 def test_file_is_read_as_the_flags_that_it_stands_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,7 +91,6 @@ def test_file_is_read_as_the_flags_that_it_stands_for(tmp_path: Path, capsys: py
         "rank: true": "rank is 'true', expected a whole number",
         "rank: [3, 4]": "rank is '[3, 4]', expected a whole number",
         "rnk: 1": "did you mean --rank",
-        "prodigy_beta3: 0.9": "give --optimizer_options beta3=VALUE",
         "- rank": "must hold `key: value` lines, got list",
         "rank: [": "can't be read as YAML",
     }.items():
@@ -135,7 +125,6 @@ def test_scripts_have_few_options_and_help_fewer(cls: type, most: int) -> None:
     actions = [action for action in ArgumentParser(cls)._actions if action.dest not in ("help", "help_all")]
     assert len({action.dest for action in actions}) <= most
     assert len({action.dest for action in actions if action.help is not argparse.SUPPRESS}) <= 40
-    assert not {field.name for field in dataclasses.fields(cls) if field.init} & ADVICE.keys()
 
 
 def test_epochs_that_are_given_take_the_place_of_steps_from_below(tmp_path: Path) -> None:
