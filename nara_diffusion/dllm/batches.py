@@ -1,9 +1,9 @@
 """Batches: select the rows to train on, order them, and collate them.
 
-Without a validation file, some records are held out of training. Copies of held-out records are
-removed from training. Different texts can also give equal rows of tokens, for example if a chat
-template drops white space or answers are cut. Such rows are removed from training too. Validation
-and test files that the user gives aren't changed; the run warns if they repeat training rows.
+Without a validation file, some records are held out of training. Rows of tokens that equal held-out
+ones are removed from training, whether their records are copies or become equal only as tokens.
+Validation and test files that the user gives aren't changed; the run warns if they repeat training
+rows.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _MOST_HELD_OUT = 128  # records; the default is to hold out a tenth, but not more than this
-_TRAINED_ON = ("instruction", "input", "output", "turns")
 _SAMPLE = 1000  # samples of the training stream that `trained_canvas` reads
 
 Row = Mapping[str, Any]
@@ -45,51 +44,21 @@ def hold_out(records: Dataset, number: int | None, seed: int) -> tuple[Dataset, 
     """Return (training, validation) records.
 
     Args:
-        records: the records, each with its "number", counted from 0.
-        number: the number of distinct records to hold out. None holds out a tenth, 128 at most.
+        number: the number of records to hold out. None holds out a tenth, 128 at most.
 
     Raises:
-        ValueError: more distinct records would be held out than left for training.
+        ValueError: more records would be held out than left for training.
     """
-    first = _first_copies(records)
-    different = sorted(set(first))
-    held_out = number or max(1, min(_MOST_HELD_OUT, len(different) // 10))
-    left = len(different) - held_out
+    held_out = number or max(1, min(_MOST_HELD_OUT, len(records) // 10))
+    left = len(records) - held_out
     if left < held_out:
-        copies = f", {len(different)} of them different" if len(different) < len(records) else ""
-        remedy = "lower validation_samples, or " if len(different) > 1 else ""
+        remedy = "lower validation_samples, or " if len(records) > 1 else ""
         raise ValueError(
-            f"training records: {len(records)}{copies}. {held_out} can't be spared for validation, "
+            f"training records: {len(records)}. {held_out} can't be spared for validation, "
             f"since that leaves {max(left, 0)}: {remedy}give a validation_file"
         )
-    once = records if len(different) == len(records) else records.select(different)
-    parts = once.train_test_split(test_size=held_out, seed=seed)
-    if once is records:
-        return parts["train"], parts["test"]
-    held = set(parts["test"]["number"][:])
-    copies = [i for i, copied in enumerate(first) if i != copied and copied not in held]
-    training = records.select([*parts["train"]["number"][:], *copies])
-    dropped = len(records) - len(training) - held_out
-    if dropped:
-        logger.warning(
-            "training data: copies of held-out records are left out: %d (%d of %d differ)",
-            dropped,
-            len(different),
-            len(records),
-        )
-    return training, parts["test"]
-
-
-def _first_copies(records: Dataset) -> list[int]:
-    """Return, for each record, the number of the first one with the same prompt and answer."""
-    names = [name for name in _TRAINED_ON if name in records.column_names]
-    seen: dict[bytes, int] = {}
-    first: list[int] = []
-    for batch in column_batches(records, names):
-        for values in zip(*batch.values(), strict=True):
-            digest = sha256(repr(values).encode()).digest()
-            first.append(seen.setdefault(digest, len(first)))
-    return first
+    parts = records.train_test_split(test_size=held_out, seed=seed)
+    return parts["train"], parts["test"]
 
 
 def without_held_out(training: EncodedRecords, held_out: EncodedRecords) -> EncodedRecords:

@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,8 +38,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_NO_LIMIT = 2**31 - 1
-_NUMBERS = ("prompt_length", "record", "pairs", "length", "ends_inside")
+_NUMBERS = ("prompt_length", "record", "length")
 _DIGESTED = ("input_ids", "prompt_length", "record")
 _COLUMNS = ("input_ids", "instruction", "answer", *_NUMBERS)
 
@@ -106,47 +104,22 @@ def encode_records(
     longest = min(max_length - 1, max_length if max_prompt_length is None else max_prompt_length)
     source = (records.info.description or "").rpartition(" (fields ")[0]
     encoder = RecordEncoder(tokenizer, max_length, longest, train_on, source)
-
-    def encoded(encoder: RecordEncoder) -> Dataset:
-        key, features = encoder.cache_key(), Features(columns)
-        return mapped(records, encoder, key, features, batch_size=BATCH, desc="tokenise")
-
-    rows = encoded(encoder)
+    key, features = encoder.cache_key(), Features(columns)
+    rows = mapped(records, encoder, key, features, batch_size=BATCH, desc="tokenise")
     if not len(rows):
-        every = encoded(replace(encoder, max_length=_NO_LIMIT, max_prompt_length=_NO_LIMIT))
-        shortest = min(every["prompt_length"])
-        raise _nothing_left(name, len(records), shortest, encoder, max_prompt_length)
+        raise ValueError(
+            f"{name}: nothing is left of {counted(len(records), 'record')}, since their prompts have "
+            f"more than {longest} tokens: raise --max_length, or --data_options max_prompt_length, "
+            "if the model has as many positions, or take shorter prompts"
+        )
     table: Any = rows.with_format("numpy")
     numbers = {column: table[column][:] for column in _NUMBERS}
     _log_lengths(name, len(records), numbers, encoder)
-    prompts, inside = numbers["prompt_length"], numbers["ends_inside"]
-    if inside.any():
-        question = rows[int(inside.argmax())]["instruction"][:100]
-        logger.warning(
-            f"{name}: {inside.sum()} of {len(rows)} outputs have the end token {encoder.end_text!r}"
-            " inside them: an answer ends there, and the model learns nothing after it; remove the "
-            f"token, or write it in another way. The first of them answers {question!r}"
-        )
+    prompts = numbers["prompt_length"]
     place = int(numbers["record"][prompts.argmax()])
     hardest = encoder.name_of(records[place], place)
     most = int(numbers["length"].clip(max=max_length).max())
     return EncodedRecords(rows, most, int(prompts.max()), hardest)
-
-
-def _nothing_left(
-    name: str, size: int, shortest: int, encoder: RecordEncoder, given: int | None
-) -> ValueError:
-    """Return the error to raise if the prompts of all records are too long."""
-    flags = []
-    if encoder.max_length <= shortest:
-        flags.append(f"--max_length {shortest + 1} or more")
-    if (given or shortest) < shortest:
-        flags.append(f"--data_options max_prompt_length={shortest} or more")
-    return ValueError(
-        f"{name}: nothing is left of {counted(size, 'record')}. The shortest prompt has {shortest} "
-        f"tokens, and {encoder.max_prompt_length} are allowed: give {' and '.join(flags)}, if the "
-        "model has as many positions, or take shorter prompts"
-    )
 
 
 def _log_lengths(
@@ -154,9 +127,7 @@ def _log_lengths(
 ) -> None:
     """Log the length of most rows, and the numbers of dropped records and cut answers."""
     lengths = numbers["length"]
-    pairs_of_record = dict(zip(numbers["record"].tolist(), numbers["pairs"].tolist(), strict=True))
-    late = sum(pairs_of_record.values()) - len(lengths)
-    dropped = size - len(pairs_of_record)
+    dropped = size - len(set(numbers["record"].tolist()))
     limit = encoder.max_length
     cut = int((lengths > limit).sum())
     rows = counted(len(lengths), "row")
@@ -164,8 +135,6 @@ def _log_lengths(
     if dropped:
         why = f"their prompts have more than {encoder.max_prompt_length} tokens"
         losses.append(f"{dropped} of {size} records are dropped ({why})")
-    if late:
-        losses.append(f"left out likewise: {counted(late, 'late answer')} of other conversations")
     if cut:
         losses.append(f"{cut} of {rows} are cut")
     most = sorted(lengths)[int(0.9 * (len(lengths) - 1))]
@@ -212,10 +181,6 @@ class RecordEncoder:
         name = f"record {record.get('number', place) + 1}"
         return f"{name} of {self.source}" if self.source else name
 
-    @property
-    def end_text(self) -> str:
-        return str(self.tokenizer.convert_ids_to_tokens(end_token_id(self.tokenizer)))
-
     def __call__(
         self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]
     ) -> dict[str, list[Any]]:
@@ -227,8 +192,7 @@ class RecordEncoder:
                 pairs = self.pairs(record)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
-            facts = {"record": number, "pairs": len(pairs), "name": name}
-            found += [(pair, facts) for pair in pairs]
+            found += [(pair, {"record": number, "name": name}) for pair in pairs]
         prompts = encode_prompts(self.tokenizer, [pair.prompt for pair, _ in found])
         closed = [pair.closed for pair, _ in found]
         answers = token_ids(self.tokenizer, closed, add_special_tokens=False)
@@ -250,15 +214,12 @@ class RecordEncoder:
         if mask is not None and mask in whole:
             written = f"{name} has {self.tokenizer.mask_token!r} in its text, and so"
             raise ValueError(f"{written} {mask_in_a_text(mask)}")
-        end_text = re.escape(self.end_text)
-        inside = re.search(rf"{end_text}(?!(\s|{end_text})*$)", pair.output)
         return {
             "input_ids": whole[: self.max_length],
             "instruction": pair.instruction,
             "answer": pair.answer,
             "prompt_length": len(prompt),
             "length": len(whole),
-            "ends_inside": inside is not None,
         }
 
     def pairs(self, record: Mapping[str, Any]) -> list[Pair]:

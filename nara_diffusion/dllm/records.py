@@ -159,8 +159,6 @@ def _records(
 
     is_list = is_json and "".join(rows[:BATCH]["text"]).lstrip(_BLANK).startswith("[")
     kind = "list" if is_list else "lines" if is_json else "table"
-    if limit is not None and not is_list:
-        rows = rows.select(range(_rows_of(rows, limit, is_json)))
     size = len(rows) if is_list else BATCH
     first = next(_RecordReader(source, kind, {}).numbered(rows[:size], range(size)), None)
     if first is None:
@@ -174,18 +172,6 @@ def _records(
     named = [name if name == what else f"{name} as {what}" for what, name in reader.names.items()]
     records.info.description = f"{source} (fields {', '.join(named)})"
     return records if limit is None else records.select(range(min(limit, len(records))))
-
-
-def _rows_of(rows: Dataset, limit: int, is_json: bool) -> int:
-    """Return the number of rows that hold the first `limit` records, blank lines included."""
-    if not is_json:
-        return min(limit, len(rows))
-    found = 0
-    for number, line in enumerate(rows["text"], 1):
-        found += bool(line.strip(_BLANK))
-        if found == limit:
-            return number
-    return len(rows)
 
 
 def mapped(

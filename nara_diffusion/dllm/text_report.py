@@ -45,9 +45,6 @@ tokens = generate(model, prompt, {sampling})
 print(tokenizer.decode(tokens[0, prompt.shape[1] :], skip_special_tokens=True))
 ```"""
 
-Question = str | list[dict[str, str]]
-"""A text, or the turns of a conversation."""
-
 
 @dataclass(frozen=True)
 class Measurement:
@@ -166,20 +163,11 @@ def figures(before: Measurement, after: Measurement) -> list[list[str]]:
     ]
 
 
-def first_question(records: Dataset, rows: Dataset) -> Question:
-    """Return the first conversation of `records` among `rows`, or else the first question."""
-    for place in rows["record"]:
-        turns = records[place].get("turns")
-        if turns:
-            return turns
-    return rows[0]["instruction"]
-
-
 def describe(
     evaluation: Evaluation,
     before: Measurement,
     after: Measurement,
-    question: Question,
+    question: str,
     attention_blocks: int | None = None,
 ) -> dict[str, Any]:
     """Write samples.jsonl into the run's folder, and return the texts of its card.
@@ -221,7 +209,7 @@ def _loading(
     args: Arguments,
     sampling: Sampling,
     folder: str,
-    question: Question,
+    question: str,
     has_canvas: bool,
     attention_blocks: int | None,
 ) -> str:

@@ -58,7 +58,6 @@ from nara_diffusion.dllm.text_report import (
     Measurement,
     describe,
     figures,
-    first_question,
     schedule_line,
 )
 from nara_diffusion.dllm.tokenizer import end_token_id, stop_token_ids
@@ -276,7 +275,7 @@ class FineTuning:
         """Measure the base and the adapted model, and write the report."""
         args, run = self.args, self.run
         before = self._measure_base()
-        question = first_question(self.records[2], self.test_rows)
+        question = self.test_rows[0]["instruction"]
         blocks = Backbone(self.backbone).block_length
         after = self.evaluation.measure(self.adapted)
         return finish(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-import re
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -203,31 +202,14 @@ def rows_of(folder: Path, tokenizer: Any, *outputs: str, **options: Any) -> Data
     return encode_records(read_records(write(folder / "own.jsonl", *records)), tokenizer, **options).rows
 
 
-def test_prompts_that_leave_nothing_are_refused_with_the_shortest_and_the_flag(tmp_path: Path) -> None:
+def test_prompts_that_leave_nothing_are_refused_with_the_flags(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(LLADA_TINY)
     shortest = rows_of(tmp_path, tokenizer, "AB", max_length=64)["prompt_length"][0]
-    least, most = f"--max_length {shortest + 1} or more", rf"max_prompt_length={shortest} or more"
-    for options, flags in (
-        ({"max_length": shortest}, least),
-        ({"max_length": 64, "max_prompt_length": shortest - 1}, f"--data_options {most}"),
-        ({"max_length": 9, "max_prompt_length": 8}, f"{least} and --data_options {most}"),
-    ):
-        message = f"nothing is left of 2 records. The shortest prompt has {shortest} tokens, .* give {flags}"
+    for options in {"max_length": shortest}, {"max_length": 64, "max_prompt_length": shortest - 1}:
+        message = f"nothing is left of 2 records, .* than {shortest - 1} tokens: raise --max_length, or --data_options"
         with pytest.raises(ValueError, match=message):
             rows_of(tmp_path, tokenizer, "AB", "ABCDE", **options)
     assert len(rows_of(tmp_path, tokenizer, "AB", "ABCDE", max_length=shortest + 1)) == 1
-
-
-def test_end_token_inside_an_answer_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(LLADA_TINY)
-    outputs = ["AB", "AB<|endoftext|>CD", "EF<|endoftext|> <|endoftext|>\n", "<|endoftext|>G"]
-    for template in (tokenizer.chat_template, None):
-        caplog.clear()
-        tokenizer.chat_template = template
-        rows_of(tmp_path, tokenizer, *outputs, max_length=500)
-        (message,) = [message for message in caplog.messages if "the end token" in message]
-        assert "records: 2 of 4 outputs have the end token '<|endoftext|>' inside them" in message
-        assert "answers 'upper: ab<|endoftext|>cd'" in message
 
 
 def test_template_that_adds_text_with_the_generation_prompt_alone_is_refused(tmp_path: Path) -> None:
@@ -268,7 +250,7 @@ def test_run_takes_the_first_samples_and_the_names_of_data_options(tmp_path: Pat
     assert list(test) == list(validation)
 
 
-def test_run_on_every_answer_of_conversations_says_so_and_its_card_asks_one(tmp_path: Path, caplog: Any) -> None:
+def test_run_on_every_answer_of_conversations_says_so_and_its_card_asks_a_question(tmp_path: Path, caplog: Any) -> None:
     turns = [("user" if j % 2 == 0 else "assistant", f"word {j}") for j in range(6)]
     many = [{"messages": messages(*turns[: 2 + 2 * (i % 3)])} for i in range(12)]
     long = {"messages": messages(("user", "w" * 60), ("assistant", "a"))}
@@ -282,4 +264,4 @@ def test_run_on_every_answer_of_conversations_says_so_and_its_card_asks_one(tmp_
     dropped = [message.partition(" are dropped")[0] for message in caplog.messages if "are dropped" in message]
     assert dropped == ["training data: 1 of 13 records", "validation data: 1 of 3 records"]  # each once
     card = (tmp_path / "run" / "README.md").read_text()
-    assert re.search(r"prompt_text\(tokenizer, \[\{'role': 'user', 'content': 'word 0'\}, .*\]\)", card)
+    assert "prompt_text(tokenizer, 'word 0')" in card
