@@ -164,23 +164,6 @@ class NaraConfig(LoraConfig):
             self._check_start()
 
     @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike[str],
-        subfolder: str | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Load as PEFT's method does, and name the adapter's folder or repository in errors."""
-        path = pretrained_model_name_or_path
-        try:
-            return super().from_pretrained(path, subfolder, **kwargs)  # type: ignore[arg-type]
-        except (TypeError, ValueError, AttributeError, RecursionError) as error:
-            where = os.path.join(path, subfolder or "")
-            if where in str(error):
-                raise
-            raise ValueError(f"The configuration in '{where}' is refused: {error}") from error
-
-    @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
         """Read the fields as PEFT's method does, and add the fields that version 0.2 lacked."""
         return ABSENT | super().from_json_file(path_json_file, **kwargs)

@@ -34,10 +34,6 @@ _HINT = (
     "Was it trained on another base model, or saved with another core_type, core_sharing, "
     "noise_embedding, rank or target_modules?"
 )
-_OTHER_BASE = (
-    "The rank is right, so the adapter was most likely trained on another base model, with layers "
-    "of other sizes: load it into that one (`nara inspect FILE` shows its name if the file has it)."
-)
 _AS_IN_MODEL = (
     "leave state_dict out, or convert only A and B, and give the core as model.state_dict() has it"
 )
@@ -238,10 +234,9 @@ def _check_tensor(key: str, tensor: object, like: Tensor, has_shape: bool) -> No
     if tensor.is_complex() or tensor.is_floating_point() != like.is_floating_point():
         raise _wrong_kind(key, tensor.dtype, like)
     if has_shape and tensor.shape != like.shape:
-        reason = _OTHER_BASE if _has_rank_of(key, tensor, like) else _HINT
         raise ValueError(
             f"'{key}' has shape {tuple(tensor.shape)} in the checkpoint, but this adapter needs "
-            f"{tuple(like.shape)}. {reason} An adapter is loaded completely or not at all, even "
+            f"{tuple(like.shape)}. {_HINT} An adapter is loaded completely or not at all, even "
             "with ignore_mismatched_sizes=True."
         )
     if is_core_key(key):
@@ -259,15 +254,6 @@ def _wrong_kind(key: str, kind: object, like: Tensor) -> ValueError:
         f"'{key}' is {kind} in the checkpoint, but {like.dtype} in the model: save it again without "
         "converting or quantising it."
     )
-
-
-def _has_rank_of(key: str, tensor: Tensor, like: Tensor) -> bool:
-    """Return whether a factor has the right rank, so only the size of the base's layer differs."""
-    kind = key.partition(".lora_")[2]
-    axis_of_rank = 0 if "A" in kind else 1
-    if not kind or tensor.dim() != like.dim() or like.dim() < 2:
-        return False
-    return tensor.shape[axis_of_rank] == like.shape[axis_of_rank]
 
 
 def _check_core_precision(key: str, tensor: Tensor, like: Tensor, where: str, remedy: str) -> None:

@@ -16,8 +16,8 @@ import dataclasses
 import functools
 import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from copy import copy
 from pathlib import Path
 from types import ModuleType
@@ -27,21 +27,19 @@ import diffusers.loaders.lora_base as lora_base
 from diffusers.utils.hub_utils import PushToHubMixin
 from peft import PeftConfig, PeftModel, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.save_and_load import load_peft_weights
-from safetensors import SafetensorError
 from torch import nn
 from transformers.integrations.peft import PeftAdapterMixin as TransformersAdapterMixin
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from nara_diffusion.config import NaraConfig
+from nara_diffusion.loaders.file import naming
 from nara_diffusion.loaders.insertion import (
     LOADED_FLAG,
     TEXT_ENCODER,
     adapters_of,
-    nara_adapters_of,
 )
-from nara_diffusion.loaders.tensor_files import check_regular, is_nara, is_nara_for_peft
+from nara_diffusion.loaders.tensor_files import is_nara, is_nara_for_peft
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
 from nara_diffusion.tuner.model import NaraModel, restored_on_error
 from nara_diffusion.tuner.strength import check_strength, give_strength, strength_of
@@ -113,7 +111,7 @@ def _from_pretrained(
     is_ours = _is_nara(model_id, kwargs) if config is None else isinstance(config, NaraConfig)
     if not is_ours:
         return original(cls, model, model_id, adapter_name, *args, **kwargs)
-    with _named(model_id, kwargs), restored_on_error(model):
+    with naming(model_id, kwargs.get("subfolder")), restored_on_error(model):
         return original(cls, model, model_id, adapter_name, *args, **kwargs)
 
 
@@ -127,32 +125,8 @@ def _load_adapter(
 ) -> Any:
     if not isinstance(self.base_model, NaraModel):
         return original(self, model_id, adapter_name, *args, **kwargs)
-    with _named(model_id, kwargs), restored_on_error(self):
+    with naming(model_id, kwargs.get("subfolder")), restored_on_error(self):
         return original(self, model_id, adapter_name, *args, **kwargs)
-
-
-@contextmanager
-def _named(model_id: str | os.PathLike[str], options: Mapping[str, str | None]) -> Iterator[None]:
-    """Add the adapter's folder or repository to errors that are raised inside the context."""
-    subfolder = options.get("subfolder")
-    where = f"{model_id}/{subfolder}" if subfolder else str(model_id)
-    try:
-        check_regular(Path(where, SAFETENSORS_WEIGHTS_NAME))
-        yield
-    except ValueError as error:
-        if where in str(error):
-            raise
-        raise ValueError(f"The adapter in '{where}' is refused: {error}") from error
-    except SafetensorError as error:
-        raise ValueError(
-            f"The adapter in '{where}' is refused: its weights are no whole safetensors file ({error}): download or "
-            "save it again."
-        ) from error
-    except (TypeError, KeyError, AttributeError) as error:
-        # PEFT raises these for malformed configurations
-        raise ValueError(
-            f"The adapter in '{where}' is refused: {type(error).__name__}: {error}"
-        ) from error
 
 
 def _is_nara(model_id: str | os.PathLike[str], options: Mapping[str, Any]) -> bool:
@@ -188,7 +162,8 @@ def _load_into_transformers(
             f"The model has an adapter '{name}', and load_adapter does not replace it with a NaRA: pass another "
             "adapter_name, or call delete_adapter first."
         )
-    with nullcontext() if model_id is None else _named(model_id, hub), restored_on_error(self):
+    named = nullcontext() if model_id is None else naming(model_id, hub.get("subfolder"))
+    with named, restored_on_error(self):
         config = copy(config or PeftConfig.from_pretrained(model_id, **hub))  # type: ignore[arg-type]
         config.inference_mode = not given.get("is_trainable", False)
         tensors = given.get("adapter_state_dict")
@@ -231,7 +206,6 @@ def _set_adapters(
         model = getattr(pipe, part, None)
         if model is None:
             continue
-        _check_not_compiled(part, model)
         for name, weight in zip(names, weights, strict=False):  # Diffusers checks the lengths
             if name not in adapters_of(model):
                 continue
@@ -246,15 +220,6 @@ def _set_adapters(
         original(pipe, names, _numbers(adapter_weights))
         for model, name, schedule in scheduled:
             give_strength(model, name, schedule)
-
-
-def _check_not_compiled(part: str, model: nn.Module) -> None:
-    compiled = getattr(model, "_orig_mod", None)
-    if compiled is not None and nara_adapters_of(compiled):
-        raise ValueError(
-            f"{part} is what torch.compile returned, and Diffusers finds no adapter in it: take the model out, "
-            f"pipe.{part} = pipe.{part}._orig_mod, and compile it in place, pipe.{part}.compile()."
-        )
 
 
 def _check_weight(part: str, weight: _Weight) -> None:

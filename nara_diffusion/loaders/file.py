@@ -33,6 +33,7 @@ import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError
 from torch import Tensor
 
 from nara_diffusion.config import ABSENT, NaraConfig, NaraPeftType, is_idle
@@ -206,16 +207,17 @@ class AdapterPart:
 
 
 @contextmanager
-def naming(source: Source) -> Iterator[None]:
+def naming(source: Source, subfolder: str | None = None) -> Iterator[None]:
     """Add the adapter's `source` to errors raised inside the context, unless they name it."""
     try:
         yield
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        # PEFT raises the last three errors for malformed configurations
+    except (ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
+        # PEFT raises TypeError, KeyError and AttributeError for malformed configurations
         is_clear = isinstance(error, ValueError)
         if is_clear and not isinstance(source, Mapping) and str(source) in str(error):
             raise
-        where = "the dict" if isinstance(source, Mapping) else f"'{source}'"
+        path = f"{source}/{subfolder}" if subfolder else source
+        where = "the dict" if isinstance(source, Mapping) else f"'{path}'"
         reason = error if is_clear else f"{type(error).__name__}: {error}"
         raise ValueError(f"The adapter in {where} is refused: {reason}") from error
 

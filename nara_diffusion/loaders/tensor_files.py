@@ -23,14 +23,6 @@ from nara_diffusion.utils.files import is_out_of_reach, listed
 WEIGHTS_NAME = "pytorch_nara_weights.safetensors"
 METADATA_KEY = "nara_adapter_metadata"
 """The key of the configurations in the metadata of a pipeline's file."""
-PICKLE = (
-    "a pickle of torch.save, which may run code when it is read, and isn't read here: get the "
-    "adapter as safetensors, or write it as such with "
-    "safetensors.torch.save_file(torch.load(path, weights_only=True), …)"
-)
-_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
-_PICKLE_STARTS = (b"PK", *(b"\x80" + bytes([version]) for version in range(6)))
-"""The first two bytes of a pickle: those of a zip archive, or of a bare pickle's protocol."""
 
 
 # ---------------------------------------------------------------------- is it a NaRA?
@@ -105,7 +97,6 @@ def locate(
         return path
     if path.is_dir():
         return _in_folder(path / subfolder if subfolder else path, weight_name)
-    check_regular(path)
     is_local = isinstance(source, Path) or str(source).startswith((".", "/", "~"))
     if is_local or path.suffix == ".safetensors":
         raise ValueError(
@@ -152,35 +143,15 @@ def _in_folder(folder: Path, weight_name: str | None) -> Path:
     for name in names:
         if (folder / name).is_file():
             return folder / name
-        check_regular(folder / name)
-    pickles = [path.name for path in files if path.suffix in _PICKLE_SUFFIXES]
     found = "it has no safetensors file"
     if others and weight_name == PEFT_WEIGHTS_NAME:
         found = f"name a folder of PEFT, not of {listed(others)}"
     elif others:
         found = f"pass weight_name, one of {listed(others)}"
-    elif pickles:
-        found += f", but {listed(pickles)}, {PICKLE}"
     raise ValueError(f"There is no '{weight_name or WEIGHTS_NAME}' in '{folder}': {found}.")
 
 
 # ---------------------------------------------------------------------- read and write
-
-
-def check_regular(path: Path) -> None:
-    """Raise ValueError if `path` is a broken link, or a folder, pipe or device.
-
-    Reading from a pipe or device could block forever.
-    """
-    if path.is_symlink() and not path.exists():
-        raise ValueError(
-            f"'{path}' is a link to '{os.readlink(path)}', which isn't there: download the adapter "
-            "again."
-        )
-    if path.exists() and not path.is_file():
-        raise ValueError(
-            f"'{path}' is not a regular file but a folder, pipe or device: name a safetensors file."
-        )
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
@@ -199,17 +170,13 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str] | None]:
     Tensors are copied, so the file may be overwritten afterwards.
 
     Raises:
-        ValueError: `path` is not a file, or the file is truncated or has another format, such as
-            pickle.
+        ValueError: the file is truncated or has another format, such as pickle.
     """
-    check_regular(path)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             tensors = {key: copied(file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118
             return tensors, file.metadata()
     except SafetensorError as error:
-        if path.read_bytes()[:2] in _PICKLE_STARTS:
-            raise ValueError(f"'{path}' is {PICKLE}.") from None
         raise ValueError(
             f"'{path}' is no whole safetensors file ({error}): download or save it again if it was "
             "cut off; other formats are not read."

@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from contextlib import ContextDecorator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from numbers import Real
@@ -153,7 +152,7 @@ present: ContextVar[Entry | None] = ContextVar("nara_noise_level", default=None)
 """The innermost entered context, whatever model it applies to."""
 
 
-class noise_level(ContextDecorator):
+class noise_level:
     """Run forwards of `model` and its parts at noise level λ = `value`, overriding any source.
 
         with noise_level(model, 0.3):
@@ -181,25 +180,6 @@ class noise_level(ContextDecorator):
     def __init__(self, model: nn.Module, value: Level) -> None:
         self._model, self._value = model, value
         self._entries: list[Entry] = []
-
-    def __call__(self, func: Callable[..., Any]) -> Callable[..., Any]:
-        """Decorate `func` so that its calls run at λ.
-
-        Raises:
-            ValueError: `func` is a generator or an `async def` function, so its body would only run
-                after the call has returned.
-        """
-        kinds = (
-            inspect.isgeneratorfunction,
-            inspect.iscoroutinefunction,
-            inspect.isasyncgenfunction,
-        )
-        if any(is_kind(func) for is_kind in kinds):
-            raise ValueError(
-                f"noise_level(…) decorates {getattr(func, '__name__', func)}, a generator or `async def`, and would "
-                "end before its body runs: write `with noise_level(model, value):` inside of it."
-            )
-        return super().__call__(func)
 
     def __enter__(self) -> None:
         entry = Entry(

@@ -14,7 +14,6 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
-from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -123,7 +122,7 @@ class NaraModel(LoraModel):
                 are_off = _adapters_are_off(model)
                 layers = self._injected = {}
                 self._channel = holder.channel
-                with _without_holder(model), _suggesting_targets(model, config):
+                with _without_holder(model):
                     super().inject_adapter(
                         model,
                         adapter_name,
@@ -424,32 +423,6 @@ def _without_holder(root: nn.Module) -> Iterator[None]:
     finally:
         if holder is not None:
             root._modules[HOLDER_NAME] = holder
-
-
-@contextmanager
-def _suggesting_targets(model: nn.Module, config: NaraConfig) -> Iterator[None]:
-    """Add similar module names to PEFT's error about `target_modules` that match nothing."""
-    try:
-        yield
-    except ValueError as error:
-        if "not found in the base model" not in str(error):
-            raise
-        names = _nearest_names(model, config.target_modules or ())
-        hint = f" Did you mean {', '.join(names)}?" if names else ""
-        raise type(error)(f"{error}{hint}") from None
-
-
-def _nearest_names(model: nn.Module, targets: str | Iterable[str]) -> list[str]:
-    known = {}
-    for path, _ in model.named_modules():
-        name = path.rpartition(".")[2]
-        known[name.lower()] = name
-    found = set()
-    for target in [targets] if isinstance(targets, str) else targets:
-        wanted = target.rpartition(".")[2].lower()
-        for match in get_close_matches(wanted, known, 1):
-            found.add(repr(known[match]))
-    return sorted(found)
 
 
 def _cores_for(

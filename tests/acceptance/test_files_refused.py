@@ -208,13 +208,13 @@ class Touch:
 @pytest.mark.parametrize(
     ("suffix", "form", "zipped", "message"),
     [
-        (".safetensors", "pipeline", True, r"safetensors' is a pickle .*torch.load\(path, weights_only=True"),
-        (".safetensors", "pipeline", False, r"safetensors' is a pickle .*torch.load\(path, weights_only=True"),
-        (".bin", "pipeline", True, r"no safetensors file, but 'pytorch_nara_weights\.bin', a pickle"),
+        (".safetensors", "pipeline", True, "no whole safetensors file.*other formats are not read"),
+        (".safetensors", "pipeline", False, "no whole safetensors file.*other formats are not read"),
+        (".bin", "pipeline", True, "it has no safetensors file"),
         (".bin", "peft", True, "[Ww]eights.only"),
     ],
 )
-def test_pickle_is_refused_as_one_and_not_run(suffix, form, zipped, message, models, tmp_path: Path) -> None:
+def test_pickle_is_refused_and_not_run(suffix, form, zipped, message, models, tmp_path: Path) -> None:
     path = Path(shutil.copytree(GOOD[form], tmp_path / "adapter")) / WEIGHTS[form]
     content = {**load_file(path), "code": Touch(tmp_path / "was run")}
     path.unlink()

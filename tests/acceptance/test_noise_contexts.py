@@ -147,10 +147,10 @@ def test_context_entered_inside_a_forward_is_for_its_own_model_only(model: Any) 
 def test_nested_contexts_innermost_of_the_model_wins_and_leaving_by_any_way_restores_the_outer(
     model: Any, stock: Stock
 ) -> None:
-    @noise_level(model, 0.6)  # as deep as another before it
     def leave_by(error: type[BaseException]) -> None:
-        assert_at(model, stock, 0.6)
-        raise error
+        with noise_level(model, 0.6):  # as deep as another before it
+            assert_at(model, stock, 0.6)
+            raise error
 
     other, other_stock = adapt(TwoLayers(), LAYERS)
     other_stock.double()
@@ -192,25 +192,6 @@ def test_context_left_before_an_inner_one_leaves_no_level_though_a_third_is_arou
         with pytest.raises(RuntimeError, match="innermost"):
             left.__exit__()
         assert_unknown(model)
-
-
-def test_decorated_function_runs_at_the_level_and_one_whose_body_runs_later_is_refused(
-    model: Any, stock: Stock
-) -> None:
-    def generator() -> Any:
-        yield run(model, X)
-
-    async def coroutine() -> Tensor:
-        return run(model, X)
-
-    async def asynchronous_generator() -> Any:
-        yield run(model, X)
-
-    for function in (generator, coroutine, asynchronous_generator):
-        with pytest.raises(ValueError, match=rf"{function.__name__}.*inside of it"):
-            noise_level(model, 0.3)(function)
-    found = noise_level(model, 0.3)(lambda: run(model, X))()
-    assert_near(found, stock.each(0.3, X.double()), model)
 
 
 # ---------------------------------------------------------------------- threads and tasks

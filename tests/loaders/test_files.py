@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict, inject_ad
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from nara_diffusion import NaraConfig
 from nara_diffusion.dreambooth.pipelines import model_index
 from nara_diffusion.loaders import tensor_files as files
 from nara_diffusion.loaders.file import AdapterFile
@@ -78,26 +76,6 @@ def test_a_file_of_another_name_is_found_in_a_subfolder(tmp_path: Path) -> None:
     assert pipe.get_active_adapters() == ["default_0"]
 
 
-def test_a_pipe_or_a_broken_link_in_place_of_a_file_is_refused_and_not_waited_for(tmp_path: Path) -> None:
-    pipe, folders = _bases.sdxl(), [shutil.copytree(_files.FILES / "peft" / "nara", tmp_path / each) for each in "ab"]
-    weights = [folder / _files.PEFT_WEIGHTS for folder in folders]
-    for path in (*weights, single := tmp_path / "single.safetensors"):
-        path.unlink(missing_ok=True)
-    weights[0].symlink_to("nowhere")
-    for path in (weights[1], single):
-        os.mkfifo(path)
-    held = [os.open(path, os.O_RDWR) for path in (weights[1], single)]  # so that a reader doesn't wait for a writer
-    for folder, what in zip(
-        folders, ("is a link to 'nowhere', which isn't there", "is not a regular file"), strict=True
-    ):
-        refused(lambda folder=folder: pipe.load_nara_weights(folder), pipe, str(folder), what)
-        with pytest.raises(ValueError, match=f"{folder}.* {what}"):
-            PeftModel.from_pretrained(_bases.language_model(), folder)
-    refused(lambda: pipe.load_nara_weights(single), pipe, str(single), "is not a regular file")
-    for descriptor in held:
-        os.close(descriptor)
-
-
 TEXTS = {
     "a BOM": lambda text: "\ufeff" + text,
     "an HTML page": lambda text: "<!DOCTYPE html><html>Sign in</html>",
@@ -116,7 +94,6 @@ def test_configuration_that_is_no_json_object_is_refused_by_its_name(text: str, 
     config.write_text(TEXTS[text](config.read_text()))
     for read in (
         AdapterFile.read,
-        NaraConfig.from_pretrained,
         lambda folder: PeftModel.from_pretrained(_bases.language_model(), folder),
         lambda folder: _bases.language_model().load_adapter(folder),
     ):
