@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from PIL import Image, PngImagePlugin
 from tqdm.auto import tqdm
 
 from nara_diffusion.training.engines import split_across_processes
@@ -25,8 +25,7 @@ from .families import BY_PIPELINE, Family
 from .image_arguments import DreamBoothArguments
 from .image_records import IMAGE_SUFFIXES
 
-# in pixels: the side of an image on a sheet, the space around images, the height of a text line
-CELL, GAP, TEXT = 128, 4, 15
+CELL = 1.3  # inches, the side of an image on a sheet
 PROMPT_KEY = "class_prompt"  # in a class image's metadata
 
 Made = TypeVar("Made")
@@ -149,59 +148,36 @@ def write_grid(
     """Write a sheet of samples as a PNG file, with images of the subject on top.
 
     Args:
-        prompts: the prompts, one for each row. A row is headed by its prompt and the titles of the
-            columns.
+        prompts: the prompts, one for each row. A row is headed by the titles of the columns and its
+            prompt.
         columns: {title: images}, for example before and after training. All columns have the same
             number of images, ordered by prompt.
         references: {title: images of the subject} for the rows on top. At most eight are shown.
     """
-    rows: list[_Row] = [(title, [images[:8]]) for title, images in references.items()]
+    from matplotlib.figure import Figure
+
+    rows = [(title, images[:8]) for title, images in references.items()]
     for number, prompt in enumerate(prompts):
-        blocks = []
+        cells: list[Image.Image] = []
         for images in columns.values():
             each = len(images) // len(prompts)
-            blocks.append(images[number * each : (number + 1) * each])
-        rows.append((f"{prompt} ({' | '.join(columns)})", blocks))
+            cells += images[number * each : (number + 1) * each]
+        rows.append((f"{' | '.join(columns)}: {prompt}", cells))
+    width, height = max(len(images) for _, images in rows), len(rows)
+    figure = Figure(figsize=(CELL * width, 1.4 * CELL * height), dpi=100)
+    margins = {"left": 0, "right": 1, "bottom": 0, "top": 1 - 0.3 / height}
+    grid = figure.subplots(
+        height, width, squeeze=False, gridspec_kw={**margins, "wspace": 0.05, "hspace": 0.4}
+    )
+    for (title, images), axes in zip(rows, grid, strict=True):
+        lines = textwrap.fill(title, 16 * width, max_lines=2)
+        axes[0].set_title(lines, loc="left", fontsize="small", parse_math=False)
+        for axis in axes:
+            axis.axis("off")
+        for axis, image in zip(axes, images, strict=False):
+            axis.imshow(image)
     with atomic_write(path) as partial:
-        _sheet(rows).save(partial)
-
-
-_Row = tuple[str, Sequence[Sequence[Image.Image]]]
-"""A title, and blocks of images side by side."""
-
-
-def _sheet(rows: Sequence[_Row]) -> Image.Image:
-    """Return an image of all rows, with titles above them and space between blocks."""
-    step = CELL + GAP
-    width = max(_width(blocks) for _, blocks in rows)
-    titles = [textwrap.wrap(title, max(20, width // 8)) for title, _ in rows]
-    height = sum(len(title) * (TEXT + GAP) + step for title in titles)
-    sheet = Image.new("RGB", (width, height), "white")
-    pen, font, y = ImageDraw.Draw(sheet), ImageFont.load_default(TEXT), 0
-    for title, (_, blocks) in zip(titles, rows, strict=True):
-        for line in title:
-            pen.text((GAP, y), line, fill="black", font=font)
-            y += TEXT + GAP
-        x = 2 * GAP
-        for images in blocks:
-            for image in images:
-                sheet.paste(_cell(image), (x, y))
-                x += step
-            x += 4 * GAP
-        y += step
-    return sheet
-
-
-def _width(blocks: Sequence[Sequence[Image.Image]]) -> int:
-    """Return the width of a row, in pixels."""
-    return sum(map(len, blocks)) * (CELL + GAP) + len(blocks) * 4 * GAP
-
-
-def _cell(image: Image.Image) -> Image.Image:
-    """Return `image` as a square of `CELL` pixels. Small images are enlarged without smoothing."""
-    small = max(image.size) <= CELL
-    how = Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
-    return ImageOps.pad(image.convert("RGB"), (CELL, CELL), how, color="white")
+        figure.savefig(partial, format="png")
 
 
 # ---------------------------------------------------------------------- class images

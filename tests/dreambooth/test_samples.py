@@ -22,7 +22,6 @@ from nara_diffusion.dreambooth.fidelity import Evaluation
 from nara_diffusion.dreambooth.objectives import build_objective
 from nara_diffusion.dreambooth.reconstruction import reconstruct
 from nara_diffusion.dreambooth.samples import (
-    CELL,
     SampleSettings,
     generate_class_images,
     sample_images,
@@ -129,11 +128,11 @@ def test_each_image_is_on_the_sheet_where_its_prompt_and_seed_say(tmp_path) -> N
     columns = {"before": colours(6, 40), "after": colours(6, 90), "references": colours(3, 250)}
     shown = {title: columns[title] for title in ("before", "after")}
     write_grid(tmp_path / "sheet.png", ["one", "two", "three"], shown, {"references": columns["references"]})
-    sheet, seen = np.asarray(Image.open(tmp_path / "sheet.png")), {}
+    sheet, seen = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB")), {}
     for title, images in columns.items():
         for i, image in enumerate(images):
             found = np.argwhere((sheet == image.getpixel((0, 0))).all(-1))[:, ::-1]
-            assert len(found) == CELL * CELL
+            assert len(found) > 100**2
             seen[title, i] = found.min(0)
     rows = [[("references", i) for i in range(3)]]
     rows += [[(title, 2 * prompt + j) for title in shown for j in (0, 1)] for prompt in range(3)]
