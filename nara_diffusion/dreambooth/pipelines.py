@@ -113,10 +113,10 @@ def load_pipeline(
         dtype: the dtype of all components except the autoencoder.
         vae_name: the folder or id of another autoencoder; None means the pipeline's own.
         revision, variant: the revision and the variant of the pipeline and of its own autoencoder.
-            A model without files of this variant is loaded from its other files, with a warning.
 
     Raises:
-        ValueError: the pipeline or the autoencoder doesn't exist, or the family can't be trained.
+        ValueError: the pipeline, the autoencoder or the variant doesn't exist, or the family can't
+            be trained.
     """
     index = model_index(name, revision=revision)
     if vae_name is not None:
@@ -132,13 +132,6 @@ def load_pipeline(
         pipe = kind.from_pretrained(name, vae=vae, dtype=dtype, **hub, **_left_out(index))
         _check_scheduler(family.fit(pipe, family), pipe.scheduler)
     except (OSError, ValueError, TypeError, AttributeError, KeyError, SafetensorError) as error:
-        if variant and not is_out_of_reach(error) and _lacks_variant(error, variant):
-            logger.warning(
-                "%s lacks files of the variant %s: those without one are loaded", name, variant
-            )
-            return load_pipeline(
-                name, dtype=dtype, vae_name=vae_name, vae_dtype=vae_dtype, revision=revision
-            )
         raise _not_loaded(name, vae_name, family, error) from error
     for module in modules_of(pipe).values():
         module.requires_grad_(False).eval()
@@ -158,11 +151,6 @@ def _left_out(index: Mapping[str, Any]) -> dict[str, Any]:
     if "safety_checker" in index:  # it blackens images that it considers unsafe
         absent |= {"safety_checker": None, "requires_safety_checker": False}
     return absent
-
-
-def _lacks_variant(error: Exception, variant: str) -> bool:
-    """Return True if Diffusers or Transformers found no files of the variant."""
-    return f".{variant}." in str(error) or f"variant={variant}" in str(error)
 
 
 def _not_loaded(name: str, vae_name: str | None, family: Family, error: Exception) -> ValueError:

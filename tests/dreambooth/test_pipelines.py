@@ -136,16 +136,9 @@ def test_twin_in_half_precision_is_what_a_user_loads(folder: Path, tmp_path: Pat
     assert pipe.vae.dtype == torch.float32
 
 
-def test_model_without_files_of_the_variant_is_loaded_from_the_others(
-    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    small_sdxl().vae.save_pretrained(tmp_path / "vae")
-    for vae in (None, str(tmp_path / "vae")):
-        caplog.clear()
-        pipe = load_pipeline(str(folder), dtype=torch.float32, vae_name=vae, variant="fp16")
-        assert f"{folder} lacks files of the variant fp16: those without one are loaded" in caplog.text
-    own = StableDiffusionXLPipeline.from_pretrained(folder)
-    torch.testing.assert_close(pixels(pipe), pixels(own), rtol=0, atol=0)
+def test_model_without_files_of_the_variant_is_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match=f"{folder} can't be loaded as Stable Diffusion XL: .*fp16"):
+        load_pipeline(str(folder), dtype=torch.float32, variant="fp16")
 
 
 @pytest.mark.parametrize("name", ["sdxl.safetensors", "gone/model.ckpt", "folder.v1/a.file"])
