@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 
-import torch
 import yaml
 
 from nara_diffusion.noise.level import NoiseWindow
@@ -318,7 +317,7 @@ def _check_optimizer(args: OptimizationArguments) -> None:
 
 def optimizer_class(optimizer: str) -> Any:
     """Return the class of an optimizer. Raise ValueError if its package isn't installed."""
-    module, name = OPTIMIZERS["AdamW" if is_unpaged(optimizer) else optimizer]
+    module, name = OPTIMIZERS[optimizer]
     try:
         return getattr(importlib.import_module(module), name)
     except ImportError as error:
@@ -326,11 +325,6 @@ def optimizer_class(optimizer: str) -> Any:
         raise ValueError(
             f"optimizer {optimizer} needs {package} ({error}): pip install {package}."
         ) from error
-
-
-def is_unpaged(optimizer: str) -> bool:
-    """Return True for PagedAdamW on a machine without a GPU; AdamW then takes its place."""
-    return optimizer == "PagedAdamW" and not torch.accelerator.is_available()
 
 
 # ---------------------------------------------------------------- the shipped runs

@@ -30,13 +30,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import load
 
-from nara_diffusion.cores.core import NAME_IN_FILES
 from nara_diffusion.utils.files import (
     atomic_write_files,
     counted,
     delete_folder,
     digest_file,
-    digest_texts,
     partial_name,
     put_in_place,
 )
@@ -79,20 +77,12 @@ is trained, or how.
 
 
 def write_manifest(checkpoint: Path, manifest: Mapping[str, Any]) -> None:
-    """Write checkpoint.json; its last field is the digest of all other fields."""
-    content = json.loads(json.dumps(manifest))  # as JSON reads it, with strings as keys
-    content = {**content, "digest": _own_digest(content)}
-    (checkpoint / MANIFEST).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _own_digest(manifest: Mapping[str, Any]) -> str:
-    return digest_texts([json.dumps({**manifest, "digest": None}, sort_keys=True)])
+    """Write checkpoint.json."""
+    (checkpoint / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """Return the content of checkpoint.json.
-
-    If the file has no digest, check only that all fields are present.
 
     Raises:
         ValueError: the file is missing, corrupt, or from version 0.1.
@@ -110,8 +100,6 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         )
     if missing := sorted(_FIELDS - manifest.keys()):
         raise ValueError(f"{path} is corrupt: it lacks {', '.join(missing)}.")
-    if manifest.get("digest", expected := _own_digest(manifest)) != expected:
-        raise ValueError(f"{path} is corrupt: its content isn't what was saved.")
     return manifest
 
 
@@ -295,16 +283,6 @@ def check_same_run(checkpoint: Path, args: TrainingArguments, accelerator: Accel
             f"{checkpoint} belongs to a run of another configuration ({describe_changes(refused)}). Give the same "
             f"arguments (--config {checkpoint.parent / 'config.yaml'} has them), or start a new run from its adapter "
             "with --init_adapter."
-        )
-
-
-def check_names_in_optimizer(checkpoint: Path) -> None:
-    """Raise ValueError for an FSDP2 optimizer state that uses the core's old name, "nara_core"."""
-    files = [*checkpoint.glob("optimizer_*/.metadata"), *checkpoint.glob("optimizer.bin")]
-    if any(f"{NAME_IN_FILES}.cores.".encode() in file.read_bytes() for file in files):
-        raise ValueError(
-            f"{checkpoint} was written by an earlier version, with other names in the optimizer's state: finish the "
-            "run with that version, or start a new one from its adapter with --init_adapter."
         )
 
 

@@ -7,7 +7,6 @@ The optimizer has separate learning rates for A and B, for the core, and for tex
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -35,9 +34,7 @@ from nara_diffusion.noise.level import find_holders
 from nara_diffusion.utils.files import counted
 
 from .adapters import method_of
-from .arguments import OptimizationArguments, TrainingArguments, is_unpaged, optimizer_class
-
-logger = logging.getLogger(__name__)
+from .arguments import OptimizationArguments, TrainingArguments, optimizer_class
 
 SHARDED = {
     DistributedType.FSDP: ("ACCELERATE_USE_FSDP", "FSDP"),
@@ -323,10 +320,6 @@ def build_optimizer(
     options = {
         name: tuple(value) if isinstance(value, list) else value for name, value in options.items()
     }
-    if is_unpaged(args.optimizer):
-        logger.warning(
-            "PagedAdamW moves its states between the memory of GPU and CPU, and there is no GPU: as AdamW"
-        )
     if args.optimizer == "AdamW" and fused:
         options.setdefault("fused", True)
     if args.optimizer == "prodigy":

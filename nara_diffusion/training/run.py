@@ -35,7 +35,6 @@ from .checkpoints import (
     Writer,
     changed_arguments,
     check_files,
-    check_names_in_optimizer,
     check_random_states,
     check_same_run,
     describe_changes,
@@ -325,7 +324,6 @@ def claimed_folder(
                 answer[:2] = folder, _checkpoint(args, folder)
                 if answer[1] is not None:
                     check_same_run(answer[1], args, accelerator)
-                    check_names_in_optimizer(answer[1])
                 for left in folder.glob(".partial-*"):  # from a run that was killed while writing
                     shutil.rmtree(left, ignore_errors=True)
             except (ValueError, OSError, yaml.YAMLError) as error:

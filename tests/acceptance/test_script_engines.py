@@ -3,7 +3,6 @@ that is killed while it writes and goes on; and what is refused before anything 
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -19,7 +18,6 @@ from torch import multiprocessing as mp
 
 from nara_diffusion import NaraConfig
 from nara_diffusion.dllm import train as dllm
-from nara_diffusion.training.checkpoints import digest_file
 from nara_diffusion.training.engines import accumulation_steps
 from tests.acceptance._commands import (
     LAST_RESORT,
@@ -229,25 +227,6 @@ def test_engine_refuses_by_name_what_it_would_do_otherwise(
         values |= {"resume_from_checkpoint": tmp_path / "run" / "checkpoint-1"}
     with pytest.raises(mp.ProcessRaisedException, match=message):
         in_two_processes([(engine, "dllm.py", values | changes)], tmp_path)
-
-
-@slow
-def test_fsdp2_checkpoint_with_the_names_of_an_earlier_version_is_refused(
-    flags: dict[str, Any], tmp_path: Path
-) -> None:
-    """An older one differs from a new one in the core's name, of as many letters, and has no digest of its own."""
-    values = flags | TWO | {"max_train_steps": 1, "checkpointing_steps": 1, "output_dir": tmp_path / "run"}
-    in_two_processes([("fsdp2", "dllm.py", values)], tmp_path)
-    checkpoint = tmp_path / "run" / "checkpoint-1"
-    written = checkpoint / "optimizer_0" / ".metadata"
-    assert b"lora_core.cores.default." in written.read_bytes()
-    written.write_bytes(written.read_bytes().replace(b"lora_core.cores.", b"nara_core.cores."))
-    manifest = json.loads((checkpoint / "checkpoint.json").read_text())
-    del manifest["digest"]
-    manifest["files"]["optimizer_0/.metadata"] = [written.stat().st_size, digest_file(written)]
-    (checkpoint / "checkpoint.json").write_text(json.dumps(manifest))
-    with pytest.raises(mp.ProcessRaisedException, match="written by an earlier version, with other names"):
-        in_two_processes([("fsdp2", "dllm.py", values | {"resume_from_checkpoint": checkpoint})], tmp_path)
 
 
 # ---------------------------------------------------------------- refused before anything is loaded
