@@ -10,7 +10,6 @@ Student's t over the repeats.
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -56,26 +55,14 @@ class Verdict(NamedTuple):
 def decide(task: CheckTask, progress: bool) -> tuple[list[Repeat], Verdict]:
     """Repeat the short trainings until the verdict is clear, at most `task.repeats` times."""
     repeats: list[Repeat] = []
-    started = time.perf_counter()
-    for repeat in trials(task, progress):
+    every = trials(task, progress)
+    for repeat in tqdm(every, total=task.repeats, unit="repeat", disable=not progress):
         repeats.append(repeat)
-        if len(repeats) == 1 and progress:
-            tqdm.write(time_left(time.perf_counter() - started, task.repeats))
         found = judge(repeats, task.measured, task.no_cheap)
         is_clear = found.way is not None or found.answer == UNLIKELY
         if is_clear and len(repeats) >= THRESHOLDS["fewest"]:
             break
     return repeats, judge(repeats, task.measured, task.no_cheap)
-
-
-def time_left(seconds: float, repeats: int) -> str:
-    """Return a line about the time left if the first of at most `repeats` took `seconds`."""
-    least = (THRESHOLDS["fewest"] - 1) * seconds
-    most = (repeats - 1) * seconds
-    return (
-        f"the first repeat took {seconds:.0f} s: the verdict comes in {least:.0f} s at least, "
-        f"{most:.0f} s at most."
-    )
 
 
 def judge(repeats: Sequence[Repeat], measured: str = HELD_OUT, no_cheap: str = NO_CHEAP) -> Verdict:

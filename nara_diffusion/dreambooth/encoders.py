@@ -151,29 +151,20 @@ def load_encoders(args: DreamBoothArguments, device: torch.device) -> dict[str, 
     encoders: dict[str | None, Encoder] = {}
     for name in (args.similarity_model, args.alignment_model):
         if name is not None and name not in encoders:
-            encoders[name] = _load_encoder(args, name, device)
+            encoders[name] = _load_encoder(name, device)
     alignment = encoders.get(args.alignment_model)
     if alignment is not None:
         alignment.check_text()
     return {"similarity": encoders.get(args.similarity_model), "alignment": alignment}
 
 
-def _load_encoder(args: DreamBoothArguments, name: str, device: torch.device) -> Encoder:
+def _load_encoder(name: str, device: torch.device) -> Encoder:
     try:
         return Encoder(name, device=device)
     except OSError as error:
-        named = {
-            "--similarity_model": args.similarity_model,
-            "--alignment_model": args.alignment_model,
-        }
-        flags = " and ".join(flag for flag, value in named.items() if value == name)
         why = str(error).strip().partition("\n")[0]
-        without = "--similarity_model none --alignment_model none"
-        if is_out_of_reach(error):
-            why = "the Hub can't be reached"
-            if args.pretrained_vae_model_name_or_path:
-                without += " --pretrained_vae_model_name_or_path none"
+        why = "the Hub can't be reached" if is_out_of_reach(error) else why
         raise ValueError(
-            f"{flags} {name} can't be loaded ({why}): name a folder, or leave these figures "
-            f"out with {without}."
+            f"the encoder {name} can't be loaded ({why}): name a folder, or leave its figures out with "
+            "--similarity_model none --alignment_model none."
         ) from error

@@ -19,7 +19,7 @@ from transformers import get_cosine_schedule_with_warmup
 from nara_diffusion import NaraConfig, core_matrix, noise_level
 from nara_diffusion.check import Repeat, decide, judge, published, trials
 from nara_diffusion.check.trials import CHEAP, NO_CHEAP, CheckTask, add_cheap, restart
-from nara_diffusion.check.verdict import LIKELY, UNKNOWN, UNLIKELY, bin_means, differences, time_left
+from nara_diffusion.check.verdict import LIKELY, UNKNOWN, UNLIKELY, bin_means, differences
 from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser
 from nara_diffusion.noise.rows import time_layers
 from nara_diffusion.training.arguments import AdapterArguments, OptimizationArguments
@@ -235,9 +235,3 @@ def test_differences_count_each_bin_alike_and_have_the_cheap_way_from_lora():
     assert found == {"nara": pytest.approx(of_nara), "time": pytest.approx({"lora": (-0.5 + 0) / 2})}
     means = bin_means([repeat])["lora"][0]
     assert [(n, round(each, 6)) for n, each in enumerate(means.tolist()) if each == each] == [(0, 2.0), (9, 0.01)]
-
-
-def test_decide_says_after_the_first_repeat_how_long_the_rest_takes(capsys):
-    assert time_left(62.4, 6) == "the first repeat took 62 s: the verdict comes in 125 s at least, 312 s at most."
-    decide(linear_task(turning, settings=SHORT | {"repeats": 3}), progress=True)
-    assert capsys.readouterr().out.count("the first repeat took ") == 1

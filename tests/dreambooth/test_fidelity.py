@@ -110,11 +110,9 @@ def test_models_that_cannot_measure_are_refused(dino, tmp_path) -> None:
         Encoder(tmp_path / "other")
 
 
-def test_encoder_out_of_reach_is_named_with_its_flag_and_the_way_without() -> None:
+def test_encoder_out_of_reach_is_named_with_the_way_without() -> None:
     args = SimpleNamespace(similarity_model="some/dino", alignment_model=None)
-    args.pretrained_vae_model_name_or_path = "some/vae"  # not loaded yet, and out of reach, too
-    message = r"--similarity_model some/dino can't be loaded \(the Hub can't be reached\): .* --alignment_model none"
-    message += r" --pretrained_vae_model_name_or_path none\.$"
+    message = r"the encoder some/dino can't be loaded \(the Hub can't be reached\): .* --alignment_model none"
     with pytest.raises(ValueError, match=message):
         load_encoders(args, torch.device("cpu"))
 

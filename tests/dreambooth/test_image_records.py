@@ -195,8 +195,6 @@ def test_captions_that_cannot_be_read_are_refused_by_file_and_line(images) -> No
         '{"file_name": ["a.png"], "text": "a"}': r"'file_name' is \[\"a.png\"\], expected a text in quotes",
         '{"file_name": "a.png", "text": NaN}': "'text' is NaN, expected a text in quotes",
         '{"file_name": "b.jpg", "text": "a"}': "b.jpg already has a caption in line 1",
-        r'{"file_name": "a.png", "text": "a \ud83d toy"}': r"holds half a character, \\ud",
-        "[" * 100_000: "expected .*recursion",
         '{"file_name": "a.png", "n": %s}' % ("1" * 4301): "expected .*digits",
     }
     for line, message in lines.items():
