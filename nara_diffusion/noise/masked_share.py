@@ -19,9 +19,8 @@ class InputIdsNoise:
     """Compute λ from the masks in `input_ids`; pass it to `nara_diffusion.set_noise_source`.
 
     The prompt does not count, whether or not guidance has masked it. Padding does not count if an
-    `attention_mask` marks it. That mask may be (b, l), or (b, heads, l, l) if padding does not see
-    itself. If the tensors are not on the CPU, no error can be raised. Instead, λ is NaN if no
-    answer tokens remain, or if a mask (b, heads, l, l) is ambiguous.
+    `attention_mask` (b, l) marks it. If the tensors are not on the CPU, λ is NaN instead of an
+    error if no answer tokens remain.
 
     Args:
         prompt_lengths: the number of columns before each answer, including padding on the left,
@@ -60,7 +59,13 @@ class InputIdsNoise:
         answer = torch.arange(width, device=input_ids.device) >= starts  # (rows, l)
         attention_mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         if attention_mask is not None:
-            answer = answer & _tokens_that_count(attention_mask, rows, width)
+            shape = getattr(attention_mask, "shape", type(attention_mask).__name__)
+            if shape != input_ids.shape:
+                raise ValueError(
+                    f"λ can't be read: attention_mask is {shape}, which doesn't show which tokens are "
+                    f"padding: pass one of shape ({rows}, {width}), or use noise_level(…)"
+                )
+            answer = answer & attention_mask.bool()
         lengths = answer.sum(1)  # (rows,)
         values = host_values(lengths)
         if values is not None and 0 in values:
@@ -98,43 +103,3 @@ def _input_ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
             "noise_level(model, masked share of the whole answer)"
         )
     return input_ids
-
-
-_HIDDEN = -1e4
-"""A token with this attention bias or less is hidden. Libraries add −1e4, −∞ or a minimum."""
-
-
-def _tokens_that_count(attention_mask: object, rows: int, width: int) -> Tensor:
-    """Return which tokens are not padding, (rows, l) bool."""
-    received = type(attention_mask).__name__
-    if isinstance(attention_mask, Tensor):
-        if attention_mask.shape == (rows, width):
-            return attention_mask.bool()
-        counts = _seen_by_themselves(attention_mask, rows, width)
-        if counts is not None:
-            return counts
-        received = f"of shape {tuple(attention_mask.shape)} and {attention_mask.dtype}"
-    raise ValueError(
-        f"λ can't be read: an attention_mask {received} doesn't show which tokens are padding: pass "
-        f"one of shape ({rows}, {width}), or use noise_level(…)"
-    )
-
-
-def _seen_by_themselves(attention_mask: Tensor, rows: int, width: int) -> Tensor | None:
-    """Return which tokens see themselves, (rows, l) bool, or None if rows or heads are ambiguous.
-
-    If the heads are ambiguous and the mask is not on the CPU, no token counts.
-    """
-    if attention_mask.ndim != 4 or any(n not in (1, width) for n in attention_mask.shape[2:]):
-        return None
-    square = attention_mask.expand(-1, -1, width, width)
-    own = square.diagonal(dim1=2, dim2=3)  # (rows or 1, heads, l)
-    if len(own) not in (1, rows):
-        return None
-    counts = own == 0 if own.is_floating_point() else own.bool()
-    is_clear = (counts == counts[:, :1]).all()
-    if own.is_floating_point():  # no bias in between
-        is_clear = is_clear & (counts | (own <= _HIDDEN)).all()
-    if host_values(is_clear) == [False]:
-        return None
-    return (counts[:, 0] & is_clear).expand(rows, -1)

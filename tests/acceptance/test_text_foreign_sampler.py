@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from nara_diffusion import noise_level
 from nara_diffusion.dllm import (
@@ -62,44 +61,22 @@ def test_repeated_rows_have_the_levels_of_theirs() -> None:
         assert found.tolist() == pytest.approx([SHARES[row] for row in rows])
 
 
-def columns(minimum: float | None = None) -> Tensor:
-    """REAL as (3, 1, 14, 14), boolean or additive."""
-    mask = REAL.bool()[:, None, None, :].expand(3, 1, 14, 14)
-    return mask if minimum is None else torch.zeros(mask.shape).masked_fill(~mask, minimum)
-
-
-PAIRS = columns() & (columns().mT | torch.eye(14, dtype=torch.bool)) | torch.eye(14, dtype=torch.bool) & columns().mT
-ATTENTION: dict[str, Tensor] = {
-    "columns": columns(),
-    "columns, one row": columns()[:, :, :1],
-    "pairs, a head each": PAIRS.expand(3, 4, 14, 14),
-    "infinite": columns(-torch.inf),
-    "-10000": columns(-10000.0),
-}
-
-
-@pytest.mark.parametrize("kind", ATTENTION)
 @torch.no_grad()
-def test_padding_is_no_answer_under_any_attention_mask(pair: Any, kind: str) -> None:
+def test_padding_is_no_answer(pair: Any) -> None:
     model, ids = pair[0], IDS.masked_fill(MASKED, MASK)
     with noise_level(model, SHARES):
-        expected = model(ids, attention_mask=ATTENTION[kind]).logits
+        expected = model(ids, attention_mask=REAL).logits
     with read_noise_from_input_ids(model, PROMPTS):
-        actual = model(ids, attention_mask=ATTENTION[kind]).logits
-    seen = REAL.bool()  # rows of padding may see nothing, and have no logits
-    assert torch.equal(actual[seen], expected[seen])
-    assert actual[seen].isfinite().all()
+        assert torch.equal(model(ids, attention_mask=REAL).logits, expected)
 
 
 def test_an_attention_mask_that_can_t_tell_is_refused(pair: Any) -> None:
     for mask in [
         REAL.bool()[:, None, :] & REAL.bool()[:, :, None],
-        torch.zeros(3, 1, 14, 14) - 3.5,
-        torch.stack([REAL.bool(), ~REAL.bool()], 1)[:, :, None, :],
-        torch.ones(3, 1, 14, 17, dtype=torch.bool),
+        torch.ones(3, 1, 14, 14, dtype=torch.bool),
         {"full_attention": None},
     ]:
-        message = r"attention_mask .* which tokens are padding: .* noise_level\("
+        message = r"attention_mask is .* which tokens are padding: .* noise_level\("
         with read_noise_from_input_ids(pair[0], PROMPTS), pytest.raises(ValueError, match=message):
             pair[0](IDS, attention_mask=mask)
 

@@ -93,14 +93,6 @@ def test_text_without_an_answer_is_nan_elsewhere() -> None:
     assert values_of(found) == pytest.approx([2 / 3, NAN], nan_ok=True)
 
 
-def test_ambiguous_attention_bias_is_nan_elsewhere() -> None:
-    ids = elsewhere([[1, 9, 9]], torch.long)
-    source = InputIdsNoise(1, mask_token_id=9)
-    clear = elsewhere([[0.0, 0.0, -1e9]]).diag_embed()[:, None]
-    assert values_of(source(nn.Identity(), (ids, clear), {})) == [1.0]
-    assert math.isnan(values_of(source(nn.Identity(), (ids, clear + 0.5), {}))[0])
-
-
 def test_model_at_a_level_outside_its_range_returns_nan() -> None:
     model = adapted(nn.Sequential(nn.Linear(7, 5)), target_modules=["0"])
     with noise_level(model, elsewhere([0.25, 1.5])):
