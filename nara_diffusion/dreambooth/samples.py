@@ -148,34 +148,37 @@ def write_grid(
     """Write a sheet of samples as a PNG file, with images of the subject on top.
 
     Args:
-        prompts: the prompts, one for each row. A row is headed by the titles of the columns and its
-            prompt.
+        prompts: the prompts, one for each row. A row is headed by its prompt and the titles of the
+            columns, between which a cell is empty.
         columns: {title: images}, for example before and after training. All columns have the same
             number of images, ordered by prompt.
         references: {title: images of the subject} for the rows on top. At most eight are shown.
     """
     from matplotlib.figure import Figure
 
-    rows = [(title, images[:8]) for title, images in references.items()]
+    rows: list[tuple[str, list[Image.Image | None]]] = []
+    for title, images in references.items():
+        rows.append((title, list(images[:8])))
     for number, prompt in enumerate(prompts):
-        cells: list[Image.Image] = []
+        cells: list[Image.Image | None] = []
         for images in columns.values():
             each = len(images) // len(prompts)
-            cells += images[number * each : (number + 1) * each]
-        rows.append((f"{' | '.join(columns)}: {prompt}", cells))
-    width, height = max(len(images) for _, images in rows), len(rows)
+            cells += [*images[number * each : (number + 1) * each], None]
+        rows.append((f"{prompt} ({' | '.join(columns)})", cells[:-1]))
+    width, height = max(len(cells) for _, cells in rows), len(rows)
     figure = Figure(figsize=(CELL * width, 1.4 * CELL * height), dpi=100)
     margins = {"left": 0, "right": 1, "bottom": 0, "top": 1 - 0.3 / height}
     grid = figure.subplots(
         height, width, squeeze=False, gridspec_kw={**margins, "wspace": 0.05, "hspace": 0.4}
     )
-    for (title, images), axes in zip(rows, grid, strict=True):
+    for (title, cells), axes in zip(rows, grid, strict=True):
         lines = textwrap.fill(title, 16 * width, max_lines=2)
         axes[0].set_title(lines, loc="left", fontsize="small", parse_math=False)
         for axis in axes:
             axis.axis("off")
-        for axis, image in zip(axes, images, strict=False):
-            axis.imshow(image)
+        for axis, image in zip(axes, cells, strict=False):
+            if image is not None:
+                axis.imshow(image)
     with atomic_write(path) as partial:
         figure.savefig(partial, format="png")
 
