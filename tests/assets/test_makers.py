@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from unittest.mock import Mock
 
 import make_clip_tiny
 import make_sd_tiny_flow
 import make_sdxl_tiny
 import pytest
+import torch
 from diffusers import DiffusionPipeline
 
 from nara_diffusion.dllm import load_backbone
+from tests.helpers.rounding import assert_near
 
 pytestmark = pytest.mark.slow
 CLIP = {"text_width": 32, "text_layers": 2, "vision_width": 32, "vision_layers": 2, "retrieval_batches": 1}
@@ -55,6 +58,31 @@ def test_make_gemma_tiny_writes_a_model_of_canvases(tmp_path):
     results = make.main(make.Arguments(output_dir=tmp_path, max_train_steps=2, **TEXT))
     assert results["steps"] == 2
     assert load_backbone(tmp_path)[0].config.canvas_length == 16
+
+
+def test_gemma_tinys_faster_step_has_the_losses_and_gradients_of_the_plain_one():
+    make = pytest.importorskip("make_gemma_tiny")
+    torch.manual_seed(5)
+    model, runs, found = make.build_gemma(make.build_tokenizer()), [], []
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))  # norms' weights too
+    model.model.encoder.language_model.register_forward_hook(lambda *_: runs.append(1))
+    ids = torch.randint(5, 280, (3, 25), generator=torch.Generator().manual_seed(1))
+    options = {"answer_lengths": [16, 16, 16], "seed": 3, "sample_indices": [4, 5, 6], "self_conditioning": 1.0}
+    for is_fast in (False, True):
+        if is_fast:
+            make.fast_norms(model)
+        with make.encoding_once(model) if is_fast else nullcontext():
+            loss = make.block_diffusion_loss(model, ids, [4, 9, 7], **options)
+        loss.loss.backward()
+        gradients = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+        found.append({"decoder": loss.per_sample, "encoder": loss.encoder_loss, **gradients})
+        model.zero_grad()
+    assert len(runs) == 2 + 1
+    assert found[0].keys() == found[1].keys()
+    for name, expected in found[0].items():
+        assert_near(found[1][name], expected, model)
 
 
 def test_make_sdxl_tiny_writes_a_pipeline_on_two_clips_of_unequal_widths(tmp_path):

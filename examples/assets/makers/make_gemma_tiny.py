@@ -25,6 +25,7 @@ from make_llada_tiny import Arguments as LladaArguments
 from make_llada_tiny import PreTraining
 from tiny_text.block_diffusion import CANVAS, build_gemma, save_gemma
 from tiny_text.data import exact_match_by_family
+from tiny_text.fast_gemma import encoding_once, fast_norms
 from tiny_text.tokenizer import build_tokenizer
 from tiny_training import option, parse, write_results
 from torch import Tensor
@@ -62,16 +63,17 @@ def canvas_losses(
     end = model.config.text_config.eos_token_id
     input_ids = torch.nn.functional.pad(input_ids, (0, width - input_ids.shape[1]), value=end)
     coin = Random(f"{seed} {sample_indices[0]}").random()
-    loss = block_diffusion_loss(
-        model,
-        input_ids,
-        prompt_lengths,
-        answer_lengths=torch.full_like(prompt_lengths, CANVAS),
-        seed=seed,
-        sample_indices=sample_indices,
-        noise_level=noise_level,
-        self_conditioning=float(coin < 0.5),
-    )
+    with encoding_once(model):
+        loss = block_diffusion_loss(
+            model,
+            input_ids,
+            prompt_lengths,
+            answer_lengths=torch.full_like(prompt_lengths, CANVAS),
+            seed=seed,
+            sample_indices=sample_indices,
+            noise_level=noise_level,
+            self_conditioning=float(coin < 0.5),
+        )
     return loss.per_sample + loss.encoder_loss
 
 
@@ -80,6 +82,7 @@ def main(args: Arguments) -> dict:
     torch.manual_seed(args.seed)
     tokenizer = build_tokenizer()
     model = build_gemma(tokenizer)
+    fast_norms(model)
     done = PreTraining(args, model, tokenizer, canvas_losses, lambda: save_gemma(model, tokenizer, args.output_dir))
     results = {**done.results(), "losses": {str(level): done.validation_loss(level) for level in LEVELS}}
     results["exact_match"] = exact_match_by_family(model, tokenizer, done.held_out, gen_length=CANVAS)
