@@ -65,19 +65,20 @@ def without_held_out(training: EncodedRecords, held_out: EncodedRecords) -> Enco
     """Return `training` without the rows that are also in `held_out`.
 
     Raises:
-        ValueError: no row is left.
+        ValueError: fewer than half of the rows are left.
     """
     held = set(_row_keys(held_out.rows))
     kept = [i for i, key in enumerate(_row_keys(training.rows)) if key not in held]
     size = len(training.rows)
     if len(kept) == size:
         return training
-    if not kept:
-        raise ValueError(
-            f"training data: each of its {counted(size, 'row')} of tokens equals a held-out one: "
-            "give more varied records, or a validation_file"
-        )
     dropped = size - len(kept)
+    if 2 * dropped > size:
+        raise ValueError(
+            f"training data: {dropped} of {counted(size, 'row')} of tokens equal held-out ones: "
+            "remove the copies and give --num_train_epochs, give more varied records, or a "
+            "validation_file"
+        )
     logger.warning(
         "training data: %d of %d rows equal held-out ones and are left out", dropped, size
     )

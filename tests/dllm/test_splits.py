@@ -50,6 +50,13 @@ def test_copies_of_held_out_records_are_not_trained_on(tmp_path: Path, caplog: p
     assert caplog.messages == [f"training data: {copies} of 72 rows equal held-out ones and are left out"]
 
 
+def test_a_split_that_loses_most_of_its_training_records_as_copies_is_refused(tmp_path: Path) -> None:
+    records = split(write(tmp_path / "own.jsonl", *numbered(*[*range(10, 30)] * 12)))[:2]
+    training, validation = (encode_records(part, TOKENIZER, max_length=64) for part in records)
+    with pytest.raises(ValueError, match=r"training data: \d+ of 216 rows of tokens .* remove the copies"):
+        without_held_out(training, validation)
+
+
 @pytest.mark.parametrize("seed", [0, 5])
 def test_split_of_different_records_is_that_of_datasets(tmp_path: Path, seed: int) -> None:
     """And so that of earlier versions, whose runs can be resumed."""
@@ -66,7 +73,13 @@ def test_rows_that_only_encoding_makes_equal_are_left_out_of_training(
 ) -> None:
     """Unknown words are one token, and a conversation can begin as another one does."""
     files = {
-        "train": [chat("w6", "w7"), chat("w6", "w7", "w8", "w9"), chat("unknown", "w9")],
+        "train": [
+            chat("w6", "w7"),
+            chat("w6", "w7", "w8", "w9"),
+            chat("unknown", "w9"),
+            chat("w1", "w2"),
+            chat("w1", "w3"),
+        ],
         "held": [chat("w6", "w7"), chat("other", "w9")],
     }
     training, held_out = (
@@ -74,9 +87,9 @@ def test_rows_that_only_encoding_makes_equal_are_left_out_of_training(
         for name, some in files.items()
     )
     left = without_held_out(training, held_out).rows
-    assert (left["record"][:], left["answer"][:]) == ([1], ["w9"])
-    assert "training data: 3 of 4 rows equal held-out ones and are left out" in caplog.messages
-    with pytest.raises(ValueError, match="each of its 2 rows of tokens equals a held-out one"):
+    assert (left["record"][:], left["answer"][:]) == ([1, 3, 4], ["w9", "w2", "w3"])
+    assert "training data: 3 of 6 rows equal held-out ones and are left out" in caplog.messages
+    with pytest.raises(ValueError, match="2 of 2 rows of tokens equal held-out ones"):
         without_held_out(held_out, held_out)
 
 
