@@ -131,7 +131,8 @@ def core_tensors(
         if adapter_name not in holder.cores:
             continue
         for name, like in holder.cores[adapter_name].state_dict().items():
-            key = _ending_with(f"{HOLDER_NAME}.cores.{adapter_name}.{name}", state_dict)
+            end = f"{HOLDER_NAME}.cores.{adapter_name}.{name}"
+            key = next((key for key in state_dict if key.endswith(end)), None)
             if key is None:
                 raise ValueError(
                     f"'{name}' of the core of adapter '{adapter_name}' is missing from what would be "
@@ -142,13 +143,6 @@ def core_tensors(
                 key, found[key], like, "in the state_dict to be saved", _AS_IN_MODEL
             )
     return found
-
-
-def _ending_with(ending: str, keys: Iterable[str]) -> str | None:
-    for key in keys:
-        if key.endswith(ending):
-            return key
-    return None
 
 
 def without_second_biases(tensors: Mapping[str, Tensor], adapter_name: str) -> dict[str, Tensor]:

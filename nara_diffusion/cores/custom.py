@@ -33,15 +33,11 @@ def register_core(name: str, factory: CoreFactory) -> None:
     replaces its factory.
 
     Raises:
-        ValueError: `name` is empty or names a built-in core, or `factory` is not callable.
+        ValueError: `name` is empty or names a built-in core.
     """
     if not isinstance(name, str) or not name or name in BUILT_IN:
         raise ValueError(
             f"name is {name!r}: choose a text other than {', '.join(map(repr, BUILT_IN))}."
-        )
-    if not callable(factory):
-        raise ValueError(
-            f"factory is {factory!r}: pass a class or function (config, rank) → torch.nn.Module."
         )
     CUSTOM[name] = lambda config, rank: CustomCore(factory(config, rank), rank, name)
 

@@ -22,20 +22,8 @@ def shared_factors(updates: Tensor, rank: int | None = None) -> tuple[Tensor, Te
         B (d_out, r), cores (n, r, r), A (r, d_in).
 
     Raises:
-        ValueError: `updates` is not (n, d_out, d_in), has another dtype, or is not finite; or
-            `rank` is not in [1, max(d_out, d_in)].
+        ValueError: `rank` is not in [1, max(d_out, d_in)].
     """
-    if (
-        updates.dim() != 3
-        or updates.numel() == 0
-        or updates.dtype not in (torch.float32, torch.float64)
-    ):
-        raise ValueError(
-            f"updates has shape {tuple(updates.shape)} and dtype {updates.dtype}: "
-            "pass float32 or float64 matrices stacked as (n, d_out, d_in)."
-        )
-    if not bool(torch.isfinite(updates).all()):
-        raise ValueError("updates has NaN or infinity: pass finite matrices.")
     n, d_out, d_in = updates.shape
     if rank is not None and not 1 <= rank <= max(d_out, d_in):
         raise ValueError(

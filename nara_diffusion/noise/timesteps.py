@@ -119,10 +119,6 @@ class TimestepNoise:
             ValueError: λ is outside [0, 1]. If the timestep is not on the CPU, λ is NaN instead.
         """
         t = as_tensor(timestep).float()
-        if t.numel() == 0:
-            raise ValueError(
-                f"{self.argument} has shape {tuple(t.shape)}: expected a number, (batch,) or (batch, …)."
-            )
         level = _MEANINGS[self.meaning][1](t / self.scale, self.num_train_timesteps)
         if self.packed:
             level = level.max()

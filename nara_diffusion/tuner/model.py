@@ -140,7 +140,12 @@ class NaraModel(LoraModel):
                 if len(self.peft_config) > 1:
                     check_adapter_names(model, set(self.peft_config))
                 if are_off:
-                    _warn_of_disabled(model, adapter_name)
+                    logger.warning(
+                        "The adapters of %s are disabled (disable_lora() or disable_adapters()), and so is the new "
+                        "adapter '%s': call enable_lora() or enable_adapters() to enable them.",
+                        type(model).__name__,
+                        adapter_name,
+                    )
                 for layer in layers.values():
                     layer._disable_adapters = are_off
                 holder.follow_factors()
@@ -352,16 +357,6 @@ def _adapters_are_off(model: nn.Module) -> bool:
     """Return whether `model` has adapted layers and the adapters are disabled in all of them."""
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     return bool(layers) and all(layer.disable_adapters for layer in layers)
-
-
-def _warn_of_disabled(model: nn.Module, adapter_name: str) -> None:
-    """Warn that a new adapter is disabled because the existing adapters of `model` are disabled."""
-    logger.warning(
-        "The adapters of %s are disabled (disable_lora() or disable_adapters()), and so is the new adapter '%s': "
-        "call enable_lora() or enable_adapters() to enable them.",
-        type(model).__name__,
-        adapter_name,
-    )
 
 
 @contextmanager

@@ -78,8 +78,6 @@ def test_custom_core_of_a_wrong_name_factory_or_answer_is_refused() -> None:
     for name in ("hypernetwork", "bins", "", 3):
         with pytest.raises(ValueError, match=f"^name is {name!r}: choose a text other than 'hypernetwork'"):
             register_core(name, Still)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="factory is 3: pass a class or function"):
-        register_core("other", 3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"factory of core_type 'mine' returned Tensor: return a torch\.nn\.Module"):
         one_layer(lambda config, rank: torch.eye(rank))
     for answer, message in [
@@ -169,15 +167,7 @@ def test_a_smaller_rank_keeps_the_leading_directions() -> None:
     assert relative_error(B @ cores @ A, U @ U.T @ updates @ V.T @ V) < 1e-12
 
 
-def test_shared_factors_refuses_what_it_cannot_factor() -> None:
-    for updates, rank, message in [
-        (torch.randn(5, 4), None, r"shape \(5, 4\)"),
-        (torch.ones(2, 5, 4, dtype=torch.int64), None, "int64"),
-        (torch.randn(2, 5, 4).bfloat16(), None, "bfloat16"),
-        (torch.randn(2, 5, 4), 0, r"rank is 0: it has to lie between 1 and .* 5"),
-        (torch.randn(2, 5, 4), 6, "rank is 6"),
-        (torch.full((2, 5, 4), float("nan")), None, "NaN"),
-        (torch.randn(0, 5, 4), None, r"shape \(0, 5, 4\)"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            shared_factors(updates, rank)
+def test_shared_factors_refuses_a_rank_out_of_range() -> None:
+    for rank in (0, 6):
+        with pytest.raises(ValueError, match=f"rank is {rank}: it has to lie between 1 and .* 5"):
+            shared_factors(torch.randn(2, 5, 4), rank)
