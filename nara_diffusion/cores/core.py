@@ -146,12 +146,13 @@ class Core(Float32Module):
         Return `default` if there are no tensors, or if all of them stay on "meta" until
         accelerate's hooks load them.
         """
-        devices = [tensor.device for tensor in (*self.parameters(), *self.buffers())]
-        found = next((device for device in devices if device.type != "meta"), None)
-        if found is not None:
-            return found
+        found = None
+        for tensor in itertools.chain(self.parameters(), self.buffers()):
+            found = tensor.device
+            if found.type != "meta":
+                return found
         is_offloaded = any("_hf_hook" in vars(module) for module in self.modules())
-        return default if is_offloaded or not devices else devices[0]
+        return default if is_offloaded or found is None else found
 
 
 # ---------------------------------------------------------------------- the hypernetwork
