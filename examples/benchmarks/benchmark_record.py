@@ -73,13 +73,16 @@ def save_record(name: str, figures: dict[str, Any], output_dir: str | Path) -> P
 
 
 def times_in_turn(
-    arms: Mapping[str, Callable[[], Any]], rounds: int, clock: Callable[[], float] = time.perf_counter
+    arms: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+    warm_up: bool = True,
 ) -> dict[str, list[float]]:
     """Seconds of each arm in each round, in a random order within a round, so that whatever else the machine does meets
-    all of them. A round before the first one allocates and fills caches."""
+    all of them. A round before the first one allocates and fills caches, unless `warm_up` is False."""
     times: dict[str, list[float]] = {name: [] for name in arms}
     shuffler = random.Random(0)
-    for number in range(rounds + 1):
+    for number in range(0 if warm_up else 1, rounds + 1):
         for name in shuffler.sample(sorted(arms), k=len(arms)):
             start = clock()
             arms[name]()
