@@ -17,7 +17,6 @@ rules here do.
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,8 +28,6 @@ from transformers import PreTrainedTokenizerBase
 
 from .sampler import answer_prompts
 from .tokenizer import decode_answer, stop_token_ids
-
-logger = logging.getLogger(__name__)
 
 TOLERANCE = 1e-3
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
@@ -85,7 +82,6 @@ def exact_match(
     Raises:
         ValueError: `extract` is not a known rule.
     """
-    _warn_of_nameless(rows, extract)
     ends = stop_token_ids(model, tokenizer)
     sampling = {"chat": bool(tokenizer.chat_template), "eos_token_id": ends, **sampling}
     by_length = sorted(range(len(rows)), key=lambda i: rows[i]["prompt_length"])
@@ -111,23 +107,6 @@ def exact_match(
             bar.update(len(indices))
     correct = sum(generation["correct"] for generation in generations)
     return ExactMatch(correct / len(rows), correct, len(rows), generations, forwards)
-
-
-def _warn_of_nameless(
-    rows: Sequence[Mapping[str, Any]], extract: str | Callable[[str], str]
-) -> None:
-    """Log a warning if `extract` finds nothing in some right answers."""
-    nameless = []
-    for row in rows:
-        _, is_right = compare(extract, row["answer"], row["answer"])
-        if not is_right:
-            nameless.append(row["answer"])
-    if nameless:
-        logger.warning(
-            f"{len(nameless)} of {len(rows)} right answers name nothing by the rule {extract!r}, "
-            f"the first of them {nameless[0]!r}: no generation will count as right there; choose "
-            "another `extract`"
-        )
 
 
 # ---------------------------------------------------------------- rules

@@ -33,6 +33,9 @@ from .image_records import ImageRecord, Size
 
 logger = logging.getLogger(__name__)
 
+CROPS = 4
+"""The number of places for random crops of an image, which limits the cache of latents."""
+
 
 @dataclass(frozen=True)
 class TrainingSample:
@@ -132,9 +135,7 @@ class DreamBoothDataset(Dataset):
             are all in the same bucket.
         seed: the seed of order, crops, flips and dropped captions.
         class_images: the images for prior preservation; empty without prior preservation.
-        crop: "center" or "random".
-        crops_per_image: the number of places for random crops of an image, which limits the cache
-            of latents; None allows any place.
+        crop: "center", or "random" for one of `CROPS` places of each image.
         flip: True to mirror half of the samples.
         caption_dropout: the probability that an instance gets the empty prompt instead of its
             caption.
@@ -149,12 +150,11 @@ class DreamBoothDataset(Dataset):
         seed: int,
         class_images: Sequence[ImageRecord] = (),
         crop: str = "center",
-        crops_per_image: int | None = 4,
         flip: bool = False,
         caption_dropout: float = 0.0,
     ) -> None:
         self.instances, self.class_images = list(instances), list(class_images)
-        self.crop, self.crops_per_image, self.flip = crop, crops_per_image, flip
+        self.crop, self.flip = crop, flip
         self.seed, self.caption_dropout = seed, caption_dropout
         self.targets: list[Size] = []
         for image in self.instances:
@@ -231,10 +231,9 @@ class DreamBoothDataset(Dataset):
         flip = bool(generator.random() < 0.5) and self.flip
         top, left = _middle(image, target)
         if self.crop == "random":
-            if self.crops_per_image is not None:  # one of a few places of this image
-                choice = int(generator.integers(self.crops_per_image))
-                place = f"position {image.key} {target} {flip}"
-                generator = numpy_generator(self.seed, place, choice)
+            choice = int(generator.integers(CROPS))
+            place = f"position {image.key} {target} {flip}"
+            generator = numpy_generator(self.seed, place, choice)
             height, width = scaled_size(image.size, target)
             top = int(generator.integers(height - target[0] + 1))
             left = int(generator.integers(width - target[1] + 1))

@@ -44,7 +44,7 @@ from .fidelity import Evaluation
 from .image_arguments import DreamBoothArguments, run_family
 from .image_report import describe_student, figures
 from .objectives import build_objective
-from .pipelines import folders_of, load_pipeline, sharing_pipeline
+from .pipelines import load_base, sharing_pipeline
 from .samples import SampleSettings, sample_call, sample_images
 from .student import StudentLoss
 
@@ -68,10 +68,7 @@ class Distillation:
         self.prompts = self._prompts()
         device = run.accelerator.device
         self.encoders = load_encoders(args, device)
-        name, vae = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
-        files: Any = {"vae_name": vae, "revision": args.revision}
-        self.pipe = load_pipeline(name, dtype=run.dtype, variant=args.variant, **files).to(device)
-        run.record_base_digests(folders_of(self.pipe, name, **files), args.variant)
+        self.pipe = load_base(args, run).to(device)
         self.family = run_family(args, self.pipe)
         self.denoiser = getattr(self.pipe, self.family.denoiser)
         self.source = build_objective(self.pipe.scheduler).source

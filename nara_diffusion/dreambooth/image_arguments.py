@@ -96,7 +96,7 @@ _NO_PART = (
     "instance_data_dir", "validation_data_dir", "class_data_dir", "caption_column", "identifier", "check", "plan",
     "train_text_encoder", "min_noise_level", "max_noise_level", "stratified_timesteps", "curve_points",
     "snr_gamma", "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "noise_offset", "caption_dropout",
-    "random_flip", "center_crop", "crops_per_image", "aspect_ratio_buckets", "num_class_images", "prior_loss_weight",
+    "random_flip", "center_crop", "aspect_ratio_buckets", "num_class_images", "prior_loss_weight",
     "flow_shift",
 )  # fmt: skip
 """Arguments that concern images, or levels that a distillation sets itself."""

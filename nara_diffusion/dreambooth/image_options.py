@@ -70,11 +70,6 @@ class DataArguments:
     caption_column: str | None = option(
         None, "key of the captions in metadata.jsonl", within="data_options"
     )
-    crops_per_image: Count | None = option(
-        4,
-        "places of random crops, to bound the cache of latents; none means anywhere",
-        within="data_options",
-    )
     resolution: Count = option(
         1024, "Side of the square that images are scaled and cut to.", unit="pixels"
     )

@@ -26,6 +26,7 @@ from torch import nn
 
 from nara_diffusion.noise.timesteps import FLOW, prediction_type
 from nara_diffusion.training.arguments import CONFIGS, shipped_settings
+from nara_diffusion.training.run import Run
 from nara_diffusion.utils.files import is_out_of_reach, local_folder, naming_source, refuse_file
 
 from .families import BY_PIPELINE, FAMILIES, Family
@@ -102,7 +103,6 @@ def load_pipeline(
     *,
     dtype: torch.dtype,
     vae_name: str | None = None,
-    vae_dtype: torch.dtype = torch.float32,
     revision: str | None = None,
     variant: str | None = None,
 ) -> DiffusionPipeline:
@@ -110,7 +110,7 @@ def load_pipeline(
 
     Args:
         name: a folder, or an id on the Hub.
-        dtype: the dtype of all components except the autoencoder.
+        dtype: the dtype of all components except the autoencoder, which is in float32.
         vae_name: the folder or id of another autoencoder; None means the pipeline's own.
         revision, variant: the revision and the variant of the pipeline and of its own autoencoder.
 
@@ -126,7 +126,7 @@ def load_pipeline(
     own_vae = {"subfolder": "vae", **hub}
     try:
         vae = getattr(diffusers, index["vae"][1]).from_pretrained(
-            vae_name or name, dtype=vae_dtype, **(own_vae if vae_name is None else {})
+            vae_name or name, dtype=torch.float32, **(own_vae if vae_name is None else {})
         )
         kind: type[DiffusionPipeline] = getattr(diffusers, index["_class_name"])
         pipe = kind.from_pretrained(name, vae=vae, dtype=dtype, **hub, **_left_out(index))
@@ -181,15 +181,17 @@ def modules_of(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
     return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
 
 
-def folders_of(
-    pipe: DiffusionPipeline, name: str, *, revision: str | None, vae_name: str | None
-) -> dict[str, Path]:
-    """Return {component: folder} of the files that `load_pipeline` read, given its arguments."""
-    root = local_folder(name, revision=revision)
+def load_base(args: Any, run: Run) -> DiffusionPipeline:
+    """Load the pipeline that a run with `args` trains, and record the digests of its files."""
+    name, vae_name = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
+    files = {"revision": args.revision, "variant": args.variant}
+    pipe = load_pipeline(name, dtype=run.dtype, vae_name=vae_name, **files)
+    root = local_folder(name, revision=args.revision)
     folders = {part: root / part for part in (*modules_of(pipe), "scheduler")}
     if vae_name is not None:
         folders["vae"] = local_folder(vae_name)
-    return folders
+    run.record_base_digests(folders, args.variant)
+    return pipe
 
 
 def sharing_pipeline(pipe: DiffusionPipeline, dtype: torch.dtype) -> DiffusionPipeline:

@@ -33,9 +33,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
 from accelerate.utils import DistributedType
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from nara_diffusion.training.adapter_weights import start_from
 from nara_diffusion.training.adapters import (
@@ -63,8 +61,7 @@ from .image_plan import planned_image_step
 from .image_records import ImageRecord, Size, class_records, records_from_folder, trained_on
 from .image_report import describe, figures, schedule_line
 from .pipelines import (
-    folders_of,
-    load_pipeline,
+    load_base,
     sharing_pipeline,
     shipped_run,
     training_sizes,
@@ -112,10 +109,7 @@ class FineTuning:
         run.record_data_digest("validation data", digested(held_out))
         self.encoders = load_encoders(args, run.accelerator.device)
 
-        self.pipe = self._load(run.dtype, vae_dtype=torch.float32)
-        name, vae = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
-        folders = folders_of(self.pipe, name, revision=args.revision, vae_name=vae)
-        run.record_base_digests(folders, args.variant)
+        self.pipe = load_base(args, run)
         self.family = run_family(args, self.pipe)
         device = run.accelerator.device
         self.step = training_step(args, self.pipe, self.family, device, run.global_batch)
@@ -156,16 +150,6 @@ class FineTuning:
                 "bf16 if memory is short."
             )
 
-    def _load(self, dtype: torch.dtype, vae_dtype: torch.dtype) -> DiffusionPipeline:
-        return load_pipeline(
-            self.args.pretrained_model_name_or_path,
-            dtype=dtype,
-            vae_name=self.args.pretrained_vae_model_name_or_path,
-            vae_dtype=vae_dtype,
-            revision=self.args.revision,
-            variant=self.args.variant,
-        )
-
     def _class_images(self) -> list[ImageRecord]:
         """Return the images of prior preservation, after making missing ones; none in a check."""
         args, run = self.args, self.run
@@ -173,7 +157,7 @@ class FineTuning:
             return []
         folder = str(args.class_data_dir)
         generate_class_images(
-            lambda: self._load(run.dtype, run.dtype).to(run.accelerator.device),
+            lambda: sharing_pipeline(self.pipe, run.dtype).to(run.accelerator.device),
             folder,
             args.class_prompt,
             args.num_class_images,
@@ -199,7 +183,6 @@ class FineTuning:
             seed=args.seed,
             class_images=class_images,
             crop="center" if args.center_crop else "random",
-            crops_per_image=args.crops_per_image,
             flip=args.random_flip,
             caption_dropout=args.caption_dropout,
         )

@@ -15,7 +15,7 @@ Python frees it. Views share one storage. Sizes aren't rounded up to the blocks 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -97,14 +97,10 @@ def to_fake(model: nn.Module, mode: FakeTensorMode, device: str = "cpu") -> None
                         own[name] = fake(tensor)
 
 
-def tensors_of(*models: nn.Module) -> Iterator[Tensor]:
-    """Yield the parameters and buffers of `models`, each once."""
-    seen: set[int] = set()
-    for model in models:
-        for tensor in (*model.parameters(), *model.buffers()):
-            if id(tensor) not in seen:
-                seen.add(id(tensor))
-                yield tensor
+def tensors_of(*models: nn.Module) -> list[Tensor]:
+    """Return the parameters and buffers of `models`, each once."""
+    together = nn.ModuleList(models)
+    return [*together.parameters(), *together.buffers()]
 
 
 def nbytes(tensors: Iterable[Tensor]) -> int:

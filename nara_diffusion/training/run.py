@@ -462,16 +462,9 @@ def _drop_later_steps(metrics: Path, step: int) -> None:
     if not metrics.exists():
         return
     kept: list[bytes] = []
-    broken: list[str] = []
-    for number, line in enumerate(metrics.read_bytes().split(b"\n")[:-1], 1):
-        try:
-            is_later = json.loads(line)["step"] > step
-        except (ValueError, KeyError, TypeError):
-            broken.append(str(number))
-            continue
-        if not is_later:
-            kept.append(line + b"\n")
-    if broken:
-        logger.warning("%s: broken lines are dropped (%s)", metrics, ", ".join(broken))
+    for line in metrics.read_bytes().split(b"\n")[:-1]:
+        with suppress(ValueError, KeyError, TypeError):
+            if json.loads(line)["step"] <= step:
+                kept.append(line + b"\n")
     with atomic_write(metrics) as partial:
         partial.write_bytes(b"".join(kept))

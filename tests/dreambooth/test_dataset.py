@@ -76,19 +76,20 @@ def test_one_resampling_gives_the_pixels_of_three_steps(original, target, flip: 
         assert np.abs(cut(picture, target, top, left, flip) - expected).max() <= 1.01
 
 
-def test_random_crops_reach_every_position_or_a_bounded_number(instances) -> None:
+def test_random_crops_reach_every_position_and_a_bounded_number(instances, monkeypatch: pytest.MonkeyPatch) -> None:
     wide, tall = instances[3].key, instances[1].key  # 90 × 50, scaled to 58 × 32; 60 × 80, to 32 × 43
 
-    def crops(count: int, key: str = wide, **options: Any) -> list[TrainingSample]:
-        data = dataset(instances, buckets=[(32, 32)], **options)
+    def crops(count: int, number: int, key: str = wide) -> list[TrainingSample]:
+        monkeypatch.setattr("nara_diffusion.dreambooth.dataset.CROPS", number)
+        data = dataset(instances, buckets=[(32, 32)])
         samples = [data.samples_at(position)[0] for position in range(count)]
         return [sample for sample in samples if sample.image.key == key]
 
-    anywhere = crops(1500, crops_per_image=None)
+    anywhere = crops(1500, 10**6)
     assert {(sample.top, sample.left) for sample in anywhere} == {(0, left) for left in range(27)}
-    upright = crops(1000, tall, crops_per_image=None)
+    upright = crops(1000, 10**6, tall)
     assert {(sample.top, sample.left) for sample in upright} == {(top, 0) for top in range(12)}
-    bounded = Counter((sample.key, sample.flip) for sample in crops(600, crops_per_image=3))
+    bounded = Counter((sample.key, sample.flip) for sample in crops(600, 3))
     assert (bounded.total(), len(bounded)) == (120, 6)  # three positions, each mirrored or not
     assert min(bounded.values()) > 8
     assert abs(sum(count for (_, flip), count in bounded.items() if flip) - 60) < 20
@@ -163,7 +164,7 @@ def test_random_crops_that_leave_out_much_are_said_with_the_share_and_the_flags(
 @pytest.fixture
 def data(instances, class_images) -> DreamBoothDataset:
     buckets = [(24, 32), (32, 24)]
-    return dataset(instances, buckets=buckets, class_images=class_images[:2], crops_per_image=2)
+    return dataset(instances, buckets=buckets, class_images=class_images[:2])
 
 
 def batches(data: DreamBoothDataset, first: int = 0, stop: int = 20) -> list[dict[str, Any]]:

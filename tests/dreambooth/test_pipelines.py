@@ -128,7 +128,7 @@ def test_twin_in_half_precision_is_what_a_user_loads(folder: Path, tmp_path: Pat
     vae.save_pretrained(tmp_path / "vae")
     other = load_pipeline(str(folder), dtype=torch.float32, vae_name=str(tmp_path / "vae"))
     assert other.vae.config.scaling_factor == 0.5
-    pipe = load_pipeline(str(folder), dtype=torch.bfloat16, vae_dtype=torch.float32)
+    pipe = load_pipeline(str(folder), dtype=torch.bfloat16)
     assert (pipe.unet.dtype, pipe.vae.dtype) == (torch.bfloat16, torch.float32)
     user = StableDiffusionXLPipeline.from_pretrained(folder, dtype=torch.bfloat16)
     user.set_progress_bar_config(disable=True)

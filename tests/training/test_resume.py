@@ -208,7 +208,7 @@ def test_latest_names_a_damaged_checkpoint_and_goes_on_from_the_one_before_if_th
     log = run / "metrics.jsonl"
     log.write_text('{"step": 1, \0\0}\n[1]\n{"loss": 1}\n' + log.read_text() + '{"step": 2, "lo')
     train(tmp_path, **LATEST)
-    assert f"{log}: broken lines are dropped (1, 2, 3)" in caplog.messages
+    assert not [line for line in log.read_bytes().splitlines() if line.endswith((b"\0}", b"[1]", b'"lo'))]
     (said,) = [record.message for record in caplog.records if "Resuming from the one before" in record.message]
     assert "checkpoint-2" in said
     assert f"continues from {run / 'checkpoint-1'}" in caplog.messages
