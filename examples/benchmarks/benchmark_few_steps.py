@@ -24,6 +24,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any, ClassVar
@@ -36,6 +37,7 @@ from benchmark_record import ROOT, for_terminal, median_ratio, one_thread, prove
 from PIL import Image
 from quality import results
 from quality.report.data import change, table
+from quality.step_table import StepTable
 from torch import Tensor
 
 from nara_diffusion.dreambooth.denoiser import write_checkpoint
@@ -53,7 +55,7 @@ from nara_diffusion.utils.statistics import interval
 PLAN = yaml.safe_load((Path(__file__).parent / "few_steps.yaml").read_text(encoding="utf-8"))
 CONFIGS = ROOT / "train_scripts" / "configs"
 MEASURES = ("score", "end", "similarity", "alignment")
-NO_FLAGS = ("grid", "rates_of", "targets", "all_weights")
+NO_FLAGS = ("grid", "rates_of", "targets", "all_weights", "step_table")
 COMPARED = ("score", "similarity")
 COLUMNS = ("arm", "parameters", *MEASURES)
 CORES = ("DoRA", "Knots-DoRA", "Knots-DoRA without λ")
@@ -61,6 +63,7 @@ TEACHER = "teacher"
 WIDTHS = ("narrow", "wide")
 MARKS = {"b_learning_rate": "lora_B", "magnitude_learning_rate": "lora_magnitude_vector"}
 """{a rate that no flag has: the parameters that it holds for}."""
+Kind = Callable[..., "Trial"]
 
 
 # ---------------------------------------------------------------- rates
@@ -132,9 +135,8 @@ class Trial(Distillation):
         return self._figures(self.run.folder)
 
     def _figures(self, folder: Path | None) -> dict[str, Any]:
-        after = self.evaluation.measure(folder, "after")
+        after, end = self.evaluation.measure(folder, "after"), self.end_error(folder)
         self.samples = after.images
-        end = self.end_error(folder)
         figures = {"score": after.validation_loss, "by_step": after.curve, "end": end}
         return figures | {"similarity": after.similarity, "alignment": after.text_alignment}
 
@@ -183,6 +185,21 @@ class AllWeights(Trial):
         return self._figures(None)
 
 
+class WithTable(Trial):
+    """A run that also trains a bias for each step on `layers`."""
+
+    def __init__(self, layers: Sequence[str], rate: float, *of_trial: Any) -> None:
+        super().__init__(*of_trial)
+        self.rate, self.table = rate, StepTable(self.denoiser, layers, self.timesteps)
+        self.table.join(self.denoiser)
+        self.table.join(getattr(self.sampling_pipe, self.family.denoiser))
+
+    def train(self) -> None:
+        with self.table.trained(self.rate):
+            super().train()
+        self.trainable += sum(bias.numel() for bias in self.table.biases)
+
+
 class Whole(torch.nn.Module):
     """A denoiser as `StudentLoss` calls it."""
 
@@ -195,11 +212,8 @@ class Whole(torch.nn.Module):
 
 
 @contextmanager
-def started(base: str, seed: int, arm: Mapping[str, Any], steps: int, whole: bool = False) -> Iterator[Trial]:
-    """A run of `arm`, flags of the train script, in a folder that goes with the context.
-
-    With `whole`, all weights of the denoiser are trained.
-    """
+def started(base: str, seed: int, arm: Mapping[str, Any], steps: int, kind: Kind) -> Iterator[Trial]:
+    """A run of `arm`, flags of the train script, in a folder that goes with the context."""
     settings = yaml.safe_load((CONFIGS / PLAN["bases"][base]).read_text(encoding="utf-8"))
     for name, value in settings.items():
         if str(value).startswith("examples/"):
@@ -212,7 +226,7 @@ def started(base: str, seed: int, arm: Mapping[str, Any], steps: int, whole: boo
         settings["output_dir"] = f"{folder}/out"
         args = DreamBoothArguments(**gathered(DreamBoothArguments, settings))
         with start_run(args, "dreambooth", write_checkpoint) as run:
-            yield (AllWeights if whole else Trial)(args, run)
+            yield kind(args, run)
 
 
 def flags(title: str, width: str) -> dict[str, Any]:
@@ -230,8 +244,11 @@ def run(
     """Distil by one arm, and return its figures. The time has that of the teacher, if the run made its samples."""
     given = {name: rate for name, rate in rates.items() if name not in MARKS}
     others = {name: rate for name, rate in rates.items() if name in MARKS}
-    whole = PLAN["arms"][title].get("all_weights", False)
-    with started(base, seed, flags(title, width) | given, steps, whole) as trial, own_rates(others):
+    arm = PLAN["arms"][title]
+    kind: Kind = AllWeights if "all_weights" in arm else Trial
+    if "step_table" in arm:
+        kind = partial(WithTable, arm["step_table"]["layers"], arm["step_table"]["learning_rate"])
+    with started(base, seed, flags(title, width) | given, steps, kind) as trial, own_rates(others):
         start = time.process_time()
         trial.train()
         seconds = time.process_time() - start
@@ -253,7 +270,7 @@ def measure_costs(base: str, titles: Sequence[str], width: str, rounds: int = 40
     known: dict[str, list[Tensor]] = {}
     with ExitStack() as runs:
         for title in titles:
-            trial = runs.enter_context(started(base, PLAN["stages"]["dev"][0], flags(title, width), 1))
+            trial = runs.enter_context(started(base, PLAN["stages"]["dev"][0], flags(title, width), 1, Trial))
             steps[title], known[title] = step_of(trial)
         with one_thread():
             times = times_in_turn(steps, rounds, time.process_time)
@@ -317,7 +334,7 @@ def sample_untrained(base: str, seeds: Sequence[int], output: Path, pictures: Pa
     for seed in seeds:
         own = {"stage": "samplers", "base": base, "seed": seed}
         if not any(own.items() <= record.items() for record in results.read(output)):
-            with started(base, seed, {}, 1) as trial:
+            with started(base, seed, {}, 1, Trial) as trial:
                 found = list(trial.untrained(pictures))
             results.append(output, [{**provenance(), **own, **figures} for figures in found])
 
