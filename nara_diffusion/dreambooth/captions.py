@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -41,7 +41,6 @@ def own_captions(images: Sequence[Path], column: str | None = None) -> list[str]
     metadata = images[0].parent / METADATA_FILE
     if metadata.exists():
         found = _read_metadata(metadata, column or "text", [image.name for image in images])
-        _warn_of_images_without_row(metadata, images, found)
         return [found.get(image.name, "") for image in images]
     if column is not None:
         raise ValueError(
@@ -67,21 +66,6 @@ def fill_captions(captions: Sequence[str], names: Sequence[str], prompt: str | N
     if 0 < len(missing) < len(names):
         logger.warning("%s: they get %r", which, prompt)
     return [caption or check_prompt(str(prompt), "instance_prompt") for caption in captions]
-
-
-def _warn_of_images_without_row(
-    metadata: Path, images: Sequence[Path], found: Collection[str]
-) -> None:
-    without = [image for image in images if image.name not in found]
-    if not without:
-        return
-    names = listed([image.name for image in without])
-    which = f"{len(without)} of {len(images)} images ({names})"
-    unread = any(image.with_suffix(".txt").is_file() for image in without)
-    ending = ", and their .txt files are not read" if unread else ""
-    logger.warning(
-        "%s has no row for %s: their caption is the instance prompt%s", metadata, which, ending
-    )
 
 
 def _read_metadata(path: Path, column: str, images: Sequence[str]) -> dict[str, str]:

@@ -156,14 +156,11 @@ def _left_out(index: Mapping[str, Any]) -> dict[str, Any]:
 def _not_loaded(name: str, vae_name: str | None, family: Family, error: Exception) -> ValueError:
     """Return the error for a model, or an autoencoder, that can't be loaded."""
     what, why, cure = f"pretrained_model_name_or_path {name}", str(error), ""
-    unreached = is_out_of_reach(error)
-    if unreached:
-        why = "the Hub can't be reached: look at the connection, or name folders"
     if vae_name:
         what += f" with the autoencoder {vae_name}"
         cure = "; --pretrained_vae_model_name_or_path none takes the model's own autoencoder"
-    if vae_name and unreached:
-        cure += ", --similarity_model none --alignment_model none do without encoders"
+    if is_out_of_reach(error):
+        why = "the Hub can't be reached: look at the connection, or name folders"
     return ValueError(f"{what} can't be loaded as {family.title}: {why}{cure}")
 
 
