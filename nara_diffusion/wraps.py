@@ -38,6 +38,7 @@ from nara_diffusion.loaders.insertion import (
     LOADED_FLAG,
     TEXT_ENCODER,
     adapters_of,
+    nara_adapters_of,
 )
 from nara_diffusion.loaders.tensor_files import is_nara, is_nara_for_peft
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
@@ -206,6 +207,7 @@ def _set_adapters(
         model = getattr(pipe, part, None)
         if model is None:
             continue
+        _check_not_compiled(part, model)
         for name, weight in zip(names, weights, strict=False):  # Diffusers checks the lengths
             if name not in adapters_of(model):
                 continue
@@ -220,6 +222,16 @@ def _set_adapters(
         original(pipe, names, _numbers(adapter_weights))
         for model, name, schedule in scheduled:
             give_strength(model, name, schedule)
+
+
+def _check_not_compiled(part: str, model: nn.Module) -> None:
+    """Raise ValueError for a part whose adapters Diffusers would skip without a word."""
+    compiled = getattr(model, "_orig_mod", None)
+    if compiled is not None and nara_adapters_of(compiled):
+        raise ValueError(
+            f"{part} is what torch.compile returned, and Diffusers finds no adapter in it: take the model out, "
+            f"pipe.{part} = pipe.{part}._orig_mod, and compile it in place, pipe.{part}.compile()."
+        )
 
 
 def _check_weight(part: str, weight: _Weight) -> None:

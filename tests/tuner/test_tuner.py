@@ -16,7 +16,7 @@ from transformers.integrations.peft import PeftAdapterMixin as TransformersMixin
 
 from nara_diffusion import noise_level, wraps
 from nara_diffusion.tuner.checkpointing import CheckpointWithCore
-from tests.acceptance._lives import frozen_sd, predict, save_lora
+from tests.acceptance._lives import add_nara, frozen_sd, predict, save_lora
 from tests.helpers.adapted import OneLayer, TwoLayers, adapted, disturb, lora_config, nara_config, relative_error
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
@@ -122,6 +122,15 @@ def test_all_that_trains_has_lora_in_its_name() -> None:
         trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         assert any("lora_core.cores.default." in name for name in trained)
         assert all("lora_" in name for name in trained)
+
+
+def test_set_adapters_of_a_compiled_part_names_compiling_in_place() -> None:
+    pipe: Any = add_nara(frozen_sd(), "a")
+    pipe.unet = torch.compile(pipe.unet)
+    with pytest.raises(ValueError, match=r"unet is what torch.compile returned.* pipe\.unet\.compile\(\)"):
+        pipe.set_adapters("a", 0.5)
+    pipe.unet = pipe.unet._orig_mod
+    pipe.set_adapters("a", 0.5)
 
 
 def test_a_context_may_be_entered_again_also_inside_of_itself() -> None:
