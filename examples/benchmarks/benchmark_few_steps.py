@@ -442,17 +442,15 @@ def cells_table(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def seconds_table(records: Sequence[Mapping[str, Any]]) -> str:
-    """A row of `seconds` in few_steps.yaml: a simpler arm that took more steps, and an arm's difference to it."""
+    """A row of `seconds` in few_steps.yaml: a simpler arm that took as long, and an arm's difference to it."""
     rows = []
-    for base, simple, more, arm, steps in PLAN["seconds"]:
-        found = {
-            simple: runs_of(records, base, simple, "narrow", more),
-            arm: runs_of(records, base, arm, "narrow", steps),
-        }
+    for base, simple, more, arm, steps, *other in PLAN["seconds"]:
+        width = other[0] if other else "narrow"
+        found = {title: runs_of(records, base, title, width, n) for title, n in ((simple, more), (arm, steps))}
         seeds = sorted(set.intersection(*map(set, found.values())))
         if len(seeds) > 1:
             score = mean_of([found[simple][seed] for seed in seeds], "score")
-            row = [f"{simple}, {more} steps", score, f"{arm}, {steps} steps"]
+            row = [f"{base}, {simple}, {more} steps", score, f"{arm}, {steps} steps"]
             rows.append([*row, differences_of(found, [arm, simple], seeds)[0], str(len(seeds))])
     return table(["simpler", "score", "arm", "arm − simpler", "seeds"], rows)
 
