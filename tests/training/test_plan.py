@@ -180,6 +180,7 @@ def test_a_real_step_of_over_a_gib_is_resident_as_planned():
     assert plan == pytest.approx(resident, rel=0.2)
 
 
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 @pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "AdamW8bit"])
 def test_optimizer_bytes_are_those_of_its_states(name):
     model = get_peft_model(
