@@ -194,7 +194,12 @@ class CoreHolder(nn.Module):
             self.detach()  # the adapters have been unloaded
             return
         entry = entry_for(self)
+        merged = self.merged_in_forward()
         self.finder.usage.warn_of_sampling(names)
+        if merged is not None:
+            self.finder.usage.warn_of_sampling(self.merging.merged_names())
+            if entry is None:
+                self.merging.warn_of_source(merged, self.finder, args, kwargs)
         self.follow_factors()
         if not names:
             return
@@ -248,6 +253,16 @@ class CoreHolder(nn.Module):
             return self.deviations.at(key, level), None
 
     # ------------------------------------------------------------------ merging
+
+    def merged_in_forward(self) -> Tensor | None:
+        """Return λ (1,) of merged layers if they stay merged in this forward, otherwise None.
+
+        If the adapters are disabled, the layers do not stay merged, because PEFT unmerges them.
+        """
+        for layers in self.layers.values():
+            if layers and layers[0].merged and not layers[0].disable_adapters:
+                return self.merging.merged_at()
+        return None
 
     @torch.no_grad()
     def core_to_merge(self, key: Key, layer: AdaptedLayer) -> tuple[Tensor, Tensor | None]:

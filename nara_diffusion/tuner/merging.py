@@ -7,9 +7,10 @@ the merge as `merged_at`.
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from peft.tuners.lora import LoraLayer
@@ -20,7 +21,7 @@ from nara_diffusion.layers.adapted_layer import AdaptedLayer
 from nara_diffusion.layers.offloading import is_offloaded
 from nara_diffusion.noise.level import Entry, Level, as_level, backward_pass
 
-from .finder import unknown_level
+from .finder import LevelFinder, unknown_level
 from .twins import check_mergeable_twins
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ class Merging:
     root: nn.Module
     layers: dict[str, list[LoraLayer]]
     noisy: Callable[[Iterable[str]], list[str]]
+    _warned_of: Tensor | None = field(default=None, init=False, repr=False)
 
     # ------------------------------------------------------------------ what is merged
 
@@ -178,6 +180,32 @@ class Merging:
                 f"The adapter is merged at noise_level {merged.item():.6g}, but this forward asks for "
                 f"{level.tolist()}: call unmerge_adapter() first."
             )
+
+    def warn_of_source(
+        self,
+        merged: Tensor,
+        finder: LevelFinder,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        """Warn once per merge if the λ of the source is not `merged`, the λ of the merge."""
+        if self._warned_of is merged or self.is_fused:
+            return
+        try:
+            source = finder.present_source()
+            level = merged if source is None else as_level(source(self.root, args, kwargs), axes=2)
+        except ValueError:  # no adapter needs a source that cannot compute λ here
+            return
+        if bool((level == merged.to(level.device)).all()):
+            return
+        self._warned_of = merged
+        levels = ", ".join(f"{value:.6g}" for value in level.flatten().tolist())
+        warnings.warn(
+            f"The adapter is merged at noise_level {merged.item():.6g}, and every forward runs at that, but "
+            f"the source gives [{levels}]: call unmerge_adapter() to follow the source.",
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 @contextmanager
