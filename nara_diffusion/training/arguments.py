@@ -49,6 +49,7 @@ NotNegativeInt = Annotated[int, _LEAST_0]
 NotNegative = Annotated[float, _LEAST_0]
 Positive = Annotated[float, Range("above 0", lambda value: value > 0)]
 Share = Annotated[float, Range("in [0, 1]", lambda value: 0 <= value <= 1)]
+ShareBelow1 = Annotated[float, Range("in [0, 1)", lambda value: 0 <= value < 1)]
 
 
 @dataclass
@@ -64,7 +65,7 @@ class AdapterArguments:
     lora_alpha: float | None = option(
         None, "The update is scaled by lora_alpha / rank; none means rank, so by 1 as in the paper."
     )
-    lora_dropout: Share = option(0.0, "Dropout on the input of A.", unit="probability")
+    lora_dropout: ShareBelow1 = option(0.0, "Dropout on the input of A.", unit="probability")
     target_modules: list[str] = option(
         ["q_proj", "k_proj", "v_proj", "o_proj"], "Names of the modules to adapt, or all-linear."
     )

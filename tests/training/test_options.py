@@ -63,6 +63,7 @@ def test_mistake_is_said_in_one_line(capsys: pytest.CaptureFixture[str]) -> None
         (["--zzz", "3"], "unrecognized --zzz: --help_all lists the known ones."),
         (["--rank", "3.5"], "argument --rank is '3.5', expected a whole number"),
         (["--rank", "0"], "rank must be at least 1, got 0."),
+        (["--lora_dropout", "1"], "lora_dropout must be in [0, 1), got 1.0."),
         (["--min_noise_level", "0.8", "--max_noise_level", "0.2"], "min_noise_level and max_noise_level: "),
         (["--lr_scheduler", "c"], "argument --lr_scheduler: 'c' is none of linear, "),
         (["--check", "perhaps"], "perhaps"),
