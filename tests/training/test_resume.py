@@ -137,7 +137,7 @@ def test_names_that_may_change_are_arguments_and_none_that_trains() -> None:
     assert known >= MAY_CHANGE
     kept = {"seed", "adapter", "rank", "learning_rate", "lr_scheduler", "train_batch_size", "global_batch_size"}
     kept |= {"max_length", "gen_length", "trained_padding", "complementary", "min_noise_level", "mixed_precision"}
-    kept |= {"resolution", "weighting_scheme", "snr_gamma", "objective_options", "class_prompt", "prior_loss_weight"}
+    kept |= {"resolution", "weighting_scheme", "snr_gamma", "noise_offset", "class_prompt", "prior_loss_weight"}
     assert not kept & MAY_CHANGE
 
 
