@@ -144,7 +144,7 @@ class ObjectiveArguments:
     mode_scale: float = option(1.29, "Scale of the distribution mode.", rare=True)
     flow_shift: Positive | None = option(
         None,
-        "s of σ → s σ / (1 + (s − 1) σ); none: the scheduler's, or 1 if it depends on the size.",
+        "The shift s in σ → s σ / (1 + (s − 1) σ); none: the scheduler's, or 1 if it depends on the size.",
         rare=True,
     )
 

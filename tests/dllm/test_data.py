@@ -140,12 +140,12 @@ NO_CHAT = "field 'messages': expected"
 
 def test_record_that_does_not_fit_is_named_with_its_fields_and_flags(tmp_path: Path) -> None:
     rows: list[Any] = [
-        (PAIRED, {"prompt": "a"}, {}, ["output, field 'completion'", "it has prompt", "output_field=NAME"]),
+        (PAIRED, {"prompt": "a"}, {}, ["output, field 'completion'", "it has prompt", "--output_field NAME"]),
         (PAIRED, {"prompt": "a", "completion": ["b"]}, {}, ["field 'completion'", "['b']", "a text or a number"]),
         (PAIRED, {"prompt": "a", "completion": float("nan")}, {}, ["its output, field 'completion', is missing"]),
         (PAIRED, ["a"], {}, ["expected an object"]),
         (PAIRED, CONVERSED, {}, ["is missing or empty; it has messages, and the first record decides the form"]),
-        (PAIRED, {}, {"output": "reply"}, ["record 1", "prompt, completion", "'reply'", "output_field=NAME"]),
+        (PAIRED, {}, {"output": "reply"}, ["record 1", "prompt, completion", "'reply'", "--output_field NAME"]),
         ({"q": "a"}, {}, {}, ["record 1", "messages or conversations, ", "question) ", "response or answer), or text"]),
         (CONVERSED, {"messages": None}, {}, ["has null as its messages: the first record decides"]),
         (CONVERSED, {"messages": "hello"}, {}, [NO_CHAT]),

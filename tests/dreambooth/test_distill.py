@@ -246,7 +246,7 @@ def test_only_the_students_adapter_is_trained() -> None:
         ({"prompts_file": None}, "needs prompts"),
         ({"instance_data_dir": "pictures"}, "instance_data_dir is pictures, but distill_to"),
         ({"snr_gamma": 5.0}, "snr_gamma is 5"),
-        ({"check": True}, "check is True"),
+        ({"trajectories": 1}, "trajectories must be at least 2"),
         ({"curve_points": 9}, "curve_points is 9"),
         ({"flow_shift": 2.0}, "flow_shift is 2"),
         ({"class_prompt": "a toy"}, "add class_prompt to it"),
