@@ -293,11 +293,11 @@ _NO_PART = (
 def _check_distillation(args: ImageFlags) -> None:
     """Raise ValueError for arguments that --distill_to can't be used with."""
     defaults = defaults_of(args)
-    given = [name for name in _NO_PART if getattr(args, name) != defaults[name]]
-    if given:
+    changed = [name for name in _NO_PART if getattr(args, name) != defaults[name]]
+    if changed:
         raise ValueError(
-            f"{given[0]} is {getattr(args, given[0])}, but distill_to learns from the teacher's samples, at its own "
-            "steps: leave one of them out."
+            f"{changed[0]} is {getattr(args, changed[0])}, but distill_to learns from the teacher's samples, at its "
+            "own steps: leave one of them out."
         )
     if args.prompts_file is not None and args.class_prompt is not None:
         raise ValueError(

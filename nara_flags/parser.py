@@ -6,8 +6,8 @@ in the same way. Hyphens in a flag count as underscores. `--help` shows the comm
 
 A train script reads its flags before it imports anything slow:
 
-    given = read_flags(TextFlags)                            # exits if a flag or a value is wrong
-    args = Arguments(**merged(shipped_run(given), given))    # defaults may depend on the model
+    flags = read_flags(TextFlags)                            # exits if a flag or a value is wrong
+    args = Arguments(**merged(shipped_run(flags), flags))    # defaults may depend on the model
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _EXIT_STATUS = 2  # of a wrong command line, as argparse has it
 
 Arguments = TypeVar("Arguments")
 Defaults = Callable[[Mapping[str, Any]], Mapping[str, Any]]
-"""Map the given arguments, from flags or file, to new defaults for the other arguments."""
+"""Map the arguments that flags or file give to new defaults for the other arguments."""
 
 
 def read_flags(
@@ -56,7 +56,7 @@ def read_flags(
     words = list(sys.argv[1:] if words is None else words)
     parser = ArgumentParser(cls, about or inspect.getdoc(cls), show_all="--help_all" in words)
     try:
-        return parser.given(words)
+        return parser.read(words)
     except ValueError as error:
         parser.error(str(error))
 
@@ -64,11 +64,11 @@ def read_flags(
 def parse_arguments(
     cls: type[Arguments],
     words: Sequence[str] | None = None,
-    defaults: Defaults = lambda given: {},
+    defaults: Defaults = lambda flags: {},
 ) -> Arguments:
     """Return the command line as an instance of `cls`. See `read_flags`."""
-    given = read_flags(cls, words)
-    return cls(**merged(defaults(given), given))
+    flags = read_flags(cls, words)
+    return cls(**merged(defaults(flags), flags))
 
 
 def merged(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,7 +125,7 @@ class ArgumentParser(argparse.ArgumentParser):
         """Print the mistake as one line, and exit."""
         self.exit(_EXIT_STATUS, f"error: {message}\n")
 
-    def given(self, words: Sequence[str]) -> dict[str, Any]:
+    def read(self, words: Sequence[str]) -> dict[str, Any]:
         """Return {argument: value} of the command line `words`, which override the config file.
 
         Raises:
@@ -141,10 +141,10 @@ class ArgumentParser(argparse.ArgumentParser):
         file = values.pop("config", None)
         below = {}
         if file is not None:
-            below = self._converted(f"--config {file}: ", self._read(file))
+            below = self._converted(f"--config {file}: ", self._read_file(file))
         return merged(below, self._converted("argument --", values))
 
-    def _read(self, path: str) -> dict[str, Any]:
+    def _read_file(self, path: str) -> dict[str, Any]:
         try:
             content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError, yaml.YAMLError) as error:
@@ -175,7 +175,7 @@ class ArgumentParser(argparse.ArgumentParser):
         """
         flag = flag.partition("=")[0]
         name = flag[2:]
-        flags = [known[2:] for known in self._option_string_actions if known.startswith("--")]
+        flags = [word[2:] for word in self._option_string_actions if word.startswith("--")]
         if name in FORMER_DICTS:
             options = [word.partition("=")[0] for word in words if "=" in word]
             instead = [f"--{option}" for option in options if option in flags]

@@ -10,10 +10,10 @@ from nara_flags.parser import read_flags
 from nara_flags.text import TextFlags
 
 if __name__ == "__main__":
-    given = read_flags(TextFlags)
+    flags = read_flags(TextFlags)
 
     # these imports take seconds, so help and mistakes come first
     from nara_diffusion.dllm.train import Arguments, main, shipped_run
     from nara_diffusion.training.command import run_command
 
-    run_command(main, Arguments, given, shipped_run)
+    run_command(main, Arguments, flags, shipped_run)

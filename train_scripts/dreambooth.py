@@ -11,10 +11,10 @@ from nara_flags.images import ImageFlags
 from nara_flags.parser import read_flags
 
 if __name__ == "__main__":
-    given = read_flags(ImageFlags)
+    flags = read_flags(ImageFlags)
 
     # these imports take seconds, so help and mistakes come first
     from nara_diffusion.dreambooth.train import DreamBoothArguments, main, shipped_run
     from nara_diffusion.training.command import run_command
 
-    run_command(main, DreamBoothArguments, given, shipped_run)
+    run_command(main, DreamBoothArguments, flags, shipped_run)

@@ -21,7 +21,7 @@ from nara_flags.images import ImageFlags
 from nara_flags.parser import read_flags
 
 if __name__ == "__main__":
-    given = read_flags(ImageFlags, about=__doc__)
+    flags = read_flags(ImageFlags, about=__doc__)
 
     # these imports take seconds, so help and mistakes come first
     from nara_diffusion.dreambooth.pipelines import CONFIGS, shipped_run
@@ -29,4 +29,4 @@ if __name__ == "__main__":
     from nara_diffusion.training.command import run_command
 
     shipped = partial(shipped_run, config=CONFIGS / "sdxl_tiny.yaml")
-    run_command(main, DreamBoothArguments, given, shipped)
+    run_command(main, DreamBoothArguments, flags, shipped)

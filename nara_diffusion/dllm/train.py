@@ -69,6 +69,7 @@ from nara_diffusion.training.report import finish
 from nara_diffusion.training.run import Run, start_run
 from nara_diffusion.utils.files import atomic_write_files, counted, local_folder
 from nara_flags.parser import read_flags
+from nara_flags.text import TextFlags
 
 from .text_arguments import Arguments, shipped_run
 from .text_plan import planned_text_step
@@ -291,4 +292,4 @@ class FineTuning:
 
 
 if __name__ == "__main__":
-    run_command(main, Arguments, read_flags(Arguments), shipped_run)
+    run_command(main, Arguments, read_flags(TextFlags), shipped_run)

@@ -27,6 +27,7 @@ from nara_diffusion.training.plan import show_plan
 from nara_diffusion.training.report import finish
 from nara_diffusion.training.run import Run, start_run
 from nara_diffusion.utils.files import counted
+from nara_flags.images import ImageFlags
 from nara_flags.parser import read_flags
 
 from .dataset import DreamBoothDataset, collate_samples
@@ -251,4 +252,4 @@ def digested(records: Sequence[ImageRecord]) -> list[str]:
 
 
 if __name__ == "__main__":
-    run_command(main, DreamBoothArguments, read_flags(DreamBoothArguments), shipped_run)
+    run_command(main, DreamBoothArguments, read_flags(ImageFlags), shipped_run)

@@ -36,14 +36,14 @@ class TrainingDiverged(ArithmeticError):
 def run_command(
     main: Callable[[Arguments], Any],
     arguments: Callable[..., Arguments],
-    given: Mapping[str, Any],
+    flags: Mapping[str, Any],
     defaults: Defaults,
 ) -> None:
     """Log progress (first process) and warnings (all), and call `main` with the arguments.
 
     Args:
         arguments: the dataclass of arguments.
-        given: what `nara_flags.parser.read_flags` returned.
+        flags: what `nara_flags.parser.read_flags` returned.
         defaults: see `Defaults`.
     """
     first = os.environ.get("RANK", "0") == "0"
@@ -55,7 +55,7 @@ def run_command(
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     previous = signal.signal(signal.SIGTERM, _terminate)
     try:
-        main(arguments(**merged(defaults(given), given)))
+        main(arguments(**merged(defaults(flags), flags)))
     except (ValueError, OSError, TrainingDiverged) as error:
         origin = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
         if not any(folder in origin.parents for folder in _OWN):

@@ -18,7 +18,7 @@ from PIL import Image
 from quality import results
 from quality.regimes.runs import FURTHER, REGIMES, Cell, Run, record_of
 
-from nara_diffusion.training.arguments import TrainingArguments
+from nara_flags.training import TrainingArguments
 
 pytestmark = pytest.mark.slow
 RUNS = {

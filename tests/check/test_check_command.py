@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import runpy
 import shutil
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,8 +13,6 @@ import pytest
 from nara_diffusion.check import check_tasks
 from nara_diffusion.check.check_tasks import check_images, main
 from nara_diffusion.check.trials import CheckTask
-from nara_diffusion.dllm import train
-from nara_diffusion.dllm.text_arguments import Arguments
 from tests.dreambooth.pictures import folder_of
 from tests.helpers.small_pipelines import small_sdxl
 
@@ -27,8 +23,6 @@ ASSETS = Path(__file__).parents[2] / "examples" / "assets"
     ("count", "copies", "flags", "measured", "cheap"),
     [
         (3, 1, [], "Losses on the training pictures under other noise", False),
-        (4, 0, [], "Losses on a picture held out", False),
-        (4, 1, [], "Losses on a picture held out", False),
         (3, 0, ["--validation_data_dir", "others"], "Held-out losses", True),
     ],
 )
@@ -85,45 +79,3 @@ def test_command_writes_numbers(kind, tmp_path, capsys, monkeypatch):
     shown = capsys.readouterr().out
     assert f"{found['verdict']}: {found['reason']}" in shown
     assert f"{found['measured']}:\n" in shown
-
-
-@pytest.mark.parametrize("script", ["nara_diffusion.dllm.train", "train_scripts/dllm.py"])
-def test_check_flag_of_a_train_script_checks_its_training(script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    found = []
-    monkeypatch.setattr(check_tasks, "check_training", lambda task, run: found.append(run.args))
-    lines = (ASSETS / "two-step" / "validation.jsonl").read_text().splitlines()[:24]
-    (tmp_path / "train.jsonl").write_text("\n".join(lines))
-    words = [
-        "--pretrained_model_name_or_path",
-        str(ASSETS / "llada-tiny"),
-        "--train_file",
-        str(tmp_path / "train.jsonl"),
-    ]
-    words += ["--train_file", str(tmp_path / "train.jsonl"), "--output_dir", str(tmp_path / "out")]
-    words += ["--gen_length", "12", "--rank", "3", "--check"]
-    monkeypatch.setattr("sys.argv", [script, *words])
-    if script.endswith(".py"):
-        runpy.run_path(str(ASSETS.parents[1] / script), run_name="__main__")
-    else:
-        monkeypatch.delitem(sys.modules, script)  # else runpy warns of a module that is already there
-        runpy.run_module(script, run_name="__main__")
-    assert [args.rank for args in found] == [3]
-    assert not list((tmp_path / "out").glob("*.safetensors"))
-
-
-def test_main_refuses_to_check():
-    with pytest.raises(ValueError, match="only trains"):
-        train.main(Arguments(pretrained_model_name_or_path="none", train_file="none", check=True))
-
-
-def test_command_refuses_in_one_line(capsys):
-    for words, message in [
-        ([], "takes MODEL and DATA before its flags, got 0"),
-        (["model", "nowhere"], "DATA nowhere doesn't exist"),
-        (["model", str(ASSETS), "more"], "takes MODEL and DATA before its flags, got 3"),
-        ([str(ASSETS / "llada-tiny"), __file__, "--rank", "0"], "rank must be at least 1, got 0"),
-    ]:
-        with pytest.raises(SystemExit) as stop:
-            main(words)
-        shown = stop.value.code if isinstance(stop.value.code, str) else capsys.readouterr().err.splitlines()[-1]
-        assert message in shown

@@ -7,6 +7,7 @@ import dataclasses
 import os
 import re
 import resource
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -251,6 +252,19 @@ def test_script_answers_before_slow_imports(tmp_path: Path, script: str, words: 
     assert ran.returncode == (0 if words == "--help" else 2)
     assert words == "--help" or text.count("\n") == 1
     assert seconds < 0.5
+
+
+@pytest.mark.parametrize("name", ["nara_diffusion.dllm.train", "nara_diffusion.dreambooth.train"])
+def test_module_shows_the_help_of_its_script(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, name)  # or runpy warns of a module that is imported already
+    monkeypatch.setattr(sys, "argv", ["train.py", "--help"])
+    with pytest.raises(SystemExit):
+        runpy.run_module(name, run_name="__main__")
+    text = capsys.readouterr().out
+    assert "accelerate launch train_scripts" in text
+    assert "--rank N" in text
 
 
 # ---------------------------------------------------------------- every option
