@@ -17,9 +17,8 @@ from __future__ import annotations
 
 import argparse
 import ast
-import difflib
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -34,14 +33,6 @@ COMMANDS = {name: f"nara_diffusion.cli.{module}" for name, module in OWN.items()
 }
 """{command: its module}, which is imported when the command runs. Help is the docstring of the function or module."""
 HELP = ("-h", "--help")
-PACKAGE = Path(__file__).resolve().parent / "nara_diffusion"
-TEXT_FLAGS = ("training/arguments.py", "dllm/text_arguments.py")
-IMAGE_FLAGS = (
-    "training/arguments.py",
-    "dreambooth/image_options.py",
-    "dreambooth/image_arguments.py",
-)
-"""The files of the package that declare the flags of the two trainings."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -62,8 +53,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         elif rest and rest[0] in HELP:
             sys.stdout.write(f"{help_of(command)}\n")
         else:
-            if command == "check":
-                refuse_typos(rest, {*TEXT_FLAGS, *IMAGE_FLAGS})
             import_module(COMMANDS[command]).main(rest)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
@@ -77,37 +66,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"error: {error}")
 
 
-def refuse_typos(words: Sequence[str], sources: Iterable[str]) -> None:
-    """Exit if one of `words` is nearly, but not quite, a known flag, before anything slow is imported.
-
-    The names are read from the annotated fields in `sources`, files of the package. Any other mistake
-    is left to the parser of the training, which knows more.
-    """
-    known = {"help", "help_all", "config"}
-    for source in sources:
-        tree = ast.parse((PACKAGE / source).read_text(encoding="utf-8"))
-        fields = [node.target for node in ast.walk(tree) if isinstance(node, ast.AnnAssign)]
-        known |= {field.id for field in fields if isinstance(field, ast.Name)}
-    for word in words:
-        flag = word.partition("=")[0]
-        name = flag.removeprefix("--").replace("-", "_").removeprefix("no_")
-        if not word.startswith("--") or name in known:
-            continue
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
-        if near:
-            sys.stderr.write(f"error: unrecognized {flag}: did you mean --{near[0]}?\n")
-            sys.exit(2)
-
-
 check, evaluate = (
     partial(lambda name: main([name, *sys.argv[1:]]), name) for name in ("check", "eval")
 )
 """The commands nara-check and nara-eval."""
-
-
-def check_run(args: Any) -> None:
-    """Check the training that the arguments of a train script describe: `--check` of that script."""
-    import_module(COMMANDS["check"]).check_run(args)
 
 
 def help_of(command: str) -> str:

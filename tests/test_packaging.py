@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md"), *ROOT.glob("comfyui/*.md")]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-SOURCES = ("nara_diffusion", "train_scripts", "pipelines", "comfyui", "examples")
+SOURCES = ("nara_diffusion", "nara_flags", "train_scripts", "pipelines", "comfyui", "examples")
 OTHERS_FLAGS = {
     "use_deepspeed",
     "use_fsdp",
@@ -41,7 +41,8 @@ def test_wheel_has_the_package_the_command_and_nothing_else(tmp_path):
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as archive:
         names = set(archive.namelist())
-    files = [path for path in (ROOT / "nara_diffusion").rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    folders = (ROOT / "nara_diffusion", ROOT / "nara_flags")
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc"]
     expected = {str(path.relative_to(ROOT)) for path in files} | {"nara_command.py"}
     assert {name for name in names if ".dist-info/" not in name} == expected
     assert any(name.endswith("licenses/LICENSE") for name in names)

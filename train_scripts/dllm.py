@@ -6,15 +6,14 @@ LLaDA-8B on all GPUs of the machine (or on N of them with --num_processes N), wi
     accelerate launch train_scripts/dllm.py --config train_scripts/configs/llada_instruct_math14k.yaml
 """
 
-import sys
-
-from nara_command import TEXT_FLAGS, refuse_typos
-
-if __name__ == "__main__":
-    refuse_typos(sys.argv[1:], TEXT_FLAGS)  # before the imports that take seconds
-
-from nara_diffusion.dllm.train import Arguments, __doc__, main, shipped_run
-from nara_diffusion.training.command import run_command
+from nara_flags.parser import read_flags
+from nara_flags.text import TextFlags
 
 if __name__ == "__main__":
-    run_command(main, Arguments, __doc__, shipped_run)
+    given = read_flags(TextFlags)
+
+    # these imports take seconds, so help and mistakes come first
+    from nara_diffusion.dllm.train import Arguments, main, shipped_run
+    from nara_diffusion.training.command import run_command
+
+    run_command(main, Arguments, given, shipped_run)

@@ -7,15 +7,14 @@ Your own five images, on one GPU:
         --instance_data_dir dog --instance_prompt "a photo of sks dog" --output_dir sks-dog
 """
 
-import sys
-
-from nara_command import IMAGE_FLAGS, refuse_typos
-
-if __name__ == "__main__":
-    refuse_typos(sys.argv[1:], IMAGE_FLAGS)  # before the imports that take seconds
-
-from nara_diffusion.dreambooth.train import DreamBoothArguments, __doc__, main, shipped_run
-from nara_diffusion.training.command import run_command
+from nara_flags.images import ImageFlags
+from nara_flags.parser import read_flags
 
 if __name__ == "__main__":
-    run_command(main, DreamBoothArguments, __doc__, shipped_run)
+    given = read_flags(ImageFlags)
+
+    # these imports take seconds, so help and mistakes come first
+    from nara_diffusion.dreambooth.train import DreamBoothArguments, main, shipped_run
+    from nara_diffusion.training.command import run_command
+
+    run_command(main, DreamBoothArguments, given, shipped_run)

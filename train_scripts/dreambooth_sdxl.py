@@ -15,19 +15,18 @@ them), samples.png, config.yaml, results.json, metrics.jsonl, noise_level_curve.
 from.
 """
 
-import sys
 from functools import partial
 
-from nara_command import IMAGE_FLAGS, refuse_typos
+from nara_flags.images import ImageFlags
+from nara_flags.parser import read_flags
 
 if __name__ == "__main__":
-    refuse_typos(sys.argv[1:], IMAGE_FLAGS)  # before the imports that take seconds
+    given = read_flags(ImageFlags, about=__doc__)
 
-from nara_diffusion.dreambooth.pipelines import CONFIGS, shipped_run
-from nara_diffusion.dreambooth.train import DreamBoothArguments, main
-from nara_diffusion.training.command import run_command
+    # these imports take seconds, so help and mistakes come first
+    from nara_diffusion.dreambooth.pipelines import CONFIGS, shipped_run
+    from nara_diffusion.dreambooth.train import DreamBoothArguments, main
+    from nara_diffusion.training.command import run_command
 
-if __name__ == "__main__":
-    run_command(
-        main, DreamBoothArguments, __doc__, partial(shipped_run, config=CONFIGS / "sdxl_tiny.yaml")
-    )
+    shipped = partial(shipped_run, config=CONFIGS / "sdxl_tiny.yaml")
+    run_command(main, DreamBoothArguments, given, shipped)

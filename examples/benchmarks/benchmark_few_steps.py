@@ -47,7 +47,6 @@ from nara_diffusion.dreambooth.fidelity import Evaluation
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
 from nara_diffusion.dreambooth.samples import write_grid
 from nara_diffusion.training import loop
-from nara_diffusion.training.command import gathered
 from nara_diffusion.training.live_storages import LiveStorages, tensors_of
 from nara_diffusion.training.run import start_run
 from nara_diffusion.utils.statistics import interval
@@ -221,10 +220,10 @@ def started(base: str, seed: int, arm: Mapping[str, Any], steps: int, kind: Kind
     kept = Path(tempfile.gettempdir()) / "nara-few-steps"  # trajectories serve all arms of a seed
     settings |= {**PLAN["shared"], **arm, "seed": seed, "max_train_steps": steps}
     settings |= {"validation_steps": None, "checkpointing_steps": None}
-    settings["distillation_options"] = settings["distillation_options"] | {"trajectories_dir": str(kept)}
+    settings["trajectories_dir"] = str(kept)
     with tempfile.TemporaryDirectory() as folder:
         settings["output_dir"] = f"{folder}/out"
-        args = DreamBoothArguments(**gathered(DreamBoothArguments, settings))
+        args = DreamBoothArguments(**settings)
         with start_run(args, "dreambooth", write_checkpoint) as run:
             yield kind(args, run)
 

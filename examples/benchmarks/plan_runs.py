@@ -23,8 +23,8 @@ import torch
 from nara_diffusion.dllm import train as text
 from nara_diffusion.dllm.models.pretrained import backbone_on_meta
 from nara_diffusion.dreambooth import train as images
-from nara_diffusion.training.command import parse_arguments
 from nara_diffusion.training.run import start_run
+from nara_flags.parser import parse_arguments
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "train_scripts" / "configs"

@@ -51,8 +51,8 @@ from nara_diffusion.dreambooth.training_step import DreamBoothLoss, TrainingStep
 from nara_diffusion.noise.rows import time_layers
 from nara_diffusion.training import adapter_weights
 from nara_diffusion.training.adapters import add_adapter
-from nara_diffusion.training.command import parse_arguments
 from nara_diffusion.training.run import start_run
+from nara_flags.parser import parse_arguments
 
 from .trials import HELD_OUT, NO_CHEAP, CheckTask, Loss, add_cheap, nara_config, published
 from .verdict import check_training
@@ -62,7 +62,6 @@ SHORT = {
     "train_batch_size": 5,
     "learning_rate": 1e-2,
     "output_dir": "outputs/check",
-    "check": True,
 }
 
 
@@ -113,7 +112,7 @@ def check(model: str, data: str, flags: Sequence[str]) -> dict[str, Any]:
         rate = given.get("learning_rate", own["learning_rate"])
         return own | {"core_learning_rate": rate / 4}
 
-    return check_run(parse_arguments(arguments, flags, description=__doc__, defaults=defaults))
+    return check_run(parse_arguments(arguments, flags, defaults))
 
 
 def check_run(args: Arguments | DreamBoothArguments) -> dict[str, Any]:

@@ -35,7 +35,6 @@ from nara_diffusion.cores.core import Core, make_cores
 from nara_diffusion.dreambooth.denoiser import adapt, text_config
 from nara_diffusion.noise.level import core_holders
 from nara_diffusion.training.adapters import adapter_config
-from nara_diffusion.training.arguments import TrainingArguments
 from nara_diffusion.training.engines import (
     build_lr_scheduler,
     build_optimizer,
@@ -43,6 +42,7 @@ from nara_diffusion.training.engines import (
     is_core_parameter,
 )
 from nara_diffusion.training.loop import StepLoss
+from nara_flags.training import TrainingArguments
 
 ADAPTER, CHEAP = "default", "cheap"  # the names of NaRA's adapter and of the cheap way's adapter
 TITLES = {

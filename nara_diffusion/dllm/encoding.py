@@ -109,7 +109,7 @@ def encode_records(
     if not len(rows):
         raise ValueError(
             f"{name}: nothing is left of {counted(len(records), 'record')}, since their prompts have "
-            f"more than {longest} tokens: raise --max_length, or --data_options max_prompt_length, "
+            f"more than {longest} tokens: raise --max_length, or --max_prompt_length, "
             "if the model has as many positions, or take shorter prompts"
         )
     table: Any = rows.with_format("numpy")

@@ -238,8 +238,8 @@ def _field_names(record: object, given: Mapping[str, str], where: str) -> dict[s
     fields = ", ".join(map(str, present)) or f"none, it is {repr(record)[:60]}"
     raise ValueError(
         f"{where} has the fields {fields}; expected {dict(given) or _EXPECTED}: name them with "
-        "--data_options messages_field=NAME, or instruction_field=NAME output_field=NAME, "
-        "or text_field=NAME"
+        "--messages_field NAME, or --instruction_field NAME --output_field NAME, "
+        "or --text_field NAME"
     )
 
 
@@ -360,7 +360,7 @@ class _RecordReader:
             raise ValueError(
                 f"{where}: its {what}, field {name!r}, is missing or empty; it has "
                 f"{', '.join(record)}, and the first record decides the form: "
-                f"--data_options {what}_field=NAME gives another name"
+                f"--{what}_field NAME gives another name"
             )
         return text
 

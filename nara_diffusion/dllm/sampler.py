@@ -322,10 +322,7 @@ def check_canvas(model: nn.Module, longest_prompt: int, gen_length: int, record:
     left = (Backbone(model).position_limit or 0) - gen_length
     remedy = "lower gen_length, or take shorter prompts and conversations"
     if record and left > 0:
-        remedy += (
-            f" (the longest is {record}); --data_options max_prompt_length={left} leaves longer "
-            "ones out"
-        )
+        remedy += f" (the longest is {record}); --max_prompt_length {left} leaves longer ones out"
     what = f"the longest prompt has {longest_prompt} tokens and gen_length is {gen_length}"
     check_positions(model, length, f"{what}, together {length}", remedy)
 

@@ -1,20 +1,6 @@
-"""Fine-tune a masked-diffusion language model (LLaDA, Dream, …) with NaRA or another adapter.
+"""Fine-tune a masked-diffusion language model: data, model, training, report.
 
-The shipped model and task, offline, on CPU, in minutes:
-    accelerate launch train_scripts/dllm.py
-LLaDA-8B on all GPUs of the machine (--num_processes N: on N of them):
-    accelerate launch train_scripts/dllm.py --config
-    train_scripts/configs/llada_instruct_math14k.yaml
-
-If the package is installed without a clone: accelerate launch -m nara_diffusion.dllm.train.
---adapter lora, dora, …, full trains with another method. --init_adapter starts from a LoRA or NaRA.
---min_noise_level and --max_noise_level train a part of the noise levels (docs/strength.md).
-
-The model is measured before and after. The output folder has the adapter in PEFT's format (a model
-folder for --adapter full), README.md (the model card, which says how to load it), config.yaml,
-results.json, metrics.jsonl, noise_level_curve.png, samples.jsonl, and checkpoint-N to resume from.
-
-The shipped model has its own settings: train_scripts/configs/llada_tiny.yaml.
+`nara_flags.text` has the flags, and the text of `--help`.
 """
 
 from __future__ import annotations
@@ -82,6 +68,7 @@ from nara_diffusion.training.plan import show_plan
 from nara_diffusion.training.report import finish
 from nara_diffusion.training.run import Run, start_run
 from nara_diffusion.utils.files import atomic_write_files, counted, local_folder
+from nara_flags.parser import read_flags
 
 from .text_arguments import Arguments, shipped_run
 from .text_plan import planned_text_step
@@ -94,8 +81,6 @@ def main(args: Arguments) -> dict[str, Any]:
 
     With `plan`, only print the memory and FLOPs of the run, and return these figures.
     """
-    if args.check:
-        raise ValueError("main only trains: for a check call nara_command.check_run(args).")
     if args.plan is not None:
         return show_plan(args, planned_text_step)
     with start_run(args, "dllm", write_checkpoint) as run:
@@ -306,4 +291,4 @@ class FineTuning:
 
 
 if __name__ == "__main__":
-    run_command(main, Arguments, __doc__, shipped_run)
+    run_command(main, Arguments, read_flags(Arguments), shipped_run)

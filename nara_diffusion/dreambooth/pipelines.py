@@ -275,7 +275,7 @@ def family_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
     name = given["pretrained_model_name_or_path"]
     if not name:
         return {}  # the arguments raise for it
-    revision = given.get("model_options", {}).get("revision")
+    revision = given.get("revision")
     family = family_of_model(name, revision=revision)
     defaults = {"target_modules": list(family.targets), **family.defaults, "max_train_steps": STEPS}
     if "distill_to" in given:

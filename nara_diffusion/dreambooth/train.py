@@ -1,29 +1,6 @@
-"""Teach an image model a subject from a few images, and measure the result.
+"""Teach an image model a subject from a few images: data, model, training, report.
 
-The adapter is NaRA or another. Models: Stable Diffusion 1, 2, XL and 3, FLUX.1, FLUX.2, Z-Image,
-Qwen-Image and Wan (one frame). The model's model_index.json says which it is, and that sets the
-defaults (resolution, guidance, adapted modules); docs/dreambooth.md has the table.
-
-The shipped model, a small rectified flow of SD3's classes, and images, offline, on CPU, in minutes:
-    accelerate launch train_scripts/dreambooth.py
-Your own five images, on one GPU:
-    accelerate launch train_scripts/dreambooth.py --pretrained_model_name_or_path MODEL \\
-        --mixed_precision bf16 --instance_data_dir dog \\
-        --instance_prompt "a photo of sks dog" --output_dir sks-dog
-With a file of settings for the model from train_scripts/configs; flags win over it:
-    accelerate launch train_scripts/dreambooth.py \\
-        --config train_scripts/configs/sdxl_dreambooth.yaml \\
-        --instance_data_dir dog --instance_prompt "a photo of sks dog" --output_dir sks-dog
-
-With --adapter lora, dora, … another method does the same; --help lists them. --init_adapter
-starts from a LoRA or NaRA. --min_noise_level and --max_noise_level train a part of the noise levels
-(docs/strength.md).
-
-The output folder then has: pytorch_nara_weights.safetensors (for pipe.load_nara_weights; for the
-files of other methods see nara_diffusion/dreambooth/denoiser.py), README.md (the model card,
-which says how to load them), samples.png (before, after, and what the autoencoder can show), the
-samples themselves, noise_level_curve.png, results.json, metrics.jsonl, config.yaml,
-validation/step-N.png, and checkpoint-N folders to resume from.
+`nara_flags.images` has the flags, and the text of `--help`.
 """
 
 from __future__ import annotations
@@ -50,6 +27,7 @@ from nara_diffusion.training.plan import show_plan
 from nara_diffusion.training.report import finish
 from nara_diffusion.training.run import Run, start_run
 from nara_diffusion.utils.files import counted
+from nara_flags.parser import read_flags
 
 from .dataset import DreamBoothDataset, collate_samples
 from .denoiser import AdaptedDenoiser, read_checkpoint, write_adapter, write_checkpoint
@@ -84,8 +62,6 @@ def main(args: DreamBoothArguments) -> dict[str, Any]:
 
     With `plan`, only print the memory and FLOPs of the run, and return these figures.
     """
-    if args.check:
-        raise ValueError("main only trains: for a check call nara_command.check_run(args).")
     if args.plan is not None:
         return show_plan(args, planned_image_step)
     with start_run(args, "dreambooth", write_checkpoint) as run:
@@ -98,7 +74,7 @@ class FineTuning:
     """One training run.
 
     The constructor loads the data, the base model and the loss, and raises errors for invalid
-    arguments. Then call `check`, or `train` and `report`.
+    arguments. Then call `train` and `report`.
     """
 
     def __init__(self, args: DreamBoothArguments, run: Run) -> None:
@@ -135,9 +111,6 @@ class FineTuning:
         images = records_from_folder(folder, progress=self.run.is_main, **captions)
         if args.validation_data_dir:
             return images, records_from_folder(args.validation_data_dir, **captions)
-        if args.check and len({image.key for image in images}) >= 4:
-            last = images[-1]  # its copies aren't trained on either
-            return [image for image in images if image.key != last.key], [last]
         return images, []
 
     def _refuse_sharding(self) -> None:
@@ -151,9 +124,9 @@ class FineTuning:
             )
 
     def _class_images(self) -> list[ImageRecord]:
-        """Return the images of prior preservation, after making missing ones; none in a check."""
+        """Return the images of prior preservation, after making missing ones."""
         args, run = self.args, self.run
-        if args.class_prompt is None or args.check:
+        if args.class_prompt is None:
             return []
         folder = str(args.class_data_dir)
         generate_class_images(
@@ -278,4 +251,4 @@ def digested(records: Sequence[ImageRecord]) -> list[str]:
 
 
 if __name__ == "__main__":
-    run_command(main, DreamBoothArguments, __doc__, shipped_run)
+    run_command(main, DreamBoothArguments, read_flags(DreamBoothArguments), shipped_run)

@@ -31,9 +31,10 @@ from nara_diffusion import NaraConfig, StrengthSchedule
 from nara_diffusion.config import changes_base
 from nara_diffusion.cores.core import CUSTOM, check_core_type
 from nara_diffusion.noise.level import MASKED_SHARE
+from nara_flags.parser import hint
+from nara_flags.training import AdapterArguments, TrainingArguments
 
-from .arguments import AdapterArguments, TrainingArguments, schedule_of, window_of
-from .command import hint
+from .arguments import schedule_of, window_of
 
 ALL_LINEAR = "all-linear"
 CORE_FIELDS = {each.name for each in dataclasses.fields(NaraConfig)}
@@ -282,13 +283,6 @@ def check_adapter(args: TrainingArguments) -> None:
     if start is not None and family not in ("nara", "lora"):
         raise ValueError(
             f"init_adapter starts from a LoRA or a NaRA, which adapter {args.adapter} is not: give nara."
-        )
-    if args.check and (
-        family in ("prompt", "full") or args.resume_from_checkpoint or args.hub_model_id or start
-    ):
-        raise ValueError(
-            "check measures, before training, what λ is worth to a low-rank adapter: leave resume_from_checkpoint, "
-            "hub_model_id and init_adapter out, and give adapter nara or lora."
         )
 
 

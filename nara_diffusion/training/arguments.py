@@ -1,247 +1,25 @@
-"""The arguments that both train scripts share, in groups, with checks of their values.
+"""What the flags of `nara_flags.training` mean: the window, the optimizer's class, the shipped runs.
 
-The arguments of each script inherit from `TrainingArguments`. The module `adapters` checks the
-arguments of the adapter.
+The module `adapters` does this for the flags of the adapter.
 """
 
-# ruff: noqa: RUF009 (option() is dataclasses.field() with metadata, not a shared default)
 from __future__ import annotations
 
 import importlib
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
+from typing import Any
 
 import yaml
 
 from nara_diffusion.noise.level import NoiseWindow
 from nara_diffusion.noise.strength_schedule import StrengthSchedule, within
-
-from .command import merged, option
+from nara_flags.parser import merged
+from nara_flags.training import OPTIMIZERS, TrainingArguments, WindowArguments
 
 logger = logging.getLogger(__name__)
-
-OPTIMIZERS = {
-    "AdamW": ("torch.optim", "AdamW"),
-    "AdamW8bit": ("bitsandbytes.optim", "AdamW8bit"),
-    "PagedAdamW": ("bitsandbytes.optim", "PagedAdamW"),
-    "prodigy": ("prodigyopt", "Prodigy"),
-    "adafactor": ("transformers", "Adafactor"),
-}
-"""{optimizer: (module, class)}."""
-SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt")
-"""The schedules that need only the step and the warm-up, unlike transformers' other schedules."""
-
-
-class Range(NamedTuple):
-    """The values that an argument's annotation allows; None is allowed too."""
-
-    expected: str
-    holds: Callable[[float], bool]
-
-
-_LEAST_0 = Range("at least 0", lambda value: value >= 0)
-Count = Annotated[int, Range("at least 1", lambda value: value >= 1)]
-NotNegativeInt = Annotated[int, _LEAST_0]
-NotNegative = Annotated[float, _LEAST_0]
-Positive = Annotated[float, Range("above 0", lambda value: value > 0)]
-Share = Annotated[float, Range("in [0, 1]", lambda value: 0 <= value <= 1)]
-ShareBelow1 = Annotated[float, Range("in [0, 1)", lambda value: 0 <= value < 1)]
-
-
-@dataclass
-class AdapterArguments:
-    """Adapter"""
-
-    adapter: str = option(
-        "nara",
-        "How to fine-tune: nara, nara_dora, nara_c, lora, dora, another method of PEFT by its name (hira, vera, oft, "
-        "prompt_tuning, …), or full for all weights.",
-    )
-    rank: Count = option(8, "Inner size r of A (r, d_in), C (r, r) and B (d_out, r).")
-    lora_alpha: float | None = option(
-        None, "The update is scaled by lora_alpha / rank; none means rank, so by 1 as in the paper."
-    )
-    lora_dropout: ShareBelow1 = option(0.0, "Dropout on the input of A.", unit="probability")
-    target_modules: list[str] = option(
-        ["q_proj", "k_proj", "v_proj", "o_proj"], "Names of the modules to adapt, or all-linear."
-    )
-    adapter_options: dict[str, Any] = option(
-        {},
-        "Further fields of the adapter's configuration, NaraConfig or PEFT's: core_init=kaiming, use_rslora=true, ….",
-    )
-    init_adapter: str | None = option(
-        None,
-        "Start from this adapter: a NaRA of this package, or a LoRA's file or folder (PEFT's, Diffusers', …); the core "
-        "then starts as C = I. Its layers, rank, lora_alpha and DoRA have to be those of the flags.",
-    )
-    core_type: str = option(
-        "hypernetwork",
-        "What makes C(λ): hypernetwork, constant, identity, knots, rank_mask, bins, or the name that --core_module "
-        "registers.",
-        rare=True,
-    )
-    core_module: str | None = option(
-        None,
-        "Module, or path of a .py file, that is imported first and calls nara_diffusion.register_core; "
-        "docs/adapters.md has one.",
-        rare=True,
-    )
-
-
-@dataclass
-class OptimizationArguments:
-    """Optimization"""
-
-    train_batch_size: Count = option(4, "Samples of one forward on one process.", unit="samples")
-    gradient_accumulation_steps: Count = option(
-        1, "Forwards that make one optimizer step.", unit="forwards"
-    )
-    global_batch_size: Count | None = option(
-        None,
-        "Samples of one optimizer step over all processes, however many there are; in place of "
-        "--gradient_accumulation_steps, which then follows from it.",
-        unit="samples",
-    )
-    max_train_steps: Count | None = option(
-        None,
-        "Optimizer steps to train, in place of --num_train_epochs. Without both, dllm.py makes one pass, dreambooth.py "
-        "takes 500 steps, and a run without a model as many as its log says.",
-        unit="optimizer steps",
-    )
-    num_train_epochs: Positive | None = option(
-        None, "Passes over the training data, where --max_train_steps isn't given.", unit="epochs"
-    )
-    learning_rate: Positive = option(1e-4, "Peak learning rate of A and B.")
-    core_learning_rate: Positive | None = option(
-        None, "Peak learning rate of the core's F; none means --learning_rate."
-    )
-    core_start_step: NotNegativeInt = option(
-        0,
-        "Train only A and B, with C = I, up to this step, then all: the paper's two stages.",
-        unit="optimizer steps",
-        rare=True,
-    )
-    lr_scheduler: str = option(
-        "linear",
-        "Shape of the learning rate, by transformers.get_scheduler.",
-        choices=SCHEDULES,
-        rare=True,
-    )
-    lr_warmup_steps: NotNegative = option(
-        0.0,
-        "Steps over which the learning rate rises from 0; below 1, a share of all steps.",
-        unit="optimizer steps",
-        rare=True,
-    )
-    optimizer: str = option(
-        "AdamW",
-        "AdamW; AdamW8bit or PagedAdamW, of bitsandbytes; prodigy, which finds its own rate: give it --learning_rate "
-        "1; or Adafactor at the given rate, without momentum.",
-        choices=tuple(OPTIMIZERS),
-        rare=True,
-    )
-    optimizer_options: dict[str, Any] = option(
-        {}, "Further arguments of the optimizer's class: betas=[0.9,0.99], eps=1e-6, ….", rare=True
-    )
-    weight_decay: NotNegative = option(0.0, "The optimizer's decoupled weight decay.", rare=True)
-    max_grad_norm: Positive | None = option(
-        1.0, "Largest norm of the gradients, which are clipped to it; none disables it.", rare=True
-    )
-    mixed_precision: str | None = option(
-        None,
-        "Precision of the forward; none means what `accelerate config` says. fp16 is refused under DeepSpeed.",
-        choices=("no", "fp16", "bf16"),
-    )
-    gradient_checkpointing: bool = option(
-        False, "Recompute activations in the backward: less memory, more time."
-    )
-
-
-@dataclass
-class WindowArguments:
-    """Window of noise levels (docs/strength.md)"""
-
-    min_noise_level: float | None = option(
-        None,
-        "Train only where the noise level λ, 1 at pure noise, is at least this; none is 0.",
-        unit="λ",
-        rare=True,
-    )
-    max_noise_level: float | None = option(
-        None,
-        "Train only where λ is below this; none means 1, which is included.",
-        unit="λ",
-        rare=True,
-    )
-
-
-@dataclass
-class RunArguments:
-    """Run, checkpoints and reports"""
-
-    output_dir: str | None = option(
-        None,
-        "Folder of everything that is written; none makes a fresh numbered one under outputs/.",
-    )
-    seed: NotNegativeInt = option(
-        0, "Seed of the weights, the order of the data, masks and dropout."
-    )
-    check: bool = option(
-        False,
-        "Measure whether λ can help this training, write check.json, and stop before it; docs/check.md.",
-    )
-    plan: Positive | None = option(
-        None,
-        "Print the memory and FLOPs that this training needs, from its configurations only, and stop before it; with a "
-        "size, such as --plan 24, also the cheapest flags that fit; docs/runs.md.",
-        unit="GB",
-        bare="inf",
-    )
-    logging_steps: Count = option(
-        10, "Write to metrics.jsonl every so often.", unit="optimizer steps", rare=True
-    )
-    validation_steps: Count | None = option(
-        100, "Measure the validation loss every so often; none never.", unit="optimizer steps"
-    )
-    checkpointing_steps: Count | None = option(
-        500,
-        "Write a checkpoint-N folder every so often, and at the end; none never.",
-        unit="optimizer steps",
-    )
-    checkpoints_total_limit: Count | None = option(
-        2, "Checkpoints to keep, oldest deleted first; none keeps all.", unit="folders", rare=True
-    )
-    resume_from_checkpoint: str | None = option(
-        None,
-        "Continue from this checkpoint-N, a folder or one of --output_dir; latest: the one there written last, or the "
-        "start where there is none. A longer --max_train_steps and other data are allowed; docs/runs.md.",
-    )
-    report_to: list[str] | None = option(
-        None,
-        "Trackers beside metrics.jsonl: tensorboard, which [train] installs, wandb, or others of accelerate.",
-        rare=True,
-    )
-    hub_model_id: str | None = option(
-        None,
-        "Repository on the Hub to upload the output folder to, without checkpoints; none uploads nothing.",
-        rare=True,
-    )
-
-
-@dataclass
-class TrainingArguments(AdapterArguments, OptimizationArguments, WindowArguments, RunArguments):
-    """The arguments that all training runs share."""
-
-    pretrained_model_name_or_path: str = option("", "Folder or Hub id of the model to adapt.")
-
-    @property
-    def is_quantised(self) -> bool:
-        """True if the frozen weights are loaded in 4 or 8 bits."""
-        return False
 
 
 def schedule_of(args: WindowArguments) -> StrengthSchedule | None:
@@ -264,46 +42,16 @@ def window_of(args: WindowArguments) -> NoiseWindow:
 
 
 def check_arguments(args: TrainingArguments) -> None:
-    """Raise ValueError for values that no run can use.
+    """Raise ValueError for a window without levels, or an optimizer that isn't installed.
 
     `adapters.check_adapter` does the same for the adapter. The `__post_init__` of the arguments
     calls both functions.
     """
-    _check_ranges(args)
     try:
         window_of(args)
     except ValueError as error:
         raise ValueError(f"min_noise_level and max_noise_level: {error}") from error
-    if args.global_batch_size is not None and args.gradient_accumulation_steps != 1:
-        raise ValueError(
-            f"gradient_accumulation_steps is {args.gradient_accumulation_steps} and global_batch_size "
-            f"{args.global_batch_size}, which already determines it: give only one of the two."
-        )
-    _check_optimizer(args)
-    if args.check and args.plan is not None:
-        raise ValueError(
-            "check measures a training run, and plan computes what it needs: give only one."
-        )
-
-
-def _check_ranges(args: TrainingArguments) -> None:
-    """Raise ValueError for the first number that is outside the `Range` of its annotation."""
-    for name, annotation in get_type_hints(type(args), include_extras=True).items():
-        value = getattr(args, name)
-        for part in (annotation, *get_args(annotation)):  # X, or X | None
-            for allowed in getattr(part, "__metadata__", ()):
-                if value is not None and not allowed.holds(value):
-                    raise ValueError(f"{name} must be {allowed.expected}, got {value}.")
-
-
-def _check_optimizer(args: OptimizationArguments) -> None:
-    """Raise ValueError if the optimizer isn't installed, or the schedule has no warm-up."""
     optimizer_class(args.optimizer)
-    if args.lr_scheduler == "constant" and args.lr_warmup_steps > 0:
-        raise ValueError(
-            f"lr_scheduler 'constant' has no warm-up, but lr_warmup_steps is {args.lr_warmup_steps:g}: use "
-            "constant_with_warmup."
-        )
 
 
 def optimizer_class(optimizer: str) -> Any:

@@ -38,9 +38,10 @@ from nara_diffusion.utils.files import (
     partial_name,
     put_in_place,
 )
+from nara_flags.options import defaults_of
+from nara_flags.parser import without_dicts
+from nara_flags.training import TrainingArguments
 
-from .arguments import TrainingArguments
-from .command import given_arguments
 from .engine_state import save_state, trained_state
 from .engines import engine_name, global_batch
 
@@ -54,14 +55,18 @@ FORMAT = 2
 _FIELDS = {"step", "total_steps", "data_start", "unlogged", "batch", "processes", "engine"}
 _FIELDS |= {"arguments", "digests", "written", "files"}
 
-_LENGTH = "max_train_steps num_train_epochs check logging_steps validation_steps"
+_LENGTH = "max_train_steps num_train_epochs logging_steps validation_steps"
 _LENGTH += " checkpointing_steps checkpoints_total_limit report_to hub_model_id"
-_MEASURED = "eval_batch_size generation_steps block_length extract evaluation_options test_file test_samples"
+_MEASURED = "eval_batch_size generation_steps block_length extract test_file test_samples"
+_MEASURED += " temperature cfg_scale top_p remasking confidence_threshold factor entropy_bound"
+_MEASURED += " logits_eos_inf confidence_eos_eot_inf curve_points sample_batch_size"
 _MEASURED += (
     " validation_prompts num_validation_images num_inference_steps guidance_scale identifier"
 )
 _MEASURED += " similarity_model alignment_model"
-_DATA = "dataset_name train_file validation_file validation_samples max_train_samples data_options"
+_DATA = "dataset_name train_file validation_file validation_samples max_train_samples"
+_DATA += " dataset_config_name messages_field instruction_field input_field output_field"
+_DATA += " text_field answer_field max_prompt_length caption_column"
 _DATA += " instance_data_dir instance_prompt class_data_dir num_class_images validation_data_dir"
 _PLACES = "pretrained_model_name_or_path pretrained_vae_model_name_or_path init_adapter core_module"
 MAY_CHANGE = frozenset(f"{_LENGTH} {_MEASURED} {_DATA} {_PLACES}".split())
@@ -325,14 +330,15 @@ def changed_arguments(
 ) -> dict[str, tuple[Any, Any]]:
     """Return {name: (saved value, current value)} of the arguments that differ from `saved`.
 
-    `saved` is an earlier result of `given_arguments`. The arguments output_dir and
-    resume_from_checkpoint are ignored. An option that no longer exists counts as changed if it was
-    on, since the resumed run would not have it.
+    `saved` may be the arguments of an earlier version. An option that it lacks had its present
+    default. An option that no longer exists counts as changed if it was on, since the resumed run
+    would not have it. The arguments output_dir and resume_from_checkpoint are ignored.
     """
-    now = given_arguments(args)
-    gone = {name for name, value in saved.items() if name not in now and value not in (None, False)}
+    now = vars(args)
+    then = defaults_of(args) | without_dicts(saved)
+    gone = {name for name, value in then.items() if name not in now and value not in (None, False)}
     names = sorted((now.keys() | gone) - {"output_dir", "resume_from_checkpoint"})
-    pairs = {name: (saved.get(name), now.get(name)) for name in names}
+    pairs = {name: (then.get(name), now.get(name)) for name in names}
     return {name: (old, new) for name, (old, new) in pairs.items() if old != new}
 
 

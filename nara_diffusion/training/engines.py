@@ -32,9 +32,10 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from nara_diffusion.cores.core import HOLDER_NAME
 from nara_diffusion.noise.level import find_holders
 from nara_diffusion.utils.files import counted
+from nara_flags.training import OptimizationArguments, TrainingArguments
 
 from .adapters import method_of
-from .arguments import OptimizationArguments, TrainingArguments, optimizer_class
+from .arguments import optimizer_class
 
 SHARDED = {
     DistributedType.FSDP: ("ACCELERATE_USE_FSDP", "FSDP"),

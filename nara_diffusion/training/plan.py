@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
+from nara_flags.training import TrainingArguments
+
 from .adapters import title_of
-from .arguments import TrainingArguments
 from .engines import accumulation_steps
 from .planned_step import Needs, PlannedStep, dtype_of, measure
 

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import flop_counter
 
-from .arguments import TrainingArguments
+from nara_flags.training import TrainingArguments
+
 from .live_storages import LiveStorages, nbytes, tensors_of, to_fake
 from .run import DTYPES
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
-from .arguments import TrainingArguments
-from .command import given_arguments
+from nara_flags.training import TrainingArguments
+
 from .run import CONFIG, LOCK, Run, as_yaml
 
 _PLACES = re.compile(
@@ -27,7 +27,7 @@ _PLACES = re.compile(
 def without_folders(text: str, args: TrainingArguments) -> str:
     """Return `text` for publication, with the arguments' absolute paths cut to their last part."""
     forms: set[str] = set()
-    for name, value in given_arguments(args).items():
+    for name, value in vars(args).items():
         if _PLACES.fullmatch(name) and isinstance(value, str):
             path = Path(value)
             forms |= {value, str(path), str(path.expanduser())}
@@ -48,8 +48,8 @@ def public_values(values: Mapping[str, Any], args: TrainingArguments) -> dict[st
 
 
 def public_arguments(args: TrainingArguments) -> dict[str, Any]:
-    """Return `given_arguments` for publication, without folders."""
-    return public_values(given_arguments(args), args)
+    """Return `vars(args)` for publication, without folders."""
+    return public_values(vars(args), args)
 
 
 def upload(run: Run) -> None:

@@ -14,9 +14,10 @@ from huggingface_hub import ModelCardData
 
 from nara_diffusion.cores.core import BUILT_IN, needs_noise
 from nara_diffusion.utils.files import atomic_write
+from nara_flags.training import TrainingArguments
 
 from .adapters import adapter_config, method_of, module_name, title_of
-from .arguments import TrainingArguments, schedule_of, window_of
+from .arguments import schedule_of, window_of
 from .loss_curves import plot_noise_level_curves
 from .publication import public_arguments, public_values, upload, without_folders
 from .run import RESULTS, Run, as_yaml

@@ -26,9 +26,9 @@ from filelock import FileLock, Timeout
 from huggingface_hub import HfApi
 
 from nara_diffusion.utils.files import atomic_write, digest_base, digest_texts
+from nara_flags.training import TrainingArguments
 
 from .adapters import method_of
-from .arguments import TrainingArguments
 from .checkpoints import (
     MANIFEST,
     MAY_CHANGE,
@@ -45,7 +45,6 @@ from .checkpoints import (
     save_checkpoint,
     warn_of_pickles,
 )
-from .command import given_arguments
 from .engine_state import load_state
 from .engines import engine_name, global_batch, start_accelerator
 
@@ -196,7 +195,7 @@ class Run(Generic[Args]):
 
         Call this after all checks of the data and the model.
         """
-        settings = given_arguments(self.args)
+        settings = vars(self.args)
         if self.is_main:
             with atomic_write(self.folder / CONFIG) as partial:
                 partial.write_text(as_yaml(settings | {"output_dir": str(self.folder)}), "utf-8")
@@ -255,7 +254,7 @@ class Run(Generic[Args]):
             "batch": self.global_batch,
             "processes": self.accelerator.num_processes,
             "engine": engine_name(self.accelerator),
-            "arguments": given_arguments(self.args),
+            "arguments": vars(self.args),
             "digests": self.digests,
         }
 

@@ -126,7 +126,7 @@ def with_equal_twins(
         if twin is not None and not torch.equal(tensors[key], tensors[twin]):
             raise ValueError(
                 f"{origin} has '{key}' of the encoder unlike the decoder's, but a NaRA has one A and one B "
-                "for both: give a NaRA, or a LoRA of the decoder (--model_options train_on_encoder=false)."
+                "for both: give a NaRA, or a LoRA of the decoder (--no_train_on_encoder)."
             )
     return kept
 

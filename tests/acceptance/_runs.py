@@ -11,7 +11,6 @@ from PIL import Image
 
 from nara_diffusion.dllm.text_arguments import Arguments
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
-from nara_diffusion.training.command import gathered
 from tests.acceptance._commands import ROOT
 from tests.helpers.mixtures import LLADA2, write_checkpoint
 
@@ -29,7 +28,7 @@ COMMON: dict[str, Any] = {
     "logging_steps": 1,
     "validation_steps": None,
     "checkpointing_steps": 2,
-    "evaluation_options": {"curve_points": 2},
+    "curve_points": 2,
 }
 """Flags of six steps in either script."""
 
@@ -117,4 +116,4 @@ def image_arguments(flags: dict[str, Any], output_dir: Path, **changes: Any) -> 
 
 
 def _arguments(cls: type, values: dict[str, Any]) -> Any:
-    return cls(**gathered(cls, {name: str(v) if isinstance(v, Path) else v for name, v in values.items()}))
+    return cls(**{name: str(v) if isinstance(v, Path) else v for name, v in values.items()})

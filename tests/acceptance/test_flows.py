@@ -15,6 +15,7 @@ from diffusers import DiffusionPipeline
 
 from nara_diffusion.dllm import train
 from nara_diffusion.training.command import run_command
+from nara_flags.parser import read_flags
 
 PACKAGE = Path(train.__file__).parents[1]
 ASSETS = Path(__file__).parents[2] / "examples" / "assets"
@@ -53,7 +54,7 @@ def test_text_training_enters_few_files_up_to_the_first_backward(tmp_path: Path,
     flags = ["--output_dir", str(tmp_path / "out"), "--max_train_steps", "1"]
     monkeypatch.setattr(sys, "argv", ["dllm.py", *flags])
     with pytest.raises(BackwardReached), entered_files() as found:
-        run_command(train.main, train.Arguments, train.__doc__, train.shipped_run)
+        run_command(train.main, train.Arguments, read_flags(train.Arguments), train.shipped_run)
     assert {"dllm/train.py", "dllm/loss.py", "tuner/holder.py"} <= found
     assert len(found) <= 30, sorted(found)
 

@@ -21,7 +21,7 @@ from tests.helpers.pipelines.families import FAMILY_PIPELINES
 from tests.helpers.small_pipelines import small_sd3, small_sdxl
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch_dtype.*")
-SHORT: dict[str, Any] = {"max_train_steps": 2, "checkpointing_steps": None, "evaluation_options": {"curve_points": 1}}
+SHORT: dict[str, Any] = {"max_train_steps": 2, "checkpointing_steps": None, "curve_points": 1}
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def drawn(pipe: Any, folder: Path) -> np.ndarray:
     pipe.set_progress_bar_config(disable=True)
     args = settings(folder)
     call = {"height": 16, "width": 16, "num_inference_steps": 2, "guidance_scale": args["guidance_scale"]}
-    call |= args["model_options"]
+    call |= {name: args[name] for name in ("max_sequence_length",) if args[name] is not None}
     generator = torch.Generator().manual_seed(args["seed"])
     return np.asarray(pipe(args["instance_prompt"], generator=[generator], **call).images[0])
 
@@ -111,7 +111,7 @@ def test_card_names_what_was_trained(finished: Path, sdxl: dict[str, Any]) -> No
 
 def test_run_of_dreambooth_goes_by_the_model_s_family(tmp_path: Path) -> None:
     flags, out = image_flags(tmp_path, small_sd3()), tmp_path / "out"
-    run("dreambooth.py", **{**flags, **SHORT, "model_options": {"max_sequence_length": 5}}, output_dir=out)
+    run("dreambooth.py", **{**flags, **SHORT, "max_sequence_length": 5}, output_dir=out)
     found = settings(out)
     assert (found["target_modules"][0], found["guidance_scale"]) == ("attn.to_q", 7.0)
     absent = {"text_encoder_3": None, "tokenizer_3": None}
@@ -129,7 +129,7 @@ SIDES = {"qwen_image": 32, "wan": 32}
 @pytest.mark.parametrize("name", ["sd", *LENGTHS])
 def test_run_of_each_other_family_resumes_and_is_loaded_by_its_card(name: str, tmp_path: Path) -> None:
     lengths = {"max_sequence_length": LENGTHS[name]} if name in LENGTHS else {}
-    flags = image_flags(tmp_path, FAMILY_PIPELINES[name]()) | {"max_train_steps": 3, "model_options": lengths}
+    flags = image_flags(tmp_path, FAMILY_PIPELINES[name]()) | {"max_train_steps": 3} | lengths
     flags["resolution"] = SIDES.get(name, 16)
     run("dreambooth.py", **flags, output_dir=tmp_path / "out")
     again = {"output_dir": tmp_path / "again", "resume_from_checkpoint": tmp_path / "out" / "checkpoint-2"}

@@ -100,8 +100,8 @@ IMAGES: dict[str, Any] = {"gradient_accumulation_steps": 2, "lora_dropout": 0.2,
     [
         ("dreambooth_sdxl.py", {"snr_gamma": 5.0, "train_text_encoder": True}, Moment("step", 3)),
         ("dreambooth_sdxl.py", {"random_flip": True}, Moment("name", 4)),
-        ("dreambooth.py", {"model_options": {"max_sequence_length": 5}, "adapter": "nara_dora"}, Moment("step", 3)),
-        ("dreambooth.py", {"model_options": {"max_sequence_length": 5}}, Moment("step", 5, signal.SIGTERM)),
+        ("dreambooth.py", {"max_sequence_length": 5, "adapter": "nara_dora"}, Moment("step", 3)),
+        ("dreambooth.py", {"max_sequence_length": 5}, Moment("step", 5, signal.SIGTERM)),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*torch_dtype.*")
@@ -128,7 +128,7 @@ def stopped(text: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> d
         "max_train_steps": 1,
         "checkpointing_steps": 1,
         "test_samples": 1,
-        "evaluation_options": {"curve_points": 1},
+        "curve_points": 1,
     }
     flags = text | files | short | {"pretrained_model_name_or_path": folder / "model", "output_dir": folder / "out"}
     run("dllm.py", **flags)

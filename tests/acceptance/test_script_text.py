@@ -26,7 +26,7 @@ from tests.acceptance._commands import ROOT, by_the_card, metrics, names, result
 from tests.acceptance._runs import ASSETS, TEXT, text_flags
 
 IDS = torch.tensor([[65, 70, 283, 283, 80, 283]])
-SHORT: dict[str, Any] = {"max_train_steps": 2, "checkpointing_steps": None, "evaluation_options": {"curve_points": 1}}
+SHORT: dict[str, Any] = {"max_train_steps": 2, "checkpointing_steps": None, "curve_points": 1}
 
 
 @pytest.fixture(scope="module")

@@ -94,7 +94,7 @@ def test_a_canvas_beyond_the_models_positions_is_refused_before_training(argumen
     args = arguments(gen_length=30, train_file=tmp_path / "own.jsonl")
     message = r"the longest prompt has \d+ tokens and gen_length is 30, together \d+, but the model has 64"
     message += r".* \(the longest is record [1-9] of .*own\.jsonl\); "
-    message += r"--data_options max_prompt_length=34 leaves longer ones out$"
+    message += r"--max_prompt_length 34 leaves longer ones out$"
     with pytest.raises(ValueError, match=message):
         main(args)
     assert not Path(args.output_dir).exists()
@@ -127,7 +127,7 @@ def test_samples_beyond_the_positions_that_virtual_tokens_leave_are_refused(argu
 RULE = {"remasking": "entropy", "entropy_bound": 0.1, "top_p": 0.9, "confidence_eos_eot_inf": True}
 
 
-@pytest.mark.parametrize(("given", "block"), [({}, 4), ({"block_length": 6, "evaluation_options": RULE}, 6)])
+@pytest.mark.parametrize(("given", "block"), [({}, 4), ({"block_length": 6, **RULE}, 6)])
 def test_facts_report_and_card_have_the_canvas_and_the_options_and_block_length_of_generation(
     arguments, caplog: Any, given: dict[str, Any], block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,7 +143,7 @@ def test_facts_report_and_card_have_the_canvas_and_the_options_and_block_length_
     assert f"base: {args.pretrained_model_name_or_path}" in facts
     assert f"{args.train_file} (fields instruction, output, answer); " in facts  # no train_on
     assert "answers of 4 to 8 tokens with their end, trained to 12 tokens (trained_padding gen_length)" in facts
-    expected = {"block_length": block, **given.get("evaluation_options", {})}
+    expected = {"block_length": block, **given}
     assert [{name: how[name] for name in expected} for how in asked] == [expected] * 2
     card = (Path(args.output_dir) / "README.md").read_text()
     said = ", remasking='entropy', entropy_bound=0.1, confidence_eos_eot_inf=True)" if given else ")"

@@ -75,7 +75,7 @@ def test_guidance_has_the_rows_twice_and_masks_only_the_prompts_of_the_second() 
 
 def test_canvas_may_fill_the_model_s_positions_and_no_more(model: BertForMaskedLM) -> None:
     check_canvas(model, 8, POSITIONS - 8)
-    with pytest.raises(ValueError, match=r"together 13, .* 12 positions.*max_prompt_length=8"):
+    with pytest.raises(ValueError, match=r"together 13, .* 12 positions.*--max_prompt_length 8"):
         check_canvas(model, 9, 4, "record 3 of file.json")
     assert checked_lengths(model, None, 4) == POSITIONS
     assert checked_lengths(model, 10, 4) == 10

@@ -102,13 +102,11 @@ def test_options_choose_the_layers_and_the_encoders_loss(tmp_path):
     model = tiny_gemma()
     both, decoder = (
         arguments(tmp_path),
-        arguments(tmp_path, model_options={"train_on_encoder": False}, target_modules=["q_proj"]),
+        arguments(tmp_path, train_on_encoder=False, target_modules=["q_proj"]),
     )
     assert objective_options(model, both) == {"encoder_weight": 1.0}
     assert objective_options(model, decoder) == {"encoder_weight": 0.0}
-    assert objective_options(model, arguments(tmp_path, model_options={"encoder_loss_weight": 0.3})) == {
-        "encoder_weight": 0.3
-    }
+    assert objective_options(model, arguments(tmp_path, encoder_loss_weight=0.3)) == {"encoder_weight": 0.3}
     pattern = adapter_options(model, decoder)["target_modules"]
     assert pattern == r".*\.decoder\.layers\.\d+\.(self_attn|mlp)\.(q_proj)"
 
@@ -120,8 +118,8 @@ def test_options_choose_the_layers_and_the_encoders_loss(tmp_path):
         ({"adapter": "prompt_tuning"}, "prompt_tuning"),
         ({"target_modules": ["proj"]}, "never routers or experts"),
         ({"gen_length": 20}, "block_length 6 has to divide gen_length 20"),
-        ({"evaluation_options": {"cfg_scale": 1.0}}, "cfg_scale"),
-        ({"model_options": {"train_on_encoder": False, "encoder_loss_weight": 0.5}}, "encoder_loss_weight is 0.5"),
+        ({"cfg_scale": 1.0}, "cfg_scale"),
+        ({"train_on_encoder": False, "encoder_loss_weight": 0.5}, "encoder_loss_weight is 0.5"),
     ],
 )
 def test_what_the_model_does_not_have_raises(tmp_path, changes, words):

@@ -140,12 +140,12 @@ NO_CHAT = "field 'messages': expected"
 
 def test_record_that_does_not_fit_is_named_with_its_fields_and_flags(tmp_path: Path) -> None:
     rows: list[Any] = [
-        (PAIRED, {"prompt": "a"}, {}, ["output, field 'completion'", "it has prompt", "output_field=NAME"]),
+        (PAIRED, {"prompt": "a"}, {}, ["output, field 'completion'", "it has prompt", "--output_field NAME"]),
         (PAIRED, {"prompt": "a", "completion": ["b"]}, {}, ["field 'completion'", "['b']", "a text or a number"]),
         (PAIRED, {"prompt": "a", "completion": float("nan")}, {}, ["its output, field 'completion', is missing"]),
         (PAIRED, ["a"], {}, ["expected an object"]),
         (PAIRED, CONVERSED, {}, ["is missing or empty; it has messages, and the first record decides the form"]),
-        (PAIRED, {}, {"output": "reply"}, ["record 1", "prompt, completion", "'reply'", "output_field=NAME"]),
+        (PAIRED, {}, {"output": "reply"}, ["record 1", "prompt, completion", "'reply'", "--output_field NAME"]),
         ({"q": "a"}, {}, {}, ["record 1", "messages or conversations, ", "question) ", "response or answer), or text"]),
         (CONVERSED, {"messages": None}, {}, ["has null as its messages: the first record decides"]),
         (CONVERSED, {"messages": "hello"}, {}, [NO_CHAT]),
@@ -206,7 +206,9 @@ def test_prompts_that_leave_nothing_are_refused_with_the_flags(tmp_path: Path) -
     tokenizer = AutoTokenizer.from_pretrained(LLADA_TINY)
     shortest = rows_of(tmp_path, tokenizer, "AB", max_length=64)["prompt_length"][0]
     for options in {"max_length": shortest}, {"max_length": 64, "max_prompt_length": shortest - 1}:
-        message = f"nothing is left of 2 records, .* than {shortest - 1} tokens: raise --max_length, or --data_options"
+        message = (
+            f"nothing is left of 2 records, .* than {shortest - 1} tokens: raise --max_length, or --max_prompt_length"
+        )
         with pytest.raises(ValueError, match=message):
             rows_of(tmp_path, tokenizer, "AB", "ABCDE", **options)
     assert len(rows_of(tmp_path, tokenizer, "AB", "ABCDE", max_length=shortest + 1)) == 1
@@ -242,7 +244,7 @@ def test_given_names_choose_the_form(tmp_path: Path) -> None:
 def test_run_takes_the_first_samples_and_the_names_of_data_options(tmp_path: Path) -> None:
     records, file = [{"q": f"q{i}", "r": f"r{i}"} for i in range(100)], tmp_path / "own.jsonl"
     file.write_text("\n\n\n".join(map(json.dumps, records)))  # blank lines are none
-    options = {"data_options": {"instruction_field": "q", "output_field": "r"}, "max_train_samples": 20}
+    options = {"instruction_field": "q", "output_field": "r", "max_train_samples": 20}
     args = Arguments(pretrained_model_name_or_path="none", train_file=str(file), **options)
     train, validation, test = load_records(args)
     assert (len(train), len(validation)) == (18, 2)

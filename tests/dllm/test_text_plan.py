@@ -8,7 +8,7 @@ import pytest
 
 from nara_diffusion.dllm import AnswerCollator
 from nara_diffusion.dllm import train as text
-from nara_diffusion.training.command import parse_arguments
+from nara_flags.parser import parse_arguments
 from tests.acceptance._runs import ASSETS
 from tests.helpers.mixtures import LLADA2, LLADA_MOE, write_checkpoint
 from tests.helpers.plans import counted_run, planned, text_words
@@ -26,7 +26,7 @@ SLOW = [
     ("LLaDA-MoE", "12", []),
     ("LLaDA2", "12", [*BF16, *RECOMPUTED]),
     ("gemma-tiny", "16", BF16),
-    ("gemma-tiny", "16", [*RECOMPUTED, "--model_options", "train_on_encoder=false"]),
+    ("gemma-tiny", "16", [*RECOMPUTED, "--no_train_on_encoder"]),
 ]
 RUNS = [("llada-tiny", "12", BF16), ("LLaDA2", "12", [])]
 RUNS += [pytest.param(*run, marks=pytest.mark.slow) for run in SLOW]
@@ -64,7 +64,7 @@ def test_plan_is_what_the_run_holds(name, generated, flags, tmp_path, monkeypatc
 
     monkeypatch.setattr(AnswerCollator, "__call__", measured)
     peak, states = counted_run(text, args, monkeypatch)
-    lengths = ["--max_length", str(max(widths)), "--data_options", f"max_prompt_length={max(prompts)}"]
+    lengths = ["--max_length", str(max(widths)), "--max_prompt_length", str(max(prompts))]
     figures = planned(text, [*text_words(tmp_path / "bare"), *words, *lengths])
     assert figures["activations"] == pytest.approx(peak, rel=0.01)
     assert figures["optimizer"] == states

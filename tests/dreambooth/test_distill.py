@@ -20,7 +20,6 @@ from nara_diffusion.dreambooth import distill
 from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser, adapt, adapter_loaded
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
 from nara_diffusion.loaders.file import AdapterFile
-from nara_diffusion.training.command import gathered
 from tests.acceptance._commands import results, run, tensors
 from tests.acceptance._runs import COMMON
 from tests.helpers.adapted import disturb
@@ -41,14 +40,14 @@ def flags_of(folder: Path, pipe: Any) -> dict[str, Any]:
         "pretrained_model_name_or_path": folder / "model",
         "distill_to": 2,
         "prompts_file": folder / "prompts.txt",
-        "distillation_options": {"trajectories": 12},
+        "trajectories": 12,
         "adapter": "nara",
         "resolution": 16,
         "train_batch_size": 4,
         "num_validation_images": 1,
         "num_inference_steps": 6,
         "guidance_scale": 3.0,
-        "evaluation_options": {},
+        "curve_points": 10,
         "similarity_model": None,
         "alignment_model": None,
     }
@@ -207,7 +206,7 @@ def test_student_learns_beside_the_users_own_adapter(
 @pytest.mark.slow
 def test_another_adapter_at_the_same_path_makes_other_trajectories(sdxl: dict[str, Any], tmp_path: Path) -> None:
     flags = sdxl | {"init_adapter": tmp_path / "own", "max_train_steps": 1, "adapter": "lora"}
-    flags["distillation_options"] = {"trajectories": 10, "trajectories_dir": str(tmp_path / "kept")}
+    flags |= {"trajectories": 10, "trajectories_dir": str(tmp_path / "kept")}
     own = small_sdxl()
     adapt(own.unet, NaraConfig(r=2, target_modules=["to_k"], core_hidden_dims=(4,)), "mine")
     for seed in (1, 2):
@@ -222,7 +221,7 @@ def test_another_adapter_at_the_same_path_makes_other_trajectories(sdxl: dict[st
 @pytest.mark.slow
 def test_other_levels_make_other_trajectories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = flags_of(tmp_path, small_sd3()) | {"max_train_steps": 1, "adapter": "lora", "target_modules": ["to_k"]}
-    flags["distillation_options"] = {"trajectories": 10, "trajectories_dir": str(tmp_path / "kept")}
+    flags |= {"trajectories": 10, "trajectories_dir": str(tmp_path / "kept")}
     run("dreambooth.py", **flags, output_dir=tmp_path / "0")
     earlier = FlowMatchEulerDiscreteScheduler()  # the levels of an earlier version
     monkeypatch.setattr(distill, "student_sampler", lambda *_: (earlier, ""))
@@ -247,7 +246,7 @@ def test_only_the_students_adapter_is_trained() -> None:
         ({"prompts_file": None}, "needs prompts"),
         ({"instance_data_dir": "pictures"}, "instance_data_dir is pictures, but distill_to"),
         ({"snr_gamma": 5.0}, "snr_gamma is 5"),
-        ({"check": True}, "check is True"),
+        ({"trajectories": 1}, "trajectories must be at least 2"),
         ({"curve_points": 9}, "curve_points is 9"),
         ({"flow_shift": 2.0}, "flow_shift is 2"),
         ({"class_prompt": "a toy"}, "add class_prompt to it"),
@@ -256,7 +255,7 @@ def test_only_the_students_adapter_is_trained() -> None:
 def test_settings_that_do_not_fit_are_refused(changes: dict[str, Any], message: str) -> None:
     flags = {"pretrained_model_name_or_path": "model", "distill_to": 2, "prompts_file": "p", "num_inference_steps": 6}
     with pytest.raises(ValueError, match=message):
-        DreamBoothArguments(**gathered(DreamBoothArguments, flags | changes))
+        DreamBoothArguments(**flags | changes)
 
 
 @pytest.mark.slow

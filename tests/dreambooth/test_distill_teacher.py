@@ -30,12 +30,12 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "distill_to": 2,
         "instance_prompt": "a photo of toy",
         "class_prompt": "red cube on grass",
-        "distillation_options": {"trajectories": 12},
+        "trajectories": 12,
         "resolution": 16,
         "num_validation_images": 1,
         "num_inference_steps": 6,
         "guidance_scale": 3.0,
-        "evaluation_options": {},
+        "curve_points": 10,
         "max_train_steps": 1,
         **NO_CORE,
     }
@@ -62,7 +62,9 @@ def test_teacher_has_the_users_lora_and_each_trajectory_its_prompt(
     caplog.set_level("INFO")
     run(
         "dreambooth_sdxl.py",
-        **flags | {"distillation_options": options, "init_adapter": tmp_path / "own", "output_dir": tmp_path / "out"},
+        **flags | options,
+        init_adapter=tmp_path / "own",
+        output_dir=tmp_path / "out",
     )
     assert "12 trajectories took" in caplog.text
     (path,) = (tmp_path / "kept").iterdir()

@@ -22,8 +22,8 @@ from nara_diffusion.dreambooth.denoiser import (
     text_config,
     write_adapter,
 )
-from nara_diffusion.dreambooth.image_options import UNET_TARGETS
 from nara_diffusion.dreambooth.pipelines import family_defaults, load_pipeline, sharing_pipeline
+from nara_flags.images import UNET_TARGETS
 from tests.helpers.small_pipelines import pixels, small_sd3, small_sdxl
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")

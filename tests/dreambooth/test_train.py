@@ -115,7 +115,7 @@ def test_another_model_is_taught_with_dora_by_default() -> None:
 def test_images_larger_than_the_model_has_positions_for_are_refused(tmp_path: Path) -> None:
     pipe = small_sd3()
     limit = pipe.transformer.config.pos_embed_max_size * pipe.vae_scale_factor * pipe.transformer.config.patch_size
-    flags = image_flags(tmp_path, pipe) | {"resolution": 2 * limit, "model_options": {"max_sequence_length": 5}}
+    flags = image_flags(tmp_path, pipe) | {"resolution": 2 * limit, "max_sequence_length": 5}
     message = f"a training size of {2 * limit} x {2 * limit} pixels doesn't fit this model: .*, at most {limit}"
     with pytest.raises(SystemExit, match=message):
         run("dreambooth.py", **flags, output_dir=tmp_path / "out")

@@ -29,9 +29,10 @@ from nara_diffusion.training.checkpoints import (
     save_adapter,
     write_manifest,
 )
-from nara_diffusion.training.command import TrainingDiverged, given_arguments, parse_arguments
+from nara_diffusion.training.command import TrainingDiverged
 from nara_diffusion.training.loop import InterruptRequest
 from nara_diffusion.utils.files import digest_base, digest_texts
+from nara_flags.parser import parse_arguments
 from tests.acceptance._commands import names
 from tests.acceptance._commands import run as command
 from tests.acceptance._runs import TEXT, text_arguments, text_flags
@@ -225,9 +226,9 @@ def test_run_of_an_option_that_no_longer_exists_is_refused_unless_it_was_off(run
 
 def test_settings_of_a_run_are_a_file_of_arguments(run: Path) -> None:
     args = parse_arguments(dllm.Arguments, ["--config", str(run / "config.yaml")])
-    assert given_arguments(args) == yaml.safe_load((run / "config.yaml").read_text())
+    assert vars(args) == yaml.safe_load((run / "config.yaml").read_text())
     again = parse_arguments(DreamBoothArguments, ["--pretrained_model_name_or_path", "x", "--instance_data_dir", "y"])
-    (run.parent / "image.yaml").write_text(yaml.safe_dump(given_arguments(again)))
+    (run.parent / "image.yaml").write_text(yaml.safe_dump(vars(again)))
     assert parse_arguments(DreamBoothArguments, ["--config", str(run.parent / "image.yaml")]) == again
 
 

@@ -24,10 +24,10 @@ from nara_diffusion.dreambooth import train as images
 from nara_diffusion.dreambooth.families import placed
 from nara_diffusion.dreambooth.image_arguments import run_family
 from nara_diffusion.dreambooth.image_plan import PlannedPrompts, pipeline_on_meta
-from nara_diffusion.training.arguments import OPTIMIZERS
-from nara_diffusion.training.command import parse_arguments
 from nara_diffusion.training.engines import build_optimizer
 from nara_diffusion.training.planned_step import StepCounter, optimizer_bytes
+from nara_flags.parser import parse_arguments
+from nara_flags.training import OPTIMIZERS
 from tests.helpers.pipelines.families import FAMILY_PIPELINES
 from tests.helpers.plans import counted_run, planned, text_words
 
@@ -129,7 +129,7 @@ def test_other_families_are_planned_with_prompts_of_their_encoders_shapes(name, 
     words = ["--pretrained_model_name_or_path", str(tmp_path), "--resolution", "32"]
     args = parse_arguments(
         images.DreamBoothArguments,
-        [*words, "--plan", "--model_options", f"max_sequence_length={length}"],
+        [*words, "--plan", "--max_sequence_length", str(length)],
         defaults=images.shipped_run,
     )
     family = run_family(args, pipe)

@@ -12,7 +12,6 @@ import yaml
 
 from nara_diffusion.dllm import train as dllm
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
-from nara_diffusion.training.command import given_arguments
 from nara_diffusion.training.report import write_card
 from tests.acceptance._runs import ASSETS, text_arguments
 
@@ -81,7 +80,7 @@ def test_uploaded_files_name_no_folders_of_this_disk(tmp_path: Path, monkeypatch
     args = text_arguments(tmp_path, **options, hub_model_id="someone/words")
     dllm.main(args)
     folder = tmp_path / "run"
-    assert yaml.safe_load((folder / "config.yaml").read_text()) == given_arguments(args)  # by which it resumes
+    assert yaml.safe_load((folder / "config.yaml").read_text()) == vars(args)  # by which it resumes
     assert "config.yaml" in hub.folders[0]["ignore_patterns"]
     shown = [(folder / name).read_text() for name in ("README.md", "results.json")]
     shown.append(hub.files["config.yaml"].decode())

@@ -22,7 +22,7 @@ from nara_diffusion.dllm.text_arguments import Arguments
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
 from nara_diffusion.dreambooth.train import main
 from nara_diffusion.loaders.file import AdapterFile
-from nara_diffusion.training.checkpoints import MAY_CHANGE, read_manifest, write_manifest
+from nara_diffusion.training.checkpoints import MAY_CHANGE, changed_arguments, read_manifest, write_manifest
 from tests.acceptance._commands import assert_same_bits, metrics, names
 from tests.acceptance._runs import IMAGES, TEXT, image_arguments, image_flags, text_arguments
 from tests.helpers.small_pipelines import small_sdxl
@@ -137,8 +137,19 @@ def test_names_that_may_change_are_arguments_and_none_that_trains() -> None:
     assert known >= MAY_CHANGE
     kept = {"seed", "adapter", "rank", "learning_rate", "lr_scheduler", "train_batch_size", "global_batch_size"}
     kept |= {"max_length", "gen_length", "trained_padding", "complementary", "min_noise_level", "mixed_precision"}
-    kept |= {"resolution", "weighting_scheme", "snr_gamma", "objective_options", "class_prompt", "prior_loss_weight"}
+    kept |= {"resolution", "weighting_scheme", "snr_gamma", "noise_offset", "class_prompt", "prior_loss_weight"}
     assert not kept & MAY_CHANGE
+
+
+def test_arguments_of_an_earlier_version_are_compared(tmp_path: Path) -> None:
+    args = text_arguments(tmp_path, temperature=0.5)
+    new = {"train_on_encoder", "temperature", "curve_points", "revision"}
+    saved: dict[str, Any] = {name: value for name, value in vars(args).items() if name not in new}
+    saved |= {"check": False, "model_options": {}, "evaluation_options": {"temperature": 0.5, "curve_points": 2}}
+    assert changed_arguments(args, saved) == {}
+    saved |= {"model_options": {"train_on_encoder": False, "revision": "v1"}, "gone": 3}
+    expected = {"train_on_encoder": (False, True), "revision": ("v1", None), "gone": (3, None)}
+    assert changed_arguments(args, saved) == expected
 
 
 def test_logged_loss_is_the_mean_of_all_steps_since_the_last(ended: Path, tmp_path: Path) -> None:

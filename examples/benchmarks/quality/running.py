@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from nara_diffusion.training.adapters import CORE_FIELDS
-from nara_diffusion.training.command import gathered
 from nara_diffusion.training.engines import build_lr_scheduler, build_optimizer
 from quality import results
 from quality.wrong_noise import EVALUATED, GRID, while_evaluating
@@ -162,7 +161,7 @@ def arguments_of(cls: type[Arguments], values: Settings) -> Arguments:
     """
     own = {name: value for name, value in values.items() if name not in _ADAPTER}
     core = {name: value for name, value in values.items() if name in _ADAPTER}
-    given = gathered(cls, own | ({"adapter_options": core} if core else {}))
+    given = own | ({"adapter_options": core} if core else {})
     unknown = sorted(given.keys() - cls.__dataclass_fields__.keys())  # type: ignore[attr-defined]
     if unknown:
         raise ValueError(f"{', '.join(unknown)} is no argument of {cls.__name__}.")

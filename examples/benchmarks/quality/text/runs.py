@@ -20,8 +20,8 @@ from nara_diffusion.dllm.masking import MaskedBatch, mask_answers
 from nara_diffusion.dllm.models.backbone import Backbone
 from nara_diffusion.dllm.tokenizer import decode_answer, stop_token_ids
 from nara_diffusion.training.adapters import build_adapter
-from nara_diffusion.training.arguments import AdapterArguments, OptimizationArguments
-from nara_diffusion.training.command import option
+from nara_flags.options import option
+from nara_flags.training import AdapterArguments, OptimizationArguments
 from quality.running import ASSETS, BASE, RANK, Job, Settings, Suite, arguments_of, optimize, records_of
 from quality.text.data import EncodedDomain, Rows, encode_domain
 from quality.text.domains import DEFAULT_SIZES, DOMAINS, Sizes, build_domain, is_right, sizes_of

@@ -1,0 +1,107 @@
+"""Flags of dllm.py that no other test would miss."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import datasets
+import pytest
+from datasets import Dataset
+
+from nara_diffusion.dllm import text_report, train
+from nara_diffusion.dllm.decoding import Sampling
+from nara_diffusion.dllm.records import TEXTS
+from nara_diffusion.dllm.text_arguments import Arguments, load_records
+from tests.acceptance._runs import text_arguments
+
+
+def arguments(**flags: Any) -> Arguments:
+    return Arguments(**{"pretrained_model_name_or_path": "none", "train_file": "none"} | flags)
+
+
+def written(path: Path, *records: dict[str, Any]) -> str:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"gen_length": 12, "block_length": 6, "temperature": 0.7, "top_p": 0.9, "cfg_scale": 1.5},
+        {"remasking": "entropy", "entropy_bound": 0.1, "confidence_eos_eot_inf": True},
+        {"confidence_threshold": 0.8, "logits_eos_inf": True},
+        {"factor": 2.0, "remasking": "maskgit_plus"},
+    ],
+)
+def test_generation_has_each_flag(flags: dict[str, Any]) -> None:
+    assert arguments(**flags).sampling() == Sampling(**flags)
+    assert arguments(generation_steps=4).sampling() == Sampling(steps=4)
+
+
+def test_fields_are_read_by_their_flags(tmp_path: Path) -> None:
+    names = {"instruction_field": "q", "input_field": "more", "output_field": "long", "answer_field": "short"}
+    record = {"q": "Add", "more": "2 3", "long": "2 + 3 = 5", "short": "5", "said": "a text"}
+    file = written(tmp_path / "own.jsonl", *[record | {"more": f"2 {i}"} for i in range(4)])
+    row = load_records(arguments(train_file=file, validation_file=file, **names))[0][1]
+    assert [row[name] for name in TEXTS] == ["Add", "2 1", "2 + 3 = 5", "5"]
+    (row, *_) = load_records(arguments(train_file=file, validation_file=file, text_field="said"))[0]
+    assert (row["instruction"], row["output"]) == ("", "a text")
+    turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "you"}]
+    file = written(tmp_path / "chats.jsonl", *[{"talk": turns, "messages": "none"}] * 2)
+    (row, *_) = load_records(arguments(train_file=file, validation_file=file, messages_field="talk"))[0]
+    assert (row["instruction"], row["output"]) == ("hello", "you")
+
+
+def test_numbers_of_records_are_those_of_the_flags(tmp_path: Path) -> None:
+    file = written(tmp_path / "own.jsonl", *[{"question": f"q{i}", "answer": f"a{i}"} for i in range(20)])
+    flags = {"max_train_samples": 12, "validation_samples": 5, "test_file": file, "test_samples": 3}
+    assert [len(part) for part in load_records(arguments(train_file=file, **flags))] == [7, 5, 3]
+
+
+def test_dataset_of_the_hub_is_read_with_its_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+
+    def load(path: str, **options: Any) -> Dataset:
+        calls.append((path, options))
+        return Dataset.from_list([{"prompt": f"a{i}", "completion": "b"} for i in range(4)])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    load_records(arguments(train_file=None, dataset_name="owner/data:test", dataset_config_name="main"))
+    assert calls == [("owner/data", {"split": "test", "name": "main"})]
+
+
+def test_model_is_loaded_by_its_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+
+    def load(name: str, **options: Any) -> None:
+        calls.append(options)
+        raise ArithmeticError
+
+    monkeypatch.setattr(train, "load_backbone", load)
+    flags = {"revision": "v2", "mask_token": "[M]"}
+    with pytest.raises(ArithmeticError):
+        train.main(text_arguments(tmp_path, **flags))
+    assert calls[0].items() >= flags.items()
+
+
+def test_answers_are_compared_as_extract_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[dict[str, Any]] = []
+
+    def compared(*_: Any, **options: Any) -> Any:
+        calls.append(options)
+        return SimpleNamespace(generations=[{"correct": True}])
+
+    monkeypatch.setattr(text_report, "exact_match", compared)
+    monkeypatch.setattr(text_report, "curve_of", lambda model: lambda model, rows, levels, **_: [0.5] * len(levels))
+    accelerator = SimpleNamespace(device="cpu", num_processes=1, process_index=0, distributed_type="NO")
+    args = arguments(extract="number", eval_batch_size=3, curve_points=4)
+    run: Any = SimpleNamespace(args=args, accelerator=accelerator, is_main=True, global_batch=2)
+    rows = Dataset.from_list([{"instruction": "q"}])
+    evaluation = text_report.Evaluation(run, None, rows, rows, None, args.sampling())  # type: ignore[arg-type]
+    monkeypatch.setattr(text_report.Evaluation, "validate", lambda self, model: {"validation_loss": 0.5})
+    measured = evaluation.measure(None)  # type: ignore[arg-type]
+    assert (calls[0]["extract"], calls[0]["batch_size"]) == ("number", 3)
+    assert len(measured.curve) == 4
