@@ -360,9 +360,13 @@ def adapter_options(model: nn.Module, args: Arguments) -> Mapping[str, Any]:
     Raises:
         ValueError: DiffusionGemma can't have this adapter or these target modules.
     """
-    convention = {"noise_convention": Backbone(model).noise_convention}
-    if not Backbone(model).has_canvas:
-        return convention
+    backbone = Backbone(model)
+    of_noise = {
+        "noise_convention": backbone.noise_convention,
+        "noise_level_per": backbone.noise_level_per,
+    }
+    if not backbone.has_canvas:
+        return of_noise
     if method_of(args).family in ("prompt", "full"):
         raise ValueError(
             f"adapter is {args.adapter}, and DiffusionGemma is trained with adapters of its layers: "
@@ -378,4 +382,4 @@ def adapter_options(model: nn.Module, args: Arguments) -> Mapping[str, Any]:
     parts = r"(encoder\.language_model|decoder)" if args.train_on_encoder else "decoder"
     layers = "|".join(map(re.escape, names))
     pattern = rf".*\.{parts}\.layers\.\d+\.(self_attn|mlp)\.({layers})"
-    return {**convention, "target_modules": pattern}
+    return {**of_noise, "target_modules": pattern}

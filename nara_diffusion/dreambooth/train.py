@@ -115,7 +115,10 @@ class FineTuning:
         self.step = training_step(args, self.pipe, self.family, device, run.global_batch)
         convention = self.step.objective.source.convention
         self.config: Any = adapter_config(
-            args, noise_convention=convention, strength=schedule_of(args)
+            args,
+            noise_convention=convention,
+            noise_level_per="sample",
+            strength=schedule_of(args),
         )
         # errors that need the model come before hours of making class images
         buckets = training_sizes(args, self.family, self.pipe)

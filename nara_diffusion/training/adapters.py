@@ -158,6 +158,7 @@ def adapter_config(
     args: AdapterArguments,
     *,
     noise_convention: str | None = None,
+    noise_level_per: Literal["sample", "part"] | None = None,
     strength: StrengthSchedule | None = None,
     **fields: Any,
 ) -> PeftConfig | None:
@@ -168,6 +169,7 @@ def adapter_config(
 
     Args:
         noise_convention: the definition of λ, for adapters that depend on λ.
+        noise_level_per: whether training has one λ per sample or per part of a sample.
         strength: the strength schedule for a window of noise levels. Only NaRA and its variants
             store it.
         fields: further fields of the configuration, such as task_type.
@@ -182,7 +184,8 @@ def adapter_config(
         return None
     values = _values(args, method)
     if method.family == "nara":
-        values |= {"noise_convention": noise_convention, "strength": strength}
+        values |= {"noise_convention": noise_convention, "noise_level_per": noise_level_per}
+        values["strength"] = strength
     known = _fields_of(method)
     values = {name: value for name, value in values.items() if name in known}
     try:
@@ -328,6 +331,7 @@ def build_adapter(
     args: AdapterArguments,
     *,
     noise_convention: str | None = MASKED_SHARE,
+    noise_level_per: Literal["sample", "part"] = "sample",
     strength: StrengthSchedule | None = None,
     target_modules: str | None = None,
 ) -> nn.Module:
@@ -338,14 +342,15 @@ def build_adapter(
     Raises:
         ValueError: see `adapter_config` and `check_target_modules`.
     """
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"noise_convention": noise_convention, "strength": strength}
+    options["noise_level_per"] = noise_level_per
     if target_modules is not None:  # a pattern, in place of the names in `args`
         options["target_modules"] = target_modules
     if method_of(args).family == "prompt":
         # PEFT prepends the tokens in `generate`, a method that encoders don't have
         is_decoder = hasattr(model, "prepare_inputs_for_generation")
         options["task_type"] = "CAUSAL_LM" if is_decoder else "FEATURE_EXTRACTION"
-    config = adapter_config(args, noise_convention=noise_convention, strength=strength, **options)
+    config = adapter_config(args, **options)
     return model.requires_grad_(True) if config is None else add_adapter(model, config)
 
 
