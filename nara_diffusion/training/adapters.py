@@ -134,6 +134,13 @@ def title_of(args: AdapterArguments) -> str:
     return f"{title}-DoRA".replace("LoRA-DoRA", "DoRA") if has_dora else title
 
 
+def start_facts(args: TrainingArguments) -> dict[str, str]:
+    """Return {what: value} about the adapter that the run starts from; empty without one."""
+    if args.init_adapter is None:
+        return {}
+    return {"starts from": f"{args.init_adapter}, which `before` includes"}
+
+
 def window_facts(args: TrainingArguments) -> dict[str, str]:
     """Return {what: value} about the run's window of noise levels; empty without a window."""
     window, method = window_of(args), method_of(args)
