@@ -37,7 +37,8 @@ from .decoding import REMASKING, Sampling
 from .loss import MaskedDiffusionLoss, masked_diffusion_loss, noise_level_curve
 from .masking import check_drawable
 from .models.backbone import Backbone
-from .records import FIELDS, read_records, with_column
+from .record_forms import FIELDS
+from .records import read_records, saved_parts, with_column
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -81,7 +82,7 @@ class ModelArguments:
         None, "Data set on the Hub, or NAME:SPLIT, instead of a file."
     )
     train_file: str | None = option(
-        None, "File of records: JSON list, JSON Lines or CSV, gzip of one, or parquet."
+        None, "File of records: JSON list, JSON Lines or CSV, gzip of one, parquet; or a folder."
     )
     max_train_samples: Count | None = option(
         None, "Number of training records to take from the start; none takes all.", unit="records"
@@ -226,6 +227,12 @@ class Arguments(ModelArguments, TrainingArguments, ObjectiveArguments):
                 "training data come from either train_file or dataset_name: give exactly one, "
                 f"not {got}."
             )
+        source = self.dataset_name or self.train_file
+        parts = [] if source is None else saved_parts(source)
+        if "validation" in parts and self.validation_samples is None:
+            self.validation_file = self.validation_file or f"{source}:validation"
+        if "test" in parts:
+            self.test_file = self.test_file or f"{source}:test"
         is_both = self.load_in_4bit and self.load_in_8bit
         if self.is_quantised and (self.adapter == "full" or is_both):
             raise ValueError(
