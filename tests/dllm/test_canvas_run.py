@@ -45,7 +45,8 @@ def test_a_run_saves_one_adapter_resumes_to_the_same_bits_and_loads_into_the_pip
     tensors = load_file(whole / TEXT)
     assert not [key for key in tensors if "encoder" in key or "router" in key or "vision" in key]
     assert sum("lora_A" in key for key in tensors) == 4 * 6 + 3  # the last layer has no v_proj
-    assert json.loads((whole / "adapter_config.json").read_text())["noise_convention"] == "corrupted_share"
+    config = json.loads((whole / "adapter_config.json").read_text())
+    assert (config["noise_convention"], config["noise_level_per"]) == ("corrupted_share", "sample")
 
     card = (whole / "README.md").read_text()
     canvas = "answers of 4 to 8 tokens with their end, trained to 16 tokens (trained_padding 0)"
