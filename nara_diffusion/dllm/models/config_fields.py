@@ -15,13 +15,13 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedConfig
 
-_OF_TRANSFORMERS = frozenset(
+_OF_TRANSFORMERS = (
     "attn_implementation auto_map dtype head_dim is_causal model_type quantization_config rope_scaling "
     "rope_theta torch_dtype transformers_version unsloth_version add_cross_attention "
     "cross_attention_hidden_size finetuning_task is_decoder output_attentions prefix pruned_heads "
     "sep_token task_specific_params tf_legacy_loss tie_encoder_decoder tokenizer_class torchscript "
     "use_bfloat16 min_length max_length do_sample top_k top_p temperature typical_p num_beams "
-    "num_beam_groups diversity_penalty early_stopping length_penalty repetition_penalty".split()
+    "num_beam_groups diversity_penalty early_stopping length_penalty repetition_penalty"
 )
 """Fields that any configuration may have, of transformers 4 too."""
 
@@ -34,14 +34,14 @@ class PublishedFields:
         family: its name in errors.
         stock: the name of the stock model in errors.
         expressible: the values of a field that the stock model expresses.
-        harmless: more fields, which don't change the logits, or only together with the tensors:
+        harmless: more names, for fields that change no logits, or only together with the tensors:
             missing, unknown and misshapen tensors are refused elsewhere.
     """
 
     family: str
     stock: str
     expressible: Mapping[str, tuple[Any, ...]]
-    harmless: frozenset[str]
+    harmless: str
 
     def check(self, fields: Mapping[str, Any], config_class: type[PreTrainedConfig]) -> None:
         """Raise ValueError for fields that are unknown, or have values that aren't expressible."""
@@ -55,7 +55,8 @@ class PublishedFields:
                 f"this {self.family} checkpoint has options that a stock {self.stock} model can't "
                 "express: " + "; ".join(unsupported)
             )
-        known = {*self.expressible, *self.harmless, *_OF_TRANSFORMERS, *config_class.attribute_map}
+        known = {*self.expressible, *self.harmless.split(), *_OF_TRANSFORMERS.split()}
+        known |= config_class.attribute_map.keys()
         known |= config_class().to_dict().keys() | GenerationConfig().to_dict().keys()
         unknown = []
         for name, value in fields.items():
@@ -86,12 +87,12 @@ LLADA = PublishedFields(
         "embedding_dropout": (0.0,),
         "residual_dropout": (0.0,),
     },
-    frozenset(
+    (
         "alibi_bias_max attention_layer_norm attention_layer_norm_with_affine bias_for_layer_norm "
         "block_group_size d_model embedding_size flash_attention include_bias include_qkv_bias "
         "init_cutoff_factor init_device init_fn init_std layer_norm_with_affine max_sequence_length "
         "mlp_hidden_size mlp_ratio multi_query_attention n_heads n_kv_heads n_layers precision "
-        "rope_full_precision weight_tying".split()
+        "rope_full_precision weight_tying"
     ),
 )
 """LLaDA, with names as in OLMo, and iLLaDA, with names as in transformers."""
@@ -108,9 +109,9 @@ LLADA_MOE = PublishedFields(
         "router_num_group": (None,),
         "routed_scaling_factor": (1.0, None),
     },
-    frozenset(
+    (
         "dense_intermediate_size expert_intermediate_size moe_layer_freq qk_layernorm "
-        "moe_router_enable_expert_bias router_topk_group".split()
+        "moe_router_enable_expert_bias router_topk_group"
     ),
 )
 
@@ -125,14 +126,12 @@ LLADA2 = PublishedFields(
         "num_nextn_predict_layers": (0, None),
         "norm_softmax": (False, None),
     },
-    frozenset(
+    (
         "embedding_dropout max_window_layers moe_router_enable_expert_bias "
         "moe_shared_expert_intermediate_size mtp_loss_scaling_factor output_dropout "
         "partial_rotary_factor rotary_dim router_dtype sliding_window use_rmsnorm "
-        "use_sliding_window using_split_qkv_in_self_attention".split()
+        "use_sliding_window using_split_qkv_in_self_attention"
     ),
 )
 
-DREAM = PublishedFields(
-    "Dream", "Qwen2", {"use_mrope": (False, None)}, frozenset({"shifted_logits"})
-)
+DREAM = PublishedFields("Dream", "Qwen2", {"use_mrope": (False, None)}, "shifted_logits")
