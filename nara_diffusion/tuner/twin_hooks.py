@@ -88,8 +88,8 @@ def _prepared(source: CanvasNoise, prepare: Callable[[Any], Any], generation_con
 
 def _refuse_to_compile(*_: object) -> NoReturn:
     raise ValueError(
-        "generate compiles the forward whole with a static cache, and no λ could enter it: pass "
-        "disable_compile=True."
+        "generate compiles the forward whole with a static cache, and no λ could enter it: leave the "
+        "static cache out, or pass disable_compile=True."
     )
 
 
