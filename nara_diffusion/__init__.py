@@ -21,7 +21,7 @@ from .tuner.model import NaraModel
 from .tuner.strength import set_strength
 from .wraps import extend_pipelines, wrap_other_libraries
 
-__version__ = "0.2.0"
+__version__ = "0.3.0.dev0"
 __all__ = [
     "NaraConfig",
     "NaraModel",

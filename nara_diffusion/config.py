@@ -97,8 +97,9 @@ class NaraConfig(LoraConfig):
         noise_convention: the name of the definition of λ in training, such as "masked_share". A
             source of λ with another definition raises an error. None means unknown.
         noise_level_per: whether training used one λ per "sample" or per "part" of a sample (a frame
-            or a block). Training sets this field. A forward of the other kind warns once. None
-            means unknown; a file without this field (version 0.2) means "sample".
+            or a block). The train scripts set this field; set it yourself for your own loop. A
+            forward of the other kind warns once. None means unknown; a file without this field
+            (version 0.2) means "sample".
         scheduler: kept for files of versions 0.1 and 0.2; only None is left.
         few_steps: the sampling settings of a few-step adapter, which are "num_inference_steps",
             "guidance_scale", "timesteps", the scheduler's "timestep_spacing" and "shift_terminal",

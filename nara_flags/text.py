@@ -53,7 +53,7 @@ class DataArguments:
         None, "Data set on the Hub, or NAME:SPLIT, instead of a file."
     )
     train_file: str | None = option(
-        None, "File of records: JSON list, JSON Lines or CSV, gzip of one, or parquet."
+        None, "File of records: JSON list, JSON Lines or CSV, gzip of one, parquet; or a folder."
     )
     max_train_samples: Count | None = option(
         None, "Number of training records to take from the start; none takes all.", unit="records"

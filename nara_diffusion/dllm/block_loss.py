@@ -28,6 +28,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from .loss import by_chunks, token_cross_entropy
 from .models.backbone import Backbone, conditioned
+from .models.block_causal import CACHE
 from .uniform import CanvasBatch, corrupt_canvases
 
 
@@ -94,7 +95,7 @@ def canvas_loss(
     with conditioned(model, batch.noise_level):
         if batch.self_conditioned is not None:
             with torch.no_grad():
-                first = model(**inputs, cache=cache)
+                first = model(**inputs, **{CACHE: cache})
             inputs["self_conditioning_logits"] = first.logits  # (b, c, v)
             inputs["self_conditioning_mask"] = batch.self_conditioned
             if _encoder_learns(inner):
@@ -102,7 +103,7 @@ def canvas_loss(
             else:
                 del inputs["input_ids"]  # the cache has them
                 encoded = first.encoder_last_hidden_state
-        output = model(**inputs, cache=cache)
+        output = model(**inputs, **{CACHE: cache})
     if encoded is None:
         encoded = output.encoder_last_hidden_state
     token_loss = token_cross_entropy(output.logits, batch.targets) * batch.supervised  # (b, c)

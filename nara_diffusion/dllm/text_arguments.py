@@ -33,7 +33,8 @@ from .decoding import Sampling
 from .loss import MaskedDiffusionLoss, masked_diffusion_loss, noise_level_curve
 from .masking import check_drawable
 from .models.backbone import Backbone
-from .records import FIELDS, read_records, with_column
+from .record_forms import FIELDS
+from .records import read_records, saved_parts, with_column
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -52,6 +53,12 @@ class Arguments(TextFlags):
         check_arguments(self)
         check_adapter(self)
         check_drawable(window_of(self), self.complementary)
+        source = self.dataset_name or self.train_file
+        parts = [] if source is None else saved_parts(source)
+        if "validation" in parts and self.validation_samples is None:
+            self.validation_file = self.validation_file or f"{source}:validation"
+        if "test" in parts:
+            self.test_file = self.test_file or f"{source}:test"
 
     def sampling(self) -> Sampling:
         """Return the settings of generation."""
@@ -170,9 +177,13 @@ def adapter_options(model: nn.Module, args: Arguments) -> Mapping[str, Any]:
     Raises:
         ValueError: DiffusionGemma can't have this adapter or these target modules.
     """
-    convention = {"noise_convention": Backbone(model).noise_convention}
-    if not Backbone(model).has_canvas:
-        return convention
+    backbone = Backbone(model)
+    of_noise = {
+        "noise_convention": backbone.noise_convention,
+        "noise_level_per": backbone.noise_level_per,
+    }
+    if not backbone.has_canvas:
+        return of_noise
     if method_of(args).family in ("prompt", "full"):
         raise ValueError(
             f"adapter is {args.adapter}, and DiffusionGemma is trained with adapters of its layers: "
@@ -188,4 +199,4 @@ def adapter_options(model: nn.Module, args: Arguments) -> Mapping[str, Any]:
     parts = r"(encoder\.language_model|decoder)" if args.train_on_encoder else "decoder"
     layers = "|".join(map(re.escape, names))
     pattern = rf".*\.{parts}\.layers\.\d+\.(self_attn|mlp)\.({layers})"
-    return {**convention, "target_modules": pattern}
+    return {**of_noise, "target_modules": pattern}

@@ -16,6 +16,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from nara_diffusion.training.adapters import method_of
 from nara_diffusion.training.arguments import schedule_of, window_of
 from nara_diffusion.training.engines import split_across_processes
 from nara_diffusion.training.loss_curves import validation_means
@@ -246,6 +247,11 @@ def _loading(
         elif attention_blocks is not None:
             share += " in each block"
         code += f"\n\nIn `generate` the adapter runs at λ, the {share}, at each step."
+    if has_canvas and method_of(args).family != "nara":  # a NaRA refuses to be merged
+        code += (
+            "\n\nDon't merge this adapter (`merge_and_unload`): the encoder and the decoder share "
+            "each weight, so PEFT would add the updates of both to both, without an error."
+        )
     return code
 
 

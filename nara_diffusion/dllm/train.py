@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nara_diffusion.dllm import encode_records, load_backbone
@@ -53,10 +53,11 @@ from nara_diffusion.training.adapter_weights import (
     write_adapter,
     write_checkpoint,
 )
-from nara_diffusion.training.adapters import build_adapter, title_of, window_facts
+from nara_diffusion.training.adapters import build_adapter, start_facts, title_of, window_facts
 from nara_diffusion.training.arguments import schedule_of, window_of
 from nara_diffusion.training.checkpoints import save_adapter
 from nara_diffusion.training.command import run_command
+from nara_diffusion.training.engine_state import write_trained
 from nara_diffusion.training.engines import (
     check_whole,
     load_whole,
@@ -99,6 +100,7 @@ class FineTuning:
 
     def __init__(self, args: Arguments, run: Run[Arguments]) -> None:
         self.args, self.run = args, run
+        self.start: dict[str, Tensor] = {}  # the trained weights of --init_adapter
         with run.accelerator.main_process_first():  # the other processes read its cache
             self.records = load_records(args)
         self._load_base()
@@ -213,17 +215,20 @@ class FineTuning:
                 self.tokenizer.save_pretrained(unfinished)  # a model folder has one
 
     def _adapt(self) -> nn.Module:
-        """Return the base model with its adapter."""
+        """Return the base model with its adapter, and set `start` with --init_adapter."""
         args, checkpoint = self.args, self.run.checkpoint
         options = adapter_options(self.backbone, args)
         model = build_adapter(self.backbone, args, strength=schedule_of(args), **options)
         check_canvas(model, *self.canvas)  # again, since the adapter may take some positions
         what = f"samples have up to {self.padded} tokens"
         check_positions(model, self.padded, what, "lower --max_length")
+        if args.init_adapter is not None:
+            start_from({"": self.backbone}, args.init_adapter, self.backbone)
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    self.start[name] = parameter.detach().cpu().clone()
         if checkpoint is not None:
             load_checkpoint(model, checkpoint)
-        elif args.init_adapter is not None:
-            start_from({"": self.backbone}, args.init_adapter, self.backbone)
         return model
 
     def _try_longest_prompt(self) -> None:
@@ -247,6 +252,7 @@ class FineTuning:
             validation = f"{validation}, held out of the training data"
         return {
             "adapter": title_of(args),
+            **start_facts(args),
             "base": str(args.pretrained_model_name_or_path),
             "optimizer steps": f"{steps} of {counted(run.global_batch, 'sample')}",
             "training data": f"{counted(len(stream.samples), 'record')} of {training}",
@@ -258,12 +264,12 @@ class FineTuning:
         }
 
     def report(self) -> dict[str, Any]:
-        """Measure the base and the adapted model, and write the report."""
+        """Measure the trained model and the one that it started from, and write the report."""
         args, run = self.args, self.run
-        before = self._measure_base()
+        after = self.evaluation.measure(self.adapted)
+        before = self._measure_start()
         question = self.test_rows[0]["instruction"]
         blocks = Backbone(self.backbone).block_length
-        after = self.evaluation.measure(self.adapted)
         return finish(
             run,
             before,
@@ -278,8 +284,12 @@ class FineTuning:
             trainable_parameters=self.trainable,
         )
 
-    def _measure_base(self) -> Measurement:
+    def _measure_start(self) -> Measurement:
+        """Measure the base model, or with --init_adapter the base with that adapter."""
         accelerator = self.run.accelerator
+        if self.start:
+            write_trained(accelerator, self.adapted, self.start)
+            return self.evaluation.measure(self.adapted)
         if self.args.adapter != "full":
             with self.adapted.disable_adapter():
                 return self.evaluation.measure(self.adapted)

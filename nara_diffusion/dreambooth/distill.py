@@ -105,7 +105,10 @@ class Distillation:
         self.teacher_call = {**call, **more}
 
     def _config(self) -> Any:
-        config: Any = adapter_config(self.args, noise_convention=self.source.convention)
+        convention = self.source.convention
+        config: Any = adapter_config(
+            self.args, noise_convention=convention, noise_level_per="sample"
+        )
         if isinstance(config, NaraConfig):
             sampler = self.sampling_pipe.scheduler
             config.few_steps = {

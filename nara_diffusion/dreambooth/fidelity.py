@@ -113,20 +113,29 @@ class Evaluation:
         prompts = [prompt for prompt, _ in self.settings.pairs]
         return text_alignment(self.alignment, images, prompts, self.run.args.identifier or ())
 
-    def validate(self, model: torch.nn.Module) -> dict[str, float]:
-        """Return the figures of `model`, as wrapped by accelerate, and write a sheet of samples."""
-        accelerator, folder = self.run.accelerator, self.run.folder / ".partial-validation"
+    def measure_model(self, model: torch.nn.Module, name: str) -> Measurement:
+        """Return a measurement of `model`, with or without accelerate's wrapper.
+
+        Its adapter is saved, loaded as a user would load it, and deleted. The global random state
+        doesn't change.
+        """
+        accelerator, folder = self.run.accelerator, self.run.folder / ".partial-adapter"
         folder.mkdir(exist_ok=True)
         try:
             save_adapter(accelerator, model, folder, write_adapter)
             devices = [accelerator.device] if accelerator.device.type == "cuda" else []
             with torch.random.fork_rng(devices):
-                found = self.measure(folder, "for validation")
+                measurement = self.measure(folder, name)
             accelerator.wait_for_everyone()
         finally:
             if accelerator.is_main_process:
                 shutil.rmtree(folder, ignore_errors=True)
-        if accelerator.is_main_process:
+        return measurement
+
+    def validate(self, model: torch.nn.Module) -> dict[str, float]:
+        """Return the figures of `model`, as wrapped by accelerate, and write a sheet of samples."""
+        found = self.measure_model(model, "for validation")
+        if self.run.is_main:
             self._show(found.images)
         curve, window = torch.tensor(found.curve), window_of(self.run.args)
         means = validation_means(curve, self.loss.noise_levels, window)

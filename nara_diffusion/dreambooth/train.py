@@ -16,6 +16,7 @@ from nara_diffusion.training.adapter_weights import start_from
 from nara_diffusion.training.adapters import (
     adapter_config,
     check_target_modules,
+    start_facts,
     title_of,
     window_facts,
 )
@@ -34,7 +35,7 @@ from .dataset import DreamBoothDataset, collate_samples
 from .denoiser import AdaptedDenoiser, read_checkpoint, write_adapter, write_checkpoint
 from .distill import Distillation
 from .encoders import load_encoders
-from .fidelity import Evaluation
+from .fidelity import Evaluation, Measurement
 from .image_arguments import DreamBoothArguments, run_family
 from .image_plan import planned_image_step
 from .image_records import ImageRecord, Size, class_records, records_from_folder, trained_on
@@ -80,6 +81,7 @@ class FineTuning:
 
     def __init__(self, args: DreamBoothArguments, run: Run) -> None:
         self.args, self.run = args, run
+        self.before: Measurement | None = None  # with --init_adapter, measured before training
         self._refuse_sharding()
         run_family(args)  # before the model is loaded
         self.instances, held_out = self._records()
@@ -92,7 +94,10 @@ class FineTuning:
         self.step = training_step(args, self.pipe, self.family, device, run.global_batch)
         convention = self.step.objective.source.convention
         self.config: Any = adapter_config(
-            args, noise_convention=convention, strength=schedule_of(args)
+            args,
+            noise_convention=convention,
+            noise_level_per="sample",
+            strength=schedule_of(args),
         )
         # errors that need the model come before hours of making class images
         buckets = training_sizes(args, self.family, self.pipe)
@@ -176,6 +181,7 @@ class FineTuning:
         self.facts = {
             "base": f"{args.pretrained_model_name_or_path} at {args.resolution} pixels",
             "adapter": title_of(args),
+            **start_facts(args),
             "trained on": trained_on(self.instances, folder, args.instance_prompt),
             "validation loss": measured_on,
             "optimizer steps": f"{steps} of {counted(run.global_batch, 'sample')}",
@@ -209,7 +215,10 @@ class FineTuning:
         )
 
     def _model(self) -> AdaptedDenoiser:
-        """Return the model, with the weights to continue from."""
+        """Return the model, with the weights to continue from.
+
+        With --init_adapter, measure the base with that adapter first.
+        """
         args, checkpoint = self.args, self.run.checkpoint
         model = AdaptedDenoiser(
             self.pipe,
@@ -218,16 +227,17 @@ class FineTuning:
             gradient_checkpointing=args.gradient_checkpointing,
             family=self.family,
         )
+        if args.init_adapter is not None:
+            start_from(model.components, args.init_adapter, self.pipe)
+            self.before = self.evaluation.measure_model(model, "before")
         if checkpoint is not None:
             read_checkpoint(model, checkpoint)
-        elif args.init_adapter is not None:
-            start_from(model.components, args.init_adapter, self.pipe)
         return model
 
     def report(self) -> dict[str, Any]:
         """Measure, write the report, and return the content of results.json."""
         args, run = self.args, self.run
-        before = self.evaluation.measure(None, "before")
+        before = self.before or self.evaluation.measure(None, "before")
         after = self.evaluation.measure(run.folder, "after")
         data = self.facts["trained on"]
         return finish(

@@ -135,6 +135,13 @@ def title_of(args: AdapterArguments) -> str:
     return f"{title}-DoRA".replace("LoRA-DoRA", "DoRA") if has_dora else title
 
 
+def start_facts(args: TrainingArguments) -> dict[str, str]:
+    """Return {what: value} about the adapter that the run starts from; empty without one."""
+    if args.init_adapter is None:
+        return {}
+    return {"starts from": f"{args.init_adapter}, which `before` includes"}
+
+
 def window_facts(args: TrainingArguments) -> dict[str, str]:
     """Return {what: value} about the run's window of noise levels; empty without a window."""
     window, method = window_of(args), method_of(args)
@@ -159,6 +166,7 @@ def adapter_config(
     args: AdapterArguments,
     *,
     noise_convention: str | None = None,
+    noise_level_per: Literal["sample", "part"] | None = None,
     strength: StrengthSchedule | None = None,
     **fields: Any,
 ) -> PeftConfig | None:
@@ -169,6 +177,7 @@ def adapter_config(
 
     Args:
         noise_convention: the definition of λ, for adapters that depend on λ.
+        noise_level_per: whether training has one λ per sample or per part of a sample.
         strength: the strength schedule for a window of noise levels. Only NaRA and its variants
             store it.
         fields: further fields of the configuration, such as task_type.
@@ -183,7 +192,8 @@ def adapter_config(
         return None
     values = _values(args, method)
     if method.family == "nara":
-        values |= {"noise_convention": noise_convention, "strength": strength}
+        values |= {"noise_convention": noise_convention, "noise_level_per": noise_level_per}
+        values["strength"] = strength
     known = _fields_of(method)
     values = {name: value for name, value in values.items() if name in known}
     try:
@@ -322,6 +332,7 @@ def build_adapter(
     args: AdapterArguments,
     *,
     noise_convention: str | None = MASKED_SHARE,
+    noise_level_per: Literal["sample", "part"] = "sample",
     strength: StrengthSchedule | None = None,
     target_modules: str | None = None,
 ) -> nn.Module:
@@ -332,14 +343,15 @@ def build_adapter(
     Raises:
         ValueError: see `adapter_config` and `check_target_modules`.
     """
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"noise_convention": noise_convention, "strength": strength}
+    options["noise_level_per"] = noise_level_per
     if target_modules is not None:  # a pattern, in place of the names in `args`
         options["target_modules"] = target_modules
     if method_of(args).family == "prompt":
         # PEFT prepends the tokens in `generate`, a method that encoders don't have
         is_decoder = hasattr(model, "prepare_inputs_for_generation")
         options["task_type"] = "CAUSAL_LM" if is_decoder else "FEATURE_EXTRACTION"
-    config = adapter_config(args, noise_convention=noise_convention, strength=strength, **options)
+    config = adapter_config(args, **options)
     return model.requires_grad_(True) if config is None else add_adapter(model, config)
 
 

@@ -13,14 +13,17 @@ and passes no weights to hooks under FSDP and DeepSpeed.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
+import torch
 from accelerate import Accelerator
 from accelerate.checkpointing import load_accelerator_state, save_accelerator_state
 from accelerate.utils import DistributedType, load_fsdp_optimizer, save_fsdp_optimizer
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .engines import SHARDED, zero_stage
 
@@ -54,6 +57,28 @@ def trained_state(accelerator: Accelerator, model: nn.Module) -> dict[str, Tenso
                     if accelerator.is_main_process:
                         state[name] = parameter.detach().cpu().clone()
     return state
+
+
+@torch.no_grad()
+def write_trained(accelerator: Accelerator, model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy the whole tensors in `state` into the parameters of the same names.
+
+    Every process calls this function, after training: the optimizer's own copies don't change.
+    """
+    _reshard(model)
+    for name, parameter in model.named_parameters():
+        if name not in state:
+            continue
+        tensor = state[name].to(parameter.device)
+        if isinstance(parameter, DTensor):
+            tensor = distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
+        if zero_stage(accelerator) == 3:
+            import deepspeed  # type: ignore[import-not-found]
+
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                parameter.copy_(tensor)
+        else:
+            parameter.copy_(tensor)
 
 
 def save_state(accelerator: Accelerator, folder: Path) -> None:

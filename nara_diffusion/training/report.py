@@ -117,10 +117,16 @@ def write_card(
     fence = "`" * (
         1 + max(map(len, re.findall("`{2,}", settings)), default=2)
     )  # since a prompt may contain ```
+    start = ""
+    if args.init_adapter is not None:
+        start = (
+            f"Before is the base with the adapter that the run started from, `{args.init_adapter}`."
+        )
     curve = f"The loss at each noise level:\n\n![loss over the noise level]({CURVE})"
     good = (
         how_good[0],
         " ".join(warnings),
+        start,
         table,
         f"{how_good[1]} {curve}",
         _BESIDE_LORA if reads_noise(args) else "",
@@ -169,7 +175,7 @@ def core_import(args: TrainingArguments) -> str:
 
 
 _ADVICE = {
-    "validation_loss": "The validation loss didn't fall: by it the base is as good or better. Try a lower "
+    "validation_loss": "The validation loss didn't fall: by it the model was as good or better before. Try a lower "
     "--learning_rate, fewer steps, or more and more varied data.",
     "exact_match": "Exact match didn't rise; samples.jsonl has what was generated. A small file needs more "
     "--num_train_epochs or a higher --learning_rate. Long answers are seldom equal word for word: --extract compares a "
@@ -218,6 +224,8 @@ def finish(
             calls it.
         **others: further results.
     """
+    if run.args.init_adapter is not None:
+        others["starts_from"] = run.args.init_adapter
     seconds = round(time.perf_counter() - run.started, 1)
     results = {
         "seconds": seconds,

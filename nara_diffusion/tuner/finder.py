@@ -18,7 +18,6 @@ from enum import Enum, auto
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
@@ -189,7 +188,8 @@ class LevelFinder:
         if level is None:
             raise unknown_level(self.root, names)
         is_for_all = entry is not None and level.numel() == 1
-        self.usage.note_parts(self.root, names, level, is_for_all)
+        if not is_for_all:  # one λ for all is valid for samples and for parts
+            self.usage.warn_of_parts(names, level)
         if level.dim() == 2 and level.shape[1] > 1:
             parts = self.rows.parts_of_forward(level, self.root, args, kwargs)
             return parts.levels(level), parts
@@ -327,8 +327,8 @@ _KINDS = {"sample": "sample", "part": "part of a sample (a frame, a block)"}
 class Usage:
     """Compare how the adapters of one model are used with how they were trained.
 
-    `NaraConfig` records how a few-step adapter is sampled (`few_steps`), and whether training used
-    one λ for each sample or for each part of a sample (`noise_level_per`). Each difference causes
+    `NaraConfig` says how a few-step adapter is sampled (`few_steps`), and whether training used one
+    λ for each sample or for each part of a sample (`noise_level_per`). Each difference causes
     one warning per adapter.
 
     Attributes:
@@ -380,34 +380,25 @@ class Usage:
 
     # ------------------------------------------------------------------ samples or their parts
 
-    def note_parts(
-        self, root: nn.Module, names: Iterable[str], level: Tensor, is_for_all: bool
-    ) -> None:
-        """Record whether training uses λ per sample or per part, and warn once of the other use.
-
-        An adapter that was trained with both counts as trained with λ per part.
+    def warn_of_parts(self, names: Iterable[str], level: Tensor) -> None:
+        """Warn once if an adapter was trained with λ per sample and is used per part, or vice versa.
 
         Args:
             level: λ (b,) of samples, or (b, k) of their k parts.
-            is_for_all: True if a context sets one λ for all samples, which is valid for both.
         """
         now = "part" if level.dim() == 2 else "sample"
         for name in names:
             config = self.configs[name]
-            if not isinstance(config, NaraConfig) or config.noise_level_per == now:
+            trained = getattr(config, "noise_level_per", None)
+            if trained in (None, now) or self._warned_of_parts.get(name) is config:
                 continue
-            before = config.noise_level_per
-            is_known = is_for_all or self._warned_of_parts.get(name) is config
-            if before is not None and not is_known:
-                self._warned_of_parts[name] = config
-                warnings.warn(
-                    f"Adapter '{name}' was trained with λ for each {_KINDS[before]}, and this forward has one for "
-                    f"each {_KINDS[now]}, which it has not seen: its results may be worse.",
-                    UserWarning,
-                    stacklevel=2,
-                )
-            if root.training and torch.is_grad_enabled() and before != "part":
-                config.noise_level_per = now
+            self._warned_of_parts[name] = config
+            warnings.warn(
+                f"Adapter '{name}' was trained with λ for each {_KINDS[trained]}, and this forward has one for "
+                f"each {_KINDS[now]}, which it has not seen: its results may be worse.",
+                UserWarning,
+                stacklevel=2,
+            )
 
 
 TIMESTEP_SETTINGS = ("timestep_spacing", "shift_terminal")

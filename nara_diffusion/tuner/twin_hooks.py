@@ -10,11 +10,12 @@ Some instance attributes are also set, until the adapters are unloaded (docs/err
     model._compile_functions            refuses a `generate` that compiles, with a static cache
     decoder.create_diffusion_decoder_attention_mask
                                         accepts the cache under the former name, as Diffusers 0.42
-                                        passes it
+                                        passes it; set only if transformers has the new name
 """
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -31,7 +32,7 @@ from .finder import Twins
 _NO_FACTOR = r"(?!.*\.lora_)"
 """The start of a pattern that matches no factor of an adapter."""
 _TIES, _SAMPLER, _COMPILE = "_tied_weights_keys", "_prepare_sampler", "_compile_functions"
-_MASK = "create_diffusion_decoder_attention_mask"
+_MASK, _FORMER = "create_diffusion_decoder_attention_mask", "past_key_values"
 
 
 def hook_twins(
@@ -45,7 +46,9 @@ def hook_twins(
     owner: Any = twins.owner
     patterns = type(owner)._tied_weights_keys.items()
     setattr(owner, _TIES, {_NO_FACTOR + key: _NO_FACTOR + value for key, value in patterns})
-    setattr(twins.decoder, _MASK, partial(_with_former_name, getattr(twins.decoder, _MASK)))
+    make_mask = getattr(twins.decoder, _MASK)
+    if _FORMER not in inspect.signature(make_mask).parameters:
+        setattr(twins.decoder, _MASK, partial(_with_former_name, make_mask))
     if hasattr(root, _SAMPLER):
         setattr(root, _SAMPLER, partial(_prepared, source, getattr(root, _SAMPLER)))
         setattr(root, _COMPILE, _refuse_to_compile)
@@ -71,8 +74,8 @@ def unhook_twins(root: nn.Module, twins: Twins, source: CanvasNoise) -> None:
 
 def _with_former_name(make_mask: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call `make_mask`, whose argument `cache` may also be given as `past_key_values`."""
-    if "past_key_values" in kwargs:
-        kwargs["cache"] = kwargs.pop("past_key_values")
+    if _FORMER in kwargs:
+        kwargs["cache"] = kwargs.pop(_FORMER)
     return make_mask(*args, **kwargs)
 
 
@@ -85,8 +88,8 @@ def _prepared(source: CanvasNoise, prepare: Callable[[Any], Any], generation_con
 
 def _refuse_to_compile(*_: object) -> NoReturn:
     raise ValueError(
-        "generate compiles the forward whole with a static cache, and no λ could enter it: pass "
-        "disable_compile=True."
+        "generate compiles the forward whole with a static cache, and no λ could enter it: leave the "
+        "static cache out, or pass disable_compile=True."
     )
 
 

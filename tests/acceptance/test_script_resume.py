@@ -178,6 +178,8 @@ def test_checkpoint_is_resumed_where_its_files_have_moved(stopped: dict[str, Any
     file.unlink()
     run("dllm.py", **moved, resume_from_checkpoint=moved["output_dir"] / "checkpoint-1")
     assert file.read_bytes() == expected
+    for folder in (stopped["output_dir"], moved["output_dir"]):  # the resumed run takes no step
+        assert json.loads((folder / "adapter_config.json").read_text())["noise_level_per"] == "sample"
 
 
 def test_checkpoint_holds_the_adapter_and_not_the_base(stopped: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ from transformers.models.diffusion_gemma.modeling_diffusion_gemma import Diffusi
 from nara_diffusion.dllm.batches import AnswerCollator
 from nara_diffusion.dllm.block_loss import block_diffusion_loss, canvas_loss
 from nara_diffusion.dllm.loss import noise_level_curve
+from nara_diffusion.dllm.models.block_causal import CACHE
 from nara_diffusion.dllm.uniform import corrupt_canvases
 from tests.helpers.rounding import assert_near
 from tests.helpers.tiny_gemma import CANVAS, VOCABULARY, tiny_gemma
@@ -22,10 +23,10 @@ def decoder_logits(model, batch, row, conditioning=None):
     """Logits (c, v) of one canvas as `generate` makes them: a cache of the prefix, and the decoder after it."""
     start = int(batch.starts[row])
     cache = DynamicCache(config=model.config.get_text_config())
-    model.model.encoder(input_ids=batch.input_ids[row : row + 1, :start], cache=cache)
+    model.model.encoder(input_ids=batch.input_ids[row : row + 1, :start], **{CACHE: cache})
     output = model(
         decoder_input_ids=batch.canvas[row : row + 1],
-        cache=cache,
+        **{CACHE: cache},
         self_conditioning_logits=conditioning,
         decoder_position_ids=torch.arange(start, start + CANVAS)[None],
     )

@@ -1,6 +1,7 @@
 """dllm.py on gemma-tiny: what it trains and writes, how it resumes, and its adapter in Diffusers' pipeline."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from nara_diffusion.dllm.block_loss import block_diffusion_loss
 from nara_diffusion.dllm.decoding import model_sampling
 from nara_diffusion.dllm.sampler import answer_prompts
 from nara_diffusion.dllm.text_arguments import Arguments, adapter_options, objective_options
+from nara_diffusion.dllm.text_report import describe
 from nara_diffusion.dllm.train import FineTuning, main
 from nara_diffusion.training.adapter_weights import write_checkpoint
 from nara_diffusion.training.run import start_run
@@ -45,7 +47,8 @@ def test_a_run_saves_one_adapter_resumes_to_the_same_bits_and_loads_into_the_pip
     tensors = load_file(whole / TEXT)
     assert not [key for key in tensors if "encoder" in key or "router" in key or "vision" in key]
     assert sum("lora_A" in key for key in tensors) == 4 * 6 + 3  # the last layer has no v_proj
-    assert json.loads((whole / "adapter_config.json").read_text())["noise_convention"] == "corrupted_share"
+    config = json.loads((whole / "adapter_config.json").read_text())
+    assert (config["noise_convention"], config["noise_level_per"]) == ("corrupted_share", "sample")
 
     card = (whole / "README.md").read_text()
     canvas = "answers of 4 to 8 tokens with their end, trained to 16 tokens (trained_padding 0)"
@@ -109,6 +112,16 @@ def test_options_choose_the_layers_and_the_encoders_loss(tmp_path):
     assert objective_options(model, arguments(tmp_path, encoder_loss_weight=0.3)) == {"encoder_weight": 0.3}
     pattern = adapter_options(model, decoder)["target_modules"]
     assert pattern == r".*\.decoder\.layers\.\d+\.(self_attn|mlp)\.(q_proj)"
+
+
+@pytest.mark.parametrize(("adapter", "multiple"), [("lora", 6), ("dora", 6), ("nara", 6), ("lora", 1)])
+def test_the_card_of_a_plain_lora_on_twins_says_not_to_merge_it(adapter, multiple, tmp_path):
+    args = arguments(tmp_path, adapter=adapter)
+    run = SimpleNamespace(args=args, folder=tmp_path, hub_id=None)
+    parts = {"run": run, "collator": SimpleNamespace(multiple=multiple), "sampling": args.sampling()}
+    measured = SimpleNamespace(generations=[])
+    card = describe(SimpleNamespace(**parts), measured, measured, "sort: zebra")["loading"]
+    assert ("Don't merge this adapter" in card) == (adapter != "nara" and multiple > 1)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
 
 from nara_diffusion import NaraConfig, noise_level
 from nara_diffusion.dllm import generate, load_backbone
+from nara_diffusion.dllm.models.block_causal import CACHE
 from nara_diffusion.dllm.sampler import answer_prompts
 from tests.acceptance._runs import ASSETS
 from tests.helpers.adapted import disturb
@@ -73,7 +74,7 @@ class FromScratch:
                     input_ids=whole[one, len(PROMPTS[0]) - len(prompt) :],
                     decoder_input_ids=given["decoder_input_ids"][one],
                     self_conditioning_logits=None if conditioning is None else conditioning[one],
-                    cache=DynamicCache(config=self.inner.config.get_text_config()),
+                    **{CACHE: DynamicCache(config=self.inner.config.get_text_config())},
                 )
             rows.append(output_of_row.logits)
         self.is_inside = False
@@ -145,7 +146,7 @@ def by_hand(adapted: Any, canvases: int, steps: int, bound: float) -> tuple[list
                 given = {
                     "input_ids": text,
                     "decoder_input_ids": canvas[i : i + 1],
-                    "cache": DynamicCache(config=config),
+                    CACHE: DynamicCache(config=config),
                 }
                 given |= {} if scores is None else {"self_conditioning_logits": scores[i : i + 1]}
                 with noise_level(adapted, float(levels[i])):

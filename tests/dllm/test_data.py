@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import re
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -129,9 +130,80 @@ def test_missing_values_of_parquet_and_csv_are_refused(tmp_path: Path) -> None:
 
 def test_file_in_another_encoding_is_refused(tmp_path: Path) -> None:
     for name, text in {"a.jsonl": '{"text": "café"}', "a.csv": "text\ncafé"}.items():
-        (tmp_path / name).write_bytes(text.encode("latin-1"))
-        with pytest.raises(ValueError, match=rf"^{tmp_path / name} can't be read: 'utf-8' codec"):
+        for encoding in ("latin-1", "utf-16"):
+            (tmp_path / name).write_bytes(text.encode(encoding))
+            said = rf"^{tmp_path / name} can't be read: 'utf-8' codec .*: save it as UTF-8$"
+            with pytest.raises(ValueError, match=said):
+                read_records(tmp_path / name)
+
+
+def test_files_of_another_form_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    for name, content, said in (
+        ("own.csv", "question;answer\na;b, c\n", "its columns are separated by ';': save it with commas"),
+        ("own.csv.gz", "question\tanswer\na\tb\n", r"its columns are separated by '\t': save it with commas"),
+        ("own.txt", "Once upon a time.\n", 'line 1, .* one whole object, such as {"text": "…"}'),
+    ):
+        data = content.encode()
+        (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+        with pytest.raises(ValueError, match=re.escape(said) if "such as" not in said else said) as refusal:
             read_records(tmp_path / name)
+        assert str(tmp_path / name) in str(refusal.value)
+
+
+@pytest.mark.parametrize("form", ["pairs", "chat", "list"])
+def test_all_incomplete_records_are_listed(tmp_path: Path, form: str) -> None:
+    missing = [n for n in range(2, 1203) if n % 100 == 3]
+    rows: list[dict[str, Any]] = []
+    for number in range(1, 1203):
+        answer = " " if number in missing else "b"
+        rows.append({"prompt": "a", "completion": answer})
+        if form == "chat":
+            rows[-1] = {"messages": messages(("user", "a"), ("assistant", answer))}
+    file = write(tmp_path / "own.jsonl", *rows)
+    if form == "list":
+        file.write_text(json.dumps(rows))
+    listed = ", ".join(map(str, missing[:10]))
+    with pytest.raises(ValueError, match=rf"^record 3 of {file}.*\. 12 records are incomplete: number {listed}, …$"):
+        read_records(file)
+
+
+# ---------------------------------------------------------------------- folders of save_to_disk
+
+
+def pairs(*texts: str) -> Dataset:
+    return Dataset.from_list([{"prompt": text, "completion": text.upper()} for text in texts])
+
+
+def outputs(records: Dataset) -> list[str]:
+    return records["output"][:]
+
+
+def test_saved_folder_is_read_and_left_as_it_is(tmp_path: Path) -> None:
+    pairs("a", "b").save_to_disk(tmp_path / "one")
+    datasets.DatasetDict(train=pairs("c"), dev=pairs("d", "e")).save_to_disk(tmp_path / "two")
+    files = sorted(tmp_path.rglob("*"))
+    assert outputs(read_records(tmp_path / "one")) == ["A", "B"]
+    assert outputs(read_records(tmp_path / "two")) == ["C"]
+    dev = read_records(f"{tmp_path}/two:dev")
+    assert outputs(dev) == ["D", "E"]
+    assert dev.info.description.startswith(f"{tmp_path}/two:dev (fields prompt")
+    assert sorted(tmp_path.rglob("*")) == files
+    with pytest.raises(ValueError, match=f"{tmp_path}/two has no part 'test': name {tmp_path}/two:train or .*two:dev"):
+        read_records(f"{tmp_path}/two:test")
+
+
+def test_run_validates_and_tests_on_the_parts_of_a_saved_folder(tmp_path: Path) -> None:
+    parts = {"train": pairs(*"abcd"), "validation": pairs("x", "y", "z"), "test": pairs("u", "v")}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "own")
+    named = {"pretrained_model_name_or_path": "none", "train_file": str(tmp_path / "own")}
+    args = Arguments(**named)
+    assert (args.validation_file, args.test_file) == (f"{tmp_path}/own:validation", f"{tmp_path}/own:test")
+    assert [outputs(records) for records in load_records(args)] == [list("ABCD"), list("XYZ"), list("UV")]
+    file = write(tmp_path / "mine.jsonl", {"prompt": "m", "completion": "M"})
+    given = Arguments(**named, validation_file=str(file), test_file=str(file))
+    assert [outputs(records) for records in load_records(given)] == [list("ABCD"), ["M"], ["M"]]
+    held_out = Arguments(**named, validation_samples=1)
+    assert [len(records) for records in load_records(held_out)] == [3, 1, 2]
 
 
 PAIRED, CONVERSED = {"prompt": "a", "completion": "b"}, {"messages": messages(*CHAT)}

@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from nara_diffusion.dllm import text_report, train
 from nara_diffusion.dllm.decoding import Sampling
-from nara_diffusion.dllm.records import TEXTS
+from nara_diffusion.dllm.record_forms import TEXTS
 from nara_diffusion.dllm.text_arguments import Arguments, load_records
 from tests.acceptance._runs import text_arguments
 

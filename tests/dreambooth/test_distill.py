@@ -85,6 +85,7 @@ def test_file_says_the_steps_their_timesteps_and_the_guidance(ended: Path) -> No
     config = AdapterFile.read(ended).parts["unet"].config
     expected = {**SAMPLED, "timesteps": scheduler.timesteps.tolist(), "timestep_spacing": "trailing", "scheduler": LINE}
     assert {name: config.few_steps[name] for name in expected} == expected
+    assert config.noise_level_per == "sample"
 
 
 @pytest.mark.parametrize(("when", "call"), [("before", SAMPLED), ("teacher", TEACHER)])

@@ -9,6 +9,7 @@ from peft import get_peft_model
 from peft.functional import delete_adapter, set_adapter
 
 from nara_diffusion import NaraConfig
+from nara_diffusion.dllm.models.block_causal import CACHE
 from nara_diffusion.noise.level import CORRUPTED_SHARE
 from nara_diffusion.tuner.holder import Deviations, holder_of
 from tests.helpers.adapted import disturb
@@ -71,8 +72,9 @@ def test_a_trained_folder_loads_runs_saves_and_unloads(folder, tmp_path):
     state = tiny_gemma().state_dict()
     other.unload_nara_weights()
     assert all(torch.equal(value, state[name]) for name, value in other.model.state_dict().items())
-    with pytest.raises(TypeError, match="past_key_values"):  # diffusers 0.42.1 under transformers 5.24
-        sampled(other)
+    if CACHE == "cache":  # diffusers 0.42.1 under transformers 5.24
+        with pytest.raises(TypeError, match="past_key_values"):
+            sampled(other)
 
 
 def test_adapters_are_swapped_chosen_deleted_and_loaded_again(tmp_path):

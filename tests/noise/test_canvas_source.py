@@ -21,6 +21,7 @@ from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
 )
 
 from nara_diffusion import NaraConfig, noise_level
+from nara_diffusion.dllm.models.block_causal import CACHE
 from nara_diffusion.tuner.holder import Deviations, holder_of
 from tests.helpers.tiny_gemma import CANVAS, VOCABULARY, tiny_gemma
 
@@ -95,7 +96,7 @@ def by_hand(model, scheduler, budget=STEPS, entropy=None):
     given = {name: value for name, value in given.items() if name in known}
     for _ in range(BLOCKS):
         cache = DynamicCache(config=model.config.get_text_config())
-        model.model.encoder(input_ids=ids, cache=cache)
+        model.model.encoder(input_ids=ids, **{CACHE: cache})
         canvas = torch.randint(0, VOCABULARY, (3, CANVAS), generator=generator)
         level, conditioning = torch.ones(3), None
         is_frozen, predicted = torch.zeros(3, dtype=torch.bool), torch.full_like(canvas, -1)
@@ -103,7 +104,7 @@ def by_hand(model, scheduler, budget=STEPS, entropy=None):
         def logits(canvas, conditioning, level, cache=cache):
             levels.append(level)
             with noise_level(model, level):
-                return model(decoder_input_ids=canvas, cache=cache, self_conditioning_logits=conditioning).logits
+                return model(decoder_input_ids=canvas, **{CACHE: cache}, self_conditioning_logits=conditioning).logits
 
         for step in range(steps):
             output = scheduler.step(logits(canvas, conditioning, level), step, canvas, **given)
@@ -237,7 +238,7 @@ def static_cache(model):
 @pytest.mark.parametrize("is_given", [False, True])
 def test_generate_with_a_static_cache_is_refused_unless_nothing_is_compiled(model, is_given):
     def options():
-        return {"cache": static_cache(model)} if is_given else {"cache_implementation": "static"}
+        return {CACHE: static_cache(model)} if is_given else {"cache_implementation": "static"}
 
     with pytest.raises(ValueError, match="disable_compile=True"):
         model.generate(PROMPTS, **options(), **GENERATION)
@@ -253,18 +254,18 @@ def test_calls_that_are_not_a_samplers_raise(model):
     pipe = pipeline(model, BlockRefinementScheduler())
     with pytest.raises(ValueError, match="no sampler runs"):
         model(input_ids=PROMPTS, decoder_input_ids=canvas)
-    model.model.encoder(input_ids=PROMPTS, cache=cache)
+    model.model.encoder(input_ids=PROMPTS, **{CACHE: cache})
     with pytest.raises(ValueError, match="no step was taken"):
-        model(decoder_input_ids=canvas, cache=cache, self_conditioning_logits=logits)
+        model(decoder_input_ids=canvas, **{CACHE: cache}, self_conditioning_logits=logits)
     sampled(pipe)  # leaves λ of a step that no call has read
     for conditioning in (logits, None):
         with pytest.raises(ValueError, match="no step was taken"):
-            model(decoder_input_ids=canvas, cache=cache, self_conditioning_logits=conditioning)
+            model(decoder_input_ids=canvas, **{CACHE: cache}, self_conditioning_logits=conditioning)
     with noise_level(model, 0.5):
-        model.model.encoder(input_ids=PROMPTS, cache=cache)
-        model(decoder_input_ids=canvas, cache=cache)
+        model.model.encoder(input_ids=PROMPTS, **{CACHE: cache})
+        model(decoder_input_ids=canvas, **{CACHE: cache})
     with pytest.raises(ValueError, match="no step was taken"):
-        model(decoder_input_ids=canvas, cache=cache)
+        model(decoder_input_ids=canvas, **{CACHE: cache})
 
 
 @torch.no_grad()
@@ -276,8 +277,8 @@ def test_a_loop_that_encodes_again_before_each_step_raises_at_its_second_step(mo
 
     def step(index):
         cache = DynamicCache()
-        model.model.encoder(input_ids=PROMPTS, cache=cache)
-        logits = model(decoder_input_ids=canvas, cache=cache).logits
+        model.model.encoder(input_ids=PROMPTS, **{CACHE: cache})
+        logits = model(decoder_input_ids=canvas, **{CACHE: cache}).logits
         return scheduler.step(logits, index, canvas, mask_token_id=None)
 
     step(0)
@@ -285,8 +286,8 @@ def test_a_loop_that_encodes_again_before_each_step_raises_at_its_second_step(mo
         step(1)
     output = step(0)
     cache = DynamicCache()
-    model.model.encoder(input_ids=PROMPTS, cache=cache)
-    model(decoder_input_ids=output.prev_sample, cache=cache, self_conditioning_logits=output.pred_logits)
+    model.model.encoder(input_ids=PROMPTS, **{CACHE: cache})
+    model(decoder_input_ids=output.prev_sample, **{CACHE: cache}, self_conditioning_logits=output.pred_logits)
 
 
 def test_an_unknown_scheduler_raises(model):

@@ -28,13 +28,8 @@ LEVELS = torch.tensor([[0.9, 0.1, 0.4, 0.7], [0.2, 0.6, 0.0, 1.0], [0.3, 0.8, 0.
 def test_file_says_whether_samples_or_parts_had_a_level_in_training_and_the_other_use_warns_once(
     tmp_path: Path, trained: str, level: Tensor
 ) -> None:
-    model, x = adapted(OneLayer(nn.Linear(7, 5)), target_modules=["layer"]), torch.randn(SAMPLES, LENGTH, 7)
-    with noise_level(model, level):
-        model(x)
-    assert model.peft_config["default"].noise_level_per is None  # no training
-    model.train()
-    with noise_level(model, level):
-        model(x)
+    model = adapted(OneLayer(nn.Linear(7, 5)), target_modules=["layer"], noise_level_per=trained)
+    x = torch.randn(SAMPLES, LENGTH, 7)
     model.save_pretrained(str(tmp_path))
     loaded = PeftModel.from_pretrained(OneLayer(nn.Linear(7, 5)), str(tmp_path))
     assert loaded.peft_config["default"].noise_level_per == trained
@@ -42,7 +37,7 @@ def test_file_says_whether_samples_or_parts_had_a_level_in_training_and_the_othe
         with noise_level(loaded, same):
             loaded(x)
     other = LEVELS if trained == "sample" else LEVELS[:, 0]
-    with noise_level(loaded, other):
+    with noise_level(loaded.train(), other):
         with pytest.warns(UserWarning, match="trained with λ for each " + trained) as warned:
             loaded(x)
         loaded(x)
@@ -65,15 +60,14 @@ def test_another_adapter_of_the_same_name_is_warned_of_too(tmp_path: Path) -> No
     assert warned_by(model)
 
 
-def test_training_with_both_counts_as_training_with_parts() -> None:
-    model, x = adapted(OneLayer(nn.Linear(7, 5)), target_modules=["layer"]).train(), torch.randn(SAMPLES, LENGTH, 7)
-    with noise_level(model, LEVELS[:, 0]):
-        model(x)
-    with noise_level(model, LEVELS), pytest.warns(UserWarning, match="for each sample, and this forward"):
-        model(x)
-    with noise_level(model, LEVELS[:, 0]):
-        model(x)
-    assert model.peft_config["default"].noise_level_per == "part"
+def test_forward_in_training_writes_no_configuration() -> None:
+    model = adapted(OneLayer(nn.Linear(7, 5)), target_modules=["layer"]).train()
+    expected = model.peft_config["default"].to_dict()
+    for level in (LEVELS[:, 0], LEVELS):
+        with noise_level(model, level):
+            model(torch.randn(SAMPLES, LENGTH, 7)).sum().backward()
+    assert model.peft_config["default"].to_dict() == expected
+    assert expected["noise_level_per"] is None
 
 
 # ---------------------------------------------------------------------- files of version 0.2, which had one λ a sample

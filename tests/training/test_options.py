@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from nara_diffusion.dllm import decoding
-from nara_diffusion.dllm.records import FIELDS
+from nara_diffusion.dllm.record_forms import FIELDS
 from nara_diffusion.dllm.text_arguments import Arguments
 from nara_diffusion.dreambooth.families import TRANSFORMER_TARGETS
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments

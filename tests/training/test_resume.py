@@ -261,9 +261,24 @@ def check_starts(found: Path, given: Path) -> None:
         torch.testing.assert_close(tensors[key], tensor, rtol=0, atol=1e-12)
 
 
-def test_run_begins_where_the_file_ends(images: dict[str, Any], start: Path, tmp_path: Path) -> None:
+def check_measured_from_the_start(report: dict[str, Any], folder: Path, given: Path, log: str) -> None:
+    """After a step that changes nothing, both measurements are of the adapter that was given."""
+    torch.testing.assert_close(report["curve_before"], report["curve_after"], rtol=1e-6, atol=0)
+    assert report["starts_from"] == given.name  # results.json has no folders of this machine
+    assert f"starts from: {given}, which `before` includes" in log
+    card = (folder / "README.md").read_text()
+    assert f"Before is the base with the adapter that the run started from, `{given.name}`." in card
+
+
+def test_run_begins_where_the_file_ends(
+    images: dict[str, Any], start: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    reports = {}
     for run, init in (("again", str(start / IMAGES)), ("fresh", None)):
-        main(image_arguments(images, tmp_path / run, init_adapter=init, **STILL))
+        reports[run] = main(image_arguments(images, tmp_path / run, init_adapter=init, **STILL))
+    check_measured_from_the_start(reports["again"], tmp_path / "again", start / IMAGES, caplog.text)
+    assert reports["again"]["curve_before"] != reports["fresh"]["curve_before"]
+    assert "starts_from" not in reports["fresh"]
     check_starts(tmp_path / "again" / IMAGES, start / IMAGES)
     given, fresh = load_file(start / IMAGES), load_file(tmp_path / "fresh" / IMAGES)
     changed = [key for key, tensor in given.items() if not torch.allclose(fresh[key], tensor, atol=1e-6)]
@@ -272,12 +287,18 @@ def test_run_begins_where_the_file_ends(images: dict[str, Any], start: Path, tmp
     assert strengths == [[[0.3, 0.0], [0.3, 1.0]]] * 2
 
 
-def test_text_run_begins_where_the_folder_ends(tmp_path: Path) -> None:
-    short: dict[str, Any] = {"checkpointing_steps": None, "test_samples": 1, "curve_points": 1}
-    dllm.main(text_arguments(tmp_path, **short, max_train_steps=2))
-    start = {"init_adapter": str(tmp_path / "run"), "output_dir": str(tmp_path / "again")}
-    dllm.main(text_arguments(tmp_path, **short, **start, **STILL))
+def test_text_run_begins_where_the_folder_ends(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    short: dict[str, Any] = {"test_samples": 1, "curve_points": 1, "checkpointing_steps": 1}
+    first = dllm.main(text_arguments(tmp_path, **short, max_train_steps=2))
+    start = short | {"init_adapter": str(tmp_path / "run"), "output_dir": str(tmp_path / "again")}
+    again = dllm.main(text_arguments(tmp_path, **start, **STILL))
     check_starts(tmp_path / "again" / TEXT, tmp_path / "run" / TEXT)
+    check_measured_from_the_start(again, tmp_path / "again", tmp_path / "run", caplog.text)
+    resumed = short | {"init_adapter": str(tmp_path / "again"), "resume_from_checkpoint": "checkpoint-1"}
+    longer = dllm.main(text_arguments(tmp_path, **resumed, max_train_steps=3))
+    for report in (again, longer):
+        torch.testing.assert_close(report["curve_before"], first["curve_after"], rtol=1e-6, atol=0)
+    assert longer["curve_after"] != longer["curve_before"]
 
 
 def test_text_run_refuses_an_image_adapter(start: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from transformers import DynamicCache
 import nara_command
 from nara_diffusion import NaraConfig, noise_level, to_lora
 from nara_diffusion.dllm.block_loss import canvas_loss
+from nara_diffusion.dllm.models.block_causal import CACHE
 from nara_diffusion.dllm.uniform import corrupt_canvases
 from nara_diffusion.tuner.holder import holder_of
 from tests.helpers.adapted import relative_error
@@ -198,18 +199,25 @@ def test_a_step_under_autocast_is_that_of_float32_but_for_rounding(monkeypatch):
         assert torch.cosine_similarity(grads[1][name].flatten(), grad.flatten(), 0) > 0.98, name
 
 
+def recompute(model, **options):
+    """Call what transformers named `gradient_checkpointing_enable` before 5.24."""
+    name = "activation_checkpointing_enable"
+    getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")(options)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")  # transformers < 5.24
 def test_checkpointing_without_reentrance_gives_the_same_gradients_and_with_it_raises():
     grads = []
     for checkpointing in (False, True):
         model = adapted().train()
         if checkpointing:
-            model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
+            recompute(model.get_base_model(), use_reentrant=False)
         canvas_loss(model, batch_of()).loss.backward()
         grads.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
     assert grads[0].keys() == grads[1].keys()
     for name, grad in grads[0].items():
         assert_near(grads[1][name], grad, model, 3)
-    model.get_base_model().activation_checkpointing_enable({"use_reentrant": True})
+    recompute(model.get_base_model(), use_reentrant=True)
     with pytest.raises(ValueError, match="reentrant"):
         canvas_loss(model, batch_of())
 
@@ -257,9 +265,9 @@ def test_twins_of_different_rank_raise(twin):
 def test_without_lambda_the_decoder_raises_and_the_encoder_runs():
     model = adapted().get_base_model()
     cache = DynamicCache()
-    model.model.encoder(input_ids=inputs()["input_ids"], cache=cache)
+    model.model.encoder(input_ids=inputs()["input_ids"], **{CACHE: cache})
     with pytest.raises(ValueError, match="λ can't be read: no sampler runs"):
-        model.forward(decoder_input_ids=inputs()["decoder_input_ids"], cache=cache)
+        model.forward(decoder_input_ids=inputs()["decoder_input_ids"], **{CACHE: cache})
 
 
 def through_pickle(model):
@@ -283,3 +291,23 @@ def test_a_copy_of_the_model_has_its_own_hooks(copy_of):
         holder_of(model.get_base_model()).detach()
         with noise_level(copied, 0.4):
             assert torch.equal(copied(**inputs()).logits, other)
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_the_decoders_mask_takes_the_cache_under_the_former_name_and_that_of_transformers(name):
+    """Before 5.24, transformers itself names the cache `past_key_values`."""
+    plain, calls = tiny_gemma(), []
+
+    def with_cache(config, inputs_embeds, cache):
+        calls.append(cache)
+
+    def with_past_key_values(config, inputs_embeds, past_key_values):
+        calls.append(past_key_values)
+
+    make_mask = with_cache if name == "cache" else with_past_key_values
+    plain.model.decoder.create_diffusion_decoder_attention_mask = make_mask
+    model = get_peft_model(plain, NaraConfig(r=3, target_modules=DECODER))
+    make_mask = model.get_base_model().model.decoder.create_diffusion_decoder_attention_mask
+    for given in {name, "past_key_values"}:
+        make_mask(config=None, inputs_embeds=None, **{given: given})
+    assert set(calls) == {name, "past_key_values"}

@@ -36,7 +36,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
@@ -106,6 +106,11 @@ class Backbone:
         if self.has_canvas:
             return CORRUPTED_SHARE
         return MASKED_SHARE if self.block_length is None else BLOCK_SHARE
+
+    @property
+    def noise_level_per(self) -> Literal["sample", "part"]:
+        """Whether training and sampling have one λ per sample, or per block of a sample."""
+        return "sample" if self.block_length is None else "part"
 
     def configured(self, name: str) -> Any:
         """Return a field of the language model's configuration; None if there is none.

@@ -11,7 +11,8 @@
 | BERT, RoBERTa, ModernBERT, … | AutoModelForMaskedLM    | unchanged                         |
 
 `config.is_causal = False` makes attention bidirectional in transformers. No code of the checkpoint
-is run. Options of config.json that the stock class can't express are an error.
+is run. Options of config.json that the stock class can't express are an error, and so are unknown
+ones (`config_fields`).
 
 LLaDA is bit for bit a Llama with other tensor names. LLaDA2 and LLaDA-MoE are mixtures of experts.
 LLaDA2 routes by a sigmoid, with groups, a bias for the choice and a shared expert; LLaDA-MoE by a
@@ -56,6 +57,7 @@ from nara_diffusion.noise.blocks import LLADA2
 from nara_diffusion.utils.files import naming_source
 
 from ..tokenizer import find_mask_token, load_tokenizer, set_special_tokens
+from . import config_fields
 from .block_causal import LLaDA2ForCausalLM
 from .quantised import check_roundable, quantization
 from .shifted_logits import ShiftedQwen2ForCausalLM
@@ -167,6 +169,8 @@ def _class_and_config(
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, **hub)
         return DiffusionGemmaForBlockDiffusion, config, False
     if family in ("dream", "qwen2"):
+        if family == "dream":
+            config_fields.DREAM.check(fields, Qwen2Config)
         if not shifted:
             return Qwen2ForCausalLM, _bidirectional(Qwen2Config, fields), False
         fields = {**fields, "shifted_logits": True}  # a saved copy is read as this class again
@@ -179,6 +183,8 @@ def _class_and_config(
     if family == "qwen3_moe":
         return Qwen3MoeForCausalLM, _bidirectional(Qwen3MoeConfig, fields), False
     if family in ("llada", "illada", "llama"):
+        if family != "llama":
+            config_fields.LLADA.check(fields, LlamaConfig)
         fields = _llama_fields(fields) if "d_model" in fields else fields
         return LlamaForCausalLM, _bidirectional(LlamaConfig, fields), family != "llama"
     if family in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not fields.get("is_encoder_decoder"):
@@ -231,22 +237,6 @@ def _check_tensors(name: str, loading: Mapping[str, Any], original: Callable[[st
         raise ValueError(f"the tensors of {name} don't fit its configuration; {'; '.join(lists)}")
 
 
-def _check_expressible(
-    kind: str, stock: str, fields: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]]
-) -> None:
-    """Raise ValueError for fields with other values than the stock class expresses, `allowed`."""
-    unsupported = []
-    for name, values in allowed.items():
-        if name in fields and fields[name] not in values:
-            expected = " or ".join(map(repr, values))
-            unsupported.append(f"{name}={fields[name]!r} (only {expected})")
-    if unsupported:
-        raise ValueError(
-            f"this {kind} checkpoint has options that a stock {stock} model can't express: "
-            + "; ".join(unsupported)
-        )
-
-
 # ---------------------------------------------------------------- LLaDA
 
 
@@ -277,29 +267,9 @@ _KEY_MAPPING = {
 }
 """For `from_pretrained(key_mapping=…)`, which allows one capture group in a pattern."""
 
-# Fields of a LLaDA configuration: their values that make its block a Llama block
-_EXPRESSIBLE: dict[str, tuple[Any, ...]] = {
-    "activation_type": ("silu",),
-    "block_type": ("llama",),
-    "layer_norm_type": ("rms",),
-    "rope": (True,),
-    "alibi": (False,),
-    "input_emb_norm": (False,),
-    "scale_logits": (False,),
-    "clip_qkv": (None,),
-    "sliding_window": (None,),
-    "embedding_dropout": (0.0,),
-    "residual_dropout": (0.0,),
-}
-
 
 def _llama_fields(fields: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of a LlamaConfig for those of a LLaDA checkpoint's config.json.
-
-    Raises:
-        ValueError: a field has a value that Llama can't express.
-    """
-    _check_expressible("LLaDA", "Llama", fields, _EXPRESSIBLE)
+    """Return the fields of a LlamaConfig for those of a LLaDA checkpoint's config.json."""
     width, heads = fields["d_model"], fields["n_heads"]
     theta = fields.get("rope_theta", 10000.0)
     found = {
@@ -361,26 +331,6 @@ class LLaDA2MoeConfig(Glm4MoeConfig):
     block_length: int = BLOCK_LENGTH
 
 
-# Fields of a configuration: their values that the stock class expresses; absent fields count as such.
-# Those that change which tensors there are aren't listed, since missing or unknown ones are refused.
-_LLADA2: dict[str, tuple[Any, ...]] = {
-    "use_bias": (False,),
-    "norm_head": (False,),
-    "rope_scaling": (None,),
-    "score_function": ("sigmoid", None),
-    "num_nextn_predict_layers": (0, None),
-}
-_LLADA_MOE: dict[str, tuple[Any, ...]] = {
-    "rope_scaling": (None,),
-    "partial_rotary_factor": (1, None),
-    "clip_qkv": (None,),
-    "shared_expert_intermediate_size": (None,),
-    "moe_router_score_function": ("softmax", None),
-    "router_num_group": (None,),
-    "routed_scaling_factor": (1.0, None),
-}
-
-
 def _register_conversions() -> None:
     """Tell transformers how LLaDA2's tensors become those of Glm4MoeForCausalLM, and back."""
     stacking = get_checkpoint_conversion_mapping("qwen2_moe")
@@ -406,9 +356,9 @@ def _llada2_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a LLaDA2MoeConfig for those of a LLaDA2 checkpoint's config.json.
 
     Raises:
-        ValueError: a field has a value that Glm4Moe can't express.
+        ValueError: a field is unknown, or has a value that Glm4Moe can't express.
     """
-    _check_expressible("LLaDA2", "Glm4Moe", fields, _LLADA2)
+    config_fields.LLADA2.check(fields, LLaDA2MoeConfig)
     found = dict(fields)
     if not found.get("num_shared_experts", found.get("n_shared_experts", 1)):
         raise ValueError("this LLaDA2 checkpoint has no shared expert, which Glm4Moe always has")
@@ -422,9 +372,9 @@ def _qwen3_moe_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a Qwen3MoeConfig for those of a LLaDA-MoE checkpoint's config.json.
 
     Raises:
-        ValueError: a field has a value that Qwen3Moe can't express.
+        ValueError: a field is unknown, or has a value that Qwen3Moe can't express.
     """
-    _check_expressible("LLaDA-MoE", "Qwen3Moe", fields, _LLADA_MOE)
+    config_fields.LLADA_MOE.check(fields, Qwen3MoeConfig)
     layers = fields["num_hidden_layers"]
     frequencies = fields.get("moe_layer_freq") or [1] * layers
     dense = [layer for layer, frequency in enumerate(frequencies) if not frequency]
