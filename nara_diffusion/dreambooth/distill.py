@@ -28,6 +28,7 @@ from nara_diffusion.tuner.finder import TIMESTEP_SETTINGS
 from nara_diffusion.utils.files import digest_file, digest_texts, local_folder
 
 from .caches import PromptCache
+from .cut_prompts import prompt_sources, warn_of_cut_prompts
 from .denoiser import AdaptedDenoiser, read_checkpoint, write_adapter
 from .draws import seeded_normal
 from .encoders import load_encoders, paired_similarity
@@ -69,6 +70,8 @@ class Distillation:
         device = run.accelerator.device
         self.encoders = load_encoders(args, device)
         self.pipe = load_base(args, run).to(device)
+        if run.is_main:
+            warn_of_cut_prompts(self.pipe, prompt_sources(args))
         self.family = run_family(args, self.pipe)
         self.denoiser = getattr(self.pipe, self.family.denoiser)
         self.source = build_objective(self.pipe.scheduler).source

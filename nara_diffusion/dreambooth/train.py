@@ -31,6 +31,7 @@ from nara_diffusion.utils.files import counted
 from nara_flags.images import ImageFlags
 from nara_flags.parser import read_flags
 
+from .cut_prompts import prompt_sources, warn_of_cut_prompts
 from .dataset import DreamBoothDataset, collate_samples
 from .denoiser import AdaptedDenoiser, read_checkpoint, write_adapter, write_checkpoint
 from .distill import Distillation
@@ -107,6 +108,8 @@ class FineTuning:
         self.pipe.to(device)
         self.dataset = self._dataset(self.instances, buckets, class_images)
         self.dataset.warn_of_crops()
+        if run.is_main:
+            warn_of_cut_prompts(self.pipe, prompt_sources(args, [*self.instances, *held_out]))
         self.measured_on = self._dataset(held_out, buckets) if held_out else self.dataset
 
     def _records(self) -> tuple[list[ImageRecord], list[ImageRecord]]:

@@ -209,7 +209,9 @@ def test_a_file_holds_the_live_schedule_and_never_a_number(tmp_path: Path) -> No
     reload("without")
     assert torch.equal(again.output(), plain)
     for saved, expected in (("saved None", live), ("without", plain)):
+        again.pipe.set_adapters("toy")
         again.pipe.load_nara_weights(tmp_path / saved, adapter_name="toy", hotswap=True)
+        assert torch.equal(again.output(), expected)  # before `set_adapters` reads the configuration
         again.pipe.set_adapters("toy")
         assert torch.equal(again.output(), expected)
 

@@ -25,7 +25,7 @@ from nara_diffusion.dreambooth.families import placed
 from nara_diffusion.dreambooth.image_arguments import run_family
 from nara_diffusion.dreambooth.image_plan import PlannedPrompts, pipeline_on_meta
 from nara_diffusion.training.engines import build_optimizer
-from nara_diffusion.training.planned_step import StepCounter, optimizer_bytes
+from nara_diffusion.training.planned_step import PlannedStep, StepCounter, measure, optimizer_bytes
 from nara_flags.parser import parse_arguments
 from nara_flags.training import OPTIMIZERS
 from tests.helpers.pipelines.families import FAMILY_PIPELINES
@@ -196,6 +196,32 @@ def test_optimizer_bytes_are_those_of_its_states(name):
     held = sum(value.nbytes for value in states if isinstance(value, torch.Tensor) and value.dim())
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert optimizer_bytes(trained, name) == held
+
+
+def needs_of_a_layer(*flags):
+    """The needs of a step that trains a weight of 40 x 24 in float32, and that weight's bytes."""
+    with torch.device("meta"):
+        model = nn.Linear(24, 40, bias=False)
+    args = parse_arguments(text.Arguments, [*text_words("x"), "--train_file", "x", *flags])
+    step = PlannedStep(model, lambda: model(torch.ones(1, 24)).sum(), "a layer")
+    return measure(step, args), 4 * 40 * 24
+
+
+@pytest.mark.parametrize("flag", ["--gradient_accumulation_steps", "--global_batch_size"])
+def test_later_forwards_of_a_step_keep_the_gradients_of_earlier_ones(flag):
+    first, weight = needs_of_a_layer()
+    later, _ = needs_of_a_layer(flag, "4")
+    assert later.activations - first.activations == weight
+
+
+def test_update_without_fused_kernel_needs_a_copy_of_the_trained_weights():
+    fused, weight = needs_of_a_layer()
+    assert fused.peak == weight + 2 * weight + fused.activations  # the weight, two moments, the step
+    assert weight < fused.activations < 2 * weight
+    scaled, _ = needs_of_a_layer("--mixed_precision", "fp16")
+    assert scaled.peak == weight + 2 * weight + 2 * weight  # and a gradient and a copy in the update
+    prodigy, _ = needs_of_a_layer("--optimizer", "prodigy")
+    assert prodigy.peak == weight + 4 * weight + 2 * weight
 
 
 def test_flops_are_those_of_pytorch_and_attention_counts():
