@@ -26,6 +26,9 @@ from nara_diffusion.dllm import GenerationStep, encode_prompts, load_backbone, p
 from nara_diffusion.dllm.models.backbone import Backbone
 from nara_diffusion.dllm.sampler import answer_prompts, check_canvas
 
+Turns = list[dict[str, str]]
+"""A conversation, {"role": …, "content": …} a turn."""
+
 
 def readable(tokenizer: Any, tokens: torch.Tensor, masked: torch.Tensor) -> str:
     """The text of an answer (g,), with ▒ for each masked token."""
@@ -36,17 +39,13 @@ def readable(tokenizer: Any, tokens: torch.Tensor, masked: torch.Tensor) -> str:
     return text
 
 
-def prompt_ids(tokenizer: Any, turns: list[dict[str, str]]) -> list[int]:
-    """The tokens of the conversation `turns`, or of its last question if the model has no chat template."""
-    (ids,) = encode_prompts(
-        tokenizer, [prompt_text(tokenizer, turns if tokenizer.chat_template else turns[-1]["content"])]
-    )
-    return ids
+def prompt_ids(tokenizer: Any, turns: Turns) -> list[int]:
+    """The tokens of a conversation, or of its last question if the model has no chat template."""
+    text = prompt_text(tokenizer, turns if tokenizer.chat_template else turns[-1]["content"])
+    return encode_prompts(tokenizer, [text])[0]
 
 
-def that_fit(
-    model: Any, tokenizer: Any, turns: list[dict[str, str]], opening: int, gen_length: int
-) -> list[dict[str, str]]:
+def that_fit(model: Any, tokenizer: Any, turns: Turns, opening: int, gen_length: int) -> Turns:
     """The turns without the oldest questions and answers after the opening, so that an answer fits the model."""
     while len(turns) > opening + 1:
         try:
@@ -57,8 +56,8 @@ def that_fit(
     return turns
 
 
-def answer(model: Any, tokenizer: Any, turns: list[dict[str, str]], **sampling: Any) -> str:
-    """The model's answer to the conversation `turns`, {"role": …, "content": …} each."""
+def answer(model: Any, tokenizer: Any, turns: Turns, **sampling: Any) -> str:
+    """The model's answer to a conversation."""
     ids = prompt_ids(tokenizer, turns)
 
     def show(step: GenerationStep) -> None:

@@ -59,7 +59,7 @@ def test_chat_answers_each_line_and_drops_the_oldest_turns_of_a_conversation_too
         "upper: planet",
         "",
         "reverse: planet",
-        f"upper: {'long' * 15}",
+        f"upper: {'x' * 60}",
         "upper: planet",
         "/clear",
         "reverse: planet",
