@@ -4,8 +4,8 @@
     python examples/chat.py examples/assets/llada-tiny --adapter outputs/dllm-1 --system "Answer in a word."
     echo "reverse: planet" | python examples/chat.py examples/assets/llada-tiny --gen_length 12
 
-Each line is a turn; the conversation so far is part of the prompt. A terminal shows how the masks (▒) of an answer are
-filled in. /clear starts a new conversation.
+Each line is a turn; the conversation so far is part of the prompt, without its oldest turns if it is longer than the
+model's positions. A terminal shows how the masks (▒) of an answer are filled in. /clear starts a new conversation.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ from peft import PeftModel
 from nara_diffusion import set_strength
 from nara_diffusion.dllm import GenerationStep, encode_prompts, load_backbone, prompt_text, stop_token_ids
 from nara_diffusion.dllm.models.backbone import Backbone
-from nara_diffusion.dllm.sampler import answer_prompts
+from nara_diffusion.dllm.sampler import answer_prompts, check_canvas
+
+Turns = list[dict[str, str]]
+"""A conversation, {"role": …, "content": …} a turn."""
 
 
 def readable(tokenizer: Any, tokens: torch.Tensor, masked: torch.Tensor) -> str:
@@ -36,10 +39,26 @@ def readable(tokenizer: Any, tokens: torch.Tensor, masked: torch.Tensor) -> str:
     return text
 
 
-def answer(model: Any, tokenizer: Any, turns: list[dict[str, str]], **sampling: Any) -> str:
-    """The model's answer to the conversation `turns`, {"role": …, "content": …} each."""
-    prompt = prompt_text(tokenizer, turns if tokenizer.chat_template else turns[-1]["content"])
-    (ids,) = encode_prompts(tokenizer, [prompt])
+def prompt_ids(tokenizer: Any, turns: Turns) -> list[int]:
+    """The tokens of a conversation, or of its last question if the model has no chat template."""
+    text = prompt_text(tokenizer, turns if tokenizer.chat_template else turns[-1]["content"])
+    return encode_prompts(tokenizer, [text])[0]
+
+
+def that_fit(model: Any, tokenizer: Any, turns: Turns, opening: int, gen_length: int) -> Turns:
+    """The turns without the oldest questions and answers after the opening, so that an answer fits the model."""
+    while len(turns) > opening + 1:
+        try:
+            check_canvas(model, len(prompt_ids(tokenizer, turns)), gen_length)
+            break
+        except ValueError:
+            turns = turns[:opening] + turns[opening + 2 :]
+    return turns
+
+
+def answer(model: Any, tokenizer: Any, turns: Turns, **sampling: Any) -> str:
+    """The model's answer to a conversation."""
+    ids = prompt_ids(tokenizer, turns)
 
     def show(step: GenerationStep) -> None:
         text = readable(tokenizer, step.sequences[0, len(ids) :], step.masked[0]) if step.masked.any() else ""
@@ -89,16 +108,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         if line == "/clear":
             turns = list(opening)
             continue
-        turns.append({"role": "user", "content": line})
+        asked = [*turns, {"role": "user", "content": line}]
+        fitting = that_fit(model, tokenizer, asked, len(opening), sampling["gen_length"])
         try:
-            turns.append({"role": "assistant", "content": answer(model, tokenizer, turns, **sampling)})
+            text = answer(model, tokenizer, fitting, **sampling)
         except ValueError as error:
-            if len(turns) == len(opening) + 1:
+            if turns == opening:
                 raise
-            turns.pop()
-            print(f"error: {error}; /clear starts a new conversation", file=sys.stderr, flush=True)
-        else:
-            print(turns[-1]["content"], flush=True)
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            continue
+        if len(fitting) < len(asked):
+            print("(the conversation is too long: its oldest turns were dropped)", file=sys.stderr, flush=True)
+        print(text, flush=True)
+        turns = [*fitting, {"role": "assistant", "content": text}]
 
 
 if __name__ == "__main__":

@@ -54,13 +54,22 @@ def test_preferences_go_where_imitation_does_not(capsys):
     assert f"preferences: prefers the chosen copy in {preferred:.0%}" in capsys.readouterr().out
 
 
-def test_chat_answers_each_line_by_the_conversation_so_far_and_goes_on_after_a_turn_too_long(capsys, monkeypatch):
-    lines = ["upper: planet", "", "upper: one word that is too long", "/clear", "reverse: planet"]
+def test_chat_answers_each_line_and_drops_the_oldest_turns_of_a_conversation_too_long(capsys, monkeypatch):
+    lines = [
+        "upper: planet",
+        "",
+        "reverse: planet",
+        f"upper: {'x' * 60}",
+        "upper: planet",
+        "/clear",
+        "reverse: planet",
+    ]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
-    import_module("chat").main([str(EXAMPLES / "assets" / "llada-tiny"), "--gen_length", "12"])
+    import_module("chat").main([str(EXAMPLES / "assets" / "llada-tiny"), "--gen_length", "26"])
     said = capsys.readouterr()
-    assert said.out.rstrip("\n").split("\n") == ["PLANET", "tenalp"]
-    assert re.search("^error: .* 64 positions: .*; /clear starts a new conversation$", said.err, re.MULTILINE)
+    assert said.out.rstrip("\n").split("\n") == ["PLANET", "tenalp", "PLANET", "tenalp"]
+    assert said.err.count("(the conversation is too long: its oldest turns were dropped)") == 2
+    assert re.search("^error: the longest prompt has .* 64 positions: .*$", said.err, re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", ["gemma-tiny", "llada2-tiny"])

@@ -267,9 +267,9 @@ def trained_canvas(
     padding = f"(trained_padding {collator.trained_padding})"
     mean = round(sum(prompts + trained) / len(rows))
     fact = (
-        f"prompts of {_span(prompts)} tokens, answers of {_span(answers)} tokens with their end, "
-        f"trained to {_span(trained)} tokens {padding}, {mean} positions a sample; "
-        f"generated: gen_length {gen_length} in {counted(gen_length // block_length, 'block')}"
+        f"prompts {_span(prompts)}, answers {_span(answers)}, trained to {_span(trained)} tokens "
+        f"{padding}, {mean} positions a sample; "
+        f"gen_length {gen_length} in {counted(gen_length // block_length, 'block')}"
     )
     short, long = [], []
     for row, answer, end in zip(rows, answers, trained, strict=True):

@@ -102,7 +102,7 @@ def shipped_settings(
         return values
     both = merged(values, given)
     names = [name for name in shown.split() if name in both and name not in given]
-    settings = ", ".join(f"{name} {both[name]}" for name in names)
-    taught = f"{model}, {toy}, with its own settings ({settings})"
-    logger.info("no model was named: your data teach %s; for %s", taught, advice)
+    logger.info("no model was named: your data teach %s, %s", model, toy)
+    logger.info("its own settings: %s", ", ".join(f"{name} {both[name]}" for name in names))
+    logger.info("for %s", advice)
     return {name: value for name, value in values.items() if name not in own}

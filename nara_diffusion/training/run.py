@@ -207,7 +207,8 @@ class Run(Generic[Args]):
             texts = {name: str(value) for name, value in settings.items()}
             self.accelerator.init_trackers(self.name, texts)
         if self.is_main:
-            logger.info("%s", "; ".join(f"{what}: {value}" for what, value in facts.items()))
+            for what, value in facts.items():
+                logger.info("%s: %s", what, value)
             logger.info("output folder: %s", self.folder)
 
     def restore(self) -> None:

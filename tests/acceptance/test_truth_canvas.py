@@ -139,10 +139,10 @@ def test_facts_report_and_card_have_the_canvas_and_the_options_and_block_length_
     with caplog.at_level(logging.INFO):
         main(args)
     assert canvas_warnings(caplog) == []
-    (facts,) = [message for message in caplog.messages if message.startswith("adapter: ")]
-    assert f"base: {args.pretrained_model_name_or_path}" in facts
-    assert f"{args.train_file} (fields instruction, output, answer); " in facts  # no train_on
-    assert "answers of 4 to 8 tokens with their end, trained to 12 tokens (trained_padding gen_length)" in facts
+    facts = dict(message.split(": ", 1) for message in caplog.messages if ": " in message)  # a line for each
+    assert facts["base"] == args.pretrained_model_name_or_path
+    assert facts["training data"].endswith(f"{args.train_file} (fields instruction, output, answer)")  # no train_on
+    assert "answers 4 to 8, trained to 12 tokens (trained_padding gen_length)" in facts["canvas"]
     expected = {"block_length": block, **given}
     assert [{name: how[name] for name in expected} for how in asked] == [expected] * 2
     card = (Path(args.output_dir) / "README.md").read_text()

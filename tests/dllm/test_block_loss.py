@@ -11,12 +11,12 @@ from nara_diffusion.dllm.uniform import corrupt_canvases
 from tests.helpers.rounding import assert_near
 from tests.helpers.tiny_gemma import CANVAS, VOCABULARY, tiny_gemma
 
-KEY = {"seed": 3, "sample_indices": [10, 11, 12], "canvas_length": CANVAS, "vocab_size": VOCABULARY}
+KEY = {"seed": 0, "sample_indices": [10, 11, 12], "canvas_length": CANVAS, "vocab_size": VOCABULARY}
 
 
-def batch_of(**options):
+def batch_of(prompts=(4, 9, 5), **options):
     ids = torch.randint(0, VOCABULARY, (3, 25), generator=torch.Generator().manual_seed(1))
-    return corrupt_canvases(ids, [4, 9, 5], answer_lengths=[14, 11, 20], **{**KEY, **options})
+    return corrupt_canvases(ids, prompts, answer_lengths=[14, 11, 20], **{**KEY, **options})
 
 
 def decoder_logits(model, batch, row, conditioning=None):
@@ -51,15 +51,17 @@ def test_the_loss_is_that_of_a_decoder_on_a_cache_of_the_prefix(attention):
             mean = expected.sum() / batch.supervised[row].sum()
             assert_near(loss.per_sample[row].double(), mean, model)
     assert len(set(batch.starts.tolist())) == 3
+    assert batch.supervised.sum(1).tolist() == [2, 5, CANVAS]  # two canvases end after their answers
     assert batch.starts.max() > 4  # the window of 5 tokens cuts the prefix
     assert_near(loss.loss, loss.per_sample.mean() + 0.3 * loss.encoder_loss.mean(), model)
 
 
-def test_the_encoder_learns_to_predict_each_token_of_the_answer():
-    model, batch = tiny_gemma(), batch_of()
+@pytest.mark.parametrize("first_prompt", [4, 0])
+def test_the_encoder_learns_to_predict_each_token_of_the_answer_that_has_one_before_it(first_prompt):
+    model, batch = tiny_gemma(), batch_of([first_prompt, 9, 5])
     with torch.no_grad():
         loss = canvas_loss(model, batch)
-        for row, (start, end) in enumerate([(4, 18), (9, 20), (5, 25)]):
+        for row, (start, end) in enumerate([(max(first_prompt, 1), first_prompt + 14), (9, 20), (5, 25)]):
             ids = batch.input_ids[row : row + 1, :end]
             hidden = model.model.encoder(input_ids=ids).last_hidden_state
             logits = 30 * torch.tanh(model.lm_head(hidden) / 30)
@@ -121,7 +123,7 @@ def test_the_first_pass_gets_no_gradient():
 
 def test_canvas_and_vocabulary_are_the_models():
     ids = torch.randint(0, VOCABULARY, (3, 25), generator=torch.Generator().manual_seed(1))
-    lengths = {"answer_lengths": [14, 11, 20], "seed": 3, "sample_indices": [10, 11, 12]}
+    lengths = {"answer_lengths": [14, 11, 20], "seed": 0, "sample_indices": [10, 11, 12]}
     loss = block_diffusion_loss(tiny_gemma(), ids, [4, 9, 5], **lengths)
     expected = batch_of()
     assert torch.equal(loss.canvas, expected.canvas)

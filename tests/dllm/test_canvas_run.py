@@ -51,10 +51,11 @@ def test_a_run_saves_one_adapter_resumes_to_the_same_bits_and_loads_into_the_pip
     assert (config["noise_convention"], config["noise_level_per"]) == ("corrupted_share", "sample")
 
     card = (whole / "README.md").read_text()
-    canvas = "answers of 4 to 8 tokens with their end, trained to 16 tokens (trained_padding 0)"
-    for text in (card, caplog.text):
-        assert canvas in text
-        assert "generated: gen_length 16 in 1 block" in text
+    (canvas,) = [message for message in caplog.messages if message.startswith("canvas: ")]  # a line for each fact
+    assert "answers 4 to 8, trained to 16 tokens (trained_padding 0)" in canvas
+    assert canvas.endswith("; gen_length 16 in 1 block")
+    assert len(canvas) <= 160
+    assert canvas in card
     exec(card.split("```python")[1].split("```")[0], {})
 
     halves.mkdir()

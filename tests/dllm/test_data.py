@@ -300,10 +300,12 @@ def test_own_records_without_a_model_are_told_that_they_teach_the_shipped_toy(ca
     with caplog.at_level("INFO"):
         assert "train_file" not in shipped_run({"train_file": "own.jsonl"})
         assert "train_file" in shipped_run({})
-    (message,) = caplog.messages
-    assert message.startswith("no model was named: your data teach ")
-    assert "llada-tiny, a toy of 64 positions" in message
-    assert "its own settings (max_train_steps 400, train_batch_size 32, learning_rate 0.01, gen_length 12" in message
+    toy, settings, advice = caplog.messages
+    assert toy.startswith("no model was named: your data teach ")
+    assert "llada-tiny, a toy of 64 positions" in toy
+    assert settings.startswith("its own settings: max_train_steps 400, train_batch_size 32, learning_rate 0.01, gen_")
+    assert advice.startswith("for LLaDA-8B add ")
+    assert max(map(len, caplog.messages)) <= 160
 
 
 def test_given_names_choose_the_form(tmp_path: Path) -> None:

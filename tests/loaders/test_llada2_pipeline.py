@@ -245,6 +245,15 @@ def test_later_forwards_of_a_run_read_no_value_from_the_device(base: Path) -> No
     assert level.tolist() == [[0.75], [0.75]]
 
 
+def test_answer_begins_at_the_first_mask_of_any_row_of_the_first_forward(base: Path) -> None:
+    model, scheduler = fresh(base), BlockRefinementScheduler()
+    scheduler.set_timesteps(2, block_length=B)
+    ids = torch.tensor([[7, 8, 9, MASK], [7, MASK, 9, MASK], [7, 8, 9, MASK]])  # a prompt with a gap
+    given = {"attention_mask": torch.ones_like(ids), "position_ids": torch.arange(B).expand(3, -1)}
+    level = BlockNoise(lambda: [scheduler])(model, (ids,), given)
+    assert level.tolist() == [[pytest.approx(1 / 3)], [pytest.approx(2 / 3)], [pytest.approx(1 / 3)]]
+
+
 def test_adapter_of_another_definition_is_refused_at_loading(base: Path, tmp_path: Path) -> None:
     adapter(base, tmp_path / "adapter")
     file = tmp_path / "adapter/adapter_config.json"
