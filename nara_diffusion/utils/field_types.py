@@ -40,10 +40,13 @@ def fits(value: Any, annotation: Any) -> bool:
     types, _ = _KINDS[kind]
     if isinstance(value, bool) and kind is not bool:
         return False
-    if Collection in types:
-        is_list = isinstance(value, Collection) and not isinstance(value, (str, bytes, Mapping))
-        return is_list and all(fits(item, arguments[0]) for item in value) if arguments else is_list
-    return isinstance(value, types)
+    if not isinstance(value, types):
+        return False
+    if Collection not in types:
+        return True
+    if isinstance(value, (str, bytes, Mapping)):
+        return False
+    return not arguments or all(fits(item, arguments[0]) for item in value)
 
 
 def described(annotation: Any) -> str:
