@@ -211,8 +211,8 @@ def naming(source: Source, subfolder: str | None = None) -> Iterator[None]:
     """Add the adapter's `source` to errors raised inside the context, unless they name it."""
     try:
         yield
-    except (ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
-        # PEFT raises TypeError, KeyError and AttributeError for malformed configurations
+    except (ValueError, TypeError, KeyError, AttributeError, re.error, SafetensorError) as error:
+        # PEFT raises TypeError, KeyError, … and re.error for malformed configurations
         is_clear = isinstance(error, ValueError)
         if is_clear and not isinstance(source, Mapping) and str(source) in str(error):
             raise

@@ -38,9 +38,7 @@ def fits(value: Any, annotation: Any) -> bool:
     if kind not in _KINDS:
         return isinstance(value, (kind, Mapping))
     types, _ = _KINDS[kind]
-    if isinstance(value, bool) and kind is not bool:
-        return False
-    if not isinstance(value, types):
+    if not isinstance(value, types) or isinstance(value, bool) != (kind is bool):
         return False
     if Collection not in types:
         return True

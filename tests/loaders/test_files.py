@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -101,12 +103,51 @@ def test_configuration_that_is_no_json_object_is_refused_by_its_name(text: str, 
             read(str(folder))
 
 
-def test_errors_of_peft_about_an_odd_configuration_name_the_file(tmp_path: Path) -> None:
+def with_fields(**changed: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        config = folder / _files.PEFT_CONFIG
+        config.write_text(json.dumps({**json.loads(config.read_text()), **changed}))
+
+    return change
+
+
+def without_weights(put: Callable[[Path], object] = Path.exists) -> Callable[[Path], None]:
+    """Delete the weights, and `put` something else in their place."""
+
+    def change(folder: Path) -> None:
+        (folder / _files.PEFT_WEIGHTS).unlink()
+        put(folder / _files.PEFT_WEIGHTS)
+
+    return change
+
+
+NO_FILE = r"There is no '\w+\.safetensors' in"
+UNREADABLE: dict[str, tuple[Callable[[Path], None], str]] = {
+    "another peft_type": (with_fields(peft_type="NARAA"), "NARAA.* not '?NARA"),
+    "modules_to_save is no pattern": (with_fields(modules_to_save=["("]), r"missing \)"),
+    "another bias": (with_fields(bias="some"), "bias is 'some'"),
+    "another type": (with_fields(use_rslora="false"), "use_rslora is 'false'"),
+    "weights missing": (without_weights(), NO_FILE),
+    "weights are a folder": (without_weights(Path.mkdir), NO_FILE),
+    "weights are a pipe": (without_weights(os.mkfifo), NO_FILE),
+}
+"""{what is wrong: (make it so, the error)}."""
+
+
+@pytest.mark.parametrize("row", UNREADABLE)
+def test_peft_folder_that_cannot_be_read_is_refused_in_one_line(row: str, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(_files.FILES / "peft" / "nara", tmp_path / "nara"))
-    config = folder / _files.PEFT_CONFIG
-    config.write_text(json.dumps({**json.loads(config.read_text()), "lora_dropout": [None]}))
-    with pytest.raises(ValueError, match=f"{folder}' is refused: TypeError"):
-        PeftModel.from_pretrained(_bases.language_model(), folder)
+    change, message = UNREADABLE[row]
+    change(folder)
+    for read in (
+        AdapterFile.read,
+        lambda folder: PeftModel.from_pretrained(_bases.language_model(), folder),
+        lambda folder: _bases.language_model().load_adapter(folder),
+    ):
+        with pytest.raises(ValueError, match=message) as caught:
+            read(str(folder))
+        assert str(folder) in str(caught.value)
+        assert "\n" not in str(caught.value)
 
 
 def test_naras_and_loras_are_refused_by_each_others_loaders_with_the_right_call(tmp_path: Path) -> None:
