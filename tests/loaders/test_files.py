@@ -15,6 +15,7 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict, inject_ad
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from nara_diffusion import strict
 from nara_diffusion.dreambooth.pipelines import model_index
 from nara_diffusion.loaders import tensor_files as files
 from nara_diffusion.loaders.file import AdapterFile
@@ -180,6 +181,34 @@ def test_what_cannot_be_saved_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is a plain LoRA, which a NaRA's file cannot hold"):
         pipe.save_nara_weights(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------------- loading
+
+
+def test_every_tensor_is_checked_once_per_load(monkeypatch, tmp_path: Path) -> None:
+    checked: list[str] = []
+    check = strict._check_tensor
+
+    def counted(key: str, *args: Any, **options: Any) -> None:
+        checked.append(key)
+        check(key, *args, **options)
+
+    monkeypatch.setattr(strict, "_check_tensor", counted)
+    pipe, number = _bases.sdxl(), len(load_file(FOLDER / FILE))
+    peft = _files.FILES / "peft" / "nara"
+    for load in (
+        lambda: pipe.load_nara_weights(FOLDER, adapter_name="toy"),
+        lambda: pipe.load_nara_weights(FOLDER, adapter_name="toy", hotswap=True),
+        lambda: AdapterFile.read(FOLDER),
+    ):
+        checked.clear()
+        load()
+        assert (len(checked), len(set(checked))) == (number, number)
+    for load in (AdapterFile.read, lambda folder: PeftModel.from_pretrained(_bases.language_model(), folder)):
+        checked.clear()
+        load(peft)
+        assert len(checked) == len(set(checked)) == len(load_file(peft / _files.PEFT_WEIGHTS))
 
 
 # ---------------------------------------------------------------------- after a load
