@@ -12,16 +12,18 @@ from dataclasses import dataclass, fields
 from enum import Enum
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, get_type_hints
 
 from peft import LoraConfig
 
 from nara_diffusion.cores.core import BUILT_IN, check_core_type
 from nara_diffusion.noise.level import is_number
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
+from nara_diffusion.utils.field_types import described, fits
 from nara_diffusion.utils.files import atomic_write_files
 
 _CHOICES: dict[str, tuple[tuple[str | int, ...], tuple[str, ...]]] = {
+    "bias": (("none", "all", "lora_only"), BUILT_IN),
     "core_init": (("zero_last", "kaiming", "zero_all"), ("hypernetwork", "constant")),
     "core_input": (("noise_level",), BUILT_IN),
     "core_sharing": (("global", "module_type", "layer"), BUILT_IN),
@@ -147,16 +149,17 @@ class NaraConfig(LoraConfig):
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        self.peft_type = NaraPeftType.NARA  # type: ignore[assignment]
+        if self.scheduler is not None:
+            raise ValueError(f"NaraConfig can't have a scheduler any more: {OTHER_PREDICTION}")
         self.rank_pattern = self.rank_pattern or {}
         self.alpha_pattern = self.alpha_pattern or {}
         check_core_type(self.core_type)
-        if self.scheduler is not None:
-            raise ValueError(f"NaraConfig can't have a scheduler any more: {OTHER_PREDICTION}")
         self._check_choices()
         self._check_numbers()
         self._check_patterns()
+        self._check_types()
+        super().__post_init__()
+        self.peft_type = NaraPeftType.NARA  # type: ignore[assignment]
         self._check_core_numbers()
         if self.strength is not None:
             self._check_strength(self.strength)
@@ -214,6 +217,13 @@ class NaraConfig(LoraConfig):
                 self._refuse(name, ": pass a finite number greater than 0.")
         if not is_number(self.lora_alpha):
             self._refuse("lora_alpha", ": pass a finite number.")
+        if not is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
+            self._refuse("lora_dropout", ": pass a number from 0 to less than 1.")
+
+    def _check_types(self) -> None:
+        for name, annotation in get_type_hints(type(self)).items():
+            if not fits(getattr(self, name), annotation):
+                self._refuse(name, f": pass {described(annotation)}.")
 
     def _check_patterns(self) -> None:
         ranks, alphas = self.rank_pattern, self.alpha_pattern

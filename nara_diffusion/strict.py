@@ -236,7 +236,12 @@ def _check_tensor(key: str, tensor: object, like: Tensor, has_shape: bool) -> No
     if is_core_key(key):
         remedy = "save it again without converting it"
         _check_core_precision(key, tensor, like, "in the checkpoint", remedy)
-    if tensor.is_floating_point() and not bool(tensor.to(like.dtype).isfinite().all()):
+    check_finite(key, tensor, like.dtype)
+
+
+def check_finite(key: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    """Raise ValueError if a tensor has a value that is not finite in `dtype`."""
+    if tensor.is_floating_point() and not bool(tensor.to(dtype).isfinite().all()):
         raise ValueError(
             f"'{key}' has NaN or infinity in the checkpoint, or a value that is too large for its "
             "layer: the run that saved it was broken, or the model has to be in bfloat16 or float32."

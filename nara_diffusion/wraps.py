@@ -40,7 +40,7 @@ from nara_diffusion.loaders.insertion import (
     adapters_of,
     nara_adapters_of,
 )
-from nara_diffusion.loaders.tensor_files import is_nara, is_nara_for_peft
+from nara_diffusion.loaders.tensor_files import check_peft_weights, is_nara, is_nara_for_peft
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
 from nara_diffusion.tuner.model import NaraModel, restored_on_error
 from nara_diffusion.tuner.strength import check_strength, give_strength, strength_of
@@ -112,6 +112,7 @@ def _from_pretrained(
     is_ours = _is_nara(model_id, kwargs) if config is None else isinstance(config, NaraConfig)
     if not is_ours:
         return original(cls, model, model_id, adapter_name, *args, **kwargs)
+    check_peft_weights(model_id, kwargs.get("subfolder"))
     with naming(model_id, kwargs.get("subfolder")), restored_on_error(model):
         return original(cls, model, model_id, adapter_name, *args, **kwargs)
 
@@ -126,6 +127,7 @@ def _load_adapter(
 ) -> Any:
     if not isinstance(self.base_model, NaraModel):
         return original(self, model_id, adapter_name, *args, **kwargs)
+    check_peft_weights(model_id, kwargs.get("subfolder"))
     with naming(model_id, kwargs.get("subfolder")), restored_on_error(self):
         return original(self, model_id, adapter_name, *args, **kwargs)
 
@@ -169,6 +171,7 @@ def _load_into_transformers(
         config.inference_mode = not given.get("is_trainable", False)
         tensors = given.get("adapter_state_dict")
         if not tensors:
+            check_peft_weights(model_id, hub.get("subfolder"))  # type: ignore[arg-type]
             tensors = load_peft_weights(model_id, device="cpu", **hub)  # type: ignore[arg-type]
         inject_adapter_in_model(config, self, name)
         set_peft_model_state_dict(self, tensors, name)

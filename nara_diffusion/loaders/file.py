@@ -12,8 +12,8 @@ A PEFT folder has one component, in adapter_config.json and adapter_model.safete
 by `PeftModel.save_pretrained` and by `train_scripts/dllm.py`, also for checkpoints. Its keys begin
 with "base_model.model.".
 
-Each part is checked against its own configuration, without the base model. The sizes of the base's
-layers are checked when the adapter is loaded. Both checks use `strict.check_tensors`.
+Each part is checked against its own configuration, without the base model, or against a model that
+it is loaded into, sizes of the base's layers included. Both use `strict.check_tensors`, once a load.
 """
 
 from __future__ import annotations
@@ -112,6 +112,7 @@ class AdapterFile:
         subfolder: str | None = None,
         metadata: Mapping[str, str] | None = None,
         hub: Mapping[str, Any] | None = None,
+        for_model: bool = False,
     ) -> AdapterFile:
         """Read a file, a folder, a repository on the Hub, or a dict of tensors with its `metadata`.
 
@@ -122,6 +123,8 @@ class AdapterFile:
             subfolder: the subfolder of the folder or repository.
             metadata: the metadata for a dict of tensors.
             hub: options for downloads.
+            for_model: True if the caller will compare the tensors with those of a model, so that
+                they are not compared with the configuration here.
 
         Raises:
             ValueError: there is no file, or the file is damaged or of another kind.
@@ -132,12 +135,12 @@ class AdapterFile:
         with naming(source):
             if isinstance(source, Mapping):
                 given = {key: copied(tensor) for key, tensor in source.items()}
-                return cls(_of_pipeline(given, metadata, "The dict"))
+                return cls(_of_pipeline(given, metadata, "The dict", for_model))
             path = locate(source, weight_name, subfolder, hub or {})
             tensors, metadata = read_tensors(path)
             if path.name == PEFT_WEIGHTS_NAME:
-                return cls({component: _of_peft(path, tensors)}, path)
-            return cls(_of_pipeline(tensors, metadata, f"'{path}'"), path)
+                return cls({component: _of_peft(path, tensors, for_model)}, path)
+            return cls(_of_pipeline(tensors, metadata, f"'{path}'", for_model), path)
 
     def save(self, path: Path, save_function: Callable[..., None] | None = None) -> None:
         """Write a pipeline's file completely or not at all, with safetensors' `save_file`.
@@ -211,8 +214,8 @@ def naming(source: Source, subfolder: str | None = None) -> Iterator[None]:
     """Add the adapter's `source` to errors raised inside the context, unless they name it."""
     try:
         yield
-    except (ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
-        # PEFT raises TypeError, KeyError and AttributeError for malformed configurations
+    except (ValueError, TypeError, KeyError, AttributeError, re.error, SafetensorError) as error:
+        # PEFT raises TypeError, KeyError, … and re.error for malformed configurations
         is_clear = isinstance(error, ValueError)
         if is_clear and not isinstance(source, Mapping) and str(source) in str(error):
             raise
@@ -225,7 +228,7 @@ def naming(source: Source, subfolder: str | None = None) -> Iterator[None]:
 # ---------------------------------------------------------------------- PEFT's format
 
 
-def _of_peft(path: Path, tensors: dict[str, Tensor]) -> AdapterPart:
+def _of_peft(path: Path, tensors: dict[str, Tensor], for_model: bool) -> AdapterPart:
     """Return the adapter part from the PEFT folder that contains the weights file `path`."""
     config = path.with_name(PEFT_CONFIG_NAME)
     if not config.is_file():
@@ -243,7 +246,9 @@ def _of_peft(path: Path, tensors: dict[str, Tensor]) -> AdapterPart:
     part = AdapterPart(config_from_fields(given, f"'{config}'"), with_current_names(own))
     part.config.base_model_name_or_path = given.get(BASE)
     part.config.auto_mapping = given.get("auto_mapping")
-    _check_part(part, beside=True)
+    _check_modules(part)
+    if not for_model:
+        _check_part(part, beside=True)
     return part
 
 
@@ -251,7 +256,10 @@ def _of_peft(path: Path, tensors: dict[str, Tensor]) -> AdapterPart:
 
 
 def _of_pipeline(
-    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None, origin: str
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None,
+    origin: str,
+    for_model: bool,
 ) -> dict[str, AdapterPart]:
     """Return the parts in a pipeline's file, which error messages call `origin`."""
     if not metadata or METADATA_KEY not in metadata:
@@ -269,7 +277,9 @@ def _of_pipeline(
     for name, own in split.items():
         parts[name] = AdapterPart(configs[name], own)
         try:
-            _check_part(parts[name], beside=False)
+            _check_modules(parts[name])
+            if not for_model:
+                _check_part(parts[name], beside=False)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
     return parts
@@ -369,6 +379,18 @@ def config_from_fields(given: Mapping[str, Any], origin: str) -> NaraConfig:
 # ---------------------------------------------------------------------- the check, without a base
 
 
+def _check_modules(part: AdapterPart) -> None:
+    """Raise ValueError if no module has factors, or one that `target_modules` don't name."""
+    if not part.modules:
+        raise ValueError("it has no A and B of any module: download or save it again.")
+    for name in part.modules:
+        if not _is_target(part.config, name):
+            raise ValueError(
+                f"it has factors of '{name}', a module that its target_modules "
+                f"{part.config.target_modules} don't name: it is damaged, download or save it again."
+            )
+
+
 def _check_part(part: AdapterPart, *, beside: bool) -> None:
     """Compare the tensors of a file with those that its configuration describes.
 
@@ -378,23 +400,14 @@ def _check_part(part: AdapterPart, *, beside: bool) -> None:
             `modules_to_save`.
 
     Raises:
-        ValueError: no module has factors, a module with factors is not in `target_modules`, or
-            `check_tensors` raises an error.
+        ValueError: `check_tensors` raises an error.
     """
-    config = part.config
-    if not part.modules:
-        raise ValueError("it has no A and B of any module: download or save it again.")
     expected = _core_tensors(part)
     for name, rank in part.modules.items():
-        if not _is_target(config, name):
-            raise ValueError(
-                f"it has factors of '{name}', a module that its target_modules "
-                f"{config.target_modules} don't name: it is damaged, download or save it again."
-            )
         expected |= _factors(part, name, rank)
     known = dict(expected)
     for key, tensor in part.tensors.items():
-        if beside and key not in known and _may_stand_beside(config, key, tensor):
+        if beside and key not in known and _may_stand_beside(part.config, key, tensor):
             known[key] = tensor
     check_tensors(part.tensors, expected, known)
 

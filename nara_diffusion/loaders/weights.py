@@ -106,6 +106,7 @@ def load_nara_weights(
         subfolder=subfolder,
         metadata=metadata,
         hub=hub,
+        for_model=True,
     )
     with naming(source):
         _check_parts(file.parts, models)
