@@ -16,7 +16,7 @@ from peft import LoraConfig, LoraRuntimeConfig, PeftConfig, PeftModel, TaskType,
 from peft.tuners.lora.config import ArrowConfig, BdLoraConfig, EvaConfig, KasaConfig, MontecloraConfig, VeloraConfig
 
 from nara_diffusion import NaraConfig, StrengthSchedule, noise_level
-from nara_diffusion.loaders.file import config_from_fields, config_to_fields
+from nara_diffusion.loaders.adapter_part import config_from_fields, config_to_fields
 from tests.helpers.adapted import TwoLayers, nara_config
 
 CONFIG = "adapter_config.json"
@@ -223,6 +223,7 @@ def test_fields_of_early_files_that_say_nothing_are_dropped_and_no_other_may_lac
 def test_file_with_an_unknown_field_or_value_is_refused_by_name_in_every_way(changes: Any, tmp_path: Path) -> None:
     nara_config(target_modules=["first"]).save_pretrained(tmp_path)
     path, name = tmp_path / CONFIG, next(iter(changes))
+    (tmp_path / "adapter_model.safetensors").touch()
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     for read in (
         lambda: PeftModel.from_pretrained(TwoLayers(), tmp_path),

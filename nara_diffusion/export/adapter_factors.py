@@ -31,7 +31,7 @@ from nara_diffusion.cores.core import CoreSet, core_group, make_cores
 from nara_diffusion.layers.dora import PEFT_DORA
 from nara_diffusion.layers.offloading import onloaded
 from nara_diffusion.layers.variants import NaraVariant
-from nara_diffusion.loaders.file import AdapterPart, configured_scaling
+from nara_diffusion.loaders.adapter_part import AdapterPart, configured_scaling
 from nara_diffusion.noise.level import Level, as_level, entry_for
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
 from nara_diffusion.strict import adapter_tensors

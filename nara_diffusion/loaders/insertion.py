@@ -22,7 +22,7 @@ from nara_diffusion.layers.variants import is_float8
 from nara_diffusion.strict import adapter_tensors, check_finite
 from nara_diffusion.tuner.holder import drop_idle_holder, holder_of
 
-from .file import AdapterPart
+from .adapter_part import AdapterPart
 
 logger = logging.getLogger(__name__)
 

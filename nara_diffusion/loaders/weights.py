@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from nara_diffusion.config import NaraConfig
 from nara_diffusion.tuner.model import restored_on_error
 
-from .file import AdapterFile, AdapterPart, naming
+from .adapter_part import AdapterPart
+from .file import AdapterFile, naming
 from .hotswap import REQUEST, check_swappable, prepare_for_hotswap, prepare_swap
 from .insertion import (
     Pipeline,
