@@ -16,7 +16,7 @@ from typing import Any, Literal, NoReturn
 
 from peft import LoraConfig
 
-from nara_diffusion.cores.core import BUILT_IN, check_core_type
+from nara_diffusion.cores.registry import BUILT_IN, check_core_type
 from nara_diffusion.noise.level import is_number
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
 from nara_diffusion.utils.files import atomic_write_files

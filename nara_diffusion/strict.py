@@ -23,8 +23,8 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 
-from nara_diffusion.cores.core import HOLDER_NAME, NAME_IN_FILES
-from nara_diffusion.noise.level import find_holders
+from nara_diffusion.cores.registry import HOLDER_NAME, NAME_IN_FILES
+from nara_diffusion.noise.context import find_holders
 from nara_diffusion.utils.files import listed
 
 PEFT_PREFIX = "base_model.model."

@@ -42,7 +42,8 @@ from nara_diffusion.loaders.insertion import (
 )
 from nara_diffusion.loaders.tensor_files import is_nara, is_nara_for_peft
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
-from nara_diffusion.tuner.model import NaraModel, restored_on_error
+from nara_diffusion.tuner.adding import restored_on_error
+from nara_diffusion.tuner.model import NaraModel
 from nara_diffusion.tuner.strength import check_strength, give_strength, strength_of
 
 _Function = Callable[..., Any]

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .core import BUILT_IN, CUSTOM, Core, CoreConfig, build_core, without_autocast
+from .core import Core, without_autocast
+from .registry import BUILT_IN, CUSTOM, CoreConfig, build_core
 
 CoreFactory = Callable[[Any, int], nn.Module]
 """(the NaraConfig, r) → a module λ (b,) → C (b, r, r)."""

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from nara_diffusion.noise.level import find_holders
+from nara_diffusion.noise.context import find_holders
 
 from .decoding import GenerationStep, State
 from .models.backbone import conditioned

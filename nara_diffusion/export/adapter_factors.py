@@ -27,12 +27,13 @@ from peft.tuners.lora.layer import Embedding, LoraVariant, ParamWrapper
 from torch import Tensor, nn
 
 from nara_diffusion.config import NaraConfig
-from nara_diffusion.cores.core import CoreSet, core_group, make_cores
+from nara_diffusion.cores.registry import CoreSet, core_group, make_cores
 from nara_diffusion.layers.dora import PEFT_DORA
 from nara_diffusion.layers.offloading import onloaded
 from nara_diffusion.layers.variants import NaraVariant
 from nara_diffusion.loaders.file import AdapterPart, configured_scaling
-from nara_diffusion.noise.level import Level, as_level, entry_for
+from nara_diffusion.noise.context import entry_for
+from nara_diffusion.noise.level import Level, as_level
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
 from nara_diffusion.strict import adapter_tensors
 from nara_diffusion.tuner.holder import CoreHolder, holder_of

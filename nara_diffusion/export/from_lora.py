@@ -24,7 +24,7 @@ from nara_diffusion.loaders.insertion import (
     read_schedule_of,
 )
 from nara_diffusion.strict import check_tensors
-from nara_diffusion.tuner.model import restored_on_error
+from nara_diffusion.tuner.adding import restored_on_error
 from nara_diffusion.tuner.strength import layers_of
 from nara_diffusion.tuner.twins import with_equal_twins, without_twins
 from nara_diffusion.utils.files import listed

@@ -37,7 +37,8 @@ from .functional import (
     times_core,
 )
 from .offloading import is_managed, onloaded
-from .variants import NaraConv, NaraLinear, NaraVariant, frozen_base, is_dropout_free, is_float8
+from .targets import is_float8
+from .variants import NaraConv, NaraLinear, NaraVariant, frozen_base, is_dropout_free
 
 PEFT_DORA = (DoraLinearVariant, DoraConv1dVariant, DoraConv2dVariant, DoraConv3dVariant)
 """PEFT's LoRA variants for DoRA on linear layers and convolutions."""

@@ -37,7 +37,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from nara_diffusion.config import ABSENT, NaraConfig, NaraPeftType, is_idle
-from nara_diffusion.cores.core import (
+from nara_diffusion.cores.registry import (
     BUILT_IN,
     NAME_IN_FILES,
     core_group,

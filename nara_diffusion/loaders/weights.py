@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from nara_diffusion.config import NaraConfig
-from nara_diffusion.tuner.model import restored_on_error
+from nara_diffusion.tuner.adding import restored_on_error
 
 from .file import AdapterFile, AdapterPart, naming
 from .hotswap import REQUEST, check_swappable, prepare_for_hotswap, prepare_swap

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .level import BLOCK_SHARE, arguments_of
+from .level import arguments_of
+from .sources import BLOCK_SHARE
 
 LLADA2 = "llada2_moe"
 """LLaDA2's `model_type`."""

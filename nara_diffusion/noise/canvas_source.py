@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .level import CORRUPTED_SHARE
+from .sources import CORRUPTED_SHARE
 
 _STEPS = ("step", "step_correct")
 _REMEDY = "call the model inside `with noise_level(model, value):`"

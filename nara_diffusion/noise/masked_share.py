@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .level import MASKED_SHARE, host_values
+from .level import host_values
 from .rows import REPETITIONS, Repetition, repeat_rows
+from .sources import MASKED_SHARE
 
 
 class InputIdsNoise:

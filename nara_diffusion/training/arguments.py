@@ -17,7 +17,7 @@ from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 
 import yaml
 
-from nara_diffusion.noise.level import NoiseWindow
+from nara_diffusion.noise.drawn_levels import NoiseWindow
 from nara_diffusion.noise.strength_schedule import StrengthSchedule, within
 
 from .command import merged, option

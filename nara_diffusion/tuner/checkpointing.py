@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from nara_diffusion.layers.variants import CoreChannel, Key
+from nara_diffusion.layers.channel import CoreChannel, Key
 from nara_diffusion.noise.parts import Parts
 
 

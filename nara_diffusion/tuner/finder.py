@@ -9,37 +9,32 @@ from the schedulers of the pipelines that loaded adapters.
 
 from __future__ import annotations
 
-import warnings
-import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from copy import copy
 from dataclasses import replace
 from enum import Enum, auto
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from peft import LoraConfig
 from torch import Tensor, nn
 
 from nara_diffusion.config import NaraConfig
-from nara_diffusion.cores.core import needs_noise
+from nara_diffusion.cores.registry import needs_noise
 from nara_diffusion.noise.blocks import LLADA2, BlockNoise
 from nara_diffusion.noise.canvas_source import CanvasNoise
-from nara_diffusion.noise.level import (
-    BLOCK_SHARE,
-    Entry,
-    NoiseSource,
-    as_level,
-    backward_pass,
-    registered_source,
-)
+from nara_diffusion.noise.context import Entry, backward_pass
+from nara_diffusion.noise.level import as_level
 from nara_diffusion.noise.parts import Parts
 from nara_diffusion.noise.rows import ModelRows
+from nara_diffusion.noise.sources import BLOCK_SHARE, NoiseSource, registered_source
 from nara_diffusion.noise.timesteps import Denoiser, TimestepNoise
+
+from .twins import twins_of
+from .usage import Usage
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-    from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 
 class NotSet(Enum):
@@ -316,138 +311,3 @@ def _how_to_declare(root: nn.Module) -> str:
             "nara_diffusion.dllm."
         )
     return ""
-
-
-# ---------------------------------------------------------------------- how adapters are used
-
-_KINDS = {"sample": "sample", "part": "part of a sample (a frame, a block)"}
-"""`NaraConfig.noise_level_per` → its name in messages."""
-
-
-class Usage:
-    """Compare how the adapters of one model are used with how they were trained.
-
-    `NaraConfig` says how a few-step adapter is sampled (`few_steps`), and whether training used one
-    λ for each sample or for each part of a sample (`noise_level_per`). Each difference causes
-    one warning per adapter.
-
-    Attributes:
-        pipelines: weak references to the pipelines that loaded adapters.
-    """
-
-    def __init__(self, configs: dict[str, LoraConfig]) -> None:
-        self.configs = configs
-        self.pipelines: list[weakref.ref[DiffusionPipeline]] = []
-        self._warned_of_sampling: dict[str, LoraConfig] = {}
-        self._warned_of_parts: dict[str, LoraConfig] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "pipelines": []}  # a copy has no pipelines
-
-    # ------------------------------------------------------------------ the pipelines' schedulers
-
-    def add_pipeline(self, pipe: DiffusionPipeline) -> None:
-        """Remember a pipeline that loaded an adapter."""
-        self.pipelines = [ref for ref in self.pipelines if ref() not in (None, pipe)]
-        self.pipelines.append(weakref.ref(pipe))
-
-    def schedulers(self) -> list[SchedulerMixin]:
-        """Return the current schedulers of the pipelines that loaded adapters."""
-        found = []
-        for reference in self.pipelines:
-            scheduler = getattr(reference(), "scheduler", None)
-            if hasattr(scheduler, "config"):
-                found.append(scheduler)
-        return found
-
-    def warn_of_sampling(self, names: Iterable[str]) -> None:
-        """Warn once if a pipeline samples a few-step adapter in a way that does not suit it."""
-        for name in names:
-            config = self.configs[name]
-            few_steps = getattr(config, "few_steps", None)
-            if few_steps is None or self._warned_of_sampling.get(name) is config:
-                continue
-            for reference in self.pipelines:
-                pipe = reference()
-                difference = None if pipe is None else _other_sampling(pipe, few_steps)
-                if difference is not None:
-                    self._warned_of_sampling[name] = config
-                    steps = few_steps["num_inference_steps"]
-                    warnings.warn(
-                        f"Adapter '{name}' was trained to sample in {steps} steps, but the pipeline takes {difference}",
-                        stacklevel=2,
-                    )
-
-    # ------------------------------------------------------------------ samples or their parts
-
-    def warn_of_parts(self, names: Iterable[str], level: Tensor) -> None:
-        """Warn once if an adapter was trained with λ per sample and is used per part, or vice versa.
-
-        Args:
-            level: λ (b,) of samples, or (b, k) of their k parts.
-        """
-        now = "part" if level.dim() == 2 else "sample"
-        for name in names:
-            config = self.configs[name]
-            trained = getattr(config, "noise_level_per", None)
-            if trained in (None, now) or self._warned_of_parts.get(name) is config:
-                continue
-            self._warned_of_parts[name] = config
-            warnings.warn(
-                f"Adapter '{name}' was trained with λ for each {_KINDS[trained]}, and this forward has one for "
-                f"each {_KINDS[now]}, which it has not seen: its results may be worse.",
-                UserWarning,
-                stacklevel=2,
-            )
-
-
-TIMESTEP_SETTINGS = ("timestep_spacing", "shift_terminal")
-"""Fields of a scheduler that a few-step adapter was trained with."""
-
-
-def _other_sampling(pipe: Any, few_steps: Mapping[str, Any]) -> str | None:
-    """Return a message if a pipeline's sampling settings do not suit a few-step adapter, else None.
-
-    The message names the settings and includes the lines of code that correct them.
-    """
-    scheduler = pipe.scheduler
-    # the scheduler of a flow has no number before its first call
-    steps = getattr(scheduler, "num_inference_steps", None)
-    wanted = few_steps["num_inference_steps"]
-    if steps is None:  # no call is in progress, as in training
-        return None
-    found = [] if steps == wanted else [f"{steps} steps"]
-    guidance = getattr(pipe, "_guidance_scale", 1.0)
-    if guidance > 1:
-        found.append(f"guidance_scale {guidance:g}")
-    for name in TIMESTEP_SETTINGS:
-        setting = few_steps.get(name)
-        if setting is not None and scheduler.config.get(name) != setting:
-            found.append(f"{type(scheduler).__name__} with other timesteps")
-    if not found:
-        return None
-    lines = [few_steps.get("scheduler"), f"pipe(…, num_inference_steps={wanted}, guidance_scale=1)"]
-    return f"{', '.join(found)}: {'; '.join(filter(None, lines))}"
-
-
-# ---------------------------------------------------------------------- a forward with two λ
-
-_WITH_TWINS = "DiffusionGemmaModel"
-
-
-class Twins(NamedTuple):
-    """The encoder (at λ = 0) and the decoder (at λ) of a DiffusionGemma, and their parent module."""
-
-    owner: nn.Module
-    encoder: nn.Module
-    decoder: nn.Module
-
-
-def twins_of(root: nn.Module) -> Twins | None:
-    """Return the twins of a DiffusionGemma, with or without PEFT's wrapper; None otherwise."""
-    owner: nn.Module | None = root
-    while isinstance(owner, nn.Module):
-        if _WITH_TWINS in [kind.__name__ for kind in type(owner).__mro__]:
-            return Twins(owner, owner.get_submodule("encoder"), owner.get_submodule("decoder"))
-        owner = getattr(owner, "model", None)
-    return None

@@ -24,21 +24,22 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from nara_diffusion.cores.core import HOLDER_NAME, CoreSet, IdentityCore
+from nara_diffusion.cores.core import IdentityCore
+from nara_diffusion.cores.registry import HOLDER_NAME, CoreSet
 from nara_diffusion.layers.adapted_layer import AdaptedLayer
+from nara_diffusion.layers.channel import CoreChannel, Key
 from nara_diffusion.layers.offloading import in_memory, onload_groups
-from nara_diffusion.layers.variants import CoreChannel, Key
-from nara_diffusion.noise.level import backward_pass, entry_for, outer_modules
+from nara_diffusion.noise.context import backward_pass, entry_for, outer_modules
 from nara_diffusion.noise.parts import Parts
 from nara_diffusion.noise.rows import ModelRows
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
 from nara_diffusion.noise.timesteps import Denoiser
 
 from .checkpointing import CheckpointWithCore
-from .finder import LevelFinder, twins_of
+from .finder import LevelFinder
 from .merging import Merging
 from .twin_hooks import hook_twins, unhook_twins
-from .twins import check_checkpointing
+from .twins import check_checkpointing, twins_of
 
 _CHECKPOINTS = ("_gradient_checkpointing_func", "checkpoint_fn")
 """The attributes that keep a checkpoint function: of Transformers and Diffusers, of PyTorch's wrapper."""

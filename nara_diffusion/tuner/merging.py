@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from nara_diffusion.layers.adapted_layer import AdaptedLayer
 from nara_diffusion.layers.offloading import is_offloaded
-from nara_diffusion.noise.level import Entry, Level, as_level, backward_pass
+from nara_diffusion.noise.context import Entry, backward_pass
+from nara_diffusion.noise.level import Level, as_level
 
 from .finder import LevelFinder, unknown_level
 from .twins import check_mergeable_twins

@@ -20,11 +20,14 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from nara_diffusion.config import NaraConfig, unscaled_fields
-from nara_diffusion.cores.core import SHARED, CoreSet, IdentityCore, core_group
+from nara_diffusion.cores.core import IdentityCore
+from nara_diffusion.cores.registry import SHARED, CoreSet, core_group
 from nara_diffusion.layers.dora import PEFT_DORA, check_norm, with_norm
-from nara_diffusion.layers.variants import NaraVariant, variant_for
-from nara_diffusion.noise.level import checked_module
-from nara_diffusion.noise.rows import denoiser_of, row_kind_of
+from nara_diffusion.layers.targets import variant_for
+from nara_diffusion.layers.variants import NaraVariant
+from nara_diffusion.noise.context import checked_module
+from nara_diffusion.noise.denoisers import denoiser_of
+from nara_diffusion.noise.rows import row_kind_of
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
 
 from .holder import CoreHolder, drop_idle_holder, holder_of

@@ -26,7 +26,7 @@ from torch.utils.hooks import RemovableHandle
 
 from nara_diffusion.noise.canvas_source import CanvasNoise
 
-from .finder import Twins
+from .twins import Twins
 
 _NO_FACTOR = r"(?!.*\.lora_)"
 """The start of a pattern that matches no factor of an adapter."""

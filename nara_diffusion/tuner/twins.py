@@ -15,7 +15,7 @@ error, because the file has no keys for the encoder.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -23,11 +23,28 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
 from nara_diffusion.config import NaraConfig
-from nara_diffusion.noise.level import CORRUPTED_SHARE
+from nara_diffusion.noise.sources import CORRUPTED_SHARE
 
-from .finder import twins_of
-
+_WITH_TWINS = "DiffusionGemmaModel"
 _ENCODER, _DECODER = "encoder.language_model.", "decoder."
+
+
+class Twins(NamedTuple):
+    """The encoder (at λ = 0) and the decoder (at λ) of a DiffusionGemma, and their parent module."""
+
+    owner: nn.Module
+    encoder: nn.Module
+    decoder: nn.Module
+
+
+def twins_of(root: nn.Module) -> Twins | None:
+    """Return the twins of a DiffusionGemma, with or without PEFT's wrapper; None otherwise."""
+    owner: nn.Module | None = root
+    while isinstance(owner, nn.Module):
+        if _WITH_TWINS in [kind.__name__ for kind in type(owner).__mro__]:
+            return Twins(owner, owner.get_submodule("encoder"), owner.get_submodule("decoder"))
+        owner = getattr(owner, "model", None)
+    return None
 
 
 def decoder_name(root: nn.Module, name: str) -> str | None:

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nara_diffusion import NaraConfig, noise_level
 from nara_diffusion.dllm import load_backbone
 from nara_diffusion.noise.blocks import BlockNoise
-from nara_diffusion.noise.level import BLOCK_SHARE
+from nara_diffusion.noise.sources import BLOCK_SHARE
 from tests.acceptance._text import nara
 from tests.helpers.mixtures import LLADA2, MASK, block_seen, write_checkpoint
 

@@ -9,7 +9,7 @@ from peft import get_peft_model
 from peft.functional import delete_adapter, set_adapter
 
 from nara_diffusion import NaraConfig
-from nara_diffusion.noise.level import CORRUPTED_SHARE
+from nara_diffusion.noise.sources import CORRUPTED_SHARE
 from nara_diffusion.tuner.holder import Deviations, holder_of
 from tests.helpers.adapted import disturb
 from tests.helpers.tiny_gemma import CANVAS, tiny_gemma

@@ -20,7 +20,7 @@ from peft.tuners.lora import Linear
 from torch import nn
 
 from nara_diffusion import TimestepNoise, noise_level
-from nara_diffusion.noise.rows import _DENOISERS, denoiser_of
+from nara_diffusion.noise.denoisers import _DENOISERS, denoiser_of
 from tests.helpers.adapted import relative_error
 from tests.helpers.denoisers import BATCH, DENOISERS, WARNINGS_OF_DIFFUSERS, adapted_denoiser, inputs_of, run, told
 from tests.helpers.diffusers_sources import classes, forward_of, lineage, told_the_time

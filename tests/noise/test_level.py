@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler, EDMEulerScheduler
 from torch import nn
 
 from nara_diffusion import TimestepNoise, noise_level
-from nara_diffusion.cores.core import BUILT_IN, build_core
+from nara_diffusion.cores.registry import BUILT_IN, build_core
 from nara_diffusion.noise.level import as_level, host_values
 from nara_diffusion.noise.masked_share import InputIdsNoise
 from nara_diffusion.noise.timesteps import Denoiser
