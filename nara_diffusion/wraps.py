@@ -43,6 +43,7 @@ from nara_diffusion.loaders.insertion import (
 from nara_diffusion.loaders.tensor_files import is_nara, is_nara_for_peft
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
 from nara_diffusion.tuner.adding import restored_on_error
+from nara_diffusion.tuner.holder import holder_of
 from nara_diffusion.tuner.model import NaraModel
 from nara_diffusion.tuner.strength import check_strength, give_strength, strength_of
 
@@ -179,6 +180,9 @@ def _load_into_transformers(
         for module in self.modules():
             if isinstance(module, BaseTunerLayer):
                 module.requires_grad_(False)
+        holder = holder_of(self)
+        if holder is not None:
+            holder.follow_factors()
     return _nothing_left_out()
 
 

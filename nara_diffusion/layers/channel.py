@@ -22,7 +22,14 @@ Key = tuple[str, str]
 
 
 class CoreSource(Protocol):
-    """The part of the core holder's interface that the channel and the variants use."""
+    """The part of the core holder's interface that the channel and the variants use.
+
+    Attributes:
+        schedules: the strength over λ of each adapter that has one, by name.
+    """
+
+    @property
+    def schedules(self) -> Mapping[str, object]: ...
 
     def core_of_part(self, key: Key) -> tuple[Tensor, Parts | None]:
         """Return D (n, r, r) outside any forward of the root, and the parts for its rows, if any."""
@@ -34,10 +41,6 @@ class CoreSource(Protocol):
 
     def check_merged(self, merged: Tensor) -> None:
         """Raise ValueError if the context's λ differs from the λ of merged layers."""
-        ...
-
-    def has_strength(self, name: str) -> bool:
-        """Return whether the strength of an adapter depends on λ."""
         ...
 
 
@@ -113,7 +116,7 @@ class CoreChannel:
         it may be nearly −I, and after rounding, C = I + D would not be close enough to zero.
         """
         dtype, device = like.dtype, like.device
-        if self.holder.has_strength(key[0]):
+        if key[0] in self.holder.schedules:
             dtype = torch.promote_types(dtype, torch.float32)
         if deviation.dtype == dtype and deviation.device == device:
             return deviation.detach()
@@ -125,13 +128,6 @@ class CoreChannel:
             pushed.operands[name] = deviation.detach().to(device, dtype)
         return pushed.operands[name]
 
-    def push(
-        self, entry: Entry | None, deviations: Mapping[Key, Tensor], parts: Parts | None = None
-    ) -> None:
-        """Give D to the layers; `entry` is the context that set λ, or None if a source did."""
-        innermost = None if torch.compiler.is_compiling() else present.get()
-        self.local.pushed = Pushed(innermost, entry, deviations, parts)
-
     def pushed(self) -> Pushed | None:
         """Return the values that the current forward has pushed, or None outside a forward."""
         return getattr(self.local, "pushed", None)
@@ -139,9 +135,11 @@ class CoreChannel:
     @contextmanager
     def using(self, deviations: Mapping[Key, Tensor], parts: Parts | None) -> Iterator[None]:
         """Give D to the layers inside the context, and restore the previous values on exit."""
-        before = self.pushed()
-        self.push(None if before is None else before.entry, deviations, parts)
+        former = self.pushed()
+        innermost = None if torch.compiler.is_compiling() else present.get()
+        entry = None if former is None else former.entry
+        self.local.pushed = Pushed(innermost, entry, deviations, parts)
         try:
             yield
         finally:
-            self.local.pushed = before
+            self.local.pushed = former

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.variants import (
     DoraConv1dVariant,
     DoraConv2dVariant,
@@ -27,7 +26,6 @@ from torch import Tensor, nn
 from .adapted_layer import CONVOLUTIONS, AdaptedLayer, base_matrix
 from .functional import (
     Magnitude,
-    fits_one_function,
     linear_in_one,
     mixed,
     mixed_channels,
@@ -37,8 +35,7 @@ from .functional import (
     times_core,
 )
 from .offloading import is_managed, onloaded
-from .targets import is_float8
-from .variants import NaraConv, NaraLinear, NaraVariant, frozen_base, is_dropout_free
+from .variants import NaraVariant, fits_one_function, frozen_base, is_dropout_free
 
 PEFT_DORA = (DoraLinearVariant, DoraConv1dVariant, DoraConv2dVariant, DoraConv3dVariant)
 """PEFT's LoRA variants for DoRA on linear layers and convolutions."""
@@ -140,28 +137,3 @@ class NaraDoraConv(NaraDoraLinear):
         columns = z.flatten(2)  # (b, d_out, l)
         bias = None if bias is None else bias[:, None]
         return scaled(columns, gain[:, :, None], bias).view(z.shape)
-
-
-def with_norm(variant: type[NaraVariant]) -> type[NaraVariant]:
-    """Return the DoRA counterpart of a variant without DoRA."""
-    return {NaraLinear: NaraDoraLinear, NaraConv: NaraDoraConv}.get(variant, variant)
-
-
-def check_norm(target: nn.Module | LoraLayer, name: str) -> None:
-    """Raise ValueError if NaRA-DoRA cannot compute the norm of a module, whether adapted or not."""
-    base = target.get_base_layer() if isinstance(target, LoraLayer) else target
-    weight, reason = getattr(base, "weight", None), ""
-    if isinstance(base, nn.Embedding):
-        reason = "an embedding: each sample would need the norm of a whole vocabulary"
-    elif isinstance(weight, Tensor) and is_float8(weight.dtype):
-        reason = (
-            f"stored as {weight.dtype}, and its norm is needed: add the adapter before "
-            "enable_layerwise_casting()"
-        )
-    elif isinstance(base, nn.modules.conv._ConvNd) and base.groups > 1:
-        reason = "a convolution with groups"
-    if reason:
-        raise ValueError(
-            f"NaRA-DoRA cannot adapt '{name}' ({type(base).__name__}), which is {reason}. Leave it "
-            "out with `exclude_modules`, or set use_dora=False."
-        )

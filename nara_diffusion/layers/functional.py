@@ -15,14 +15,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch import Tensor
 from torch.autograd.function import Function
-from torch.nn.modules.module import _has_any_global_hook
 
-from nara_diffusion.cores.core import is_autocast_enabled, without_autocast
+from nara_diffusion.cores.core import without_autocast
 
 SLICE = 2**22
 """Elements of W0 converted to float32 at once for DoRA's norm: 16 MiB, which may fit the cache."""
@@ -301,41 +298,3 @@ def _grad_of_deviation(D: Tensor, narrow: Tensor, h: Tensor, scale: float) -> Te
     like = D.detach().to(h.device, dtype)  # only its shape is read
     grad = torch.baddbmm(like, narrow.to(dtype).mT, h.to(dtype), beta=0, alpha=scale)
     return grad.to(D.device, D.dtype)
-
-
-# ---------------------------------------------------------------------- when one function fits
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_TENSORS = (Tensor, FakeTensor)
-
-
-def fits_one_function(A: nn.Linear, B: nn.Linear, x: Tensor, result: Tensor) -> bool:
-    """Return whether `linear_in_one` may add the update of `x` to `result`.
-
-    If not, the layer is computed step by step. This is the case under a compiler, which fuses the
-    steps itself, and for `vmap`, `jvp` and TorchScript. It is also the case if A or B has hooks,
-    wrappers (offloading, pruning) or a bias, or if dtypes differ outside autocast. The last case is
-    tensor subclasses, except fake tensors: `--plan` uses these to measure the real computation.
-    """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[reportPrivateImportUsage]
-        return False
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return False
-    if not (is_plain(A) and is_plain(B)) or B.bias is not None or _has_any_global_hook():
-        return False
-    if type(x) not in _TENSORS or type(result) not in _TENSORS:
-        return False
-    if is_autocast_enabled(x.device):
-        return result.dtype == torch.get_autocast_dtype(x.device.type)
-    return A.weight.dtype == B.weight.dtype == x.dtype == result.dtype
-
-
-def is_plain(layer: nn.Module) -> bool:
-    """Return whether `layer` is an `nn.Linear` that no hook or wrapper changes."""
-    own = vars(layer)
-    return (
-        type(layer) is nn.Linear
-        and "forward" not in own
-        and type(own["_parameters"].get("weight")) in (nn.Parameter, FakeTensor)
-        and not any(own[hooks] for hooks in _HOOKS)
-    )

@@ -85,3 +85,8 @@ def offloading_hooks(module: nn.Module) -> list[Any]:
     hook = vars(module).get("_hf_hook")
     hooks = getattr(hook, "hooks", [hook])
     return [each for each in hooks if getattr(each, "offload", False)]
+
+
+def is_float8(dtype: torch.dtype) -> bool:
+    """Return whether `dtype` is an 8-bit float, a possible storage dtype of layerwise casting."""
+    return dtype.is_floating_point and dtype.itemsize == 1

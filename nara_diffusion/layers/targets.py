@@ -1,15 +1,16 @@
-"""Decide which LoRA variant a layer gets, or refuse it; and the states of PEFT's layers."""
+"""Say which layers NaRA and NaRA-DoRA can adapt, and which LoRA variant each of them gets."""
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
-import torch
 from peft.tuners import lora
 from peft.tuners.lora.layer import Embedding, LoraLayer
-from torch import nn
+from torch import Tensor, nn
 
 from .adapted_layer import CONVOLUTIONS
+from .dora import NaraDoraConv, NaraDoraLinear
+from .offloading import is_float8
 from .variants import NaraConv, NaraEmbedding, NaraLinear, NaraVariant
 
 _FORWARDS = (lora.Linear.forward, Embedding.forward, lora.Conv2d.forward)
@@ -54,8 +55,8 @@ def _check_convolution(base: nn.modules.conv._ConvNd, name: str) -> None:
     )
 
 
-def variant_for(layer: LoraLayer, name: str) -> type[NaraVariant]:
-    """Return the LoRA variant for a PEFT layer, without DoRA (`dora.with_norm` adds that).
+def variant_for(layer: LoraLayer, name: str, has_norm: bool) -> type[NaraVariant]:
+    """Return the LoRA variant for a PEFT layer, with DoRA's norm if `has_norm`.
 
     Raises:
         ValueError: PEFT's class for the layer does not call LoRA variants.
@@ -70,36 +71,25 @@ def variant_for(layer: LoraLayer, name: str) -> type[NaraVariant]:
     if isinstance(layer, Embedding):
         return NaraEmbedding
     if isinstance(layer, CONVOLUTIONS):
-        return NaraConv
-    return NaraLinear
+        return NaraDoraConv if has_norm else NaraConv
+    return NaraDoraLinear if has_norm else NaraLinear
 
 
-class _OutsideAutocast:
-    """A flag for PEFT's `cast_input_dtype_enabled` that is true unless autocast is on.
-
-    PEFT converts a layer's input to the dtype of A. Under autocast, the product with A converts it
-    back. This would cost two kernels per layer, and two more in backward.
-    """
-
-    def __bool__(self) -> bool:
-        return not torch._C._is_any_autocast_enabled()
-
-
-OUTSIDE_AUTOCAST = _OutsideAutocast()
-
-
-def keep_out_of_float8(layer: LoraLayer, adapter_name: str) -> None:
-    """Convert A and B to float32 if PEFT made them float8.
-
-    PEFT makes them float8 if the base weight is under layerwise casting.
-    """
-    for attribute in layer.adapter_layer_names:
-        factors = cast(nn.Module, getattr(layer, attribute))
-        for name, parameter in factors.named_parameters():
-            if name.split(".")[0] == adapter_name and is_float8(parameter.dtype):
-                parameter.data = parameter.data.float()
-
-
-def is_float8(dtype: torch.dtype) -> bool:
-    """Return whether `dtype` is an 8-bit float, a possible storage dtype of layerwise casting."""
-    return dtype.is_floating_point and dtype.itemsize == 1
+def check_norm(target: nn.Module | LoraLayer, name: str) -> None:
+    """Raise ValueError if NaRA-DoRA cannot compute the norm of a module, whether adapted or not."""
+    base = target.get_base_layer() if isinstance(target, LoraLayer) else target
+    weight, reason = getattr(base, "weight", None), ""
+    if isinstance(base, nn.Embedding):
+        reason = "an embedding: each sample would need the norm of a whole vocabulary"
+    elif isinstance(weight, Tensor) and is_float8(weight.dtype):
+        reason = (
+            f"stored as {weight.dtype}, and its norm is needed: add the adapter before "
+            "enable_layerwise_casting()"
+        )
+    elif isinstance(base, nn.modules.conv._ConvNd) and base.groups > 1:
+        reason = "a convolution with groups"
+    if reason:
+        raise ValueError(
+            f"NaRA-DoRA cannot adapt '{name}' ({type(base).__name__}), which is {reason}. Leave it "
+            "out with `exclude_modules`, or set use_dora=False."
+        )

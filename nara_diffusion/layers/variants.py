@@ -18,9 +18,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules.module import _has_any_global_hook
 
 from nara_diffusion.cores.core import is_autocast_enabled
 from nara_diffusion.noise.parts import RowKind
@@ -35,8 +38,6 @@ from .adapted_layer import (
 )
 from .channel import CoreChannel
 from .functional import (
-    fits_one_function,
-    is_plain,
     linear_in_one,
     mixed,
     mixed_channels,
@@ -45,6 +46,9 @@ from .functional import (
 from .offloading import is_managed, onloaded
 
 # ---------------------------------------------------------------------- variants
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_TENSORS = (Tensor, FakeTensor)
 
 
 class NaraVariant(LoraVariant):
@@ -184,13 +188,14 @@ class NaraLinear(NaraVariant):
         self, module: AdaptedLayer, active_adapter: str, x: Tensor, result: Tensor
     ) -> Tensor:
         A, B = module.lora_A[active_adapter], module.lora_B[active_adapter]
-        D, scaling = self.deviation(module.r[active_adapter], x), module.scaling[active_adapter]
         is_dropped = not is_dropout_free(module, active_adapter)
+        is_fused = fits_one_function(A, B, x, result)
+        base = frozen_base(module, result) if is_fused and not is_dropped else None
+        D, scaling = self.deviation(module.r[active_adapter], x), module.scaling[active_adapter]
         if is_dropped:
             x = module.lora_dropout[active_adapter](x)
-        if not fits_one_function(A, B, x, result):
+        if not is_fused:
             return torch.add(result, B(mixed(D, A(x))), alpha=scaling)
-        base = None if is_dropped else frozen_base(module, result)
         operand = self.channel.operand(self.key, D, result)
         return linear_in_one(x, result, base, A.weight, D, operand, B.weight, scaling)
 
@@ -233,6 +238,20 @@ class NaraEmbedding(NaraVariant):
             return torch.add(result, update, alpha=module.scaling[active_adapter])
 
 
+class OutsideAutocast:
+    """A flag for PEFT's `cast_input_dtype_enabled` that is true unless autocast is on.
+
+    PEFT converts a layer's input to the dtype of A. Under autocast, the product with A converts it
+    back. This would cost two kernels per layer, and two more in backward.
+    """
+
+    def __bool__(self) -> bool:
+        return not torch._C._is_any_autocast_enabled()
+
+
+OUTSIDE_AUTOCAST = OutsideAutocast()
+
+
 def is_dropout_free(layer: AdaptedLayer, adapter_name: str) -> bool:
     """Return whether the forward of an adapter applies no dropout."""
     return isinstance(layer.lora_dropout[adapter_name], nn.Identity) or not layer.training
@@ -253,3 +272,35 @@ def frozen_base(layer: AdaptedLayer, result: Tensor) -> tuple[Tensor, Tensor | N
     if base.weight.requires_grad or (bias is not None and bias.requires_grad):
         return None
     return base.weight, bias
+
+
+def fits_one_function(A: nn.Linear, B: nn.Linear, x: Tensor, result: Tensor) -> bool:
+    """Return whether `linear_in_one` may add the update of `x` to `result`.
+
+    If not, the layer is computed step by step. This is the case under a compiler, which fuses the
+    steps itself, and for `vmap`, `jvp` and TorchScript. It is also the case if A or B has hooks,
+    wrappers (offloading, pruning) or a bias, or if dtypes differ outside autocast. The last case is
+    tensor subclasses, except fake tensors: `--plan` uses these to measure the real computation.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[reportPrivateImportUsage]
+        return False
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return False
+    if not (is_plain(A) and is_plain(B)) or B.bias is not None or _has_any_global_hook():
+        return False
+    if type(x) not in _TENSORS or type(result) not in _TENSORS:
+        return False
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
+        return result.dtype == torch.get_autocast_dtype(x.device.type)
+    return A.weight.dtype == B.weight.dtype == x.dtype == result.dtype
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Return whether `layer` is an `nn.Linear` that no hook or wrapper changes."""
+    own = vars(layer)
+    return (
+        type(layer) is nn.Linear
+        and "forward" not in own
+        and type(own["_parameters"].get("weight")) in (nn.Parameter, FakeTensor)
+        and not any(own[hooks] for hooks in _HOOKS)
+    )

@@ -17,8 +17,7 @@ from torch import nn
 
 from nara_diffusion.config import NaraConfig, unscaled_fields
 from nara_diffusion.cores.registry import needs_noise
-from nara_diffusion.layers.offloading import groups_of
-from nara_diffusion.layers.targets import is_float8
+from nara_diffusion.layers.offloading import groups_of, is_float8
 from nara_diffusion.strict import adapter_tensors, check_tensors
 from nara_diffusion.tuner.holder import drop_idle_holder, holder_of
 

@@ -96,14 +96,6 @@ class noise_level:
             )
 
 
-def entry_for(holder: Any) -> Entry | None:
-    """Return the innermost open context for the model of `holder`, or None if there is none."""
-    entry = present.get()
-    while entry is not None and (entry.level is None or holder not in entry.holders):
-        entry = entry.parent
-    return entry
-
-
 def backward_pass() -> int:
     """Return the number of the backward pass that is running in this thread.
 

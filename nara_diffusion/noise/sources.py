@@ -47,7 +47,8 @@ class NoiseSource(Protocol):
     ) -> Tensor: ...
 
 
-_registered: dict[str, NoiseSource] = {}
+registered: dict[str, NoiseSource] = {}
+"""Convention → the source that `register_noise_source` has made its default."""
 
 
 def register_noise_source(source: NoiseSource) -> None:
@@ -76,16 +77,11 @@ def register_noise_source(source: NoiseSource) -> None:
             f"λ as {name!r} is defined by this package: choose another name for your definition, or "
             "give one model its own source, set_noise_source(model, source)."
         )
-    if _registered.setdefault(name, source) is not source:
+    if registered.setdefault(name, source) is not source:
         raise ValueError(
-            f"λ as {name!r} has a source already, {_registered[name]!r}: choose another name for "
+            f"λ as {name!r} has a source already, {registered[name]!r}: choose another name for "
             "your definition."
         )
-
-
-def registered_source(convention: str | None) -> NoiseSource | None:
-    """Return the source that is registered for this convention, or None if there is none."""
-    return _registered.get(convention or "")
 
 
 def set_noise_source(model: nn.Module, source: NoiseSource | None) -> None:

@@ -16,6 +16,7 @@ from enum import Enum, auto
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
@@ -23,11 +24,11 @@ from nara_diffusion.config import NaraConfig
 from nara_diffusion.cores.registry import needs_noise
 from nara_diffusion.noise.blocks import LLADA2, BlockNoise
 from nara_diffusion.noise.canvas_source import CanvasNoise
-from nara_diffusion.noise.context import Entry, backward_pass
+from nara_diffusion.noise.context import Entry
 from nara_diffusion.noise.level import as_level
 from nara_diffusion.noise.parts import Parts
 from nara_diffusion.noise.rows import ModelRows
-from nara_diffusion.noise.sources import BLOCK_SHARE, NoiseSource, registered_source
+from nara_diffusion.noise.sources import BLOCK_SHARE, NoiseSource, registered
 from nara_diffusion.noise.timesteps import Denoiser, TimestepNoise
 
 from .twins import twins_of
@@ -84,28 +85,23 @@ class LevelFinder:
 
         N and the meaning of small timesteps come from the pipelines' current schedulers.
         """
-        given = self.given_source
-        if isinstance(given, TimestepNoise) and given.frames is None:
-            given = copy(given)
-            given.frames = self.rows.frames
-        if given is not NotSet.DEFAULT:
-            return given
-        definitions = self._definitions()
-        first = next(iter(definitions.values()), None)
-        source = self._default_source(first)
+        source = self.given_source
+        if isinstance(source, TimestepNoise) and source.frames is None:
+            source = copy(source)
+            source.frames = self.rows.frames
+        if source is not NotSet.DEFAULT:
+            return source
+        schedulers = self.usage.schedulers() if self.usage.pipelines else []
+        source = self._default_source(next(iter(self._definitions().values()), None))
         if not isinstance(source, Denoiser):
             return source
-        schedulers = self.usage.schedulers()
         if schedulers:
-            source = source.under(schedulers)
-            self.length = source.num_train_timesteps
-        elif self.length is not None:
-            source = replace(source, num_train_timesteps=self.length)
-        return source
+            return source.under(schedulers)
+        return source if self.length is None else replace(source, num_train_timesteps=self.length)
 
     def _default_source(self, convention: str | None) -> NoiseSource | None:
         """Return the default source for the definition of λ in the first adapter, `convention`."""
-        source = registered_source(convention)
+        source = registered.get(convention or "")
         if source is None and self.denoiser is not None:
             source = self.denoiser.read_as(convention)
         if source is None and twins_of(self.root) is not None:
@@ -127,13 +123,17 @@ class LevelFinder:
     def add_pipeline(self, pipe: DiffusionPipeline) -> None:
         """Remember a pipeline that loaded an adapter."""
         self.usage.add_pipeline(pipe)
+        config = getattr(getattr(pipe, "scheduler", None), "config", {})
+        self.length = config.get("num_train_timesteps", self.length)
         if self.denoiser is None:
             self.block_source.ignore_past_runs()
 
-    def block_masked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    def with_block_mask(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> dict[str, Any] | None:
         """Return a LLaDA2's arguments with a block mask if LLaDA2Pipeline calls it, else None."""
         has_blocks = BLOCK_SHARE in self._definitions().values() or _goes_by_blocks(self.root)
-        if not (has_blocks and self.usage.pipelines):
+        if not has_blocks:
             return None
         return self.block_source.with_block_mask(self.root, args, kwargs)
 
@@ -172,7 +172,7 @@ class LevelFinder:
         if entry is None:
             source = self.present_source()
             level = None if source is None else as_level(source(self.root, args, kwargs), axes=2)
-        elif entry.backward == backward_pass():
+        elif entry.backward == torch._C._current_graph_task_id():
             level = entry.level
         else:
             raise ValueError(
@@ -182,9 +182,11 @@ class LevelFinder:
             )
         if level is None:
             raise unknown_level(self.root, names)
-        is_for_all = entry is not None and level.numel() == 1
-        if not is_for_all:  # one λ for all is valid for samples and for parts
-            self.usage.warn_of_parts(names, level)
+        per = "part" if level.dim() == 2 else "sample"
+        is_for_all = entry is not None and level.numel() == 1  # valid for samples and for parts
+        trained = {getattr(self.configs[name], "noise_level_per", None) for name in names}
+        if not is_for_all and trained - {None, per}:
+            self.usage.warn_of_parts(names, per)
         if level.dim() == 2 and level.shape[1] > 1:
             parts = self.rows.parts_of_forward(level, self.root, args, kwargs)
             return parts.levels(level), parts

@@ -23,14 +23,13 @@ from nara_diffusion.cores.registry import (
 )
 from nara_diffusion.layers.adapted_layer import make_directions_orthonormal
 from nara_diffusion.layers.channel import CoreChannel
-from nara_diffusion.layers.dora import check_norm, with_norm
+from nara_diffusion.layers.offloading import is_float8
 from nara_diffusion.layers.targets import (
-    OUTSIDE_AUTOCAST,
+    check_norm,
     check_target,
-    keep_out_of_float8,
     variant_for,
 )
-from nara_diffusion.noise.context import entry_for
+from nara_diffusion.layers.variants import OUTSIDE_AUTOCAST
 from nara_diffusion.noise.context import noise_level as at_noise_level
 from nara_diffusion.noise.denoisers import denoiser_of
 from nara_diffusion.noise.rows import row_kind_of
@@ -171,13 +170,15 @@ class NaraModel(LoraModel):
             lora_config, adapter_name, target, target_name, parent, **kwargs
         )
         layer = getattr(parent, target_name)
-        keep_out_of_float8(layer, adapter_name)
+        for name, parameter in layer.named_parameters():
+            is_new = name.startswith("lora_") and name.split(".")[1] == adapter_name
+            if is_new and is_float8(parameter.dtype):  # the base is under layerwise casting
+                parameter.data = parameter.data.float()
         assert self._injected is not None
         assert self._channel is not None
         self._injected[current_key] = layer
         if lora_config.reads_core:
-            variant_class = variant_for(layer, current_key)
-            variant_class = with_norm(variant_class) if has_norm else variant_class
+            variant_class = variant_for(layer, current_key, has_norm)
             group = core_group(lora_config, owner, layer.r[adapter_name])  # by rank_pattern
             rows = row_kind_of(self.model, current_key)
             layer.lora_variant[adapter_name] = variant_class(
@@ -215,7 +216,7 @@ class NaraModel(LoraModel):
         names = self.active_adapters if adapter_names is None else adapter_names
         level = nullcontext() if noise_level is None else at_noise_level(self.model, noise_level)
         with level, unmerged_on_error(self.model):
-            holder.merging.level_to_merge(names, entry_for(holder))
+            holder.merging.level_to_merge(names, holder.context())
             super().merge_adapter(adapter_names, safe_merge)
 
     def merge_and_unload(

@@ -22,8 +22,8 @@ from torch import nn
 from nara_diffusion.config import NaraConfig, unscaled_fields
 from nara_diffusion.cores.core import IdentityCore
 from nara_diffusion.cores.registry import SHARED, CoreSet, core_group
-from nara_diffusion.layers.dora import PEFT_DORA, check_norm, with_norm
-from nara_diffusion.layers.targets import variant_for
+from nara_diffusion.layers.dora import PEFT_DORA
+from nara_diffusion.layers.targets import check_norm, variant_for
 from nara_diffusion.layers.variants import NaraVariant
 from nara_diffusion.noise.context import checked_module
 from nara_diffusion.noise.denoisers import denoiser_of
@@ -174,7 +174,7 @@ def _take_strength(
     if holder is None or strength_of(root, adapter_name) is None:
         return
     del holder.schedules[adapter_name]
-    cores = holder.deviations.cores_of(adapter_name)
+    cores = holder.cores_of(adapter_name)
     if all(isinstance(core, IdentityCore) for core in cores.values()):
         for layer in layers.values():
             _restore_variant(layer, adapter_name, config, holder)
@@ -219,14 +219,13 @@ def _variant_for(
     adapter_name: str,
 ) -> NaraVariant:
     """Return NaRA's LoRA variant for a layer of a plain LoRA."""
-    cores = holder.deviations.cores_of(adapter_name)
+    cores = holder.cores_of(adapter_name)
     group = next(iter(cores))
     if isinstance(config, NaraConfig):
         own = core_group(config, name, layer.r[adapter_name])
         group = own if own in cores else group
-    variant_class = variant_for(layer, name)
-    if isinstance(layer.lora_variant.get(adapter_name), PEFT_DORA):
-        variant_class = with_norm(variant_class)
+    has_norm = isinstance(layer.lora_variant.get(adapter_name), PEFT_DORA)
+    variant_class = variant_for(layer, name, has_norm)
     return variant_class(holder.channel, adapter_name, group, name, row_kind_of(root, name))
 
 
@@ -275,7 +274,7 @@ def _missed_in_layer(layer: BaseTunerLayer, name: str, adapter_name: str) -> str
         return f"layer '{name}', which is adapted by PEFT's {type(layer).__name__}"
     if variant is not None:
         check_norm(layer, name)
-    variant_for(layer, name)
+    variant_for(layer, name, variant is not None)
     if adapter_name in layer.lora_A:
         A: Any = layer.lora_A[adapter_name].weight
         if len(A) != layer.r[adapter_name]:

@@ -87,9 +87,9 @@ def share_factors(root: nn.Module, adapter_name: str, layers: Mapping[str, LoraL
                 f"rank {other_rank}: give both the same."
             )
         for attribute in layer.adapter_layer_names:
-            own, other = getattr(layer, attribute), getattr(layers[twin], attribute)
-            if adapter_name in other:
-                own[adapter_name] = other[adapter_name]
+            of_twin = getattr(layers[twin], attribute, {})
+            if adapter_name in of_twin:
+                getattr(layer, attribute)[adapter_name] = of_twin[adapter_name]
         shared.append(name)
     return shared
 

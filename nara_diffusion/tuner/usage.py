@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from peft import LoraConfig
-from torch import Tensor
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -75,22 +74,21 @@ class Usage:
 
     # ------------------------------------------------------------------ samples or their parts
 
-    def warn_of_parts(self, names: Iterable[str], level: Tensor) -> None:
+    def warn_of_parts(self, names: Iterable[str], per: str) -> None:
         """Warn once if an adapter was trained with λ per sample and is used per part, or vice versa.
 
         Args:
-            level: λ (b,) of samples, or (b, k) of their k parts.
+            per: what has one λ in the present forward, "sample" or "part".
         """
-        now = "part" if level.dim() == 2 else "sample"
         for name in names:
             config = self.configs[name]
             trained = getattr(config, "noise_level_per", None)
-            if trained in (None, now) or self._warned_of_parts.get(name) is config:
+            if trained in (None, per) or self._warned_of_parts.get(name) is config:
                 continue
             self._warned_of_parts[name] = config
             warnings.warn(
                 f"Adapter '{name}' was trained with λ for each {_KINDS[trained]}, and this forward has one for "
-                f"each {_KINDS[now]}, which it has not seen: its results may be worse.",
+                f"each {_KINDS[per]}, which it has not seen: its results may be worse.",
                 UserWarning,
                 stacklevel=2,
             )

@@ -21,7 +21,7 @@ from nara_diffusion import (
     register_noise_source,
     set_noise_source,
 )
-from nara_diffusion.noise import level as level_module
+from nara_diffusion.noise.sources import registered
 from nara_diffusion.noise.timesteps import _MEANINGS
 from tests.helpers.adapted import nara_config
 from tests.helpers.small_pipelines import small_unet
@@ -159,7 +159,7 @@ def test_source_of_another_convention_is_refused_on_all_models_at_once() -> None
 def test_source_of_a_registered_definition_is_read_where_an_adapter_loads_until_it_is_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(level_module, "_registered", {})
+    monkeypatch.delitem(registered, "positive_share", raising=False)  # and again after the test
     source, named = Share(), SimpleNamespace(convention="mine")
     meanings = {TimestepNoise(meaning).convention for meaning in _MEANINGS}
     for _ in range(2):

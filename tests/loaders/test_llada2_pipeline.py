@@ -151,8 +151,8 @@ def test_adapter_that_is_enabled_in_the_middle_of_a_block_has_its_level(base: Pa
     layers = [each for each in pipe.model.modules() if hasattr(each, "lora_variant")]
     for layer in layers:
         layer.enable_adapters(False)
-    make = pipe.model.lora_core.deviations.of
-    pipe.model.lora_core.deviations.of = lambda names, level: levels.append(level) or make(names, level)
+    make = pipe.model.lora_core.deviations_of
+    pipe.model.lora_core.deviations_of = lambda names, level: levels.append(level) or make(names, level)
 
     def enable(*_: Any) -> dict[str, Tensor]:
         for layer in layers:

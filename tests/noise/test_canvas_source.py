@@ -21,7 +21,7 @@ from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
 )
 
 from nara_diffusion import NaraConfig, noise_level
-from nara_diffusion.tuner.holder import Deviations, holder_of
+from nara_diffusion.tuner.holder import CoreHolder, holder_of
 from tests.helpers.tiny_gemma import CANVAS, VOCABULARY, tiny_gemma
 
 TARGETS = r".*(encoder\.language_model|decoder)\.layers\..*(q_proj|o_proj)"
@@ -132,14 +132,14 @@ def by_hand(model, scheduler, budget=STEPS, entropy=None):
 @pytest.fixture
 def levels(monkeypatch):
     """λ of each call of a decoder; that of the encoder, 0, is left out."""
-    seen, make = [], Deviations.of
+    seen, make = [], CoreHolder.deviations_of
 
     def recorded(deviations, names, level):
         if level.any() or len(level) > 1:
             seen.append(level)
         return make(deviations, names, level)
 
-    monkeypatch.setattr(Deviations, "of", recorded)
+    monkeypatch.setattr(CoreHolder, "deviations_of", recorded)
     return seen
 
 

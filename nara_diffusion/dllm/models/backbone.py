@@ -369,7 +369,7 @@ def conditioned(model: nn.Module, level: Tensor) -> AbstractContextManager:
         return nullcontext()
     convention = Backbone(model).noise_convention
     for holder in holders:
-        names = holder.deviations.noisy(holder.active_names())
+        names = holder.noisy(holder.active_names())
         for name, other in holder.finder.adopt_convention(names, convention).items():
             raise ValueError(
                 f"Adapter '{name}' was trained with λ defined as {other!r}, and this is "
