@@ -123,8 +123,6 @@ class LevelFinder:
     def add_pipeline(self, pipe: DiffusionPipeline) -> None:
         """Remember a pipeline that loaded an adapter."""
         self.usage.add_pipeline(pipe)
-        config = getattr(getattr(pipe, "scheduler", None), "config", {})
-        self.length = config.get("num_train_timesteps", self.length)
         if self.denoiser is None:
             self.block_source.ignore_past_runs()
 
@@ -171,6 +169,8 @@ class LevelFinder:
         """
         if entry is None:
             source = self.present_source()
+            if isinstance(source, Denoiser) and source.schedulers:
+                self.length = source.num_train_timesteps  # the pipelines may go before the model
             level = None if source is None else as_level(source(self.root, args, kwargs), axes=2)
         elif entry.backward == torch._C._current_graph_task_id():
             level = entry.level
