@@ -137,8 +137,8 @@ class NaraConfig(LoraConfig):
 
     def __new__(cls, *args: object, **given: object) -> NaraConfig:
         # PEFT only warns of unknown fields in a file and drops them, which changes the adapter
-        known = {field.name for field in fields(cls)}
-        unknown = [name for name in given if name not in known and not is_idle(name, given[name])]
+        names = {field.name for field in fields(cls)}
+        unknown = [name for name in given if name not in names and not is_idle(name, given[name])]
         if unknown:
             raise ValueError(
                 f"NaraConfig has no field {', '.join(map(repr, unknown))}: remove it, or, if a file has it, update "

@@ -85,8 +85,8 @@ def wrap_other_libraries() -> None:
 
 def _around(owner: type | ModuleType, name: str, function: _Function) -> None:
     """Replace `owner.name`, once, with a function that calls `function(original, …)`."""
-    found = inspect.getattr_static(owner, name)
-    original = found.__func__ if isinstance(found, classmethod) else found
+    attribute = inspect.getattr_static(owner, name)
+    original = attribute.__func__ if isinstance(attribute, classmethod) else attribute
     if getattr(original, "knows_cores", False):
         return
 
@@ -95,7 +95,7 @@ def _around(owner: type | ModuleType, name: str, function: _Function) -> None:
         return function(original, *args, **kwargs)
 
     wrapper.knows_cores = True  # type: ignore[attr-defined]
-    setattr(owner, name, classmethod(wrapper) if isinstance(found, classmethod) else wrapper)
+    setattr(owner, name, classmethod(wrapper) if isinstance(attribute, classmethod) else wrapper)
 
 
 # ---------------------------------------------------------------------- PEFT
@@ -145,21 +145,21 @@ def _is_nara(model_id: str | os.PathLike[str], options: Mapping[str, Any]) -> bo
 def _load_into_transformers(
     original: _Function, self: nn.Module, *args: Any, **kwargs: Any
 ) -> LoadStateDictInfo:
-    given = dict(inspect.signature(original).bind(self, *args, **kwargs).arguments)
-    given |= given.pop("kwargs", {})
-    load_config = given.get("load_config")
+    arguments = dict(inspect.signature(original).bind(self, *args, **kwargs).arguments)
+    arguments |= arguments.pop("kwargs", {})
+    load_config = arguments.get("load_config")
     base_id = getattr(load_config, "pretrained_model_name_or_path", None)
-    model_id = given.get("peft_model_id") or base_id
+    model_id = arguments.get("peft_model_id") or base_id
     of_base = getattr(load_config, "download_kwargs", None) or {}
-    options = {**of_base, **given, **(given.get("adapter_kwargs") or {})}
+    options = {**of_base, **arguments, **(arguments.get("adapter_kwargs") or {})}
     hub = {name: options[name] for name in _HUB if options.get(name) is not None}
-    config = given.get("peft_config")
+    config = arguments.get("peft_config")
     is_ours = isinstance(config, NaraConfig)
     if config is None and model_id:
         is_ours = _is_nara(model_id, hub)
     if not is_ours:
         return original(self, *args, **kwargs)
-    name = given.get("adapter_name") or "default"
+    name = arguments.get("adapter_name") or "default"
     if name in getattr(self, "peft_config", {}):
         raise ValueError(
             f"The model has an adapter '{name}', and load_adapter does not replace it with a NaRA: pass another "
@@ -168,8 +168,8 @@ def _load_into_transformers(
     named = nullcontext() if model_id is None else naming(model_id, hub.get("subfolder"))
     with named, restored_on_error(self):
         config = copy(config or PeftConfig.from_pretrained(model_id, **hub))  # type: ignore[arg-type]
-        config.inference_mode = not given.get("is_trainable", False)
-        tensors = given.get("adapter_state_dict")
+        config.inference_mode = not arguments.get("is_trainable", False)
+        tensors = arguments.get("adapter_state_dict")
         if not tensors:
             tensors = load_peft_weights(model_id, device="cpu", **hub)  # type: ignore[arg-type]
         inject_adapter_in_model(config, self, name)
@@ -216,9 +216,9 @@ def _set_adapters(
         for name, weight in zip(names, weights, strict=False):  # Diffusers checks the lengths
             if name not in adapters_of(model):
                 continue
-            own = weight.get(part) if isinstance(weight, Mapping) else weight
-            _check_weight(part, own)
-            schedule = own if isinstance(own, StrengthSchedule) else None
+            weight_of_part = weight.get(part) if isinstance(weight, Mapping) else weight
+            _check_weight(part, weight_of_part)
+            schedule = weight_of_part if isinstance(weight_of_part, StrengthSchedule) else None
             if schedule is not None:
                 scheduled.append((model, name, schedule))
             if schedule is not None or strength_of(model, name) is not None:
@@ -269,10 +269,10 @@ def _numbers(weights: _Weight) -> _Weight:
 
 
 def _find_lora_file(original: _Function, *args: Any, **kwargs: Any) -> str:
-    found = original(*args, **kwargs)
-    if str(found).endswith(".safetensors") and is_nara(Path(found)):
+    path = original(*args, **kwargs)
+    if str(path).endswith(".safetensors") and is_nara(Path(path)):
         raise ValueError(
-            f"'{found}' holds a NaRA adapter: loading it as a LoRA would leave out the core. Load it with "
+            f"'{path}' holds a NaRA adapter: loading it as a LoRA would leave out the core. Load it with "
             "pipe.load_nara_weights(…)."
         )
-    return found
+    return path

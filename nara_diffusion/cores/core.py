@@ -144,13 +144,13 @@ class Core(Float32Module):
         Return `default` if there are no tensors, or if all of them stay on "meta" until
         accelerate's hooks load them.
         """
-        found = None
+        device = None
         for tensor in itertools.chain(self.parameters(), self.buffers()):
-            found = tensor.device
-            if found.type != "meta":
-                return found
+            device = tensor.device
+            if device.type != "meta":
+                return device
         is_offloaded = any("_hf_hook" in vars(module) for module in self.modules())
-        return default if is_offloaded or found is None else found
+        return default if is_offloaded or device is None else device
 
 
 # ---------------------------------------------------------------------- the hypernetwork

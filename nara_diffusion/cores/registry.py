@@ -69,10 +69,10 @@ CUSTOM: dict[str, CoreMaker] = {}
 
 def check_core_type(name: object) -> None:
     """Raise ValueError if there is no core type with this name."""
-    known = (*BUILT_IN, *CUSTOM)
-    if name not in known:
+    core_types = (*BUILT_IN, *CUSTOM)
+    if name not in core_types:
         raise ValueError(
-            f"core_type is {name!r}: choose one of {', '.join(map(repr, known))}. If it is a custom core, first "
+            f"core_type is {name!r}: choose one of {', '.join(map(repr, core_types))}. If it is a custom core, first "
             f"import the module that calls nara_diffusion.register_core({name!r}, factory), as in the adapter's "
             "training; in the train scripts, --core_module does this."
         )

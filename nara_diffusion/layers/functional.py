@@ -194,7 +194,7 @@ class _LinearInOne(Function):
         rows, low_A, low_B = _converted(x, A, B, result.dtype)
         h, raised = _narrow(rows, low_A, operand, s)
         out = result if W is not None else torch.empty_like(result).contiguous()
-        z, sums = (each.reshape(-1, len(B)) for each in (result, out))
+        z, sums = result.reshape(-1, len(B)), out.reshape(-1, len(B))
         torch.addmm(z, raised.view(-1, len(A)), low_B.T, out=sums)
         ctx.scaling = s
         if m is None or norm is None:

@@ -33,26 +33,22 @@ def check_target(target: nn.Module, reads_core: bool, name: str) -> None:
     """
     base = target.get_base_layer() if isinstance(target, LoraLayer) else target
     if isinstance(base, nn.modules.conv._ConvNd):
-        _check_convolution(base, name)
+        option = None
+        if base.padding_mode != "zeros":
+            option = f"padding_mode={base.padding_mode!r}"
+        elif any(step != 1 for step in base.dilation):
+            option = f"dilation={base.dilation}"
+        if option is not None:
+            raise ValueError(
+                f"NaRA cannot adapt '{name}' ({type(base).__name__} with {option}): PEFT's convolution "
+                "A has dilation 1 and pads with zeros, so the forward would not be that of "
+                "W0 + s·B·C·A. Leave it out with `exclude_modules`."
+            )
     if reads_core and isinstance(base, nn.MultiheadAttention):
         raise ValueError(
             f"NaRA cannot adapt '{name}' (MultiheadAttention): PEFT merges its update before each "
             'forward, without λ. Leave it out with `exclude_modules`, or use core_type="identity".'
         )
-
-
-def _check_convolution(base: nn.modules.conv._ConvNd, name: str) -> None:
-    if base.padding_mode != "zeros":
-        option = f"padding_mode={base.padding_mode!r}"
-    elif any(step != 1 for step in base.dilation):
-        option = f"dilation={base.dilation}"
-    else:
-        return
-    raise ValueError(
-        f"NaRA cannot adapt '{name}' ({type(base).__name__} with {option}): PEFT's convolution A "
-        "has dilation 1 and pads with zeros, so the forward would not be that of W0 + s·B·C·A. "
-        "Leave it out with `exclude_modules`."
-    )
 
 
 def variant_for(layer: LoraLayer, name: str, has_norm: bool) -> type[NaraVariant]:

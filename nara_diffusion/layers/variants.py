@@ -297,10 +297,10 @@ def fits_one_function(A: nn.Linear, B: nn.Linear, x: Tensor, result: Tensor) -> 
 
 def is_plain(layer: nn.Module) -> bool:
     """Return whether `layer` is an `nn.Linear` that no hook or wrapper changes."""
-    own = vars(layer)
+    attributes = vars(layer)
     return (
         type(layer) is nn.Linear
-        and "forward" not in own
-        and type(own["_parameters"].get("weight")) in (nn.Parameter, FakeTensor)
-        and not any(own[hooks] for hooks in _HOOKS)
+        and "forward" not in attributes
+        and type(attributes["_parameters"].get("weight")) in (nn.Parameter, FakeTensor)
+        and not any(attributes[hooks] for hooks in _HOOKS)
     )

@@ -124,7 +124,7 @@ def part_of(model: nn.Module, adapter_name: str) -> AdapterPart:
     return AdapterPart(nara_adapters_of(model)[adapter_name], tensors)
 
 
-def read_schedule_of(pipe: Any) -> None:
+def follow_scheduler(pipe: Any) -> None:
     """Make the denoisers' adapters take N and the meaning of t from the current scheduler."""
     for name in DENOISERS:
         model = uncompiled(getattr(pipe, name, None))

@@ -23,11 +23,11 @@ from .insertion import (
     check_not_wrapped,
     check_storable,
     denoiser_name,
+    follow_scheduler,
     insert,
     nara_adapters_of,
     offloading_suspended,
     part_of,
-    read_schedule_of,
     remove,
     unwrapped,
 )
@@ -115,7 +115,7 @@ def load_nara_weights(
                 _swap_all(models, file.parts, adapter_name)
             else:
                 _insert_all(models, file.parts, adapter_name, low_cpu_mem_usage)
-    read_schedule_of(self)
+    follow_scheduler(self)
 
 
 def save_nara_weights(

@@ -169,8 +169,8 @@ class WatchedStep:
     def __init__(self, scheduler: Any, name: str) -> None:
         self.sources: list[CanvasNoise] = []
         self.scheduler, self.name = scheduler, name
-        own = vars(scheduler)
-        self.before = {name: own[name]} if name in own else {}
+        attributes = vars(scheduler)
+        self.before = {name: attributes[name]} if name in attributes else {}
         self.method = getattr(scheduler, name)
         update_wrapper(self, self.method, updated=())
 

@@ -131,16 +131,16 @@ def outer_modules(root: nn.Module) -> list[nn.Module]:
     Modules inside adapted layers and holders are skipped. They make up five sixths of the modules
     of an adapted SDXL UNet, and samplers look for holders at every step.
     """
-    found: dict[int, nn.Module] = {}
+    modules: dict[int, nn.Module] = {}
     left: list[nn.Module | None] = [root]
     while left:
         module = left.pop()
-        if module is None or id(module) in found or "lora_A" in module._modules:
+        if module is None or id(module) in modules or "lora_A" in module._modules:
             continue
         if "cores" not in module._modules or not getattr(type(module), "is_core_holder", False):
-            found[id(module)] = module
+            modules[id(module)] = module
             left.extend(module._modules.values())
-    return list(found.values())
+    return list(modules.values())
 
 
 def core_holders(model: nn.Module) -> list[Any]:
@@ -149,9 +149,9 @@ def core_holders(model: nn.Module) -> list[Any]:
     Raises:
         ValueError: `model` is not a module, or has no core holders.
     """
-    found = find_holders(checked_module(model))
-    if not found:
+    holders = find_holders(checked_module(model))
+    if not holders:
         raise ValueError(
             f"{type(model).__name__} holds no NaRA adapter: add one first, e.g. get_peft_model(model, NaraConfig(…))."
         )
-    return found
+    return holders

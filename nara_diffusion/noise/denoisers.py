@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from .parts import FrameTokens
-from .timesteps import Denoiser
+from .timesteps import DenoiserNoise
 
 _PLAIN = {
     "discrete": """UNet2DConditionModel AudioLDM2UNet2DConditionModel Kandinsky3UNet UNetControlNetXSModel
@@ -50,44 +50,44 @@ _SAMPLE_MAJOR = {
 }
 """Meaning of `timestep` → classes with layers that may see k rows for each sample."""
 
-_DENOISERS: dict[str, Denoiser] = {
-    **{name: Denoiser(meaning) for meaning, names in _PLAIN.items() for name in names.split()},
+_DENOISERS: dict[str, DenoiserNoise] = {
+    **{name: DenoiserNoise(meaning) for meaning, names in _PLAIN.items() for name in names.split()},
     **{
-        name: Denoiser(meaning, sample_major=True)
+        name: DenoiserNoise(meaning, sample_major=True)
         for meaning, names in _SAMPLE_MAJOR.items()
         for name in names.split()
     },
-    "StableCascadeUNet": Denoiser("ratio", argument="timestep_ratio"),
-    "WuerstchenDiffNeXt": Denoiser("ratio", argument="r"),
-    "WuerstchenPrior": Denoiser("ratio", argument="r"),
-    "Cosmos3OmniTransformer": Denoiser(
+    "StableCascadeUNet": DenoiserNoise("ratio", argument="timestep_ratio"),
+    "WuerstchenDiffNeXt": DenoiserNoise("ratio", argument="r"),
+    "WuerstchenPrior": DenoiserNoise("ratio", argument="r"),
+    "Cosmos3OmniTransformer": DenoiserNoise(
         "sigma_1000",
         argument="vision_timesteps",
         also=("sound_timesteps", "action_timesteps"),
         packed=True,
     ),
-    "ErnieImageTransformer2DModel": Denoiser(
+    "ErnieImageTransformer2DModel": DenoiserNoise(
         "sigma_1000", one_level=True
     ),  # tokens first, then samples
-    "HiDreamImageTransformer2DModel": Denoiser("sigma_1000", argument="timesteps"),
-    "LTX2VideoTransformer3DModel": Denoiser(
+    "HiDreamImageTransformer2DModel": DenoiserNoise("sigma_1000", argument="timesteps"),
+    "LTX2VideoTransformer3DModel": DenoiserNoise(
         "sigma_1000", sample_major=True, also=("audio_timestep",)
     ),
-    "WanAnimate2Transformer3DModel": Denoiser(
+    "WanAnimate2Transformer3DModel": DenoiserNoise(
         "sigma_1000", pinned=("kv_cache_mode", "extract", 1.0)
     ),
-    "MiniMaxH3Transformer3DModel": Denoiser(
+    "MiniMaxH3Transformer3DModel": DenoiserNoise(
         "data", packed=True
     ),  # it gets the distinct timesteps of its tokens
-    "RFD4ProteinaTransformer": Denoiser(
+    "RFD4ProteinaTransformer": DenoiserNoise(
         "data", argument="bb_ca_time", also=("local_latents_time",)
     ),
-    "ZImageTransformer2DModel": Denoiser("data", argument="t"),
+    "ZImageTransformer2DModel": DenoiserNoise("data", argument="t"),
 }
 
 
 _WAN = FrameTokens(
-    whole=re.compile(
+    per_sample=re.compile(
         r"patch_embedding|condition_embedder\.(text|image)_embedder\..*|fps_(embedding|projection.*)"
         r"|blocks\.\d+\.attn2\.(to_k|to_v|to_kv|add_k_proj|add_v_proj|to_added_kv)"
     ),
@@ -98,7 +98,7 @@ _FRAMES = {
     "SkyReelsV2Transformer3DModel": _WAN,
     "AnyFlowTransformer3DModel": replace(_WAN, axis=1),
     "CosmosTransformer3DModel": FrameTokens(
-        whole=re.compile(
+        per_sample=re.compile(
             r"transformer_blocks\.\d+\.attn2\.(to_k|to_v|k_img|v_img)|(crossattn|img_context)_proj.*"
         ),
         times=re.compile(r"time_embed\..*|patch_embed\.proj|.*norm.*\.linear_[12]"),
@@ -116,24 +116,24 @@ def register_denoiser(
     argument: str = "timestep",
     sample_major: bool = False,
 ) -> None:
-    """Declare what the timestep of a denoiser class means.
+    """Declare what the timestep of a source class means.
 
         register_denoiser("MyTransformer2DModel", "sigma")
 
-    Call this before you add adapters. The arguments are those of `Denoiser` and `TimestepNoise`.
+    Call this before you add adapters. The arguments are those of `DenoiserNoise` and `TimestepNoise`.
 
     Raises:
         ValueError: the meaning is unknown, or the class already has a different declaration.
     """
-    denoiser = Denoiser(meaning, argument=argument, sample_major=sample_major)
-    if _DENOISERS.setdefault(class_name, denoiser) != denoiser:
+    source = DenoiserNoise(meaning, argument=argument, sample_major=sample_major)
+    if _DENOISERS.setdefault(class_name, source) != source:
         raise ValueError(
             f"{class_name} is already declared, as {_DENOISERS[class_name]}: if the timestep of your model means "
             "something else, call set_noise_source(model, TimestepNoise(meaning))."
         )
 
 
-def denoiser_of(model: nn.Module) -> Denoiser | None:
+def source_of_class(model: nn.Module) -> DenoiserNoise | None:
     """Return the table's entry for the class of `model`, or None if there is none.
 
     In some classes, the meaning of `timestep` depends on the model's configuration.
@@ -143,20 +143,20 @@ def denoiser_of(model: nn.Module) -> Denoiser | None:
     )
     if name is None:
         return None
-    denoiser: Denoiser = _DENOISERS[name]
+    source: DenoiserNoise = _DENOISERS[name]
     config: Any = getattr(model, "config", None)
     if name == "SanaTransformer2DModel":
         # only SanaSprint is conditioned on guidance; its timestep is σ
         changes = (
             {"meaning": "sigma"} if config.guidance_embeds else {"scale": config.timestep_scale}
         )
-        return replace(denoiser, **changes)
+        return replace(source, **changes)
     if name == "CosmosTransformer3DModel" and config.extra_pos_embed_type == "learnable":
         # Cosmos 1: ¼ ln σ of EDM
-        return replace(denoiser, meaning="edm")
+        return replace(source, meaning="edm")
     if name == "SanaWMLTX2RefinerTransformer3DModel":  # it gets σ · timestep_scale_multiplier
-        return replace(denoiser, scale=config.timestep_scale_multiplier)
-    return denoiser
+        return replace(source, scale=config.timestep_scale_multiplier)
+    return source
 
 
 _TIME_LAYERS = re.compile(
@@ -172,5 +172,7 @@ def time_layers(model: nn.Module) -> list[str]:
     """
     named = model.named_modules()
     return [
-        name for name, each in named if isinstance(each, nn.Linear) and _TIME_LAYERS.fullmatch(name)
+        name
+        for name, module in named
+        if isinstance(module, nn.Linear) and _TIME_LAYERS.fullmatch(name)
     ]

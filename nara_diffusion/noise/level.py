@@ -22,8 +22,8 @@ Level = float | Tensor | np.ndarray | Sequence[float]
 
 def arguments_of(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
     """Return the arguments of a forward of `module` by name, in the order of its signature."""
-    given = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
-    return dict(list(given.items())[1:])
+    bound = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
+    return dict(list(bound.items())[1:])
 
 
 def as_level(value: Level, *, axes: int = 1) -> Tensor:

@@ -79,9 +79,9 @@ class InputIdsNoise:
     def _starts(self, rows: int) -> Tensor:
         """Return the first column of each row's answer, (rows,)."""
         lengths = self.prompt_lengths
-        times, rest = divmod(rows, len(lengths))
+        times, remainder = divmod(rows, len(lengths))
         is_known = times == 1 or self.repeated is not None or len(set(lengths.tolist())) == 1
-        if rest == 0 and is_known:
+        if remainder == 0 and is_known:
             return repeat_rows(lengths, times, self.repeated or "interleaved")
         raise ValueError(
             f"λ can't be read: prompt_lengths has {len(lengths)} values and this forward {rows} "

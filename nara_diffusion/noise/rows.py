@@ -14,7 +14,7 @@ whole batch works. Only in this case are the values read on the host, to compare
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from .context import outer_modules
 from .level import arguments_of
 from .parts import FrameTokens, Parts, RowKind, parts_of, positions_of
-from .timesteps import Denoiser
+from .timesteps import DenoiserNoise
 
 Repetition = Literal["tiled", "interleaved"]
 """The order of rows that are repeated k times: "tiled" abab, "interleaved" aabb."""
@@ -66,7 +66,11 @@ def core_of_rows(
     samples, rows = core.shape[0], x.shape[0]
     if samples == 1:
         return core
-    if _lacks_batch_axis(x, kind):
+    if kind in ("tokens", "routed tokens"):
+        lacks_batch_axis = x.dim() == 2
+    else:  # features (l, b, d), or integer ids (l, l)
+        lacks_batch_axis = kind == "positions" and x.dim() > (2 if x.is_floating_point() else 1)
+    if lacks_batch_axis:
         refusal = _cannot_assign(
             samples,
             f"the rows that layer '{layer_name}' sees, {tuple(x.shape)}, are {kind}, not samples",
@@ -98,14 +102,6 @@ def _the_only(values: Tensor, refusal: str) -> Tensor:
     return values[:1]
 
 
-def _lacks_batch_axis(x: Tensor, kind: RowKind) -> bool:
-    if kind in ("tokens", "routed tokens"):
-        return x.dim() == 2
-    if kind == "positions":  # features (l, b, d), or integer ids (l, l)
-        return x.dim() > (2 if x.is_floating_point() else 1)
-    return False
-
-
 def row_kind_of(root: nn.Module, name: str) -> RowKind:
     """Return the kind of rows that layer `name` in `root` sees, judged by the modules around it."""
     layer: nn.Module = root
@@ -120,16 +116,12 @@ def row_kind_of(root: nn.Module, name: str) -> RowKind:
     if isinstance(layer, (nn.Embedding, Embedding)):
         is_position = name.endswith(("relative_attention_bias", "distance_embedding"))
         return "positions" if is_position else "samples"
-    return "positions" if any(_is_length_first(outer) for outer in around) else "samples"
-
-
-def _is_length_first(module: nn.Module) -> bool:
-    """Return whether `module`, or an attention module directly inside it, takes (l, b, d)."""
-    for each in (module, *module._modules.values()):
-        is_attention = isinstance(each, nn.MultiheadAttention)
-        if (each is module or is_attention) and getattr(each, "batch_first", None) is False:
-            return True
-    return False
+    for outer in around:
+        inner = outer._modules.values()
+        attention = [module for module in inner if isinstance(module, nn.MultiheadAttention)]
+        if any(getattr(module, "batch_first", None) is False for module in (outer, *attention)):
+            return "positions"
+    return "samples"
 
 
 @dataclass(frozen=True)
@@ -137,7 +129,7 @@ class ModelRows:
     """A description of how the layers of a model see its batch.
 
     Attributes:
-        sample_major, one_level, frames: as in `Denoiser`.
+        sample_major, one_level, frames: as in `DenoiserNoise`.
         is_denoiser: whether the model is a denoiser, so only `frames` says what its layers see.
     """
 
@@ -147,12 +139,15 @@ class ModelRows:
     frames: FrameTokens | None = None
 
     @classmethod
-    def of(cls, denoiser: Denoiser | None) -> ModelRows:
-        """Return how the layers of a denoiser, or of any other model (None), see the batch."""
-        if denoiser is None:
+    def of(cls, source: DenoiserNoise | None) -> ModelRows:
+        """Return how the layers of a model see the batch.
+
+        Args:
+            source: the source that the table has for a denoiser's class; None for other models.
+        """
+        if source is None:
             return cls()
-        has_one_level = denoiser.one_level or denoiser.packed
-        return cls(denoiser.sample_major, has_one_level, True, denoiser.frames)
+        return cls(source.sample_major, source.one_level or source.packed, True, source.frames)
 
     def parts_of_forward(
         self, level: Tensor, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -199,20 +194,28 @@ class ModelRows:
             )
         if not self.sample_major:
             return None
-        batch = _batch_size(arguments_of(root, args, kwargs).values())
+        arguments = arguments_of(root, args, kwargs).values()
+        tensors = [x for x in arguments if isinstance(x, Tensor) and x.dim() > 0]
+        batch = len(tensors[0]) if tensors else None
         if values != batch:
             return _cannot_assign(
                 values,
                 f"the batch is {batch}",
                 "one per sample as the model sees them (after CFG or repeats)",
             )
-        if any(_splits_batch(module) for module in outer_modules(root)):
-            return _cannot_assign(
-                values,
-                f"blocks of {kind} run on slices of the batch (forward chunking, or FreeNoise's "
-                "split inference)",
-                "turn that off (chunking along dim=1 is fine)",
+        for module in outer_modules(root):
+            settings = vars(module)
+            is_split = (
+                type(module).__name__ == "SplitInferenceModule" and settings.get("split_dim") == 0
             )
+            is_chunked = settings.get("_chunk_size") is not None and settings.get("_chunk_dim") == 0
+            if is_split or is_chunked:
+                return _cannot_assign(
+                    values,
+                    f"blocks of {kind} run on slices of the batch (forward chunking, or FreeNoise's "
+                    "split inference)",
+                    "turn that off (chunking along dim=1 is fine)",
+                )
         return None
 
     def level_of_part(self, level: Tensor) -> Tensor:
@@ -243,19 +246,3 @@ def _cannot_assign(values: int, reason: str, remedy: str) -> str:
         f"noise_level has {values} values, but {reason}: pass one value for the whole batch, or "
         f"{remedy}."
     )
-
-
-def _batch_size(arguments: Iterable[object]) -> int | None:
-    """Return the length of the first tensor that has an axis, or None if there is no such tensor."""
-    for argument in arguments:
-        if isinstance(argument, Tensor) and argument.dim() > 0:
-            return len(argument)
-    return None
-
-
-def _splits_batch(module: nn.Module) -> bool:
-    """Return whether `module` runs on slices of the batch, through chunking or FreeNoise."""
-    own = vars(module)
-    if own.get("_chunk_size") is not None and own.get("_chunk_dim") == 0:
-        return True
-    return type(module).__name__ == "SplitInferenceModule" and own.get("split_dim") == 0

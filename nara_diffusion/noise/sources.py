@@ -6,7 +6,7 @@ A forward of an adapted model takes λ from the first of these that exists:
 2. the source that was set with `set_noise_source(model, source)`;
 3. the source that was registered with `register_noise_source` for the `noise_convention` of the
    model's first adapter;
-4. the default source of the model's class: `timesteps.Denoiser` for classes that receive a timestep
+4. the default source of the model's class: `timesteps.DenoiserNoise` for classes that receive a timestep
    from Diffusers' pipelines (see the table in `denoisers`), `blocks.BlockNoise` for LLaDA2, and
    `canvas_source.CanvasNoise` for DiffusionGemma.
 

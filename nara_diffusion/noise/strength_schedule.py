@@ -46,10 +46,10 @@ class StrengthSchedule:
         # (n, 2), copied to a device without waiting for it
         self._table = torch.tensor(self.points, dtype=torch.float32, device="cpu")
         levels = self._table[:, 0].tolist()
-        for before, after in pairwise(levels):
-            if after < before:
+        for level, following in pairwise(levels):
+            if following < level:
                 raise ValueError(
-                    f"points has λ {after:g} after λ {before:g}: pass the points by ascending λ."
+                    f"points has λ {following:g} after λ {level:g}: pass the points by ascending λ."
                 )
         if any(first == last for first, last in zip(levels, levels[2:], strict=False)):
             raise ValueError(
@@ -96,16 +96,13 @@ def within(window: NoiseWindow) -> StrengthSchedule:
 
 
 def _pairs(points: Any) -> Iterator[tuple[float, float]]:
-    given = (
-        list(points)
-        if isinstance(points, Iterable) and not isinstance(points, (str, bytes, dict))
-        else []
-    )
-    if not given:
+    is_list = isinstance(points, Iterable) and not isinstance(points, (str, bytes, dict))
+    pairs = list(points) if is_list else []
+    if not pairs:
         raise ValueError(
             f"points is {points!r}: pass at least one pair (λ, strength), e.g. {_EXAMPLE}."
         )
-    for point in given:
+    for point in pairs:
         if (
             not isinstance(point, (tuple, list))
             or len(point) != 2

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from copy import copy
+from typing import cast
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -62,7 +63,13 @@ def restored_on_error(*roots: nn.Module) -> Iterator[None]:
             modules[id(module)] = module
         for parameter in root.parameters():
             values.append((parameter, parameter.data, parameter.requires_grad))
-    states = [(module, _attributes(module)) for module in modules.values()]
+    states: list[tuple[nn.Module, _State]] = []
+    for module in modules.values():
+        state: _State = []
+        for name, value in vars(module).items():
+            is_container = type(value) in (dict, list, set, OrderedDict)
+            state.append((name, value, copy(value) if is_container else None))
+        states.append((module, state))
     try:
         yield
     except BaseException:
@@ -78,22 +85,14 @@ _State = list[tuple[str, object, object]]
 """For each attribute of a module: (name, value, shallow copy of the value if it is a container)."""
 
 
-def _attributes(module: nn.Module) -> _State:
-    found: _State = []
-    for name, value in vars(module).items():
-        is_container = type(value) in (dict, list, set, OrderedDict)
-        found.append((name, value, copy(value) if is_container else None))
-    return found
-
-
 def _restore(module: nn.Module, state: _State) -> None:
     vars(module).clear()
-    for name, value, before in state:
-        if isinstance(value, list) and isinstance(before, list):
-            value[:] = before
-        elif isinstance(value, (dict, set)) and before is not None:
+    for name, value, content in state:
+        if isinstance(value, list) and isinstance(content, list):
+            value[:] = content
+        elif isinstance(value, (dict, set)) and content is not None:
             value.clear()
-            value.update(before)  # type: ignore[call-overload]
+            value.update(content)  # type: ignore[call-overload]
         vars(module)[name] = value
 
 
@@ -133,19 +132,9 @@ def cores_for(
         cores = make_cores(config, ranks)
     if any(parameter.is_meta for parameter in cores.parameters()):
         return cores
-    return cores.to(_device_for(layers.values(), low_cpu_mem_usage or is_dispatched))
-
-
-def _device_for(layers: Iterable[LoraLayer], will_be_loaded: bool) -> torch.device:
-    """Return the first device, other than "meta", of the layers' parameters.
-
-    If all parameters are on "meta", return "meta", or the CPU if their values will be loaded.
-    """
-    is_empty = True
-    for layer in layers:
-        assert isinstance(layer, nn.Module)
-        for parameter in layer.parameters():
-            if parameter.device.type != "meta":
-                return parameter.device
-            is_empty = False
-    return torch.device("cpu" if is_empty or will_be_loaded else "meta")
+    parameters = [p for layer in layers.values() for p in cast(nn.Module, layer).parameters()]
+    devices = [parameter.device for parameter in parameters if not parameter.is_meta]
+    if devices:
+        return cores.to(devices[0])
+    will_be_loaded = low_cpu_mem_usage or is_dispatched or not parameters
+    return cores.to("cpu" if will_be_loaded else "meta")

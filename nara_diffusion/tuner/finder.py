@@ -29,7 +29,7 @@ from nara_diffusion.noise.level import as_level
 from nara_diffusion.noise.parts import Parts
 from nara_diffusion.noise.rows import ModelRows
 from nara_diffusion.noise.sources import BLOCK_SHARE, NoiseSource, registered
-from nara_diffusion.noise.timesteps import Denoiser, TimestepNoise
+from nara_diffusion.noise.timesteps import DenoiserNoise, TimestepNoise
 
 from .twins import twins_of
 from .usage import Usage
@@ -63,12 +63,12 @@ class LevelFinder:
         root: nn.Module,
         configs: dict[str, LoraConfig],
         rows: ModelRows,
-        denoiser: Denoiser | None,
+        class_source: DenoiserNoise | None,
     ) -> None:
         self.root = root
         self.configs = configs
         self.rows = rows
-        self.denoiser = denoiser
+        self.class_source = class_source
         self.given_source: NoiseSource | NotSet | None = NotSet.DEFAULT
         self.length: int | None = None
         self.usage = Usage(configs)
@@ -93,7 +93,7 @@ class LevelFinder:
             return source
         schedulers = self.usage.schedulers() if self.usage.pipelines else []
         source = self._default_source(next(iter(self._definitions().values()), None))
-        if not isinstance(source, Denoiser):
+        if not isinstance(source, DenoiserNoise):
             return source
         if schedulers:
             return source.under(schedulers)
@@ -102,8 +102,8 @@ class LevelFinder:
     def _default_source(self, convention: str | None) -> NoiseSource | None:
         """Return the default source for the definition of λ in the first adapter, `convention`."""
         source = registered.get(convention or "")
-        if source is None and self.denoiser is not None:
-            source = self.denoiser.read_as(convention)
+        if source is None and self.class_source is not None:
+            source = self.class_source.read_as(convention)
         if source is None and twins_of(self.root) is not None:
             return self.canvas_source
         if source is None and (convention == BLOCK_SHARE or _goes_by_blocks(self.root)):
@@ -123,7 +123,7 @@ class LevelFinder:
     def add_pipeline(self, pipe: DiffusionPipeline) -> None:
         """Remember a pipeline that loaded an adapter."""
         self.usage.add_pipeline(pipe)
-        if self.denoiser is None:
+        if self.class_source is None:
             self.block_source.ignore_past_runs()
 
     def with_block_mask(
@@ -169,7 +169,7 @@ class LevelFinder:
         """
         if entry is None:
             source = self.present_source()
-            if isinstance(source, Denoiser) and source.schedulers:
+            if isinstance(source, DenoiserNoise) and source.schedulers:
                 self.length = source.num_train_timesteps  # the pipelines may go before the model
             level = None if source is None else as_level(source(self.root, args, kwargs), axes=2)
         elif entry.backward == torch._C._current_graph_task_id():
@@ -197,12 +197,12 @@ class LevelFinder:
 
     def _definitions(self, but: str | None = None) -> dict[str, str]:
         """Return the definitions of λ by adapter name, without adapter `but`."""
-        found = {}
+        definitions = {}
         for name, config in self.configs.items():
             convention = convention_of(config)
             if convention is not None and name != but:
-                found[name] = convention
-        return found
+                definitions[name] = convention
+        return definitions
 
     def with_convention(self, name: str, config: NaraConfig) -> NaraConfig:
         """Return a copy of `config` with the source's definition of λ, if the source has one.
@@ -215,19 +215,23 @@ class LevelFinder:
         Raises:
             ValueError: the adapter defines λ differently from the source.
         """
-        own = config.noise_convention
-        others = self._definitions(but=name)
+        convention = config.noise_convention
+        definitions = self._definitions(but=name)
         source = self.given_source
         if source is NotSet.DEFAULT:
-            first = next(iter(others.values()), own)
+            first = next(iter(definitions.values()), convention)
             source = self._default_source(first)
         if not is_assumed(config):
-            _check_definition(source, name, own, self._remedy(own, list(others)))
+            _check_definition(source, name, convention, self._remedy(convention, list(definitions)))
         config = copy(config)  # several models may share the original
-        if source is not None and needs_noise(config) and (own is None or is_assumed(config)):
+        if (
+            source is not None
+            and needs_noise(config)
+            and (convention is None or is_assumed(config))
+        ):
             config.noise_convention = getattr(source, "convention", None)
             config.assumes_convention = self.source_is_default
-        elif own is None:
+        elif convention is None:
             config.assumes_convention = True
         return config
 
@@ -238,19 +242,19 @@ class LevelFinder:
             The definitions, by adapter name, of the adapters with a different definition. If there
             are any, this method changes nothing.
         """
-        others, assumed = {}, []
+        different, assumed = {}, []
         for name in names:
             config = self.configs[name]
-            own = convention_of(config)
+            defined = convention_of(config)
             if isinstance(config, NaraConfig) and is_assumed(config):
                 assumed.append(config)
-            elif own is not None and own != convention:
-                others[name] = own
-        if not others:
+            elif defined is not None and defined != convention:
+                different[name] = defined
+        if not different:
             for config in assumed:
                 config.noise_convention = convention
                 config.assumes_convention = False
-        return others
+        return different
 
     def _remedy(self, convention: str | None, others: list[str]) -> str:
         """Return the end of the error message for different definitions of λ."""
@@ -281,9 +285,22 @@ def convention_of(config: LoraConfig) -> str | None:
 
 def unknown_level(root: nn.Module, names: list[str], remedy: str | None = None) -> ValueError:
     """Return the error for an unknown λ, with the usual remedy for a forward or another one."""
+    kinds = [kind.__name__ for kind in type(root).__mro__]
+    is_masked = getattr(getattr(root, "config", None), "mask_token_id", None) is not None
+    declaration = ""
+    if "ModelMixin" in kinds:  # of Diffusers
+        declaration = (
+            " To have it read its timestep, declare "
+            f"register_denoiser('{kinds[0]}', meaning) before adding adapters."
+        )
+    elif is_masked or ("PreTrainedModel" in kinds and "LM" in kinds[0]):
+        declaration = (
+            " A masked language model reads it inside `with read_noise_from_input_ids(model, "
+            "prompt_lengths):` of nara_diffusion.dllm."
+        )
     usual = (
         "call the model inside `with noise_level(model, value):`, or let it read λ from its own inputs by "
-        f"`set_noise_source(model, source)`.{_how_to_declare(root)}"
+        f"`set_noise_source(model, source)`.{declaration}"
     )
     listed = ", ".join(map(repr, names))
     return ValueError(f"λ is not known, but adapter(s) {listed} depend on it: {remedy or usual}")
@@ -298,18 +315,3 @@ def _check_definition(
             f"Adapter '{adapter_name}' was trained with λ defined as {convention!r}, but the source of λ gives "
             f"{of_source!r}, {remedy}"
         )
-
-
-def _how_to_declare(root: nn.Module) -> str:
-    """Return the end of the error for an unknown λ, which says how this model can get its λ."""
-    kinds = [kind.__name__ for kind in type(root).__mro__]
-    if "ModelMixin" in kinds:  # of Diffusers
-        declaration = f"register_denoiser('{kinds[0]}', meaning)"
-        return f" To have it read its timestep, declare {declaration} before adding adapters."
-    is_masked = getattr(getattr(root, "config", None), "mask_token_id", None) is not None
-    if is_masked or ("PreTrainedModel" in kinds and "LM" in kinds[0]):
-        return (
-            " A masked language model reads it inside `with read_noise_from_input_ids(model, prompt_lengths):` of "
-            "nara_diffusion.dllm."
-        )
-    return ""

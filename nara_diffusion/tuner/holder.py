@@ -33,7 +33,7 @@ from nara_diffusion.noise.context import Entry, backward_pass, present
 from nara_diffusion.noise.parts import Parts
 from nara_diffusion.noise.rows import ModelRows
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
-from nara_diffusion.noise.timesteps import Denoiser
+from nara_diffusion.noise.timesteps import DenoiserNoise
 
 from .checkpointing import pass_cores, pass_no_cores
 from .finder import LevelFinder
@@ -52,7 +52,7 @@ class CoreHolder(nn.Module):
 
     Args:
         root: the adapted model.
-        denoiser: the table's entry for the root's class.
+        class_source: the source that the table has for the class of the root.
 
     Attributes:
         configs: the configuration of each adapter, by name, at the time its cores were made.
@@ -65,15 +65,15 @@ class CoreHolder(nn.Module):
 
     is_core_holder = True
 
-    def __init__(self, root: nn.Module, denoiser: Denoiser | None = None) -> None:
+    def __init__(self, root: nn.Module, class_source: DenoiserNoise | None = None) -> None:
         super().__init__()
         self.cores = nn.ModuleDict()
         self.configs: dict[str, LoraConfig] = {}
         self.layers: dict[str, list[LoraLayer]] = {}
         self.schedules: dict[str, StrengthSchedule] = {}
-        rows = ModelRows.of(denoiser)
+        rows = ModelRows.of(class_source)
         self.channel = CoreChannel(self, rows)
-        self.finder = LevelFinder(root, self.configs, rows, denoiser)
+        self.finder = LevelFinder(root, self.configs, rows, class_source)
         self.merging = Merging(root, self.layers, self.noisy)
         self._handles: tuple[RemovableHandle, ...] = ()
 
@@ -121,15 +121,20 @@ class CoreHolder(nn.Module):
         self.drop_deleted()
         names = []
         for name, layers in self.layers.items():
-            if any(_reads_core(layer, name) for layer in layers):
+            on = [layer for layer in layers if not (layer.disable_adapters or layer.merged)]
+            if any(name in layer.active_adapters for layer in on):
                 names.append(name)
         return names
 
     def follow_factors(self) -> None:
         """Make each core trainable if the A of its adapter is trainable, and freeze it if not."""
         for name, layers in self.layers.items():
-            trainable = bool(layers) and _is_trainable(layers[0], name)
-            self.cores[name].requires_grad_(trainable)
+            A: list[nn.Parameter] = []
+            if layers and name in layers[0].lora_A:
+                A = list(layers[0].lora_A[name].parameters())
+            elif layers and name in layers[0].lora_embedding_A:
+                A = [layers[0].lora_embedding_A[name]]
+            self.cores[name].requires_grad_(any(factor.requires_grad for factor in A))
 
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
@@ -364,7 +369,7 @@ def _before_forward(
         return None
     holder.begin(args, kwargs)
     finder = holder.finder
-    if finder.denoiser is not None or not finder.usage.pipelines:
+    if finder.class_source is not None or not finder.usage.pipelines:
         return None
     with_mask = finder.with_block_mask(args, kwargs)
     return None if with_mask is None else (args, with_mask)
@@ -375,18 +380,3 @@ def _after_forward(root: nn.Module, args: tuple[Any, ...], output: object) -> No
     holder = holder_of(root)
     if holder is not None:
         holder.end()
-
-
-def _reads_core(layer: LoraLayer, adapter_name: str) -> bool:
-    """Return True if a forward of the layer would read the adapter's C now."""
-    is_off = layer.disable_adapters or layer.merged
-    return not is_off and adapter_name in layer.active_adapters
-
-
-def _is_trainable(layer: LoraLayer, adapter_name: str) -> bool:
-    """Return True if the adapter's A is trainable in this layer."""
-    if adapter_name in layer.lora_A:
-        parameters = layer.lora_A[adapter_name].parameters()
-        return any(parameter.requires_grad for parameter in parameters)
-    embeddings = layer.lora_embedding_A
-    return adapter_name in embeddings and embeddings[adapter_name].requires_grad

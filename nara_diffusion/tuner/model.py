@@ -31,7 +31,7 @@ from nara_diffusion.layers.targets import (
 )
 from nara_diffusion.layers.variants import OUTSIDE_AUTOCAST
 from nara_diffusion.noise.context import noise_level as at_noise_level
-from nara_diffusion.noise.denoisers import denoiser_of
+from nara_diffusion.noise.denoisers import source_of_class
 from nara_diffusion.noise.rows import row_kind_of
 from nara_diffusion.strict import (
     check_adapter_names,
@@ -107,13 +107,13 @@ class NaraModel(LoraModel):
         """
         config = checked_config(model, adapter_name, self.peft_config[adapter_name])
         is_dispatched = is_dispatched_by_layers(model)
-        given = state_dict or {}
-        layers_only = {key: value for key, value in given.items() if not is_core_key(key)}
+        tensors = state_dict or {}
+        layers_only = {key: value for key, value in tensors.items() if not is_core_key(key)}
         try:
             with restored_on_error(model):
                 drop_idle_holder(model)  # its source of λ belongs to adapters that are gone
                 vars(model)["peft_config"] = self.peft_config  # PEFT also does this, but later
-                holder = holder_of(model) or CoreHolder(model, denoiser_of(model))
+                holder = holder_of(model) or CoreHolder(model, source_of_class(model))
                 config = holder.finder.with_convention(adapter_name, config)
                 self.peft_config[adapter_name] = config
                 are_off = adapters_are_off(model)
@@ -306,13 +306,13 @@ class NaraModel(LoraModel):
         adapter_name: str,
         state_dict: dict[str, Tensor],
     ) -> dict[str, Tensor]:
-        given = without_second_biases(with_current_names(state_dict), adapter_name)
-        mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, given)
+        tensors = without_second_biases(with_current_names(state_dict), adapter_name)
+        mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, tensors)
         present = model.state_dict()
         mapped = with_model_names(mapped, present, adapter_name)
         peft_config: Any = model.peft_config
-        own = without_adapters(present, set(peft_config) - {adapter_name})
-        selected = super()._get_adapter_state_dict(model, config, adapter_name, own, [])
+        of_adapter = without_adapters(present, set(peft_config) - {adapter_name})
+        selected = super()._get_adapter_state_dict(model, config, adapter_name, of_adapter, [])
         has_twins = twins_of(model) is not None
         if has_twins:
             selected = without_twins(model, selected)

@@ -26,7 +26,7 @@ from nara_diffusion.layers.dora import PEFT_DORA
 from nara_diffusion.layers.targets import check_norm, variant_for
 from nara_diffusion.layers.variants import NaraVariant
 from nara_diffusion.noise.context import checked_module
-from nara_diffusion.noise.denoisers import denoiser_of
+from nara_diffusion.noise.denoisers import source_of_class
 from nara_diffusion.noise.rows import row_kind_of
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
 
@@ -87,37 +87,32 @@ def roots_of(model: nn.Module, adapter_name: str) -> list[Any]:
     Raises:
         ValueError: no model has the adapter.
     """
-    found, names = [], set()
+    roots, names = [], set()
     for module in checked_module(model).modules():
         configs = vars(module).get("peft_config")
         if not isinstance(configs, dict) or isinstance(module, (PeftModel, BaseTuner)):
             continue
         names.update(configs)
         if adapter_name in configs:
-            found.append(module)
-    if not found:
+            roots.append(module)
+    if not roots:
         listed = ", ".join(map(repr, sorted(names)))
         raise ValueError(
             f"{type(model).__name__} has no adapter {adapter_name!r}: it has {listed or 'none'}."
         )
-    return found
+    return roots
 
 
 def layers_of(root: nn.Module, adapter_name: str) -> dict[str, Any]:
     """Return the layers of `root`, by name, that an adapter of any kind adapts."""
-    found = {}
+    layers = {}
     for name, module in root.named_modules():
-        if isinstance(module, BaseTunerLayer) and _has_adapter(module, adapter_name):
-            found[name] = module
-    return found
-
-
-def _has_adapter(layer: BaseTunerLayer, adapter_name: str) -> bool:
-    for name in (*layer.adapter_layer_names, *layer.other_param_names):
-        values = getattr(layer, name)
-        if hasattr(values, "keys") and adapter_name in values:
-            return True
-    return False
+        if isinstance(module, BaseTunerLayer):
+            attributes = (*module.adapter_layer_names, *module.other_param_names)
+            mappings = [getattr(module, attribute) for attribute in attributes]
+            if any(hasattr(mapping, "keys") and adapter_name in mapping for mapping in mappings):
+                layers[name] = module
+    return layers
 
 
 def strength_of(root: nn.Module, adapter_name: str) -> StrengthSchedule | None:
@@ -145,7 +140,14 @@ def give_strength(
     if strength is None:
         _take_strength(root, adapter_name, config, layers)
     else:
-        holder = _holder_with(root, adapter_name, layers)
+        holder = holder_of(root)
+        if holder is None:
+            holder = CoreHolder(root, source_of_class(root))
+            holder.attach()
+        if adapter_name not in holder.cores:
+            rank = max(layer.r[adapter_name] for layer in layers.values())
+            cores = CoreSet({SHARED: IdentityCore(rank)})
+            holder.add(adapter_name, config, cores, list(layers.values()))
         for name, layer in layers.items():
             if not isinstance(layer.lora_variant.get(adapter_name), NaraVariant):
                 variant = _variant_for(root, config, holder, layer, name, adapter_name)
@@ -177,37 +179,16 @@ def _take_strength(
     cores = holder.cores_of(adapter_name)
     if all(isinstance(core, IdentityCore) for core in cores.values()):
         for layer in layers.values():
-            _restore_variant(layer, adapter_name, config, holder)
+            variant = layer.lora_variant.get(adapter_name)
+            if isinstance(variant, NaraVariant) and variant.channel is holder.channel:
+                del layer.lora_variant[adapter_name]
+                of_peft = layer.resolve_lora_variant(config=config)
+                if of_peft is not None:
+                    layer.lora_variant[adapter_name] = of_peft
     if not isinstance(config, NaraConfig):
         holder.remove(adapter_name)
         if holder.finder.source_is_default:  # a source set by the user stays for a new strength
             drop_idle_holder(root)
-
-
-def _restore_variant(
-    layer: LoraLayer, adapter_name: str, config: LoraConfig, holder: CoreHolder
-) -> None:
-    """Restore the LoRA variant that PEFT gave a plain LoRA's layer, or remove it if none."""
-    variant = layer.lora_variant.get(adapter_name)
-    if isinstance(variant, NaraVariant) and variant.channel is holder.channel:
-        del layer.lora_variant[adapter_name]
-        own = layer.resolve_lora_variant(config=config)
-        if own is not None:
-            layer.lora_variant[adapter_name] = own
-
-
-def _holder_with(root: nn.Module, adapter_name: str, layers: Mapping[str, LoraLayer]) -> CoreHolder:
-    """Return the holder of `root` with the adapter in it, creating whatever is missing."""
-    holder = holder_of(root)
-    if holder is None:
-        holder = CoreHolder(root, denoiser_of(root))
-        holder.attach()
-    if adapter_name not in holder.cores:
-        rank = max(layer.r[adapter_name] for layer in layers.values())
-        cores = CoreSet({SHARED: IdentityCore(rank)})
-        config = _config_of(root, adapter_name)
-        holder.add(adapter_name, config, cores, list(layers.values()))
-    return holder
 
 
 def _variant_for(
@@ -222,8 +203,8 @@ def _variant_for(
     cores = holder.cores_of(adapter_name)
     group = next(iter(cores))
     if isinstance(config, NaraConfig):
-        own = core_group(config, name, layer.r[adapter_name])
-        group = own if own in cores else group
+        group_of_layer = core_group(config, name, layer.r[adapter_name])
+        group = group_of_layer if group_of_layer in cores else group
     has_norm = isinstance(layer.lora_variant.get(adapter_name), PEFT_DORA)
     variant_class = variant_for(layer, name, has_norm)
     return variant_class(holder.channel, adapter_name, group, name, row_kind_of(root, name))

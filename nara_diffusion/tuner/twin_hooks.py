@@ -54,8 +54,8 @@ def hook_twins(
         owner.register_forward_hook(partial(_after_model, source), always_call=True),
     ]
     for part in (twins.encoder, twins.decoder):
-        before = partial(_before, begin, source, part is twins.encoder)
-        handles.append(part.register_forward_pre_hook(before, with_kwargs=True))
+        begin_part = partial(_before, begin, source, part is twins.encoder)
+        handles.append(part.register_forward_pre_hook(begin_part, with_kwargs=True))
         handles.append(part.register_forward_hook(partial(_after, end), always_call=True))
     return tuple(handles)
 

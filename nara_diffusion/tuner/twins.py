@@ -49,8 +49,8 @@ def twins_of(root: nn.Module) -> Twins | None:
 
 def decoder_name(root: nn.Module, name: str) -> str | None:
     """Return the name of an encoder layer's twin, or None for a layer without a twin."""
-    before, is_inside, rest = name.partition(_ENCODER)
-    return f"{before}{_DECODER}{rest}" if is_inside and twins_of(root) else None
+    prefix, is_inside, suffix = name.partition(_ENCODER)
+    return f"{prefix}{_DECODER}{suffix}" if is_inside and twins_of(root) else None
 
 
 def check_twin(root: nn.Module, name: str) -> None:
@@ -107,26 +107,26 @@ def with_twins(
     Raises:
         ValueError: `tensors` contain other factors for an encoder layer.
     """
-    found = with_equal_twins(root, tensors, "the file")
+    completed = with_equal_twins(root, tensors, "the file")
     for name in names:
         twin = _twin_key(root, name)
         if twin in tensors:
-            found[name] = tensors[twin]
-    return found
+            completed[name] = tensors[twin]
+    return completed
 
 
 def with_encoder_layers(
     root: nn.Module, config: NaraConfig, ranks: Mapping[str, int]
 ) -> dict[str, int]:
     """Return {adapted layer: its rank} of a file, with the encoder layers that it does not name."""
-    found = dict(ranks)
+    completed = dict(ranks)
     for name, _ in root.named_modules():
         twin = decoder_name(root, name)
         if twin is None or twin not in ranks:
             continue
         if check_target_module_exists(config, name):
-            found[name] = ranks[twin]
-    return found
+            completed[name] = ranks[twin]
+    return completed
 
 
 def with_equal_twins(
@@ -137,15 +137,15 @@ def with_equal_twins(
     Raises:
         ValueError: an encoder layer has other factors than its twin.
     """
-    kept = without_twins(root, tensors)
-    for key in sorted(tensors.keys() - kept.keys()):
+    of_decoder = without_twins(root, tensors)
+    for key in sorted(tensors.keys() - of_decoder.keys()):
         twin = decoder_name(root, key)
         if twin is not None and not torch.equal(tensors[key], tensors[twin]):
             raise ValueError(
                 f"{origin} has '{key}' of the encoder unlike the decoder's, but a NaRA has one A and one B "
                 "for both: give a NaRA, or a LoRA of the decoder (--model_options train_on_encoder=false)."
             )
-    return kept
+    return of_decoder
 
 
 def _twin_key(root: nn.Module, key: str) -> str | None:

@@ -106,18 +106,21 @@ def _other_sampling(pipe: Any, few_steps: Mapping[str, Any]) -> str | None:
     scheduler = pipe.scheduler
     # the scheduler of a flow has no number before its first call
     steps = getattr(scheduler, "num_inference_steps", None)
-    wanted = few_steps["num_inference_steps"]
+    trained_steps = few_steps["num_inference_steps"]
     if steps is None:  # no call is in progress, as in training
         return None
-    found = [] if steps == wanted else [f"{steps} steps"]
+    differences = [] if steps == trained_steps else [f"{steps} steps"]
     guidance = getattr(pipe, "_guidance_scale", 1.0)
     if guidance > 1:
-        found.append(f"guidance_scale {guidance:g}")
+        differences.append(f"guidance_scale {guidance:g}")
     for name in TIMESTEP_SETTINGS:
         setting = few_steps.get(name)
         if setting is not None and scheduler.config.get(name) != setting:
-            found.append(f"{type(scheduler).__name__} with other timesteps")
-    if not found:
+            differences.append(f"{type(scheduler).__name__} with other timesteps")
+    if not differences:
         return None
-    lines = [few_steps.get("scheduler"), f"pipe(…, num_inference_steps={wanted}, guidance_scale=1)"]
-    return f"{', '.join(found)}: {'; '.join(filter(None, lines))}"
+    lines = [
+        few_steps.get("scheduler"),
+        f"pipe(…, num_inference_steps={trained_steps}, guidance_scale=1)",
+    ]
+    return f"{', '.join(differences)}: {'; '.join(filter(None, lines))}"

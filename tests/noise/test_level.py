@@ -14,7 +14,7 @@ from nara_diffusion import TimestepNoise, noise_level
 from nara_diffusion.cores.registry import BUILT_IN, build_core
 from nara_diffusion.noise.level import as_level, host_values
 from nara_diffusion.noise.masked_share import InputIdsNoise
-from nara_diffusion.noise.timesteps import Denoiser
+from nara_diffusion.noise.timesteps import DenoiserNoise
 from tests.helpers.adapted import adapted, nara_config
 from tests.helpers.elsewhere import elsewhere, values_of
 
@@ -55,7 +55,7 @@ def test_core_is_nan_where_the_level_is_nan(core_type: str) -> None:
     assert diagonal.tolist() == [[False] * 4, [True] * 4]
 
 
-def levels_of(source: Denoiser, timestep: torch.Tensor) -> list[float]:
+def levels_of(source: DenoiserNoise, timestep: torch.Tensor) -> list[float]:
     return values_of(source(Timed(), (None, timestep), {}))
 
 
@@ -68,19 +68,19 @@ def levels_of(source: Denoiser, timestep: torch.Tensor) -> list[float]:
     ],
 )
 def test_ambiguous_timestep_elsewhere_is_nan(timestep: list[float], levels: list[float]) -> None:
-    assert levels_of(Denoiser("discrete"), elsewhere(timestep)) == pytest.approx(levels, nan_ok=True)
+    assert levels_of(DenoiserNoise("discrete"), elsewhere(timestep)) == pytest.approx(levels, nan_ok=True)
     if levels[0] != levels[0]:
         with pytest.raises(ValueError, match=r"timestep is \[2.5, 1.25\].*may be ¼ ln σ"):
-            levels_of(Denoiser("discrete"), torch.tensor(timestep))
+            levels_of(DenoiserNoise("discrete"), torch.tensor(timestep))
 
 
 def test_schedulers_decide_small_timesteps_elsewhere() -> None:
     discrete, continuous = DDIMScheduler(), EDMEulerScheduler()
     timestep = elsewhere([0.5])
-    assert levels_of(Denoiser("discrete", schedulers=[discrete]), timestep) == pytest.approx([0.0005])
-    assert math.isnan(levels_of(Denoiser("discrete", schedulers=[discrete, continuous]), timestep)[0])
+    assert levels_of(DenoiserNoise("discrete", schedulers=[discrete]), timestep) == pytest.approx([0.0005])
+    assert math.isnan(levels_of(DenoiserNoise("discrete", schedulers=[discrete, continuous]), timestep)[0])
     with pytest.raises(ValueError, match=r"timestep is torch.float32 on cpu.*EDMEulerScheduler passes ¼ ln σ"):
-        levels_of(Denoiser("discrete", schedulers=[continuous]), timestep)
+        levels_of(DenoiserNoise("discrete", schedulers=[continuous]), timestep)
 
 
 def test_text_without_an_answer_is_nan_elsewhere() -> None:
