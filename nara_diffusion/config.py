@@ -156,13 +156,11 @@ class NaraConfig(LoraConfig):
             raise ValueError(f"NaraConfig can't have a scheduler any more: {OTHER_PREDICTION}")
         self._check_choices()
         self._check_numbers()
-        self._check_patterns()
         self._check_core_numbers()
         if self.strength is not None:
             self._check_strength(self.strength)
         if self.reads_core:
             self._check_lora_options()
-            self._check_start()
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
@@ -214,8 +212,6 @@ class NaraConfig(LoraConfig):
                 self._refuse(name, ": pass a finite number greater than 0.")
         if not is_number(self.lora_alpha):
             self._refuse("lora_alpha", ": pass a finite number.")
-
-    def _check_patterns(self) -> None:
         ranks, alphas = self.rank_pattern, self.alpha_pattern
         if not isinstance(ranks, dict) or not all(map(_is_size, ranks.values())):
             self._refuse("rank_pattern", ": pass {name of a module: its positive integer rank}.")
@@ -264,8 +260,6 @@ class NaraConfig(LoraConfig):
                     f"NaRA does not support {name}, since PEFT then computes the update without C(λ): "
                     "remove it, or use core_type='identity' without a strength."
                 )
-
-    def _check_start(self) -> None:
         start = self.init_lora_weights
         is_identity = self.core_type == "identity"
         if self.lora_a_init != "peft" and (is_identity or start is not True):

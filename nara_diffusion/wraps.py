@@ -183,16 +183,9 @@ def _load_into_transformers(
         holder = holder_of(self)
         if holder is not None:
             holder.follow_factors()
-    return _nothing_left_out()
-
-
-def _nothing_left_out() -> LoadStateDictInfo:
-    """Return Transformers' report of a load that used all tensors."""
-    empty: dict[str, Any] = {}
-    for field in dataclasses.fields(LoadStateDictInfo):
-        empty[field.name] = set()
-    empty |= {"error_msgs": [], "conversion_errors": {}}
-    return LoadStateDictInfo(**empty)
+    # Transformers' report of a load that used all tensors
+    empty: dict[str, Any] = {field.name: set() for field in dataclasses.fields(LoadStateDictInfo)}
+    return LoadStateDictInfo(**empty | {"error_msgs": [], "conversion_errors": {}})
 
 
 # ---------------------------------------------------------------------- Diffusers

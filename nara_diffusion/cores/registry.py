@@ -111,16 +111,9 @@ class CoreSet(nn.ModuleDict):
     def needs_noise(self) -> bool:
         return any(bool(core.needs_noise) for core in self.values())
 
-    def deviation(self, group: str, noise_level: Tensor | None) -> Tensor:
-        """Return D = C − I (b or 1, r, r), float32, of one group at λ (b,).
-
-        A core without noise input ignores λ.
-        """
-        return self[group].at(noise_level)  # type: ignore[operator]
-
     def matrix(self, group: str, noise_level: Tensor | None) -> Tensor:
         """Return C = I + D (b or 1, r, r), float32, of one group at λ (b,)."""
-        D = self.deviation(group, noise_level)
+        D: Tensor = self[group].at(noise_level)  # type: ignore[operator]
         return torch.eye(D.shape[-1], dtype=D.dtype, device=D.device) + D
 
 

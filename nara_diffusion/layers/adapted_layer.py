@@ -57,7 +57,6 @@ class AdaptedLayer(Protocol):
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divide the `scaling` of the active adapters by `scale`, or reset it if None."""
-        ...
 
     def register_forward_pre_hook(self, hook: Any) -> Any: ...
 
@@ -74,11 +73,9 @@ class AdaptedLayer(Protocol):
 
     def _get_embed_scale(self) -> Tensor | None:
         """Return the factor that scales the base embedding's output, as in Gemma, or None."""
-        ...
 
     def _cache_store(self, key: str, value: Any) -> None:
         """Store a value that unmerging needs."""
-        ...
 
     def _cache_pop(self, key: str) -> Any: ...
 

@@ -41,7 +41,6 @@ class CoreSource(Protocol):
 
     def check_merged(self, merged: Tensor) -> None:
         """Raise ValueError if the context's λ differs from the λ of merged layers."""
-        ...
 
 
 @dataclass(frozen=True)

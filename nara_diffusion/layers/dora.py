@@ -12,6 +12,8 @@ Neither a tensor's version nor its storage shows such a write, and it may happen
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora.variants import (
@@ -25,7 +27,6 @@ from torch import Tensor, nn
 
 from .adapted_layer import CONVOLUTIONS, AdaptedLayer, base_matrix
 from .functional import (
-    Magnitude,
     linear_in_one,
     mixed,
     mixed_channels,
@@ -54,45 +55,31 @@ class NaraDoraLinear(NaraVariant):
         base_layer = module.get_base_layer()
         magnitude = module.lora_magnitude_vector[active_adapter]
         read = (A, B, base_layer, magnitude)
-        if not any(map(is_managed, read)):
-            return self._update(module, active_adapter, x, result, *read)
-        with onloaded(*read):  # the norm reads the weights of these modules
-            return self._update(module, active_adapter, x, result, *read)
-
-    def _update(
-        self,
-        module: AdaptedLayer,
-        active_adapter: str,
-        x: Tensor,
-        result: Tensor,
-        A: nn.Linear,
-        B: nn.Linear,
-        base_layer: nn.Linear,
-        magnitude: nn.Linear,
-    ) -> Tensor:
-        D, scaling = self.deviation(module.r[active_adapter], x), module.scaling[active_adapter]
-        weight = base_matrix(module)
-        K = times_core(B.weight.flatten(1), D)
-        norm = row_norm(norm_parts(weight, A.weight.flatten(1)), K, scaling)
-        is_dropped = not is_dropout_free(module, active_adapter)
-        if not is_dropped and not self.is_conv and fits_one_function(A, B, x, result):
-            base = frozen_base(module, result)
-            if base is not None:
-                operand = self.channel.operand(self.key, D, result)
-                scale = Magnitude(magnitude.weight, norm)
-                return linear_in_one(
-                    x, result, base, A.weight, D, operand, B.weight, scaling, scale
-                )
-        dtype = torch.promote_types(x.dtype, result.dtype)
-        gain = (magnitude.weight.view(1, -1) / norm).to(dtype)  # (n, d_out)
-        if is_dropped:
-            dropped = module.lora_dropout[active_adapter](x)
-            base = self._base(base_layer, weight, dropped)
-            rise = self._rise(D, A, B, dropped)
-            return result + self._scaled(base, gain - 1) + scaling * self._scaled(rise, gain)
-        z = torch.add(result, self._rise(D, A, B, x), alpha=scaling)  # W0 x + b + s B C A x
-        bias = base_layer.bias
-        return self._scaled(z, gain, None if bias is None else bias.to(dtype))
+        # the norm reads the weights of these modules
+        with onloaded(*read) if any(map(is_managed, read)) else nullcontext():
+            D, scaling = self.deviation(module.r[active_adapter], x), module.scaling[active_adapter]
+            weight = base_matrix(module)
+            K = times_core(B.weight.flatten(1), D)
+            norm = row_norm(norm_parts(weight, A.weight.flatten(1)), K, scaling)
+            is_dropped = not is_dropout_free(module, active_adapter)
+            if not is_dropped and not self.is_conv and fits_one_function(A, B, x, result):
+                base = frozen_base(module, result)
+                if base is not None:
+                    operand = self.channel.operand(self.key, D, result)
+                    scale = (magnitude.weight, norm)
+                    return linear_in_one(
+                        x, result, base, A.weight, D, operand, B.weight, scaling, scale
+                    )
+            dtype = torch.promote_types(x.dtype, result.dtype)
+            gain = (magnitude.weight.view(1, -1) / norm).to(dtype)  # (n, d_out)
+            if is_dropped:
+                dropped = module.lora_dropout[active_adapter](x)
+                base = self._base(base_layer, weight, dropped)
+                rise = self._rise(D, A, B, dropped)
+                return result + self._scaled(base, gain - 1) + scaling * self._scaled(rise, gain)
+            z = torch.add(result, self._rise(D, A, B, x), alpha=scaling)  # W0 x + b + s B C A x
+            bias = base_layer.bias
+            return self._scaled(z, gain, None if bias is None else bias.to(dtype))
 
     def _rise(self, D: Tensor, A: nn.Linear, B: nn.Linear, x: Tensor) -> Tensor:
         """Return B C A x (b, …, d_out)."""

@@ -126,14 +126,6 @@ def row_norm(parts: NormParts, K: Tensor, scaling: float) -> Tensor:
 # ---------------------------------------------------------------------- one function
 
 
-@dataclass(frozen=True)
-class Magnitude:
-    """The magnitude m (d_out,) of DoRA, and the norm (n, d_out), which gets no gradient."""
-
-    weight: Tensor
-    norm: Tensor
-
-
 def linear_in_one(
     x: Tensor,
     result: Tensor,
@@ -143,7 +135,7 @@ def linear_in_one(
     operand: Tensor,
     B: Tensor,
     scaling: float,
-    magnitude: Magnitude | None = None,
+    magnitude: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Return the output of an adapted linear layer, with few kernels and little memory.
 
@@ -162,14 +154,15 @@ def linear_in_one(
         operand: D without gradient, in the dtype used to compute h + D h.
         B: the factor (d_out, r).
         scaling: s.
-        magnitude: the magnitude and norm of DoRA; None without DoRA.
+        magnitude: DoRA's magnitude m (d_out,) and norm (n, d_out); the norm gets no gradient. None
+            without DoRA.
 
     Returns:
         The output (b, …, d_out). x, `result`, A, D, B and m get gradients, which can themselves be
         differentiated.
     """
     W, b = (None, None) if base is None else base
-    m, norm = (None, None) if magnitude is None else (magnitude.weight, magnitude.norm)
+    m, norm = (None, None) if magnitude is None else magnitude
     if W is not None:
         result = result.detach()
     return _LinearInOne.apply(x, result, W, b, A, deviation, B, operand, scaling, m, norm)

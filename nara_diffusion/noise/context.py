@@ -13,6 +13,7 @@ the λ of the context around the call.
 from __future__ import annotations
 
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from .level import Level, as_level
 
 
+@dataclass(eq=False, slots=True)
 class Entry:
     """A `noise_level` context that has been entered.
 
@@ -31,12 +33,10 @@ class Entry:
         backward: the value of `backward_pass()` on entry.
     """
 
-    __slots__ = ("backward", "holders", "level", "parent")
-
-    def __init__(self, parent: Entry | None, holders: frozenset[nn.Module], level: Tensor) -> None:
-        self.parent, self.holders = parent, holders
-        self.level: Tensor | None = level
-        self.backward = backward_pass()
+    parent: Entry | None
+    holders: frozenset[nn.Module]
+    level: Tensor | None
+    backward: int
 
 
 present: ContextVar[Entry | None] = ContextVar("nara_noise_level", default=None)
@@ -73,9 +73,8 @@ class noise_level:
         self._entries: list[Entry] = []
 
     def __enter__(self) -> None:
-        entry = Entry(
-            present.get(), frozenset(core_holders(self._model)), as_level(self._value, axes=2)
-        )
+        holders = frozenset(core_holders(self._model))
+        entry = Entry(present.get(), holders, as_level(self._value, axes=2), backward_pass())
         self._entries.append(entry)
         present.set(entry)
 

@@ -97,7 +97,7 @@ def within(window: NoiseWindow) -> StrengthSchedule:
 
 def _pairs(points: Any) -> Iterator[tuple[float, float]]:
     is_list = isinstance(points, Iterable) and not isinstance(points, (str, bytes, dict))
-    pairs = list(points) if is_list else []
+    pairs: list[Any] = list(points) if is_list else []
     if not pairs:
         raise ValueError(
             f"points is {points!r}: pass at least one pair (λ, strength), e.g. {_EXAMPLE}."

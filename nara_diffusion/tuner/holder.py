@@ -16,7 +16,7 @@ layer of an adapter names the cores among its own modules (`adapter_layer_names`
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig
@@ -24,7 +24,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from nara_diffusion.cores.core import IdentityCore
+from nara_diffusion.cores.core import Core, IdentityCore
 from nara_diffusion.cores.registry import HOLDER_NAME, CoreSet
 from nara_diffusion.layers.adapted_layer import AdaptedLayer
 from nara_diffusion.layers.channel import CoreChannel, Key, Pushed
@@ -250,9 +250,7 @@ class CoreHolder(nn.Module):
 
     def cores_of(self, name: str) -> CoreSet:
         """Return the cores of an adapter, by group."""
-        cores = self.cores[name]
-        assert isinstance(cores, CoreSet)
-        return cores
+        return cast(CoreSet, self.cores[name])
 
     def deviations_of(self, names: Iterable[str], level: Tensor | None) -> dict[Key, Tensor]:
         """Return D (b or 1, r, r) by key for these adapters, except if layers treat C as I."""
@@ -269,7 +267,7 @@ class CoreHolder(nn.Module):
         The result includes the adapter's strength.
         """
         name, group = key
-        D = self.cores_of(name)[group].at(level)
+        D = cast(Core, self.cores_of(name)[group]).at(level)
         schedule = self.schedules.get(name)
         if schedule is None:
             return D

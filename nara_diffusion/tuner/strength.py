@@ -240,26 +240,17 @@ def _missed(root: nn.Module, layers: Mapping[str, BaseTunerLayer], adapter_name:
     for name in unscaled_fields(_config_of(root, adapter_name)):
         return f"what {name} changes in the model"
     for name, layer in layers.items():
-        missed = _missed_in_layer(layer, name, adapter_name)
-        if missed is not None:
-            return missed
-    return None
-
-
-def _missed_in_layer(layer: BaseTunerLayer, name: str, adapter_name: str) -> str | None:
-    variant = getattr(layer, "lora_variant", {}).get(adapter_name)
-    if isinstance(variant, NaraVariant):
-        return None
-    is_known = variant is None or isinstance(variant, PEFT_DORA)
-    if not isinstance(layer, LoraLayer) or not is_known:
-        return f"layer '{name}', which is adapted by PEFT's {type(layer).__name__}"
-    if variant is not None:
-        check_norm(layer, name)
-    variant_for(layer, name, variant is not None)
-    if adapter_name in layer.lora_A:
-        A: Any = layer.lora_A[adapter_name].weight
-        if len(A) != layer.r[adapter_name]:
-            return (
-                f"layer '{name}', since enable_lora_hotswap has made room there for rank {len(A)}"
-            )
+        variant = getattr(layer, "lora_variant", {}).get(adapter_name)
+        if isinstance(variant, NaraVariant):
+            continue
+        is_known = variant is None or isinstance(variant, PEFT_DORA)
+        if not isinstance(layer, LoraLayer) or not is_known:
+            return f"layer '{name}', which is adapted by PEFT's {type(layer).__name__}"
+        if variant is not None:
+            check_norm(layer, name)
+        variant_for(layer, name, variant is not None)
+        if adapter_name in layer.lora_A:
+            A: Any = layer.lora_A[adapter_name].weight
+            if len(A) != layer.r[adapter_name]:
+                return f"layer '{name}', since enable_lora_hotswap has made room there for rank {len(A)}"
     return None

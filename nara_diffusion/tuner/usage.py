@@ -47,12 +47,10 @@ class Usage:
 
     def schedulers(self) -> list[SchedulerMixin]:
         """Return the current schedulers of the pipelines that loaded adapters."""
-        found = []
-        for reference in self.pipelines:
-            scheduler = getattr(reference(), "scheduler", None)
-            if hasattr(scheduler, "config"):
-                found.append(scheduler)
-        return found
+        schedulers: list[Any] = [
+            getattr(reference(), "scheduler", None) for reference in self.pipelines
+        ]
+        return [scheduler for scheduler in schedulers if hasattr(scheduler, "config")]
 
     def warn_of_sampling(self, names: Iterable[str]) -> None:
         """Warn once if a pipeline samples a few-step adapter in a way that does not suit it."""
