@@ -141,8 +141,8 @@ class NaraConfig(LoraConfig):
         unknown = [name for name in given if name not in names and not is_idle(name, given[name])]
         if unknown:
             raise ValueError(
-                f"NaraConfig has no field {', '.join(map(repr, unknown))}: remove it, or, if a file has it, update "
-                "nara-diffusion and PEFT, or save the adapter again with these versions."
+                f"NaraConfig has no field {', '.join(map(repr, unknown))}. Remove it. If it comes from a file, update "
+                "nara-diffusion and PEFT, or save the adapter again with the installed versions."
             )
         return super().__new__(cls)
 
@@ -202,7 +202,7 @@ class NaraConfig(LoraConfig):
     def _check_numbers(self) -> None:
         widths = self.core_hidden_dims
         if not isinstance(widths, (list, tuple)) or not widths or not all(map(_is_size, widths)):
-            self._refuse("core_hidden_dims", ": pass one positive integer a hidden layer.")
+            self._refuse("core_hidden_dims", ": pass one positive integer for each hidden layer.")
         self.core_hidden_dims = tuple(widths)  # JSON gives a list
         for name in _SIZES:
             if not _is_size(getattr(self, name)):
@@ -220,9 +220,12 @@ class NaraConfig(LoraConfig):
 
     def _check_core_numbers(self) -> None:
         if self.noise_embedding == "fourier" and self.noise_embedding_dim % 2:
-            self._refuse("noise_embedding_dim", ": sine and cosine are pairs: pass an even number.")
+            self._refuse(
+                "noise_embedding_dim",
+                ": pass an even number, since each frequency has a sine and a cosine.",
+            )
         if self.core_type == "knots" and self.core_knots < 2:
-            self._refuse("core_knots", ": interpolation needs one at either end, so 2 or more.")
+            self._refuse("core_knots", ": pass 2 or more, since λ = 0 and λ = 1 have a knot each.")
         ranks = {self.r, *(self.rank_pattern or {}).values()}
         if self.rank_mask_min is not None:
             is_rank = _is_size(self.rank_mask_min) and self.rank_mask_min <= min(ranks)
@@ -236,8 +239,8 @@ class NaraConfig(LoraConfig):
             for rank in sorted(ranks):
                 if rank % self.core_bins:
                     raise ValueError(
-                        f"r is {rank}, the rank of all bins together, and {self.core_bins} bins "
-                        "cannot share it evenly: pass core_bins times the rank of one."
+                        f"r ({rank}) is the total rank of all bins and must be a multiple of core_bins "
+                        f"({self.core_bins})."
                     )
 
     def _check_strength(self, given: StrengthSchedule | list[list[float]]) -> None:
@@ -248,8 +251,8 @@ class NaraConfig(LoraConfig):
         self.strength = schedule.as_lists()
         for name in unscaled_fields(self):
             raise ValueError(
-                f"strength depends on λ, but would not reach what {name}={getattr(self, name)!r} "
-                "changes in the model: remove one of the two."
+                f"strength depends on λ, but can't scale what {name}={getattr(self, name)!r} changes in "
+                "the model: remove one of the two."
             )
 
     def _check_lora_options(self) -> None:

@@ -227,7 +227,7 @@ def _check_not_compiled(part: str, model: nn.Module) -> None:
     compiled = getattr(model, "_orig_mod", None)
     if compiled is not None and nara_adapters_of(compiled):
         raise ValueError(
-            f"{part} is what torch.compile returned, and Diffusers finds no adapter in it: take the model out, "
+            f"{part} was returned by torch.compile, and Diffusers finds no adapter in it. Use the model itself, "
             f"pipe.{part} = pipe.{part}._orig_mod, and compile it in place, pipe.{part}.compile()."
         )
 
@@ -239,8 +239,8 @@ def _check_weight(part: str, weight: _Weight) -> None:
         return
     why = "has no λ" if is_schedule else "needs a number for each block"
     raise ValueError(
-        f"adapter_weights has a StrengthSchedule for {part}, which {why}: a schedule is for an adapter, or for its "
-        "part in the denoiser, {'unet': schedule, 'text_encoder': 1.0}."
+        f"adapter_weights has a StrengthSchedule for {part}, which {why}. Pass a schedule for a whole adapter, or for "
+        "its part in the denoiser: {'unet': schedule, 'text_encoder': 1.0}."
     )
 
 

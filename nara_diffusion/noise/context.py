@@ -89,9 +89,9 @@ class noise_level:
         present.set(entry.parent if innermost is entry else None)
         if innermost is not entry:
             raise RuntimeError(
-                "A noise_level(…) was exited while another one is the innermost, so no λ is known from here on: exit "
-                "contexts in the reverse order of entering them, as nested `with` blocks do (a generator that "
-                "is suspended inside of one, and closed later, does not)."
+                "A noise_level(…) was exited before the one that was entered inside it, so λ is unknown from here on. "
+                "Exit contexts in reverse order, as nested `with` blocks do. A generator that is suspended inside a "
+                "context and closed later breaks this order."
             )
 
 
@@ -151,6 +151,6 @@ def core_holders(model: nn.Module) -> list[Any]:
     holders = find_holders(checked_module(model))
     if not holders:
         raise ValueError(
-            f"{type(model).__name__} holds no NaRA adapter: add one first, e.g. get_peft_model(model, NaraConfig(…))."
+            f"{type(model).__name__} has no NaRA adapter: add one first, e.g. get_peft_model(model, NaraConfig(…))."
         )
     return holders

@@ -71,7 +71,8 @@ class InputIdsNoise:
         values = host_values(lengths)
         if values is not None and 0 in values:
             raise ValueError(
-                f"λ can't be read: row {values.index(0)} of input_ids has {width} tokens, and none is in an answer"
+                f"λ can't be read: none of the {width} tokens in row {values.index(0)} of input_ids belongs to an "
+                "answer. Check prompt_lengths and attention_mask."
             )
         masked = answer & (input_ids == self.mask_token_id)
         return masked.sum(1).float() / lengths  # 0 / 0 is NaN

@@ -53,7 +53,7 @@ class StrengthSchedule:
                 )
         if any(first == last for first, last in zip(levels, levels[2:], strict=False)):
             raise ValueError(
-                "points has three points at one λ, but the middle one would never apply: pass two."
+                "points has three points at one λ, and the middle one would never apply: pass at most two."
             )
 
     def __call__(self, noise_level: Level) -> Tensor:
@@ -113,7 +113,7 @@ def _pairs(points: Any) -> Iterator[tuple[float, float]]:
             )
         if not 0 <= point[0] <= 1:
             raise ValueError(
-                f"points holds {point!r}, but λ lies in [0, 1], and 1 is pure noise: divide a timestep out of 1000 "
-                "by 1000."
+                f"points holds {point!r}, but λ lies in [0, 1], where 1 is pure noise. Divide a timestep by the "
+                "length of its schedule, usually 1000."
             )
         yield float(point[0]), float(point[1])

@@ -129,9 +129,9 @@ class TimestepNoise:
         elif not all(-_ROUNDING <= value <= 1 + _ROUNDING for value in values):
             counted = f" with N = {self.num_train_timesteps}" if self.meaning in COUNTED else ""
             raise ValueError(
-                f"{self.argument} is {t.tolist()}, which as {self.meaning!r} is no λ in [0, 1]{counted}. If this "
-                "pipeline means something else by it, say so: set_noise_source(model, TimestepNoise(meaning)), e.g. "
-                'TimestepNoise("edm") where it passes ¼ ln σ.'
+                f"{self.argument} is {t.tolist()}, which gives a λ outside [0, 1] if it means "
+                f"{self.meaning!r}{counted}. If it means something else, declare that by "
+                'set_noise_source(model, TimestepNoise(meaning)), e.g. TimestepNoise("edm") for ¼ ln σ.'
             )
         return level.clamp(0, 1)
 
@@ -241,7 +241,7 @@ class DenoiserNoise(TimestepNoise):
         if len(lengths) > 1:
             raise ValueError(
                 f"λ = {self.argument} / N can't be read: the schedulers of the pipelines that loaded the adapters have "
-                f"{' and '.join(f'N = {length}' for length in sorted(lengths))}: say which, "
+                f"{' and '.join(f'N = {length}' for length in sorted(lengths))}. Choose one: "
                 f"set_noise_source(model, TimestepNoise({self.meaning!r}, num_train_timesteps=N))."
             )
         return replace(self, schedulers=schedulers, num_train_timesteps=lengths.pop())
@@ -287,8 +287,8 @@ class DenoiserNoise(TimestepNoise):
         if continuous:
             who = f"{continuous[0]} passes ¼ ln σ"
         raise ValueError(
-            f"{self.argument} is {timesteps}, which as 'discrete' would be almost no noise, but {who}: say what this "
-            'pipeline means by it, once, set_noise_source(model, TimestepNoise("edm")) or TimestepNoise("discrete").'
+            f"{self.argument} is {timesteps}, which as 'discrete' would be almost no noise, but {who}. Declare its "
+            'meaning once: set_noise_source(model, TimestepNoise("edm")) or TimestepNoise("discrete").'
         )
 
 

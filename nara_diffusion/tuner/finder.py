@@ -259,11 +259,11 @@ class LevelFinder:
     def _remedy(self, convention: str | None, others: list[str]) -> str:
         """Return the end of the error message for different definitions of λ."""
         if others:
-            return f"as {' and '.join(map(repr, others))} of this model needs: remove that first, or use another model."
+            return f"as {' and '.join(map(repr, others))} of this model needs. Remove that first, or use another model."
         if not self.source_is_default:
-            return f"which set_noise_source has set. Set one of {convention!r} before, set_noise_source(model, source)."
+            return f"which set_noise_source has set. Set one of {convention!r} first: set_noise_source(model, source)."
         return (
-            "which is λ of this class of models. Add the adapter to the model that it was trained on; for a "
+            "the definition of this class of models. Add the adapter to the model that it was trained on; for a "
             "custom definition of λ, call register_noise_source(source) before the model's first adapter is added."
         )
 

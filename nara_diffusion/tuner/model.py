@@ -85,8 +85,8 @@ class NaraModel(LoraModel):
     ) -> None:
         if adapter_name in getattr(model, "peft_config", {}):
             raise ValueError(
-                f"{type(model).__name__} has an adapter '{adapter_name}', which would stay beside the new one of that "
-                "name: call unload() of the PeftModel that has it before, or give the new one another adapter_name."
+                f"{type(model).__name__} already has an adapter '{adapter_name}' from another PeftModel. Call unload() "
+                "of that PeftModel first, or pass another adapter_name."
             )
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 

@@ -222,16 +222,16 @@ def check_strength(
     layers = layers_of(root, adapter_name)
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
         raise ValueError(
-            f"Adapter '{adapter_name}' is merged, at the strength that it had: call pipe.unfuse_lora(), or "
-            "unmerge_adapter() of the PeftModel, before you change its strength."
+            f"Adapter '{adapter_name}' is merged, so its strength can't change: call pipe.unfuse_lora(), or "
+            "unmerge_adapter() of the PeftModel, first."
         )
     if strength is None:
         return
     missed = _missed(root, layers, adapter_name)
     if missed is not None:
         raise ValueError(
-            f"Adapter '{adapter_name}' cannot have a strength that depends on λ, which would not reach {missed}: "
-            "give this adapter a float."
+            f"Adapter '{adapter_name}' cannot have a strength that depends on λ, because it would not scale "
+            f"{missed}: pass a float."
         )
 
 

@@ -85,7 +85,7 @@ def _prepared(source: CanvasNoise, prepare: Callable[[Any], Any], generation_con
 
 def _refuse_to_compile(*_: object) -> NoReturn:
     raise ValueError(
-        "generate compiles the forward whole with a static cache, and no λ could enter it: pass "
+        "generate would compile the whole forward for a static cache, where λ can't change: pass "
         "disable_compile=True."
     )
 

@@ -58,7 +58,7 @@ def check_twin(root: nn.Module, name: str) -> None:
     if twins_of(root) is not None and ".router." in name:
         raise ValueError(
             f"'{name}' is a router, and its update would send tokens to experts that were not trained "
-            "for them: leave it out, exclude_modules=r'.*router.*'."
+            "for them. Leave it out with exclude_modules=r'.*router.*'."
         )
 
 
@@ -142,8 +142,8 @@ def with_equal_twins(
         twin = decoder_name(root, key)
         if twin is not None and not torch.equal(tensors[key], tensors[twin]):
             raise ValueError(
-                f"{origin} has '{key}' of the encoder unlike the decoder's, but a NaRA has one A and one B "
-                "for both: give a NaRA, or a LoRA of the decoder (--model_options train_on_encoder=false)."
+                f"'{key}' of the encoder differs from the decoder's in {origin}, but a NaRA has one A and one "
+                "B for both. Pass a NaRA, or a LoRA of the decoder (--model_options train_on_encoder=false)."
             )
     return of_decoder
 
@@ -170,8 +170,8 @@ def check_foldable_file(config: NaraConfig) -> None:
     base = (getattr(config, "auto_mapping", None) or {}).get("base_model_class") or ""
     if config.noise_convention == CORRUPTED_SHARE or "DiffusionGemma" in base:
         raise ValueError(
-            "The file's adapter is one of DiffusionGemma, and a LoRA of one λ is right for neither its "
-            "encoder (λ = 0) nor its decoder, which share it: load the file as it is."
+            "The file contains an adapter of DiffusionGemma, which its encoder (λ = 0) and its decoder "
+            "share. A LoRA at one λ is right for neither: load the file as it is."
         )
 
 

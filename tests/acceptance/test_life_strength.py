@@ -252,7 +252,7 @@ def test_schedule_that_no_level_or_whole_adapter_belongs_to_is_refused_before_an
 )
 def test_strength_over_lambda_of_a_lora_that_changes_more_than_its_update_is_refused(options: Any) -> None:
     model = adapted(lora_config(target_modules=["first"], **options))
-    with pytest.raises(ValueError, match=f"would not reach what {next(iter(options))} changes in the model: give"):
+    with pytest.raises(ValueError, match=f"would not scale what {next(iter(options))} changes in the model: pass"):
         set_strength(model, "default", SCHEDULE)
     set_strength(model, "default", 0.5)
 

@@ -127,7 +127,7 @@ def test_pipeline_of_edm_tells_its_level_once_that_is_declared_or_the_adapter_sa
     unet, stock = adapt(pipe.unet, UNET_TARGETS, noise_convention="edm")
     pipe.save_nara_weights(tmp_path)
     again.load_nara_weights(tmp_path, adapter_name="default")
-    with pytest.raises(ValueError, match=r"timestep is 999.* as 'edm' is no λ"):
+    with pytest.raises(ValueError, match=r"timestep is 999.* gives a λ outside .*'edm'"):
         again("red")
     with pytest.raises(ValueError, match="trained with λ defined as 'edm', but the source of λ gives 'timestep'"):
         set_noise_source(again.unet, TimestepNoise())

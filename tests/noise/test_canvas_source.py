@@ -248,22 +248,22 @@ def test_generate_with_a_static_cache_is_refused_unless_nothing_is_compiled(mode
 def test_calls_that_are_not_a_samplers_raise(model):
     canvas, cache = PROMPTS, DynamicCache()
     logits = torch.zeros(3, 4, VOCABULARY)
-    with pytest.raises(ValueError, match="no sampler runs"):
+    with pytest.raises(ValueError, match="no sampler is running"):
         model(input_ids=PROMPTS, decoder_input_ids=canvas)
     pipe = pipeline(model, BlockRefinementScheduler())
-    with pytest.raises(ValueError, match="no sampler runs"):
+    with pytest.raises(ValueError, match="no sampler is running"):
         model(input_ids=PROMPTS, decoder_input_ids=canvas)
     model.model.encoder(input_ids=PROMPTS, cache=cache)
-    with pytest.raises(ValueError, match="no step was taken"):
+    with pytest.raises(ValueError, match="has not stepped since the last call"):
         model(decoder_input_ids=canvas, cache=cache, self_conditioning_logits=logits)
     sampled(pipe)  # leaves λ of a step that no call has read
     for conditioning in (logits, None):
-        with pytest.raises(ValueError, match="no step was taken"):
+        with pytest.raises(ValueError, match="has not stepped since the last call"):
             model(decoder_input_ids=canvas, cache=cache, self_conditioning_logits=conditioning)
     with noise_level(model, 0.5):
         model.model.encoder(input_ids=PROMPTS, cache=cache)
         model(decoder_input_ids=canvas, cache=cache)
-    with pytest.raises(ValueError, match="no step was taken"):
+    with pytest.raises(ValueError, match="has not stepped since the last call"):
         model(decoder_input_ids=canvas, cache=cache)
 
 

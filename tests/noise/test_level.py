@@ -41,7 +41,7 @@ def test_level_outside_its_range_is_an_error_on_the_cpu_and_nan_elsewhere(level:
 @pytest.mark.parametrize("timestep", [1001.0, -2.0, NAN])
 def test_timestep_outside_its_range_is_an_error_on_the_cpu_and_nan_elsewhere(timestep: float) -> None:
     source = TimestepNoise("discrete")
-    with pytest.raises(ValueError, match=r"timestep is .*as 'discrete' is no λ"):
+    with pytest.raises(ValueError, match=r"timestep is .*gives a λ outside .*'discrete' with N = 1000"):
         source.noise_level(torch.tensor([500.0, timestep]))
     found = source.noise_level(elsewhere([500.0, timestep, 1000.05, 0.0]))  # a rounding error outside is none
     assert values_of(found) == pytest.approx([0.5, NAN, 1, 0], nan_ok=True)
@@ -87,7 +87,7 @@ def test_text_without_an_answer_is_nan_elsewhere() -> None:
     ids = torch.tensor([[1, 9, 9, 3], [1, 2, 9, 9]])
     padding = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
     source = InputIdsNoise([1, 2], mask_token_id=9)
-    with pytest.raises(ValueError, match="row 1 of input_ids has 4 tokens, and none is in an answer"):
+    with pytest.raises(ValueError, match="none of the 4 tokens in row 1 of input_ids belongs to an answer"):
         source(nn.Identity(), (ids, padding), {})
     found = source(nn.Identity(), (elsewhere(ids, torch.long), elsewhere(padding, torch.long)), {})
     assert values_of(found) == pytest.approx([2 / 3, NAN], nan_ok=True)

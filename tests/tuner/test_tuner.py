@@ -129,7 +129,7 @@ def test_all_that_trains_has_lora_in_its_name() -> None:
 def test_set_adapters_of_a_compiled_part_names_compiling_in_place() -> None:
     pipe: Any = add_nara(frozen_sd(), "a")
     pipe.unet = torch.compile(pipe.unet)
-    with pytest.raises(ValueError, match=r"unet is what torch.compile returned.* pipe\.unet\.compile\(\)"):
+    with pytest.raises(ValueError, match=r"unet was returned by torch.compile.* pipe\.unet\.compile\(\)"):
         pipe.set_adapters("a", 0.5)
     pipe.unet = pipe.unet._orig_mod
     pipe.set_adapters("a", 0.5)

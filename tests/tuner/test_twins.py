@@ -227,7 +227,7 @@ def test_merging_and_exporting_raise():
 @pytest.mark.parametrize("core_type", ["hypernetwork", "identity"])
 def test_a_file_is_not_folded(tmp_path, core_type):
     adapted(DECODER, core_type=core_type).save_pretrained(tmp_path / "nara")
-    with pytest.raises(SystemExit, match="right for neither its encoder"):
+    with pytest.raises(SystemExit, match="A LoRA at one λ is right for neither"):
         nara_command.main(["fold", f"{tmp_path}/nara", f"{tmp_path}/lora", "--noise_level", "0.5", "--form", "peft"])
     assert not (tmp_path / "lora").exists()
 
@@ -258,7 +258,7 @@ def test_without_lambda_the_decoder_raises_and_the_encoder_runs():
     model = adapted().get_base_model()
     cache = DynamicCache()
     model.model.encoder(input_ids=inputs()["input_ids"], cache=cache)
-    with pytest.raises(ValueError, match="λ can't be read: no sampler runs"):
+    with pytest.raises(ValueError, match="λ can't be read: no sampler is running"):
         model.forward(decoder_input_ids=inputs()["decoder_input_ids"], cache=cache)
 
 
