@@ -36,7 +36,7 @@ class Entry:
     parent: Entry | None
     holders: frozenset[nn.Module]
     level: Tensor | None
-    backward: int
+    backward: int = -1
 
 
 present: ContextVar[Entry | None] = ContextVar("nara_noise_level", default=None)
@@ -89,7 +89,7 @@ class noise_level:
         present.set(entry.parent if innermost is entry else None)
         if innermost is not entry:
             raise RuntimeError(
-                "A noise_level(…) was exited before the one that was entered inside it, so λ is unknown from here on. "
+                "A noise_level(…) was exited while another one is the innermost, so λ is unknown from here on. "
                 "Exit contexts in reverse order, as nested `with` blocks do. A generator that is suspended inside a "
                 "context and closed later breaks this order."
             )

@@ -103,7 +103,7 @@ def test_other_methods_say_that_they_stay_on(arguments, tmp_path, capsys):
     dllm.main(arguments(**WINDOW, adapter="oft", adapter_options={"r": 0, "oft_block_size": 8}, max_train_steps=1))
     assert "oft stays on outside" in card_of(tmp_path / "run")
     assert "switch it off" not in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"would not reach .* leave --min_noise_level and"):
+    with pytest.raises(ValueError, match=r"can't scale .* leave --min_noise_level and"):
         arguments(**WINDOW, adapter_options={"bias": "all"})
 
 
