@@ -38,7 +38,8 @@ from peft import LoraConfig
 
 import nara_diffusion
 from nara_diffusion import NaraConfig
-from nara_diffusion.noise.level import Entry, as_level, present
+from nara_diffusion.noise.context import Entry, present
+from nara_diffusion.noise.level import as_level
 
 LEVEL = 0.3
 FILES = ("test_custom_models.py", "testing_common.py", "testing_utils.py")

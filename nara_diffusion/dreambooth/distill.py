@@ -24,7 +24,7 @@ from nara_diffusion.training.checkpoints import save_adapter
 from nara_diffusion.training.loop import ShuffledStream, prepare_training, train
 from nara_diffusion.training.report import finish
 from nara_diffusion.training.run import Run
-from nara_diffusion.tuner.finder import TIMESTEP_SETTINGS
+from nara_diffusion.tuner.usage import TIMESTEP_SETTINGS
 from nara_diffusion.utils.files import digest_file, digest_texts, local_folder
 
 from .caches import PromptCache

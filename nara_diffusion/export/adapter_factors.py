@@ -27,12 +27,12 @@ from peft.tuners.lora.layer import Embedding, LoraVariant, ParamWrapper
 from torch import Tensor, nn
 
 from nara_diffusion.config import NaraConfig
-from nara_diffusion.cores.core import CoreSet, core_group, make_cores
+from nara_diffusion.cores.registry import CoreSet, core_group, make_cores
 from nara_diffusion.layers.dora import PEFT_DORA
 from nara_diffusion.layers.offloading import onloaded
 from nara_diffusion.layers.variants import NaraVariant
 from nara_diffusion.loaders.adapter_part import AdapterPart, configured_scaling
-from nara_diffusion.noise.level import Level, as_level, entry_for
+from nara_diffusion.noise.level import Level, as_level
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
 from nara_diffusion.strict import adapter_tensors
 from nara_diffusion.tuner.holder import CoreHolder, holder_of
@@ -163,7 +163,7 @@ def adapter_of_model(model: nn.Module, adapter_name: str) -> Iterator[Adapter]:
     schedules = set() if strength is None else {strength}
     make, level_of = _no_core, _no_level
     if holder is not None and adapter_name in holder.cores:
-        make, level_of = holder.deviations.matrix, partial(_level_of, holder, adapter_name)
+        make, level_of = holder.matrix, partial(_level_of, holder, adapter_name)
     with onloaded_cores(model):
         yield Adapter(config, lora, keys, make, level_of, schedules)
 
@@ -173,7 +173,7 @@ def _no_core(key: CoreKey, level: Tensor | None) -> Tensor:
 
 
 def _level_of(holder: CoreHolder, adapter_name: str, level: Level | None) -> Tensor | None:
-    return holder.merging.level_to_export(adapter_name, level, entry_for(holder))
+    return holder.merging.level_to_export(adapter_name, level, holder.context())
 
 
 def _no_level(level: Level | None) -> None:

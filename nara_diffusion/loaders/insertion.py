@@ -16,9 +16,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from nara_diffusion.config import NaraConfig, unscaled_fields
-from nara_diffusion.cores.core import needs_noise
-from nara_diffusion.layers.offloading import groups_of
-from nara_diffusion.layers.variants import is_float8
+from nara_diffusion.cores.registry import needs_noise
+from nara_diffusion.layers.offloading import groups_of, is_float8
 from nara_diffusion.strict import adapter_tensors, check_finite
 from nara_diffusion.tuner.holder import drop_idle_holder, holder_of
 
@@ -125,7 +124,7 @@ def part_of(model: nn.Module, adapter_name: str) -> AdapterPart:
     return AdapterPart(nara_adapters_of(model)[adapter_name], tensors)
 
 
-def read_schedule_of(pipe: Any) -> None:
+def follow_scheduler(pipe: Any) -> None:
     """Make the denoisers' adapters take N and the meaning of t from the current scheduler."""
     for name in DENOISERS:
         model = uncompiled(getattr(pipe, name, None))

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from nara_diffusion.config import NaraConfig
-from nara_diffusion.tuner.model import restored_on_error
+from nara_diffusion.tuner.adding import restored_on_error
 
 from .adapter_part import AdapterPart
 from .file import AdapterFile, naming
@@ -24,11 +24,11 @@ from .insertion import (
     check_not_wrapped,
     check_storable,
     denoiser_name,
+    follow_scheduler,
     insert,
     nara_adapters_of,
     offloading_suspended,
     part_of,
-    read_schedule_of,
     remove,
     unwrapped,
 )
@@ -117,7 +117,7 @@ def load_nara_weights(
                 _swap_all(models, file.parts, adapter_name)
             else:
                 _insert_all(models, file.parts, adapter_name, low_cpu_mem_usage)
-    read_schedule_of(self)
+    follow_scheduler(self)
 
 
 def save_nara_weights(

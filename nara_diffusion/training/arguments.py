@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from nara_diffusion.noise.level import NoiseWindow
+from nara_diffusion.noise.drawn_levels import NoiseWindow
 from nara_diffusion.noise.strength_schedule import StrengthSchedule, within
 from nara_flags.parser import merged
 from nara_flags.training import OPTIMIZERS, TrainingArguments, WindowArguments

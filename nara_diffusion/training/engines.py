@@ -29,8 +29,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, get_scheduler
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from nara_diffusion.cores.core import HOLDER_NAME
-from nara_diffusion.noise.level import find_holders
+from nara_diffusion.cores.registry import HOLDER_NAME
+from nara_diffusion.noise.context import find_holders
 from nara_diffusion.utils.files import counted
 from nara_flags.training import OptimizationArguments, TrainingArguments
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from nara_diffusion.cores.core import BUILT_IN, needs_noise
+from nara_diffusion.cores.registry import BUILT_IN, needs_noise
 from nara_diffusion.utils.files import atomic_write
 from nara_flags.training import TrainingArguments
 
