@@ -256,15 +256,21 @@ def shipped_run(
     """Return the arguments of the shipped run, or the defaults of the `given` model if any."""
     if "pretrained_model_name_or_path" in given:
         return family_defaults(given)
+    data = ("instance_data_dir", "instance_prompt", "validation_prompts", "identifier")
+    data += ("validation_steps",)  # the shipped run validates only at its end
+    sdxl = "sdxl_dreambooth"
     if "distill_to" in given:
         config = config.with_name(f"{config.stem}_4_steps.yaml")
+        source = "instance_prompt" if "instance_prompt" in given else "prompts_file"
+        data = (source, "prompts_file", "validation_prompts")
+        sdxl = "sdxl_4_steps"
     return shipped_settings(
         config,
         given,
-        ("instance_data_dir", "instance_prompt", "validation_prompts", "identifier"),
+        data,
         toy="a toy of 64 pixels",
         shown="max_train_steps learning_rate rank num_inference_steps guidance_scale",
-        advice="SDXL at 1024 add --config train_scripts/configs/sdxl_dreambooth.yaml, "
+        advice=f"SDXL at 1024 add --config train_scripts/configs/{sdxl}.yaml, "
         "or with settings of your own "
         "--pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0",
     )
