@@ -28,7 +28,7 @@ _LOADING = """\
 import torch
 from diffusers import {pipeline}
 {imports}
-pipe = {pipeline}.from_pretrained({base!r}, dtype={dtype}{absent})
+pipe = {pipeline}.from_pretrained({base!r}, dtype={dtype}{options})
 {loading}
 image = pipe(
     prompt={prompt!r},
@@ -158,11 +158,14 @@ def _loading(
         imports = f"from diffusers import {scheduler}\n{imports}"
     # components that are None must be passed as None
     absent = [name for name, part in pipe.components.items() if part is None]
-    needed = sorted(set(absent) - set(pipe._optional_components))
+    options: dict[str, Any] = dict.fromkeys(sorted(set(absent) - set(pipe._optional_components)))
+    for name in ("revision", "variant"):
+        if getattr(args, name) is not None:
+            options[name] = getattr(args, name)
     call = family.sampling(dict(settings.call), 1)
     code = _LOADING.format(
         pipeline=type(pipe).__name__,
-        absent="".join(f", {name}=None" for name in needed),
+        options="".join(f", {name}={value!r}" for name, value in options.items()),
         imports=imports,
         base=args.pretrained_model_name_or_path,
         dtype=dtypes.get(args.mixed_precision, "torch.float32"),

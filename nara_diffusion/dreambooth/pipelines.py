@@ -132,7 +132,7 @@ def load_pipeline(
         pipe = kind.from_pretrained(name, vae=vae, dtype=dtype, **hub, **_left_out(index))
         _check_scheduler(family.fit(pipe, family), pipe.scheduler)
     except (OSError, ValueError, TypeError, AttributeError, KeyError, SafetensorError) as error:
-        raise _not_loaded(name, vae_name, family, error) from error
+        raise _not_loaded(name, vae_name, variant, family, error) from error
     for module in modules_of(pipe).values():
         module.requires_grad_(False).eval()
     pipe.set_progress_bar_config(disable=True)
@@ -153,12 +153,20 @@ def _left_out(index: Mapping[str, Any]) -> dict[str, Any]:
     return absent
 
 
-def _not_loaded(name: str, vae_name: str | None, family: Family, error: Exception) -> ValueError:
+def _not_loaded(
+    name: str, vae_name: str | None, variant: str | None, family: Family, error: Exception
+) -> ValueError:
     """Return the error for a model, or an autoencoder, that can't be loaded."""
     what, why, cure = f"pretrained_model_name_or_path {name}", str(error), ""
     if vae_name:
         what += f" with the autoencoder {vae_name}"
         cure = "; --pretrained_vae_model_name_or_path none takes the model's own autoencoder"
+    if variant is None:
+        stems = [file.stem for file in Path(name).glob("*/*.safetensors")]
+        # model.fp16, or model.fp16-00001-of-00002
+        variants = {stem.partition(".")[2].partition("-")[0] for stem in stems} - {""}
+        for present in sorted(variants):
+            cure += f"; --model_options variant={present} takes the files of that variant"
     if is_out_of_reach(error):
         why = "the Hub can't be reached: look at the connection, or name folders"
     return ValueError(f"{what} can't be loaded as {family.title}: {why}{cure}")
