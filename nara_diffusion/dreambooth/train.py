@@ -199,10 +199,17 @@ class FineTuning:
         folder, measured_on = str(args.instance_data_dir), "on the training images"
         if self.measured_on is not self.dataset:
             measured_on = f"on {counted(len(self.measured_on.instances), 'image')} held out"
+        sizes = []
+        for (height, width), number in self.dataset.buckets.items():
+            sizes.append(f"{counted(number, 'image')} at {height} x {width}")
+        height, width = self.dataset.sample_size
         self.facts = {
             "base": f"{args.pretrained_model_name_or_path} at {args.resolution} pixels",
             "adapter": title_of(args),
-            "trained on": trained_on(self.instances, folder, args.instance_prompt),
+            "trained on": trained_on(
+                self.instances, folder, args.instance_prompt, self.dataset.class_images
+            ),
+            "sizes (height x width)": f"{', '.join(sizes)}; samples at {height} x {width}",
             "validation loss": measured_on,
             "optimizer steps": f"{steps} of {counted(run.global_batch, 'sample')}",
             "trainable parameters": f"{self.trainable:,}",
@@ -223,7 +230,7 @@ class FineTuning:
         loss = ValidationLoss(*measured, args.seed, args.curve_points, args.train_batch_size)
         captions = dict.fromkeys(record.prompt for record in self.instances)
         prompts = args.prompts or list(captions)[:4]
-        call = sample_call(args, self.family)
+        call = sample_call(args, self.family, self.dataset.sample_size)
         settings = SampleSettings(
             prompts, args.num_validation_images, args.seed, args.sample_batch_size, call
         )
