@@ -32,10 +32,10 @@ class DreamBoothArguments(
     DataArguments,
     PriorArguments,
     ImageAdapterArguments,
+    ValidationArguments,  # before the shared arguments, whose validation_steps it replaces
     TrainingArguments,
     ObjectiveArguments,
     FewStepArguments,
-    ValidationArguments,
 ):
     def __post_init__(self) -> None:
         spread_options(self)

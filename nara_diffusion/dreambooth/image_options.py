@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from nara_diffusion.training.arguments import (
     AdapterArguments,
     Count,
+    Interval,
     NotNegative,
     NotNegativeInt,
     Positive,
@@ -196,6 +197,11 @@ class ValidationArguments:
         "Quoted prompts to sample before, after, and every --validation_steps; none takes the "
         "instance prompt, or without one the first four captions.",
         sentences=True,
+    )
+    validation_steps: Interval | None = option(
+        0.25,
+        "Sample and measure every so often; below 1, a share of all steps; none never.",
+        unit="optimizer steps",
     )
     num_validation_images: Count = option(
         4, "Images for each prompt, with the seeds --seed, --seed + 1, ….", rare=True

@@ -59,7 +59,7 @@ from .fidelity import Evaluation
 from .image_arguments import DreamBoothArguments, run_family
 from .image_plan import planned_image_step
 from .image_records import ImageRecord, Size, class_records, records_from_folder, trained_on
-from .image_report import describe, figures, schedule_line
+from .image_report import describe, figures, forgetting, schedule_line
 from .pipelines import (
     load_base,
     sharing_pipeline,
@@ -271,6 +271,7 @@ class FineTuning:
             figures=figures(before, after, FIGURES),
             facts=self.facts,
             schedule_line=schedule_line(args, self.family),
+            warnings=forgetting(before, after),
             describe=partial(describe, self.evaluation, before, after, self.pipe, data),
             n=len(after.images),
             trainable_parameters=self.trainable,

@@ -49,6 +49,13 @@ NotNegativeInt = Annotated[int, _LEAST_0]
 NotNegative = Annotated[float, _LEAST_0]
 Positive = Annotated[float, Range("above 0", lambda value: value > 0)]
 Share = Annotated[float, Range("in [0, 1]", lambda value: 0 <= value <= 1)]
+Interval = Annotated[
+    float,
+    Range(
+        "a whole number of steps, or a share below 1",
+        lambda value: 0 < value < 1 or (value >= 1 and value % 1 == 0),
+    ),
+]
 ShareBelow1 = Annotated[float, Range("in [0, 1)", lambda value: 0 <= value < 1)]
 
 
@@ -204,8 +211,10 @@ class RunArguments:
     logging_steps: Count = option(
         10, "Write to metrics.jsonl every so often.", unit="optimizer steps", rare=True
     )
-    validation_steps: Count | None = option(
-        100, "Measure the validation loss every so often; none never.", unit="optimizer steps"
+    validation_steps: Interval | None = option(
+        100,
+        "Measure the validation loss every so often; below 1, a share of all steps; none never.",
+        unit="optimizer steps",
     )
     checkpointing_steps: Count | None = option(
         500,

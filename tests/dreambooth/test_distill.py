@@ -190,7 +190,7 @@ def test_student_learns_beside_the_users_own_adapter(
     card: dict[str, Any] = {}
     monkeypatch.chdir(tmp_path)
     exec((tmp_path / "out" / "README.md").read_text().split("```python")[1].split("```")[0], card)
-    assert card["pipe"].get_active_adapters() == ["own", "subject"]
+    assert card["pipe"].get_active_adapters() == ["subject", "few_steps"]
     sample = np.asarray(Image.open(tmp_path / "out" / "samples-after" / "00-seed-0.png")).astype(int)
     assert abs(sample - np.asarray(card["image"]).astype(int)).max() <= 1
 

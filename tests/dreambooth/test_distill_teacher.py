@@ -82,11 +82,13 @@ def test_teacher_has_the_users_lora_and_each_trajectory_its_prompt(
     assert trained
     assert all("default" in key.split(".") for key in trained)
     layers = [each for each in student.modules() if isinstance(each, LoraLayer)]
-    assert {name for each in layers for name in each.lora_A} == {"own", "default"}
-    assert all(set(each.active_adapters) == {"own", "default"} for each in layers)
+    assert {name for each in layers for name in each.lora_A} == {"subject", "default"}
+    assert all(set(each.active_adapters) == {"subject", "default"} for each in layers)
     card = (tmp_path / "out" / "README.md").read_text()
     lines = ["num_inference_steps=2", "guidance_scale=1.0", "pipe.scheduler = DDIMScheduler"]
-    lines += [f"pipe.load_lora_weights('{tmp_path / 'own'}', adapter_name='own')", "set_adapters(['own', 'subject'])"]
+    lines.append(f"pipe.load_lora_weights('{tmp_path / 'own'}', adapter_name='subject')")
+    lines.append(f"pipe.load_lora_weights('{tmp_path / 'out'}', adapter_name='few_steps')")
+    lines.append("set_adapters(['subject', 'few_steps'])")
     for line in lines:
         assert line in card
 

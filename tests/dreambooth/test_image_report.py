@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from diffusers import StableDiffusionXLPipeline
 
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
-from nara_diffusion.dreambooth.image_report import _loading
+from nara_diffusion.dreambooth.image_report import _loading, forgetting
 from nara_diffusion.dreambooth.samples import SampleSettings
 from nara_diffusion.training.command import gathered
 from tests.helpers.small_pipelines import small_sdxl
@@ -30,3 +32,26 @@ def test_card_loads_the_files_of_the_run(tmp_path: Path) -> None:
     assert type(scope["pipe"]) is StableDiffusionXLPipeline
     assert "revision='main', variant='fp16')" in code
     assert "variant" not in card_code()
+
+
+def measured(similarity: float | None, text_alignment: float | None) -> Any:
+    return SimpleNamespace(similarity=similarity, text_alignment=text_alignment)
+
+
+def test_alignment_that_halves_while_similarity_rises_is_said_with_the_remedy() -> None:
+    (text,) = forgetting(measured(0.26, 0.48), measured(0.7, 0.24))
+    assert "alignment with the prompt fell from 0.48 to 0.24" in text
+    assert "Train fewer steps (--max_train_steps)" in text
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ((0.26, 0.48), (0.70, 0.40)),  # it fell a little
+        ((0.26, 0.48), (0.25, 0.24)),  # not for the subject
+        ((0.26, None), (0.70, None)),
+        ((None, 0.48), (None, 0.24)),
+    ],
+)
+def test_other_figures_are_not_warned_of(before: Any, after: Any) -> None:
+    assert forgetting(measured(*before), measured(*after)) == []

@@ -50,6 +50,7 @@ def test_run_goes_on_for_more_steps_with_other_prompts_to_the_bits_of_one_run(
     asked = {"validation_prompts": ["a toy on grass", "a toy"], "num_validation_images": 2, "validation_steps": 3}
     longer = resumed(ended, sdxl, tmp_path / "longer", max_train_steps=6, **asked)
     assert "the schedule now has 6 steps instead of 4" in caplog.text
+    assert "step 6: validation_loss " in caplog.text
     run("dreambooth_sdxl.py", **sdxl | {"max_train_steps": 6}, output_dir=tmp_path / "whole")
     torch.testing.assert_close(tensors(longer), tensors(tmp_path / "whole"), rtol=0, atol=0)
     assert losses(longer) == losses(tmp_path / "whole")

@@ -16,6 +16,7 @@ import nara_command
 from nara_diffusion.dllm.text_arguments import Arguments
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
 from nara_diffusion.training.command import ArgumentParser, parse_arguments
+from nara_diffusion.training.run import Run
 from tests.acceptance._commands import ROOT, refusal, run
 from tests.acceptance._runs import text_flags
 from tests.helpers.small_pipelines import small_flux, small_sd3, small_sdxl
@@ -57,12 +58,33 @@ def test_flags_are_read() -> None:
     assert parse("--validation_prompts", *sentences, cls=DreamBoothArguments).validation_prompts == sentences
 
 
+@pytest.mark.parametrize(
+    ("words", "steps", "interval"),
+    [
+        ([], 500, 125),  # four times a run
+        ([], 6, 2),
+        ([], 1, 1),
+        (["--validation_steps", "7"], 6, 7),
+        (["--validation_steps", "0.5"], 7, 4),
+        (["--validation_steps", "none"], 6, None),
+    ],
+)
+def test_interval_of_validation_may_be_a_share_of_the_run(words: list[str], steps: int, interval: int | None) -> None:
+    args = parse(*words, cls=DreamBoothArguments)
+    engine: Any = None
+    run_of_images = Run(engine, args, "dreambooth", engine, None, Path(), {})
+    run_of_images.total_steps = steps
+    assert run_of_images.validation_steps == interval
+    assert parse().validation_steps == 100  # a text run's loss is cheap
+
+
 def test_mistake_is_said_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     for argv, said in [
         (["--rnk", "3"], "unrecognized --rnk: did you mean --rank?"),
         (["--zzz", "3"], "unrecognized --zzz: --help_all lists the known ones."),
         (["--rank", "3.5"], "argument --rank is '3.5', expected a whole number"),
         (["--rank", "0"], "rank must be at least 1, got 0."),
+        (["--validation_steps", "2.5"], "validation_steps must be a whole number of steps, or a share below 1, got"),
         (["--lora_dropout", "1"], "lora_dropout must be in [0, 1), got 1.0."),
         (["--min_noise_level", "0.8", "--max_noise_level", "0.2"], "min_noise_level and max_noise_level: "),
         (["--lr_scheduler", "c"], "argument --lr_scheduler: 'c' is none of linear, "),
