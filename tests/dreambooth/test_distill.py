@@ -205,21 +205,6 @@ def test_student_learns_beside_the_users_own_adapter(
 
 
 @pytest.mark.slow
-def test_another_adapter_at_the_same_path_makes_other_trajectories(sdxl: dict[str, Any], tmp_path: Path) -> None:
-    flags = sdxl | {"init_adapter": tmp_path / "own", "max_train_steps": 1, "adapter": "lora"}
-    flags["distillation_options"] = {"trajectories": 10, "trajectories_dir": str(tmp_path / "kept")}
-    own = small_sdxl()
-    adapt(own.unet, NaraConfig(r=2, target_modules=["to_k"], core_hidden_dims=(4,)), "mine")
-    for seed in (1, 2):
-        disturb(own.unet, seed=seed, scale=0.3)
-        own.save_nara_weights(tmp_path / "own", adapter_name="mine")
-        for number in ("first", "second"):  # the second run of an adapter takes the first one's trajectories
-            run("dreambooth_sdxl.py", **flags, output_dir=tmp_path / f"{seed}-{number}")
-    first, second = (load_file(path)["trajectories"] for path in sorted((tmp_path / "kept").iterdir()))
-    assert not torch.equal(first, second)
-
-
-@pytest.mark.slow
 def test_other_levels_make_other_trajectories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = flags_of(tmp_path, small_sd3()) | {"max_train_steps": 1, "adapter": "lora", "target_modules": ["to_k"]}
     flags["distillation_options"] = {"trajectories": 10, "trajectories_dir": str(tmp_path / "kept")}
