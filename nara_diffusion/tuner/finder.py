@@ -366,7 +366,9 @@ class Usage:
         for name in names:
             config = self.configs[name]
             few_steps = getattr(config, "few_steps", None)
-            for reference in self.pipelines if few_steps else ():
+            if few_steps is None:
+                continue
+            for reference in self.pipelines:
                 pipe = reference()
                 settings = {} if pipe is None else _other_settings(pipe, few_steps)
                 if all(warned.get((name, setting)) is config for setting in settings):
