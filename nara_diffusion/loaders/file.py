@@ -173,7 +173,7 @@ def _of_peft(path: Path, tensors: dict[str, Tensor], for_model: bool) -> Adapter
     if kind != NaraPeftType.NARA.value:
         raise ValueError(
             f"'{config}' describes an adapter of type {kind}, not NARA: load it with "
-            "pipe.load_lora_weights(…) or peft.PeftModel.from_pretrained(…)."
+            "peft.PeftModel.from_pretrained(…)."
         )
     given = read_config_file(config)
     own = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in tensors.items()}
@@ -227,6 +227,8 @@ def _kind_without_configuration(tensors: Mapping[str, Tensor]) -> str:
             "metadata="
         )
     if any(".lora" in key for key in tensors):
+        if all(key.startswith(PEFT_PREFIX) for key in tensors):
+            return "a LoRA, without core: load it with peft.PeftModel.from_pretrained(…)"
         return "a LoRA, without core: load it with pipe.load_lora_weights(…)"
     found = listed(tensors) or "no tensor"
     return f"no NaRA adapter: it has {found}. Pass what save_nara_weights wrote"

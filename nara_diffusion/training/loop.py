@@ -124,12 +124,12 @@ def train(
             run.step += 1
             bar.update()
             is_logged = run.step % args.logging_steps == 0 or run.step == run.total_steps
-            dues = (args.validation_steps, args.checkpointing_steps)
+            dues = (run.validation_steps, args.checkpointing_steps)
             if is_logged or any(_due(run.step, every) for every in dues):
                 _collect(run, pending)
             if is_logged:
                 _report(run, bar, optimizer)
-            if _due(run.step, args.validation_steps):
+            if _due(run.step, run.validation_steps):
                 run.log(validate())
             is_saved = _save_if_due(run)
             if number := interrupt.of_any_process():

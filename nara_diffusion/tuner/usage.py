@@ -22,8 +22,8 @@ class Usage:
     """Compare how the adapters of one model are used with how they were trained.
 
     `NaraConfig` says how a few-step adapter is sampled (`few_steps`), and whether training used one
-    λ for each sample or for each part of a sample (`noise_level_per`). Each difference causes
-    one warning per adapter.
+    λ for each sample or for each part of a sample (`noise_level_per`). Each setting that
+    differs causes one warning per adapter.
 
     Attributes:
         pipelines: weak references to the pipelines that loaded adapters.
@@ -32,7 +32,7 @@ class Usage:
     def __init__(self, configs: dict[str, LoraConfig]) -> None:
         self.configs = configs
         self.pipelines: list[weakref.ref[DiffusionPipeline]] = []
-        self._warned_of_sampling: dict[str, LoraConfig] = {}
+        self._warned_of_sampling: dict[tuple[str, str], LoraConfig] = {}  # of (adapter, setting)
         self._warned_of_parts: dict[str, LoraConfig] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -53,22 +53,27 @@ class Usage:
         return [scheduler for scheduler in schedulers if hasattr(scheduler, "config")]
 
     def warn_of_sampling(self, names: Iterable[str]) -> None:
-        """Warn once if a pipeline samples a few-step adapter in a way that does not suit it."""
+        """Warn once of each setting of a pipeline that does not suit a few-step adapter."""
+        warned = self._warned_of_sampling
         for name in names:
             config = self.configs[name]
             few_steps = getattr(config, "few_steps", None)
-            if few_steps is None or self._warned_of_sampling.get(name) is config:
+            if few_steps is None:
                 continue
             for reference in self.pipelines:
                 pipe = reference()
-                difference = None if pipe is None else _other_sampling(pipe, few_steps)
-                if difference is not None:
-                    self._warned_of_sampling[name] = config
-                    steps = few_steps["num_inference_steps"]
-                    warnings.warn(
-                        f"Adapter '{name}' was trained to sample in {steps} steps, but the pipeline takes {difference}",
-                        stacklevel=2,
-                    )
+                settings = {} if pipe is None else _other_settings(pipe, few_steps)
+                if all(warned.get((name, setting)) is config for setting in settings):
+                    continue
+                warned |= {(name, setting): config for setting in settings}
+                steps = few_steps["num_inference_steps"]
+                call = f"pipe(…, num_inference_steps={steps}, guidance_scale=1)"
+                remedy = "; ".join(filter(None, (few_steps.get("scheduler"), call)))
+                warnings.warn(
+                    f"Adapter '{name}' was trained to sample in {steps} steps, but the pipeline takes "
+                    f"{', '.join(settings.values())}: {remedy}",
+                    stacklevel=2,
+                )
 
     # ------------------------------------------------------------------ samples or their parts
 
@@ -96,29 +101,21 @@ TIMESTEP_SETTINGS = ("timestep_spacing", "shift_terminal")
 """Fields of a scheduler that a few-step adapter was trained with."""
 
 
-def _other_sampling(pipe: Any, few_steps: Mapping[str, Any]) -> str | None:
-    """Return a message if a pipeline's sampling settings do not suit a few-step adapter, else None.
-
-    The message names the settings and includes the lines of code that correct them.
-    """
+def _other_settings(pipe: Any, few_steps: Mapping[str, Any]) -> dict[str, str]:
+    """Return {setting: its value, for a message} of a pipeline that don't suit a few-step adapter."""
     scheduler = pipe.scheduler
     # the scheduler of a flow has no number before its first call
     steps = getattr(scheduler, "num_inference_steps", None)
-    trained_steps = few_steps["num_inference_steps"]
     if steps is None:  # no call is in progress, as in training
-        return None
-    differences = [] if steps == trained_steps else [f"{steps} steps"]
+        return {}
+    settings = {}
+    if steps != few_steps["num_inference_steps"]:
+        settings["steps"] = f"{steps} steps"
     guidance = getattr(pipe, "_guidance_scale", 1.0)
     if guidance > 1:
-        differences.append(f"guidance_scale {guidance:g}")
+        settings["guidance"] = f"guidance_scale {guidance:g}"
     for name in TIMESTEP_SETTINGS:
-        setting = few_steps.get(name)
-        if setting is not None and scheduler.config.get(name) != setting:
-            differences.append(f"{type(scheduler).__name__} with other timesteps")
-    if not differences:
-        return None
-    lines = [
-        few_steps.get("scheduler"),
-        f"pipe(…, num_inference_steps={trained_steps}, guidance_scale=1)",
-    ]
-    return f"{', '.join(differences)}: {'; '.join(filter(None, lines))}"
+        trained = few_steps.get(name)
+        if trained is not None and scheduler.config.get(name) != trained:
+            settings["timesteps"] = f"{type(scheduler).__name__} with other timesteps"
+    return settings

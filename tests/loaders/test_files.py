@@ -247,3 +247,14 @@ def test_load_whole_model_refuses_missing_weights(tmp_path: Path) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"lacks 'conv_in\.weight' of UNet2DConditionModel and has 'more'"):
         load_whole_model(type(unet), tmp_path, low_cpu_mem_usage=False)
+
+
+def test_lora_in_peft_s_names_is_refused_with_what_loads_it(tmp_path: Path) -> None:
+    """Pipelines of text models have no `load_lora_weights`."""
+    model = get_peft_model(TwoLayers(), lora_config(target_modules=["first"]))
+    model.save_pretrained(tmp_path)
+    for source in (tmp_path, load_file(tmp_path / "adapter_model.safetensors")):
+        with pytest.raises(ValueError, match=r"load it with peft\.PeftModel\.from_pretrained\(…\)"):
+            AdapterFile.read(source)
+    with pytest.raises(ValueError, match=r"load it with pipe\.load_lora_weights\(…\)"):
+        AdapterFile.read({"unet.conv_in.lora_A.weight": next(model.parameters())})
