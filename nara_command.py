@@ -4,7 +4,6 @@
     nara plot FILE               draw C(λ) and the strength over λ as a PNG
     nara fold FILE OUTPUT        write a plain LoRA for Diffusers, PEFT, kohya, A1111, ComfyUI
     nara convert FILE OUTPUT     change the file format: a pipeline's file to PEFT's folder, or back
-    nara check MODEL DATA        estimate before training whether an adapter that knows λ beats LoRA
     nara eval …                  run lm-eval on masked-diffusion language models
 
 FILE is what pipe.save_nara_weights wrote (pytorch_nara_weights.safetensors, or its folder), or the folder that PEFT's
@@ -20,7 +19,6 @@ import ast
 import difflib
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,7 +27,6 @@ from typing import Any
 OWN = {"inspect": "commands", "plot": "commands", "fold": "fold", "convert": "commands"}
 """The commands whose flags are defined here: {command: module of `nara_diffusion.cli` with a function of its name}."""
 COMMANDS = {name: f"nara_diffusion.cli.{module}" for name, module in OWN.items()} | {
-    "check": "nara_diffusion.check.check_tasks",
     "eval": "nara_diffusion.lm_eval.__main__",
 }
 """{command: its module}, which is imported when the command runs. Help is the docstring of the function or module."""
@@ -62,8 +59,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         elif rest and rest[0] in HELP:
             sys.stdout.write(f"{help_of(command)}\n")
         else:
-            if command == "check":
-                refuse_typos(rest, {*TEXT_FLAGS, *IMAGE_FLAGS})
             import_module(COMMANDS[command]).main(rest)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
@@ -99,15 +94,9 @@ def refuse_typos(words: Sequence[str], sources: Iterable[str]) -> None:
             sys.exit(2)
 
 
-check, evaluate = (
-    partial(lambda name: main([name, *sys.argv[1:]]), name) for name in ("check", "eval")
-)
-"""The commands nara-check and nara-eval."""
-
-
-def check_run(args: Any) -> None:
-    """Check the training that the arguments of a train script describe: `--check` of that script."""
-    import_module(COMMANDS["check"]).check_run(args)
+def evaluate() -> None:
+    """The command nara-eval."""
+    main(["eval", *sys.argv[1:]])
 
 
 def help_of(command: str) -> str:

@@ -94,8 +94,6 @@ def main(args: Arguments) -> dict[str, Any]:
 
     With `plan`, only print the memory and FLOPs of the run, and return these figures.
     """
-    if args.check:
-        raise ValueError("main only trains: for a check call nara_command.check_run(args).")
     if args.plan is not None:
         return show_plan(args, planned_text_step)
     with start_run(args, "dllm", write_checkpoint) as run:

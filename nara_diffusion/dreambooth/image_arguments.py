@@ -93,7 +93,7 @@ def _check_combinations(args: DreamBoothArguments) -> None:
 
 
 _NO_PART = (
-    "instance_data_dir", "validation_data_dir", "class_data_dir", "caption_column", "identifier", "check", "plan",
+    "instance_data_dir", "validation_data_dir", "class_data_dir", "caption_column", "identifier", "plan",
     "train_text_encoder", "min_noise_level", "max_noise_level", "stratified_timesteps", "curve_points",
     "snr_gamma", "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "noise_offset", "caption_dropout",
     "random_flip", "center_crop", "aspect_ratio_buckets", "num_class_images", "prior_loss_weight",

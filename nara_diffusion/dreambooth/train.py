@@ -84,8 +84,6 @@ def main(args: DreamBoothArguments) -> dict[str, Any]:
 
     With `plan`, only print the memory and FLOPs of the run, and return these figures.
     """
-    if args.check:
-        raise ValueError("main only trains: for a check call nara_command.check_run(args).")
     if args.plan is not None:
         return show_plan(args, planned_image_step)
     with start_run(args, "dreambooth", write_checkpoint) as run:
@@ -98,7 +96,7 @@ class FineTuning:
     """One training run.
 
     The constructor loads the data, the base model and the loss, and raises errors for invalid
-    arguments. Then call `check`, or `train` and `report`.
+    arguments. Then call `train` and `report`.
     """
 
     def __init__(self, args: DreamBoothArguments, run: Run) -> None:
@@ -135,9 +133,6 @@ class FineTuning:
         images = records_from_folder(folder, progress=self.run.is_main, **captions)
         if args.validation_data_dir:
             return images, records_from_folder(args.validation_data_dir, **captions)
-        if args.check and len({image.key for image in images}) >= 4:
-            last = images[-1]  # its copies aren't trained on either
-            return [image for image in images if image.key != last.key], [last]
         return images, []
 
     def _refuse_sharding(self) -> None:
@@ -151,9 +146,9 @@ class FineTuning:
             )
 
     def _class_images(self) -> list[ImageRecord]:
-        """Return the images of prior preservation, after making missing ones; none in a check."""
+        """Return the images of prior preservation, after making missing ones."""
         args, run = self.args, self.run
-        if args.class_prompt is None or args.check:
+        if args.class_prompt is None:
             return []
         folder = str(args.class_data_dir)
         generate_class_images(

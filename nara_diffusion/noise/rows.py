@@ -409,20 +409,3 @@ def denoiser_of(model: nn.Module) -> Denoiser | None:
     if name == "SanaWMLTX2RefinerTransformer3DModel":  # it gets σ · timestep_scale_multiplier
         return replace(denoiser, scale=config.timestep_scale_multiplier)
     return denoiser
-
-
-_TIME_LAYERS = re.compile(
-    r"(.*\.)?(time_embedding\.linear_\d|time_emb_proj|time(step)?_embedder\.linear_\d|t_embedder\.mlp\.\d|time_proj"
-    r"|norm\w*\.linear|\w*mod(ulation\w*)?\.(linear|\d))"
-)
-
-
-def time_layers(model: nn.Module) -> list[str]:
-    """Return the names of a denoiser's linear layers that read the timestep's embedding.
-
-    Layers that are already adapted are skipped.
-    """
-    named = model.named_modules()
-    return [
-        name for name, each in named if isinstance(each, nn.Linear) and _TIME_LAYERS.fullmatch(name)
-    ]

@@ -283,13 +283,6 @@ def check_adapter(args: TrainingArguments) -> None:
         raise ValueError(
             f"init_adapter starts from a LoRA or a NaRA, which adapter {args.adapter} is not: give nara."
         )
-    if args.check and (
-        family in ("prompt", "full") or args.resume_from_checkpoint or args.hub_model_id or start
-    ):
-        raise ValueError(
-            "check measures, before training, what λ is worth to a low-rank adapter: leave resume_from_checkpoint, "
-            "hub_model_id and init_adapter out, and give adapter nara or lora."
-        )
 
 
 def _import_core_module(name: str) -> None:

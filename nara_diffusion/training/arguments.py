@@ -190,10 +190,6 @@ class RunArguments:
     seed: NotNegativeInt = option(
         0, "Seed of the weights, the order of the data, masks and dropout."
     )
-    check: bool = option(
-        False,
-        "Measure whether λ can help this training, write check.json, and stop before it; docs/check.md.",
-    )
     plan: Positive | None = option(
         None,
         "Print the memory and FLOPs that this training needs, from its configurations only, and stop before it; with a "
@@ -280,10 +276,6 @@ def check_arguments(args: TrainingArguments) -> None:
             f"{args.global_batch_size}, which already determines it: give only one of the two."
         )
     _check_optimizer(args)
-    if args.check and args.plan is not None:
-        raise ValueError(
-            "check measures a training run, and plan computes what it needs: give only one."
-        )
 
 
 def _check_ranges(args: TrainingArguments) -> None:

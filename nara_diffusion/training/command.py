@@ -425,8 +425,6 @@ def run_command(
 ) -> None:
     """Log progress (first process) and warnings (all), read the command line, and call `main`.
 
-    With --check, pass the arguments to the command `nara check` instead of `main`.
-
     Args:
         arguments: the dataclass of arguments.
         about: the first text that `--help` shows.
@@ -442,12 +440,7 @@ def run_command(
     previous = signal.signal(signal.SIGTERM, _terminate)
     try:
         args: Any = parse_arguments(arguments, description=about, defaults=defaults)
-        if args.check:
-            from nara_command import check_run  # the command imports check, which imports the mains
-
-            check_run(args)
-        else:
-            main(args)
+        main(args)
     except (ValueError, OSError, TrainingDiverged) as error:
         origin = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
         package = Path(__file__).resolve().parents[1]

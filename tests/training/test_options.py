@@ -43,7 +43,7 @@ def test_flags_are_read() -> None:
     for argv, expected in [
         ([], {"rank": 8, "core_learning_rate": None, "complementary": False, "curve_points": 10}),
         (["--rank", "3", "--core-learning-rate=1e-4", "--complementary"], {"rank": 3, "core_learning_rate": 1e-4}),
-        (["--complementary", "true", "--check", "False"], {"complementary": True, "check": False}),
+        (["--complementary", "true", "--load_in_8bit", "False"], {"complementary": True, "load_in_8bit": False}),
         (["--complementary", "--no-complementary"], {"complementary": False}),
         (["--max_grad_norm", "none", "--mixed_precision", "none"], {"max_grad_norm": None, "mixed_precision": None}),
         (["--target_modules", "q,k", "v"], {"target_modules": ["q", "k", "v"]}),
@@ -66,7 +66,7 @@ def test_mistake_is_said_in_one_line(capsys: pytest.CaptureFixture[str]) -> None
         (["--lora_dropout", "1"], "lora_dropout must be in [0, 1), got 1.0."),
         (["--min_noise_level", "0.8", "--max_noise_level", "0.2"], "min_noise_level and max_noise_level: "),
         (["--lr_scheduler", "c"], "argument --lr_scheduler: 'c' is none of linear, "),
-        (["--check", "perhaps"], "perhaps"),
+        (["--complementary", "perhaps"], "perhaps"),
         (["--evaluation_options", "top=1"], "evaluation_options has no 'top': did you mean top_p?"),
         (["--evaluation_options", "curve_points=deep"], "evaluation_options: curve_points is 'deep', expected a whole"),
         (["--evaluation_options", "remasking=low"], "evaluation_options: remasking: 'low' is none of low_confidence"),

@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .objectives import Objective, Scheduler, build_objective, rows
+from nara_diffusion.dreambooth.objectives import Objective, Scheduler, build_objective, rows
 
 
 class IdentityReading:

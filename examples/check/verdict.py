@@ -1,4 +1,4 @@
-"""Decide whether λ is likely to help, and with which adapter (see docs/check.md for the rules).
+"""Decide whether λ is likely to help, and with which adapter (README.md has the rules).
 
     d_k = mean over bins of λ of  (ℓ − ℓ') / max(ℓ, ℓ')        in repeat k
 
@@ -22,6 +22,7 @@ from nara_diffusion.training.report import format_table, write_json
 from nara_diffusion.training.run import Run
 from nara_diffusion.utils.statistics import Interval, interval
 
+from .repeats import RepeatFile
 from .trials import CHEAP, HELD_OUT, NO_CHEAP, TITLES, WAYS, CheckTask, Repeat, trials
 
 BINS = 10  # equal parts of [0, 1], the range of λ
@@ -52,17 +53,30 @@ class Verdict(NamedTuple):
     way: str | None = None  # the arm to train with λ; None while that isn't clear
 
 
-def decide(task: CheckTask, progress: bool) -> tuple[list[Repeat], Verdict]:
-    """Repeat the short trainings until the verdict is clear, at most `task.repeats` times."""
-    repeats: list[Repeat] = []
-    every = trials(task, progress)
-    for repeat in tqdm(every, total=task.repeats, unit="repeat", disable=not progress):
-        repeats.append(repeat)
-        found = judge(repeats, task.measured, task.no_cheap)
-        is_clear = found.way is not None or found.answer == UNLIKELY
-        if is_clear and len(repeats) >= THRESHOLDS["fewest"]:
-            break
+def decide(task: CheckTask, progress: bool, file: RepeatFile | None = None) -> tuple[list[Repeat], Verdict]:
+    """Repeat the short trainings until the verdict is clear, at most `task.repeats` times.
+
+    Repeats in `file` aren't trained again. New ones are written to it as they finish.
+    """
+    repeats = [] if file is None else file.read()
+    start = len(repeats)
+    with tqdm(total=task.repeats, initial=start, unit="repeat", disable=not progress) as bar:
+        for repeat in () if is_clear(repeats, task) else trials(task, progress, start):
+            repeats.append(repeat)
+            if file is not None:
+                file.append(repeat)
+            bar.update()
+            if is_clear(repeats, task):
+                break
     return repeats, judge(repeats, task.measured, task.no_cheap)
+
+
+def is_clear(repeats: Sequence[Repeat], task: CheckTask) -> bool:
+    """Return True if more repeats of `task` aren't needed for a verdict."""
+    if len(repeats) < THRESHOLDS["fewest"]:
+        return False
+    verdict = judge(repeats, task.measured, task.no_cheap)
+    return verdict.way is not None or verdict.answer == UNLIKELY
 
 
 def judge(repeats: Sequence[Repeat], measured: str = HELD_OUT, no_cheap: str = NO_CHEAP) -> Verdict:
@@ -200,13 +214,13 @@ def described(difference: Interval) -> str:
 def check_training(task: CheckTask, run: Run) -> dict[str, Any]:
     """Repeat the short trainings of a run until the verdict is clear.
 
-    Print the verdict, write check.json into the run's folder, and return its content.
+    Print the verdict, write check.json into the run's folder, and return its content. Each repeat
+    is written as it finishes, so that the same command continues a check that was stopped.
     """
     if run.accelerator.num_processes > 1:
-        raise ValueError(
-            f"--check runs in one process, got {run.accelerator.num_processes}: start it with python."
-        )
-    repeats, verdict = decide(task, run.is_main)
+        raise ValueError(f"nara_check runs in one process, got {run.accelerator.num_processes}: start it with python.")
+    run.open({"check": task.measured})
+    repeats, verdict = decide(task, run.is_main, RepeatFile(run.folder / "repeats.jsonl", run.digests))
     compared: dict[str, dict[str, Any]] = {}
     for arm, others in differences(repeats).items():
         compared[arm] = {other: found._asdict() for other, found in others.items()}

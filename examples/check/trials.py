@@ -71,9 +71,7 @@ class CheckTask:
     loss: Loss  # the loss at positions in the stream of samples, as in training
     held_out: Loss  # the loss on samples, or noise, outside of the training
     step_samples: int  # samples of an optimizer step, a multiple of args.train_batch_size
-    with_token: tuple[Loss, Loss] | None = (
-        None  # `loss` and `held_out` with the λ token, if possible
-    )
+    with_token: tuple[Loss, Loss] | None = None  # `loss` and `held_out` with the λ token, if possible
     steps: int = 100  # optimizer steps of each training
     repeats: int = 6  # the largest number of repeats
     samples: int = 100  # held-out samples of a repeat, in whole batches
@@ -104,14 +102,14 @@ def published(args: Arguments) -> Arguments:
     In the copy, the adapter is the published NaRA of the same rank, scale and targets, and the
     schedule is that of a short training.
     """
-    kept = (
+    names = (
         "use_rslora",
         "core_hidden_dims",
         "noise_embedding",
         "noise_embedding_dim",
         "fourier_scale",
     )
-    options = {name: value for name, value in args.adapter_options.items() if name in kept}
+    options = {name: value for name, value in args.adapter_options.items() if name in names}
     changed = copy(args)
     changed.adapter, changed.core_type = "nara", "hypernetwork"
     changed.lora_dropout, changed.adapter_options = 0.0, options
@@ -120,12 +118,16 @@ def published(args: Arguments) -> Arguments:
     return changed
 
 
-def trials(task: CheckTask, progress: bool = True) -> Iterator[Repeat]:
-    """Yield the repeats, each trained on demand. Raise ValueError if a loss is not finite."""
+def trials(task: CheckTask, progress: bool = True, start: int = 0) -> Iterator[Repeat]:
+    """Yield the repeats from number `start` on, each trained on demand.
+
+    Raises:
+        ValueError: a loss is not finite.
+    """
     trained = task.steps * task.step_samples
     size = task.args.train_batch_size
     measured = math.ceil(task.samples / size) * size
-    for number in range(task.repeats):
+    for number in range(start, task.repeats):
         first = task.repeats * trained + number * measured
         held_out_positions = range(first, first + measured)
         positions = range(number * trained, (number + 1) * trained)
@@ -198,9 +200,7 @@ def _measure(task: CheckTask, held_out: Loss, positions: range) -> tuple[Tensor,
     task.model.train()
     losses = torch.cat([step.per_sample for step in steps]).double().cpu()
     if not losses.isfinite().all():
-        raise ValueError(
-            "the loss is no longer a finite number: lower the learning rate, or don't use float16."
-        )
+        raise ValueError("the loss is no longer a finite number: lower the learning rate, or don't use float16.")
     return torch.cat([step.noise_level for step in steps]).float().cpu(), losses
 
 

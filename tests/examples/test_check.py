@@ -11,17 +11,17 @@ from typing import Any
 
 import pytest
 import torch
+from check.repeats import RepeatFile
+from check.time_layers import time_layers
+from check.trials import CHEAP, NO_CHEAP, CheckTask, Repeat, add_cheap, published, restart, trials
+from check.verdict import LIKELY, UNKNOWN, UNLIKELY, bin_means, decide, differences, judge
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup
 
 from nara_diffusion import NaraConfig, core_matrix, noise_level
-from nara_diffusion.check import Repeat, decide, judge, published, trials
-from nara_diffusion.check.trials import CHEAP, NO_CHEAP, CheckTask, add_cheap, restart
-from nara_diffusion.check.verdict import LIKELY, UNKNOWN, UNLIKELY, bin_means, differences
 from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser
-from nara_diffusion.noise.rows import time_layers
 from nara_diffusion.training.arguments import AdapterArguments, OptimizationArguments
 from tests.helpers.pipelines.families import small_flux2_dev, small_qwen_image, small_wan_images, small_z_image
 from tests.helpers.small_pipelines import small_flux, small_sd, small_sd3, small_sdxl
@@ -113,6 +113,22 @@ def test_trials_lora_equals_a_lora_of_peft():
     with torch.no_grad():
         expected = loss(range(first, first + 30)).per_sample.double()
     torch.testing.assert_close(repeat.losses["lora"], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_decide_continues_after_the_repeats_of_the_file(tmp_path):
+    """The further repeats are those of a check that wasn't stopped."""
+    task = linear_task(turning, settings={"steps": 2, "samples": 10, "repeats": 3})
+    complete, verdict = decide(task, progress=False, file=RepeatFile(tmp_path / "all.jsonl", {"base": "b"}))
+    lines = (tmp_path / "all.jsonl").read_text().splitlines(keepends=True)
+    assert len(lines) == len(complete) == 3
+    (tmp_path / "part.jsonl").write_text(lines[0])
+    file = RepeatFile(tmp_path / "part.jsonl", {"base": "b"})
+    repeats, again = decide(task, progress=False, file=file)
+    assert again == verdict
+    assert (tmp_path / "part.jsonl").read_text() == "".join(lines)
+    for one, other in zip(complete, repeats, strict=True):
+        assert torch.equal(one.noise_level, other.noise_level)
+        assert all(torch.equal(one.losses[arm], other.losses[arm]) for arm in one.losses)
 
 
 def test_trials_refuses_a_loss_that_is_not_finite():

@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import nara_check
 import torch
+from check.level_token import with_level_token
+from check.trials import CHEAP, CheckTask, restart
 
-from nara_diffusion.check import check_tasks
-from nara_diffusion.check.check_tasks import check
-from nara_diffusion.check.trials import CHEAP, CheckTask, restart
-from nara_diffusion.dllm.masking import mask_answers, with_level_token
+from nara_diffusion.dllm.masking import mask_answers
 
 LLADA = Path(__file__).parents[2] / "examples" / "assets" / "llada-tiny"
 DIGITS = list(range(15, 25))  # of llada-tiny
@@ -39,11 +39,11 @@ def test_with_level_token_puts_the_digit_of_each_row_at_the_end_of_its_prompt():
 
 def questions(folder: Path, monkeypatch: Any, *flags: str) -> CheckTask:
     """What nara-check would try on 24 questions."""
-    monkeypatch.setattr(check_tasks, "check_training", lambda task, run: task)
+    monkeypatch.setattr(nara_check, "check_training", lambda task, run: task)
     rows = [{"instruction": f"code {10000 + 7 * n}", "output": "k7rqx0d3"} for n in range(24)]
     (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     flags = ("--rank", "2", "--output_dir", str(folder / "out"), "--trained_padding", "gen_length", *flags)
-    return check(str(LLADA), str(folder / "train.jsonl"), flags)  # type: ignore[return-value]
+    return nara_check.check(str(LLADA), str(folder / "train.jsonl"), flags)  # type: ignore[return-value]
 
 
 def test_check_of_text_tells_each_sample_its_own_level(tmp_path, monkeypatch):
@@ -71,5 +71,5 @@ def test_check_of_text_tells_each_sample_its_own_level(tmp_path, monkeypatch):
 def test_check_of_text_without_a_place_or_digits_leaves_the_token_out(tmp_path, monkeypatch):
     full = questions(tmp_path, monkeypatch, "--gen_length", str(64 - PROMPT))
     assert "token" not in full.arms
-    monkeypatch.setattr(check_tasks, "digit_tokens", lambda tokenizer: [3] * 10)
+    monkeypatch.setattr(nara_check, "digit_tokens", lambda tokenizer: [3] * 10)
     assert "token" not in questions(tmp_path, monkeypatch, "--gen_length", "12").arms
