@@ -1,4 +1,4 @@
-"""Is nara_check right where the answer is known? Runs it on the regimes of docs/results/regimes_plan.md.
+"""Is nara_check right where the answer is known? Runs it on the regimes of examples/benchmarks/results/regimes_plan.md.
 
     python examples/benchmarks/benchmark_check.py                              # the rows that --output lacks
     python examples/benchmarks/benchmark_check.py --rows eps_to_v subject --seeds 1
