@@ -32,6 +32,13 @@ def test_command_of_a_record_has_no_folder_of_the_machine(monkeypatch):
     assert ABSOLUTE.search(command) is None
 
 
+def test_benchmarks_find_the_programs_that_they_measure():
+    """As programs, without the paths of pyproject.toml."""
+    code = "import quality; from importlib.util import find_spec as f; assert f('check') and f('identity_reading')"
+    folder = benchmark_record.ROOT / "examples" / "benchmarks"
+    subprocess.run([sys.executable, "-c", code], cwd=folder, check=True)
+
+
 @pytest.fixture
 def clone(tmp_path, monkeypatch):
     """A repository with two commits on main, and one on the branch that is checked out."""
