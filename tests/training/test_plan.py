@@ -107,7 +107,6 @@ def test_plan_with_a_size_names_flags_that_fit(folders, capsys):
     (["--plan", "0"], "plan must be above 0"),
     (["--plan", "nan"], "plan must be above 0"),
     (["--plan", "big"], "expected a number"),
-    (["--plan", "--check"], "give only one"),
 ])  # fmt: skip
 def test_wrong_size_is_refused(words, message, folders, capsys):
     with pytest.raises(SystemExit):
