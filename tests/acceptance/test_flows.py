@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import nara_diffusion
 from nara_diffusion import noise_level, register_denoiser
-from nara_diffusion.dllm import train
 from tests.helpers.adapted import OneLayer, adapted
 
-PACKAGE = Path(train.__file__).parents[1]
+PACKAGE = Path(nara_diffusion.__file__).parent
 
 
 def files_in_order(call: Callable[[], Any]) -> list[str]:
