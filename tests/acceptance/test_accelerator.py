@@ -23,7 +23,7 @@ from nara_diffusion.training.adapters import add_adapter
 from tests.acceptance._noise_models import UNET_TARGETS, Stock, adapt
 from tests.acceptance._text import LLADA_TINY, backbone, nara
 from tests.helpers.adapted import disturb
-from tests.helpers.small_pipelines import small_unet
+from tests.helpers.small_pipelines import MORE_ATTENTION, small_unet
 
 no_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, no_cuda])]
@@ -65,7 +65,7 @@ def unet_step(unet: nn.Module, device: str, dtype: torch.dtype, scaler: Any = No
 @on_devices
 @of_methods
 def test_bfloat16_predicts_and_learns_what_float64_does_on_the_cpu(device: str, options: dict[str, Any]) -> None:
-    unet, _ = adapt(small_unet(TEXT), UNET_TARGETS, scale=0.3, **options)
+    unet, _ = adapt(small_unet(TEXT, **MORE_ATTENTION), UNET_TARGETS, scale=0.3, **options)
     for parameter in unet.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.bfloat16()

@@ -19,7 +19,7 @@ from nara_diffusion.export.host_files import host_state_dict
 from nara_diffusion.export.original_names import parts_of
 from tests.helpers.adapted import disturb, nara_config
 from tests.helpers.denoisers import denoiser
-from tests.helpers.small_pipelines import pixels, small_flux, small_sd, small_sd3, small_sdxl
+from tests.helpers.small_pipelines import MORE_ATTENTION, pixels, small_flux, small_sd, small_sd3, small_sdxl
 
 LEVEL = 0.37
 ATTENTION, CLIP = ["to_q", "to_k", "to_v", "to_out.0"], ["q_proj", "k_proj", "v_proj", "out_proj"]
@@ -65,7 +65,8 @@ def with_encoders(pipe: Any, targets: list[str]) -> dict[str, PlainLora]:
 )
 def test_diffusers_draws_the_naras_pixels_from_what_fold_writes(make, options, words, said, tmp_path, capsys):
     """(Kohya's files of SDXL with two layers a block, and FLUX's, are in tests/acceptance.)"""
-    pipe, other = make(), make()
+    more = MORE_ATTENTION if words else {}  # whose names kohya's form translates
+    pipe, other = make(**more), make(**more)
     with_encoders(pipe, CLIP)
     unet = adapted(pipe.unet, MANY, **options)
     pipe.save_nara_weights(tmp_path, adapter_name="toy")
