@@ -11,8 +11,11 @@ from quality.regimes.plan import PLAN, cell_of
 from quality.regimes.report import report
 from quality.regimes.runs import Run, record_of
 
+LARGE = "docs/results/blocks.md"  # its differences over prompts take six seconds
+PAGES = [pytest.param(name, marks=[pytest.mark.slow] if name == LARGE else []) for name in report_quality.PAGES]
 
-@pytest.mark.parametrize("name", report_quality.PAGES)
+
+@pytest.mark.parametrize("name", PAGES)
 def test_page_shows_the_tables_of_the_records(name):
     page = report_quality.ROOT / name
     assert report_quality.filled(page) == page.read_text(encoding="utf-8")

@@ -30,16 +30,26 @@ from nara_diffusion.training.engines import build_optimizer
 from nara_diffusion.training.planned_step import StepCounter, optimizer_bytes
 from tests.helpers.pipelines.families import FAMILY_PIPELINES
 from tests.helpers.plans import counted_run, planned, text_words
+from tests.helpers.small_pipelines import small_sdxl
 
 ASSETS = Path(__file__).parents[2] / "examples" / "assets"
 CONFIGURATIONS = ("config.json", "scheduler_config.json", "model_index.json")
+
+
+def save_configurations(pipe, folder):
+    """Save a pipeline's folder without weights and tokenizers."""
+    pipe.save_pretrained(folder)
+    for file in folder.rglob("*"):
+        if file.name not in CONFIGURATIONS and file.is_file():
+            file.unlink()
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """The shipped models' folders without their weights and tokenizers."""
     root = tmp_path_factory.mktemp("configurations")
-    for name in ("llada-tiny", "sdxl-tiny", "sd-tiny-flow"):
+    save_configurations(small_sdxl(), root / "small")
+    for name in ("llada-tiny", "sdxl-tiny"):
         for file in (ASSETS / name).rglob("*.json"):
             if file.name in CONFIGURATIONS:
                 target = root / name / file.relative_to(ASSETS / name)
@@ -75,15 +85,7 @@ def test_plan_needs_no_data_and_writes_nothing(folders, tmp_path, monkeypatch, c
     shown = capsys.readouterr().out
     assert "trainable parameters" in shown
     assert f"{figures['peak'] / 1e9:.2f} GB" in shown
-    words = ["--pretrained_model_name_or_path", str(folders / "sd-tiny-flow"), "--resolution", "64"]
-    assert planned(images, words)["weights"] > 0
-    words = [
-        "--pretrained_model_name_or_path",
-        str(folders / "sdxl-tiny"),
-        "--resolution",
-        "64",
-        "--train_text_encoder",
-    ]
+    words = ["--pretrained_model_name_or_path", str(folders / "small"), "--resolution", "16", "--train_text_encoder"]
     assert planned(images, words)["trainable"] > planned(images, words[:-1])["trainable"]
     assert list(tmp_path.iterdir()) == []
 
@@ -121,10 +123,7 @@ _SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("flux", "flux2"
 @pytest.mark.parametrize("name", ["z_image", "qwen_image", *_SLOW])
 def test_other_families_are_planned_with_prompts_of_their_encoders_shapes(name, tmp_path):
     pipe = FAMILY_PIPELINES[name]()
-    pipe.save_pretrained(tmp_path)
-    for file in tmp_path.rglob("*"):
-        if file.name not in CONFIGURATIONS and file.is_file():
-            file.unlink()
+    save_configurations(pipe, tmp_path)
     length = 40 if name == "sd3" else 24
     words = ["--pretrained_model_name_or_path", str(tmp_path), "--resolution", "32"]
     args = parse_arguments(

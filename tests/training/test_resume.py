@@ -251,12 +251,12 @@ def check_starts(found: Path, given: Path) -> None:
 
 
 def test_run_begins_where_the_file_ends(images: dict[str, Any], start: Path, tmp_path: Path) -> None:
-    for run, init in (("again", str(start / IMAGES)), ("fresh", None)):
-        main(image_arguments(images, tmp_path / run, init_adapter=init, **STILL))
+    main(image_arguments(images, tmp_path / "again", init_adapter=str(start / IMAGES), **STILL))
     check_starts(tmp_path / "again" / IMAGES, start / IMAGES)
-    given, fresh = load_file(start / IMAGES), load_file(tmp_path / "fresh" / IMAGES)
-    changed = [key for key, tensor in given.items() if not torch.allclose(fresh[key], tensor, atol=1e-6)]
-    assert {"core" in key for key in changed} == {True, False}
+    last_of_core = "unet.nara_core.shared.layers.2.weight"
+    tensors = load_file(start / IMAGES)
+    names = [key for key in tensors if key.startswith("unet.") and "lora_B" in key] + [last_of_core]
+    assert all(tensors[key].any() for key in names)  # a fresh adapter has zeros there
     strengths = [AdapterFile.read(folder).parts["unet"].config.strength for folder in (start, tmp_path / "again")]
     assert strengths == [[[0.3, 0.0], [0.3, 1.0]]] * 2
 
