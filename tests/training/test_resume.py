@@ -58,7 +58,7 @@ def resumed(ended: Path, folder: Path, **changes: Any) -> Path:
 # ---------------------------------------------------------------- longer
 
 
-def test_longer_run_takes_its_steps_at_the_rates_of_the_longer_schedule(
+def test_longer_run_follows_the_longer_schedule(
     ended: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first one too, whose rate the checkpoint's optimizer has as the shorter schedule said: 0. (At a constant rate
@@ -96,7 +96,7 @@ def test_core_starts_after_core_start_step_steps(tmp_path: Path) -> None:
     assert second[last].any()
 
 
-def test_run_that_would_end_before_its_checkpoint_is_refused(ended: Path, tmp_path: Path) -> None:
+def test_run_ending_before_its_checkpoint_is_refused(ended: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"ends at step 1, but .*checkpoint-2 is past it"):
         resumed(ended, tmp_path, max_train_steps=1)
     checkpoint = tmp_path / "run" / "checkpoint-2"
@@ -105,7 +105,7 @@ def test_run_that_would_end_before_its_checkpoint_is_refused(ended: Path, tmp_pa
         train(tmp_path, **LATEST)
 
 
-def test_other_data_start_anew_in_the_order_of_a_run_that_begins_with_them(
+def test_other_data_start_in_a_fresh_order(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From the end of a run that is shorter than its interval of checkpoints."""
@@ -132,7 +132,7 @@ def test_other_data_start_anew_in_the_order_of_a_run_that_begins_with_them(
     assert caplog.text.count("order starts anew") == 1
 
 
-def test_names_that_may_change_are_arguments_and_none_that_trains() -> None:
+def test_changeable_names_are_arguments_that_train_nothing() -> None:
     known = {field.name for cls in (Arguments, DreamBoothArguments) for field in dataclasses.fields(cls)}
     assert known >= MAY_CHANGE
     kept = {"seed", "adapter", "rank", "learning_rate", "lr_scheduler", "train_batch_size", "global_batch_size"}
@@ -141,7 +141,7 @@ def test_names_that_may_change_are_arguments_and_none_that_trains() -> None:
     assert not kept & MAY_CHANGE
 
 
-def test_logged_loss_is_the_mean_of_all_steps_since_the_last(ended: Path, tmp_path: Path) -> None:
+def test_logged_loss_is_the_mean_since_the_last(ended: Path, tmp_path: Path) -> None:
     first, second = [line["loss"] for line in metrics(train(tmp_path, logging_steps=1)) if "loss" in line]
     (both,) = [line["loss"] for line in metrics(ended) if "loss" in line]
     assert first != second
@@ -151,7 +151,7 @@ def test_logged_loss_is_the_mean_of_all_steps_since_the_last(ended: Path, tmp_pa
 # ---------------------------------------------------------------- anew, or from the one before
 
 
-def test_latest_begins_anew_in_no_folder_and_where_the_run_was_killed_before_its_first_checkpoint(
+def test_latest_begins_anew_without_a_checkpoint(
     ended: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = train(tmp_path, **LATEST)
@@ -178,7 +178,7 @@ def test_latest_begins_anew_in_no_folder_and_where_the_run_was_killed_before_its
     assert ".partial-checkpoint-1" not in names(run)
 
 
-def test_latest_refuses_a_folder_of_other_files_and_of_a_run_that_has_ended(ended: Path, tmp_path: Path) -> None:
+def test_latest_refuses_other_files_and_ended_runs(ended: Path, tmp_path: Path) -> None:
     run = train(tmp_path, checkpointing_steps=None)
     assert not [name for name in names(run) if "checkpoint" in name]
     before = {path: path.read_bytes() for path in run.iterdir()}
@@ -195,7 +195,7 @@ def test_latest_refuses_a_folder_of_other_files_and_of_a_run_that_has_ended(ende
 
 
 @pytest.mark.parametrize("damage", ["zeros", "missing", "manifest"])
-def test_latest_names_a_damaged_checkpoint_and_goes_on_from_the_one_before_if_that_is_whole(
+def test_latest_skips_a_damaged_checkpoint(
     ended: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
     """To the same bits, in the log too, where a line is left half-written."""
