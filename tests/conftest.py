@@ -10,9 +10,12 @@ os.environ["MPLBACKEND"] = "Agg"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import gc
 import random
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,8 +24,17 @@ from transformers import LlamaForCausalLM
 
 from nara_diffusion.cores.registry import CUSTOM
 from nara_diffusion.noise.denoisers import _DENOISERS
+from nara_diffusion.utils.files import atomic_write
 from tests.acceptance._text import backbone
 from tests.helpers.process_state import fail_if_left, process_state
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """The garbage collector skips what has been imported, and runs less often: it took 7 % of the time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 50)
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +53,21 @@ def _data_sets_in_a_folder_of_the_tests(tmp_path_factory: pytest.TempPathFactory
         patch.setenv("HF_DATASETS_CACHE", folder)
         patch.setattr("datasets.config.HF_DATASETS_CACHE", Path(folder))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _runs_write_their_plots_empty() -> Iterator[None]:
+    """Drawing takes half of a short run. The plot itself: tests/training/test_report.py."""
+    report = sys.modules.get("nara_diffusion.training.report")
+    with pytest.MonkeyPatch.context() as patch:
+        if report is not None:
+            patch.setattr(report, "plot_noise_level_curves", _write_empty)
+        yield
+
+
+def _write_empty(path: Path, *_: Any) -> None:
+    with atomic_write(path) as partial:
+        partial.touch()
 
 
 @pytest.fixture(autouse=True)

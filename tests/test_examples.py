@@ -87,8 +87,8 @@ def test_chat_keeps_the_system_message_and_takes_the_length_of_the_adapter_s_run
     monkeypatch.setattr(chat, "answer", lambda model, tokenizer, turns, **kept: seen.append((list(turns), kept)) or "A")
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\n/clear\ntwo"))
     chat.main([str(EXAMPLES / "assets" / "llada-tiny"), "--adapter", str(tmp_path), "--system", "be short"])
-    told = [[turn["content"] for turn in turns] for turns, _ in seen]
-    assert told == [["be short", "one"], ["be short", "two"]]
+    contents = [[turn["content"] for turn in turns] for turns, _ in seen]
+    assert contents == [["be short", "one"], ["be short", "two"]]
     assert {kept["gen_length"] for _, kept in seen} == {12}
 
 

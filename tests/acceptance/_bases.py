@@ -27,7 +27,7 @@ from transformers import LlamaForCausalLM
 
 from nara_diffusion import noise_level
 from tests.acceptance._text import backbone
-from tests.helpers.small_pipelines import flux_transformer, small_unet, text_encoder
+from tests.helpers.small_pipelines import MORE_ATTENTION, flux_transformer, small_unet, text_encoder
 
 LEVELS = torch.tensor([0.0625, 0.5, 0.90625])  # exact in float32
 TIMESTEPS = torch.tensor([33, 500, 870])
@@ -128,7 +128,7 @@ def shipped_output(model: nn.Module) -> Tensor:
 
 def unet(**changes: Any) -> UNet2DConditionModel:
     """A UNet of SDXL's kind: two levels, as many ResNet blocks a level, attention in the first level up."""
-    options = {"layers_per_block": 2, "transformer_layers_per_block": (1, 1)}
+    options = {"layers_per_block": 2, "transformer_layers_per_block": (1, 1), **MORE_ATTENTION}
     return filled(small_unet(20, pooled=12, **{**options, **changes}), "unet")
 
 

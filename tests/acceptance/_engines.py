@@ -1,7 +1,7 @@
 """Commands in two gloo processes under accelerate's engines, on a CPU.
 
-accelerate offers FSDP2 and DeepSpeed where it finds a GPU alone: told that there is one, and that the device is the
-CPU nevertheless, all else is its own code, and PyTorch's and DeepSpeed's.
+accelerate offers FSDP2 and DeepSpeed only where it finds a GPU. Here it finds one, whose device is the CPU;
+all else is its own code, and PyTorch's and DeepSpeed's.
 """
 
 from __future__ import annotations

@@ -64,14 +64,14 @@ class ByHand(Stock):
     def guided(self, prompt: list[int], answer: list[int], scale: float, mask: int) -> Tensor:
         """(g, v) at the answer, λ being its masked share; the mask itself is no prediction."""
         level, blind = answer.count(mask) / len(answer), [mask] * len(prompt)
-        told, free = self([prompt + answer, blind + answer], level)[:, len(prompt) :]
-        logits = (1 + scale) * told - scale * free
+        prompted, free = self([prompt + answer, blind + answer], level)[:, len(prompt) :]
+        logits = (1 + scale) * prompted - scale * free
         logits[:, mask] = -torch.inf
         return logits
 
 
 class DreamByHand(ByHand):
-    """Logits of token i of the shipped Dream, which stock Qwen2 has at i − 1; nothing tells the first."""
+    """Logits of token i of the shipped Dream, which stock Qwen2 has at i − 1; the first has none."""
 
     def __init__(self) -> None:
         self.model = Qwen2ForCausalLM.from_pretrained(DREAM_TINY).eval().double()

@@ -122,16 +122,16 @@ def test_merging_without_one_level_or_running_at_another_is_refused_unless_the_a
 
 
 def test_a_source_that_tells_another_level_than_that_of_a_merge_is_warned_of_once():
-    base, told = Kinds(["linear"]), [None]
+    base, level = Kinds(["linear"]), [None]
     model, inputs = adapted(base, target_modules=["linear"]), base.inputs()
     expected = run(model, inputs, LEVEL)
-    set_noise_source(model, lambda *_: told[0])
+    set_noise_source(model, lambda *_: level[0])
     for _ in range(2):
         with noise_level(model, LEVEL):
             model.merge_adapter()
-        for told[0] in (None, [LEVEL] * 3):  # a source that can't tell stops no merged model
+        for level[0] in (None, [LEVEL] * 3):  # a source that can't tell stops no merged model
             assert_all_near(run(model, inputs), expected)  # without a warning, which would be an error
-        told[0] = [0.3, 0.7, 0.3]
+        level[0] = [0.3, 0.7, 0.3]
         with pytest.warns(UserWarning, match=r"merged at noise_level 0\.35.* source gives \[0\.3, 0\.7.*unmerge_ad"):
             assert_all_near(run(model, inputs), expected)
         run(model, inputs)  # said once

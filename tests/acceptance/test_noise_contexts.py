@@ -83,7 +83,7 @@ def test_noise_level_of_another_length_than_the_batch_raises(model: Any, stock: 
     with noise_level(model, torch.tensor([0.2, 0.8])):
         with pytest.raises(ValueError, match=r"2 values.*batch.*3"):
             run(model, X)
-        with pytest.raises(ValueError, match=r"2 values.*batch.*4"):  # a multiple, which is no repetition unless told
+        with pytest.raises(ValueError, match=r"2 values.*batch.*4"):  # a multiple isn't a repetition unless declared
             run(model, torch.randn(4, 7))
         assert_at(model, stock, [0.2, 0.8], X[:2])
 

@@ -43,7 +43,7 @@ def inputs() -> tuple[Tensor, Tensor]:
 
 
 def by_hand(stock: Stock, timesteps: Any, inputs: tuple[Tensor, Tensor], levels: Any = None) -> Tensor:
-    """The stock UNet, one sample at a time, at weights of λ = t / 1000 unless told otherwise."""
+    """The stock UNet, one sample at a time, at weights of λ = t / 1000 by default."""
     latents, text = (tensor.double() for tensor in inputs)
     timesteps = torch.as_tensor(timesteps, dtype=torch.float64).reshape(-1).expand(len(latents))
     return stock.double().each(timesteps / 1000 if levels is None else levels, latents, timesteps, text)

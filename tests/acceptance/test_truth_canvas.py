@@ -63,7 +63,7 @@ def canvas_warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told", "remedy"),
+    ("changes", "message", "remedy"),
     [
         ({"trained_padding": "6"}, r"11 samples end before that, the shortest after 10 ", "trained_padding gen_length"),
         ({"trained_padding": "longest"}, r"gen_length is 12, and \d+ of 11 samples end", "trained_padding gen_length"),
@@ -74,7 +74,7 @@ def canvas_warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     ],
 )
 def test_generating_beyond_the_trained_canvas_or_less_than_an_answer_is_warned_of_before_training(
-    arguments, caplog: Any, tmp_path: Path, monkeypatch: Any, changes: dict[str, Any], told: str | None, remedy: str
+    arguments, caplog: Any, tmp_path: Path, monkeypatch: Any, changes: dict[str, Any], message: str | None, remedy: str
 ) -> None:
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": f"{n} is a number"}) + "\n" for n in range(9)))
     monkeypatch.chdir(tmp_path)
@@ -82,9 +82,9 @@ def test_generating_beyond_the_trained_canvas_or_less_than_an_answer_is_warned_o
     with pytest.raises(InterruptedError):
         main(arguments(**changes))
     found = canvas_warnings(caplog)
-    assert len(found) == (told is not None)
-    if told is not None:
-        assert re.search(told, found[0])
+    assert len(found) == (message is not None)
+    if message is not None:
+        assert re.search(message, found[0])
         assert found[0].endswith(f"give --{remedy}")
 
 

@@ -151,10 +151,12 @@ def test_bayes_rule_is_that_of_all_characters_and_tokens_of_the_noise(batches):
         assert found[row, places[-1]] == 0  # the end, which no answer lacks
 
 
-@pytest.mark.parametrize(("is_told", "score"), [(True, "1.977"), pytest.param(False, "2.078", marks=pytest.mark.slow)])
-def test_bayes_rule_has_on_the_held_out_questions_what_the_record_says(batches, is_told, score):
-    losses = [bayes_losses(batch, is_told)[batch.answer].mean().item() for batch in batches]
-    title = "Bayes' rule, told λ" if is_told else "Bayes' rule, not told λ"
+@pytest.mark.parametrize(
+    ("knows_level", "score"), [(True, "1.977"), pytest.param(False, "2.078", marks=pytest.mark.slow)]
+)
+def test_bayes_rule_has_on_the_held_out_questions_what_the_record_says(batches, knows_level, score):
+    losses = [bayes_losses(batch, knows_level)[batch.answer].mean().item() for batch in batches]
+    title = "Bayes' rule, told λ" if knows_level else "Bayes' rule, not told λ"
     (record,) = (each for each in results.read(RECORDS) if each["arm"] == title)
     assert losses == pytest.approx(record["losses"], rel=1e-5)
     assert f"{sum(losses) / 10:.3f}" == score

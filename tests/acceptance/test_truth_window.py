@@ -1,4 +1,4 @@
-"""A NaRA that was trained in a window of noise levels is off outside of it; a LoRA's run says that it must be told."""
+"""A NaRA that was trained in a window of noise levels is off outside of it; a LoRA has to be switched off by hand."""
 
 from __future__ import annotations
 
@@ -154,14 +154,14 @@ def test_an_image_adapter_is_off_outside_as_its_card_loads_it(
     if adapter != "nara":
         args.core_learning_rate = None
     dreambooth.main(args)
-    told = capsys.readouterr().out
-    assert ("switch it off" in told) == (adapter != "nara")
+    output = capsys.readouterr().out
+    assert ("switch it off" in output) == (adapter != "nara")
     if adapter != "nara":
         texts = ", 'text_encoder': 1.0, 'text_encoder_2': 1.0}"
         weights = f"{{'unet': {LINE}{texts}" if train_text_encoder else LINE
         line = f"pipe.set_adapters('subject', adapter_weights={weights})"
         assert line in card_of(tmp_path / "run")
-        assert f"switch it off outside: {line}" in told
+        assert f"switch it off outside: {line}" in output
     pipe = by_the_card(tmp_path / "run", until="image = ")["pipe"]
     if adapter == "nara":
         assert pipe.unet.peft_config["default_0"].strength == POINTS

@@ -11,14 +11,17 @@ from quality.regimes.plan import PLAN, cell_of
 from quality.regimes.report import report
 from quality.regimes.runs import Run, record_of
 
+LARGE = "docs/results/blocks.md"  # its differences over prompts take six seconds
+PAGES = [pytest.param(name, marks=[pytest.mark.slow] if name == LARGE else []) for name in report_quality.PAGES]
 
-@pytest.mark.parametrize("name", report_quality.PAGES)
+
+@pytest.mark.parametrize("name", PAGES)
 def test_page_shows_the_tables_of_the_records(name):
     page = report_quality.ROOT / name
     assert report_quality.filled(page) == page.read_text(encoding="utf-8")
 
 
-def test_report_of_the_regimes_has_every_cell_with_its_verdict():
+def test_regimes_report_has_every_cells_verdict():
     text = report(PLAN, results.read(report_quality.RESULTS / "regimes.jsonl"))
     sections = text.split("\n### ")
     assert len(sections) == len(PLAN)
@@ -27,7 +30,7 @@ def test_report_of_the_regimes_has_every_cell_with_its_verdict():
     assert "| nara | 203920 | 0.3255 ± 0.0095 | **−0.0785** ± 0.0054 | 10 |" in sections[0]
 
 
-def test_report_of_the_alternatives_has_every_arm_and_difference(capsys):
+def test_alternatives_report_has_every_arm(capsys):
     assert benchmark_regimes.main(["--alternatives", "eps_to_v", "--report"]) == 0
     text = capsys.readouterr().out
     assert "| LoRA, read by the identity, r 4 | 47488 | 0.01 | 0.1977 ± 0.0016 |" in text

@@ -42,7 +42,8 @@ def arguments(folder, **changes):
 def test_a_run_saves_one_adapter_resumes_to_the_same_bits_and_loads_into_the_pipeline(tmp_path, caplog):
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     caplog.set_level("INFO")
-    results = main(arguments(tmp_path, output_dir=str(whole)))
+    short = {"max_train_steps": 2, "checkpointing_steps": 1}
+    results = main(arguments(tmp_path, **short, output_dir=str(whole)))
     assert {"exact_match_before", "exact_match_after", "n"} <= results.keys()
     tensors = load_file(whole / TEXT)
     assert not [key for key in tensors if "encoder" in key or "router" in key or "vision" in key]
@@ -59,9 +60,9 @@ def test_a_run_saves_one_adapter_resumes_to_the_same_bits_and_loads_into_the_pip
     exec(card.split("```python")[1].split("```")[0], {})
 
     halves.mkdir()
-    (whole / "checkpoint-2").rename(halves / "checkpoint-2")
+    (whole / "checkpoint-1").rename(halves / "checkpoint-1")
     (halves / "config.yaml").write_text((whole / "config.yaml").read_text())
-    main(arguments(tmp_path, output_dir=str(halves), resume_from_checkpoint="latest"))
+    main(arguments(tmp_path, **short, output_dir=str(halves), resume_from_checkpoint="latest"))
     resumed = load_file(halves / TEXT)
     assert all(torch.equal(resumed[key], tensor) for key, tensor in tensors.items())
 

@@ -241,8 +241,8 @@ def test_error_in_a_record_that_was_held_out_has_its_number_in_the_file(tmp_path
     held = load_records(args)[1]["number"][0]
     many[held] = {"messages": messages(("user", "w6"), ("assistant", "w7"), ("user", "<mask> w20"), CHAT[1])}
     write(file, *many)
-    told = r" has '<mask>' in its text, and so holds the mask" if chat else r": the conversation .* … needs a chat"
-    with pytest.raises(ValueError, match=rf"^record {held + 1} of {file}{told}"):
+    message = r" has '<mask>' in its text, and so holds the mask" if chat else r": the conversation .* … needs a chat"
+    with pytest.raises(ValueError, match=rf"^record {held + 1} of {file}{message}"):
         encode_records(load_records(args)[1], word_tokenizer(40, chat=chat), max_length=64)
 
 

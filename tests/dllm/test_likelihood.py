@@ -46,8 +46,8 @@ def test_likelihood_of_a_short_answer_is_the_sum_over_all_masks(
     for i, prompt in enumerate(PROMPTS):
 
         def log_p(ids: list[int], level: float, prompt: int = prompt) -> Tensor:
-            told, blind = by_hand([ids, [MASK] * prompt + ids[prompt:]], level)  # (l, v) each
-            return ((1 + scale) * told - scale * blind).log_softmax(-1)
+            prompted, blind = by_hand([ids, [MASK] * prompt + ids[prompt:]], level)  # (l, v) each
+            return ((1 + scale) * prompted - scale * blind).log_softmax(-1)
 
         assert float(found[i]) == pytest.approx(float(answer_bound(i, log_p)), rel=1e-4)
 

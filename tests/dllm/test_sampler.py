@@ -36,7 +36,7 @@ def pair() -> tuple[Any, ByHand]:
 
 
 def padded(side: str) -> dict[str, Any]:
-    """PROMPTS as a batch: `side` left is told by an attention mask, right by lengths."""
+    """PROMPTS as a batch: `side` left is given by an attention mask, right by lengths."""
     width = max(map(len, PROMPTS))
     rows = [[PAD] * (width - len(p)) + p if side == "left" else p + [PAD] * (width - len(p)) for p in PROMPTS]
     if side == "right":
@@ -59,13 +59,16 @@ def test_generate_by_confidence_writes_the_answers_by_hand(pair: Any, setting: s
     """And its forwards run at λ by hand."""
     model, by_hand = pair
     side, options = SETTINGS[setting]
-    told: list[list[float]] = []
-    watched: dict[str, Any] = {"on_step_end": lambda step: told.append(step.noise_level.tolist()), "return_stats": True}
+    levels_seen: list[list[float]] = []
+    watched: dict[str, Any] = {
+        "on_step_end": lambda step: levels_seen.append(step.noise_level.tolist()),
+        "return_stats": True,
+    }
     result = generate(model, **padded(side), **options, stop_at_eos=False, **watched)
     answers, levels = zip(*(greedy(by_hand, p, mask=VOCABULARY - 1, **options) for p in PROMPTS), strict=True)
     assert result.answers.tolist() == list(answers)
     assert result.forwards == max(map(len, levels))
-    for row, column in zip(levels, zip(*told, strict=True), strict=True):
+    for row, column in zip(levels, zip(*levels_seen, strict=True), strict=True):
         assert [level for level, _ in groupby(column) if level > 0] == pytest.approx(row)  # a row may wait for others
     longest = max(map(len, PROMPTS)) + options["gen_length"]
     rows = [prompt + answer for prompt, answer in zip(PROMPTS, answers, strict=True)]
@@ -76,15 +79,15 @@ def test_generate_by_confidence_writes_the_answers_by_hand(pair: Any, setting: s
 
 
 def test_generate_keeps_what_the_end_of_a_step_fills_and_counts_it(pair: Any) -> None:
-    told: list[float] = []
+    levels_seen: list[float] = []
 
     def fill(step: Any) -> None:
-        told.append(float(step.noise_level))
+        levels_seen.append(float(step.noise_level))
         step.sequences[:, 6:] = 8
 
     options: dict[str, Any] = {"gen_length": 6, "steps": 6, "stop_at_eos": False}
     assert generate(pair[0], torch.tensor([PROMPTS[0]]), **options, on_step_end=fill)[0, 6:].tolist() == [8, 8, 8]
-    assert told[1] <= 3 / 6
+    assert levels_seen[1] <= 3 / 6
 
 
 def test_generate_with_what_is_merged_at_another_level_is_refused() -> None:

@@ -21,7 +21,7 @@ from nara_diffusion.dreambooth.families import Family
 from nara_diffusion.dreambooth.objectives import build_objective
 from nara_diffusion.dreambooth.pipelines import family_of
 from tests.helpers.adapted import disturb
-from tests.helpers.denoisers import told
+from tests.helpers.denoisers import levels_of_core
 from tests.helpers.pipelines.families import FAMILY_PIPELINES, small_flux2_dev, small_wan_images
 from tests.helpers.rounding import rounding_of
 
@@ -167,7 +167,7 @@ def test_family_trains_at_the_objectives_noise_levels(name: str) -> None:
     call, target = inputs(model)
     outputs: list[Tensor] = []
     with torch.no_grad():
-        levels = told(model.denoiser, lambda: outputs.append(model(**call)))
+        levels = levels_of_core(model.denoiser, lambda: outputs.append(model(**call)))
         for i in range(2):  # each with padding that nothing reads
             alone = {key: value[i : i + 1] for key, value in call.items() if key != "embeddings"}
             single = model(**alone, embeddings=PromptCache(model.pipe, model.family).get(PROMPTS[i : i + 1]))

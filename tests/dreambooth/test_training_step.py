@@ -27,7 +27,7 @@ from nara_diffusion.dreambooth.training_step import TrainingStep
 from nara_diffusion.noise.drawn_levels import NoiseWindow
 from tests.dreambooth.pictures import folder_of
 from tests.helpers.adapted import disturb
-from tests.helpers.denoisers import told
+from tests.helpers.denoisers import levels_of_core
 from tests.helpers.small_pipelines import small_sdxl
 
 CONFIG: dict[str, Any] = {"r": 3, "lora_alpha": 5, "target_modules": ["to_q", "to_v"], "core_hidden_dims": (7, 6)}
@@ -71,7 +71,7 @@ def test_step_is_the_one_that_is_written_out(tmp_path: Path, prior: bool, train_
         drawable=drawable_levels(torch.arange(1000) / 1000, NoiseWindow(0.2, 0.9)),
     )
     results: list[Any] = []
-    levels = told(model.unet, lambda: results.append(step(batch)))
+    levels = levels_of_core(model.unet, lambda: results.append(step(batch)))
 
     # the same from Diffusers' scheduler and pipeline; one sample at a time
     scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
@@ -114,7 +114,7 @@ def test_step_with_another_number_of_timesteps_has_its_noise_levels(tmp_path: Pa
     objective = build_objective(pipe.scheduler)
     step = TrainingStep(model, objective, LatentCache(pipe.vae), PromptCache(pipe), torch.device("cpu"), seed=11)
     results: list[Any] = []
-    levels = told(model.unet, lambda: results.append(step(batch)))
+    levels = levels_of_core(model.unet, lambda: results.append(step(batch)))
     drawn = draw_indices([sample.position for sample in batch["samples"]], torch.arange(400), seed=11)
     expected = (drawn + (convention == "flow")) / 400  # σ begins at 1 / N
     torch.testing.assert_close(results[0].noise_level, expected)

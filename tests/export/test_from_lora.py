@@ -17,7 +17,7 @@ from nara_diffusion.export import save_host_file
 from tests.acceptance import _bases, _files
 from tests.helpers.adapted import TwoLayers, adapted, disturb, lora_config, nara_config, relative_error
 from tests.helpers.rounding import rounding_of
-from tests.helpers.small_pipelines import small_sdxl
+from tests.helpers.small_pipelines import MORE_ATTENTION, small_sdxl
 
 TARGETS = ["first", "second"]
 
@@ -126,7 +126,7 @@ def test_a_hosts_file_of_which_diffusers_would_drop_a_part_is_refused(change, me
 
 
 def test_lora_that_version_0_2_folded_for_another_prediction_is_refused(tmp_path: Path) -> None:
-    pipe, file = small_sdxl(), tmp_path / "lora.safetensors"
+    pipe, file = small_sdxl(**MORE_ATTENTION), tmp_path / "lora.safetensors"
     pipe.unet.add_adapter(nara_config(target_modules=["to_q", "to_v"]), "toy")
     lora = to_lora(pipe.unet, 0.4, "toy")
     save_host_file({"unet": lora}, file, "kohya", "sdxl")
@@ -134,7 +134,7 @@ def test_lora_that_version_0_2_folded_for_another_prediction_is_refused(tmp_path
     lora.save_pretrained(tmp_path / "peft")
     (tmp_path / "peft" / "scheduler").mkdir()
     (tmp_path / "peft" / "scheduler" / "scheduler_config.json").write_text("{}")
-    other: Any = small_sdxl()
+    other: Any = small_sdxl(**MORE_ATTENTION)
     for source, name in ((file, "nara_scheduler"), (tmp_path / "peft", "scheduler_config.json")):
         with pytest.raises(ValueError, match=rf"{name}.*predicts something other than its base"):
             from_lora(source, other)

@@ -20,7 +20,7 @@ from nara_diffusion.export.host_files import host_state_dict
 from nara_diffusion.export.original_names import parts_of
 from tests.helpers.adapted import disturb, nara_config
 from tests.helpers.denoisers import denoiser
-from tests.helpers.small_pipelines import pixels, small_flux, small_sd, small_sd3, small_sdxl
+from tests.helpers.small_pipelines import MORE_ATTENTION, pixels, small_flux, small_sd, small_sd3, small_sdxl
 
 LEVEL = 0.37
 ATTENTION, CLIP = ["to_q", "to_k", "to_v", "to_out.0"], ["q_proj", "k_proj", "v_proj", "out_proj"]
@@ -68,9 +68,10 @@ def with_encoders(pipe: Any, targets: list[str]) -> dict[str, PlainLora]:
     ],
     ids=["SD 1.5, kohya", "SDXL of one layer a block, kohya", "SDXL, Diffusers", "DoRA"],
 )
-def test_diffusers_draws_the_naras_pixels_from_what_fold_writes(make, options, words, said, tmp_path, capsys):
+def test_diffusers_draws_folded_files_as_the_nara(make, options, words, said, tmp_path, capsys):
     """(Kohya's files of SDXL with two layers a block, and FLUX's, are in tests/acceptance.)"""
-    pipe, other = make(), make()
+    more = MORE_ATTENTION if words else {}  # whose names kohya's form translates
+    pipe, other = make(**more), make(**more)
     with_encoders(pipe, CLIP)
     unet = adapted(pipe.unet, MANY, **options)
     pipe.save_nara_weights(tmp_path, adapter_name="toy")
@@ -85,7 +86,7 @@ def test_diffusers_draws_the_naras_pixels_from_what_fold_writes(make, options, w
     assert (before - wanted).abs().max() > 0.02
 
 
-def test_text_encoders_have_names_that_every_program_reads_and_from_lora_reads_others_too(tmp_path: Path):
+def test_text_encoders_names_are_read_by_every_program(tmp_path: Path):
     """Transformers 5 leaves `text_model` out of the names of CLIP, and Diffusers before 0.38 needs it."""
     pipe = small_sdxl()
     tensors = host_state_dict(with_encoders(pipe, CLIP), "diffusers", "sdxl")
@@ -102,7 +103,7 @@ def test_text_encoders_have_names_that_every_program_reads_and_from_lora_reads_o
     assert key in host_state_dict(t5, "diffusers", "flux")
 
 
-def test_sd3_has_its_names_and_the_last_contexts_halves_in_the_other_order():
+def test_sd3_swaps_the_last_contexts_halves():
     model = adapted(small_sd3().transformer, ["to_k", "norm1_context.linear", "ff.net.2"])
     tensors = host_state_dict({"transformer": to_lora(model, LEVEL, "toy")}, "comfyui", "sd3")
 
@@ -126,7 +127,7 @@ def test_sd3_has_its_names_and_the_last_contexts_halves_in_the_other_order():
 
 
 @pytest.mark.parametrize("form", ["kohya", "comfyui"])
-def test_text_encoders_of_sd3_have_the_names_that_sdxls_have_in_comfyui(form: str):
+def test_sd3_text_encoders_have_sdxls_names(form: str):
     loras = with_encoders(small_sd3(), CLIP)
     tensors = host_state_dict(loras, form, "sd3")
     for index, lora in enumerate(loras.values(), start=1):
@@ -140,7 +141,7 @@ def test_text_encoders_of_sd3_have_the_names_that_sdxls_have_in_comfyui(form: st
     assert not tensors
 
 
-def test_flux_mlp_without_attention_takes_the_last_rows_of_its_matrix():
+def test_flux_mlp_takes_its_matrixs_last_rows():
     rank, width = 2, 3
     layer = PlainLoraLayer(torch.ones(rank, width), torch.ones(4 * width, rank), 2.0, rank)
     lora = PlainLora(LoraConfig(), {"single_transformer_blocks.0.proj_mlp": layer})
@@ -173,13 +174,13 @@ NAMES = {
 """{Diffusers' name: that of files that kohya has written for SDXL}."""
 
 
-def test_modules_of_unets_have_the_names_of_stabilitys_code():
+def test_unet_modules_have_stabilitys_names():
     assert parts_of(NAMES, "sdxl") == {theirs: [own] for own, theirs in NAMES.items()}
     names = ["up_blocks.0.upsamplers.0.conv", "up_blocks.0.resnets.2.conv1"]
     assert next(iter(parts_of(names, "sd15"))) == "output_blocks.2.1.conv"  # no attention
 
 
-def test_a_unets_layers_per_block_are_read_from_its_modules_or_not_needed():
+def test_layers_per_block_are_read_from_modules():
     one = ["down_blocks.1.resnets.0.conv1", "up_blocks.1.resnets.1.conv1"]
     assert list(parts_of(one, "sdxl")) == ["input_blocks.3.0.in_layers.2", "output_blocks.3.0.in_layers.2"]
     first = ["up_blocks.0.attentions.0.proj_in", "up_blocks.0.attentions.1.proj_in"]  # of either UNet
@@ -221,7 +222,7 @@ REFUSED: list[tuple[str, str, dict[str, Any], str, str, str]] = [
 ]
 
 
-def test_what_a_file_cannot_express_is_refused_by_name(tmp_path: Path):
+def test_inexpressible_layers_are_refused(tmp_path: Path):
     layer = PlainLoraLayer(torch.ones(2, 3), torch.ones(5, 2), 2.0, 2)
     for component, module, change, form, base, message in REFUSED:
         loras = {component: PlainLora(LoraConfig(), {module: replace(layer, **change)})}

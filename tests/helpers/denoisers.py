@@ -1,4 +1,4 @@
-"""Tiny random denoisers of Diffusers with a NaRA adapter: what they predict, and the λ that their core is told.
+"""Tiny random denoisers of Diffusers with a NaRA adapter: what they predict, and the λ that their core gets.
 
 `DENOISERS` has each class whose layers may see several rows a sample: there a wrong entry in the package's table could
 give a sample the λ of another. A wrong number of rows is an error everywhere else, where some classes stand for all.
@@ -72,7 +72,7 @@ DENOISERS: dict[str, tuple[dict[str, Any], Inputs]] = {
         {"hidden_states": (8, 4), "pooled_projections": (10,)}
         | {"img_ids": lambda: torch.arange(24.0).view(8, 3), "txt_ids": lambda: torch.zeros(5, 3)},
     ),
-    # told the noise by another argument than `timestep`
+    # given the noise by another argument than `timestep`
     "ZImageTransformer2DModel": (
         {"dim": 16, "n_layers": 1, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2}
         | {"axes_dims": [4, 2, 2], "axes_lens": [128, 16, 16]},
@@ -283,7 +283,7 @@ def run(model: nn.Module, inputs: Inputs, timestep: Any, argument: str = "timest
     return torch.stack(sample) if isinstance(sample, list) else sample
 
 
-def told(model: nn.Module, call: Callable[[], Any]) -> list[float]:
+def levels_of_core(model: nn.Module, call: Callable[[], Any]) -> list[float]:
     """λ as the model's core gets it while `call` runs."""
     levels: list[Tensor] = []
     core = model.get_submodule("lora_core.cores.default.shared")

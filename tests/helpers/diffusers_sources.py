@@ -42,6 +42,6 @@ def forward_of(name: str) -> list[str]:
     return next((classes()[one][1] for one in lineage(name) if one in classes() and classes()[one][1]), [])
 
 
-def told_the_time(name: str) -> bool:
+def reads_the_time(name: str) -> bool:
     """Whether the forward of a class has an argument of a timestep."""
     return any(_TIME.fullmatch(argument) for argument in forward_of(name))

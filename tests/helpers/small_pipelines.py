@@ -38,6 +38,8 @@ TEXT_WIDTHS = (16, 24)
 
 MAX_TOKENS = 12
 BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+MORE_ATTENTION: dict[str, Any] = {"up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}
+"""Changes of a `small_unet`: attention in the first of two levels up, too."""
 _WORDS = ("a", "photo", "of", "toy", "red", "cube", "on", "grass")
 
 
@@ -100,7 +102,7 @@ def small_vae(latent_channels: int = 4, **changes: Any) -> AutoencoderKL:
 
 
 def small_unet(cross_attention_dim: int, *, pooled: int | None = None, **changes: Any) -> UNet2DConditionModel:
-    """Attention in the second of two levels, in the middle, and in the first of two levels up.
+    """Attention in the second of two levels and in the middle; no more, since adapters are added module by module.
 
     With `pooled`, the width of the pooled text, it is conditioned as SDXL's.
     """
@@ -109,7 +111,7 @@ def small_unet(cross_attention_dim: int, *, pooled: int | None = None, **changes
         "block_out_channels": (8, 16),
         "layers_per_block": 1,
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "up_block_types": ("UpBlock2D", "UpBlock2D"),
         "norm_num_groups": 4,
         "attention_head_dim": (2, 4),
         "cross_attention_dim": cross_attention_dim,
@@ -134,10 +136,9 @@ def clips(*, projection: bool) -> dict[str, Any]:
 
 def small_sdxl(**unet_changes: Any) -> StableDiffusionXLPipeline:
     """A pipeline of the true SDXL classes: text_time conditioning, two text encoders, AutoencoderKL."""
-    changes = {"transformer_layers_per_block": (1, 2), **unet_changes}
     pipe = StableDiffusionXLPipeline(
         vae=small_vae(force_upcast=False),
-        unet=small_unet(sum(TEXT_WIDTHS), pooled=TEXT_WIDTHS[1], **changes),
+        unet=small_unet(sum(TEXT_WIDTHS), pooled=TEXT_WIDTHS[1], **unet_changes),
         scheduler=EulerDiscreteScheduler(**BETAS),
         add_watermarker=False,
         **clips(projection=False),

@@ -22,8 +22,16 @@ from torch import nn
 from nara_diffusion import TimestepNoise, noise_level
 from nara_diffusion.noise.denoisers import _DENOISERS, source_of_class
 from tests.helpers.adapted import relative_error
-from tests.helpers.denoisers import BATCH, DENOISERS, WARNINGS_OF_DIFFUSERS, adapted_denoiser, inputs_of, run, told
-from tests.helpers.diffusers_sources import classes, forward_of, lineage, told_the_time
+from tests.helpers.denoisers import (
+    BATCH,
+    DENOISERS,
+    WARNINGS_OF_DIFFUSERS,
+    adapted_denoiser,
+    inputs_of,
+    levels_of_core,
+    run,
+)
+from tests.helpers.diffusers_sources import classes, forward_of, lineage, reads_the_time
 
 pytestmark = WARNINGS_OF_DIFFUSERS
 PAGE = (Path(__file__).parents[2] / "docs" / "denoisers.md").read_text(encoding="utf-8")
@@ -50,13 +58,13 @@ def declared() -> dict[str, tuple[str, dict[float, float], list[str], str]]:
     return found
 
 
-def test_every_class_of_diffusers_that_is_told_the_time_is_declared_or_known() -> None:
+def test_diffusers_timed_classes_are_declared_or_known() -> None:
     """If this fails after an update of Diffusers: read what the new class's pipelines pass, and put it on the page."""
     known = set(re.findall(r"`(\w+)`", PAGE))
     adapted = {name for name in classes() if "PeftAdapterMixin" in lineage(name) and name != "PeftAdapterMixin"}
-    told = {name for name in classes() if "ModelMixin" in lineage(name) and told_the_time(name)}
+    read_time = {name for name in classes() if "ModelMixin" in lineage(name) and reads_the_time(name)}
     assert len(adapted) > 60
-    assert sorted((adapted | told) - known) == []
+    assert sorted((adapted | read_time) - known) == []
     if Version(diffusers.__version__) >= Version("0.42"):  # 0.41 lacks seven of them
         assert sorted(_DENOISERS.keys() - classes().keys()) == []
 
@@ -179,7 +187,7 @@ def test_each_sample_of_a_batch_has_the_level_of_its_timestep(name: str) -> None
     model, inputs = adapted_denoiser(name), inputs_of(name)
     frames = 2 if name == "AnyFlowTransformer3DModel" else 0  # one λ a frame, then the samples' largest
     each = [level for level in levels for _ in range(frames)] + levels
-    assert told(model, lambda: run(model, inputs, timesteps, argument)) == pytest.approx(each, abs=1e-6)
+    assert levels_of_core(model, lambda: run(model, inputs, timesteps, argument)) == pytest.approx(each, abs=1e-6)
     together = run(model, inputs, timesteps, argument)
     for i, row in enumerate(together):  # where all have one λ, no row can get that of another
         assert relative_error(row, run(model, inputs, timesteps[i].expand(BATCH), argument)[i]) < 2e-4
@@ -193,7 +201,8 @@ def test_layers_that_see_tokens_of_all_samples_have_one_level(name: str) -> None
     argument, model, inputs = _DENOISERS[name].argument, adapted_denoiser(name), inputs_of(name)
     for timestep, level in list(declared()[name][1].items())[:3]:
         timesteps = torch.tensor([float(timestep)] * (1 if name.startswith("MiniMax") else BATCH))
-        assert told(model, lambda given=timesteps: run(model, inputs, given, argument)) == pytest.approx([level])
+        levels = levels_of_core(model, lambda given=timesteps: run(model, inputs, given, argument))
+        assert levels == pytest.approx([level])
     with noise_level(model, [0.2, 0.7]), pytest.raises(ValueError, match=r"2 values, but the layers of .* see"):
         run(model, inputs, timesteps, argument)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from nara_diffusion import TimestepNoise, noise_level, set_noise_source
 from nara_diffusion.noise.denoisers import _DENOISERS
 from tests.helpers.adapted import disturb, nara_config, relative_error
-from tests.helpers.denoisers import WARNINGS_OF_DIFFUSERS, denoiser, told
+from tests.helpers.denoisers import WARNINGS_OF_DIFFUSERS, denoiser, levels_of_core
 
 pytestmark = WARNINGS_OF_DIFFUSERS
 SAMPLES, FRAMES, LENGTH = 3, 4, 24
@@ -84,7 +84,7 @@ def test_each_layer_sees_each_frame_at_its_own_level(name: str) -> None:
     times = TIMES[name][0](LEVELS)
     seen = runs(times)
     expected = [*LEVELS.flatten().tolist(), *LEVELS.amax(1).tolist()]
-    assert told(runs.model, lambda: runs(times)) == pytest.approx(expected, abs=1e-6)
+    assert levels_of_core(runs.model, lambda: runs(times)) == pytest.approx(expected, abs=1e-6)
     of_samples = runs.layers_of_samples(times)
     assert 4 <= len(of_samples) < len(seen) - 10
     for key, (x, output) in seen.items():
@@ -146,10 +146,10 @@ def test_timesteps_of_frames_and_of_patches_become_levels_of_frames() -> None:
 def test_source_that_a_user_has_set_reads_frames_as_the_table_s_does() -> None:
     runs = Runs("SkyReelsV2Transformer3DModel")
     times = TIMES["SkyReelsV2Transformer3DModel"][0](LEVELS)
-    expected = told(runs.model, lambda: runs(times))
+    expected = levels_of_core(runs.model, lambda: runs(times))
     source = TimestepNoise("sigma_1000")
     set_noise_source(runs.model, source)
-    assert told(runs.model, lambda: runs(times)) == expected
+    assert levels_of_core(runs.model, lambda: runs(times)) == expected
     assert source.frames is None
 
 

@@ -9,9 +9,13 @@ from typing import Any
 
 import pytest
 import yaml
+from matplotlib.figure import Figure
+from PIL import Image
 
 from nara_diffusion.dllm import train as dllm
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
+from nara_diffusion.noise.drawn_levels import NoiseWindow
+from nara_diffusion.training.loss_curves import plot_noise_level_curves
 from nara_diffusion.training.report import write_card
 from tests.acceptance._runs import ASSETS, text_arguments
 
@@ -53,6 +57,22 @@ def test_prompt_with_a_fence_stays_inside_its_block(tmp_path: Path, ticks: str) 
     assert "\n- hardware: one\n" in outside
     assert inside[0] == "1\n"
     assert yaml.safe_load(inside[1])["instance_prompt"] == prompt
+
+
+def test_plot_shows_both_losses_and_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Any] = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **how: [figures.append(self), save(self, *args, **how)])
+    levels, base, adapted = [0.2, 0.6, 1.0], [1.0, 2.0, 4.0], [0.5, 2.5, 3.0]
+    plot_noise_level_curves(tmp_path / "plot.png", levels, base, adapted, "a title", "nats", NoiseWindow(0.3, 0.7))
+    left, right = figures[0].axes
+    drawn = [line.get_xydata().tolist() for line in left.lines]
+    assert drawn == [[list(point) for point in zip(levels, losses, strict=True)] for losses in (base, adapted)]
+    assert right.lines[-1].get_ydata().tolist() == [0.5, -0.5, 1.0]
+    assert [patch.get_x() for axes in (left, right) for patch in axes.patches] == pytest.approx([0.3, 0.3])
+    assert left.get_ylabel() == "loss (nats)"
+    with Image.open(tmp_path / "plot.png") as image:
+        assert image.size == (1200, 480)
 
 
 class Hub:

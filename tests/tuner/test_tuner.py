@@ -1,4 +1,4 @@
-"""Around adapted models: rows that are no samples, what a user is told, and the functions replaced in others."""
+"""Around adapted models: rows that are no samples, messages to users, and the functions replaced in others."""
 
 from __future__ import annotations
 
