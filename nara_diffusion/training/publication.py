@@ -16,7 +16,8 @@ from huggingface_hub import HfApi
 
 from nara_flags.training import TrainingArguments
 
-from .run import CONFIG, LOCK, Run, as_yaml
+from .run import Run
+from .run_folder import CONFIG, LOCK, as_yaml
 
 _PLACES = re.compile(
     r"\w+_(file|dir|path|model)|dataset_name|init_adapter|core_module|resume_from_checkpoint"

@@ -20,7 +20,8 @@ from .adapters import adapter_config, method_of, module_name, title_of
 from .arguments import schedule_of, window_of
 from .loss_curves import plot_noise_level_curves
 from .publication import public_arguments, public_values, upload, without_folders
-from .run import RESULTS, Run, as_yaml
+from .run import Run
+from .run_folder import RESULTS, as_yaml
 
 CURVE = "noise_level_curve.png"
 _SIDES = ("before", "after")

@@ -29,8 +29,7 @@ from nara_diffusion.training.checkpoints import (
     save_adapter,
     write_manifest,
 )
-from nara_diffusion.training.command import TrainingDiverged
-from nara_diffusion.training.loop import InterruptRequest
+from nara_diffusion.training.command import InterruptRequest, TrainingDiverged
 from nara_diffusion.utils.files import digest_base, digest_texts
 from nara_flags.parser import parse_arguments
 from tests.acceptance._commands import names
@@ -67,7 +66,7 @@ def test_latest_is_the_one_written_last(run: Path, tmp_path: Path) -> None:
     assert latest_whole(run) == run / "checkpoint-3"
     write_manifest(run / "checkpoint-3", before)
     named = text_arguments(tmp_path, **SHORT, resume_from_checkpoint=str(run / "checkpoint-9"))
-    with pytest.raises(ValueError, match=r"is not a checkpoint: .* has checkpoint-3, checkpoint-4"):
+    with pytest.raises(ValueError, match=r"is not a checkpoint, .* has checkpoint-3, checkpoint-4"):
         dllm.main(named)
 
 
@@ -248,7 +247,7 @@ def test_digests_know_texts_and_weights_again(tmp_path: Path) -> None:
 
 def test_second_ctrl_c_stops_at_once_and_the_launcher_s_echo_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 1.0, 3.0])
-    monkeypatch.setattr("nara_diffusion.training.loop.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("nara_diffusion.training.command.time.monotonic", lambda: next(clock))
     before = signal.getsignal(signal.SIGINT)
     with InterruptRequest() as request:
         for _ in range(2):  # the second within a second, which is the launcher's

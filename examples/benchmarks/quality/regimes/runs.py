@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from benchmark_record import provenance
 
-from nara_diffusion.training.engines import is_core_parameter
+from nara_diffusion.training.optimization import is_core_parameter
 from quality import results
 from quality.images.held_out import pictures_of
 from quality.regimes.image_regimes import CONVERSIONS, SUBJECT, UNET, Backbone, Conversion, ReadConversion
