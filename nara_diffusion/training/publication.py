@@ -41,11 +41,10 @@ def without_folders(text: str, args: TrainingArguments) -> str:
 
 def public_values(values: Mapping[str, Any], args: TrainingArguments) -> dict[str, Any]:
     """Return `values` for publication, after applying `without_folders` to all texts."""
-    found = dict(values)
-    for name, value in values.items():
-        if isinstance(value, str):
-            found[name] = without_folders(value, args)
-    return found
+    return {
+        name: without_folders(value, args) if isinstance(value, str) else value
+        for name, value in values.items()
+    }
 
 
 def public_arguments(args: TrainingArguments) -> dict[str, Any]:

@@ -172,9 +172,9 @@ def test_run_killed_before_its_first_checkpoint_begins_anew_and_another_number_o
     assert "config.yaml" in names(tmp_path / "run")
     in_two_processes([("ddp", "dllm.py", values)], tmp_path)
     assert_same_bits(tmp_path / "run", ddp)
-    with pytest.raises(SystemExit, match="by 2 processes and this run has 1, since each process"):
+    with pytest.raises(SystemExit, match=r"by 2 processes, but this run has 1\. Each process"):
         run("dllm.py", **{**values, "train_batch_size": 4})
-    with pytest.raises(SystemExit, match="which makes a global batch of 2 instead of 4"):
+    with pytest.raises(SystemExit, match="The global batch would be 2 instead of 4"):
         run("dllm.py", **values)
 
 

@@ -85,7 +85,7 @@ def test_run_that_would_learn_something_else_is_not_gone_on_with(
     sdxl: dict[str, Any], ended: Path, tmp_path: Path, change: dict[str, Any]
 ) -> None:
     name, value = next(iter(change.items()))
-    with pytest.raises(SystemExit, match=rf"belongs to a run of another configuration \({name}: .* {value} now"):
+    with pytest.raises(SystemExit, match=rf"belongs to a run with other arguments \({name}: .* {value} now"):
         resumed(ended, sdxl, tmp_path / "out", **change)
 
 

@@ -80,11 +80,11 @@ def test_manifest_without_a_field_is_damage_and_the_checkpoint_before_is_taken(
     del content[lost]
     path.write_text(json.dumps(content))
     assert latest_whole(copy) == copy / "checkpoint-3"
-    assert re.search(r"checkpoint-4/checkpoint\.json is corrupt: .* Resuming from the one before", caplog.text)
+    assert re.search(r"checkpoint-4/checkpoint\.json is corrupt: .* Resuming from the previous checkpoint", caplog.text)
 
 
 def test_random_states_that_cannot_be_restored_are_an_error(run: Path) -> None:
-    with pytest.raises(ValueError, match=r"random_states_0.pkl can't restore the random states"):
+    with pytest.raises(ValueError, match=r"random_states_0.pkl doesn't restore the random states"):
         check_random_states(run / "checkpoint-4", 0)  # nothing was loaded
     with pytest.raises(ValueError, match=r"random_states_1.pkl can't be read"):
         check_random_states(run / "checkpoint-4", 1)
@@ -123,7 +123,7 @@ def test_full_disk_leaves_earlier_checkpoints_and_no_part_of_a_new_one(tmp_path:
             dllm.FineTuning(args, run).train()
     assert names(tmp_path / "run") == {"checkpoint-1", "checkpoint-2", "config.yaml", "metrics.jsonl"}
     model = torch.nn.Linear(2, 2)
-    with pytest.raises(OSError, match="the adapter could not be written"):
+    with pytest.raises(OSError, match="The adapter could not be written"):
         save_adapter(Accelerator(), model, tmp_path / "run", write)
     assert TEXT not in names(tmp_path / "run")
 
@@ -185,7 +185,7 @@ def test_divergence_stops_before_it_is_saved(tmp_path: Path) -> None:
             return value
 
         patch.setattr(dllm, "loss_of", lambda model: diverging)
-        with pytest.raises(TrainingDiverged, match=r"loss became nan in step 3; .*checkpoint-2$"):
+        with pytest.raises(TrainingDiverged, match=r"In step 3 the loss became nan\. .*checkpoint-2$"):
             dllm.main(args)
 
 

@@ -101,7 +101,7 @@ def test_run_that_would_end_before_its_checkpoint_is_refused(ended: Path, tmp_pa
         resumed(ended, tmp_path, max_train_steps=1)
     checkpoint = tmp_path / "run" / "checkpoint-2"
     write_manifest(checkpoint, read_manifest(checkpoint) | {"processes": 2})
-    with pytest.raises(ValueError, match="was written by 2 processes and this run has 1"):
+    with pytest.raises(ValueError, match="was written by 2 processes, but this run has 1"):
         train(tmp_path, **LATEST)
 
 
@@ -220,14 +220,14 @@ def test_latest_names_a_damaged_checkpoint_and_goes_on_from_the_one_before_if_th
     log.write_text('{"step": 1, \0\0}\n[1]\n{"loss": 1}\n' + log.read_text() + '{"step": 2, "lo')
     train(tmp_path, **LATEST)
     assert not [line for line in log.read_bytes().splitlines() if line.endswith((b"\0}", b"[1]", b'"lo'))]
-    (said,) = [record.message for record in caplog.records if "Resuming from the one before" in record.message]
+    (said,) = [record.message for record in caplog.records if "Resuming from the previous checkpoint" in record.message]
     assert "checkpoint-2" in said
     assert f"continues from {run / 'checkpoint-1'}" in caplog.messages
     assert_same_bits(run, ended)
     for checkpoint in run.glob("checkpoint-*"):
         (checkpoint / "scheduler.bin").unlink()
-    named = r"checkpoint-\d .*checkpoint-\d .* start a new run in a fresh --output_dir"
-    with pytest.raises(ValueError, match=rf"no checkpoint in .* is whole\. .*{named}"):
+    named = r"checkpoint-\d .*checkpoint-\d .* start a new run in another --output_dir"
+    with pytest.raises(ValueError, match=rf"all checkpoints in .* are damaged\. .*{named}"):
         train(tmp_path, **LATEST)
     with pytest.raises(ValueError, match=r"incomplete: scheduler\.bin is missing"):
         train(tmp_path, resume_from_checkpoint=str(run / "checkpoint-1"))
@@ -302,15 +302,18 @@ def test_text_run_begins_where_the_folder_ends(tmp_path: Path, caplog: pytest.Lo
 
 
 def test_text_run_refuses_an_image_adapter(start: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"is an image adapter, for .*: give one of a language model"):
+    with pytest.raises(ValueError, match=r"is an image adapter, for .*\. Give an adapter of a language model"):
         dllm.main(text_arguments(tmp_path, init_adapter=str(start)))
 
 
 def test_other_flags_than_the_file_s_are_refused(images: dict[str, Any], start: Path, tmp_path: Path) -> None:
     for changes, message in [
-        ({"adapter_options": {"core_hidden_dims": [8, 7], "core_sharing": "layer"}}, "'global', this run 'layer'"),
-        ({"min_noise_level": 0.2}, "has the strength .* give the same --min_noise_level and --max_noise"),
-        ({"rank": 2}, "has r 3, this run 2: give --rank"),
+        (
+            {"adapter_options": {"core_hidden_dims": [8, 7], "core_sharing": "layer"}},
+            "'global', but this run has 'layer'",
+        ),
+        ({"min_noise_level": 0.2}, "has the strength .* Give the same --min_noise_level and --max_noise"),
+        ({"rank": 2}, "has r 3, but this run has 2. Give --rank"),
         ({"train_text_encoder": False}, "but this run trains unet"),
         ({"adapter": "lora"}, "is a NaRA with core_type 'hypernetwork'"),
         ({"adapter": "hira"}, "init_adapter starts from a LoRA or a NaRA"),
