@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from nara_diffusion import StrengthSchedule, core_matrix, noise_level
-from nara_diffusion.noise.level import find_holders
+from nara_diffusion.noise.context import find_holders
 
 LEVELS = torch.linspace(0, 1, 101)  # λ at which curves are drawn
 Points = Sequence[tuple[float, float]]  # (λ, strength), as StrengthSchedule takes them

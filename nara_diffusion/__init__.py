@@ -12,8 +12,9 @@ from .cores.factorization import shared_factors
 from .export import from_lora, to_lora
 from .loaders.other_trainers import checkpoint_nara_weights
 from .loaders.weights import load_nara_weights, save_nara_weights, unload_nara_weights
-from .noise.level import noise_level, register_noise_source, set_noise_source
-from .noise.rows import register_denoiser
+from .noise.context import noise_level
+from .noise.denoisers import register_denoiser
+from .noise.sources import register_noise_source, set_noise_source
 from .noise.strength_schedule import StrengthSchedule
 from .noise.timesteps import TimestepNoise
 from .tuner.inspection import core_matrix

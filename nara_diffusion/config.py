@@ -12,16 +12,18 @@ from dataclasses import dataclass, fields
 from enum import Enum
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, get_type_hints
 
 from peft import LoraConfig
 
-from nara_diffusion.cores.core import BUILT_IN, check_core_type
+from nara_diffusion.cores.registry import BUILT_IN, check_core_type
 from nara_diffusion.noise.level import is_number
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
+from nara_diffusion.utils.field_types import described, fits
 from nara_diffusion.utils.files import atomic_write_files
 
 _CHOICES: dict[str, tuple[tuple[str | int, ...], tuple[str, ...]]] = {
+    "bias": (("none", "all", "lora_only"), BUILT_IN),
     "core_init": (("zero_last", "kaiming", "zero_all"), ("hypernetwork", "constant")),
     "core_input": (("noise_level",), BUILT_IN),
     "core_sharing": (("global", "module_type", "layer"), BUILT_IN),
@@ -137,32 +139,31 @@ class NaraConfig(LoraConfig):
 
     def __new__(cls, *args: object, **given: object) -> NaraConfig:
         # PEFT only warns of unknown fields in a file and drops them, which changes the adapter
-        known = {field.name for field in fields(cls)}
-        unknown = [name for name in given if name not in known and not is_idle(name, given[name])]
+        names = {field.name for field in fields(cls)}
+        unknown = [name for name in given if name not in names and not is_idle(name, given[name])]
         if unknown:
             raise ValueError(
-                f"NaraConfig has no field {', '.join(map(repr, unknown))}: remove it, or, if a file has it, update "
-                "nara-diffusion and PEFT, or save the adapter again with these versions."
+                f"NaraConfig has no field {', '.join(map(repr, unknown))}. Remove it. If it comes from a file, update "
+                "nara-diffusion and PEFT, or save the adapter again with the installed versions."
             )
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        self.peft_type = NaraPeftType.NARA  # type: ignore[assignment]
+        if self.scheduler is not None:
+            raise ValueError(f"NaraConfig can't have a scheduler any more: {OTHER_PREDICTION}")
         self.rank_pattern = self.rank_pattern or {}
         self.alpha_pattern = self.alpha_pattern or {}
         check_core_type(self.core_type)
-        if self.scheduler is not None:
-            raise ValueError(f"NaraConfig can't have a scheduler any more: {OTHER_PREDICTION}")
         self._check_choices()
         self._check_numbers()
-        self._check_patterns()
+        self._check_types()
+        super().__post_init__()
+        self.peft_type = NaraPeftType.NARA  # type: ignore[assignment]
         self._check_core_numbers()
         if self.strength is not None:
             self._check_strength(self.strength)
         if self.reads_core:
             self._check_lora_options()
-            self._check_start()
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
@@ -204,7 +205,7 @@ class NaraConfig(LoraConfig):
     def _check_numbers(self) -> None:
         widths = self.core_hidden_dims
         if not isinstance(widths, (list, tuple)) or not widths or not all(map(_is_size, widths)):
-            self._refuse("core_hidden_dims", ": pass one positive integer a hidden layer.")
+            self._refuse("core_hidden_dims", ": pass one positive integer for each hidden layer.")
         self.core_hidden_dims = tuple(widths)  # JSON gives a list
         for name in _SIZES:
             if not _is_size(getattr(self, name)):
@@ -214,19 +215,27 @@ class NaraConfig(LoraConfig):
                 self._refuse(name, ": pass a finite number greater than 0.")
         if not is_number(self.lora_alpha):
             self._refuse("lora_alpha", ": pass a finite number.")
-
-    def _check_patterns(self) -> None:
+        if not is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
+            self._refuse("lora_dropout", ": pass a number from 0 to less than 1.")
         ranks, alphas = self.rank_pattern, self.alpha_pattern
         if not isinstance(ranks, dict) or not all(map(_is_size, ranks.values())):
             self._refuse("rank_pattern", ": pass {name of a module: its positive integer rank}.")
         if not isinstance(alphas, dict) or not all(map(is_number, alphas.values())):
             self._refuse("alpha_pattern", ": pass {name of a module: its finite alpha}.")
 
+    def _check_types(self) -> None:
+        for name, annotation in get_type_hints(type(self)).items():
+            if not fits(getattr(self, name), annotation):
+                self._refuse(name, f": pass {described(annotation)}.")
+
     def _check_core_numbers(self) -> None:
         if self.noise_embedding == "fourier" and self.noise_embedding_dim % 2:
-            self._refuse("noise_embedding_dim", ": sine and cosine are pairs: pass an even number.")
+            self._refuse(
+                "noise_embedding_dim",
+                ": pass an even number, since each frequency has a sine and a cosine.",
+            )
         if self.core_type == "knots" and self.core_knots < 2:
-            self._refuse("core_knots", ": interpolation needs one at either end, so 2 or more.")
+            self._refuse("core_knots", ": pass 2 or more, since λ = 0 and λ = 1 have a knot each.")
         ranks = {self.r, *(self.rank_pattern or {}).values()}
         if self.rank_mask_min is not None:
             is_rank = _is_size(self.rank_mask_min) and self.rank_mask_min <= min(ranks)
@@ -240,8 +249,8 @@ class NaraConfig(LoraConfig):
             for rank in sorted(ranks):
                 if rank % self.core_bins:
                     raise ValueError(
-                        f"r is {rank}, the rank of all bins together, and {self.core_bins} bins "
-                        "cannot share it evenly: pass core_bins times the rank of one."
+                        f"r ({rank}) is the total rank of all bins and must be a multiple of core_bins "
+                        f"({self.core_bins})."
                     )
 
     def _check_strength(self, given: StrengthSchedule | list[list[float]]) -> None:
@@ -252,8 +261,8 @@ class NaraConfig(LoraConfig):
         self.strength = schedule.as_lists()
         for name in unscaled_fields(self):
             raise ValueError(
-                f"strength depends on λ, but would not reach what {name}={getattr(self, name)!r} "
-                "changes in the model: remove one of the two."
+                f"strength depends on λ, but can't scale what {name}={getattr(self, name)!r} changes in "
+                "the model: remove one of the two."
             )
 
     def _check_lora_options(self) -> None:
@@ -264,8 +273,6 @@ class NaraConfig(LoraConfig):
                     f"NaRA does not support {name}, since PEFT then computes the update without C(λ): "
                     "remove it, or use core_type='identity' without a strength."
                 )
-
-    def _check_start(self) -> None:
         start = self.init_lora_weights
         is_identity = self.core_type == "identity"
         if self.lora_a_init != "peft" and (is_identity or start is not True):

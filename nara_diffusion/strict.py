@@ -23,8 +23,8 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 
-from nara_diffusion.cores.core import HOLDER_NAME, NAME_IN_FILES
-from nara_diffusion.noise.level import find_holders
+from nara_diffusion.cores.registry import HOLDER_NAME, NAME_IN_FILES
+from nara_diffusion.noise.context import find_holders
 from nara_diffusion.utils.files import listed
 
 PEFT_PREFIX = "base_model.model."
@@ -58,8 +58,8 @@ def with_names_in_files(tensors: Mapping[str, Tensor], adapter_name: str) -> dic
 
 def core_name_in_file(key: str, adapter_name: str) -> str | None:
     """Return a core tensor's name in files, or None if `key` isn't a core tensor of this adapter."""
-    prefix, holder, rest = key.rpartition(f"{HOLDER_NAME}.cores.{adapter_name}.")
-    return f"{prefix}{NAME_IN_FILES}.{rest}" if holder else None
+    prefix, holder, suffix = key.rpartition(f"{HOLDER_NAME}.cores.{adapter_name}.")
+    return f"{prefix}{NAME_IN_FILES}.{suffix}" if holder else None
 
 
 def with_model_names(
@@ -71,20 +71,20 @@ def with_model_names(
         mapped: the tensors, with the factors renamed by PEFT.
         present: the names in the model's state dict.
     """
-    found = dict(mapped)
+    renamed = dict(mapped)
     for key in present:
         saved = core_name_in_file(key, adapter_name)
         if saved is None:
             continue
         for name in (saved, f"{PEFT_PREFIX}{saved}"):
-            if name in found:
-                found[key] = found.pop(name)
+            if name in renamed:
+                renamed[key] = renamed.pop(name)
     names = set(present)
-    for key in list(found):
+    for key in list(renamed):
         without_prefix = key.removeprefix(PEFT_PREFIX)
         if key not in names and without_prefix in names:
-            found[without_prefix] = found.pop(key)
-    return found
+            renamed[without_prefix] = renamed.pop(key)
+    return renamed
 
 
 def expected_tensors(
@@ -108,12 +108,12 @@ def expected_tensors(
 
 def without_adapters(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
     """Return the tensors without any that have one of these adapter names in their keys."""
-    others = [f".{name}." for name in names]
-    found = {}
+    parts = [f".{name}." for name in names]
+    selected = {}
     for key, tensor in tensors.items():
-        if not any(other in f"{key}." for other in others):
-            found[key] = tensor
-    return found
+        if not any(part in f"{key}." for part in parts):
+            selected[key] = tensor
+    return selected
 
 
 def core_tensors(
@@ -126,7 +126,7 @@ def core_tensors(
     Raises:
         ValueError: a tensor is missing, or not float32.
     """
-    found = {}
+    cores = {}
     for holder in find_holders(model):
         if adapter_name not in holder.cores:
             continue
@@ -138,11 +138,11 @@ def core_tensors(
                     f"'{name}' of the core of adapter '{adapter_name}' is missing from what would be "
                     f"saved: {_AS_IN_MODEL}."
                 )
-            found[key] = state_dict[key]
+            cores[key] = state_dict[key]
             _check_core_precision(
-                key, found[key], like, "in the state_dict to be saved", _AS_IN_MODEL
+                key, cores[key], like, "in the state_dict to be saved", _AS_IN_MODEL
             )
-    return found
+    return cores
 
 
 def without_second_biases(tensors: Mapping[str, Tensor], adapter_name: str) -> dict[str, Tensor]:
@@ -150,13 +150,13 @@ def without_second_biases(tensors: Mapping[str, Tensor], adapter_name: str) -> d
 
     PEFT writes such copies if `bias` is "all".
     """
-    own = f".modules_to_save.{adapter_name}."
-    kept = {}
+    of_adapter = f".modules_to_save.{adapter_name}."
+    selected = {}
     for key, tensor in tensors.items():
-        is_copy = ".modules_to_save." in key and own not in key and key.endswith(".bias")
+        is_copy = ".modules_to_save." in key and of_adapter not in key and key.endswith(".bias")
         if not is_copy:
-            kept[key] = tensor
-    return kept
+            selected[key] = tensor
+    return selected
 
 
 def check_adapter_names(model: nn.Module, names: set[str]) -> None:
@@ -168,19 +168,13 @@ def check_adapter_names(model: nn.Module, names: set[str]) -> None:
     for key in model.state_dict():
         if not any(part in key for part in (".lora_", ".base_layer.", f"{HOLDER_NAME}.")):
             continue
-        for before, name in pairwise(f"{PEFT_PREFIX}{key}".split(".")):
-            if name in names and not _precedes_adapter_name(before):
+        for part, name in pairwise(f"{PEFT_PREFIX}{key}".split(".")):
+            is_before_name = part.startswith(("lora_", "cores", "modules_to_save"))
+            if name in names and (part == HOLDER_NAME or not is_before_name):
                 raise ValueError(
                     f"adapter '{name}' is named like a part of '{key}', so PEFT would leave "
                     "out tensors when it saves one of several adapters. Choose another name."
                 )
-
-
-def _precedes_adapter_name(part: str) -> bool:
-    """Return True if the name of an adapter follows `part` in a key."""
-    if part == HOLDER_NAME:
-        return False
-    return part.startswith(("lora_", "cores", "modules_to_save"))
 
 
 # ---------------------------------------------------------------------- a file before loading
@@ -189,7 +183,7 @@ def _precedes_adapter_name(part: str) -> bool:
 def check_tensors(
     given: Mapping[str, object],
     expected: Mapping[str, Tensor],
-    known: Mapping[str, Tensor] | None = None,
+    in_model: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Compare a file's tensors with those of the adapter that it is loaded into.
 
@@ -198,22 +192,22 @@ def check_tensors(
     Args:
         given: the file's tensors.
         expected: the adapter's tensors. Their values are not read, so they may be on "meta".
-        known: all tensors of the model, if the file may also contain embeddings and
+        in_model: all tensors of the model, if the file may also contain embeddings and
             `modules_to_save`. None means `expected`.
 
     Raises:
         ValueError: a tensor is missing, unknown or not finite, has a wrong shape, contains integers
             although the model has real numbers, or belongs to a core and is not float32.
     """
-    known = expected if known is None else known
+    in_model = expected if in_model is None else in_model
     if missing := _absent(expected, given):
         raise ValueError(f"The checkpoint lacks {listed(missing, 'tensors')}. {_HINT}")
-    if unknown := _absent(given, known):
+    if unknown := _absent(given, in_model):
         raise ValueError(
             f"The checkpoint has {listed(unknown, 'tensors')}, but this adapter does not. {_HINT}"
         )
     for key, tensor in given.items():
-        _check_tensor(key, tensor, known[key], has_shape=key in expected)
+        _check_tensor(key, tensor, in_model[key], has_shape=key in expected)
 
 
 def _absent(wanted: Iterable[str], present: Mapping[str, object]) -> list[str]:
@@ -236,7 +230,12 @@ def _check_tensor(key: str, tensor: object, like: Tensor, has_shape: bool) -> No
     if is_core_key(key):
         remedy = "save it again without converting it"
         _check_core_precision(key, tensor, like, "in the checkpoint", remedy)
-    if tensor.is_floating_point() and not bool(tensor.to(like.dtype).isfinite().all()):
+    check_finite(key, tensor, like.dtype)
+
+
+def check_finite(key: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    """Raise ValueError if a tensor has a value that is not finite in `dtype`."""
+    if tensor.is_floating_point() and not bool(tensor.to(dtype).isfinite().all()):
         raise ValueError(
             f"'{key}' has NaN or infinity in the checkpoint, or a value that is too large for its "
             "layer: the run that saved it was broken, or the model has to be in bfloat16 or float32."
@@ -280,19 +279,23 @@ def check_loaded(
         ValueError: a tensor is not in the model, or the model has one that is not in the file.
     """
     loaded = _by_plain_name(adapter_tensors(model, adapter_name))
-    given = _by_plain_name(tensors)
-    lost = [key for key, tensor in given.items() if not _has_values(loaded.get(key), tensor)]
-    surplus = _absent(loaded, given)
+    in_file = _by_plain_name(tensors)
+    lost = [key for key, tensor in in_file.items() if not _has_values(loaded.get(key), tensor)]
+    surplus = _absent(loaded, in_file)
     kind = type(model).__name__
     if lost:
-        what = f"{len(lost)} of the {len(given)} tensors of {origin} did not load into {kind}: "
-        what += listed(lost)
+        difference = (
+            f"{len(lost)} of the {len(in_file)} tensors of {origin} did not load into {kind}: "
+        )
+        difference += listed(lost)
     elif surplus:
-        what = f"{kind} has {len(surplus)} tensors that {origin} does not have: {listed(surplus)}"
+        difference = (
+            f"{kind} has {len(surplus)} tensors that {origin} does not have: {listed(surplus)}"
+        )
     else:
         return
     raise ValueError(
-        f"{what}. The installed PEFT, Diffusers and Transformers expect other names, or another "
+        f"{difference}. The installed PEFT, Diffusers and Transformers expect other names, or another "
         "configuration, for this model: save the adapter again with these versions, or load it into "
         "the model that it was trained on."
     )

@@ -40,9 +40,11 @@ from nara_diffusion.loaders.insertion import (
     adapters_of,
     nara_adapters_of,
 )
-from nara_diffusion.loaders.tensor_files import is_nara, is_nara_for_peft
+from nara_diffusion.loaders.tensor_files import check_peft_weights, is_nara, is_nara_for_peft
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
-from nara_diffusion.tuner.model import NaraModel, restored_on_error
+from nara_diffusion.tuner.adding import restored_on_error
+from nara_diffusion.tuner.holder import holder_of
+from nara_diffusion.tuner.model import NaraModel
 from nara_diffusion.tuner.strength import check_strength, give_strength, strength_of
 
 _Function = Callable[..., Any]
@@ -83,8 +85,8 @@ def wrap_other_libraries() -> None:
 
 def _around(owner: type | ModuleType, name: str, function: _Function) -> None:
     """Replace `owner.name`, once, with a function that calls `function(original, …)`."""
-    found = inspect.getattr_static(owner, name)
-    original = found.__func__ if isinstance(found, classmethod) else found
+    attribute = inspect.getattr_static(owner, name)
+    original = attribute.__func__ if isinstance(attribute, classmethod) else attribute
     if getattr(original, "knows_cores", False):
         return
 
@@ -93,7 +95,7 @@ def _around(owner: type | ModuleType, name: str, function: _Function) -> None:
         return function(original, *args, **kwargs)
 
     wrapper.knows_cores = True  # type: ignore[attr-defined]
-    setattr(owner, name, classmethod(wrapper) if isinstance(found, classmethod) else wrapper)
+    setattr(owner, name, classmethod(wrapper) if isinstance(attribute, classmethod) else wrapper)
 
 
 # ---------------------------------------------------------------------- PEFT
@@ -112,6 +114,7 @@ def _from_pretrained(
     is_ours = _is_nara(model_id, kwargs) if config is None else isinstance(config, NaraConfig)
     if not is_ours:
         return original(cls, model, model_id, adapter_name, *args, **kwargs)
+    check_peft_weights(model_id, kwargs.get("subfolder"))
     with naming(model_id, kwargs.get("subfolder")), restored_on_error(model):
         return original(cls, model, model_id, adapter_name, *args, **kwargs)
 
@@ -126,6 +129,7 @@ def _load_adapter(
 ) -> Any:
     if not isinstance(self.base_model, NaraModel):
         return original(self, model_id, adapter_name, *args, **kwargs)
+    check_peft_weights(model_id, kwargs.get("subfolder"))
     with naming(model_id, kwargs.get("subfolder")), restored_on_error(self):
         return original(self, model_id, adapter_name, *args, **kwargs)
 
@@ -143,21 +147,21 @@ def _is_nara(model_id: str | os.PathLike[str], options: Mapping[str, Any]) -> bo
 def _load_into_transformers(
     original: _Function, self: nn.Module, *args: Any, **kwargs: Any
 ) -> LoadStateDictInfo:
-    given = dict(inspect.signature(original).bind(self, *args, **kwargs).arguments)
-    given |= given.pop("kwargs", {})
-    load_config = given.get("load_config")
+    arguments = dict(inspect.signature(original).bind(self, *args, **kwargs).arguments)
+    arguments |= arguments.pop("kwargs", {})
+    load_config = arguments.get("load_config")
     base_id = getattr(load_config, "pretrained_model_name_or_path", None)
-    model_id = given.get("peft_model_id") or base_id
+    model_id = arguments.get("peft_model_id") or base_id
     of_base = getattr(load_config, "download_kwargs", None) or {}
-    options = {**of_base, **given, **(given.get("adapter_kwargs") or {})}
+    options = {**of_base, **arguments, **(arguments.get("adapter_kwargs") or {})}
     hub = {name: options[name] for name in _HUB if options.get(name) is not None}
-    config = given.get("peft_config")
+    config = arguments.get("peft_config")
     is_ours = isinstance(config, NaraConfig)
     if config is None and model_id:
         is_ours = _is_nara(model_id, hub)
     if not is_ours:
         return original(self, *args, **kwargs)
-    name = given.get("adapter_name") or "default"
+    name = arguments.get("adapter_name") or "default"
     if name in getattr(self, "peft_config", {}):
         raise ValueError(
             f"The model has an adapter '{name}', and load_adapter does not replace it with a NaRA: pass another "
@@ -166,9 +170,10 @@ def _load_into_transformers(
     named = nullcontext() if model_id is None else naming(model_id, hub.get("subfolder"))
     with named, restored_on_error(self):
         config = copy(config or PeftConfig.from_pretrained(model_id, **hub))  # type: ignore[arg-type]
-        config.inference_mode = not given.get("is_trainable", False)
-        tensors = given.get("adapter_state_dict")
+        config.inference_mode = not arguments.get("is_trainable", False)
+        tensors = arguments.get("adapter_state_dict")
         if not tensors:
+            check_peft_weights(model_id, hub.get("subfolder"))  # type: ignore[arg-type]
             tensors = load_peft_weights(model_id, device="cpu", **hub)  # type: ignore[arg-type]
         inject_adapter_in_model(config, self, name)
         set_peft_model_state_dict(self, tensors, name)
@@ -178,16 +183,12 @@ def _load_into_transformers(
         for module in self.modules():
             if isinstance(module, BaseTunerLayer):
                 module.requires_grad_(False)
-    return _nothing_left_out()
-
-
-def _nothing_left_out() -> LoadStateDictInfo:
-    """Return Transformers' report of a load that used all tensors."""
-    empty: dict[str, Any] = {}
-    for field in dataclasses.fields(LoadStateDictInfo):
-        empty[field.name] = set()
-    empty |= {"error_msgs": [], "conversion_errors": {}}
-    return LoadStateDictInfo(**empty)
+        holder = holder_of(self)
+        if holder is not None:
+            holder.follow_factors()
+    # Transformers' report of a load that used all tensors
+    empty: dict[str, Any] = {field.name: set() for field in dataclasses.fields(LoadStateDictInfo)}
+    return LoadStateDictInfo(**empty | {"error_msgs": [], "conversion_errors": {}})
 
 
 # ---------------------------------------------------------------------- Diffusers
@@ -211,9 +212,9 @@ def _set_adapters(
         for name, weight in zip(names, weights, strict=False):  # Diffusers checks the lengths
             if name not in adapters_of(model):
                 continue
-            own = weight.get(part) if isinstance(weight, Mapping) else weight
-            _check_weight(part, own)
-            schedule = own if isinstance(own, StrengthSchedule) else None
+            weight_of_part = weight.get(part) if isinstance(weight, Mapping) else weight
+            _check_weight(part, weight_of_part)
+            schedule = weight_of_part if isinstance(weight_of_part, StrengthSchedule) else None
             if schedule is not None:
                 scheduled.append((model, name, schedule))
             if schedule is not None or strength_of(model, name) is not None:
@@ -229,7 +230,7 @@ def _check_not_compiled(part: str, model: nn.Module) -> None:
     compiled = getattr(model, "_orig_mod", None)
     if compiled is not None and nara_adapters_of(compiled):
         raise ValueError(
-            f"{part} is what torch.compile returned, and Diffusers finds no adapter in it: take the model out, "
+            f"{part} was returned by torch.compile, and Diffusers finds no adapter in it. Use the model itself, "
             f"pipe.{part} = pipe.{part}._orig_mod, and compile it in place, pipe.{part}.compile()."
         )
 
@@ -241,8 +242,8 @@ def _check_weight(part: str, weight: _Weight) -> None:
         return
     why = "has no λ" if is_schedule else "needs a number for each block"
     raise ValueError(
-        f"adapter_weights has a StrengthSchedule for {part}, which {why}: a schedule is for an adapter, or for its "
-        "part in the denoiser, {'unet': schedule, 'text_encoder': 1.0}."
+        f"adapter_weights has a StrengthSchedule for {part}, which {why}. Pass a schedule for a whole adapter, or for "
+        "its part in the denoiser: {'unet': schedule, 'text_encoder': 1.0}."
     )
 
 
@@ -264,10 +265,10 @@ def _numbers(weights: _Weight) -> _Weight:
 
 
 def _find_lora_file(original: _Function, *args: Any, **kwargs: Any) -> str:
-    found = original(*args, **kwargs)
-    if str(found).endswith(".safetensors") and is_nara(Path(found)):
+    path = original(*args, **kwargs)
+    if str(path).endswith(".safetensors") and is_nara(Path(path)):
         raise ValueError(
-            f"'{found}' holds a NaRA adapter: loading it as a LoRA would leave out the core. Load it with "
+            f"'{path}' holds a NaRA adapter: loading it as a LoRA would leave out the core. Load it with "
             "pipe.load_nara_weights(…)."
         )
-    return found
+    return path

@@ -9,7 +9,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from .options import Count, NotNegative, NotNegativeInt, Positive, Range, Share, defaults_of, option
+from .options import (
+    Count,
+    Interval,
+    NotNegative,
+    NotNegativeInt,
+    Positive,
+    Range,
+    Share,
+    defaults_of,
+    option,
+)
 from .training import AdapterArguments, TrainingArguments
 
 UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -183,6 +193,11 @@ class ValidationArguments:
         "instance prompt, or without one the first four captions.",
         sentences=True,
     )
+    validation_steps: Interval | None = option(
+        0.25,
+        "Sample and measure every so often; below 1, a share of all steps; none never.",
+        unit="optimizer steps",
+    )
     num_validation_images: Count = option(
         4, "Images for each prompt, with the seeds --seed, --seed + 1, ….", rare=True
     )
@@ -213,10 +228,10 @@ class ImageFlags(
     DataArguments,
     PriorArguments,
     ImageAdapterArguments,
+    ValidationArguments,  # before the shared arguments, whose validation_steps it replaces
     TrainingArguments,
     ObjectiveArguments,
     FewStepArguments,
-    ValidationArguments,
 ):
     """Teach an image model a subject from a few images, and measure the result.
 

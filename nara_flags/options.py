@@ -41,6 +41,13 @@ NotNegativeInt = Annotated[int, _LEAST_0]
 NotNegative = Annotated[float, _LEAST_0]
 Positive = Annotated[float, Range("above 0", lambda value: value > 0)]
 Share = Annotated[float, Range("in [0, 1]", lambda value: 0 <= value <= 1)]
+Interval = Annotated[
+    float,
+    Range(
+        "a whole number of steps, or a share below 1",
+        lambda value: 0 < value < 1 or (value >= 1 and value % 1 == 0),
+    ),
+]
 ShareBelow1 = Annotated[float, Range("in [0, 1)", lambda value: 0 <= value < 1)]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from .options import (
     Count,
+    Interval,
     NotNegative,
     NotNegativeInt,
     Positive,
@@ -177,8 +178,10 @@ class RunArguments:
     logging_steps: Count = option(
         10, "Write to metrics.jsonl every so often.", unit="optimizer steps", rare=True
     )
-    validation_steps: Count | None = option(
-        100, "Measure the validation loss every so often; none never.", unit="optimizer steps"
+    validation_steps: Interval | None = option(
+        100,
+        "Measure the validation loss every so often; below 1, a share of all steps; none never.",
+        unit="optimizer steps",
     )
     checkpointing_steps: Count | None = option(
         500,

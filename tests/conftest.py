@@ -19,8 +19,8 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from nara_diffusion.cores.core import CUSTOM
-from nara_diffusion.noise.rows import _DENOISERS
+from nara_diffusion.cores.registry import CUSTOM
+from nara_diffusion.noise.denoisers import _DENOISERS
 from tests.acceptance._text import backbone
 from tests.helpers.process_state import fail_if_left, process_state
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from enum import Enum
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, LoraRuntimeConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora.config import ArrowConfig, BdLoraConfig, EvaConfig, KasaConfig, MontecloraConfig, VeloraConfig
 
 from nara_diffusion import NaraConfig, StrengthSchedule, noise_level
-from nara_diffusion.loaders.file import config_from_fields, config_to_fields
+from nara_diffusion.loaders.adapter_part import config_from_fields, config_to_fields
 from tests.helpers.adapted import TwoLayers, nara_config
 
 CONFIG = "adapter_config.json"
@@ -26,22 +28,22 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"few_steps": 4}, "few_steps is 4"),
     ({"core_hidden_dims": ()}, "core_hidden_dims is"),
     ({"core_hidden_dims": (256.0,)}, "core_hidden_dims is"),
-    ({"core_hidden_dims": 256}, "core_hidden_dims is 256: pass one positive integer a hidden layer"),
+    ({"core_hidden_dims": 256}, "core_hidden_dims is 256: pass one positive integer for each hidden layer"),
     ({"noise_embedding_dim": 63}, "noise_embedding_dim is 63: .* even number"),
     ({"core_scale": 0}, "core_scale is 0: pass a finite number greater than 0"),
     ({"core_scale": "0.1"}, "core_scale is '0.1'"),
     ({"fourier_scale": float("nan")}, "fourier_scale is nan"),
-    ({"core_type": "knots", "core_knots": 1}, "core_knots is 1: interpolation needs one at either end"),
-    ({"core_type": "bins", "r": 8}, "r is 8, .* 5 bins cannot share .*pass core_bins times the rank"),
-    ({"core_type": "bins", "r": 10, "rank_pattern": {"a": 4}}, "r is 4, .* 5 bins cannot share"),
+    ({"core_type": "knots", "core_knots": 1}, "core_knots is 1: pass 2 or more"),
+    ({"core_type": "bins", "r": 8}, r"r \(8\) is the total rank of all bins and must be a multiple of core_bins \(5\)"),
+    ({"core_type": "bins", "r": 10, "rank_pattern": {"a": 4}}, r"r \(4\) is the total rank"),
     ({"core_type": "rank_mask", "r": 4, "rank_mask_min": 5}, "rank_mask_min is 5, with .*r=4"),
     ({"rank_mask_min": 2}, "rank_mask_min is 2, with core_type='hypernetwork' .*it is for core_type='rank_mask'"),
     ({"core_input": "both"}, "core_input is 'both': choose one of 'noise_level'"),
     ({"mask_density_radius": 8}, "mask_density_radius is 8: choose one of 4"),
     ({"core_type": "constant", "noise_embedding": "raw"}, "noise_embedding is 'raw', which core_type 'constant' does"),
     ({"strength": [[0.5, 1], [0.2, 1]]}, "strength is .*ascending"),
-    ({"strength": [[0, 1]], "bias": "all"}, "strength depends on λ, but would not reach what bias='all'"),
-    ({"strength": [[0, 1]], "init_lora_weights": "pissa"}, "strength depends on λ, but would not reach what init_lora"),
+    ({"strength": [[0, 1]], "bias": "all"}, "strength depends on λ, but can't scale what bias='all'"),
+    ({"strength": [[0, 1]], "init_lora_weights": "pissa"}, "strength depends on λ, but can't scale what init_lora"),
     ({"init_lora_weights": "corda"}, "NaRA does not support init_lora_weights='corda': use True, False"),
     ({"init_lora_weights": "pissa_niter_x"}, "NaRA does not support init_lora_weights='pissa_niter_x'"),
     ({"init_lora_weights": "olora", "core_init": "kaiming"}, "init_lora_weights='olora' needs C = I at step 0"),
@@ -52,8 +54,43 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"rank_pattern": {"a": 2.0}}, "rank_pattern is .*positive integer rank"),
     ({"lora_alpha": float("nan")}, "lora_alpha is nan: pass a finite number"),
     ({"lora_alpha": "8"}, "lora_alpha is '8': pass a finite number"),
+    ({"lora_dropout": 1.5}, "lora_dropout is 1.5: pass a number from 0 to less than 1"),
+    ({"lora_dropout": True}, "lora_dropout is True: pass a number"),
+    ({"bias": "some"}, "bias is 'some': choose one of 'none', 'all', 'lora_only'"),
+    ({"use_dora": "no"}, "use_dora is 'no': pass True or False"),
+    ({"use_rslora": "false"}, "use_rslora is 'false': pass True or False"),
+    ({"modules_to_save": "head"}, "modules_to_save is 'head': pass a list or None"),
+    ({"modules_to_save": [3]}, r"modules_to_save is \[3\]: pass a list"),
+    ({"target_modules": 3}, "target_modules is 3: pass a list or a string or None"),
+    ({"layers_to_transform": "0"}, "layers_to_transform is '0': pass a list or a number or None"),
+    ({"init_lora_weights": 1}, "init_lora_weights is 1: pass 'gaussian' or .*True or False"),
+    ({"noise_convention": 0}, "noise_convention is 0: pass a string or None"),
+    ({"noise_convention": False}, "noise_convention is False: pass a string"),
+    ({"noise_convention": ["flow"]}, r"noise_convention is \['flow'\]: pass a string"),
+    ({"strength": 0.5}, "strength is 0.5: pass a StrengthSchedule or a list or None"),
     ({"alpha_pattern": {"a": float("inf")}}, "alpha_pattern is {'a': inf}: .*finite alpha"),
 ]
+
+
+class Start(str, Enum):
+    """As PEFT's own enumerations of strings."""
+
+    GAUSSIAN = "gaussian"
+
+
+ACCEPTED: list[dict[str, Any]] = [
+    {"lora_alpha": 6.5, "lora_dropout": 0},
+    {"r": np.int64(3), "lora_alpha": np.float32(2), "layers_to_transform": np.int64(1), "target_modules": {"q"}},
+    {"target_modules": ("q", "v"), "exclude_modules": {"k"}, "modules_to_save": ("head",)},
+    {"target_modules": r".*\.q", "exclude_modules": r".*\.k"},
+    {"layers_to_transform": range(3), "layers_pattern": "blocks", "target_modules": ["q"]},
+    {"init_lora_weights": Start.GAUSSIAN, "task_type": TaskType.CAUSAL_LM},
+    {"rank_pattern": None, "alpha_pattern": None, "use_rslora": None, "modules_to_save": None},
+    {"trainable_token_indices": {"embed": [1, 2]}, "base_model_name_or_path": Path("base"), "revision": "main"},
+    {"trainable_token_indices": [1, 2], "runtime_config": LoraRuntimeConfig(), "loftq_config": {}},
+    {"core_hidden_dims": [3], "strength": ((0, 1), (1, 0)), "few_steps": {"num_inference_steps": 4}},
+]
+"""What PEFT's and our users pass beside the annotated types."""
 INITS = [True, False, "gaussian", "pissa", "pissa_niter_4", "olora", "orthogonal"]
 OPTIONS: dict[str, Any] = {
     "target_parameters": ["layer.weight"],
@@ -83,6 +120,13 @@ def test_config_that_cannot_work_is_refused_by_the_name_of_its_field() -> None:
     for fields, message in REFUSED:
         with pytest.raises(ValueError, match=f"^{message}"):
             NaraConfig(**fields)
+
+
+@pytest.mark.parametrize("fields", ACCEPTED, ids=str)
+def test_config_accepts_what_users_of_peft_pass(fields: dict[str, Any]) -> None:
+    config = NaraConfig(**fields)
+    assert config.peft_type == "NARA"
+    assert dataclasses.replace(config) == config
 
 
 def test_config_has_considered_every_option_of_peft() -> None:
@@ -179,6 +223,7 @@ def test_fields_of_early_files_that_say_nothing_are_dropped_and_no_other_may_lac
 def test_file_with_an_unknown_field_or_value_is_refused_by_name_in_every_way(changes: Any, tmp_path: Path) -> None:
     nara_config(target_modules=["first"]).save_pretrained(tmp_path)
     path, name = tmp_path / CONFIG, next(iter(changes))
+    (tmp_path / "adapter_model.safetensors").touch()
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     for read in (
         lambda: PeftModel.from_pretrained(TwoLayers(), tmp_path),

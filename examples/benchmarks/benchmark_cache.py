@@ -39,7 +39,7 @@ from nara_diffusion import NaraConfig
 from nara_diffusion.dllm import generate
 from nara_diffusion.dllm.models.block_causal import LLaDA2ForCausalLM
 from nara_diffusion.dllm.models.pretrained import LLaDA2MoeConfig
-from nara_diffusion.noise.level import BLOCK_SHARE
+from nara_diffusion.noise.sources import BLOCK_SHARE
 
 BLOCK = 32
 PROMPT = 32

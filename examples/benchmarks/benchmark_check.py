@@ -37,7 +37,7 @@ from nara_diffusion.check.trials import CheckTask, Loss, published
 from nara_diffusion.check.verdict import decide, differences, mean_losses
 from nara_diffusion.dllm.masking import MaskedBatch, with_level_token
 from nara_diffusion.dllm.tokenizer import digit_tokens
-from nara_diffusion.noise.rows import time_layers
+from nara_diffusion.noise.denoisers import time_layers
 
 IMAGE_RATES = {"learning_rate": 1e-2, "core_learning_rate": 2.5e-3}
 TEXT_RATES = {"learning_rate": 1e-2, "core_learning_rate": 1e-3}

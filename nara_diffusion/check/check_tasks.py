@@ -48,7 +48,7 @@ from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser, write_checkpoint
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments, run_family
 from nara_diffusion.dreambooth.pipelines import family_defaults
 from nara_diffusion.dreambooth.training_step import DreamBoothLoss, TrainingStep
-from nara_diffusion.noise.rows import time_layers
+from nara_diffusion.noise.denoisers import time_layers
 from nara_diffusion.training import adapter_weights
 from nara_diffusion.training.adapters import add_adapter
 from nara_diffusion.training.run import start_run

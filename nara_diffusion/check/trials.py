@@ -31,9 +31,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from nara_diffusion import NaraConfig
-from nara_diffusion.cores.core import Core, make_cores
+from nara_diffusion.cores.core import Core
+from nara_diffusion.cores.registry import make_cores
 from nara_diffusion.dreambooth.denoiser import adapt, text_config
-from nara_diffusion.noise.level import core_holders
+from nara_diffusion.noise.context import core_holders
 from nara_diffusion.training.adapters import adapter_config
 from nara_diffusion.training.loop import StepLoss
 from nara_diffusion.training.optimization import (

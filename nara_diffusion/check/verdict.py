@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from nara_diffusion.noise.level import core_holders
+from nara_diffusion.noise.context import core_holders
 from nara_diffusion.training.report import format_table, write_json
 from nara_diffusion.training.run import Run
 from nara_diffusion.utils.statistics import Interval, interval

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .core import BUILT_IN, CUSTOM, Core, CoreConfig, build_core, without_autocast
+from .core import Core, without_autocast
+from .registry import BUILT_IN, CUSTOM, CoreConfig, build_core
 
 CoreFactory = Callable[[Any, int], nn.Module]
 """(the NaraConfig, r) → a module λ (b,) → C (b, r, r)."""
@@ -60,16 +61,16 @@ class CustomCore(Core):
         """Return C − I (b or 1, r, r), float32, for λ (b,), or without λ if the core ignores it."""
         default = noise_level[0].device if noise_level else torch.device("cpu")
         with without_autocast(self._device(default)):
-            found = self.core(*(level.float() for level in noise_level))
+            C = self.core(*(level.float() for level in noise_level))
         batches = (1, *map(len, noise_level))
-        shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        shape = tuple(C.shape) if isinstance(C, Tensor) else type(C).__name__
         if shape not in [(batch, self.rank, self.rank) for batch in batches]:
             raise ValueError(
                 f"The core of core_type {self.name!r} returned {shape} for {batches[-1]} value(s) of λ and rank "
                 f"{self.rank}: return C ({batches[-1]}, {self.rank}, {self.rank}), or (1, {self.rank}, {self.rank})."
             )
-        found = found.float()
-        return found - torch.eye(self.rank, dtype=torch.float32, device=found.device)
+        C = C.float()
+        return C - torch.eye(self.rank, dtype=torch.float32, device=C.device)
 
 
 def rebuild_core(core: CustomCore, config: CoreConfig) -> Core:

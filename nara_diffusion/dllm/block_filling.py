@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from nara_diffusion.noise.level import find_holders
+from nara_diffusion.noise.context import find_holders
 
 from .decoding import GenerationStep, State
 from .models.backbone import conditioned
@@ -94,7 +94,7 @@ def fill_blocks(
 def _check_parts(model: nn.Module) -> None:
     """Raise ValueError for an active adapter that has only seen one λ for all blocks of a sample."""
     for holder in find_holders(model):
-        for name in holder.deviations.noisy(holder.active_names()):
+        for name in holder.noisy(holder.active_names()):
             if getattr(holder.finder.configs[name], "noise_level_per", None) == "sample":
                 raise ValueError(
                     f"Adapter '{name}' was trained with one λ for each sample (its noise_level_per is "

@@ -32,7 +32,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from nara_diffusion.noise.level import EVERYTHING, NoiseWindow, stratified_uniform
+from nara_diffusion.noise.drawn_levels import EVERYTHING, NoiseWindow, stratified_uniform
 
 Lengths = torch.Tensor | Sequence[int]
 """Lengths or indices. Pass lists or CPU tensors: the host needs the values, and would have to wait

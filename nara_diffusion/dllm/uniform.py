@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nara_diffusion.noise.level import EVERYTHING, NoiseWindow
+from nara_diffusion.noise.drawn_levels import EVERYTHING, NoiseWindow
 
 from .masking import (
     Lengths,

@@ -15,6 +15,7 @@ come from `draws`.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -193,6 +194,16 @@ class DreamBoothDataset(Dataset):
             logger.warning(
                 "random crops leave out %s, and more than a fifth in %s: %s", share, which, remedies
             )
+
+    @property
+    def buckets(self) -> dict[Size, int]:
+        """{size: number of instances} of the sizes that are trained at, the most frequent first."""
+        return dict(Counter(self.targets).most_common())
+
+    @property
+    def sample_size(self) -> Size:
+        """The size of samples: the most frequent one of training."""
+        return next(iter(self.buckets))
 
     def __getitem__(self, position: int) -> Item:
         return {"samples": self.samples_at(position)}

@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from nara_diffusion import NaraConfig
 from nara_diffusion.loaders.insertion import check_storable
 from nara_diffusion.loaders.tensor_files import load_peft_adapter
-from nara_diffusion.noise.level import find_holders
+from nara_diffusion.noise.context import find_holders
 from nara_diffusion.strict import check_loaded, check_tensors
 from nara_diffusion.training.adapter_weights import TRAINABLE
 from nara_diffusion.training.adapters import CORE_FIELDS, check_target_modules

@@ -24,7 +24,7 @@ from nara_diffusion.training.checkpoints import save_adapter
 from nara_diffusion.training.loop import ShuffledStream, prepare_training, train
 from nara_diffusion.training.report import finish
 from nara_diffusion.training.run import Run
-from nara_diffusion.tuner.finder import TIMESTEP_SETTINGS
+from nara_diffusion.tuner.usage import TIMESTEP_SETTINGS
 from nara_diffusion.utils.files import digest_file, digest_texts, local_folder
 
 from .caches import PromptCache
@@ -43,14 +43,12 @@ from .few_steps import (
 )
 from .fidelity import Evaluation
 from .image_arguments import DreamBoothArguments, run_family
-from .image_report import describe_student, figures
+from .image_report import SUBJECT, describe_student, figures
 from .objectives import build_objective
 from .pipelines import load_base, sharing_pipeline
 from .samples import SampleSettings, sample_call, sample_images
 from .student import StudentLoss
 
-OWN = "own"
-"""The name of the user's adapter (--init_adapter) in the pipelines."""
 FIGURES = {
     "validation_loss": "error of a step, share of the base's",
     "similarity": "similarity to the teacher's samples",
@@ -78,12 +76,12 @@ class Distillation:
         self._set_samplers()
         self.config = self._config()
         check_target_modules(self.denoiser, getattr(self.config, "target_modules", None))
-        self.beside = None if args.init_adapter is None else OWN
+        self.beside = None if args.init_adapter is None else SUBJECT
         if args.init_adapter is not None:
             is_own_nara = is_nara(Path(args.init_adapter).expanduser())
             for pipe in (self.pipe, self.teacher, self.sampling_pipe):
                 load: Any = pipe.load_nara_weights if is_own_nara else pipe.load_lora_weights
-                load(args.init_adapter, adapter_name=OWN)
+                load(args.init_adapter, adapter_name=SUBJECT)
 
     def _prompts(self) -> list[str]:
         """Return one prompt for each trajectory."""

@@ -7,6 +7,7 @@ measures the folders of several seeds.
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -29,6 +30,8 @@ from .denoiser import adapter_loaded, write_adapter
 from .encoders import Encoder, Images, image_similarity, text_alignment
 from .reconstruction import Reconstruction
 from .samples import SampleSettings, sample_images, write_grid
+
+logger = logging.getLogger(__name__)
 
 
 class LossCurve(Protocol):
@@ -140,7 +143,11 @@ class Evaluation:
         curve, window = torch.tensor(found.curve), window_of(self.run.args)
         means = validation_means(curve, self.loss.noise_levels, window)
         figures = {"similarity": found.similarity, "text_alignment": found.text_alignment}
-        return means | {name: value for name, value in figures.items() if value is not None}
+        means |= {name: value for name, value in figures.items() if value is not None}
+        if self.run.is_main:
+            text = ", ".join(f"{name} {value:.3f}" for name, value in means.items())
+            logger.info("step %d: %s", self.run.step, text)
+        return means
 
     def _show(self, images: Sequence[Image]) -> None:
         step, prompts = self.run.step, self.settings.prompts

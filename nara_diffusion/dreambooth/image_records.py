@@ -215,12 +215,21 @@ def _record(name: str, read: Callable[[], bytes], prompt: str) -> ImageRecord:
     return ImageRecord(name, read, (height, width), prompt, key)
 
 
-def trained_on(records: Sequence[ImageRecord], folder: str | Path, prompt: str | None) -> str:
+def trained_on(
+    records: Sequence[ImageRecord],
+    folder: str | Path,
+    prompt: str | None,
+    class_images: Sequence[ImageRecord] = (),
+) -> str:
     """Return a description of the images, with their number and the origin of their captions."""
+    prior = ""
+    if class_images:
+        number = counted(len(class_images), "image")
+        prior = f", and {number} of “{class_images[0].prompt}” for prior preservation"
     own = sum(record.prompt != (prompt or "").strip() for record in records)
     images = counted(len(records), "image")
     if not own:
-        return f"{images} of “{prompt}”"
+        return f"{images} of “{prompt}”{prior}"
     file = "metadata.jsonl" if Path(folder, METADATA_FILE).exists() else ".txt"
     others = "" if own == len(records) else f", the others as “{prompt}”"
-    return f"{images}, {own} with captions of their own ({file}){others}"
+    return f"{images}, {own} with captions of their own ({file}){others}{prior}"

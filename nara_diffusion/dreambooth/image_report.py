@@ -28,7 +28,7 @@ _LOADING = """\
 import torch
 from diffusers import {pipeline}
 {imports}
-pipe = {pipeline}.from_pretrained({base!r}, dtype={dtype}{absent})
+pipe = {pipeline}.from_pretrained({base!r}, dtype={dtype}{options})
 {loading}
 image = pipe(
     prompt={prompt!r},
@@ -37,11 +37,13 @@ image = pipe(
 ){picked}
 image.save("sample.png")
 ```"""
-_NAME = "subject"  # the name of a LoRA that needs one
+SUBJECT = "subject"
+"""The name of an adapter that was trained on images, where it needs one."""
 _IMPORTS = {
     "nara": "\nimport nara_diffusion  # gives pipelines load_nara_weights\n",
     "other": "from peft import PeftModel\n",
 }
+_LOST = 0.7  # alignment that remains when samples no longer follow prompts, as a share
 _NOISE = "\n\nThe adapter reads the noise level λ from the timestep of each step."
 
 
@@ -68,7 +70,7 @@ def describe(
         "subject, as they are and as the model's autoencoder shows them (encoded and decoded). "
         "Alignment is the mean cosine of samples and their prompts. Figures of different encoders "
         "can't be compared. Alignment often falls a little while similarity rises. If samples no "
-        "longer show what prompts ask for, use an earlier checkpoint, or a strength below 1."
+        "longer show what prompts ask for, train fewer steps, or use a strength below 1."
     )
     measured = "training" if args.validation_data_dir is None else "held-out"
     return {
@@ -158,11 +160,14 @@ def _loading(
         imports = f"from diffusers import {scheduler}\n{imports}"
     # components that are None must be passed as None
     absent = [name for name, part in pipe.components.items() if part is None]
-    needed = sorted(set(absent) - set(pipe._optional_components))
+    options: dict[str, Any] = dict.fromkeys(sorted(set(absent) - set(pipe._optional_components)))
+    for name in ("revision", "variant"):
+        if getattr(args, name) is not None:
+            options[name] = getattr(args, name)
     call = family.sampling(dict(settings.call), 1)
     code = _LOADING.format(
         pipeline=type(pipe).__name__,
-        absent="".join(f", {name}=None" for name in needed),
+        options="".join(f", {name}={value!r}" for name, value in options.items()),
         imports=imports,
         base=args.pretrained_model_name_or_path,
         dtype=dtypes.get(args.mixed_precision, "torch.float32"),
@@ -180,14 +185,13 @@ def _loading_lines(args: DreamBoothArguments, family: Family, load_from: str) ->
     method = method_of(args).family
     if args.distill_to and args.init_adapter and method in ("nara", "lora"):
         kind = "nara" if is_nara(Path(args.init_adapter).expanduser()) else "lora"
-        weights = f", [1.0, {schedule_of(args)!r}]" if needs_schedule(args) else ""
         return [
-            f"pipe.load_{kind}_weights({args.init_adapter!r}, adapter_name='own')",
-            f"pipe.load_{method}_weights({load_from!r}, adapter_name={_NAME!r})",
-            f"pipe.set_adapters(['own', {_NAME!r}]{weights})",
+            f"pipe.load_{kind}_weights({args.init_adapter!r}, adapter_name={SUBJECT!r})",
+            f"pipe.load_{method}_weights({load_from!r}, adapter_name='few_steps')",
+            f"pipe.set_adapters([{SUBJECT!r}, 'few_steps'])",
         ]
     if needs_schedule(args):
-        load = f"pipe.load_lora_weights({load_from!r}, adapter_name={_NAME!r})"
+        load = f"pipe.load_lora_weights({load_from!r}, adapter_name={SUBJECT!r})"
         return [load, schedule_line(args, family)]
     if method in ("nara", "lora"):
         return [f"pipe.load_{method}_weights({load_from!r})"]
@@ -206,7 +210,21 @@ def schedule_line(args: DreamBoothArguments, family: Family) -> str:
     if args.train_text_encoder:  # text encoders run before λ is known
         parts = {family.denoiser: schedule, **dict.fromkeys(family.text_encoders, "1.0")}
         schedule = "{" + ", ".join(f"{name!r}: {value}" for name, value in parts.items()) + "}"
-    return f"pipe.set_adapters({_NAME!r}, adapter_weights={schedule})"
+    return f"pipe.set_adapters({SUBJECT!r}, adapter_weights={schedule})"
+
+
+def forgetting(before: Measurement, after: Measurement) -> list[str]:
+    """Return a warning if samples came nearer to the subject and lost much of their alignment."""
+    start, end = before.text_alignment, after.text_alignment
+    if start is None or end is None or before.similarity is None or after.similarity is None:
+        return []
+    if after.similarity <= before.similarity or end >= _LOST * start:
+        return []
+    return [
+        f"The alignment with the prompt fell from {start:.2f} to {end:.2f} while the similarity rose: the samples "
+        "show the subject, but no longer what else the prompts ask for. Train fewer steps (--max_train_steps); "
+        "validation/ and metrics.jsonl show where the alignment fell."
+    ]
 
 
 def figures(before: Measurement, after: Measurement, titles: Mapping[str, str]) -> list[list[str]]:

@@ -132,7 +132,7 @@ def load_pipeline(
         pipe = kind.from_pretrained(name, vae=vae, dtype=dtype, **hub, **_left_out(index))
         _check_scheduler(family.fit(pipe, family), pipe.scheduler)
     except (OSError, ValueError, TypeError, AttributeError, KeyError, SafetensorError) as error:
-        raise _not_loaded(name, vae_name, family, error) from error
+        raise _not_loaded(name, vae_name, variant, family, error) from error
     for module in modules_of(pipe).values():
         module.requires_grad_(False).eval()
     pipe.set_progress_bar_config(disable=True)
@@ -153,12 +153,20 @@ def _left_out(index: Mapping[str, Any]) -> dict[str, Any]:
     return absent
 
 
-def _not_loaded(name: str, vae_name: str | None, family: Family, error: Exception) -> ValueError:
+def _not_loaded(
+    name: str, vae_name: str | None, variant: str | None, family: Family, error: Exception
+) -> ValueError:
     """Return the error for a model, or an autoencoder, that can't be loaded."""
     what, why, cure = f"pretrained_model_name_or_path {name}", str(error), ""
     if vae_name:
         what += f" with the autoencoder {vae_name}"
         cure = "; --pretrained_vae_model_name_or_path none takes the model's own autoencoder"
+    if variant is None:
+        stems = [file.stem for file in Path(name).glob("*/*.safetensors")]
+        # model.fp16, or model.fp16-00001-of-00002
+        variants = {stem.partition(".")[2].partition("-")[0] for stem in stems} - {""}
+        for present in sorted(variants):
+            cure += f"; --variant {present} takes the files of that variant"
     if is_out_of_reach(error):
         why = "the Hub can't be reached: look at the connection, or name folders"
     return ValueError(f"{what} can't be loaded as {family.title}: {why}{cure}")
@@ -256,15 +264,21 @@ def shipped_run(
     """Return the arguments of the shipped run, or the defaults of the `given` model if any."""
     if "pretrained_model_name_or_path" in given:
         return family_defaults(given)
+    data = ("instance_data_dir", "instance_prompt", "validation_prompts", "identifier")
+    data += ("validation_steps",)  # the shipped run validates only at its end
+    sdxl = "sdxl_dreambooth"
     if "distill_to" in given:
         config = config.with_name(f"{config.stem}_4_steps.yaml")
+        source = "instance_prompt" if "instance_prompt" in given else "prompts_file"
+        data = (source, "prompts_file", "validation_prompts")
+        sdxl = "sdxl_4_steps"
     return shipped_settings(
         config,
         given,
-        ("instance_data_dir", "instance_prompt", "validation_prompts", "identifier"),
+        data,
         toy="a toy of 64 pixels",
         shown="max_train_steps learning_rate rank num_inference_steps guidance_scale",
-        advice="SDXL at 1024 add --config train_scripts/configs/sdxl_dreambooth.yaml, "
+        advice=f"SDXL at 1024 add --config train_scripts/configs/{sdxl}.yaml, "
         "or with settings of your own "
         "--pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0",
     )

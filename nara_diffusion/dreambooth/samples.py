@@ -23,7 +23,7 @@ from .captions import check_prompt
 from .draws import torch_generator
 from .families import BY_PIPELINE, Family
 from .image_arguments import DreamBoothArguments
-from .image_records import IMAGE_SUFFIXES
+from .image_records import IMAGE_SUFFIXES, Size
 
 CELL = 1.3  # inches, the side of an image on a sheet
 PROMPT_KEY = "class_prompt"  # in a class image's metadata
@@ -63,11 +63,13 @@ class SampleSettings:
         return names
 
 
-def sample_call(args: DreamBoothArguments, family: Family) -> dict[str, Any]:
-    """Return `SampleSettings.call` of a run, at the training resolution."""
-    size = {"height": args.resolution, "width": args.resolution}
+def sample_call(
+    args: DreamBoothArguments, family: Family, size: Size | None = None
+) -> dict[str, Any]:
+    """Return `SampleSettings.call` of a run, at `size` or else in a square of the resolution."""
+    height, width = size or (args.resolution, args.resolution)
     steps = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
-    return {**size, **steps, **family.sample_call}
+    return {"height": height, "width": width, **steps, **family.sample_call}
 
 
 def render(

@@ -40,7 +40,7 @@ from .fidelity import Evaluation, Measurement
 from .image_arguments import DreamBoothArguments, run_family
 from .image_plan import planned_image_step
 from .image_records import ImageRecord, Size, class_records, records_from_folder, trained_on
-from .image_report import describe, figures, schedule_line
+from .image_report import describe, figures, forgetting, schedule_line
 from .pipelines import (
     load_base,
     sharing_pipeline,
@@ -181,11 +181,18 @@ class FineTuning:
         folder, measured_on = str(args.instance_data_dir), "on the training images"
         if self.measured_on is not self.dataset:
             measured_on = f"on {counted(len(self.measured_on.instances), 'image')} held out"
+        sizes = []
+        for (height, width), number in self.dataset.buckets.items():
+            sizes.append(f"{counted(number, 'image')} at {height} x {width}")
+        height, width = self.dataset.sample_size
         self.facts = {
             "base": f"{args.pretrained_model_name_or_path} at {args.resolution} pixels",
             "adapter": title_of(args),
             **start_facts(args),
-            "trained on": trained_on(self.instances, folder, args.instance_prompt),
+            "trained on": trained_on(
+                self.instances, folder, args.instance_prompt, self.dataset.class_images
+            ),
+            "sizes (height x width)": f"{', '.join(sizes)}; samples at {height} x {width}",
             "validation loss": measured_on,
             "optimizer steps": f"{steps} of {counted(run.global_batch, 'sample')}",
             "trainable parameters": f"{self.trainable:,}",
@@ -206,7 +213,7 @@ class FineTuning:
         loss = ValidationLoss(*measured, args.seed, args.curve_points, args.train_batch_size)
         captions = dict.fromkeys(record.prompt for record in self.instances)
         prompts = args.prompts or list(captions)[:4]
-        call = sample_call(args, self.family)
+        call = sample_call(args, self.family, self.dataset.sample_size)
         settings = SampleSettings(
             prompts, args.num_validation_images, args.seed, args.sample_batch_size, call
         )
@@ -251,6 +258,7 @@ class FineTuning:
             figures=figures(before, after, FIGURES),
             facts=self.facts,
             schedule_line=schedule_line(args, self.family),
+            warnings=forgetting(before, after),
             describe=partial(describe, self.evaluation, before, after, self.pipe, data),
             n=len(after.images),
             trainable_parameters=self.trainable,

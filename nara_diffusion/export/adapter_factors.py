@@ -26,12 +26,12 @@ from peft.tuners.lora.layer import Embedding, LoraVariant, ParamWrapper
 from torch import Tensor, nn
 
 from nara_diffusion.config import NaraConfig
-from nara_diffusion.cores.core import CoreSet, core_group, make_cores
+from nara_diffusion.cores.registry import CoreSet, core_group, make_cores
 from nara_diffusion.layers.dora import PEFT_DORA
 from nara_diffusion.layers.offloading import onloaded
 from nara_diffusion.layers.variants import NaraVariant
-from nara_diffusion.loaders.file import AdapterPart, configured_scaling
-from nara_diffusion.noise.level import Level, as_level, entry_for
+from nara_diffusion.loaders.adapter_part import AdapterPart, configured_scaling
+from nara_diffusion.noise.level import Level, as_level
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
 from nara_diffusion.strict import adapter_tensors
 from nara_diffusion.tuner.holder import holder_of
@@ -163,12 +163,12 @@ def adapter_of_model(model: nn.Module, adapter_name: str) -> Iterator[Adapter]:
 
     def make(key: CoreKey, level: Tensor | None) -> Tensor:
         assert has_cores, f"no layer reads a core, but {key} is requested"
-        return holder.deviations.matrix(key, level)
+        return holder.matrix(key, level)
 
     def level_of(level: Level | None) -> Tensor | None:
         if not has_cores:
             return None
-        return holder.merging.level_to_export(adapter_name, level, entry_for(holder))
+        return holder.merging.level_to_export(adapter_name, level, holder.context())
 
     with onloaded_cores(model):
         yield Adapter(config, lora, keys, make, level_of, schedules)

@@ -21,10 +21,10 @@ from nara_diffusion.config import NaraConfig, changes_base
 from nara_diffusion.loaders.insertion import (
     LOADED_FLAG,
     TEXT_ENCODER,
-    read_schedule_of,
+    follow_scheduler,
 )
 from nara_diffusion.strict import check_tensors
-from nara_diffusion.tuner.model import restored_on_error
+from nara_diffusion.tuner.adding import restored_on_error
 from nara_diffusion.tuner.strength import layers_of
 from nara_diffusion.tuner.twins import with_equal_twins, without_twins
 from nara_diffusion.utils.files import listed
@@ -85,7 +85,7 @@ def from_lora(
         for component, part in parts.items():
             own = {"core_type": "identity"} if component.startswith(TEXT_ENCODER) else core
             _insert(part, getattr(model, component), adapter_name, own, origin, undo, inject=True)
-        read_schedule_of(model)
+        follow_scheduler(model)
     return model
 
 

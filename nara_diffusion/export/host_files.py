@@ -21,7 +21,7 @@ from torch import Tensor
 from nara_diffusion.loaders.insertion import TEXT_ENCODER
 from nara_diffusion.loaders.tensor_files import save_tensors
 
-from .original_names import UNETS, original_layers
+from .original_names import UNETS, check_base, original_layers
 from .plain_lora import PlainLora, PlainLoraLayer, tensors_of_layers
 
 BASES = ("sd15", "sdxl", "sd3", "flux", "wan")
@@ -132,6 +132,7 @@ def _named(
     if form == "diffusers":
         return tensors_of_layers(layers, f"{component}.")
     if component in HOST_DENOISERS:
+        check_base(layers, base)
         # kohya trains SD 1.5 on Diffusers' UNet
         has_diffusers_names = base == "sd15" and form == "kohya"
         layers = layers if has_diffusers_names else original_layers(layers, base)

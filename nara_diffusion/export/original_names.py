@@ -17,7 +17,7 @@ Stability's UNets (SD 1.5, SDXL), with n layers in each down block and n + 1 in 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -125,6 +125,24 @@ _BLOCK = re.compile(
 )
 UNETS = {"sd15": (1, 2, 3), "sdxl": (0, 1)}
 """{base with a UNet: the up blocks that have attention}."""
+_ABSENT = {
+    "sd15": r"up_blocks\.0\.attentions|transformer_blocks\.[1-9]|add_embedding",
+    "sdxl": r"_blocks\.3|down_blocks\.0\.attentions|up_blocks\.2\.attentions",
+    "flux": r"^transformer_blocks\.(19|[2-9]\d)\.",
+}
+"""{base: names that modules of related models have, but no module of this base}."""
+
+
+def check_base(names: Iterable[str], base: str) -> None:
+    """Raise ValueError if a denoiser's module (its name in Diffusers) is not in a model of `base`."""
+    for name in names:
+        if base in UNETS:
+            _of_unet(name, base, layers_per_block=2)
+        if base in _ABSENT and re.search(_ABSENT[base], name):
+            raise ValueError(
+                f"'{name}' is adapted, but {base} has no such module: choose the --base that the "
+                "adapter was trained on."
+            )
 
 
 def parts_of(names: Collection[str], base: str) -> dict[str, list[str | None]]:
@@ -137,9 +155,8 @@ def parts_of(names: Collection[str], base: str) -> dict[str, list[str | None]]:
         base: "sd15", "sdxl", "flux", "sd3" or "wan".
 
     Raises:
-        ValueError: a module has no name in the original code, or the UNet of `base` doesn't have
-            the module; or the names depend on the number of layers in each block of the UNet, but
-            the modules don't show that number.
+        ValueError: a module has no name in the original code; or the names depend on the number of
+            layers in each block of the UNet, but the modules don't show that number.
     """
     if base in UNETS:
         layers_per_block = _layers_per_block(names, base)
@@ -268,11 +285,6 @@ def _of_unet(name: str, base: str, layers_per_block: int) -> str:
     is_attention = kind == "attentions"
     with_attention = UNETS[base]
     rest = _IN_RESNET[match[5]] if kind == "resnets" else match[5]
-    if side == "up" and is_attention and block not in with_attention:
-        raise ValueError(
-            f"'{name}' is adapted, but {base}'s UNet has attention only in up blocks "
-            f"{', '.join(map(str, with_attention))}: choose the base that the adapter is for."
-        )
     if side == "mid":
         return f"middle_block.{1 if is_attention else 2 * layer}.{rest}"
     if kind == "downsamplers":

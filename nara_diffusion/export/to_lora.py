@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from nara_diffusion.config import NaraConfig
-from nara_diffusion.cores.core import needs_noise
+from nara_diffusion.cores.registry import needs_noise
 from nara_diffusion.noise.level import Level, as_level
 
 from .adapter_factors import Adapter, adapter_of_model

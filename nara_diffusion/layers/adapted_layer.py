@@ -57,7 +57,6 @@ class AdaptedLayer(Protocol):
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divide the `scaling` of the active adapters by `scale`, or reset it if None."""
-        ...
 
     def register_forward_pre_hook(self, hook: Any) -> Any: ...
 
@@ -74,11 +73,9 @@ class AdaptedLayer(Protocol):
 
     def _get_embed_scale(self) -> Tensor | None:
         """Return the factor that scales the base embedding's output, as in Gemma, or None."""
-        ...
 
     def _cache_store(self, key: str, value: Any) -> None:
         """Store a value that unmerging needs."""
-        ...
 
     def _cache_pop(self, key: str) -> Any: ...
 
@@ -128,26 +125,16 @@ def base_weight(base_layer: nn.Module) -> Tensor:
     if type(weight) is nn.Parameter and (is_linear or not hasattr(base_layer, "W_q")):  # HQQ has it
         return weight
     if type(weight).__name__ == "Int8Params":
-        return _dequantised_int8(base_layer, weight)
+        is_before_forward = getattr(weight, "SCB", None) is not None
+        state: Any = weight if is_before_forward else base_layer.state
+        return state.CB.float() * (state.SCB.float()[:, None] / 127)
     if not _is_packed(base_layer):
         return dequantize_module_weight(base_layer)
+    linear = cast(nn.Linear, base_layer)
+    identity = torch.eye(linear.in_features, dtype=torch.float32, device=linear.weight.device)
     with torch.no_grad():
-        return _matrix_by_forward(base_layer)
-
-
-def _dequantised_int8(base_layer: Any, weight: Any) -> Tensor:
-    is_before_forward = getattr(weight, "SCB", None) is not None
-    state = weight if is_before_forward else base_layer.state
-    return state.CB.float() * (state.SCB.float()[:, None] / 127)
-
-
-def _matrix_by_forward(base_layer: Any) -> Tensor:
-    device = base_layer.weight.device
-    identity = torch.eye(base_layer.in_features, dtype=torch.float32, device=device)
-    product = base_layer(identity)
-    if base_layer.bias is not None:
-        product = product - base_layer.bias
-    return product.T
+        product = linear(identity)
+        return (product if linear.bias is None else product - linear.bias).T
 
 
 def _is_packed(base_layer: nn.Module) -> bool:

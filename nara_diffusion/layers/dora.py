@@ -12,9 +12,10 @@ Neither a tensor's version nor its storage shows such a write, and it may happen
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.variants import (
     DoraConv1dVariant,
     DoraConv2dVariant,
@@ -26,8 +27,6 @@ from torch import Tensor, nn
 
 from .adapted_layer import CONVOLUTIONS, AdaptedLayer, base_matrix
 from .functional import (
-    Magnitude,
-    fits_one_function,
     linear_in_one,
     mixed,
     mixed_channels,
@@ -37,7 +36,7 @@ from .functional import (
     times_core,
 )
 from .offloading import is_managed, onloaded
-from .variants import NaraConv, NaraLinear, NaraVariant, frozen_base, is_dropout_free, is_float8
+from .variants import NaraVariant, fits_one_function, frozen_base, is_dropout_free
 
 PEFT_DORA = (DoraLinearVariant, DoraConv1dVariant, DoraConv2dVariant, DoraConv3dVariant)
 """PEFT's LoRA variants for DoRA on linear layers and convolutions."""
@@ -56,45 +55,31 @@ class NaraDoraLinear(NaraVariant):
         base_layer = module.get_base_layer()
         magnitude = module.lora_magnitude_vector[active_adapter]
         read = (A, B, base_layer, magnitude)
-        if not any(map(is_managed, read)):
-            return self._update(module, active_adapter, x, result, *read)
-        with onloaded(*read):  # the norm reads the weights of these modules
-            return self._update(module, active_adapter, x, result, *read)
-
-    def _update(
-        self,
-        module: AdaptedLayer,
-        active_adapter: str,
-        x: Tensor,
-        result: Tensor,
-        A: nn.Linear,
-        B: nn.Linear,
-        base_layer: nn.Linear,
-        magnitude: nn.Linear,
-    ) -> Tensor:
-        D, scaling = self.deviation(module.r[active_adapter], x), module.scaling[active_adapter]
-        weight = base_matrix(module)
-        K = times_core(B.weight.flatten(1), D)
-        norm = row_norm(norm_parts(weight, A.weight.flatten(1)), K, scaling)
-        is_dropped = not is_dropout_free(module, active_adapter)
-        if not is_dropped and not self.is_conv and fits_one_function(A, B, x, result):
-            base = frozen_base(module, result)
-            if base is not None:
-                operand = self.channel.operand(self.key, D, result)
-                scale = Magnitude(magnitude.weight, norm)
-                return linear_in_one(
-                    x, result, base, A.weight, D, operand, B.weight, scaling, scale
-                )
-        dtype = torch.promote_types(x.dtype, result.dtype)
-        gain = (magnitude.weight.view(1, -1) / norm).to(dtype)  # (n, d_out)
-        if is_dropped:
-            dropped = module.lora_dropout[active_adapter](x)
-            base = self._base(base_layer, weight, dropped)
-            rise = self._rise(D, A, B, dropped)
-            return result + self._scaled(base, gain - 1) + scaling * self._scaled(rise, gain)
-        z = torch.add(result, self._rise(D, A, B, x), alpha=scaling)  # W0 x + b + s B C A x
-        bias = base_layer.bias
-        return self._scaled(z, gain, None if bias is None else bias.to(dtype))
+        # the norm reads the weights of these modules
+        with onloaded(*read) if any(map(is_managed, read)) else nullcontext():
+            D, scaling = self.deviation(module.r[active_adapter], x), module.scaling[active_adapter]
+            weight = base_matrix(module)
+            K = times_core(B.weight.flatten(1), D)
+            norm = row_norm(norm_parts(weight, A.weight.flatten(1)), K, scaling)
+            is_dropped = not is_dropout_free(module, active_adapter)
+            if not is_dropped and not self.is_conv and fits_one_function(A, B, x, result):
+                base = frozen_base(module, result)
+                if base is not None:
+                    operand = self.channel.operand(self.key, D, result)
+                    scale = (magnitude.weight, norm)
+                    return linear_in_one(
+                        x, result, base, A.weight, D, operand, B.weight, scaling, scale
+                    )
+            dtype = torch.promote_types(x.dtype, result.dtype)
+            gain = (magnitude.weight.view(1, -1) / norm).to(dtype)  # (n, d_out)
+            if is_dropped:
+                dropped = module.lora_dropout[active_adapter](x)
+                base = self._base(base_layer, weight, dropped)
+                rise = self._rise(D, A, B, dropped)
+                return result + self._scaled(base, gain - 1) + scaling * self._scaled(rise, gain)
+            z = torch.add(result, self._rise(D, A, B, x), alpha=scaling)  # W0 x + b + s B C A x
+            bias = base_layer.bias
+            return self._scaled(z, gain, None if bias is None else bias.to(dtype))
 
     def _rise(self, D: Tensor, A: nn.Linear, B: nn.Linear, x: Tensor) -> Tensor:
         """Return B C A x (b, …, d_out)."""
@@ -139,28 +124,3 @@ class NaraDoraConv(NaraDoraLinear):
         columns = z.flatten(2)  # (b, d_out, l)
         bias = None if bias is None else bias[:, None]
         return scaled(columns, gain[:, :, None], bias).view(z.shape)
-
-
-def with_norm(variant: type[NaraVariant]) -> type[NaraVariant]:
-    """Return the DoRA counterpart of a variant without DoRA."""
-    return {NaraLinear: NaraDoraLinear, NaraConv: NaraDoraConv}.get(variant, variant)
-
-
-def check_norm(target: nn.Module | LoraLayer, name: str) -> None:
-    """Raise ValueError if NaRA-DoRA cannot compute the norm of a module, whether adapted or not."""
-    base = target.get_base_layer() if isinstance(target, LoraLayer) else target
-    weight, reason = getattr(base, "weight", None), ""
-    if isinstance(base, nn.Embedding):
-        reason = "an embedding: each sample would need the norm of a whole vocabulary"
-    elif isinstance(weight, Tensor) and is_float8(weight.dtype):
-        reason = (
-            f"stored as {weight.dtype}, and its norm is needed: add the adapter before "
-            "enable_layerwise_casting()"
-        )
-    elif isinstance(base, nn.modules.conv._ConvNd) and base.groups > 1:
-        reason = "a convolution with groups"
-    if reason:
-        raise ValueError(
-            f"NaRA-DoRA cannot adapt '{name}' ({type(base).__name__}), which is {reason}. Leave it "
-            "out with `exclude_modules`, or set use_dora=False."
-        )

@@ -15,14 +15,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch import Tensor
 from torch.autograd.function import Function
-from torch.nn.modules.module import _has_any_global_hook
 
-from nara_diffusion.cores.core import is_autocast_enabled, without_autocast
+from nara_diffusion.cores.core import without_autocast
 
 SLICE = 2**22
 """Elements of W0 converted to float32 at once for DoRA's norm: 16 MiB, which may fit the cache."""
@@ -129,14 +126,6 @@ def row_norm(parts: NormParts, K: Tensor, scaling: float) -> Tensor:
 # ---------------------------------------------------------------------- one function
 
 
-@dataclass(frozen=True)
-class Magnitude:
-    """The magnitude m (d_out,) of DoRA, and the norm (n, d_out), which gets no gradient."""
-
-    weight: Tensor
-    norm: Tensor
-
-
 def linear_in_one(
     x: Tensor,
     result: Tensor,
@@ -146,7 +135,7 @@ def linear_in_one(
     operand: Tensor,
     B: Tensor,
     scaling: float,
-    magnitude: Magnitude | None = None,
+    magnitude: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Return the output of an adapted linear layer, with few kernels and little memory.
 
@@ -165,14 +154,15 @@ def linear_in_one(
         operand: D without gradient, in the dtype used to compute h + D h.
         B: the factor (d_out, r).
         scaling: s.
-        magnitude: the magnitude and norm of DoRA; None without DoRA.
+        magnitude: DoRA's magnitude m (d_out,) and norm (n, d_out); the norm gets no gradient. None
+            without DoRA.
 
     Returns:
         The output (b, …, d_out). x, `result`, A, D, B and m get gradients, which can themselves be
         differentiated.
     """
     W, b = (None, None) if base is None else base
-    m, norm = (None, None) if magnitude is None else (magnitude.weight, magnitude.norm)
+    m, norm = (None, None) if magnitude is None else magnitude
     if W is not None:
         result = result.detach()
     return _LinearInOne.apply(x, result, W, b, A, deviation, B, operand, scaling, m, norm)
@@ -197,7 +187,7 @@ class _LinearInOne(Function):
         rows, low_A, low_B = _converted(x, A, B, result.dtype)
         h, raised = _narrow(rows, low_A, operand, s)
         out = result if W is not None else torch.empty_like(result).contiguous()
-        z, sums = (each.reshape(-1, len(B)) for each in (result, out))
+        z, sums = result.reshape(-1, len(B)), out.reshape(-1, len(B))
         torch.addmm(z, raised.view(-1, len(A)), low_B.T, out=sums)
         ctx.scaling = s
         if m is None or norm is None:
@@ -301,41 +291,3 @@ def _grad_of_deviation(D: Tensor, narrow: Tensor, h: Tensor, scale: float) -> Te
     like = D.detach().to(h.device, dtype)  # only its shape is read
     grad = torch.baddbmm(like, narrow.to(dtype).mT, h.to(dtype), beta=0, alpha=scale)
     return grad.to(D.device, D.dtype)
-
-
-# ---------------------------------------------------------------------- when one function fits
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_TENSORS = (Tensor, FakeTensor)
-
-
-def fits_one_function(A: nn.Linear, B: nn.Linear, x: Tensor, result: Tensor) -> bool:
-    """Return whether `linear_in_one` may add the update of `x` to `result`.
-
-    If not, the layer is computed step by step. This is the case under a compiler, which fuses the
-    steps itself, and for `vmap`, `jvp` and TorchScript. It is also the case if A or B has hooks,
-    wrappers (offloading, pruning) or a bias, or if dtypes differ outside autocast. The last case is
-    tensor subclasses, except fake tensors: `--plan` uses these to measure the real computation.
-    """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[reportPrivateImportUsage]
-        return False
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return False
-    if not (is_plain(A) and is_plain(B)) or B.bias is not None or _has_any_global_hook():
-        return False
-    if type(x) not in _TENSORS or type(result) not in _TENSORS:
-        return False
-    if is_autocast_enabled(x.device):
-        return result.dtype == torch.get_autocast_dtype(x.device.type)
-    return A.weight.dtype == B.weight.dtype == x.dtype == result.dtype
-
-
-def is_plain(layer: nn.Module) -> bool:
-    """Return whether `layer` is an `nn.Linear` that no hook or wrapper changes."""
-    own = vars(layer)
-    return (
-        type(layer) is nn.Linear
-        and "forward" not in own
-        and type(own["_parameters"].get("weight")) in (nn.Parameter, FakeTensor)
-        and not any(own[hooks] for hooks in _HOOKS)
-    )

@@ -84,4 +84,9 @@ def offloading_hooks(module: nn.Module) -> list[Any]:
     """Return accelerate's offloading hooks on `module`, also those inside a sequence of hooks."""
     hook = vars(module).get("_hf_hook")
     hooks = getattr(hook, "hooks", [hook])
-    return [each for each in hooks if getattr(each, "offload", False)]
+    return [hook for hook in hooks if getattr(hook, "offload", False)]
+
+
+def is_float8(dtype: torch.dtype) -> bool:
+    """Return whether `dtype` is an 8-bit float, a possible storage dtype of layerwise casting."""
+    return dtype.is_floating_point and dtype.itemsize == 1

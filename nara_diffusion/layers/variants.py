@@ -15,34 +15,29 @@ returns False.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Any
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
-from peft.tuners import lora
-from peft.tuners.lora.layer import Embedding, LoraLayer, LoraVariant
+from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules.module import _has_any_global_hook
 
 from nara_diffusion.cores.core import is_autocast_enabled
-from nara_diffusion.noise.level import Entry, present
-from nara_diffusion.noise.parts import Parts, RowKind
-from nara_diffusion.noise.rows import ModelRows, core_of_rows
+from nara_diffusion.noise.parts import RowKind
+from nara_diffusion.noise.rows import core_of_rows
 
 from .adapted_layer import (
-    CONVOLUTIONS,
     AdaptedLayer,
     base_weight,
     check_mergeable,
     delta_weight,
     factors,
 )
+from .channel import CoreChannel
 from .functional import (
-    fits_one_function,
-    is_plain,
     linear_in_one,
     mixed,
     mixed_channels,
@@ -50,139 +45,10 @@ from .functional import (
 )
 from .offloading import is_managed, onloaded
 
-# ---------------------------------------------------------------------- D of the running forward
-
-Key = tuple[str, str]
-"""(adapter, group of layers that share a core)"""
-
-
-class CoreSource(Protocol):
-    """The part of the core holder's interface that the channel and the variants use."""
-
-    def core_of_part(self, key: Key) -> tuple[Tensor, Parts | None]:
-        """Return D (n, r, r) outside any forward of the root, and the parts for its rows, if any."""
-        ...
-
-    def core_to_merge(self, key: Key, layer: AdaptedLayer) -> tuple[Tensor, Tensor | None]:
-        """Return D (1, r, r) for a layer that is being merged, and its λ (1,) if D depends on λ."""
-        ...
-
-    def check_merged(self, merged: Tensor) -> None:
-        """Raise ValueError if the context's λ differs from the λ of merged layers."""
-        ...
-
-    def has_strength(self, name: str) -> bool:
-        """Return whether the strength of an adapter depends on λ."""
-        ...
-
-
-@dataclass(frozen=True)
-class Pushed:
-    """The values of D that one forward has pushed.
-
-    Attributes:
-        present: the innermost context at the time of the push.
-        entry: the innermost context for this model; None if λ came from a source.
-        deviations: D (n, r, r), float32, by key.
-        parts: the parts of a sample, if the rows of D belong to parts; otherwise None.
-        operands: copies of D in other dtypes, made when a layer requests them.
-    """
-
-    present: Entry | None
-    entry: Entry | None
-    deviations: Mapping[Key, Tensor]
-    parts: Parts | None = None
-    operands: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
-
-
-class CoreChannel:
-    """Pass D(λ) from the root of an adapted model to its layers, in one thread for one forward.
-
-    Before each forward of the root, the core holder pushes D(λ) into a `threading.local`; a forward
-    hook removes it. (A compiled graph can read a `threading.local` but not a `ContextVar`, and a
-    forward does not switch to another async task.)
-
-    A layer accepts a pushed D only inside the same `noise_level(…)` as the push. If Ctrl-C ends a
-    forward, the hook does not run, but the old D is still never used at another λ. (If λ came from
-    a timestep, there is no context to compare. A *part* of the model that is called directly then
-    reads the old D until the next forward of the whole model.)
-
-    Args:
-        holder: the core holder.
-        rows: the description of how the model's layers see its batch.
-
-    Attributes:
-        local: thread-local storage with an attribute `pushed`, which is a `Pushed` or None.
-    """
-
-    def __init__(self, holder: CoreSource, rows: ModelRows) -> None:
-        self.holder = holder
-        self.rows = rows
-        self.local = threading.local()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "local"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, local=threading.local())
-
-    def read(self, key: Key) -> tuple[Tensor, Parts | None]:
-        """Return D (1 or b, r, r), float32, for a layer, or D of parts together with the parts.
-
-        D belongs to the current forward, or to the context around a part that is called directly.
-        """
-        pushed = self.pushed()
-        is_current = pushed is not None and (
-            torch.compiler.is_compiling() or pushed.present is present.get()
-        )
-        if pushed is not None and is_current:
-            deviation = pushed.deviations.get(key)
-            if deviation is not None:
-                return deviation, pushed.parts
-        return self.holder.core_of_part(key)
-
-    def operand(self, key: Key, deviation: Tensor, like: Tensor) -> Tensor:
-        """Return D in the dtype and on the device of `like`, without gradient.
-
-        D is converted once per forward. If the adapter has a strength, D stays in float32, because
-        it may be nearly −I, and after rounding, C = I + D would not be close enough to zero.
-        """
-        dtype, device = like.dtype, like.device
-        if self.holder.has_strength(key[0]):
-            dtype = torch.promote_types(dtype, torch.float32)
-        if deviation.dtype == dtype and deviation.device == device:
-            return deviation.detach()
-        pushed = self.pushed()
-        if pushed is None or pushed.deviations.get(key) is not deviation:
-            return deviation.detach().to(device, dtype)
-        name = (key, dtype, device, torch.is_inference_mode_enabled())
-        if name not in pushed.operands:
-            pushed.operands[name] = deviation.detach().to(device, dtype)
-        return pushed.operands[name]
-
-    def push(
-        self, entry: Entry | None, deviations: Mapping[Key, Tensor], parts: Parts | None = None
-    ) -> None:
-        """Give D to the layers; `entry` is the context that set λ, or None if a source did."""
-        innermost = None if torch.compiler.is_compiling() else present.get()
-        self.local.pushed = Pushed(innermost, entry, deviations, parts)
-
-    def pushed(self) -> Pushed | None:
-        """Return the values that the current forward has pushed, or None outside a forward."""
-        return getattr(self.local, "pushed", None)
-
-    @contextmanager
-    def using(self, deviations: Mapping[Key, Tensor], parts: Parts | None) -> Iterator[None]:
-        """Give D to the layers inside the context, and restore the previous values on exit."""
-        before = self.pushed()
-        self.push(None if before is None else before.entry, deviations, parts)
-        try:
-            yield
-        finally:
-            self.local.pushed = before
-
-
 # ---------------------------------------------------------------------- variants
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_TENSORS = (Tensor, FakeTensor)
 
 
 class NaraVariant(LoraVariant):
@@ -322,13 +188,14 @@ class NaraLinear(NaraVariant):
         self, module: AdaptedLayer, active_adapter: str, x: Tensor, result: Tensor
     ) -> Tensor:
         A, B = module.lora_A[active_adapter], module.lora_B[active_adapter]
-        D, scaling = self.deviation(module.r[active_adapter], x), module.scaling[active_adapter]
         is_dropped = not is_dropout_free(module, active_adapter)
+        is_fused = fits_one_function(A, B, x, result)
+        base = frozen_base(module, result) if is_fused and not is_dropped else None
+        D, scaling = self.deviation(module.r[active_adapter], x), module.scaling[active_adapter]
         if is_dropped:
             x = module.lora_dropout[active_adapter](x)
-        if not fits_one_function(A, B, x, result):
+        if not is_fused:
             return torch.add(result, B(mixed(D, A(x))), alpha=scaling)
-        base = None if is_dropped else frozen_base(module, result)
         operand = self.channel.operand(self.key, D, result)
         return linear_in_one(x, result, base, A.weight, D, operand, B.weight, scaling)
 
@@ -371,6 +238,20 @@ class NaraEmbedding(NaraVariant):
             return torch.add(result, update, alpha=module.scaling[active_adapter])
 
 
+class OutsideAutocast:
+    """A flag for PEFT's `cast_input_dtype_enabled` that is true unless autocast is on.
+
+    PEFT converts a layer's input to the dtype of A. Under autocast, the product with A converts it
+    back. This would cost two kernels per layer, and two more in backward.
+    """
+
+    def __bool__(self) -> bool:
+        return not torch._C._is_any_autocast_enabled()
+
+
+OUTSIDE_AUTOCAST = OutsideAutocast()
+
+
 def is_dropout_free(layer: AdaptedLayer, adapter_name: str) -> bool:
     """Return whether the forward of an adapter applies no dropout."""
     return isinstance(layer.lora_dropout[adapter_name], nn.Identity) or not layer.training
@@ -393,99 +274,33 @@ def frozen_base(layer: AdaptedLayer, result: Tensor) -> tuple[Tensor, Tensor | N
     return base.weight, bias
 
 
-# ---------------------------------------------------------------------- which layer has which variant
+def fits_one_function(A: nn.Linear, B: nn.Linear, x: Tensor, result: Tensor) -> bool:
+    """Return whether `linear_in_one` may add the update of `x` to `result`.
 
-_FORWARDS = (lora.Linear.forward, Embedding.forward, lora.Conv2d.forward)
-"""The forwards of PEFT's layers that call LoRA variants."""
-_QUANTISED = ("Linear8bitLt", "Linear4bit", "GPTQLoraLinear", "HqqLoraLinear")
-"""Names of further layers that call LoRA variants; their libraries may be missing."""
-
-
-def check_target(target: nn.Module, reads_core: bool, name: str) -> None:
-    """Raise an error for a module that NaRA cannot adapt, before PEFT adapts it.
-
-    Args:
-        reads_core: whether the update depends on a core.
-        name: the module's name, for error messages.
-
-    Raises:
-        ValueError: no LoRA variant supports the module, or PEFT's layer would not compute the
-            update in the same way as the module computes W0 x (the convolution A in PEFT ignores
-            dilation and padding mode).
+    If not, the layer is computed step by step. This is the case under a compiler, which fuses the
+    steps itself, and for `vmap`, `jvp` and TorchScript. It is also the case if A or B has hooks,
+    wrappers (offloading, pruning) or a bias, or if dtypes differ outside autocast. The last case is
+    tensor subclasses, except fake tensors: `--plan` uses these to measure the real computation.
     """
-    base = target.get_base_layer() if isinstance(target, LoraLayer) else target
-    if isinstance(base, nn.modules.conv._ConvNd):
-        _check_convolution(base, name)
-    if reads_core and isinstance(base, nn.MultiheadAttention):
-        raise ValueError(
-            f"NaRA cannot adapt '{name}' (MultiheadAttention): PEFT merges its update before each "
-            'forward, without λ. Leave it out with `exclude_modules`, or use core_type="identity".'
-        )
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[reportPrivateImportUsage]
+        return False
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return False
+    if not (is_plain(A) and is_plain(B)) or B.bias is not None or _has_any_global_hook():
+        return False
+    if type(x) not in _TENSORS or type(result) not in _TENSORS:
+        return False
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
+        return result.dtype == torch.get_autocast_dtype(x.device.type)
+    return A.weight.dtype == B.weight.dtype == x.dtype == result.dtype
 
 
-def _check_convolution(base: nn.modules.conv._ConvNd, name: str) -> None:
-    if base.padding_mode != "zeros":
-        option = f"padding_mode={base.padding_mode!r}"
-    elif any(step != 1 for step in base.dilation):
-        option = f"dilation={base.dilation}"
-    else:
-        return
-    raise ValueError(
-        f"NaRA cannot adapt '{name}' ({type(base).__name__} with {option}): PEFT's convolution A "
-        "has dilation 1 and pads with zeros, so the forward would not be that of W0 + s·B·C·A. "
-        "Leave it out with `exclude_modules`."
+def is_plain(layer: nn.Module) -> bool:
+    """Return whether `layer` is an `nn.Linear` that no hook or wrapper changes."""
+    attributes = vars(layer)
+    return (
+        type(layer) is nn.Linear
+        and "forward" not in attributes
+        and type(attributes["_parameters"].get("weight")) in (nn.Parameter, FakeTensor)
+        and not any(attributes[hooks] for hooks in _HOOKS)
     )
-
-
-def variant_for(layer: LoraLayer, name: str) -> type[NaraVariant]:
-    """Return the LoRA variant for a PEFT layer, without DoRA (`dora.with_norm` adds that).
-
-    Raises:
-        ValueError: PEFT's class for the layer does not call LoRA variants.
-    """
-    kind: type[Any] = type(layer)
-    if kind.forward not in _FORWARDS and kind.__name__ not in _QUANTISED:
-        raise ValueError(
-            f"NaRA cannot adapt '{name}' ({type(layer.get_base_layer()).__name__}, adapted by "
-            f"PEFT's {kind.__name__}): that class skips λ-dependent updates. Leave it out with "
-            '`exclude_modules`, or use core_type="identity".'
-        )
-    if isinstance(layer, Embedding):
-        return NaraEmbedding
-    if isinstance(layer, CONVOLUTIONS):
-        return NaraConv
-    return NaraLinear
-
-
-# ---------------------------------------------------------------------- states of PEFT's layers
-
-
-class _OutsideAutocast:
-    """A flag for PEFT's `cast_input_dtype_enabled` that is true unless autocast is on.
-
-    PEFT converts a layer's input to the dtype of A. Under autocast, the product with A converts it
-    back. This would cost two kernels per layer, and two more in backward.
-    """
-
-    def __bool__(self) -> bool:
-        return not torch._C._is_any_autocast_enabled()
-
-
-OUTSIDE_AUTOCAST = _OutsideAutocast()
-
-
-def keep_out_of_float8(layer: LoraLayer, adapter_name: str) -> None:
-    """Convert A and B to float32 if PEFT made them float8.
-
-    PEFT makes them float8 if the base weight is under layerwise casting.
-    """
-    for attribute in layer.adapter_layer_names:
-        factors = cast(nn.Module, getattr(layer, attribute))
-        for name, parameter in factors.named_parameters():
-            if name.split(".")[0] == adapter_name and is_float8(parameter.dtype):
-                parameter.data = parameter.data.float()
-
-
-def is_float8(dtype: torch.dtype) -> bool:
-    """Return whether `dtype` is an 8-bit float, a possible storage dtype of layerwise casting."""
-    return dtype.is_floating_point and dtype.itemsize == 1

@@ -22,7 +22,7 @@ from nara_diffusion.tuner.strength import check_strength, give_strength, layers_
 from nara_diffusion.tuner.twins import decoder_name, with_encoder_layers
 from nara_diffusion.utils.files import listed
 
-from .file import AdapterPart, by_pattern, configured_scaling
+from .adapter_part import AdapterPart, by_pattern, configured_scaling
 from .insertion import adapters_of, nara_adapters_of, part_of
 
 REQUEST = "_prepare_lora_hotswap_kwargs"

@@ -16,13 +16,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from nara_diffusion.config import NaraConfig, unscaled_fields
-from nara_diffusion.cores.core import needs_noise
-from nara_diffusion.layers.offloading import groups_of
-from nara_diffusion.layers.variants import is_float8
-from nara_diffusion.strict import adapter_tensors, check_tensors
+from nara_diffusion.cores.registry import needs_noise
+from nara_diffusion.layers.offloading import groups_of, is_float8
+from nara_diffusion.strict import adapter_tensors, check_finite
 from nara_diffusion.tuner.holder import drop_idle_holder, holder_of
 
-from .file import AdapterPart
+from .adapter_part import AdapterPart
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +124,7 @@ def part_of(model: nn.Module, adapter_name: str) -> AdapterPart:
     return AdapterPart(nara_adapters_of(model)[adapter_name], tensors)
 
 
-def read_schedule_of(pipe: Any) -> None:
+def follow_scheduler(pipe: Any) -> None:
     """Make the denoisers' adapters take N and the meaning of t from the current scheduler."""
     for name in DENOISERS:
         model = uncompiled(getattr(pipe, name, None))
@@ -243,8 +242,9 @@ def insert(
         model, part.tensors, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage
     )
     loaded = adapter_tensors(model, adapter_name)
-    in_memory = {key: tensor for key, tensor in loaded.items() if not tensor.is_meta}
-    check_tensors(in_memory, in_memory)  # still finite in the dtypes that PEFT converted to
+    for key, tensor in loaded.items():
+        if tensor.dtype != part.tensors[key].dtype and not tensor.is_meta:
+            check_finite(key, tensor, tensor.dtype)  # in the dtype that PEFT converted to
     for layer in tuner_layers(model):
         if isinstance(layer, LoraLayer) and adapter_name in layer.lora_dropout:
             layer.lora_dropout[adapter_name].train(model.training)

@@ -12,6 +12,7 @@ from diffusers.utils.hub_utils import _get_model_file
 from peft import PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME as PEFT_CONFIG_NAME
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as PEFT_WEIGHTS_NAME
+from peft.utils import WEIGHTS_NAME as PEFT_PICKLE_NAME
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -34,13 +35,19 @@ def is_nara(path: Path) -> bool:
     For a file that can't be read, return False. Code that reads the file later raises the error.
 
     Raises:
-        ValueError: a folder's adapter_config.json is damaged.
+        ValueError: a folder's adapter_config.json is damaged, or has another type but a core.
     """
     if path.is_file():
         return _has_core(path)
     config = path / PEFT_CONFIG_NAME
     if config.is_file():
-        return adapter_type(config) == NaraPeftType.NARA.value
+        kind = adapter_type(config)
+        if kind != NaraPeftType.NARA.value and "core_type" in read_config_file(config):
+            raise ValueError(
+                f"'{config}' has the fields of a NaRA, but peft_type is {kind!r}, not "
+                f"{NaraPeftType.NARA.value!r}: download or save it again."
+            )
+        return kind == NaraPeftType.NARA.value
     return (path / WEIGHTS_NAME).is_file()
 
 
@@ -149,6 +156,16 @@ def _in_folder(folder: Path, weight_name: str | None) -> Path:
     elif others:
         found = f"pass weight_name, one of {listed(others)}"
     raise ValueError(f"There is no '{weight_name or WEIGHTS_NAME}' in '{folder}': {found}.")
+
+
+def check_peft_weights(source: str | os.PathLike[str], subfolder: str | None = None) -> None:
+    """Raise ValueError if a local folder, which PEFT is about to read, has no file of weights."""
+    folder = Path(source, subfolder or "")
+    path = folder / PEFT_WEIGHTS_NAME
+    if not path.exists():
+        path = folder / PEFT_PICKLE_NAME
+    if folder.is_dir() and not path.is_file():
+        _in_folder(folder, PEFT_WEIGHTS_NAME)
 
 
 # ---------------------------------------------------------------------- read and write

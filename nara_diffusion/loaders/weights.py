@@ -12,9 +12,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from nara_diffusion.config import NaraConfig
-from nara_diffusion.tuner.model import restored_on_error
+from nara_diffusion.tuner.adding import restored_on_error
 
-from .file import AdapterFile, AdapterPart, naming
+from .adapter_part import AdapterPart
+from .file import AdapterFile, naming
 from .hotswap import REQUEST, check_swappable, prepare_for_hotswap, prepare_swap
 from .insertion import (
     Pipeline,
@@ -23,11 +24,11 @@ from .insertion import (
     check_not_wrapped,
     check_storable,
     denoiser_name,
+    follow_scheduler,
     insert,
     nara_adapters_of,
     offloading_suspended,
     part_of,
-    read_schedule_of,
     remove,
     unwrapped,
 )
@@ -106,6 +107,7 @@ def load_nara_weights(
         subfolder=subfolder,
         metadata=metadata,
         hub=hub,
+        for_model=True,
     )
     with naming(source):
         _check_parts(file.parts, models)
@@ -115,7 +117,7 @@ def load_nara_weights(
                 _swap_all(models, file.parts, adapter_name)
             else:
                 _insert_all(models, file.parts, adapter_name, low_cpu_mem_usage)
-    read_schedule_of(self)
+    follow_scheduler(self)
 
 
 def save_nara_weights(

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .level import BLOCK_SHARE, arguments_of
+from .level import arguments_of
+from .sources import BLOCK_SHARE
 
 LLADA2 = "llada2_moe"
 """LLaDA2's `model_type`."""
@@ -81,7 +82,7 @@ class _Run:
 
 
 def _is_among(one: Tensor, tensors: Sequence[Tensor]) -> bool:
-    return any(one is each for each in tensors)
+    return any(tensor is one for tensor in tensors)
 
 
 class BlockNoise:
@@ -111,30 +112,12 @@ class BlockNoise:
         self._known = self._schedules()
 
     def _schedules(self) -> list[Tensor]:
-        found: list[Tensor] = []
+        schedules: list[Tensor] = []
         for scheduler in self.schedulers():
             schedule = getattr(scheduler, "_transfer_schedule", None)
-            if schedule is not None and not _is_among(schedule, found):
-                found.append(schedule)
-        return found
-
-    def _run(self, input_ids: Tensor, real: Tensor) -> _Run | None:
-        """Return the run of a forward, or None if its attention mask (b, l) is not that of a run."""
-        present = self._schedules()
-        self._runs = [run for run in self._runs if _is_among(run.schedule, present)]
-        for run in self._runs:
-            if run.real.untyped_storage().data_ptr() == real.untyped_storage().data_ptr():
-                return run
-        new = [schedule for schedule in present if not _is_among(schedule, self._known)]
-        self._known = present
-        if len(new) != 1:
-            return None
-        length = int(new[0].sum())
-        block = input_ids[:, -length:]  # (b, B)
-        mask = block[0, -1].clone()
-        answer = (block == mask).any(0).cumsum(0) > 0  # (B,)
-        self._runs.append(_Run(new[0], length, real, input_ids.shape[1], mask, answer))
-        return self._runs[-1]
+            if schedule is not None and not _is_among(schedule, schedules):
+                schedules.append(schedule)
+        return schedules
 
     def _of_run(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -146,8 +129,22 @@ class BlockNoise:
             return None
         if kwargs.get("position_ids") is None or kwargs.get("use_cache"):
             return None
-        run = self._run(input_ids, real)
-        return None if run is None else (run, input_ids, real)
+        present = self._schedules()
+        self._runs = [run for run in self._runs if _is_among(run.schedule, present)]
+        for run in self._runs:
+            if run.real.untyped_storage().data_ptr() == real.untyped_storage().data_ptr():
+                return run, input_ids, real
+        new = [schedule for schedule in present if not _is_among(schedule, self._known)]
+        self._known = present
+        if len(new) != 1:
+            return None
+        length = int(new[0].sum())
+        block = input_ids[:, -length:]  # (b, B)
+        mask = block[0, -1].clone()
+        answer = (block == mask).any(0).cumsum(0) > 0  # (B,)
+        run = _Run(new[0], length, real, input_ids.shape[1], mask, answer)
+        self._runs.append(run)
+        return run, input_ids, real
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Return λ (b, k) for a forward of `module`.
@@ -155,13 +152,13 @@ class BlockNoise:
         Raises:
             ValueError: the forward does not belong to a run of LLaDA2Pipeline.
         """
-        found = self._of_run(module, args, kwargs)
-        if found is None:
+        forward = self._of_run(module, args, kwargs)
+        if forward is None:
             raise ValueError(
                 "λ of the blocks isn't known outside a run of LLaDA2Pipeline with a "
                 "BlockRefinementScheduler: use noise_level(model, λ of each block)."
             )
-        run, input_ids, real = found
+        run, input_ids, real = forward
         length, width = run.block_length, input_ids.shape[1]
         block = input_ids[:, -length:]  # (b, B)
         answer = real[:, -length:].bool()
@@ -182,10 +179,10 @@ class BlockNoise:
         pipeline's run, such as one of `generate` or of a loss, the result is None, and the caller
         keeps the arguments unchanged.
         """
-        found = self._of_run(module, args, kwargs)
-        if found is None:
+        forward = self._of_run(module, args, kwargs)
+        if forward is None:
             return None
-        run, _, real = found
+        run, _, real = forward
         implementation = getattr(module.config, "_attn_implementation", None)
         dtype = next(module.parameters()).dtype
         mask = attention_argument(block_mask(real, run.block_length), implementation, dtype)

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .level import CORRUPTED_SHARE
+from .sources import CORRUPTED_SHARE
 
 _STEPS = ("step", "step_correct")
 _REMEDY = "call the model inside `with noise_level(model, value):`"
@@ -68,7 +68,7 @@ class CanvasNoise:
         sampler = None if state.sampler is None else state.sampler()
         if state.reads_prompt or (sampler is None and not schedulers):
             raise ValueError(
-                "λ can't be read: no sampler runs (DiffusionGemmaPipeline with the adapter from "
+                "λ can't be read: no sampler is running (DiffusionGemmaPipeline with an adapter from "
                 f"pipe.load_nara_weights, or generate): {_REMEDY}."
             )
         logits = kwargs.get("self_conditioning_logits")
@@ -82,8 +82,8 @@ class CanvasNoise:
         last = None if state.logits is None else state.logits()
         if level is None or last is None or logits is not last:
             raise ValueError(
-                "λ can't be read: no step was taken since the last call, or this one is not "
-                f"conditioned on its logits: {_REMEDY}."
+                "λ can't be read: the sampler has not stepped since the last call, or this call is not "
+                f"conditioned on the logits of that step: {_REMEDY}."
             )
         return level
 
@@ -110,8 +110,8 @@ class CanvasNoise:
         state, kinds = self.local, [kind.__name__ for kind in type(scheduler).__mro__]
         if state.begins_block and int(bound["timestep"]) != 0:
             raise ValueError(
-                "the last call ran at λ = 1, as a block's first, but the step after it has timestep "
-                f"{int(bound['timestep'])}: {_REMEDY}."
+                "The last call was taken for the first of a block and ran at λ = 1, but the step after it "
+                f"has timestep {int(bound['timestep'])}, not 0: {_REMEDY}."
             )
         state.begins_block = False
         if "BlockRefinementScheduler" in kinds:
@@ -169,8 +169,8 @@ class WatchedStep:
     def __init__(self, scheduler: Any, name: str) -> None:
         self.sources: list[CanvasNoise] = []
         self.scheduler, self.name = scheduler, name
-        own = vars(scheduler)
-        self.before = {name: own[name]} if name in own else {}
+        attributes = vars(scheduler)
+        self.before = {name: attributes[name]} if name in attributes else {}
         self.method = getattr(scheduler, name)
         update_wrapper(self, self.method, updated=())
 

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .level import MASKED_SHARE, host_values
+from .level import host_values
 from .rows import REPETITIONS, Repetition, repeat_rows
+from .sources import MASKED_SHARE
 
 
 class InputIdsNoise:
@@ -70,7 +71,8 @@ class InputIdsNoise:
         values = host_values(lengths)
         if values is not None and 0 in values:
             raise ValueError(
-                f"λ can't be read: row {values.index(0)} of input_ids has {width} tokens, and none is in an answer"
+                f"λ can't be read: none of the {width} tokens in row {values.index(0)} of input_ids belongs to an "
+                "answer. Check prompt_lengths and attention_mask."
             )
         masked = answer & (input_ids == self.mask_token_id)
         return masked.sum(1).float() / lengths  # 0 / 0 is NaN
@@ -78,9 +80,9 @@ class InputIdsNoise:
     def _starts(self, rows: int) -> Tensor:
         """Return the first column of each row's answer, (rows,)."""
         lengths = self.prompt_lengths
-        times, rest = divmod(rows, len(lengths))
+        times, remainder = divmod(rows, len(lengths))
         is_known = times == 1 or self.repeated is not None or len(set(lengths.tolist())) == 1
-        if rest == 0 and is_known:
+        if remainder == 0 and is_known:
             return repeat_rows(lengths, times, self.repeated or "interleaved")
         raise ValueError(
             f"λ can't be read: prompt_lengths has {len(lengths)} values and this forward {rows} "

@@ -88,8 +88,10 @@ class Parts:
             ValueError: the layer does not see the positions in order.
         """
         rows = self.positions.samples * self.count
-        if self.frames is not None and self._is_of_samples(layer_name):
-            return core[rows:], False
+        if self.frames is not None:
+            has_one_time = self.positions.timesteps == 1 and self.frames.times.fullmatch(layer_name)
+            if has_one_time or self.frames.per_sample.fullmatch(layer_name):
+                return core[rows:], False
         if not is_image and self._sees_positions(x, kind, layer_name):
             return core if len(core) == rows else core[:rows], True
         raise ValueError(
@@ -98,18 +100,12 @@ class Parts:
             "pass one value per sample, or leave the layer out with `exclude_modules`."
         )
 
-    def _is_of_samples(self, layer_name: str) -> bool:
-        """Return whether a layer of a denoiser sees something other than a sample's frames."""
-        assert self.frames is not None
-        has_one_time = self.positions.timesteps == 1 and self.frames.times.fullmatch(layer_name)
-        return bool(has_one_time or self.frames.whole.fullmatch(layer_name))
-
     def _sees_positions(self, x: Tensor, kind: RowKind, layer_name: str) -> bool:
         samples, length = self.positions.samples, self.positions.length
         if self.frames is not None and self.frames.times.fullmatch(layer_name):
             rows = x.shape[:-1].numel()
-            known = (samples * self.positions.timesteps, samples * length)
-            return rows in known and rows % (samples * self.count) == 0
+            counts = (samples * self.positions.timesteps, samples * length)
+            return rows in counts and rows % (samples * self.count) == 0
         if kind == "tokens" and x.dim() == 2:
             return len(x) == samples * length
         axes = 3 if x.is_floating_point() else 2
@@ -126,14 +122,14 @@ class FrameTokens:
     then the patches of the second frame, and so on.
 
     Attributes:
-        whole: names of layers that see another part of each sample, such as its text. They take
+        per_sample: names of layers that see another part of each sample, such as its text. They take
             the sample's largest λ.
         times: names of layers with one input row for each timestep or each patch of all samples, in
             order, counted over all axes but the last.
         axis: the frame axis in `hidden_states`: 2 in (b, c, f, h, w), 1 in (b, f, c, h, w).
     """
 
-    whole: re.Pattern[str]
+    per_sample: re.Pattern[str]
     times: re.Pattern[str]
     axis: int = 2
 
@@ -175,11 +171,11 @@ def parts_of(level: Tensor, positions: Positions, frames: FrameTokens | None = N
     Raises:
         ValueError: b differs from the forward's batch size, or k does not divide l.
     """
-    given, count = level.shape
+    rows, count = level.shape
     samples, length = positions.samples, positions.length
-    if given not in (1, samples) or length % count:
+    if rows not in (1, samples) or length % count:
         raise ValueError(
-            f"noise_level has shape ({given}, {count}), but this forward has {samples} samples of {length} positions: "
+            f"noise_level has shape ({rows}, {count}), but this forward has {samples} samples of {length} positions: "
             "pass (b, k) with one row a sample and a k that divides the positions."
         )
     return Parts(count, positions, frames)
@@ -194,10 +190,10 @@ def positions_of(arguments: Mapping[str, object], model_name: str) -> Positions:
     Raises:
         ValueError: the forward gets no sequence, or several.
     """
-    given = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
-    named = [name for name in (*_SEQUENCES, *_OTHERS) if name in given]
-    named = named or list(given)[:1]
-    sequence = given[named[0]] if len(named) == 1 else None
+    tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
+    named = [name for name in (*_SEQUENCES, *_OTHERS) if name in tensors]
+    named = named or list(tensors)[:1]
+    sequence = tensors[named[0]] if len(named) == 1 else None
     if sequence is None or sequence.dim() < 2 + sequence.is_floating_point():
         raise ValueError(
             f"noise_level has several values a sample, but this forward of {model_name} has no single sequence of "

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .level import Level, NoiseWindow, as_level, is_number
+from .drawn_levels import NoiseWindow
+from .level import Level, as_level, is_number
 
 _EXAMPLE = "StrengthSchedule([(0, 1.0), (0.7, 0.3)])"
 
@@ -45,14 +46,14 @@ class StrengthSchedule:
         # (n, 2), copied to a device without waiting for it
         self._table = torch.tensor(self.points, dtype=torch.float32, device="cpu")
         levels = self._table[:, 0].tolist()
-        for before, after in pairwise(levels):
-            if after < before:
+        for level, following in pairwise(levels):
+            if following < level:
                 raise ValueError(
-                    f"points has λ {after:g} after λ {before:g}: pass the points by ascending λ."
+                    f"points has λ {following:g} after λ {level:g}: pass the points by ascending λ."
                 )
         if any(first == last for first, last in zip(levels, levels[2:], strict=False)):
             raise ValueError(
-                "points has three points at one λ, but the middle one would never apply: pass two."
+                "points has three points at one λ, and the middle one would never apply: pass at most two."
             )
 
     def __call__(self, noise_level: Level) -> Tensor:
@@ -95,16 +96,13 @@ def within(window: NoiseWindow) -> StrengthSchedule:
 
 
 def _pairs(points: Any) -> Iterator[tuple[float, float]]:
-    given = (
-        list(points)
-        if isinstance(points, Iterable) and not isinstance(points, (str, bytes, dict))
-        else []
-    )
-    if not given:
+    is_list = isinstance(points, Iterable) and not isinstance(points, (str, bytes, dict))
+    pairs: list[Any] = list(points) if is_list else []
+    if not pairs:
         raise ValueError(
             f"points is {points!r}: pass at least one pair (λ, strength), e.g. {_EXAMPLE}."
         )
-    for point in given:
+    for point in pairs:
         if (
             not isinstance(point, (tuple, list))
             or len(point) != 2
@@ -115,7 +113,7 @@ def _pairs(points: Any) -> Iterator[tuple[float, float]]:
             )
         if not 0 <= point[0] <= 1:
             raise ValueError(
-                f"points holds {point!r}, but λ lies in [0, 1], and 1 is pure noise: divide a timestep out of 1000 "
-                "by 1000."
+                f"points holds {point!r}, but λ lies in [0, 1], where 1 is pure noise. Divide a timestep by the "
+                "length of its schedule, usually 1000."
             )
         yield float(point[0]), float(point[1])

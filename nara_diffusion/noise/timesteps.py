@@ -129,9 +129,9 @@ class TimestepNoise:
         elif not all(-_ROUNDING <= value <= 1 + _ROUNDING for value in values):
             counted = f" with N = {self.num_train_timesteps}" if self.meaning in COUNTED else ""
             raise ValueError(
-                f"{self.argument} is {t.tolist()}, which as {self.meaning!r} is no λ in [0, 1]{counted}. If this "
-                "pipeline means something else by it, say so: set_noise_source(model, TimestepNoise(meaning)), e.g. "
-                'TimestepNoise("edm") where it passes ¼ ln σ.'
+                f"{self.argument} is {t.tolist()}, which gives a λ outside [0, 1] if it means "
+                f"{self.meaning!r}{counted}. If it means something else, declare that by "
+                'set_noise_source(model, TimestepNoise(meaning)), e.g. TimestepNoise("edm") for ¼ ln σ.'
             )
         return level.clamp(0, 1)
 
@@ -149,8 +149,8 @@ class TimestepNoise:
         passed = _PASSED.get(self.meaning, lambda t: t)
         exact = passed(schedule) * self.scale  # (n,)
         cast_first = passed(schedule.to(timestep.dtype)) * self.scale
-        given = timestep[..., None]
-        is_meant = (exact.to(timestep.dtype) == given) | (cast_first == given)  # (…, n)
+        rounded = timestep[..., None]
+        is_meant = (exact.to(timestep.dtype) == rounded) | (cast_first == rounded)  # (…, n)
         lowest = exact.where(is_meant, torch.inf).amin(-1)
         highest = exact.where(is_meant, -torch.inf).amax(-1)
         return lowest.where(lowest == highest, timestep.float())
@@ -158,7 +158,7 @@ class TimestepNoise:
     def checked(self, level: Tensor, timestep: float | Tensor) -> Tensor:
         """Return `level` unchanged for any timestep, since the user has declared its meaning.
 
-        `Denoiser` overrides this and raises an error for ambiguous timesteps.
+        `DenoiserNoise` overrides this and raises an error for ambiguous timesteps.
         """
         return level
 
@@ -169,31 +169,31 @@ class TimestepNoise:
         if it is a number, 0-d, (1,), or expanded to the batch.
         """
         arguments = arguments_of(module, args, kwargs)
-        given = []
+        timesteps = []
         for name in (self.argument, *self.also):
             if arguments.get(name) is not None:
-                given.append(one_if_expanded(as_tensor(arguments[name])))
+                timesteps.append(one_if_expanded(as_tensor(arguments[name])))
         # a noise-free conditioning video has no timesteps; only its sound has
-        given = [t for t in given if t.numel()] or given
+        timesteps = [t for t in timesteps if t.numel()] or timesteps
         if self.pinned is not None and arguments.get(self.pinned[0]) == self.pinned[1]:
-            given = [as_tensor(self.pinned[2])]
-        if not given:
+            timesteps = [as_tensor(self.pinned[2])]
+        if not timesteps:
             names = " and no ".join((self.argument, *self.also))
             raise ValueError(
                 f"λ can't be read: this forward of {type(module).__name__} got no {names}."
             )
         by_frame = (
-            None if self.frames is None else self.frames.by_frame(given[0], module, arguments)
+            None if self.frames is None else self.frames.by_frame(timesteps[0], module, arguments)
         )
         if by_frame is not None:
             level = self.noise_level(by_frame.flatten(0, 1)).view(by_frame.shape[:2])
         else:
-            level = functools.reduce(torch.maximum, map(self.noise_level, given))
-        return self.checked(level, given[0])
+            level = functools.reduce(torch.maximum, map(self.noise_level, timesteps))
+        return self.checked(level, timesteps[0])
 
 
 @dataclass
-class Denoiser(TimestepNoise):
+class DenoiserNoise(TimestepNoise):
     """The default source of λ of a denoiser class, and how the layers of the class see the batch.
 
     N comes from the current schedulers. A small timestep is ambiguous:
@@ -218,7 +218,7 @@ class Denoiser(TimestepNoise):
     one_level: bool = False
     schedulers: Sequence[Any] = ()
 
-    def read_as(self, convention: str | None) -> Denoiser:
+    def read_as(self, convention: str | None) -> DenoiserNoise:
         """Return this source, with the meaning of the timestep that `convention` requires.
 
         Models with a discrete schedule can also be trained with EDM timesteps, or converted to a
@@ -227,7 +227,7 @@ class Denoiser(TimestepNoise):
         meanings = {"edm": "edm", "flow": "sigma_1000"} if self.meaning == "discrete" else {}
         return replace(self, meaning=meanings.get(convention or "", self.meaning))
 
-    def under(self, schedulers: Sequence[Any]) -> Denoiser:
+    def under(self, schedulers: Sequence[Any]) -> DenoiserNoise:
         """Return this source with the current schedulers of the pipelines, and their N.
 
         Raises:
@@ -241,7 +241,7 @@ class Denoiser(TimestepNoise):
         if len(lengths) > 1:
             raise ValueError(
                 f"λ = {self.argument} / N can't be read: the schedulers of the pipelines that loaded the adapters have "
-                f"{' and '.join(f'N = {length}' for length in sorted(lengths))}: say which, "
+                f"{' and '.join(f'N = {length}' for length in sorted(lengths))}. Choose one: "
                 f"set_noise_source(model, TimestepNoise({self.meaning!r}, num_train_timesteps=N))."
             )
         return replace(self, schedulers=schedulers, num_train_timesteps=lengths.pop())
@@ -251,12 +251,12 @@ class Denoiser(TimestepNoise):
 
         If a pipeline rounded the timestep to half precision, use the scheduler's exact timestep.
         """
-        given = [getattr(one, "timesteps", None) for one in self.schedulers]
-        schedules = [each.flatten() for each in given if isinstance(each, Tensor)]
+        timesteps = [getattr(scheduler, "timesteps", None) for scheduler in self.schedulers]
+        schedules = [t.flatten() for t in timesteps if isinstance(t, Tensor)]
         if schedules and isinstance(timestep, Tensor) and timestep.dtype in _HALF:
             device = timestep.device
             is_async = device.type != "cpu"  # copies to the CPU must block
-            there = [each.to(device, torch.float32, non_blocking=is_async) for each in schedules]
+            there = [t.to(device, torch.float32, non_blocking=is_async) for t in schedules]
             timestep = self.unrounded(timestep, torch.cat(there))
         return super().noise_level(timestep)
 
@@ -276,19 +276,19 @@ class Denoiser(TimestepNoise):
         is_discrete = (4 * t.float().abs() >= LARGEST_LOG_SIGMA).any()
         if not continuous:
             is_discrete = is_discrete | (t == t.round()).all()
-        known = host_values(is_discrete)
+        value = host_values(is_discrete)
         all_continuous = 0 < len(continuous) == len(self.schedulers)
-        if known is None and not all_continuous:
+        if value is None and not all_continuous:
             return level.where(is_discrete, torch.nan)
-        if known == [True]:
+        if value == [True]:
             return level
-        shown = host_values(t) or f"{t.dtype} on {t.device}"
+        timesteps = host_values(t) or f"{t.dtype} on {t.device}"
         who = "it may be ¼ ln σ of an EDM schedule"
         if continuous:
             who = f"{continuous[0]} passes ¼ ln σ"
         raise ValueError(
-            f"{self.argument} is {shown}, which as 'discrete' would be almost no noise, but {who}: say what this "
-            'pipeline means by it, once, set_noise_source(model, TimestepNoise("edm")) or TimestepNoise("discrete").'
+            f"{self.argument} is {timesteps}, which as 'discrete' would be almost no noise, but {who}. Declare its "
+            'meaning once: set_noise_source(model, TimestepNoise("edm")) or TimestepNoise("discrete").'
         )
 
 

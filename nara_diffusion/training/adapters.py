@@ -29,8 +29,8 @@ from transformers import PreTrainedModel
 
 from nara_diffusion import NaraConfig, StrengthSchedule
 from nara_diffusion.config import changes_base
-from nara_diffusion.cores.core import CUSTOM, check_core_type
-from nara_diffusion.noise.level import MASKED_SHARE
+from nara_diffusion.cores.registry import CUSTOM, check_core_type
+from nara_diffusion.noise.sources import MASKED_SHARE
 from nara_flags.parser import hint
 from nara_flags.training import AdapterArguments, TrainingArguments
 

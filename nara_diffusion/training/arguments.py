@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from nara_diffusion.noise.level import NoiseWindow
+from nara_diffusion.noise.drawn_levels import NoiseWindow
 from nara_diffusion.noise.strength_schedule import StrengthSchedule, within
 from nara_flags.parser import merged
 from nara_flags.training import OPTIMIZERS, TrainingArguments, WindowArguments
@@ -81,9 +81,9 @@ def shipped_settings(
     Args:
         config: the file of the shipped run.
         given: the user's arguments.
-        own: the arguments that name data. If the first of them is in `given`, the user gives data.
-            The log then says that the data train the shipped model, `toy`, lists the settings
-            `shown`, and gives the `advice`.
+        own: the arguments that name data, or that belong to the shipped data. If the first of them
+            is in `given`, the user gives data. The log then says that the data train the shipped
+            model, `toy`, lists the settings `shown`, and gives the `advice`.
 
     Raises:
         ValueError: the file or the model is missing, as it is outside of a clone.

@@ -27,7 +27,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from nara_diffusion.noise.level import find_holders
+from nara_diffusion.noise.context import find_holders
 from nara_diffusion.utils.files import counted
 from nara_flags.training import TrainingArguments
 

@@ -14,7 +14,8 @@ from nara_diffusion import NaraConfig
 from nara_diffusion.config import changes_base
 from nara_diffusion.export.from_lora import check_identity, check_scales, copy_tensors
 from nara_diffusion.export.read_lora import read_lora
-from nara_diffusion.loaders.file import AdapterFile, AdapterPart, configured_scaling, naming
+from nara_diffusion.loaders.adapter_part import AdapterPart, configured_scaling
+from nara_diffusion.loaders.file import AdapterFile, naming
 from nara_diffusion.loaders.tensor_files import is_nara
 from nara_diffusion.strict import check_loaded
 from nara_diffusion.tuner.twins import with_encoder_layers

@@ -120,7 +120,7 @@ def train(
             bar.update()
             is_last = run.step == run.total_steps
             is_logged = is_last or _is_due(run.step, args.logging_steps)
-            is_validated = _is_due(run.step, args.validation_steps)
+            is_validated = _is_due(run.step, run.validation_steps)
             is_saved = _is_due(run.step, args.checkpointing_steps)
             is_saved |= is_last and args.checkpointing_steps is not None
             if is_logged or is_validated or is_saved:

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 from torch import Tensor
 
-from nara_diffusion.noise.level import EVERYTHING, NoiseWindow
+from nara_diffusion.noise.drawn_levels import EVERYTHING, NoiseWindow
 from nara_diffusion.utils.files import atomic_write
 
 

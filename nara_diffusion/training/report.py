@@ -12,7 +12,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from nara_diffusion.cores.core import BUILT_IN, needs_noise
+from nara_diffusion.cores.registry import BUILT_IN, needs_noise
 from nara_diffusion.utils.files import atomic_write
 from nara_flags.training import TrainingArguments
 
@@ -33,9 +33,9 @@ _WHAT_IT_IS = {
     "full": "All weights, fine-tuned:",
 }
 _BESIDE_LORA = (
-    "The table says nothing of LoRA or DoRA. Models that read the noise level themselves, as most do, learnt as much "
-    "by those in this method's own comparisons: train one on the same data (`--adapter lora`, `--adapter dora`) before "
-    "you call this adapter better than either."
+    "The table doesn't compare this adapter with LoRA or DoRA. In this project's own comparisons, models that read "
+    "the noise level themselves, as most do, learned as much with LoRA or DoRA. To compare, train one of them on the "
+    "same data (`--adapter lora` or `--adapter dora`)."
 )
 
 

@@ -172,6 +172,14 @@ class Run(Generic[Args]):
             )
         return self.total_steps
 
+    @property
+    def validation_steps(self) -> int | None:
+        """The number of optimizer steps between two validations; None means never."""
+        every = self.args.validation_steps
+        if every is None:
+            return None
+        return math.ceil(every * self.total_steps) if every < 1 else int(every)
+
     def positions_left(self) -> range:
         """Return the positions in the stream of training data that are still to be trained on."""
         first = self.step - self.data_start

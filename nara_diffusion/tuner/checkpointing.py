@@ -10,13 +10,50 @@ find no C and raise an error.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import nn
 
-from nara_diffusion.layers.variants import CoreChannel, Key
+from nara_diffusion.layers.channel import CoreChannel, Key
 from nara_diffusion.noise.parts import Parts
+
+from .twins import check_checkpointing
+
+_CHECKPOINTS = ("_gradient_checkpointing_func", "checkpoint_fn")
+"""The attributes that keep a checkpoint function: of Transformers and Diffusers, of PyTorch's wrapper."""
+
+
+def pass_cores(root: nn.Module, channel: CoreChannel) -> None:
+    """Wrap the checkpoint function of every checkpointed block in `root`. Repeating is safe."""
+    for module, name, checkpoint in _checkpointed(root):
+        if not (isinstance(checkpoint, CheckpointWithCore) and checkpoint.passes(channel)):
+            check_checkpointing(root, checkpoint)
+            setattr(module, name, CheckpointWithCore(checkpoint, channel))
+
+
+def pass_no_cores(root: nn.Module, channel: CoreChannel) -> None:
+    """Undo `pass_cores`.
+
+    A wrapper inside another model's wrapper stays in place but no longer passes on cores.
+    """
+    for module, name, checkpoint in _checkpointed(root):
+        if isinstance(checkpoint, CheckpointWithCore) and checkpoint.channel is channel:
+            setattr(module, name, checkpoint.checkpoint)
+
+
+def _checkpointed(root: nn.Module) -> Iterator[tuple[nn.Module, str, Callable[..., Any]]]:
+    """Yield (module, attribute, checkpoint function); adapted layers have none inside."""
+    left = [root]
+    while left:
+        module = left.pop()
+        for name in _CHECKPOINTS:
+            checkpoint = vars(module).get(name)
+            if callable(checkpoint):
+                yield module, name, checkpoint
+        if "lora_A" not in module._modules:
+            left.extend(child for child in module._modules.values() if child is not None)
 
 
 class CheckpointWithCore:

@@ -9,37 +9,33 @@ from the schedulers of the pipelines that loaded adapters.
 
 from __future__ import annotations
 
-import warnings
-import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from copy import copy
 from dataclasses import replace
 from enum import Enum, auto
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
+import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
 from nara_diffusion.config import NaraConfig
-from nara_diffusion.cores.core import needs_noise
+from nara_diffusion.cores.registry import needs_noise
 from nara_diffusion.noise.blocks import LLADA2, BlockNoise
 from nara_diffusion.noise.canvas_source import CanvasNoise
-from nara_diffusion.noise.level import (
-    BLOCK_SHARE,
-    Entry,
-    NoiseSource,
-    as_level,
-    backward_pass,
-    registered_source,
-)
+from nara_diffusion.noise.context import Entry
+from nara_diffusion.noise.level import as_level
 from nara_diffusion.noise.parts import Parts
 from nara_diffusion.noise.rows import ModelRows
-from nara_diffusion.noise.timesteps import Denoiser, TimestepNoise
+from nara_diffusion.noise.sources import BLOCK_SHARE, NoiseSource, registered
+from nara_diffusion.noise.timesteps import DenoiserNoise, TimestepNoise
+
+from .twins import twins_of
+from .usage import Usage
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-    from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 
 class NotSet(Enum):
@@ -67,12 +63,12 @@ class LevelFinder:
         root: nn.Module,
         configs: dict[str, LoraConfig],
         rows: ModelRows,
-        denoiser: Denoiser | None,
+        class_source: DenoiserNoise | None,
     ) -> None:
         self.root = root
         self.configs = configs
         self.rows = rows
-        self.denoiser = denoiser
+        self.class_source = class_source
         self.given_source: NoiseSource | NotSet | None = NotSet.DEFAULT
         self.length: int | None = None
         self.usage = Usage(configs)
@@ -89,30 +85,25 @@ class LevelFinder:
 
         N and the meaning of small timesteps come from the pipelines' current schedulers.
         """
-        given = self.given_source
-        if isinstance(given, TimestepNoise) and given.frames is None:
-            given = copy(given)
-            given.frames = self.rows.frames
-        if given is not NotSet.DEFAULT:
-            return given
-        definitions = self._definitions()
-        first = next(iter(definitions.values()), None)
-        source = self._default_source(first)
-        if not isinstance(source, Denoiser):
+        source = self.given_source
+        if isinstance(source, TimestepNoise) and source.frames is None:
+            source = copy(source)
+            source.frames = self.rows.frames
+        if source is not NotSet.DEFAULT:
             return source
-        schedulers = self.usage.schedulers()
+        schedulers = self.usage.schedulers() if self.usage.pipelines else []
+        source = self._default_source(next(iter(self._definitions().values()), None))
+        if not isinstance(source, DenoiserNoise):
+            return source
         if schedulers:
-            source = source.under(schedulers)
-            self.length = source.num_train_timesteps
-        elif self.length is not None:
-            source = replace(source, num_train_timesteps=self.length)
-        return source
+            return source.under(schedulers)
+        return source if self.length is None else replace(source, num_train_timesteps=self.length)
 
     def _default_source(self, convention: str | None) -> NoiseSource | None:
         """Return the default source for the definition of λ in the first adapter, `convention`."""
-        source = registered_source(convention)
-        if source is None and self.denoiser is not None:
-            source = self.denoiser.read_as(convention)
+        source = registered.get(convention or "")
+        if source is None and self.class_source is not None:
+            source = self.class_source.read_as(convention)
         if source is None and twins_of(self.root) is not None:
             return self.canvas_source
         if source is None and (convention == BLOCK_SHARE or _goes_by_blocks(self.root)):
@@ -132,13 +123,15 @@ class LevelFinder:
     def add_pipeline(self, pipe: DiffusionPipeline) -> None:
         """Remember a pipeline that loaded an adapter."""
         self.usage.add_pipeline(pipe)
-        if self.denoiser is None:
+        if self.class_source is None:
             self.block_source.ignore_past_runs()
 
-    def block_masked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    def with_block_mask(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> dict[str, Any] | None:
         """Return a LLaDA2's arguments with a block mask if LLaDA2Pipeline calls it, else None."""
         has_blocks = BLOCK_SHARE in self._definitions().values() or _goes_by_blocks(self.root)
-        if not (has_blocks and self.usage.pipelines):
+        if not has_blocks:
             return None
         return self.block_source.with_block_mask(self.root, args, kwargs)
 
@@ -176,8 +169,10 @@ class LevelFinder:
         """
         if entry is None:
             source = self.present_source()
+            if isinstance(source, DenoiserNoise) and source.schedulers:
+                self.length = source.num_train_timesteps  # the pipelines may go before the model
             level = None if source is None else as_level(source(self.root, args, kwargs), axes=2)
-        elif entry.backward == backward_pass():
+        elif entry.backward == torch._C._current_graph_task_id():
             level = entry.level
         else:
             raise ValueError(
@@ -187,9 +182,11 @@ class LevelFinder:
             )
         if level is None:
             raise unknown_level(self.root, names)
-        is_for_all = entry is not None and level.numel() == 1
-        if not is_for_all:  # one λ for all is valid for samples and for parts
-            self.usage.warn_of_parts(names, level)
+        per = "part" if level.dim() == 2 else "sample"
+        is_for_all = entry is not None and level.numel() == 1  # valid for samples and for parts
+        trained = {getattr(self.configs[name], "noise_level_per", None) for name in names}
+        if not is_for_all and trained - {None, per}:
+            self.usage.warn_of_parts(names, per)
         if level.dim() == 2 and level.shape[1] > 1:
             parts = self.rows.parts_of_forward(level, self.root, args, kwargs)
             return parts.levels(level), parts
@@ -200,12 +197,12 @@ class LevelFinder:
 
     def _definitions(self, but: str | None = None) -> dict[str, str]:
         """Return the definitions of λ by adapter name, without adapter `but`."""
-        found = {}
+        definitions = {}
         for name, config in self.configs.items():
             convention = convention_of(config)
             if convention is not None and name != but:
-                found[name] = convention
-        return found
+                definitions[name] = convention
+        return definitions
 
     def with_convention(self, name: str, config: NaraConfig) -> NaraConfig:
         """Return a copy of `config` with the source's definition of λ, if the source has one.
@@ -218,19 +215,23 @@ class LevelFinder:
         Raises:
             ValueError: the adapter defines λ differently from the source.
         """
-        own = config.noise_convention
-        others = self._definitions(but=name)
+        convention = config.noise_convention
+        definitions = self._definitions(but=name)
         source = self.given_source
         if source is NotSet.DEFAULT:
-            first = next(iter(others.values()), own)
+            first = next(iter(definitions.values()), convention)
             source = self._default_source(first)
         if not is_assumed(config):
-            _check_definition(source, name, own, self._remedy(own, list(others)))
+            _check_definition(source, name, convention, self._remedy(convention, list(definitions)))
         config = copy(config)  # several models may share the original
-        if source is not None and needs_noise(config) and (own is None or is_assumed(config)):
+        if (
+            source is not None
+            and needs_noise(config)
+            and (convention is None or is_assumed(config))
+        ):
             config.noise_convention = getattr(source, "convention", None)
             config.assumes_convention = self.source_is_default
-        elif own is None:
+        elif convention is None:
             config.assumes_convention = True
         return config
 
@@ -241,28 +242,28 @@ class LevelFinder:
             The definitions, by adapter name, of the adapters with a different definition. If there
             are any, this method changes nothing.
         """
-        others, assumed = {}, []
+        different, assumed = {}, []
         for name in names:
             config = self.configs[name]
-            own = convention_of(config)
+            defined = convention_of(config)
             if isinstance(config, NaraConfig) and is_assumed(config):
                 assumed.append(config)
-            elif own is not None and own != convention:
-                others[name] = own
-        if not others:
+            elif defined is not None and defined != convention:
+                different[name] = defined
+        if not different:
             for config in assumed:
                 config.noise_convention = convention
                 config.assumes_convention = False
-        return others
+        return different
 
     def _remedy(self, convention: str | None, others: list[str]) -> str:
         """Return the end of the error message for different definitions of λ."""
         if others:
-            return f"as {' and '.join(map(repr, others))} of this model needs: remove that first, or use another model."
+            return f"as {' and '.join(map(repr, others))} of this model needs. Remove that first, or use another model."
         if not self.source_is_default:
-            return f"which set_noise_source has set. Set one of {convention!r} before, set_noise_source(model, source)."
+            return f"which set_noise_source has set. Set one of {convention!r} first: set_noise_source(model, source)."
         return (
-            "which is λ of this class of models. Add the adapter to the model that it was trained on; for a "
+            "the definition of this class of models. Add the adapter to the model that it was trained on; for a "
             "custom definition of λ, call register_noise_source(source) before the model's first adapter is added."
         )
 
@@ -284,9 +285,22 @@ def convention_of(config: LoraConfig) -> str | None:
 
 def unknown_level(root: nn.Module, names: list[str], remedy: str | None = None) -> ValueError:
     """Return the error for an unknown λ, with the usual remedy for a forward or another one."""
+    kinds = [kind.__name__ for kind in type(root).__mro__]
+    is_masked = getattr(getattr(root, "config", None), "mask_token_id", None) is not None
+    declaration = ""
+    if "ModelMixin" in kinds:  # of Diffusers
+        declaration = (
+            " To have it read its timestep, declare "
+            f"register_denoiser('{kinds[0]}', meaning) before adding adapters."
+        )
+    elif is_masked or ("PreTrainedModel" in kinds and "LM" in kinds[0]):
+        declaration = (
+            " A masked language model reads it inside `with read_noise_from_input_ids(model, "
+            "prompt_lengths):` of nara_diffusion.dllm."
+        )
     usual = (
         "call the model inside `with noise_level(model, value):`, or let it read λ from its own inputs by "
-        f"`set_noise_source(model, source)`.{_how_to_declare(root)}"
+        f"`set_noise_source(model, source)`.{declaration}"
     )
     listed = ", ".join(map(repr, names))
     return ValueError(f"λ is not known, but adapter(s) {listed} depend on it: {remedy or usual}")
@@ -301,153 +315,3 @@ def _check_definition(
             f"Adapter '{adapter_name}' was trained with λ defined as {convention!r}, but the source of λ gives "
             f"{of_source!r}, {remedy}"
         )
-
-
-def _how_to_declare(root: nn.Module) -> str:
-    """Return the end of the error for an unknown λ, which says how this model can get its λ."""
-    kinds = [kind.__name__ for kind in type(root).__mro__]
-    if "ModelMixin" in kinds:  # of Diffusers
-        declaration = f"register_denoiser('{kinds[0]}', meaning)"
-        return f" To have it read its timestep, declare {declaration} before adding adapters."
-    is_masked = getattr(getattr(root, "config", None), "mask_token_id", None) is not None
-    if is_masked or ("PreTrainedModel" in kinds and "LM" in kinds[0]):
-        return (
-            " A masked language model reads it inside `with read_noise_from_input_ids(model, prompt_lengths):` of "
-            "nara_diffusion.dllm."
-        )
-    return ""
-
-
-# ---------------------------------------------------------------------- how adapters are used
-
-_KINDS = {"sample": "sample", "part": "part of a sample (a frame, a block)"}
-"""`NaraConfig.noise_level_per` → its name in messages."""
-
-
-class Usage:
-    """Compare how the adapters of one model are used with how they were trained.
-
-    `NaraConfig` says how a few-step adapter is sampled (`few_steps`), and whether training used one
-    λ for each sample or for each part of a sample (`noise_level_per`). Each difference causes
-    one warning per adapter.
-
-    Attributes:
-        pipelines: weak references to the pipelines that loaded adapters.
-    """
-
-    def __init__(self, configs: dict[str, LoraConfig]) -> None:
-        self.configs = configs
-        self.pipelines: list[weakref.ref[DiffusionPipeline]] = []
-        self._warned_of_sampling: dict[str, LoraConfig] = {}
-        self._warned_of_parts: dict[str, LoraConfig] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "pipelines": []}  # a copy has no pipelines
-
-    # ------------------------------------------------------------------ the pipelines' schedulers
-
-    def add_pipeline(self, pipe: DiffusionPipeline) -> None:
-        """Remember a pipeline that loaded an adapter."""
-        self.pipelines = [ref for ref in self.pipelines if ref() not in (None, pipe)]
-        self.pipelines.append(weakref.ref(pipe))
-
-    def schedulers(self) -> list[SchedulerMixin]:
-        """Return the current schedulers of the pipelines that loaded adapters."""
-        found = []
-        for reference in self.pipelines:
-            scheduler = getattr(reference(), "scheduler", None)
-            if hasattr(scheduler, "config"):
-                found.append(scheduler)
-        return found
-
-    def warn_of_sampling(self, names: Iterable[str]) -> None:
-        """Warn once if a pipeline samples a few-step adapter in a way that does not suit it."""
-        for name in names:
-            config = self.configs[name]
-            few_steps = getattr(config, "few_steps", None)
-            if few_steps is None or self._warned_of_sampling.get(name) is config:
-                continue
-            for reference in self.pipelines:
-                pipe = reference()
-                difference = None if pipe is None else _other_sampling(pipe, few_steps)
-                if difference is not None:
-                    self._warned_of_sampling[name] = config
-                    steps = few_steps["num_inference_steps"]
-                    warnings.warn(
-                        f"Adapter '{name}' was trained to sample in {steps} steps, but the pipeline takes {difference}",
-                        stacklevel=2,
-                    )
-
-    # ------------------------------------------------------------------ samples or their parts
-
-    def warn_of_parts(self, names: Iterable[str], level: Tensor) -> None:
-        """Warn once if an adapter was trained with λ per sample and is used per part, or vice versa.
-
-        Args:
-            level: λ (b,) of samples, or (b, k) of their k parts.
-        """
-        now = "part" if level.dim() == 2 else "sample"
-        for name in names:
-            config = self.configs[name]
-            trained = getattr(config, "noise_level_per", None)
-            if trained in (None, now) or self._warned_of_parts.get(name) is config:
-                continue
-            self._warned_of_parts[name] = config
-            warnings.warn(
-                f"Adapter '{name}' was trained with λ for each {_KINDS[trained]}, and this forward has one for "
-                f"each {_KINDS[now]}, which it has not seen: its results may be worse.",
-                UserWarning,
-                stacklevel=2,
-            )
-
-
-TIMESTEP_SETTINGS = ("timestep_spacing", "shift_terminal")
-"""Fields of a scheduler that a few-step adapter was trained with."""
-
-
-def _other_sampling(pipe: Any, few_steps: Mapping[str, Any]) -> str | None:
-    """Return a message if a pipeline's sampling settings do not suit a few-step adapter, else None.
-
-    The message names the settings and includes the lines of code that correct them.
-    """
-    scheduler = pipe.scheduler
-    # the scheduler of a flow has no number before its first call
-    steps = getattr(scheduler, "num_inference_steps", None)
-    wanted = few_steps["num_inference_steps"]
-    if steps is None:  # no call is in progress, as in training
-        return None
-    found = [] if steps == wanted else [f"{steps} steps"]
-    guidance = getattr(pipe, "_guidance_scale", 1.0)
-    if guidance > 1:
-        found.append(f"guidance_scale {guidance:g}")
-    for name in TIMESTEP_SETTINGS:
-        setting = few_steps.get(name)
-        if setting is not None and scheduler.config.get(name) != setting:
-            found.append(f"{type(scheduler).__name__} with other timesteps")
-    if not found:
-        return None
-    lines = [few_steps.get("scheduler"), f"pipe(…, num_inference_steps={wanted}, guidance_scale=1)"]
-    return f"{', '.join(found)}: {'; '.join(filter(None, lines))}"
-
-
-# ---------------------------------------------------------------------- a forward with two λ
-
-_WITH_TWINS = "DiffusionGemmaModel"
-
-
-class Twins(NamedTuple):
-    """The encoder (at λ = 0) and the decoder (at λ) of a DiffusionGemma, and their parent module."""
-
-    owner: nn.Module
-    encoder: nn.Module
-    decoder: nn.Module
-
-
-def twins_of(root: nn.Module) -> Twins | None:
-    """Return the twins of a DiffusionGemma, with or without PEFT's wrapper; None otherwise."""
-    owner: nn.Module | None = root
-    while isinstance(owner, nn.Module):
-        if _WITH_TWINS in [kind.__name__ for kind in type(owner).__mro__]:
-            return Twins(owner, owner.get_submodule("encoder"), owner.get_submodule("decoder"))
-        owner = getattr(owner, "model", None)
-    return None

@@ -7,16 +7,16 @@ The holder owns the cores and their strengths, and passes D to the layers, also 
 checkpoint recomputes a block. PEFT or Diffusers may change the adapters at any time, and only
 PEFT's layers know which adapters are active, merged, disabled or deleted, so the holder asks them.
 
-If an adapter is no longer in `peft_config`, the next forward, save or addition removes its cores.
-If it was the last adapter, the holder and its hooks are removed too. A core is trainable while the
-A of its adapter is trainable. Every call that lists parameters updates this.
+If an adapter is no longer in `peft_config`, its cores are not listed any more, and the next forward,
+save or addition removes them. If it was the last adapter, the holder and its hooks are removed too.
+A core is trainable while the A of its adapter is trainable: PEFT switches both, since the first
+layer of an adapter names the cores among its own modules (`adapter_layer_names`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig
@@ -24,24 +24,25 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from nara_diffusion.cores.core import HOLDER_NAME, CoreSet, IdentityCore
+from nara_diffusion.cores.core import Core, IdentityCore
+from nara_diffusion.cores.registry import HOLDER_NAME, CoreSet
 from nara_diffusion.layers.adapted_layer import AdaptedLayer
+from nara_diffusion.layers.channel import CoreChannel, Key, Pushed
 from nara_diffusion.layers.offloading import in_memory, onload_groups
-from nara_diffusion.layers.variants import CoreChannel, Key
-from nara_diffusion.noise.level import backward_pass, entry_for, outer_modules
+from nara_diffusion.noise.context import Entry, backward_pass, present
 from nara_diffusion.noise.parts import Parts
 from nara_diffusion.noise.rows import ModelRows
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
-from nara_diffusion.noise.timesteps import Denoiser
+from nara_diffusion.noise.timesteps import DenoiserNoise
 
-from .checkpointing import CheckpointWithCore
-from .finder import LevelFinder, twins_of
+from .checkpointing import pass_cores, pass_no_cores
+from .finder import LevelFinder
 from .merging import Merging
 from .twin_hooks import hook_twins, unhook_twins
-from .twins import check_checkpointing
+from .twins import twins_of
 
-_CHECKPOINTS = ("_gradient_checkpointing_func", "checkpoint_fn")
-"""The attributes that keep a checkpoint function: of Transformers and Diffusers, of PyTorch's wrapper."""
+_CORES_OF_LAYER = "nara_cores"
+"""The attribute of an adapter's first layer that names its cores: {adapter: cores}."""
 
 
 class CoreHolder(nn.Module):
@@ -51,13 +52,12 @@ class CoreHolder(nn.Module):
 
     Args:
         root: the adapted model.
-        denoiser: the table's entry for the root's class.
+        class_source: the source that the table has for the class of the root.
 
     Attributes:
         configs: the configuration of each adapter, by name, at the time its cores were made.
         layers: the PEFT layers of each adapter, by name.
         schedules: the strength over λ of each adapter that has one, by name.
-        deviations: the object that computes D(λ) = C(λ) − I.
         channel: the channel that passes D(λ) to the layers.
         finder: the object that finds λ for a forward.
         merging: the object that finds and compares the λ of merged layers.
@@ -65,17 +65,16 @@ class CoreHolder(nn.Module):
 
     is_core_holder = True
 
-    def __init__(self, root: nn.Module, denoiser: Denoiser | None = None) -> None:
+    def __init__(self, root: nn.Module, class_source: DenoiserNoise | None = None) -> None:
         super().__init__()
         self.cores = nn.ModuleDict()
         self.configs: dict[str, LoraConfig] = {}
         self.layers: dict[str, list[LoraLayer]] = {}
         self.schedules: dict[str, StrengthSchedule] = {}
-        self.deviations = Deviations(self.cores, self.schedules)
-        rows = ModelRows.of(denoiser)
+        rows = ModelRows.of(class_source)
         self.channel = CoreChannel(self, rows)
-        self.finder = LevelFinder(root, self.configs, rows, denoiser)
-        self.merging = Merging(root, self.layers, self.deviations.noisy)
+        self.finder = LevelFinder(root, self.configs, rows, class_source)
+        self.merging = Merging(root, self.layers, self.noisy)
         self._handles: tuple[RemovableHandle, ...] = ()
 
     @property
@@ -94,6 +93,11 @@ class CoreHolder(nn.Module):
         self.cores[name] = cores
         self.configs[name] = config
         self.layers[name] = layers
+        if layers:
+            of_layer = vars(layers[0]).setdefault(_CORES_OF_LAYER, {})
+            of_layer[name] = cores
+            if _CORES_OF_LAYER not in layers[0].adapter_layer_names:
+                layers[0].adapter_layer_names = (*layers[0].adapter_layer_names, _CORES_OF_LAYER)
 
     def drop_deleted(self) -> None:
         """Remove adapters that left `peft_config`, even if a new adapter has the same name."""
@@ -117,42 +121,53 @@ class CoreHolder(nn.Module):
         self.drop_deleted()
         names = []
         for name, layers in self.layers.items():
-            if any(_reads_core(layer, name) for layer in layers):
+            on = [layer for layer in layers if not (layer.disable_adapters or layer.merged)]
+            if any(name in layer.active_adapters for layer in on):
                 names.append(name)
         return names
 
     def follow_factors(self) -> None:
         """Make each core trainable if the A of its adapter is trainable, and freeze it if not."""
         for name, layers in self.layers.items():
-            trainable = bool(layers) and _is_trainable(layers[0], name)
-            for parameter in self.cores[name].parameters():
-                if parameter.requires_grad != trainable:
-                    parameter.requires_grad = trainable
+            A: list[nn.Parameter] = []
+            if layers and name in layers[0].lora_A:
+                A = list(layers[0].lora_A[name].parameters())
+            elif layers and name in layers[0].lora_embedding_A:
+                A = [layers[0].lora_embedding_A[name]]
+            self.cores[name].requires_grad_(any(factor.requires_grad for factor in A))
 
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Module]]:
-        """Update the adapters and what is trainable, then do as `nn.Module.named_modules` does.
-
-        Any call that lists parameters, of the holder or of the root, calls this method.
-        """
-        self.drop_deleted()
-        self.follow_factors()
-        return super().named_modules(memo, prefix, remove_duplicate)
+        """List the modules as `nn.Module.named_modules` does, without cores of deleted adapters."""
+        present = getattr(self.root, "peft_config", {})
+        deleted = [name for name in self.configs if present.get(name) is not self.configs[name]]
+        hidden = tuple(f"{prefix}{'.' if prefix else ''}cores.{name}." for name in deleted)
+        for name, module in super().named_modules(memo, prefix, remove_duplicate):
+            if not f"{name}.".startswith(hidden):
+                yield name, module
 
     def state_dict(self, *args, **kwargs) -> dict[str, Tensor]:
         """Return the state dict of `nn.Module`, without deleted adapters."""
         self.drop_deleted()
         return super().state_dict(*args, **kwargs)
 
-    def has_strength(self, name: str) -> bool:
-        """Return True if the strength of the adapter depends on λ."""
-        return name in self.schedules
+    def depends_on_noise(self, name: str) -> bool:
+        """Return True if the adapter has cores, and one of them or the strength depends on λ."""
+        if name not in self.cores:
+            return False
+        return name in self.schedules or any(
+            core.needs_noise for core in self.cores_of(name).values()
+        )
+
+    def noisy(self, names: Iterable[str]) -> list[str]:
+        """Return the adapters in `names` that depend on λ."""
+        return list(filter(self.depends_on_noise, names))
 
     @property
     def needs_noise(self) -> bool:
         """Return whether a layer would read a C that depends on λ."""
-        return bool(self.deviations.noisy(self.active_names()))
+        return bool(self.noisy(self.active_names()))
 
     # ------------------------------------------------------------------ hooks of the root
 
@@ -179,7 +194,7 @@ class CoreHolder(nn.Module):
         twins = twins_of(self.root)
         if twins is not None:
             unhook_twins(self.root, twins, self.finder.canvas_source)
-        _checkpoint_without_core(self.root, self.channel)
+        pass_no_cores(self.root, self.channel)
         self.root._modules.pop(HOLDER_NAME, None)
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any], is_clean: bool = False) -> None:
@@ -193,34 +208,80 @@ class CoreHolder(nn.Module):
         if not getattr(self.root, "peft_config", None):
             self.detach()  # the adapters have been unloaded
             return
-        entry = entry_for(self)
+        entry = self.context()
         merged = self.merged_in_forward()
-        self.finder.usage.warn_of_sampling(names)
-        if merged is not None:
-            self.finder.usage.warn_of_sampling(self.merging.merged_names())
-            if entry is None:
-                self.merging.warn_of_source(merged, self.finder, args, kwargs)
-        self.follow_factors()
+        sampled = names if merged is None else [*names, *self.merging.merged_names()]
+        if any(getattr(self.configs[name], "few_steps", None) for name in sampled):
+            self.finder.usage.warn_of_sampling(sampled)
+        if merged is not None and entry is None:
+            self.merging.warn_of_source(merged, self.finder, args, kwargs)
         if not names:
             return
         if "_diffusers_hook" in vars(self.root):
             onload_groups(self.root)
         if torch.is_grad_enabled():
-            _checkpoint_with_core(self.root, self.channel)
-        noisy = self.deviations.noisy(names)
+            pass_cores(self.root, self.channel)
+        noisy = self.noisy(names)
         level = parts = None
         if noisy and is_clean:
             level = torch.zeros(1)
         elif noisy:
             level, parts = self.finder.level_of_forward(noisy, entry, args, kwargs)
-        deviations = _beside_inputs(self.deviations.of(names, level), args, kwargs)
-        self.channel.push(entry, deviations, parts)
+        deviations = self.deviations_of(names, level)
+        device = next((x.device for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
+        if device is not None and device.type != "cpu":  # once for all layers
+            for key, D in deviations.items():
+                deviations[key] = D.to(device) if D.device.type == "cpu" else D
+        innermost = None if torch.compiler.is_compiling() else present.get()
+        self.channel.local.pushed = Pushed(innermost, entry, deviations, parts)
 
     def end(self) -> None:
         """Take D(λ) away from the layers after a forward."""
         self.channel.local.pushed = None
 
-    # ------------------------------------------------------------------ D outside a forward
+    def context(self) -> Entry | None:
+        """Return the innermost open `noise_level(…)` of this model, or None if there is none."""
+        entry = present.get()
+        while entry is not None and (entry.level is None or self not in entry.holders):
+            entry = entry.parent
+        return entry
+
+    # ------------------------------------------------------------------ D of the adapters
+
+    def cores_of(self, name: str) -> CoreSet:
+        """Return the cores of an adapter, by group."""
+        return cast(CoreSet, self.cores[name])
+
+    def deviations_of(self, names: Iterable[str], level: Tensor | None) -> dict[Key, Tensor]:
+        """Return D (b or 1, r, r) by key for these adapters, except if layers treat C as I."""
+        deviations = {}
+        for name in names:
+            for group, core in self.cores_of(name).items():
+                if name in self.schedules or not isinstance(core, IdentityCore):
+                    deviations[name, group] = self.deviation((name, group), level)
+        return deviations
+
+    def deviation(self, key: Key, level: Tensor | None) -> Tensor:
+        """Return D (b or 1, r, r), float32, for the layers with this key.
+
+        The result includes the adapter's strength.
+        """
+        name, group = key
+        D = cast(Core, self.cores_of(name)[group]).at(level)
+        schedule = self.schedules.get(name)
+        if schedule is None:
+            return D
+        assert level is not None
+        if D.device.type == "cpu":
+            D = D.to(level.device)  # an identity core has no weights
+        strength = schedule.at(level.to(D.device))[:, None, None]
+        identity = torch.eye(D.shape[-1], dtype=D.dtype, device=D.device)
+        return strength * D + (strength - 1) * identity
+
+    def matrix(self, key: Key, level: Tensor | None) -> Tensor:
+        """Return C (b or 1, r, r) times the strength, float32, for export."""
+        D = self.deviation(key, level)
+        return torch.eye(D.shape[-1], dtype=D.dtype, device=D.device) + D
 
     @torch.compiler.disable(recursive=True)
     def core_of_part(self, key: Key) -> tuple[Tensor, Parts | None]:
@@ -235,13 +296,13 @@ class CoreHolder(nn.Module):
                 be assigned to samples.
         """
         name = key[0]
-        entry = entry_for(self)
+        entry = self.context()
         pushed = self.channel.pushed()
         if pushed is not None and pushed.entry is entry and key in pushed.deviations:
             return pushed.deviations[key], pushed.parts
         level = None if entry is None else entry.level
         is_outdated = entry is None or entry.backward != backward_pass()
-        if self.deviations.depends_on_noise(name) and (level is None or is_outdated):
+        if self.depends_on_noise(name) and (level is None or is_outdated):
             raise RuntimeError(
                 f"No C(λ) has reached a layer for adapter '{name}': the forward of the whole adapted model makes C. "
                 "Call that forward, or call a part of it inside `with noise_level(model, value):`. For checkpointing, "
@@ -250,7 +311,7 @@ class CoreHolder(nn.Module):
         if level is not None:
             level = self.channel.rows.level_of_part(level)
         with in_memory(self.root):
-            return self.deviations.at(key, level), None
+            return self.deviation(key, level), None
 
     # ------------------------------------------------------------------ merging
 
@@ -270,8 +331,8 @@ class CoreHolder(nn.Module):
 
         λ is None if D does not depend on it.
         """
-        level = self.merging.level_of_layer(key[0], layer, entry_for(self))
-        return self.deviations.at(key, level), level
+        level = self.merging.level_of_layer(key[0], layer, self.context())
+        return self.deviation(key, level), level
 
     def check_merged(self, merged: Tensor) -> None:
         """Raise ValueError if the λ of `noise_level(…)` is not `merged`, the λ of merged layers.
@@ -279,7 +340,7 @@ class CoreHolder(nn.Module):
         If the adapters were merged by `fuse_lora`, other adapters may run at another λ.
         """
         if not (self.merging.is_fused and self.needs_noise):
-            self.merging.check_context(merged, entry_for(self))
+            self.merging.check_context(merged, self.context())
 
 
 def holder_of(root: nn.Module) -> CoreHolder | None:
@@ -305,8 +366,11 @@ def _before_forward(
     if holder is None:
         return None
     holder.begin(args, kwargs)
-    changed = holder.finder.block_masked(args, kwargs)
-    return None if changed is None else (args, changed)
+    finder = holder.finder
+    if finder.class_source is not None or not finder.usage.pipelines:
+        return None
+    with_mask = finder.with_block_mask(args, kwargs)
+    return None if with_mask is None else (args, with_mask)
 
 
 @torch.compiler.disable(recursive=True)
@@ -314,126 +378,3 @@ def _after_forward(root: nn.Module, args: tuple[Any, ...], output: object) -> No
     holder = holder_of(root)
     if holder is not None:
         holder.end()
-
-
-def _reads_core(layer: LoraLayer, adapter_name: str) -> bool:
-    """Return True if a forward of the layer would read the adapter's C now."""
-    is_off = layer.disable_adapters or layer.merged
-    return not is_off and adapter_name in layer.active_adapters
-
-
-def _is_trainable(layer: LoraLayer, adapter_name: str) -> bool:
-    """Return True if the adapter's A is trainable in this layer."""
-    if adapter_name in layer.lora_A:
-        parameters = layer.lora_A[adapter_name].parameters()
-        return any(parameter.requires_grad for parameter in parameters)
-    embeddings = layer.lora_embedding_A
-    return adapter_name in embeddings and embeddings[adapter_name].requires_grad
-
-
-# ---------------------------------------------------------------------- D of the adapters
-
-
-@dataclass(eq=False)
-class Deviations:
-    """Compute D(λ) for the adapters of one model.
-
-    The core holder owns both dicts and changes them in place.
-
-    Args:
-        cores: the cores of each adapter, by name.
-        schedules: the strength over λ of each adapter that has one, by name.
-    """
-
-    cores: nn.ModuleDict
-    schedules: dict[str, StrengthSchedule]
-
-    def cores_of(self, name: str) -> CoreSet:
-        """Return the cores of an adapter, by group."""
-        cores = self.cores[name]
-        assert isinstance(cores, CoreSet)
-        return cores
-
-    def depends_on_noise(self, name: str) -> bool:
-        """Return True if the adapter has cores, and one of them or the strength depends on λ."""
-        if name not in self.cores:
-            return False
-        return name in self.schedules or self.cores_of(name).needs_noise
-
-    def noisy(self, names: Iterable[str]) -> list[str]:
-        """Return the adapters in `names` that depend on λ."""
-        return list(filter(self.depends_on_noise, names))
-
-    def of(self, names: Iterable[str], level: Tensor | None) -> dict[Key, Tensor]:
-        """Return D (b or 1, r, r) by key for these adapters, except if layers treat C as I."""
-        found = {}
-        for name in names:
-            for group, core in self.cores_of(name).items():
-                if name in self.schedules or not isinstance(core, IdentityCore):
-                    found[name, group] = self.at((name, group), level)
-        return found
-
-    def at(self, key: Key, level: Tensor | None) -> Tensor:
-        """Return D (b or 1, r, r), float32, for the layers with this key.
-
-        The result includes the adapter's strength.
-        """
-        name, group = key
-        D = self.cores_of(name).deviation(group, level)
-        schedule = self.schedules.get(name)
-        if schedule is None:
-            return D
-        assert level is not None
-        if D.device.type == "cpu":
-            D = D.to(level.device)  # an identity core has no weights
-        strength = schedule.at(level.to(D.device))[:, None, None]
-        identity = torch.eye(D.shape[-1], dtype=D.dtype, device=D.device)
-        return strength * D + (strength - 1) * identity
-
-    def matrix(self, key: Key, level: Tensor | None) -> Tensor:
-        """Return C (b or 1, r, r) times the strength, float32, for export."""
-        D = self.at(key, level)
-        return torch.eye(D.shape[-1], dtype=D.dtype, device=D.device) + D
-
-
-def _beside_inputs(
-    deviations: dict[Key, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[Key, Tensor]:
-    """Move D from the CPU to the device of the forward's first tensor, once for all layers."""
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor):
-            break
-    else:
-        return deviations
-    if value.device.type == "cpu":
-        return deviations
-    moved = {}
-    for key, D in deviations.items():
-        moved[key] = D.to(value.device) if D.device.type == "cpu" else D
-    return moved
-
-
-# ---------------------------------------------------------------------- checkpointed blocks
-
-
-def _checkpoint_with_core(root: nn.Module, channel: CoreChannel) -> None:
-    """Wrap the checkpoint function of every checkpointed block in `root`. Repeating is safe."""
-    for module in outer_modules(root):
-        for name in _CHECKPOINTS:
-            checkpoint = module.__dict__.get(name)
-            wrapped = isinstance(checkpoint, CheckpointWithCore) and checkpoint.passes(channel)
-            if callable(checkpoint) and not wrapped:
-                check_checkpointing(root, checkpoint)
-                setattr(module, name, CheckpointWithCore(checkpoint, channel))
-
-
-def _checkpoint_without_core(root: nn.Module, channel: CoreChannel) -> None:
-    """Undo `_checkpoint_with_core`.
-
-    A wrapper inside another model's wrapper stays in place but no longer passes on cores.
-    """
-    for module in outer_modules(root):
-        for name in _CHECKPOINTS:
-            checkpoint = module.__dict__.get(name)
-            if isinstance(checkpoint, CheckpointWithCore) and checkpoint.channel is channel:
-                setattr(module, name, checkpoint.checkpoint)

@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nara_diffusion.cores.core import CoreSet
+from nara_diffusion.cores.registry import CoreSet
 from nara_diffusion.layers.offloading import in_memory
-from nara_diffusion.noise.level import as_level, core_holders, find_holders
+from nara_diffusion.noise.context import core_holders, find_holders
+from nara_diffusion.noise.level import as_level
 from nara_diffusion.strict import PEFT_PREFIX
 
 
@@ -46,14 +47,15 @@ def core_matrix(
             missing or not adapted.
     """
     holders = core_holders(model)
-    found = [holder.cores[adapter_name] for holder in holders if adapter_name in holder.cores]
-    if len(found) != 1:
+    of_models = [holder.cores[adapter_name] for holder in holders if adapter_name in holder.cores]
+    if len(of_models) != 1:
         names = ", ".join(sorted({repr(name) for holder in holders for name in holder.cores}))
+        count = f"{len(of_models)} adapters" if of_models else "no adapter"
         raise ValueError(
-            f"There {f'are {len(found)} adapters' if found else 'is no adapter'} '{adapter_name}': the model has "
-            f"{names}. Of several models below this one, pass the intended one."
+            f"The model has {count} with the name '{adapter_name}'; its adapters are {names}. Pass the name of one "
+            "of them, or, if several models inside this one have it, the model that you mean."
         )
-    cores: CoreSet = found[0]
+    cores: CoreSet = of_models[0]
     group = (
         next(iter(cores))
         if len(cores) == 1 and module is None

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from nara_diffusion.layers.adapted_layer import AdaptedLayer
 from nara_diffusion.layers.offloading import is_offloaded
-from nara_diffusion.noise.level import Entry, Level, as_level, backward_pass
+from nara_diffusion.noise.context import Entry, backward_pass
+from nara_diffusion.noise.level import Level, as_level
 
 from .finder import LevelFinder, unknown_level
 from .twins import check_mergeable_twins
@@ -212,11 +213,11 @@ class Merging:
 def unmerged_on_error(model: nn.Module) -> Iterator[None]:
     """After an error inside the context, unmerge the layers that were merged inside it."""
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    before = [list(layer.merged_adapters) for layer in layers]
+    merged = [list(layer.merged_adapters) for layer in layers]
     try:
         yield
     except Exception:
-        for layer, names in zip(layers, before, strict=True):
+        for layer, names in zip(layers, merged, strict=True):
             if layer.merged_adapters != names:
                 layer.unmerge()
                 if names:

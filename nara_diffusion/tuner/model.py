@@ -10,39 +10,29 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from copy import copy
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import torch
 from peft.tuners.lora import LoraLayer, LoraModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from nara_diffusion.config import NaraConfig
-from nara_diffusion.cores.core import (
-    BUILT_IN,
-    HOLDER_NAME,
-    CoreSet,
+from nara_diffusion.cores.registry import (
     core_group,
-    make_cores,
     with_current_names,
 )
 from nara_diffusion.layers.adapted_layer import make_directions_orthonormal
-from nara_diffusion.layers.dora import check_norm, with_norm
-from nara_diffusion.layers.offloading import offloading_hooks
-from nara_diffusion.layers.variants import (
-    OUTSIDE_AUTOCAST,
-    CoreChannel,
+from nara_diffusion.layers.channel import CoreChannel
+from nara_diffusion.layers.offloading import is_float8
+from nara_diffusion.layers.targets import (
+    check_norm,
     check_target,
-    keep_out_of_float8,
     variant_for,
 )
-from nara_diffusion.noise.level import entry_for
-from nara_diffusion.noise.level import noise_level as at_noise_level
-from nara_diffusion.noise.rows import denoiser_of, row_kind_of
+from nara_diffusion.layers.variants import OUTSIDE_AUTOCAST
+from nara_diffusion.noise.context import noise_level as at_noise_level
+from nara_diffusion.noise.denoisers import source_of_class
+from nara_diffusion.noise.rows import row_kind_of
 from nara_diffusion.strict import (
     check_adapter_names,
     check_keeps_configuration,
@@ -57,11 +47,18 @@ from nara_diffusion.strict import (
     without_second_biases,
 )
 
-from .finder import twins_of
+from .adding import (
+    adapters_are_off,
+    checked_config,
+    cores_for,
+    is_dispatched_by_layers,
+    restored_on_error,
+    without_holder,
+)
 from .holder import CoreHolder, drop_idle_holder, holder_of
 from .merging import unmerged_on_error
 from .strength import give_strength
-from .twins import check_twin, decoder_name, share_factors, with_twins, without_twins
+from .twins import check_twin, decoder_name, share_factors, twins_of, with_twins, without_twins
 
 logger = logging.getLogger(__name__)
 
@@ -88,8 +85,8 @@ class NaraModel(LoraModel):
     ) -> None:
         if adapter_name in getattr(model, "peft_config", {}):
             raise ValueError(
-                f"{type(model).__name__} has an adapter '{adapter_name}', which would stay beside the new one of that "
-                "name: call unload() of the PeftModel that has it before, or give the new one another adapter_name."
+                f"{type(model).__name__} already has an adapter '{adapter_name}' from another PeftModel. Call unload() "
+                "of that PeftModel first, or pass another adapter_name."
             )
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
@@ -108,21 +105,21 @@ class NaraModel(LoraModel):
         If the existing adapters of `model` are disabled, the new adapter is disabled in all its
         layers, too. After an error, `model` is unchanged.
         """
-        config = _checked_config(model, adapter_name, self.peft_config[adapter_name])
-        is_dispatched = _is_dispatched_by_layers(model)
-        given = state_dict or {}
-        layers_only = {key: value for key, value in given.items() if not is_core_key(key)}
+        config = checked_config(model, adapter_name, self.peft_config[adapter_name])
+        is_dispatched = is_dispatched_by_layers(model)
+        tensors = state_dict or {}
+        layers_only = {key: value for key, value in tensors.items() if not is_core_key(key)}
         try:
             with restored_on_error(model):
                 drop_idle_holder(model)  # its source of λ belongs to adapters that are gone
                 vars(model)["peft_config"] = self.peft_config  # PEFT also does this, but later
-                holder = holder_of(model) or CoreHolder(model, denoiser_of(model))
+                holder = holder_of(model) or CoreHolder(model, source_of_class(model))
                 config = holder.finder.with_convention(adapter_name, config)
                 self.peft_config[adapter_name] = config
-                are_off = _adapters_are_off(model)
+                are_off = adapters_are_off(model)
                 layers = self._injected = {}
                 self._channel = holder.channel
-                with _without_holder(model):
+                with without_holder(model):
                     super().inject_adapter(
                         model,
                         adapter_name,
@@ -134,7 +131,7 @@ class NaraModel(LoraModel):
                 if twins_of(model) is not None:
                     shared = share_factors(model, adapter_name, layers)
                 owners = {name: layer for name, layer in layers.items() if name not in shared}
-                cores = _cores_for(config, adapter_name, owners, low_cpu_mem_usage, is_dispatched)
+                cores = cores_for(config, adapter_name, owners, low_cpu_mem_usage, is_dispatched)
                 holder.add(adapter_name, config, cores, list(layers.values()))
                 holder.attach()
                 if len(self.peft_config) > 1:
@@ -173,13 +170,15 @@ class NaraModel(LoraModel):
             lora_config, adapter_name, target, target_name, parent, **kwargs
         )
         layer = getattr(parent, target_name)
-        keep_out_of_float8(layer, adapter_name)
+        for name, parameter in layer.named_parameters():
+            is_new = name.startswith("lora_") and name.split(".")[1] == adapter_name
+            if is_new and is_float8(parameter.dtype):  # the base is under layerwise casting
+                parameter.data = parameter.data.float()
         assert self._injected is not None
         assert self._channel is not None
         self._injected[current_key] = layer
         if lora_config.reads_core:
-            variant_class = variant_for(layer, current_key)
-            variant_class = with_norm(variant_class) if has_norm else variant_class
+            variant_class = variant_for(layer, current_key, has_norm)
             group = core_group(lora_config, owner, layer.r[adapter_name])  # by rank_pattern
             rows = row_kind_of(self.model, current_key)
             layer.lora_variant[adapter_name] = variant_class(
@@ -217,7 +216,7 @@ class NaraModel(LoraModel):
         names = self.active_adapters if adapter_names is None else adapter_names
         level = nullcontext() if noise_level is None else at_noise_level(self.model, noise_level)
         with level, unmerged_on_error(self.model):
-            holder.merging.level_to_merge(names, entry_for(holder))
+            holder.merging.level_to_merge(names, holder.context())
             super().merge_adapter(adapter_names, safe_merge)
 
     def merge_and_unload(
@@ -307,13 +306,13 @@ class NaraModel(LoraModel):
         adapter_name: str,
         state_dict: dict[str, Tensor],
     ) -> dict[str, Tensor]:
-        given = without_second_biases(with_current_names(state_dict), adapter_name)
-        mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, given)
+        tensors = without_second_biases(with_current_names(state_dict), adapter_name)
+        mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, tensors)
         present = model.state_dict()
         mapped = with_model_names(mapped, present, adapter_name)
         peft_config: Any = model.peft_config
-        own = without_adapters(present, set(peft_config) - {adapter_name})
-        selected = super()._get_adapter_state_dict(model, config, adapter_name, own, [])
+        of_adapter = without_adapters(present, set(peft_config) - {adapter_name})
+        selected = super()._get_adapter_state_dict(model, config, adapter_name, of_adapter, [])
         has_twins = twins_of(model) is not None
         if has_twins:
             selected = without_twins(model, selected)
@@ -324,140 +323,3 @@ class NaraModel(LoraModel):
             with_names_in_files(present, adapter_name),
         )
         return with_twins(model, mapped, present) if has_twins else mapped
-
-
-# ---------------------------------------------------------------------- adding an adapter
-
-
-def _checked_config(model: nn.Module, adapter_name: str, config: object) -> NaraConfig:
-    """Return the configuration of an adapter that can be added to `model`.
-
-    Raises:
-        ValueError: `config` isn't a `NaraConfig`, or `model`'s layers are offloaded one by one.
-    """
-    if not isinstance(config, NaraConfig):
-        raise ValueError(
-            f"Adapter '{adapter_name}' has a {type(config).__name__}: NaraModel needs a NaraConfig."
-        )
-    if _is_dispatched_by_layers(model) and not hasattr(model, "hf_device_map"):
-        raise ValueError(
-            f"{type(model).__name__} is offloaded layer by layer, so a new adapter would have no values: load "
-            "it by pipe.load_nara_weights(), or add it before enable_sequential_cpu_offload()."
-        )
-    return config
-
-
-def _is_dispatched_by_layers(model: nn.Module) -> bool:
-    """Return True if accelerate offloads the layers of `model` one by one."""
-    hooked = [module for module in model.modules() if "_hf_hook" in vars(module)]
-    return any(map(offloading_hooks, hooked))
-
-
-def _adapters_are_off(model: nn.Module) -> bool:
-    """Return whether `model` has adapted layers and the adapters are disabled in all of them."""
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    return bool(layers) and all(layer.disable_adapters for layer in layers)
-
-
-@contextmanager
-def restored_on_error(*roots: nn.Module) -> Iterator[None]:
-    """Restore the `roots` after an error inside the context.
-
-    This restores modules, attributes, parameters and what is trainable. Containers are restored in
-    place, since hook handles refer to them. Tensor values that were changed in place are not
-    restored. PEFT's initialisations that change the base do not need this: they set new tensors.
-    """
-    modules: dict[int, nn.Module] = {}
-    values = []
-    for root in roots:
-        for module in root.modules():
-            modules[id(module)] = module
-        for parameter in root.parameters():
-            values.append((parameter, parameter.data, parameter.requires_grad))
-    states = [(module, _attributes(module)) for module in modules.values()]
-    try:
-        yield
-    except BaseException:
-        for module, state in states:
-            _restore(module, state)
-        for parameter, data, requires_grad in values:
-            parameter.data = data
-            parameter.requires_grad = requires_grad
-        raise
-
-
-_State = list[tuple[str, object, object]]
-"""For each attribute of a module: (name, value, shallow copy of the value if it is a container)."""
-
-
-def _attributes(module: nn.Module) -> _State:
-    found: _State = []
-    for name, value in vars(module).items():
-        is_container = type(value) in (dict, list, set, OrderedDict)
-        found.append((name, value, copy(value) if is_container else None))
-    return found
-
-
-def _restore(module: nn.Module, state: _State) -> None:
-    vars(module).clear()
-    for name, value, before in state:
-        if isinstance(value, list) and isinstance(before, list):
-            value[:] = before
-        elif isinstance(value, (dict, set)) and before is not None:
-            value.clear()
-            value.update(before)  # type: ignore[call-overload]
-        vars(module)[name] = value
-
-
-@contextmanager
-def _without_holder(root: nn.Module) -> Iterator[None]:
-    """Hide the cores from PEFT inside the context, since `target_modules` may match them."""
-    holder = root._modules.pop(HOLDER_NAME, None)
-    try:
-        yield
-    finally:
-        if holder is not None:
-            root._modules[HOLDER_NAME] = holder
-
-
-def _cores_for(
-    config: NaraConfig,
-    adapter_name: str,
-    layers: dict[str, LoraLayer],
-    low_cpu_mem_usage: bool,
-    is_dispatched: bool,
-) -> CoreSet:
-    """Return the cores of an adapter, on the device of its layers.
-
-    Args:
-        layers: the adapted layers, by name.
-        low_cpu_mem_usage: True if a file will replace the values, so they may be on "meta".
-        is_dispatched: True if accelerate offloads the layers one by one.
-    """
-    ranks: dict[str, int] = {}
-    for name, layer in layers.items():
-        rank = layer.r[adapter_name]  # follows rank_pattern
-        group = core_group(config, name, rank)
-        ranks[group] = max(rank, ranks.get(group, 0))
-    # a custom core may have values that are not saved to a file
-    on_meta = low_cpu_mem_usage and config.core_type in BUILT_IN
-    with torch.device("meta") if on_meta else nullcontext():
-        cores = make_cores(config, ranks)
-    if any(parameter.is_meta for parameter in cores.parameters()):
-        return cores
-    return cores.to(_device_for(layers.values(), low_cpu_mem_usage or is_dispatched))
-
-
-def _device_for(layers: Iterable[LoraLayer], will_be_loaded: bool) -> torch.device:
-    """Return the first device, other than "meta", of the layers' parameters.
-
-    If all parameters are on "meta", return "meta", or the CPU if their values will be loaded.
-    """
-    is_empty = True
-    for layer in layers:
-        assert isinstance(layer, nn.Module)
-        for parameter in layer.parameters():
-            if parameter.device.type != "meta":
-                return parameter.device
-            is_empty = False
-    return torch.device("cpu" if is_empty or will_be_loaded else "meta")

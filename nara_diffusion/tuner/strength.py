@@ -20,11 +20,14 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from nara_diffusion.config import NaraConfig, unscaled_fields
-from nara_diffusion.cores.core import SHARED, CoreSet, IdentityCore, core_group
-from nara_diffusion.layers.dora import PEFT_DORA, check_norm, with_norm
-from nara_diffusion.layers.variants import NaraVariant, variant_for
-from nara_diffusion.noise.level import checked_module
-from nara_diffusion.noise.rows import denoiser_of, row_kind_of
+from nara_diffusion.cores.core import IdentityCore
+from nara_diffusion.cores.registry import SHARED, CoreSet, core_group
+from nara_diffusion.layers.dora import PEFT_DORA
+from nara_diffusion.layers.targets import check_norm, variant_for
+from nara_diffusion.layers.variants import NaraVariant
+from nara_diffusion.noise.context import checked_module
+from nara_diffusion.noise.denoisers import source_of_class
+from nara_diffusion.noise.rows import row_kind_of
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
 
 from .holder import CoreHolder, drop_idle_holder, holder_of
@@ -84,37 +87,32 @@ def roots_of(model: nn.Module, adapter_name: str) -> list[Any]:
     Raises:
         ValueError: no model has the adapter.
     """
-    found, names = [], set()
+    roots, names = [], set()
     for module in checked_module(model).modules():
         configs = vars(module).get("peft_config")
         if not isinstance(configs, dict) or isinstance(module, (PeftModel, BaseTuner)):
             continue
         names.update(configs)
         if adapter_name in configs:
-            found.append(module)
-    if not found:
+            roots.append(module)
+    if not roots:
         listed = ", ".join(map(repr, sorted(names)))
         raise ValueError(
             f"{type(model).__name__} has no adapter {adapter_name!r}: it has {listed or 'none'}."
         )
-    return found
+    return roots
 
 
 def layers_of(root: nn.Module, adapter_name: str) -> dict[str, Any]:
     """Return the layers of `root`, by name, that an adapter of any kind adapts."""
-    found = {}
+    layers = {}
     for name, module in root.named_modules():
-        if isinstance(module, BaseTunerLayer) and _has_adapter(module, adapter_name):
-            found[name] = module
-    return found
-
-
-def _has_adapter(layer: BaseTunerLayer, adapter_name: str) -> bool:
-    for name in (*layer.adapter_layer_names, *layer.other_param_names):
-        values = getattr(layer, name)
-        if hasattr(values, "keys") and adapter_name in values:
-            return True
-    return False
+        if isinstance(module, BaseTunerLayer):
+            attributes = (*module.adapter_layer_names, *module.other_param_names)
+            mappings = [getattr(module, attribute) for attribute in attributes]
+            if any(hasattr(mapping, "keys") and adapter_name in mapping for mapping in mappings):
+                layers[name] = module
+    return layers
 
 
 def strength_of(root: nn.Module, adapter_name: str) -> StrengthSchedule | None:
@@ -142,7 +140,14 @@ def give_strength(
     if strength is None:
         _take_strength(root, adapter_name, config, layers)
     else:
-        holder = _holder_with(root, adapter_name, layers)
+        holder = holder_of(root)
+        if holder is None:
+            holder = CoreHolder(root, source_of_class(root))
+            holder.attach()
+        if adapter_name not in holder.cores:
+            rank = max(layer.r[adapter_name] for layer in layers.values())
+            cores = CoreSet({SHARED: IdentityCore(rank)})
+            holder.add(adapter_name, config, cores, list(layers.values()))
         for name, layer in layers.items():
             if not isinstance(layer.lora_variant.get(adapter_name), NaraVariant):
                 variant = _variant_for(root, config, holder, layer, name, adapter_name)
@@ -171,40 +176,19 @@ def _take_strength(
     if holder is None or strength_of(root, adapter_name) is None:
         return
     del holder.schedules[adapter_name]
-    cores = holder.deviations.cores_of(adapter_name)
+    cores = holder.cores_of(adapter_name)
     if all(isinstance(core, IdentityCore) for core in cores.values()):
         for layer in layers.values():
-            _restore_variant(layer, adapter_name, config, holder)
+            variant = layer.lora_variant.get(adapter_name)
+            if isinstance(variant, NaraVariant) and variant.channel is holder.channel:
+                del layer.lora_variant[adapter_name]
+                of_peft = layer.resolve_lora_variant(config=config)
+                if of_peft is not None:
+                    layer.lora_variant[adapter_name] = of_peft
     if not isinstance(config, NaraConfig):
         holder.remove(adapter_name)
         if holder.finder.source_is_default:  # a source set by the user stays for a new strength
             drop_idle_holder(root)
-
-
-def _restore_variant(
-    layer: LoraLayer, adapter_name: str, config: LoraConfig, holder: CoreHolder
-) -> None:
-    """Restore the LoRA variant that PEFT gave a plain LoRA's layer, or remove it if none."""
-    variant = layer.lora_variant.get(adapter_name)
-    if isinstance(variant, NaraVariant) and variant.channel is holder.channel:
-        del layer.lora_variant[adapter_name]
-        own = layer.resolve_lora_variant(config=config)
-        if own is not None:
-            layer.lora_variant[adapter_name] = own
-
-
-def _holder_with(root: nn.Module, adapter_name: str, layers: Mapping[str, LoraLayer]) -> CoreHolder:
-    """Return the holder of `root` with the adapter in it, creating whatever is missing."""
-    holder = holder_of(root)
-    if holder is None:
-        holder = CoreHolder(root, denoiser_of(root))
-        holder.attach()
-    if adapter_name not in holder.cores:
-        rank = max(layer.r[adapter_name] for layer in layers.values())
-        cores = CoreSet({SHARED: IdentityCore(rank)})
-        config = _config_of(root, adapter_name)
-        holder.add(adapter_name, config, cores, list(layers.values()))
-    return holder
 
 
 def _variant_for(
@@ -216,14 +200,13 @@ def _variant_for(
     adapter_name: str,
 ) -> NaraVariant:
     """Return NaRA's LoRA variant for a layer of a plain LoRA."""
-    cores = holder.deviations.cores_of(adapter_name)
+    cores = holder.cores_of(adapter_name)
     group = next(iter(cores))
     if isinstance(config, NaraConfig):
-        own = core_group(config, name, layer.r[adapter_name])
-        group = own if own in cores else group
-    variant_class = variant_for(layer, name)
-    if isinstance(layer.lora_variant.get(adapter_name), PEFT_DORA):
-        variant_class = with_norm(variant_class)
+        group_of_layer = core_group(config, name, layer.r[adapter_name])
+        group = group_of_layer if group_of_layer in cores else group
+    has_norm = isinstance(layer.lora_variant.get(adapter_name), PEFT_DORA)
+    variant_class = variant_for(layer, name, has_norm)
     return variant_class(holder.channel, adapter_name, group, name, row_kind_of(root, name))
 
 
@@ -239,16 +222,16 @@ def check_strength(
     layers = layers_of(root, adapter_name)
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
         raise ValueError(
-            f"Adapter '{adapter_name}' is merged, at the strength that it had: call pipe.unfuse_lora(), or "
-            "unmerge_adapter() of the PeftModel, before you change its strength."
+            f"Adapter '{adapter_name}' is merged, so its strength can't change: call pipe.unfuse_lora(), or "
+            "unmerge_adapter() of the PeftModel, first."
         )
     if strength is None:
         return
     missed = _missed(root, layers, adapter_name)
     if missed is not None:
         raise ValueError(
-            f"Adapter '{adapter_name}' cannot have a strength that depends on λ, which would not reach {missed}: "
-            "give this adapter a float."
+            f"Adapter '{adapter_name}' cannot have a strength that depends on λ, because it would not scale "
+            f"{missed}: pass a float."
         )
 
 
@@ -257,26 +240,17 @@ def _missed(root: nn.Module, layers: Mapping[str, BaseTunerLayer], adapter_name:
     for name in unscaled_fields(_config_of(root, adapter_name)):
         return f"what {name} changes in the model"
     for name, layer in layers.items():
-        missed = _missed_in_layer(layer, name, adapter_name)
-        if missed is not None:
-            return missed
-    return None
-
-
-def _missed_in_layer(layer: BaseTunerLayer, name: str, adapter_name: str) -> str | None:
-    variant = getattr(layer, "lora_variant", {}).get(adapter_name)
-    if isinstance(variant, NaraVariant):
-        return None
-    is_known = variant is None or isinstance(variant, PEFT_DORA)
-    if not isinstance(layer, LoraLayer) or not is_known:
-        return f"layer '{name}', which is adapted by PEFT's {type(layer).__name__}"
-    if variant is not None:
-        check_norm(layer, name)
-    variant_for(layer, name)
-    if adapter_name in layer.lora_A:
-        A: Any = layer.lora_A[adapter_name].weight
-        if len(A) != layer.r[adapter_name]:
-            return (
-                f"layer '{name}', since enable_lora_hotswap has made room there for rank {len(A)}"
-            )
+        variant = getattr(layer, "lora_variant", {}).get(adapter_name)
+        if isinstance(variant, NaraVariant):
+            continue
+        is_known = variant is None or isinstance(variant, PEFT_DORA)
+        if not isinstance(layer, LoraLayer) or not is_known:
+            return f"layer '{name}', which is adapted by PEFT's {type(layer).__name__}"
+        if variant is not None:
+            check_norm(layer, name)
+        variant_for(layer, name, variant is not None)
+        if adapter_name in layer.lora_A:
+            A: Any = layer.lora_A[adapter_name].weight
+            if len(A) != layer.r[adapter_name]:
+                return f"layer '{name}', since enable_lora_hotswap has made room there for rank {len(A)}"
     return None

@@ -27,7 +27,7 @@ from torch.utils.hooks import RemovableHandle
 
 from nara_diffusion.noise.canvas_source import CanvasNoise
 
-from .finder import Twins
+from .twins import Twins
 
 _NO_FACTOR = r"(?!.*\.lora_)"
 """The start of a pattern that matches no factor of an adapter."""
@@ -57,8 +57,8 @@ def hook_twins(
         owner.register_forward_hook(partial(_after_model, source), always_call=True),
     ]
     for part in (twins.encoder, twins.decoder):
-        before = partial(_before, begin, source, part is twins.encoder)
-        handles.append(part.register_forward_pre_hook(before, with_kwargs=True))
+        begin_part = partial(_before, begin, source, part is twins.encoder)
+        handles.append(part.register_forward_pre_hook(begin_part, with_kwargs=True))
         handles.append(part.register_forward_hook(partial(_after, end), always_call=True))
     return tuple(handles)
 
@@ -88,7 +88,7 @@ def _prepared(source: CanvasNoise, prepare: Callable[[Any], Any], generation_con
 
 def _refuse_to_compile(*_: object) -> NoReturn:
     raise ValueError(
-        "generate compiles the forward whole with a static cache, and no λ could enter it: leave the "
+        "generate would compile the whole forward for a static cache, where λ can't change: leave the "
         "static cache out, or pass disable_compile=True."
     )
 

@@ -15,7 +15,7 @@ error, because the file has no keys for the encoder.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -23,17 +23,34 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
 from nara_diffusion.config import NaraConfig
-from nara_diffusion.noise.level import CORRUPTED_SHARE
+from nara_diffusion.noise.sources import CORRUPTED_SHARE
 
-from .finder import twins_of
-
+_WITH_TWINS = "DiffusionGemmaModel"
 _ENCODER, _DECODER = "encoder.language_model.", "decoder."
+
+
+class Twins(NamedTuple):
+    """The encoder (at λ = 0) and the decoder (at λ) of a DiffusionGemma, and their parent module."""
+
+    owner: nn.Module
+    encoder: nn.Module
+    decoder: nn.Module
+
+
+def twins_of(root: nn.Module) -> Twins | None:
+    """Return the twins of a DiffusionGemma, with or without PEFT's wrapper; None otherwise."""
+    owner: nn.Module | None = root
+    while isinstance(owner, nn.Module):
+        if _WITH_TWINS in [kind.__name__ for kind in type(owner).__mro__]:
+            return Twins(owner, owner.get_submodule("encoder"), owner.get_submodule("decoder"))
+        owner = getattr(owner, "model", None)
+    return None
 
 
 def decoder_name(root: nn.Module, name: str) -> str | None:
     """Return the name of an encoder layer's twin, or None for a layer without a twin."""
-    before, is_inside, rest = name.partition(_ENCODER)
-    return f"{before}{_DECODER}{rest}" if is_inside and twins_of(root) else None
+    prefix, is_inside, suffix = name.partition(_ENCODER)
+    return f"{prefix}{_DECODER}{suffix}" if is_inside and twins_of(root) else None
 
 
 def check_twin(root: nn.Module, name: str) -> None:
@@ -41,7 +58,7 @@ def check_twin(root: nn.Module, name: str) -> None:
     if twins_of(root) is not None and ".router." in name:
         raise ValueError(
             f"'{name}' is a router, and its update would send tokens to experts that were not trained "
-            "for them: leave it out, exclude_modules=r'.*router.*'."
+            "for them. Leave it out with exclude_modules=r'.*router.*'."
         )
 
 
@@ -70,9 +87,9 @@ def share_factors(root: nn.Module, adapter_name: str, layers: Mapping[str, LoraL
                 f"rank {other_rank}: give both the same."
             )
         for attribute in layer.adapter_layer_names:
-            own, other = getattr(layer, attribute), getattr(layers[twin], attribute)
-            if adapter_name in other:
-                own[adapter_name] = other[adapter_name]
+            of_twin = getattr(layers[twin], attribute, {})
+            if adapter_name in of_twin:
+                getattr(layer, attribute)[adapter_name] = of_twin[adapter_name]
         shared.append(name)
     return shared
 
@@ -90,26 +107,26 @@ def with_twins(
     Raises:
         ValueError: `tensors` contain other factors for an encoder layer.
     """
-    found = with_equal_twins(root, tensors, "the file")
+    completed = with_equal_twins(root, tensors, "the file")
     for name in names:
         twin = _twin_key(root, name)
         if twin in tensors:
-            found[name] = tensors[twin]
-    return found
+            completed[name] = tensors[twin]
+    return completed
 
 
 def with_encoder_layers(
     root: nn.Module, config: NaraConfig, ranks: Mapping[str, int]
 ) -> dict[str, int]:
     """Return {adapted layer: its rank} of a file, with the encoder layers that it does not name."""
-    found = dict(ranks)
+    completed = dict(ranks)
     for name, _ in root.named_modules():
         twin = decoder_name(root, name)
         if twin is None or twin not in ranks:
             continue
         if check_target_module_exists(config, name):
-            found[name] = ranks[twin]
-    return found
+            completed[name] = ranks[twin]
+    return completed
 
 
 def with_equal_twins(
@@ -120,15 +137,15 @@ def with_equal_twins(
     Raises:
         ValueError: an encoder layer has other factors than its twin.
     """
-    kept = without_twins(root, tensors)
-    for key in sorted(tensors.keys() - kept.keys()):
+    of_decoder = without_twins(root, tensors)
+    for key in sorted(tensors.keys() - of_decoder.keys()):
         twin = decoder_name(root, key)
         if twin is not None and not torch.equal(tensors[key], tensors[twin]):
             raise ValueError(
-                f"{origin} has '{key}' of the encoder unlike the decoder's, but a NaRA has one A and one B "
-                "for both: give a NaRA, or a LoRA of the decoder (--no_train_on_encoder)."
+                f"'{key}' of the encoder differs from the decoder's in {origin}, but a NaRA has one A and one "
+                "B for both. Pass a NaRA, or a LoRA of the decoder (--no_train_on_encoder)."
             )
-    return kept
+    return of_decoder
 
 
 def _twin_key(root: nn.Module, key: str) -> str | None:
@@ -153,8 +170,8 @@ def check_foldable_file(config: NaraConfig) -> None:
     base = (getattr(config, "auto_mapping", None) or {}).get("base_model_class") or ""
     if config.noise_convention == CORRUPTED_SHARE or "DiffusionGemma" in base:
         raise ValueError(
-            "The file's adapter is one of DiffusionGemma, and a LoRA of one λ is right for neither its "
-            "encoder (λ = 0) nor its decoder, which share it: load the file as it is."
+            "The file contains an adapter of DiffusionGemma, which its encoder (λ = 0) and its decoder "
+            "share. A LoRA at one λ is right for neither: load the file as it is."
         )
 
 

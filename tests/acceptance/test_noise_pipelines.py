@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nara_diffusion import TimestepNoise, register_denoiser, set_noise_source
-from nara_diffusion.noise.timesteps import Denoiser
+from nara_diffusion.noise.timesteps import DenoiserNoise
 from nara_diffusion.tuner.holder import holder_of
 from tests.helpers.rounding import rounding_of
 from tests.helpers.small_pipelines import small_flux, small_sd, small_sd3, small_sdxl
@@ -127,7 +127,7 @@ def test_pipeline_of_edm_tells_its_level_once_that_is_declared_or_the_adapter_sa
     unet, stock = adapt(pipe.unet, UNET_TARGETS, noise_convention="edm")
     pipe.save_nara_weights(tmp_path)
     again.load_nara_weights(tmp_path, adapter_name="default")
-    with pytest.raises(ValueError, match=r"timestep is 999.* as 'edm' is no λ"):
+    with pytest.raises(ValueError, match=r"timestep is 999.* gives a λ outside .*'edm'"):
         again("red")
     with pytest.raises(ValueError, match="trained with λ defined as 'edm', but the source of λ gives 'timestep'"):
         set_noise_source(again.unet, TimestepNoise())
@@ -180,7 +180,7 @@ def test_rounded_timestep_stays_where_no_step_or_several_of_the_schedules_round_
         ("sigma_1000", torch.tensor([700.0]).bfloat16(), 0.7, (866.7, 250.0, 0.0)),
         ("sigma_1000", torch.tensor([868.0]), 0.868, (866.7, 250.0)),  # not rounded
     ]:
-        source = Denoiser(meaning, schedulers=[scheduler(*others[:1]), scheduler(*others[1:])])
+        source = DenoiserNoise(meaning, schedulers=[scheduler(*others[:1]), scheduler(*others[1:])])
         assert source.noise_level(given).item() == pytest.approx(meant, abs=1e-6), (meaning, others)
 
 

@@ -21,7 +21,7 @@ from nara_diffusion import (
     register_noise_source,
     set_noise_source,
 )
-from nara_diffusion.noise import level as level_module
+from nara_diffusion.noise.sources import registered
 from nara_diffusion.noise.timesteps import _MEANINGS
 from tests.helpers.adapted import nara_config
 from tests.helpers.small_pipelines import small_unet
@@ -92,7 +92,7 @@ def test_timestep_noise_of_another_schedule_argument_and_scale() -> None:
     with pytest.raises(ValueError, match=r"when is .*N = 400"):
         run(model, X, when=torch.tensor(201.0))  # 402 of 400
     for outside in (-1.0, 201.0):  # λ is off by 0.005
-        with pytest.raises(ValueError, match=r"when is .*is no λ in"):
+        with pytest.raises(ValueError, match=r"when is .*gives a λ outside \[0, 1\]"):
             run(model, X, when=outside)
     timesteps = torch.tensor([199.0, 3.0, 88.0])
     rows = [run(stock.at(float(t) / 200), x[None], when=t) for t, x in zip(timesteps, X, strict=True)]
@@ -159,7 +159,7 @@ def test_source_of_another_convention_is_refused_on_all_models_at_once() -> None
 def test_source_of_a_registered_definition_is_read_where_an_adapter_loads_until_it_is_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(level_module, "_registered", {})
+    monkeypatch.delitem(registered, "positive_share", raising=False)  # and again after the test
     source, named = Share(), SimpleNamespace(convention="mine")
     meanings = {TimestepNoise(meaning).convention for meaning in _MEANINGS}
     for _ in range(2):
@@ -222,7 +222,7 @@ def test_schedule_of_wrong_points_is_refused() -> None:
         ([(0.3, "1")], r"points holds \(0.3, '1'\): pass pairs .* of finite numbers"),
         ([(0.3, float("nan"))], "of finite numbers"),
         ([(0.3, 1e39)], "of finite numbers"),
-        ([(0, 1.0), (700, 0.3)], r"points holds \(700, 0.3\), but λ lies in \[0, 1\].*divide a timestep"),
+        ([(0, 1.0), (700, 0.3)], r"points holds \(700, 0.3\), but λ lies in \[0, 1\].*Divide a timestep"),
         ([(0.5, 1.0), (0.2, 2.0)], "λ 0.2 after λ 0.5: pass the points by ascending λ"),
         ([(0.5, 1.0), (0.5, 2.0), (0.5, 3.0)], "three points at one λ"),
     ]:

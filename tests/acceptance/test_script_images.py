@@ -34,7 +34,7 @@ def finished(sdxl: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> 
     """The folder of a run on SDXL that was measured with encoders, and sampled after the third step, too."""
     folder = tmp_path_factory.mktemp("run") / "out"
     encoders = {"similarity_model": ASSETS / "clip-tiny", "alignment_model": ASSETS / "clip-tiny"}
-    run("dreambooth_sdxl.py", **{**sdxl, **encoders, "validation_steps": 3}, output_dir=folder)
+    run("dreambooth_sdxl.py", **{**sdxl, **encoders, "validation_steps": 0.5}, output_dir=folder)
     return folder
 
 

@@ -20,7 +20,7 @@ from nara_diffusion.dllm import train as dllm
 from nara_diffusion.dllm.masking import draw_noise_levels
 from nara_diffusion.dreambooth import train as dreambooth
 from nara_diffusion.dreambooth.draws import drawable_levels
-from nara_diffusion.noise.level import NoiseWindow
+from nara_diffusion.noise.drawn_levels import NoiseWindow
 from nara_diffusion.noise.strength_schedule import within
 from tests.acceptance._commands import by_the_card
 from tests.acceptance._runs import TEXT, image_arguments, image_flags, text_arguments
@@ -103,7 +103,7 @@ def test_other_methods_say_that_they_stay_on(arguments, tmp_path, capsys):
     dllm.main(arguments(**WINDOW, adapter="oft", adapter_options={"r": 0, "oft_block_size": 8}, max_train_steps=1))
     assert "oft stays on outside" in card_of(tmp_path / "run")
     assert "switch it off" not in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"would not reach .* leave out --min_noise_level and"):
+    with pytest.raises(ValueError, match=r"can't scale .* leave out --min_noise_level and"):
         arguments(**WINDOW, adapter_options={"bias": "all"})
 
 

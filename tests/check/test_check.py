@@ -21,7 +21,7 @@ from nara_diffusion.check import Repeat, decide, judge, published, trials
 from nara_diffusion.check.trials import CHEAP, NO_CHEAP, CheckTask, add_cheap, restart
 from nara_diffusion.check.verdict import LIKELY, UNKNOWN, UNLIKELY, bin_means, differences
 from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser
-from nara_diffusion.noise.rows import time_layers
+from nara_diffusion.noise.denoisers import time_layers
 from nara_flags.training import AdapterArguments, OptimizationArguments
 from tests.helpers.pipelines.families import small_flux2_dev, small_qwen_image, small_wan_images, small_z_image
 from tests.helpers.small_pipelines import small_flux, small_sd, small_sd3, small_sdxl

@@ -101,7 +101,7 @@ def test_core_of_modules_named_like_methods_of_a_dictionary_is_their_own_and_ano
     for arguments, message in [
         ({}, "2 cores: pass module="),
         ({"module": "third"}, "'third' is not a module adapted by 'default'"),
-        ({"adapter_name": "other"}, "no adapter 'other': the model has 'default'"),
+        ({"adapter_name": "other"}, "no adapter with the name 'other'; its adapters are 'default'"),
     ]:
         with pytest.raises(ValueError, match=message):
             core_matrix(model, 0.4, **arguments)

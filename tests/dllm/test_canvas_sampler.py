@@ -226,6 +226,6 @@ def test_generate_that_starts_from_logits_of_the_users_raises() -> None:
     model = get_peft_model(tiny_gemma(), NaraConfig(r=2, target_modules=TWINS, core_scale=1.0)).get_base_model()
     prompts, options = torch.tensor(PROMPTS[1:2]), {"max_new_tokens": CANVAS, "max_denoising_steps": 2}
     for _ in range(2):  # also after another run
-        with pytest.raises(ValueError, match="no step was taken"):
+        with pytest.raises(ValueError, match="has not stepped since the last call"):
             model.generate(prompts, self_conditioning_logits=torch.zeros(1, CANVAS, VOCABULARY), **options)
         model.generate(prompts, **options)

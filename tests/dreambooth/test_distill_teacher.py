@@ -41,11 +41,11 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     }
 
 
-def with_lora(folder: Path) -> Any:
+def with_lora(folder: Path, seed: int = 1) -> Any:
     """A pipeline with a disturbed LoRA, which is saved in `folder`."""
     pipe = small_sdxl()
     pipe.unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_k", "to_q"]), "mine")
-    disturb(pipe.unet, scale=0.3)
+    disturb(pipe.unet, seed=seed, scale=0.3)
     factors = {key.replace(".mine", ""): tensor for key, tensor in pipe.unet.state_dict().items() if "lora_" in key}
     pipe.save_lora_weights(folder, unet_lora_layers=factors)
     return pipe
@@ -84,11 +84,13 @@ def test_teacher_has_the_users_lora_and_each_trajectory_its_prompt(
     assert trained
     assert all("default" in key.split(".") for key in trained)
     layers = [each for each in student.modules() if isinstance(each, LoraLayer)]
-    assert {name for each in layers for name in each.lora_A} == {"own", "default"}
-    assert all(set(each.active_adapters) == {"own", "default"} for each in layers)
+    assert {name for each in layers for name in each.lora_A} == {"subject", "default"}
+    assert all(set(each.active_adapters) == {"subject", "default"} for each in layers)
     card = (tmp_path / "out" / "README.md").read_text()
     lines = ["num_inference_steps=2", "guidance_scale=1.0", "pipe.scheduler = DDIMScheduler"]
-    lines += [f"pipe.load_lora_weights('{tmp_path / 'own'}', adapter_name='own')", "set_adapters(['own', 'subject'])"]
+    lines.append(f"pipe.load_lora_weights('{tmp_path / 'own'}', adapter_name='subject')")
+    lines.append(f"pipe.load_lora_weights('{tmp_path / 'out'}', adapter_name='few_steps')")
+    lines.append("set_adapters(['subject', 'few_steps'])")
     for line in lines:
         assert line in card
 
@@ -122,9 +124,13 @@ def test_every_setting_of_the_teacher_names_other_trajectories(
         {"seed": 1},
         {"resolution": 32},
         {"class_prompt": "a toy"},
+        {"init_adapter": tmp_path / "subject"},
+        {"init_adapter": tmp_path / "subject"},  # another one at this path
     ]
     names = []
     for number, change in enumerate(changes):
+        if "init_adapter" in change:
+            with_lora(tmp_path / "subject", seed=number)
         with pytest.raises(Named) as caught:
             run("dreambooth_sdxl.py", **flags | change, output_dir=tmp_path / str(number))
         names.append(str(caught.value))

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from nara_diffusion.dreambooth.captions import check_prompt, fill_captions, own_captions
-from nara_diffusion.dreambooth.image_records import class_records, load_image, records_from_folder
+from nara_diffusion.dreambooth.image_records import class_records, load_image, records_from_folder, trained_on
 from tests.dreambooth.pictures import folder_of, noise
 
 PROMPT = "a photo of sks toy"
@@ -117,6 +117,17 @@ def test_folders_without_images_of_their_own_are_refused(tmp_path) -> None:
     refused(tmp_path, r"holds no images, only IMG_1\.HEIC: put")
     folder_of(tmp_path / "10_sks dog", [(8, 8)])
     refused(tmp_path, "holds '10_sks dog': repeats and a prompt in a folder's name aren't read")
+
+
+def test_description_of_the_images_has_those_of_prior_preservation(tmp_path) -> None:
+    images = records_from_folder(folder_of(tmp_path / "images", [(8, 8)] * 2), prompt=PROMPT)
+    prior = class_records(folder_of(tmp_path / "class", [(8, 8)] * 3), prompt="a photo of a dog")
+    expected = f"2 images of “{PROMPT}”, and 3 images of “a photo of a dog” for prior preservation"
+    assert trained_on(images, tmp_path / "images", PROMPT, prior) == expected
+    (tmp_path / "images" / "00.txt").write_text("a cube")
+    images = records_from_folder(tmp_path / "images", prompt=PROMPT)
+    described = trained_on(images, tmp_path / "images", PROMPT, prior)
+    assert described.endswith(f"the others as “{PROMPT}”, and 3 images of “a photo of a dog” for prior preservation")
 
 
 # ---------------------------------------------------------------------- captions

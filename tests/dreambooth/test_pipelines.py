@@ -136,6 +136,14 @@ def test_twin_in_half_precision_is_what_a_user_loads(folder: Path, tmp_path: Pat
     assert pipe.vae.dtype == torch.float32
 
 
+@pytest.mark.parametrize("shards", [{}, {"max_shard_size": "20KB"}], ids=["one file", "shards"])
+def test_model_with_files_of_a_variant_only_is_refused_by_its_option(tmp_path: Path, shards: dict[str, Any]) -> None:
+    small_sdxl().save_pretrained(tmp_path / "sdxl", variant="fp16", **shards)
+    with pytest.raises(ValueError, match=r"sdxl can't be loaded as .*; --variant fp16 takes the files"):
+        load_pipeline(str(tmp_path / "sdxl"), dtype=torch.float32)
+    assert load_pipeline(str(tmp_path / "sdxl"), dtype=torch.float32, variant="fp16").unet.dtype == torch.float32
+
+
 def test_model_without_files_of_the_variant_is_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match=f"{folder} can't be loaded as Stable Diffusion XL: .*fp16"):
         load_pipeline(str(folder), dtype=torch.float32, variant="fp16")

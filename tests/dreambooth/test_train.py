@@ -50,6 +50,7 @@ def test_run_goes_on_for_more_steps_with_other_prompts_to_the_bits_of_one_run(
     asked = {"validation_prompts": ["a toy on grass", "a toy"], "num_validation_images": 2, "validation_steps": 3}
     longer = resumed(ended, sdxl, tmp_path / "longer", max_train_steps=6, **asked)
     assert "the schedule now has 6 steps instead of 4" in caplog.text
+    assert "step 6: validation_loss " in caplog.text
     run("dreambooth_sdxl.py", **sdxl | {"max_train_steps": 6}, output_dir=tmp_path / "whole")
     torch.testing.assert_close(tensors(longer), tensors(tmp_path / "whole"), rtol=0, atol=0)
     assert losses(longer) == losses(tmp_path / "whole")
@@ -128,8 +129,22 @@ def test_shipped_run_is_a_settings_file_without_its_images_for_own_ones(tmp_path
     places = (NAMED, "similarity_model", "alignment_model", "instance_data_dir")
     assert all(Path(found[name]).is_dir() for name in places)
     own = shipped_run({"instance_data_dir": "dog"}, CONFIGS / "sdxl_tiny.yaml")
-    assert found.keys() - own.keys() == {"instance_data_dir", "instance_prompt", "validation_prompts", "identifier"}
+    of_the_subject = {"instance_data_dir", "instance_prompt", "validation_prompts", "identifier"}
+    assert found.keys() - own.keys() == of_the_subject | {"validation_steps"}
     (tmp_path / "alone.yaml").write_text(f"{NAMED}: examples/assets/none")  # as of an sdist, without its assets
     for file in ("none.yaml", "alone.yaml"):
         with pytest.raises(ValueError, match="clone of the repository"):
             shipped_run({}, tmp_path / file)
+
+
+@pytest.mark.parametrize("data", [{"prompts_file": "own.txt"}, {"instance_prompt": "a photo of a dog"}], ids=str)
+def test_shipped_prompts_are_not_those_of_a_distillation_on_own_prompts(
+    data: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    steps = {"distill_to": 4}
+    shipped, own = shipped_run(steps, CONFIGS / "sdxl_tiny.yaml"), shipped_run(steps | data, CONFIGS / "sdxl_tiny.yaml")
+    assert "your data" in caplog.text
+    assert "configs/sdxl_4_steps.yaml" in caplog.text
+    assert shipped.keys() - own.keys() == {"prompts_file", "validation_prompts"}
+    assert own.items() <= shipped.items()

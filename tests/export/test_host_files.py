@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,10 @@ LEVEL = 0.37
 ATTENTION, CLIP = ["to_q", "to_k", "to_v", "to_out.0"], ["q_proj", "k_proj", "v_proj", "out_proj"]
 MANY = [*ATTENTION, "ff.net.0.proj", "ff.net.2", "proj_in", "conv1", "conv2", "conv_shortcut", "time_emb_proj"]
 MANY += ["conv_in", "conv_out"]
+ATTENTION_AS_SD15 = {
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}
 UNEQUAL = {"rank_pattern": {"conv1": 3, "to_k": 3, "ff.net.2": 5}, "alpha_pattern": {"to_v": 7, "to_k": 5, "conv2": 2}}
 
 
@@ -51,7 +56,7 @@ def with_encoders(pipe: Any, targets: list[str]) -> dict[str, PlainLora]:
 @pytest.mark.parametrize(
     ("make", "options", "words", "said"),
     [
-        (small_sd, UNEQUAL, ["--form", "kohya", "--base", "sd15"], ""),
+        (partial(small_sd, **ATTENTION_AS_SD15), UNEQUAL, ["--form", "kohya", "--base", "sd15"], ""),
         (small_sdxl, UNEQUAL, ["--form", "kohya", "--base", "sdxl"], ""),
         (
             small_sdxl,
@@ -185,13 +190,23 @@ def test_a_unets_layers_per_block_are_read_from_its_modules_or_not_needed():
         parts_of(["up_blocks.1.attentions.0.proj_in"], "sdxl")  # no down block shows a layer
 
 
+NOT_IN = "is adapted, but {} has no such module"
 REFUSED: list[tuple[str, str, dict[str, Any], str, str, str]] = [
     ("unet", "conv_in", {}, "webui", "sdxl", "form is 'webui'"),
     ("unet", "conv_in", {}, "kohya", "sd2", "base is 'sd2'"),
     ("prior", "conv_in", {}, "kohya", "sdxl", "no keys for 'prior': expected"),
     ("transformer", "conv_in", {}, "kohya", "wan", "has no name in wan's original code"),
-    ("unet", "up_blocks.0.attentions.0.proj_in", {}, "comfyui", "sd15", "only in up blocks 1, 2, 3"),
-    ("unet", "mid_block.resnets.0.norm1", {}, "comfyui", "sdxl", "is not a module of Stable Diffusion's UNet"),
+    ("unet", "up_blocks.0.attentions.0.proj_in", {}, "comfyui", "sd15", NOT_IN.format("sd15")),
+    ("unet", "up_blocks.0.attentions.0.proj_in", {}, "kohya", "sd15", NOT_IN.format("sd15")),
+    ("unet", "mid_block.attentions.0.transformer_blocks.1.ff.net.2", {}, "kohya", "sd15", NOT_IN.format("sd15")),
+    ("unet", "add_embedding.linear_1", {}, "kohya", "sd15", NOT_IN.format("sd15")),
+    ("transformer", "transformer_blocks.0.attn.to_q", {}, "kohya", "sd15", "is not a module of Stable Diffusion"),
+    ("unet", "down_blocks.0.attentions.0.proj_in", {}, "kohya", "sdxl", NOT_IN.format("sdxl")),
+    ("unet", "up_blocks.2.attentions.0.proj_in", {}, "comfyui", "sdxl", NOT_IN.format("sdxl")),
+    ("unet", "up_blocks.3.resnets.0.conv1", {}, "comfyui", "sdxl", NOT_IN.format("sdxl")),
+    ("transformer", "transformer_blocks.19.attn.to_q", {}, "kohya", "flux", NOT_IN.format("flux")),
+    ("transformer", "single_transformer_blocks.0.attn.to_q", {}, "kohya", "sd3", "has no name in sd3's original code"),
+    ("unet", "mid_block.resnets.0.norm1", {}, "comfyui", "sdxl", "is not a module of Stable Diffusion"),
     (
         "unet",
         "conv_in",

@@ -6,7 +6,8 @@ of D is made in float32.
 
 from __future__ import annotations
 
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from nara_diffusion import NaraConfig, StrengthSchedule, noise_level, set_strength
+from nara_diffusion.layers.variants import CoreChannel
+from nara_diffusion.noise.rows import ModelRows
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "autocast": torch.bfloat16}
 half = pytest.mark.parametrize("kind", DTYPES)
@@ -104,3 +107,15 @@ def test_gradient_of_the_deviation_is_summed_in_float32(kind):
     (D,) = (parameter for name, parameter in model.named_parameters() if "deviation" in name)
     assert D.grad is not None
     assert torch.equal(D.grad, torch.einsum("blo,or,qk,blk->brq", slope, B, A, x))
+
+
+def test_operand_is_converted_once_per_dtype() -> None:
+    holder = SimpleNamespace(has_strength=lambda name: False)
+    channel, key = CoreChannel(cast(Any, holder), ModelRows()), ("default", "shared")
+    D = torch.randn(2, 3, 3)
+    channel.push(None, {key: D})
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        operand = channel.operand(key, D, torch.empty(5, dtype=dtype))
+        assert operand.dtype == dtype
+        assert torch.equal(operand, D.to(dtype))
+        assert channel.operand(key, D, torch.empty(7, dtype=dtype)) is operand

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict, inject_ad
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from nara_diffusion import strict
 from nara_diffusion.dreambooth.pipelines import model_index
 from nara_diffusion.loaders import tensor_files as files
 from nara_diffusion.loaders.file import AdapterFile
@@ -101,12 +104,51 @@ def test_configuration_that_is_no_json_object_is_refused_by_its_name(text: str, 
             read(str(folder))
 
 
-def test_errors_of_peft_about_an_odd_configuration_name_the_file(tmp_path: Path) -> None:
+def with_fields(**changed: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        config = folder / _files.PEFT_CONFIG
+        config.write_text(json.dumps({**json.loads(config.read_text()), **changed}))
+
+    return change
+
+
+def without_weights(put: Callable[[Path], object] = Path.exists) -> Callable[[Path], None]:
+    """Delete the weights, and `put` something else in their place."""
+
+    def change(folder: Path) -> None:
+        (folder / _files.PEFT_WEIGHTS).unlink()
+        put(folder / _files.PEFT_WEIGHTS)
+
+    return change
+
+
+NO_FILE = r"There is no '\w+\.safetensors' in"
+UNREADABLE: dict[str, tuple[Callable[[Path], None], str]] = {
+    "another peft_type": (with_fields(peft_type="NARAA"), "NARAA.* not '?NARA"),
+    "modules_to_save is no pattern": (with_fields(modules_to_save=["("]), r"missing \)"),
+    "another bias": (with_fields(bias="some"), "bias is 'some'"),
+    "another type": (with_fields(use_rslora="false"), "use_rslora is 'false'"),
+    "weights missing": (without_weights(), NO_FILE),
+    "weights are a folder": (without_weights(Path.mkdir), NO_FILE),
+    "weights are a pipe": (without_weights(os.mkfifo), NO_FILE),
+}
+"""{what is wrong: (make it so, the error)}."""
+
+
+@pytest.mark.parametrize("row", UNREADABLE)
+def test_peft_folder_that_cannot_be_read_is_refused_in_one_line(row: str, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(_files.FILES / "peft" / "nara", tmp_path / "nara"))
-    config = folder / _files.PEFT_CONFIG
-    config.write_text(json.dumps({**json.loads(config.read_text()), "lora_dropout": [None]}))
-    with pytest.raises(ValueError, match=f"{folder}' is refused: TypeError"):
-        PeftModel.from_pretrained(_bases.language_model(), folder)
+    change, message = UNREADABLE[row]
+    change(folder)
+    for read in (
+        AdapterFile.read,
+        lambda folder: PeftModel.from_pretrained(_bases.language_model(), folder),
+        lambda folder: _bases.language_model().load_adapter(folder),
+    ):
+        with pytest.raises(ValueError, match=message) as caught:
+            read(str(folder))
+        assert str(folder) in str(caught.value)
+        assert "\n" not in str(caught.value)
 
 
 def test_naras_and_loras_are_refused_by_each_others_loaders_with_the_right_call(tmp_path: Path) -> None:
@@ -139,6 +181,34 @@ def test_what_cannot_be_saved_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is a plain LoRA, which a NaRA's file cannot hold"):
         pipe.save_nara_weights(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------------- loading
+
+
+def test_every_tensor_is_checked_once_per_load(monkeypatch, tmp_path: Path) -> None:
+    checked: list[str] = []
+    check = strict._check_tensor
+
+    def counted(key: str, *args: Any, **options: Any) -> None:
+        checked.append(key)
+        check(key, *args, **options)
+
+    monkeypatch.setattr(strict, "_check_tensor", counted)
+    pipe, number = _bases.sdxl(), len(load_file(FOLDER / FILE))
+    peft = _files.FILES / "peft" / "nara"
+    for load in (
+        lambda: pipe.load_nara_weights(FOLDER, adapter_name="toy"),
+        lambda: pipe.load_nara_weights(FOLDER, adapter_name="toy", hotswap=True),
+        lambda: AdapterFile.read(FOLDER),
+    ):
+        checked.clear()
+        load()
+        assert (len(checked), len(set(checked))) == (number, number)
+    for load in (AdapterFile.read, lambda folder: PeftModel.from_pretrained(_bases.language_model(), folder)):
+        checked.clear()
+        load(peft)
+        assert len(checked) == len(set(checked)) == len(load_file(peft / _files.PEFT_WEIGHTS))
 
 
 # ---------------------------------------------------------------------- after a load
@@ -177,3 +247,14 @@ def test_load_whole_model_refuses_missing_weights(tmp_path: Path) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"lacks 'conv_in\.weight' of UNet2DConditionModel and has 'more'"):
         load_whole_model(type(unet), tmp_path, low_cpu_mem_usage=False)
+
+
+def test_lora_in_peft_s_names_is_refused_with_what_loads_it(tmp_path: Path) -> None:
+    """Pipelines of text models have no `load_lora_weights`."""
+    model = get_peft_model(TwoLayers(), lora_config(target_modules=["first"]))
+    model.save_pretrained(tmp_path)
+    for source in (tmp_path, load_file(tmp_path / "adapter_model.safetensors")):
+        with pytest.raises(ValueError, match=r"load it with peft\.PeftModel\.from_pretrained\(…\)"):
+            AdapterFile.read(source)
+    with pytest.raises(ValueError, match=r"load it with pipe\.load_lora_weights\(…\)"):
+        AdapterFile.read({"unet.conv_in.lora_A.weight": next(model.parameters())})

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nara_diffusion import NaraConfig, noise_level
 from nara_diffusion.dllm import load_backbone
 from nara_diffusion.noise.blocks import BlockNoise
-from nara_diffusion.noise.level import BLOCK_SHARE
+from nara_diffusion.noise.sources import BLOCK_SHARE
 from tests.acceptance._text import nara
 from tests.helpers.mixtures import LLADA2, MASK, block_seen, write_checkpoint
 
@@ -151,8 +151,8 @@ def test_adapter_that_is_enabled_in_the_middle_of_a_block_has_its_level(base: Pa
     layers = [each for each in pipe.model.modules() if hasattr(each, "lora_variant")]
     for layer in layers:
         layer.enable_adapters(False)
-    make = pipe.model.lora_core.deviations.of
-    pipe.model.lora_core.deviations.of = lambda names, level: levels.append(level) or make(names, level)
+    make = pipe.model.lora_core.deviations_of
+    pipe.model.lora_core.deviations_of = lambda names, level: levels.append(level) or make(names, level)
 
     def enable(*_: Any) -> dict[str, Tensor]:
         for layer in layers:

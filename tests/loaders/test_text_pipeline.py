@@ -10,8 +10,8 @@ from peft.functional import delete_adapter, set_adapter
 
 from nara_diffusion import NaraConfig
 from nara_diffusion.dllm.models.block_causal import CACHE
-from nara_diffusion.noise.level import CORRUPTED_SHARE
-from nara_diffusion.tuner.holder import Deviations, holder_of
+from nara_diffusion.noise.sources import CORRUPTED_SHARE
+from nara_diffusion.tuner.holder import CoreHolder, holder_of
 from tests.helpers.adapted import disturb
 from tests.helpers.tiny_gemma import CANVAS, tiny_gemma
 
@@ -153,7 +153,7 @@ def test_levels_of_a_model_in_bfloat16_are_float32(tmp_path, monkeypatch, is_tra
     if not is_trained:
         trained.save_pretrained(tmp_path)
         model = trained.unload()
-    pipe, levels, shares, make = pipeline(model=model), [], [], Deviations.of
+    pipe, levels, shares, make = pipeline(model=model), [], [], CoreHolder.deviations_of
     if is_trained:
         holder_of(model).finder.add_pipeline(pipe)
     else:
@@ -169,7 +169,7 @@ def test_levels_of_a_model_in_bfloat16_are_float32(tmp_path, monkeypatch, is_tra
         shares.append(1 - pipe.scheduler._committed.float().mean(1))
         return {}
 
-    monkeypatch.setattr(Deviations, "of", recorded)
+    monkeypatch.setattr(CoreHolder, "deviations_of", recorded)
     sampled(pipe, callback_on_step_end=after_step)
     for block in (0, 1):
         expected = [torch.zeros(1), torch.ones(1), *shares[4 * block : 4 * block + 3]]

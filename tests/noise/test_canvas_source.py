@@ -22,7 +22,7 @@ from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
 
 from nara_diffusion import NaraConfig, noise_level
 from nara_diffusion.dllm.models.block_causal import CACHE
-from nara_diffusion.tuner.holder import Deviations, holder_of
+from nara_diffusion.tuner.holder import CoreHolder, holder_of
 from tests.helpers.tiny_gemma import CANVAS, VOCABULARY, tiny_gemma
 
 TARGETS = r".*(encoder\.language_model|decoder)\.layers\..*(q_proj|o_proj)"
@@ -133,14 +133,14 @@ def by_hand(model, scheduler, budget=STEPS, entropy=None):
 @pytest.fixture
 def levels(monkeypatch):
     """λ of each call of a decoder; that of the encoder, 0, is left out."""
-    seen, make = [], Deviations.of
+    seen, make = [], CoreHolder.deviations_of
 
     def recorded(deviations, names, level):
         if level.any() or len(level) > 1:
             seen.append(level)
         return make(deviations, names, level)
 
-    monkeypatch.setattr(Deviations, "of", recorded)
+    monkeypatch.setattr(CoreHolder, "deviations_of", recorded)
     return seen
 
 
@@ -249,22 +249,22 @@ def test_generate_with_a_static_cache_is_refused_unless_nothing_is_compiled(mode
 def test_calls_that_are_not_a_samplers_raise(model):
     canvas, cache = PROMPTS, DynamicCache()
     logits = torch.zeros(3, 4, VOCABULARY)
-    with pytest.raises(ValueError, match="no sampler runs"):
+    with pytest.raises(ValueError, match="no sampler is running"):
         model(input_ids=PROMPTS, decoder_input_ids=canvas)
     pipe = pipeline(model, BlockRefinementScheduler())
-    with pytest.raises(ValueError, match="no sampler runs"):
+    with pytest.raises(ValueError, match="no sampler is running"):
         model(input_ids=PROMPTS, decoder_input_ids=canvas)
     model.model.encoder(input_ids=PROMPTS, **{CACHE: cache})
-    with pytest.raises(ValueError, match="no step was taken"):
+    with pytest.raises(ValueError, match="has not stepped since the last call"):
         model(decoder_input_ids=canvas, **{CACHE: cache}, self_conditioning_logits=logits)
     sampled(pipe)  # leaves λ of a step that no call has read
     for conditioning in (logits, None):
-        with pytest.raises(ValueError, match="no step was taken"):
+        with pytest.raises(ValueError, match="has not stepped since the last call"):
             model(decoder_input_ids=canvas, **{CACHE: cache}, self_conditioning_logits=conditioning)
     with noise_level(model, 0.5):
         model.model.encoder(input_ids=PROMPTS, **{CACHE: cache})
         model(decoder_input_ids=canvas, **{CACHE: cache})
-    with pytest.raises(ValueError, match="no step was taken"):
+    with pytest.raises(ValueError, match="has not stepped since the last call"):
         model(decoder_input_ids=canvas, **{CACHE: cache})
 
 

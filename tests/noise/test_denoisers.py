@@ -20,7 +20,7 @@ from peft.tuners.lora import Linear
 from torch import nn
 
 from nara_diffusion import TimestepNoise, noise_level
-from nara_diffusion.noise.rows import _DENOISERS, denoiser_of
+from nara_diffusion.noise.denoisers import _DENOISERS, source_of_class
 from tests.helpers.adapted import relative_error
 from tests.helpers.denoisers import BATCH, DENOISERS, WARNINGS_OF_DIFFUSERS, adapted_denoiser, inputs_of, run, told
 from tests.helpers.diffusers_sources import classes, forward_of, lineage, told_the_time
@@ -95,22 +95,22 @@ def model(name: str, **config: Any) -> nn.Module:
 
 
 def test_configuration_tells_apart_what_one_class_serves() -> None:
-    sana = denoiser_of(model("SanaTransformer2DModel", guidance_embeds=False, timestep_scale=0.001))
+    sana = source_of_class(model("SanaTransformer2DModel", guidance_embeds=False, timestep_scale=0.001))
     assert sana.noise_level(torch.tensor([0.25, 1.0])).tolist() == pytest.approx([0.25, 1.0])
-    with pytest.raises(ValueError, match="is no λ"):
+    with pytest.raises(ValueError, match="gives a λ outside"):
         sana.noise_level(250.0)
-    sprint = denoiser_of(model("SanaTransformer2DModel", guidance_embeds=True, timestep_scale=0.001))
+    sprint = source_of_class(model("SanaTransformer2DModel", guidance_embeds=True, timestep_scale=0.001))
     scheduler = SCMScheduler()
     scheduler.set_timesteps(2)
     sigma = torch.sin(scheduler.timesteps) / (torch.cos(scheduler.timesteps) + torch.sin(scheduler.timesteps))
     assert sigma[0] > 1  # by rounding: the scheduler starts a little beyond π / 2
     assert sprint.noise_level(sigma[:-1]).tolist() == pytest.approx(sigma[:-1].tolist(), abs=1e-5)
-    first = denoiser_of(model("CosmosTransformer3DModel", extra_pos_embed_type="learnable"))
-    second = denoiser_of(model("CosmosTransformer3DModel", extra_pos_embed_type=None))
+    first = source_of_class(model("CosmosTransformer3DModel", extra_pos_embed_type="learnable"))
+    second = source_of_class(model("CosmosTransformer3DModel", extra_pos_embed_type=None))
     assert (first.meaning, second.meaning) == ("edm", "sigma")
-    refiner = denoiser_of(model("SanaWMLTX2RefinerTransformer3DModel", timestep_scale_multiplier=1000))
+    refiner = source_of_class(model("SanaWMLTX2RefinerTransformer3DModel", timestep_scale_multiplier=1000))
     assert refiner.noise_level(250.0).item() == 0.25
-    assert denoiser_of(model("ControlNetModel")) is None
+    assert source_of_class(model("ControlNetModel")) is None
 
 
 class Omni(nn.Module):

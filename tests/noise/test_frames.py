@@ -15,7 +15,7 @@ from peft import inject_adapter_in_model
 from torch import Tensor, nn
 
 from nara_diffusion import TimestepNoise, noise_level, set_noise_source
-from nara_diffusion.noise.rows import _DENOISERS
+from nara_diffusion.noise.denoisers import _DENOISERS
 from tests.helpers.adapted import disturb, nara_config, relative_error
 from tests.helpers.denoisers import WARNINGS_OF_DIFFUSERS, denoiser, told
 

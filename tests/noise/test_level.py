@@ -11,10 +11,10 @@ from diffusers import DDIMScheduler, EDMEulerScheduler
 from torch import nn
 
 from nara_diffusion import TimestepNoise, noise_level
-from nara_diffusion.cores.core import BUILT_IN, build_core
+from nara_diffusion.cores.registry import BUILT_IN, build_core
 from nara_diffusion.noise.level import as_level, host_values
 from nara_diffusion.noise.masked_share import InputIdsNoise
-from nara_diffusion.noise.timesteps import Denoiser
+from nara_diffusion.noise.timesteps import DenoiserNoise
 from tests.helpers.adapted import adapted, nara_config
 from tests.helpers.elsewhere import elsewhere, values_of
 
@@ -41,7 +41,7 @@ def test_level_outside_its_range_is_an_error_on_the_cpu_and_nan_elsewhere(level:
 @pytest.mark.parametrize("timestep", [1001.0, -2.0, NAN])
 def test_timestep_outside_its_range_is_an_error_on_the_cpu_and_nan_elsewhere(timestep: float) -> None:
     source = TimestepNoise("discrete")
-    with pytest.raises(ValueError, match=r"timestep is .*as 'discrete' is no λ"):
+    with pytest.raises(ValueError, match=r"timestep is .*gives a λ outside .*'discrete' with N = 1000"):
         source.noise_level(torch.tensor([500.0, timestep]))
     found = source.noise_level(elsewhere([500.0, timestep, 1000.05, 0.0]))  # a rounding error outside is none
     assert values_of(found) == pytest.approx([0.5, NAN, 1, 0], nan_ok=True)
@@ -55,7 +55,7 @@ def test_core_is_nan_where_the_level_is_nan(core_type: str) -> None:
     assert diagonal.tolist() == [[False] * 4, [True] * 4]
 
 
-def levels_of(source: Denoiser, timestep: torch.Tensor) -> list[float]:
+def levels_of(source: DenoiserNoise, timestep: torch.Tensor) -> list[float]:
     return values_of(source(Timed(), (None, timestep), {}))
 
 
@@ -68,26 +68,26 @@ def levels_of(source: Denoiser, timestep: torch.Tensor) -> list[float]:
     ],
 )
 def test_ambiguous_timestep_elsewhere_is_nan(timestep: list[float], levels: list[float]) -> None:
-    assert levels_of(Denoiser("discrete"), elsewhere(timestep)) == pytest.approx(levels, nan_ok=True)
+    assert levels_of(DenoiserNoise("discrete"), elsewhere(timestep)) == pytest.approx(levels, nan_ok=True)
     if levels[0] != levels[0]:
         with pytest.raises(ValueError, match=r"timestep is \[2.5, 1.25\].*may be ¼ ln σ"):
-            levels_of(Denoiser("discrete"), torch.tensor(timestep))
+            levels_of(DenoiserNoise("discrete"), torch.tensor(timestep))
 
 
 def test_schedulers_decide_small_timesteps_elsewhere() -> None:
     discrete, continuous = DDIMScheduler(), EDMEulerScheduler()
     timestep = elsewhere([0.5])
-    assert levels_of(Denoiser("discrete", schedulers=[discrete]), timestep) == pytest.approx([0.0005])
-    assert math.isnan(levels_of(Denoiser("discrete", schedulers=[discrete, continuous]), timestep)[0])
+    assert levels_of(DenoiserNoise("discrete", schedulers=[discrete]), timestep) == pytest.approx([0.0005])
+    assert math.isnan(levels_of(DenoiserNoise("discrete", schedulers=[discrete, continuous]), timestep)[0])
     with pytest.raises(ValueError, match=r"timestep is torch.float32 on cpu.*EDMEulerScheduler passes ¼ ln σ"):
-        levels_of(Denoiser("discrete", schedulers=[continuous]), timestep)
+        levels_of(DenoiserNoise("discrete", schedulers=[continuous]), timestep)
 
 
 def test_text_without_an_answer_is_nan_elsewhere() -> None:
     ids = torch.tensor([[1, 9, 9, 3], [1, 2, 9, 9]])
     padding = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
     source = InputIdsNoise([1, 2], mask_token_id=9)
-    with pytest.raises(ValueError, match="row 1 of input_ids has 4 tokens, and none is in an answer"):
+    with pytest.raises(ValueError, match="none of the 4 tokens in row 1 of input_ids belongs to an answer"):
         source(nn.Identity(), (ids, padding), {})
     found = source(nn.Identity(), (elsewhere(ids, torch.long), elsewhere(padding, torch.long)), {})
     assert values_of(found) == pytest.approx([2 / 3, NAN], nan_ok=True)

@@ -5,12 +5,16 @@ b, k and l are 3, 4 and 20.
 
 from __future__ import annotations
 
+import re
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from nara_diffusion import noise_level
-from nara_diffusion.noise.parts import Parts, Positions, RowKind, parts_of, positions_of
+from nara_diffusion.noise.parts import FrameTokens, Parts, Positions, RowKind, parts_of, positions_of
 from tests.helpers.adapted import OneLayer, TwoLayers, adapted
 
 SAMPLES, PARTS, LENGTH = 3, 4, 20
@@ -136,3 +140,30 @@ def test_flattened_tokens_have_to_be_all_tokens_in_order(kind: RowKind, rows: in
     assert parts.core_of_layer(core, torch.zeros(60, 7), kind="tokens", **options) == (core, True)
     with pytest.raises(ValueError, match="'gate' sees"):
         parts.core_of_layer(core, torch.zeros(rows, 7), kind=kind, **options)
+
+
+# ---------------------------------------------------------------------- frames of a video
+
+
+def frame_tokens(axis: int = 2) -> FrameTokens:
+    return FrameTokens(re.compile("text"), re.compile("time"), axis)
+
+
+@pytest.mark.parametrize(("axis", "shape"), [(2, (3, 5, 6, 4, 8)), (1, (3, 6, 5, 4, 8))])
+def test_frames_are_counted_on_the_axis_of_the_class(axis: int, shape: tuple[int, ...]) -> None:
+    """Six frames of 4 × 8 in five channels, in patches of two frames and 2 × 4: three frames of four patches."""
+    model: Any = SimpleNamespace(config=SimpleNamespace(patch_size=(2, 2, 4)))
+    assert frame_tokens(axis).shape(model, {"hidden_states": torch.zeros(shape)}) == (3, 12)
+
+
+@pytest.mark.parametrize(("timesteps", "is_seen"), [(PARTS, True), (LENGTH, True), (5, False)])
+def test_rows_of_times_are_seen_by_parts_only_if_the_parts_divide_them(timesteps: int, is_seen: bool) -> None:
+    parts = parts_of(LEVELS, Positions(SAMPLES, LENGTH, timesteps), frame_tokens())
+    core, x = torch.rand(SAMPLES * PARTS + SAMPLES, 2, 2), torch.zeros(SAMPLES * timesteps, 7)
+    if not is_seen:
+        with pytest.raises(ValueError, match="'time' sees"):
+            parts.core_of_layer(core, x, kind="samples", is_image=False, layer_name="time")
+        return
+    rows, has_parts = parts.core_of_layer(core, x, kind="samples", is_image=False, layer_name="time")
+    assert torch.equal(rows, core[: SAMPLES * PARTS])
+    assert has_parts

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from nara_diffusion import TimestepNoise, noise_level, set_noise_source
 from nara_diffusion.dllm.models.backbone import ForwardRows
 from nara_diffusion.noise.rows import ModelRows, core_of_rows, guidance_rows, repeat_rows, row_kind_of
-from nara_diffusion.noise.timesteps import Denoiser
+from nara_diffusion.noise.timesteps import DenoiserNoise
 from tests.helpers.adapted import adapted, relative_error
 
 SAMPLES = 3
@@ -150,7 +150,7 @@ def test_rows_of_another_kind_are_samples_at_these_shapes(kind: str, x: Tensor) 
 
 
 def test_model_with_tokens_first_refuses_several_levels_everywhere() -> None:
-    for denoiser in (Denoiser("sigma", one_level=True), Denoiser("data", packed=True)):
+    for denoiser in (DenoiserNoise("sigma", one_level=True), DenoiserNoise("data", packed=True)):
         rows = ModelRows.of(denoiser)
         with pytest.raises(ValueError, match=f"{REFUSED}.*one by one"):
             rows.level_of_forward(LEVELS, Stack(), (torch.zeros(3, 2, 7),), {})
@@ -160,7 +160,7 @@ def test_model_with_tokens_first_refuses_several_levels_everywhere() -> None:
 
 
 def test_model_that_sees_multiples_takes_one_level_a_row_of_its_own_batch() -> None:
-    rows = ModelRows.of(Denoiser("sigma", sample_major=True))
+    rows = ModelRows.of(DenoiserNoise("sigma", sample_major=True))
     for args, kwargs in (((X,), {}), ((), {"timestep": torch.zeros(3), "x": X})):
         assert rows.level_of_forward(LEVELS, Stack(), args, kwargs) is LEVELS
     for args in ((torch.zeros(6, 2, 7),), (torch.zeros(2, 3, 7),), (torch.tensor(1.0),)):
@@ -191,7 +191,7 @@ def test_blocks_that_split_the_batch_are_refused(attributes: dict[str, Any], is_
 
 
 def test_model_of_samples_leaves_the_check_to_its_layers() -> None:
-    for rows in (ModelRows.of(None), ModelRows.of(Denoiser("sigma"))):
+    for rows in (ModelRows.of(None), ModelRows.of(DenoiserNoise("sigma"))):
         assert rows.level_of_forward(LEVELS, Stack(), (torch.zeros(6, 2, 7),), {}) is LEVELS
         rows.level_of_part(torch.rand(3))
 

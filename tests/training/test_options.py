@@ -21,6 +21,7 @@ from nara_diffusion.dllm.record_forms import FIELDS
 from nara_diffusion.dllm.text_arguments import Arguments
 from nara_diffusion.dreambooth.families import TRANSFORMER_TARGETS
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
+from nara_diffusion.training.run import Run
 from nara_flags.hints import COUNTERPARTS
 from nara_flags.images import UNET_TARGETS
 from nara_flags.parser import ArgumentParser, parse_arguments
@@ -81,12 +82,33 @@ def test_flags_are_read() -> None:
     assert parse("--validation_prompts", *sentences, cls=DreamBoothArguments).validation_prompts == sentences
 
 
+@pytest.mark.parametrize(
+    ("words", "steps", "interval"),
+    [
+        ([], 500, 125),  # four times a run
+        ([], 6, 2),
+        ([], 1, 1),
+        (["--validation_steps", "7"], 6, 7),
+        (["--validation_steps", "0.5"], 7, 4),
+        (["--validation_steps", "none"], 6, None),
+    ],
+)
+def test_interval_of_validation_may_be_a_share_of_the_run(words: list[str], steps: int, interval: int | None) -> None:
+    args = parse(*words, cls=DreamBoothArguments)
+    engine: Any = None
+    run_of_images = Run(engine, args, "dreambooth", engine, None, Path(), {})
+    run_of_images.total_steps = steps
+    assert run_of_images.validation_steps == interval
+    assert parse().validation_steps == 100  # a text run's loss is cheap
+
+
 def test_mistake_is_said_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     for argv, said in [
         (["--rnk", "3"], "unrecognized --rnk: did you mean --rank?"),
         (["--zzz", "3"], "unrecognized --zzz: --help_all lists the known ones."),
         (["--rank", "3.5"], "argument --rank is '3.5', expected a whole number"),
         (["--rank", "0"], "argument --rank must be at least 1, got 0."),
+        (["--validation_steps", "2.5"], "--validation_steps must be a whole number of steps, or a share below 1, got"),
         (["--lora_dropout", "1"], "lora_dropout must be in [0, 1), got 1.0."),
         (["--max_noise_level", "1.5"], "argument --max_noise_level must be in [0, 1], got 1.5."),
         (["--top_p", "0"], "argument --top_p must be above 0 and at most 1, got 0.0."),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import diffusers.loaders.lora_base as lora_base
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaForCausalLM, Qwen2MoeConfig, Qwen2MoeModel, T5Config, T5EncoderModel
@@ -127,7 +129,7 @@ def test_all_that_trains_has_lora_in_its_name() -> None:
 def test_set_adapters_of_a_compiled_part_names_compiling_in_place() -> None:
     pipe: Any = add_nara(frozen_sd(), "a")
     pipe.unet = torch.compile(pipe.unet)
-    with pytest.raises(ValueError, match=r"unet is what torch.compile returned.* pipe\.unet\.compile\(\)"):
+    with pytest.raises(ValueError, match=r"unet was returned by torch.compile.* pipe\.unet\.compile\(\)"):
         pipe.set_adapters("a", 0.5)
     pipe.unet = pipe.unet._orig_mod
     pipe.set_adapters("a", 0.5)
@@ -213,3 +215,37 @@ def test_on_models_without_nara_each_calls_its_own(tmp_path: Path, tiny_llama: A
     assert torch.equal(predict(pipe), found)
     pipe.unet.save_lora_adapter(tmp_path / "out", adapter_name="a")
     assert list((tmp_path / "out").iterdir())
+
+
+def test_listing_parameters_changes_nothing_and_hides_the_core_of_a_deleted_adapter() -> None:
+    model = adapted(TwoLayers(), target_modules=["first"])
+    model.add_adapter("other", nara_config(target_modules=["second"]))
+    root: Any = model.base_model.model
+    of_other = list(root.lora_core.cores["other"].parameters())
+    for parameter in of_other:
+        parameter.requires_grad = True  # though A of `other`, which is not active, is frozen
+    listed = {id(parameter) for parameter in model.parameters()}
+    assert listed.issuperset(map(id, of_other))
+    assert all(parameter.requires_grad for parameter in of_other)
+    del root.peft_config["other"]
+    assert not [name for name, _ in model.named_parameters() if ".cores.other." in name]
+    assert not [name for name, _ in root.lora_core.named_modules() if name.startswith("cores.other")]
+    assert list(root.lora_core.cores) == ["default", "other"]
+
+
+@pytest.mark.parametrize("how", ["set_adapter", "disable", "set_requires_grad", "layer by layer"])
+def test_pefts_calls_switch_the_training_of_a_core_with_that_of_its_factors(how: str) -> None:
+    model = adapted(TwoLayers(), target_modules=["first"])
+    model.add_adapter("other", nara_config(target_modules=["second", "first"]))
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    switch: dict[str, Callable[[], Any]] = {
+        "set_adapter": lambda: model.set_adapter("other"),
+        "disable": model.base_model.disable_adapter_layers,
+        "set_requires_grad": lambda: model.set_requires_grad("other"),
+        "layer by layer": lambda: [layer.set_adapter(["other", "default"]) for layer in layers],
+    }
+    switch[how]()
+    cores: Any = model.base_model.model.lora_core.cores
+    for name in ("default", "other"):
+        factor = model.base_model.model.first.lora_A[name].weight
+        assert {parameter.requires_grad for parameter in cores[name].parameters()} == {factor.requires_grad}

@@ -69,7 +69,7 @@ def _with_matrices(base, holder, given, level):
     plain.model.encoder = copy.deepcopy(plain.model.encoder)  # no longer tied
     for name, layer in zip(_names(base), holder.layers["default"], strict=True):
         key = ("default", layer.lora_variant["default"].key[1])
-        C = holder.deviations.matrix(key, torch.tensor([0.0 if ".encoder." in name else level]))[0]
+        C = holder.matrix(key, torch.tensor([0.0 if ".encoder." in name else level]))[0]
         A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
         weight = layer.get_base_layer().weight + 7 / 3 * B @ C @ A
         plain.get_submodule(name).weight = torch.nn.Parameter(weight)
@@ -91,8 +91,8 @@ def test_lambda_of_parts_is_that_of_the_canvas_in_the_decoder_and_zero_in_the_en
 
 def _update_of_parts(base, layer, levels, is_encoder):
     """A hook that adds s B C A x to a layer's output: C(0), or C(λ) of each third of the canvas."""
-    C = holder_of(base).deviations.matrix(("default", layer.lora_variant["default"].key[1]), levels.flatten())
-    zero = holder_of(base).deviations.matrix(("default", layer.lora_variant["default"].key[1]), torch.zeros(1))
+    C = holder_of(base).matrix(("default", layer.lora_variant["default"].key[1]), levels.flatten())
+    zero = holder_of(base).matrix(("default", layer.lora_variant["default"].key[1]), torch.zeros(1))
     A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
 
     def hook(module, args, output):
@@ -235,7 +235,7 @@ def test_merging_and_exporting_raise():
 @pytest.mark.parametrize("core_type", ["hypernetwork", "identity"])
 def test_a_file_is_not_folded(tmp_path, core_type):
     adapted(DECODER, core_type=core_type).save_pretrained(tmp_path / "nara")
-    with pytest.raises(SystemExit, match="right for neither its encoder"):
+    with pytest.raises(SystemExit, match="A LoRA at one λ is right for neither"):
         nara_command.main(["fold", f"{tmp_path}/nara", f"{tmp_path}/lora", "--noise_level", "0.5", "--form", "peft"])
     assert not (tmp_path / "lora").exists()
 
@@ -266,7 +266,7 @@ def test_without_lambda_the_decoder_raises_and_the_encoder_runs():
     model = adapted().get_base_model()
     cache = DynamicCache()
     model.model.encoder(input_ids=inputs()["input_ids"], **{CACHE: cache})
-    with pytest.raises(ValueError, match="λ can't be read: no sampler runs"):
+    with pytest.raises(ValueError, match="λ can't be read: no sampler is running"):
         model.forward(decoder_input_ids=inputs()["decoder_input_ids"], **{CACHE: cache})
 
 

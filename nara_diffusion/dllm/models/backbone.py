@@ -44,17 +44,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from nara_diffusion.noise.level import (
+from nara_diffusion.noise.context import core_holders, find_holders, noise_level
+from nara_diffusion.noise.masked_share import InputIdsNoise
+from nara_diffusion.noise.rows import Repetition, guidance_rows
+from nara_diffusion.noise.sources import (
     BLOCK_SHARE,
     CORRUPTED_SHARE,
     MASKED_SHARE,
-    core_holders,
-    find_holders,
-    noise_level,
     set_noise_source,
 )
-from nara_diffusion.noise.masked_share import InputIdsNoise
-from nara_diffusion.noise.rows import Repetition, guidance_rows
 
 from .block_causal import LLaDA2ForCausalLM
 from .shifted_logits import ShiftedQwen2ForCausalLM
@@ -371,7 +369,7 @@ def conditioned(model: nn.Module, level: Tensor) -> AbstractContextManager:
         return nullcontext()
     convention = Backbone(model).noise_convention
     for holder in holders:
-        names = holder.deviations.noisy(holder.active_names())
+        names = holder.noisy(holder.active_names())
         for name, other in holder.finder.adopt_convention(names, convention).items():
             raise ValueError(
                 f"Adapter '{name}' was trained with λ defined as {other!r}, and this is "

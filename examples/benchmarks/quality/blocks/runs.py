@@ -28,7 +28,7 @@ from nara_diffusion.dllm.exact_match import exact_match
 from nara_diffusion.dllm.loss import token_cross_entropy
 from nara_diffusion.dllm.models.backbone import conditioned
 from nara_diffusion.dllm.uniform import CanvasBatch, corrupt_canvases
-from nara_diffusion.noise.level import CORRUPTED_SHARE
+from nara_diffusion.noise.sources import CORRUPTED_SHARE
 from nara_diffusion.training.adapters import build_adapter
 from quality.blocks.bayes import Seen, bayes_losses
 from quality.blocks.controls import Control, Controlled

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from nara_diffusion.dllm.masking import MaskedBatch, mask_answers
-from nara_diffusion.noise.level import MASKED_SHARE
+from nara_diffusion.noise.sources import MASKED_SHARE
 from quality.running import MAKERS
 from quality.text.runs import load
 

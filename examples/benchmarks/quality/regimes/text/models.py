@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nara_diffusion import noise_level
 from nara_diffusion.dllm.masking import MaskedBatch
-from nara_diffusion.noise.level import find_holders
+from nara_diffusion.noise.context import find_holders
 from quality.images.held_out import BINS
 from quality.text.runs import TextArguments, adapted, text_arguments
 from quality.wrong_noise import changed_noise, training_change

@@ -1,0 +1,247 @@
+"""Define a part of an adapter, for one component: its configuration, its tensors and their check.
+
+The check compares a part with its own configuration, without the base model.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from enum import Enum
+from typing import Any, TypeVar
+
+import torch
+from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
+from torch import Tensor
+
+from nara_diffusion.config import ABSENT, NaraConfig, is_idle
+from nara_diffusion.cores.registry import BUILT_IN, NAME_IN_FILES, core_group, make_cores
+from nara_diffusion.strict import check_tensors, is_core_key
+
+_ALWAYS_WRITTEN = (
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "core_type",
+    "core_scale",
+    "use_rslora",
+    "use_dora",
+)
+_OF_ONE_MACHINE = (
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "peft_type",
+    "peft_version",
+    "revision",
+    "runtime_config",
+)
+"""Fields that say where a configuration was made or runs. The others describe the adapter."""
+
+
+@dataclass(frozen=True)
+class AdapterPart:
+    """The part of an adapter for one component.
+
+    Attributes:
+        config: the configuration of the part.
+        tensors: the tensors of the part, by their names in the component.
+    """
+
+    config: NaraConfig
+    tensors: dict[str, Tensor]
+
+    @property
+    def modules(self) -> dict[str, int]:
+        """Return {adapted module: its rank}."""
+        found = {}
+        for key in self.tensors:
+            name, is_factor, _ = key.partition(".lora_")
+            if is_factor:
+                found[name] = by_pattern(self.config.rank_pattern, name, self.config.r)
+        return found
+
+    @property
+    def core(self) -> dict[str, Tensor]:
+        """Return {name in the core: tensor} for the core's tensors."""
+        found = {}
+        for key, tensor in self.tensors.items():
+            if is_core_key(key):
+                found[key.removeprefix(f"{NAME_IN_FILES}.")] = tensor
+        return found
+
+    @property
+    def core_ranks(self) -> dict[str, int]:
+        """Return {group of layers that share a core: the largest of their ranks}."""
+        found: dict[str, int] = {}
+        for name, rank in self.modules.items():
+            group = core_group(self.config, name, rank)
+            found[group] = max(rank, found.get(group, 0))
+        return found
+
+
+# ---------------------------------------------------------------------- fields of a configuration
+
+
+def config_to_fields(config: NaraConfig) -> dict[str, Any]:
+    """Return a configuration's fields as JSON values.
+
+    Fields that depend on the machine are left out, and so are fields that are None, unless files
+    without them have another value.
+    """
+    found = {}
+    for name, value in config.to_dict().items():
+        if name in _OF_ONE_MACHINE or (value is None and name not in ABSENT):
+            continue
+        if isinstance(value, Enum):
+            value = value.value
+        found[name] = sorted(value) if isinstance(value, set) else value
+    return found
+
+
+def config_from_fields(given: Mapping[str, Any], origin: str) -> NaraConfig:
+    """Return the configuration from `config_to_fields`, or from PEFT's adapter_config.json.
+
+    Raises:
+        ValueError: a field is missing, unknown or invalid. The message names the `origin`.
+    """
+    known = {field.name for field in fields(NaraConfig)}
+    own: dict[str, Any] = {**ABSENT}
+    for name, value in given.items():
+        if name in _OF_ONE_MACHINE or (name not in known and is_idle(name, value)):
+            continue
+        own[name] = value
+    for name in _ALWAYS_WRITTEN:
+        if name not in own:
+            raise ValueError(
+                f"The configuration of {origin} lacks {name}, which every NaRA's file has: damaged."
+            )
+    try:
+        return NaraConfig(**own)
+    except (TypeError, ValueError, AttributeError, ImportError) as error:
+        # PEFT's checks raise the last two errors
+        raise ValueError(f"The configuration of {origin} is refused: {error}") from error
+
+
+# ---------------------------------------------------------------------- the check, without a base
+
+
+def check_modules(part: AdapterPart) -> None:
+    """Raise ValueError if no module has factors, or one that `target_modules` don't name."""
+    if not part.modules:
+        raise ValueError("it has no A and B of any module: download or save it again.")
+    for name in part.modules:
+        if not _is_target(part.config, name):
+            raise ValueError(
+                f"it has factors of '{name}', a module that its target_modules "
+                f"{part.config.target_modules} don't name: it is damaged, download or save it again."
+            )
+
+
+def check_part(part: AdapterPart, *, beside: bool) -> None:
+    """Compare the tensors of a file with those that its configuration describes.
+
+    Args:
+        part: the part of the file to check.
+        beside: True if a file of this form may also contain biases, tokens, embeddings and
+            `modules_to_save`.
+
+    Raises:
+        ValueError: `check_tensors` raises an error.
+    """
+    expected = _core_tensors(part)
+    for name, rank in part.modules.items():
+        expected |= _factors(part, name, rank)
+    known = dict(expected)
+    for key, tensor in part.tensors.items():
+        if beside and key not in known and _may_stand_beside(part.config, key, tensor):
+            known[key] = tensor
+    check_tensors(part.tensors, expected, known)
+
+
+def _is_target(config: NaraConfig, name: str) -> bool:
+    if config.target_modules in (None, "all-linear"):  # PEFT writes names instead
+        return True
+    return bool(check_target_module_exists(config, name.partition(".base_layer")[0]))
+
+
+def _core_tensors(part: AdapterPart) -> dict[str, Tensor]:
+    with torch.device("meta" if part.config.core_type in BUILT_IN else "cpu"):
+        cores = make_cores(part.config, part.core_ranks)
+    return {f"{NAME_IN_FILES}.{key}": tensor for key, tensor in cores.state_dict().items()}
+
+
+def _factors(part: AdapterPart, name: str, rank: int) -> dict[str, Tensor]:
+    """Return {key: an empty tensor of the expected shape and dtype} for a module's factors.
+
+    The sizes of the base's layer are taken from the file.
+    """
+    tensors = part.tensors
+    A, B = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
+    if any(key.startswith(f"{name}.lora_embedding_") for key in tensors):
+        A, B = f"{name}.lora_embedding_A", f"{name}.lora_embedding_B"
+    shape_A, shape_B = _shape(tensors.get(A)), _shape(tensors.get(B))
+    d_out, width = shape_B[:2]
+    kernel = (1,) * len(shape_A[2:])
+    is_grouped = kernel and width and rank % width == 0  # then B is (d_out, rank / groups, 1, …)
+    shapes: dict[str, tuple[int, ...]] = {
+        A: (rank, *shape_A[1:]),
+        B: (d_out, width if is_grouped else rank, *kernel),
+    }
+    if part.config.use_dora:
+        key = f"{name}.lora_magnitude_vector"
+        key = f"{key}.weight" if f"{key}.weight" in tensors else key
+        shapes[key] = (1, d_out, *kernel) if kernel else (d_out,)
+    if part.config.lora_bias:
+        shapes[f"{name}.lora_B.bias"] = (d_out,)
+    return {key: _like(tensors.get(key), shape) for key, shape in shapes.items()}
+
+
+def _shape(tensor: object) -> tuple[int, ...]:
+    """Return a tensor's shape, extended to at least two axes."""
+    shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else ()
+    return shape if len(shape) > 1 else (*shape, 1, 1)[:2]
+
+
+def _like(tensor: object, shape: tuple[int, ...]) -> Tensor:
+    """Return a "meta" tensor of that shape, in the dtype of `tensor` if layers can compute in it."""
+    dtype = torch.float32
+    if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype.itemsize > 1:
+        dtype = tensor.dtype
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _may_stand_beside(config: NaraConfig, key: str, tensor: object) -> bool:
+    """Return whether a tensor other than a factor, such as a bias, may be in the file."""
+    if not isinstance(tensor, Tensor) or ".lora_" in key or is_core_key(key):
+        return False
+    module, _, kind = key.rpartition(".")
+    for name in config.modules_to_save or ():
+        if re.match(rf"(^|.*\.){name}($|\..*)", module):
+            return True
+    if kind == "weight" and tensor.dim() == 2:  # PEFT saves embeddings of a resized vocabulary
+        return True
+    if kind == "bias" and config.bias != "none":
+        return True
+    return "trainable_tokens" in kind
+
+
+# ---------------------------------------------------------------------- one module's values
+
+Value = TypeVar("Value")
+
+
+def by_pattern(pattern: Mapping[str, Value] | None, name: str, default: Value) -> Value:
+    """Return a module's value from PEFT's rank_pattern or alpha_pattern."""
+    pattern = pattern or {}
+    return pattern.get(str(get_pattern_key(list(pattern), name)), default)
+
+
+def configured_scaling(config: LoraConfig, name: str, rank: int) -> float:
+    """Return a module's α / r, or α / √r for rsLoRA."""
+    alpha = by_pattern(config.alpha_pattern, name, config.lora_alpha)
+    return alpha / (math.sqrt(rank) if config.use_rslora else rank)

@@ -1,0 +1,56 @@
+"""The model card of an image run: the code that loads the adapter, and what is said of the figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from diffusers import StableDiffusionXLPipeline
+
+from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
+from nara_diffusion.dreambooth.image_report import _loading, forgetting
+from nara_diffusion.dreambooth.samples import SampleSettings
+from tests.helpers.small_pipelines import small_sdxl
+
+
+def card_code(**flags: Any) -> str:
+    """The code on the card of a run with `flags`."""
+    flags = {"pretrained_model_name_or_path": "base", "instance_data_dir": "pictures"} | flags
+    args = DreamBoothArguments(**flags)
+    settings = SampleSettings(["a toy"], 1, seed=0, batch_size=1, call={"num_inference_steps": 2})
+    return _loading(args, settings, "out", small_sdxl(), "")
+
+
+def test_card_loads_the_files_of_the_run(tmp_path: Path) -> None:
+    small_sdxl().save_pretrained(tmp_path, variant="fp16")
+    code = card_code(pretrained_model_name_or_path=str(tmp_path), variant="fp16", revision="main")
+    scope: dict[str, Any] = {}
+    exec(code.split("```python")[1].partition("\npipe.load_nara_weights")[0], scope)
+    assert type(scope["pipe"]) is StableDiffusionXLPipeline
+    assert "revision='main', variant='fp16')" in code
+    assert "variant" not in card_code()
+
+
+def measured(similarity: float | None, text_alignment: float | None) -> Any:
+    return SimpleNamespace(similarity=similarity, text_alignment=text_alignment)
+
+
+def test_alignment_that_halves_while_similarity_rises_is_said_with_the_remedy() -> None:
+    (text,) = forgetting(measured(0.26, 0.48), measured(0.7, 0.24))
+    assert "alignment with the prompt fell from 0.48 to 0.24" in text
+    assert "Train fewer steps (--max_train_steps)" in text
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ((0.26, 0.48), (0.70, 0.40)),  # it fell a little
+        ((0.26, 0.48), (0.25, 0.24)),  # not for the subject
+        ((0.26, None), (0.70, None)),
+        ((None, 0.48), (None, 0.24)),
+    ],
+)
+def test_other_figures_are_not_warned_of(before: Any, after: Any) -> None:
+    assert forgetting(measured(*before), measured(*after)) == []

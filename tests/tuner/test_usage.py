@@ -1,0 +1,60 @@
+"""The warnings of a pipeline that samples a few-step adapter otherwise than it was trained: one for each setting."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from diffusers import DDIMScheduler, EulerDiscreteScheduler
+
+from nara_diffusion.tuner.finder import Usage
+from tests.helpers.adapted import nara_config
+
+LINE = "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)"
+
+
+class Sampler:
+    """A pipeline in the middle of a call."""
+
+    def __init__(self) -> None:
+        self.scheduler: Any = None
+        self._guidance_scale = 1.0
+
+    def takes(self, steps: int, guidance: float, scheduler: Any) -> None:
+        self.scheduler, self._guidance_scale = scheduler, guidance
+        scheduler.set_timesteps(steps)
+
+
+def few_step_config() -> Any:
+    config = nara_config()
+    config.few_steps = {"num_inference_steps": 2, "timestep_spacing": "trailing", "scheduler": LINE}
+    return config
+
+
+def messages(usage: Usage) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        usage.warn_of_sampling(["fast"])
+    return [str(each.message) for each in caught]
+
+
+def test_each_wrong_setting_of_a_sampler_is_warned_of_once() -> None:
+    usage, pipe = Usage({"fast": few_step_config()}), Sampler()
+    usage.add_pipeline(pipe)  # pyright: ignore[reportArgumentType]
+    trailing, leading = DDIMScheduler(timestep_spacing="trailing"), EulerDiscreteScheduler()
+    pipe.takes(2, 1.0, trailing)
+    assert messages(usage) == []
+    pipe.takes(3, 1.0, trailing)
+    (text,) = messages(usage)
+    assert text.endswith(f"the pipeline takes 3 steps: {LINE}; pipe(…, num_inference_steps=2, guidance_scale=1)")
+    pipe.takes(5, 1.0, trailing)
+    assert messages(usage) == []
+    pipe.takes(2, 1.0, leading)
+    (text,) = messages(usage)
+    assert "the pipeline takes EulerDiscreteScheduler with other timesteps: " in text
+    pipe.takes(2, 4.0, leading)
+    (text,) = messages(usage)
+    assert "the pipeline takes guidance_scale 4, EulerDiscreteScheduler with other timesteps: " in text
+    assert messages(usage) == []
+    usage.configs["fast"] = few_step_config()  # another adapter with this name
+    assert len(messages(usage)) == 1
