@@ -27,7 +27,7 @@ from nara_diffusion.training.loop import prepare_training, train
 from nara_diffusion.training.plan import show_plan
 from nara_diffusion.training.report import finish
 from nara_diffusion.training.run import Run, start_run
-from nara_diffusion.utils.files import counted
+from nara_diffusion.utils.wording import counted
 from nara_flags.images import ImageFlags
 from nara_flags.parser import read_flags
 

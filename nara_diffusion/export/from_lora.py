@@ -27,7 +27,7 @@ from nara_diffusion.strict import check_tensors
 from nara_diffusion.tuner.adding import restored_on_error
 from nara_diffusion.tuner.strength import layers_of
 from nara_diffusion.tuner.twins import with_equal_twins, without_twins
-from nara_diffusion.utils.files import listed
+from nara_diffusion.utils.wording import listed
 
 from .adapter_factors import adapter_of_model
 from .plain_lora import PlainLora

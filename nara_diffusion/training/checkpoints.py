@@ -30,14 +30,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import load
 
-from nara_diffusion.utils.files import (
-    atomic_write_files,
-    counted,
-    delete_folder,
-    digest_file,
-    partial_name,
-    put_in_place,
-)
+from nara_diffusion.utils.digests import digest_file
+from nara_diffusion.utils.files import atomic_write_files, delete_folder, partial_name, put_in_place
+from nara_diffusion.utils.wording import counted
 from nara_flags.options import defaults_of
 from nara_flags.parser import without_dicts
 from nara_flags.training import TrainingArguments

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from nara_diffusion.noise.context import find_holders
-from nara_diffusion.utils.files import counted
+from nara_diffusion.utils.wording import counted
 from nara_flags.training import TrainingArguments
 
 from .adapters import method_of
