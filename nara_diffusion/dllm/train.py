@@ -69,7 +69,7 @@ from nara_diffusion.training.plan import show_plan
 from nara_diffusion.training.report import finish
 from nara_diffusion.training.run import Run, start_run
 from nara_diffusion.utils.files import atomic_write_files
-from nara_diffusion.utils.sources import local_folder
+from nara_diffusion.utils.repositories import local_folder
 from nara_diffusion.utils.wording import counted
 from nara_flags.parser import read_flags
 from nara_flags.text import TextFlags

@@ -26,7 +26,7 @@ from nara_diffusion.training.report import finish
 from nara_diffusion.training.run import Run
 from nara_diffusion.tuner.usage import TIMESTEP_SETTINGS
 from nara_diffusion.utils.digests import digest_file, digest_texts
-from nara_diffusion.utils.sources import local_folder
+from nara_diffusion.utils.repositories import local_folder
 
 from .caches import PromptCache
 from .cut_prompts import prompt_sources, warn_of_cut_prompts

@@ -27,7 +27,12 @@ from torch import nn
 from nara_diffusion.noise.timesteps import FLOW, prediction_type
 from nara_diffusion.training.arguments import CONFIGS, shipped_settings
 from nara_diffusion.training.run import Run
-from nara_diffusion.utils.sources import is_out_of_reach, local_folder, naming_source, refuse_file
+from nara_diffusion.utils.repositories import (
+    is_out_of_reach,
+    local_folder,
+    naming_source,
+    refuse_file,
+)
 
 from .families import BY_PIPELINE, FAMILIES, Family
 

@@ -278,10 +278,7 @@ def adapter_of_part(part: AdapterPart) -> Adapter:
 
 def schedule_of(config: NaraConfig) -> StrengthSchedule | None:
     """Return the strength over λ that a configuration sets, if any."""
-    strength = config.strength
-    if strength is None or isinstance(strength, StrengthSchedule):
-        return strength
-    return StrengthSchedule(strength)
+    return None if config.strength is None else StrengthSchedule(config.strength)
 
 
 def cores_of(part: AdapterPart) -> CoreSet:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 import nara_diffusion  # noqa: F401 (registers NaRA with PEFT)
 from nara_diffusion.dllm import load_backbone
 from nara_diffusion.loaders.tensor_files import load_peft_adapter
-from nara_diffusion.utils.sources import naming_source
+from nara_diffusion.utils.repositories import naming_source
 
 
 def load_adapted(

@@ -222,8 +222,7 @@ def _checked_options(args: AdapterArguments, method: Method) -> dict[str, Any]:
     for name, value in options.items():
         if name not in names:
             raise ValueError(
-                f"adapter_options has {name!r}, which adapter {args.adapter} doesn't have: "
-                f"{hint(name, names)}"
+                f"adapter_options has {name!r}, but adapter {args.adapter} has no such field: {hint(name, names)}"
             )
         fixed = method.fixed.get(name, value)
         if fixed != value:

@@ -38,14 +38,12 @@ logger = logging.getLogger(__name__)
 
 
 class StepLoss(Protocol):
-    """The result of a loss function: the scalar to differentiate, losses (b,) and λ (b,)."""
+    """The result of a loss function: the scalar to differentiate, and losses (b,)."""
 
     @property
     def loss(self) -> Tensor: ...
     @property
     def per_sample(self) -> Tensor: ...
-    @property
-    def noise_level(self) -> Tensor: ...
 
 
 class Prepared(NamedTuple):

@@ -47,11 +47,6 @@ def public_values(values: Mapping[str, Any], args: TrainingArguments) -> dict[st
     }
 
 
-def public_arguments(args: TrainingArguments) -> dict[str, Any]:
-    """Return `vars(args)` for publication, without folders."""
-    return public_values(vars(args), args)
-
-
 def upload(run: Run) -> None:
     """Upload the run's folder, without checkpoints and trajectories, to `--hub_model_id` if set."""
     if run.hub_id is None:
@@ -62,5 +57,5 @@ def upload(run: Run) -> None:
         commit_message="End of training",
         ignore_patterns=["checkpoint-*/**", "trajectories/**", ".partial-*", LOCK, CONFIG],
     )
-    content = as_yaml(public_arguments(run.args)).encode()
+    content = as_yaml(public_values(vars(run.args), run.args)).encode()
     HfApi().upload_file(repo_id=run.hub_id, path_in_repo=CONFIG, path_or_fileobj=content)

@@ -121,7 +121,7 @@ def test_a_hosts_file_of_which_diffusers_would_drop_a_part_is_refused(change, me
     with pytest.raises(ValueError, match=message):
         from_lora(tmp_path / "damaged.safetensors", pipe)
     assert not hasattr(pipe.unet, "peft_config")
-    with pytest.raises(ValueError, match="pass the pipeline"):
+    with pytest.raises(ValueError, match="Pass such a folder, or the pipeline"):
         from_lora(file, pipe.unet)
 
 
