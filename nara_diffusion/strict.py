@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from nara_diffusion.cores.registry import HOLDER_NAME, NAME_IN_FILES
 from nara_diffusion.noise.context import find_holders
-from nara_diffusion.utils.files import listed
+from nara_diffusion.utils.wording import listed
 
 PEFT_PREFIX = "base_model.model."
 """The prefix of every module name in PEFT's files."""

@@ -36,13 +36,13 @@ from nara_diffusion.cores.registry import make_cores
 from nara_diffusion.dreambooth.denoiser import adapt, text_config
 from nara_diffusion.noise.context import core_holders
 from nara_diffusion.training.adapters import adapter_config
-from nara_diffusion.training.engines import (
+from nara_diffusion.training.loop import StepLoss
+from nara_diffusion.training.optimization import (
     build_lr_scheduler,
     build_optimizer,
     freeze_core,
     is_core_parameter,
 )
-from nara_diffusion.training.loop import StepLoss
 from nara_flags.training import TrainingArguments
 
 ADAPTER, CHEAP = "default", "cheap"  # the names of NaRA's adapter and of the cheap way's adapter

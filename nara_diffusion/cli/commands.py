@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,68 +44,53 @@ def inspect(args: Namespace) -> str:
     """
     file = AdapterFile.read(Path(args.file))
     content = (file.path or Path()).read_bytes()
-    found: dict[str, Any] = {"file": str(file.path), "bytes": len(content)}
-    found["sha256"] = hashlib.sha256(content).hexdigest()
-    found["components"] = {name: _described(part) for name, part in file.parts.items()}
-    return json.dumps(found, indent=2, default=list) if args.json else _text_of(found)
+    description: dict[str, Any] = {
+        "file": str(file.path),
+        "bytes": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "components": {name: _described(part) for name, part in file.parts.items()},
+    }
+    if args.json:
+        return json.dumps(description, indent=2, default=list)
+    lines = [f"{file.path}: {len(content):,} bytes, sha256 {description['sha256']}"]
+    for name, rows in description["components"].items():
+        lines += ["", f"{name}: {rows.pop('method')}"]
+        rows["base_model"] = rows["base_model"] or "not stored in this file"
+        rows["noise_convention"] = rows["noise_convention"] or "not stated"
+        core, factors = rows["parameters"]["core"], rows["parameters"]["factors"]
+        rows["parameters"] = f"{core + factors:,}: A and B {factors:,}, core {core:,}"
+        lines += [f"  {label:<17} {_words(value)}" for label, value in rows.items() if value]
+    return "\n".join(lines)
 
 
 def _described(part: AdapterPart) -> dict[str, Any]:
+    """Return {label: value} of one component."""
     config = part.config
-    described: dict[str, Any] = {
+    # the last word of each module's name that isn't a number: "to_out" of "attn.to_out.0"
+    kinds = Counter(re.sub(r"(\.\d+)+$", "", name).rpartition(".")[2] for name in part.modules)
+    core_fields = _CORE_FIELDS.get(config.core_type, ("core_sharing",))
+    stored = sum(tensor.numel() for tensor in part.tensors.values())
+    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in part.tensors.values()}
+    return {
         "method": "NaRA-DoRA" if config.use_dora else "NaRA",
         "modules": len(part.modules),
-        "module_kinds": dict(Counter(map(_kind_of, part.modules))),
+        "module_kinds": dict(kinds),
         "ranks": sorted(set(part.modules.values())),
         "base_model": config.base_model_name_or_path,
+        **{name: getattr(config, name) for name in _FIELDS},
+        "core": {name: getattr(config, name) for name in core_fields},
+        "parameters": {
+            "core": sum(parameter.numel() for parameter in cores_of(part).parameters()),
+            "factors": stored - sum(tensor.numel() for tensor in part.core.values()),
+        },
+        "dtypes": sorted(dtypes),
     }
-    for name in _FIELDS:
-        described[name] = getattr(config, name)
-    core_fields = _CORE_FIELDS.get(config.core_type, ("core_sharing",))
-    described["core"] = {name: getattr(config, name) for name in core_fields}
-    described["parameters"] = _sizes(part)
-    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in part.tensors.values()}
-    described["dtypes"] = sorted(dtypes)
-    return described
-
-
-def _kind_of(module: str) -> str:
-    """Return the last word of a module's name that isn't a number: "to_out" of "attn.to_out.0"."""
-    words = module.split(".")
-    while words[-1].isdigit():
-        words.pop()
-    return words[-1]
-
-
-def _sizes(part: AdapterPart) -> dict[str, int]:
-    """Return the parameters of the core (no Fourier frequencies, …), and of A and B."""
-    core = sum(parameter.numel() for parameter in cores_of(part).parameters())
-    stored = sum(tensor.numel() for tensor in part.tensors.values())
-    factors = stored - sum(tensor.numel() for tensor in part.core.values())
-    return {"core": core, "factors": factors}
-
-
-def _text_of(found: Mapping[str, Any]) -> str:
-    """Return the text of a description, as `nara inspect` prints it."""
-    lines = [f"{found['file']}: {found['bytes']:,} bytes, sha256 {found['sha256']}"]
-    for name, part in found["components"].items():
-        sizes = part["parameters"]
-        rows = dict(part)
-        lines += ["", f"{name}: {rows.pop('method')}"]
-        rows["base_model"] = part["base_model"] or "not stored in this file"
-        rows["noise_convention"] = part["noise_convention"] or "not stated"
-        total = f"{sum(sizes.values()):,}"
-        rows["parameters"] = f"{total}: A and B {sizes['factors']:,}, core {sizes['core']:,}"
-        for label, value in rows.items():
-            if value:
-                lines.append(f"  {label:<17} {_words(value)}")
-    return "\n".join(lines)
 
 
 def _words(value: object) -> str:
     """Return a value without brackets and quotes."""
     if isinstance(value, dict):
-        return ", ".join(f"{name} {each}" for name, each in value.items())
+        return ", ".join(f"{name} {entry}" for name, entry in value.items())
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
@@ -120,40 +105,36 @@ def plot(args: Namespace) -> str:
     Right: the strength over λ. If each layer has its own core, lines are means over the cores, and
     the shaded range goes from the smallest to the largest.
     """
-    output = args.output or Path(f"{Path(args.file).resolve().stem}.png")
-    if args.points < 2:
-        raise ValueError(f"--points is {args.points}: pass 2 or more.")
-    if output.is_dir():
-        raise ValueError(f"--output {output} is a folder: pass the name of a PNG file.")
-    check_free([output], args.overwrite)
-    _draw(AdapterFile.read(Path(args.file)), output, args.points)
-    return str(output)
-
-
-def _draw(file: AdapterFile, path: Path, points: int) -> None:
-    """Write the plot to the PNG file `path`, with a row for each component. Create its folder."""
     from matplotlib.figure import Figure
 
-    levels = torch.linspace(0, 1, points, dtype=torch.float32)
-    curves = {name: core_curves(part, levels) for name, part in file.parts.items()}
-    figure = Figure(figsize=(12, 3.4 * len(curves)), layout="constrained")
-    rows = figure.subplots(len(curves), 3, squeeze=False)
-    for row, (name, (distances, values)) in zip(rows, curves.items(), strict=True):
-        config = file.parts[name].config
-        schedule = schedule_of(config)
+    output = args.output or Path(f"{Path(args.file).resolve().stem}.png")
+    if args.points < 2:
+        raise ValueError(f"--points is {args.points}. Use 2 or more.")
+    if output.is_dir():
+        raise ValueError(f"--output {output} is a folder. Give the name of a PNG file.")
+    check_free([output], args.overwrite)
+    parts = AdapterFile.read(Path(args.file)).parts
+    levels = torch.linspace(0, 1, args.points, dtype=torch.float32)
+    figure = Figure(figsize=(12, 3.4 * len(parts)), layout="constrained")
+    rows = figure.subplots(len(parts), 3, squeeze=False)
+    for row, (name, part) in zip(rows, parts.items(), strict=True):
+        distances, values = core_curves(part, levels)
+        schedule = schedule_of(part.config)
         strength = torch.ones_like(levels) if schedule is None else schedule.at(levels)
+        title = f"{name}: {part.config.core_type}"
         row[0].plot(levels, distances.mean(0))
         row[0].fill_between(levels, distances.amin(0), distances.amax(0), alpha=0.2)
-        row[0].set(ylabel="‖C(λ) − I‖ / ‖I‖", title=f"{name}: {config.core_type}", ylim=(0, None))
+        row[0].set(ylabel="‖C(λ) − I‖ / ‖I‖", title=title, ylim=(0, None))
         row[1].plot(levels, values.nanmean(0), linewidth=1)
         row[1].set(ylabel="singular values of C(λ)")
         row[2].plot(levels, strength)
         row[2].set(ylabel="strength", ylim=(min(0.0, strength.min().item()), None))
         for axes in row:
             axes.set(xlabel="noise level λ", xlim=(0, 1))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as partial:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(output) as partial:
         figure.savefig(partial, dpi=120, format="png")
+    return str(output)
 
 
 def core_curves(part: AdapterPart, levels: Tensor) -> tuple[Tensor, Tensor]:
@@ -187,40 +168,27 @@ def convert(args: Namespace) -> str:
     To write a plain LoRA, use nara fold. To make a NaRA from a LoRA, call nara_diffusion.from_lora,
     or give a train script --init_adapter.
     """
-    source, output, form = args.file, args.output, args.to
+    source, output, form, component = args.file, args.output, args.to, args.component
     parts = AdapterFile.read(Path(source)).parts
     if (form == "peft") == (list(parts) == [MODEL]):
         other = "pipeline" if form == "peft" else "peft"
         raise ValueError(
-            f"'{source}' is in the form {form!r} already: choose --to {other}, or use it as it is."
+            f"'{source}' already has the form {form!r}. Use it as it is, or choose --to {other}."
         )
     if form == "peft":
-        file = _one_component(parts, args.component)
+        if component not in parts and (component is not None or len(parts) > 1):
+            raise ValueError(f"The file has {', '.join(parts)}. Choose one with --component.")
+        name = component or next(iter(parts))
         check_free([output / PEFT_WEIGHTS_NAME, output / PEFT_CONFIG_NAME], args.overwrite)
-        file.save_peft(output)
+        AdapterFile({name: parts[name]}).save_peft(output)
     else:
-        file = _as_component(parts[MODEL], args.component, source)
+        if component is None or not component.isidentifier():
+            raise ValueError(
+                "--to pipeline needs --component, the adapted part of the pipeline, such as unet or transformer."
+            )
+        with naming(source):
+            check_storable(parts[MODEL].config, component)
         check_free([output / WEIGHTS_NAME], args.overwrite)
         output.mkdir(parents=True, exist_ok=True)
-        file.save(output / WEIGHTS_NAME)
+        AdapterFile({component: parts[MODEL]}).save(output / WEIGHTS_NAME)
     return f"{output}: as {form}"
-
-
-def _one_component(parts: Mapping[str, AdapterPart], component: str | None) -> AdapterFile:
-    """Return the part that is called `component`; None takes the only one."""
-    if component not in parts and (component is not None or len(parts) > 1):
-        raise ValueError(f"the file has {', '.join(parts)}: choose one of these with --component.")
-    chosen = component or next(iter(parts))
-    return AdapterFile({chosen: parts[chosen]})
-
-
-def _as_component(part: AdapterPart, component: str | None, source: str) -> AdapterFile:
-    """Return the part as the `component` of a pipeline."""
-    if component is None or not component.isidentifier():
-        raise ValueError(
-            "--to pipeline needs --component, the part that is adapted, such as unet or "
-            "transformer."
-        )
-    with naming(source):
-        check_storable(part.config, component)
-    return AdapterFile({component: part})

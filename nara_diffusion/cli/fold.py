@@ -38,14 +38,17 @@ def fold(args: Namespace) -> str:
     file = AdapterFile.read(Path(args.file))
     adapters = {name: adapter_of_part(part) for name, part in file.parts.items()}
     _check(file, args)
-    _check_output(file, args)
     loras = {name: lora_of(adapter, args.noise_level) for name, adapter in adapters.items()}
     if args.form == PEFT:
         next(iter(loras.values())).save_pretrained(args.output)
     else:
         base = args.base or BASES[0]  # Diffusers' keys don't depend on the base
         save_host_file(loras, args.output, args.form, base)
-    ending = _not_for_comfyui(file) if args.form == "diffusers" else ""
+    ending = ""  # ComfyUI silently drops some layers of Diffusers' form
+    if args.form == "diffusers" and any(part.config.use_dora for part in file.parts.values()):
+        ending = "; not for ComfyUI, which reads no DoRA"
+    elif args.form == "diffusers" and "unet" in file.parts:
+        ending = "; not for ComfyUI, which needs --form kohya for a UNet"
     return f"{args.output}: {_described(loras, adapters, args.noise_level)}{ending}"
 
 
@@ -62,35 +65,23 @@ def _described(
     for adapter in adapters.values():
         for schedule in adapter.schedules:
             strengths.append(f"{schedule.at(torch.tensor([noise_level])).item():g}")
-    own = f", at its strength of {', '.join(strengths)} there" if strengths else ""
-    return f"{modules} modules, λ = {noise_level:g}{own}"
-
-
-def _not_for_comfyui(file: AdapterFile) -> str:
-    """Return a warning about the layers that ComfyUI silently drops from Diffusers' form."""
-    if any(part.config.use_dora for part in file.parts.values()):
-        return "; not for ComfyUI, which reads no DoRA"
-    if "unet" in file.parts:
-        return (
-            "; not for ComfyUI, which reads no attention of a UNet in this form: "
-            "use --form kohya there"
-        )
-    return ""
-
-
-# ---------------------------------------------------------------------- checks
+    strength = f", at its strength of {', '.join(strengths)} there" if strengths else ""
+    return f"{modules} modules, λ = {noise_level:g}{strength}"
 
 
 def _check(file: AdapterFile, args: Namespace) -> None:
-    """Raise ValueError if the form can't hold the adapter, or needs the base."""
+    """Raise ValueError if the form can't store the adapter or needs the base, or for a wrong OUTPUT.
+
+    OUTPUT has a wrong name, is the adapter itself, or exists.
+    """
     if args.form == PEFT and len(file.parts) > 1:
         raise ValueError(
-            f"--form peft writes one component, but the file has {', '.join(file.parts)}: choose "
+            f"--form peft writes one component, but the file has {', '.join(file.parts)}. Choose "
             "another --form, or split the file with nara convert --component."
         )
     if args.form != PEFT and MODEL in file.parts:
         raise ValueError(
-            "the adapter is in PEFT's form, which names no component of a pipeline: use --form "
+            "The adapter is in PEFT's form, which names no component of a pipeline. Use --form "
             "peft, or convert it first with nara convert --to pipeline."
         )
     if args.base is None and args.form not in (PEFT, "diffusers"):
@@ -98,20 +89,16 @@ def _check(file: AdapterFile, args: Namespace) -> None:
             f"--form {args.form} needs --base, one of {', '.join(BASES)}: the model that the "
             "adapter was trained on."
         )
-
-
-def _check_output(file: AdapterFile, args: Namespace) -> None:
-    """Raise ValueError if OUTPUT has a wrong name, is the adapter itself, or exists."""
     output = args.output
     if args.form != PEFT and output.suffix != ".safetensors":
         raise ValueError(
-            f"OUTPUT must end in .safetensors, got '{output}': other programs look for that name."
+            f"OUTPUT must end in .safetensors, since other programs look for that name, but it is '{output}'."
         )
     written = [output]
     if args.form == PEFT:
         written = [output / PEFT_WEIGHTS_NAME, output / PEFT_CONFIG_NAME]
     if written[0].exists() and written[0].samefile(file.path or ""):
         raise ValueError(
-            f"OUTPUT {output} is the adapter itself, which would be lost: choose another name."
+            f"OUTPUT {output} is the adapter itself, which would be lost. Choose another name."
         )
     check_free(written, args.overwrite)

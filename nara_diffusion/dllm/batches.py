@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from nara_diffusion.training.loop import ShuffledStream
-from nara_diffusion.utils.files import counted
+from nara_diffusion.utils.wording import counted
 
 from .encoding import EncodedRecords
 from .records import column_batches, with_column

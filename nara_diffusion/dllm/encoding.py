@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from nara_diffusion.utils.files import counted
+from nara_diffusion.utils.wording import counted
 
 from .records import BATCH, column_batches, mapped
 from .tokenizer import (

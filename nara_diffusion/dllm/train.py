@@ -49,7 +49,6 @@ from nara_diffusion.dllm.text_report import (
 from nara_diffusion.dllm.tokenizer import end_token_id, stop_token_ids
 from nara_diffusion.training.adapter_weights import (
     load_checkpoint,
-    start_from,
     write_adapter,
     write_checkpoint,
 )
@@ -64,11 +63,14 @@ from nara_diffusion.training.engines import (
     loading_in,
     recompute_activations,
 )
+from nara_diffusion.training.init_adapter import start_from
 from nara_diffusion.training.loop import prepare_training, train
 from nara_diffusion.training.plan import show_plan
 from nara_diffusion.training.report import finish
 from nara_diffusion.training.run import Run, start_run
-from nara_diffusion.utils.files import atomic_write_files, counted, local_folder
+from nara_diffusion.utils.files import atomic_write_files
+from nara_diffusion.utils.repositories import local_folder
+from nara_diffusion.utils.wording import counted
 from nara_flags.parser import read_flags
 from nara_flags.text import TextFlags
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
-from nara_diffusion.utils.files import listed
+from nara_diffusion.utils.wording import listed
 
 logger = logging.getLogger(__name__)
 

@@ -27,7 +27,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
 from nara_diffusion.training.loop import ShuffledStream
-from nara_diffusion.utils.files import counted
+from nara_diffusion.utils.wording import counted
 
 from .draws import numpy_generator
 from .image_records import ImageRecord, Size

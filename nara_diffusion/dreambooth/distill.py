@@ -25,7 +25,8 @@ from nara_diffusion.training.loop import ShuffledStream, prepare_training, train
 from nara_diffusion.training.report import finish
 from nara_diffusion.training.run import Run
 from nara_diffusion.tuner.usage import TIMESTEP_SETTINGS
-from nara_diffusion.utils.files import digest_file, digest_texts, local_folder
+from nara_diffusion.utils.digests import digest_file, digest_texts
+from nara_diffusion.utils.repositories import local_folder
 
 from .caches import PromptCache
 from .cut_prompts import prompt_sources, warn_of_cut_prompts

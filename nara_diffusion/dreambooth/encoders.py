@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from PIL.Image import Image
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
-from nara_diffusion.utils.files import is_out_of_reach
+from nara_diffusion.utils.repositories import is_out_of_reach
 
 from .image_arguments import DreamBoothArguments
 from .image_records import load_image, to_rgb

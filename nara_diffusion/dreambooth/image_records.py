@@ -19,7 +19,7 @@ from pathlib import Path
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm.auto import tqdm
 
-from nara_diffusion.utils.files import counted
+from nara_diffusion.utils.wording import counted
 
 from .captions import METADATA_FILE, check_prompt, fill_captions, own_captions
 

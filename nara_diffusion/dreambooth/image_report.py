@@ -13,7 +13,7 @@ from nara_diffusion.loaders.tensor_files import is_nara
 from nara_diffusion.training.adapters import method_of
 from nara_diffusion.training.arguments import schedule_of
 from nara_diffusion.training.report import core_import, needs_schedule, reads_noise
-from nara_diffusion.utils.files import counted
+from nara_diffusion.utils.wording import counted
 
 from .families import Family
 from .fidelity import Evaluation, Measurement

@@ -27,7 +27,12 @@ from torch import nn
 from nara_diffusion.noise.timesteps import FLOW, prediction_type
 from nara_diffusion.training.arguments import CONFIGS, shipped_settings
 from nara_diffusion.training.run import Run
-from nara_diffusion.utils.files import is_out_of_reach, local_folder, naming_source, refuse_file
+from nara_diffusion.utils.repositories import (
+    is_out_of_reach,
+    local_folder,
+    naming_source,
+    refuse_file,
+)
 
 from .families import BY_PIPELINE, FAMILIES, Family
 
@@ -79,7 +84,7 @@ def model_index(name: str, *, revision: str | None = None) -> dict[str, Any]:
         f"StableDiffusionXLPipeline.from_single_file('{name}').save_pretrained('{Path(name).stem}')"
     )
     remedy = (
-        f"convert it by {converted}, or its own class, where the Hub can be reached, "
+        f"Convert it by {converted}, or its own class, where the Hub can be reached, "
         "and name that folder."
     )
     with naming_source(name, "model_index.json", "a model of Diffusers", remedy):

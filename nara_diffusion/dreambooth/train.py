@@ -12,7 +12,6 @@ from typing import Any
 
 from accelerate.utils import DistributedType
 
-from nara_diffusion.training.adapter_weights import start_from
 from nara_diffusion.training.adapters import (
     adapter_config,
     check_target_modules,
@@ -23,11 +22,12 @@ from nara_diffusion.training.adapters import (
 from nara_diffusion.training.arguments import schedule_of
 from nara_diffusion.training.checkpoints import save_adapter
 from nara_diffusion.training.command import run_command
+from nara_diffusion.training.init_adapter import start_from
 from nara_diffusion.training.loop import prepare_training, train
 from nara_diffusion.training.plan import show_plan
 from nara_diffusion.training.report import finish
 from nara_diffusion.training.run import Run, start_run
-from nara_diffusion.utils.files import counted
+from nara_diffusion.utils.wording import counted
 from nara_flags.images import ImageFlags
 from nara_flags.parser import read_flags
 

@@ -18,7 +18,6 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -35,7 +34,7 @@ from nara_diffusion.loaders.adapter_part import AdapterPart, configured_scaling
 from nara_diffusion.noise.level import Level, as_level
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
 from nara_diffusion.strict import adapter_tensors
-from nara_diffusion.tuner.holder import CoreHolder, holder_of
+from nara_diffusion.tuner.holder import holder_of
 from nara_diffusion.tuner.inspection import onloaded_cores
 from nara_diffusion.tuner.strength import layers_of, roots_of, strength_of
 from nara_diffusion.tuner.twins import check_foldable_file
@@ -79,50 +78,49 @@ class Adapter:
         Layers that share a core share the memory of its matrix.
         """
         ranks = {name: layer.rank for name, layer in self.lora.layers.items()}
-        made: dict[CoreKey | None, Tensor] = {}
-        found = {}
+        shared: dict[CoreKey | None, Tensor] = {}
+        cores = {}
         for name, rank in ranks.items():
             key = self.keys[name]
-            if key not in made:
+            if key not in shared:
                 if key is None:
                     core = torch.eye(max(ranks.values()))[None]
                 else:
                     with torch.no_grad():
                         core = self.make(key, level)
-                made[key] = (strength * core).to(device)
-            found[name] = made[key][:, :rank, :rank]
-        return found
+                shared[key] = (strength * core).to(device)
+            cores[name] = shared[key][:, :rank, :rank]
+        return cores
 
     def folded(self, cores: Mapping[str, Tensor]) -> PlainLora:
-        """Return the plain LoRA s · B · C · A for the given C (r, r) of each module."""
+        """Return the plain LoRA s · B · C · A for the given C (r, r) of each module.
+
+        Products are computed in float64.
+        """
         if self.config.lora_bias:
             raise ValueError(
-                "The adapter has biases of B (lora_bias=True): use save_pretrained instead."
+                "The adapter has biases of B (lora_bias=True), which a plain LoRA can't have. Use save_pretrained."
             )
         layers = {}
         for name, layer in self.lora.layers.items():
-            layers[name] = _folded(name, layer, cores[name], self.lora.config)
+            scaling = configured_scaling(self.lora.config, name, layer.rank)
+            plain = replace(layer, alpha=scaling * layer.rank)
+            gain = 1.0 if scaling == layer.scaling else layer.scaling / scaling
+            core = gain * cores[name].double()
+            if torch.equal(core, torch.eye(layer.rank, dtype=core.dtype)):
+                layers[name] = plain
+            elif layer.groups > 1 and not layer.is_embedding:
+                A = core @ layer.A.double().flatten(1)
+                layers[name] = replace(plain, A=_as_stored(A, layer.A))
+            else:
+                B = layer.B.double().flatten(1) @ core
+                layers[name] = replace(plain, B=_as_stored(B, layer.B))
         return replace(self.lora, layers=layers)
 
 
-def _folded(name: str, layer: PlainLoraLayer, core: Tensor, config: LoraConfig) -> PlainLoraLayer:
-    """Return s · B · C · A of one layer as α/r · B' · A'.
-
-    Products are computed in float64 and stored in at least float32.
-    """
-    scaling = configured_scaling(config, name, layer.rank)
-    gain = 1.0 if scaling == layer.scaling else layer.scaling / scaling
-    plain = replace(layer, alpha=scaling * layer.rank)
-    if gain == 1.0 and torch.equal(core, torch.eye(layer.rank, dtype=core.dtype)):
-        return plain
-    core = gain * core.double()
-    if layer.groups > 1 and not layer.is_embedding:
-        return replace(plain, A=_kept(core @ layer.A.double().flatten(1), layer.A))
-    return replace(plain, B=_kept(layer.B.double().flatten(1) @ core, layer.B))
-
-
-def _kept(product: Tensor, like: Tensor) -> Tensor:
-    return product.view(like.shape).to(torch.promote_types(like.dtype, torch.float32))
+def _as_stored(product: Tensor, factor: Tensor) -> Tensor:
+    """Return a product in the shape of a factor, in at least float32."""
+    return product.view(factor.shape).to(torch.promote_types(factor.dtype, torch.float32))
 
 
 # ---------------------------------------------------------------------- of a model
@@ -137,17 +135,17 @@ def adapter_of_model(model: nn.Module, adapter_name: str) -> Iterator[Adapter]:
             is not a LoRA, or its LoRA variant can't be expressed as a plain LoRA; or the weights
             are offloaded or sharded.
     """
-    root, *others = roots_of(model, adapter_name)
-    if others:
+    root, *further = roots_of(model, adapter_name)
+    if further:
         raise ValueError(
-            f"Several models below {type(model).__name__} have '{adapter_name}': pass the intended one."
+            f"Several models in {type(model).__name__} have an adapter '{adapter_name}'. Pass one of these models."
         )
     config: Any = root.peft_config[adapter_name]
     holder = holder_of(root)
     if not isinstance(config, LoraConfig):
         raise ValueError(
-            f"Adapter '{adapter_name}' is a {type(config).__name__.removesuffix('Config')}: only a NaRA or a LoRA can "
-            "be exported exactly. peft.convert_to_lora(model, rank=…) approximates other methods."
+            f"Adapter '{adapter_name}' is a {type(config).__name__.removesuffix('Config')}, and only a NaRA or a LoRA "
+            "can be exported exactly. peft.convert_to_lora(model, rank=…) approximates other methods."
         )
     factors: dict[str, PlainLoraLayer] = {}
     keys: dict[str, CoreKey | None] = {}
@@ -161,23 +159,19 @@ def adapter_of_model(model: nn.Module, adapter_name: str) -> Iterator[Adapter]:
     lora = PlainLora(_plain_config(config, root), factors, extra)
     strength = strength_of(root, adapter_name)
     schedules = set() if strength is None else {strength}
-    make, level_of = _no_core, _no_level
-    if holder is not None and adapter_name in holder.cores:
-        make, level_of = holder.matrix, partial(_level_of, holder, adapter_name)
+    has_cores = holder is not None and adapter_name in holder.cores
+
+    def make(key: CoreKey, level: Tensor | None) -> Tensor:
+        assert has_cores, f"no layer reads a core, but {key} is requested"
+        return holder.matrix(key, level)
+
+    def level_of(level: Level | None) -> Tensor | None:
+        if not has_cores:
+            return None
+        return holder.merging.level_to_export(adapter_name, level, holder.context())
+
     with onloaded_cores(model):
         yield Adapter(config, lora, keys, make, level_of, schedules)
-
-
-def _no_core(key: CoreKey, level: Tensor | None) -> Tensor:
-    raise AssertionError(f"no layer reads a core, but {key} was asked for")
-
-
-def _level_of(holder: CoreHolder, adapter_name: str, level: Level | None) -> Tensor | None:
-    return holder.merging.level_to_export(adapter_name, level, holder.context())
-
-
-def _no_level(level: Level | None) -> None:
-    return None
 
 
 def _factors(
@@ -194,25 +188,25 @@ def _factors(
         kind += "" if variant is None else f" with {type(variant).__name__}"
         raise ValueError(
             f"Adapter '{adapter_name}' can't be exported as a plain LoRA, since layer '{name}' is "
-            f"adapted by PEFT's {kind}: use save_pretrained instead; only PEFT can read its files."
+            f"adapted by PEFT's {kind}. Use save_pretrained, whose files only PEFT can read."
         )
-    own: Any = layer
-    rank: int = own.r[adapter_name]
+    adapted: Any = layer
+    rank: int = adapted.r[adapter_name]
     is_embedding = isinstance(layer, Embedding)
     magnitude = None
-    with onloaded(own):
+    with onloaded(adapted):
         if is_embedding:
-            A, B = own.lora_embedding_A[adapter_name], own.lora_embedding_B[adapter_name]
+            A, B = adapted.lora_embedding_A[adapter_name], adapted.lora_embedding_B[adapter_name]
         else:
-            A, B = own.lora_A[adapter_name].weight, own.lora_B[adapter_name].weight
+            A, B = adapted.lora_A[adapter_name].weight, adapted.lora_B[adapter_name].weight
         A, B = _copied(A, name), _copied(B, name)
-        if adapter_name in own.lora_magnitude_vector:
-            magnitude = _copied(own.lora_magnitude_vector[adapter_name].weight, name)
-    groups = getattr(own.get_base_layer(), "groups", 1)
+        if adapter_name in adapted.lora_magnitude_vector:
+            magnitude = _copied(adapted.lora_magnitude_vector[adapter_name].weight, name)
+    groups = getattr(adapted.get_base_layer(), "groups", 1)
     return PlainLoraLayer(
         A=A[:rank].clone(),  # hotswap may have padded A to a larger rank
         B=B[:, : rank // groups].clone(),
-        alpha=float(own.scaling[adapter_name]) * rank,
+        alpha=float(adapted.scaling[adapter_name]) * rank,
         rank=rank,
         magnitude=magnitude,
         is_embedding=is_embedding,
@@ -222,28 +216,28 @@ def _factors(
 def _copied(tensor: Tensor, name: str) -> Tensor:
     if tensor.is_meta:
         raise ValueError(
-            f"The adapter's weights of layer '{name}' are offloaded: export before offloading."
+            f"The adapter's weights of layer '{name}' are offloaded. Export the adapter before offloading."
         )
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
 def _plain_config(config: LoraConfig, root: nn.Module | None = None) -> LoraConfig:
     """Return a LoraConfig with an adapter's modules, ranks, scales and, if known, its base."""
-    given = {}
+    values = {}
     for field in fields(LoraConfig):
         if field.init:
-            given[field.name] = copy.copy(getattr(config, field.name))
-    given["inference_mode"] = True
+            values[field.name] = copy.copy(getattr(config, field.name))
+    values["inference_mode"] = True
     if root is not None:
         base = config.base_model_name_or_path or getattr(root, "name_or_path", None)
-        given["base_model_name_or_path"] = base or None
+        values["base_model_name_or_path"] = base or None
         if config.task_type is None and config.auto_mapping is None:
             # AutoPeftModel needs this; PEFT's save_pretrained does the same
-            given["auto_mapping"] = {
+            values["auto_mapping"] = {
                 "base_model_class": type(root).__name__,
                 "parent_library": type(root).__module__,
             }
-    return LoraConfig(**given)
+    return LoraConfig(**values)
 
 
 # ---------------------------------------------------------------------- of a file
@@ -275,7 +269,7 @@ def adapter_of_part(part: AdapterPart) -> Adapter:
         if not cores.needs_noise and schedule is None:
             return None
         if level is None:
-            raise ValueError("the adapter depends on λ: name it.")
+            raise ValueError("The adapter depends on λ. Give a λ.")
         return as_level(level)
 
     lora = PlainLora(_plain_config(config), layers, others_of(part.tensors))
@@ -284,10 +278,7 @@ def adapter_of_part(part: AdapterPart) -> Adapter:
 
 def schedule_of(config: NaraConfig) -> StrengthSchedule | None:
     """Return the strength over λ that a configuration sets, if any."""
-    strength = config.strength
-    if strength is None or isinstance(strength, StrengthSchedule):
-        return strength
-    return StrengthSchedule(strength)
+    return None if config.strength is None else StrengthSchedule(config.strength)
 
 
 def cores_of(part: AdapterPart) -> CoreSet:

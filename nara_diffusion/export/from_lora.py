@@ -27,7 +27,7 @@ from nara_diffusion.strict import check_tensors
 from nara_diffusion.tuner.adding import restored_on_error
 from nara_diffusion.tuner.strength import layers_of
 from nara_diffusion.tuner.twins import with_equal_twins, without_twins
-from nara_diffusion.utils.files import listed
+from nara_diffusion.utils.wording import listed
 
 from .adapter_factors import adapter_of_model
 from .plain_lora import PlainLora
@@ -66,25 +66,20 @@ def from_lora(
             that comes from the LoRA, or a core that doesn't start at C = I (core_init "kaiming",
             core_type "rank_mask" or "bins"). `model` is then unchanged.
     """
-    if decided := sorted(_DECIDED & core.keys()):
+    decided = sorted(_DECIDED & core.keys())
+    if decided:
         raise ValueError(
-            f"{', '.join(decided)} can't be given, since they come from the LoRA: leave them out."
+            f"{', '.join(decided)} can't be given, since the LoRA determines them. Leave them out."
         )
     parts, origin = read_lora(lora, model)
     with ExitStack() as undo:
         if not is_pipeline(model):
-            return _insert(
-                parts[""],
-                model,
-                adapter_name,
-                core,
-                origin,
-                undo,
-                isinstance(model, PeftAdapterMixin),
-            )
+            inject = isinstance(model, PeftAdapterMixin)
+            return _insert(parts[""], model, adapter_name, core, origin, undo, inject)
         for component, part in parts.items():
-            own = {"core_type": "identity"} if component.startswith(TEXT_ENCODER) else core
-            _insert(part, getattr(model, component), adapter_name, own, origin, undo, inject=True)
+            options = {"core_type": "identity"} if component.startswith(TEXT_ENCODER) else core
+            target = getattr(model, component)
+            _insert(part, target, adapter_name, options, origin, undo, inject=True)
         follow_scheduler(model)
     return model
 
@@ -106,9 +101,15 @@ def _insert(
     root = model.get_base_model() if isinstance(model, PeftModel) else model
     if name in getattr(root, "peft_config", {}):
         raise ValueError(
-            f"{type(root).__name__} already has an adapter '{name}': choose another adapter_name."
+            f"{type(root).__name__} already has an adapter '{name}'. Choose another adapter_name."
         )
-    config = _nara_config(lora, core)
+    values = {}
+    for field in fields(LoraConfig):
+        if field.init and field.name not in ("peft_type", "auto_mapping", "inference_mode"):
+            values[field.name] = copy.copy(getattr(lora.config, field.name))
+    if not changes_base(values["init_lora_weights"]):
+        values["init_lora_weights"] = True  # the LoRA's tensors replace these values
+    config = NaraConfig(**values | dict(core))
     undo.enter_context(restored_on_error(root))
     with warnings.catch_warnings():
         # several adapters are intended
@@ -126,17 +127,6 @@ def _insert(
     elif isinstance(model, PeftModel):
         model.set_adapter(name)
     return model
-
-
-def _nara_config(lora: PlainLora, core: Mapping[str, Any]) -> NaraConfig:
-    """Return the configuration of a NaRA on the layers of `lora`, with its ranks and scales."""
-    given = {}
-    for field in fields(LoraConfig):
-        if field.init and field.name not in ("peft_type", "auto_mapping", "inference_mode"):
-            given[field.name] = copy.copy(getattr(lora.config, field.name))
-    if not changes_base(given["init_lora_weights"]):
-        given["init_lora_weights"] = True  # the LoRA's tensors replace these values
-    return NaraConfig(**given | dict(core))
 
 
 def copy_tensors(lora: PlainLora, root: nn.Module, adapter_name: str, origin: str) -> None:
@@ -157,21 +147,20 @@ def copy_tensors(lora: PlainLora, root: nn.Module, adapter_name: str, origin: st
     scales = {name: (layer.rank, layer.scaling) for name, layer in lora.layers.items()}
     check_scales(scales, root, adapter_name, origin)
     parameters = _parameters(root, adapter_name)
-    given = lora.state_dict()
+    tensors = lora.state_dict()
     configs: Any = root.peft_config
     if isinstance(configs[adapter_name], NaraConfig):  # a plain LoRA keeps twins apart
-        given = with_equal_twins(root, given, origin)
+        tensors = with_equal_twins(root, tensors, origin)
         parameters = without_twins(root, parameters)
-    for key in parameters.keys() & given.keys():
+    for key in parameters.keys() & tensors.keys():
         # files may contain 1 × 1 kernels and magnitudes with or without axes of size 1
-        shape = parameters[key].shape
-        if given[key].squeeze().shape == parameters[key].squeeze().shape:
-            given[key] = given[key].reshape(shape)
+        if tensors[key].squeeze().shape == parameters[key].squeeze().shape:
+            tensors[key] = tensors[key].reshape(parameters[key].shape)
     try:
-        check_tensors(given, parameters)
+        check_tensors(tensors, parameters)
     except ValueError as error:
         raise ValueError(f"{origin}: {error}") from None
-    for key, tensor in given.items():
+    for key, tensor in tensors.items():
         parameter = parameters[key]
         dtype = torch.promote_types(parameter.dtype, tensor.dtype)
         parameter.data = tensor.detach().to(parameter.device, dtype, copy=True)
@@ -179,18 +168,18 @@ def copy_tensors(lora: PlainLora, root: nn.Module, adapter_name: str, origin: st
 
 def _parameters(root: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
     """Return the adapter's factors and magnitudes in `root`, by PEFT's keys."""
-    own = re.compile(rf"(.*\.lora_\w+)\.{re.escape(adapter_name)}(\.\w+)?")
-    found = {}
+    pattern = re.compile(rf"(.*\.lora_\w+)\.{re.escape(adapter_name)}(\.\w+)?")
+    parameters = {}
     for name, parameter in root.named_parameters(remove_duplicate=False):
-        match = own.fullmatch(name)
+        match = pattern.fullmatch(name)
         if match:
             key = f"{match[1]}{match[2] or ''}"
-            found[key.removesuffix(".weight") if "_magnitude_" in key else key] = parameter
-    return found
+            parameters[key.removesuffix(".weight") if "_magnitude_" in key else key] = parameter
+    return parameters
 
 
 def check_scales(
-    given: Mapping[str, tuple[int, float]], root: nn.Module, adapter_name: str, origin: str
+    scales: Mapping[str, tuple[int, float]], root: nn.Module, adapter_name: str, origin: str
 ) -> None:
     """Compare a file's {layer: (rank, scale)} with an adapter of `root`.
 
@@ -198,18 +187,20 @@ def check_scales(
         ValueError: the layers differ, or the rank or scale of a layer differs.
     """
     layers: dict[str, Any] = layers_of(root, adapter_name)
-    if different := sorted(given.keys() ^ layers.keys()):
+    different = sorted(scales.keys() ^ layers.keys())
+    if different:
         raise ValueError(
-            f"{origin} has {len(given)} layers, the adapter '{adapter_name}' {len(layers)}: {listed(different)} "
-            "in one of them only. Was it trained on this base model? In a training, set target_modules to its layers."
+            f"{origin} has {len(scales)} layers and the adapter '{adapter_name}' has {len(layers)}. Only one of the "
+            f"two has {listed(different)}. Was it trained on this base model? For training, set target_modules to the "
+            "layers of the file."
         )
-    for name, (rank, scaling) in given.items():
-        there, its_scaling = layers[name].r[adapter_name], layers[name].scaling[adapter_name]
-        if there != rank or not math.isclose(its_scaling, scaling, rel_tol=1e-6):
+    for name, (rank, scaling) in scales.items():
+        own_rank, own_scaling = layers[name].r[adapter_name], layers[name].scaling[adapter_name]
+        if own_rank != rank or not math.isclose(own_scaling, scaling, rel_tol=1e-6):
             raise ValueError(
-                f"{origin} has rank {rank} and scale {scaling:g} in '{name}', the adapter {there} and {its_scaling:g}: "
-                f"set r (--rank) to {rank}, lora_alpha to {scaling * rank:g} and use_rslora to False; or, if layers "
-                "differ, rank_pattern and alpha_pattern."
+                f"{origin} has rank {rank} and scale {scaling:g} in '{name}', but the adapter has {own_rank} and "
+                f"{own_scaling:g}. Set r (--rank) to {rank}, lora_alpha to {scaling * rank:g} and use_rslora to False; "
+                "if layers differ, also rank_pattern and alpha_pattern."
             )
 
 
@@ -220,7 +211,7 @@ def check_identity(root: nn.Module, adapter_name: str, config: NaraConfig) -> No
         for core in adapter.cores(level).values():
             if not torch.equal(core, torch.eye(core.shape[-1]).expand_as(core)):
                 raise ValueError(
-                    f"core_type {config.core_type!r} (core_init {config.core_init!r}) has a C that is not I at step 0, "
-                    'so the NaRA would not start as the LoRA: choose core_type "hypernetwork", "constant" or "knots" '
-                    'with core_init "zero_last", or core_type "identity".'
+                    f"core_type {config.core_type!r} (core_init {config.core_init!r}) doesn't start at C = I, so the "
+                    'NaRA would not start as the LoRA. Choose core_type "hypernetwork", "constant" or "knots" with '
+                    'core_init "zero_last", or core_type "identity".'
                 )

@@ -58,26 +58,26 @@ def host_state_dict(loras: Mapping[str, PlainLora], form: str, base: str) -> dic
     """
     if form not in FORMS or base not in BASES:
         raise ValueError(
-            f"form is {form!r}, base is {base!r}: pass one of {', '.join(FORMS)}, one of {', '.join(BASES)}."
+            f"form is {form!r} and base is {base!r}. Forms: {', '.join(FORMS)}. Bases: {', '.join(BASES)}."
         )
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for component, lora in loras.items():
         if lora.others:
             raise ValueError(
-                f"The adapter of {component} has more than LoRA factors ({next(iter(lora.others))}), which files for "
-                "other programs can't express: save it in PEFT's format."
+                f"The adapter of {component} has more than LoRA factors ({next(iter(lora.others))}). Files for other "
+                "programs can't contain that. Save the adapter in PEFT's format."
             )
         is_dora = any(layer.magnitude is not None for layer in lora.layers.values())
         if is_dora and form != "diffusers":
             raise ValueError(
                 f"The adapter of {component} is a DoRA. Programs that read {form} files (ComfyUI, A1111, …) divide by "
-                "other norms than DoRA does: choose --form diffusers or --form peft."
+                "other norms than DoRA does. Choose --form diffusers or --form peft."
             )
         layers = {name: with_scale_1(name, layer) for name, layer in lora.layers.items()}
         if component.startswith(TEXT_ENCODER):
             layers = {with_text_model(name): layer for name, layer in layers.items()}
-        found |= _named(component, layers, form, base)
-    return found
+        tensors |= _named(component, layers, form, base)
+    return tensors
 
 
 def save_host_file(
@@ -91,10 +91,9 @@ def save_host_file(
         ValueError: `host_state_dict` raises an error.
         OSError: the disk is full, or `path` is a folder or can't be written.
     """
-    path = Path(path)
-    found = host_state_dict(loras, form, base)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_tensors(found, path)
+    tensors = host_state_dict(loras, form, base)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    save_tensors(tensors, Path(path))
 
 
 def with_scale_1(name: str, layer: PlainLoraLayer) -> PlainLoraLayer:
@@ -107,16 +106,14 @@ def with_scale_1(name: str, layer: PlainLoraLayer) -> PlainLoraLayer:
     if layer.is_embedding or layer.groups > 1:
         kind = "an embedding" if layer.is_embedding else "a grouped convolution"
         raise ValueError(
-            f"Module '{name}' is {kind}, which files for other programs can't express: save it in PEFT's format."
+            f"Module '{name}' is {kind}, which files for other programs can't express. Save the adapter in PEFT's "
+            "format."
         )
     return _with_alpha(layer, layer.rank)
 
 
 def _with_alpha(layer: PlainLoraLayer, alpha: float) -> PlainLoraLayer:
-    gain = layer.alpha / alpha
-    B = layer.B
-    if gain != 1:
-        B = (B.double() * gain).to(B.dtype)
+    B = (layer.B.double() * (layer.alpha / alpha)).to(layer.B.dtype)
     return replace(layer, alpha=alpha, B=B)
 
 
@@ -141,9 +138,9 @@ def _named(
         return _kohyas("lora_unet", layers, base)
     encoders = _ENCODERS.get(base, {})
     if component not in encoders:
-        known = ", ".join(["the denoiser", *encoders])
+        names = ", ".join(["the denoiser", *encoders])
         raise ValueError(
-            f"A {form} file for {base} has no keys for '{component}': expected one of {known}."
+            f"A {form} file for {base} has no keys for '{component}', only for {names}."
         )
     return _kohyas(encoders[component], layers, base)
 
@@ -152,11 +149,11 @@ def _kohyas(prefix: str, layers: Mapping[str, PlainLoraLayer], base: str) -> dic
     """Return the tensors of one component in kohya's form."""
     # with the smallest rank as alpha, `up` can only grow; smaller values could vanish in float16
     smallest = min((layer.rank for layer in layers.values()), default=0)
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         key = f"{prefix}_{name.replace('.', '_')}"
-        own = _with_alpha(layer, smallest if base in UNETS else layer.rank)
-        found[f"{key}.lora_down.weight"] = own.A
-        found[f"{key}.lora_up.weight"] = own.B
-        found[f"{key}.alpha"] = torch.tensor(float(own.alpha))
-    return found
+        alpha = smallest if base in UNETS else layer.rank
+        tensors[f"{key}.lora_down.weight"] = layer.A
+        tensors[f"{key}.lora_up.weight"] = _with_alpha(layer, alpha).B
+        tensors[f"{key}.alpha"] = torch.tensor(float(alpha))
+    return tensors

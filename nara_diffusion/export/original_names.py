@@ -30,16 +30,16 @@ MLP_RATIO = 4
 _NUMBER = re.compile(r"blocks\.(\d+)\.")
 
 
-def _each(pattern: str) -> list[str]:
+def _qkv(pattern: str) -> list[str]:
     """Return the three names that a pattern yields with q, k and v in place of "?"."""
     return [pattern.replace("?", letter) for letter in "qkv"]
 
 
 _FLUX = {
-    "double_blocks.*.img_attn.qkv": _each("transformer_blocks.*.attn.to_?"),
-    "double_blocks.*.txt_attn.qkv": _each("transformer_blocks.*.attn.add_?_proj"),
+    "double_blocks.*.img_attn.qkv": _qkv("transformer_blocks.*.attn.to_?"),
+    "double_blocks.*.txt_attn.qkv": _qkv("transformer_blocks.*.attn.add_?_proj"),
     "single_blocks.*.linear1": (
-        *_each("single_transformer_blocks.*.attn.to_?"),
+        *_qkv("single_transformer_blocks.*.attn.to_?"),
         "single_transformer_blocks.*.proj_mlp",
     ),
     "double_blocks.*.img_attn.proj": ["transformer_blocks.*.attn.to_out.0"],
@@ -63,9 +63,9 @@ _FLUX = {
     "final_layer.linear": ["proj_out"],
 }
 _SD3 = {
-    "joint_blocks.*.x_block.attn.qkv": _each("transformer_blocks.*.attn.to_?"),
-    "joint_blocks.*.context_block.attn.qkv": _each("transformer_blocks.*.attn.add_?_proj"),
-    "joint_blocks.*.x_block.attn2.qkv": _each("transformer_blocks.*.attn2.to_?"),
+    "joint_blocks.*.x_block.attn.qkv": _qkv("transformer_blocks.*.attn.to_?"),
+    "joint_blocks.*.context_block.attn.qkv": _qkv("transformer_blocks.*.attn.add_?_proj"),
+    "joint_blocks.*.x_block.attn2.qkv": _qkv("transformer_blocks.*.attn2.to_?"),
     "joint_blocks.*.x_block.attn.proj": ["transformer_blocks.*.attn.to_out.0"],
     "joint_blocks.*.context_block.attn.proj": ["transformer_blocks.*.attn.to_add_out"],
     "joint_blocks.*.x_block.attn2.proj": ["transformer_blocks.*.attn2.to_out.0"],
@@ -161,27 +161,23 @@ def parts_of(names: Collection[str], base: str) -> dict[str, list[str | None]]:
     if base in UNETS:
         layers_per_block = _layers_per_block(names, base)
         return {_of_unet(name, base, layers_per_block): [name] for name in names}
-    found: dict[str, list[str | None]] = {}
+    matrices: dict[str, list[str | None]] = {}
     for name in names:
-        block = _NUMBER.search(name)
-        original, modules = _entry(_NUMBER.sub("blocks.*.", name, count=1), name, base)
-        parts: list[str | None] = []
-        for module in modules:
-            part = module.replace("*", block[1]) if block else module
-            parts.append(part if part in names else None)
-        found[original.replace("*", block[1]) if block else original] = parts
-    return found
-
-
-def _entry(pattern: str, name: str, base: str) -> tuple[str, Sequence[str]]:
-    """Return the entry of a base's table that matches a module's name, as (matrix, modules)."""
-    for original, modules in _TABLES[base].items():
-        if pattern in modules:
-            return original, modules
-    raise ValueError(
-        f"'{name}' has no name in {base}'s original code: save the adapter for Diffusers or PEFT, or "
-        "choose the base that it is for."
-    )
+        number = _NUMBER.search(name)
+        block = number[1] if number else ""
+        pattern = _NUMBER.sub("blocks.*.", name, count=1)
+        entries = [entry for entry in _TABLES[base].items() if pattern in entry[1]]
+        if not entries:
+            raise ValueError(
+                f"'{name}' has no name in {base}'s original code. Save the adapter for Diffusers or PEFT, or choose "
+                "the base that it is for."
+            )
+        [(original, patterns)] = entries
+        modules = [pattern.replace("*", block) for pattern in patterns]
+        matrices[original.replace("*", block)] = [
+            module if module in names else None for module in modules
+        ]
+    return matrices
 
 
 def original_layers(layers: Mapping[str, PlainLoraLayer], base: str) -> dict[str, PlainLoraLayer]:
@@ -191,21 +187,16 @@ def original_layers(layers: Mapping[str, PlainLoraLayer], base: str) -> dict[str
         layers: {name in Diffusers: factors}.
         base: the kind of model, as for `parts_of`.
     """
-    found = {}
+    renamed = {}
     for name, parts in parts_of(layers, base).items():
-        own = _fused([None if part is None else layers[part] for part in parts])
-        if base == "sd3" and _is_last_context_norm(name, own):
-            # Diffusers has scale, then shift; the original code has shift, then scale
-            scale, shift = own.B.chunk(2)
-            own = replace(own, B=torch.cat([shift, scale]))
-        found[name] = own
-    return found
-
-
-def _is_last_context_norm(name: str, layer: PlainLoraLayer) -> bool:
-    """Return whether a layer is the context's modulation in SD3's last block (2 d rows, d columns)."""
-    is_modulation = name.endswith("context_block.adaLN_modulation.1")
-    return is_modulation and len(layer.B) == 2 * layer.A.shape[1]
+        layer = _fused([None if part is None else layers[part] for part in parts])
+        is_modulation = base == "sd3" and name.endswith("context_block.adaLN_modulation.1")
+        if is_modulation and len(layer.B) == 2 * layer.A.shape[1]:
+            # in SD3's last block, Diffusers has scale, then shift; the original code the reverse
+            scale, shift = layer.B.chunk(2)
+            layer = replace(layer, B=torch.cat([shift, scale]))
+        renamed[name] = layer
+    return renamed
 
 
 def _fused(parts: Sequence[PlainLoraLayer | None]) -> PlainLoraLayer:
@@ -213,7 +204,9 @@ def _fused(parts: Sequence[PlainLoraLayer | None]) -> PlainLoraLayer:
     present = [part for part in parts if part is not None]
     if len(parts) == 1:
         return present[0]
-    width = _width(parts)
+    first = next(index for index, part in enumerate(parts) if part is not None)
+    # FLUX may fuse q, k and v with proj_mlp
+    width = len(present[0].B) // (1 if first < 3 else MLP_RATIO)
     sizes = [width] * 3 + [MLP_RATIO * width] * (len(parts) - 3)
     rank = sum(part.rank for part in present)
     B = present[0].B.new_zeros(sum(sizes), rank)
@@ -224,17 +217,6 @@ def _fused(parts: Sequence[PlainLoraLayer | None]) -> PlainLoraLayer:
             column += part.rank
         row += size
     return PlainLoraLayer(torch.cat([part.A for part in present]), B, rank, rank)
-
-
-def _width(parts: Sequence[PlainLoraLayer | None]) -> int:
-    """Return the number of rows in q, k and v, which FLUX may fuse with proj_mlp."""
-    for part in parts[:3]:
-        if part is not None:
-            return len(part.B)
-    for part in parts[3:]:
-        if part is not None:
-            return len(part.B) // MLP_RATIO
-    raise AssertionError("a matrix has at least one adapted part")
 
 
 # ---------------------------------------------------------------------- UNets
@@ -252,9 +234,9 @@ def _layers_per_block(names: Collection[str], base: str) -> int:
     for name in names:
         if _of_unet(name, base, 1) != _of_unet(name, base, 2):
             raise ValueError(
-                "The adapter doesn't show how many layers each block of its UNet has, one or two. The "
-                f"name of '{name}' in {base}'s original code depends on it: use --form diffusers, "
-                "which needs no such name."
+                f"The name of '{name}' in {base}'s original code depends on the number of layers in each block of the "
+                "UNet, and the adapter doesn't show whether it is one or two. Use --form diffusers, which needs no "
+                "such name."
             )
     return least
 
@@ -277,16 +259,16 @@ def _of_unet(name: str, base: str, layers_per_block: int) -> str:
     match = _BLOCK.fullmatch(name)
     if match is None or (match[3] == "resnets" and match[5] not in _IN_RESNET):
         raise ValueError(
-            f"'{name}' is not a module of Stable Diffusion's UNet: choose the base that the adapter is "
+            f"'{name}' is not a module of Stable Diffusion's UNet. Choose the base that the adapter is "
             "for."
         )
     side, block, kind, layer = match[1], int(match[2] or 0), match[3], int(match[4])
     size = layers_per_block + 1
     is_attention = kind == "attentions"
     with_attention = UNETS[base]
-    rest = _IN_RESNET[match[5]] if kind == "resnets" else match[5]
+    inner = _IN_RESNET[match[5]] if kind == "resnets" else match[5]
     if side == "mid":
-        return f"middle_block.{1 if is_attention else 2 * layer}.{rest}"
+        return f"middle_block.{1 if is_attention else 2 * layer}.{inner}"
     if kind == "downsamplers":
         return f"input_blocks.{(block + 1) * size}.0.op"
     if kind == "upsamplers":
@@ -295,5 +277,5 @@ def _of_unet(name: str, base: str, layers_per_block: int) -> str:
     number = block * size + layer
     place = 1 if is_attention else 0
     if side == "down":
-        return f"input_blocks.{1 + number}.{place}.{rest}"
-    return f"output_blocks.{number}.{place}.{rest}"
+        return f"input_blocks.{1 + number}.{place}.{inner}"
+    return f"output_blocks.{number}.{place}.{inner}"

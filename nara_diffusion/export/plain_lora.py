@@ -18,8 +18,6 @@ from nara_diffusion.loaders.tensor_files import save_tensors
 from nara_diffusion.strict import PEFT_PREFIX, is_core_key
 from nara_diffusion.utils.files import atomic_write_files
 
-ERROR_FILE = "export_error.json"
-
 
 @dataclass(frozen=True)
 class ExportError:
@@ -46,14 +44,6 @@ class ExportError:
         """Return the root mean square of `update`, weighted by `weights`."""
         pairs = zip(self.weights, self.update, strict=True)
         return math.sqrt(sum(weight * error**2 for weight, error in pairs))
-
-    def save(self, directory: Path) -> None:
-        """Write export_error.json."""
-        content = asdict(self)
-        content["worst_update"] = self.worst_update
-        content["mean_update"] = self.mean_update
-        text = json.dumps(content, indent=2) + "\n"
-        (directory / ERROR_FILE).write_text(text, encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -90,12 +80,12 @@ class PlainLoraLayer:
     def tensors(self) -> dict[str, Tensor]:
         """Return A, B and the magnitude under the names that PEFT gives them in a module."""
         if self.is_embedding:
-            found = {"lora_embedding_A": self.A, "lora_embedding_B": self.B}
+            tensors = {"lora_embedding_A": self.A, "lora_embedding_B": self.B}
         else:
-            found = {"lora_A.weight": self.A, "lora_B.weight": self.B}
+            tensors = {"lora_A.weight": self.A, "lora_B.weight": self.B}
         if self.magnitude is not None:
-            found["lora_magnitude_vector"] = self.magnitude
-        return found
+            tensors["lora_magnitude_vector"] = self.magnitude
+        return tensors
 
 
 @dataclass(frozen=True)
@@ -118,10 +108,8 @@ class PlainLora:
 
     def state_dict(self, prefix: str = "") -> dict[str, Tensor]:
         """Return the tensors as `peft.get_peft_model_state_dict` does, with `prefix` before each key."""
-        found = tensors_of_layers(self.layers, prefix)
-        for key, tensor in self.others.items():
-            found[f"{prefix}{key}"] = tensor.contiguous()
-        return found
+        extra = {f"{prefix}{key}": tensor.contiguous() for key, tensor in self.others.items()}
+        return tensors_of_layers(self.layers, prefix) | extra
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write adapter_config.json and adapter_model.safetensors, for `PeftModel.from_pretrained`.
@@ -132,7 +120,12 @@ class PlainLora:
             save_tensors(self.state_dict(PEFT_PREFIX), partial / SAFETENSORS_WEIGHTS_NAME)
             self.config.save_pretrained(str(partial))
             if self.error is not None:
-                self.error.save(partial)
+                means = {
+                    "worst_update": self.error.worst_update,
+                    "mean_update": self.error.mean_update,
+                }
+                text = json.dumps(asdict(self.error) | means, indent=2) + "\n"
+                (partial / "export_error.json").write_text(text, encoding="utf-8")
 
 
 # ---------------------------------------------------------------------- tensors
@@ -140,11 +133,11 @@ class PlainLora:
 
 def tensors_of_layers(layers: Mapping[str, PlainLoraLayer], prefix: str = "") -> dict[str, Tensor]:
     """Return the factors of layers by PEFT's keys, with `prefix` before each key."""
-    found = {}
+    tensors = {}
     for name, layer in layers.items():
         for key, tensor in layer.tensors().items():
-            found[f"{prefix}{name}.{key}"] = tensor.contiguous()
-    return found
+            tensors[f"{prefix}{name}.{key}"] = tensor.contiguous()
+    return tensors
 
 
 def layers_of_tensors(
@@ -156,43 +149,41 @@ def layers_of_tensors(
         ValueError: A or B of a module is missing, or doesn't have the configuration's rank; or the
             module's tensors contradict use_dora or lora_bias.
     """
-    found: dict[str, dict[str, Tensor]] = {}
+    modules: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         name, is_factor, kind = key.partition(".lora_")
         if is_factor:
-            found.setdefault(name, {})[kind.removesuffix(".weight")] = tensor
-    return {name: _layer(config, name, own) for name, own in found.items()}
-
-
-def _layer(config: LoraConfig, name: str, own: Mapping[str, Tensor]) -> PlainLoraLayer:
-    """Return a layer from its tensors "A" and "B" (or "embedding_A", …) and "magnitude_vector"."""
-    rank = by_pattern(config.rank_pattern, name, config.r)
-    is_embedding = any(kind.startswith("embedding") for kind in own)
-    letters = ("embedding_A", "embedding_B") if is_embedding else ("A", "B")
-    for letter in letters:
-        if letter not in own:
-            raise ValueError(f"'{name}' needs A and B, but {letter[-1]} is missing: damaged.")
-    A, B = own[letters[0]], own[letters[1]]
-    has_axes = min(A.dim(), B.dim()) >= 2
-    # B has rank / groups columns
-    if not has_axes or len(A) != rank or not B.shape[1] or rank % B.shape[1]:
-        raise ValueError(
-            f"'{name}' has A {tuple(A.shape)} and B {tuple(B.shape)}, expected rank {rank}: damaged."
-        )
-    wanted = {*letters, "magnitude_vector"} if config.use_dora else {*letters}
-    ignored = {"B.bias"} if config.lora_bias else set()
-    if own.keys() - ignored != wanted:
-        raise ValueError(
-            f"'{name}' has {', '.join(sorted(own))}, but use_dora={config.use_dora}: damaged."
-        )
-    alpha = configured_scaling(config, name, rank) * rank
-    return PlainLoraLayer(A, B, alpha, rank, own.get("magnitude_vector"), is_embedding)
+            modules.setdefault(name, {})[kind.removesuffix(".weight")] = tensor
+    layers = {}
+    for name, factors in modules.items():
+        rank = by_pattern(config.rank_pattern, name, config.r)
+        is_embedding = any(kind.startswith("embedding") for kind in factors)
+        letters = ("embedding_A", "embedding_B") if is_embedding else ("A", "B")
+        expected = {*letters, "magnitude_vector"} if config.use_dora else {*letters}
+        ignored = {"B.bias"} if config.lora_bias else set()
+        if factors.keys() - ignored != expected:
+            raise ValueError(
+                f"'{name}' has {', '.join(sorted(factors))}, expected {', '.join(sorted(expected))} with use_dora="
+                f"{config.use_dora}. The file is damaged: download or save it again."
+            )
+        A, B = factors[letters[0]], factors[letters[1]]
+        has_axes = min(A.dim(), B.dim()) >= 2
+        # B has rank / groups columns
+        if not has_axes or len(A) != rank or not B.shape[1] or rank % B.shape[1]:
+            raise ValueError(
+                f"'{name}' has A {tuple(A.shape)} and B {tuple(B.shape)}, expected rank {rank}. The file is damaged: "
+                "download or save it again."
+            )
+        alpha = configured_scaling(config, name, rank) * rank
+        magnitude = factors.get("magnitude_vector")
+        layers[name] = PlainLoraLayer(A, B, alpha, rank, magnitude, is_embedding)
+    return layers
 
 
 def others_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors that are neither factors nor cores, such as biases and tokens."""
-    found = {}
-    for key, tensor in tensors.items():
-        if ".lora_" not in key and not is_core_key(key):
-            found[key] = tensor
-    return found
+    return {
+        key: tensor
+        for key, tensor in tensors.items()
+        if ".lora_" not in key and not is_core_key(key)
+    }

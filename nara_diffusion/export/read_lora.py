@@ -10,10 +10,9 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import diffusers
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
@@ -33,7 +32,7 @@ from nara_diffusion.loaders.tensor_files import (
     read_tensors,
 )
 from nara_diffusion.strict import PEFT_PREFIX
-from nara_diffusion.utils.files import listed
+from nara_diffusion.utils.wording import listed
 
 from .host_files import with_text_model
 from .plain_lora import PlainLora, layers_of_tensors, others_of
@@ -69,13 +68,12 @@ def read_lora(
         if (path / CONFIG_NAME).is_file():
             parts = {denoiser_name(model) if is_pipeline(model) else "": _of_folder(path)}
         else:
-            parts = _of_file(_found(path), model)
+            parts = _of_file(_file_in(path), model)
         for part in parts.values():
             if part.others or part.config.lora_bias:
                 extra = next(iter(part.others), "biases of B")
                 raise ValueError(
-                    f"it has trained '{extra}' beside a LoRA's factors, and a NaRA can't start from "
-                    "that."
+                    f"it has trained '{extra}' in addition to a LoRA's factors, and a NaRA can't start from that."
                 )
     except ValueError as error:
         raise ValueError(f"{origin}: {error}") from error
@@ -90,7 +88,7 @@ def is_pipeline(model: object) -> TypeGuard[DiffusionPipeline]:
 def _of_folder(folder: Path) -> PlainLora:
     if is_nara(folder):
         raise ValueError(
-            "it is already a NaRA: load it with PeftModel.from_pretrained(model, folder) or "
+            "it is already a NaRA. Load it with PeftModel.from_pretrained(model, folder) or "
             "pipe.load_nara_weights(folder)."
         )
     scheduler = folder / "scheduler" / "scheduler_config.json"
@@ -104,14 +102,14 @@ def _of_folder(folder: Path) -> PlainLora:
 
 
 def _of_tensors(config: LoraConfig, tensors: Mapping[str, Tensor]) -> PlainLora:
-    own = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in tensors.items()}
-    layers = layers_of_tensors(config, own)
+    tensors = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in tensors.items()}
+    layers = layers_of_tensors(config, tensors)
     if not layers:
-        raise ValueError(f"no LoRA in PEFT's format: it has {listed(own) or 'no tensors'}.")
-    return PlainLora(config, layers, others_of(own))
+        raise ValueError(f"it has no LoRA in PEFT's format, but {listed(tensors) or 'no tensors'}.")
+    return PlainLora(config, layers, others_of(tensors))
 
 
-def _found(path: Path) -> Path:
+def _file_in(path: Path) -> Path:
     """Return the LoRA's file, which is `path` itself or the only suitable file in that folder."""
     if path.is_file():
         return path
@@ -122,9 +120,8 @@ def _found(path: Path) -> Path:
     if len(files) == 1:
         return files[0]
     raise ValueError(
-        f"There is no LoRA file '{path}', nor a folder with {CONFIG_NAME} or one LoRA file: pass the "
-        "path of a file. Download a LoRA from the Hub first, with "
-        "huggingface_hub.snapshot_download(repository)."
+        f"'{path}' is not a LoRA file, nor a folder with {CONFIG_NAME} or with one LoRA file. Give the path of a file. "
+        "Download a LoRA from the Hub first, with huggingface_hub.snapshot_download(repository)."
     )
 
 
@@ -136,44 +133,36 @@ def _of_file(path: Path, pipe: nn.Module | DiffusionPipeline) -> dict[str, Plain
         raise ValueError(f"it has nara_scheduler in its metadata: {OTHER_PREDICTION}")
     if not is_pipeline(pipe):
         raise ValueError(
-            "it isn't in PEFT's form, which has an adapter_config.json: name such a folder. A file of "
-            f"another form is read for a pipeline: pass the pipeline, instead of {type(pipe).__name__}."
+            "it is not a folder in PEFT's form, with an adapter_config.json. A file of another form can be read only "
+            f"for a pipeline. Pass such a folder, or the pipeline instead of {type(pipe).__name__}."
         )
     for key in tensors:
         if _ODD.search(key):
             raise ValueError(
-                f"it has '{key}', a key of a DoRA in kohya's format or of a LyCORIS method, which "
-                "Diffusers doesn't read: convert it to PEFT's format with the program that wrote it, "
-                "or start from another LoRA."
+                f"it has '{key}', a key of a DoRA in kohya's format or of a LyCORIS method, which Diffusers doesn't "
+                "read. Convert it to PEFT's format with the program that wrote it, or start from another LoRA."
             )
     state, alphas = _converted(tensors, pipe)
-    split: dict[str, dict[str, Tensor]] = {}
+    components: dict[str, dict[str, Tensor]] = {}
     for key, tensor in state.items():
-        split.setdefault(key.partition(".")[0], {})[key] = tensor
+        components.setdefault(key.partition(".")[0], {})[key] = tensor
     configs, parts = _configs(metadata), {}
-    for component, own in split.items():
+    for component, converted in components.items():
         if not isinstance(getattr(pipe, component, None), nn.Module):
             raise ValueError(
-                f"it is for '{component}', which {type(pipe).__name__} lacks: pass the pipeline it is "
-                "for."
+                f"it is for '{component}', which {type(pipe).__name__} doesn't have. Pass the pipeline that it is for."
             )
-        values = _by_peft_names(own, alphas, component, pipe)
+        values = _by_peft_names(converted, alphas, component, pipe)
         config = configs.get(component) or _config_of(values)
         tensors_only = {key: tensor for key, (tensor, _) in values.items()}
         parts[component] = _of_tensors(config, tensors_only)
-    _check_all_converted(tensors, parts)
-    return parts
-
-
-def _check_all_converted(tensors: Mapping[str, Tensor], parts: Mapping[str, PlainLora]) -> None:
-    """Raise ValueError if Diffusers' converters have lost layers of a file."""
     names = {match[1] for match in map(_DOWN.fullmatch, tensors) if match}
-    kept = sum(len(part.layers) for part in parts.values())
-    if not parts or kept < len(names):
+    if not parts or sum(len(part.layers) for part in parts.values()) < len(names):
         raise ValueError(
-            f"it has {len(names)} layers of a LoRA, but Diffusers' converters keep fewer: convert it to "
-            "PEFT's format with the program that wrote it."
+            f"it has {len(names)} layers of a LoRA, but Diffusers' converters lose some of them. Convert it to PEFT's "
+            "format with the program that wrote it."
         )
+    return parts
 
 
 def _converted(
@@ -186,11 +175,11 @@ def _converted(
         options["unet_config"] = converter.unet.config
         tensors = {_kohyas(key): tensor for key, tensor in tensors.items()}
     try:
-        found = converter.lora_state_dict(dict(tensors), **options)
+        converted = converter.lora_state_dict(dict(tensors), **options)
     except (AttributeError, ValueError, KeyError, IndexError, NotImplementedError) as error:
         kind = type(pipe).__name__
-        raise ValueError(f"no LoRA that Diffusers reads for {kind}: {error}") from error
-    state, alphas = found if isinstance(found, tuple) else (found, None)
+        raise ValueError(f"Diffusers can't read it as a LoRA for {kind}: {error}") from error
+    state, alphas = converted if isinstance(converted, tuple) else (converted, None)
     return dict(state), {key: float(alpha) for key, alpha in (alphas or {}).items()}
 
 
@@ -204,7 +193,7 @@ def _kohyas(key: str) -> str:
 
 
 def _by_peft_names(
-    own: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
     alphas: Mapping[str, float],
     component: str,
     pipe: DiffusionPipeline,
@@ -212,24 +201,18 @@ def _by_peft_names(
     """Return the values by PEFT's keys, without the component's prefix."""
     new: Values = {}
     old: Values = {}
-    for key, tensor in own.items():
-        found = new if _PEFTS.search(key) else old
-        found[key.removeprefix(f"{component}.")] = (tensor, _alpha_of(key, alphas))
+    for key, tensor in tensors.items():
+        layer = key.partition(".lora.")[0]
+        alpha_keys = f"{layer}.alpha", key.replace(".lora_A.weight", ".alpha"), f"{key}.alpha"
+        alpha = next((alphas[name] for name in alpha_keys if name in alphas), None)
+        values = new if _PEFTS.search(key) else old
+        values[key.removeprefix(f"{component}.")] = (tensor, alpha)
     if not component.startswith(TEXT_ENCODER):
         return new | (convert_unet_state_dict_to_peft(old) if old else {})
     new |= convert_state_dict_to_peft(old) if old else {}
     if hasattr(getattr(pipe, component), "text_model"):
         return {with_text_model(key): value for key, value in new.items()}
     return {key.removeprefix("text_model."): value for key, value in new.items()}
-
-
-def _alpha_of(key: str, alphas: Mapping[str, float]) -> float | None:
-    """Return the alpha of the layer that `key` belongs to, or None if the file does not have it."""
-    layer = key.partition(".lora.")[0]
-    for name in (f"{layer}.alpha", key.replace(".lora_A.weight", ".alpha"), f"{key}.alpha"):
-        if name in alphas:
-            return alphas[name]
-    return None
 
 
 def _config_of(values: Values) -> LoraConfig:
@@ -247,9 +230,10 @@ def _config_of(values: Values) -> LoraConfig:
             alphas[name] = alpha or float(len(tensor))
     if not ranks:
         raise ValueError(
-            f"no LoRA in PEFT's or Diffusers' format, but {listed(values) or 'nothing'}."
+            f"it has no LoRA in PEFT's or Diffusers' format, but {listed(values) or 'nothing'}."
         )
-    rank, alpha = _most_common(ranks), _most_common(alphas)
+    name = next(iter(ranks))
+    rank, alpha = ranks[name], alphas[name]
     return LoraConfig(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]
@@ -262,25 +246,18 @@ def _config_of(values: Values) -> LoraConfig:
     )
 
 
-Number = TypeVar("Number", int, float)
-
-
-def _most_common(values: Mapping[str, Number]) -> Number:
-    return Counter(values.values()).most_common(1)[0][0]
-
-
-def _pattern(values: Mapping[str, Number], default: Number) -> dict[str, Number]:
+def _pattern(values: Mapping[str, float], default: float) -> dict[str, Any]:
     """Return {pattern for a module: its value} for all values that differ from `default`."""
     return {f"^{re.escape(name)}": value for name, value in values.items() if value != default}
 
 
 def _configs(metadata: Mapping[str, str]) -> dict[str, LoraConfig]:
     """Return {component: its configuration} from the metadata that `save_lora_weights` writes."""
-    split: dict[str, dict[str, Any]] = {}
+    components: dict[str, dict[str, Any]] = {}
     try:
         for key, value in json.loads(metadata.get(LORA_ADAPTER_METADATA_KEY, "{}")).items():
             component, _, name = key.rpartition(".")
-            split.setdefault(component, {})[name] = value
-        return {component: LoraConfig(**own) for component, own in split.items()}
+            components.setdefault(component, {})[name] = value
+        return {component: LoraConfig(**values) for component, values in components.items()}
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"the configuration in its metadata can't be read: {error}") from error

@@ -59,7 +59,7 @@ def to_lora(
             B); or the weights are offloaded or sharded.
     """
     if isinstance(noise_level, str) and noise_level != "best":
-        raise ValueError(f'noise_level is {noise_level!r}: pass a number in [0, 1], or "best".')
+        raise ValueError(f'noise_level is {noise_level!r}. Pass a number in [0, 1], or "best".')
     if noise_level is not None and not isinstance(noise_level, str):
         as_level(noise_level)  # a λ out of range is an error even if the adapter needs no λ
     with adapter_of_model(model, adapter_name) as adapter:
@@ -69,12 +69,12 @@ def to_lora(
 def lora_of(adapter: Adapter, noise_level: Level | Literal["best"] | None) -> PlainLora:
     """Return a plain LoRA as `to_lora` does, for an adapter from a model or a file."""
     config = adapter.config
-    steps = config.few_steps if isinstance(config, NaraConfig) else None
-    number = 1 if steps is None else steps["num_inference_steps"]
-    if isinstance(config, NaraConfig) and number > 1 and needs_noise(config):
+    few_steps = config.few_steps if isinstance(config, NaraConfig) and needs_noise(config) else None
+    number = 1 if few_steps is None else few_steps["num_inference_steps"]
+    if number > 1:
         raise ValueError(
-            f"The adapter samples in {number} steps, and its update differs from step to step: a "
-            "LoRA of one λ would be right in only one of them. Load it with pipe.load_nara_weights."
+            f"The adapter samples in {number} steps, and its update differs from step to step, so a LoRA for one λ "
+            "would be right in only one of them. Load it with pipe.load_nara_weights."
         )
     if isinstance(noise_level, str):
         cores, error = _nearest(adapter)
@@ -90,7 +90,10 @@ _GRID = 257
 
 def _nearest(adapter: Adapter) -> tuple[dict[str, Tensor], ExportError]:
     """Return {module: the mean C̄ (r, r) of C(λ)}, float64, and the export's error over λ."""
-    levels, weights = _grid(adapter)
+    levels = _grid(adapter)
+    # the weights (n,) of the trapezoidal rule, with the sum 1
+    half, zero = levels.double().diff() / 2, torch.zeros(1, dtype=torch.float64)
+    weights = torch.cat([half, zero]) + torch.cat([zero, half])
     means: dict[str, Tensor] = {}
     errors = sizes = torch.zeros(len(levels), dtype=torch.float64)
     for name, core in adapter.cores(levels).items():
@@ -113,23 +116,15 @@ def _squared_norms(layer: PlainLoraLayer, D: Tensor) -> Tensor:
     return (products * D).sum((1, 2)).clamp(min=0)
 
 
-def _grid(adapter: Adapter) -> tuple[Tensor, Tensor]:
-    """Return λ (n,), ascending, float32, and the weights (n,) of the trapezoidal rule (sum 1)."""
-    levels = torch.cat(
-        [torch.linspace(0, 1, _GRID, dtype=torch.float32), _breakpoints(adapter)]
-    ).unique()
-    half, zero = levels.double().diff() / 2, torch.zeros(1, dtype=torch.float64)
-    return levels, torch.cat([half, zero]) + torch.cat([zero, half])
-
-
-def _breakpoints(adapter: Adapter) -> Tensor:
-    """Return the points (p,) where C(λ) bends or jumps, float32."""
+def _grid(adapter: Adapter) -> Tensor:
+    """Return λ (n,), ascending, float32: equidistant points, and where C(λ) bends or jumps."""
     config: Any = adapter.config
-    found = [torch.empty(0, dtype=torch.float32)]
+    levels = [torch.linspace(0, 1, _GRID, dtype=torch.float32)]
     for schedule in adapter.schedules:
-        levels = torch.tensor([level for level, _ in schedule.points], dtype=torch.float32)
-        steps = levels[1:][levels.diff() == 0]
-        found += [levels, steps.nextafter(torch.zeros_like(steps))]
+        points = torch.tensor([level for level, _ in schedule.points], dtype=torch.float32)
+        jumps = points[1:][points.diff() == 0]
+        levels += [points, jumps.nextafter(torch.zeros_like(jumps))]
     if getattr(config, "core_type", None) == "knots":
-        found.append(torch.arange(config.core_knots, dtype=torch.float32) / (config.core_knots - 1))
-    return torch.cat(found)
+        knots = torch.arange(config.core_knots, dtype=torch.float32)
+        levels.append(knots / (config.core_knots - 1))
+    return torch.cat(levels).unique()

@@ -77,16 +77,15 @@ def adjusted(args: argparse.Namespace) -> argparse.Namespace:
     is_run = hasattr(args, "model")
     file = read_config(args.config) if is_run and args.config is not None else {}
     for name, value in file.items():
-        given = getattr(args, name, None)
-        if isinstance(given, dict):
+        flag = getattr(args, name, None)
+        if isinstance(flag, dict):
             entries = simple_parse_args_string(value) if isinstance(value, str) else value
-            setattr(args, name, {**entries, **given})
-        elif given is None or given is False:
+            setattr(args, name, {**entries, **flag})
+        elif flag is None or flag is False:
             setattr(args, name, value)
     if hasattr(args, "include_path"):
-        given = args.include_path or []
-        folders = [given] if isinstance(given, str) else given
-        args.include_path = [str(TASKS), *folders]
+        folders = args.include_path or []
+        args.include_path = [str(TASKS), *([folders] if isinstance(folders, str) else folders)]
     if is_run:
         args.config = None
         args.model = args.model or MODEL
@@ -108,7 +107,7 @@ def read_config(config: str) -> dict[str, Any]:
         return presets[config]
     if not Path(config).exists():
         raise ValueError(
-            f"--config {config}: there is no such file, and the presets are {', '.join(presets)}"
+            f"--config {config} is not a file, nor one of the presets {', '.join(presets)}."
         )
     try:
         return EvaluatorConfig.load_yaml_config(config)

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 import nara_diffusion  # noqa: F401 (registers NaRA with PEFT)
 from nara_diffusion.dllm import load_backbone
 from nara_diffusion.loaders.tensor_files import load_peft_adapter
-from nara_diffusion.utils.files import naming_source
+from nara_diffusion.utils.repositories import naming_source
 
 
 def load_adapted(
@@ -31,14 +31,14 @@ def load_adapted(
     """
     if pretrained is None and peft is None:
         raise ValueError(
-            "--model_args names no model: pretrained=FOLDER_OR_REPOSITORY, or peft=ADAPTER, or both"
+            "--model_args names no model. Give pretrained=FOLDER_OR_REPOSITORY, peft=ADAPTER, or both."
         )
     if pretrained is None:
         with naming_source(str(peft), CONFIG_NAME, "an adapter of PEFT's"):
             pretrained = PeftConfig.from_pretrained(str(peft)).base_model_name_or_path
     if not pretrained:
         raise ValueError(
-            f"the adapter {peft} doesn't name its model: add pretrained=… to --model_args"
+            f"The adapter {peft} doesn't name its model. Add pretrained=… to --model_args."
         )
     if backbone.get("load_in_8bit") or backbone.get("load_in_4bit"):
         # quantised weights can't be moved later
@@ -57,9 +57,11 @@ def checked_max_length(given: int | None, limit: int | None) -> int:
     """Return max_length, which is `given` or, if None, the model's limit of positions."""
     if limit is None and given is None:
         raise ValueError(
-            "the model's configuration has no limit of positions: add max_length=N to --model_args"
+            "The model's configuration has no limit of positions. Add max_length=N to --model_args."
         )
     length = int(given or limit or 0)
     if limit is not None and length > limit:
-        raise ValueError(f"max_length is {given} and the model has {limit} positions: leave it out")
+        raise ValueError(
+            f"max_length is {given}, but the model has {limit} positions. Leave it out."
+        )
     return length

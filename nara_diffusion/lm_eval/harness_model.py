@@ -15,7 +15,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from itertools import groupby
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
@@ -96,11 +96,12 @@ class NaraDLLM(LM):
         misplaced = ", ".join(sorted(backbone.keys() & set(SETTINGS)))
         if misplaced:
             raise ValueError(
-                f"{misplaced} in --model_args: the sampler's settings belong to --gen_kwargs"
+                f"--model_args has {misplaced}. Settings of the sampler belong in --gen_kwargs."
             )
         if not str(batch_size).isdecimal() or max_batch_size is not None:
             raise ValueError(
-                f"--batch_size {batch_size}: nara_dllm doesn't look for one: add --batch_size 8"
+                f"--batch_size is {batch_size}, but nara_dllm can't search for one. Give a number, such as "
+                "--batch_size 8."
             )
         self.batch_size, self.samples = int(batch_size), int(samples)
         self.seed, self.greedy, self.cfg_scale = int(seed), bool(greedy), float(cfg_scale)
@@ -126,11 +127,9 @@ class NaraDLLM(LM):
         cls, arg_dict: Mapping[str, Any], additional_config: Mapping[str, Any] | None = None
     ) -> NaraDLLM:
         """Create the model from --model_args, which take precedence, and lm-eval's other flags."""
-        arguments: dict[str, Any] = {}
-        for name, value in (additional_config or {}).items():
-            if value is not None:
-                arguments[name] = value
-        return cls(**{**arguments, **arg_dict})
+        flags = additional_config or {}
+        arguments = {name: value for name, value in flags.items() if value is not None}
+        return cls(**arguments | dict(arg_dict))
 
     # ---------------------------------------------------------------- prompts
 
@@ -162,14 +161,14 @@ class NaraDLLM(LM):
         """Return an answer to each request, up to an end token or any of the request's `until`."""
         prompts, settings, rooms = [], [], []
         for request in requests:
-            given: Any = request.args
-            text, gen_kwargs = given
+            arguments: Any = request.args
+            text, gen_kwargs = arguments
             until, sampling = read_gen_kwargs(gen_kwargs)
             length = sampling["gen_length"]
             if length >= self.max_length:
                 raise ValueError(
                     f"gen_length is {length} and the model has {self.max_length} positions for "
-                    "prompt and answer together: lower it with --gen_kwargs gen_length=N"
+                    "prompt and answer together. Lower it with --gen_kwargs gen_length=N."
                 )
             ids = encode(self.tokenizer, text, has_template=self.has_template)
             prompts.append(self._opened(ids))
@@ -215,7 +214,19 @@ class NaraDLLM(LM):
         with self._progress(len(pairs), "likelihood") as bar:
             for batch in _split(order, _GROUP):
                 chosen = [pairs[i] for i in batch]
-                values = self._log_likelihoods(chosen)
+                texts = [torch.tensor([*prompt, *answer]) for prompt, answer in chosen]
+                values = log_likelihood(
+                    self.model,
+                    pad_sequence(texts, batch_first=True).to(self._device),
+                    [len(prompt) for prompt, _ in chosen],
+                    answer_lengths=[len(answer) for _, answer in chosen],
+                    samples=self.samples,
+                    batch_size=self.batch_size,
+                    seed=self.seed,
+                    cfg_scale=self.cfg_scale,
+                    # the choices of a question are compared on equal masks
+                    sample_indices=[0] * len(chosen),
+                ).tolist()
                 greedy = self._are_greedy(chosen) if self.greedy else [False] * len(batch)
                 for i, value, is_greedy in zip(batch, values, greedy, strict=True):
                     results[i] = (value, is_greedy)
@@ -228,13 +239,12 @@ class NaraDLLM(LM):
         prompts, answers, rooms = [], [], []
         room = self.max_length - len(self.opening)
         for request in requests:
-            given: Any = request.args
-            prompt, answer = encode_pair(self.tokenizer, *given, has_template=self.has_template)
+            texts: Any = request.args
+            prompt, answer = encode_pair(self.tokenizer, *texts, has_template=self.has_template)
             if len(answer) > room:
-                beside = " beside the BOS token" if self.opening else ""
                 raise ValueError(
-                    f"a continuation has {len(answer)} tokens, and the model {room} positions"
-                    f"{beside}: leave the task out, or raise max_length in --model_args"
+                    f"A continuation has {len(answer)} tokens, but the model has room for {room}. Leave the task out, "
+                    "or raise max_length in --model_args."
                 )
             prompts.append(self._opened(prompt))
             answers.append(answer)
@@ -244,31 +254,13 @@ class NaraDLLM(LM):
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
         """Raise ValueError, as LLaDA's own evaluation does."""
         raise ValueError(
-            "perplexities of whole texts (loglikelihood_rolling) aren't measured: the likelihood "
-            "of a masked-diffusion model is a bound, and a text's depends on how it is cut into "
-            "windows. Leave the task out."
+            "Perplexities of whole texts (loglikelihood_rolling) can't be measured, since the likelihood of a "
+            "masked-diffusion model is a bound, which depends on how a text is cut into windows. Leave the task out."
         )
-
-    def _log_likelihoods(self, pairs: Sequence[Pair]) -> list[float]:
-        """Return the likelihood bound of each answer, in nats."""
-        texts = [torch.tensor([*prompt, *answer]) for prompt, answer in pairs]
-        estimates = log_likelihood(
-            self.model,
-            pad_sequence(texts, batch_first=True).to(self._device),
-            [len(prompt) for prompt, _ in pairs],
-            answer_lengths=[len(answer) for _, answer in pairs],
-            samples=self.samples,
-            batch_size=self.batch_size,
-            seed=self.seed,
-            cfg_scale=self.cfg_scale,
-            # the choices of a question are compared on equal masks
-            sample_indices=[0] * len(pairs),
-        )
-        return estimates.tolist()
 
     def _are_greedy(self, pairs: Sequence[Pair]) -> list[bool]:
         """Return whether sampling at temperature 0, one token per step, gives exactly each answer."""
-        found = [False] * len(pairs)
+        are_equal = [False] * len(pairs)
         order = sorted(range(len(pairs)), key=lambda i: (len(pairs[i][1]), len(pairs[i][0])))
         for length, group in groupby(order, key=lambda i: len(pairs[i][1])):
             for batch in _split(list(group), self.batch_size):
@@ -276,17 +268,16 @@ class NaraDLLM(LM):
                 options = {"gen_length": length, "stop_at_eos": False, "cfg_scale": self.cfg_scale}
                 result = answer_prompts(self.model, prompts, **options)
                 for i, answer in zip(batch, result.answers.tolist(), strict=True):
-                    found[i] = answer == pairs[i][1]
-        return found
+                    are_equal[i] = answer == pairs[i][1]
+        return are_equal
 
     # ---------------------------------------------------------------- processes
 
-    def _progress(self, total: int, what: str) -> tqdm:
-        return tqdm(total=total, desc=what, unit="request", disable=self.rank != 0)
+    def _progress(self, total: int, label: str) -> tqdm:
+        return tqdm(total=total, desc=label, unit="request", disable=self.rank != 0)
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        gathered: Any = gather(tensor)
-        return gathered
+        return cast(torch.Tensor, gather(tensor))
 
     def gather_object(self, obj: object, dst: int = 0) -> list[Any]:
         return gather_object([obj])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from itertools import takewhile
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -39,18 +40,18 @@ def read_gen_kwargs(gen_kwargs: Mapping[str, Any]) -> tuple[tuple[str, ...], dic
     Raises:
         ValueError: the masked-diffusion sampler doesn't have a setting, or a value is invalid.
     """
-    given = {name: value for name, value in gen_kwargs.items() if value is not None}
-    until = given.pop("until", [])
-    lengths = [given.pop(name) for name in _LENGTHS if name in given]
-    if given.pop("do_sample", None) is False or not given.get("temperature"):
+    settings = {name: value for name, value in gen_kwargs.items() if value is not None}
+    until = settings.pop("until", [])
+    lengths = [settings.pop(name) for name in _LENGTHS if name in settings]
+    if settings.pop("do_sample", None) is False or not settings.get("temperature"):
         for name in (*_OF_OTHERS, "temperature"):
-            given.pop(name, None)
-    unknown = sorted(given.keys() - set(SETTINGS))
+            settings.pop(name, None)
+    unknown = sorted(settings.keys() - set(SETTINGS))
     if unknown:
         raise ValueError(
-            f"gen_kwargs has {', '.join(unknown)}; the sampler's settings are {', '.join(SETTINGS)}"
+            f"gen_kwargs has {', '.join(unknown)}, but the sampler's settings are {', '.join(SETTINGS)}."
         )
-    sampling = {"gen_length": lengths[0] if lengths else _DEFAULT_LENGTH, **given}
+    sampling = {"gen_length": lengths[0] if lengths else _DEFAULT_LENGTH, **settings}
     try:
         for name in ("gen_length", "steps", "block_length"):
             if name in sampling:
@@ -118,8 +119,12 @@ def encode_pair(
         ValueError: the continuation has no token of its own.
     """
     prompt = ""
-    if has_template:
-        prompt, context = _divided(tokenizer, context)
+    if has_template:  # an answer may already have begun after the prompt (lm-eval's gen_prefix)
+        _, _, opening = prompt_text(tokenizer, _QUESTION).rpartition(_QUESTION)
+        prompt, context = context, ""
+        if opening and opening in prompt:
+            prompt, _, context = prompt.rpartition(opening)
+            prompt += opening
     head = encode(tokenizer, prompt, has_template=True) if prompt else []
     stripped = context.rstrip()
     continuation, context = context[len(stripped) :] + continuation, stripped
@@ -129,55 +134,36 @@ def encode_pair(
             return token_ids(tokenizer, [text], add_special_tokens=False)[0]
         return encode(tokenizer, text, has_template=has_template)
 
-    whole = ids(context + continuation)
-    length = len(ids(context)) if context or prompt else _opening_length(tokenizer, whole)
-    if length >= len(whole):
+    text_ids = ids(context + continuation)
+    if context or prompt:
+        length = len(ids(context))
+    else:
+        opening_ids = (tokenizer.bos_token_id, tokenizer.cls_token_id)
+        length = len(list(takewhile(opening_ids.__contains__, text_ids)))
+    if length >= len(text_ids):
         end = (prompt + context)[-40:]
         raise ValueError(
-            f"the continuation {continuation!r} adds no token to the context that ends {end!r}, so "
-            "it has no likelihood: leave that question out of the task"
+            f"The continuation {continuation!r} adds no token to the context that ends with {end!r}, so it has no "
+            "likelihood. Leave that question out of the task."
         )
-    return head + whole[:length], whole[length:]
-
-
-def _opening_length(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> int:
-    """Return how many special tokens open a text."""
-    length = 0
-    while length < len(ids) and ids[length] in (tokenizer.bos_token_id, tokenizer.cls_token_id):
-        length += 1
-    return length
-
-
-def _divided(tokenizer: PreTrainedTokenizerBase, context: str) -> tuple[str, str]:
-    """Return the prompt as `templated` makes it, and the start of the answer (lm-eval's
-    gen_prefix)."""
-    _, _, opening = prompt_text(tokenizer, _QUESTION).rpartition(_QUESTION)  # after the user's text
-    if not opening or opening not in context:
-        return context, ""
-    before, _, begun = context.rpartition(opening)
-    return before + opening, begun
+    return head + text_ids[:length], text_ids[length:]
 
 
 def fitting(prompts: Sequence[list[int]], rooms: Sequence[int], max_length: int) -> list[list[int]]:
     """Return the last tokens of each prompt, as many as there is room for."""
-    found = []
-    longer = 0
-    for prompt, room in zip(prompts, rooms, strict=True):
-        longer += len(prompt) > room
-        found.append(prompt[max(len(prompt) - room, 0) :])
+    pairs = list(zip(prompts, rooms, strict=True))
+    longer = sum(len(prompt) > room for prompt, room in pairs)
     if longer:
         logger.warning(
-            f"{longer} of {len(prompts)} prompts lose their start: with the answer they exceed "
-            f"{max_length} tokens"
+            "%d of %d prompts lose their start, since with the answer they exceed %d tokens.",
+            longer,
+            len(prompts),
+            max_length,
         )
-    return found
+    return [prompt[max(len(prompt) - room, 0) :] for prompt, room in pairs]
 
 
 def cut(text: str, until: Sequence[str]) -> str:
     """Return `text` up to the first occurrence of any text in `until`."""
-    end = len(text)
-    for stop in until:
-        place = text.find(stop) if stop else -1
-        if place >= 0:
-            end = min(end, place)
-    return text[:end]
+    ends = [text.find(stop) for stop in until if stop and stop in text]
+    return text[: min(ends, default=len(text))]

@@ -33,7 +33,8 @@ from torch import Tensor
 from nara_diffusion.config import NaraConfig, NaraPeftType
 from nara_diffusion.cores.registry import with_current_names
 from nara_diffusion.strict import PEFT_PREFIX, is_core_key
-from nara_diffusion.utils.files import atomic_write_files, listed
+from nara_diffusion.utils.files import atomic_write_files
+from nara_diffusion.utils.wording import listed
 
 from .adapter_part import (
     AdapterPart,

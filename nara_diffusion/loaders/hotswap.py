@@ -20,7 +20,7 @@ from nara_diffusion.strict import check_tensors
 from nara_diffusion.tuner.holder import CoreHolder, holder_of
 from nara_diffusion.tuner.strength import check_strength, give_strength, layers_of, strength_of
 from nara_diffusion.tuner.twins import decoder_name, with_encoder_layers
-from nara_diffusion.utils.files import listed
+from nara_diffusion.utils.wording import listed
 
 from .adapter_part import AdapterPart, by_pattern, configured_scaling
 from .insertion import adapters_of, nara_adapters_of, part_of

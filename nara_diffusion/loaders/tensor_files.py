@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from nara_diffusion.config import NaraPeftType
 from nara_diffusion.strict import check_loaded, is_core_key
-from nara_diffusion.utils.files import is_out_of_reach, listed
+from nara_diffusion.utils.repositories import is_out_of_reach
+from nara_diffusion.utils.wording import listed
 
 WEIGHTS_NAME = "pytorch_nara_weights.safetensors"
 METADATA_KEY = "nara_adapter_metadata"

@@ -37,8 +37,7 @@ from nara_flags.training import AdapterArguments, TrainingArguments
 from .arguments import schedule_of, window_of
 
 ALL_LINEAR = "all-linear"
-CORE_FIELDS = {each.name for each in dataclasses.fields(NaraConfig)}
-CORE_FIELDS -= {each.name for each in dataclasses.fields(LoraConfig)}
+CORE_FIELDS = NaraConfig.__dataclass_fields__.keys() - LoraConfig.__dataclass_fields__.keys()
 """The fields that NaraConfig adds to LoraConfig."""
 
 _REFUSED = {
@@ -114,12 +113,12 @@ def method_of(args: AdapterArguments) -> Method:
     method = NAMED.get(chosen, Method(chosen, chosen.replace("_", " ")))
     if chosen in _REFUSED:
         raise ValueError(
-            f"adapter {chosen} can't be trained here: it {_REFUSED[chosen]}. Give nara, lora or dora."
+            f"adapter {chosen} can't be trained here: it {_REFUSED[chosen]}. Use nara, lora or dora."
         )
     if chosen != "full" and (method.config is None or chosen != chosen.lower()):
-        known = [*NAMED, *(str(kind.value).lower() for kind in PEFT_TYPE_TO_CONFIG_MAPPING)]
+        names = [*NAMED, *(str(kind.value).lower() for kind in PEFT_TYPE_TO_CONFIG_MAPPING)]
         raise ValueError(
-            f"adapter is {chosen!r}, which is not a method: {hint(chosen, dict.fromkeys(known))}"
+            f"adapter is {chosen!r}, which is not a method: {hint(chosen, dict.fromkeys(names))}"
         )
     return method
 
@@ -136,14 +135,14 @@ def title_of(args: AdapterArguments) -> str:
 
 
 def start_facts(args: TrainingArguments) -> dict[str, str]:
-    """Return {what: value} about the adapter that the run starts from; empty without one."""
+    """Return {label: text} about the adapter that the run starts from; empty without one."""
     if args.init_adapter is None:
         return {}
     return {"starts from": f"{args.init_adapter}, which `before` includes"}
 
 
 def window_facts(args: TrainingArguments) -> dict[str, str]:
-    """Return {what: value} about the run's window of noise levels; empty without a window."""
+    """Return {label: text} about the run's window of noise levels; empty without a window."""
     window, method = window_of(args), method_of(args)
     if window.is_everything:
         return {}
@@ -151,11 +150,11 @@ def window_facts(args: TrainingArguments) -> dict[str, str]:
     if method.family == "nara":
         outside = "the adapter is off outside, by the strength in its file"
     elif method.family == "lora":
-        outside = "its file can't hold that: give it its schedule as below"
+        outside = "its file can't store that, so set the strength after loading, as below"
     else:
-        outside = f"{method.title} stays on outside, untrained there: it takes no StrengthSchedule"
-    if schedule_of(args) is not None and getattr(adapter_config(args), "use_dora", False):
-        outside += " (but for DoRA's magnitudes, which hold at every λ)"
+        outside = f"{method.title} stays on outside, untrained: it takes no StrengthSchedule"
+    if getattr(adapter_config(args), "use_dora", False):
+        outside += " (except DoRA's magnitudes, which apply at every λ)"
     return {"noise levels": f"{window.low:g} {until}; {outside}"}
 
 
@@ -194,14 +193,16 @@ def adapter_config(
     if method.family == "nara":
         values |= {"noise_convention": noise_convention, "noise_level_per": noise_level_per}
         values["strength"] = strength
-    known = _fields_of(method)
-    values = {name: value for name, value in values.items() if name in known}
+    fields_of_method = _fields_of(method)
+    values = {name: value for name, value in values.items() if name in fields_of_method}
     try:
         return method.config(**values | dict(method.fixed) | options | fields)
     except (TypeError, ValueError) as error:
         remedy = ""
         if str(error).startswith("strength"):
-            remedy = " The window sets it: leave --min_noise_level and --max_noise_level out."
+            remedy = (
+                " The window sets the strength: leave out --min_noise_level and --max_noise_level."
+            )
         raise ValueError(f"{error}{remedy}") from error
 
 
@@ -209,7 +210,7 @@ def _fields_of(method: Method) -> list[str]:
     """Return the names of the fields that the method's configuration takes."""
     if method.config is None:
         return []
-    return [each.name for each in dataclasses.fields(method.config) if each.init]
+    return [entry.name for entry in dataclasses.fields(method.config) if entry.init]
 
 
 def _checked_options(args: AdapterArguments, method: Method) -> dict[str, Any]:
@@ -217,25 +218,25 @@ def _checked_options(args: AdapterArguments, method: Method) -> dict[str, Any]:
     options = dict(args.adapter_options)
     if method.family != "nara":
         options = {name: value for name, value in options.items() if name not in CORE_FIELDS}
-    known = _fields_of(method)
+    names = _fields_of(method)
     for name, value in options.items():
-        if name not in known:
+        if name not in names:
             raise ValueError(
-                f"adapter_options has {name!r}, which adapter {args.adapter} lacks: "
-                f"{hint(name, known)}"
+                f"adapter_options has {name!r}, but adapter {args.adapter} has no such field: {hint(name, names)}"
             )
         fixed = method.fixed.get(name, value)
         if fixed != value:
             raise ValueError(
-                f"adapter {args.adapter} means {name} {fixed!r}, adapter_options {value!r}."
+                f"adapter {args.adapter} sets {name} to {fixed!r}, but adapter_options sets it to {value!r}. Leave it "
+                "out."
             )
     start = options.get("init_lora_weights", True)
     if changes_base(start) or start in _DATA_DRIVEN:
-        why = "changes the base weights"
-        if start in _DATA_DRIVEN:
-            why = "needs a pass over data first"
+        reason = (
+            "needs a pass over data first" if start in _DATA_DRIVEN else "changes the base weights"
+        )
         raise ValueError(
-            f"init_lora_weights={start} {why}: leave it out, or give true, gaussian or orthogonal."
+            f"init_lora_weights={start} {reason}. Leave it out, or use true, gaussian or orthogonal."
         )
     if "core_hidden_dims" in options:
         options["core_hidden_dims"] = tuple(options["core_hidden_dims"])
@@ -280,19 +281,19 @@ def check_adapter(args: TrainingArguments) -> None:
     meant = method.fixed.get("core_type", args.core_type if method.family == "nara" else "none")
     if args.core_type not in ("hypernetwork", meant):
         raise ValueError(
-            f"core_type is {args.core_type!r}, but that of adapter {args.adapter} is {meant}."
+            f"core_type is {args.core_type!r}, but adapter {args.adapter} has {meant}."
         )
     if args.core_start_step and getattr(config, "core_init", None) == "kaiming":
         raise ValueError(
-            "core_start_step trains A and B with C = I first, but core_init 'kaiming' starts from another C: "
-            "use core_init 'zero_last', or core_start_step 0."
+            "core_start_step trains A and B with C = I first, but core_init 'kaiming' starts from another C. Use "
+            "core_init 'zero_last', or core_start_step 0."
         )
     family, start = method.family, args.init_adapter
     if start is not None and not Path(start).expanduser().exists():
-        raise ValueError(f"init_adapter is {start!r}: there is no such file or folder.")
+        raise ValueError(f"init_adapter is {start!r}, but there is no such file or folder.")
     if start is not None and family not in ("nara", "lora"):
         raise ValueError(
-            f"init_adapter starts from a LoRA or a NaRA, which adapter {args.adapter} is not: give nara."
+            f"init_adapter starts from a LoRA or a NaRA, and adapter {args.adapter} is neither. Use adapter nara."
         )
 
 
@@ -315,7 +316,7 @@ def _import_core_module(name: str) -> None:
         ) from error
     if not CUSTOM:
         raise ValueError(
-            f"core_module {name!r} registers no core: call nara_diffusion.register_core(NAME, …) in it."
+            f"core_module {name!r} registers no core. Call nara_diffusion.register_core(NAME, …) in it."
         )
 
 
@@ -343,15 +344,20 @@ def build_adapter(
     Raises:
         ValueError: see `adapter_config` and `check_target_modules`.
     """
-    options: dict[str, Any] = {"noise_convention": noise_convention, "strength": strength}
-    options["noise_level_per"] = noise_level_per
+    options: dict[str, Any] = {}
     if target_modules is not None:  # a pattern, in place of the names in `args`
         options["target_modules"] = target_modules
     if method_of(args).family == "prompt":
         # PEFT prepends the tokens in `generate`, a method that encoders don't have
         is_decoder = hasattr(model, "prepare_inputs_for_generation")
         options["task_type"] = "CAUSAL_LM" if is_decoder else "FEATURE_EXTRACTION"
-    config = adapter_config(args, **options)
+    config = adapter_config(
+        args,
+        noise_convention=noise_convention,
+        noise_level_per=noise_level_per,
+        strength=strength,
+        **options,
+    )
     return model.requires_grad_(True) if config is None else add_adapter(model, config)
 
 
@@ -381,6 +387,6 @@ def check_target_modules(model: nn.Module, targets: Any) -> None:
     if unmatched:
         raise ValueError(
             f"target_modules {', '.join(sorted(unmatched))} match no module of {type(model).__name__}: "
-            f"{hint(min(unmatched), sorted(linear))} Its linear layers are {', '.join(sorted(linear))}; "
-            f"{ALL_LINEAR} takes all but the output head."
+            f"{hint(min(unmatched), sorted(linear))} Its linear layers are {', '.join(sorted(linear))}. {ALL_LINEAR} "
+            "adapts all of them except the output head."
         )

@@ -30,14 +30,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import load
 
-from nara_diffusion.utils.files import (
-    atomic_write_files,
-    counted,
-    delete_folder,
-    digest_file,
-    partial_name,
-    put_in_place,
-)
+from nara_diffusion.utils.digests import digest_file
+from nara_diffusion.utils.files import atomic_write_files, delete_folder, partial_name, put_in_place
+from nara_diffusion.utils.wording import counted
 from nara_flags.options import defaults_of
 from nara_flags.parser import without_dicts
 from nara_flags.training import TrainingArguments
@@ -55,21 +50,25 @@ FORMAT = 2
 _FIELDS = {"step", "total_steps", "data_start", "unlogged", "batch", "processes", "engine"}
 _FIELDS |= {"arguments", "digests", "written", "files"}
 
-_LENGTH = "max_train_steps num_train_epochs logging_steps validation_steps"
-_LENGTH += " checkpointing_steps checkpoints_total_limit report_to hub_model_id"
-_MEASURED = "eval_batch_size generation_steps block_length extract test_file test_samples"
-_MEASURED += " temperature cfg_scale top_p remasking confidence_threshold factor entropy_bound"
-_MEASURED += " logits_eos_inf confidence_eos_eot_inf curve_points sample_batch_size"
-_MEASURED += (
-    " validation_prompts num_validation_images num_inference_steps guidance_scale identifier"
+_LENGTH = (
+    "max_train_steps num_train_epochs logging_steps validation_steps checkpointing_steps "
+    "checkpoints_total_limit report_to hub_model_id"
 )
-_MEASURED += " similarity_model alignment_model"
-_DATA = "dataset_name train_file validation_file validation_samples max_train_samples"
-_DATA += " dataset_config_name messages_field instruction_field input_field output_field"
-_DATA += " text_field answer_field max_prompt_length caption_column"
-_DATA += " instance_data_dir instance_prompt class_data_dir num_class_images validation_data_dir"
+_EVALUATION = (
+    "eval_batch_size generation_steps block_length extract test_file test_samples temperature "
+    "cfg_scale top_p remasking confidence_threshold factor entropy_bound logits_eos_inf "
+    "confidence_eos_eot_inf curve_points sample_batch_size validation_prompts "
+    "num_validation_images num_inference_steps guidance_scale identifier similarity_model "
+    "alignment_model"
+)
+_DATA = (
+    "dataset_name train_file validation_file validation_samples max_train_samples "
+    "dataset_config_name messages_field instruction_field input_field output_field text_field "
+    "answer_field max_prompt_length caption_column instance_data_dir instance_prompt "
+    "class_data_dir num_class_images validation_data_dir"
+)
 _PLACES = "pretrained_model_name_or_path pretrained_vae_model_name_or_path init_adapter core_module"
-MAY_CHANGE = frozenset(f"{_LENGTH} {_MEASURED} {_DATA} {_PLACES}".split())
+MAY_CHANGE = frozenset(f"{_LENGTH} {_EVALUATION} {_DATA} {_PLACES}".split())
 """Arguments that may change when a run resumes.
 
 The data and the base model are checked by their digests: changed data start again from the
@@ -100,11 +99,11 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is missing or corrupt ({error}).") from error
     if version != FORMAT:
         raise ValueError(
-            f"{checkpoint} was written by version 0.1, and this version can't continue it: finish the run with 0.1, "
-            "or start a new one from its adapter with --init_adapter."
+            f"{checkpoint} was written by version 0.1, and this version can't continue it. Finish the run with 0.1, "
+            "or start a new run from its adapter with --init_adapter."
         )
     if missing := sorted(_FIELDS - manifest.keys()):
-        raise ValueError(f"{path} is corrupt: it lacks {', '.join(missing)}.")
+        raise ValueError(f"{path} is corrupt: it has no {', '.join(missing)}.")
     return manifest
 
 
@@ -145,25 +144,23 @@ def save_checkpoint(
         save_state(accelerator, partial)
         accelerator.wait_for_everyone()
         if is_main:
-            manifest = {"format": FORMAT, **facts, "written": time.time()}
-            write_manifest(partial, {**manifest, "files": _digests_of_files(partial)})
+            files = {}
+            for path in sorted(path for path in partial.rglob("*") if path.is_file()):
+                name = path.relative_to(partial).as_posix()
+                files[name] = path.stat().st_size, digest_file(path)
+            manifest = {"format": FORMAT, **facts, "written": time.time(), "files": files}
+            write_manifest(partial, manifest)
             put_in_place(partial, target)
-            _delete_oldest(target.parent, limit, newest=target)
+            older = [path for path in find_checkpoints(target.parent) if path != target]
+            for path in [] if limit is None else older[: max(0, len(older) + 1 - limit)]:
+                logger.info("deleting %s (--checkpoints_total_limit %d)", path, limit)
+                delete_folder(path)
     except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(
-            f"{target} could not be written ({error}): is the disk full? {last_checkpoint(target.parent)}"
+            f"{target} could not be written ({error}). Is the disk full? {last_checkpoint(target.parent)}"
         ) from error
     accelerator.wait_for_everyone()
-
-
-def _digests_of_files(folder: Path) -> dict[str, tuple[int, str]]:
-    """Return {name: (size, digest)} of the files in a folder and its subfolders."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            found[path.relative_to(folder).as_posix()] = path.stat().st_size, digest_file(path)
-    return found
 
 
 def save_adapter(accelerator: Accelerator, model: Any, folder: Path, write: Writer) -> None:
@@ -179,17 +176,9 @@ def save_adapter(accelerator: Accelerator, model: Any, folder: Path, write: Writ
                 write(accelerator.unwrap_model(model), partial, state)
         except Exception as error:
             raise OSError(
-                f"the adapter could not be written to {folder} ({error}): is the disk full? {last_checkpoint(folder)}"
+                f"The adapter could not be written to {folder} ({error}). Is the disk full? {last_checkpoint(folder)}"
             ) from error
     accelerator.wait_for_everyone()
-
-
-def _delete_oldest(folder: Path, limit: int | None, newest: Path) -> None:
-    """Delete checkpoints beyond `limit`, the oldest first, but never `newest`."""
-    others = [path for path in find_checkpoints(folder) if path != newest]
-    for path in [] if limit is None else others[: max(0, len(others) + 1 - limit)]:
-        logger.info("deleting %s (--checkpoints_total_limit %d)", path, limit)
-        delete_folder(path)
 
 
 # ---------------------------------------------------------------- finding
@@ -217,9 +206,10 @@ def find_checkpoints(folder: Path) -> list[Path]:
 
 def last_checkpoint(folder: Path) -> str:
     """Return a sentence that names the checkpoint in `folder` to resume from."""
-    if not (found := find_checkpoints(folder)):
+    checkpoints = find_checkpoints(folder)
+    if not checkpoints:
         return "There is no checkpoint to continue from."
-    return f"To continue, run the same command with --resume_from_checkpoint {found[-1]}"
+    return f"To continue, run the same command with --resume_from_checkpoint {checkpoints[-1]}"
 
 
 def latest_whole(folder: Path) -> Path | None:
@@ -238,12 +228,12 @@ def latest_whole(folder: Path) -> Path | None:
             damaged.append(str(error))
             continue
         if damaged:
-            logger.warning("%s Resuming from the one before.", " ".join(damaged))
+            logger.warning("%s Resuming from the previous checkpoint.", " ".join(damaged))
         return path
     if damaged:
         raise ValueError(
-            f"--resume_from_checkpoint latest: no checkpoint in {folder} is whole. {' '.join(damaged)} Restore the "
-            "files, or start a new run in a fresh --output_dir."
+            f"--resume_from_checkpoint latest: all checkpoints in {folder} are damaged. {' '.join(damaged)} Restore "
+            "the files, or start a new run in another --output_dir."
         )
     return None
 
@@ -258,7 +248,7 @@ def check_files(checkpoint: Path) -> None:
         if not file.is_file():
             raise ValueError(f"{checkpoint} is incomplete: {name} is missing.")
         if file.stat().st_size != size or digest_file(file) != digest:
-            raise ValueError(f"{file} is corrupt: its content isn't what was saved.")
+            raise ValueError(f"{file} is corrupt: its content has changed since it was saved.")
 
 
 def check_same_run(checkpoint: Path, args: TrainingArguments, accelerator: Accelerator) -> None:
@@ -270,22 +260,22 @@ def check_same_run(checkpoint: Path, args: TrainingArguments, accelerator: Accel
     engine, processes = engine_name(accelerator), accelerator.num_processes
     if manifest["engine"] != engine:
         raise ValueError(
-            f"{checkpoint} was written under {manifest['engine']} and this run is under {engine}, which store the "
-            "optimizer differently: launch it as before."
+            f"{checkpoint} was written under {manifest['engine']} and this run is under {engine}. They store the "
+            "optimizer differently. Launch the run with the first."
         )
     if manifest["processes"] != processes:
-        why, batch = "since each process has its own random states", global_batch(accelerator, args)
+        reason, batch = "Each process has its own random states", global_batch(accelerator, args)
         if manifest["batch"] != batch:
-            why = f"which makes a global batch of {batch} instead of {manifest['batch']}"
+            reason = f"The global batch would be {batch} instead of {manifest['batch']}"
         raise ValueError(
-            f"{checkpoint} was written by {counted(manifest['processes'], 'process')} and this run has {processes}, "
-            f"{why}: launch as many processes, or start a new run from its adapter with --init_adapter."
+            f"{checkpoint} was written by {counted(manifest['processes'], 'process')}, but this run has {processes}. "
+            f"{reason}. Launch as many processes, or start a new run from its adapter with --init_adapter."
         )
     changed = changed_arguments(args, manifest["arguments"])
     refused = {name: values for name, values in changed.items() if name not in MAY_CHANGE}
     if refused:
         raise ValueError(
-            f"{checkpoint} belongs to a run of another configuration ({describe_changes(refused)}). Give the same "
+            f"{checkpoint} belongs to a run with other arguments ({describe_changes(refused)}). Give the same "
             f"arguments (--config {checkpoint.parent / 'config.yaml'} has them), or start a new run from its adapter "
             "with --init_adapter."
         )
@@ -307,11 +297,11 @@ def check_random_states(checkpoint: Path, process: int) -> None:
             )
     except Exception as error:  # unpickling may raise anything
         raise ValueError(
-            f"{file} can't be read ({error}): resume from another checkpoint."
+            f"{file} can't be read ({error}). Resume from another checkpoint."
         ) from error
     if not all(torch.equal(then.cpu(), now.cpu()) for then, now in pairs):
         raise ValueError(
-            f"{file} can't restore the random states (were they saved on other devices?): dropout would differ."
+            f"{file} doesn't restore the random states, so dropout would differ. Were they saved on other devices?"
         )
 
 
@@ -319,9 +309,10 @@ def warn_of_pickles(checkpoint: Path, engine: str) -> None:
     """Log a warning if resuming under `engine` (see `engine_name`) unpickles files."""
     if engine not in ("one process or DDP", "FSDP2 with FULL_STATE_DICT"):  # read with weights_only
         logger.warning(
-            "%s: %s stores its state in pickles, and resuming runs the code in them: resume only from checkpoints "
-            "that you or people you trust have written",
-            *(checkpoint, engine),
+            "%s: %s stores its state in pickles, and resuming runs the code in them. Resume only from checkpoints "
+            "that you or people you trust have written.",
+            checkpoint,
+            engine,
         )
 
 

@@ -98,17 +98,16 @@ def save_state(accelerator: Accelerator, folder: Path) -> None:
         model.save_checkpoint(
             str(folder), DEEPSPEED_FOLDER, save_latest=False, exclude_frozen_parameters=True
         )
-    own, rank = [] if engine in SHARDED else [optimizer], accelerator.process_index
-    state = (
+    save_accelerator_state(
+        str(folder),
         [],
-        own,
+        [] if engine in SHARDED else [optimizer],
         accelerator._schedulers,
         accelerator._dataloaders,
-        rank,
+        accelerator.process_index,
         accelerator.step,
         accelerator.scaler,
     )
-    save_accelerator_state(str(folder), *state)
 
 
 def load_state(accelerator: Accelerator, folder: Path) -> None:
@@ -129,9 +128,16 @@ def load_state(accelerator: Accelerator, folder: Path) -> None:
     elif engine == DistributedType.DEEPSPEED:
         # this also loads the float32 weights; the frozen weights are not in the file
         model.load_checkpoint(str(folder), DEEPSPEED_FOLDER, load_module_strict=False)
-    own, rank = [] if engine in SHARDED else [optimizer], accelerator.process_index
-    state = ([], own, accelerator._schedulers, accelerator._dataloaders, rank, accelerator.scaler)
-    accelerator.step = load_accelerator_state(str(folder), *state).get("step", accelerator.step)
+    loaded = load_accelerator_state(
+        str(folder),
+        [],
+        [] if engine in SHARDED else [optimizer],
+        accelerator._schedulers,
+        accelerator._dataloaders,
+        accelerator.process_index,
+        accelerator.scaler,
+    )
+    accelerator.step = loaded.get("step", accelerator.step)
     for wrapped in accelerator._schedulers:
         schedule = wrapped.scheduler
         rates = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)

@@ -1,8 +1,7 @@
-"""Training under accelerate's engines (one process, DDP, FSDP2, DeepSpeed), and the optimizer.
+"""Training under accelerate's engines: one process, DDP, FSDP2, DeepSpeed.
 
 Accumulation and clipping come from the arguments, not from the launcher's configuration. Some
 engines would load only a part of a model, or round it; functions here load it whole and in float32.
-The optimizer has separate learning rates for A and B, for the core, and for text encoders.
 """
 
 from __future__ import annotations
@@ -25,30 +24,20 @@ from accelerate.utils import (
     parse_flag_from_env,
 )
 from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
-from transformers import PreTrainedModel, get_scheduler
+from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from nara_diffusion.cores.registry import HOLDER_NAME
 from nara_diffusion.noise.context import find_holders
-from nara_diffusion.utils.files import counted
-from nara_flags.training import OptimizationArguments, TrainingArguments
+from nara_diffusion.utils.wording import counted
+from nara_flags.training import TrainingArguments
 
 from .adapters import method_of
-from .arguments import optimizer_class
 
 SHARDED = {
     DistributedType.FSDP: ("ACCELERATE_USE_FSDP", "FSDP"),
     DistributedType.DEEPSPEED: ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
 }
 """{engine that needs all processes in each forward: (environment variable to select it, name)}."""
-
-TEXT_ENCODER_MARK = "text_encoder"  # the prefix of a parameter's name
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    # the schedule sets the learning rate, so Adafactor's own relative rates are off
-    "adafactor": {"relative_step": False, "scale_parameter": False},
-    "prodigy": {"use_bias_correction": True, "safeguard_warmup": True},
-}
 
 
 # ---------------------------------------------------------------- starting
@@ -62,17 +51,17 @@ def start_accelerator(args: TrainingArguments) -> Accelerator:
             or accelerate doesn't start the requested engine. See also `accumulation_steps` and
             `check_sharded`.
     """
-    asked = {
+    engines = {
         kind: name for kind, (variable, name) in SHARDED.items() if parse_flag_from_env(variable)
     }
-    for name in asked.values():
+    for name in engines.values():
         if name == "FSDP" and os.environ.get("FSDP_VERSION", "1") != "2":
             raise ValueError(
-                "accelerate is set to FSDP1, which PyTorch is dropping: launch with --fsdp_version 2."
+                "accelerate is set to FSDP1, which PyTorch is dropping. Launch with --fsdp_version 2."
             )
         if not torch.accelerator.is_available() and "ACCELERATE_TORCH_DEVICE" not in os.environ:
             raise ValueError(
-                f"{name} was asked for, but accelerate runs it only on GPUs, and there is none here."
+                f"The launcher asks for {name}, which needs a GPU, and there is none here. Launch with --multi_gpu."
             )
     launched = int(os.environ.get("WORLD_SIZE", 1))
     steps = accumulation_steps(args, launched)
@@ -87,20 +76,20 @@ def start_accelerator(args: TrainingArguments) -> Accelerator:
     )
     if launched != accelerator.num_processes:
         raise ValueError(
-            f"{launched} processes were launched, but accelerate found no GPU and runs each by itself. On CPU, launch "
-            "with ACCELERATE_USE_CPU=true accelerate launch --multi_gpu."
+            f"{launched} processes were launched, but accelerate found no GPU and would run each of them alone. On "
+            "CPU, launch with ACCELERATE_USE_CPU=true accelerate launch --multi_gpu."
         )
-    for kind, name in asked.items():
+    for kind, name in engines.items():
         if accelerator.distributed_type != kind:
             raise ValueError(
-                f"{name} was asked for, and accelerate runs without it: launch several processes."
+                f"The launcher asks for {name}, but accelerate started without it. Launch several processes."
             )
     if accelerator.distributed_type in SHARDED:
         check_sharded(accelerator, args)
     is_fp16 = accelerator.mixed_precision == "fp16"
     if is_fp16 and accelerator.device.type == "cpu":  # accelerate would leave out scaling
         raise ValueError(
-            "mixed_precision is fp16, which needs a GPU, and accelerate finds none: give bf16 or no."
+            "mixed_precision fp16 needs a GPU, and accelerate finds none. Use bf16 or no."
         )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         config: dict[str, Any] = deepspeed_plugin(accelerator).deepspeed_config
@@ -123,14 +112,13 @@ def accumulation_steps(args: TrainingArguments, processes: int) -> int:
     if args.global_batch_size is None:
         return args.gradient_accumulation_steps
     together = args.train_batch_size * processes
-    steps, rest = divmod(args.global_batch_size, together)
-    if rest:
+    if args.global_batch_size % together:
         raise ValueError(
-            f"global_batch_size {args.global_batch_size} isn't a multiple of the {together} samples of one forward "
-            f"(train_batch_size {args.train_batch_size}, {counted(processes, 'process')}): launch another number "
-            "(--num_processes), or change one of the two."
+            f"global_batch_size ({args.global_batch_size}) must be a multiple of the {together} samples of one forward "
+            f"(train_batch_size {args.train_batch_size} on {counted(processes, 'process')}). Change one of the two, or "
+            "launch another number of processes (--num_processes)."
         )
-    return steps
+    return args.global_batch_size // together
 
 
 def global_batch(accelerator: Accelerator, args: TrainingArguments) -> int:
@@ -142,30 +130,32 @@ def global_batch(accelerator: Accelerator, args: TrainingArguments) -> int:
 def check_sharded(accelerator: Accelerator, args: TrainingArguments) -> None:
     """Raise ValueError for arguments that train or save differently under engines in `SHARDED`."""
     stage, name = zero_stage(accelerator), SHARDED[accelerator.distributed_type][1]
-    wrong = ""
+    reason = ""
     if method_of(args).family == "prompt" and stage in (0, 3):
-        wrong = f"adapter {args.adapter} is saved by running its own small network, and {name} shards its weights"
+        reason = f"adapter {args.adapter} is saved by running its own small network, and {name} shards its weights"
     elif args.optimizer == "adafactor":
-        wrong = f"optimizer adafactor takes means over rows of whole matrices, which {name} shards"
+        reason = f"optimizer adafactor needs the rows of whole matrices, which {name} shards"
     elif args.is_quantised:
-        wrong = f"load_in_4bit and load_in_8bit aren't trained under {name}, which shards or casts weights"
+        reason = f"load_in_4bit and load_in_8bit can't be trained under {name}, which shards or casts weights"
     elif stage and accelerator.mixed_precision == "fp16":
-        wrong = "mixed_precision is fp16, and DeepSpeed would round the trained weights and the core to it"
+        reason = "mixed_precision is fp16, and DeepSpeed would round the trained weights and the core to it"
     elif stage and args.core_start_step:
-        wrong = f"core_start_step is {args.core_start_step}, but DeepSpeed steps as soon as it has the gradients"
-    if wrong:
-        raise ValueError(f"{wrong}: give another, or launch with --multi_gpu.")
+        reason = f"core_start_step is {args.core_start_step}, but DeepSpeed steps as soon as it has the gradients"
+    if reason:
+        raise ValueError(f"{reason}. Choose another value, or launch with --multi_gpu.")
 
 
-def check_whole(accelerator: Accelerator, why: str) -> None:
+def check_whole(accelerator: Accelerator, reason: str) -> None:
     """Raise ValueError if the engine shards weights; call this for models that can't be sharded.
 
     Args:
-        why: the start of the message.
+        reason: the start of the message.
     """
     if accelerator.distributed_type == DistributedType.FSDP or zero_stage(accelerator) == 3:
         name = SHARDED[accelerator.distributed_type][1]
-        raise ValueError(f"{why}, and {name} would shard them: launch with --multi_gpu, or ZeRO-2.")
+        raise ValueError(
+            f"{reason}, and {name} would shard them. Launch with --multi_gpu, or with ZeRO-2."
+        )
 
 
 def engine_name(accelerator: Accelerator) -> str:
@@ -249,12 +239,12 @@ def prepare(accelerator: Accelerator, model: nn.Module, *others: Any) -> list[An
 def _without_bf16(accelerator: Accelerator) -> Iterator[None]:
     """Remove bf16 from DeepSpeed's configuration inside the context, since it casts all weights."""
     config = deepspeed_plugin(accelerator).deepspeed_config
-    own = config["bf16"]
+    launched = config["bf16"]
     config["bf16"] = {"enabled": False}
     try:
         yield
     finally:
-        config["bf16"] = own  # `accelerator.mixed_precision` reads it
+        config["bf16"] = launched  # `accelerator.mixed_precision` reads it
 
 
 @contextmanager
@@ -282,121 +272,16 @@ def load_whole(accelerator: Accelerator, load: Callable[[], Any]) -> Any:
     give an empty model to all processes but the main one.
     """
     variable = "FSDP_CPU_RAM_EFFICIENT_LOADING"
-    before = os.environ.pop(variable, None)
+    launched = os.environ.pop(variable, None)
     if zero_stage(accelerator) == 3:
         unset_hf_deepspeed_config()
     try:
         return load()
     finally:
-        if before is not None:
-            os.environ[variable] = before
+        if launched is not None:
+            os.environ[variable] = launched
         if zero_stage(accelerator) == 3:
             deepspeed_plugin(accelerator).set_deepspeed_weakref()
-
-
-# ---------------------------------------------------------------- the optimizer and its schedule
-
-
-def build_optimizer(
-    model: nn.Module, args: TrainingArguments, *, fused: bool = False
-) -> torch.optim.Optimizer:
-    """Return the optimizer over all trainable parameters.
-
-    The groups are "adapter" (learning_rate), "core" (core_learning_rate) and "text_encoder"
-    (text_encoder_lr, if the script has this argument). Empty groups are omitted.
-
-    Args:
-        fused: True if AdamW should update all parameters in one call; see `may_fuse`.
-
-    Raises:
-        ValueError: `model` has no trainable parameter, or `core_start_step` is set but there is no
-            core.
-    """
-    groups = _parameter_groups(model, args)
-    options = {
-        "weight_decay": args.weight_decay,
-        **_DEFAULTS.get(args.optimizer, {}),
-        **args.optimizer_options,
-    }
-    options = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in options.items()
-    }
-    if args.optimizer == "AdamW" and fused:
-        options.setdefault("fused", True)
-    if args.optimizer == "prodigy":
-        options["lr"] = args.learning_rate  # Prodigy allows only one rate for all groups
-    return optimizer_class(args.optimizer)(groups, **options)
-
-
-def may_fuse(accelerator: Accelerator) -> bool:
-    """Return True if PyTorch's fused AdamW works under this engine.
-
-    The fused AdamW needs a third of the time for the many tensors of an adapter. It doesn't work
-    with fp16: if gradients overflow, it skips the step internally. accelerate wouldn't notice, and
-    would step the schedule. DeepSpeed has its own optimizer.
-    """
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        return False
-    return accelerator.device.type in ("cpu", "cuda") and accelerator.scaler is None
-
-
-def _parameter_groups(model: nn.Module, args: TrainingArguments) -> list[dict[str, Any]]:
-    rates = {
-        "adapter": args.learning_rate,
-        "core": args.core_learning_rate or args.learning_rate,
-        "text_encoder": getattr(args, "text_encoder_lr", None) or args.learning_rate,
-    }
-    members: dict[str, list[nn.Parameter]] = {group: [] for group in rates}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            group = "core" if is_core_parameter(name) else "adapter"
-            group = "text_encoder" if name.startswith(TEXT_ENCODER_MARK) else group
-            members[group].append(parameter)
-    if not any(members.values()):
-        raise ValueError(
-            "nothing in the model is trainable: add an adapter before the optimizer is built."
-        )
-    if not members["core"] and args.core_start_step:
-        raise ValueError(
-            f"core_start_step is {args.core_start_step}, but adapter {args.adapter} with core_type {args.core_type} "
-            "has no core to train: leave it at 0."
-        )
-    return [
-        {"name": group, "params": members[group], "lr": rate}
-        for group, rate in rates.items()
-        if members[group]
-    ]
-
-
-def build_lr_scheduler(
-    optimizer: torch.optim.Optimizer, args: OptimizationArguments, total_steps: int
-) -> LRScheduler:
-    """Return the learning-rate schedule over `total_steps`.
-
-    Call its method `step` once per optimizer step, for any number of processes. A value of
-    `lr_warmup_steps` below 1 is a share of all steps.
-    """
-    warmup = args.lr_warmup_steps
-    steps = round(warmup * total_steps) if warmup < 1 else int(warmup)
-    return get_scheduler(
-        args.lr_scheduler, optimizer, num_warmup_steps=steps, num_training_steps=total_steps
-    )
-
-
-def is_core_parameter(name: str) -> bool:
-    """Return True if the parameter `name` of a model belongs to a core."""
-    return f"{HOLDER_NAME}." in name
-
-
-def freeze_core(optimizer: Any) -> None:
-    """Delete the gradients of the core, so that a step doesn't change its weights and moments."""
-    for group in optimizer.param_groups:
-        if group.get("name") == "core":
-            for parameter in group["params"]:
-                parameter.grad = None
-
-
-# ---------------------------------------------------------------- memory
 
 
 def recompute_activations(model: PreTrainedModel) -> None:

@@ -77,24 +77,23 @@ def to_fake(model: nn.Module, mode: FakeTensorMode, device: str = "cpu") -> None
         model: a model on any device. On the meta device it takes no memory.
         device: the device that the fake tensors report.
     """
-    made: dict[int, Tensor] = {}
+    fakes: dict[int, Tensor] = {}
 
     def fake(tensor: Tensor) -> Tensor:
-        if id(tensor) not in made:
+        if id(tensor) not in fakes:
             shape: Any = (tensor.size(), tensor.stride())
             new = torch.empty_strided(*shape, dtype=tensor.dtype, device=device)
             if isinstance(tensor, nn.Parameter):
                 new = nn.Parameter(new, requires_grad=tensor.requires_grad)
-            made[id(tensor)] = new
-        return made[id(tensor)]
+            fakes[id(tensor)] = new
+        return fakes[id(tensor)]
 
     with mode:
         for module in model.modules():
-            for kind in ("_parameters", "_buffers"):
-                own = vars(module)[kind]
-                for name, tensor in own.items():
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
                     if tensor is not None:
-                        own[name] = fake(tensor)
+                        tensors[name] = fake(tensor)  # type: ignore[assignment]
 
 
 def tensors_of(*models: nn.Module) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""The training loop of both scripts, the order of its data, and its end by Ctrl-C or SIGTERM.
+"""The training loop of both scripts, and the order of its data.
 
 The loss of an optimizer step is the mean over its global batch: each forward's loss is the mean
 over its samples, accelerate divides by the accumulated forwards, and DDP averages over processes.
@@ -9,24 +9,18 @@ takes the G positions k·G … (k+1)·G − 1, where G is the global batch, for 
 accumulated forwards. The last batch of an epoch is filled up from the next epoch, so that all
 forwards have the same number of samples. A run that resumes starts at its step k. If its data have
 changed, k counts from the first step with the new data.
-
-Ctrl-C and SIGTERM end training after the current step, in all processes at once.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-import signal
-import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from types import FrameType
+from operator import itemgetter
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
-import torch.distributed as dist
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.scheduler import AcceleratedScheduler
 from torch import Tensor
@@ -35,22 +29,21 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from .checkpoints import last_checkpoint
-from .command import TrainingDiverged
-from .engines import build_lr_scheduler, build_optimizer, freeze_core, may_fuse, prepare
+from .command import InterruptRequest, TrainingDiverged
+from .engines import prepare
+from .optimization import build_lr_scheduler, build_optimizer, freeze_core, may_fuse
 from .run import Run
 
 logger = logging.getLogger(__name__)
 
 
 class StepLoss(Protocol):
-    """The result of a loss function: the scalar to differentiate, losses (b,) and λ (b,)."""
+    """The result of a loss function: the scalar to differentiate, and losses (b,)."""
 
     @property
     def loss(self) -> Tensor: ...
     @property
     def per_sample(self) -> Tensor: ...
-    @property
-    def noise_level(self) -> Tensor: ...
 
 
 class Prepared(NamedTuple):
@@ -123,18 +116,29 @@ def train(
                 continue
             run.step += 1
             bar.update()
-            is_logged = run.step % args.logging_steps == 0 or run.step == run.total_steps
-            dues = (run.validation_steps, args.checkpointing_steps)
-            if is_logged or any(_due(run.step, every) for every in dues):
+            is_last = run.step == run.total_steps
+            is_logged = is_last or _is_due(run.step, args.logging_steps)
+            is_validated = _is_due(run.step, run.validation_steps)
+            is_saved = _is_due(run.step, args.checkpointing_steps)
+            is_saved |= is_last and args.checkpointing_steps is not None
+            if is_logged or is_validated or is_saved:
                 _collect(run, pending)
             if is_logged:
-                _report(run, bar, optimizer)
-            if _due(run.step, run.validation_steps):
+                _log_losses(run, bar, optimizer)
+            if is_validated:
                 run.log(validate())
-            is_saved = _save_if_due(run)
+            if is_saved:
+                run.save_checkpoint()
             if number := interrupt.of_any_process():
                 _collect(run, pending)
-                _stop(run, number, is_saved)
+                if not is_saved:
+                    run.save_checkpoint()
+                if run.is_main:
+                    logger.warning(
+                        "stopped after step %d. %s", run.step, last_checkpoint(run.folder)
+                    )
+                run.close()
+                raise SystemExit(128 + number)
 
 
 @dataclass
@@ -150,22 +154,28 @@ def _collect(run: Run, pending: _Pending) -> None:
     if not pending.losses:
         return
     steps = [step for step, _ in pending.losses]
-    own = torch.stack([losses for _, losses in pending.losses])  # (n, b)
-    gathered = cast(Tensor, run.accelerator.gather(own))  # (processes · n, b)
-    values = gathered.unflatten(0, (-1, len(own))).transpose(0, 1).flatten(1).tolist()
-    bad = []
+    local = torch.stack([losses for _, losses in pending.losses])  # (n, b)
+    gathered = cast(Tensor, run.accelerator.gather(local))  # (processes · n, b)
+    values = gathered.unflatten(0, (-1, len(local))).transpose(0, 1).flatten(1).tolist()
+    failures = []
     total, number = run.unlogged
     for step, losses in zip(steps, values, strict=True):
-        bad += [(step, f"the loss became {loss}") for loss in losses if not math.isfinite(loss)]
+        failures += [
+            (step, f"the loss became {loss}") for loss in losses if not math.isfinite(loss)
+        ]
         total, number = total + sum(losses), number + len(losses)
     if pending.norms:
         norms = torch.stack([norm for _, norm in pending.norms]).tolist()
         for (step, _), norm in zip(pending.norms, norms, strict=True):
             if not math.isfinite(norm):
-                bad.append((step, f"the gradient's norm became {norm}"))
-    if bad:
-        step, what = min(bad, key=lambda each: each[0])
-        raise _diverged(run, step, what)
+                failures.append((step, f"the gradient's norm became {norm}"))
+    if failures:
+        step, failure = min(failures, key=itemgetter(0))
+        raise TrainingDiverged(
+            f"In step {step} {failure}. Training stops, and nothing is overwritten. Lower --learning_rate or "
+            "--core_learning_rate, raise --lr_warmup_steps, or use bf16 instead of fp16. "
+            f"{last_checkpoint(run.folder)}"
+        )
     run.unlogged = [total, number]
     pending.losses.clear()
     pending.norms.clear()
@@ -189,45 +199,20 @@ def _prepare_gradients(
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def _report(run: Run, bar: tqdm, optimizer: AcceleratedOptimizer) -> None:
-    (total, number), run.unlogged = run.unlogged, [0.0, 0]
-    values = {"loss": total / number}
+def _log_losses(run: Run, bar: tqdm, optimizer: AcceleratedOptimizer) -> None:
+    """Log the mean of the losses since the last log, and the learning rates."""
+    total, number = run.unlogged
+    run.unlogged = [0.0, 0]
     rates = {group.get("name", "adapter"): group["lr"] for group in optimizer.param_groups}
-    values["learning_rate"] = rates["adapter"]
+    values = {"loss": total / number, "learning_rate": rates["adapter"]}
     if "core" in rates:
         values["core_learning_rate"] = rates["core"]
     run.log(values)
     bar.set_postfix(loss=f"{values['loss']:.3g}", lr=f"{values['learning_rate']:.3g}")
 
 
-def _diverged(run: Run, step: int, what: str) -> TrainingDiverged:
-    return TrainingDiverged(
-        f"{what} in step {step}; training stops and nothing is overwritten. Lower --learning_rate or "
-        "--core_learning_rate, lengthen --lr_warmup_steps, or take bf16 in place of fp16. "
-        f"{last_checkpoint(run.folder)}"
-    )
-
-
-def _save_if_due(run: Run) -> bool:
-    """Write a checkpoint if one is due at this step. Return True if it was written."""
-    every = run.args.checkpointing_steps
-    is_due = _due(run.step, every) or (every is not None and run.step == run.total_steps)
-    if is_due:
-        run.save_checkpoint()
-    return is_due
-
-
-def _stop(run: Run, number: int, is_saved: bool) -> None:
-    if not is_saved:
-        run.save_checkpoint()
-    if run.is_main:
-        logger.warning("stopped after step %d. %s", run.step, last_checkpoint(run.folder))
-    run.close()
-    raise SystemExit(128 + number)
-
-
-def _due(step: int, every: int | None) -> bool:
-    return every is not None and step % every == 0
+def _is_due(step: int, interval: int | None) -> bool:
+    return interval is not None and step % interval == 0
 
 
 # ---------------------------------------------------------------- the order of the data
@@ -238,7 +223,7 @@ class ShuffledStream(Dataset):
 
     def __init__(self, samples: Sequence[dict[str, Any]] | Any, seed: int):
         if len(samples) == 0:
-            raise ValueError("there are no training samples: the data is empty.")
+            raise ValueError("The training data are empty.")
         self.samples = samples
         self.seed = seed
         self._epoch = -1
@@ -267,51 +252,3 @@ def stream_loader(
     return DataLoader(
         stream, batch_size=batch_size, sampler=positions, collate_fn=collate, generator=generator
     )
-
-
-# ---------------------------------------------------------------- Ctrl-C and SIGTERM
-
-
-_ECHO = 2.0  # seconds; a second SIGINT within this time is the launcher's copy of the first
-
-
-class InterruptRequest:
-    """Record Ctrl-C and SIGTERM inside the context: `with InterruptRequest() as request: …`.
-
-    `request.signal` is the signal received, SIGINT (Ctrl-C) or SIGTERM, or else 0. A second Ctrl-C
-    stops the program at once. Python allows signal handlers only in the main thread; in another
-    thread `signal` is always 0.
-
-    Args:
-        processes: the number of processes of the run. All of them enter the context together.
-    """
-
-    def __init__(self, processes: int = 1) -> None:
-        self.signal, self._came = 0, 0.0
-        # gloo uses tensors on the CPU, so `of_any_process` doesn't wait for a device
-        self._group = dist.new_group(backend="gloo") if processes > 1 else None
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> InterruptRequest:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def of_any_process(self) -> int:
-        """Return the signal that any process received, or 0. All processes get the same answer."""
-        if self._group is None:
-            return self.signal
-        numbers = torch.tensor([self.signal])
-        dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self._group)
-        return int(numbers)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.signal and time.monotonic() > self._came + _ECHO:
-            raise KeyboardInterrupt
-        if not self.signal:
-            self.signal, self._came = number, time.monotonic()

@@ -62,7 +62,7 @@ def plot_noise_level_curves(
     left.yaxis.set_major_formatter("{x:g}")
     left.yaxis.set_minor_formatter(LogFormatter())
     right.axhline(0, color="tab:gray", linewidth=1)
-    gains = [before - after for before, after in zip(base, adapted, strict=True)]
+    gains = [loss - adapted_loss for loss, adapted_loss in zip(base, adapted, strict=True)]
     right.plot(noise_levels, gains, marker="o", color="tab:green")
     right.set(xlabel="noise level λ (1 = pure noise)", ylabel=f"gain ({unit})", xlim=(0, 1.02))
     right.set_title("base model − adapted model", fontsize="medium")

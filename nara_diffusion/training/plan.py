@@ -36,18 +36,15 @@ def show_plan(args: Args, describe: Callable[[Args], PlannedStep]) -> dict[str, 
     """
     step = describe(args)
     needs = measure(step, args)
-    lines = [_title(args, step), *_table(args, needs)]
+    precision = str(dtype_of(args)).removeprefix("torch.")
+    model = args.pretrained_model_name_or_path
+    title = f"{model}: {title_of(args)}, {precision}, {step.forward} a forward (nothing is loaded)"
+    lines = [title, *_table(args, needs)]
     if args.plan is not None and args.plan < math.inf:
         lines += _fitting(args, describe, needs)
     if os.environ.get("RANK", "0") == "0":
         sys.stdout.write("\n".join(lines) + "\n")
     return asdict(needs)
-
-
-def _title(args: TrainingArguments, step: PlannedStep) -> str:
-    precision = str(dtype_of(args)).removeprefix("torch.")
-    model = args.pretrained_model_name_or_path
-    return f"{model}: {title_of(args)}, {precision}, {step.forward} a forward (nothing is loaded)"
 
 
 def _table(args: TrainingArguments, needs: Needs) -> Iterator[str]:
@@ -57,7 +54,7 @@ def _table(args: TrainingArguments, needs: Needs) -> Iterator[str]:
         "adapter": f"{needs.trainable:,} trainable parameters",
         "gradients": "after the backward",
         "optimizer": args.optimizer,
-        "activations": "highest in a step, with the gradients made until then",
+        "activations": "the most in a step, with the gradients that exist by then",
         "peak": "of all tensors of a training step; the driver and gaps take 1 to 2 GB more",
     }
     for name, note in notes.items():
@@ -66,8 +63,8 @@ def _table(args: TrainingArguments, needs: Needs) -> Iterator[str]:
         sizes = [f"{needs.sharded(engine, n) / GB:.1f} of {n}" for n in _PROCESSES]
         yield f"  {engine:<12}{', '.join(sizes)} processes, GB a process"
     forwards = accumulation_steps(args, int(os.environ.get("WORLD_SIZE", 1)))
-    each = needs.flops / 1e12
-    yield f"  FLOPs       {forwards * each:8.4g} TFLOP an optimizer step: {forwards} x {each:.4g}"
+    tera = needs.flops / 1e12
+    yield f"  FLOPs       {forwards * tera:8.4g} TFLOP an optimizer step: {forwards} x {tera:.4g}"
 
 
 # ---------------------------------------------------------------- flags that fit

@@ -80,8 +80,8 @@ class Needs:
 
     def sharded(self, engine: str, processes: int) -> int:
         """Return the peak of each process if `engine` shards weights and optimizer over all."""
-        whole = self.peak - self.activations
-        return -(-whole // processes) + self.activations + self.gathered[engine]
+        shared = self.peak - self.activations
+        return -(-shared // processes) + self.activations + self.gathered[engine]
 
 
 def measure(step: PlannedStep, args: TrainingArguments) -> Needs:
@@ -98,8 +98,12 @@ def measure(step: PlannedStep, args: TrainingArguments) -> Needs:
     gathered = _gathered(step)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     to_fake(everything, mode)
-    _autocast(step.model, dtype_of(args))
-    _norms_as_on_cuda(step.model)
+    if dtype_of(args) != torch.float32:  # as accelerate does for mixed precision
+        forward = torch.autocast("cpu", dtype_of(args))(step.model.forward)
+        step.model.forward = convert_outputs_to_fp32(forward)
+    for module in step.model.modules():
+        if type(module) in (nn.LayerNorm, nn.GroupNorm):
+            module.forward = partial(_norm, module, module.forward)
     step.model.train()
     counter = StepCounter(tensors_of(everything))
     with mode, counter:
@@ -150,21 +154,8 @@ def optimizer_bytes(trained: Iterable[Tensor], optimizer: str) -> int:
     return round(total)
 
 
-def _autocast(model: nn.Module, dtype: torch.dtype) -> None:
-    """Wrap the forward of `model` as accelerate does for mixed precision."""
-    if dtype != torch.float32:
-        forward = torch.autocast("cpu", dtype)(model.forward)
-        model.forward = convert_outputs_to_fp32(forward)
-
-
-def _norms_as_on_cuda(model: nn.Module) -> None:
-    """Make the norms of `model` return float32 under autocast, as on CUDA but not on the CPU."""
-    for module in model.modules():
-        if type(module) in (nn.LayerNorm, nn.GroupNorm):
-            module.forward = partial(_norm, module, module.forward)
-
-
 def _norm(module: Any, otherwise: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Return the output of a norm, in float32 under autocast as on CUDA, unlike on the CPU."""
     if not torch.is_autocast_enabled("cpu"):
         return otherwise(x)
     weight = None if module.weight is None else module.weight.float()
@@ -225,8 +216,8 @@ def _gathered(step: PlannedStep) -> dict[str, int]:
         return {}
     sizes = [nbytes(block.parameters()) for block in step.blocks]
     weights = list(step.model.parameters())
-    whole = nbytes(weights)
+    total = nbytes(weights)
     numbers = sum(weight.numel() for weight in weights)
-    live = round(whole * min(1.0, 1.05e9 / numbers))
-    fsdp = whole - sum(sizes) + 2 * max(sizes)
+    live = round(total * min(1.0, 1.05e9 / numbers))
+    fsdp = total - sum(sizes) + 2 * max(sizes)
     return {"FSDP2": fsdp, "ZeRO-3": live + 4 * 5 * 10**8}

@@ -16,7 +16,8 @@ from huggingface_hub import HfApi
 
 from nara_flags.training import TrainingArguments
 
-from .run import CONFIG, LOCK, Run, as_yaml
+from .run import Run
+from .run_folder import CONFIG, LOCK, as_yaml
 
 _PLACES = re.compile(
     r"\w+_(file|dir|path|model)|dataset_name|init_adapter|core_module|resume_from_checkpoint"
@@ -40,16 +41,10 @@ def without_folders(text: str, args: TrainingArguments) -> str:
 
 def public_values(values: Mapping[str, Any], args: TrainingArguments) -> dict[str, Any]:
     """Return `values` for publication, after applying `without_folders` to all texts."""
-    found = dict(values)
-    for name, value in values.items():
-        if isinstance(value, str):
-            found[name] = without_folders(value, args)
-    return found
-
-
-def public_arguments(args: TrainingArguments) -> dict[str, Any]:
-    """Return `vars(args)` for publication, without folders."""
-    return public_values(vars(args), args)
+    return {
+        name: without_folders(value, args) if isinstance(value, str) else value
+        for name, value in values.items()
+    }
 
 
 def upload(run: Run) -> None:
@@ -62,5 +57,5 @@ def upload(run: Run) -> None:
         commit_message="End of training",
         ignore_patterns=["checkpoint-*/**", "trajectories/**", ".partial-*", LOCK, CONFIG],
     )
-    content = as_yaml(public_arguments(run.args)).encode()
+    content = as_yaml(public_values(vars(run.args), run.args)).encode()
     HfApi().upload_file(repo_id=run.hub_id, path_in_repo=CONFIG, path_or_fileobj=content)

@@ -12,6 +12,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from nara_diffusion.config import NaraConfig
 from nara_diffusion.cores.registry import BUILT_IN, needs_noise
 from nara_diffusion.utils.files import atomic_write
 from nara_flags.training import TrainingArguments
@@ -19,8 +20,9 @@ from nara_flags.training import TrainingArguments
 from .adapters import adapter_config, method_of, module_name, title_of
 from .arguments import schedule_of, window_of
 from .loss_curves import plot_noise_level_curves
-from .publication import public_arguments, public_values, upload, without_folders
-from .run import RESULTS, Run, as_yaml
+from .publication import public_values, upload, without_folders
+from .run import Run
+from .run_folder import RESULTS, as_yaml
 
 CURVE = "noise_level_curve.png"
 _SIDES = ("before", "after")
@@ -53,9 +55,9 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a table as text, with the first column flush left and all others flush right."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = []
-    for first, *others in (header, ["-" * width for width in widths], *rows):
-        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
+    for label, *cells in (header, ["-" * width for width in widths], *rows):
+        aligned = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        lines.append("  ".join([label.ljust(widths[0]), *aligned]).rstrip())
     return "\n".join(lines)
 
 
@@ -74,14 +76,14 @@ def write_card(
     tags: Sequence[str],
     warnings: Sequence[str] = (),
     library: str = "peft",
-    **others: Any,
+    **front_matter: Any,
 ) -> None:
     """Write noise_level_curve.png and the model card, README.md, into the run's folder.
 
     Args:
-        facts: {what: value} about the run, such as the number of trainable parameters.
+        facts: {label: text} about the run, such as the number of trainable parameters.
         before, after: measurements, with the loss `curve` over `noise_levels`.
-        figures: rows of (what, before, after).
+        figures: rows of (label, before, after).
         measured_on: the data behind the curves, in words.
         unit: the unit of the curves.
         about: the end of the card's first sentence, with the purpose of the adapter and its
@@ -89,34 +91,35 @@ def write_card(
         how_good: the texts before and after the rows of `figures`.
         loading: the code that loads the adapter.
         warnings: limitations of the figures, printed before them.
-        tags, library, others: fields of the front matter that the Hub reads. A field with the value
-            None is omitted.
+        tags, library, front_matter: fields of the front matter that the Hub reads. A field with the
+            value None is omitted.
     """
     args = run.args
-    method, title, name = (
-        method_of(args),
-        title_of(args),
-        Path(args.pretrained_model_name_or_path).name,
-    )
-    path, curves = run.folder / CURVE, (after.noise_levels, before.curve, after.curve)
+    method, title = method_of(args), title_of(args)
+    name = Path(args.pretrained_model_name_or_path).name
     plot_noise_level_curves(
-        path, *curves, f"{name}: loss over the noise level, {measured_on}", unit, window_of(args)
+        run.folder / CURVE,
+        after.noise_levels,
+        before.curve,
+        after.curve,
+        f"{name}: loss over the noise level, {measured_on}",
+        unit,
+        window_of(args),
     )
     tags = ["nara" if method.family == "nara" else args.adapter.replace("_", "-"), *tags]
     if not Path(args.pretrained_model_name_or_path).exists():  # a Hub id, not a path on this disk
         relation = "finetune" if method.family == "full" else "adapter"
-        others |= {
+        front_matter |= {
             "base_model": args.pretrained_model_name_or_path,
             "base_model_relation": relation,
         }
-    front = ModelCardData(library_name=library, tags=tags, **others).to_yaml().strip()
+    front = ModelCardData(library_name=library, tags=tags, **front_matter).to_yaml().strip()
     rows = "\n".join(f"| {' | '.join(row)} |" for row in figures)
     table = f"| | before | after |\n|---|---|---|\n{rows}"
-    training = "\n".join(f"- {what}: {_one_line(value)}" for what, value in facts.items())
-    settings = as_yaml(public_arguments(args)).strip()
-    fence = "`" * (
-        1 + max(map(len, re.findall("`{2,}", settings)), default=2)
-    )  # since a prompt may contain ```
+    training = "\n".join(f"- {label}: {_one_line(text)}" for label, text in facts.items())
+    settings = as_yaml(public_values(vars(args), args)).strip()
+    longest = max(map(len, re.findall("`{2,}", settings)), default=2)  # a prompt may contain ```
+    fence = "`" * (1 + longest)
     start = ""
     if args.init_adapter is not None:
         start = (
@@ -152,12 +155,8 @@ def _one_line(text: str) -> str:
 
 def reads_noise(args: TrainingArguments) -> bool:
     """Return True if the adapter that `args` describe depends on λ."""
-    config: Any = (
-        adapter_config(args, strength=schedule_of(args))
-        if method_of(args).family == "nara"
-        else None
-    )
-    return config is not None and needs_noise(config)
+    config = adapter_config(args, strength=schedule_of(args))
+    return isinstance(config, NaraConfig) and needs_noise(config)
 
 
 def needs_schedule(args: TrainingArguments) -> bool:
@@ -188,9 +187,9 @@ def advice(results: Mapping[str, Any]) -> list[str]:
     """Return advice about losses and shares that training didn't improve."""
     lines = []
     for name, line in _ADVICE.items():
-        before, after = results.get(f"{name}_before"), results.get(f"{name}_after")
-        if before is not None and after is not None:
-            improved = after < before if name == "validation_loss" else after > min(before, 0.99)
+        start, end = results.get(f"{name}_before"), results.get(f"{name}_after")
+        if start is not None and end is not None:
+            improved = end < start if name == "validation_loss" else end > min(start, 0.99)
             lines += [] if improved else [line]
     return lines
 
@@ -206,7 +205,7 @@ def finish(
     schedule_line: str,
     warnings: Sequence[str] = (),
     describe: Callable[[], Mapping[str, Any]],
-    **others: Any,
+    **further: Any,
 ) -> dict[str, Any]:
     """Write the model card and results.json, upload them if asked to, and return the results.
 
@@ -215,22 +214,22 @@ def finish(
     Args:
         before, after: the two measurements.
         names: the attributes of the measurements that results.json contains.
-        figures: rows of the table, (what, before, after).
+        figures: rows of the table, (label, before, after).
         facts: see `write_card`.
         schedule_line: the code that sets the adapter's strength over λ, printed if the adapter's
             file can't store the strength.
         warnings: limitations of the figures, which are printed and stored in both files.
         describe: a function that returns the other arguments of `write_card`; only the main process
             calls it.
-        **others: further results.
+        **further: further results.
     """
     if run.args.init_adapter is not None:
-        others["starts_from"] = run.args.init_adapter
+        further["starts_from"] = run.args.init_adapter
     seconds = round(time.perf_counter() - run.started, 1)
     results = {
         "seconds": seconds,
         "adapter": run.args.adapter,
-        **public_values(others, run.args),
+        **public_values(further, run.args),
         "noise_levels": after.noise_levels,
     }
     for side, measured in zip(_SIDES, (before, after), strict=True):
@@ -250,8 +249,8 @@ def finish(
         lines += [*warnings, *advice(results)]
         if needs_schedule(run.args):
             lines.append(
-                "This adapter was trained in a window of noise levels, which its file can't hold. Whenever it is "
-                f"loaded, switch it off outside: {schedule_line}"
+                "This adapter was trained in a window of noise levels, which its file can't store. Whenever you load "
+                f"it, switch it off outside: {schedule_line}"
             )
         sys.stdout.write("\n".join(lines) + "\n")
     return results

@@ -1,59 +1,49 @@
-"""One training run: its accelerator, current step, losses, log and folder.
-
-The folder is `--output_dir`, the folder of the resumed run, or the next `outputs/NAME-N`.
-"""
+"""One training run: its accelerator, current step, losses and log. `run_folder` has its folder."""
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import math
-import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import broadcast_object_list, set_seed
-from filelock import FileLock, Timeout
 from huggingface_hub import HfApi
 
-from nara_diffusion.utils.files import atomic_write, digest_base, digest_texts
+from nara_diffusion.utils.digests import digest_base, digest_texts
+from nara_diffusion.utils.files import atomic_write
 from nara_flags.training import TrainingArguments
 
 from .adapters import method_of
 from .checkpoints import (
-    MANIFEST,
-    MAY_CHANGE,
     Writer,
     changed_arguments,
-    check_files,
     check_random_states,
-    check_same_run,
     describe_changes,
-    find_checkpoints,
-    last_checkpoint,
-    latest_whole,
     read_manifest,
     save_checkpoint,
     warn_of_pickles,
 )
 from .engine_state import load_state
 from .engines import engine_name, global_batch, start_accelerator
+from .run_folder import (
+    CONFIG,
+    METRICS,
+    as_yaml,
+    claimed_folder,
+    drop_later_steps,
+    explained_disk_errors,
+)
 
 logger = logging.getLogger(__name__)
-
-OUTPUTS = Path("outputs")
-LOCK, CONFIG, METRICS, RESULTS = ".lock", "config.yaml", "metrics.jsonl", "results.json"
-
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 Args = TypeVar("Args", bound=TrainingArguments, covariant=True)
 
@@ -128,22 +118,22 @@ class Run(Generic[Args]):
 
     # ---------------------------------------------------------------- data, base and steps
 
-    def record_data_digest(self, what: str, texts: Iterable[str]) -> None:
+    def record_data_digest(self, content: str, texts: Iterable[str]) -> None:
         """Record the digest of "training data" or "validation data". Call this before `plan`.
 
         A resumed run warns if the data have changed. Changed training data start again from the
         beginning.
         """
-        self.digests[what] = digest_texts(texts)
+        self.digests[content] = digest_texts(texts)
         saved = self.resumed.get("digests", self.digests)
-        if saved.get(what) == self.digests[what]:
+        if saved.get(content) == self.digests[content]:
             return
-        anew = ""
-        if what == "training data":
+        consequence = ""
+        if content == "training data":
             self.data_start = self.step
-            anew = f": their order starts anew at step {self.step}"
+            consequence = f", so their order starts again at step {self.step}"
         if self.is_main:
-            logger.warning("%s was written with other %s%s", self.checkpoint, what, anew)
+            logger.warning("%s was written with other %s%s", self.checkpoint, content, consequence)
 
     def record_base_digests(self, folders: Mapping[str, Path], variant: str | None = None) -> None:
         """Record the digests of the base model (see `digest_base`) for the run's checkpoints.
@@ -154,10 +144,11 @@ class Run(Generic[Args]):
         digests = [digest_base(folders, variant) if self.is_main else {}]
         self.digests |= broadcast_object_list(digests)[0]
         saved = self.resumed.get("digests", self.digests)
-        for what, digest in self.digests.items():
-            if what.startswith("base model") and saved.get(what, digest) != digest:
+        for content, digest in self.digests.items():
+            if content.startswith("base model") and saved.get(content, digest) != digest:
                 raise ValueError(
-                    f"{self.checkpoint} belongs to a run with another {what}: restore it, or start a new run."
+                    f"{self.checkpoint} belongs to a run with another {content}. Restore that one, or start a "
+                    "new run."
                 )
 
     def plan(self, samples: int) -> int:
@@ -177,7 +168,7 @@ class Run(Generic[Args]):
             self.total_steps = self.data_start + max(1, steps)
         if self.total_steps < self.step:
             raise ValueError(
-                f"the run ends at step {self.total_steps}, but {self.checkpoint} is past it: give a larger "
+                f"The run ends at step {self.total_steps}, but {self.checkpoint} is past it. Give a larger "
                 "--max_train_steps or --num_train_epochs, or resume an earlier checkpoint."
             )
         return self.total_steps
@@ -207,7 +198,7 @@ class Run(Generic[Args]):
         if self.is_main:
             with atomic_write(self.folder / CONFIG) as partial:
                 partial.write_text(as_yaml(settings | {"output_dir": str(self.folder)}), "utf-8")
-            _drop_later_steps(self.folder / METRICS, self.step)
+            drop_later_steps(self.folder / METRICS, self.step)
         project = self.accelerator.project_configuration
         project.set_directories(str(self.folder))
         project.logging_dir = str(self.folder)
@@ -215,8 +206,8 @@ class Run(Generic[Args]):
             texts = {name: str(value) for name, value in settings.items()}
             self.accelerator.init_trackers(self.name, texts)
         if self.is_main:
-            for what, value in facts.items():
-                logger.info("%s: %s", what, value)
+            for label, value in facts.items():
+                logger.info("%s: %s", label, value)
             logger.info("output folder: %s", self.folder)
 
     def restore(self) -> None:
@@ -236,9 +227,9 @@ class Run(Generic[Args]):
         changed = changed_arguments(self.args, self.resumed["arguments"])
         if changed:
             logger.info("changed arguments: %s", describe_changes(changed))
-        before = self.resumed["total_steps"]
-        if before != self.total_steps:
-            logger.info("the schedule now has %d steps instead of %d", self.total_steps, before)
+        old_steps = self.resumed["total_steps"]
+        if old_steps != self.total_steps:
+            logger.info("the schedule now has %d steps instead of %d", self.total_steps, old_steps)
 
     def log(self, values: Mapping[str, float]) -> None:
         """Write this step's `values` to metrics.jsonl and the trackers, from the main process."""
@@ -249,13 +240,7 @@ class Run(Generic[Args]):
 
     def save_checkpoint(self) -> None:
         """Write this step's checkpoint (`checkpoints.save_checkpoint`). Every process calls it."""
-        target = self.folder / f"checkpoint-{self.step}"
-        limit = self.args.checkpoints_total_limit
-        save_checkpoint(self.accelerator, target, self.facts_of_checkpoint(), self.write, limit)
-
-    def facts_of_checkpoint(self) -> dict[str, Any]:
-        """Return the fields of a checkpoint's manifest that the run sets."""
-        return {
+        facts = {
             "step": self.step,
             "total_steps": self.total_steps,
             "data_start": self.data_start,
@@ -266,6 +251,9 @@ class Run(Generic[Args]):
             "arguments": vars(self.args),
             "digests": self.digests,
         }
+        target = self.folder / f"checkpoint-{self.step}"
+        limit = self.args.checkpoints_total_limit
+        save_checkpoint(self.accelerator, target, facts, self.write, limit)
 
     def close(self) -> None:
         """End the run on all processes together.
@@ -291,7 +279,7 @@ def start_run(args: Args, name: str, write: Writer) -> Iterator[Run[Args]]:
     for tracker in args.report_to or []:
         if tracker not in installed:
             raise ValueError(
-                f"report_to names {tracker!r}, which isn't installed here (installed: {sorted(installed)})."
+                f"--report_to {tracker}: this tracker isn't installed (installed: {', '.join(sorted(installed))})."
             )
     accelerator = start_accelerator(args)
     with (
@@ -306,173 +294,3 @@ def start_run(args: Args, name: str, write: Writer) -> Iterator[Run[Args]]:
         set_seed(args.seed)
         yield run
         run.close()
-
-
-# ---------------------------------------------------------------- the folder
-
-
-@contextmanager
-def claimed_folder(
-    args: TrainingArguments, name: str, accelerator: Accelerator
-) -> Iterator[tuple[Path, Path | None]]:
-    """Create and lock the run's folder; yield it with the checkpoint to continue from, or None.
-
-    Only one run at a time can write to a folder; a second run fails before it loads anything. A run
-    that writes nothing leaves no folder behind. `name` is the NAME of numbered folders.
-
-    Raises:
-        ValueError: the folder is in use, isn't empty or can't be written to; or the checkpoint is
-            missing, damaged, or from a different run.
-    """
-    with ExitStack() as undo:
-        answer: list[Any] = [None, None, ""]
-        if accelerator.is_main_process:
-            try:
-                folder = _lock(args, name, undo)
-                answer[:2] = folder, _checkpoint(args, folder)
-                if answer[1] is not None:
-                    check_same_run(answer[1], args, accelerator)
-                for left in folder.glob(".partial-*"):  # from a run that was killed while writing
-                    shutil.rmtree(left, ignore_errors=True)
-            except (ValueError, OSError, yaml.YAMLError) as error:
-                answer[2] = str(error)
-        folder, checkpoint, refusal = broadcast_object_list(answer)
-        if refusal:
-            raise ValueError(refusal)
-        yield folder, checkpoint
-
-
-@contextmanager
-def explained_disk_errors(folder: Path) -> Iterator[None]:
-    """Add the file and the checkpoint to resume from to errors of a full or read-only disk."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _DISK_ERRORS:
-            raise
-        file = error.filename or f"a file in {folder}"
-        raise OSError(
-            f"{file} can't be written ({error.strerror}): make room, or name another folder. {last_checkpoint(folder)}"
-        ) from error
-
-
-def _lock(args: TrainingArguments, name: str, undo: ExitStack) -> Path:
-    folder = _folder_of(args, name)
-    lock = FileLock(folder / LOCK)
-    try:
-        for missing in reversed([path for path in (folder, *folder.parents) if not path.exists()]):
-            missing.mkdir(exist_ok=True)
-            undo.callback(_remove_empty, missing)
-        lock.acquire(timeout=0)
-    except Timeout:
-        if (
-            args.output_dir is None and args.resume_from_checkpoint is None
-        ):  # another run took the number a moment ago
-            return _lock(args, name, undo)
-        raise ValueError(
-            f"--output_dir {folder} is in use by another run: wait for it, or name another folder."
-        ) from None
-    except OSError as error:
-        raise ValueError(
-            f"--output_dir {folder} can't be written ({error.strerror}): name another folder."
-        ) from error
-    undo.callback(lock.release)
-    undo.callback((folder / LOCK).unlink, missing_ok=True)
-    return folder
-
-
-def _folder_of(args: TrainingArguments, name: str) -> Path:
-    """Return the run's folder; for `latest` without --output_dir, the newest with a checkpoint."""
-    if args.output_dir is not None:
-        return Path(args.output_dir)
-    if (given := args.resume_from_checkpoint) is not None and len(Path(given).parts) > 1:
-        return Path(given).parent
-    found = {
-        path.name.removeprefix(f"{name}-"): path
-        for path in OUTPUTS.glob(f"{name}-*")
-        if path.is_dir()
-    }
-    runs = {int(number): path for number, path in found.items() if number.isdecimal()}
-    begun = [
-        number for number, path in runs.items() if given is not None and find_checkpoints(path)
-    ]
-    return runs[max(begun)] if begun else OUTPUTS / f"{name}-{max(runs, default=0) + 1}"
-
-
-def _checkpoint(args: TrainingArguments, folder: Path) -> Path | None:
-    """Return the checkpoint to continue from; None for a new run in an unused folder."""
-    given, checkpoint = args.resume_from_checkpoint, None
-    if given == "latest":
-        if (checkpoint := latest_whole(folder)) is None and not _same_start(args, folder):
-            _check_empty(
-                folder,
-                "It has no checkpoint to continue from: name the run's own folder, or a fresh one.",
-            )
-        if checkpoint is None:
-            logger.info(
-                "--resume_from_checkpoint latest: %s holds no checkpoint, so the run starts anew",
-                folder,
-            )
-    elif given is not None:
-        checkpoint = folder / given if len(Path(given).parts) == 1 else Path(given)
-        if not (checkpoint / MANIFEST).is_file():
-            present = (
-                ", ".join(sorted(path.name for path in find_checkpoints(checkpoint.parent)))
-                or "none"
-            )
-            raise ValueError(
-                f"--resume_from_checkpoint {checkpoint} is not a checkpoint: it has no {MANIFEST}. Name a checkpoint-N "
-                f"folder ({checkpoint.parent} has {present}), or `latest` with the --output_dir of the run."
-            )
-        check_files(checkpoint)
-    if given != "latest" and (
-        checkpoint is None or checkpoint.parent.resolve() != folder.resolve()
-    ):
-        _check_empty(folder)
-    return checkpoint
-
-
-_ANEW = "Name a fresh folder, or continue the run in it with --resume_from_checkpoint latest and the same arguments."
-
-
-def _check_empty(folder: Path, advice: str = _ANEW) -> None:
-    """Raise ValueError, with the names of some files and `advice`, if a folder isn't empty."""
-    if found := sorted(path.name for path in folder.iterdir() if path.name != LOCK):
-        what = ", ".join(found[:4]) + ", …" * (len(found) > 4)
-        raise ValueError(
-            f"--output_dir {folder} already holds another run or other files ({what}). {advice}"
-        )
-
-
-def _same_start(args: TrainingArguments, folder: Path) -> bool:
-    """Return True if a run with these arguments began in `folder` but left no checkpoint."""
-    if not (folder / CONFIG).is_file() or (folder / RESULTS).exists():
-        return False
-    saved = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
-    return isinstance(saved, dict) and not changed_arguments(args, saved).keys() - MAY_CHANGE
-
-
-def _remove_empty(folder: Path) -> None:
-    with suppress(OSError):
-        folder.rmdir()
-
-
-def as_yaml(values: Mapping[str, Any]) -> str:
-    """Return `values` as the text of a config.yaml, in their order."""
-    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
-
-
-def _drop_later_steps(metrics: Path, step: int) -> None:
-    """Drop the lines of metrics.jsonl that come after `step` or are incomplete.
-
-    A resumed run repeats the later steps. A killed run may leave an incomplete last line.
-    """
-    if not metrics.exists():
-        return
-    kept: list[bytes] = []
-    for line in metrics.read_bytes().split(b"\n")[:-1]:
-        with suppress(ValueError, KeyError, TypeError):
-            if json.loads(line)["step"] <= step:
-                kept.append(line + b"\n")
-    with atomic_write(metrics) as partial:
-        partial.write_bytes(b"".join(kept))

@@ -172,9 +172,9 @@ def test_run_killed_before_its_first_checkpoint_begins_anew_and_another_number_o
     assert "config.yaml" in names(tmp_path / "run")
     in_two_processes([("ddp", "dllm.py", values)], tmp_path)
     assert_same_bits(tmp_path / "run", ddp)
-    with pytest.raises(SystemExit, match="by 2 processes and this run has 1, since each process"):
+    with pytest.raises(SystemExit, match=r"by 2 processes, but this run has 1\. Each process"):
         run("dllm.py", **{**values, "train_batch_size": 4})
-    with pytest.raises(SystemExit, match="which makes a global batch of 2 instead of 4"):
+    with pytest.raises(SystemExit, match="The global batch would be 2 instead of 4"):
         run("dllm.py", **values)
 
 
@@ -239,11 +239,15 @@ def test_engine_that_cannot_run_here_is_refused_by_its_name(tmp_path: Path, monk
     monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
     rows: list[Any] = [
         (FSDP, "no", "accelerate is set to FSDP1"),
-        (FSDP2, "no", "FSDP was asked for, but accelerate runs it only on GPUs"),
-        (FSDP2 | {"ACCELERATE_TORCH_DEVICE": "cpu"}, "no", "FSDP was asked for, and accelerate runs without it"),
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "no", "DeepSpeed was asked for, but accelerate runs it only on GPUs"),
+        (FSDP2, "no", "The launcher asks for FSDP, which needs a GPU"),
+        (
+            FSDP2 | {"ACCELERATE_TORCH_DEVICE": "cpu"},
+            "no",
+            "The launcher asks for FSDP, but accelerate started without it",
+        ),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "no", "The launcher asks for DeepSpeed, which needs a GPU"),
         ({"WORLD_SIZE": "2"}, "no", "2 processes were launched"),  # for lack of a rank
-        ({}, "fp16", "mixed_precision is fp16, which needs a GPU, and accelerate finds none"),
+        ({}, "fp16", "mixed_precision fp16 needs a GPU, and accelerate finds none"),
     ]
     for asked, precision, named in rows:
         args = text_arguments(tmp_path, mixed_precision=precision)
@@ -258,7 +262,7 @@ def test_global_batch_is_divided_among_processes_and_wins_over_accelerate_s_accu
 ) -> None:
     args = text_arguments(tmp_path, global_batch_size=8)
     assert [accumulation_steps(args, processes) for processes in (1, 2)] == [2, 1]
-    with pytest.raises(ValueError, match="isn't a multiple of the 12 samples"):
+    with pytest.raises(ValueError, match="must be a multiple of the 12 samples"):
         accumulation_steps(args, 3)
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "3")
     with dllm.start_run(args, "dllm", dllm.write_checkpoint) as run:

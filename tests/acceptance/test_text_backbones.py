@@ -211,7 +211,7 @@ def test_half_downloaded_model_is_named(tmp_path: Path) -> None:
     for broken, message in [
         ("model.safetensors", r"The weights of .* are cut off or damaged \(.*\): download them again"),
         ("tokenizer.json", r"The tokenizer of .* can't be loaded: "),
-        ("config.json", r"There is no 'config\.json' in the folder '.*': name a folder of a model"),
+        ("config.json", r"There is no 'config\.json' in the folder '.*'\. Give a folder of a model"),
     ]:
         folder = saved(tmp_path / broken.partition(".")[0], backbone(VOCABULARY))
         file = Path(folder, broken)
@@ -219,7 +219,7 @@ def test_half_downloaded_model_is_named(tmp_path: Path) -> None:
         file.unlink() if broken == "config.json" else file.write_bytes(content[: len(content) // 2])
         with pytest.raises(ValueError, match=message):
             load_backbone(folder)
-    with pytest.raises(ValueError, match=r"^There is no folder 'gone/model', and the Hub, .* can't be reached"):
+    with pytest.raises(ValueError, match=r"^'gone/model' is not a local folder, and the Hub can't be reached"):
         load_backbone("gone/model")
 
 

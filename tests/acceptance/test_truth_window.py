@@ -103,7 +103,7 @@ def test_other_methods_say_that_they_stay_on(arguments, tmp_path, capsys):
     dllm.main(arguments(**WINDOW, adapter="oft", adapter_options={"r": 0, "oft_block_size": 8}, max_train_steps=1))
     assert "oft stays on outside" in card_of(tmp_path / "run")
     assert "switch it off" not in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"can't scale .* leave --min_noise_level and"):
+    with pytest.raises(ValueError, match=r"can't scale .* leave out --min_noise_level and"):
         arguments(**WINDOW, adapter_options={"bias": "all"})
 
 
@@ -122,7 +122,7 @@ def test_a_text_lora_says_what_it_must_be_told(arguments, tmp_path, capsys, adap
     said = capsys.readouterr().out
     assert f"switch it off outside: {line}" in said
     assert "Exact match didn't rise; samples.jsonl has what was generated." in said  # two steps teach nothing
-    assert ("DoRA's magnitudes, which hold at every λ" in card_of(tmp_path / "run")) == (adapter == "dora")
+    assert ("DoRA's magnitudes, which apply at every λ" in card_of(tmp_path / "run")) == (adapter == "dora")
     assert line in card_of(tmp_path / "run").partition("prompt = ")[0]
     model = by_the_card(tmp_path / "run", until="prompt = ")["model"]
     outside, inside = logits(model, 0.29), logits(model, 0.3)

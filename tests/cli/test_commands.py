@@ -113,7 +113,7 @@ def test_plot_draws_a_row_a_component_with_the_strength_over_lambda(tmp_path, mo
     assert len(core.get_lines()) == 1
     assert len(values.get_lines()) == 4
     for words in (["--points", 1], ["--output", tmp_path]):
-        with pytest.raises(SystemExit, match=r"pass 2 or more|name of a PNG"):
+        with pytest.raises(SystemExit, match=r"Use 2 or more|name of a PNG"):
             run("plot", tmp_path, *words)
 
 
@@ -147,9 +147,9 @@ def test_convert_refuses_what_is_ambiguous_and_keeps_what_exists(pipeline_file: 
     before = (tmp_path / "peft" / WEIGHTS).read_bytes()
     other = ["--to", "peft", "--component", "text_encoder"]
     for words, message in [
-        ([pipeline_file, tmp_path / "out", "--to", "peft"], "text_encoder, unet: choose one"),
-        ([pipeline_file, tmp_path / "out", "--to", "peft", "--component", "vae"], "choose one of these"),
-        ([pipeline_file, tmp_path / "out", "--to", "pipeline"], "already: choose --to peft"),
+        ([pipeline_file, tmp_path / "out", "--to", "peft"], r"text_encoder, unet\. Choose one"),
+        ([pipeline_file, tmp_path / "out", "--to", "peft", "--component", "vae"], "Choose one with"),
+        ([pipeline_file, tmp_path / "out", "--to", "pipeline"], "or choose --to peft"),
         ([tmp_path / "peft", tmp_path / "out", "--to", "peft"], "already: choose --to pipeline"),
         ([tmp_path / "peft", tmp_path / "out", "--to", "pipeline"], "needs --component"),
         ([pipeline_file, tmp_path / "peft", *other], "exists"),

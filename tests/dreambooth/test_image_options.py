@@ -15,7 +15,7 @@ from nara_diffusion.dreambooth.draws import drawable_levels
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments, run_family
 from nara_diffusion.dreambooth.pipelines import load_base
 from nara_diffusion.dreambooth.training_step import TrainingStep, training_step
-from nara_diffusion.training.engines import build_optimizer
+from nara_diffusion.training.optimization import build_optimizer
 from tests.acceptance._runs import ASSETS, image_arguments, image_flags
 from tests.helpers.small_pipelines import small_flux, small_sd3, small_sdxl
 

@@ -173,7 +173,7 @@ def test_model_that_cannot_be_trained_is_refused(folder: Path, tmp_path: Path) -
     wrong.save_pretrained(tmp_path / "wrong")
     unreached = "some/vae can't be loaded as .* the Hub can't be reached: .*--pretrained_vae_model_name_or_path none"
     for name, vae, message in [
-        ("nothing", None, r"There is no folder '.*nothing', and a model of Diffusers in a repository"),
+        ("nothing", None, r"nothing' is not a local folder, and loading a model of Diffusers from a repository"),
         ("refiner", None, "name SDXL's base model, not its refiner"),
         (
             "wrong",

@@ -72,7 +72,7 @@ def test_run_goes_on_with_other_images_and_its_card_says_what_they_show_and_wher
     (pictures / "00.txt").write_text("a cube on grass")
     changes = {"instance_data_dir": pictures, "instance_prompt": "a photo of a cube", "validation_data_dir": held_out}
     other = resumed(ended, sdxl, tmp_path / "other", **changes, max_train_steps=5)
-    assert "written with other training data: their order starts anew at step 4" in caplog.text
+    assert "written with other training data, so their order starts again at step 4" in caplog.text
     said = "2 images, 1 with captions of their own (.txt), the others as “a photo of a cube”"
     assert f"trained on {said}." in (other / "README.md").read_text()
     assert f"trained on: {said}; validation loss: on 1 image held out; " in caplog.text
@@ -86,7 +86,7 @@ def test_run_that_would_learn_something_else_is_not_gone_on_with(
     sdxl: dict[str, Any], ended: Path, tmp_path: Path, change: dict[str, Any]
 ) -> None:
     name, value = next(iter(change.items()))
-    with pytest.raises(SystemExit, match=rf"belongs to a run of another configuration \({name}: .* {value} now"):
+    with pytest.raises(SystemExit, match=rf"belongs to a run with other arguments \({name}: .* {value} now"):
         resumed(ended, sdxl, tmp_path / "out", **change)
 
 

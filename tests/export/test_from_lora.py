@@ -80,12 +80,12 @@ def test_a_second_adapter_joins_a_peft_model_and_half_precision_changes_no_bit(t
 @pytest.mark.parametrize(
     ("options", "arguments", "make", "message"),
     [
-        ({}, {"r": 4}, base, "can't be given, .*from the LoRA"),
-        ({}, {"core_init": "kaiming"}, base, "has a C that is not I"),
-        ({}, {"core_type": "bins", "core_bins": 2}, base, "has a C that is not I"),
-        ({"bias": "lora_only"}, {}, base, "beside a LoRA's factors"),
-        ({}, {}, lambda: nn.ModuleDict({"first": nn.Linear(7, 11)}), "2 layers, the adapter 'default' 1: 'second' in"),
-        ({}, {"lora": "nowhere"}, base, "There is no LoRA file"),
+        ({}, {"r": 4}, base, "can't be given, since the LoRA"),
+        ({}, {"core_init": "kaiming"}, base, "doesn't start at C = I"),
+        ({}, {"core_type": "bins", "core_bins": 2}, base, "doesn't start at C = I"),
+        ({"bias": "lora_only"}, {}, base, "in addition to a LoRA's factors"),
+        ({}, {}, lambda: nn.ModuleDict({"first": nn.Linear(7, 11)}), r"has 2 layers .* has 1\. .* has 'second'"),
+        ({}, {"lora": "nowhere"}, base, "is not a LoRA file"),
     ],
     ids=str,
 )
@@ -121,7 +121,7 @@ def test_a_hosts_file_of_which_diffusers_would_drop_a_part_is_refused(change, me
     with pytest.raises(ValueError, match=message):
         from_lora(tmp_path / "damaged.safetensors", pipe)
     assert not hasattr(pipe.unet, "peft_config")
-    with pytest.raises(ValueError, match="pass the pipeline"):
+    with pytest.raises(ValueError, match="Pass such a folder, or the pipeline"):
         from_lora(file, pipe.unet)
 
 

@@ -50,10 +50,10 @@ def test_both_kinds_of_request_in_one_run(
 
 def test_what_can_be_mended_is_said_without_a_traceback(tasks: str) -> None:
     for flags, message in [
-        (["--batch_size", "auto"], "nara-eval: --batch_size auto: nara_dllm doesn't look for one"),
+        (["--batch_size", "auto"], "nara-eval: --batch_size is auto, but nara_dllm can't search for one"),
         (["--gen_kwargs", "steps=5,gen_length=8,block_length=4"], "nara-eval: gen_kwargs: steps is 5 and there are"),
         (["--tasks", "nonsense"], "nara-eval: .*nonsense"),
-        (["--config", "llada_base"], "nara-eval: --config llada_base: there is no .*, and the presets are .*dream_"),
+        (["--config", "llada_base"], "nara-eval: --config llada_base is not a file, nor one of the presets .*dream_"),
         (["--tasks", "llm_adapters_gsm8k"], "nara-eval: .*gsm8k"),  # whose data aren't here
     ]:
         argv = ["--model_args", f"pretrained={LLADA_TINY}", "--include_path", tasks, "--tasks", "tiny_answers", *flags]

@@ -93,7 +93,7 @@ def test_prompts_too_long_lose_their_start(harness: NaraDLLM, caplog: pytest.Log
     long = "copy: " + "x" * 100
     with caplog.at_level(logging.WARNING, logger="nara_diffusion"):
         (text,) = harness.generate_until(requests("generate_until", (long, {"gen_length": 4})))
-    assert caplog.messages[-1:] == ["1 of 1 prompts lose their start: with the answer they exceed 64 tokens"]
+    assert caplog.messages[-1:] == ["1 of 1 prompts lose their start, since with the answer they exceed 64 tokens."]
     tokens = encode(harness.tokenizer, long, has_template=False)[-60:]
     assert text == harness.tokenizer.decode(answer_of(harness, tokens, gen_length=4), skip_special_tokens=True)
     with pytest.raises(ValueError, match=r"gen_length is 64 and the model has 64 positions"):
@@ -114,7 +114,7 @@ def test_loglikelihood_is_the_bound_at_the_level_of_each_mask(
         assert value == pytest.approx(bound(harness, prompt, answer, cfg_scale=scale), rel=1e-5)
         options = {"gen_length": len(answer), "stop_at_eos": False, "cfg_scale": scale}
         assert is_greedy is (answer_of(harness, prompt, **options) == answer)
-    with pytest.raises(ValueError, match=r"a continuation has 8[0-9] tokens, and the model 64 positions"):
+    with pytest.raises(ValueError, match=r"A continuation has 8[0-9] tokens, but the model has room for 64"):
         harness.loglikelihood(requests("loglikelihood", ("a", " " + "b" * 80)))
 
 
@@ -137,7 +137,7 @@ def test_template_makes_prompt_and_answer_of_training(
 def test_encode_pair_is_the_whole_text_divided() -> None:
     tokenizer = AutoTokenizer.from_pretrained(LLADA_TINY)
     assert encode_pair(tokenizer, "", "ab", has_template=False) == ([], tokenizer("ab").input_ids)
-    with pytest.raises(ValueError, match="the continuation '' adds no token"):
+    with pytest.raises(ValueError, match="The continuation '' adds no token"):
         encode_pair(tokenizer, "one", "", has_template=False)
     question = [{"role": "user", "content": "copy: ab"}]
     context = templated(tokenizer, [*question, {"role": "assistant", "content": "ab "}], add_generation_prompt=False)
@@ -156,7 +156,7 @@ def test_read_gen_kwargs_takes_lm_eval_s_names_and_refuses_what_the_sampler_lack
     ]:
         assert read_gen_kwargs(given) == (until, sampling)
     for given, message in [
-        ({"top_k": 9, "temperature": 1}, "gen_kwargs has top_k; the sampler's settings are"),
+        ({"top_k": 9, "temperature": 1}, "gen_kwargs has top_k, but the sampler's settings are"),
         ({"beams": 3}, "gen_kwargs has beams"),
         ({"steps": "many"}, "gen_kwargs: .*'many'"),
         ({"temperature": "hot"}, "gen_kwargs: .*'str'"),
@@ -168,9 +168,9 @@ def test_read_gen_kwargs_takes_lm_eval_s_names_and_refuses_what_the_sampler_lack
 def test_impossible_arguments_are_refused_by_name() -> None:
     for arguments, message in [
         ({}, "names no model"),
-        ({"pretrained": LLADA_TINY, "gen_length": 12}, "gen_length in --model_args: .* belong to --gen_kwargs"),
-        ({"pretrained": LLADA_TINY, "max_length": 65}, "max_length is 65 and the model has 64 positions"),
-        ({"peft": "outputs/dllm-9"}, "There is no folder 'outputs/dllm-9', and the Hub, .* can't be reached"),
+        ({"pretrained": LLADA_TINY, "gen_length": 12}, "--model_args has gen_length.* belong in --gen_kwargs"),
+        ({"pretrained": LLADA_TINY, "max_length": 65}, "max_length is 65, but the model has 64 positions"),
+        ({"peft": "outputs/dllm-9"}, "'outputs/dllm-9' is not a local folder, and the Hub can't be reached"),
     ]:
         with pytest.raises(ValueError, match=message):
             NaraDLLM(**{"device": "cpu", **arguments})

@@ -29,9 +29,8 @@ from nara_diffusion.training.checkpoints import (
     save_adapter,
     write_manifest,
 )
-from nara_diffusion.training.command import TrainingDiverged
-from nara_diffusion.training.loop import InterruptRequest
-from nara_diffusion.utils.files import digest_base, digest_texts
+from nara_diffusion.training.command import InterruptRequest, TrainingDiverged
+from nara_diffusion.utils.digests import digest_base, digest_texts
 from nara_flags.parser import parse_arguments
 from tests.acceptance._commands import names
 from tests.acceptance._commands import run as command
@@ -67,7 +66,7 @@ def test_latest_is_the_one_written_last(run: Path, tmp_path: Path) -> None:
     assert latest_whole(run) == run / "checkpoint-3"
     write_manifest(run / "checkpoint-3", before)
     named = text_arguments(tmp_path, **SHORT, resume_from_checkpoint=str(run / "checkpoint-9"))
-    with pytest.raises(ValueError, match=r"is not a checkpoint: .* has checkpoint-3, checkpoint-4"):
+    with pytest.raises(ValueError, match=r"is not a checkpoint, .* has checkpoint-3, checkpoint-4"):
         dllm.main(named)
 
 
@@ -81,11 +80,11 @@ def test_manifest_without_a_field_is_damage_and_the_checkpoint_before_is_taken(
     del content[lost]
     path.write_text(json.dumps(content))
     assert latest_whole(copy) == copy / "checkpoint-3"
-    assert re.search(r"checkpoint-4/checkpoint\.json is corrupt: .* Resuming from the one before", caplog.text)
+    assert re.search(r"checkpoint-4/checkpoint\.json is corrupt: .* Resuming from the previous checkpoint", caplog.text)
 
 
 def test_random_states_that_cannot_be_restored_are_an_error(run: Path) -> None:
-    with pytest.raises(ValueError, match=r"random_states_0.pkl can't restore the random states"):
+    with pytest.raises(ValueError, match=r"random_states_0.pkl doesn't restore the random states"):
         check_random_states(run / "checkpoint-4", 0)  # nothing was loaded
     with pytest.raises(ValueError, match=r"random_states_1.pkl can't be read"):
         check_random_states(run / "checkpoint-4", 1)
@@ -124,7 +123,7 @@ def test_full_disk_leaves_earlier_checkpoints_and_no_part_of_a_new_one(tmp_path:
             dllm.FineTuning(args, run).train()
     assert names(tmp_path / "run") == {"checkpoint-1", "checkpoint-2", "config.yaml", "metrics.jsonl"}
     model = torch.nn.Linear(2, 2)
-    with pytest.raises(OSError, match="the adapter could not be written"):
+    with pytest.raises(OSError, match="The adapter could not be written"):
         save_adapter(Accelerator(), model, tmp_path / "run", write)
     assert TEXT not in names(tmp_path / "run")
 
@@ -186,7 +185,7 @@ def test_divergence_stops_before_it_is_saved(tmp_path: Path) -> None:
             return value
 
         patch.setattr(dllm, "loss_of", lambda model: diverging)
-        with pytest.raises(TrainingDiverged, match=r"loss became nan in step 3; .*checkpoint-2$"):
+        with pytest.raises(TrainingDiverged, match=r"In step 3 the loss became nan\. .*checkpoint-2$"):
             dllm.main(args)
 
 
@@ -248,7 +247,7 @@ def test_digests_know_texts_and_weights_again(tmp_path: Path) -> None:
 
 def test_second_ctrl_c_stops_at_once_and_the_launcher_s_echo_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 1.0, 3.0])
-    monkeypatch.setattr("nara_diffusion.training.loop.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("nara_diffusion.training.command.time.monotonic", lambda: next(clock))
     before = signal.getsignal(signal.SIGINT)
     with InterruptRequest() as request:
         for _ in range(2):  # the second within a second, which is the launcher's

@@ -13,7 +13,7 @@ from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 
 from nara_diffusion import noise_level
-from nara_diffusion.training.adapter_weights import start_from
+from nara_diffusion.training.init_adapter import start_from
 from tests.helpers.adapted import TwoLayers, disturb, lora_config, nara_config
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -47,7 +47,7 @@ def test_nara_of_the_same_scales_starts_as_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("make", [nara_config, lora_config])
 def test_file_with_other_scales_of_layers_is_refused(make: Any, tmp_path: Path) -> None:
     saved(tmp_path, make, alpha_pattern={"first": 11})
-    with pytest.raises(ValueError, match=r"has rank 4 and scale 2\.75 in 'first', the adapter 4 and 1\.5") as caught:
+    with pytest.raises(ValueError, match=r"scale 2\.75 in 'first', but the adapter has 4 and 1\.5") as caught:
         started(tmp_path)
     assert str(tmp_path) in str(caught.value)
 

@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 from nara_diffusion import NaraConfig, noise_level
 from nara_diffusion.dllm.text_arguments import Arguments
 from nara_diffusion.training.adapters import adapter_config, build_adapter, title_of
-from nara_diffusion.training.engines import build_lr_scheduler, build_optimizer, freeze_core
+from nara_diffusion.training.optimization import build_lr_scheduler, build_optimizer, freeze_core
 from tests.acceptance._text import backbone
 
 
@@ -76,9 +76,9 @@ def test_contradiction_is_refused() -> None:
         ({"adapter": "nora"}, r"adapter is 'nora', which is not a method: did you mean nara\?"),
         ({"adapter": "adalora"}, r"adapter adalora can't be trained here"),
         ({"adapter_options": {"core_innit": "kaiming"}}, r"'core_innit', .* mean core_init"),
-        ({"adapter": "dora", "adapter_options": {"use_dora": False}}, r"adapter dora means use_dora True"),
-        ({"adapter": "nara_c", "core_type": "knots"}, r"core_type is 'knots', but that of adapter nara_c is constant"),
-        ({"adapter": "lora", "core_type": "constant"}, r"core_type is 'constant', but that of adapter lora is none"),
+        ({"adapter": "dora", "adapter_options": {"use_dora": False}}, r"adapter dora sets use_dora to True"),
+        ({"adapter": "nara_c", "core_type": "knots"}, r"core_type is 'knots', but adapter nara_c has constant"),
+        ({"adapter": "lora", "core_type": "constant"}, r"core_type is 'constant', but adapter lora has none"),
         ({"core_type": "constent"}, r"core_type is 'constent'"),
         ({"adapter": "lora", "adapter_options": {"init_lora_weights": "pissa"}}, r"init_lora_weights=pissa changes"),
         ({"adapter": "lora", "adapter_options": {"init_lora_weights": "eva"}}, r"init_lora_weights=eva needs a pass"),
@@ -134,8 +134,6 @@ def test_optimizer_without_a_core_and_adafactor() -> None:
         build_optimizer(model, args)
     args.core_start_step = 0
     assert type(build_optimizer(model, args)).__name__ == "Adafactor"
-    with pytest.raises(ValueError, match="nothing in the model is trainable"):
-        build_optimizer(llama(), args)
 
 
 @pytest.mark.parametrize(("warmup", "first"), [(2, 0.5), (0.5, 0.5), (0, 0.75)])

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from nara_diffusion.training.adapters import CORE_FIELDS
-from nara_diffusion.training.engines import build_lr_scheduler, build_optimizer
+from nara_diffusion.training.optimization import build_lr_scheduler, build_optimizer
 from quality import results
 from quality.wrong_noise import EVALUATED, GRID, while_evaluating
 

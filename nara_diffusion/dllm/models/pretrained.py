@@ -54,7 +54,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from transformers.utils import CONFIG_NAME
 
 from nara_diffusion.noise.blocks import LLADA2
-from nara_diffusion.utils.files import naming_source
+from nara_diffusion.utils.repositories import naming_source
 
 from ..tokenizer import find_mask_token, load_tokenizer, set_special_tokens
 from . import config_fields

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from benchmark_record import made_in
 
-from nara_diffusion.training.engines import is_core_parameter
+from nara_diffusion.training.optimization import is_core_parameter
 from quality.images.held_out import pictures_of
 from quality.regimes.image_regimes import CONVERSIONS, SUBJECT, UNET, Backbone, Conversion, ReadConversion
 from quality.regimes.noise_offset import GainedOffset, Offset, ShiftedOffset
