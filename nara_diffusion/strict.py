@@ -13,6 +13,7 @@ after loading, and works for adapters of any method.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -71,19 +72,11 @@ def with_model_names(
         mapped: the tensors, with the factors renamed by PEFT.
         present: the names in the model's state dict.
     """
-    renamed = dict(mapped)
-    for key in present:
-        saved = core_name_in_file(key, adapter_name)
-        if saved is None:
-            continue
-        for name in (saved, f"{PEFT_PREFIX}{saved}"):
-            if name in renamed:
-                renamed[key] = renamed.pop(name)
-    names = set(present)
-    for key in list(renamed):
-        without_prefix = key.removeprefix(PEFT_PREFIX)
-        if key not in names and without_prefix in names:
-            renamed[without_prefix] = renamed.pop(key)
+    name_in_model = {core_name_in_file(key, adapter_name) or key: key for key in present}
+    renamed = {}
+    for key, tensor in mapped.items():
+        name_in_file = key if key in name_in_model else key.removeprefix(PEFT_PREFIX)
+        renamed[name_in_model.get(name_in_file, key)] = tensor
     return renamed
 
 
@@ -96,24 +89,18 @@ def expected_tensors(
         selected: the tensors, without cores, that PEFT would save for the adapter, each once.
     """
     present = model.state_dict()
-    expected = {}
+    expected = {key: present[key] for key in present if core_name_in_file(key, adapter_name)}
     for key, tensor in selected.items():
         is_whole = key in present  # PEFT leaves out ".weight" of DoRA's magnitudes
         expected[key if is_whole else f"{key}.weight"] = tensor
-    for key, tensor in present.items():
-        if core_name_in_file(key, adapter_name) is not None:
-            expected[key] = tensor
     return expected
 
 
 def without_adapters(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
     """Return the tensors without any that have one of these adapter names in their keys."""
     parts = [f".{name}." for name in names]
-    selected = {}
-    for key, tensor in tensors.items():
-        if not any(part in f"{key}." for part in parts):
-            selected[key] = tensor
-    return selected
+    keys = [key for key in tensors if not any(part in f"{key}." for part in parts)]
+    return {key: tensors[key] for key in keys}
 
 
 def core_tensors(
@@ -135,8 +122,8 @@ def core_tensors(
             key = next((key for key in state_dict if key.endswith(end)), None)
             if key is None:
                 raise ValueError(
-                    f"'{name}' of the core of adapter '{adapter_name}' is missing from what would be "
-                    f"saved: {_AS_IN_MODEL}."
+                    f"'{name}' of the core of adapter '{adapter_name}' is missing from the state_dict "
+                    f"to be saved: {_AS_IN_MODEL}."
                 )
             cores[key] = state_dict[key]
             _check_core_precision(
@@ -150,13 +137,8 @@ def without_second_biases(tensors: Mapping[str, Tensor], adapter_name: str) -> d
 
     PEFT writes such copies if `bias` is "all".
     """
-    of_adapter = f".modules_to_save.{adapter_name}."
-    selected = {}
-    for key, tensor in tensors.items():
-        is_copy = ".modules_to_save." in key and of_adapter not in key and key.endswith(".bias")
-        if not is_copy:
-            selected[key] = tensor
-    return selected
+    copy = re.compile(rf"\.modules_to_save\.(?!{re.escape(adapter_name)}\.).*\.bias$")
+    return {key: tensor for key, tensor in tensors.items() if not copy.search(key)}
 
 
 def check_adapter_names(model: nn.Module, names: set[str]) -> None:
@@ -172,8 +154,8 @@ def check_adapter_names(model: nn.Module, names: set[str]) -> None:
             is_before_name = part.startswith(("lora_", "cores", "modules_to_save"))
             if name in names and (part == HOLDER_NAME or not is_before_name):
                 raise ValueError(
-                    f"adapter '{name}' is named like a part of '{key}', so PEFT would leave "
-                    "out tensors when it saves one of several adapters. Choose another name."
+                    f"The adapter name '{name}' is also a part of '{key}', so PEFT would leave tensors "
+                    "out when it saves one of several adapters. Choose another name."
                 )
 
 
@@ -181,7 +163,7 @@ def check_adapter_names(model: nn.Module, names: set[str]) -> None:
 
 
 def check_tensors(
-    given: Mapping[str, object],
+    tensors: Mapping[str, Tensor],
     expected: Mapping[str, Tensor],
     in_model: Mapping[str, Tensor] | None = None,
 ) -> None:
@@ -190,7 +172,7 @@ def check_tensors(
     Both use the model's names. A missing core is an error and never stays at random values.
 
     Args:
-        given: the file's tensors.
+        tensors: the file's tensors.
         expected: the adapter's tensors. Their values are not read, so they may be on "meta".
         in_model: all tensors of the model, if the file may also contain embeddings and
             `modules_to_save`. None means `expected`.
@@ -200,27 +182,24 @@ def check_tensors(
             although the model has real numbers, or belongs to a core and is not float32.
     """
     in_model = expected if in_model is None else in_model
-    if missing := _absent(expected, given):
+    if missing := [key for key in expected if key not in tensors]:
         raise ValueError(f"The checkpoint lacks {listed(missing, 'tensors')}. {_HINT}")
-    if unknown := _absent(given, in_model):
+    if unknown := [key for key in tensors if key not in in_model]:
         raise ValueError(
             f"The checkpoint has {listed(unknown, 'tensors')}, but this adapter does not. {_HINT}"
         )
-    for key, tensor in given.items():
+    for key, tensor in tensors.items():
         _check_tensor(key, tensor, in_model[key], has_shape=key in expected)
 
 
-def _absent(wanted: Iterable[str], present: Mapping[str, object]) -> list[str]:
-    """Return the names in `wanted` that are not in `present`."""
-    return [name for name in wanted if name not in present]
-
-
-def _check_tensor(key: str, tensor: object, like: Tensor, has_shape: bool) -> None:
+def _check_tensor(key: str, tensor: Tensor, like: Tensor, has_shape: bool) -> None:
     """Compare one tensor of a file with the model's, including shapes if `has_shape`."""
-    if not isinstance(tensor, Tensor):
-        raise _wrong_kind(key, type(tensor).__name__, like)
-    if tensor.is_complex() or tensor.is_floating_point() != like.is_floating_point():
-        raise _wrong_kind(key, tensor.dtype, like)
+    dtype = getattr(tensor, "dtype", None)  # a user's dict may hold anything
+    if dtype is None or dtype.is_complex or dtype.is_floating_point != like.is_floating_point():
+        raise ValueError(
+            f"'{key}' is {dtype or type(tensor).__name__} in the checkpoint, but {like.dtype} in the "
+            "model: save it again without converting or quantising it."
+        )
     if has_shape and tensor.shape != like.shape:
         raise ValueError(
             f"'{key}' has shape {tuple(tensor.shape)} in the checkpoint, but this adapter needs "
@@ -238,15 +217,8 @@ def check_finite(key: str, tensor: Tensor, dtype: torch.dtype) -> None:
     if tensor.is_floating_point() and not bool(tensor.to(dtype).isfinite().all()):
         raise ValueError(
             f"'{key}' has NaN or infinity in the checkpoint, or a value that is too large for its "
-            "layer: the run that saved it was broken, or the model has to be in bfloat16 or float32."
+            "layer. Either its training diverged, or the model must be in bfloat16 or float32."
         )
-
-
-def _wrong_kind(key: str, kind: object, like: Tensor) -> ValueError:
-    return ValueError(
-        f"'{key}' is {kind} in the checkpoint, but {like.dtype} in the model: save it again without "
-        "converting or quantising it."
-    )
 
 
 def _check_core_precision(key: str, tensor: Tensor, like: Tensor, where: str, remedy: str) -> None:
@@ -281,24 +253,17 @@ def check_loaded(
     loaded = _by_plain_name(adapter_tensors(model, adapter_name))
     in_file = _by_plain_name(tensors)
     lost = [key for key, tensor in in_file.items() if not _has_values(loaded.get(key), tensor)]
-    surplus = _absent(loaded, in_file)
+    surplus = [key for key in loaded if key not in in_file]
     kind = type(model).__name__
+    difference = f"{kind} has {len(surplus)} tensors that {origin} does not have: {listed(surplus)}"
     if lost:
-        difference = (
-            f"{len(lost)} of the {len(in_file)} tensors of {origin} did not load into {kind}: "
+        difference = f"{len(lost)} of the {len(in_file)} tensors of {origin} did not load into {kind}: {listed(lost)}"
+    if lost or surplus:
+        raise ValueError(
+            f"{difference}. The installed PEFT, Diffusers and Transformers expect other names, or another "
+            "configuration, for this model: save the adapter again with these versions, or load it "
+            "into the model that it was trained on."
         )
-        difference += listed(lost)
-    elif surplus:
-        difference = (
-            f"{kind} has {len(surplus)} tensors that {origin} does not have: {listed(surplus)}"
-        )
-    else:
-        return
-    raise ValueError(
-        f"{difference}. The installed PEFT, Diffusers and Transformers expect other names, or another "
-        "configuration, for this model: save the adapter again with these versions, or load it into "
-        "the model that it was trained on."
-    )
 
 
 def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
@@ -336,25 +301,24 @@ def check_keeps_configuration(model: nn.Module, adapter_name: str) -> None:
     if is_of_diffusers and not _configuration_is_kept.get():
         raise ValueError(
             f"Adapter '{adapter_name}' is a NaRA, which save_lora_weights and save_lora_adapter would "
-            "write without the configuration that loading needs: call "
-            "pipe.save_nara_weights(folder), or in a training script "
+            "write without the configuration that loading needs. Call "
+            "pipe.save_nara_weights(folder) or, in a training script, "
             "checkpoint_nara_weights(accelerator, unet=unet) (docs/other_trainers.md)."
         )
 
 
 def _by_plain_name(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return tensors under their names in the model, without PEFT's prefix and suffix."""
-    plain = {}
-    for key, tensor in tensors.items():
-        plain[key.removeprefix(PEFT_PREFIX).removesuffix(".weight")] = tensor
-    return plain
+    return {
+        key.removeprefix(PEFT_PREFIX).removesuffix(".weight"): tensor
+        for key, tensor in tensors.items()
+    }
 
 
-def _has_values(loaded: Tensor | None, given: Tensor) -> bool:
+def _has_values(loaded: Tensor | None, saved: Tensor) -> bool:
     """Return True if the model's tensor has the file's values, or its shape if it is on "meta"."""
-    if loaded is None or loaded.shape != given.shape:
+    if loaded is None or loaded.shape != saved.shape:
         return False
-    if loaded.is_meta:  # offloaded to disk
-        return True
-    expected = given.to(loaded.device, loaded.dtype)
-    return torch.allclose(loaded, expected, rtol=0, atol=0, equal_nan=True)
+    expected = saved.to(loaded.device, loaded.dtype)
+    is_on_disk = loaded.is_meta  # because of offloading
+    return is_on_disk or torch.allclose(loaded, expected, rtol=0, atol=0, equal_nan=True)

@@ -33,7 +33,6 @@ _ALWAYS_WRITTEN = (
 )
 _OF_ONE_MACHINE = (
     "auto_mapping",
-    "base_model_name_or_path",
     "inference_mode",
     "peft_type",
     "peft_version",
@@ -58,30 +57,25 @@ class AdapterPart:
     @property
     def modules(self) -> dict[str, int]:
         """Return {adapted module: its rank}."""
-        found = {}
-        for key in self.tensors:
-            name, is_factor, _ = key.partition(".lora_")
-            if is_factor:
-                found[name] = by_pattern(self.config.rank_pattern, name, self.config.r)
-        return found
+        names = [key.partition(".lora_")[0] for key in self.tensors if ".lora_" in key]
+        ranks, r = self.config.rank_pattern, self.config.r
+        return {name: by_pattern(ranks, name, r) for name in names}
 
     @property
     def core(self) -> dict[str, Tensor]:
         """Return {name in the core: tensor} for the core's tensors."""
-        found = {}
-        for key, tensor in self.tensors.items():
-            if is_core_key(key):
-                found[key.removeprefix(f"{NAME_IN_FILES}.")] = tensor
-        return found
+        prefix = f"{NAME_IN_FILES}."
+        keys = filter(is_core_key, self.tensors)
+        return {key.removeprefix(prefix): self.tensors[key] for key in keys}
 
     @property
     def core_ranks(self) -> dict[str, int]:
         """Return {group of layers that share a core: the largest of their ranks}."""
-        found: dict[str, int] = {}
+        ranks: dict[str, int] = {}
         for name, rank in self.modules.items():
             group = core_group(self.config, name, rank)
-            found[group] = max(rank, found.get(group, 0))
-        return found
+            ranks[group] = max(rank, ranks.get(group, 0))
+        return ranks
 
 
 # ---------------------------------------------------------------------- fields of a configuration
@@ -93,38 +87,37 @@ def config_to_fields(config: NaraConfig) -> dict[str, Any]:
     Fields that depend on the machine are left out, and so are fields that are None, unless files
     without them have another value.
     """
-    found = {}
+    json_values = {}
     for name, value in config.to_dict().items():
         if name in _OF_ONE_MACHINE or (value is None and name not in ABSENT):
             continue
-        if isinstance(value, Enum):
-            value = value.value
-        found[name] = sorted(value) if isinstance(value, set) else value
-    return found
+        value = sorted(value) if isinstance(value, set) else value
+        json_values[name] = value.value if isinstance(value, Enum) else value
+    return json_values
 
 
-def config_from_fields(given: Mapping[str, Any], origin: str) -> NaraConfig:
+def config_from_fields(json_values: Mapping[str, Any], origin: str) -> NaraConfig:
     """Return the configuration from `config_to_fields`, or from PEFT's adapter_config.json.
 
     Raises:
         ValueError: a field is missing, unknown or invalid. The message names the `origin`.
     """
-    known = {field.name for field in fields(NaraConfig)}
-    own: dict[str, Any] = {**ABSENT}
-    for name, value in given.items():
-        if name in _OF_ONE_MACHINE or (name not in known and is_idle(name, value)):
-            continue
-        own[name] = value
     for name in _ALWAYS_WRITTEN:
-        if name not in own:
+        if name not in json_values:
             raise ValueError(
-                f"The configuration of {origin} lacks {name}, which every NaRA's file has: damaged."
+                f"The configuration of {origin} has no field '{name}', which every NaRA file contains. The file is "
+                "damaged: download or save it again."
             )
+    names = {field.name for field in fields(NaraConfig)}.difference(_OF_ONE_MACHINE)
+    arguments = dict(ABSENT)
+    for name, value in json_values.items():
+        if name in names or not (name in _OF_ONE_MACHINE or is_idle(name, value)):
+            arguments[name] = value
     try:
-        return NaraConfig(**own)
+        return NaraConfig(**arguments)
     except (TypeError, ValueError, AttributeError, ImportError) as error:
         # PEFT's checks raise the last two errors
-        raise ValueError(f"The configuration of {origin} is refused: {error}") from error
+        raise ValueError(f"The configuration of {origin} is invalid: {error}") from error
 
 
 # ---------------------------------------------------------------------- the check, without a base
@@ -133,12 +126,15 @@ def config_from_fields(given: Mapping[str, Any], origin: str) -> NaraConfig:
 def check_modules(part: AdapterPart) -> None:
     """Raise ValueError if no module has factors, or one that `target_modules` don't name."""
     if not part.modules:
-        raise ValueError("it has no A and B of any module: download or save it again.")
-    for name in part.modules:
-        if not _is_target(part.config, name):
+        raise ValueError(
+            "The adapter has no A and B of any module. Download or save the file again."
+        )
+    targets = part.config.target_modules
+    for name in part.modules if targets not in (None, "all-linear") else ():
+        if not check_target_module_exists(part.config, name.partition(".base_layer")[0]):
             raise ValueError(
-                f"it has factors of '{name}', a module that its target_modules "
-                f"{part.config.target_modules} don't name: it is damaged, download or save it again."
+                f"The adapter has A and B of '{name}', which is not in its target_modules {targets}. The file is "
+                "damaged: download or save it again."
             )
 
 
@@ -153,26 +149,16 @@ def check_part(part: AdapterPart, *, beside: bool) -> None:
     Raises:
         ValueError: `check_tensors` raises an error.
     """
-    expected = _core_tensors(part)
-    for name, rank in part.modules.items():
-        expected |= _factors(part, name, rank)
-    known = dict(expected)
-    for key, tensor in part.tensors.items():
-        if beside and key not in known and _may_stand_beside(part.config, key, tensor):
-            known[key] = tensor
-    check_tensors(part.tensors, expected, known)
-
-
-def _is_target(config: NaraConfig, name: str) -> bool:
-    if config.target_modules in (None, "all-linear"):  # PEFT writes names instead
-        return True
-    return bool(check_target_module_exists(config, name.partition(".base_layer")[0]))
-
-
-def _core_tensors(part: AdapterPart) -> dict[str, Tensor]:
     with torch.device("meta" if part.config.core_type in BUILT_IN else "cpu"):
         cores = make_cores(part.config, part.core_ranks)
-    return {f"{NAME_IN_FILES}.{key}": tensor for key, tensor in cores.state_dict().items()}
+    expected = cores.state_dict(prefix=f"{NAME_IN_FILES}.")
+    for name, rank in part.modules.items():
+        expected |= _factors(part, name, rank)
+    allowed = dict(expected)
+    for key, tensor in part.tensors.items():
+        if beside and key not in expected and _may_stand_beside(part.config, key, tensor):
+            allowed[key] = tensor
+    check_tensors(part.tensors, expected, allowed)
 
 
 def _factors(part: AdapterPart, name: str, rank: int) -> dict[str, Tensor]:
@@ -198,21 +184,20 @@ def _factors(part: AdapterPart, name: str, rank: int) -> dict[str, Tensor]:
         shapes[key] = (1, d_out, *kernel) if kernel else (d_out,)
     if part.config.lora_bias:
         shapes[f"{name}.lora_B.bias"] = (d_out,)
-    return {key: _like(tensors.get(key), shape) for key, shape in shapes.items()}
+    expected = {}
+    for key, shape in shapes.items():
+        dtype = getattr(tensors.get(key), "dtype", torch.float32)
+        is_usual = dtype.is_floating_point and dtype.itemsize > 1  # layers can compute in it
+        expected[key] = torch.empty(
+            shape, dtype=dtype if is_usual else torch.float32, device="meta"
+        )
+    return expected
 
 
 def _shape(tensor: object) -> tuple[int, ...]:
     """Return a tensor's shape, extended to at least two axes."""
-    shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else ()
+    shape = tuple(getattr(tensor, "shape", ()))
     return shape if len(shape) > 1 else (*shape, 1, 1)[:2]
-
-
-def _like(tensor: object, shape: tuple[int, ...]) -> Tensor:
-    """Return a "meta" tensor of that shape, in the dtype of `tensor` if layers can compute in it."""
-    dtype = torch.float32
-    if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype.itemsize > 1:
-        dtype = tensor.dtype
-    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def _may_stand_beside(config: NaraConfig, key: str, tensor: object) -> bool:
@@ -220,14 +205,13 @@ def _may_stand_beside(config: NaraConfig, key: str, tensor: object) -> bool:
     if not isinstance(tensor, Tensor) or ".lora_" in key or is_core_key(key):
         return False
     module, _, kind = key.rpartition(".")
-    for name in config.modules_to_save or ():
-        if re.match(rf"(^|.*\.){name}($|\..*)", module):
-            return True
-    if kind == "weight" and tensor.dim() == 2:  # PEFT saves embeddings of a resized vocabulary
-        return True
-    if kind == "bias" and config.bias != "none":
-        return True
-    return "trainable_tokens" in kind
+    patterns = [rf"(^|.*\.){name}($|\..*)" for name in config.modules_to_save or ()]
+    is_saved = any(re.match(pattern, module) for pattern in patterns)
+    is_embedding = (
+        kind == "weight" and tensor.dim() == 2
+    )  # PEFT saves those of a resized vocabulary
+    is_bias = kind == "bias" and config.bias != "none"
+    return is_saved or is_embedding or is_bias or "trainable_tokens" in kind
 
 
 # ---------------------------------------------------------------------- one module's values

@@ -47,7 +47,6 @@ from .tensor_files import (
     METADATA_KEY,
     PEFT_CONFIG_NAME,
     PEFT_WEIGHTS_NAME,
-    adapter_type,
     copied,
     locate,
     read_config_file,
@@ -56,8 +55,6 @@ from .tensor_files import (
 )
 
 FORMAT_VERSION = 1
-BASE = "base_model_name_or_path"
-"""The field with the base model's name: for a local directory, only its last part."""
 MODEL = "model"
 """The name of a PEFT folder's component if no other is given."""
 
@@ -107,11 +104,13 @@ class AdapterFile:
             OSError: the download from the Hub failed.
         """
         if not isinstance(source, Mapping) and metadata is not None:
-            raise ValueError("metadata is for a dict of tensors: a file has its own.")
+            raise ValueError(
+                "metadata is for a dict of tensors. A file contains its own: leave it out."
+            )
         with naming(source):
             if isinstance(source, Mapping):
-                given = {key: copied(tensor) for key, tensor in source.items()}
-                return cls(_of_pipeline(given, metadata, "The dict", for_model))
+                tensors = {key: copied(tensor) for key, tensor in source.items()}
+                return cls(_of_pipeline(tensors, metadata, "The dict", for_model))
             path = locate(source, weight_name, subfolder, hub or {})
             tensors, metadata = read_tensors(path)
             if path.name == PEFT_WEIGHTS_NAME:
@@ -128,7 +127,7 @@ class AdapterFile:
         tensors = {}
         components = {}
         for name, part in self.parts.items():
-            components[name] = _fields(part.config)
+            components[name] = config_to_fields(part.config)
             for key, tensor in part.tensors.items():
                 tensors[f"{name}.{key}"] = tensor
         content = {"format_version": FORMAT_VERSION, "components": components}
@@ -157,7 +156,7 @@ def naming(source: Source, subfolder: str | None = None) -> Iterator[None]:
         path = f"{source}/{subfolder}" if subfolder else source
         where = "the dict" if isinstance(source, Mapping) else f"'{path}'"
         reason = error if is_clear else f"{type(error).__name__}: {error}"
-        raise ValueError(f"The adapter in {where} is refused: {reason}") from error
+        raise ValueError(f"The adapter in {where} can't be loaded: {reason}") from error
 
 
 # ---------------------------------------------------------------------- PEFT's format
@@ -168,19 +167,19 @@ def _of_peft(path: Path, tensors: dict[str, Tensor], for_model: bool) -> Adapter
     config = path.with_name(PEFT_CONFIG_NAME)
     if not config.is_file():
         raise ValueError(
-            f"There is no '{config.name}' beside '{path.name}' in '{path.parent}': PEFT writes both."
+            f"'{path.parent}' contains '{path.name}' but no '{config.name}', and PEFT writes both. Copy or download "
+            "the whole folder."
         )
-    kind = adapter_type(config)
+    json_values = read_config_file(config)
+    kind = json_values["peft_type"]
     if kind != NaraPeftType.NARA.value:
         raise ValueError(
             f"'{config}' describes an adapter of type {kind}, not NARA: load it with "
             "peft.PeftModel.from_pretrained(…)."
         )
-    given = read_config_file(config)
-    own = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in tensors.items()}
-    part = AdapterPart(config_from_fields(given, f"'{config}'"), with_current_names(own))
-    part.config.base_model_name_or_path = given.get(BASE)
-    part.config.auto_mapping = given.get("auto_mapping")
+    tensors = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in tensors.items()}
+    part = AdapterPart(config_from_fields(json_values, f"'{config}'"), with_current_names(tensors))
+    part.config.auto_mapping = json_values.get("auto_mapping")
     check_modules(part)
     if not for_model:
         check_part(part, beside=True)
@@ -202,15 +201,16 @@ def _of_pipeline(
     configs = _configs(metadata[METADATA_KEY], origin)
     split: dict[str, dict[str, Tensor]] = {name: {} for name in configs}
     for key, tensor in with_current_names(tensors).items():
-        component, _, rest = key.partition(".")
+        component, _, name_in_component = key.partition(".")
         if component not in split:
             raise ValueError(
-                f"{origin} has '{key}', but its configuration is only for {listed(configs)}: it is damaged."
+                f"{origin} has '{key}', but its configuration is only for {listed(configs)}. The file is damaged: "
+                "download or save it again."
             )
-        split[component][rest] = tensor
+        split[component][name_in_component] = tensor
     parts = {}
-    for name, own in split.items():
-        parts[name] = AdapterPart(configs[name], own)
+    for name, config in configs.items():
+        parts[name] = AdapterPart(config, split[name])
         try:
             check_modules(parts[name])
             if not for_model:
@@ -224,15 +224,13 @@ def _kind_without_configuration(tensors: Mapping[str, Tensor]) -> str:
     """Describe a file without a NaRA configuration, for an error message."""
     if any(map(is_core_key, tensors)):
         return (
-            "a NaRA's, but its configuration is missing: pass safe_open(file, 'pt').metadata() as "
-            "metadata="
+            "a NaRA without its configuration: pass safe_open(file, 'pt').metadata() as metadata="
         )
     if any(".lora" in key for key in tensors):
-        if all(key.startswith(PEFT_PREFIX) for key in tensors):
-            return "a LoRA, without core: load it with peft.PeftModel.from_pretrained(…)"
-        return "a LoRA, without core: load it with pipe.load_lora_weights(…)"
-    found = listed(tensors) or "no tensor"
-    return f"no NaRA adapter: it has {found}. Pass what save_nara_weights wrote"
+        is_of_peft = all(key.startswith(PEFT_PREFIX) for key in tensors)
+        call = "peft.PeftModel.from_pretrained(…)" if is_of_peft else "pipe.load_lora_weights(…)"
+        return f"a LoRA, without core: load it with {call}"
+    return f"no NaRA adapter: it has {listed(tensors) or 'no tensor'}. Pass a file that save_nara_weights wrote"
 
 
 def _configs(text: str, origin: str) -> dict[str, NaraConfig]:
@@ -240,31 +238,23 @@ def _configs(text: str, origin: str) -> dict[str, NaraConfig]:
     try:
         content = dict(json.loads(text))
         version = content["format_version"]
-        given = content["components"] if version == FORMAT_VERSION else {}
-        components = {name: dict(own) for name, own in given.items()}
+        components = content["components"] if version == FORMAT_VERSION else {}
+        components = {name: dict(json_values) for name, json_values in components.items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(
-            f"The configuration in the metadata of {origin} can't be read ({error!r}): it is damaged."
+            f"The configuration in the metadata of {origin} can't be read ({error!r}). The file is damaged: download "
+            "or save it again."
         ) from None
     if version != FORMAT_VERSION:
         raise ValueError(
-            f"{origin} has format_version {version!r}, this nara-diffusion reads {FORMAT_VERSION}: "
-            "update the package, or save the adapter again with this one."
+            f"{origin} has format_version {version!r}, but this version of nara-diffusion reads {FORMAT_VERSION}: "
+            "update the package, or save the adapter again with the installed version."
         )
     if not components:
         raise ValueError(
-            f"{origin} names no component that it adapts: it is damaged, download or save it again."
+            f"The configuration of {origin} has no components. The file is damaged: download or save it again."
         )
-    configs = {}
-    for name, own in components.items():
-        configs[name] = config_from_fields(own, f"{origin}, '{name}'")
-        configs[name].base_model_name_or_path = own.get(BASE)
-    return configs
-
-
-def _fields(config: NaraConfig) -> dict[str, Any]:
-    """Return a configuration's fields for a pipeline's file, with the base model if known."""
-    found = config_to_fields(config)
-    if config.base_model_name_or_path:
-        found[BASE] = config.base_model_name_or_path
-    return found
+    return {
+        name: config_from_fields(json_values, f"{origin}, '{name}'")
+        for name, json_values in components.items()
+    }

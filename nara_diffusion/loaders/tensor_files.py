@@ -39,17 +39,22 @@ def is_nara(path: Path) -> bool:
         ValueError: a folder's adapter_config.json is damaged, or has another type but a core.
     """
     if path.is_file():
-        return _has_core(path)
+        try:
+            with safe_open(path, framework="pt", device="cpu") as file:
+                return METADATA_KEY in (file.metadata() or {}) or any(map(is_core_key, file.keys()))
+        except (OSError, SafetensorError):
+            return False
     config = path / PEFT_CONFIG_NAME
-    if config.is_file():
-        kind = adapter_type(config)
-        if kind != NaraPeftType.NARA.value and "core_type" in read_config_file(config):
-            raise ValueError(
-                f"'{config}' has the fields of a NaRA, but peft_type is {kind!r}, not "
-                f"{NaraPeftType.NARA.value!r}: download or save it again."
-            )
-        return kind == NaraPeftType.NARA.value
-    return (path / WEIGHTS_NAME).is_file()
+    if not config.is_file():
+        return (path / WEIGHTS_NAME).is_file()
+    fields = read_config_file(config)
+    is_of_nara = fields["peft_type"] == NaraPeftType.NARA.value
+    if not is_of_nara and "core_type" in fields:
+        raise ValueError(
+            f"'{config}' has the fields of a NaRA, but peft_type is {fields['peft_type']!r}, not "
+            f"{NaraPeftType.NARA.value!r}. The file is damaged: download or save it again."
+        )
+    return is_of_nara
 
 
 def is_nara_for_peft(source: str, subfolder: str | None = None, **hub: object) -> bool:
@@ -58,31 +63,10 @@ def is_nara_for_peft(source: str, subfolder: str | None = None, **hub: object) -
     if (folder / PEFT_CONFIG_NAME).is_file():
         return is_nara(folder)
     try:
-        found = PeftConfig._get_peft_type(source, subfolder=subfolder, **hub)
+        kind = PeftConfig._get_peft_type(source, subfolder=subfolder, **hub)
     except Exception:  # PEFT is about to raise its own error
         return False
-    return found == NaraPeftType.NARA.value
-
-
-def _has_core(path: Path) -> bool:
-    """Return whether a safetensors file contains NaRA metadata or tensors of a core."""
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            names = list(file.keys())
-            metadata = file.metadata() or {}
-    except (OSError, SafetensorError):
-        return False
-    return METADATA_KEY in metadata or any(map(is_core_key, names))
-
-
-def adapter_type(path: Path) -> str:
-    """Return the `peft_type` in an adapter_config.json, or raise ValueError if there is none."""
-    kind = read_config_file(path).get("peft_type")
-    if not isinstance(kind, str):
-        raise ValueError(
-            f"'{path}' has no peft_type, so it describes no adapter: download or save it again."
-        )
-    return kind
+    return kind == NaraPeftType.NARA.value
 
 
 # ---------------------------------------------------------------------- find
@@ -108,7 +92,7 @@ def locate(
     is_local = isinstance(source, Path) or str(source).startswith((".", "/", "~"))
     if is_local or path.suffix == ".safetensors":
         raise ValueError(
-            f"There is no file or folder '{source}': pass what save_nara_weights or PEFT wrote."
+            f"There is no file or folder '{source}': pass one that save_nara_weights or PEFT wrote."
         )
     repository = str(source)
     try:
@@ -126,46 +110,42 @@ def locate(
 def _download(repository: str, name: str, subfolder: str | None, hub: Mapping[str, Any]) -> Path:
     agent = {"file_type": "nara_weights", "framework": "pytorch"}
     try:
-        found = _get_model_file(
-            repository, weights_name=name, subfolder=subfolder, user_agent=agent, **hub
+        return Path(
+            _get_model_file(
+                repository, weights_name=name, subfolder=subfolder, user_agent=agent, **hub
+            )
         )
     except OSError as error:
         if not is_out_of_reach(error):
             raise
         raise OSError(
-            f"There is no folder '{repository}', and the Hub can't be reached to look for a "
-            "repository of that name: check the connection, or name a file or folder."
+            f"'{repository}' is not a local folder, and the Hub can't be reached to look for a repository with that "
+            "name. Check your connection, or pass a local file or folder."
         ) from error
-    return Path(found)
 
 
 def _in_folder(folder: Path, weight_name: str | None) -> Path:
     """Return the file `weight_name` in a folder or, if None, NaRA's, PEFT's or the only file."""
     files = sorted(folder.iterdir()) if folder.is_dir() else []
-    others = [path.name for path in files if path.suffix == ".safetensors" and path.is_file()]
-    if weight_name is not None:
-        names = [weight_name]
-    else:
-        names = [WEIGHTS_NAME, PEFT_WEIGHTS_NAME]
-        names += others if len(others) == 1 else []
+    present = [path.name for path in files if path.suffix == ".safetensors" and path.is_file()]
+    only = present if len(present) == 1 else []
+    names = [weight_name] if weight_name else [WEIGHTS_NAME, PEFT_WEIGHTS_NAME, *only]
     for name in names:
         if (folder / name).is_file():
             return folder / name
-    found = "it has no safetensors file"
-    if others and weight_name == PEFT_WEIGHTS_NAME:
-        found = f"name a folder of PEFT, not of {listed(others)}"
-    elif others:
-        found = f"pass weight_name, one of {listed(others)}"
-    raise ValueError(f"There is no '{weight_name or WEIGHTS_NAME}' in '{folder}': {found}.")
+    remedy = f"pass weight_name, one of {listed(present)}"
+    if weight_name == PEFT_WEIGHTS_NAME:
+        remedy = f"pass a folder that PEFT wrote, not one of {listed(present)}"
+    if not present:
+        remedy = "it has no safetensors file"
+    raise ValueError(f"There is no '{weight_name or WEIGHTS_NAME}' in '{folder}': {remedy}.")
 
 
 def check_peft_weights(source: str | os.PathLike[str], subfolder: str | None = None) -> None:
     """Raise ValueError if a local folder, which PEFT is about to read, has no file of weights."""
     folder = Path(source, subfolder or "")
-    path = folder / PEFT_WEIGHTS_NAME
-    if not path.exists():
-        path = folder / PEFT_PICKLE_NAME
-    if folder.is_dir() and not path.is_file():
+    has_safetensors = (folder / PEFT_WEIGHTS_NAME).exists()
+    if folder.is_dir() and (has_safetensors or not (folder / PEFT_PICKLE_NAME).is_file()):
         _in_folder(folder, PEFT_WEIGHTS_NAME)
 
 
@@ -173,13 +153,22 @@ def check_peft_weights(source: str | os.PathLike[str], subfolder: str | None = N
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
-    """Return the fields of a JSON file such as adapter_config.json, naming the file in errors."""
+    """Return the fields of an adapter_config.json.
+
+    Raises:
+        ValueError: the file is damaged, or has no `peft_type`. The message names the file.
+    """
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        fields = dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(
-            f"'{path}' can't be read ({error}): it is damaged. Download or save it again."
+            f"'{path}' can't be read ({error}). The file is damaged: download or save it again."
         ) from None
+    if not isinstance(fields.get("peft_type"), str):
+        raise ValueError(
+            f"'{path}' has no peft_type, so it describes no adapter: download or save it again."
+        )
+    return fields
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str] | None]:
@@ -196,8 +185,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str] | None]:
             return tensors, file.metadata()
     except SafetensorError as error:
         raise ValueError(
-            f"'{path}' is no whole safetensors file ({error}): download or save it again if it was "
-            "cut off; other formats are not read."
+            f"'{path}' is not a complete safetensors file ({error}). Download or save it again if it "
+            "was cut off; other formats are not read."
         ) from None
 
 
@@ -265,16 +254,11 @@ def load_whole_model(kind: Any, folder: Path, **options: object) -> nn.Module:
         ValueError: a tensor is missing or unexpected. The message names the tensor.
     """
     model, loading = kind.from_pretrained(str(folder), output_loading_info=True, **options)
-    missing = sorted(loading["missing_keys"])
-    surplus = sorted(loading["unexpected_keys"])
-    problems = []
-    if missing:
-        problems.append(f"lacks {listed(missing, 'tensors')} of {kind.__name__}")
-    if surplus:
-        problems.append(f"has {listed(surplus, 'tensors')}, which {kind.__name__} doesn't have")
-    if problems:
+    missing, surplus = sorted(loading["missing_keys"]), sorted(loading["unexpected_keys"])
+    if missing or surplus:
         raise ValueError(
-            f"{folder} {' and '.join(problems)}. Was it written by another version, or is it of "
-            "another model? Save it again."
+            f"The weights in '{folder}' don't fit {kind.__name__}: {listed(missing) or 'nothing'} is missing, and "
+            f"{listed(surplus) or 'nothing'} is unexpected. Was it written by another version, or for another model? "
+            "Save it again."
         )
     return model

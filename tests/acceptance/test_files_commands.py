@@ -98,17 +98,20 @@ REFUSED: list[tuple[list[str], str]] = [
     (["convert", "{peft}", "{note}", "--to", "pipeline", "--component", "unet"], "exists: '{note}'"),
     (["convert", "{peft}", "{out}/x", "--to", "pipeline"], "needs --component"),
     (["draw", "{peft}"], "expected one of inspect, plot"),
-    (["inspect", "{half}"], "{half}' is refused: The checkpoint lacks 'model.layers.0.mlp.down_proj.lora_B"),
+    (["inspect", "{half}"], "{half}' can't be loaded: The checkpoint lacks 'model.layers.0.mlp.down_proj.lora_B"),
     (
         ["fold", "{half}", "{out}/lora", *ONE, "--form", "peft"],
-        "{half}' is refused: The checkpoint lacks 'model.layers.0",
+        "{half}' can't be loaded: The checkpoint lacks 'model.layers.0",
     ),
     (
         ["fold", "{rank}", "{out}/lora", *ONE, "--form", "peft"],
         "has shape (4, 24) in the checkpoint, but this adapter needs (3, 24)",
     ),
-    (["inspect", "{core}"], "{core}' is refused: The checkpoint lacks 'nara_core.shared.layers.1.weight'"),
-    (["fold", "{core}", "{out}/lora", *ONE, "--form", "peft"], "{core}' is refused: The checkpoint lacks 'nara_core."),
+    (["inspect", "{core}"], "{core}' can't be loaded: The checkpoint lacks 'nara_core.shared.layers.1.weight'"),
+    (
+        ["fold", "{core}", "{out}/lora", *ONE, "--form", "peft"],
+        "{core}' can't be loaded: The checkpoint lacks 'nara_core.",
+    ),
 ]
 
 

@@ -208,8 +208,8 @@ class Touch:
 @pytest.mark.parametrize(
     ("suffix", "form", "zipped", "message"),
     [
-        (".safetensors", "pipeline", True, "no whole safetensors file.*other formats are not read"),
-        (".safetensors", "pipeline", False, "no whole safetensors file.*other formats are not read"),
+        (".safetensors", "pipeline", True, "not a complete safetensors file.*other formats are not read"),
+        (".safetensors", "pipeline", False, "not a complete safetensors file.*other formats are not read"),
         (".bin", "pipeline", True, "it has no safetensors file"),
         (".bin", "peft", True, "[Ww]eights.only"),
     ],

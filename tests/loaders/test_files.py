@@ -66,7 +66,7 @@ def test_a_hub_that_cannot_be_reached_is_told_as_that(monkeypatch: pytest.Monkey
     monkeypatch.setattr("huggingface_hub.file_download.get_hf_file_metadata", fail)
     pipe: Any = _bases.sdxl()
     for call in (pipe.load_nara_weights, model_index, files.read_peft_tensors):
-        with pytest.raises((OSError, ValueError), match=r"no.* folder.* the Hub.* can't be reached") as caught:
+        with pytest.raises((OSError, ValueError), match=r"(not|no).* folder.* the Hub.* can't be reached") as caught:
             call("me/toy")
         assert "me/toy" in str(caught.value)
 
@@ -231,7 +231,10 @@ def test_a_load_by_peft_that_lost_or_ignored_tensors_is_refused(tmp_path: Path) 
         save_file(changed, file)
         with pytest.warns(UserWarning, match="missing adapter keys"), pytest.raises(ValueError, match=message):
             files.load_peft_adapter(TwoLayers(), tmp_path)
-    for other, message in ((tmp_path / "model.safetensors", "name a folder of PEFT"), (None, "no safetensors file")):
+    for other, message in (
+        (tmp_path / "model.safetensors", "pass a folder that PEFT wrote"),
+        (None, "no safetensors file"),
+    ):
         file = file.rename(other) if other else file.unlink()
         with pytest.raises(ValueError, match=rf"There is no 'adapter_model\.safetensors' in .*{message}"):
             files.load_peft_adapter(TwoLayers(), tmp_path)
@@ -245,7 +248,9 @@ def test_load_whole_model_refuses_missing_weights(tmp_path: Path) -> None:
     tensors = load_file(file)
     tensors["more"] = tensors.pop("conv_in.weight")
     save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"lacks 'conv_in\.weight' of UNet2DConditionModel and has 'more'"):
+    with pytest.raises(
+        ValueError, match=r"UNet2DConditionModel: 'conv_in\.weight' is missing, and 'more' is unexpected"
+    ):
         load_whole_model(type(unet), tmp_path, low_cpu_mem_usage=False)
 
 
