@@ -19,17 +19,21 @@ from torch import nn
 from nara_diffusion.layers.channel import CoreChannel, Key
 from nara_diffusion.noise.parts import Parts
 
-from .twins import check_checkpointing
-
 _CHECKPOINTS = ("_gradient_checkpointing_func", "checkpoint_fn")
 """The attributes that keep a checkpoint function: of Transformers and Diffusers, of PyTorch's wrapper."""
 
 
-def pass_cores(root: nn.Module, channel: CoreChannel) -> None:
-    """Wrap the checkpoint function of every checkpointed block in `root`. Repeating is safe."""
+def pass_cores(
+    root: nn.Module, channel: CoreChannel, check: Callable[[Callable[..., Any]], None]
+) -> None:
+    """Wrap the checkpoint function of every checkpointed block in `root`. Repeating is safe.
+
+    Args:
+        check: raises an error for a checkpoint function that the model cannot use.
+    """
     for module, name, checkpoint in _checkpointed(root):
         if not (isinstance(checkpoint, CheckpointWithCore) and checkpoint.passes(channel)):
-            check_checkpointing(root, checkpoint)
+            check(checkpoint)
             setattr(module, name, CheckpointWithCore(checkpoint, channel))
 
 

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from nara_diffusion.config import NaraConfig
 from nara_diffusion.cores.registry import needs_noise
 from nara_diffusion.noise.blocks import LLADA2, BlockNoise
-from nara_diffusion.noise.canvas_source import CanvasNoise
 from nara_diffusion.noise.context import Entry
 from nara_diffusion.noise.level import as_level
 from nara_diffusion.noise.parts import Parts
@@ -31,7 +30,7 @@ from nara_diffusion.noise.rows import ModelRows
 from nara_diffusion.noise.sources import BLOCK_SHARE, NoiseSource, registered
 from nara_diffusion.noise.timesteps import DenoiserNoise, TimestepNoise
 
-from .twins import twins_of
+from .adapted_forwards import forwards_of
 from .usage import Usage
 
 if TYPE_CHECKING:
@@ -54,6 +53,7 @@ class LevelFinder:
         configs: configurations by adapter name. The core holder changes this dict in place.
         given_source: the source that `set_noise_source` has set; None if it was removed.
         usage: the pipelines that loaded adapters, and checks of how they use the adapters.
+        forwards: which forwards get C, and what the model refuses.
         length: N to use if no such pipeline is left, from the last pipeline or from training. None
             means 1000.
     """
@@ -72,6 +72,7 @@ class LevelFinder:
         self.given_source: NoiseSource | NotSet | None = NotSet.DEFAULT
         self.length: int | None = None
         self.usage = Usage(configs)
+        self.forwards = forwards_of(root, self.usage.schedulers)
 
     # ------------------------------------------------------------------ the source
 
@@ -104,8 +105,8 @@ class LevelFinder:
         source = registered.get(convention or "")
         if source is None and self.class_source is not None:
             source = self.class_source.read_as(convention)
-        if source is None and twins_of(self.root) is not None:
-            return self.canvas_source
+        if source is None:
+            source = self.forwards.source
         if source is None and (convention == BLOCK_SHARE or _goes_by_blocks(self.root)):
             return self.block_source
         return source
@@ -114,11 +115,6 @@ class LevelFinder:
     def block_source(self) -> BlockNoise:
         """Return the default source of a LLaDA2 model, which follows LLaDA2Pipeline."""
         return BlockNoise(self.usage.schedulers)
-
-    @cached_property
-    def canvas_source(self) -> CanvasNoise:
-        """Return the default source of a DiffusionGemma model, which follows its samplers."""
-        return CanvasNoise(self.usage.schedulers)
 
     def add_pipeline(self, pipe: DiffusionPipeline) -> None:
         """Remember a pipeline that loaded an adapter."""

@@ -38,8 +38,6 @@ from nara_diffusion.noise.timesteps import DenoiserNoise
 from .checkpointing import pass_cores, pass_no_cores
 from .finder import LevelFinder
 from .merging import Merging
-from .twin_hooks import hook_twins, unhook_twins
-from .twins import twins_of
 
 _CORES_OF_LAYER = "nara_cores"
 """The attribute of an adapter's first layer that names its cores: {adapter: cores}."""
@@ -74,7 +72,7 @@ class CoreHolder(nn.Module):
         rows = ModelRows.of(class_source)
         self.channel = CoreChannel(self, rows)
         self.finder = LevelFinder(root, self.configs, rows, class_source)
-        self.merging = Merging(root, self.layers, self.noisy)
+        self.merging = Merging(self.finder.forwards, self.layers, self.noisy)
         self._handles: tuple[RemovableHandle, ...] = ()
 
     @property
@@ -176,32 +174,22 @@ class CoreHolder(nn.Module):
         if getattr(self.root, HOLDER_NAME, None) is self:
             return
         setattr(self.root, HOLDER_NAME, self)
-        twins = twins_of(self.root)
-        if twins is not None:
-            source = self.finder.canvas_source
-            self._handles = hook_twins(self.root, twins, source, self.begin, self.end)
-            return
-        self._handles = (
-            self.root.register_forward_pre_hook(_before_forward, with_kwargs=True),
-            self.root.register_forward_hook(_after_forward, always_call=True),
-        )
+        self._handles = self.finder.forwards.hook(_before_forward, _after_forward)
 
     def detach(self) -> None:
         """Undo `attach`."""
         for handle in self._handles:
             handle.remove()
         self._handles = ()
-        twins = twins_of(self.root)
-        if twins is not None:
-            unhook_twins(self.root, twins, self.finder.canvas_source)
+        self.finder.forwards.unhook()
         pass_no_cores(self.root, self.channel)
         self.root._modules.pop(HOLDER_NAME, None)
 
-    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any], is_clean: bool = False) -> None:
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any], is_clean: bool) -> None:
         """Push D(λ) of the adapters that the layers will read in this forward of the root.
 
         Args:
-            is_clean: True for the encoder of twins (`twins`), which runs at λ = 0.
+            is_clean: True for the encoder of a DiffusionGemma, which runs at λ = 0.
         """
         self.channel.local.pushed = None
         names = self.active_names()
@@ -220,7 +208,7 @@ class CoreHolder(nn.Module):
         if "_diffusers_hook" in vars(self.root):
             onload_groups(self.root)
         if torch.is_grad_enabled():
-            pass_cores(self.root, self.channel)
+            pass_cores(self.root, self.channel, self.finder.forwards.check_checkpointing)
         noisy = self.noisy(names)
         level = parts = None
         if noisy and is_clean:
@@ -234,10 +222,6 @@ class CoreHolder(nn.Module):
                 deviations[key] = D.to(device) if D.device.type == "cpu" else D
         innermost = None if torch.compiler.is_compiling() else present.get()
         self.channel.local.pushed = Pushed(innermost, entry, deviations, parts)
-
-    def end(self) -> None:
-        """Take D(λ) away from the layers after a forward."""
-        self.channel.local.pushed = None
 
     def context(self) -> Entry | None:
         """Return the innermost open `noise_level(…)` of this model, or None if there is none."""
@@ -360,12 +344,12 @@ def drop_idle_holder(root: nn.Module) -> None:
 
 @torch.compiler.disable(recursive=True)
 def _before_forward(
-    root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], is_clean: bool = False
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     holder = holder_of(root)
     if holder is None:
         return None
-    holder.begin(args, kwargs)
+    holder.begin(args, kwargs, is_clean)
     finder = holder.finder
     if finder.class_source is not None or not finder.usage.pipelines:
         return None
@@ -374,7 +358,7 @@ def _before_forward(
 
 
 @torch.compiler.disable(recursive=True)
-def _after_forward(root: nn.Module, args: tuple[Any, ...], output: object) -> None:
+def _after_forward(root: nn.Module, *_: object) -> None:
     holder = holder_of(root)
     if holder is not None:
-        holder.end()
+        holder.channel.local.pushed = None

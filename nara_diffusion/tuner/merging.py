@@ -22,8 +22,8 @@ from nara_diffusion.layers.offloading import is_offloaded
 from nara_diffusion.noise.context import Entry, backward_pass
 from nara_diffusion.noise.level import Level, as_level
 
+from .adapted_forwards import RootForwards
 from .finder import LevelFinder, unknown_level
-from .twins import check_mergeable_twins
 
 logger = logging.getLogger(__name__)
 
@@ -33,16 +33,20 @@ class Merging:
     """Find the λ for merging or exporting one model's adapters, and compare it with a forward's λ.
 
     Args:
-        root: the adapted model.
+        forwards: the forwards of the adapted model, which may refuse a merge.
         layers: the layers of each adapter, by name. The core holder owns this dict and changes it
             in place.
         noisy: a function that returns which of the given adapters depend on λ.
     """
 
-    root: nn.Module
+    forwards: RootForwards
     layers: dict[str, list[LoraLayer]]
     noisy: Callable[[Iterable[str]], list[str]]
     _warned_of: Tensor | None = field(default=None, init=False, repr=False)
+
+    @property
+    def root(self) -> nn.Module:
+        return self.forwards.root
 
     # ------------------------------------------------------------------ what is merged
 
@@ -107,7 +111,7 @@ class Merging:
             ValueError: λ is unknown or differs between samples; other adapters are merged at
                 another λ; or weights are offloaded.
         """
-        check_mergeable_twins(self.root)
+        self.forwards.check_merge()
         if is_offloaded(self.root):
             raise ValueError(
                 f"Adapters cannot be merged while weights of {type(self.root).__name__} are offloaded, since they "
@@ -164,7 +168,7 @@ class Merging:
         noisy = self.noisy([name])
         if not noisy:
             return None
-        check_mergeable_twins(self.root)
+        self.forwards.check_merge()
         remedy = "a plain LoRA is exact at only one λ. Pass noise_level=…, or export inside `with noise_level(…):`."
         level = None if noise_level is None else as_level(noise_level)
         return self.one_level(noisy, level, entry, remedy)

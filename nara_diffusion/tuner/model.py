@@ -58,7 +58,7 @@ from .adding import (
 from .holder import CoreHolder, drop_idle_holder, holder_of
 from .merging import unmerged_on_error
 from .strength import give_strength
-from .twins import check_twin, decoder_name, share_factors, twins_of, with_twins, without_twins
+from .twins import decoder_name, share_factors, with_twins, without_twins
 
 logger = logging.getLogger(__name__)
 
@@ -127,9 +127,7 @@ class NaraModel(LoraModel):
                         low_cpu_mem_usage,
                         layers_only or None,
                     )
-                shared = []
-                if twins_of(model) is not None:
-                    shared = share_factors(model, adapter_name, layers)
+                shared = share_factors(model, adapter_name, layers)
                 owners = {name: layer for name, layer in layers.items() if name not in shared}
                 cores = cores_for(config, adapter_name, owners, low_cpu_mem_usage, is_dispatched)
                 holder.add(adapter_name, config, cores, list(layers.values()))
@@ -162,10 +160,6 @@ class NaraModel(LoraModel):
         has_norm = lora_config.reads_core and lora_config.use_dora
         if has_norm:
             check_norm(target, current_key)
-        owner = current_key
-        if twins_of(self.model) is not None:
-            check_twin(self.model, current_key)
-            owner = decoder_name(self.model, current_key) or current_key
         super()._create_and_replace(
             lora_config, adapter_name, target, target_name, parent, **kwargs
         )
@@ -179,6 +173,7 @@ class NaraModel(LoraModel):
         self._injected[current_key] = layer
         if lora_config.reads_core:
             variant_class = variant_for(layer, current_key, has_norm)
+            owner = decoder_name(self.model, current_key) or current_key
             group = core_group(lora_config, owner, layer.r[adapter_name])  # by rank_pattern
             rows = row_kind_of(self.model, current_key)
             layer.lora_variant[adapter_name] = variant_class(
@@ -294,8 +289,7 @@ class NaraModel(LoraModel):
         selected = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
-        if twins_of(model) is not None:
-            selected = without_twins(model, selected)
+        selected = without_twins(model, selected)
         return {**selected, **core_tensors(state_dict, model, adapter_name)}
 
     @classmethod
@@ -313,13 +307,11 @@ class NaraModel(LoraModel):
         peft_config: Any = model.peft_config
         of_adapter = without_adapters(present, set(peft_config) - {adapter_name})
         selected = super()._get_adapter_state_dict(model, config, adapter_name, of_adapter, [])
-        has_twins = twins_of(model) is not None
-        if has_twins:
-            selected = without_twins(model, selected)
+        selected = without_twins(model, selected)
         expected = expected_tensors(model, selected, adapter_name)
         check_tensors(
             with_names_in_files(mapped, adapter_name),
             with_names_in_files(expected, adapter_name),
             with_names_in_files(present, adapter_name),
         )
-        return with_twins(model, mapped, present) if has_twins else mapped
+        return with_twins(model, mapped, present)

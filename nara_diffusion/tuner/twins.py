@@ -6,16 +6,16 @@
 An adapter on one projection has one A, one B, one magnitude and one core for both. An encoder layer
 uses the modules of its *twin*, the decoder layer with the same weight. These modules are saved
 once, under the decoder's name. A decoder may be adapted without its encoder, but not the reverse.
+For any other model, no name has a twin, and the functions of this file change nothing.
 
-Merging raises an error, because it would add the update to the shared weight twice, and at one λ.
-Exporting a LoRA raises an error if the adapter depends on λ. Exporting from a file always raises an
-error, because the file has no keys for the encoder.
+`adapted_forwards` says which forwards get C. Exporting from a file raises an error, because the file
+has no keys for the encoder.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -53,25 +53,22 @@ def decoder_name(root: nn.Module, name: str) -> str | None:
     return f"{prefix}{_DECODER}{suffix}" if is_inside and twins_of(root) else None
 
 
-def check_twin(root: nn.Module, name: str) -> None:
-    """Raise ValueError for a layer of a DiffusionGemma that routes tokens to experts."""
-    if twins_of(root) is not None and ".router." in name:
-        raise ValueError(
-            f"'{name}' is a router, and its update would send tokens to experts that were not trained "
-            "for them. Leave it out with exclude_modules=r'.*router.*'."
-        )
-
-
 def share_factors(root: nn.Module, adapter_name: str, layers: Mapping[str, LoraLayer]) -> list[str]:
     """Give encoder layers the factors of their twins, and return the names of these layers.
 
     Repeating is safe.
 
     Raises:
-        ValueError: an encoder layer is adapted without its twin, or has another rank.
+        ValueError: an encoder layer is adapted without its twin, or has another rank; or a layer of
+            a DiffusionGemma routes tokens to experts.
     """
     shared = []
     for name, layer in layers.items():
+        if ".router." in name and twins_of(root) is not None:
+            raise ValueError(
+                f"'{name}' is a router, and its update would send tokens to experts that were not trained "
+                "for them. Leave it out with exclude_modules=r'.*router.*'."
+            )
         twin = decoder_name(root, name)
         if twin is None:
             continue
@@ -153,18 +150,6 @@ def _twin_key(root: nn.Module, key: str) -> str | None:
     return decoder_name(root, key) if ".lora_" in key else None
 
 
-# ---------------------------------------------------------------- what twins cannot do
-
-
-def check_mergeable_twins(root: nn.Module) -> None:
-    """Raise ValueError if a merge would change weights that an encoder and a decoder share."""
-    if twins_of(root) is not None:
-        raise ValueError(
-            f"Adapters of {type(root).__name__} cannot be merged or exported as a LoRA: its encoder "
-            "(λ = 0) and its decoder share each weight. Keep the adapter as it is."
-        )
-
-
 def check_foldable_file(config: NaraConfig) -> None:
     """Raise ValueError for a DiffusionGemma adapter, since its file has no keys for the encoder."""
     base = (getattr(config, "auto_mapping", None) or {}).get("base_model_class") or ""
@@ -172,15 +157,4 @@ def check_foldable_file(config: NaraConfig) -> None:
         raise ValueError(
             "The file contains an adapter of DiffusionGemma, which its encoder (λ = 0) and its decoder "
             "share. A LoRA at one λ is right for neither: load the file as it is."
-        )
-
-
-def check_checkpointing(root: nn.Module, checkpoint: Callable[..., Any]) -> None:
-    """Raise ValueError for reentrant checkpointing, which cuts off the encoder's gradient."""
-    is_reentrant = getattr(checkpoint, "keywords", {}).get("use_reentrant")
-    if is_reentrant and twins_of(root) is not None:
-        raise ValueError(
-            f"{type(root).__name__} has reentrant checkpointing, which cannot follow gradients "
-            "through the encoder's cache: pass gradient_checkpointing_kwargs="
-            '{"use_reentrant": False}.'
         )

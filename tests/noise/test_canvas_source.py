@@ -291,7 +291,7 @@ def test_a_loop_that_encodes_again_before_each_step_raises_at_its_second_step(mo
 
 
 def test_an_unknown_scheduler_raises(model):
-    source = holder_of(model).finder.canvas_source
+    source = holder_of(model).finder.forwards.source
     with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler is not known"):
         source.stepped(FlowMatchEulerDiscreteScheduler(), {"timestep": 0}, None)
 
