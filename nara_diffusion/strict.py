@@ -24,7 +24,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 
-from nara_diffusion.cores.registry import HOLDER_NAME, NAME_IN_FILES
+from nara_diffusion.cores.core_set import HOLDER_NAME, NAME_IN_FILES
 from nara_diffusion.noise.context import find_holders
 from nara_diffusion.utils.wording import listed
 

@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 
 from nara_diffusion import NaraConfig
 from nara_diffusion.cores.core import Core
-from nara_diffusion.cores.registry import make_cores
+from nara_diffusion.cores.core_set import make_cores
 from nara_diffusion.dreambooth.denoiser import adapt, text_config
 from nara_diffusion.noise.context import core_holders
 from nara_diffusion.training.adapters import adapter_config

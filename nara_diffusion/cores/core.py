@@ -1,22 +1,11 @@
-"""The cores: λ (b,) → C(λ) (b, r, r), in plain torch.
+"""A core, λ (b,) → C(λ) (b, r, r), and NaRA's core with a hypernetwork, in plain torch.
 
     ΔW(λ) = s · B · C(λ) · A                                      (NaRA, arXiv 2605.29716, section 4)
-
-    hypernetwork  C(λ) = I + η F(e(λ)): NaRA
-    constant      C = I + η D, one learned D (r, r); an ablation of the paper (NaRA-C)
-    identity      C = I: LoRA
-    knots         C(λ) = I + η Σ_k φ_k(λ) D_k
-                  φ_k(λ) = max(0, 1 − |λ (K − 1) − k|),   k = 0 … K − 1
-    rank_mask     C(λ) = diag(1 for i < r(λ), else 0)             (T-LoRA, arXiv 2507.05964)
-                  r(λ) = ⌊(r − r_min)(1 − λ)⌋ + r_min
-    bins          C(λ) = diag(1 for i in block k(λ), else 0)      (Multi-LoRA)
-                  k(λ) = min(⌊λ K⌋, K − 1)
+    C(λ) = I + η F(e(λ))
 
 Shapes: A (r, d_in), B (d_out, r), λ = noise_level (b,) in [0, 1], 1 = pure noise. The modules
 return the deviation D = C − I. A learned D starts at zero, so C = I at step 0. If λ is NaN, so is
-C. Masks have no parameters. A direction that is off adds nothing to the output, and its row of A
-and column of B get a gradient of exactly zero. (AdamW still moves directions that it trained
-before, until its running mean of gradients has decayed.)
+C. The cores of other methods are in `other_cores`.
 
 This module deliberately differs from the reference implementation in three ways. There is one C for
 each *sample*. The product is B·C·A as in the paper (the reference computes B·Cᵀ·A). Every core
@@ -36,9 +25,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 CoreInit = Literal["zero_last", "kaiming", "zero_all"]
-
-
-# ---------------------------------------------------------------------- float32
 
 
 def is_autocast_enabled(device: torch.device) -> bool:
@@ -153,9 +139,6 @@ class Core(Float32Module):
         return default if is_offloaded or device is None else device
 
 
-# ---------------------------------------------------------------------- the hypernetwork
-
-
 class NoiseEmbedding(Float32Module):
     """Embed λ (b,) as e(λ) (b, out_dim).
 
@@ -223,125 +206,3 @@ class HypernetworkCore(Core):
             for layer in self.layers[:-1]:
                 h = F.silu(layer(h))
             return self.scale * self.layers[-1](h).unflatten(-1, (self.rank, self.rank))
-
-
-# ---------------------------------------------------------------------- cores without a hypernetwork
-
-
-class ConstantCore(Core):
-    """The core C = I + η D of NaRA-C, with one learnable D (r, r) and no noise input."""
-
-    needs_noise = False
-
-    def __init__(self, rank: int, *, scale: float, init: CoreInit) -> None:
-        super().__init__(rank)
-        self.scale = scale
-        self.deviation = nn.Parameter(torch.zeros(rank, rank, dtype=torch.float32))
-        if init == "kaiming":
-            nn.init.kaiming_uniform_(self.deviation, a=math.sqrt(5))
-
-    def forward(self) -> Tensor:
-        """Return η D (1, r, r), float32."""
-        return (self.scale * self.deviation.float())[None]
-
-
-class IdentityCore(Core):
-    """The core C = I of plain LoRA; it has no parameters, and layers skip it in the product."""
-
-    needs_noise = False
-
-    def forward(self) -> Tensor:
-        """Return zeros (1, r, r), float32."""
-        return torch.zeros(1, self.rank, self.rank, dtype=torch.float32)
-
-
-class KnotsCore(Core):
-    """A core that interpolates between learned matrices at K equidistant values of λ.
-
-    This core is not in the paper; see RESULTS.md. C is linear in λ between two knots, and each λ
-    trains only the two nearest knots.
-
-    Args:
-        rank: r.
-        knots: K ≥ 2, the first at λ = 0 and the last at λ = 1.
-        scale: η.
-    """
-
-    def __init__(self, rank: int, knots: int, *, scale: float) -> None:
-        super().__init__(rank)
-        self.scale = scale
-        self.deviation = nn.Parameter(torch.zeros(knots, rank, rank, dtype=torch.float32))
-
-    def forward(self, noise_level: Tensor) -> Tensor:
-        """Return η Σ_k φ_k(λ) D_k (b, r, r), float32, for λ (b,)."""
-        knots = len(self.deviation)
-        with without_autocast(noise_level.device):
-            place = noise_level.float()[:, None] * (knots - 1)  # (b, 1), from 0 to K − 1
-            index = torch.arange(knots, device=place.device)
-            share = (1 - (place - index).abs()).clamp(min=0)  # (b, K)
-            deviation = share @ self.deviation.float().flatten(1)
-            return self.scale * deviation.view(-1, self.rank, self.rank)
-
-
-class RankMaskCore(Core):
-    """The core of T-LoRA, which keeps only the first r(λ) of the r directions.
-
-    All directions are on at λ = 0, and `min_rank` of them at λ = 1. Because the paper rounds down,
-    the last direction is on only at λ = 0, so masked-diffusion language models never train it.
-
-    Args:
-        rank: r.
-        min_rank: r_min in [1, r], or None for half of r, at least 1.
-    """
-
-    def __init__(self, rank: int, min_rank: int | None = None) -> None:
-        super().__init__(rank)
-        self.min_rank = max(1, rank // 2) if min_rank is None else min(min_rank, rank)
-
-    def forward(self, noise_level: Tensor) -> Tensor:
-        """Return C − I (b, r, r), float32, for λ (b,): −1 for each direction that is off."""
-        directions = torch.arange(self.rank, device=noise_level.device)  # (r,)
-        is_off = directions >= self.active_rank(noise_level)[:, None]  # (b, r)
-        return torch.diag_embed(0 * noise_level.float()[:, None] - is_off.float())
-
-    def active_rank(self, noise_level: Tensor) -> Tensor:
-        """Return r(λ) (b,), as a float."""
-        return _floor_of_share(self.rank - self.min_rank, 1 - noise_level.float()) + self.min_rank
-
-
-class BinsCore(Core):
-    """The core of Multi-LoRA, a baseline of the paper, with r / K directions for each of K bins.
-
-    The K bins of λ are equally wide. The directions of a bin form a block, a separate LoRA that is
-    trained and used only in its bin. Its scale is lora_alpha / r with the *total* rank r, so
-    lora_alpha = K · α scales it by α / (r / K). With DoRA, all blocks share one magnitude.
-
-    Args:
-        rank: r, a multiple of `bins`.
-        bins: K.
-    """
-
-    def __init__(self, rank: int, bins: int) -> None:
-        super().__init__(rank)
-        self.bins = bins
-
-    def forward(self, noise_level: Tensor) -> Tensor:
-        """Return C − I (b, r, r), float32, for λ (b,): −1 for each direction that is off."""
-        directions = torch.arange(self.rank, device=noise_level.device)  # (r,)
-        block = directions // (self.rank // self.bins)
-        is_off = block != self.chosen_bin(noise_level)[:, None]  # (b, r)
-        return torch.diag_embed(0 * noise_level.float()[:, None] - is_off.float())
-
-    def chosen_bin(self, noise_level: Tensor) -> Tensor:
-        """Return k(λ) (b,), as a float."""
-        return _floor_of_share(self.bins, noise_level.float()).clamp(max=self.bins - 1)
-
-
-def _floor_of_share(count: int, share: Tensor) -> Tensor:
-    """Return ⌊count · share⌋ for a share (b,) in [0, 1], a fraction such as t / 1000 in float32.
-
-    If the exact product is an integer, a few rounding errors, each below count · 2⁻²⁴, may leave
-    the computed product just under it. Adding count · 2⁻²¹ corrects this. For multiples of 1/1000
-    and a count below 1000, this is far less than the distance to the next integer.
-    """
-    return torch.floor(count * share + count * 2.0**-21)

@@ -1,26 +1,14 @@
-"""Make the cores of an adapter from its configuration: core types by name, groups of layers."""
+"""Find the types of cores by name, and make the core that a configuration describes."""
 
 from __future__ import annotations
 
-import keyword
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor, nn
 
-from .core import (
-    BinsCore,
-    ConstantCore,
-    Core,
-    CoreInit,
-    HypernetworkCore,
-    IdentityCore,
-    KnotsCore,
-    NoiseEmbedding,
-    RankMaskCore,
-)
+from .core import Core, CoreInit, HypernetworkCore, NoiseEmbedding
+from .other_cores import BinsCore, ConstantCore, IdentityCore, KnotsCore, RankMaskCore
 
 
 class CoreConfig(Protocol):
@@ -88,69 +76,3 @@ def needs_noise(config: CoreConfig) -> bool:
     """Return whether the core or the strength of a NaraConfig depends on λ."""
     with torch.device("meta"):
         return config.strength is not None or build_core(config, config.r).needs_noise
-
-
-# ---------------------------------------------------------------------- the cores of one adapter
-
-HOLDER_NAME = "lora_core"
-"""The attribute of an adapted model that holds its cores.
-
-Parameters are named `lora_core.cores.{adapter}.{group}.…`, since other programs train the
-parameters with "lora_" in their names.
-"""
-NAME_IN_FILES = "nara_core"
-"""Its name in adapter files: `nara_core.{group}.…`."""
-SHARED = "shared"
-"""The group of all layers."""
-
-
-class CoreSet(nn.ModuleDict):
-    """The cores of one adapter by group of layers, made by `make_cores`."""
-
-    @property
-    def needs_noise(self) -> bool:
-        return any(bool(core.needs_noise) for core in self.values())
-
-    def matrix(self, group: str, noise_level: Tensor | None) -> Tensor:
-        """Return C = I + D (b or 1, r, r), float32, of one group at λ (b,)."""
-        D: Tensor = self[group].at(noise_level)  # type: ignore[operator]
-        return torch.eye(D.shape[-1], dtype=D.dtype, device=D.device) + D
-
-
-def make_cores(config: CoreConfig, ranks: dict[str, int]) -> CoreSet:
-    """Return the cores that a NaraConfig describes.
-
-    Args:
-        ranks: the largest rank among the layers of each group.
-    """
-    return CoreSet({group: build_core(config, rank) for group, rank in ranks.items()})
-
-
-def core_group(config: CoreConfig, module_name: str, rank: int) -> str:
-    """Return the name of the core that an adapted module of this rank reads.
-
-    Depending on `core_sharing`, all modules share a core, all modules of one name share a core, or
-    each module has its own. Cores without parameters that depend on the rank are shared by rank.
-    """
-    if config.core_type in ("rank_mask", "bins"):
-        return f"rank-{rank}"
-    if config.core_sharing == "global":
-        return SHARED
-    if config.core_sharing == "module_type":
-        group = re.sub(r"(\.\d+)+$", "", module_name).rpartition(".")[2]  # to_out.0 → to_out
-    else:
-        group = module_name.replace(".", "-")
-    # attributes of `nn.ModuleDict`; "at" and "groups" once were, so files contain them with "_"
-    taken = hasattr(CoreSet, group) or keyword.iskeyword(group) or group in ("at", "groups")
-    return f"{group}_" if taken else group
-
-
-def with_current_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the `tensors` of a file, with the current name of the shared core.
-
-    In earlier versions, its name was `nara_core.global`.
-    """
-    return {
-        key.replace("nara_core.global.", f"{NAME_IN_FILES}.{SHARED}."): tensor
-        for key, tensor in tensors.items()
-    }

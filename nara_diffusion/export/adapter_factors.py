@@ -26,7 +26,7 @@ from peft.tuners.lora.layer import Embedding, LoraVariant, ParamWrapper
 from torch import Tensor, nn
 
 from nara_diffusion.config import NaraConfig
-from nara_diffusion.cores.registry import CoreSet, core_group, make_cores
+from nara_diffusion.cores.core_set import CoreSet, core_group, make_cores
 from nara_diffusion.layers.dora import PEFT_DORA
 from nara_diffusion.layers.offloading import onloaded
 from nara_diffusion.layers.variants import NaraVariant

@@ -30,12 +30,10 @@ from .functional import (
     linear_in_one,
     mixed,
     mixed_channels,
-    norm_parts,
-    row_norm,
     scaled,
-    times_core,
 )
 from .offloading import is_managed, onloaded
+from .row_norm import norm_parts, row_norm, times_core
 from .variants import NaraVariant, fits_one_function, frozen_base, is_dropout_free
 
 PEFT_DORA = (DoraLinearVariant, DoraConv1dVariant, DoraConv2dVariant, DoraConv3dVariant)

@@ -1,7 +1,7 @@
 """Compute an adapted layer's products in plain torch.
 
     y = W0 x + b + s B (h + D h),   h = A x,   D = C - I
-    y = g ⊙ (W0 x + s B (h + D h)) + b,   g = m / ‖W0 + s B C A‖_row           (NaRA-DoRA)
+    y = g ⊙ (W0 x + s B (h + D h)) + b,   g = m / norm                         (NaRA-DoRA)
 
 Shapes: A (r, d_in), D (n, r, r), B (d_out, r). There is one matrix for all positions, one for each
 sample, or one for each of k equal consecutive parts of a sample's positions. h (b, l, r) is viewed
@@ -11,7 +11,6 @@ bfloat16 costs no more than rounding h + D h, while rounding C would wipe out D.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,11 +19,6 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from nara_diffusion.cores.core import without_autocast
-
-SLICE = 2**22
-"""Elements of W0 converted to float32 at once for DoRA's norm: 16 MiB, which may fit the cache."""
-DEVICE_SLICE = 2**26
-"""The same on other devices than the CPU, where each slice launches more kernels."""
 
 
 def mixed(deviation: Tensor, h: Tensor) -> Tensor:
@@ -49,81 +43,6 @@ def _plus(h: Tensor, D: Tensor, scale: float = 1.0) -> Tensor:
     if len(D) == 1:  # a batched product with one matrix is slow on CPUs
         return torch.addmm(h[0], h[0], D[0].T, beta=scale, alpha=scale)[None]
     return torch.baddbmm(h, h, D.mT, beta=scale, alpha=scale)
-
-
-# ---------------------------------------------------------------------- DoRA's norm
-
-
-def times_core(B: Tensor, deviation: Tensor) -> Tensor:
-    """Return K = B C = B + B D (n, d_out, r), for norms and merging, from B (d_out, r) and D.
-
-    The result is in at least float32 and is detached. Its memory layout is (n, r, d_out).
-    """
-    dtype = torch.promote_types(B.dtype, torch.float32)
-    with without_autocast(B.device):
-        D = deviation.detach().to(B.device, dtype)
-        columns = B.detach().to(dtype).T.expand(len(D), -1, -1)  # (n, r, d_out)
-        return torch.baddbmm(columns, D.mT, columns).mT
-
-
-@dataclass(frozen=True)
-class NormParts:
-    """The parts of the row norm ‖W0 + s K A‖ that do not depend on K, in at least float32.
-
-    Attributes:
-        products: Pᵀ = A W0ᵀ (r, d_out).
-        gram: G = A Aᵀ (r, r).
-        squares: ‖W0‖² of each row, (d_out,).
-    """
-
-    products: Tensor
-    gram: Tensor
-    squares: Tensor
-
-
-def norm_parts(weight: Tensor, A: Tensor) -> NormParts:
-    """Return the norm parts for W0 (d_out, d_in) and A (r, d_in), converting W0 in slices."""
-    dtype = torch.promote_types(torch.promote_types(weight.dtype, A.dtype), torch.float32)
-    products, squares = [], []
-    with without_autocast(weight.device):
-        A = A.detach().to(dtype)
-        size = SLICE if weight.is_cpu else DEVICE_SLICE
-        for part in weight.detach().chunk(1 + weight.numel() // size):
-            part = part.to(dtype)
-            products.append(A @ part.T)
-            squares.append(torch.linalg.vector_norm(part, dim=1).square())
-        if len(products) == 1:
-            return NormParts(products[0], A @ A.T, squares[0])
-        return NormParts(torch.cat(products, dim=1), A @ A.T, torch.cat(squares))
-
-
-def row_norm(parts: NormParts, K: Tensor, scaling: float) -> Tensor:
-    """Return the norm of each row of W0 + s K A, without the (n, d_out, d_in) product.
-
-        ‖W0 + s K A‖²_row = ‖W0‖²_row + Σ_r K ⊙ (2 s P + s² K G)
-
-    This is NaRA-DoRA's norm (paper, appendix M). If s K A cancels most of W0, the precision of the
-    result is that of P and ‖W0‖², so both are in at least float32.
-
-    Args:
-        parts: the norm parts of W0 and A.
-        K: B C (n, d_out, r).
-        scaling: s.
-
-    Returns:
-        The norms (n, d_out), in at least float32. They are detached, because DoRA treats the norm
-        as a constant (DoRA, section 4.3).
-    """
-    dtype = parts.squares.dtype
-    P, G, K = parts.products, parts.gram, K.detach().to(dtype).mT  # K (n, r, d_out)
-    P, G = P.expand(len(K), -1, -1), G.expand(len(K), -1, -1)
-    with without_autocast(K.device):
-        slope = torch.baddbmm(P, G, K, beta=2 * scaling, alpha=scaling**2)
-        square = slope.mul_(K).sum(1).add_(parts.squares)
-        return square.clamp_min_(torch.finfo(dtype).tiny).sqrt_()
-
-
-# ---------------------------------------------------------------------- one function
 
 
 def linear_in_one(

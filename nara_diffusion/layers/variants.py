@@ -41,11 +41,9 @@ from .functional import (
     linear_in_one,
     mixed,
     mixed_channels,
-    times_core,
 )
 from .offloading import is_managed, onloaded
-
-# ---------------------------------------------------------------------- variants
+from .row_norm import times_core
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _TENSORS = (Tensor, FakeTensor)

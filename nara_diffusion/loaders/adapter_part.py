@@ -19,7 +19,8 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from nara_diffusion.config import ABSENT, NaraConfig, is_idle
-from nara_diffusion.cores.registry import BUILT_IN, NAME_IN_FILES, core_group, make_cores
+from nara_diffusion.cores.core_set import NAME_IN_FILES, core_group, make_cores
+from nara_diffusion.cores.registry import BUILT_IN
 from nara_diffusion.strict import check_tensors, is_core_key
 
 _ALWAYS_WRITTEN = (

@@ -31,7 +31,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from nara_diffusion.config import NaraConfig, NaraPeftType
-from nara_diffusion.cores.registry import with_current_names
+from nara_diffusion.cores.core_set import with_current_names
 from nara_diffusion.strict import PEFT_PREFIX, is_core_key
 from nara_diffusion.utils.files import atomic_write_files
 from nara_diffusion.utils.wording import listed

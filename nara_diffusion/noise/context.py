@@ -103,9 +103,6 @@ def backward_pass() -> int:
     return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
 
 
-# ---------------------------------------------------------------------- adapted models
-
-
 def checked_module(model: Any) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ValueError(

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
-from nara_diffusion.cores.registry import HOLDER_NAME
+from nara_diffusion.cores.core_set import HOLDER_NAME
 from nara_flags.training import OptimizationArguments, TrainingArguments
 
 from .arguments import optimizer_class

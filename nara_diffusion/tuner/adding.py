@@ -14,7 +14,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from nara_diffusion.config import NaraConfig
-from nara_diffusion.cores.registry import BUILT_IN, HOLDER_NAME, CoreSet, core_group, make_cores
+from nara_diffusion.cores.core_set import HOLDER_NAME, CoreSet, core_group, make_cores
+from nara_diffusion.cores.registry import BUILT_IN
 from nara_diffusion.layers.offloading import offloading_hooks
 
 

@@ -24,8 +24,9 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from nara_diffusion.cores.core import Core, IdentityCore
-from nara_diffusion.cores.registry import HOLDER_NAME, CoreSet
+from nara_diffusion.cores.core import Core
+from nara_diffusion.cores.core_set import HOLDER_NAME, CoreSet
+from nara_diffusion.cores.other_cores import IdentityCore
 from nara_diffusion.layers.adapted_layer import AdaptedLayer
 from nara_diffusion.layers.channel import CoreChannel, Key, Pushed
 from nara_diffusion.layers.offloading import in_memory, onload_groups

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nara_diffusion.cores.registry import CoreSet
+from nara_diffusion.cores.core_set import CoreSet
 from nara_diffusion.layers.offloading import in_memory
 from nara_diffusion.noise.context import core_holders, find_holders
 from nara_diffusion.noise.level import as_level

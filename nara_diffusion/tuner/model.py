@@ -17,10 +17,7 @@ from peft.tuners.lora import LoraLayer, LoraModel
 from torch import Tensor, nn
 
 from nara_diffusion.config import NaraConfig
-from nara_diffusion.cores.registry import (
-    core_group,
-    with_current_names,
-)
+from nara_diffusion.cores.core_set import core_group, with_current_names
 from nara_diffusion.layers.adapted_layer import make_directions_orthonormal
 from nara_diffusion.layers.channel import CoreChannel
 from nara_diffusion.layers.offloading import is_float8

@@ -20,8 +20,8 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from nara_diffusion.config import NaraConfig, unscaled_fields
-from nara_diffusion.cores.core import IdentityCore
-from nara_diffusion.cores.registry import SHARED, CoreSet, core_group
+from nara_diffusion.cores.core_set import SHARED, CoreSet, core_group
+from nara_diffusion.cores.other_cores import IdentityCore
 from nara_diffusion.layers.dora import PEFT_DORA
 from nara_diffusion.layers.targets import check_norm, variant_for
 from nara_diffusion.layers.variants import NaraVariant
@@ -122,9 +122,6 @@ def strength_of(root: nn.Module, adapter_name: str) -> StrengthSchedule | None:
         return None
     holder.drop_deleted()
     return holder.schedules.get(adapter_name)
-
-
-# ---------------------------------------------------------------------- giving and taking
 
 
 def give_strength(

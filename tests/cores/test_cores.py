@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import Tensor, float32, float64, nn
 
 from nara_diffusion import core_matrix, noise_level, register_core, shared_factors
-from nara_diffusion.cores.core import BinsCore, RankMaskCore
+from nara_diffusion.cores.other_cores import BinsCore, RankMaskCore
 from tests.helpers.adapted import OneLayer, TwoLayers, adapted, nara_config, relative_error
 
 pytestmark = pytest.mark.usefixtures("_custom_cores")

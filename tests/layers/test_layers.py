@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nara_diffusion import core_matrix, noise_level
-from nara_diffusion.layers import functional
-from nara_diffusion.layers.functional import norm_parts, row_norm
+from nara_diffusion.layers import row_norm as norms
+from nara_diffusion.layers.row_norm import norm_parts, row_norm
 from nara_diffusion.noise.rows import ModelRows
 from tests.acceptance._by_hand import CORES, LEVELS, SMALL, Kinds, tensors_of
 from tests.helpers.adapted import OneLayer, adapted, disturb, nara_config, relative_error
@@ -204,7 +204,7 @@ def nearly_cancelling(dtype: torch.dtype, residual: float) -> tuple[Tensor, Tens
 def test_dora_norm_of_a_half_precision_base_that_the_update_cancels_is_as_exact_as_the_dense_norm(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, residual: float
 ) -> None:
-    monkeypatch.setattr(functional, "SLICE", 10_000)
+    monkeypatch.setattr(norms, "SLICE", 10_000)
     W0, A, K = nearly_cancelling(dtype, residual)
     exact = (W0.double() + K.double() @ A.double()).norm(dim=2)
     dense = torch.linalg.norm(W0 + (K[0] @ A).to(dtype), dim=1)[None]  # as PEFT's DoRA
@@ -220,7 +220,7 @@ def test_dora_norm_that_the_update_cancels_is_exact_in_float32_but_for_the_cance
 
 
 def test_dora_norm_converts_a_large_half_precision_base_by_slices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(functional, "SLICE", 1000)
+    monkeypatch.setattr(norms, "SLICE", 1000)
     W0, A, K = torch.randn(80, 96).bfloat16(), torch.randn(4, 96), torch.randn(2, 80, 4)
     with LargestTensor(torch.float32) as largest:
         row_norm(norm_parts(W0, A), K, 0.5)
