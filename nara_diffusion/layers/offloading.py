@@ -55,13 +55,11 @@ def onload_groups(module: nn.Module) -> None:
 @contextmanager
 def in_memory(module: nn.Module) -> Iterator[None]:
     """Keep in memory the weights that the forward of `module` loads, even if they are on disk."""
-    groups = groups_of(module)
-    for group in groups:
-        group.onload_()
+    onload_groups(module)
     try:
         yield
     finally:
-        for group in groups:
+        for group in groups_of(module):
             group.offload_()
 
 

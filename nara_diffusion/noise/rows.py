@@ -178,31 +178,26 @@ class ModelRows:
                 Or the layers may see multiples of the batch, but the number of values is not the
                 length of the first tensor, or blocks split the batch.
         """
-        refusal = self._refusal(len(level), root, args, kwargs) if len(level) > 1 else None
-        return level if refusal is None else _the_only(level, refusal)
-
-    def _refusal(
-        self, values: int, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> str | None:
-        """Return why a forward can't have `values` different values of λ, or None if it can."""
-        kind = type(root).__name__
-        if self.one_level:
-            return _cannot_assign(
+        values, kind = len(level), type(root).__name__
+        if values > 1 and self.one_level:
+            refusal = _cannot_assign(
                 values,
                 f"the layers of {kind} see tokens where others see samples",
                 "run the samples one by one",
             )
-        if not self.sample_major:
-            return None
+            return _the_only(level, refusal)
+        if values == 1 or not self.sample_major:
+            return level
         arguments = arguments_of(root, args, kwargs).values()
         tensors = [x for x in arguments if isinstance(x, Tensor) and x.dim() > 0]
         batch = len(tensors[0]) if tensors else None
         if values != batch:
-            return _cannot_assign(
+            refusal = _cannot_assign(
                 values,
                 f"the batch is {batch}",
                 "one per sample as the model sees them (after CFG or repeats)",
             )
+            return _the_only(level, refusal)
         for module in outer_modules(root):
             settings = vars(module)
             is_split = (
@@ -210,13 +205,14 @@ class ModelRows:
             )
             is_chunked = settings.get("_chunk_size") is not None and settings.get("_chunk_dim") == 0
             if is_split or is_chunked:
-                return _cannot_assign(
+                refusal = _cannot_assign(
                     values,
                     f"blocks of {kind} run on slices of the batch (forward chunking, or FreeNoise's "
                     "split inference)",
                     "turn that off (chunking along dim=1 is fine)",
                 )
-        return None
+                return _the_only(level, refusal)
+        return level
 
     def level_of_part(self, level: Tensor) -> Tensor:
         """Return λ (b,) or (1,) for a part of the model that is called directly.

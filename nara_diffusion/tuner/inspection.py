@@ -56,11 +56,9 @@ def core_matrix(
             "of them, or, if several models inside this one have it, the model that you mean."
         )
     cores: CoreSet = of_models[0]
-    group = (
-        next(iter(cores))
-        if len(cores) == 1 and module is None
-        else _group_of(model, module, adapter_name, cores)
-    )
+    group = next(iter(cores))
+    if module is not None or len(cores) > 1:
+        group = _group_of(model, module, adapter_name, cores)
     with onloaded_cores(model):
         return cores.matrix(group, as_level(noise_level))
 

@@ -119,3 +119,5 @@ def test_operand_is_converted_once_per_dtype() -> None:
             assert operand.dtype == dtype
             assert torch.equal(operand, D.to(dtype))
             assert channel.operand(key, D, torch.empty(7, dtype=dtype)) is operand
+            of_lower_rank = channel.operand(key, D[:, :2, :2], torch.empty(5, dtype=dtype))
+            assert torch.equal(of_lower_rank, D[:, :2, :2].to(dtype))
