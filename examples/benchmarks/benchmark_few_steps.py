@@ -36,7 +36,7 @@ import yaml
 from benchmark_record import ROOT, for_terminal, made_in, median_ratio, one_thread, times_in_turn
 from PIL import Image
 from quality import results
-from quality.report.data import change, table
+from quality.report.data import change, interval, table
 from quality.step_table import StepTable
 from torch import Tensor
 
@@ -49,7 +49,6 @@ from nara_diffusion.dreambooth.samples import write_grid
 from nara_diffusion.training import loop
 from nara_diffusion.training.live_storages import LiveStorages, tensors_of
 from nara_diffusion.training.run import start_run
-from nara_diffusion.utils.statistics import interval
 
 PLAN = yaml.safe_load((Path(__file__).parent / "few_steps.yaml").read_text(encoding="utf-8"))
 CONFIGS = ROOT / "train_scripts" / "configs"

@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from .checkpoints import last_checkpoint
+from .checkpoints import resume_hint
 from .command import InterruptRequest, TrainingDiverged
 from .engines import prepare
 from .optimization import build_lr_scheduler, build_optimizer, freeze_core, may_fuse
@@ -134,9 +134,7 @@ def train(
                 if not is_saved:
                     run.save_checkpoint()
                 if run.is_main:
-                    logger.warning(
-                        "stopped after step %d. %s", run.step, last_checkpoint(run.folder)
-                    )
+                    logger.warning("stopped after step %d. %s", run.step, resume_hint(run.folder))
                 run.close()
                 raise SystemExit(128 + number)
 
@@ -174,7 +172,7 @@ def _collect(run: Run, pending: _Pending) -> None:
         raise TrainingDiverged(
             f"In step {step} {failure}. Training stops, and nothing is overwritten. Lower --learning_rate or "
             "--core_learning_rate, raise --lr_warmup_steps, or use bf16 instead of fp16. "
-            f"{last_checkpoint(run.folder)}"
+            f"{resume_hint(run.folder)}"
         )
     run.unlogged = [total, number]
     pending.losses.clear()

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from mean_interval import Interval, interval
 from PIL import Image
 from subject_metrics import evaluate, main, table
 from transformers import (
@@ -23,7 +24,6 @@ from transformers import (
 )
 
 from nara_diffusion.dreambooth.encoders import Encoder, image_similarity, load_encoders, text_alignment, without_words
-from nara_diffusion.utils.statistics import Interval, interval
 from tests.dreambooth.pictures import noise
 
 CLIP_TINY = Path(__file__).parents[2] / "examples" / "assets" / "clip-tiny"

@@ -23,9 +23,9 @@ from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
 from nara_diffusion.training.checkpoints import (
     check_random_states,
     check_same_run,
-    last_checkpoint,
-    latest_whole,
+    latest_undamaged,
     read_manifest,
+    resume_hint,
     save_adapter,
     write_manifest,
 )
@@ -59,11 +59,11 @@ def test_checkpoint_has_a_manifest_of_files_and_digests(run: Path) -> None:
 
 
 def test_latest_is_the_one_written_last(run: Path, tmp_path: Path) -> None:
-    assert latest_whole(run) == run / "checkpoint-4"
-    assert last_checkpoint(run).endswith(f"--resume_from_checkpoint {run / 'checkpoint-4'}")
+    assert latest_undamaged(run) == run / "checkpoint-4"
+    assert resume_hint(run).endswith(f"--resume_from_checkpoint {run / 'checkpoint-4'}")
     before = read_manifest(run / "checkpoint-3")
     write_manifest(run / "checkpoint-3", before | {"written": 1e12})
-    assert latest_whole(run) == run / "checkpoint-3"
+    assert latest_undamaged(run) == run / "checkpoint-3"
     write_manifest(run / "checkpoint-3", before)
     named = text_arguments(tmp_path, **SHORT, resume_from_checkpoint=str(run / "checkpoint-9"))
     with pytest.raises(ValueError, match=r"is not a checkpoint, .* has checkpoint-3, checkpoint-4"):
@@ -79,7 +79,7 @@ def test_manifest_without_a_field_is_damage_and_the_checkpoint_before_is_taken(
     content = json.loads(path.read_text())
     del content[lost]
     path.write_text(json.dumps(content))
-    assert latest_whole(copy) == copy / "checkpoint-3"
+    assert latest_undamaged(copy) == copy / "checkpoint-3"
     assert re.search(r"checkpoint-4/checkpoint\.json is corrupt: .* Resuming from the previous checkpoint", caplog.text)
 
 
