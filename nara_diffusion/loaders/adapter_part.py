@@ -109,7 +109,7 @@ def config_from_fields(json_values: Mapping[str, Any], origin: str) -> NaraConfi
                 "damaged: download or save it again."
             )
     names = {field.name for field in fields(NaraConfig)}.difference(_OF_ONE_MACHINE)
-    arguments = dict(ABSENT)
+    arguments: dict[str, Any] = {**ABSENT}
     for name, value in json_values.items():
         if name in names or not (name in _OF_ONE_MACHINE or is_idle(name, value)):
             arguments[name] = value
