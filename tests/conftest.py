@@ -55,13 +55,21 @@ def _data_sets_in_a_folder_of_the_tests(tmp_path_factory: pytest.TempPathFactory
         yield
 
 
+PLOTS = {
+    "nara_diffusion.training.report": "plot_noise_level_curves",
+    "nara_diffusion.dreambooth.image_report": "write_grid",
+    "nara_diffusion.dreambooth.fidelity": "write_grid",
+}
+"""{module: what it draws with}."""
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _runs_write_their_plots_empty() -> Iterator[None]:
-    """Drawing takes half of a short run. The plot itself: tests/training/test_report.py."""
-    report = sys.modules.get("nara_diffusion.training.report")
+    """Drawing takes half of a short run. The drawings: tests/training/test_report.py, dreambooth/test_samples.py."""
     with pytest.MonkeyPatch.context() as patch:
-        if report is not None:
-            patch.setattr(report, "plot_noise_level_curves", _write_empty)
+        for module, function in PLOTS.items():
+            if module in sys.modules:
+                patch.setattr(sys.modules[module], function, _write_empty)
         yield
 
 

@@ -23,7 +23,7 @@ NAMED = "pretrained_model_name_or_path"
 def sdxl(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """At a constant rate, so that a longer schedule changes nothing."""
     flags = image_flags(tmp_path_factory.mktemp("sdxl"), small_sdxl())
-    return flags | {"lr_scheduler": "constant", "max_train_steps": 4, "logging_steps": 1}
+    return flags | {"lr_scheduler": "constant", "max_train_steps": 4, "logging_steps": 1, "curve_points": 1}
 
 
 @pytest.fixture(scope="module")
