@@ -14,9 +14,11 @@ import gc
 import random
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 import pytest
 import torch
@@ -70,6 +72,14 @@ def _runs_write_their_plots_empty() -> Iterator[None]:
         for module, function in PLOTS.items():
             if module in sys.modules:
                 patch.setattr(sys.modules[module], function, _write_empty)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _templates_of_cards_are_compiled_once() -> Iterator[None]:
+    """huggingface_hub compiles PEFT's template anew for each adapter that is saved."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jinja2.Template", cache(jinja2.Template))
         yield
 
 
