@@ -43,7 +43,7 @@ def records(count: int, seed: int) -> list[dict[str, str]]:
 
 
 def small_llada(folder: Path) -> Path:
-    """Save the first two layers of the shipped LLaDA in `folder`/llada-tiny, cut to a width of 48, with its tokenizer."""
+    """Save two layers of the shipped LLaDA in `folder`/llada-tiny, cut to a width of 48, with its tokenizer."""
     shipped, target = ASSETS / "llada-tiny", folder / "llada-tiny"
     if not target.exists():
         config = json.loads((shipped / "config.json").read_text())
