@@ -1,5 +1,7 @@
 """What every test shares: no network, one thread, fixed seeds, and a small masked-diffusion backbone."""
 
+# ruff: noqa: E402  (what the first statements set is read by imports)
+import gc
 import os
 
 # The environment is read when torch and the Hugging Face libraries are imported, so it is set before them.
@@ -10,7 +12,8 @@ os.environ["MPLBACKEND"] = "Agg"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import gc
+gc.disable()  # until the tests are collected: what imports make is kept
+
 import random
 import sys
 from collections.abc import Iterator
@@ -34,9 +37,9 @@ from tests.helpers.process_state import fail_if_left, process_state
 @pytest.hookimpl(trylast=True)
 def pytest_collection_finish() -> None:
     """The garbage collector skips what has been imported, and runs less often: it took 7 % of the time."""
-    gc.collect()
     gc.freeze()
-    gc.set_threshold(10_000, 20, 50)
+    gc.set_threshold(100_000, 20, 50)
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)
