@@ -76,7 +76,7 @@ def text_flags(folder: Path) -> dict[str, Any]:
         "max_length": 40,
         "eval_batch_size": 4,
         "gen_length": 8,
-        "generation_steps": 4,
+        "generation_steps": 2,
     }
 
 
