@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from nara_diffusion.training.loop import ShuffledStream
+from nara_diffusion.utils.data_order import ShuffledStream
 from nara_diffusion.utils.files import counted
 
 from .encoding import EncodedRecords
