@@ -23,9 +23,9 @@ from transformers import DynamicCache
 
 from nara_diffusion.noise.context import find_holders
 
-from .decoding import GenerationStep, State
-from .models.backbone import conditioned
 from .models.block_causal import CACHE
+from .models.forward_rows import conditioned
+from .sampling_state import GenerationStep, State
 
 
 class BlockText:

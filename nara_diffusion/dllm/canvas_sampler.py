@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from transformers.models.diffusion_gemma.generation_diffusion_gemma import EntropyBoundSamplerConfig
 
-from .block_loss import block_model
-from .decoding import Generation, Sampling
+from .canvas_loss import block_model
+from .decoding import Sampling
 from .models.backbone import evaluating
+from .sampling_state import Generation
 
 
 def fill_canvases(

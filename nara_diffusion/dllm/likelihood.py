@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
 
+from .answer_places import answer_positions
 from .loss import masked_cross_entropy
-from .masking import MaskedBatch, answer_positions
+from .masking import MaskedBatch
 from .models.backbone import Backbone, evaluating, without_ddp
 from .tokenizer import mask_in_a_text
 

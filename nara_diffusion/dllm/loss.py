@@ -25,7 +25,8 @@ from tqdm.auto import tqdm
 
 from .batches import AnswerCollator, batches_of
 from .masking import MaskedBatch, mask_answers
-from .models.backbone import Backbone, ForwardRows, conditioned, evaluating, guided, without_ddp
+from .models.backbone import Backbone, evaluating, without_ddp
+from .models.forward_rows import ForwardRows, conditioned, guided
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,7 +236,7 @@ def noise_level_curve(
         model: the outermost module.
         rows: rows from `encode_records`.
         noise_levels: λ in (0, 1].
-        loss: the objective. Of DiffusionGemma, `block_loss.block_diffusion_loss`; the curve is then
+        loss: the objective. Of DiffusionGemma, `canvas_loss.block_diffusion_loss`; the curve is then
             the mean of its losses per sample.
         collator: the collator that makes batches of rows. Padding that it marks as trained counts.
             By default only each answer and its end count.

@@ -3,7 +3,7 @@
 Each kind of model has its own corruption, loss, sampler and layers to adapt:
 
     masked models      masks,          `loss`,         `sampler`,          all linear layers
-    DiffusionGemma     random tokens,  `block_loss`,   `canvas_sampler`,   the text layers of both
+    DiffusionGemma     random tokens,  `canvas_loss`,   `canvas_sampler`,   the text layers of both
                                                                            twins, without routers
 """
 
@@ -27,11 +27,12 @@ from nara_diffusion.training.arguments import (
 )
 from nara_flags.text import TextFlags
 
-from .batches import AnswerCollator, hold_out
-from .block_loss import BlockDiffusionLoss, block_diffusion_loss
+from .batches import AnswerCollator
+from .canvas_loss import BlockDiffusionLoss, block_diffusion_loss
 from .decoding import Sampling
+from .held_out import hold_out
 from .loss import MaskedDiffusionLoss, masked_diffusion_loss, noise_level_curve
-from .masking import check_drawable
+from .mask_draws import check_drawable
 from .models.backbone import Backbone
 from .record_forms import FIELDS
 from .records import read_records, saved_parts, with_column

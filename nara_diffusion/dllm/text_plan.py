@@ -21,13 +21,13 @@ from nara_diffusion.training.adapters import build_adapter, method_of
 from nara_diffusion.training.engines import recompute_activations
 from nara_diffusion.training.planned_step import PlannedStep, dtype_of
 
-from .block_loss import canvas_loss
+from .canvas_corruption import CanvasBatch, corrupt_canvases
+from .canvas_loss import canvas_loss
 from .loss import batch_loss
 from .masking import MaskedBatch, mask_answers
 from .models.backbone import Backbone
 from .models.pretrained import backbone_on_meta
 from .models.quantised import check_roundable
-from .sampler import checked_lengths
 from .text_arguments import (
     Arguments,
     TextLoss,
@@ -36,7 +36,7 @@ from .text_arguments import (
     objective_options,
     set_block_length,
 )
-from .uniform import CanvasBatch, corrupt_canvases
+from .text_lengths import checked_lengths
 
 _NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # a constant for 64 numbers, in 8 bits with a scale for 256
 _INT8 = 1.0  # and a scale for each row

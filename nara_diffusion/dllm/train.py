@@ -15,22 +15,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nara_diffusion.dllm import encode_records, load_backbone
-from nara_diffusion.dllm.batches import (
-    GlobalBatchStream,
-    rows_in_training,
-    trained_canvas,
-    with_longest,
-    without_held_out,
-)
+from nara_diffusion.dllm.batches import GlobalBatchStream, with_longest
+from nara_diffusion.dllm.canvas_coverage import trained_canvas
 from nara_diffusion.dllm.decoding import model_sampling
+from nara_diffusion.dllm.held_out import rows_in_training, without_held_out
 from nara_diffusion.dllm.models.backbone import Backbone
 from nara_diffusion.dllm.models.quantised import prepare_quantised
-from nara_diffusion.dllm.sampler import (
-    answer_prompts,
-    check_canvas,
-    check_positions,
-    checked_lengths,
-)
+from nara_diffusion.dllm.sampler import answer_prompts
 from nara_diffusion.dllm.text_arguments import (
     adapter_options,
     collator_of,
@@ -39,6 +30,7 @@ from nara_diffusion.dllm.text_arguments import (
     objective_options,
     set_block_length,
 )
+from nara_diffusion.dllm.text_lengths import check_canvas, check_positions, checked_lengths
 from nara_diffusion.dllm.text_report import (
     Evaluation,
     Measurement,

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from nara_diffusion.check.check_tasks import text_loss
 from nara_diffusion.dllm import load_backbone, prompt_text
 from nara_diffusion.dllm.batches import AnswerCollator, GlobalBatchStream
-from nara_diffusion.dllm.block_loss import block_diffusion_loss
+from nara_diffusion.dllm.canvas_loss import block_diffusion_loss
 from nara_diffusion.dllm.decoding import model_sampling
 from nara_diffusion.dllm.sampler import answer_prompts
 from nara_diffusion.dllm.text_arguments import Arguments, adapter_options, objective_options

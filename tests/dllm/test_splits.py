@@ -11,7 +11,7 @@ import pytest
 from datasets import Dataset
 
 from nara_diffusion.dllm import encode_records, read_records
-from nara_diffusion.dllm.batches import without_held_out
+from nara_diffusion.dllm.held_out import without_held_out
 from nara_diffusion.dllm.text_arguments import Arguments, load_records
 from nara_diffusion.dllm.train import main
 from tests.acceptance._commands import results

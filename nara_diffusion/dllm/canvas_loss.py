@@ -26,10 +26,11 @@ from torch import Tensor, nn
 from transformers import DiffusionGemmaForBlockDiffusion, DynamicCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+from .canvas_corruption import CanvasBatch, corrupt_canvases
 from .loss import by_chunks, token_cross_entropy
-from .models.backbone import Backbone, conditioned
+from .models.backbone import Backbone
 from .models.block_causal import CACHE
-from .uniform import CanvasBatch, corrupt_canvases
+from .models.forward_rows import conditioned
 
 
 @dataclass(frozen=True)
