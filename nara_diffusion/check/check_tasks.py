@@ -36,10 +36,12 @@ from torch import nn
 
 from nara_diffusion.dllm import train as dllm_train
 from nara_diffusion.dllm.batches import GlobalBatchStream
+from nara_diffusion.dllm.kinds import kind_of
+from nara_diffusion.dllm.kinds.text_kind import TextLoss
 from nara_diffusion.dllm.loss import batch_loss
 from nara_diffusion.dllm.masking import mask_answers, with_level_token
 from nara_diffusion.dllm.models.backbone import Backbone
-from nara_diffusion.dllm.text_arguments import Arguments, TextLoss, adapter_options, loss_of
+from nara_diffusion.dllm.text_arguments import Arguments, adapter_options
 from nara_diffusion.dllm.tokenizer import digit_tokens
 from nara_diffusion.dreambooth import train as dreambooth_train
 from nara_diffusion.dreambooth.caches import PromptCache
@@ -142,7 +144,6 @@ def check_text(tuning: dllm_train.FineTuning) -> dict[str, Any]:
     limit = backbone.position_limit
     has_digits = len(set(digits)) == 10
     has_place = (limit is None or tuning.padded < limit) and backbone.block_length is None
-    has_place = has_place and not backbone.has_canvas
     with_token = None
     if has_digits and has_place:
         add_cheap(model, config)
@@ -175,14 +176,15 @@ def text_loss(
     """
     device = tuning.run.accelerator.device
     backbone = Backbone(model)
-    mask = None if backbone.has_canvas else backbone.mask_token_id()
+    kind = kind_of(backbone)
+    mask = backbone.mask_token_id() if backbone.traits.has_masks else None
     stream = GlobalBatchStream(rows, tuning.args.seed, tuning.objective["group_size"])
 
     def loss(positions: Sequence[int]) -> TextLoss:
         inputs = tuning.collator([stream[position] for position in positions])
         inputs["input_ids"] = inputs["input_ids"].to(device, non_blocking=True)
         if mask is None:
-            return loss_of(model)(model, **inputs, **tuning.objective)
+            return kind.loss(model, **inputs, **tuning.objective)
         inputs |= {"mask_token_id": mask, "block_length": backbone.block_length}
         batch = mask_answers(**inputs, **tuning.objective)
         if digits is not None:

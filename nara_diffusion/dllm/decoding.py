@@ -23,27 +23,16 @@ are from arXiv 2505.22618. Rule (2) is that of EB-Sampler, arXiv 2505.24857.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
-
-from .models.backbone import Backbone
 
 REMASKING = ("low_confidence", "random", "maskgit_plus", "topk_margin", "entropy")
-CHAT_SETTINGS: dict[str, dict[str, Any]] = {
-    "llama": {"block_length": 32},  # LLaDA
-    "qwen3_moe": {"block_length": 32},  # LLaDA-MoE
-    "llada2_moe": {"confidence_threshold": 0.95},  # its block length is the model's
-}
-"""{model_type: the published settings for chats}. Dream's chat uses a single block."""
 _PARALLEL = ("confidence_threshold", "factor", "entropy_bound")
-_CONFIDENT = ("low_confidence", "maskgit_plus")
+CONFIDENT = ("low_confidence", "maskgit_plus")
 """The scores that are probabilities."""
-_OF_CANVAS = ("gen_length", "steps", "block_length", "temperature", "entropy_bound")
-"""The settings of DiffusionGemma's sampler."""
 _LAST = -1e9  # below every score
 
 
@@ -108,16 +97,16 @@ class Sampling:
 
     def _check_rule(self) -> None:
         """Raise ValueError if there are several rules, or the rule doesn't fit `remasking`."""
-        rules = [name for name in ("steps", *_PARALLEL) if getattr(self, name) is not None]
+        rules = self.rules
         if len(rules) > 1:
             raise ValueError(
                 f"{' and '.join(rules)} each say how many tokens a step places: give one of them"
             )
         orders = REMASKING
         if rules in (["confidence_threshold"], ["factor"]):
-            orders = _CONFIDENT
+            orders = CONFIDENT
         elif rules == ["entropy_bound"]:
-            orders = (*_CONFIDENT, "topk_margin", "entropy")
+            orders = (*CONFIDENT, "topk_margin", "entropy")
         if self.remasking not in orders:
             expected = " or ".join(orders)
             raise ValueError(
@@ -129,13 +118,37 @@ class Sampling:
         """The number of tokens of a block."""
         return self.gen_length if self.block_length is None else self.block_length
 
+    @property
+    def rules(self) -> list[str]:
+        """The settings that say how many tokens a step places."""
+        return [name for name in ("steps", *_PARALLEL) if getattr(self, name) is not None]
+
     def changed(self) -> dict[str, Any]:
         """Return gen_length and all settings that differ from their defaults."""
-        found = {"gen_length": self.gen_length}
+        settings = {"gen_length": self.gen_length}
         for name, value in vars(self).items():
             if value != getattr(Sampling, name):
-                found[name] = value
-        return found
+                settings[name] = value
+        return settings
+
+    def in_own_blocks(self, block_length: int, refused: Sequence[str]) -> Sampling:
+        """Return the settings with the blocks of a model that is sampled by its own blocks.
+
+        Raises:
+            ValueError: the settings have another block length, or one that is `refused`.
+        """
+        if self.block_length not in (None, block_length):
+            raise ValueError(
+                f"block_length is {self.block_length}, but the model has blocks of {block_length}: "
+                "leave it out, or for LLaDA2 set model.config.block_length"
+            )
+        for name, value in self.changed().items():
+            if name in refused:
+                raise ValueError(
+                    f"{name} is {value!r}, but a model that is sampled by its own blocks doesn't "
+                    f"take {name}: leave it out"
+                )
+        return replace(self, block_length=block_length)
 
     def tokens_per_step(self) -> list[int]:
         """Return the number of tokens that each step of a block places; ones without `steps`."""
@@ -233,50 +246,3 @@ class Sampling:
 
 def _entropy(logits: torch.Tensor) -> torch.Tensor:
     return torch.special.entr(logits.softmax(-1)).sum(-1)
-
-
-def model_sampling(model: nn.Module, sampling: Sampling, *, chat: bool) -> Sampling:
-    """Return `sampling` with the model's own values for some settings.
-
-    If the model has blocks or a canvas, that is the block. For a chat, unset settings take the
-    model's published values, if its block length divides gen_length, the number of blocks divides
-    `steps`, and the score is a probability for a threshold.
-
-    Args:
-        chat: True if the prompts come from the chat template.
-
-    Raises:
-        ValueError: the model's blocks have another length, or its sampler doesn't take a setting.
-    """
-    backbone = Backbone(model)
-    settings = CHAT_SETTINGS.get(backbone.configured("model_type") or "", {}) if chat else {}
-    block = backbone.configured("canvas_length") if backbone.has_canvas else backbone.block_length
-    if block is not None:
-        _check_blocks(block, sampling, backbone.has_canvas)
-        sampling = replace(sampling, block_length=block)
-    elif backbone.is_shifted or sampling.block_length is not None:
-        return sampling
-    elif "block_length" in settings:
-        block = settings["block_length"]
-        blocks, rest = divmod(sampling.gen_length, block)
-        if rest or (sampling.steps or 0) % blocks:
-            return sampling
-        sampling = replace(sampling, block_length=block)
-    rules = [name for name in ("steps", *_PARALLEL) if getattr(sampling, name) is not None]
-    has_confidence = sampling.remasking in _CONFIDENT
-    if "confidence_threshold" in settings and has_confidence and not rules:
-        return replace(sampling, confidence_threshold=settings["confidence_threshold"])
-    return sampling
-
-
-def _check_blocks(block_length: int, sampling: Sampling, has_canvas: bool) -> None:
-    if sampling.block_length not in (None, block_length):
-        raise ValueError(
-            f"block_length is {sampling.block_length}, but the model has blocks of {block_length}: "
-            "leave it out, or for LLaDA2 set model.config.block_length"
-        )
-    for name, value in sampling.changed().items():
-        if name == "cfg_scale" or (has_canvas and name not in _OF_CANVAS):
-            raise ValueError(
-                f"{name} is {value!r}, which a model that is sampled by its own blocks doesn't take"
-            )

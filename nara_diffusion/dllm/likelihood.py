@@ -78,7 +78,7 @@ def log_likelihood(
     """
     model = model if differentiable else without_ddp(model)
     backbone = Backbone(model)
-    if backbone.block_length is not None:
+    if backbone.traits.attends_by_blocks:
         raise ValueError(
             f"{type(backbone.language_model).__name__} sees a text block by block, and this bound "
             "is one of models that see all of it: use noise_level_curve for a loss"

@@ -115,11 +115,13 @@ def mask_answers(
     b, device = len(input_ids), input_ids.device
     answer, ends = host_answers(input_ids, prompt_lengths, answer_lengths)
     seed, indices = seed_and_indices(seed, sample_indices, generator, b)
+    is_padded = answer_lengths is not None
     if block_length is not None:
         draws = [random_of(seed, BLOCK_STREAM, index).random() for index in indices]
         answer, ends = active_blocks(answer, np.array(draws), block_length)
         rest = answer.shape[1] - input_ids.shape[1]
         input_ids = F.pad(input_ids, (0, rest))  # a negative rest cuts
+        is_padded = True
     if noise_level is None:
         levels = draw_noise_levels(
             indices, seed, group_size or b, symmetric=complementary, window=window
@@ -128,7 +130,7 @@ def mask_answers(
         levels = given_levels(noise_level, b, complementary)
     masked = draw_masks(answer, levels, indices, seed=seed)  # (b, l)
     attention_mask = None
-    if answer_lengths is not None or block_length is not None:
+    if is_padded:
         attention_mask = (np.arange(answer.shape[1]) < ends[:, None]).astype(np.int64)
     targets = input_ids
     if complementary:

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from .block_filling import fill_blocks
-from .canvas_sampler import fill_canvases
-from .decoding import Sampling, model_sampling
-from .masked_sampler import WholeText
+from .decoding import Sampling
+from .kinds import kind_of
 from .models.backbone import Backbone, evaluating, without_ddp
-from .prompt_places import place_prompts, prompt_positions
-from .sampling_state import Generation, GenerationStep, State
-from .text_lengths import check_canvas
+from .sampling_state import Generation, GenerationStep, Request
 
 
 @torch.no_grad()
@@ -86,54 +81,29 @@ def generate(
             "torch.tensor(encode_prompts(tokenizer, [text])) makes one; LLaDAPipeline takes a text"
         )
     backbone = Backbone(without_ddp(model))
-    sampling = model_sampling(backbone.model, Sampling(**settings), chat=chat)
+    kind = kind_of(backbone)
     configured = _token_list(backbone.configured("eos_token_id"))
     ends = configured if eos_token_id is None else _token_list(eos_token_id)
-    stops = ends if stop_at_eos else []
     if pad_token_id is None:
         pad_token_id = backbone.configured("pad_token_id")
-    prompts = {"prompt_lengths": prompt_lengths, "attention_mask": attention_mask}
-    if backbone.has_canvas:
-        _check_canvas_options(use_cache, mask_token_id=mask_token_id, on_step_end=on_step_end)
-        is_prompt = prompt_positions(input_ids, **prompts)
-        check_canvas(backbone.model, int(is_prompt.sum(1).max()), sampling.gen_length)
-        padding = 0 if pad_token_id is None else pad_token_id
-        filled = fill_canvases(
-            backbone.model, input_ids, is_prompt, sampling, stops, padding, generator
-        )
-        return filled if return_stats else filled.sequences
-    if use_cache and backbone.block_length is None:
-        raise ValueError(
-            "use_cache=True, and this model sees the masks of later blocks: keys and values change "
-            "with each token, and with λ; leave it out (LLaDA2 has attention by blocks)"
-        )
-    mask = backbone.mask_token_id(mask_token_id)
-    padding = mask if pad_token_id is None else pad_token_id
-    placed = place_prompts(backbone, input_ids, sampling.gen_length, mask, padding, **prompts)
-    never = [mask, *configured] if sampling.logits_eos_inf else [mask]
-    tokens = partial(torch.tensor, dtype=torch.long, device=input_ids.device)
-    last = ends if sampling.confidence_eos_eot_inf else []
-    special = (tokens(stops), tokens(last), tokens(never))
-    state = State(backbone, sampling, mask, *special, *placed, generator)
+    request = Request(
+        backbone=backbone,
+        sampling=kind.sampling(backbone, Sampling(**settings), chat),
+        input_ids=input_ids,
+        prompt_lengths=prompt_lengths,
+        attention_mask=attention_mask,
+        mask_token_id=mask_token_id,
+        ends=ends,
+        stops=ends if stop_at_eos else [],
+        configured_ends=configured,
+        pad_token_id=pad_token_id,
+        generator=generator,
+        use_cache=use_cache,
+        on_step_end=on_step_end,
+    )
     with evaluating(backbone.model):
-        if backbone.block_length is None:
-            state.fill(WholeText(), on_step_end)
-        else:
-            fill_blocks(state, on_step_end, use_cache is not False)
-    if not return_stats:
-        return state.sequences
-    return Generation(state.sequences, state.answers, state.starts, state.forwards)
-
-
-def _check_canvas_options(use_cache: bool | None, **without: object) -> None:
-    """Raise ValueError for an argument of `generate` that DiffusionGemma's sampler doesn't take."""
-    given = [name for name, value in without.items() if value is not None]
-    given += ["use_cache=False"] if use_cache is False else []
-    if given:
-        raise ValueError(
-            f"{' and '.join(given)} can't be given for DiffusionGemma: transformers' own generate "
-            "fills its canvases, without masks and always with its cache; leave it out"
-        )
+        generation = kind.generate(request)
+    return generation if return_stats else generation.sequences
 
 
 def _token_list(ids: int | Sequence[int] | None) -> list[int]:

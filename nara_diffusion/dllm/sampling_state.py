@@ -6,7 +6,7 @@ A step runs the model at λ, the masked share of each answer, and places tokens 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -15,6 +15,33 @@ import torch
 
 from .decoding import Sampling
 from .models.backbone import Backbone
+from .prompt_places import place_prompts
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments of `generate`, with the model's own values for those that weren't given.
+
+    Attributes:
+        sampling: the settings, with the model's own values for some of them.
+        ends: the tokens that end an answer; `stops` are the same, or none without stop_at_eos.
+        configured_ends: the end tokens of the model's configuration.
+        pad_token_id: the padding token; None if the configuration has none either.
+    """
+
+    backbone: Backbone
+    sampling: Sampling
+    input_ids: torch.Tensor
+    prompt_lengths: torch.Tensor | Sequence[int] | None
+    attention_mask: torch.Tensor | None
+    mask_token_id: int | None
+    ends: list[int]
+    stops: list[int]
+    configured_ends: list[int]
+    pad_token_id: int | None
+    generator: torch.Generator | None
+    use_cache: bool | None
+    on_step_end: Callable[[GenerationStep], None] | None
 
 
 @dataclass(frozen=True)
@@ -107,6 +134,40 @@ class State:
             size = (len(self.starts),)
             seeds = torch.randint(2**62, size, generator=self.generator, device=source)
             self.streams = [torch.Generator(device).manual_seed(seed) for seed in seeds.tolist()]
+
+    @classmethod
+    def of(cls, request: Request) -> State:
+        """Return the state with all masks of a request."""
+        backbone, sampling = request.backbone, request.sampling
+        mask = backbone.mask_token_id(request.mask_token_id)
+        padding = mask if request.pad_token_id is None else request.pad_token_id
+        sequences, starts, attention_mask = place_prompts(
+            backbone,
+            request.input_ids,
+            sampling.gen_length,
+            mask,
+            padding,
+            prompt_lengths=request.prompt_lengths,
+            attention_mask=request.attention_mask,
+        )
+        tokens = partial(torch.tensor, dtype=torch.long, device=sequences.device)
+        never = [mask, *request.configured_ends] if sampling.logits_eos_inf else [mask]
+        return cls(
+            backbone,
+            sampling,
+            mask,
+            ends=tokens(request.stops),
+            last=tokens(request.ends if sampling.confidence_eos_eot_inf else []),
+            never=tokens(never),
+            sequences=sequences,
+            starts=starts,
+            attention_mask=attention_mask,
+            generator=request.generator,
+        )
+
+    def generation(self) -> Generation:
+        """Return the result so far."""
+        return Generation(self.sequences, self.answers, self.starts, self.forwards)
 
     @property
     def answers(self) -> torch.Tensor:

@@ -17,18 +17,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from nara_diffusion.dllm import encode_records, load_backbone
 from nara_diffusion.dllm.batches import GlobalBatchStream, with_longest
 from nara_diffusion.dllm.canvas_coverage import trained_canvas
-from nara_diffusion.dllm.decoding import model_sampling
 from nara_diffusion.dllm.held_out import rows_in_training, without_held_out
+from nara_diffusion.dllm.kinds import kind_of
 from nara_diffusion.dllm.models.backbone import Backbone
 from nara_diffusion.dllm.models.quantised import prepare_quantised
 from nara_diffusion.dllm.sampler import answer_prompts
 from nara_diffusion.dllm.text_arguments import (
     adapter_options,
-    collator_of,
     load_records,
-    loss_of,
-    objective_options,
-    set_block_length,
 )
 from nara_diffusion.dllm.text_lengths import check_canvas, check_positions, checked_lengths
 from nara_diffusion.dllm.text_report import (
@@ -99,11 +95,11 @@ class FineTuning:
         self._encode_records()
         self._check_lengths()
         measured = (self.validation_rows, self.test_rows, self.collator, self.sampling)
-        self.evaluation = Evaluation(run, self.tokenizer, *measured)
+        self.evaluation = Evaluation(run, self.tokenizer, *measured, self.kind)
         if args.gradient_checkpointing:
             recompute_activations(self.backbone)
         self.objective: dict[str, Any] = {"seed": args.seed, "group_size": run.global_batch}
-        self.objective |= {"window": window_of(args), **objective_options(self.backbone, args)}
+        self.objective |= {"window": window_of(args), **self.kind.objective(args)}
 
     def _load_base(self) -> None:
         """Load the base model and its tokenizer."""
@@ -118,22 +114,23 @@ class FineTuning:
         self.options = options
         with loading_in(run.accelerator, run.weights_dtype):
             self.backbone, self.tokenizer = self._load(run.weights_dtype)
-        if Backbone(self.backbone).has_canvas:
-            check_whole(run.accelerator, "DiffusionGemma's encoder and decoder share their weights")
+        if self.kind.whole_because:
+            check_whole(run.accelerator, self.kind.whole_because)
         if args.is_quantised:
             prepare_quantised(self.backbone)
         folder = local_folder(args.pretrained_model_name_or_path, revision=args.revision)
         run.record_base_digests({"": folder})
         self.sampling = args.sampling()
         is_chat = self.tokenizer.chat_template is not None
-        self.sampling = model_sampling(self.backbone, self.sampling, chat=is_chat)
+        self.sampling = self.kind.sampling(Backbone(self.backbone), self.sampling, is_chat)
 
     def _load(self, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Return the base model and its tokenizer."""
         args = self.args
         name = args.pretrained_model_name_or_path
         model, tokenizer = load_backbone(name, dtype=dtype, **self.options)
-        set_block_length(model, args)
+        self.kind = kind_of(Backbone(model))
+        self.kind.configure(model, args)
         return model, tokenizer
 
     def _encode_records(self) -> None:
@@ -169,7 +166,7 @@ class FineTuning:
         """Find the longest sample and the longest canvas, and check them."""
         args = self.args
         end = end_token_id(self.tokenizer)
-        self.collator = collator_of(self.backbone, args, end)
+        self.collator = self.kind.collator(Backbone(self.backbone), args, end)
         longest = max(part.longest for part in self.encoded)
         longest_prompt = max(part.longest_prompt for part in self.encoded)
         self.padded = self.collator.padded_length(longest, longest_prompt, longest)
@@ -198,7 +195,7 @@ class FineTuning:
         self.facts = self._facts(stream, steps)
         run.open(self.facts)
         run.restore()
-        loss = partial(loss_of(model), model, **self.objective)
+        loss = partial(self.kind.loss, model, **self.objective)
         validate = partial(self.evaluation.validate, self.adapted)
         train(run, parts, lambda batch: loss(**batch), validate)
         save_adapter(run.accelerator, model, run.folder, write_adapter)
@@ -261,7 +258,6 @@ class FineTuning:
         after = self.evaluation.measure(self.adapted)
         before = self._measure_start()
         question = self.test_rows[0]["instruction"]
-        blocks = Backbone(self.backbone).block_length
         return finish(
             run,
             before,
@@ -270,7 +266,7 @@ class FineTuning:
             figures=figures(before, after),
             facts=self.facts,
             schedule_line=schedule_line(args),
-            describe=partial(describe, self.evaluation, before, after, question, blocks),
+            describe=partial(describe, self.evaluation, before, after, question),
             warnings=self.warnings,
             n=len(self.test_rows),
             trainable_parameters=self.trainable,

@@ -19,7 +19,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -27,13 +27,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from nara_diffusion.noise.sources import (
-    BLOCK_SHARE,
-    CORRUPTED_SHARE,
-    MASKED_SHARE,
-)
-
-from .block_causal import LLaDA2ForCausalLM
+from .model_traits import traits_of
 from .shifted_logits import ShiftedQwen2ForCausalLM
 
 # Configuration fields of transformers that change logits after the head.
@@ -53,9 +47,7 @@ class Backbone:
         language_model: the outermost model of transformers in it, or None.
         is_shifted: True if it was trained to predict the next token (Dream), so that nothing
             predicts the first one.
-        block_length: the length of the blocks that its attention goes by (LLaDA2); None if each
-            position sees all others.
-        has_canvas: True for DiffusionGemma, which fills canvases of random tokens, without masks.
+        traits: the facts about the class of `language_model`.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -66,28 +58,21 @@ class Backbone:
                 self.language_model = module
                 break
         self.is_shifted = isinstance(self.language_model, ShiftedQwen2ForCausalLM)
-        kinds = [kind.__name__ for kind in type(self.language_model).__mro__]
-        self.has_canvas = "DiffusionGemmaForBlockDiffusion" in kinds
-        self.block_length: int | None = None
-        if isinstance(self.language_model, LLaDA2ForCausalLM):
-            self.block_length = self.configured("block_length")
-            if self.virtual_tokens:
-                raise ValueError(
-                    f"the adapter puts {self.virtual_tokens} virtual tokens before a text, which "
-                    "would shift the blocks of LLaDA2's attention: adapt its layers (nara, lora, …)"
-                )
+        self.traits = traits_of(self.language_model)
+        if self.traits.attends_by_blocks and self.virtual_tokens:
+            raise ValueError(
+                f"the adapter puts {self.virtual_tokens} virtual tokens before a text, which would "
+                f"shift the blocks of {self.traits.title}'s attention: adapt its layers (nara, lora, …)"
+            )
 
     @property
-    def noise_convention(self) -> str:
-        """The name of λ's definition in training and sampling."""
-        if self.has_canvas:
-            return CORRUPTED_SHARE
-        return MASKED_SHARE if self.block_length is None else BLOCK_SHARE
+    def block_length(self) -> int | None:
+        """The length of the blocks that generation goes by; None if the model has none.
 
-    @property
-    def noise_level_per(self) -> Literal["sample", "part"]:
-        """Whether training and sampling have one λ per sample, or per block of a sample."""
-        return "sample" if self.block_length is None else "part"
+        They are the blocks of LLaDA2's attention, and the canvases of DiffusionGemma.
+        """
+        field = self.traits.block_field
+        return self.configured(field) if field else None
 
     def configured(self, name: str) -> Any:
         """Return a field of the language model's configuration; None if there is none.
@@ -110,18 +95,18 @@ class Backbone:
         Raises:
             ValueError: neither names one, or the model has no masks.
         """
-        if self.has_canvas:
+        if not self.traits.has_masks:
             raise ValueError(
-                "DiffusionGemma has random tokens in place of masks, and this function needs masks: "
-                "train it with train_scripts/dllm.py, sample it with generate (docs/text.md)"
+                f"{self.traits.title} has random tokens in place of masks, and this function needs "
+                "masks: train it with train_scripts/dllm.py, sample it with generate (docs/text.md)"
             )
-        known = self.configured("mask_token_id") if given is None else given
-        if known is None:
+        mask = self.configured("mask_token_id") if given is None else given
+        if mask is None:
             raise ValueError(
                 "the model's configuration has no mask_token_id: load it with "
                 "load_backbone(…, mask_token_id=N), or pass mask_token_id=N here"
             )
-        return int(known)
+        return int(mask)
 
     def opening_token(self) -> int | None:
         """Return BOS if it has to precede an answer without a prompt; None if it doesn't.

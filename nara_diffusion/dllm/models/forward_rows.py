@@ -87,7 +87,7 @@ def conditioned(model: nn.Module, level: Tensor) -> AbstractContextManager:
     holders = find_holders(model)
     if not any(holder.needs_noise or holder.merging.binds_level for holder in holders):
         return nullcontext()
-    convention = Backbone(model).noise_convention
+    convention = Backbone(model).traits.noise_convention
     for holder in holders:
         names = holder.noisy(holder.active_names())
         for name, other in holder.finder.adopt_convention(names, convention).items():
