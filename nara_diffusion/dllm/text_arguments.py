@@ -1,4 +1,4 @@
-"""The arguments of dllm/train.py, and the records and the adapter that they select."""
+"""The arguments of dllm/train.py, and the options of the adapter."""
 
 from __future__ import annotations
 
@@ -18,15 +18,13 @@ from nara_diffusion.training.arguments import (
 from nara_flags.text import TextFlags
 
 from .decoding import Sampling
-from .held_out import hold_out
 from .kinds import kind_of
 from .mask_draws import check_drawable
 from .models.backbone import Backbone
-from .record_forms import FIELDS
-from .records import read_records, saved_parts, with_column
+from .records import saved_parts
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    pass
 
 
 @dataclass
@@ -70,33 +68,6 @@ def shipped_run(given: Mapping[str, Any]) -> dict[str, Any]:
         shown="max_train_steps train_batch_size learning_rate gen_length checkpointing_steps",
         advice="LLaDA-8B add --pretrained_model_name_or_path GSAI-ML/LLaDA-8B-Instruct",
     )
-
-
-def load_records(args: Arguments) -> tuple[Dataset, Dataset, Dataset]:
-    """Return the (training, validation, test) records that a run's arguments name.
-
-    Raises:
-        ValueError: see `read_records` and `hold_out`.
-    """
-    fields: dict[str, str] = {}
-    for what in FIELDS:
-        name = getattr(args, f"{what}_field")
-        if name is not None:
-            fields[what] = name
-    config, source = args.dataset_config_name, args.dataset_name or args.train_file
-    assert source is not None  # the arguments' own check
-    records = read_records(source, fields, config=config, limit=args.max_train_samples)
-    records = with_column(records, "number", range(len(records)))
-    if args.validation_file is None:
-        records, validation = hold_out(records, args.validation_samples, args.seed)
-    else:
-        validation = read_records(args.validation_file, fields, config=config)
-    test = validation
-    if args.test_file is not None:
-        test = read_records(args.test_file, fields, config=config)
-    if args.test_samples is not None:
-        test = test.select(range(min(len(test), args.test_samples)))
-    return records, validation, test
 
 
 def adapter_options(model: nn.Module, args: Arguments) -> Mapping[str, Any]:

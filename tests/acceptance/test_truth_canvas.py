@@ -107,7 +107,7 @@ NO_CORE: dict[str, Any] = {"adapter": "lora", "adapter_options": {}, "core_learn
 
 
 def test_lengths_are_refused_before_a_record_is_tokenised(arguments, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nara_diffusion.dllm.train.encode_records", lambda *_, **__: pytest.fail("tokenised"))
+    monkeypatch.setattr("nara_diffusion.dllm.text_data.encode_records", lambda *_, **__: pytest.fail("tokenised"))
     for changes, message in [
         ({"gen_length": 64}, "gen_length is 64, but the model has 64 positions: lower it"),
         ({"max_length": 65}, "max_length is 65, but the model has 64 positions: lower it"),

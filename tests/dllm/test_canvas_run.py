@@ -18,7 +18,7 @@ from nara_diffusion.dllm.models.backbone import Backbone
 from nara_diffusion.dllm.sampler import answer_prompts
 from nara_diffusion.dllm.text_arguments import Arguments, adapter_options
 from nara_diffusion.dllm.text_report import describe
-from nara_diffusion.dllm.train import FineTuning, main
+from nara_diffusion.dllm.train import main, prepare
 from nara_diffusion.training.adapter_weights import write_checkpoint
 from nara_diffusion.training.run import start_run
 from tests.acceptance._commands import ROOT, results, run
@@ -147,10 +147,11 @@ def test_what_the_model_does_not_have_raises(tmp_path, changes, words):
 def test_the_check_measures_the_objective_of_the_run(tmp_path):
     args = arguments(tmp_path, output_dir=str(tmp_path / "out"))
     with start_run(args, "dllm", write_checkpoint) as run:
-        tuning = FineTuning(args, run)
-        found = text_loss(tuning, tuning.backbone, tuning.train_rows)([2, 0])
-    stream = GlobalBatchStream(tuning.train_rows, args.seed, 4)
-    batch = tuning.collator([stream[2], stream[0]])
-    expected = block_diffusion_loss(tuning.backbone, **batch, seed=args.seed, group_size=4)
+        setup = prepare(args, run)
+        model, rows = setup.base.model, setup.data.training.rows
+        found = text_loss(setup, model, rows)([2, 0])
+    stream = GlobalBatchStream(rows, args.seed, 4)
+    batch = setup.data.collator([stream[2], stream[0]])
+    expected = block_diffusion_loss(model, **batch, seed=args.seed, group_size=4)
     torch.testing.assert_close(found.per_sample, expected.per_sample)
     assert torch.equal(found.noise_level, expected.noise_level)

@@ -16,7 +16,8 @@ from nara_diffusion.dllm import text_report, train
 from nara_diffusion.dllm.decoding import Sampling
 from nara_diffusion.dllm.kinds.masked_kind import MASKED
 from nara_diffusion.dllm.record_forms import TEXTS
-from nara_diffusion.dllm.text_arguments import Arguments, load_records
+from nara_diffusion.dllm.text_arguments import Arguments
+from nara_diffusion.dllm.text_data import load_records
 from tests.acceptance._runs import text_arguments
 
 
@@ -82,7 +83,7 @@ def test_model_is_loaded_by_its_flags(tmp_path: Path, monkeypatch: pytest.Monkey
         calls.append(options)
         raise ArithmeticError
 
-    monkeypatch.setattr(train, "load_backbone", load)
+    monkeypatch.setattr("nara_diffusion.dllm.text_base.load_backbone", load)
     flags = {"revision": "v2", "mask_token": "[M]"}
     with pytest.raises(ArithmeticError):
         train.main(text_arguments(tmp_path, **flags))
