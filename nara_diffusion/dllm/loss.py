@@ -137,15 +137,10 @@ def masked_cross_entropy(
 
         def losses_of(hidden: Tensor) -> Tensor:
             hidden = _by_prompt(hidden, batch)
-            return _chunked_losses(head, hidden, batch, chunk_size, cfg_scale).unsqueeze(-1)
+            return _chunked_losses(head, hidden, batch, chunk_size, cfg_scale)
 
-        losses = backbone.at_head(head, rows.input_ids, rows.attention_mask, losses_of)
-    if losses.shape != (*batch.masked.shape, 1):
-        raise ValueError(
-            f"{type(backbone.language_model).__name__} changes what its output head returns, so "
-            "the loss can't be computed there: pass chunk_size=None"
-        )
-    return losses.squeeze(-1)
+        ids, padding = rows.input_ids, rows.attention_mask
+        return backbone.losses_in_place_of_logits(head, ids, padding, losses_of)
 
 
 def _by_prompt(states: Tensor, batch: MaskedBatch) -> Tensor:

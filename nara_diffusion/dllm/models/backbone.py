@@ -159,26 +159,42 @@ class Backbone:
         with _hooked(head, lambda hidden: _at(self._of_text(hidden, input_ids), at)):
             return self._forward(input_ids, attention_mask)
 
-    def at_head(
+    def losses_in_place_of_logits(
         self,
         head: nn.Module,
         input_ids: Tensor,
         attention_mask: Tensor | None,
-        compute: Callable[[Tensor], Tensor],
+        losses_of: Callable[[Tensor], Tensor],
     ) -> Tensor:
-        """Run a forward that returns `compute(hidden states)` in place of logits.
+        """Run a forward with losses in place of logits, and return the losses (b, l).
 
         Args:
-            compute: gets the hidden states (b, l, d) that enter the `head`, inside the forward.
-        """
-        kept: list[Tensor] = []
+            losses_of: a function that gets the hidden states (b', l, d) before the `head`, and
+                returns losses (b, l). It is called inside the forward.
 
-        def keep(hidden: Tensor) -> Tensor:
-            kept.append(self._of_text(hidden, input_ids))
+        Raises:
+            ValueError: the model changes the output of its head.
+        """
+        entered: list[Tensor] = []
+        shapes: list[torch.Size] = []
+
+        def enter(hidden: Tensor) -> Tensor:
+            entered.append(self._of_text(hidden, input_ids))
             return hidden[:, :1]  # the head's own call only runs other hooks: let it cost nothing
 
-        with _hooked(head, keep, lambda _: compute(kept.pop())):
-            return self._forward(input_ids, attention_mask)
+        def leave(_: Tensor) -> Tensor:
+            losses = losses_of(entered.pop()).unsqueeze(-1)
+            shapes.append(losses.shape)
+            return losses
+
+        with _hooked(head, enter, leave):
+            losses = self._forward(input_ids, attention_mask)  # (b, l, 1)
+        if shapes != [losses.shape]:
+            raise ValueError(
+                f"{type(self.language_model).__name__} changes what its output head returns, so the "
+                "loss can't be computed there: pass chunk_size=None"
+            )
+        return losses.squeeze(-1)
 
     @property
     def head(self) -> nn.Module | None:
