@@ -66,19 +66,19 @@ def active_blocks(
     place = (answer.cumsum(1) <= token[:, None]).sum(1)  # in the sequence
     block = place // block_length
     width = int(block.max() + 1) * block_length
-    whole = np.zeros((len(answer), width), dtype=bool)
+    padded = np.zeros((len(answer), width), dtype=bool)
     cut = answer[:, :width]
-    whole[:, : cut.shape[1]] = cut
-    active = whole & (np.arange(width) // block_length == block[:, None])
+    padded[:, : cut.shape[1]] = cut
+    active = padded & (np.arange(width) // block_length == block[:, None])
     ends = width - active[:, ::-1].argmax(1)
     return active, ends
 
 
 def _lengths(name: str, lengths: Lengths, b: int) -> np.ndarray:
-    found = np.asarray(host_list(lengths))
-    if found.dtype.kind not in "iu" or found.shape != (b,):
+    numbers = np.asarray(host_list(lengths))
+    if numbers.dtype.kind not in "iu" or numbers.shape != (b,):
         raise ValueError(f"{name} is {lengths!r}: pass a whole number for each of the {b} rows")
-    return found
+    return numbers
 
 
 def host_list(values: Lengths) -> Sequence[int]:

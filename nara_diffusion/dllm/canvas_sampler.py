@@ -76,8 +76,8 @@ def fill_canvases(
     finally:
         counter.remove()
     width = prompts.shape[1]
-    rest = (0, width + sampling.gen_length - sequences.shape[1])  # it ended early
-    sequences = torch.nn.functional.pad(sequences, rest, value=pad_token_id)
+    missing = (0, width + sampling.gen_length - sequences.shape[1])  # it ended early
+    sequences = torch.nn.functional.pad(sequences, missing, value=pad_token_id)
     answers = sequences[:, width:]
     starts = is_prompt.sum(1)  # (b,)
     rows = zip(sequences, (starts - width).tolist(), strict=True)

@@ -153,8 +153,8 @@ class Sampling:
     def tokens_per_step(self) -> list[int]:
         """Return the number of tokens that each step of a block places; ones without `steps`."""
         steps = (self.steps or self.gen_length) // (self.gen_length // self.block)
-        whole, rest = divmod(self.block, steps)
-        return [whole + (step < rest) for step in range(steps)]
+        share, extra = divmod(self.block, steps)
+        return [share + (step < extra) for step in range(steps)]
 
     def place(
         self,

@@ -57,12 +57,12 @@ def without_held_out(training: EncodedRecords, held_out: EncodedRecords) -> Enco
     Raises:
         ValueError: fewer than half of the rows are left.
     """
-    held = set(_row_keys(held_out.rows))
-    kept = [i for i, key in enumerate(_row_keys(training.rows)) if key not in held]
+    held_out_keys = set(_row_keys(held_out.rows))
+    places = [i for i, key in enumerate(_row_keys(training.rows)) if key not in held_out_keys]
     size = len(training.rows)
-    if len(kept) == size:
+    if len(places) == size:
         return training
-    dropped = size - len(kept)
+    dropped = size - len(places)
     if 2 * dropped > size:
         raise ValueError(
             f"training data: {dropped} of {counted(size, 'row')} of tokens equal held-out ones: "
@@ -72,7 +72,7 @@ def without_held_out(training: EncodedRecords, held_out: EncodedRecords) -> Enco
     logger.warning(
         "training data: %d of %d rows equal held-out ones and are left out", dropped, size
     )
-    return replace(training, rows=training.rows.select(kept))
+    return replace(training, rows=training.rows.select(places))
 
 
 def rows_in_training(training: Dataset, **measured: Dataset) -> list[str]:

@@ -160,18 +160,18 @@ def _chunked_losses(
         # one place with weight zero, since every parameter has to get a gradient
         places, counts = places.new_zeros(1), batch.masked.new_zeros(1)
 
-    def loss(hidden: Tensor, wanted: Tensor) -> Tensor:
-        return token_cross_entropy(guided(head.forward(hidden), cfg_scale), wanted)
+    def loss(hidden: Tensor, targets: Tensor) -> Tensor:
+        return token_cross_entropy(guided(head.forward(hidden), cfg_scale), targets)
 
     at_places = hidden.flatten(1, 2)[:, places]  # (1 or 2, m, d)
-    wanted = batch.targets.flatten()[places]  # (m,)
-    of_masks = by_chunks(loss, at_places, wanted, chunk_size) * counts
+    targets = batch.targets.flatten()[places]  # (m,)
+    of_masks = by_chunks(loss, at_places, targets, chunk_size) * counts
     everywhere = of_masks.new_zeros(batch.masked.numel())
     return everywhere.scatter(0, places, of_masks).view_as(batch.masked)
 
 
 def by_chunks(
-    loss: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, wanted: Tensor, chunk_size: int
+    loss: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, targets: Tensor, chunk_size: int
 ) -> Tensor:
     """Return the losses (m,) of m places, computed chunk by chunk.
 
@@ -180,14 +180,14 @@ def by_chunks(
     Args:
         loss: a function of hidden states (n, c, d) and tokens (c,) that returns losses (c,).
         hidden: (n, m, d).
-        wanted: (m,) tokens.
+        targets: (m,) tokens.
         chunk_size: the maximum of c.
     """
     losses: list[Tensor] = []
-    for chunk in zip(hidden.split(chunk_size, 1), wanted.split(chunk_size), strict=True):
+    for chunk in zip(hidden.split(chunk_size, 1), targets.split(chunk_size), strict=True):
         if torch.is_grad_enabled():
-            found: Any = checkpoint(loss, *chunk, use_reentrant=False)
-            losses.append(found)
+            recomputed: Any = checkpoint(loss, *chunk, use_reentrant=False)
+            losses.append(recomputed)
         else:
             losses.append(loss(*chunk))
     return torch.cat(losses)
@@ -254,8 +254,8 @@ def noise_level_curve(
         for level in noise_levels:
             total = count = 0.0
             for batch in batches_of(rows, range(len(rows)), collate, batch_size, backbone.device):
-                found = loss(model, **batch, noise_level=level, seed=seed, **options)
-                of_rows, weights = found.sums  # (b,)
+                batch_loss = loss(model, **batch, noise_level=level, seed=seed, **options)
+                of_rows, weights = batch_loss.sums  # (b,)
                 total += of_rows.sum().item()
                 count += weights.sum().item()
                 bar.update(len(weights))

@@ -53,15 +53,15 @@ def check_drawable(window: NoiseWindow, complementary: bool = False) -> None:
     For complementary masks, also raise it if the window contains some λ but not 1 − λ.
     """
     top = 1 - MIN_NOISE_LEVEL if complementary else 1.0
-    given = f"min_noise_level is {window.low} and max_noise_level {window.high}"
+    limits = f"min_noise_level is {window.low} and max_noise_level {window.high}"
     if window.low >= top or window.high <= MIN_NOISE_LEVEL:
         raise ValueError(
-            f"{given}, but masked shares go from {MIN_NOISE_LEVEL} to {top:g}: widen the window."
+            f"{limits}, but masked shares go from {MIN_NOISE_LEVEL} to {top:g}: widen the window."
         )
     if complementary and abs(window.low + window.high - 1) > 1e-9:
         low = min(window.low, 1 - window.high)
         raise ValueError(
-            f"{given}, and complementary masks need 1 − λ beside each λ: leave complementary out, "
+            f"{limits}, and complementary masks need 1 − λ beside each λ: leave complementary out, "
             f"or take a window that is symmetric about 0.5, such as {low:g} to {1 - low:g}."
         )
 

@@ -54,12 +54,12 @@ class WholeText:
     ) -> torch.Tensor:
         w, positions = state.sampling.cfg_scale, positions[rows]
         padding = None if state.attention_mask is None else state.attention_mask[rows]
-        given = ForwardRows(state.sequences[rows], padding, level[rows])  # a rows
+        inputs = ForwardRows(state.sequences[rows], padding, level[rows])  # a rows
         if w > 0:
             columns = torch.arange(state.sequences.shape[1], device=rows.device)
             is_prompt = columns < state.starts[rows, None]  # (a, l)
-            given = given.with_masked_prompts(is_prompt, state.mask_token_id)  # 2a rows
+            inputs = inputs.with_masked_prompts(is_prompt, state.mask_token_id)  # 2a rows
             positions = guidance_rows(positions)
-        with conditioned(state.backbone.model, given.noise_level):
-            logits = state.backbone.logits(given.input_ids, given.attention_mask, at=positions)
+        with conditioned(state.backbone.model, inputs.noise_level):
+            logits = state.backbone.logits(inputs.input_ids, inputs.attention_mask, at=positions)
         return guided(logits.unflatten(0, (-1, len(rows))), w)

@@ -42,7 +42,10 @@ def place_prompts(
     device = input_ids.device
     input_ids = input_ids.cpu().long()
     is_prompt = prompt_positions(input_ids, prompt_lengths, attention_mask)  # (b, p)
-    _check_mask_token(input_ids, is_prompt, mask_token_id)
+    has_mask = (is_prompt & (input_ids == mask_token_id)).any(1)  # (b,)
+    if has_mask.any():
+        name = "the prompt" if len(input_ids) == 1 else f"prompt {int(has_mask.nonzero()[0])}"
+        raise ValueError(f"{name} {mask_in_a_text(mask_token_id)}")
     empty = ~is_prompt.any(1)  # (b,)
     opening = backbone.opening_token() if empty.any() else None
     if opening is not None:
@@ -74,18 +77,10 @@ def prompt_positions(
     if attention_mask is not None:
         return attention_mask.cpu().bool()
     b, p = input_ids.shape
-    given = p if prompt_lengths is None else prompt_lengths
-    lengths = torch.as_tensor(given).cpu().expand(b)
+    counts = p if prompt_lengths is None else prompt_lengths
+    lengths = torch.as_tensor(counts).cpu().expand(b)
     if (lengths < 0).any() or (lengths > p).any():
         raise ValueError(
             f"prompt_lengths is {lengths.tolist()}, expected {b} lengths between 0 and {p}"
         )
     return torch.arange(p) < lengths[:, None]
-
-
-def _check_mask_token(input_ids: Tensor, is_prompt: Tensor, mask_token_id: int) -> None:
-    """Raise ValueError if a prompt contains the mask token."""
-    holding = (is_prompt & (input_ids == mask_token_id)).any(1)  # (b,)
-    if holding.any():
-        name = "the prompt" if len(input_ids) == 1 else f"prompt {int(holding.nonzero()[0])}"
-        raise ValueError(f"{name} {mask_in_a_text(mask_token_id)}")

@@ -251,7 +251,7 @@ class State:
         last = len(self.columns) - 1
         first = torch.where(has_end, is_end.int().argmax(1, keepdim=True), last)  # (b, 1)
         is_open = (self.masked & (self.columns < first)).any(1, keepdim=True)
-        rest = has_end & ~is_open & (self.columns > first)  # (b, g)
-        filled = torch.where(rest, answers.gather(1, first), answers)
+        is_after_end = has_end & ~is_open & (self.columns > first)  # (b, g)
+        filled = torch.where(is_after_end, answers.gather(1, first), answers)
         self.sequences = self.sequences.scatter(1, self.positions, filled)
-        self.masked = self.masked & ~rest
+        self.masked = self.masked & ~is_after_end

@@ -40,10 +40,10 @@ def load_records(args: Arguments) -> TextRecords:
         ValueError: see `read_records` and `hold_out`.
     """
     fields: dict[str, str] = {}
-    for what in FIELDS:
-        name = getattr(args, f"{what}_field")
+    for part in FIELDS:
+        name = getattr(args, f"{part}_field")
         if name is not None:
-            fields[what] = name
+            fields[part] = name
     config, source = args.dataset_config_name, args.dataset_name or args.train_file
     assert source is not None  # the arguments' own check
     records = read_records(source, fields, config=config, limit=args.max_train_samples)

@@ -27,8 +27,8 @@ def check_canvas(model: nn.Module, longest_prompt: int, gen_length: int, record:
     remedy = "lower gen_length, or take shorter prompts and conversations"
     if record and left > 0:
         remedy += f" (the longest is {record}); --max_prompt_length {left} leaves longer ones out"
-    what = f"the longest prompt has {longest_prompt} tokens and gen_length is {gen_length}"
-    check_positions(model, length, f"{what}, together {length}", remedy)
+    lengths = f"the longest prompt has {longest_prompt} tokens and gen_length is {gen_length}"
+    check_positions(model, length, f"{lengths}, together {length}", remedy)
 
 
 def checked_lengths(model: nn.Module, max_length: int | None, gen_length: int) -> int:
@@ -39,9 +39,9 @@ def checked_lengths(model: nn.Module, max_length: int | None, gen_length: int) -
     Raises:
         ValueError: `max_length` or `gen_length` exceeds the model's positions.
     """
-    what = f"gen_length is {gen_length}"
+    canvas = f"gen_length is {gen_length}"
     remedy = "lower it, since prompt and answer share them"
-    check_positions(model, gen_length + 1, what, remedy)
+    check_positions(model, gen_length + 1, canvas, remedy)
     if max_length is None:
         return min(_MAX_LENGTH, Backbone(model).position_limit or _MAX_LENGTH)
     remedy = "lower it; longer answers are cut"

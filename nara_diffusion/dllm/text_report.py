@@ -152,8 +152,8 @@ class Evaluation:
             return pairs
 
         with evaluating(model):
-            found = split_across_processes(accelerator, len(rows), losses)
-        pairs = torch.tensor(found, dtype=torch.float32)  # (rows, 2)
+            measured = split_across_processes(accelerator, len(rows), losses)
+        pairs = torch.tensor(measured, dtype=torch.float32)  # (rows, 2)
         return validation_means(pairs[:, 0], pairs[:, 1], window_of(args))
 
 

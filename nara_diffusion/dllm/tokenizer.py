@@ -47,8 +47,8 @@ def stop_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list
     ids = configured if isinstance(configured, list) else [configured]
     vocabulary = tokenizer.get_vocab()
     turn_ends = [vocabulary.get(token) for token in _TURN_ENDS]
-    found = {*ids, end_token_id(tokenizer), *turn_ends}
-    return sorted(found - {None})
+    stops = {*ids, end_token_id(tokenizer), *turn_ends}
+    return sorted(stops - {None})
 
 
 def mask_in_a_text(mask_token_id: int) -> str:
@@ -161,6 +161,6 @@ def decode_answer(
         strip: True to remove white space around the text. Use False for program code.
     """
     places = [place for place, token in enumerate(answer) if token in ends]
-    kept = answer[: places[0]] if places else answer
-    text = str(tokenizer.decode(list(kept), skip_special_tokens=True))
+    tokens = answer[: places[0]] if places else answer
+    text = str(tokenizer.decode(list(tokens), skip_special_tokens=True))
     return text.strip() if strip else text

@@ -211,18 +211,18 @@ def run_facts(
 def report(setup: Setup, trained: Trained) -> dict[str, Any]:
     """Measure the trained model and the one that it started from, and write the report."""
     evaluation, test_rows = setup.evaluation, setup.data.test.rows
-    after = evaluation.measure(trained.model)
-    before = measure_start(setup, trained)
+    at_end = evaluation.measure(trained.model)
+    at_start = measure_start(setup, trained)
     question = test_rows[0]["instruction"]
     return finish(
         setup.run,
-        before,
-        after,
+        at_start,
+        at_end,
         names=("exact_match", "validation_loss", "curve"),
-        figures=figures(before, after),
+        figures=figures(at_start, at_end),
         facts=trained.facts,
         schedule_line=schedule_line(setup.args),
-        describe=partial(describe, evaluation, before, after, question),
+        describe=partial(describe, evaluation, at_start, at_end, question),
         warnings=setup.data.warnings,
         n=len(test_rows),
         trainable_parameters=trained.trainable,

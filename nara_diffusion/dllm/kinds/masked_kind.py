@@ -57,8 +57,8 @@ def _sampling(backbone: Backbone, sampling: Sampling, chat: bool) -> Sampling:
     is_given = "block_length" in sampling.changed()
     if block is None or not chat or backbone.is_shifted or is_given:
         return sampling
-    blocks, rest = divmod(sampling.gen_length, block)
-    if rest or (sampling.steps or 0) % blocks:
+    blocks, remainder = divmod(sampling.gen_length, block)
+    if remainder or (sampling.steps or 0) % blocks:
         return sampling
     return replace(sampling, block_length=block)
 

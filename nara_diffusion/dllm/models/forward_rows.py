@@ -112,12 +112,12 @@ def read_noise_from_input_ids(
     `InputIdsNoise` describes the arguments and errors. To make this permanent, call
     set_noise_source(model, InputIdsNoise(…)).
     """
-    before = [(holder, holder.finder.given_source) for holder in core_holders(model)]
+    former_sources = [(holder, holder.finder.given_source) for holder in core_holders(model)]
     mask = Backbone(model).mask_token_id(mask_token_id)
     source = InputIdsNoise(prompt_lengths, mask_token_id=mask, repeated=repeated)
     set_noise_source(model, source)
     try:
         yield source
     finally:
-        for holder, former in before:
+        for holder, former in former_sources:
             holder.finder.given_source = former

@@ -36,7 +36,7 @@ def llama_fields(fields: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of a LlamaConfig for those of a LLaDA checkpoint's config.json."""
     width, heads = fields["d_model"], fields["n_heads"]
     theta = fields.get("rope_theta", 10000.0)
-    found = {
+    llama = {
         "vocab_size": fields.get("embedding_size") or fields["vocab_size"],
         "hidden_size": width,
         "intermediate_size": fields.get("mlp_hidden_size") or fields.get("mlp_ratio", 4) * width,
@@ -53,14 +53,14 @@ def llama_fields(fields: dict[str, Any]) -> dict[str, Any]:
     }
     for name in ("dtype", "torch_dtype", "quantization_config"):
         if name in fields:
-            found[name] = fields[name]
-    return found
+            llama[name] = fields[name]
+    return llama
 
 
 def checkpoint_name(name: str) -> str:
     """Return the name in a LLaDA checkpoint of a LlamaForCausalLM tensor."""
     for theirs, ours in _TENSORS:
-        found = re.match(ours, name)
-        if found:
-            return theirs.replace(_LAYER, "".join(found.groups())) + name[found.end() :]
+        match = re.match(ours, name)
+        if match:
+            return theirs.replace(_LAYER, "".join(match.groups())) + name[match.end() :]
     return name

@@ -79,13 +79,13 @@ def llada2_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: a field is unknown, or has a value that Glm4Moe can't express.
     """
     config_fields.LLADA2.check(fields, LLaDA2MoeConfig)
-    found = dict(fields)
-    if not found.get("num_shared_experts", found.get("n_shared_experts", 1)):
+    moe_fields = dict(fields)
+    if not moe_fields.get("num_shared_experts", moe_fields.get("n_shared_experts", 1)):
         raise ValueError("this LLaDA2 checkpoint has no shared expert, which Glm4Moe always has")
     # LLaDA2 scales the weights of several experts to a sum, and leaves that of one
-    found["norm_topk_prob"] = found["num_experts_per_tok"] > 1
-    found.setdefault("tie_word_embeddings", False)
-    return found
+    moe_fields["norm_topk_prob"] = moe_fields["num_experts_per_tok"] > 1
+    moe_fields.setdefault("tie_word_embeddings", False)
+    return moe_fields
 
 
 def qwen3_moe_fields(fields: Mapping[str, Any]) -> dict[str, Any]:

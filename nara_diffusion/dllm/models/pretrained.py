@@ -219,8 +219,8 @@ def _check_tensors(name: str, loading: Mapping[str, Any], original: Callable[[st
     """
     unknown = [key for key in loading["unexpected_keys"] if not _OTHER_HEADS.search(key)]
     misshapen = []
-    for key, found, expected in sorted(loading["mismatched_keys"]):
-        misshapen.append(f"{original(key)} {tuple(found)} instead of {tuple(expected)}")
+    for key, shape, expected in sorted(loading["mismatched_keys"]):
+        misshapen.append(f"{original(key)} {tuple(shape)} instead of {tuple(expected)}")
     problems = {
         "missing": sorted(map(original, loading["missing_keys"])),
         "not known to the model": sorted(map(original, unknown)),

@@ -67,27 +67,27 @@ def find_mask_token(
         ValueError: there is no mask token, the given name isn't a token, or the id is outside the
             vocabulary.
     """
-    known: Any = mask_token_id
+    mask: Any = mask_token_id
     if mask_token is not None:
-        known = tokenizer.get_vocab().get(mask_token)
-        if known is None:
+        mask = tokenizer.get_vocab().get(mask_token)
+        if mask is None:
             raise ValueError(
                 f"mask_token {mask_token!r} isn't a token of {name}: name one from its vocabulary"
             )
     unnamed = tokenizer.get_vocab().get(_MASK)
     for candidate in (fields.get("mask_token_id"), tokenizer.mask_token_id, unnamed):
-        known = candidate if known is None else known
-    if known is None:
+        mask = candidate if mask is None else mask
+    if mask is None:
         raise ValueError(
             f"neither config.json nor the tokenizer of {name} names a mask token: call "
             "load_backbone(…, mask_token='…') or load_backbone(…, mask_token_id=N) with a token "
             "that no text contains, such as a reserved one"
         )
-    if not 0 <= int(known) < vocab_size:
+    if not 0 <= int(mask) < vocab_size:
         raise ValueError(
-            f"mask_token_id {known} is outside the vocabulary of {name} with {vocab_size} tokens"
+            f"mask_token_id {mask} is outside the vocabulary of {name} with {vocab_size} tokens"
         )
-    return int(known)
+    return int(mask)
 
 
 def set_special_tokens(
