@@ -26,7 +26,7 @@ from diffusers.training_utils import find_nearest_bucket
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
-from nara_diffusion.training.loop import ShuffledStream
+from nara_diffusion.utils.data_order import ShuffledStream
 from nara_diffusion.utils.wording import counted
 
 from .draws import numpy_generator

@@ -21,10 +21,11 @@ from nara_diffusion import NaraConfig
 from nara_diffusion.loaders.tensor_files import is_nara
 from nara_diffusion.training.adapters import adapter_config, check_target_modules, title_of
 from nara_diffusion.training.checkpoints import save_adapter
-from nara_diffusion.training.loop import ShuffledStream, prepare_training, train
+from nara_diffusion.training.loop import prepare_training, train
 from nara_diffusion.training.report import finish
 from nara_diffusion.training.run import Run
 from nara_diffusion.tuner.usage import TIMESTEP_SETTINGS
+from nara_diffusion.utils.data_order import ShuffledStream
 from nara_diffusion.utils.digests import digest_file, digest_texts
 from nara_diffusion.utils.repositories import local_folder
 

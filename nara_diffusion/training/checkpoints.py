@@ -9,7 +9,7 @@
                                              yet logged, number of processes, engine, arguments,
                                              digests of files, data, base and the manifest itself
 
-The step is enough to find the place in the data, since their order in `loop.ShuffledStream` depends
+The step is enough to find the place in the data, since their order in `utils.data_order` depends
 only on (seed, position). A checkpoint contains neither the data nor the frozen base model, but
 records the digests of both. A checkpoint is written under a temporary name and renamed when it is
 complete. Only then are older checkpoints deleted.

@@ -17,7 +17,7 @@ from torch import Tensor
 from nara_diffusion import TimestepNoise, noise_level
 from nara_diffusion.dllm import load_backbone
 from nara_diffusion.dllm import train as dllm
-from nara_diffusion.dllm.masking import draw_noise_levels
+from nara_diffusion.dllm.mask_draws import draw_noise_levels
 from nara_diffusion.dreambooth import train as dreambooth
 from nara_diffusion.dreambooth.draws import drawable_levels
 from nara_diffusion.noise.drawn_levels import NoiseWindow
