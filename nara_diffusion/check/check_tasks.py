@@ -41,12 +41,12 @@ from nara_diffusion.dllm.masking import mask_answers, with_level_token
 from nara_diffusion.dllm.models.backbone import Backbone
 from nara_diffusion.dllm.text_arguments import Arguments, TextLoss, adapter_options, loss_of
 from nara_diffusion.dllm.tokenizer import digit_tokens
-from nara_diffusion.dreambooth import train as dreambooth_train
 from nara_diffusion.dreambooth.caches import PromptCache
 from nara_diffusion.dreambooth.dataset import DreamBoothDataset, collate_samples
 from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser, write_checkpoint
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments, run_family
-from nara_diffusion.dreambooth.pipelines import family_defaults
+from nara_diffusion.dreambooth.shipped_images import family_defaults
+from nara_diffusion.dreambooth.subject import Subject, load_subject
 from nara_diffusion.dreambooth.training_step import DreamBoothLoss, TrainingStep
 from nara_diffusion.noise.denoisers import time_layers
 from nara_diffusion.training import adapter_weights
@@ -119,7 +119,7 @@ def check_run(args: Arguments | DreamBoothArguments) -> dict[str, Any]:
     """Run the check for a train script's arguments, and return the content of check.json."""
     if isinstance(args, DreamBoothArguments):
         with start_run(args, "dreambooth", write_checkpoint) as run:
-            return check_images(dreambooth_train.FineTuning(args, run))
+            return check_images(load_subject(args, run))
     with start_run(args, "dllm", adapter_weights.write_checkpoint) as run:
         return check_text(dllm_train.FineTuning(args, run))
 
@@ -195,7 +195,7 @@ def text_loss(
 # ---------------------------------------------------------------------- images
 
 
-def check_images(tuning: dreambooth_train.FineTuning) -> dict[str, Any]:
+def check_images(tuning: Subject) -> dict[str, Any]:
     """Check a training on images, and return the content of check.json.
 
     Args:
@@ -243,7 +243,7 @@ def image_loss(step: TrainingStep, images: DreamBoothDataset) -> Loss:
     return loss
 
 
-def _measured(tuning: dreambooth_train.FineTuning) -> str:
+def _measured(tuning: Subject) -> str:
     """Return a description of the data behind the held-out losses."""
     if tuning.measured_on is tuning.dataset:
         return "Losses on the training pictures under other noise"

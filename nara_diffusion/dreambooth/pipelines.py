@@ -1,4 +1,4 @@
-"""The trained pipeline, a sampling pipeline with the same frozen weights, and default settings.
+"""The trained pipeline, and a sampling pipeline with the same frozen weights.
 
 The sampling pipeline has its own modules around the parameters of the trained pipeline, so adapters
 and gradient checkpointing affect only one of the two. `load_nara_weights` works as it does on a
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import logging
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,7 +16,6 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.training_utils import generate_aspect_ratio_buckets, parse_buckets_string
@@ -25,17 +23,10 @@ from safetensors import SafetensorError
 from torch import nn
 
 from nara_diffusion.noise.timesteps import FLOW, prediction_type
-from nara_diffusion.training.arguments import CONFIGS, shipped_settings
 from nara_diffusion.training.run import Run
 from nara_diffusion.utils.files import is_out_of_reach, local_folder, naming_source, refuse_file
 
 from .families import BY_PIPELINE, FAMILIES, Family
-
-logger = logging.getLogger(__name__)
-
-STEPS = 500
-"""The default number of optimizer steps if the user names a model. A pass over five images has
-only two steps."""
 
 
 def family_named(pipeline: str) -> Family:
@@ -85,17 +76,6 @@ def model_index(name: str, *, revision: str | None = None) -> dict[str, Any]:
     with naming_source(name, "model_index.json", "a model of Diffusers", remedy):
         read: Callable[..., Any] = DiffusionPipeline.load_config
         return dict(read(name, revision=revision))
-
-
-def native_resolution(name: str, family: Family, *, revision: str | None = None) -> int | None:
-    """Return the native side of a model's images in pixels; None if the configuration lacks it."""
-    read: Callable[..., Any] = AutoencoderKL.load_config  # loads any model's configuration
-    try:
-        side = read(name, subfolder=family.denoiser, revision=revision).get("sample_size")
-        blocks = read(name, subfolder="vae", revision=revision).get("block_out_channels")
-    except OSError:
-        return None
-    return side * 2 ** (len(blocks) - 1) if isinstance(side, int) and blocks else None
 
 
 def load_pipeline(
@@ -253,52 +233,3 @@ def training_sizes(args: Any, family: Family, pipe: Any) -> list[tuple[int, int]
                 f"sides have to be multiples of {divisor}{at_most}; see --resolution."
             )
     return sizes
-
-
-# ---------------------------------------------------------------------- shipped model, defaults
-
-
-def shipped_run(
-    given: Mapping[str, Any], config: Path = CONFIGS / "sd_tiny_flow.yaml"
-) -> dict[str, Any]:
-    """Return the arguments of the shipped run, or the defaults of the `given` model if any."""
-    if "pretrained_model_name_or_path" in given:
-        return family_defaults(given)
-    data = ("instance_data_dir", "instance_prompt", "validation_prompts", "identifier")
-    data += ("validation_steps",)  # the shipped run validates only at its end
-    sdxl = "sdxl_dreambooth"
-    if "distill_to" in given:
-        config = config.with_name(f"{config.stem}_4_steps.yaml")
-        source = "instance_prompt" if "instance_prompt" in given else "prompts_file"
-        data = (source, "prompts_file", "validation_prompts")
-        sdxl = "sdxl_4_steps"
-    return shipped_settings(
-        config,
-        given,
-        data,
-        toy="a toy of 64 pixels",
-        shown="max_train_steps learning_rate rank num_inference_steps guidance_scale",
-        advice=f"SDXL at 1024 add --config train_scripts/configs/{sdxl}.yaml, "
-        "or with settings of your own "
-        "--pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0",
-    )
-
-
-def family_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the defaults for the `given` model and its family, instead of the script's own."""
-    name = given["pretrained_model_name_or_path"]
-    if not name:
-        return {}  # the arguments raise for it
-    revision = given.get("revision")
-    family = family_of_model(name, revision=revision)
-    defaults = {"target_modules": list(family.targets), **family.defaults, "max_train_steps": STEPS}
-    if "distill_to" in given:
-        defaults |= {"adapter": "dora"}
-        defaults.pop("weighting_scheme", None)
-    native = native_resolution(name, family, revision=revision)
-    if native is None:
-        return defaults
-    if given.get("resolution", native) > 2 * native:
-        wanted = given["resolution"]
-        logger.warning("%s was made for %d pixels, and resolution is %d", name, native, wanted)
-    return {**defaults, "resolution": native}

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from nara_diffusion.dreambooth import pipelines, train
+from nara_diffusion.dreambooth import pipelines, subject, train
 from nara_diffusion.dreambooth.draws import drawable_levels
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments, run_family
 from nara_diffusion.dreambooth.pipelines import load_base
@@ -78,7 +78,7 @@ def test_class_images_are_made_as_flags_say(tmp_path: Path, monkeypatch: pytest.
         calls.extend([folder, prompt, count, options["batch_size"]])
         raise ArithmeticError
 
-    monkeypatch.setattr(train, "generate_class_images", make)
+    monkeypatch.setattr(subject, "generate_class_images", make)
     values = {"class_data_dir": "toys", "class_prompt": "a toy", "num_class_images": 7, "sample_batch_size": 3}
     flags = image_flags(tmp_path, small_sdxl())
     with pytest.raises(ArithmeticError):
@@ -93,7 +93,7 @@ def test_captions_are_read_from_the_column_of_the_flag(tmp_path: Path, monkeypat
         calls.append((folder, options["prompt"], options["caption_column"]))
         raise ArithmeticError
 
-    monkeypatch.setattr(train, "records_from_folder", read)
+    monkeypatch.setattr(subject, "records_from_folder", read)
     flags = {"pretrained_model_name_or_path": str(ASSETS / "sd-tiny-flow"), "output_dir": str(tmp_path / "out")}
     with pytest.raises(ArithmeticError):
         train.main(arguments(**flags, instance_data_dir="toys", instance_prompt="a toy", caption_column="said"))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from nara_diffusion.dreambooth.pipelines import CONFIGS, family_defaults, shipped_run
+from nara_diffusion.dreambooth.shipped_images import CONFIGS, family_defaults, shipped_run
 from tests.acceptance._commands import metrics, results, run, tensors
 from tests.acceptance._runs import ASSETS, image_flags
 from tests.dreambooth.pictures import folder_of

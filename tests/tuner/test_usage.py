@@ -46,15 +46,17 @@ def test_each_wrong_setting_of_a_sampler_is_warned_of_once() -> None:
     assert messages(usage) == []
     pipe.takes(3, 1.0, trailing)
     (text,) = messages(usage)
-    assert text.endswith(f"the pipeline takes 3 steps: {LINE}; pipe(…, num_inference_steps=2, guidance_scale=1)")
+    assert text.endswith(
+        f"the pipeline uses 3 steps. Instead, run: {LINE}; pipe(…, num_inference_steps=2, guidance_scale=1)"
+    )
     pipe.takes(5, 1.0, trailing)
     assert messages(usage) == []
     pipe.takes(2, 1.0, leading)
     (text,) = messages(usage)
-    assert "the pipeline takes EulerDiscreteScheduler with other timesteps: " in text
+    assert "the pipeline uses EulerDiscreteScheduler with other timesteps. " in text
     pipe.takes(2, 4.0, leading)
     (text,) = messages(usage)
-    assert "the pipeline takes guidance_scale 4, EulerDiscreteScheduler with other timesteps: " in text
+    assert "the pipeline uses guidance_scale 4, EulerDiscreteScheduler with other timesteps. " in text
     assert messages(usage) == []
     usage.configs["fast"] = few_step_config()  # another adapter with this name
     assert len(messages(usage)) == 1
