@@ -102,8 +102,9 @@ class AdaptedDenoiser(nn.Module):
             encoder = getattr(pipe, name)
             if gradient_checkpointing:
                 recompute_activations(encoder)
-            own = deepcopy(text_config(config))  # PEFT writes into it
-            setattr(self, name, adapt(encoder, own))
+            setattr(
+                self, name, adapt(encoder, deepcopy(text_config(config)))
+            )  # PEFT writes into it
             if name in self.family.cut_short:
                 _freeze_last_layer(encoder)
 
@@ -121,7 +122,7 @@ class AdaptedDenoiser(nn.Module):
     @property
     def trained(self) -> dict[str, nn.Parameter]:
         """The trained parameters, by name."""
-        return {name: each for name, each in self.named_parameters() if each.requires_grad}
+        return {key: value for key, value in self.named_parameters() if value.requires_grad}
 
     def forward(
         self,
@@ -159,8 +160,8 @@ def adapt(model: nn.Module, config: PeftConfig, name: str = ADAPTER) -> nn.Modul
             warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
             inject_adapter_in_model(config, model, adapter_name=name)
     else:
-        own: Any = model  # get_peft_model takes any module, but is declared for Transformers' only
-        adapted = get_peft_model(own, config, adapter_name=name)
+        base: Any = model  # get_peft_model takes any module, but is declared for Transformers' only
+        adapted = get_peft_model(base, config, adapter_name=name)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -221,13 +222,13 @@ def _write_lora(model: AdaptedDenoiser, folder: Path) -> None:
         tensors = get_peft_model_state_dict(
             component, adapter_name=ADAPTER, save_embedding_layers=False
         )
-        own = {}
+        weights = {}
         for key, tensor in tensors.items():
             if key.endswith("_vector") and name != model.family.denoiser:
                 # Transformers looks up DoRA's magnitudes by the full name, which PEFT shortens
                 key += ".weight"
-            own[key] = tensor.detach().cpu().contiguous()
-        layers[f"{name}_lora_layers"] = own
+            weights[key] = tensor.detach().cpu().contiguous()
+        layers[f"{name}_lora_layers"] = weights
         metadata[f"{name}_lora_adapter_metadata"] = component.peft_config[ADAPTER].to_dict()
     pipeline: Any = type(model.pipe)  # each family's class has LoRA's methods
     pipeline.save_lora_weights(folder, **layers, **metadata)
@@ -239,17 +240,19 @@ def write_checkpoint(model: AdaptedDenoiser, folder: Path, state: dict[str, Any]
     This is a `checkpoints.Writer`; it doesn't need `state`.
     """
     write_adapter(model, folder, state)
-    tensors = _training_state(model).items()
-    save_file({name: each.cpu().contiguous() for name, each in tensors}, folder / TRAINABLE)
+    tensors = {}
+    for name, tensor in _training_state(model).items():
+        tensors[name] = tensor.cpu().contiguous()
+    save_file(tensors, folder / TRAINABLE)
 
 
 @torch.no_grad()
 def read_checkpoint(model: AdaptedDenoiser, folder: Path) -> None:
     """Load a checkpoint's weights into `model`, before accelerate wraps it."""
-    given, own = load_file(folder / TRAINABLE), _training_state(model)
-    check_tensors(given, own)
-    for name, tensor in own.items():
-        tensor.copy_(given[name])
+    saved, state = load_file(folder / TRAINABLE), _training_state(model)
+    check_tensors(saved, state)
+    for name, tensor in state.items():
+        tensor.copy_(saved[name])
 
 
 def _training_state(model: AdaptedDenoiser) -> dict[str, Tensor]:
@@ -313,7 +316,7 @@ def _load_lora(pipe: Any, folder: Path) -> None:
         diffusers_logging.set_verbosity(level)
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in load_file(folder / LORA_WEIGHTS).items():
-        component, _, rest = key.partition(".")
-        parts.setdefault(component, {})[rest] = tensor
+        component, _, name = key.partition(".")
+        parts.setdefault(component, {})[name] = tensor
     for component, tensors in parts.items():
         check_loaded(getattr(pipe, component), ADAPTER, tensors, str(folder / LORA_WEIGHTS))

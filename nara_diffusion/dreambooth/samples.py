@@ -21,9 +21,10 @@ from nara_diffusion.utils.files import atomic_write
 
 from .captions import check_prompt
 from .draws import torch_generator
-from .families import BY_PIPELINE, Family
+from .families import Family
 from .image_arguments import DreamBoothArguments
 from .image_records import IMAGE_SUFFIXES, Size
+from .pipelines import BY_PIPELINE
 
 CELL = 1.3  # inches, the side of an image on a sheet
 PROMPT_KEY = "class_prompt"  # in a class image's metadata

@@ -62,8 +62,10 @@ def family_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
     if native is None:
         return defaults
     if given.get("resolution", native) > 2 * native:
-        wanted = given["resolution"]
-        logger.warning("%s was made for %d pixels, and resolution is %d", name, native, wanted)
+        logger.warning(
+            "%s was made for images of %d pixels, but --resolution is %d: its samples may be broken.",
+            *(name, native, given["resolution"]),
+        )
     return {**defaults, "resolution": native}
 
 

@@ -97,8 +97,8 @@ def load_subject(args: DreamBoothArguments, run: Run) -> Subject:
         flip=args.random_flip,
         caption_dropout=args.caption_dropout,
     )
-    dataset.warn_of_crops()
     if run.is_main:
+        dataset.warn_of_sizes()
         warn_of_cut_prompts(pipe, prompt_sources(args, [*instances, *held_out]))
     measured_on = DreamBoothDataset(held_out, sizes, **cut) if held_out else dataset
     return Subject(args, run, encoders, pipe, family, step, config, dataset, measured_on)

@@ -53,7 +53,14 @@ class TrainingStep:
     def __call__(self, batch: Mapping[str, Any]) -> DreamBoothLoss:
         samples = batch["samples"]
         corrupted = self._corrupt(samples)
-        losses = squared_errors(self._predict(corrupted, batch), corrupted)
+        time_ids = batch["time_ids"].to(self.device, non_blocking=True)
+        inputs = (corrupted.model_input, corrupted.timestep, time_ids)
+        if self.prompts is None:
+            prediction = self.model(*inputs, prompts=batch["prompts"])
+        else:
+            embeddings = placed(self.prompts.get(batch["prompts"]), self.device)
+            prediction = self.model(*inputs, embeddings=embeddings)
+        losses = squared_errors(prediction, corrupted)
         levels = self.objective.source.noise_level(corrupted.timestep)
         if samples[-1].role == "class":  # each loss has the min-SNR weight of its own sample
             instance, prior = losses.chunk(2)
@@ -61,44 +68,32 @@ class TrainingStep:
             levels, _ = levels.chunk(2)
         return DreamBoothLoss(losses.mean(), losses, levels)
 
-    def _predict(self, corrupted: Corrupted, batch: Mapping[str, Any]) -> Tensor:
-        """Return the model's prediction (b, c, h, w)."""
-        time_ids = batch["time_ids"].to(self.device, non_blocking=True)
-        inputs = (corrupted.model_input, corrupted.timestep, time_ids)
-        if self.prompts is None:
-            return self.model(*inputs, prompts=batch["prompts"])
-        embeddings = placed(self.prompts.get(batch["prompts"]), self.device)
-        return self.model(*inputs, embeddings=embeddings)
-
     def _corrupt(self, samples: Sequence[TrainingSample]) -> Corrupted:
         """Return the samples' corrupted latents, with drawn noise levels and noise.
 
         All rows of a role are consecutive: first all instances, then all class images.
         """
         latents = self.latents.sample(samples, seed=self.seed)  # (b, c, h, w)
+        drawable = self.drawable
+        if drawable is None:
+            drawable = torch.arange(self.objective.levels)
         indices, noise = [], []
         for role in dict.fromkeys(sample.role for sample in samples):
             positions = [sample.position for sample in samples if sample.role == role]
-            indices.append(self._indices(positions, role))
+            index = draw_indices(
+                positions,
+                drawable,
+                seed=self.seed,
+                stratified=self.stratified,
+                group_size=self.group_size,
+                role=role,
+            )
+            indices.append(index)
             shape, offset = latents.shape[1:], self.noise_offset
             noise.append(draw_noise(positions, shape, seed=self.seed, offset=offset, role=role))
         drawn = torch.cat(noise).to(self.device, non_blocking=True)
         latents = latents.to(self.device, non_blocking=True)
         return self.objective.corrupt(latents, drawn, torch.cat(indices))
-
-    def _indices(self, positions: Sequence[int], role: str) -> Tensor:
-        """Return the index (b,) of each position's noise level."""
-        drawable = self.drawable
-        if drawable is None:
-            drawable = torch.arange(self.objective.levels)
-        return draw_indices(
-            positions,
-            drawable,
-            seed=self.seed,
-            stratified=self.stratified,
-            group_size=self.group_size,
-            role=role,
-        )
 
 
 def training_step(
