@@ -40,7 +40,8 @@ from quality.report.data import change, table
 from quality.step_table import StepTable
 from torch import Tensor
 
-from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser, write_adapter, write_checkpoint
+from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser
+from nara_diffusion.dreambooth.denoiser_files import write_adapter, write_checkpoint
 from nara_diffusion.dreambooth.distill import (
     end_error,
     evaluation_of,

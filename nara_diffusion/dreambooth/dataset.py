@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,12 +116,8 @@ class BucketOrder:
         return stream.samples[stream.sample_at(j * self.batch_size + offset)]
 
 
-Item = dict[str, list[TrainingSample]]
-"""{"samples": [instance]} of one position, or [instance, class image] with prior preservation."""
-
-
 class DreamBoothDataset(Dataset):
-    """Map each position p of the training stream to its `Item`, for `stream_loader`.
+    """Map each position p of the training stream to {"samples": …}, for `stream_loader`.
 
     Args:
         instances: the images of the subject.
@@ -193,7 +189,7 @@ class DreamBoothDataset(Dataset):
         """The size of samples: the most frequent one of training."""
         return next(iter(self.buckets))
 
-    def __getitem__(self, position: int) -> Item:
+    def __getitem__(self, position: int) -> dict[str, list[TrainingSample]]:
         return {"samples": self.samples_at(position)}
 
     def samples_at(self, position: int) -> list[TrainingSample]:
@@ -245,7 +241,7 @@ def _middle(image: ImageRecord, target: Size) -> tuple[int, int]:
     return (height - target[0]) // 2, (width - target[1]) // 2
 
 
-def collate_samples(items: Sequence[Item]) -> dict[str, Any]:
+def collate_samples(items: Sequence[Mapping[str, list[TrainingSample]]]) -> dict[str, Any]:
     """Return the batch of b items: "samples", "prompts" and "time_ids" (B, 6) float32.
 
     The B rows are the b instances, followed by their b class images with prior preservation.

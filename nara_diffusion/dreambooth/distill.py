@@ -27,6 +27,7 @@ from nara_diffusion.utils.files import digest_file, digest_texts, local_folder
 
 from .caches import PromptCache
 from .cut_prompts import prompt_sources, warn_of_cut_prompts
+from .denoiser_files import adapter_loaded
 from .draws import seeded_normal
 from .encoders import load_encoders
 from .families import Family
@@ -64,23 +65,15 @@ class Distillation:
     few_steps: FewSteps
     config: PeftConfig
     teacher: Any  # the pipeline of the teacher
+    teacher_call: dict[str, Any]  # the arguments of its call
     student: Any  # the pipeline for the student's samples
+    student_call: dict[str, Any]
     beside: str | None
 
     @property
     def denoiser(self) -> Any:
         """The denoiser to be trained."""
         return getattr(self.pipe, self.family.denoiser)
-
-    @property
-    def teacher_call(self) -> dict[str, Any]:
-        """The arguments of the teacher's call."""
-        return {**sample_call(self.args, self.family), **self.few_steps.teacher_call}
-
-    @property
-    def student_call(self) -> dict[str, Any]:
-        """The arguments of the student's call."""
-        return {**sample_call(self.args, self.family), **self.few_steps.call}
 
 
 def load_distillation(args: DreamBoothArguments, run: Run) -> Distillation:
@@ -111,7 +104,7 @@ def load_distillation(args: DreamBoothArguments, run: Run) -> Distillation:
         config.few_steps = asdict(few_steps.sampling)
     denoiser = getattr(pipe, family.denoiser)
     check_target_modules(denoiser, getattr(config, "target_modules", None))
-    beside = None
+    call, beside = sample_call(args, family), None
     if args.init_adapter is not None:
         beside = SUBJECT
         reader = "load_lora_weights"
@@ -129,7 +122,9 @@ def load_distillation(args: DreamBoothArguments, run: Run) -> Distillation:
         few_steps,
         config,
         teacher,
+        {**call, **few_steps.teacher_call},
         student,
+        {**call, "num_inference_steps": args.distill_to, "guidance_scale": 1.0},
         beside,
     )
 
@@ -235,7 +230,6 @@ def student_task(distillation: Distillation) -> Task:
             "trained on": f"{count} trajectories of the teacher",
             "validation loss": f"on {len(held_out.prompts)} trajectories held out",
         },
-        figures=FIGURES,
         report=partial(_report, evaluation, held_out),
     )
 
@@ -248,6 +242,7 @@ def _report(
     rows.append(["distance of the end from the teacher's", *(f"{end:.3f}" for end in ends)])
     sampling = held_out.few_steps.sampling
     return {
+        "names": (*FIGURES, "curve"),
         "figures": rows,
         "describe": partial(student_card, evaluation, after, sampling),
         "distill_to": sampling.num_inference_steps,
@@ -259,5 +254,5 @@ def _report(
 def end_error(evaluation: Evaluation, held_out: StudentLoss, folder: Path | None) -> float:
     """Return the `end_error` with the adapter in `folder`; None means the base."""
     call = evaluation.settings.call
-    with evaluation.loaded(folder):
+    with adapter_loaded(evaluation.pipe, folder, evaluation.beside):
         return held_out.end_error(evaluation.pipe, call, evaluation.run.accelerator)

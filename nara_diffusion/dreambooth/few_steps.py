@@ -52,13 +52,6 @@ class FewSteps:
     teacher_call: dict[str, Any]  # further arguments of the teacher's call
     parts: int  # the teacher's steps for each of the student's
 
-    @property
-    def call(self) -> dict[str, Any]:
-        """The arguments of the student's call."""
-        sampling = self.sampling
-        steps = {"num_inference_steps": sampling.num_inference_steps}
-        return {**steps, "guidance_scale": sampling.guidance_scale}
-
 
 def few_steps_of(scheduler: Any, steps: int, teacher_steps: int, is_flow: bool) -> FewSteps:
     """Return the `steps` of a student of the model with `scheduler`.

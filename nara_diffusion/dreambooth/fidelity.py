@@ -10,14 +10,11 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from PIL.Image import Image
 
@@ -26,20 +23,14 @@ from nara_diffusion.training.checkpoints import save_adapter
 from nara_diffusion.training.loss_curves import validation_means
 from nara_diffusion.training.run import Run
 
-from .denoiser import adapter_loaded, write_adapter
+from .denoiser_files import adapter_loaded, write_adapter
 from .encoders import Encoder, Images, image_similarity, paired_similarity, text_alignment
 from .reconstruction import Reconstruction
 from .samples import SampleSettings, sample_images, write_grid
+from .student import StudentLoss
+from .validation_loss import ValidationLoss
 
 logger = logging.getLogger(__name__)
-
-
-class LossCurve(Protocol):
-    """A loss at several noise levels λ (points,), such as `ValidationLoss`."""
-
-    @property
-    def noise_levels(self) -> torch.Tensor: ...
-    def curve(self, pipe: Any, accelerator: Accelerator) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -62,7 +53,7 @@ class Evaluation:
     run: Run
     pipe: DiffusionPipeline  # the pipeline of the base model, for sampling
     settings: SampleSettings
-    loss: LossCurve
+    loss: ValidationLoss | StudentLoss
     references: Sequence[Image] = ()  # images of the subject, or of a teacher
     similarity: Encoder | None = None  # compares samples with the subject
     alignment: Encoder | None = None  # compares samples with their prompts
@@ -78,16 +69,12 @@ class Evaluation:
             rows[self.reconstruction.title] = self.reconstruction.images
         return rows
 
-    def loaded(self, folder: Path | None) -> AbstractContextManager[None]:
-        """Return a context with the adapter in `folder`, loaded as a user would load it."""
-        return adapter_loaded(self.pipe, folder, self.beside)
-
     def measure(self, folder: Path | None, name: str) -> Measurement:
         """Return a measurement with the adapter in `folder`, loaded as a user would load it.
 
         If `folder` is None, measure the base model. `name` is the title of the progress bar.
         """
-        with self.loaded(folder):
+        with adapter_loaded(self.pipe, folder, self.beside):
             accelerator = self.run.accelerator
             images = sample_images(self.pipe, self.settings, accelerator, desc=f"sample {name}")
             curve = self.loss.curve(self.pipe, accelerator).mean(1)

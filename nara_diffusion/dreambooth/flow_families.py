@@ -234,8 +234,8 @@ def _wan_inputs(call: Call) -> dict[str, Any]:
 def _fit_wan(pipe: DiffusionPipeline, family: Family) -> Family:
     if pipe.transformer is None or pipe.transformer_2 is not None:
         raise ValueError(
-            "it has two transformers, one for high and one for low noise, like Wan 2.2's 14B: "
-            "expected one, as in Wan 2.1 and Wan 2.2's 5B."
+            "it has two transformers, one for high and one for low noise. Name a model with one, such as Wan 2.1 or "
+            "Wan 2.2's 5B."
         )
     return replace(family, timestep_of_tokens=bool(pipe.config["expand_timesteps"]))
 

@@ -32,7 +32,7 @@ from .trajectories import sample_latents
 
 @dataclass(frozen=True)
 class StudentLoss:
-    """The loss of the student on trajectories, and its errors there: a `LossCurve`."""
+    """The loss of the student on trajectories, and its errors there."""
 
     model: Callable[..., Tensor]  # takes what an `AdaptedDenoiser` takes
     trajectories: Tensor  # (n, K + 1, c, h, w), float32 on the CPU

@@ -15,6 +15,7 @@ from nara_diffusion.training.arguments import schedule_of
 from nara_diffusion.training.run import Run
 from nara_diffusion.utils.files import counted
 
+from .class_images import generate_class_images
 from .cut_prompts import prompt_sources, warn_of_cut_prompts
 from .dataset import DreamBoothDataset, collate_samples
 from .encoders import load_encoders
@@ -25,9 +26,10 @@ from .image_records import ImageRecord, class_records, records_from_folder, trai
 from .image_report import figures, forgetting, subject_card
 from .pipelines import load_base, sharing_pipeline, training_sizes
 from .reconstruction import reconstruct
-from .samples import SampleSettings, generate_class_images, sample_call
+from .samples import SampleSettings, sample_call
 from .task import Task
-from .training_step import TrainingStep, ValidationLoss, training_step
+from .training_step import TrainingStep, training_step
+from .validation_loss import ValidationLoss
 
 FIGURES = {
     "similarity": "similarity to the subject",
@@ -178,7 +180,6 @@ def subject_task(subject: Subject) -> Task:
             "sizes (height x width)": f"{', '.join(sizes)}; samples at {size[0]} x {size[1]}",
             "validation loss": loss_data,
         },
-        figures=FIGURES,
         report=partial(_report, evaluation, data),
     )
 
@@ -187,6 +188,7 @@ def _report(
     evaluation: Evaluation, data: str, before: Measurement, after: Measurement
 ) -> dict[str, Any]:
     return {
+        "names": (*FIGURES, "curve"),
         "figures": figures(before, after, FIGURES),
         "warnings": forgetting(before, after),
         "describe": partial(subject_card, evaluation, after, data),

@@ -29,6 +29,5 @@ class Task:
     count: int  # samples of an epoch
     evaluation: Evaluation
     facts: Mapping[str, str]  # {what: value} for the log and the model card
-    figures: Mapping[str, str]  # {attribute of a `Measurement`: its name in the report}
     # measurements before and after → more arguments of `training.report.finish`
     report: Callable[[Measurement, Measurement], dict[str, Any]]

@@ -22,7 +22,8 @@ from nara_diffusion.utils.files import counted
 from nara_flags.images import ImageFlags
 from nara_flags.parser import read_flags
 
-from .denoiser import AdaptedDenoiser, read_checkpoint, write_adapter, write_checkpoint
+from .denoiser import AdaptedDenoiser
+from .denoiser_files import read_checkpoint, write_adapter, write_checkpoint
 from .distill import load_distillation, student_task
 from .image_arguments import DreamBoothArguments
 from .image_plan import planned_image_step
@@ -72,10 +73,10 @@ def teach(task: Task, args: DreamBoothArguments, run: Run) -> dict[str, Any]:
         family=task.family,
         beside=evaluation.beside,
     )
-    before = None
+    start = None
     if args.init_adapter is not None and evaluation.beside is None:
         start_from(model.components, args.init_adapter, task.pipe)
-        before = evaluation.measure_model(model, "before")
+        start = evaluation.measure_model(model, "before")
     if run.checkpoint is not None:
         read_checkpoint(model, run.checkpoint)
     trainable = sum(parameter.numel() for parameter in model.trained.values())
@@ -98,22 +99,21 @@ def teach(task: Task, args: DreamBoothArguments, run: Run) -> dict[str, Any]:
     save_adapter(run.accelerator, parts.model, run.folder, write_adapter)
 
     # report
-    before = before or evaluation.measure(None, "before")
-    after = evaluation.measure(run.folder, "after")
+    start = start or evaluation.measure(None, "before")
+    end = evaluation.measure(run.folder, "after")
     if run.is_main:
-        write_samples(evaluation, before, after)
+        write_samples(evaluation, start, end)
     return finish(
         run,
-        before,
-        after,
-        names=(*task.figures, "curve"),
+        start,
+        end,
         facts=facts,
         schedule_line=schedule_line(args, task.family),
-        n=len(after.images),
+        n=len(end.images),
         trainable_parameters=trainable,
         base_model=args.pretrained_model_name_or_path,
         resolution=args.resolution,
-        **task.report(before, after),
+        **task.report(start, end),
     )
 
 

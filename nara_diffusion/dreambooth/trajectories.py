@@ -82,8 +82,10 @@ def read_prompts(path: str) -> list[str]:
     try:
         lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"prompts_file '{path}' can't be read: {error}") from error
+        raise ValueError(
+            f"--prompts_file {path} can't be read ({error}): name a text file."
+        ) from error
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise ValueError(f"prompts_file '{path}' contains no prompts: write one per line.")
+        raise ValueError(f"--prompts_file {path} contains no prompts: write one per line.")
     return prompts

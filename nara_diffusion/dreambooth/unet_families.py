@@ -46,8 +46,8 @@ def _fit_sdxl(pipe: DiffusionPipeline, family: Family) -> Family:
     kind = pipe.unet.config.addition_embed_type
     if kind != "text_time" or pipe.text_encoder is None or pipe.text_encoder_2 is None:
         raise ValueError(
-            f"its UNet has addition_embed_type {kind!r}, expected 'text_time' and two text "
-            "encoders: name SDXL's base model, not its refiner."
+            f"its UNet has addition_embed_type {kind!r}. Expected 'text_time' and two text encoders: name SDXL's base "
+            "model, not its refiner."
         )
     return family
 

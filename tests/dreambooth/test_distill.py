@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 from nara_diffusion import NaraConfig, to_lora
 from nara_diffusion.dreambooth import few_steps
-from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser, adapt, adapter_loaded
+from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser, adapt
+from nara_diffusion.dreambooth.denoiser_files import adapter_loaded
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
 from nara_diffusion.loaders.file import AdapterFile
 from tests.acceptance._commands import results, run, tensors
