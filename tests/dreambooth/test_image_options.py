@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from torch import nn
 
 from nara_diffusion.dreambooth import pipelines, subject, train
@@ -113,3 +115,13 @@ def test_base_is_loaded_by_its_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ArithmeticError):
         load_base(args, run)
     assert calls == [{"dtype": torch.float32, "vae_name": "vae", "revision": "v2", "variant": "fp16"}]
+
+
+@pytest.mark.parametrize(
+    "steps", [{}, {"distill_to": 2, "instance_data_dir": None, "instance_prompt": "a toy"}], ids=str
+)
+def test_engines_that_shard_are_refused_before_loading(steps: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    run = SimpleNamespace(accelerator=SimpleNamespace(distributed_type=DistributedType.FSDP))
+    monkeypatch.setattr(train, "start_run", lambda *_: nullcontext(run))
+    with pytest.raises(ValueError, match=r"FSDP splits the model .* Launch with --multi_gpu"):
+        train.main(arguments(**steps))

@@ -7,7 +7,7 @@ from typing import Any
 
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
 
-from nara_diffusion.tuner.finder import Usage
+from nara_diffusion.tuner.usage import FewStepSampling, Usage
 from tests.helpers.adapted import nara_config
 
 LINE = "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)"
@@ -60,3 +60,11 @@ def test_each_wrong_setting_of_a_sampler_is_warned_of_once() -> None:
     assert messages(usage) == []
     usage.configs["fast"] = few_step_config()  # another adapter with this name
     assert len(messages(usage)) == 1
+
+
+def test_sampling_is_read_from_what_a_file_has_of_it() -> None:
+    config = few_step_config()
+    config.few_steps |= {"of_a_later_version": 1}
+    sampling = FewStepSampling.of(config)
+    assert sampling == FewStepSampling(2, timestep_spacing="trailing", scheduler=LINE)
+    assert FewStepSampling.of(nara_config()) is None
