@@ -50,12 +50,14 @@ from nara_diffusion.dllm.loss import batch_loss
 from nara_diffusion.dllm.masking import mask_answers
 from nara_diffusion.dllm.models.backbone import Backbone
 from nara_diffusion.dllm.text_arguments import Arguments, adapter_options
-from nara_diffusion.dreambooth import train as dreambooth_train
 from nara_diffusion.dreambooth.caches import PromptCache
 from nara_diffusion.dreambooth.dataset import DreamBoothDataset, collate_samples
-from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser, write_checkpoint
+from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser
+from nara_diffusion.dreambooth.denoiser_files import write_checkpoint
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments, run_family
-from nara_diffusion.dreambooth.pipelines import family_defaults, training_sizes
+from nara_diffusion.dreambooth.pipelines import training_sizes
+from nara_diffusion.dreambooth.shipped_images import family_defaults
+from nara_diffusion.dreambooth.subject import Subject, load_subject
 from nara_diffusion.dreambooth.training_step import DreamBoothLoss, TrainingStep
 from nara_diffusion.training import adapter_weights
 from nara_diffusion.training.adapters import add_adapter, method_of
@@ -121,7 +123,7 @@ def check(model: str, data: str, flags: Sequence[str]) -> dict[str, Any]:
     if isinstance(args, DreamBoothArguments):
         args.class_prompt = args.class_data_dir = None
         with start_run(args, "dreambooth", write_checkpoint) as run:
-            return check_images(dreambooth_train.FineTuning(args, run))
+            return check_images(load_subject(args, run))
     with start_run(args, "dllm", adapter_weights.write_checkpoint) as run:
         return check_text(dllm_train.prepare(args, run))
 
@@ -207,7 +209,7 @@ def text_loss(
 # ---------------------------------------------------------------------- images
 
 
-def check_images(tuning: dreambooth_train.FineTuning) -> dict[str, Any]:
+def check_images(tuning: Subject) -> dict[str, Any]:
     """Check a training on images, and return the content of check.json.
 
     Args:
@@ -251,7 +253,7 @@ def image_loss(step: TrainingStep, images: DreamBoothDataset) -> Loss:
     return loss
 
 
-def split_images(tuning: dreambooth_train.FineTuning) -> tuple[DreamBoothDataset, DreamBoothDataset, str]:
+def split_images(tuning: Subject) -> tuple[DreamBoothDataset, DreamBoothDataset, str]:
     """Return the pictures to train on, those to measure on, and what the report calls the losses on these."""
     args, dataset = tuning.args, tuning.dataset
     if args.validation_data_dir is not None:

@@ -91,9 +91,8 @@ def drawable_levels(
     inside = levels[window.contains(noise_levels)[levels]].sort().values
     if len(inside) == 0:
         raise ValueError(
-            f"min_noise_level is {window.low} and max_noise_level {window.high}, but of the {count} "
-            f"noise levels of the schedule, from {noise_levels[0]:.4g} to {noise_levels[-1]:.4g}, none "
-            "lies between: widen the window."
+            f"The schedule has {count} noise levels from {noise_levels[0]:.4g} to {noise_levels[-1]:.4g}, and none is "
+            f"between --min_noise_level {window.low} and --max_noise_level {window.high}: widen the window."
         )
     return inside
 

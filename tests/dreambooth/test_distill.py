@@ -16,8 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from nara_diffusion import NaraConfig, to_lora
-from nara_diffusion.dreambooth import distill
-from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser, adapt, adapter_loaded
+from nara_diffusion.dreambooth import few_steps
+from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser, adapt
+from nara_diffusion.dreambooth.denoiser_files import adapter_loaded
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
 from nara_diffusion.loaders.file import AdapterFile
 from tests.acceptance._commands import results, run, tensors
@@ -130,7 +131,7 @@ def test_flow_is_taught_too(tmp_path: Path) -> None:
         warnings.simplefilter("always")
         pixels(pipe, **SAMPLED)
     (text,) = [str(each.message) for each in caught if "trained to sample" in str(each.message)]
-    assert "the pipeline takes FlowMatchEulerDiscreteScheduler with other timesteps" in text
+    assert "the pipeline uses FlowMatchEulerDiscreteScheduler with other timesteps" in text
     assert line in text
 
     fresh = small_sd3()
@@ -209,7 +210,7 @@ def test_other_levels_make_other_trajectories(tmp_path: Path, monkeypatch: pytes
     flags |= {"trajectories": 10, "trajectories_dir": str(tmp_path / "kept")}
     run("dreambooth.py", **flags, output_dir=tmp_path / "0")
     earlier = FlowMatchEulerDiscreteScheduler()  # the levels of an earlier version
-    monkeypatch.setattr(distill, "student_sampler", lambda *_: (earlier, ""))
+    monkeypatch.setattr(few_steps, "student_sampler", lambda *_: (earlier, ""))
     run("dreambooth.py", **flags, output_dir=tmp_path / "1")
     assert len(list((tmp_path / "kept").iterdir())) == 2
 

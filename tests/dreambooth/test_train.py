@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from nara_diffusion.dreambooth.pipelines import CONFIGS, family_defaults, shipped_run
+from nara_diffusion.dreambooth.shipped_images import CONFIGS, family_defaults, shipped_run
 from tests.acceptance._commands import metrics, results, run, tensors
 from tests.acceptance._runs import ASSETS, image_flags
 from tests.dreambooth.pictures import folder_of
@@ -99,7 +99,7 @@ def test_defaults_on_a_named_model_are_its_own_size_and_hundreds_of_steps(
         assert (found["resolution"], found["max_train_steps"]) == (64, 500)
     assert "pixels" not in caplog.text
     family_defaults({NAMED: str(ASSETS / "sdxl-tiny"), "resolution": 1024})
-    assert "was made for 64 pixels, and resolution is 1024" in caplog.text
+    assert "was made for images of 64 pixels, but --resolution is 1024" in caplog.text
     small_sdxl().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "unet" / "config.json").read_text())
     (tmp_path / "unet" / "config.json").write_text(json.dumps({**config, "sample_size": None}))
@@ -117,7 +117,7 @@ def test_images_larger_than_the_model_has_positions_for_are_refused(tmp_path: Pa
     pipe = small_sd3()
     limit = pipe.transformer.config.pos_embed_max_size * pipe.vae_scale_factor * pipe.transformer.config.patch_size
     flags = image_flags(tmp_path, pipe) | {"resolution": 2 * limit, "max_sequence_length": 5}
-    message = f"a training size of {2 * limit} x {2 * limit} pixels doesn't fit this model: .*, at most {limit}"
+    message = f"a training size of {2 * limit} x {2 * limit} pixels doesn't fit this model: .*, and at most {limit}"
     with pytest.raises(SystemExit, match=message):
         run("dreambooth.py", **flags, output_dir=tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -48,9 +48,9 @@ def counted_run(module, args, monkeypatch):
             if module is text:
                 text.fine_tune(text.prepare(args, run))
             else:
-                tuning = module.FineTuning(args, run)
-                frozen.extend(modules_of(tuning.pipe).values())  # encoders run in the loop
-                tuning.train()
+                task = images.subject_task(images.load_subject(args, run))
+                frozen.extend(modules_of(task.pipe).values())  # encoders run in the loop
+                images.teach(task, args, run)
     finally:
         AcceleratorState._reset_state(True)  # nor stays this one's
     return found

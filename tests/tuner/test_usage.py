@@ -7,7 +7,7 @@ from typing import Any
 
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
 
-from nara_diffusion.tuner.finder import Usage
+from nara_diffusion.tuner.usage import FewStepSampling, Usage
 from tests.helpers.adapted import nara_config
 
 LINE = "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)"
@@ -46,15 +46,25 @@ def test_each_wrong_setting_of_a_sampler_is_warned_of_once() -> None:
     assert messages(usage) == []
     pipe.takes(3, 1.0, trailing)
     (text,) = messages(usage)
-    assert text.endswith(f"the pipeline takes 3 steps: {LINE}; pipe(…, num_inference_steps=2, guidance_scale=1)")
+    assert text.endswith(
+        f"the pipeline uses 3 steps. Instead, run: {LINE}; pipe(…, num_inference_steps=2, guidance_scale=1)"
+    )
     pipe.takes(5, 1.0, trailing)
     assert messages(usage) == []
     pipe.takes(2, 1.0, leading)
     (text,) = messages(usage)
-    assert "the pipeline takes EulerDiscreteScheduler with other timesteps: " in text
+    assert "the pipeline uses EulerDiscreteScheduler with other timesteps. " in text
     pipe.takes(2, 4.0, leading)
     (text,) = messages(usage)
-    assert "the pipeline takes guidance_scale 4, EulerDiscreteScheduler with other timesteps: " in text
+    assert "the pipeline uses guidance_scale 4, EulerDiscreteScheduler with other timesteps. " in text
     assert messages(usage) == []
     usage.configs["fast"] = few_step_config()  # another adapter with this name
     assert len(messages(usage)) == 1
+
+
+def test_sampling_is_read_from_what_a_file_has_of_it() -> None:
+    config = few_step_config()
+    config.few_steps |= {"of_a_later_version": 1}
+    sampling = FewStepSampling.of(config)
+    assert sampling == FewStepSampling(2, timestep_spacing="trailing", scheduler=LINE)
+    assert FewStepSampling.of(nara_config()) is None
