@@ -4,7 +4,6 @@
     nara plot FILE               draw C(λ) and the strength over λ as a PNG
     nara fold FILE OUTPUT        write a plain LoRA for Diffusers, PEFT, kohya, A1111, ComfyUI
     nara convert FILE OUTPUT     change the file format: a pipeline's file to PEFT's folder, or back
-    nara check MODEL DATA        estimate before training whether an adapter that knows λ beats LoRA
     nara eval …                  run lm-eval on masked-diffusion language models
 
 FILE is what pipe.save_nara_weights wrote (pytorch_nara_weights.safetensors, or its folder), or the folder that PEFT's
@@ -19,7 +18,6 @@ import argparse
 import ast
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,7 +26,6 @@ from typing import Any
 OWN = {"inspect": "commands", "plot": "commands", "fold": "fold", "convert": "commands"}
 """The commands whose flags are defined here: {command: module of `nara_diffusion.cli` with a function of its name}."""
 COMMANDS = {name: f"nara_diffusion.cli.{module}" for name, module in OWN.items()} | {
-    "check": "nara_diffusion.check.check_tasks",
     "eval": "nara_diffusion.lm_eval.__main__",
 }
 """{command: its module}, which is imported when the command runs. Help is the docstring of the function or module."""
@@ -66,10 +63,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"error: {error}")
 
 
-check, evaluate = (
-    partial(lambda name: main([name, *sys.argv[1:]]), name) for name in ("check", "eval")
-)
-"""The commands nara-check and nara-eval."""
+def evaluate() -> None:
+    """The command nara-eval."""
+    main(["eval", *sys.argv[1:]])
 
 
 def help_of(command: str) -> str:

@@ -14,7 +14,7 @@ NAME = "nara_diffusion"
 PACKAGE = Path(__file__).parents[1] / NAME
 FLOORS = (
     *("utils", "cores", "noise", "layers", "config", "strict", "tuner", "loaders", "wraps", "export", "__init__"),
-    *("training", "dllm", "dreambooth", "check", "lm_eval", "cli"),
+    *("training", "dllm", "dreambooth", "lm_eval", "cli"),
 )
 """From below. A room, or a module of the package itself, imports only itself and what is before it here."""
 IMPORTERS = ("import_module", "__import__", "run_module")
@@ -169,7 +169,7 @@ FILES = {
     "layers/variants.py": "from nara_diffusion.noise.level import Level",
     "tuner/model.py": "import nara_diffusion.strict\nfrom ..layers.variants import rows_of",
     "dllm/train.py": "",
-    "check/tasks.py": "from nara_diffusion.dllm import train",
+    "lm_eval/tasks.py": "from nara_diffusion.dllm import train",
 }
 
 
@@ -195,14 +195,14 @@ def test_a_package_without_circles_is_accepted(tmp_path):
 @pytest.mark.parametrize(
     ("place", "code", "target"),
     [
-        ("dllm__train", "from nara_diffusion.check.tasks import check", "check.tasks"),
-        ("dllm__train", "def main():\n    from ..check import tasks", "check.tasks"),
-        ("dllm__train", "import nara_diffusion.check.tasks as tasks", "check.tasks"),
-        ("dllm__train", "import_module('nara_diffusion.check.tasks')", "check.tasks"),
-        ("dllm__train", "importlib.import_module(name='..check.tasks', package=__package__)", "check.tasks"),
-        ("dllm__train", "importlib.import_module('nara_diffusion.check.tasks').check()", "check.tasks"),
-        ("dllm__train", "importlib.import_module('..check.tasks', __package__)", "check.tasks"),
-        ("dllm__train", "__import__('nara_diffusion.check.tasks')", "check.tasks"),
+        ("dllm__train", "from nara_diffusion.lm_eval.tasks import run", "lm_eval.tasks"),
+        ("dllm__train", "def main():\n    from ..lm_eval import tasks", "lm_eval.tasks"),
+        ("dllm__train", "import nara_diffusion.lm_eval.tasks as tasks", "lm_eval.tasks"),
+        ("dllm__train", "import_module('nara_diffusion.lm_eval.tasks')", "lm_eval.tasks"),
+        ("dllm__train", "importlib.import_module(name='..lm_eval.tasks', package=__package__)", "lm_eval.tasks"),
+        ("dllm__train", "importlib.import_module('nara_diffusion.lm_eval.tasks').run()", "lm_eval.tasks"),
+        ("dllm__train", "importlib.import_module('..lm_eval.tasks', __package__)", "lm_eval.tasks"),
+        ("dllm__train", "__import__('nara_diffusion.lm_eval.tasks')", "lm_eval.tasks"),
         ("noise__level", "from nara_diffusion.layers.variants import rows_of", "layers.variants"),
         ("strict", "from .tuner.model import NaraModel", "tuner.model"),
         ("utils__files", "if TYPE_CHECKING:\n    from nara_diffusion.noise.level import Level", "noise.level"),
@@ -225,10 +225,10 @@ def test_a_circle_inside_a_room_is_found(tmp_path):
 
 @pytest.mark.parametrize("call", ["import_module('nara_diffusion.dllm.train')", "importlib.import_module('..dllm')"])
 def test_an_own_module_imported_by_a_string_is_found(call, tmp_path):
-    found = own_modules_imported_by_name(package_with(tmp_path, check__tasks=f"main = {call}.main"))
+    found = own_modules_imported_by_name(package_with(tmp_path, lm_eval__tasks=f"main = {call}.main"))
     assert len(found) == 1
-    assert found[0].startswith("check/tasks.py:2 nara_diffusion.")
+    assert found[0].startswith("lm_eval/tasks.py:2 nara_diffusion.")
 
 
 def test_another_library_may_be_imported_by_a_string(tmp_path):
-    assert own_modules_imported_by_name(package_with(tmp_path, check__tasks="import_module('bitsandbytes')")) == []
+    assert own_modules_imported_by_name(package_with(tmp_path, lm_eval__tasks="import_module('bitsandbytes')")) == []

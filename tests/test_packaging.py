@@ -96,7 +96,7 @@ def missing_of(page: Path, identifiers: set[str]) -> list[str]:
     missing = [link for link in links if not (page.parent / link).exists()]
     if page.name not in FORMER:
         code = "\n".join(re.findall(r"```.*?```|^    .*?$|`[^`\n]*`", text, flags=re.DOTALL | re.MULTILINE))
-        paths = re.findall(r"(?<![\w/.-])(?:train_scripts|examples|pipelines|comfyui|docs)/[\w/.-]*\w(?![\w*])", code)
+        paths = re.findall(r"(?<![\w/.:-])(?:train_scripts|examples|pipelines|comfyui|docs)/[\w/.-]*\w(?![\w*])", code)
         paths += re.findall(r"`([\w-]+/[\w/-]+\.py)`", text)
         places = (ROOT, ROOT / "nara_diffusion", page.parent / "assets" / "makers")
         missing += [path for path in paths if not any((place / path).exists() for place in places)]

@@ -23,7 +23,7 @@ from statistics import fmean
 from typing import Any
 
 import yaml
-from benchmark_record import for_terminal, provenance
+from benchmark_record import for_terminal, made_in
 from quality import results
 from quality.blocks.longer import make_base
 from quality.blocks.report import bayes_table, sections
@@ -101,6 +101,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.report:
         print(sections(results.read(args.output)))
         return 0
+    made_in(args.stage)  # refuses changes before anything runs
     steps = args.steps or PLAN["lengths"][args.length]
     base = Path(args.base).name
     for seed, task, title in itertools.product(args.seeds or PLAN["stages"][args.stage], args.tasks, args.arms):
@@ -111,8 +112,9 @@ def main(argv: list[str] | None = None) -> int:
             own |= {"steps": steps}
             if not any(own.items() <= record.items() for record in known):
                 run = Run(args.base, task, arm_of(title), seed, rates, steps, PLAN["batch_size"])
+                record = made_in(args.stage)
                 figures = figures_of(run, samples=args.stage == "confirm")
-                results.append(args.output, [{**provenance(), **own, **rounded(figures)}])
+                results.append(args.output, [{**record, **own, **rounded(figures)}])
     return 0
 
 

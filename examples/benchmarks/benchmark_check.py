@@ -1,12 +1,12 @@
-"""Is nara-check right where the answer is known? Runs it on the regimes of docs/results/regimes_plan.md.
+"""Is nara_check right where the answer is known? Runs it on the regimes of examples/benchmarks/results/regimes_plan.md.
 
     python examples/benchmarks/benchmark_check.py                              # the rows that --output lacks
     python examples/benchmarks/benchmark_check.py --rows eps_to_v subject --seeds 1
 
-A row is a regime and what is adapted in it, "eps_to_v" or "eps_to_v:all". Trials, rules and defaults are nara-check's
+A row is a regime and what is adapted in it, "eps_to_v" or "eps_to_v:all". Trials, rules and defaults are nara_check's
 own: short trainings of 100 steps at rank 4 and the rate 1e-2, of the core 2.5e-3 (1e-3 in text), in three to six
 repeats; data, loss and held-out samples are the regime's. Each row takes one to ten minutes of a core, and becomes a
-line of --output; give the same command again to go on. `report_quality.py` makes the table of docs/check.md of them.
+line of --output; give the same command again to go on. `report_quality.py` makes the table of check.md of them.
 """
 
 from __future__ import annotations
@@ -20,6 +20,10 @@ from typing import Any, NamedTuple
 
 import torch
 from benchmark_record import provenance
+from check.level_token import digit_tokens, with_level_token
+from check.time_layers import time_layers
+from check.trials import CheckTask, Loss, add_cheap, published
+from check.verdict import decide, differences, mean_losses
 from quality import results
 from quality.images.held_out import BINS, LEVELS, held_out_losses
 from quality.regimes.checked import ROWS
@@ -32,12 +36,7 @@ from quality.text.runs import load
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from nara_diffusion.check.check_tasks import add_cheap
-from nara_diffusion.check.trials import CheckTask, Loss, published
-from nara_diffusion.check.verdict import decide, differences, mean_losses
-from nara_diffusion.dllm.masking import MaskedBatch, with_level_token
-from nara_diffusion.dllm.tokenizer import digit_tokens
-from nara_diffusion.noise.denoisers import time_layers
+from nara_diffusion.dllm.masking import MaskedBatch
 
 IMAGE_RATES = {"learning_rate": 1e-2, "core_learning_rate": 2.5e-3}
 TEXT_RATES = {"learning_rate": 1e-2, "core_learning_rate": 1e-3}

@@ -33,7 +33,7 @@ from unittest.mock import patch
 import diffusers
 import torch
 import yaml
-from benchmark_record import ROOT, for_terminal, median_ratio, one_thread, provenance, times_in_turn
+from benchmark_record import ROOT, for_terminal, made_in, median_ratio, one_thread, times_in_turn
 from PIL import Image
 from quality import results
 from quality.report.data import change, table
@@ -335,7 +335,7 @@ def sample_untrained(base: str, seeds: Sequence[int], output: Path, pictures: Pa
         if not any(own.items() <= record.items() for record in results.read(output)):
             with started(base, seed, {}, 1, Trial) as trial:
                 found = list(trial.untrained(pictures))
-            results.append(output, [{**provenance(), **own, **figures} for figures in found])
+            results.append(output, [{**made_in("samplers"), **own, **figures} for figures in found])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -366,8 +366,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.stage == "costs":
         own = {"stage": "costs", "base": args.base, "width": args.width}
         for figures in measure_costs(args.base, args.arms, args.width):
-            results.append(args.output, [{**provenance(), **own, **figures}])
+            results.append(args.output, [{**made_in(args.stage), **own, **figures}])
         return 0
+    made_in(args.stage)  # refuses changes before anything runs
     arms = [title for title in args.arms if args.stage == "confirm" or "grid" in PLAN["arms"][title]]
     for seed, title in itertools.product(args.seeds or PLAN["stages"][args.stage], arms):
         cell = {"stage": args.stage, "base": args.base, "width": args.width, "steps": args.steps}
@@ -375,8 +376,9 @@ def main(argv: list[str] | None = None) -> int:
         for rates in trials(PLAN["arms"][title]) if args.stage == "dev" else [best_rates(title, args.base, known)]:
             own = {**cell, "arm": title, "seed": seed, "rates": rates}
             if not any(own.items() <= record.items() for record in results.read(args.output)):
+                record = made_in(args.stage)
                 figures = run(args.base, title, args.width, seed, rates, args.steps, args.pictures)
-                results.append(args.output, [{**provenance(), **own, **figures}])
+                results.append(args.output, [{**record, **own, **figures}])
     return 0
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from quality.results import now
 
 PACKAGES = ("torch", "peft", "transformers", "diffusers", "accelerate", "nara-diffusion")
 ROOT = Path(__file__).parents[2]
@@ -45,6 +46,15 @@ def commit() -> str | None:
     return head.stdout.strip() + ("+" if changes.returncode else "")
 
 
+def main_commit() -> str | None:
+    """The commit of main that this checkout stands on; None without a main."""
+    for branch in ("main", "origin/main"):
+        base = subprocess.run(["git", "merge-base", "HEAD", branch], cwd=ROOT, capture_output=True, text=True)
+        if base.returncode == 0:
+            return base.stdout.strip()
+    return None
+
+
 def versions() -> dict[str, str | None]:
     found: dict[str, str | None] = {"python": platform.python_version()}
     for package in PACKAGES:
@@ -59,8 +69,37 @@ def versions() -> dict[str, str | None]:
 def provenance() -> dict[str, Any]:
     """What is needed to repeat a run: command, hardware, versions, and the commit when this is called first."""
     hardware = {"processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
-    command = shlex.join([Path(sys.executable).name, *sys.argv])
+    command = shlex.join([Path(sys.executable).name, *map(without_folder, sys.argv)])
     return {"command": command, "hardware": hardware, "versions": versions(), "commit": commit()}
+
+
+def without_folder(word: str) -> str:
+    """A word of a command line, with an absolute path in it relative to the project, or reduced to its name."""
+    flag, equals, value = word.rpartition("=")
+    path = Path(value)
+    if not path.is_absolute():
+        return word
+    inside = path.is_relative_to(ROOT)
+    return flag + equals + (path.relative_to(ROOT).as_posix() if inside else path.name)
+
+
+def made_in(stage: str) -> dict[str, Any]:
+    """`provenance` and the date; of a confirming run also the commit of main, which each clone has.
+
+    Call this when the run starts, so that the date and the plan's commit can be compared.
+
+    Raises:
+        ValueError: a confirming run has code that no commit holds, or there is no main.
+    """
+    record = {**provenance(), "date": now()}
+    if stage != "confirm":
+        return record
+    if record["commit"] is None or record["commit"].endswith("+"):
+        raise ValueError(f"{ROOT} has changes that aren't committed: commit them before a confirming run.")
+    main = main_commit()
+    if main is None:
+        raise ValueError("there is no branch main that this commit stands on: fetch it before a confirming run.")
+    return {**record, "main": main}
 
 
 def save_record(name: str, figures: dict[str, Any], output_dir: str | Path) -> Path:

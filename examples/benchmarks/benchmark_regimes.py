@@ -1,4 +1,4 @@
-"""Where does knowing λ pay? Runs the regimes of docs/results/regimes_plan.md, and says what is left of them.
+"""Where does knowing λ pay? Runs the regimes of results/regimes_plan.md, and says what is left of them.
 
     python examples/benchmarks/benchmark_regimes.py --dry_run --output new.jsonl                    # what is left
     python examples/benchmarks/benchmark_regimes.py --regimes eps_to_v --output new.jsonl
@@ -17,7 +17,7 @@ and on uniform-tiny and llada-tiny:
     blind_determined   … that the prompt determines
     seen_open, seen_determined      the same, of a model whose tokens are masked
 
-What is simpler than NaRA there has a plan of its own, docs/results/alternatives_plan.md, whose groups of arms are
+What is simpler than NaRA there has a plan of its own, results/alternatives_plan.md, whose groups of arms are
 --alternatives.
 
 A regime's name stands for the cell that decides it (attention, rank 4, 200 steps); with "_reach" behind it, such as
@@ -53,7 +53,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--regimes", nargs="+", default=NAMES, help=f"of {' '.join(NAMES)}")
-    own = f"in place of regimes, groups of docs/results/alternatives_plan.md: {' '.join(GROUPS)}"
+    own = f"in place of regimes, groups of results/alternatives_plan.md: {' '.join(GROUPS)}"
     parser.add_argument("--alternatives", nargs="+", choices=GROUPS, metavar="GROUP", help=own)
     parser.add_argument("--methods", nargs="+", choices=tuple(ARMS), help="default: all that the plan has of a regime")
     parser.add_argument("--seeds", nargs="+", type=int, help="default: those of the plan")

@@ -1,4 +1,4 @@
-"""Makes the tables and pictures of RESULTS.md and docs/results from the records of the benchmarks, and nothing else.
+"""Makes the tables and pictures of RESULTS.md and of the pages in results/ from the records, and nothing else.
 
     python examples/benchmarks/report_quality.py                                    # the committed results, in place
     python examples/benchmarks/report_quality.py --results outputs/quality/*.jsonl  # yours, to --output_dir
@@ -25,8 +25,8 @@ from nara_diffusion.utils.files import atomic_write
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
 DRAWN = ("images.jsonl", "text.jsonl")  # those with pictures
-RESULT_PAGES = ("text", "images", "rank4", "regimes", "alternatives", "blocks", "few_steps")
-PAGES = ("RESULTS.md", "docs/check.md", *(f"docs/results/{name}.md" for name in RESULT_PAGES))
+RESULT_PAGES = ("text", "images", "rank4", "regimes", "alternatives", "blocks", "few_steps", "check")
+PAGES = ("RESULTS.md", *(f"examples/benchmarks/results/{name}.md" for name in RESULT_PAGES))
 
 
 def filled(page: Path, results: Path = RESULTS) -> str:
@@ -69,7 +69,7 @@ def main(results: list[Path] | None = None, output_dir: Path = Path("outputs/qua
         for name in PAGES:
             write(ROOT / name, filled(ROOT / name))
         for name in DRAWN:
-            write_pictures(read_records([RESULTS / name]), ROOT / "docs" / "results")
+            write_pictures(read_records([RESULTS / name]), RESULTS)
         return
     records = read_records(results)
     write(output_dir / "tables.md", blocks.all_tables(records))

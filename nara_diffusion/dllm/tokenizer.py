@@ -6,7 +6,6 @@ Without a chat template, a prompt has the form of Alpaca, as in LLM-Adapters.
 
 from __future__ import annotations
 
-import string
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -166,12 +165,6 @@ def stop_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list
     turn_ends = [vocabulary.get(token) for token in _TURN_ENDS]
     found = {*ids, end_token_id(tokenizer), *turn_ends}
     return sorted(found - {None})
-
-
-def digit_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the ids of the ten digits. They are all equal if the tokenizer has no digits."""
-    ids: Any = tokenizer(list(string.digits), add_special_tokens=False)["input_ids"]
-    return [of_digit[-1] for of_digit in ids]
 
 
 def mask_in_a_text(mask_token_id: int) -> str:

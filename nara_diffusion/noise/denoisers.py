@@ -157,22 +157,3 @@ def source_of_class(model: nn.Module) -> DenoiserNoise | None:
     if name == "SanaWMLTX2RefinerTransformer3DModel":  # it gets σ · timestep_scale_multiplier
         return replace(source, scale=config.timestep_scale_multiplier)
     return source
-
-
-_TIME_LAYERS = re.compile(
-    r"(.*\.)?(time_embedding\.linear_\d|time_emb_proj|time(step)?_embedder\.linear_\d|t_embedder\.mlp\.\d|time_proj"
-    r"|norm\w*\.linear|\w*mod(ulation\w*)?\.(linear|\d))"
-)
-
-
-def time_layers(model: nn.Module) -> list[str]:
-    """Return the names of a denoiser's linear layers that read the timestep's embedding.
-
-    Layers that are already adapted are skipped.
-    """
-    named = model.named_modules()
-    return [
-        name
-        for name, module in named
-        if isinstance(module, nn.Linear) and _TIME_LAYERS.fullmatch(name)
-    ]

@@ -109,7 +109,7 @@ def test_what_cannot_be_known_is_an_error() -> None:
         ((), {"inputs_embeds": torch.ones(1, 2, 3)}, "no input_ids"),
         ((IDS[:1],), {}, "prompt_lengths has 3 values and this forward 1 rows"),
         ((IDS.repeat(2, 1),), {}, "repeated='tiled'"),
-        ((IDS[:, :5],), {}, "row 1 of input_ids has 5 tokens"),
+        ((IDS[:, :5],), {}, "none of the 5 tokens in row 1 of input_ids belongs"),
         ((IDS,), {"past_key_values": SimpleNamespace(get_seq_length=lambda: 5)}, "continue a cache"),
     ]:
         with pytest.raises(ValueError, match=message):

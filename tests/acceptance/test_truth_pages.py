@@ -2,7 +2,7 @@
 
 A number in prose that has no sign is taken for a figure of a regime if it lies within 1.5 units of its last digit:
 one that is then no figure's rounding was rounded wrongly.
-Tables between marks, and docs/results/regimes.md from its first table on, are made from the records, by other tests.
+Tables between marks, and results/regimes.md from its first table on, are made from the records, by other tests.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from quality.results import read
 from quality.text.runs import load
 
 ROOT = report_quality.ROOT
-PLAN = "docs/results/regimes_plan.md"  # fixed before the records were there
-PAGES = {page.relative_to(ROOT).as_posix() for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"))} - {PLAN}
+PLAN = "examples/benchmarks/results/regimes_plan.md"  # fixed before the records were there
+FOLDERS = ("*.md", "docs/**/*.md", "examples/check/*.md", "examples/benchmarks/**/*.md")
+PAGES = {page.relative_to(ROOT).as_posix() for folder in FOLDERS for page in ROOT.glob(folder)} - {PLAN}
 REGIMES = {
     "eps_to_v": r"eps_to_v|ε → v",
     "zero_snr": r"zero_snr|zero terminal SNR",
@@ -100,7 +101,7 @@ def test_prose_has_the_digits_of_the_records(figures):
 @pytest.mark.parametrize("page", ["images", "text", "rank4"])
 def test_prose_has_the_digits_of_the_tables_on_its_page(page):
     """Of ordinary fine-tuning. A wrong digit is found where no other figure of the page happens to have it."""
-    text = (ROOT / "docs" / "results" / f"{page}.md").read_text(encoding="utf-8")
+    text = (report_quality.RESULTS / f"{page}.md").read_text(encoding="utf-8")
     parts = re.split(r"(?s)<!-- table:(.*?)<!-- end of table -->", text)  # prose, table, prose, …
     prose, tables = "".join(parts[::2]), "".join(parts[1::2])
     number = r"(?<![\d.\w])\d\.\d{3,6}(?!\d)"

@@ -159,6 +159,7 @@ def test_bayes_is_the_posterior_over_all_clean_canvases():
     ("arms", "counts"),
     [(["base"], (1, 1)), (["LoRA and e(λ)"], (4, 2)), (["NaRA", "NaRA on both twins"], (6, 4))],
 )
+@pytest.mark.usefixtures("committed")
 def test_arms_are_run_once_and_measured(arms, counts, tmp_path):
     path = tmp_path / "blocks.jsonl"
     asked = ["--arms", *arms, "--steps", "2", "--output", str(path)]
@@ -174,6 +175,7 @@ def test_arms_are_run_once_and_measured(arms, counts, tmp_path):
     assert list(results.read(path)[-1]["exact"]) == steps + true
 
 
+@pytest.mark.usefixtures("committed")
 def test_confirmation_needs_the_trials(tmp_path):
     asked = ["--arms", "LoRA", "--tasks", "open", "--output", str(tmp_path / "blocks.jsonl")]
     with pytest.raises(ValueError, match="lacks trials"):

@@ -51,6 +51,7 @@ def test_report_of_other_records_has_tables_and_pictures(tmp_path):
         ("noise_offset_shift", "nara_knots"),
     ],
 )
+@pytest.mark.usefixtures("committed")
 def test_run_of_a_record_gives_its_figures_again(regime, arm):
     """Each is far from those of the regime without the bias, token, gain or shift."""
     own = [r for r in results.read(RECORDS) if (r["regime"], r["arm"], r["seed"]) == (regime, arm, SEEDS[0])]

@@ -79,6 +79,7 @@ def test_each_regime_trains_a_step_and_is_measured(regime):
     assert len(record["losses"]) == 10
 
 
+@pytest.mark.usefixtures("committed")
 def test_benchmark_regimes_counts_what_is_left_and_makes_it_once(tmp_path, capsys):
     path = tmp_path / "records.jsonl"
     of_regime = ["--regimes", "eps_to_v", "--output", str(path)]
@@ -94,6 +95,7 @@ def test_benchmark_regimes_counts_what_is_left_and_makes_it_once(tmp_path, capsy
     assert "more" in str(for_terminal(lambda: benchmark_regimes.main(["--regimes", "one_image"])))
 
 
+@pytest.mark.usefixtures("committed")
 def test_benchmark_few_steps_runs_an_arm_once_and_needs_its_trials(tmp_path):
     path = tmp_path / "few.jsonl"
     asked = ["--arms", "DoRA each step", "--steps", "2", "--seeds", "40", "--output", str(path)]

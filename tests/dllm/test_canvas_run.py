@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import BlockRefinementScheduler, DiffusionGemmaPipeline
+from nara_check import text_loss
 from safetensors.torch import load_file
 
-from nara_diffusion.check.check_tasks import text_loss
 from nara_diffusion.dllm import load_backbone, prompt_text
 from nara_diffusion.dllm.batches import AnswerCollator, GlobalBatchStream
 from nara_diffusion.dllm.block_loss import block_diffusion_loss

@@ -57,8 +57,8 @@ def test_fields_are_read_by_their_flags(tmp_path: Path) -> None:
 
 def test_numbers_of_records_are_those_of_the_flags(tmp_path: Path) -> None:
     file = written(tmp_path / "own.jsonl", *[{"question": f"q{i}", "answer": f"a{i}"} for i in range(20)])
-    flags = {"max_train_samples": 12, "validation_samples": 5, "test_file": file, "test_samples": 3}
-    assert [len(part) for part in load_records(arguments(train_file=file, **flags))] == [7, 5, 3]
+    flags = {"max_train_samples": 12, "validation_samples": 5, "test_file": file, "test_samples": 17}
+    assert [len(part) for part in load_records(arguments(train_file=file, **flags))] == [7, 5, 17]
 
 
 def test_dataset_of_the_hub_is_read_with_its_configuration(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,12 +110,12 @@ def test_gradient_of_the_deviation_is_summed_in_float32(kind):
 
 
 def test_operand_is_converted_once_per_dtype() -> None:
-    holder = SimpleNamespace(has_strength=lambda name: False)
+    holder = SimpleNamespace(schedules={})
     channel, key = CoreChannel(cast(Any, holder), ModelRows()), ("default", "shared")
     D = torch.randn(2, 3, 3)
-    channel.push(None, {key: D})
-    for dtype in (torch.bfloat16, torch.float16, torch.float64):
-        operand = channel.operand(key, D, torch.empty(5, dtype=dtype))
-        assert operand.dtype == dtype
-        assert torch.equal(operand, D.to(dtype))
-        assert channel.operand(key, D, torch.empty(7, dtype=dtype)) is operand
+    with channel.using({key: D}, None):
+        for dtype in (torch.bfloat16, torch.float16, torch.float64):
+            operand = channel.operand(key, D, torch.empty(5, dtype=dtype))
+            assert operand.dtype == dtype
+            assert torch.equal(operand, D.to(dtype))
+            assert channel.operand(key, D, torch.empty(7, dtype=dtype)) is operand

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 MADE_WITH = "made_with"
-SHARED = ("command", "commit", "versions", "hardware", "stage", "regime", "targets", "rank", "steps")
+SHARED = ("command", "commit", "main", "versions", "hardware", "stage", "regime", "targets", "rank", "steps")
 """The fields of a record that lines `MADE_WITH` hold."""
 
 

@@ -173,7 +173,7 @@ def both_lengths_table(records: Sequence[Record]) -> str:
 
 
 def page_table(folder: Path) -> str:
-    """The table of docs/results/blocks.md, from the records in `folder`."""
+    """The table of examples/benchmarks/results/blocks.md, from the records in `folder`."""
     return both_lengths_table(read(folder / RECORDS))
 
 

@@ -1,4 +1,4 @@
-"""The alternatives to NaRA, as arms: what docs/results/alternatives_plan.md fixed before fresh seeds ran.
+"""The alternatives to NaRA, as arms: what results/alternatives_plan.md fixed before fresh seeds ran.
 
 Every arm tried equally many rates on a development seed; the best, by its score there, was confirmed on fresh seeds.
 A difference is taken within a seed, whose arms meet the same data and noise; ± is half of a 95 % interval of Student's
@@ -53,7 +53,7 @@ class Group:
         regime: whose held-out set is the measure.
         arms: what is trained, by its title in tables.
         pairs: of titles; the differences that are looked at, the first less the second.
-        front: those of them that the first table of docs/results/alternatives.md shows.
+        front: those of them that the first table of examples/benchmarks/results/alternatives.md shows.
     """
 
     name: str

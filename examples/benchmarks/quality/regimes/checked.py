@@ -1,4 +1,4 @@
-"""The table of what nara-check said of the regimes, beside what their confirmed runs say."""
+"""The table of what nara_check said of the regimes, beside what their confirmed runs say."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from nara_diffusion.check.trials import TITLES, WAYS
-from nara_diffusion.check.verdict import LIKELY, UNLIKELY
+from check.trials import TITLES, WAYS
+from check.verdict import LIKELY, UNLIKELY
+
 from quality.regimes.plan import PLAN
 from quality.regimes.report import Confirmed, confirmed
 from quality.regimes.runs import REGIMES, Cell

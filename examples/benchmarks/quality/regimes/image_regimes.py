@@ -24,6 +24,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+from identity_reading import IdentityReading
 from torch import Tensor, nn
 
 from nara_diffusion import TimestepNoise
@@ -32,7 +33,6 @@ from nara_diffusion.dreambooth.dataset import DreamBoothDataset
 from nara_diffusion.dreambooth.draws import draw_indices, draw_noise
 from nara_diffusion.dreambooth.image_records import ImageRecord
 from nara_diffusion.dreambooth.objectives import Objective, build_objective, squared_errors
-from nara_diffusion.dreambooth.reading import IdentityReading
 from quality.images.held_out import (
     DRAWN,
     LEVELS,

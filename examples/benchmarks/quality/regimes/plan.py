@@ -1,4 +1,4 @@
-"""What was run, as fixed before the confirmation seeds ran (docs/results/regimes_plan.md), and running it.
+"""What was run, as fixed before the confirmation seeds ran (results/regimes_plan.md), and running it.
 
 Development seeds chose the rates; the confirmation seeds were run once, with those, and decide. Each run is a line of
 the results file.

@@ -1,7 +1,7 @@
 """What the confirmation seeds say: paired differences with 95 % intervals, bins of λ, and each condition of the plan.
 
 The unit is the seed: all arms of a seed meet the same data and noise, so that a difference is taken within it. The
-intervals are Student's t over the seeds; see docs/results/regimes_plan.md for what has to hold.
+intervals are Student's t over the seeds; see examples/benchmarks/results/regimes_plan.md for what has to hold.
 """
 
 from __future__ import annotations

@@ -16,10 +16,9 @@ from functools import cache, partial
 from typing import Any, Protocol
 
 import torch
-from benchmark_record import provenance
+from benchmark_record import made_in
 
 from nara_diffusion.training.engines import is_core_parameter
-from quality import results
 from quality.images.held_out import pictures_of
 from quality.regimes.image_regimes import CONVERSIONS, SUBJECT, UNET, Backbone, Conversion, ReadConversion
 from quality.regimes.noise_offset import GainedOffset, Offset, ShiftedOffset
@@ -178,6 +177,7 @@ def record_of(run: Run, stage: str) -> dict[str, Any]:
 
     Training that diverges has a record too, whose figures are None.
     """
+    made = made_in(stage)
     wall, core = time.perf_counter(), time.process_time()
     try:
         figures = _figures(run)
@@ -185,7 +185,7 @@ def record_of(run: Run, stage: str) -> dict[str, Any]:
         figures = {"score": None, "losses": None}
     seconds, core_seconds = time.perf_counter() - wall, time.process_time() - core
     cost = {"seconds": round(seconds, 1), "core_seconds": round(core_seconds, 1)}
-    return {"stage": stage, **run.named, **rounded(figures), **cost, "date": results.now(), **provenance()}
+    return {"stage": stage, **run.named, **rounded(figures), **cost, **made}
 
 
 def _figures(run: Run) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""Tables and pictures of RESULTS.md and the pages of docs/results, from the records alone."""
+"""Tables and pictures of RESULTS.md and the pages of examples/benchmarks/results, from the records alone."""

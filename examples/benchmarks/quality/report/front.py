@@ -1,5 +1,5 @@
 """The two tables of RESULTS.md, made from the records: regimes by what they ask, and ordinary fine-tuning. All others
-lie in docs/results."""
+lie in examples/benchmarks/results."""
 
 from __future__ import annotations
 

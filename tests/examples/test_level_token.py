@@ -1,0 +1,75 @@
+"""λ as a token of the prompt: where it stands, what it says, that it isn't learnt, and when nara-check can try it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import nara_check
+import torch
+from check.level_token import with_level_token
+from check.trials import CHEAP, CheckTask, restart
+
+from nara_diffusion.dllm.masking import mask_answers
+
+LLADA = Path(__file__).parents[2] / "examples" / "assets" / "llada-tiny"
+DIGITS = list(range(15, 25))  # of llada-tiny
+PROMPT = 20  # tokens of a question in `questions`
+
+
+def test_with_level_token_puts_the_digit_of_each_row_at_the_end_of_its_prompt():
+    rows, prompts = [[5, 9, 11, 4, 6, 20, 8], [7, 21, 8, 21], [12, 4, 9, 25, 16]], [3, 0, 4]
+    ids = torch.tensor([row + [1] * (7 - len(row)) for row in rows])
+    lengths = [len(row) - prompt for row, prompt in zip(rows, prompts, strict=True)]
+    options: dict[str, Any] = {"answer_lengths": lengths, "noise_level": torch.tensor([0.04, 0.57, 1.0])}
+    batch = mask_answers(ids, prompts, mask_token_id=29, seed=3, **options)
+    told = with_level_token(batch, DIGITS)
+    for row, (place, said) in enumerate(zip(prompts, (15, 20, 24), strict=True)):
+        for name, new in {"input_ids": said, "targets": said, "masked": 0, "answer": 0, "attention_mask": 1}.items():
+            expected = getattr(batch, name)[row].tolist()  # type: ignore[union-attr]
+            expected.insert(place, new)
+            assert getattr(told, name)[row].tolist() == expected, (name, row)
+    assert torch.equal(told.noise_level, batch.noise_level)
+    whole = mask_answers(ids[:1], [3], mask_token_id=29, noise_level=0.22, seed=3, complementary=True)
+    told = with_level_token(whole, DIGITS)  # of complementary masks the level of each
+    assert told.input_ids[:, 3].tolist() == [DIGITS[2], DIGITS[7]]
+    assert told.attention_mask is None
+
+
+def questions(folder: Path, monkeypatch: Any, *flags: str) -> CheckTask:
+    """What nara-check would try on 24 questions."""
+    monkeypatch.setattr(nara_check, "check_training", lambda task, run: task)
+    rows = [{"instruction": f"code {10000 + 7 * n}", "output": "k7rqx0d3"} for n in range(24)]
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = ("--rank", "2", "--output_dir", str(folder / "out"), "--trained_padding", "gen_length", *flags)
+    return nara_check.check(str(LLADA), str(folder / "train.jsonl"), flags)  # type: ignore[return-value]
+
+
+def test_check_of_text_tells_each_sample_its_own_level(tmp_path, monkeypatch):
+    task = questions(tmp_path, monkeypatch, "--gen_length", "12")
+    assert task.arms == ["base", "lora", "untold", "token", "nara"]
+    assert task.with_token is not None
+    restart(task, 0, CHEAP)
+    names = {name for name, each in task.model.named_parameters() if each.requires_grad}
+    assert names
+    assert all(CHEAP in name for name in names)
+    nara_size = sum(each.numel() for name, each in task.model.named_parameters() if "default" in name)
+    size = sum(each.numel() for each in task.model.parameters() if each.requires_grad)
+    assert abs(size / nara_size - 1) < 0.1
+    for loss, told in zip((task.loss, task.held_out), task.with_token, strict=True):
+        plain, changed = loss(range(5)), told(range(5))
+        said = torch.tensor([DIGITS[int(10 * level)] for level in changed.noise_level])
+        assert torch.equal(changed.input_ids[:, PROMPT], said)
+        assert len(set(said.tolist())) > 1
+        rest = torch.cat([changed.input_ids[:, :PROMPT], changed.input_ids[:, PROMPT + 1 :]], 1)
+        assert torch.equal(rest, plain.input_ids)
+        assert torch.equal(changed.noise_level, plain.noise_level)
+        assert changed.token_loss[:, PROMPT].eq(0).all()
+
+
+def test_check_of_text_without_a_place_or_digits_leaves_the_token_out(tmp_path, monkeypatch):
+    full = questions(tmp_path, monkeypatch, "--gen_length", str(64 - PROMPT))
+    assert "token" not in full.arms
+    monkeypatch.setattr(nara_check, "digit_tokens", lambda tokenizer: [3] * 10)
+    assert "token" not in questions(tmp_path, monkeypatch, "--gen_length", "12").arms
