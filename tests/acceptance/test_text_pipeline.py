@@ -117,7 +117,7 @@ def test_without_a_chat_template_the_prompt_is_that_of_training() -> None:
 
 def test_prompts_and_arguments_are_refused(shared: LLaDAPipeline) -> None:
     for prompt, arguments, message in [
-        ([], {}, r"prompt is \[\], expected a text"),
+        ([], {}, r"prompt is \[\], expected one or several texts"),
         (["a", " \n"], {}, r"prompt ' \\n' is empty"),
         ([{"role": "assistant", "content": "a"}], {}, "doesn't end with the user's turn"),
         ([USER], {"apply_template": False}, "without a chat template"),
