@@ -103,10 +103,10 @@ TIMESTEP_SETTINGS = ("timestep_spacing", "shift_terminal")
 
 def _other_settings(pipe: Any, few_steps: Mapping[str, Any]) -> dict[str, str]:
     """Return {setting: its value, for a message} of a pipeline that don't suit a few-step adapter."""
-    scheduler = pipe.scheduler
+    scheduler = getattr(pipe, "scheduler", None)
     # the scheduler of a flow has no number before its first call
     steps = getattr(scheduler, "num_inference_steps", None)
-    if steps is None:  # no call is in progress, as in training
+    if scheduler is None or steps is None:  # no call is in progress, as in training
         return {}
     settings = {}
     if steps != few_steps["num_inference_steps"]:
