@@ -75,7 +75,7 @@ def test_run_goes_on_with_other_images_and_its_card_says_what_they_show_and_wher
     assert "written with other training data: their order starts anew at step 4" in caplog.text
     said = "2 images, 1 with captions of their own (.txt), the others as “a photo of a cube”"
     assert f"trained on {said}." in (other / "README.md").read_text()
-    assert f"trained on: {said}; validation loss: on 1 image held out; " in caplog.text
+    assert {f"trained on: {said}", "validation loss: on 1 image held out"} <= set(caplog.messages)
     same = resumed(ended, sdxl, tmp_path / "same", max_train_steps=5)
     assert losses(other)[:4] == losses(same)[:4]
     assert losses(other)[4] != losses(same)[4]
