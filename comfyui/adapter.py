@@ -77,16 +77,15 @@ class LiveAdapter:
         weakref.finalize(self, _remove, self._handles)
 
     def _convention(self, base: str, path: str) -> str | None:
-        config = self.config
         if self.adapter.level_of(0.5) is None:
             return None
-        allowed = CONVENTIONS.get(base, ("flow",))
-        if config.noise_convention not in allowed:
+        convention, allowed = self.config.noise_convention, CONVENTIONS.get(base, ("flow",))
+        if convention not in allowed:
             raise ValueError(
-                f"'{path}' defines λ as {config.noise_convention!r}, but {base} defines it as "
+                f"'{path}' defines λ as {convention!r}, but {base} defines it as "
                 f"{' or '.join(allowed)}. Choose the base that the adapter was trained on."
             )
-        return config.noise_convention
+        return convention
 
     def check(self, model: nn.Module) -> None:
         """Raise ValueError if a module is missing in ComfyUI's `model` or has the wrong size."""

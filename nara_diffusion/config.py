@@ -255,13 +255,12 @@ class NaraConfig(LoraConfig):
                     f", with core_type={self.core_type!r} and r={min(ranks)}: it is for "
                     "core_type='rank_mask', an integer from 1 to r, or None for half of r.",
                 )
-        if self.core_type == "bins":
-            for rank in sorted(ranks):
-                if rank % self.core_bins:
-                    raise ValueError(
-                        f"r ({rank}) is the total rank of all bins and must be a multiple of core_bins "
-                        f"({self.core_bins})."
-                    )
+        uneven = [rank for rank in sorted(ranks) if rank % self.core_bins]
+        if self.core_type == "bins" and uneven:
+            raise ValueError(
+                f"r ({uneven[0]}) is the total rank of all bins and must be a multiple of core_bins "
+                f"({self.core_bins})."
+            )
 
     def _check_strength(self, given: StrengthSchedule | list[list[float]]) -> None:
         try:

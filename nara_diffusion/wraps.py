@@ -112,8 +112,7 @@ def _from_pretrained(
     **kwargs: Any,
 ) -> PeftModel:
     is_ours = _is_nara(model_id, kwargs.get("config"), kwargs)
-    loading = _complete(model, model_id, kwargs.get("subfolder")) if is_ours else nullcontext()
-    with loading:
+    with _complete(model, model_id, kwargs.get("subfolder")) if is_ours else nullcontext():
         return original(cls, model, model_id, adapter_name, *args, **kwargs)
 
 
@@ -126,8 +125,7 @@ def _load_adapter(
     **kwargs: Any,
 ) -> Any:
     is_ours = isinstance(self.base_model, NaraModel)
-    loading = _complete(self, model_id, kwargs.get("subfolder")) if is_ours else nullcontext()
-    with loading:
+    with _complete(self, model_id, kwargs.get("subfolder")) if is_ours else nullcontext():
         return original(self, model_id, adapter_name, *args, **kwargs)
 
 

@@ -192,8 +192,7 @@ class LLaDAPipeline(LoraBaseMixin, DiffusionPipeline):
             ids = encode_prompts(self.tokenizer, texts)
             result = answer_prompts(self.transformer, ids, device=self._execution_device, **options)
         self.maybe_free_model_hooks()
-        tokens = result.answers.tolist()
-        answers = [decode_answer(self.tokenizer, answer, ends) for answer in tokens]
+        answers = [decode_answer(self.tokenizer, ids, ends) for ids in result.answers.tolist()]
         if not return_dict:
             return answers, result.sequences
         return LLaDAPipelineOutput(

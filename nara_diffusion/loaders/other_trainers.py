@@ -65,10 +65,9 @@ def checkpoint_nara_weights(
 
     def save(models: list[nn.Module], weights: list[dict[str, Tensor]], folder: str) -> None:
         adapted.save_nara_weights(folder, adapter_name, is_main_process=accelerator.is_main_process)
-        pairs = zip(models, weights, strict=True)
-        weights[:] = [
-            tensors for model, tensors in pairs if not is_adapted(model)
-        ]  # for accelerate
+        weights[:] = [  # accelerate saves those that remain
+            tensors for model, tensors in zip(models, weights, strict=True) if not is_adapted(model)
+        ]
 
     def load(models: list[nn.Module], folder: str) -> None:
         adapted.load_nara_weights(folder, adapter_name, hotswap=True)

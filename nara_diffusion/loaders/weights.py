@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from copy import copy
 from pathlib import Path
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nara_diffusion.config import NaraConfig
 from nara_diffusion.tuner.adding import restored_on_error
+from nara_diffusion.utils.files import listed
 
 from .adapter_part import AdapterPart
 from .file import AdapterFile, naming
@@ -158,10 +159,8 @@ def save_nara_weights(
             f"weight_name is {weight_name!r}: pass the name of a .safetensors file without a folder."
         )
     with offloading_suspended(self):
-        parts = {}
-        for component, model in models.items():
-            if name in adapters_of(model):
-                parts[component] = _part_to_save(self, model, component, name)
+        adapted = {part: model for part, model in models.items() if name in adapters_of(model)}
+        parts = {part: _part_to_save(self, model, part, name) for part, model in adapted.items()}
         if is_main_process:
             Path(save_directory).mkdir(parents=True, exist_ok=True)
             AdapterFile(parts).save(Path(save_directory, weight_name), save_function)
@@ -190,7 +189,7 @@ def _check_parts(parts: Mapping[str, AdapterPart], models: Mapping[str, nn.Modul
     for name, part in parts.items():
         if name not in models:
             raise ValueError(
-                f"The adapter has a part for '{name}', but the components of this pipeline are {_quoted(models)}. "
+                f"The adapter has a part for '{name}', but the components of this pipeline are {listed(models)}. "
                 "Load it into the kind of pipeline that it was trained on."
             )
         check_not_wrapped(models[name], name, "load_nara_weights")
@@ -236,7 +235,7 @@ def _name_to_load(models: Mapping[str, nn.Module], name: str | None, hotswap: bo
     if hotswap and name not in existing:
         raise ValueError(
             f"hotswap=True replaces an existing adapter, but adapter_name is {name!r} and the pipeline has "
-            f"{_quoted(sorted(existing))}. Pass the name of one of them, or leave hotswap out."
+            f"{listed(sorted(existing)) or 'none'}. Pass the name of one of them, or leave hotswap out."
         )
     if name is None:
         number = len(adapters_of(next(iter(models.values()))))
@@ -260,13 +259,9 @@ def _name_to_save(models: Mapping[str, nn.Module], name: str | None) -> str:
         is_lora = any(name in adapters_of(model) for model in models.values())
         hint = f" '{name}' is a LoRA: save it with save_lora_weights." if is_lora else ""
         raise ValueError(
-            f"There is no NaRA adapter '{name}' to save. The pipeline has {_quoted(sorted(naras))}.{hint}"
+            f"There is no NaRA adapter '{name}' to save. The pipeline has {listed(sorted(naras)) or 'none'}.{hint}"
         )
     return name
-
-
-def _quoted(names: Iterable[str]) -> str:
-    return ", ".join(map(repr, names)) or "none"
 
 
 def _check_nothing_left_out(pipe: Pipeline, models: Mapping[str, nn.Module], name: str) -> None:

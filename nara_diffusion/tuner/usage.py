@@ -51,10 +51,10 @@ class FewStepSampling:
 
         Outside of a call of the pipeline, as in training, none differs.
         """
-        scheduler = pipe.scheduler
+        scheduler = getattr(pipe, "scheduler", None)
         # the scheduler of a flow has no number before its first call
         steps = getattr(scheduler, "num_inference_steps", None)
-        if steps is None:
+        if scheduler is None or steps is None:
             return {}
         settings = {}
         if steps != self.num_inference_steps:

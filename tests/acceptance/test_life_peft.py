@@ -159,7 +159,9 @@ def test_state_dict_with_a_converted_core_is_refused_before_a_file_is_written(tm
     with pytest.raises(ValueError, match=r"is torch\.bfloat16 in the state_dict to be saved, .* leave state_dict out"):
         model.save_pretrained(tmp_path, state_dict=converted)
     without = {name: tensor for name, tensor in model.state_dict().items() if "lora_core" not in name}
-    with pytest.raises(ValueError, match="of the core of adapter 'default' is missing from the state_dict to be saved: leave"):
+    with pytest.raises(
+        ValueError, match="of the core of adapter 'default' is missing from the state_dict to be saved: leave"
+    ):
         model.save_pretrained(tmp_path, state_dict=without)
     assert not list(tmp_path.rglob("*.safetensors"))
     kept = {name: model.state_dict()[name] if "lora_core" in name else t for name, t in converted.items()}
