@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from enum import Enum
+from functools import cache
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_type_hints
@@ -50,6 +51,10 @@ _REFUSED = (
 _UNSCALED = ("bias", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters")
 """LoRA options that change the model outside s · B · C · A, unless their value is in `_UNSET`."""
 _UNSET = (None, False, "none", [])
+
+
+_annotations = cache(get_type_hints)
+"""Class → {field: its type}; computing it takes a few milliseconds."""
 
 
 def _is_size(value: object) -> bool:
@@ -233,7 +238,7 @@ class NaraConfig(LoraConfig):
         for name, (is_valid, expected) in _VALUES.items():
             if not is_valid(getattr(self, name)):
                 self._refuse(name, f": pass {expected}.")
-        for name, annotation in get_type_hints(type(self)).items():
+        for name, annotation in _annotations(type(self)).items():
             if not fits(getattr(self, name), annotation):
                 self._refuse(name, f": pass {described(annotation)}.")
         self.core_hidden_dims = tuple(self.core_hidden_dims)  # JSON gives a list

@@ -1,4 +1,4 @@
-"""Warn of prompts that CLIP's tokenizers cut, once a prompt, with the file of the prompt.
+"""Warn of prompts that CLIP's tokenizers cut, once a prompt, with its image or its file and line.
 
 Diffusers warns at each encoding, once for each tokenizer, and doesn't know the file.
 """
@@ -6,7 +6,8 @@ Diffusers warns at each encoding, once for each tokenizer, and doesn't know the 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
@@ -42,13 +43,8 @@ def warn_of_cut_prompts(pipe: DiffusionPipeline, sources: Mapping[str, str]) -> 
 def prompt_sources(
     args: DreamBoothArguments,
     records: Iterable[ImageRecord] = (),
-    prompts: Sequence[str] = (),
 ) -> dict[str, str]:
-    """Return {prompt: its argument, or the image that it describes} for all prompts of a run.
-
-    Args:
-        prompts: the prompts of a distillation.
-    """
+    """Return {prompt: its argument, its image, or its file and line} for all prompts of a run."""
     sources: dict[str, str] = {}
     named = {"instance_prompt": args.instance_prompt, "class_prompt": args.class_prompt}
     for name, prompt in named.items():
@@ -56,8 +52,10 @@ def prompt_sources(
             sources.setdefault(prompt.strip(), f"--{name}")
     for record in records:
         sources.setdefault(record.prompt, f"the caption of {record.name}")
-    for prompt in prompts:
-        sources.setdefault(prompt, str(args.prompts_file))
+    if args.prompts_file is not None:
+        lines = Path(args.prompts_file).expanduser().read_text(encoding="utf-8").splitlines()
+        for number, line in enumerate(lines, 1):
+            sources.setdefault(line.strip(), f"{args.prompts_file}, line {number}")
     for prompt in args.prompts:
         sources.setdefault(prompt, "--validation_prompts")
     return sources

@@ -92,7 +92,7 @@ def load_distillation(args: DreamBoothArguments, run: Run) -> Distillation:
 
     pipe: Any = load_base(args, run).to(run.accelerator.device)
     if run.is_main:
-        warn_of_cut_prompts(pipe, prompt_sources(args, prompts=prompts))
+        warn_of_cut_prompts(pipe, prompt_sources(args))
     family = run_family(args, pipe)
     teacher, student = (sharing_pipeline(pipe, run.dtype) for _ in range(2))
     few_steps = few_steps_of(

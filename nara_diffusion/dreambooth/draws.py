@@ -8,7 +8,7 @@ the purpose of a number, so that two purposes never share numbers. `index` is th
 stream of samples. A sample therefore gets the same crop, latent and noise in any process, at any
 batch size and in any order, and a resumed run needs no random state. Normal numbers are drawn on
 the CPU, so they don't depend on the device. Stratified u spread the noise levels evenly over a
-global batch (`noise.level.stratified_uniform`). A class image has the position of its instance but
+global batch (`noise.drawn_levels.stratified_uniform`). A class image has the position of its instance but
 a different role, so the two get independent noise.
 """
 

@@ -99,7 +99,7 @@ def test_adapters_with_one_level_a_sample_are_refused_with_the_cache(model: Any)
     for use_cache in (True, None):
         with pytest.raises(ValueError, match=r"'default' .*noise_level_per is 'sample'.* use_cache=False"):
             answers(model, use_cache)
-    with pytest.warns(UserWarning, match="for each sample, and this forward") as warned:
+    with pytest.warns(UserWarning, match="with one λ for each sample. This forward") as warned:
         found = answers(model, False)
     assert len(warned) == 1
     model.peft_config["default"].noise_level_per = "part"

@@ -73,7 +73,7 @@ def test_prompts_of_text_files_and_arguments_are_named(pipe, tmp_path, caplog) -
     (folder / "01.txt").write_text(long("a"))
     args = arguments(instance_data_dir=str(folder), instance_prompt=long("b"))
     sources = prompt_sources(args, records_from_folder(folder, prompt=long("b")))
-    prompts = [SHORT, long("c")]
-    sources |= prompt_sources(arguments(distill_to=2, prompts_file=str(file)), prompts=prompts)
-    expected = {f"the caption of {folder}/01.png": "a", "--instance_prompt": "b", str(file): "c"}
+    file.write_text(f"{SHORT}\n\n{long('c')}\n")
+    sources |= prompt_sources(arguments(distill_to=2, prompts_file=str(file)))
+    expected = {f"the caption of {folder}/01.png": "a", "--instance_prompt": "b", f"{file}, line 3": "c"}
     assert sorted(warned(pipe, sources, caplog)) == sorted(message(*item) for item in expected.items())
