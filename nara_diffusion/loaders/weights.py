@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nara_diffusion.config import NaraConfig
 from nara_diffusion.tuner.adding import restored_on_error
-from nara_diffusion.utils.files import listed
+from nara_diffusion.utils.wording import listed
 
 from .adapter_part import AdapterPart
 from .file import AdapterFile, naming
