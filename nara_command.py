@@ -38,19 +38,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not words or words[0] in HELP:
         sys.stdout.write(f"{__doc__}\n")
         return
-    command, *rest = words
+    command, *flags = words
     if command not in COMMANDS:
         sys.exit(
-            f"error: nara has no command {command!r}, expected one of {', '.join(COMMANDS)}; nara --help."
+            f"error: nara has no command {command!r}, expected one of {', '.join(COMMANDS)}. See nara --help."
         )
     try:
         if command in OWN:
-            args = parser_of(command).parse_args(rest)
+            args = parser_of(command).parse_args(flags)
             sys.stdout.write(f"{getattr(import_module(COMMANDS[command]), command)(args)}\n")
-        elif rest and rest[0] in HELP:
+        elif flags and flags[0] in HELP:
             sys.stdout.write(f"{help_of(command)}\n")
         else:
-            import_module(COMMANDS[command]).main(rest)
+            import_module(COMMANDS[command]).main(flags)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package in ("", "nara_diffusion"):

@@ -50,20 +50,19 @@ class LiveAdapter:
         denoisers = [name for name in HOST_DENOISERS if name in parts]
         if not denoisers:
             raise ValueError(
-                f"'{path}' has parts for {', '.join(parts)}, but none for a denoiser: this node "
+                f"'{path}' has parts for {', '.join(parts)}, but none for a denoiser, so this node "
                 "can't use it."
             )
         denoiser = parts.pop(denoisers[0])
         self.config = denoiser.config
         if self.config.use_dora:
             raise ValueError(
-                f"'{path}' is a NaRA-DoRA, which ComfyUI can't apply: sample it in Diffusers."
+                f"'{path}' is a NaRA-DoRA, which this node can't apply. Sample it in Diffusers."
             )
         self.adapter = adapter_of_part(denoiser)
         self.convention = self._convention(base, path)
-        layers = {}
-        for name, layer in self.adapter.lora.layers.items():
-            layers[name] = with_scale_1(name, layer)
+        lora = self.adapter.lora.layers
+        layers = {name: with_scale_1(name, layer) for name, layer in lora.items()}
         self.factors = original_layers(layers, base)
         self.parts = parts_of(layers, base)
         self.encoders = {}
@@ -78,31 +77,29 @@ class LiveAdapter:
         weakref.finalize(self, _remove, self._handles)
 
     def _convention(self, base: str, path: str) -> str | None:
-        config = self.config
         if self.adapter.level_of(0.5) is None:
             return None
-        allowed = CONVENTIONS.get(base, ("flow",))
-        if config.noise_convention not in allowed:
+        convention, allowed = self.config.noise_convention, CONVENTIONS.get(base, ("flow",))
+        if convention not in allowed:
             raise ValueError(
-                f"'{path}' defines λ as {config.noise_convention!r}, but {base} has "
-                f"{' or '.join(allowed)}: choose the base that it was trained on."
+                f"'{path}' defines λ as {convention!r}, but {base} defines it as "
+                f"{' or '.join(allowed)}. Choose the base that the adapter was trained on."
             )
-        return config.noise_convention
+        return convention
 
     def check(self, model: nn.Module) -> None:
         """Raise ValueError if a module is missing in ComfyUI's `model` or has the wrong size."""
-        modules = self._modules(model)
-        for name, own in self.factors.items():
-            wanted = (len(own.B), *own.A.shape[1:])
-            weight: Any = modules[name].weight
-            found = tuple(weight.shape)
-            if wanted != found:
+        for name, module in self._modules(model).items():
+            factors = self.factors[name]
+            trained_shape = (len(factors.B), *factors.A.shape[1:])
+            shape = tuple(module.weight.shape)
+            if shape != trained_shape:
                 raise ValueError(
-                    f"{name} has a weight of shape {found} in this model, but the adapter was "
-                    f"trained on {wanted}."
+                    f"{name} has a weight of shape {shape} in this model, but the adapter was "
+                    f"trained on {trained_shape}. Use the checkpoint that it was trained on."
                 )
 
-    def _modules(self, model: nn.Module) -> dict[str, nn.Module]:
+    def _modules(self, model: nn.Module) -> dict[str, Any]:
         """Return the adapted modules of `model`.
 
         Raises:
@@ -112,25 +109,23 @@ class LiveAdapter:
         missing = [name for name in self.factors if name not in modules]
         if missing:
             raise ValueError(
-                f"{len(missing)} of {len(self.factors)} modules aren't in this model, such as "
-                f"{missing[0]}: choose the base that the adapter was trained on, and its "
-                "checkpoint, and leave out nodes that compile it."
+                f"{len(missing)} of {len(self.factors)} modules, such as {missing[0]}, aren't in this model. Choose "
+                "the base and the checkpoint that the adapter was trained on, and leave out nodes that compile it."
             )
         for name, module in modules.items():
             if getattr(module, "_compiled_call_impl", None) is not None:
                 raise ValueError(
-                    f"{name or 'the model'} is compiled, so λ would stay that of one step: don't "
-                    "compile it."
+                    f"{name or 'The model'} is compiled, so all steps would use the λ of the first. Don't compile it."
                 )
         return {name: modules[name] for name in self.factors}
 
     def matrices(self, level: Tensor, strength: float) -> dict[str, Tensor]:
         """Return {module: strength · M(λ) (b, r, r)} at λ (b,), on the device of `level`."""
         cores = self.adapter.cores(level.float().cpu(), strength, level.device)
-        matrices = {}
-        for name, own in self.parts.items():
-            matrices[name] = _block_diagonal([cores[part] for part in own if part])
-        return matrices
+        return {
+            name: _block_diagonal([cores[part] for part in parts if part])
+            for name, parts in self.parts.items()
+        }
 
     @contextmanager
     def applied(self, model: nn.Module, level: Tensor, strength: float) -> Iterator[None]:
@@ -141,9 +136,9 @@ class LiveAdapter:
         if modules != self._hooked:
             _remove(self._handles)
             # the model keeps the hooks, which must not keep this adapter alive
-            own: weakref.ref[LiveAdapter] = weakref.ref(self)
+            reference: weakref.ref[LiveAdapter] = weakref.ref(self)
             for name, module in modules.items():
-                self._handles.append(module.register_forward_hook(_hook(own, name)))
+                self._handles.append(module.register_forward_hook(_hook(reference, name)))
             self._hooked = modules
         self._matrices = self.matrices(level, strength)
         try:
@@ -151,15 +146,14 @@ class LiveAdapter:
         finally:
             self._matrices = {}
 
-    def update(self, name: str, module: nn.Module, x: Tensor) -> Tensor | None:
+    def update(self, name: str, module: Any, x: Tensor) -> Tensor | None:
         """Return up · M · down · x, with x (b, …, d_in) or (b, d_in, h, w); None if not applied."""
         if name not in self._matrices:
             return None
         M = self._matrices[name].to(x.device, x.dtype)
         if len(M) not in (1, len(x)):
             raise ValueError(
-                f"λ has {len(M)} values, and a layer sees a batch of {len(x)}: sample at one λ at "
-                "a time."
+                f"λ has {len(M)} values, but a layer sees a batch of {len(x)}. Sample at one λ at a time."
             )
         down, up = self._placed.get(name) or (self.factors[name].A, self.factors[name].B)
         if (down.device, down.dtype) != (x.device, x.dtype):
@@ -168,11 +162,9 @@ class LiveAdapter:
         if down.dim() == 2:
             hidden = torch.einsum("brs,b...s->b...r", M, nn.functional.linear(x, down))
             return nn.functional.linear(hidden, up)
-        options: dict[str, Any] = {}
-        for key in ("stride", "padding", "dilation"):
-            options[key] = getattr(module, key)
-        hidden = nn.functional.conv2d(x, down, **options)  # (b, r, h', w')
-        return nn.functional.conv2d(torch.einsum("brs,bs...->br...", M, hidden), up)
+        hidden = nn.functional.conv2d(x, down, None, module.stride, module.padding, module.dilation)
+        hidden = torch.einsum("brs,bs...->br...", M, hidden)  # (b, r, h', w')
+        return nn.functional.conv2d(hidden, up)
 
 
 def _hook(adapter: weakref.ref[LiveAdapter], name: str) -> Callable[..., Tensor]:
@@ -193,11 +185,6 @@ def _block_diagonal(blocks: list[Tensor]) -> Tensor:
     """Return the block-diagonal matrices (b, Σr, Σr) made of blocks (b, r, r)."""
     if len(blocks) == 1:
         return blocks[0]
-    b, size = max(map(len, blocks)), sum(block.shape[-1] for block in blocks)
-    matrix = blocks[0].new_zeros(b, size, size)
-    start = 0
-    for block in blocks:
-        end = start + block.shape[-1]
-        matrix[:, start:end, start:end] = block
-        start = end
-    return matrix
+    b = max(map(len, blocks))
+    samples = zip(*(block.expand(b, -1, -1) for block in blocks), strict=True)
+    return torch.stack([torch.block_diag(*sample) for sample in samples])

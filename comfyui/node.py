@@ -79,7 +79,7 @@ class LoadNaRA:
         adapter.check(model.model.diffusion_model)
         if adapter.encoders and clip is None:
             raise ValueError(
-                f"'{nara_name}' adapts {', '.join(adapter.encoders)} too: connect clip."
+                f"'{nara_name}' also adapts {', '.join(adapter.encoders)}. Connect the input clip."
             )
         patched = model.clone()
         previous = model.model_options.get("model_function_wrapper")
@@ -117,13 +117,13 @@ def noise_level(convention: str | None, sampling: Sampling, sigma: Tensor) -> Te
     """
     is_flow = "CONST" in [kind.__name__ for kind in type(sampling).__mro__]
     if convention == "timestep" and not _is_discrete(sampling):
-        raise _unlike("timestep / N", sampling, "choose the node ModelSamplingDiscrete")
+        raise _unlike("timestep / N", sampling, "add the node ModelSamplingDiscrete")
     if convention == "flow" and not is_flow:
         raise _unlike(
-            "the σ of a flow", sampling, "choose the node ModelSamplingSD3 or ModelSamplingFlux"
+            "the σ of a flow", sampling, "add the node ModelSamplingSD3 or ModelSamplingFlux"
         )
     if convention == "edm" and is_flow:
-        raise _unlike("σ / (1 + σ)", sampling, "choose the node ModelSamplingContinuousEDM")
+        raise _unlike("σ / (1 + σ)", sampling, "add the node ModelSamplingContinuousEDM")
     if convention == "timestep":
         level = sampling.timestep(sigma).float() / sampling.num_timesteps
     else:
@@ -137,9 +137,9 @@ def _is_discrete(sampling: Sampling) -> bool:
     return steps is not None and int(sampling.timestep(sampling.sigmas[-1:])) == steps - 1
 
 
-def _unlike(wanted: str, sampling: Sampling, remedy: str) -> ValueError:
+def _unlike(definition: str, sampling: Sampling, remedy: str) -> ValueError:
     kinds = ", ".join(kind.__name__ for kind in type(sampling).__bases__)
     return ValueError(
-        f"The adapter's λ is {wanted}, but the model is sampled by {kinds}, which has no such "
-        f"value: {remedy}."
+        f"The adapter's λ is {definition}, but the model is sampled by {kinds}, which does not have that "
+        f"value. To fix this, {remedy}."
     )

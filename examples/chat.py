@@ -24,7 +24,8 @@ from peft import PeftModel
 from nara_diffusion import set_strength
 from nara_diffusion.dllm import GenerationStep, encode_prompts, load_backbone, prompt_text, stop_token_ids
 from nara_diffusion.dllm.models.backbone import Backbone
-from nara_diffusion.dllm.sampler import answer_prompts, check_canvas
+from nara_diffusion.dllm.sampler import answer_prompts
+from nara_diffusion.dllm.text_lengths import check_canvas
 
 Turns = list[dict[str, str]]
 """A conversation, {"role": …, "content": …} a turn."""
@@ -65,7 +66,7 @@ def answer(model: Any, tokenizer: Any, turns: Turns, **sampling: Any) -> str:
         print(f"\r\x1b[2K{' '.join(text.split())[-79:]}", end="", flush=True)
 
     sampling |= {"eos_token_id": stop_token_ids(model, tokenizer), "chat": bool(tokenizer.chat_template)}
-    if not Backbone(model).has_canvas:
+    if Backbone(model).traits.has_masks:
         sampling |= {"on_step_end": show if sys.stdout.isatty() else None}
     answers = answer_prompts(model, [ids], **sampling).answers  # (1, g)
     return tokenizer.decode(answers[0], skip_special_tokens=True).strip()
@@ -95,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.strength is not None:
             set_strength(model, "default", args.strength)
     blocks = args.block_length or of_run(args.adapter, "block_length")
-    if blocks and Backbone(model).block_length is not None:  # LLaDA2's attention has the blocks of its training
+    if blocks and Backbone(model).traits.attends_by_blocks:  # LLaDA2's attention has the blocks of its training
         model.config.block_length = blocks
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()  # type: ignore[arg-type]
     sampling = {name: getattr(args, name) for name in ("steps", "block_length", "temperature")}

@@ -44,16 +44,20 @@ from torch import nn
 
 from nara_diffusion.dllm import train as dllm_train
 from nara_diffusion.dllm.batches import GlobalBatchStream
+from nara_diffusion.dllm.kinds import kind_of
+from nara_diffusion.dllm.kinds.text_kind import TextLoss
 from nara_diffusion.dllm.loss import batch_loss
 from nara_diffusion.dllm.masking import mask_answers
 from nara_diffusion.dllm.models.backbone import Backbone
-from nara_diffusion.dllm.text_arguments import Arguments, TextLoss, adapter_options, loss_of
-from nara_diffusion.dreambooth import train as dreambooth_train
+from nara_diffusion.dllm.text_arguments import Arguments, adapter_options
 from nara_diffusion.dreambooth.caches import PromptCache
 from nara_diffusion.dreambooth.dataset import DreamBoothDataset, collate_samples
-from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser, write_checkpoint
+from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser
+from nara_diffusion.dreambooth.denoiser_files import write_checkpoint
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments, run_family
-from nara_diffusion.dreambooth.pipelines import family_defaults, training_sizes
+from nara_diffusion.dreambooth.pipelines import training_sizes
+from nara_diffusion.dreambooth.shipped_images import family_defaults
+from nara_diffusion.dreambooth.subject import Subject, load_subject
 from nara_diffusion.dreambooth.training_step import DreamBoothLoss, TrainingStep
 from nara_diffusion.training import adapter_weights
 from nara_diffusion.training.adapters import add_adapter, method_of
@@ -119,9 +123,9 @@ def check(model: str, data: str, flags: Sequence[str]) -> dict[str, Any]:
     if isinstance(args, DreamBoothArguments):
         args.class_prompt = args.class_data_dir = None
         with start_run(args, "dreambooth", write_checkpoint) as run:
-            return check_images(dreambooth_train.FineTuning(args, run))
+            return check_images(load_subject(args, run))
     with start_run(args, "dllm", adapter_weights.write_checkpoint) as run:
-        return check_text(dllm_train.FineTuning(args, run))
+        return check_text(dllm_train.prepare(args, run))
 
 
 def shipped_lengths(model: str) -> dict[str, Any]:
@@ -136,43 +140,43 @@ def shipped_lengths(model: str) -> dict[str, Any]:
 # ---------------------------------------------------------------------- texts
 
 
-def check_text(tuning: dllm_train.FineTuning) -> dict[str, Any]:
+def check_text(setup: dllm_train.Setup) -> dict[str, Any]:
     """Check a training on texts, and return the content of check.json.
 
     Args:
-        tuning: the training, with a backbone that has no adapter yet.
+        setup: the training, with a base model that has no adapter yet.
     """
-    args = published(tuning.args)
-    backbone = Backbone(tuning.backbone)
-    config = nara_config(args, **adapter_options(tuning.backbone, args))
-    adapted = add_adapter(tuning.backbone, config)
-    model = adapted.to(tuning.run.accelerator.device).train()
-    digits = digit_tokens(tuning.tokenizer)
+    args = published(setup.args)
+    data, base = setup.data, setup.base.model
+    backbone = Backbone(base)
+    config = nara_config(args, **adapter_options(base, args))
+    adapted = add_adapter(base, config)
+    model = adapted.to(setup.run.accelerator.device).train()
+    digits = digit_tokens(setup.base.tokenizer)
     limit = backbone.position_limit
     has_digits = len(set(digits)) == 10
-    has_place = (limit is None or tuning.padded < limit) and backbone.block_length is None
-    has_place = has_place and not backbone.has_canvas
+    has_place = (limit is None or data.padded < limit) and backbone.block_length is None
     with_token = None
     if has_digits and has_place:
         add_cheap(model, config)
         with_token = (
-            text_loss(tuning, model, tuning.train_rows, digits),
-            text_loss(tuning, model, tuning.validation_rows, digits),
+            text_loss(setup, model, data.training.rows, digits),
+            text_loss(setup, model, data.validation_rows, digits),
         )
     task = CheckTask(
         model,
         config,
         args,
-        loss=text_loss(tuning, model, tuning.train_rows),
-        held_out=text_loss(tuning, model, tuning.validation_rows),
-        step_samples=tuning.objective["group_size"],
+        loss=text_loss(setup, model, data.training.rows),
+        held_out=text_loss(setup, model, data.validation_rows),
+        step_samples=setup.objective["group_size"],
         with_token=with_token,
     )
-    return check_training(task, tuning.run)
+    return check_training(task, setup.run)
 
 
 def text_loss(
-    tuning: dllm_train.FineTuning,
+    setup: dllm_train.Setup,
     model: nn.Module,
     rows: Dataset,
     digits: Sequence[int] | None = None,
@@ -182,18 +186,19 @@ def text_loss(
     Args:
         digits: the tokens of 0 … 9, to append λ as a digit to each prompt. None appends nothing.
     """
-    device = tuning.run.accelerator.device
+    device = setup.run.accelerator.device
     backbone = Backbone(model)
-    mask = None if backbone.has_canvas else backbone.mask_token_id()
-    stream = GlobalBatchStream(rows, tuning.args.seed, tuning.objective["group_size"])
+    kind = kind_of(backbone)
+    mask = backbone.mask_token_id() if backbone.traits.has_masks else None
+    stream = GlobalBatchStream(rows, setup.args.seed, setup.objective["group_size"])
 
     def loss(positions: Sequence[int]) -> TextLoss:
-        inputs = tuning.collator([stream[position] for position in positions])
+        inputs = setup.data.collator([stream[position] for position in positions])
         inputs["input_ids"] = inputs["input_ids"].to(device, non_blocking=True)
         if mask is None:
-            return loss_of(model)(model, **inputs, **tuning.objective)
+            return kind.loss(model, **inputs, **setup.objective)
         inputs |= {"mask_token_id": mask, "block_length": backbone.block_length}
-        batch = mask_answers(**inputs, **tuning.objective)
+        batch = mask_answers(**inputs, **setup.objective)
         if digits is not None:
             batch = with_level_token(batch, digits)
         return batch_loss(model, batch)
@@ -204,7 +209,7 @@ def text_loss(
 # ---------------------------------------------------------------------- images
 
 
-def check_images(tuning: dreambooth_train.FineTuning) -> dict[str, Any]:
+def check_images(tuning: Subject) -> dict[str, Any]:
     """Check a training on images, and return the content of check.json.
 
     Args:
@@ -248,7 +253,7 @@ def image_loss(step: TrainingStep, images: DreamBoothDataset) -> Loss:
     return loss
 
 
-def split_images(tuning: dreambooth_train.FineTuning) -> tuple[DreamBoothDataset, DreamBoothDataset, str]:
+def split_images(tuning: Subject) -> tuple[DreamBoothDataset, DreamBoothDataset, str]:
     """Return the pictures to train on, those to measure on, and what the report calls the losses on these."""
     args, dataset = tuning.args, tuning.dataset
     if args.validation_data_dir is not None:

@@ -29,8 +29,7 @@ from statistics import fmean
 from typing import Any
 
 import yaml
-
-from nara_diffusion.utils.statistics import interval
+from mean_interval import interval
 
 SCRIPTS = Path(__file__).parents[1] / "train_scripts"
 LAUNCH = (sys.executable, "-m", "accelerate.commands.launch")

@@ -27,11 +27,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mean_interval import interval
 
 from nara_diffusion.dreambooth.captions import own_captions
 from nara_diffusion.dreambooth.encoders import Encoder, text_alignment
 from nara_diffusion.dreambooth.image_records import image_files
-from nara_diffusion.utils.statistics import interval
 
 MEASURES = {
     "dino_similarity": "DINO image similarity",

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from enum import Enum
+from functools import cache
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_type_hints
@@ -22,7 +24,7 @@ from nara_diffusion.noise.strength_schedule import StrengthSchedule
 from nara_diffusion.utils.field_types import described, fits
 from nara_diffusion.utils.files import atomic_write_files
 
-_CHOICES: dict[str, tuple[tuple[str | int, ...], tuple[str, ...]]] = {
+_CHOICES: dict[str, tuple[tuple[str | int | None, ...], tuple[str, ...]]] = {
     "bias": (("none", "all", "lora_only"), BUILT_IN),
     "core_init": (("zero_last", "kaiming", "zero_all"), ("hypernetwork", "constant")),
     "core_input": (("noise_level",), BUILT_IN),
@@ -30,10 +32,9 @@ _CHOICES: dict[str, tuple[tuple[str | int, ...], tuple[str, ...]]] = {
     "lora_a_init": (("peft", "orthogonal"), BUILT_IN),
     "mask_density_radius": ((4,), BUILT_IN),
     "noise_embedding": (("fourier", "mlp", "raw"), ("hypernetwork",)),
+    "noise_level_per": ((None, "sample", "part"), BUILT_IN),
 }
 """{field: (its choices, the built-in core types that read it)}. Custom cores may read all."""
-_SIZES = ("r", "noise_embedding_dim", "core_bins", "core_knots")
-_SCALES = ("core_scale", "fourier_scale")
 _GONE = {"core_normalization": "none", "noise_scale": "linear", "layer_embedding_dim": 16}
 """{removed field of version 0.1: its default there}. Files with that default load as before."""
 OTHER_PREDICTION = (
@@ -50,6 +51,44 @@ _REFUSED = (
 _UNSCALED = ("bias", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters")
 """LoRA options that change the model outside s · B · C · A, unless their value is in `_UNSET`."""
 _UNSET = (None, False, "none", [])
+
+
+_annotations = cache(get_type_hints)
+"""Class → {field: its type}; computing it takes a few milliseconds."""
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) > 0
+
+
+_SIZE = (_is_size, "a positive integer")
+_SCALE = (lambda value: is_number(value) and value > 0, "a finite number greater than 0")
+_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("r", "noise_embedding_dim", "core_bins", "core_knots"), _SIZE),
+    **dict.fromkeys(("core_scale", "fourier_scale"), _SCALE),
+    "lora_alpha": (is_number, "a finite number"),
+    "lora_dropout": (
+        lambda value: is_number(value) and 0 <= value < 1,
+        "a number from 0 to less than 1",
+    ),
+    "core_hidden_dims": (
+        lambda dims: isinstance(dims, (list, tuple)) and all(map(_is_size, dims)) and len(dims) > 0,
+        "one positive integer for each hidden layer",
+    ),
+    "rank_pattern": (
+        lambda ranks: isinstance(ranks, dict) and all(map(_is_size, ranks.values())),
+        "{name of a module: its positive integer rank}",
+    ),
+    "alpha_pattern": (
+        lambda alphas: isinstance(alphas, dict) and all(map(is_number, alphas.values())),
+        "{name of a module: its finite alpha}",
+    ),
+    "few_steps": (
+        lambda steps: steps is None or (isinstance(steps, dict) and "num_inference_steps" in steps),
+        "sampling settings with their num_inference_steps",
+    ),
+}
+"""{field: (whether its value is valid, what to pass)}."""
 
 
 class NaraPeftType(str, Enum):
@@ -155,8 +194,7 @@ class NaraConfig(LoraConfig):
         self.alpha_pattern = self.alpha_pattern or {}
         check_core_type(self.core_type)
         self._check_choices()
-        self._check_numbers()
-        self._check_types()
+        self._check_values()
         super().__post_init__()
         self.peft_type = NaraPeftType.NARA  # type: ignore[assignment]
         self._check_core_numbers()
@@ -196,37 +234,14 @@ class NaraConfig(LoraConfig):
                     f"or use core_type {' or '.join(map(repr, readers))}.",
                 )
 
-        if self.noise_level_per not in (None, "sample", "part"):
-            self._refuse("noise_level_per", ": choose 'sample' or 'part', or leave it at None.")
-        steps = self.few_steps
-        if steps is not None and not (isinstance(steps, dict) and "num_inference_steps" in steps):
-            self._refuse("few_steps", ": pass sampling settings with their num_inference_steps.")
-
-    def _check_numbers(self) -> None:
-        widths = self.core_hidden_dims
-        if not isinstance(widths, (list, tuple)) or not widths or not all(map(_is_size, widths)):
-            self._refuse("core_hidden_dims", ": pass one positive integer for each hidden layer.")
-        self.core_hidden_dims = tuple(widths)  # JSON gives a list
-        for name in _SIZES:
-            if not _is_size(getattr(self, name)):
-                self._refuse(name, ": pass a positive integer.")
-        for name in _SCALES:
-            if not is_number(getattr(self, name)) or getattr(self, name) <= 0:
-                self._refuse(name, ": pass a finite number greater than 0.")
-        if not is_number(self.lora_alpha):
-            self._refuse("lora_alpha", ": pass a finite number.")
-        if not is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
-            self._refuse("lora_dropout", ": pass a number from 0 to less than 1.")
-        ranks, alphas = self.rank_pattern, self.alpha_pattern
-        if not isinstance(ranks, dict) or not all(map(_is_size, ranks.values())):
-            self._refuse("rank_pattern", ": pass {name of a module: its positive integer rank}.")
-        if not isinstance(alphas, dict) or not all(map(is_number, alphas.values())):
-            self._refuse("alpha_pattern", ": pass {name of a module: its finite alpha}.")
-
-    def _check_types(self) -> None:
-        for name, annotation in get_type_hints(type(self)).items():
+    def _check_values(self) -> None:
+        for name, (is_valid, expected) in _VALUES.items():
+            if not is_valid(getattr(self, name)):
+                self._refuse(name, f": pass {expected}.")
+        for name, annotation in _annotations(type(self)).items():
             if not fits(getattr(self, name), annotation):
                 self._refuse(name, f": pass {described(annotation)}.")
+        self.core_hidden_dims = tuple(self.core_hidden_dims)  # JSON gives a list
 
     def _check_core_numbers(self) -> None:
         if self.noise_embedding == "fourier" and self.noise_embedding_dim % 2:
@@ -245,13 +260,12 @@ class NaraConfig(LoraConfig):
                     f", with core_type={self.core_type!r} and r={min(ranks)}: it is for "
                     "core_type='rank_mask', an integer from 1 to r, or None for half of r.",
                 )
-        if self.core_type == "bins":
-            for rank in sorted(ranks):
-                if rank % self.core_bins:
-                    raise ValueError(
-                        f"r ({rank}) is the total rank of all bins and must be a multiple of core_bins "
-                        f"({self.core_bins})."
-                    )
+        uneven = [rank for rank in sorted(ranks) if rank % self.core_bins]
+        if self.core_type == "bins" and uneven:
+            raise ValueError(
+                f"r ({uneven[0]}) is the total rank of all bins and must be a multiple of core_bins "
+                f"({self.core_bins})."
+            )
 
     def _check_strength(self, given: StrengthSchedule | list[list[float]]) -> None:
         try:
@@ -294,10 +308,6 @@ class NaraConfig(LoraConfig):
                 f"init_lora_weights={start!r} needs C = I at step 0, but core_type={self.core_type!r} "
                 f"with core_init={self.core_init!r} may start with a different C: use True."
             )
-
-
-def _is_size(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) > 0
 
 
 def is_idle(name: str, value: object) -> bool:

@@ -137,7 +137,7 @@ def without_second_biases(tensors: Mapping[str, Tensor], adapter_name: str) -> d
 
     PEFT writes such copies if `bias` is "all".
     """
-    copy = re.compile(rf"\.modules_to_save\.(?!{re.escape(adapter_name)}\.).*\.bias$")
+    copy = re.compile(rf"\.modules_to_save\.(?!{re.escape(adapter_name)}\.)(.*\.)?bias$")
     return {key: tensor for key, tensor in tensors.items() if not copy.search(key)}
 
 

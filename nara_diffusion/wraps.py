@@ -16,17 +16,16 @@ import dataclasses
 import functools
 import inspect
 import os
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from copy import copy
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import diffusers.loaders.lora_base as lora_base
 from diffusers.utils.hub_utils import PushToHubMixin
 from peft import PeftConfig, PeftModel, inject_adapter_in_model, set_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.save_and_load import load_peft_weights
 from torch import nn
 from transformers.integrations.peft import PeftAdapterMixin as TransformersAdapterMixin
@@ -39,6 +38,8 @@ from nara_diffusion.loaders.insertion import (
     TEXT_ENCODER,
     adapters_of,
     nara_adapters_of,
+    tuner_layers,
+    uncompiled,
 )
 from nara_diffusion.loaders.tensor_files import check_peft_weights, is_nara, is_nara_for_peft
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
@@ -110,12 +111,8 @@ def _from_pretrained(
     *args: Any,
     **kwargs: Any,
 ) -> PeftModel:
-    config = kwargs.get("config")
-    is_ours = _is_nara(model_id, kwargs) if config is None else isinstance(config, NaraConfig)
-    if not is_ours:
-        return original(cls, model, model_id, adapter_name, *args, **kwargs)
-    check_peft_weights(model_id, kwargs.get("subfolder"))
-    with naming(model_id, kwargs.get("subfolder")), restored_on_error(model):
+    is_ours = _is_nara(model_id, kwargs.get("config"), kwargs)
+    with _complete(model, model_id, kwargs.get("subfolder")) if is_ours else nullcontext():
         return original(cls, model, model_id, adapter_name, *args, **kwargs)
 
 
@@ -127,18 +124,32 @@ def _load_adapter(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    if not isinstance(self.base_model, NaraModel):
-        return original(self, model_id, adapter_name, *args, **kwargs)
-    check_peft_weights(model_id, kwargs.get("subfolder"))
-    with naming(model_id, kwargs.get("subfolder")), restored_on_error(self):
+    is_ours = isinstance(self.base_model, NaraModel)
+    with _complete(self, model_id, kwargs.get("subfolder")) if is_ours else nullcontext():
         return original(self, model_id, adapter_name, *args, **kwargs)
 
 
-def _is_nara(model_id: str | os.PathLike[str], options: Mapping[str, Any]) -> bool:
-    """Return True if the adapter to be loaded is a NaRA."""
-    names = ("subfolder", "revision", "cache_dir", "token")
-    hub = {name: options[name] for name in names if name in options}
-    return is_nara_for_peft(str(model_id), **hub)
+def _is_nara(
+    model_id: str | os.PathLike[str] | None, config: object, options: Mapping[str, Any]
+) -> bool:
+    """Return True if the adapter to be loaded, from a folder or with `config`, is a NaRA."""
+    if config is not None or not model_id:
+        return isinstance(config, NaraConfig)
+    return is_nara_for_peft(str(model_id), **_hub_options(options))
+
+
+def _hub_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: options[name] for name in _HUB if options.get(name) is not None}
+
+
+@contextmanager
+def _complete(
+    model: nn.Module, model_id: str | os.PathLike[str], subfolder: str | None
+) -> Iterator[None]:
+    """Load a PEFT folder completely or, after an error that names the folder, not at all."""
+    with naming(model_id, subfolder), restored_on_error(model):
+        check_peft_weights(model_id, subfolder)
+        yield
 
 
 # ---------------------------------------------------------------------- transformers
@@ -153,25 +164,21 @@ def _load_into_transformers(
     base_id = getattr(load_config, "pretrained_model_name_or_path", None)
     model_id = arguments.get("peft_model_id") or base_id
     of_base = getattr(load_config, "download_kwargs", None) or {}
-    options = {**of_base, **arguments, **(arguments.get("adapter_kwargs") or {})}
-    hub = {name: options[name] for name in _HUB if options.get(name) is not None}
+    hub = _hub_options({**of_base, **arguments, **(arguments.get("adapter_kwargs") or {})})
     config = arguments.get("peft_config")
-    is_ours = isinstance(config, NaraConfig)
-    if config is None and model_id:
-        is_ours = _is_nara(model_id, hub)
-    if not is_ours:
+    if not _is_nara(model_id, config, hub):
         return original(self, *args, **kwargs)
     name = arguments.get("adapter_name") or "default"
-    if name in getattr(self, "peft_config", {}):
+    if name in adapters_of(self):
         raise ValueError(
-            f"The model has an adapter '{name}', and load_adapter does not replace it with a NaRA: pass another "
-            "adapter_name, or call delete_adapter first."
+            f"The model already has an adapter '{name}', and load_adapter does not replace it with a NaRA. Pass "
+            "another adapter_name, or call delete_adapter first."
         )
-    named = nullcontext() if model_id is None else naming(model_id, hub.get("subfolder"))
+    tensors = arguments.get("adapter_state_dict")
+    named = naming(model_id, hub.get("subfolder")) if model_id else nullcontext()
     with named, restored_on_error(self):
         config = copy(config or PeftConfig.from_pretrained(model_id, **hub))  # type: ignore[arg-type]
         config.inference_mode = not arguments.get("is_trainable", False)
-        tensors = arguments.get("adapter_state_dict")
         if not tensors:
             check_peft_weights(model_id, hub.get("subfolder"))  # type: ignore[arg-type]
             tensors = load_peft_weights(model_id, device="cpu", **hub)  # type: ignore[arg-type]
@@ -180,9 +187,8 @@ def _load_into_transformers(
         vars(self)[LOADED_FLAG] = True
     if config.inference_mode:
         self.eval()
-        for module in self.modules():
-            if isinstance(module, BaseTunerLayer):
-                module.requires_grad_(False)
+        for layer in tuner_layers(self):
+            cast(nn.Module, layer).requires_grad_(False)
         holder = holder_of(self)
         if holder is not None:
             holder.follow_factors()
@@ -205,16 +211,16 @@ def _set_adapters(
     weights = adapter_weights if is_list else [adapter_weights] * len(names)
     scheduled = []
     for part in pipe._lora_loadable_modules:
-        model = getattr(pipe, part, None)
-        if model is None:
-            continue
-        _check_not_compiled(part, model)
+        model: Any = getattr(pipe, part, None)
+        if uncompiled(model) is not model and nara_adapters_of(uncompiled(model)):
+            raise ValueError(
+                f"{part} was returned by torch.compile, and Diffusers finds no adapter in it. Use the original model, "
+                f"pipe.{part} = pipe.{part}._orig_mod, and compile it in place, pipe.{part}.compile()."
+            )
         for name, weight in zip(names, weights, strict=False):  # Diffusers checks the lengths
             if name not in adapters_of(model):
                 continue
-            weight_of_part = weight.get(part) if isinstance(weight, Mapping) else weight
-            _check_weight(part, weight_of_part)
-            schedule = weight_of_part if isinstance(weight_of_part, StrengthSchedule) else None
+            schedule = _schedule(weight.get(part) if isinstance(weight, Mapping) else weight, part)
             if schedule is not None:
                 scheduled.append((model, name, schedule))
             if schedule is not None or strength_of(model, name) is not None:
@@ -225,34 +231,21 @@ def _set_adapters(
             give_strength(model, name, schedule)
 
 
-def _check_not_compiled(part: str, model: nn.Module) -> None:
-    """Raise ValueError for a part whose adapters Diffusers would skip without a word."""
-    compiled = getattr(model, "_orig_mod", None)
-    if compiled is not None and nara_adapters_of(compiled):
+def _schedule(weight: _Weight, part: str) -> StrengthSchedule | None:
+    """Return the `weight` for component `part` if it is a schedule.
+
+    Raises:
+        ValueError: the component has no λ, or the schedule is one block's.
+    """
+    schedule = weight if isinstance(weight, StrengthSchedule) else None
+    is_for_text = schedule is not None and part.startswith(TEXT_ENCODER)
+    if is_for_text or (schedule is None and _numbers(weight) != weight):
+        reason = "has no λ" if is_for_text else "needs a number for each block"
         raise ValueError(
-            f"{part} was returned by torch.compile, and Diffusers finds no adapter in it. Use the model itself, "
-            f"pipe.{part} = pipe.{part}._orig_mod, and compile it in place, pipe.{part}.compile()."
+            f"adapter_weights has a StrengthSchedule for {part}, which {reason}. Pass a schedule for a whole adapter, "
+            "or for its part in the denoiser: {'unet': schedule, 'text_encoder': 1.0}."
         )
-
-
-def _check_weight(part: str, weight: _Weight) -> None:
-    """Raise ValueError if the `weight` for component `part` contains an unusable schedule."""
-    is_schedule = isinstance(weight, StrengthSchedule)
-    if not _holds_schedule(weight) or (is_schedule and not part.startswith(TEXT_ENCODER)):
-        return
-    why = "has no λ" if is_schedule else "needs a number for each block"
-    raise ValueError(
-        f"adapter_weights has a StrengthSchedule for {part}, which {why}. Pass a schedule for a whole adapter, or for "
-        "its part in the denoiser: {'unet': schedule, 'text_encoder': 1.0}."
-    )
-
-
-def _holds_schedule(weight: _Weight) -> bool:
-    if isinstance(weight, Mapping):
-        return any(map(_holds_schedule, weight.values()))
-    if isinstance(weight, list):
-        return any(map(_holds_schedule, weight))
-    return isinstance(weight, StrengthSchedule)
+    return schedule
 
 
 def _numbers(weights: _Weight) -> _Weight:
@@ -268,7 +261,7 @@ def _find_lora_file(original: _Function, *args: Any, **kwargs: Any) -> str:
     path = original(*args, **kwargs)
     if str(path).endswith(".safetensors") and is_nara(Path(path)):
         raise ValueError(
-            f"'{path}' holds a NaRA adapter: loading it as a LoRA would leave out the core. Load it with "
+            f"'{path}' contains a NaRA adapter, and loading it as a LoRA would leave out the core. Load it with "
             "pipe.load_nara_weights(…)."
         )
     return path

@@ -34,16 +34,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from nara_diffusion.dllm import GenerationStep, encode_prompts, load_backbone, prompt_text
 from nara_diffusion.dllm.models.backbone import Backbone
 from nara_diffusion.dllm.models.pretrained import HUB_ARGUMENTS
-from nara_diffusion.dllm.sampler import answer_prompts, check_canvas
+from nara_diffusion.dllm.sampler import answer_prompts
+from nara_diffusion.dllm.text_lengths import check_canvas
 from nara_diffusion.dllm.tokenizer import chat_text, decode_answer, stop_token_ids
-from nara_diffusion.loaders.insertion import adapters_of, tuner_layers
 from nara_diffusion.loaders.weights import load_nara_weights, save_nara_weights, unload_nara_weights
-from nara_diffusion.noise.strength_schedule import StrengthSchedule
-from nara_diffusion.tuner.strength import set_strength
 
 Chat = Sequence[Mapping[str, str]]
 """The turns of a conversation, {"role": …, "content": …} each."""
-Weight = float | StrengthSchedule | None
 
 
 @dataclass
@@ -69,7 +66,7 @@ class LLaDAPipelineOutput(BaseOutput):
 class LLaDAPipeline(LoraBaseMixin, DiffusionPipeline):
     """Answer questions and chats by unmasking tokens.
 
-    Diffusers' own methods, such as `delete_adapters`, `disable_lora` and `enable_lora`, work on the
+    Diffusers' own methods, such as `set_adapters`, `delete_adapters` and `disable_lora`, work on the
     adapters that `load_nara_weights` loaded.
 
     Args:
@@ -96,37 +93,13 @@ class LLaDAPipeline(LoraBaseMixin, DiffusionPipeline):
         if not isinstance(transformer, PreTrainedModel) or is_causal:
             raise ValueError(
                 f"transformer is a {kind}, expected a model of transformers that sees both sides of "
-                "a token: load it with LLaDAPipeline.from_pretrained(…) or "
-                "nara_diffusion.dllm.load_backbone(…); of a PeftModel pass the base model, and load "
-                "the saved adapter with pipe.load_nara_weights(folder)"
+                "a token. Load it with LLaDAPipeline.from_pretrained(…) or "
+                "nara_diffusion.dllm.load_backbone(…). Instead of a PeftModel, pass its base model, and "
+                "load the saved adapter with pipe.load_nara_weights(folder)."
             )
         Backbone(transformer).mask_token_id()
         self.register_modules(transformer=transformer, tokenizer=tokenizer)
         self._interrupt = False
-
-    def set_adapters(
-        self,
-        adapter_names: str | list[str],
-        adapter_weights: Weight | list[Weight] = None,
-    ) -> None:
-        """Activate adapters and set their strengths.
-
-        Args:
-            adapter_weights: one strength for all adapters, or one for each. A strength is a number
-                or a StrengthSchedule; None means 1.
-        """
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        weights = adapter_weights
-        if not isinstance(weights, list):
-            weights = [weights] * len(names)
-        known = list(adapters_of(self.transformer))
-        for name in names:
-            if name not in known:
-                raise ValueError(f"There is no adapter {name!r}: expected one of {known}.")
-        for name, weight in list(zip(names, weights, strict=True)):
-            set_strength(self.transformer, name, 1.0 if weight is None else weight)
-        for layer in tuner_layers(self.transformer):
-            layer.set_adapter(names)
 
     @classmethod
     def from_pretrained(
@@ -191,7 +164,7 @@ class LLaDAPipeline(LoraBaseMixin, DiffusionPipeline):
             texts += [self.prompt_text(one, apply_template)] * num_answers_per_prompt
         if not texts:
             raise ValueError(
-                f"prompt is {prompt!r}, expected a text, texts, a chat, or a list of chats"
+                f"prompt is {prompt!r}, expected one or several texts, or one or several chats."
             )
         check_canvas(self.transformer, 0, gen_length)
         ends = stop_token_ids(self.transformer, self.tokenizer)
@@ -219,8 +192,7 @@ class LLaDAPipeline(LoraBaseMixin, DiffusionPipeline):
             ids = encode_prompts(self.tokenizer, texts)
             result = answer_prompts(self.transformer, ids, device=self._execution_device, **options)
         self.maybe_free_model_hooks()
-        tokens = result.answers.tolist()
-        answers = [decode_answer(self.tokenizer, answer, ends) for answer in tokens]
+        answers = [decode_answer(self.tokenizer, ids, ends) for ids in result.answers.tolist()]
         if not return_dict:
             return answers, result.sequences
         return LLaDAPipelineOutput(
@@ -241,6 +213,6 @@ class LLaDAPipeline(LoraBaseMixin, DiffusionPipeline):
         elif can_chat and prompt and prompt[-1]["role"] == "user":
             return chat_text(self.tokenizer, prompt)
         raise ValueError(
-            f"prompt {prompt!r} is empty, or a chat that doesn't end with the user's turn, or one "
-            "without a chat template of the tokenizer"
+            f"prompt {prompt!r} is empty, is a chat that doesn't end with the user's turn, or is a "
+            "chat for a tokenizer without a chat template."
         )

@@ -1,5 +1,7 @@
 """What every test shares: no network, one thread, fixed seeds, and a small masked-diffusion backbone."""
 
+# ruff: noqa: E402  (what the first statements set is read by imports)
+import gc
 import os
 
 # The environment is read when torch and the Hugging Face libraries are imported, so it is set before them.
@@ -10,13 +12,16 @@ os.environ["MPLBACKEND"] = "Agg"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import gc
+gc.disable()  # until the tests are collected: what imports make is kept
+
 import random
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 import pytest
 import torch
@@ -32,9 +37,9 @@ from tests.helpers.process_state import fail_if_left, process_state
 @pytest.hookimpl(trylast=True)
 def pytest_collection_finish() -> None:
     """The garbage collector skips what has been imported, and runs less often: it took 7 % of the time."""
-    gc.collect()
     gc.freeze()
-    gc.set_threshold(10_000, 20, 50)
+    gc.set_threshold(100_000, 20, 50)
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)
@@ -55,13 +60,29 @@ def _data_sets_in_a_folder_of_the_tests(tmp_path_factory: pytest.TempPathFactory
         yield
 
 
+PLOTS = {
+    "nara_diffusion.training.report": "plot_noise_level_curves",
+    "nara_diffusion.dreambooth.image_report": "write_grid",
+    "nara_diffusion.dreambooth.fidelity": "write_grid",
+}
+"""{module: what it draws with}."""
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _runs_write_their_plots_empty() -> Iterator[None]:
-    """Drawing takes half of a short run. The plot itself: tests/training/test_report.py."""
-    report = sys.modules.get("nara_diffusion.training.report")
+    """Drawing takes half of a short run. The drawings: tests/training/test_report.py, dreambooth/test_samples.py."""
     with pytest.MonkeyPatch.context() as patch:
-        if report is not None:
-            patch.setattr(report, "plot_noise_level_curves", _write_empty)
+        for module, function in PLOTS.items():
+            if module in sys.modules:
+                patch.setattr(sys.modules[module], function, _write_empty)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _templates_of_cards_are_compiled_once() -> Iterator[None]:
+    """huggingface_hub compiles PEFT's template anew for each adapter that is saved."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jinja2.Template", cache(jinja2.Template))
         yield
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import urllib.request
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,7 @@ import torch
 
 from nara_diffusion import StrengthSchedule, noise_level
 
-pytest.importorskip("gradio")
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(find_spec("gradio") is None, reason="needs Gradio")]
 CALL: dict[str, Any] = {"seed": 1, "num_inference_steps": 2, "guidance_scale": 2.0}
 PROMPT = "a photo of sks toy"
 

@@ -125,6 +125,20 @@ def test_every_room_has_a_floor_and_imports_nothing_from_above():
     assert upward(found) == []
 
 
+def test_the_plugin_imports_nothing_of_training():
+    graph = imports(PACKAGE)
+    seen, left = set(), [NAME, f"{NAME}.dllm", f"{NAME}.export"]
+    while left:
+        module = left.pop()
+        if module not in seen:
+            seen.add(module)
+            left += graph[module]
+    rooms = {room_of(module) for module in seen}
+    assert rooms.isdisjoint({"training", "dreambooth", "check", "lm_eval", "cli"}), sorted(seen)
+    assert f"{NAME}.dllm.train" not in seen
+    assert {f"{NAME}.dllm.sampler", f"{NAME}.loaders.weights"} <= seen
+
+
 def test_no_modules_import_each_other():
     assert circle(imports(PACKAGE)) == []
 

@@ -24,7 +24,7 @@ if __name__ == "__main__":
     flags = read_flags(ImageFlags, about=__doc__)
 
     # these imports take seconds, so help and mistakes come first
-    from nara_diffusion.dreambooth.pipelines import CONFIGS, shipped_run
+    from nara_diffusion.dreambooth.shipped_images import CONFIGS, shipped_run
     from nara_diffusion.dreambooth.train import DreamBoothArguments, main
     from nara_diffusion.training.command import run_command
 

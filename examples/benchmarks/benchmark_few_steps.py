@@ -24,7 +24,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any, ClassVar
@@ -36,20 +36,28 @@ import yaml
 from benchmark_record import ROOT, for_terminal, made_in, median_ratio, one_thread, times_in_turn
 from PIL import Image
 from quality import results
-from quality.report.data import change, table
+from quality.report.data import change, interval, table
 from quality.step_table import StepTable
 from torch import Tensor
 
-from nara_diffusion.dreambooth.denoiser import write_checkpoint
-from nara_diffusion.dreambooth.distill import Distillation
+from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser
+from nara_diffusion.dreambooth.denoiser_files import write_adapter, write_checkpoint
+from nara_diffusion.dreambooth.distill import (
+    end_error,
+    evaluation_of,
+    load_distillation,
+    student_losses,
+    student_samples,
+)
 from nara_diffusion.dreambooth.families import Family
 from nara_diffusion.dreambooth.fidelity import Evaluation
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
 from nara_diffusion.dreambooth.samples import write_grid
+from nara_diffusion.dreambooth.student import StudentLoss
 from nara_diffusion.training import loop
+from nara_diffusion.training.checkpoints import save_adapter
 from nara_diffusion.training.live_storages import LiveStorages, tensors_of
-from nara_diffusion.training.run import start_run
-from nara_diffusion.utils.statistics import interval
+from nara_diffusion.training.run import Run, start_run
 
 PLAN = yaml.safe_load((Path(__file__).parent / "few_steps.yaml").read_text(encoding="utf-8"))
 CONFIGS = ROOT / "train_scripts" / "configs"
@@ -117,34 +125,67 @@ def own_rates(rates: Mapping[str, float]) -> Iterator[None]:
 # ---------------------------------------------------------------- runs
 
 
-class Trial(Distillation):
+class Trial:
     """A run that measures its student only. Runs of one seed share the teacher's samples."""
 
     teachers: ClassVar[dict[tuple, Evaluation]] = {}
 
-    def _evaluation(self) -> Evaluation:
+    def __init__(self, args: DreamBoothArguments, run: Run) -> None:
+        self.args, self.run = args, run
+        self.distillation = load_distillation(args, run)
+        self.samples: Sequence[Image.Image] = ()
+        self.trainable = 0
+
+    @cached_property
+    def losses(self) -> tuple[StudentLoss, StudentLoss]:
+        """The loss on training trajectories, and on held-out ones."""
+        return student_losses(self.distillation)
+
+    @cached_property
+    def evaluation(self) -> Evaluation:
+        """The evaluation of the student."""
         key = (self.args.pretrained_model_name_or_path, self.args.seed)
+        held_out = self.losses[1]
         if key not in self.teachers:
-            self.teachers[key] = super()._evaluation()
-        own = {"run": self.run, "pipe": self.sampling_pipe, "loss": self.held_out}
-        return replace(self.teachers[key], **own)
+            self.teachers[key] = evaluation_of(self.distillation, held_out)
+        return replace(self.teachers[key], run=self.run, pipe=self.distillation.student, loss=held_out)
+
+    def model(self) -> torch.nn.Module:
+        """The model to train."""
+        distillation = self.distillation
+        return AdaptedDenoiser(distillation.pipe, distillation.config, family=distillation.family)
+
+    def train(self) -> None:
+        """Train from the start to the last step, and write the adapter."""
+        save_adapter(self.run.accelerator, self.fit(), self.run.folder, write_adapter)
+
+    def fit(self) -> torch.nn.Module:
+        """Train from the start to the last step, and return the model."""
+        loss, run = self.losses[0], self.run
+        run.plan(len(loss.prompts) * len(loss.few_steps.timesteps))
+        evaluation, model = self.evaluation, self.model()
+        self.trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        parts = loop.prepare_training(run, model, student_samples(loss, self.args.seed), list)
+        run.open({})
+        loop.train(run, parts, replace(loss, model=parts.model), partial(evaluation.validate, parts.model))
+        return parts.model
 
     def report(self) -> dict[str, Any]:
         """The student's figures."""
-        return self._figures(self.run.folder)
+        return self.figures(self.run.folder)
 
-    def _figures(self, folder: Path | None) -> dict[str, Any]:
-        after, end = self.evaluation.measure(folder, "after"), self.end_error(folder)
+    def figures(self, folder: Path | None) -> dict[str, Any]:
+        """The figures with the adapter in `folder`, or of the pipeline as it is."""
+        after = self.evaluation.measure(folder, "after")
+        end = end_error(self.evaluation, self.losses[1], folder)
         self.samples = after.images
         figures = {"score": after.validation_loss, "by_step": after.curve, "end": end}
         return figures | {"similarity": after.similarity, "alignment": after.text_alignment}
 
     def untrained(self, pictures: Path | None) -> Iterator[dict[str, Any]]:
         """The base's figures with each sampler, number of calls and guidance."""
-        _, held_out = self._losses()
-        self.held_out = held_out
-        evaluation = self._evaluation()
-        pipe: Any = self.sampling_pipe
+        held_out, evaluation = self.losses[1], self.evaluation
+        pipe: Any = self.distillation.student
         sampler = pipe.scheduler
         keep(pictures, TEACHER, evaluation.references)
         for name, (calls, choices) in itertools.product(PLAN["samplers"], PLAN["calls"].items()):
@@ -168,20 +209,17 @@ class Trial(Distillation):
 class AllWeights(Trial):
     """A run that trains the denoiser itself, without an adapter."""
 
+    def model(self) -> torch.nn.Module:
+        """The base's denoiser."""
+        return Whole(self.distillation.denoiser.requires_grad_(True), self.distillation.family)
+
     def train(self) -> None:
         """Train from the start to the last step."""
-        loss, self.held_out = self._losses()
-        self.run.plan(len(loss.prompts) * self.steps)
-        self.evaluation = self._evaluation()
-        model = Whole(self.denoiser.requires_grad_(True), self.family)
-        self.trainable = sum(parameter.numel() for parameter in model.parameters())
-        parts = loop.prepare_training(self.run, model, self.samples_of(loss), list)
-        self.run.open({})
-        loop.train(self.run, parts, replace(loss, model=parts[0]), dict)
+        self.fit()
 
     def report(self) -> dict[str, Any]:
         """The student's figures; its weights are those of the pipeline, which shares them."""
-        return self._figures(None)
+        return self.figures(None)
 
 
 class WithTable(Trial):
@@ -189,9 +227,11 @@ class WithTable(Trial):
 
     def __init__(self, layers: Sequence[str], rate: float, *of_trial: Any) -> None:
         super().__init__(*of_trial)
-        self.rate, self.table = rate, StepTable(self.denoiser, layers, self.timesteps)
-        self.table.join(self.denoiser)
-        self.table.join(getattr(self.sampling_pipe, self.family.denoiser))
+        distillation = self.distillation
+        self.rate = rate
+        self.table = StepTable(distillation.denoiser, layers, distillation.few_steps.timesteps)
+        self.table.join(distillation.denoiser)
+        self.table.join(getattr(distillation.student, distillation.family.denoiser))
 
     def train(self) -> None:
         with self.table.trained(self.rate):
@@ -288,9 +328,9 @@ def measure_costs(base: str, titles: Sequence[str], width: str, rounds: int = 40
 
 def step_of(trial: Trial) -> tuple[Callable[[], None], list[Tensor]]:
     """An optimizer step of a run's model, on its first batch; the tensors of the model and the optimizer."""
-    loss, _ = trial._losses()
-    model = trial._model().train()
-    samples = trial.samples_of(loss)
+    loss, _ = trial.losses
+    model = trial.model().train()
+    samples = student_samples(loss, trial.args.seed)
     batch = [samples[position] for position in range(trial.args.train_batch_size)]
     optimizer, loss = loop.build_optimizer(model, trial.args), replace(loss, model=model)
 

@@ -96,7 +96,7 @@ def measure(folder: Path) -> tuple[int, int]:
     before = resident("VmRSS")
     text.train = watched
     with start_run(parse_arguments(text.Arguments, words), "run", text.write_checkpoint) as run:
-        text.FineTuning(run.args, run).train()
+        text.fine_tune(text.prepare(run.args, run))
     return figures["peak"], seen[0] - before
 
 

@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from mean_interval import Interval, interval
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from nara_diffusion.noise.context import core_holders
 from nara_diffusion.training.report import format_table, write_json
 from nara_diffusion.training.run import Run
-from nara_diffusion.utils.statistics import Interval, interval
 
 from .repeats import RepeatFile
 from .trials import CHEAP, HELD_OUT, NO_CHEAP, TITLES, WAYS, CheckTask, Repeat, trials

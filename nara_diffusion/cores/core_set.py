@@ -64,6 +64,19 @@ def core_group(config: CoreConfig, module_name: str, rank: int) -> str:
     return f"{group}_" if taken else group
 
 
+def ranks_by_group(config: CoreConfig, ranks: Mapping[str, int]) -> dict[str, int]:
+    """Return {group of layers that share a core: the largest of their ranks}.
+
+    Args:
+        ranks: {adapted module: its rank}.
+    """
+    largest: dict[str, int] = {}
+    for name, rank in ranks.items():
+        group = core_group(config, name, rank)
+        largest[group] = max(rank, largest.get(group, 0))
+    return largest
+
+
 def with_current_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the `tensors` of a file, with the current name of the shared core.
 

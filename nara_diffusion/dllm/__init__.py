@@ -14,7 +14,7 @@ from .loss import (
     noise_level_curve,
 )
 from .masking import MaskedBatch, mask_answers
-from .models.backbone import read_noise_from_input_ids
+from .models.forward_rows import read_noise_from_input_ids
 from .models.pretrained import load_backbone
 from .records import read_records
 from .sampler import Generation, GenerationStep, generate

@@ -23,9 +23,9 @@ from transformers import DynamicCache
 
 from nara_diffusion.noise.context import find_holders
 
-from .decoding import GenerationStep, State
-from .models.backbone import conditioned
 from .models.block_causal import CACHE
+from .models.forward_rows import conditioned
+from .sampling_state import GenerationStep, State
 
 
 class BlockText:
@@ -83,11 +83,11 @@ def fill_blocks(
     if use_cache:
         _check_parts(state.backbone.model)
     block_length, width = state.sampling.block, state.sequences.shape[1]
-    rest = (0, -width % block_length)
+    to_whole_blocks = (0, -width % block_length)
     real = state.attention_mask
     real = torch.ones_like(state.sequences) if real is None else real
-    state.sequences = F.pad(state.sequences, rest)
-    state.fill(BlockText(F.pad(real, rest), block_length, use_cache), on_step_end)
+    state.sequences = F.pad(state.sequences, to_whole_blocks)
+    state.fill(BlockText(F.pad(real, to_whole_blocks), block_length, use_cache), on_step_end)
     state.sequences = state.sequences[:, :width]
 
 

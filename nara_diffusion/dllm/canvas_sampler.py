@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from transformers.models.diffusion_gemma.generation_diffusion_gemma import EntropyBoundSamplerConfig
 
-from .block_loss import block_model
-from .decoding import Generation, Sampling
-from .models.backbone import evaluating
+from .canvas_loss import block_model
+from .decoding import Sampling
+from .sampling_state import Generation
 
 
 def fill_canvases(
@@ -37,7 +37,7 @@ def fill_canvases(
         model: the outermost module around a DiffusionGemmaForBlockDiffusion.
         input_ids: (b, p) prompts.
         is_prompt: (b, p) bool, on the CPU, False on padding.
-        sampling: the settings, from `model_sampling`. By default a canvas has as many steps as
+        sampling: the settings, from `TextKind.sampling`. By default a canvas has as many steps as
             positions. A temperature of 0 selects the model's own temperatures.
         end_token_ids: the tokens that end an answer; none to fill all canvases.
         pad_token_id: the token around the texts, and after the end of an answer.
@@ -58,7 +58,7 @@ def fill_canvases(
     counter = inner.model.decoder.register_forward_pre_hook(lambda *_: calls.append(1))
     devices = [inner.device] if inner.device.type == "cuda" else []
     try:
-        with evaluating(inner), torch.random.fork_rng(devices, enabled=generator is not None):
+        with torch.random.fork_rng(devices, enabled=generator is not None):
             if generator is not None:
                 source = generator.device
                 seed = torch.randint(2**62, (), generator=generator, device=source)
@@ -76,8 +76,8 @@ def fill_canvases(
     finally:
         counter.remove()
     width = prompts.shape[1]
-    rest = (0, width + sampling.gen_length - sequences.shape[1])  # it ended early
-    sequences = torch.nn.functional.pad(sequences, rest, value=pad_token_id)
+    missing = (0, width + sampling.gen_length - sequences.shape[1])  # it ended early
+    sequences = torch.nn.functional.pad(sequences, missing, value=pad_token_id)
     answers = sequences[:, width:]
     starts = is_prompt.sum(1)  # (b,)
     rows = zip(sequences, (starts - width).tolist(), strict=True)

@@ -1,4 +1,4 @@
-"""The settings of `generate`, the rules for placing tokens, and the step that places them.
+"""The settings of `generate`, and the rules for placing tokens.
 
 A step predicts a token x for each mask of a block, ranks the masks by a score, and places the n
 best tokens of each row:
@@ -19,35 +19,20 @@ best tokens of each row:
 H₁, H₂, … are the entropies of q, in nats, in the order of the scores. All rules except `steps`
 place several tokens at once if the model is sure of them (parallel decoding). The rules marked (1)
 are from arXiv 2505.22618. Rule (2) is that of EB-Sampler, arXiv 2505.24857.
-
-`State` holds the texts with their masks. Its step runs the model at λ, the masked share of each
-answer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import nn
-
-from .models.backbone import Backbone
 
 REMASKING = ("low_confidence", "random", "maskgit_plus", "topk_margin", "entropy")
-CHAT_SETTINGS: dict[str, dict[str, Any]] = {
-    "llama": {"block_length": 32},  # LLaDA
-    "qwen3_moe": {"block_length": 32},  # LLaDA-MoE
-    "llada2_moe": {"confidence_threshold": 0.95},  # its block length is the model's
-}
-"""{model_type: the published settings for chats}. Dream's chat uses a single block."""
 _PARALLEL = ("confidence_threshold", "factor", "entropy_bound")
-_CONFIDENT = ("low_confidence", "maskgit_plus")
+CONFIDENT = ("low_confidence", "maskgit_plus")
 """The scores that are probabilities."""
-_OF_CANVAS = ("gen_length", "steps", "block_length", "temperature", "entropy_bound")
-"""The settings of DiffusionGemma's sampler."""
 _LAST = -1e9  # below every score
 
 
@@ -112,16 +97,16 @@ class Sampling:
 
     def _check_rule(self) -> None:
         """Raise ValueError if there are several rules, or the rule doesn't fit `remasking`."""
-        rules = [name for name in ("steps", *_PARALLEL) if getattr(self, name) is not None]
+        rules = self.rules
         if len(rules) > 1:
             raise ValueError(
                 f"{' and '.join(rules)} each say how many tokens a step places: give one of them"
             )
         orders = REMASKING
         if rules in (["confidence_threshold"], ["factor"]):
-            orders = _CONFIDENT
+            orders = CONFIDENT
         elif rules == ["entropy_bound"]:
-            orders = (*_CONFIDENT, "topk_margin", "entropy")
+            orders = (*CONFIDENT, "topk_margin", "entropy")
         if self.remasking not in orders:
             expected = " or ".join(orders)
             raise ValueError(
@@ -133,19 +118,43 @@ class Sampling:
         """The number of tokens of a block."""
         return self.gen_length if self.block_length is None else self.block_length
 
+    @property
+    def rules(self) -> list[str]:
+        """The settings that say how many tokens a step places."""
+        return [name for name in ("steps", *_PARALLEL) if getattr(self, name) is not None]
+
     def changed(self) -> dict[str, Any]:
         """Return gen_length and all settings that differ from their defaults."""
-        found = {"gen_length": self.gen_length}
+        settings = {"gen_length": self.gen_length}
         for name, value in vars(self).items():
             if value != getattr(Sampling, name):
-                found[name] = value
-        return found
+                settings[name] = value
+        return settings
+
+    def in_own_blocks(self, block_length: int, refused: Sequence[str]) -> Sampling:
+        """Return the settings with the blocks of a model that is sampled by its own blocks.
+
+        Raises:
+            ValueError: the settings have another block length, or one that is `refused`.
+        """
+        if self.block_length not in (None, block_length):
+            raise ValueError(
+                f"block_length is {self.block_length}, but the model has blocks of {block_length}: "
+                "leave it out, or for LLaDA2 set model.config.block_length"
+            )
+        for name, value in self.changed().items():
+            if name in refused:
+                raise ValueError(
+                    f"{name} is {value!r}, but a model that is sampled by its own blocks doesn't "
+                    f"take {name}: leave it out"
+                )
+        return replace(self, block_length=block_length)
 
     def tokens_per_step(self) -> list[int]:
         """Return the number of tokens that each step of a block places; ones without `steps`."""
         steps = (self.steps or self.gen_length) // (self.gen_length // self.block)
-        whole, rest = divmod(self.block, steps)
-        return [whole + (step < rest) for step in range(steps)]
+        share, extra = divmod(self.block, steps)
+        return [share + (step < extra) for step in range(steps)]
 
     def place(
         self,
@@ -237,235 +246,3 @@ class Sampling:
 
 def _entropy(logits: torch.Tensor) -> torch.Tensor:
     return torch.special.entr(logits.softmax(-1)).sum(-1)
-
-
-def model_sampling(model: nn.Module, sampling: Sampling, *, chat: bool) -> Sampling:
-    """Return `sampling` with the model's own values for some settings.
-
-    If the model has blocks or a canvas, that is the block. For a chat, unset settings take the
-    model's published values, if its block length divides gen_length, the number of blocks divides
-    `steps`, and the score is a probability for a threshold.
-
-    Args:
-        chat: True if the prompts come from the chat template.
-
-    Raises:
-        ValueError: the model's blocks have another length, or its sampler doesn't take a setting.
-    """
-    backbone = Backbone(model)
-    settings = CHAT_SETTINGS.get(backbone.configured("model_type") or "", {}) if chat else {}
-    block = backbone.configured("canvas_length") if backbone.has_canvas else backbone.block_length
-    if block is not None:
-        _check_blocks(block, sampling, backbone.has_canvas)
-        sampling = replace(sampling, block_length=block)
-    elif backbone.is_shifted or sampling.block_length is not None:
-        return sampling
-    elif "block_length" in settings:
-        block = settings["block_length"]
-        blocks, rest = divmod(sampling.gen_length, block)
-        if rest or (sampling.steps or 0) % blocks:
-            return sampling
-        sampling = replace(sampling, block_length=block)
-    rules = [name for name in ("steps", *_PARALLEL) if getattr(sampling, name) is not None]
-    has_confidence = sampling.remasking in _CONFIDENT
-    if "confidence_threshold" in settings and has_confidence and not rules:
-        return replace(sampling, confidence_threshold=settings["confidence_threshold"])
-    return sampling
-
-
-def _check_blocks(block_length: int, sampling: Sampling, has_canvas: bool) -> None:
-    if sampling.block_length not in (None, block_length):
-        raise ValueError(
-            f"block_length is {sampling.block_length}, but the model has blocks of {block_length}: "
-            "leave it out, or for LLaDA2 set model.config.block_length"
-        )
-    for name, value in sampling.changed().items():
-        if name == "cfg_scale" or (has_canvas and name not in _OF_CANVAS):
-            raise ValueError(
-                f"{name} is {value!r}, which a model that is sampled by its own blocks doesn't take"
-            )
-
-
-# ---------------------------------------------------------------- the result
-
-
-@dataclass(frozen=True)
-class Generation:
-    """The result of `generate`.
-
-    Attributes:
-        sequences: (b, l) token ids: prompt, answer, padding.
-        answers: (b, gen_length) token ids.
-        prompt_lengths: (b,) the start of each answer in `sequences`.
-        forwards: the number of forwards; a guided step counts as one.
-    """
-
-    sequences: torch.Tensor
-    answers: torch.Tensor
-    prompt_lengths: torch.Tensor
-    forwards: int
-
-
-# ---------------------------------------------------------------- the state of sampling, and its step
-
-
-@dataclass
-class GenerationStep:
-    """The argument of `on_step_end`, which may change `sequences` and `stop`.
-
-    Attributes:
-        index: the index of the step, from 0.
-        noise_level: (b,) the λ that the model ran at; 0 for finished rows.
-        sequences: (b, l) prompt, answer so far, padding. `on_step_end` may fill masks, but must not
-            add any.
-        masked: (b, gen_length) bool, the tokens of the answers that are still masks.
-        stop: set to True to end sampling after this step. Masks that are left then remain.
-    """
-
-    index: int
-    noise_level: torch.Tensor
-    sequences: torch.Tensor
-    masked: torch.Tensor
-    stop: bool = False
-
-
-class Reader(Protocol):
-    """A way to read a text with masks."""
-
-    def blocks(self, state: State) -> Iterable[torch.Tensor]:
-        """Yield the positions (b, k) of each block, in the order of filling."""
-        ...
-
-    def level(self, state: State, positions: torch.Tensor) -> torch.Tensor:
-        """Return λ (b,) for the next step at these positions (b, k)."""
-        ...
-
-    def logits(
-        self, state: State, rows: torch.Tensor, positions: torch.Tensor, level: torch.Tensor
-    ) -> torch.Tensor:
-        """Return the logits (a, k, v) of `rows` (a,), given positions (b, k) and λ (b,)."""
-        ...
-
-
-@dataclass
-class State:
-    """The sequences during generation, with the step that fills some of their masks.
-
-    Attributes:
-        ends: (e,) the tokens that end an answer.
-        last, never: the tokens that are placed after all others, and those that are never
-            predicted.
-        sequences, starts, attention_mask: the results of `place_prompts`.
-        generator: the generator that seeds a stream of random numbers for each row.
-    """
-
-    backbone: Backbone
-    sampling: Sampling
-    mask_token_id: int
-    ends: torch.Tensor
-    last: torch.Tensor
-    never: torch.Tensor
-    sequences: torch.Tensor
-    starts: torch.Tensor
-    attention_mask: torch.Tensor | None
-    generator: torch.Generator | None
-    forwards: int = 0
-
-    def __post_init__(self) -> None:
-        device = self.starts.device
-        self.columns = torch.arange(self.sampling.gen_length, device=device)  # (g,)
-        self.positions = self.starts[:, None] + self.columns  # (b, g)
-        self.masked = torch.ones_like(self.positions, dtype=torch.bool)  # (b, g)
-        self.streams: list[torch.Generator] = []
-        if self.sampling.temperature > 0 or self.sampling.remasking == "random":
-            source = "cpu" if self.generator is None else self.generator.device
-            size = (len(self.starts),)
-            seeds = torch.randint(2**62, size, generator=self.generator, device=source)
-            self.streams = [torch.Generator(device).manual_seed(seed) for seed in seeds.tolist()]
-
-    @property
-    def answers(self) -> torch.Tensor:
-        return self.sequences.gather(1, self.positions)  # (b, g)
-
-    def fill(self, reader: Reader, on_step_end: Callable[[GenerationStep], None] | None) -> None:
-        """Fill all masks, block by block. The host reads once per step which rows have one left."""
-        for positions in reader.blocks(self):
-            for count in filter(None, self.sampling.tokens_per_step()):
-                masked = self.masked_at(positions)
-                rows = [row for row, is_open in enumerate(masked.any(1).tolist()) if is_open]
-                if not rows:
-                    break
-                level = reader.level(self, positions)
-                self.step(reader, rows, positions, level, count)
-                if on_step_end is not None and self._is_stopped(on_step_end, level):
-                    return
-
-    def are_answers(self, positions: torch.Tensor) -> torch.Tensor:
-        """Return which positions (b, k) belong to the answers, as bool."""
-        columns = positions - self.starts[:, None]
-        return (columns >= 0) & (columns < self.sampling.gen_length)
-
-    def masked_at(self, positions: torch.Tensor) -> torch.Tensor:
-        """Return which positions (b, k) hold a mask, as bool."""
-        columns = positions - self.starts[:, None]
-        masked = self.masked.gather(1, columns.clamp(0, self.sampling.gen_length - 1))
-        return masked & self.are_answers(positions)
-
-    def step(
-        self,
-        reader: Reader,
-        rows: list[int],
-        positions: torch.Tensor,
-        level: torch.Tensor,
-        count: int,
-    ) -> None:
-        """Place tokens in the a rows `rows`, at some of the masked `positions` (b, k).
-
-        Args:
-            level: (b,) λ.
-            count: the number of tokens that the rule `steps` places in each row.
-        """
-        self.forwards += 1
-        index = torch.tensor(rows).to(positions.device, non_blocking=True)  # (a,)
-        logits = reader.logits(self, index, positions, level)  # (a, k, v)
-        logits = logits.index_fill(-1, self.never, float("-inf"))
-        masked, uniform = self.masked_at(positions)[index], partial(self._uniform, rows)
-        tokens, chosen = self.sampling.place(logits, masked, count, self.last, uniform)
-        sequences, positions = self.sequences[index], positions[index]
-        tokens = torch.where(chosen, tokens, sequences.gather(1, positions))
-        placed = sequences.scatter(1, positions, tokens)
-        self.sequences = self.sequences.index_copy(0, index, placed)
-        self.masked = self.masked & (self.answers == self.mask_token_id)
-        self._finish_rows()
-
-    def _is_stopped(
-        self, on_step_end: Callable[[GenerationStep], None], noise_level: torch.Tensor
-    ) -> bool:
-        """Call `on_step_end`, take over its sequences, and return True if it ends sampling."""
-        sequences, masked = self.sequences.clone(), self.masked.clone()
-        step = GenerationStep(self.forwards - 1, noise_level, sequences, masked)
-        on_step_end(step)
-        self.sequences = step.sequences
-        self.masked &= self.answers == self.mask_token_id
-        return step.stop
-
-    def _uniform(self, rows: list[int], *shape: int, dtype: torch.dtype) -> torch.Tensor:
-        """Return the next random numbers (a, *shape); each row has its own stream."""
-        draws = []
-        for row in rows:
-            stream = self.streams[row]
-            draws.append(torch.rand(shape, dtype=dtype, device=stream.device, generator=stream))
-        return torch.stack(draws)
-
-    def _finish_rows(self) -> None:
-        """Fill each row after its first end token, if no mask comes before that token."""
-        answers = self.answers
-        is_end = torch.isin(answers, self.ends) & ~self.masked  # (b, g)
-        has_end = is_end.any(1, keepdim=True)  # (b, 1)
-        last = len(self.columns) - 1
-        first = torch.where(has_end, is_end.int().argmax(1, keepdim=True), last)  # (b, 1)
-        is_open = (self.masked & (self.columns < first)).any(1, keepdim=True)
-        rest = has_end & ~is_open & (self.columns > first)  # (b, g)
-        filled = torch.where(rest, answers.gather(1, first), answers)
-        self.sequences = self.sequences.scatter(1, self.positions, filled)
-        self.masked = self.masked & ~rest

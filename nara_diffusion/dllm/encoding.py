@@ -184,7 +184,7 @@ class RecordEncoder:
     def __call__(
         self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]
     ) -> dict[str, list[Any]]:
-        found: list[tuple[Pair, dict[str, Any]]] = []
+        rows: list[tuple[Pair, dict[str, Any]]] = []
         for number, values in zip(indices, zip(*batch.values(), strict=True), strict=True):
             record = dict(zip(batch, values, strict=True))
             name = self.name_of(record, number)
@@ -192,12 +192,12 @@ class RecordEncoder:
                 pairs = self.pairs(record)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
-            found += [(pair, {"record": number, "name": name}) for pair in pairs]
-        prompts = encode_prompts(self.tokenizer, [pair.prompt for pair, _ in found])
-        closed = [pair.closed for pair, _ in found]
+            rows += [(pair, {"record": number, "name": name}) for pair in pairs]
+        prompts = encode_prompts(self.tokenizer, [pair.prompt for pair, _ in rows])
+        closed = [pair.closed for pair, _ in rows]
         answers = token_ids(self.tokenizer, closed, add_special_tokens=False)
         columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
-        for (pair, facts), prompt, answer in zip(found, prompts, answers, strict=True):
+        for (pair, facts), prompt, answer in zip(rows, prompts, answers, strict=True):
             row = self._row(pair, prompt, answer, facts["name"]) | facts
             if row["prompt_length"] <= self.max_prompt_length:
                 for name, column in columns.items():
@@ -209,17 +209,17 @@ class RecordEncoder:
         if not prompt and bos is not None:
             prompt = [bos]
         end = end_token_id(self.tokenizer)
-        whole = [*prompt, *answer] if answer[-1:] == [end] else [*prompt, *answer, end]
+        tokens = [*prompt, *answer] if answer[-1:] == [end] else [*prompt, *answer, end]
         mask: Any = self.tokenizer.mask_token_id
-        if mask is not None and mask in whole:
+        if mask is not None and mask in tokens:
             written = f"{name} has {self.tokenizer.mask_token!r} in its text, and so"
             raise ValueError(f"{written} {mask_in_a_text(mask)}")
         return {
-            "input_ids": whole[: self.max_length],
+            "input_ids": tokens[: self.max_length],
             "instruction": pair.instruction,
             "answer": pair.answer,
             "prompt_length": len(prompt),
-            "length": len(whole),
+            "length": len(tokens),
         }
 
     def pairs(self, record: Mapping[str, Any]) -> list[Pair]:
@@ -253,13 +253,13 @@ class RecordEncoder:
         """Return the pair of an output and its earlier turns, in the form of the chat template."""
         prompt = chat_text(self.tokenizer, turns)
         answered = [*turns, {"role": "assistant", "content": output}]
-        whole = chat_text(self.tokenizer, answered, add_generation_prompt=False)
-        if not whole.startswith(prompt):
-            asked = chat_text(self.tokenizer, turns, add_generation_prompt=False)
-            opened, closed = prompt.removeprefix(asked), whole.removeprefix(asked)[:60]
+        conversation = chat_text(self.tokenizer, answered, add_generation_prompt=False)
+        if not conversation.startswith(prompt):
+            question = chat_text(self.tokenizer, turns, add_generation_prompt=False)
+            opened, closed = prompt.removeprefix(question), conversation.removeprefix(question)[:60]
             raise ValueError(
                 f"the tokenizer's chat template begins an answer with {opened!r} in a generation "
                 f"prompt, but with {closed!r} in a turn with an answer, so the end of the turn can't "
                 "be found: change the tokenizer's chat_template so that both begin in the same way"
             )
-        return Pair(prompt, whole.removeprefix(prompt), instruction, output, answer)
+        return Pair(prompt, conversation.removeprefix(prompt), instruction, output, answer)

@@ -125,9 +125,9 @@ def compare(extract: str | Callable[[str], str], text: str, answer: str) -> tupl
     """
     if extract == "number":
         return _compare_numbers(text, answer)
-    wanted = _CHOICE.search(answer) if extract == "choice" else None
-    if wanted is not None:
-        right = wanted[0].lower()
+    choice = _CHOICE.search(answer) if extract == "choice" else None
+    if choice is not None:
+        right = choice[0].lower()
         named = _first_choice(text, _kind(right))
     elif extract in ("letter", "choice"):
         named, right = _last_letter(text), _last_letter(answer)

@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
 
+from .answer_places import answer_positions
 from .loss import masked_cross_entropy
-from .masking import MaskedBatch, answer_positions
+from .masking import MaskedBatch
 from .models.backbone import Backbone, evaluating, without_ddp
 from .tokenizer import mask_in_a_text
 
@@ -77,7 +78,7 @@ def log_likelihood(
     """
     model = model if differentiable else without_ddp(model)
     backbone = Backbone(model)
-    if backbone.block_length is not None:
+    if backbone.traits.attends_by_blocks:
         raise ValueError(
             f"{type(backbone.language_model).__name__} sees a text block by block, and this bound "
             "is one of models that see all of it: use noise_level_curve for a loss"

@@ -25,7 +25,8 @@ from tqdm.auto import tqdm
 
 from .batches import AnswerCollator, batches_of
 from .masking import MaskedBatch, mask_answers
-from .models.backbone import Backbone, ForwardRows, conditioned, evaluating, guided, without_ddp
+from .models.backbone import Backbone, evaluating, without_ddp
+from .models.forward_rows import ForwardRows, conditioned, guided
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,15 +137,10 @@ def masked_cross_entropy(
 
         def losses_of(hidden: Tensor) -> Tensor:
             hidden = _by_prompt(hidden, batch)
-            return _chunked_losses(head, hidden, batch, chunk_size, cfg_scale).unsqueeze(-1)
+            return _chunked_losses(head, hidden, batch, chunk_size, cfg_scale)
 
-        losses = backbone.at_head(head, rows.input_ids, rows.attention_mask, losses_of)
-    if losses.shape != (*batch.masked.shape, 1):
-        raise ValueError(
-            f"{type(backbone.language_model).__name__} changes what its output head returns, so "
-            "the loss can't be computed there: pass chunk_size=None"
-        )
-    return losses.squeeze(-1)
+        ids, padding = rows.input_ids, rows.attention_mask
+        return backbone.losses_in_place_of_logits(head, ids, padding, losses_of)
 
 
 def _by_prompt(states: Tensor, batch: MaskedBatch) -> Tensor:
@@ -164,18 +160,18 @@ def _chunked_losses(
         # one place with weight zero, since every parameter has to get a gradient
         places, counts = places.new_zeros(1), batch.masked.new_zeros(1)
 
-    def loss(hidden: Tensor, wanted: Tensor) -> Tensor:
-        return token_cross_entropy(guided(head.forward(hidden), cfg_scale), wanted)
+    def loss(hidden: Tensor, targets: Tensor) -> Tensor:
+        return token_cross_entropy(guided(head.forward(hidden), cfg_scale), targets)
 
     at_places = hidden.flatten(1, 2)[:, places]  # (1 or 2, m, d)
-    wanted = batch.targets.flatten()[places]  # (m,)
-    of_masks = by_chunks(loss, at_places, wanted, chunk_size) * counts
+    targets = batch.targets.flatten()[places]  # (m,)
+    of_masks = by_chunks(loss, at_places, targets, chunk_size) * counts
     everywhere = of_masks.new_zeros(batch.masked.numel())
     return everywhere.scatter(0, places, of_masks).view_as(batch.masked)
 
 
 def by_chunks(
-    loss: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, wanted: Tensor, chunk_size: int
+    loss: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, targets: Tensor, chunk_size: int
 ) -> Tensor:
     """Return the losses (m,) of m places, computed chunk by chunk.
 
@@ -184,14 +180,14 @@ def by_chunks(
     Args:
         loss: a function of hidden states (n, c, d) and tokens (c,) that returns losses (c,).
         hidden: (n, m, d).
-        wanted: (m,) tokens.
+        targets: (m,) tokens.
         chunk_size: the maximum of c.
     """
     losses: list[Tensor] = []
-    for chunk in zip(hidden.split(chunk_size, 1), wanted.split(chunk_size), strict=True):
+    for chunk in zip(hidden.split(chunk_size, 1), targets.split(chunk_size), strict=True):
         if torch.is_grad_enabled():
-            found: Any = checkpoint(loss, *chunk, use_reentrant=False)
-            losses.append(found)
+            recomputed: Any = checkpoint(loss, *chunk, use_reentrant=False)
+            losses.append(recomputed)
         else:
             losses.append(loss(*chunk))
     return torch.cat(losses)
@@ -235,7 +231,7 @@ def noise_level_curve(
         model: the outermost module.
         rows: rows from `encode_records`.
         noise_levels: λ in (0, 1].
-        loss: the objective. Of DiffusionGemma, `block_loss.block_diffusion_loss`; the curve is then
+        loss: the objective. Of DiffusionGemma, `canvas_loss.block_diffusion_loss`; the curve is then
             the mean of its losses per sample.
         collator: the collator that makes batches of rows. Padding that it marks as trained counts.
             By default only each answer and its end count.
@@ -258,8 +254,8 @@ def noise_level_curve(
         for level in noise_levels:
             total = count = 0.0
             for batch in batches_of(rows, range(len(rows)), collate, batch_size, backbone.device):
-                found = loss(model, **batch, noise_level=level, seed=seed, **options)
-                of_rows, weights = found.sums  # (b,)
+                batch_loss = loss(model, **batch, noise_level=level, seed=seed, **options)
+                of_rows, weights = batch_loss.sums  # (b,)
                 total += of_rows.sum().item()
                 count += weights.sum().item()
                 bar.update(len(weights))

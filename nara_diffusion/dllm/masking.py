@@ -12,7 +12,7 @@ needs no random state. Without `seed` and `sample_indices`, a seed is drawn from
 torch's global generator), and the indices are 0 … b − 1.
 
 Stratified λ: the interval (ε, 1), or its intersection with a window of noise levels, is divided
-into `group_size` equal strata. Each of as many consecutive indices takes one (`noise.level`).
+into `group_size` equal strata. Each of as many consecutive indices takes one (`noise.drawn_levels`).
 
 Blocks (LLaDA2): an answer token is drawn uniformly, and the step trains its block, so that each
 token has the same weight. The prompt and earlier blocks are clean; later blocks are cut off.
@@ -24,24 +24,16 @@ both λ.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from nara_diffusion.noise.drawn_levels import EVERYTHING, NoiseWindow, stratified_uniform
+from nara_diffusion.noise.drawn_levels import EVERYTHING, NoiseWindow
 
-Lengths = torch.Tensor | Sequence[int]
-"""Lengths or indices. Pass lists or CPU tensors: the host needs the values, and would have to wait
-for any other device."""
-
-MIN_NOISE_LEVEL = 1e-3
-"""ε: the smallest λ that training draws."""
-
-_SHIFT_STREAM, _LEVEL_STREAM, _MASK_STREAM, _BLOCK_STREAM = range(4)
+from .answer_places import Lengths, active_blocks, host_answers, moved
+from .mask_draws import BLOCK_STREAM, draw_masks, draw_noise_levels, random_of, seed_and_indices
 
 
 @dataclass(frozen=True)
@@ -122,11 +114,13 @@ def mask_answers(
     b, device = len(input_ids), input_ids.device
     answer, ends = host_answers(input_ids, prompt_lengths, answer_lengths)
     seed, indices = seed_and_indices(seed, sample_indices, generator, b)
+    is_padded = answer_lengths is not None
     if block_length is not None:
-        draws = [random_of(seed, _BLOCK_STREAM, index).random() for index in indices]
-        answer, ends = _active_blocks(answer, np.array(draws), block_length)
+        draws = [random_of(seed, BLOCK_STREAM, index).random() for index in indices]
+        answer, ends = active_blocks(answer, np.array(draws), block_length)
         rest = answer.shape[1] - input_ids.shape[1]
         input_ids = F.pad(input_ids, (0, rest))  # a negative rest cuts
+        is_padded = True
     if noise_level is None:
         levels = draw_noise_levels(
             indices, seed, group_size or b, symmetric=complementary, window=window
@@ -135,7 +129,7 @@ def mask_answers(
         levels = given_levels(noise_level, b, complementary)
     masked = draw_masks(answer, levels, indices, seed=seed)  # (b, l)
     attention_mask = None
-    if answer_lengths is not None or block_length is not None:
+    if is_padded:
         attention_mask = (np.arange(answer.shape[1]) < ends[:, None]).astype(np.int64)
     targets = input_ids
     if complementary:
@@ -180,175 +174,3 @@ def given_levels(
             "masked"
         )
     return levels
-
-
-# ---------------------------------------------------------------- draws
-
-
-def draw_noise_levels(
-    sample_indices: Sequence[int],
-    seed: int,
-    group_size: int = 1,
-    *,
-    symmetric: bool = False,
-    window: NoiseWindow = EVERYTHING,
-) -> np.ndarray:
-    """Return λ for each index of the training stream: (b,) float32, in (ε, 1) and in `window`.
-
-    An index gets the same λ in any process and any batch.
-
-    Args:
-        symmetric: True to draw from (ε, 1 − ε).
-    """
-    u = stratified_uniform(
-        sample_indices,
-        group_size,
-        shift=partial(random_of, seed, _SHIFT_STREAM),
-        value=partial(random_of, seed, _LEVEL_STREAM),
-    )
-    check_drawable(window, symmetric)
-    top = 1 - MIN_NOISE_LEVEL if symmetric else 1.0
-    low, high = max(window.low, MIN_NOISE_LEVEL), min(window.high, top)
-    levels = (low + (high - low) * u).astype(np.float32)
-    if high < top:  # rounding could reach the window's end, which doesn't belong to the window
-        levels = levels.clip(max=np.nextafter(np.float32(high), np.float32(0)))
-    return levels
-
-
-def check_drawable(window: NoiseWindow, complementary: bool = False) -> None:
-    """Raise ValueError if no λ can be drawn from the window.
-
-    For complementary masks, also raise it if the window contains some λ but not 1 − λ.
-    """
-    top = 1 - MIN_NOISE_LEVEL if complementary else 1.0
-    given = f"min_noise_level is {window.low} and max_noise_level {window.high}"
-    if window.low >= top or window.high <= MIN_NOISE_LEVEL:
-        raise ValueError(
-            f"{given}, but masked shares go from {MIN_NOISE_LEVEL} to {top:g}: widen the window."
-        )
-    if complementary and abs(window.low + window.high - 1) > 1e-9:
-        low = min(window.low, 1 - window.high)
-        raise ValueError(
-            f"{given}, and complementary masks need 1 − λ beside each λ: leave complementary out, "
-            f"or take a window that is symmetric about 0.5, such as {low:g} to {1 - low:g}."
-        )
-
-
-def draw_masks(
-    answer: np.ndarray, noise_level: np.ndarray, sample_indices: Sequence[int], *, seed: int
-) -> np.ndarray:
-    """Draw a mask (b, l) bool over the answers (b, l) bool, by Bernoulli(λ) with λ (b,).
-
-    The j-th token of an answer always gets the same random number. The masks of one (seed, index)
-    therefore grow with λ, and losses at two λ are compared on nested masks.
-    """
-    uniform = np.ones(answer.shape)
-    for row, columns in enumerate(answer):
-        random = random_of(seed, _MASK_STREAM, sample_indices[row])
-        uniform[row, columns] = random.random(int(columns.sum()))
-    return answer & (uniform < noise_level[:, None].astype(np.float64))
-
-
-def random_of(seed: int, stream: int, number: int) -> np.random.Generator:
-    """Return the random generator of one sample, for one purpose."""
-    return np.random.default_rng((seed, stream, number))
-
-
-def seed_and_indices(
-    seed: int | None, sample_indices: Lengths | None, generator: torch.Generator | None, b: int
-) -> tuple[int, list[int]]:
-    """Return the seed and the indices of the b samples, which fix all random numbers."""
-    if seed is None:
-        if sample_indices is not None:
-            raise ValueError("sample_indices came without a seed: pass seed=, or leave both out")
-        device = "cpu" if generator is None else generator.device
-        (seed,) = torch.randint(2**62, (1,), generator=generator, device=device).tolist()
-        assert seed is not None
-    indices = list(range(b)) if sample_indices is None else list(_host_list(sample_indices))
-    if len(indices) != b:
-        raise ValueError(
-            f"sample_indices is {indices}, but the batch is {b}: pass one index per sample"
-        )
-    return seed, indices
-
-
-# ---------------------------------------------------------------- where the answers are
-
-
-def answer_positions(
-    input_ids: torch.Tensor,
-    prompt_lengths: Lengths,
-    *,
-    answer_lengths: Lengths | None = None,
-) -> torch.Tensor:
-    """Return the positions of the answers: (b, l) bool.
-
-    Raises:
-        ValueError: the lengths aren't one whole number for each row, or an answer is empty or
-            longer than its row.
-    """
-    return moved(host_answers(input_ids, prompt_lengths, answer_lengths)[0], input_ids.device)
-
-
-def host_answers(
-    input_ids: torch.Tensor, prompt_lengths: Lengths, answer_lengths: Lengths | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the positions of the answers (b, l) bool, and their ends (b,), on the CPU.
-
-    Raises:
-        ValueError: see `answer_positions`.
-    """
-    b, width = input_ids.shape
-    starts = _lengths("prompt_lengths", prompt_lengths, b)
-    ends = np.full(b, width)
-    if answer_lengths is not None:
-        ends = starts + _lengths("answer_lengths", answer_lengths, b)
-    is_bad = (starts < 0) | (ends <= starts) | (ends > width)
-    if is_bad.any():
-        row = int(is_bad.argmax())
-        raise ValueError(
-            f"row {row} of the batch: its answer would fill positions {starts[row]} to "
-            f"{ends[row]} of {width}; an answer needs at least one token, and has to end "
-            "within its row"
-        )
-    positions = np.arange(width)
-    return (positions >= starts[:, None]) & (positions < ends[:, None]), ends
-
-
-def _active_blocks(
-    answer: np.ndarray, draws: np.ndarray, block_length: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the answer positions (b, l') bool in the block of a drawn token, and their ends (b,).
-
-    Blocks have B positions of the sequence, prompt included. l' is the end of the last block.
-
-    Args:
-        draws: (b,) in [0, 1), the place of the drawn token in its answer.
-    """
-    token = (draws * answer.sum(1)).astype(np.int64)  # (b,)
-    place = (answer.cumsum(1) <= token[:, None]).sum(1)  # in the sequence
-    block = place // block_length
-    width = int(block.max() + 1) * block_length
-    whole = np.zeros((len(answer), width), dtype=bool)
-    cut = answer[:, :width]
-    whole[:, : cut.shape[1]] = cut
-    active = whole & (np.arange(width) // block_length == block[:, None])
-    ends = width - active[:, ::-1].argmax(1)
-    return active, ends
-
-
-def _lengths(name: str, lengths: Lengths, b: int) -> np.ndarray:
-    found = np.asarray(_host_list(lengths))
-    if found.dtype.kind not in "iu" or found.shape != (b,):
-        raise ValueError(f"{name} is {lengths!r}: pass a whole number for each of the {b} rows")
-    return found
-
-
-def _host_list(values: Lengths) -> Sequence[int]:
-    """Return `values` on the CPU."""
-    return values.tolist() if isinstance(values, torch.Tensor) else values
-
-
-def moved(values: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Return `values` as a tensor on `device`, without waiting for the copy."""
-    return torch.from_numpy(values).to(device, non_blocking=True)

@@ -56,20 +56,20 @@ class IncompleteRecord(ValueError):
 
 
 def field_names(record: object, given: Mapping[str, str], where: str) -> dict[str, str]:
-    """Return {what: field name} for the form of `record`. Names from the user replace usual ones.
+    """Return {role: field name} for the form of `record`. Names from the user replace usual ones.
 
     Raises:
         ValueError: the record has no known form.
     """
     present = list(record) if isinstance(record, Mapping) else []
-    found: dict[str, str] = {}
-    for what, usual in FIELDS.items():
+    names_of_form: dict[str, str] = {}
+    for role, usual in FIELDS.items():
         names = [name for name in usual if name in present]
-        found[what] = given.get(what, names[0] if names else "")
+        names_of_form[role] = given.get(role, names[0] if names else "")
     for needed, optional in _FORMS:
         form = (*needed, *optional)
-        if given.keys() <= set(form) and all(found[what] in present for what in needed):
-            return {what: name for what, name in found.items() if name and what in form}
+        if given.keys() <= set(form) and all(names_of_form[role] in present for role in needed):
+            return {role: name for role, name in names_of_form.items() if name and role in form}
     fields = ", ".join(map(str, present)) or f"none, it is {repr(record)[:60]}"
     raise ValueError(
         f"{where} has the fields {fields}; expected {dict(given) or _EXPECTED}: name them with "
@@ -167,7 +167,7 @@ class RecordReader:
             row = {"instruction": "", "input": "", "output": self.text(record, "text", where)}
         else:
             names = ("instruction", "input", "output")
-            row = {what: self.text(record, what, where) for what in names}
+            row = {part: self.text(record, part, where) for part in names}
         row["answer"] = row["output"]
         if "answer" in self.names:
             row["answer"] = self.text(record, "answer", where).strip()
@@ -176,11 +176,11 @@ class RecordReader:
     def _conversation(self, record: Mapping[str, Any], where: str) -> dict[str, Any]:
         name = self.names["messages"]
         if record.get(name) is None:
-            found = f"has no {name}, it has {', '.join(record)}"
+            problem = f"has no {name}, it has {', '.join(record)}"
             if name in record:
-                found = f"has null as its {name}"
+                problem = f"has null as its {name}"
             raise ValueError(
-                f"{where} {found}: the first record decides the form of all, so put other forms "
+                f"{where} {problem}: the first record decides the form of all, so put other forms "
                 "into their own files"
             )
         return _read_conversation(record[name], f"{where}, field {name!r}")
@@ -229,9 +229,9 @@ def _read_conversation(messages: object, where: str) -> dict[str, Any]:
             f"{where}: expected a user's message and the assistant's answer, "
             f"found {messages!r:.100}"
         )
-    *before, answer = turns
+    *earlier, answer = turns
     return {
-        "turns": before if len(before) > 1 else [],  # a single user message is the instruction
+        "turns": earlier if len(earlier) > 1 else [],  # a single user message is the instruction
         "instruction": questions[-1],
         "input": "",
         "output": answer["content"],
@@ -239,9 +239,9 @@ def _read_conversation(messages: object, where: str) -> dict[str, Any]:
 
 
 def _turn(message: object, where: str) -> dict[str, str]:
-    known = message if isinstance(message, Mapping) else {}
-    role = known.get("role", known.get("from"))
-    content = known.get("content", known.get("value"))
+    fields = message if isinstance(message, Mapping) else {}
+    role = fields.get("role", fields.get("from"))
+    content = fields.get("content", fields.get("value"))
     if not isinstance(role, str) or not isinstance(content, str):
         why = ": content has to be a text" if isinstance(role, str) else ""
         raise ValueError(

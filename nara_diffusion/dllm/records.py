@@ -145,8 +145,8 @@ def _csv_options(path: Path) -> dict[str, Any]:
     opened = gzip.open if path.suffix == ".gz" else open
     with opened(path, "rt", encoding="utf-8-sig") as file:
         header = next(csv.reader(file), [])
-    if len(header) == 1 and (found := re.search("[;\t]", header[0])):
-        raise ValueError(f"its columns are separated by {found[0]!r}: save it with commas")
+    if len(header) == 1 and (separator := re.search("[;\t]", header[0])):
+        raise ValueError(f"its columns are separated by {separator[0]!r}: save it with commas")
     return {"features": Features({name: Value("string") for name in header}), "na_filter": False}
 
 
@@ -180,7 +180,7 @@ def _records(
         records = mapped(rows, reader, vars(reader), features, batch_size=size, desc="read")
     except IncompleteRecord as error:
         raise ValueError(f"{error}{_incomplete(rows, reader, size)}") from None
-    named = [name if name == what else f"{name} as {what}" for what, name in reader.names.items()]
+    named = [name if name == part else f"{name} as {part}" for part, name in reader.names.items()]
     records.info.description = f"{source} (fields {', '.join(named)})"
     return records if limit is None else records.select(range(min(limit, len(records))))
 

@@ -9,8 +9,7 @@ trained on the last block. DiffusionGemma is trained on one canvas, in two passe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,22 +20,12 @@ from nara_diffusion.training.adapters import build_adapter, method_of
 from nara_diffusion.training.engines import recompute_activations
 from nara_diffusion.training.planned_step import PlannedStep, dtype_of
 
-from .block_loss import canvas_loss
-from .loss import batch_loss
-from .masking import MaskedBatch, mask_answers
+from .kinds import kind_of
 from .models.backbone import Backbone
 from .models.pretrained import backbone_on_meta
 from .models.quantised import check_roundable
-from .sampler import checked_lengths
-from .text_arguments import (
-    Arguments,
-    TextLoss,
-    adapter_options,
-    collator_of,
-    objective_options,
-    set_block_length,
-)
-from .uniform import CanvasBatch, corrupt_canvases
+from .text_arguments import Arguments, adapter_options
+from .text_lengths import checked_lengths
 
 _NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # a constant for 64 numbers, in 8 bits with a scale for 256
 _INT8 = 1.0  # and a scale for each row
@@ -51,63 +40,42 @@ def planned_text_step(args: Arguments) -> PlannedStep:
     """
     dtype = torch.float32 if method_of(args).family == "full" else dtype_of(args)
     hub = {} if args.revision is None else {"revision": args.revision}
-    backbone = backbone_on_meta(args.pretrained_model_name_or_path, dtype, **hub)
-    set_block_length(backbone, args)
+    model = backbone_on_meta(args.pretrained_model_name_or_path, dtype, **hub)
+    kind = kind_of(Backbone(model))
+    kind.configure(model, args)
     packed = {}
     if args.is_quantised:
-        check_roundable(backbone.config)
+        check_roundable(model.config)
         size = _NF4 if args.load_in_4bit else _INT8
-        packed = dict.fromkeys(_quantised_weights(backbone), size)
-        for parameter in backbone.parameters():
+        packed = dict.fromkeys(_quantised_weights(model), size)
+        for parameter in model.parameters():
             if parameter not in packed:
                 parameter.data = parameter.data.float()  # as `prepare_quantised` does
-    blocks = [] if Backbone(backbone).has_canvas else _blocks(backbone)  # twins aren't sharded
+    blocks = []
+    if not kind.whole_because:
+        names = model._no_split_modules or []
+        blocks = [module for module in model.modules() if type(module).__name__ in names]
     if args.gradient_checkpointing:
-        recompute_activations(backbone)
-    length = checked_lengths(backbone, args.max_length, args.gen_length)
-    options = objective_options(backbone, args)
+        recompute_activations(model)
+    length = checked_lengths(model, args.max_length, args.gen_length)
+    kind.objective(args)
     with torch.device("meta"):
-        model = build_adapter(backbone, args, **adapter_options(backbone, args))
-    batch = _longest_batch(model, args, length)
-    rows, width = batch.input_ids.shape
-    forward = f"{rows} x {width} tokens"
-    if isinstance(batch, CanvasBatch):
-        loss: Callable[..., TextLoss] = partial(canvas_loss, model, batch, **options)
-        forward += f" and {batch.canvas.shape[1]} of a canvas"
-    else:
-        loss = partial(batch_loss, model, batch)
+        adapted = build_adapter(model, args, **adapter_options(model, args))
+    loss, forward = kind.plan(adapted, args, _longest_batch(Backbone(adapted), args, length))
     return PlannedStep(
-        model=model,
-        loss=lambda: loss().loss,
-        forward=forward,
-        blocks=blocks,
-        packed=packed,
+        model=adapted, loss=lambda: loss().loss, forward=forward, blocks=blocks, packed=packed
     )
 
 
-def _longest_batch(model: nn.Module, args: Arguments, length: int) -> MaskedBatch | CanvasBatch:
+def _longest_batch(backbone: Backbone, args: Arguments, length: int) -> dict[str, Any]:
     """Return rows of `length` tokens and their padding, at most the model's positions."""
-    limit = Backbone(model).position_limit or math.inf
+    limit = backbone.position_limit or math.inf
     prompt = min(args.max_prompt_length or length, length - 1)
     if args.trained_padding == "gen_length":
         prompt = int(min(prompt, limit - args.gen_length))
     row = {"input_ids": [_END] * length, "prompt_length": prompt}
-    batch: dict[str, Any] = collator_of(model, args, _END)([row] * args.train_batch_size)
-    if Backbone(model).has_canvas:
-        sizes = {
-            "canvas_length": Backbone(model).configured("canvas_length"),
-            "vocab_size": _END + 1,
-        }
-        return corrupt_canvases(**batch, **sizes, seed=0)
-    block = Backbone(model).block_length
-    if block is not None:
-        width = batch["input_ids"].shape[1]
-        last = (width - 1) // block * block
-        batch["prompt_lengths"] = [last] * args.train_batch_size
-        batch["answer_lengths"] = [width - last] * args.train_batch_size
-    batch["noise_level"] = 0.5 if args.complementary else 1.0
-    batch |= {"complementary": args.complementary, "block_length": block}
-    return mask_answers(**batch, mask_token_id=0, seed=0)
+    collator = kind_of(backbone).collator(backbone, args, _END)
+    return collator([row] * args.train_batch_size)
 
 
 def _quantised_weights(model: PreTrainedModel) -> Iterator[Tensor]:
@@ -116,9 +84,3 @@ def _quantised_weights(model: PreTrainedModel) -> Iterator[Tensor]:
     for module in model.modules():
         if isinstance(module, nn.Linear) and module is not head:
             yield module.weight
-
-
-def _blocks(model: PreTrainedModel) -> list[nn.Module]:
-    """Return the blocks that accelerate wraps for FSDP2."""
-    names = model._no_split_modules or []
-    return [module for module in model.modules() if type(module).__name__ in names]

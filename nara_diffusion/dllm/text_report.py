@@ -31,8 +31,9 @@ from nara_diffusion.training.run import Run
 from .batches import AnswerCollator, batches_of
 from .decoding import Sampling
 from .exact_match import exact_match
+from .kinds.text_kind import TextKind
 from .models.backbone import evaluating
-from .text_arguments import Arguments, curve_of, loss_of
+from .text_arguments import Arguments
 
 _LOADING = """\
 ```python
@@ -82,6 +83,7 @@ class Evaluation:
     test_rows: Dataset
     collator: AnswerCollator
     sampling: Sampling
+    kind: TextKind
 
     def measure(self, model: nn.Module) -> Measurement:
         """Return all measurements. The λ of the curve are equally spaced up to 1."""
@@ -119,7 +121,7 @@ class Evaluation:
         """Return the validation loss at these λ."""
         args = self.run.args
         rows: Any = self.validation_rows
-        return curve_of(model)(
+        return self.kind.curve(
             model,
             rows,
             noise_levels,
@@ -145,13 +147,13 @@ class Evaluation:
             for batch in batches_of(rows, indices, self.collator, size, device):
                 # not the training seed, since training draws for the same indices
                 seed = args.seed + 1
-                loss = loss_of(model)(model, **batch, seed=seed, group_size=len(rows))
+                loss = self.kind.loss(model, **batch, seed=seed, group_size=len(rows))
                 pairs += zip(loss.per_sample.tolist(), loss.noise_level.tolist(), strict=True)
             return pairs
 
         with evaluating(model):
-            found = split_across_processes(accelerator, len(rows), losses)
-        pairs = torch.tensor(found, dtype=torch.float32)  # (rows, 2)
+            measured = split_across_processes(accelerator, len(rows), losses)
+        pairs = torch.tensor(measured, dtype=torch.float32)  # (rows, 2)
         return validation_means(pairs[:, 0], pairs[:, 1], window_of(args))
 
 
@@ -169,13 +171,11 @@ def describe(
     before: Measurement,
     after: Measurement,
     question: str,
-    attention_blocks: int | None = None,
 ) -> dict[str, Any]:
     """Write samples.jsonl into the run's folder, and return the texts of its card.
 
     Args:
         question: the question in the card's code.
-        attention_blocks: the length of the blocks that the model's attention goes by (LLaDA2).
     """
     lines = []
     for one, other in zip(before.generations, after.generations, strict=True):
@@ -191,30 +191,21 @@ def describe(
     run, args = evaluation.run, evaluation.run.args
     write_text(run.folder / "samples.jsonl", "".join(lines))
     base, data = args.pretrained_model_name_or_path, args.dataset_name or args.train_file
-    has_canvas = evaluation.collator.multiple > 1
     where = run.hub_id or str(run.folder)
     return {
         "measured_on": "validation records",
-        "unit": "nats per token" if has_canvas else "nats per masked token",
+        "unit": evaluation.kind.unit,
         "about": f"for the masked-diffusion language model `{base}`, trained on `{data}`.",
         "how_good": ("", "Exact match compares generated answers. [Samples](samples.jsonl)."),
-        "loading": _loading(
-            args, evaluation.sampling, where, question, has_canvas, attention_blocks
-        ),
+        "loading": _loading(evaluation, where, question),
         "tags": ["masked-diffusion", "text-generation"],
         "library": "transformers" if args.adapter == "full" else "peft",
     }
 
 
-def _loading(
-    args: Arguments,
-    sampling: Sampling,
-    folder: str,
-    question: str,
-    has_canvas: bool,
-    attention_blocks: int | None,
-) -> str:
+def _loading(evaluation: Evaluation, folder: str, question: str) -> str:
     """Return the card's code that loads the adapter and asks a question."""
+    args, kind = evaluation.run.args, evaluation.kind
     base, names, imports, lines = args.pretrained_model_name_or_path, ["mask_token"], "", []
     if args.adapter == "full":
         base = folder
@@ -227,13 +218,12 @@ def _loading(
         value = getattr(args, name)
         if value:
             options += f", {name}={value!r}"
-    if attention_blocks is not None and args.block_length is not None:
-        lines.insert(0, f"model.config.block_length = {attention_blocks}")
-    lines.insert(0, f"model, tokenizer = load_backbone({base!r}{options})")
+    loading = f"model, tokenizer = load_backbone({base!r}{options})"
+    lines = [loading, *kind.configuring_lines(args), *lines]
     if needs_schedule(args):
         imports += "\nfrom nara_diffusion import StrengthSchedule, set_strength"
         lines.append(schedule_line(args))
-    settings = [f"{name}={value!r}" for name, value in sampling.changed().items()]
+    settings = [f"{name}={value!r}" for name, value in evaluation.sampling.changed().items()]
     code = _LOADING.format(
         imports=imports,
         loading=core_import(args) + "\n".join(lines),
@@ -241,17 +231,9 @@ def _loading(
         sampling=", ".join(settings),
     )
     if reads_noise(args) or needs_schedule(args):
-        share = "masked share of the answer"
-        if has_canvas:
-            share = "share of the canvas that is not accepted"
-        elif attention_blocks is not None:
-            share += " in each block"
-        code += f"\n\nIn `generate` the adapter runs at λ, the {share}, at each step."
-    if has_canvas and method_of(args).family != "nara":  # a NaRA refuses to be merged
-        code += (
-            "\n\nDon't merge this adapter (`merge_and_unload`): the encoder and the decoder share "
-            "each weight, so PEFT would add the updates of both to both, without an error."
-        )
+        code += f"\n\nIn `generate` the adapter runs at λ, the {kind.share}, at each step."
+    if kind.merge_warning and method_of(args).family != "nara":  # a NaRA refuses to be merged
+        code += f"\n\n{kind.merge_warning}"
     return code
 
 

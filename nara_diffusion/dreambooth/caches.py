@@ -54,7 +54,7 @@ class TensorCache:
         elif not self.full:
             self.full = True
             logger.warning(
-                "latents or prompts don't fit into memory: the rest is encoded at each use"
+                "latents or prompts don't fit into memory, so some are encoded again at each use and training is slower"
             )
         return entry
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ from diffusers.training_utils import find_nearest_bucket
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
-from nara_diffusion.training.loop import ShuffledStream
+from nara_diffusion.utils.data_order import ShuffledStream
 from nara_diffusion.utils.wording import counted
 
 from .draws import numpy_generator
@@ -85,12 +85,6 @@ def scaled_size(original: Size, target: Size) -> Size:
     return max(target[0], height), max(target[1], width)
 
 
-def left_out(original: Size, target: Size) -> float:
-    """Return the share of an image that a crop to `target` removes."""
-    height, width = scaled_size(original, target)
-    return 1 - target[0] * target[1] / (height * width)
-
-
 class BucketOrder:
     """The order of the images: `order[p]` is the index of the image at position p.
 
@@ -122,12 +116,8 @@ class BucketOrder:
         return stream.samples[stream.sample_at(j * self.batch_size + offset)]
 
 
-Item = dict[str, list[TrainingSample]]
-"""{"samples": [instance]} of one position, or [instance, class image] with prior preservation."""
-
-
 class DreamBoothDataset(Dataset):
-    """Map each position p of the training stream to its `Item`, for `stream_loader`.
+    """Map each position p of the training stream to {"samples": …}, for `stream_loader`.
 
     Args:
         instances: the images of the subject.
@@ -165,34 +155,28 @@ class DreamBoothDataset(Dataset):
         self._class_order = None
         if self.class_images:
             self._class_order = ShuffledStream(self.class_images, seed + 1)
-        self._warn_of_enlarged()
 
-    def _warn_of_enlarged(self) -> None:
-        small = []
-        for image, (h, w) in zip(self.instances, self.targets, strict=True):
-            height, width = image.size
-            if height < h or width < w:
+    def warn_of_sizes(self) -> None:
+        """Warn if images have to be enlarged, or if random crops remove more than a fifth of one."""
+        small, shares = [], []
+        for image, target in zip(self.instances, self.targets, strict=True):
+            if image.size[0] < target[0] or image.size[1] < target[1]:
                 small.append(image.name)
+            height, width = scaled_size(image.size, target)
+            shares.append(1 - target[0] * target[1] / (height * width))
+        images = counted(len(shares), "image")
         if small:
             logger.warning(
-                "enlarged, which teaches blur: %d of %d images, such as %s; lower --resolution, or "
-                "leave small images out",
-                len(small),
-                len(self.instances),
-                small[0],
+                "%d of %s (such as %s) are smaller than --resolution and were enlarged, so the model learns blur. "
+                "Lower --resolution, or remove small images.",
+                *(len(small), images, small[0]),
             )
-
-    def warn_of_crops(self) -> None:
-        """Log the share of the images that random crops remove, if it is more than a fifth."""
-        pairs = zip(self.instances, self.targets, strict=True)
-        shares = [left_out(image.size, target) for image, target in pairs]
-        losing = sum(share > 0.2 for share in shares)
-        if self.crop == "random" and losing:
-            share = f"up to {100 * max(shares):.0f} % of an image"
-            which = f"{losing} of {counted(len(shares), 'image')}"
-            remedies = "--aspect_ratio_buckets auto leaves out less, --center_crop keeps the middle"
+        cropped = sum(share > 0.2 for share in shares)
+        if self.crop == "random" and cropped:
             logger.warning(
-                "random crops leave out %s, and more than a fifth in %s: %s", share, which, remedies
+                "random crops remove more than a fifth of %d of %s, and up to %.0f %%. --aspect_ratio_buckets auto "
+                "removes less, --center_crop keeps the middle.",
+                *(cropped, images, 100 * max(shares)),
             )
 
     @property
@@ -205,7 +189,7 @@ class DreamBoothDataset(Dataset):
         """The size of samples: the most frequent one of training."""
         return next(iter(self.buckets))
 
-    def __getitem__(self, position: int) -> Item:
+    def __getitem__(self, position: int) -> dict[str, list[TrainingSample]]:
         return {"samples": self.samples_at(position)}
 
     def samples_at(self, position: int) -> list[TrainingSample]:
@@ -257,7 +241,7 @@ def _middle(image: ImageRecord, target: Size) -> tuple[int, int]:
     return (height - target[0]) // 2, (width - target[1]) // 2
 
 
-def collate_samples(items: Sequence[Item]) -> dict[str, Any]:
+def collate_samples(items: Sequence[Mapping[str, list[TrainingSample]]]) -> dict[str, Any]:
     """Return the batch of b items: "samples", "prompts" and "time_ids" (B, 6) float32.
 
     The B rows are the b instances, followed by their b class images with prior preservation.

@@ -2,48 +2,29 @@
 
 The model is one module with one forward, so that hooks, DistributedDataParallel and gradient
 accumulation apply to all of it. The adapter in the denoiser reads λ from the denoiser's timestep.
-Text encoders run before λ is known, so their adapters have C = I. Users load the files as follows:
-
-    NaRA's family          pytorch_nara_weights.safetensors   pipe.load_nara_weights(folder)
-    lora, dora, rslora     pytorch_lora_weights.safetensors   pipe.load_lora_weights(folder)
-    PEFT's other adapters  COMPONENT/adapter_config.json, …   PeftModel.from_pretrained(
-                                                                  pipe.unet, "folder/unet")
-
-COMPONENT is the name of a trained model in the pipeline: unet, transformer, text_encoder, …. A
-checkpoint has the same files, and trainable.safetensors, from which training resumes. This file has
-the trained weights and the adapters' buffers, by their names in the model.
+Text encoders run before λ is known, so their adapters have C = I.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from diffusers.utils import logging as diffusers_logging
 from peft import (
     LoraConfig,
     PeftConfig,
     get_peft_model,
-    get_peft_model_state_dict,
     inject_adapter_in_model,
 )
 from peft.functional import set_requires_grad
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nara_diffusion import NaraConfig
 from nara_diffusion.loaders.insertion import check_storable
-from nara_diffusion.loaders.tensor_files import load_peft_adapter
 from nara_diffusion.noise.context import find_holders
-from nara_diffusion.strict import check_loaded, check_tensors
-from nara_diffusion.training.adapter_weights import TRAINABLE
 from nara_diffusion.training.adapters import CORE_FIELDS, check_target_modules
 from nara_diffusion.training.engines import recompute_activations
 
@@ -102,8 +83,9 @@ class AdaptedDenoiser(nn.Module):
             encoder = getattr(pipe, name)
             if gradient_checkpointing:
                 recompute_activations(encoder)
-            own = deepcopy(text_config(config))  # PEFT writes into it
-            setattr(self, name, adapt(encoder, own))
+            setattr(
+                self, name, adapt(encoder, deepcopy(text_config(config)))
+            )  # PEFT writes into it
             if name in self.family.cut_short:
                 _freeze_last_layer(encoder)
 
@@ -121,7 +103,7 @@ class AdaptedDenoiser(nn.Module):
     @property
     def trained(self) -> dict[str, nn.Parameter]:
         """The trained parameters, by name."""
-        return {name: each for name, each in self.named_parameters() if each.requires_grad}
+        return {key: value for key, value in self.named_parameters() if value.requires_grad}
 
     def forward(
         self,
@@ -159,8 +141,8 @@ def adapt(model: nn.Module, config: PeftConfig, name: str = ADAPTER) -> nn.Modul
             warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
             inject_adapter_in_model(config, model, adapter_name=name)
     else:
-        own: Any = model  # get_peft_model takes any module, but is declared for Transformers' only
-        adapted = get_peft_model(own, config, adapter_name=name)
+        base: Any = model  # get_peft_model takes any module, but is declared for Transformers' only
+        adapted = get_peft_model(base, config, adapter_name=name)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -188,132 +170,3 @@ def _freeze_last_layer(encoder: nn.Module) -> None:
             module[-1].requires_grad_(False)
         elif name.endswith("final_layer_norm"):
             module.requires_grad_(False)
-
-
-# ---------------------------------------------------------------- its files
-
-
-LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
-
-
-def write_adapter(model: AdaptedDenoiser, folder: Path, state: dict[str, Any]) -> None:
-    """Write the files that a user loads into a pipeline.
-
-    This is a `checkpoints.Writer`; it doesn't need `state`.
-    """
-    if isinstance(model.config, NaraConfig):
-        model.pipe.save_nara_weights(folder, adapter_name=ADAPTER)
-        return
-    if type(model.config) is LoraConfig:
-        _write_lora(model, folder)
-    else:
-        for name, component in model.components.items():
-            component.save_pretrained(str(folder / name))
-
-
-def _write_lora(model: AdaptedDenoiser, folder: Path) -> None:
-    """Write a LoRA by PEFT's names.
-
-    `load_lora_weights` skips a part of a file that also has Diffusers' older names.
-    """
-    layers, metadata = {}, {}
-    for name, component in model.components.items():
-        tensors = get_peft_model_state_dict(
-            component, adapter_name=ADAPTER, save_embedding_layers=False
-        )
-        own = {}
-        for key, tensor in tensors.items():
-            if key.endswith("_vector") and name != model.family.denoiser:
-                # Transformers looks up DoRA's magnitudes by the full name, which PEFT shortens
-                key += ".weight"
-            own[key] = tensor.detach().cpu().contiguous()
-        layers[f"{name}_lora_layers"] = own
-        metadata[f"{name}_lora_adapter_metadata"] = component.peft_config[ADAPTER].to_dict()
-    pipeline: Any = type(model.pipe)  # each family's class has LoRA's methods
-    pipeline.save_lora_weights(folder, **layers, **metadata)
-
-
-def write_checkpoint(model: AdaptedDenoiser, folder: Path, state: dict[str, Any]) -> None:
-    """Write the files that `read_checkpoint` reads.
-
-    This is a `checkpoints.Writer`; it doesn't need `state`.
-    """
-    write_adapter(model, folder, state)
-    tensors = _training_state(model).items()
-    save_file({name: each.cpu().contiguous() for name, each in tensors}, folder / TRAINABLE)
-
-
-@torch.no_grad()
-def read_checkpoint(model: AdaptedDenoiser, folder: Path) -> None:
-    """Load a checkpoint's weights into `model`, before accelerate wraps it."""
-    given, own = load_file(folder / TRAINABLE), _training_state(model)
-    check_tensors(given, own)
-    for name, tensor in own.items():
-        tensor.copy_(given[name])
-
-
-def _training_state(model: AdaptedDenoiser) -> dict[str, Tensor]:
-    """Return {name: tensor} of the trained weights and all adapter tensors, to resume from."""
-    names = model.trained.keys()
-    state: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in model.state_dict().items():
-        is_own = name in names or ADAPTER in name.split(".")
-        if is_own and tensor.data_ptr() not in seen:  # VeRA's layers share their projections
-            state[name] = tensor
-            seen.add(tensor.data_ptr())
-    return state
-
-
-@contextmanager
-def adapter_loaded(pipe: Any, folder: Path | None, beside: str | None = None) -> Iterator[None]:
-    """Load the adapter in `folder` into `pipe` inside the context, as a user would.
-
-    Args:
-        folder: the adapter's folder; None means the base model.
-        beside: the name of an adapter of `pipe` that stays active.
-
-    Raises:
-        ValueError: a file in the folder can't be loaded completely.
-    """
-    if folder is None:
-        yield
-        return
-    family = family_of(pipe)
-    with ExitStack() as stack:
-        stack.callback(_unload, pipe, beside)
-        if (folder / LORA_WEIGHTS).is_file():
-            _load_lora(pipe, folder)
-        elif not (folder / family.denoiser).is_dir():
-            pipe.load_nara_weights(folder, adapter_name=ADAPTER)
-        for name in (family.denoiser, *family.text_encoders):
-            if (folder / name).is_dir():
-                stack.callback(load_peft_adapter(getattr(pipe, name), folder / name).unload)
-        if beside is not None:
-            pipe.set_adapters([beside, ADAPTER])
-        yield
-
-
-def _unload(pipe: Any, beside: str | None) -> None:
-    if beside is None:
-        pipe.unload_lora_weights()
-    else:
-        pipe.delete_adapters(ADAPTER)
-        pipe.set_adapters(beside)
-
-
-def _load_lora(pipe: Any, folder: Path) -> None:
-    level = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity_error()  # it warns of each text encoder that the file lacks
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
-            pipe.load_lora_weights(folder, adapter_name=ADAPTER)
-    finally:
-        diffusers_logging.set_verbosity(level)
-    parts: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in load_file(folder / LORA_WEIGHTS).items():
-        component, _, rest = key.partition(".")
-        parts.setdefault(component, {})[rest] = tensor
-    for component, tensors in parts.items():
-        check_loaded(getattr(pipe, component), ADAPTER, tensors, str(folder / LORA_WEIGHTS))

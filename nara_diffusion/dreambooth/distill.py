@@ -1,4 +1,4 @@
-"""Teach a model to sample in K steps without guidance: `--distill_to K`.
+"""The task of teaching a model to sample in K steps without guidance: `--distill_to K`.
 
 The teacher is the base model with guidance and many steps. With --init_adapter, the teacher also
 has that adapter. The student is the same model with a new adapter, and learns to reach in one step
@@ -9,276 +9,251 @@ but no images.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftConfig
 from torch import Tensor
 
 from nara_diffusion import NaraConfig
 from nara_diffusion.loaders.tensor_files import is_nara
-from nara_diffusion.training.adapters import adapter_config, check_target_modules, title_of
-from nara_diffusion.training.checkpoints import save_adapter
-from nara_diffusion.training.loop import ShuffledStream, prepare_training, train
-from nara_diffusion.training.report import finish
+from nara_diffusion.training.adapters import adapter_config, check_target_modules
 from nara_diffusion.training.run import Run
-from nara_diffusion.tuner.usage import TIMESTEP_SETTINGS
+from nara_diffusion.utils.data_order import ShuffledStream
 from nara_diffusion.utils.digests import digest_file, digest_texts
 from nara_diffusion.utils.repositories import local_folder
 
 from .caches import PromptCache
 from .cut_prompts import prompt_sources, warn_of_cut_prompts
-from .denoiser import AdaptedDenoiser, read_checkpoint, write_adapter
+from .denoiser_files import adapter_loaded
 from .draws import seeded_normal
-from .encoders import load_encoders, paired_similarity
-from .few_steps import (
-    check_family,
-    landings,
-    make_trajectories,
-    read_prompts,
-    sample_latents,
-    student_sampler,
-    teacher_sampler,
-)
-from .fidelity import Evaluation
+from .encoders import load_encoders
+from .families import Family
+from .few_steps import FewSteps, check_family, few_steps_of
+from .fidelity import Evaluation, Measurement
 from .image_arguments import DreamBoothArguments, run_family
-from .image_report import SUBJECT, describe_student, figures
+from .image_report import SUBJECT, figures, student_card
 from .objectives import build_objective
 from .pipelines import load_base, sharing_pipeline
 from .samples import SampleSettings, sample_call, sample_images
 from .student import StudentLoss
+from .task import Task
+from .trajectories import make_trajectories, read_prompts, sample_latents
 
 FIGURES = {
     "validation_loss": "error of a step, share of the base's",
     "similarity": "similarity to the teacher's samples",
     "text_alignment": "alignment with the prompt",
 }
-"""{a figure in results.json: its name in the report}."""
 
 
+@dataclass(frozen=True)
 class Distillation:
-    """A run of `--distill_to`. Call `train`, then `report`."""
+    """The base model without an adapter, its teacher and its student's steps.
 
-    def __init__(self, args: DreamBoothArguments, run: Run) -> None:
-        assert args.distill_to is not None
-        self.args, self.run, self.steps = args, run, args.distill_to
-        check_family(run_family(args))  # before the model is loaded
-        self.prompts = self._prompts()
-        device = run.accelerator.device
-        self.encoders = load_encoders(args, device)
-        self.pipe = load_base(args, run).to(device)
-        if run.is_main:
-            warn_of_cut_prompts(self.pipe, prompt_sources(args))
-        self.family = run_family(args, self.pipe)
-        self.denoiser = getattr(self.pipe, self.family.denoiser)
-        self.source = build_objective(self.pipe.scheduler).source
-        self._set_samplers()
-        self.config = self._config()
-        check_target_modules(self.denoiser, getattr(self.config, "target_modules", None))
-        self.beside = None if args.init_adapter is None else SUBJECT
-        if args.init_adapter is not None:
-            is_own_nara = is_nara(Path(args.init_adapter).expanduser())
-            for pipe in (self.pipe, self.teacher, self.sampling_pipe):
-                load: Any = pipe.load_nara_weights if is_own_nara else pipe.load_lora_weights
-                load(args.init_adapter, adapter_name=SUBJECT)
+    With --init_adapter, the three pipelines have the adapter `beside`.
+    """
 
-    def _prompts(self) -> list[str]:
-        """Return one prompt for each trajectory."""
-        args = self.args
-        known = [prompt for prompt in (args.instance_prompt, args.class_prompt) if prompt]
-        if args.prompts_file is not None:
-            known = read_prompts(args.prompts_file)
-        return [known[i % len(known)] for i in range(args.trajectories)]
+    args: DreamBoothArguments
+    run: Run
+    prompts: Sequence[str]  # of each trajectory
+    encoders: dict[str, Any]  # those of an `Evaluation`
+    pipe: Any  # to be trained
+    family: Family
+    few_steps: FewSteps
+    config: PeftConfig
+    teacher: Any  # the pipeline of the teacher
+    teacher_call: dict[str, Any]  # the arguments of its call
+    student: Any  # the pipeline for the student's samples
+    student_call: dict[str, Any]
+    beside: str | None
 
-    def _set_samplers(self) -> None:
-        """Set the pipelines of teacher and student, and the arguments of their calls."""
-        args, steps = self.args, self.steps
-        call = sample_call(args, self.family)
-        self.student_call = {**call, "num_inference_steps": steps, "guidance_scale": 1.0}
-        self.sampling_pipe = sharing_pipeline(self.pipe, self.run.dtype)
-        sampler, self.line = student_sampler(self.pipe.scheduler, steps, self.family.is_flow)
-        self.sampling_pipe.scheduler = sampler
-        self.timesteps, self.landings = landings(sampler, steps)
-        self.teacher = sharing_pipeline(self.pipe, self.run.dtype)
-        self.parts = args.num_inference_steps // steps
-        self.teacher.scheduler, more = teacher_sampler(sampler, steps, self.parts)
-        self.teacher_call = {**call, **more}
+    @property
+    def denoiser(self) -> Any:
+        """The denoiser to be trained."""
+        return getattr(self.pipe, self.family.denoiser)
 
-    def _config(self) -> Any:
-        convention = self.source.convention
-        config: Any = adapter_config(
-            self.args, noise_convention=convention, noise_level_per="sample"
-        )
-        if isinstance(config, NaraConfig):
-            sampler = self.sampling_pipe.scheduler
-            config.few_steps = {
-                "num_inference_steps": self.steps,
-                "guidance_scale": 1.0,
-                "timesteps": self.timesteps.tolist(),
-                "scheduler": self.line,
-                **{name: sampler.config.get(name) for name in TIMESTEP_SETTINGS},
-            }
-        return config
 
-    # ------------------------------------------------------------------ data
+def load_distillation(args: DreamBoothArguments, run: Run) -> Distillation:
+    """Load prompts, base model and teacher.
 
-    def _trajectories(self) -> Tensor:
-        """Return the teacher's trajectories (n, K + 1, c, h, w), from a file if it has them."""
-        args, run, prompts = self.args, self.run, self.prompts
-        side = args.resolution // self.pipe.vae_scale_factor
-        shape = (self.denoiser.config.in_channels, side, side)
+    Raises:
+        ValueError: an argument doesn't fit the model, or the model can't be distilled.
+    """
+    assert args.distill_to is not None
+    check_family(run_family(args))  # before the model is loaded
+    prompts = [prompt for prompt in (args.instance_prompt, args.class_prompt) if prompt]
+    if args.prompts_file is not None:
+        prompts = read_prompts(args.prompts_file)
+    encoders = load_encoders(args, run.accelerator.device)
 
-        def sample(indices: Sequence[int]) -> Tensor:
-            noise = seeded_normal(shape, seed=args.seed, stream="trajectory", indices=indices)
-            given = [prompts[i] for i in indices]
-            path = sample_latents(self.teacher, given, noise, self.teacher_call)
-            return path[:, :: self.parts].contiguous()
+    pipe: Any = load_base(args, run).to(run.accelerator.device)
+    if run.is_main:
+        warn_of_cut_prompts(pipe, prompt_sources(args))
+    family = run_family(args, pipe)
+    teacher, student = (sharing_pipeline(pipe, run.dtype) for _ in range(2))
+    few_steps = few_steps_of(
+        pipe.scheduler, args.distill_to, args.num_inference_steps, family.is_flow
+    )
+    teacher.scheduler, student.scheduler = few_steps.teacher_scheduler, few_steps.scheduler
+    convention = build_objective(pipe.scheduler).source.convention
+    config: Any = adapter_config(args, noise_convention=convention, noise_level_per="sample")
+    if isinstance(config, NaraConfig):
+        config.few_steps = asdict(few_steps.sampling)
+    denoiser = getattr(pipe, family.denoiser)
+    check_target_modules(denoiser, getattr(config, "target_modules", None))
+    call, beside = sample_call(args, family), None
+    if args.init_adapter is not None:
+        beside = SUBJECT
+        reader = "load_lora_weights"
+        if is_nara(Path(args.init_adapter).expanduser()):
+            reader = "load_nara_weights"
+        for pipeline in (pipe, teacher, student):
+            getattr(pipeline, reader)(args.init_adapter, adapter_name=beside)
+    return Distillation(
+        args,
+        run,
+        [prompts[i % len(prompts)] for i in range(args.trajectories)],
+        encoders,
+        pipe,
+        family,
+        few_steps,
+        config,
+        teacher,
+        {**call, **few_steps.teacher_call},
+        student,
+        {**call, "num_inference_steps": args.distill_to, "guidance_scale": 1.0},
+        beside,
+    )
 
-        settings = (args.seed, self.teacher_call, self.timesteps.tolist(), run.dtype)
-        texts = [*prompts, *map(str, settings), *run.digests.values()]
-        if args.init_adapter is not None:
-            texts += digests_of(args.init_adapter)
-        digest = digest_texts(texts)
-        run.record_data_digest("training data", [digest])
-        folder = Path(args.trajectories_dir or run.folder / "trajectories").expanduser()
-        path = folder / f"{digest[:16]}.safetensors"
-        size = args.sample_batch_size
-        return make_trajectories(sample, len(prompts), size, path, run.accelerator)
 
-    def _losses(self) -> tuple[StudentLoss, StudentLoss]:
-        """Return the loss on training trajectories, and on held-out trajectories."""
-        args, prompts = self.args, self.prompts
-        trajectories = self._trajectories()
-        count = max(1, args.trajectories // 10)
-        time_ids = [[args.resolution, args.resolution, 0, 0, args.resolution, args.resolution]]
-        held_out = StudentLoss(
-            self.denoiser,
-            trajectories[-count:],
-            prompts[-count:],
-            self.timesteps,
-            self.landings,
-            torch.ones(self.steps),
-            self.source,
-            PromptCache(self.pipe, self.family),
-            torch.tensor(time_ids, device=self.run.accelerator.device),
-            args.sample_batch_size,
-        )
-        base_errors = held_out.curve(self.pipe, self.run.accelerator).mean(1)
-        held_out = replace(held_out, base_errors=base_errors)
-        loss = replace(held_out, trajectories=trajectories[:-count], prompts=prompts[:-count])
-        return loss, held_out
+def student_losses(distillation: Distillation) -> tuple[StudentLoss, StudentLoss]:
+    """Return the loss on training trajectories, and on held-out trajectories.
 
-    # ------------------------------------------------------------------ the run
+    The teacher makes the trajectories, unless a file has them.
+    """
+    args, run, prompts = distillation.args, distillation.run, distillation.prompts
+    trajectories = _trajectories(distillation)
+    count = max(1, args.trajectories // 10)
+    time_ids = [[args.resolution, args.resolution, 0, 0, args.resolution, args.resolution]]
+    held_out = StudentLoss(
+        distillation.denoiser,
+        trajectories[-count:],
+        prompts[-count:],
+        distillation.few_steps,
+        torch.ones(len(distillation.few_steps.timesteps)),
+        build_objective(distillation.pipe.scheduler).source,
+        PromptCache(distillation.pipe, distillation.family),
+        torch.tensor(time_ids, device=run.accelerator.device),
+        args.sample_batch_size,
+    )
+    base_errors = held_out.curve(distillation.pipe, run.accelerator).mean(1)
+    held_out = replace(held_out, base_errors=base_errors)
+    loss = replace(held_out, trajectories=trajectories[:-count], prompts=prompts[:-count])
+    return loss, held_out
 
-    def train(self) -> None:
-        """Train from the start or a checkpoint to the last step, and write the adapter."""
-        args, run = self.args, self.run
-        loss, self.held_out = self._losses()
-        count = len(loss.prompts)
-        steps = run.plan(count * self.steps)
-        self.evaluation = self._evaluation()
-        model = self._model()
-        parts = prepare_training(run, model, self.samples_of(loss), list)
-        self.trainable = sum(parameter.numel() for parameter in model.trained.values())
-        teacher = f"{args.num_inference_steps} steps, guidance {args.guidance_scale:g}"
-        self.facts = {
-            "base": f"{args.pretrained_model_name_or_path} at {args.resolution} pixels",
-            "adapter": title_of(args),
-            "student": f"{self.steps} steps without guidance, one call each",
+
+def _trajectories(distillation: Distillation) -> Tensor:
+    """Return the teacher's trajectories (n, K + 1, c, h, w), from a file if it has them."""
+    args, run, prompts = distillation.args, distillation.run, distillation.prompts
+    few_steps, call = distillation.few_steps, distillation.teacher_call
+    side = args.resolution // distillation.pipe.vae_scale_factor
+    shape = (distillation.denoiser.config.in_channels, side, side)
+
+    def sample(indices: Sequence[int]) -> Tensor:
+        noise = seeded_normal(shape, seed=args.seed, stream="trajectory", indices=indices)
+        path = sample_latents(distillation.teacher, [prompts[i] for i in indices], noise, call)
+        return path[:, :: few_steps.parts].contiguous()
+
+    settings = (args.seed, call, few_steps.timesteps.tolist(), run.dtype)
+    texts = [*prompts, *map(str, settings), *run.digests.values()]
+    if args.init_adapter is not None:
+        path = Path(args.init_adapter).expanduser()
+        files = [path] if path.is_file() else sorted(local_folder(str(path)).iterdir())
+        texts += [digest_file(file) for file in files if file.is_file()]
+    digest = digest_texts(texts)
+    run.record_data_digest("training data", [digest])
+    folder = Path(args.trajectories_dir or run.folder / "trajectories").expanduser()
+    path = folder / f"{digest[:16]}.safetensors"
+    return make_trajectories(sample, len(prompts), args.sample_batch_size, path, run.accelerator)
+
+
+def evaluation_of(distillation: Distillation, held_out: StudentLoss) -> Evaluation:
+    """Return the evaluation, with a sample of the teacher for each of the student's."""
+    args, run = distillation.args, distillation.run
+    settings = SampleSettings(
+        args.prompts or list(dict.fromkeys(distillation.prompts))[:4],
+        args.num_validation_images,
+        args.seed,
+        args.sample_batch_size,
+        distillation.student_call,
+    )
+    slow = replace(settings, call=distillation.teacher_call)
+    return Evaluation(
+        run,
+        distillation.student,
+        settings,
+        held_out,
+        sample_images(distillation.teacher, slow, run.accelerator, desc="teacher"),
+        **distillation.encoders,
+        has_teacher=True,
+        beside=distillation.beside,
+    )
+
+
+def student_samples(loss: StudentLoss, seed: int) -> ShuffledStream:
+    """Return the samples of training, in their order."""
+    return ShuffledStream([{"trajectory": i} for i in range(len(loss.prompts))], seed)
+
+
+def student_task(distillation: Distillation) -> Task:
+    """Return the task of the student."""
+    args = distillation.args
+    loss, held_out = student_losses(distillation)
+    evaluation = evaluation_of(distillation, held_out)
+    steps, count = len(loss.few_steps.timesteps), len(loss.prompts)
+    teacher = f"{args.num_inference_steps} steps, guidance {args.guidance_scale:g}"
+    return Task(
+        distillation.pipe,
+        distillation.family,
+        distillation.config,
+        loss,
+        student_samples(loss, args.seed),
+        list,
+        count * steps,
+        evaluation,
+        facts={
+            "student": f"{steps} steps without guidance, one call each",
             "teacher": teacher + (f", with {args.init_adapter}" if args.init_adapter else ""),
             "trained on": f"{count} trajectories of the teacher",
-            "validation loss": f"on {len(self.held_out.prompts)} trajectories held out",
-            "optimizer steps": f"{steps} of {run.global_batch} samples",
-            "trainable parameters": f"{self.trainable:,}",
-            "hardware": run.hardware,
-        }
-        run.open(self.facts)
-        run.restore()
-        validate = partial(self.evaluation.validate, parts[0])
-        train(run, parts, replace(loss, model=parts[0]), validate)
-        save_adapter(run.accelerator, parts[0], run.folder, write_adapter)
-
-    def samples_of(self, loss: StudentLoss) -> ShuffledStream:
-        """Return the samples of training, in their order."""
-        numbers = [{"trajectory": number} for number in range(len(loss.prompts))]
-        return ShuffledStream(numbers, self.args.seed)
-
-    def _model(self) -> AdaptedDenoiser:
-        model = AdaptedDenoiser(
-            self.pipe,
-            self.config,
-            gradient_checkpointing=self.args.gradient_checkpointing,
-            family=self.family,
-            beside=self.beside,
-        )
-        if self.run.checkpoint is not None:
-            read_checkpoint(model, self.run.checkpoint)
-        return model
-
-    def _evaluation(self) -> Evaluation:
-        """Return the evaluation, with a sample of the teacher for each of the student's."""
-        args = self.args
-        settings = SampleSettings(
-            args.prompts or list(dict.fromkeys(self.prompts))[:4],
-            args.num_validation_images,
-            args.seed,
-            args.sample_batch_size,
-            self.student_call,
-        )
-        slow = replace(settings, call=self.teacher_call)
-        images = sample_images(self.teacher, slow, self.run.accelerator, desc="teacher")
-        return Evaluation(
-            self.run,
-            self.sampling_pipe,
-            settings,
-            self.held_out,
-            images,
-            **self.encoders,
-            compare=paired_similarity,
-            title="the teacher",
-            beside=self.beside,
-        )
-
-    def end_error(self, folder: Path | None) -> float:
-        """Return the held-out `end_error` with the adapter in `folder`; None means the base."""
-        call, accelerator = self.student_call, self.run.accelerator
-        with self.evaluation.loaded(folder):
-            return self.held_out.end_error(self.sampling_pipe, call, accelerator)
-
-    def report(self) -> dict[str, Any]:
-        """Measure, write the report, and return the content of results.json."""
-        args, run = self.args, self.run
-        before = self.evaluation.measure(None, "before")
-        after = self.evaluation.measure(run.folder, "after")
-        ends = [self.end_error(None), self.end_error(run.folder)]
-        rows = figures(before, after, FIGURES)
-        rows.append(["distance of the end from the teacher's", *(f"{end:.3f}" for end in ends)])
-        measured = (self.evaluation, before, after)
-        return finish(
-            run,
-            before,
-            after,
-            names=(*FIGURES, "curve"),
-            figures=rows,
-            facts=self.facts,
-            schedule_line="",
-            describe=partial(describe_student, *measured, self.pipe, self.line),
-            n=len(after.images),
-            trainable_parameters=self.trainable,
-            base_model=args.pretrained_model_name_or_path,
-            resolution=args.resolution,
-            distill_to=self.steps,
-            end_error_before=ends[0],
-            end_error_after=ends[1],
-        )
+            "validation loss": f"on {len(held_out.prompts)} trajectories held out",
+        },
+        report=partial(_report, evaluation, held_out),
+    )
 
 
-def digests_of(adapter: str) -> list[str]:
-    """Return the digest of each file of an adapter, given by its file, folder or Hub id."""
-    path = Path(adapter).expanduser()
-    if path.is_file():
-        return [digest_file(path)]
-    files = sorted(path for path in local_folder(str(path)).iterdir() if path.is_file())
-    return list(map(digest_file, files))
+def _report(
+    evaluation: Evaluation, held_out: StudentLoss, before: Measurement, after: Measurement
+) -> dict[str, Any]:
+    ends = [end_error(evaluation, held_out, folder) for folder in (None, evaluation.run.folder)]
+    rows = figures(before, after, FIGURES)
+    rows.append(["distance of the end from the teacher's", *(f"{end:.3f}" for end in ends)])
+    sampling = held_out.few_steps.sampling
+    return {
+        "names": (*FIGURES, "curve"),
+        "figures": rows,
+        "describe": partial(student_card, evaluation, after, sampling),
+        "distill_to": sampling.num_inference_steps,
+        "end_error_before": ends[0],
+        "end_error_after": ends[1],
+    }
+
+
+def end_error(evaluation: Evaluation, held_out: StudentLoss, folder: Path | None) -> float:
+    """Return the `end_error` with the adapter in `folder`; None means the base."""
+    call = evaluation.settings.call
+    with adapter_loaded(evaluation.pipe, folder, evaluation.beside):
+        return held_out.end_error(evaluation.pipe, call, evaluation.run.accelerator)

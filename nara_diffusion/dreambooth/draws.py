@@ -8,7 +8,7 @@ the purpose of a number, so that two purposes never share numbers. `index` is th
 stream of samples. A sample therefore gets the same crop, latent and noise in any process, at any
 batch size and in any order, and a resumed run needs no random state. Normal numbers are drawn on
 the CPU, so they don't depend on the device. Stratified u spread the noise levels evenly over a
-global batch (`noise.level.stratified_uniform`). A class image has the position of its instance but
+global batch (`noise.drawn_levels.stratified_uniform`). A class image has the position of its instance but
 a different role, so the two get independent noise.
 """
 
@@ -91,9 +91,8 @@ def drawable_levels(
     inside = levels[window.contains(noise_levels)[levels]].sort().values
     if len(inside) == 0:
         raise ValueError(
-            f"min_noise_level is {window.low} and max_noise_level {window.high}, but of the {count} "
-            f"noise levels of the schedule, from {noise_levels[0]:.4g} to {noise_levels[-1]:.4g}, none "
-            "lies between: widen the window."
+            f"The schedule has {count} noise levels from {noise_levels[0]:.4g} to {noise_levels[-1]:.4g}, and none is "
+            f"between --min_noise_level {window.low} and --max_noise_level {window.high}: widen the window."
         )
     return inside
 

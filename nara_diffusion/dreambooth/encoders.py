@@ -59,13 +59,13 @@ class Encoder:
         self.kind = model.config.model_type
         if self.kind not in ("clip", "vit", "dinov2"):
             raise ValueError(
-                f"{self.name} is a {type(model).__name__}, expected CLIP, DINO or DINOv2"
+                f"{self.name} is a {type(model).__name__}. Expected CLIP, DINO or DINOv2."
             )
         # DINO's checkpoints lack the class's pooling layer, which isn't used here
         missing = sorted(key for key in loading["missing_keys"] if "pooler" not in key)
         if missing:
             raise ValueError(
-                f"the weights of {self.name} lack {len(missing)} tensors, such as {missing[0]}"
+                f"{self.name} lacks {len(missing)} tensors of its weights, such as {missing[0]}: download it again."
             )
         self.model = model.eval().requires_grad_(False).to(self.device)
         self.processor = AutoImageProcessor.from_pretrained(self.name, backend="pil")
@@ -102,18 +102,18 @@ class Encoder:
         """Raise ValueError if the model has no text tower."""
         if self.kind != "clip":
             raise ValueError(
-                f"{self.name} is a {type(self.model).__name__}, which has no text tower: use CLIP"
+                f"{self.name} is a {type(self.model).__name__}, which can't encode text: use CLIP."
             )
 
     @torch.no_grad()
     def _embed(
         self, items: Sequence[Any], forward: Callable[[list[Any]], torch.Tensor]
     ) -> torch.Tensor:
-        found = []
+        vectors = []
         for start in range(0, len(items), self.batch_size):
             batch = list(items[start : start + self.batch_size])
-            found.append(forward(batch).cpu())
-        return F.normalize(torch.cat(found), dim=1)  # (n, d)
+            vectors.append(forward(batch).cpu())
+        return F.normalize(torch.cat(vectors), dim=1)  # (n, d)
 
 
 def image_similarity(encoder: Encoder, generated: Images, reference: Images) -> float:
@@ -148,23 +148,21 @@ def without_words(prompt: str, words: Iterable[str]) -> str:
 
 def load_encoders(args: DreamBoothArguments, device: torch.device) -> dict[str, Any]:
     """Return the encoders of an `Evaluation`, or None. If both are one model, it is loaded once."""
-    encoders: dict[str | None, Encoder] = {}
+    encoders: dict[str | None, Encoder | None] = {None: None}
     for name in (args.similarity_model, args.alignment_model):
-        if name is not None and name not in encoders:
-            encoders[name] = _load_encoder(name, device)
-    alignment = encoders.get(args.alignment_model)
+        if name is None or name in encoders:
+            continue
+        try:
+            encoders[name] = Encoder(name, device=device)
+        except OSError as error:
+            why = str(error).strip().partition("\n")[0]
+            if is_out_of_reach(error):
+                why = "the Hub can't be reached"
+            raise ValueError(
+                f"The encoder {name} can't be loaded ({why}). Name a folder, or leave its figures out with "
+                "--similarity_model none --alignment_model none."
+            ) from error
+    alignment = encoders[args.alignment_model]
     if alignment is not None:
         alignment.check_text()
-    return {"similarity": encoders.get(args.similarity_model), "alignment": alignment}
-
-
-def _load_encoder(name: str, device: torch.device) -> Encoder:
-    try:
-        return Encoder(name, device=device)
-    except OSError as error:
-        why = str(error).strip().partition("\n")[0]
-        why = "the Hub can't be reached" if is_out_of_reach(error) else why
-        raise ValueError(
-            f"the encoder {name} can't be loaded ({why}): name a folder, or leave its figures out with "
-            "--similarity_model none --alignment_model none."
-        ) from error
+    return {"similarity": encoders[args.similarity_model], "alignment": alignment}

@@ -1,40 +1,28 @@
-"""Few-step sampling: the student's and the teacher's steps, targets and trajectories.
+"""Few-step sampling: the student's and the teacher's steps, and the student's targets.
 
 A step of DDIM (arXiv 2010.02502, η = 0), or of Euler's method on a rectified flow, is linear in the
 latents z and the prediction y: z' = c z + d y. Solving for y gives the prediction that leads to a
 given z'. This is the target of a student that takes the whole step at once:
 
     y = (z' − c z) / d
-
-A trajectory z (K + 1, c, h, w) of the teacher, the base model sampled with guidance and in many
-steps, has the latents at the start and after each of K steps. Its noise and prompt depend only on
-(seed, number), so that processes can share the work and trajectories are reproducible.
 """
 
 from __future__ import annotations
 
-import logging
-import time
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
     FlowMatchEulerDiscreteScheduler,
 )
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nara_diffusion.utils.files import atomic_write
+from nara_diffusion.tuner.usage import FewStepSampling
 
 from .families import Family
-from .samples import made_in_batches
-
-logger = logging.getLogger(__name__)
 
 FAMILIES = ("stable-diffusion", "stable-diffusion-xl", "stable-diffusion-3")
 """The families that use plain classifier-free guidance and the sampler's own timesteps."""
@@ -47,9 +35,43 @@ def check_family(family: Family) -> None:
     """Raise ValueError for a family that can't be distilled."""
     if family.name not in FAMILIES:
         raise ValueError(
-            f"distill_to teaches Stable Diffusion 1, 2, XL and 3, and this model is {family.title}, "
-            "which has timesteps or a guidance of its own: leave distill_to out."
+            "--distill_to supports Stable Diffusion 1, 2, XL and 3. This model is "
+            f"{family.title}, which chooses its own timesteps or guidance: leave --distill_to out."
         )
+
+
+@dataclass(frozen=True)
+class FewSteps:
+    """K steps of a student, and those of its teacher between them."""
+
+    sampling: FewStepSampling  # the student's, as its file and its model card say it
+    scheduler: Any  # of the student
+    timesteps: Tensor  # (K,)
+    landings: Tensor  # (K, 2), of `landings`
+    teacher_scheduler: Any
+    teacher_call: dict[str, Any]  # further arguments of the teacher's call
+    parts: int  # the teacher's steps for each of the student's
+
+
+def few_steps_of(scheduler: Any, steps: int, teacher_steps: int, is_flow: bool) -> FewSteps:
+    """Return the `steps` of a student of the model with `scheduler`.
+
+    Args:
+        teacher_steps: the teacher's steps, a multiple of `steps`.
+        is_flow: whether the model is a rectified flow.
+    """
+    sampler, code = student_sampler(scheduler, steps, is_flow)
+    timesteps, factors = landings(sampler, steps)
+    parts = teacher_steps // steps
+    sampling = FewStepSampling(
+        num_inference_steps=steps,
+        timesteps=timesteps.tolist(),
+        scheduler=code,
+        timestep_spacing=sampler.config.get("timestep_spacing"),
+        shift_terminal=sampler.config.get("shift_terminal"),
+    )
+    teacher = teacher_sampler(sampler, steps, parts)
+    return FewSteps(sampling, sampler, timesteps, factors, *teacher, parts)
 
 
 def student_sampler(scheduler: Any, steps: int, is_flow: bool) -> tuple[Any, str]:
@@ -67,8 +89,8 @@ def student_sampler(scheduler: Any, steps: int, is_flow: bool) -> tuple[Any, str
         if steps > 1:
             options = {"shift_terminal": shift / (steps - 1 + shift)}
     sampler = kind.from_config(scheduler.config, **options)
-    given = "".join(f", {name}={value!r}" for name, value in options.items())
-    line = f"pipe.scheduler = {kind.__name__}.from_config(pipe.scheduler.config{given})"
+    settings = "".join(f", {name}={value!r}" for name, value in options.items())
+    line = f"pipe.scheduler = {kind.__name__}.from_config(pipe.scheduler.config{settings})"
     return sampler, line if options else ""
 
 
@@ -90,75 +112,8 @@ def landings(sampler: Any, steps: int) -> tuple[Tensor, Tensor]:
     """
     sampler.set_timesteps(steps)
     z, y = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
-    found = []
+    factors = []
     for timestep in sampler.timesteps:
         c, d = sampler.step(y, timestep, z).prev_sample.tolist()
-        found.append([-c / d, 1 / d])
-    return sampler.timesteps, torch.tensor(found)
-
-
-# ---------------------------------------------------------------------- trajectories
-
-
-def sample_latents(
-    pipe: Any, prompts: Sequence[str], noise: Tensor, call: Mapping[str, Any]
-) -> Tensor:
-    """Return the latents (b, steps + 1, c, h, w) of a pipeline's steps, float32 on the CPU.
-
-    Args:
-        noise: the latents (b, c, h, w) at the start.
-        call: the arguments of the pipeline's call.
-    """
-    path = [noise.to(pipe.device, pipe.dtype)]
-
-    def keep(pipe: Any, step: int, timestep: Tensor, given: dict[str, Tensor]) -> dict[str, Tensor]:
-        path.append(given["latents"])
-        return given
-
-    call = {**call, "output_type": "latent", "callback_on_step_end": keep}
-    pipe(prompt=list(prompts), latents=path[0], **call)
-    return torch.stack(path, dim=1).float().cpu()
-
-
-def make_trajectories(
-    sample: Callable[[Sequence[int]], Tensor],
-    count: int,
-    batch_size: int,
-    path: Path,
-    accelerator: Accelerator,
-) -> Tensor:
-    """Return `count` trajectories (n, K + 1, c, h, w), float32 on the CPU.
-
-    If `path` exists, they are read from it. Otherwise all processes share the work of computing
-    them, and write them to `path`.
-
-    Args:
-        sample: a function that takes indices and returns the trajectories (b, K + 1, c, h, w).
-    """
-    if not path.is_file():
-        started = time.perf_counter()
-        made = made_in_batches(sample, count, batch_size, accelerator, "teacher")
-        seconds = time.perf_counter() - started
-        if accelerator.is_main_process:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(path) as partial:
-                save_file({"trajectories": torch.stack(made)}, partial)
-            logger.info("%d trajectories took %.0f s and are kept in %s", count, seconds, path)
-        accelerator.wait_for_everyone()
-    return load_file(path)["trajectories"]
-
-
-def read_prompts(path: str) -> list[str]:
-    """Return the prompts in a text file, one per line. Empty lines are skipped.
-
-    Raises:
-        ValueError: the file can't be read as text or has no prompt.
-    """
-    try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"prompts_file '{path}' can't be read: {error}") from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise ValueError(f"prompts_file '{path}' has no prompt: write one per line.")
-    return prompts
+        factors.append([-c / d, 1 / d])
+    return sampler.timesteps, torch.tensor(factors)

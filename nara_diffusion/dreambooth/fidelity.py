@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from PIL.Image import Image
 
@@ -26,20 +23,14 @@ from nara_diffusion.training.checkpoints import save_adapter
 from nara_diffusion.training.loss_curves import validation_means
 from nara_diffusion.training.run import Run
 
-from .denoiser import adapter_loaded, write_adapter
-from .encoders import Encoder, Images, image_similarity, text_alignment
+from .denoiser_files import adapter_loaded, write_adapter
+from .encoders import Encoder, Images, image_similarity, paired_similarity, text_alignment
 from .reconstruction import Reconstruction
 from .samples import SampleSettings, sample_images, write_grid
+from .student import StudentLoss
+from .validation_loss import ValidationLoss
 
 logger = logging.getLogger(__name__)
-
-
-class LossCurve(Protocol):
-    """A loss at several noise levels λ (points,), such as `ValidationLoss`."""
-
-    @property
-    def noise_levels(self) -> torch.Tensor: ...
-    def curve(self, pipe: Any, accelerator: Accelerator) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -62,42 +53,42 @@ class Evaluation:
     run: Run
     pipe: DiffusionPipeline  # the pipeline of the base model, for sampling
     settings: SampleSettings
-    loss: LossCurve
+    loss: ValidationLoss | StudentLoss
     references: Sequence[Image] = ()  # images of the subject, or of a teacher
     similarity: Encoder | None = None  # compares samples with the subject
     alignment: Encoder | None = None  # compares samples with their prompts
     reconstruction: Reconstruction | None = None  # of `references`
-    compare: Callable[[Encoder, Images, Images], float] = image_similarity
-    title: str = "training images"  # of `references`
+    has_teacher: bool = False  # whether each sample has a teacher's sample in `references`
     beside: str | None = None  # an adapter of `pipe` that stays active
 
     @property
     def subject(self) -> dict[str, Sequence[Image]]:
-        """Rows of a sheet, {title: images of the subject}."""
-        rows = {self.title: self.references}
+        """Rows of a sheet, {title: images of the subject or the teacher}."""
+        rows = {"the teacher" if self.has_teacher else "training images": self.references}
         if self.reconstruction is not None:
             rows[self.reconstruction.title] = self.reconstruction.images
         return rows
-
-    def loaded(self, folder: Path | None) -> AbstractContextManager[None]:
-        """Return a context with the adapter in `folder`, loaded as a user would load it."""
-        return adapter_loaded(self.pipe, folder, self.beside)
 
     def measure(self, folder: Path | None, name: str) -> Measurement:
         """Return a measurement with the adapter in `folder`, loaded as a user would load it.
 
         If `folder` is None, measure the base model. `name` is the title of the progress bar.
         """
-        with self.loaded(folder):
+        with adapter_loaded(self.pipe, folder, self.beside):
             accelerator = self.run.accelerator
             images = sample_images(self.pipe, self.settings, accelerator, desc=f"sample {name}")
             curve = self.loss.curve(self.pipe, accelerator).mean(1)
-        shown = self.reconstruction and self.reconstruction.images
+        decoded = None if self.reconstruction is None else self.reconstruction.images
+        alignment = None
+        if self.alignment is not None:
+            prompts = [prompt for prompt, _ in self.settings.pairs]
+            words = self.run.args.identifier or ()
+            alignment = text_alignment(self.alignment, images, prompts, words)
         return Measurement(
             images=images,
             similarity=self._similarity(images, self.references),
-            similarity_as_shown=self._similarity(images, shown),
-            text_alignment=self._alignment(images),
+            similarity_as_shown=self._similarity(images, decoded),
+            text_alignment=alignment,
             noise_levels=self.loss.noise_levels.tolist(),
             curve=curve.tolist(),
             validation_loss=curve.mean().item(),
@@ -107,14 +98,8 @@ class Evaluation:
         """Return the image similarity; None without an encoder or references."""
         if self.similarity is None or references is None:
             return None
-        return self.compare(self.similarity, images, references)
-
-    def _alignment(self, images: Images) -> float | None:
-        """Return the text alignment; None without an encoder."""
-        if self.alignment is None:
-            return None
-        prompts = [prompt for prompt, _ in self.settings.pairs]
-        return text_alignment(self.alignment, images, prompts, self.run.args.identifier or ())
+        compare = paired_similarity if self.has_teacher else image_similarity
+        return compare(self.similarity, images, references)
 
     def measure_model(self, model: torch.nn.Module, name: str) -> Measurement:
         """Return a measurement of `model`, with or without accelerate's wrapper.
@@ -137,28 +122,30 @@ class Evaluation:
 
     def validate(self, model: torch.nn.Module) -> dict[str, float]:
         """Return the figures of `model`, as wrapped by accelerate, and write a sheet of samples."""
-        found = self.measure_model(model, "for validation")
+        measurement = self.measure_model(model, "for validation")
+        curve, window = torch.tensor(measurement.curve), window_of(self.run.args)
+        values = validation_means(curve, self.loss.noise_levels, window)
+        for name in ("similarity", "text_alignment"):
+            figure = getattr(measurement, name)
+            if figure is not None:
+                values[name] = figure
         if self.run.is_main:
-            self._show(found.images)
-        curve, window = torch.tensor(found.curve), window_of(self.run.args)
-        means = validation_means(curve, self.loss.noise_levels, window)
-        figures = {"similarity": found.similarity, "text_alignment": found.text_alignment}
-        means |= {name: value for name, value in figures.items() if value is not None}
-        if self.run.is_main:
-            text = ", ".join(f"{name} {value:.3f}" for name, value in means.items())
+            self._show(measurement.images)
+            text = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
             logger.info("step %d: %s", self.run.step, text)
-        return means
+        return values
 
     def _show(self, images: Sequence[Image]) -> None:
+        """Write a sheet of the samples, and pass them to the trackers."""
         step, prompts = self.run.step, self.settings.prompts
         path = self.run.folder / "validation" / f"step-{step}.png"
         path.parent.mkdir(exist_ok=True)
         write_grid(path, prompts, {f"step {step}": images}, self.subject)
         pixels = np.stack([np.asarray(image) for image in images])
-        shown = {}
+        by_prompt = {}
         for prompt, part in zip(prompts, np.split(pixels, len(prompts)), strict=True):
-            shown[f"validation: {prompt}"] = part  # (n, h, w, 3)
+            by_prompt[f"validation: {prompt}"] = part  # (n, h, w, 3)
         for tracker in self.run.accelerator.trackers:
             if hasattr(tracker, "log_images"):
                 options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images(shown, step=step, **options)
+                tracker.log_images(by_prompt, step=step, **options)

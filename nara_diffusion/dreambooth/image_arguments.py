@@ -23,21 +23,18 @@ class DreamBoothArguments(ImageFlags):
         super().__post_init__()
         check_arguments(self)
         check_adapter(self)
+        reasons = {
+            "prompt": "puts virtual tokens before a language model's text",
+            "full": "trains all weights, which Diffusers' own scripts do",
+        }
         method = method_of(self).family
-        if method == "prompt":
+        if method in reasons:
             raise ValueError(
-                f"adapter {self.adapter} puts virtual tokens before a language model's text: choose "
-                "another."
+                f"--adapter {self.adapter} {reasons[method]}. Choose another adapter for images."
             )
-        if method == "full":
-            raise ValueError(
-                f"adapter {self.adapter} trains all weights, which Diffusers' scripts do for images: "
-                "choose another."
-            )
-        if self.instance_prompt is not None:
-            check_prompt(self.instance_prompt, "instance_prompt")
-        if self.class_prompt is not None:
-            check_prompt(self.class_prompt, "class_prompt")
+        for name in ("instance_prompt", "class_prompt"):
+            if getattr(self, name) is not None:
+                check_prompt(getattr(self, name), name)
         for prompt in self.validation_prompts or []:
             check_prompt(prompt, "a validation prompt")
 
@@ -55,29 +52,23 @@ def run_family(args: DreamBoothArguments, pipe: DiffusionPipeline | None = None)
         family = family_of_model(args.pretrained_model_name_or_path, revision=args.revision)
     else:
         family = family_of(pipe)
-    for name, why in _without_meaning(family).items():
-        value = getattr(args, name)
-        if value not in (None, False, "none"):
-            raise ValueError(f"{name} is {value}, but {family.title} {why}: leave it out.")
-    if args.max_sequence_length is not None:
-        family = replace(family, max_sequence_length=args.max_sequence_length)
-    if args.training_guidance_scale is not None:
-        family = replace(family, guidance=args.training_guidance_scale)
-    return family
-
-
-def _without_meaning(family: Family) -> dict[str, str]:
-    """Return {argument: reason} of the arguments that have no meaning for a family."""
     reasons = {}
     if not family.text_encoders:
-        reasons["train_text_encoder"] = "is trained with its text encoders as they are"
+        reasons["train_text_encoder"] = "can't be trained together with its text encoders"
     if family.max_sequence_length is None:
-        reasons["max_sequence_length"] = "reads the tokens that its CLIP has places for"
+        reasons["max_sequence_length"] = "has a fixed length of prompts"
     if family.guidance is None:
         reasons["training_guidance_scale"] = "has no distilled guidance"
     if family.is_flow:
         reasons["snr_gamma"] = "is a rectified flow, which --weighting_scheme weights"
     else:
-        reasons["weighting_scheme"] = "isn't a rectified flow"
-        reasons["flow_shift"] = "isn't a rectified flow"
-    return reasons
+        reasons["weighting_scheme"] = reasons["flow_shift"] = "is not a rectified flow"
+    for name, reason in reasons.items():
+        value = getattr(args, name)
+        if value not in (None, False, "none"):
+            raise ValueError(f"--{name} is {value}, but {family.title} {reason}: leave it out.")
+    if args.max_sequence_length is not None:
+        family = replace(family, max_sequence_length=args.max_sequence_length)
+    if args.training_guidance_scale is not None:
+        family = replace(family, guidance=args.training_guidance_scale)
+    return family

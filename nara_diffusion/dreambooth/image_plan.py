@@ -25,7 +25,7 @@ from .dataset import TrainingSample, collate_samples
 from .denoiser import AdaptedDenoiser
 from .families import Family, Placed
 from .image_arguments import DreamBoothArguments, run_family
-from .image_records import ImageRecord, Size
+from .image_records import ImageRecord
 from .pipelines import family_named, model_index, modules_of, training_sizes
 from .training_step import training_step
 
@@ -56,7 +56,14 @@ def planned_image_step(args: DreamBoothArguments) -> PlannedStep:
         )
     prompts: Any = None if args.train_text_encoder else PlannedPrompts(pipe, family)
     step = replace(step, model=model, prompts=prompts)
-    batch = _batch(args, size)
+    items: list[dict[str, Any]] = []
+    for position in range(args.train_batch_size):
+        samples = []
+        for role in ("instance", "class") if args.class_prompt is not None else ("instance",):
+            image = ImageRecord("planned", bytes, size, "", f"{role} {position}")
+            samples.append(PlannedSample(image, size, 0, 0, False, position, role, ""))
+        items.append({"samples": samples})
+    batch = collate_samples(items)
     return PlannedStep(
         model=model,
         loss=lambda: step(batch).loss,
@@ -115,25 +122,11 @@ def _component(described: Sequence[str], folder: str, dtype: torch.dtype, **sour
         return make().to(dtype).requires_grad_(False).eval()
 
 
-# ---------------------------------------------------------------- the batch
-
-
 class PlannedSample(TrainingSample):
     """A sample with pixels of zero."""
 
     def pixel_values(self) -> Tensor:
         return torch.zeros(3, *self.target)
-
-
-def _batch(args: DreamBoothArguments, size: Size) -> dict[str, Any]:
-    """Return a batch of images of `size`, with class images if the run has them."""
-    roles = ["instance"] if args.class_prompt is None else ["instance", "class"]
-    items: list[dict[str, Any]] = [{"samples": []} for _ in range(args.train_batch_size)]
-    for position, item in enumerate(items):
-        for role in roles:
-            image = ImageRecord("planned", bytes, size, "", f"{role} {position}")
-            item["samples"].append(PlannedSample(image, size, 0, 0, False, position, role, ""))
-    return collate_samples(items)
 
 
 class PlannedPrompts:

@@ -30,11 +30,6 @@ Size = tuple[int, int]
 IMAGE_SUFFIXES = frozenset(
     [".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"]
 )
-LONGEST = 32
-"""The largest ratio of an image's sides. A crop of a longer image would show almost nothing."""
-
-
-# ---------------------------------------------------------------------- images
 
 
 @dataclass(frozen=True)
@@ -69,14 +64,14 @@ def decode_image(content: bytes, name: str) -> Image.Image:
     try:
         image = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
         if image.mode == "F" or image.mode.startswith("I"):
-            raise ValueError(f"mode {image.mode} holds values of an unknown range")
+            raise ValueError(f"its mode {image.mode} doesn't say the range of its values")
         return to_rgb(image)
     except Exception as error:  # Pillow's decoders raise a dozen classes
         why = f"{type(error).__name__}: {error}"
         if isinstance(error, UnidentifiedImageError):  # its own message is a memory address
-            why = "no kind of image that Pillow reads"
+            why = "not an image that Pillow can read"
         raise ValueError(
-            f"{name} can't be decoded ({why}): save it again as an 8-bit PNG or JPEG, or remove it."
+            f"{name} can't be decoded ({why}): save it as an 8-bit PNG or JPEG, or remove it."
         ) from error
 
 
@@ -97,32 +92,25 @@ def image_files(folder: str | Path) -> list[Path]:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(
-            f"the image folder {folder} doesn't exist: name a folder of .png or .jpg files."
-        )
+        raise ValueError(f"There is no folder {folder}: name one with .png or .jpg files.")
     entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
     images = [entry for entry in entries if entry.suffix.lower() in IMAGE_SUFFIXES]
-    known = {*images, folder / METADATA_FILE, folder / "README.md"}
-    known.update(image.with_suffix(".txt") for image in images)
-    others = [entry.name for entry in entries if entry not in known]
-    for name in others:
+    read = {*images, folder / METADATA_FILE, folder / "README.md"}
+    read.update(image.with_suffix(".txt") for image in images)
+    unread = [entry.name for entry in entries if entry not in read]
+    for name in unread:
         if re.match(r"\d+_", name) and (folder / name).is_dir():
             raise ValueError(
-                f"{folder} holds {name!r}: repeats and a prompt in a folder's name aren't read. Put "
+                f"{folder} contains the folder {name!r}. Repeats and prompts in a folder's name aren't supported: put "
                 "the images directly into one folder, and give --instance_prompt."
             )
-    some = ", ".join(others[:4])
+    names = ", ".join(unread[:4])
     if not images:
-        found = f", only {some}" if others else ""
-        raise ValueError(
-            f"the image folder {folder} holds no images{found}: put .png or .jpg files into it."
-        )
-    if others:
-        logger.warning("%s: left out what isn't an image: %s", folder, some)
+        content = f", only {names}" if unread else ""
+        raise ValueError(f"{folder} contains no images{content}: add .png or .jpg files.")
+    if unread:
+        logger.warning("%s: these files are ignored, since they aren't images: %s", folder, names)
     return images
-
-
-# ---------------------------------------------------------------------- records
 
 
 def records_from_folder(
@@ -146,7 +134,8 @@ def records_from_folder(
     images = image_files(folder)
     names = [image.name for image in images]
     captions = fill_captions(own_captions(images, caption_column), names, prompt)
-    return make_records(_sources(images), captions, progress=progress)
+    sources = [(str(path), path.read_bytes) for path in images]
+    return make_records(sources, captions, progress=progress)
 
 
 def class_records(folder: str | Path, *, prompt: str, progress: bool = True) -> list[ImageRecord]:
@@ -155,13 +144,9 @@ def class_records(folder: str | Path, *, prompt: str, progress: bool = True) -> 
     Raises:
         ValueError, OSError: see `records_from_folder`.
     """
-    sources = _sources(image_files(folder))
+    sources = [(str(path), path.read_bytes) for path in image_files(folder)]
     prompts = [check_prompt(prompt, "class_prompt")] * len(sources)
     return make_records(sources, prompts, progress=progress)
-
-
-def _sources(images: Sequence[Path]) -> list[tuple[str, Callable[[], bytes]]]:
-    return [(str(path), path.read_bytes) for path in images]
 
 
 def make_records(
@@ -183,36 +168,20 @@ def make_records(
     bar = tqdm(sources, desc="check images", unit="image", disable=hide)
     for (name, read), prompt in zip(bar, prompts, strict=True):
         try:
-            records.append(_record(name, read, prompt))
+            content = read()
+            width, height = decode_image(content, name).size
         except OSError as error:
-            broken.append(
-                f"{name} can't be read ({error.strerror}): put an image file there, or remove it."
-            )
+            broken.append(f"{name} can't be read ({error.strerror}): replace or remove it.")
         except ValueError as error:
             broken.append(str(error))
+        else:
+            key = hashlib.blake2b(content, digest_size=16).hexdigest()
+            records.append(ImageRecord(name, read, (height, width), prompt, key))
     if broken:
         raise ValueError(
             f"{len(broken)} of {len(sources)} images can't be used:\n" + "\n".join(broken[:8])
         )
     return records
-
-
-def _record(name: str, read: Callable[[], bytes], prompt: str) -> ImageRecord:
-    """Return the record of one image.
-
-    Raises:
-        ValueError: the image can't be used.
-        OSError: the file can't be read.
-    """
-    content = read()
-    width, height = decode_image(content, name).size
-    if max(width, height) > LONGEST * min(width, height):
-        raise ValueError(
-            f"{name} is {width} x {height} pixels: one side is more than {LONGEST} times the other. "
-            "Crop it to the part to learn, or remove it."
-        )
-    key = hashlib.blake2b(content, digest_size=16).hexdigest()
-    return ImageRecord(name, read, (height, width), prompt, key)
 
 
 def trained_on(
@@ -226,10 +195,10 @@ def trained_on(
     if class_images:
         number = counted(len(class_images), "image")
         prior = f", and {number} of “{class_images[0].prompt}” for prior preservation"
-    own = sum(record.prompt != (prompt or "").strip() for record in records)
+    captioned = sum(record.prompt != (prompt or "").strip() for record in records)
     images = counted(len(records), "image")
-    if not own:
+    if not captioned:
         return f"{images} of “{prompt}”{prior}"
     file = "metadata.jsonl" if Path(folder, METADATA_FILE).exists() else ".txt"
-    others = "" if own == len(records) else f", the others as “{prompt}”"
-    return f"{images}, {own} with captions of their own ({file}){others}{prior}"
+    remaining = "" if captioned == len(records) else f", the others as “{prompt}”"
+    return f"{images}, {captioned} with captions of their own ({file}){remaining}{prior}"

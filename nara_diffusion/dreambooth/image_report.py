@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from PIL.Image import Image
 
 from nara_diffusion.loaders.tensor_files import is_nara
 from nara_diffusion.training.adapters import method_of
 from nara_diffusion.training.arguments import schedule_of
 from nara_diffusion.training.report import core_import, needs_schedule, reads_noise
+from nara_diffusion.tuner.usage import FewStepSampling
 from nara_diffusion.utils.wording import counted
 
 from .families import Family
@@ -47,22 +47,26 @@ _LOST = 0.7  # alignment that remains when samples no longer follow prompts, as 
 _NOISE = "\n\nThe adapter reads the noise level λ from the timestep of each step."
 
 
-def describe(
-    evaluation: Evaluation,
-    before: Measurement,
-    after: Measurement,
-    pipe: DiffusionPipeline,
-    data: str,
-) -> dict[str, Any]:
-    """Write samples.png, samples-before/ and samples-after/, and return the card's arguments.
+def write_samples(evaluation: Evaluation, before: Measurement, after: Measurement) -> None:
+    """Write samples.png, and a folder samples-NAME for each of its columns."""
+    folder, settings = evaluation.run.folder, evaluation.settings
+    columns = {"before": before.images, "after": after.images}
+    if evaluation.has_teacher:
+        columns = {"teacher": evaluation.references, **columns}
+        write_grid(folder / GRID, settings.prompts, columns)
+    else:
+        write_grid(folder / GRID, settings.prompts, columns, evaluation.subject)
+    for name, images in columns.items():
+        write_images(folder / f"samples-{name}", images, settings)
+
+
+def subject_card(evaluation: Evaluation, after: Measurement, data: str) -> dict[str, Any]:
+    """Return the arguments of `write_card` for a run on images.
 
     Args:
         data: the training data, in words.
     """
-    run, settings = evaluation.run, evaluation.settings
-    args = run.args
-    columns = {"before": before.images, "after": after.images}
-    write_grid(run.folder / GRID, settings.prompts, columns, evaluation.subject)
+    args, settings = evaluation.run.args, evaluation.settings
     samples = counted(len(after.images), "sample")
     prompts = counted(len(settings.prompts), "prompt")
     ending = (
@@ -72,84 +76,72 @@ def describe(
         "can't be compared. Alignment often falls a little while similarity rises. If samples no "
         "longer show what prompts ask for, train fewer steps, or use a strength below 1."
     )
-    measured = "training" if args.validation_data_dir is None else "held-out"
+    source = "training" if args.validation_data_dir is None else "held-out"
     return {
-        "measured_on": f"{measured} images of the subject",
+        "measured_on": f"{source} images of the subject",
         "unit": "mean squared error",
         "about": f"for `{args.pretrained_model_name_or_path}`, trained on {data}.",
         "how_good": (f"![training images, and samples before and after]({GRID})", ending),
         "instance_prompt": args.instance_prompt,
-        **_described(evaluation, columns, pipe, "dreambooth"),
+        **_front_and_loading(evaluation, "dreambooth"),
     }
 
 
-def describe_student(
-    evaluation: Evaluation,
-    before: Measurement,
-    after: Measurement,
-    pipe: DiffusionPipeline,
-    sampler: str,
+def student_card(
+    evaluation: Evaluation, after: Measurement, sampling: FewStepSampling
 ) -> dict[str, Any]:
-    """Write samples.png and the folders of a distillation, and return the card's arguments.
-
-    Args:
-        sampler: the code that sets the student's scheduler; empty if the pipeline already has it.
-    """
-    run, settings = evaluation.run, evaluation.settings
-    taken = counted(settings.call["num_inference_steps"], "step")
-    columns = {"teacher": evaluation.references, "before": before.images, "after": after.images}
-    titles = ("the teacher", f"the base, {taken}", f"with the adapter, {taken}")
-    titled = dict(zip(titles, columns.values(), strict=True))
-    write_grid(run.folder / GRID, settings.prompts, titled)
+    """Return the arguments of `write_card` for a distillation."""
+    base, steps = evaluation.run.args.pretrained_model_name_or_path, sampling.num_inference_steps
     ending = (
         f"Over {counted(len(after.images), 'sample')}, each compared with the teacher's of the same prompt and seed. "
         "The error of a step starts from the teacher's own latents and is a share of the base's without guidance; the "
         "distance is that of the sampled latents from the teacher's, as a mean square."
     )
-    base = run.args.pretrained_model_name_or_path
     return {
         "measured_on": "the teacher's held-out trajectories",
         "unit": "share of the base's error",
-        "about": f"for `{base}`, which it teaches to sample in {taken} without guidance.",
+        "about": f"for `{base}`, which it teaches to sample in {counted(steps, 'step')} without guidance.",
         "how_good": (f"![the teacher, the base and the adapter]({GRID})", ending),
-        "instance_prompt": settings.prompts[0],
-        **_described(evaluation, columns, pipe, "few-step", sampler),
+        "instance_prompt": evaluation.settings.prompts[0],
+        **_front_and_loading(evaluation, "few-step", sampling.scheduler),
     }
 
 
-def _described(
-    evaluation: Evaluation,
-    columns: Mapping[str, Sequence[Image]],
-    pipe: DiffusionPipeline,
-    tag: str,
-    sampler: str = "",
-) -> dict[str, Any]:
-    """Write a folder samples-NAME for each of the columns, and return arguments of the card."""
-    run, settings = evaluation.run, evaluation.settings
-    for name, images in columns.items():
-        write_images(run.folder / f"samples-{name}", images, settings)
+def _front_and_loading(evaluation: Evaluation, tag: str, sampler: str = "") -> dict[str, Any]:
+    """Return the fields of the card's front matter, and its code.
+
+    Args:
+        sampler: the code that sets the scheduler; empty if the pipeline's own will do.
+    """
+    run, settings, pipe = evaluation.run, evaluation.settings, evaluation.pipe
     widget, firsts = [], settings.names[:: settings.images_per_prompt]
     for text, name in zip(settings.prompts, firsts, strict=True):
         widget.append({"text": text, "output": {"url": f"samples-after/{name}"}})
+    load_from = run.hub_id or str(run.folder)
     return {
-        "loading": _loading(run.args, settings, run.hub_id or str(run.folder), pipe, sampler),
+        "loading": loading_code(run.args, settings, load_from, pipe, sampler, evaluation.beside),
         "tags": ["text-to-image", family_of(pipe).name, "diffusers", tag],
         "library": "diffusers",
         "widget": widget,
     }
 
 
-def _loading(
+def loading_code(
     args: DreamBoothArguments,
     settings: SampleSettings,
     load_from: str,
     pipe: DiffusionPipeline,
-    sampler: str,
+    sampler: str = "",
+    beside: str | None = None,
 ) -> str:
-    """Return the code on the model card, with notes."""
+    """Return the code on the model card, with notes.
+
+    Args:
+        beside: the name for the adapter of --init_adapter, if the new one needs it.
+    """
     dtypes: dict[str | None, str] = {"fp16": "torch.float16", "bf16": "torch.bfloat16"}
     method, family = method_of(args).family, family_of(pipe)
-    lines = _loading_lines(args, family, load_from)
+    lines = _loading_lines(args, family, load_from, beside)
     has_nara = any("load_nara_weights" in line for line in lines)
     imports = _IMPORTS.get("nara" if has_nara else method, "")
     if needs_schedule(args):
@@ -180,15 +172,17 @@ def _loading(
     return code + (_NOISE if reads_noise(args) or needs_schedule(args) else "")
 
 
-def _loading_lines(args: DreamBoothArguments, family: Family, load_from: str) -> list[str]:
-    """Return the code that loads the adapter into `pipe`, beside the adapter of its teacher if any."""
+def _loading_lines(
+    args: DreamBoothArguments, family: Family, load_from: str, beside: str | None
+) -> list[str]:
+    """Return the code that loads the adapter into `pipe`."""
     method = method_of(args).family
-    if args.distill_to and args.init_adapter and method in ("nara", "lora"):
-        kind = "nara" if is_nara(Path(args.init_adapter).expanduser()) else "lora"
+    if beside is not None and method in ("nara", "lora"):
+        kind = "nara" if is_nara(Path(str(args.init_adapter)).expanduser()) else "lora"
         return [
-            f"pipe.load_{kind}_weights({args.init_adapter!r}, adapter_name={SUBJECT!r})",
+            f"pipe.load_{kind}_weights({args.init_adapter!r}, adapter_name={beside!r})",
             f"pipe.load_{method}_weights({load_from!r}, adapter_name='few_steps')",
-            f"pipe.set_adapters([{SUBJECT!r}, 'few_steps'])",
+            f"pipe.set_adapters([{beside!r}, 'few_steps'])",
         ]
     if needs_schedule(args):
         load = f"pipe.load_lora_weights({load_from!r}, adapter_name={SUBJECT!r})"

@@ -21,7 +21,6 @@ w = min(p², γ q²) / (α q − β p)².
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -127,26 +126,19 @@ def build_objective(
     config = scheduler.config
     kind = prediction_type(scheduler) or "epsilon"
     if kind == FLOW:
-        if shift is None:
-            shift = _own_shift(config)
-        objective = _flow(config.num_train_timesteps, float(shift), weighting_scheme)
+        if shift is None and not config.get("use_dynamic_shifting"):
+            shift = config.get("shift", config.get("flow_shift"))
+        objective = _flow(config.num_train_timesteps, float(shift or 1.0), weighting_scheme)
     elif kind in _KINDS and "beta_schedule" in config and not passes_log_sigma(scheduler):
         objective = _discrete(scheduler, kind)
     else:
         raise ValueError(
-            f"{type(scheduler).__name__} with prediction_type {kind!r} is not a schedule to train with: "
-            f"expected betas and discrete timesteps, and one of {', '.join(_KINDS)}."
+            f"{type(scheduler).__name__} with prediction_type {kind!r} can't be trained with. Expected a scheduler "
+            f"with betas and discrete timesteps, and one of these types: {', '.join(_KINDS)}."
         )
     if snr_gamma is None:
         return objective
     return replace(objective, weight=_min_snr_weight(objective, snr_gamma))
-
-
-def _own_shift(config: Mapping[str, Any]) -> float:
-    """Return the shift in a flow's configuration; 1 if it depends on the size of the image."""
-    if config.get("use_dynamic_shifting"):
-        return 1.0
-    return config.get("shift", config.get("flow_shift")) or 1.0
 
 
 def _min_snr_weight(objective: Objective, gamma: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""The trained pipeline, a sampling pipeline with the same frozen weights, and default settings.
+"""The trained pipeline, and a sampling pipeline with the same frozen weights.
 
 The sampling pipeline has its own modules around the parameters of the trained pipeline, so adapters
 and gradient checkpointing affect only one of the two. `load_nara_weights` works as it does on a
@@ -9,23 +9,19 @@ from __future__ import annotations
 
 import copy
 import inspect
-import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.training_utils import generate_aspect_ratio_buckets, parse_buckets_string
 from safetensors import SafetensorError
 from torch import nn
 
 from nara_diffusion.noise.timesteps import FLOW, prediction_type
-from nara_diffusion.training.arguments import CONFIGS, shipped_settings
 from nara_diffusion.training.run import Run
 from nara_diffusion.utils.repositories import (
     is_out_of_reach,
@@ -34,23 +30,20 @@ from nara_diffusion.utils.repositories import (
     refuse_file,
 )
 
-from .families import BY_PIPELINE, FAMILIES, Family
+from .families import Family
+from .flow_families import FLUX, FLUX2, QWEN_IMAGE, SD3, WAN, Z_IMAGE
+from .unet_families import SD, SDXL
 
-logger = logging.getLogger(__name__)
-
-STEPS = 500
-"""The default number of optimizer steps if the user names a model. A pass over five images has
-only two steps."""
+FAMILIES = (SD, SDXL, SD3, FLUX, FLUX2, Z_IMAGE, QWEN_IMAGE, WAN)
+BY_PIPELINE = {pipeline: family for family in FAMILIES for pipeline in family.pipelines}
 
 
 def family_named(pipeline: str) -> Family:
     """Return the family of a pipeline class, given by name. Raise ValueError if there is none."""
     if pipeline in BY_PIPELINE:
         return BY_PIPELINE[pipeline]
-    known = [f"{family.title} ({' or '.join(family.pipelines)})" for family in FAMILIES]
-    raise ValueError(
-        f"{pipeline} is not a pipeline that can be trained here: expected {', '.join(known)}."
-    )
+    supported = [f"{family.title} ({' or '.join(family.pipelines)})" for family in FAMILIES]
+    raise ValueError(f"{pipeline} can't be trained here. Supported are {', '.join(supported)}.")
 
 
 def family_of(pipe: DiffusionPipeline) -> Family:
@@ -92,17 +85,6 @@ def model_index(name: str, *, revision: str | None = None) -> dict[str, Any]:
         return dict(read(name, revision=revision))
 
 
-def native_resolution(name: str, family: Family, *, revision: str | None = None) -> int | None:
-    """Return the native side of a model's images in pixels; None if the configuration lacks it."""
-    read: Callable[..., Any] = AutoencoderKL.load_config  # loads any model's configuration
-    try:
-        side = read(name, subfolder=family.denoiser, revision=revision).get("sample_size")
-        blocks = read(name, subfolder="vae", revision=revision).get("block_out_channels")
-    except OSError:
-        return None
-    return side * 2 ** (len(blocks) - 1) if isinstance(side, int) and blocks else None
-
-
 def load_pipeline(
     name: str,
     *,
@@ -128,14 +110,24 @@ def load_pipeline(
         refuse_file(vae_name, "an autoencoder")
     family = family_named(str(index.get("_class_name")))
     hub = {"revision": revision, "variant": variant}
-    own_vae = {"subfolder": "vae", **hub}
+    vae_source = {"subfolder": "vae", **hub} if vae_name is None else {}
+    # Diffusers fails for missing components unless they are passed as None
+    absent: dict[str, Any] = {part: None for part, kind in index.items() if kind == [None, None]}
+    if "safety_checker" in index:  # it blackens images that it considers unsafe
+        absent |= {"safety_checker": None, "requires_safety_checker": False}
     try:
         vae = getattr(diffusers, index["vae"][1]).from_pretrained(
-            vae_name or name, dtype=torch.float32, **(own_vae if vae_name is None else {})
+            vae_name or name, dtype=torch.float32, **vae_source
         )
         kind: type[DiffusionPipeline] = getattr(diffusers, index["_class_name"])
-        pipe = kind.from_pretrained(name, vae=vae, dtype=dtype, **hub, **_left_out(index))
-        _check_scheduler(family.fit(pipe, family), pipe.scheduler)
+        pipe = kind.from_pretrained(name, vae=vae, dtype=dtype, **hub, **absent)
+        family.fit(pipe, family)
+        is_flow = prediction_type(pipe.scheduler) == FLOW
+        if not (is_flow if family.is_flow else hasattr(pipe.scheduler, "scale_model_input")):
+            raise ValueError(
+                f"it has a {type(pipe.scheduler).__name__}, which can't train this model. Restore the scheduler that "
+                "the model came with."
+            )
     except (OSError, ValueError, TypeError, AttributeError, KeyError, SafetensorError) as error:
         raise _not_loaded(name, vae_name, variant, family, error) from error
     for module in modules_of(pipe).values():
@@ -144,46 +136,23 @@ def load_pipeline(
     return pipe
 
 
-def _left_out(index: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of `from_pretrained` for components that are None.
-
-    Diffusers fails for missing components unless they are passed as None.
-    """
-    absent: dict[str, Any] = {}
-    for part, classes in index.items():
-        if classes == [None, None]:
-            absent[part] = None
-    if "safety_checker" in index:  # it blackens images that it considers unsafe
-        absent |= {"safety_checker": None, "requires_safety_checker": False}
-    return absent
-
-
 def _not_loaded(
     name: str, vae_name: str | None, variant: str | None, family: Family, error: Exception
 ) -> ValueError:
     """Return the error for a model, or an autoencoder, that can't be loaded."""
-    what, why, cure = f"pretrained_model_name_or_path {name}", str(error), ""
+    source, reason, remedies = f"The model {name}", str(error), ""
     if vae_name:
-        what += f" with the autoencoder {vae_name}"
-        cure = "; --pretrained_vae_model_name_or_path none takes the model's own autoencoder"
+        source += f" with the autoencoder {vae_name}"
+        remedies = " --pretrained_vae_model_name_or_path none takes the model's own autoencoder."
     if variant is None:
         stems = [file.stem for file in Path(name).glob("*/*.safetensors")]
         # model.fp16, or model.fp16-00001-of-00002
         variants = {stem.partition(".")[2].partition("-")[0] for stem in stems} - {""}
         for present in sorted(variants):
-            cure += f"; --variant {present} takes the files of that variant"
+            remedies += f" --variant {present} takes the files of that variant."
     if is_out_of_reach(error):
-        why = "the Hub can't be reached: look at the connection, or name folders"
-    return ValueError(f"{what} can't be loaded as {family.title}: {why}{cure}")
-
-
-def _check_scheduler(family: Family, scheduler: SchedulerMixin) -> None:
-    is_flow = prediction_type(scheduler) == FLOW
-    if not (is_flow if family.is_flow else hasattr(scheduler, "scale_model_input")):
-        raise ValueError(
-            f"{type(scheduler).__name__} can't train {family.title}: put the scheduler that the "
-            "model came with into its folder."
-        )
+        reason = "the Hub can't be reached. Check your connection, or name folders."
+    return ValueError(f"{source} can't be loaded as {family.title}: {reason}{remedies}")
 
 
 def modules_of(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
@@ -209,28 +178,23 @@ def sharing_pipeline(pipe: DiffusionPipeline, dtype: torch.dtype) -> DiffusionPi
 
     The autoencoder is in `dtype`. The pipeline computes the same bits as one loaded in `dtype`.
     """
-    own = modules_of(pipe)
+    models = modules_of(pipe)
     memo: dict[int, Any] = {}
-    for module in own.values():
+    for module in models.values():
         for tensor in (*module.parameters(), *module.buffers()):
             memo[id(tensor)] = tensor  # deepcopy takes it as copied already
-    modules = {name: copy.deepcopy(module, memo) for name, module in own.items()}
+    modules = {name: copy.deepcopy(module, memo) for name, module in models.items()}
     if pipe.vae.dtype != dtype:
         modules["vae"] = copy.deepcopy(pipe.vae).to(dtype)
     scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
     components = {**pipe.components, **modules, "scheduler": scheduler}
-    other = type(pipe)(**components, **_options_of(pipe))
-    other.set_progress_bar_config(disable=True)
-    return other
-
-
-def _options_of(pipe: DiffusionPipeline) -> dict[str, Any]:
-    """Return the arguments of a pipeline's constructor that aren't components."""
     accepted = inspect.signature(type(pipe).__init__).parameters.keys() - pipe.components.keys()
     options = {name: pipe.config[name] for name in accepted if name in pipe.config}
     if "add_watermarker" in accepted:
         options["add_watermarker"] = getattr(pipe, "watermark", None) is not None
-    return options
+    other = type(pipe)(**components, **options)
+    other.set_progress_bar_config(disable=True)
+    return other
 
 
 def training_sizes(args: Any, family: Family, pipe: Any) -> list[tuple[int, int]]:
@@ -252,58 +216,9 @@ def training_sizes(args: Any, family: Family, pipe: Any) -> list[tuple[int, int]
     limit = math.inf if places is None else places * divisor
     for height, width in sizes:
         if height % divisor or width % divisor or max(height, width) > limit:
-            at_most = "" if places is None else f", at most {limit}"
+            at_most = "" if places is None else f", and at most {limit}"
             raise ValueError(
-                f"a training size of {height} x {width} pixels doesn't fit this model: both "
-                f"sides have to be multiples of {divisor}{at_most}; see --resolution."
+                f"a training size of {height} x {width} pixels doesn't fit this model: both sides must be multiples "
+                f"of {divisor}{at_most}. Change --resolution or --aspect_ratio_buckets."
             )
     return sizes
-
-
-# ---------------------------------------------------------------------- shipped model, defaults
-
-
-def shipped_run(
-    given: Mapping[str, Any], config: Path = CONFIGS / "sd_tiny_flow.yaml"
-) -> dict[str, Any]:
-    """Return the arguments of the shipped run, or the defaults of the `given` model if any."""
-    if "pretrained_model_name_or_path" in given:
-        return family_defaults(given)
-    data = ("instance_data_dir", "instance_prompt", "validation_prompts", "identifier")
-    data += ("validation_steps",)  # the shipped run validates only at its end
-    sdxl = "sdxl_dreambooth"
-    if "distill_to" in given:
-        config = config.with_name(f"{config.stem}_4_steps.yaml")
-        source = "instance_prompt" if "instance_prompt" in given else "prompts_file"
-        data = (source, "prompts_file", "validation_prompts")
-        sdxl = "sdxl_4_steps"
-    return shipped_settings(
-        config,
-        given,
-        data,
-        toy="a toy of 64 pixels",
-        shown="max_train_steps learning_rate rank num_inference_steps guidance_scale",
-        advice=f"SDXL at 1024 add --config train_scripts/configs/{sdxl}.yaml, "
-        "or with settings of your own "
-        "--pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0",
-    )
-
-
-def family_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the defaults for the `given` model and its family, instead of the script's own."""
-    name = given["pretrained_model_name_or_path"]
-    if not name:
-        return {}  # the arguments raise for it
-    revision = given.get("revision")
-    family = family_of_model(name, revision=revision)
-    defaults = {"target_modules": list(family.targets), **family.defaults, "max_train_steps": STEPS}
-    if "distill_to" in given:
-        defaults |= {"adapter": "dora"}
-        defaults.pop("weighting_scheme", None)
-    native = native_resolution(name, family, revision=revision)
-    if native is None:
-        return defaults
-    if given.get("resolution", native) > 2 * native:
-        wanted = given["resolution"]
-        logger.warning("%s was made for %d pixels, and resolution is %d", name, native, wanted)
-    return {**defaults, "resolution": native}

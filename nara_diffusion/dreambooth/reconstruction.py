@@ -52,16 +52,15 @@ def reconstruct(vae: ModelMixin, samples: Sequence[TrainingSample]) -> Reconstru
         ratios.append(10 * torch.log10(4 / error).item())
         values = ((decoded + 1) * 127.5).round().byte()
         images.append(Image.fromarray(values.permute(1, 2, 0).numpy()))
-    found = Reconstruction(images, sum(ratios) / len(ratios))
-    if found.psnr < FAITHFUL:
+    reconstruction = Reconstruction(images, sum(ratios) / len(ratios))
+    if reconstruction.psnr < FAITHFUL:
         logger.info(
-            "the model's autoencoder reproduces the training images at %.1f dB (PSNR). Below %.0f dB it "
-            "changes colours and shapes, whatever the adapter: see its row in samples.png. A larger "
-            "model shows more",
-            found.psnr,
+            "The model's autoencoder reproduces the training images at %.1f dB (PSNR). Below %.0f dB, colours and "
+            "shapes change, whatever the adapter learns: see the autoencoder's row in samples.png.",
+            reconstruction.psnr,
             FAITHFUL,
         )
-    return found
+    return reconstruction
 
 
 def decoded_pixels(vae: ModelMixin, pixels: Tensor) -> Tensor:

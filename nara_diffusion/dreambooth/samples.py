@@ -1,4 +1,4 @@
-"""Generate samples, write them to files and a sheet, and generate class images for a prior."""
+"""Generate samples, and write them to files and a sheet."""
 
 from __future__ import annotations
 
@@ -13,25 +13,20 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from PIL import Image, PngImagePlugin
+from PIL import Image
 from tqdm.auto import tqdm
 
 from nara_diffusion.training.engines import split_across_processes
 from nara_diffusion.utils.files import atomic_write
 
-from .captions import check_prompt
-from .draws import torch_generator
-from .families import BY_PIPELINE, Family
+from .families import Family
 from .image_arguments import DreamBoothArguments
-from .image_records import IMAGE_SUFFIXES, Size
+from .image_records import Size
+from .pipelines import BY_PIPELINE
 
 CELL = 1.3  # inches, the side of an image on a sheet
-PROMPT_KEY = "class_prompt"  # in a class image's metadata
 
 Made = TypeVar("Made")
-
-
-# ---------------------------------------------------------------------- samples
 
 
 @dataclass(frozen=True)
@@ -118,11 +113,11 @@ def made_in_batches(
     show = accelerator is None or accelerator.is_main_process
 
     def work(indices: Sequence[int]) -> list[Made]:
-        made: list[Made] = []
+        outputs: list[Made] = []
         starts = range(0, len(indices), batch_size)
         for start in tqdm(starts, desc=desc, unit="batch", leave=False, disable=not show):
-            made += make(indices[start : start + batch_size])
-        return made
+            outputs += make(indices[start : start + batch_size])
+        return outputs
 
     if accelerator is None:
         return work(range(count))
@@ -164,8 +159,8 @@ def write_grid(
     for number, prompt in enumerate(prompts):
         cells: list[Image.Image | None] = []
         for images in columns.values():
-            each = len(images) // len(prompts)
-            cells += [*images[number * each : (number + 1) * each], None]
+            count = len(images) // len(prompts)
+            cells += [*images[number * count : (number + 1) * count], None]
         rows.append((f"{prompt} ({' | '.join(columns)})", cells[:-1]))
     width, height = max(len(cells) for _, cells in rows), len(rows)
     figure = Figure(figsize=(CELL * width, 1.4 * CELL * height), dpi=100)
@@ -183,86 +178,3 @@ def write_grid(
                 axis.imshow(image)
     with atomic_write(path) as partial:
         figure.savefig(partial, format="png")
-
-
-# ---------------------------------------------------------------------- class images
-
-
-def generate_class_images(
-    make_pipe: Callable[[], DiffusionPipeline],
-    folder: str | Path,
-    prompt: str,
-    count: int,
-    *,
-    seed: int,
-    batch_size: int = 4,
-    accelerator: Accelerator | None = None,
-    progress: bool = True,
-    **call: Any,
-) -> int:
-    """Generate the class images that are missing in `folder`, and return their number.
-
-    Image i has its own generator, seeded by (seed, i). It is written to `class-{seed}-{i}.png`,
-    with the prompt in the metadata. An interrupted set can thus be completed, several processes can
-    share the work, and the same command generates the same images. If the folder already has enough
-    images of any origin, nothing is generated.
-
-    Args:
-        make_pipe: a function that loads a text-to-image pipeline onto its device. It is called only
-            if images are missing.
-        count: the number of images that the folder should have.
-        batch_size: the number of images in one call.
-        accelerator: accelerate's engine, if several processes share the work. All of them call this
-            function and return together.
-        call: arguments of the pipeline's call, such as height, width, num_inference_steps.
-
-    Returns:
-        The number of new images, over all processes.
-
-    Raises:
-        ValueError: the prompt is empty, or the folder has images for a different prompt.
-    """
-    prompt, folder = check_prompt(prompt, "class_prompt"), Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    missing = mine = _missing(folder, prompt, count, seed)
-    if accelerator is not None:
-        accelerator.wait_for_everyone()  # all processes count before any of them adds an image
-        mine = missing[accelerator.process_index :: accelerator.num_processes]
-    if mine:
-        pipe, made_for = make_pipe(), PngImagePlugin.PngInfo()
-        made_for.add_itxt(PROMPT_KEY, prompt)
-        starts = range(0, len(mine), batch_size)
-        for start in tqdm(starts, desc="class images", unit="batch", disable=not progress):
-            batch = mine[start : start + batch_size]
-            generators = [torch_generator(seed, "class image", number) for number in batch]
-            images = render(pipe, [prompt] * len(batch), generators, call)
-            for number, image in zip(batch, images, strict=True):
-                with atomic_write(folder / _file_name(seed, number)) as partial:
-                    image.save(partial, pnginfo=made_for)
-    if accelerator is not None:
-        accelerator.wait_for_everyone()
-    return len(missing)
-
-
-def _missing(folder: Path, prompt: str, count: int, seed: int) -> list[int]:
-    """Return the indices of the images to generate."""
-    present = {path.name for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES}
-    for name in sorted(present):
-        if not name.startswith("class-"):
-            continue
-        with Image.open(folder / name) as image:
-            made_for = image.info.get(PROMPT_KEY, prompt)
-        if made_for != prompt:
-            raise ValueError(
-                f"class_data_dir {folder} has images made for another prompt: {name} shows "
-                f"{made_for!r}, but class_prompt is {prompt!r}. Name another folder, or remove them."
-            )
-    free = []
-    for number in range(count + len(present)):
-        if _file_name(seed, number) not in present:
-            free.append(number)
-    return free[: max(0, count - len(present))]
-
-
-def _file_name(seed: int, number: int) -> str:
-    return f"class-{seed}-{number:05d}.png"

@@ -24,20 +24,20 @@ from nara_diffusion.noise.timesteps import TimestepNoise
 
 from .caches import PromptCache
 from .families import placed
-from .few_steps import sample_latents
+from .few_steps import FewSteps
 from .samples import made_in_batches
 from .training_step import DreamBoothLoss
+from .trajectories import sample_latents
 
 
 @dataclass(frozen=True)
 class StudentLoss:
-    """The loss of the student on trajectories, and its errors there: a `LossCurve`."""
+    """The loss of the student on trajectories, and its errors there."""
 
     model: Callable[..., Tensor]  # takes what an `AdaptedDenoiser` takes
     trajectories: Tensor  # (n, K + 1, c, h, w), float32 on the CPU
     prompts: Sequence[str]  # of each trajectory
-    timesteps: Tensor  # (K,)
-    landings: Tensor  # (K, 2), of `few_steps.landings`
+    few_steps: FewSteps  # K of them
     base_errors: Tensor  # e (K,)
     source: TimestepNoise  # λ of a timestep
     embeddings: PromptCache
@@ -47,15 +47,16 @@ class StudentLoss:
     def __call__(self, batch: Sequence[Mapping[str, int]]) -> DreamBoothLoss:
         """Return the loss of samples {"trajectory", "position"}; the step is position mod K."""
         numbers = torch.tensor([sample["trajectory"] for sample in batch])
-        steps = torch.tensor([sample["position"] for sample in batch]) % len(self.timesteps)
+        timesteps = self.few_steps.timesteps
+        steps = torch.tensor([sample["position"] for sample in batch]) % len(timesteps)
         z, end = self.trajectories[numbers, steps], self.trajectories[numbers, steps + 1]
-        a, b = self.landings[steps].T[:, :, None, None, None]
-        timestep = self.timesteps[steps]
+        a, b = self.few_steps.landings[steps].T[:, :, None, None, None]
+        timestep = timesteps[steps]
         there = partial(Tensor.to, device=self.time_ids.device, non_blocking=True)
         prompts = [self.prompts[sample["trajectory"]] for sample in batch]
-        given = placed(self.embeddings.get(prompts), self.time_ids.device)
+        embeddings = placed(self.embeddings.get(prompts), self.time_ids.device)
         time_ids = self.time_ids.expand(len(batch), -1)
-        prediction = self.model(there(z), there(timestep), time_ids, embeddings=given)
+        prediction = self.model(there(z), there(timestep), time_ids, embeddings=embeddings)
         errors = (prediction.float() - there(a * z + b * end)).square().flatten(1).mean(1)
         losses = errors / there(self.base_errors[steps])
         return DreamBoothLoss(losses.mean(), losses, self.source.noise_level(timestep))
@@ -63,12 +64,12 @@ class StudentLoss:
     @property
     def noise_levels(self) -> Tensor:
         """λ (K,)."""
-        return self.source.noise_level(self.timesteps)
+        return self.source.noise_level(self.few_steps.timesteps)
 
     @torch.no_grad()
     def curve(self, pipe: Any, accelerator: Accelerator) -> Tensor:
         """Return the errors (K, n) of `pipe`, shares of the base's, on every process."""
-        family, steps = self.embeddings.family, len(self.timesteps)
+        family, steps = self.embeddings.family, len(self.few_steps.timesteps)
         denoiser = getattr(pipe, family.denoiser)
         measured = replace(self, model=partial(family.predict, denoiser))
 
@@ -88,9 +89,9 @@ class StudentLoss:
         """
 
         def make(indices: Sequence[int]) -> list[float]:
-            own, prompts = self.trajectories[indices], [self.prompts[i] for i in indices]
-            ends = sample_latents(pipe, prompts, own[:, 0], call)[:, -1]
-            return (ends - own[:, -1]).square().flatten(1).mean(1).tolist()
+            paths, prompts = self.trajectories[indices], [self.prompts[i] for i in indices]
+            ends = sample_latents(pipe, prompts, paths[:, 0], call)[:, -1]
+            return (ends - paths[:, -1]).square().flatten(1).mean(1).tolist()
 
         count = len(self.prompts)
         return fmean(made_in_batches(make, count, self.batch_size, accelerator, "ends"))

@@ -11,12 +11,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import Accelerator
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor, nn
 
 from nara_diffusion.training.arguments import window_of
-from nara_diffusion.training.engines import split_across_processes
 
 from .caches import LatentCache, PromptCache
 from .dataset import TrainingSample
@@ -53,7 +51,14 @@ class TrainingStep:
     def __call__(self, batch: Mapping[str, Any]) -> DreamBoothLoss:
         samples = batch["samples"]
         corrupted = self._corrupt(samples)
-        losses = squared_errors(self._predict(corrupted, batch), corrupted)
+        time_ids = batch["time_ids"].to(self.device, non_blocking=True)
+        inputs = (corrupted.model_input, corrupted.timestep, time_ids)
+        if self.prompts is None:
+            prediction = self.model(*inputs, prompts=batch["prompts"])
+        else:
+            embeddings = placed(self.prompts.get(batch["prompts"]), self.device)
+            prediction = self.model(*inputs, embeddings=embeddings)
+        losses = squared_errors(prediction, corrupted)
         levels = self.objective.source.noise_level(corrupted.timestep)
         if samples[-1].role == "class":  # each loss has the min-SNR weight of its own sample
             instance, prior = losses.chunk(2)
@@ -61,44 +66,32 @@ class TrainingStep:
             levels, _ = levels.chunk(2)
         return DreamBoothLoss(losses.mean(), losses, levels)
 
-    def _predict(self, corrupted: Corrupted, batch: Mapping[str, Any]) -> Tensor:
-        """Return the model's prediction (b, c, h, w)."""
-        time_ids = batch["time_ids"].to(self.device, non_blocking=True)
-        inputs = (corrupted.model_input, corrupted.timestep, time_ids)
-        if self.prompts is None:
-            return self.model(*inputs, prompts=batch["prompts"])
-        embeddings = placed(self.prompts.get(batch["prompts"]), self.device)
-        return self.model(*inputs, embeddings=embeddings)
-
     def _corrupt(self, samples: Sequence[TrainingSample]) -> Corrupted:
         """Return the samples' corrupted latents, with drawn noise levels and noise.
 
         All rows of a role are consecutive: first all instances, then all class images.
         """
         latents = self.latents.sample(samples, seed=self.seed)  # (b, c, h, w)
+        drawable = self.drawable
+        if drawable is None:
+            drawable = torch.arange(self.objective.levels)
         indices, noise = [], []
         for role in dict.fromkeys(sample.role for sample in samples):
             positions = [sample.position for sample in samples if sample.role == role]
-            indices.append(self._indices(positions, role))
+            index = draw_indices(
+                positions,
+                drawable,
+                seed=self.seed,
+                stratified=self.stratified,
+                group_size=self.group_size,
+                role=role,
+            )
+            indices.append(index)
             shape, offset = latents.shape[1:], self.noise_offset
             noise.append(draw_noise(positions, shape, seed=self.seed, offset=offset, role=role))
         drawn = torch.cat(noise).to(self.device, non_blocking=True)
         latents = latents.to(self.device, non_blocking=True)
         return self.objective.corrupt(latents, drawn, torch.cat(indices))
-
-    def _indices(self, positions: Sequence[int], role: str) -> Tensor:
-        """Return the index (b,) of each position's noise level."""
-        drawable = self.drawable
-        if drawable is None:
-            drawable = torch.arange(self.objective.levels)
-        return draw_indices(
-            positions,
-            drawable,
-            seed=self.seed,
-            stratified=self.stratified,
-            group_size=self.group_size,
-            role=role,
-        )
 
 
 def training_step(
@@ -136,73 +129,3 @@ def training_step(
         prior_loss_weight=args.prior_loss_weight,
         drawable=drawable,
     )
-
-
-# ---------------------------------------------------------------------- the loss on held-out images
-
-
-@dataclass(frozen=True)
-class ValidationLoss:
-    """The unweighted objective at equally spaced noise levels, on the same noise each time."""
-
-    objective: Objective  # with weights of 1
-    latents: LatentCache
-    samples: Sequence[TrainingSample]  # images to measure on
-    family: Family  # with the settings of the run
-    seed: int  # of the noise
-    points: int  # noise levels
-    batch_size: int
-
-    @property
-    def indices(self) -> list[int]:
-        """The middles of `points` equal parts of the schedule."""
-        part = self.objective.levels / self.points
-        return [int((i + 0.5) * part) for i in range(self.points)]
-
-    @property
-    def noise_levels(self) -> Tensor:
-        """λ (points,)."""
-        return self.objective.noise_levels[self.indices]
-
-    def curve(self, pipe: DiffusionPipeline, accelerator: Accelerator) -> Tensor:
-        """Return the losses (points, samples) of `pipe` on every process.
-
-        The samples are ordered by size.
-        """
-
-        def work(points: Sequence[int]) -> list[list[float]]:
-            return [self._at(pipe, self.indices[point]) for point in points]
-
-        return torch.tensor(split_across_processes(accelerator, self.points, work))
-
-    @torch.no_grad()
-    def _at(self, pipe: DiffusionPipeline, index: int) -> list[float]:
-        """Return the loss of each sample at one noise level."""
-        denoiser = getattr(pipe, self.family.denoiser)
-        device = denoiser.device
-        losses = []
-        for batch in self._batches():
-            latents = self.latents.mode(batch)
-            positions = [sample.position for sample in batch]
-            noise = draw_noise(positions, latents.shape[1:], seed=self.seed, role="validation")
-            indices = torch.full((len(batch),), index)
-            corrupted = self.objective.corrupt(latents.to(device), noise.to(device), indices)
-            states = self.family.encode(pipe, [sample.prompt for sample in batch])
-            embeddings = placed(states, device)
-            time_ids = torch.tensor([sample.time_ids for sample in batch], device=device)
-            inputs = (corrupted.model_input, corrupted.timestep)
-            prediction = self.family.predict(denoiser, *inputs, time_ids, embeddings)
-            losses += squared_errors(prediction, corrupted).tolist()
-        return losses
-
-    def _batches(self) -> list[list[TrainingSample]]:
-        """Return the samples in batches, each of one size."""
-        by_size: dict[tuple[int, int], list[TrainingSample]] = {}
-        for sample in self.samples:
-            by_size.setdefault(sample.target, []).append(sample)
-        batches = []
-        for size in sorted(by_size):
-            same = by_size[size]
-            for start in range(0, len(same), self.batch_size):
-                batches.append(same[start : start + self.batch_size])
-        return batches

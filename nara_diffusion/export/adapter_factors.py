@@ -39,7 +39,7 @@ from nara_diffusion.tuner.inspection import onloaded_cores
 from nara_diffusion.tuner.strength import layers_of, roots_of, strength_of
 from nara_diffusion.tuner.twins import check_foldable_file
 
-from .plain_lora import PlainLora, PlainLoraLayer, layers_of_tensors, others_of
+from .plain_lora import PlainLora, PlainLoraLayer, extra_tensors, layers_of_tensors
 
 _EXPORTED = (type(None), NaraVariant, *PEFT_DORA)
 """LoRA variants that a plain LoRA or DoRA can express."""
@@ -154,21 +154,21 @@ def adapter_of_model(model: nn.Module, adapter_name: str) -> Iterator[Adapter]:
         factors[name] = _factors(name, layer, adapter_name, variant)
         keys[name] = variant.key if isinstance(variant, NaraVariant) else None
     extra = {}
-    for key, tensor in others_of(adapter_tensors(root, adapter_name)).items():
+    for key, tensor in extra_tensors(adapter_tensors(root, adapter_name)).items():
         extra[key] = _copied(tensor, key)
     lora = PlainLora(_plain_config(config, root), factors, extra)
     strength = strength_of(root, adapter_name)
     schedules = set() if strength is None else {strength}
-    has_cores = holder is not None and adapter_name in holder.cores
+    source = holder if holder is not None and adapter_name in holder.cores else None
 
     def make(key: CoreKey, level: Tensor | None) -> Tensor:
-        assert has_cores, f"no layer reads a core, but {key} is requested"
-        return holder.matrix(key, level)
+        assert source is not None, f"no layer reads a core, but {key} is requested"
+        return source.matrix(key, level)
 
     def level_of(level: Level | None) -> Tensor | None:
-        if not has_cores:
+        if source is None:
             return None
-        return holder.merging.level_to_export(adapter_name, level, holder.context())
+        return source.merging.level_to_export(adapter_name, level, source.context())
 
     with onloaded_cores(model):
         yield Adapter(config, lora, keys, make, level_of, schedules)
@@ -272,13 +272,14 @@ def adapter_of_part(part: AdapterPart) -> Adapter:
             raise ValueError("The adapter depends on λ. Give a λ.")
         return as_level(level)
 
-    lora = PlainLora(_plain_config(config), layers, others_of(part.tensors))
+    lora = PlainLora(_plain_config(config), layers, extra_tensors(part.tensors))
     return Adapter(config, lora, keys, make, level_of, set() if schedule is None else {schedule})
 
 
 def schedule_of(config: NaraConfig) -> StrengthSchedule | None:
     """Return the strength over λ that a configuration sets, if any."""
-    return None if config.strength is None else StrengthSchedule(config.strength)
+    points: Any = config.strength
+    return None if points is None else StrengthSchedule(points)
 
 
 def cores_of(part: AdapterPart) -> CoreSet:

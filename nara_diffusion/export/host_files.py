@@ -76,7 +76,7 @@ def host_state_dict(loras: Mapping[str, PlainLora], form: str, base: str) -> dic
         layers = {name: with_scale_1(name, layer) for name, layer in lora.layers.items()}
         if component.startswith(TEXT_ENCODER):
             layers = {with_text_model(name): layer for name, layer in layers.items()}
-        tensors |= _named(component, layers, form, base)
+        tensors |= _component_tensors(component, layers, form, base)
     return tensors
 
 
@@ -122,7 +122,7 @@ def with_text_model(name: str) -> str:
     return f"text_model.{name}" if _IN_CLIP.match(name) else name
 
 
-def _named(
+def _component_tensors(
     component: str, layers: Mapping[str, PlainLoraLayer], form: str, base: str
 ) -> dict[str, Tensor]:
     """Return the tensors of one component by the form's keys."""
@@ -135,17 +135,19 @@ def _named(
         layers = layers if has_diffusers_names else original_layers(layers, base)
         if form == "comfyui":
             return tensors_of_layers(layers, "diffusion_model.")
-        return _kohyas("lora_unet", layers, base)
+        return _kohya_tensors("lora_unet", layers, base)
     encoders = _ENCODERS.get(base, {})
     if component not in encoders:
         names = ", ".join(["the denoiser", *encoders])
         raise ValueError(
             f"A {form} file for {base} has no keys for '{component}', only for {names}."
         )
-    return _kohyas(encoders[component], layers, base)
+    return _kohya_tensors(encoders[component], layers, base)
 
 
-def _kohyas(prefix: str, layers: Mapping[str, PlainLoraLayer], base: str) -> dict[str, Tensor]:
+def _kohya_tensors(
+    prefix: str, layers: Mapping[str, PlainLoraLayer], base: str
+) -> dict[str, Tensor]:
     """Return the tensors of one component in kohya's form."""
     # with the smallest rank as alpha, `up` can only grow; smaller values could vanish in float16
     smallest = min((layer.rank for layer in layers.values()), default=0)

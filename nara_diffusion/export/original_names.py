@@ -137,7 +137,7 @@ def check_base(names: Iterable[str], base: str) -> None:
     """Raise ValueError if a denoiser's module (its name in Diffusers) is not in a model of `base`."""
     for name in names:
         if base in UNETS:
-            _of_unet(name, base, layers_per_block=2)
+            _original_unet_name(name, base, layers_per_block=2)
         if base in _ABSENT and re.search(_ABSENT[base], name):
             raise ValueError(
                 f"'{name}' is adapted, but {base} has no such module: choose the --base that the "
@@ -160,7 +160,7 @@ def parts_of(names: Collection[str], base: str) -> dict[str, list[str | None]]:
     """
     if base in UNETS:
         layers_per_block = _layers_per_block(names, base)
-        return {_of_unet(name, base, layers_per_block): [name] for name in names}
+        return {_original_unet_name(name, base, layers_per_block): [name] for name in names}
     matrices: dict[str, list[str | None]] = {}
     for name in names:
         number = _NUMBER.search(name)
@@ -232,7 +232,7 @@ def _layers_per_block(names: Collection[str], base: str) -> int:
     if least > 1 or 0 < down == up - 1:
         return least
     for name in names:
-        if _of_unet(name, base, 1) != _of_unet(name, base, 2):
+        if _original_unet_name(name, base, 1) != _original_unet_name(name, base, 2):
             raise ValueError(
                 f"The name of '{name}' in {base}'s original code depends on the number of layers in each block of the "
                 "UNet, and the adapter doesn't show whether it is one or two. Use --form diffusers, which needs no "
@@ -252,7 +252,7 @@ def _number_of_layers(names: Collection[str], side: str) -> int:
     return least
 
 
-def _of_unet(name: str, base: str, layers_per_block: int) -> str:
+def _original_unet_name(name: str, base: str, layers_per_block: int) -> str:
     """Return the original name of a UNet's module, by the rule at the top of this file."""
     if name in _OUTSIDE:
         return _OUTSIDE[name]

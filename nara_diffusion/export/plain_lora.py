@@ -180,7 +180,7 @@ def layers_of_tensors(
     return layers
 
 
-def others_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def extra_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors that are neither factors nor cores, such as biases and tokens."""
     return {
         key: tensor

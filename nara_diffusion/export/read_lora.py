@@ -35,7 +35,7 @@ from nara_diffusion.strict import PEFT_PREFIX
 from nara_diffusion.utils.wording import listed
 
 from .host_files import with_text_model
-from .plain_lora import PlainLora, layers_of_tensors, others_of
+from .plain_lora import PlainLora, extra_tensors, layers_of_tensors
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -66,9 +66,9 @@ def read_lora(
     path, origin = Path(lora).expanduser(), f"'{lora}'"
     try:
         if (path / CONFIG_NAME).is_file():
-            parts = {denoiser_name(model) if is_pipeline(model) else "": _of_folder(path)}
+            parts = {denoiser_name(model) if is_pipeline(model) else "": _read_folder(path)}
         else:
-            parts = _of_file(_file_in(path), model)
+            parts = _read_file(_file_in(path), model)
         for part in parts.values():
             if part.others or part.config.lora_bias:
                 extra = next(iter(part.others), "biases of B")
@@ -85,7 +85,7 @@ def is_pipeline(model: object) -> TypeGuard[DiffusionPipeline]:
     return isinstance(model, diffusers.DiffusionPipeline)  # type: ignore[attr-defined]
 
 
-def _of_folder(folder: Path) -> PlainLora:
+def _read_folder(folder: Path) -> PlainLora:
     if is_nara(folder):
         raise ValueError(
             "it is already a NaRA. Load it with PeftModel.from_pretrained(model, folder) or "
@@ -98,15 +98,15 @@ def _of_folder(folder: Path) -> PlainLora:
     if type(config) is not LoraConfig:
         kind = type(config).__name__.removesuffix("Config")
         raise ValueError(f"it is a {kind}, not a LoRA.")
-    return _of_tensors(config, read_peft_tensors(folder))
+    return _plain_lora(config, read_peft_tensors(folder))
 
 
-def _of_tensors(config: LoraConfig, tensors: Mapping[str, Tensor]) -> PlainLora:
+def _plain_lora(config: LoraConfig, tensors: Mapping[str, Tensor]) -> PlainLora:
     tensors = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in tensors.items()}
     layers = layers_of_tensors(config, tensors)
     if not layers:
         raise ValueError(f"it has no LoRA in PEFT's format, but {listed(tensors) or 'no tensors'}.")
-    return PlainLora(config, layers, others_of(tensors))
+    return PlainLora(config, layers, extra_tensors(tensors))
 
 
 def _file_in(path: Path) -> Path:
@@ -125,7 +125,7 @@ def _file_in(path: Path) -> Path:
     )
 
 
-def _of_file(path: Path, pipe: nn.Module | DiffusionPipeline) -> dict[str, PlainLora]:
+def _read_file(path: Path, pipe: nn.Module | DiffusionPipeline) -> dict[str, PlainLora]:
     """Return {component: its LoRA} from a file."""
     tensors, metadata = read_tensors(path)
     metadata = metadata or {}
@@ -142,20 +142,20 @@ def _of_file(path: Path, pipe: nn.Module | DiffusionPipeline) -> dict[str, Plain
                 f"it has '{key}', a key of a DoRA in kohya's format or of a LyCORIS method, which Diffusers doesn't "
                 "read. Convert it to PEFT's format with the program that wrote it, or start from another LoRA."
             )
-    state, alphas = _converted(tensors, pipe)
+    state, alphas = _converted_by_diffusers(tensors, pipe)
     components: dict[str, dict[str, Tensor]] = {}
     for key, tensor in state.items():
         components.setdefault(key.partition(".")[0], {})[key] = tensor
-    configs, parts = _configs(metadata), {}
+    configs, parts = _saved_configs(metadata), {}
     for component, converted in components.items():
         if not isinstance(getattr(pipe, component, None), nn.Module):
             raise ValueError(
                 f"it is for '{component}', which {type(pipe).__name__} doesn't have. Pass the pipeline that it is for."
             )
         values = _by_peft_names(converted, alphas, component, pipe)
-        config = configs.get(component) or _config_of(values)
+        config = configs.get(component) or _inferred_config(values)
         tensors_only = {key: tensor for key, (tensor, _) in values.items()}
-        parts[component] = _of_tensors(config, tensors_only)
+        parts[component] = _plain_lora(config, tensors_only)
     names = {match[1] for match in map(_DOWN.fullmatch, tensors) if match}
     if not parts or sum(len(part.layers) for part in parts.values()) < len(names):
         raise ValueError(
@@ -165,7 +165,7 @@ def _of_file(path: Path, pipe: nn.Module | DiffusionPipeline) -> dict[str, Plain
     return parts
 
 
-def _converted(
+def _converted_by_diffusers(
     tensors: Mapping[str, Tensor], pipe: DiffusionPipeline
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Return {key: tensor} and {key of an alpha: alpha}, with the keys that Diffusers uses."""
@@ -173,7 +173,7 @@ def _converted(
     options: dict[str, Any] = {}
     if hasattr(converter, "unet"):
         options["unet_config"] = converter.unet.config
-        tensors = {_kohyas(key): tensor for key, tensor in tensors.items()}
+        tensors = {_kohya_key(key): tensor for key, tensor in tensors.items()}
     try:
         converted = converter.lora_state_dict(dict(tensors), **options)
     except (AttributeError, ValueError, KeyError, IndexError, NotImplementedError) as error:
@@ -183,7 +183,7 @@ def _converted(
     return dict(state), {key: float(alpha) for key, alpha in (alphas or {}).items()}
 
 
-def _kohyas(key: str) -> str:
+def _kohya_key(key: str) -> str:
     """Return kohya's key for ComfyUI's key of a UNet module, or any other `key` unchanged."""
     match = _COMFYUI.fullmatch(key)
     if match is None:
@@ -215,7 +215,7 @@ def _by_peft_names(
     return {key.removeprefix("text_model."): value for key, value in new.items()}
 
 
-def _config_of(values: Values) -> LoraConfig:
+def _inferred_config(values: Values) -> LoraConfig:
     """Return a configuration for a file that has none.
 
     The configuration lists the full name of each module. The ranks are those of A. α is the file's;
@@ -251,7 +251,7 @@ def _pattern(values: Mapping[str, float], default: float) -> dict[str, Any]:
     return {f"^{re.escape(name)}": value for name, value in values.items() if value != default}
 
 
-def _configs(metadata: Mapping[str, str]) -> dict[str, LoraConfig]:
+def _saved_configs(metadata: Mapping[str, str]) -> dict[str, LoraConfig]:
     """Return {component: its configuration} from the metadata that `save_lora_weights` writes."""
     components: dict[str, dict[str, Any]] = {}
     try:

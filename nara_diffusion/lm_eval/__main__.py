@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         command = HarnessCLI()
         args = command.parse_args()
         try:
-            command.execute(adjusted(args))
+            command.execute(with_config(args))
         except (ValueError, OSError, KeyError, ImportError) as error:
             if os.environ.get("LMEVAL_LOG_LEVEL", "").upper() == "DEBUG":
                 raise
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             sys.exit(f"nara-eval: {message}")
 
 
-def adjusted(args: argparse.Namespace) -> argparse.Namespace:
+def with_config(args: argparse.Namespace) -> argparse.Namespace:
     """Add the settings of --config, and this package's tasks and default model and device.
 
     Flags take precedence. --model_args and --gen_kwargs replace only the entries that they name.

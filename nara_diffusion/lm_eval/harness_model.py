@@ -34,12 +34,12 @@ from .harness_loading import checked_max_length, load_adapted
 from .harness_text import (
     ALPACA,
     SETTINGS,
-    cut,
     encode,
     encode_pair,
-    fitting,
     read_gen_kwargs,
     templated,
+    truncated_prompts,
+    up_to_stop,
 )
 
 logger = logging.getLogger(__name__)
@@ -174,7 +174,7 @@ class NaraDLLM(LM):
             prompts.append(self._opened(ids))
             settings.append((until, sampling))
             rooms.append(self.max_length - length)
-        prompts = fitting(prompts, rooms, self.max_length)
+        prompts = truncated_prompts(prompts, rooms, self.max_length)
         answers = [""] * len(requests)
         order = sorted(range(len(requests)), key=lambda i: (repr(settings[i]), -len(prompts[i])))
         with self._progress(len(requests), "generate") as bar:
@@ -198,7 +198,7 @@ class NaraDLLM(LM):
         result = answer_prompts(self.model, prompts, **options)
         tokens = result.answers.tolist()
         texts = [decode_answer(self.tokenizer, answer, ends, strip=False) for answer in tokens]
-        return [cut(text, until) for text in texts]
+        return [up_to_stop(text, until) for text in texts]
 
     # ---------------------------------------------------------------- likelihood
 
@@ -249,7 +249,7 @@ class NaraDLLM(LM):
             prompts.append(self._opened(prompt))
             answers.append(answer)
             rooms.append(self.max_length - len(answer))
-        return list(zip(fitting(prompts, rooms, self.max_length), answers, strict=True))
+        return list(zip(truncated_prompts(prompts, rooms, self.max_length), answers, strict=True))
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
         """Raise ValueError, as LLaDA's own evaluation does."""

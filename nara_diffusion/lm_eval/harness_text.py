@@ -149,7 +149,9 @@ def encode_pair(
     return head + text_ids[:length], text_ids[length:]
 
 
-def fitting(prompts: Sequence[list[int]], rooms: Sequence[int], max_length: int) -> list[list[int]]:
+def truncated_prompts(
+    prompts: Sequence[list[int]], rooms: Sequence[int], max_length: int
+) -> list[list[int]]:
     """Return the last tokens of each prompt, as many as there is room for."""
     pairs = list(zip(prompts, rooms, strict=True))
     longer = sum(len(prompt) > room for prompt, room in pairs)
@@ -163,7 +165,7 @@ def fitting(prompts: Sequence[list[int]], rooms: Sequence[int], max_length: int)
     return [prompt[max(len(prompt) - room, 0) :] for prompt, room in pairs]
 
 
-def cut(text: str, until: Sequence[str]) -> str:
+def up_to_stop(text: str, until: Sequence[str]) -> str:
     """Return `text` up to the first occurrence of any text in `until`."""
     ends = [text.find(stop) for stop in until if stop and stop in text]
     return text[: min(ends, default=len(text))]

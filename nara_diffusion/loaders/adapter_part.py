@@ -19,7 +19,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from nara_diffusion.config import ABSENT, NaraConfig, is_idle
-from nara_diffusion.cores.core_set import NAME_IN_FILES, core_group, make_cores
+from nara_diffusion.cores.core_set import NAME_IN_FILES, make_cores, ranks_by_group
 from nara_diffusion.cores.registry import BUILT_IN
 from nara_diffusion.strict import check_tensors, is_core_key
 
@@ -72,11 +72,7 @@ class AdapterPart:
     @property
     def core_ranks(self) -> dict[str, int]:
         """Return {group of layers that share a core: the largest of their ranks}."""
-        ranks: dict[str, int] = {}
-        for name, rank in self.modules.items():
-            group = core_group(self.config, name, rank)
-            ranks[group] = max(rank, ranks.get(group, 0))
-        return ranks
+        return ranks_by_group(self.config, self.modules)
 
 
 # ---------------------------------------------------------------------- fields of a configuration
@@ -110,7 +106,7 @@ def config_from_fields(json_values: Mapping[str, Any], origin: str) -> NaraConfi
                 "damaged: download or save it again."
             )
     names = {field.name for field in fields(NaraConfig)}.difference(_OF_ONE_MACHINE)
-    arguments = dict(ABSENT)
+    arguments: dict[str, Any] = {**ABSENT}
     for name, value in json_values.items():
         if name in names or not (name in _OF_ONE_MACHINE or is_idle(name, value)):
             arguments[name] = value
@@ -124,8 +120,20 @@ def config_from_fields(json_values: Mapping[str, Any], origin: str) -> NaraConfi
 # ---------------------------------------------------------------------- the check, without a base
 
 
-def check_modules(part: AdapterPart) -> None:
-    """Raise ValueError if no module has factors, or one that `target_modules` don't name."""
+def check_part(part: AdapterPart, *, beside: bool, for_model: bool) -> None:
+    """Compare the tensors of a file with those that its configuration describes.
+
+    Args:
+        part: the part of the file to check.
+        beside: True if a file of this form may also contain biases, tokens, embeddings and
+            `modules_to_save`.
+        for_model: True to compare only the modules with `target_modules`, because the caller will
+            compare the tensors with those of a model.
+
+    Raises:
+        ValueError: no module has factors, or `target_modules` don't name one that has; or
+            `check_tensors` raises an error.
+    """
     if not part.modules:
         raise ValueError(
             "The adapter has no A and B of any module. Download or save the file again."
@@ -137,19 +145,8 @@ def check_modules(part: AdapterPart) -> None:
                 f"The adapter has A and B of '{name}', which is not in its target_modules {targets}. The file is "
                 "damaged: download or save it again."
             )
-
-
-def check_part(part: AdapterPart, *, beside: bool) -> None:
-    """Compare the tensors of a file with those that its configuration describes.
-
-    Args:
-        part: the part of the file to check.
-        beside: True if a file of this form may also contain biases, tokens, embeddings and
-            `modules_to_save`.
-
-    Raises:
-        ValueError: `check_tensors` raises an error.
-    """
+    if for_model:
+        return
     with torch.device("meta" if part.config.core_type in BUILT_IN else "cpu"):
         cores = make_cores(part.config, part.core_ranks)
     expected = cores.state_dict(prefix=f"{NAME_IN_FILES}.")

@@ -38,7 +38,6 @@ from nara_diffusion.utils.wording import listed
 
 from .adapter_part import (
     AdapterPart,
-    check_modules,
     check_part,
     config_from_fields,
     config_to_fields,
@@ -124,12 +123,10 @@ class AdapterFile:
             path: the file to write.
             save_function: a function to call instead of `save_file`, with the same arguments.
         """
-        tensors = {}
-        components = {}
+        tensors: dict[str, Tensor] = {}
         for name, part in self.parts.items():
-            components[name] = config_to_fields(part.config)
-            for key, tensor in part.tensors.items():
-                tensors[f"{name}.{key}"] = tensor
+            tensors |= {f"{name}.{key}": tensor for key, tensor in part.tensors.items()}
+        components = {name: config_to_fields(part.config) for name, part in self.parts.items()}
         content = {"format_version": FORMAT_VERSION, "components": components}
         text = json.dumps(content, indent=2, sort_keys=True)
         save_tensors(tensors, path, {METADATA_KEY: text}, save_function)
@@ -180,9 +177,7 @@ def _of_peft(path: Path, tensors: dict[str, Tensor], for_model: bool) -> Adapter
     tensors = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in tensors.items()}
     part = AdapterPart(config_from_fields(json_values, f"'{config}'"), with_current_names(tensors))
     part.config.auto_mapping = json_values.get("auto_mapping")
-    check_modules(part)
-    if not for_model:
-        check_part(part, beside=True)
+    check_part(part, beside=True, for_model=for_model)
     return part
 
 
@@ -212,9 +207,7 @@ def _of_pipeline(
     for name, config in configs.items():
         parts[name] = AdapterPart(config, split[name])
         try:
-            check_modules(parts[name])
-            if not for_model:
-                check_part(parts[name], beside=False)
+            check_part(parts[name], beside=False, for_model=for_model)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
     return parts

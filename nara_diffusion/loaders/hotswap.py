@@ -17,7 +17,7 @@ from torch import nn
 from nara_diffusion.config import NaraConfig
 from nara_diffusion.cores.custom import CustomCore, rebuild_core
 from nara_diffusion.strict import check_tensors
-from nara_diffusion.tuner.holder import CoreHolder, holder_of
+from nara_diffusion.tuner.holder import holder_of
 from nara_diffusion.tuner.strength import check_strength, give_strength, layers_of, strength_of
 from nara_diffusion.tuner.twins import decoder_name, with_encoder_layers
 from nara_diffusion.utils.wording import listed
@@ -58,11 +58,10 @@ def prepare_for_hotswap(model: nn.Module, request: Mapping[str, Any]) -> None:
         ranks = {config.r, *(config.rank_pattern or {}).values()}
         depends_on_noise = isinstance(config, NaraConfig) or strength_of(model, name) is not None
         if depends_on_noise and ranks != {target}:
-            found = ", ".join(map(str, sorted(ranks)))
             raise ValueError(
-                f"enable_lora_hotswap was given target_rank={target}, but '{name}' depends on λ and has "
-                f"rank {found}: it can be swapped only at equal rank, so pass that as target_rank, or "
-                "load without enable_lora_hotswap."
+                f"enable_lora_hotswap was called with target_rank={target}, but '{name}' depends on λ and has rank "
+                f"{', '.join(map(str, sorted(ranks)))}. Such an adapter can be swapped only at equal rank: pass that "
+                "rank as target_rank, or load without enable_lora_hotswap."
             )
     prepare_model_for_compiled_hotswap(model, **request)
     setattr(model, REQUEST, None)
@@ -78,43 +77,34 @@ def check_swappable(
     if part is None:
         if adapter_name in adapters_of(model):
             raise ValueError(
-                f"The new adapter has no part for '{component}', but '{adapter_name}' has; "
-                "hot-swapping would mix the two: remove the old one with "
-                f"pipe.delete_adapters('{adapter_name}'), then load without hotswap."
+                f"The new adapter has no part for '{component}', but '{adapter_name}' has, so hotswap would mix the "
+                f"two. Remove the old one with pipe.delete_adapters('{adapter_name}'), then load without hotswap."
             )
         return
     old = nara_adapters_of(model).get(adapter_name)
     if old is None:
         raise ValueError(
-            f"'{adapter_name}' of {component} is a LoRA, or does not exist: a NaRA can only be swapped for "
-            f"a NaRA; {_REMEDY}"
+            f"'{adapter_name}' of {component} is a LoRA, or does not exist, and a NaRA can only replace a NaRA: "
+            f"{_REMEDY}"
         )
     for field in _HAS_TO_AGREE:
-        there, given = getattr(old, field), getattr(part.config, field)
-        if there != given:
+        old_value, new_value = getattr(old, field), getattr(part.config, field)
+        if old_value != new_value:
             raise ValueError(
-                f"{field} is {given!r} in the new adapter but {there!r} in '{adapter_name}' of "
+                f"{field} is {new_value!r} in the new adapter but {old_value!r} in '{adapter_name}' of "
                 f"{component}, and hotswap keeps the modules: {_REMEDY}"
             )
-    _holder(model).finder.with_convention(adapter_name, part.config)
     check_strength(model, adapter_name, part.config.strength)
-    _check_encoder_layers(model, adapter_name, part)
-    check_tensors(part.tensors, part_of(model, adapter_name).tensors)
-
-
-def _check_encoder_layers(model: nn.Module, adapter_name: str, part: AdapterPart) -> None:
-    """Raise ValueError if only one of the adapters is also in a DiffusionGemma's encoder.
-
-    The files of both have the same tensors, since encoder layers share those of the decoder.
-    """
-    given = with_encoder_layers(model, part.config, part.modules)
-    there = layers_of(model, adapter_name)
-    different = [name for name in given.keys() ^ there.keys() if decoder_name(model, name)]
-    if different:
+    # the tensors don't show whether a DiffusionGemma's encoder layers, which share them, are adapted
+    modules = with_encoder_layers(model, part.config, part.modules)
+    differing = modules.keys() ^ layers_of(model, adapter_name).keys()
+    in_encoder = [name for name in sorted(differing) if decoder_name(model, name)]
+    if in_encoder:
         raise ValueError(
-            f"{listed(sorted(different))} is adapted by the new adapter or by '{adapter_name}', but not "
-            f"by both, and hotswap keeps the modules: {_REMEDY}"
+            f"{listed(in_encoder)} is adapted by the new adapter or by '{adapter_name}', but not by "
+            f"both, and hotswap keeps the modules: {_REMEDY}"
         )
+    check_tensors(part.tensors, part_of(model, adapter_name).tensors)
 
 
 def prepare_swap(model: nn.Module, adapter_name: str, part: AdapterPart) -> Callable[[], None]:
@@ -123,46 +113,33 @@ def prepare_swap(model: nn.Module, adapter_name: str, part: AdapterPart) -> Call
     All errors are raised here, before anything is written.
     """
     config = part.config
-    there = part_of(model, adapter_name).tensors
-    holder = _holder(model)
+    present = part_of(model, adapter_name).tensors
+    holder = holder_of(model)
+    assert holder is not None
     cores: Any = holder.cores[adapter_name]
     layers = layers_of(model, adapter_name)
-    scales = {}
-    for name in layers:
-        rank = by_pattern(config.rank_pattern, name, config.r)
-        scales[name] = configured_scaling(config, name, rank)
-    rebuilt = {}
-    for group, core in cores.items():
-        if isinstance(core, CustomCore):  # only its factory knows which fields it reads
-            rebuilt[group] = rebuild_core(core, config)
+    # only the factory of a custom core knows which fields it reads
+    custom = {group: core for group, core in cores.items() if isinstance(core, CustomCore)}
+    rebuilt = {group: rebuild_core(core, config) for group, core in custom.items()}
     completed = holder.finder.with_convention(adapter_name, config)
 
     @torch.no_grad()
     def write() -> None:
         for name, layer in layers.items():
-            layer.use_rslora[adapter_name] = config.use_rslora
-            scaling = layer.scaling[adapter_name]
-            if isinstance(scaling, torch.Tensor):  # after enable_lora_hotswap
-                scaling.fill_(scales[name])
-            else:
-                layer.scaling[adapter_name] = scales[name]
             alpha = by_pattern(config.alpha_pattern, name, config.lora_alpha)
             layer.lora_alpha[adapter_name] = alpha
-        for group, core in cores.items():
-            if group in rebuilt:
-                cores[group] = rebuilt[group]
+            layer.use_rslora[adapter_name] = config.use_rslora
+            scale = configured_scaling(config, name, layer.r[adapter_name])
+            if isinstance(layer.scaling[adapter_name], torch.Tensor):  # after enable_lora_hotswap
+                layer.scaling[adapter_name].fill_(scale)
             else:
-                core.scale = config.core_scale
+                layer.scaling[adapter_name] = scale
+        for core in cores.values():
+            core.scale = config.core_scale
+        cores.update(rebuilt)
         holder.reconfigure(adapter_name, completed)
         give_strength(model, adapter_name, completed.strength)
         for key, tensor in part.tensors.items():
-            there[key].copy_(tensor)
+            present[key].copy_(tensor)
 
     return write
-
-
-def _holder(model: nn.Module) -> CoreHolder:
-    """Return the holder of a model that has a NaRA."""
-    holder = holder_of(model)
-    assert holder is not None
-    return holder

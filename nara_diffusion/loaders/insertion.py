@@ -66,8 +66,8 @@ def denoiser_name(pipe: Pipeline) -> str:
         if isinstance(getattr(pipe, name, None), nn.Module):
             return name
     raise ValueError(
-        f"{type(pipe).__name__} has no component that a NaRA adapts ({', '.join(DENOISERS)}): its "
-        f"components are {', '.join(map(repr, pipe.components))}."
+        f"{type(pipe).__name__} has no denoiser that a NaRA can adapt. Its components are "
+        f"{', '.join(map(repr, pipe.components))}; expected one of {', '.join(DENOISERS)}."
     )
 
 
@@ -78,15 +78,10 @@ def adaptable_models(pipe: Pipeline) -> dict[str, nn.Module]:
         ValueError: the pipeline has no denoiser.
     """
     denoiser_name(pipe)
-    denoisers: dict[str, nn.Module] = {}
-    encoders: dict[str, nn.Module] = {}
-    for name in pipe.components:
-        found = denoisers if name in DENOISERS else encoders
-        if name in DENOISERS or name.startswith(TEXT_ENCODER):
-            model = uncompiled(getattr(pipe, name))
-            if isinstance(model, nn.Module):
-                found[name] = model
-    return denoisers | encoders
+    denoisers = [name for name in pipe.components if name in DENOISERS]
+    encoders = [name for name in pipe.components if name.startswith(TEXT_ENCODER)]
+    models = {name: uncompiled(getattr(pipe, name)) for name in [*denoisers, *encoders]}
+    return {name: model for name, model in models.items() if isinstance(model, nn.Module)}
 
 
 def uncompiled(model: Any) -> Any:
@@ -111,27 +106,21 @@ def adapters_of(model: nn.Module) -> dict[str, Any]:
 
 def nara_adapters_of(model: nn.Module) -> dict[str, NaraConfig]:
     """Return {adapter name: configuration} for the NaRA adapters."""
-    found = {}
-    for name, config in adapters_of(model).items():
-        if isinstance(config, NaraConfig):
-            found[name] = config
-    return found
+    configs = adapters_of(model)
+    return {name: configs[name] for name in configs if isinstance(configs[name], NaraConfig)}
 
 
 def part_of(model: nn.Module, adapter_name: str) -> AdapterPart:
     """Return the adapter's configuration and tensors, in the form that files contain."""
-    tensors = adapter_tensors(model, adapter_name)
-    return AdapterPart(nara_adapters_of(model)[adapter_name], tensors)
+    return AdapterPart(adapters_of(model)[adapter_name], adapter_tensors(model, adapter_name))
 
 
 def follow_scheduler(pipe: Any) -> None:
     """Make the denoisers' adapters take N and the meaning of t from the current scheduler."""
-    for name in DENOISERS:
-        model = uncompiled(getattr(pipe, name, None))
-        if isinstance(model, nn.Module):
-            holder = holder_of(unwrapped(model))
-            if holder is not None:
-                holder.finder.add_pipeline(pipe)
+    for name, model in adaptable_models(pipe).items():
+        holder = holder_of(unwrapped(model))
+        if holder is not None and name in DENOISERS:
+            holder.finder.add_pipeline(pipe)
 
 
 # ---------------------------------------------------------------------- checks
@@ -141,10 +130,9 @@ def check_not_wrapped(model: nn.Module, component: str, method: str) -> None:
     """Raise ValueError if a component is a PeftModel, for which `method` does not work."""
     if isinstance(model, PeftModel):
         raise ValueError(
-            f"{component} is a PeftModel, and pipe.{method} cannot change its adapters. Put its base "
-            f"model, adapters included, into the pipeline first, pipe.{component} = "
-            f"pipe.{component}.get_base_model(), or use its own methods (load_adapter, set_adapter, "
-            "delete_adapter, unload)."
+            f"{component} is a PeftModel, and pipe.{method} cannot change its adapters. First put its base model, "
+            f"which includes the adapters, into the pipeline: pipe.{component} = pipe.{component}.get_base_model(). "
+            "Or use its own methods: load_adapter, set_adapter, delete_adapter, unload."
         )
 
 
@@ -156,13 +144,13 @@ def check_storable(config: NaraConfig, component: str) -> None:
             'before there is a λ: use NaraConfig(core_type="identity", …) there.'
         )
     for name in unscaled_fields(config):
-        if name == "lora_bias" or not getattr(config, name):  # a bias of B goes with its layer
-            continue
-        raise ValueError(
-            f"The adapter of {component} has {name}={getattr(config, name)!r}, which changes the base "
-            "model itself, so unloading could not restore it: train without it, or use "
-            "peft.PeftModel's save_pretrained and from_pretrained on the component."
-        )
+        value = getattr(config, name)
+        if value and name != "lora_bias":  # a bias of B goes with its layer
+            raise ValueError(
+                f"The adapter of {component} has {name}={value!r}, which changes the base model itself, so unloading "
+                "could not restore it. Train without it, or use peft.PeftModel's save_pretrained and from_pretrained "
+                "on the component."
+            )
 
 
 # ---------------------------------------------------------------------- changes
@@ -177,10 +165,12 @@ def offloading_suspended(pipe: Any) -> Iterator[None]:
     """
     parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
     for name, part in parts.items():
-        if _has_groups_on_disk(part):
+        hooked = [module for module in part.modules() if "_diffusers_hook" in vars(module)]
+        groups = [group for module in hooked for group in groups_of(module)]
+        if any(group.offload_to_disk_path is not None for group in groups):
             raise ValueError(
                 f"Group offloading keeps the weights of {name} on disk, in files that are not updated when "
-                "adapters change: load, save or unload adapters first, then call "
+                "adapters change. Load, save or unload adapters before you call "
                 "enable_group_offload(…)."
             )
     model, sequential, grouped = _func_optionally_disable_offloading(pipe)
@@ -195,15 +185,6 @@ def offloading_suspended(pipe: Any) -> Iterator[None]:
         elif grouped:
             for part in parts.values():
                 _maybe_remove_and_reapply_group_offloading(part)
-
-
-def _has_groups_on_disk(model: nn.Module) -> bool:
-    hooked = [module for module in model.modules() if "_diffusers_hook" in vars(module)]
-    for module in hooked:
-        for group in groups_of(module):
-            if group.offload_to_disk_path is not None:
-                return True
-    return False
 
 
 def insert(
@@ -224,25 +205,21 @@ def insert(
     layers = tuner_layers(model)
     if layers and all(layer.disable_adapters for layer in layers):
         logger.warning(
-            "The adapters of %s were disabled by disable_lora(): loading '%s' enables them again. "
+            "The adapters of %s were disabled by disable_lora(), and loading '%s' enables them again. "
             "Choose the active ones with pipe.set_adapters.",
             type(model).__name__,
             adapter_name,
         )
     for layer in layers:
         layer._disable_adapters = False
+    options = {"adapter_name": adapter_name, "low_cpu_mem_usage": low_cpu_mem_usage}
     with warnings.catch_warnings():
         # several adapters are intended, and the strict check reports more about keys
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
         warnings.filterwarnings("ignore", message="The following .* keys did not match")
-        inject_adapter_in_model(
-            part.config, model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage
-        )
-    set_peft_model_state_dict(
-        model, part.tensors, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage
-    )
-    loaded = adapter_tensors(model, adapter_name)
-    for key, tensor in loaded.items():
+        inject_adapter_in_model(part.config, model, **options)
+    set_peft_model_state_dict(model, part.tensors, **options)
+    for key, tensor in adapter_tensors(model, adapter_name).items():
         if tensor.dtype != part.tensors[key].dtype and not tensor.is_meta:
             check_finite(key, tensor, tensor.dtype)  # in the dtype that PEFT converted to
     for layer in tuner_layers(model):

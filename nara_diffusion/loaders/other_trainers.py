@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
+from .insertion import uncompiled
 from .weights import load_nara_weights, save_nara_weights
 
 
@@ -53,23 +54,20 @@ def checkpoint_nara_weights(
     """
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise ValueError(
-            f"checkpoint_nara_weights was given an accelerator of {accelerator.distributed_type.value}, which writes "
-            "models itself: use one process or DDP, or this project's train scripts, which shard too."
+            f"The accelerator of checkpoint_nara_weights uses {accelerator.distributed_type.value}, which writes "
+            "models itself. Use one process or DDP, or this project's train scripts, which also support sharding."
         )
     adapted = PipelineComponents(**components)
-    originals = {id(getattr(model, "_orig_mod", model)) for model in components.values()}
+    originals = {id(uncompiled(model)) for model in components.values()}
 
     def is_adapted(model: nn.Module) -> bool:
-        inner = accelerator.unwrap_model(model)
-        return id(getattr(inner, "_orig_mod", inner)) in originals
+        return id(uncompiled(accelerator.unwrap_model(model))) in originals
 
     def save(models: list[nn.Module], weights: list[dict[str, Tensor]], folder: str) -> None:
         adapted.save_nara_weights(folder, adapter_name, is_main_process=accelerator.is_main_process)
-        others = []
-        for model, tensors in zip(models, weights, strict=True):
-            if not is_adapted(model):
-                others.append(tensors)
-        weights[:] = others  # accelerate saves these
+        weights[:] = [  # accelerate saves those that remain
+            tensors for model, tensors in zip(models, weights, strict=True) if not is_adapted(model)
+        ]
 
     def load(models: list[nn.Module], folder: str) -> None:
         adapted.load_nara_weights(folder, adapter_name, hotswap=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from copy import copy
 from pathlib import Path
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nara_diffusion.config import NaraConfig
 from nara_diffusion.tuner.adding import restored_on_error
+from nara_diffusion.utils.wording import listed
 
 from .adapter_part import AdapterPart
 from .file import AdapterFile, naming
@@ -88,7 +89,7 @@ def load_nara_weights(
     """
     if use_safetensors is False:
         raise ValueError(
-            "Adapters are read from safetensors files only: leave use_safetensors out."
+            "Adapters are read from safetensors files only. Leave use_safetensors out."
         )
     source = pretrained_model_name_or_path_or_dict
     models = adaptable_models(self)
@@ -148,20 +149,18 @@ def save_nara_weights(
             hold, such as a ControlNet; or `weight_name` does not end in .safetensors.
     """
     if not safe_serialization:
-        raise ValueError("Adapters are saved as safetensors only: leave safe_serialization out.")
+        raise ValueError("Adapters are saved as safetensors only. Leave safe_serialization out.")
     models = {component: unwrapped(model) for component, model in adaptable_models(self).items()}
     name = _name_to_save(models, adapter_name)
     _check_nothing_left_out(self, models, name)
     weight_name = WEIGHTS_NAME if weight_name is None else weight_name
     if not weight_name.endswith(".safetensors") or Path(weight_name).name != weight_name:
         raise ValueError(
-            f"weight_name is {weight_name!r}: pass the name of a .safetensors file, without a folder."
+            f"weight_name is {weight_name!r}: pass the name of a .safetensors file without a folder."
         )
     with offloading_suspended(self):
-        parts = {}
-        for component, model in models.items():
-            if name in adapters_of(model):
-                parts[component] = _part_to_save(self, model, component, name)
+        adapted = {part: model for part, model in models.items() if name in adapters_of(model)}
+        parts = {part: _part_to_save(self, model, part, name) for part, model in adapted.items()}
         if is_main_process:
             Path(save_directory).mkdir(parents=True, exist_ok=True)
             AdapterFile(parts).save(Path(save_directory, weight_name), save_function)
@@ -172,14 +171,14 @@ def unload_nara_weights(self: Pipeline) -> None:
 
     Fused weights stay fused, as with a LoRA. To avoid this, call `unfuse_lora` first.
     """
-    models = {}
-    for component, model in adaptable_models(self).items():
+    models = adaptable_models(self)
+    for component, model in models.items():
         if nara_adapters_of(model):
             check_not_wrapped(model, component, "unload_nara_weights")
-            models[component] = model
     with offloading_suspended(self):
         for model in models.values():
-            remove(model, list(nara_adapters_of(model)))
+            if nara_adapters_of(model):
+                remove(model, list(nara_adapters_of(model)))
 
 
 # ---------------------------------------------------------------------- loading
@@ -190,8 +189,8 @@ def _check_parts(parts: Mapping[str, AdapterPart], models: Mapping[str, nn.Modul
     for name, part in parts.items():
         if name not in models:
             raise ValueError(
-                f"it has a part for '{name}', but this pipeline has {_quoted(models)}: load it into "
-                "its own."
+                f"The adapter has a part for '{name}', but the components of this pipeline are {listed(models)}. "
+                "Load it into the kind of pipeline that it was trained on."
             )
         check_not_wrapped(models[name], name, "load_nara_weights")
         check_storable(part.config, name)
@@ -235,8 +234,8 @@ def _name_to_load(models: Mapping[str, nn.Module], name: str | None, hotswap: bo
     existing = {adapter for model in models.values() for adapter in adapters_of(model)}
     if hotswap and name not in existing:
         raise ValueError(
-            f"hotswap=True replaces an adapter that is there, but adapter_name is {name!r} and the "
-            f"pipeline has {_quoted(sorted(existing))}: name one of them, or leave hotswap out."
+            f"hotswap=True replaces an existing adapter, but adapter_name is {name!r} and the pipeline has "
+            f"{listed(sorted(existing)) or 'none'}. Pass the name of one of them, or leave hotswap out."
         )
     if name is None:
         number = len(adapters_of(next(iter(models.values()))))
@@ -245,8 +244,8 @@ def _name_to_load(models: Mapping[str, nn.Module], name: str | None, hotswap: bo
         return f"default_{number}"
     if name in existing and not hotswap:
         raise ValueError(
-            f"adapter_name '{name}' is a duplicate, since the pipeline has an adapter of that name: "
-            f"choose another name, delete the other adapter by pipe.delete_adapters('{name}'), or "
+            f"adapter_name '{name}' is a duplicate: the pipeline already has an adapter with that name. "
+            f"Choose another name, delete the old adapter with pipe.delete_adapters('{name}'), or "
             "replace it with hotswap=True."
         )
     return name
@@ -254,47 +253,39 @@ def _name_to_load(models: Mapping[str, nn.Module], name: str | None, hotswap: bo
 
 def _name_to_save(models: Mapping[str, nn.Module], name: str | None) -> str:
     """Return the name of the adapter to save; if `name` is None, the only NaRA's or "default"."""
-    naras, others = [], []
-    for model in models.values():
-        naras += [adapter for adapter in nara_adapters_of(model) if adapter not in naras]
-        others += adapters_of(model)
-    wanted = name or (naras[0] if len(naras) == 1 else "default")
-    if wanted not in naras:
-        hint = f" '{wanted}' is a LoRA: save it with save_lora_weights." if wanted in others else ""
+    naras = list({adapter for model in models.values() for adapter in nara_adapters_of(model)})
+    name = name or (naras[0] if len(naras) == 1 else "default")
+    if name not in naras:
+        is_lora = any(name in adapters_of(model) for model in models.values())
+        hint = f" '{name}' is a LoRA: save it with save_lora_weights." if is_lora else ""
         raise ValueError(
-            f"There is no NaRA adapter '{wanted}' to save: the pipeline has {_quoted(naras)}.{hint}"
+            f"There is no NaRA adapter '{name}' to save. The pipeline has {listed(sorted(naras)) or 'none'}.{hint}"
         )
-    return wanted
-
-
-def _quoted(names: Iterable[str]) -> str:
-    return ", ".join(map(repr, names)) or "none"
+    return name
 
 
 def _check_nothing_left_out(pipe: Pipeline, models: Mapping[str, nn.Module], name: str) -> None:
     """Raise ValueError if the adapter is also in a component that a pipeline's file can't hold."""
-    left_out = []
     for component, model in pipe.components.items():
-        is_other = component not in models and isinstance(model, nn.Module)
-        if is_other and name in nara_adapters_of(unwrapped(model)):
-            left_out.append(component)
-    if left_out:
-        raise ValueError(
-            f"Adapter '{name}' is in {_quoted(left_out)} too, which a pipeline's file has no place for: "
-            "save that part with peft.PeftModel, or remove it first, "
-            f"pipe.{left_out[0]}.delete_adapters('{name}')."
-        )
+        is_left_out = component not in models and isinstance(model, nn.Module)
+        if is_left_out and name in nara_adapters_of(unwrapped(model)):
+            raise ValueError(
+                f"Adapter '{name}' is also in '{component}', which a pipeline's file cannot contain. Save that part "
+                f"with peft.PeftModel, or first remove it with pipe.{component}.delete_adapters('{name}')."
+            )
 
 
 def _part_to_save(pipe: Pipeline, model: nn.Module, component: str, name: str) -> AdapterPart:
     config = adapters_of(model)[name]
     if not isinstance(config, NaraConfig):
         raise ValueError(
-            f"'{name}' of {component} is a plain LoRA, which a NaRA's file cannot hold: add it as "
-            'NaraConfig(core_type="identity", …), which is the same.'
+            f"'{name}' of {component} is a plain LoRA, which a NaRA's file cannot contain. Add it as "
+            'NaraConfig(core_type="identity", …), which computes the same.'
         )
     check_storable(config, component)
     config = copy(config)  # the model's own configuration stays unchanged
     base = getattr(pipe, "name_or_path", None) or config.base_model_name_or_path
-    config.base_model_name_or_path = Path(base).name if base and Path(base).exists() else base
+    if base and Path(base).exists():
+        base = Path(base).name
+    config.base_model_name_or_path = base or None
     return AdapterPart(config, part_of(model, name).tensors)

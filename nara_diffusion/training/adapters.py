@@ -281,7 +281,7 @@ def check_adapter(args: TrainingArguments) -> None:
     meant = method.fixed.get("core_type", args.core_type if method.family == "nara" else "none")
     if args.core_type not in ("hypernetwork", meant):
         raise ValueError(
-            f"core_type is {args.core_type!r}, but adapter {args.adapter} has {meant}."
+            f"core_type is {args.core_type!r}, but that of adapter {args.adapter} is always {meant}. Leave it out."
         )
     if args.core_start_step and getattr(config, "core_init", None) == "kaiming":
         raise ValueError(

@@ -9,7 +9,7 @@
                                              yet logged, number of processes, engine, arguments,
                                              digests of files, data, base and the manifest itself
 
-The step is enough to find the place in the data, since their order in `loop.ShuffledStream` depends
+The step is enough to find the place in the data, since their order in `utils.data_order` depends
 only on (seed, position). A checkpoint contains neither the data nor the frozen base model, but
 records the digests of both. A checkpoint is written under a temporary name and renamed when it is
 complete. Only then are older checkpoints deleted.
@@ -158,7 +158,7 @@ def save_checkpoint(
     except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(
-            f"{target} could not be written ({error}). Is the disk full? {last_checkpoint(target.parent)}"
+            f"{target} could not be written ({error}). Is the disk full? {resume_hint(target.parent)}"
         ) from error
     accelerator.wait_for_everyone()
 
@@ -176,7 +176,7 @@ def save_adapter(accelerator: Accelerator, model: Any, folder: Path, write: Writ
                 write(accelerator.unwrap_model(model), partial, state)
         except Exception as error:
             raise OSError(
-                f"The adapter could not be written to {folder} ({error}). Is the disk full? {last_checkpoint(folder)}"
+                f"The adapter could not be written to {folder} ({error}). Is the disk full? {resume_hint(folder)}"
             ) from error
     accelerator.wait_for_everyone()
 
@@ -204,7 +204,7 @@ def find_checkpoints(folder: Path) -> list[Path]:
     )
 
 
-def last_checkpoint(folder: Path) -> str:
+def resume_hint(folder: Path) -> str:
     """Return a sentence that names the checkpoint in `folder` to resume from."""
     checkpoints = find_checkpoints(folder)
     if not checkpoints:
@@ -212,7 +212,7 @@ def last_checkpoint(folder: Path) -> str:
     return f"To continue, run the same command with --resume_from_checkpoint {checkpoints[-1]}"
 
 
-def latest_whole(folder: Path) -> Path | None:
+def latest_undamaged(folder: Path) -> Path | None:
     """Return the latest undamaged checkpoint in `folder`; None if there is no checkpoint.
 
     Later checkpoints that are damaged are logged.

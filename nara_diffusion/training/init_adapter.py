@@ -14,7 +14,7 @@ from nara_diffusion import NaraConfig
 from nara_diffusion.config import changes_base
 from nara_diffusion.export.from_lora import check_identity, check_scales, copy_tensors
 from nara_diffusion.export.read_lora import read_lora
-from nara_diffusion.loaders.adapter_part import AdapterPart, configured_scaling
+from nara_diffusion.loaders.adapter_part import configured_scaling
 from nara_diffusion.loaders.file import AdapterFile, naming
 from nara_diffusion.loaders.tensor_files import is_nara
 from nara_diffusion.strict import check_loaded
@@ -63,7 +63,14 @@ def start_from(
             naras = AdapterFile.read(file, next(iter(components))).parts
             _check_components(list(naras), list(components), origin)
             for name, root in components.items():
-                _copy_nara(naras[name], root, origin)
+                part = naras[name]
+                _check_same(_config_of(root), part.config, origin)
+                scales = {}
+                for layer, rank in with_encoder_layers(root, part.config, part.modules).items():
+                    scales[layer] = rank, configured_scaling(part.config, layer, rank)
+                check_scales(scales, root, "default", origin)
+                set_peft_model_state_dict(root, part.tensors, adapter_name="default")
+                check_loaded(root, "default", part.tensors, origin)
             return
         loras, _ = read_lora(file, source_model)
         _check_components(list(loras), list(components), origin)
@@ -90,16 +97,6 @@ def _check_components(saved: Sequence[str], trained: Sequence[str], origin: str)
     raise ValueError(
         f"{origin} is for {names}, but this run trains {', '.join(trained)}. See --train_text_encoder."
     )
-
-
-def _copy_nara(part: AdapterPart, root: nn.Module, origin: str) -> None:
-    _check_same(_config_of(root), part.config, origin)
-    scales = {}
-    for name, rank in with_encoder_layers(root, part.config, part.modules).items():
-        scales[name] = rank, configured_scaling(part.config, name, rank)
-    check_scales(scales, root, "default", origin)
-    set_peft_model_state_dict(root, part.tensors, adapter_name="default")
-    check_loaded(root, "default", part.tensors, origin)
 
 
 def _config_of(root: nn.Module) -> PeftConfig:

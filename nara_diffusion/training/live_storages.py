@@ -90,10 +90,11 @@ def to_fake(model: nn.Module, mode: FakeTensorMode, device: str = "cpu") -> None
 
     with mode:
         for module in model.modules():
-            for tensors in (module._parameters, module._buffers):
+            registries: Any = (module._parameters, module._buffers)
+            for tensors in registries:
                 for name, tensor in tensors.items():
                     if tensor is not None:
-                        tensors[name] = fake(tensor)  # type: ignore[assignment]
+                        tensors[name] = fake(tensor)
 
 
 def tensors_of(*models: nn.Module) -> list[Tensor]:

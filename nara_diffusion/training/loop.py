@@ -1,21 +1,14 @@
-"""The training loop of both scripts, and the order of its data.
+"""The training loop of both scripts.
 
 The loss of an optimizer step is the mean over its global batch: each forward's loss is the mean
 over its samples, accelerate divides by the accumulated forwards, and DDP averages over processes.
-
-The order of the data depends only on (seed, position). Position p of the endless stream is sample
-π_e[p mod n] of epoch e = ⌊p / n⌋, where π_e is a permutation drawn from (seed, e). Optimizer step k
-takes the G positions k·G … (k+1)·G − 1, where G is the global batch, for any number of processes or
-accumulated forwards. The last batch of an epoch is filled up from the next epoch, so that all
-forwards have the same number of samples. A run that resumes starts at its step k. If its data have
-changed, k counts from the first step with the new data.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any, NamedTuple, Protocol, cast
@@ -28,7 +21,9 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from .checkpoints import last_checkpoint
+from nara_diffusion.utils.data_order import stream_loader
+
+from .checkpoints import resume_hint
 from .command import InterruptRequest, TrainingDiverged
 from .engines import prepare
 from .optimization import build_lr_scheduler, build_optimizer, freeze_core, may_fuse
@@ -134,9 +129,7 @@ def train(
                 if not is_saved:
                     run.save_checkpoint()
                 if run.is_main:
-                    logger.warning(
-                        "stopped after step %d. %s", run.step, last_checkpoint(run.folder)
-                    )
+                    logger.warning("stopped after step %d. %s", run.step, resume_hint(run.folder))
                 run.close()
                 raise SystemExit(128 + number)
 
@@ -174,7 +167,7 @@ def _collect(run: Run, pending: _Pending) -> None:
         raise TrainingDiverged(
             f"In step {step} {failure}. Training stops, and nothing is overwritten. Lower --learning_rate or "
             "--core_learning_rate, raise --lr_warmup_steps, or use bf16 instead of fp16. "
-            f"{last_checkpoint(run.folder)}"
+            f"{resume_hint(run.folder)}"
         )
     run.unlogged = [total, number]
     pending.losses.clear()
@@ -213,42 +206,3 @@ def _log_losses(run: Run, bar: tqdm, optimizer: AcceleratedOptimizer) -> None:
 
 def _is_due(step: int, interval: int | None) -> bool:
     return interval is not None and step % interval == 0
-
-
-# ---------------------------------------------------------------- the order of the data
-
-
-class ShuffledStream(Dataset):
-    """An endless stream of samples: `stream[p]` is a dict with p as its "position"."""
-
-    def __init__(self, samples: Sequence[dict[str, Any]] | Any, seed: int):
-        if len(samples) == 0:
-            raise ValueError("The training data are empty.")
-        self.samples = samples
-        self.seed = seed
-        self._epoch = -1
-        self._order: list[int] = []
-
-    def sample_at(self, position: int) -> int:
-        """Return the index of the sample at a position."""
-        epoch, offset = divmod(position, len(self.samples))
-        if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self._order = torch.randperm(len(self.samples), generator=generator).tolist()
-            self._epoch = epoch
-        return self._order[offset]
-
-    def __getitem__(self, position: int) -> dict[str, Any]:
-        return {**self.samples[self.sample_at(position)], "position": position}
-
-
-def stream_loader(
-    stream: Any, collate: Callable[[list[dict]], Any], *, batch_size: int, first: int, stop: int
-) -> DataLoader:
-    """Return a loader for positions `first` … `stop` − 1; accelerate splits it among processes."""
-    # without a generator, each start draws from the global one, and a resumed run starts twice
-    generator = torch.Generator().manual_seed(0)
-    positions: Any = range(first, stop)
-    return DataLoader(
-        stream, batch_size=batch_size, sampler=positions, collate_fn=collate, generator=generator
-    )

@@ -35,8 +35,8 @@ from .checkpoints import (
     check_files,
     check_same_run,
     find_checkpoints,
-    last_checkpoint,
-    latest_whole,
+    latest_undamaged,
+    resume_hint,
 )
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ def claimed_folder(
         if accelerator.is_main_process:
             try:
                 folder = _lock(args, name, undo)
-                checkpoint = _checkpoint(args, folder)
+                checkpoint = _resumed_checkpoint(args, folder)
                 if checkpoint is not None:
                     check_same_run(checkpoint, args, accelerator)
                 for partial in folder.glob(".partial-*"):  # of a run that was killed while writing
@@ -90,13 +90,13 @@ def explained_disk_errors(folder: Path) -> Iterator[None]:
         file = error.filename or f"a file in {folder}"
         raise OSError(
             f"{file} can't be written ({error.strerror}). Free some space, or choose another folder. "
-            f"{last_checkpoint(folder)}"
+            f"{resume_hint(folder)}"
         ) from error
 
 
 def _lock(args: TrainingArguments, name: str, undo: ExitStack) -> Path:
     """Create and lock the run's folder. `undo` unlocks it, and deletes the new folders if empty."""
-    folder = _folder_of(args, name)
+    folder = _run_folder(args, name)
     lock = FileLock(folder / LOCK)
     try:
         for missing in reversed([path for path in (folder, *folder.parents) if not path.exists()]):
@@ -118,7 +118,7 @@ def _lock(args: TrainingArguments, name: str, undo: ExitStack) -> Path:
     return folder
 
 
-def _folder_of(args: TrainingArguments, name: str) -> Path:
+def _run_folder(args: TrainingArguments, name: str) -> Path:
     """Return the run's folder; for `latest` without --output_dir, the newest with a checkpoint."""
     if args.output_dir is not None:
         return Path(args.output_dir)
@@ -137,16 +137,16 @@ def _folder_of(args: TrainingArguments, name: str) -> Path:
     return OUTPUTS / f"{name}-{max(runs, default=0) + 1}"
 
 
-def _checkpoint(args: TrainingArguments, folder: Path) -> Path | None:
+def _resumed_checkpoint(args: TrainingArguments, folder: Path) -> Path | None:
     """Return the checkpoint to continue from; None for a new run in an unused folder."""
     resumed = args.resume_from_checkpoint
     if resumed is None:
         _check_empty(folder)
         return None
     if resumed == "latest":
-        checkpoint = latest_whole(folder)
+        checkpoint = latest_undamaged(folder)
         if checkpoint is None:
-            if not _same_start(args, folder):
+            if not _has_same_start(args, folder):
                 _check_empty(
                     folder,
                     "It has no checkpoint to continue from: give the folder of the run, or a new one.",
@@ -186,7 +186,7 @@ def _check_empty(folder: Path, advice: str = _ANEW) -> None:
         )
 
 
-def _same_start(args: TrainingArguments, folder: Path) -> bool:
+def _has_same_start(args: TrainingArguments, folder: Path) -> bool:
     """Return True if a run with these arguments began in `folder` but left no checkpoint."""
     if not (folder / CONFIG).is_file() or (folder / RESULTS).exists():
         return False

@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from nara_diffusion.config import NaraConfig
-from nara_diffusion.cores.core_set import HOLDER_NAME, CoreSet, core_group, make_cores
+from nara_diffusion.cores.core_set import HOLDER_NAME, CoreSet, make_cores, ranks_by_group
 from nara_diffusion.cores.registry import BUILT_IN
 from nara_diffusion.layers.offloading import offloading_hooks
 
@@ -122,11 +122,8 @@ def cores_for(
         low_cpu_mem_usage: True if a file will replace the values, so they may be on "meta".
         is_dispatched: True if accelerate offloads the layers one by one.
     """
-    ranks: dict[str, int] = {}
-    for name, layer in layers.items():
-        rank = layer.r[adapter_name]  # follows rank_pattern
-        group = core_group(config, name, rank)
-        ranks[group] = max(rank, ranks.get(group, 0))
+    ranks_of_layers = {name: layer.r[adapter_name] for name, layer in layers.items()}
+    ranks = ranks_by_group(config, ranks_of_layers)  # which follow rank_pattern
     # a custom core may have values that are not saved to a file
     on_meta = low_cpu_mem_usage and config.core_type in BUILT_IN
     with torch.device("meta") if on_meta else nullcontext():

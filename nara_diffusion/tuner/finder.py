@@ -87,9 +87,10 @@ class LevelFinder:
         N and the meaning of small timesteps come from the pipelines' current schedulers.
         """
         source = self.given_source
-        if isinstance(source, TimestepNoise) and source.frames is None:
+        frames = self.rows.frames
+        if frames is not None and isinstance(source, TimestepNoise) and source.frames is None:
             source = copy(source)
-            source.frames = self.rows.frames
+            source.frames = frames
         if source is not NotSet.DEFAULT:
             return source
         schedulers = self.usage.schedulers() if self.usage.pipelines else []

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -16,6 +17,56 @@ if TYPE_CHECKING:
 
 _KINDS = {"sample": "sample", "part": "part of a sample (a frame, a block)"}
 """`NaraConfig.noise_level_per` → its name in messages."""
+
+
+@dataclass(frozen=True)
+class FewStepSampling:
+    """How a few-step adapter samples: the content of `NaraConfig.few_steps`."""
+
+    num_inference_steps: int
+    guidance_scale: float = 1.0
+    timesteps: Sequence[float] = ()
+    scheduler: str = ""  # code that sets it in a pipeline; empty if the model's own will do
+    timestep_spacing: str | None = None  # a setting of that scheduler, as is the next one
+    shift_terminal: float | None = None
+
+    @classmethod
+    def of(cls, config: PeftConfig) -> FewStepSampling | None:
+        """Return the sampling in an adapter's configuration; None for other adapters."""
+        stored = getattr(config, "few_steps", None)
+        if stored is None:
+            return None
+        return cls(
+            **{field.name: stored[field.name] for field in fields(cls) if field.name in stored}
+        )
+
+    @property
+    def code(self) -> str:
+        """The code that samples so in a pipeline `pipe`."""
+        call = f"pipe(…, num_inference_steps={self.num_inference_steps}, guidance_scale=1)"
+        return f"{self.scheduler}; {call}" if self.scheduler else call
+
+    def differences(self, pipe: Any) -> dict[str, str]:
+        """Return {setting: its value, for a message} of the settings of `pipe` that differ.
+
+        Outside of a call of the pipeline, as in training, none differs.
+        """
+        scheduler = getattr(pipe, "scheduler", None)
+        # the scheduler of a flow has no number before its first call
+        steps = getattr(scheduler, "num_inference_steps", None)
+        if scheduler is None or steps is None:
+            return {}
+        settings = {}
+        if steps != self.num_inference_steps:
+            settings["steps"] = f"{steps} steps"
+        guidance = getattr(pipe, "_guidance_scale", 1.0)
+        if guidance > 1:
+            settings["guidance"] = f"guidance_scale {guidance:g}"
+        for name in ("timestep_spacing", "shift_terminal"):
+            trained = getattr(self, name)
+            if trained is not None and scheduler.config.get(name) != trained:
+                settings["timesteps"] = f"{type(scheduler).__name__} with other timesteps"
+        return settings
 
 
 class Usage:
@@ -57,21 +108,18 @@ class Usage:
         warned = self._warned_of_sampling
         for name in names:
             config = self.configs[name]
-            few_steps = getattr(config, "few_steps", None)
-            if few_steps is None:
+            sampling = FewStepSampling.of(config)
+            if sampling is None:
                 continue
             for reference in self.pipelines:
                 pipe = reference()
-                settings = {} if pipe is None else _other_settings(pipe, few_steps)
+                settings = {} if pipe is None else sampling.differences(pipe)
                 if all(warned.get((name, setting)) is config for setting in settings):
                     continue
                 warned |= {(name, setting): config for setting in settings}
-                steps = few_steps["num_inference_steps"]
-                call = f"pipe(…, num_inference_steps={steps}, guidance_scale=1)"
-                remedy = "; ".join(filter(None, (few_steps.get("scheduler"), call)))
                 warnings.warn(
-                    f"Adapter '{name}' was trained to sample in {steps} steps, but the pipeline takes "
-                    f"{', '.join(settings.values())}: {remedy}",
+                    f"Adapter '{name}' was trained to sample in {sampling.num_inference_steps} steps, but the "
+                    f"pipeline uses {', '.join(settings.values())}. Instead, run: {sampling.code}",
                     stacklevel=2,
                 )
 
@@ -90,32 +138,8 @@ class Usage:
                 continue
             self._warned_of_parts[name] = config
             warnings.warn(
-                f"Adapter '{name}' was trained with λ for each {_KINDS[trained]}, and this forward has one for "
-                f"each {_KINDS[per]}, which it has not seen: its results may be worse.",
+                f"Adapter '{name}' was trained with one λ for each {_KINDS[trained]}. This forward has one for each "
+                f"{_KINDS[per]}, which the adapter hasn't seen, so its results may be worse.",
                 UserWarning,
                 stacklevel=2,
             )
-
-
-TIMESTEP_SETTINGS = ("timestep_spacing", "shift_terminal")
-"""Fields of a scheduler that a few-step adapter was trained with."""
-
-
-def _other_settings(pipe: Any, few_steps: Mapping[str, Any]) -> dict[str, str]:
-    """Return {setting: its value, for a message} of a pipeline that don't suit a few-step adapter."""
-    scheduler = pipe.scheduler
-    # the scheduler of a flow has no number before its first call
-    steps = getattr(scheduler, "num_inference_steps", None)
-    if steps is None:  # no call is in progress, as in training
-        return {}
-    settings = {}
-    if steps != few_steps["num_inference_steps"]:
-        settings["steps"] = f"{steps} steps"
-    guidance = getattr(pipe, "_guidance_scale", 1.0)
-    if guidance > 1:
-        settings["guidance"] = f"guidance_scale {guidance:g}"
-    for name in TIMESTEP_SETTINGS:
-        trained = few_steps.get(name)
-        if trained is not None and scheduler.config.get(name) != trained:
-            settings["timesteps"] = f"{type(scheduler).__name__} with other timesteps"
-    return settings

@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Mapping
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -121,8 +122,14 @@ def refused(call: Callable[[], Any], model: Any, *parts: str) -> None:
     assert state(model) == before
 
 
-def nara(*words: Any) -> None:
-    """Calls the function that is installed as the command `nara`."""
+@cache
+def installed_command() -> Callable[[list[str]], None]:
+    """The function that is installed as the command `nara`."""
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
     module, _, function = scripts["nara"].partition(":")
-    getattr(import_module(module), function)([str(word) for word in words])
+    return getattr(import_module(module), function)
+
+
+def nara(*words: Any) -> None:
+    """Call the command `nara` with these words."""
+    installed_command()([str(word) for word in words])

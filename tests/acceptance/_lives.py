@@ -29,7 +29,7 @@ from tests.helpers.rounding import assert_far, assert_near
 from tests.helpers.small_pipelines import pixels, small_sd
 
 __all__ = ["Lives", "add_nara", "assert_far", "assert_near", "fill", "frozen_sd", "pixels", "predict", "save_lora"]
-TARGETS = ["to_q", "to_k", "to_out.0", "proj_in", "conv1", "time_emb_proj"]
+TARGETS = ["to_q", "to_out.0", "proj_in", "resnets.0.conv1", "resnets.1.time_emb_proj"]
 FEW_TARGETS = ["to_q", "to_v", "proj_out"]
 TEXT_TARGETS = ["q_proj", "fc1"]
 LEVELS = [0.37, 0.9]

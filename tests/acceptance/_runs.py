@@ -1,13 +1,15 @@
-"""Arguments of runs of a few steps: the shipped language model on some records, tiny image models on three pictures."""
+"""Arguments of runs of a few steps: a small language model on some records, tiny image models on three pictures."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from nara_diffusion.dllm.text_arguments import Arguments
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
@@ -40,15 +42,33 @@ def records(count: int, seed: int) -> list[dict[str, str]]:
     return [{"instruction": f"upper: {text}", "output": text.upper(), "answer": text.upper()} for text in texts]
 
 
+def small_llada(folder: Path) -> Path:
+    """Save two layers of the shipped LLaDA in `folder`/llada-tiny, cut to a width of 48, with its tokenizer."""
+    shipped, target = ASSETS / "llada-tiny", folder / "llada-tiny"
+    if not target.exists():
+        config = json.loads((shipped / "config.json").read_text())
+        shutil.copytree(shipped, target, ignore=shutil.ignore_patterns("model.safetensors", "*.png", "*.csv"))
+        small = {"n_layers": 2, "d_model": 48, "mlp_hidden_size": 80}
+        (target / "config.json").write_text(json.dumps(config | small))
+        widths = {config["d_model"]: 48, config["mlp_hidden_size"]: 80}
+        tensors = {
+            name: tensor[tuple(slice(widths.get(size)) for size in tensor.shape)].contiguous()
+            for name, tensor in load_file(shipped / "model.safetensors").items()
+            if not name.startswith(("model.transformer.blocks.2.", "model.transformer.blocks.3."))
+        }
+        save_file(tensors, target / "model.safetensors", {"format": "pt"})
+    return target
+
+
 def text_flags(folder: Path) -> dict[str, Any]:
-    """A LLaDA of the shipped size with dropout, six steps of four records; files of records are made in `folder`."""
+    """A small LLaDA with dropout, six steps of four records; the model and files of records are made in `folder`."""
     files = {}
     for name, count in (("train", 11), ("validation", 5), ("test", 4)):
         path = folder / f"{name}.jsonl"
         path.write_text("".join(json.dumps(record) + "\n" for record in records(count, seed=count)))
         files[f"{name}_file"] = path
     return COMMON | {
-        "pretrained_model_name_or_path": ASSETS / "llada-tiny",
+        "pretrained_model_name_or_path": small_llada(folder),
         **files,
         "lora_dropout": 0.2,
         "target_modules": ["q_proj", "v_proj", "down_proj"],
@@ -56,7 +76,7 @@ def text_flags(folder: Path) -> dict[str, Any]:
         "max_length": 40,
         "eval_batch_size": 4,
         "gen_length": 8,
-        "generation_steps": 4,
+        "generation_steps": 2,
     }
 
 

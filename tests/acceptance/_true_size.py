@@ -14,12 +14,14 @@ from transformers import DynamicCache
 
 from nara_diffusion import noise_level
 from nara_diffusion.dllm import masked_diffusion_loss
-from nara_diffusion.dllm.block_loss import canvas_loss
-from nara_diffusion.dllm.decoding import Sampling, State
+from nara_diffusion.dllm.canvas_corruption import CanvasBatch, corrupt_canvases
+from nara_diffusion.dllm.canvas_loss import canvas_loss
+from nara_diffusion.dllm.decoding import Sampling
+from nara_diffusion.dllm.masked_sampler import WholeText
 from nara_diffusion.dllm.models.backbone import Backbone
 from nara_diffusion.dllm.models.pretrained import backbone_on_meta
-from nara_diffusion.dllm.sampler import WholeText, place_prompts
-from nara_diffusion.dllm.uniform import CanvasBatch, corrupt_canvases
+from nara_diffusion.dllm.prompt_places import place_prompts
+from nara_diffusion.dllm.sampling_state import State
 from tests.acceptance._rehearsed import (
     Denoiser,
     Rehearsed,

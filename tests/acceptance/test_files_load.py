@@ -61,7 +61,10 @@ def test_peft_folder_of_0_1_computes_the_stored_outputs_and_is_saved_as_it_was(n
 
 
 def test_what_read_a_mask_density_is_refused_by_name_and_leaves_the_base_as_it_was() -> None:
-    base, said = _bases.language_model(), "module_type' is invalid: core_input is 'both': choose one of 'noise_level'"
+    base, said = (
+        _bases.language_model(),
+        "module_type' can't be loaded: core_input is 'both': choose one of 'noise_level'",
+    )
     _files.refused(lambda: PeftModel.from_pretrained(base, PEFT / "module_type"), base, said)
 
 

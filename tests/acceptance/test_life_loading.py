@@ -144,7 +144,7 @@ def test_loading_after_disabling_says_what_is_on(folder: Path, caplog: Any) -> N
     pipe.disable_lora()
     off = predict(pipe)
     pipe.load_nara_weights(folder, adapter_name="b")
-    assert "were disabled by disable_lora(): loading 'b' enables them again" in caplog.text
+    assert "were disabled by disable_lora(), and loading 'b' enables them again" in caplog.text
     assert "are disabled" not in caplog.text
     assert pipe.get_active_adapters() == ["b"]
     assert_near(predict(pipe), on, pipe.unet)

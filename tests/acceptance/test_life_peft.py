@@ -98,7 +98,7 @@ def test_name_like_a_part_of_a_key_is_refused_beside_another_and_saved_alone(tmp
         model = get_peft_model(two(), nara_config(), adapter_name=alone)
         disturb(model)
         before = model.state_dict().keys()
-        with pytest.raises(ValueError, match=f"adapter '{name}' is named like a part of"):
+        with pytest.raises(ValueError, match=f"The adapter name '{name}' is also a part of"):
             model.add_adapter(added, nara_config(target_modules=["first"]))
         assert model.state_dict().keys() == before
         assert set(model.peft_config) == {alone}
@@ -159,7 +159,9 @@ def test_state_dict_with_a_converted_core_is_refused_before_a_file_is_written(tm
     with pytest.raises(ValueError, match=r"is torch\.bfloat16 in the state_dict to be saved, .* leave state_dict out"):
         model.save_pretrained(tmp_path, state_dict=converted)
     without = {name: tensor for name, tensor in model.state_dict().items() if "lora_core" not in name}
-    with pytest.raises(ValueError, match="of the core of adapter 'default' is missing from what would be saved: leave"):
+    with pytest.raises(
+        ValueError, match="of the core of adapter 'default' is missing from the state_dict to be saved: leave"
+    ):
         model.save_pretrained(tmp_path, state_dict=without)
     assert not list(tmp_path.rglob("*.safetensors"))
     kept = {name: model.state_dict()[name] if "lora_core" in name else t for name, t in converted.items()}

@@ -158,9 +158,9 @@ def test_checkpoint_of_another_run_or_a_damaged_one_is_refused(
     capsys: pytest.CaptureFixture[str], stopped: dict[str, Any], tmp_path: Path
 ) -> None:
     rows: list[Any] = [
-        (lambda there: None, {"rank": 4}, ["another configuration (rank: 3 there, 4 now)", "--init_adapter"]),
+        (lambda there: None, {"rank": 4}, ["other arguments (rank: 3 there, 4 now)", "--init_adapter"]),
         (lambda there: changed_weights(there / "model"), {}, ["base model"]),
-        (lambda there: of_version_0_1(there / "out" / "checkpoint-1"), {}, ["version 0.1", "finish the run with"]),
+        (lambda there: of_version_0_1(there / "out" / "checkpoint-1"), {}, ["version 0.1", "Finish the run with"]),
         (lambda there: (there / "out" / "checkpoint-1" / "random_states_0.pkl").unlink(), {}, ["random_states"]),
     ]
     for number, (change, flags, named) in enumerate(rows):

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from nara_diffusion.dllm import Sampling, encode_prompts, exact_match, generate, load_backbone, prompt_text
-from nara_diffusion.dllm.decoding import CHAT_SETTINGS
+from nara_diffusion.dllm.kinds.masked_kind import CHAT_BLOCKS
 from pipelines.llada import LLaDAPipeline
 from tests.acceptance._text import DREAM_TINY, LLADA_TINY, nara
 
@@ -72,9 +72,9 @@ def test_a_chat_prompt_is_answered_in_the_blocks_of_the_models_own_chat(
 ) -> None:
     """Of three tokens here, where they divide the answer, and their number the steps."""
     asked, steps = [], Sampling.tokens_per_step
-    assert CHAT_SETTINGS["llama"] == {"block_length": 32}
-    monkeypatch.setitem(CHAT_SETTINGS, "llama", {"block_length": 3})
-    monkeypatch.setitem(CHAT_SETTINGS, "qwen2", {"block_length": 3})  # which Dream's own chat hasn't
+    assert CHAT_BLOCKS["llama"] == 32
+    monkeypatch.setitem(CHAT_BLOCKS, "llama", 3)
+    monkeypatch.setitem(CHAT_BLOCKS, "qwen2", 3)  # which Dream's own chat hasn't
     monkeypatch.setattr(Sampling, "tokens_per_step", lambda self: asked.append(self.block) or steps(self))
     for settings, block in [
         ({}, 3),
@@ -117,7 +117,7 @@ def test_without_a_chat_template_the_prompt_is_that_of_training() -> None:
 
 def test_prompts_and_arguments_are_refused(shared: LLaDAPipeline) -> None:
     for prompt, arguments, message in [
-        ([], {}, r"prompt is \[\], expected a text"),
+        ([], {}, r"prompt is \[\], expected one or several texts"),
         (["a", " \n"], {}, r"prompt ' \\n' is empty"),
         ([{"role": "assistant", "content": "a"}], {}, "doesn't end with the user's turn"),
         ([USER], {"apply_template": False}, "without a chat template"),

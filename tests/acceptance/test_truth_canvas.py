@@ -16,7 +16,8 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from nara_diffusion.dllm import decoding, exact_match, text_report
+from nara_diffusion.dllm import exact_match, text_report
+from nara_diffusion.dllm.kinds import masked_kind
 from nara_diffusion.dllm.text_arguments import Arguments
 from nara_diffusion.dllm.train import main
 from tests.acceptance._commands import metrics
@@ -106,7 +107,7 @@ NO_CORE: dict[str, Any] = {"adapter": "lora", "adapter_options": {}, "core_learn
 
 
 def test_lengths_are_refused_before_a_record_is_tokenised(arguments, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nara_diffusion.dllm.train.encode_records", lambda *_, **__: pytest.fail("tokenised"))
+    monkeypatch.setattr("nara_diffusion.dllm.text_data.encode_records", lambda *_, **__: pytest.fail("tokenised"))
     for changes, message in [
         ({"gen_length": 64}, "gen_length is 64, but the model has 64 positions: lower it"),
         ({"max_length": 65}, "max_length is 65, but the model has 64 positions: lower it"),
@@ -131,7 +132,7 @@ RULE = {"remasking": "entropy", "entropy_bound": 0.1, "top_p": 0.9, "confidence_
 def test_facts_report_and_card_have_the_canvas_and_the_options_and_block_length_of_generation(
     arguments, caplog: Any, given: dict[str, Any], block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(decoding.CHAT_SETTINGS, "llama", {"block_length": 4})
+    monkeypatch.setitem(masked_kind.CHAT_BLOCKS, "llama", 4)
     asked: list[dict[str, Any]] = []
     watched = lambda *args, **how: asked.append(how) or exact_match(*args, **how)  # noqa: E731
     monkeypatch.setattr(text_report, "exact_match", watched)

@@ -16,7 +16,7 @@ PROMPT = "a photo of sks toy"
 FEW: dict[str, Any] = {
     **{"max_train_steps": 1, "train_batch_size": 1, "num_inference_steps": 1, "num_validation_images": 1},
     **{"similarity_model": None, "alignment_model": None, "validation_steps": None, "checkpointing_steps": None},
-    "curve_points": 3,
+    "curve_points": 1,
 }
 
 

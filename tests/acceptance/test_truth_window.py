@@ -17,7 +17,7 @@ from torch import Tensor
 from nara_diffusion import TimestepNoise, noise_level
 from nara_diffusion.dllm import load_backbone
 from nara_diffusion.dllm import train as dllm
-from nara_diffusion.dllm.masking import draw_noise_levels
+from nara_diffusion.dllm.mask_draws import draw_noise_levels
 from nara_diffusion.dreambooth import train as dreambooth
 from nara_diffusion.dreambooth.draws import drawable_levels
 from nara_diffusion.noise.drawn_levels import NoiseWindow
@@ -56,7 +56,7 @@ def test_what_is_drawn_is_at_strength_1_and_all_else_at_0(low: float, high: floa
     shares = TimestepNoise().noise_level(timesteps)
     assert torch.equal(drawable_levels(shares, window), timesteps[schedule(shares) == 1])
     uniform = torch.tensor([0.0, 2**-53, 0.5, 1 - 2**-53], dtype=torch.float64)
-    monkeypatch.setattr("nara_diffusion.dllm.masking.stratified_uniform", lambda *args, **kwargs: uniform.numpy())
+    monkeypatch.setattr("nara_diffusion.dllm.mask_draws.stratified_uniform", lambda *args, **kwargs: uniform.numpy())
     assert schedule(torch.from_numpy(draw_noise_levels([0, 1, 2, 3], 0, window=window))).tolist() == [1.0] * 4
     assert within(NoiseWindow())(levels).tolist() == [1.0] * len(levels)
 

@@ -74,7 +74,7 @@ def test_pictures_show_what_their_prompts_say(name, options, clip):
     pipe = DiffusionPipeline.from_pretrained(ASSETS / name, dtype=torch.float32, **absent)
     pipe.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(number) for number in range(len(PROMPTS))]
-    sampling = {"num_inference_steps": 12, "guidance_scale": GUIDANCE, "generator": generators}
+    sampling = {"num_inference_steps": 8, "guidance_scale": GUIDANCE, "generator": generators}
     images = pipe(list(PROMPTS), **sampling, **options).images
     model, processor = clip
     with torch.no_grad():

@@ -16,7 +16,7 @@ from quality.blocks.runs import Arm, Prefixes, Run, Tuning, base_of, corrupted, 
 from quality.blocks.truth import true_levels
 from transformers import DynamicCache
 
-from nara_diffusion.dllm.block_loss import block_model, decoder_inputs
+from nara_diffusion.dllm.canvas_loss import block_model, decoder_inputs
 
 BASE = "gemma-tiny"
 RATES = {"learning_rate": 1e-2, "core_learning_rate": 1e-3}

@@ -11,7 +11,7 @@ from quality.regimes.plan import PLAN, cell_of
 from quality.regimes.report import report
 from quality.regimes.runs import Run, record_of
 
-LARGE = "docs/results/blocks.md"  # its differences over prompts take six seconds
+LARGE = "examples/benchmarks/results/blocks.md"  # its differences over prompts take six seconds
 PAGES = [pytest.param(name, marks=[pytest.mark.slow] if name == LARGE else []) for name in report_quality.PAGES]
 
 

@@ -112,8 +112,9 @@ def test_benchmark_few_steps_runs_an_arm_once_and_needs_its_trials(tmp_path):
 
 def test_benchmark_few_steps_gives_named_parameters_a_rate_of_their_own():
     model = torch.nn.ModuleDict({"lora_A": torch.nn.Linear(3, 2), "lora_B": torch.nn.Linear(2, 3)})
+    args = TrainingArguments(pretrained_model_name_or_path="base", learning_rate=0.1)
     with benchmark_few_steps.own_rates({"b_learning_rate": 0.5}):
-        optimizer = benchmark_few_steps.loop.build_optimizer(model, TrainingArguments(learning_rate=0.1))
+        optimizer = benchmark_few_steps.loop.build_optimizer(model, args)
     found = {id(each): group["lr"] for group in optimizer.param_groups for each in group["params"]}
     rates = {name: found[id(parameter)] for name, parameter in model.named_parameters()}
     assert rates == {"lora_A.weight": 0.1, "lora_A.bias": 0.1, "lora_B.weight": 0.5, "lora_B.bias": 0.5}

@@ -150,7 +150,7 @@ def test_convert_refuses_what_is_ambiguous_and_keeps_what_exists(pipeline_file: 
         ([pipeline_file, tmp_path / "out", "--to", "peft"], r"text_encoder, unet\. Choose one"),
         ([pipeline_file, tmp_path / "out", "--to", "peft", "--component", "vae"], "Choose one with"),
         ([pipeline_file, tmp_path / "out", "--to", "pipeline"], "or choose --to peft"),
-        ([tmp_path / "peft", tmp_path / "out", "--to", "peft"], "already: choose --to pipeline"),
+        ([tmp_path / "peft", tmp_path / "out", "--to", "peft"], "or choose --to pipeline"),
         ([tmp_path / "peft", tmp_path / "out", "--to", "pipeline"], "needs --component"),
         ([pipeline_file, tmp_path / "peft", *other], "exists"),
     ]:

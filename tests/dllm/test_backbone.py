@@ -87,7 +87,7 @@ def test_head_runs_at_the_masked_positions_alone_and_where_nothing_is_masked_it_
 
 
 def test_models_whose_head_cannot_be_hooked_take_all_logits() -> None:
-    model = backbone(VOCABULARY)
+    model = backbone(VOCABULARY, num_hidden_layers=1)
     expected = masked_diffusion_loss(model, **BATCH).loss
     capped, in_place = copy.deepcopy(model), copy.deepcopy(model)
     capped.config.final_logit_softcapping = 30.0

@@ -75,8 +75,9 @@ def test_answers_and_levels_are_those_of_the_loop_by_hand(model: Any, use_cache:
 
 @pytest.mark.parametrize("rule", RULES)
 def test_cache_changes_no_token_of_the_base(model: Any, rule: str) -> None:
-    for settings in (RULES[rule], RULES[rule] | {"eos_token_id": [END, 9, 10, 11, 12]}):
-        torch.testing.assert_close(answers(model, True, **settings), answers(model, False, **settings))
+    """Where answers end early; whole ones: the test of an adapted model."""
+    settings = RULES[rule] | {"eos_token_id": [END, 9, 10, 11, 12]}
+    torch.testing.assert_close(answers(model, True, **settings), answers(model, False, **settings))
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -98,7 +99,7 @@ def test_adapters_with_one_level_a_sample_are_refused_with_the_cache(model: Any)
     for use_cache in (True, None):
         with pytest.raises(ValueError, match=r"'default' .*noise_level_per is 'sample'.* use_cache=False"):
             answers(model, use_cache)
-    with pytest.warns(UserWarning, match="for each sample, and this forward") as warned:
+    with pytest.warns(UserWarning, match="with one λ for each sample. This forward") as warned:
         found = answers(model, False)
     assert len(warned) == 1
     model.peft_config["default"].noise_level_per = "part"

@@ -33,7 +33,7 @@ def pipeline(model: Any, tokenizer: Any) -> Any:
 
 
 def test_folder_of_a_run_answers_alike_in_the_pipeline_and_in_generate(tmp_path: Path) -> None:
-    main(arguments(tmp_path, max_train_steps=8, train_batch_size=8, learning_rate=3e-2, checkpointing_steps=None))
+    main(arguments(tmp_path, max_train_steps=4, learning_rate=5e-2, checkpointing_steps=None, test_samples=1))
     folder = tmp_path / "run"
     config = json.loads((folder / "adapter_config.json").read_text())
     assert (config["noise_convention"], config["noise_level_per"]) == ("masked_share_of_block", "part")
@@ -57,7 +57,7 @@ def test_folder_of_a_run_answers_alike_in_the_pipeline_and_in_generate(tmp_path:
 
 @pytest.mark.parametrize("adapter", ["nara", "full"])
 def test_a_run_with_blocks_of_its_own_is_loaded_by_its_card(tmp_path: Path, adapter: str) -> None:
-    how = {"block_length": 2, "max_train_steps": 1, "checkpointing_steps": None, "adapter": adapter}
+    how = {"block_length": 2, "max_train_steps": 1, "checkpointing_steps": None, "adapter": adapter, "test_samples": 1}
     main(arguments(tmp_path, **how))
     card, scope = (tmp_path / "run" / "README.md").read_text(), {}
     exec(card.split("```python")[1].split("```")[0], scope)
@@ -101,7 +101,7 @@ def test_the_configured_run_learns_a_task_and_its_folder_answers_it_in_the_pipel
 
 
 def test_full_fine_tuning_writes_a_model_in_the_public_format(tmp_path: Path) -> None:
-    main(arguments(tmp_path, adapter="full", max_train_steps=2, learning_rate=1e-3))
+    main(arguments(tmp_path, adapter="full", max_train_steps=2, learning_rate=1e-3, test_samples=1))
     before, after = load_file(tmp_path / "model/model.safetensors"), load_file(tmp_path / "run/model.safetensors")
     assert before.keys() == after.keys()
     still = [name for name, tensor in after.items() if torch.equal(tensor, before[name].to(tensor.dtype))]

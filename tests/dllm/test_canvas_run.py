@@ -1,6 +1,7 @@
 """dllm.py on gemma-tiny: what it trains and writes, how it resumes, and its adapter in Diffusers' pipeline."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -11,12 +12,14 @@ from safetensors.torch import load_file
 
 from nara_diffusion.dllm import load_backbone, prompt_text
 from nara_diffusion.dllm.batches import AnswerCollator, GlobalBatchStream
-from nara_diffusion.dllm.block_loss import block_diffusion_loss
-from nara_diffusion.dllm.decoding import model_sampling
+from nara_diffusion.dllm.canvas_loss import block_diffusion_loss
+from nara_diffusion.dllm.kinds.canvas_kind import CANVAS
+from nara_diffusion.dllm.kinds.masked_kind import MASKED
+from nara_diffusion.dllm.models.backbone import Backbone
 from nara_diffusion.dllm.sampler import answer_prompts
-from nara_diffusion.dllm.text_arguments import Arguments, adapter_options, objective_options
+from nara_diffusion.dllm.text_arguments import Arguments, adapter_options
 from nara_diffusion.dllm.text_report import describe
-from nara_diffusion.dllm.train import FineTuning, main
+from nara_diffusion.dllm.train import main, prepare
 from nara_diffusion.training.adapter_weights import write_checkpoint
 from nara_diffusion.training.run import start_run
 from tests.acceptance._commands import ROOT, results, run
@@ -40,14 +43,19 @@ def arguments(folder, **changes):
 
 
 def test_a_run_saves_one_adapter_resumes_to_the_same_bits_and_loads_into_the_pipeline(tmp_path, caplog):
-    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    whole, halves, model = tmp_path / "whole", tmp_path / "halves", tmp_path / "gemma"
+    shutil.copytree(GEMMA, model, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))  # its tokenizer
+    small = tiny_gemma(vocab_size=284, bos_token_id=278, eos_token_id=279, pad_token_id=279)
+    small.config.canvas_length = 16
+    small.save_pretrained(model)
     caplog.set_level("INFO")
-    short = {"max_train_steps": 2, "checkpointing_steps": 1}
+    short = {"max_train_steps": 2, "checkpointing_steps": 1, "pretrained_model_name_or_path": str(model)}
+    short |= {"test_samples": 1, "curve_points": 1}
     results = main(arguments(tmp_path, **short, output_dir=str(whole)))
     assert {"exact_match_before", "exact_match_after", "n"} <= results.keys()
     tensors = load_file(whole / TEXT)
     assert not [key for key in tensors if "encoder" in key or "router" in key or "vision" in key]
-    assert sum("lora_A" in key for key in tensors) == 4 * 6 + 3  # the last layer has no v_proj
+    assert sum("lora_A" in key for key in tensors) == 7 + 6  # the last layer has no v_proj
     config = json.loads((whole / "adapter_config.json").read_text())
     assert (config["noise_convention"], config["noise_level_per"]) == ("corrupted_share", "sample")
 
@@ -66,11 +74,11 @@ def test_a_run_saves_one_adapter_resumes_to_the_same_bits_and_loads_into_the_pip
     resumed = load_file(halves / TEXT)
     assert all(torch.equal(resumed[key], tensor) for key, tensor in tensors.items())
 
-    model, tokenizer = load_backbone(str(GEMMA))
+    model, tokenizer = load_backbone(str(model))
     pipe = DiffusionGemmaPipeline(model=model, scheduler=BlockRefinementScheduler(), processor=tokenizer)
     pipe.set_progress_bar_config(disable=True)
     pipe.load_nara_weights(whole)
-    assert isinstance(pipe("reverse: planet", gen_length=16, num_inference_steps=8).texts[0], str)
+    assert isinstance(pipe("reverse: planet", gen_length=16, num_inference_steps=4).texts[0], str)
 
 
 def test_the_shipped_model_answers_what_it_was_trained_on():
@@ -109,21 +117,21 @@ def test_options_choose_the_layers_and_the_encoders_loss(tmp_path):
         arguments(tmp_path),
         arguments(tmp_path, train_on_encoder=False, target_modules=["q_proj"]),
     )
-    assert objective_options(model, both) == {"encoder_weight": 1.0}
-    assert objective_options(model, decoder) == {"encoder_weight": 0.0}
-    assert objective_options(model, arguments(tmp_path, encoder_loss_weight=0.3)) == {"encoder_weight": 0.3}
+    assert CANVAS.objective(both) == {"encoder_weight": 1.0}
+    assert CANVAS.objective(decoder) == {"encoder_weight": 0.0}
+    assert CANVAS.objective(arguments(tmp_path, encoder_loss_weight=0.3)) == {"encoder_weight": 0.3}
     pattern = adapter_options(model, decoder)["target_modules"]
     assert pattern == r".*\.decoder\.layers\.\d+\.(self_attn|mlp)\.(q_proj)"
 
 
-@pytest.mark.parametrize(("adapter", "multiple"), [("lora", 6), ("dora", 6), ("nara", 6), ("lora", 1)])
-def test_the_card_of_a_plain_lora_on_twins_says_not_to_merge_it(adapter, multiple, tmp_path):
+@pytest.mark.parametrize(("adapter", "kind"), [("lora", CANVAS), ("dora", CANVAS), ("nara", CANVAS), ("lora", MASKED)])
+def test_the_card_of_a_plain_lora_on_twins_says_not_to_merge_it(adapter, kind, tmp_path):
     args = arguments(tmp_path, adapter=adapter)
     run = SimpleNamespace(args=args, folder=tmp_path, hub_id=None)
-    parts = {"run": run, "collator": SimpleNamespace(multiple=multiple), "sampling": args.sampling()}
+    parts = {"run": run, "kind": kind, "sampling": args.sampling()}
     measured = SimpleNamespace(generations=[])
     card = describe(SimpleNamespace(**parts), measured, measured, "sort: zebra")["loading"]
-    assert ("Don't merge this adapter" in card) == (adapter != "nara" and multiple > 1)
+    assert ("Don't merge this adapter" in card) == (adapter != "nara" and kind is CANVAS)
 
 
 @pytest.mark.parametrize(
@@ -140,16 +148,17 @@ def test_the_card_of_a_plain_lora_on_twins_says_not_to_merge_it(adapter, multipl
 def test_what_the_model_does_not_have_raises(tmp_path, changes, words):
     args, model = arguments(tmp_path, **{"gen_length": 12, **changes}), tiny_gemma()
     with pytest.raises(ValueError, match=words):
-        objective_options(model, args), adapter_options(model, args), model_sampling(model, args.sampling(), chat=True)
+        CANVAS.objective(args), adapter_options(model, args), CANVAS.sampling(Backbone(model), args.sampling(), True)
 
 
 def test_the_check_measures_the_objective_of_the_run(tmp_path):
     args = arguments(tmp_path, output_dir=str(tmp_path / "out"))
     with start_run(args, "dllm", write_checkpoint) as run:
-        tuning = FineTuning(args, run)
-        found = text_loss(tuning, tuning.backbone, tuning.train_rows)([2, 0])
-    stream = GlobalBatchStream(tuning.train_rows, args.seed, 4)
-    batch = tuning.collator([stream[2], stream[0]])
-    expected = block_diffusion_loss(tuning.backbone, **batch, seed=args.seed, group_size=4)
+        setup = prepare(args, run)
+        model, rows = setup.base.model, setup.data.training.rows
+        found = text_loss(setup, model, rows)([2, 0])
+    stream = GlobalBatchStream(rows, args.seed, 4)
+    batch = setup.data.collator([stream[2], stream[0]])
+    expected = block_diffusion_loss(model, **batch, seed=args.seed, group_size=4)
     torch.testing.assert_close(found.per_sample, expected.per_sample)
     assert torch.equal(found.noise_level, expected.noise_level)

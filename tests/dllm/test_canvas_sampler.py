@@ -214,7 +214,7 @@ def test_an_answer_ends_at_its_first_end_token_and_is_padded_unless_it_may_not_s
         ({"mask_token_id": 3, "on_step_end": print}, "mask_token_id and on_step_end can't"),
         ({"gen_length": 21 * CANVAS}, "together 129, but the model has 128 positions"),
         ({"prompt_lengths": [3, 0]}, "a prompt is empty"),
-        ({"cfg_scale": 1.0}, "cfg_scale is 1.0, which a model"),
+        ({"cfg_scale": 1.0}, "cfg_scale is 1.0, but a model"),
     ],
 )
 def test_generate_refuses_what_the_sampler_of_diffusion_gemma_does_not_have(changes: Any, words: str) -> None:

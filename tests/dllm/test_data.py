@@ -16,7 +16,8 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from nara_diffusion.dllm import encode_records, read_records
-from nara_diffusion.dllm.text_arguments import Arguments, load_records
+from nara_diffusion.dllm.text_arguments import Arguments
+from nara_diffusion.dllm.text_data import load_records
 from nara_diffusion.dllm.train import main, shipped_run
 from tests.acceptance._runs import text_arguments
 from tests.acceptance._text import LLADA_TINY, SPECIAL, word_tokenizer

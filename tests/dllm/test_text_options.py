@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,8 +14,10 @@ from datasets import Dataset
 
 from nara_diffusion.dllm import text_report, train
 from nara_diffusion.dllm.decoding import Sampling
+from nara_diffusion.dllm.kinds.masked_kind import MASKED
 from nara_diffusion.dllm.record_forms import TEXTS
-from nara_diffusion.dllm.text_arguments import Arguments, load_records
+from nara_diffusion.dllm.text_arguments import Arguments
+from nara_diffusion.dllm.text_data import load_records
 from tests.acceptance._runs import text_arguments
 
 
@@ -80,7 +83,7 @@ def test_model_is_loaded_by_its_flags(tmp_path: Path, monkeypatch: pytest.Monkey
         calls.append(options)
         raise ArithmeticError
 
-    monkeypatch.setattr(train, "load_backbone", load)
+    monkeypatch.setattr("nara_diffusion.dllm.text_base.load_backbone", load)
     flags = {"revision": "v2", "mask_token": "[M]"}
     with pytest.raises(ArithmeticError):
         train.main(text_arguments(tmp_path, **flags))
@@ -95,12 +98,12 @@ def test_answers_are_compared_as_extract_says(monkeypatch: pytest.MonkeyPatch) -
         return SimpleNamespace(generations=[{"correct": True}])
 
     monkeypatch.setattr(text_report, "exact_match", compared)
-    monkeypatch.setattr(text_report, "curve_of", lambda model: lambda model, rows, levels, **_: [0.5] * len(levels))
+    kind = replace(MASKED, curve=lambda model, rows, levels, **_: [0.5] * len(levels))
     accelerator = SimpleNamespace(device="cpu", num_processes=1, process_index=0, distributed_type="NO")
     args = arguments(extract="number", eval_batch_size=3, curve_points=4)
     run: Any = SimpleNamespace(args=args, accelerator=accelerator, is_main=True, global_batch=2)
     rows = Dataset.from_list([{"instruction": "q"}])
-    evaluation = text_report.Evaluation(run, None, rows, rows, None, args.sampling())  # type: ignore[arg-type]
+    evaluation = text_report.Evaluation(run, None, rows, rows, None, args.sampling(), kind)  # type: ignore[arg-type]
     monkeypatch.setattr(text_report.Evaluation, "validate", lambda self, model: {"validation_loss": 0.5})
     measured = evaluation.measure(None)  # type: ignore[arg-type]
     assert (calls[0]["extract"], calls[0]["batch_size"]) == ("number", 3)

@@ -9,7 +9,7 @@ import pytest
 from nara_diffusion.dllm import AnswerCollator
 from nara_diffusion.dllm import train as text
 from nara_flags.parser import parse_arguments
-from tests.acceptance._runs import ASSETS
+from tests.acceptance._runs import ASSETS, small_llada
 from tests.helpers.mixtures import LLADA2, LLADA_MOE, write_checkpoint
 from tests.helpers.plans import counted_run, planned, text_words
 
@@ -28,14 +28,14 @@ SLOW = [
     ("gemma-tiny", "16", BF16),
     ("gemma-tiny", "16", [*RECOMPUTED, "--no_train_on_encoder"]),
 ]
-RUNS = [("llada-tiny", "12", BF16), ("LLaDA2", "12", [])]
+RUNS = [("small llada", "12", BF16), ("LLaDA2", "12", [])]
 RUNS += [pytest.param(*run, marks=pytest.mark.slow) for run in SLOW]
 
 
 @pytest.mark.parametrize(("name", "generated", "flags"), RUNS)
 def test_plan_is_what_the_run_holds(name, generated, flags, tmp_path, monkeypatch):
     """The plan gets the greatest lengths of the run's batches, and neither weights nor tokenizer."""
-    folder = ASSETS / name
+    folder = small_llada(tmp_path) if name == "small llada" else ASSETS / name
     if name in RANDOM:
         folder = tmp_path / "model"
         write_checkpoint(folder, RANDOM[name])

@@ -1,4 +1,4 @@
-"""Prompts that CLIP's tokenizers cut are warned of once each, with their file and line."""
+"""Prompts that CLIP's tokenizers cut are warned of once each, with their origin."""
 
 import json
 import logging
@@ -50,10 +50,11 @@ def warned(pipe, sources, caplog) -> list[str]:
 
 
 def message(source: str, rest: str) -> str:
-    return f"{source}: CLIP reads {MAX_TOKENS} tokens, without {rest!r}: shorten it"
+    start = f"the prompt from {source} is too long: "
+    return f"{start}CLIP reads its first {MAX_TOKENS} tokens and ignores {rest!r}. Shorten it."
 
 
-def test_each_prompt_is_warned_of_once_with_its_line(pipe, tmp_path, caplog) -> None:
+def test_each_prompt_is_warned_of_once_with_its_image(pipe, tmp_path, caplog) -> None:
     folder = folder_of(tmp_path, [(20, 24)] * 4)
     texts = [SHORT, long("ab"), long("ab"), long("c")]
     rows = [json.dumps({"file_name": f"{n:02d}.png", "text": text}) for n, text in enumerate(texts)]
@@ -61,9 +62,9 @@ def test_each_prompt_is_warned_of_once_with_its_line(pipe, tmp_path, caplog) -> 
     args = arguments(instance_data_dir=str(folder), validation_prompts=[long("d"), long("c")])
     sources = prompt_sources(args, records_from_folder(folder))
     assert warned(pipe, sources, caplog) == [
-        message(f"{folder}/metadata.jsonl, line 3", "ab"),
-        message(f"{folder}/metadata.jsonl, line 5", "c"),
-        message("validation_prompts", "d"),
+        message(f"the caption of {folder}/01.png", "ab"),
+        message(f"the caption of {folder}/03.png", "c"),
+        message("--validation_prompts", "d"),
     ]
 
 
@@ -74,5 +75,5 @@ def test_prompts_of_text_files_and_arguments_are_named(pipe, tmp_path, caplog) -
     sources = prompt_sources(args, records_from_folder(folder, prompt=long("b")))
     file.write_text(f"{SHORT}\n\n{long('c')}\n")
     sources |= prompt_sources(arguments(distill_to=2, prompts_file=str(file)))
-    expected = {f"{folder}/01.txt": "a", "instance_prompt": "b", f"{file}, line 3": "c"}
+    expected = {f"the caption of {folder}/01.png": "a", "--instance_prompt": "b", f"{file}, line 3": "c"}
     assert sorted(warned(pipe, sources, caplog)) == sorted(message(*item) for item in expected.items())

@@ -23,7 +23,7 @@ from nara_diffusion.dreambooth.dataset import (
 )
 from nara_diffusion.dreambooth.draws import torch_generator
 from nara_diffusion.dreambooth.image_records import ImageRecord, class_records, records_from_folder
-from nara_diffusion.training.loop import ShuffledStream, stream_loader
+from nara_diffusion.utils.data_order import ShuffledStream, stream_loader
 from tests.dreambooth.pictures import folder_of, noise
 from tests.helpers.small_pipelines import small_vae
 
@@ -139,22 +139,23 @@ def test_captions_are_dropped_as_often_as_asked_and_nothing_else_changes(instanc
 
 
 def test_images_that_are_too_small_are_named(instances, caplog) -> None:
-    dataset(instances)
+    dataset(instances, crop="center").warn_of_sizes()
     assert not caplog.text
-    dataset(instances, buckets=[(64, 64)])
-    assert f"enlarged, which teaches blur: 3 of 5 images, such as {instances[0].name};" in caplog.text
+    dataset(instances, buckets=[(64, 64)]).warn_of_sizes()
+    expected = f"3 of 5 images (such as {instances[0].name}) are smaller than --resolution and were enlarged"
+    assert f"{expected}, so the model learns blur." in caplog.text
 
 
 def test_random_crops_that_leave_out_much_are_said_with_the_share_and_the_flags(tmp_path, caplog) -> None:
     wide = records_from_folder(folder_of(tmp_path, [(96, 54), (64, 64)]), prompt="a toy")
     squares = {"buckets": [(32, 32)]}
-    dataset(wide, **squares).warn_of_crops()
-    assert "random crops leave out up to 44 % of an image, and more than a fifth in 1 of 2 images" in caplog.text
+    dataset(wide, **squares).warn_of_sizes()
+    assert "random crops remove more than a fifth of 1 of 2 images, and up to 44 %" in caplog.text
     assert "--aspect_ratio_buckets auto" in caplog.text
     assert "--center_crop" in caplog.text
     caplog.clear()
-    dataset(wide, **squares, crop="center").warn_of_crops()
-    dataset(wide, buckets=[(32, 32), (24, 40)]).warn_of_crops()
+    dataset(wide, **squares, crop="center").warn_of_sizes()
+    dataset(wide, buckets=[(32, 32), (24, 40)]).warn_of_sizes()
     assert not caplog.text
 
 

@@ -16,8 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from nara_diffusion import NaraConfig, to_lora
-from nara_diffusion.dreambooth import distill
-from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser, adapt, adapter_loaded
+from nara_diffusion.dreambooth import few_steps
+from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser, adapt
+from nara_diffusion.dreambooth.denoiser_files import adapter_loaded
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
 from nara_diffusion.loaders.file import AdapterFile
 from tests.acceptance._commands import results, run, tensors
@@ -29,7 +30,7 @@ LINE = (
     "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing='trailing', clip_sample=False)"
 )
 SAMPLED: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 1.0}
-TEACHER: dict[str, Any] = {"num_inference_steps": 6, "guidance_scale": 3.0}
+TEACHER: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 3.0}
 PROMPTS = ["a photo of toy", "red cube on grass", "a toy"]
 
 
@@ -40,13 +41,12 @@ def flags_of(folder: Path, pipe: Any) -> dict[str, Any]:
         "pretrained_model_name_or_path": folder / "model",
         "distill_to": 2,
         "prompts_file": folder / "prompts.txt",
-        "trajectories": 12,
+        "trajectories": 8,
         "adapter": "nara",
         "resolution": 16,
         "train_batch_size": 4,
         "num_validation_images": 1,
-        "num_inference_steps": 6,
-        "guidance_scale": 3.0,
+        **TEACHER,
         "curve_points": 10,
         "similarity_model": None,
         "alignment_model": None,
@@ -114,8 +114,8 @@ def test_killed_run_goes_on_to_the_bits_of_one_run_without_the_teacher(
 
 
 def test_flow_is_taught_too(tmp_path: Path) -> None:
-    flags = flags_of(tmp_path, small_sd3()) | {"adapter": "nara", "learning_rate": 3e-2, "max_train_steps": 16}
-    flags |= {"target_modules": "all-linear", "train_batch_size": 8}
+    flags = flags_of(tmp_path, small_sd3()) | {"adapter": "nara", "learning_rate": 3e-2, "max_train_steps": 8}
+    flags |= {"target_modules": "all-linear"}
     run("dreambooth.py", **flags, output_dir=tmp_path / "out")
     found = results(tmp_path / "out")
     assert found["validation_loss_after"] < 1
@@ -131,7 +131,7 @@ def test_flow_is_taught_too(tmp_path: Path) -> None:
         warnings.simplefilter("always")
         pixels(pipe, **SAMPLED)
     (text,) = [str(each.message) for each in caught if "trained to sample" in str(each.message)]
-    assert "the pipeline takes FlowMatchEulerDiscreteScheduler with other timesteps" in text
+    assert "the pipeline uses FlowMatchEulerDiscreteScheduler with other timesteps" in text
     assert line in text
 
     fresh = small_sd3()
@@ -210,7 +210,7 @@ def test_other_levels_make_other_trajectories(tmp_path: Path, monkeypatch: pytes
     flags |= {"trajectories": 10, "trajectories_dir": str(tmp_path / "kept")}
     run("dreambooth.py", **flags, output_dir=tmp_path / "0")
     earlier = FlowMatchEulerDiscreteScheduler()  # the levels of an earlier version
-    monkeypatch.setattr(distill, "student_sampler", lambda *_: (earlier, ""))
+    monkeypatch.setattr(few_steps, "student_sampler", lambda *_: (earlier, ""))
     run("dreambooth.py", **flags, output_dir=tmp_path / "1")
     assert len(list((tmp_path / "kept").iterdir())) == 2
 

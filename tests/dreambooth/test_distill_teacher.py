@@ -11,8 +11,9 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
-from nara_diffusion.dreambooth import distill
-from nara_diffusion.dreambooth.few_steps import sample_latents, student_sampler
+from nara_diffusion.dreambooth import distill, train
+from nara_diffusion.dreambooth.few_steps import student_sampler
+from nara_diffusion.dreambooth.trajectories import sample_latents
 from tests.acceptance._commands import run
 from tests.acceptance._runs import COMMON
 from tests.helpers.adapted import disturb
@@ -55,9 +56,9 @@ def test_teacher_has_the_users_lora_and_each_trajectory_its_prompt(
     flags: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     pipe, losses, trained = with_lora(tmp_path / "own"), [], []
-    made = distill.Distillation._losses
-    monkeypatch.setattr(distill.Distillation, "_losses", lambda self: losses.append(made(self)) or losses[-1])
-    monkeypatch.setattr(distill, "train", lambda run, parts, loss, validate: trained.append(loss))
+    original = distill.student_losses
+    monkeypatch.setattr(distill, "student_losses", lambda task: losses.append(original(task)) or losses[-1])
+    monkeypatch.setattr(train, "train", lambda run, parts, loss, validate: trained.append(loss))
     options = {"trajectories": 12, "trajectories_dir": str(tmp_path / "kept")}
     caplog.set_level("INFO")
     run(

@@ -19,17 +19,17 @@ from diffusers import (
 from nara_diffusion.dreambooth.caches import PromptCache
 from nara_diffusion.dreambooth.families import Family
 from nara_diffusion.dreambooth.few_steps import (
+    FewSteps,
     check_family,
     landings,
-    make_trajectories,
-    read_prompts,
-    sample_latents,
     student_sampler,
     teacher_sampler,
 )
 from nara_diffusion.dreambooth.objectives import build_objective
 from nara_diffusion.dreambooth.pipelines import family_of
 from nara_diffusion.dreambooth.student import StudentLoss
+from nara_diffusion.dreambooth.trajectories import make_trajectories, read_prompts, sample_latents
+from nara_diffusion.tuner.usage import FewStepSampling
 from tests.helpers.small_pipelines import BETAS, small_flux, small_sd, small_sd3, small_sdxl
 
 SCHEDULERS = {
@@ -174,7 +174,8 @@ def loss_of(pipe: Any, family: Family, paths: torch.Tensor, prompts: list[str], 
     source, cache = build_objective(pipe.scheduler).source, PromptCache(pipe, family)
     ids = torch.tensor([[16, 16, 0, 0, 16, 16]])
     denoiser = getattr(pipe, family.denoiser)
-    return StudentLoss(denoiser, paths, prompts, timesteps, factors, base, source, cache, ids, batch_size=2)
+    steps = FewSteps(FewStepSampling(len(base)), pipe.scheduler, timesteps, factors, None, {}, 1)
+    return StudentLoss(denoiser, paths, prompts, steps, base, source, cache, ids, batch_size=2)
 
 
 def test_the_loss_is_the_error_to_the_target_over_the_base_error() -> None:
@@ -185,11 +186,11 @@ def test_the_loss_is_the_error_to_the_target_over_the_base_error() -> None:
     cells = [(3, 0), (0, 2), (2, 1)]
     found = loss([{"trajectory": number, "position": step + 3 * number} for number, step in cells])
     for row, (number, step) in enumerate(cells):
-        a, b = loss.landings[step]
+        a, b = loss.few_steps.landings[step]
         error = (model.value[row] - a * paths[number, step] - b * paths[number, step + 1]).square().mean()
         torch.testing.assert_close(found.per_sample[row], error / base[step], rtol=1e-4, atol=1e-5)
-        assert model.timestep[row] == loss.timesteps[step]
-        assert found.noise_level[row].item() == pytest.approx(loss.timesteps[step].item() / 1000)
+        assert model.timestep[row] == loss.few_steps.timesteps[step]
+        assert found.noise_level[row].item() == pytest.approx(loss.few_steps.timesteps[step].item() / 1000)
     torch.testing.assert_close(found.loss, found.per_sample.mean())
 
 
@@ -203,9 +204,9 @@ def test_errors_are_shares_of_the_base_and_the_end_is_that_of_the_pipeline(make:
     denoiser, ids = getattr(pipe, family.denoiser), torch.tensor([[16, 16, 0, 0, 16, 16]] * 3)
     for step in range(2):
         with torch.no_grad():
-            given, timestep = family.encode(pipe, prompts), loss.timesteps[step].expand(3)
+            given, timestep = family.encode(pipe, prompts), loss.few_steps.timesteps[step].expand(3)
             y = family.predict(denoiser, paths[:, step], timestep, ids, given)
-        a, b = loss.landings[step]
+        a, b = loss.few_steps.landings[step]
         expected = (y - a * paths[:, step] - b * paths[:, step + 1]).square().mean((1, 2, 3)) / base[step]
         torch.testing.assert_close(found[step], expected, rtol=1e-3, atol=1e-4)
     call = {**CALL, "num_inference_steps": 2, "guidance_scale": 1.0, **family.sample_call}
@@ -218,9 +219,9 @@ def test_prompts_are_lines_and_other_families_are_refused(tmp_path: Any) -> None
     (tmp_path / "prompts.txt").write_text("a toy\n\n  red cube \n")
     assert read_prompts(str(tmp_path / "prompts.txt")) == ["a toy", "red cube"]
     (tmp_path / "empty.txt").write_text("\n")
-    with pytest.raises(ValueError, match="has no prompt"):
+    with pytest.raises(ValueError, match="contains no prompts"):
         read_prompts(str(tmp_path / "empty.txt"))
     with pytest.raises(ValueError, match="can't be read"):
         read_prompts(str(tmp_path / "missing.txt"))
-    with pytest.raises(ValueError, match=r"FLUX\.1, which has timesteps or a guidance of its own"):
+    with pytest.raises(ValueError, match=r"FLUX\.1, which chooses its own timesteps or guidance"):
         check_family(family_of(small_flux()))

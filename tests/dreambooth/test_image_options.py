@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from torch import nn
 
-from nara_diffusion.dreambooth import pipelines, train
+from nara_diffusion.dreambooth import pipelines, subject, train
 from nara_diffusion.dreambooth.draws import drawable_levels
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments, run_family
 from nara_diffusion.dreambooth.pipelines import load_base
@@ -78,7 +80,7 @@ def test_class_images_are_made_as_flags_say(tmp_path: Path, monkeypatch: pytest.
         calls.extend([folder, prompt, count, options["batch_size"]])
         raise ArithmeticError
 
-    monkeypatch.setattr(train, "generate_class_images", make)
+    monkeypatch.setattr(subject, "generate_class_images", make)
     values = {"class_data_dir": "toys", "class_prompt": "a toy", "num_class_images": 7, "sample_batch_size": 3}
     flags = image_flags(tmp_path, small_sdxl())
     with pytest.raises(ArithmeticError):
@@ -93,7 +95,7 @@ def test_captions_are_read_from_the_column_of_the_flag(tmp_path: Path, monkeypat
         calls.append((folder, options["prompt"], options["caption_column"]))
         raise ArithmeticError
 
-    monkeypatch.setattr(train, "records_from_folder", read)
+    monkeypatch.setattr(subject, "records_from_folder", read)
     flags = {"pretrained_model_name_or_path": str(ASSETS / "sd-tiny-flow"), "output_dir": str(tmp_path / "out")}
     with pytest.raises(ArithmeticError):
         train.main(arguments(**flags, instance_data_dir="toys", instance_prompt="a toy", caption_column="said"))
@@ -113,3 +115,13 @@ def test_base_is_loaded_by_its_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ArithmeticError):
         load_base(args, run)
     assert calls == [{"dtype": torch.float32, "vae_name": "vae", "revision": "v2", "variant": "fp16"}]
+
+
+@pytest.mark.parametrize(
+    "steps", [{}, {"distill_to": 2, "instance_data_dir": None, "instance_prompt": "a toy"}], ids=str
+)
+def test_engines_that_shard_are_refused_before_loading(steps: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    run = SimpleNamespace(accelerator=SimpleNamespace(distributed_type=DistributedType.FSDP))
+    monkeypatch.setattr(train, "start_run", lambda *_: nullcontext(run))
+    with pytest.raises(ValueError, match=r"FSDP splits the model .* Launch with --multi_gpu"):
+        train.main(arguments(**steps))

@@ -10,7 +10,7 @@ import pytest
 from diffusers import StableDiffusionXLPipeline
 
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
-from nara_diffusion.dreambooth.image_report import _loading, forgetting
+from nara_diffusion.dreambooth.image_report import forgetting, loading_code
 from nara_diffusion.dreambooth.samples import SampleSettings
 from tests.helpers.small_pipelines import small_sdxl
 
@@ -20,7 +20,7 @@ def card_code(**flags: Any) -> str:
     flags = {"pretrained_model_name_or_path": "base", "instance_data_dir": "pictures"} | flags
     args = DreamBoothArguments(**flags)
     settings = SampleSettings(["a toy"], 1, seed=0, batch_size=1, call={"num_inference_steps": 2})
-    return _loading(args, settings, "out", small_sdxl(), "")
+    return loading_code(args, settings, "out", small_sdxl())
 
 
 def test_card_loads_the_files_of_the_run(tmp_path: Path) -> None:

@@ -109,8 +109,11 @@ def test_weighting_scheme_weights_errors_as_diffusers(scheme: str) -> None:
 @pytest.mark.parametrize(
     ("scheduler", "message"),
     [
-        (DDPMScheduler(prediction_type="flow"), "prediction_type 'flow' is not a schedule .* one of epsilon"),
-        (EDMEulerScheduler(), "EDMEulerScheduler with prediction_type 'epsilon' is not a schedule"),
+        (
+            DDPMScheduler(prediction_type="flow"),
+            "prediction_type 'flow' can't be trained with.*: epsilon",
+        ),
+        (EDMEulerScheduler(), "EDMEulerScheduler with prediction_type 'epsilon' can't be trained with"),
         (
             EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction"),
             "betas and discrete timesteps",

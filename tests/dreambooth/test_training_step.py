@@ -143,7 +143,7 @@ def test_stratified_indices_take_one_stratum_of_the_window_each(low: float, high
 
 
 def test_window_without_a_noise_level_is_refused_with_the_schedules() -> None:
-    with pytest.raises(ValueError, match=r"0\.9991 and max_noise_level 0\.9999, but of the 1000 .* to 0\.999, none"):
+    with pytest.raises(ValueError, match=r"1000 noise levels from .* to 0\.999, and none .* 0\.9991 and .* 0\.9999"):
         drawable_levels(build_objective(DDPMScheduler()).noise_levels, NoiseWindow(0.9991, 0.9999))
 
 

@@ -12,6 +12,7 @@ import nara_check
 import pytest
 from check.trials import CheckTask
 
+from tests.acceptance._runs import small_llada
 from tests.dreambooth.pictures import folder_of
 from tests.helpers.small_pipelines import small_sdxl
 
@@ -91,8 +92,8 @@ def test_shipped_model_takes_the_lengths_of_its_run(tmp_path, monkeypatch):
 
 def test_stopped_check_continues(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(nara_check, "CheckTask", partial(CheckTask, steps=1, samples=10, repeats=3))
-    words = [str(ASSETS / "llada-tiny"), str(QUESTIONS), "--rank", "1", "--target_modules", "q_proj"]
-    words += ["--validation_samples", "20", "--output_dir", str(tmp_path / "out")]
+    words = [str(small_llada(tmp_path)), str(QUESTIONS), "--rank", "1", "--target_modules", "q_proj"]
+    words += ["--validation_samples", "20", "--gen_length", "12", "--output_dir", str(tmp_path / "out")]
     nara_check.main(words)
     complete = (tmp_path / "out" / "check.json").read_text()
     (tmp_path / "out" / "check.json").unlink()

@@ -23,7 +23,7 @@ LLADA2: dict[str, Any] = {
     "hidden_size": 24,
     "intermediate_size": 40,
     "moe_intermediate_size": 12,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 8,

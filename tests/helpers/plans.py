@@ -45,10 +45,12 @@ def counted_run(module, args, monkeypatch):
     monkeypatch.setattr(module, "train", counted)
     try:
         with start_run(args, "run", module.write_checkpoint) as run:
-            tuning = module.FineTuning(args, run)
-            if module is images:
-                frozen.extend(modules_of(tuning.pipe).values())  # encoders run in the loop
-            tuning.train()
+            if module is text:
+                text.fine_tune(text.prepare(args, run))
+            else:
+                task = images.subject_task(images.load_subject(args, run))
+                frozen.extend(modules_of(task.pipe).values())  # encoders run in the loop
+                images.teach(task, args, run)
     finally:
         AcceleratorState._reset_state(True)  # nor stays this one's
     return found

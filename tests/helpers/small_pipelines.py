@@ -200,7 +200,7 @@ def small_flux() -> FluxPipeline:
 
 def pixels(pipe: Any, prompt: str | list[str] = "a photo of a toy", *, seed: int = 0, **options: Any) -> Tensor:
     """Images (b, h, w, 3) in [0, 1] of a short run, the same for the same seed."""
-    call = {"num_inference_steps": 3, "guidance_scale": 4.0, "height": 16, "width": 16, "output_type": "np"}
+    call = {"num_inference_steps": 2, "guidance_scale": 4.0, "height": 16, "width": 16, "output_type": "np"}
     if isinstance(pipe, FluxPipeline):
         call["max_sequence_length"] = MAX_TOKENS
     generator = torch.Generator().manual_seed(seed)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from transformers import (
     DiffusionGemmaConfig,
@@ -11,9 +13,21 @@ from transformers import (
 )
 
 VOCABULARY, CANVAS, WINDOW = 61, 6, 5
+_BUILT: dict[str, tuple[DiffusionGemmaForBlockDiffusion, torch.Tensor]] = {}
+"""{arguments: the model, and the state of the generator after it was built}."""
 
 
 def tiny_gemma(seed: int = 0, **text: object) -> DiffusionGemmaForBlockDiffusion:
+    """A copy of the model that `build_gemma` builds once for these arguments: copying takes a seventh of the time."""
+    key = repr((seed, sorted(text.items())))
+    if key not in _BUILT:
+        _BUILT[key] = build_gemma(seed, **text), torch.get_rng_state()
+    model, random_state = _BUILT[key]
+    torch.set_rng_state(random_state)
+    return copy.deepcopy(model)
+
+
+def build_gemma(seed: int, **text: object) -> DiffusionGemmaForBlockDiffusion:
     """Two layers of width 20: one with a window of 5 tokens, one with full attention; a canvas of 6 positions."""
     fields = {
         "vocab_size": VOCABULARY,

@@ -17,7 +17,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from nara_diffusion.lm_eval import harness_model
-from nara_diffusion.lm_eval.__main__ import PRESETS, TASKS, adjusted, main
+from nara_diffusion.lm_eval.__main__ import PRESETS, TASKS, main, with_config
 from nara_diffusion.lm_eval.harness_text import read_gen_kwargs
 
 from .conftest import LLADA_TINY, ROWS
@@ -81,14 +81,14 @@ def test_a_file_of_arguments_has_our_model_and_flags_win(tmp_path: Path, monkeyp
     ]:
         file.write_text(yaml.safe_dump({"tasks": ["llm_adapters_math"], "model_args": "pretrained=x", **settings}))
         monkeypatch.setattr("sys.argv", ["nara-eval", "run", "--config", str(file), *flags])
-        found = EvaluatorConfig.from_cli(adjusted(HarnessCLI().parse_args()))
+        found = EvaluatorConfig.from_cli(with_config(HarnessCLI().parse_args()))
         assert (found.model, found.device, found.include_path) == (model, device, [str(TASKS), *paths])
 
 
 def test_a_preset_is_named_and_flags_win_entry_by_entry(monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ["--config", "llada_base_generation", "--model_args", "peft=mine", "--gen_kwargs", "steps=256"]
     monkeypatch.setattr("sys.argv", ["nara-eval", "run", *flags, "--tasks", "gsm8k"])
-    found = EvaluatorConfig.from_cli(adjusted(HarnessCLI().parse_args()))
+    found = EvaluatorConfig.from_cli(with_config(HarnessCLI().parse_args()))
     assert found.model_args == {"pretrained": "GSAI-ML/LLaDA-8B-Base", "peft": "mine"}
     assert found.gen_kwargs == {"gen_length": 1024, "steps": 256, "block_length": 1024}
     assert (found.tasks, found.model) == (["gsm8k"], "nara_dllm")

@@ -38,7 +38,7 @@ def test_file_says_whether_samples_or_parts_had_a_level_in_training_and_the_othe
             loaded(x)
     other = LEVELS if trained == "sample" else LEVELS[:, 0]
     with noise_level(loaded.train(), other):
-        with pytest.warns(UserWarning, match="trained with λ for each " + trained) as warned:
+        with pytest.warns(UserWarning, match="trained with one λ for each " + trained) as warned:
             loaded(x)
         loaded(x)
     assert len(warned) == 1
@@ -78,7 +78,7 @@ def warned_by(model: nn.Module) -> bool:
     with warnings.catch_warnings(record=True) as caught, noise_level(model, LEVELS):
         warnings.simplefilter("always")
         model(torch.randn(SAMPLES, LENGTH, 7))
-    return any("was trained with λ for each sample" in str(warning.message) for warning in caught)
+    return any("was trained with one λ for each sample" in str(warning.message) for warning in caught)
 
 
 @pytest.mark.parametrize("is_old", [True, False])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nara_diffusion import TimestepNoise, noise_level, set_noise_source
-from nara_diffusion.dllm.models.backbone import ForwardRows
+from nara_diffusion.dllm.models.forward_rows import ForwardRows
 from nara_diffusion.noise.rows import ModelRows, core_of_rows, guidance_rows, repeat_rows, row_kind_of
 from nara_diffusion.noise.timesteps import DenoiserNoise
 from tests.helpers.adapted import adapted, relative_error

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,14 @@ from filelock import FileLock
 
 from nara_diffusion.dllm import masked_diffusion_loss
 from nara_diffusion.dllm import train as dllm
+from nara_diffusion.dllm.kinds.masked_kind import MASKED
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
 from nara_diffusion.training.checkpoints import (
     check_random_states,
     check_same_run,
-    last_checkpoint,
-    latest_whole,
+    latest_undamaged,
     read_manifest,
+    resume_hint,
     save_adapter,
     write_manifest,
 )
@@ -59,11 +61,11 @@ def test_checkpoint_has_a_manifest_of_files_and_digests(run: Path) -> None:
 
 
 def test_latest_is_the_one_written_last(run: Path, tmp_path: Path) -> None:
-    assert latest_whole(run) == run / "checkpoint-4"
-    assert last_checkpoint(run).endswith(f"--resume_from_checkpoint {run / 'checkpoint-4'}")
+    assert latest_undamaged(run) == run / "checkpoint-4"
+    assert resume_hint(run).endswith(f"--resume_from_checkpoint {run / 'checkpoint-4'}")
     before = read_manifest(run / "checkpoint-3")
     write_manifest(run / "checkpoint-3", before | {"written": 1e12})
-    assert latest_whole(run) == run / "checkpoint-3"
+    assert latest_undamaged(run) == run / "checkpoint-3"
     write_manifest(run / "checkpoint-3", before)
     named = text_arguments(tmp_path, **SHORT, resume_from_checkpoint=str(run / "checkpoint-9"))
     with pytest.raises(ValueError, match=r"is not a checkpoint, .* has checkpoint-3, checkpoint-4"):
@@ -79,7 +81,7 @@ def test_manifest_without_a_field_is_damage_and_the_checkpoint_before_is_taken(
     content = json.loads(path.read_text())
     del content[lost]
     path.write_text(json.dumps(content))
-    assert latest_whole(copy) == copy / "checkpoint-3"
+    assert latest_undamaged(copy) == copy / "checkpoint-3"
     assert re.search(r"checkpoint-4/checkpoint\.json is corrupt: .* Resuming from the previous checkpoint", caplog.text)
 
 
@@ -120,7 +122,7 @@ def test_full_disk_leaves_earlier_checkpoints_and_no_part_of_a_new_one(tmp_path:
 
         patch.setattr(run, "write", full)
         with pytest.raises(OSError, match=r"checkpoint-3 could not be written .* --resume_from_checkpoint .*-2$"):
-            dllm.FineTuning(args, run).train()
+            dllm.fine_tune(dllm.prepare(args, run))
     assert names(tmp_path / "run") == {"checkpoint-1", "checkpoint-2", "config.yaml", "metrics.jsonl"}
     model = torch.nn.Linear(2, 2)
     with pytest.raises(OSError, match="The adapter could not be written"):
@@ -164,7 +166,7 @@ def test_ctrl_c_while_a_checkpoint_is_written_stops_after_it(
     written: list[Path] = []
     args = text_arguments(tmp_path, **SHORT | {"max_train_steps": steps})
     with pytest.raises(SystemExit) as stop, dllm.start_run(args, "dllm", write) as run:
-        dllm.FineTuning(args, run).train()
+        dllm.fine_tune(dllm.prepare(args, run))
     assert stop.value.code == 128 + signal.SIGINT
     assert len(written) == 2
     last = tmp_path / "run" / "checkpoint-2"
@@ -184,7 +186,7 @@ def test_divergence_stops_before_it_is_saved(tmp_path: Path) -> None:
             value.per_sample[0] *= float("nan") if len(steps) == 3 else 1.0
             return value
 
-        patch.setattr(dllm, "loss_of", lambda model: diverging)
+        patch.setattr("nara_diffusion.dllm.text_base.kind_of", lambda backbone: replace(MASKED, loss=diverging))
         with pytest.raises(TrainingDiverged, match=r"In step 3 the loss became nan\. .*checkpoint-2$"):
             dllm.main(args)
 

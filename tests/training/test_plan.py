@@ -81,12 +81,12 @@ def test_image_plan_is_what_the_run_holds(folders, tmp_path, monkeypatch):
 
 def test_plan_needs_no_data_and_writes_nothing(folders, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    figures = planned(text, text_words(folders / "llada-tiny"))
+    words = ["--pretrained_model_name_or_path", str(folders / "small"), "--resolution", "16", "--train_text_encoder"]
+    figures = planned(images, words)
     shown = capsys.readouterr().out
     assert "trainable parameters" in shown
     assert f"{figures['peak'] / 1e9:.2f} GB" in shown
-    words = ["--pretrained_model_name_or_path", str(folders / "small"), "--resolution", "16", "--train_text_encoder"]
-    assert planned(images, words)["trainable"] > planned(images, words[:-1])["trainable"]
+    assert figures["trainable"] > planned(images, words[:-1])["trainable"]
     assert list(tmp_path.iterdir()) == []
 
 

@@ -6,9 +6,13 @@ import warnings
 from typing import Any
 
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
+from peft import get_peft_model
 
-from nara_diffusion.tuner.finder import Usage
-from tests.helpers.adapted import nara_config
+from nara_diffusion import TimestepNoise, set_noise_source
+from nara_diffusion.loaders.other_trainers import PipelineComponents
+from nara_diffusion.noise.context import find_holders
+from nara_diffusion.tuner.usage import FewStepSampling, Usage
+from tests.helpers.adapted import TwoLayers, nara_config
 
 LINE = "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)"
 
@@ -46,15 +50,41 @@ def test_each_wrong_setting_of_a_sampler_is_warned_of_once() -> None:
     assert messages(usage) == []
     pipe.takes(3, 1.0, trailing)
     (text,) = messages(usage)
-    assert text.endswith(f"the pipeline takes 3 steps: {LINE}; pipe(…, num_inference_steps=2, guidance_scale=1)")
+    assert text.endswith(
+        f"the pipeline uses 3 steps. Instead, run: {LINE}; pipe(…, num_inference_steps=2, guidance_scale=1)"
+    )
     pipe.takes(5, 1.0, trailing)
     assert messages(usage) == []
     pipe.takes(2, 1.0, leading)
     (text,) = messages(usage)
-    assert "the pipeline takes EulerDiscreteScheduler with other timesteps: " in text
+    assert "the pipeline uses EulerDiscreteScheduler with other timesteps. " in text
     pipe.takes(2, 4.0, leading)
     (text,) = messages(usage)
-    assert "the pipeline takes guidance_scale 4, EulerDiscreteScheduler with other timesteps: " in text
+    assert "the pipeline uses guidance_scale 4, EulerDiscreteScheduler with other timesteps. " in text
     assert messages(usage) == []
     usage.configs["fast"] = few_step_config()  # another adapter with this name
     assert len(messages(usage)) == 1
+
+
+def test_sampling_is_read_from_what_a_file_has_of_it() -> None:
+    config = few_step_config()
+    config.few_steps |= {"of_a_later_version": 1}
+    sampling = FewStepSampling.of(config)
+    assert sampling == FewStepSampling(2, timestep_spacing="trailing", scheduler=LINE)
+    assert FewStepSampling.of(nara_config()) is None
+
+
+def test_pipeline_without_scheduler_is_not_warned_of() -> None:
+    """As the models of another trainer (`checkpoint_nara_weights`)."""
+    usage, models = Usage({"fast": few_step_config()}), PipelineComponents()
+    usage.add_pipeline(models)  # pyright: ignore[reportArgumentType]
+    assert messages(usage) == []
+
+
+def test_source_of_the_user_is_called_itself_where_samples_have_no_frames() -> None:
+    """A subclass may count its calls."""
+    model = get_peft_model(TwoLayers(), nara_config(target_modules=["first"]))
+    source = TimestepNoise("sigma")
+    set_noise_source(model, source)
+    (holder,) = find_holders(model)
+    assert holder.finder.present_source() is source

@@ -1,15 +1,13 @@
-"""Files that are whole or absent, and the interval of a few values."""
+"""Files that are whole or absent."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from nara_diffusion.utils.files import atomic_write, atomic_write_files, delete_folder
-from nara_diffusion.utils.statistics import interval
 
 
 def content(folder: Path) -> dict[str, str]:
@@ -65,16 +63,3 @@ def test_atomic_write_replaces_a_whole_folder(tmp_path):
     assert content(tmp_path) == {"place/new": "new"}
     delete_folder(tmp_path / "place")
     assert not list(tmp_path.iterdir())
-
-
-def test_interval_is_students_and_one_value_has_no_spread():
-    """t of Abramowitz & Stegun, table 26.10."""
-    for count, t in [(2, 12.706), (3, 4.303), (5, 2.776), (10, 2.262), (30, 2.045)]:
-        values = [float(i % 3) for i in range(count)]
-        mean, std, low, high = interval(values)
-        assert mean == pytest.approx(sum(values) / count)
-        assert std == pytest.approx(math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1)))
-        assert high - mean == pytest.approx(mean - low) == pytest.approx(t * std / math.sqrt(count), rel=2e-4)
-    mean, *rest = interval([0.25])
-    assert mean == 0.25
-    assert all(math.isnan(value) for value in rest)

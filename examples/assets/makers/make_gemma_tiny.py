@@ -3,7 +3,7 @@
     python examples/assets/makers/make_gemma_tiny.py                              # half an hour on one CPU core
     python examples/assets/makers/make_gemma_tiny.py --output_dir outputs/trial --max_train_steps 100
 
-It has llada-tiny's tokenizer and questions, and the objective of nara_diffusion/dllm/block_loss.py: one canvas after
+It has llada-tiny's tokenizer and questions, and the objective of nara_diffusion/dllm/canvas_loss.py: one canvas after
 the prompt, random tokens from the whole vocabulary, self-conditioning in half of the steps, and the encoder's own
 next-token loss. A run that was stopped goes on with --resume.
 
@@ -31,7 +31,7 @@ from tiny_training import option, parse, write_results
 from torch import Tensor
 from transformers import DiffusionGemmaForBlockDiffusion
 
-from nara_diffusion.dllm.block_loss import block_diffusion_loss
+from nara_diffusion.dllm.canvas_loss import block_diffusion_loss
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # λ of the card's table
 

@@ -12,31 +12,14 @@ them: the loss needs masked positions, the sampler one block. So the output head
 *inside the model's own forward*, by hooks that act only in the thread that set them. The model is
 still entered through its outermost `__call__`, so that DDP, FSDP, offload and autocast do their
 part.
-
-λ is the masked share of an answer. This package's losses and samplers set it at each forward:
-
-    rows = ForwardRows(input_ids, attention_mask, noise_level)
-    if cfg_scale > 0:
-        rows = rows.with_masked_prompts(is_prompt, mask_token_id)
-    with conditioned(model, rows.noise_level):
-        …
-
-Other people's samplers don't. There, λ is read from `input_ids`. A forward's arguments don't say
-where the prompts end, so give that once:
-
-    with read_noise_from_input_ids(model, prompt_lengths=[12, 30]):
-        somebody_elses_generate(model, …)
-
-Inside it, `noise_level(model, …)` still takes precedence.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -44,17 +27,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from nara_diffusion.noise.context import core_holders, find_holders, noise_level
-from nara_diffusion.noise.masked_share import InputIdsNoise
-from nara_diffusion.noise.rows import Repetition, guidance_rows
-from nara_diffusion.noise.sources import (
-    BLOCK_SHARE,
-    CORRUPTED_SHARE,
-    MASKED_SHARE,
-    set_noise_source,
-)
-
-from .block_causal import LLaDA2ForCausalLM
+from .model_traits import traits_of
 from .shifted_logits import ShiftedQwen2ForCausalLM
 
 # Configuration fields of transformers that change logits after the head.
@@ -74,9 +47,7 @@ class Backbone:
         language_model: the outermost model of transformers in it, or None.
         is_shifted: True if it was trained to predict the next token (Dream), so that nothing
             predicts the first one.
-        block_length: the length of the blocks that its attention goes by (LLaDA2); None if each
-            position sees all others.
-        has_canvas: True for DiffusionGemma, which fills canvases of random tokens, without masks.
+        traits: the facts about the class of `language_model`.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -87,28 +58,21 @@ class Backbone:
                 self.language_model = module
                 break
         self.is_shifted = isinstance(self.language_model, ShiftedQwen2ForCausalLM)
-        kinds = [kind.__name__ for kind in type(self.language_model).__mro__]
-        self.has_canvas = "DiffusionGemmaForBlockDiffusion" in kinds
-        self.block_length: int | None = None
-        if isinstance(self.language_model, LLaDA2ForCausalLM):
-            self.block_length = self.configured("block_length")
-            if self.virtual_tokens:
-                raise ValueError(
-                    f"the adapter puts {self.virtual_tokens} virtual tokens before a text, which "
-                    "would shift the blocks of LLaDA2's attention: adapt its layers (nara, lora, …)"
-                )
+        self.traits = traits_of(self.language_model)
+        if self.traits.attends_by_blocks and self.virtual_tokens:
+            raise ValueError(
+                f"the adapter puts {self.virtual_tokens} virtual tokens before a text, which would "
+                f"shift the blocks of {self.traits.title}'s attention: adapt its layers (nara, lora, …)"
+            )
 
     @property
-    def noise_convention(self) -> str:
-        """The name of λ's definition in training and sampling."""
-        if self.has_canvas:
-            return CORRUPTED_SHARE
-        return MASKED_SHARE if self.block_length is None else BLOCK_SHARE
+    def block_length(self) -> int | None:
+        """The length of the blocks that generation goes by; None if the model has none.
 
-    @property
-    def noise_level_per(self) -> Literal["sample", "part"]:
-        """Whether training and sampling have one λ per sample, or per block of a sample."""
-        return "sample" if self.block_length is None else "part"
+        They are the blocks of LLaDA2's attention, and the canvases of DiffusionGemma.
+        """
+        field = self.traits.block_field
+        return self.configured(field) if field else None
 
     def configured(self, name: str) -> Any:
         """Return a field of the language model's configuration; None if there is none.
@@ -131,18 +95,18 @@ class Backbone:
         Raises:
             ValueError: neither names one, or the model has no masks.
         """
-        if self.has_canvas:
+        if not self.traits.has_masks:
             raise ValueError(
-                "DiffusionGemma has random tokens in place of masks, and this function needs masks: "
-                "train it with train_scripts/dllm.py, sample it with generate (docs/text.md)"
+                f"{self.traits.title} has random tokens in place of masks, and this function needs "
+                "masks: train it with train_scripts/dllm.py, sample it with generate (docs/text.md)"
             )
-        known = self.configured("mask_token_id") if given is None else given
-        if known is None:
+        mask = self.configured("mask_token_id") if given is None else given
+        if mask is None:
             raise ValueError(
                 "the model's configuration has no mask_token_id: load it with "
                 "load_backbone(…, mask_token_id=N), or pass mask_token_id=N here"
             )
-        return int(known)
+        return int(mask)
 
     def opening_token(self) -> int | None:
         """Return BOS if it has to precede an answer without a prompt; None if it doesn't.
@@ -195,26 +159,42 @@ class Backbone:
         with _hooked(head, lambda hidden: _at(self._of_text(hidden, input_ids), at)):
             return self._forward(input_ids, attention_mask)
 
-    def at_head(
+    def losses_in_place_of_logits(
         self,
         head: nn.Module,
         input_ids: Tensor,
         attention_mask: Tensor | None,
-        compute: Callable[[Tensor], Tensor],
+        losses_of: Callable[[Tensor], Tensor],
     ) -> Tensor:
-        """Run a forward that returns `compute(hidden states)` in place of logits.
+        """Run a forward with losses in place of logits, and return the losses (b, l).
 
         Args:
-            compute: gets the hidden states (b, l, d) that enter the `head`, inside the forward.
-        """
-        kept: list[Tensor] = []
+            losses_of: a function that gets the hidden states (b', l, d) before the `head`, and
+                returns losses (b, l). It is called inside the forward.
 
-        def keep(hidden: Tensor) -> Tensor:
-            kept.append(self._of_text(hidden, input_ids))
+        Raises:
+            ValueError: the model changes the output of its head.
+        """
+        entered: list[Tensor] = []
+        shapes: list[torch.Size] = []
+
+        def enter(hidden: Tensor) -> Tensor:
+            entered.append(self._of_text(hidden, input_ids))
             return hidden[:, :1]  # the head's own call only runs other hooks: let it cost nothing
 
-        with _hooked(head, keep, lambda _: compute(kept.pop())):
-            return self._forward(input_ids, attention_mask)
+        def leave(_: Tensor) -> Tensor:
+            losses = losses_of(entered.pop()).unsqueeze(-1)
+            shapes.append(losses.shape)
+            return losses
+
+        with _hooked(head, enter, leave):
+            losses = self._forward(input_ids, attention_mask)  # (b, l, 1)
+        if shapes != [losses.shape]:
+            raise ValueError(
+                f"{type(self.language_model).__name__} changes what its output head returns, so the "
+                "loss can't be computed there: pass chunk_size=None"
+            )
+        return losses.squeeze(-1)
 
     @property
     def head(self) -> nn.Module | None:
@@ -291,17 +271,6 @@ def _at(states: Tensor, positions: Tensor) -> Tensor:
     return states.gather(1, positions[..., None].expand(-1, -1, states.shape[-1]))
 
 
-def guided(logits: Tensor, scale: float) -> Tensor:
-    """Return classifier-free guidance, (1 + w) · l − w · l̃, of `logits` (2, …): l, and l̃.
-
-    l̃ are the logits with the prompt masked. One set of logits (1, …) is returned unchanged.
-    """
-    if len(logits) == 1:
-        return logits[0]
-    conditional, unconditional = logits
-    return unconditional + (scale + 1) * (conditional - unconditional)
-
-
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Run the context in `model.eval()`; afterwards each module gets its own mode back."""
@@ -321,83 +290,3 @@ def without_ddp(model: nn.Module) -> nn.Module:
     of forwards.
     """
     return model.module if isinstance(model, DistributedDataParallel) else model
-
-
-# ---------------------------------------------------------------- rows of a forward, and their λ
-
-
-@dataclass(frozen=True)
-class ForwardRows:
-    """The rows of a forward.
-
-    Attributes:
-        input_ids: (b, l), or (2b, l) with guidance: the rows, then the same with masked prompts.
-        attention_mask: as `input_ids`; None if there is no padding.
-        noise_level: λ of each row, (b,) or (2b,), or of its k blocks, (b, k) or (2b, k).
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor | None
-    noise_level: Tensor
-
-    def with_masked_prompts(self, is_prompt: Tensor, mask_token_id: int) -> ForwardRows:
-        """Return the rows of classifier-free guidance. `is_prompt`: (b, l) bool."""
-        input_ids = guidance_rows(self.input_ids)
-        input_ids[len(is_prompt) :].masked_fill_(is_prompt, mask_token_id)
-        padding = self.attention_mask
-        return ForwardRows(
-            input_ids,
-            None if padding is None else guidance_rows(padding),
-            guidance_rows(self.noise_level),
-        )
-
-
-def conditioned(model: nn.Module, level: Tensor) -> AbstractContextManager:
-    """Return the context `noise_level(model, λ)`; one that does nothing if no adapter needs λ.
-
-    Adapters without a `noise_convention` get the one of the model.
-
-    Args:
-        model: the outermost module.
-        level: λ of each row, (b,) float32, or of its k blocks, (b, k).
-
-    Raises:
-        ValueError: an adapter that needs λ was trained with another definition of it.
-    """
-    holders = find_holders(model)
-    if not any(holder.needs_noise or holder.merging.binds_level for holder in holders):
-        return nullcontext()
-    convention = Backbone(model).noise_convention
-    for holder in holders:
-        names = holder.noisy(holder.active_names())
-        for name, other in holder.finder.adopt_convention(names, convention).items():
-            raise ValueError(
-                f"Adapter '{name}' was trained with λ defined as {other!r}, and this is "
-                f"{convention!r}, a share of the answer's tokens: use an adapter that was trained "
-                "with that, or call the model yourself inside `with noise_level(model, value):`."
-            )
-    return noise_level(model, level)
-
-
-@contextmanager
-def read_noise_from_input_ids(
-    model: nn.Module,
-    prompt_lengths: int | Sequence[int] | Tensor,
-    *,
-    mask_token_id: int | None = None,
-    repeated: Repetition | None = None,
-) -> Iterator[InputIdsNoise]:
-    """Inside, `model` reads λ from the masks in its input; afterwards from its former source.
-
-    `InputIdsNoise` describes the arguments and errors. To make this permanent, call
-    set_noise_source(model, InputIdsNoise(…)).
-    """
-    before = [(holder, holder.finder.given_source) for holder in core_holders(model)]
-    mask = Backbone(model).mask_token_id(mask_token_id)
-    source = InputIdsNoise(prompt_lengths, mask_token_id=mask, repeated=repeated)
-    set_noise_source(model, source)
-    try:
-        yield source
-    finally:
-        for holder, former in before:
-            holder.finder.given_source = former

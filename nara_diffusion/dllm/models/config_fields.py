@@ -55,13 +55,13 @@ class PublishedFields:
                 f"this {self.family} checkpoint has options that a stock {self.stock} model can't "
                 "express: " + "; ".join(unsupported)
             )
-        known = {*self.expressible, *self.harmless.split(), *_OF_TRANSFORMERS.split()}
-        known |= config_class.attribute_map.keys()
-        known |= config_class().to_dict().keys() | GenerationConfig().to_dict().keys()
+        harmless = {*self.expressible, *self.harmless.split(), *_OF_TRANSFORMERS.split()}
+        harmless |= config_class.attribute_map.keys()
+        harmless |= config_class().to_dict().keys() | GenerationConfig().to_dict().keys()
         unknown = []
         for name, value in fields.items():
             is_token = name.endswith(("_token_id", "_token_ids"))
-            if name not in known and value is not None and not is_token and name[0] != "_":
+            if name not in harmless and value is not None and not is_token and name[0] != "_":
                 unknown.append(f"{name}={value!r}")
         if unknown:
             raise ValueError(

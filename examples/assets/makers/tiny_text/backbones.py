@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config
 
-from nara_diffusion.dllm.models.pretrained import checkpoint_name
+from nara_diffusion.dllm.models.llada_format import checkpoint_name
 from nara_diffusion.dllm.models.shifted_logits import ShiftedQwen2ForCausalLM
 
 SIZES: dict[str, Any] = {

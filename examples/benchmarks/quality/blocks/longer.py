@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from nara_diffusion.dllm.block_loss import canvas_loss
+from nara_diffusion.dllm.canvas_loss import canvas_loss
 from nara_diffusion.dllm.exact_match import exact_match
 from quality.blocks.runs import base_of, corrupted
 from quality.blocks.tasks import encoded

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
-from nara_diffusion.utils.statistics import Interval, interval
+from mean_interval import Interval, interval
+
 from quality.blocks.bayes import CANVASES, bayes_losses, open_canvases
 from quality.report.data import NOTHING, Record, change, table
 from quality.results import read

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DiffusionGemmaForBlockDiffusion, PreTrainedTokenizerBase
 
-from nara_diffusion.dllm.models.backbone import conditioned
+from nara_diffusion.dllm.models.forward_rows import conditioned
 from quality.blocks.controls import Controlled
 from quality.blocks.tasks import CanvasRows
 

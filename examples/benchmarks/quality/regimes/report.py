@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nara_diffusion.utils.statistics import Interval, interval
+from mean_interval import Interval, interval
+
 from quality.images.held_out import bin_centres
 from quality.regimes.plan import CONFIRM, CONFIRM_SEEDS, Planned, Record, cell_of, is_deciding
 from quality.regimes.runs import MEAN_CORE

@@ -13,7 +13,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from nara_diffusion.utils.statistics import Interval, interval
+from mean_interval import Interval, interval
+
 from quality.results import read
 
 Record = Mapping[str, Any]

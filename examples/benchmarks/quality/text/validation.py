@@ -20,8 +20,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from nara_diffusion.dllm.answer_places import answer_positions
 from nara_diffusion.dllm.loss import masked_cross_entropy
-from nara_diffusion.dllm.masking import MIN_NOISE_LEVEL, MaskedBatch, answer_positions
+from nara_diffusion.dllm.mask_draws import MIN_NOISE_LEVEL
+from nara_diffusion.dllm.masking import MaskedBatch
 from nara_diffusion.dllm.models.backbone import evaluating
 from quality.text.data import Rows
 

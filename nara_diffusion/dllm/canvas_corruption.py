@@ -22,18 +22,11 @@ from torch import Tensor
 
 from nara_diffusion.noise.drawn_levels import EVERYTHING, NoiseWindow
 
-from .masking import (
-    Lengths,
-    draw_masks,
-    draw_noise_levels,
-    given_levels,
-    host_answers,
-    moved,
-    random_of,
-    seed_and_indices,
-)
+from .answer_places import Lengths, host_answers, moved
+from .mask_draws import BLOCK_STREAM, draw_masks, draw_noise_levels, random_of, seed_and_indices
+from .masking import given_levels
 
-_BLOCK_STREAM, _TOKEN_STREAM, _SELF_STREAM = range(3, 6)  # after those of `masking`
+_TOKEN_STREAM, _SELF_STREAM = 4, 5  # after those of `mask_draws`
 
 
 @dataclass(frozen=True)
@@ -104,7 +97,7 @@ def corrupt_canvases(
         levels = given_levels(noise_level, b)
     random = partial(random_of, seed)
     blocks = (on_host.sum(1) + canvas_length - 1) // canvas_length  # (b,)
-    chosen = [random(_BLOCK_STREAM, i).integers(n) for i, n in zip(indices, blocks, strict=True)]
+    chosen = [random(BLOCK_STREAM, i).integers(n) for i, n in zip(indices, blocks, strict=True)]
     starts = moved(on_host.argmax(1) + canvas_length * np.array(chosen), device)  # (b,)
     answer = moved(on_host, device)
     is_predicted = on_host.copy()  # by the token before it

@@ -26,10 +26,11 @@ from torch import Tensor, nn
 from transformers import DiffusionGemmaForBlockDiffusion, DynamicCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+from .canvas_corruption import CanvasBatch, corrupt_canvases
 from .loss import by_chunks, token_cross_entropy
-from .models.backbone import Backbone, conditioned
+from .models.backbone import Backbone
 from .models.block_causal import CACHE
-from .uniform import CanvasBatch, corrupt_canvases
+from .models.forward_rows import conditioned
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,8 @@ def canvas_loss(
                 first = model(**inputs, **{CACHE: cache})
             inputs["self_conditioning_logits"] = first.logits  # (b, c, v)
             inputs["self_conditioning_mask"] = batch.self_conditioned
-            if _encoder_learns(inner):
+            trained = any(weight.requires_grad for weight in inner.model.encoder.parameters())
+            if trained and torch.is_grad_enabled():  # a backward needs the encoder's graph
                 cache = DynamicCache()
             else:
                 del inputs["input_ids"]  # the cache has them
@@ -179,24 +181,18 @@ def _prefix_and_canvas(starts: Tensor, length: int, window: int) -> Any:
     return sees
 
 
-def _encoder_learns(model: DiffusionGemmaForBlockDiffusion) -> bool:
-    """Return True if a backward needs the graph of the encoder."""
-    parameters = model.model.encoder.parameters()
-    return torch.is_grad_enabled() and any(one.requires_grad for one in parameters)
-
-
 def _next_token_loss(
     model: DiffusionGemmaForBlockDiffusion, hidden: Tensor, batch: CanvasBatch, chunk_size: int
 ) -> Tensor:
     """Return the encoder's mean − log p of each answer's tokens (b,), from its states (b, l, d)."""
     cap, places = model.final_logit_softcapping, batch.places
 
-    def loss(hidden: Tensor, wanted: Tensor) -> Tensor:
+    def loss(hidden: Tensor, targets: Tensor) -> Tensor:
         logits = torch.tanh(model.lm_head(hidden[0]).float() / cap) * cap  # (chunk, v)
-        return token_cross_entropy(logits, wanted)
+        return token_cross_entropy(logits, targets)
 
     # outside of autocast, the head's dtype may differ from that of the hidden states
-    before = hidden.flatten(0, 1)[None, places - 1].to(model.lm_head.weight.dtype)  # (1, m, d)
-    of_places = by_chunks(loss, before, batch.input_ids.flatten()[places], chunk_size)
+    predicting = hidden.flatten(0, 1)[None, places - 1].to(model.lm_head.weight.dtype)  # (1, m, d)
+    of_places = by_chunks(loss, predicting, batch.input_ids.flatten()[places], chunk_size)
     losses = of_places.new_zeros(batch.answer.numel()).scatter(0, places, of_places)
     return losses.view_as(batch.answer).sum(1) / batch.answer[:, 1:].sum(1)

@@ -1,0 +1,90 @@
+"""Models with masks that see the whole text: LLaDA, LLaDA-MoE, Dream, BERT, ….
+
+A step masks whole answers, λ is the masked share of an answer, and all linear layers are adapted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from nara_flags.text import TextFlags
+
+from ..batches import AnswerCollator
+from ..decoding import Sampling
+from ..loss import batch_loss, masked_diffusion_loss, noise_level_curve
+from ..masked_sampler import WholeText
+from ..masking import mask_answers
+from ..models.backbone import Backbone
+from ..models.model_traits import MASKED_MODEL
+from ..sampling_state import Generation, Request, State
+from .text_kind import PlannedForward, TextKind
+
+CHAT_BLOCKS = {"llama": 32, "qwen3_moe": 32}
+"""{model_type: the published block length for chats}, of LLaDA and LLaDA-MoE. Dream's chat uses a
+single block."""
+
+
+def _objective(flags: TextFlags) -> dict[str, Any]:
+    if not flags.train_on_encoder or flags.encoder_loss_weight is not None:
+        raise ValueError(
+            "train_on_encoder and encoder_loss_weight are options of DiffusionGemma, and this model "
+            "has no encoder: leave them out."
+        )
+    return {"complementary": flags.complementary}
+
+
+def plan(model: nn.Module, flags: TextFlags, rows: dict[str, Any]) -> PlannedForward:
+    """Return the step with all tokens masked, or half of them with complementary masks."""
+    batch = mask_answers(
+        **rows,
+        mask_token_id=0,
+        seed=0,
+        noise_level=0.5 if flags.complementary else 1.0,
+        complementary=flags.complementary,
+        block_length=Backbone(model).block_length,
+    )
+    b, length = batch.input_ids.shape
+    return PlannedForward(partial(batch_loss, model, batch), f"{b} x {length} tokens")
+
+
+def _sampling(backbone: Backbone, sampling: Sampling, chat: bool) -> Sampling:
+    """Take the published block length for a chat, if it divides gen_length, and its blocks steps."""
+    block = CHAT_BLOCKS.get(backbone.configured("model_type") or "")
+    is_given = "block_length" in sampling.changed()
+    if block is None or not chat or backbone.is_shifted or is_given:
+        return sampling
+    blocks, remainder = divmod(sampling.gen_length, block)
+    if remainder or (sampling.steps or 0) % blocks:
+        return sampling
+    return replace(sampling, block_length=block)
+
+
+def _generate(request: Request) -> Generation:
+    if request.use_cache:
+        raise ValueError(
+            "use_cache=True, but this model also sees the masks of later blocks, so its keys and "
+            "values change with each token and with λ: leave use_cache out."
+        )
+    state = State.of(request)
+    state.fill(WholeText(), request.on_step_end)
+    return state.generation()
+
+
+MASKED = TextKind(
+    traits=MASKED_MODEL,
+    loss=masked_diffusion_loss,
+    curve=noise_level_curve,
+    objective=_objective,
+    collator=lambda backbone, flags, end: AnswerCollator(
+        end, flags.trained_padding, flags.gen_length
+    ),
+    plan=plan,
+    sampling=_sampling,
+    generate=_generate,
+    unit="nats per masked token",
+    share="masked share of the answer",
+)

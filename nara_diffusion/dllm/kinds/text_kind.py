@@ -1,0 +1,75 @@
+"""All that differs between the kinds of text models in training, sampling and reports."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from nara_flags.text import TextFlags
+
+from ..batches import AnswerCollator
+from ..decoding import Sampling
+from ..models.backbone import Backbone
+from ..models.model_traits import ModelTraits
+from ..sampling_state import Generation, Request
+
+
+class TextLoss(Protocol):
+    """The loss of a batch: the scalar to differentiate, and the loss and the λ of each row."""
+
+    @property
+    def loss(self) -> Tensor: ...
+    @property
+    def per_sample(self) -> Tensor: ...
+    @property
+    def noise_level(self) -> Tensor: ...
+
+
+class PlannedForward(NamedTuple):
+    """The step that `--plan` measures: its loss, and the size of its forward in words."""
+
+    loss: Callable[[], TextLoss]
+    size: str
+
+
+@dataclass(frozen=True)
+class TextKind:
+    """A kind of text models."""
+
+    traits: ModelTraits
+
+    # training
+    # (model, **batch, **objective, seed, …) → loss; it corrupts the batch
+    loss: Callable[..., TextLoss]
+    # the validation loss at noise levels, as `noise_level_curve`
+    curve: Callable[..., list[float]]
+    # flags → arguments of `loss`; ValueError for flags that have no effect
+    objective: Callable[[TextFlags], dict[str, Any]]
+    # (backbone, flags, end token) → collator
+    collator: Callable[[Backbone, TextFlags, int], AnswerCollator]
+    # (adapted model, flags, the longest batch from the collator) → the step of `--plan`
+    plan: Callable[[nn.Module, TextFlags, dict[str, Any]], PlannedForward]
+
+    # sampling
+    # (backbone, settings, whether a chat template made the prompts) → settings with the model's own
+    sampling: Callable[[Backbone, Sampling, bool], Sampling]
+    generate: Callable[[Request], Generation]
+
+    # words of the card
+    unit: str  # of the losses
+    share: str  # λ during sampling
+    merge_warning: str = ""  # about merging an adapter that doesn't depend on λ
+
+    # what only some kinds have
+    # set the fields of the model's configuration that flags change
+    configure: Callable[[PreTrainedModel, TextFlags], None] = lambda model, flags: None
+    # the lines of the card's code that do the same
+    configuring_lines: Callable[[TextFlags], list[str]] = lambda flags: []
+    # flags → arguments of `build_adapter`; ValueError for layers that can't be adapted
+    targets: Callable[[TextFlags], Mapping[str, Any]] = lambda flags: {}
+    refused_methods: tuple[str, ...] = ()  # families of `training.adapters.Method`
+    whole_because: str = ""  # the reason why engines can't shard the model; "" if they can

@@ -1,0 +1,104 @@
+"""Draw λ and masks on the CPU, from random numbers that depend only on (seed, index of the sample)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+import torch
+
+from nara_diffusion.noise.drawn_levels import EVERYTHING, NoiseWindow, stratified_uniform
+
+from .answer_places import Lengths, host_list
+
+MIN_NOISE_LEVEL = 1e-3
+"""ε: the smallest λ that training draws."""
+_SHIFT_STREAM, _LEVEL_STREAM, _MASK_STREAM, BLOCK_STREAM = range(4)
+
+
+def draw_noise_levels(
+    sample_indices: Sequence[int],
+    seed: int,
+    group_size: int = 1,
+    *,
+    symmetric: bool = False,
+    window: NoiseWindow = EVERYTHING,
+) -> np.ndarray:
+    """Return λ for each index of the training stream: (b,) float32, in (ε, 1) and in `window`.
+
+    An index gets the same λ in any process and any batch.
+
+    Args:
+        symmetric: True to draw from (ε, 1 − ε).
+    """
+    u = stratified_uniform(
+        sample_indices,
+        group_size,
+        shift=partial(random_of, seed, _SHIFT_STREAM),
+        value=partial(random_of, seed, _LEVEL_STREAM),
+    )
+    check_drawable(window, symmetric)
+    top = 1 - MIN_NOISE_LEVEL if symmetric else 1.0
+    low, high = max(window.low, MIN_NOISE_LEVEL), min(window.high, top)
+    levels = (low + (high - low) * u).astype(np.float32)
+    if high < top:  # rounding could reach the window's end, which doesn't belong to the window
+        levels = levels.clip(max=np.nextafter(np.float32(high), np.float32(0)))
+    return levels
+
+
+def check_drawable(window: NoiseWindow, complementary: bool = False) -> None:
+    """Raise ValueError if no λ can be drawn from the window.
+
+    For complementary masks, also raise it if the window contains some λ but not 1 − λ.
+    """
+    top = 1 - MIN_NOISE_LEVEL if complementary else 1.0
+    limits = f"min_noise_level is {window.low} and max_noise_level {window.high}"
+    if window.low >= top or window.high <= MIN_NOISE_LEVEL:
+        raise ValueError(
+            f"{limits}, but masked shares go from {MIN_NOISE_LEVEL} to {top:g}: widen the window."
+        )
+    if complementary and abs(window.low + window.high - 1) > 1e-9:
+        low = min(window.low, 1 - window.high)
+        raise ValueError(
+            f"{limits}, and complementary masks need 1 − λ beside each λ: leave complementary out, "
+            f"or take a window that is symmetric about 0.5, such as {low:g} to {1 - low:g}."
+        )
+
+
+def draw_masks(
+    answer: np.ndarray, noise_level: np.ndarray, sample_indices: Sequence[int], *, seed: int
+) -> np.ndarray:
+    """Draw a mask (b, l) bool over the answers (b, l) bool, by Bernoulli(λ) with λ (b,).
+
+    The j-th token of an answer always gets the same random number. The masks of one (seed, index)
+    therefore grow with λ, and losses at two λ are compared on nested masks.
+    """
+    uniform = np.ones(answer.shape)
+    for row, columns in enumerate(answer):
+        random = random_of(seed, _MASK_STREAM, sample_indices[row])
+        uniform[row, columns] = random.random(int(columns.sum()))
+    return answer & (uniform < noise_level[:, None].astype(np.float64))
+
+
+def random_of(seed: int, stream: int, number: int) -> np.random.Generator:
+    """Return the random generator of one sample, for one purpose."""
+    return np.random.default_rng((seed, stream, number))
+
+
+def seed_and_indices(
+    seed: int | None, sample_indices: Lengths | None, generator: torch.Generator | None, b: int
+) -> tuple[int, list[int]]:
+    """Return the seed and the indices of the b samples, which fix all random numbers."""
+    if seed is None:
+        if sample_indices is not None:
+            raise ValueError("sample_indices came without a seed: pass seed=, or leave both out")
+        device = "cpu" if generator is None else generator.device
+        (seed,) = torch.randint(2**62, (1,), generator=generator, device=device).tolist()
+        assert seed is not None
+    indices = list(range(b)) if sample_indices is None else list(host_list(sample_indices))
+    if len(indices) != b:
+        raise ValueError(
+            f"sample_indices is {indices}, but the batch is {b}: pass one index per sample"
+        )
+    return seed, indices

@@ -1,0 +1,257 @@
+"""The texts with their masks during generation, and the step that fills some of the masks.
+
+A step runs the model at λ, the masked share of each answer, and places tokens by the rules of
+`decoding`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import torch
+
+from .decoding import Sampling
+from .models.backbone import Backbone
+from .prompt_places import place_prompts
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments of `generate`, with the model's own values for those that weren't given.
+
+    Attributes:
+        sampling: the settings, with the model's own values for some of them.
+        ends: the tokens that end an answer; `stops` are the same, or none without stop_at_eos.
+        configured_ends: the end tokens of the model's configuration.
+        pad_token_id: the padding token; None if the configuration has none either.
+    """
+
+    backbone: Backbone
+    sampling: Sampling
+    input_ids: torch.Tensor
+    prompt_lengths: torch.Tensor | Sequence[int] | None
+    attention_mask: torch.Tensor | None
+    mask_token_id: int | None
+    ends: list[int]
+    stops: list[int]
+    configured_ends: list[int]
+    pad_token_id: int | None
+    generator: torch.Generator | None
+    use_cache: bool | None
+    on_step_end: Callable[[GenerationStep], None] | None
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The result of `generate`.
+
+    Attributes:
+        sequences: (b, l) token ids: prompt, answer, padding.
+        answers: (b, gen_length) token ids.
+        prompt_lengths: (b,) the start of each answer in `sequences`.
+        forwards: the number of forwards; a guided step counts as one.
+    """
+
+    sequences: torch.Tensor
+    answers: torch.Tensor
+    prompt_lengths: torch.Tensor
+    forwards: int
+
+
+@dataclass
+class GenerationStep:
+    """The argument of `on_step_end`, which may change `sequences` and `stop`.
+
+    Attributes:
+        index: the index of the step, from 0.
+        noise_level: (b,) the λ that the model ran at; 0 for finished rows.
+        sequences: (b, l) prompt, answer so far, padding. `on_step_end` may fill masks, but must not
+            add any.
+        masked: (b, gen_length) bool, the tokens of the answers that are still masks.
+        stop: set to True to end sampling after this step. Masks that are left then remain.
+    """
+
+    index: int
+    noise_level: torch.Tensor
+    sequences: torch.Tensor
+    masked: torch.Tensor
+    stop: bool = False
+
+
+class Reader(Protocol):
+    """A way to read a text with masks."""
+
+    def blocks(self, state: State) -> Iterable[torch.Tensor]:
+        """Yield the positions (b, k) of each block, in the order of filling."""
+        ...
+
+    def level(self, state: State, positions: torch.Tensor) -> torch.Tensor:
+        """Return λ (b,) for the next step at these positions (b, k)."""
+        ...
+
+    def logits(
+        self, state: State, rows: torch.Tensor, positions: torch.Tensor, level: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the logits (a, k, v) of `rows` (a,), given positions (b, k) and λ (b,)."""
+        ...
+
+
+@dataclass
+class State:
+    """The sequences during generation, with the step that fills some of their masks.
+
+    Attributes:
+        ends: (e,) the tokens that end an answer.
+        last, never: the tokens that are placed after all others, and those that are never
+            predicted.
+        sequences, starts, attention_mask: the results of `place_prompts`.
+        generator: the generator that seeds a stream of random numbers for each row.
+    """
+
+    backbone: Backbone
+    sampling: Sampling
+    mask_token_id: int
+    ends: torch.Tensor
+    last: torch.Tensor
+    never: torch.Tensor
+    sequences: torch.Tensor
+    starts: torch.Tensor
+    attention_mask: torch.Tensor | None
+    generator: torch.Generator | None
+    forwards: int = 0
+
+    def __post_init__(self) -> None:
+        device = self.starts.device
+        self.columns = torch.arange(self.sampling.gen_length, device=device)  # (g,)
+        self.positions = self.starts[:, None] + self.columns  # (b, g)
+        self.masked = torch.ones_like(self.positions, dtype=torch.bool)  # (b, g)
+        self.streams: list[torch.Generator] = []
+        if self.sampling.temperature > 0 or self.sampling.remasking == "random":
+            source = "cpu" if self.generator is None else self.generator.device
+            size = (len(self.starts),)
+            seeds = torch.randint(2**62, size, generator=self.generator, device=source)
+            self.streams = [torch.Generator(device).manual_seed(seed) for seed in seeds.tolist()]
+
+    @classmethod
+    def of(cls, request: Request) -> State:
+        """Return the state with all masks of a request."""
+        backbone, sampling = request.backbone, request.sampling
+        mask = backbone.mask_token_id(request.mask_token_id)
+        padding = mask if request.pad_token_id is None else request.pad_token_id
+        sequences, starts, attention_mask = place_prompts(
+            backbone,
+            request.input_ids,
+            sampling.gen_length,
+            mask,
+            padding,
+            prompt_lengths=request.prompt_lengths,
+            attention_mask=request.attention_mask,
+        )
+        tokens = partial(torch.tensor, dtype=torch.long, device=sequences.device)
+        never = [mask, *request.configured_ends] if sampling.logits_eos_inf else [mask]
+        return cls(
+            backbone,
+            sampling,
+            mask,
+            ends=tokens(request.stops),
+            last=tokens(request.ends if sampling.confidence_eos_eot_inf else []),
+            never=tokens(never),
+            sequences=sequences,
+            starts=starts,
+            attention_mask=attention_mask,
+            generator=request.generator,
+        )
+
+    def generation(self) -> Generation:
+        """Return the result so far."""
+        return Generation(self.sequences, self.answers, self.starts, self.forwards)
+
+    @property
+    def answers(self) -> torch.Tensor:
+        return self.sequences.gather(1, self.positions)  # (b, g)
+
+    def fill(self, reader: Reader, on_step_end: Callable[[GenerationStep], None] | None) -> None:
+        """Fill all masks, block by block. The host reads once per step which rows have one left."""
+        for positions in reader.blocks(self):
+            for count in filter(None, self.sampling.tokens_per_step()):
+                masked = self.masked_at(positions)
+                rows = [row for row, is_open in enumerate(masked.any(1).tolist()) if is_open]
+                if not rows:
+                    break
+                level = reader.level(self, positions)
+                self.step(reader, rows, positions, level, count)
+                if on_step_end is not None and self._is_stopped(on_step_end, level):
+                    return
+
+    def are_answers(self, positions: torch.Tensor) -> torch.Tensor:
+        """Return which positions (b, k) belong to the answers, as bool."""
+        columns = positions - self.starts[:, None]
+        return (columns >= 0) & (columns < self.sampling.gen_length)
+
+    def masked_at(self, positions: torch.Tensor) -> torch.Tensor:
+        """Return which positions (b, k) hold a mask, as bool."""
+        columns = positions - self.starts[:, None]
+        masked = self.masked.gather(1, columns.clamp(0, self.sampling.gen_length - 1))
+        return masked & self.are_answers(positions)
+
+    def step(
+        self,
+        reader: Reader,
+        rows: list[int],
+        positions: torch.Tensor,
+        level: torch.Tensor,
+        count: int,
+    ) -> None:
+        """Place tokens in the a rows `rows`, at some of the masked `positions` (b, k).
+
+        Args:
+            level: (b,) λ.
+            count: the number of tokens that the rule `steps` places in each row.
+        """
+        self.forwards += 1
+        index = torch.tensor(rows).to(positions.device, non_blocking=True)  # (a,)
+        logits = reader.logits(self, index, positions, level)  # (a, k, v)
+        logits = logits.index_fill(-1, self.never, float("-inf"))
+        masked, uniform = self.masked_at(positions)[index], partial(self._uniform, rows)
+        tokens, chosen = self.sampling.place(logits, masked, count, self.last, uniform)
+        sequences, positions = self.sequences[index], positions[index]
+        tokens = torch.where(chosen, tokens, sequences.gather(1, positions))
+        placed = sequences.scatter(1, positions, tokens)
+        self.sequences = self.sequences.index_copy(0, index, placed)
+        self.masked = self.masked & (self.answers == self.mask_token_id)
+        self._finish_rows()
+
+    def _is_stopped(
+        self, on_step_end: Callable[[GenerationStep], None], noise_level: torch.Tensor
+    ) -> bool:
+        """Call `on_step_end`, take over its sequences, and return True if it ends sampling."""
+        sequences, masked = self.sequences.clone(), self.masked.clone()
+        step = GenerationStep(self.forwards - 1, noise_level, sequences, masked)
+        on_step_end(step)
+        self.sequences = step.sequences
+        self.masked &= self.answers == self.mask_token_id
+        return step.stop
+
+    def _uniform(self, rows: list[int], *shape: int, dtype: torch.dtype) -> torch.Tensor:
+        """Return the next random numbers (a, *shape); each row has its own stream."""
+        draws = []
+        for row in rows:
+            stream = self.streams[row]
+            draws.append(torch.rand(shape, dtype=dtype, device=stream.device, generator=stream))
+        return torch.stack(draws)
+
+    def _finish_rows(self) -> None:
+        """Fill each row after its first end token, if no mask comes before that token."""
+        answers = self.answers
+        is_end = torch.isin(answers, self.ends) & ~self.masked  # (b, g)
+        has_end = is_end.any(1, keepdim=True)  # (b, 1)
+        last = len(self.columns) - 1
+        first = torch.where(has_end, is_end.int().argmax(1, keepdim=True), last)  # (b, 1)
+        is_open = (self.masked & (self.columns < first)).any(1, keepdim=True)
+        is_after_end = has_end & ~is_open & (self.columns > first)  # (b, g)
+        filled = torch.where(is_after_end, answers.gather(1, first), answers)
+        self.sequences = self.sequences.scatter(1, self.positions, filled)
+        self.masked = self.masked & ~is_after_end

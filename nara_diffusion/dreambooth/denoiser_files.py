@@ -1,0 +1,160 @@
+"""The files of a trained denoiser and its text encoders. Users load them as follows:
+
+    NaRA's family          pytorch_nara_weights.safetensors   pipe.load_nara_weights(folder)
+    lora, dora, rslora     pytorch_lora_weights.safetensors   pipe.load_lora_weights(folder)
+    PEFT's other adapters  COMPONENT/adapter_config.json, …   PeftModel.from_pretrained(
+                                                                  pipe.unet, "folder/unet")
+
+COMPONENT is the name of a trained model in the pipeline: unet, transformer, text_encoder, …. A
+checkpoint has the same files, and trainable.safetensors, from which training resumes. This file has
+the trained weights and the adapters' buffers, by their names in the model.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.utils import logging as diffusers_logging
+from peft import LoraConfig, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from nara_diffusion import NaraConfig
+from nara_diffusion.loaders.tensor_files import load_peft_adapter
+from nara_diffusion.strict import check_loaded, check_tensors
+from nara_diffusion.training.adapter_weights import TRAINABLE
+
+from .denoiser import ADAPTER, AdaptedDenoiser
+from .pipelines import family_of
+
+LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
+
+
+def write_adapter(model: AdaptedDenoiser, folder: Path, state: dict[str, Any]) -> None:
+    """Write the files that a user loads into a pipeline.
+
+    This is a `checkpoints.Writer`; it doesn't need `state`.
+    """
+    if isinstance(model.config, NaraConfig):
+        model.pipe.save_nara_weights(folder, adapter_name=ADAPTER)
+        return
+    if type(model.config) is LoraConfig:
+        _write_lora(model, folder)
+    else:
+        for name, component in model.components.items():
+            component.save_pretrained(str(folder / name))
+
+
+def _write_lora(model: AdaptedDenoiser, folder: Path) -> None:
+    """Write a LoRA by PEFT's names.
+
+    `load_lora_weights` skips a part of a file that also has Diffusers' older names.
+    """
+    layers, metadata = {}, {}
+    for name, component in model.components.items():
+        tensors = get_peft_model_state_dict(
+            component, adapter_name=ADAPTER, save_embedding_layers=False
+        )
+        weights = {}
+        for key, tensor in tensors.items():
+            if key.endswith("_vector") and name != model.family.denoiser:
+                # Transformers looks up DoRA's magnitudes by the full name, which PEFT shortens
+                key += ".weight"
+            weights[key] = tensor.detach().cpu().contiguous()
+        layers[f"{name}_lora_layers"] = weights
+        metadata[f"{name}_lora_adapter_metadata"] = component.peft_config[ADAPTER].to_dict()
+    pipeline: Any = type(model.pipe)  # each family's class has LoRA's methods
+    pipeline.save_lora_weights(folder, **layers, **metadata)
+
+
+def write_checkpoint(model: AdaptedDenoiser, folder: Path, state: dict[str, Any]) -> None:
+    """Write the files that `read_checkpoint` reads.
+
+    This is a `checkpoints.Writer`; it doesn't need `state`.
+    """
+    write_adapter(model, folder, state)
+    tensors = {}
+    for name, tensor in _training_state(model).items():
+        tensors[name] = tensor.cpu().contiguous()
+    save_file(tensors, folder / TRAINABLE)
+
+
+@torch.no_grad()
+def read_checkpoint(model: AdaptedDenoiser, folder: Path) -> None:
+    """Load a checkpoint's weights into `model`, before accelerate wraps it."""
+    saved, state = load_file(folder / TRAINABLE), _training_state(model)
+    check_tensors(saved, state)
+    for name, tensor in state.items():
+        tensor.copy_(saved[name])
+
+
+def _training_state(model: AdaptedDenoiser) -> dict[str, Tensor]:
+    """Return {name: tensor} of the trained weights and all adapter tensors, to resume from."""
+    names = model.trained.keys()
+    state: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict().items():
+        is_own = name in names or ADAPTER in name.split(".")
+        if is_own and tensor.data_ptr() not in seen:  # VeRA's layers share their projections
+            state[name] = tensor
+            seen.add(tensor.data_ptr())
+    return state
+
+
+@contextmanager
+def adapter_loaded(pipe: Any, folder: Path | None, beside: str | None = None) -> Iterator[None]:
+    """Load the adapter in `folder` into `pipe` inside the context, as a user would.
+
+    Args:
+        folder: the adapter's folder; None means the base model.
+        beside: the name of an adapter of `pipe` that stays active.
+
+    Raises:
+        ValueError: a file in the folder can't be loaded completely.
+    """
+    if folder is None:
+        yield
+        return
+    family = family_of(pipe)
+    with ExitStack() as stack:
+        stack.callback(_unload, pipe, beside)
+        if (folder / LORA_WEIGHTS).is_file():
+            _load_lora(pipe, folder)
+        elif not (folder / family.denoiser).is_dir():
+            pipe.load_nara_weights(folder, adapter_name=ADAPTER)
+        for name in (family.denoiser, *family.text_encoders):
+            if (folder / name).is_dir():
+                stack.callback(load_peft_adapter(getattr(pipe, name), folder / name).unload)
+        if beside is not None:
+            pipe.set_adapters([beside, ADAPTER])
+        yield
+
+
+def _unload(pipe: Any, beside: str | None) -> None:
+    if beside is None:
+        pipe.unload_lora_weights()
+    else:
+        pipe.delete_adapters(ADAPTER)
+        pipe.set_adapters(beside)
+
+
+def _load_lora(pipe: Any, folder: Path) -> None:
+    level = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()  # it warns of each text encoder that the file lacks
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+            pipe.load_lora_weights(folder, adapter_name=ADAPTER)
+    finally:
+        diffusers_logging.set_verbosity(level)
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in load_file(folder / LORA_WEIGHTS).items():
+        component, _, name = key.partition(".")
+        parts.setdefault(component, {})[name] = tensor
+    for component, tensors in parts.items():
+        check_loaded(getattr(pipe, component), ADAPTER, tensors, str(folder / LORA_WEIGHTS))

@@ -1,0 +1,260 @@
+"""The families that are rectified flows with a transformer.
+
+In their pipelines, σ is the timestep divided by 1000 for any scheduler configuration. The functions
+of the pipelines turn latents into tokens and back, as in Diffusers' training scripts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
+from diffusers.pipelines.flux2.pipeline_flux2 import Flux2Pipeline
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from torch import Tensor
+
+from .families import Call, Embeddings, Family, stack_padded
+
+N = 1000
+
+
+def _guidance(call: Call) -> Tensor | None:
+    """Return the guidance scale (b,) float32 if the denoiser has distilled guidance; else None."""
+    if call.family.guidance is None:
+        return None
+    return torch.full((len(call.sample),), call.family.guidance, device=call.sample.device)
+
+
+def _fit_guidance(pipe: DiffusionPipeline, family: Family) -> Family:
+    if pipe.transformer.config.guidance_embeds:
+        return family
+    return replace(family, guidance=None)
+
+
+def _packed(call: Call) -> dict[str, Any]:
+    """Return the inputs of packed latents: tokens (b, h w / 4, 4 c) and σ."""
+    b, c, h, w = call.sample.shape
+    return {
+        "hidden_states": FluxPipeline._pack_latents(call.sample, b, c, h, w),
+        "timestep": call.timestep.float() / N,
+        "encoder_hidden_states": call.embeddings[0],
+    }
+
+
+def _unpacked(tokens: Tensor, call: Call) -> Tensor:
+    height, width = call.sample.shape[2:]
+    return FluxPipeline._unpack_latents(tokens, height, width, 1)
+
+
+ATTENTION_TARGETS = (
+    "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
+    "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
+)  # fmt: skip
+
+
+FEED_FORWARD_TARGETS = (
+    "ff.net.0.proj",
+    "ff.net.2",
+    "ff_context.net.0.proj",
+    "ff_context.net.2",
+)
+
+
+SD3 = Family(
+    name="stable-diffusion-3",
+    title="Stable Diffusion 3 and 3.5",
+    pipelines=("StableDiffusion3Pipeline",),
+    # states of two CLIPs and T5, which may be missing, and CLIP's pooled states
+    encoder=lambda pipe, prompts, length: pipe.encode_prompt(
+        prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=length
+    )[::2],
+    inputs=lambda call: {
+        "hidden_states": call.sample,
+        "timestep": call.timestep,
+        "encoder_hidden_states": call.embeddings[0],
+        "pooled_projections": call.embeddings[1],
+    },
+    divisor=lambda pipe: pipe.vae_scale_factor * pipe.transformer.config.patch_size,
+    targets=ATTENTION_TARGETS,
+    defaults={
+        "resolution": 1024,
+        "guidance_scale": 7.0,
+        "num_inference_steps": 28,
+        "weighting_scheme": "logit_normal",
+    },
+    max_sequence_length=256,
+)
+
+
+def _flux_inputs(call: Call) -> dict[str, Any]:
+    (states, pooled), (b, _, h, w) = call.embeddings, call.sample.shape
+    like: dict[str, Any] = {"device": call.sample.device, "dtype": call.sample.dtype}
+    return _packed(call) | {
+        "guidance": _guidance(call),
+        "pooled_projections": pooled,
+        "txt_ids": torch.zeros(states.shape[1], 3, **like),
+        "img_ids": FluxPipeline._prepare_latent_image_ids(b, h // 2, w // 2, **like),
+    }
+
+
+FLUX = Family(
+    name="flux",
+    title="FLUX.1",
+    pipelines=("FluxPipeline",),
+    # states of T5, and the pooled state of CLIP
+    encoder=lambda pipe, prompts, length: pipe.encode_prompt(
+        prompts, None, max_sequence_length=length
+    )[:2],
+    inputs=_flux_inputs,
+    output=_unpacked,
+    targets=(*ATTENTION_TARGETS, *FEED_FORWARD_TARGETS),
+    defaults={"resolution": 1024, "guidance_scale": 3.5, "num_inference_steps": 28},
+    fit=_fit_guidance,
+    max_sequence_length=512,
+    guidance=3.5,
+)
+
+
+def _flux2_inputs(call: Call) -> dict[str, Any]:
+    (states,), device = call.embeddings, call.sample.device
+    return {
+        # (b, h w, c): these latents are patches already
+        "hidden_states": Flux2Pipeline._pack_latents(call.sample),
+        "timestep": call.timestep.float() / N,
+        "guidance": _guidance(call),
+        "encoder_hidden_states": states,
+        "txt_ids": Flux2Pipeline._prepare_text_ids(states).to(device, non_blocking=True),
+        "img_ids": Flux2Pipeline._prepare_latent_ids(call.sample).to(device, non_blocking=True),
+    }
+
+
+FLUX2 = Family(
+    name="flux-2",
+    title="FLUX.2",
+    pipelines=("Flux2Pipeline", "Flux2KleinPipeline"),
+    # states of a language model
+    encoder=lambda pipe, prompts, length: pipe.encode_prompt(prompts, max_sequence_length=length)[
+        :1
+    ],
+    inputs=_flux2_inputs,
+    output=lambda tokens, call: tokens.transpose(1, 2).reshape(call.sample.shape),
+    defaults={"resolution": 1024, "guidance_scale": 4.0, "num_inference_steps": 28},
+    fit=_fit_guidance,
+    max_sequence_length=512,
+    guidance=4.0,
+)
+
+
+def _encode_z_image(pipe: DiffusionPipeline, prompts: list[str], length: int | None) -> Embeddings:
+    """Return the states of Qwen3 (b, l, d) and their mask (b, l), 1 for text and 0 for padding."""
+    states, _ = pipe.encode_prompt(
+        prompts, do_classifier_free_guidance=False, max_sequence_length=length
+    )
+    masks = [torch.ones(len(state), dtype=torch.int64, device=state.device) for state in states]
+    return stack_padded(states), stack_padded(masks)
+
+
+Z_IMAGE = Family(
+    name="z-image",
+    title="Z-Image",
+    pipelines=("ZImagePipeline",),
+    encoder=_encode_z_image,
+    inputs=lambda call: {
+        "x": list(call.sample[:, :, None].unbind(0)),  # b times (c, 1, h, w)
+        # rounded as in the pipeline, since the transformer multiplies it by N
+        "t": (N - call.timestep.float()) / N,
+        "cap_feats": [state[:tokens] for state, tokens in zip(*call.embeddings, strict=True)],
+    },
+    output=lambda frames, call: -torch.stack(frames)[:, :, 0],
+    defaults={"resolution": 1024, "guidance_scale": 5.0, "num_inference_steps": 30},
+    max_sequence_length=512,
+)
+
+
+def _encode_qwen_image(
+    pipe: DiffusionPipeline, prompts: list[str], length: int | None
+) -> Embeddings:
+    """Return Qwen2.5-VL's states (b, l, d) and mask (b, l), 1 for text and 0 for padding."""
+    states, mask = pipe.encode_prompt(prompts, max_sequence_length=length)
+    if mask is None:
+        mask = torch.ones(states.shape[:2], dtype=torch.int64, device=states.device)
+    return states, mask
+
+
+def _qwen_image_inputs(call: Call) -> dict[str, Any]:
+    (states, tokens), (b, _, h, w) = call.embeddings, call.sample.shape
+    mask, length = None, states.shape[1]
+    if min(tokens) < length:
+        ends = torch.tensor(tokens).to(states.device, non_blocking=True)
+        mask = torch.arange(length, device=states.device) < ends[:, None]  # (b, l)
+    shapes = [[(1, h // 2, w // 2)]] * b
+    return _packed(call) | {"encoder_hidden_states_mask": mask, "img_shapes": shapes}
+
+
+def _sampling_qwen_image(call: dict[str, Any], count: int) -> dict[str, Any]:
+    """Return the arguments of the pipeline's call, with true_cfg_scale for the guidance.
+
+    The pipeline guides only with a negative prompt; its documentation uses " ".
+    """
+    renamed = dict(call)
+    scale = renamed.pop("guidance_scale", 1.0)
+    if scale > 1:
+        renamed |= {"true_cfg_scale": scale, "negative_prompt": [" "] * count}
+    return renamed
+
+
+QWEN_IMAGE = Family(
+    name="qwen-image",
+    title="Qwen-Image",
+    pipelines=("QwenImagePipeline",),
+    encoder=_encode_qwen_image,
+    inputs=_qwen_image_inputs,
+    output=_unpacked,
+    defaults={"resolution": 1024, "guidance_scale": 4.0, "num_inference_steps": 30},
+    sampling=_sampling_qwen_image,
+    max_sequence_length=512,
+)
+
+
+def _wan_inputs(call: Call) -> dict[str, Any]:
+    """Return the inputs of a one-frame video; Wan 2.2's 5B takes one timestep per token."""
+    timestep, (height, width) = call.timestep, call.sample.shape[2:]
+    if call.family.timestep_of_tokens:
+        timestep = timestep[:, None].expand(-1, (height // 2) * (width // 2))
+    frames = call.sample[:, :, None]  # (b, c, 1, h, w)
+    return {
+        "hidden_states": frames,
+        "timestep": timestep,
+        "encoder_hidden_states": call.embeddings[0],
+    }
+
+
+def _fit_wan(pipe: DiffusionPipeline, family: Family) -> Family:
+    if pipe.transformer is None or pipe.transformer_2 is not None:
+        raise ValueError(
+            "it has two transformers, one for high and one for low noise. Name a model with one, such as Wan 2.1 or "
+            "Wan 2.2's 5B."
+        )
+    return replace(family, timestep_of_tokens=bool(pipe.config["expand_timesteps"]))
+
+
+WAN = Family(
+    name="wan",
+    title="Wan (one frame)",
+    pipelines=("WanPipeline",),
+    # states of UMT5
+    encoder=lambda pipe, prompts, length: pipe.encode_prompt(
+        prompts, do_classifier_free_guidance=False, max_sequence_length=length
+    )[:1],
+    inputs=_wan_inputs,
+    output=lambda frames, call: frames[:, :, 0],
+    divisor=lambda pipe: pipe.vae_scale_factor_spatial * pipe.transformer.config.patch_size[1],
+    defaults={"resolution": 512, "guidance_scale": 5.0, "num_inference_steps": 30},
+    fit=_fit_wan,
+    sampling=lambda call, count: call | {"num_frames": 1, "output_type": "pil"},
+    images_of=lambda output: [frames[0] for frames in output.frames],
+    picked=".frames[0][0]",
+    max_sequence_length=512,
+)
