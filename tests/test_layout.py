@@ -19,11 +19,8 @@ FLOORS = (
 """From below. A room, or a module of the package itself, imports only itself and what is before it here."""
 IMPORTERS = ("import_module", "__import__", "run_module")
 """Functions that import a module by its name."""
-LONGEST = 500
+LONGEST = 400
 """The most lines of a file, which has one subject. A longer one is two subjects."""
-HEART = ("noise", "cores", "layers", "tuner", "config", "strict", "wraps")
-LONGEST_IN_HEART = 400
-"""The same of the rooms on λ's way from the draw to the layers."""
 
 
 def imports(package: Path) -> dict[str, set[str]]:
@@ -156,16 +153,9 @@ def test_mathematics_imports_torch_alone(room):
             assert names.isdisjoint({"peft", "diffusers", "transformers"}), path
 
 
-def test_no_file_has_more_than_500_lines():
+def test_no_file_has_more_than_400_lines():
     lengths = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in PACKAGE.rglob("*.py")}
     assert {name: length for name, length in lengths.items() if length > LONGEST} == {}
-
-
-def test_no_file_on_the_way_of_noise_has_more_than_400_lines():
-    paths = {module_name(path, PACKAGE): path for path in PACKAGE.rglob("*.py")}
-    heart = {module: path for module, path in paths.items() if room_of(module) in HEART}
-    lengths = {module: len(path.read_text(encoding="utf-8").splitlines()) for module, path in heart.items()}
-    assert {module: length for module, length in lengths.items() if length > LONGEST_IN_HEART} == {}
 
 
 def test_no_file_name_comes_twice():

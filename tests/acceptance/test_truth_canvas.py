@@ -21,7 +21,7 @@ from nara_diffusion.dllm.kinds import masked_kind
 from nara_diffusion.dllm.text_arguments import Arguments
 from nara_diffusion.dllm.train import main
 from tests.acceptance._commands import metrics
-from tests.acceptance._runs import text_arguments  # of a model of 64 positions
+from tests.acceptance._runs import ASSETS, text_arguments  # of a model of 64 positions
 
 
 @pytest.fixture
@@ -53,8 +53,14 @@ def test_more_training_of_what_the_base_knows_makes_it_no_worse(arguments, tmp_p
         words = ["".join(draw.choices(ascii_lowercase, k=draw.randint(3, 7))) for _ in range(count)]
         records = [{"instruction": f"reverse: {word}", "output": word[::-1]} for word in words]
         file.write_text("".join(json.dumps(record) + "\n" for record in records))
-    longer = {"gen_length": 32, "gradient_accumulation_steps": 8, "max_train_steps": 24, "eval_batch_size": 48}
+    longer: dict[str, Any] = {
+        "gen_length": 32,
+        "gradient_accumulation_steps": 8,
+        "max_train_steps": 24,
+        "eval_batch_size": 48,
+    }
     rates = {"learning_rate": 5e-3, "core_learning_rate": None}
+    longer["pretrained_model_name_or_path"] = str(ASSETS / "llada-tiny")  # a base that knows the task
     results = main(arguments(**files, **longer, **rates, target_modules=["all-linear"]))
     assert results["exact_match_after"] >= max(results["exact_match_before"], 0.9)
 
