@@ -64,8 +64,10 @@ def _is_size(value: object) -> bool:
 _SIZE = (_is_size, "a positive integer")
 _SCALE = (lambda value: is_number(value) and value > 0, "a finite number greater than 0")
 _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(("r", "noise_embedding_dim", "core_bins", "core_knots"), _SIZE),
-    **dict.fromkeys(("core_scale", "fourier_scale"), _SCALE),
+    **dict.fromkeys(
+        ("r", "noise_embedding_dim", "core_bins", "core_knots", "rank_mask_step"), _SIZE
+    ),
+    **dict.fromkeys(("core_scale", "fourier_scale", "rank_mask_exponent"), _SCALE),
     "lora_alpha": (is_number, "a finite number"),
     "lora_dropout": (
         lambda value: is_number(value) and 0 <= value < 1,
@@ -128,7 +130,10 @@ class NaraConfig(LoraConfig):
         noise_embedding_dim: the width of e(λ). It must be even for "fourier"; "raw" ignores it.
         fourier_scale: the standard deviation of the Fourier frequencies, in radians per unit of λ.
         rank_mask_min: for "rank_mask", the number of directions that stay on in pure noise. None
-            means half of r.
+            means half of r. (T-LoRA's own default is 1.)
+        rank_mask_exponent: for "rank_mask", the exponent a > 0 of T-LoRA's (1 − λ)^a.
+        rank_mask_step: for "rank_mask", how many directions go on and off together. It divides r
+            and rank_mask_min. A T-LoRA with frozen start factors (LyCORIS) has 2.
         lora_a_init: the initialisation of A. "peft" follows init_lora_weights. "orthogonal" makes
             the rows of A orthonormal and B zero, so that no direction repeats what a masked
             direction has learned (as in T-LoRA).
@@ -163,6 +168,8 @@ class NaraConfig(LoraConfig):
     noise_embedding_dim: int = 64
     fourier_scale: float = 16.0
     rank_mask_min: int | None = None
+    rank_mask_exponent: float = 1.0
+    rank_mask_step: int = 1
     lora_a_init: Literal["peft", "orthogonal"] = "peft"
     core_knots: int = 5
     core_bins: int = 5
@@ -260,6 +267,10 @@ class NaraConfig(LoraConfig):
                     f", with core_type={self.core_type!r} and r={min(ranks)}: it is for "
                     "core_type='rank_mask', an integer from 1 to r, or None for half of r.",
                 )
+        if self.core_type == "rank_mask":
+            step = self.rank_mask_step
+            if any(rank % step for rank in {*ranks, self.rank_mask_min or step}):
+                self._refuse("rank_mask_step", ": pass a divisor of r and of rank_mask_min.")
         uneven = [rank for rank in sorted(ranks) if rank % self.core_bins]
         if self.core_type == "bins" and uneven:
             raise ValueError(

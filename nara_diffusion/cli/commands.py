@@ -25,7 +25,7 @@ _CORE_FIELDS = {
     "constant": ("core_scale", "core_sharing"),
     "knots": ("core_scale", "core_knots", "core_sharing"),
     "bins": ("core_bins",),
-    "rank_mask": ("rank_mask_min",),
+    "rank_mask": ("rank_mask_min", "rank_mask_exponent", "rank_mask_step"),
     "identity": (),
 }
 """{core_type: the fields that describe such a core}."""

@@ -5,7 +5,7 @@
     knots         C(λ) = I + η Σ_k φ_k(λ) D_k
                   φ_k(λ) = max(0, 1 − |λ (K − 1) − k|),   k = 0 … K − 1
     rank_mask     C(λ) = diag(1 for i < r(λ), else 0)             (T-LoRA, arXiv 2507.05964)
-                  r(λ) = ⌊(r − r_min)(1 − λ)⌋ + r_min
+                  r(λ) = k (⌊(1 − λ)^a (r − r_min) / k⌋ + r_min / k)
     bins          C(λ) = diag(1 for i in block k(λ), else 0)      (Multi-LoRA)
                   k(λ) = min(⌊λ K⌋, K − 1)
 
@@ -88,11 +88,17 @@ class RankMaskCore(Core):
     Args:
         rank: r.
         min_rank: r_min in [1, r], or None for half of r, at least 1.
+        exponent: a > 0; with more than 1, directions go off at a lower λ.
+        step: k, which divides r and r_min. Directions go on and off k at a time.
     """
 
-    def __init__(self, rank: int, min_rank: int | None = None) -> None:
+    def __init__(
+        self, rank: int, min_rank: int | None = None, exponent: float = 1.0, step: int = 1
+    ) -> None:
         super().__init__(rank)
         self.min_rank = max(1, rank // 2) if min_rank is None else min(min_rank, rank)
+        self.exponent = exponent
+        self.step = step
 
     def forward(self, noise_level: Tensor) -> Tensor:
         """Return C − I (b, r, r), float32, for λ (b,): −1 for each direction that is off."""
@@ -101,8 +107,18 @@ class RankMaskCore(Core):
         return torch.diag_embed(0 * noise_level.float()[:, None] - is_off.float())
 
     def active_rank(self, noise_level: Tensor) -> Tensor:
-        """Return r(λ) (b,), as a float."""
-        return _floor_of_share(self.rank - self.min_rank, 1 - noise_level.float()) + self.min_rank
+        """Return r(λ) (b,), as a float.
+
+        At λ = t / 1000 with an integer t, this is what T-LoRA's own code computes in float64,
+        rounding included. (MPS has no float64.)
+        """
+        dtype = torch.float32 if noise_level.device.type == "mps" else torch.float64
+        timestep = noise_level.to(dtype) * 1000
+        integer = timestep.round()
+        is_integer = (timestep - integer).abs() < 1e-3  # λ is a fraction in float32
+        share = (1000 - torch.where(is_integer, integer, timestep)) / 1000
+        steps, least = self.rank // self.step, self.min_rank // self.step
+        return self.step * (torch.floor(share**self.exponent * (steps - least)) + least)
 
 
 class BinsCore(Core):
@@ -129,15 +145,11 @@ class BinsCore(Core):
         return torch.diag_embed(0 * noise_level.float()[:, None] - is_off.float())
 
     def chosen_bin(self, noise_level: Tensor) -> Tensor:
-        """Return k(λ) (b,), as a float."""
-        return _floor_of_share(self.bins, noise_level.float()).clamp(max=self.bins - 1)
+        """Return k(λ) (b,), as a float.
 
-
-def _floor_of_share(count: int, share: Tensor) -> Tensor:
-    """Return ⌊count · share⌋ for a share (b,) in [0, 1], a fraction such as t / 1000 in float32.
-
-    If the exact product is an integer, a few rounding errors, each below count · 2⁻²⁴, may leave
-    the computed product just under it. Adding count · 2⁻²¹ corrects this. For multiples of 1/1000
-    and a count below 1000, this is far less than the distance to the next integer.
-    """
-    return torch.floor(count * share + count * 2.0**-21)
+        λ is a fraction such as t / 1000 in float32. If λ K is an integer, a few rounding errors,
+        each below K · 2⁻²⁴, may leave the computed product just under it. Adding K · 2⁻²¹ corrects
+        this; for K below 1000, it is far less than the distance to the next integer.
+        """
+        share = self.bins * noise_level.float()
+        return torch.floor(share + self.bins * 2.0**-21).clamp(max=self.bins - 1)

@@ -26,6 +26,8 @@ class CoreConfig(Protocol):
     noise_embedding_dim: int
     fourier_scale: float
     rank_mask_min: int | None
+    rank_mask_exponent: float
+    rank_mask_step: int
     strength: Any
 
 
@@ -46,7 +48,9 @@ _BUILT_IN: dict[str, CoreMaker] = {
         rank, scale=config.core_scale, init=config.core_init
     ),
     "identity": lambda config, rank: IdentityCore(rank),
-    "rank_mask": lambda config, rank: RankMaskCore(rank, config.rank_mask_min),
+    "rank_mask": lambda config, rank: RankMaskCore(
+        rank, config.rank_mask_min, config.rank_mask_exponent, config.rank_mask_step
+    ),
     "bins": lambda config, rank: BinsCore(rank, config.core_bins),
     "knots": lambda config, rank: KnotsCore(rank, config.core_knots, scale=config.core_scale),
 }

@@ -34,6 +34,8 @@ _HAS_TO_AGREE = (
     "core_hidden_dims",
     "core_sharing",
     "rank_mask_min",
+    "rank_mask_exponent",
+    "rank_mask_step",
     "core_bins",
     "core_knots",
     "noise_embedding",

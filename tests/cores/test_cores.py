@@ -114,18 +114,37 @@ def test_all_linear_never_adapts_a_core() -> None:
     assert adapted_modules == {"base_model.model.first", "base_model.model.second"}
 
 
-def test_active_rank_and_chosen_bin_at_every_timestep_are_those_of_integers() -> None:
-    n = 1000
-    steps = torch.arange(n + 1)
-    grid = steps / n  # every λ that a discrete schedule of 1000 steps can have, and 1
-    for rank in [1, 2, 5, 16, 33, 64, 100, 320, 999]:
+ROUNDINGS = (torch.arange(1000) / 1000, 1 - (1000 - torch.arange(1000)) / 1000, torch.arange(1000) * (1 / 1000))
+"""t / 1000 in float32, as three orders of operations round it."""
+
+
+@pytest.mark.parametrize("exponent", [0.5, 1.0, 2.0])
+def test_rank_mask_equals_that_of_tlora(exponent: float) -> None:
+    """T-LoRA's line, in Python's float64, at each timestep of 1 000."""
+    for rank in range(1, 129):
         for least in {1, 2, rank // 3, rank // 2, rank - 1, rank} & set(range(1, rank + 1)):
-            expected = (rank - least) * (n - steps) // n + least
-            for level in (grid, 1 - (n - steps) / n, steps * (1 / n)):  # three roundings of t / 1000
-                assert torch.equal(RankMaskCore(rank, least).active_rank(level).long(), expected), (rank, least)
+            expected = [int(((1000 - t) / 1000) ** exponent * (rank - least)) + least for t in range(1000)]
+            for level in ROUNDINGS:
+                active = RankMaskCore(rank, least, exponent).active_rank(level)
+                assert active.tolist() == expected, (rank, least)
+                of_pairs = RankMaskCore(2 * rank, 2 * least, exponent, step=2).active_rank(level)
+                assert torch.equal(of_pairs, 2 * active)
+
+
+def test_rank_mask_without_minimum_is_as_in_02() -> None:
+    steps = torch.arange(1000)
+    for rank in (1, 2, 3, 4, 5, 7, 8, 16, 24, 32, 48, 64, 96, 128):
+        least = max(1, rank // 2)
+        expected = (rank - least) * (1000 - steps) // 1000 + least
+        assert torch.equal(RankMaskCore(rank).active_rank(steps / 1000).long(), expected), rank
+
+
+def test_chosen_bin_equals_that_of_integers() -> None:
     for bins in range(1, 129):
-        expected = (steps * bins // n).clamp(max=bins - 1)
-        assert torch.equal(BinsCore(bins, bins).chosen_bin(grid).long(), expected), bins
+        expected = torch.arange(1000) * bins // 1000
+        for level in ROUNDINGS:
+            assert torch.equal(BinsCore(bins, bins).chosen_bin(level).long(), expected), bins
+        assert BinsCore(bins, bins).chosen_bin(torch.ones(1)) == bins - 1
 
 
 # ---------------------------------------------------------------------- theorem 4.1
