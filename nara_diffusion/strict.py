@@ -40,9 +40,6 @@ _AS_IN_MODEL = (
 )
 
 
-# ---------------------------------------------------------------------- names
-
-
 def is_core_key(key: str) -> bool:
     """Return whether a name, in a file or a model, belongs to a core's tensor.
 
@@ -159,9 +156,6 @@ def check_adapter_names(model: nn.Module, names: set[str]) -> None:
                 )
 
 
-# ---------------------------------------------------------------------- a file before loading
-
-
 def check_tensors(
     tensors: Mapping[str, Tensor],
     expected: Mapping[str, Tensor],
@@ -232,9 +226,6 @@ def _check_core_precision(key: str, tensor: Tensor, like: Tensor, where: str, re
             f"'{key}' is {tensor.dtype} {where}, but a core is kept in float32, since rounding "
             f"changes C(λ) − I by several per cent: {remedy}."
         )
-
-
-# ---------------------------------------------------------------------- after loading, any method
 
 
 def check_loaded(

@@ -99,9 +99,6 @@ def _around(owner: type | ModuleType, name: str, function: _Function) -> None:
     setattr(owner, name, classmethod(wrapper) if isinstance(attribute, classmethod) else wrapper)
 
 
-# ---------------------------------------------------------------------- PEFT
-
-
 def _from_pretrained(
     original: _Function,
     cls: type[PeftModel],
@@ -152,9 +149,6 @@ def _complete(
         yield
 
 
-# ---------------------------------------------------------------------- transformers
-
-
 def _load_into_transformers(
     original: _Function, self: nn.Module, *args: Any, **kwargs: Any
 ) -> LoadStateDictInfo:
@@ -195,9 +189,6 @@ def _load_into_transformers(
     # Transformers' report of a load that used all tensors
     empty: dict[str, Any] = {field.name: set() for field in dataclasses.fields(LoadStateDictInfo)}
     return LoadStateDictInfo(**empty | {"error_msgs": [], "conversion_errors": {}})
-
-
-# ---------------------------------------------------------------------- Diffusers
 
 
 def _set_adapters(

@@ -61,9 +61,6 @@ def main(args: Arguments) -> dict[str, Any]:
         return report(setup, trained)
 
 
-# ---------------------------------------------------------------- data and base model
-
-
 @dataclass(frozen=True)
 class Setup:
     """All that a training needs, except its adapter.
@@ -111,9 +108,6 @@ def _warn(run: Run[Arguments], warnings: Sequence[str]) -> None:
     if run.is_main:
         for warning in warnings:
             logger.warning("%s", warning)
-
-
-# ---------------------------------------------------------------- model and training
 
 
 @dataclass(frozen=True)
@@ -204,9 +198,6 @@ def run_facts(
         "hardware": run.hardware,
         **window_facts(args),
     }
-
-
-# ---------------------------------------------------------------- report
 
 
 def report(setup: Setup, trained: Trained) -> dict[str, Any]:

@@ -128,9 +128,6 @@ class PlainLora:
                 (partial / "export_error.json").write_text(text, encoding="utf-8")
 
 
-# ---------------------------------------------------------------------- tensors
-
-
 def tensors_of_layers(layers: Mapping[str, PlainLoraLayer], prefix: str = "") -> dict[str, Tensor]:
     """Return the factors of layers by PEFT's keys, with `prefix` before each key."""
     tensors = {}

@@ -75,9 +75,6 @@ class AdapterPart:
         return ranks_by_group(self.config, self.modules)
 
 
-# ---------------------------------------------------------------------- fields of a configuration
-
-
 def config_to_fields(config: NaraConfig) -> dict[str, Any]:
     """Return a configuration's fields as JSON values.
 
@@ -115,9 +112,6 @@ def config_from_fields(json_values: Mapping[str, Any], origin: str) -> NaraConfi
     except (TypeError, ValueError, AttributeError, ImportError) as error:
         # PEFT's checks raise the last two errors
         raise ValueError(f"The configuration of {origin} is invalid: {error}") from error
-
-
-# ---------------------------------------------------------------------- the check, without a base
 
 
 def check_part(part: AdapterPart, *, beside: bool, for_model: bool) -> None:
@@ -211,8 +205,6 @@ def _may_stand_beside(config: NaraConfig, key: str, tensor: object) -> bool:
     is_bias = kind == "bias" and config.bias != "none"
     return is_saved or is_embedding or is_bias or "trainable_tokens" in kind
 
-
-# ---------------------------------------------------------------------- one module's values
 
 Value = TypeVar("Value")
 

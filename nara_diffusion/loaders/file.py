@@ -156,9 +156,6 @@ def naming(source: Source, subfolder: str | None = None) -> Iterator[None]:
         raise ValueError(f"The adapter in {where} can't be loaded: {reason}") from error
 
 
-# ---------------------------------------------------------------------- PEFT's format
-
-
 def _of_peft(path: Path, tensors: dict[str, Tensor], for_model: bool) -> AdapterPart:
     """Return the adapter part from the PEFT folder that contains the weights file `path`."""
     config = path.with_name(PEFT_CONFIG_NAME)
@@ -179,9 +176,6 @@ def _of_peft(path: Path, tensors: dict[str, Tensor], for_model: bool) -> Adapter
     part.config.auto_mapping = json_values.get("auto_mapping")
     check_part(part, beside=True, for_model=for_model)
     return part
-
-
-# ---------------------------------------------------------------------- a pipeline's format
 
 
 def _of_pipeline(

@@ -46,9 +46,6 @@ LOADED_FLAG = "_hf_peft_config_loaded"
 """The attribute that tells Diffusers and Transformers that a model has adapters."""
 
 
-# ---------------------------------------------------------------------- components
-
-
 class Pipeline(Protocol):
     """A Diffusers pipeline, or some of its models (`PipelineComponents`)."""
 
@@ -123,9 +120,6 @@ def follow_scheduler(pipe: Any) -> None:
             holder.finder.add_pipeline(pipe)
 
 
-# ---------------------------------------------------------------------- checks
-
-
 def check_not_wrapped(model: nn.Module, component: str, method: str) -> None:
     """Raise ValueError if a component is a PeftModel, for which `method` does not work."""
     if isinstance(model, PeftModel):
@@ -151,9 +145,6 @@ def check_storable(config: NaraConfig, component: str) -> None:
                 "could not restore it. Train without it, or use peft.PeftModel's save_pretrained and from_pretrained "
                 "on the component."
             )
-
-
-# ---------------------------------------------------------------------- changes
 
 
 @contextmanager

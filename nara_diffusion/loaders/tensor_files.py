@@ -27,9 +27,6 @@ METADATA_KEY = "nara_adapter_metadata"
 """The key of the configurations in the metadata of a pipeline's file."""
 
 
-# ---------------------------------------------------------------------- is it a NaRA?
-
-
 def is_nara(path: Path) -> bool:
     """Return whether a file, a PEFT folder or a pipeline's adapter folder contains a NaRA adapter.
 
@@ -67,9 +64,6 @@ def is_nara_for_peft(source: str, subfolder: str | None = None, **hub: object) -
     except Exception:  # PEFT is about to raise its own error
         return False
     return kind == NaraPeftType.NARA.value
-
-
-# ---------------------------------------------------------------------- find
 
 
 def locate(
@@ -149,9 +143,6 @@ def check_peft_weights(source: str | os.PathLike[str], subfolder: str | None = N
         _in_folder(folder, PEFT_WEIGHTS_NAME)
 
 
-# ---------------------------------------------------------------------- read and write
-
-
 def read_config_file(path: Path) -> dict[str, Any]:
     """Return the fields of an adapter_config.json.
 
@@ -216,9 +207,6 @@ def copied(tensor: Tensor) -> Tensor:
     The last bits of products depend on the alignment. Any object but a tensor is returned unchanged.
     """
     return tensor.detach().clone() if isinstance(tensor, Tensor) else tensor
-
-
-# ---------------------------------------------------------------------- other methods, whole models
 
 
 def read_peft_tensors(

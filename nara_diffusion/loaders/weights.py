@@ -181,9 +181,6 @@ def unload_nara_weights(self: Pipeline) -> None:
                 remove(model, list(nara_adapters_of(model)))
 
 
-# ---------------------------------------------------------------------- loading
-
-
 def _check_parts(parts: Mapping[str, AdapterPart], models: Mapping[str, nn.Module]) -> None:
     """Raise ValueError if the pipeline has no model for a part, or the part can't be loaded."""
     for name, part in parts.items():
@@ -224,9 +221,6 @@ def _swap_all(models: Mapping[str, nn.Module], parts: Mapping[str, AdapterPart],
     swaps = [prepare_swap(models[component], name, part) for component, part in parts.items()]
     for write in swaps:
         write()
-
-
-# ---------------------------------------------------------------------- saving, names
 
 
 def _name_to_load(models: Mapping[str, nn.Module], name: str | None, hotswap: bool) -> str:

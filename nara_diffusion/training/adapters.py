@@ -48,9 +48,6 @@ _DATA_DRIVEN = ("corda", "eva", "lora_ga")
 _VIRTUAL_TOKENS = 20
 
 
-# ---------------------------------------------------------------- methods
-
-
 @dataclass(frozen=True)
 class Method:
     """A method that `--adapter` can name.
@@ -158,9 +155,6 @@ def window_facts(args: TrainingArguments) -> dict[str, str]:
     return {"noise levels": f"{window.low:g} {until}; {outside}"}
 
 
-# ---------------------------------------------------------------- configurations
-
-
 def adapter_config(
     args: AdapterArguments,
     *,
@@ -265,9 +259,6 @@ def _values(args: AdapterArguments, method: Method) -> dict[str, Any]:
     }
 
 
-# ---------------------------------------------------------------- checks
-
-
 def check_adapter(args: TrainingArguments) -> None:
     """Raise ValueError for an adapter that no run can train.
 
@@ -323,9 +314,6 @@ def _import_core_module(name: str) -> None:
 def module_name(name: str) -> str:
     """Return the name under which Python imports the module that `--core_module` names."""
     return Path(name).stem if name.endswith(".py") else name
-
-
-# ---------------------------------------------------------------- models
 
 
 def build_adapter(

@@ -77,9 +77,6 @@ is trained, or how.
 """
 
 
-# ---------------------------------------------------------------- the manifest
-
-
 def write_manifest(checkpoint: Path, manifest: Mapping[str, Any]) -> None:
     """Write checkpoint.json."""
     (checkpoint / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
@@ -105,9 +102,6 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     if missing := sorted(_FIELDS - manifest.keys()):
         raise ValueError(f"{path} is corrupt: it has no {', '.join(missing)}.")
     return manifest
-
-
-# ---------------------------------------------------------------- writing
 
 
 def save_checkpoint(
@@ -181,9 +175,6 @@ def save_adapter(accelerator: Accelerator, model: Any, folder: Path, write: Writ
     accelerator.wait_for_everyone()
 
 
-# ---------------------------------------------------------------- finding
-
-
 def find_checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints in a run's folder, in the order they were written.
 
@@ -236,9 +227,6 @@ def latest_undamaged(folder: Path) -> Path | None:
             "the files, or start a new run in another --output_dir."
         )
     return None
-
-
-# ---------------------------------------------------------------- checking
 
 
 def check_files(checkpoint: Path) -> None:

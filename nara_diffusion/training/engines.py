@@ -40,9 +40,6 @@ SHARDED = {
 """{engine that needs all processes in each forward: (environment variable to select it, name)}."""
 
 
-# ---------------------------------------------------------------- starting
-
-
 def start_accelerator(args: TrainingArguments) -> Accelerator:
     """Return the engine that the launcher asks for, with accumulation and clipping from `args`.
 
@@ -194,9 +191,6 @@ def split_across_processes(
     mine = range(count) if accelerator.distributed_type in SHARDED else mine
     results = dict(gather_object(list(zip(mine, work(mine) if mine else [], strict=True))))
     return [results[i] for i in range(count)]
-
-
-# ---------------------------------------------------------------- preparing and loading
 
 
 def prepare(accelerator: Accelerator, model: nn.Module, *others: Any) -> list[Any]:

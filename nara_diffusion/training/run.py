@@ -116,8 +116,6 @@ class Run(Generic[Args]):
         """The dtype to load the model in. Training all weights needs float32 for small updates."""
         return torch.float32 if method_of(self.args).family == "full" else self.dtype
 
-    # ---------------------------------------------------------------- data, base and steps
-
     def record_data_digest(self, content: str, texts: Iterable[str]) -> None:
         """Record the digest of "training data" or "validation data". Call this before `plan`.
 
@@ -186,8 +184,6 @@ class Run(Generic[Args]):
         first = self.step - self.data_start
         stop = self.total_steps - self.data_start
         return range(self.global_batch * first, self.global_batch * stop)
-
-    # ---------------------------------------------------------------- beginning and end
 
     def open(self, facts: Mapping[str, str]) -> None:
         """Write the configuration into the run's folder, start the trackers, and log `facts`.

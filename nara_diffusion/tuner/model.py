@@ -87,8 +87,6 @@ class NaraModel(LoraModel):
             )
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
-    # ------------------------------------------------------------------ injection
-
     def inject_adapter(
         self,
         model: nn.Module,
@@ -180,8 +178,6 @@ class NaraModel(LoraModel):
         if lora_config.lora_a_init == "orthogonal":
             make_directions_orthonormal(layer, adapter_name)
 
-    # ------------------------------------------------------------------ merging
-
     def merge_adapter(
         self,
         adapter_names: list[str] | None = None,
@@ -226,8 +222,6 @@ class NaraModel(LoraModel):
                 progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
             )
 
-    # ------------------------------------------------------------------ removal
-
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete the adapter as `peft.LoraModel` does, and remove the holder after the last one."""
         super().delete_adapter(adapter_name)
@@ -239,8 +233,6 @@ class NaraModel(LoraModel):
         if holder is not None:
             holder.detach()
         return base
-
-    # ------------------------------------------------------------------ restricted or unsupported
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
         """Raise an error for one adapter per sample, since each would need its own samples' C."""
@@ -262,8 +254,6 @@ class NaraModel(LoraModel):
                     "Activate several adapters together instead: model.base_model.set_adapter([…])."
                 )
         super().add_weighted_adapter(adapters, *args, **kwargs)
-
-    # ------------------------------------------------------------------ files and checkpoints
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
