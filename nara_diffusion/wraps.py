@@ -32,15 +32,15 @@ from transformers.integrations.peft import PeftAdapterMixin as TransformersAdapt
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from nara_diffusion.config import NaraConfig
-from nara_diffusion.loaders.file import naming
-from nara_diffusion.loaders.insertion import (
-    LOADED_FLAG,
+from nara_diffusion.loaders.components import (
     TEXT_ENCODER,
     adapters_of,
     nara_adapters_of,
     tuner_layers,
     uncompiled,
 )
+from nara_diffusion.loaders.file import naming
+from nara_diffusion.loaders.insertion import LOADED_FLAG
 from nara_diffusion.loaders.tensor_files import check_peft_weights, is_nara, is_nara_for_peft
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
 from nara_diffusion.tuner.adding import restored_on_error

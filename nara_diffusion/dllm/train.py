@@ -23,8 +23,8 @@ from nara_diffusion.training.adapters import build_adapter, start_facts, title_o
 from nara_diffusion.training.arguments import schedule_of, window_of
 from nara_diffusion.training.checkpoints import save_adapter
 from nara_diffusion.training.command import run_command
+from nara_diffusion.training.engine_models import load_whole, recompute_activations
 from nara_diffusion.training.engine_state import write_trained
-from nara_diffusion.training.engines import load_whole, recompute_activations
 from nara_diffusion.training.init_adapter import start_from
 from nara_diffusion.training.loop import prepare_training, train
 from nara_diffusion.training.plan import show_plan

@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nara_diffusion.config import NaraPeftType
-from nara_diffusion.strict import check_loaded, is_core_key
+from nara_diffusion.cores.core_set import is_core_key
+from nara_diffusion.strict import check_loaded
 from nara_diffusion.utils.repositories import is_out_of_reach
 from nara_diffusion.utils.wording import listed
 

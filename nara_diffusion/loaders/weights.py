@@ -16,9 +16,7 @@ from nara_diffusion.tuner.adding import restored_on_error
 from nara_diffusion.utils.wording import listed
 
 from .adapter_part import AdapterPart
-from .file import AdapterFile, naming
-from .hotswap import REQUEST, check_swappable, prepare_for_hotswap, prepare_swap
-from .insertion import (
+from .components import (
     Pipeline,
     adaptable_models,
     adapters_of,
@@ -26,13 +24,13 @@ from .insertion import (
     check_storable,
     denoiser_name,
     follow_scheduler,
-    insert,
     nara_adapters_of,
-    offloading_suspended,
     part_of,
-    remove,
     unwrapped,
 )
+from .file import AdapterFile, naming
+from .hotswap import REQUEST, check_swappable, prepare_for_hotswap, prepare_swap
+from .insertion import insert, offloading_suspended, remove
 from .tensor_files import WEIGHTS_NAME
 
 

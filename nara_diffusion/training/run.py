@@ -22,18 +22,11 @@ from nara_diffusion.utils.digests import digest_base, digest_texts
 from nara_diffusion.utils.files import atomic_write
 from nara_flags.training import TrainingArguments
 
-from .adapters import method_of
-from .checkpoints import (
-    Writer,
-    changed_arguments,
-    check_random_states,
-    describe_changes,
-    read_manifest,
-    save_checkpoint,
-    warn_of_pickles,
-)
+from .checkpoints import Writer, read_manifest, save_checkpoint
 from .engine_state import load_state
 from .engines import engine_name, global_batch, start_accelerator
+from .methods import method_of
+from .resuming import changed_arguments, check_random_states, describe_changes, warn_of_pickles
 from .run_folder import (
     CONFIG,
     METRICS,

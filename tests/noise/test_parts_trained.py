@@ -16,8 +16,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from nara_diffusion import noise_level
+from nara_diffusion.loaders.components import part_of
 from nara_diffusion.loaders.file import METADATA_KEY, AdapterFile
-from nara_diffusion.loaders.insertion import insert, part_of
+from nara_diffusion.loaders.insertion import insert
 from tests.helpers.adapted import OneLayer, TwoLayers, adapted, nara_config
 
 SAMPLES, LENGTH = 3, 20

@@ -23,8 +23,6 @@ from nara_diffusion.dllm import train as dllm
 from nara_diffusion.dllm.kinds.masked_kind import MASKED
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
 from nara_diffusion.training.checkpoints import (
-    check_random_states,
-    check_same_run,
     latest_undamaged,
     read_manifest,
     resume_hint,
@@ -32,6 +30,7 @@ from nara_diffusion.training.checkpoints import (
     write_manifest,
 )
 from nara_diffusion.training.command import InterruptRequest, TrainingDiverged
+from nara_diffusion.training.resuming import check_random_states, check_same_run
 from nara_diffusion.utils.digests import digest_base, digest_texts
 from nara_flags.parser import parse_arguments
 from tests.acceptance._commands import names
