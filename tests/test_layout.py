@@ -158,6 +158,12 @@ def test_no_file_has_more_than_400_lines():
     assert {name: length for name, length in lengths.items() if length > LONGEST} == {}
 
 
+def test_files_have_no_section_rules():
+    """A file that needs them has two subjects."""
+    texts = {path.name: path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")}
+    assert [name for name, text in texts.items() if "# ----" in text] == []
+
+
 def test_no_file_name_comes_twice():
     names = Counter(path.name for path in PACKAGE.rglob("*.py"))
     assert {name for name, count in names.items() if count > 1} <= {"__init__.py", "train.py"}
