@@ -152,19 +152,16 @@ def test_files_of_another_form_are_refused_with_what_to_do(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("form", ["pairs", "chat", "list"])
-def test_all_incomplete_records_are_listed(tmp_path: Path, form: str) -> None:
-    missing = [n for n in range(2, 1203) if n % 100 == 3]
+def test_first_incomplete_record_is_named(tmp_path: Path, form: str) -> None:
     rows: list[dict[str, Any]] = []
-    for number in range(1, 1203):
-        answer = " " if number in missing else "b"
+    for answer in ("b", "b", " ", "b", ""):
         rows.append({"prompt": "a", "completion": answer})
         if form == "chat":
             rows[-1] = {"messages": messages(("user", "a"), ("assistant", answer))}
     file = write(tmp_path / "own.jsonl", *rows)
     if form == "list":
         file.write_text(json.dumps(rows))
-    listed = ", ".join(map(str, missing[:10]))
-    with pytest.raises(ValueError, match=rf"^record 3 of {file}.*\. 12 records are incomplete: number {listed}, …$"):
+    with pytest.raises(ValueError, match=rf"^record 3 of {file}[:,]"):
         read_records(file)
 
 
