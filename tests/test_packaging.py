@@ -36,7 +36,7 @@ FORMER = ("CHANGELOG.md", "regimes_plan.md")
 """Pages that name what was."""
 
 
-def test_wheel_has_the_package_the_command_and_nothing_else(tmp_path):
+def test_wheel_has_only_the_package_and_command(tmp_path):
     build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as archive:
@@ -57,7 +57,7 @@ def test_requirements_are_ranges_and_tools_are_pinned():
     assert all("==" in each for each in extras["dev"] if not each.startswith("nara-diffusion"))
 
 
-def test_continuous_integration_runs_the_test_command_of_the_readme():
+def test_continuous_integration_runs_the_readmes_test_command():
     (command,) = [line for line in README.read_text(encoding="utf-8").splitlines() if "-m pytest" in line]
     assert command in (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
 
@@ -110,7 +110,7 @@ ORDERS = ("import nara_diffusion, diffusers", "import diffusers; diffusers.Modul
 
 @pytest.mark.slow
 @pytest.mark.parametrize("imports", ORDERS)
-def test_pipelines_have_the_three_methods_whichever_is_imported_first(imports):
+def test_pipelines_have_three_methods_in_any_import_order(imports):
     check = "for kind in (diffusers.DDPMPipeline, diffusers.StableDiffusionXLPipeline, diffusers.ModularPipeline):\n"
     check += "    assert kind.load_nara_weights and kind.save_nara_weights and kind.unload_nara_weights\n"
     check += "assert not hasattr(diffusers.UNet2DModel, 'load_nara_weights')"
