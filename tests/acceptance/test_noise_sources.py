@@ -112,7 +112,9 @@ def test_timestep_of_forward_is_not_left_for_parts() -> None:
 
 
 @pytest.mark.usefixtures("_registry")
-def test_declared_frame_rows_repeat_their_samples_level() -> None:
+@pytest.mark.parametrize("use_dora", [False, True], ids=["NaRA", "NaRA-DoRA"])
+@pytest.mark.parametrize("frames", [2, 3])  # as many as there are samples, and more
+def test_declared_frame_rows_repeat_their_samples_level(frames: int, use_dora: bool) -> None:
     class AcceptanceFrames(TwoLayers):
         """Its layers see (b · frames, d), its timestep is (b,)."""
 
@@ -120,8 +122,8 @@ def test_declared_frame_rows_repeat_their_samples_level() -> None:
             return super().forward(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
     register_denoiser("AcceptanceFrames", "sigma", sample_major=True)
-    model, stock = adapt(AcceptanceFrames(), LAYERS)
-    x, levels = torch.randn(2, 3, 7), torch.tensor([0.9, 0.2])
+    model, stock = adapt(AcceptanceFrames(), LAYERS, use_dora=use_dora)
+    x, levels = torch.randn(2, frames, 7), torch.tensor([0.9, 0.2])
     assert_near(run(model, x, levels), stock.double().each(levels, x.double()), model)
     with noise_level(model, levels.flip(0)):
         assert_near(run(model, x, levels), stock.each(levels.flip(0), x.double()), model)

@@ -16,7 +16,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nara_diffusion import core_matrix, noise_level
 from nara_diffusion.layers import row_norm as norms
 from nara_diffusion.layers.row_norm import norm_parts, row_norm
-from nara_diffusion.noise.rows import ModelRows
 from tests.acceptance._by_hand import CORES, LEVELS, SMALL, Kinds, tensors_of
 from tests.helpers.adapted import OneLayer, adapted, disturb, nara_config, relative_error
 
@@ -52,29 +51,6 @@ def test_adapter_added_after_layerwise_casting_reads_float32() -> None:
     assert A.dtype == torch.float32
     expected = expected.double() + 6 / 4 * x.double() @ (B @ C @ A).double().T
     assert relative_error(output, expected) < torch.finfo(torch.bfloat16).eps
-
-
-class Frames(nn.Module):
-    """Its layer sees all frames of the first sample, then those of the next one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(7, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x.flatten(0, 1)).unflatten(0, x.shape[:2])
-
-
-@DORA
-def test_video_frames_get_the_core_of_their_sample(use_dora: bool) -> None:
-    model = adapted(Frames(), target_modules=["layer"], use_dora=use_dora)
-    model.base_model.model.layer.lora_variant["default"].channel.rows = ModelRows(sample_major=True)
-    x = torch.randn(3, 2, 4, 7)
-    with noise_level(model, LEVELS):
-        together = model(x)
-    for sample, level, output in zip(x, LEVELS, together, strict=True):
-        with noise_level(model, float(level)):
-            torch.testing.assert_close(output, model(sample[None])[0])
 
 
 @pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups")

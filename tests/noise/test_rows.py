@@ -11,11 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nara_diffusion import TimestepNoise, noise_level, set_noise_source
 from nara_diffusion.dllm.models.forward_rows import ForwardRows
 from nara_diffusion.noise.rows import ModelRows, core_of_rows, guidance_rows, repeat_rows, row_kind_of
 from nara_diffusion.noise.timesteps import DenoiserNoise
-from tests.helpers.adapted import adapted, relative_error
+from tests.helpers.adapted import adapted
 
 SAMPLES = 3
 
@@ -71,20 +70,6 @@ class Stack(nn.Module):
 
     def forward(self, x: Tensor, timestep: Tensor | None = None) -> Tensor:
         return self.layer(x.flatten(0, 1)).unflatten(0, x.shape[:2])
-
-
-@pytest.mark.parametrize("frames", [2, 3, 4])
-def test_frames_of_a_sample_run_at_its_timestep(frames: int) -> None:
-    model = adapted(type("UNetMotionModel", (Stack,), {})(), target_modules=["layer"])
-    set_noise_source(model, TimestepNoise("sigma"))
-    x, levels = torch.randn(SAMPLES, frames, 4, 7), [0.1, 0.5, 0.9]
-    together = model(x, torch.tensor(levels))
-    for sample, level, output in zip(x, levels, together, strict=True):
-        with noise_level(model, level):
-            assert relative_error(output, model(sample[None])[0]) < 1e-6
-    set_noise_source(model, None)
-    with noise_level(model, levels):
-        assert relative_error(model(x), together) < 1e-6
 
 
 # ---------------------------------------------------------------------- guidance
