@@ -326,9 +326,6 @@ def is_idle(name: str, value: object) -> bool:
     return not value or _GONE.get(name) == value
 
 
-# ---------------------------------------------------------------------- what λ can't scale
-
-
 def changes_base(start: object) -> bool:
     """Return whether `init_lora_weights` changes the base to W − s·B·A or to quantised weights."""
     return str(start).lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga"))

@@ -64,6 +64,14 @@ def core_group(config: CoreConfig, module_name: str, rank: int) -> str:
     return f"{group}_" if taken else group
 
 
+def is_core_key(key: str) -> bool:
+    """Return whether a name, in a file or a model, belongs to a core's tensor.
+
+    Only a NaRA has such tensors.
+    """
+    return not {NAME_IN_FILES, HOLDER_NAME}.isdisjoint(key.split("."))
+
+
 def ranks_by_group(config: CoreConfig, ranks: Mapping[str, int]) -> dict[str, int]:
     """Return {group of layers that share a core: the largest of their ranks}.
 

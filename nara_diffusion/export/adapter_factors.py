@@ -123,9 +123,6 @@ def _as_stored(product: Tensor, factor: Tensor) -> Tensor:
     return product.view(factor.shape).to(torch.promote_types(factor.dtype, torch.float32))
 
 
-# ---------------------------------------------------------------------- of a model
-
-
 @contextmanager
 def adapter_of_model(model: nn.Module, adapter_name: str) -> Iterator[Adapter]:
     """Yield an adapter of a model, with its cores in memory inside the context.
@@ -238,9 +235,6 @@ def _plain_config(config: LoraConfig, root: nn.Module | None = None) -> LoraConf
                 "parent_library": type(root).__module__,
             }
     return LoraConfig(**values)
-
-
-# ---------------------------------------------------------------------- of a file
 
 
 def adapter_of_part(part: AdapterPart) -> Adapter:

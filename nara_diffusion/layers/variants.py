@@ -86,8 +86,6 @@ class NaraVariant(LoraVariant):
     def init(self, module: AdaptedLayer, adapter_name: str, **kwargs: Any) -> None:
         """Do nothing, since PEFT has made A, B and the magnitude, and the core is at the root."""
 
-    # ------------------------------------------------------------------ forward
-
     def forward(
         self, module: AdaptedLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
     ) -> Tensor:
@@ -132,8 +130,6 @@ class NaraVariant(LoraVariant):
             sample_major=self.channel.rows.sample_major,
             layer_name=self.layer_name,
         )
-
-    # ------------------------------------------------------------------ merging
 
     def merge_safe(self, module: AdaptedLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
         """Return the base weight with this adapter merged at one D."""

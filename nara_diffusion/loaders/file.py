@@ -31,17 +31,13 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from nara_diffusion.config import NaraConfig, NaraPeftType
-from nara_diffusion.cores.core_set import with_current_names
-from nara_diffusion.strict import PEFT_PREFIX, is_core_key
+from nara_diffusion.cores.core_set import is_core_key, with_current_names
+from nara_diffusion.strict import PEFT_PREFIX
 from nara_diffusion.utils.files import atomic_write_files
 from nara_diffusion.utils.wording import listed
 
-from .adapter_part import (
-    AdapterPart,
-    check_part,
-    config_from_fields,
-    config_to_fields,
-)
+from .adapter_part import AdapterPart, config_from_fields, config_to_fields
+from .part_check import check_part
 from .tensor_files import (
     METADATA_KEY,
     PEFT_CONFIG_NAME,
@@ -156,9 +152,6 @@ def naming(source: Source, subfolder: str | None = None) -> Iterator[None]:
         raise ValueError(f"The adapter in {where} can't be loaded: {reason}") from error
 
 
-# ---------------------------------------------------------------------- PEFT's format
-
-
 def _of_peft(path: Path, tensors: dict[str, Tensor], for_model: bool) -> AdapterPart:
     """Return the adapter part from the PEFT folder that contains the weights file `path`."""
     config = path.with_name(PEFT_CONFIG_NAME)
@@ -179,9 +172,6 @@ def _of_peft(path: Path, tensors: dict[str, Tensor], for_model: bool) -> Adapter
     part.config.auto_mapping = json_values.get("auto_mapping")
     check_part(part, beside=True, for_model=for_model)
     return part
-
-
-# ---------------------------------------------------------------------- a pipeline's format
 
 
 def _of_pipeline(

@@ -18,16 +18,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nara_diffusion.config import NaraPeftType
-from nara_diffusion.strict import check_loaded, is_core_key
+from nara_diffusion.cores.core_set import is_core_key
+from nara_diffusion.strict import check_loaded
 from nara_diffusion.utils.repositories import is_out_of_reach
 from nara_diffusion.utils.wording import listed
 
 WEIGHTS_NAME = "pytorch_nara_weights.safetensors"
 METADATA_KEY = "nara_adapter_metadata"
 """The key of the configurations in the metadata of a pipeline's file."""
-
-
-# ---------------------------------------------------------------------- is it a NaRA?
 
 
 def is_nara(path: Path) -> bool:
@@ -67,9 +65,6 @@ def is_nara_for_peft(source: str, subfolder: str | None = None, **hub: object) -
     except Exception:  # PEFT is about to raise its own error
         return False
     return kind == NaraPeftType.NARA.value
-
-
-# ---------------------------------------------------------------------- find
 
 
 def locate(
@@ -149,9 +144,6 @@ def check_peft_weights(source: str | os.PathLike[str], subfolder: str | None = N
         _in_folder(folder, PEFT_WEIGHTS_NAME)
 
 
-# ---------------------------------------------------------------------- read and write
-
-
 def read_config_file(path: Path) -> dict[str, Any]:
     """Return the fields of an adapter_config.json.
 
@@ -216,9 +208,6 @@ def copied(tensor: Tensor) -> Tensor:
     The last bits of products depend on the alignment. Any object but a tensor is returned unchanged.
     """
     return tensor.detach().clone() if isinstance(tensor, Tensor) else tensor
-
-
-# ---------------------------------------------------------------------- other methods, whole models
 
 
 def read_peft_tensors(

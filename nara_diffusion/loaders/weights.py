@@ -16,9 +16,7 @@ from nara_diffusion.tuner.adding import restored_on_error
 from nara_diffusion.utils.wording import listed
 
 from .adapter_part import AdapterPart
-from .file import AdapterFile, naming
-from .hotswap import REQUEST, check_swappable, prepare_for_hotswap, prepare_swap
-from .insertion import (
+from .components import (
     Pipeline,
     adaptable_models,
     adapters_of,
@@ -26,13 +24,13 @@ from .insertion import (
     check_storable,
     denoiser_name,
     follow_scheduler,
-    insert,
     nara_adapters_of,
-    offloading_suspended,
     part_of,
-    remove,
     unwrapped,
 )
+from .file import AdapterFile, naming
+from .hotswap import REQUEST, check_swappable, prepare_for_hotswap, prepare_swap
+from .insertion import insert, offloading_suspended, remove
 from .tensor_files import WEIGHTS_NAME
 
 
@@ -181,9 +179,6 @@ def unload_nara_weights(self: Pipeline) -> None:
                 remove(model, list(nara_adapters_of(model)))
 
 
-# ---------------------------------------------------------------------- loading
-
-
 def _check_parts(parts: Mapping[str, AdapterPart], models: Mapping[str, nn.Module]) -> None:
     """Raise ValueError if the pipeline has no model for a part, or the part can't be loaded."""
     for name, part in parts.items():
@@ -224,9 +219,6 @@ def _swap_all(models: Mapping[str, nn.Module], parts: Mapping[str, AdapterPart],
     swaps = [prepare_swap(models[component], name, part) for component, part in parts.items()]
     for write in swaps:
         write()
-
-
-# ---------------------------------------------------------------------- saving, names
 
 
 def _name_to_load(models: Mapping[str, nn.Module], name: str | None, hotswap: bool) -> str:

@@ -85,8 +85,6 @@ class CoreHolder(nn.Module):
         """Return `x`, because a root such as `nn.Sequential` also calls the holder as a child."""
         return x
 
-    # ------------------------------------------------------------------ adapters
-
     def add(self, name: str, config: LoraConfig, cores: CoreSet, layers: list[LoraLayer]) -> None:
         """Add or replace an adapter with its configuration, cores and adapted layers."""
         self.cores[name] = cores
@@ -168,8 +166,6 @@ class CoreHolder(nn.Module):
         """Return whether a layer would read a C that depends on λ."""
         return bool(self.noisy(self.active_names()))
 
-    # ------------------------------------------------------------------ hooks of the root
-
     def attach(self) -> None:
         """Become a child of the root, and compute C(λ) before its forwards. Repeating is safe."""
         if getattr(self.root, HOLDER_NAME, None) is self:
@@ -230,8 +226,6 @@ class CoreHolder(nn.Module):
         while entry is not None and (entry.level is None or self not in entry.holders):
             entry = entry.parent
         return entry
-
-    # ------------------------------------------------------------------ D of the adapters
 
     def cores_of(self, name: str) -> CoreSet:
         """Return the cores of an adapter, by group."""
@@ -297,8 +291,6 @@ class CoreHolder(nn.Module):
             level = self.channel.rows.level_of_part(level)
         with in_memory(self.root):
             return self.deviation(key, level), None
-
-    # ------------------------------------------------------------------ merging
 
     def merged_in_forward(self) -> Tensor | None:
         """Return λ (1,) of merged layers if they stay merged in this forward, otherwise None.

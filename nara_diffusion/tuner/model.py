@@ -17,7 +17,7 @@ from peft.tuners.lora import LoraLayer, LoraModel
 from torch import Tensor, nn
 
 from nara_diffusion.config import NaraConfig
-from nara_diffusion.cores.core_set import core_group, with_current_names
+from nara_diffusion.cores.core_set import core_group, is_core_key, with_current_names
 from nara_diffusion.layers.adapted_layer import make_directions_orthonormal
 from nara_diffusion.layers.channel import CoreChannel
 from nara_diffusion.layers.offloading import is_float8
@@ -30,19 +30,7 @@ from nara_diffusion.layers.variants import OUTSIDE_AUTOCAST
 from nara_diffusion.noise.context import noise_level as at_noise_level
 from nara_diffusion.noise.denoisers import source_of_class
 from nara_diffusion.noise.rows import row_kind_of
-from nara_diffusion.strict import (
-    check_adapter_names,
-    check_keeps_configuration,
-    check_tensors,
-    core_name_in_file,
-    core_tensors,
-    expected_tensors,
-    is_core_key,
-    with_model_names,
-    with_names_in_files,
-    without_adapters,
-    without_second_biases,
-)
+from nara_diffusion.strict import check_keeps_configuration, check_tensors
 
 from .adding import (
     adapters_are_off,
@@ -55,6 +43,16 @@ from .adding import (
 from .holder import CoreHolder, drop_idle_holder, holder_of
 from .merging import unmerged_on_error
 from .strength import give_strength
+from .tensor_names import (
+    check_adapter_names,
+    core_name_in_file,
+    core_tensors,
+    expected_tensors,
+    with_model_names,
+    with_names_in_files,
+    without_adapters,
+    without_second_biases,
+)
 from .twins import decoder_name, share_factors, with_twins, without_twins
 
 logger = logging.getLogger(__name__)
@@ -86,8 +84,6 @@ class NaraModel(LoraModel):
                 "of that PeftModel first, or pass another adapter_name."
             )
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
-
-    # ------------------------------------------------------------------ injection
 
     def inject_adapter(
         self,
@@ -180,8 +176,6 @@ class NaraModel(LoraModel):
         if lora_config.lora_a_init == "orthogonal":
             make_directions_orthonormal(layer, adapter_name)
 
-    # ------------------------------------------------------------------ merging
-
     def merge_adapter(
         self,
         adapter_names: list[str] | None = None,
@@ -226,8 +220,6 @@ class NaraModel(LoraModel):
                 progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
             )
 
-    # ------------------------------------------------------------------ removal
-
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete the adapter as `peft.LoraModel` does, and remove the holder after the last one."""
         super().delete_adapter(adapter_name)
@@ -239,8 +231,6 @@ class NaraModel(LoraModel):
         if holder is not None:
             holder.detach()
         return base
-
-    # ------------------------------------------------------------------ restricted or unsupported
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
         """Raise an error for one adapter per sample, since each would need its own samples' C."""
@@ -262,8 +252,6 @@ class NaraModel(LoraModel):
                     "Activate several adapters together instead: model.base_model.set_adapter([…])."
                 )
         super().add_weighted_adapter(adapters, *args, **kwargs)
-
-    # ------------------------------------------------------------------ files and checkpoints
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:

@@ -47,7 +47,7 @@ def inspected(capsys: pytest.CaptureFixture[str], path: Path) -> dict[str, Any]:
     ],
     ids=["constant", "identity", "bins"],
 )
-def test_inspect_counts_parameters_and_shows_the_fields_of_this_core(changes, core, size, tmp_path, capsys) -> None:
+def test_inspect_counts_parameters_and_shows_core_fields(changes, core, size, tmp_path, capsys) -> None:
     ranks = {"rank_pattern": {"second": 3}} | changes
     model = get_peft_model(TwoLayers(), nara_config(target_modules=TARGETS, **ranks))
     model.save_pretrained(str(tmp_path))
@@ -60,7 +60,7 @@ def test_inspect_counts_parameters_and_shows_the_fields_of_this_core(changes, co
     assert part["dtypes"] == ["float32"]
 
 
-def test_inspect_prints_a_line_a_field_and_leaves_out_what_is_not_set(tmp_path, capsys) -> None:
+def test_inspect_prints_set_fields_one_per_line(tmp_path, capsys) -> None:
     folder = folder_of(tmp_path, core_type="constant", strength=[[0, 1], [1, 0.25]])
     run("inspect", folder)
     lines = capsys.readouterr().out.splitlines()
@@ -89,7 +89,7 @@ def test_curves_are_those_of_the_adapted_model(tmp_path, changes):
         torch.testing.assert_close(values[index], grams, rtol=1e-4, atol=1e-5)
 
 
-def test_a_core_of_a_lower_rank_has_nan_for_the_missing_singular_values(tmp_path) -> None:
+def test_lower_rank_core_has_nan_singular_values(tmp_path) -> None:
     part = AdapterFile.read(folder_of(tmp_path, core_sharing="layer")).parts["model"]
     distances, values = core_curves(part, torch.linspace(0, 1, 5))
     assert distances.shape == (2, 5)
@@ -97,7 +97,7 @@ def test_a_core_of_a_lower_rank_has_nan_for_the_missing_singular_values(tmp_path
     assert values.isnan().nonzero().tolist() == [[1, level, 3] for level in range(5)]
 
 
-def test_plot_draws_a_row_a_component_with_the_strength_over_lambda(tmp_path, monkeypatch) -> None:
+def test_plot_draws_a_row_per_component_with_strength(tmp_path, monkeypatch) -> None:
     from matplotlib.figure import Figure
 
     figures: list[Figure] = []
@@ -142,7 +142,7 @@ def test_convert_there_and_back_keeps_every_tensor(component: str, pipeline_file
     assert (tmp_path / "peft" / CONFIG).is_file()
 
 
-def test_convert_refuses_what_is_ambiguous_and_keeps_what_exists(pipeline_file: Path, tmp_path: Path) -> None:
+def test_convert_refuses_ambiguity_and_keeps_existing_files(pipeline_file: Path, tmp_path: Path) -> None:
     run("convert", pipeline_file, tmp_path / "peft", "--to", "peft", "--component", "unet")
     before = (tmp_path / "peft" / WEIGHTS).read_bytes()
     other = ["--to", "peft", "--component", "text_encoder"]
