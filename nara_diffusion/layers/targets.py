@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .adapted_layer import CONVOLUTIONS
 from .dora import NaraDoraConv, NaraDoraLinear
 from .offloading import is_float8
+from .residual import ResidualLinear
 from .variants import NaraConv, NaraEmbedding, NaraLinear, NaraVariant
 
 _FORWARDS = (lora.Linear.forward, Embedding.forward, lora.Conv2d.forward)
@@ -51,11 +52,14 @@ def check_target(target: nn.Module, reads_core: bool, name: str) -> None:
         )
 
 
-def variant_for(layer: LoraLayer, name: str, has_norm: bool) -> type[NaraVariant]:
-    """Return the LoRA variant for a PEFT layer, with DoRA's norm if `has_norm`.
+def variant_for(
+    layer: LoraLayer, name: str, has_norm: bool, has_residual: bool = False
+) -> type[NaraVariant]:
+    """Return the LoRA variant for a PEFT layer, with DoRA's norm or T-LoRA's residual.
 
     Raises:
-        ValueError: PEFT's class for the layer does not call LoRA variants.
+        ValueError: PEFT's class for the layer does not call LoRA variants, or a residual is needed
+            and the layer isn't linear.
     """
     kind: type[Any] = type(layer)
     if kind.forward not in _FORWARDS and kind.__name__ not in _QUANTISED:
@@ -64,6 +68,13 @@ def variant_for(layer: LoraLayer, name: str, has_norm: bool) -> type[NaraVariant
             f"PEFT's {kind.__name__}): that class skips λ-dependent updates. Leave it out with "
             '`exclude_modules`, or use core_type="identity".'
         )
+    if has_residual:
+        if isinstance(layer, (Embedding, *CONVOLUTIONS)):
+            raise ValueError(
+                f"lora_a_init 'residual' and 'residual_base' need linear layers, and '{name}' is a "
+                f"{type(layer.get_base_layer()).__name__}. Leave it out with `exclude_modules`."
+            )
+        return ResidualLinear
     if isinstance(layer, Embedding):
         return NaraEmbedding
     if isinstance(layer, CONVOLUTIONS):

@@ -252,6 +252,13 @@ def _values(args: AdapterArguments, method: Method) -> dict[str, Any]:
         blocks = args.adapter_options.get("core_bins", NaraConfig.core_bins)
         rank = blocks * rank
         alpha *= math.sqrt(blocks) if args.adapter_options.get("use_rslora") else blocks
+    mask: dict[str, Any] = {}
+    if args.adapter == "tlora":
+        step = 2 if str(args.adapter_options.get("lora_a_init")).startswith("residual") else 1
+        # r counts the fixed directions too; the scale is that of --rank
+        mask = {"rank_mask_min": step, "rank_mask_step": step}
+        rank *= step
+        alpha *= math.sqrt(step) if args.adapter_options.get("use_rslora") else step
     is_all = args.target_modules == [ALL_LINEAR]
     return {
         "r": rank,
@@ -261,6 +268,7 @@ def _values(args: AdapterArguments, method: Method) -> dict[str, Any]:
         "target_modules": ALL_LINEAR if is_all else list(args.target_modules),
         "core_type": args.core_type,
         "lora_dropout": args.lora_dropout,
+        **mask,
         f"{method.name}_dropout": args.lora_dropout,
     }
 
@@ -287,6 +295,11 @@ def check_adapter(args: TrainingArguments) -> None:
         raise ValueError(
             "core_start_step trains A and B with C = I first, but core_init 'kaiming' starts from another C. Use "
             "core_init 'zero_last', or core_start_step 0."
+        )
+    if getattr(config, "has_residual", False) and args.weight_decay:
+        raise ValueError(
+            f"weight_decay is {args.weight_decay}, but lora_a_init {config.lora_a_init} fixes every second direction, "
+            "and the optimizer would shrink these. Use weight_decay 0."
         )
     family, start = method.family, args.init_adapter
     if start is not None and not Path(start).expanduser().exists():
