@@ -14,65 +14,77 @@ gradient of exactly 0, so an optimizer without weight decay leaves them as they 
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from .adapted_layer import AdaptedLayer, base_matrix
-from .functional import mixed
-from .variants import NaraLinear
-
-RESIDUAL_STARTS = ("residual", "residual_base")
-"""Values of `lora_a_init`: singular vectors of a random matrix, or of the layer's base weight."""
+from .functional import mixed, mixed_channels
+from .variants import NaraConv, NaraLinear, NaraVariant
 
 
-class ResidualLinear(NaraLinear):
-    """Train only the even directions of a linear layer. See the module's docstring."""
+class _Residual(NaraVariant):
+    """Train only the even directions of a layer. See the module's docstring."""
 
     def update(
         self, module: AdaptedLayer, active_adapter: str, x: Tensor, result: Tensor
     ) -> Tensor:
-        A, B = module.lora_A[active_adapter].weight, module.lora_B[active_adapter].weight
-        if not (torch.is_grad_enabled() and A.requires_grad):
+        A, B = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        if not (torch.is_grad_enabled() and A.weight.requires_grad):
             return super().update(module, active_adapter, x, result)
         D = self.deviation(module.r[active_adapter], x)
-        h = F.linear(module.lora_dropout[active_adapter](x), _with_fixed_odd_rows(A))
-        update = F.linear(mixed(D, h), _with_fixed_odd_rows(B.T).T)
+        rows = _with_fixed_odd_rows(A.weight)
+        columns = _with_fixed_odd_rows(B.weight.transpose(0, 1)).transpose(0, 1)
+        h = functional_call(A, {"weight": rows}, (module.lora_dropout[active_adapter](x),))
+        h = mixed_channels(D, h) if self.is_conv else mixed(D, h)
+        update = functional_call(B, {"weight": columns}, (h,))
         return torch.add(result, update, alpha=module.scaling[active_adapter])
 
 
+class ResidualLinear(_Residual, NaraLinear):
+    """The variant of linear layers."""
+
+
+class ResidualConv(_Residual, NaraConv):
+    """The variant of convolutions."""
+
+
 def _with_fixed_odd_rows(weight: Tensor) -> Tensor:
-    """Return the values of `weight` (2k, n), of which only even rows get a gradient."""
+    """Return the values of `weight` (2k, …), of which only even rows get a gradient."""
     is_fixed = torch.arange(len(weight), device=weight.device) % 2 == 1
-    return torch.where(is_fixed[:, None], weight.detach(), weight)
+    return torch.where(is_fixed.view(-1, *[1] * (weight.dim() - 1)), weight.detach(), weight)
 
 
 @torch.no_grad()
-def start_from_singular_vectors(layer: LoraLayer, adapter_name: str, start: str) -> None:
-    """Set A and B of a linear layer to both products. See the module's docstring.
+def start_from_singular_vectors(layer: LoraLayer, adapter_name: str, of_base: bool) -> None:
+    """Set A and B to both products. See the module's docstring.
 
-    "residual" takes the last k triples of a random matrix with the standard deviation 1 / k, the
-    default of T-LoRA's repository. "residual_base" takes the first k of the base weight, as LyCORIS
-    does. If the matrix has fewer, the other directions are zero.
+    If there are fewer than k triples, the other directions are zero.
+
+    Args:
+        of_base: True for the first k triples of the base weight, as in LyCORIS. False for the last
+            k of a random matrix with the standard deviation 1 / k, the default of T-LoRA's
+            repository.
     """
-    adapted = cast(Any, layer)
+    adapted = cast(AdaptedLayer, layer)
     A, B = adapted.lora_A[adapter_name].weight, adapted.lora_B[adapter_name].weight
     if A.is_meta:
         return
     count = len(A) // 2
-    if start == "residual_base":
+    if of_base:
         P, values, Q = torch.linalg.svd(base_matrix(adapted).float(), full_matrices=False)
         chosen = slice(None, count)
     else:
-        random = torch.randn(len(B), A.shape[1]) / count
+        random = torch.randn(len(B), A[0].numel()) / count
         P, values, Q = torch.linalg.svd(random, full_matrices=False)
         chosen = slice(-count, None)
     Q, scaled = Q[chosen], P[:, chosen] * values[chosen]
-    end = 2 * len(Q)
-    A.zero_()
-    B.zero_()
-    A[0:end:2], A[1:end:2] = Q.to(A), Q.to(A)
-    B[:, 0:end:2], B[:, 1:end:2] = scaled.to(B), -scaled.to(B)
+    nn.init.zeros_(A)
+    nn.init.zeros_(B)
+    rows, columns = A.flatten(1), B.flatten(1)  # views
+    for first, sign in ((0, 1), (1, -1)):
+        rows[first : 2 * len(Q) : 2] = Q.to(A)
+        columns[:, first : 2 * len(Q) : 2] = sign * scaled.to(B)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .adapted_layer import CONVOLUTIONS
 from .dora import NaraDoraConv, NaraDoraLinear
 from .offloading import is_float8
-from .residual import ResidualLinear
+from .residual import ResidualConv, ResidualLinear
 from .variants import NaraConv, NaraEmbedding, NaraLinear, NaraVariant
 
 _FORWARDS = (lora.Linear.forward, Embedding.forward, lora.Conv2d.forward)
@@ -58,8 +58,8 @@ def variant_for(
     """Return the LoRA variant for a PEFT layer, with DoRA's norm or T-LoRA's residual.
 
     Raises:
-        ValueError: PEFT's class for the layer does not call LoRA variants, or a residual is needed
-            and the layer isn't linear.
+        ValueError: PEFT's class for the layer does not call LoRA variants, or an embedding
+            would need a residual.
     """
     kind: type[Any] = type(layer)
     if kind.forward not in _FORWARDS and kind.__name__ not in _QUANTISED:
@@ -68,15 +68,15 @@ def variant_for(
             f"PEFT's {kind.__name__}): that class skips λ-dependent updates. Leave it out with "
             '`exclude_modules`, or use core_type="identity".'
         )
-    if has_residual:
-        if isinstance(layer, (Embedding, *CONVOLUTIONS)):
-            raise ValueError(
-                f"lora_a_init 'residual' and 'residual_base' need linear layers, and '{name}' is a "
-                f"{type(layer.get_base_layer()).__name__}. Leave it out with `exclude_modules`."
-            )
-        return ResidualLinear
     if isinstance(layer, Embedding):
+        if has_residual:
+            raise ValueError(
+                f"lora_a_init 'residual' and 'residual_base' are not for embeddings, such as '{name}'. Leave it out "
+                "with `exclude_modules`."
+            )
         return NaraEmbedding
+    if has_residual:
+        return ResidualConv if isinstance(layer, CONVOLUTIONS) else ResidualLinear
     if isinstance(layer, CONVOLUTIONS):
         return NaraDoraConv if has_norm else NaraConv
     return NaraDoraLinear if has_norm else NaraLinear

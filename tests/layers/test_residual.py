@@ -123,10 +123,24 @@ def test_residual_adapter_folds_and_merges_at_a_level() -> None:
         assert relative_error(model(x), expected) < 1e-5
 
 
+@STARTS
+def test_residual_of_a_convolution_trains_even_directions_only(start: str) -> None:
+    config = nara_config(target_modules=["layer"], lora_a_init=start, **MASK)
+    model, x = get_peft_model(OneLayer(nn.Conv2d(7, 5, (3, 1), padding=(1, 0))), config), torch.randn(4, 7, 3, 2)
+    layer = model.base_model.model.layer
+    with noise_level(model, LEVELS):
+        output = model(x)
+    assert relative_error(output, layer.get_base_layer()(x)) < 1e-6
+    output.square().sum().backward()
+    A, B = layer.lora_A["default"].weight.grad, layer.lora_B["default"].weight.grad
+    assert A[1::2].count_nonzero() == B[:, 1::2].count_nonzero() == 0
+    assert min(A[0::2].abs().amax((1, 2, 3)).min(), B[:, 0::2].abs().amax((0, 2, 3)).min()) > 0
+
+
 @pytest.mark.parametrize(
     ("layer", "changes", "message"),
     [
-        (nn.Conv2d(7, 5, 1), {}, "'residual_base' need linear layers, and 'layer' is a Conv2d"),
+        (nn.Embedding(7, 5), {}, "'residual_base' are not for embeddings, such as 'layer'"),
         (nn.Linear(7, 5), {"use_dora": True}, "lora_a_init is 'residual': pass core_type='rank_mask'"),
         (nn.Linear(7, 5), {"rank_mask_step": 1}, "lora_a_init is 'residual': .*rank_mask_step=2"),
         (nn.Linear(7, 5), {"core_type": "bins", "core_bins": 2, "rank_mask_min": None}, "lora_a_init is 'residual'"),
