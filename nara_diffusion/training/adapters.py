@@ -293,8 +293,8 @@ def check_adapter(args: TrainingArguments) -> None:
         )
     if getattr(config, "has_residual", False) and args.weight_decay:
         raise ValueError(
-            f"weight_decay is {args.weight_decay}, but lora_a_init {config.lora_a_init} fixes every second direction, "
-            "and the optimizer would shrink these. Use weight_decay 0."
+            f"weight_decay is {args.weight_decay}, and would shrink the directions that lora_a_init 'residual' fixes. "
+            "Use weight_decay 0."
         )
     family, start = method.family, args.init_adapter
     if start is not None and not Path(start).expanduser().exists():
