@@ -155,6 +155,7 @@ def _convert(add: Callable[..., Any]) -> None:
     add("output", metavar="OUTPUT", type=Path, help="the folder to write")
     add("--to", choices=("peft", "pipeline"), required=True, help="the format to write")
     add("--component", help="which part of a pipeline: unet, transformer, text_encoder, …")
+    add("--base_model", help="for a T-LoRA of LyCORIS: the folder or Hub id of its base model")
     _overwrite(add)
 
 

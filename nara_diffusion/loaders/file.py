@@ -53,7 +53,7 @@ from .tensor_files import (
     read_tensors,
     save_tensors,
 )
-from .time_aware import format_of
+from .time_aware import TimeAwareFormat, format_of
 from .tlora import OtherFile
 
 FORMAT_VERSION = 1
@@ -72,10 +72,12 @@ class AdapterFile:
         parts: {component: its configuration and tensors}.
         path: the file with the tensors; None for a dict, or for an adapter that has not been
             written yet.
+        other: the format, for a file of another project.
     """
 
     parts: dict[str, AdapterPart]
     path: Path | None = None
+    other: TimeAwareFormat | None = None
 
     @classmethod
     def read(
@@ -87,7 +89,9 @@ class AdapterFile:
         subfolder: str | None = None,
         metadata: Mapping[str, str] | None = None,
         hub: Mapping[str, Any] | None = None,
+        for_model: bool = False,
         base: Callable[[], nn.Module] | None = None,
+        without_base: bool = False,
         rank_mask: Mapping[str, Any] | None = None,
     ) -> AdapterFile:
         """Read a file, a folder, a repository on the Hub, or a dict of tensors with its `metadata`.
@@ -99,10 +103,10 @@ class AdapterFile:
             subfolder: the subfolder of the folder or repository.
             metadata: the metadata for a dict of tensors.
             hub: options for downloads.
-            base: a function that returns the model that the caller loads the adapter into. The
-                caller then compares the tensors with the model's, so that they are not compared with
-                the configuration here. Without it, tensors of a file of LyCORIS that come from the
-                base's weights are on the device "meta".
+            for_model: True if the caller will compare the tensors with those of a model, so that
+                they are not compared with the configuration here.
+            base: a function that returns the base model. A file of LyCORIS needs its weights.
+            without_base: True if shapes are enough for such a file: its tensors are on "meta".
             rank_mask: "min" and "exponent" of T-LoRA's mask, for files of other projects.
 
         Raises:
@@ -120,13 +124,12 @@ class AdapterFile:
             else:
                 path = locate(source, weight_name, subfolder, hub or {})
                 tensors, metadata = read_tensors(path)
-            for_model = base is not None
             if path is not None and path.name == PEFT_WEIGHTS_NAME:
                 return cls({component: _of_peft(path, tensors, for_model)}, path)
             is_ours = METADATA_KEY in (metadata or {})
             if not is_ours and (other := format_of(tensors)):
-                converted = other.convert(OtherFile(tensors, path, base, rank_mask))
-                return cls({component: converted}, path)
+                converted = other.convert(OtherFile(tensors, path, base, without_base, rank_mask))
+                return cls({component: converted}, path, other)
             if rank_mask is not None:
                 raise ValueError("rank_mask is for a T-LoRA of another project: leave it out.")
             origin = "The dict" if path is None else f"'{path}'"

@@ -57,6 +57,11 @@ def convert_lycoris(file: OtherFile) -> AdapterPart:
                 f"'{key}' is not a tensor of LyCORIS' T-LoRA, and a file with several methods can't be played."
             )
         layers.setdefault(name, {})[field] = tensor
+    if file.base is None and not file.without_base:
+        raise ValueError(
+            "it is a T-LoRA of LyCORIS, whose start factors come from the base's weights. Load it with "
+            "pipe.load_nara_weights, or convert it first: nara convert … --base_model …."
+        )
     model = None if file.base is None else file.base()
     names = {key: dotted(key) for key in layers} if model is None else module_names(layers, model)
     bases = {} if model is None else {key: base_layer(model, names[key]) for key in layers}

@@ -14,10 +14,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from . import tlora_repository
 from .adapter_part import AdapterPart
 from .lycoris import convert_lycoris
+from .tensor_files import OTHER_WEIGHTS_NAMES, PEFT_CONFIG_NAME, read_tensors
 from .tlora import OtherFile
 from .tlora_repository import convert_repository
 
@@ -30,21 +32,18 @@ class TimeAwareFormat:
         name: the name in messages.
         key: the pattern of keys that only this format has.
         convert: a function that returns the adapter's part.
-        needs_base: True if the file leaves out tensors that come from the base's weights.
     """
 
     name: str
     key: re.Pattern[str]
     convert: Callable[[OtherFile], AdapterPart]
-    needs_base: bool = False
 
 
 FORMATS = (
     TimeAwareFormat(
-        "a T-LoRA of LyCORIS",
+        "a T-LoRA of LyCORIS, whose start factors come from the base's weights",
         re.compile(r"[^.]+\.(lambda_layer|[pq]_layer\.weight)"),
         convert_lycoris,
-        needs_base=True,
     ),
     TimeAwareFormat("a T-LoRA of its authors' code", tlora_repository.KEY, convert_repository),
 )
@@ -57,3 +56,15 @@ def format_of(keys: Iterable[str]) -> TimeAwareFormat | None:
         if any(map(candidate.key.fullmatch, keys)):
             return candidate
     return None
+
+
+def check_readable_by_peft(source: str | Path) -> None:
+    """Raise ValueError if PEFT is about to load a local file of one of these formats."""
+    path = Path(source)
+    files = [path] if path.is_file() else [path / name for name in OTHER_WEIGHTS_NAMES]
+    for file in [] if (path / PEFT_CONFIG_NAME).is_file() else filter(Path.is_file, files):
+        if other := format_of(read_tensors(file)[0]):
+            raise ValueError(
+                f"'{file}' is {other.name}, which has no {PEFT_CONFIG_NAME}. Load it with pipe.load_nara_weights, or "
+                "write a folder for PEFT with nara convert --to peft."
+            )

@@ -47,14 +47,15 @@ class OtherFile:
     Attributes:
         tensors: the file's tensors.
         path: the file; None for a dict of tensors.
-        base: a function that returns the base model. None means that there is none: tensors that
-            would come from it are on the device "meta".
+        base: a function that returns the base model, if there is one.
+        without_base: True if no base is needed, because only shapes are read.
         rank_mask: "min" and "exponent" of T-LoRA's mask; None means those beside the file.
     """
 
     tensors: Mapping[str, Tensor]
     path: Path | None = None
     base: Callable[[], nn.Module] | None = None
+    without_base: bool = False
     rank_mask: Mapping[str, Any] | None = None
 
 

@@ -126,6 +126,7 @@ def load_nara_weights(
             subfolder=subfolder,
             metadata=metadata,
             hub=hub,
+            for_model=True,
             base=base,
             rank_mask=rank_mask,
         )
