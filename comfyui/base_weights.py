@@ -51,9 +51,10 @@ def as_in_diffusers(
         weight = weights[name]
         unit = len(weight) // {1: 1, 3: 3, 4: 3 + MLP_RATIO}[len(parts)]
         sizes = [unit, unit, unit, MLP_RATIO * unit][: len(parts)]
-        if base == "sd3" and name.endswith("context_block.adaLN_modulation.1"):
-            if len(weight) == 2 * weight.shape[1]:  # SD3's last block, see `original_layers`
-                weight = torch.cat(weight.chunk(2)[::-1])
+        is_modulation = base == "sd3" and name.endswith("context_block.adaLN_modulation.1")
+        if is_modulation and len(weight) == 2 * weight.shape[1]:
+            # in SD3's last block, Diffusers has scale, then shift; the original code the reverse
+            weight = torch.cat(weight.chunk(2)[::-1])
         for part, rows in zip(parts, weight.split(sizes), strict=True):
             if part is not None:
                 place: Any = root

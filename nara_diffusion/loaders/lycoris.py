@@ -101,36 +101,31 @@ def check_layers(
     """
     rank, expected = 0, {}
     for key, tensors in layers.items():
-        shapes = {field: tuple(getattr(tensors.get(field), "shape", ())) for field in _FIELDS}
-        q, p = shapes["q_layer.weight"], shapes["p_layer.weight"]
-        ones = q[2:]
+        q, p, values = (getattr(tensors.get(field), "shape", (0, 0)) for field in _FIELDS[:3])
+        rank = rank or values[-1]
+        if "lambda_layer" in tensors and values[-1] != rank:
+            raise ValueError(
+                f"'{key}' has rank {values[-1]}, but the layers before it have {rank}. LyCORIS' mask is for one rank."
+            )
+        d_in, d_out, kernel = (*q, 0, 0)[1], (*p, 0)[0], q[2:]
         if base := bases.get(key):
-            shape, ones = base.weight.shape, (1,) * (base.weight.dim() - 2)
-            is_padded = math.prod(shape[2:]) > 1 and any(base.padding)
-            if ones and (is_padded or base.groups > 1):
+            d_out, d_in, *kernel = base.weight.shape
+            is_padded = math.prod(kernel) > 1 and any(base.padding)
+            if kernel and (is_padded or base.groups > 1):
                 raise ValueError(
-                    f"'{key}' is for a convolution with kernel {tuple(shape[2:])}, padding {base.padding} and "
+                    f"'{key}' is for a convolution with kernel {tuple(kernel)}, padding {base.padding} and "
                     f"{base.groups} groups. LyCORIS' own T-LoRA fails in it, so it can't be played."
                 )
-            p, q = (shape[0], 0), (0, shape[1])
-        layer_rank = (shapes["lambda_layer"] or (0,))[-1]
-        rank = rank or layer_rank
-        if "lambda_layer" in tensors and layer_rank != rank:
-            raise ValueError(
-                f"'{key}' has rank {layer_rank}, but the layers before it have {rank}. LyCORIS' mask is for one rank."
-            )
-        expected[f"{key}.q_layer.weight"] = rank, (q or (0, 0))[-1 - len(ones)], *ones
-        expected[f"{key}.p_layer.weight"] = (p or (0,))[0], rank, *ones
+        ones = (1,) * len(kernel)
+        expected[f"{key}.q_layer.weight"] = rank, d_in, *ones
+        expected[f"{key}.p_layer.weight"] = d_out, rank, *ones
         expected[f"{key}.lambda_layer"] = 1, rank
         expected[f"{key}.alpha"] = ()
     like = {key: torch.empty(shape, device="meta") for key, shape in expected.items()}
-    check_tensors(
-        {
-            key: tensor.float() if key.endswith(".alpha") else tensor
-            for key, tensor in file.tensors.items()
-        },
-        like,
-    )
+    for key, tensor in file.tensors.items():
+        if key.endswith(".alpha") and key in like and tensor.dtype in (torch.int32, torch.int64):
+            like[key] = like[key].to(tensor.dtype)  # LyCORIS stores it as it was given
+    check_tensors(file.tensors, like)
     return rank
 
 

@@ -202,8 +202,6 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str] | None]:
 def _read_pickle(path: Path) -> dict[str, Tensor]:
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
     except Exception as error:  # torch.load raises errors of any type for a damaged file
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(
