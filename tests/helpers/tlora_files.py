@@ -6,14 +6,23 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+BLOCK = "down_blocks.1.attentions.0.transformer_blocks.0"
+NAMES = [f"{BLOCK}.attn1.to_q", f"{BLOCK}.attn2.to_k", f"{BLOCK}.ff.net.2", "down_blocks.1.resnets.0.conv_shortcut"]
+"""Layers of the UNet: square, wide, tall, and a 1 × 1 convolution."""
+MASK = {"min": 1, "exponent": 2.0}
+SETTINGS = {"algo": "tlora", "linear_dim": 4, "tlora_min_rank": 1, "tlora_alpha": 2.0}
+FILE = "pytorch_lora_weights.safetensors"
 SDXL = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
 FLUX = {**SDXL, "q_proj": "add_q_proj", "k_proj": "add_k_proj", "v_proj": "add_v_proj"}
 
@@ -27,6 +36,15 @@ def active(t: float, rank: int, least: int = 1, exponent: float = 1.0) -> int:
 
 
 # ---------------------------------------------------------------- files
+
+
+def saved(folder: Path, tensors: dict[str, Tensor], settings: dict[str, Any] | None = None) -> Path:
+    """A folder as SimpleTuner leaves it."""
+    folder.mkdir(exist_ok=True)
+    save_file(tensors, folder / FILE)
+    if settings is not None:
+        (folder / "lycoris_config.json").write_text(json.dumps(settings))
+    return folder
 
 
 def lycoris_file(
