@@ -158,6 +158,7 @@ def _convert(add: Callable[..., Any]) -> None:
     add("--component", help="which part of a pipeline: unet, transformer, text_encoder, …")
     bases = ("sd15", "sdxl", "sd3", "flux", "wan")
     add("--base", choices=bases, help="with --to lycoris, for ComfyUI: the model of the adapter")
+    add("--base_model", help="for a T-LoRA of LyCORIS: the folder or Hub id of its base model")
     _overwrite(add)
 
 
