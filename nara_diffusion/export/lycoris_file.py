@@ -70,11 +70,11 @@ def lycoris_content(
             "written."
         )
     layers = layers_of_tensors(config, part.tensors)
-    names = {name: name for name in layers} if base is None else _names_in_comfyui(layers, base)
+    names = {name: name for name in layers} if base is None else names_in_comfyui(layers, base)
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         key = f"lycoris_{names[name].replace('.', '_')}"
-        tensors |= {f"{key}.{field}": tensor for field, tensor in _fields(name, layer).items()}
+        tensors |= {f"{key}.{field}": tensor for field, tensor in lycoris_fields(name, layer).items()}
     core = cast(RankMaskCore, next(iter(cores_of(part).values())))
     rank = config.r // 2
     alphas = [tensor for key, tensor in tensors.items() if key.endswith(".alpha")]
@@ -89,7 +89,7 @@ def lycoris_content(
     return tensors, settings
 
 
-def _fields(name: str, layer: PlainLoraLayer) -> dict[str, Tensor]:
+def lycoris_fields(name: str, layer: PlainLoraLayer) -> dict[str, Tensor]:
     """Return LyCORIS' tensors of one layer, {name of the field: tensor}.
 
     Raises:
@@ -111,7 +111,7 @@ def _fields(name: str, layer: PlainLoraLayer) -> dict[str, Tensor]:
     }
 
 
-def _names_in_comfyui(layers: dict[str, PlainLoraLayer], base: str) -> dict[str, str]:
+def names_in_comfyui(layers: dict[str, PlainLoraLayer], base: str) -> dict[str, str]:
     """Return {name in Diffusers: name in ComfyUI} of the modules.
 
     Raises:

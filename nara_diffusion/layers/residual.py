@@ -36,8 +36,8 @@ class _Residual(NaraVariant):
         if not (torch.is_grad_enabled() and A.weight.requires_grad):
             return super().update(module, active_adapter, x, result)
         D = self.deviation(module.r[active_adapter], x)
-        rows = _with_fixed_odd_rows(A.weight)
-        columns = _with_fixed_odd_rows(B.weight.transpose(0, 1)).transpose(0, 1)
+        rows = with_fixed_odd_rows(A.weight)
+        columns = with_fixed_odd_rows(B.weight.transpose(0, 1)).transpose(0, 1)
         h = functional_call(A, {"weight": rows}, (module.lora_dropout[active_adapter](x),))
         h = mixed_channels(D, h) if self.is_conv else mixed(D, h)
         update = functional_call(B, {"weight": columns}, (h,))
@@ -52,7 +52,7 @@ class ResidualConv(_Residual, NaraConv):
     """The variant of convolutions."""
 
 
-def _with_fixed_odd_rows(weight: Tensor) -> Tensor:
+def with_fixed_odd_rows(weight: Tensor) -> Tensor:
     """Return the values of `weight` (2k, …), of which only even rows get a gradient."""
     is_fixed = torch.arange(len(weight), device=weight.device) % 2 == 1
     return torch.where(is_fixed.view(-1, *[1] * (weight.dim() - 1)), weight.detach(), weight)
