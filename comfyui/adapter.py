@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from nara_diffusion.export.adapter_factors import adapter_of_part
 from nara_diffusion.export.host_files import HOST_DENOISERS, with_scale_1
-from nara_diffusion.export.original_names import original_layers, parts_of
+from nara_diffusion.export.original_names import UNETS, original_layers, parts_of
 from nara_diffusion.export.to_lora import lora_of
 from nara_diffusion.loaders.components import TEXT_ENCODER
 from nara_diffusion.loaders.file import AdapterFile
@@ -33,8 +33,10 @@ class LiveAdapter:
     """The denoiser part of an adapter, with module names as in the original code.
 
     Args:
-        path: a file or folder that `save_nara_weights` wrote.
+        path: a file or folder that `save_nara_weights` wrote, or a T-LoRA of another project.
         base: one of `nara_diffusion.export.host_files.BASES`.
+        base_model: a function that returns the adapted layers of the base by their names in
+            Diffusers, for a T-LoRA of LyCORIS.
 
     Attributes:
         convention: the definition of λ; None if the adapter doesn't need λ.
@@ -45,8 +47,12 @@ class LiveAdapter:
             the base or is for neither a denoiser nor a text encoder.
     """
 
-    def __init__(self, path: str, base: str) -> None:
-        parts = dict(AdapterFile.read(path).parts)
+    def __init__(
+        self, path: str, base: str, base_model: Callable[[], nn.Module] | None = None
+    ) -> None:
+        denoiser_name = "unet" if base in UNETS else "transformer"
+        file = AdapterFile.read(path, denoiser_name, base=base_model)
+        parts = dict(file.parts)
         denoisers = [name for name in HOST_DENOISERS if name in parts]
         if not denoisers:
             raise ValueError(
@@ -55,6 +61,8 @@ class LiveAdapter:
             )
         denoiser = parts.pop(denoisers[0])
         self.config = denoiser.config
+        if file.other is not None and self.config.noise_convention is None:
+            self.config.noise_convention = CONVENTIONS.get(base, ("flow",))[0]
         if self.config.use_dora:
             raise ValueError(
                 f"'{path}' is a NaRA-DoRA, which this node can't apply. Sample it in Diffusers."

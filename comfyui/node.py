@@ -9,6 +9,7 @@ edm          σ / (1 + σ)                                               all but
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import comfy.sd  # type: ignore[import-not-found]
@@ -16,8 +17,10 @@ import folder_paths  # type: ignore[import-not-found]
 from torch import Tensor, nn
 
 from nara_diffusion.export.host_files import BASES, host_state_dict
+from nara_diffusion.loaders.tensor_files import read_tensors
 
 from .adapter import LiveAdapter
+from .base_weights import as_in_diffusers, base_weights
 
 
 class Sampling(Protocol):
@@ -43,6 +46,8 @@ class Patcher(Protocol):
     model_options: dict[str, Any]
 
     def clone(self) -> Patcher: ...
+
+    def get_key_patches(self, filter_prefix: str) -> dict[str, list[Any]]: ...
 
     def set_model_unet_function_wrapper(self, function: Callable[..., Tensor]) -> None: ...
 
@@ -75,8 +80,15 @@ class LoadNaRA:
             ValueError: see `LiveAdapter`; modules that the model lacks; text encoders without a
                 CLIP to put them on.
         """
-        adapter = LiveAdapter(folder_paths.get_full_path_or_raise("loras", nara_name), base)
-        adapter.check(model.model.diffusion_model)
+        path = folder_paths.get_full_path_or_raise("loras", nara_name)
+        denoiser = model.model.diffusion_model
+
+        def base_model() -> nn.Module:
+            tensors, _ = read_tensors(Path(path))
+            return as_in_diffusers(tensors, base, denoiser, base_weights(model))
+
+        adapter = LiveAdapter(path, base, base_model)
+        adapter.check(denoiser)
         if adapter.encoders and clip is None:
             raise ValueError(
                 f"'{nara_name}' also adapts {', '.join(adapter.encoders)}. Connect the input clip."

@@ -42,6 +42,7 @@ from nara_diffusion.loaders.components import (
 from nara_diffusion.loaders.file import naming
 from nara_diffusion.loaders.insertion import LOADED_FLAG
 from nara_diffusion.loaders.tensor_files import check_peft_weights, is_nara, is_nara_for_peft
+from nara_diffusion.loaders.time_aware import check_readable_by_peft
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
 from nara_diffusion.tuner.adding import restored_on_error
 from nara_diffusion.tuner.holder import holder_of
@@ -132,6 +133,7 @@ def _is_nara(
     """Return True if the adapter to be loaded, from a folder or with `config`, is a NaRA."""
     if config is not None or not model_id:
         return isinstance(config, NaraConfig)
+    check_readable_by_peft(str(model_id))
     return is_nara_for_peft(str(model_id), **_hub_options(options))
 
 

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.models.auto_model import AutoModel
 from torch import Tensor, nn
 
 from nara_diffusion.export.adapter_factors import cores_of, schedule_of
+from nara_diffusion.export.lycoris_file import LYCORIS_CONFIG, LYCORIS_WEIGHTS, save_lycoris
 from nara_diffusion.loaders.adapter_part import AdapterPart
 from nara_diffusion.loaders.components import check_storable
 from nara_diffusion.loaders.file import MODEL, AdapterFile, naming
@@ -42,7 +44,7 @@ def inspect(args: Namespace) -> str:
     The base model isn't needed. The line noise_convention is this adapter's definition of λ:
     masked_share, the share of a language model's answer that is masked; timestep, t / N; flow, σ; …
     """
-    file = AdapterFile.read(Path(args.file))
+    file = AdapterFile.read(Path(args.file), without_base=True)
     content = (file.path or Path()).read_bytes()
     description: dict[str, Any] = {
         "file": str(file.path),
@@ -50,6 +52,9 @@ def inspect(args: Namespace) -> str:
         "sha256": hashlib.sha256(content).hexdigest(),
         "components": {name: _described(part) for name, part in file.parts.items()},
     }
+    if file.other is not None:
+        for rows in description["components"].values():
+            rows["method"] = file.other.name
     if args.json:
         return json.dumps(description, indent=2, default=list)
     lines = [f"{file.path}: {len(content):,} bytes, sha256 {description['sha256']}"]
@@ -113,7 +118,7 @@ def plot(args: Namespace) -> str:
     if output.is_dir():
         raise ValueError(f"--output {output} is a folder. Give the name of a PNG file.")
     check_free([output], args.overwrite)
-    parts = AdapterFile.read(Path(args.file)).parts
+    parts = AdapterFile.read(Path(args.file), without_base=True).parts
     levels = torch.linspace(0, 1, args.points, dtype=torch.float32)
     figure = Figure(figsize=(12, 3.4 * len(parts)), layout="constrained")
     rows = figure.subplots(len(parts), 3, squeeze=False)
@@ -159,36 +164,58 @@ def core_curves(part: AdapterPart, levels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def convert(args: Namespace) -> str:
-    """Convert a NaRA between its two file formats, without its base model. Tensors are unchanged.
+    """Convert a NaRA between its two file formats, or a T-LoRA to LyCORIS' format. No base is needed.
+
+    A T-LoRA of another project is converted into either. Its mask has the settings of the
+    lycoris_config.json beside it; a file of LyCORIS also needs the base's weights.
 
         nara convert my-toy folder --to peft                       # for PeftModel
         nara convert my-toy folder --to peft --component text_encoder  # one of several components
         nara convert folder my-toy --to pipeline --component unet  # for pipe.load_nara_weights
+        nara convert lycoris.safetensors my-toy --to pipeline --component unet --base_model sdxl-base
+        nara convert my-toy folder --to lycoris                    # for LyCORIS and SimpleTuner
+        nara convert my-toy folder --to lycoris --base sdxl        # for ComfyUI's T-LoRA node
 
-    To write a plain LoRA, use nara fold. To make a NaRA from a LoRA, call nara_diffusion.from_lora,
-    or give a train script --init_adapter.
+    Tensors are unchanged, except in LyCORIS' format. It can store an adapter of --adapter tlora with
+    lora_a_init=residual_base (docs/time_aware.md). To write a plain LoRA, use nara fold. To make a
+    NaRA from a LoRA, call nara_diffusion.from_lora, or give a train script --init_adapter.
     """
     source, output, form, component = args.file, args.output, args.to, args.component
-    parts = AdapterFile.read(Path(source)).parts
-    if (form == "peft") == (list(parts) == [MODEL]):
+
+    def base() -> nn.Module:
+        model: Any = AutoModel.from_pretrained(args.base_model, subfolder=component)
+        return model
+
+    file = AdapterFile.read(
+        Path(source), component or MODEL, base=base if args.base_model else None
+    )
+    parts = file.parts
+    is_peft = file.path is not None and file.path.name == PEFT_WEIGHTS_NAME
+    if file.other is None and form == ("peft" if is_peft else "pipeline"):
         other = "pipeline" if form == "peft" else "peft"
         raise ValueError(
             f"'{source}' already has the form {form!r}. Use it as it is, or choose --to {other}."
         )
-    if form == "peft":
-        if component not in parts and (component is not None or len(parts) > 1):
-            raise ValueError(f"The file has {', '.join(parts)}. Choose one with --component.")
-        name = component or next(iter(parts))
-        check_free([output / PEFT_WEIGHTS_NAME, output / PEFT_CONFIG_NAME], args.overwrite)
-        AdapterFile({name: parts[name]}).save_peft(output)
-    else:
+    if args.base is not None and form != "lycoris":
+        raise ValueError(f"--base is for --to lycoris, and not for --to {form}. Leave it out.")
+    if form == "pipeline":
         if component is None or not component.isidentifier():
             raise ValueError(
                 "--to pipeline needs --component, the adapted part of the pipeline, such as unet or transformer."
             )
         with naming(source):
-            check_storable(parts[MODEL].config, component)
+            check_storable(parts[component].config, component)
         check_free([output / WEIGHTS_NAME], args.overwrite)
         output.mkdir(parents=True, exist_ok=True)
-        AdapterFile({component: parts[MODEL]}).save(output / WEIGHTS_NAME)
+        AdapterFile({component: parts[component]}).save(output / WEIGHTS_NAME)
+        return f"{output}: as {form}"
+    if component not in parts and (component is not None or len(parts) > 1):
+        raise ValueError(f"The file has {', '.join(parts)}. Choose one with --component.")
+    part = parts[component or next(iter(parts))]
+    if form == "peft":
+        check_free([output / PEFT_WEIGHTS_NAME, output / PEFT_CONFIG_NAME], args.overwrite)
+        AdapterFile({MODEL: part}).save_peft(output)
+    else:
+        check_free([output / LYCORIS_WEIGHTS, output / LYCORIS_CONFIG], args.overwrite)
+        save_lycoris(part, output, args.base)
     return f"{output}: as {form}"

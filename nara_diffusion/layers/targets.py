@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .adapted_layer import CONVOLUTIONS
 from .dora import NaraDoraConv, NaraDoraLinear
 from .offloading import is_float8
+from .residual import ResidualConv, ResidualLinear
 from .variants import NaraConv, NaraEmbedding, NaraLinear, NaraVariant
 
 _FORWARDS = (lora.Linear.forward, Embedding.forward, lora.Conv2d.forward)
@@ -51,11 +52,14 @@ def check_target(target: nn.Module, reads_core: bool, name: str) -> None:
         )
 
 
-def variant_for(layer: LoraLayer, name: str, has_norm: bool) -> type[NaraVariant]:
-    """Return the LoRA variant for a PEFT layer, with DoRA's norm if `has_norm`.
+def variant_for(
+    layer: LoraLayer, name: str, has_norm: bool, has_residual: bool = False
+) -> type[NaraVariant]:
+    """Return the LoRA variant for a PEFT layer, with DoRA's norm or T-LoRA's residual.
 
     Raises:
-        ValueError: PEFT's class for the layer does not call LoRA variants.
+        ValueError: PEFT's class for the layer does not call LoRA variants, or an embedding
+            would need a residual.
     """
     kind: type[Any] = type(layer)
     if kind.forward not in _FORWARDS and kind.__name__ not in _QUANTISED:
@@ -65,7 +69,14 @@ def variant_for(layer: LoraLayer, name: str, has_norm: bool) -> type[NaraVariant
             '`exclude_modules`, or use core_type="identity".'
         )
     if isinstance(layer, Embedding):
+        if has_residual:
+            raise ValueError(
+                f"lora_a_init 'residual' and 'residual_base' are not for embeddings, such as '{name}'. Leave it out "
+                "with `exclude_modules`."
+            )
         return NaraEmbedding
+    if has_residual:
+        return ResidualConv if isinstance(layer, CONVOLUTIONS) else ResidualLinear
     if isinstance(layer, CONVOLUTIONS):
         return NaraDoraConv if has_norm else NaraConv
     return NaraDoraLinear if has_norm else NaraLinear

@@ -8,7 +8,8 @@ There are two formats. A pipeline's file is a safetensors file with configuratio
     __metadata__["nara_adapter_metadata"]     {"format_version": 1, "components": {"unet": {…}}},
                                               with the fields of NaraConfig
 
-A PEFT folder has one component, in adapter_config.json and adapter_model.safetensors. It is written
+A file of another project (time_aware.py) has one component too, and its format is recognised by its
+keys. A PEFT folder has one component, in adapter_config.json and adapter_model.safetensors. It is written
 by `PeftModel.save_pretrained` and by `train_scripts/dllm.py`, also for checkpoints. Its keys begin
 with "base_model.model.".
 
@@ -28,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from nara_diffusion.config import NaraConfig, NaraPeftType
 from nara_diffusion.cores.core_set import is_core_key, with_current_names
@@ -48,6 +49,8 @@ from .tensor_files import (
     read_tensors,
     save_tensors,
 )
+from .time_aware import TimeAwareFormat, format_of
+from .tlora import OtherFile
 
 FORMAT_VERSION = 1
 MODEL = "model"
@@ -65,10 +68,12 @@ class AdapterFile:
         parts: {component: its configuration and tensors}.
         path: the file with the tensors; None for a dict, or for an adapter that has not been
             written yet.
+        other: the format, for a file of another project.
     """
 
     parts: dict[str, AdapterPart]
     path: Path | None = None
+    other: TimeAwareFormat | None = None
 
     @classmethod
     def read(
@@ -81,18 +86,24 @@ class AdapterFile:
         metadata: Mapping[str, str] | None = None,
         hub: Mapping[str, Any] | None = None,
         for_model: bool = False,
+        base: Callable[[], nn.Module] | None = None,
+        without_base: bool = False,
+        rank_mask: Mapping[str, Any] | None = None,
     ) -> AdapterFile:
         """Read a file, a folder, a repository on the Hub, or a dict of tensors with its `metadata`.
 
         Args:
             source: the file, folder, repository or dict to read.
-            component: the component name to use for a PEFT folder.
+            component: the component name to use for a PEFT folder or another project's file.
             weight_name: the file's name in its folder or repository.
             subfolder: the subfolder of the folder or repository.
             metadata: the metadata for a dict of tensors.
             hub: options for downloads.
             for_model: True if the caller will compare the tensors with those of a model, so that
                 they are not compared with the configuration here.
+            base: a function that returns the base model. A file of LyCORIS needs its weights.
+            without_base: True if shapes are enough for such a file: its tensors are on "meta".
+            rank_mask: "min" and "exponent" of T-LoRA's mask, for files of other projects.
 
         Raises:
             ValueError: there is no file, or the file is damaged or of another kind.
@@ -103,14 +114,22 @@ class AdapterFile:
                 "metadata is for a dict of tensors. A file contains its own: leave it out."
             )
         with naming(source):
+            path = None
             if isinstance(source, Mapping):
                 tensors = {key: copied(tensor) for key, tensor in source.items()}
-                return cls(_of_pipeline(tensors, metadata, "The dict", for_model))
-            path = locate(source, weight_name, subfolder, hub or {})
-            tensors, metadata = read_tensors(path)
-            if path.name == PEFT_WEIGHTS_NAME:
+            else:
+                path = locate(source, weight_name, subfolder, hub or {})
+                tensors, metadata = read_tensors(path)
+            if path is not None and path.name == PEFT_WEIGHTS_NAME:
                 return cls({component: _of_peft(path, tensors, for_model)}, path)
-            return cls(_of_pipeline(tensors, metadata, f"'{path}'", for_model), path)
+            is_ours = METADATA_KEY in (metadata or {})
+            if not is_ours and (other := format_of(tensors)):
+                converted = other.convert(OtherFile(tensors, path, base, without_base, rank_mask))
+                return cls({component: converted}, path, other)
+            if rank_mask is not None:
+                raise ValueError("rank_mask is for a T-LoRA of another project: leave it out.")
+            origin = "The dict" if path is None else f"'{path}'"
+            return cls(_of_pipeline(tensors, metadata, origin, for_model), path)
 
     def save(self, path: Path, save_function: Callable[..., None] | None = None) -> None:
         """Write a pipeline's file completely or not at all, with safetensors' `save_file`.

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers.utils.hub_utils import _get_model_file
 from peft import PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME as PEFT_CONFIG_NAME
@@ -24,6 +25,8 @@ from nara_diffusion.utils.repositories import is_out_of_reach
 from nara_diffusion.utils.wording import listed
 
 WEIGHTS_NAME = "pytorch_nara_weights.safetensors"
+OTHER_WEIGHTS_NAMES = ("pytorch_lora_weights.safetensors", "lora.pt")
+"""Names in folders of other projects: Diffusers', LyCORIS' and SimpleTuner's; T-LoRA's for FLUX."""
 METADATA_KEY = "nara_adapter_metadata"
 """The key of the configurations in the metadata of a pipeline's file."""
 
@@ -124,7 +127,11 @@ def _in_folder(folder: Path, weight_name: str | None) -> Path:
     files = sorted(folder.iterdir()) if folder.is_dir() else []
     present = [path.name for path in files if path.suffix == ".safetensors" and path.is_file()]
     only = present if len(present) == 1 else []
-    names = [weight_name] if weight_name else [WEIGHTS_NAME, PEFT_WEIGHTS_NAME, *only]
+    names = (
+        [weight_name]
+        if weight_name
+        else [WEIGHTS_NAME, PEFT_WEIGHTS_NAME, *only, *OTHER_WEIGHTS_NAMES]
+    )
     for name in names:
         if (folder / name).is_file():
             return folder / name
@@ -164,13 +171,15 @@ def read_config_file(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str] | None]:
-    """Return the tensors and metadata of a safetensors file.
+    """Return the tensors and metadata of a safetensors file, or the tensors of a .pt file.
 
-    Tensors are copied, so the file may be overwritten afterwards.
+    Tensors are copied, so the file may be overwritten afterwards. No code of a .pt file is run.
 
     Raises:
-        ValueError: the file is truncated or has another format, such as pickle.
+        ValueError: the file is truncated, has another format, or a .pt file has other objects.
     """
+    if path.suffix == ".pt":
+        return _read_pickle(path), None
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             tensors = {key: copied(file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118
@@ -180,6 +189,19 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str] | None]:
             f"'{path}' is not a complete safetensors file ({error}). Download or save it again if it "
             "was cut off; other formats are not read."
         ) from None
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises errors of any type for a damaged file
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"'{path}' is not a complete file of torch.save with tensors only ({reason}). Download or save it again."
+        ) from None
+    if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
+        raise ValueError(f"'{path}' has other objects than tensors by their names.")
+    return {str(key): copied(tensor) for key, tensor in tensors.items()}
 
 
 def save_tensors(

@@ -51,8 +51,12 @@ def load_nara_weights(
     use_safetensors: bool | None = None,
     low_cpu_mem_usage: bool = True,
     metadata: Mapping[str, str] | None = None,
+    rank_mask: Mapping[str, Any] | None = None,
 ) -> None:
     """Load a NaRA adapter into the denoiser and into any text encoders that it has parts for.
+
+    A T-LoRA of LyCORIS, SimpleTuner or its authors' code is loaded into the denoiser as a NaRA with
+    core_type "rank_mask". Its format is recognised by the keys of its tensors.
 
     The adapter is loaded completely, or the pipeline is unchanged. Afterwards, `set_adapters`,
     `delete_adapters`, `disable_lora`, `unload_lora_weights` and others work as for a LoRA. λ is
@@ -78,6 +82,8 @@ def load_nara_weights(
         use_safetensors: None or True; other formats are not read.
         low_cpu_mem_usage: whether to skip initialising weights that will be replaced.
         metadata: the metadata for a dict of tensors, from `safe_open(file, "pt").metadata()`.
+        rank_mask: {"min": r_min, "exponent": a} of a T-LoRA's mask. None means those in the
+            lycoris_config.json beside the file, or 1 and 1 with a warning.
 
     Raises:
         ValueError: the pipeline has no denoiser; the file is missing, damaged or of another kind
@@ -99,19 +105,32 @@ def load_nara_weights(
         "proxies": proxies,
         "local_files_only": local_files_only,
     }
-    file = AdapterFile.read(
-        source,
-        denoiser_name(self),
-        weight_name=weight_name,
-        subfolder=subfolder,
-        metadata=metadata,
-        hub=hub,
-        for_model=True,
-    )
-    with naming(source):
-        _check_parts(file.parts, models)
-        adapter_name = _name_to_load(models, adapter_name, hotswap)
-        with offloading_suspended(self):
+    component = denoiser_name(self)
+
+    def base() -> nn.Module:
+        check_not_wrapped(models[component], component, "load_nara_weights")
+        if fused := getattr(self, "fused_loras", None):
+            raise ValueError(
+                f"{listed(fused)} is fused into the base, but the adapter's start factors come from the original "
+                "weights. Call pipe.unfuse_lora() first."
+            )
+        return models[component]
+
+    with offloading_suspended(self):
+        file = AdapterFile.read(
+            source,
+            component,
+            weight_name=weight_name,
+            subfolder=subfolder,
+            metadata=metadata,
+            hub=hub,
+            for_model=True,
+            base=base,
+            rank_mask=rank_mask,
+        )
+        with naming(source):
+            _check_parts(file.parts, models)
+            adapter_name = _name_to_load(models, adapter_name, hotswap)
             if hotswap:
                 _swap_all(models, file.parts, adapter_name)
             else:

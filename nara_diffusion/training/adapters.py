@@ -155,22 +155,25 @@ def _checked_options(args: AdapterArguments, method: Method) -> dict[str, Any]:
 
 def _values(args: AdapterArguments, method: Method) -> dict[str, Any]:
     """Return {configuration field: value} for the arguments that have a flag of their own."""
-    rank = args.rank
-    alpha = rank if args.lora_alpha is None else args.lora_alpha
+    rank, alpha = args.rank, args.rank if args.lora_alpha is None else args.lora_alpha
+    # r also counts the other blocks, or T-LoRA's fixed directions; the scale is that of --rank
+    options, times, mask = args.adapter_options, 1, {}
     if args.adapter == "multi_lora":
-        # r counts all blocks; each has the scale of a LoRA of rank --rank
-        blocks = args.adapter_options.get("core_bins", NaraConfig.core_bins)
-        rank = blocks * rank
-        alpha *= math.sqrt(blocks) if args.adapter_options.get("use_rslora") else blocks
+        times = options.get("core_bins", NaraConfig.core_bins)
+    if args.adapter == "tlora":
+        times = 2 if str(options.get("lora_a_init")).startswith("residual") else 1
+        mask = {"rank_mask_min": times, "rank_mask_step": times}
+    scale = math.sqrt(times) if options.get("use_rslora") else times
     is_all = args.target_modules == [ALL_LINEAR]
     return {
-        "r": rank,
-        "lora_alpha": alpha,
+        "r": times * rank,
+        "lora_alpha": scale * alpha,
         "alpha": alpha,
         "num_virtual_tokens": _VIRTUAL_TOKENS,
         "target_modules": ALL_LINEAR if is_all else list(args.target_modules),
         "core_type": args.core_type,
         "lora_dropout": args.lora_dropout,
+        **mask,
         f"{method.name}_dropout": args.lora_dropout,
     }
 
@@ -194,6 +197,11 @@ def check_adapter(args: TrainingArguments) -> None:
         raise ValueError(
             "core_start_step trains A and B with C = I first, but core_init 'kaiming' starts from another C. Use "
             "core_init 'zero_last', or core_start_step 0."
+        )
+    if getattr(config, "has_residual", False) and args.weight_decay:
+        raise ValueError(
+            f"weight_decay is {args.weight_decay}, and would shrink the directions that lora_a_init 'residual' fixes. "
+            "Use weight_decay 0."
         )
     family, start = method.family, args.init_adapter
     if start is not None and not Path(start).expanduser().exists():

@@ -21,6 +21,7 @@ from nara_diffusion.cores.core_set import core_group, is_core_key, with_current_
 from nara_diffusion.layers.adapted_layer import make_directions_orthonormal
 from nara_diffusion.layers.channel import CoreChannel
 from nara_diffusion.layers.offloading import is_float8
+from nara_diffusion.layers.residual import start_from_singular_vectors
 from nara_diffusion.layers.targets import (
     check_norm,
     check_target,
@@ -165,7 +166,9 @@ class NaraModel(LoraModel):
         assert self._channel is not None
         self._injected[current_key] = layer
         if lora_config.reads_core:
-            variant_class = variant_for(layer, current_key, has_norm)
+            variant_class = variant_for(
+                layer, current_key, has_norm, has_residual=lora_config.has_residual
+            )
             owner = decoder_name(self.model, current_key) or current_key
             group = core_group(lora_config, owner, layer.r[adapter_name])  # by rank_pattern
             rows = row_kind_of(self.model, current_key)
@@ -175,6 +178,9 @@ class NaraModel(LoraModel):
             layer.cast_input_dtype_enabled = OUTSIDE_AUTOCAST
         if lora_config.lora_a_init == "orthogonal":
             make_directions_orthonormal(layer, adapter_name)
+        elif lora_config.has_residual and not lora_config.inference_mode:
+            is_of_base = lora_config.lora_a_init == "residual_base"
+            start_from_singular_vectors(layer, adapter_name, is_of_base)
 
     def merge_adapter(
         self,

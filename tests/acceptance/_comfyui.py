@@ -83,6 +83,11 @@ class Patcher:
         other.model_options = copy.copy(self.model_options)
         return other
 
+    def get_key_patches(self, filter_prefix: str) -> dict[str, list[Any]]:
+        """Each weight as it was before any patch, and patches."""
+        weights = self.model.diffusion_model.state_dict(prefix="diffusion_model.")
+        return {key: [(weight, None)] for key, weight in weights.items() if key.startswith(filter_prefix)}
+
     def set_model_unet_function_wrapper(self, function: Any) -> None:
         self.model_options["model_function_wrapper"] = function
 

@@ -1,0 +1,164 @@
+"""Convert a T-LoRA that LyCORIS (≥ 4, `algo: tlora`) or SimpleTuner wrote.
+
+    lycoris_<module, with _ for .>.q_layer.weight (r, d_in), .p_layer.weight (d_out, r),
+    .lambda_layer (1, r), .alpha ()
+
+    ΔW(λ) = alpha / r · (P diag(μ) m(λ) Q − P₀ diag(μ₀) m(λ) Q₀)
+
+The start factors P₀, μ₀ and Q₀ aren't in the file (see base_factors). LyCORIS gives a convolution a
+Q of kernel 1 with the stride and the padding of the base's layer. A larger kernel with padding then
+gives an output of another size than the base's, and fails in LyCORIS; without padding, Q is the
+kernel's first element.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nara_diffusion.noise.denoisers import source_of_class
+from nara_diffusion.strict import check_tensors
+
+from .adapter_part import AdapterPart
+from .base_factors import base_factors, base_layer
+from .tlora import Factors, OtherFile, interleaved, tlora_part
+
+_PREFIX = re.compile(r"(?:lycoris|lora)_+")
+"""LyCORIS' own prefix, with two _ in old versions, or that of its form for kohya."""
+_ROOTS = ("", "unet_", "transformer_")
+"""What may follow the prefix: presets of LyCORIS and its form for kohya name the model."""
+_FIELDS = ("q_layer.weight", "p_layer.weight", "lambda_layer", "alpha")
+_WORDS = re.compile(
+    r"(?:single_)?transformer_blocks|(?:down|up)_blocks|mid_block|to_(?:q|k|v|out|add_out)|add_[qkv]_proj"
+    r"|proj_(?:in|out|mlp)|conv_(?:in|out|shortcut)|time_emb_proj|(?:time|add|text)_embedding|linear_\d"
+    r"|(?:time_text|patch|pos)_embed|(?:time|text|image|x|context|guidance|condition|timestep)_embedder"
+    r"|norm\d_context|norm_out|ff_context|time_proj|[^_]+"
+)
+"""The words of module names in Diffusers, of which some contain a _."""
+
+
+def convert_lycoris(file: OtherFile) -> AdapterPart:
+    """Return the part for the base model.
+
+    Raises:
+        ValueError: a key, a tensor or a module isn't one of T-LoRA's, or the base isn't the
+            original model. The message names it.
+    """
+    layers: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in file.tensors.items():
+        name, _, field = key.partition(".")
+        if field not in _FIELDS:
+            raise ValueError(
+                f"'{key}' is not a tensor of LyCORIS' T-LoRA, and a file with several methods can't be played."
+            )
+        layers.setdefault(name, {})[field] = tensor
+    if file.base is None and not file.without_base:
+        raise ValueError(
+            "it is a T-LoRA of LyCORIS, whose start factors come from the base's weights. Load it with "
+            "pipe.load_nara_weights, or convert it first: nara convert … --base_model …."
+        )
+    model = None if file.base is None else file.base()
+    names = {key: dotted(key) for key in layers} if model is None else module_names(layers, model)
+    bases = {} if model is None else {key: base_layer(model, names[key]) for key in layers}
+    rank = check_layers(file, layers, bases)
+    alphas = {key: layer_alpha(key, layers[key]["alpha"], rank) for key in layers}
+    alpha = next(iter(alphas.values()))
+    weights = {names[key]: base.weight.data for key, base in bases.items()}
+    start = base_factors(weights, rank, file.path) if bases else {}
+    factors: dict[str, Factors] = {}
+    for key, tensors in layers.items():
+        trained = tensors["p_layer.weight"], tensors["lambda_layer"], tensors["q_layer.weight"]
+        if model is None:
+            trained = tuple(tensor.to("meta") for tensor in trained)  # type: ignore[assignment]
+        A, B = interleaved(trained, start.get(names[key], trained))  # type: ignore[arg-type]
+        kernel = bases[key].weight.shape[2:] if bases else ()
+        padding = [size for k in reversed(kernel) for size in (0, k - 1)]
+        factors[names[key]] = nn.functional.pad(A, padding), B * (alphas[key] / alpha)
+    source = None if model is None else source_of_class(model)
+    return tlora_part(
+        file,
+        factors,
+        step=2,
+        alpha=alpha,
+        noise_convention=None if source is None else source.convention,
+        base_model_name_or_path=getattr(model, "name_or_path", None) or None,
+    )
+
+
+def check_layers(
+    file: OtherFile, layers: dict[str, dict[str, Tensor]], bases: dict[str, Any]
+) -> int:
+    """Compare the tensors with the base's layers, if there are any, and return the rank.
+
+    Raises:
+        ValueError: a tensor is missing, or has a wrong shape, dtype or value; a layer has another
+            rank than the first; or LyCORIS couldn't run the adapter of a convolution.
+    """
+    rank, expected = 0, {}
+    for key, tensors in layers.items():
+        q, p, values = (getattr(tensors.get(field), "shape", (0, 0)) for field in _FIELDS[:3])
+        rank = rank or values[-1]
+        if "lambda_layer" in tensors and values[-1] != rank:
+            raise ValueError(
+                f"'{key}' has rank {values[-1]}, but the layers before it have {rank}. LyCORIS' mask is for one rank."
+            )
+        d_in, d_out, kernel = (*q, 0, 0)[1], (*p, 0)[0], q[2:]
+        if base := bases.get(key):
+            d_out, d_in, *kernel = base.weight.shape
+            is_padded = math.prod(kernel) > 1 and any(base.padding)
+            if kernel and (is_padded or base.groups > 1):
+                raise ValueError(
+                    f"'{key}' is for a convolution with kernel {tuple(kernel)}, padding {base.padding} and "
+                    f"{base.groups} groups. LyCORIS' own T-LoRA fails in it, so it can't be played."
+                )
+        ones = (1,) * len(kernel)
+        expected[f"{key}.q_layer.weight"] = rank, d_in, *ones
+        expected[f"{key}.p_layer.weight"] = d_out, rank, *ones
+        expected[f"{key}.lambda_layer"] = 1, rank
+        expected[f"{key}.alpha"] = ()
+    like = {key: torch.empty(shape, device="meta") for key, shape in expected.items()}
+    for key, tensor in file.tensors.items():
+        if key.endswith(".alpha") and key in like and tensor.dtype in (torch.int32, torch.int64):
+            like[key] = like[key].to(tensor.dtype)  # LyCORIS stores it as it was given
+    check_tensors(file.tensors, like)
+    return rank
+
+
+def layer_alpha(key: str, tensor: Tensor, rank: int) -> float:
+    """Return a layer's alpha; 0 means the rank."""
+    return float(tensor) or float(rank)
+
+
+def module_names(keys: Collection[str], model: nn.Module) -> dict[str, str]:
+    """Return {key of a module: its name in `model`}.
+
+    Raises:
+        ValueError: the model has no such module, or several. The message names the key.
+    """
+    candidates: dict[str, list[str]] = {}
+    for name, _ in model.named_modules():
+        candidates.setdefault(name.replace(".", "_"), []).append(name)
+    names = {}
+    for key in keys:
+        rest = _PREFIX.sub("", key, count=1)
+        modules = [
+            name for end in {*map(rest.removeprefix, _ROOTS)} for name in candidates.get(end, [])
+        ]
+        if len(modules) != 1 or rest == key:
+            raise ValueError(
+                f"'{key}' names {' and '.join(map(repr, modules)) or 'no module'} of {type(model).__name__}, expected "
+                "one. Load the adapter into the base model that it was trained on."
+            )
+        names[key] = modules[0]
+    return names
+
+
+def dotted(key: str) -> str:
+    """Return a module's name in Diffusers, guessed from a key alone."""
+    rest = re.sub(r"^(unet_|transformer_(?!blocks_))", "", _PREFIX.sub("", key, count=1))
+    return ".".join(_WORDS.findall(rest))

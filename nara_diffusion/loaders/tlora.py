@@ -1,0 +1,161 @@
+"""Make an adapter's part from a T-LoRA (arXiv 2507.05964), and read the settings of its mask.
+
+    vanilla         ΔW(λ) = s B m(λ) A
+    with a start    ΔW(λ) = s (P diag(μ) m(λ) Q − P₀ diag(μ₀) m(λ) Q₀)
+
+m(λ) keeps the first r(λ) = ⌊(1 − λ)^a (r − r_min)⌋ + r_min directions. Interleaving the trained and
+the start factors makes the second formula the first one, with 2 r directions that go on and off in
+pairs (`rank_mask_step` 2):
+
+    A = q₁, q₁⁰, q₂, q₂⁰, …      B = μ₁ p₁, −μ₁⁰ p₁⁰, μ₂ p₂, −μ₂⁰ p₂⁰, …
+
+Files contain neither r_min nor a. They are arguments, or stand in the configuration of the
+training, lycoris_config.json, beside the file; else they are 1, the default of all trainers.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nara_diffusion.config import NaraConfig
+from nara_diffusion.noise.level import is_number
+
+from .adapter_part import AdapterPart
+
+logger = logging.getLogger(__name__)
+
+SETTINGS = "lycoris_config.json"
+"""The name of LyCORIS' and SimpleTuner's configuration, beside the file."""
+
+Factors = tuple[Tensor, Tensor]
+"""A (n, d_in, …) and B (d_out, n, …) of one module."""
+
+
+@dataclass(frozen=True)
+class OtherFile:
+    """A file of another project, with what is needed to convert it.
+
+    Attributes:
+        tensors: the file's tensors.
+        path: the file; None for a dict of tensors.
+        base: a function that returns the base model, if there is one.
+        without_base: True if no base is needed, because only shapes are read.
+        rank_mask: "min" and "exponent" of T-LoRA's mask; None means those beside the file.
+    """
+
+    tensors: Mapping[str, Tensor]
+    path: Path | None = None
+    base: Callable[[], nn.Module] | None = None
+    without_base: bool = False
+    rank_mask: Mapping[str, Any] | None = None
+
+
+def interleaved(
+    trained: tuple[Tensor, Tensor, Tensor], start: tuple[Tensor, Tensor, Tensor]
+) -> Factors:
+    """Return A and B with 2 r directions, from P (d_out, r, …), μ (r,) and Q (r, d_in, …) of each."""
+    (P, values, Q), (P0, values0, Q0) = trained, start
+    on_columns = (1, -1, *[1] * (P.dim() - 2))
+    dtype = torch.promote_types(P.dtype, torch.float32)
+    A = torch.stack([Q.to(dtype), Q0.reshape(Q.shape).to(dtype)], 1).flatten(0, 1)
+    columns = P.to(dtype) * values.to(dtype).reshape(on_columns)
+    columns0 = P0.reshape(P.shape).to(dtype) * values0.to(dtype).reshape(on_columns)
+    return A, torch.stack([columns, -columns0], 2).flatten(1, 2)
+
+
+def tlora_part(
+    file: OtherFile,
+    factors: Mapping[str, Factors],
+    step: int,
+    alpha: float | None = None,
+    **fields: Any,
+) -> AdapterPart:
+    """Return the part of a T-LoRA.
+
+    Args:
+        file: the file, for the settings of the mask.
+        factors: {module: A and B}, of equal ranks.
+        step: the number of directions that go on and off together.
+        alpha: the scale is alpha / r, with r the rank of the file; None means a scale of 1.
+        fields: further fields of the configuration.
+    """
+    rank = len(next(iter(factors.values()))[0]) // step
+    least, exponent = mask_settings(file, rank)
+    config = NaraConfig(
+        core_type="rank_mask",
+        r=step * rank,
+        lora_alpha=step * (rank if alpha is None else alpha),  # type: ignore[arg-type]
+        rank_mask_min=step * least,
+        rank_mask_exponent=exponent,
+        rank_mask_step=step,
+        target_modules="|".join(map(re.escape, sorted(factors))),
+        noise_level_per="sample",
+        **fields,
+    )
+    tensors = {}
+    for name, (A, B) in factors.items():
+        tensors[f"{name}.lora_A.weight"] = A.contiguous()
+        tensors[f"{name}.lora_B.weight"] = B.contiguous()
+    return AdapterPart(config, tensors)
+
+
+def mask_settings(file: OtherFile, rank: int) -> tuple[int, float]:
+    """Return r_min and the exponent, and warn if neither the caller nor a file states them.
+
+    Raises:
+        ValueError: a setting is invalid, or the configuration beside the file is damaged or belongs
+            to another adapter.
+    """
+    defaults = {"min": 1, "exponent": 1.0}
+    beside = None if file.path is None else file.path.with_name(SETTINGS)
+    origin = "rank_mask"
+    if file.rank_mask is not None:
+        settings = {**defaults, **file.rank_mask}
+    elif beside is not None and beside.is_file():
+        origin = f"'{beside}'"
+        try:
+            content = dict(json.loads(beside.read_text(encoding="utf-8")))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ValueError(
+                f"{origin} can't be read ({error}). Restore it, or pass rank_mask={defaults}."
+            ) from None
+        if content.get("algo", "tlora") != "tlora" or content.get("linear_dim", rank) != rank:
+            raise ValueError(
+                f"{origin} is not of this T-LoRA, whose rank is {rank}: it has algo {content.get('algo')!r} and "
+                f"linear_dim {content.get('linear_dim')!r}. Move it away, or pass rank_mask={defaults}."
+            )
+        settings = {
+            "min": content.get("tlora_min_rank", 1),
+            "exponent": content.get("tlora_alpha", 1.0),
+        }
+    else:
+        settings = defaults
+        logger.warning(
+            "%s doesn't contain the settings of T-LoRA's mask, so the trainers' defaults are used: rank_mask=%s. "
+            "If it was trained with others, pass them, or put the training's %s beside the file.",
+            "The dict" if file.path is None else f"'{file.path}'",
+            defaults,
+            SETTINGS,
+        )
+    least, exponent = settings["min"], settings["exponent"]
+    is_rank = isinstance(least, int) and not isinstance(least, bool) and 1 <= least <= rank
+    if (
+        settings.keys() != defaults.keys()
+        or not is_rank
+        or not is_number(exponent)
+        or exponent <= 0
+    ):
+        raise ValueError(
+            f"{origin} gives T-LoRA's mask {settings}, expected 'min' from 1 to the file's rank {rank} and "
+            "'exponent' greater than 0."
+        )
+    return least, exponent
