@@ -8,6 +8,8 @@ There are two formats. A pipeline's file is a safetensors file with configuratio
     __metadata__["nara_adapter_metadata"]     {"format_version": 1, "components": {"unet": {…}}},
                                               with the fields of NaraConfig
 
+A file of several adapters, e.g. for windows of λ, has their numbers: "unet#0.…", "unet#1.…".
+
 A PEFT folder has one component, in adapter_config.json and adapter_model.safetensors. It is written
 by `PeftModel.save_pretrained` and by `train_scripts/dllm.py`, also for checkpoints. Its keys begin
 with "base_model.model.".
@@ -115,6 +117,25 @@ class AdapterFile:
             if path.name == PEFT_WEIGHTS_NAME:
                 return cls({component: _of_peft(path, tensors, for_model)}, path)
             return cls(_of_pipeline(tensors, metadata, f"'{path}'", for_model), path)
+
+    @classmethod
+    def of_adapters(cls, adapters: list[dict[str, AdapterPart]]) -> AdapterFile:
+        """Return a file of one or more adapters, each given as {component: its part}."""
+        if len(adapters) == 1:
+            return cls(adapters[0])
+        parts = {}
+        for number, adapter in enumerate(adapters):
+            parts |= {f"{component}#{number}": part for component, part in adapter.items()}
+        return cls(parts)
+
+    @property
+    def adapters(self) -> list[dict[str, AdapterPart]]:
+        """Return {component: its part} of each adapter in the file."""
+        adapters: dict[str, dict[str, AdapterPart]] = {}
+        for name, part in self.parts.items():
+            component, _, number = name.partition("#")
+            adapters.setdefault(number, {})[component] = part
+        return [adapters[number] for number in sorted(adapters, key=lambda n: (len(n), n))]
 
     def save(self, path: Path, save_function: Callable[..., None] | None = None) -> None:
         """Write a pipeline's file completely or not at all, with safetensors' `save_file`.
