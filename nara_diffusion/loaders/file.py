@@ -44,6 +44,7 @@ from .adapter_part import (
     config_from_fields,
     config_to_fields,
 )
+from .tc_lora import is_tc_lora, read_tc_lora
 from .tensor_files import (
     METADATA_KEY,
     PEFT_CONFIG_NAME,
@@ -111,9 +112,13 @@ class AdapterFile:
         with naming(source):
             if isinstance(source, Mapping):
                 tensors = {key: copied(tensor) for key, tensor in source.items()}
+                if is_tc_lora(tensors):
+                    return cls({component: _of_tc_lora(tensors, for_model)})
                 return cls(_of_pipeline(tensors, metadata, "The dict", for_model))
             path = locate(source, weight_name, subfolder, hub or {})
             tensors, metadata = read_tensors(path)
+            if is_tc_lora(tensors):
+                return cls({component: _of_tc_lora(tensors, for_model)}, path)
             if path.name == PEFT_WEIGHTS_NAME:
                 return cls({component: _of_peft(path, tensors, for_model)}, path)
             return cls(_of_pipeline(tensors, metadata, f"'{path}'", for_model), path)
@@ -199,6 +204,12 @@ def _of_peft(path: Path, tensors: dict[str, Tensor], for_model: bool) -> Adapter
     part = AdapterPart(config_from_fields(json_values, f"'{config}'"), with_current_names(tensors))
     part.config.auto_mapping = json_values.get("auto_mapping")
     check_part(part, beside=True, for_model=for_model)
+    return part
+
+
+def _of_tc_lora(tensors: Mapping[str, Tensor], for_model: bool) -> AdapterPart:
+    part = read_tc_lora(tensors)
+    check_part(part, beside=False, for_model=for_model)
     return part
 
 

@@ -22,6 +22,8 @@ from nara_diffusion.strict import check_loaded, is_core_key
 from nara_diffusion.utils.repositories import is_out_of_reach
 from nara_diffusion.utils.wording import listed
 
+from .tc_lora import is_tc_lora
+
 WEIGHTS_NAME = "pytorch_nara_weights.safetensors"
 METADATA_KEY = "nara_adapter_metadata"
 """The key of the configurations in the metadata of a pipeline's file."""
@@ -41,7 +43,9 @@ def is_nara(path: Path) -> bool:
     if path.is_file():
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
-                return METADATA_KEY in (file.metadata() or {}) or any(map(is_core_key, file.keys()))
+                keys = file.keys()
+                has_core = any(map(is_core_key, keys)) or is_tc_lora(keys)
+                return METADATA_KEY in (file.metadata() or {}) or has_core
         except (OSError, SafetensorError):
             return False
     config = path / PEFT_CONFIG_NAME
