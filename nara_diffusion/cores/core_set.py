@@ -31,8 +31,9 @@ class CoreSet(nn.ModuleDict):
         return any(bool(core.needs_noise) for core in self.values())
 
     def matrix(self, group: str, noise_level: Tensor | None) -> Tensor:
-        """Return C = I + D (b or 1, r, r), float32, of one group at λ (b,)."""
+        """Return C = I + D (b or 1, r, r), float32, of one group at λ (b,), without film's β."""
         D: Tensor = self[group].at(noise_level)  # type: ignore[operator]
+        D = D[..., : D.shape[-2]]
         return torch.eye(D.shape[-1], dtype=D.dtype, device=D.device) + D
 
 

@@ -76,7 +76,15 @@ class Adapter:
         """Return {module: strength · C (b or 1, r, r)} at λ (b,), float32.
 
         Layers that share a core share the memory of its matrix.
+
+        Raises:
+            ValueError: the core is "film", which is more than a matrix.
         """
+        if getattr(self.config, "core_type", None) == "film":
+            raise ValueError(
+                "The adapter has core_type 'film' (Tc-LoRA), whose β(λ) no plain LoRA has. Load it with "
+                "pipe.load_nara_weights or PeftModel.from_pretrained."
+            )
         ranks = {name: layer.rank for name, layer in self.lora.layers.items()}
         shared: dict[CoreKey | None, Tensor] = {}
         cores = {}

@@ -67,7 +67,7 @@ class AdapterPart:
         return ranks_by_group(self.config, self.modules)
 
 
-def config_to_fields(config: NaraConfig) -> dict[str, Any]:
+def config_to_fields(config: LoraConfig) -> dict[str, Any]:
     """Return a configuration's fields as JSON values.
 
     Fields that depend on the machine are left out, and so are fields that are None, unless files

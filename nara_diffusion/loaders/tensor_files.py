@@ -24,6 +24,8 @@ from nara_diffusion.strict import check_loaded
 from nara_diffusion.utils.repositories import is_out_of_reach
 from nara_diffusion.utils.wording import listed
 
+from .tc_lora import KEY
+
 WEIGHTS_NAME = "pytorch_nara_weights.safetensors"
 OTHER_WEIGHTS_NAMES = ("pytorch_lora_weights.safetensors", "lora.pt")
 """Names in folders of other projects: Diffusers', LyCORIS' and SimpleTuner's; T-LoRA's for FLUX."""
@@ -42,7 +44,9 @@ def is_nara(path: Path) -> bool:
     if path.is_file():
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
-                return METADATA_KEY in (file.metadata() or {}) or any(map(is_core_key, file.keys()))
+                keys = file.keys()
+                has_core = any(map(is_core_key, keys)) or any(map(KEY.fullmatch, keys))
+                return METADATA_KEY in (file.metadata() or {}) or has_core
         except (OSError, SafetensorError):
             return False
     config = path / PEFT_CONFIG_NAME

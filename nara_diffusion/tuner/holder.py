@@ -254,7 +254,7 @@ class CoreHolder(nn.Module):
         if D.device.type == "cpu":
             D = D.to(level.device)  # an identity core has no weights
         strength = schedule.at(level.to(D.device))[:, None, None]
-        identity = torch.eye(D.shape[-1], dtype=D.dtype, device=D.device)
+        identity = torch.eye(*D.shape[-2:], dtype=D.dtype, device=D.device)
         return strength * D + (strength - 1) * identity
 
     def matrix(self, key: Key, level: Tensor | None) -> Tensor:

@@ -116,6 +116,13 @@ class Merging:
         noisy = self.noisy(names)
         if not noisy:
             return None
+        configs: Any = self.root.peft_config
+        for name in noisy:
+            if getattr(configs[name], "core_type", None) == "film":
+                raise ValueError(
+                    f"Adapter '{name}' can't be merged: its core 'film' adds β(λ), which isn't part of a weight. Leave "
+                    "it unmerged."
+                )
         remedy = (
             "a λ-dependent update can only be merged at one λ. Pass noise_level=…, or merge inside "
             "`with noise_level(model, value):`."

@@ -150,7 +150,7 @@ class NaraModel(LoraModel):
         self, lora_config, adapter_name: str, target, target_name: str, parent, **kwargs: Any
     ) -> None:
         current_key: str = kwargs["current_key"]
-        check_target(target, lora_config.reads_core, current_key)
+        check_target(target, lora_config.reads_core, current_key, lora_config.core_type)
         has_norm = lora_config.reads_core and lora_config.use_dora
         if has_norm:
             check_norm(target, current_key)

@@ -49,7 +49,7 @@ def test_timestep_outside_range_raises_or_is_nan(timestep: float) -> None:
 
 @pytest.mark.parametrize("core_type", [name for name in BUILT_IN if name not in ("constant", "identity")])
 def test_core_is_nan_where_the_level_is_nan(core_type: str) -> None:
-    core = build_core(nara_config(core_type=core_type, core_bins=2), 4)
+    core = build_core(nara_config(core_type=core_type, core_bins=2, core_sharing="layer"), 4)
     is_nan = core(torch.tensor([0.25, NAN])).isnan()
     diagonal = is_nan.diagonal(dim1=1, dim2=2)
     assert diagonal.tolist() == [[False] * 4, [True] * 4]
