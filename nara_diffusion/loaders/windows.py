@@ -68,7 +68,8 @@ def is_lora(
         path = locate(source, weight_name, subfolder, hub)
     except OSError:  # a repository without a NaRA's file
         return True
-    return not is_nara(path.parent if path.name == PEFT_WEIGHTS_NAME else path)
+    is_of_peft = path.name == PEFT_WEIGHTS_NAME
+    return not (is_nara(path) or (is_of_peft and is_nara(path.parent)))
 
 
 def load_lora_inside(
