@@ -76,15 +76,7 @@ class Adapter:
         """Return {module: strength · C (b or 1, r, r)} at λ (b,), float32.
 
         Layers that share a core share the memory of its matrix.
-
-        Raises:
-            ValueError: the core is "film", which is more than a matrix.
         """
-        if getattr(self.config, "core_type", None) == "film":
-            raise ValueError(
-                "The adapter has core_type 'film' (Tc-LoRA), whose β(λ) no plain LoRA has. Load it with "
-                "pipe.load_nara_weights or PeftModel.from_pretrained."
-            )
         ranks = {name: layer.rank for name, layer in self.lora.layers.items()}
         shared: dict[CoreKey | None, Tensor] = {}
         cores = {}
@@ -227,7 +219,16 @@ def _copied(tensor: Tensor, name: str) -> Tensor:
 
 
 def _plain_config(config: LoraConfig, root: nn.Module | None = None) -> LoraConfig:
-    """Return a LoraConfig with an adapter's modules, ranks, scales and, if known, its base."""
+    """Return a LoraConfig with an adapter's modules, ranks, scales and, if known, its base.
+
+    Raises:
+        ValueError: the core is "film", which is more than a matrix.
+    """
+    if getattr(config, "core_type", None) == "film":
+        raise ValueError(
+            "The adapter has core_type 'film' (Tc-LoRA), whose β(λ) no plain LoRA has. Load it with "
+            "pipe.load_nara_weights or PeftModel.from_pretrained."
+        )
     values = {}
     for field in fields(LoraConfig):
         if field.init:

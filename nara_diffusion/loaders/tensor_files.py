@@ -63,10 +63,20 @@ def is_nara(path: Path) -> bool:
 
 
 def is_nara_for_peft(source: str, subfolder: str | None = None, **hub: object) -> bool:
-    """Return whether a folder or repository that PEFT is about to load contains a NaRA adapter."""
+    """Return whether a folder or repository that PEFT is about to load contains a NaRA adapter.
+
+    Raises:
+        ValueError: a folder's configuration is that of a LoRA, but its weights have more.
+    """
     folder = Path(source, subfolder or "")
     if (folder / PEFT_CONFIG_NAME).is_file():
-        return is_nara(folder)
+        is_of_nara = is_nara(folder)
+        if not is_of_nara and is_nara(folder / PEFT_WEIGHTS_NAME):
+            raise ValueError(
+                f"'{folder}' contains more than a LoRA, such as a Tc-LoRA, and PEFT would load only A and B. Load it "
+                "with pipe.load_nara_weights."
+            )
+        return is_of_nara
     try:
         kind = PeftConfig._get_peft_type(source, subfolder=subfolder, **hub)
     except Exception:  # PEFT is about to raise its own error

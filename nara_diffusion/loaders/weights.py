@@ -108,6 +108,7 @@ def load_nara_weights(
         "proxies": proxies,
         "local_files_only": local_files_only,
     }
+    models = adaptable_models(self)
     component = denoiser_name(self)
 
     def base() -> nn.Module:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -105,6 +106,18 @@ def test_tc_lora_on_flux_equals_formula_at_a_level_a_sample(transformer: Any, tm
     torch.testing.assert_close(run(again.transformer, inputs_of(KIND), timestep), found, rtol=0, atol=0)
 
 
+def test_tc_lora_in_a_window_runs_only_there(transformer: Any, tmp_path: Path) -> None:
+    save_file(tensors_for(transformer, ("to_q",)), tmp_path / "adapter_model.safetensors")
+    outputs, level = [], torch.tensor(LEVELS[0])
+    for source in (tmp_path, [(tmp_path, (0.5, 1))]):
+        pipe: Any = PipelineComponents(transformer=denoiser(KIND, scale=0.1))
+        pipe.load_nara_weights(source)
+        outputs.append(run(pipe.transformer, inputs_of(KIND), level))
+    base = run(transformer, inputs_of(KIND), level)
+    assert relative_error(outputs[1], torch.cat([base[:1], outputs[0][1:]])) < 1e-5
+    assert relative_error(outputs[0], base) > 1e-2
+
+
 def test_tc_lora_is_described_by_the_command_and_not_folded(transformer: Any, tmp_path: Path, capsys: Any) -> None:
     path = tmp_path / "style.safetensors"
     save_file(tensors_for(transformer, ("to_q",)), path)
@@ -115,6 +128,11 @@ def test_tc_lora_is_described_by_the_command_and_not_folded(transformer: Any, tm
     with pytest.raises(SystemExit, match="no plain LoRA has"):
         nara_command.main(["fold", str(path), str(tmp_path / "lora"), "--noise_level", "0.5", "--form", "peft"])
     assert is_nara(path)  # so load_lora_weights refuses it
+    LoraConfig(target_modules=["to_q"]).save_pretrained(tmp_path)
+    path.rename(tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="PEFT would load only A and B"):
+        PeftModel.from_pretrained(transformer, str(tmp_path))
+    assert not hasattr(transformer, "peft_config")
 
 
 def lost(tensors: Tensors, key: str, draw: random.Random) -> Tensors:
