@@ -29,7 +29,7 @@ from .components import (
     tuner_layers,
     unwrapped,
 )
-from .file import AdapterFile, naming
+from .file import AdapterFile, Source, naming
 from .hotswap import REQUEST, check_swappable, prepare_for_hotswap, prepare_swap
 from .insertion import insert, offloading_suspended, remove
 from .tensor_files import WEIGHTS_NAME
@@ -210,9 +210,6 @@ def unload_nara_weights(self: Pipeline) -> None:
         for model in models.values():
             if nara_adapters_of(model):
                 remove(model, list(nara_adapters_of(model)))
-
-
-# ---------------------------------------------------------------------- loading
 
 
 def _load_windows(
