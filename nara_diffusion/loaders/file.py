@@ -124,14 +124,16 @@ class AdapterFile:
             else:
                 path = locate(source, weight_name, subfolder, hub or {})
                 tensors, metadata = read_tensors(path)
-            if path is not None and path.name == PEFT_WEIGHTS_NAME:
-                return cls({component: _of_peft(path, tensors, for_model)}, path)
-            is_ours = METADATA_KEY in (metadata or {})
-            if not is_ours and (other := format_of(tensors)):
-                converted = other.convert(OtherFile(tensors, path, base, without_base, rank_mask))
-                return cls({component: converted}, path, other)
+            is_peft = path is not None and path.name == PEFT_WEIGHTS_NAME
+            is_ours = is_peft or METADATA_KEY in (metadata or {})
+            other = None if is_ours else format_of(tensors)
+            if other is not None:
+                file = OtherFile(tensors, path, base, without_base, rank_mask)
+                return cls({component: other.convert(file)}, path, other)
             if rank_mask is not None:
                 raise ValueError("rank_mask is for a T-LoRA of another project: leave it out.")
+            if path is not None and is_peft:
+                return cls({component: _of_peft(path, tensors, for_model)}, path)
             origin = "The dict" if path is None else f"'{path}'"
             return cls(parts_of_pipeline(tensors, metadata, origin, for_model), path)
 

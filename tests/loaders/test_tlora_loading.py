@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from nara_diffusion import NaraConfig, noise_level
 from nara_diffusion.loaders import base_factors, tensor_files
 from nara_diffusion.loaders.file import AdapterFile
-from tests.acceptance import _bases
+from tests.acceptance import _bases, _files
 from tests.acceptance._files import refused, state
 from tests.helpers.adapted import disturb
 from tests.helpers.small_pipelines import pixels, small_sdxl
@@ -63,8 +63,18 @@ def test_mask_that_the_rank_does_not_allow_is_refused(changes, message) -> None:
     refused(lambda: pipe.load_nara_weights(tensors, rank_mask=MASK | changes), pipe, message)
 
 
+@pytest.mark.parametrize("text", ["[1]", '{"algo": "tlora"', "9" * 4301, '{"algo": "lokr"}', '{"tlora_alpha": "1"}'])
+def test_settings_that_are_damaged_or_of_another_method_are_refused(text: str, tmp_path) -> None:
+    pipe = _bases.sdxl()
+    folder = saved(tmp_path, lycoris_file(pipe.unet, NAMES))
+    (folder / "lycoris_config.json").write_text(text)
+    refused(lambda: pipe.load_nara_weights(folder), pipe, str(folder / "lycoris_config.json"))
+
+
 def test_rank_mask_for_a_nara_is_refused(tmp_path) -> None:
     pipe = _bases.sdxl()
+    folder = _files.unet_folder(tmp_path / "nara")
+    refused(lambda: pipe.load_nara_weights(folder, rank_mask=MASK), pipe, "rank_mask is for")
     refused(lambda: pipe.load_nara_weights({"unet.x": torch.ones(1)}, rank_mask=MASK), pipe, "rank_mask is for")
 
 
