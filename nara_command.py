@@ -3,7 +3,7 @@
     nara inspect FILE            show base model, definition of λ, core, rank, modules, parameters, hash
     nara plot FILE               draw C(λ) and the strength over λ as a PNG
     nara fold FILE OUTPUT        write a plain LoRA for Diffusers, PEFT, kohya, A1111, ComfyUI
-    nara convert FILE OUTPUT     change the file format: a pipeline's file to PEFT's folder, or back
+    nara convert FILE OUTPUT     change the file format: a pipeline's, PEFT's, LyCORIS'
     nara eval …                  run lm-eval on masked-diffusion language models
 
 FILE is what pipe.save_nara_weights wrote (pytorch_nara_weights.safetensors, or its folder), or the folder that PEFT's
@@ -153,8 +153,11 @@ def _level(text: str) -> float | str:
 
 def _convert(add: Callable[..., Any]) -> None:
     add("output", metavar="OUTPUT", type=Path, help="the folder to write")
-    add("--to", choices=("peft", "pipeline"), required=True, help="the format to write")
+    forms = ("peft", "pipeline", "lycoris")
+    add("--to", "--form", choices=forms, required=True, help="the format to write")
     add("--component", help="which part of a pipeline: unet, transformer, text_encoder, …")
+    bases = ("sd15", "sdxl", "sd3", "flux", "wan")
+    add("--base", choices=bases, help="with --to lycoris, for ComfyUI: the model of the adapter")
     add("--base_model", help="for a T-LoRA of LyCORIS: the folder or Hub id of its base model")
     _overwrite(add)
 

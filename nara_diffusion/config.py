@@ -29,7 +29,7 @@ _CHOICES: dict[str, tuple[tuple[str | int | None, ...], tuple[str, ...]]] = {
     "core_init": (("zero_last", "kaiming", "zero_all"), ("hypernetwork", "constant")),
     "core_input": (("noise_level",), BUILT_IN),
     "core_sharing": (("global", "module_type", "layer"), BUILT_IN),
-    "lora_a_init": (("peft", "orthogonal"), BUILT_IN),
+    "lora_a_init": (("peft", "orthogonal", "residual", "residual_base"), BUILT_IN),
     "mask_density_radius": ((4,), BUILT_IN),
     "noise_embedding": (("fourier", "mlp", "raw"), ("hypernetwork",)),
     "noise_level_per": ((None, "sample", "part"), BUILT_IN),
@@ -116,7 +116,8 @@ class NaraConfig(LoraConfig):
             and can be merged. "rank_mask" is T-LoRA, with fewer of the r directions on for noisier
             inputs. "bins" is Multi-LoRA, with r / core_bins directions for each bin of λ. "knots"
             interpolates between learned matrices at core_knots values of λ (best with core_sharing
-            "layer"). The name of a registered custom core is also accepted.
+            "layer"). "film" is Tc-LoRA, diag(γ(λ)) and an added vector β(λ), for linear layers and
+            with core_sharing "layer" only. The name of a registered custom core is also accepted.
         core_scale: η in C = I + η F(e(λ)), greater than 0.
         core_hidden_dims: the widths of the hidden layers of the hypernetwork F.
         core_init: the initialisation of F. With "zero_last", the last layer is zero, so C = I at
@@ -136,7 +137,10 @@ class NaraConfig(LoraConfig):
             and rank_mask_min. A T-LoRA with frozen start factors (LyCORIS) has 2.
         lora_a_init: the initialisation of A. "peft" follows init_lora_weights. "orthogonal" makes
             the rows of A orthonormal and B zero, so that no direction repeats what a masked
-            direction has learned (as in T-LoRA).
+            direction has learned (as in T-LoRA). "residual" is T-LoRA's own start, from singular
+            vectors of a random matrix, whose product is subtracted; "residual_base" takes those of
+            the base weight, as LyCORIS does. Both need core_type="rank_mask" and rank_mask_step=2,
+            and every second direction is fixed: r is twice T-LoRA's rank.
         core_knots: for "knots", the number of knots, 2 or more, equally spaced from λ = 0 to λ = 1.
         core_bins: for "bins", the number of equal bins of λ. It must divide r.
         mask_density_radius: kept for files of version 0.1; nothing reads it.
@@ -170,7 +174,7 @@ class NaraConfig(LoraConfig):
     rank_mask_min: int | None = None
     rank_mask_exponent: float = 1.0
     rank_mask_step: int = 1
-    lora_a_init: Literal["peft", "orthogonal"] = "peft"
+    lora_a_init: Literal["peft", "orthogonal", "residual", "residual_base"] = "peft"
     core_knots: int = 5
     core_bins: int = 5
     mask_density_radius: int = 4
@@ -225,6 +229,11 @@ class NaraConfig(LoraConfig):
         """Return whether the layers read C, because C is not I or because a strength scales it."""
         return self.core_type != "identity" or self.strength is not None
 
+    @property
+    def has_residual(self) -> bool:
+        """Return whether every second direction is fixed, so that ΔW = 0 at the start."""
+        return self.lora_a_init.startswith("residual")
+
     def _refuse(self, name: str, reason: str) -> NoReturn:
         raise ValueError(f"{name} is {getattr(self, name)!r}{reason}")
 
@@ -258,6 +267,10 @@ class NaraConfig(LoraConfig):
             )
         if self.core_type == "knots" and self.core_knots < 2:
             self._refuse("core_knots", ": pass 2 or more, since λ = 0 and λ = 1 have a knot each.")
+        if self.core_type == "film" and self.core_sharing != "layer":
+            self._refuse(
+                "core_sharing", ", but core_type 'film' has one core a layer: pass 'layer'."
+            )
         ranks = {self.r, *(self.rank_pattern or {}).values()}
         if self.rank_mask_min is not None:
             is_rank = _is_size(self.rank_mask_min) and self.rank_mask_min <= min(ranks)
@@ -306,6 +319,16 @@ class NaraConfig(LoraConfig):
                 f", with core_type={self.core_type!r} and init_lora_weights={start!r}: it needs a "
                 "core, and init_lora_weights=True.",
             )
+        if self.has_residual and (
+            self.core_type != "rank_mask"
+            or self.rank_mask_step != 2
+            or self.use_dora
+            or self.lora_bias
+        ):
+            self._refuse(
+                "lora_a_init",
+                ": pass core_type='rank_mask' and rank_mask_step=2, without use_dora and lora_bias.",
+            )
         if isinstance(start, bool) or start == "gaussian" or is_identity:
             return
         if not re.fullmatch(r"pissa(_niter_\d+)?|olora|orthogonal", str(start)):
@@ -324,9 +347,6 @@ class NaraConfig(LoraConfig):
 def is_idle(name: str, value: object) -> bool:
     """Return whether a field that `NaraConfig` does not have has no effect on the adapter."""
     return not value or _GONE.get(name) == value
-
-
-# ---------------------------------------------------------------------- what λ can't scale
 
 
 def changes_base(start: object) -> bool:

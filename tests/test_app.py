@@ -25,7 +25,7 @@ def app() -> Any:
     return import_module("app")
 
 
-def test_samples_are_the_base_the_adapter_at_one_level_and_with_the_level(app: Any) -> None:
+def test_samples_are_base_one_level_and_with_level(app: Any) -> None:
     session, pipe = import_module("app_session").Session(), import_module("app_session").load_pipeline(str(app.MODEL))
     found = session.load(str(app.MODEL), [str(app.ADAPTER)])
 
@@ -48,9 +48,7 @@ def test_samples_are_the_base_the_adapter_at_one_level_and_with_the_level(app: A
     assert len(set(sampled([1, 0, 0.0], [1, 1, 0.0]))) == 1
 
 
-def test_after_an_error_nothing_of_the_adapter_stays_and_no_file_is_named(
-    app: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_error_leaves_no_adapter_and_names_no_file(app: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     session = import_module("app_session").Session()
     found = session.load(str(app.MODEL), [str(app.ADAPTER)])
     with pytest.raises(ValueError, match=r"Row 1 of the strengths is \[3, 0, 1\], expected adapter \(1 to 1\)"):
@@ -71,7 +69,7 @@ def test_after_an_error_nothing_of_the_adapter_stays_and_no_file_is_named(
     assert handler() == ("**Not done.** FileNotFoundError: the terminal says more.", None)
 
 
-def test_button_and_errors_come_before_the_frames_so_that_a_narrow_page_begins_with_them(app: Any) -> None:
+def test_button_and_errors_come_before_the_frames(app: Any) -> None:
     def order(part: dict[str, Any]) -> list[int]:
         return [part["id"], *(each for child in part.get("children", []) for each in order(child))]
 
@@ -86,7 +84,7 @@ def test_button_and_errors_come_before_the_frames_so_that_a_narrow_page_begins_w
     assert [kind for kind, _ in shown[button:first]].count("markdown") == 1
 
 
-def test_page_opens_on_this_machine_and_names_what_it_starts_from(app: Any) -> None:
+def test_page_opens_locally_and_names_its_start(app: Any) -> None:
     async def config() -> str:  # in an event loop, since Gradio makes one that it never closes where there is none
         page = app.build()
         _, address, shared = page.launch(server_name="127.0.0.1", share=False, prevent_thread_lock=True, quiet=True)
@@ -100,7 +98,7 @@ def test_page_opens_on_this_machine_and_names_what_it_starts_from(app: Any) -> N
     assert "toy-nara" in found
 
 
-def test_tlora_of_another_project_is_added_and_a_damaged_one_is_not(app: Any, tmp_path: Path) -> None:
+def test_whole_tlora_is_added_a_damaged_one_not(app: Any, tmp_path: Path) -> None:
     session = import_module("app_session")
     pipe = session.load_pipeline(str(app.MODEL))
     tensors = repository_file(pipe.unet, SDXL)

@@ -3,6 +3,7 @@
     python examples/benchmarks/benchmark_quality.py --dry_run                      # what there is to run
     python examples/benchmarks/benchmark_quality.py                                # text: five seeds
     python examples/benchmarks/benchmark_quality.py --modality images
+    python examples/benchmarks/benchmark_quality.py --modality one_picture --seeds 400 401 402 403 404
     python examples/benchmarks/benchmark_quality.py --methods lora nara --domains code --seeds 0
 
 Every method runs on every seed, with the rates that the committed records found for it; for each that reads λ, the
@@ -24,7 +25,7 @@ from pathlib import Path
 
 import yaml
 from benchmark_record import for_terminal
-from quality.running import METHODS, SEEDS, left_of, load_suite, run_jobs
+from quality.running import SEEDS, SUITES, left_of, load_suite, run_jobs
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -32,10 +33,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--modality", choices=("text", "images"), default="text", help="the suite (default: text)")
+    parser.add_argument("--modality", choices=SUITES, default="text", help="the suite (default: text)")
     parser.add_argument("--backbones", nargs="+", help="default: all of the suite")
     parser.add_argument("--domains", nargs="+", help="domains of questions, or subjects of images (default: all)")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="default: all")
+    parser.add_argument("--methods", nargs="+", help="default: all of the suite")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), help="default: 0 to 4")
     parser.add_argument(
         "--set",
@@ -55,11 +56,14 @@ def main(argv: list[str] | None = None) -> int:
     """Runs what is left to run; returns the exit status."""
     args = parse_arguments(argv)
     suite = load_suite(args.modality)
+    methods = args.methods or suite.methods
+    if unknown := sorted(set(methods) - set(suite.methods)):
+        raise ValueError(f"--methods has {', '.join(unknown)}, expected of {', '.join(suite.methods)}.")
     path = args.output or Path("outputs/quality") / f"{args.modality}.jsonl"
     settings = {name: yaml.safe_load(value) for name, _, value in (text.partition("=") for text in args.set)}
     backbones, domains = args.backbones or suite.backbones, args.domains or suite.domains
     first, count = map(int, args.shard.split("/"))
-    jobs = list(suite.jobs(backbones, domains, args.methods, args.seeds, settings))[first::count]
+    jobs = list(suite.jobs(backbones, domains, methods, args.seeds, settings))[first::count]
     if args.dry_run:
         left = left_of(jobs, path)
         print(f"{len(left)} of {len(jobs)} runs left", *(f"    {job.title}" for job in left), sep="\n")

@@ -15,9 +15,10 @@ from diffusers.models.auto_model import AutoModel
 from torch import Tensor, nn
 
 from nara_diffusion.export.adapter_factors import cores_of, schedule_of
+from nara_diffusion.export.lycoris_file import LYCORIS_CONFIG, LYCORIS_WEIGHTS, save_lycoris
 from nara_diffusion.loaders.adapter_part import AdapterPart
+from nara_diffusion.loaders.components import check_storable
 from nara_diffusion.loaders.file import MODEL, AdapterFile, naming
-from nara_diffusion.loaders.insertion import check_storable
 from nara_diffusion.loaders.tensor_files import PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME, WEIGHTS_NAME
 from nara_diffusion.utils.files import atomic_write, check_free
 
@@ -163,7 +164,7 @@ def core_curves(part: AdapterPart, levels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def convert(args: Namespace) -> str:
-    """Convert a NaRA between its two file formats, without its base model. Tensors are unchanged.
+    """Convert a NaRA between its two file formats, or a T-LoRA to LyCORIS' format. No base is needed.
 
     A T-LoRA of another project is converted into either. Its mask has the settings of the
     lycoris_config.json beside it; a file of LyCORIS also needs the base's weights.
@@ -172,9 +173,12 @@ def convert(args: Namespace) -> str:
         nara convert my-toy folder --to peft --component text_encoder  # one of several components
         nara convert folder my-toy --to pipeline --component unet  # for pipe.load_nara_weights
         nara convert lycoris.safetensors my-toy --to pipeline --component unet --base_model sdxl-base
+        nara convert my-toy folder --to lycoris                    # for LyCORIS and SimpleTuner
+        nara convert my-toy folder --to lycoris --base sdxl        # for ComfyUI's T-LoRA node
 
-    To write a plain LoRA, use nara fold. To make a NaRA from a LoRA, call nara_diffusion.from_lora,
-    or give a train script --init_adapter.
+    Tensors are unchanged, except in LyCORIS' format. It can store an adapter of --adapter tlora with
+    lora_a_init=residual_base (docs/time_aware.md). To write a plain LoRA, use nara fold. To make a
+    NaRA from a LoRA, call nara_diffusion.from_lora, or give a train script --init_adapter.
     """
     source, output, form, component = args.file, args.output, args.to, args.component
 
@@ -187,18 +191,14 @@ def convert(args: Namespace) -> str:
     )
     parts = file.parts
     is_peft = file.path is not None and file.path.name == PEFT_WEIGHTS_NAME
-    if file.other is None and (form == "peft") == is_peft:
+    if file.other is None and form == ("peft" if is_peft else "pipeline"):
         other = "pipeline" if form == "peft" else "peft"
         raise ValueError(
             f"'{source}' already has the form {form!r}. Use it as it is, or choose --to {other}."
         )
-    if form == "peft":
-        if component not in parts and (component is not None or len(parts) > 1):
-            raise ValueError(f"The file has {', '.join(parts)}. Choose one with --component.")
-        name = component or next(iter(parts))
-        check_free([output / PEFT_WEIGHTS_NAME, output / PEFT_CONFIG_NAME], args.overwrite)
-        AdapterFile({name: parts[name]}).save_peft(output)
-    else:
+    if args.base is not None and form != "lycoris":
+        raise ValueError(f"--base is for --to lycoris, and not for --to {form}. Leave it out.")
+    if form == "pipeline":
         if component is None or not component.isidentifier():
             raise ValueError(
                 "--to pipeline needs --component, the adapted part of the pipeline, such as unet or transformer."
@@ -208,4 +208,14 @@ def convert(args: Namespace) -> str:
         check_free([output / WEIGHTS_NAME], args.overwrite)
         output.mkdir(parents=True, exist_ok=True)
         AdapterFile({component: parts[component]}).save(output / WEIGHTS_NAME)
+        return f"{output}: as {form}"
+    if component not in parts and (component is not None or len(parts) > 1):
+        raise ValueError(f"The file has {', '.join(parts)}. Choose one with --component.")
+    part = parts[component or next(iter(parts))]
+    if form == "peft":
+        check_free([output / PEFT_WEIGHTS_NAME, output / PEFT_CONFIG_NAME], args.overwrite)
+        AdapterFile({MODEL: part}).save_peft(output)
+    else:
+        check_free([output / LYCORIS_WEIGHTS, output / LYCORIS_CONFIG], args.overwrite)
+        save_lycoris(part, output, args.base)
     return f"{output}: as {form}"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .adapted_layer import CONVOLUTIONS
 from .dora import NaraDoraConv, NaraDoraLinear
 from .offloading import is_float8
+from .residual import ResidualConv, ResidualLinear
 from .variants import NaraConv, NaraEmbedding, NaraLinear, NaraVariant
 
 _FORWARDS = (lora.Linear.forward, Embedding.forward, lora.Conv2d.forward)
@@ -19,15 +20,17 @@ _QUANTISED = ("Linear8bitLt", "Linear4bit", "GPTQLoraLinear", "HqqLoraLinear")
 """Names of further layers that call LoRA variants; their libraries may be missing."""
 
 
-def check_target(target: nn.Module, reads_core: bool, name: str) -> None:
+def check_target(target: nn.Module, reads_core: bool, name: str, core_type: str) -> None:
     """Raise an error for a module that NaRA cannot adapt, before PEFT adapts it.
 
     Args:
         reads_core: whether the update depends on a core.
         name: the module's name, for error messages.
+        core_type: the type of the core.
 
     Raises:
-        ValueError: no LoRA variant supports the module, or PEFT's layer would not compute the
+        ValueError: no LoRA variant supports the module; the core is "film", which has a β, and the
+            module isn't linear; or PEFT's layer would not compute the
             update in the same way as the module computes W0 x (the convolution A in PEFT ignores
             dilation and padding mode).
     """
@@ -44,6 +47,11 @@ def check_target(target: nn.Module, reads_core: bool, name: str) -> None:
                 "A has dilation 1 and pads with zeros, so the forward would not be that of "
                 "W0 + s·B·C·A. Leave it out with `exclude_modules`."
             )
+    if core_type == "film" and isinstance(base, (nn.modules.conv._ConvNd, nn.Embedding)):
+        raise ValueError(
+            f"NaRA cannot adapt '{name}' ({type(base).__name__}) with core_type 'film', whose β only linear layers "
+            "add. Leave it out with `exclude_modules`."
+        )
     if reads_core and isinstance(base, nn.MultiheadAttention):
         raise ValueError(
             f"NaRA cannot adapt '{name}' (MultiheadAttention): PEFT merges its update before each "
@@ -51,11 +59,14 @@ def check_target(target: nn.Module, reads_core: bool, name: str) -> None:
         )
 
 
-def variant_for(layer: LoraLayer, name: str, has_norm: bool) -> type[NaraVariant]:
-    """Return the LoRA variant for a PEFT layer, with DoRA's norm if `has_norm`.
+def variant_for(
+    layer: LoraLayer, name: str, has_norm: bool, has_residual: bool = False
+) -> type[NaraVariant]:
+    """Return the LoRA variant for a PEFT layer, with DoRA's norm or T-LoRA's residual.
 
     Raises:
-        ValueError: PEFT's class for the layer does not call LoRA variants.
+        ValueError: PEFT's class for the layer does not call LoRA variants, or an embedding
+            would need a residual.
     """
     kind: type[Any] = type(layer)
     if kind.forward not in _FORWARDS and kind.__name__ not in _QUANTISED:
@@ -65,7 +76,14 @@ def variant_for(layer: LoraLayer, name: str, has_norm: bool) -> type[NaraVariant
             '`exclude_modules`, or use core_type="identity".'
         )
     if isinstance(layer, Embedding):
+        if has_residual:
+            raise ValueError(
+                f"lora_a_init 'residual' and 'residual_base' are not for embeddings, such as '{name}'. Leave it out "
+                "with `exclude_modules`."
+            )
         return NaraEmbedding
+    if has_residual:
+        return ResidualConv if isinstance(layer, CONVOLUTIONS) else ResidualLinear
     if isinstance(layer, CONVOLUTIONS):
         return NaraDoraConv if has_norm else NaraConv
     return NaraDoraLinear if has_norm else NaraLinear

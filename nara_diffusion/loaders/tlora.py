@@ -30,9 +30,11 @@ from nara_diffusion.config import NaraConfig
 from nara_diffusion.noise.level import is_number
 
 from .adapter_part import AdapterPart
-from .tensor_files import LYCORIS_CONFIG_NAME
 
 logger = logging.getLogger(__name__)
+
+LYCORIS_CONFIG_NAME = "lycoris_config.json"
+"""The name of LyCORIS' and SimpleTuner's configuration, beside the file."""
 
 Factors = tuple[Tensor, Tensor]
 """A (n, d_in, …) and B (d_out, n, …) of one module."""

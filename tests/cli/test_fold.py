@@ -46,7 +46,7 @@ def update_of(model: PeftModel, module: str) -> Tensor:
 
 
 @pytest.mark.parametrize("strength", [None, [[0.0, 1.0], [1.0, 0.2]]], ids=["plain", "with a strength over λ"])
-def test_the_folder_for_peft_is_the_nara_at_its_lambda(strength, tmp_path: Path, capsys) -> None:
+def test_peft_folder_is_the_nara_at_its_lambda(strength, tmp_path: Path, capsys) -> None:
     model = saved(tmp_path / "nara", strength=strength)
     fold(tmp_path / "nara", tmp_path / "lora", "--form", "peft")
     folded = PeftModel.from_pretrained(TwoLayers(), str(tmp_path / "lora"))
@@ -56,6 +56,26 @@ def test_the_folder_for_peft_is_the_nara_at_its_lambda(strength, tmp_path: Path,
         torch.testing.assert_close(update_of(folded, module), wanted, rtol=1e-5, atol=1e-6)
     own = "" if strength is None else ", at its strength of 0.7 there"
     assert capsys.readouterr().out == f"{tmp_path / 'lora'}: 2 modules, λ = 0.375{own}\n"
+
+
+@pytest.mark.parametrize("level", [0.0, 0.3, 0.9, "best"])
+def test_rank_mask_folds_in_pairs_by_its_exponent(level, tmp_path: Path, capsys) -> None:
+    mask = {"core_type": "rank_mask", "r": 8, "rank_mask_min": 2, "rank_mask_step": 2, "rank_mask_exponent": 2.0}
+    model = adapted(TwoLayers(), target_modules=TARGETS, **mask)
+    model.save_pretrained(str(tmp_path / "nara"))
+    fold(tmp_path / "nara", tmp_path / "lora", "--form", "peft", level=level)
+    # pair j of 4 is on while (1 − λ)² · 3 ≥ j, that is until λ = 1 − √(j / 3)
+    ends = 1 - (torch.arange(4) / 3).sqrt().double()
+    share = ends if level == "best" else (level <= ends).double()
+    C = share.repeat_interleave(2)
+    folded = PeftModel.from_pretrained(TwoLayers(), str(tmp_path / "lora"))
+    for module in TARGETS:
+        layer: Any = model.base_model.model.get_submodule(module)
+        A, B = (factors["default"].weight.detach().double() for factors in (layer.lora_A, layer.lora_B))
+        tolerance = 1 / 256 if level == "best" else 1e-6
+        wanted = layer.scaling["default"] * (B * C) @ A
+        torch.testing.assert_close(update_of(folded, module), wanted, rtol=0, atol=2 * tolerance)
+    assert ("the largest relative error of ΔW is" in capsys.readouterr().out) == (level == "best")
 
 
 def test_best_says_the_largest_relative_error(tmp_path: Path, capsys) -> None:
@@ -74,7 +94,7 @@ def test_best_says_the_largest_relative_error(tmp_path: Path, capsys) -> None:
     assert stated == pytest.approx(worst, rel=0.02)
 
 
-def test_outputs_that_would_be_lost_or_not_found_are_refused(tmp_path: Path) -> None:
+def test_outputs_that_would_be_lost_are_refused(tmp_path: Path) -> None:
     saved(tmp_path / "nara")
     (tmp_path / "there.safetensors").write_text("mine")
     fold(tmp_path / "nara", tmp_path / "lora", "--form", "peft")

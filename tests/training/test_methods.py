@@ -27,12 +27,13 @@ def llama() -> LlamaForCausalLM:
     return backbone(30, num_key_value_heads=4).requires_grad_(False)
 
 
+RESIDUAL = {"lora_a_init": "residual"}
 METHODS = {
     "nara": ("NARA", {}, "NaRA"),
     "nara_dora": ("NARA", {"use_dora": True}, "NaRA-DoRA"),
     "nara_c": ("NARA", {"core_type": "constant"}, "NaRA-C"),
     "nara_knots": ("NARA", {"core_type": "knots", "core_sharing": "layer", "core_scale": 1.0}, "NaRA-Knots"),
-    "tlora": ("NARA", {"core_type": "rank_mask"}, "T-LoRA"),
+    "tlora": ("NARA", {"core_type": "rank_mask", "r": 4, "rank_mask_min": 1, "rank_mask_step": 1}, "T-LoRA"),
     "multi_lora": ("NARA", {"core_type": "bins", "r": 20, "lora_alpha": 20}, "Multi-LoRA"),
     "lora": ("LORA", {"use_dora": False, "r": 4, "lora_alpha": 4}, "LoRA"),
     "dora": ("LORA", {"use_dora": True}, "DoRA"),
@@ -71,6 +72,22 @@ def test_options_are_fields_of_the_configuration() -> None:
     assert plain.use_rslora
 
 
+@pytest.mark.parametrize(("use_rslora", "scaling"), [(False, 6 / 4), (True, 6 / 2)])
+def test_published_tlora_has_twice_the_directions_at_ranks_scale(use_rslora: bool, scaling: float) -> None:
+    options = {**RESIDUAL, "rank_mask_exponent": 2.0, "use_rslora": use_rslora}
+    model: Any = build_adapter(llama(), arguments("tlora", lora_alpha=6, adapter_options=options))
+    config = model.peft_config["default"]
+    assert (config.r, config.rank_mask_min, config.rank_mask_step, config.rank_mask_exponent) == (8, 2, 2, 2.0)
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    assert layer.scaling["default"] == pytest.approx(scaling)
+
+
+def test_rank_mask_without_a_minimum_keeps_half_of_r() -> None:
+    config: Any = adapter_config(arguments("nara", core_type="rank_mask"))
+    assert config.rank_mask_min is None
+    assert adapter_config(arguments("tlora", adapter_options={"rank_mask_min": None})).rank_mask_min is None
+
+
 def test_contradiction_is_refused() -> None:
     for changes, message in [
         ({"adapter": "nora"}, r"adapter is 'nora', which is not a method: did you mean nara\?"),
@@ -82,6 +99,10 @@ def test_contradiction_is_refused() -> None:
         ({"core_type": "constent"}, r"core_type is 'constent'"),
         ({"adapter": "lora", "adapter_options": {"init_lora_weights": "pissa"}}, r"init_lora_weights=pissa changes"),
         ({"adapter": "lora", "adapter_options": {"init_lora_weights": "eva"}}, r"init_lora_weights=eva needs a pass"),
+        (
+            {"adapter": "tlora", "weight_decay": 0.1, "adapter_options": {"lora_a_init": "residual"}},
+            "weight_decay is 0.1",
+        ),
         ({"core_start_step": 3, "adapter_options": {"core_init": "kaiming"}}, r"core_start_step trains A and B"),
         ({"adapter_options": {"core_input": "both"}}, r"core_input is 'both': choose one of 'noise_level'"),
         ({"seed": -1}, r"seed must be at least 0"),

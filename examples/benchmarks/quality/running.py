@@ -35,6 +35,7 @@ BASE = "base"
 """The backbone as it is."""
 SEEDS = (0, 1, 2, 3, 4)
 METHODS = ("full", "lora", "dora", "nara", "nara_dora", "nara_knots", "nara_c", "multi_lora", "tlora")
+SUITES = ("text", "images", "one_picture")
 CONTROLS = ("constant", "shuffled")
 """Those that need a training of their own."""
 RANK = 1
@@ -74,15 +75,19 @@ class Job:
 @dataclass(frozen=True)
 class Suite:
     """Attributes:
-    name: "text" or "images".
+    name: of `SUITES`.
     backbones, domains: what the methods are compared on, in the order of running.
     run: job, its settings → its records.
+    methods: those that run by default.
+    has_controls: whether methods that read λ are trained with a wrong one, too.
     """
 
     name: str
     backbones: tuple[str, ...]
     domains: tuple[str, ...]
     run: Callable[[Job, Settings], list[dict[str, Any]]]
+    methods: tuple[str, ...] = METHODS
+    has_controls: bool = True
 
     def jobs(
         self,
@@ -94,7 +99,7 @@ class Suite:
     ) -> Iterator[Job]:
         """Seed after seed, so that what a stop leaves behind is complete for the seeds that were reached."""
         for seed, backbone, domain, method in product(seeds, backbones, domains, methods):
-            for control in (None, *(CONTROLS if is_noise_aware(method) else ())):
+            for control in (None, *(CONTROLS if self.has_controls and is_noise_aware(method) else ())):
                 yield Job(self.name, backbone, domain, method, control, seed, settings)
 
     def rates(self, backbone: str, method: str) -> Settings:
@@ -114,9 +119,11 @@ class Suite:
 
 
 def load_suite(name: str) -> Suite:
-    """The suite "text" or "images"; its models' code is imported only here."""
+    """The suite of that name; its models' code is imported only here."""
     if name == "text":
         from quality.text.runs import SUITE
+    elif name == "one_picture":
+        from quality.images.one_picture import SUITE
     else:
         from quality.images.runs import SUITE
     return SUITE
@@ -199,6 +206,7 @@ def records_of(
     measure: Callable[[], Settings],
     started: float,
     grid: Tensor = GRID,
+    evaluated: Sequence[str] = EVALUATED,
 ) -> list[dict[str, Any]]:
     """Of a trained model: as it is, and under each control that needs no training of its own.
 
@@ -207,6 +215,7 @@ def records_of(
         measure: its figures.
         started: when the run began, by `time.perf_counter`.
         grid: λ (n,) over which the mean of C(λ) is taken.
+        evaluated: the controls that need no training, of a NaRA.
     """
     is_trained = job.method != BASE
     named = ("rank", "max_train_steps", "learning_rate", "core_learning_rate")
@@ -220,7 +229,7 @@ def records_of(
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }
     records = []
-    for control in (job.control, *(EVALUATED if is_noise_aware(job.method) and job.control is None else ())):
+    for control in (job.control, *(evaluated if is_noise_aware(job.method) and job.control is None else ())):
         with while_evaluating(model, control, grid):
             figures = measure()
         seconds = round(time.perf_counter() - started, 2)  # with the records before it

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nara_diffusion.dreambooth import collate_samples
 from nara_diffusion.dreambooth.dataset import DreamBoothDataset
+from nara_diffusion.dreambooth.image_records import ImageRecord
 from nara_diffusion.dreambooth.objectives import build_objective
 from nara_diffusion.dreambooth.training_step import TrainingStep
 from quality.images.held_out import (
@@ -32,10 +33,18 @@ from quality.images.training import DEFAULTS, ControlledDenoiser, adapted, argum
 from quality.running import BASE, Job, Settings, Suite, optimize, records_of
 
 
-def loss_of(subject: str, denoiser: ControlledDenoiser, args: Any) -> Callable[[int], Tensor]:
-    """The loss of step `number`: data, timesteps and noise follow from the seed and the number alone."""
+def loss_of(
+    subject: str, denoiser: ControlledDenoiser, args: Any, pictures: list[ImageRecord] | None = None
+) -> Callable[[int], Tensor]:
+    """The loss of step `number`: data, timesteps and noise follow from the seed and the number alone.
+
+    Args:
+        pictures: of the subject; None for all five.
+    """
     size = args.train_batch_size
-    dataset = DreamBoothDataset(pictures_of(subject), [SIZE], batch_size=size, seed=args.seed, flip=args.random_flip)
+    dataset = DreamBoothDataset(
+        pictures or pictures_of(subject), [SIZE], batch_size=size, seed=args.seed, flip=args.random_flip
+    )
     step = TrainingStep(
         model=denoiser,
         objective=build_objective(base().pipe.scheduler, snr_gamma=args.snr_gamma),
