@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from nara_diffusion import StrengthSchedule, noise_level
+from tests.helpers.tlora_files import SDXL, SETTINGS, repository_file, saved
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(find_spec("gradio") is None, reason="needs Gradio")]
 CALL: dict[str, Any] = {"seed": 1, "num_inference_steps": 2, "guidance_scale": 2.0}
@@ -95,3 +96,14 @@ def test_page_opens_locally_and_names_its_start(app: Any) -> None:
     found = asyncio.run(config())
     assert "sdxl-tiny" in found
     assert "toy-nara" in found
+
+
+def test_whole_tlora_is_added_a_damaged_one_not(app: Any, tmp_path: Path) -> None:
+    session = import_module("app_session")
+    pipe = session.load_pipeline(str(app.MODEL))
+    tensors = repository_file(pipe.unet, SDXL)
+    adapter = session.add(pipe, str(saved(tmp_path / "whole", tensors, SETTINGS)), "whole")
+    assert adapter.summary.startswith("NaRA: core rank_mask, rank 4")
+    del tensors[next(iter(tensors))]
+    with pytest.raises(ValueError, match="lacks"):
+        session.add(pipe, str(saved(tmp_path / "damaged", tensors, SETTINGS)), "damaged")

@@ -86,7 +86,7 @@ def _check(file: AdapterFile, args: Namespace) -> None:
         )
     if args.form != PEFT and MODEL in file.parts:
         raise ValueError(
-            "The adapter is in PEFT's form, which names no component of a pipeline. Use --form "
+            "The adapter's file names no component of a pipeline. Use --form "
             "peft, or convert it first with nara convert --to pipeline."
         )
     if args.base is None and args.form not in (PEFT, "diffusers"):

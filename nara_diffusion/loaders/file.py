@@ -90,7 +90,7 @@ class AdapterFile:
         for_model: bool = False,
         base: Callable[[], nn.Module] | None = None,
         without_base: bool = False,
-        rank_mask: Mapping[str, Any] | None = None,
+        rank_mask: Mapping[str, float] | None = None,
     ) -> AdapterFile:
         """Read a file, a folder, a repository on the Hub, or a dict of tensors with its `metadata`.
 
@@ -127,12 +127,12 @@ class AdapterFile:
                 part = other.convert(OtherFile(tensors, path, base, without_base, rank_mask))
                 check_part(part, beside=False, for_model=for_model or without_base)
                 return cls({component: part}, path, other)
-            if path is not None and path.name == PEFT_WEIGHTS_NAME:
-                return cls({component: _of_peft(path, tensors, for_model)}, path)
             if rank_mask is not None:
                 raise ValueError("rank_mask is for a T-LoRA of another project: leave it out.")
+            if path is not None and path.name == PEFT_WEIGHTS_NAME:
+                return cls({component: _of_peft(path, tensors, for_model)}, path)
             origin = "The dict" if path is None else f"'{path}'"
-            return cls(_of_pipeline(tensors, metadata, origin, for_model), path)
+            return cls(parts_of_pipeline(tensors, metadata, origin, for_model), path)
 
     @classmethod
     def of_adapters(cls, adapters: list[dict[str, AdapterPart]]) -> AdapterFile:
@@ -215,7 +215,7 @@ def _of_peft(path: Path, tensors: dict[str, Tensor], for_model: bool) -> Adapter
     return part
 
 
-def _of_pipeline(
+def parts_of_pipeline(
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str] | None,
     origin: str,

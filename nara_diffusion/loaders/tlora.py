@@ -21,7 +21,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,11 +33,19 @@ from .adapter_part import AdapterPart
 
 logger = logging.getLogger(__name__)
 
-SETTINGS = "lycoris_config.json"
+LYCORIS_CONFIG_NAME = "lycoris_config.json"
 """The name of LyCORIS' and SimpleTuner's configuration, beside the file."""
 
 Factors = tuple[Tensor, Tensor]
 """A (n, d_in, …) and B (d_out, n, …) of one module."""
+
+
+class Triples(NamedTuple):
+    """P (d_out, r, …), μ (r,) or (1, r), and Q (r, d_in, …) of one module."""
+
+    P: Tensor
+    values: Tensor
+    Q: Tensor
 
 
 @dataclass(frozen=True)
@@ -56,13 +64,11 @@ class OtherFile:
     path: Path | None = None
     base: Callable[[], nn.Module] | None = None
     without_base: bool = False
-    rank_mask: Mapping[str, Any] | None = None
+    rank_mask: Mapping[str, float] | None = None
 
 
-def interleaved(
-    trained: tuple[Tensor, Tensor, Tensor], start: tuple[Tensor, Tensor, Tensor]
-) -> Factors:
-    """Return A and B with 2 r directions, from P (d_out, r, …), μ (r,) and Q (r, d_in, …) of each."""
+def interleaved(trained: Triples, start: Triples) -> Factors:
+    """Return A and B with 2 r directions, by turns a trained one and one of the start."""
     (P, values, Q), (P0, values0, Q0) = trained, start
     on_columns = (1, -1, *[1] * (P.dim() - 2))
     dtype = torch.promote_types(P.dtype, torch.float32)
@@ -76,8 +82,9 @@ def tlora_part(
     file: OtherFile,
     factors: Mapping[str, Factors],
     step: int,
+    noise_convention: str | None,
     alpha: float | None = None,
-    **fields: Any,
+    base_model: str | None = None,
 ) -> AdapterPart:
     """Return the part of a T-LoRA.
 
@@ -85,21 +92,24 @@ def tlora_part(
         file: the file, for the settings of the mask.
         factors: {module: A and B}, of equal ranks.
         step: the number of directions that go on and off together.
+        noise_convention: the name of the definition of λ.
         alpha: the scale is alpha / r, with r the rank of the file; None means a scale of 1.
-        fields: further fields of the configuration.
+        base_model: the name of the base model, if it is known.
     """
     rank = len(next(iter(factors.values()))[0]) // step
     least, exponent = mask_settings(file, rank)
+    scaled: Any = step * (rank if alpha is None else alpha)  # PEFT declares an integer
     config = NaraConfig(
         core_type="rank_mask",
         r=step * rank,
-        lora_alpha=step * (rank if alpha is None else alpha),  # type: ignore[arg-type]
+        lora_alpha=scaled,
         rank_mask_min=step * least,
         rank_mask_exponent=exponent,
         rank_mask_step=step,
         target_modules="|".join(map(re.escape, sorted(factors))),
+        noise_convention=noise_convention,
         noise_level_per="sample",
-        **fields,
+        base_model_name_or_path=base_model,
     )
     tensors = {}
     for name, (A, B) in factors.items():
@@ -115,8 +125,8 @@ def mask_settings(file: OtherFile, rank: int) -> tuple[int, float]:
         ValueError: a setting is invalid, or the configuration beside the file is damaged or belongs
             to another adapter.
     """
-    defaults = {"min": 1, "exponent": 1.0}
-    beside = None if file.path is None else file.path.with_name(SETTINGS)
+    defaults: dict[str, float] = {"min": 1, "exponent": 1.0}
+    beside = None if file.path is None else file.path.with_name(LYCORIS_CONFIG_NAME)
     origin = "rank_mask"
     if file.rank_mask is not None:
         settings = {**defaults, **file.rank_mask}
@@ -130,7 +140,7 @@ def mask_settings(file: OtherFile, rank: int) -> tuple[int, float]:
             ) from None
         if content.get("algo", "tlora") != "tlora" or content.get("linear_dim", rank) != rank:
             raise ValueError(
-                f"{origin} is not of this T-LoRA, whose rank is {rank}: it has algo {content.get('algo')!r} and "
+                f"{origin} is not of this T-LoRA of rank {rank}: it has algo {content.get('algo')!r} and "
                 f"linear_dim {content.get('linear_dim')!r}. Move it away, or pass rank_mask={defaults}."
             )
         settings = {
@@ -140,11 +150,11 @@ def mask_settings(file: OtherFile, rank: int) -> tuple[int, float]:
     else:
         settings = defaults
         logger.warning(
-            "%s doesn't contain the settings of T-LoRA's mask, so the trainers' defaults are used: rank_mask=%s. "
+            "%s doesn't contain the settings of T-LoRA's mask. The trainers' defaults are used: rank_mask=%s. "
             "If it was trained with others, pass them, or put the training's %s beside the file.",
             "The dict" if file.path is None else f"'{file.path}'",
             defaults,
-            SETTINGS,
+            LYCORIS_CONFIG_NAME,
         )
     least, exponent = settings["min"], settings["exponent"]
     is_rank = isinstance(least, int) and not isinstance(least, bool) and 1 <= least <= rank
@@ -158,4 +168,4 @@ def mask_settings(file: OtherFile, rank: int) -> tuple[int, float]:
             f"{origin} gives T-LoRA's mask {settings}, expected 'min' from 1 to the file's rank {rank} and "
             "'exponent' greater than 0."
         )
-    return least, exponent
+    return int(least), exponent

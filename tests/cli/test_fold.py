@@ -101,8 +101,8 @@ def test_outputs_that_would_be_lost_are_refused(tmp_path: Path) -> None:
     for output, words, message in [
         ("nara", ["--form", "peft"], "is the adapter itself"),
         ("lora", ["--form", "peft"], "exists"),
-        ("new", [], "in PEFT's form"),
-        ("new", ["--form", "kohya"], "in PEFT's form"),
+        ("new", [], "names no component"),
+        ("new", ["--form", "kohya"], "names no component"),
     ]:
         with pytest.raises(SystemExit, match=message):
             fold(tmp_path / "nara", tmp_path / output, *words)
