@@ -74,7 +74,9 @@ def lycoris_content(
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         key = f"lycoris_{names[name].replace('.', '_')}"
-        tensors |= {f"{key}.{field}": tensor for field, tensor in lycoris_fields(name, layer).items()}
+        tensors |= {
+            f"{key}.{field}": tensor for field, tensor in lycoris_fields(name, layer).items()
+        }
     core = cast(RankMaskCore, next(iter(cores_of(part).values())))
     rank = config.r // 2
     alphas = [tensor for key, tensor in tensors.items() if key.endswith(".alpha")]
