@@ -27,6 +27,7 @@ from nara_diffusion.utils.wording import listed
 
 from .insertion import adapters_of
 from .tensor_files import read_tensors, save_tensors
+from .tlora import Triples
 
 logger = logging.getLogger(__name__)
 
@@ -41,9 +42,9 @@ def base_layer(model: nn.Module, name: str) -> Any:
     """Return a linear or convolution layer of `model`, without its adapters.
 
     Raises:
-        ValueError: it is a layer of another kind, or its weight isn't the original one because it
-            is quantised, offloaded, has an adapter fused into it, or was changed by an adapter's
-            initialisation.
+        ValueError: it is a layer of another kind, or its weight isn't the original one: it is
+            quantised, offloaded, has an adapter fused into it, or an adapter's initialisation has
+            changed it.
     """
     module: Any = model.get_submodule(name)
     layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
@@ -74,9 +75,7 @@ def base_layer(model: nn.Module, name: str) -> Any:
     return layer
 
 
-def base_factors(
-    weights: Mapping[str, Tensor], rank: int, file: Path | None
-) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+def base_factors(weights: Mapping[str, Tensor], rank: int, file: Path | None) -> dict[str, Triples]:
     """Return {module: (P₀ (d_out, r), λ₀ (r,), Q₀ (r, d_in))}, float32.
 
     They are read from the file beside the adapter if it belongs to these weights and is undamaged.
@@ -91,7 +90,7 @@ def base_factors(
     """
     digest = digest_tensors({**weights, "rank": torch.tensor(rank)})
     cache = None if file is None else file.with_suffix(f".{digest[:16]}{SUFFIX}")
-    tensors = {} if cache is None else _undamaged(cache)
+    tensors = {} if cache is None else undamaged_factors(cache)
     if not tensors:
         for name, weight in tqdm(weights.items(), desc="SVD of the base", leave=False):
             for label, tensor in zip("psq", singular_triples(weight, rank), strict=True):
@@ -102,10 +101,10 @@ def base_factors(
                     save_tensors(tensors, partial, {"digest": digest_tensors(tensors)})
             except OSError as error:
                 logger.info("The start factors aren't kept: %s", error)
-    return {name: tuple(tensors[f"{name}.{label}"] for label in "psq") for name in weights}  # type: ignore[misc]
+    return {name: Triples(*(tensors[f"{name}.{label}"] for label in "psq")) for name in weights}
 
 
-def _undamaged(cache: Path) -> dict[str, Tensor]:
+def undamaged_factors(cache: Path) -> dict[str, Tensor]:
     """Return the tensors of a file with start factors, or none if it is missing or damaged."""
     try:
         tensors, metadata = read_tensors(cache)
@@ -114,7 +113,7 @@ def _undamaged(cache: Path) -> dict[str, Tensor]:
     return tensors if (metadata or {}).get("digest") == digest_tensors(tensors) else {}
 
 
-def singular_triples(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+def singular_triples(weight: Tensor, rank: int) -> Triples:
     """Return P₀ (d_out, r), λ₀ (r,) and Q₀ (r, d_in) on the CPU, padded as LyCORIS does."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     matrix = weight.to(device).float().flatten(1)
@@ -123,4 +122,4 @@ def singular_triples(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]
     P = nn.functional.pad(P[:, :rank], (0, missing))
     s = nn.functional.pad(s[:rank], (0, missing), value=PADDING)
     Q = nn.functional.pad(Q[:rank, : weight.shape[1]], (0, 0, 0, missing))
-    return P.cpu().contiguous(), s.cpu().contiguous(), Q.cpu().contiguous()
+    return Triples(P.cpu().contiguous(), s.cpu().contiguous(), Q.cpu().contiguous())

@@ -92,7 +92,7 @@ class AdapterFile:
         for_model: bool = False,
         base: Callable[[], nn.Module] | None = None,
         without_base: bool = False,
-        rank_mask: Mapping[str, Any] | None = None,
+        rank_mask: Mapping[str, float] | None = None,
     ) -> AdapterFile:
         """Read a file, a folder, a repository on the Hub, or a dict of tensors with its `metadata`.
 
@@ -133,7 +133,7 @@ class AdapterFile:
             if rank_mask is not None:
                 raise ValueError("rank_mask is for a T-LoRA of another project: leave it out.")
             origin = "The dict" if path is None else f"'{path}'"
-            return cls(_of_pipeline(tensors, metadata, origin, for_model), path)
+            return cls(parts_of_pipeline(tensors, metadata, origin, for_model), path)
 
     def save(self, path: Path, save_function: Callable[..., None] | None = None) -> None:
         """Write a pipeline's file completely or not at all, with safetensors' `save_file`.
@@ -203,7 +203,7 @@ def _of_peft(path: Path, tensors: dict[str, Tensor], for_model: bool) -> Adapter
 # ---------------------------------------------------------------------- a pipeline's format
 
 
-def _of_pipeline(
+def parts_of_pipeline(
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str] | None,
     origin: str,

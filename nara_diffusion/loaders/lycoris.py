@@ -26,7 +26,7 @@ from nara_diffusion.strict import check_tensors
 
 from .adapter_part import AdapterPart
 from .base_factors import base_factors, base_layer
-from .tlora import Factors, OtherFile, interleaved, tlora_part
+from .tlora import Factors, OtherFile, Triples, interleaved, tlora_part
 
 _PREFIX = re.compile(r"(?:lycoris|lora)_+")
 """LyCORIS' own prefix, with two _ in old versions, or that of its form for kohya."""
@@ -39,7 +39,7 @@ _WORDS = re.compile(
     r"|(?:time_text|patch|pos)_embed|(?:time|text|image|x|context|guidance|condition|timestep)_embedder"
     r"|norm\d_context|norm_out|ff_context|time_proj|[^_]+"
 )
-"""The words of module names in Diffusers, of which some contain a _."""
+"""The words of module names in Diffusers; some contain a _."""
 
 
 def convert_lycoris(file: OtherFile) -> AdapterPart:
@@ -59,7 +59,7 @@ def convert_lycoris(file: OtherFile) -> AdapterPart:
         layers.setdefault(name, {})[field] = tensor
     if file.base is None and not file.without_base:
         raise ValueError(
-            "it is a T-LoRA of LyCORIS, whose start factors come from the base's weights. Load it with "
+            "it is a T-LoRA of LyCORIS, and its start factors come from the base's weights. Load it with "
             "pipe.load_nara_weights, or convert it first: nara convert … --base_model …."
         )
     model = None if file.base is None else file.base()
@@ -72,10 +72,11 @@ def convert_lycoris(file: OtherFile) -> AdapterPart:
     start = base_factors(weights, rank, file.path) if bases else {}
     factors: dict[str, Factors] = {}
     for key, tensors in layers.items():
-        trained = tensors["p_layer.weight"], tensors["lambda_layer"], tensors["q_layer.weight"]
-        if model is None:
-            trained = tuple(tensor.to("meta") for tensor in trained)  # type: ignore[assignment]
-        A, B = interleaved(trained, start.get(names[key], trained))  # type: ignore[arg-type]
+        in_order = (
+            tensors[field] for field in ("p_layer.weight", "lambda_layer", "q_layer.weight")
+        )
+        trained = Triples(*(tensor if bases else tensor.to("meta") for tensor in in_order))
+        A, B = interleaved(trained, start.get(names[key], trained))
         kernel = bases[key].weight.shape[2:] if bases else ()
         padding = [size for k in reversed(kernel) for size in (0, k - 1)]
         factors[names[key]] = nn.functional.pad(A, padding), B * (alphas[key] / alpha)
@@ -145,11 +146,11 @@ def module_names(keys: Collection[str], model: nn.Module) -> dict[str, str]:
         candidates.setdefault(name.replace(".", "_"), []).append(name)
     names = {}
     for key in keys:
-        rest = _PREFIX.sub("", key, count=1)
+        path = _PREFIX.sub("", key, count=1)
         modules = [
-            name for end in {*map(rest.removeprefix, _ROOTS)} for name in candidates.get(end, [])
+            name for end in {*map(path.removeprefix, _ROOTS)} for name in candidates.get(end, [])
         ]
-        if len(modules) != 1 or rest == key:
+        if len(modules) != 1 or path == key:
             raise ValueError(
                 f"'{key}' names {' and '.join(map(repr, modules)) or 'no module'} of {type(model).__name__}, expected "
                 "one. Load the adapter into the base model that it was trained on."
@@ -160,5 +161,5 @@ def module_names(keys: Collection[str], model: nn.Module) -> dict[str, str]:
 
 def dotted(key: str) -> str:
     """Return a module's name in Diffusers, guessed from a key alone."""
-    rest = re.sub(r"^(unet_|transformer_(?!blocks_))", "", _PREFIX.sub("", key, count=1))
-    return ".".join(_WORDS.findall(rest))
+    path = re.sub(r"^(unet_|transformer_(?!blocks_))", "", _PREFIX.sub("", key, count=1))
+    return ".".join(_WORDS.findall(path))

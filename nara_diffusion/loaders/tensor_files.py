@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from nara_diffusion.utils.wording import listed
 WEIGHTS_NAME = "pytorch_nara_weights.safetensors"
 OTHER_WEIGHTS_NAMES = ("pytorch_lora_weights.safetensors", "lora.pt")
 """Names in folders of other projects: Diffusers', LyCORIS' and SimpleTuner's; T-LoRA's for FLUX."""
+LYCORIS_CONFIG_NAME = "lycoris_config.json"
+"""The name of LyCORIS' and SimpleTuner's configuration, beside the file."""
 METADATA_KEY = "nara_adapter_metadata"
 """The key of the configurations in the metadata of a pipeline's file."""
 
@@ -97,17 +100,25 @@ def locate(
         raise ValueError(
             f"There is no file or folder '{source}': pass one that save_nara_weights or PEFT wrote."
         )
-    repository = str(source)
-    try:
-        return _download(repository, weight_name or WEIGHTS_NAME, subfolder, hub)
-    except OSError as error:
-        if weight_name is not None:
-            raise
+    names = (
+        [weight_name] if weight_name else [WEIGHTS_NAME, PEFT_WEIGHTS_NAME, *OTHER_WEIGHTS_NAMES]
+    )
+    errors: list[OSError] = []
+    for name in names:
         try:
-            _download(repository, PEFT_CONFIG_NAME, subfolder, hub)
-            return _download(repository, PEFT_WEIGHTS_NAME, subfolder, hub)
-        except OSError:
-            raise error from None  # the error for NaRA's own file name
+            path = _download(str(source), name, subfolder, hub)
+            if name == PEFT_WEIGHTS_NAME:
+                _download(str(source), PEFT_CONFIG_NAME, subfolder, hub)
+        except OSError as error:
+            errors.append(error)
+            if is_out_of_reach(error):
+                break
+        else:
+            if name not in (WEIGHTS_NAME, PEFT_WEIGHTS_NAME):
+                with suppress(OSError):  # most repositories have none
+                    _download(str(source), LYCORIS_CONFIG_NAME, subfolder, hub)
+            return path
+    raise errors[0]
 
 
 def _download(repository: str, name: str, subfolder: str | None, hub: Mapping[str, Any]) -> Path:
@@ -187,7 +198,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str] | None]:
         ValueError: the file is truncated, has another format, or a .pt file has other objects.
     """
     if path.suffix == ".pt":
-        return _read_pickle(path), None
+        return read_pickle(path), None
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             tensors = {key: copied(file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118
@@ -199,7 +210,12 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str] | None]:
         ) from None
 
 
-def _read_pickle(path: Path) -> dict[str, Tensor]:
+def read_pickle(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a file of `torch.save`, without running its code.
+
+    Raises:
+        ValueError: the file is damaged, or has other objects than tensors.
+    """
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises errors of any type for a damaged file

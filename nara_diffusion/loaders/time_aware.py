@@ -41,7 +41,7 @@ class TimeAwareFormat:
 
 FORMATS = (
     TimeAwareFormat(
-        "a T-LoRA of LyCORIS, whose start factors come from the base's weights",
+        "a T-LoRA of LyCORIS; its start factors come from the base's weights",
         re.compile(r"[^.]+\.(lambda_layer|[pq]_layer\.weight)"),
         convert_lycoris,
     ),
@@ -65,6 +65,6 @@ def check_readable_by_peft(source: str | Path) -> None:
     for file in [] if (path / PEFT_CONFIG_NAME).is_file() else filter(Path.is_file, files):
         if other := format_of(read_tensors(file)[0]):
             raise ValueError(
-                f"'{file}' is {other.name}, which has no {PEFT_CONFIG_NAME}. Load it with pipe.load_nara_weights, or "
+                f"'{file}' is {other.name}, without an {PEFT_CONFIG_NAME}. Load it with pipe.load_nara_weights, or "
                 "write a folder for PEFT with nara convert --to peft."
             )

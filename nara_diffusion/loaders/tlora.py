@@ -21,7 +21,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,14 +30,20 @@ from nara_diffusion.config import NaraConfig
 from nara_diffusion.noise.level import is_number
 
 from .adapter_part import AdapterPart
+from .tensor_files import LYCORIS_CONFIG_NAME
 
 logger = logging.getLogger(__name__)
 
-SETTINGS = "lycoris_config.json"
-"""The name of LyCORIS' and SimpleTuner's configuration, beside the file."""
-
 Factors = tuple[Tensor, Tensor]
 """A (n, d_in, …) and B (d_out, n, …) of one module."""
+
+
+class Triples(NamedTuple):
+    """P (d_out, r, …), μ (r,) or (1, r), and Q (r, d_in, …) of one module."""
+
+    P: Tensor
+    values: Tensor
+    Q: Tensor
 
 
 @dataclass(frozen=True)
@@ -56,13 +62,11 @@ class OtherFile:
     path: Path | None = None
     base: Callable[[], nn.Module] | None = None
     without_base: bool = False
-    rank_mask: Mapping[str, Any] | None = None
+    rank_mask: Mapping[str, float] | None = None
 
 
-def interleaved(
-    trained: tuple[Tensor, Tensor, Tensor], start: tuple[Tensor, Tensor, Tensor]
-) -> Factors:
-    """Return A and B with 2 r directions, from P (d_out, r, …), μ (r,) and Q (r, d_in, …) of each."""
+def interleaved(trained: Triples, start: Triples) -> Factors:
+    """Return A and B with 2 r directions, by turns a trained one and one of the start."""
     (P, values, Q), (P0, values0, Q0) = trained, start
     on_columns = (1, -1, *[1] * (P.dim() - 2))
     dtype = torch.promote_types(P.dtype, torch.float32)
@@ -90,10 +94,10 @@ def tlora_part(
     """
     rank = len(next(iter(factors.values()))[0]) // step
     least, exponent = mask_settings(file, rank)
+    fields["lora_alpha"] = step * (rank if alpha is None else alpha)
     config = NaraConfig(
         core_type="rank_mask",
         r=step * rank,
-        lora_alpha=step * (rank if alpha is None else alpha),  # type: ignore[arg-type]
         rank_mask_min=step * least,
         rank_mask_exponent=exponent,
         rank_mask_step=step,
@@ -115,8 +119,8 @@ def mask_settings(file: OtherFile, rank: int) -> tuple[int, float]:
         ValueError: a setting is invalid, or the configuration beside the file is damaged or belongs
             to another adapter.
     """
-    defaults = {"min": 1, "exponent": 1.0}
-    beside = None if file.path is None else file.path.with_name(SETTINGS)
+    defaults: dict[str, float] = {"min": 1, "exponent": 1.0}
+    beside = None if file.path is None else file.path.with_name(LYCORIS_CONFIG_NAME)
     origin = "rank_mask"
     if file.rank_mask is not None:
         settings = {**defaults, **file.rank_mask}
@@ -130,7 +134,7 @@ def mask_settings(file: OtherFile, rank: int) -> tuple[int, float]:
             ) from None
         if content.get("algo", "tlora") != "tlora" or content.get("linear_dim", rank) != rank:
             raise ValueError(
-                f"{origin} is not of this T-LoRA, whose rank is {rank}: it has algo {content.get('algo')!r} and "
+                f"{origin} is not of this T-LoRA of rank {rank}: it has algo {content.get('algo')!r} and "
                 f"linear_dim {content.get('linear_dim')!r}. Move it away, or pass rank_mask={defaults}."
             )
         settings = {
@@ -140,11 +144,11 @@ def mask_settings(file: OtherFile, rank: int) -> tuple[int, float]:
     else:
         settings = defaults
         logger.warning(
-            "%s doesn't contain the settings of T-LoRA's mask, so the trainers' defaults are used: rank_mask=%s. "
+            "%s doesn't contain the settings of T-LoRA's mask. The trainers' defaults are used: rank_mask=%s. "
             "If it was trained with others, pass them, or put the training's %s beside the file.",
             "The dict" if file.path is None else f"'{file.path}'",
             defaults,
-            SETTINGS,
+            LYCORIS_CONFIG_NAME,
         )
     least, exponent = settings["min"], settings["exponent"]
     is_rank = isinstance(least, int) and not isinstance(least, bool) and 1 <= least <= rank

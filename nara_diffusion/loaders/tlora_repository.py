@@ -6,7 +6,7 @@
         base_p.weight, base_lambda                                              ortho
 
 The scale is 1. SDXL's files are safetensors of Diffusers' `save_attn_procs`; FLUX's are `lora.pt`.
-FLUX's training gives a single block seven adapters, of which its attention runs three.
+FLUX's training gives a single block seven adapters; its attention runs three of them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from nara_diffusion.strict import check_tensors
 
 from .adapter_part import AdapterPart
-from .tlora import Factors, OtherFile, interleaved, tlora_part
+from .tlora import Factors, OtherFile, Triples, interleaved, tlora_part
 
 KEY = re.compile(
     r"(?P<layer>(?P<attention>(?:down_|up_|mid_|single_|transformer_)[\w.]+)\.processor\.to_(?P<projection>\w+)_lora)"
@@ -70,7 +70,7 @@ def convert_repository(file: OtherFile) -> AdapterPart:
         in_order = [layers[layer][field] for field in fields]
         if is_ortho:
             Q, P, values, Q0, P0, values0 = in_order
-            factors[module] = interleaved((P, values, Q), (P0, values0, Q0))
+            factors[module] = interleaved(Triples(P, values, Q), Triples(P0, values0, Q0))
         else:
             A, B = in_order
             factors[module] = A, B

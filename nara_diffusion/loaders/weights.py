@@ -53,7 +53,7 @@ def load_nara_weights(
     use_safetensors: bool | None = None,
     low_cpu_mem_usage: bool = True,
     metadata: Mapping[str, str] | None = None,
-    rank_mask: Mapping[str, Any] | None = None,
+    rank_mask: Mapping[str, float] | None = None,
 ) -> None:
     """Load a NaRA adapter into the denoiser and into any text encoders that it has parts for.
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -35,6 +35,7 @@ from tests.acceptance._comfyui import (
     named,
 )
 from tests.acceptance._comfyui import named_as_stability_does as renamed
+from tests.helpers import tlora_files
 from tests.helpers.adapted import disturb, relative_error
 
 OUTPUTS = _files.expected("pipelines")
@@ -265,3 +266,55 @@ def test_hooks_and_factors_stay_between_calls_and_leave_with_the_node(comfy) -> 
     del patched
     gc.collect()
     assert hooks(model.model.diffusion_model) == []
+
+
+# ---------------------------------------------------------------- T-LoRA of other projects
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["lycoris", "ortho"])
+def test_node_plays_a_tlora_of_another_project_as_the_pipeline_does(kind: str, comfy) -> None:
+    pipe: Any = _bases.sdxl()
+    second = tlora_files.BLOCK.replace("attentions.0", "attentions.1")
+    tensors = tlora_files.lycoris_file(pipe.unet, [*tlora_files.NAMES, f"{second}.attn1.to_v"])
+    if kind == "ortho":
+        tensors = tlora_files.repository_file(pipe.unet, tlora_files.SDXL, ortho=True)
+    save_file(tensors, comfy.folder / "tlora.safetensors")
+    base = _bases.unet()
+    patched, _ = comfy.load(sdxl(base), "tlora.safetensors", "sdxl", 1.0)
+    pipe.load_nara_weights(comfy.folder / "tlora.safetensors")
+    wanted = _bases.sdxl_outputs(pipe)["unet"]
+    _files.assert_near(sampled(patched), wanted, base)
+    assert relative_error(sampled(patched), wanted) <= 1e-5
+
+
+@torch.no_grad()
+def test_node_takes_start_factors_from_each_part_of_a_matrix_of_flux(comfy) -> None:
+    pipe, x = _bases.flux(), _bases.drawn("hidden", 3, 5, 32)
+    block = "single_transformer_blocks.0"
+    names = [f"{block}.attn.to_k", f"{block}.proj_mlp"]
+    save_file(tlora_files.lycoris_file(pipe.transformer, names), comfy.folder / "flux.safetensors")
+    parts = parts_of({f"{block}.attn.to_q", f"{block}.attn.to_k", f"{block}.attn.to_v", f"{block}.proj_mlp"}, "flux")
+    model = named({o: joined(*(pipe.transformer.get_submodule(str(part)) for part in own)) for o, own in parts.items()})
+    (linear1,) = (model.get_submodule(name) for name in parts)
+    patcher = Patcher(model, sampling(Flow, CONST), lambda x, sigma: linear1(x))
+    weight = linear1.weight
+    original = {"diffusion_model.single_blocks.0.linear1.weight": [(weight.clone(), None), "a patch"]}
+    patcher.get_key_patches = lambda prefix: original  # type: ignore[method-assign]
+    weight.data += 0.5  # as with a LoRA of ComfyUI's own
+    patched, _ = comfy.load(patcher, "flux.safetensors", "flux", 1.0)
+    found = patched.sample(x, _bases.LEVELS) - linear1(x)
+    pipe.load_nara_weights(comfy.folder / "flux.safetensors")
+    block = pipe.transformer.single_transformer_blocks[0]
+    with noise_level(pipe.transformer, _bases.LEVELS):
+        k, mlp = (layer(x) - layer.base_layer(x) for layer in (block.attn.to_k, block.proj_mlp))
+    zero = torch.zeros_like(k)
+    wanted = torch.cat([zero, k, zero, mlp], dim=-1)
+    assert relative_error(found, wanted) <= 1e-5
+
+
+def test_node_refuses_a_lycoris_file_of_another_base(comfy) -> None:
+    tensors = tlora_files.lycoris_file(_bases.flux().transformer, ["single_transformer_blocks.0.proj_mlp"])
+    save_file(tensors, comfy.folder / "tlora.safetensors")
+    with pytest.raises(ValueError, match=r"linear1 isn't in this model"):
+        comfy.load(sdxl(), "tlora.safetensors", "flux", 1.0)

@@ -17,6 +17,7 @@ from nara_diffusion.cli.commands import core_curves
 from nara_diffusion.loaders.file import AdapterFile
 from tests.helpers.adapted import TwoLayers, adapted, disturb, nara_config
 from tests.helpers.small_pipelines import small_sd
+from tests.helpers.tlora_files import NAMES, SDXL, SETTINGS, lycoris_file, repository_file, saved
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PIPELINE_WEIGHTS = "pytorch_nara_weights.safetensors"
@@ -160,3 +161,60 @@ def test_convert_refuses_what_is_ambiguous_and_keeps_what_exists(pipeline_file: 
     assert (tmp_path / "peft" / WEIGHTS).read_bytes() == before
     run("convert", pipeline_file, tmp_path / "peft", *other, "--overwrite")
     assert (tmp_path / "peft" / WEIGHTS).read_bytes() != before
+
+
+# ---------------------------------------------------------------- a T-LoRA of another project
+
+
+@pytest.fixture
+def lycoris(tmp_path: Path) -> tuple[Path, Path]:
+    """A file of LyCORIS with its settings, and a folder with its base."""
+    pipe = small_sd()
+    pipe.unet.save_pretrained(tmp_path / "base" / "unet")
+    return saved(tmp_path / "lycoris", lycoris_file(pipe.unet, NAMES), SETTINGS), tmp_path / "base"
+
+
+def test_inspect_and_plot_show_a_tlora_without_its_base(lycoris, tmp_path, capsys) -> None:
+    (part,) = inspected(capsys, lycoris[0])["components"].values()
+    assert part["method"] == "a T-LoRA of LyCORIS; its start factors come from the base's weights"
+    assert part["core"] == {"rank_mask_min": 2, "rank_mask_exponent": 2.0, "rank_mask_step": 2}
+    assert part["module_kinds"] == {"to_q": 1, "to_k": 1, "net": 1, "conv_shortcut": 1}
+    run("plot", lycoris[0], "--output", tmp_path / "core.png", "--points", 3)
+    assert (tmp_path / "core.png").is_file()
+
+
+def test_convert_writes_what_the_pipeline_makes_of_a_tlora(lycoris, tmp_path) -> None:
+    source, base = lycoris
+    words = ["--component", "unet", "--base_model", base]
+    run("convert", source, tmp_path / "pipeline", "--to", "pipeline", *words)
+    run("convert", source, tmp_path / "peft", "--to", "peft", *words)
+    pipe: Any = small_sd()
+    pipe.load_nara_weights(source)
+    pipe.save_nara_weights(tmp_path / "wanted")
+    wanted = load_file(tmp_path / "wanted" / PIPELINE_WEIGHTS)
+    found = load_file(tmp_path / "pipeline" / PIPELINE_WEIGHTS)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+    peft = load_file(tmp_path / "peft" / WEIGHTS)
+    torch.testing.assert_close({f"unet.{key.removeprefix('base_model.model.')}": peft[key] for key in peft}, wanted)
+    run("fold", tmp_path / "pipeline", tmp_path / "lora.safetensors", "--noise_level", "0.5")
+
+
+def test_convert_and_fold_ask_for_the_base_of_a_lycoris_file(lycoris, tmp_path) -> None:
+    for words in (
+        ["convert", lycoris[0], tmp_path / "out", "--to", "peft"],
+        ["fold", lycoris[0], tmp_path / "out.safetensors", "--noise_level", "0.5"],
+    ):
+        with pytest.raises(SystemExit, match=r"lycoris.*--base_model"):
+            run(*words)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_convert_of_the_authors_file_needs_no_base(tmp_path) -> None:
+    pipe: Any = small_sd()
+    tensors = repository_file(pipe.unet, SDXL)
+    source = saved(tmp_path / "file", tensors, SETTINGS)
+    run("convert", source, tmp_path / "out", "--to", "pipeline", "--component", "unet")
+    found = load_file(tmp_path / "out" / PIPELINE_WEIGHTS)
+    name = "mid_block.attentions.0.transformer_blocks.0.attn2"
+    assert torch.equal(found[f"unet.{name}.to_out.0.lora_B.weight"], tensors[f"{name}.processor.to_out_lora.up.weight"])
+    assert len(found) == len(tensors)

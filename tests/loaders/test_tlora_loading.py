@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nara_diffusion import NaraConfig, noise_level
-from nara_diffusion.loaders import base_factors
+from nara_diffusion.loaders import base_factors, tensor_files
 from nara_diffusion.loaders.file import AdapterFile
 from tests.acceptance import _bases
 from tests.acceptance._files import refused, state
@@ -66,6 +66,23 @@ def test_mask_that_the_rank_does_not_allow_is_refused(changes, message) -> None:
 def test_rank_mask_for_a_nara_is_refused(tmp_path) -> None:
     pipe = _bases.sdxl()
     refused(lambda: pipe.load_nara_weights({"unet.x": torch.ones(1)}, rank_mask=MASK), pipe, "rank_mask is for")
+
+
+def test_repository_is_loaded_with_the_settings_beside_its_file(tmp_path, monkeypatch) -> None:
+    pipe = _bases.sdxl()
+    folder = saved(tmp_path, lycoris_file(pipe.unet, NAMES), SETTINGS)
+    names = []
+
+    def download(_: str, *, weights_name: str, **__: Any) -> str:
+        names.append(weights_name)
+        if not (folder / weights_name).is_file():
+            raise OSError("no such file")
+        return str(folder / weights_name)
+
+    monkeypatch.setattr(tensor_files, "_get_model_file", download)
+    pipe.load_nara_weights("me/tlora", "mine")
+    assert names[-1] == "lycoris_config.json"
+    assert pipe.unet.peft_config["mine"].rank_mask_exponent == 2.0
 
 
 # ---------------------------------------------------------------- bases that are refused
