@@ -72,7 +72,8 @@ def test_residual_base_start_is_the_base_weights_first_triples() -> None:
 
 def test_residual_base_of_a_narrow_layer_leaves_further_directions_zero() -> None:
     config = nara_config(target_modules=["layer"], lora_a_init="residual_base", **{**MASK, "r": 8})
-    layer = get_peft_model(OneLayer(nn.Linear(7, 3)), config).base_model.model.layer
+    model: Any = get_peft_model(OneLayer(nn.Linear(7, 3)), config)
+    layer = model.base_model.model.layer
     assert layer.lora_A["default"].weight[6:].count_nonzero() == 0
     assert layer.lora_A["default"].weight[:6].norm(dim=1).min() > 0.9
 
@@ -85,7 +86,7 @@ def test_residual_training_equals_the_formula_with_a_frozen_half(start: str) -> 
     for name, (A, B) in starts.items():
         layer = getattr(model.base_model.model, name).get_base_layer()
         models.append(Published(layer, A[0::2], B[:, 0::2], 6 / (2 * RANK)))
-    expected = nn.ModuleList(models)
+    expected: Any = nn.ModuleList(models)
     optimizers = [torch.optim.Adam([p for p in m.parameters() if p.requires_grad], lr=0.02) for m in (model, expected)]
     for x, target in zip(inputs, targets, strict=True):
         with noise_level(model, LEVELS):
@@ -126,7 +127,8 @@ def test_residual_adapter_folds_and_merges_at_a_level() -> None:
 @STARTS
 def test_residual_of_a_convolution_trains_even_directions_only(start: str) -> None:
     config = nara_config(target_modules=["layer"], lora_a_init=start, **MASK)
-    model, x = get_peft_model(OneLayer(nn.Conv2d(7, 5, (3, 1), padding=(1, 0))), config), torch.randn(4, 7, 3, 2)
+    model: Any = get_peft_model(OneLayer(nn.Conv2d(7, 5, (3, 1), padding=(1, 0))), config)
+    x = torch.randn(4, 7, 3, 2)
     layer = model.base_model.model.layer
     with noise_level(model, LEVELS):
         output = model(x)
