@@ -47,6 +47,6 @@ def one_picture_table(folder: Path) -> str:
 
 def seeds_of(cells: dict[tuple[str, str, int], Record], domain: str) -> Sequence[int]:
     """The seeds that every arm of a rank has."""
-    methods = {method for own, method, _ in cells if own == domain}
+    methods = {THEIRS, *(method for own, method, _ in cells if own == domain)}
     seeds = [{seed for rank, own, seed in cells if (rank, own) == (domain, method)} for method in methods]
     return sorted(set.intersection(*seeds))
